@@ -1,1 +1,11 @@
-//! storied
+//! storied: an event-sourcing runtime.
+
+pub mod codec;
+pub mod event;
+pub mod store;
+
+pub use ciborium;
+
+pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
+pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
+pub use self::store::{EventStore, Filter, StoreError};

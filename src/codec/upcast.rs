@@ -1,0 +1,112 @@
+use std::fmt;
+use std::sync::Arc;
+
+use ciborium::Value;
+
+/// Turns one stored payload into the next shape.
+type Upcast = dyn Fn(Value) -> Result<Value, String> + Send + Sync;
+
+/// How events that older versions of a program wrote become today's, on CBOR values, before serde sees them.
+///
+/// Rules are chained: what `placed` becomes may itself be upcast further. Where serde's `default` and `alias` are enough,
+/// prefer them: they cost nothing.
+///
+/// ```
+/// use storied::Upcasters;
+/// use storied::ciborium::Value;
+///
+/// let upcasters = Upcasters::new()
+///     // renamed only
+///     .rename("ordered", "placed")
+///     // another shape: amounts were pounds, and are pence
+///     .upcast("paid", "paid_v2", |payload| {
+///         let Value::Map(mut fields) = payload else { return Err("no map".into()) };
+///         for (key, value) in &mut fields {
+///             if key.as_text() == Some("pounds") {
+///                 *key = "pence".into();
+///                 *value = (i64::try_from(value.as_integer().ok_or("no number")?).map_err(|e| e.to_string())? * 100).into();
+///             }
+///         }
+///         Ok(Value::Map(fields))
+///     });
+/// # let _ = upcasters;
+/// ```
+#[derive(Clone, Default)]
+pub struct Upcasters {
+    rules: Vec<Rule>,
+}
+
+#[derive(Clone)]
+struct Rule {
+    from: String,
+    to: String,
+    upcast: Option<Arc<Upcast>>,
+}
+
+impl Upcasters {
+    /// None.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Events stored as variant `from` are events of variant `to`, with the same payload.
+    #[must_use]
+    pub fn rename(self, from: impl Into<String>, to: impl Into<String>) -> Self {
+        self.with(from.into(), to.into(), None)
+    }
+
+    /// Events stored as variant `from` are events of variant `to`, after `upcast` changed their payload. An error of
+    /// `upcast` is reported as undecodable event, with the text that it gives.
+    #[must_use]
+    pub fn upcast(
+        self,
+        from: impl Into<String>,
+        to: impl Into<String>,
+        upcast: impl Fn(Value) -> Result<Value, String> + Send + Sync + 'static,
+    ) -> Self {
+        self.with(from.into(), to.into(), Some(Arc::new(upcast)))
+    }
+
+    fn with(mut self, from: String, to: String, upcast: Option<Arc<Upcast>>) -> Self {
+        self.rules.push(Rule { from, to, upcast });
+        self
+    }
+
+    fn rule(&self, from: &str) -> Option<&Rule> {
+        self.rules.iter().find(|rule| rule.from == from)
+    }
+
+    pub(super) fn concern(&self, variant: &str) -> bool {
+        self.rule(variant).is_some()
+    }
+
+    pub(super) fn old_names(&self) -> impl Iterator<Item = &str> {
+        self.rules.iter().map(|rule| &*rule.from)
+    }
+
+    /// Where the chain from `variant` ends. Each rule is taken once at most, so that a circle ends as well.
+    pub(super) fn today<'a>(&'a self, variant: &'a str) -> &'a str {
+        self.chain(variant).last().map_or(variant, |rule| &rule.to)
+    }
+
+    pub(super) fn apply<'a>(&'a self, variant: &'a str, payload: Value) -> Result<(&'a str, Value), String> {
+        self.chain(variant).try_fold((variant, payload), |(_, payload), rule| {
+            let payload = match &rule.upcast {
+                Some(upcast) => upcast(payload)?,
+                None => payload,
+            };
+            Ok((&*rule.to, payload))
+        })
+    }
+
+    fn chain<'a>(&'a self, variant: &'a str) -> impl Iterator<Item = &'a Rule> {
+        std::iter::successors(self.rule(variant), |rule| self.rule(&rule.to)).take(self.rules.len())
+    }
+}
+
+impl fmt::Debug for Upcasters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.rules.iter().map(|rule| format!("{} -> {}", rule.from, rule.to))).finish()
+    }
+}

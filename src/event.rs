@@ -1,0 +1,188 @@
+//! Events: what happened to one aggregate, and what everything else speaks about.
+//!
+//! A user's events are one serde enum per aggregate. The serde name of a variant, under the enum's category, *is* the
+//! event's name everywhere: in the store, on the bus, in filters and in tools. `#[serde(rename)]` pins a name,
+//! `#[serde(alias)]` keeps an old one readable, [`Upcasters`] turn old shapes into new ones.
+//!
+//! ```
+//! use serde::{Deserialize, Serialize};
+//! use storied::Event;
+//!
+//! #[derive(Debug, Serialize, Deserialize)]
+//! #[serde(rename_all = "snake_case")]
+//! enum OrderEvent {
+//!     Placed { customer: String },          // order.placed
+//!     #[serde(alias = "shipped")]
+//!     Dispatched,                           // order.dispatched, and order.shipped of old
+//! }
+//!
+//! impl Event for OrderEvent {
+//!     const CATEGORY: &'static str = "order";
+//! }
+//! ```
+
+mod metadata;
+mod name;
+mod stream;
+
+use std::fmt;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use uuid::Uuid;
+
+pub use self::metadata::Metadata;
+pub use self::name::{Category, EventName, InvalidName};
+pub use self::stream::StreamId;
+use crate::codec::{Codec, DecodeError, EventTypes, Upcasters};
+
+/// The events of one kind of aggregate: a serde enum in serde's default (externally tagged) form.
+///
+/// The enum's *variants* name the events, see the [module](self). What is not such an enum is refused with a typed
+/// error where the aggregate is registered, before anything is written.
+pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// The category of the streams that these events live in: one or more tokens of ASCII letters, digits, `_` and `-`,
+    /// separated by dots (`order`, `shop.order`). It is part of every stored event: changing it starts a new category.
+    const CATEGORY: &'static str;
+
+    /// How events that older versions of the program wrote become today's. None by default.
+    fn upcasters() -> Upcasters {
+        Upcasters::new()
+    }
+}
+
+/// A place in the log of one store. Strictly increasing, may have holes, starts above [`Position::START`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Position(u64);
+
+/// A place in one stream: 1, 2, 3 … without holes; [`Version::NONE`] is a stream without events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Version(u64);
+
+impl Position {
+    /// Before the first event.
+    pub const START: Position = Position(0);
+}
+
+impl Version {
+    /// The version of a stream that has no events.
+    pub const NONE: Version = Version(0);
+
+    /// The version of the event that follows this one.
+    #[must_use]
+    pub const fn next(self) -> Version {
+        Version(self.0 + 1)
+    }
+
+    /// The version `events` further on.
+    #[must_use]
+    pub const fn plus(self, events: u64) -> Version {
+        Version(self.0 + events)
+    }
+}
+
+macro_rules! number {
+    ($type:ident) => {
+        impl $type {
+            /// Wraps a number that was read from somewhere.
+            pub const fn new(value: u64) -> Self {
+                Self(value)
+            }
+
+            /// The plain number.
+            pub const fn get(self) -> u64 {
+                self.0
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+number!(Position);
+number!(Version);
+
+/// An event on its way into the log: encoded, named, but without position and version yet.
+#[derive(Debug, Clone)]
+pub struct NewEvent {
+    /// Identity of the event (UUIDv7). The store finds out by it whether an append of unknown outcome happened (I4).
+    pub id: Uuid,
+    /// `category.variant`.
+    pub name: EventName,
+    /// The encoded payload, see [`Codec`].
+    pub payload: Bytes,
+    /// The command that caused the event. Kept beside the metadata so that folding a stream needs no decoding of it.
+    pub command_id: Uuid,
+    /// Encoded [`Metadata`].
+    pub metadata: Bytes,
+}
+
+impl NewEvent {
+    /// Encodes `event` for a store that keeps payloads in `codec`, with a fresh id and command id.
+    ///
+    /// # Errors
+    /// When the event does not serialize, or is no externally tagged enum.
+    pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, crate::codec::EncodeError> {
+        let (name, payload) = EventTypes::of::<E>()?.encode(event, codec)?;
+        Ok(Self { id: Uuid::now_v7(), name, payload, command_id: Uuid::now_v7(), metadata: metadata.encode()? })
+    }
+}
+
+/// An event in the log.
+#[derive(Debug, Clone)]
+pub struct RecordedEvent {
+    /// Identity of the event (UUIDv7).
+    pub id: Uuid,
+    /// The stream that it belongs to.
+    pub stream: StreamId,
+    /// Its place in the stream.
+    pub version: Version,
+    /// Its place in the log.
+    pub position: Position,
+    /// `category.variant`, as it was written (an alias is not translated here, only in [`decode`](Self::decode)).
+    pub name: EventName,
+    /// How `payload` is encoded.
+    pub codec: Codec,
+    /// The encoded payload.
+    pub payload: Bytes,
+    /// The command that caused the event (causation).
+    pub command_id: Uuid,
+    /// Encoded [`Metadata`], decoded on demand because most readers never look.
+    pub metadata: Bytes,
+    /// When the store took it, by the store's clock.
+    pub recorded_at: DateTime<Utc>,
+}
+
+impl RecordedEvent {
+    /// The event as `E`, after upcasting.
+    ///
+    /// # Errors
+    /// When the event is of another category, its name is unknown to `E`, or its bytes do not decode. The error names
+    /// stream, version and event.
+    pub fn decode<E: Event>(&self) -> Result<E, DecodeError> {
+        EventTypes::of::<E>()
+            .map_err(|error| DecodeError::payload(self, error.to_string()))
+            .and_then(|types| types.decode(self))
+    }
+
+    /// The event as `E`, or `None` when it belongs to another category: for projections over several aggregates.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode), but for the category.
+    pub fn decode_if<E: Event>(&self) -> Result<Option<E>, DecodeError> {
+        if self.stream.category() == E::CATEGORY { self.decode().map(Some) } else { Ok(None) }
+    }
+
+    /// Correlation, trace context and the user's own map.
+    ///
+    /// # Errors
+    /// When the stored bytes are no metadata.
+    pub fn decode_metadata(&self) -> Result<Metadata, DecodeError> {
+        Metadata::decode(&self.metadata).map_err(|error| DecodeError::metadata(self, error))
+    }
+}

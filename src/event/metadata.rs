@@ -1,0 +1,64 @@
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::codec::EncodeError;
+
+/// What travels with every event beside its payload.
+///
+/// The command that caused an event stands beside the metadata, as
+/// [`RecordedEvent::command_id`](super::RecordedEvent::command_id). Stored as a CBOR map with the keys `correlation`,
+/// `traceparent`, `tracestate`, `user` and `reply`; absent values take no space, unknown keys are ignored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metadata {
+    /// What ties together everything that one request from outside set off. Absent: the command's own id.
+    #[serde(rename = "correlation", default, skip_serializing_if = "Option::is_none")]
+    pub correlation_id: Option<Uuid>,
+    /// W3C trace context: the `traceparent` header, unchanged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    /// W3C trace context: the `tracestate` header, unchanged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracestate: Option<String>,
+    /// The user's own entries: who asked, for which tenant, from where.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub user: BTreeMap<String, String>,
+    /// The encoded reply of the command, on its last event: a repeated command is answered with it (I8).
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "reply_bytes")]
+    pub(crate) reply: Option<Vec<u8>>,
+}
+
+impl Metadata {
+    /// The bytes that a store keeps.
+    ///
+    /// # Errors
+    /// Never in practice: every field serializes.
+    pub fn encode(&self) -> Result<Bytes, EncodeError> {
+        crate::codec::to_cbor(self).map(Bytes::from)
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote, or an older version of it.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
+        crate::codec::from_cbor(bytes)
+    }
+}
+
+/// serde writes a `Vec<u8>` as an array of numbers; CBOR has byte strings.
+mod reply_bytes {
+    use ciborium::Value;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(reply: &Option<Vec<u8>>, serializer: S) -> Result<S::Ok, S::Error> {
+        reply.as_ref().map(|bytes| Value::Bytes(bytes.clone())).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<u8>>, D::Error> {
+        match Option::<Value>::deserialize(deserializer)? {
+            Some(Value::Bytes(bytes)) => Ok(Some(bytes)),
+            None => Ok(None),
+            Some(_) => Err(serde::de::Error::custom("the reply is no byte string")),
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The port to the event store: an append-only log of streams, and the small amount of state that must live beside it
+//! (checkpoints, leases, snapshots, who is paused).
+//!
+//! Every back end keeps the same promises, and passes the same suite (`storied::testing::store`):
+//!
+//! - **I1** what [`EventStore::read_log`] has passed is complete: no event ever appears below
+//!   [`scanned_to`](LogPage::scanned_to);
+//! - **I2** versions of a stream are 1, 2, 3 …, an append that expected something else is refused without a trace;
+//! - **I3** an append is answered when it is durable;
+//! - **I4** an append whose commit got no answer is looked up before it is answered.
+//!
+//! The trait is object-safe (`Arc<dyn EventStore>`), so that no back end's type leaks into user code; one boxed future is
+//! nothing beside a commit. Unless a method says otherwise it is cancel-safe in this sense: a dropped call may or may not
+//! have taken effect, never half.
+
+mod append;
+mod error;
+mod filter;
+mod lease;
+//mod memory;
+mod progress;
+// mod writer;
+#[cfg(feature = "sqlite")]
+//mod sqlite;
+
+use std::future::Future;
+use std::pin::Pin;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend};
+pub use self::error::{AppendError, StoreError};
+pub use self::filter::Filter;
+pub use self::lease::{Lease, LeaseInfo};
+//pub use self::memory::MemoryStore;
+pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
+#[cfg(feature = "sqlite")]
+//pub use self::sqlite::{SqliteOptions, SqliteStore};
+//pub(crate) use self::writer::{Outcome, Writer, WriterOptions, WriterStatus};
+use crate::codec::Codec;
+use crate::event::{Position, RecordedEvent, StreamId, Version};
+
+/// What a port's method returns: a future that can be boxed, sent and held in a trait object.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Who a store is and what it can do; fixed while it is open.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct StoreInfo {
+    /// Made when the store was created. Checkpoints and mirrors carry it, so that a restored or another database is
+    /// noticed instead of mixed up.
+    pub id: Uuid,
+    /// How the store keeps payloads.
+    pub codec: Codec,
+    /// `memory`, `sqlite`, …
+    pub backend: &'static str,
+    /// How many append calls may usefully run at the same time. SQLite has one writer; PostgreSQL gains from two or more.
+    pub append_concurrency: usize,
+}
+
+impl StoreInfo {
+    /// For a back end's constructor. One append at a time, until
+    /// [`with_append_concurrency`](Self::with_append_concurrency) says otherwise.
+    pub fn new(backend: &'static str, id: Uuid, codec: Codec) -> Self {
+        Self { id, codec, backend, append_concurrency: 1 }
+    }
+
+    /// Sets [`append_concurrency`](Self::append_concurrency).
+    #[must_use]
+    pub fn with_append_concurrency(mut self, appends: usize) -> Self {
+        self.append_concurrency = appends;
+        self
+    }
+}
+
+/// Which part of the log to read next.
+#[derive(Debug, Clone)]
+pub struct ReadLog {
+    /// Events after this position.
+    pub after: Position,
+    /// Not beyond this position, if given: a bounded scan whose cost is fixed even when nothing matches.
+    pub upto: Option<Position>,
+    /// Only these events.
+    pub filter: Filter,
+    /// At most this many events; at least 1.
+    pub limit: usize,
+}
+
+impl ReadLog {
+    /// Everything after `position`, 1,000 events at a time.
+    pub fn after(position: Position) -> Self {
+        Self { after: position, upto: None, filter: Filter::all(), limit: 1_000 }
+    }
+
+    /// Sets [`upto`](Self::upto).
+    #[must_use]
+    pub fn upto(mut self, position: Position) -> Self {
+        self.upto = Some(position);
+        self
+    }
+
+    /// Sets [`filter`](Self::filter).
+    #[must_use]
+    pub fn filter(mut self, filter: Filter) -> Self {
+        self.filter = filter;
+        self
+    }
+
+    /// Sets [`limit`](Self::limit); 0 counts as 1.
+    #[must_use]
+    pub fn limit(mut self, limit: usize) -> Self {
+        self.limit = limit.max(1);
+        self
+    }
+}
+
+/// A page of the log, in log order.
+#[derive(Debug, Clone, Default)]
+pub struct LogPage {
+    /// The events that matched.
+    pub events: Vec<RecordedEvent>,
+    /// How far the scan got: every matching event up to here is in this page or an earlier one, for good. The position of
+    /// an event that exists (not necessarily one that matched), or `after` when there was none.
+    pub scanned_to: Position,
+    /// The last stable event of the log when the page was read (see [`EventStore::frontier`]).
+    pub head: Position,
+}
+
+impl LogPage {
+    /// Whether the log went on behind this page when it was read.
+    pub fn has_more(&self) -> bool {
+        self.scanned_to < self.head
+    }
+}
+
+/// A folded state, kept so that a long stream need not be folded from its start. A cache: losing one loses nothing.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// The version up to which events are folded in.
+    pub version: Version,
+    /// The schema revision of the state; another one is ignored by the reader.
+    pub revision: u32,
+    /// The encoded state.
+    pub state: Bytes,
+}
+
+/// An event store. See the [module](self) for its promises.
+pub trait EventStore: Send + Sync + 'static {
+    /// Who the store is.
+    fn info(&self) -> &StoreInfo;
+
+    /// Appends a batch: each [`Append`] succeeds or is refused alone, all or nothing within it. One answer for each, in
+    /// their order. An append may follow another on the same stream in one batch and is then decided after it.
+    ///
+    /// Answered when durable. Dropping the future does not say whether the append happened.
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>>;
+
+    /// One page of a stream: events after `after`, at most `limit`. Fewer than `limit` means that the stream ended there.
+    fn read_stream<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        after: Version,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>>;
+
+    /// One page of the log.
+    fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>>;
+
+    /// The position of the last event below which nothing new can ever appear; [`Position::START`] in an empty log.
+    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
+
+    /// Wakes readers of this process after it appended; carries the highest position. A hint: another process's appends
+    /// do not show here, so whoever waits also polls.
+    fn appended(&self) -> watch::Receiver<Position>;
+
+    /// How far `name` has got; the default checkpoint if it was never saved.
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+
+    /// Moves the checkpoint of `name` from exactly `from` to `to`, and parks an event with it, in one transaction.
+    fn save_checkpoint<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>>;
+
+    /// The events that `name` has parked, oldest first.
+    fn parked<'a>(&'a self, name: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
+
+    /// Forgets a parked event; whether there was one.
+    fn remove_parked<'a>(&'a self, name: &'a str, position: Position) -> BoxFuture<'a, Result<bool, StoreError>>;
+
+    /// Whether the projection `name` is to stand still, on every node.
+    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>>;
+
+    /// Remembers that the projection `name` is to stand still, or to go on.
+    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// Takes the lease `name` for `owner` if it is free, has run out, or is `owner`'s already; `None` if another holds it.
+    /// Time is the store's. Every new owner gets a higher epoch; taking one's own lease again keeps it.
+    fn acquire_lease<'a>(
+        &'a self,
+        name: &'a str,
+        owner: Uuid,
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
+
+    /// Prolongs a lease that is still one's own (same owner and epoch, not taken by another since).
+    fn renew_lease<'a>(
+        &'a self,
+        lease: &'a Lease,
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
+
+    /// Gives a lease back at once. Nothing happens if it is another's by now.
+    fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// All leases that were ever taken, by name.
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>>;
+
+    /// The snapshot of a stream, if there is one.
+    fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>>;
+
+    /// Replaces the snapshot of a stream, unless a newer one of the same revision is there.
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>>;
+}

@@ -1,0 +1,89 @@
+use std::error::Error;
+use std::sync::Arc;
+
+use super::append::Conflict;
+
+/// A failure of the store, not of what was asked of it. Cheap to clone: one failed transaction answers many callers.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The store cannot be reached or did not answer in time; nothing was written. Trying again later may help.
+    #[error("the event store is unavailable: {reason}")]
+    Unavailable {
+        /// What was tried and what happened.
+        reason: String,
+        /// The driver's error.
+        #[source]
+        source: Option<Arc<dyn Error + Send + Sync>>,
+    },
+    /// The commit got no answer and looking for the events failed too: they may or may not be in the log. Ask again with
+    /// the same event ids, or dispatch the same command id again.
+    #[error("it is unknown whether the append happened: {reason}; repeat the command with the same id to find out")]
+    OutcomeUnknown {
+        /// What happened.
+        reason: String,
+        /// The driver's error.
+        #[source]
+        source: Option<Arc<dyn Error + Send + Sync>>,
+    },
+    /// What was asked cannot be stored, whenever it is tried: empty, oversized, not encodable.
+    #[error("the event store refuses this: {reason}")]
+    Invalid {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The database is not the one, or not of the shape, that this program expects.
+    #[error("the event store does not fit this program: expected {expected}, found {found}; {advice}")]
+    Incompatible {
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+        /// What to do.
+        advice: String,
+    },
+    /// What was read cannot have been written by storied.
+    #[error("the event store holds something unreadable: {reason}")]
+    Corrupt {
+        /// Where and what.
+        reason: String,
+    },
+    /// The disk is full, the file read-only or damaged, rights are missing: a person has to act. Nothing was written.
+    #[error("the event store cannot write: {reason}")]
+    Storage {
+        /// What the database said.
+        reason: String,
+        /// The driver's error.
+        #[source]
+        source: Option<Arc<dyn Error + Send + Sync>>,
+    },
+}
+
+impl StoreError {
+    /// Whether the same call may succeed later without anybody doing anything.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. })
+    }
+
+    /// [`Unavailable`](Self::Unavailable), with the driver's error as source.
+    pub fn unavailable(reason: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
+        Self::Unavailable { reason: reason.into(), source: Some(Arc::new(source)) }
+    }
+
+    /// [`Storage`](Self::Storage), with the driver's error as source.
+    pub fn storage(reason: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
+        Self::Storage { reason: reason.into(), source: Some(Arc::new(source)) }
+    }
+}
+
+/// Why an append was not taken.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum AppendError {
+    /// A stream was not as expected; nothing of the append was written.
+    #[error(transparent)]
+    Conflict(#[from] Conflict),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
