@@ -1,0 +1,130 @@
+//! The port to the event bus: how what was committed reaches others, in log order.
+//!
+//! A bus never holds the truth: it is a fast copy of the log that may be late or, depending on the bus, lose something.
+//! What keeps that harmless is in the data. Everything travels as a [`LogBatch`], which says *between which positions it is
+//! complete*; a follower that sees the next batch start behind where the last one ended has found a hole, and reads it from
+//! the store ([`feed`](crate::feed)).
+
+mod local;
+
+use std::error::Error;
+use std::sync::Arc;
+
+pub use self::local::LocalBus;
+use crate::event::{Position, RecordedEvent};
+use crate::store::BoxFuture;
+
+/// A piece of the log: every event in `(after, upto]`, in log order. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct LogBatch {
+    /// The position before the piece.
+    pub after: Position,
+    /// The last position of the piece.
+    pub upto: Position,
+    /// All events in between; positions may have holes, so their number says nothing.
+    pub events: Arc<[RecordedEvent]>,
+}
+
+/// What a subscription yields.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum BusItem {
+    /// The next piece, not necessarily adjacent to the one before.
+    Batch(LogBatch),
+    /// A heartbeat: the publisher has come to this position. Shows a lost tail when no event follows it.
+    Head(Position),
+    /// Something may have been lost since the last item (a reconnect, an overflow).
+    Gap,
+}
+
+/// Whom a bus reaches, which decides who publishes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BusScope {
+    /// This process only: every node publishes to its own.
+    Process,
+    /// All nodes: one of them publishes, under the lease `publisher`.
+    Shared,
+}
+
+/// Where a bus that keeps what it was given ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MirrorEnd {
+    /// The position of its last event.
+    pub position: Position,
+    /// The bus's own number of that event.
+    pub sequence: u64,
+}
+
+/// Where publishing goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resume {
+    /// Behind this position: the bus is a mirror of the log and ends here.
+    After(MirrorEnd),
+    /// At the frontier of the log: the bus keeps nothing, and followers read the past from the store.
+    AtFrontier,
+}
+
+/// An event bus.
+pub trait EventBus: Send + Sync + 'static {
+    /// `local`, `nats-core`, `nats-jetstream`, …
+    fn name(&self) -> &'static str;
+
+    /// Whom it reaches.
+    fn scope(&self) -> BusScope;
+
+    /// Opens the writing side. One at a time publishes; a second one must be refused by the bus or be harmless (I7).
+    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>>;
+
+    /// Subscribes to the live continuation of the log. What is published after this returns is delivered, or reported as
+    /// [`BusItem::Gap`].
+    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
+}
+
+/// The writing side of a bus.
+pub trait BusPublisher: Send {
+    /// Where to go on. `known` is what the publisher remembers in the store of its last confirmed publish, for a mirror
+    /// that was emptied since.
+    fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;
+
+    /// Publishes the next piece; answers when the bus has confirmed all of it, with where the mirror ends now.
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>>;
+
+    /// Tells followers how far the log goes, when nothing was published for a while.
+    fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>>;
+}
+
+/// The reading side of a bus. Its buffer is bounded; a reader that is too slow gets [`BusItem::Gap`].
+pub trait BusSubscription: Send {
+    /// The next item. Cancel-safe: a dropped call loses nothing.
+    fn next(&mut self) -> BoxFuture<'_, Result<BusItem, BusError>>;
+}
+
+/// A failure of the bus. Events are safe in the store whatever happens here.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum BusError {
+    /// Not connected, or no answer in time; going on later may help.
+    #[error("the event bus is unavailable: {reason}")]
+    Unavailable {
+        /// What was tried and what happened.
+        reason: String,
+        /// The driver's error.
+        #[source]
+        source: Option<Arc<dyn Error + Send + Sync>>,
+    },
+    /// Another publisher is at work: the mirror does not end where this one left it.
+    #[error("somebody else publishes to the bus: {reason}")]
+    Fenced {
+        /// What was expected and what was found.
+        reason: String,
+    },
+    /// The bus is not configured as this program needs it; a person has to act.
+    #[error("the event bus does not fit this program: {reason}")]
+    Incompatible {
+        /// What differs and what to do.
+        reason: String,
+    },
+    /// The bus was shut down by its owner.
+    #[error("the event bus is closed")]
+    Closed,
+}
