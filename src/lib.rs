@@ -8,4 +8,4 @@ pub use ciborium;
 
 pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
 pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
-pub use self::store::{EventStore, Filter, StoreError};
+pub use self::store::{EventStore, Filter, MemoryStore, StoreError};

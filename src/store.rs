@@ -14,13 +14,14 @@
 //! have taken effect, never half.
 
 mod append;
+mod decide;
 mod error;
 mod filter;
 mod lease;
-//mod memory;
+mod memory;
 mod progress;
 // mod writer;
-#[cfg(feature = "sqlite")]
+//#[cfg(feature = "sqlite")]
 //mod sqlite;
 
 use std::future::Future;
@@ -34,9 +35,9 @@ pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend
 pub use self::error::{AppendError, StoreError};
 pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
-//pub use self::memory::MemoryStore;
+pub use self::memory::MemoryStore;
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
-#[cfg(feature = "sqlite")]
+//#[cfg(feature = "sqlite")]
 //pub use self::sqlite::{SqliteOptions, SqliteStore};
 //pub(crate) use self::writer::{Outcome, Writer, WriterOptions, WriterStatus};
 use crate::codec::Codec;
@@ -188,10 +189,18 @@ pub trait EventStore: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<(), CheckpointError>>;
 
     /// The events that `name` has parked, oldest first.
-    fn parked<'a>(&'a self, name: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
 
     /// Forgets a parked event; whether there was one.
-    fn remove_parked<'a>(&'a self, name: &'a str, position: Position) -> BoxFuture<'a, Result<bool, StoreError>>;
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
     /// Whether the projection `name` is to stand still, on every node.
     fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>>;
