@@ -1,11 +1,14 @@
 //! storied: an event-sourcing runtime.
 
+pub mod aggregate;
 pub mod codec;
+pub mod command;
 pub mod event;
 pub mod store;
 
 pub use ciborium;
 
+pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
 pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
 pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
-pub use self::store::{EventStore, Filter, StoreError};
+pub use self::store::{EventStore, ExpectedVersion, Filter, StoreError};

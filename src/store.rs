@@ -19,10 +19,9 @@ mod filter;
 mod lease;
 //mod memory;
 mod progress;
-// mod writer;
+mod writer;
 #[cfg(feature = "sqlite")]
 //mod sqlite;
-
 use std::future::Future;
 use std::pin::Pin;
 
@@ -38,7 +37,8 @@ pub use self::lease::{Lease, LeaseInfo};
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
 #[cfg(feature = "sqlite")]
 //pub use self::sqlite::{SqliteOptions, SqliteStore};
-//pub(crate) use self::writer::{Outcome, Writer, WriterOptions, WriterStatus};
+pub use self::writer::WriterStatus;
+pub(crate) use self::writer::{Chain, Outcome, Submission, Writer, WriterOptions};
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
@@ -188,10 +188,18 @@ pub trait EventStore: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<(), CheckpointError>>;
 
     /// The events that `name` has parked, oldest first.
-    fn parked<'a>(&'a self, name: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
 
     /// Forgets a parked event; whether there was one.
-    fn remove_parked<'a>(&'a self, name: &'a str, position: Position) -> BoxFuture<'a, Result<bool, StoreError>>;
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
     /// Whether the projection `name` is to stand still, on every node.
     fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>>;
