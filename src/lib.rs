@@ -11,4 +11,4 @@ pub use ciborium;
 pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
 pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
 pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
-pub use self::store::{EventStore, ExpectedVersion, Filter, StoreError};
+pub use self::store::{EventStore, ExpectedVersion, Filter, MemoryStore, StoreError};

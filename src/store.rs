@@ -14,14 +14,16 @@
 //! have taken effect, never half.
 
 mod append;
+mod decide;
 mod error;
 mod filter;
 mod lease;
-//mod memory;
+mod memory;
 mod progress;
-mod writer;
-#[cfg(feature = "sqlite")]
+//#[cfg(feature = "sqlite")]
 //mod sqlite;
+mod writer;
+
 use std::future::Future;
 use std::pin::Pin;
 
@@ -33,9 +35,9 @@ pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend
 pub use self::error::{AppendError, StoreError};
 pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
-//pub use self::memory::MemoryStore;
+pub use self::memory::MemoryStore;
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
-#[cfg(feature = "sqlite")]
+//#[cfg(feature = "sqlite")]
 //pub use self::sqlite::{SqliteOptions, SqliteStore};
 pub use self::writer::WriterStatus;
 pub(crate) use self::writer::{Chain, Outcome, Submission, Writer, WriterOptions};

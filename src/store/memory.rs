@@ -1,1 +1,342 @@
+//! The store without a database: for tests, and the plainest statement of what every back end does.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::decide::Decider;
+use super::{
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
+    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+};
+use crate::codec::Codec;
+use crate::event::{Position, RecordedEvent, StreamId, Version};
+
+/// An event store in this process's memory, with the same checks as the databases. Clones are handles to the same store;
+/// it is gone with the last of them.
+#[derive(Debug, Clone)]
+pub struct MemoryStore {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    info: StoreInfo,
+    /// Never held across an await.
+    data: Mutex<Data>,
+    appended: watch::Sender<Position>,
+}
+
+#[derive(Debug, Default)]
+struct Data {
+    /// The log; an event's position is its index + 1.
+    events: Vec<RecordedEvent>,
+    /// Indexes into the log; an event's version is its index + 1.
+    streams: HashMap<StreamId, Vec<usize>>,
+    checkpoints: HashMap<String, Checkpoint>,
+    parked: HashMap<String, BTreeMap<Position, ParkedEvent>>,
+    paused: BTreeSet<String>,
+    leases: BTreeMap<String, LeaseInfo>,
+    snapshots: HashMap<StreamId, Snapshot>,
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl MemoryStore {
+    /// An empty store that keeps payloads as CBOR.
+    pub fn new() -> Self {
+        Self::with_codec(Codec::default())
+    }
+
+    /// An empty store that keeps payloads in `codec`.
+    pub fn with_codec(codec: Codec) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                info: StoreInfo::new("memory", Uuid::new_v4(), codec),
+                data: Mutex::default(),
+                appended: watch::Sender::new(Position::START),
+            }),
+        }
+    }
+
+    fn data(&self) -> MutexGuard<'_, Data> {
+        // Nothing below can panic half-way through a change.
+        self.shared.data.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Data {
+    fn head(&self) -> Position {
+        Position::new(self.events.len() as u64)
+    }
+
+    fn append(&mut self, append: Append, codec: Codec) -> Result<Appended, AppendError> {
+        append.validate()?;
+        let versions = append
+            .streams
+            .iter()
+            .map(|part| {
+                let events = self.streams.get(&part.stream).map_or(0, Vec::len);
+                (part.stream.clone(), Version::new(events as u64))
+            })
+            .collect();
+        let mut decider = Decider::new(versions, self.head());
+        decider.check(&append)?;
+        let appended = decider.take(&append);
+        let recorded_at = Utc::now();
+        for part in append.streams {
+            let stream = self.streams.entry(part.stream.clone()).or_default();
+            for event in part.events {
+                stream.push(self.events.len());
+                self.events.push(RecordedEvent {
+                    id: event.id,
+                    stream: part.stream.clone(),
+                    version: Version::new(stream.len() as u64),
+                    position: Position::new(self.events.len() as u64 + 1),
+                    name: event.name,
+                    codec,
+                    payload: event.payload,
+                    command_id: event.command_id,
+                    metadata: event.metadata,
+                    recorded_at,
+                });
+            }
+        }
+        Ok(appended)
+    }
+
+    fn read_stream(&self, stream: &StreamId, after: Version, limit: usize) -> Vec<RecordedEvent> {
+        let Some(indexes) = self.streams.get(stream) else { return Vec::new() };
+        let after = index(after.get());
+        indexes.iter().skip(after).take(limit).filter_map(|&index| self.events.get(index)).cloned().collect()
+    }
+
+    fn read_log(&self, read: &ReadLog) -> LogPage {
+        let head = self.head();
+        let end = read.upto.map_or(head, |upto| upto.min(head));
+        let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
+        let range = index(read.after.get())..index(end.get());
+        for event in self.events.get(range).unwrap_or_default() {
+            if page.events.len() >= read.limit.max(1) {
+                return page;
+            }
+            page.scanned_to = event.position;
+            if read.filter.matches(event) {
+                page.events.push(event.clone());
+            }
+        }
+        page
+    }
+
+    fn save_checkpoint(
+        &mut self,
+        name: &str,
+        expected: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> Result<(), CheckpointError> {
+        let found = self.checkpoints.get(name).copied().unwrap_or_default();
+        if found != expected || to.epoch < found.epoch {
+            return Err(CheckpointError::Stale { name: name.to_owned(), expected, found });
+        }
+        self.checkpoints.insert(name.to_owned(), to);
+        if let Some(event) = parked {
+            self.parked.entry(name.to_owned()).or_default().insert(event.position, event);
+        }
+        Ok(())
+    }
+
+    fn acquire_lease(&mut self, name: &str, owner: Uuid, ttl: Duration) -> Option<Lease> {
+        let now = Utc::now();
+        let epoch = match self.leases.get(name) {
+            None => 1,
+            Some(info) if info.lease.owner == owner => info.lease.epoch,
+            Some(info) if info.expires_at <= now => info.lease.epoch + 1,
+            Some(_) => return None,
+        };
+        let lease = Lease { name: name.to_owned(), owner, epoch };
+        self.leases.insert(name.to_owned(), LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl) });
+        Some(lease)
+    }
+
+    /// The lease as it is stored, if it is still `lease`'s and was not given back.
+    fn held(&mut self, lease: &Lease) -> Option<&mut LeaseInfo> {
+        self.leases
+            .get_mut(&lease.name)
+            .filter(|info| info.lease == *lease && info.expires_at > DateTime::UNIX_EPOCH)
+    }
+
+    fn save_snapshot(&mut self, stream: &StreamId, snapshot: Snapshot) {
+        let newer = self
+            .snapshots
+            .get(stream)
+            .is_some_and(|old| old.revision == snapshot.revision && old.version > snapshot.version);
+        if !newer {
+            self.snapshots.insert(stream.clone(), snapshot);
+        }
+    }
+}
+
+/// A position or version as an index; one that no memory has room for is behind everything.
+fn index(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
+}
+
+/// `ttl` after `now`, or the end of time.
+fn later(now: DateTime<Utc>, ttl: Duration) -> DateTime<Utc> {
+    chrono::TimeDelta::from_std(ttl)
+        .ok()
+        .and_then(|ttl| now.checked_add_signed(ttl))
+        .unwrap_or(DateTime::<Utc>::MAX_UTC)
+}
+
+impl EventStore for MemoryStore {
+    fn info(&self) -> &StoreInfo {
+        &self.shared.info
+    }
+
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
+        Box::pin(async move {
+            let mut data = self.data();
+            let answers =
+                batch.into_iter().map(|append| data.append(append, self.shared.info.codec)).collect();
+            let head = data.head();
+            drop(data);
+            self.shared.appended.send_if_modified(|known| {
+                let news = head > *known;
+                *known = head.max(*known);
+                news
+            });
+            answers
+        })
+    }
+
+    fn read_stream<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        after: Version,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
+        Box::pin(async move { Ok(self.data().read_stream(stream, after, limit)) })
+    }
+
+    fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
+        Box::pin(async move { Ok(self.data().read_log(&read)) })
+    }
+
+    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        Box::pin(async move { Ok(self.data().head()) })
+    }
+
+    fn appended(&self) -> watch::Receiver<Position> {
+        self.shared.appended.subscribe()
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move { Ok(self.data().checkpoints.get(name).copied().unwrap_or_default()) })
+    }
+
+    fn save_checkpoint<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move { self.data().save_checkpoint(name, from, to, parked) })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        Box::pin(async move {
+            let data = self.data();
+            Ok(data
+                .parked
+                .get(name)
+                .map(|parked| parked.values().take(limit).cloned().collect())
+                .unwrap_or_default())
+        })
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            let mut data = self.data();
+            Ok(data.parked.get_mut(name).is_some_and(|parked| parked.remove(&position).is_some()))
+        })
+    }
+
+    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move { Ok(self.data().paused.contains(name)) })
+    }
+
+    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let mut data = self.data();
+            if paused {
+                data.paused.insert(name.to_owned());
+            } else {
+                data.paused.remove(name);
+            }
+            Ok(())
+        })
+    }
+
+    fn acquire_lease<'a>(
+        &'a self,
+        name: &'a str,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        Box::pin(async move { Ok(self.data().acquire_lease(name, owner, ttl)) })
+    }
+
+    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            let mut data = self.data();
+            Ok(data.held(lease).map(|info| info.expires_at = later(Utc::now(), ttl)).is_some())
+        })
+    }
+
+    fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            if let Some(info) = self.data().held(lease) {
+                info.expires_at = DateTime::UNIX_EPOCH;
+            }
+            Ok(())
+        })
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
+        Box::pin(async move { Ok(self.data().leases.values().cloned().collect()) })
+    }
+
+    fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
+        Box::pin(async move { Ok(self.data().snapshots.get(stream).cloned()) })
+    }
+
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            self.data().save_snapshot(stream, snapshot);
+            Ok(())
+        })
+    }
+}
