@@ -9,3 +9,5 @@ pub use ciborium;
 pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
 pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
 pub use self::store::{EventStore, Filter, MemoryStore, StoreError};
+#[cfg(feature = "sqlite")]
+pub use self::store::{SqliteOptions, SqliteStore};

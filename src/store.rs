@@ -21,8 +21,8 @@ mod lease;
 mod memory;
 mod progress;
 // mod writer;
-//#[cfg(feature = "sqlite")]
-//mod sqlite;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -37,8 +37,8 @@ pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
 pub use self::memory::MemoryStore;
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
-//#[cfg(feature = "sqlite")]
-//pub use self::sqlite::{SqliteOptions, SqliteStore};
+#[cfg(feature = "sqlite")]
+pub use self::sqlite::{SqliteOptions, SqliteStore};
 //pub(crate) use self::writer::{Outcome, Writer, WriterOptions, WriterStatus};
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
