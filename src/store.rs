@@ -20,8 +20,8 @@ mod filter;
 mod lease;
 mod memory;
 mod progress;
-//#[cfg(feature = "sqlite")]
-//mod sqlite;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 mod writer;
 
 use std::future::Future;
@@ -37,8 +37,8 @@ pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
 pub use self::memory::MemoryStore;
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
-//#[cfg(feature = "sqlite")]
-//pub use self::sqlite::{SqliteOptions, SqliteStore};
+#[cfg(feature = "sqlite")]
+pub use self::sqlite::{SqliteOptions, SqliteStore};
 pub use self::writer::WriterStatus;
 pub(crate) use self::writer::{Chain, Outcome, Submission, Writer, WriterOptions};
 use crate::codec::Codec;
