@@ -155,8 +155,9 @@ fn template() -> PathBuf {
     let version = program("postgres").arg("--version").output().expect("PostgreSQL's version").stdout;
     let version = String::from_utf8_lossy(&version).split_whitespace().nth(2).expect("a version").to_owned();
     let owner = user.as_ref().map_or_else(nix::unistd::geteuid, |user| user.uid);
-    let name =
-        |what| Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("postgres-{version}-{owner}{what}"));
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    fs::create_dir_all(cache).expect("cargo's directory for the files of tests");
+    let name = |what| cache.join(format!("postgres-{version}-{owner}{what}"));
     let template = name("");
 
     let lock = File::create(name(".lock")).expect("a lock file");
