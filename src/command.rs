@@ -186,7 +186,7 @@ impl<A: Aggregate> Execute<A> {
             deadline,
             now: Utc::now(),
             attempts: 0,
-            permit,
+            _permit: permit,
             reply: reply.into(),
         };
         router.route(stream, order)?;

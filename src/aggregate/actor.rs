@@ -38,7 +38,7 @@ pub(crate) struct Order<A: Aggregate> {
     /// How often it was decided.
     pub(crate) attempts: u32,
     /// Its place in the router's limit of commands under way; given back with the answer.
-    pub(crate) permit: OwnedSemaphorePermit,
+    pub(crate) _permit: OwnedSemaphorePermit,
     pub(crate) reply: RpcReplyPort<Answer<A>>,
 }
 
