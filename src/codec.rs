@@ -146,3 +146,21 @@ pub(crate) fn from_cbor<T: DeserializeOwned>(mut bytes: &[u8]) -> Result<T, Stri
     let value = ciborium::from_reader(&mut bytes).map_err(|error| error.to_string())?;
     if bytes.is_empty() { Ok(value) } else { Err(format!("{} bytes too many", bytes.len())) }
 }
+
+/// A `Vec<u8>` field as a CBOR byte string; serde alone would write an array of numbers.
+pub(crate) mod byte_string {
+    use ciborium::Value;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(bytes)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::Bytes(bytes) => Ok(bytes),
+            _ => Err(D::Error::custom("expected a byte string")),
+        }
+    }
+}

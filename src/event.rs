@@ -127,9 +127,19 @@ impl NewEvent {
     ///
     /// # Errors
     /// When the event does not serialize, or is no externally tagged enum.
-    pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, crate::codec::EncodeError> {
+    pub fn encode<E: Event>(
+        event: &E,
+        codec: Codec,
+        metadata: &Metadata,
+    ) -> Result<Self, crate::codec::EncodeError> {
         let (name, payload) = EventTypes::of::<E>()?.encode(event, codec)?;
-        Ok(Self { id: Uuid::now_v7(), name, payload, command_id: Uuid::now_v7(), metadata: metadata.encode()? })
+        Ok(Self {
+            id: Uuid::now_v7(),
+            name,
+            payload,
+            command_id: Uuid::now_v7(),
+            metadata: metadata.encode()?,
+        })
     }
 }
 

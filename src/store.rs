@@ -20,9 +20,9 @@ mod filter;
 mod lease;
 mod memory;
 mod progress;
-// mod writer;
-//#[cfg(feature = "sqlite")]
-//mod sqlite;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+mod writer;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -37,9 +37,10 @@ pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
 pub use self::memory::MemoryStore;
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
-//#[cfg(feature = "sqlite")]
-//pub use self::sqlite::{SqliteOptions, SqliteStore};
-//pub(crate) use self::writer::{Outcome, Writer, WriterOptions, WriterStatus};
+#[cfg(feature = "sqlite")]
+pub use self::sqlite::{SqliteOptions, SqliteStore};
+pub use self::writer::WriterStatus;
+pub(crate) use self::writer::{Chain, Outcome, Submission, Writer, WriterOptions};
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 

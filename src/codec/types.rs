@@ -86,7 +86,11 @@ impl EventTypes {
     }
 
     /// The name and payload of an event.
-    pub(crate) fn encode<E: Event>(&self, event: &E, codec: Codec) -> Result<(EventName, Bytes), EncodeError> {
+    pub(crate) fn encode<E: Event>(
+        &self,
+        event: &E,
+        codec: Codec,
+    ) -> Result<(EventName, Bytes), EncodeError> {
         let (variant, payload) = match codec {
             Codec::Cbor => split_cbor(super::to_cbor(event)?),
             Codec::Json => split_json(serde_json::to_vec(event).map_err(|error| EncodeError::Serialize {
@@ -104,7 +108,10 @@ impl EventTypes {
             None => {
                 return Err(EncodeError::NoEnum {
                     type_name: type_name::<E>(),
-                    reason: format!("it writes a variant {:?} that it does not read", variant.as_ref() as &str),
+                    reason: format!(
+                        "it writes a variant {:?} that it does not read",
+                        variant.as_ref() as &str
+                    ),
                 });
             }
         };
@@ -128,7 +135,8 @@ impl EventTypes {
         if !self.names.contains_key(variant) {
             return Err(DecodeError::new(event, DecodeErrorKind::UnknownName));
         }
-        decode_variant(variant, &event.payload, event.codec).map_err(|reason| DecodeError::payload(event, reason))
+        decode_variant(variant, &event.payload, event.codec)
+            .map_err(|reason| DecodeError::payload(event, reason))
     }
 
     #[cold]
@@ -145,7 +153,8 @@ impl EventTypes {
         if !self.names.contains_key(variant) {
             return Err(DecodeError::new(event, DecodeErrorKind::UnknownName));
         }
-        let payload = super::to_cbor(&value).map_err(|error| DecodeError::payload(event, error.to_string()))?;
+        let payload =
+            super::to_cbor(&value).map_err(|error| DecodeError::payload(event, error.to_string()))?;
         decode_variant(variant, &payload, Codec::Cbor).map_err(|reason| DecodeError::payload(event, reason))
     }
 }
@@ -327,7 +336,9 @@ impl<'de> EnumAccess<'de> for Probe {
     type Variant = Self;
 
     fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Found> {
-        let Probe::Identity(name) = self else { return Err(Found::Other("it is not read as an enum".into())) };
+        let Probe::Identity(name) = self else {
+            return Err(Found::Other("it is not read as an enum".into()));
+        };
         let variant = seed.deserialize(IntoDeserializer::<Found>::into_deserializer(name))?;
         let mut hasher = DefaultHasher::new();
         std::mem::discriminant(&variant).hash(&mut hasher);
@@ -350,7 +361,11 @@ impl<'de> de::VariantAccess<'de> for Probe {
         Err(Found::Other("it has content without a name".into()))
     }
 
-    fn struct_variant<V: Visitor<'de>>(self, _fields: &'static [&'static str], _visitor: V) -> Result<V::Value, Found> {
+    fn struct_variant<V: Visitor<'de>>(
+        self,
+        _fields: &'static [&'static str],
+        _visitor: V,
+    ) -> Result<V::Value, Found> {
         Err(Found::Other("it has content without a name".into()))
     }
 }

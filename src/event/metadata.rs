@@ -25,9 +25,9 @@ pub struct Metadata {
     /// The user's own entries: who asked, for which tenant, from where.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub user: BTreeMap<String, String>,
-    /// The encoded reply of the command, on its last event: a repeated command is answered with it (I8).
-    #[serde(default, skip_serializing_if = "Option::is_none", with = "reply_bytes")]
-    pub(crate) reply: Option<Vec<u8>>,
+    /// The encoded reply of the command, on its last event: a repeated command is answered with it (I8). Empty: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "crate::codec::byte_string")]
+    pub(crate) reply: Vec<u8>,
 }
 
 impl Metadata {
@@ -42,23 +42,5 @@ impl Metadata {
     /// Reads what [`encode`](Self::encode) wrote, or an older version of it.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         crate::codec::from_cbor(bytes)
-    }
-}
-
-/// serde writes a `Vec<u8>` as an array of numbers; CBOR has byte strings.
-mod reply_bytes {
-    use ciborium::Value;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(reply: &Option<Vec<u8>>, serializer: S) -> Result<S::Ok, S::Error> {
-        reply.as_ref().map(|bytes| Value::Bytes(bytes.clone())).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<u8>>, D::Error> {
-        match Option::<Value>::deserialize(deserializer)? {
-            Some(Value::Bytes(bytes)) => Ok(Some(bytes)),
-            None => Ok(None),
-            Some(_) => Err(serde::de::Error::custom("the reply is no byte string")),
-        }
     }
 }

@@ -78,7 +78,10 @@ impl Append {
                 return invalid(format!("an append to {} has no events", part.stream));
             }
             if self.streams[..index].iter().any(|other| other.stream == part.stream) {
-                return invalid(format!("an append names {} twice; put its events into one part", part.stream));
+                return invalid(format!(
+                    "an append names {} twice; put its events into one part",
+                    part.stream
+                ));
             }
         }
         Ok(())
@@ -96,7 +99,9 @@ pub struct Appended {
 
 /// A stream was not as an append expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("conflict on {stream}: expected {expected}, found version {actual}; read what happened since and decide again")]
+#[error(
+    "conflict on {stream}: expected {expected}, found version {actual}; read what happened since and decide again"
+)]
 pub struct Conflict {
     /// Which stream.
     pub stream: StreamId,

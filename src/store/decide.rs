@@ -5,7 +5,7 @@ use crate::event::{Position, StreamId, Version};
 
 /// What an append is decided against, and what the appends before it in the same batch have already taken. Back ends that
 /// give out positions themselves share it, so that they cannot disagree.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Decider {
     /// The versions of every stream that the batch names; a stream that is not here has no events.
     versions: HashMap<StreamId, Version>,

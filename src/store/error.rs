@@ -18,7 +18,9 @@ pub enum StoreError {
     },
     /// The commit got no answer and looking for the events failed too: they may or may not be in the log. Ask again with
     /// the same event ids, or dispatch the same command id again.
-    #[error("it is unknown whether the append happened: {reason}; repeat the command with the same id to find out")]
+    #[error(
+        "it is unknown whether the append happened: {reason}; repeat the command with the same id to find out"
+    )]
     OutcomeUnknown {
         /// What happened.
         reason: String,

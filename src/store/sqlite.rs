@@ -1,1 +1,455 @@
+//! The embedded event store: one SQLite file, one connection that writes, several that read.
+//!
+//! SQLite lets one transaction write at a time, in all processes together, and the append takes that lock before it looks
+//! for the last position. So transactions commit in the order of their positions, and the last visible event is the
+//! frontier (I1). The write-ahead log is synced at every commit (I3), and keeps readers and the writer out of each
+//! other's way.
 
+mod append;
+mod connection;
+mod error;
+pub(crate) mod progress;
+mod read;
+mod schema;
+mod state;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use sqlx::ConnectOptions;
+use sqlx::pool::PoolConnection;
+use sqlx::sqlite::{
+    Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
+    SqliteSynchronous,
+};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use self::append::Written;
+use self::connection::{Failure, Writer};
+use self::error::failed;
+use super::{
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
+    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+};
+use crate::codec::Codec;
+use crate::event::{Position, RecordedEvent, StreamId, Version};
+
+/// How rows travel from the connection's thread: in bursts of this many, so that the threads rarely wait for each other.
+const ROWS_IN_FLIGHT: usize = 512;
+
+/// How a [`SqliteStore`] is opened.
+#[derive(Debug, Clone)]
+pub struct SqliteOptions {
+    path: PathBuf,
+    create_if_missing: bool,
+    codec: Codec,
+    readers: u32,
+    busy_timeout: Duration,
+    acquire_timeout: Duration,
+}
+
+impl SqliteOptions {
+    /// The store in the file at `path`.
+    pub fn new(path: impl AsRef<Path>) -> Self {
+        Self {
+            path: path.as_ref().to_owned(),
+            create_if_missing: true,
+            codec: Codec::default(),
+            readers: 4,
+            busy_timeout: Duration::from_secs(5),
+            acquire_timeout: Duration::from_secs(30),
+        }
+    }
+
+    /// Whether to create the file if it is not there. Default: yes. Its directory must exist.
+    #[must_use]
+    pub fn create_if_missing(mut self, create: bool) -> Self {
+        self.create_if_missing = create;
+        self
+    }
+
+    /// How payloads are kept. A store remembers it from its creation on, and is opened with nothing else. Default: CBOR.
+    #[must_use]
+    pub fn codec(mut self, codec: Codec) -> Self {
+        self.codec = codec;
+        self
+    }
+
+    /// How many connections read at the same time, each with a thread of its own; at least 1. Default: 4.
+    #[must_use]
+    pub fn readers(mut self, readers: u32) -> Self {
+        self.readers = readers.max(1);
+        self
+    }
+
+    /// How long to wait for the write lock while another process holds it. Default: 5 s.
+    #[must_use]
+    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
+        self.busy_timeout = timeout;
+        self
+    }
+
+    /// How long a call waits for the calls of this process before it. Default: 30 s.
+    #[must_use]
+    pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
+        self.acquire_timeout = timeout;
+        self
+    }
+
+    /// Opens the store, creating or migrating its tables. Any number of processes may do so at once.
+    ///
+    /// # Errors
+    /// `Incompatible` when the file is no database, was made by a newer storied or with another codec; `Storage` when it
+    /// cannot be opened or written; `Unavailable` when others keep it locked.
+    pub async fn open(self) -> Result<SqliteStore, StoreError> {
+        let memory = ["", ":memory:"].iter().any(|name| self.path.as_os_str() == *name);
+        if memory {
+            let reason = format!("{:?} names no file; use MemoryStore for a store in memory", self.path);
+            return Err(StoreError::Invalid { reason });
+        }
+        let shared = SqliteConnectOptions::new()
+            .filename(&self.path)
+            .busy_timeout(self.busy_timeout)
+            .row_buffer_size(ROWS_IN_FLIGHT)
+            .disable_statement_logging();
+        let writing = shared
+            .clone()
+            .create_if_missing(self.create_if_missing)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            // On macOS a plain fsync leaves data in the drive's cache; elsewhere this changes nothing.
+            .pragma("fullfsync", "ON");
+        let (connection, id) = self.prepare(&writing).await?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(self.readers)
+            .acquire_timeout(self.acquire_timeout)
+            .test_before_acquire(false)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .connect_lazy_with(shared.pragma("query_only", "ON"));
+        let head = read::frontier(&readers).await?;
+        Ok(SqliteStore {
+            shared: Arc::new(Shared {
+                info: StoreInfo::new("sqlite", id, self.codec),
+                writer: Writer::new(writing, self.acquire_timeout, connection),
+                readers,
+                appended: watch::Sender::new(head),
+            }),
+        })
+    }
+
+    /// The first connection, and the identity of what is behind it.
+    async fn prepare(&self, options: &SqliteConnectOptions) -> Result<(SqliteConnection, Uuid), StoreError> {
+        let give_up = Instant::now() + self.busy_timeout;
+        loop {
+            let attempt = async {
+                let doing = format!("opening {}", self.path.display());
+                let mut connection = options.connect().await.map_err(|error| failed(&doing, error))?;
+                let id = schema::prepare(&mut connection, self.codec).await?;
+                Ok((connection, id))
+            };
+            match attempt.await {
+                // Turning a new file into WAL mode does not wait for others who do the same.
+                Err(StoreError::Unavailable { .. }) if Instant::now() < give_up => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                result => return result,
+            }
+        }
+    }
+}
+
+/// An event store in a SQLite file. Clones are handles to the same connections; several processes may open the same file
+/// (not over a network file system).
+///
+/// ```no_run
+/// # async fn example() -> Result<(), storied::StoreError> {
+/// use storied::SqliteStore;
+///
+/// let store = SqliteStore::open("shop.db").await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct SqliteStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    info: StoreInfo,
+    writer: Writer,
+    readers: SqlitePool,
+    appended: watch::Sender<Position>,
+}
+
+impl fmt::Debug for SqliteStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteStore").field("info", &self.shared.info).finish_non_exhaustive()
+    }
+}
+
+impl SqliteStore {
+    /// Opens the store at `path`, creating it if need be, with the defaults of [`SqliteOptions`].
+    ///
+    /// # Errors
+    /// See [`SqliteOptions::open`].
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        SqliteOptions::new(path).open().await
+    }
+
+    async fn append_batch(&self, batch: Vec<Append>) -> Vec<Result<Appended, AppendError>> {
+        let mut answers = Vec::with_capacity(batch.len());
+        let mut valid = Vec::with_capacity(batch.len());
+        for append in batch {
+            match append::check(&append) {
+                Ok(()) => {
+                    answers.push(None);
+                    valid.push(append);
+                }
+                Err(error) => answers.push(Some(Err(error.into()))),
+            }
+        }
+        if valid.is_empty() {
+            return answers.into_iter().flatten().collect();
+        }
+        let written = self.write(valid).await;
+        let mut written = match written {
+            Ok(written) => {
+                self.announce(&written);
+                Ok(written.into_iter())
+            }
+            Err(error) => Err(error),
+        };
+        let missing = || AppendError::Store(StoreError::Corrupt { reason: "an append got no answer".into() });
+        answers
+            .into_iter()
+            .map(|answer| match (answer, &mut written) {
+                (Some(refused), _) => refused,
+                (None, Ok(written)) => written.next().unwrap_or_else(|| Err(missing())),
+                (None, Err(error)) => Err(error.clone().into()),
+            })
+            .collect()
+    }
+
+    async fn write(&self, batch: Vec<Append>) -> Result<Vec<Result<Appended, AppendError>>, StoreError> {
+        let result: Result<Written, Failure<Written, StoreError>> = self
+            .shared
+            .writer
+            .transaction("appending events", move |connection| {
+                Box::pin(async move { append::write(connection, &batch).await })
+            })
+            .await;
+        let (error, written) = match result {
+            Ok(written) => return Ok(written.answers),
+            Err(Failure::Commit(error, written)) => (error, written),
+            Err(failure) => return Err(failure.into_error()),
+        };
+        // A commit that failed has not happened, says SQLite. It costs little not to take its word for it (I4).
+        let Some((position, id)) = written.proof else { return Ok(written.answers) };
+        match read::is_at(&self.shared.readers, position, id).await {
+            Ok(true) => {
+                tracing::warn!(%error, %position, "a commit reported an error, but the events are in the log");
+                Ok(written.answers)
+            }
+            Ok(false) => Err(error),
+            Err(lookup) => Err(StoreError::OutcomeUnknown {
+                reason: format!("{error}; and then: {lookup}"),
+                source: Some(Arc::new(error)),
+            }),
+        }
+    }
+
+    /// Tells this process's readers how far the log goes now.
+    fn announce(&self, written: &[Result<Appended, AppendError>]) {
+        let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
+        let Some(&last) = last else { return };
+        self.shared.appended.send_if_modified(|known| {
+            let news = last > *known;
+            *known = last.max(*known);
+            news
+        });
+    }
+
+    async fn reader(&self, doing: &str) -> Result<PoolConnection<Sqlite>, StoreError> {
+        self.shared.readers.acquire().await.map_err(|error| failed(doing, error))
+    }
+
+    /// A transaction of which it does not matter how a failed commit ended: the caller asks again.
+    async fn transaction<T, E, W>(&self, doing: &'static str, work: W) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+        W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, Result<T, E>> + Send + 'static,
+    {
+        self.shared.writer.transaction(doing, work).await.map_err(Failure::into_error)
+    }
+}
+
+impl EventStore for SqliteStore {
+    fn info(&self) -> &StoreInfo {
+        &self.shared.info
+    }
+
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
+        Box::pin(self.append_batch(batch))
+    }
+
+    fn read_stream<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        after: Version,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
+        Box::pin(read::stream(&self.shared.readers, self.shared.info.codec, stream, after, limit))
+    }
+
+    fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
+        Box::pin(async move { read::log(&self.shared.readers, self.shared.info.codec, &read).await })
+    }
+
+    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        Box::pin(read::frontier(&self.shared.readers))
+    }
+
+    fn appended(&self) -> watch::Receiver<Position> {
+        self.shared.appended.subscribe()
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move {
+            let mut connection = self.reader("reading a checkpoint").await?;
+            progress::checkpoint(&mut connection, name, self.shared.info.id).await
+        })
+    }
+
+    fn save_checkpoint<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        let (name, store) = (name.to_owned(), self.shared.info.id);
+        Box::pin(self.transaction("saving a checkpoint", move |connection| {
+            Box::pin(async move {
+                progress::save(connection, &name, store, from, to).await?;
+                if let Some(event) = parked {
+                    progress::park(connection, &name, &event).await?;
+                }
+                Ok(())
+            })
+        }))
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        Box::pin(async move {
+            let mut connection = self.reader("reading parked events").await?;
+            progress::parked(&mut connection, name, limit).await
+        })
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        let name = name.to_owned();
+        Box::pin(self.transaction("removing a parked event", move |connection| {
+            Box::pin(async move { progress::unpark(connection, &name, position).await })
+        }))
+    }
+
+    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(state::paused(&self.shared.readers, name))
+    }
+
+    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
+        let name = name.to_owned();
+        Box::pin(self.transaction("pausing or resuming", move |connection| {
+            Box::pin(async move { state::set_paused(connection, &name, paused).await })
+        }))
+    }
+
+    fn acquire_lease<'a>(
+        &'a self,
+        name: &'a str,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        let name = name.to_owned();
+        Box::pin(self.transaction("acquiring a lease", move |connection| {
+            Box::pin(state::acquire_lease(connection, name, owner, ttl))
+        }))
+    }
+
+    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
+        let lease = lease.clone();
+        Box::pin(self.transaction("renewing a lease", move |connection| {
+            Box::pin(async move { state::renew_lease(connection, &lease, ttl).await })
+        }))
+    }
+
+    fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
+        let lease = lease.clone();
+        Box::pin(self.transaction("releasing a lease", move |connection| {
+            Box::pin(async move { state::release_lease(connection, &lease).await })
+        }))
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
+        Box::pin(state::leases(&self.shared.readers))
+    }
+
+    fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
+        Box::pin(state::snapshot(&self.shared.readers, stream))
+    }
+
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        let stream = stream.clone();
+        Box::pin(self.transaction("saving a snapshot", move |connection| {
+            Box::pin(async move { state::save_snapshot(connection, &stream, &snapshot).await })
+        }))
+    }
+}
+
+/// SQLite has no unsigned numbers. Nothing that is stored comes near the end of the signed ones.
+fn to_sql(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn from_sql(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}
+
+/// Now, in microseconds since 1970.
+fn now() -> i64 {
+    Utc::now().timestamp_micros()
+}
+
+fn time(micros: i64) -> DateTime<Utc> {
+    DateTime::from_timestamp_micros(micros).unwrap_or(DateTime::<Utc>::MAX_UTC)
+}
+
+/// A list as one parameter, for `json_each`: the statement stays the same however long the list is.
+fn json_list<'a>(items: impl IntoIterator<Item = &'a str>) -> String {
+    serde_json::Value::from_iter(items).to_string()
+}
+
+/// Streams as `[[category, id], …]`, for `json_each`.
+fn json_streams<'a>(streams: impl IntoIterator<Item = &'a StreamId>) -> String {
+    serde_json::Value::from_iter(streams.into_iter().map(|stream| vec![stream.category(), stream.id()]))
+        .to_string()
+}

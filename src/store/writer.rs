@@ -1,1 +1,370 @@
+//! The group-commit writer: what all aggregates of a process append goes through here, as many appends in one
+//! transaction as wait for it.
+//!
+//! There is no timer: a transaction takes what has gathered while the one before it was on its way, so a lone append
+//! never waits and a busy store gets large transactions. A stream is in at most one transaction in flight; what follows
+//! on it gathers for the next one. An append that fails takes those with it that were decided on its events, and nobody
+//! else.
 
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::append::{Append, ExpectedVersion};
+use super::error::{AppendError, StoreError};
+use super::{Appended, EventStore};
+use crate::event::{NewEvent, Position, StreamId, Version};
+
+/// Limits of the writer.
+#[derive(Debug, Clone)]
+pub(crate) struct WriterOptions {
+    /// How many events one transaction takes at most (a single append may be larger and then travels alone).
+    pub(crate) batch_events: usize,
+    /// How many payload and metadata bytes, likewise.
+    pub(crate) batch_bytes: usize,
+    /// How many appends may wait; beyond it, submitting waits.
+    pub(crate) queue: usize,
+}
+
+impl Default for WriterOptions {
+    fn default() -> Self {
+        Self { batch_events: 512, batch_bytes: 1 << 20, queue: 4_096 }
+    }
+}
+
+/// What became of one append.
+pub(crate) type Outcome = Result<Written, AppendError>;
+
+/// A durable append.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Written {
+    /// The position of its last event.
+    pub(crate) position: Position,
+}
+
+/// Ties appends together that were decided one upon the other, before the first was durable. When one of them fails, the
+/// writer breaks the chain, and refuses what was decided on it even if its expected version should happen to be right: it
+/// was decided on events that never happened.
+#[derive(Debug, Clone)]
+pub(crate) struct Chain(Arc<AtomicBool>);
+
+impl Chain {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+
+    fn holds(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn cut(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+/// One append to one stream, at exactly `expected`.
+pub(crate) struct Submission {
+    pub(crate) stream: StreamId,
+    pub(crate) expected: Version,
+    pub(crate) events: Vec<NewEvent>,
+    pub(crate) chain: Chain,
+    /// Called once, from the writer's task: must not block.
+    pub(crate) done: Box<dyn FnOnce(Outcome) + Send>,
+}
+
+impl Submission {
+    fn bytes(&self) -> usize {
+        self.events.iter().map(|event| event.payload.len() + event.metadata.len() + 64).sum()
+    }
+}
+
+/// Counters of a writer, for the status.
+#[derive(Debug, Default)]
+struct Counters {
+    transactions: AtomicU64,
+    appends: AtomicU64,
+    events: AtomicU64,
+    conflicts: AtomicU64,
+    failures: AtomicU64,
+}
+
+/// What the writer has done since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WriterStatus {
+    /// Append calls to the store: one transaction each.
+    pub transactions: u64,
+    /// Appends that became durable.
+    pub appends: u64,
+    /// Events that became durable.
+    pub events: u64,
+    /// Appends refused because the stream had moved on.
+    pub conflicts: u64,
+    /// Appends that failed because the store did.
+    pub failures: u64,
+    /// Appends waiting to be taken up.
+    pub queued: usize,
+}
+
+/// The handle that aggregates submit through; cheap to clone. The task ends when the last handle is gone and everything
+/// submitted is answered.
+#[derive(Clone)]
+pub(crate) struct Writer {
+    submissions: mpsc::Sender<Submission>,
+    counters: Arc<Counters>,
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writer").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+impl Writer {
+    /// Starts the writer of a store. Must be called within a tokio runtime.
+    pub(crate) fn start(store: Arc<dyn EventStore>, options: WriterOptions) -> Self {
+        let (submissions, receiver) = mpsc::channel(options.queue.max(1));
+        let counters = Arc::new(Counters::default());
+        let concurrency = store.info().append_concurrency.max(1);
+        let task = Task {
+            store,
+            options,
+            concurrency,
+            counters: counters.clone(),
+            streams: HashMap::new(),
+            ready: VecDeque::new(),
+            waiting: 0,
+            running: JoinSet::new(),
+        };
+        tokio::spawn(task.run(receiver));
+        Self { submissions, counters }
+    }
+
+    /// Hands an append over. Waits while the queue is full. `done` is called in any case, unless this returns the
+    /// submission because the writer is gone.
+    pub(crate) async fn submit(&self, submission: Submission) -> Result<(), Submission> {
+        self.submissions.send(submission).await.map_err(|error| error.0)
+    }
+
+    pub(crate) fn status(&self) -> WriterStatus {
+        let counters = &self.counters;
+        WriterStatus {
+            transactions: counters.transactions.load(Ordering::Relaxed),
+            appends: counters.appends.load(Ordering::Relaxed),
+            events: counters.events.load(Ordering::Relaxed),
+            conflicts: counters.conflicts.load(Ordering::Relaxed),
+            failures: counters.failures.load(Ordering::Relaxed),
+            queued: self.submissions.max_capacity() - self.submissions.capacity(),
+        }
+    }
+}
+
+/// What waits on one stream.
+#[derive(Default)]
+struct StreamQueue {
+    waiting: VecDeque<Submission>,
+    /// In a transaction right now: what arrives has to wait for its end.
+    in_flight: bool,
+}
+
+/// A transaction's end: what was in it, with the store's answers.
+type Finished = (Vec<Vec<Submission>>, Vec<Result<Appended, AppendError>>);
+
+struct Task {
+    store: Arc<dyn EventStore>,
+    options: WriterOptions,
+    /// How many transactions may be in flight.
+    concurrency: usize,
+    counters: Arc<Counters>,
+    /// Only streams with something waiting or in flight; empty entries are removed.
+    streams: HashMap<StreamId, StreamQueue>,
+    /// Streams that have something waiting and are not in flight, oldest first.
+    ready: VecDeque<StreamId>,
+    /// Submissions in `streams`, which bounds what is taken from the channel.
+    waiting: usize,
+    running: JoinSet<Finished>,
+}
+
+impl Task {
+    async fn run(mut self, mut submissions: mpsc::Receiver<Submission>) {
+        let mut open = true;
+        while open || self.waiting > 0 || !self.running.is_empty() {
+            while self.running.len() < self.concurrency && !self.ready.is_empty() {
+                self.start_transaction();
+            }
+            tokio::select! {
+                submission = submissions.recv(), if open && self.waiting < self.options.queue => match submission {
+                    Some(submission) => {
+                        self.enqueue(submission);
+                        // Everything that is already there belongs into the same transaction.
+                        while self.waiting < self.options.queue {
+                            let Ok(submission) = submissions.try_recv() else { break };
+                            self.enqueue(submission);
+                        }
+                    }
+                    None => open = false,
+                },
+                Some(finished) = self.running.join_next() => match finished {
+                    Ok((submissions, answers)) => self.finish(submissions, answers),
+                    // `append_all` contains the store's panics; only a runtime that shuts down cancels it, and then
+                    // nobody is left to answer.
+                    Err(error) => tracing::error!(%error, "an append was cancelled"),
+                },
+            }
+        }
+    }
+
+    fn enqueue(&mut self, submission: Submission) {
+        let queue = self.streams.entry(submission.stream.clone()).or_default();
+        if queue.waiting.is_empty() && !queue.in_flight {
+            self.ready.push_back(submission.stream.clone());
+        }
+        queue.waiting.push_back(submission);
+        self.waiting += 1;
+    }
+
+    fn start_transaction(&mut self) {
+        let mut events = 0;
+        let mut bytes = 0;
+        let mut batch: Vec<Vec<Submission>> = Vec::new();
+        while let Some(stream) = self.ready.front() {
+            let Some(queue) = self.streams.get_mut(stream) else {
+                self.ready.pop_front();
+                continue;
+            };
+            let mut taken: Vec<Submission> = Vec::new();
+            while let Some(next) = queue.waiting.front() {
+                if !next.chain.holds() {
+                    let Some(refused) = queue.waiting.pop_front() else { break };
+                    self.waiting -= 1;
+                    refuse(refused, &self.counters);
+                    continue;
+                }
+                let (size, length) = (next.bytes(), next.events.len());
+                let fits =
+                    events + length <= self.options.batch_events && bytes + size <= self.options.batch_bytes;
+                let first = batch.is_empty() && taken.is_empty();
+                // Decided one upon the other, or they cannot be one append.
+                let continues = taken
+                    .last()
+                    .is_none_or(|last| last.expected.plus(last.events.len() as u64) == next.expected);
+                if !(fits || first) || !continues {
+                    break;
+                }
+                events += length;
+                bytes += size;
+                taken.extend(queue.waiting.pop_front());
+                self.waiting -= 1;
+            }
+            if taken.is_empty() {
+                if queue.waiting.is_empty() {
+                    let stream = self.ready.pop_front();
+                    stream.map(|stream| self.streams.remove(&stream));
+                    continue;
+                }
+                break; // full
+            }
+            queue.in_flight = true;
+            self.ready.pop_front();
+            batch.push(taken);
+        }
+        if !batch.is_empty() {
+            self.counters.transactions.fetch_add(1, Ordering::Relaxed);
+            self.running.spawn(append_all(self.store.clone(), batch));
+        }
+    }
+
+    fn finish(&mut self, batch: Vec<Vec<Submission>>, answers: Vec<Result<Appended, AppendError>>) {
+        for (submissions, answer) in batch.into_iter().zip(answers) {
+            let Some(stream) = submissions.first().map(|first| first.stream.clone()) else { continue };
+            self.answer(submissions, answer);
+            let Some(queue) = self.streams.get_mut(&stream) else { continue };
+            queue.in_flight = false;
+            if queue.waiting.is_empty() {
+                self.streams.remove(&stream);
+            } else {
+                self.ready.push_back(stream);
+            }
+        }
+    }
+
+    fn answer(&self, submissions: Vec<Submission>, answer: Result<Appended, AppendError>) {
+        match answer {
+            Ok(appended) => {
+                let mut end = 0;
+                for submission in submissions {
+                    end += submission.events.len();
+                    self.counters.appends.fetch_add(1, Ordering::Relaxed);
+                    self.counters.events.fetch_add(submission.events.len() as u64, Ordering::Relaxed);
+                    // The store gives a position for every event; a back end that does not is broken.
+                    let position = appended.positions.get(end - 1).copied();
+                    (submission.done)(position.map(|position| Written { position }).ok_or_else(|| {
+                        StoreError::Corrupt { reason: "the store did not say where it put the events".into() }
+                            .into()
+                    }));
+                }
+            }
+            Err(error) => {
+                let counter = match &error {
+                    AppendError::Conflict(_) => &self.counters.conflicts,
+                    AppendError::Store(_) => &self.counters.failures,
+                };
+                // First, so that nothing of the same chain is taken up between the answers.
+                for submission in &submissions {
+                    submission.chain.cut();
+                }
+                for submission in submissions {
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    (submission.done)(Err(error.clone()));
+                }
+            }
+        }
+    }
+}
+
+/// Answers an append whose chain was cut before it was taken up.
+fn refuse(submission: Submission, counters: &Counters) {
+    counters.conflicts.fetch_add(1, Ordering::Relaxed);
+    let conflict = super::Conflict {
+        stream: submission.stream,
+        expected: ExpectedVersion::Exact(submission.expected),
+        // What the stream is at is unknown here; the one ahead of this append was told.
+        actual: Version::NONE,
+    };
+    (submission.done)(Err(conflict.into()));
+}
+
+async fn append_all(store: Arc<dyn EventStore>, batch: Vec<Vec<Submission>>) -> Finished {
+    let mut appends = Vec::with_capacity(batch.len());
+    for submissions in &batch {
+        let Some(first) = submissions.first() else { continue };
+        let events = submissions.iter().flat_map(|submission| submission.events.iter().cloned()).collect();
+        appends.push(Append::one(first.stream.clone(), ExpectedVersion::Exact(first.expected), events));
+    }
+    let expected = appends.len();
+    let answers = tokio::spawn(async move { store.append(appends).await }).await;
+    let answers = match answers {
+        Ok(answers) if answers.len() == expected => answers,
+        Ok(answers) => failed(expected, format!("{} answers to {expected} appends", answers.len())),
+        Err(error) => failed(expected, format!("the back end panicked: {error}")),
+    };
+    (batch, answers)
+}
+
+fn failed(appends: usize, reason: String) -> Vec<Result<Appended, AppendError>> {
+    vec![Err(StoreError::OutcomeUnknown { reason, source: None }.into()); appends]
+}
+
+impl fmt::Debug for Submission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Submission")
+            .field("stream", &self.stream)
+            .field("expected", &self.expected)
+            .field("events", &self.events.len())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,466 @@
+//! The actor of one live aggregate: folds, decides ahead of the disk, replies when durable.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::fold::{CommandRecord, Folded, panic_message};
+use super::options::AggregateOptions;
+use super::router::Load;
+use super::{Aggregate, Context, ExecuteError, Receipt};
+use crate::codec::{EncodeError, EventTypes, to_cbor};
+use crate::event::{Metadata, NewEvent, StreamId, Version};
+use crate::store::{AppendError, Chain, EventStore, ExpectedVersion, Outcome, Submission, Writer};
+
+/// CBOR's null: a reply without content (`()`), which is not stored.
+const NO_REPLY: [u8; 1] = [0xf6];
+
+/// A receipt, or why there is none.
+pub(crate) type Answer<A> = Result<Receipt<<A as Aggregate>::Reply>, ExecuteError<<A as Aggregate>::Error>>;
+
+/// A command on its way, with everything that has to survive being decided again.
+pub(crate) struct Order<A: Aggregate> {
+    pub(crate) command: A::Command,
+    pub(crate) command_id: Uuid,
+    pub(crate) metadata: Metadata,
+    /// What the caller expects of the aggregate's version.
+    pub(crate) expected: ExpectedVersion,
+    /// When the caller stops waiting: a command that was not decided by then is dropped, and never takes effect.
+    pub(crate) deadline: Instant,
+    /// When it arrived: the clock of its decisions.
+    pub(crate) now: DateTime<Utc>,
+    /// How often it was decided.
+    pub(crate) attempts: u32,
+    /// Its place in the router's limit of commands under way; given back with the answer.
+    pub(crate) _permit: OwnedSemaphorePermit,
+    pub(crate) reply: RpcReplyPort<Answer<A>>,
+}
+
+/// What the actors of one kind of aggregate share.
+pub(super) struct Shared<A: Aggregate> {
+    pub(super) store: Arc<dyn EventStore>,
+    pub(super) writer: Writer,
+    pub(super) options: AggregateOptions<A>,
+    pub(super) types: Arc<EventTypes>,
+}
+
+pub(super) enum AggregateMessage<A: Aggregate> {
+    /// Decide on a command. `Load` counts it as under way on this aggregate until it is dropped.
+    Execute(Order<A>, Load),
+    /// The writer answered the oldest append that it has of this actor.
+    Written(Outcome),
+}
+
+pub(super) struct AggregateActor<A: Aggregate> {
+    pub(super) shared: Arc<Shared<A>>,
+    pub(super) stream: StreamId,
+}
+
+pub(super) struct AggregateState<A: Aggregate> {
+    /// The state, with the speculation of `pending` folded in as far as a later decision needed it. `None` before the
+    /// first command and after something made it useless: the next decision folds the stream.
+    folded: Option<Folded<A>>,
+    /// Decided and not yet answered, in order. Their appends are with the writer.
+    pending: VecDeque<Pending<A>>,
+    /// What the appends in `pending` have in common: when one fails, the writer refuses the rest.
+    chain: Chain,
+    /// Something in `pending` failed, or the user's code panicked: nothing is decided until the rest is answered.
+    broken: bool,
+    /// To be decided again, because the speculation under them was wrong.
+    again: VecDeque<(Order<A>, Load)>,
+    /// Arrived while `broken`; decided after `again`.
+    waiting: VecDeque<(Order<A>, Load)>,
+    /// An encoded state, waiting for its version to become durable.
+    staged: Option<(Version, Vec<u8>)>,
+}
+
+/// A decided command.
+struct Pending<A: Aggregate> {
+    order: Order<A>,
+    load: Load,
+    decided: Decided<A>,
+    /// The same command dispatched again meanwhile: gets the same answer.
+    repeated: Vec<(Order<A>, Load)>,
+}
+
+enum Decided<A: Aggregate> {
+    /// Events, on their way into the store. `folded`: already in the state.
+    Events { events: Vec<A::Event>, first: Version, last: Version, reply: A::Reply, folded: bool },
+    /// No events: answered when everything that the decision was made on, up to `version`, is durable.
+    Answer { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
+}
+
+impl<A: Aggregate> Actor for AggregateActor<A> {
+    type Msg = AggregateMessage<A>;
+    type State = AggregateState<A>;
+    type Arguments = ();
+
+    async fn pre_start(&self, _: ActorRef<Self::Msg>, (): ()) -> Result<Self::State, ActorProcessingErr> {
+        Ok(AggregateState {
+            folded: None,
+            pending: VecDeque::new(),
+            chain: Chain::new(),
+            broken: false,
+            again: VecDeque::new(),
+            waiting: VecDeque::new(),
+            staged: None,
+        })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            AggregateMessage::Execute(order, load) if state.broken => state.waiting.push_back((order, load)),
+            AggregateMessage::Execute(order, load) => self.execute(&myself, order, load, state).await,
+            AggregateMessage::Written(outcome) => self.written(outcome, state),
+        }
+        // Also after `execute`: a panic with nothing under way leaves nobody to wait for.
+        while state.broken && state.pending.is_empty() {
+            self.mend(&myself, state).await;
+        }
+        Ok(())
+    }
+}
+
+impl<A: Aggregate> AggregateActor<A> {
+    async fn execute(
+        &self,
+        myself: &ActorRef<AggregateMessage<A>>,
+        mut order: Order<A>,
+        load: Load,
+        state: &mut AggregateState<A>,
+    ) {
+        if order.deadline <= Instant::now() {
+            let reason = "it was not decided before its deadline and has been dropped".to_owned();
+            return answer(
+                order.reply,
+                Err(ExecuteError::OutcomeUnknown { command_id: order.command_id, reason }),
+            );
+        }
+        if let Some(pending) = state.pending.iter_mut().find(|pending| {
+            pending.order.command_id == order.command_id && matches!(pending.decided, Decided::Events { .. })
+        }) {
+            return pending.repeated.push((order, load));
+        }
+        let folded = match &mut state.folded {
+            Some(folded) => folded,
+            none => match Folded::load(&*self.shared.store, &self.stream, &self.shared.options).await {
+                Ok(loaded) => {
+                    let folded = none.insert(loaded);
+                    // A long stream was folded from far back: the next time need not.
+                    stage_snapshot(&self.shared.options, &mut state.staged, folded);
+                    self.take_snapshot(folded, &mut state.staged);
+                    folded
+                }
+                Err(error) => return answer(order.reply, Err(error.into_execute(&self.stream))),
+            },
+        };
+        if let Some(record) = folded.commands.get(&order.command_id) {
+            let repeated = self.repeat(&order, record).await;
+            return answer(order.reply, repeated);
+        }
+        // The decision is made on everything decided so far, durable or not.
+        for pending in &mut state.pending {
+            if let Decided::Events { events, folded: done @ false, .. } = &mut pending.decided {
+                if folded.fold(events.iter()).is_err() {
+                    state.folded = None;
+                    state.broken = true;
+                    return state.waiting.push_back((order, load));
+                }
+                *done = true;
+                stage_snapshot(&self.shared.options, &mut state.staged, folded);
+            }
+        }
+        order.attempts += 1;
+        let (decided, events) = match self.decide(&order, folded) {
+            Ok(decided) => decided,
+            // The user's code is at fault, whatever becomes of the speculation.
+            Err(error) => {
+                if matches!(error, ExecuteError::Panicked { .. }) {
+                    state.folded = None;
+                    state.broken = true;
+                }
+                return answer(order.reply, Err(error));
+            }
+        };
+        let expected = folded.version;
+        let pending = Pending { order, load, decided, repeated: Vec::new() };
+        if events.is_empty() {
+            if state.pending.is_empty() {
+                self.settle(pending, folded);
+            } else {
+                state.pending.push_back(pending);
+            }
+            return;
+        }
+        state.pending.push_back(pending);
+        let actor = myself.clone();
+        let submission = Submission {
+            stream: self.stream.clone(),
+            expected,
+            events,
+            chain: state.chain.clone(),
+            done: Box::new(move |outcome| {
+                // An actor that is gone was killed at the end of a shutdown; its callers have their answer.
+                let _ = actor.cast(AggregateMessage::Written(outcome));
+            }),
+        };
+        if self.shared.writer.submit(submission).await.is_err() {
+            if let Some(pending) = state.pending.pop_back() {
+                answer(pending.order.reply, Err(ExecuteError::ShuttingDown));
+            }
+        }
+    }
+
+    /// Lets the user's code decide, and encodes what it decided.
+    #[allow(clippy::type_complexity, reason = "two parts that go two ways")]
+    fn decide(
+        &self,
+        order: &Order<A>,
+        folded: &Folded<A>,
+    ) -> Result<(Decided<A>, Vec<NewEvent>), ExecuteError<A::Error>> {
+        let version = folded.version;
+        let without_events = |result| Ok((Decided::Answer { version, result }, Vec::new()));
+        if !order.expected.allows(version) {
+            return without_events(Err(ExecuteError::ExpectedVersion {
+                stream: self.stream.clone(),
+                expected: order.expected,
+                actual: version,
+            }));
+        }
+        let context =
+            Context::new(&self.stream, folded.version, order.command_id, &order.metadata, order.now);
+        let decision = catch_unwind(AssertUnwindSafe(|| folded.state.handle(&order.command, &context)))
+            .map_err(|panic| ExecuteError::Panicked {
+                stream: self.stream.clone(),
+                message: panic_message(&*panic),
+            })?;
+        let decision = match decision {
+            Ok(decision) if decision.events.is_empty() => return without_events(Ok(decision.reply)),
+            Ok(decision) => decision,
+            Err(rejection) => return without_events(Err(ExecuteError::Rejected(rejection))),
+        };
+        let encoded = self.encode(order, &decision.events, &decision.reply)?;
+        let decided = Decided::Events {
+            first: version.next(),
+            last: version.plus(decision.events.len() as u64),
+            events: decision.events,
+            reply: decision.reply,
+            folded: false,
+        };
+        Ok((decided, encoded))
+    }
+
+    fn encode(
+        &self,
+        order: &Order<A>,
+        events: &[A::Event],
+        reply: &A::Reply,
+    ) -> Result<Vec<NewEvent>, EncodeError> {
+        let codec = self.shared.store.info().codec;
+        let metadata = order.metadata.encode()?;
+        let mut encoded = Vec::with_capacity(events.len());
+        for event in events {
+            let (name, payload) = self.shared.types.encode(event, codec)?;
+            encoded.push(NewEvent {
+                id: Uuid::now_v7(),
+                name,
+                payload,
+                command_id: order.command_id,
+                metadata: metadata.clone(),
+            });
+        }
+        let reply = to_cbor(reply)?;
+        if reply != NO_REPLY
+            && let Some(last) = encoded.last_mut()
+        {
+            last.metadata = Metadata { reply, ..order.metadata.clone() }.encode()?;
+        }
+        Ok(encoded)
+    }
+
+    /// Takes the writer's answer to the oldest append.
+    fn written(&self, outcome: Outcome, state: &mut AggregateState<A>) {
+        // Whatever is ahead of the append was decided without events, and is settled by the append before it.
+        let Some(pending) = state.pending.pop_front() else { return };
+        match outcome {
+            Ok(written) => {
+                let Decided::Events { events, first, last, folded: done, .. } = &pending.decided else {
+                    return;
+                };
+                let (id, first, last) = (pending.order.command_id, *first, *last);
+                if let Some(folded) = &mut state.folded {
+                    if *done || folded.fold(events.iter()).is_ok() {
+                        folded.durable(id, first, last, written.position);
+                        stage_snapshot(&self.shared.options, &mut state.staged, folded);
+                        if state.staged.as_ref().is_some_and(|(version, _)| *version == last) {
+                            self.take_snapshot(folded, &mut state.staged);
+                        }
+                    } else {
+                        // The events are durable and their receipt is due, but the state is of no use any more.
+                        state.folded = None;
+                        state.broken = true;
+                    }
+                }
+                self.receipt(pending, CommandRecord { first, last, position: written.position });
+            }
+            Err(AppendError::Conflict(_)) => {
+                state.broken = true;
+                state.again.push_back((pending.order, pending.load));
+                state.again.extend(pending.repeated);
+            }
+            Err(AppendError::Store(error)) => {
+                state.broken = true;
+                for (order, _load) in std::iter::once((pending.order, pending.load)).chain(pending.repeated) {
+                    let id = order.command_id;
+                    answer(order.reply, Err(ExecuteError::from_store(error.clone(), id)));
+                }
+            }
+        }
+        // What was decided without events behind the append is as durable as the append, or as wrong.
+        while let Some(Pending { decided: Decided::Answer { .. }, .. }) = state.pending.front() {
+            let Some(next) = state.pending.pop_front() else { break };
+            match &state.folded {
+                Some(folded) if !state.broken => self.settle(next, folded),
+                _ => state.again.push_back((next.order, next.load)),
+            }
+        }
+    }
+
+    /// Answers a command that was decided without events, on a state that is durable.
+    fn settle(&self, pending: Pending<A>, folded: &Folded<A>) {
+        let Pending { order, decided, .. } = pending;
+        let Decided::Answer { version, result } = decided else { return };
+        let result = result.map(|reply| Receipt {
+            command_id: order.command_id,
+            stream: self.stream.clone(),
+            version,
+            position: folded.position,
+            events: 0,
+            reply,
+            duplicate: false,
+        });
+        answer(order.reply, result);
+    }
+
+    /// Answers a command whose events are durable, and whoever asked for the same one.
+    fn receipt(&self, pending: Pending<A>, record: CommandRecord) {
+        let Pending { order, decided, repeated, .. } = pending;
+        let Decided::Events { reply, .. } = decided else { return };
+        let copies: Vec<_> =
+            if repeated.is_empty() { Vec::new() } else { vec![to_cbor(&reply); repeated.len()] };
+        for ((order, _load), copy) in repeated.into_iter().zip(copies) {
+            let copy = copy.map_err(ExecuteError::from).and_then(|bytes| {
+                crate::codec::from_cbor(&bytes).map_err(|reason| unreadable_reply(&self.stream, reason))
+            });
+            answer(order.reply, copy.map(|reply| record.receipt(order.command_id, &self.stream, reply)));
+        }
+        let mut receipt = record.receipt(order.command_id, &self.stream, reply);
+        receipt.duplicate = false;
+        answer(order.reply, Ok(receipt));
+    }
+
+    /// The first receipt of a command that took effect before: its reply is with its last event.
+    async fn repeat(&self, order: &Order<A>, record: CommandRecord) -> Answer<A> {
+        let before = Version::new(record.last.get() - 1);
+        let events =
+            self.shared.store.read_stream(&self.stream, before, 1).await.map_err(ExecuteError::Store)?;
+        let stored = match events.first() {
+            Some(event) => event.decode_metadata()?.reply,
+            None => Vec::new(),
+        };
+        let reply = crate::codec::from_cbor(if stored.is_empty() { &NO_REPLY } else { &stored })
+            .map_err(|reason| unreadable_reply(&self.stream, reason))?;
+        Ok(record.receipt(order.command_id, &self.stream, reply))
+    }
+
+    /// Nothing is under way any more: throws away what was speculated, and decides what waits on what really happened.
+    async fn mend(&self, myself: &ActorRef<AggregateMessage<A>>, state: &mut AggregateState<A>) {
+        state.broken = false;
+        state.chain = Chain::new();
+        state.staged = None;
+        // Where nothing was folded ahead of the disk, only what others wrote is missing.
+        let clean = state.folded.take().filter(|folded| !folded.speculated());
+        if let Some(mut folded) = clean {
+            // On an error the next decision folds the stream, and reports the error if it still is one.
+            if folded.catch_up(&*self.shared.store, &self.stream).await.is_ok() {
+                state.folded = Some(folded);
+            }
+        }
+        let mut orders = std::mem::take(&mut state.again);
+        orders.append(&mut state.waiting);
+        while let Some((order, load)) = orders.pop_front() {
+            if state.broken {
+                state.waiting.push_back((order, load));
+            } else if order.attempts >= self.shared.options.attempts {
+                let attempts = order.attempts;
+                answer(order.reply, Err(ExecuteError::Contended { stream: self.stream.clone(), attempts }));
+            } else {
+                self.execute(myself, order, load, state).await;
+            }
+        }
+    }
+
+    /// Writes the staged snapshot, off the actor's path.
+    fn take_snapshot(&self, folded: &mut Folded<A>, staged: &mut Option<(Version, Vec<u8>)>) {
+        let (Some((version, bytes)), Some(snapshots)) = (staged.take(), &self.shared.options.snapshots)
+        else {
+            return;
+        };
+        folded.snapshot = version;
+        let (store, stream) = (self.shared.store.clone(), self.stream.clone());
+        match folded.pack(version, snapshots.revision, bytes) {
+            Ok(snapshot) => {
+                tokio::spawn(async move {
+                    if let Err(error) = store.save_snapshot(&stream, snapshot).await {
+                        tracing::warn!(%stream, %version, %error, "a snapshot was not saved; the next one will be");
+                    }
+                });
+            }
+            Err(error) => tracing::warn!(%stream, %version, %error, "a snapshot cannot be encoded"),
+        }
+    }
+}
+
+/// Encodes the state when it is far enough from its last snapshot. It may be speculated: it is kept until durable.
+fn stage_snapshot<A: Aggregate>(
+    options: &AggregateOptions<A>,
+    staged: &mut Option<(Version, Vec<u8>)>,
+    folded: &mut Folded<A>,
+) {
+    let Some(snapshots) = &options.snapshots else { return };
+    if staged.is_some() || folded.version.get() < folded.snapshot.get() + snapshots.every {
+        return;
+    }
+    let encoded = catch_unwind(AssertUnwindSafe(|| (snapshots.encode)(&folded.state)))
+        .unwrap_or_else(|panic| Err(panic_message(&*panic)));
+    match encoded {
+        Ok(bytes) => *staged = Some((folded.version, bytes)),
+        Err(error) => {
+            tracing::warn!(%error, "the state of an aggregate cannot be encoded; no snapshot");
+            // Not again with every event.
+            folded.snapshot = folded.version;
+        }
+    }
+}
+
+fn unreadable_reply<E>(stream: &StreamId, reason: String) -> ExecuteError<E> {
+    ExecuteError::Store(crate::store::StoreError::Corrupt {
+        reason: format!("the stored reply of a command on {stream} does not decode: {reason}"),
+    })
+}
+
+/// A caller that has gone away needs no answer.
+fn answer<A>(port: RpcReplyPort<A>, answer: A) {
+    let _ = port.send(answer);
+}

@@ -1,0 +1,278 @@
+//! An aggregate's folded state: the user's state, its version, and the commands that led there lately.
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::options::{AggregateOptions, Snapshotting};
+use super::outcome::FoldError;
+use super::{Aggregate, Receipt};
+use crate::codec::from_cbor;
+use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::store::{EventStore, Snapshot, StoreError};
+
+/// How many events of a stream are in memory at a time while it is folded.
+const PAGE: usize = 2_000;
+
+/// The state of an aggregate as of a version.
+pub(super) struct Folded<A> {
+    pub(super) state: A,
+    /// The last event folded into `state`.
+    pub(super) version: Version,
+    /// The last event in `state` that is durable; what is beyond is speculation.
+    durable: Version,
+    /// The position of that event.
+    pub(super) position: Position,
+    /// Durable commands only.
+    pub(super) commands: RecentCommands,
+    /// The version of the newest snapshot that was read or taken.
+    pub(super) snapshot: Version,
+}
+
+impl<A: Aggregate> Folded<A> {
+    /// Folds a stream: its snapshot if there is a usable one, then the rest.
+    pub(super) async fn load(
+        store: &dyn EventStore,
+        stream: &StreamId,
+        options: &AggregateOptions<A>,
+    ) -> Result<Self, FoldError> {
+        let mut folded = match &options.snapshots {
+            Some(snapshots) => Self::from_snapshot(store, stream, snapshots, options.command_window).await,
+            None => None,
+        }
+        .unwrap_or_else(|| Self {
+            state: A::default(),
+            version: Version::NONE,
+            durable: Version::NONE,
+            position: Position::START,
+            commands: RecentCommands::new(options.command_window),
+            snapshot: Version::NONE,
+        });
+        folded.catch_up(store, stream).await?;
+        Ok(folded)
+    }
+
+    async fn from_snapshot(
+        store: &dyn EventStore,
+        stream: &StreamId,
+        snapshots: &Snapshotting<A>,
+        window: usize,
+    ) -> Option<Self> {
+        // A snapshot is a cache: whatever is wrong with it, the stream is the truth and is folded from its start.
+        let snapshot = match store.snapshot(stream).await {
+            Ok(snapshot) => snapshot?,
+            Err(error) => {
+                tracing::warn!(%stream, %error, "the snapshot cannot be read; folding the whole stream");
+                return None;
+            }
+        };
+        if snapshot.revision != snapshots.revision {
+            tracing::debug!(%stream, revision = snapshot.revision, "ignoring a snapshot of another revision");
+            return None;
+        }
+        let unpacked = from_cbor::<Packed>(&snapshot.state).and_then(|packed| {
+            Ok(((snapshots.decode)(&packed.state)?, packed.position, packed.commands(window)?))
+        });
+        match unpacked {
+            Ok((state, position, commands)) => {
+                let version = snapshot.version;
+                Some(Self { state, version, durable: version, position, commands, snapshot: version })
+            }
+            Err(error) => {
+                tracing::warn!(%stream, %error, "ignoring a snapshot that does not decode");
+                None
+            }
+        }
+    }
+
+    /// Folds what the stream has beyond the state. On an error the state may hold a part of it, and is of no use.
+    pub(super) async fn catch_up(
+        &mut self,
+        store: &dyn EventStore,
+        stream: &StreamId,
+    ) -> Result<(), FoldError> {
+        loop {
+            let page = store.read_stream(stream, self.version, PAGE).await?;
+            let last = page.len() < PAGE;
+            for event in &page {
+                self.fold_recorded(stream, event)?;
+            }
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    fn fold_recorded(&mut self, stream: &StreamId, event: &RecordedEvent) -> Result<(), FoldError> {
+        if event.version != self.version.next() {
+            let reason = format!("{stream} goes from version {} to {}", self.version, event.version);
+            return Err(StoreError::Corrupt { reason }.into());
+        }
+        let decoded = event.decode::<A::Event>()?;
+        self.fold([decoded].iter())?;
+        self.durable(event.command_id, event.version, event.version, event.position);
+        Ok(())
+    }
+
+    /// The events `first..=last`, of one command, are durable (and folded).
+    pub(super) fn durable(&mut self, command_id: Uuid, first: Version, last: Version, position: Position) {
+        self.durable = last;
+        self.position = position;
+        self.commands.record(command_id, first, last, position);
+    }
+
+    /// Whether the state holds events that may never happen.
+    pub(super) fn speculated(&self) -> bool {
+        self.version > self.durable
+    }
+
+    /// Folds events that were decided here. A panic of the user's leaves a state of no use.
+    pub(super) fn fold<'e>(
+        &mut self,
+        events: impl ExactSizeIterator<Item = &'e A::Event>,
+    ) -> Result<(), FoldError> {
+        let version = self.version.plus(events.len() as u64);
+        catch_unwind(AssertUnwindSafe(|| events.for_each(|event| self.state.apply(event))))
+            .map_err(|panic| FoldError::Panicked(panic_message(&*panic)))?;
+        self.version = version;
+        Ok(())
+    }
+
+    /// What a snapshot at the durable version `version` has to remember beside the encoded state.
+    pub(super) fn pack(&self, version: Version, revision: u32, state: Vec<u8>) -> Result<Snapshot, String> {
+        let packed = Packed { state, position: self.position, commands: self.commands.pack() };
+        let state = crate::codec::to_cbor(&packed).map_err(|error| error.to_string())?;
+        Ok(Snapshot { version, revision, state: Bytes::from(state) })
+    }
+}
+
+/// The text of a caught panic.
+pub(super) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a text".into())
+}
+
+/// The last commands that took effect, by id (I8). Bounded.
+#[derive(Debug)]
+pub(super) struct RecentCommands {
+    by_id: HashMap<Uuid, CommandRecord>,
+    /// Oldest first.
+    order: VecDeque<Uuid>,
+    window: usize,
+}
+
+/// Where a command's events are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CommandRecord {
+    pub(super) first: Version,
+    pub(super) last: Version,
+    pub(super) position: Position,
+}
+
+impl CommandRecord {
+    pub(super) fn receipt<R>(&self, command_id: Uuid, stream: &StreamId, reply: R) -> Receipt<R> {
+        Receipt {
+            command_id,
+            stream: stream.clone(),
+            version: self.last,
+            position: self.position,
+            events: self.last.get() + 1 - self.first.get(),
+            reply,
+            duplicate: true,
+        }
+    }
+}
+
+impl RecentCommands {
+    fn new(window: usize) -> Self {
+        Self { by_id: HashMap::new(), order: VecDeque::new(), window }
+    }
+
+    pub(super) fn get(&self, command_id: &Uuid) -> Option<CommandRecord> {
+        self.by_id.get(command_id).copied()
+    }
+
+    /// Records the durable events `first..=last` of a command, or further ones of it.
+    pub(super) fn record(&mut self, command_id: Uuid, first: Version, last: Version, position: Position) {
+        if self.window == 0 {
+            return;
+        }
+        let record = self.by_id.entry(command_id).or_insert_with(|| {
+            self.order.push_back(command_id);
+            CommandRecord { first, last, position }
+        });
+        record.last = last;
+        record.position = position;
+        if self.order.len() > self.window {
+            if let Some(oldest) = self.order.pop_front() {
+                self.by_id.remove(&oldest);
+            }
+        }
+    }
+
+    /// Ids and numbers one behind the other: forty bytes a command, where CBOR would take sixty and be slower.
+    fn pack(&self) -> Vec<u8> {
+        let mut packed = Vec::with_capacity(self.order.len() * PACKED_COMMAND);
+        for (id, record) in self.order.iter().filter_map(|id| Some((id, self.by_id.get(id)?))) {
+            packed.extend(id.as_bytes());
+            for number in [record.first.get(), record.last.get(), record.position.get()] {
+                packed.extend(number.to_be_bytes());
+            }
+        }
+        packed
+    }
+}
+
+const PACKED_COMMAND: usize = 16 + 3 * 8;
+
+/// A snapshot's bytes: CBOR map with the keys `state`, `position`, `commands`.
+#[derive(Serialize, Deserialize)]
+struct Packed {
+    #[serde(with = "crate::codec::byte_string")]
+    state: Vec<u8>,
+    #[serde(with = "position")]
+    position: Position,
+    #[serde(with = "crate::codec::byte_string")]
+    commands: Vec<u8>,
+}
+
+impl Packed {
+    fn commands(&self, window: usize) -> Result<RecentCommands, String> {
+        let (records, rest) = self.commands.as_chunks::<PACKED_COMMAND>();
+        if !rest.is_empty() {
+            return Err("the list of commands has a broken end".into());
+        }
+        let number = |bytes: &[u8]| bytes.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+        let mut commands = RecentCommands::new(window);
+        for record in records {
+            let id = Uuid::from_slice(&record[..16]).map_err(|error| error.to_string())?;
+            commands.record(
+                id,
+                Version::new(number(&record[16..24])),
+                Version::new(number(&record[24..32])),
+                Position::new(number(&record[32..])),
+            );
+        }
+        Ok(commands)
+    }
+}
+
+mod position {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::event::Position;
+
+    pub(super) fn serialize<S: Serializer>(position: &Position, serializer: S) -> Result<S::Ok, S::Error> {
+        position.get().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Position, D::Error> {
+        u64::deserialize(deserializer).map(Position::new)
+    }
+}

@@ -1,0 +1,149 @@
+use std::fmt;
+use std::marker::PhantomData;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::Aggregate;
+
+/// How the actors of one kind of aggregate are kept. The defaults suit a service with many small aggregates.
+pub struct AggregateOptions<A> {
+    pub(crate) live: usize,
+    pub(crate) idle: Duration,
+    pub(crate) in_flight: usize,
+    pub(crate) in_flight_each: usize,
+    pub(crate) admission: Duration,
+    pub(crate) attempts: u32,
+    pub(crate) command_window: usize,
+    pub(crate) snapshots: Option<Snapshotting<A>>,
+    aggregate: PhantomData<fn() -> A>,
+}
+
+impl<A> Default for AggregateOptions<A> {
+    fn default() -> Self {
+        Self {
+            live: 10_000,
+            idle: Duration::from_secs(300),
+            in_flight: 4_096,
+            in_flight_each: 1_024,
+            admission: Duration::from_secs(1),
+            attempts: 10,
+            command_window: 1_000,
+            snapshots: None,
+            aggregate: PhantomData,
+        }
+    }
+}
+
+impl<A: Aggregate> AggregateOptions<A> {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many aggregates may be live at a time; the least recently used one leaves memory for a new one. 10,000 by
+    /// default, at least 1.
+    #[must_use]
+    pub fn max_live(mut self, aggregates: usize) -> Self {
+        self.live = aggregates.max(1);
+        self
+    }
+
+    /// How long an aggregate stays in memory without a command. 5 minutes by default.
+    #[must_use]
+    pub fn idle_timeout(mut self, idle: Duration) -> Self {
+        self.idle = idle;
+        self
+    }
+
+    /// How many commands of this kind may be under way at a time; further callers wait for
+    /// [`admission_timeout`](Self::admission_timeout). 4,096 by default, at least 1.
+    #[must_use]
+    pub fn max_in_flight(mut self, commands: usize) -> Self {
+        self.in_flight = commands.clamp(1, u32::MAX as usize);
+        self.in_flight_each = self.in_flight_each.min(self.in_flight);
+        self
+    }
+
+    /// How many of them may be for one aggregate; the next is answered `Overloaded` at once, so that a hot aggregate
+    /// cannot rob the others. 1,024 by default, at least 1.
+    #[must_use]
+    pub fn max_in_flight_each(mut self, commands: usize) -> Self {
+        self.in_flight_each = commands.max(1);
+        self
+    }
+
+    /// How long a command waits for its turn at [`max_in_flight`](Self::max_in_flight) before it is answered
+    /// `Overloaded`. 1 second by default.
+    #[must_use]
+    pub fn admission_timeout(mut self, timeout: Duration) -> Self {
+        self.admission = timeout;
+        self
+    }
+
+    /// How often a command is decided when others keep writing to the stream. 10 by default, at least 1.
+    #[must_use]
+    pub fn attempts(mut self, attempts: u32) -> Self {
+        self.attempts = attempts.max(1);
+        self
+    }
+
+    /// How many of its last effective commands an aggregate remembers, to answer a repeated one with the first receipt.
+    /// 1,000 by default. A command that comes again after so many others have taken effect on the same aggregate is not
+    /// recognised.
+    #[must_use]
+    pub fn command_window(mut self, commands: usize) -> Self {
+        self.command_window = commands;
+        self
+    }
+
+    /// Keeps a snapshot every `events` events, so that a long stream is not folded from its start. Off by default.
+    ///
+    /// `revision` names the shape of the state: raise it with every change of the struct or of `apply`. A snapshot of
+    /// another revision, or one that does not decode, is ignored and the stream folded from its start.
+    #[must_use]
+    pub fn snapshot_every(mut self, events: u64, revision: u32) -> Self
+    where
+        A: Serialize + DeserializeOwned,
+    {
+        self.snapshots = Some(Snapshotting {
+            every: events.max(1),
+            revision,
+            encode: |state| crate::codec::to_cbor(state).map_err(|error| error.to_string()),
+            decode: crate::codec::from_cbor,
+        });
+        self
+    }
+}
+
+impl<A> fmt::Debug for AggregateOptions<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AggregateOptions")
+            .field("max_live", &self.live)
+            .field("idle_timeout", &self.idle)
+            .field("max_in_flight", &self.in_flight)
+            .field("max_in_flight_each", &self.in_flight_each)
+            .field("admission_timeout", &self.admission)
+            .field("attempts", &self.attempts)
+            .field("command_window", &self.command_window)
+            .field("snapshots", &self.snapshots)
+            .finish()
+    }
+}
+
+/// When and how snapshots are taken. Holds the two functions that need the aggregate to be a serde type, so that only
+/// aggregates with snapshots have to be one.
+pub(crate) struct Snapshotting<A> {
+    pub(crate) every: u64,
+    pub(crate) revision: u32,
+    pub(crate) encode: fn(&A) -> Result<Vec<u8>, String>,
+    pub(crate) decode: fn(&[u8]) -> Result<A, String>,
+}
+
+impl<A> fmt::Debug for Snapshotting<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshotting").field("every", &self.every).field("revision", &self.revision).finish()
+    }
+}

@@ -1,0 +1,172 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::codec::{DecodeError, EncodeError};
+use crate::event::{Position, StreamId, Version};
+use crate::store::{ExpectedVersion, StoreError};
+
+/// The answer to a command that took effect: what it says is durable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Receipt<R = ()> {
+    /// The command.
+    pub command_id: Uuid,
+    /// The aggregate's stream.
+    pub stream: StreamId,
+    /// The version of the aggregate after the command.
+    pub version: Version,
+    /// The position of the command's last event: a projection that has caught up to it knows of the command. When the
+    /// command caused no events, of the last event before it that the aggregate knows.
+    pub position: Position,
+    /// How many events the command caused: versions `version - events + 1` to `version` of the stream.
+    pub events: u64,
+    /// The aggregate's reply.
+    pub reply: R,
+    /// The command had taken effect before; this is its first receipt.
+    pub duplicate: bool,
+}
+
+/// Why a command got no receipt.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ExecuteError<E> {
+    /// The aggregate refused; nothing happened.
+    #[error(transparent)]
+    Rejected(E),
+    /// The aggregate was not at the version that the caller asked for; nothing happened.
+    #[error("{stream} was expected at {expected}, and is at version {actual}")]
+    ExpectedVersion {
+        /// Which aggregate.
+        stream: StreamId,
+        /// What the caller expected.
+        expected: ExpectedVersion,
+        /// Where it is.
+        actual: Version,
+    },
+    /// Others wrote to the aggregate's stream each time before this command could; nothing happened.
+    #[error("gave up after {attempts} attempts, because others kept writing to {stream}; try again later")]
+    Contended {
+        /// Which aggregate.
+        stream: StreamId,
+        /// How often the command was decided.
+        attempts: u32,
+    },
+    /// A limit is reached; nothing happened.
+    #[error("overloaded: {limit} {what} are the limit; try again later")]
+    Overloaded {
+        /// Of what there are too many.
+        what: &'static str,
+        /// The limit.
+        limit: usize,
+    },
+    /// The user's code panicked. If it did so while deciding, nothing happened.
+    #[error("the aggregate {stream} panicked: {message}")]
+    Panicked {
+        /// Which aggregate.
+        stream: StreamId,
+        /// The panic's message.
+        message: String,
+    },
+    /// The aggregate cannot be folded: a stored event does not decode. Nothing happened.
+    #[error(transparent)]
+    Unreadable(#[from] DecodeError),
+    /// An event or reply that the aggregate produced cannot be stored; nothing happened.
+    #[error(transparent)]
+    Unwritable(#[from] EncodeError),
+    /// The id cannot name a stream; nothing happened.
+    #[error("{reason}")]
+    InvalidId {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The store failed; nothing happened.
+    #[error(transparent)]
+    Store(StoreError),
+    /// There was no answer in time, or the store could not say whether its commit happened. The command may have taken
+    /// effect, or may still: dispatch it again with the same id, and it is answered with the first receipt if it had.
+    #[error(
+        "it is unknown whether command {command_id} took effect: {reason}; dispatch it again with the same id to find out"
+    )]
+    OutcomeUnknown {
+        /// The command.
+        command_id: Uuid,
+        /// What happened.
+        reason: String,
+    },
+    /// No aggregate of this kind is registered with the runtime; nothing happened.
+    #[error(
+        "nobody here handles commands for {category:?}; register the aggregate with Runtime::builder().aggregate()"
+    )]
+    NoHandler {
+        /// The category.
+        category: &'static str,
+    },
+    /// The runtime is shutting down and takes no commands; nothing happened.
+    #[error("the runtime is shutting down and takes no more commands")]
+    ShuttingDown,
+}
+
+impl<E> ExecuteError<E> {
+    /// The aggregate's own error, if that is what it is.
+    pub fn rejection(&self) -> Option<&E> {
+        match self {
+            ExecuteError::Rejected(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Whether the same command may succeed later without anybody doing anything. Safe to repeat only with the same
+    /// command id.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            ExecuteError::Contended { .. }
+            | ExecuteError::Overloaded { .. }
+            | ExecuteError::OutcomeUnknown { .. } => true,
+            ExecuteError::Store(error) => error.is_transient(),
+            _ => false,
+        }
+    }
+
+    pub(crate) fn timed_out(command_id: Uuid, timeout: Duration) -> Self {
+        Self::OutcomeUnknown { command_id, reason: format!("no answer within {timeout:?}") }
+    }
+
+    pub(crate) fn from_store(error: StoreError, command_id: Uuid) -> Self {
+        match error {
+            StoreError::OutcomeUnknown { reason, .. } => Self::OutcomeUnknown { command_id, reason },
+            error => Self::Store(error),
+        }
+    }
+}
+
+/// Why a stream could not be folded. Shared by all commands that wait for it.
+#[derive(Debug, Clone)]
+pub(crate) enum FoldError {
+    Store(StoreError),
+    Decode(Arc<DecodeError>),
+    Panicked(String),
+}
+
+impl FoldError {
+    pub(crate) fn into_execute<E>(self, stream: &StreamId) -> ExecuteError<E> {
+        match self {
+            FoldError::Store(error) => ExecuteError::Store(error),
+            FoldError::Decode(error) => ExecuteError::Unreadable((*error).clone()),
+            FoldError::Panicked(message) => ExecuteError::Panicked { stream: stream.clone(), message },
+        }
+    }
+}
+
+impl From<StoreError> for FoldError {
+    fn from(error: StoreError) -> Self {
+        FoldError::Store(error)
+    }
+}
+
+impl From<DecodeError> for FoldError {
+    fn from(error: DecodeError) -> Self {
+        FoldError::Decode(Arc::new(error))
+    }
+}

@@ -1,0 +1,233 @@
+//! Appending a batch: as few statements as possible, because each costs a trip to the connection's thread.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::LazyLock;
+
+use sqlx::error::BoxDynError;
+use sqlx::sqlite::{SqliteArguments, SqliteConnection};
+use sqlx::{Arguments, Executor, Row};
+use uuid::Uuid;
+
+use super::super::decide::Decider;
+use super::super::{Append, AppendError, Appended, StoreError};
+use super::error::failed;
+use super::{from_sql, json_streams, now, to_sql};
+use crate::event::{NewEvent, Position, StreamId, Version};
+
+const DOING: &str = "appending events";
+
+/// SQLite's limit for a row is 1,000,000,000 bytes; what is beside payload and metadata in it is small.
+const MAX_EVENT_BYTES: usize = 999_000_000;
+
+const COLUMNS: usize = 10;
+
+/// INSERT statements for 1, 2, 4 … 64 rows: any number of rows takes few of them, and all stay prepared.
+static INSERTS: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
+    let row = format!("({})", ["?"; COLUMNS].join(", "));
+    (0..=6)
+        .rev()
+        .map(|power| {
+            let rows = 1 << power;
+            let sql = format!(
+                "INSERT INTO storied_events (position, category, stream_id, version, name, id, command_id, payload, metadata, recorded_at) VALUES {}",
+                vec![row.as_str(); rows].join(", ")
+            );
+            (rows, sql)
+        })
+        .collect()
+});
+
+/// What a transaction did with a batch.
+#[derive(Debug)]
+pub(super) struct Written {
+    pub(super) answers: Vec<Result<Appended, AppendError>>,
+    /// The first event that was written: if it is in the log, all are.
+    pub(super) proof: Option<(Position, Uuid)>,
+}
+
+/// Refuses what no attempt could store, before it gets near a transaction that others share.
+pub(super) fn check(append: &Append) -> Result<(), StoreError> {
+    append.validate()?;
+    for part in &append.streams {
+        for event in &part.events {
+            let bytes = event.payload.len().saturating_add(event.metadata.len());
+            if bytes > MAX_EVENT_BYTES {
+                let reason = format!(
+                    "the event {} for {} has {bytes} bytes, SQLite stores at most {MAX_EVENT_BYTES}; keep large content elsewhere and refer to it",
+                    event.name, part.stream
+                );
+                return Err(StoreError::Invalid { reason });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes a batch, inside a transaction that holds the write lock.
+pub(super) async fn write(
+    connection: &mut SqliteConnection,
+    batch: &[Append],
+) -> Result<Written, StoreError> {
+    match together(connection, batch).await {
+        // Something in the batch cannot be stored. Which append it is in shows only when each is tried alone.
+        Err(StoreError::Invalid { reason }) if batch.len() > 1 => {
+            tracing::warn!(
+                appends = batch.len(),
+                reason,
+                "a batch was refused, writing its appends one by one"
+            );
+            execute(connection, "ROLLBACK").await?;
+            execute(connection, "BEGIN IMMEDIATE").await?;
+            one_by_one(connection, batch).await
+        }
+        result => result,
+    }
+}
+
+async fn together(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Written, StoreError> {
+    let mut decider = load(connection, batch).await?;
+    let mut rows = Vec::new();
+    let mut answers = Vec::with_capacity(batch.len());
+    for append in batch {
+        answers.push(match decider.check(append) {
+            Ok(()) => {
+                let appended = decider.take(append);
+                add_rows(&mut rows, append, &appended);
+                Ok(appended)
+            }
+            Err(conflict) => Err(conflict.into()),
+        });
+    }
+    insert(connection, &rows).await?;
+    Ok(Written { answers, proof: rows.first().map(EventRow::proof) })
+}
+
+async fn one_by_one(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Written, StoreError> {
+    let mut decider = load(connection, batch).await?;
+    let mut written = Written { answers: Vec::with_capacity(batch.len()), proof: None };
+    for append in batch {
+        if let Err(conflict) = decider.check(append) {
+            written.answers.push(Err(conflict.into()));
+            continue;
+        }
+        let before = decider.clone();
+        let appended = decider.take(append);
+        let mut rows = Vec::new();
+        add_rows(&mut rows, append, &appended);
+        execute(connection, "SAVEPOINT storied_append").await?;
+        written.answers.push(match insert(connection, &rows).await {
+            Ok(()) => {
+                written.proof = written.proof.or(rows.first().map(EventRow::proof));
+                Ok(appended)
+            }
+            Err(error @ StoreError::Invalid { .. }) => {
+                execute(connection, "ROLLBACK TO storied_append").await?;
+                decider = before;
+                Err(error.into())
+            }
+            Err(error) => return Err(error),
+        });
+        execute(connection, "RELEASE storied_append").await?;
+    }
+    Ok(written)
+}
+
+/// The end of the log and of every stream that the batch names, in one statement.
+async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Decider, StoreError> {
+    let named: HashSet<&StreamId> =
+        batch.iter().flat_map(|append| &append.streams).map(|part| &part.stream).collect();
+    let streams: Vec<&StreamId> = named.into_iter().collect();
+    let rows = sqlx::query(
+        "SELECT NULL, coalesce(max(position), 0) FROM storied_events
+         UNION ALL
+         SELECT wanted.key, coalesce(
+             (SELECT max(version) FROM storied_events
+              WHERE stream_id = wanted.value ->> 1 AND category = wanted.value ->> 0),
+             0)
+         FROM json_each(?) AS wanted",
+    )
+    .bind(json_streams(streams.iter().copied()))
+    .fetch_all(connection)
+    .await
+    .map_err(|error| failed(DOING, error))?;
+    let mut last = Position::START;
+    let mut versions = HashMap::with_capacity(streams.len());
+    for row in rows {
+        let key: Option<i64> = row.try_get(0).map_err(|error| failed(DOING, error))?;
+        let number = from_sql(row.try_get(1).map_err(|error| failed(DOING, error))?);
+        match key.map(|key| usize::try_from(key).ok().and_then(|key| streams.get(key))) {
+            None => last = Position::new(number),
+            Some(Some(&stream)) => _ = versions.insert(stream.clone(), Version::new(number)),
+            Some(None) => {
+                return Err(StoreError::Corrupt {
+                    reason: format!("{DOING}: SQLite answered what was not asked"),
+                });
+            }
+        }
+    }
+    Ok(Decider::new(versions, last))
+}
+
+/// An event with its place.
+struct EventRow<'a> {
+    position: Position,
+    stream: &'a StreamId,
+    version: Version,
+    event: &'a NewEvent,
+}
+
+impl EventRow<'_> {
+    fn proof(&self) -> (Position, Uuid) {
+        (self.position, self.event.id)
+    }
+}
+
+/// Adds the rows of an append that was decided.
+fn add_rows<'a>(rows: &mut Vec<EventRow<'a>>, append: &'a Append, appended: &Appended) {
+    let mut positions = appended.positions.iter();
+    for (part, end) in append.streams.iter().zip(&appended.versions) {
+        let before = end.get() - part.events.len() as u64;
+        for ((event, &position), n) in part.events.iter().zip(&mut positions).zip(1..) {
+            rows.push(EventRow { position, stream: &part.stream, version: Version::new(before + n), event });
+        }
+    }
+}
+
+async fn insert(connection: &mut SqliteConnection, rows: &[EventRow<'_>]) -> Result<(), StoreError> {
+    let recorded_at = now();
+    let mut rest = rows;
+    for (size, sql) in INSERTS.iter() {
+        while let Some((chunk, behind)) = rest.split_at_checked(*size) {
+            let mut arguments = SqliteArguments::default();
+            arguments.reserve(chunk.len() * COLUMNS, 0);
+            for row in chunk {
+                add(&mut arguments, row, recorded_at)
+                    .map_err(|error| failed(DOING, sqlx::Error::Encode(error)))?;
+            }
+            sqlx::query_with(sql.as_str(), arguments)
+                .execute(&mut *connection)
+                .await
+                .map_err(|error| failed(DOING, error))?;
+            rest = behind;
+        }
+    }
+    Ok(())
+}
+
+/// In the order of the columns in [`INSERTS`].
+fn add(arguments: &mut SqliteArguments, row: &EventRow<'_>, recorded_at: i64) -> Result<(), BoxDynError> {
+    arguments.add(to_sql(row.position.get()))?;
+    arguments.add(row.stream.category())?;
+    arguments.add(row.stream.id())?;
+    arguments.add(to_sql(row.version.get()))?;
+    arguments.add(row.event.name.as_str())?;
+    arguments.add(row.event.id)?;
+    arguments.add(row.event.command_id)?;
+    arguments.add(&*row.event.payload)?;
+    arguments.add(&*row.event.metadata)?;
+    arguments.add(recorded_at)
+}
+
+async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> Result<(), StoreError> {
+    connection.execute(sql).await.map(drop).map_err(|error| failed(DOING, error))
+}

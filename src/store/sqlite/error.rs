@@ -1,0 +1,95 @@
+//! What SQLite's errors mean for the caller.
+
+use std::borrow::Cow;
+
+use super::super::StoreError;
+
+/// A failure while `doing` something.
+pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
+    match &error {
+        sqlx::Error::Database(database) => by_code(doing, &database.code(), database.message(), &error)
+            .unwrap_or_else(|reason| reason.into_error(error)),
+        sqlx::Error::PoolTimedOut => {
+            StoreError::unavailable(format!("{doing}: all reading connections were busy for too long"), error)
+        }
+        sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => {
+            StoreError::unavailable(format!("{doing}: the connection is closed"), error)
+        }
+        sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } => {
+            StoreError::Corrupt { reason: format!("{doing}: {error}") }
+        }
+        sqlx::Error::Encode(_) => StoreError::Invalid { reason: format!("{doing}: {error}") },
+        _ => StoreError::storage(format!("{doing}: {error}"), error),
+    }
+}
+
+/// An error that carries the driver's.
+enum Reason {
+    Unavailable(String),
+    Storage(String),
+}
+
+impl Reason {
+    fn into_error(self, source: sqlx::Error) -> StoreError {
+        match self {
+            Reason::Unavailable(reason) => StoreError::unavailable(reason, source),
+            Reason::Storage(reason) => StoreError::storage(reason, source),
+        }
+    }
+}
+
+fn by_code(
+    doing: &str,
+    code: &Option<Cow<'_, str>>,
+    message: &str,
+    error: &sqlx::Error,
+) -> Result<StoreError, Reason> {
+    let code: u32 = code.as_deref().and_then(|code| code.parse().ok()).unwrap_or(1);
+    // https://www.sqlite.org/rescode.html; the low byte is the class.
+    match code & 0xff {
+        // BUSY, LOCKED
+        5 | 6 => Err(Reason::Unavailable(format!(
+            "{doing}: another process or transaction holds the database ({message})"
+        ))),
+        // NOMEM, INTERRUPT
+        7 | 9 => Err(Reason::Unavailable(format!("{doing}: {message}"))),
+        // READONLY
+        8 => Err(Reason::Storage(format!(
+            "{doing}: the file or its directory is read-only ({message}); give this program the right to write both"
+        ))),
+        // IOERR
+        10 => Err(Reason::Storage(format!(
+            "{doing}: the disk failed ({message}, code {code}); check it and its free space"
+        ))),
+        // FULL
+        13 => {
+            Err(Reason::Storage(format!("{doing}: the disk is full ({message}); make room, then try again")))
+        }
+        // CANTOPEN
+        14 => Err(Reason::Storage(format!(
+            "{doing}: {message}; does the directory exist, and may this program write there?"
+        ))),
+        // PERM, AUTH
+        3 | 23 => Err(Reason::Storage(format!("{doing}: access denied ({message})"))),
+        // CORRUPT
+        11 => {
+            Ok(StoreError::Corrupt { reason: format!("{doing}: {message}; restore the file from a backup") })
+        }
+        // TOOBIG, CONSTRAINT, MISMATCH
+        18..=20 => Ok(StoreError::Invalid { reason: format!("{doing}: {message}") }),
+        // NOTADB
+        26 => Ok(StoreError::Incompatible {
+            expected: "a SQLite database".into(),
+            found: format!("another file ({message})"),
+            advice: "check the path".into(),
+        }),
+        _ if message.starts_with("no such table: storied_") || message.starts_with("no such column") => {
+            Ok(StoreError::Incompatible {
+                expected: "storied's tables".into(),
+                found: message.to_owned(),
+                advice: "run storied's migrations on this database".into(),
+            })
+        }
+        _ => Err(Reason::Storage(format!("{doing}: {error}"))),
+    }
+}

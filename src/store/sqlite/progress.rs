@@ -1,0 +1,182 @@
+//! Checkpoints and parked events. They are functions over a connection because a projection keeps them in the database
+//! of its read model, within the read model's transaction; the store uses them on its own file.
+
+use sqlx::Row;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use uuid::Uuid;
+
+use super::super::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
+use super::error::failed;
+use super::{from_sql, now, time, to_sql};
+use crate::event::{EventName, Position, StreamId, Version};
+
+/// Creates the tables if need be, in a database that may be anybody's.
+pub(crate) async fn migrate(connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    let mut migrations = sqlx::migrate!("migrations/sqlite-read-model");
+    migrations.dangerous_set_table_name("storied_read_model_migrations");
+    super::schema::migrate(connection, &migrations).await
+}
+
+/// The checkpoint of `name`, and of which store's log it is.
+pub(crate) async fn load(
+    connection: &mut SqliteConnection,
+    name: &str,
+) -> Result<Option<(Checkpoint, Uuid)>, StoreError> {
+    let doing = || format!("reading the checkpoint of {name}");
+    let row = sqlx::query("SELECT position, epoch, mark, store_id FROM storied_checkpoints WHERE name = ?")
+        .bind(name)
+        .fetch_optional(connection)
+        .await
+        .map_err(|error| failed(&doing(), error))?;
+    let Some(row) = row else { return Ok(None) };
+    let columns = || -> Result<_, sqlx::Error> {
+        let checkpoint = Checkpoint {
+            position: Position::new(from_sql(row.try_get(0)?)),
+            epoch: from_sql(row.try_get(1)?),
+            mark: from_sql(row.try_get(2)?),
+        };
+        Ok((checkpoint, row.try_get(3)?))
+    };
+    columns().map(Some).map_err(|error| failed(&doing(), error))
+}
+
+/// The checkpoint of `name` in the log of `store`; the default one if there is none yet.
+///
+/// # Errors
+/// `Incompatible` when the checkpoint belongs to another store.
+pub(crate) async fn checkpoint(
+    connection: &mut SqliteConnection,
+    name: &str,
+    store: Uuid,
+) -> Result<Checkpoint, StoreError> {
+    match load(connection, name).await? {
+        None => Ok(Checkpoint::default()),
+        Some((checkpoint, found)) if found == store => Ok(checkpoint),
+        Some((_, found)) => Err(StoreError::Incompatible {
+            expected: format!("a checkpoint of {name} in event store {store}"),
+            found: format!("one in event store {found}"),
+            advice: "the event store or the read model was exchanged or restored: connect the right pair, or reset the projection so that it is built anew".into(),
+        }),
+    }
+}
+
+/// Moves the checkpoint of `name` from exactly `from` to `to`.
+pub(crate) async fn save(
+    connection: &mut SqliteConnection,
+    name: &str,
+    store: Uuid,
+    from: Checkpoint,
+    to: Checkpoint,
+) -> Result<(), CheckpointError> {
+    let stale = |found| CheckpointError::Stale { name: name.to_owned(), expected: from, found };
+    if to.epoch < from.epoch {
+        return Err(stale(checkpoint(connection, name, store).await?));
+    }
+    // What was never saved is at the default checkpoint, so only from there a row may be made.
+    let sql = if from == Checkpoint::default() {
+        "INSERT INTO storied_checkpoints (name, position, epoch, mark, store_id, updated_at)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+         ON CONFLICT (name) DO UPDATE
+         SET position = ?2, epoch = ?3, mark = ?4, updated_at = ?6
+         WHERE store_id = ?5 AND position = ?7 AND epoch = ?8 AND mark = ?9"
+    } else {
+        "UPDATE storied_checkpoints
+         SET position = ?2, epoch = ?3, mark = ?4, updated_at = ?6
+         WHERE name = ?1 AND store_id = ?5 AND position = ?7 AND epoch = ?8 AND mark = ?9"
+    };
+    let moved = sqlx::query(sql)
+        .bind(name)
+        .bind(to_sql(to.position.get()))
+        .bind(to_sql(to.epoch))
+        .bind(to_sql(to.mark))
+        .bind(store)
+        .bind(now())
+        .bind(to_sql(from.position.get()))
+        .bind(to_sql(from.epoch))
+        .bind(to_sql(from.mark))
+        .execute(&mut *connection)
+        .await
+        .map_err(|error| failed(&format!("saving the checkpoint of {name}"), error))?;
+    if moved.rows_affected() == 1 {
+        return Ok(());
+    }
+    Err(stale(checkpoint(connection, name, store).await?))
+}
+
+/// Puts an event aside; parked before, it is replaced.
+pub(crate) async fn park(
+    connection: &mut SqliteConnection,
+    name: &str,
+    event: &ParkedEvent,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT OR REPLACE INTO storied_parked
+         (name, position, event_id, category, stream_id, version, event_name, error, attempts, parked_at)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(name)
+    .bind(to_sql(event.position.get()))
+    .bind(event.event_id)
+    .bind(event.stream.category())
+    .bind(event.stream.id())
+    .bind(to_sql(event.version.get()))
+    .bind(event.name.as_str())
+    .bind(event.error.as_str())
+    .bind(event.attempts)
+    .bind(event.parked_at.timestamp_micros())
+    .execute(connection)
+    .await
+    .map_err(|error| failed(&format!("parking an event of {name}"), error))?;
+    Ok(())
+}
+
+/// The events that `name` has put aside, oldest first.
+pub(crate) async fn parked(
+    connection: &mut SqliteConnection,
+    name: &str,
+    limit: usize,
+) -> Result<Vec<ParkedEvent>, StoreError> {
+    let doing = || format!("reading the parked events of {name}");
+    sqlx::query(
+        "SELECT position, event_id, category, stream_id, version, event_name, error, attempts, parked_at
+         FROM storied_parked WHERE name = ? ORDER BY position LIMIT ?",
+    )
+    .bind(name)
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch_all(connection)
+    .await
+    .map_err(|error| failed(&doing(), error))?
+    .iter()
+    .map(|row| parked_event(row).map_err(|error| failed(&doing(), error)))
+    .collect()
+}
+
+fn parked_event(row: &SqliteRow) -> Result<ParkedEvent, sqlx::Error> {
+    let unreadable = |error: Box<dyn std::error::Error + Send + Sync>| sqlx::Error::Decode(error);
+    Ok(ParkedEvent {
+        position: Position::new(from_sql(row.try_get(0)?)),
+        event_id: row.try_get(1)?,
+        stream: StreamId::new(row.try_get::<&str, _>(2)?, row.try_get::<&str, _>(3)?)
+            .map_err(|error| unreadable(error.into()))?,
+        version: Version::new(from_sql(row.try_get(4)?)),
+        name: EventName::new(row.try_get::<&str, _>(5)?).map_err(|error| unreadable(error.into()))?,
+        error: row.try_get(6)?,
+        attempts: row.try_get(7)?,
+        parked_at: time(row.try_get(8)?),
+    })
+}
+
+/// Forgets a parked event; whether there was one.
+pub(crate) async fn unpark(
+    connection: &mut SqliteConnection,
+    name: &str,
+    position: Position,
+) -> Result<bool, StoreError> {
+    let removed = sqlx::query("DELETE FROM storied_parked WHERE name = ? AND position = ?")
+        .bind(name)
+        .bind(to_sql(position.get()))
+        .execute(connection)
+        .await
+        .map_err(|error| failed(&format!("removing a parked event of {name}"), error))?;
+    Ok(removed.rows_affected() > 0)
+}

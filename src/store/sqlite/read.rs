@@ -1,0 +1,208 @@
+//! Reading events. Every page is one statement, hence one snapshot.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::TryStreamExt;
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::{AssertSqlSafe, Row};
+use uuid::Uuid;
+
+use super::super::{LogPage, ReadLog, StoreError};
+use super::error::failed;
+use super::{from_sql, json_list, json_streams, time, to_sql};
+use crate::codec::Codec;
+use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
+
+const READING_LOG: &str = "reading the log";
+const READING_STREAM: &str = "reading a stream";
+
+/// One page of the log.
+///
+/// The scan goes by position, whatever the filter (`NOT INDEXED` leaves only the primary key): then each page starts
+/// where the last one ended and all of them together are one pass over the log, however long the lists are.
+pub(super) async fn log(pool: &SqlitePool, codec: Codec, read: &ReadLog) -> Result<LogPage, StoreError> {
+    let limit = read.limit.max(1);
+    let names = read.filter.wanted_names().map(|names| json_list(names.iter().map(EventName::as_str)));
+    let categories =
+        read.filter.wanted_categories().map(|categories| json_list(categories.iter().map(Category::as_str)));
+    let streams = read.filter.wanted_streams().map(json_streams);
+    // The first row tells where the log ends, and where the scan does: it is the one without a category.
+    let sql = format!(
+        "SELECT coalesce(max(position), 0), NULL, NULL,
+             (SELECT coalesce(max(position), 0) FROM storied_events WHERE position <= ?2),
+             NULL, NULL, NULL, NULL, NULL, NULL
+         FROM storied_events
+         UNION ALL
+         SELECT * FROM (
+             SELECT position, category, stream_id, version, name, id, command_id, payload, metadata, recorded_at
+             FROM storied_events NOT INDEXED
+             WHERE position > ?1 AND position <= ?2{}{}{}
+             ORDER BY position LIMIT ?3)",
+        if names.is_some() { " AND name IN (SELECT value FROM json_each(?4))" } else { "" },
+        if categories.is_some() { " AND category IN (SELECT value FROM json_each(?5))" } else { "" },
+        if streams.is_some() {
+            " AND (category, stream_id) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?6))"
+        } else {
+            ""
+        },
+    );
+    let mut rows = sqlx::query(AssertSqlSafe(sql))
+        .bind(to_sql(read.after.get()))
+        .bind(read.upto.map_or(i64::MAX, |upto| to_sql(upto.get())))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .bind(names)
+        .bind(categories)
+        .bind(streams)
+        .fetch(pool);
+
+    let mut decoder = Decoder::new(READING_LOG, codec);
+    let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head: Position::START };
+    let mut end = Position::START;
+    while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))? {
+        let position = Position::new(decoder.number(&row, 0)?);
+        match row.try_get::<Option<&str>, _>(1).map_err(|error| failed(READING_LOG, error))? {
+            None => {
+                page.head = position;
+                end = Position::new(decoder.number(&row, 3)?);
+            }
+            Some(category) => {
+                let category = decoder.category(category)?;
+                let id = row.try_get::<&str, _>(2).map_err(|error| failed(READING_LOG, error))?;
+                let stream = StreamId::stored(category, Arc::from(id));
+                page.events.push(decoder.event(&row, 3, stream, position)?);
+            }
+        }
+    }
+    // SQLite keeps the order of an inner query, but does not promise it.
+    if !page.events.is_sorted_by_key(|event| event.position) {
+        page.events.sort_unstable_by_key(|event| event.position);
+    }
+    page.scanned_to = match page.events.last() {
+        Some(last) if page.events.len() >= limit => last.position,
+        _ => end.max(read.after),
+    };
+    Ok(page)
+}
+
+/// One page of a stream.
+pub(super) async fn stream(
+    pool: &SqlitePool,
+    codec: Codec,
+    stream: &StreamId,
+    after: Version,
+    limit: usize,
+) -> Result<Vec<RecordedEvent>, StoreError> {
+    let mut rows = sqlx::query(
+        "SELECT position, version, name, id, command_id, payload, metadata, recorded_at
+         FROM storied_events WHERE stream_id = ? AND category = ? AND version > ? ORDER BY version LIMIT ?",
+    )
+    .bind(stream.id())
+    .bind(stream.category())
+    .bind(to_sql(after.get()))
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .fetch(pool);
+    let mut decoder = Decoder::new(READING_STREAM, codec);
+    let mut events = Vec::new();
+    while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_STREAM, error))? {
+        let position = Position::new(decoder.number(&row, 0)?);
+        events.push(decoder.event(&row, 1, stream.clone(), position)?);
+    }
+    Ok(events)
+}
+
+/// The last event of the log. SQLite commits in the order of positions, so nothing appears below it.
+pub(super) async fn frontier(pool: &SqlitePool) -> Result<Position, StoreError> {
+    let last: i64 = sqlx::query_scalar("SELECT coalesce(max(position), 0) FROM storied_events")
+        .fetch_one(pool)
+        .await
+        .map_err(|error| failed("reading the end of the log", error))?;
+    Ok(Position::new(from_sql(last)))
+}
+
+/// Whether the event `id` is at `position`.
+pub(super) async fn is_at(pool: &SqlitePool, position: Position, id: Uuid) -> Result<bool, StoreError> {
+    let found: Option<Uuid> = sqlx::query_scalar("SELECT id FROM storied_events WHERE position = ?")
+        .bind(to_sql(position.get()))
+        .fetch_optional(pool)
+        .await
+        .map_err(|error| failed("looking for an event", error))?;
+    Ok(found == Some(id))
+}
+
+/// Makes events of rows. A page has few names and categories and many events: each name is allocated and checked once.
+struct Decoder {
+    doing: &'static str,
+    codec: Codec,
+    names: HashSet<EventName>,
+    categories: HashSet<Category>,
+}
+
+impl Decoder {
+    fn new(doing: &'static str, codec: Codec) -> Self {
+        Self { doing, codec, names: HashSet::new(), categories: HashSet::new() }
+    }
+
+    fn number(&self, row: &SqliteRow, column: usize) -> Result<u64, StoreError> {
+        row.try_get(column).map(from_sql).map_err(|error| failed(self.doing, error))
+    }
+
+    fn category(&mut self, text: &str) -> Result<Category, StoreError> {
+        if let Some(category) = self.categories.get(text) {
+            return Ok(category.clone());
+        }
+        let category = Category::new(text).map_err(|error| self.corrupt(&error.to_string()))?;
+        self.categories.insert(category.clone());
+        Ok(category)
+    }
+
+    fn name(&mut self, text: &str) -> Result<EventName, StoreError> {
+        if let Some(name) = self.names.get(text) {
+            return Ok(name.clone());
+        }
+        let name = EventName::new(text).map_err(|error| self.corrupt(&error.to_string()))?;
+        self.names.insert(name.clone());
+        Ok(name)
+    }
+
+    fn corrupt(&self, reason: &str) -> StoreError {
+        StoreError::Corrupt { reason: format!("{}: {reason}", self.doing) }
+    }
+
+    /// The event whose columns from version to time begin at `first`.
+    fn event(
+        &mut self,
+        row: &SqliteRow,
+        first: usize,
+        stream: StreamId,
+        position: Position,
+    ) -> Result<RecordedEvent, StoreError> {
+        let doing = self.doing;
+        let bytes = |column: usize| row.try_get::<Vec<u8>, _>(column).map(Bytes::from);
+        let columns = || -> Result<_, sqlx::Error> {
+            Ok((
+                row.try_get::<&str, _>(first + 1)?,
+                row.try_get::<Uuid, _>(first + 2)?,
+                row.try_get::<Uuid, _>(first + 3)?,
+                bytes(first + 4)?,
+                bytes(first + 5)?,
+                row.try_get::<i64, _>(first + 6)?,
+            ))
+        };
+        let (name, id, command_id, payload, metadata, recorded_at) =
+            columns().map_err(|error| failed(doing, error))?;
+        Ok(RecordedEvent {
+            id,
+            stream,
+            version: Version::new(self.number(row, first)?),
+            position,
+            name: self.name(name)?,
+            codec: self.codec,
+            payload,
+            command_id,
+            metadata,
+            recorded_at: time(recorded_at),
+        })
+    }
+}

@@ -1,0 +1,153 @@
+//! The small state beside the log: leases, who is paused, snapshots.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use sqlx::Row;
+use sqlx::sqlite::{SqliteConnection, SqlitePool, SqliteRow};
+use uuid::Uuid;
+
+use super::super::{Lease, LeaseInfo, Snapshot, StoreError};
+use super::error::failed;
+use super::{from_sql, now, time, to_sql};
+use crate::event::{StreamId, Version};
+
+const LEASES: &str = "reading the leases";
+
+/// `ttl` from now. All users of the file are on one machine, so its clock is the store's.
+fn later(ttl: Duration) -> i64 {
+    now().saturating_add(i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX))
+}
+
+pub(super) async fn acquire_lease(
+    connection: &mut SqliteConnection,
+    name: String,
+    owner: Uuid,
+    ttl: Duration,
+) -> Result<Option<Lease>, StoreError> {
+    let epoch: Option<i64> = sqlx::query_scalar(
+        "INSERT INTO storied_leases (name, owner, epoch, expires_at) VALUES (?1, ?2, 1, ?3)
+         ON CONFLICT (name) DO UPDATE
+         SET owner = ?2, epoch = epoch + (owner <> ?2), expires_at = ?3
+         WHERE owner = ?2 OR expires_at <= ?4
+         RETURNING epoch",
+    )
+    .bind(name.as_str())
+    .bind(owner)
+    .bind(later(ttl))
+    .bind(now())
+    .fetch_optional(connection)
+    .await
+    .map_err(|error| failed(&format!("acquiring the lease {name}"), error))?;
+    Ok(epoch.map(|epoch| Lease { name, owner, epoch: from_sql(epoch) }))
+}
+
+pub(super) async fn renew_lease(
+    connection: &mut SqliteConnection,
+    lease: &Lease,
+    ttl: Duration,
+) -> Result<bool, StoreError> {
+    set_expiry(connection, lease, later(ttl), "renewing").await
+}
+
+pub(super) async fn release_lease(
+    connection: &mut SqliteConnection,
+    lease: &Lease,
+) -> Result<(), StoreError> {
+    set_expiry(connection, lease, 0, "releasing").await.map(drop)
+}
+
+/// Changes a lease that is still `lease`'s and was not given back.
+async fn set_expiry(
+    connection: &mut SqliteConnection,
+    lease: &Lease,
+    expires_at: i64,
+    doing: &str,
+) -> Result<bool, StoreError> {
+    let changed = sqlx::query(
+        "UPDATE storied_leases SET expires_at = ? WHERE name = ? AND owner = ? AND epoch = ? AND expires_at > 0",
+    )
+    .bind(expires_at)
+    .bind(lease.name.as_str())
+    .bind(lease.owner)
+    .bind(to_sql(lease.epoch))
+    .execute(connection)
+    .await
+    .map_err(|error| failed(&format!("{doing} the lease {}", lease.name), error))?;
+    Ok(changed.rows_affected() > 0)
+}
+
+pub(super) async fn leases(pool: &SqlitePool) -> Result<Vec<LeaseInfo>, StoreError> {
+    let info = |row: SqliteRow| -> Result<_, sqlx::Error> {
+        let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
+        Ok(LeaseInfo { lease, expires_at: time(row.try_get(3)?) })
+    };
+    sqlx::query("SELECT name, owner, epoch, expires_at FROM storied_leases ORDER BY name")
+        .fetch_all(pool)
+        .await
+        .and_then(|rows| rows.into_iter().map(info).collect())
+        .map_err(|error| failed(LEASES, error))
+}
+
+pub(super) async fn paused(pool: &SqlitePool, name: &str) -> Result<bool, StoreError> {
+    sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM storied_paused WHERE name = ?)")
+        .bind(name)
+        .fetch_one(pool)
+        .await
+        .map_err(|error| failed(&format!("reading whether {name} is paused"), error))
+}
+
+pub(super) async fn set_paused(
+    connection: &mut SqliteConnection,
+    name: &str,
+    paused: bool,
+) -> Result<(), StoreError> {
+    sqlx::query(if paused {
+        "INSERT OR IGNORE INTO storied_paused (name) VALUES (?)"
+    } else {
+        "DELETE FROM storied_paused WHERE name = ?"
+    })
+    .bind(name)
+    .execute(connection)
+    .await
+    .map_err(|error| failed(&format!("pausing or resuming {name}"), error))?;
+    Ok(())
+}
+
+pub(super) async fn snapshot(pool: &SqlitePool, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {
+    let snapshot = |row: SqliteRow| -> Result<_, sqlx::Error> {
+        Ok(Snapshot {
+            version: Version::new(from_sql(row.try_get(0)?)),
+            revision: row.try_get(1)?,
+            state: Bytes::from(row.try_get::<Vec<u8>, _>(2)?),
+        })
+    };
+    sqlx::query("SELECT version, revision, state FROM storied_snapshots WHERE category = ? AND stream_id = ?")
+        .bind(stream.category())
+        .bind(stream.id())
+        .fetch_optional(pool)
+        .await
+        .and_then(|row| row.map(snapshot).transpose())
+        .map_err(|error| failed(&format!("reading the snapshot of {stream}"), error))
+}
+
+pub(super) async fn save_snapshot(
+    connection: &mut SqliteConnection,
+    stream: &StreamId,
+    snapshot: &Snapshot,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO storied_snapshots (category, stream_id, version, revision, state) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT (category, stream_id) DO UPDATE SET version = ?3, revision = ?4, state = ?5
+         WHERE revision <> ?4 OR version <= ?3",
+    )
+    .bind(stream.category())
+    .bind(stream.id())
+    .bind(to_sql(snapshot.version.get()))
+    .bind(snapshot.revision)
+    .bind(&*snapshot.state)
+    .execute(connection)
+    .await
+    .map_err(|error| failed(&format!("saving the snapshot of {stream}"), error))?;
+    Ok(())
+}

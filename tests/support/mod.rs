@@ -1,0 +1,32 @@
+//! Private PostgreSQL and NATS servers for tests: each on a port of its own, in a directory of its own, gone with the test.
+//!
+//! ```ignore
+//! mod support;
+//! let mut postgres = support::PostgresServer::start().await;
+//! let mut nats = support::NatsServer::start(support::NatsOptions::jetstream()).await;
+//! postgres.kill();            // kill -9 of all its processes
+//! postgres.restart().await;   // same port, same data
+//! ```
+//!
+//! A server goes when its value is dropped (by a panic, too) and when the test process dies, however it dies: see [`workdir`].
+//! `scripts/test` provides the programs; a missing one fails the test, it never skips it.
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    unreachable_pub,
+    reason = "each test binary uses a part of this, and a harness that cannot do its work should panic with the reason"
+)]
+
+mod nats;
+mod ports;
+mod postgres;
+mod process;
+mod workdir;
+
+pub use nats::{NatsOptions, NatsServer};
+pub use ports::Port;
+pub use postgres::PostgresServer;
+pub use workdir::processes_in;

@@ -1,0 +1,141 @@
+//! A private nats-server.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use super::ports::Port;
+use super::process::{Process, find, on_path};
+use super::workdir::Workdir;
+
+/// What kind of nats-server to start.
+#[derive(Debug, Clone, Default)]
+pub struct NatsOptions {
+    /// Whether it has JetStream, with its store in the server's directory.
+    pub jetstream: bool,
+    /// Lines of its configuration file.
+    pub config: Vec<String>,
+    /// The program, when it is not to be the one that `scripts/servers` found: another version.
+    pub binary: Option<PathBuf>,
+}
+
+impl NatsOptions {
+    /// Core NATS alone.
+    pub fn core() -> Self {
+        Self::default()
+    }
+
+    /// With JetStream.
+    pub fn jetstream() -> Self {
+        Self { jetstream: true, ..Self::default() }
+    }
+}
+
+/// A nats-server of the test's own, which goes with this value.
+#[derive(Debug)]
+pub struct NatsServer {
+    process: Process,
+    port: Port,
+    options: NatsOptions,
+}
+
+impl NatsServer {
+    /// Starts one and returns when it answers.
+    pub async fn start(options: NatsOptions) -> Self {
+        let mut server = Self { process: Process::new(Workdir::create(None)), port: Port::claim(), options };
+        server.launch().await;
+        server
+    }
+
+    /// Where it listens, also while it is down.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port.number())
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        self.process.path()
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Ends it as an operator would (SIGTERM).
+    pub async fn stop(&mut self) {
+        self.process.end(Signal::SIGTERM).await;
+    }
+
+    /// Freezes it (SIGSTOP): connections stay open and nothing answers.
+    pub fn pause(&mut self) {
+        self.process.pause();
+    }
+
+    /// Ends a [`pause`](Self::pause).
+    pub fn resume(&mut self) {
+        self.process.resume();
+    }
+
+    /// Stops it if it runs, and starts it on the same port over the same store.
+    pub async fn restart(&mut self) {
+        if self.process.is_running() {
+            self.stop().await;
+        }
+        self.launch().await;
+    }
+
+    /// Removes what JetStream has stored; the server must be down.
+    pub fn wipe(&mut self) {
+        assert!(!self.process.is_running(), "wiping the store of a running server");
+        fs::remove_dir_all(self.store()).expect("a store to wipe");
+    }
+
+    fn store(&self) -> PathBuf {
+        self.dir().join("store")
+    }
+
+    async fn launch(&mut self) {
+        let mut command = Command::new(self.options.binary.clone().unwrap_or_else(nats_server));
+        command.args(["-a", "127.0.0.1", "-p", &self.port.number().to_string()]);
+        if !self.options.config.is_empty() {
+            let config = self.dir().join("nats.conf");
+            fs::write(&config, self.options.config.join("\n")).expect("a configuration file");
+            command.arg("-c").arg(config);
+        }
+        if self.options.jetstream {
+            command.arg("-js").arg("-sd").arg(self.store());
+        }
+        let (url, jetstream) = (self.url(), self.options.jetstream);
+        self.process.launch(&mut command, || answers(url.clone(), jetstream)).await;
+    }
+}
+
+async fn answers(url: String, jetstream: bool) -> bool {
+    // The client says nothing of a connection refused that it tries again: one attempt, and the caller polls.
+    let options =
+        async_nats::ConnectOptions::new().max_reconnects(1).connection_timeout(Duration::from_secs(1));
+    let Ok(client) = options.connect(url).await else { return false };
+    if jetstream {
+        async_nats::jetstream::new(client).query_account().await.is_ok()
+    } else {
+        client.flush().await.is_ok()
+    }
+}
+
+fn nats_server() -> PathBuf {
+    let cache =
+        env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cache")));
+    let candidates = env::var_os("STORIED_NATS_SERVER").map(PathBuf::from).into_iter();
+    let candidates = candidates.chain(cache.map(|cache| cache.join("storied/nats-server")));
+    find("nats-server", candidates.chain(on_path("nats-server")))
+}
