@@ -38,7 +38,11 @@ pub(super) async fn migrate(
 ) -> Result<(), StoreError> {
     let mut transaction =
         connection.begin_with("BEGIN IMMEDIATE").await.map_err(|error| failed(MIGRATING, error))?;
-    migrations.run(&mut *transaction).await.map_err(|error| refused(migrations, error))?;
+    // Not `run`: a future that calls that cannot be boxed ("implementation of Acquire is not general enough").
+    migrations
+        .run_direct(None, &mut *transaction, false)
+        .await
+        .map_err(|error| refused(migrations, error))?;
     transaction.commit().await.map_err(|error| failed(MIGRATING, error))
 }
 
