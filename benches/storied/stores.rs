@@ -1,0 +1,71 @@
+use storied::store::{Append, ExpectedVersion};
+use storied::{EventStore, MemoryStore, Metadata, NewEvent, SqliteStore, StreamId};
+use tempfile::TempDir;
+
+use crate::args::{Plan, StoreKind};
+use crate::domain::{AccountEvent, text};
+
+/// A fresh store, and where it lives.
+#[derive(Clone)]
+pub enum Store {
+    Memory(MemoryStore),
+    Sqlite(SqliteStore, std::sync::Arc<TempDir>),
+}
+
+impl Store {
+    pub async fn fresh(kind: StoreKind) -> Self {
+        match kind {
+            StoreKind::Memory => Store::Memory(MemoryStore::new()),
+            StoreKind::Sqlite => {
+                let directory = directory();
+                let store = SqliteStore::open(directory.path().join("events.db")).await.unwrap();
+                Store::Sqlite(store, directory.into())
+            }
+        }
+    }
+
+    pub fn port(&self) -> &dyn EventStore {
+        match self {
+            Store::Memory(store) => store,
+            Store::Sqlite(store, _) => store,
+        }
+    }
+
+    pub fn builder(&self) -> storied::runtime::Builder {
+        match self.clone() {
+            Store::Memory(store) => storied::Runtime::builder().store(store),
+            Store::Sqlite(store, _) => storied::Runtime::builder().store(store),
+        }
+    }
+
+    /// Puts `plan.events` events into it, over `streams` streams.
+    pub async fn fill(&self, plan: &Plan, streams: usize) {
+        let event = AccountEvent::Entered { text: text(plan.payload) };
+        let codec = self.port().info().codec;
+        let mut left = plan.events;
+        while left > 0 {
+            let batch = (0..streams.min(left))
+                .map(|stream| {
+                    let events = 500.min(left.div_ceil(streams)).max(1);
+                    let new =
+                        (0..events).map(|_| NewEvent::encode(&event, codec, &Metadata::default()).unwrap());
+                    let stream = StreamId::new("account", stream).unwrap();
+                    Append::one(stream, ExpectedVersion::Any, new.collect())
+                })
+                .scan(&mut left, |left, mut append| {
+                    append.streams[0].events.truncate(**left);
+                    **left -= append.streams[0].events.len();
+                    (!append.streams[0].events.is_empty()).then_some(append)
+                })
+                .collect();
+            for answer in self.port().append(batch).await {
+                answer.unwrap();
+            }
+        }
+    }
+}
+
+/// In the build directory, not in /tmp: that may be memory.
+pub fn directory() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
