@@ -19,7 +19,6 @@ pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
     let mut connection = open(&directory).await;
     let payload = text(plan.payload).into_bytes();
     let sql = format!("INSERT INTO events VALUES {}", vec![ROW; per_transaction].join(", "));
-    let sql = sqlx::AssertSqlSafe(sql);
     let transactions = plan.events.div_ceil(per_transaction);
     let mut latencies = Vec::with_capacity(transactions);
     let mut position = 0_i64;
@@ -27,7 +26,7 @@ pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
     for _ in 0..transactions {
         let start = Instant::now();
         connection.execute("BEGIN IMMEDIATE").await.unwrap();
-        let mut query = sqlx::query(sql.clone());
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(sql.as_str()));
         for _ in 0..per_transaction {
             position += 1;
             query = query

@@ -14,7 +14,7 @@
     clippy::panic,
     reason = "a benchmark reports by panicking"
 )]
-#![allow(missing_docs, reason = "benchmarks are no product")]
+#![allow(missing_docs, unreachable_pub, reason = "a benchmark is no library")]
 
 mod args;
 mod domain;

@@ -38,27 +38,17 @@ impl Store {
         }
     }
 
-    /// Puts `plan.events` events into it, over `streams` streams.
+    /// Puts `plan.events` events into it, over `streams` streams in turn.
     pub async fn fill(&self, plan: &Plan, streams: usize) {
         let event = AccountEvent::Entered { text: text(plan.payload) };
         let codec = self.port().info().codec;
-        let mut left = plan.events;
-        while left > 0 {
-            let batch = (0..streams.min(left))
-                .map(|stream| {
-                    let events = 500.min(left.div_ceil(streams)).max(1);
-                    let new =
-                        (0..events).map(|_| NewEvent::encode(&event, codec, &Metadata::default()).unwrap());
-                    let stream = StreamId::new("account", stream).unwrap();
-                    Append::one(stream, ExpectedVersion::Any, new.collect())
-                })
-                .scan(&mut left, |left, mut append| {
-                    append.streams[0].events.truncate(**left);
-                    **left -= append.streams[0].events.len();
-                    (!append.streams[0].events.is_empty()).then_some(append)
-                })
-                .collect();
-            for answer in self.port().append(batch).await {
+        let events: Vec<usize> = (0..plan.events).collect();
+        for batch in events.chunks(500) {
+            let append = |n: &usize| {
+                let new = NewEvent::encode(&event, codec, &Metadata::default()).unwrap();
+                Append::one(StreamId::new("account", n % streams).unwrap(), ExpectedVersion::Any, vec![new])
+            };
+            for answer in self.port().append(batch.iter().map(append).collect()).await {
                 answer.unwrap();
             }
         }
