@@ -3,6 +3,8 @@
 pub mod codec;
 pub mod event;
 pub mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use ciborium;
 
