@@ -58,14 +58,10 @@ pub async fn rivals_on_one_stream_leave_no_hole(database: Database) {
 /// filter. Followers are restarted from their checkpoint at random. In the end each has seen what is in the log, in its
 /// order, once (I1).
 pub async fn followers_see_exactly_the_log(database: Database) {
-    let dice = Dice::new();
-    println!("seed {}", dice.0);
-    let writers: Vec<_> = (0..8)
-        .map(|writer| {
-            let database = &database;
-            async move { tokio::spawn(write(database.open().await, writer)) }
-        })
-        .collect();
+    let mut writers = Vec::new();
+    for writer in 0..8 {
+        writers.push(tokio::spawn(write(database.open().await, writer)));
+    }
     let done = Arc::new(AtomicBool::new(false));
     let rare = Filter::all().names([name("order.rare")]);
     let mut followers = Vec::new();
@@ -79,13 +75,9 @@ pub async fn followers_see_exactly_the_log(database: Database) {
             tokio::spawn(follow(store, format!("follower-{follower}"), limit, filter, done)),
         ));
     }
-    let mut tasks = Vec::new();
-    for writer in writers {
-        tasks.push(writer.await);
-    }
     let mut acknowledged = HashSet::new();
-    for task in tasks {
-        acknowledged.extend(task.await.unwrap());
+    for writer in writers {
+        acknowledged.extend(writer.await.unwrap());
     }
     done.store(true, Ordering::SeqCst);
 
