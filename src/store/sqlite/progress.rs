@@ -180,6 +180,16 @@ pub(crate) async fn unpark(
     Ok(removed.rows_affected() > 0)
 }
 
+/// Forgets all parked events of `name`.
+pub(crate) async fn unpark_all(connection: &mut SqliteConnection, name: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM storied_parked WHERE name = ?")
+        .bind(name)
+        .execute(connection)
+        .await
+        .map_err(|error| failed(&format!("removing the parked events of {name}"), error))?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use sqlx::sqlite::SqliteConnectOptions;
