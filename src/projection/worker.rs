@@ -791,7 +791,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             self.flush().await;
         }
         // What is still starting, or failed, says so itself.
-        if self.prepared && !self.failed && (self.saved.is_some() || self.lease.is_none()) {
+        let standby = self.read_model.shared() && self.lease.is_none();
+        if self.prepared && !self.failed && (self.saved.is_some() || standby) {
             self.context.set(if paused { ProjectionState::Paused } else { ProjectionState::Starting });
         }
     }
