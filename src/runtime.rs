@@ -48,7 +48,9 @@ pub struct Builder {
 struct Registration {
     category: &'static str,
     type_name: &'static str,
-    start: Box<dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, ActorCell) -> Result<(), EncodeError> + Send>,
+    start: Box<
+        dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, ActorCell) -> Result<(), EncodeError> + Send,
+    >,
 }
 
 /// Why a runtime does not start.

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use storied::store::{Append, ExpectedVersion, Snapshot, StoreError};
 use storied::testing::given;
 use storied::{
-    Aggregate, AggregateOptions, Codec, Context, Decision, Event, EventStore, ExecuteError, MemoryStore, Metadata,
-    NewEvent, ReadLog, Runtime, StreamId, Version,
+    Aggregate, AggregateOptions, Codec, Context, Decision, Event, EventStore, ExecuteError, MemoryStore,
+    Metadata, NewEvent, ReadLog, Runtime, StreamId, Version,
 };
 use uuid::Uuid;
 
@@ -29,7 +29,10 @@ struct Counter {
 enum CounterCommand {
     Add(u64),
     /// Only when the total is exactly this.
-    AddIf { total: u64, add: u64 },
+    AddIf {
+        total: u64,
+        add: u64,
+    },
     AddTwice(u64),
     Nothing,
     Panic,
@@ -60,7 +63,11 @@ impl Aggregate for Counter {
     type Reply = u64;
     type Error = CounterError;
 
-    fn handle(&self, command: &CounterCommand, _: &Context<'_>) -> Result<Decision<CounterEvent, u64>, CounterError> {
+    fn handle(
+        &self,
+        command: &CounterCommand,
+        _: &Context<'_>,
+    ) -> Result<Decision<CounterEvent, u64>, CounterError> {
         match *command {
             Add(n) => Ok(Decision::event(CounterEvent::Added { n }).reply(self.total + n)),
             AddIf { total, add } if total == self.total => {
@@ -161,8 +168,15 @@ async fn the_caller_can_expect_a_version() {
     runtime.execute::<Counter>("a", Add(1)).expect_version(ExpectedVersion::NoStream).await.unwrap();
     let error =
         runtime.execute::<Counter>("a", Add(1)).expect_version(ExpectedVersion::NoStream).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::ExpectedVersion { actual, .. } if actual == Version::new(1)), "{error}");
-    runtime.execute::<Counter>("a", Add(1)).expect_version(ExpectedVersion::Exact(Version::new(1))).await.unwrap();
+    assert!(
+        matches!(error, ExecuteError::ExpectedVersion { actual, .. } if actual == Version::new(1)),
+        "{error}"
+    );
+    runtime
+        .execute::<Counter>("a", Add(1))
+        .expect_version(ExpectedVersion::Exact(Version::new(1)))
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -348,7 +362,10 @@ async fn a_panic_fails_its_command_and_hurts_nobody_else() {
     store.held(1).await;
     let panics = spawn("a", Panic);
     let error = panics.await.unwrap().unwrap_err();
-    assert!(matches!(&error, ExecuteError::Panicked { message, .. } if message == "decided to panic"), "{error}");
+    assert!(
+        matches!(&error, ExecuteError::Panicked { message, .. } if message == "decided to panic"),
+        "{error}"
+    );
     let behind = spawn("a", Add(100));
     let other = spawn("b", Add(1));
     store.release();
@@ -365,7 +382,10 @@ async fn a_panic_in_apply_is_told_and_stays_with_its_aggregate() {
     let receipt = runtime.execute::<Counter>("a", AddAndPanicInApply).await.unwrap();
     assert_eq!(receipt.version, Version::new(1), "the event is durable, whatever folding it does");
     let error = runtime.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(&error, ExecuteError::Panicked { message, .. } if message == "cannot fold this"), "{error}");
+    assert!(
+        matches!(&error, ExecuteError::Panicked { message, .. } if message == "cannot fold this"),
+        "{error}"
+    );
     assert_eq!(runtime.execute::<Counter>("b", Add(1)).await.unwrap().reply, 1);
     assert_eq!(stored(&store, "a").await.1, 1);
 }
@@ -387,7 +407,10 @@ async fn too_many_commands_are_told_so() {
     store.held(1).await;
     in_flight(&runtime, 2).await;
     let error = spawn("hot").await.unwrap().unwrap_err();
-    assert!(matches!(error, ExecuteError::Overloaded { limit: 2, .. }), "one aggregate cannot take all: {error}");
+    assert!(
+        matches!(error, ExecuteError::Overloaded { limit: 2, .. }),
+        "one aggregate cannot take all: {error}"
+    );
     let others = [spawn("b"), spawn("c")];
     in_flight(&runtime, 4).await;
     let error = spawn("d").await.unwrap().unwrap_err();
@@ -438,7 +461,9 @@ async fn a_repeated_command_gets_the_first_receipt() {
     let both: Vec<_> = (0..3)
         .map(|_| {
             let runtime = first_node.clone();
-            tokio::spawn(async move { runtime.execute::<Counter>("a", AddTwice(5)).command_id(id).await.unwrap() })
+            tokio::spawn(
+                async move { runtime.execute::<Counter>("a", AddTwice(5)).command_id(id).await.unwrap() },
+            )
         })
         .collect();
     in_flight(&first_node, 3).await;
@@ -563,13 +588,18 @@ async fn what_cannot_be_read_is_named() {
 async fn a_snapshot_saves_reading_and_an_unusable_one_is_ignored() {
     let store = FaultyStore::new(MemoryStore::new());
     let options = |revision| AggregateOptions::<Counter>::new().snapshot_every(100, revision);
-    let start =
-        async |revision| Runtime::builder().store(store.clone()).aggregate_with(options(revision)).start().await.unwrap();
+    let start = async |revision| {
+        Runtime::builder().store(store.clone()).aggregate_with(options(revision)).start().await.unwrap()
+    };
     let id = Uuid::now_v7();
     let node = start(1).await;
     for n in 0..250 {
         let command = node.execute::<Counter>("a", Add(1));
-        if n == 199 { command.command_id(id).await.unwrap() } else { command.await.unwrap() };
+        if n == 199 {
+            command.command_id(id).await.unwrap()
+        } else {
+            command.await.unwrap()
+        };
     }
     // Taken off the path of the commands: wait for it.
     let snapshot = loop {
@@ -590,7 +620,11 @@ async fn a_snapshot_saves_reading_and_an_unusable_one_is_ignored() {
 
     for (what, revision, snapshot) in [
         ("another revision", 2, snapshot.clone()),
-        ("broken bytes", 1, Snapshot { state: Bytes::from_static(b"\xff broken"), version: Version::new(201), ..snapshot }),
+        (
+            "broken bytes",
+            1,
+            Snapshot { state: Bytes::from_static(b"\xff broken"), version: Version::new(201), ..snapshot },
+        ),
     ] {
         store.save_snapshot(&stream("a"), snapshot).await.unwrap();
         let node = start(revision).await;
@@ -659,7 +693,11 @@ async fn shutdown_answers_what_is_under_way_and_refuses_what_comes() {
         for id in ["0", "1", "2"] {
             sum += stored(&store.inner, id).await.0;
         }
-        assert_eq!(sum, acknowledged.load(std::sync::atomic::Ordering::Relaxed), "exactly what was acknowledged");
+        assert_eq!(
+            sum,
+            acknowledged.load(std::sync::atomic::Ordering::Relaxed),
+            "exactly what was acknowledged"
+        );
     }
 }
 

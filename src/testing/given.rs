@@ -120,7 +120,8 @@ impl<A: Aggregate> When<A> {
     {
         let expected: Vec<_> = expected.into_iter().collect();
         let Self { mut state, mut version, decision } = self;
-        let decision = decision.unwrap_or_else(|error| panic!("expected {expected:?}, but it was refused: {error}"));
+        let decision =
+            decision.unwrap_or_else(|error| panic!("expected {expected:?}, but it was refused: {error}"));
         assert_eq!(decision.events, expected, "the aggregate decided otherwise than expected");
         for event in &decision.events {
             version = version.next();
@@ -152,7 +153,9 @@ impl<A: Aggregate> When<A> {
         A::Error: PartialEq,
     {
         match self.decision {
-            Ok(decision) => panic!("expected the refusal \"{expected}\", but it decided {:?}", decision.events),
+            Ok(decision) => {
+                panic!("expected the refusal \"{expected}\", but it decided {:?}", decision.events)
+            }
             Err(error) => assert_eq!(error, expected, "the aggregate refused for another reason"),
         }
     }

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::store::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo, LogPage,
-    ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
+    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
 use storied::{EventStore, MemoryStore, NewEvent, Position, RecordedEvent, StreamId, Version};
 use tokio::sync::watch;
@@ -192,11 +192,19 @@ impl EventStore for FaultyStore {
         self.inner.save_checkpoint(name, from, to, parked)
     }
 
-    fn parked<'a>(&'a self, name: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
         self.inner.parked(name, limit)
     }
 
-    fn remove_parked<'a>(&'a self, name: &'a str, position: Position) -> BoxFuture<'a, Result<bool, StoreError>> {
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
         self.inner.remove_parked(name, position)
     }
 
@@ -233,7 +241,11 @@ impl EventStore for FaultyStore {
         self.inner.snapshot(stream)
     }
 
-    fn save_snapshot<'a>(&'a self, stream: &'a StreamId, snapshot: Snapshot) -> BoxFuture<'a, Result<(), StoreError>> {
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
         self.inner.save_snapshot(stream, snapshot)
     }
 }
