@@ -75,15 +75,29 @@ impl Event for InvoiceEvent {
 }
 
 impl InvoiceEvent {
+    /// The variants that are about a line.
+    pub(crate) const LINES: [&str; 5] =
+        ["line_sold", "line_given_away", "line_returned", "line_credited", "line_written_off"];
+
+    /// The head of the invoice, if the event opens it.
+    pub(crate) fn header(&self) -> Option<&Header> {
+        match self {
+            Self::Opened { header } | Self::OpenedForGuest { header } | Self::CreditNoteOpened { header } => {
+                Some(header)
+            }
+            _ => None,
+        }
+    }
+
     /// The line, if the event is about one. Revenue and units follow from it, whatever kind of line it is.
     pub(crate) fn line(&self) -> Option<&Line> {
         match self {
-            Self::Opened { .. } | Self::OpenedForGuest { .. } | Self::CreditNoteOpened { .. } => None,
             Self::LineSold { line }
             | Self::LineGivenAway { line }
             | Self::LineReturned { line }
             | Self::LineCredited { line }
             | Self::LineWrittenOff { line } => Some(line),
+            _ => None,
         }
     }
 }
@@ -146,17 +160,11 @@ impl Aggregate for Invoice {
     }
 
     fn apply(&mut self, event: &InvoiceEvent) {
-        match event {
-            InvoiceEvent::Opened { header }
-            | InvoiceEvent::OpenedForGuest { header }
-            | InvoiceEvent::CreditNoteOpened { header } => self.header = Some(header.clone()),
-            InvoiceEvent::LineSold { line }
-            | InvoiceEvent::LineGivenAway { line }
-            | InvoiceEvent::LineReturned { line }
-            | InvoiceEvent::LineCredited { line }
-            | InvoiceEvent::LineWrittenOff { line } => {
-                self.lines.insert(line.number, line.clone());
-            }
+        if let Some(header) = event.header() {
+            self.header = Some(header.clone());
+        }
+        if let Some(line) = event.line() {
+            self.lines.insert(line.number, line.clone());
         }
     }
 }
