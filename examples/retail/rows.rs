@@ -182,13 +182,15 @@ fn locate(file: &Path, start: u64, field: usize) -> std::io::Result<(u64, usize)
     file.seek(SeekFrom::Start(start))?;
     // A record of sane length; whatever is longer is reported at its beginning.
     let mut file = file.take(1 << 20);
-    let (mut lines, mut fields, mut quoted, mut begun) = (0, 0, false, false);
+    let (mut lines, mut fields, mut quoted, mut begun) = (0, 0, false, None);
     let mut line = Vec::new();
     while file.read_until(b'\n', &mut line)? > 0 {
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end_matches(['\r', '\n']);
         // Empty lines between records are skipped by the CSV reader as well.
-        begun |= !text.is_empty();
+        if !text.is_empty() {
+            begun.get_or_insert(lines);
+        }
         for (column, character) in (1..).zip(text.chars()) {
             if fields == field {
                 return Ok((lines, column));
@@ -199,11 +201,11 @@ fn locate(file: &Path, start: u64, field: usize) -> std::io::Result<(u64, usize)
                 _ => {}
             }
         }
-        if begun && !quoted {
+        if begun.is_some() && !quoted {
             return Ok((lines, text.chars().count() + 1));
         }
         lines += 1;
         line.clear();
     }
-    Ok((0, 1))
+    Ok((begun.unwrap_or(0), 1))
 }
