@@ -7,14 +7,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::ActorCell;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
 use crate::codec::EncodeError;
-use crate::command::{Execute, Handlers};
+use crate::command::{Execute, Handlers, StartRouterError};
 use crate::event::{Event, Position};
 use crate::store::{EventStore, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus};
 
@@ -48,10 +47,11 @@ pub struct Builder {
 struct Registration {
     category: &'static str,
     type_name: &'static str,
-    start: Box<
-        dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, ActorCell) -> Result<(), EncodeError> + Send,
-    >,
+    start: Box<StartAggregate>,
 }
+
+type StartAggregate = dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
+    + Send;
 
 /// Why a runtime does not start.
 #[derive(Debug, thiserror::Error)]
@@ -76,9 +76,18 @@ pub enum StartError {
     /// The store does not work.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The supervisor could not be started.
-    #[error("the supervisor could not be started: {0}")]
-    Supervisor(String),
+    /// An actor could not be started.
+    #[error("an actor could not be started: {0}")]
+    Actor(String),
+}
+
+impl From<StartRouterError> for StartError {
+    fn from(error: StartRouterError) -> Self {
+        match error {
+            StartRouterError::Events(error) => Self::Events(error),
+            StartRouterError::Spawn(error) => Self::Actor(error.to_string()),
+        }
+    }
 }
 
 /// What did not end in time when a runtime was shut down. Nothing acknowledged is lost: what is named here had not been
@@ -126,7 +135,9 @@ impl Builder {
             category: <A::Event as Event>::CATEGORY,
             type_name: type_name::<A>(),
             start: Box::new(move |handlers, store, writer, supervisor| {
-                handlers.register(Router::start(store, writer, options, supervisor)?);
+                let router = Router::start(store, writer, options, supervisor.cell())?;
+                supervisor.adopt(Box::new(router.clone()));
+                handlers.register(router);
                 Ok(())
             }),
         });
@@ -151,11 +162,11 @@ impl Builder {
             }
         }
         store.frontier().await?;
-        let supervisor = Supervisor::start().await.map_err(StartError::Supervisor)?;
+        let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
         let writer = Writer::start(store.clone(), WriterOptions::default());
         let mut handlers = Handlers::default();
         for registration in self.aggregates {
-            (registration.start)(&mut handlers, store.clone(), writer.clone(), supervisor.cell())?;
+            (registration.start)(&mut handlers, store.clone(), writer.clone(), &supervisor)?;
         }
         let handlers = Arc::new(handlers);
         Ok(Runtime { inner: Arc::new(Inner { node: Uuid::now_v7(), store, writer, handlers, supervisor }) })

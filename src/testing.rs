@@ -1,7 +1,16 @@
-//! For tests of users' code and of back ends (feature `testing`).
+//! What tests of applications and of back ends need (feature `testing`).
+//!
+//! - [`given`]: an aggregate's decisions, without a runtime: `given(events).when(command).then(events)`;
+//! - [`store`]: the suite that every event store passes.
 
-#![allow(clippy::expect_used, clippy::panic, reason = "a test kit reports by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test kit tells a test that it failed by panicking"
+)]
 
 mod given;
+pub mod store;
 
 pub use self::given::{Given, Then, When, given};

@@ -20,17 +20,13 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use sqlx::ConnectOptions;
-use sqlx::pool::PoolConnection;
-use sqlx::sqlite::{
-    Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
-    SqliteSynchronous,
-};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::append::Written;
-use self::connection::{Failure, Writer};
+use self::connection::{Failure, Readers, Writer};
 use self::error::failed;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
@@ -39,16 +35,13 @@ use super::{
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
-/// How rows travel from the connection's thread: in bursts of this many, so that the threads rarely wait for each other.
-const ROWS_IN_FLIGHT: usize = 512;
-
 /// How a [`SqliteStore`] is opened.
 #[derive(Debug, Clone)]
 pub struct SqliteOptions {
     path: PathBuf,
     create_if_missing: bool,
     codec: Codec,
-    readers: u32,
+    readers: usize,
     busy_timeout: Duration,
     acquire_timeout: Duration,
 }
@@ -82,7 +75,7 @@ impl SqliteOptions {
 
     /// How many connections read at the same time, each with a thread of its own; at least 1. Default: 4.
     #[must_use]
-    pub fn readers(mut self, readers: u32) -> Self {
+    pub fn readers(mut self, readers: usize) -> Self {
         self.readers = readers.max(1);
         self
     }
@@ -115,7 +108,6 @@ impl SqliteOptions {
         let shared = SqliteConnectOptions::new()
             .filename(&self.path)
             .busy_timeout(self.busy_timeout)
-            .row_buffer_size(ROWS_IN_FLIGHT)
             .disable_statement_logging();
         let writing = shared
             .clone()
@@ -125,13 +117,8 @@ impl SqliteOptions {
             // On macOS a plain fsync leaves data in the drive's cache; elsewhere this changes nothing.
             .pragma("fullfsync", "ON");
         let (connection, id) = self.prepare(&writing).await?;
-        let readers = SqlitePoolOptions::new()
-            .max_connections(self.readers)
-            .acquire_timeout(self.acquire_timeout)
-            .test_before_acquire(false)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .connect_lazy_with(shared.pragma("query_only", "ON"));
+        let reading = shared.pragma("query_only", "ON");
+        let readers = Readers::new(reading, self.acquire_timeout, self.readers);
         let head = read::frontier(&readers).await?;
         Ok(SqliteStore {
             shared: Arc::new(Shared {
@@ -183,7 +170,7 @@ pub struct SqliteStore {
 struct Shared {
     info: StoreInfo,
     writer: Writer,
-    readers: SqlitePool,
+    readers: Readers,
     appended: watch::Sender<Position>,
 }
 
@@ -275,10 +262,6 @@ impl SqliteStore {
         });
     }
 
-    async fn reader(&self, doing: &str) -> Result<PoolConnection<Sqlite>, StoreError> {
-        self.shared.readers.acquire().await.map_err(|error| failed(doing, error))
-    }
-
     /// A transaction of which it does not matter how a failed commit ended: the caller asks again.
     async fn transaction<T, E, W>(&self, doing: &'static str, work: W) -> Result<T, E>
     where
@@ -322,8 +305,10 @@ impl EventStore for SqliteStore {
 
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
         Box::pin(async move {
-            let mut connection = self.reader("reading a checkpoint").await?;
-            progress::checkpoint(&mut connection, name, self.shared.info.id).await
+            let mut reader = self.shared.readers.get("reading a checkpoint").await?;
+            let checkpoint = progress::checkpoint(&mut reader.connection, name, self.shared.info.id).await?;
+            reader.give_back();
+            Ok(checkpoint)
         })
     }
 
@@ -352,8 +337,10 @@ impl EventStore for SqliteStore {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
         Box::pin(async move {
-            let mut connection = self.reader("reading parked events").await?;
-            progress::parked(&mut connection, name, limit).await
+            let mut reader = self.shared.readers.get("reading parked events").await?;
+            let parked = progress::parked(&mut reader.connection, name, limit).await?;
+            reader.give_back();
+            Ok(parked)
         })
     }
 
@@ -369,7 +356,12 @@ impl EventStore for SqliteStore {
     }
 
     fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(state::paused(&self.shared.readers, name))
+        Box::pin(async move {
+            let mut reader = self.shared.readers.get("reading whether a projection is paused").await?;
+            let paused = state::paused(&mut reader.connection, name).await?;
+            reader.give_back();
+            Ok(paused)
+        })
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
@@ -406,11 +398,21 @@ impl EventStore for SqliteStore {
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
-        Box::pin(state::leases(&self.shared.readers))
+        Box::pin(async move {
+            let mut reader = self.shared.readers.get("reading the leases").await?;
+            let leases = state::leases(&mut reader.connection).await?;
+            reader.give_back();
+            Ok(leases)
+        })
     }
 
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
-        Box::pin(state::snapshot(&self.shared.readers, stream))
+        Box::pin(async move {
+            let mut reader = self.shared.readers.get("reading a snapshot").await?;
+            let snapshot = state::snapshot(&mut reader.connection, stream).await?;
+            reader.give_back();
+            Ok(snapshot)
+        })
     }
 
     fn save_snapshot<'a>(

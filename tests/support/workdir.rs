@@ -15,12 +15,15 @@ use std::{fs, io, thread};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 
-/// $1 is the directory. PostgreSQL's shared memory segment (the last word of line 7 of its pid file) survives a SIGKILL and would
-/// be left to fill the system's table.
+/// $1 is the directory. All are stopped before any is killed: a postmaster that sees a back end die begins to start over.
+/// PostgreSQL's shared memory segment (the last word of line 7 of its pid file) survives a SIGKILL and would be left to fill the
+/// system's table.
 const GUARD: &str = r#"
 cat >/dev/null
 while found=$(find /proc -maxdepth 2 -path '/proc/[0-9]*/cwd' -lname "$1*" -printf '%h\n' 2>/dev/null); [ -n "$found" ]; do
-    for process in $found; do kill -KILL "${process#/proc/}" 2>/dev/null; done
+    for signal in STOP KILL; do
+        for process in $found; do kill -$signal "${process#/proc/}" 2>/dev/null; done
+    done
     sleep 0.01
 done
 segment=$(sed -n '7s/.* //p' "$1/data/postmaster.pid" 2>/dev/null) && [ -n "$segment" ] && ipcrm -m "$segment"
@@ -61,6 +64,7 @@ impl Workdir {
 
     /// Kills whatever runs here and returns when nothing does.
     pub(super) fn kill(&self) {
+        self.pause(); // as the guard does
         self.signal_until(Signal::SIGKILL, |_| false);
     }
 

@@ -1,11 +1,13 @@
-//! The one connection that writes.
+//! The one connection that writes, and the few that read. Not sqlx's pool: it pings every connection that comes back, which
+//! is a trip to the connection's thread for each read, and would return one that was abandoned inside a transaction.
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Executor};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use super::super::{BoxFuture, StoreError};
@@ -91,5 +93,55 @@ impl Writer {
             let reason = format!("{doing}: the transaction was torn down");
             Err(Failure::Lost(StoreError::OutcomeUnknown { reason, source: Some(Arc::new(error)) }))
         })
+    }
+}
+
+/// The connections that read. Opened when they are needed first, and kept.
+pub(super) struct Readers {
+    options: SqliteConnectOptions,
+    /// How long a read waits for a connection.
+    patience: Duration,
+    permits: Semaphore,
+    /// At most one for each permit.
+    idle: std::sync::Mutex<Vec<SqliteConnection>>,
+}
+
+/// A connection to read with.
+pub(super) struct Reader<'a> {
+    pub(super) connection: SqliteConnection,
+    home: &'a Readers,
+    /// Freed after the connection is back.
+    _permit: SemaphorePermit<'a>,
+}
+
+impl fmt::Debug for Readers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Readers").field("free", &self.permits.available_permits()).finish_non_exhaustive()
+    }
+}
+
+impl Readers {
+    pub(super) fn new(options: SqliteConnectOptions, patience: Duration, connections: usize) -> Self {
+        Self { options, patience, permits: Semaphore::new(connections), idle: std::sync::Mutex::default() }
+    }
+
+    pub(super) async fn get(&self, doing: &str) -> Result<Reader<'_>, StoreError> {
+        let Ok(Ok(permit)) = timeout(self.patience, self.permits.acquire()).await else {
+            let reason = format!("{doing}: all reading connections were busy for {:?}", self.patience);
+            return Err(StoreError::Unavailable { reason, source: None });
+        };
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let connection = match idle {
+            Some(connection) => connection,
+            None => self.options.connect().await.map_err(|error| failed(doing, error))?,
+        };
+        Ok(Reader { connection, home: self, _permit: permit })
+    }
+}
+
+impl Reader<'_> {
+    /// For the next one. A reader that is dropped instead, because a read failed or was given up, closes its connection.
+    pub(super) fn give_back(self) {
+        self.home.idle.lock().unwrap_or_else(PoisonError::into_inner).push(self.connection);
     }
 }

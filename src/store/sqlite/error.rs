@@ -10,7 +10,7 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         sqlx::Error::Database(database) => by_code(doing, &database.code(), database.message(), &error)
             .unwrap_or_else(|reason| reason.into_error(error)),
         sqlx::Error::PoolTimedOut => {
-            StoreError::unavailable(format!("{doing}: all reading connections were busy for too long"), error)
+            StoreError::unavailable(format!("{doing}: no connection of the pool became free in time"), error)
         }
         sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => {
             StoreError::unavailable(format!("{doing}: the connection is closed"), error)

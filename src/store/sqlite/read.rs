@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
 use super::super::{LogPage, ReadLog, StoreError};
+use super::connection::Readers;
 use super::error::failed;
 use super::{from_sql, json_list, json_streams, time, to_sql};
 use crate::codec::Codec;
@@ -22,7 +23,7 @@ const READING_STREAM: &str = "reading a stream";
 ///
 /// The scan goes by position, whatever the filter (`NOT INDEXED` leaves only the primary key): then each page starts
 /// where the last one ended and all of them together are one pass over the log, however long the lists are.
-pub(super) async fn log(pool: &SqlitePool, codec: Codec, read: &ReadLog) -> Result<LogPage, StoreError> {
+pub(super) async fn log(readers: &Readers, codec: Codec, read: &ReadLog) -> Result<LogPage, StoreError> {
     let limit = read.limit.max(1);
     let names = read.filter.wanted_names().map(|names| json_list(names.iter().map(EventName::as_str)));
     let categories =
@@ -48,6 +49,7 @@ pub(super) async fn log(pool: &SqlitePool, codec: Codec, read: &ReadLog) -> Resu
             ""
         },
     );
+    let mut reader = readers.get(READING_LOG).await?;
     let mut rows = sqlx::query(AssertSqlSafe(sql))
         .bind(to_sql(read.after.get()))
         .bind(read.upto.map_or(i64::MAX, |upto| to_sql(upto.get())))
@@ -55,7 +57,7 @@ pub(super) async fn log(pool: &SqlitePool, codec: Codec, read: &ReadLog) -> Resu
         .bind(names)
         .bind(categories)
         .bind(streams)
-        .fetch(pool);
+        .fetch(&mut reader.connection);
 
     let mut decoder = Decoder::new(READING_LOG, codec);
     let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head: Position::START };
@@ -75,6 +77,8 @@ pub(super) async fn log(pool: &SqlitePool, codec: Codec, read: &ReadLog) -> Resu
             }
         }
     }
+    drop(rows);
+    reader.give_back();
     // SQLite keeps the order of an inner query, but does not promise it.
     if !page.events.is_sorted_by_key(|event| event.position) {
         page.events.sort_unstable_by_key(|event| event.position);
@@ -88,12 +92,13 @@ pub(super) async fn log(pool: &SqlitePool, codec: Codec, read: &ReadLog) -> Resu
 
 /// One page of a stream.
 pub(super) async fn stream(
-    pool: &SqlitePool,
+    readers: &Readers,
     codec: Codec,
     stream: &StreamId,
     after: Version,
     limit: usize,
 ) -> Result<Vec<RecordedEvent>, StoreError> {
+    let mut reader = readers.get(READING_STREAM).await?;
     let mut rows = sqlx::query(
         "SELECT position, version, name, id, command_id, payload, metadata, recorded_at
          FROM storied_events WHERE stream_id = ? AND category = ? AND version > ? ORDER BY version LIMIT ?",
@@ -102,32 +107,40 @@ pub(super) async fn stream(
     .bind(stream.category())
     .bind(to_sql(after.get()))
     .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-    .fetch(pool);
+    .fetch(&mut reader.connection);
     let mut decoder = Decoder::new(READING_STREAM, codec);
     let mut events = Vec::new();
     while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_STREAM, error))? {
         let position = Position::new(decoder.number(&row, 0)?);
         events.push(decoder.event(&row, 1, stream.clone(), position)?);
     }
+    drop(rows);
+    reader.give_back();
     Ok(events)
 }
 
 /// The last event of the log. SQLite commits in the order of positions, so nothing appears below it.
-pub(super) async fn frontier(pool: &SqlitePool) -> Result<Position, StoreError> {
+pub(super) async fn frontier(readers: &Readers) -> Result<Position, StoreError> {
+    const DOING: &str = "reading the end of the log";
+    let mut reader = readers.get(DOING).await?;
     let last: i64 = sqlx::query_scalar("SELECT coalesce(max(position), 0) FROM storied_events")
-        .fetch_one(pool)
+        .fetch_one(&mut reader.connection)
         .await
-        .map_err(|error| failed("reading the end of the log", error))?;
+        .map_err(|error| failed(DOING, error))?;
+    reader.give_back();
     Ok(Position::new(from_sql(last)))
 }
 
 /// Whether the event `id` is at `position`.
-pub(super) async fn is_at(pool: &SqlitePool, position: Position, id: Uuid) -> Result<bool, StoreError> {
+pub(super) async fn is_at(readers: &Readers, position: Position, id: Uuid) -> Result<bool, StoreError> {
+    const DOING: &str = "looking for an event";
+    let mut reader = readers.get(DOING).await?;
     let found: Option<Uuid> = sqlx::query_scalar("SELECT id FROM storied_events WHERE position = ?")
         .bind(to_sql(position.get()))
-        .fetch_optional(pool)
+        .fetch_optional(&mut reader.connection)
         .await
-        .map_err(|error| failed("looking for an event", error))?;
+        .map_err(|error| failed(DOING, error))?;
+    reader.give_back();
     Ok(found == Some(id))
 }
 

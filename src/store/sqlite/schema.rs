@@ -1,7 +1,7 @@
 //! From a path to a database that is ours: created, migrated, and known by its identity.
 
 use sqlx::Connection;
-use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::migrate::{Migrate, MigrateError, Migrator};
 use sqlx::sqlite::SqliteConnection;
 use uuid::Uuid;
 
@@ -24,42 +24,51 @@ pub(super) async fn prepare(connection: &mut SqliteConnection, codec: Codec) -> 
             advice: "put the file on a local disk, or use MemoryStore if nothing is to be kept".into(),
         });
     }
-    let mut migrations = sqlx::migrate!("migrations/sqlite");
-    migrations.dangerous_set_table_name("storied_migrations");
-    migrate(connection, &migrations).await?;
+    migrate(connection, &sqlx::migrate!("migrations/sqlite"), "storied_migrations").await?;
     super::progress::migrate(connection).await?;
     identity(connection, codec).await
 }
 
-/// Runs migrations. SQLite's write lock keeps others out meanwhile: sqlx's own lock does nothing on SQLite.
+/// Runs migrations and remembers them in `table`. SQLite's write lock keeps others out meanwhile: sqlx's own lock does
+/// nothing on SQLite, hence not `Migrator::run`.
 pub(super) async fn migrate(
     connection: &mut SqliteConnection,
     migrations: &Migrator,
+    table: &str,
 ) -> Result<(), StoreError> {
-    let mut transaction =
-        connection.begin_with("BEGIN IMMEDIATE").await.map_err(|error| failed(MIGRATING, error))?;
-    migrations.run(&mut *transaction).await.map_err(|error| refused(migrations, error))?;
-    transaction.commit().await.map_err(|error| failed(MIGRATING, error))
-}
-
-fn refused(migrations: &Migrator, error: MigrateError) -> StoreError {
-    let ours = migrations.iter().map(|migration| migration.version).max().unwrap_or(0);
-    let incompatible = |found: String, advice: &str| StoreError::Incompatible {
-        expected: format!("storied's tables in version {ours}"),
+    let refused = |error| match error {
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failed(MIGRATING, error),
+        other => StoreError::storage(format!("{MIGRATING}: {other}"), other),
+    };
+    let newest = migrations.iter().map(|migration| migration.version).max().unwrap_or(0);
+    let incompatible = |found, advice: &str| StoreError::Incompatible {
+        expected: format!("{table} up to version {newest}"),
         found,
         advice: advice.into(),
     };
-    match error {
-        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => failed(MIGRATING, error),
-        MigrateError::VersionMissing(version) => incompatible(
-            format!("version {version}"),
+    let mut transaction =
+        connection.begin_with("BEGIN IMMEDIATE").await.map_err(|error| failed(MIGRATING, error))?;
+    transaction.ensure_migrations_table(table).await.map_err(refused)?;
+    let applied = transaction.list_applied_migrations(table).await.map_err(refused)?;
+    if let Some(unknown) = applied.iter().find(|applied| !migrations.version_exists(applied.version)) {
+        return Err(incompatible(
+            format!("version {}", unknown.version),
             "a newer program has used this database: update this one, or use another database",
-        ),
-        other => incompatible(
-            other.to_string(),
-            "the tables were not made by a released version of storied: use another database",
-        ),
+        ));
     }
+    for migration in migrations.iter() {
+        match applied.iter().find(|applied| applied.version == migration.version) {
+            Some(applied) if applied.checksum == migration.checksum => {}
+            Some(_) => {
+                return Err(incompatible(
+                    format!("another version {}", migration.version),
+                    "its tables were not made by a released storied: use another database",
+                ));
+            }
+            None => _ = transaction.apply(table, migration).await.map_err(refused)?,
+        }
+    }
+    transaction.commit().await.map_err(|error| failed(MIGRATING, error))
 }
 
 /// Gives a new store its identity, and checks that of an old one.

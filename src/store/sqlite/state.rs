@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sqlx::Row;
-use sqlx::sqlite::{SqliteConnection, SqlitePool, SqliteRow};
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
 use super::super::{Lease, LeaseInfo, Snapshot, StoreError};
@@ -77,22 +77,22 @@ async fn set_expiry(
     Ok(changed.rows_affected() > 0)
 }
 
-pub(super) async fn leases(pool: &SqlitePool) -> Result<Vec<LeaseInfo>, StoreError> {
+pub(super) async fn leases(connection: &mut SqliteConnection) -> Result<Vec<LeaseInfo>, StoreError> {
     let info = |row: SqliteRow| -> Result<_, sqlx::Error> {
         let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
         Ok(LeaseInfo { lease, expires_at: time(row.try_get(3)?) })
     };
     sqlx::query("SELECT name, owner, epoch, expires_at FROM storied_leases ORDER BY name")
-        .fetch_all(pool)
+        .fetch_all(connection)
         .await
         .and_then(|rows| rows.into_iter().map(info).collect())
         .map_err(|error| failed(LEASES, error))
 }
 
-pub(super) async fn paused(pool: &SqlitePool, name: &str) -> Result<bool, StoreError> {
+pub(super) async fn paused(connection: &mut SqliteConnection, name: &str) -> Result<bool, StoreError> {
     sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM storied_paused WHERE name = ?)")
         .bind(name)
-        .fetch_one(pool)
+        .fetch_one(connection)
         .await
         .map_err(|error| failed(&format!("reading whether {name} is paused"), error))
 }
@@ -114,7 +114,10 @@ pub(super) async fn set_paused(
     Ok(())
 }
 
-pub(super) async fn snapshot(pool: &SqlitePool, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {
+pub(super) async fn snapshot(
+    connection: &mut SqliteConnection,
+    stream: &StreamId,
+) -> Result<Option<Snapshot>, StoreError> {
     let snapshot = |row: SqliteRow| -> Result<_, sqlx::Error> {
         Ok(Snapshot {
             version: Version::new(from_sql(row.try_get(0)?)),
@@ -125,7 +128,7 @@ pub(super) async fn snapshot(pool: &SqlitePool, stream: &StreamId) -> Result<Opt
     sqlx::query("SELECT version, revision, state FROM storied_snapshots WHERE category = ? AND stream_id = ?")
         .bind(stream.category())
         .bind(stream.id())
-        .fetch_optional(pool)
+        .fetch_optional(connection)
         .await
         .and_then(|row| row.map(snapshot).transpose())
         .map_err(|error| failed(&format!("reading the snapshot of {stream}"), error))

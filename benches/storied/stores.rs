@@ -1,0 +1,61 @@
+use storied::store::{Append, ExpectedVersion};
+use storied::{EventStore, MemoryStore, Metadata, NewEvent, SqliteStore, StreamId};
+use tempfile::TempDir;
+
+use crate::args::{Plan, StoreKind};
+use crate::domain::{AccountEvent, text};
+
+/// A fresh store, and where it lives.
+#[derive(Clone)]
+pub enum Store {
+    Memory(MemoryStore),
+    Sqlite(SqliteStore, std::sync::Arc<TempDir>),
+}
+
+impl Store {
+    pub async fn fresh(kind: StoreKind) -> Self {
+        match kind {
+            StoreKind::Memory => Store::Memory(MemoryStore::new()),
+            StoreKind::Sqlite => {
+                let directory = directory();
+                let store = SqliteStore::open(directory.path().join("events.db")).await.unwrap();
+                Store::Sqlite(store, directory.into())
+            }
+        }
+    }
+
+    pub fn port(&self) -> &dyn EventStore {
+        match self {
+            Store::Memory(store) => store,
+            Store::Sqlite(store, _) => store,
+        }
+    }
+
+    pub fn builder(&self) -> storied::runtime::Builder {
+        match self.clone() {
+            Store::Memory(store) => storied::Runtime::builder().store(store),
+            Store::Sqlite(store, _) => storied::Runtime::builder().store(store),
+        }
+    }
+
+    /// Puts `plan.events` events into it, over `streams` streams in turn.
+    pub async fn fill(&self, plan: &Plan, streams: usize) {
+        let event = AccountEvent::Entered { text: text(plan.payload) };
+        let codec = self.port().info().codec;
+        let events: Vec<usize> = (0..plan.events).collect();
+        for batch in events.chunks(500) {
+            let append = |n: &usize| {
+                let new = NewEvent::encode(&event, codec, &Metadata::default()).unwrap();
+                Append::one(StreamId::new("account", n % streams).unwrap(), ExpectedVersion::Any, vec![new])
+            };
+            for answer in self.port().append(batch.iter().map(append).collect()).await {
+                answer.unwrap();
+            }
+        }
+    }
+}
+
+/// In the build directory, not in /tmp: that may be memory.
+pub fn directory() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}

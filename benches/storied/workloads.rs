@@ -1,0 +1,108 @@
+use std::time::Instant;
+
+use storied::store::{Append, ExpectedVersion};
+use storied::{Metadata, NewEvent, Position, ReadLog, StreamId};
+
+use crate::args::{Plan, StoreKind};
+use crate::domain::{Account, AccountCommand, AccountEvent, text};
+use crate::limits;
+use crate::measure::{Comparison, Run, closed_loop};
+use crate::stores::Store;
+
+const AGGREGATES: usize = 1_000;
+
+/// `callers` callers over 1,000 live aggregates, one event a command.
+pub async fn commands(plan: &Plan) -> Comparison {
+    let (ours, per_transaction) = execute(plan, AGGREGATES).await;
+    let limit = inserts(plan, per_transaction).await;
+    Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's as well") }
+}
+
+/// `callers` callers on one aggregate. The limit is one commit after the other: what an aggregate without a pipeline could
+/// do at best.
+pub async fn hot(plan: &Plan) -> Comparison {
+    let (ours, per_transaction) = execute(plan, 1).await;
+    let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1).await;
+    Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
+}
+
+/// The first command on an aggregate with a long stream and no snapshot. The limit reads the rows.
+pub async fn rehydrate(plan: &Plan) -> Comparison {
+    let store = Store::fresh(plan.store).await;
+    store.fill(plan, 1).await;
+    let runtime = store.builder().aggregate::<Account>().start().await.unwrap();
+    let start = Instant::now();
+    let receipt = runtime.execute::<Account>(0, AccountCommand::Look).await.unwrap();
+    let ours = Run::whole(plan.events, start.elapsed());
+    assert_eq!(receipt.reply, plan.events as u64);
+    runtime.shutdown().await.unwrap();
+    Comparison { ours, limit: read(plan, &store).await, note: String::new() }
+}
+
+async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
+    let store = Store::fresh(plan.store).await;
+    let runtime = store.builder().aggregate::<Account>().start().await.unwrap();
+    let look = |n: usize| {
+        let runtime = runtime.clone();
+        async move { drop(runtime.execute::<Account>(n % aggregates, AccountCommand::Look).await.unwrap()) }
+    };
+    closed_loop(64.min(aggregates), aggregates, look).await;
+    let text = text(plan.payload);
+    let run = closed_loop(plan.callers, plan.events, |n| {
+        let (runtime, text) = (runtime.clone(), text.clone());
+        async move {
+            runtime.execute::<Account>(n % aggregates, AccountCommand::Enter(text)).await.unwrap();
+        }
+    })
+    .await;
+    let writer = runtime.status().await.writer;
+    assert_eq!(writer.events, plan.events as u64);
+    runtime.shutdown().await.unwrap();
+    (run, (writer.events / writer.transactions).max(1) as usize)
+}
+
+async fn inserts(plan: &Plan, per_transaction: usize) -> Run {
+    match plan.store {
+        StoreKind::Sqlite => limits::sqlite_inserts(plan, per_transaction).await,
+        StoreKind::Memory => memory_appends(plan, per_transaction).await,
+    }
+}
+
+/// The limit on memory is the store itself, called directly.
+async fn memory_appends(plan: &Plan, per_transaction: usize) -> Run {
+    let store = Store::fresh(StoreKind::Memory).await;
+    let event = AccountEvent::Entered { text: text(plan.payload) };
+    let transactions = plan.events.div_ceil(per_transaction);
+    let mut latencies = Vec::with_capacity(transactions);
+    let start = Instant::now();
+    for transaction in 0..transactions {
+        let start = Instant::now();
+        let batch = (0..per_transaction)
+            .map(|n| {
+                let stream =
+                    StreamId::new("account", (transaction * per_transaction + n) % AGGREGATES).unwrap();
+                let event =
+                    NewEvent::encode(&event, store.port().info().codec, &Metadata::default()).unwrap();
+                Append::one(stream, ExpectedVersion::Any, vec![event])
+            })
+            .collect();
+        for answer in store.port().append(batch).await {
+            answer.unwrap();
+        }
+        latencies.push(start.elapsed());
+    }
+    Run::new(transactions * per_transaction, start.elapsed(), latencies)
+}
+
+async fn read(plan: &Plan, store: &Store) -> Run {
+    match store {
+        Store::Sqlite(_, directory) => limits::sqlite_read(plan, &directory.path().join("events.db")).await,
+        Store::Memory(_) => {
+            let start = Instant::now();
+            let page =
+                store.port().read_log(ReadLog::after(Position::START).limit(plan.events)).await.unwrap();
+            assert_eq!(page.events.len(), plan.events);
+            Run::whole(plan.events, start.elapsed())
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! The conformance suite of event stores: what [`EventStore`](crate::store::EventStore) promises, as tests.
+//!
+//! A back end runs all of it, one named test per behaviour, by saying how to get an empty database:
+//!
+//! ```
+//! use storied::MemoryStore;
+//! use storied::testing::store::Database;
+//!
+//! async fn memory() -> Database {
+//!     let store = MemoryStore::new();
+//!     Database::new(move || {
+//!         let store = store.clone();
+//!         async move { store }
+//!     })
+//! }
+//!
+//! storied::event_store_suite!(memory());
+//! ```
+//!
+//! The behaviours are public functions in the modules below, for whoever needs a single one.
+
+pub mod append;
+pub mod lease;
+pub mod oracle;
+pub mod progress;
+pub mod read;
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use crate::event::{EventName, NewEvent, Position, RecordedEvent, StreamId, Version};
+use crate::store::{
+    Append, AppendError, Appended, BoxFuture, Conflict, EventStore, ExpectedVersion, ReadLog,
+};
+
+/// How long one behaviour may take before it counts as hanging.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A database for one test: empty at first, the same one however often it is opened, gone when the test ends.
+pub struct Database {
+    open: Box<dyn Fn() -> BoxFuture<'static, Arc<dyn EventStore>> + Send + Sync>,
+    guards: Vec<Box<dyn Any + Send + Sync>>,
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Database").field("guards", &self.guards.len()).finish_non_exhaustive()
+    }
+}
+
+impl Database {
+    /// A database that `open` opens. Where the back end can, every opening should have connections of its own, as if
+    /// another process did it.
+    pub fn new<S, F>(open: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        S: EventStore,
+        F: Future<Output = S> + Send + 'static,
+    {
+        let open = move || -> BoxFuture<'static, Arc<dyn EventStore>> {
+            let store = open();
+            Box::pin(async move { Arc::new(store.await) as Arc<dyn EventStore> })
+        };
+        Self { open: Box::new(open), guards: Vec::new() }
+    }
+
+    /// Keeps something (a temporary directory, a server) until the test is over.
+    #[must_use]
+    pub fn keeping(mut self, guard: impl Any + Send + Sync) -> Self {
+        self.guards.push(Box::new(guard));
+        self
+    }
+
+    /// Opens the database once more.
+    pub async fn open(&self) -> Arc<dyn EventStore> {
+        (self.open)().await
+    }
+}
+
+/// Runs one behaviour; one that hangs fails.
+pub async fn run(behaviour: impl Future<Output = ()>) {
+    tokio::time::timeout(LIMIT, behaviour).await.expect("the behaviour should end, and not hang");
+}
+
+/// Makes one `#[tokio::test]` per behaviour of an event store. Takes an expression for a future of a [`Database`], which
+/// is evaluated for every test. The calling crate needs `tokio` with `macros` and `rt-multi-thread`.
+#[macro_export]
+macro_rules! event_store_suite {
+    ($make:expr) => {
+        $crate::event_store_suite! { @topics $make;
+            append:
+                expected_versions_decide,
+                conflicts_tell_expected_and_actual,
+                refused_appends_leave_no_trace,
+                several_streams_are_all_or_nothing,
+                batches_are_refused_piecewise,
+                a_stream_may_come_twice_in_a_batch,
+                invalid_appends_are_refused_alone,
+                versions_have_no_holes_and_positions_increase,
+                everything_of_an_event_comes_back,
+                streams_with_odd_ids_are_kept_apart,
+                large_batches_arrive_whole,
+                what_was_appended_survives_reopening;
+            read:
+                an_empty_store_is_empty,
+                streams_are_read_in_pages,
+                the_log_is_read_in_pages,
+                filters_select,
+                empty_filter_lists_match_nothing,
+                long_filter_lists_work,
+                the_scan_passes_what_does_not_match,
+                the_scan_stops_at_its_upper_end,
+                the_scan_never_passes_the_head,
+                the_frontier_is_the_last_event,
+                readers_are_woken;
+            progress:
+                a_checkpoint_starts_at_the_default,
+                a_checkpoint_moves_only_from_where_it_is,
+                the_epoch_of_a_checkpoint_never_falls,
+                one_of_many_rivals_moves_a_checkpoint,
+                events_are_parked_with_the_checkpoint,
+                parked_events_are_listed_and_removed,
+                projections_are_paused_and_resumed,
+                snapshots_are_kept_and_replaced;
+            lease:
+                a_lease_has_one_owner,
+                an_expired_lease_changes_hands,
+                a_released_lease_is_free_at_once,
+                a_lease_is_renewed,
+                zombies_cannot_renew_or_release,
+                leases_are_listed,
+                one_of_many_rivals_gets_a_lease;
+            oracle:
+                rivals_on_one_stream_leave_no_hole,
+                followers_see_exactly_the_log,
+                cancelled_appends_do_no_harm;
+        }
+    };
+    (@topics $make:expr; $($topic:ident: $($behaviour:ident),+;)+) => {
+        $($(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $behaviour() {
+                let database = $make.await;
+                $crate::testing::store::run($crate::testing::store::$topic::$behaviour(database)).await;
+            }
+        )+)+
+    };
+}
+
+/// The stream `order/id`.
+fn stream(id: impl fmt::Display) -> StreamId {
+    StreamId::new("order", id).unwrap()
+}
+
+fn name(name: &str) -> EventName {
+    EventName::new(name).unwrap()
+}
+
+/// An event unlike any other.
+fn event(event_name: &str) -> NewEvent {
+    let id = Uuid::now_v7();
+    NewEvent {
+        id,
+        name: name(event_name),
+        payload: Bytes::copy_from_slice(id.as_bytes()),
+        command_id: Uuid::now_v7(),
+        metadata: Bytes::from_static(&[0xa0]),
+    }
+}
+
+fn events(count: usize) -> Vec<NewEvent> {
+    (0..count).map(|_| event("order.placed")).collect()
+}
+
+fn ids(events: &[NewEvent]) -> Vec<Uuid> {
+    events.iter().map(|event| event.id).collect()
+}
+
+fn recorded_ids(events: &[RecordedEvent]) -> Vec<Uuid> {
+    events.iter().map(|event| event.id).collect()
+}
+
+/// Appends one batch of one.
+async fn append_one(store: &dyn EventStore, append: Append) -> Result<Appended, AppendError> {
+    let mut answers = store.append(vec![append]).await;
+    assert_eq!(answers.len(), 1, "one answer for one append");
+    answers.remove(0)
+}
+
+/// Appends `events` to `stream`.
+async fn append_to(
+    store: &dyn EventStore,
+    stream: &StreamId,
+    expected: ExpectedVersion,
+    events: Vec<NewEvent>,
+) -> Result<Appended, AppendError> {
+    append_one(store, Append::one(stream.clone(), expected, events)).await
+}
+
+/// Appends `count` events to `stream`, whatever is there; their positions.
+async fn fill(store: &dyn EventStore, stream: &StreamId, count: usize) -> Vec<Position> {
+    append_to(store, stream, ExpectedVersion::Any, events(count)).await.unwrap().positions
+}
+
+fn conflict(answer: Result<Appended, AppendError>) -> Conflict {
+    match answer {
+        Err(AppendError::Conflict(conflict)) => conflict,
+        other => panic!("expected a conflict, got {other:?}"),
+    }
+}
+
+/// How many events `stream` has.
+async fn version(store: &dyn EventStore, stream: &StreamId) -> Version {
+    let events = store.read_stream(stream, Version::NONE, usize::MAX).await.unwrap();
+    events.last().map_or(Version::NONE, |event| event.version)
+}
+
+/// Reads pages until the scan has reached the end that the first page saw, or `upto`; everything that matched, and how
+/// far the scan got.
+async fn scan(store: &dyn EventStore, mut read: ReadLog) -> (Vec<RecordedEvent>, Position) {
+    let mut found = Vec::new();
+    loop {
+        let page = store.read_log(read.clone()).await.unwrap();
+        assert!(page.events.len() <= read.limit, "a page has at most as many events as were asked for");
+        assert!(page.scanned_to >= read.after, "a scan never goes back");
+        for event in &page.events {
+            assert!(
+                event.position > read.after && event.position <= page.scanned_to,
+                "an event outside its page"
+            );
+            assert!(read.filter.matches(event), "an event that was not asked for");
+        }
+        let moved = page.scanned_to > read.after;
+        read.after = page.scanned_to;
+        found.extend(page.events);
+        if !moved || page.scanned_to >= page.head || read.upto.is_some_and(|upto| page.scanned_to >= upto) {
+            return (found, read.after);
+        }
+    }
+}
+
+async fn whole_log(store: &dyn EventStore) -> Vec<RecordedEvent> {
+    scan(store, ReadLog::after(Position::START)).await.0
+}
+
+/// What must hold in any log: positions increase, versions of every stream are 1, 2, 3 …, ids occur once.
+fn assert_sound(log: &[RecordedEvent]) {
+    assert!(log.is_sorted_by(|a, b| a.position < b.position), "positions do not increase");
+    let mut streams: HashMap<&StreamId, Version> = HashMap::new();
+    for event in log {
+        let version = streams.entry(&event.stream).or_default();
+        assert_eq!(event.version, version.next(), "a hole or a double in {}", event.stream);
+        *version = event.version;
+    }
+    let mut ids = recorded_ids(log);
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), log.len(), "an event is in the log twice");
+}
+
+/// Pseudo-random numbers; the suite needs variety, not quality.
+struct Dice(u64);
+
+impl Dice {
+    fn new() -> Self {
+        Self(Uuid::new_v4().as_u64_pair().0 | 1)
+    }
+
+    /// A number below `limit`.
+    fn below(&mut self, limit: u64) -> u64 {
+        // xorshift64
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % limit
+    }
+
+    /// Waits for up to `limit`, often not at all.
+    async fn pause(&mut self, limit: Duration) {
+        match self.below(4) {
+            0 => {}
+            1 => tokio::task::yield_now().await,
+            _ => tokio::time::sleep(limit.mul_f64(self.below(1_000) as f64 / 1_000.0)).await,
+        }
+    }
+}

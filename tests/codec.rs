@@ -1,0 +1,332 @@
+//! Names, payloads and metadata: what is stored, byte by byte, and what of it can still be read when types change.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(missing_docs, reason = "tests are no product")]
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use chrono::DateTime;
+use proptest::prelude::*;
+use serde::{Deserialize, Serialize};
+use storied::ciborium::Value;
+use storied::codec::DecodeErrorKind;
+use storied::{
+    Codec, Event, EventName, Filter, Metadata, NewEvent, Position, RecordedEvent, StreamId, Upcasters,
+    Version,
+};
+use uuid::Uuid;
+
+/// One variant of every form that serde has.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum OrderEvent {
+    Placed {
+        customer: String,
+        lines: Vec<(String, u32)>,
+        note: Option<String>,
+    },
+    Paid(i64),
+    Weighed(f64, bool),
+    Noted(Option<String>),
+    #[serde(alias = "shipped", alias = "sent")]
+    Dispatched,
+}
+
+impl Event for OrderEvent {
+    const CATEGORY: &'static str = "shop.order";
+}
+
+fn recorded(category: &str, new: NewEvent, codec: Codec) -> RecordedEvent {
+    RecordedEvent {
+        id: new.id,
+        stream: StreamId::new(category, "17").unwrap(),
+        version: Version::new(3),
+        position: Position::new(9),
+        name: new.name,
+        codec,
+        payload: new.payload,
+        command_id: new.command_id,
+        metadata: new.metadata,
+        recorded_at: DateTime::UNIX_EPOCH,
+    }
+}
+
+fn encode<E: Event>(event: &E, codec: Codec) -> RecordedEvent {
+    recorded(E::CATEGORY, NewEvent::encode(event, codec, &Metadata::default()).unwrap(), codec)
+}
+
+/// An event as another program (or an older version of this one) stored it.
+fn stored(category: &str, name: &str, payload: &[u8]) -> RecordedEvent {
+    let mut event = encode(&OrderEvent::Dispatched, Codec::Cbor);
+    event.stream = StreamId::new(category, "17").unwrap();
+    event.name = EventName::new(name).unwrap();
+    event.payload = Bytes::copy_from_slice(payload);
+    event
+}
+
+fn cbor<T: Serialize>(value: &T) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    storied::ciborium::into_writer(value, &mut bytes).unwrap();
+    bytes
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The stored form of every kind of variant. These bytes are on people's disks: a change here needs a migration.
+#[test]
+fn payloads_are_what_they_always_were() {
+    let events = [
+        OrderEvent::Placed { customer: "Ada".into(), lines: vec![("pen".into(), 2)], note: None },
+        OrderEvent::Paid(-1_234),
+        OrderEvent::Weighed(1.5, true),
+        OrderEvent::Noted(None),
+        OrderEvent::Noted(Some("gift".into())),
+        OrderEvent::Dispatched,
+    ];
+    let mut found = String::new();
+    for event in &events {
+        for codec in [Codec::Cbor, Codec::Json] {
+            let event = encode(event, codec);
+            let payload = match codec {
+                Codec::Json => String::from_utf8(event.payload.to_vec()).unwrap(),
+                _ => hex(&event.payload),
+            };
+            found += &format!("{} {codec} {payload}\n", event.name);
+        }
+    }
+    assert_eq!(found, include_str!("golden/payloads.txt"));
+}
+
+#[test]
+fn metadata_is_what_it_always_was() {
+    let mut full = Metadata::default();
+    full.correlation_id = Some(Uuid::from_u128(7));
+    full.traceparent = Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into());
+    full.tracestate = Some("vendor=1".into());
+    full.user = BTreeMap::from([("tenant".into(), "acme".into()), ("user".into(), "ada".into())]);
+    let found =
+        format!("{}\n{}\n", hex(&Metadata::default().encode().unwrap()), hex(&full.encode().unwrap()));
+    assert_eq!(found, include_str!("golden/metadata.txt"));
+    let mut event = encode(&OrderEvent::Dispatched, Codec::Cbor);
+    event.metadata = full.encode().unwrap();
+    assert_eq!(event.decode_metadata().unwrap(), full);
+    // Written by a later version, which knows more.
+    event.metadata = cbor(&BTreeMap::from([("later", "x"), ("traceparent", "t")])).into();
+    assert_eq!(event.decode_metadata().unwrap().traceparent.as_deref(), Some("t"));
+    event.metadata = Bytes::from_static(b"\xff");
+    let error = event.decode_metadata().unwrap_err();
+    assert!(matches!(error.kind, DecodeErrorKind::Metadata(_)), "{error}");
+}
+
+#[test]
+fn serde_names_the_events() {
+    let names: Vec<_> = [OrderEvent::Paid(1), OrderEvent::Dispatched]
+        .iter()
+        .map(|event| encode(event, Codec::Cbor).name.to_string())
+        .collect();
+    assert_eq!(names, ["shop.order.paid", "shop.order.dispatched"]);
+}
+
+#[test]
+fn an_alias_reads_and_finds_what_is_stored_under_the_old_name() {
+    for old in ["shop.order.shipped", "shop.order.sent", "shop.order.dispatched"] {
+        assert_eq!(
+            stored("shop.order", old, &[0xf6]).decode::<OrderEvent>().unwrap(),
+            OrderEvent::Dispatched
+        );
+    }
+    let filter = Filter::variants::<OrderEvent>(&["dispatched"]).unwrap();
+    let names: Vec<_> = filter.wanted_names().unwrap().iter().map(EventName::as_str).collect();
+    assert_eq!(names, ["shop.order.dispatched", "shop.order.sent", "shop.order.shipped"]);
+    let paid = Filter::variants::<OrderEvent>(&["paid"]).unwrap();
+    assert_eq!(paid.wanted_names().unwrap().len(), 1);
+    assert!(Filter::variants::<OrderEvent>(&["payed"]).is_err(), "a typing error is not an empty filter");
+}
+
+#[test]
+fn what_cannot_be_read_says_where_and_why() {
+    let unknown = stored("shop.order", "shop.order.refunded", &[0xf6]).decode::<OrderEvent>().unwrap_err();
+    assert_eq!(unknown.kind, DecodeErrorKind::UnknownName);
+    let text = unknown.to_string();
+    for part in ["shop.order.refunded", "version 3", "shop.order/17"] {
+        assert!(text.contains(part), "{text}");
+    }
+    let shape = stored("shop.order", "shop.order.paid", &cbor(&"much")).decode::<OrderEvent>().unwrap_err();
+    assert!(matches!(shape.kind, DecodeErrorKind::Payload(_)), "{shape}");
+    let broken = stored("shop.order", "shop.order.paid", &[0x1b, 1]).decode::<OrderEvent>().unwrap_err();
+    assert!(matches!(broken.kind, DecodeErrorKind::Payload(_)), "{broken}");
+    let other = stored("stock", "stock.moved", &[0xf6]);
+    assert!(matches!(other.decode::<OrderEvent>().unwrap_err().kind, DecodeErrorKind::OtherCategory { .. }));
+    assert_eq!(other.decode_if::<OrderEvent>().unwrap(), None);
+    // A category that begins like ours is another one.
+    let longer = stored("shop.orders", "shop.orders.paid", &cbor(&1));
+    assert_eq!(longer.decode_if::<OrderEvent>().unwrap(), None);
+}
+
+/// Today's type, and what three older versions of the program stored.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum LedgerEvent {
+    Booked {
+        pence: i64,
+        #[serde(default)]
+        reference: String,
+    },
+}
+
+impl Event for LedgerEvent {
+    const CATEGORY: &'static str = "ledger";
+
+    fn upcasters() -> Upcasters {
+        Upcasters::new()
+            .rename("entered", "posted")
+            .upcast("posted", "booked", |payload| {
+                let pounds = payload.as_integer().and_then(|n| i64::try_from(n).ok()).ok_or("no amount")?;
+                Ok(Value::Map(vec![("pence".into(), (pounds * 100).into())]))
+            })
+            .rename("lost", "nowhere")
+            .rename("round", "about")
+            .rename("about", "round")
+    }
+}
+
+#[test]
+fn upcasters_are_chained_and_old_names_are_found() {
+    let booked = |pence| LedgerEvent::Booked { pence, reference: String::new() };
+    for (name, payload, event) in [
+        ("ledger.entered", cbor(&3), booked(300)),
+        ("ledger.posted", cbor(&4), booked(400)),
+        ("ledger.booked", cbor(&BTreeMap::from([("pence", 5)])), booked(5)),
+    ] {
+        assert_eq!(stored("ledger", name, &payload).decode::<LedgerEvent>().unwrap(), event);
+    }
+    let json = RecordedEvent {
+        codec: Codec::Json,
+        payload: Bytes::from_static(b"6"),
+        ..stored("ledger", "ledger.posted", &[])
+    };
+    assert_eq!(json.decode::<LedgerEvent>().unwrap(), booked(600));
+    let filter = Filter::variants::<LedgerEvent>(&["booked"]).unwrap();
+    let names: Vec<_> = filter.wanted_names().unwrap().iter().map(EventName::as_str).collect();
+    assert_eq!(names, ["ledger.booked", "ledger.entered", "ledger.posted"]);
+
+    let refused = stored("ledger", "ledger.posted", &cbor(&"x")).decode::<LedgerEvent>().unwrap_err();
+    assert_eq!(refused.kind, DecodeErrorKind::Upcast("no amount".into()));
+    for endless in ["ledger.lost", "ledger.round"] {
+        let error = stored("ledger", endless, &[0xf6]).decode::<LedgerEvent>().unwrap_err();
+        assert_eq!(error.kind, DecodeErrorKind::UnknownName, "{endless}");
+    }
+}
+
+#[test]
+fn what_is_no_enum_of_events_is_refused() {
+    macro_rules! refused {
+        ($type:ty) => {{
+            impl Event for $type {
+                const CATEGORY: &'static str = "odd";
+            }
+            let error = Filter::of::<$type>().unwrap_err().to_string();
+            assert!(error.contains("externally tagged"), "{error}");
+        }};
+    }
+    #[derive(Serialize, Deserialize)]
+    #[serde(tag = "type")]
+    enum Internally {
+        A {},
+    }
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Untagged {
+        A(u32),
+    }
+    #[derive(Serialize, Deserialize)]
+    struct Struct {
+        a: u32,
+    }
+    refused!(Internally);
+    refused!(Untagged);
+    refused!(Struct);
+    let _ = (Internally::A {}, Untagged::A(1), Struct { a: 1 });
+
+    #[derive(Serialize, Deserialize)]
+    enum Spaced {
+        #[serde(rename = "was placed")]
+        A,
+    }
+    impl Event for Spaced {
+        const CATEGORY: &'static str = "odd";
+    }
+    let error = Filter::of::<Spaced>().unwrap_err().to_string();
+    assert!(error.contains("odd.was placed"), "{error}");
+    let _ = Spaced::A;
+}
+
+#[test]
+fn names_and_ids_are_checked() {
+    for bad in ["", ".", "a.", ".a", "a..b", "a b", "a>", "*", "ä", "a\0", &"x".repeat(201)] {
+        assert!(EventName::new(bad).is_err(), "{bad:?}");
+    }
+    for good in ["a", "shop.order-line.added_v2", &"x".repeat(200)] {
+        assert!(EventName::new(good).is_ok(), "{good:?}");
+    }
+    for bad in ["", "a\nb", "\0", &"x".repeat(401)] {
+        assert!(StreamId::new("order", bad).is_err(), "{bad:?}");
+    }
+    for good in ["17", "O'Brien \"x\" 🦀", &"x".repeat(400)] {
+        assert!(StreamId::new("order", good).is_ok(), "{good:?}");
+    }
+}
+
+fn events() -> impl Strategy<Value = OrderEvent> {
+    let text = "\\PC{0,40}";
+    prop_oneof![
+        (text, prop::collection::vec((text, any::<u32>()), 0..40), prop::option::of(text))
+            .prop_map(|(customer, lines, note)| OrderEvent::Placed { customer, lines, note }),
+        any::<i64>().prop_map(OrderEvent::Paid),
+        (prop::num::f64::NORMAL, any::<bool>()).prop_map(|(weight, net)| OrderEvent::Weighed(weight, net)),
+        prop::option::of(text).prop_map(OrderEvent::Noted),
+        Just(OrderEvent::Dispatched),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_event_comes_back(event in events()) {
+        for codec in [Codec::Cbor, Codec::Json] {
+            let recorded = encode(&event, codec);
+            prop_assert_eq!(&recorded.decode::<OrderEvent>().unwrap(), &event);
+        }
+        // Tools read the payload without the type.
+        let recorded = encode(&event, Codec::Cbor);
+        let _: Value = storied::ciborium::from_reader(&recorded.payload[..]).unwrap();
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), variant in 0..5_usize) {
+        let name = ["placed", "paid", "weighed", "noted", "dispatched"][variant];
+        let event = stored("shop.order", &format!("shop.order.{name}"), &bytes);
+        let _ = event.decode::<OrderEvent>();
+        let _ = RecordedEvent { codec: Codec::Json, ..event.clone() }.decode::<OrderEvent>();
+        let _ = stored("ledger", "ledger.posted", &bytes).decode::<LedgerEvent>();
+        let _ = RecordedEvent { metadata: bytes.into(), ..event }.decode_metadata();
+    }
+
+    #[test]
+    fn a_filter_is_the_and_of_its_conditions(category in 0..2_usize, name in 0..3_usize, wanted in 0..8_u8) {
+        let categories = ["shop.order", "ledger"];
+        let names = ["x.a", "x.b", "x.c"];
+        let event = stored(categories[category], names[name], &[0xf6]);
+        let wants = |bit: u8| wanted & (1 << bit) != 0;
+        let mut filter = Filter::all();
+        if wants(0) { filter = filter.names([EventName::new("x.a").unwrap(), EventName::new("x.b").unwrap()]); }
+        if wants(1) { filter = filter.category("ledger").unwrap(); }
+        if wants(2) { filter = filter.streams([]); }
+        let expected = (!wants(0) || name < 2) && (!wants(1) || category == 1) && !wants(2);
+        prop_assert_eq!(filter.matches(&event), expected);
+    }
+}
