@@ -1,12 +1,9 @@
 //! Turns rows into commands and keeps many of them under way, so that the store commits them in groups.
 
 use std::collections::HashMap;
-use std::future::Future;
-use std::pin::Pin;
 use std::time::Duration;
 
-use futures_util::future::{FutureExt, Shared};
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt};
 use storied::{ExecuteError, Position, Receipt, Runtime};
 use uuid::Uuid;
 
@@ -14,8 +11,10 @@ use crate::domain::{Header, Invoice, InvoiceCommand, InvoiceError, Line};
 use crate::report::Progress;
 use crate::rows::{Row, RowError, Rows};
 
-/// How many commands are under way at a time. All that the importer holds of the file.
-const IN_FLIGHT: usize = 512;
+/// How many rows are under way at a time, in full invoices. All that the importer holds of the file.
+const ROWS_UNDER_WAY: usize = 1_000;
+/// How many of them may be of one invoice.
+const LINES_UNDER_WAY: usize = 100;
 /// How often a command is sent when something is in its way that may pass by itself.
 const ATTEMPTS: u32 = 10;
 /// Command ids are UUIDs of version 5 in this namespace of ours.
@@ -47,82 +46,108 @@ pub(crate) enum ImportError {
     Command { invoice: String, error: Box<ExecuteError<InvoiceError>> },
 }
 
-/// An invoice's answer to a command.
-type Answer = (String, Result<Receipt, ExecuteError<InvoiceError>>);
-type Answering = Pin<Box<dyn Future<Output = Answer> + Send>>;
-
-/// An invoice of which rows were read. There is one for each invoice of the file; nothing else grows with it.
-struct Seen {
-    lines: u32,
-    opened: Shared<Answering>,
+/// Rows of one invoice that follow each other in the file.
+struct Batch {
+    invoice: String,
+    /// How many lines of the invoice came before.
+    before: u32,
+    rows: Vec<Row>,
 }
 
-/// Sends every row to its invoice, in the order of the file, and counts the answers.
+/// What an invoice said to them.
+struct Answers {
+    invoice: String,
+    rows: usize,
+    answers: Vec<Answer>,
+}
+
+type Answer = Result<Receipt, ExecuteError<InvoiceError>>;
+
+/// Sends every row to its invoice, and counts the answers: many invoices at a time, each in the order of the file.
 pub(crate) async fn import(
     runtime: &Runtime,
     rows: Rows,
     progress: &mut Progress,
 ) -> (Tally, Result<(), ImportError>) {
-    let mut tally = Tally::default();
-    let mut seen: HashMap<String, Seen> = HashMap::new();
-    let mut under_way = FuturesUnordered::<Answering>::new();
-    let mut result = Ok(());
+    let (mut tally, mut result) = (Tally::default(), Ok(()));
+    // One number for each invoice: nothing else grows with the file.
+    let mut lines: HashMap<String, u32> = HashMap::new();
+    let mut under_way = FuturesUnordered::new();
+    let mut rows_under_way = 0;
     // The file is local and read through a buffer: waiting for it is not worth a thread of its own.
-    for row in rows {
-        let row = match row {
-            Ok(row) => row,
+    let mut rows = rows.peekable();
+    while let (Ok(()), Some(row)) = (&result, rows.next()) {
+        let mut batch = match row {
+            Ok(first) => vec![first],
             Err(error) => {
                 result = Err(error.into());
                 break;
             }
         };
-        tally.lines += 1;
-        let header = Header { customer: row.customer.clone(), country: row.country.clone(), date: row.date };
-        let seen = seen.entry(row.invoice.clone()).or_insert_with(|| {
-            let (id, command) =
-                (command_id(&row, 0, "open"), InvoiceCommand::Open { header: header.clone() });
-            let opened = send(runtime.clone(), row.invoice.clone(), id, command).boxed().shared();
-            under_way.push(opened.clone().boxed());
-            Seen { lines: 0, opened }
-        });
-        seen.lines += 1;
-        let id = command_id(&row, seen.lines, "add line");
-        let Row { invoice, stock_code, description, quantity, unit_price, .. } = row;
-        let line = Line { number: seen.lines, stock_code, description, quantity, unit_price };
-        let added = send(runtime.clone(), invoice, id, InvoiceCommand::AddLine { header, line });
-        // Lines need not wait for each other, but the invoice must be there.
-        let opened = seen.opened.clone();
-        under_way.push(async { opened.then(|_| added).await }.boxed());
-        while result.is_ok() && under_way.len() >= IN_FLIGHT {
-            let Some(answer) = under_way.next().await else { break };
-            result = tally.count(answer);
+        let invoice = batch[0].invoice.clone();
+        let same = |row: &Result<Row, _>| row.as_ref().is_ok_and(|row| row.invoice == invoice);
+        while let Some(Ok(row)) = rows.next_if(same) {
+            batch.push(row);
+        }
+        let seen = lines.entry(invoice.clone()).or_default();
+        let batch = Batch { invoice, before: *seen, rows: batch };
+        *seen += batch.rows.len() as u32;
+        // An invoice that the file comes back to has to wait for its earlier rows, which may still be under way.
+        let room = if batch.before > 0 { 0 } else { ROWS_UNDER_WAY };
+        while rows_under_way > 0 && rows_under_way + batch.rows.len() > room {
+            let Some::<Answers>(answers) = under_way.next().await else { break };
+            rows_under_way -= answers.rows;
+            result = result.and(tally.count(answers));
             progress.show(&tally);
         }
-        if result.is_err() {
-            break;
-        }
+        tally.lines += batch.rows.len() as u64;
+        rows_under_way += batch.rows.len();
+        under_way.push(record(runtime, batch));
     }
-    // What was sent is waited for in any case.
-    while let Some(answer) = under_way.next().await {
-        result = result.and(tally.count(answer));
+    // Whatever happened, what was sent is waited for.
+    while let Some(answers) = under_way.next().await {
+        result = result.and(tally.count(answers));
         progress.show(&tally);
     }
     (tally, result)
 }
 
+/// Opens an invoice and adds its lines. They are sent in their order, without waiting for one before the next: storied
+/// decides on them in this order, and stores what it decided together.
+async fn record(runtime: &Runtime, batch: Batch) -> Answers {
+    let Batch { invoice, before, rows } = batch;
+    let (count, mut answers) = (rows.len(), Vec::with_capacity(rows.len() + 1));
+    if let (0, Some(first)) = (before, rows.first()) {
+        let command = InvoiceCommand::Open { header: header(first) };
+        answers.push(send(runtime, &invoice, command_id(first, 0, "open"), command).await);
+    }
+    let commands = (before + 1..).zip(rows).map(|(number, row)| {
+        let (id, header) = (command_id(&row, number, "add line"), header(&row));
+        let Row { stock_code, description, quantity, unit_price, .. } = row;
+        let line = Line { number, stock_code, description, quantity, unit_price };
+        send(runtime, &invoice, id, InvoiceCommand::AddLine { header, line })
+    });
+    answers.extend(stream::iter(commands).buffered(LINES_UNDER_WAY).collect::<Vec<_>>().await);
+    Answers { invoice, rows: count, answers }
+}
+
 /// Sends a command until it is answered. Its id stays the same, so that it takes effect once, however often it is sent.
-async fn send(runtime: Runtime, invoice: String, id: Uuid, command: InvoiceCommand) -> Answer {
+async fn send(runtime: &Runtime, invoice: &str, id: Uuid, command: InvoiceCommand) -> Answer {
     let mut attempt = 1;
     loop {
-        match runtime.execute::<Invoice>(&invoice, command.clone()).command_id(id).await {
+        match runtime.execute::<Invoice>(invoice, command.clone()).command_id(id).await {
             Err(error) if error.is_transient() && attempt < ATTEMPTS => {
                 tracing::warn!(%invoice, %error, attempt, "trying again");
                 tokio::time::sleep(Duration::from_millis(50) * attempt).await;
                 attempt += 1;
             }
-            answer => return (invoice, answer),
+            answer => return answer,
         }
     }
+}
+
+fn header(row: &Row) -> Header {
+    Header { customer: row.customer.clone(), country: row.country.clone(), date: row.date }
 }
 
 /// The same row has the same id in every run. A changed row has another one: it is for the invoice to refuse it, where a
@@ -136,23 +161,27 @@ fn command_id(row: &Row, line: u32, kind: &str) -> Uuid {
 }
 
 impl Tally {
-    fn count(&mut self, (invoice, answer): Answer) -> Result<(), ImportError> {
-        match answer {
-            Ok(receipt) => {
-                self.position = self.position.max(receipt.position);
-                if receipt.duplicate || receipt.events == 0 {
-                    self.duplicates += 1;
-                } else {
-                    self.new_events += receipt.events;
+    /// Counts all of them, also behind one that says that something is broken.
+    fn count(&mut self, Answers { invoice, answers, .. }: Answers) -> Result<(), ImportError> {
+        let mut result = Ok(());
+        for answer in answers {
+            match answer {
+                Ok(receipt) => {
+                    self.position = self.position.max(receipt.position);
+                    self.new_events += if receipt.duplicate { 0 } else { receipt.events };
+                    self.duplicates += u64::from(receipt.duplicate || receipt.events == 0);
+                }
+                Err(ExecuteError::Rejected(reason)) => {
+                    tracing::warn!("invoice {invoice} refused: {reason}");
+                    self.rejected += 1;
+                }
+                Err(error) => {
+                    result = Err(ImportError::Command { invoice: invoice.clone(), error: Box::new(error) });
+                    continue;
                 }
             }
-            Err(ExecuteError::Rejected(reason)) => {
-                tracing::warn!(%invoice, %reason, "rejected");
-                self.rejected += 1;
-            }
-            Err(error) => return Err(ImportError::Command { invoice, error: Box::new(error) }),
+            self.commands += 1;
         }
-        self.commands += 1;
-        Ok(())
+        result
     }
 }
