@@ -21,7 +21,7 @@ mod lease;
 mod memory;
 mod progress;
 #[cfg(feature = "sqlite")]
-mod sqlite;
+pub(crate) mod sqlite;
 mod writer;
 
 use std::future::Future;
