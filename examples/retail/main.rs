@@ -14,8 +14,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use storied::projection::{ProjectionOptions, SqliteReadModel};
-use storied::{AggregateOptions, EventStore, Position, ReadLog, Runtime, SqliteStore, StoreError};
+use storied::{
+    AggregateOptions, EventStore, Position, ProjectionOptions, ReadLog, Runtime, SqliteReadModel,
+    SqliteStore, StoreError,
+};
 
 use self::args::{Args, USAGE};
 use self::domain::Invoice;
@@ -73,7 +75,9 @@ enum Failure {
     #[error(transparent)]
     Filter(#[from] storied::EncodeError),
     #[error(transparent)]
-    Projection(#[from] storied::projection::ProjectionError),
+    NoProjection(#[from] storied::runtime::UnknownProjection),
+    #[error("{0}; run it again to go on")]
+    Behind(#[from] storied::projection::WaitError),
     #[error(transparent)]
     Shutdown(#[from] storied::runtime::ShutdownError),
     #[error("reading the read models: {0}")]
@@ -106,7 +110,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let mut progress = Progress::new();
     let (tally, imported) = import::import(&runtime, rows, &mut progress).await;
     for name in [RevenueByCountry::NAME, UnitsByStockCode::NAME] {
-        runtime.projection(name)?.caught_up_to(tally.position).timeout(PATIENCE).await?;
+        runtime.projection(name)?.caught_up_to_within(tally.position, PATIENCE).await?;
     }
     let took = progress.done();
 
@@ -115,12 +119,12 @@ async fn run(args: &Args) -> Result<(), Failure> {
     imported?;
     let report = Report::new(&tally, events, Totals::read(read_models.pool()).await?, took);
     let mut out = io::stdout().lock();
-    if args.json {
-        report.write_json(&mut out)?
-    } else {
-        report.write_text(&mut out)?
+    let written = if args.json { report.write_json(&mut out) } else { report.write_text(&mut out) };
+    match written.and_then(|()| out.flush()) {
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
     }
-    Ok(out.flush()?)
 }
 
 /// How many events the log has, as anybody would find out who reads it.
