@@ -57,8 +57,11 @@ pub use ciborium;
 
 pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
 pub use self::bus::{EventBus, LocalBus};
-pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
-pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
+pub use self::codec::{Codec, Upcasters};
+pub use self::event::{
+    DecodeError, EncodeError, Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId,
+    Version,
+};
 pub use self::feed::{FeedOptions, FeedStatus};
 #[cfg(feature = "sqlite")]
 pub use self::projection::SqliteReadModel;

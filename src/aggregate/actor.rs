@@ -14,8 +14,8 @@ use super::fold::{CommandRecord, Folded, panic_message};
 use super::options::AggregateOptions;
 use super::router::Load;
 use super::{Aggregate, Context, ExecuteError, Receipt};
-use crate::codec::{EncodeError, EventTypes, to_cbor};
-use crate::event::{Metadata, NewEvent, StreamId, Version};
+use crate::codec::to_cbor;
+use crate::event::{EncodeError, EventTypes, Metadata, NewEvent, StreamId, Version};
 use crate::store::{AppendError, Chain, EventStore, ExpectedVersion, Outcome, Submission, Writer};
 
 /// CBOR's null: a reply without content (`()`), which is not stored.
@@ -360,7 +360,7 @@ impl<A: Aggregate> AggregateActor<A> {
         let copies: Vec<_> =
             if repeated.is_empty() { Vec::new() } else { vec![to_cbor(&reply); repeated.len()] };
         for ((order, _load), copy) in repeated.into_iter().zip(copies) {
-            let copy = copy.map_err(ExecuteError::from).and_then(|bytes| {
+            let copy = copy.map_err(EncodeError::from).map_err(ExecuteError::from).and_then(|bytes| {
                 crate::codec::from_cbor(&bytes).map_err(|reason| unreadable_reply(&self.stream, reason))
             });
             answer(order.reply, copy.map(|reply| record.receipt(order.command_id, &self.stream, reply)));

@@ -19,8 +19,7 @@ use super::actor::{AggregateActor, AggregateMessage, Shared};
 pub(crate) use super::actor::{Answer, Order};
 use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
-use crate::codec::{EncodeError, EventTypes};
-use crate::event::{Event, StreamId};
+use crate::event::{EncodeError, Event, EventTypes, StreamId};
 use crate::store::{EventStore, StoreError, Writer};
 
 /// How many idle aggregates at most are looked at to make room for a new one.

@@ -17,8 +17,7 @@ use super::{
 };
 use crate::backoff::Backoff;
 use crate::bus::LogBatch;
-use crate::codec::DecodeError;
-use crate::event::{Position, RecordedEvent};
+use crate::event::{DecodeError, Position, RecordedEvent};
 use crate::feed::{Feed, FeedFollower, FeedItem, adjacent};
 use crate::lease::HeldLease;
 use crate::store::{
