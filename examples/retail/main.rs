@@ -29,7 +29,7 @@ use self::rows::{RowError, Rows};
 /// How many commands an invoice recognises by their ids. A longer one still takes no line twice, see `domain.rs`.
 const COMMAND_WINDOW: usize = 1_000;
 /// How long a run that was killed keeps the read models from the next one.
-const LEASE: Duration = Duration::from_millis(500);
+const LEASE: Duration = Duration::from_secs(1);
 /// How long the read models may take to catch up after the last command.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -117,7 +117,9 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let events = count_events(&**runtime.store()).await?;
     runtime.shutdown().await?;
     imported?;
-    let report = Report::new(&tally, events, Totals::read(read_models.pool()).await?, took);
+    let totals = Totals::read(read_models.pool()).await?;
+    read_models.pool().close().await;
+    let report = Report::new(&tally, events, totals, took);
     let mut out = io::stdout().lock();
     let written = if args.json { report.write_json(&mut out) } else { report.write_text(&mut out) };
     match written.and_then(|()| out.flush()) {
