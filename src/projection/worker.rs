@@ -789,11 +789,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if paused {
             self.restart();
             self.flush().await;
-            if !self.failed {
-                self.context.set(ProjectionState::Paused);
-            }
-        } else if !self.failed {
-            self.context.set(ProjectionState::Starting);
+        }
+        // What is still starting, or failed, says so itself.
+        let standby = self.read_model.shared() && self.lease.is_none();
+        if self.prepared && !self.failed && (self.saved.is_some() || standby) {
+            self.context.set(if paused { ProjectionState::Paused } else { ProjectionState::Starting });
         }
     }
 
