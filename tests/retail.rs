@@ -336,6 +336,23 @@ fn a_changed_row_is_rejected() {
     assert_eq!(second.totals, first.totals);
 }
 
+/// An invoice whose rows do not follow each other is still one invoice.
+#[test]
+fn the_file_may_come_back_to_an_invoice() {
+    let shop = Shop::new();
+    let content = fs::read_to_string(CSV).unwrap();
+    let mut lines: Vec<_> = content.lines().take(1_001).collect();
+    for line in [2, 4, 5, 9] {
+        lines[line..].rotate_left(1);
+    }
+    let input = shop.path("input.csv");
+    let input_arg = input.to_str().unwrap();
+    fs::write(&input, lines.join("\n")).unwrap();
+    let first = shop.report(&["--input", input_arg]);
+    assert_eq!((first.totals, first.rejected, first.duplicates), (totals_of(&input), 0, 0));
+    assert_eq!(shop.report(&["--input", input_arg]).new_events, 0);
+}
+
 #[test]
 fn the_command_line_is_checked() {
     let shop = Shop::new();

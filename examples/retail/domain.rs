@@ -199,7 +199,7 @@ impl Invoice {
             None => {}
         }
         let &Line { number, quantity, unit_price: price, .. } = line;
-        if price.is_sign_negative() || price > HIGHEST_PRICE || price.normalize().scale() > PRICE_DECIMALS {
+        if price < Decimal::ZERO || price > HIGHEST_PRICE || price.normalize().scale() > PRICE_DECIMALS {
             return Err(InvoiceError::OddPrice { line: number, price });
         }
         if quantity.unsigned_abs() > MOST_UNITS {
