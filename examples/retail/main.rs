@@ -102,8 +102,8 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let runtime = Runtime::builder()
         .store(SqliteStore::open(&args.db).await?)
         .aggregate_with(AggregateOptions::<Invoice>::new().command_window(COMMAND_WINDOW))
-        .projection_with(RevenueByCountry::new()?, read_models.clone(), leased.clone())
-        .projection_with(UnitsByStockCode::new()?, read_models.clone(), leased)
+        .projection_with(RevenueByCountry, read_models.clone(), leased.clone())
+        .projection_with(UnitsByStockCode, read_models.clone(), leased)
         .start()
         .await?;
 

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use ractor::ActorCell;
 use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
-use super::handle::{Control, Reply};
+use super::control::{Control, Reply};
 use super::{
     ApplyError, ControlError, FailurePolicy, Projection, ProjectionOptions, ProjectionState,
     ProjectionStatus, ReadModel,
@@ -30,6 +31,15 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// How often at most a standby looks whether the lease is free.
 const STANDBY_POLL: Duration = Duration::from_millis(500);
+
+/// What the projections of a node share.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) store: Arc<dyn EventStore>,
+    pub(crate) feed: Feed,
+    pub(crate) node: Uuid,
+    pub(crate) supervisor: Option<ActorCell>,
+}
 
 /// What the actor supervises.
 pub(super) struct ProjectionWork<P, R> {
@@ -58,14 +68,14 @@ struct Context {
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
     pub(super) fn new(
         projection: P,
+        filter: Filter,
         read_model: Arc<R>,
         options: ProjectionOptions,
-        store: Arc<dyn EventStore>,
-        feed: Feed,
-        node: Uuid,
+        surroundings: Surroundings,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let (name, filter) = (projection.name().to_owned(), projection.filter());
+        let name = projection.name().to_owned();
+        let Surroundings { store, feed, node, .. } = surroundings;
         let context = Arc::new(Context { name, filter, options, store, feed, node, status });
         (Self { context, subject: Arc::new(Mutex::new(Subject { projection, read_model })) }, receiver)
     }

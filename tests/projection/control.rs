@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use storied::projection::{ApplyError, ControlError, External, FailurePolicy, InMemory, ProjectionState};
-use storied::{Filter, Position, Projection, RecordedEvent};
+use storied::{EncodeError, Filter, Position, Projection, RecordedEvent};
 
 use crate::support::*;
 
@@ -118,8 +118,8 @@ impl Projection for NoReset {
         "no reset"
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
     }
 
     async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {

@@ -18,9 +18,9 @@ use storied::store::{
 };
 use storied::testing::Node;
 use storied::{
-    Event, EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Metadata, NewEvent, Position,
-    Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent, SqliteStore,
-    StoreError, StreamId, Version,
+    EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Metadata, NewEvent,
+    Position, Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent,
+    SqliteStore, StoreError, StreamId, Version,
 };
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -191,8 +191,8 @@ impl<T: Send + 'static> Projection for Recorder<T> {
         &self.name
     }
 
-    fn filter(&self) -> Filter {
-        self.filter.clone()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(self.filter.clone())
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
@@ -235,8 +235,8 @@ impl Projection for Table {
         &self.name
     }
 
-    fn filter(&self) -> Filter {
-        self.filter.clone()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(self.filter.clone())
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
