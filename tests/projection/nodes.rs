@@ -89,7 +89,7 @@ async fn an_owner_that_was_replaced_without_noticing_is_refused() {
 
         let head = append(&store, 0, 4..=6).await;
         catch_up(&second, head).await;
-        assert_eq!(*heir_seen.lock().unwrap(), log(&store, &Filter::all()).await, "{kind}");
+        assert_eq!(heir_seen.positions(), log(&store, &Filter::all()).await, "{kind}");
         one.stop(PATIENCE).await.unwrap();
         two.stop(PATIENCE).await.unwrap();
     }
