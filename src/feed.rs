@@ -2,7 +2,7 @@
 //!
 //! One subscription to the bus serves all followers. What the bus lost, or only said it had, is read from the store; what it
 //! says twice is said once. Followers read from a bounded ring at their own pace: nobody waits for the slowest, who is told
-//! that it [lagged](FeedItem::Lagged) and goes back to reading the store by itself.
+//! that it lagged and goes back to reading the store by itself.
 
 mod stretch;
 

@@ -376,7 +376,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Ok(checkpoint) => self.moved_to(checkpoint.position),
             Err(error) => return self.outage(&error),
         }
-        context.set(if self.paused == Some(true) { ProjectionState::Paused } else { ProjectionState::Standby });
+        context.set(if self.paused == Some(true) {
+            ProjectionState::Paused
+        } else {
+            ProjectionState::Standby
+        });
         self.backoff.succeeded();
         self.idle(Instant::now() + STANDBY_POLL.min(ttl / 6)).await;
     }
