@@ -407,11 +407,14 @@ pub async fn local_node(store: &Arc<dyn EventStore>) -> Node {
     node(store, LocalBus::new()).await
 }
 
-/// Quick retries and takeovers.
+/// Quick retries.
 pub fn options() -> ProjectionOptions {
-    ProjectionOptions::new()
-        .backoff(Duration::from_millis(1), Duration::from_millis(10))
-        .lease(Duration::from_millis(300))
+    ProjectionOptions::new().backoff(Duration::from_millis(1), Duration::from_millis(10))
+}
+
+/// A short lease, for those who are to lose it. On a busy machine that can happen at any time.
+pub fn short_lived() -> ProjectionOptions {
+    options().lease(Duration::from_secs(1))
 }
 
 pub async fn reach(handle: &ProjectionHandle, state: ProjectionState) {
