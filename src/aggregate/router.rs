@@ -191,6 +191,7 @@ impl<A: Aggregate> Router<A> {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "nearly every message is the large one")]
 pub(crate) enum RouterMessage<A: Aggregate> {
     /// A command for the aggregate of a stream.
     Execute(StreamId, Order<A>),
