@@ -5,7 +5,7 @@
 //!
 //! | read model | transaction | guarantee |
 //! |---|---|---|
-//! | [`SqliteReadModel`] | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
+//! | `SqliteReadModel` | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
 //! | [`InMemory`] | `()` | rebuilt at every start, on every node |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 

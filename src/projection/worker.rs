@@ -160,8 +160,8 @@ struct Run<'a, P, R> {
     /// On a shared read model: says that this node is its owner.
     lease: Option<HeldLease>,
     prepared: bool,
-    /// As persisted, when it was last looked at.
-    paused: bool,
+    /// As persisted, when it was last looked at; nothing is applied before that is known.
+    paused: Option<bool>,
     /// Stands still until somebody acts. In memory only: a restart is such an act.
     failed: bool,
     /// The checkpoint of the read model; `None` when it has to be read (again).
@@ -257,7 +257,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             inbox,
             lease: None,
             prepared: false,
-            paused: false,
+            paused: None,
             failed: false,
             saved: None,
             applied: Position::START,
@@ -304,9 +304,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.stand_by().await;
         }
         let Some(saved) = self.saved else { return self.load().await };
-        if self.paused {
-            self.context.set(ProjectionState::Paused);
-            return self.idle(self.tick_at).await;
+        match self.paused {
+            Some(false) => {}
+            Some(true) => {
+                self.context.set(ProjectionState::Paused);
+                return self.idle(self.tick_at).await;
+            }
+            None => return self.idle(self.tick_at).await,
         }
         match self.pending.take() {
             Some(pending) => self.apply_pending(saved, pending).await,
@@ -337,8 +341,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn tick(&mut self) {
         self.tick_at = Instant::now() + TICK;
         match self.context.store.paused(&self.context.name).await {
-            Ok(paused) if paused != self.paused => self.set_paused(paused).await,
+            Ok(paused) if Some(paused) != self.paused => self.set_paused(paused).await,
             Ok(_) => {}
+            Err(error) if self.paused.is_none() => {
+                self.outage(&error);
+                self.tick_at = self.wait_until;
+            }
             Err(error) => {
                 tracing::warn!(projection = self.context.name, %error, "could not look whether the projection is paused");
             }
@@ -377,7 +385,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Ok(checkpoint) => self.moved_to(checkpoint.position),
             Err(error) => return self.outage(&error),
         }
-        context.set(if self.paused { ProjectionState::Paused } else { ProjectionState::Standby });
+        context.set(if self.paused == Some(true) {
+            ProjectionState::Paused
+        } else {
+            ProjectionState::Standby
+        });
         self.backoff.succeeded();
         self.idle(Instant::now() + STANDBY_POLL.min(ttl / 6)).await;
     }
@@ -472,7 +484,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let heard = hear(&mut self.inbox, &mut self.lease, None, store.read_log(read)).await;
         match self.attend(heard).await {
             Some(Ok(page)) => {
-                self.backoff.succeeded();
+                if page.events.is_empty() {
+                    // Otherwise only when they are committed: a database that can be read may still refuse that.
+                    self.backoff.succeeded();
+                }
                 self.source = if page.has_more() { Source::Store } else { Source::Feed };
                 self.context.set(match self.source {
                     Source::Store => ProjectionState::CatchingUp,
@@ -794,7 +809,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     }
 
     async fn set_paused(&mut self, paused: bool) {
-        self.paused = paused;
+        self.paused = Some(paused);
         if paused {
             self.restart();
             self.flush().await;
