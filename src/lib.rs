@@ -16,5 +16,7 @@ pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
 pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
 pub use self::runtime::Runtime;
 pub use self::store::{EventStore, ExpectedVersion, Filter, MemoryStore, ReadLog, StoreError};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresOptions, PostgresStore};
 #[cfg(feature = "sqlite")]
 pub use self::store::{SqliteOptions, SqliteStore};
