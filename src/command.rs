@@ -12,11 +12,13 @@ use std::time::Duration;
 
 use chrono::Utc;
 use ractor::concurrency::{OneshotReceiver, oneshot};
+use ractor::{ActorCell, ActorId};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::aggregate::{Aggregate, Answer, Order, Router, RouterStatus};
 pub use crate::aggregate::{ExecuteError, Receipt};
+pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};
 use crate::event::{Event, Metadata};
 use crate::store::{BoxFuture, ExpectedVersion};
 
@@ -34,6 +36,29 @@ trait Handler: Send + Sync {
     fn as_any(&self) -> &dyn Any;
     fn status(&self) -> RouterStatus;
     fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, bool>;
+}
+
+/// A part of the runtime that can be started again.
+pub(crate) trait Respawn: Send + Sync {
+    fn name(&self) -> &'static str;
+    /// The actor that runs now.
+    fn actor(&self) -> Option<ActorId>;
+    /// Starts a new one in its place.
+    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String>;
+}
+
+impl<A: Aggregate> Respawn for Router<A> {
+    fn name(&self) -> &'static str {
+        <A::Event as Event>::CATEGORY
+    }
+
+    fn actor(&self) -> Option<ActorId> {
+        Some(self.actor().get_id())
+    }
+
+    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String> {
+        self.respawn(supervisor).map_err(|error| error.to_string())
+    }
 }
 
 impl<A: Aggregate> Handler for Router<A> {
@@ -55,7 +80,7 @@ impl Handlers {
         self.routers.insert(TypeId::of::<A>(), Box::new(router));
     }
 
-    fn router<A: Aggregate>(&self) -> Option<&Router<A>> {
+    pub(crate) fn router<A: Aggregate>(&self) -> Option<&Router<A>> {
         self.routers.get(&TypeId::of::<A>()).and_then(|handler| handler.as_any().downcast_ref())
     }
 

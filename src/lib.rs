@@ -1,22 +1,78 @@
-//! storied: an event-sourcing runtime.
+//! An event-sourcing runtime for domain services: ledgers, order systems, inventories, workflow back ends.
+//!
+//! You write an [`Aggregate`] (state, commands, events) as plain Rust, and storied gives you the rest: an actor for each
+//! live aggregate, a durable log, a bus that carries it in order, and projections that apply every event exactly once.
+//! The promise: *nothing acknowledged is ever lost, skipped, reordered within its stream or applied twice to a read
+//! model; whatever dies, whenever.*
+//!
+//! # The way of a command
+//!
+//! ```text
+//!  runtime.execute ─► command ─► aggregate ─► store ─► publisher ─► bus ─► feed ─► projection
+//!        ▲              to the     folds,      log,      in log      port   live     folds into
+//!        └── receipt ── one actor  decides     durable   order              view     a read model
+//! ```
+//!
+//! Each station is a module, and knows only those to its right that it needs:
+//!
+//! - [`event`]: what happened, and what it is called; [`codec`]: how it becomes bytes, and how old shapes are read;
+//! - [`store`]: the port to the log (append, read, frontier, checkpoints, leases, snapshots), with [`MemoryStore`] and
+//!   [`SqliteStore`];
+//! - [`bus`]: the port that carries the log to others, with [`LocalBus`]; [`publisher`] moves the log to it, the
+//!   [`feed`] is a process's repaired view of it;
+//! - [`aggregate`]: decide and fold, pipelined ahead of the disk; [`command`]: receipts, deadlines, command ids;
+//! - [`projection`]: catch up, follow, checkpoint together with the read model;
+//! - [`runtime`]: puts them together, supervises them, takes them down in order;
+//! - [`testing`](https://docs.rs/storied) (feature `testing`): `given(events).when(command).then(events)`, and the suite
+//!   that every store passes.
+//!
+//! # Features
+//!
+//! | feature | default | what |
+//! |---|---|---|
+//! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
+//! | `testing` | no | the test kit |
+//!
+//! # Quick start
+//!
+//! See the README, whose example is compiled and run as a test, and `examples/retail` for a whole program.
 
 pub mod aggregate;
+mod backoff;
+pub mod bus;
 pub mod codec;
 pub mod command;
 pub mod event;
+mod feed;
+mod lease;
+pub mod projection;
+mod publisher;
 pub mod runtime;
 pub mod store;
+mod supervised;
 #[cfg(feature = "testing")]
 pub mod testing;
 
 pub use ciborium;
 
 pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
+pub use self::bus::{EventBus, LocalBus};
 pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
 pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
+pub use self::feed::{FeedOptions, FeedStatus};
+#[cfg(feature = "sqlite")]
+pub use self::projection::SqliteReadModel;
+pub use self::projection::{Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus};
+pub use self::publisher::{PublisherOptions, PublisherState, PublisherStatus};
 pub use self::runtime::Runtime;
 pub use self::store::{EventStore, ExpectedVersion, Filter, MemoryStore, ReadLog, StoreError};
 #[cfg(feature = "postgres")]
 pub use self::store::{PostgresOptions, PostgresStore};
 #[cfg(feature = "sqlite")]
 pub use self::store::{SqliteOptions, SqliteStore};
+pub use self::supervised::StopError;
+
+/// The README's examples are tests.
+#[cfg(all(doctest, feature = "sqlite"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

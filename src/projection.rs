@@ -5,38 +5,43 @@
 //!
 //! | read model | transaction | guarantee |
 //! |---|---|---|
-//! | `SqliteReadModel` | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
+//! | [`SqliteReadModel`] | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
 //! | [`InMemory`] | `()` | rebuilt at every start, on every node |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 
-mod actor;
+mod external;
+mod handle;
 mod memory;
 mod options;
-mod external;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod status;
+mod worker;
 
+use std::error::Error;
 use std::future::Future;
-
-use uuid::Uuid;
+use std::sync::Arc;
 
 pub use self::external::{Delivery, External};
+pub(crate) use self::handle::spawn;
+pub use self::handle::{ControlError, ProjectionHandle, WaitError};
 pub use self::memory::InMemory;
 pub use self::options::{FailurePolicy, ProjectionOptions};
 #[cfg(feature = "sqlite")]
-pub use self::sqlite::SqliteReadModel;
+pub use self::sqlite::{SqliteOpen, SqliteReadModel};
 pub use self::status::{ProjectionState, ProjectionStatus};
 use crate::event::{Position, RecordedEvent};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, ParkedEvent, StoreError};
 
 /// What a failing [`Projection::apply`] says; boxed, so that `?` works on every error.
-pub type ApplyError = Box<dyn std::error::Error + Send + Sync>;
+pub type ApplyError = Box<dyn Error + Send + Sync>;
 
 /// Folds events into a read model.
 ///
-/// Events arrive one at a time, in log order. An error (or a panic) is retried, then handled as
-/// [`ProjectionOptions`] say; whatever the failing call had written is rolled back first.
+/// Events arrive one at a time, in log order. An error (or a panic) is retried, then handled as [`ProjectionOptions`] say;
+/// whatever the failing call, and those before it in the same transaction, had written is rolled back first where the read
+/// model [can](ReadModel::rolls_back), and what went before is applied again. So `apply` keeps what it writes in the
+/// transaction; what it keeps in `self` is a cache at most.
 pub trait Projection: Send + 'static {
     /// What `apply` writes through: see the table of the [module](self).
     type Transaction: Send;
@@ -72,13 +77,28 @@ pub trait ReadModel: Send + Sync + 'static {
     /// Whether every node has its own (in memory) or all nodes share one, which then has one owner at a time.
     fn shared(&self) -> bool;
 
-    /// Called once, before anything else: creates what is missing, and refuses progress that belongs to another store.
-    fn prepare<'a>(&'a self, store: &'a dyn EventStore, name: &'a str) -> BoxFuture<'a, Result<(), StoreError>>;
+    /// Whether a rollback undoes what was written. Where it does not, the events before a failing one stay applied.
+    fn rolls_back(&self) -> bool;
+
+    /// Whether `apply` failed because the read model cannot be reached just now, and not because of the event. It is then
+    /// tried again for as long as it takes. The default blames the event.
+    fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
+        let _ = error;
+        false
+    }
+
+    /// Called before anything else, and again until it succeeds: creates what is missing, and refuses progress that belongs
+    /// to another store.
+    fn prepare<'a>(
+        &'a self,
+        store: &'a Arc<dyn EventStore>,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>>;
 
     /// How far the read model is.
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
 
-    /// Opens a transaction.
+    /// Opens a transaction. `from` is the checkpoint, with the epoch of the owner who asks.
     fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Self::Open, StoreError>>;
 
     /// What the user writes through.
@@ -98,8 +118,31 @@ pub trait ReadModel: Send + Sync + 'static {
     fn rollback(&self, open: Self::Open) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// The parked events of a projection, oldest first.
-    fn parked<'a>(&'a self, name: &'a str, limit: usize) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
 
-    /// Forgets a parked event; whether there was one.
-    fn remove_parked<'a>(&'a self, name: &'a str, position: Position) -> BoxFuture<'a, Result<bool, StoreError>>;
+    /// Forgets a parked event with the commit of this transaction; whether there is one.
+    fn unpark<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
+
+    /// Forgets all parked events with the commit of this transaction.
+    fn unpark_all<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// Forgets a parked event at once; whether there was one.
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
 }

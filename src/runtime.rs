@@ -3,20 +3,27 @@
 mod supervisor;
 
 use std::any::type_name;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::ActorCell;
+use ractor::{ActorCell, SpawnErr};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
+use crate::bus::{EventBus, LocalBus};
 use crate::codec::EncodeError;
-use crate::command::{Execute, Handlers};
+use crate::command::{Execute, Handlers, StartRouterError};
 use crate::event::{Event, Position};
-use crate::store::{EventStore, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus};
+use crate::feed::{Feed, FeedOptions, FeedStatus};
+use crate::projection::{self, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel};
+use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
+use crate::store::{
+    BoxFuture, EventStore, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
+};
 
 /// How long [`Runtime::shutdown`] waits for what is under way.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,6 +39,10 @@ struct Inner {
     node: Uuid,
     store: Arc<dyn EventStore>,
     writer: Writer,
+    publisher: Publisher,
+    feed: Feed,
+    /// In the order in which they were registered.
+    projections: Vec<ProjectionHandle>,
     handlers: Arc<Handlers>,
     /// Above everything that runs; stopping it stops all.
     supervisor: Supervisor,
@@ -41,17 +52,32 @@ struct Inner {
 #[must_use = "nothing runs before start()"]
 pub struct Builder {
     store: Option<Arc<dyn EventStore>>,
+    bus: Arc<dyn EventBus>,
+    publisher: PublisherOptions,
     aggregates: Vec<Registration>,
+    projections: Vec<(String, Box<StartProjection>)>,
 }
 
 /// What is known of an aggregate's type until the runtime starts.
 struct Registration {
     category: &'static str,
     type_name: &'static str,
-    start: Box<
-        dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, ActorCell) -> Result<(), EncodeError> + Send,
-    >,
+    start: Box<StartAggregate>,
 }
+
+type StartAggregate = dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
+    + Send;
+
+/// What projections of a node share.
+struct Surroundings {
+    store: Arc<dyn EventStore>,
+    feed: Feed,
+    node: Uuid,
+    supervisor: ActorCell,
+}
+
+type StartProjection =
+    dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>> + Send;
 
 /// Why a runtime does not start.
 #[derive(Debug, thiserror::Error)]
@@ -70,15 +96,46 @@ pub enum StartError {
         /// Another.
         second: &'static str,
     },
+    /// Two projections have the same name: they would share a checkpoint.
+    #[error("two projections are called {name:?}; a checkpoint belongs to one projection")]
+    SameProjection {
+        /// The name.
+        name: String,
+    },
     /// An aggregate's events cannot be stored.
     #[error(transparent)]
     Events(#[from] EncodeError),
     /// The store does not work.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The supervisor could not be started.
-    #[error("the supervisor could not be started: {0}")]
-    Supervisor(String),
+    /// An actor could not be started.
+    #[error("an actor could not be started: {0}")]
+    Actor(String),
+}
+
+impl From<SpawnErr> for StartError {
+    fn from(error: SpawnErr) -> Self {
+        Self::Actor(error.to_string())
+    }
+}
+
+/// There is no projection of that name on this node.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no projection {name:?}; this node has {}", known.join(", "))]
+pub struct UnknownProjection {
+    /// The name asked for.
+    pub name: String,
+    /// The names that there are.
+    pub known: Vec<String>,
+}
+
+impl From<StartRouterError> for StartError {
+    fn from(error: StartRouterError) -> Self {
+        match error {
+            StartRouterError::Events(error) => Self::Events(error),
+            StartRouterError::Spawn(error) => error.into(),
+        }
+    }
 }
 
 /// What did not end in time when a runtime was shut down. Nothing acknowledged is lost: what is named here had not been
@@ -106,12 +163,56 @@ pub struct RuntimeStatus {
     pub writer: WriterStatus,
     /// The kinds of aggregates, by category.
     pub aggregates: Vec<RouterStatus>,
+    /// The publisher.
+    pub publisher: PublisherStatus,
+    /// The live view of the log.
+    pub feed: FeedStatus,
+    /// The projections, by name.
+    pub projections: BTreeMap<String, ProjectionStatus>,
+    /// Who holds which lease, or why it could not be read.
+    pub leases: Result<Vec<LeaseInfo>, StoreError>,
 }
 
 impl Builder {
     /// The event store. Required.
     pub fn store(mut self, store: impl EventStore) -> Self {
         self.store = Some(Arc::new(store));
+        self
+    }
+
+    /// The bus that carries the log to the projections of this node, and of others if it reaches them. [`LocalBus`] by
+    /// default.
+    pub fn bus(mut self, bus: impl EventBus) -> Self {
+        self.bus = Arc::new(bus);
+        self
+    }
+
+    /// How the log is published to the bus.
+    pub fn publisher(mut self, options: PublisherOptions) -> Self {
+        self.publisher = options;
+        self
+    }
+
+    /// Runs a projection over its read model, with the default options.
+    pub fn projection<P, R>(self, projection: P, read_model: R) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.projection_with(projection, read_model, ProjectionOptions::new())
+    }
+
+    /// Runs a projection over its read model.
+    pub fn projection_with<P, R>(mut self, projection: P, read_model: R, options: ProjectionOptions) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let name = projection.name().to_owned();
+        let start = |Surroundings { store, feed, node, supervisor }: Surroundings| -> BoxFuture<'static, _> {
+            Box::pin(projection::spawn(projection, read_model, options, store, feed, node, Some(supervisor)))
+        };
+        self.projections.push((name, Box::new(start)));
         self
     }
 
@@ -126,7 +227,9 @@ impl Builder {
             category: <A::Event as Event>::CATEGORY,
             type_name: type_name::<A>(),
             start: Box::new(move |handlers, store, writer, supervisor| {
-                handlers.register(Router::start(store, writer, options, supervisor)?);
+                let router = Router::start(store, writer, options, supervisor.cell())?;
+                supervisor.adopt(Box::new(router.clone()));
+                handlers.register(router);
                 Ok(())
             }),
         });
@@ -150,22 +253,44 @@ impl Builder {
                 });
             }
         }
+        for (index, (name, _)) in self.projections.iter().enumerate() {
+            if self.projections[..index].iter().any(|(other, _)| other == name) {
+                return Err(StartError::SameProjection { name: name.clone() });
+            }
+        }
         store.frontier().await?;
-        let supervisor = Supervisor::start().await.map_err(StartError::Supervisor)?;
+        let node = Uuid::now_v7();
+        let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
+        // The feed listens before anything is published.
+        let feed = Feed::start(store.clone(), self.bus.clone(), FeedOptions::new());
+        let publisher =
+            Publisher::spawn(store.clone(), self.bus, self.publisher, node, Some(supervisor.cell())).await?;
+        let mut projections = Vec::with_capacity(self.projections.len());
+        for (_, start) in self.projections {
+            let (store, feed, supervisor) = (store.clone(), feed.clone(), supervisor.cell());
+            projections.push(start(Surroundings { store, feed, node, supervisor }).await?);
+        }
         let writer = Writer::start(store.clone(), WriterOptions::default());
         let mut handlers = Handlers::default();
         for registration in self.aggregates {
-            (registration.start)(&mut handlers, store.clone(), writer.clone(), supervisor.cell())?;
+            (registration.start)(&mut handlers, store.clone(), writer.clone(), &supervisor)?;
         }
         let handlers = Arc::new(handlers);
-        Ok(Runtime { inner: Arc::new(Inner { node: Uuid::now_v7(), store, writer, handlers, supervisor }) })
+        let inner = Inner { node, store, writer, publisher, feed, projections, handlers, supervisor };
+        Ok(Runtime { inner: Arc::new(inner) })
     }
 }
 
 impl Runtime {
     /// Starts putting a runtime together.
     pub fn builder() -> Builder {
-        Builder { store: None, aggregates: Vec::new() }
+        Builder {
+            store: None,
+            bus: Arc::new(LocalBus::new()),
+            publisher: PublisherOptions::new(),
+            aggregates: Vec::new(),
+            projections: Vec::new(),
+        }
     }
 
     /// Executes a command on the aggregate `id` of type `A`: await it for the [`Receipt`](crate::Receipt), or say more
@@ -176,6 +301,18 @@ impl Runtime {
     /// [`ExecuteError`](crate::ExecuteError).
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
         Execute::new(self.inner.handlers.clone(), id, command.into())
+    }
+
+    /// The projection of that name: to wait for it, pause it, reset it, look at what it parked.
+    ///
+    /// # Errors
+    /// When it was not registered.
+    pub fn projection(&self, name: &str) -> Result<&ProjectionHandle, UnknownProjection> {
+        let projections = &self.inner.projections;
+        projections.iter().find(|projection| projection.name() == name).ok_or_else(|| UnknownProjection {
+            name: name.to_owned(),
+            known: projections.iter().map(|projection| projection.name().to_owned()).collect(),
+        })
     }
 
     /// The event store.
@@ -191,6 +328,15 @@ impl Runtime {
             frontier: self.inner.store.frontier().await,
             writer: self.inner.writer.status(),
             aggregates: self.inner.handlers.status(),
+            publisher: self.inner.publisher.status().borrow().clone(),
+            feed: self.inner.feed.status(),
+            projections: self
+                .inner
+                .projections
+                .iter()
+                .map(|projection| (projection.name().to_owned(), projection.status()))
+                .collect(),
+            leases: self.inner.store.leases().await,
         }
     }
 
@@ -215,6 +361,15 @@ impl Runtime {
         if commands > 0 {
             unfinished.push(format!("{commands} commands without an answer"));
         }
+        let left = || deadline.saturating_duration_since(Instant::now());
+        // Projections get what was published last, as far as there is time.
+        let stopped = self.inner.publisher.stop(left()).await;
+        unfinished.extend(stopped.err().map(|error| error.to_string()));
+        let stopped = self.inner.projections.iter().map(|projection| projection.stop(left()));
+        for stopped in futures_util::future::join_all(stopped).await {
+            unfinished.extend(stopped.err().map(|error| error.to_string()));
+        }
+        self.inner.feed.stop();
         self.inner.supervisor.stop();
         if unfinished.is_empty() { Ok(()) } else { Err(ShutdownError { timeout, unfinished }) }
     }

@@ -23,7 +23,7 @@ mod memory;
 mod postgres;
 mod progress;
 #[cfg(feature = "sqlite")]
-mod sqlite;
+pub(crate) mod sqlite;
 mod writer;
 
 use std::future::Future;

@@ -11,6 +11,8 @@
 )]
 
 mod given;
+mod node;
 pub mod store;
 
 pub use self::given::{Given, Then, When, given};
+pub use self::node::Node;

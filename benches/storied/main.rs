@@ -60,6 +60,6 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Commands => workloads::commands(plan).await,
         Workload::Hot => workloads::hot(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
-        Workload::Catchup => todo!(),
+        Workload::Catchup => workloads::catchup(plan).await,
     }
 }

@@ -1,7 +1,8 @@
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{Metadata, NewEvent, Position, ReadLog, StreamId};
+use storied::{Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId};
 
 use crate::args::{Plan, StoreKind};
 use crate::domain::{Account, AccountCommand, AccountEvent, text};
@@ -37,6 +38,41 @@ pub async fn rehydrate(plan: &Plan) -> Comparison {
     assert_eq!(receipt.reply, plan.events as u64);
     runtime.shutdown().await.unwrap();
     Comparison { ours, limit: read(plan, &store).await, note: String::new() }
+}
+
+/// A new projection in memory over a full log, decoding every event, until it is at the head. The limit reads the rows.
+pub async fn catchup(plan: &Plan) -> Comparison {
+    let store = Store::fresh(plan.store).await;
+    store.fill(plan, AGGREGATES).await;
+    let head = store.port().frontier().await.unwrap();
+    let start = Instant::now();
+    let runtime = store.builder().projection(Bytes(0), InMemory::new()).start().await.unwrap();
+    let projection = runtime.projection("bytes").unwrap();
+    projection.caught_up_to_within(head, Duration::from_secs(600)).await.unwrap();
+    let ours = Run::whole(plan.events, start.elapsed());
+    assert_eq!(projection.status().events_applied, plan.events as u64);
+    runtime.shutdown().await.unwrap();
+    Comparison { ours, limit: read(plan, &store).await, note: String::new() }
+}
+
+struct Bytes(usize);
+
+impl Projection for Bytes {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "bytes"
+    }
+
+    fn filter(&self) -> Filter {
+        Filter::of::<AccountEvent>().unwrap()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+        let AccountEvent::Entered { text } = event.decode()?;
+        self.0 += text.len();
+        Ok(())
+    }
 }
 
 async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {

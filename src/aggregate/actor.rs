@@ -215,10 +215,10 @@ impl<A: Aggregate> AggregateActor<A> {
                 let _ = actor.cast(AggregateMessage::Written(outcome));
             }),
         };
-        if self.shared.writer.submit(submission).await.is_err() {
-            if let Some(pending) = state.pending.pop_back() {
-                answer(pending.order.reply, Err(ExecuteError::ShuttingDown));
-            }
+        if self.shared.writer.submit(submission).await.is_err()
+            && let Some(pending) = state.pending.pop_back()
+        {
+            answer(pending.order.reply, Err(ExecuteError::ShuttingDown));
         }
     }
 

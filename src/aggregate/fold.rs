@@ -209,10 +209,10 @@ impl RecentCommands {
         });
         record.last = last;
         record.position = position;
-        if self.order.len() > self.window {
-            if let Some(oldest) = self.order.pop_front() {
-                self.by_id.remove(&oldest);
-            }
+        if self.order.len() > self.window
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.by_id.remove(&oldest);
         }
     }
 

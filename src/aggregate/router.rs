@@ -2,12 +2,15 @@
 //! awaits I/O, because every command of the kind passes through it.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use lru::LruCache;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, ActorRuntime, MessagingErr, SupervisionEvent};
+use ractor::{
+    Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, MessagingErr, SpawnErr,
+    SupervisionEvent,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -18,7 +21,7 @@ use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
 use crate::codec::{EncodeError, EventTypes};
 use crate::event::{Event, StreamId};
-use crate::store::{EventStore, Writer};
+use crate::store::{EventStore, StoreError, Writer};
 
 /// How many idle aggregates at most are looked at to make room for a new one.
 const EVICTION_SCAN: usize = 64;
@@ -54,10 +57,32 @@ pub struct RouterStatus {
 
 /// The handle of a router; cheap to clone.
 pub(crate) struct Router<A: Aggregate> {
-    actor: ActorRef<RouterMessage<A>>,
+    /// The actor of the moment: another one after a restart.
+    actor: Arc<RwLock<ActorRef<RouterMessage<A>>>>,
     admission: Arc<Semaphore>,
     shared: Arc<Shared<A>>,
     live: Arc<AtomicUsize>,
+}
+
+/// Why a router does not start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartRouterError {
+    #[error(transparent)]
+    Events(#[from] EncodeError),
+    #[error("the router's actor cannot be started: {0}")]
+    Spawn(#[from] SpawnErr),
+}
+
+/// The reason of a stop that nobody is to be started again after.
+pub(crate) const SHUTDOWN: &str = "shutdown";
+
+fn spawn<A: Aggregate>(
+    shared: &Arc<Shared<A>>,
+    live: &Arc<AtomicUsize>,
+    supervisor: ActorCell,
+) -> Result<ActorRef<RouterMessage<A>>, SpawnErr> {
+    let actor = RouterActor { shared: shared.clone(), live: live.clone() };
+    Ok(ActorRuntime::spawn_linked_instant(None, actor, (), supervisor)?.0)
 }
 
 impl<A: Aggregate> Clone for Router<A> {
@@ -84,17 +109,25 @@ impl<A: Aggregate> Router<A> {
         writer: Writer,
         options: AggregateOptions<A>,
         supervisor: ActorCell,
-    ) -> Result<Self, EncodeError> {
+    ) -> Result<Self, StartRouterError> {
         let admission = Arc::new(Semaphore::new(options.in_flight.min(Semaphore::MAX_PERMITS)));
         let live = Arc::new(AtomicUsize::new(0));
         let shared = Arc::new(Shared { store, writer, options, types: EventTypes::of::<A::Event>()? });
-        let actor = RouterActor { shared: shared.clone(), live: live.clone() };
-        // Unnamed actors register nowhere, so spawning cannot clash, which is the only way in which it fails.
-        let (actor, _) =
-            ActorRuntime::spawn_linked_instant(None, actor, (), supervisor).map_err(|error| {
-                EncodeError::NoEnum { type_name: std::any::type_name::<A>(), reason: error.to_string() }
-            })?;
-        Ok(Self { actor, admission, shared, live })
+        let actor = spawn(&shared, &live, supervisor)?;
+        Ok(Self { actor: Arc::new(RwLock::new(actor)), admission, shared, live })
+    }
+
+    /// Replaces the actor by a new one, when the old one is gone. Aggregates are folded anew by the first command.
+    pub(crate) fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, SpawnErr> {
+        let actor = spawn(&self.shared, &self.live, supervisor)?;
+        let id = actor.get_id();
+        *self.actor.write().unwrap_or_else(PoisonError::into_inner) = actor;
+        Ok(id)
+    }
+
+    /// The actor of the moment.
+    pub(crate) fn actor(&self) -> ActorRef<RouterMessage<A>> {
+        self.actor.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The stream of an aggregate of this kind.
@@ -125,7 +158,14 @@ impl<A: Aggregate> Router<A> {
 
     /// Hands an admitted command over; the answer comes through its reply port.
     pub(crate) fn route(&self, stream: StreamId, order: Order<A>) -> Result<(), ExecuteError<A::Error>> {
-        self.actor.cast(RouterMessage::Execute(stream, order)).map_err(|_| ExecuteError::ShuttingDown)
+        self.actor().cast(RouterMessage::Execute(stream, order)).map_err(|_| {
+            if self.admission.is_closed() {
+                ExecuteError::ShuttingDown
+            } else {
+                let reason = "the router is being started again".into();
+                ExecuteError::Store(StoreError::Unavailable { reason, source: None })
+            }
+        })
     }
 
     pub(crate) fn status(&self) -> RouterStatus {
@@ -144,13 +184,14 @@ impl<A: Aggregate> Router<A> {
         let drained = tokio::time::timeout_at(deadline, self.admission.acquire_many(all)).await;
         self.admission.close();
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
-        if let Err(error) = self.actor.stop_and_wait(Some("shutdown".into()), Some(left)).await {
+        if let Err(error) = self.actor().stop_and_wait(Some(SHUTDOWN.into()), Some(left)).await {
             tracing::warn!(category = A::Event::CATEGORY, %error, "the router did not stop in time");
         }
         drained.is_ok()
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "nearly every message is the large one")]
 pub(crate) enum RouterMessage<A: Aggregate> {
     /// A command for the aggregate of a stream.
     Execute(StreamId, Order<A>),

@@ -1,35 +1,126 @@
 //! The root of the supervision tree.
+//!
+//! Below it: a router for each kind of aggregate (which supervises its aggregates), the publisher and the projections
+//! (which supervise their own work). What ends by itself is started again, after a wait that doubles from 10 ms up to 5 s
+//! and is forgotten after a minute without a failure; there is no number of failures after which it gives up.
 
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use std::time::Duration;
+
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
+use tokio::time::Instant;
+
+use crate::command::Respawn;
+
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// A child that has run this long was healthy.
+const HEALTHY: Duration = Duration::from_secs(60);
 
 /// The root actor; stops its children with it.
 pub(super) struct Supervisor {
-    root: ActorRef<()>,
+    root: ActorRef<Message>,
+}
+
+enum Message {
+    /// Starts a child, and again whenever it ends by itself.
+    Adopt(Box<dyn Respawn>),
+    /// The child with this number has waited long enough.
+    Restart(usize),
 }
 
 struct Root;
 
+struct Child {
+    respawn: Box<dyn Respawn>,
+    actor: Option<ActorId>,
+    started: Instant,
+    wait: Duration,
+}
+
+impl Child {
+    fn start(&mut self, root: &ActorRef<Message>) -> bool {
+        self.started = Instant::now();
+        match self.respawn.respawn(root.get_cell()) {
+            Ok(actor) => {
+                self.actor = Some(actor);
+                true
+            }
+            Err(error) => {
+                tracing::error!(
+                    child = self.respawn.name(),
+                    error,
+                    "a part of the runtime cannot be started"
+                );
+                false
+            }
+        }
+    }
+}
+
 impl Actor for Root {
-    type Msg = ();
-    type State = ();
+    type Msg = Message;
+    type State = Vec<Child>;
     type Arguments = ();
 
-    async fn pre_start(&self, _: ActorRef<()>, (): ()) -> Result<(), ActorProcessingErr> {
+    async fn pre_start(&self, _: ActorRef<Message>, (): ()) -> Result<Vec<Child>, ActorProcessingErr> {
+        Ok(Vec::new())
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Message>,
+        message: Message,
+        children: &mut Vec<Child>,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            Message::Adopt(respawn) => {
+                let mut child = Child { respawn, actor: None, started: Instant::now(), wait: FIRST_WAIT };
+                child.actor = child.respawn.actor();
+                children.push(child);
+            }
+            Message::Restart(number) => {
+                if let Some(child) = children.get_mut(number)
+                    && !child.start(&myself)
+                {
+                    restart_later(&myself, number, child);
+                }
+            }
+        }
         Ok(())
     }
 
     /// ractor's default would end the root with the first child that ends.
     async fn handle_supervisor_evt(
         &self,
-        _: ActorRef<()>,
+        myself: ActorRef<Message>,
         event: SupervisionEvent,
-        (): &mut (),
+        children: &mut Vec<Child>,
     ) -> Result<(), ActorProcessingErr> {
-        if let SupervisionEvent::ActorFailed(actor, error) = event {
-            tracing::error!(actor = %actor.get_id(), %error, "an actor of the runtime failed");
+        let (actor, reason) = match event {
+            SupervisionEvent::ActorFailed(actor, error) => (actor, error.to_string()),
+            SupervisionEvent::ActorTerminated(actor, _, reason) => {
+                (actor, reason.unwrap_or_else(|| "it ended".into()))
+            }
+            _ => return Ok(()),
+        };
+        let ended = children.iter_mut().enumerate().find(|(_, child)| child.actor == Some(actor.get_id()));
+        if let Some((number, child)) = ended
+            && reason != crate::command::SHUTDOWN
+        {
+            child.actor = None;
+            tracing::error!(child = child.respawn.name(), reason, wait = ?child.wait, "a part of the runtime ended and is started again");
+            restart_later(&myself, number, child);
         }
         Ok(())
     }
+}
+
+fn restart_later(root: &ActorRef<Message>, number: usize, child: &mut Child) {
+    if child.started.elapsed() > HEALTHY {
+        child.wait = FIRST_WAIT;
+    }
+    root.send_after(child.wait, move || Message::Restart(number));
+    child.wait = (child.wait * 2).min(LONGEST_WAIT);
 }
 
 impl Supervisor {
@@ -42,13 +133,81 @@ impl Supervisor {
         self.root.get_cell()
     }
 
+    /// Starts a running child again whenever it ends by itself.
+    pub(super) fn adopt(&self, child: Box<dyn Respawn>) {
+        // Fails only when the root has been stopped, and then nothing is to be started.
+        let _ = self.root.cast(Message::Adopt(child));
+    }
+
     pub(super) fn stop(&self) {
-        self.root.stop(Some("shutdown".into()));
+        self.root.stop(Some(crate::command::SHUTDOWN.into()));
     }
 }
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::{Deserialize, Serialize};
+
+    use crate::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, Runtime};
+
+    #[derive(Default)]
+    struct Light {
+        switched: u64,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    enum LightEvent {
+        Switched,
+    }
+
+    #[derive(Debug, Serialize, Deserialize, thiserror::Error)]
+    #[error("never")]
+    struct Never;
+
+    impl Event for LightEvent {
+        const CATEGORY: &'static str = "light";
+    }
+
+    impl Aggregate for Light {
+        type Event = LightEvent;
+        type Command = ();
+        type Reply = u64;
+        type Error = Never;
+
+        fn handle(&self, (): &(), _: &Context<'_>) -> Result<Decision<LightEvent, u64>, Never> {
+            Ok(Decision::event(LightEvent::Switched).reply(self.switched + 1))
+        }
+
+        fn apply(&mut self, _: &LightEvent) {
+            self.switched += 1;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_router_that_ends_is_started_again() {
+        let runtime =
+            Runtime::builder().store(MemoryStore::new()).aggregate::<Light>().start().await.unwrap();
+        for round in 1..=3 {
+            loop {
+                match runtime.execute::<Light>("hall", ()).await {
+                    Ok(receipt) => break assert_eq!(receipt.reply, round),
+                    // Between the end of one and the start of the next.
+                    Err(ExecuteError::Store(error)) if error.is_transient() => tokio::task::yield_now().await,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            let router = runtime.inner.handlers.router::<Light>().unwrap().actor();
+            router.kill();
+            while router.get_status() != ractor::ActorStatus::Stopped {
+                tokio::task::yield_now().await;
+            }
+        }
+        runtime.shutdown().await.unwrap();
     }
 }

@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
-use self::error::failed;
+pub(crate) use self::error::failed;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
     LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,

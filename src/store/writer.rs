@@ -19,6 +19,11 @@ use super::error::{AppendError, StoreError};
 use super::{Appended, EventStore};
 use crate::event::{NewEvent, Position, StreamId, Version};
 
+/// Turns that the writer gives to other tasks between two transactions. Those who were just answered submit again after
+/// some hops (actor, caller, router, actor); without a turn for each, two half-sized transactions alternate. Measured with
+/// 64 callers on SQLite: see `cargo bench --bench storied -- commands`. It costs a lone caller about a microsecond.
+const YIELDS: usize = 4;
+
 /// Limits of the writer.
 #[derive(Debug, Clone)]
 pub(crate) struct WriterOptions {
@@ -200,21 +205,31 @@ impl Task {
                 submission = submissions.recv(), if open && self.waiting < self.options.queue => match submission {
                     Some(submission) => {
                         self.enqueue(submission);
-                        // Everything that is already there belongs into the same transaction.
-                        while self.waiting < self.options.queue {
-                            let Ok(submission) = submissions.try_recv() else { break };
-                            self.enqueue(submission);
-                        }
+                        self.take_up(&mut submissions);
                     }
                     None => open = false,
                 },
                 Some(finished) = self.running.join_next() => match finished {
-                    Ok((submissions, answers)) => self.finish(submissions, answers),
+                    Ok((batch, answers)) => {
+                        self.finish(batch, answers);
+                        for _ in 0..YIELDS {
+                            tokio::task::yield_now().await;
+                            self.take_up(&mut submissions);
+                        }
+                    }
                     // `append_all` contains the store's panics; only a runtime that shuts down cancels it, and then
                     // nobody is left to answer.
                     Err(error) => tracing::error!(%error, "an append was cancelled"),
                 },
             }
+        }
+    }
+
+    /// Everything that is already there belongs into the same transaction.
+    fn take_up(&mut self, submissions: &mut mpsc::Receiver<Submission>) {
+        while self.waiting < self.options.queue {
+            let Ok(submission) = submissions.try_recv() else { return };
+            self.enqueue(submission);
         }
     }
 

@@ -1,4 +1,4 @@
-//! The conformance suite of event stores: what [`EventStore`](crate::store::EventStore) promises, as tests.
+//! The conformance suite of event stores: what [`EventStore`] promises, as tests.
 //!
 //! A back end runs all of it, one named test per behaviour, by saying how to get an empty database:
 //!

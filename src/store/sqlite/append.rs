@@ -76,7 +76,8 @@ pub(super) async fn write(
                 reason,
                 "a batch was refused, writing its appends one by one"
             );
-            execute(connection, "ROLLBACK").await?;
+            // Some errors roll back by themselves. If neither they nor this did, the next statement fails.
+            _ = execute(connection, "ROLLBACK").await;
             execute(connection, "BEGIN IMMEDIATE").await?;
             one_by_one(connection, batch).await
         }

@@ -179,3 +179,66 @@ pub(crate) async fn unpark(
         .map_err(|error| failed(&format!("removing a parked event of {name}"), error))?;
     Ok(removed.rows_affected() > 0)
 }
+
+/// Forgets all parked events of `name`.
+pub(crate) async fn unpark_all(connection: &mut SqliteConnection, name: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM storied_parked WHERE name = ?")
+        .bind(name)
+        .execute(connection)
+        .await
+        .map_err(|error| failed(&format!("removing the parked events of {name}"), error))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::sqlite::SqliteConnectOptions;
+    use sqlx::{ConnectOptions, Connection, Executor};
+
+    use super::*;
+
+    fn at(position: u64) -> Checkpoint {
+        Checkpoint { position: Position::new(position), epoch: 1, mark: 0 }
+    }
+
+    /// A read model's database is the user's: with tables and migrations of its own, and with the user's transactions.
+    #[tokio::test]
+    async fn lives_in_a_users_database() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("read-model.db");
+        let options = SqliteConnectOptions::new().filename(path).create_if_missing(true);
+        let mut connection = options.connect().await.unwrap();
+        connection
+            .execute("CREATE TABLE revenue (pence INTEGER); CREATE TABLE _sqlx_migrations (mine INTEGER)")
+            .await
+            .unwrap();
+        migrate(&mut connection).await.unwrap();
+        migrate(&mut connection).await.unwrap();
+
+        let store = Uuid::new_v4();
+        let mut transaction = connection.begin().await.unwrap();
+        transaction.execute("INSERT INTO revenue VALUES (1)").await.unwrap();
+        save(&mut transaction, "p", store, Checkpoint::default(), at(1)).await.unwrap();
+        transaction.rollback().await.unwrap();
+        assert_eq!(load(&mut connection, "p").await.unwrap(), None);
+
+        let mut transaction = connection.begin().await.unwrap();
+        transaction.execute("INSERT INTO revenue VALUES (1)").await.unwrap();
+        save(&mut transaction, "p", store, Checkpoint::default(), at(1)).await.unwrap();
+        transaction.commit().await.unwrap();
+        assert_eq!(load(&mut connection, "p").await.unwrap(), Some((at(1), store)));
+
+        // Refused in a transaction of the user's, it leaves the rest of it to the user.
+        let mut transaction = connection.begin().await.unwrap();
+        let refused = save(&mut transaction, "p", store, at(7), at(8)).await;
+        assert!(
+            matches!(refused, Err(CheckpointError::Stale { found, .. }) if found == at(1)),
+            "{refused:?}"
+        );
+        transaction.rollback().await.unwrap();
+
+        let other = save(&mut connection, "p", Uuid::new_v4(), at(1), at(2)).await;
+        let incompatible = matches!(other, Err(CheckpointError::Store(StoreError::Incompatible { .. })));
+        assert!(incompatible, "{other:?}");
+    }
+}

@@ -1,0 +1,70 @@
+//! The command line, by hand: there is too little of it for a library.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+pub(crate) const USAGE: &str = "\
+Replays the invoices of a real business through storied, and reports what they came to.
+
+Usage: retail [OPTIONS]
+
+  --db PATH      the event store, created if need be [default: retail.db, in the current directory];
+                 the read models of shop.db are in shop-read.db beside it
+  --input FILE   the invoice lines [default: online-retail-10k.csv, beside the source of this example]
+  --reset        deletes both databases first
+  --json         prints the report as one JSON object
+  --help         prints this
+
+Run it again on the same database and it changes nothing; kill it at any moment and run it again, and it goes on.
+";
+
+/// What was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Args {
+    pub(crate) db: PathBuf,
+    pub(crate) input: PathBuf,
+    pub(crate) reset: bool,
+    pub(crate) json: bool,
+    pub(crate) help: bool,
+}
+
+/// What is wrong with the command line.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum UsageError {
+    #[error("there is no option {}", .0.display())]
+    Unknown(OsString),
+    #[error("{0} needs a value")]
+    NoValue(&'static str),
+}
+
+impl Args {
+    pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        let mut parsed = Self {
+            db: "retail.db".into(),
+            input: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv").into(),
+            reset: false,
+            json: false,
+            help: false,
+        };
+        let mut args = args.into_iter();
+        while let Some(arg) = args.next() {
+            let mut value = |option| args.next().map(PathBuf::from).ok_or(UsageError::NoValue(option));
+            match arg.to_str() {
+                Some("--db") => parsed.db = value("--db")?,
+                Some("--input") => parsed.input = value("--input")?,
+                Some("--reset") => parsed.reset = true,
+                Some("--json") => parsed.json = true,
+                Some("--help" | "-h") => parsed.help = true,
+                _ => return Err(UsageError::Unknown(arg)),
+            }
+        }
+        Ok(parsed)
+    }
+
+    /// The file of the read models: `shop.db` has `shop-read.db` beside it.
+    pub(crate) fn read_models(&self) -> PathBuf {
+        let mut name = self.db.file_stem().unwrap_or_default().to_owned();
+        name.push("-read.db");
+        self.db.with_file_name(name)
+    }
+}

@@ -1,0 +1,187 @@
+//! Turns rows into commands and keeps many of them under way, so that the store commits them in groups.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures_util::stream::{self, FuturesUnordered, StreamExt};
+use storied::{ExecuteError, Position, Receipt, Runtime};
+use uuid::Uuid;
+
+use crate::domain::{Header, Invoice, InvoiceCommand, InvoiceError, Line};
+use crate::report::Progress;
+use crate::rows::{Row, RowError, Rows};
+
+/// How many rows are under way at a time, in full invoices. All that the importer holds of the file.
+const ROWS_UNDER_WAY: usize = 1_000;
+/// How many of them may be of one invoice.
+const LINES_UNDER_WAY: usize = 100;
+/// How often a command is sent when something is in its way that may pass by itself.
+const ATTEMPTS: u32 = 10;
+/// Command ids are UUIDs of version 5 in this namespace of ours.
+const COMMANDS: Uuid = Uuid::from_u128(0x2d43_77e5_0f3c_4c0f_9c66_51c1_39a0_5d1e);
+
+/// What became of the rows so far.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tally {
+    /// Rows read.
+    pub(crate) lines: u64,
+    /// Commands answered: one for each row, and one more for each invoice.
+    pub(crate) commands: u64,
+    /// … of which an invoice refused.
+    pub(crate) rejected: u64,
+    /// … of which had taken effect in an earlier run.
+    pub(crate) duplicates: u64,
+    /// Events that this run added to the log.
+    pub(crate) new_events: u64,
+    /// The last event that a command caused, in this run or an earlier one.
+    pub(crate) position: Position,
+}
+
+/// Why the import ended before the file did. Whatever was answered by then stays done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImportError {
+    #[error(transparent)]
+    Row(#[from] RowError),
+    #[error("invoice {invoice}: {error}")]
+    Command { invoice: String, error: Box<ExecuteError<InvoiceError>> },
+}
+
+/// Rows of one invoice that follow each other in the file.
+struct Batch {
+    invoice: String,
+    /// How many lines of the invoice came before.
+    before: u32,
+    rows: Vec<Row>,
+}
+
+/// What an invoice said to them.
+struct Answers {
+    invoice: String,
+    rows: usize,
+    answers: Vec<Answer>,
+}
+
+type Answer = Result<Receipt, ExecuteError<InvoiceError>>;
+
+/// Sends every row to its invoice, and counts the answers: many invoices at a time, each in the order of the file.
+pub(crate) async fn import(
+    runtime: &Runtime,
+    rows: Rows,
+    progress: &mut Progress,
+) -> (Tally, Result<(), ImportError>) {
+    let (mut tally, mut result) = (Tally::default(), Ok(()));
+    // One number for each invoice: nothing else grows with the file.
+    let mut lines: HashMap<String, u32> = HashMap::new();
+    let mut under_way = FuturesUnordered::new();
+    let mut rows_under_way = 0;
+    // The file is local and read through a buffer: waiting for it is not worth a thread of its own.
+    let mut rows = rows.peekable();
+    while let (Ok(()), Some(row)) = (&result, rows.next()) {
+        let mut batch = match row {
+            Ok(first) => vec![first],
+            Err(error) => {
+                result = Err(error.into());
+                break;
+            }
+        };
+        let invoice = batch[0].invoice.clone();
+        let same = |row: &Result<Row, _>| row.as_ref().is_ok_and(|row| row.invoice == invoice);
+        while let Some(Ok(row)) = rows.next_if(same) {
+            batch.push(row);
+        }
+        let seen = lines.entry(invoice.clone()).or_default();
+        let batch = Batch { invoice, before: *seen, rows: batch };
+        *seen += batch.rows.len() as u32;
+        // An invoice that the file comes back to has to wait for its earlier rows, which may still be under way.
+        let room = if batch.before > 0 { 0 } else { ROWS_UNDER_WAY };
+        while rows_under_way > 0 && rows_under_way + batch.rows.len() > room {
+            let Some::<Answers>(answers) = under_way.next().await else { break };
+            rows_under_way -= answers.rows;
+            result = result.and(tally.count(answers));
+            progress.show(&tally);
+        }
+        tally.lines += batch.rows.len() as u64;
+        rows_under_way += batch.rows.len();
+        under_way.push(record(runtime, batch));
+    }
+    // Whatever happened, what was sent is waited for.
+    while let Some(answers) = under_way.next().await {
+        result = result.and(tally.count(answers));
+        progress.show(&tally);
+    }
+    (tally, result)
+}
+
+/// Opens an invoice and adds its lines. They are sent in their order, without waiting for one before the next: storied
+/// decides on them in this order, and stores what it decided together.
+async fn record(runtime: &Runtime, batch: Batch) -> Answers {
+    let Batch { invoice, before, rows } = batch;
+    let (count, mut answers) = (rows.len(), Vec::with_capacity(rows.len() + 1));
+    if let (0, Some(first)) = (before, rows.first()) {
+        let command = InvoiceCommand::Open { header: header(first) };
+        answers.push(send(runtime, &invoice, command_id(first, 0, "open"), command).await);
+    }
+    let commands = (before + 1..).zip(rows).map(|(number, row)| {
+        let (id, header) = (command_id(&row, number, "add line"), header(&row));
+        let Row { stock_code, description, quantity, unit_price, .. } = row;
+        let line = Line { number, stock_code, description, quantity, unit_price };
+        send(runtime, &invoice, id, InvoiceCommand::AddLine { header, line })
+    });
+    answers.extend(stream::iter(commands).buffered(LINES_UNDER_WAY).collect::<Vec<_>>().await);
+    Answers { invoice, rows: count, answers }
+}
+
+/// Sends a command until it is answered. Its id stays the same, so that it takes effect once, however often it is sent.
+async fn send(runtime: &Runtime, invoice: &str, id: Uuid, command: InvoiceCommand) -> Answer {
+    let mut attempt = 1;
+    loop {
+        match runtime.execute::<Invoice>(invoice, command.clone()).command_id(id).await {
+            Err(error) if error.is_transient() && attempt < ATTEMPTS => {
+                tracing::warn!(%invoice, %error, attempt, "trying again");
+                tokio::time::sleep(Duration::from_millis(50) * attempt).await;
+                attempt += 1;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+fn header(row: &Row) -> Header {
+    Header { customer: row.customer.clone(), country: row.country.clone(), date: row.date }
+}
+
+/// The same row has the same id in every run. A changed row has another one: it is for the invoice to refuse it, where a
+/// repeated id would be answered with the receipt of what the row said before.
+fn command_id(row: &Row, line: u32, kind: &str) -> Uuid {
+    let Row { invoice, stock_code, description, quantity, date, unit_price, customer, country } = row;
+    let what = format!("{invoice:?} {line} {kind}");
+    let row =
+        format!("{stock_code:?} {description:?} {quantity} {date} {unit_price} {customer:?} {country:?}");
+    Uuid::new_v5(&COMMANDS, format!("{what}: {row}").as_bytes())
+}
+
+impl Tally {
+    /// Counts all of them, also behind one that says that something is broken.
+    fn count(&mut self, Answers { invoice, answers, .. }: Answers) -> Result<(), ImportError> {
+        let mut result = Ok(());
+        for answer in answers {
+            match answer {
+                Ok(receipt) => {
+                    self.position = self.position.max(receipt.position);
+                    self.new_events += if receipt.duplicate { 0 } else { receipt.events };
+                    self.duplicates += u64::from(receipt.duplicate || receipt.events == 0);
+                }
+                Err(ExecuteError::Rejected(reason)) => {
+                    tracing::warn!("invoice {invoice} refused: {reason}");
+                    self.rejected += 1;
+                }
+                Err(error) => {
+                    result = Err(ImportError::Command { invoice: invoice.clone(), error: Box::new(error) });
+                    continue;
+                }
+            }
+            self.commands += 1;
+        }
+        result
+    }
+}

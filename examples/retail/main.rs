@@ -1,0 +1,164 @@
+//! Replays the invoices of a real business through storied: every invoice is an aggregate, every row of the file a command,
+//! and two projections keep revenue and units. `--help` says how to run it, README.md where to begin reading.
+
+mod args;
+mod domain;
+mod import;
+mod projections;
+mod report;
+mod rows;
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use storied::{
+    AggregateOptions, EventStore, Position, ProjectionOptions, ReadLog, Runtime, SqliteReadModel,
+    SqliteStore, StoreError,
+};
+
+use self::args::{Args, USAGE};
+use self::domain::Invoice;
+use self::import::ImportError;
+use self::projections::{RevenueByCountry, Totals, UnitsByStockCode};
+use self::report::{Progress, Report};
+use self::rows::{RowError, Rows};
+
+/// How many commands an invoice recognises by their ids. A longer one still takes no line twice, see `domain.rs`.
+const COMMAND_WINDOW: usize = 1_000;
+/// How long a run that was killed keeps the read models from the next one.
+const LEASE: Duration = Duration::from_millis(500);
+/// How long the read models may take to catch up after the last command.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
+        )
+        .init();
+    let args = match Args::parse(std::env::args_os().skip(1)) {
+        Ok(args) if args.help => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(args) => args,
+        Err(error) => {
+            eprint!("error: {error}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why a run fails. What it had done by then stays done.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Rows(#[from] RowError),
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Start(#[from] storied::runtime::StartError),
+    #[error(transparent)]
+    Filter(#[from] storied::EncodeError),
+    #[error(transparent)]
+    NoProjection(#[from] storied::runtime::UnknownProjection),
+    #[error("{0}; run it again to go on")]
+    Behind(#[from] storied::projection::WaitError),
+    #[error(transparent)]
+    Shutdown(#[from] storied::runtime::ShutdownError),
+    #[error("reading the read models: {0}")]
+    Totals(#[from] sqlx::Error),
+    #[error("{} is no SQLite database, and not for --reset to delete", .0.display())]
+    NoDatabase(PathBuf),
+    #[error("{}: {error}", path.display())]
+    Reset { path: PathBuf, error: io::Error },
+    #[error("writing the report: {0}")]
+    Report(#[from] io::Error),
+}
+
+async fn run(args: &Args) -> Result<(), Failure> {
+    let rows = Rows::open(&args.input)?;
+    if args.reset {
+        delete_database(&args.db)?;
+        delete_database(&args.read_models())?;
+    }
+    let read_models = SqliteReadModel::open(args.read_models()).await?;
+    projections::create_tables(read_models.pool()).await?;
+    let leased = ProjectionOptions::new().lease(LEASE);
+    let runtime = Runtime::builder()
+        .store(SqliteStore::open(&args.db).await?)
+        .aggregate_with(AggregateOptions::<Invoice>::new().command_window(COMMAND_WINDOW))
+        .projection_with(RevenueByCountry::new()?, read_models.clone(), leased.clone())
+        .projection_with(UnitsByStockCode::new()?, read_models.clone(), leased)
+        .start()
+        .await?;
+
+    let mut progress = Progress::new();
+    let (tally, imported) = import::import(&runtime, rows, &mut progress).await;
+    for name in [RevenueByCountry::NAME, UnitsByStockCode::NAME] {
+        runtime.projection(name)?.caught_up_to_within(tally.position, PATIENCE).await?;
+    }
+    let took = progress.done();
+
+    let events = count_events(&**runtime.store()).await?;
+    runtime.shutdown().await?;
+    imported?;
+    let report = Report::new(&tally, events, Totals::read(read_models.pool()).await?, took);
+    let mut out = io::stdout().lock();
+    let written = if args.json { report.write_json(&mut out) } else { report.write_text(&mut out) };
+    match written.and_then(|()| out.flush()) {
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// How many events the log has, as anybody would find out who reads it.
+async fn count_events(store: &dyn EventStore) -> Result<u64, StoreError> {
+    let (mut events, mut read) = (0, Position::START);
+    loop {
+        let page = store.read_log(ReadLog::after(read)).await?;
+        events += page.events.len() as u64;
+        read = page.scanned_to;
+        if !page.has_more() {
+            return Ok(events);
+        }
+    }
+}
+
+/// Deletes a SQLite database with what SQLite keeps beside it, and nothing that is something else.
+fn delete_database(path: &Path) -> Result<(), Failure> {
+    let failed = |error| Failure::Reset { path: path.to_owned(), error };
+    let mut magic = Vec::new();
+    match File::open(path) {
+        Ok(file) => drop(file.take(16).read_to_end(&mut magic).map_err(failed)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    if !magic.is_empty() && magic != b"SQLite format 3\0" {
+        return Err(Failure::NoDatabase(path.to_owned()));
+    }
+    for suffix in ["", "-wal", "-shm"] {
+        let mut file = path.as_os_str().to_owned();
+        file.push(suffix);
+        match fs::remove_file(file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+    }
+    Ok(())
+}

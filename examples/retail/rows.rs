@@ -1,0 +1,211 @@
+//! Reads the CSV file row by row, and says exactly where a row is malformed: file, line and column.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use chrono::NaiveDateTime;
+use csv::{ByteRecord, Position};
+use rust_decimal::Decimal;
+
+/// The columns, by the names in the header of the file; they may come in any order.
+const COLUMNS: [&str; 8] = [
+    "InvoiceNo",
+    "StockCode",
+    "Description",
+    "Quantity",
+    "InvoiceDate",
+    "UnitPrice",
+    "CustomerID",
+    "Country",
+];
+
+/// A row, understood as text, numbers and dates, and not judged.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Row {
+    pub(crate) invoice: String,
+    pub(crate) stock_code: String,
+    pub(crate) description: String,
+    pub(crate) quantity: i64,
+    pub(crate) date: NaiveDateTime,
+    pub(crate) unit_price: Decimal,
+    pub(crate) customer: Option<String>,
+    pub(crate) country: String,
+}
+
+/// Why there is no (next) row. Lines and columns count from 1, columns in characters.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RowError {
+    #[error("{}: {error}", file.display())]
+    Unreadable { file: PathBuf, error: csv::Error },
+    #[error("{}:{line}:{column}: {problem}", file.display())]
+    Malformed { file: PathBuf, line: u64, column: usize, problem: Problem },
+}
+
+/// What is wrong with a row.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Problem {
+    #[error("the file has no column {0}")]
+    NoSuchColumn(&'static str),
+    #[error("the row has {found} columns instead of {expected}")]
+    Columns { expected: usize, found: usize },
+    #[error("{column} is empty")]
+    Empty { column: &'static str },
+    #[error("{column} {found:?} is not {expected}")]
+    Unlike { column: &'static str, found: String, expected: &'static str },
+}
+
+/// The rows of a file: an iterator that ends with the first malformed row. Holds one row in memory.
+pub(crate) struct Rows {
+    file: PathBuf,
+    reader: csv::Reader<File>,
+    record: ByteRecord,
+    /// How many columns the header has.
+    width: usize,
+    /// Where in a row each of [`COLUMNS`] is.
+    order: [usize; COLUMNS.len()],
+    ended: bool,
+}
+
+impl Rows {
+    /// Opens the file and reads its header.
+    pub(crate) fn open(file: impl Into<PathBuf>) -> Result<Self, RowError> {
+        let file = file.into();
+        let unreadable = |error| RowError::Unreadable { file: file.clone(), error };
+        // Flexible: a row of another length is ours to report, with its place.
+        let mut reader = csv::ReaderBuilder::new().flexible(true).from_path(&file).map_err(unreadable)?;
+        let header = reader.byte_headers().map_err(unreadable)?.clone();
+        let mut order = [0; COLUMNS.len()];
+        for (place, name) in order.iter_mut().zip(COLUMNS) {
+            *place = header
+                .iter()
+                .position(|column| column == name.as_bytes())
+                .ok_or_else(|| malformed(&file, &Position::new(), 0, Problem::NoSuchColumn(name)))?;
+        }
+        Ok(Self { file, reader, record: ByteRecord::new(), width: header.len(), order, ended: false })
+    }
+
+    fn read(&mut self) -> Result<Option<Row>, RowError> {
+        let before = self.reader.position().clone();
+        match self.reader.read_byte_record(&mut self.record) {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(error) => return Err(RowError::Unreadable { file: self.file.clone(), error }),
+        }
+        let found = self.record.len();
+        if found != self.width {
+            let problem = Problem::Columns { expected: self.width, found };
+            return Err(malformed(&self.file, &before, self.width.min(found), problem));
+        }
+        self.row().map(Some).map_err(|(column, problem)| malformed(&self.file, &before, column, problem))
+    }
+
+    /// The row in the record, or what is wrong with which of its columns.
+    fn row(&self) -> Result<Row, (usize, Problem)> {
+        let customer = self.text(6)?;
+        Ok(Row {
+            invoice: self.filled(0)?.to_owned(),
+            stock_code: self.filled(1)?.to_owned(),
+            description: self.text(2)?.to_owned(),
+            quantity: self.parsed(3, "a whole number", |text| text.parse().ok())?,
+            date: self.parsed(4, "a date like 2010-12-01 08:26:00", |text| {
+                NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S").ok()
+            })?,
+            unit_price: self.parsed(5, "a decimal number", |text| Decimal::from_str_exact(text).ok())?,
+            // The tool that made the file took the numbers of customers for floats.
+            customer: Some(customer.trim_end_matches(".0").to_owned()).filter(|id| !id.is_empty()),
+            country: self.filled(7)?.to_owned(),
+        })
+    }
+
+    fn text(&self, column: usize) -> Result<&str, (usize, Problem)> {
+        let place = self.order[column];
+        let bytes = &self.record[place];
+        std::str::from_utf8(bytes).map_err(|_| {
+            let found = String::from_utf8_lossy(bytes).into_owned();
+            (place, Problem::Unlike { column: COLUMNS[column], found, expected: "UTF-8" })
+        })
+    }
+
+    fn filled(&self, column: usize) -> Result<&str, (usize, Problem)> {
+        match self.text(column)? {
+            "" => Err((self.order[column], Problem::Empty { column: COLUMNS[column] })),
+            text => Ok(text),
+        }
+    }
+
+    fn parsed<T>(
+        &self,
+        column: usize,
+        expected: &'static str,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<T, (usize, Problem)> {
+        let text = self.filled(column)?;
+        parse(text).ok_or_else(|| {
+            let problem = Problem::Unlike { column: COLUMNS[column], found: text.to_owned(), expected };
+            (self.order[column], problem)
+        })
+    }
+}
+
+impl Iterator for Rows {
+    type Item = Result<Row, RowError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let row = self.read().transpose();
+        self.ended = !matches!(row, Some(Ok(_)));
+        row
+    }
+}
+
+impl fmt::Debug for Rows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rows").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+/// The CSV reader knows where a record starts, but not where its fields do. So the place is looked up in the file, which
+/// costs something only when it is needed.
+fn malformed(file: &Path, record: &Position, field: usize, problem: Problem) -> RowError {
+    let (lines, column) = locate(file, record.byte(), field).unwrap_or((0, 1));
+    RowError::Malformed { file: file.to_owned(), line: record.line() + lines, column, problem }
+}
+
+/// How many lines after `start` a field of the record there begins, and in which column of its line. With `field` one past
+/// the last: where the record ends.
+fn locate(file: &Path, start: u64, field: usize) -> std::io::Result<(u64, usize)> {
+    let mut file = BufReader::new(File::open(file)?);
+    file.seek(SeekFrom::Start(start))?;
+    // A record of sane length; whatever is longer is reported at its beginning.
+    let mut file = file.take(1 << 20);
+    let (mut lines, mut fields, mut quoted, mut begun) = (0, 0, false, None);
+    let mut line = Vec::new();
+    while file.read_until(b'\n', &mut line)? > 0 {
+        let text = String::from_utf8_lossy(&line);
+        let text = text.trim_end_matches(['\r', '\n']);
+        // Empty lines between records are skipped by the CSV reader as well.
+        if !text.is_empty() {
+            begun.get_or_insert(lines);
+        }
+        for (column, character) in (1..).zip(text.chars()) {
+            if fields == field {
+                return Ok((lines, column));
+            }
+            match character {
+                '"' => quoted = !quoted,
+                ',' if !quoted => fields += 1,
+                _ => {}
+            }
+        }
+        if begun.is_some() && !quoted {
+            return Ok((lines, text.chars().count() + 1));
+        }
+        lines += 1;
+        line.clear();
+    }
+    Ok((begun.unwrap_or(0), 1))
+}

@@ -1,0 +1,358 @@
+//! The feed: the live continuation of the log inside one process, in order and without holes.
+//!
+//! One subscription to the bus serves all followers. What the bus lost, or only said it had, is read from the store; what it
+//! says twice is said once. Followers read from a bounded ring at their own pace: nobody waits for the slowest, who is told
+//! that it [lagged](FeedItem::Lagged) and goes back to reading the store by itself.
+
+mod stretch;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+use tokio::sync::{broadcast, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+
+pub(crate) use self::stretch::{Stretch, read as read_stretch};
+use crate::backoff::Backoff;
+use crate::bus::{BusError, BusItem, BusSubscription, EventBus, LogBatch};
+use crate::event::Position;
+use crate::store::{BoxFuture, EventStore};
+use crate::supervised::Task;
+
+/// How the feed works.
+#[derive(Debug, Clone)]
+pub struct FeedOptions {
+    capacity: usize,
+    idle_poll: Duration,
+}
+
+impl Default for FeedOptions {
+    fn default() -> Self {
+        Self { capacity: 128, idle_poll: Duration::from_secs(1) }
+    }
+}
+
+impl FeedOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many batches (of at most 512 events or about 1 MiB) a follower may be behind before it has to read the store.
+    /// 128 by default, at least 1; rounded up to a power of two.
+    #[must_use]
+    pub fn capacity(mut self, batches: usize) -> Self {
+        // tokio refuses more than this, by panicking.
+        self.capacity = batches.clamp(1, usize::MAX / 4);
+        self
+    }
+
+    /// When the bus has brought nothing for this long, the store is asked whether there is something: how late the last
+    /// event can be if the bus lost it. 1 s by default.
+    #[must_use]
+    pub fn idle_poll(mut self, every: Duration) -> Self {
+        self.idle_poll = every;
+        self
+    }
+}
+
+/// How the feed is doing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FeedStatus {
+    /// How far followers have been given the log; `None` until the store was reached for the first time.
+    pub position: Option<Position>,
+    /// How often something was missing from the bus and had to be read from the store.
+    pub repairs: u64,
+    /// What last went wrong with the bus or the store, until it goes well again.
+    pub last_error: Option<String>,
+}
+
+/// The feed of one process. Cheap to clone; it ends with the last clone, or with [`stop`](Self::stop).
+#[derive(Clone)]
+pub(crate) struct Feed {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// The task owns the ring, so that followers see its end.
+    ring: broadcast::WeakSender<LogBatch>,
+    status: watch::Receiver<FeedStatus>,
+    stop: watch::Sender<bool>,
+    _task: Task,
+}
+
+/// What a follower sees next.
+#[derive(Debug, Clone)]
+pub(crate) enum FeedItem {
+    /// The next piece of the log: it begins where the one before ended, unless there was [`Lagged`](Self::Lagged) between.
+    /// Without events it only says how far the log is followed.
+    Batch(LogBatch),
+    /// This follower was too slow, and something was overwritten.
+    Lagged,
+    /// The feed has ended.
+    Closed,
+}
+
+/// One reader of the feed.
+#[derive(Debug)]
+pub(crate) struct FeedFollower {
+    ring: Option<broadcast::Receiver<LogBatch>>,
+}
+
+impl Feed {
+    /// Follows the log from its frontier on. Must be called within a tokio runtime; connects to store and bus in the
+    /// background, for as long as it takes.
+    pub(crate) fn start(store: Arc<dyn EventStore>, bus: Arc<dyn EventBus>, options: FeedOptions) -> Self {
+        let ring = broadcast::Sender::new(options.capacity);
+        let (status_sender, status) = watch::channel(FeedStatus::default());
+        let (stop, mut stopping) = watch::channel(false);
+        let weak = ring.downgrade();
+        let task = FeedTask {
+            store,
+            bus,
+            idle_poll: options.idle_poll,
+            ring,
+            status: status_sender,
+            store_backoff: Backoff::new(Duration::from_millis(20), Duration::from_secs(5)),
+            bus_backoff: Backoff::new(Duration::from_millis(20), Duration::from_secs(5)),
+        };
+        let task = Task::spawn(async move {
+            tokio::select! {
+                biased;
+                // An error says that nobody is left who could stop it, or follow it.
+                _ = stopping.wait_for(|stop| *stop) => {}
+                () = task.run() => {}
+            }
+        });
+        Self { inner: Arc::new(Inner { ring: weak, status, stop, _task: task }) }
+    }
+
+    /// Follows the log from where the feed is now.
+    pub(crate) fn follow(&self) -> FeedFollower {
+        FeedFollower { ring: self.inner.ring.upgrade().map(|ring| ring.subscribe()) }
+    }
+
+    /// How it is doing.
+    pub(crate) fn status(&self) -> FeedStatus {
+        self.inner.status.borrow().clone()
+    }
+
+    /// How far the log is known to go.
+    pub(crate) fn position(&self) -> Position {
+        self.inner.status.borrow().position.unwrap_or_default()
+    }
+
+    /// Ends it: followers get [`FeedItem::Closed`] behind what they have not read yet.
+    pub(crate) fn stop(&self) {
+        self.inner.stop.send_replace(true);
+    }
+}
+
+impl fmt::Debug for Feed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Feed").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+impl FeedFollower {
+    /// The next item; after `Closed` there is only `Closed`. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> FeedItem {
+        let Some(ring) = &mut self.ring else { return FeedItem::Closed };
+        match ring.recv().await {
+            Ok(batch) => FeedItem::Batch(batch),
+            Err(RecvError::Lagged(_)) => FeedItem::Lagged,
+            Err(RecvError::Closed) => FeedItem::Closed,
+        }
+    }
+
+    /// The next item, if there is one already.
+    pub(crate) fn try_next(&mut self) -> Option<FeedItem> {
+        let Some(ring) = &mut self.ring else { return Some(FeedItem::Closed) };
+        match ring.try_recv() {
+            Ok(batch) => Some(FeedItem::Batch(batch)),
+            Err(TryRecvError::Lagged(_)) => Some(FeedItem::Lagged),
+            Err(TryRecvError::Closed) => Some(FeedItem::Closed),
+            Err(TryRecvError::Empty) => None,
+        }
+    }
+}
+
+/// What is left of `batch` for somebody who has read up to `position`; `None` when it begins behind that.
+pub(crate) fn adjacent(batch: LogBatch, position: Position) -> Option<LogBatch> {
+    if batch.after > position {
+        return None;
+    }
+    if batch.after == position {
+        return Some(batch);
+    }
+    let events = batch.events.iter().filter(|event| event.position > position).cloned().collect();
+    Some(LogBatch { after: position, upto: batch.upto.max(position), events })
+}
+
+struct FeedTask {
+    store: Arc<dyn EventStore>,
+    bus: Arc<dyn EventBus>,
+    idle_poll: Duration,
+    ring: broadcast::Sender<LogBatch>,
+    status: watch::Sender<FeedStatus>,
+    store_backoff: Backoff,
+    bus_backoff: Backoff,
+}
+
+/// The feed's end of the bus.
+enum Source {
+    /// On the way, perhaps after a pause. The store is polled meanwhile: followers only get things later.
+    Subscribing(BoxFuture<'static, Result<Box<dyn BusSubscription>, BusError>>),
+    Listening(Box<dyn BusSubscription>),
+}
+
+/// What comes out of it.
+enum Sign {
+    Subscribed(Box<dyn BusSubscription>),
+    Item(BusItem),
+}
+
+impl Source {
+    fn subscribe(bus: Arc<dyn EventBus>, pause: Duration) -> Self {
+        Source::Subscribing(Box::pin(async move {
+            sleep(pause).await;
+            bus.subscribe().await
+        }))
+    }
+
+    /// Cancel-safe.
+    async fn next(&mut self) -> Result<Sign, BusError> {
+        match self {
+            Source::Subscribing(subscription) => subscription.await.map(Sign::Subscribed),
+            Source::Listening(subscription) => subscription.next().await.map(Sign::Item),
+        }
+    }
+}
+
+impl FeedTask {
+    async fn run(mut self) {
+        let mut position = self.begin().await;
+        let mut source = Source::subscribe(self.bus.clone(), Duration::ZERO);
+        let mut poll_at = Instant::now() + self.idle_poll;
+        loop {
+            let sign = tokio::select! {
+                sign = source.next() => Some(sign),
+                () = sleep_until(poll_at) => None,
+            };
+            let before = position;
+            match sign {
+                Some(Ok(Sign::Subscribed(subscription))) => {
+                    source = Source::Listening(subscription);
+                    // Whatever was published before somebody listened.
+                    position = self.repair(position, None).await;
+                    self.succeeded();
+                }
+                Some(Ok(Sign::Item(item))) => {
+                    self.bus_backoff.succeeded();
+                    position = self.take(item, position).await;
+                }
+                Some(Err(error)) => {
+                    self.failed("the feed has no subscription to the bus", &error);
+                    source = Source::subscribe(self.bus.clone(), self.bus_backoff.next());
+                }
+                None => {
+                    poll_at = Instant::now() + self.idle_poll;
+                    match self.store.frontier().await {
+                        Ok(head) if head > position => position = self.repair(position, None).await,
+                        Ok(_) if matches!(source, Source::Listening(_)) => self.succeeded(),
+                        Ok(_) => {}
+                        Err(error) => self.failed("the feed could not look for the end of the log", &error),
+                    }
+                }
+            }
+            if position > before {
+                poll_at = Instant::now() + self.idle_poll;
+            }
+        }
+    }
+
+    /// Where the log ends now: what comes behind is given to the followers.
+    async fn begin(&mut self) -> Position {
+        loop {
+            match self.store.frontier().await {
+                Ok(position) => {
+                    self.store_backoff.succeeded();
+                    // Whoever follows already, and has read the store before this, learns how far the log goes by now.
+                    self.forward(LogBatch { after: position, upto: position, events: Arc::new([]) });
+                    return position;
+                }
+                Err(error) => self.store_failed("the feed could not find the end of the log", &error).await,
+            }
+        }
+    }
+
+    /// Gives the followers what an item from the bus says; the position that they have then.
+    async fn take(&mut self, item: BusItem, mut position: Position) -> Position {
+        match item {
+            BusItem::Batch(batch) => {
+                if batch.after > position {
+                    position = self.repair(position, Some(batch.after)).await;
+                }
+                // A batch that is still ahead is not of this log, and not passed on.
+                if let Some(batch) = adjacent(batch, position).filter(|batch| batch.upto > position) {
+                    position = batch.upto;
+                    self.forward(batch);
+                }
+                position
+            }
+            BusItem::Head(head) if head <= position => position,
+            BusItem::Head(_) | BusItem::Gap => self.repair(position, None).await,
+        }
+    }
+
+    /// Reads what is missing from the store, up to `upto` or the end of the log, however long the store cannot be reached.
+    async fn repair(&mut self, after: Position, upto: Option<Position>) -> Position {
+        let mut position = after;
+        loop {
+            match stretch::read(&*self.store, position, upto).await {
+                Ok(Stretch { batches, upto: reached, head }) => {
+                    self.store_backoff.succeeded();
+                    batches.into_iter().for_each(|batch| self.forward(batch));
+                    let done = reached == position || reached >= upto.unwrap_or(head);
+                    position = reached;
+                    if done {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    self.store_failed("the feed could not read what the bus had lost", &error).await
+                }
+            }
+        }
+        if position > after {
+            tracing::debug!(bus = self.bus.name(), %after, upto = %position, "read from the store, not from the bus");
+            self.status.send_modify(|status| status.repairs += 1);
+        }
+        position
+    }
+
+    fn forward(&self, batch: LogBatch) {
+        let position = batch.upto;
+        // The only failure is that nobody follows.
+        let _ = self.ring.send(batch);
+        self.status.send_modify(|status| status.position = Some(position));
+    }
+
+    fn succeeded(&self) {
+        self.status.send_if_modified(|status| status.last_error.take().is_some());
+    }
+
+    fn failed(&self, what: &str, error: &(dyn std::error::Error + Send + Sync)) {
+        tracing::warn!(bus = self.bus.name(), %error, "{what}");
+        self.status.send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
+    }
+
+    async fn store_failed(&mut self, what: &str, error: &(dyn std::error::Error + Send + Sync)) {
+        self.failed(what, error);
+        sleep(self.store_backoff.next()).await;
+    }
+}

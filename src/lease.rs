@@ -1,0 +1,111 @@
+//! Holding a lease: taking it, renewing it in the background, noticing its loss, giving it back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+use uuid::Uuid;
+
+use crate::store::{EventStore, Lease, StoreError};
+use crate::supervised::Task;
+
+/// A lease that this process holds, as far as it knows. Dropped without [`release`](Self::release) it runs out by itself.
+pub(crate) struct HeldLease {
+    lease: Lease,
+    store: Arc<dyn EventStore>,
+    /// Until when nobody else can have it, by this process's clock: counted from before the store was asked. `None` when
+    /// the store said that it is another's.
+    sure: watch::Receiver<Option<Instant>>,
+    _renewal: Task,
+}
+
+impl HeldLease {
+    /// Takes the lease `name` for `owner`, if it is free or `owner`'s already.
+    pub(crate) async fn take(
+        store: &Arc<dyn EventStore>,
+        name: &str,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> Result<Option<Self>, StoreError> {
+        let asked = Instant::now();
+        let Some(lease) = store.acquire_lease(name, owner, ttl).await? else { return Ok(None) };
+        let (sender, sure) = watch::channel(Some(asked + ttl));
+        let renewal = Task::spawn(renew(store.clone(), lease.clone(), ttl, asked + ttl, sender));
+        Ok(Some(Self { lease, store: store.clone(), sure, _renewal: renewal }))
+    }
+
+    /// Grows with every new owner.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.lease.epoch
+    }
+
+    /// Waits until it is lost, or may be. Cancel-safe.
+    pub(crate) async fn lost(&mut self) {
+        loop {
+            let Some(until) = *self.sure.borrow_and_update() else { return };
+            tokio::select! {
+                () = sleep_until(until) => {
+                    // A renewal may have come in at the last moment.
+                    if self.sure.borrow().is_none_or(|until| until <= Instant::now()) {
+                        return;
+                    }
+                }
+                // The renewal ends only with a loss, which is then the last value.
+                changed = self.sure.changed() => if changed.is_err() && self.sure.borrow().is_some() {
+                    sleep_until(until).await;
+                    return;
+                },
+            }
+        }
+    }
+
+    /// Gives it back, so that somebody else can have it at once.
+    pub(crate) async fn release(self) {
+        let Self { lease, store, .. } = self;
+        if let Err(error) = store.release_lease(&lease).await {
+            tracing::warn!(lease = lease.name, %error, "a lease could not be given back; it runs out by itself");
+        }
+    }
+}
+
+async fn renew(
+    store: Arc<dyn EventStore>,
+    lease: Lease,
+    ttl: Duration,
+    mut until: Instant,
+    sure: watch::Sender<Option<Instant>>,
+) {
+    let mut next = until - ttl + ttl / 3;
+    loop {
+        sleep_until(next).await;
+        let asked = Instant::now();
+        // An answer that takes longer is worth as little as none: better ask again.
+        match timeout(ttl / 3, store.renew_lease(&lease, ttl)).await {
+            Ok(Ok(true)) => {
+                until = asked + ttl;
+                next = asked + ttl / 3;
+                sure.send_replace(Some(until));
+                continue;
+            }
+            Ok(Ok(false)) => {
+                tracing::warn!(
+                    lease = lease.name,
+                    epoch = lease.epoch,
+                    "a lease was taken over by another node"
+                );
+                sure.send_replace(None);
+                return;
+            }
+            Ok(Err(error)) => tracing::warn!(lease = lease.name, %error, "a lease could not be renewed"),
+            Err(_) => {
+                tracing::warn!(lease = lease.name, "the store did not answer when a lease was to be renewed")
+            }
+        }
+        if Instant::now() >= until {
+            sure.send_replace(None);
+            return;
+        }
+        next = Instant::now() + ttl / 10;
+    }
+}

@@ -1,0 +1,181 @@
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use super::ReadModel;
+use crate::event::Position;
+use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
+
+/// A read model elsewhere: a search index, a mailbox, another service. The checkpoint is kept in the event store.
+///
+/// Every event is applied at least once: again, when the process dies between `apply` and the checkpoint, or another node
+/// takes over. The position of the event is the key to recognise that by, together with the [`Delivery`]'s epoch.
+#[derive(Default)]
+pub struct External {
+    /// Known from the first call on.
+    store: OnceLock<Arc<dyn EventStore>>,
+}
+
+/// What `apply` gets for an [`External`] read model.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Delivery {
+    /// Which ownership of the projection this is. Another system that remembers the highest one can refuse a node that was
+    /// replaced and does not know it yet: its deliveries have a lower epoch.
+    pub epoch: u64,
+    /// Everything up to here was applied for good when this batch began; what comes behind may come again.
+    pub confirmed: Position,
+    /// What to forget behind the commit.
+    unpark: Unpark,
+}
+
+#[derive(Debug, Clone)]
+enum Unpark {
+    Nothing,
+    One(Position),
+    All,
+}
+
+impl External {
+    /// For one projection or several.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn store(&self) -> Result<&Arc<dyn EventStore>, StoreError> {
+        self.store
+            .get()
+            .ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
+    }
+}
+
+impl fmt::Debug for External {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("External").field("store", &self.store.get().map(|store| store.info())).finish()
+    }
+}
+
+impl ReadModel for External {
+    type Transaction = Delivery;
+    type Open = Delivery;
+
+    fn shared(&self) -> bool {
+        true
+    }
+
+    fn rolls_back(&self) -> bool {
+        false
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        store: &'a Arc<dyn EventStore>,
+        _name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let known = self.store.get_or_init(|| store.clone());
+            if known.info().id != store.info().id {
+                let reason =
+                    "one External cannot keep checkpoints in two event stores; make one for each".into();
+                return Err(StoreError::Invalid { reason });
+            }
+            Ok(())
+        })
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move { self.store()?.checkpoint(name).await })
+    }
+
+    fn begin<'a>(&'a self, _name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Delivery, StoreError>> {
+        Box::pin(async move {
+            Ok(Delivery { epoch: from.epoch, confirmed: from.position, unpark: Unpark::Nothing })
+        })
+    }
+
+    fn transaction<'a>(&self, open: &'a mut Delivery) -> &'a mut Delivery {
+        open
+    }
+
+    fn commit<'a>(
+        &'a self,
+        open: Delivery,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move {
+            let store = self.store()?;
+            store.save_checkpoint(name, from, to, parked).await?;
+            match open.unpark {
+                Unpark::Nothing => {}
+                Unpark::One(position) => _ = store.remove_parked(name, position).await?,
+                Unpark::All => loop {
+                    let parked = store.parked(name, 1_000).await?;
+                    if parked.is_empty() {
+                        break;
+                    }
+                    for event in parked {
+                        store.remove_parked(name, event.position).await?;
+                    }
+                },
+            }
+            Ok(())
+        })
+    }
+
+    fn rollback(&self, _open: Delivery) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        Box::pin(async move { self.store()?.parked(name, limit).await })
+    }
+
+    fn unpark<'a>(
+        &'a self,
+        open: &'a mut Delivery,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            open.unpark = Unpark::One(position);
+            let mut limit = 1_000;
+            loop {
+                let parked = self.store()?.parked(name, limit).await?;
+                if parked.iter().any(|event| event.position == position) {
+                    return Ok(true);
+                }
+                // They are listed oldest first, so whoever is behind it is proof enough.
+                if parked.len() < limit || parked.last().is_some_and(|last| last.position > position) {
+                    return Ok(false);
+                }
+                limit *= 2;
+            }
+        })
+    }
+
+    fn unpark_all<'a>(
+        &'a self,
+        open: &'a mut Delivery,
+        _name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            open.unpark = Unpark::All;
+            Ok(())
+        })
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move { self.store()?.remove_parked(name, position).await })
+    }
+}

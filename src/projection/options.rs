@@ -1,0 +1,81 @@
+use std::time::Duration;
+
+/// What becomes of an event that cannot be applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum FailurePolicy {
+    /// The projection stands still before the event, and says so, until it is resumed or restarted. Nothing is skipped.
+    #[default]
+    Stop,
+    /// The event is put aside, in one transaction with the checkpoint, and the projection goes on behind it. Parked events
+    /// are listed, retried and discarded through the [`ProjectionHandle`](super::ProjectionHandle).
+    Park,
+}
+
+/// How a projection is run.
+#[derive(Debug, Clone)]
+pub struct ProjectionOptions {
+    pub(super) batch: usize,
+    pub(super) attempts: u32,
+    pub(super) backoff: (Duration, Duration),
+    pub(super) on_failure: FailurePolicy,
+    pub(super) lease: Duration,
+}
+
+impl Default for ProjectionOptions {
+    fn default() -> Self {
+        Self {
+            batch: 500,
+            attempts: 5,
+            backoff: (Duration::from_millis(50), Duration::from_secs(5)),
+            on_failure: FailurePolicy::Stop,
+            lease: Duration::from_secs(6),
+        }
+    }
+}
+
+impl ProjectionOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many events at most are applied in one transaction, and read at a time. 500 by default, at least 1.
+    #[must_use]
+    pub fn batch_size(mut self, events: usize) -> Self {
+        self.batch = events.max(1);
+        self
+    }
+
+    /// How often a failing event is tried in all before [`on_failure`](Self::on_failure) decides. Bytes that do not decode
+    /// are tried once: they never will. 5 by default, at least 1.
+    #[must_use]
+    pub fn attempts(mut self, attempts: u32) -> Self {
+        self.attempts = attempts.max(1);
+        self
+    }
+
+    /// How long to wait after the first failure, and at most after many: the wait doubles, with jitter. 50 ms and 5 s by
+    /// default. Failures of the store or the read model wait as long, but never give up.
+    #[must_use]
+    pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
+        self.backoff = (first, max.max(first));
+        self
+    }
+
+    /// What becomes of an event that cannot be applied. [`FailurePolicy::Stop`] by default.
+    #[must_use]
+    pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
+        self.on_failure = policy;
+        self
+    }
+
+    /// For a read model that all nodes share: how long after the death of the owning node another one takes over. 6 s by
+    /// default, at least 50 ms.
+    #[must_use]
+    pub fn lease(mut self, ttl: Duration) -> Self {
+        self.lease = ttl.max(Duration::from_millis(50));
+        self
+    }
+}

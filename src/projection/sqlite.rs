@@ -1,0 +1,243 @@
+use std::error::Error;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use sqlx::sqlite::{
+    Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
+    SqliteSynchronous,
+};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::ReadModel;
+use crate::event::Position;
+use crate::store::sqlite::{failed, progress};
+use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
+
+/// How long a transaction waits for those of other projections, and of other processes, on the same database.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Tables in a SQLite database, written in the transaction that also moves the checkpoint: exactly once.
+///
+/// Clones are handles to the same database; several projections may share it, and take turns then, because SQLite lets one
+/// transaction write at a time. All nodes that use a file on one machine share the read model: one of them owns each
+/// projection. The database may be the event store's own file.
+#[derive(Clone)]
+pub struct SqliteReadModel {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    pool: SqlitePool,
+    /// Lets the projections of this process write in the order in which they asked; SQLite would let them try and fail.
+    turn: Arc<Mutex<()>>,
+    /// The event store whose log is folded here; known from the first `prepare` on.
+    store: OnceLock<Uuid>,
+}
+
+/// An open transaction on a [`SqliteReadModel`].
+#[derive(Debug)]
+pub struct SqliteOpen {
+    /// Before the turn, so that it is over when the next one begins.
+    transaction: sqlx::Transaction<'static, Sqlite>,
+    _turn: OwnedMutexGuard<()>,
+}
+
+impl SqliteReadModel {
+    /// Opens the database at `path`, and creates the file if it is not there; its directory must exist.
+    ///
+    /// In WAL mode with `synchronous = NORMAL`: after a power failure the last transactions may be gone, but then their
+    /// checkpoint is too, and they are applied again.
+    ///
+    /// # Errors
+    /// `Storage` when it cannot be opened, `Incompatible` when it is no database.
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        let doing = format!("opening {}", path.as_ref().display());
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Normal)
+            .busy_timeout(PATIENCE);
+        let pool = SqlitePoolOptions::new()
+            .max_connections(4)
+            .acquire_timeout(PATIENCE)
+            .test_before_acquire(false)
+            .connect_with(options)
+            .await
+            .map_err(|error| failed(&doing, error))?;
+        Ok(Self::new(pool))
+    }
+
+    /// Uses a pool that is there already. Projections take one of its connections at a time, others are free for queries.
+    pub fn new(pool: SqlitePool) -> Self {
+        Self { shared: Arc::new(Shared { pool, turn: Arc::default(), store: OnceLock::new() }) }
+    }
+
+    /// The connections, for queries.
+    pub fn pool(&self) -> &SqlitePool {
+        &self.shared.pool
+    }
+
+    fn store(&self) -> Result<Uuid, StoreError> {
+        let store = self.shared.store.get().copied();
+        store.ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
+    }
+
+    async fn open_transaction(&self, doing: &str) -> Result<SqliteOpen, StoreError> {
+        let Ok(turn) = timeout(PATIENCE, self.shared.turn.clone().lock_owned()).await else {
+            let reason = format!("{doing}: another projection's transaction took longer than {PATIENCE:?}");
+            return Err(StoreError::Unavailable { reason, source: None });
+        };
+        // The lock is taken now and not with the first write: the checkpoint that is read stays true until the commit.
+        let transaction = self.shared.pool.begin_with("BEGIN IMMEDIATE").await;
+        Ok(SqliteOpen { transaction: transaction.map_err(|error| failed(doing, error))?, _turn: turn })
+    }
+}
+
+impl fmt::Debug for SqliteReadModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteReadModel").field("store", &self.shared.store.get()).finish_non_exhaustive()
+    }
+}
+
+impl ReadModel for SqliteReadModel {
+    type Transaction = SqliteConnection;
+    type Open = SqliteOpen;
+
+    fn shared(&self) -> bool {
+        true
+    }
+
+    fn rolls_back(&self) -> bool {
+        true
+    }
+
+    fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
+        match error.downcast_ref::<sqlx::Error>() {
+            Some(
+                sqlx::Error::Io(_)
+                | sqlx::Error::PoolTimedOut
+                | sqlx::Error::PoolClosed
+                | sqlx::Error::WorkerCrashed,
+            ) => true,
+            // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
+            Some(sqlx::Error::Database(error)) => error
+                .code()
+                .and_then(|code| code.parse::<u32>().ok())
+                .is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13)),
+            _ => false,
+        }
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        store: &'a Arc<dyn EventStore>,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let id = *self.shared.store.get_or_init(|| store.info().id);
+            if id != store.info().id {
+                let reason = "one SqliteReadModel cannot follow two event stores; open one for each".into();
+                return Err(StoreError::Invalid { reason });
+            }
+            let doing = "preparing the read model's database";
+            // One at a time: sqlx does not lock a SQLite database while it migrates.
+            let _turn = self.shared.turn.lock().await;
+            let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
+            progress::migrate(&mut connection).await?;
+            progress::checkpoint(&mut connection, name, id).await.map(drop)
+        })
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move {
+            let connection = self.shared.pool.acquire().await;
+            let mut connection = connection.map_err(|error| failed("reading a checkpoint", error))?;
+            progress::checkpoint(&mut connection, name, self.store()?).await
+        })
+    }
+
+    fn begin<'a>(
+        &'a self,
+        name: &'a str,
+        _from: Checkpoint,
+    ) -> BoxFuture<'a, Result<SqliteOpen, StoreError>> {
+        Box::pin(async move { self.open_transaction(&format!("beginning a transaction of {name}")).await })
+    }
+
+    fn transaction<'a>(&self, open: &'a mut SqliteOpen) -> &'a mut SqliteConnection {
+        &mut open.transaction
+    }
+
+    fn commit<'a>(
+        &'a self,
+        mut open: SqliteOpen,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move {
+            let transaction = &mut open.transaction;
+            progress::save(transaction, name, self.store()?, from, to).await?;
+            if let Some(event) = parked {
+                progress::park(transaction, name, &event).await?;
+            }
+            let committed = open.transaction.commit().await;
+            committed.map_err(|error| failed(&format!("committing a transaction of {name}"), error).into())
+        })
+    }
+
+    fn rollback(&self, open: SqliteOpen) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            open.transaction.rollback().await.map_err(|error| failed("rolling a transaction back", error))
+        })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        Box::pin(async move {
+            let connection = self.shared.pool.acquire().await;
+            let mut connection = connection.map_err(|error| failed("reading parked events", error))?;
+            progress::parked(&mut connection, name, limit).await
+        })
+    }
+
+    fn unpark<'a>(
+        &'a self,
+        open: &'a mut SqliteOpen,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move { progress::unpark(&mut open.transaction, name, position).await })
+    }
+
+    fn unpark_all<'a>(
+        &'a self,
+        open: &'a mut SqliteOpen,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move { progress::unpark_all(&mut open.transaction, name).await })
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            let doing = format!("discarding a parked event of {name}");
+            let mut open = self.open_transaction(&doing).await?;
+            let removed = progress::unpark(&mut open.transaction, name, position).await?;
+            open.transaction.commit().await.map_err(|error| failed(&doing, error))?;
+            Ok(removed)
+        })
+    }
+}

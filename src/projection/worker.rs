@@ -1,0 +1,883 @@
+use std::collections::VecDeque;
+use std::error::Error;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::{Mutex, watch};
+use tokio::time::{Instant, sleep_until};
+use uuid::Uuid;
+
+use super::handle::{Control, Reply};
+use super::{
+    ApplyError, ControlError, FailurePolicy, Projection, ProjectionOptions, ProjectionState,
+    ProjectionStatus, ReadModel,
+};
+use crate::backoff::Backoff;
+use crate::bus::LogBatch;
+use crate::codec::DecodeError;
+use crate::event::{Position, RecordedEvent};
+use crate::feed::{Feed, FeedFollower, FeedItem, adjacent};
+use crate::lease::HeldLease;
+use crate::store::{
+    BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, LogPage, ParkedEvent, ReadLog, StoreError,
+};
+use crate::supervised::{Inbox, Work, panic_text};
+
+/// How often a projection looks whether it is paused, and writes a checkpoint that only moved over what is not for it.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How often at most a standby looks whether the lease is free.
+const STANDBY_POLL: Duration = Duration::from_millis(500);
+
+/// What the actor supervises.
+pub(super) struct ProjectionWork<P, R> {
+    context: Arc<Context>,
+    /// Outlives a task that panics; one task at a time has it.
+    subject: Arc<Mutex<Subject<P, R>>>,
+}
+
+/// The user's part.
+struct Subject<P, R> {
+    projection: P,
+    read_model: Arc<R>,
+}
+
+/// What does not change.
+struct Context {
+    name: String,
+    filter: Filter,
+    options: ProjectionOptions,
+    store: Arc<dyn EventStore>,
+    feed: Feed,
+    node: Uuid,
+    status: watch::Sender<ProjectionStatus>,
+}
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
+    pub(super) fn new(
+        projection: P,
+        read_model: Arc<R>,
+        options: ProjectionOptions,
+        store: Arc<dyn EventStore>,
+        feed: Feed,
+        node: Uuid,
+    ) -> (Self, watch::Receiver<ProjectionStatus>) {
+        let (status, receiver) = watch::channel(ProjectionStatus::new());
+        let (name, filter) = (projection.name().to_owned(), projection.filter());
+        let context = Arc::new(Context { name, filter, options, store, feed, node, status });
+        (Self { context, subject: Arc::new(Mutex::new(Subject { projection, read_model })) }, receiver)
+    }
+}
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for ProjectionWork<P, R> {
+    type Control = Control;
+
+    fn name(&self) -> String {
+        format!("projection {}", self.context.name)
+    }
+
+    fn run(&self, inbox: Inbox<Control>) -> BoxFuture<'static, ()> {
+        let (context, subject) = (self.context.clone(), self.subject.clone());
+        Box::pin(async move {
+            let mut subject = subject.lock_owned().await;
+            let Subject { projection, read_model } = &mut *subject;
+            Run::new(&context, projection, &**read_model, inbox).run().await;
+        })
+    }
+
+    fn panicked(&self, panic: &str) {
+        self.context.fail(ProjectionState::Retrying, format!("the projection's task panicked: {panic}"));
+    }
+
+    fn ended(&self) {
+        self.context.set(ProjectionState::Stopped);
+    }
+}
+
+impl Context {
+    fn set(&self, state: ProjectionState) {
+        self.status.send_if_modified(|status| {
+            let news = status.state != state;
+            status.state = state;
+            news
+        });
+    }
+
+    fn fail(&self, state: ProjectionState, error: String) {
+        self.status.send_modify(|status| {
+            status.state = state;
+            status.last_error = Some(error);
+        });
+    }
+}
+
+/// Where the next events come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Store,
+    Feed,
+}
+
+/// Events to be applied: everything for this projection between where it is and `upto`.
+#[derive(Debug)]
+struct Pending {
+    events: VecDeque<RecordedEvent>,
+    upto: Position,
+}
+
+/// An event that has failed.
+#[derive(Debug)]
+struct Suspect {
+    position: Position,
+    /// How often it was tried.
+    attempts: u32,
+    /// How it failed the last time.
+    error: String,
+    /// Whether trying again is of no use.
+    hopeless: bool,
+    /// When it is tried again.
+    due: Instant,
+}
+
+/// The state of a projection while its task runs.
+struct Run<'a, P, R> {
+    context: &'a Context,
+    projection: &'a mut P,
+    read_model: &'a R,
+    inbox: Inbox<Control>,
+    /// On a shared read model: says that this node is its owner.
+    lease: Option<HeldLease>,
+    prepared: bool,
+    /// As persisted, when it was last looked at.
+    paused: bool,
+    /// Stands still until somebody acts. In memory only: a restart is such an act.
+    failed: bool,
+    /// The checkpoint of the read model; `None` when it has to be read (again).
+    saved: Option<Checkpoint>,
+    /// Everything up to here is applied. Ahead of `saved` by events that were none of this projection's business.
+    applied: Position,
+    source: Source,
+    /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
+    follower: Option<FeedFollower>,
+    pending: Option<Pending>,
+    suspect: Option<Suspect>,
+    /// For failures of the store and the read model, which no event is to blame for.
+    backoff: Backoff,
+    /// Nothing is tried before this, after such a failure.
+    wait_until: Instant,
+    /// When [`tick`](Self::tick) is due.
+    tick_at: Instant,
+    /// When a standby tries for the lease even if it looks taken: clocks differ.
+    take_at: Instant,
+}
+
+/// What ended a wait.
+enum Heard<T> {
+    /// The time is over, or something happened that is dealt with at the start of the next round.
+    Round,
+    Control(Control),
+    LeaseLost,
+    Input(T),
+}
+
+/// Waits for `input`, or for something that comes before it. Cancel-safe if `input` is.
+async fn hear<T>(
+    inbox: &mut Inbox<Control>,
+    lease: &mut Option<HeldLease>,
+    until: Option<Instant>,
+    input: impl Future<Output = T>,
+) -> Heard<T> {
+    tokio::select! {
+        biased;
+        control = inbox.next() => control.map_or(Heard::Round, Heard::Control),
+        () = async {
+            match lease {
+                Some(lease) => lease.lost().await,
+                None => std::future::pending().await,
+            }
+        } => Heard::LeaseLost,
+        () = async {
+            match until {
+                Some(until) => sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        } => Heard::Round,
+        input = input => Heard::Input(input),
+    }
+}
+
+/// Applies one event; a panic is an error like another.
+async fn apply<P: Projection>(
+    projection: &mut P,
+    event: &RecordedEvent,
+    transaction: &mut P::Transaction,
+) -> Result<(), ApplyError> {
+    contained(async { projection.apply(event, transaction).await }).await
+}
+
+async fn contained(user: impl Future<Output = Result<(), ApplyError>>) -> Result<(), ApplyError> {
+    match AssertUnwindSafe(user).catch_unwind().await {
+        Ok(result) => result,
+        Err(panic) => Err(format!("it panicked: {}", panic_text(&*panic)).into()),
+    }
+}
+
+/// Whether the error, or what caused it, says that the event's bytes cannot be read: they never will.
+fn is_undecodable(error: &ApplyError) -> bool {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(&**error);
+    while let Some(error) = cause {
+        if error.is::<DecodeError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R> {
+    fn new(context: &'a Context, projection: &'a mut P, read_model: &'a R, inbox: Inbox<Control>) -> Self {
+        let (first, max) = context.options.backoff;
+        let now = Instant::now();
+        Self {
+            context,
+            projection,
+            read_model,
+            inbox,
+            lease: None,
+            prepared: false,
+            paused: false,
+            failed: false,
+            saved: None,
+            applied: Position::START,
+            source: Source::Store,
+            follower: None,
+            pending: None,
+            suspect: None,
+            backoff: Backoff::new(first, max),
+            wait_until: now,
+            tick_at: now,
+            take_at: now,
+        }
+    }
+
+    async fn run(mut self) {
+        while !self.inbox.is_stopping() {
+            if self.tick_at <= Instant::now() {
+                self.tick().await;
+            }
+            self.round().await;
+        }
+        self.flush().await;
+        if let Some(lease) = self.lease.take() {
+            lease.release().await;
+        }
+    }
+
+    /// One step of whatever is due. Short, except for the user's own code.
+    async fn round(&mut self) {
+        if self.wait_until > Instant::now() {
+            return self.idle(self.wait_until).await;
+        }
+        if self.failed {
+            self.context.set(ProjectionState::Failed);
+            return self.idle(self.tick_at).await;
+        }
+        if !self.prepared {
+            match self.read_model.prepare(&self.context.store, &self.context.name).await {
+                Ok(()) => self.prepared = true,
+                Err(error) => return self.outage(&error),
+            }
+        }
+        if self.read_model.shared() && self.lease.is_none() {
+            return self.stand_by().await;
+        }
+        let Some(saved) = self.saved else { return self.load().await };
+        if self.paused {
+            self.context.set(ProjectionState::Paused);
+            return self.idle(self.tick_at).await;
+        }
+        match self.pending.take() {
+            Some(pending) => self.apply_pending(saved, pending).await,
+            None if self.source == Source::Store => self.read().await,
+            None => self.follow().await,
+        }
+    }
+
+    /// Waits for what may come at any time.
+    async fn idle(&mut self, until: Instant) {
+        let until = until.min(self.tick_at);
+        let heard = hear(&mut self.inbox, &mut self.lease, Some(until), std::future::pending::<()>()).await;
+        self.attend(heard).await;
+    }
+
+    /// Deals with what came before the input; the input otherwise.
+    async fn attend<T>(&mut self, heard: Heard<T>) -> Option<T> {
+        match heard {
+            Heard::Input(input) => return Some(input),
+            Heard::Round => {}
+            Heard::Control(control) => self.control(control).await,
+            Heard::LeaseLost => self.step_down("the lease was lost, or could not be renewed in time"),
+        }
+        None
+    }
+
+    /// What is due every second.
+    async fn tick(&mut self) {
+        self.tick_at = Instant::now() + TICK;
+        match self.context.store.paused(&self.context.name).await {
+            Ok(paused) if paused != self.paused => self.set_paused(paused).await,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(projection = self.context.name, %error, "could not look whether the projection is paused");
+            }
+        }
+        self.flush().await;
+        let head = self.context.feed.position();
+        self.context.status.send_if_modified(|status| {
+            let news = head > status.head;
+            status.head = status.head.max(head);
+            news
+        });
+    }
+
+    /// Another node owns the read model, until it does not any more.
+    async fn stand_by(&mut self) {
+        let (context, ttl) = (self.context, self.context.options.lease);
+        if self.take_at <= Instant::now() || self.looks_free().await {
+            self.take_at = Instant::now() + ttl / 3;
+            match HeldLease::take(&context.store, &self.lease_name(), context.node, ttl).await {
+                Ok(Some(lease)) => {
+                    tracing::info!(
+                        projection = context.name,
+                        epoch = lease.epoch(),
+                        "this node owns the projection now"
+                    );
+                    context.status.send_modify(|status| status.epoch = lease.epoch());
+                    self.lease = Some(lease);
+                    self.saved = None;
+                    return;
+                }
+                Ok(None) => {}
+                Err(error) => return self.outage(&error),
+            }
+        }
+        match self.read_model.checkpoint(&context.name).await {
+            Ok(checkpoint) => self.moved_to(checkpoint.position),
+            Err(error) => return self.outage(&error),
+        }
+        context.set(if self.paused { ProjectionState::Paused } else { ProjectionState::Standby });
+        self.backoff.succeeded();
+        self.idle(Instant::now() + STANDBY_POLL.min(ttl / 6)).await;
+    }
+
+    fn lease_name(&self) -> String {
+        format!("projection/{}", self.context.name)
+    }
+
+    /// Whether the lease was given back or has run out, as far as this node's clock can tell. Reading is cheaper than trying.
+    async fn looks_free(&mut self) -> bool {
+        let name = self.lease_name();
+        match self.context.store.leases().await {
+            Ok(leases) => leases
+                .iter()
+                .find(|info| info.lease.name == name)
+                .is_none_or(|info| info.expires_at <= chrono::Utc::now()),
+            Err(error) => {
+                tracing::warn!(projection = self.context.name, %error, "could not look who owns the projection");
+                false
+            }
+        }
+    }
+
+    /// Somebody else is or may be the owner.
+    fn step_down(&mut self, reason: &str) {
+        tracing::warn!(
+            projection = self.context.name,
+            reason,
+            "this node does not own the projection any more"
+        );
+        self.lease = None;
+        self.saved = None;
+        self.restart();
+        self.take_at = Instant::now() + STANDBY_POLL.min(self.context.options.lease / 6);
+        self.context.status.send_modify(|status| {
+            status.epoch = 0;
+            status.state = ProjectionState::Standby;
+            status.last_error = Some(reason.to_owned());
+        });
+    }
+
+    /// Reads the checkpoint and, as a new owner, claims it: who owned it before cannot commit any more.
+    async fn load(&mut self) {
+        match self.claim().await {
+            Ok(checkpoint) => {
+                self.saved = Some(checkpoint);
+                self.applied = checkpoint.position;
+                self.moved_to(checkpoint.position);
+                self.restart();
+            }
+            Err(error) => self.refused(&error),
+        }
+    }
+
+    async fn claim(&mut self) -> Result<Checkpoint, CheckpointError> {
+        let (name, store) = (&self.context.name, &self.context.store);
+        let found = self.read_model.checkpoint(name).await?;
+        let head = store.frontier().await?;
+        if found.position > head {
+            return Err(CheckpointError::Store(StoreError::Incompatible {
+                expected: format!("a log that reaches position {}, where projection {name} is", found.position),
+                found: format!("one that ends at {head}"),
+                advice: "the event store lost events, or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
+            }));
+        }
+        let Some(lease) = &self.lease else { return Ok(found) };
+        let claimed = Checkpoint { epoch: lease.epoch(), ..found };
+        if claimed.epoch < found.epoch {
+            return Err(CheckpointError::Stale { name: name.clone(), expected: claimed, found });
+        }
+        if claimed != found {
+            let open = self.read_model.begin(name, found).await?;
+            self.read_model.commit(open, name, found, claimed, None).await?;
+        }
+        Ok(claimed)
+    }
+
+    /// Drops what is under way; goes on from what is applied, when it goes on.
+    fn restart(&mut self) {
+        self.pending = None;
+        self.suspect = None;
+        self.follower = None;
+        self.source = Source::Store;
+    }
+
+    /// Reads the next page from the store.
+    async fn read(&mut self) {
+        let Context { store, filter, options, feed, .. } = self.context;
+        self.follower.get_or_insert_with(|| feed.follow());
+        let read = ReadLog::after(self.applied).filter(filter.clone()).limit(options.batch);
+        // No time limit but the store's own: a page that takes longer than a tick would never be read.
+        let heard = hear(&mut self.inbox, &mut self.lease, None, store.read_log(read)).await;
+        match self.attend(heard).await {
+            Some(Ok(page)) => {
+                self.backoff.succeeded();
+                self.source = if page.has_more() { Source::Store } else { Source::Feed };
+                self.context.set(match self.source {
+                    Source::Store => ProjectionState::CatchingUp,
+                    Source::Feed => ProjectionState::Following,
+                });
+                let LogPage { events, scanned_to, head } = page;
+                self.knows_of(head);
+                self.enqueue(events.into(), scanned_to);
+            }
+            Some(Err(error)) => self.outage(&error),
+            None => {}
+        }
+    }
+
+    /// Takes what the feed has.
+    async fn follow(&mut self) {
+        let Some(follower) = &mut self.follower else { return self.restart() };
+        self.context.set(ProjectionState::Following);
+        let heard = hear(&mut self.inbox, &mut self.lease, Some(self.tick_at), follower.next()).await;
+        let Some(mut item) = self.attend(heard).await else { return };
+        let (mut events, mut upto) = (VecDeque::new(), self.applied);
+        loop {
+            match item {
+                FeedItem::Batch(batch) => {
+                    self.knows_of(batch.upto);
+                    match adjacent(batch, upto) {
+                        Some(LogBatch { upto: end, events: batch, .. }) => {
+                            let wanted = batch.iter().filter(|event| self.context.filter.matches(event));
+                            events.extend(wanted.cloned());
+                            upto = end;
+                        }
+                        None => self.source = Source::Store,
+                    }
+                }
+                FeedItem::Lagged => {
+                    tracing::debug!(
+                        projection = self.context.name,
+                        "fell behind the feed and reads the store"
+                    );
+                    self.source = Source::Store;
+                }
+                FeedItem::Closed => {
+                    // Only at the end of the runtime, which ends this as well.
+                    let error = StoreError::Unavailable { reason: "the feed has ended".into(), source: None };
+                    self.source = Source::Store;
+                    self.outage(&error);
+                }
+            }
+            // What has gathered meanwhile shares the transaction.
+            if self.source == Source::Store || events.len() >= self.context.options.batch {
+                break;
+            }
+            match self.follower.as_mut().and_then(FeedFollower::try_next) {
+                Some(next) => item = next,
+                None => break,
+            }
+        }
+        self.enqueue(events, upto);
+    }
+
+    fn enqueue(&mut self, events: VecDeque<RecordedEvent>, upto: Position) {
+        if !events.is_empty() {
+            self.pending = Some(Pending { events, upto });
+        } else if upto > self.applied {
+            // Nothing to write but the checkpoint, and that can wait for the next tick.
+            self.applied = upto;
+            self.moved_to(upto);
+        }
+    }
+
+    /// Applies as many of the pending events as go into one transaction.
+    async fn apply_pending(&mut self, saved: Checkpoint, pending: Pending) {
+        let suspected = self.suspect.as_ref().map_or(pending.events.len(), |suspect| {
+            pending.events.partition_point(|event| event.position < suspect.position)
+        });
+        let count = match &self.suspect {
+            Some(suspect) if suspected == 0 => {
+                if suspect.hopeless || suspect.attempts >= self.context.options.attempts {
+                    return self.give_up(saved, pending).await;
+                }
+                if suspect.due > Instant::now() {
+                    let due = suspect.due;
+                    self.pending = Some(pending);
+                    return self.idle(due).await;
+                }
+                // Alone, so that it takes nobody with it.
+                1
+            }
+            _ => suspected.min(self.context.options.batch),
+        };
+        let mut open = match self.read_model.begin(&self.context.name, saved).await {
+            Ok(open) => open,
+            Err(error) => {
+                self.pending = Some(pending);
+                return self.outage(&error);
+            }
+        };
+        let mut applied = 0;
+        let mut failure = None;
+        for event in pending.events.iter().take(count) {
+            let transaction = self.read_model.transaction(&mut open);
+            match apply(self.projection, event, transaction).await {
+                Ok(()) => applied += 1,
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        let Some(error) = failure else { return self.commit(open, saved, pending, count).await };
+        if self.read_model.is_outage(&*error) {
+            self.pending = Some(pending);
+            self.roll_back(open).await;
+            return self.outage(&*error);
+        }
+        self.suspect_of(&pending, applied, &error);
+        if applied > 0 && !self.read_model.rolls_back() {
+            return self.commit(open, saved, pending, applied).await;
+        }
+        self.pending = Some(pending);
+        self.roll_back(open).await;
+    }
+
+    /// Remembers which event failed, and how often.
+    fn suspect_of(&mut self, pending: &Pending, index: usize, error: &ApplyError) {
+        let Some(event) = pending.events.get(index) else { return };
+        let options = &self.context.options;
+        let before = self.suspect.take().filter(|suspect| suspect.position == event.position);
+        let attempts = before.map_or(0, |suspect| suspect.attempts) + 1;
+        let (first, max) = options.backoff;
+        let mut backoff = Backoff::new(first.saturating_mul(2_u32.saturating_pow(attempts - 1)), max);
+        tracing::warn!(
+            projection = self.context.name, position = %event.position, stream = %event.stream, event = %event.name, attempts,
+            %error, "an event could not be applied"
+        );
+        let text = format!(
+            "{} at position {} (version {} of {}) could not be applied: {error}",
+            event.name, event.position, event.version, event.stream
+        );
+        self.context.fail(ProjectionState::Retrying, text);
+        self.suspect = Some(Suspect {
+            position: event.position,
+            attempts,
+            error: error.to_string(),
+            hopeless: is_undecodable(error),
+            due: Instant::now() + backoff.next(),
+        });
+    }
+
+    /// Commits the first `count` pending events.
+    async fn commit(&mut self, open: R::Open, saved: Checkpoint, mut pending: Pending, count: usize) {
+        let all = count == pending.events.len();
+        let last = if all { None } else { pending.events.get(count - 1) };
+        let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
+        if let Err(error) = self.read_model.commit(open, &self.context.name, saved, to, None).await {
+            return self.refused(&error);
+        }
+        self.backoff.succeeded();
+        pending.events.drain(..count);
+        self.committed(to, pending, |status| status.events_applied += count as u64);
+    }
+
+    /// The checkpoint is at `to`; goes on with what is left.
+    fn committed(&mut self, to: Checkpoint, left: Pending, count: impl FnOnce(&mut ProjectionStatus)) {
+        self.saved = Some(to);
+        self.applied = to.position;
+        if self.suspect.as_ref().is_some_and(|suspect| suspect.position <= to.position) {
+            self.suspect = None;
+        }
+        self.context.status.send_modify(|status| {
+            count(status);
+            status.position = to.position;
+            status.head = status.head.max(to.position);
+            if self.suspect.is_none() && status.state == ProjectionState::Retrying {
+                status.state = ProjectionState::CatchingUp;
+            }
+        });
+        if left.events.is_empty() {
+            // Behind the last event there may have been some that are none of this projection's business.
+            self.enqueue(left.events, left.upto);
+        } else {
+            self.pending = Some(left);
+        }
+    }
+
+    /// The first pending event will not be applied: what then, says the policy.
+    async fn give_up(&mut self, saved: Checkpoint, mut pending: Pending) {
+        let (Some(suspect), Some(event)) = (&self.suspect, pending.events.front()) else { return };
+        let context = self.context;
+        match context.options.on_failure {
+            FailurePolicy::Stop => {
+                tracing::error!(
+                    projection = context.name, position = %event.position, stream = %event.stream, event = %event.name,
+                    attempts = suspect.attempts, error = suspect.error, "the projection stands still before this event"
+                );
+                self.stand_still();
+            }
+            FailurePolicy::Park => {
+                let parked = ParkedEvent::new(event, suspect.error.clone(), suspect.attempts);
+                let to = Checkpoint { position: event.position, ..saved };
+                let open = match self.read_model.begin(&context.name, saved).await {
+                    Ok(open) => open,
+                    Err(error) => {
+                        self.pending = Some(pending);
+                        return self.outage(&error);
+                    }
+                };
+                if let Err(error) = self.read_model.commit(open, &context.name, saved, to, Some(parked)).await
+                {
+                    return self.refused(&error);
+                }
+                tracing::error!(
+                    projection = context.name, position = %event.position, stream = %event.stream, event = %event.name,
+                    attempts = suspect.attempts, error = suspect.error, "the event was parked, and the projection goes on"
+                );
+                self.backoff.succeeded();
+                pending.events.pop_front();
+                self.committed(to, pending, |status| status.events_parked += 1);
+            }
+        }
+    }
+
+    fn stand_still(&mut self) {
+        self.failed = true;
+        self.restart();
+        self.context.set(ProjectionState::Failed);
+    }
+
+    async fn roll_back(&mut self, open: R::Open) {
+        // It happens anyway when the connection goes; only later.
+        if let Err(error) = self.read_model.rollback(open).await {
+            tracing::warn!(projection = self.context.name, %error, "a transaction could not be rolled back at once");
+        }
+    }
+
+    /// The checkpoint could not be moved.
+    fn refused(&mut self, error: &CheckpointError) {
+        match error {
+            CheckpointError::Stale { .. } => self.step_down(&error.to_string()),
+            CheckpointError::Store(error) => {
+                // Whether it was moved is found out by reading it.
+                self.saved = None;
+                self.restart();
+                self.outage(error);
+            }
+        }
+    }
+
+    /// The store or the read model failed: tried again later, unless that cannot help.
+    fn outage(&mut self, error: &(dyn Error + 'static)) {
+        let lasting = matches!(
+            error.downcast_ref(),
+            Some(StoreError::Incompatible { .. } | StoreError::Invalid { .. } | StoreError::Corrupt { .. })
+        );
+        let wait = self.backoff.next();
+        self.wait_until = Instant::now() + wait;
+        let projection = &self.context.name;
+        if lasting {
+            tracing::error!(projection, %error, "the projection stands still");
+            self.context.fail(ProjectionState::Failed, error.to_string());
+            self.saved = None;
+            self.stand_still();
+        } else {
+            tracing::warn!(projection, %error, ?wait, "the store or the read model failed and is tried again");
+            self.context.fail(ProjectionState::Retrying, error.to_string());
+        }
+    }
+
+    fn moved_to(&self, position: Position) {
+        self.context.status.send_if_modified(|status| {
+            let news = status.position != position;
+            status.position = position;
+            status.head = status.head.max(position);
+            news
+        });
+    }
+
+    fn knows_of(&self, head: Position) {
+        self.context.status.send_if_modified(|status| {
+            let news = head > status.head;
+            status.head = status.head.max(head);
+            news
+        });
+    }
+
+    /// Writes a checkpoint that has moved over nothing but events of others.
+    async fn flush(&mut self) {
+        let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
+        let to = Checkpoint { position: self.applied, ..saved };
+        let name = &self.context.name;
+        let flushed = match self.read_model.begin(name, saved).await {
+            Ok(open) => self.read_model.commit(open, name, saved, to, None).await,
+            Err(error) => Err(error.into()),
+        };
+        match flushed {
+            Ok(()) => self.saved = Some(to),
+            Err(error) => self.refused(&error),
+        }
+    }
+
+    async fn control(&mut self, control: Control) {
+        let (reply, result): (Reply, _) = match control {
+            Control::Pause(reply) => (reply, self.persist_paused(true).await),
+            Control::Resume(reply) => (reply, self.persist_paused(false).await),
+            Control::Reset(reply) => (reply, self.reset().await),
+            Control::RetryParked(position, reply) => (reply, self.retry_parked(position).await),
+        };
+        // Who went away meanwhile does not want to know.
+        let _ = reply.send(result);
+    }
+
+    async fn persist_paused(&mut self, paused: bool) -> Result<(), ControlError> {
+        self.context.store.set_paused(&self.context.name, paused).await?;
+        self.set_paused(paused).await;
+        if !paused {
+            self.try_again();
+        }
+        Ok(())
+    }
+
+    async fn set_paused(&mut self, paused: bool) {
+        self.paused = paused;
+        if paused {
+            self.restart();
+            self.flush().await;
+        }
+        // What is still starting, or failed, says so itself.
+        let standby = self.read_model.shared() && self.lease.is_none();
+        if self.prepared && !self.failed && (self.saved.is_some() || standby) {
+            self.context.set(if paused { ProjectionState::Paused } else { ProjectionState::Starting });
+        }
+    }
+
+    /// Somebody acted: what failed for good may work now.
+    fn try_again(&mut self) {
+        self.wait_until = Instant::now();
+        self.backoff.succeeded();
+        if self.failed {
+            self.failed = false;
+            self.context.set(ProjectionState::Starting);
+        }
+    }
+
+    /// The checkpoint under which this node may write.
+    fn owned(&self) -> Result<Checkpoint, ControlError> {
+        let name = self.context.name.clone();
+        if self.read_model.shared() && self.lease.is_none() {
+            return Err(ControlError::NotOwner { name });
+        }
+        self.saved.ok_or_else(|| {
+            let error = self.context.status.borrow().last_error.clone();
+            let reason = format!(
+                "projection {name} has not read its checkpoint yet{}",
+                error.map_or_else(String::new, |error| format!(" ({error})"))
+            );
+            ControlError::Store(StoreError::Unavailable { reason, source: None })
+        })
+    }
+
+    async fn reset(&mut self) -> Result<(), ControlError> {
+        let saved = self.owned()?;
+        let Context { name, .. } = self.context;
+        let mut open = self.read_model.begin(name, saved).await?;
+        let transaction = self.read_model.transaction(&mut open);
+        if let Err(error) = contained(async { self.projection.reset(transaction).await }).await {
+            self.roll_back(open).await;
+            return Err(ControlError::Refused { name: name.clone(), reason: error.to_string() });
+        }
+        self.read_model.unpark_all(&mut open, name).await?;
+        let to = Checkpoint { position: Position::START, mark: 0, ..saved };
+        self.commit_control(open, saved, to).await?;
+        tracing::info!(projection = name, "the projection was reset and applies the log from its start");
+        self.saved = Some(to);
+        self.applied = Position::START;
+        self.moved_to(Position::START);
+        self.restart();
+        self.try_again();
+        Ok(())
+    }
+
+    async fn retry_parked(&mut self, position: Position) -> Result<(), ControlError> {
+        let saved = self.owned()?;
+        let Context { name, store, .. } = self.context;
+        let not_parked = || ControlError::NotParked { name: name.clone(), position };
+        let before = Position::new(position.get().checked_sub(1).ok_or_else(not_parked)?);
+        let page = store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
+        let event = page.events.first().filter(|event| event.position == position).ok_or_else(not_parked)?;
+        let mut open = self.read_model.begin(name, saved).await?;
+        if !self.read_model.unpark(&mut open, name, position).await? {
+            self.roll_back(open).await;
+            return Err(not_parked());
+        }
+        let transaction = self.read_model.transaction(&mut open);
+        if let Err(error) = apply(self.projection, event, transaction).await {
+            self.roll_back(open).await;
+            return Err(ControlError::Refused { name: name.clone(), reason: error.to_string() });
+        }
+        self.commit_control(open, saved, saved).await?;
+        self.context.status.send_modify(|status| status.events_applied += 1);
+        Ok(())
+    }
+
+    async fn commit_control(
+        &mut self,
+        open: R::Open,
+        saved: Checkpoint,
+        to: Checkpoint,
+    ) -> Result<(), ControlError> {
+        let name = &self.context.name;
+        let Err(error) = self.read_model.commit(open, name, saved, to, None).await else { return Ok(()) };
+        self.refused(&error);
+        Err(match error {
+            CheckpointError::Stale { .. } => ControlError::NotOwner { name: name.clone() },
+            CheckpointError::Store(error) => ControlError::Store(error),
+        })
+    }
+}

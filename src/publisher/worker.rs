@@ -1,0 +1,302 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+use uuid::Uuid;
+
+use super::{PublisherOptions, PublisherState, PublisherStatus};
+use crate::backoff::Backoff;
+use crate::bus::{BusError, BusPublisher, BusScope, EventBus, MirrorEnd, Resume};
+use crate::event::Position;
+use crate::feed::{Stretch, read_stretch};
+use crate::lease::HeldLease;
+use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, StoreError};
+use crate::supervised::{Inbox, Work};
+
+/// The name of both the lease and the checkpoint.
+const NAME: &str = "publisher";
+
+/// How often at most the checkpoint is written. Losing it costs looking for the mirror's end in the store, no more.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+
+/// How often a standby looks whether the lease is free: how long after an orderly stop nobody publishes.
+const STANDBY_POLL: Duration = Duration::from_millis(500);
+
+/// What the actor supervises.
+pub(super) struct PublisherWork {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Arc<dyn EventStore>,
+    bus: Arc<dyn EventBus>,
+    options: PublisherOptions,
+    node: Uuid,
+    status: watch::Sender<PublisherStatus>,
+}
+
+/// Why publishing was interrupted.
+#[derive(Debug, thiserror::Error)]
+enum Interruption {
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error("the lease {NAME:?} was lost, or could not be renewed in time")]
+    LeaseLost,
+}
+
+impl PublisherWork {
+    pub(super) fn new(
+        store: Arc<dyn EventStore>,
+        bus: Arc<dyn EventBus>,
+        options: PublisherOptions,
+        node: Uuid,
+    ) -> (Self, watch::Receiver<PublisherStatus>) {
+        let (status, receiver) = watch::channel(PublisherStatus {
+            bus: bus.name(),
+            state: PublisherState::Starting,
+            published: None,
+            head: Position::START,
+            last_error: None,
+        });
+        (Self { shared: Arc::new(Shared { store, bus, options, node, status }) }, receiver)
+    }
+}
+
+impl Work for PublisherWork {
+    type Control = ();
+
+    fn name(&self) -> String {
+        NAME.to_owned()
+    }
+
+    fn run(&self, inbox: Inbox<()>) -> BoxFuture<'static, ()> {
+        Box::pin(run(self.shared.clone(), inbox))
+    }
+
+    fn panicked(&self, panic: &str) {
+        self.shared.failed(format!("the publisher panicked: {panic}"));
+    }
+
+    fn ended(&self) {
+        self.shared.set(PublisherState::Stopped);
+    }
+}
+
+impl Shared {
+    fn set(&self, state: PublisherState) {
+        self.status.send_if_modified(|status| {
+            let news = status.state != state;
+            status.state = state;
+            news
+        });
+    }
+
+    fn failed(&self, error: String) {
+        self.status.send_modify(|status| {
+            status.state = PublisherState::Retrying { error: error.clone() };
+            status.last_error = Some(error);
+        });
+    }
+}
+
+async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+    loop {
+        let Some(lease) = stand_by(&shared, &mut inbox, &mut backoff).await else { return };
+        let mut turn = Turn {
+            shared: &shared,
+            lease,
+            saved: Checkpoint::default(),
+            end: MirrorEnd::default(),
+            save_at: Instant::now(),
+            backoff: &mut backoff,
+        };
+        let interruption = turn.publish_all(&mut inbox).await;
+        // Given back whatever happened: another node may fare better, and this one can take it again.
+        if let Some(lease) = turn.lease.take() {
+            lease.release().await;
+        }
+        let Err(error) = interruption else { return };
+        tracing::warn!(bus = shared.bus.name(), %error, "publishing was interrupted and goes on");
+        shared.failed(error.to_string());
+        if inbox.is_stopping() && matches!(error, Interruption::Bus(BusError::Closed)) {
+            return;
+        }
+        // Also while stopping: until the deadline there is still a chance to publish what is committed.
+        pause(&mut inbox, backoff.next()).await;
+    }
+}
+
+/// Waits, but not when it is to stop: then the next attempt is due at once.
+async fn pause(inbox: &mut Inbox<()>, wait: Duration) {
+    let stopping = inbox.is_stopping();
+    tokio::select! {
+        () = sleep(wait) => {}
+        () = inbox.stopping(), if !stopping => {}
+    }
+}
+
+/// Waits until this node is to publish: with the lease, on a bus that needs one. `None` when there is nothing to do any more.
+async fn stand_by(
+    shared: &Shared,
+    inbox: &mut Inbox<()>,
+    backoff: &mut Backoff,
+) -> Option<Option<HeldLease>> {
+    if shared.bus.scope() == BusScope::Process {
+        return Some(None);
+    }
+    loop {
+        match HeldLease::take(&shared.store, NAME, shared.node, shared.options.lease).await {
+            Ok(Some(lease)) => return Some(Some(lease)),
+            // The owner publishes what is committed.
+            Ok(None) if inbox.is_stopping() => return None,
+            Ok(None) => {
+                shared.set(PublisherState::Standby);
+                tokio::select! {
+                    () = sleep(STANDBY_POLL) => {}
+                    () = inbox.stopping() => return None,
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the publisher could not ask for its lease");
+                shared.failed(error.to_string());
+                pause(inbox, backoff.next()).await;
+            }
+        }
+    }
+}
+
+/// One time of being the publisher.
+struct Turn<'a> {
+    shared: &'a Shared,
+    /// On a shared bus.
+    lease: Option<HeldLease>,
+    /// The checkpoint as it is in the store.
+    saved: Checkpoint,
+    /// The last confirmed publish.
+    end: MirrorEnd,
+    /// Not before this is the checkpoint saved again.
+    save_at: Instant,
+    backoff: &'a mut Backoff,
+}
+
+impl Turn<'_> {
+    /// Publishes until it is to stop (and everything committed by then is published) or something fails.
+    async fn publish_all(&mut self, inbox: &mut Inbox<()>) -> Result<(), Interruption> {
+        let shared = self.shared;
+        // From before the first look at the store: an append in between is not slept through.
+        let mut appended = shared.store.appended();
+        let mut publisher = self.resume().await?;
+        shared.set(PublisherState::Publishing);
+        // Where the log ended when the end was asked for.
+        let mut last = None;
+        let mut poll = shared.options.busy_poll;
+        let mut beat_at = Instant::now();
+        loop {
+            if last.is_none() && inbox.is_stopping() {
+                last = Some(shared.store.frontier().await?);
+            }
+            appended.mark_unchanged();
+            let stretch = read_stretch(&*shared.store, self.end.position, None).await?;
+            let (more, something) = (stretch.upto < stretch.head, !stretch.batches.is_empty());
+            if something {
+                self.publish(&mut *publisher, stretch).await?;
+                beat_at = Instant::now() + shared.options.heartbeat;
+                poll = shared.options.busy_poll;
+            }
+            if last.is_some_and(|last| self.end.position >= last) {
+                return self.save().await;
+            }
+            if self.save_at <= Instant::now() {
+                self.save().await?;
+            }
+            if more {
+                continue;
+            }
+            tokio::select! {
+                biased;
+                () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
+                () = inbox.stopping(), if last.is_none() => {}
+                // An error says that the store is being dropped; the poll will tell.
+                Ok(()) = appended.changed() => {}
+                () = sleep(poll) => poll = (poll * 2).min(shared.options.idle_poll),
+                () = sleep_until(beat_at) => {
+                    tokio::select! {
+                        biased;
+                        () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
+                        beat = publisher.heartbeat(self.end.position) => beat?,
+                    }
+                    beat_at = Instant::now() + shared.options.heartbeat;
+                }
+            }
+        }
+    }
+
+    /// Finds out where to go on.
+    async fn resume(&mut self) -> Result<Box<dyn BusPublisher>, Interruption> {
+        let shared = self.shared;
+        if self.lease.is_some() {
+            self.saved = shared.store.checkpoint(NAME).await?;
+        }
+        let mut publisher = shared.bus.publisher().await?;
+        let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
+        self.end = match publisher.resume(known).await? {
+            Resume::After(end) => end,
+            Resume::AtFrontier => {
+                MirrorEnd { position: shared.store.frontier().await?, sequence: known.sequence }
+            }
+        };
+        // Claims the checkpoint: whoever published under an older lease is refused from here on.
+        self.save().await?;
+        shared.status.send_modify(|status| {
+            status.published = Some(self.end.position);
+            status.head = status.head.max(self.end.position);
+        });
+        Ok(publisher)
+    }
+
+    async fn publish(
+        &mut self,
+        publisher: &mut dyn BusPublisher,
+        stretch: Stretch,
+    ) -> Result<(), Interruption> {
+        let status = &self.shared.status;
+        status.send_modify(|status| status.head = stretch.head);
+        for batch in stretch.batches {
+            self.end = tokio::select! {
+                biased;
+                // What was under way may be on the bus or not: the next turn asks the bus.
+                () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
+                end = publisher.publish(batch) => end?,
+            };
+            self.backoff.succeeded();
+            status.send_modify(|status| status.published = Some(self.end.position));
+        }
+        Ok(())
+    }
+
+    /// Remembers how far publishing got, for a bus that others publish to as well.
+    async fn save(&mut self) -> Result<(), Interruption> {
+        self.save_at = Instant::now() + SAVE_EVERY;
+        let Some(lease) = &self.lease else { return Ok(()) };
+        let to = Checkpoint { position: self.end.position, epoch: lease.epoch(), mark: self.end.sequence };
+        if to != self.saved {
+            self.shared.store.save_checkpoint(NAME, self.saved, to, None).await?;
+            self.saved = to;
+        }
+        Ok(())
+    }
+}
+
+/// Waits until the lease is lost; for ever if none is needed. Cancel-safe.
+async fn lost(lease: &mut Option<HeldLease>) {
+    match lease {
+        Some(lease) => lease.lost().await,
+        None => std::future::pending().await,
+    }
+}

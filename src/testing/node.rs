@@ -1,0 +1,100 @@
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::bus::EventBus;
+use crate::feed::{Feed, FeedOptions, FeedStatus};
+use crate::projection::{Projection, ProjectionHandle, ProjectionOptions, ReadModel, spawn};
+use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
+use crate::store::EventStore;
+use crate::supervised::StopError;
+
+/// A node without commands: publisher, feed and projections over a store and a bus. For tests of stores, buses and read
+/// models that write to the store directly, and that need a node to die.
+pub struct Node {
+    id: Uuid,
+    store: Arc<dyn EventStore>,
+    feed: Feed,
+    publisher: Publisher,
+    projections: Mutex<Vec<ProjectionHandle>>,
+}
+
+impl Node {
+    /// Starts publisher and feed.
+    ///
+    /// # Panics
+    /// When the publisher's actor cannot be started.
+    pub async fn start(
+        store: Arc<dyn EventStore>,
+        bus: Arc<dyn EventBus>,
+        feed: FeedOptions,
+        publisher: PublisherOptions,
+    ) -> Self {
+        let id = Uuid::now_v7();
+        let feed = Feed::start(store.clone(), bus.clone(), feed);
+        let publisher = Publisher::spawn(store.clone(), bus, publisher, id, None).await;
+        let publisher = publisher.expect("the publisher starts");
+        Self { id, store, feed, publisher, projections: Mutex::default() }
+    }
+
+    /// Starts a projection.
+    ///
+    /// # Panics
+    /// When its actor cannot be started.
+    pub async fn projection<P, R>(
+        &self,
+        projection: P,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let (store, feed) = (self.store.clone(), self.feed.clone());
+        let handle = spawn(projection, read_model, options, store, feed, self.id, None).await;
+        let handle = handle.expect("the projection starts");
+        self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
+        handle
+    }
+
+    /// How the feed is doing.
+    pub fn feed(&self) -> FeedStatus {
+        self.feed.status()
+    }
+
+    /// How the publisher is doing.
+    pub fn publisher(&self) -> PublisherStatus {
+        self.publisher.status().borrow().clone()
+    }
+
+    /// Ends everything in order: what is committed is published, checkpoints are saved, leases given back.
+    ///
+    /// # Errors
+    /// The first thing that did not end within `patience`.
+    pub async fn stop(self, patience: Duration) -> Result<(), StopError> {
+        let published = self.publisher.stop(patience).await;
+        let projections =
+            std::mem::take(&mut *self.projections.lock().unwrap_or_else(PoisonError::into_inner));
+        let ended =
+            futures_util::future::join_all(projections.iter().map(|handle| handle.stop(patience))).await;
+        self.feed.stop();
+        published.and(ended.into_iter().collect())
+    }
+
+    /// Ends everything as a crash of the process would: nothing is saved or given back.
+    pub fn kill(self) {
+        self.publisher.kill();
+        for projection in &*self.projections.lock().unwrap_or_else(PoisonError::into_inner) {
+            projection.kill();
+        }
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Node").field("id", &self.id).field("feed", &self.feed()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,151 @@
+//! Pause, resume, reset.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use storied::projection::{ApplyError, ControlError, External, FailurePolicy, InMemory, ProjectionState};
+use storied::{Filter, Position, Projection, RecordedEvent};
+
+use crate::support::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_projection_stands_still_also_after_a_restart() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let node = local_node(&store).await;
+        let handle = node.projection(table("table"), database.open().await, options()).await;
+        let first = append(&store, 0, 0..5).await;
+        catch_up(&handle, first).await;
+        handle.pause().await.unwrap();
+        assert_eq!(handle.status().state, ProjectionState::Paused);
+        append(&store, 0, 0..5).await;
+        node.stop(PATIENCE).await.unwrap();
+
+        let node = local_node(&store).await;
+        let handle = node.projection(table("table"), database.open().await, options()).await;
+        reach(&handle, ProjectionState::Paused).await;
+        let memory = recorder("other");
+        let other = node.projection(memory, InMemory::new(), options()).await;
+        let head = append(&store, 0, 0..5).await;
+        // The sibling has had the events: so would this one, if it did not stand still.
+        catch_up(&other, head).await;
+        assert_eq!(handle.status().position, first, "{kind}");
+        assert_eq!(database.seen("table").await.len(), 5, "{kind}");
+
+        handle.resume().await.unwrap();
+        catch_up(&handle, head).await;
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pause_reaches_every_node() {
+    for (kind, store, _dir) in stores().await {
+        let (one, two) = (local_node(&store).await, local_node(&store).await);
+        let first = one.projection(recorder("memory"), InMemory::new(), options()).await;
+        let second = two.projection(recorder("memory"), InMemory::new(), options()).await;
+        reach(&second, ProjectionState::Following).await;
+        first.pause().await.unwrap();
+        reach(&second, ProjectionState::Paused).await;
+        let head = append(&store, 0, 0..5).await;
+        second.resume().await.unwrap();
+        for handle in [&first, &second] {
+            catch_up(handle, head).await;
+        }
+        assert_eq!(first.status().events_applied, 5, "{kind}");
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_applies_the_log_from_its_start() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let broken = Arc::new(AtomicBool::new(true));
+        let node = local_node(&store).await;
+        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        let (memory, delivered) = (recorder("memory"), recorder("delivered"));
+        let (memory_seen, delivered_seen) = (memory.seen.clone(), delivered.seen.clone());
+        let handles = [
+            node.projection(memory.hook(poison(3, &broken)), InMemory::new(), park.clone()).await,
+            node.projection(delivered.hook(poison(3, &broken)), External::new(), park.clone()).await,
+            node.projection(table("table").hook(poison(3, &broken)), database.open().await, park).await,
+        ];
+        let head = append(&store, 0, 1..=10).await;
+        for handle in &handles {
+            catch_up(handle, head).await;
+            assert_eq!(handle.parked(10).await.unwrap().len(), 1, "{kind}");
+        }
+        broken.store(false, Ordering::SeqCst);
+        for handle in &handles {
+            handle.reset().await.unwrap();
+        }
+        let head = append(&store, 0, 1..=10).await;
+        for handle in &handles {
+            catch_up(handle, head).await;
+            assert!(handle.parked(10).await.unwrap().is_empty(), "{kind}");
+        }
+        let all = log(&store, &Filter::all()).await;
+        assert_eq!(database.seen("table").await, all, "{kind}");
+        assert_eq!(*memory_seen.lock().unwrap(), all, "{kind}");
+        assert_eq!(*delivered_seen.lock().unwrap(), all, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+
+        // A paused one stays paused, and is empty.
+        let node = local_node(&store).await;
+        let handle = node.projection(table("table"), database.open().await, options()).await;
+        catch_up(&handle, head).await;
+        handle.pause().await.unwrap();
+        handle.reset().await.unwrap();
+        assert_eq!(handle.status().position, Position::START);
+        assert!(database.seen("table").await.is_empty());
+        reach(&handle, ProjectionState::Paused).await;
+        handle.resume().await.unwrap();
+        catch_up(&handle, head).await;
+        assert_eq!(database.seen("table").await, all, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+struct NoReset;
+
+impl Projection for NoReset {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "no reset"
+    }
+
+    fn filter(&self) -> Filter {
+        Filter::all()
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_that_is_refused_changes_nothing() {
+    for (_, store, _dir) in stores().await {
+        let node = local_node(&store).await;
+        let handle = node.projection(NoReset, InMemory::new(), options()).await;
+        let head = append(&store, 0, 0..5).await;
+        catch_up(&handle, head).await;
+        let error = handle.reset().await.unwrap_err();
+        assert!(
+            matches!(&error, ControlError::Refused { reason, .. } if reason.contains("reset")),
+            "{error}"
+        );
+        assert_eq!(handle.status().position, head);
+        let head = append(&store, 0, 0..5).await;
+        catch_up(&handle, head).await;
+        assert_eq!(handle.status().events_applied, 10);
+
+        node.stop(PATIENCE).await.unwrap();
+        let error = handle.pause().await.unwrap_err();
+        assert!(matches!(error, ControlError::Stopped { .. }), "{error}");
+    }
+}

@@ -1,0 +1,224 @@
+//! Every event exactly once and in order, whatever the bus, the timing and the process do.
+
+use std::time::Duration;
+
+use storied::projection::{External, InMemory, ProjectionState, WaitError};
+use storied::testing::Node;
+use storied::{FeedOptions, Filter, LocalBus, Position, ProjectionOptions};
+
+use crate::support::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn catches_up_and_follows_without_hole_or_double() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 0..700).await;
+        let database = Database::new().await;
+        let writers = Writers::start(&store, 4, 40, 4);
+        let node = local_node(&store).await;
+        let (all, even) = (recorder("all"), recorder::<()>("even").filter(evens()));
+        let (all_seen, even_seen) = (all.seen.clone(), even.seen.clone());
+        let delivered = recorder("delivered").filter(evens());
+        let delivered_seen = delivered.seen.clone();
+        let handles = [
+            node.projection(all, InMemory::new(), options().batch_size(7)).await,
+            node.projection(even, InMemory::new(), options()).await,
+            node.projection(delivered, External::new(), options()).await,
+            node.projection(table("table"), database.open().await, options()).await,
+            node.projection(table("even table").filter(evens()), database.open().await, options()).await,
+        ];
+        writers.done().await;
+        let head = store.frontier().await.unwrap();
+        for handle in &handles {
+            catch_up(handle, head).await;
+            reach(handle, ProjectionState::Following).await;
+            assert_eq!(handle.status().lag(), 0);
+        }
+        let (everything, evens) = (log(&store, &Filter::all()).await, log(&store, &evens()).await);
+        assert_eq!(*all_seen.lock().unwrap(), everything, "{kind}");
+        assert_eq!(*even_seen.lock().unwrap(), evens, "{kind}");
+        assert_eq!(*delivered_seen.lock().unwrap(), evens, "{kind}");
+        assert_eq!(database.seen("table").await, everything, "{kind}");
+        assert_eq!(database.seen("even table").await, evens, "{kind}");
+        assert_eq!(handles[4].status().events_applied, evens.len() as u64);
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn applies_exactly_once_over_kills_at_any_moment() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let dice = Dice::new(7);
+        let writers = Writers::start(&store, 2, 120, 15);
+        let options = options().batch_size(5).lease(Duration::from_millis(50));
+        for _ in 0..10 {
+            let node = local_node(&store).await;
+            let handle = node.projection(table("table"), database.open().await, options.clone()).await;
+            let moved = handle.status().position;
+            // Long enough to take the dead node's lease over, most of the time.
+            let _ = tokio::time::timeout(
+                Duration::from_millis(200),
+                handle.watch().wait_for(|status| status.position > moved),
+            )
+            .await;
+            dice.pause(30).await;
+            node.kill();
+        }
+        writers.done().await;
+        let node = local_node(&store).await;
+        let handle = node.projection(table("table"), database.open().await, options).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bus_that_loses_doubles_and_shuffles_changes_nothing() {
+    for (kind, store, _dir) in stores().await {
+        for seed in 0..3 {
+            let node = node(&store, Lossy::new(Loss::Chaos, seed)).await;
+            let (memory, slow) = (recorder("memory"), recorder::<()>("even").filter(evens()));
+            let (seen, even_seen) = (memory.seen.clone(), slow.seen.clone());
+            let memory = node.projection(memory, InMemory::new(), options()).await;
+            let even = node.projection(slow, InMemory::new(), options()).await;
+            Writers::start(&store, 3, 60, 3).done().await;
+            let head = store.frontier().await.unwrap();
+            catch_up(&memory, head).await;
+            catch_up(&even, head).await;
+            assert_eq!(*seen.lock().unwrap(), log(&store, &Filter::all()).await, "{kind} {seed}");
+            assert_eq!(*even_seen.lock().unwrap(), log(&store, &evens()).await, "{kind} {seed}");
+            assert!(node.feed().repairs > 0, "{:?}", node.feed());
+            node.stop(PATIENCE).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_event_is_found_even_if_the_bus_lost_it() {
+    // By the heartbeat, by the look at the store, and without a bus at all.
+    let never = Duration::from_secs(3_600);
+    let soon = Duration::from_millis(50);
+    for (loss, idle_poll) in [(Loss::Batches, never), (Loss::Silence, soon), (Loss::Refused, soon)] {
+        for (kind, store, _dir) in stores().await {
+            let feed = FeedOptions::new().idle_poll(idle_poll);
+            let bus = std::sync::Arc::new(Lossy::new(loss, 0));
+            let node = Node::start(store.clone(), bus, feed, publishing()).await;
+            let recorder = recorder("memory");
+            let seen = recorder.seen.clone();
+            let handle = node.projection(recorder, InMemory::new(), options()).await;
+            reach(&handle, ProjectionState::Following).await;
+            let last = append(&store, 0, [1]).await;
+            catch_up(&handle, last).await;
+            assert_eq!(*seen.lock().unwrap(), [last], "{kind} {loss:?}");
+            if loss == Loss::Refused {
+                assert!(node.feed().last_error.is_some());
+            }
+            node.stop(PATIENCE).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_projection_robs_nobody_and_misses_nothing() {
+    for (kind, store, _dir) in stores().await {
+        let feed = FeedOptions::new().capacity(2).idle_poll(Duration::from_millis(50));
+        let bus = std::sync::Arc::new(LocalBus::with_capacity(2));
+        let node = Node::start(store.clone(), bus, feed, publishing()).await;
+        let gate = Gate::closed();
+        let (slow, fast) = (recorder("slow").hook(gate.hook()), recorder::<()>("fast"));
+        let (slow_seen, fast_seen) = (slow.seen.clone(), fast.seen.clone());
+        let slow = node.projection(slow, InMemory::new(), options()).await;
+        let fast = node.projection(fast, InMemory::new(), options()).await;
+        reach(&slow, ProjectionState::Following).await;
+        append(&store, 0, [0]).await;
+        gate.reached().await;
+        for n in 0..50 {
+            // One by one, so that the ring overflows.
+            let position = append(&store, 0, [n]).await;
+            catch_up(&fast, position).await;
+        }
+        assert!(slow_seen.lock().unwrap().is_empty());
+        gate.open();
+        catch_up(&slow, store.frontier().await.unwrap()).await;
+        let log = log(&store, &Filter::all()).await;
+        assert_eq!(*slow_seen.lock().unwrap(), log, "{kind}");
+        assert_eq!(*fast_seen.lock().unwrap(), log, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_that_never_matches_reaches_the_head_and_stays_there() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 0..1_200).await;
+        let node = local_node(&store).await;
+        let never = Filter::variants::<Thing>(&["never"]).unwrap();
+        let recorder = recorder("never").filter(never);
+        let seen = recorder.seen.clone();
+        let handle = node.projection(recorder, External::new(), options()).await;
+        for n in 0..20 {
+            let position = append(&store, 0, [n]).await;
+            catch_up(&handle, position).await;
+        }
+        let head = store.frontier().await.unwrap();
+        assert_eq!(handle.status().position, head, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+        assert_eq!(store.checkpoint("never").await.unwrap().position, head, "saved on stop");
+        assert!(seen.lock().unwrap().is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_your_own_writes() {
+    for (_, store, _dir) in stores().await {
+        let node = local_node(&store).await;
+        let database = Database::new().await;
+        let handle = node.projection(table("table"), database.open().await, options()).await;
+        for n in 0..20 {
+            let position = append(&store, 0, [n]).await;
+            handle.caught_up_to(position).await.unwrap();
+            assert_eq!(database.seen("table").await.last(), Some(&position));
+        }
+        handle.wait_until_live(PATIENCE).await.unwrap();
+
+        let beyond = Position::new(store.frontier().await.unwrap().get() + 1);
+        let error = handle.caught_up_to_within(beyond, Duration::from_millis(50)).await.unwrap_err();
+        assert!(matches!(error, WaitError::TimedOut { wanted, .. } if wanted == beyond), "{error}");
+
+        let waiting = tokio::spawn({
+            let handle = handle.clone();
+            async move { handle.caught_up_to_within(beyond, PATIENCE).await }
+        });
+        node.stop(PATIENCE).await.unwrap();
+        let error = waiting.await.unwrap().unwrap_err();
+        assert!(matches!(error, WaitError::Stopped { .. }), "{error}");
+        assert_eq!(handle.status().state, ProjectionState::Stopped);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_projections_live_in_one_process() {
+    for (kind, store, _dir) in stores().await {
+        let node = local_node(&store).await;
+        let database = Database::new().await;
+        let model = database.open().await;
+        let mut handles = Vec::new();
+        for n in 0..25 {
+            let name = format!("table {n}");
+            handles.push(node.projection(table(&name), model.clone(), ProjectionOptions::new()).await);
+            let name = format!("memory {n}");
+            handles.push(node.projection(recorder(&name), InMemory::new(), ProjectionOptions::new()).await);
+        }
+        Writers::start(&store, 2, 20, 5).done().await;
+        let head = store.frontier().await.unwrap();
+        for handle in &handles {
+            catch_up(handle, head).await;
+        }
+        let log = log(&store, &Filter::all()).await;
+        for n in 0..25 {
+            assert_eq!(database.seen(&format!("table {n}")).await, log, "{kind} {n}");
+        }
+        node.stop(PATIENCE).await.unwrap();
+    }
+}

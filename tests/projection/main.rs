@@ -1,0 +1,11 @@
+//! From the log to read models: publisher, bus, feed and projections, under everything that may go wrong between them.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
+
+mod control;
+mod failures;
+mod following;
+mod nodes;
+mod publishing;
+mod support;

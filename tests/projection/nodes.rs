@@ -1,0 +1,137 @@
+//! Several nodes that share a read model: one owner, quick takeover, and zombies that are refused.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use storied::projection::{ControlError, External, ProjectionState};
+use storied::{EventStore, Filter, Position};
+use tokio::time::Instant;
+
+use crate::support::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_owns_a_shared_read_model_and_hands_it_over_at_once() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        // So long that only giving the lease back can explain a takeover.
+        let options = options().lease(Duration::from_secs(600));
+        let one = local_node(&store).await;
+        let first = one.projection(table("table"), database.open().await, options.clone()).await;
+        reach(&first, ProjectionState::Following).await;
+        let two = local_node(&store).await;
+        let second = two.projection(table("table"), database.open().await, options).await;
+        reach(&second, ProjectionState::Standby).await;
+
+        for n in 0..10 {
+            let position = append(&store, 0, [n]).await;
+            // On every node, owner or not.
+            catch_up(&second, position).await;
+            catch_up(&first, position).await;
+        }
+        assert_eq!((first.status().epoch, second.status().epoch), (1, 0), "{kind}");
+        let error = second.reset().await.unwrap_err();
+        assert!(matches!(error, ControlError::NotOwner { .. }), "{error}");
+
+        one.stop(PATIENCE).await.unwrap();
+        let stopped = Instant::now();
+        reach(&second, ProjectionState::Following).await;
+        assert!(stopped.elapsed() < Duration::from_secs(5), "{:?}", stopped.elapsed());
+        assert_eq!(second.status().epoch, 2, "{kind}");
+        let position = append(&store, 0, [99]).await;
+        catch_up(&second, position).await;
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_death_of_an_owner_costs_no_more_than_its_lease() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let (one, two) = (local_node(&store).await, local_node(&store).await);
+        let first = one.projection(table("table"), database.open().await, options()).await;
+        reach(&first, ProjectionState::Following).await;
+        let second = two.projection(table("table"), database.open().await, options()).await;
+        reach(&second, ProjectionState::Standby).await;
+        let writers = Writers::start(&store, 2, 30, 10);
+        one.kill();
+        reach(&second, ProjectionState::Following).await;
+        writers.done().await;
+        catch_up(&second, store.frontier().await.unwrap()).await;
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_was_replaced_without_noticing_is_refused() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 1..=3).await;
+        let link = Link::new(&store);
+        let cut: Arc<dyn EventStore> = Arc::new(link.clone());
+        let (one, two) = (local_node(&cut).await, local_node(&store).await);
+        let gate = Gate::closed();
+        let (zombie, heir) = (recorder("delivered").hook(gate.hook()), recorder("delivered"));
+        let heir_seen = heir.seen.clone();
+        let first = one.projection(zombie, External::new(), options()).await;
+        gate.reached().await;
+        // From here on it is in the middle of a batch, and cannot renew its lease.
+        link.mute.store(true, Ordering::SeqCst);
+        let second = two.projection(heir, External::new(), options()).await;
+        catch_up(&second, Position::new(3)).await;
+        assert_eq!(second.status().epoch, 2, "{kind}");
+        let claimed = store.checkpoint("delivered").await.unwrap();
+        gate.open();
+        reach(&first, ProjectionState::Standby).await;
+        assert_eq!(store.checkpoint("delivered").await.unwrap(), claimed, "{kind}: the zombie wrote nothing");
+        assert!(first.status().last_error.is_some());
+
+        let head = append(&store, 0, 4..=6).await;
+        catch_up(&second, head).await;
+        assert_eq!(*heir_seen.lock().unwrap(), log(&store, &Filter::all()).await, "{kind}");
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// Nodes come, go, die and lose their leases, with the read model and the checkpoint in one database.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exactly_once_while_owners_come_and_go() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let dice = Dice::new(3);
+        let writers = Writers::start(&store, 2, 100, 20);
+        let options = options().batch_size(3).lease(Duration::from_millis(60));
+        let mut nodes = Vec::new();
+        for round in 0..16 {
+            let link = Link::new(&store);
+            let cut: Arc<dyn EventStore> = Arc::new(link.clone());
+            let node = local_node(&cut).await;
+            node.projection(table("table"), database.open().await, options.clone()).await;
+            nodes.push((node, link));
+            dice.pause(60).await;
+            if nodes.len() == 3 {
+                let (node, link) = nodes.remove(dice.roll(3) as usize);
+                match round % 3 {
+                    0 => node.kill(),
+                    1 => node.stop(PATIENCE).await.unwrap(),
+                    _ => {
+                        link.mute.store(true, Ordering::SeqCst);
+                        dice.pause(100).await;
+                        node.kill();
+                    }
+                }
+            }
+        }
+        writers.done().await;
+        let node = local_node(&store).await;
+        let handle = node.projection(table("table"), database.open().await, options).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        for (node, _) in nodes {
+            node.kill();
+        }
+        node.stop(PATIENCE).await.unwrap();
+    }
+}

@@ -1,0 +1,163 @@
+//! The publisher: an exact mirror on a shared bus, whatever happens to it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use storied::bus::{BusItem, EventBus};
+use storied::projection::{InMemory, ProjectionState};
+use storied::testing::Node;
+use storied::{EventStore, FeedOptions, Filter, LocalBus, MemoryStore, PublisherState};
+use tokio::time::{Instant, timeout};
+
+use crate::support::*;
+
+async fn reach(node: &Node, what: &str, condition: impl Fn(&PublisherState) -> bool) {
+    eventually(what, || condition(&node.publisher().state)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mirrors_the_log_exactly_over_kills_zombies_and_outages() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 0..600).await;
+        let mirror = Mirror::default();
+        let dice = Dice::new(1);
+        let writers = Writers::start(&store, 2, 80, 15);
+        let mut nodes = Vec::new();
+        for round in 0..12 {
+            let link = Link::new(&store);
+            let cut: Arc<dyn EventStore> = Arc::new(link.clone());
+            nodes.push((node(&cut, mirror.clone()).await, link));
+            dice.pause(60).await;
+            mirror.down.store(round % 4 == 1, Ordering::SeqCst);
+            if nodes.len() == 2 {
+                let (node, link) = nodes.remove(dice.roll(2) as usize);
+                match round % 3 {
+                    0 => node.kill(),
+                    1 => {
+                        link.mute.store(true, Ordering::SeqCst);
+                        dice.pause(100).await;
+                        node.kill();
+                    }
+                    _ => _ = node.stop(Duration::from_millis(50)).await,
+                }
+            }
+        }
+        mirror.down.store(false, Ordering::SeqCst);
+        writers.done().await;
+        let node = node(&store, mirror.clone()).await;
+        let log = log(&store, &Filter::all()).await;
+        eventually("all is published", || mirror.kept().len() >= log.len()).await;
+        assert_eq!(mirror.kept(), log, "{kind}");
+        for (node, _) in nodes {
+            node.kill();
+        }
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_publishes_and_hands_over_when_it_stops() {
+    for (kind, store, _dir) in stores().await {
+        let mirror = Mirror::default();
+        let options = publishing().lease(Duration::from_secs(600));
+        let start =
+            || Node::start(store.clone(), Arc::new(mirror.clone()), FeedOptions::new(), options.clone());
+        let one = start().await;
+        reach(&one, "the first publishes", |state| *state == PublisherState::Publishing).await;
+        let two = start().await;
+        reach(&two, "the second stands by", |state| *state == PublisherState::Standby).await;
+        let head = append(&store, 0, 0..1_000).await;
+        one.stop(PATIENCE).await.unwrap();
+        assert_eq!(
+            mirror.kept().last(),
+            Some(&head),
+            "{kind}: what was committed is published before the end"
+        );
+        let checkpoint = store.checkpoint("publisher").await.unwrap();
+        assert_eq!((checkpoint.position, checkpoint.mark, checkpoint.epoch), (head, 1_000, 1), "{kind}");
+
+        let stopped = Instant::now();
+        reach(&two, "the second publishes", |state| *state == PublisherState::Publishing).await;
+        assert!(stopped.elapsed() < Duration::from_secs(5));
+        append(&store, 0, 0..10).await;
+        two.stop(PATIENCE).await.unwrap();
+        assert_eq!(mirror.kept(), log(&store, &Filter::all()).await, "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bus_that_hangs_or_fails_is_visible_and_holds_nobody_up() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let mirror = Mirror::default();
+    let node = node(&store, mirror.clone()).await;
+    reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
+    mirror.down.store(true, Ordering::SeqCst);
+    // Appends do not wait for the publisher.
+    append(&store, 0, 0..10).await;
+    reach(
+        &node,
+        "it retries",
+        |state| matches!(state, PublisherState::Retrying { error } if error.contains("down")),
+    )
+    .await;
+    mirror.down.store(false, Ordering::SeqCst);
+    eventually("all is published", || mirror.kept().len() == 10).await;
+    reach(&node, "it publishes again", |state| *state == PublisherState::Publishing).await;
+
+    mirror.hangs.store(true, Ordering::SeqCst);
+    append(&store, 0, 0..10).await;
+    let error = node.stop(Duration::from_millis(200)).await.unwrap_err();
+    assert_eq!(error.name, "publisher", "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, 0..10).await;
+    let bus = LocalBus::with_capacity(1);
+    let mut prompt = bus.subscribe().await.unwrap();
+    let mut slow = bus.subscribe().await.unwrap();
+    let node = node(&store, bus.clone()).await;
+    reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
+    let head = append(&store, 0, 0..2_000).await;
+    let mut next = None;
+    // From the frontier on, adjacent, in batches of at most 512.
+    let mut seen = 0;
+    while next != Some(head) {
+        match timeout(PATIENCE, prompt.next()).await.unwrap().unwrap() {
+            BusItem::Batch(batch) => {
+                assert!(next.is_none_or(|next| next == batch.after) || seen == 0, "{batch:?}");
+                assert!(batch.events.len() <= 512);
+                seen += batch.events.len();
+                next = Some(batch.upto);
+            }
+            BusItem::Head(_) => {}
+            // The ring has one place only: this reader may be late as well.
+            _ => {
+                seen = 0;
+                next = None;
+            }
+        }
+    }
+    assert!(matches!(slow.next().await, Ok(BusItem::Gap)));
+    node.stop(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn foreign_appends_are_found_by_polling() {
+    // Two handles on one file, as two processes have: the second one's appends wake nobody here.
+    let dir = tempfile::TempDir::new().unwrap();
+    let open = || storied::SqliteStore::open(dir.path().join("events.db"));
+    let here: Arc<dyn EventStore> = Arc::new(open().await.unwrap());
+    let there: Arc<dyn EventStore> = Arc::new(open().await.unwrap());
+    let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
+    let node = Node::start(here, Arc::new(LocalBus::new()), feed, publishing()).await;
+    let handle = node.projection(recorder("memory"), InMemory::new(), options()).await;
+    crate::support::reach(&handle, ProjectionState::Following).await;
+    for n in 0..5 {
+        let position = append(&there, 0, [n]).await;
+        catch_up(&handle, position).await;
+    }
+    node.stop(PATIENCE).await.unwrap();
+}

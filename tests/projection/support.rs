@@ -1,0 +1,697 @@
+//! Events, projections that record what they saw, and a store and buses with faults.
+
+use std::collections::VecDeque;
+use std::marker::PhantomData;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use sqlx::sqlite::SqliteConnection;
+use storied::bus::{BusError, BusItem, BusPublisher, BusScope, BusSubscription, LogBatch, MirrorEnd, Resume};
+use storied::projection::{ApplyError, ProjectionState, SqliteReadModel};
+use storied::store::{
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
+    LogPage, ParkedEvent, Snapshot, StoreInfo,
+};
+use storied::testing::Node;
+use storied::{
+    Event, EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Metadata, NewEvent, Position,
+    Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent, SqliteStore,
+    StoreError, StreamId, Version,
+};
+use tempfile::TempDir;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Thing {
+    Even { n: u64 },
+    Odd { n: u64 },
+    Never,
+}
+
+impl Event for Thing {
+    const CATEGORY: &'static str = "thing";
+}
+
+impl Thing {
+    pub fn of(n: u64) -> Self {
+        if n.is_multiple_of(2) { Thing::Even { n } } else { Thing::Odd { n } }
+    }
+}
+
+/// The stores that everything runs on.
+pub async fn stores() -> Vec<(&'static str, Arc<dyn EventStore>, TempDir)> {
+    let dir = TempDir::new().unwrap();
+    let sqlite = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
+    vec![
+        ("memory", Arc::new(MemoryStore::new()) as _, TempDir::new().unwrap()),
+        ("sqlite", Arc::new(sqlite) as _, dir),
+    ]
+}
+
+pub async fn append(
+    store: &Arc<dyn EventStore>,
+    stream: u64,
+    numbers: impl IntoIterator<Item = u64>,
+) -> Position {
+    let codec = store.info().codec;
+    let events =
+        numbers.into_iter().map(|n| NewEvent::encode(&Thing::of(n), codec, &Metadata::default()).unwrap());
+    append_raw(store, stream, events.collect()).await
+}
+
+pub async fn append_raw(store: &Arc<dyn EventStore>, stream: u64, events: Vec<NewEvent>) -> Position {
+    let stream = StreamId::new("thing", stream).unwrap();
+    let append = Append::one(stream, ExpectedVersion::Any, events);
+    let appended = store.append(vec![append]).await.remove(0).unwrap();
+    *appended.positions.last().unwrap()
+}
+
+/// An event whose bytes are no `Thing`.
+pub fn garbage(store: &Arc<dyn EventStore>) -> NewEvent {
+    let event = NewEvent::encode(&Thing::Even { n: 0 }, store.info().codec, &Metadata::default()).unwrap();
+    NewEvent { payload: Bytes::from_static(&[0xff, 0x00]), ..event }
+}
+
+/// What the log has for a filter.
+pub async fn log(store: &Arc<dyn EventStore>, filter: &Filter) -> Vec<Position> {
+    let mut positions = Vec::new();
+    let mut after = Position::START;
+    loop {
+        let page = store.read_log(ReadLog::after(after).filter(filter.clone())).await.unwrap();
+        positions.extend(page.events.iter().map(|event| event.position));
+        after = page.scanned_to;
+        if !page.has_more() {
+            return positions;
+        }
+    }
+}
+
+pub fn evens() -> Filter {
+    Filter::variants::<Thing>(&["even"]).unwrap()
+}
+
+/// What a test does with an event before it is recorded.
+pub type Hook = Arc<dyn Fn(&RecordedEvent) -> BoxFuture<'static, Result<(), ApplyError>> + Send + Sync>;
+
+pub fn hook(f: impl Fn(&RecordedEvent) -> Result<(), ApplyError> + Send + Sync + 'static) -> Hook {
+    Arc::new(move |event| {
+        let result = f(event);
+        Box::pin(async { result })
+    })
+}
+
+/// Fails for the event at this position for as long as `broken` is set.
+pub fn poison(position: u64, broken: &Arc<AtomicBool>) -> Hook {
+    let broken = broken.clone();
+    hook(move |event| {
+        let fails = event.position.get() == position && broken.load(Ordering::SeqCst);
+        if fails { Err("poison".into()) } else { Ok(()) }
+    })
+}
+
+/// Waits before every event while it is closed.
+#[derive(Clone)]
+pub struct Gate(watch::Sender<bool>);
+
+impl Gate {
+    pub fn closed() -> Self {
+        Self(watch::Sender::new(true))
+    }
+
+    pub fn open(&self) {
+        self.0.send_replace(false);
+    }
+
+    /// Waits until somebody waits.
+    pub async fn reached(&self) {
+        timeout(PATIENCE, async {
+            while self.0.receiver_count() == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await
+        .unwrap();
+    }
+
+    pub fn hook(&self) -> Hook {
+        let gate = self.clone();
+        Arc::new(move |_| {
+            let mut gate = gate.0.subscribe();
+            Box::pin(async move {
+                gate.wait_for(|closed| !closed).await.unwrap();
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Records the positions that it was given, in this process's memory: what was given twice is there twice.
+pub struct Recorder<T> {
+    name: String,
+    filter: Filter,
+    hook: Hook,
+    pub seen: Arc<Mutex<Vec<Position>>>,
+    transaction: PhantomData<fn(T)>,
+}
+
+pub fn recorder<T>(name: &str) -> Recorder<T> {
+    Recorder {
+        name: name.into(),
+        filter: Filter::all(),
+        hook: hook(|_| Ok(())),
+        seen: Arc::default(),
+        transaction: PhantomData,
+    }
+}
+
+impl<T> Recorder<T> {
+    pub fn filter(self, filter: Filter) -> Self {
+        Self { filter, ..self }
+    }
+
+    pub fn hook(self, hook: Hook) -> Self {
+        Self { hook, ..self }
+    }
+}
+
+impl<T: Send + 'static> Projection for Recorder<T> {
+    type Transaction = T;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn filter(&self) -> Filter {
+        self.filter.clone()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
+        (self.hook)(event).await?;
+        self.seen.lock().unwrap().push(event.position);
+        Ok(())
+    }
+
+    async fn reset(&mut self, _: &mut T) -> Result<(), ApplyError> {
+        self.seen.lock().unwrap().clear();
+        Ok(())
+    }
+}
+
+/// Records the positions that it was given in a table, in the transaction of its checkpoint.
+pub struct Table {
+    name: String,
+    filter: Filter,
+    hook: Hook,
+}
+
+pub fn table(name: &str) -> Table {
+    Table { name: name.into(), filter: Filter::all(), hook: hook(|_| Ok(())) }
+}
+
+impl Table {
+    pub fn filter(self, filter: Filter) -> Self {
+        Self { filter, ..self }
+    }
+
+    pub fn hook(self, hook: Hook) -> Self {
+        Self { hook, ..self }
+    }
+}
+
+impl Projection for Table {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn filter(&self) -> Filter {
+        self.filter.clone()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::query("INSERT INTO seen (name, position) VALUES (?, ?)")
+            .bind(&self.name)
+            .bind(event.position.get() as i64)
+            .execute(tx)
+            .await?;
+        // Behind the write, so that a failure has something to roll back.
+        (self.hook)(event).await
+    }
+
+    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::query("DELETE FROM seen WHERE name = ?").bind(&self.name).execute(tx).await?;
+        Ok(())
+    }
+}
+
+/// A database for [`Table`]s.
+pub struct Database {
+    pub dir: TempDir,
+}
+
+impl Database {
+    pub async fn new() -> Self {
+        let database = Self { dir: TempDir::new().unwrap() };
+        let model = database.open().await;
+        sqlx::query("CREATE TABLE seen (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT, position INTEGER)")
+            .execute(model.pool())
+            .await
+            .unwrap();
+        database
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("read-model.db")
+    }
+
+    pub async fn open(&self) -> SqliteReadModel {
+        SqliteReadModel::open(self.path()).await.unwrap()
+    }
+
+    /// What a table was given, in that order.
+    pub async fn seen(&self, name: &str) -> Vec<Position> {
+        let model = self.open().await;
+        let rows: Vec<i64> = sqlx::query_scalar("SELECT position FROM seen WHERE name = ? ORDER BY id")
+            .bind(name)
+            .fetch_all(model.pool())
+            .await
+            .unwrap();
+        rows.into_iter().map(|position| Position::new(position as u64)).collect()
+    }
+}
+
+/// A node with short pauses, so that tests are quick.
+pub async fn node(store: &Arc<dyn EventStore>, bus: impl EventBus) -> Node {
+    let feed = FeedOptions::new().idle_poll(Duration::from_millis(50));
+    Node::start(store.clone(), Arc::new(bus), feed, publishing()).await
+}
+
+pub fn publishing() -> PublisherOptions {
+    PublisherOptions::new()
+        .idle_poll(Duration::from_millis(20))
+        .heartbeat(Duration::from_millis(50))
+        .lease(Duration::from_millis(300))
+}
+
+pub async fn local_node(store: &Arc<dyn EventStore>) -> Node {
+    node(store, LocalBus::new()).await
+}
+
+/// Quick retries and takeovers.
+pub fn options() -> ProjectionOptions {
+    ProjectionOptions::new()
+        .backoff(Duration::from_millis(1), Duration::from_millis(10))
+        .lease(Duration::from_millis(300))
+}
+
+pub async fn reach(handle: &ProjectionHandle, state: ProjectionState) {
+    let mut watch = handle.watch();
+    let reached = timeout(PATIENCE, watch.wait_for(|status| status.state == state)).await;
+    assert!(matches!(reached, Ok(Ok(_))), "{} never became {state:?}: {:?}", handle.name(), handle.status());
+}
+
+pub async fn catch_up(handle: &ProjectionHandle, position: Position) {
+    if let Err(error) = handle.caught_up_to_within(position, PATIENCE).await {
+        panic!("{error}; {:?}", handle.status());
+    }
+}
+
+/// Random enough for faults, and repeatable.
+#[derive(Debug)]
+pub struct Dice(AtomicU64);
+
+impl Dice {
+    pub fn new(seed: u64) -> Self {
+        Self(AtomicU64::new(seed))
+    }
+
+    /// Below `sides`.
+    pub fn roll(&self, sides: u64) -> u64 {
+        // https://prng.di.unimi.it/splitmix64.c
+        let mut z =
+            self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % sides
+    }
+
+    pub async fn pause(&self, max_millis: u64) {
+        tokio::time::sleep(Duration::from_millis(self.roll(max_millis))).await;
+    }
+}
+
+/// What happens to what subscribers of a [`Lossy`] bus would get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Everything: dropped, doubled, delayed, out of order, and broken subscriptions.
+    Chaos,
+    /// Only heartbeats arrive.
+    Batches,
+    /// Nothing arrives, and nobody says so.
+    Silence,
+    /// Subscribing fails.
+    Refused,
+}
+
+/// A local bus that loses things.
+pub struct Lossy {
+    inner: LocalBus,
+    loss: Loss,
+    dice: Arc<Dice>,
+}
+
+impl Lossy {
+    pub fn new(loss: Loss, seed: u64) -> Self {
+        Self { inner: LocalBus::new(), loss, dice: Arc::new(Dice::new(seed)) }
+    }
+}
+
+impl EventBus for Lossy {
+    fn name(&self) -> &'static str {
+        "lossy"
+    }
+
+    fn scope(&self) -> BusScope {
+        BusScope::Process
+    }
+
+    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+        self.inner.publisher()
+    }
+
+    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+        Box::pin(async {
+            if self.loss == Loss::Refused {
+                return Err(BusError::Unavailable { reason: "refused".into(), source: None });
+            }
+            let inner = self.inner.subscribe().await?;
+            let (loss, dice) = (self.loss, self.dice.clone());
+            Ok(Box::new(LossySubscription { inner, loss, dice, ready: VecDeque::new(), held: Vec::new() })
+                as _)
+        })
+    }
+}
+
+struct LossySubscription {
+    inner: Box<dyn BusSubscription>,
+    loss: Loss,
+    dice: Arc<Dice>,
+    ready: VecDeque<BusItem>,
+    held: Vec<BusItem>,
+}
+
+impl BusSubscription for LossySubscription {
+    fn next(&mut self) -> BoxFuture<'_, Result<BusItem, BusError>> {
+        Box::pin(async {
+            loop {
+                if let Some(item) = self.ready.pop_front() {
+                    return Ok(item);
+                }
+                let item = self.inner.next().await?;
+                match (self.loss, &item) {
+                    (Loss::Chaos, _) => match self.dice.roll(12) {
+                        0 | 1 => {}
+                        2 => self.ready.extend([item.clone(), item]),
+                        3 | 4 => self.held.push(item),
+                        5 => self.ready.extend(self.held.drain(..).rev().chain([item])),
+                        6 => {
+                            self.ready.push_back(item);
+                            self.ready.extend(self.held.drain(..));
+                        }
+                        7 => return Err(BusError::Unavailable { reason: "cut off".into(), source: None }),
+                        8 => return Ok(BusItem::Gap),
+                        _ => return Ok(item),
+                    },
+                    (Loss::Batches, BusItem::Head(_)) => return Ok(item),
+                    _ => {}
+                }
+            }
+        })
+    }
+}
+
+/// A bus that all nodes share, keeps everything, and refuses what does not follow its end: as JetStream with an expected
+/// last sequence does.
+#[derive(Clone, Default)]
+pub struct Mirror {
+    kept: Arc<Mutex<Vec<Position>>>,
+    /// Publishing fails.
+    pub down: Arc<AtomicBool>,
+    /// Publishing hangs.
+    pub hangs: Arc<AtomicBool>,
+}
+
+impl Mirror {
+    pub fn kept(&self) -> Vec<Position> {
+        self.kept.lock().unwrap().clone()
+    }
+
+    fn end(&self) -> MirrorEnd {
+        let kept = self.kept.lock().unwrap();
+        MirrorEnd { position: kept.last().copied().unwrap_or_default(), sequence: kept.len() as u64 }
+    }
+}
+
+impl EventBus for Mirror {
+    fn name(&self) -> &'static str {
+        "mirror"
+    }
+
+    fn scope(&self) -> BusScope {
+        BusScope::Shared
+    }
+
+    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+        Box::pin(async { Ok(Box::new(MirrorPublisher { mirror: self.clone(), end: self.end() }) as _) })
+    }
+
+    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+        Box::pin(std::future::pending())
+    }
+}
+
+struct MirrorPublisher {
+    mirror: Mirror,
+    end: MirrorEnd,
+}
+
+impl BusPublisher for MirrorPublisher {
+    fn resume(&mut self, _: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+        self.end = self.mirror.end();
+        Box::pin(async { Ok(Resume::After(self.end)) })
+    }
+
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
+        Box::pin(async move {
+            while self.mirror.hangs.load(Ordering::SeqCst) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            for event in batch.events.iter() {
+                tokio::task::yield_now().await;
+                if self.mirror.down.load(Ordering::SeqCst) {
+                    return Err(BusError::Unavailable { reason: "down".into(), source: None });
+                }
+                let mut kept = self.mirror.kept.lock().unwrap();
+                if kept.len() as u64 != self.end.sequence {
+                    let reason = format!("expected {}, found {}", self.end.sequence, kept.len());
+                    return Err(BusError::Fenced { reason });
+                }
+                kept.push(event.position);
+                self.end = MirrorEnd { position: event.position, sequence: kept.len() as u64 };
+            }
+            Ok(self.end)
+        })
+    }
+
+    fn heartbeat(&mut self, _: Position) -> BoxFuture<'_, Result<(), BusError>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// One node's way to a store that others use as well.
+#[derive(Clone)]
+pub struct Link {
+    inner: Arc<dyn EventStore>,
+    /// Every call fails.
+    pub down: Arc<AtomicBool>,
+    /// Leases are not renewed: no answer.
+    pub mute: Arc<AtomicBool>,
+}
+
+impl Link {
+    pub fn new(inner: &Arc<dyn EventStore>) -> Self {
+        Self { inner: inner.clone(), down: Arc::default(), mute: Arc::default() }
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        if self.down.load(Ordering::SeqCst) {
+            return Err(StoreError::Unavailable { reason: "cut off".into(), source: None });
+        }
+        Ok(())
+    }
+}
+
+macro_rules! through {
+    ($self:ident, $call:expr) => {
+        Box::pin(async move {
+            $self.check()?;
+            $call.await
+        })
+    };
+}
+
+impl EventStore for Link {
+    fn info(&self) -> &StoreInfo {
+        self.inner.info()
+    }
+
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
+        self.inner.append(batch)
+    }
+
+    fn read_stream<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        after: Version,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
+        through!(self, self.inner.read_stream(stream, after, limit))
+    }
+
+    fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
+        through!(self, self.inner.read_log(read))
+    }
+
+    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        through!(self, self.inner.frontier())
+    }
+
+    fn appended(&self) -> watch::Receiver<Position> {
+        self.inner.appended()
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        through!(self, self.inner.checkpoint(name))
+    }
+
+    fn save_checkpoint<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        through!(self, self.inner.save_checkpoint(name, from, to, parked))
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        through!(self, self.inner.parked(name, limit))
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        through!(self, self.inner.remove_parked(name, position))
+    }
+
+    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
+        through!(self, self.inner.paused(name))
+    }
+
+    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
+        through!(self, self.inner.set_paused(name, paused))
+    }
+
+    fn acquire_lease<'a>(
+        &'a self,
+        name: &'a str,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        through!(self, self.inner.acquire_lease(name, owner, ttl))
+    }
+
+    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            self.check()?;
+            if self.mute.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
+            self.inner.renew_lease(lease, ttl).await
+        })
+    }
+
+    fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
+        through!(self, self.inner.release_lease(lease))
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
+        through!(self, self.inner.leases())
+    }
+
+    fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
+        through!(self, self.inner.snapshot(stream))
+    }
+
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        through!(self, self.inner.save_snapshot(stream, snapshot))
+    }
+}
+
+/// Appends from several tasks at once until dropped, `n` events in all at most.
+pub struct Writers {
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Writers {
+    pub fn start(store: &Arc<dyn EventStore>, tasks: u64, appends: u64, pause_millis: u64) -> Self {
+        let tasks = (0..tasks).map(|task| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                let dice = Dice::new(task);
+                for n in 0..appends {
+                    append(&store, task, (0..=dice.roll(3)).map(|k| n + k)).await;
+                    if pause_millis > 0 {
+                        dice.pause(pause_millis).await;
+                    }
+                }
+            })
+        });
+        Self { tasks: tasks.collect() }
+    }
+
+    pub async fn done(self) {
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+    }
+}
+
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let give_up = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < give_up, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}

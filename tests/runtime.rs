@@ -1,0 +1,289 @@
+//! The whole path through a runtime: commands in, read models out, and back again after every kind of end.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(missing_docs, reason = "tests are no product")]
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sqlx::{SqliteConnection, SqlitePool};
+use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
+use storied::{
+    Aggregate, Context, Decision, Event, EventStore, ExecuteError, Filter, MemoryStore, Position, ReadLog,
+    RecordedEvent, Runtime, SqliteStore,
+};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+#[derive(Default)]
+struct Account {
+    balance: i64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Deposit(i64);
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum AccountEvent {
+    Deposited { amount: i64 },
+}
+
+#[derive(Debug, Serialize, Deserialize, thiserror::Error)]
+#[error("nothing to deposit")]
+struct Nothing;
+
+impl Event for AccountEvent {
+    const CATEGORY: &'static str = "account";
+}
+
+impl Aggregate for Account {
+    type Event = AccountEvent;
+    type Command = Deposit;
+    type Reply = i64;
+    type Error = Nothing;
+
+    fn handle(
+        &self,
+        Deposit(amount): &Deposit,
+        _: &Context<'_>,
+    ) -> Result<Decision<AccountEvent, i64>, Nothing> {
+        if *amount == 0 {
+            return Err(Nothing);
+        }
+        Ok(Decision::event(AccountEvent::Deposited { amount: *amount }).reply(self.balance + amount))
+    }
+
+    fn apply(&mut self, AccountEvent::Deposited { amount }: &AccountEvent) {
+        self.balance += amount;
+    }
+}
+
+/// Writes down every event that it applies, with its place in the log: a second time would show.
+struct Ledger;
+
+impl Projection for Ledger {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        "ledger"
+    }
+
+    fn filter(&self) -> Filter {
+        Filter::of::<AccountEvent>().unwrap()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        let AccountEvent::Deposited { amount } = event.decode()?;
+        let position = i64::try_from(event.position.get())?;
+        sqlx::query("INSERT INTO ledger (position, amount) VALUES (?, ?)")
+            .bind(position)
+            .bind(amount)
+            .execute(tx)
+            .await?;
+        Ok(())
+    }
+}
+
+struct Count(tokio::sync::watch::Sender<u64>);
+
+impl Projection for Count {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "count"
+    }
+
+    fn filter(&self) -> Filter {
+        Filter::all()
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+        self.0.send_modify(|count| *count += 1);
+        Ok(())
+    }
+}
+
+/// A shop's files.
+struct Shop {
+    directory: TempDir,
+}
+
+impl Shop {
+    fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap() }
+    }
+
+    async fn store(&self) -> SqliteStore {
+        SqliteStore::open(self.directory.path().join("shop.db")).await.unwrap()
+    }
+
+    async fn read(&self) -> SqlitePool {
+        let path = self.directory.path().join("read.db");
+        let read = SqlitePool::connect(&format!("sqlite:{}?mode=rwc", path.display())).await.unwrap();
+        let create =
+            "CREATE TABLE IF NOT EXISTS ledger (n INTEGER PRIMARY KEY, position INTEGER, amount INTEGER)";
+        sqlx::query(create).execute(&read).await.unwrap();
+        read
+    }
+
+    async fn open(&self) -> (Runtime, SqlitePool) {
+        let read = self.read().await;
+        let runtime = Runtime::builder()
+            .store(self.store().await)
+            .aggregate::<Account>()
+            .projection(Ledger, SqliteReadModel::new(read.clone()))
+            .start()
+            .await
+            .unwrap();
+        (runtime, read)
+    }
+}
+
+async fn ledger(read: &SqlitePool) -> Vec<(u64, i64)> {
+    let rows: Vec<(i64, i64)> =
+        sqlx::query_as("SELECT position, amount FROM ledger ORDER BY n").fetch_all(read).await.unwrap();
+    rows.into_iter().map(|(position, amount)| (u64::try_from(position).unwrap(), amount)).collect()
+}
+
+async fn log(store: &dyn EventStore) -> Vec<(u64, i64)> {
+    let page = store.read_log(ReadLog::after(Position::START).limit(usize::MAX)).await.unwrap();
+    page.events
+        .iter()
+        .map(|event| {
+            let AccountEvent::Deposited { amount } = event.decode().unwrap();
+            (event.position.get(), amount)
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn what_was_executed_can_be_read() {
+    let shop = Shop::new();
+    let (runtime, read) = shop.open().await;
+    for n in 1..=50 {
+        let receipt = runtime.execute::<Account>(n % 5, Deposit(n)).await.unwrap();
+        runtime.projection("ledger").unwrap().caught_up_to(receipt.position).await.unwrap();
+        assert_eq!(ledger(&read).await.last(), Some(&(receipt.position.get(), n)));
+    }
+    let status = runtime.status().await;
+    assert_eq!(status.frontier.unwrap(), Position::new(50));
+    assert_eq!(status.projections["ledger"].state, ProjectionState::Following);
+    assert_eq!(status.projections["ledger"].lag(), 0);
+    assert_eq!(status.aggregates[0].live, 5);
+    assert_eq!(status.writer.events, 50);
+    assert_eq!(status.leases.unwrap()[0].lease.name, "projection/ledger");
+    let unknown = runtime.projection("stock").unwrap_err();
+    assert_eq!(unknown.to_string(), "there is no projection \"stock\"; this node has ledger");
+    runtime.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_restart_goes_on_and_a_new_projection_starts_from_the_beginning() {
+    let shop = Shop::new();
+    let (runtime, _) = shop.open().await;
+    for n in 1..=20 {
+        runtime.execute::<Account>("a", Deposit(n)).await.unwrap();
+    }
+    runtime.shutdown().await.unwrap();
+
+    let count = tokio::sync::watch::Sender::new(0);
+    let read = shop.read().await;
+    let runtime = Runtime::builder()
+        .store(shop.store().await)
+        .aggregate::<Account>()
+        .projection(Ledger, SqliteReadModel::new(read.clone()))
+        .projection(Count(count.clone()), InMemory::new())
+        .start()
+        .await
+        .unwrap();
+    let receipt = runtime.execute::<Account>("a", Deposit(1)).await.unwrap();
+    assert_eq!(receipt.reply, 211);
+    for name in ["ledger", "count"] {
+        runtime.projection(name).unwrap().caught_up_to(receipt.position).await.unwrap();
+    }
+    assert_eq!(*count.borrow(), 21);
+    let store = shop.store().await;
+    assert_eq!(ledger(&read).await, log(&store).await);
+    runtime.shutdown().await.unwrap();
+}
+
+/// The runtime is dropped without a word, at any moment, again and again. Each caller repeats what got no answer, with the
+/// same id.
+#[tokio::test(flavor = "multi_thread")]
+async fn dropped_at_any_moment_nothing_is_lost_or_doubled() {
+    let shop = Shop::new();
+    let mut acknowledged = 0;
+    let commands: Vec<(u64, Uuid)> = (0..600).map(|n| (n % 7, Uuid::now_v7())).collect();
+    let mut left = commands.clone();
+    for round in 0..12_u64 {
+        let (runtime, _) = shop.open().await;
+        let mut tasks = tokio::task::JoinSet::new();
+        for (account, id) in left.drain(..) {
+            let runtime = runtime.clone();
+            tasks.spawn(async move {
+                let result = runtime.execute::<Account>(account, Deposit(1)).command_id(id).await;
+                (account, id, result)
+            });
+        }
+        if round < 11 {
+            tokio::time::sleep(Duration::from_millis(1 + round * 2)).await;
+            // What is left of the tasks lets go of its clone; the last one stops everything at once.
+            drop(runtime);
+            tasks.abort_all();
+        }
+        let mut answered = std::collections::HashSet::new();
+        while let Some(task) = tasks.join_next().await {
+            match task {
+                Ok((_, id, Ok(_))) => _ = answered.insert(id),
+                Ok((
+                    _,
+                    _,
+                    Err(
+                        ExecuteError::OutcomeUnknown { .. }
+                        | ExecuteError::Store(_)
+                        | ExecuteError::ShuttingDown,
+                    ),
+                )) => {}
+                Ok((_, _, Err(error))) => panic!("{error}"),
+                Err(aborted) => assert!(aborted.is_cancelled(), "{aborted}"),
+            }
+        }
+        acknowledged += answered.len();
+        // Some repeat what had an answer: that changes nothing.
+        left = commands
+            .iter()
+            .copied()
+            .filter(|(_, id)| !answered.contains(id) || id.as_u128() % 5 == 0)
+            .collect();
+    }
+    assert!(acknowledged >= commands.len());
+    let (runtime, read) = shop.open().await;
+    runtime.projection("ledger").unwrap().wait_until_live(Duration::from_secs(20)).await.unwrap();
+    let store = shop.store().await;
+    let events = log(&store).await;
+    assert_eq!(events.len(), commands.len(), "each command took effect once");
+    assert_eq!(ledger(&read).await, events, "the read model is the log, in order, each event once");
+    runtime.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_contradicts_itself_does_not_start() {
+    let twice = Runtime::builder()
+        .store(MemoryStore::new())
+        .projection(Count(tokio::sync::watch::Sender::new(0)), InMemory::new())
+        .projection(Count(tokio::sync::watch::Sender::new(0)), InMemory::new());
+    assert!(twice.start().await.unwrap_err().to_string().contains("two projections are called \"count\""));
+}
+
+#[test]
+fn public_handles_can_be_shared() {
+    fn shared<T: Send + Sync + 'static>() {}
+    shared::<Runtime>();
+    shared::<storied::projection::ProjectionHandle>();
+    shared::<MemoryStore>();
+    shared::<SqliteStore>();
+    shared::<SqliteReadModel>();
+    shared::<ExecuteError<Nothing>>();
+    shared::<storied::StoreError>();
+}
