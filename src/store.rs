@@ -20,7 +20,7 @@ mod filter;
 mod lease;
 mod memory;
 #[cfg(feature = "postgres")]
-mod postgres;
+pub(crate) mod postgres;
 mod progress;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;

@@ -16,10 +16,10 @@ mod frontier;
 mod options;
 mod outcome;
 mod plan;
-pub(crate) mod progress;
+mod progress;
 mod read;
 mod schema;
-pub(crate) mod sql;
+mod sql;
 mod state;
 
 use std::fmt;
@@ -32,11 +32,14 @@ use tokio::task::AbortHandle;
 use uuid::{Uuid, uuid};
 
 use self::connection::Connections;
+pub(crate) use self::error::{failed, is_outage};
 use self::frontier::Frontier;
 pub use self::frontier::Stall;
 pub use self::options::PostgresOptions;
-use self::progress::Progress;
-use self::sql::{LogSql, Schema};
+pub(crate) use self::progress::Progress;
+pub(crate) use self::schema::prepare_read_model;
+use self::sql::LogSql;
+pub(crate) use self::sql::Schema;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
     LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,

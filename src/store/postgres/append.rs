@@ -264,13 +264,12 @@ impl Failure {
         if error::overtaken(&error) {
             return Failure::Overtaken;
         }
-        let retry = verdict(&error) == Verdict::Retry;
-        let error_verdict = verdict(&error);
+        let verdict = verdict(&error);
         let error = failed(DOING, error);
-        match error_verdict {
-            _ if retry => Failure::Retry(error),
+        match verdict {
+            Verdict::Retry => Failure::Retry(error),
             Verdict::Refused => Failure::Refused(error),
-            _ => Failure::Failed(error),
+            Verdict::Failed | Verdict::Unknown => Failure::Failed(error),
         }
     }
 }

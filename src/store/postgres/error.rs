@@ -36,18 +36,32 @@ pub(crate) fn verdict(error: &sqlx::Error) -> Verdict {
     match database.code().as_deref().unwrap_or_default() {
         OVERTAKEN => Verdict::Retry,
         UNSAFE => Verdict::Failed,
+        // The connection, says a pooler in between that lost its own.
+        code if code.starts_with("08") => Verdict::Unknown,
         // Transaction rollbacks: serialization failure, deadlock.
         code if code.starts_with("40") => Verdict::Retry,
         // A lock that could not be had, and a statement that was cancelled or timed out.
         "55P03" | "57014" => Verdict::Failed,
-        code if ["08", "28", "3D", "53", "57", "58", "25", "42"]
-            .iter()
-            .any(|class| code.starts_with(class)) =>
-        {
+        code if ["28", "3D", "53", "57", "58", "25", "42"].iter().any(|class| code.starts_with(class)) => {
             Verdict::Failed
         }
         _ => Verdict::Refused,
     }
+}
+
+/// Whether a statement failed because of the server or of what others did, and not because of what it said.
+pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
+    // A missing table or right stays missing: whoever wrote the statement has to hear of it.
+    let lasting = error.as_database_error().and_then(|error| error.code());
+    let lasting =
+        lasting.is_some_and(|code| ["42", "25", "28", "3D"].iter().any(|class| code.starts_with(class)));
+    let mistake =
+        matches!(
+            error,
+            sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::TypeNotFound { .. }
+        ) || matches!(error, sqlx::Error::ColumnIndexOutOfBounds { .. } | sqlx::Error::ColumnDecode { .. })
+            || matches!(error, sqlx::Error::Decode(_));
+    !lasting && !mistake && verdict(error) != Verdict::Refused
 }
 
 /// Whether it was [`OVERTAKEN`], which is no failure of anybody's.

@@ -166,6 +166,21 @@ impl Progress {
             .map_err(|error| failed(&format!("removing a parked event of {name}"), error))?;
         Ok(removed.rows_affected() > 0)
     }
+
+    /// Forgets all parked events of `name`.
+    pub(crate) async fn unpark_all(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+    ) -> Result<(), StoreError> {
+        sqlx::query(self.sql.unpark_all.clone())
+            .bind(name)
+            .persistent(self.persistent)
+            .execute(connection)
+            .await
+            .map_err(|error| failed(&format!("removing the parked events of {name}"), error))?;
+        Ok(())
+    }
 }
 
 fn parked_event(row: &PgRow) -> Result<ParkedEvent, sqlx::Error> {

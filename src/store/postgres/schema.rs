@@ -150,7 +150,6 @@ pub(super) async fn prepare(
 }
 
 /// Creates the tables for checkpoints and parked events if need be, in a database that may be anybody's.
-#[allow(dead_code, reason = "read models in PostgreSQL use it")]
 pub(crate) async fn prepare_read_model(
     connection: &mut PgConnection,
     schema: &Schema,

@@ -17,6 +17,11 @@ pub(crate) struct Schema(Arc<str>);
 impl Schema {
     pub(crate) const DEFAULT: &'static str = "storied";
 
+    /// The one that everything is in unless somebody has chosen another.
+    pub(crate) fn standard() -> Self {
+        Self(Self::DEFAULT.into())
+    }
+
     /// # Errors
     /// `Invalid` for a name that PostgreSQL would need quotes for, would cut off, or keeps for itself.
     pub(crate) fn new(name: &str) -> Result<Self, StoreError> {
@@ -146,5 +151,6 @@ statements! {
         parked: "SELECT position, event_id, category, stream_id, version, event_name, error, attempts, parked_at
             FROM storied.parked WHERE name = $1 ORDER BY position LIMIT $2",
         unpark: "DELETE FROM storied.parked WHERE name = $1 AND position = $2",
+        unpark_all: "DELETE FROM storied.parked WHERE name = $1",
     }
 }
