@@ -5,6 +5,7 @@
 
 mod conformance;
 mod oracle;
+mod pooler;
 mod read_model;
 #[path = "../support/mod.rs"]
 mod support;

@@ -111,6 +111,10 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
             "a login that PostgreSQL accepts",
             "check user name and password of the database URL, and pg_hba.conf on the server",
         ),
+        "08P01" if message.contains("unsupported startup parameter") => incompatible(
+            "a connection to PostgreSQL itself, or PostgresOptions::transaction_pooler",
+            "set that option when a pooler such as PgBouncer is in between",
+        ),
         "3D000" => incompatible("an existing database", "create it, or correct the name in the database URL"),
         "42P01" | "42883" | "3F000" | "42703" | "42809" => {
             incompatible("storied's tables and functions", "run storied's migrations on this database")
