@@ -12,6 +12,7 @@
 //! `scripts/test` provides the programs; a missing one fails the test, it never skips it.
 #![allow(
     dead_code,
+    unused_imports,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
@@ -21,12 +22,14 @@
 )]
 
 mod nats;
+mod pgbouncer;
 mod ports;
 mod postgres;
 mod process;
 mod workdir;
 
 pub use nats::{NatsOptions, NatsServer};
+pub use pgbouncer::PgBouncer;
 pub use ports::Port;
 pub use postgres::PostgresServer;
 pub use workdir::processes_in;
