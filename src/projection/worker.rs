@@ -341,7 +341,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Err(error) => {
                 let what = "could not look whether the projection is paused";
                 tracing::warn!(projection = self.context.name, %error, what);
-                self.context.status.send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
+                self.context
+                    .status
+                    .send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
             }
         }
         self.flush().await;
