@@ -171,27 +171,16 @@ impl<A: Aggregate> Execute<A> {
         self
     }
 
-    /// Hands the command over and returns its id without waiting for the outcome. What becomes of it shows in the log; a
-    /// refusal is seen by nobody.
+    /// Hands the command over, and returns as soon as the aggregate's queue has it. Commands that are dispatched one after
+    /// the other to one aggregate are decided in that order, without waiting for each other's disk. Await what this
+    /// returns for the receipt; dropping it does not take the command back.
     ///
     /// # Errors
     /// When the command could not be handed over; then nothing happened.
-    pub async fn dispatch(self) -> Result<Uuid, ExecuteError<A::Error>> {
-        let id = self.command_id;
-        self.hand_over().await.map(|_answer| id)
-    }
-
-    async fn execute(self) -> Result<Receipt<A::Reply>, ExecuteError<A::Error>> {
-        let (id, timeout) = (self.command_id, self.timeout);
+    pub async fn dispatch(self) -> Result<Dispatched<A>, ExecuteError<A::Error>> {
+        let (command_id, timeout) = (self.command_id, self.timeout);
         let (deadline, answer) = self.hand_over().await?;
-        match tokio::time::timeout_at(deadline, answer).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(_dropped)) => Err(ExecuteError::OutcomeUnknown {
-                command_id: id,
-                reason: "its actor was stopped before it answered".into(),
-            }),
-            Err(_elapsed) => Err(ExecuteError::timed_out(id, timeout)),
-        }
+        Ok(Dispatched { command_id, deadline, timeout, answer })
     }
 
     async fn hand_over(self) -> Result<(Instant, OneshotReceiver<Answer<A>>), ExecuteError<A::Error>> {
@@ -224,7 +213,49 @@ impl<A: Aggregate> IntoFuture for Execute<A> {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        Box::pin(self.execute())
+        Box::pin(async move { self.dispatch().await?.receipt().await })
+    }
+}
+
+/// A command that was handed over: await it for the receipt. Made by [`Execute::dispatch`].
+pub struct Dispatched<A: Aggregate> {
+    command_id: Uuid,
+    deadline: Instant,
+    timeout: Duration,
+    answer: OneshotReceiver<Answer<A>>,
+}
+
+impl<A: Aggregate> Dispatched<A> {
+    /// The id under which the command takes effect.
+    pub fn command_id(&self) -> Uuid {
+        self.command_id
+    }
+
+    async fn receipt(self) -> Answer<A> {
+        let Self { command_id, deadline, timeout, answer } = self;
+        match tokio::time::timeout_at(deadline, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_dropped)) => Err(ExecuteError::OutcomeUnknown {
+                command_id,
+                reason: "its actor was stopped before it answered".into(),
+            }),
+            Err(_elapsed) => Err(ExecuteError::timed_out(command_id, timeout)),
+        }
+    }
+}
+
+impl<A: Aggregate> IntoFuture for Dispatched<A> {
+    type Output = Result<Receipt<A::Reply>, ExecuteError<A::Error>>;
+    type IntoFuture = BoxFuture<'static, Self::Output>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.receipt())
+    }
+}
+
+impl<A: Aggregate> fmt::Debug for Dispatched<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dispatched").field("command_id", &self.command_id).finish_non_exhaustive()
     }
 }
 

@@ -21,9 +21,11 @@
 //! }
 //! ```
 
+mod error;
 mod metadata;
 mod name;
 mod stream;
+mod types;
 
 use std::fmt;
 
@@ -33,10 +35,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
+pub use self::error::{DecodeError, DecodeErrorKind, EncodeError};
 pub use self::metadata::Metadata;
 pub use self::name::{Category, EventName, InvalidName};
 pub use self::stream::StreamId;
-use crate::codec::{Codec, DecodeError, EventTypes, Upcasters};
+pub(crate) use self::types::EventTypes;
+use crate::codec::{Codec, Upcasters};
 
 /// The events of one kind of aggregate: a serde enum in serde's default (externally tagged) form.
 ///
@@ -127,11 +131,7 @@ impl NewEvent {
     ///
     /// # Errors
     /// When the event does not serialize, or is no externally tagged enum.
-    pub fn encode<E: Event>(
-        event: &E,
-        codec: Codec,
-        metadata: &Metadata,
-    ) -> Result<Self, crate::codec::EncodeError> {
+    pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, EncodeError> {
         let (name, payload) = EventTypes::of::<E>()?.encode(event, codec)?;
         Ok(Self {
             id: Uuid::now_v7(),

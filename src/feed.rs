@@ -2,14 +2,16 @@
 //!
 //! One subscription to the bus serves all followers. What the bus lost, or only said it had, is read from the store; what it
 //! says twice is said once. Followers read from a bounded ring at their own pace: nobody waits for the slowest, who is told
-//! that it [lagged](FeedItem::Lagged) and goes back to reading the store by itself.
+//! that it lagged and goes back to reading the store by itself.
 
 mod stretch;
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -19,7 +21,7 @@ use crate::backoff::Backoff;
 use crate::bus::{BusError, BusItem, BusSubscription, EventBus, LogBatch};
 use crate::event::Position;
 use crate::store::{BoxFuture, EventStore};
-use crate::supervised::Task;
+use crate::supervised::{Task, panic_text};
 
 /// How the feed works.
 #[derive(Debug, Clone)]
@@ -111,7 +113,7 @@ impl Feed {
         let (status_sender, status) = watch::channel(FeedStatus::default());
         let (stop, mut stopping) = watch::channel(false);
         let weak = ring.downgrade();
-        let task = FeedTask {
+        let mut task = FeedTask {
             store,
             bus,
             idle_poll: options.idle_poll,
@@ -125,7 +127,7 @@ impl Feed {
                 biased;
                 // An error says that nobody is left who could stop it, or follow it.
                 _ = stopping.wait_for(|stop| *stop) => {}
-                () = task.run() => {}
+                () = task.run_for_ever() => {}
             }
         });
         Self { inner: Arc::new(Inner { ring: weak, status, stop, _task: task }) }
@@ -234,7 +236,20 @@ impl Source {
 }
 
 impl FeedTask {
-    async fn run(mut self) {
+    /// A panic (of a bus or a store) costs followers a hole, which they read from the store.
+    async fn run_for_ever(&mut self) {
+        let mut restarts = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
+        loop {
+            if let Err(panic) = AssertUnwindSafe(self.run()).catch_unwind().await {
+                let error = format!("the feed panicked: {}", panic_text(&*panic));
+                tracing::error!(bus = self.bus.name(), "{error}");
+                self.status.send_modify(|status| status.last_error = Some(error));
+                sleep(restarts.next()).await;
+            }
+        }
+    }
+
+    async fn run(&mut self) {
         let mut position = self.begin().await;
         let mut source = Source::subscribe(self.bus.clone(), Duration::ZERO);
         let mut poll_at = Instant::now() + self.idle_poll;

@@ -44,10 +44,10 @@ pub mod bus;
 pub mod codec;
 pub mod command;
 pub mod event;
-mod feed;
+pub mod feed;
 mod lease;
 pub mod projection;
-mod publisher;
+pub mod publisher;
 pub mod runtime;
 pub mod store;
 mod supervised;
@@ -58,8 +58,11 @@ pub use ciborium;
 
 pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
 pub use self::bus::{EventBus, LocalBus};
-pub use self::codec::{Codec, DecodeError, EncodeError, Upcasters};
-pub use self::event::{Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
+pub use self::codec::{Codec, Upcasters};
+pub use self::event::{
+    DecodeError, EncodeError, Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId,
+    Version,
+};
 pub use self::feed::{FeedOptions, FeedStatus};
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;

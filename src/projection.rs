@@ -5,11 +5,12 @@
 //!
 //! | read model | transaction | guarantee |
 //! |---|---|---|
-//! | [`SqliteReadModel`] | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
-//! | [`PostgresReadModel`] | `PgConnection` | the same |
+//! | `SqliteReadModel` | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
+//! | `PostgresReadModel` | `PgConnection` | the same |
 //! | [`InMemory`] | `()` | rebuilt at every start, on every node |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 
+mod control;
 mod external;
 mod handle;
 mod memory;
@@ -25,9 +26,10 @@ use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
 
+pub use self::control::ControlError;
 pub use self::external::{Delivery, External};
 pub(crate) use self::handle::spawn;
-pub use self::handle::{ControlError, ProjectionHandle, WaitError};
+pub use self::handle::{ProjectionHandle, WaitError};
 pub use self::memory::InMemory;
 pub use self::options::{FailurePolicy, ProjectionOptions};
 #[cfg(feature = "postgres")]
@@ -35,7 +37,8 @@ pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
 pub use self::status::{ProjectionState, ProjectionStatus};
-use crate::event::{Position, RecordedEvent};
+pub(crate) use self::worker::Surroundings;
+use crate::event::{EncodeError, Position, RecordedEvent};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, ParkedEvent, StoreError};
 
 /// What a failing [`Projection::apply`] says; boxed, so that `?` works on every error.
@@ -54,8 +57,12 @@ pub trait Projection: Send + 'static {
     /// The name of the checkpoint: unique in the store, and kept while the program evolves. A new name starts over.
     fn name(&self) -> &str;
 
-    /// Which events. Asked once, at start.
-    fn filter(&self) -> Filter;
+    /// Which events. Asked once, when the projection is registered; `Filter::of::<OrderEvent>()` and
+    /// `Filter::variants::<OrderEvent>(&["placed"])` are the usual answers.
+    ///
+    /// # Errors
+    /// When a filter names events that there are not; the runtime does not start then.
+    fn filter(&self) -> Result<Filter, EncodeError>;
 
     /// Folds one event in.
     fn apply(

@@ -8,18 +8,19 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::{ActorCell, SpawnErr};
+use ractor::SpawnErr;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
 use crate::bus::{EventBus, LocalBus};
-use crate::codec::EncodeError;
 use crate::command::{Execute, Handlers, StartRouterError};
-use crate::event::{Event, Position};
+use crate::event::{EncodeError, Event, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
-use crate::projection::{self, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel};
+use crate::projection::{
+    self, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel, Surroundings,
+};
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
     BoxFuture, EventStore, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
@@ -68,16 +69,8 @@ struct Registration {
 type StartAggregate = dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
     + Send;
 
-/// What projections of a node share.
-struct Surroundings {
-    store: Arc<dyn EventStore>,
-    feed: Feed,
-    node: Uuid,
-    supervisor: ActorCell,
-}
-
 type StartProjection =
-    dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>> + Send;
+    dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<ProjectionHandle, StartError>> + Send;
 
 /// Why a runtime does not start.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +95,7 @@ pub enum StartError {
         /// The name.
         name: String,
     },
-    /// An aggregate's events cannot be stored.
+    /// An aggregate's events cannot be stored, or a projection's filter names events that there are not.
     #[error(transparent)]
     Events(#[from] EncodeError),
     /// The store does not work.
@@ -209,8 +202,11 @@ impl Builder {
         R: ReadModel<Transaction = P::Transaction>,
     {
         let name = projection.name().to_owned();
-        let start = |Surroundings { store, feed, node, supervisor }: Surroundings| -> BoxFuture<'static, _> {
-            Box::pin(projection::spawn(projection, read_model, options, store, feed, node, Some(supervisor)))
+        let filter = projection.filter();
+        let start = |surroundings: Surroundings| -> BoxFuture<'static, _> {
+            Box::pin(async move {
+                Ok(projection::spawn(projection, filter?, read_model, options, surroundings).await?)
+            })
         };
         self.projections.push((name, Box::new(start)));
         self
@@ -266,9 +262,14 @@ impl Builder {
         let publisher =
             Publisher::spawn(store.clone(), self.bus, self.publisher, node, Some(supervisor.cell())).await?;
         let mut projections = Vec::with_capacity(self.projections.len());
+        let surroundings = Surroundings {
+            store: store.clone(),
+            feed: feed.clone(),
+            node,
+            supervisor: Some(supervisor.cell()),
+        };
         for (_, start) in self.projections {
-            let (store, feed, supervisor) = (store.clone(), feed.clone(), supervisor.cell());
-            projections.push(start(Surroundings { store, feed, node, supervisor }).await?);
+            projections.push(start(surroundings.clone()).await?);
         }
         let writer = Writer::start(store.clone(), WriterOptions::default());
         let mut handlers = Handlers::default();

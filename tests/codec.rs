@@ -10,7 +10,7 @@ use chrono::DateTime;
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 use storied::ciborium::Value;
-use storied::codec::DecodeErrorKind;
+use storied::event::DecodeErrorKind;
 use storied::{
     Codec, Event, EventName, Filter, Metadata, NewEvent, Position, RecordedEvent, StreamId, Upcasters,
     Version,

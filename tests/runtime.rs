@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decision, Event, EventStore, ExecuteError, Filter, MemoryStore, Position, ReadLog,
-    RecordedEvent, Runtime, SqliteStore,
+    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, MemoryStore,
+    Position, ReadLog, RecordedEvent, Runtime, SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -69,8 +69,8 @@ impl Projection for Ledger {
         "ledger"
     }
 
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>().unwrap()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::of::<AccountEvent>()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
@@ -94,8 +94,8 @@ impl Projection for Count {
         "count"
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
     }
 
     async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {

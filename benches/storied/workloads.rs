@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId};
+use storied::{EncodeError, Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId};
 
 use crate::args::{Plan, StoreKind};
 use crate::domain::{Account, AccountCommand, AccountEvent, text};
@@ -64,8 +64,8 @@ impl Projection for Bytes {
         "bytes"
     }
 
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>().unwrap()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::of::<AccountEvent>()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {

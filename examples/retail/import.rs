@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use futures_util::stream::{self, FuturesUnordered, StreamExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use storied::{ExecuteError, Position, Receipt, Runtime};
 use uuid::Uuid;
 
@@ -112,8 +112,8 @@ pub(crate) async fn import(
     (tally, result)
 }
 
-/// Opens an invoice and adds its lines. They are sent in their order, without waiting for one before the next: storied
-/// decides on them in this order, and stores what it decided together.
+/// Opens an invoice and adds its lines. They are dispatched in their order, without waiting for one before the next:
+/// storied decides on them in this order, and stores what it decided together.
 async fn record(runtime: &Runtime, batch: Batch) -> Answers {
     let Batch { invoice, before, rows } = batch;
     let (count, mut answers) = (rows.len(), Vec::with_capacity(rows.len() + 1));
@@ -121,13 +121,32 @@ async fn record(runtime: &Runtime, batch: Batch) -> Answers {
         let command = InvoiceCommand::Open { header: header(first) };
         answers.push(send(runtime, &invoice, command_id(first, 0, "open"), command).await);
     }
-    let commands = (before + 1..).zip(rows).map(|(number, row)| {
-        let (id, header) = (command_id(&row, number, "add line"), header(&row));
-        let Row { stock_code, description, quantity, unit_price, .. } = row;
-        let line = Line { number, stock_code, description, quantity, unit_price };
-        send(runtime, &invoice, id, InvoiceCommand::AddLine { header, line })
-    });
-    answers.extend(stream::iter(commands).buffered(LINES_UNDER_WAY).collect::<Vec<_>>().await);
+    let commands: Vec<_> = (before + 1..)
+        .zip(rows)
+        .map(|(number, row)| {
+            let (id, header) = (command_id(&row, number, "add line"), header(&row));
+            let Row { stock_code, description, quantity, unit_price, .. } = row;
+            let line = Line { number, stock_code, description, quantity, unit_price };
+            (id, InvoiceCommand::AddLine { header, line })
+        })
+        .collect();
+    for commands in commands.chunks(LINES_UNDER_WAY) {
+        let mut under_way = Vec::with_capacity(commands.len());
+        for (id, command) in commands {
+            let command = runtime.execute::<Invoice>(&invoice, command.clone()).command_id(*id);
+            under_way.push(command.dispatch().await);
+        }
+        for (dispatched, (id, command)) in under_way.into_iter().zip(commands) {
+            let answer = match dispatched {
+                Ok(dispatched) => dispatched.await,
+                Err(error) => Err(error),
+            };
+            answers.push(match answer {
+                Err(error) if error.is_transient() => send(runtime, &invoice, *id, command.clone()).await,
+                answer => answer,
+            });
+        }
+    }
     Answers { invoice, rows: count, answers }
 }
 

@@ -29,7 +29,7 @@ use self::rows::{RowError, Rows};
 /// How many commands an invoice recognises by their ids. A longer one still takes no line twice, see `domain.rs`.
 const COMMAND_WINDOW: usize = 1_000;
 /// How long a run that was killed keeps the read models from the next one.
-const LEASE: Duration = Duration::from_millis(500);
+const LEASE: Duration = Duration::from_secs(1);
 /// How long the read models may take to catch up after the last command.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -102,22 +102,26 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let runtime = Runtime::builder()
         .store(SqliteStore::open(&args.db).await?)
         .aggregate_with(AggregateOptions::<Invoice>::new().command_window(COMMAND_WINDOW))
-        .projection_with(RevenueByCountry::new()?, read_models.clone(), leased.clone())
-        .projection_with(UnitsByStockCode::new()?, read_models.clone(), leased)
+        .projection_with(RevenueByCountry, read_models.clone(), leased.clone())
+        .projection_with(UnitsByStockCode, read_models.clone(), leased)
         .start()
         .await?;
 
     let mut progress = Progress::new();
     let (tally, imported) = import::import(&runtime, rows, &mut progress).await;
-    for name in [RevenueByCountry::NAME, UnitsByStockCode::NAME] {
-        runtime.projection(name)?.caught_up_to_within(tally.position, PATIENCE).await?;
-    }
+    let caught_up = caught_up(&runtime, tally.position).await;
     let took = progress.done();
 
-    let events = count_events(&**runtime.store()).await?;
-    runtime.shutdown().await?;
+    let events = count_events(&**runtime.store()).await;
+    let ended = runtime.shutdown().await;
+    // Only now: whatever went wrong, the node was taken down in order. The first trouble is the one to tell.
     imported?;
-    let report = Report::new(&tally, events, Totals::read(read_models.pool()).await?, took);
+    caught_up?;
+    ended?;
+    let events = events?;
+    let totals = Totals::read(read_models.pool()).await?;
+    read_models.pool().close().await;
+    let report = Report::new(&tally, events, totals, took);
     let mut out = io::stdout().lock();
     let written = if args.json { report.write_json(&mut out) } else { report.write_text(&mut out) };
     match written.and_then(|()| out.flush()) {
@@ -125,6 +129,14 @@ async fn run(args: &Args) -> Result<(), Failure> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
+}
+
+/// Waits until the read models know of everything that the import did.
+async fn caught_up(runtime: &Runtime, position: Position) -> Result<(), Failure> {
+    for name in [RevenueByCountry::NAME, UnitsByStockCode::NAME] {
+        runtime.projection(name)?.caught_up_to_within(position, PATIENCE).await?;
+    }
+    Ok(())
 }
 
 /// How many events the log has, as anybody would find out who reads it.

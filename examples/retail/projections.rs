@@ -32,16 +32,10 @@ pub(crate) async fn create_tables(pool: &SqlitePool) -> Result<(), sqlx::Error> 
 
 /// Which invoices there are, and what each country brought in.
 #[derive(Debug)]
-pub(crate) struct RevenueByCountry {
-    filter: Filter,
-}
+pub(crate) struct RevenueByCountry;
 
 impl RevenueByCountry {
     pub(crate) const NAME: &str = "revenue_by_country";
-
-    pub(crate) fn new() -> Result<Self, EncodeError> {
-        Ok(Self { filter: Filter::of::<InvoiceEvent>()? })
-    }
 }
 
 impl Projection for RevenueByCountry {
@@ -51,8 +45,8 @@ impl Projection for RevenueByCountry {
         Self::NAME
     }
 
-    fn filter(&self) -> Filter {
-        self.filter.clone()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::of::<InvoiceEvent>()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
@@ -90,16 +84,10 @@ impl Projection for RevenueByCountry {
 
 /// What left the shop less what came back, of each article.
 #[derive(Debug)]
-pub(crate) struct UnitsByStockCode {
-    filter: Filter,
-}
+pub(crate) struct UnitsByStockCode;
 
 impl UnitsByStockCode {
     pub(crate) const NAME: &str = "units_by_stock_code";
-
-    pub(crate) fn new() -> Result<Self, EncodeError> {
-        Ok(Self { filter: Filter::variants::<InvoiceEvent>(&InvoiceEvent::LINES)? })
-    }
 }
 
 impl Projection for UnitsByStockCode {
@@ -109,8 +97,8 @@ impl Projection for UnitsByStockCode {
         Self::NAME
     }
 
-    fn filter(&self) -> Filter {
-        self.filter.clone()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::variants::<InvoiceEvent>(&InvoiceEvent::LINES)
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {

@@ -3,8 +3,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::codec::{DecodeError, EncodeError};
-use crate::event::{Position, StreamId, Version};
+use crate::event::{DecodeError, EncodeError, Position, StreamId, Version};
 use crate::store::{ExpectedVersion, StoreError};
 
 /// The answer to a command that took effect: what it says is durable.

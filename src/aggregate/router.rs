@@ -15,33 +15,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::actor::{AggregateActor, AggregateMessage, Shared};
+use super::actor::{AggregateActor, AggregateMessage, Load, Shared};
 pub(crate) use super::actor::{Answer, Order};
 use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
-use crate::codec::{EncodeError, EventTypes};
-use crate::event::{Event, StreamId};
+use crate::event::{EncodeError, Event, EventTypes, StreamId};
 use crate::store::{EventStore, StoreError, Writer};
 
 /// How many idle aggregates at most are looked at to make room for a new one.
 const EVICTION_SCAN: usize = 64;
-
-/// Counts a command as under way on its aggregate until it is dropped, which is with its answer. An aggregate with none
-/// has nothing queued and nothing speculated: it can leave memory without anybody losing anything.
-pub(super) struct Load(Arc<AtomicUsize>);
-
-impl Load {
-    fn new(counter: &Arc<AtomicUsize>) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter.clone())
-    }
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
-    }
-}
 
 /// How a kind of aggregate is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -77,20 +77,20 @@ impl Upcasters {
         self.rules.iter().find(|rule| rule.from == from)
     }
 
-    pub(super) fn concern(&self, variant: &str) -> bool {
+    pub(crate) fn concern(&self, variant: &str) -> bool {
         self.rule(variant).is_some()
     }
 
-    pub(super) fn old_names(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn old_names(&self) -> impl Iterator<Item = &str> {
         self.rules.iter().map(|rule| &*rule.from)
     }
 
     /// Where the chain from `variant` ends. Each rule is taken once at most, so that a circle ends as well.
-    pub(super) fn today<'a>(&'a self, variant: &'a str) -> &'a str {
+    pub(crate) fn today<'a>(&'a self, variant: &'a str) -> &'a str {
         self.chain(variant).last().map_or(variant, |rule| &rule.to)
     }
 
-    pub(super) fn apply<'a>(&'a self, variant: &'a str, payload: Value) -> Result<(&'a str, Value), String> {
+    pub(crate) fn apply<'a>(&'a self, variant: &'a str, payload: Value) -> Result<(&'a str, Value), String> {
         self.chain(variant).try_fold((variant, payload), |(_, payload), rule| {
             let payload = match &rule.upcast {
                 Some(upcast) => upcast(payload)?,

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::codec::EncodeError;
+use super::EncodeError;
 
 /// What travels with every event beside its payload.
 ///
@@ -36,7 +36,7 @@ impl Metadata {
     /// # Errors
     /// Never in practice: every field serializes.
     pub fn encode(&self) -> Result<Bytes, EncodeError> {
-        crate::codec::to_cbor(self).map(Bytes::from)
+        Ok(crate::codec::to_cbor(self)?.into())
     }
 
     /// Reads what [`encode`](Self::encode) wrote, or an older version of it.

@@ -2,16 +2,15 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::{ActorCell, RpcReplyPort, SpawnErr};
+use ractor::SpawnErr;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
-use uuid::Uuid;
 
-use super::worker::ProjectionWork;
+use super::control::{Control, ControlError, Reply};
+use super::worker::{ProjectionWork, Surroundings};
 use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
 use crate::event::Position;
-use crate::feed::Feed;
-use crate::store::{BoxFuture, Checkpoint, EventStore, ParkedEvent, StoreError};
+use crate::store::{BoxFuture, Checkpoint, EventStore, Filter, ParkedEvent, StoreError};
 use crate::supervised::{AskError, StopError, Supervised};
 
 /// How long [`ProjectionHandle::caught_up_to`] waits.
@@ -22,16 +21,6 @@ const CONTROL: Duration = Duration::from_secs(30);
 
 /// How often somebody who waits on a node that does not own the projection looks at the shared checkpoint.
 const SHARED_POLL: Duration = Duration::from_millis(25);
-
-/// What a projection is told.
-pub(super) enum Control {
-    Pause(Reply),
-    Resume(Reply),
-    Reset(Reply),
-    RetryParked(Position, Reply),
-}
-
-pub(super) type Reply = RpcReplyPort<Result<(), ControlError>>;
 
 /// A running projection. Cheap to clone; dropping it changes nothing.
 #[derive(Clone)]
@@ -80,57 +69,6 @@ pub enum WaitError {
     Store(#[from] StoreError),
 }
 
-/// Why a projection did not do what it was told.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum ControlError {
-    /// Another node owns the read model; ask there.
-    #[error("this node does not own projection {name}; ask the one that does")]
-    NotOwner {
-        /// The projection.
-        name: String,
-    },
-    /// There is no such parked event.
-    #[error("projection {name} has no parked event at position {position}")]
-    NotParked {
-        /// The projection.
-        name: String,
-        /// Where it was looked for.
-        position: Position,
-    },
-    /// The projection's own code failed; nothing was changed.
-    #[error("projection {name} refused: {reason}")]
-    Refused {
-        /// The projection.
-        name: String,
-        /// What it said.
-        reason: String,
-    },
-    /// Too much is asked of the projection at the same time.
-    #[error("too many control calls to projection {name} are under way; try again later")]
-    Overloaded {
-        /// The projection.
-        name: String,
-    },
-    /// The projection did not come to it in time; it may still do so.
-    #[error("projection {name} has not answered within {waited:?}; what was asked may still happen")]
-    TimedOut {
-        /// The projection.
-        name: String,
-        /// How long was waited.
-        waited: Duration,
-    },
-    /// It was stopped, or panicked meanwhile.
-    #[error("projection {name} ended before it answered")]
-    Stopped {
-        /// The projection.
-        name: String,
-    },
-    /// The store or the read model failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
 /// What a handle needs of a read model, whatever its transactions are.
 trait Progress: Send + Sync {
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
@@ -168,15 +106,13 @@ impl<R: ReadModel> Progress for R {
     }
 }
 
-/// Starts a projection on the node `node`. Reaches store and read model in the background, for as long as it takes.
+/// Starts a projection. Reaches store and read model in the background, for as long as it takes.
 pub(crate) async fn spawn<P, R>(
     projection: P,
+    filter: Filter,
     read_model: R,
     options: ProjectionOptions,
-    store: Arc<dyn EventStore>,
-    feed: Feed,
-    node: Uuid,
-    supervisor: Option<ActorCell>,
+    surroundings: Surroundings,
 ) -> Result<ProjectionHandle, SpawnErr>
 where
     P: Projection,
@@ -184,8 +120,8 @@ where
 {
     let name = Arc::from(projection.name());
     let read_model = Arc::new(read_model);
-    let (work, status) =
-        ProjectionWork::new(projection, read_model.clone(), options, store.clone(), feed, node);
+    let Surroundings { store, supervisor, .. } = surroundings.clone();
+    let (work, status) = ProjectionWork::new(projection, filter, read_model.clone(), options, surroundings);
     let actor = Supervised::spawn(work, supervisor).await?;
     Ok(ProjectionHandle { name, actor, status, progress: read_model, store })
 }

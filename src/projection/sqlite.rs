@@ -87,11 +87,15 @@ impl SqliteReadModel {
         store.ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
     }
 
-    async fn open_transaction(&self, doing: &str) -> Result<SqliteOpen, StoreError> {
-        let Ok(turn) = timeout(PATIENCE, self.shared.turn.clone().lock_owned()).await else {
+    async fn turn(&self, doing: &str) -> Result<OwnedMutexGuard<()>, StoreError> {
+        timeout(PATIENCE, self.shared.turn.clone().lock_owned()).await.map_err(|_| {
             let reason = format!("{doing}: another projection's transaction took longer than {PATIENCE:?}");
-            return Err(StoreError::Unavailable { reason, source: None });
-        };
+            StoreError::Unavailable { reason, source: None }
+        })
+    }
+
+    async fn open_transaction(&self, doing: &str) -> Result<SqliteOpen, StoreError> {
+        let turn = self.turn(doing).await?;
         // The lock is taken now and not with the first write: the checkpoint that is read stays true until the commit.
         let transaction = self.shared.pool.begin_with("BEGIN IMMEDIATE").await;
         Ok(SqliteOpen { transaction: transaction.map_err(|error| failed(doing, error))?, _turn: turn })
@@ -145,8 +149,8 @@ impl ReadModel for SqliteReadModel {
                 return Err(StoreError::Invalid { reason });
             }
             let doing = "preparing the read model's database";
-            // One at a time: sqlx does not lock a SQLite database while it migrates.
-            let _turn = self.shared.turn.lock().await;
+            // One at a time, so that they do not fail each other by trying at once.
+            let _turn = self.turn(doing).await?;
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
             progress::migrate(&mut connection).await?;
             progress::checkpoint(&mut connection, name, id).await.map(drop)

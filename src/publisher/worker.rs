@@ -124,10 +124,11 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         let Err(error) = interruption else { return };
         tracing::warn!(bus = shared.bus.name(), %error, "publishing was interrupted and goes on");
         shared.failed(error.to_string());
-        if inbox.is_stopping() && matches!(error, Interruption::Bus(BusError::Closed)) {
+        let for_others = shared.bus.scope() == BusScope::Shared;
+        if inbox.is_stopping() && (!for_others || matches!(error, Interruption::Bus(BusError::Closed))) {
             return;
         }
-        // Also while stopping: until the deadline there is still a chance to publish what is committed.
+        // While stopping too: until the deadline there is still a chance to publish what other nodes wait for.
         pause(&mut inbox, backoff.next()).await;
     }
 }
@@ -162,6 +163,7 @@ async fn stand_by(
                     () = inbox.stopping() => return None,
                 }
             }
+            Err(_) if inbox.is_stopping() => return None,
             Err(error) => {
                 tracing::warn!(%error, "the publisher could not ask for its lease");
                 shared.failed(error.to_string());

@@ -1,7 +1,8 @@
 use std::collections::BTreeSet;
 
-use crate::codec::{EncodeError, EventTypes};
-use crate::event::{Category, Event, EventName, InvalidName, RecordedEvent, StreamId};
+use crate::event::{
+    Category, EncodeError, Event, EventName, EventTypes, InvalidName, RecordedEvent, StreamId,
+};
 
 /// Which events a reader wants. Kinds of conditions are and-ed, values within one are or-ed; a condition that lists
 /// nothing matches nothing (an empty list is never read as "everything").

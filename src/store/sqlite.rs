@@ -8,6 +8,7 @@
 mod append;
 mod connection;
 mod error;
+mod migrate;
 pub(crate) mod progress;
 mod read;
 mod schema;

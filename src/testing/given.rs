@@ -4,8 +4,8 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use crate::aggregate::{Aggregate, Context, Decision};
-use crate::codec::{Codec, EventTypes};
-use crate::event::{Event, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
+use crate::codec::Codec;
+use crate::event::{Event, EventTypes, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
 
 /// Starts a test of an aggregate without a runtime: what has happened to it.
 ///

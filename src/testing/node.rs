@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
-use crate::projection::{Projection, ProjectionHandle, ProjectionOptions, ReadModel, spawn};
+use crate::projection::{Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, spawn};
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::EventStore;
 use crate::supervised::StopError;
@@ -54,7 +54,9 @@ impl Node {
         R: ReadModel<Transaction = P::Transaction>,
     {
         let (store, feed) = (self.store.clone(), self.feed.clone());
-        let handle = spawn(projection, read_model, options, store, feed, self.id, None).await;
+        let surroundings = Surroundings { store, feed, node: self.id, supervisor: None };
+        let filter = projection.filter().expect("the filter names events that there are");
+        let handle = spawn(projection, filter, read_model, options, surroundings).await;
         let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         handle

@@ -5,8 +5,8 @@ use std::time::Duration;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::ApplyError;
 use storied::{
-    EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore, Projection,
-    RecordedEvent, Runtime,
+    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore,
+    Projection, RecordedEvent, Runtime,
 };
 
 use crate::support::PostgresServer;
@@ -21,8 +21,8 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {

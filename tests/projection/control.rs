@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use storied::projection::{ApplyError, ControlError, External, FailurePolicy, InMemory, ProjectionState};
-use storied::{Filter, Position, Projection, RecordedEvent};
+use storied::{EncodeError, EventStore, Filter, Position, Projection, RecordedEvent};
 
 use crate::support::*;
 
@@ -89,8 +89,8 @@ async fn a_reset_applies_the_log_from_its_start() {
         }
         let all = log(&store, &Filter::all()).await;
         assert_eq!(database.seen("table").await, all, "{kind}");
-        assert_eq!(*memory_seen.lock().unwrap(), all, "{kind}");
-        assert_eq!(*delivered_seen.lock().unwrap(), all, "{kind}");
+        assert_eq!(memory_seen.positions(), all, "{kind}");
+        assert_eq!(delivered_seen.positions(), all, "{kind}");
         node.stop(PATIENCE).await.unwrap();
 
         // A paused one stays paused, and is empty.
@@ -118,8 +118,8 @@ impl Projection for NoReset {
         "no reset"
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
     }
 
     async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
@@ -147,5 +147,25 @@ async fn a_reset_that_is_refused_changes_nothing() {
         node.stop(PATIENCE).await.unwrap();
         let error = handle.pause().await.unwrap_err();
         assert!(matches!(error, ControlError::Stopped { .. }), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_applied_before_it_is_known_that_it_may() {
+    for (kind, store, _dir) in stores().await {
+        store.set_paused("memory", true).await.unwrap();
+        append(&store, 0, 0..5).await;
+        let link = Link::new(&store);
+        link.down.store(true, Ordering::SeqCst);
+        let cut: Arc<dyn EventStore> = Arc::new(link.clone());
+        let node = local_node(&cut).await;
+        let recorder = recorder("memory");
+        let seen = recorder.seen.clone();
+        let handle = node.projection(recorder, InMemory::new(), options()).await;
+        reach(&handle, ProjectionState::Retrying).await;
+        link.down.store(false, Ordering::SeqCst);
+        reach(&handle, ProjectionState::Paused).await;
+        assert!(seen.positions().is_empty(), "{kind}");
+        node.stop(PATIENCE).await.unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! Events that cannot be applied, stores that cannot be reached, read models that do not fit.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use storied::projection::{ControlError, External, FailurePolicy, InMemory, ProjectionState, WaitError};
@@ -41,7 +41,7 @@ async fn stops_before_a_poison_event_and_says_so() {
             handle.caught_up_to(Position::new(5)).await.unwrap();
         }
         catch_up(&sibling, Position::new(10)).await;
-        assert_eq!(*seen.lock().unwrap(), positions(1..=5), "{kind}");
+        assert_eq!(seen.positions(), positions(1..=5), "{kind}");
         assert_eq!(database.seen("table").await, positions(1..=5), "{kind}");
 
         broken.store(false, Ordering::SeqCst);
@@ -49,7 +49,7 @@ async fn stops_before_a_poison_event_and_says_so() {
             handle.resume().await.unwrap();
             catch_up(handle, Position::new(10)).await;
         }
-        assert_eq!(*seen.lock().unwrap(), positions(1..=10), "{kind}");
+        assert_eq!(seen.positions(), positions(1..=10), "{kind}");
         assert_eq!(database.seen("table").await, positions(1..=10), "{kind}");
         node.stop(PATIENCE).await.unwrap();
     }
@@ -95,7 +95,7 @@ async fn parks_poison_events_retries_and_discards_them() {
         }
         assert_eq!(database.seen("table").await, rest, "{kind}");
         for seen in &seen {
-            assert_eq!(*seen.lock().unwrap(), rest, "{kind}");
+            assert_eq!(seen.positions(), rest, "{kind}");
         }
         broken.store(false, Ordering::SeqCst);
         for handle in &handles {
@@ -111,7 +111,7 @@ async fn parks_poison_events_retries_and_discards_them() {
         with_retried.push(Position::new(3));
         assert_eq!(database.seen("table").await, with_retried, "{kind}");
         for seen in &seen {
-            assert_eq!(*seen.lock().unwrap(), with_retried, "{kind}");
+            assert_eq!(seen.positions(), with_retried, "{kind}");
         }
         node.stop(PATIENCE).await.unwrap();
     }
@@ -150,7 +150,7 @@ async fn what_succeeds_in_the_end_is_applied_once() {
         }
         assert_eq!(database.seen("table").await, positions(1..=30), "{kind}");
         for seen in &seen {
-            assert_eq!(*seen.lock().unwrap(), positions(1..=30), "{kind}");
+            assert_eq!(seen.positions(), positions(1..=30), "{kind}");
         }
         node.stop(PATIENCE).await.unwrap();
     }
@@ -279,4 +279,26 @@ async fn a_hanging_apply_does_not_hold_up_the_shutdown() {
     assert!(error.name.contains("stuck"), "{error}");
     assert!(started.elapsed() < Duration::from_secs(5));
     assert_eq!(handle.status().state, ProjectionState::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn panics_of_buses_and_read_models_cost_nothing_but_time() {
+    for (kind, store, _dir) in stores().await {
+        let node = node(&store, Lossy::new(Loss::Panics, 5)).await;
+        let recorder = recorder("memory");
+        let seen = recorder.seen.clone();
+        let model = Panicky { inner: InMemory::new(), panics: Arc::new(AtomicU64::new(2)) };
+        let panics = model.panics.clone();
+        let handle = node.projection(recorder, model, options()).await;
+        // Asked while the task waits for its restart, and answered by the next one.
+        append(&store, 0, 1..=3).await;
+        eventually("it panicked twice", || panics.load(Ordering::SeqCst) == 0).await;
+        handle.pause().await.unwrap();
+        handle.resume().await.unwrap();
+        Writers::start(&store, 2, 20, 5).done().await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        assert_eq!(seen.positions(), log(&store, &Filter::all()).await, "{kind}");
+        assert!(handle.status().last_error.is_some_and(|error| error.contains("on purpose")));
+        node.stop(PATIENCE).await.unwrap();
+    }
 }

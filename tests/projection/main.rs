@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
+#![cfg(feature = "sqlite")]
 
 mod control;
 mod failures;

@@ -11,16 +11,16 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteConnection;
 use storied::bus::{BusError, BusItem, BusPublisher, BusScope, BusSubscription, LogBatch, MirrorEnd, Resume};
-use storied::projection::{ApplyError, ProjectionState, SqliteReadModel};
+use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, SqliteReadModel};
 use storied::store::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
     LogPage, ParkedEvent, Snapshot, StoreInfo,
 };
 use storied::testing::Node;
 use storied::{
-    Event, EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Metadata, NewEvent, Position,
-    Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent, SqliteStore,
-    StoreError, StreamId, Version,
+    EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Metadata, NewEvent,
+    Position, Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent,
+    SqliteStore, StoreError, StreamId, Version,
 };
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -155,12 +155,22 @@ impl Gate {
     }
 }
 
+/// What a [`Recorder`] was given.
+#[derive(Clone, Default)]
+pub struct Seen(Arc<Mutex<Vec<Position>>>);
+
+impl Seen {
+    pub fn positions(&self) -> Vec<Position> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
 /// Records the positions that it was given, in this process's memory: what was given twice is there twice.
 pub struct Recorder<T> {
     name: String,
     filter: Filter,
     hook: Hook,
-    pub seen: Arc<Mutex<Vec<Position>>>,
+    pub seen: Seen,
     transaction: PhantomData<fn(T)>,
 }
 
@@ -169,7 +179,7 @@ pub fn recorder<T>(name: &str) -> Recorder<T> {
         name: name.into(),
         filter: Filter::all(),
         hook: hook(|_| Ok(())),
-        seen: Arc::default(),
+        seen: Seen::default(),
         transaction: PhantomData,
     }
 }
@@ -191,18 +201,18 @@ impl<T: Send + 'static> Projection for Recorder<T> {
         &self.name
     }
 
-    fn filter(&self) -> Filter {
-        self.filter.clone()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(self.filter.clone())
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
         (self.hook)(event).await?;
-        self.seen.lock().unwrap().push(event.position);
+        self.seen.0.lock().unwrap().push(event.position);
         Ok(())
     }
 
     async fn reset(&mut self, _: &mut T) -> Result<(), ApplyError> {
-        self.seen.lock().unwrap().clear();
+        self.seen.0.lock().unwrap().clear();
         Ok(())
     }
 }
@@ -235,8 +245,8 @@ impl Projection for Table {
         &self.name
     }
 
-    fn filter(&self) -> Filter {
-        self.filter.clone()
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(self.filter.clone())
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
@@ -252,6 +262,95 @@ impl Projection for Table {
     async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
         sqlx::query("DELETE FROM seen WHERE name = ?").bind(&self.name).execute(tx).await?;
         Ok(())
+    }
+}
+
+/// A read model whose `begin` panics as often as it is told to.
+pub struct Panicky {
+    pub inner: InMemory,
+    pub panics: Arc<AtomicU64>,
+}
+
+impl ReadModel for Panicky {
+    type Transaction = ();
+    type Open = <InMemory as ReadModel>::Open;
+
+    fn shared(&self) -> bool {
+        false
+    }
+
+    fn rolls_back(&self) -> bool {
+        false
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        store: &'a Arc<dyn EventStore>,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.inner.prepare(store, name)
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        self.inner.checkpoint(name)
+    }
+
+    fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Self::Open, StoreError>> {
+        let panics = self.panics.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        assert!(panics.is_err(), "on purpose");
+        self.inner.begin(name, from)
+    }
+
+    fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut () {
+        self.inner.transaction(open)
+    }
+
+    fn commit<'a>(
+        &'a self,
+        open: Self::Open,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        self.inner.commit(open, name, from, to, parked)
+    }
+
+    fn rollback(&self, open: Self::Open) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.inner.rollback(open)
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        self.inner.parked(name, limit)
+    }
+
+    fn unpark<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        self.inner.unpark(open, name, position)
+    }
+
+    fn unpark_all<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.inner.unpark_all(open, name)
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        self.inner.remove_parked(name, position)
     }
 }
 
@@ -308,11 +407,14 @@ pub async fn local_node(store: &Arc<dyn EventStore>) -> Node {
     node(store, LocalBus::new()).await
 }
 
-/// Quick retries and takeovers.
+/// Quick retries.
 pub fn options() -> ProjectionOptions {
-    ProjectionOptions::new()
-        .backoff(Duration::from_millis(1), Duration::from_millis(10))
-        .lease(Duration::from_millis(300))
+    ProjectionOptions::new().backoff(Duration::from_millis(1), Duration::from_millis(10))
+}
+
+/// A short lease, for those who are to lose it. On a busy machine that can happen at any time.
+pub fn short_lived() -> ProjectionOptions {
+    options().lease(Duration::from_secs(1))
 }
 
 pub async fn reach(handle: &ProjectionHandle, state: ProjectionState) {
@@ -362,6 +464,8 @@ pub enum Loss {
     Silence,
     /// Subscribing fails.
     Refused,
+    /// Everything arrives, but every third item is a panic of the bus.
+    Panics,
 }
 
 /// A local bus that loses things.
@@ -434,6 +538,8 @@ impl BusSubscription for LossySubscription {
                         _ => return Ok(item),
                     },
                     (Loss::Batches, BusItem::Head(_)) => return Ok(item),
+                    (Loss::Panics, _) if self.dice.roll(3) == 0 => panic!("on purpose"),
+                    (Loss::Panics, _) => return Ok(item),
                     _ => {}
                 }
             }

@@ -13,7 +13,7 @@ use crate::event::{EventName, Position, StreamId, Version};
 /// Creates the tables if need be, in a database that may be anybody's.
 pub(crate) async fn migrate(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     let migrations = sqlx::migrate!("migrations/sqlite-read-model");
-    super::schema::migrate(connection, &migrations, "storied_read_model_migrations").await
+    super::migrate::migrate(connection, &migrations, "storied_read_model_migrations").await
 }
 
 /// The checkpoint of `name`, and of which store's log it is.

@@ -1,0 +1,239 @@
+//! One variant of a serde enum, taken apart into name and payload and put together again; and which names an enum reads.
+
+use std::any::type_name;
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use bytes::Bytes;
+use serde::Serialize;
+use serde::de::{self, DeserializeOwned, DeserializeSeed, EnumAccess, IntoDeserializer, Visitor};
+use serde::forward_to_deserialize_any;
+
+use super::{Codec, SerializeError};
+
+/// A variant without fields, in the map form that every variant is stored in.
+const CBOR_NULL: u8 = 0xf6;
+/// A map of one entry: serde's externally tagged form in CBOR.
+const CBOR_MAP_OF_ONE: u8 = 0xa1;
+
+/// The name and the payload of a variant; `None` when the value does not serialize as one.
+pub(crate) fn encode_variant<E: Serialize>(
+    event: &E,
+    codec: Codec,
+) -> Result<Option<(Variant, Bytes)>, SerializeError> {
+    Ok(match codec {
+        Codec::Cbor => split_cbor(super::to_cbor(event)?),
+        Codec::Json => split_json(
+            serde_json::to_vec(event)
+                .map_err(|error| SerializeError { type_name: type_name::<E>(), reason: error.to_string() })?,
+        ),
+    })
+}
+
+/// The variant's name inside an encoded event.
+pub(crate) enum Variant {
+    /// At most this many bytes stay where they are: the common case allocates nothing.
+    Short([u8; 64], usize),
+    Long(String),
+}
+
+impl Variant {
+    fn new(name: &str) -> Self {
+        let mut short = [0; 64];
+        match short.get_mut(..name.len()) {
+            Some(place) => {
+                place.copy_from_slice(name.as_bytes());
+                Variant::Short(short, name.len())
+            }
+            None => Variant::Long(name.to_owned()),
+        }
+    }
+}
+
+impl AsRef<str> for Variant {
+    fn as_ref(&self) -> &str {
+        match self {
+            Variant::Short(bytes, length) => std::str::from_utf8(&bytes[..*length]).unwrap_or_default(),
+            Variant::Long(name) => name,
+        }
+    }
+}
+
+/// `{name: payload}` or `name`, as serde writes a variant, into its two parts.
+fn split_cbor(bytes: Vec<u8>) -> Option<(Variant, Bytes)> {
+    let (tagged, text) = match bytes.split_first()? {
+        (&CBOR_MAP_OF_ONE, rest) => (true, rest),
+        _ => (false, &bytes[..]),
+    };
+    // Text of up to 23 bytes has its length in the first byte, of up to 255 in the second.
+    let (start, length) = match *text.first()? {
+        head @ 0x60..=0x77 => (1, usize::from(head - 0x60)),
+        0x78 => (2, usize::from(*text.get(1)?)),
+        _ => return None,
+    };
+    let name = Variant::new(std::str::from_utf8(text.get(start..start + length)?).ok()?);
+    let payload_at = usize::from(tagged) + start + length;
+    match (tagged, payload_at == bytes.len()) {
+        (true, false) => Some((name, Bytes::from(bytes).slice(payload_at..))),
+        (false, true) => Some((name, Bytes::from_static(&[CBOR_NULL]))),
+        _ => None,
+    }
+}
+
+fn split_json(bytes: Vec<u8>) -> Option<(Variant, Bytes)> {
+    let text = std::str::from_utf8(&bytes).ok()?;
+    // Names have no characters that JSON escapes; whatever has is no name and fails the look-up.
+    if let Some(rest) = text.strip_prefix("{\"") {
+        let (name, payload) = rest.split_once("\":")?;
+        let name = Variant::new(name);
+        let start = text.len() - payload.len();
+        let end = text.len() - 1;
+        Some((name, Bytes::from(bytes).slice(start..end)))
+    } else {
+        let name = Variant::new(text.strip_prefix('"')?.strip_suffix('"')?);
+        Some((name, Bytes::from_static(b"null")))
+    }
+}
+
+/// Puts name and payload together again, in serde's own form, and reads that.
+pub(crate) fn decode_variant<E: DeserializeOwned>(
+    variant: &str,
+    payload: &[u8],
+    codec: Codec,
+) -> Result<E, String> {
+    let mut whole = Vec::with_capacity(variant.len() + payload.len() + 8);
+    match codec {
+        Codec::Cbor => {
+            whole.push(CBOR_MAP_OF_ONE);
+            match u8::try_from(variant.len()).map_err(|_| "the name is too long".to_owned())? {
+                length @ 0..=23 => whole.push(0x60 + length),
+                length => whole.extend([0x78, length]),
+            }
+            whole.extend(variant.as_bytes());
+            whole.extend(payload);
+            ciborium::from_reader(&whole[..]).map_err(|error| error.to_string())
+        }
+        Codec::Json => {
+            whole.extend(b"{\"");
+            whole.extend(variant.as_bytes());
+            whole.extend(b"\":");
+            whole.extend(payload);
+            whole.push(b'}');
+            serde_json::from_slice(&whole).map_err(|error| error.to_string())
+        }
+    }
+}
+
+/// The names that `E` reads, each with something that is equal for names of the same variant.
+///
+/// serde tells a deserializer the names (aliases included), and turns each into a value of a private enum, one for each
+/// variant. Its discriminant is all that is needed to see which names belong together: no derive macro of ours.
+pub(crate) fn variants_of<E: DeserializeOwned>() -> Result<Vec<(String, u64)>, String> {
+    let names = match E::deserialize(Probe::Names) {
+        Err(Found::Names(names)) => names,
+        Err(found) => return Err(found.to_string()),
+        Ok(_) => return Err("it deserializes from nothing".into()),
+    };
+    names
+        .iter()
+        .map(|&name| match E::deserialize(Probe::Identity(name)) {
+            Err(Found::Identity(identity)) => Ok((name.to_owned(), identity)),
+            Err(found) => Err(found.to_string()),
+            Ok(_) => Err("it deserializes from nothing".into()),
+        })
+        .collect()
+}
+
+/// A deserializer that only finds out what it is asked for; it answers through its error.
+enum Probe {
+    Names,
+    Identity(&'static str),
+}
+
+#[derive(Debug)]
+enum Found {
+    Names(&'static [&'static str]),
+    Identity(u64),
+    Other(String),
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Found::Other(what) => f.write_str(what),
+            Found::Names(_) | Found::Identity(_) => f.write_str("it asks for an enum within an enum"),
+        }
+    }
+}
+
+impl std::error::Error for Found {}
+
+impl de::Error for Found {
+    fn custom<T: fmt::Display>(message: T) -> Self {
+        Found::Other(message.to_string())
+    }
+}
+
+impl<'de> de::Deserializer<'de> for Probe {
+    type Error = Found;
+
+    fn deserialize_enum<V: Visitor<'de>>(
+        self,
+        _name: &'static str,
+        variants: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Found> {
+        match self {
+            Probe::Names => Err(Found::Names(variants)),
+            Probe::Identity(_) => visitor.visit_enum(self),
+        }
+    }
+
+    fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Found> {
+        Err(Found::Other("it is not read as an enum".into()))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map struct identifier ignored_any
+    }
+}
+
+impl<'de> EnumAccess<'de> for Probe {
+    type Error = Found;
+    type Variant = Self;
+
+    fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Found> {
+        let Probe::Identity(name) = self else {
+            return Err(Found::Other("it is not read as an enum".into()));
+        };
+        let variant = seed.deserialize(IntoDeserializer::<Found>::into_deserializer(name))?;
+        let mut hasher = DefaultHasher::new();
+        std::mem::discriminant(&variant).hash(&mut hasher);
+        Err(Found::Identity(hasher.finish()))
+    }
+}
+
+impl<'de> de::VariantAccess<'de> for Probe {
+    type Error = Found;
+
+    fn unit_variant(self) -> Result<(), Found> {
+        Err(Found::Other("it has content without a name".into()))
+    }
+
+    fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, _seed: T) -> Result<T::Value, Found> {
+        Err(Found::Other("it has content without a name".into()))
+    }
+
+    fn tuple_variant<V: Visitor<'de>>(self, _len: usize, _visitor: V) -> Result<V::Value, Found> {
+        Err(Found::Other("it has content without a name".into()))
+    }
+
+    fn struct_variant<V: Visitor<'de>>(
+        self,
+        _fields: &'static [&'static str],
+        _visitor: V,
+    ) -> Result<V::Value, Found> {
+        Err(Found::Other("it has content without a name".into()))
+    }
+}

@@ -1,0 +1,67 @@
+use std::time::Duration;
+
+use ractor::RpcReplyPort;
+
+use crate::event::Position;
+use crate::store::StoreError;
+
+/// What a projection is told.
+pub(super) enum Control {
+    Pause(Reply),
+    Resume(Reply),
+    Reset(Reply),
+    RetryParked(Position, Reply),
+}
+
+pub(super) type Reply = RpcReplyPort<Result<(), ControlError>>;
+
+/// Why a projection did not do what it was told.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    /// Another node owns the read model; ask there.
+    #[error("this node does not own projection {name}; ask the one that does")]
+    NotOwner {
+        /// The projection.
+        name: String,
+    },
+    /// There is no such parked event.
+    #[error("projection {name} has no parked event at position {position}")]
+    NotParked {
+        /// The projection.
+        name: String,
+        /// Where it was looked for.
+        position: Position,
+    },
+    /// The projection's own code failed; nothing was changed.
+    #[error("projection {name} refused: {reason}")]
+    Refused {
+        /// The projection.
+        name: String,
+        /// What it said.
+        reason: String,
+    },
+    /// Too much is asked of the projection at the same time.
+    #[error("too many control calls to projection {name} are under way; try again later")]
+    Overloaded {
+        /// The projection.
+        name: String,
+    },
+    /// The projection did not come to it in time; it may still do so.
+    #[error("projection {name} has not answered within {waited:?}; what was asked may still happen")]
+    TimedOut {
+        /// The projection.
+        name: String,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// It was stopped, or panicked meanwhile.
+    #[error("projection {name} ended before it answered")]
+    Stopped {
+        /// The projection.
+        name: String,
+    },
+    /// The store or the read model failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
