@@ -5,8 +5,8 @@
 //!
 //! | read model | transaction | guarantee |
 //! |---|---|---|
-//! | [`SqliteReadModel`] | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
-//! | [`PostgresReadModel`] | `PgConnection` | the same |
+//! | `SqliteReadModel` | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
+//! | `PostgresReadModel` | `PgConnection` | the same |
 //! | [`InMemory`] | `()` | rebuilt at every start, on every node |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 

@@ -3,9 +3,12 @@
 #![allow(unreachable_pub, reason = "there is nowhere to reach it from")]
 #![cfg(feature = "postgres")]
 
+mod bad_input;
 mod conformance;
+mod faults;
 mod oracle;
 mod pooler;
+mod proxy;
 mod read_model;
 #[path = "../support/mod.rs"]
 mod support;

@@ -5,8 +5,8 @@ use std::time::Duration;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::ApplyError;
 use storied::{
-    EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore, Projection,
-    RecordedEvent, Runtime,
+    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore,
+    Projection, RecordedEvent, Runtime,
 };
 
 use crate::support::PostgresServer;
@@ -21,7 +21,7 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, storied::EncodeError> {
+    fn filter(&self) -> Result<Filter, EncodeError> {
         Ok(Filter::all())
     }
 
