@@ -316,7 +316,8 @@ async fn kill(shared: Arc<Shared>) {
         tokio::time::sleep(Duration::from_millis(60)).await;
         let killed = sqlx::query(
             "SELECT pg_terminate_backend(pid) FROM (
-                 SELECT pid FROM pg_stat_activity WHERE application_name = 'oracle' ORDER BY random() LIMIT 1) AS victim",
+                 SELECT pid FROM pg_stat_activity WHERE application_name = 'oracle' AND datname = current_database()
+                 ORDER BY random() LIMIT 1) AS victim",
         )
         .execute(&mut connection)
         .await

@@ -293,7 +293,12 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             });
         }
         Err(error) => {
-            session.roll_back().await;
+            if verdict(&error) == Verdict::Failed {
+                // Perhaps another server is the primary by now: the next attempt asks for a connection anew.
+                core.connections.purge();
+            } else {
+                session.roll_back().await;
+            }
             return Err(Failure::answered(error));
         }
     };
