@@ -35,7 +35,7 @@ pub(crate) struct Handlers {
 trait Handler: Send + Sync {
     fn as_any(&self) -> &dyn Any;
     fn status(&self) -> RouterStatus;
-    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, bool>;
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize>;
 }
 
 /// A part of the runtime that can be started again.
@@ -70,7 +70,7 @@ impl<A: Aggregate> Handler for Router<A> {
         self.status()
     }
 
-    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, bool> {
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize> {
         Box::pin(self.shut_down(deadline))
     }
 }
@@ -92,9 +92,7 @@ impl Handlers {
 
     /// Stops the intake of all, waits for what is under way. The number of commands that had no answer at the deadline.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
-        let all = self.routers.values().map(|handler| async {
-            if handler.shut_down(deadline).await { 0 } else { handler.status().in_flight.max(1) }
-        });
+        let all = self.routers.values().map(|handler| handler.shut_down(deadline));
         futures_util::future::join_all(all).await.into_iter().sum()
     }
 }
@@ -218,6 +216,7 @@ impl<A: Aggregate> IntoFuture for Execute<A> {
 }
 
 /// A command that was handed over: await it for the receipt. Made by [`Execute::dispatch`].
+#[must_use = "await it for the receipt; a refusal that nobody hears only leaves a log line"]
 pub struct Dispatched<A: Aggregate> {
     command_id: Uuid,
     deadline: Instant,

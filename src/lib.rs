@@ -53,6 +53,7 @@ pub mod store;
 mod supervised;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod time;
 
 pub use ciborium;
 

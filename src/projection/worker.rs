@@ -320,7 +320,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 self.tick_at = self.wait_until;
             }
             Err(error) => {
-                tracing::warn!(projection = self.context.name, %error, "could not look whether the projection is paused");
+                let what = "could not look whether the projection is paused";
+                tracing::warn!(projection = self.context.name, %error, what);
+                self.context
+                    .status
+                    .send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
             }
         }
         self.flush().await;
