@@ -289,7 +289,11 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             return Err(match backend {
                 // Without a commit, the server takes it back as soon as it notices.
                 _ if explicit => Failure::Lost(error),
-                backend => Failure::Unknown(error, Trace::Backend(backend)),
+                Some(backend) => Failure::Unknown(error, Trace::Backend(backend)),
+                None => Failure::Failed(StoreError::OutcomeUnknown {
+                    reason: format!("{error}; and the server process is not known"),
+                    source: Some(Arc::new(error)),
+                }),
             });
         }
         Err(error) => {
