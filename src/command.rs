@@ -21,6 +21,7 @@ pub use crate::aggregate::{ExecuteError, Receipt};
 pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};
 use crate::event::{Event, Metadata};
 use crate::store::{BoxFuture, ExpectedVersion};
+use crate::time::after;
 
 /// How long a caller waits for its receipt unless it says otherwise.
 pub const RECEIVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -182,7 +183,7 @@ impl<A: Aggregate> Execute<A> {
     }
 
     async fn hand_over(self) -> Result<(Instant, OneshotReceiver<Answer<A>>), ExecuteError<A::Error>> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = after(self.timeout);
         let router = self
             .handlers
             .router::<A>()

@@ -25,6 +25,7 @@ use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
     BoxFuture, EventStore, Filter, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
 };
+use crate::time::after;
 
 /// How long [`Runtime::shutdown`] waits for what is under way.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -383,7 +384,7 @@ impl Runtime {
         // A part of the time is kept for each that comes after: a stuck command must not cost the projections their
         // orderly end, nor a bus that is away.
         let reserve = (timeout / 6).min(SHUTDOWN_RESERVE);
-        let deadline = Instant::now() + timeout;
+        let deadline = after(timeout);
         let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut unfinished = Vec::new();
         let commands = self.inner.handlers.shut_down(deadline - 2 * reserve).await;

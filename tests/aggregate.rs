@@ -553,6 +553,13 @@ async fn no_answer_in_time_is_an_unknown_outcome_and_an_undecided_command_is_dro
 }
 
 #[tokio::test]
+async fn a_timeout_may_be_without_end() {
+    let runtime = runtime(MemoryStore::new()).await;
+    runtime.execute::<Counter>("a", Add(1)).timeout(Duration::MAX).await.unwrap();
+    runtime.shutdown_within(Duration::MAX).await.unwrap();
+}
+
+#[tokio::test]
 async fn contention_without_end_gives_up() {
     let store = FaultyStore::new(MemoryStore::new());
     let options = AggregateOptions::<Counter>::new().attempts(3);

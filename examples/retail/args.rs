@@ -10,8 +10,12 @@ Usage: retail [OPTIONS]
 
   --db PATH      the event store, created if need be [default: retail.db, in the current directory];
                  the read models of shop.db are in shop-read.db beside it
+  --store KIND   sqlite [default], or postgres: then the log is in PostgreSQL (schema storied_retail), and
+                 --db only says where the read models are
+  --database-url URL
+                 which PostgreSQL [default: the environment's DATABASE_URL]
   --input FILE   the invoice lines [default: online-retail-10k.csv, beside the source of this example]
-  --reset        deletes both databases first
+  --reset        deletes the log and the read models first
   --json         prints the report as one JSON object
   --help         prints this
 
@@ -22,10 +26,19 @@ Run it again on the same database and it changes nothing; kill it at any moment 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) db: PathBuf,
+    pub(crate) store: StoreKind,
+    pub(crate) database_url: Option<String>,
     pub(crate) input: PathBuf,
     pub(crate) reset: bool,
     pub(crate) json: bool,
     pub(crate) help: bool,
+}
+
+/// Where the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StoreKind {
+    Sqlite,
+    Postgres,
 }
 
 /// What is wrong with the command line.
@@ -35,12 +48,16 @@ pub(crate) enum UsageError {
     Unknown(OsString),
     #[error("{0} needs a value")]
     NoValue(&'static str),
+    #[error("{option} cannot be {}", found.display())]
+    BadValue { option: &'static str, found: OsString },
 }
 
 impl Args {
     pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
         let mut parsed = Self {
             db: "retail.db".into(),
+            store: StoreKind::Sqlite,
+            database_url: None,
             input: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv").into(),
             reset: false,
             json: false,
@@ -48,10 +65,25 @@ impl Args {
         };
         let mut args = args.into_iter();
         while let Some(arg) = args.next() {
-            let mut value = |option| args.next().map(PathBuf::from).ok_or(UsageError::NoValue(option));
+            let mut value = |option| args.next().ok_or(UsageError::NoValue(option));
             match arg.to_str() {
-                Some("--db") => parsed.db = value("--db")?,
-                Some("--input") => parsed.input = value("--input")?,
+                Some("--db") => parsed.db = value("--db")?.into(),
+                Some("--store") => {
+                    let found = value("--store")?;
+                    parsed.store = match found.to_str() {
+                        Some("sqlite") => StoreKind::Sqlite,
+                        Some("postgres") => StoreKind::Postgres,
+                        _ => return Err(UsageError::BadValue { option: "--store", found }),
+                    };
+                }
+                Some("--database-url") => {
+                    let url = value("--database-url")?.into_string();
+                    // Not shown: it may hold a password.
+                    let option = "--database-url";
+                    let url = url.map_err(|_| UsageError::BadValue { option, found: "no text".into() })?;
+                    parsed.database_url = Some(url);
+                }
+                Some("--input") => parsed.input = value("--input")?.into(),
                 Some("--reset") => parsed.reset = true,
                 Some("--json") => parsed.json = true,
                 Some("--help" | "-h") => parsed.help = true,

@@ -21,6 +21,7 @@ use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
 use crate::event::{EncodeError, Event, EventTypes, StreamId};
 use crate::store::{EventStore, StoreError, Writer};
+use crate::time::after;
 
 /// How many idle aggregates at most are looked at to make room for a new one.
 const EVICTION_SCAN: usize = 64;
@@ -136,7 +137,7 @@ impl<A: Aggregate> Router<A> {
         if let Ok(permit) = self.admission.clone().try_acquire_owned() {
             return Ok(permit);
         }
-        let until = deadline.min(Instant::now() + options.admission);
+        let until = deadline.min(after(options.admission));
         match tokio::time::timeout_at(until, self.admission.clone().acquire_owned()).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
