@@ -246,7 +246,7 @@ impl Turn<'_> {
         if self.lease.is_some() {
             self.saved = shared.store.checkpoint(NAME).await?;
         }
-        let mut publisher = shared.bus.publisher().await?;
+        let mut publisher = shared.bus.publisher(shared.store.info().id).await?;
         let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => end,

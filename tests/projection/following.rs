@@ -222,3 +222,41 @@ async fn fifty_projections_live_in_one_process() {
         node.stop(PATIENCE).await.unwrap();
     }
 }
+
+/// Two services in one process, on clones of one bus.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_another_store_on_the_same_bus_is_none_of_ours() {
+    for ((kind, store, _dir), (_, other, _other_dir)) in stores().await.into_iter().zip(stores().await) {
+        let bus = LocalBus::new();
+        // No polling: what is not on the bus does not arrive in time.
+        let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
+        let publishing = publishing().idle_poll(Duration::from_secs(3_600));
+        let start = |store: &std::sync::Arc<dyn storied::EventStore>| {
+            Node::start(store.clone(), std::sync::Arc::new(bus.clone()), feed.clone(), publishing.clone())
+        };
+        let (here, there) = (start(&store).await, start(&other).await);
+        let (ours, theirs) = (recorder("memory"), recorder("memory"));
+        let seen = [ours.seen.clone(), theirs.seen.clone()];
+        let ours = here.projection(ours, InMemory::new(), options()).await;
+        let theirs = there.projection(theirs, InMemory::new(), options()).await;
+        for handle in [&ours, &theirs] {
+            reach(handle, ProjectionState::Following).await;
+        }
+        eventually("both feeds are there", || {
+            [&here, &there].iter().all(|node| node.feed().position.is_some())
+        })
+        .await;
+        for n in 0..10 {
+            // Its positions are ahead of ours, so that it would be ours that are skipped.
+            let ahead = append(&other, 0, [n, n, n]).await;
+            catch_up(&theirs, ahead).await;
+            let head = append(&store, 0, [n]).await;
+            catch_up(&ours, head).await;
+            assert_eq!(here.feed().position, Some(head), "{kind}");
+        }
+        assert_eq!(seen[0].positions(), log(&store, &Filter::all()).await, "{kind}");
+        assert_eq!(seen[1].positions(), log(&other, &Filter::all()).await, "{kind}");
+        here.stop(PATIENCE).await.unwrap();
+        there.stop(PATIENCE).await.unwrap();
+    }
+}

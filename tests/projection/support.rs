@@ -490,16 +490,16 @@ impl EventBus for Lossy {
         BusScope::Process
     }
 
-    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
-        self.inner.publisher()
+    fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+        self.inner.publisher(store)
     }
 
-    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
-        Box::pin(async {
+    fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+        Box::pin(async move {
             if self.loss == Loss::Refused {
                 return Err(BusError::Unavailable { reason: "refused".into(), source: None });
             }
-            let inner = self.inner.subscribe().await?;
+            let inner = self.inner.subscribe(store).await?;
             let (loss, dice) = (self.loss, self.dice.clone());
             Ok(Box::new(LossySubscription { inner, loss, dice, ready: VecDeque::new(), held: Vec::new() })
                 as _)
@@ -578,11 +578,11 @@ impl EventBus for Mirror {
         BusScope::Shared
     }
 
-    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+    fn publisher(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
         Box::pin(async { Ok(Box::new(MirrorPublisher { mirror: self.clone(), end: self.end() }) as _) })
     }
 
-    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+    fn subscribe(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
         Box::pin(std::future::pending())
     }
 }
