@@ -6,6 +6,7 @@ use sqlx::postgres::{PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::ReadModel;
+use super::error::causes;
 use crate::event::Position;
 use crate::store::postgres::{Progress, Schema, failed, is_outage, prepare_read_model};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
@@ -72,7 +73,7 @@ impl ReadModel for PostgresReadModel {
     }
 
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        error.downcast_ref::<sqlx::Error>().is_some_and(is_outage)
+        causes(error).any(is_outage)
     }
 
     fn prepare<'a>(

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use sqlx::error::DatabaseError;
 use sqlx::sqlite::{
     Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
@@ -13,6 +14,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::ReadModel;
+use super::error::causes;
 use crate::event::Position;
 use crate::store::sqlite::{failed, progress};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
@@ -121,20 +123,16 @@ impl ReadModel for SqliteReadModel {
     }
 
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        match error.downcast_ref::<sqlx::Error>() {
-            Some(
-                sqlx::Error::Io(_)
-                | sqlx::Error::PoolTimedOut
-                | sqlx::Error::PoolClosed
-                | sqlx::Error::WorkerCrashed,
-            ) => true,
-            // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
-            Some(sqlx::Error::Database(error)) => error
-                .code()
-                .and_then(|code| code.parse::<u32>().ok())
-                .is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13)),
-            _ => false,
-        }
+        causes(error).any(|cause| {
+            use sqlx::Error::{Io, PoolClosed, PoolTimedOut, WorkerCrashed};
+            matches!(cause.downcast_ref(), Some(Io(_) | PoolTimedOut | PoolClosed | WorkerCrashed))
+                // What sqlx::Error::Database has as its source.
+                || cause.downcast_ref::<Box<dyn DatabaseError>>().is_some_and(|error| {
+                    // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
+                    let code = error.code().and_then(|code| code.parse::<u32>().ok());
+                    code.is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13))
+                })
+        })
     }
 
     fn prepare<'a>(
