@@ -83,6 +83,9 @@ pub trait Projection: Send + 'static {
 }
 
 /// Where a read model and its checkpoint live together.
+///
+/// The `name` that its methods get is `projection/` and the projection's name: the checkpoints of an event store may be in the
+/// same place, and are not called so.
 pub trait ReadModel: Send + Sync + 'static {
     /// What a projection writes through.
     type Transaction: Send;
@@ -103,8 +106,7 @@ pub trait ReadModel: Send + Sync + 'static {
         false
     }
 
-    /// Called before anything else, and again until it succeeds: creates what is missing, and refuses progress that belongs
-    /// to another store.
+    /// Called before anything else, and again until it succeeds: creates what is missing.
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
@@ -112,6 +114,9 @@ pub trait ReadModel: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<(), StoreError>>;
 
     /// How far the read model is.
+    ///
+    /// # Errors
+    /// Also when its progress is in the log of another event store than it was [prepared](Self::prepare) for.
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
 
     /// Opens a transaction. `from` is the checkpoint, with the epoch of the owner who asks.
@@ -119,6 +124,17 @@ pub trait ReadModel: Send + Sync + 'static {
 
     /// What the user writes through.
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Self::Transaction;
+
+    /// How far the read model is, in whichever store's log; with the commit of this transaction, which leads on from there, the
+    /// progress is in this store's. For a reset. The default is for read models whose progress cannot be another store's.
+    fn adopt<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        let _ = open;
+        self.checkpoint(name)
+    }
 
     /// Commits together: what was written, the checkpoint from exactly `from` to `to`, the parked event.
     fn commit<'a>(

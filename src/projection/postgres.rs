@@ -79,7 +79,7 @@ impl ReadModel for PostgresReadModel {
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
-        name: &'a str,
+        _name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
             let id = *self.shared.store.get_or_init(|| store.info().id);
@@ -89,8 +89,7 @@ impl ReadModel for PostgresReadModel {
             }
             let doing = "preparing the read model's database";
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
-            prepare_read_model(&mut connection, &self.shared.schema).await?;
-            self.shared.progress.checkpoint(&mut connection, name, id).await.map(drop)
+            prepare_read_model(&mut connection, &self.shared.schema).await
         })
     }
 
@@ -115,6 +114,14 @@ impl ReadModel for PostgresReadModel {
 
     fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {
         &mut *open
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        open: &'a mut PostgresOpen,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move { self.shared.progress.adopt(open, name, self.store()?).await })
     }
 
     fn commit<'a>(

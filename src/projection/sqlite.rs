@@ -138,7 +138,7 @@ impl ReadModel for SqliteReadModel {
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
-        name: &'a str,
+        _name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
             let id = *self.shared.store.get_or_init(|| store.info().id);
@@ -150,8 +150,7 @@ impl ReadModel for SqliteReadModel {
             // One at a time, so that they do not fail each other by trying at once.
             let _turn = self.turn(doing).await?;
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
-            progress::migrate(&mut connection).await?;
-            progress::checkpoint(&mut connection, name, id).await.map(drop)
+            progress::migrate(&mut connection).await
         })
     }
 
@@ -173,6 +172,14 @@ impl ReadModel for SqliteReadModel {
 
     fn transaction<'a>(&self, open: &'a mut SqliteOpen) -> &'a mut SqliteConnection {
         &mut open.transaction
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        open: &'a mut SqliteOpen,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move { progress::adopt(&mut open.transaction, name, self.store()?).await })
     }
 
     fn commit<'a>(

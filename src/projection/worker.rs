@@ -57,6 +57,8 @@ struct Subject<P, R> {
 /// What does not change.
 struct Context {
     name: String,
+    /// What its checkpoint and its lease are called: nothing of the runtime's own has such a name.
+    row: String,
     filter: Filter,
     options: ProjectionOptions,
     store: Arc<dyn EventStore>,
@@ -76,7 +78,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         let (status, receiver) = watch::channel(ProjectionStatus::new());
         let name = projection.name().to_owned();
         let Surroundings { store, feed, node, .. } = surroundings;
-        let context = Arc::new(Context { name, filter, options, store, feed, node, status });
+        let context = Arc::new(Context { row: row(&name), name, filter, options, store, feed, node, status });
         (Self { context, subject: Arc::new(Mutex::new(Subject { projection, read_model })) }, receiver)
     }
 }
@@ -121,6 +123,11 @@ impl Context {
             status.last_error = Some(error);
         });
     }
+}
+
+/// What the checkpoint of a projection is called.
+pub(super) fn row(projection: &str) -> String {
+    format!("projection/{projection}")
 }
 
 /// Where the next events come from.
@@ -267,8 +274,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.idle(self.tick_at).await;
         }
         if !self.prepared {
-            match self.read_model.prepare(&self.context.store, &self.context.name).await {
-                Ok(()) => self.prepared = true,
+            match self.read_model.prepare(&self.context.store, &self.context.row).await {
+                Ok(()) => self.is_prepared(),
                 Err(error) => return self.outage(&error),
             }
         }
@@ -289,6 +296,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             None if self.source == Source::Store => self.read().await,
             None => self.follow().await,
         }
+    }
+
+    fn is_prepared(&mut self) {
+        self.prepared = true;
+        self.context.status.send_modify(|status| status.prepared = true);
     }
 
     /// Waits for what may come at any time.
@@ -341,14 +353,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let (context, ttl) = (self.context, self.context.options.lease);
         if self.take_at <= Instant::now() || self.looks_free().await {
             self.take_at = Instant::now() + ttl / 3;
-            match HeldLease::take(&context.store, &self.lease_name(), context.node, ttl).await {
+            match HeldLease::take(&context.store, &context.row, context.node, ttl).await {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = context.name,
                         epoch = lease.epoch(),
                         "this node owns the projection now"
                     );
-                    context.status.send_modify(|status| status.epoch = lease.epoch());
                     self.lease = Some(lease);
                     self.saved = None;
                     return;
@@ -357,9 +368,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 Err(error) => return self.outage(&error),
             }
         }
-        match self.read_model.checkpoint(&context.name).await {
+        match self.read_model.checkpoint(&context.row).await {
             Ok(checkpoint) => self.moved_to(checkpoint.position),
-            Err(error) => return self.outage(&error),
+            // Whatever it is: the owner may put it right, as by a reset.
+            Err(error) => return self.try_later(&error),
         }
         context.set(if self.paused == Some(true) {
             ProjectionState::Paused
@@ -370,17 +382,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.idle(Instant::now() + STANDBY_POLL.min(ttl / 6)).await;
     }
 
-    fn lease_name(&self) -> String {
-        format!("projection/{}", self.context.name)
-    }
-
     /// Whether the lease was given back or has run out, as far as this node's clock can tell. Reading is cheaper than trying.
     async fn looks_free(&mut self) -> bool {
-        let name = self.lease_name();
         match self.context.store.leases().await {
             Ok(leases) => leases
                 .iter()
-                .find(|info| info.lease.name == name)
+                .find(|info| info.lease.name == self.context.row)
                 .is_none_or(|info| info.expires_at <= chrono::Utc::now()),
             Err(error) => {
                 tracing::warn!(projection = self.context.name, %error, "could not look who owns the projection");
@@ -410,19 +417,26 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     /// Reads the checkpoint and, as a new owner, claims it: who owned it before cannot commit any more.
     async fn load(&mut self) {
         match self.claim().await {
-            Ok(checkpoint) => {
-                self.saved = Some(checkpoint);
-                self.applied = checkpoint.position;
-                self.moved_to(checkpoint.position);
-                self.restart();
-            }
+            Ok(checkpoint) => self.begin_at(checkpoint),
             Err(error) => self.refused(&error),
         }
     }
 
+    /// The read model is this node's, and here.
+    fn begin_at(&mut self, checkpoint: Checkpoint) {
+        self.saved = Some(checkpoint);
+        self.applied = checkpoint.position;
+        self.context.status.send_modify(|status| {
+            status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
+            status.position = checkpoint.position;
+            status.head = status.head.max(checkpoint.position);
+        });
+        self.restart();
+    }
+
     async fn claim(&mut self) -> Result<Checkpoint, CheckpointError> {
-        let (name, store) = (&self.context.name, &self.context.store);
-        let found = self.read_model.checkpoint(name).await?;
+        let Context { name, row, store, .. } = self.context;
+        let found = self.read_model.checkpoint(row).await?;
         let head = store.frontier().await?;
         if found.position > head {
             return Err(CheckpointError::Store(StoreError::Incompatible {
@@ -432,13 +446,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             }));
         }
         let Some(lease) = &self.lease else { return Ok(found) };
-        let claimed = Checkpoint { epoch: lease.epoch(), ..found };
-        if claimed.epoch < found.epoch {
-            return Err(CheckpointError::Stale { name: name.clone(), expected: claimed, found });
-        }
+        let Some(epoch) = lease.epoch_above(found.epoch).await? else {
+            let expected = Checkpoint { epoch: lease.epoch(), ..found };
+            return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+        };
+        let claimed = Checkpoint { epoch, ..found };
         if claimed != found {
-            let open = self.read_model.begin(name, found).await?;
-            self.read_model.commit(open, name, found, claimed, None).await?;
+            let open = self.read_model.begin(row, found).await?;
+            self.read_model.commit(open, row, found, claimed, None).await?;
         }
         Ok(claimed)
     }
@@ -566,18 +581,21 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             error.downcast_ref(),
             Some(StoreError::Incompatible { .. } | StoreError::Invalid { .. } | StoreError::Corrupt { .. })
         );
+        if !lasting {
+            return self.try_later(error);
+        }
+        tracing::error!(projection = self.context.name, %error, "the projection stands still");
+        self.context.fail(ProjectionState::Failed, error.to_string());
+        self.saved = None;
+        self.stand_still();
+    }
+
+    fn try_later(&mut self, error: &(dyn Error + 'static)) {
         let wait = self.backoff.next();
         self.wait_until = Instant::now() + wait;
         let projection = &self.context.name;
-        if lasting {
-            tracing::error!(projection, %error, "the projection stands still");
-            self.context.fail(ProjectionState::Failed, error.to_string());
-            self.saved = None;
-            self.stand_still();
-        } else {
-            tracing::warn!(projection, %error, ?wait, "the store or the read model failed and is tried again");
-            self.context.fail(ProjectionState::Retrying, error.to_string());
-        }
+        tracing::warn!(projection, %error, ?wait, "the store or the read model failed and is tried again");
+        self.context.fail(ProjectionState::Retrying, error.to_string());
     }
 
     fn moved_to(&self, position: Position) {
@@ -601,9 +619,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn flush(&mut self) {
         let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
         let to = Checkpoint { position: self.applied, ..saved };
-        let name = &self.context.name;
-        let flushed = match self.read_model.begin(name, saved).await {
-            Ok(open) => self.read_model.commit(open, name, saved, to, None).await,
+        let row = &self.context.row;
+        let flushed = match self.read_model.begin(row, saved).await {
+            Ok(open) => self.read_model.commit(open, row, saved, to, None).await,
             Err(error) => Err(error.into()),
         };
         match flushed {

@@ -330,7 +330,7 @@ async fn a_read_model_of_another_or_a_younger_log_is_refused() {
 
     // A checkpoint beyond the end of the log: the log was restored from a backup.
     let ahead = storied::store::Checkpoint { position: Position::new(99), epoch: 0, mark: 0 };
-    other.save_checkpoint("delivered", Default::default(), ahead, None).await.unwrap();
+    other.save_checkpoint("projection/delivered", Default::default(), ahead, None).await.unwrap();
     let node = local_node(&other).await;
     let handle = node.projection(recorder("delivered"), External::new(), options()).await;
     reach(&handle, ProjectionState::Failed).await;

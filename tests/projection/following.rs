@@ -164,7 +164,7 @@ async fn a_filter_that_never_matches_reaches_the_head_and_stays_there() {
         let head = store.frontier().await.unwrap();
         assert_eq!(handle.status().position, head, "{kind}");
         node.stop(PATIENCE).await.unwrap();
-        assert_eq!(store.checkpoint("never").await.unwrap().position, head, "saved on stop");
+        assert_eq!(store.checkpoint("projection/never").await.unwrap().position, head, "saved on stop");
         assert!(seen.positions().is_empty());
     }
 }

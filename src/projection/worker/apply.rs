@@ -63,7 +63,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             _ => suspected.min(self.context.options.batch),
         };
-        let mut open = match self.read_model.begin(&self.context.name, saved).await {
+        let mut open = match self.read_model.begin(&self.context.row, saved).await {
             Ok(open) => open,
             Err(error) => {
                 self.pending = Some(pending);
@@ -133,7 +133,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
-        if let Err(error) = self.read_model.commit(open, &self.context.name, saved, to, None).await {
+        if let Err(error) = self.read_model.commit(open, &self.context.row, saved, to, None).await {
             return self.refused(&error);
         }
         self.backoff.succeeded();
@@ -179,14 +179,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             FailurePolicy::Park => {
                 let parked = ParkedEvent::new(event, suspect.error.clone(), suspect.attempts);
                 let to = Checkpoint { position: event.position, ..saved };
-                let open = match self.read_model.begin(&context.name, saved).await {
+                let open = match self.read_model.begin(&context.row, saved).await {
                     Ok(open) => open,
                     Err(error) => {
                         self.pending = Some(pending);
                         return self.outage(&error);
                     }
                 };
-                if let Err(error) = self.read_model.commit(open, &context.name, saved, to, Some(parked)).await
+                if let Err(error) = self.read_model.commit(open, &context.row, saved, to, Some(parked)).await
                 {
                     return self.refused(&error);
                 }
