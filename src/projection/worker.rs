@@ -32,6 +32,10 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often at most a standby looks whether the lease is free.
 const STANDBY_POLL: Duration = Duration::from_millis(500);
 
+/// How far a page of the store reaches in positions, whatever matches: a scan for events that are rare is made of pieces,
+/// between which the projection hears, sees to what is due, and saves its checkpoint.
+const SCAN: u64 = 50_000;
+
 /// What the projections of a node share.
 #[derive(Clone)]
 pub(crate) struct Surroundings {
@@ -176,6 +180,8 @@ struct Run<'a, P, R> {
     /// Everything up to here is applied. Ahead of `saved` by events that were none of this projection's business.
     applied: Position,
     source: Source,
+    /// How many positions the next page of the store reaches: more than [`SCAN`] only to get across a hole in the log.
+    scan: u64,
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
     follower: Option<FeedFollower>,
     pending: Option<Pending>,
@@ -241,6 +247,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             saved: None,
             applied: Position::START,
             source: Source::Store,
+            scan: SCAN,
             follower: None,
             pending: None,
             suspect: None,
@@ -470,11 +477,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn read(&mut self) {
         let Context { store, filter, options, feed, .. } = self.context;
         self.follower.get_or_insert_with(|| feed.follow());
-        let read = ReadLog::after(self.applied).filter(filter.clone()).limit(options.batch);
+        let upto = Position::new(self.applied.get().saturating_add(self.scan));
+        let read = ReadLog::after(self.applied).upto(upto).filter(filter.clone()).limit(options.batch);
         // No time limit but the store's own: a page that takes longer than a tick would never be read.
         let heard = hear(&mut self.inbox, &mut self.lease, None, store.read_log(read)).await;
         match self.attend(heard).await {
             Some(Ok(page)) => {
+                let hole = page.scanned_to == self.applied && page.has_more();
+                self.scan = if hole { self.scan.saturating_mul(2) } else { SCAN };
                 if page.events.is_empty() {
                     // Otherwise only when they are committed: a database that can be read may still refuse that.
                     self.backoff.succeeded();
