@@ -26,7 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// Clones are handles to the same database; several projections may share it, and take turns then, because SQLite lets one
 /// transaction write at a time. All nodes that use a file on one machine share the read model: one of them owns each
-/// projection. The database may be the event store's own file.
+/// projection. The database may be the event store's own file, but then a transaction keeps appends waiting: an `apply` that
+/// takes its time there, as one that asks another service does, stalls the event store.
 #[derive(Clone)]
 pub struct SqliteReadModel {
     shared: Arc<Shared>,
