@@ -173,6 +173,7 @@ async fn a_stop_while_a_panicked_publisher_waits_for_its_restart_publishes_or_sa
             append(&store, 0, 0..10).await;
             // So often that the next restart is seconds away.
             eventually("it panics", || mirror.panicked.load(Ordering::SeqCst) >= 5).await;
+            reach(&node, "it waits", |state| matches!(state, PublisherState::Retrying { .. })).await;
             mirror.panics.store(!mends, Ordering::SeqCst);
             let stopped = node.stop(PATIENCE).await;
             if mends {
