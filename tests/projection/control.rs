@@ -273,13 +273,13 @@ impl Projection for Refusing {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_projection_can_be_asked_what_it_parked_from_the_first_moment_on() {
     for (kind, store, _dir) in stores().await {
-        let link = Link::new(&store);
-        link.down.store(true, Ordering::SeqCst);
-        let cut: Arc<dyn EventStore> = Arc::new(link.clone());
-        let node = local_node(&cut).await;
+        let node = local_node(&store).await;
         let database = Database::new().await;
+        let model = database.open().await;
+        // Nobody waits in between, and the first is to be prepared while somebody else has the database.
+        let lock = model.pool().begin_with("BEGIN IMMEDIATE").await.unwrap();
         let handles = [
-            node.projection(table("table"), database.open().await, options()).await,
+            node.projection(table("table"), model.clone(), options()).await,
             node.projection(recorder("delivered"), External::new(), options()).await,
             node.projection(recorder("memory"), InMemory::new(), options()).await,
         ];
@@ -288,11 +288,11 @@ async fn a_projection_can_be_asked_what_it_parked_from_the_first_moment_on() {
             let error = handle.discard_parked(Position::new(1)).await.unwrap_err();
             (none.len(), matches!(error, ControlError::NotParked { .. }))
         });
-        let up = async {
+        let unlocked = async {
             tokio::time::sleep(Duration::from_millis(20)).await;
-            link.down.store(false, Ordering::SeqCst);
+            lock.rollback().await.unwrap();
         };
-        let (answers, ()) = tokio::join!(futures_util::future::join_all(asked), up);
+        let (answers, ()) = tokio::join!(futures_util::future::join_all(asked), unlocked);
         assert_eq!(answers, [(0, true); 3], "{kind}");
         node.stop(PATIENCE).await.unwrap();
     }
