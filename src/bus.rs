@@ -10,6 +10,8 @@ mod local;
 use std::error::Error;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 pub use self::local::LocalBus;
 use crate::event::{Position, RecordedEvent};
 use crate::store::BoxFuture;
@@ -72,12 +74,13 @@ pub trait EventBus: Send + Sync + 'static {
     /// Whom it reaches.
     fn scope(&self) -> BusScope;
 
-    /// Opens the writing side. One at a time publishes; a second one must be refused by the bus or be harmless (I7).
-    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>>;
+    /// Opens the writing side, for the log of the store with this id. One at a time publishes; a second one must be refused
+    /// by the bus or be harmless (I7), and a mirror of another store's log must be refused.
+    fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>>;
 
-    /// Subscribes to the live continuation of the log. What is published after this returns is delivered, or reported as
-    /// [`BusItem::Gap`].
-    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
+    /// Subscribes to the live continuation of the log of the store with this id, and of no other. What is published after
+    /// this returns is delivered, or reported as [`BusItem::Gap`].
+    fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
 }
 
 /// The writing side of a bus.
