@@ -31,6 +31,7 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
+//! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `testing` | no | the test kit |
 //!
