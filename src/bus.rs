@@ -6,11 +6,17 @@
 //! the store ([`feed`](crate::feed)).
 
 mod local;
+#[cfg(feature = "nats")]
+mod nats;
 
 use std::error::Error;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 pub use self::local::LocalBus;
+#[cfg(feature = "nats")]
+pub use self::nats::{JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, StreamPolicy, StreamStorage};
 use crate::event::{Position, RecordedEvent};
 use crate::store::BoxFuture;
 
@@ -64,6 +70,26 @@ pub enum Resume {
     AtFrontier,
 }
 
+/// How a bus is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BusState {
+    /// It connects when it is first used.
+    Idle,
+    /// It works, as far as is known.
+    Connected {
+        /// With what.
+        to: String,
+    },
+    /// It does not work at the moment, and comes back by itself.
+    Disconnected {
+        /// What happened last.
+        reason: String,
+    },
+    /// Its owner has shut it down.
+    Closed,
+}
+
 /// An event bus.
 pub trait EventBus: Send + Sync + 'static {
     /// `local`, `nats-core`, `nats-jetstream`, …
@@ -72,12 +98,16 @@ pub trait EventBus: Send + Sync + 'static {
     /// Whom it reaches.
     fn scope(&self) -> BusScope;
 
-    /// Opens the writing side. One at a time publishes; a second one must be refused by the bus or be harmless (I7).
-    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>>;
+    /// How it is doing.
+    fn state(&self) -> BusState;
 
-    /// Subscribes to the live continuation of the log. What is published after this returns is delivered, or reported as
-    /// [`BusItem::Gap`].
-    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
+    /// Opens the writing side, for the log of the store with this id. One at a time publishes; a second one must be refused
+    /// by the bus or be harmless (I7), and a mirror of another store's log must be refused.
+    fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>>;
+
+    /// Subscribes to the live continuation of the log of the store with this id, and of no other. What is published after
+    /// this returns is delivered, or reported as [`BusItem::Gap`].
+    fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
 }
 
 /// The writing side of a bus.

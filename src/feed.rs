@@ -15,6 +15,7 @@ use futures_util::FutureExt;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, sleep_until};
+use uuid::Uuid;
 
 pub(crate) use self::stretch::{Stretch, read as read_stretch};
 use crate::backoff::Backoff;
@@ -219,10 +220,10 @@ enum Sign {
 }
 
 impl Source {
-    fn subscribe(bus: Arc<dyn EventBus>, pause: Duration) -> Self {
+    fn subscribe(bus: Arc<dyn EventBus>, store: Uuid, pause: Duration) -> Self {
         Source::Subscribing(Box::pin(async move {
             sleep(pause).await;
-            bus.subscribe().await
+            bus.subscribe(store).await
         }))
     }
 
@@ -250,8 +251,9 @@ impl FeedTask {
     }
 
     async fn run(&mut self) {
+        let store = self.store.info().id;
         let mut position = self.begin().await;
-        let mut source = Source::subscribe(self.bus.clone(), Duration::ZERO);
+        let mut source = Source::subscribe(self.bus.clone(), store, Duration::ZERO);
         let mut poll_at = Instant::now() + self.idle_poll;
         loop {
             let sign = tokio::select! {
@@ -272,7 +274,7 @@ impl FeedTask {
                 }
                 Some(Err(error)) => {
                     self.failed("the feed has no subscription to the bus", &error);
-                    source = Source::subscribe(self.bus.clone(), self.bus_backoff.next());
+                    source = Source::subscribe(self.bus.clone(), store, self.bus_backoff.next());
                 }
                 None => {
                     poll_at = Instant::now() + self.idle_poll;

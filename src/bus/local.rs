@@ -2,9 +2,11 @@ use std::fmt;
 
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
+use uuid::Uuid;
 
 use super::{
-    BusError, BusItem, BusPublisher, BusScope, BusSubscription, EventBus, LogBatch, MirrorEnd, Resume,
+    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, EventBus, LogBatch, MirrorEnd,
+    Resume,
 };
 use crate::event::Position;
 use crate::store::BoxFuture;
@@ -14,7 +16,7 @@ const CAPACITY: usize = 128;
 
 /// The bus inside one process: a bounded ring that subscribers read at their own pace. Clones are handles to the same bus.
 ///
-/// It keeps nothing: who subscribes sees what is published from then on, and who is more than the ring's capacity behind
+/// It is the bus of one store: do not share it between runtimes of different stores. It keeps nothing: who subscribes sees what is published from then on, and who is more than the ring's capacity behind
 /// gets a [`BusItem::Gap`] instead of what was overwritten. Publishing never waits for a subscriber.
 #[derive(Clone)]
 pub struct LocalBus {
@@ -62,11 +64,15 @@ impl EventBus for LocalBus {
         BusScope::Process
     }
 
-    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+    fn state(&self) -> BusState {
+        BusState::Connected { to: "this process".into() }
+    }
+
+    fn publisher(&self, _store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
         Box::pin(async { Ok(Box::new(LocalPublisher { bus: self.clone(), sequence: 0 }) as _) })
     }
 
-    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+    fn subscribe(&self, _store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
         Box::pin(async { Ok(Box::new(LocalSubscription { ring: self.ring.subscribe() }) as _) })
     }
 }

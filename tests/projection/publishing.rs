@@ -116,8 +116,8 @@ async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..10).await;
     let bus = LocalBus::with_capacity(1);
-    let mut prompt = bus.subscribe().await.unwrap();
-    let mut slow = bus.subscribe().await.unwrap();
+    let mut prompt = bus.subscribe(store.info().id).await.unwrap();
+    let mut slow = bus.subscribe(store.info().id).await.unwrap();
     let node = node(&store, bus.clone()).await;
     reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
     let head = append(&store, 0, 0..2_000).await;

@@ -10,7 +10,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteConnection;
-use storied::bus::{BusError, BusItem, BusPublisher, BusScope, BusSubscription, LogBatch, MirrorEnd, Resume};
+use storied::bus::{
+    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, LogBatch, MirrorEnd, Resume,
+};
 use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, SqliteReadModel};
 use storied::store::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
@@ -490,16 +492,20 @@ impl EventBus for Lossy {
         BusScope::Process
     }
 
-    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
-        self.inner.publisher()
+    fn state(&self) -> BusState {
+        self.inner.state()
     }
 
-    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
-        Box::pin(async {
+    fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+        self.inner.publisher(store)
+    }
+
+    fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+        Box::pin(async move {
             if self.loss == Loss::Refused {
                 return Err(BusError::Unavailable { reason: "refused".into(), source: None });
             }
-            let inner = self.inner.subscribe().await?;
+            let inner = self.inner.subscribe(store).await?;
             let (loss, dice) = (self.loss, self.dice.clone());
             Ok(Box::new(LossySubscription { inner, loss, dice, ready: VecDeque::new(), held: Vec::new() })
                 as _)
@@ -578,11 +584,15 @@ impl EventBus for Mirror {
         BusScope::Shared
     }
 
-    fn publisher(&self) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+    fn state(&self) -> BusState {
+        BusState::Connected { to: "the mirror".into() }
+    }
+
+    fn publisher(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
         Box::pin(async { Ok(Box::new(MirrorPublisher { mirror: self.clone(), end: self.end() }) as _) })
     }
 
-    fn subscribe(&self) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+    fn subscribe(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
         Box::pin(std::future::pending())
     }
 }

@@ -12,6 +12,7 @@
 //! `scripts/test` provides the programs; a missing one fails the test, it never skips it.
 #![allow(
     dead_code,
+    unused_imports,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
