@@ -5,6 +5,7 @@
 
 mod conformance;
 mod faults;
+mod oracle;
 mod support;
 
 #[path = "../support/mod.rs"]
