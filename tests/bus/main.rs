@@ -5,6 +5,8 @@
 
 mod conformance;
 mod faults;
+mod login;
+mod mirror;
 mod oracle;
 mod support;
 

@@ -94,6 +94,11 @@ impl NatsServer {
         self.launch().await;
     }
 
+    /// Uses another program from the next start on; `None` for the usual one.
+    pub fn use_binary(&mut self, binary: Option<PathBuf>) {
+        self.options.binary = binary;
+    }
+
     /// Removes what JetStream has stored; the server must be down.
     pub fn wipe(&mut self) {
         assert!(!self.process.is_running(), "wiping the store of a running server");
@@ -124,7 +129,11 @@ async fn answers(url: String, jetstream: bool) -> bool {
     // The client says nothing of a connection refused that it tries again: one attempt, and the caller polls.
     let options =
         async_nats::ConnectOptions::new().max_reconnects(1).connection_timeout(Duration::from_secs(1));
-    let Ok(client) = options.connect(url).await else { return false };
+    let client = match options.connect(url).await {
+        Ok(client) => client,
+        // It wants a login that is the test's business.
+        Err(error) => return error.kind() == async_nats::ConnectErrorKind::AuthorizationViolation,
+    };
     if jetstream {
         async_nats::jetstream::new(client).query_account().await.is_ok()
     } else {

@@ -101,7 +101,7 @@ impl Connection {
         let to = to.join(",");
         let signals = Arc::new(Signals::default());
         let teller = signals.clone();
-        let connect = options.connect_options(move |event| teller.tell(event)).await?;
+        let connect = options.connect_options(&servers, move |event| teller.tell(event)).await?;
         // A name may stand for several addresses, and looking it up has no limit of its own.
         let patience = options.connection_timeout * 2 * u32::try_from(servers.len()).unwrap_or(u32::MAX);
         let client = match timeout(patience, connect.connect(servers)).await {
@@ -113,7 +113,7 @@ impl Connection {
                             reason: format!("the NATS server at {to} refuses to let us in: {error}"),
                         }
                     }
-                    _ => unavailable(format!("no connection to NATS at {to}: {error}"), error),
+                    _ => unavailable(format!("no connection to NATS at {to}"), error),
                 });
             }
             Err(_) => return Err(silent(format!("no connection to NATS at {to} within {patience:?}"))),
@@ -331,11 +331,8 @@ pub(super) fn silent(reason: String) -> BusError {
 }
 
 /// Something that may work later, because of `source`.
-pub(super) fn unavailable(
-    reason: String,
-    source: impl std::error::Error + Send + Sync + 'static,
-) -> BusError {
-    BusError::Unavailable { reason, source: Some(Arc::new(source)) }
+pub(super) fn unavailable(what: String, source: impl std::error::Error + Send + Sync + 'static) -> BusError {
+    BusError::Unavailable { reason: format!("{what}: {source}"), source: Some(Arc::new(source)) }
 }
 
 /// A question to ourselves, through the server: when its answer is here, the server has everything that we sent before.

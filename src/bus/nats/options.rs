@@ -5,6 +5,7 @@ use std::time::Duration;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 
 use super::jetstream::JetStreamOptions;
+use super::wire::percent_decoded;
 use super::{Driver, NatsBus};
 use crate::backoff::jitter;
 use crate::bus::BusError;
@@ -97,7 +98,8 @@ impl NatsOptions {
     }
 
     /// The server, or several separated by commas. By default what the environment variable `NATS_URL` says when the
-    /// connection is made, and `nats://127.0.0.1:4222` if it says nothing. An empty text is as good as none.
+    /// connection is made, and `nats://127.0.0.1:4222` if it says nothing. An empty text is as good as none. A login in it
+    /// (`nats://user:password@host`, `nats://token@host`) is used unless another one is given.
     #[must_use]
     pub fn url(mut self, url: impl Into<String>) -> Self {
         self.url = Some(url.into());
@@ -246,6 +248,7 @@ impl NatsOptions {
     /// What async-nats needs to know. `tell` hears everything that happens to the connection, and must not block.
     pub(super) async fn connect_options(
         &self,
+        servers: &[ServerAddr],
         tell: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<ConnectOptions, BusError> {
         let wait = self.reconnect_wait;
@@ -275,7 +278,7 @@ impl NatsOptions {
             options = options.add_client_certificate(certificate.clone(), key.clone());
         }
         Ok(match &self.login {
-            Login::Nobody => options,
+            Login::Nobody => url_login(options, servers),
             Login::User { name, password } => options.user_and_password(name.clone(), password.clone()),
             Login::Token(token) => options.token(token.clone()),
             Login::NKey(seed) => options.nkey(seed.clone()),
@@ -289,6 +292,20 @@ impl NatsOptions {
                 })?
             }
         })
+    }
+}
+
+/// Logs in with what a URL says (`user:password@` or `token@`), which async-nats itself takes no notice of.
+fn url_login(options: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
+    let Some((name, password)) =
+        servers.iter().find_map(|server| Some((server.username()?, server.password())))
+    else {
+        return options;
+    };
+    let plain = |text: &str| percent_decoded(text).unwrap_or_else(|| text.to_owned());
+    match password {
+        Some(password) => options.user_and_password(plain(name), plain(password)),
+        None => options.token(plain(name)),
     }
 }
 

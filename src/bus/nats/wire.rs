@@ -248,11 +248,16 @@ fn stream_header(stream: &StreamId) -> String {
 
 fn read_stream(header: &str) -> Option<StreamId> {
     let (category, id) = header.split_once('/')?;
-    if !id.contains('%') {
-        return StreamId::new(category, id).ok();
+    StreamId::new(category, percent_decoded(id)?).ok()
+}
+
+/// The text in which `%` and two hexadecimal digits stand for a byte.
+pub(super) fn percent_decoded(text: &str) -> Option<String> {
+    if !text.contains('%') {
+        return Some(text.to_owned());
     }
-    let mut bytes = Vec::with_capacity(id.len());
-    let mut rest = id.as_bytes();
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
     while let Some((&byte, behind)) = rest.split_first() {
         rest = behind;
         if byte == b'%' {
@@ -263,7 +268,7 @@ fn read_stream(header: &str) -> Option<StreamId> {
             bytes.push(byte);
         }
     }
-    StreamId::new(category, String::from_utf8(bytes).ok()?).ok()
+    String::from_utf8(bytes).ok()
 }
 
 fn payload_key(codec: Codec) -> &'static [u8] {

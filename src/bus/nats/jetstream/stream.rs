@@ -246,7 +246,9 @@ pub(super) fn refused(what: &str, error: Error) -> BusError {
                 "{what}: JetStream is not enabled ({error}); start the server with -js, or use the Core driver"
             ))
         }
-        _ if error.code() >= 500 => unavailable(format!("{what}: JetStream cannot: {error}"), error),
+        // Of the server's own class (500), but nothing that passes.
+        ErrorCode::STREAM_INVALID_CONFIG => incompatible(format!("{what}: JetStream refuses: {error}")),
+        _ if error.code() >= 500 => unavailable(format!("{what}: JetStream cannot"), error),
         _ => incompatible(format!("{what}: JetStream refuses: {error}")),
     }
 }
