@@ -55,3 +55,43 @@ async fn logins_are_used_and_wrong_ones_refused_without_being_told() {
         assert!(matches!(error, BusError::Incompatible { .. }) && !shown.contains("hidden"), "{shown}");
     }
 }
+
+/// Says where it is connected, with `NATS_URL` as this process has it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "for the order of URLs"]
+async fn connect_and_tell() {
+    let options = NatsOptions::core();
+    let bus = match std::env::var("TEST_OPTION") {
+        Ok(url) => options.url(url),
+        Err(_) => options,
+    }
+    .bus();
+    let connected = bus.connect().await;
+    println!("\nstate: {connected:?} {:?}", storied::EventBus::state(&bus));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_option_comes_before_the_environment_and_that_before_the_default() {
+    let servers = [server("").await, server("").await];
+    let told = |option: Option<&str>, environment: &str| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "login::connect_and_tell", "--ignored", "--nocapture"]);
+        command.env("NATS_URL", environment);
+        if let Some(option) = option {
+            command.env("TEST_OPTION", option);
+        }
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    };
+    let [one, two] = servers.each_ref().map(|server| server.url());
+    let port = |url: &str| url.rsplit(':').next().unwrap().to_owned();
+    for (option, environment, expected) in [
+        (Some(one.as_str()), two.as_str(), port(&one)),
+        (None, &two, port(&two)),
+        (Some(""), &two, port(&two)),
+        (None, "", "4222".into()),
+        (Some(" "), " ", "4222".into()),
+    ] {
+        let told = told(option, environment);
+        assert!(told.contains(&format!("127.0.0.1:{expected}")), "{option:?} {environment:?}: {told}");
+    }
+}

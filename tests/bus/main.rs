@@ -9,6 +9,7 @@ mod login;
 mod mirror;
 mod oracle;
 mod support;
+mod wire;
 
 #[path = "../support/mod.rs"]
 mod harness;

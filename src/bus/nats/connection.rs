@@ -134,7 +134,7 @@ impl Connection {
             check_version(&client.server_info(), &to)?;
         }
         let link = watch::Sender::new(Link { up, sessions: 1, overflows: 0, closed: false });
-        let watcher = Watcher {
+        let mut watcher = Watcher {
             client: client.clone(),
             to: to.clone(),
             signals: signals.clone(),
@@ -142,6 +142,8 @@ impl Connection {
             state: state.clone(),
             session: session(&client.server_info()),
         };
+        // Whoever has connected finds the state to say so.
+        watcher.look();
         Ok(Self {
             client,
             owned,
