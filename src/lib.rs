@@ -18,8 +18,8 @@
 //! - [`event`]: what happened, and what it is called; [`codec`]: how it becomes bytes, and how old shapes are read;
 //! - [`store`]: the port to the log (append, read, frontier, checkpoints, leases, snapshots), with [`MemoryStore`] and
 //!   [`SqliteStore`];
-//! - [`bus`]: the port that carries the log to others, with [`LocalBus`]; [`publisher`] moves the log to it, the
-//!   [`feed`] is a process's repaired view of it;
+//! - [`bus`]: the port that carries the log to others, with [`LocalBus`] and [`NatsBus`]; [`publisher`] moves the log to it,
+//!   the [`feed`] is a process's repaired view of it;
 //! - [`aggregate`]: decide and fold, pipelined ahead of the disk; [`command`]: receipts, deadlines, command ids;
 //! - [`projection`]: catch up, follow, checkpoint together with the read model;
 //! - [`runtime`]: puts them together, supervises them, takes them down in order;
@@ -31,6 +31,7 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
+//! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `testing` | no | the test kit |
 //!
 //! # Quick start
@@ -57,6 +58,8 @@ pub use ciborium;
 
 pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
 pub use self::bus::{EventBus, LocalBus};
+#[cfg(feature = "nats")]
+pub use self::bus::{NatsBus, NatsOptions};
 pub use self::codec::{Codec, Upcasters};
 pub use self::event::{
     DecodeError, EncodeError, Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId,

@@ -11,7 +11,9 @@ Usage: retail [OPTIONS]
   --db PATH      the event store, created if need be [default: retail.db, in the current directory];
                  the read models of shop.db are in shop-read.db beside it
   --input FILE   the invoice lines [default: online-retail-10k.csv, beside the source of this example]
-  --reset        deletes both databases first
+  --bus BUS      what carries events to the read models: local, core or jetstream (NATS) [default: local]
+  --nats-url URL the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
+  --reset        deletes both databases first, and with --bus jetstream the mirror of the old one
   --json         prints the report as one JSON object
   --help         prints this
 
@@ -23,9 +25,19 @@ Run it again on the same database and it changes nothing; kill it at any moment 
 pub(crate) struct Args {
     pub(crate) db: PathBuf,
     pub(crate) input: PathBuf,
+    pub(crate) bus: Bus,
+    pub(crate) nats_url: Option<String>,
     pub(crate) reset: bool,
     pub(crate) json: bool,
     pub(crate) help: bool,
+}
+
+/// What carries events to the read models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bus {
+    Local,
+    Core,
+    JetStream,
 }
 
 /// What is wrong with the command line.
@@ -35,6 +47,8 @@ pub(crate) enum UsageError {
     Unknown(OsString),
     #[error("{0} needs a value")]
     NoValue(&'static str),
+    #[error("there is no bus {}: it is local, core or jetstream", .0.display())]
+    NoBus(OsString),
 }
 
 impl Args {
@@ -42,16 +56,30 @@ impl Args {
         let mut parsed = Self {
             db: "retail.db".into(),
             input: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv").into(),
+            bus: Bus::Local,
+            nats_url: None,
             reset: false,
             json: false,
             help: false,
         };
         let mut args = args.into_iter();
         while let Some(arg) = args.next() {
-            let mut value = |option| args.next().map(PathBuf::from).ok_or(UsageError::NoValue(option));
+            let mut value = |option| args.next().ok_or(UsageError::NoValue(option));
             match arg.to_str() {
-                Some("--db") => parsed.db = value("--db")?,
-                Some("--input") => parsed.input = value("--input")?,
+                Some("--db") => parsed.db = value("--db")?.into(),
+                Some("--input") => parsed.input = value("--input")?.into(),
+                Some("--bus") => {
+                    let name = value("--bus")?;
+                    parsed.bus = match name.to_str() {
+                        Some("local") => Bus::Local,
+                        Some("core") => Bus::Core,
+                        Some("jetstream") => Bus::JetStream,
+                        _ => return Err(UsageError::NoBus(name)),
+                    };
+                }
+                Some("--nats-url") => {
+                    parsed.nats_url = Some(value("--nats-url")?.to_string_lossy().into_owned());
+                }
                 Some("--reset") => parsed.reset = true,
                 Some("--json") => parsed.json = true,
                 Some("--help" | "-h") => parsed.help = true,
