@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::time::FAR;
+
 /// Doubles from `first` to `max`. Each wait is drawn from its upper half, so that those who failed together do not all come
 /// back together.
 #[derive(Debug, Clone)]
@@ -16,6 +18,8 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     pub(crate) const fn new(first: Duration, max: Duration) -> Self {
+        // Nobody waits longer, and no clock ends before.
+        let max = if max.as_secs() < FAR.as_secs() { max } else { FAR };
         Self { first, max, failures: 0 }
     }
 
@@ -60,6 +64,8 @@ mod tests {
         }
         backoff.succeeded();
         assert!(backoff.next() <= Duration::from_millis(100));
+        let mut patient = Backoff::new(Duration::MAX, Duration::MAX);
+        (0..100).for_each(|_| assert!(patient.next() <= FAR));
         backoff.failures = u32::MAX;
         assert!(backoff.next() <= Duration::from_millis(350));
     }

@@ -79,6 +79,15 @@ pub(crate) fn decode_value(payload: &[u8], codec: Codec) -> Result<ciborium::Val
     }
 }
 
+/// A CBOR value as payload. Payloads of a JSON store stay JSON: types may read both differently (a UUID is text in one, bytes
+/// in the other).
+pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<u8>, String> {
+    match codec {
+        Codec::Cbor => to_cbor(value).map_err(|error| error.to_string()),
+        Codec::Json => serde_json::to_vec(value).map_err(|error| error.to_string()),
+    }
+}
+
 /// A `Vec<u8>` field as a CBOR byte string; serde alone would write an array of numbers.
 pub(crate) mod byte_string {
     use ciborium::Value;

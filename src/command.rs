@@ -21,6 +21,7 @@ pub use crate::aggregate::{ExecuteError, Receipt};
 pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};
 use crate::event::{Event, Metadata};
 use crate::store::{BoxFuture, ExpectedVersion};
+use crate::time::after;
 
 /// How long a caller waits for its receipt unless it says otherwise.
 pub const RECEIVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -35,7 +36,7 @@ pub(crate) struct Handlers {
 trait Handler: Send + Sync {
     fn as_any(&self) -> &dyn Any;
     fn status(&self) -> RouterStatus;
-    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, bool>;
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize>;
 }
 
 /// A part of the runtime that can be started again.
@@ -70,7 +71,7 @@ impl<A: Aggregate> Handler for Router<A> {
         self.status()
     }
 
-    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, bool> {
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize> {
         Box::pin(self.shut_down(deadline))
     }
 }
@@ -92,9 +93,7 @@ impl Handlers {
 
     /// Stops the intake of all, waits for what is under way. The number of commands that had no answer at the deadline.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
-        let all = self.routers.values().map(|handler| async {
-            if handler.shut_down(deadline).await { 0 } else { handler.status().in_flight.max(1) }
-        });
+        let all = self.routers.values().map(|handler| handler.shut_down(deadline));
         futures_util::future::join_all(all).await.into_iter().sum()
     }
 }
@@ -184,7 +183,7 @@ impl<A: Aggregate> Execute<A> {
     }
 
     async fn hand_over(self) -> Result<(Instant, OneshotReceiver<Answer<A>>), ExecuteError<A::Error>> {
-        let deadline = Instant::now() + self.timeout;
+        let deadline = after(self.timeout);
         let router = self
             .handlers
             .router::<A>()
@@ -218,6 +217,7 @@ impl<A: Aggregate> IntoFuture for Execute<A> {
 }
 
 /// A command that was handed over: await it for the receipt. Made by [`Execute::dispatch`].
+#[must_use = "await it for the receipt; a refusal that nobody hears only leaves a log line"]
 pub struct Dispatched<A: Aggregate> {
     command_id: Uuid,
     deadline: Instant,

@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{sleep, sleep_until};
 use uuid::Uuid;
 
 pub(crate) use self::stretch::{Stretch, read as read_stretch};
@@ -23,6 +23,7 @@ use crate::bus::{BusError, BusItem, BusSubscription, EventBus, LogBatch};
 use crate::event::Position;
 use crate::store::{BoxFuture, EventStore};
 use crate::supervised::{Task, panic_text};
+use crate::time::after;
 
 /// How the feed works.
 #[derive(Debug, Clone)]
@@ -254,7 +255,7 @@ impl FeedTask {
         let store = self.store.info().id;
         let mut position = self.begin().await;
         let mut source = Source::subscribe(self.bus.clone(), store, Duration::ZERO);
-        let mut poll_at = Instant::now() + self.idle_poll;
+        let mut poll_at = after(self.idle_poll);
         loop {
             let sign = tokio::select! {
                 sign = source.next() => Some(sign),
@@ -277,7 +278,7 @@ impl FeedTask {
                     source = Source::subscribe(self.bus.clone(), store, self.bus_backoff.next());
                 }
                 None => {
-                    poll_at = Instant::now() + self.idle_poll;
+                    poll_at = after(self.idle_poll);
                     match self.store.frontier().await {
                         Ok(head) if head > position => position = self.repair(position, None).await,
                         Ok(_) if matches!(source, Source::Listening(_)) => self.succeeded(),
@@ -287,7 +288,7 @@ impl FeedTask {
                 }
             }
             if position > before {
-                poll_at = Instant::now() + self.idle_poll;
+                poll_at = after(self.idle_poll);
             }
         }
     }

@@ -10,6 +10,12 @@ use uuid::Uuid;
 use crate::store::{EventStore, Lease, StoreError};
 use crate::supervised::Task;
 
+/// `ttl`, or the nearest that makes sense: of a shorter lease a renewal that is a little late loses hold, and of a longer one
+/// nobody sees the end when its owner has died.
+pub(crate) fn bounded(ttl: Duration) -> Duration {
+    ttl.clamp(Duration::from_millis(50), Duration::from_secs(24 * 60 * 60))
+}
+
 /// A lease that this process holds, as far as it knows. Dropped without [`release`](Self::release) it runs out by itself.
 pub(crate) struct HeldLease {
     lease: Lease,

@@ -16,8 +16,8 @@
 //! Each station is a module, and knows only those to its right that it needs:
 //!
 //! - [`event`]: what happened, and what it is called; [`codec`]: how it becomes bytes, and how old shapes are read;
-//! - [`store`]: the port to the log (append, read, frontier, checkpoints, leases, snapshots), with [`MemoryStore`] and
-//!   [`SqliteStore`];
+//! - [`store`]: the port to the log (append, read, frontier, checkpoints, leases, snapshots), with [`MemoryStore`],
+//!   [`SqliteStore`] and [`PostgresStore`];
 //! - [`bus`]: the port that carries the log to others, with [`LocalBus`] and [`NatsBus`]; [`publisher`] moves the log to it,
 //!   the [`feed`] is a process's repaired view of it;
 //! - [`aggregate`]: decide and fold, pipelined ahead of the disk; [`command`]: receipts, deadlines, command ids;
@@ -31,6 +31,7 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
+//! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `testing` | no | the test kit |
 //!
@@ -53,6 +54,7 @@ pub mod store;
 mod supervised;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod time;
 
 pub use ciborium;
 
@@ -66,12 +68,16 @@ pub use self::event::{
     Version,
 };
 pub use self::feed::{FeedOptions, FeedStatus};
+#[cfg(feature = "postgres")]
+pub use self::projection::PostgresReadModel;
 #[cfg(feature = "sqlite")]
 pub use self::projection::SqliteReadModel;
 pub use self::projection::{Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus};
 pub use self::publisher::{PublisherOptions, PublisherState, PublisherStatus};
 pub use self::runtime::Runtime;
 pub use self::store::{EventStore, ExpectedVersion, Filter, MemoryStore, ReadLog, StoreError};
+#[cfg(feature = "postgres")]
+pub use self::store::{PostgresOptions, PostgresStore};
 #[cfg(feature = "sqlite")]
 pub use self::store::{SqliteOptions, SqliteStore};
 pub use self::supervised::StopError;

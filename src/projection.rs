@@ -6,6 +6,7 @@
 //! | read model | transaction | guarantee |
 //! |---|---|---|
 //! | `SqliteReadModel` | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
+//! | `PostgresReadModel` | `PgConnection` | the same |
 //! | [`InMemory`] | `()` | rebuilt at every start, on every node |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 
@@ -14,6 +15,8 @@ mod external;
 mod handle;
 mod memory;
 mod options;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod status;
@@ -29,6 +32,8 @@ pub(crate) use self::handle::spawn;
 pub use self::handle::{ProjectionHandle, WaitError};
 pub use self::memory::InMemory;
 pub use self::options::{FailurePolicy, ProjectionOptions};
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
 pub use self::status::{ProjectionState, ProjectionStatus};

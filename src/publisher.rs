@@ -18,6 +18,7 @@ use uuid::Uuid;
 use self::worker::PublisherWork;
 use crate::bus::EventBus;
 use crate::event::Position;
+use crate::lease;
 use crate::store::EventStore;
 use crate::supervised::{StopError, Supervised};
 
@@ -70,10 +71,11 @@ impl PublisherOptions {
         self
     }
 
-    /// On a shared bus: how long after the death of the publishing node another one takes over. 6 s by default.
+    /// On a shared bus: how long after the death of the publishing node another one takes over. 6 s by default, at
+    /// least 50 ms and at most a day.
     #[must_use]
     pub fn lease(mut self, ttl: Duration) -> Self {
-        self.lease = ttl;
+        self.lease = lease::bounded(ttl);
         self
     }
 }

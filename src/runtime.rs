@@ -16,18 +16,22 @@ use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
 use crate::bus::{BusState, EventBus, LocalBus};
 use crate::command::{Execute, Handlers, StartRouterError};
-use crate::event::{EncodeError, Event, Position};
+use crate::event::{EncodeError, Event, EventTypes, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::projection::{
     self, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel, Surroundings,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
-    BoxFuture, EventStore, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
+    BoxFuture, EventStore, Filter, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
 };
+use crate::time::after;
 
 /// How long [`Runtime::shutdown`] waits for what is under way.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How much of that time is kept for the publisher, and how much for the projections.
+const SHUTDOWN_RESERVE: Duration = Duration::from_secs(2);
 
 /// A running node; cheap to clone. End it with [`shutdown`](Self::shutdown): dropping the last clone stops everything at
 /// once, which loses nothing that was acknowledged, but leaves callers without answers.
@@ -57,21 +61,31 @@ pub struct Builder {
     bus: Arc<dyn EventBus>,
     publisher: PublisherOptions,
     aggregates: Vec<Registration>,
-    projections: Vec<(String, Box<StartProjection>)>,
+    feed: FeedOptions,
+    projections: Vec<ProjectionRegistration>,
 }
 
 /// What is known of an aggregate's type until the runtime starts.
 struct Registration {
     category: &'static str,
     type_name: &'static str,
+    /// Whether the events can be stored at all.
+    check: fn() -> Result<(), EncodeError>,
     start: Box<StartAggregate>,
 }
 
 type StartAggregate = dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
     + Send;
 
+/// What is known of a projection until the runtime starts.
+struct ProjectionRegistration {
+    name: String,
+    filter: Result<Filter, EncodeError>,
+    start: Box<StartProjection>,
+}
+
 type StartProjection =
-    dyn FnOnce(Surroundings) -> BoxFuture<'static, Result<ProjectionHandle, StartError>> + Send;
+    dyn FnOnce(Filter, Surroundings) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>> + Send;
 
 /// Why a runtime does not start.
 #[derive(Debug, thiserror::Error)]
@@ -189,6 +203,12 @@ impl Builder {
         self
     }
 
+    /// How this node follows the log.
+    pub fn feed(mut self, options: FeedOptions) -> Self {
+        self.feed = options;
+        self
+    }
+
     /// Runs a projection over its read model, with the default options.
     pub fn projection<P, R>(self, projection: P, read_model: R) -> Self
     where
@@ -206,12 +226,10 @@ impl Builder {
     {
         let name = projection.name().to_owned();
         let filter = projection.filter();
-        let start = |surroundings: Surroundings| -> BoxFuture<'static, _> {
-            Box::pin(async move {
-                Ok(projection::spawn(projection, filter?, read_model, options, surroundings).await?)
-            })
+        let start = |filter, surroundings| -> BoxFuture<'static, _> {
+            Box::pin(projection::spawn(projection, filter, read_model, options, surroundings))
         };
-        self.projections.push((name, Box::new(start)));
+        self.projections.push(ProjectionRegistration { name, filter, start: Box::new(start) });
         self
     }
 
@@ -225,6 +243,7 @@ impl Builder {
         self.aggregates.push(Registration {
             category: <A::Event as Event>::CATEGORY,
             type_name: type_name::<A>(),
+            check: || EventTypes::of::<A::Event>().map(drop),
             start: Box::new(move |handlers, store, writer, supervisor| {
                 let router = Router::start(store, writer, options, supervisor.cell())?;
                 supervisor.adopt(Box::new(router.clone()));
@@ -242,6 +261,7 @@ impl Builder {
     /// When something is missing or contradictory, or the store cannot be used. Nothing runs then.
     pub async fn start(self) -> Result<Runtime, StartError> {
         let store = self.store.ok_or(StartError::NoStore)?;
+        // Everything that can be wrong with what was registered, before anything runs.
         for (index, registration) in self.aggregates.iter().enumerate() {
             let same = |other: &&Registration| other.category == registration.category;
             if let Some(other) = self.aggregates[..index].iter().find(same) {
@@ -251,29 +271,32 @@ impl Builder {
                     second: registration.type_name,
                 });
             }
+            (registration.check)()?;
         }
-        for (index, (name, _)) in self.projections.iter().enumerate() {
-            if self.projections[..index].iter().any(|(other, _)| other == name) {
-                return Err(StartError::SameProjection { name: name.clone() });
+        let mut projections: Vec<(String, Filter, Box<StartProjection>)> = Vec::new();
+        for ProjectionRegistration { name, filter, start } in self.projections {
+            if projections.iter().any(|(other, ..)| *other == name) {
+                return Err(StartError::SameProjection { name });
             }
+            projections.push((name, filter?, start));
         }
         store.frontier().await?;
         let node = Uuid::now_v7();
         let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
         // The feed listens before anything is published.
-        let feed = Feed::start(store.clone(), self.bus.clone(), FeedOptions::new());
+        let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
         let publisher =
             Publisher::spawn(store.clone(), self.bus.clone(), self.publisher, node, Some(supervisor.cell()))
                 .await?;
-        let mut projections = Vec::with_capacity(self.projections.len());
         let surroundings = Surroundings {
             store: store.clone(),
             feed: feed.clone(),
             node,
             supervisor: Some(supervisor.cell()),
         };
-        for (_, start) in self.projections {
-            projections.push(start(surroundings.clone()).await?);
+        let mut handles = Vec::with_capacity(projections.len());
+        for (_, filter, start) in projections {
+            handles.push(start(filter, surroundings.clone()).await?);
         }
         let writer = Writer::start(store.clone(), WriterOptions::default());
         let mut handlers = Handlers::default();
@@ -281,8 +304,17 @@ impl Builder {
             (registration.start)(&mut handlers, store.clone(), writer.clone(), &supervisor)?;
         }
         let handlers = Arc::new(handlers);
-        let inner =
-            Inner { node, store, bus: self.bus, writer, publisher, feed, projections, handlers, supervisor };
+        let inner = Inner {
+            node,
+            store,
+            bus: self.bus,
+            writer,
+            publisher,
+            feed,
+            projections: handles,
+            handlers,
+            supervisor,
+        };
         Ok(Runtime { inner: Arc::new(inner) })
     }
 }
@@ -294,6 +326,7 @@ impl Runtime {
             store: None,
             bus: Arc::new(LocalBus::new()),
             publisher: PublisherOptions::new(),
+            feed: FeedOptions::new(),
             aggregates: Vec::new(),
             projections: Vec::new(),
         }
@@ -362,17 +395,19 @@ impl Runtime {
     /// # Errors
     /// As [`shutdown`](Self::shutdown).
     pub async fn shutdown_within(self, timeout: Duration) -> Result<(), ShutdownError> {
-        let deadline = Instant::now() + timeout;
+        // A part of the time is kept for each that comes after: a stuck command must not cost the projections their
+        // orderly end, nor a bus that is away.
+        let reserve = (timeout / 6).min(SHUTDOWN_RESERVE);
+        let deadline = after(timeout);
+        let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut unfinished = Vec::new();
-        let commands = self.inner.handlers.shut_down(deadline).await;
+        let commands = self.inner.handlers.shut_down(deadline - 2 * reserve).await;
         if commands > 0 {
             unfinished.push(format!("{commands} commands without an answer"));
         }
-        let left = || deadline.saturating_duration_since(Instant::now());
-        // Projections get what was published last, as far as there is time.
-        let stopped = self.inner.publisher.stop(left()).await;
+        let stopped = self.inner.publisher.stop(until(deadline - reserve)).await;
         unfinished.extend(stopped.err().map(|error| error.to_string()));
-        let stopped = self.inner.projections.iter().map(|projection| projection.stop(left()));
+        let stopped = self.inner.projections.iter().map(|projection| projection.stop(until(deadline)));
         for stopped in futures_util::future::join_all(stopped).await {
             unfinished.extend(stopped.err().map(|error| error.to_string()));
         }

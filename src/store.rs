@@ -19,6 +19,8 @@ mod error;
 mod filter;
 mod lease;
 mod memory;
+#[cfg(feature = "postgres")]
+pub(crate) mod postgres;
 mod progress;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
@@ -36,6 +38,8 @@ pub use self::error::{AppendError, StoreError};
 pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
 pub use self::memory::MemoryStore;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresOptions, PostgresStore, Stall};
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};

@@ -553,6 +553,13 @@ async fn no_answer_in_time_is_an_unknown_outcome_and_an_undecided_command_is_dro
 }
 
 #[tokio::test]
+async fn a_timeout_may_be_without_end() {
+    let runtime = runtime(MemoryStore::new()).await;
+    runtime.execute::<Counter>("a", Add(1)).timeout(Duration::MAX).await.unwrap();
+    runtime.shutdown_within(Duration::MAX).await.unwrap();
+}
+
+#[tokio::test]
 async fn contention_without_end_gives_up() {
     let store = FaultyStore::new(MemoryStore::new());
     let options = AggregateOptions::<Counter>::new().attempts(3);
@@ -783,4 +790,131 @@ async fn the_log_has_it_all() {
     let page = store.read_log(ReadLog::after(storied::Position::START)).await.unwrap();
     assert_eq!(page.events.len(), 100);
     assert!(page.events.windows(2).all(|pair| pair[0].position < pair[1].position));
+}
+
+/// Another node has executed it: whatever the limit of attempts says, it took effect.
+#[tokio::test]
+async fn the_last_attempt_still_finds_the_first_receipt() {
+    let store = MemoryStore::new();
+    let here = runtime(store.clone()).await;
+    let options = AggregateOptions::<Counter>::new().attempts(1);
+    let there = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
+    there.execute::<Counter>("a", Add(1)).await.unwrap(); // live there, at version 1
+    let id = Uuid::now_v7();
+    let first = here.execute::<Counter>("a", Add(2)).command_id(id).await.unwrap();
+    let again = there.execute::<Counter>("a", Add(2)).command_id(id).await.unwrap();
+    assert_eq!((again.duplicate, again.version, again.reply), (true, first.version, 3));
+    assert_eq!(stored(&store, "a").await, (3, 2));
+}
+
+#[tokio::test]
+async fn what_cannot_be_stored_fails_alone() {
+    let store = FaultyStore::new(MemoryStore::new());
+    let runtime = runtime(store.clone()).await;
+    store.poison(added(666).payload.to_vec());
+    store.hold();
+    let head = runtime.execute::<Counter>("a", Add(1)).dispatch().await.unwrap();
+    store.held(1).await;
+    // Decided while the first is on its way, and sent as one append.
+    let ahead = runtime.execute::<Counter>("a", Add(10)).dispatch().await.unwrap();
+    let poison = runtime.execute::<Counter>("a", Add(666)).dispatch().await.unwrap();
+    let behind = runtime.execute::<Counter>("a", Add(100)).dispatch().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await; // let them be decided ahead
+    store.release();
+    assert_eq!(head.await.unwrap().reply, 1);
+    assert_eq!(ahead.await.unwrap().reply, 11);
+    let error = poison.await.unwrap_err();
+    assert!(matches!(error, ExecuteError::Store(StoreError::Invalid { .. })), "{error}");
+    assert_eq!(behind.await.unwrap().reply, 111, "decided again, without what was refused");
+    assert_eq!(stored(&store.inner, "a").await, (111, 3));
+}
+
+#[tokio::test]
+async fn a_slow_store_does_not_pile_up_snapshots() {
+    let mut store = FaultyStore::new(MemoryStore::new());
+    store.hold_snapshots = true;
+    let waiting = store.snapshots_waiting.clone();
+    let options = AggregateOptions::<Counter>::new().snapshot_every(1, 1);
+    let runtime = Runtime::builder().store(store).aggregate_with(options).start().await.unwrap();
+    for _ in 0..500 {
+        runtime.execute::<Counter>("a", Add(1)).await.unwrap();
+    }
+    let waiting = waiting.load(std::sync::atomic::Ordering::SeqCst);
+    assert!((1..=4).contains(&waiting), "{waiting} snapshots under way");
+}
+
+#[tokio::test]
+async fn shutdown_counts_what_had_no_answer() {
+    let store = FaultyStore::new(MemoryStore::new());
+    let runtime = runtime(store.clone()).await;
+    store.hold();
+    let mut dispatched = Vec::new();
+    for id in 0..50 {
+        dispatched.push(runtime.execute::<Counter>(id, Add(1)).dispatch().await.unwrap());
+    }
+    store.held(1).await;
+    let error = runtime.shutdown_within(Duration::from_millis(50)).await.unwrap_err();
+    assert_eq!(error.unfinished, ["50 commands without an answer"]);
+}
+
+mod unlucky {
+    //! Code of the user's that panics where nobody thinks of it.
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Unlucky;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum UnluckyEvent {
+        Drawn(u64),
+    }
+
+    impl Serialize for UnluckyEvent {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            let UnluckyEvent::Drawn(number) = self;
+            assert!(*number != 13, "cannot write 13");
+            serializer.serialize_newtype_variant("UnluckyEvent", 0, "drawn", number)
+        }
+    }
+
+    impl Event for UnluckyEvent {
+        const CATEGORY: &'static str = "unlucky";
+    }
+
+    impl Aggregate for Unlucky {
+        type Event = UnluckyEvent;
+        type Command = u64;
+        type Reply = ();
+        type Error = CounterError;
+
+        fn handle(
+            &self,
+            number: &u64,
+            context: &Context<'_>,
+        ) -> Result<Decision<UnluckyEvent>, CounterError> {
+            assert!(context.new_id() != context.new_id());
+            Ok(Decision::event(UnluckyEvent::Drawn(*number)))
+        }
+
+        fn apply(&mut self, _: &UnluckyEvent) {}
+    }
+
+    #[tokio::test]
+    async fn a_panic_while_encoding_stays_with_its_command() {
+        let store = FaultyStore::new(MemoryStore::new());
+        let runtime = Runtime::builder().store(store.clone()).aggregate::<Unlucky>().start().await.unwrap();
+        store.hold();
+        let good = runtime.execute::<Unlucky>("x", 1_u64).dispatch().await.unwrap();
+        store.held(1).await;
+        let error = runtime.execute::<Unlucky>("x", 13_u64).await.unwrap_err();
+        assert!(
+            matches!(&error, ExecuteError::Panicked { message, .. } if message == "cannot write 13"),
+            "{error}"
+        );
+        store.release();
+        good.await.unwrap();
+        assert_eq!(runtime.execute::<Unlucky>("x", 2_u64).await.unwrap().version, Version::new(2));
+    }
 }

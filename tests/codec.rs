@@ -330,3 +330,58 @@ proptest! {
         prop_assert_eq!(filter.matches(&event), expected);
     }
 }
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum BillEvent {
+    Settled { by: Uuid },
+    Counted { n: u64 },
+}
+
+impl Event for BillEvent {
+    const CATEGORY: &'static str = "bill";
+
+    fn upcasters() -> Upcasters {
+        Upcasters::new().rename("paid", "settled").rename("older", "counted").upcast(
+            "counted",
+            "counted",
+            |payload| {
+                let Value::Map(mut fields) = payload else { return Err("no map".into()) };
+                let n = fields[0].1.as_integer().and_then(|n| u64::try_from(n).ok()).ok_or("no number")?;
+                fields[0].1 = (n * 100).into();
+                Ok(Value::Map(fields))
+            },
+        )
+    }
+}
+
+/// A UUID is text in JSON and bytes in CBOR: what is upcast stays in the store's codec.
+#[test]
+fn upcasting_keeps_to_the_codec() {
+    let by = Uuid::from_u128(5);
+    for codec in [Codec::Cbor, Codec::Json] {
+        let mut event = encode(&BillEvent::Settled { by }, codec);
+        event.name = EventName::new("bill.paid").unwrap();
+        assert_eq!(event.decode::<BillEvent>().unwrap(), BillEvent::Settled { by }, "{codec}");
+    }
+}
+
+#[test]
+fn a_rule_is_taken_once() {
+    for name in ["bill.counted", "bill.older"] {
+        let mut event = encode(&BillEvent::Counted { n: 1 }, Codec::Cbor);
+        event.name = EventName::new(name).unwrap();
+        assert_eq!(event.decode::<BillEvent>().unwrap(), BillEvent::Counted { n: 100 }, "{name}");
+    }
+}
+
+#[test]
+fn bytes_behind_a_payload_are_noticed() {
+    for (name, payload) in [("shop.order.paid", cbor(&1)), ("shop.order.dispatched", vec![0xf6])] {
+        let mut longer = payload.clone();
+        longer.push(0x01);
+        stored("shop.order", name, &payload).decode::<OrderEvent>().unwrap();
+        let error = stored("shop.order", name, &longer).decode::<OrderEvent>().unwrap_err();
+        assert!(matches!(error.kind, DecodeErrorKind::Payload(_)), "{error}");
+    }
+}

@@ -3,10 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are no product")]
 
+mod support;
+
 #[path = "../examples/retail/domain.rs"]
 #[allow(dead_code, reason = "only its events are read here")]
 mod domain;
-mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -48,21 +49,33 @@ fn example() -> &'static Path {
 }
 
 /// A directory with databases and what the runs on them say.
-struct Shop(TempDir);
+struct Shop {
+    directory: TempDir,
+    /// Where the log is, if not there.
+    store: Vec<String>,
+}
 
 impl Shop {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self { directory: tempfile::tempdir().unwrap(), store: Vec::new() }
+    }
+
+    /// With the log in a database of its own, on a PostgreSQL that all tests share.
+    async fn on_postgres() -> Self {
+        let url = support::PostgresServer::shared().await.create_database().await;
+        let store = ["--store", "postgres", "--database-url", &url].map(Into::into).into();
+        Self { store, ..Self::new() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.directory.path().join(name)
     }
 
     fn start(&self, args: &[&str]) -> Child {
         Command::new(example())
             .arg("--db")
             .arg(self.path("shop.db"))
+            .args(&self.store)
             .args(args)
             .stdin(Stdio::null())
             .stdout(File::create(self.path("stdout")).unwrap())
@@ -230,10 +243,36 @@ async fn over_nats_it_comes_to_the_same() {
     assert_eq!(stream.cached_info().state.messages, 10_512);
 }
 
-/// Killed again and again, wherever it happens to be, on databases that get fuller from run to run.
+#[tokio::test]
+async fn totals_are_exact_on_postgres() {
+    let shop = Shop::on_postgres().await;
+    let first = shop.report(&[]);
+    assert_eq!((first.commands, first.rejected, first.new_events), (10_512, 0, 10_512));
+    assert_eq!(first.totals, totals_of(CSV));
+    let second = shop.report(&[]);
+    assert_eq!((second.duplicates, second.new_events, second.events), (10_512, 0, 10_512));
+    assert_eq!(second.totals, first.totals);
+    let again = shop.report(&["--reset"]);
+    assert_eq!((again.duplicates, again.new_events, again.totals), (0, 10_512, first.totals));
+
+    let nowhere = Shop { store: vec!["--store".into(), "postgres".into()], ..Shop::new() };
+    let said = nowhere.run(&["--database-url", "postgres://nobody:secret@127.0.0.1:1/none"]);
+    assert_eq!(said.status.code(), Some(1));
+    assert!(said.stderr.contains("unavailable") && !said.stderr.contains("secret"), "{}", said.stderr);
+}
+
 #[tokio::test]
 async fn killed_at_any_moment_it_goes_on_and_comes_to_the_same() {
-    const KILLS: u32 = 12;
+    killed(12, async || Shop::new()).await;
+}
+
+#[tokio::test]
+async fn killed_at_any_moment_on_postgres_as_well() {
+    killed(6, Shop::on_postgres).await;
+}
+
+/// Killed again and again, wherever it happens to be, on databases that get fuller from run to run.
+async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
     let seed = match std::env::var("RETAIL_SEED") {
         Ok(seed) => seed.parse().unwrap(),
         Err(_) => uuid::Uuid::new_v4().as_u64_pair().0,
@@ -241,12 +280,13 @@ async fn killed_at_any_moment_it_goes_on_and_comes_to_the_same() {
     println!("RETAIL_SEED={seed}");
     let mut random = Random(seed | 1);
     let expected = totals_of(CSV);
+    let shop = open().await;
     let started = Instant::now();
-    assert_eq!(Shop::new().report(&[]).totals, expected);
+    assert_eq!(shop.report(&[]).totals, expected);
     let a_run = started.elapsed();
     let mut kills = 0;
-    while kills < KILLS {
-        let shop = Shop::new();
+    while kills < times {
+        let shop = open().await;
         // A few on each database, so that many kills find one that is still getting fuller.
         for round in 0..3 {
             // After a kill, the read models are first waited for.
@@ -264,9 +304,10 @@ async fn killed_at_any_moment_it_goes_on_and_comes_to_the_same() {
                 break;
             }
             kills += 1;
-            println!("kill {kills} after {delay:?}: {} events in the log", shop.log().await.len());
+            println!("kill {kills} after {delay:?}");
         }
         let last = shop.report(&[]);
+        println!("then {} commands had been done before", last.duplicates);
         assert_eq!(last.totals, expected);
         assert_eq!((last.events, last.rejected, last.commands), (10_512, 0, 10_512));
         assert_eq!(last.duplicates + last.new_events, 10_512);
@@ -378,7 +419,8 @@ fn the_command_line_is_checked() {
         (&["--speed", "fast"][..], "there is no option --speed"),
         (&["retail.csv"], "there is no option retail.csv"),
         (&["--input"], "--input needs a value"),
-        (&["--bus", "omnibus"], "there is no bus omnibus"),
+        (&["--store", "mysql"], "--store cannot be mysql"),
+        (&["--bus", "omnibus"], "--bus cannot be omnibus"),
     ] {
         let said = shop.run(args);
         assert_eq!((said.status.code(), &*said.stdout), (Some(2), ""));

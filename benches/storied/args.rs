@@ -16,6 +16,7 @@ pub enum Workload {
 pub enum StoreKind {
     Memory,
     Sqlite,
+    Postgres,
 }
 
 /// One row of the report.
@@ -40,7 +41,7 @@ pub struct Args {
 }
 
 const USAGE: &str =
-    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|all] [--store memory|sqlite]
+    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|all] [--store memory|sqlite|postgres]
        [--bus local] [--callers N] [--events N] [--payload BYTES] [--runs N] [--json FILE]";
 
 impl Workload {
@@ -65,8 +66,8 @@ impl Workload {
 
     fn events(self, store: StoreKind, callers: usize) -> usize {
         match (self, store) {
-            (Workload::Hot, StoreKind::Sqlite) if callers == 1 => 2_000,
-            (Workload::Commands | Workload::Hot, StoreKind::Sqlite) => 20_000,
+            (Workload::Hot, StoreKind::Sqlite | StoreKind::Postgres) if callers == 1 => 2_000,
+            (Workload::Commands | Workload::Hot, StoreKind::Sqlite | StoreKind::Postgres) => 20_000,
             (Workload::Commands | Workload::Hot, StoreKind::Memory) => 100_000,
             (Workload::Rehydrate, _) => 10_000,
             (Workload::Catchup, _) => 200_000,
@@ -75,10 +76,13 @@ impl Workload {
 }
 
 impl StoreKind {
+    const ALL: [StoreKind; 3] = [StoreKind::Memory, StoreKind::Sqlite, StoreKind::Postgres];
+
     pub fn name(self) -> &'static str {
         match self {
             StoreKind::Memory => "memory",
             StoreKind::Sqlite => "sqlite",
+            StoreKind::Postgres => "postgres",
         }
     }
 }
@@ -102,8 +106,7 @@ impl Args {
                 "all" => parsed.workload = None,
                 "--store" => {
                     let name = value()?;
-                    let store =
-                        [StoreKind::Memory, StoreKind::Sqlite].into_iter().find(|kind| kind.name() == name);
+                    let store = StoreKind::ALL.into_iter().find(|kind| kind.name() == name);
                     parsed.store = Some(store.ok_or_else(|| format!("there is no store {name:?}\n{USAGE}"))?);
                 }
                 "--bus" => match value()?.as_str() {
@@ -129,7 +132,7 @@ impl Args {
         for workload in
             Workload::ALL.into_iter().filter(|one| self.workload.is_none_or(|wanted| wanted == *one))
         {
-            for store in [StoreKind::Memory, StoreKind::Sqlite] {
+            for store in StoreKind::ALL {
                 if self.store.is_some_and(|wanted| wanted != store) {
                     continue;
                 }

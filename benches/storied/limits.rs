@@ -9,7 +9,7 @@ use uuid::Uuid;
 use crate::args::Plan;
 use crate::domain::text;
 use crate::measure::Run;
-use crate::stores::directory;
+use crate::stores::{POSTGRES_SCHEMA, directory, postgres};
 
 const ROW: &str = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
@@ -71,6 +71,88 @@ pub async fn sqlite_read(plan: &Plan, filled: &std::path::Path) -> Run {
         let blobs = [5, 6, 7, 8].map(|column| row.get::<&[u8], _>(column).len());
         bytes += texts.iter().chain(&blobs).sum::<usize>();
         events += usize::from(numbers[0] > 0);
+    }
+    assert!(bytes > 0 && events == plan.events, "{events} of {} events", plan.events);
+    Run::whole(events, start.elapsed())
+}
+
+/// PostgreSQL through sqlx with nothing above: rows like storied's, `per_transaction` of them in one INSERT … unnest and
+/// commit, from `writers` connections at a time. With 1 and 1 it is one single-row commit after the other.
+pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usize) -> Run {
+    let mut setup = postgres().await;
+    setup
+        .execute(
+            "DROP SCHEMA IF EXISTS raw_bench CASCADE; CREATE SCHEMA raw_bench;
+             CREATE TABLE raw_bench.events (position bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, version bigint NOT NULL,
+             recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(), stream uuid NOT NULL, id uuid NOT NULL,
+             command_id uuid NOT NULL, category text NOT NULL, stream_id text NOT NULL, name text NOT NULL,
+             payload bytea NOT NULL, metadata bytea NOT NULL, UNIQUE (stream, version))",
+        )
+        .await
+        .unwrap();
+    let transactions = plan.events.div_ceil(per_transaction * writers);
+    let mut connections = Vec::new();
+    for _ in 0..writers {
+        connections.push(postgres().await);
+    }
+    let start = Instant::now();
+    let mut tasks = tokio::task::JoinSet::new();
+    for mut connection in connections {
+        let payload = text(plan.payload).into_bytes();
+        tasks.spawn(async move {
+            let streams: Vec<Uuid> = (0..per_transaction).map(|_| Uuid::now_v7()).collect();
+            let mut latencies = Vec::with_capacity(transactions);
+            for version in 1..=transactions as i64 {
+                let start = Instant::now();
+                let ids: Vec<Uuid> = (0..per_transaction).map(|_| Uuid::now_v7()).collect();
+                let inserted = sqlx::query(
+                    "INSERT INTO raw_bench.events (version, stream, id, command_id, category, stream_id, name, payload, metadata)
+                     SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::text[],
+                     $8::bytea[], $9::bytea[]) RETURNING position",
+                )
+                .bind(vec![version; per_transaction])
+                .bind(&streams)
+                .bind(&ids)
+                .bind(&ids)
+                .bind(vec!["account"; per_transaction])
+                .bind(vec!["4711"; per_transaction])
+                .bind(vec!["account.entered"; per_transaction])
+                .bind(vec![&payload[..]; per_transaction])
+                .bind(vec![&[0xa0_u8][..]; per_transaction])
+                .fetch_all(&mut connection)
+                .await
+                .unwrap();
+                assert_eq!(inserted.len(), per_transaction);
+                latencies.push(start.elapsed());
+            }
+            latencies
+        });
+    }
+    let latencies = tasks.join_all().await.concat();
+    let run = Run::new(transactions * per_transaction * writers, start.elapsed(), latencies);
+    setup.execute("DROP SCHEMA raw_bench CASCADE").await.unwrap();
+    run
+}
+
+/// PostgreSQL through sqlx: all rows in order, with the columns that an event is made of, taken but not decoded.
+pub async fn postgres_read(plan: &Plan) -> Run {
+    use futures_util::TryStreamExt;
+    let mut connection = postgres().await;
+    let start = Instant::now();
+    let sql = format!(
+        "SELECT position, category, stream_id, version, name, id, command_id, payload, metadata, recorded_at
+         FROM {POSTGRES_SCHEMA}.events ORDER BY position"
+    );
+    let mut rows = sqlx::query(sqlx::AssertSqlSafe(sql)).fetch(&mut connection);
+    let (mut events, mut bytes) = (0, 0);
+    while let Some(row) = rows.try_next().await.unwrap() {
+        let numbers = [0, 3].map(|column| row.get::<i64, _>(column));
+        let texts = [1, 2, 4].map(|column| row.get::<&str, _>(column).len());
+        let ids = [5, 6].map(|column| row.get::<Uuid, _>(column));
+        let blobs = [7, 8].map(|column| row.get::<&[u8], _>(column).len());
+        let time: chrono::DateTime<chrono::Utc> = row.get(9);
+        bytes += texts.iter().chain(&blobs).sum::<usize>();
+        events += usize::from(numbers[0] > 0 && !ids[0].is_nil() && time.timestamp() > 0);
     }
     assert!(bytes > 0 && events == plan.events, "{events} of {} events", plan.events);
     Run::whole(events, start.elapsed())

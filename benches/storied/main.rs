@@ -1,9 +1,11 @@
 //! How fast storied is, beside the raw limit of what it stands on, measured in the same run.
 //!
 //! ```text
-//! cargo bench --bench storied -- <workload> [--store memory|sqlite] [--bus local] [--callers N] [--events N]
+//! cargo bench --bench storied -- <workload> [--store memory|sqlite|postgres] [--bus local] [--callers N] [--events N]
 //!                                [--payload BYTES] [--runs N] [--json FILE]
 //! ```
+//!
+//! PostgreSQL is the one of `DATABASE_URL` (a schema of its own, dropped afterwards), or else a private one.
 //!
 //! Workloads: `commands`, `hot`, `rehydrate`, `catchup`, or `all` (the default). Ours and the limit take turns, `runs` times;
 //! the medians are printed, with their ratio and its spread. What each limit is stands beside its function in `limits.rs`.
@@ -21,6 +23,8 @@ mod domain;
 mod limits;
 mod measure;
 mod stores;
+#[path = "../../tests/support/mod.rs"]
+mod support;
 mod workloads;
 
 use args::{Args, Workload};

@@ -1,5 +1,8 @@
+use sqlx::{Connection, Executor, PgConnection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{EventStore, MemoryStore, Metadata, NewEvent, SqliteStore, StreamId};
+use storied::{
+    EventStore, MemoryStore, Metadata, NewEvent, PostgresOptions, PostgresStore, SqliteStore, StreamId,
+};
 use tempfile::TempDir;
 
 use crate::args::{Plan, StoreKind};
@@ -10,6 +13,7 @@ use crate::domain::{AccountEvent, text};
 pub enum Store {
     Memory(MemoryStore),
     Sqlite(SqliteStore, std::sync::Arc<TempDir>),
+    Postgres(PostgresStore),
 }
 
 impl Store {
@@ -21,6 +25,12 @@ impl Store {
                 let store = SqliteStore::open(directory.path().join("events.db")).await.unwrap();
                 Store::Sqlite(store, directory.into())
             }
+            StoreKind::Postgres => {
+                let mut connection = postgres().await;
+                connection.execute("DROP SCHEMA IF EXISTS storied_bench CASCADE").await.unwrap();
+                let options = PostgresOptions::new().url(postgres_url().await).schema(POSTGRES_SCHEMA);
+                Store::Postgres(options.connect().await.unwrap())
+            }
         }
     }
 
@@ -28,6 +38,7 @@ impl Store {
         match self {
             Store::Memory(store) => store,
             Store::Sqlite(store, _) => store,
+            Store::Postgres(store) => store,
         }
     }
 
@@ -35,6 +46,7 @@ impl Store {
         match self.clone() {
             Store::Memory(store) => storied::Runtime::builder().store(store),
             Store::Sqlite(store, _) => storied::Runtime::builder().store(store),
+            Store::Postgres(store) => storied::Runtime::builder().store(store),
         }
     }
 
@@ -53,6 +65,20 @@ impl Store {
             }
         }
     }
+}
+
+pub const POSTGRES_SCHEMA: &str = "storied_bench";
+
+/// The server that the environment names, or a private one with the durability of any other.
+async fn postgres_url() -> String {
+    match std::env::var("DATABASE_URL") {
+        Ok(url) if !url.is_empty() => url,
+        _ => crate::support::PostgresServer::shared().await.url(),
+    }
+}
+
+pub async fn postgres() -> PgConnection {
+    PgConnection::connect(&postgres_url().await).await.unwrap()
 }
 
 /// In the build directory, not in /tmp: that may be memory.

@@ -15,7 +15,7 @@ const AGGREGATES: usize = 1_000;
 /// `callers` callers over 1,000 live aggregates, one event a command.
 pub async fn commands(plan: &Plan) -> Comparison {
     let (ours, per_transaction) = execute(plan, AGGREGATES).await;
-    let limit = inserts(plan, per_transaction).await;
+    let limit = inserts(plan, per_transaction, 2).await;
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's as well") }
 }
 
@@ -23,7 +23,7 @@ pub async fn commands(plan: &Plan) -> Comparison {
 /// do at best.
 pub async fn hot(plan: &Plan) -> Comparison {
     let (ours, per_transaction) = execute(plan, 1).await;
-    let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1).await;
+    let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1, 1).await;
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
 }
 
@@ -97,10 +97,12 @@ async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
     (run, (writer.events / writer.transactions).max(1) as usize)
 }
 
-async fn inserts(plan: &Plan, per_transaction: usize) -> Run {
+/// `writers`: connections at a time, where a store has more than one that writes.
+async fn inserts(plan: &Plan, per_transaction: usize, writers: usize) -> Run {
     match plan.store {
         StoreKind::Sqlite => limits::sqlite_inserts(plan, per_transaction).await,
         StoreKind::Memory => memory_appends(plan, per_transaction).await,
+        StoreKind::Postgres => limits::postgres_inserts(plan, per_transaction, writers).await,
     }
 }
 
@@ -133,6 +135,7 @@ async fn memory_appends(plan: &Plan, per_transaction: usize) -> Run {
 async fn read(plan: &Plan, store: &Store) -> Run {
     match store {
         Store::Sqlite(_, directory) => limits::sqlite_read(plan, &directory.path().join("events.db")).await,
+        Store::Postgres(_) => limits::postgres_read(plan).await,
         Store::Memory(_) => {
             let start = Instant::now();
             let page =

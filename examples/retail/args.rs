@@ -10,10 +10,14 @@ Usage: retail [OPTIONS]
 
   --db PATH      the event store, created if need be [default: retail.db, in the current directory];
                  the read models of shop.db are in shop-read.db beside it
+  --store KIND   sqlite [default], or postgres: then the log is in PostgreSQL (schema storied_retail), and
+                 --db only says where the read models are
+  --database-url URL
+                 which PostgreSQL [default: the environment's DATABASE_URL]
   --input FILE   the invoice lines [default: online-retail-10k.csv, beside the source of this example]
   --bus BUS      what carries events to the read models: local, core or jetstream (NATS) [default: local]
   --nats-url URL the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
-  --reset        deletes both databases first, and with --bus jetstream the mirror of the old one
+  --reset        deletes the log and the read models first, and with --bus jetstream the old mirror
   --json         prints the report as one JSON object
   --help         prints this
 
@@ -24,6 +28,8 @@ Run it again on the same database and it changes nothing; kill it at any moment 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) db: PathBuf,
+    pub(crate) store: StoreKind,
+    pub(crate) database_url: Option<String>,
     pub(crate) input: PathBuf,
     pub(crate) bus: Bus,
     pub(crate) nats_url: Option<String>,
@@ -40,6 +46,13 @@ pub(crate) enum Bus {
     JetStream,
 }
 
+/// Where the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StoreKind {
+    Sqlite,
+    Postgres,
+}
+
 /// What is wrong with the command line.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UsageError {
@@ -47,14 +60,16 @@ pub(crate) enum UsageError {
     Unknown(OsString),
     #[error("{0} needs a value")]
     NoValue(&'static str),
-    #[error("there is no bus {}: it is local, core or jetstream", .0.display())]
-    NoBus(OsString),
+    #[error("{option} cannot be {}", found.display())]
+    BadValue { option: &'static str, found: OsString },
 }
 
 impl Args {
     pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
         let mut parsed = Self {
             db: "retail.db".into(),
+            store: StoreKind::Sqlite,
+            database_url: None,
             input: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv").into(),
             bus: Bus::Local,
             nats_url: None,
@@ -67,14 +82,29 @@ impl Args {
             let mut value = |option| args.next().ok_or(UsageError::NoValue(option));
             match arg.to_str() {
                 Some("--db") => parsed.db = value("--db")?.into(),
+                Some("--store") => {
+                    let found = value("--store")?;
+                    parsed.store = match found.to_str() {
+                        Some("sqlite") => StoreKind::Sqlite,
+                        Some("postgres") => StoreKind::Postgres,
+                        _ => return Err(UsageError::BadValue { option: "--store", found }),
+                    };
+                }
+                Some("--database-url") => {
+                    let url = value("--database-url")?.into_string();
+                    // Not shown: it may hold a password.
+                    let option = "--database-url";
+                    let url = url.map_err(|_| UsageError::BadValue { option, found: "no text".into() })?;
+                    parsed.database_url = Some(url);
+                }
                 Some("--input") => parsed.input = value("--input")?.into(),
                 Some("--bus") => {
-                    let name = value("--bus")?;
-                    parsed.bus = match name.to_str() {
+                    let found = value("--bus")?;
+                    parsed.bus = match found.to_str() {
                         Some("local") => Bus::Local,
                         Some("core") => Bus::Core,
                         Some("jetstream") => Bus::JetStream,
-                        _ => return Err(UsageError::NoBus(name)),
+                        _ => return Err(UsageError::BadValue { option: "--bus", found }),
                     };
                 }
                 Some("--nats-url") => {

@@ -14,19 +14,22 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use sqlx::Connection;
 use storied::bus::JetStreamOptions;
 use storied::{
-    AggregateOptions, EventStore, NatsBus, NatsOptions, Position, ProjectionOptions, ReadLog, Runtime,
-    SqliteReadModel, SqliteStore, StoreError,
+    AggregateOptions, EventStore, NatsBus, NatsOptions, Position, PostgresOptions, ProjectionOptions,
+    ReadLog, Runtime, SqliteReadModel, SqliteStore, StoreError,
 };
 
-use self::args::{Args, Bus, USAGE};
+use self::args::{Args, Bus, StoreKind, USAGE};
 use self::domain::Invoice;
 use self::import::ImportError;
 use self::projections::{RevenueByCountry, Totals, UnitsByStockCode};
 use self::report::{Progress, Report};
 use self::rows::{RowError, Rows};
 
+/// The schema of the log in PostgreSQL.
+const SCHEMA: &str = "storied_retail";
 /// How many commands an invoice recognises by their ids. A longer one still takes no line twice, see `domain.rs`.
 const COMMAND_WINDOW: usize = 1_000;
 /// How long a run that was killed keeps the read models from the next one.
@@ -87,8 +90,8 @@ enum Failure {
     Behind(#[from] storied::projection::WaitError),
     #[error(transparent)]
     Shutdown(#[from] storied::runtime::ShutdownError),
-    #[error("reading the read models: {0}")]
-    Totals(#[from] sqlx::Error),
+    #[error("a database failed: {0}")]
+    Database(#[from] sqlx::Error),
     #[error("{} is no SQLite database, and not for --reset to delete", .0.display())]
     NoDatabase(PathBuf),
     #[error("{}: {error}", path.display())]
@@ -100,7 +103,10 @@ enum Failure {
 async fn run(args: &Args) -> Result<(), Failure> {
     let rows = Rows::open(&args.input)?;
     if args.reset {
-        delete_database(&args.db)?;
+        match args.store {
+            StoreKind::Sqlite => delete_database(&args.db)?,
+            StoreKind::Postgres => drop_schema(args).await?,
+        }
         delete_database(&args.read_models())?;
     }
     let read_models = SqliteReadModel::open(args.read_models()).await?;
@@ -116,8 +122,11 @@ async fn run(args: &Args) -> Result<(), Failure> {
         }
         None => Runtime::builder(),
     };
+    let builder = match args.store {
+        StoreKind::Sqlite => builder.store(SqliteStore::open(&args.db).await?),
+        StoreKind::Postgres => builder.store(postgres(args).connect().await?),
+    };
     let runtime = builder
-        .store(SqliteStore::open(&args.db).await?)
         .aggregate_with(AggregateOptions::<Invoice>::new().command_window(COMMAND_WINDOW))
         .projection_with(RevenueByCountry, read_models.clone(), leased.clone())
         .projection_with(UnitsByStockCode, read_models.clone(), leased)
@@ -146,6 +155,26 @@ async fn run(args: &Args) -> Result<(), Failure> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
+}
+
+/// The log in PostgreSQL, apart from whatever else is in that database.
+fn postgres(args: &Args) -> PostgresOptions {
+    let options = PostgresOptions::new().schema(SCHEMA).application_name("retail");
+    match &args.database_url {
+        Some(url) => options.url(url),
+        None => options, // the environment's DATABASE_URL
+    }
+}
+
+async fn drop_schema(args: &Args) -> Result<(), Failure> {
+    let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok());
+    // Without one, connecting says what is missing.
+    let Some(url) = url else { return Ok(()) };
+    let mut connection = sqlx::PgConnection::connect(&url).await?;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")))
+        .execute(&mut connection)
+        .await?;
+    Ok(connection.close().await?)
 }
 
 /// Waits until the read models know of everything that the import did.

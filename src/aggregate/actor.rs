@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use chrono::{DateTime, Utc};
-use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
-use tokio::sync::OwnedSemaphorePermit;
+use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -65,6 +65,8 @@ pub(super) struct Shared<A: Aggregate> {
     pub(super) writer: Writer,
     pub(super) options: AggregateOptions<A>,
     pub(super) types: Arc<EventTypes>,
+    /// Places for snapshots that are being written.
+    pub(super) snapshots: Arc<Semaphore>,
 }
 
 pub(super) enum AggregateMessage<A: Aggregate> {
@@ -96,6 +98,9 @@ pub(super) struct AggregateState<A: Aggregate> {
     /// An encoded state, waiting for its version to become durable.
     staged: Option<(Version, Vec<u8>)>,
 }
+
+/// How many snapshots of one kind of aggregate are written at a time. Further ones are left out: the next will do.
+pub(super) const SNAPSHOTS_UNDER_WAY: usize = 4;
 
 /// A decided command.
 struct Pending<A: Aggregate> {
@@ -186,6 +191,11 @@ impl<A: Aggregate> AggregateActor<A> {
             let repeated = self.repeat(&order, record).await;
             return answer(order.reply, repeated);
         }
+        // Only now: one of the rivals may have been the same command, on another node.
+        if order.attempts >= self.shared.options.attempts {
+            let (stream, attempts) = (self.stream.clone(), order.attempts);
+            return answer(order.reply, Err(ExecuteError::Contended { stream, attempts }));
+        }
         // The decision is made on everything decided so far, durable or not.
         for pending in &mut state.pending {
             if let Decided::Events { events, folded: done @ false, .. } = &mut pending.decided {
@@ -199,7 +209,11 @@ impl<A: Aggregate> AggregateActor<A> {
             }
         }
         order.attempts += 1;
-        let (decided, events) = match self.decide(&order, folded) {
+        let decision =
+            catch_unwind(AssertUnwindSafe(|| self.decide(&order, folded))).unwrap_or_else(|panic| {
+                Err(ExecuteError::Panicked { stream: self.stream.clone(), message: panic_message(&*panic) })
+            });
+        let (decided, events) = match decision {
             Ok(decided) => decided,
             // The user's code is at fault, whatever becomes of the speculation.
             Err(error) => {
@@ -227,6 +241,7 @@ impl<A: Aggregate> AggregateActor<A> {
             expected,
             events,
             chain: state.chain.clone(),
+            alone: false,
             done: Box::new(move |outcome| {
                 // An actor that is gone was killed at the end of a shutdown; its callers have their answer.
                 let _ = actor.cast(AggregateMessage::Written(outcome));
@@ -239,7 +254,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }
     }
 
-    /// Lets the user's code decide, and encodes what it decided.
+    /// Lets the user's code decide, and encodes what it decided. Panics when that code does.
     #[allow(clippy::type_complexity, reason = "two parts that go two ways")]
     fn decide(
         &self,
@@ -257,12 +272,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }
         let context =
             Context::new(&self.stream, folded.version, order.command_id, &order.metadata, order.now);
-        let decision = catch_unwind(AssertUnwindSafe(|| folded.state.handle(&order.command, &context)))
-            .map_err(|panic| ExecuteError::Panicked {
-                stream: self.stream.clone(),
-                message: panic_message(&*panic),
-            })?;
-        let decision = match decision {
+        let decision = match folded.state.handle(&order.command, &context) {
             Ok(decision) if decision.events.is_empty() => return without_events(Ok(decision.reply)),
             Ok(decision) => decision,
             Err(rejection) => return without_events(Err(ExecuteError::Rejected(rejection))),
@@ -374,14 +384,19 @@ impl<A: Aggregate> AggregateActor<A> {
     fn receipt(&self, pending: Pending<A>, record: CommandRecord) {
         let Pending { order, decided, repeated, .. } = pending;
         let Decided::Events { reply, .. } = decided else { return };
-        let copies: Vec<_> =
-            if repeated.is_empty() { Vec::new() } else { vec![to_cbor(&reply); repeated.len()] };
-        for ((order, _load), copy) in repeated.into_iter().zip(copies) {
-            let copy = copy
-                .map_err(EncodeError::from)
-                .map_err(ExecuteError::from)
-                .and_then(|bytes| from_cbor(&bytes).map_err(|reason| unreadable_reply(&self.stream, reason)));
-            answer(order.reply, copy.map(|reply| record.receipt(order.command_id, &self.stream, reply)));
+        if !repeated.is_empty() {
+            let copy = to_cbor(&reply).map_err(|error| error.to_string());
+            for (order, _load) in repeated {
+                let copy = copy.as_ref().map_err(Clone::clone).and_then(|bytes| from_cbor(bytes));
+                let receipt = copy.map(|reply| record.receipt(order.command_id, &self.stream, reply));
+                answer(
+                    order.reply,
+                    receipt.map_err(|reason| ExecuteError::OutcomeUnknown {
+                        command_id: order.command_id,
+                        reason: format!("it did take effect, but its reply cannot be copied: {reason}"),
+                    }),
+                );
+            }
         }
         let mut receipt = record.receipt(order.command_id, &self.stream, reply);
         receipt.duplicate = false;
@@ -397,16 +412,18 @@ impl<A: Aggregate> AggregateActor<A> {
         {
             return Ok(receipt(reply));
         }
+        // It took effect: whatever is wrong here, nobody may be told that nothing happened.
+        let unknown = |reason| ExecuteError::OutcomeUnknown {
+            command_id: order.command_id,
+            reason: format!("it did take effect, but its first receipt cannot be read: {reason}"),
+        };
         let before = Version::new(record.last.get() - 1);
-        let events =
-            self.shared.store.read_stream(&self.stream, before, 1).await.map_err(ExecuteError::Store)?;
-        let stored = match events.first() {
-            Some(event) => event.decode_metadata()?.reply,
+        let events = self.shared.store.read_stream(&self.stream, before, 1).await;
+        let stored = match events.map_err(|error| unknown(error.to_string()))?.first() {
+            Some(event) => event.decode_metadata().map_err(|error| unknown(error.to_string()))?.reply,
             None => Vec::new(),
         };
-        from_cbor(if stored.is_empty() { &NO_REPLY } else { &stored })
-            .map(receipt)
-            .map_err(|reason| unreadable_reply(&self.stream, reason))
+        from_cbor(if stored.is_empty() { &NO_REPLY } else { &stored }).map(receipt).map_err(unknown)
     }
 
     /// Nothing is under way any more: throws away what was speculated, and decides what waits on what really happened.
@@ -427,9 +444,6 @@ impl<A: Aggregate> AggregateActor<A> {
         while let Some((order, load)) = orders.pop_front() {
             if state.broken {
                 state.waiting.push_back((order, load));
-            } else if order.attempts >= self.shared.options.attempts {
-                let attempts = order.attempts;
-                answer(order.reply, Err(ExecuteError::Contended { stream: self.stream.clone(), attempts }));
             } else {
                 self.execute(myself, order, load, state).await;
             }
@@ -442,11 +456,16 @@ impl<A: Aggregate> AggregateActor<A> {
         else {
             return;
         };
+        // Also when it is left out, or the state would be encoded with every event until there is a place.
         folded.snapshot = version;
+        let Ok(place) = self.shared.snapshots.clone().try_acquire_owned() else {
+            return tracing::debug!(stream = %self.stream, %version, "a snapshot is left out, because others are being written");
+        };
         let (store, stream) = (self.shared.store.clone(), self.stream.clone());
         match folded.pack(version, snapshots.revision, bytes) {
             Ok(snapshot) => {
                 tokio::spawn(async move {
+                    let _place = place;
                     if let Err(error) = store.save_snapshot(&stream, snapshot).await {
                         tracing::warn!(%stream, %version, %error, "a snapshot was not saved; the next one will be");
                     }
@@ -479,13 +498,9 @@ fn stage_snapshot<A: Aggregate>(
     }
 }
 
-fn unreadable_reply<E>(stream: &StreamId, reason: String) -> ExecuteError<E> {
-    ExecuteError::Store(crate::store::StoreError::Corrupt {
-        reason: format!("the stored reply of a command on {stream} does not decode: {reason}"),
-    })
-}
-
-/// A caller that has gone away needs no answer.
-fn answer<A>(port: RpcReplyPort<A>, answer: A) {
-    let _ = port.send(answer);
+/// A caller that has gone away needs no answer, but what it does not hear of leaves a line.
+fn answer<R, E: std::fmt::Display>(port: RpcReplyPort<Result<R, E>>, answer: Result<R, E>) {
+    if let Err(MessagingErr::SendErr(Err(error))) = port.send(answer) {
+        tracing::warn!(%error, "a command failed, and nobody waited for its answer");
+    }
 }

@@ -58,10 +58,11 @@ impl<'a> Context<'a> {
         self.now
     }
 
-    /// A new id, derived from the command's: the same sequence when the command is decided again.
+    /// A new id, derived from the command's and the aggregate's: the same sequence when the command is decided again, and
+    /// another one when another aggregate gets the same command id.
     pub fn new_id(&self) -> Uuid {
         let count = self.ids.get();
         self.ids.set(count + 1);
-        Uuid::new_v5(&self.command_id, &count.to_be_bytes())
+        Uuid::new_v5(&self.command_id, format!("{} {count}", self.stream).as_bytes())
     }
 }

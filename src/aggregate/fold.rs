@@ -39,18 +39,21 @@ impl<A: Aggregate> Folded<A> {
         stream: &StreamId,
         options: &AggregateOptions<A>,
     ) -> Result<Self, FoldError> {
-        let mut folded = match &options.snapshots {
+        let snapshot = match &options.snapshots {
             Some(snapshots) => Self::from_snapshot(store, stream, snapshots, options.command_window).await,
             None => None,
-        }
-        .unwrap_or_else(|| Self {
-            state: A::default(),
-            version: Version::NONE,
-            durable: Version::NONE,
-            position: Position::START,
-            commands: RecentCommands::new(options.command_window),
-            snapshot: Version::NONE,
-        });
+        };
+        let mut folded = match snapshot {
+            Some(folded) => folded,
+            None => Self {
+                state: contained(A::default)?,
+                version: Version::NONE,
+                durable: Version::NONE,
+                position: Position::START,
+                commands: RecentCommands::new(options.command_window),
+                snapshot: Version::NONE,
+            },
+        };
         folded.catch_up(store, stream).await?;
         Ok(folded)
     }
@@ -74,7 +77,9 @@ impl<A: Aggregate> Folded<A> {
             return None;
         }
         let unpacked = from_cbor::<Packed>(&snapshot.state).and_then(|packed| {
-            Ok(((snapshots.decode)(&packed.state)?, packed.position, packed.commands(window)?))
+            let state =
+                contained(|| (snapshots.decode)(&packed.state)).map_err(|panic| format!("{panic:?}"))??;
+            Ok((state, packed.position, packed.commands(window)?))
         });
         match unpacked {
             Ok((state, position, commands)) => {
@@ -111,8 +116,11 @@ impl<A: Aggregate> Folded<A> {
             let reason = format!("{stream} goes from version {} to {}", self.version, event.version);
             return Err(StoreError::Corrupt { reason }.into());
         }
-        let decoded = event.decode::<A::Event>()?;
-        self.fold([decoded].iter())?;
+        contained(|| {
+            self.state.apply(&event.decode::<A::Event>()?);
+            Ok::<_, FoldError>(())
+        })??;
+        self.version = event.version;
         self.durable(event.command_id, event.version, event.version, event.position);
         Ok(())
     }
@@ -135,8 +143,7 @@ impl<A: Aggregate> Folded<A> {
         events: impl ExactSizeIterator<Item = &'e A::Event>,
     ) -> Result<(), FoldError> {
         let version = self.version.plus(events.len() as u64);
-        catch_unwind(AssertUnwindSafe(|| events.for_each(|event| self.state.apply(event))))
-            .map_err(|panic| FoldError::Panicked(panic_message(&*panic)))?;
+        contained(|| events.for_each(|event| self.state.apply(event)))?;
         self.version = version;
         Ok(())
     }
@@ -147,6 +154,11 @@ impl<A: Aggregate> Folded<A> {
         let state = crate::codec::to_cbor(&packed).map_err(|error| error.to_string())?;
         Ok(Snapshot { version, revision, state: Bytes::from(state) })
     }
+}
+
+/// Runs the user's code.
+fn contained<T>(user: impl FnOnce() -> T) -> Result<T, FoldError> {
+    catch_unwind(AssertUnwindSafe(user)).map_err(|panic| FoldError::Panicked(panic_message(&*panic)))
 }
 
 /// The text of a caught panic.

@@ -2,7 +2,7 @@
 //! awaits I/O, because every command of the kind passes through it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -15,12 +15,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::actor::{AggregateActor, AggregateMessage, Load, Shared};
+use super::actor::{AggregateActor, AggregateMessage, Load, SNAPSHOTS_UNDER_WAY, Shared};
 pub(crate) use super::actor::{Answer, Order};
 use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
 use crate::event::{EncodeError, Event, EventTypes, StreamId};
 use crate::store::{EventStore, StoreError, Writer};
+use crate::time::after;
 
 /// How many idle aggregates at most are looked at to make room for a new one.
 const EVICTION_SCAN: usize = 64;
@@ -44,6 +45,8 @@ pub(crate) struct Router<A: Aggregate> {
     admission: Arc<Semaphore>,
     shared: Arc<Shared<A>>,
     live: Arc<AtomicUsize>,
+    /// Set when the end begins: nobody is admitted any more.
+    closing: Arc<AtomicBool>,
 }
 
 /// Why a router does not start.
@@ -74,6 +77,7 @@ impl<A: Aggregate> Clone for Router<A> {
             admission: self.admission.clone(),
             shared: self.shared.clone(),
             live: self.live.clone(),
+            closing: self.closing.clone(),
         }
     }
 }
@@ -94,9 +98,12 @@ impl<A: Aggregate> Router<A> {
     ) -> Result<Self, StartRouterError> {
         let admission = Arc::new(Semaphore::new(options.in_flight.min(Semaphore::MAX_PERMITS)));
         let live = Arc::new(AtomicUsize::new(0));
-        let shared = Arc::new(Shared { store, writer, options, types: EventTypes::of::<A::Event>()? });
+        let snapshots = Arc::new(Semaphore::new(SNAPSHOTS_UNDER_WAY));
+        let shared =
+            Arc::new(Shared { store, writer, options, types: EventTypes::of::<A::Event>()?, snapshots });
         let actor = spawn(&shared, &live, supervisor)?;
-        Ok(Self { actor: Arc::new(RwLock::new(actor)), admission, shared, live })
+        let closing = Arc::new(AtomicBool::new(false));
+        Ok(Self { actor: Arc::new(RwLock::new(actor)), admission, shared, live, closing })
     }
 
     /// Replaces the actor by a new one, when the old one is gone. Aggregates are folded anew by the first command.
@@ -124,10 +131,13 @@ impl<A: Aggregate> Router<A> {
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ExecuteError<A::Error>> {
         let options = &self.shared.options;
+        if self.closing.load(Ordering::Acquire) {
+            return Err(ExecuteError::ShuttingDown);
+        }
         if let Ok(permit) = self.admission.clone().try_acquire_owned() {
             return Ok(permit);
         }
-        let until = deadline.min(Instant::now() + options.admission);
+        let until = deadline.min(after(options.admission));
         match tokio::time::timeout_at(until, self.admission.clone().acquire_owned()).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
@@ -141,7 +151,7 @@ impl<A: Aggregate> Router<A> {
     /// Hands an admitted command over; the answer comes through its reply port.
     pub(crate) fn route(&self, stream: StreamId, order: Order<A>) -> Result<(), ExecuteError<A::Error>> {
         self.actor().cast(RouterMessage::Execute(stream, order)).map_err(|_| {
-            if self.admission.is_closed() {
+            if self.closing.load(Ordering::Acquire) {
                 ExecuteError::ShuttingDown
             } else {
                 let reason = "the router is being started again".into();
@@ -158,18 +168,20 @@ impl<A: Aggregate> Router<A> {
         }
     }
 
-    /// Takes no more commands, waits until those under way are answered (or until `deadline`), and stops the actors.
-    /// Whether all were answered.
-    pub(crate) async fn shut_down(&self, deadline: Instant) -> bool {
+    /// Takes no more commands, waits until those under way are answered (or until `deadline`), and stops the actors. How
+    /// many were not answered.
+    pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
+        self.closing.store(true, Ordering::Release);
         // All places taken means that nothing is under way; closing then refuses whoever still waits.
         let all = u32::try_from(self.shared.options.in_flight).unwrap_or(u32::MAX);
         let drained = tokio::time::timeout_at(deadline, self.admission.acquire_many(all)).await;
+        let unanswered = if drained.is_ok() { 0 } else { self.status().in_flight };
         self.admission.close();
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
         if let Err(error) = self.actor().stop_and_wait(Some(SHUTDOWN.into()), Some(left)).await {
             tracing::warn!(category = A::Event::CATEGORY, %error, "the router did not stop in time");
         }
-        drained.is_ok()
+        unanswered
     }
 }
 
@@ -304,7 +316,13 @@ impl<A: Aggregate> RouterActor<A> {
         }
         if state.entries.len() >= self.shared.options.live && !make_room(&mut state.entries) {
             let limit = self.shared.options.live;
-            return refuse(message, ExecuteError::Overloaded { what: "live aggregates, all busy,", limit });
+            return refuse(
+                message,
+                ExecuteError::Overloaded {
+                    what: "live aggregates, the least recently used ones busy,",
+                    limit,
+                },
+            );
         }
         let actor = AggregateActor { shared: self.shared.clone(), stream: stream.clone() };
         // Instant: the actor folds its stream when it takes its first message, and the router goes on.

@@ -85,7 +85,7 @@ impl Upcasters {
         self.rules.iter().map(|rule| &*rule.from)
     }
 
-    /// Where the chain from `variant` ends. Each rule is taken once at most, so that a circle ends as well.
+    /// Where the chain from `variant` ends.
     pub(crate) fn today<'a>(&'a self, variant: &'a str) -> &'a str {
         self.chain(variant).last().map_or(variant, |rule| &rule.to)
     }
@@ -100,8 +100,16 @@ impl Upcasters {
         })
     }
 
+    /// Each rule is taken once at most, so that a circle ends, and a rule from a name to itself is applied once.
     fn chain<'a>(&'a self, variant: &'a str) -> impl Iterator<Item = &'a Rule> {
-        std::iter::successors(self.rule(variant), |rule| self.rule(&rule.to)).take(self.rules.len())
+        let mut taken = vec![false; self.rules.len()];
+        let mut name = variant;
+        std::iter::from_fn(move || {
+            let index = (0..taken.len()).find(|&index| !taken[index] && self.rules[index].from == name)?;
+            taken[index] = true;
+            name = &self.rules[index].to;
+            Some(&self.rules[index])
+        })
     }
 }
 

@@ -111,7 +111,14 @@ pub(crate) fn decode_variant<E: DeserializeOwned>(
             }
             whole.extend(variant.as_bytes());
             whole.extend(payload);
-            ciborium::from_reader(&whole[..]).map_err(|error| error.to_string())
+            let mut rest = &whole[..];
+            let event = ciborium::from_reader(&mut rest).map_err(|error| error.to_string())?;
+            // The null of a variant without fields is not read.
+            if rest.is_empty() || rest == [CBOR_NULL] {
+                Ok(event)
+            } else {
+                Err(format!("{} bytes too many", rest.len()))
+            }
         }
         Codec::Json => {
             whole.extend(b"{\"");

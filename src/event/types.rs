@@ -8,7 +8,9 @@ use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 use bytes::Bytes;
 
 use super::{Category, DecodeError, DecodeErrorKind, EncodeError, Event, EventName, RecordedEvent};
-use crate::codec::{Codec, Upcasters, decode_value, decode_variant, encode_variant, to_cbor, variants_of};
+use crate::codec::{
+    Codec, Upcasters, decode_value, decode_variant, encode_value, encode_variant, variants_of,
+};
 
 /// Everything about one event enum that does not change while the program runs.
 pub(crate) struct EventTypes {
@@ -126,8 +128,9 @@ impl EventTypes {
         if !self.names.contains_key(variant) {
             return Err(DecodeError::new(event, DecodeErrorKind::UnknownName));
         }
-        let payload = to_cbor(&value).map_err(|error| DecodeError::payload(event, error.to_string()))?;
-        decode_variant(variant, &payload, Codec::Cbor).map_err(|reason| DecodeError::payload(event, reason))
+        let payload =
+            encode_value(&value, event.codec).map_err(|reason| DecodeError::payload(event, reason))?;
+        decode_variant(variant, &payload, event.codec).map_err(|reason| DecodeError::payload(event, reason))
     }
 }
 

@@ -12,6 +12,7 @@ use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, Re
 use crate::event::Position;
 use crate::store::{BoxFuture, Checkpoint, EventStore, Filter, ParkedEvent, StoreError};
 use crate::supervised::{AskError, StopError, Supervised};
+use crate::time::after;
 
 /// How long [`ProjectionHandle::caught_up_to`] waits.
 const CAUGHT_UP: Duration = Duration::from_secs(10);
@@ -162,7 +163,7 @@ impl ProjectionHandle {
     /// When the time is over, or at once when the projection stands still before `position` because it failed or ended.
     pub async fn caught_up_to_within(&self, position: Position, patience: Duration) -> Result<(), WaitError> {
         let name = || self.name.to_string();
-        let waited = timeout_at(Instant::now() + patience, self.reached(position)).await;
+        let waited = timeout_at(after(patience), self.reached(position)).await;
         waited.unwrap_or_else(|_| {
             let reached = self.status.borrow().position;
             Err(WaitError::TimedOut { name: name(), wanted: position, reached, waited: patience })
@@ -207,7 +208,7 @@ impl ProjectionHandle {
     /// # Errors
     /// As [`caught_up_to_within`](Self::caught_up_to_within), and when the store cannot be asked.
     pub async fn wait_until_live(&self, patience: Duration) -> Result<(), WaitError> {
-        let deadline = Instant::now() + patience;
+        let deadline = after(patience);
         let head = self.store.frontier().await?;
         self.caught_up_to_within(head, deadline.saturating_duration_since(Instant::now())).await
     }

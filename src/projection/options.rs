@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use crate::lease;
+
 /// What becomes of an event that cannot be applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -72,10 +74,10 @@ impl ProjectionOptions {
     }
 
     /// For a read model that all nodes share: how long after the death of the owning node another one takes over. 6 s by
-    /// default, at least 50 ms.
+    /// default, at least 50 ms and at most a day.
     #[must_use]
     pub fn lease(mut self, ttl: Duration) -> Self {
-        self.lease = ttl.max(Duration::from_millis(50));
+        self.lease = lease::bounded(ttl);
         self
     }
 }

@@ -1,30 +1,30 @@
+//! The work of one projection: whose it is, where its next events come from.
+
+mod apply;
+mod orders;
+
 use std::collections::VecDeque;
 use std::error::Error;
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use ractor::ActorCell;
 use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
-use super::control::{Control, Reply};
-use super::{
-    ApplyError, ControlError, FailurePolicy, Projection, ProjectionOptions, ProjectionState,
-    ProjectionStatus, ReadModel,
-};
+use super::control::Control;
+use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
 use crate::backoff::Backoff;
 use crate::bus::LogBatch;
-use crate::event::{DecodeError, Position, RecordedEvent};
+use crate::event::{Position, RecordedEvent};
 use crate::feed::{Feed, FeedFollower, FeedItem, adjacent};
 use crate::lease::HeldLease;
 use crate::store::{
-    BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, LogPage, ParkedEvent, ReadLog, StoreError,
+    BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, LogPage, ReadLog, StoreError,
 };
-use crate::supervised::{Inbox, Work, panic_text};
+use crate::supervised::{Inbox, Work};
 
 /// How often a projection looks whether it is paused, and writes a checkpoint that only moved over what is not for it.
 const TICK: Duration = Duration::from_secs(1);
@@ -218,34 +218,6 @@ async fn hear<T>(
     }
 }
 
-/// Applies one event; a panic is an error like another.
-async fn apply<P: Projection>(
-    projection: &mut P,
-    event: &RecordedEvent,
-    transaction: &mut P::Transaction,
-) -> Result<(), ApplyError> {
-    contained(async { projection.apply(event, transaction).await }).await
-}
-
-async fn contained(user: impl Future<Output = Result<(), ApplyError>>) -> Result<(), ApplyError> {
-    match AssertUnwindSafe(user).catch_unwind().await {
-        Ok(result) => result,
-        Err(panic) => Err(format!("it panicked: {}", panic_text(&*panic)).into()),
-    }
-}
-
-/// Whether the error, or what caused it, says that the event's bytes cannot be read: they never will.
-fn is_undecodable(error: &ApplyError) -> bool {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(&**error);
-    while let Some(error) = cause {
-        if error.is::<DecodeError>() {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
-}
-
 impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R> {
     fn new(context: &'a Context, projection: &'a mut P, read_model: &'a R, inbox: Inbox<Control>) -> Self {
         let (first, max) = context.options.backoff;
@@ -348,7 +320,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 self.tick_at = self.wait_until;
             }
             Err(error) => {
-                tracing::warn!(projection = self.context.name, %error, "could not look whether the projection is paused");
+                let what = "could not look whether the projection is paused";
+                tracing::warn!(projection = self.context.name, %error, what);
+                self.context
+                    .status
+                    .send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
             }
         }
         self.flush().await;
@@ -558,158 +534,6 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
     }
 
-    /// Applies as many of the pending events as go into one transaction.
-    async fn apply_pending(&mut self, saved: Checkpoint, pending: Pending) {
-        let suspected = self.suspect.as_ref().map_or(pending.events.len(), |suspect| {
-            pending.events.partition_point(|event| event.position < suspect.position)
-        });
-        let count = match &self.suspect {
-            Some(suspect) if suspected == 0 => {
-                if suspect.hopeless || suspect.attempts >= self.context.options.attempts {
-                    return self.give_up(saved, pending).await;
-                }
-                if suspect.due > Instant::now() {
-                    let due = suspect.due;
-                    self.pending = Some(pending);
-                    return self.idle(due).await;
-                }
-                // Alone, so that it takes nobody with it.
-                1
-            }
-            _ => suspected.min(self.context.options.batch),
-        };
-        let mut open = match self.read_model.begin(&self.context.name, saved).await {
-            Ok(open) => open,
-            Err(error) => {
-                self.pending = Some(pending);
-                return self.outage(&error);
-            }
-        };
-        let mut applied = 0;
-        let mut failure = None;
-        for event in pending.events.iter().take(count) {
-            let transaction = self.read_model.transaction(&mut open);
-            match apply(self.projection, event, transaction).await {
-                Ok(()) => applied += 1,
-                Err(error) => {
-                    failure = Some(error);
-                    break;
-                }
-            }
-        }
-        let Some(error) = failure else { return self.commit(open, saved, pending, count).await };
-        if self.read_model.is_outage(&*error) {
-            self.pending = Some(pending);
-            self.roll_back(open).await;
-            return self.outage(&*error);
-        }
-        self.suspect_of(&pending, applied, &error);
-        if applied > 0 && !self.read_model.rolls_back() {
-            return self.commit(open, saved, pending, applied).await;
-        }
-        self.pending = Some(pending);
-        self.roll_back(open).await;
-    }
-
-    /// Remembers which event failed, and how often.
-    fn suspect_of(&mut self, pending: &Pending, index: usize, error: &ApplyError) {
-        let Some(event) = pending.events.get(index) else { return };
-        let options = &self.context.options;
-        let before = self.suspect.take().filter(|suspect| suspect.position == event.position);
-        let attempts = before.map_or(0, |suspect| suspect.attempts) + 1;
-        let (first, max) = options.backoff;
-        let mut backoff = Backoff::new(first.saturating_mul(2_u32.saturating_pow(attempts - 1)), max);
-        tracing::warn!(
-            projection = self.context.name, position = %event.position, stream = %event.stream, event = %event.name, attempts,
-            %error, "an event could not be applied"
-        );
-        let text = format!(
-            "{} at position {} (version {} of {}) could not be applied: {error}",
-            event.name, event.position, event.version, event.stream
-        );
-        self.context.fail(ProjectionState::Retrying, text);
-        self.suspect = Some(Suspect {
-            position: event.position,
-            attempts,
-            error: error.to_string(),
-            hopeless: is_undecodable(error),
-            due: Instant::now() + backoff.next(),
-        });
-    }
-
-    /// Commits the first `count` pending events.
-    async fn commit(&mut self, open: R::Open, saved: Checkpoint, mut pending: Pending, count: usize) {
-        let all = count == pending.events.len();
-        let last = if all { None } else { pending.events.get(count - 1) };
-        let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
-        if let Err(error) = self.read_model.commit(open, &self.context.name, saved, to, None).await {
-            return self.refused(&error);
-        }
-        self.backoff.succeeded();
-        pending.events.drain(..count);
-        self.committed(to, pending, |status| status.events_applied += count as u64);
-    }
-
-    /// The checkpoint is at `to`; goes on with what is left.
-    fn committed(&mut self, to: Checkpoint, left: Pending, count: impl FnOnce(&mut ProjectionStatus)) {
-        self.saved = Some(to);
-        self.applied = to.position;
-        if self.suspect.as_ref().is_some_and(|suspect| suspect.position <= to.position) {
-            self.suspect = None;
-        }
-        self.context.status.send_modify(|status| {
-            count(status);
-            status.position = to.position;
-            status.head = status.head.max(to.position);
-            if self.suspect.is_none() && status.state == ProjectionState::Retrying {
-                status.state = ProjectionState::CatchingUp;
-            }
-        });
-        if left.events.is_empty() {
-            // Behind the last event there may have been some that are none of this projection's business.
-            self.enqueue(left.events, left.upto);
-        } else {
-            self.pending = Some(left);
-        }
-    }
-
-    /// The first pending event will not be applied: what then, says the policy.
-    async fn give_up(&mut self, saved: Checkpoint, mut pending: Pending) {
-        let (Some(suspect), Some(event)) = (&self.suspect, pending.events.front()) else { return };
-        let context = self.context;
-        match context.options.on_failure {
-            FailurePolicy::Stop => {
-                tracing::error!(
-                    projection = context.name, position = %event.position, stream = %event.stream, event = %event.name,
-                    attempts = suspect.attempts, error = suspect.error, "the projection stands still before this event"
-                );
-                self.stand_still();
-            }
-            FailurePolicy::Park => {
-                let parked = ParkedEvent::new(event, suspect.error.clone(), suspect.attempts);
-                let to = Checkpoint { position: event.position, ..saved };
-                let open = match self.read_model.begin(&context.name, saved).await {
-                    Ok(open) => open,
-                    Err(error) => {
-                        self.pending = Some(pending);
-                        return self.outage(&error);
-                    }
-                };
-                if let Err(error) = self.read_model.commit(open, &context.name, saved, to, Some(parked)).await
-                {
-                    return self.refused(&error);
-                }
-                tracing::error!(
-                    projection = context.name, position = %event.position, stream = %event.stream, event = %event.name,
-                    attempts = suspect.attempts, error = suspect.error, "the event was parked, and the projection goes on"
-                );
-                self.backoff.succeeded();
-                pending.events.pop_front();
-                self.committed(to, pending, |status| status.events_parked += 1);
-            }
-        }
-    }
-
     fn stand_still(&mut self) {
         self.failed = true;
         self.restart();
@@ -786,122 +610,5 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Ok(()) => self.saved = Some(to),
             Err(error) => self.refused(&error),
         }
-    }
-
-    async fn control(&mut self, control: Control) {
-        let (reply, result): (Reply, _) = match control {
-            Control::Pause(reply) => (reply, self.persist_paused(true).await),
-            Control::Resume(reply) => (reply, self.persist_paused(false).await),
-            Control::Reset(reply) => (reply, self.reset().await),
-            Control::RetryParked(position, reply) => (reply, self.retry_parked(position).await),
-        };
-        // Who went away meanwhile does not want to know.
-        let _ = reply.send(result);
-    }
-
-    async fn persist_paused(&mut self, paused: bool) -> Result<(), ControlError> {
-        self.context.store.set_paused(&self.context.name, paused).await?;
-        self.set_paused(paused).await;
-        if !paused {
-            self.try_again();
-        }
-        Ok(())
-    }
-
-    async fn set_paused(&mut self, paused: bool) {
-        self.paused = Some(paused);
-        if paused {
-            self.restart();
-            self.flush().await;
-        }
-        // What is still starting, or failed, says so itself.
-        let standby = self.read_model.shared() && self.lease.is_none();
-        if self.prepared && !self.failed && (self.saved.is_some() || standby) {
-            self.context.set(if paused { ProjectionState::Paused } else { ProjectionState::Starting });
-        }
-    }
-
-    /// Somebody acted: what failed for good may work now.
-    fn try_again(&mut self) {
-        self.wait_until = Instant::now();
-        self.backoff.succeeded();
-        if self.failed {
-            self.failed = false;
-            self.context.set(ProjectionState::Starting);
-        }
-    }
-
-    /// The checkpoint under which this node may write.
-    fn owned(&self) -> Result<Checkpoint, ControlError> {
-        let name = self.context.name.clone();
-        if self.read_model.shared() && self.lease.is_none() {
-            return Err(ControlError::NotOwner { name });
-        }
-        self.saved.ok_or_else(|| {
-            let error = self.context.status.borrow().last_error.clone();
-            let reason = format!(
-                "projection {name} has not read its checkpoint yet{}",
-                error.map_or_else(String::new, |error| format!(" ({error})"))
-            );
-            ControlError::Store(StoreError::Unavailable { reason, source: None })
-        })
-    }
-
-    async fn reset(&mut self) -> Result<(), ControlError> {
-        let saved = self.owned()?;
-        let Context { name, .. } = self.context;
-        let mut open = self.read_model.begin(name, saved).await?;
-        let transaction = self.read_model.transaction(&mut open);
-        if let Err(error) = contained(async { self.projection.reset(transaction).await }).await {
-            self.roll_back(open).await;
-            return Err(ControlError::Refused { name: name.clone(), reason: error.to_string() });
-        }
-        self.read_model.unpark_all(&mut open, name).await?;
-        let to = Checkpoint { position: Position::START, mark: 0, ..saved };
-        self.commit_control(open, saved, to).await?;
-        tracing::info!(projection = name, "the projection was reset and applies the log from its start");
-        self.saved = Some(to);
-        self.applied = Position::START;
-        self.moved_to(Position::START);
-        self.restart();
-        self.try_again();
-        Ok(())
-    }
-
-    async fn retry_parked(&mut self, position: Position) -> Result<(), ControlError> {
-        let saved = self.owned()?;
-        let Context { name, store, .. } = self.context;
-        let not_parked = || ControlError::NotParked { name: name.clone(), position };
-        let before = Position::new(position.get().checked_sub(1).ok_or_else(not_parked)?);
-        let page = store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
-        let event = page.events.first().filter(|event| event.position == position).ok_or_else(not_parked)?;
-        let mut open = self.read_model.begin(name, saved).await?;
-        if !self.read_model.unpark(&mut open, name, position).await? {
-            self.roll_back(open).await;
-            return Err(not_parked());
-        }
-        let transaction = self.read_model.transaction(&mut open);
-        if let Err(error) = apply(self.projection, event, transaction).await {
-            self.roll_back(open).await;
-            return Err(ControlError::Refused { name: name.clone(), reason: error.to_string() });
-        }
-        self.commit_control(open, saved, saved).await?;
-        self.context.status.send_modify(|status| status.events_applied += 1);
-        Ok(())
-    }
-
-    async fn commit_control(
-        &mut self,
-        open: R::Open,
-        saved: Checkpoint,
-        to: Checkpoint,
-    ) -> Result<(), ControlError> {
-        let name = &self.context.name;
-        let Err(error) = self.read_model.commit(open, name, saved, to, None).await else { return Ok(()) };
-        self.refused(&error);
-        Err(match error {
-            CheckpointError::Stale { .. } => ControlError::NotOwner { name: name.clone() },
-            CheckpointError::Store(error) => ControlError::Store(error),
-        })
     }
 }

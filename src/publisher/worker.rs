@@ -13,6 +13,7 @@ use crate::feed::{Stretch, read_stretch};
 use crate::lease::HeldLease;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, StoreError};
 use crate::supervised::{Inbox, Work};
+use crate::time::after;
 
 /// The name of both the lease and the checkpoint.
 const NAME: &str = "publisher";
@@ -214,7 +215,7 @@ impl Turn<'_> {
             let (more, something) = (stretch.upto < stretch.head, !stretch.batches.is_empty());
             if something {
                 self.publish(&mut *publisher, stretch).await?;
-                beat_at = Instant::now() + shared.options.heartbeat;
+                beat_at = after(shared.options.heartbeat);
                 poll = shared.options.busy_poll;
             }
             if last.is_some_and(|last| self.end.position >= last) {
@@ -232,14 +233,14 @@ impl Turn<'_> {
                 () = inbox.stopping(), if last.is_none() => {}
                 // An error says that the store is being dropped; the poll will tell.
                 Ok(()) = appended.changed() => {}
-                () = sleep(poll) => poll = (poll * 2).min(shared.options.idle_poll),
+                () = sleep(poll) => poll = poll.saturating_mul(2).min(shared.options.idle_poll),
                 () = sleep_until(beat_at) => {
                     tokio::select! {
                         biased;
                         () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
                         beat = publisher.heartbeat(self.end.position) => beat?,
                     }
-                    beat_at = Instant::now() + shared.options.heartbeat;
+                    beat_at = after(shared.options.heartbeat);
                 }
             }
         }

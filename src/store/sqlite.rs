@@ -237,12 +237,16 @@ impl SqliteStore {
             Err(Failure::Commit(error, written)) => (error, written),
             Err(failure) => return Err(failure.into_error()),
         };
-        // A commit that failed has not happened, says SQLite. It costs little not to take its word for it (I4).
+        // A commit that failed has mostly not happened. It costs little to look (I4).
         let Some((position, id)) = written.proof else { return Ok(written.answers) };
         match read::is_at(&self.shared.readers, position, id).await {
             Ok(true) => {
                 tracing::warn!(%error, %position, "a commit reported an error, but the events are in the log");
                 Ok(written.answers)
+            }
+            // Absent now, and yet a crash may bring it back.
+            Ok(false) if error::is_sync_failure(&error) => {
+                Err(StoreError::OutcomeUnknown { reason: error.to_string(), source: Some(Arc::new(error)) })
             }
             Ok(false) => Err(error),
             Err(lookup) => Err(StoreError::OutcomeUnknown {

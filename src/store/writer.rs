@@ -77,6 +77,8 @@ pub(crate) struct Submission {
     pub(crate) expected: Version,
     pub(crate) events: Vec<NewEvent>,
     pub(crate) chain: Chain,
+    /// Travels as an append of its own: something that it was merged with before was refused.
+    pub(crate) alone: bool,
     /// Called once, from the writer's task: must not block.
     pub(crate) done: Box<dyn FnOnce(Outcome) + Send>,
 }
@@ -267,7 +269,9 @@ impl Task {
                 let continues = taken
                     .last()
                     .is_none_or(|last| last.expected.plus(last.events.len() as u64) == next.expected);
-                if !(fits || first) || !continues {
+                // What was refused together is found out one by one.
+                let alone = next.alone || taken.last().is_some_and(|last| last.alone);
+                if !(fits || first) || !continues || (alone && !taken.is_empty()) {
                     break;
                 }
                 events += length;
@@ -296,7 +300,18 @@ impl Task {
     fn finish(&mut self, batch: Vec<Vec<Submission>>, answers: Vec<Result<Appended, AppendError>>) {
         for (submissions, answer) in batch.into_iter().zip(answers) {
             let Some(stream) = submissions.first().map(|first| first.stream.clone()) else { continue };
-            self.answer(submissions, answer);
+            let invalid = matches!(answer, Err(AppendError::Store(StoreError::Invalid { .. })));
+            if invalid && submissions.len() > 1 {
+                // One of them cannot be stored; the others must not fail with it.
+                let queue = self.streams.entry(stream.clone()).or_default();
+                for mut submission in submissions.into_iter().rev() {
+                    submission.alone = true;
+                    queue.waiting.push_front(submission);
+                    self.waiting += 1;
+                }
+            } else {
+                self.answer(submissions, answer);
+            }
             let Some(queue) = self.streams.get_mut(&stream) else { continue };
             queue.in_flight = false;
             if queue.waiting.is_empty() {

@@ -125,7 +125,7 @@ async fn round(seed: u64) {
     write(&store, 0, 300).await;
     let mut server = NatsServer::start(NatsOptions::jetstream()).await;
     let follower = Recording::start(&store, bus(&server.url()), blind()).await;
-    let mut publishers = vec![Publisher::start(&database, &server), Publisher::start(&database, &server)];
+    let mut publishers = [Publisher::start(&database, &server), Publisher::start(&database, &server)];
     let stop = Arc::new(AtomicBool::new(false));
     let zombie = zombie(&open().await, &server, &stop);
     let writers = [1, 2].map(|n| Writer::start(&store, n, n, Duration::from_millis(2)));

@@ -27,11 +27,15 @@ enum Fault {
     Rival(StreamId, Rival),
     /// Every append is answered, and nothing is written.
     Discard,
+    /// An append with an event of this payload is refused alone.
+    Poison(Vec<u8>),
 }
 
 #[derive(Clone)]
 pub struct FaultyStore {
     pub inner: MemoryStore,
+    pub hold_snapshots: bool,
+    pub snapshots_waiting: Arc<AtomicUsize>,
     fault: Arc<Mutex<Fault>>,
     delay: Arc<Mutex<Duration>>,
     holding: watch::Sender<bool>,
@@ -44,6 +48,8 @@ impl FaultyStore {
     pub fn new(inner: MemoryStore) -> Self {
         Self {
             inner,
+            hold_snapshots: false,
+            snapshots_waiting: Arc::default(),
             fault: Arc::new(Mutex::new(Fault::None)),
             delay: Arc::default(),
             holding: watch::Sender::new(false),
@@ -66,6 +72,10 @@ impl FaultyStore {
 
     pub fn fail_appends(&self, error: StoreError) {
         self.set(Fault::Fail(error));
+    }
+
+    pub fn poison(&self, payload: Vec<u8>) {
+        self.set(Fault::Poison(payload));
     }
 
     pub fn append_and_forget(&self) {
@@ -146,6 +156,22 @@ impl EventStore for FaultyStore {
                     let rival = Append::one(stream, ExpectedVersion::Any, vec![event()]);
                     self.inner.append(vec![rival]).await.remove(0).unwrap();
                     self.inner.append(batch).await
+                }
+                Fault::Poison(payload) => {
+                    let mut answers = Vec::new();
+                    for append in batch {
+                        let poisoned = append
+                            .streams
+                            .iter()
+                            .flat_map(|part| &part.events)
+                            .any(|event| event.payload == payload);
+                        answers.push(if poisoned {
+                            Err(StoreError::Invalid { reason: "poison".into() }.into())
+                        } else {
+                            self.inner.append(vec![append]).await.remove(0)
+                        });
+                    }
+                    answers
                 }
                 Fault::Discard => panic!("nothing is appended to a forgetful store"),
             }
@@ -246,6 +272,12 @@ impl EventStore for FaultyStore {
         stream: &'a StreamId,
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
+        if self.hold_snapshots {
+            return Box::pin(async move {
+                self.snapshots_waiting.fetch_add(1, Ordering::SeqCst);
+                std::future::pending().await
+            });
+        }
         self.inner.save_snapshot(stream, snapshot)
     }
 }

@@ -196,7 +196,8 @@ async fn a_store_that_is_away_is_waited_for_and_no_event_is_blamed() {
         let database = Database::new().await;
         let cut: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&cut).await;
-        let handle = node.projection(table("table"), database.open().await, options().attempts(1)).await;
+        let handle = node.projection(table("table"), database.open().await, short_lived().attempts(1)).await;
+        // While nothing is to be done only the lease tells that the store is away.
         for _ in 0..3 {
             reach(&handle, ProjectionState::Retrying).await;
             link.down.store(false, Ordering::SeqCst);

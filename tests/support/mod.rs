@@ -22,12 +22,14 @@
 )]
 
 mod nats;
+mod pgbouncer;
 mod ports;
 mod postgres;
 mod process;
 mod workdir;
 
 pub use nats::{NatsOptions, NatsServer, oldest_nats_server, too_old_nats_server};
+pub use pgbouncer::PgBouncer;
 pub use ports::Port;
 pub use postgres::PostgresServer;
 pub use workdir::processes_in;

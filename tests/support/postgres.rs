@@ -64,6 +64,11 @@ impl PostgresServer {
         format!("postgres://storied@127.0.0.1:{}/{database}", self.port.number())
     }
 
+    /// Where it listens, also while the server is down.
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
     /// Its directory.
     pub fn dir(&self) -> &Path {
         self.process.path()
@@ -129,7 +134,7 @@ async fn answers(url: String) -> bool {
 }
 
 /// PostgreSQL refuses to run as root, who therefore lends it another user.
-fn unprivileged() -> Option<User> {
+pub(super) fn unprivileged() -> Option<User> {
     let named = |name| User::from_name(name).ok().flatten();
     nix::unistd::geteuid()
         .is_root()

@@ -93,3 +93,11 @@ fn by_code(
         _ => Err(Reason::Storage(format!("{doing}: {error}"))),
     }
 }
+
+/// Whether a commit failed because the file could not be synced: then its frames are in the log, and may come back after a
+/// crash although nobody sees them now. SQLITE_IOERR_FSYNC and SQLITE_IOERR_DIR_FSYNC.
+pub(super) fn is_sync_failure(error: &StoreError) -> bool {
+    let StoreError::Storage { source: Some(source), .. } = error else { return false };
+    let code = source.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
+    code.is_some_and(|code| ["1034", "1290"].contains(&&*code))
+}

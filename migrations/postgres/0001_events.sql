@@ -1,0 +1,227 @@
+-- The log and what must live beside it. Never edit this file once it is released: databases remember its checksum.
+-- Where a program has chosen another schema than storied, its name stands here instead when this is run.
+
+-- Who the store is (store_id) and how it keeps payloads (codec).
+CREATE TABLE storied.meta (
+    key   text PRIMARY KEY,
+    value text NOT NULL
+);
+
+-- The order of the log rests on this sequence being drawn from one by one (CACHE 1) and never going back.
+CREATE SEQUENCE storied.positions AS bigint INCREMENT 1 MINVALUE 1 START 1 CACHE 1 NO CYCLE;
+
+CREATE TABLE storied.events (
+    position    bigint      NOT NULL PRIMARY KEY,                -- place in the log, drawn by storied.append
+    version     bigint      NOT NULL CHECK (version > 0),        -- place in the stream: 1, 2, 3 …
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    stream      uuid        NOT NULL,                            -- UUIDv5 of category/stream_id: half the index that the text would take
+    id          uuid        NOT NULL,
+    command_id  uuid        NOT NULL,
+    category    text        NOT NULL,
+    stream_id   text        NOT NULL,
+    name        text        NOT NULL,
+    payload     bytea       NOT NULL,                            -- in the codec of storied.meta
+    metadata    bytea       NOT NULL,                            -- CBOR
+    UNIQUE (stream, version)                                     -- decides between concurrent appends
+);
+-- Rows only ever arrive: without this, the visibility map would lag far behind them.
+ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
+
+-- Appends a batch: each unit (an append of the caller's) succeeds or is refused alone, all or nothing within it.
+--
+-- The low-water lock: before it draws any position, a transaction takes a shared advisory lock whose key says how far the
+-- sequence was. As long as it is held, storied.frontier() stays below, so no reader passes a position that is still to
+-- appear. Positions are drawn after the versions were looked up, so that they grow along every stream.
+CREATE FUNCTION storied.append(
+    -- One entry for each part (what a unit has for one stream), in the order of the batch. No stream comes twice.
+    part_stream   uuid[],
+    part_unit     integer[],
+    part_expected bigint[],            -- a version, 0 for no stream, -1 for anything, -2 for an existing stream
+    part_events   integer[],           -- how many
+    -- One entry for each event, in the order of the batch.
+    event_part       integer[],        -- index of its part, from 1
+    event_n          integer[],        -- 1, 2, 3 … within its part
+    event_category   text[],
+    event_stream_id  text[],
+    event_name       text[],
+    event_id         uuid[],
+    event_command_id uuid[],
+    event_payload    bytea[],
+    event_metadata   bytea[],
+    OUT versions  bigint[],            -- of each part's stream: before the append, or why it was refused
+    OUT accepted  boolean[],           -- for each part: whether its unit was as expected
+    OUT lost      boolean[],           -- for each part: accepted, but another transaction came first; null when none did
+    OUT positions bigint[],            -- of the events of the accepted parts, in their order
+    OUT transaction_id text              -- of this transaction, null when it wrote nothing
+)
+LANGUAGE plpgsql VOLATILE
+SET storied_log.appending = 'on'
+-- Plans are made once for a connection, perhaps while the table is still empty; they must suit it when it is large.
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+AS $$
+DECLARE
+    ahead  bigint[];                   -- for each part: how many events of accepted parts come before it
+    parts  bigint;
+    events bigint;
+    won    bigint;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: events would be acknowledged before they are durable'
+            USING ERRCODE = 'ST002';
+    END IF;
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'appending needs the isolation level read committed, not %', current_setting('transaction_isolation')
+            USING ERRCODE = 'ST002';
+    END IF;
+
+    PERFORM pg_advisory_xact_lock_shared(
+        (('storied.positions'::regclass::oid::bigint & 1048575) << 44)
+        | coalesce(pg_sequence_last_value('storied.positions'), 0));
+
+    SELECT array_agg(d.actual ORDER BY d.part), array_agg(d.ok ORDER BY d.part), array_agg(d.ahead ORDER BY d.part),
+           count(*) FILTER (WHERE d.ok), coalesce(sum(d.events) FILTER (WHERE d.ok), 0)
+    INTO versions, accepted, ahead, parts, events
+    FROM (
+        SELECT c.part, c.actual, c.events, c.ok,
+            coalesce(sum(c.events) FILTER (WHERE c.ok)
+                OVER (ORDER BY c.part ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::bigint AS ahead
+        FROM (
+            SELECT p.part, p.actual, p.events,
+                bool_and(CASE p.expected WHEN -1 THEN true WHEN -2 THEN p.actual > 0 ELSE p.actual = p.expected END)
+                    OVER (PARTITION BY p.unit) AS ok
+            FROM (
+                SELECT i.part, i.unit, i.expected, i.events,
+                    coalesce((SELECT e.version FROM storied.events AS e
+                        WHERE e.stream = i.stream ORDER BY e.version DESC LIMIT 1), 0) AS actual
+                FROM unnest(part_stream, part_unit, part_expected, part_events)
+                    WITH ORDINALITY AS i (stream, unit, expected, events, part)
+                OFFSET 0 -- one look-up for each part, however often it is mentioned above
+            ) AS p
+        ) AS c
+    ) AS d;
+    IF events = 0 THEN
+        positions := '{}';
+        RETURN;
+    END IF;
+
+    positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, events));
+
+    -- The first event of each stream claims it. Sorted, so that transactions with common streams wait in one order.
+    INSERT INTO storied.events AS target
+        (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
+    SELECT positions[ahead[i.part] + 1], versions[i.part] + 1, part_stream[i.part],
+        i.id, i.command_id, i.category, i.stream_id, i.name, i.payload, i.metadata
+    FROM unnest(event_part, event_n, event_category, event_stream_id, event_name, event_id, event_command_id,
+        event_payload, event_metadata)
+        AS i (part, n, category, stream_id, name, id, command_id, payload, metadata)
+    WHERE i.n = 1 AND accepted[i.part]
+    ORDER BY part_stream[i.part]
+    ON CONFLICT (stream, version) DO NOTHING;
+    GET DIAGNOSTICS won = ROW_COUNT;
+
+    IF won < parts THEN
+        lost := ARRAY(
+            SELECT accepted[p] AND NOT EXISTS (
+                SELECT FROM storied.events AS e WHERE e.position = positions[ahead[p] + 1])
+            FROM generate_subscripts(accepted, 1) AS p ORDER BY p);
+        IF EXISTS (
+            SELECT FROM generate_subscripts(lost, 1) AS p
+            WHERE lost[p] AND cardinality(array_positions(part_unit, part_unit[p])) > 1) THEN
+            -- Its other parts cannot be taken back but with everything else.
+            RAISE EXCEPTION 'another transaction came first' USING ERRCODE = 'ST001';
+        END IF;
+        versions := ARRAY(
+            SELECT CASE WHEN lost[p]
+                THEN (SELECT e.version FROM storied.events AS e
+                    WHERE e.stream = part_stream[p] ORDER BY e.version DESC LIMIT 1)
+                ELSE versions[p] END
+            FROM generate_subscripts(lost, 1) AS p ORDER BY p);
+    END IF;
+
+    IF events > parts THEN
+        INSERT INTO storied.events
+            (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
+        SELECT positions[ahead[i.part] + i.n], versions[i.part] + i.n, part_stream[i.part],
+            i.id, i.command_id, i.category, i.stream_id, i.name, i.payload, i.metadata
+        FROM unnest(event_part, event_n, event_category, event_stream_id, event_name, event_id, event_command_id,
+            event_payload, event_metadata)
+            AS i (part, n, category, stream_id, name, id, command_id, payload, metadata)
+        WHERE i.n > 1 AND accepted[i.part] AND (lost IS NULL OR NOT lost[i.part])
+        ORDER BY part_stream[i.part], i.n;
+    END IF;
+    transaction_id := pg_current_xact_id_if_assigned()::text;
+END $$;
+
+-- How far the log may be read: the last event below which nothing can appear any more.
+--
+-- It must stay VOLATILE and run at READ COMMITTED: then each statement in it has a snapshot of its own, and the last one
+-- sees whatever was committed before the locks were looked at.
+CREATE FUNCTION storied.frontier(
+    OUT last_value bigint,             -- the last position drawn
+    OUT low_water  bigint,             -- everything up to here is decided: visible, or never to be
+    OUT head       bigint              -- the last event up to there
+)
+LANGUAGE plpgsql VOLATILE
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+AS $$
+BEGIN
+    IF pg_is_in_recovery() THEN
+        RAISE EXCEPTION 'a standby does not see the locks of the primary' USING ERRCODE = 'ST002';
+    END IF;
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'reading the frontier needs the isolation level read committed, not %',
+            current_setting('transaction_isolation') USING ERRCODE = 'ST002';
+    END IF;
+
+    last_value := coalesce(pg_sequence_last_value('storied.positions'), 0);
+    low_water := (
+        SELECT min(((l.classid::bigint << 32) | l.objid::bigint) & ((1::bigint << 44) - 1))
+        FROM pg_locks AS l
+        WHERE l.locktype = 'advisory' AND l.objsubid = 1
+            AND (l.classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
+            AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()));
+    low_water := least(last_value, low_water); -- of null and a number, the number
+    head := coalesce((
+        SELECT e.position FROM storied.events AS e
+        WHERE e.position <= low_water ORDER BY e.position DESC LIMIT 1), 0);
+END $$;
+
+CREATE FUNCTION storied.refuse_insert() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'events are appended by %.append() only: an event that is inserted past it would be missed by readers',
+        TG_TABLE_SCHEMA USING ERRCODE = 'insufficient_privilege';
+END $$;
+CREATE TRIGGER events_are_appended BEFORE INSERT ON storied.events
+    FOR EACH STATEMENT WHEN (current_setting('storied_log.appending', true) IS DISTINCT FROM 'on')
+    EXECUTE FUNCTION storied.refuse_insert();
+
+CREATE FUNCTION storied.refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'the log is append-only: write a new event instead of changing an old one'
+        USING ERRCODE = 'insufficient_privilege';
+END $$;
+CREATE TRIGGER events_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.events
+    FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
+
+-- Projections that stand still, on every node.
+CREATE TABLE storied.paused (
+    name text PRIMARY KEY
+);
+
+CREATE TABLE storied.leases (
+    name       text        PRIMARY KEY,
+    owner      uuid        NOT NULL,
+    epoch      bigint      NOT NULL,                             -- grows with every new owner
+    expires_at timestamptz NOT NULL                              -- 1970: given back
+);
+
+CREATE TABLE storied.snapshots (
+    category  text   NOT NULL,
+    stream_id text   NOT NULL,
+    version   bigint NOT NULL,                                   -- up to which events are folded in
+    revision  bigint NOT NULL,                                   -- of the state's schema
+    state     bytea  NOT NULL,
+    PRIMARY KEY (category, stream_id)
+);

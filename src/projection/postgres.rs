@@ -1,0 +1,183 @@
+use std::error::Error;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use sqlx::postgres::{PgConnection, PgPool, Postgres};
+use uuid::Uuid;
+
+use super::ReadModel;
+use crate::event::Position;
+use crate::store::postgres::{Progress, Schema, failed, is_outage, prepare_read_model};
+use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
+
+/// Tables in a PostgreSQL database, written in the transaction that also moves the checkpoint: exactly once.
+///
+/// Clones are handles to the same pool; any number of projections may share it, and each takes one of its connections for
+/// the time of a transaction. All nodes share the read model: one of them owns each projection. An owner that was replaced
+/// without knowing it is refused when it commits, since the checkpoint is no longer where it left it. The database may be
+/// the event store's own; the application's tables and migrations stay its own affair.
+///
+/// Checkpoints and parked events live in the schema `storied`, which is created by the first projection that starts.
+#[derive(Clone)]
+pub struct PostgresReadModel {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    pool: PgPool,
+    schema: Schema,
+    progress: Progress,
+    /// The event store whose log is folded here; known from the first `prepare` on.
+    store: OnceLock<Uuid>,
+}
+
+/// An open transaction on a [`PostgresReadModel`].
+pub type PostgresOpen = sqlx::Transaction<'static, Postgres>;
+
+impl PostgresReadModel {
+    /// Uses the connections of a pool, directly on the server or through a pooler in session mode.
+    pub fn new(pool: PgPool) -> Self {
+        let schema = Schema::standard();
+        let progress = Progress::new(&schema, true);
+        Self { shared: Arc::new(Shared { pool, schema, progress, store: OnceLock::new() }) }
+    }
+
+    /// The connections, for queries.
+    pub fn pool(&self) -> &PgPool {
+        &self.shared.pool
+    }
+
+    fn store(&self) -> Result<Uuid, StoreError> {
+        let store = self.shared.store.get().copied();
+        store.ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
+    }
+}
+
+impl fmt::Debug for PostgresReadModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresReadModel").field("store", &self.shared.store.get()).finish_non_exhaustive()
+    }
+}
+
+impl ReadModel for PostgresReadModel {
+    type Transaction = PgConnection;
+    type Open = PostgresOpen;
+
+    fn shared(&self) -> bool {
+        true
+    }
+
+    fn rolls_back(&self) -> bool {
+        true
+    }
+
+    fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
+        error.downcast_ref::<sqlx::Error>().is_some_and(is_outage)
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        store: &'a Arc<dyn EventStore>,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let id = *self.shared.store.get_or_init(|| store.info().id);
+            if id != store.info().id {
+                let reason = "one PostgresReadModel cannot follow two event stores; make one for each".into();
+                return Err(StoreError::Invalid { reason });
+            }
+            let doing = "preparing the read model's database";
+            let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
+            prepare_read_model(&mut connection, &self.shared.schema).await?;
+            self.shared.progress.checkpoint(&mut connection, name, id).await.map(drop)
+        })
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move {
+            let connection = self.shared.pool.acquire().await;
+            let mut connection = connection.map_err(|error| failed("reading a checkpoint", error))?;
+            self.shared.progress.checkpoint(&mut connection, name, self.store()?).await
+        })
+    }
+
+    fn begin<'a>(
+        &'a self,
+        name: &'a str,
+        _from: Checkpoint,
+    ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
+        Box::pin(async move {
+            let begun = self.shared.pool.begin().await;
+            begun.map_err(|error| failed(&format!("beginning a transaction of {name}"), error))
+        })
+    }
+
+    fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {
+        &mut *open
+    }
+
+    fn commit<'a>(
+        &'a self,
+        mut open: PostgresOpen,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move {
+            self.shared.progress.save(&mut open, name, self.store()?, from, to).await?;
+            if let Some(event) = parked {
+                self.shared.progress.park(&mut open, name, &event).await?;
+            }
+            let committed = open.commit().await;
+            committed.map_err(|error| failed(&format!("committing a transaction of {name}"), error).into())
+        })
+    }
+
+    fn rollback(&self, open: PostgresOpen) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(
+            async move { open.rollback().await.map_err(|error| failed("rolling a transaction back", error)) },
+        )
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        Box::pin(async move {
+            let connection = self.shared.pool.acquire().await;
+            let mut connection = connection.map_err(|error| failed("reading parked events", error))?;
+            self.shared.progress.parked(&mut connection, name, limit).await
+        })
+    }
+
+    fn unpark<'a>(
+        &'a self,
+        open: &'a mut PostgresOpen,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move { self.shared.progress.unpark(open, name, position).await })
+    }
+
+    fn unpark_all<'a>(
+        &'a self,
+        open: &'a mut PostgresOpen,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move { self.shared.progress.unpark_all(open, name).await })
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move {
+            let connection = self.shared.pool.acquire().await;
+            let mut connection = connection.map_err(|error| failed("discarding a parked event", error))?;
+            self.shared.progress.unpark(&mut connection, name, position).await
+        })
+    }
+}

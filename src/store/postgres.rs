@@ -1,0 +1,340 @@
+//! The event store in PostgreSQL: a total order that nobody can miss events of, while writers never wait for each other.
+//!
+//! - Positions come from a sequence. Before it draws one, a transaction takes a shared advisory lock that says how far the
+//!   sequence was (the *low-water lock*); readers stay below the lowest such lock that is held, and so never pass a position
+//!   that is still to appear (I1). A transaction that has nothing to do with events holds nobody up.
+//! - The unique index on stream and version decides between concurrent appends (I2).
+//! - A batch of appends is one call of one function: one round trip and one commit.
+//! - An append without an answer is looked up, on another connection, before it is answered or repeated (I4).
+//!
+//! The SQL is in `migrations/postgres`, with the reasons beside it.
+
+mod append;
+mod connection;
+mod error;
+mod frontier;
+mod options;
+mod outcome;
+mod plan;
+mod progress;
+mod read;
+mod schema;
+mod sql;
+mod state;
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use uuid::{Uuid, uuid};
+
+use self::connection::Connections;
+pub(crate) use self::error::{failed, is_outage};
+use self::frontier::Frontier;
+pub use self::frontier::Stall;
+pub use self::options::PostgresOptions;
+pub(crate) use self::progress::Progress;
+pub(crate) use self::schema::prepare_read_model;
+use self::sql::LogSql;
+pub(crate) use self::sql::Schema;
+use super::{
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
+    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+};
+use crate::codec::Codec;
+use crate::event::{Position, RecordedEvent, StreamId, Version};
+
+/// Under which streams get their keys. Never changes: keys are stored.
+const STREAMS: Uuid = uuid!("6f0d8a52-0b5e-5c0e-9c41-2b7f4e1d9a63");
+
+/// An event store in PostgreSQL 15 or newer. Clones are handles to the same connections; any number of processes may use
+/// the same database. Its tables live in a schema of their own.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), storied::StoreError> {
+/// use storied::{PostgresOptions, PostgresStore};
+///
+/// let store = PostgresStore::connect("postgres://shop:secret@db.internal/shop").await?;
+/// let other = PostgresOptions::new().schema("audit").max_connections(4).connect().await?; // DATABASE_URL
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct PostgresStore {
+    shared: Arc<Shared>,
+}
+
+/// Ends with the last handle.
+struct Shared {
+    core: Arc<Core>,
+    tailer: AbortHandle,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.tailer.abort();
+    }
+}
+
+/// What calls and the tailer share.
+struct Core {
+    info: StoreInfo,
+    sql: LogSql,
+    progress: Progress,
+    connections: Arc<Connections>,
+    frontier: Frontier,
+}
+
+impl Core {
+    /// Bounds what a server may take that does not answer at all. It bounds its statements itself.
+    async fn timed<T>(&self, call: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+        let Some(limit) = self.connections.patience.call else { return call.await };
+        tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
+            Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time").into())
+        })
+    }
+
+    /// As [`timed`](Self::timed), for a whole call with the wait for its connection.
+    async fn timed_call<T, E: From<StoreError>>(
+        &self,
+        doing: &str,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let Some(limit) = self.connections.patience.call else { return call.await };
+        let limit = limit + self.connections.patience.acquire;
+        tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
+            let reason = format!("{doing}: no answer within {limit:?}");
+            Err(StoreError::Unavailable { reason, source: None }.into())
+        })
+    }
+}
+
+impl fmt::Debug for PostgresStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStore").field("info", &self.shared.core.info).finish_non_exhaustive()
+    }
+}
+
+impl PostgresStore {
+    /// Connects to the database at `url` (empty: the environment's `DATABASE_URL`), creating or migrating storied's tables
+    /// if need be, with the defaults of [`PostgresOptions`].
+    ///
+    /// # Errors
+    /// See [`PostgresOptions::connect`].
+    pub async fn connect(url: impl Into<String>) -> Result<Self, StoreError> {
+        PostgresOptions::new().url(url).connect().await
+    }
+
+    async fn open(
+        connections: Arc<Connections>,
+        schema: &Schema,
+        id: Uuid,
+        codec: Codec,
+        append_concurrency: usize,
+    ) -> Result<Self, StoreError> {
+        let core = Arc::new(Core {
+            info: StoreInfo::new("postgres", id, codec).with_append_concurrency(append_concurrency),
+            sql: LogSql::new(schema),
+            progress: Progress::new(schema, connections.persistent()),
+            connections,
+            frontier: Frontier::new(),
+        });
+        core.frontier.refresh(&core).await?;
+        let tailer = tokio::spawn(frontier::tail(core.clone())).abort_handle();
+        Ok(Self { shared: Arc::new(Shared { core, tailer }) })
+    }
+
+    /// Who keeps the frontier from moving at this moment, so that nobody can read beyond it: an append that is under way,
+    /// if only for a millisecond, or a transaction that somebody has left open after appending. One that lasts is also
+    /// logged as a warning.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server cannot be asked.
+    pub async fn stall(&self) -> Result<Option<Stall>, StoreError> {
+        let core = &self.shared.core;
+        core.timed_call("looking for a stall", frontier::stall(core)).await
+    }
+
+    fn call<'a, T: 'a, E: From<StoreError> + 'a, F>(
+        &'a self,
+        doing: &'static str,
+        call: F,
+    ) -> BoxFuture<'a, Result<T, E>>
+    where
+        F: Future<Output = Result<T, E>> + Send + 'a,
+    {
+        Box::pin(self.shared.core.timed_call(doing, call))
+    }
+}
+
+impl EventStore for PostgresStore {
+    fn info(&self) -> &StoreInfo {
+        &self.shared.core.info
+    }
+
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
+        Box::pin(async move {
+            let core = self.shared.core.clone();
+            let appends = batch.len();
+            // In a task of its own: a caller that goes away does not break it off.
+            let task = tokio::spawn(async move { append::append(&core, &batch).await });
+            task.await.unwrap_or_else(|error| {
+                let reason = format!("{}: the transaction was torn down", append::DOING);
+                let error = StoreError::OutcomeUnknown { reason, source: Some(Arc::new(error)) };
+                vec![Err(error.into()); appends]
+            })
+        })
+    }
+
+    fn read_stream<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        after: Version,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
+        self.call("reading a stream", read::stream(&self.shared.core, stream, after, limit))
+    }
+
+    fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
+        self.call("reading the log", async move { read::log(&self.shared.core, &read).await })
+    }
+
+    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        let core = &self.shared.core;
+        self.call("reading how far the log goes", core.frontier.refresh(core))
+    }
+
+    fn appended(&self) -> watch::Receiver<Position> {
+        self.shared.core.frontier.subscribe()
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        self.call("reading a checkpoint", async move {
+            const DOING: &str = "reading a checkpoint";
+            let core = &self.shared.core;
+            let mut session = core.connections.get(DOING).await?;
+            let checkpoint = core.progress.checkpoint(&mut session, name, core.info.id).await?;
+            session.finish(DOING).await?;
+            Ok(checkpoint)
+        })
+    }
+
+    fn save_checkpoint<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        self.call("saving a checkpoint", async move {
+            const DOING: &str = "saving a checkpoint";
+            let core = &self.shared.core;
+            let mut session = match parked {
+                Some(_) => core.connections.begin(DOING).await?,
+                None => core.connections.get(DOING).await?,
+            };
+            let saved = match core.progress.save(&mut session, name, core.info.id, from, to).await {
+                Ok(()) => match &parked {
+                    Some(event) => core.progress.park(&mut session, name, event).await.map_err(Into::into),
+                    None => Ok(()),
+                },
+                refused => refused,
+            };
+            match saved {
+                Ok(()) => session.finish(DOING).await?,
+                Err(_) => session.roll_back().await,
+            }
+            saved
+        })
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        self.call("reading parked events", async move {
+            const DOING: &str = "reading parked events";
+            let core = &self.shared.core;
+            let mut session = core.connections.get(DOING).await?;
+            let parked = core.progress.parked(&mut session, name, limit).await?;
+            session.finish(DOING).await?;
+            Ok(parked)
+        })
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        self.call("removing a parked event", async move {
+            const DOING: &str = "removing a parked event";
+            let core = &self.shared.core;
+            let mut session = core.connections.get(DOING).await?;
+            let removed = core.progress.unpark(&mut session, name, position).await?;
+            session.finish(DOING).await?;
+            Ok(removed)
+        })
+    }
+
+    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
+        self.call("reading who is paused", state::paused(&self.shared.core, name))
+    }
+
+    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.call("pausing or resuming", state::set_paused(&self.shared.core, name, paused))
+    }
+
+    fn acquire_lease<'a>(
+        &'a self,
+        name: &'a str,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        self.call("acquiring a lease", state::acquire_lease(&self.shared.core, name, owner, ttl))
+    }
+
+    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
+        self.call("renewing a lease", state::renew_lease(&self.shared.core, lease, ttl))
+    }
+
+    fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.call("releasing a lease", state::release_lease(&self.shared.core, lease))
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
+        self.call("reading the leases", state::leases(&self.shared.core))
+    }
+
+    fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
+        self.call("reading a snapshot", state::snapshot(&self.shared.core, stream))
+    }
+
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.call("saving a snapshot", async move {
+            state::save_snapshot(&self.shared.core, stream, &snapshot).await
+        })
+    }
+}
+
+/// The key of a stream. A category has no slash, so no two streams have the same text.
+fn stream_key(stream: &StreamId) -> Uuid {
+    Uuid::new_v5(&STREAMS, stream.to_string().as_bytes())
+}
+
+/// PostgreSQL has no unsigned numbers. Nothing that is stored comes near the end of the signed ones.
+fn to_sql(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn from_sql(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}

@@ -1,0 +1,399 @@
+//! Appending: one round trip for a batch, and what to do when it does not come back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::super::{Append, AppendError, Appended, Conflict, ExpectedVersion, StoreError};
+use super::connection::Session;
+use super::error::{self, Verdict, failed, verdict};
+use super::outcome::{self, Trace};
+use super::plan::{self, Part, Unit};
+use super::{Core, from_sql, to_sql};
+use crate::event::{Position, Version};
+
+pub(super) const DOING: &str = "appending events";
+
+/// How often the same events are sent again when the server asked for it, or when they were lost on the way for certain.
+const ATTEMPTS: u32 = 8;
+/// How often an append that expects nothing in particular may be overtaken by others: each time, one of them succeeds.
+const OVERTAKEN: u32 = 1_000;
+
+/// What became of a unit.
+#[derive(Debug)]
+pub(super) enum Fate {
+    /// Its events are in the log; for each part, the version before them and their positions.
+    Appended(Vec<(Version, Vec<Position>)>),
+    /// Its part of that index found another version.
+    Conflict(usize, Version),
+    /// Somebody else was faster, but it would fit again.
+    Overtaken,
+    Failed(StoreError),
+}
+
+/// Appends a batch. Runs to its end once started: spawn it.
+pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<Appended, AppendError>> {
+    let mut answers: Vec<Option<Result<Appended, AppendError>>> = Vec::with_capacity(batch.len());
+    let mut todo = Vec::with_capacity(batch.len());
+    for (index, append) in batch.iter().enumerate() {
+        answers.push(match plan::check(append) {
+            Ok(()) => {
+                todo.push(index);
+                None
+            }
+            Err(error) => Some(Err(error.into())),
+        });
+    }
+    let mut merge = true;
+    while !todo.is_empty() {
+        let plan = plan::plan(batch, &todo, merge);
+        todo = plan.later;
+        for call in &plan.calls {
+            for (unit, fate) in call.iter().zip(settle(core, call).await) {
+                if let Fate::Failed(StoreError::Invalid { .. }) = &fate
+                    && unit.appends.len() > 1
+                {
+                    // Which of them it is shows when each goes alone.
+                    merge = false;
+                    todo.extend(&unit.appends);
+                    continue;
+                }
+                tell(batch, unit, fate, &mut answers, &mut todo);
+            }
+        }
+        todo.sort_unstable();
+    }
+    let missing = || StoreError::Corrupt { reason: "an append got no answer".into() };
+    let answers: Vec<_> =
+        answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(missing().into()))).collect();
+    let last = answers.iter().flatten().filter_map(|appended| appended.positions.last()).max();
+    if let Some(&last) = last {
+        core.frontier.announce(last);
+    }
+    answers
+}
+
+/// Answers the appends of a unit; those that are to be decided again go back to `todo`.
+fn tell(
+    batch: &[Append],
+    unit: &Unit<'_>,
+    fate: Fate,
+    answers: &mut [Option<Result<Appended, AppendError>>],
+    todo: &mut Vec<usize>,
+) {
+    let mut answer = |index: usize, result| {
+        if let Some(answer) = answers.get_mut(index) {
+            *answer = Some(result);
+        }
+    };
+    match fate {
+        Fate::Appended(places) => {
+            if let ([_, _, ..], [(base, positions)]) = (unit.appends.as_slice(), places.as_slice()) {
+                // Several appends to one stream: each has its share.
+                let (mut end, mut rest) = (*base, positions.as_slice());
+                for &index in &unit.appends {
+                    let events = batch
+                        .get(index)
+                        .map_or(0, |append| append.streams.iter().map(|part| part.events.len()).sum());
+                    let (own, behind) = rest.split_at(events.min(rest.len()));
+                    (end, rest) = (end.plus(own.len() as u64), behind);
+                    answer(index, Ok(Appended { versions: vec![end], positions: own.to_vec() }));
+                }
+                return;
+            }
+            let versions = places.iter().map(|(base, positions)| base.plus(positions.len() as u64)).collect();
+            let positions = places.into_iter().flat_map(|(_, positions)| positions).collect();
+            if let Some(&index) = unit.appends.first() {
+                answer(index, Ok(Appended { versions, positions }));
+            }
+        }
+        Fate::Conflict(part, actual) => {
+            let mut appends = unit.appends.iter().copied();
+            let (Some(first), Some(part)) = (appends.next(), unit.parts.get(part)) else { return };
+            let conflict = Conflict { stream: part.stream.clone(), expected: part.expected, actual };
+            answer(first, Err(conflict.into()));
+            // They were joined to the first on the assumption that it succeeds.
+            todo.extend(appends);
+        }
+        Fate::Overtaken => {
+            let reason = format!("{DOING}: other writers were faster every time; try again");
+            for &index in &unit.appends {
+                answer(index, Err(StoreError::Unavailable { reason: reason.clone(), source: None }.into()));
+            }
+        }
+        Fate::Failed(error) => {
+            for &index in &unit.appends {
+                answer(index, Err(error.clone().into()));
+            }
+        }
+    }
+}
+
+/// Calls until every unit has its fate. A call that the server refuses as a whole is split, so that what cannot be stored
+/// is left alone with its refusal.
+async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
+    let mut fates: Vec<Option<Fate>> = units.iter().map(|_| None).collect();
+    let mut groups: Vec<Vec<usize>> = vec![(0..units.len()).collect()];
+    while let Some(mut group) = groups.pop() {
+        let (mut attempts, mut overtaken) = (0, 0);
+        while !group.is_empty() {
+            let members: Vec<&Unit<'_>> = group.iter().filter_map(|&index| units.get(index)).collect();
+            let failure = match call(core, &members).await {
+                Ok(found) => {
+                    group = file(group, found, &mut fates, overtaken >= OVERTAKEN);
+                    if !group.is_empty() {
+                        overtaken += 1;
+                        pause(overtaken).await;
+                    }
+                    continue;
+                }
+                Err(failure) => failure,
+            };
+            let error = match failure {
+                Failure::Refused(_) if group.len() > 1 => {
+                    groups.push(group.split_off(group.len() / 2));
+                    groups.push(group);
+                    break;
+                }
+                Failure::Refused(error) | Failure::Failed(error) => error,
+                Failure::Overtaken if group.len() > 1 && overtaken > 0 => {
+                    groups.push(group.split_off(group.len() / 2));
+                    groups.push(group);
+                    break;
+                }
+                Failure::Overtaken if overtaken < OVERTAKEN => {
+                    overtaken += 1;
+                    pause(overtaken).await;
+                    continue;
+                }
+                Failure::Overtaken => {
+                    for index in group {
+                        set(&mut fates, index, Fate::Overtaken);
+                    }
+                    break;
+                }
+                Failure::Retry(error) | Failure::Lost(error) => {
+                    attempts += 1;
+                    if attempts < ATTEMPTS {
+                        tracing::debug!(%error, attempts, "appending again");
+                        pause(attempts).await;
+                        continue;
+                    }
+                    error
+                }
+                Failure::Unknown(error, trace) => match outcome::resolve(core, &members, trace).await {
+                    Ok(found) => {
+                        tracing::warn!(
+                            %error,
+                            happened = found.iter().filter(|fate| fate.is_some()).count(),
+                            of = members.len(),
+                            "an append got no answer; looked up whether it happened"
+                        );
+                        let found = found.into_iter().map(|fate| fate.unwrap_or(Fate::Overtaken)).collect();
+                        group = file(group, found, &mut fates, false);
+                        attempts += 1;
+                        if attempts < ATTEMPTS {
+                            continue;
+                        }
+                        error
+                    }
+                    Err(lookup) => StoreError::OutcomeUnknown {
+                        reason: format!("{error}; and then: {lookup}"),
+                        source: Some(Arc::new(error)),
+                    },
+                },
+            };
+            for index in group {
+                set(&mut fates, index, Fate::Failed(error.clone()));
+            }
+            break;
+        }
+    }
+    let missing = || StoreError::Corrupt { reason: "an append was forgotten".into() };
+    fates.into_iter().map(|fate| fate.unwrap_or_else(|| Fate::Failed(missing()))).collect()
+}
+
+fn set(fates: &mut [Option<Fate>], index: usize, fate: Fate) {
+    if let Some(place) = fates.get_mut(index) {
+        *place = Some(fate);
+    }
+}
+
+/// Notes what was found of a group; what is left of it. With `all`, nothing is.
+fn file(group: Vec<usize>, found: Vec<Fate>, fates: &mut [Option<Fate>], all: bool) -> Vec<usize> {
+    let mut rest = Vec::new();
+    for (index, fate) in group.into_iter().zip(found) {
+        match fate {
+            Fate::Overtaken if !all => rest.push(index),
+            fate => set(fates, index, fate),
+        }
+    }
+    rest
+}
+
+/// Longer each time, and never as long as that of the others who were told the same.
+async fn pause(times: u32) {
+    let jitter = f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
+    let longest = Duration::from_micros(500) * times.min(60);
+    tokio::time::sleep(longest.mul_f64(jitter)).await;
+}
+
+/// Why a call brought no answer for each of its units.
+#[derive(Debug)]
+enum Failure {
+    /// Nothing was written, and nothing else would have been: something in it cannot be stored.
+    Refused(StoreError),
+    /// Nothing was written, since the server is not in a state to.
+    Failed(StoreError),
+    /// Nothing was written; the server wants it to be tried again.
+    Retry(StoreError),
+    /// Nothing was written, as the connection broke before it could be.
+    Lost(StoreError),
+    /// Nothing was written, because of somebody who was faster.
+    Overtaken,
+    /// It may have been written.
+    Unknown(StoreError, Trace),
+}
+
+impl Failure {
+    /// For an answer of the server that leaves no doubt.
+    fn answered(error: sqlx::Error) -> Self {
+        if error::overtaken(&error) {
+            return Failure::Overtaken;
+        }
+        let verdict = verdict(&error);
+        let error = failed(DOING, error);
+        match verdict {
+            Verdict::Retry => Failure::Retry(error),
+            Verdict::Refused => Failure::Refused(error),
+            Verdict::Failed | Verdict::Unknown => Failure::Failed(error),
+        }
+    }
+}
+
+async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failure> {
+    let explicit = core.connections.appends_in_transactions();
+    let session =
+        if explicit { core.connections.begin(DOING).await } else { core.connections.acquire(DOING).await };
+    let mut session = session.map_err(Failure::Failed)?;
+    let row = match core.timed(execute(core, &mut session, units)).await {
+        Ok(row) => row,
+        Err(error) if verdict(&error) == Verdict::Unknown => {
+            core.connections.purge();
+            let backend = session.backend();
+            drop(session);
+            let error = failed(DOING, error);
+            return Err(match backend {
+                // Without a commit, the server takes it back as soon as it notices.
+                _ if explicit => Failure::Lost(error),
+                backend => Failure::Unknown(error, Trace::Backend(backend)),
+            });
+        }
+        Err(error) => {
+            session.roll_back().await;
+            return Err(Failure::answered(error));
+        }
+    };
+    let reply = Reply::decode(&row).map_err(|error| Failure::Failed(failed(DOING, error)))?;
+    let transaction = reply.transaction.clone();
+    let fates = reply.fates(units);
+    match core.timed(session.done()).await {
+        Ok(()) => Ok(fates),
+        Err(error) if verdict(&error) == Verdict::Unknown => {
+            core.connections.purge();
+            let error = failed(DOING, error);
+            Err(match transaction {
+                Some(transaction) => Failure::Unknown(error, Trace::Transaction(transaction)),
+                None => Failure::Lost(error),
+            })
+        }
+        Err(error) => Err(Failure::answered(error)),
+    }
+}
+
+async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<PgRow, sqlx::Error> {
+    let parts =
+        || units.iter().enumerate().flat_map(|(unit, it)| it.parts.iter().map(move |part| (unit, part)));
+    let events = || {
+        (1_i32..).zip(parts()).flat_map(|(index, (_, part))| {
+            (1_i32..).zip(&part.events).map(move |(n, event)| (index, n, part, *event))
+        })
+    };
+    let expected = |part: &Part<'_>| match part.expected {
+        ExpectedVersion::Exact(version) => to_sql(version.get()),
+        ExpectedVersion::NoStream => 0,
+        ExpectedVersion::Any => -1,
+        ExpectedVersion::StreamExists => -2,
+    };
+    sqlx::query(core.sql.append.clone())
+        .bind(parts().map(|(_, part)| part.key).collect::<Vec<_>>())
+        .bind(parts().map(|(unit, _)| count(unit)).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| expected(part)).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| count(part.events.len())).collect::<Vec<_>>())
+        .bind(events().map(|(index, ..)| index).collect::<Vec<_>>())
+        .bind(events().map(|(_, n, ..)| n).collect::<Vec<_>>())
+        .bind(events().map(|(_, _, part, _)| part.stream.category()).collect::<Vec<_>>())
+        .bind(events().map(|(_, _, part, _)| part.stream.id()).collect::<Vec<_>>())
+        .bind(events().map(|(.., event)| event.name.as_str()).collect::<Vec<_>>())
+        .bind(events().map(|(.., event)| event.id).collect::<Vec<_>>())
+        .bind(events().map(|(.., event)| event.command_id).collect::<Vec<_>>())
+        .bind(events().map(|(.., event)| &*event.payload).collect::<Vec<&[u8]>>())
+        .bind(events().map(|(.., event)| &*event.metadata).collect::<Vec<&[u8]>>())
+        .persistent(core.connections.persistent())
+        .fetch_one(&mut **session)
+        .await
+}
+
+fn count(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+/// What `storied.append()` answers; see there.
+struct Reply {
+    versions: Vec<i64>,
+    accepted: Vec<bool>,
+    lost: Option<Vec<bool>>,
+    positions: Vec<i64>,
+    transaction: Option<String>,
+}
+
+impl Reply {
+    fn decode(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            versions: row.try_get(0)?,
+            accepted: row.try_get(1)?,
+            lost: row.try_get(2)?,
+            positions: row.try_get(3)?,
+            transaction: row.try_get(4)?,
+        })
+    }
+
+    fn fates(self, units: &[&Unit<'_>]) -> Vec<Fate> {
+        let mut positions = self.positions.into_iter().map(|position| Position::new(from_sql(position)));
+        let mut index = 0;
+        let mut fates = Vec::with_capacity(units.len());
+        for unit in units {
+            let mut places = Vec::with_capacity(unit.parts.len());
+            let mut refused = None;
+            for (number, part) in unit.parts.iter().enumerate() {
+                let version = Version::new(self.versions.get(index).copied().map_or(0, from_sql));
+                let accepted = self.accepted.get(index).copied().unwrap_or_default();
+                let lost = self.lost.as_ref().and_then(|lost| lost.get(index)).copied().unwrap_or_default();
+                index += 1;
+                let own =
+                    if accepted { positions.by_ref().take(part.events.len()).collect() } else { Vec::new() };
+                if lost && part.expected.allows(version) {
+                    refused.get_or_insert(Fate::Overtaken);
+                } else if lost || !part.expected.allows(version) {
+                    refused.get_or_insert(Fate::Conflict(number, version));
+                }
+                places.push((version, own));
+            }
+            fates.push(refused.unwrap_or(Fate::Appended(places)));
+        }
+        fates
+    }
+}

@@ -1,0 +1,300 @@
+//! The connections of a store: a bounded number, made when they are needed first, and kept.
+//!
+//! Not sqlx's pool, unless the host application gives us its own: that one pings every connection that comes back, which is
+//! a second round trip for each short statement, and waits for the answer as long as it takes.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, Postgres};
+use sqlx::{ConnectOptions, Connection, Executor, Row, SqlStr};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::super::StoreError;
+use super::error::failed;
+
+/// A connection that has lain idle for longer is asked whether it still works: one round trip, against an error after
+/// every restart of the server.
+const TRUSTED: Duration = Duration::from_secs(1);
+
+/// How long a connection may take to become usable again, or to close.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Where connections come from.
+pub(super) enum Source {
+    /// We make our own.
+    Own(Box<PgConnectOptions>),
+    /// The host application's pool, which we borrow from for each call.
+    Pool(PgPool),
+}
+
+/// How long things may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// For a connection: a free one, or a new one while the server starts.
+    pub(super) acquire: Duration,
+    /// For a call, after which the connection is given up; longer than the server's own limit for a statement.
+    pub(super) call: Option<Duration>,
+}
+
+pub(super) struct Connections {
+    source: Source,
+    pub(super) patience: Patience,
+    /// Behind a pooler in transaction mode: whatever belongs together is one transaction, and no statement is prepared
+    /// under a name, because the next transaction may meet another server process.
+    transactional: bool,
+    /// Begins a transaction, with its limits.
+    begin: SqlStr,
+    permits: Arc<Semaphore>,
+    /// At most one for each permit.
+    idle: Mutex<Vec<(Live, Instant)>>,
+}
+
+impl fmt::Debug for Connections {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The options know the password.
+        f.debug_struct("Connections").field("free", &self.permits.available_permits()).finish_non_exhaustive()
+    }
+}
+
+/// An open connection.
+struct Live {
+    connection: Inner,
+    backend: Option<Backend>,
+}
+
+enum Inner {
+    Own(Box<PgConnection>),
+    Borrowed(Borrowed),
+}
+
+/// A connection of the host application's pool, which gets it back only if it is known to be as it was.
+struct Borrowed {
+    connection: PoolConnection<Postgres>,
+    clean: bool,
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        if !self.clean {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+/// A server process, told apart from a later one with the same pid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Backend {
+    pub(super) pid: i32,
+    /// When it started, in microseconds since 1970.
+    pub(super) started: i64,
+}
+
+/// A connection in use. Dropped instead of given back, because a call failed or was given up, it is closed.
+pub(super) struct Session {
+    live: Live,
+    home: Arc<Connections>,
+    /// Within an explicit transaction.
+    open: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connections {
+    pub(super) fn new(
+        source: Source,
+        patience: Patience,
+        transactional: bool,
+        begin: SqlStr,
+        limit: usize,
+    ) -> Self {
+        let permits = Arc::new(Semaphore::new(limit.max(1)));
+        Self { source, patience, transactional, begin, permits, idle: Mutex::default() }
+    }
+
+    /// Whether statements may be prepared under a name.
+    pub(super) fn persistent(&self) -> bool {
+        !self.transactional
+    }
+
+    /// Whether an append runs in an explicit transaction, whose id then tells how it ended. Elsewhere the server process
+    /// is ours alone, and can be asked.
+    pub(super) fn appends_in_transactions(&self) -> bool {
+        self.transactional || matches!(self.source, Source::Pool(_))
+    }
+
+    /// A connection for statements that each stand for themselves.
+    pub(super) async fn get(self: &Arc<Self>, doing: &str) -> Result<Session, StoreError> {
+        let mut session = self.acquire(doing).await?;
+        if self.transactional {
+            session.begin().await.map_err(|error| failed(doing, error))?;
+        }
+        Ok(session)
+    }
+
+    /// A connection within a transaction.
+    pub(super) async fn begin(self: &Arc<Self>, doing: &str) -> Result<Session, StoreError> {
+        let mut session = self.acquire(doing).await?;
+        session.begin().await.map_err(|error| failed(doing, error))?;
+        Ok(session)
+    }
+
+    /// A connection outside any transaction.
+    pub(super) async fn acquire(self: &Arc<Self>, doing: &str) -> Result<Session, StoreError> {
+        let deadline = Instant::now() + self.patience.acquire;
+        let permit = match timeout_at(deadline, self.permits.clone().acquire_owned()).await {
+            Ok(Ok(permit)) => permit,
+            _ => {
+                let reason = format!("{doing}: all connections were busy for {:?}", self.patience.acquire);
+                return Err(StoreError::Unavailable { reason, source: None });
+            }
+        };
+        while let Some(mut live) = self.pop() {
+            if live.1.elapsed() < TRUSTED || matches!(timeout(GRACE, live.0.ping()).await, Ok(Ok(()))) {
+                return Ok(self.session(live.0, permit));
+            }
+        }
+        let live = timeout_at(deadline, self.open()).await;
+        let live = live.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(|error| failed(doing, error))?;
+        Ok(self.session(live, permit))
+    }
+
+    fn session(self: &Arc<Self>, live: Live, permit: OwnedSemaphorePermit) -> Session {
+        Session { live, home: self.clone(), open: false, _permit: permit }
+    }
+
+    fn pop(&self) -> Option<(Live, Instant)> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+
+    /// Forgets all idle connections: one of them broke, and they may all have.
+    pub(super) fn purge(&self) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    async fn open(&self) -> Result<Live, sqlx::Error> {
+        let options = match &self.source {
+            Source::Own(options) => options,
+            Source::Pool(pool) => {
+                let borrowed = Borrowed { connection: pool.acquire().await?, clean: false };
+                return Ok(Live { connection: Inner::Borrowed(borrowed), backend: None });
+            }
+        };
+        let mut pause = Duration::from_millis(10);
+        loop {
+            let error = match options.connect().await {
+                Ok(connection) => {
+                    let mut live = Live { connection: Inner::Own(Box::new(connection)), backend: None };
+                    if !self.transactional {
+                        live.backend = Some(identify(&mut live).await?);
+                    }
+                    return Ok(live);
+                }
+                Err(error) => error,
+            };
+            let starting = match &error {
+                sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+                sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P03" | "53300")),
+                _ => false,
+            };
+            if !starting {
+                return Err(error);
+            }
+            // Bounded by the caller.
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(250));
+        }
+    }
+}
+
+async fn identify(connection: &mut PgConnection) -> Result<Backend, sqlx::Error> {
+    let row = sqlx::query(
+        "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
+         FROM pg_stat_activity WHERE pid = pg_backend_pid()",
+    )
+    .persistent(false)
+    .fetch_one(connection)
+    .await?;
+    Ok(Backend { pid: row.try_get(0)?, started: row.try_get(1)? })
+}
+
+impl Session {
+    /// The server process behind it, where it is ours alone.
+    pub(super) fn backend(&self) -> Option<Backend> {
+        self.live.backend
+    }
+
+    async fn begin(&mut self) -> Result<(), sqlx::Error> {
+        self.open = true;
+        let begin = self.home.begin.clone();
+        self.execute(begin).await.map(drop)
+    }
+
+    /// Ends the transaction, if there is one, and gives the connection back.
+    pub(super) async fn done(mut self) -> Result<(), sqlx::Error> {
+        if self.open {
+            self.execute("COMMIT").await?;
+        }
+        self.give_back();
+        Ok(())
+    }
+
+    /// As [`done`](Self::done), for callers who tell their users.
+    pub(super) async fn finish(self, doing: &str) -> Result<(), StoreError> {
+        self.done().await.map_err(|error| failed(doing, error))
+    }
+
+    /// Takes the transaction back; the connection is closed if that fails.
+    pub(super) async fn roll_back(mut self) {
+        if !self.open || matches!(timeout(GRACE, self.execute("ROLLBACK")).await, Ok(Ok(_))) {
+            self.give_back();
+        }
+    }
+
+    fn give_back(self) {
+        let Session { live, home, .. } = self;
+        match live.connection {
+            Inner::Own(_) => {
+                home.idle.lock().unwrap_or_else(PoisonError::into_inner).push((live, Instant::now()));
+            }
+            Inner::Borrowed(mut borrowed) => borrowed.clean = true,
+        }
+    }
+}
+
+impl Deref for Session {
+    type Target = PgConnection;
+
+    fn deref(&self) -> &PgConnection {
+        &self.live
+    }
+}
+
+impl DerefMut for Session {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        &mut self.live
+    }
+}
+
+impl Deref for Live {
+    type Target = PgConnection;
+
+    fn deref(&self) -> &PgConnection {
+        match &self.connection {
+            Inner::Own(connection) => connection,
+            Inner::Borrowed(borrowed) => &borrowed.connection,
+        }
+    }
+}
+
+impl DerefMut for Live {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        match &mut self.connection {
+            Inner::Own(connection) => connection,
+            Inner::Borrowed(borrowed) => &mut borrowed.connection,
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! What PostgreSQL's errors mean for the caller.
+
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
+
+use super::super::StoreError;
+
+/// What became of a statement that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Nobody said how it ended: the connection broke, or the server broke it off. Possibly after the commit.
+    Unknown,
+    /// Taken back by the server because of what others did at the same time; the same again may succeed.
+    Retry,
+    /// Refused because of what it asked for.
+    Refused,
+    /// Taken back because the server is not in a state to do anything of the kind.
+    Failed,
+}
+
+/// `storied.append()`: another transaction was faster than one part of a larger append.
+const OVERTAKEN: &str = "ST001";
+/// Ours as well: the server or the session is set up so that the log would not be safe.
+const UNSAFE: &str = "ST002";
+
+pub(crate) fn verdict(error: &sqlx::Error) -> Verdict {
+    let database = match error {
+        sqlx::Error::Database(error) => error,
+        sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => return Verdict::Refused,
+        _ => return Verdict::Unknown,
+    };
+    let severity = database.try_downcast_ref::<PgDatabaseError>().map(PgDatabaseError::severity);
+    if matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic)) {
+        // The end of the session, which says nothing about the transaction: it may end between commit and answer.
+        return Verdict::Unknown;
+    }
+    match database.code().as_deref().unwrap_or_default() {
+        OVERTAKEN => Verdict::Retry,
+        UNSAFE => Verdict::Failed,
+        // The connection, says a pooler in between that lost its own.
+        code if code.starts_with("08") => Verdict::Unknown,
+        // Transaction rollbacks: serialization failure, deadlock.
+        code if code.starts_with("40") => Verdict::Retry,
+        // A lock that could not be had, and a statement that was cancelled or timed out.
+        "55P03" | "57014" => Verdict::Failed,
+        code if ["28", "3D", "53", "57", "58", "25", "42"].iter().any(|class| code.starts_with(class)) => {
+            Verdict::Failed
+        }
+        _ => Verdict::Refused,
+    }
+}
+
+/// Whether a statement failed because of the server or of what others did, and not because of what it said.
+pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
+    // A missing table or right stays missing: whoever wrote the statement has to hear of it.
+    let lasting = error.as_database_error().and_then(|error| error.code());
+    let lasting =
+        lasting.is_some_and(|code| ["42", "25", "28", "3D"].iter().any(|class| code.starts_with(class)));
+    let mistake =
+        matches!(
+            error,
+            sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::TypeNotFound { .. }
+        ) || matches!(error, sqlx::Error::ColumnIndexOutOfBounds { .. } | sqlx::Error::ColumnDecode { .. })
+            || matches!(error, sqlx::Error::Decode(_));
+    !lasting && !mistake && verdict(error) != Verdict::Refused
+}
+
+/// Whether it was [`OVERTAKEN`], which is no failure of anybody's.
+pub(crate) fn overtaken(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(OVERTAKEN))
+}
+
+/// A failure while `doing` something.
+pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
+    match &error {
+        sqlx::Error::Database(database) => {
+            let code = database.code().unwrap_or_default().into_owned();
+            let message = database.message().to_owned();
+            by_code(doing, &code, &message, error)
+        }
+        sqlx::Error::Decode(_)
+        | sqlx::Error::ColumnDecode { .. }
+        | sqlx::Error::ColumnNotFound(_)
+        | sqlx::Error::ColumnIndexOutOfBounds { .. }
+        | sqlx::Error::RowNotFound => StoreError::Corrupt { reason: format!("{doing}: {error}") },
+        sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => {
+            StoreError::Invalid { reason: format!("{doing}: {error}") }
+        }
+        sqlx::Error::PoolTimedOut => StoreError::unavailable(
+            format!("{doing}: no connection became free or could be made in time"),
+            error,
+        ),
+        _ => {
+            StoreError::unavailable(format!("{doing}: the connection to PostgreSQL failed ({error})"), error)
+        }
+    }
+}
+
+// https://www.postgresql.org/docs/current/errcodes-appendix.html
+fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreError {
+    let incompatible = |expected: &str, advice: &str| StoreError::Incompatible {
+        expected: expected.into(),
+        found: format!("{message} ({doing}, SQLSTATE {code})"),
+        advice: advice.into(),
+    };
+    match code {
+        UNSAFE => incompatible(
+            "a primary server and a session with synchronous_commit on and isolation level read committed",
+            "change the setting, or connect to the primary",
+        ),
+        "28P01" | "28000" => incompatible(
+            "a login that PostgreSQL accepts",
+            "check user name and password of the database URL, and pg_hba.conf on the server",
+        ),
+        "08P01" if message.contains("unsupported startup parameter") => incompatible(
+            "a connection to PostgreSQL itself, or PostgresOptions::transaction_pooler",
+            "set that option when a pooler such as PgBouncer is in between",
+        ),
+        "3D000" => incompatible("an existing database", "create it, or correct the name in the database URL"),
+        "42P01" | "42883" | "3F000" | "42703" | "42809" => {
+            incompatible("storied's tables and functions", "run storied's migrations on this database")
+        }
+        "42501" => StoreError::storage(
+            format!(
+                "{doing}: {message}; let this login use the schema and its tables, functions and sequence (GRANT), or migrate with a login that may create them"
+            ),
+            error,
+        ),
+        "25006" => StoreError::unavailable(
+            format!("{doing}: {message}; the server is a standby or set to read-only"),
+            error,
+        ),
+        "53100" => StoreError::storage(
+            format!("{doing}: the server's disk is full ({message}); make room, then try again"),
+            error,
+        ),
+        "53300" | "53200" | "53400" => {
+            StoreError::unavailable(format!("{doing}: the server is short of resources ({message})"), error)
+        }
+        "57014" => StoreError::unavailable(
+            format!("{doing}: cancelled, or took longer than statement_timeout ({message})"),
+            error,
+        ),
+        _ => match code.get(..2).unwrap_or_default() {
+            "08" | "40" | "55" | "57" => StoreError::unavailable(format!("{doing}: {message}"), error),
+            // Bad data, a constraint, too large.
+            "22" | "23" | "54" => StoreError::Invalid { reason: format!("{doing}: {message}") },
+            "58" => StoreError::storage(format!("{doing}: the server's disk failed ({message})"), error),
+            "XX" if message.contains("invalid memory alloc request size") => {
+                StoreError::Invalid { reason: format!("{doing}: too large for PostgreSQL ({message})") }
+            }
+            _ => StoreError::storage(format!("{doing}: {message} (SQLSTATE {code})"), error),
+        },
+    }
+}

@@ -1,0 +1,230 @@
+//! How far the log may be read, asked once for all readers of the process.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use sqlx::Row;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use super::super::StoreError;
+use super::error::failed;
+use super::{Core, from_sql};
+use crate::event::Position;
+
+const DOING: &str = "reading how far the log goes";
+
+/// The tailer asks so often while the log grows …
+const BUSY: Duration = Duration::from_millis(2);
+/// … less and less while nothing happens, down to this, …
+const IDLE: Duration = Duration::from_millis(100);
+/// … and while nobody in this process listens, only to notice a stall.
+const ALONE: Duration = Duration::from_secs(1);
+/// After a failure.
+const BROKEN: Duration = Duration::from_millis(500);
+
+/// A frontier that stands still for so long while events wait behind it deserves a warning.
+const STALLED: Duration = Duration::from_secs(5);
+
+/// Who keeps the frontier from moving, so that nobody sees the events behind it yet.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Stall {
+    /// The server process that holds the lowest low-water lock; `None` for a prepared transaction.
+    pub pid: Option<i32>,
+    /// What its client calls itself.
+    pub application_name: String,
+    /// What it does: `active`, `idle in transaction` …
+    pub state: String,
+    /// How long its transaction has been open.
+    pub open_for: Duration,
+    /// Its current or last statement, the first 300 characters. Empty if this login may not see it.
+    pub query: String,
+    /// Up to where the log can be read meanwhile.
+    pub low_water: Position,
+}
+
+/// What is known of the end of the log.
+#[derive(Debug)]
+pub(super) struct Frontier {
+    /// The last event that readers may have; never goes back.
+    head: watch::Sender<Position>,
+    /// The last event that this process has appended.
+    own: AtomicU64,
+    /// Wakes the tailer.
+    wake: Notify,
+    /// How many questions were begun.
+    asked: AtomicU64,
+    /// The last question that was answered, and how. Locked while one is under way.
+    answered: tokio::sync::Mutex<(u64, Result<(), StoreError>)>,
+    /// Since when a transaction holds the frontier back, and where.
+    held: Mutex<Option<(u64, Instant)>>,
+}
+
+impl Frontier {
+    pub(super) fn new() -> Self {
+        Self {
+            head: watch::Sender::new(Position::START),
+            own: AtomicU64::new(0),
+            wake: Notify::new(),
+            asked: AtomicU64::new(0),
+            answered: tokio::sync::Mutex::new((0, Ok(()))),
+            held: Mutex::default(),
+        }
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Position> {
+        self.head.subscribe()
+    }
+
+    /// Says that this process has appended up to `position`.
+    pub(super) fn announce(&self, position: Position) {
+        self.own.fetch_max(position.get(), Ordering::AcqRel);
+        self.wake.notify_one();
+    }
+
+    /// The head as it was found last, if it is of use to somebody who has read up to `after`.
+    pub(super) fn known(&self, after: Position) -> Option<Position> {
+        let head = *self.head.borrow();
+        (head > after && head.get() >= self.own.load(Ordering::Acquire)).then_some(head)
+    }
+
+    /// The head as it is now. All who ask while a question is under way share the next one, so that the database is asked
+    /// one question at a time, however many readers there are.
+    pub(super) async fn refresh(&self, core: &Arc<Core>) -> Result<Position, StoreError> {
+        let before = self.asked.load(Ordering::Acquire);
+        let mut answered = self.answered.lock().await;
+        if answered.0 <= before {
+            let number = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
+            *answered = (number, self.ask(core).await);
+        }
+        answered.1.clone()?;
+        Ok(*self.head.borrow())
+    }
+
+    async fn ask(&self, core: &Arc<Core>) -> Result<(), StoreError> {
+        let mut session = core.connections.get(DOING).await?;
+        let row = sqlx::query(core.sql.frontier.clone())
+            .persistent(core.connections.persistent())
+            .fetch_one(&mut *session)
+            .await
+            .map_err(|error| failed(DOING, error))?;
+        session.finish(DOING).await?;
+        let columns = || -> Result<[u64; 3], sqlx::Error> {
+            Ok([from_sql(row.try_get(0)?), from_sql(row.try_get(1)?), from_sql(row.try_get(2)?)])
+        };
+        let [last_value, low_water, head] = columns().map_err(|error| failed(DOING, error))?;
+        let known = self.head.borrow().get();
+        if last_value < known {
+            return Err(StoreError::Incompatible {
+                expected: format!("a log that goes at least to position {known}, where it has been"),
+                found: format!("one that has only got to {last_value}"),
+                advice: "the database was restored, or a standby that had not received everything took over: rebuild what has read further, then restart".into(),
+            });
+        }
+        // A writer that was slow to take its lock may pull the mark back. What was settled stays settled.
+        self.head.send_if_modified(|known| {
+            let news = head > known.get();
+            *known = Position::new(head.max(known.get()));
+            news
+        });
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = match *held {
+            _ if low_water >= last_value => None,
+            Some((at, since)) if at == low_water => Some((at, since)),
+            _ => Some((low_water, Instant::now())),
+        };
+        Ok(())
+    }
+
+    /// How long the frontier has stood still at the same place because of somebody.
+    fn held_for(&self) -> Option<Duration> {
+        let held = *self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.map(|(_, since)| since.elapsed())
+    }
+}
+
+/// Who holds the frontier back at this moment, if anybody does.
+pub(super) async fn stall(core: &Arc<Core>) -> Result<Option<Stall>, StoreError> {
+    const DOING: &str = "looking for who holds the frontier back";
+    let mut session = core.connections.get(DOING).await?;
+    let row = sqlx::query(core.sql.stall.clone())
+        .persistent(core.connections.persistent())
+        .fetch_optional(&mut *session)
+        .await
+        .map_err(|error| failed(DOING, error))?;
+    session.finish(DOING).await?;
+    let Some(row) = row else { return Ok(None) };
+    let columns = || -> Result<_, sqlx::Error> {
+        Ok(Stall {
+            pid: row.try_get(0)?,
+            application_name: row.try_get(1)?,
+            state: row.try_get(2)?,
+            open_for: Duration::try_from_secs_f64(row.try_get(3)?).unwrap_or_default(),
+            query: row.try_get(4)?,
+            low_water: Position::new(from_sql(row.try_get(5)?)),
+        })
+    };
+    columns().map(Some).map_err(|error| failed(DOING, error))
+}
+
+/// Keeps the head up to date for those who wait for it: on every append of this process, and by polling for those of
+/// others. One for a store, whatever the number of its readers.
+pub(super) async fn tail(core: Arc<Core>) {
+    let frontier = &core.frontier;
+    let mut pause = BUSY;
+    let mut broken = false;
+    let mut warned: Option<Instant> = None;
+    loop {
+        let longest = if frontier.head.receiver_count() > 0 { pause } else { ALONE };
+        let woken = tokio::time::timeout(longest, frontier.wake.notified()).await.is_ok();
+        if woken && frontier.head.receiver_count() == 0 {
+            continue; // whoever comes to read will ask
+        }
+        let before = *frontier.head.borrow();
+        match core.timed_call(DOING, frontier.refresh(&core)).await {
+            Ok(head) => {
+                if broken {
+                    tracing::info!(%head, "the event store can be read again");
+                }
+                broken = false;
+                pause = if woken || head > before { BUSY } else { (pause * 2).min(IDLE) };
+            }
+            Err(error) => {
+                if !broken {
+                    tracing::warn!(%error, "the end of the log cannot be read");
+                }
+                broken = true;
+                tokio::time::sleep(BROKEN).await;
+                continue;
+            }
+        }
+        match frontier.held_for() {
+            Some(time) if time >= STALLED && warned.is_none_or(|last| last.elapsed() > STALLED * 6) => {
+                warned = Some(Instant::now());
+                match core.timed_call(DOING, stall(&core)).await {
+                    Ok(Some(stall)) => tracing::warn!(
+                        pid = stall.pid,
+                        application_name = stall.application_name,
+                        state = stall.state,
+                        open_for = ?stall.open_for,
+                        query = stall.query,
+                        low_water = %stall.low_water,
+                        "a transaction holds back all followers of the log"
+                    ),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "the log stands still, and who causes it cannot be found out")
+                    }
+                }
+            }
+            Some(_) => {}
+            None => warned = None,
+        }
+        if woken {
+            // Appends that arrive meanwhile share the next question.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}

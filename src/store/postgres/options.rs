@@ -1,0 +1,221 @@
+//! How a store is connected to.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgPool};
+use sqlx::{AssertSqlSafe, ConnectOptions, SqlSafeStr};
+
+use super::super::StoreError;
+use super::connection::{Connections, Patience, Source};
+use super::error::failed;
+use super::sql::Schema;
+use super::{PostgresStore, schema};
+use crate::codec::Codec;
+
+/// How a [`PostgresStore`] is connected to. Build it, then [`connect`](Self::connect).
+#[derive(Clone)]
+pub struct PostgresOptions {
+    url: Option<String>,
+    pool: Option<PgPool>,
+    schema: String,
+    max_connections: u32,
+    application_name: String,
+    migrate: bool,
+    codec: Codec,
+    statement_timeout: Duration,
+    idle_in_transaction_timeout: Duration,
+    acquire_timeout: Duration,
+    transaction_pooler: bool,
+    append_concurrency: usize,
+}
+
+impl fmt::Debug for PostgresOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The URL may hold a password.
+        f.debug_struct("PostgresOptions")
+            .field("schema", &self.schema)
+            .field("max_connections", &self.max_connections)
+            .field("application_name", &self.application_name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for PostgresOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PostgresOptions {
+    /// The store in the database that the environment variable `DATABASE_URL` names, in the schema `storied`.
+    pub fn new() -> Self {
+        Self {
+            url: None,
+            pool: None,
+            schema: Schema::DEFAULT.into(),
+            max_connections: 10,
+            application_name: "storied".into(),
+            migrate: true,
+            codec: Codec::default(),
+            statement_timeout: Duration::from_secs(30),
+            idle_in_transaction_timeout: Duration::from_secs(30),
+            acquire_timeout: Duration::from_secs(10),
+            transaction_pooler: false,
+            append_concurrency: 2,
+        }
+    }
+
+    /// The database: `postgres://user:password@host:port/database`, with the parameters that sqlx knows (`sslmode`,
+    /// `sslrootcert`, …). An empty text is the same as none. Default: the environment's `DATABASE_URL`.
+    #[must_use]
+    pub fn url(mut self, url: impl Into<String>) -> Self {
+        self.url = Some(url.into()).filter(|url| !url.trim().is_empty());
+        self
+    }
+
+    /// Borrows connections from the application's own pool, one for each call, instead of making some. Then the pool's
+    /// limits, names and timeouts count for what is not an append. Default: none.
+    #[must_use]
+    pub fn pool(mut self, pool: PgPool) -> Self {
+        self.pool = Some(pool);
+        self
+    }
+
+    /// The schema of storied's tables: lower-case ASCII letters, digits and `_`. Several stores can live in one database,
+    /// each in its own. Default: `storied`.
+    #[must_use]
+    pub fn schema(mut self, schema: impl Into<String>) -> Self {
+        self.schema = schema.into();
+        self
+    }
+
+    /// How many connections the store has at most, for everything together; at least 1. Default: 10.
+    #[must_use]
+    pub fn max_connections(mut self, connections: u32) -> Self {
+        self.max_connections = connections.max(1);
+        self
+    }
+
+    /// What the connections are called in `pg_stat_activity`. Default: `storied`.
+    #[must_use]
+    pub fn application_name(mut self, name: impl Into<String>) -> Self {
+        self.application_name = name.into();
+        self
+    }
+
+    /// Whether to create and migrate the tables when connecting. If not, the login needs no right to do so, and tables that
+    /// are missing or older than the program are an error. Default: yes.
+    #[must_use]
+    pub fn migrate(mut self, migrate: bool) -> Self {
+        self.migrate = migrate;
+        self
+    }
+
+    /// How payloads are kept. A store remembers it from its creation on, and is opened with nothing else. Default: CBOR.
+    #[must_use]
+    pub fn codec(mut self, codec: Codec) -> Self {
+        self.codec = codec;
+        self
+    }
+
+    /// After how long the server cancels a statement of ours; 5 seconds later the connection counts as lost. Zero: never,
+    /// and then a server that hangs makes callers hang. Default: 30 s.
+    #[must_use]
+    pub fn statement_timeout(mut self, timeout: Duration) -> Self {
+        self.statement_timeout = timeout;
+        self
+    }
+
+    /// After how long the server ends a transaction of ours that nobody continues, so that a machine which was cut off does
+    /// not hold back the readers of the log. Zero: never. Default: 30 s.
+    #[must_use]
+    pub fn idle_in_transaction_timeout(mut self, timeout: Duration) -> Self {
+        self.idle_in_transaction_timeout = timeout;
+        self
+    }
+
+    /// How long a call waits for a connection: a free one, or a new one while the server cannot be reached. Finding out
+    /// what became of an append without an answer may take twice as long. Default: 10 s.
+    #[must_use]
+    pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
+        self.acquire_timeout = timeout;
+        self
+    }
+
+    /// Works through a pooler in transaction mode, such as PgBouncer: no statement is prepared under a name, nothing is
+    /// asked for that a pooler does not pass on, and each call is an explicit transaction, which costs two to three round
+    /// trips more. Default: no.
+    #[must_use]
+    pub fn transaction_pooler(mut self, pooler: bool) -> Self {
+        self.transaction_pooler = pooler;
+        self
+    }
+
+    /// How many transactions of appends the runtime keeps in flight; at least 1. Default: 2.
+    #[must_use]
+    pub fn append_concurrency(mut self, appends: usize) -> Self {
+        self.append_concurrency = appends.max(1);
+        self
+    }
+
+    /// Connects, creates or migrates the tables if need be, and checks everything that the log rests on. Any number of
+    /// processes may do so at once. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// `Invalid` for a URL or schema that cannot be one; `Incompatible` when the login, the server's version or settings,
+    /// the tables, the sequence or the codec are not as needed, each with what to do; `Storage` when rights are missing;
+    /// `Unavailable` when the server cannot be reached.
+    pub async fn connect(self) -> Result<PostgresStore, StoreError> {
+        let schema = Schema::new(&self.schema)?;
+        let connections = Arc::new(self.connections()?);
+        let id = schema::prepare(&connections, &schema, self.codec, self.migrate).await?;
+        PostgresStore::open(connections, &schema, id, self.codec, self.append_concurrency).await
+    }
+
+    fn connections(&self) -> Result<Connections, StoreError> {
+        let source = match &self.pool {
+            Some(pool) => Source::Pool(pool.clone()),
+            None => Source::Own(Box::new(self.connect_options()?)),
+        };
+        let call =
+            (!self.statement_timeout.is_zero()).then(|| self.statement_timeout + Duration::from_secs(5));
+        let patience = Patience { acquire: self.acquire_timeout, call };
+        // With the transaction rather than the session, which behind a pooler is not ours.
+        let begin = format!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}",
+            millis(self.statement_timeout),
+            millis(self.idle_in_transaction_timeout),
+        );
+        let begin = AssertSqlSafe(begin).into_sql_str();
+        Ok(Connections::new(source, patience, self.transaction_pooler, begin, self.max_connections as usize))
+    }
+
+    fn connect_options(&self) -> Result<PgConnectOptions, StoreError> {
+        let from_environment = || std::env::var("DATABASE_URL").ok().filter(|url| !url.trim().is_empty());
+        let url = self.url.clone().or_else(from_environment).ok_or_else(|| StoreError::Invalid {
+            reason: "there is no database URL: pass one, or set DATABASE_URL".into(),
+        })?;
+        let options =
+            PgConnectOptions::from_str(&url).map_err(|error| failed("reading the database URL", error))?;
+        let options = options.application_name(&self.application_name).disable_statement_logging();
+        if self.transaction_pooler {
+            // PgBouncer refuses start-up parameters that it does not know.
+            return Ok(options.extra_float_digits(None).statement_cache_capacity(0));
+        }
+        let statement = millis(self.statement_timeout);
+        Ok(options.options([
+            ("statement_timeout", statement),
+            ("idle_in_transaction_session_timeout", millis(self.idle_in_transaction_timeout)),
+            // A client that has vanished must not keep a process, and its low-water lock, waiting for the network.
+            ("tcp_user_timeout", statement),
+        ]))
+    }
+}
+
+/// For a setting of PostgreSQL, where 0 is never.
+fn millis(time: Duration) -> i32 {
+    i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
+}

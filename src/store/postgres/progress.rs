@@ -1,0 +1,199 @@
+//! Checkpoints and parked events. They are functions over a connection because a projection keeps them in the database
+//! of its read model, within the read model's transaction; the store uses them on its own schema.
+
+use sqlx::Row;
+use sqlx::postgres::{PgConnection, PgRow};
+use uuid::Uuid;
+
+use super::super::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
+use super::error::failed;
+use super::sql::{ProgressSql, Schema};
+use super::{from_sql, to_sql};
+use crate::event::{EventName, Position, StreamId, Version};
+
+/// Where checkpoints and parked events are kept.
+#[derive(Debug, Clone)]
+pub(crate) struct Progress {
+    sql: ProgressSql,
+    /// Whether statements may be prepared under a name: not behind a pooler in transaction mode.
+    persistent: bool,
+}
+
+impl Progress {
+    pub(crate) fn new(schema: &Schema, persistent: bool) -> Self {
+        Self { sql: ProgressSql::new(schema), persistent }
+    }
+
+    /// The checkpoint of `name`, and of which store's log it is.
+    pub(crate) async fn load(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+    ) -> Result<Option<(Checkpoint, Uuid)>, StoreError> {
+        let doing = || format!("reading the checkpoint of {name}");
+        let row = sqlx::query(self.sql.load.clone())
+            .bind(name)
+            .persistent(self.persistent)
+            .fetch_optional(connection)
+            .await
+            .map_err(|error| failed(&doing(), error))?;
+        let Some(row) = row else { return Ok(None) };
+        let columns = || -> Result<_, sqlx::Error> {
+            let checkpoint = Checkpoint {
+                position: Position::new(from_sql(row.try_get(0)?)),
+                epoch: from_sql(row.try_get(1)?),
+                mark: from_sql(row.try_get(2)?),
+            };
+            Ok((checkpoint, row.try_get(3)?))
+        };
+        columns().map(Some).map_err(|error| failed(&doing(), error))
+    }
+
+    /// The checkpoint of `name` in the log of `store`; the default one if there is none yet.
+    ///
+    /// # Errors
+    /// `Incompatible` when the checkpoint belongs to another store.
+    pub(crate) async fn checkpoint(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+        store: Uuid,
+    ) -> Result<Checkpoint, StoreError> {
+        match self.load(connection, name).await? {
+            None => Ok(Checkpoint::default()),
+            Some((checkpoint, found)) if found == store => Ok(checkpoint),
+            Some((_, found)) => Err(StoreError::Incompatible {
+                expected: format!("a checkpoint of {name} in event store {store}"),
+                found: format!("one in event store {found}"),
+                advice: "the event store or the read model was exchanged or restored: connect the right pair, or reset the projection so that it is built anew".into(),
+            }),
+        }
+    }
+
+    /// Moves the checkpoint of `name` from exactly `from` to `to`. Of two that try at once, the second waits for the end
+    /// of the first one's transaction.
+    pub(crate) async fn save(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+        store: Uuid,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> Result<(), CheckpointError> {
+        let stale = |found| CheckpointError::Stale { name: name.to_owned(), expected: from, found };
+        if to.epoch < from.epoch {
+            return Err(stale(self.checkpoint(connection, name, store).await?));
+        }
+        let sql = if from == Checkpoint::default() { &self.sql.create } else { &self.sql.update };
+        let moved = sqlx::query(sql.clone())
+            .bind(name)
+            .bind(to_sql(to.position.get()))
+            .bind(to_sql(to.epoch))
+            .bind(to_sql(to.mark))
+            .bind(store)
+            .bind(to_sql(from.position.get()))
+            .bind(to_sql(from.epoch))
+            .bind(to_sql(from.mark))
+            .persistent(self.persistent)
+            .execute(&mut *connection)
+            .await
+            .map_err(|error| failed(&format!("saving the checkpoint of {name}"), error))?;
+        if moved.rows_affected() == 1 {
+            return Ok(());
+        }
+        Err(stale(self.checkpoint(connection, name, store).await?))
+    }
+
+    /// Puts an event aside; parked before, it is replaced.
+    pub(crate) async fn park(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+        event: &ParkedEvent,
+    ) -> Result<(), StoreError> {
+        sqlx::query(self.sql.park.clone())
+            .bind(name)
+            .bind(to_sql(event.position.get()))
+            .bind(event.event_id)
+            .bind(event.stream.category())
+            .bind(event.stream.id())
+            .bind(to_sql(event.version.get()))
+            .bind(event.name.as_str())
+            // The one text here that anybody may have written, and the one character that PostgreSQL cannot keep.
+            .bind(event.error.replace('\0', "\u{fffd}"))
+            .bind(i64::from(event.attempts))
+            .bind(event.parked_at)
+            .persistent(self.persistent)
+            .execute(connection)
+            .await
+            .map_err(|error| failed(&format!("parking an event of {name}"), error))?;
+        Ok(())
+    }
+
+    /// The events that `name` has put aside, oldest first.
+    pub(crate) async fn parked(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+        limit: usize,
+    ) -> Result<Vec<ParkedEvent>, StoreError> {
+        let doing = || format!("reading the parked events of {name}");
+        sqlx::query(self.sql.parked.clone())
+            .bind(name)
+            .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+            .persistent(self.persistent)
+            .fetch_all(connection)
+            .await
+            .map_err(|error| failed(&doing(), error))?
+            .iter()
+            .map(|row| parked_event(row).map_err(|error| failed(&doing(), error)))
+            .collect()
+    }
+
+    /// Forgets a parked event; whether there was one.
+    pub(crate) async fn unpark(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+        position: Position,
+    ) -> Result<bool, StoreError> {
+        let removed = sqlx::query(self.sql.unpark.clone())
+            .bind(name)
+            .bind(to_sql(position.get()))
+            .persistent(self.persistent)
+            .execute(connection)
+            .await
+            .map_err(|error| failed(&format!("removing a parked event of {name}"), error))?;
+        Ok(removed.rows_affected() > 0)
+    }
+
+    /// Forgets all parked events of `name`.
+    pub(crate) async fn unpark_all(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+    ) -> Result<(), StoreError> {
+        sqlx::query(self.sql.unpark_all.clone())
+            .bind(name)
+            .persistent(self.persistent)
+            .execute(connection)
+            .await
+            .map_err(|error| failed(&format!("removing the parked events of {name}"), error))?;
+        Ok(())
+    }
+}
+
+fn parked_event(row: &PgRow) -> Result<ParkedEvent, sqlx::Error> {
+    let unreadable = |error: Box<dyn std::error::Error + Send + Sync>| sqlx::Error::Decode(error);
+    Ok(ParkedEvent {
+        position: Position::new(from_sql(row.try_get(0)?)),
+        event_id: row.try_get(1)?,
+        stream: StreamId::new(row.try_get::<&str, _>(2)?, row.try_get::<&str, _>(3)?)
+            .map_err(|error| unreadable(error.into()))?,
+        version: Version::new(from_sql(row.try_get(4)?)),
+        name: EventName::new(row.try_get::<&str, _>(5)?).map_err(|error| unreadable(error.into()))?,
+        error: row.try_get(6)?,
+        attempts: u32::try_from(row.try_get::<i64, _>(7)?).unwrap_or(u32::MAX),
+        parked_at: row.try_get(8)?,
+    })
+}

@@ -1,0 +1,218 @@
+//! Reading events.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::TryStreamExt;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::super::{LogPage, ReadLog, StoreError};
+use super::error::failed;
+use super::{Core, from_sql, stream_key, to_sql};
+use crate::codec::Codec;
+use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
+
+const READING_LOG: &str = "reading the log";
+const READING_STREAM: &str = "reading a stream";
+
+/// How many positions a page with a filter looks through at most, so that it costs the same whatever it finds: some
+/// milliseconds of the server's time.
+const WINDOW: i64 = 50_000;
+
+/// A filter with more values is planned anew each time, knowing them: PostgreSQL then makes a hash table of them.
+const FEW: usize = 64;
+
+/// One page of the log.
+///
+/// The log is read up to a head that was determined in an earlier statement, whichever connection it was asked on: every
+/// event up to there is visible to any statement that begins later (I1).
+pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, StoreError> {
+    // The head that is known already will do for whoever is still on the way to it.
+    let mut found = match core.frontier.known(read.after) {
+        Some(head) => page(core, read, head).await?,
+        None => LogPage { events: Vec::new(), scanned_to: read.after, head: read.after },
+    };
+    if found.has_more() {
+        return Ok(found);
+    }
+    found.head = core.frontier.refresh(core).await?;
+    let left = read.limit.max(1) - found.events.len();
+    if left > 0 {
+        let rest = ReadLog { after: found.scanned_to, limit: left, ..read.clone() };
+        let rest = page(core, &rest, found.head).await?;
+        found.scanned_to = rest.scanned_to;
+        found.events.extend(rest.events);
+    }
+    Ok(found)
+}
+
+async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPage, StoreError> {
+    let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
+    let end = read.upto.map_or(head, |upto| upto.min(head));
+    if end <= read.after {
+        return Ok(page);
+    }
+    let limit = read.limit.max(1);
+    let filter = &read.filter;
+    let all = filter.wanted_names().is_none()
+        && filter.wanted_categories().is_none()
+        && filter.wanted_streams().is_none();
+    let persistent = core.connections.persistent();
+
+    let mut session = core.connections.get(READING_LOG).await?;
+    let end = if all {
+        end
+    } else {
+        let end: Option<Option<i64>> = sqlx::query_scalar(core.sql.window.clone())
+            .bind(to_sql(read.after.get()))
+            .bind(to_sql(end.get()))
+            .bind(WINDOW)
+            .persistent(persistent)
+            .fetch_optional(&mut *session)
+            .await
+            .map_err(|error| failed(READING_LOG, error))?;
+        match end.flatten() {
+            Some(end) => Position::new(from_sql(end)),
+            None => {
+                session.finish(READING_LOG).await?;
+                return Ok(page);
+            }
+        }
+    };
+    let query = sqlx::query(if all { core.sql.log.clone() } else { core.sql.filtered.clone() })
+        .bind(to_sql(read.after.get()))
+        .bind(to_sql(end.get()))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX));
+    let query = if all {
+        query.persistent(persistent)
+    } else {
+        let names: Option<Vec<&str>> =
+            filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect());
+        let categories: Option<Vec<&str>> =
+            filter.wanted_categories().map(|categories| categories.iter().map(Category::as_str).collect());
+        let streams: Option<Vec<Uuid>> =
+            filter.wanted_streams().map(|streams| streams.iter().map(stream_key).collect());
+        let values = names.as_ref().map_or(0, Vec::len)
+            + categories.as_ref().map_or(0, Vec::len)
+            + streams.as_ref().map_or(0, Vec::len);
+        query.bind(names).bind(categories).bind(streams).persistent(persistent && values <= FEW)
+    };
+    let mut decoder = Decoder::new(READING_LOG, core.info.codec);
+    {
+        let mut rows = query.fetch(&mut *session);
+        while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))? {
+            page.events.push(decoder.of_log(&row)?);
+        }
+    }
+    session.finish(READING_LOG).await?;
+    page.scanned_to = match page.events.last() {
+        Some(last) if page.events.len() >= limit => last.position,
+        // Without a filter, the end may lie in a hole that nobody ever fills.
+        Some(last) if all => last.position,
+        None if all => read.after,
+        _ => end,
+    };
+    Ok(page)
+}
+
+/// One page of a stream.
+pub(super) async fn stream(
+    core: &Arc<Core>,
+    stream: &StreamId,
+    after: Version,
+    limit: usize,
+) -> Result<Vec<RecordedEvent>, StoreError> {
+    let mut session = core.connections.get(READING_STREAM).await?;
+    let mut decoder = Decoder::new(READING_STREAM, core.info.codec);
+    let mut events = Vec::new();
+    {
+        let mut rows = sqlx::query(core.sql.stream.clone())
+            .bind(stream_key(stream))
+            .bind(to_sql(after.get()))
+            .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+            .persistent(core.connections.persistent())
+            .fetch(&mut *session);
+        while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_STREAM, error))? {
+            events.push(decoder.event(&row, stream.clone())?);
+        }
+    }
+    session.finish(READING_STREAM).await?;
+    Ok(events)
+}
+
+/// Makes events of rows. A page has few names and categories and many events: each name is allocated and checked once.
+struct Decoder {
+    doing: &'static str,
+    codec: Codec,
+    names: HashSet<EventName>,
+    categories: HashSet<Category>,
+}
+
+impl Decoder {
+    fn new(doing: &'static str, codec: Codec) -> Self {
+        Self { doing, codec, names: HashSet::new(), categories: HashSet::new() }
+    }
+
+    fn category(&mut self, text: &str) -> Result<Category, StoreError> {
+        if let Some(category) = self.categories.get(text) {
+            return Ok(category.clone());
+        }
+        let category = Category::new(text).map_err(|error| self.corrupt(&error.to_string()))?;
+        self.categories.insert(category.clone());
+        Ok(category)
+    }
+
+    fn name(&mut self, text: &str) -> Result<EventName, StoreError> {
+        if let Some(name) = self.names.get(text) {
+            return Ok(name.clone());
+        }
+        let name = EventName::new(text).map_err(|error| self.corrupt(&error.to_string()))?;
+        self.names.insert(name.clone());
+        Ok(name)
+    }
+
+    fn corrupt(&self, reason: &str) -> StoreError {
+        StoreError::Corrupt { reason: format!("{}: {reason}", self.doing) }
+    }
+
+    /// The event of a row that names its stream.
+    fn of_log(&mut self, row: &PgRow) -> Result<RecordedEvent, StoreError> {
+        let texts = || -> Result<(&str, &str), sqlx::Error> { Ok((row.try_get(8)?, row.try_get(9)?)) };
+        let (category, id) = texts().map_err(|error| failed(self.doing, error))?;
+        let stream = StreamId::stored(self.category(category)?, Arc::from(id));
+        self.event(row, stream)
+    }
+
+    fn event(&mut self, row: &PgRow, stream: StreamId) -> Result<RecordedEvent, StoreError> {
+        let bytes = |column: usize| row.try_get::<Vec<u8>, _>(column).map(Bytes::from);
+        let columns = || -> Result<_, sqlx::Error> {
+            Ok((
+                row.try_get::<i64, _>(0)?,
+                row.try_get::<i64, _>(1)?,
+                row.try_get::<&str, _>(2)?,
+                row.try_get::<Uuid, _>(3)?,
+                row.try_get::<Uuid, _>(4)?,
+                bytes(5)?,
+                bytes(6)?,
+                row.try_get(7)?,
+            ))
+        };
+        let (position, version, name, id, command_id, payload, metadata, recorded_at) =
+            columns().map_err(|error| failed(self.doing, error))?;
+        Ok(RecordedEvent {
+            id,
+            stream,
+            version: Version::new(from_sql(version)),
+            position: Position::new(from_sql(position)),
+            name: self.name(name)?,
+            codec: self.codec,
+            payload,
+            command_id,
+            metadata,
+            recorded_at,
+        })
+    }
+}

@@ -1,0 +1,353 @@
+//! From a connection to a database that is ours: migrated, known by its identity, and set up so that the log is safe.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use sqlx::migrate::{Migrate, MigrateError, Migration, Migrator};
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection, Executor, Row};
+use uuid::Uuid;
+
+use super::super::StoreError;
+use super::connection::Connections;
+use super::error::failed;
+use super::sql::Schema;
+use crate::codec::Codec;
+
+const CHECKING: &str = "checking the database";
+const MIGRATING: &str = "preparing storied's tables";
+
+/// The oldest server whose behaviour the order of the log was proven and tested on.
+const OLDEST_SERVER: i32 = 150_000;
+
+/// A set of migrations that keeps book in a table of its own, beside those of the host application.
+struct Set {
+    table: &'static str,
+    migrator: Migrator,
+}
+
+impl Set {
+    /// The log, and the progress of those who read it.
+    fn all() -> [Self; 2] {
+        [Self { table: "migrations", migrator: sqlx::migrate!("migrations/postgres") }, Self::progress()]
+    }
+
+    fn progress() -> Self {
+        Self { table: "read_model_migrations", migrator: sqlx::migrate!("migrations/postgres-read-model") }
+    }
+
+    /// The migrations for a schema. Checksums stay those of the files.
+    fn of(&self, schema: &Schema) -> impl Iterator<Item = Migration> {
+        self.migrator
+            .iter()
+            .map(|migration| Migration { sql: schema.text(migration.sql.as_str()), ..migration.clone() })
+    }
+
+    /// Runs what has not been run yet, within the caller's transaction. Not sqlx's own loop: its lock belongs to a session,
+    /// which a pooler in transaction mode does not give.
+    async fn run(&self, connection: &mut PgConnection, schema: &Schema) -> Result<(), MigrateError> {
+        let table = format!("\"{}\".{}", schema.name(), self.table);
+        connection.ensure_migrations_table(&table).await?;
+        let applied = connection.list_applied_migrations(&table).await?;
+        for migration in self.of(schema) {
+            if !applied.iter().any(|applied| applied.version == migration.version) {
+                connection.apply(&table, &migration).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether everything of the set has been run.
+    ///
+    /// # Errors
+    /// `Incompatible` when something else has.
+    async fn is_current(&self, connection: &mut PgConnection, schema: &Schema) -> Result<bool, StoreError> {
+        let checking = |error| failed(CHECKING, error);
+        let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
+            .bind(format!("\"{}\".{}", schema.name(), self.table))
+            .persistent(false)
+            .fetch_one(&mut *connection)
+            .await
+            .map_err(checking)?;
+        if !exists {
+            return Ok(false);
+        }
+        let table = schema.text(&format!("SELECT version, checksum FROM storied.{}", self.table));
+        let applied: HashMap<i64, Vec<u8>> = sqlx::query(table)
+            .persistent(false)
+            .fetch_all(connection)
+            .await
+            .and_then(|rows| rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect())
+            .map_err(checking)?;
+        let ours = self.migrator.iter().map(|migration| migration.version).max().unwrap_or(0);
+        if let Some(newer) = applied.keys().filter(|version| !self.migrator.version_exists(**version)).max() {
+            return Err(self.refused(schema, MigrateError::VersionMissing(*newer)));
+        }
+        for migration in self.migrator.iter() {
+            if applied.get(&migration.version).is_some_and(|sum| **sum != *migration.checksum) {
+                return Err(self.refused(schema, MigrateError::VersionMismatch(migration.version)));
+            }
+        }
+        Ok(applied.contains_key(&ours))
+    }
+
+    fn refused(&self, schema: &Schema, error: MigrateError) -> StoreError {
+        let ours = self.migrator.iter().map(|migration| migration.version).max().unwrap_or(0);
+        let incompatible = |found: String, advice: &str| StoreError::Incompatible {
+            expected: format!("storied's tables in schema {} in version {ours}", schema.name()),
+            found,
+            advice: advice.into(),
+        };
+        match error {
+            MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => {
+                failed(MIGRATING, error)
+            }
+            MigrateError::VersionMissing(version) => incompatible(
+                format!("version {version}"),
+                "a newer program has used this database: update this one, or use another schema or database",
+            ),
+            other => incompatible(
+                other.to_string(),
+                "the tables were not made by a released version of storied: use another schema or database",
+            ),
+        }
+    }
+}
+
+/// Makes the schema an event store if it is none yet, and checks that it is a safe one; its identity.
+pub(super) async fn prepare(
+    connections: &Arc<Connections>,
+    schema: &Schema,
+    codec: Codec,
+    may_migrate: bool,
+) -> Result<Uuid, StoreError> {
+    let mut session = connections.get(CHECKING).await?;
+    check_server(&mut session).await?;
+    let mut current = true;
+    for set in Set::all() {
+        current &= set.is_current(&mut session, schema).await?;
+    }
+    session.finish(CHECKING).await?;
+    if !current {
+        if !may_migrate {
+            return Err(StoreError::Incompatible {
+                expected: format!("storied's tables in schema {} as this program knows them", schema.name()),
+                found: "none, or older ones".into(),
+                advice: "run a program that may migrate (PostgresOptions::migrate), with a login that may create tables".into(),
+            });
+        }
+        let mut session = connections.acquire(MIGRATING).await?;
+        migrate(&mut session, schema, &Set::all(), Some(codec), !connections.persistent()).await?;
+        if connections.persistent() {
+            session.finish(MIGRATING).await?;
+        }
+    }
+    let mut session = connections.get(CHECKING).await?;
+    check_log(&mut session, schema).await?;
+    let id = identity(&mut session, schema, codec).await?;
+    session.finish(CHECKING).await?;
+    Ok(id)
+}
+
+/// Creates the tables for checkpoints and parked events if need be, in a database that may be anybody's.
+pub(crate) async fn prepare_read_model(
+    connection: &mut PgConnection,
+    schema: &Schema,
+) -> Result<(), StoreError> {
+    let set = Set::progress();
+    if set.is_current(connection, schema).await? {
+        return Ok(());
+    }
+    migrate(connection, schema, &[set], None, false).await
+}
+
+/// Runs migrations in one transaction. Others who want the same wait, and then find nothing left to do.
+async fn migrate(
+    connection: &mut PgConnection,
+    schema: &Schema,
+    sets: &[Set],
+    codec: Option<Codec>,
+    pooled: bool,
+) -> Result<(), StoreError> {
+    let migrating = |error| failed(MIGRATING, error);
+    let mut transaction = connection.begin().await.map_err(migrating)?;
+    // sqlx's migrator prepares statements under names that someone before may have left in a pooler's session.
+    let leave_nothing = if pooled { "; DEALLOCATE ALL" } else { "" };
+    // A migration may well take longer than a statement of every day.
+    let begin = format!(
+        "SELECT pg_advisory_xact_lock(7310323741263721841); SET LOCAL statement_timeout = 0{leave_nothing}"
+    );
+    (&mut *transaction).execute(AssertSqlSafe(begin)).await.map_err(migrating)?;
+    let exists: bool = sqlx::query_scalar("SELECT to_regnamespace($1) IS NOT NULL")
+        .bind(schema.name())
+        .persistent(false)
+        .fetch_one(&mut *transaction)
+        .await
+        .map_err(migrating)?;
+    // Asked first because it takes a right even if there is nothing to create.
+    if !exists {
+        let create = AssertSqlSafe(format!("CREATE SCHEMA \"{}\"", schema.name()));
+        (&mut *transaction).execute(create).await.map_err(migrating)?;
+    }
+    for set in sets {
+        set.run(&mut transaction, schema).await.map_err(|error| set.refused(schema, error))?;
+    }
+    if let Some(codec) = codec {
+        sqlx::query(schema.text(
+            "INSERT INTO storied.meta (key, value) VALUES ('store_id', $1), ('codec', $2) ON CONFLICT DO NOTHING",
+        ))
+        .bind(Uuid::new_v4().to_string())
+        .bind(codec.name())
+        .persistent(false)
+        .execute(&mut *transaction)
+        .await
+        .map_err(migrating)?;
+    }
+    if pooled {
+        (&mut *transaction).execute("DEALLOCATE ALL").await.map_err(migrating)?;
+    }
+    transaction.commit().await.map_err(migrating)
+}
+
+/// What the order and the durability of the log rest on, and the server decides.
+async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
+    let checking = |error| failed(CHECKING, error);
+    let row = sqlx::query(
+        "SELECT current_setting('server_version_num')::int, current_setting('server_version'),
+            pg_is_in_recovery(), current_setting('synchronous_commit'),
+            current_setting('default_transaction_isolation'), current_setting('default_transaction_read_only'),
+            current_setting('fsync')",
+    )
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(checking)?;
+    let incompatible = |expected: &str, found: String, advice: &str| {
+        Err(StoreError::Incompatible { expected: expected.into(), found, advice: advice.into() })
+    };
+    let text = |column: usize| row.try_get::<String, _>(column).map_err(checking);
+    if row.try_get::<i32, _>(0).map_err(checking)? < OLDEST_SERVER {
+        return incompatible(
+            "PostgreSQL 15 or newer",
+            format!("PostgreSQL {}", text(1)?),
+            "update the server",
+        );
+    }
+    if row.try_get::<bool, _>(2).map_err(checking)? {
+        return incompatible(
+            "a primary server",
+            "a standby in recovery".into(),
+            "connect to the primary: a standby takes no events and cannot tell how far the log is complete",
+        );
+    }
+    if text(3)? == "off" {
+        return incompatible(
+            "synchronous_commit on",
+            "synchronous_commit off".into(),
+            "remove the setting for this server, database and login: events would be acknowledged before they are durable",
+        );
+    }
+    if text(4)? != "read committed" {
+        return incompatible(
+            "default_transaction_isolation 'read committed'",
+            format!("'{}'", text(4)?),
+            "remove the setting for this server, database and login: readers would miss events under another one",
+        );
+    }
+    if text(5)? == "on" {
+        return incompatible(
+            "default_transaction_read_only off",
+            "default_transaction_read_only on".into(),
+            "remove the setting for this server, database and login",
+        );
+    }
+    if text(6)? == "off" {
+        tracing::warn!("PostgreSQL runs with fsync = off: a crash of its machine destroys the event store");
+    }
+    Ok(())
+}
+
+/// What the order of the log rests on in the schema.
+async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(), StoreError> {
+    let checking = |error| failed(CHECKING, error);
+    let row = sqlx::query(schema.text(
+        "SELECT seqcache, seqincrement, seqcycle, coalesce(pg_sequence_last_value('storied.positions'), 0),
+            (SELECT coalesce(max(position), 0) FROM storied.events)
+         FROM pg_sequence WHERE seqrelid = 'storied.positions'::regclass",
+    ))
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(checking)?;
+    let number = |column: usize| row.try_get::<i64, _>(column).map_err(checking);
+    let incompatible = |expected: String, found: String, advice: String| {
+        Err(StoreError::Incompatible { expected, found, advice })
+    };
+    let schema = schema.name();
+    let (cache, increment, cycle) = (number(0)?, number(1)?, row.try_get::<bool, _>(2).map_err(checking)?);
+    if (cache, increment, cycle) != (1, 1, false) {
+        return incompatible(
+            format!("the sequence {schema}.positions with CACHE 1, INCREMENT 1 and NO CYCLE"),
+            format!("CACHE {cache}, INCREMENT {increment}, {}", if cycle { "CYCLE" } else { "NO CYCLE" }),
+            format!(
+                "readers miss events otherwise: stop all writers and ALTER SEQUENCE {schema}.positions CACHE 1 INCREMENT 1 NO CYCLE"
+            ),
+        );
+    }
+    let (last_value, last_event) = (number(3)?, number(4)?);
+    if last_value < last_event {
+        return incompatible(
+            format!("the sequence {schema}.positions at {last_event} or higher, where the last event is"),
+            format!("{last_value}"),
+            format!(
+                "a copy or restore has left the sequence behind: stop all writers and SELECT setval('{schema}.positions', {last_event})"
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// Who the store is. Made when its tables were.
+async fn identity(connection: &mut PgConnection, schema: &Schema, codec: Codec) -> Result<Uuid, StoreError> {
+    let meta: HashMap<String, String> = sqlx::query(schema.text("SELECT key, value FROM storied.meta"))
+        .persistent(false)
+        .fetch_all(connection)
+        .await
+        .and_then(|rows| rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect())
+        .map_err(|error| failed(CHECKING, error))?;
+    let value = |key: &str| {
+        meta.get(key)
+            .map(String::as_str)
+            .ok_or_else(|| StoreError::Corrupt { reason: format!("{}.meta has no {key}", schema.name()) })
+    };
+    let found = value("codec")?;
+    if Codec::from_name(found) != Some(codec) {
+        return Err(StoreError::Incompatible {
+            expected: format!("an event store with {codec} payloads"),
+            found: format!("one with {found} payloads"),
+            advice:
+                "open it with the codec that it was created with (PostgresOptions::codec), or use another schema"
+                    .into(),
+        });
+    }
+    let id = value("store_id")?;
+    id.parse().map_err(|error| StoreError::Corrupt {
+        reason: format!("{}.meta has the store id {id:?}: {error}", schema.name()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn migrations_follow_the_schema() {
+        let schema = Schema::new("user").unwrap();
+        for set in Set::all() {
+            for migration in set.of(&schema) {
+                assert!(!migration.sql.as_str().contains("storied."), "{}", migration.sql.as_str());
+                assert!(migration.sql.as_str().contains("\"user\"."));
+            }
+        }
+    }
+}

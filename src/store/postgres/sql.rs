@@ -1,0 +1,156 @@
+//! What is said to PostgreSQL, with the schema's name in it.
+//!
+//! Names are written out in full instead of left to `search_path`, because a pooler in transaction mode gives every
+//! transaction another session. The texts are made once: as shared strings they cost nothing to pass on, and stay the keys
+//! of each connection's prepared statements.
+
+use std::sync::Arc;
+
+use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
+
+use super::super::StoreError;
+
+/// A schema whose name was checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Schema(Arc<str>);
+
+impl Schema {
+    pub(crate) const DEFAULT: &'static str = "storied";
+
+    /// The one that everything is in unless somebody has chosen another.
+    pub(crate) fn standard() -> Self {
+        Self(Self::DEFAULT.into())
+    }
+
+    /// # Errors
+    /// `Invalid` for a name that PostgreSQL would need quotes for, would cut off, or keeps for itself.
+    pub(crate) fn new(name: &str) -> Result<Self, StoreError> {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+        let starts_well = name.starts_with(|first: char| first.is_ascii_lowercase() || first == '_');
+        if !starts_well || name.len() > 63 || !name.bytes().all(plain) || name.starts_with("pg_") {
+            return Err(StoreError::Invalid {
+                reason: format!(
+                    "{:?} cannot be the schema of an event store: use 1 to 63 lower-case ASCII letters, digits or '_', beginning with a letter or '_' but not with 'pg_'",
+                    name.chars().take(80).collect::<String>()
+                ),
+            });
+        }
+        Ok(Self(name.into()))
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.0
+    }
+
+    /// `sql`, written for the schema `storied`, for this one. Quoted, since it may be called `user`.
+    pub(crate) fn text(&self, sql: &str) -> SqlStr {
+        let sql: Arc<str> = sql.replace("storied.", &format!("\"{}\".", self.0)).into();
+        AssertSqlSafe(sql).into_sql_str()
+    }
+}
+
+macro_rules! statements {
+    ($(#[$doc:meta])* $name:ident { $($field:ident: $sql:expr,)+ }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone)]
+        pub(crate) struct $name {
+            $(pub(crate) $field: SqlStr,)+
+        }
+
+        impl $name {
+            pub(crate) fn new(schema: &Schema) -> Self {
+                Self { $($field: schema.text($sql),)+ }
+            }
+        }
+    };
+}
+
+statements! {
+    /// The statements of the log.
+    LogSql {
+        append: "SELECT versions, accepted, lost, positions, transaction_id
+            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        find: "SELECT version, position, id FROM storied.events
+            WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4) ORDER BY version",
+        frontier: "SELECT last_value, low_water, head FROM storied.frontier()",
+        stream: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at
+            FROM storied.events WHERE stream = $1 AND version > $2 ORDER BY version LIMIT $3",
+        log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
+            FROM storied.events WHERE position > $1 AND position <= $2 ORDER BY position LIMIT $3",
+        // A filter that is null lets everything pass.
+        filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
+            FROM storied.events
+            WHERE position > $1 AND position <= $2
+                AND ($4::text[] IS NULL OR name = ANY($4))
+                AND ($5::text[] IS NULL OR category = ANY($5))
+                AND ($6::uuid[] IS NULL OR stream = ANY($6))
+            ORDER BY position LIMIT $3",
+        // The last event among those up to $3 behind the first one after $1, at most up to $2.
+        window: "SELECT (
+                SELECT e.position FROM storied.events AS e
+                WHERE e.position >= f.position AND e.position <= least($2, f.position + $3)
+                ORDER BY e.position DESC LIMIT 1)
+            FROM (
+                SELECT position FROM storied.events WHERE position > $1 AND position <= $2
+                ORDER BY position LIMIT 1) AS f",
+        // Whoever holds the lowest low-water lock.
+        stall: "SELECT l.pid, coalesce(a.application_name, ''), coalesce(a.state, 'a prepared transaction'),
+                coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8,
+                left(coalesce(a.query, ''), 300), l.key
+            FROM (
+                SELECT pid, ((classid::bigint << 32) | objid::bigint) & ((1::bigint << 44) - 1) AS key
+                FROM pg_locks
+                WHERE locktype = 'advisory' AND objsubid = 1
+                    AND (classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
+                    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            ) AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+            ORDER BY l.key, a.xact_start LIMIT 1",
+        paused: "SELECT EXISTS (SELECT FROM storied.paused WHERE name = $1)",
+        pause: "INSERT INTO storied.paused (name) VALUES ($1) ON CONFLICT DO NOTHING",
+        resume: "DELETE FROM storied.paused WHERE name = $1",
+        acquire_lease: "INSERT INTO storied.leases AS l (name, owner, epoch, expires_at)
+            VALUES ($1, $2, 1, clock_timestamp() + $3 * interval '1 microsecond')
+            ON CONFLICT (name) DO UPDATE SET
+                owner = $2,
+                epoch = l.epoch + (l.owner <> $2)::int,
+                expires_at = clock_timestamp() + $3 * interval '1 microsecond'
+            WHERE l.owner = $2 OR l.expires_at <= clock_timestamp()
+            RETURNING epoch",
+        renew_lease: "UPDATE storied.leases SET expires_at = clock_timestamp() + $4 * interval '1 microsecond'
+            WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
+        release_lease: "UPDATE storied.leases SET expires_at = 'epoch'
+            WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
+        leases: "SELECT name, owner, epoch, expires_at FROM storied.leases ORDER BY name",
+        snapshot: "SELECT version, revision, state FROM storied.snapshots WHERE category = $1 AND stream_id = $2",
+        save_snapshot: "INSERT INTO storied.snapshots AS s (category, stream_id, version, revision, state)
+            VALUES ($1, $2, $3, $4, $5)
+            ON CONFLICT (category, stream_id) DO UPDATE SET version = $3, revision = $4, state = $5
+            WHERE s.revision <> $4 OR s.version <= $3",
+    }
+}
+
+statements! {
+    /// The statements of checkpoints and parked events, wherever they are kept.
+    ProgressSql {
+        load: "SELECT position, epoch, mark, store_id FROM storied.checkpoints WHERE name = $1",
+        // What was never saved is at the default checkpoint, so only from there a row may be made.
+        create: "INSERT INTO storied.checkpoints AS c (name, position, epoch, mark, store_id)
+            VALUES ($1, $2, $3, $4, $5)
+            ON CONFLICT (name) DO UPDATE
+            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
+            WHERE c.store_id = $5 AND c.position = $6 AND c.epoch = $7 AND c.mark = $8",
+        update: "UPDATE storied.checkpoints
+            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
+            WHERE name = $1 AND store_id = $5 AND position = $6 AND epoch = $7 AND mark = $8",
+        park: "INSERT INTO storied.parked
+                (name, position, event_id, category, stream_id, version, event_name, error, attempts, parked_at)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+            ON CONFLICT (name, position) DO UPDATE
+            SET event_id = $3, category = $4, stream_id = $5, version = $6, event_name = $7, error = $8,
+                attempts = $9, parked_at = $10",
+        parked: "SELECT position, event_id, category, stream_id, version, event_name, error, attempts, parked_at
+            FROM storied.parked WHERE name = $1 ORDER BY position LIMIT $2",
+        unpark: "DELETE FROM storied.parked WHERE name = $1 AND position = $2",
+        unpark_all: "DELETE FROM storied.parked WHERE name = $1",
+    }
+}

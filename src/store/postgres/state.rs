@@ -1,0 +1,155 @@
+//! The small state beside the log: leases, who is paused, snapshots.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::super::{Lease, LeaseInfo, Snapshot, StoreError};
+use super::error::failed;
+use super::{Core, from_sql, to_sql};
+use crate::event::{StreamId, Version};
+
+/// For the database, which adds it to its own clock.
+fn micros(ttl: Duration) -> i64 {
+    // 1,000 years, so that no sum leaves the range of a timestamp.
+    const LONGEST: i64 = 1_000 * 366 * 86_400 * 1_000_000;
+    i64::try_from(ttl.as_micros()).unwrap_or(LONGEST).min(LONGEST)
+}
+
+pub(super) async fn acquire_lease(
+    core: &Arc<Core>,
+    name: &str,
+    owner: Uuid,
+    ttl: Duration,
+) -> Result<Option<Lease>, StoreError> {
+    let doing = format!("acquiring the lease {name}");
+    let mut session = core.connections.get(&doing).await?;
+    let epoch: Option<i64> = sqlx::query_scalar(core.sql.acquire_lease.clone())
+        .bind(name)
+        .bind(owner)
+        .bind(micros(ttl))
+        .persistent(core.connections.persistent())
+        .fetch_optional(&mut *session)
+        .await
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await?;
+    Ok(epoch.map(|epoch| Lease { name: name.to_owned(), owner, epoch: from_sql(epoch) }))
+}
+
+pub(super) async fn renew_lease(core: &Arc<Core>, lease: &Lease, ttl: Duration) -> Result<bool, StoreError> {
+    let doing = format!("renewing the lease {}", lease.name);
+    let mut session = core.connections.get(&doing).await?;
+    let renewed = sqlx::query(core.sql.renew_lease.clone())
+        .bind(lease.name.as_str())
+        .bind(lease.owner)
+        .bind(to_sql(lease.epoch))
+        .bind(micros(ttl))
+        .persistent(core.connections.persistent())
+        .execute(&mut *session)
+        .await
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await?;
+    Ok(renewed.rows_affected() > 0)
+}
+
+pub(super) async fn release_lease(core: &Arc<Core>, lease: &Lease) -> Result<(), StoreError> {
+    let doing = format!("releasing the lease {}", lease.name);
+    let mut session = core.connections.get(&doing).await?;
+    sqlx::query(core.sql.release_lease.clone())
+        .bind(lease.name.as_str())
+        .bind(lease.owner)
+        .bind(to_sql(lease.epoch))
+        .persistent(core.connections.persistent())
+        .execute(&mut *session)
+        .await
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await
+}
+
+pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreError> {
+    const DOING: &str = "reading the leases";
+    let info = |row: PgRow| -> Result<_, sqlx::Error> {
+        let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
+        Ok(LeaseInfo { lease, expires_at: row.try_get(3)? })
+    };
+    let mut session = core.connections.get(DOING).await?;
+    let leases = sqlx::query(core.sql.leases.clone())
+        .persistent(core.connections.persistent())
+        .fetch_all(&mut *session)
+        .await
+        .and_then(|rows| rows.into_iter().map(info).collect())
+        .map_err(|error| failed(DOING, error))?;
+    session.finish(DOING).await?;
+    Ok(leases)
+}
+
+pub(super) async fn paused(core: &Arc<Core>, name: &str) -> Result<bool, StoreError> {
+    let doing = format!("reading whether {name} is paused");
+    let mut session = core.connections.get(&doing).await?;
+    let paused = sqlx::query_scalar(core.sql.paused.clone())
+        .bind(name)
+        .persistent(core.connections.persistent())
+        .fetch_one(&mut *session)
+        .await
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await?;
+    Ok(paused)
+}
+
+pub(super) async fn set_paused(core: &Arc<Core>, name: &str, paused: bool) -> Result<(), StoreError> {
+    let doing = format!("pausing or resuming {name}");
+    let mut session = core.connections.get(&doing).await?;
+    sqlx::query(if paused { core.sql.pause.clone() } else { core.sql.resume.clone() })
+        .bind(name)
+        .persistent(core.connections.persistent())
+        .execute(&mut *session)
+        .await
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await
+}
+
+pub(super) async fn snapshot(core: &Arc<Core>, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {
+    let doing = format!("reading the snapshot of {stream}");
+    let snapshot = |row: PgRow| -> Result<_, sqlx::Error> {
+        Ok(Snapshot {
+            version: Version::new(from_sql(row.try_get(0)?)),
+            revision: u32::try_from(row.try_get::<i64, _>(1)?).unwrap_or(u32::MAX),
+            state: Bytes::from(row.try_get::<Vec<u8>, _>(2)?),
+        })
+    };
+    let mut session = core.connections.get(&doing).await?;
+    let snapshot = sqlx::query(core.sql.snapshot.clone())
+        .bind(stream.category())
+        .bind(stream.id())
+        .persistent(core.connections.persistent())
+        .fetch_optional(&mut *session)
+        .await
+        .and_then(|row| row.map(snapshot).transpose())
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await?;
+    Ok(snapshot)
+}
+
+pub(super) async fn save_snapshot(
+    core: &Arc<Core>,
+    stream: &StreamId,
+    snapshot: &Snapshot,
+) -> Result<(), StoreError> {
+    let doing = format!("saving the snapshot of {stream}");
+    let mut session = core.connections.get(&doing).await?;
+    sqlx::query(core.sql.save_snapshot.clone())
+        .bind(stream.category())
+        .bind(stream.id())
+        .bind(to_sql(snapshot.version.get()))
+        .bind(i64::from(snapshot.revision))
+        .bind(&*snapshot.state)
+        .persistent(core.connections.persistent())
+        .execute(&mut *session)
+        .await
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await
+}

@@ -1,0 +1,379 @@
+//! Databases that are not as they should be, and data that cannot be stored: typed errors that say what to do, and nothing
+//! lost beside them.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{AssertSqlSafe, Executor};
+use storied::store::{Append, AppendError, ParkedEvent};
+use storied::{
+    Codec, EventStore, ExpectedVersion, NewEvent, PostgresOptions, PostgresStore, StoreError, StreamId,
+    Version,
+};
+
+use crate::support::PostgresServer;
+use crate::tools::{append, as_user, assert_sound, connect, event, events, exact, run, stream, whole_log};
+
+async fn refused(options: PostgresOptions) -> StoreError {
+    options.connect().await.map(drop).expect_err("this must be refused")
+}
+
+/// What an `Incompatible` error says, in that order.
+fn incompatible(error: &StoreError) -> String {
+    match error {
+        StoreError::Incompatible { .. } => error.to_string(),
+        error => panic!("{error:?}"),
+    }
+}
+
+#[track_caller]
+fn says(error: &StoreError, parts: &[&str]) {
+    let text = error.to_string();
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is not in: {text}");
+    }
+}
+
+#[tokio::test]
+async fn wrong_logins_and_databases() {
+    let server = PostgresServer::start().await;
+    let url = server.url();
+    run(&url, "CREATE ROLE careful LOGIN PASSWORD 'right'").await;
+    let hba = server.dir().join("data/pg_hba.conf");
+    let rules = fs::read_to_string(&hba).unwrap();
+    fs::write(&hba, format!("host all careful all scram-sha-256\n{rules}")).unwrap();
+    run(&url, "SELECT pg_reload_conf()").await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+
+    let options = PostgresOptions::new().url(as_user(&url, "careful:s3cr3t"));
+    assert!(!format!("{options:?}").contains("s3cr3t"));
+    let error = refused(options).await;
+    incompatible(&error);
+    says(&error, &["careful", "password"]);
+    assert!(!error.to_string().contains("s3cr3t") && !format!("{error:?}").contains("s3cr3t"));
+    assert!(!error.is_transient());
+
+    let error = refused(PostgresOptions::new().url(url.replace("/postgres", "/nowhere"))).await;
+    incompatible(&error);
+    says(&error, &["nowhere", "create it"]);
+
+    // Right password, but not one right in the database.
+    let error = refused(PostgresOptions::new().url(as_user(&url, "careful:right"))).await;
+    assert!(matches!(error, StoreError::Storage { .. }), "{error:?}");
+    says(&error, &["permission denied", "GRANT"]);
+
+    let error = refused(PostgresOptions::new().url("postgres://u:s3cr3t@localhost:port/x")).await;
+    assert!(matches!(error, StoreError::Invalid { .. }), "{error:?}");
+    assert!(!format!("{error:?}").contains("s3cr3t"));
+
+    let nobody = PostgresOptions::new().acquire_timeout(Duration::from_millis(300));
+    let error = refused(nobody.url("postgres://storied@127.0.0.1:1/x")).await;
+    assert!(matches!(error, StoreError::Unavailable { .. }), "{error:?}");
+
+    for schema in
+        ["", "Upper", "a b", "x\"; DROP TABLE y; --", "pg_mine", "9lives", &"x".repeat(64), "ä", "a.b"]
+    {
+        let error = refused(PostgresOptions::new().url(&url).schema(schema)).await;
+        assert!(matches!(error, StoreError::Invalid { .. }), "{schema}: {error:?}");
+    }
+}
+
+/// A login that may read and write, but not create anything, is enough once the tables are there.
+#[tokio::test]
+async fn few_rights_suffice() {
+    let server = PostgresServer::start().await;
+    let url = server.create_database().await;
+    PostgresStore::connect(&url).await.unwrap();
+    run(
+        &url,
+        "CREATE ROLE modest LOGIN; GRANT USAGE ON SCHEMA storied TO modest;
+         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA storied TO modest;
+         GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA storied TO modest",
+    )
+    .await;
+    let store = PostgresStore::connect(as_user(&url, "modest")).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(2)).await.unwrap();
+    assert_eq!(whole_log(&store).await.len(), 2);
+
+    run(&url, "REVOKE INSERT ON storied.events FROM modest").await;
+    let error = append(&store, &stream("a"), exact(2), events(1)).await.unwrap_err();
+    assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
+    assert!(error.to_string().contains("GRANT"), "{error}");
+}
+
+#[tokio::test]
+async fn other_schema_versions() {
+    let server = PostgresServer::shared().await;
+    let url = server.create_database().await;
+    let verify = || PostgresOptions::new().url(&*url).migrate(false);
+    says(&refused(verify()).await, &["none, or older ones", "may migrate"]);
+    PostgresStore::connect(&url).await.unwrap();
+    verify().connect().await.unwrap();
+
+    // An older program has run fewer migrations, a newer one more.
+    run(&url, "CREATE TABLE kept AS TABLE storied.migrations; DELETE FROM storied.migrations").await;
+    incompatible(&refused(verify()).await);
+    run(
+        &url,
+        "INSERT INTO storied.migrations TABLE kept;
+         INSERT INTO storied.migrations SELECT 999, 'later', now(), true, checksum, 0 FROM kept",
+    )
+    .await;
+    for error in [refused(verify()).await, refused(PostgresOptions::new().url(&url)).await] {
+        incompatible(&error);
+        says(&error, &["version 999", "newer program"]);
+    }
+    run(
+        &url,
+        "DELETE FROM storied.migrations WHERE version = 999; UPDATE storied.migrations SET checksum = 'x'",
+    )
+    .await;
+    incompatible(&refused(PostgresOptions::new().url(&url)).await);
+}
+
+/// Everything that the order and durability of the log rest on.
+#[tokio::test]
+async fn unsafe_settings() {
+    let mut server = PostgresServer::start().await;
+    let url = server.create_database().await;
+    let database = url.rsplit('/').next().unwrap().to_owned();
+    let options = || PostgresOptions::new().url(&*url);
+    let store = options().connect().await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(3)).await.unwrap();
+
+    let error = refused(options().codec(Codec::Json)).await;
+    says(&error, &["json", "cbor"]);
+    incompatible(&error);
+
+    for (setting, expected) in [
+        ("synchronous_commit = off", "synchronous_commit on"),
+        ("default_transaction_isolation = 'repeatable read'", "read committed"),
+        ("default_transaction_read_only = on", "read_only"),
+    ] {
+        run(&server.url(), &format!("ALTER DATABASE {database} SET {setting}")).await;
+        let error = refused(options()).await;
+        incompatible(&error);
+        says(&error, &[expected]);
+        run(&server.url(), &format!("ALTER DATABASE {database} RESET ALL")).await;
+    }
+
+    for (broken, expected, repaired) in [
+        ("CACHE 32", "CACHE 1", "CACHE 1"),
+        ("INCREMENT 2", "INCREMENT 1", "INCREMENT 1"),
+        ("CYCLE", "NO CYCLE", "NO CYCLE"),
+        ("RESTART 1", "at 3 or higher", "RESTART 4"),
+    ] {
+        run(&url, &format!("ALTER SEQUENCE storied.positions {broken}")).await;
+        if broken.starts_with("RESTART") {
+            run(&url, "SELECT nextval('storied.positions')").await;
+        }
+        let error = refused(options()).await;
+        incompatible(&error);
+        says(&error, &[expected]);
+        run(&url, &format!("ALTER SEQUENCE storied.positions {repaired}")).await;
+    }
+
+    // Changed behind the back of a store that is open.
+    run(&server.url(), &format!("ALTER DATABASE {database} SET synchronous_commit = off")).await;
+    let late = options();
+    run(&url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'storied'")
+        .await;
+    let error = append(&store, &stream("a"), exact(3), events(1)).await.unwrap_err();
+    assert!(matches!(error, AppendError::Store(StoreError::Incompatible { .. })), "{error:?}");
+    run(&server.url(), &format!("ALTER DATABASE {database} RESET ALL")).await;
+    drop((store, late));
+
+    // A standby.
+    server.stop().await;
+    fs::write(server.dir().join("data/standby.signal"), "").unwrap();
+    server.restart().await;
+    let error = refused(options()).await;
+    incompatible(&error);
+    says(&error, &["standby", "connect to the primary"]);
+}
+
+/// The log takes events through its one door only, and keeps them.
+#[tokio::test]
+async fn the_log_is_guarded() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(2)).await.unwrap();
+    let mut connection = connect(&url).await;
+    for (sql, expected) in [
+        (
+            "INSERT INTO storied.events SELECT 99, 3, now(), stream, id, id, category, stream_id, name, payload, metadata FROM storied.events LIMIT 1",
+            "would be missed",
+        ),
+        ("UPDATE storied.events SET name = 'x'", "append-only"),
+        ("DELETE FROM storied.events", "append-only"),
+        ("TRUNCATE storied.events", "append-only"),
+        ("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT storied.frontier()", "read committed"),
+    ] {
+        let error = connection.execute(AssertSqlSafe(sql)).await.unwrap_err().to_string();
+        assert!(error.contains(expected), "{sql}: {error}");
+        connection.execute("ROLLBACK").await.unwrap();
+    }
+    assert_eq!(whole_log(&store).await.len(), 2);
+}
+
+/// Two stores in one database, one of them in a schema that has to be quoted, and beside the host application's migrations.
+#[tokio::test]
+async fn stores_share_a_database() {
+    let url = PostgresServer::shared().await.create_database().await;
+    run(
+        &url,
+        "CREATE TABLE _sqlx_migrations (version bigint PRIMARY KEY); INSERT INTO _sqlx_migrations VALUES (1)",
+    )
+    .await;
+    let pool = PgPoolOptions::new().max_connections(2).connect(&url).await.unwrap();
+    // Many at once, half of them through the application's pool.
+    let opening: Vec<_> = (0..6)
+        .map(|number| {
+            let options = PostgresOptions::new().url(&*url).schema(["user", "storied"][number % 2]);
+            let options = if number < 3 { options } else { options.pool(pool.clone()) };
+            tokio::spawn(options.connect())
+        })
+        .collect();
+    let mut stores = Vec::new();
+    for store in opening {
+        stores.push(store.await.unwrap().unwrap());
+    }
+    assert_eq!(stores[0].info().id, stores[4].info().id);
+    assert_ne!(stores[0].info().id, stores[1].info().id);
+    for (round, store) in stores.iter().enumerate() {
+        append(store, &stream(round / 2), ExpectedVersion::NoStream, events(3)).await.unwrap();
+    }
+    for store in &stores {
+        let log = whole_log(store).await;
+        assert_sound(&log);
+        assert_eq!(log.len(), 9);
+    }
+    let mut transaction = pool.begin().await.unwrap();
+    let kept: i64 = sqlx::query_scalar("SELECT count(*) FROM _sqlx_migrations")
+        .fetch_one(&mut *transaction)
+        .await
+        .unwrap();
+    assert_eq!(kept, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn huge_and_poisoned_events() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    let sized = |bytes: usize| NewEvent { payload: Bytes::from(vec![7; bytes]), ..event() };
+    let one = |id: &str, event| Append::one(stream(id), ExpectedVersion::NoStream, vec![event]);
+    let answers = store
+        .append(vec![
+            one("a", sized(10)),
+            one("b", sized(100_000_000)),
+            one("c", sized(60_000_000)),
+            one("d", sized(1)),
+        ])
+        .await;
+    assert!(matches!(answers[1], Err(AppendError::Store(StoreError::Invalid { .. }))), "{:?}", answers[1]);
+    assert!(answers[1].as_ref().unwrap_err().to_string().contains("100000001 bytes"));
+    for index in [0, 2, 3] {
+        answers[index].as_ref().unwrap();
+    }
+    assert_eq!(store.read_stream(&stream("c"), Version::NONE, 1).await.unwrap()[0].payload.len(), 60_000_000);
+
+    // What only the server can refuse is found, and refused alone.
+    run(&url, "ALTER TABLE storied.events ADD CHECK (payload <> 'poison')").await;
+    let poison = || NewEvent { payload: Bytes::from_static(b"poison"), ..event() };
+    let mut batch: Vec<_> =
+        (0..20).map(|i| one(&format!("p{i}"), if i % 7 == 3 { poison() } else { event() })).collect();
+    // Three that are joined on their way, the second of them poisoned.
+    let joined = stream("joined");
+    batch.push(Append::one(joined.clone(), ExpectedVersion::NoStream, events(1)));
+    batch.push(Append::one(joined.clone(), exact(1), vec![poison()]));
+    batch.push(Append::one(joined.clone(), ExpectedVersion::Any, events(2)));
+    let answers = store.append(batch).await;
+    for (index, answer) in answers.iter().enumerate() {
+        let poisoned = index % 7 == 3 && index < 20 || index == 21;
+        match answer {
+            Ok(_) => assert!(!poisoned, "{index}"),
+            Err(AppendError::Store(StoreError::Invalid { .. })) => assert!(poisoned, "{index}"),
+            Err(error) => panic!("{index}: {error:?}"),
+        }
+    }
+    assert_eq!(answers[22].as_ref().unwrap().versions, [Version::new(3)]);
+    assert_sound(&whole_log(&store).await);
+
+    // NUL is the one character that PostgreSQL has no room for.
+    let recorded = &store.read_stream(&stream("a"), Version::NONE, 1).await.unwrap()[0];
+    let parked = ParkedEvent::new(recorded, "a\0b".into(), 3);
+    let (from, to) = (store.checkpoint("p").await.unwrap(), storied::store::Checkpoint::default());
+    store.save_checkpoint("p", from, to, Some(parked)).await.unwrap();
+    assert_eq!(store.parked("p", 10).await.unwrap()[0].error, "a\u{fffd}b");
+    for id in ["", "\0", "a\0", &"x".repeat(1 << 20)] {
+        StreamId::new("order", id).unwrap_err();
+    }
+    for category in ["", "a\"b", "o'r", "ä", "a..b", &"x".repeat(1 << 20)] {
+        StreamId::new(category, "1").unwrap_err();
+    }
+}
+
+/// A disk that is full, while writers write.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("only root can mount a small disk: not tested");
+        return;
+    }
+    let server = PostgresServer::start().await;
+    let disk = SmallDisk::mount(&server.dir().join("disk"));
+    let url = server.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    run(&url, &format!("CREATE TABLESPACE small LOCATION '{}'", disk.0.display())).await;
+    run(&url, "ALTER TABLE storied.events SET TABLESPACE small").await;
+
+    // Nothing that could be compressed.
+    let noise: Vec<u8> = (0..12_500).flat_map(|_| uuid::Uuid::new_v4().into_bytes()).collect();
+    let large = || NewEvent { payload: Bytes::from(noise.clone()), ..event() };
+    let mut version = 0;
+    let error = loop {
+        match append(&store, &stream("a"), exact(version), vec![large()]).await {
+            Ok(_) => version += 1,
+            Err(error) => break error,
+        }
+        assert!(version < 200, "the disk never became full");
+    };
+    assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
+    assert!(error.to_string().contains("disk is full"), "{error}");
+    let log = whole_log(&store).await;
+    assert_eq!(log.len() as u64, version, "what was acknowledged is there, and nothing else");
+
+    // With room again, it goes on where it was.
+    run(&url, "ALTER TABLE storied.events SET TABLESPACE pg_default").await;
+    append(&store, &stream("a"), exact(version), vec![large()]).await.unwrap();
+    assert_sound(&whole_log(&store).await);
+    drop(server);
+}
+
+/// 8 MB.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(path: &Path) -> Self {
+        fs::create_dir(path).unwrap();
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(path).status().unwrap();
+        assert!(mounted.success(), "mounting a small disk");
+        let owner = fs::metadata(path.parent().unwrap().join("data")).unwrap();
+        let owner = std::os::unix::fs::MetadataExt::uid(&owner);
+        chown(path, Some(owner), None).unwrap();
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Also while a server still uses it.
+        _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}

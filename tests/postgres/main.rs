@@ -1,0 +1,15 @@
+//! The PostgreSQL store, on real servers: the suite of all stores, and what only PostgreSQL can get wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(unreachable_pub, reason = "there is nowhere to reach it from")]
+#![cfg(feature = "postgres")]
+
+mod bad_input;
+mod conformance;
+mod faults;
+mod oracle;
+mod pooler;
+mod proxy;
+mod read_model;
+#[path = "../support/mod.rs"]
+mod support;
+mod tools;
