@@ -116,6 +116,24 @@ async fn a_lost_last_event_is_found_by_the_heartbeat() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_buffer_overflows_misses_and_repeats_nothing() {
+    for (kind, _, server) in nats().await {
+        let store = store();
+        let one = Recording::start(&store, options(kind, &server).bus(), blind()).await;
+        let small = options(kind, &server).subscription_capacity(1).bus();
+        let two = Recording::start(&store, small, blind()).await;
+        for stream in 0..20 {
+            write(&store, stream, 500).await;
+        }
+        one.reaches("the quick one", &store).await;
+        two.reaches("the one with the small buffer", &store).await;
+        assert!(two.node.feed().repairs > 0, "{kind:?}: {:?}", two.node.feed());
+        one.node.stop(PATIENCE).await.unwrap();
+        two.node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_publisher_behind_a_dead_connection_fails_at_once_and_sends_nothing_late() {
     for (kind, bus, mut server) in nats().await {
         let store = store();

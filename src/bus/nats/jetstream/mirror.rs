@@ -67,30 +67,25 @@ impl MirrorPublisher {
         let largest = usize::try_from(found.config.max_message_size).unwrap_or(usize::MAX);
         let turn = |end, feeling| Turn { session, end, largest, feeling };
         let last = found.state.last_sequence;
+        let beginning = match self.options.mirror_from {
+            MirrorFrom::Beginning => Position::START,
+            MirrorFrom::After(position) => position,
+        };
         if last == 0 {
-            let position = match self.options.mirror_from {
-                MirrorFrom::Beginning => Position::START,
-                MirrorFrom::After(position) => position,
-            };
-            tracing::info!(stream = self.name, after = %position, "the mirror of the log is new and is filled");
-            return Ok(turn(MirrorEnd { position, sequence: 0 }, false));
+            tracing::info!(stream = self.name, after = %beginning, "the mirror of the log is new and is filled");
+            return Ok(turn(MirrorEnd { position: beginning, sequence: 0 }, false));
         }
         let kept = self.last_kept().await?;
         // Whoever published meanwhile makes the end later than the one that was asked for first.
         let sequence = kept.map_or(last, |kept| kept.sequence.max(last));
         // A number from another life of the stream may be too high; one that was never noted is 0.
         let known = Some(known).filter(|known| (1..=sequence).contains(&known.sequence));
-        match kept.into_iter().chain(known).max_by_key(|end| end.sequence) {
-            Some(end) => {
-                let feeling = end.sequence < sequence;
-                Ok(turn(MirrorEnd { position: end.position, sequence }, feeling))
-            }
-            None => Err(incompatible(format!(
-                "the stream {} has lost all its {last} messages, and there is no note of how far it went; delete it, and \
-                 it is made anew",
-                self.name
-            ))),
-        }
+        let end = kept.into_iter().chain(known).max_by_key(|end| end.sequence).unwrap_or_else(|| {
+            tracing::warn!(stream = self.name, after = %beginning, "the mirror of the log was emptied and is filled again");
+            MirrorEnd { position: beginning, sequence: 0 }
+        });
+        let feeling = end.sequence < sequence;
+        Ok(turn(MirrorEnd { position: end.position, sequence }, feeling))
     }
 
     /// The last message of ours that is still there.
