@@ -19,6 +19,7 @@ pub(crate) fn bounded(ttl: Duration) -> Duration {
 /// A lease that this process holds, as far as it knows. Dropped without [`release`](Self::release) it runs out by itself.
 pub(crate) struct HeldLease {
     lease: Lease,
+    ttl: Duration,
     store: Arc<dyn EventStore>,
     /// Until when nobody else can have it, by this process's clock: counted from before the store was asked. `None` when
     /// the store said that it is another's.
@@ -38,12 +39,32 @@ impl HeldLease {
         let Some(lease) = store.acquire_lease(name, owner, ttl).await? else { return Ok(None) };
         let (sender, sure) = watch::channel(Some(asked + ttl));
         let renewal = Task::spawn(renew(store.clone(), lease.clone(), ttl, asked + ttl, sender));
-        Ok(Some(Self { lease, store: store.clone(), sure, _renewal: renewal }))
+        Ok(Some(Self { lease, ttl, store: store.clone(), sure, _renewal: renewal }))
     }
 
     /// Grows with every new owner.
     pub(crate) fn epoch(&self) -> u64 {
         self.lease.epoch
+    }
+
+    /// The epoch under which its owner claims what was last written under the epoch `found`; `None` when it is another's by
+    /// now. Mostly its own, but leases can be lost, or restored from a backup, and count from 1 again while checkpoints
+    /// elsewhere do not: then it is one above `found`, so that those who wrote before are still refused.
+    pub(crate) async fn epoch_above(&self, found: u64) -> Result<Option<u64>, StoreError> {
+        if self.lease.epoch >= found {
+            return Ok(Some(self.lease.epoch));
+        }
+        // Usually somebody else has taken it over and claimed already.
+        if !self.store.renew_lease(&self.lease, self.ttl).await? {
+            return Ok(None);
+        }
+        tracing::warn!(
+            lease = self.lease.name,
+            epoch = self.lease.epoch,
+            found,
+            "the epoch of a lease is below that of the checkpoint: leases were lost or restored; it is raised above it"
+        );
+        Ok(Some(found.saturating_add(1)))
     }
 
     /// Waits until it is lost, or may be. Cancel-safe.

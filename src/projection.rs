@@ -11,6 +11,7 @@
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 
 mod control;
+mod error;
 mod external;
 mod handle;
 mod memory;
@@ -27,6 +28,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 pub use self::control::ControlError;
+pub use self::error::{ApplyError, TargetUnavailable};
 pub use self::external::{Delivery, External};
 pub(crate) use self::handle::spawn;
 pub use self::handle::{ProjectionHandle, WaitError};
@@ -41,15 +43,16 @@ pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, ParkedEvent, StoreError};
 
-/// What a failing [`Projection::apply`] says; boxed, so that `?` works on every error.
-pub type ApplyError = Box<dyn Error + Send + Sync>;
-
 /// Folds events into a read model.
 ///
 /// Events arrive one at a time, in log order. An error (or a panic) is retried, then handled as [`ProjectionOptions`] say;
 /// whatever the failing call, and those before it in the same transaction, had written is rolled back first where the read
 /// model [can](ReadModel::rolls_back), and what went before is applied again. So `apply` keeps what it writes in the
 /// transaction; what it keeps in `self` is a cache at most.
+///
+/// An error says nothing about the event when the database of a SQL read model is away or busy, or when it is a
+/// [`TargetUnavailable`]: itself, or as the [source](Error::source) of an error of the user's own. That is tried again for as
+/// long as it takes.
 pub trait Projection: Send + 'static {
     /// What `apply` writes through: see the table of the [module](self).
     type Transaction: Send;
@@ -80,6 +83,9 @@ pub trait Projection: Send + 'static {
 }
 
 /// Where a read model and its checkpoint live together.
+///
+/// The `name` that its methods get is `projection/` and the projection's name: the checkpoints of an event store may be in the
+/// same place, and are not called so.
 pub trait ReadModel: Send + Sync + 'static {
     /// What a projection writes through.
     type Transaction: Send;
@@ -93,14 +99,14 @@ pub trait ReadModel: Send + Sync + 'static {
     fn rolls_back(&self) -> bool;
 
     /// Whether `apply` failed because the read model cannot be reached just now, and not because of the event. It is then
-    /// tried again for as long as it takes. The default blames the event.
+    /// tried again for as long as it takes. Users wrap errors, so what caused it counts as well. The default blames the
+    /// event; a [`TargetUnavailable`] is an outage on every read model, and not asked about here.
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
         let _ = error;
         false
     }
 
-    /// Called before anything else, and again until it succeeds: creates what is missing, and refuses progress that belongs
-    /// to another store.
+    /// Called before anything else, and again until it succeeds: creates what is missing.
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
@@ -108,6 +114,9 @@ pub trait ReadModel: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<(), StoreError>>;
 
     /// How far the read model is.
+    ///
+    /// # Errors
+    /// Also when its progress is in the log of another event store than it was [prepared](Self::prepare) for.
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
 
     /// Opens a transaction. `from` is the checkpoint, with the epoch of the owner who asks.
@@ -115,6 +124,17 @@ pub trait ReadModel: Send + Sync + 'static {
 
     /// What the user writes through.
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Self::Transaction;
+
+    /// How far the read model is, in whichever store's log; with the commit of this transaction, which leads on from there, the
+    /// progress is in this store's. For a reset. The default is for read models whose progress cannot be another store's.
+    fn adopt<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        let _ = open;
+        self.checkpoint(name)
+    }
 
     /// Commits together: what was written, the checkpoint from exactly `from` to `to`, the parked event.
     fn commit<'a>(

@@ -361,6 +361,10 @@ impl Runtime {
 
     /// How everything is doing.
     pub async fn status(&self) -> RuntimeStatus {
+        // Looked at first: a borrowed status must not be held while the store is asked.
+        let publisher = self.inner.publisher.status().borrow().clone();
+        let projections = self.inner.projections.iter();
+        let projections = projections.map(|one| (one.name().to_owned(), one.status())).collect();
         RuntimeStatus {
             node: self.inner.node,
             store: self.inner.store.info().clone(),
@@ -368,14 +372,9 @@ impl Runtime {
             writer: self.inner.writer.status(),
             aggregates: self.inner.handlers.status(),
             bus: self.inner.bus.state(),
-            publisher: self.inner.publisher.status().borrow().clone(),
+            publisher,
             feed: self.inner.feed.status(),
-            projections: self
-                .inner
-                .projections
-                .iter()
-                .map(|projection| (projection.name().to_owned(), projection.status()))
-                .collect(),
+            projections,
             leases: self.inner.store.leases().await,
         }
     }

@@ -304,10 +304,10 @@ impl<W: Work> Actor for Shell<W> {
                 state.stopping.push(done);
                 state.stop.send_replace(true);
                 if state.task.is_none() {
-                    state.end(&myself, None);
-                } else {
-                    myself.send_after(patience, move || Message::GiveUp(patience));
+                    // It panicked, and waits for its restart: that is now, since it has not ended in order yet.
+                    state.start(myself.clone());
                 }
+                myself.send_after(patience, move || Message::GiveUp(patience));
             }
             Message::GiveUp(patience) => {
                 state.end(&myself, Some(format!("it was still at work after {patience:?}")))

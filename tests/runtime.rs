@@ -287,3 +287,30 @@ fn public_handles_can_be_shared() {
     shared::<ExecuteError<Nothing>>();
     shared::<storied::StoreError>();
 }
+
+/// A future that holds a lock while it waits would not be: it could not be spawned, and could stop a whole runtime.
+#[tokio::test]
+async fn public_futures_can_be_spawned() {
+    fn spawnable<F: Future + Send>(_: &F) {}
+    let runtime = Runtime::builder()
+        .store(MemoryStore::new())
+        .aggregate::<Account>()
+        .projection(Count(tokio::sync::watch::Sender::new(0)), InMemory::new())
+        .start()
+        .await
+        .unwrap();
+    spawnable(&Runtime::builder().start());
+    spawnable(&runtime.status());
+    spawnable(&runtime.execute::<Account>(1, Deposit(1)).dispatch());
+    spawnable(&runtime.execute::<Account>(1, Deposit(1)).into_future());
+    let projection = runtime.projection("count").unwrap().clone();
+    spawnable(&projection.caught_up_to(Position::START));
+    spawnable(&projection.wait_until_live(Duration::ZERO));
+    spawnable(&projection.pause());
+    spawnable(&projection.resume());
+    spawnable(&projection.reset());
+    spawnable(&projection.parked(1));
+    spawnable(&projection.retry_parked(Position::START));
+    spawnable(&projection.discard_parked(Position::START));
+    spawnable(&runtime.shutdown());
+}

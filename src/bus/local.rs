@@ -16,12 +16,17 @@ const CAPACITY: usize = 128;
 
 /// The bus inside one process: a bounded ring that subscribers read at their own pace. Clones are handles to the same bus.
 ///
-/// It is the bus of one store: do not share it between runtimes of different stores. It keeps nothing: who subscribes sees what is published from then on, and who is more than the ring's capacity behind
+/// It keeps nothing: who subscribes sees what is published from then on, and who is more than the ring's capacity behind
 /// gets a [`BusItem::Gap`] instead of what was overwritten. Publishing never waits for a subscriber.
+///
+/// Runtimes of different stores may share it, and see their own store's log only.
 #[derive(Clone)]
 pub struct LocalBus {
-    ring: broadcast::Sender<BusItem>,
+    ring: broadcast::Sender<Sent>,
 }
+
+/// An item, and of which store's log it is: positions of two stores have nothing to do with each other.
+type Sent = (Uuid, BusItem);
 
 impl Default for LocalBus {
     fn default() -> Self {
@@ -41,11 +46,6 @@ impl LocalBus {
     pub fn with_capacity(batches: usize) -> Self {
         // tokio refuses more than this, by panicking.
         Self { ring: broadcast::Sender::new(batches.clamp(1, usize::MAX / 4)) }
-    }
-
-    fn send(&self, item: BusItem) {
-        // The only failure is that nobody has subscribed, and then nobody misses anything.
-        let _ = self.ring.send(item);
     }
 }
 
@@ -68,19 +68,27 @@ impl EventBus for LocalBus {
         BusState::Connected { to: "this process".into() }
     }
 
-    fn publisher(&self, _store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
-        Box::pin(async { Ok(Box::new(LocalPublisher { bus: self.clone(), sequence: 0 }) as _) })
+    fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+        Box::pin(async move { Ok(Box::new(LocalPublisher { bus: self.clone(), store, sequence: 0 }) as _) })
     }
 
-    fn subscribe(&self, _store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
-        Box::pin(async { Ok(Box::new(LocalSubscription { ring: self.ring.subscribe() }) as _) })
+    fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+        Box::pin(async move { Ok(Box::new(LocalSubscription { ring: self.ring.subscribe(), store }) as _) })
     }
 }
 
 struct LocalPublisher {
     bus: LocalBus,
+    store: Uuid,
     /// How many batches went out; the ring has no numbers of its own.
     sequence: u64,
+}
+
+impl LocalPublisher {
+    fn send(&self, item: BusItem) {
+        // The only failure is that nobody has subscribed, and then nobody misses anything.
+        let _ = self.bus.ring.send((self.store, item));
+    }
 }
 
 impl BusPublisher for LocalPublisher {
@@ -92,30 +100,34 @@ impl BusPublisher for LocalPublisher {
         Box::pin(async move {
             self.sequence += 1;
             let end = MirrorEnd { position: batch.upto, sequence: self.sequence };
-            self.bus.send(BusItem::Batch(batch));
+            self.send(BusItem::Batch(batch));
             Ok(end)
         })
     }
 
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {
         Box::pin(async move {
-            self.bus.send(BusItem::Head(head));
+            self.send(BusItem::Head(head));
             Ok(())
         })
     }
 }
 
 struct LocalSubscription {
-    ring: broadcast::Receiver<BusItem>,
+    ring: broadcast::Receiver<Sent>,
+    store: Uuid,
 }
 
 impl BusSubscription for LocalSubscription {
     fn next(&mut self) -> BoxFuture<'_, Result<BusItem, BusError>> {
         Box::pin(async {
-            match self.ring.recv().await {
-                Ok(item) => Ok(item),
-                Err(RecvError::Lagged(_)) => Ok(BusItem::Gap),
-                Err(RecvError::Closed) => Err(BusError::Closed),
+            loop {
+                return match self.ring.recv().await {
+                    Ok((store, item)) if store == self.store => Ok(item),
+                    Ok(_) => continue,
+                    Err(RecvError::Lagged(_)) => Ok(BusItem::Gap),
+                    Err(RecvError::Closed) => Err(BusError::Closed),
+                };
             }
         })
     }

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use ractor::SpawnErr;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::control::{Control, ControlError, Reply};
-use super::worker::{ProjectionWork, Surroundings};
+use super::worker::{ProjectionWork, Surroundings, row};
 use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
 use crate::event::Position;
 use crate::store::{BoxFuture, Checkpoint, EventStore, Filter, ParkedEvent, StoreError};
@@ -27,6 +27,8 @@ const SHARED_POLL: Duration = Duration::from_millis(25);
 #[derive(Clone)]
 pub struct ProjectionHandle {
     name: Arc<str>,
+    /// What its checkpoint is called.
+    row: Arc<str>,
     actor: Supervised<Control>,
     status: watch::Receiver<ProjectionStatus>,
     progress: Arc<dyn Progress>,
@@ -120,11 +122,12 @@ where
     R: ReadModel<Transaction = P::Transaction>,
 {
     let name = Arc::from(projection.name());
+    let row = Arc::from(row(projection.name()));
     let read_model = Arc::new(read_model);
     let Surroundings { store, supervisor, .. } = surroundings.clone();
     let (work, status) = ProjectionWork::new(projection, filter, read_model.clone(), options, surroundings);
     let actor = Supervised::spawn(work, supervisor).await?;
-    Ok(ProjectionHandle { name, actor, status, progress: read_model, store })
+    Ok(ProjectionHandle { name, row, actor, status, progress: read_model, store })
 }
 
 impl ProjectionHandle {
@@ -195,7 +198,7 @@ impl ProjectionHandle {
                 // The owner's progress reaches this node through the checkpoint only.
                 () = sleep(SHARED_POLL), if state == ProjectionState::Standby => {
                     // What cannot be read now is read later: the wait has an end.
-                    if self.progress.checkpoint(&self.name).await.is_ok_and(|found| found.position >= position) {
+                    if self.progress.checkpoint(&self.row).await.is_ok_and(|found| found.position >= position) {
                         return Ok(());
                     }
                 }
@@ -230,7 +233,8 @@ impl ProjectionHandle {
     }
 
     /// Empties the read model (see [`Projection::reset`]), forgets what is parked, and applies the log from its start: all
-    /// in one transaction, on the node that owns it. A failed projection tries again; a paused one stays paused.
+    /// in one transaction, on the node that owns it. Also when the read model belongs to another event store, or is ahead of
+    /// the log. A failed projection tries again; a paused one stays paused.
     ///
     /// # Errors
     /// When this node does not own the read model, or the projection refuses: then nothing was changed. Otherwise as
@@ -244,7 +248,8 @@ impl ProjectionHandle {
     /// # Errors
     /// When the read model cannot be read.
     pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
-        self.progress.parked(&self.name, limit).await
+        self.prepared().await?;
+        self.progress.parked(&self.row, limit).await
     }
 
     /// Applies a parked event after all, and forgets that it was parked in the same transaction.
@@ -261,10 +266,31 @@ impl ProjectionHandle {
     /// # Errors
     /// When there is none, or the read model cannot be written.
     pub async fn discard_parked(&self, position: Position) -> Result<(), ControlError> {
-        if self.progress.remove_parked(&self.name, position).await? {
+        self.prepared().await?;
+        if self.progress.remove_parked(&self.row, position).await? {
             return Ok(());
         }
         Err(ControlError::NotParked { name: self.name.to_string(), position })
+    }
+
+    /// Waits until the read model can be read, right after the start.
+    async fn prepared(&self) -> Result<(), StoreError> {
+        let mut status = self.status.clone();
+        let done = |status: &ProjectionStatus| {
+            status.prepared || matches!(status.state, ProjectionState::Failed | ProjectionState::Stopped)
+        };
+        if let Ok(Ok(status)) = timeout(CONTROL, status.wait_for(done)).await
+            && status.prepared
+        {
+            return Ok(());
+        }
+        let error = self.status.borrow().last_error.clone();
+        let reason = format!(
+            "the read model of projection {} is not prepared: {}",
+            self.name,
+            error.as_deref().unwrap_or("it does not answer")
+        );
+        Err(StoreError::Unavailable { reason, source: None })
     }
 
     /// Saves the checkpoint, gives the lease back and ends; or ends without, when `patience` is over.

@@ -6,6 +6,7 @@ use sqlx::postgres::{PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::ReadModel;
+use super::error::causes;
 use crate::event::Position;
 use crate::store::postgres::{Progress, Schema, failed, is_outage, prepare_read_model};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
@@ -72,13 +73,13 @@ impl ReadModel for PostgresReadModel {
     }
 
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        error.downcast_ref::<sqlx::Error>().is_some_and(is_outage)
+        causes(error).any(is_outage)
     }
 
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
-        name: &'a str,
+        _name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
             let id = *self.shared.store.get_or_init(|| store.info().id);
@@ -88,8 +89,7 @@ impl ReadModel for PostgresReadModel {
             }
             let doing = "preparing the read model's database";
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
-            prepare_read_model(&mut connection, &self.shared.schema).await?;
-            self.shared.progress.checkpoint(&mut connection, name, id).await.map(drop)
+            prepare_read_model(&mut connection, &self.shared.schema).await
         })
     }
 
@@ -114,6 +114,14 @@ impl ReadModel for PostgresReadModel {
 
     fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {
         &mut *open
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        open: &'a mut PostgresOpen,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move { self.shared.progress.adopt(open, name, self.store()?).await })
     }
 
     fn commit<'a>(

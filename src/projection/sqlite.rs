@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use sqlx::error::DatabaseError;
 use sqlx::sqlite::{
     Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
@@ -13,6 +14,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::ReadModel;
+use super::error::causes;
 use crate::event::Position;
 use crate::store::sqlite::{failed, progress};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
@@ -24,7 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// Clones are handles to the same database; several projections may share it, and take turns then, because SQLite lets one
 /// transaction write at a time. All nodes that use a file on one machine share the read model: one of them owns each
-/// projection. The database may be the event store's own file.
+/// projection. The database may be the event store's own file, but then a transaction keeps appends waiting: an `apply` that
+/// takes its time there, as one that asks another service does, stalls the event store.
 #[derive(Clone)]
 pub struct SqliteReadModel {
     shared: Arc<Shared>,
@@ -121,26 +124,22 @@ impl ReadModel for SqliteReadModel {
     }
 
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        match error.downcast_ref::<sqlx::Error>() {
-            Some(
-                sqlx::Error::Io(_)
-                | sqlx::Error::PoolTimedOut
-                | sqlx::Error::PoolClosed
-                | sqlx::Error::WorkerCrashed,
-            ) => true,
-            // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
-            Some(sqlx::Error::Database(error)) => error
-                .code()
-                .and_then(|code| code.parse::<u32>().ok())
-                .is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13)),
-            _ => false,
-        }
+        causes(error).any(|cause| {
+            use sqlx::Error::{Io, PoolClosed, PoolTimedOut, WorkerCrashed};
+            matches!(cause.downcast_ref(), Some(Io(_) | PoolTimedOut | PoolClosed | WorkerCrashed))
+                // What sqlx::Error::Database has as its source.
+                || cause.downcast_ref::<Box<dyn DatabaseError>>().is_some_and(|error| {
+                    // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
+                    let code = error.code().and_then(|code| code.parse::<u32>().ok());
+                    code.is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13))
+                })
+        })
     }
 
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
-        name: &'a str,
+        _name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
             let id = *self.shared.store.get_or_init(|| store.info().id);
@@ -152,8 +151,7 @@ impl ReadModel for SqliteReadModel {
             // One at a time, so that they do not fail each other by trying at once.
             let _turn = self.turn(doing).await?;
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
-            progress::migrate(&mut connection).await?;
-            progress::checkpoint(&mut connection, name, id).await.map(drop)
+            progress::migrate(&mut connection).await
         })
     }
 
@@ -175,6 +173,14 @@ impl ReadModel for SqliteReadModel {
 
     fn transaction<'a>(&self, open: &'a mut SqliteOpen) -> &'a mut SqliteConnection {
         &mut open.transaction
+    }
+
+    fn adopt<'a>(
+        &'a self,
+        open: &'a mut SqliteOpen,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move { progress::adopt(&mut open.transaction, name, self.store()?).await })
     }
 
     fn commit<'a>(

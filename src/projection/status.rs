@@ -40,6 +40,8 @@ pub struct ProjectionStatus {
     pub events_parked: u64,
     /// What last went wrong. Stays when it goes well again.
     pub last_error: Option<String>,
+    /// Whether the read model can be read, as far as this node knows.
+    pub(super) prepared: bool,
 }
 
 impl ProjectionStatus {
@@ -52,6 +54,7 @@ impl ProjectionStatus {
             events_applied: 0,
             events_parked: 0,
             last_error: None,
+            prepared: false,
         }
     }
 

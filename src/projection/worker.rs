@@ -32,6 +32,10 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often at most a standby looks whether the lease is free.
 const STANDBY_POLL: Duration = Duration::from_millis(500);
 
+/// How far a page of the store reaches in positions, whatever matches: a scan for events that are rare is made of pieces,
+/// between which the projection hears, sees to what is due, and saves its checkpoint.
+const SCAN: u64 = 50_000;
+
 /// What the projections of a node share.
 #[derive(Clone)]
 pub(crate) struct Surroundings {
@@ -57,6 +61,8 @@ struct Subject<P, R> {
 /// What does not change.
 struct Context {
     name: String,
+    /// What its checkpoint and its lease are called: nothing of the runtime's own has such a name.
+    row: String,
     filter: Filter,
     options: ProjectionOptions,
     store: Arc<dyn EventStore>,
@@ -76,7 +82,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         let (status, receiver) = watch::channel(ProjectionStatus::new());
         let name = projection.name().to_owned();
         let Surroundings { store, feed, node, .. } = surroundings;
-        let context = Arc::new(Context { name, filter, options, store, feed, node, status });
+        let context = Arc::new(Context { row: row(&name), name, filter, options, store, feed, node, status });
         (Self { context, subject: Arc::new(Mutex::new(Subject { projection, read_model })) }, receiver)
     }
 }
@@ -121,6 +127,11 @@ impl Context {
             status.last_error = Some(error);
         });
     }
+}
+
+/// What the checkpoint of a projection is called.
+pub(super) fn row(projection: &str) -> String {
+    format!("projection/{projection}")
 }
 
 /// Where the next events come from.
@@ -169,6 +180,8 @@ struct Run<'a, P, R> {
     /// Everything up to here is applied. Ahead of `saved` by events that were none of this projection's business.
     applied: Position,
     source: Source,
+    /// How many positions the next page of the store reaches: more than [`SCAN`] only to get across a hole in the log.
+    scan: u64,
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
     follower: Option<FeedFollower>,
     pending: Option<Pending>,
@@ -234,6 +247,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             saved: None,
             applied: Position::START,
             source: Source::Store,
+            scan: SCAN,
             follower: None,
             pending: None,
             suspect: None,
@@ -267,8 +281,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.idle(self.tick_at).await;
         }
         if !self.prepared {
-            match self.read_model.prepare(&self.context.store, &self.context.name).await {
-                Ok(()) => self.prepared = true,
+            match self.read_model.prepare(&self.context.store, &self.context.row).await {
+                Ok(()) => self.is_prepared(),
                 Err(error) => return self.outage(&error),
             }
         }
@@ -289,6 +303,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             None if self.source == Source::Store => self.read().await,
             None => self.follow().await,
         }
+    }
+
+    fn is_prepared(&mut self) {
+        self.prepared = true;
+        self.context.status.send_modify(|status| status.prepared = true);
     }
 
     /// Waits for what may come at any time.
@@ -341,14 +360,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let (context, ttl) = (self.context, self.context.options.lease);
         if self.take_at <= Instant::now() || self.looks_free().await {
             self.take_at = Instant::now() + ttl / 3;
-            match HeldLease::take(&context.store, &self.lease_name(), context.node, ttl).await {
+            match HeldLease::take(&context.store, &context.row, context.node, ttl).await {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = context.name,
                         epoch = lease.epoch(),
                         "this node owns the projection now"
                     );
-                    context.status.send_modify(|status| status.epoch = lease.epoch());
                     self.lease = Some(lease);
                     self.saved = None;
                     return;
@@ -357,9 +375,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 Err(error) => return self.outage(&error),
             }
         }
-        match self.read_model.checkpoint(&context.name).await {
+        match self.read_model.checkpoint(&context.row).await {
             Ok(checkpoint) => self.moved_to(checkpoint.position),
-            Err(error) => return self.outage(&error),
+            // Whatever it is: the owner may put it right, as by a reset.
+            Err(error) => return self.try_later(&error),
         }
         context.set(if self.paused == Some(true) {
             ProjectionState::Paused
@@ -370,17 +389,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.idle(Instant::now() + STANDBY_POLL.min(ttl / 6)).await;
     }
 
-    fn lease_name(&self) -> String {
-        format!("projection/{}", self.context.name)
-    }
-
     /// Whether the lease was given back or has run out, as far as this node's clock can tell. Reading is cheaper than trying.
     async fn looks_free(&mut self) -> bool {
-        let name = self.lease_name();
         match self.context.store.leases().await {
             Ok(leases) => leases
                 .iter()
-                .find(|info| info.lease.name == name)
+                .find(|info| info.lease.name == self.context.row)
                 .is_none_or(|info| info.expires_at <= chrono::Utc::now()),
             Err(error) => {
                 tracing::warn!(projection = self.context.name, %error, "could not look who owns the projection");
@@ -410,19 +424,26 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     /// Reads the checkpoint and, as a new owner, claims it: who owned it before cannot commit any more.
     async fn load(&mut self) {
         match self.claim().await {
-            Ok(checkpoint) => {
-                self.saved = Some(checkpoint);
-                self.applied = checkpoint.position;
-                self.moved_to(checkpoint.position);
-                self.restart();
-            }
+            Ok(checkpoint) => self.begin_at(checkpoint),
             Err(error) => self.refused(&error),
         }
     }
 
+    /// The read model is this node's, and here.
+    fn begin_at(&mut self, checkpoint: Checkpoint) {
+        self.saved = Some(checkpoint);
+        self.applied = checkpoint.position;
+        self.context.status.send_modify(|status| {
+            status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
+            status.position = checkpoint.position;
+            status.head = status.head.max(checkpoint.position);
+        });
+        self.restart();
+    }
+
     async fn claim(&mut self) -> Result<Checkpoint, CheckpointError> {
-        let (name, store) = (&self.context.name, &self.context.store);
-        let found = self.read_model.checkpoint(name).await?;
+        let Context { name, row, store, .. } = self.context;
+        let found = self.read_model.checkpoint(row).await?;
         let head = store.frontier().await?;
         if found.position > head {
             return Err(CheckpointError::Store(StoreError::Incompatible {
@@ -432,13 +453,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             }));
         }
         let Some(lease) = &self.lease else { return Ok(found) };
-        let claimed = Checkpoint { epoch: lease.epoch(), ..found };
-        if claimed.epoch < found.epoch {
-            return Err(CheckpointError::Stale { name: name.clone(), expected: claimed, found });
-        }
+        let Some(epoch) = lease.epoch_above(found.epoch).await? else {
+            let expected = Checkpoint { epoch: lease.epoch(), ..found };
+            return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+        };
+        let claimed = Checkpoint { epoch, ..found };
         if claimed != found {
-            let open = self.read_model.begin(name, found).await?;
-            self.read_model.commit(open, name, found, claimed, None).await?;
+            let open = self.read_model.begin(row, found).await?;
+            self.read_model.commit(open, row, found, claimed, None).await?;
         }
         Ok(claimed)
     }
@@ -455,11 +477,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn read(&mut self) {
         let Context { store, filter, options, feed, .. } = self.context;
         self.follower.get_or_insert_with(|| feed.follow());
-        let read = ReadLog::after(self.applied).filter(filter.clone()).limit(options.batch);
+        let upto = Position::new(self.applied.get().saturating_add(self.scan));
+        let read = ReadLog::after(self.applied).upto(upto).filter(filter.clone()).limit(options.batch);
         // No time limit but the store's own: a page that takes longer than a tick would never be read.
         let heard = hear(&mut self.inbox, &mut self.lease, None, store.read_log(read)).await;
         match self.attend(heard).await {
             Some(Ok(page)) => {
+                let hole = page.scanned_to == self.applied && page.has_more();
+                self.scan = if hole { self.scan.saturating_mul(2) } else { SCAN };
                 if page.events.is_empty() {
                     // Otherwise only when they are committed: a database that can be read may still refuse that.
                     self.backoff.succeeded();
@@ -566,18 +591,21 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             error.downcast_ref(),
             Some(StoreError::Incompatible { .. } | StoreError::Invalid { .. } | StoreError::Corrupt { .. })
         );
+        if !lasting {
+            return self.try_later(error);
+        }
+        tracing::error!(projection = self.context.name, %error, "the projection stands still");
+        self.context.fail(ProjectionState::Failed, error.to_string());
+        self.saved = None;
+        self.stand_still();
+    }
+
+    fn try_later(&mut self, error: &(dyn Error + 'static)) {
         let wait = self.backoff.next();
         self.wait_until = Instant::now() + wait;
         let projection = &self.context.name;
-        if lasting {
-            tracing::error!(projection, %error, "the projection stands still");
-            self.context.fail(ProjectionState::Failed, error.to_string());
-            self.saved = None;
-            self.stand_still();
-        } else {
-            tracing::warn!(projection, %error, ?wait, "the store or the read model failed and is tried again");
-            self.context.fail(ProjectionState::Retrying, error.to_string());
-        }
+        tracing::warn!(projection, %error, ?wait, "the store or the read model failed and is tried again");
+        self.context.fail(ProjectionState::Retrying, error.to_string());
     }
 
     fn moved_to(&self, position: Position) {
@@ -601,9 +629,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn flush(&mut self) {
         let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
         let to = Checkpoint { position: self.applied, ..saved };
-        let name = &self.context.name;
-        let flushed = match self.read_model.begin(name, saved).await {
-            Ok(open) => self.read_model.commit(open, name, saved, to, None).await,
+        let row = &self.context.row;
+        let flushed = match self.read_model.begin(row, saved).await {
+            Ok(open) => self.read_model.commit(open, row, saved, to, None).await,
             Err(error) => Err(error.into()),
         };
         match flushed {

@@ -118,6 +118,7 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         let mut turn = Turn {
             shared: &shared,
             lease,
+            epoch: 0,
             saved: Checkpoint::default(),
             end: MirrorEnd::default(),
             save_at: Instant::now(),
@@ -185,6 +186,8 @@ struct Turn<'a> {
     shared: &'a Shared,
     /// On a shared bus.
     lease: Option<HeldLease>,
+    /// Under which the checkpoint is written.
+    epoch: u64,
     /// The checkpoint as it is in the store.
     saved: Checkpoint,
     /// The last confirmed publish.
@@ -249,8 +252,9 @@ impl Turn<'_> {
     /// Finds out where to go on.
     async fn resume(&mut self) -> Result<Box<dyn BusPublisher>, Interruption> {
         let shared = self.shared;
-        if self.lease.is_some() {
+        if let Some(lease) = &self.lease {
             self.saved = shared.store.checkpoint(NAME).await?;
+            self.epoch = lease.epoch_above(self.saved.epoch).await?.ok_or(Interruption::LeaseLost)?;
         }
         let mut publisher = shared.bus.publisher(shared.store.info().id).await?;
         let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
@@ -295,8 +299,10 @@ impl Turn<'_> {
     /// Remembers how far publishing got, for a bus that others publish to as well.
     async fn save(&mut self) -> Result<(), Interruption> {
         self.save_at = Instant::now() + SAVE_EVERY;
-        let Some(lease) = &self.lease else { return Ok(()) };
-        let to = Checkpoint { position: self.end.position, epoch: lease.epoch(), mark: self.end.sequence };
+        if self.lease.is_none() {
+            return Ok(());
+        }
+        let to = Checkpoint { position: self.end.position, epoch: self.epoch, mark: self.end.sequence };
         if to != self.saved {
             self.shared.store.save_checkpoint(NAME, self.saved, to, None).await?;
             self.saved = to;

@@ -13,6 +13,7 @@ mod append;
 mod connection;
 mod error;
 mod frontier;
+mod notify;
 mod options;
 mod outcome;
 mod plan;
@@ -35,6 +36,7 @@ use self::connection::Connections;
 pub(crate) use self::error::{failed, is_outage};
 use self::frontier::Frontier;
 pub use self::frontier::Stall;
+use self::notify::Hints;
 pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
 pub(crate) use self::schema::prepare_read_model;
@@ -44,7 +46,6 @@ use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
     LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
-use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
 /// Under which streams get their keys. Never changes: keys are stored.
@@ -129,21 +130,20 @@ impl PostgresStore {
     }
 
     async fn open(
-        connections: Arc<Connections>,
+        info: StoreInfo,
         schema: &Schema,
-        id: Uuid,
-        codec: Codec,
-        append_concurrency: usize,
+        connections: Arc<Connections>,
+        hints: Option<Hints>,
     ) -> Result<Self, StoreError> {
         let core = Arc::new(Core {
-            info: StoreInfo::new("postgres", id, codec).with_append_concurrency(append_concurrency),
+            info,
             sql: LogSql::new(schema),
             progress: Progress::new(schema, connections.persistent()),
             connections,
             frontier: Frontier::new(),
         });
         core.frontier.refresh(&core).await?;
-        let tailer = tokio::spawn(frontier::tail(core.clone())).abort_handle();
+        let tailer = tokio::spawn(frontier::tail(core.clone(), hints)).abort_handle();
         Ok(Self { shared: Arc::new(Shared { core, tailer }) })
     }
 

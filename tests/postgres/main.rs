@@ -13,3 +13,4 @@ mod read_model;
 #[path = "../support/mod.rs"]
 mod support;
 mod tools;
+mod wake;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sqlx::{PgConnection, PgPool};
-use storied::projection::ApplyError;
+use storied::projection::{ApplyError, ProjectionState, ReadModel};
 use storied::{
     EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore,
     Projection, RecordedEvent, Runtime,
@@ -30,6 +30,11 @@ impl Projection for Seen {
             .bind(event.position.get() as i64)
             .execute(tx)
             .await?;
+        Ok(())
+    }
+
+    async fn reset(&mut self, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        sqlx::query("TRUNCATE seen").execute(tx).await?;
         Ok(())
     }
 }
@@ -83,4 +88,66 @@ async fn read_models_are_exact_while_connections_die() {
         whole_log(&writer as &dyn EventStore).await.iter().map(|event| event.position.get() as i64).collect();
     assert_eq!(seen, log);
     second.shutdown().await.unwrap();
+}
+
+/// "… or reset the projection", says the error.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_takes_over_a_read_model_of_another_store() {
+    let server = PostgresServer::shared().await;
+    let tables = server.create_database().await;
+    run(&tables, "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, position bigint)").await;
+    let pool = PgPool::connect(&tables).await.unwrap();
+    let seen =
+        async || -> i64 { sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&pool).await.unwrap() };
+    for (count, first) in [(20, true), (5, false)] {
+        let store = storied::MemoryStore::new();
+        let appended = append(&store, &stream(1), ExpectedVersion::Any, events(count)).await.unwrap();
+        let runtime = Runtime::builder()
+            .store(store)
+            .projection(Seen, PostgresReadModel::new(pool.clone()))
+            .start()
+            .await
+            .unwrap();
+        let projection = runtime.projection("seen").unwrap();
+        if !first {
+            let mut status = projection.watch();
+            let failed = status.wait_for(|status| status.state == ProjectionState::Failed);
+            let advice = failed.await.unwrap().last_error.clone().unwrap();
+            assert!(advice.contains("reset"), "{advice}");
+            assert_eq!(seen().await, 20);
+            projection.reset().await.unwrap();
+        }
+        let last = *appended.positions.last().unwrap();
+        projection.caught_up_to_within(last, Duration::from_secs(30)).await.unwrap();
+        assert_eq!(seen().await, count as i64);
+        runtime.shutdown().await.unwrap();
+    }
+}
+
+/// In the error that every application has, however it hands on what is below.
+#[derive(Debug, thiserror::Error)]
+enum Mine {
+    #[error("my read model: {0}")]
+    Told(#[from] sqlx::Error),
+    #[error(transparent)]
+    HandedOn(sqlx::Error),
+}
+
+#[tokio::test]
+async fn an_outage_inside_an_error_of_the_users_is_one() {
+    let server = PostgresServer::shared().await;
+    let pool = PgPool::connect(&server.create_database().await).await.unwrap();
+    let model = PostgresReadModel::new(pool.clone());
+    let outage = |error: ApplyError| ReadModel::is_outage(&model, &*error);
+    let failing = async |sql: &'static str| sqlx::raw_sql(sql).execute(&pool).await.unwrap_err();
+    // A deadlock, as good as: nobody is to blame.
+    let deadlock = "DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$";
+    assert!(outage(failing(deadlock).await.into()));
+    assert!(outage(Mine::Told(failing(deadlock).await).into()));
+    assert!(outage(Mine::HandedOn(failing(deadlock).await).into()));
+    let mistake = "SELECT nothing FROM nowhere";
+    assert!(!outage(failing(mistake).await.into()));
+    assert!(!outage(Mine::Told(failing(mistake).await).into()));
+    assert!(!outage(Mine::HandedOn(failing(mistake).await).into()));
+    assert!(!outage("mine".into()));
 }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use storied::projection::{ApplyError, ControlError, External, FailurePolicy, InMemory, ProjectionState};
-use storied::{EncodeError, EventStore, Filter, Position, Projection, RecordedEvent};
+use storied::store::Checkpoint;
+use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 
 use crate::support::*;
 
@@ -166,6 +168,132 @@ async fn nothing_is_applied_before_it_is_known_that_it_may() {
         link.down.store(false, Ordering::SeqCst);
         reach(&handle, ProjectionState::Paused).await;
         assert!(seen.positions().is_empty(), "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// "… or reset the projection", say the errors.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let before: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+        let head = append(&before, 0, 1..=20).await;
+        let node = local_node(&before).await;
+        let broken = Arc::new(AtomicBool::new(true));
+        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        for name in ["table", "refusing"] {
+            let table = table(name).hook(poison(3, &broken));
+            let handle = node.projection(table, database.open().await, park.clone()).await;
+            catch_up(&handle, head).await;
+        }
+        node.stop(PATIENCE).await.unwrap();
+
+        // Another store, with less in it: the checkpoint is neither of this store nor within its log.
+        let head = append(&store, 0, 1..=10).await;
+        let (one, two) = (local_node(&store).await, local_node(&store).await);
+        let handle = one.projection(table("table"), database.open().await, options()).await;
+        reach(&handle, ProjectionState::Failed).await;
+        let advice = handle.status().last_error.unwrap();
+        assert!(advice.contains("reset"), "{kind}: {advice}");
+        let standby = two.projection(table("table"), database.open().await, options()).await;
+        reach(&standby, ProjectionState::Retrying).await;
+        let error = standby.reset().await.unwrap_err();
+        assert!(matches!(error, ControlError::NotOwner { .. }), "{error}");
+        assert_eq!(database.seen("table").await.len(), 19, "{kind}: nothing was changed");
+        assert_eq!(handle.parked(10).await.unwrap().len(), 1, "{kind}");
+
+        handle.reset().await.unwrap();
+        catch_up(&handle, head).await;
+        catch_up(&standby, head).await;
+        let all = log(&store, &Filter::all()).await;
+        assert_eq!(database.seen("table").await, all, "{kind}");
+        assert!(handle.parked(10).await.unwrap().is_empty(), "{kind}");
+
+        // One that refuses is as before.
+        let model = database.open().await;
+        let handle = one.projection(Refusing("refusing"), model, options()).await;
+        reach(&handle, ProjectionState::Failed).await;
+        let error = handle.reset().await.unwrap_err();
+        assert!(matches!(error, ControlError::Refused { .. }), "{error}");
+        handle.resume().await.unwrap();
+        reach(&handle, ProjectionState::Failed).await;
+        assert!(handle.status().last_error.unwrap().contains("in event store"), "{kind}");
+
+        // A checkpoint beyond the end of the log: the log was restored from a backup.
+        let ahead = Checkpoint { position: Position::new(99), epoch: 7, mark: 0 };
+        store.save_checkpoint("projection/delivered", Checkpoint::default(), ahead, None).await.unwrap();
+        let delivered = recorder("delivered");
+        let seen = delivered.seen.clone();
+        let handle = one.projection(delivered, External::new(), options()).await;
+        reach(&handle, ProjectionState::Failed).await;
+        assert!(handle.status().last_error.unwrap().contains("position 99"));
+        handle.reset().await.unwrap();
+        catch_up(&handle, head).await;
+        assert_eq!(seen.positions(), all, "{kind}");
+        let checkpoint = store.checkpoint("projection/delivered").await.unwrap();
+        assert_eq!((checkpoint.position, checkpoint.epoch), (head, 8), "{kind}");
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+
+        // The same with a read model of its own.
+        sqlx::query("UPDATE storied_checkpoints SET position = 99")
+            .execute(database.open().await.pool())
+            .await
+            .unwrap();
+        let node = local_node(&store).await;
+        let handle = node.projection(table("table"), database.open().await, options()).await;
+        reach(&handle, ProjectionState::Failed).await;
+        handle.reset().await.unwrap();
+        catch_up(&handle, head).await;
+        assert_eq!(database.seen("table").await, all, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// Writes nothing, and cannot be reset.
+struct Refusing(&'static str);
+
+impl Projection for Refusing {
+    type Transaction = sqlx::SqliteConnection;
+
+    fn name(&self) -> &str {
+        self.0
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, _: &mut sqlx::SqliteConnection) -> Result<(), ApplyError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_projection_can_be_asked_what_it_parked_from_the_first_moment_on() {
+    for (kind, store, _dir) in stores().await {
+        let node = local_node(&store).await;
+        let database = Database::new().await;
+        let model = database.open().await;
+        // Nobody waits in between, and the first is to be prepared while somebody else has the database.
+        let lock = model.pool().begin_with("BEGIN IMMEDIATE").await.unwrap();
+        let handles = [
+            node.projection(table("table"), model.clone(), options()).await,
+            node.projection(recorder("delivered"), External::new(), options()).await,
+            node.projection(recorder("memory"), InMemory::new(), options()).await,
+        ];
+        let asked = handles.each_ref().map(|handle| async move {
+            let none = handle.parked(10).await.unwrap();
+            let error = handle.discard_parked(Position::new(1)).await.unwrap_err();
+            (none.len(), matches!(error, ControlError::NotParked { .. }))
+        });
+        let unlocked = async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            lock.rollback().await.unwrap();
+        };
+        let (answers, ()) = tokio::join!(futures_util::future::join_all(asked), unlocked);
+        assert_eq!(answers, [(0, true); 3], "{kind}");
         node.stop(PATIENCE).await.unwrap();
     }
 }

@@ -238,6 +238,77 @@ async fn a_read_model_that_is_away_is_waited_for_and_no_event_is_blamed() {
     node.stop(PATIENCE).await.unwrap();
 }
 
+/// As every application has one.
+#[derive(Debug, thiserror::Error)]
+enum Wrapped {
+    #[error("my read model: {0}")]
+    Told(#[from] sqlx::Error),
+    #[error("my index: {0}")]
+    Away(#[source] storied::projection::TargetUnavailable),
+    #[error(transparent)]
+    HandedOn(sqlx::Error),
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_inside_an_error_of_the_users_is_blamed_on_no_event() {
+    for (kind, store, _dir) in stores().await {
+        let head = append(&store, 0, 1..=10).await;
+        let database = Database::new().await;
+        // SQLITE_BUSY, as sqlx says it.
+        let lock = database.open().await.pool().begin_with("BEGIN IMMEDIATE").await.unwrap();
+        let connect = sqlx::sqlite::SqliteConnectOptions::new().filename(database.path());
+        let busy =
+            sqlx::SqlitePool::connect_with(connect.busy_timeout(Duration::from_millis(1))).await.unwrap();
+        let io = || sqlx::Error::Io(std::io::Error::other("disk away"));
+        let away = || storied::projection::TargetUnavailable::new("index away");
+        // Event 5 fails much more often than attempts are allowed, each time in another way; the ones before it do not.
+        let failing = |sql: bool| {
+            let (failures, busy) = (Arc::new(AtomicU32::new(0)), busy.clone());
+            let failing: Hook = Arc::new(move |event| {
+                let failures =
+                    if event.position.get() == 5 { failures.fetch_add(1, Ordering::SeqCst) } else { 99 };
+                let busy = busy.clone();
+                Box::pin(async move {
+                    match failures {
+                        n if n > 11 => Ok(()),
+                        n if n % 4 == 0 && sql => Err(Wrapped::Told(io()).into()),
+                        n if n % 4 == 1 && sql => {
+                            let error = busy.begin_with("BEGIN IMMEDIATE").await.unwrap_err();
+                            Err(Wrapped::HandedOn(error).into())
+                        }
+                        n if n % 2 == 0 => Err(Wrapped::Away(away()).into()),
+                        _ => Err(away().into()),
+                    }
+                })
+            });
+            failing
+        };
+        let models = Database::new().await;
+        let node = local_node(&store).await;
+        let (memory, delivered) =
+            (recorder("memory").hook(failing(false)), recorder("delivered").hook(failing(false)));
+        let seen = [memory.seen.clone(), delivered.seen.clone()];
+        let options = options().attempts(1);
+        let handles = [
+            node.projection(memory, InMemory::new(), options.clone()).await,
+            node.projection(delivered, External::new(), options.clone()).await,
+            node.projection(table("table").hook(failing(true)), models.open().await, options).await,
+        ];
+        for handle in &handles {
+            catch_up(handle, head).await;
+            assert!(handle.status().last_error.is_some());
+            assert_eq!(handle.status().events_applied, 10);
+        }
+        let all = log(&store, &Filter::all()).await;
+        assert_eq!(models.seen("table").await, all, "{kind}");
+        for seen in &seen {
+            assert_eq!(seen.positions(), all, "{kind}: what went before is not applied again");
+        }
+        lock.rollback().await.unwrap();
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_read_model_of_another_or_a_younger_log_is_refused() {
     let database = Database::new().await;
@@ -259,7 +330,7 @@ async fn a_read_model_of_another_or_a_younger_log_is_refused() {
 
     // A checkpoint beyond the end of the log: the log was restored from a backup.
     let ahead = storied::store::Checkpoint { position: Position::new(99), epoch: 0, mark: 0 };
-    other.save_checkpoint("delivered", Default::default(), ahead, None).await.unwrap();
+    other.save_checkpoint("projection/delivered", Default::default(), ahead, None).await.unwrap();
     let node = local_node(&other).await;
     let handle = node.projection(recorder("delivered"), External::new(), options()).await;
     reach(&handle, ProjectionState::Failed).await;

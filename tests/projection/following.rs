@@ -1,10 +1,15 @@
 //! Every event exactly once and in order, whatever the bus, the timing and the process do.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use storied::projection::{External, InMemory, ProjectionState, WaitError};
 use storied::testing::Node;
-use storied::{FeedOptions, Filter, LocalBus, Position, ProjectionOptions};
+use storied::{
+    EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Position, ProjectionOptions,
+    PublisherOptions,
+};
+use tokio::time::timeout;
 
 use crate::support::*;
 
@@ -164,7 +169,7 @@ async fn a_filter_that_never_matches_reaches_the_head_and_stays_there() {
         let head = store.frontier().await.unwrap();
         assert_eq!(handle.status().position, head, "{kind}");
         node.stop(PATIENCE).await.unwrap();
-        assert_eq!(store.checkpoint("never").await.unwrap().position, head, "saved on stop");
+        assert_eq!(store.checkpoint("projection/never").await.unwrap().position, head, "saved on stop");
         assert!(seen.positions().is_empty());
     }
 }
@@ -221,4 +226,129 @@ async fn fifty_projections_live_in_one_process() {
         }
         node.stop(PATIENCE).await.unwrap();
     }
+}
+
+/// Two services in one process, on clones of one bus.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_another_store_on_the_same_bus_is_none_of_ours() {
+    for ((kind, store, _dir), (_, other, _other_dir)) in stores().await.into_iter().zip(stores().await) {
+        let bus = LocalBus::new();
+        // No polling: what is not on the bus does not arrive in time.
+        let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
+        let publishing = publishing().idle_poll(Duration::from_secs(3_600));
+        let start = |store: &Arc<dyn EventStore>| {
+            Node::start(store.clone(), Arc::new(bus.clone()), feed.clone(), publishing.clone())
+        };
+        let (here, there) = (start(&store).await, start(&other).await);
+        let (ours, theirs) = (recorder("memory"), recorder("memory"));
+        let seen = [ours.seen.clone(), theirs.seen.clone()];
+        let ours = here.projection(ours, InMemory::new(), options()).await;
+        let theirs = there.projection(theirs, InMemory::new(), options()).await;
+        for handle in [&ours, &theirs] {
+            reach(handle, ProjectionState::Following).await;
+        }
+        eventually("both feeds are there", || {
+            [&here, &there].iter().all(|node| node.feed().position.is_some())
+        })
+        .await;
+        for n in 0..10 {
+            // Its positions are ahead of ours, so that it would be ours that are skipped.
+            let ahead = append(&other, 0, [n, n, n]).await;
+            catch_up(&theirs, ahead).await;
+            let head = append(&store, 0, [n]).await;
+            catch_up(&ours, head).await;
+            assert_eq!(here.feed().position, Some(head), "{kind}");
+        }
+        assert_eq!(seen[0].positions(), log(&store, &Filter::all()).await, "{kind}");
+        assert_eq!(seen[1].positions(), log(&other, &Filter::all()).await, "{kind}");
+        here.stop(PATIENCE).await.unwrap();
+        there.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// A filter that matches nothing, over a log of many positions: no page of it takes for ever, and what it has behind it counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scan_for_what_is_rare_hears_and_saves_its_progress() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 0..300).await;
+        // A position in a thousand.
+        let link = Link::new(&store).sparse(1_000);
+        link.wall(100_000);
+        let sparse: Arc<dyn EventStore> = Arc::new(link.clone());
+        let node = local_node(&sparse).await;
+        let never = recorder("never").filter(Filter::variants::<Thing>(&["never"]).unwrap());
+        let handle = node.projection(never, External::new(), options()).await;
+        catch_up(&handle, Position::new(100_000)).await;
+        let hears = async {
+            handle.pause().await.unwrap();
+            let checkpoint = store.checkpoint("projection/never").await.unwrap();
+            assert_eq!(checkpoint.position, Position::new(100_000), "{kind}");
+            handle.resume().await.unwrap();
+        };
+        timeout(PATIENCE, hears).await.unwrap();
+        assert_eq!(handle.status().position, Position::new(100_000), "{kind}");
+        link.wall(u64::MAX);
+        catch_up(&handle, Position::new(300_000)).await;
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn holes_in_the_log_are_no_end_of_it() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 0..20).await;
+        let sparse: Arc<dyn EventStore> = Arc::new(Link::new(&store).sparse(1_000_000_000));
+        let node = local_node(&sparse).await;
+        let evens = recorder("evens").filter(evens());
+        let seen = evens.seen.clone();
+        let handle = node.projection(evens, InMemory::new(), options()).await;
+        catch_up(&handle, Position::new(20_000_000_000)).await;
+        for n in 20..30 {
+            append(&store, 0, [n]).await;
+        }
+        catch_up(&handle, Position::new(30_000_000_000)).await;
+        let filter = crate::support::evens();
+        assert_eq!(seen.positions(), log(&sparse, &filter).await, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// Durations without end, for those who mean "never".
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn durations_may_be_as_long_as_they_get() {
+    let never = Duration::MAX;
+    for (kind, store, _dir) in stores().await {
+        let feed = FeedOptions::new().idle_poll(never);
+        let publishing =
+            PublisherOptions::new().busy_poll(never).idle_poll(never).heartbeat(never).lease(never);
+        let mirror = Mirror::default();
+        for bus in [Arc::new(LocalBus::new()) as Arc<dyn EventBus>, Arc::new(mirror.clone())] {
+            let node = Node::start(store.clone(), bus, feed.clone(), publishing.clone()).await;
+            let options = ProjectionOptions::new().lease(never).backoff(Duration::from_millis(1), never);
+            let delivered = node.projection(recorder("delivered"), External::new(), options.clone()).await;
+            let head = append(&store, 0, [1]).await;
+            // The mirror tells nobody what it has, and the feed never asks.
+            if node.publisher().bus == "local" {
+                delivered.caught_up_to_within(head, never).await.unwrap();
+                delivered.wait_until_live(never).await.unwrap();
+            }
+            node.stop(never).await.unwrap();
+        }
+        assert_eq!(mirror.kept().last(), log(&store, &Filter::all()).await.last(), "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backoff_without_end_waits_and_does_not_panic() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, [1]).await;
+    let node = local_node(&store).await;
+    let options = ProjectionOptions::new().backoff(Duration::MAX, Duration::MAX);
+    let failing = recorder("failing").hook(hook(|_| Err("always".into())));
+    let handle = node.projection(failing, InMemory::new(), options).await;
+    reach(&handle, ProjectionState::Retrying).await;
+    let error = handle.caught_up_to_within(Position::new(1), Duration::from_millis(50)).await.unwrap_err();
+    assert!(matches!(error, WaitError::TimedOut { .. }), "{error}");
+    assert!(handle.status().last_error.is_some_and(|error| error.contains("always")));
+    node.stop(PATIENCE).await.unwrap();
 }

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use storied::projection::{ControlError, External, ProjectionState};
-use storied::{EventStore, Filter, Position};
+use storied::store::Checkpoint;
+use storied::{EventStore, Filter, Position, PublisherState};
 use tokio::time::Instant;
 
 use crate::support::*;
@@ -83,11 +84,15 @@ async fn an_owner_that_was_replaced_without_noticing_is_refused() {
         // The heir has claimed the checkpoint, and not moved it yet: only the epoch can tell the two apart.
         heirs_gate.reached().await;
         assert_eq!(second.status().epoch, 2, "{kind}");
-        let claimed = store.checkpoint("delivered").await.unwrap();
+        let claimed = store.checkpoint("projection/delivered").await.unwrap();
         assert_eq!((claimed.position, claimed.epoch), (Position::START, 2), "{kind}");
         gate.open();
         reach(&first, ProjectionState::Standby).await;
-        assert_eq!(store.checkpoint("delivered").await.unwrap(), claimed, "{kind}: the zombie wrote nothing");
+        assert_eq!(
+            store.checkpoint("projection/delivered").await.unwrap(),
+            claimed,
+            "{kind}: the zombie wrote nothing"
+        );
         assert!(first.status().last_error.is_some());
         heirs_gate.open();
 
@@ -137,5 +142,66 @@ async fn exactly_once_while_owners_come_and_go() {
             node.kill();
         }
         node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// Leases start from 1 again while checkpoints do not: the event store's were lost, or restored from a backup.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let head = append(&store, 0, 1..=5).await;
+        let first = local_node(&store).await;
+        let handle = first.projection(table("table"), database.open().await, options()).await;
+        catch_up(&handle, head).await;
+        first.stop(PATIENCE).await.unwrap();
+        let raised = sqlx::query("UPDATE storied_checkpoints SET epoch = 99");
+        raised.execute(database.open().await.pool()).await.unwrap();
+        let at = Checkpoint { position: Position::START, epoch: 99, mark: 0 };
+        for name in ["projection/delivered", "publisher"] {
+            store.save_checkpoint(name, Checkpoint::default(), at, None).await.unwrap();
+        }
+        for epoch in [100, 101] {
+            let mirror = Mirror::default();
+            let node = node(&store, mirror.clone()).await;
+            let handles = [
+                node.projection(table("table"), database.open().await, options()).await,
+                node.projection(recorder("delivered"), External::new(), options()).await,
+            ];
+            let head = append(&store, 0, 1..=5).await;
+            for handle in &handles {
+                catch_up(handle, head).await;
+                assert_eq!(handle.status().epoch, epoch, "{kind}");
+            }
+            eventually("it publishes", || {
+                node.publisher().state == PublisherState::Publishing
+                    && mirror.kept().last().is_some_and(|last| *last == head)
+            })
+            .await;
+            node.stop(PATIENCE).await.unwrap();
+            for name in ["projection/delivered", "publisher"] {
+                let checkpoint = store.checkpoint(name).await.unwrap();
+                assert_eq!((checkpoint.position, checkpoint.epoch), (head, epoch), "{kind}: {name}");
+            }
+        }
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_projection_may_be_called_as_the_publisher_is() {
+    for (kind, store, _dir) in stores().await {
+        let mirror = Mirror::default();
+        let node = node(&store, mirror.clone()).await;
+        let recorder = recorder("publisher");
+        let seen = recorder.seen.clone();
+        let handle = node.projection(recorder, External::new(), options()).await;
+        for n in 0..20 {
+            let head = append(&store, 0, [n]).await;
+            catch_up(&handle, head).await;
+        }
+        node.stop(PATIENCE).await.unwrap();
+        let all = log(&store, &Filter::all()).await;
+        assert_eq!((seen.positions(), mirror.kept()), (all.clone(), all), "{kind}");
     }
 }

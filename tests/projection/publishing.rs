@@ -161,3 +161,29 @@ async fn foreign_appends_are_found_by_polling() {
     }
     node.stop(PATIENCE).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_while_a_panicked_publisher_waits_for_its_restart_publishes_or_says_that_it_did_not() {
+    for (kind, store, _dir) in stores().await {
+        for mends in [true, false] {
+            let mirror = Mirror::default();
+            let node = node(&store, mirror.clone()).await;
+            reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
+            mirror.panics.store(true, Ordering::SeqCst);
+            append(&store, 0, 0..10).await;
+            // So often that the next restart is seconds away.
+            eventually("it panics", || mirror.panicked.load(Ordering::SeqCst) >= 5).await;
+            reach(&node, "it waits", |state| matches!(state, PublisherState::Retrying { .. })).await;
+            mirror.panics.store(!mends, Ordering::SeqCst);
+            let stopped = node.stop(PATIENCE).await;
+            if mends {
+                stopped.unwrap();
+                assert_eq!(mirror.kept(), log(&store, &Filter::all()).await, "{kind}");
+            } else {
+                let error = stopped.unwrap_err();
+                assert_eq!(error.name, "publisher", "{error}");
+                assert!(error.reason.contains("on purpose"), "{error}");
+            }
+        }
+    }
+}

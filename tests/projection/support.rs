@@ -562,6 +562,10 @@ pub struct Mirror {
     pub down: Arc<AtomicBool>,
     /// Publishing hangs.
     pub hangs: Arc<AtomicBool>,
+    /// Publishing panics.
+    pub panics: Arc<AtomicBool>,
+    /// How often it did.
+    pub panicked: Arc<AtomicU64>,
 }
 
 impl Mirror {
@@ -613,6 +617,10 @@ impl BusPublisher for MirrorPublisher {
             while self.mirror.hangs.load(Ordering::SeqCst) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
+            if self.mirror.panics.load(Ordering::SeqCst) {
+                self.mirror.panicked.fetch_add(1, Ordering::SeqCst);
+                panic!("on purpose");
+            }
             for event in batch.events.iter() {
                 tokio::task::yield_now().await;
                 if self.mirror.down.load(Ordering::SeqCst) {
@@ -643,11 +651,37 @@ pub struct Link {
     pub down: Arc<AtomicBool>,
     /// Leases are not renewed: no answer.
     pub mute: Arc<AtomicBool>,
+    /// The positions that this node sees are so many times those of the store: the log has holes.
+    sparse: u64,
+    /// The log is not read from here on, for as long as it stays so: no answer.
+    wall: Arc<AtomicU64>,
 }
 
 impl Link {
     pub fn new(inner: &Arc<dyn EventStore>) -> Self {
-        Self { inner: inner.clone(), down: Arc::default(), mute: Arc::default() }
+        Self {
+            inner: inner.clone(),
+            down: Arc::default(),
+            mute: Arc::default(),
+            sparse: 1,
+            wall: Arc::new(AtomicU64::new(u64::MAX)),
+        }
+    }
+
+    pub fn sparse(self, times: u64) -> Self {
+        Self { sparse: times, ..self }
+    }
+
+    pub fn wall(&self, position: u64) {
+        self.wall.store(position, Ordering::SeqCst);
+    }
+
+    fn outside(&self, position: Position) -> Position {
+        Position::new(position.get() * self.sparse)
+    }
+
+    fn inside(&self, position: Position) -> Position {
+        Position::new(position.get() / self.sparse)
     }
 
     fn check(&self) -> Result<(), StoreError> {
@@ -686,11 +720,26 @@ impl EventStore for Link {
     }
 
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
-        through!(self, self.inner.read_log(read))
+        Box::pin(async move {
+            self.check()?;
+            while read.after.get() >= self.wall.load(Ordering::SeqCst) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let after = read.after;
+            let inside =
+                ReadLog { after: self.inside(after), upto: read.upto.map(|upto| self.inside(upto)), ..read };
+            let mut page = self.inner.read_log(inside).await?;
+            page.head = self.outside(page.head);
+            page.scanned_to = self.outside(page.scanned_to).max(after);
+            for event in &mut page.events {
+                event.position = self.outside(event.position);
+            }
+            Ok(page)
+        })
     }
 
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
-        through!(self, self.inner.frontier())
+        through!(self, async { Ok(self.outside(self.inner.frontier().await?)) })
     }
 
     fn appended(&self) -> watch::Receiver<Position> {

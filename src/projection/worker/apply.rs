@@ -1,6 +1,5 @@
 //! Applying what is pending: transactions, the event that fails, and what becomes of it.
 
-use std::error::Error;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 
@@ -10,8 +9,9 @@ use tokio::time::Instant;
 use super::{Pending, Run, Suspect};
 use crate::backoff::Backoff;
 use crate::event::{DecodeError, RecordedEvent};
+use crate::projection::error::causes;
 use crate::projection::{
-    ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel,
+    ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel, TargetUnavailable,
 };
 use crate::store::{Checkpoint, ParkedEvent};
 use crate::supervised::panic_text;
@@ -34,14 +34,12 @@ pub(super) async fn contained(user: impl Future<Output = Result<(), ApplyError>>
 
 /// Whether the error, or what caused it, says that the event's bytes cannot be read: they never will.
 fn is_undecodable(error: &ApplyError) -> bool {
-    let mut cause: Option<&(dyn Error + 'static)> = Some(&**error);
-    while let Some(error) = cause {
-        if error.is::<DecodeError>() {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
+    causes(&**error).any(|cause| cause.is::<DecodeError>())
+}
+
+/// Whether the error, or what caused it, says that the read model cannot be reached: no event is to blame for that.
+fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
+    causes(&**error).any(|cause| cause.is::<TargetUnavailable>()) || read_model.is_outage(&**error)
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
@@ -65,7 +63,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             _ => suspected.min(self.context.options.batch),
         };
-        let mut open = match self.read_model.begin(&self.context.name, saved).await {
+        let mut open = match self.read_model.begin(&self.context.row, saved).await {
             Ok(open) => open,
             Err(error) => {
                 self.pending = Some(pending);
@@ -85,17 +83,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
         }
         let Some(error) = failure else { return self.commit(open, saved, pending, count).await };
-        if self.read_model.is_outage(&*error) {
+        let outage = is_outage(self.read_model, &error);
+        if !outage {
+            self.suspect_of(&pending, applied, &error);
+        }
+        if applied > 0 && !self.read_model.rolls_back() {
+            self.commit(open, saved, pending, applied).await;
+            // Otherwise the commit has failed, and that is what is waited for.
+            if self.saved.is_none() {
+                return;
+            }
+        } else {
             self.pending = Some(pending);
             self.roll_back(open).await;
-            return self.outage(&*error);
         }
-        self.suspect_of(&pending, applied, &error);
-        if applied > 0 && !self.read_model.rolls_back() {
-            return self.commit(open, saved, pending, applied).await;
+        if outage {
+            self.outage(&*error);
         }
-        self.pending = Some(pending);
-        self.roll_back(open).await;
     }
 
     /// Remembers which event failed, and how often.
@@ -129,7 +133,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
-        if let Err(error) = self.read_model.commit(open, &self.context.name, saved, to, None).await {
+        if let Err(error) = self.read_model.commit(open, &self.context.row, saved, to, None).await {
             return self.refused(&error);
         }
         self.backoff.succeeded();
@@ -175,14 +179,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             FailurePolicy::Park => {
                 let parked = ParkedEvent::new(event, suspect.error.clone(), suspect.attempts);
                 let to = Checkpoint { position: event.position, ..saved };
-                let open = match self.read_model.begin(&context.name, saved).await {
+                let open = match self.read_model.begin(&context.row, saved).await {
                     Ok(open) => open,
                     Err(error) => {
                         self.pending = Some(pending);
                         return self.outage(&error);
                     }
                 };
-                if let Err(error) = self.read_model.commit(open, &context.name, saved, to, Some(parked)).await
+                if let Err(error) = self.read_model.commit(open, &context.row, saved, to, Some(parked)).await
                 {
                     return self.refused(&error);
                 }

@@ -289,11 +289,20 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             return Err(match backend {
                 // Without a commit, the server takes it back as soon as it notices.
                 _ if explicit => Failure::Lost(error),
-                backend => Failure::Unknown(error, Trace::Backend(backend)),
+                Some(backend) => Failure::Unknown(error, Trace::Backend(backend)),
+                None => Failure::Failed(StoreError::OutcomeUnknown {
+                    reason: format!("{error}; and the server process is not known"),
+                    source: Some(Arc::new(error)),
+                }),
             });
         }
         Err(error) => {
-            session.roll_back().await;
+            if verdict(&error) == Verdict::Failed {
+                // Perhaps another server is the primary by now: the next attempt asks for a connection anew.
+                core.connections.purge();
+            } else {
+                session.roll_back().await;
+            }
             return Err(Failure::answered(error));
         }
     };

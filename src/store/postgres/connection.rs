@@ -152,10 +152,13 @@ impl Connections {
                 return Err(StoreError::Unavailable { reason, source: None });
             }
         };
-        while let Some(mut live) = self.pop() {
-            if live.1.elapsed() < TRUSTED || matches!(timeout(GRACE, live.0.ping()).await, Ok(Ok(()))) {
-                return Ok(self.session(live.0, permit));
+        while let Some((mut live, since)) = self.pop() {
+            let limit = deadline.min(Instant::now() + GRACE);
+            if since.elapsed() < TRUSTED || matches!(timeout_at(limit, live.ping()).await, Ok(Ok(()))) {
+                return Ok(self.session(live, permit));
             }
+            // The others have been idle for longer, and would each take as long to find out.
+            self.purge();
         }
         let live = timeout_at(deadline, self.open()).await;
         let live = live.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(|error| failed(doing, error))?;

@@ -1,5 +1,8 @@
 //! What PostgreSQL's errors mean for the caller.
 
+use std::error::Error;
+
+use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use super::super::StoreError;
@@ -28,6 +31,10 @@ pub(crate) fn verdict(error: &sqlx::Error) -> Verdict {
         sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => return Verdict::Refused,
         _ => return Verdict::Unknown,
     };
+    verdict_of(&**database)
+}
+
+fn verdict_of(database: &dyn DatabaseError) -> Verdict {
     let severity = database.try_downcast_ref::<PgDatabaseError>().map(PgDatabaseError::severity);
     if matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic)) {
         // The end of the session, which says nothing about the transaction: it may end between commit and answer.
@@ -49,19 +56,31 @@ pub(crate) fn verdict(error: &sqlx::Error) -> Verdict {
     }
 }
 
-/// Whether a statement failed because of the server or of what others did, and not because of what it said.
-pub(crate) fn is_outage(error: &sqlx::Error) -> bool {
-    // A missing table or right stays missing: whoever wrote the statement has to hear of it.
-    let lasting = error.as_database_error().and_then(|error| error.code());
-    let lasting =
-        lasting.is_some_and(|code| ["42", "25", "28", "3D"].iter().any(|class| code.starts_with(class)));
+/// Whether an error of a statement comes from the server or what others did, and not from what the statement said. `false`
+/// for errors of other origin.
+pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
+    // What sqlx::Error::Database has as its source: all that is left of it under an error that hands on only what is below.
+    if let Some(database) = error.downcast_ref::<Box<dyn DatabaseError>>() {
+        return is_outage_of(&**database);
+    }
+    let Some(error) = error.downcast_ref::<sqlx::Error>() else { return false };
+    if let Some(database) = error.as_database_error() {
+        return is_outage_of(database);
+    }
     let mistake =
         matches!(
             error,
             sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::TypeNotFound { .. }
         ) || matches!(error, sqlx::Error::ColumnIndexOutOfBounds { .. } | sqlx::Error::ColumnDecode { .. })
             || matches!(error, sqlx::Error::Decode(_));
-    !lasting && !mistake && verdict(error) != Verdict::Refused
+    !mistake && verdict(error) != Verdict::Refused
+}
+
+fn is_outage_of(database: &dyn DatabaseError) -> bool {
+    // A missing table or right stays missing: whoever wrote the statement has to hear of it.
+    let code = database.code().unwrap_or_default();
+    let lasting = ["42", "25", "28", "3D"].iter().any(|class| code.starts_with(class));
+    !lasting && verdict_of(database) != Verdict::Refused
 }
 
 /// Whether it was [`OVERTAKEN`], which is no failure of anybody's.

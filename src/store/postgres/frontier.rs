@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::super::StoreError;
 use super::error::failed;
+use super::notify::Hints;
 use super::{Core, from_sql};
 use crate::event::Position;
 
@@ -75,12 +76,20 @@ impl Frontier {
     }
 
     pub(super) fn subscribe(&self) -> watch::Receiver<Position> {
-        self.head.subscribe()
+        let receiver = self.head.subscribe();
+        // It may sleep for long while nobody listens.
+        self.wake.notify_one();
+        receiver
     }
 
     /// Says that this process has appended up to `position`.
     pub(super) fn announce(&self, position: Position) {
         self.own.fetch_max(position.get(), Ordering::AcqRel);
+        self.wake.notify_one();
+    }
+
+    /// Another process says that it has appended.
+    fn heard(&self) {
         self.wake.notify_one();
     }
 
@@ -171,19 +180,40 @@ pub(super) async fn stall(core: &Arc<Core>) -> Result<Option<Stall>, StoreError>
 
 /// Keeps the head up to date for those who wait for it: on every append of this process, and by polling for those of
 /// others. One for a store, whatever the number of its readers.
-pub(super) async fn tail(core: Arc<Core>) {
+pub(super) async fn tail(core: Arc<Core>, hints: Option<Hints>) {
+    match &hints {
+        None => poll(&core, None).await,
+        Some(hints) => {
+            let heard = || core.frontier.heard();
+            tokio::join!(poll(&core, Some(hints)), hints.listen(heard));
+        }
+    }
+}
+
+async fn poll(core: &Arc<Core>, hints: Option<&Hints>) {
     let frontier = &core.frontier;
+    let mut hinted = None;
+    let mut told = 0;
     let mut pause = BUSY;
     let mut broken = false;
     let mut warned: Option<Instant> = None;
     loop {
         let longest = if frontier.head.receiver_count() > 0 { pause } else { ALONE };
         let woken = tokio::time::timeout(longest, frontier.wake.notified()).await.is_ok();
+        if let Some(hints) = hints {
+            let own = frontier.own.load(Ordering::Acquire);
+            if own > told
+                && let Err(error) = core.timed_call(DOING, hints.send(core, &mut hinted)).await
+            {
+                tracing::debug!(%error, "other processes were not told of an append");
+            }
+            told = own;
+        }
         if woken && frontier.head.receiver_count() == 0 {
             continue; // whoever comes to read will ask
         }
         let before = *frontier.head.borrow();
-        match core.timed_call(DOING, frontier.refresh(&core)).await {
+        match core.timed_call(DOING, frontier.refresh(core)).await {
             Ok(head) => {
                 if broken {
                     tracing::info!(%head, "the event store can be read again");
@@ -203,7 +233,7 @@ pub(super) async fn tail(core: Arc<Core>) {
         match frontier.held_for() {
             Some(time) if time >= STALLED && warned.is_none_or(|last| last.elapsed() > STALLED * 6) => {
                 warned = Some(Instant::now());
-                match core.timed_call(DOING, stall(&core)).await {
+                match core.timed_call(DOING, stall(core)).await {
                     Ok(Some(stall)) => tracing::warn!(
                         pid = stall.pid,
                         application_name = stall.application_name,

@@ -5,12 +5,13 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgPool};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, ConnectOptions, SqlSafeStr};
 
-use super::super::StoreError;
+use super::super::{StoreError, StoreInfo};
 use super::connection::{Connections, Patience, Source};
 use super::error::failed;
+use super::notify::Hints;
 use super::sql::Schema;
 use super::{PostgresStore, schema};
 use crate::codec::Codec;
@@ -30,6 +31,7 @@ pub struct PostgresOptions {
     acquire_timeout: Duration,
     transaction_pooler: bool,
     append_concurrency: usize,
+    notify: bool,
 }
 
 impl fmt::Debug for PostgresOptions {
@@ -65,6 +67,7 @@ impl PostgresOptions {
             acquire_timeout: Duration::from_secs(10),
             transaction_pooler: false,
             append_concurrency: 2,
+            notify: false,
         }
     }
 
@@ -161,6 +164,15 @@ impl PostgresOptions {
         self
     }
 
+    /// Whether processes that use the same store hint to each other (LISTEN and NOTIFY) when they have appended, at most
+    /// every 10 ms, so that idle followers see it at once instead of within 100 ms. Takes one connection more, and is not
+    /// possible through a pooler in transaction mode. Default: no.
+    #[must_use]
+    pub fn notify(mut self, notify: bool) -> Self {
+        self.notify = notify;
+        self
+    }
+
     /// Connects, creates or migrates the tables if need be, and checks everything that the log rests on. Any number of
     /// processes may do so at once. Must be called within a tokio runtime.
     ///
@@ -171,8 +183,24 @@ impl PostgresOptions {
     pub async fn connect(self) -> Result<PostgresStore, StoreError> {
         let schema = Schema::new(&self.schema)?;
         let connections = Arc::new(self.connections()?);
+        let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
         let id = schema::prepare(&connections, &schema, self.codec, self.migrate).await?;
-        PostgresStore::open(connections, &schema, id, self.codec, self.append_concurrency).await
+        let info =
+            StoreInfo::new("postgres", id, self.codec).with_append_concurrency(self.append_concurrency);
+        PostgresStore::open(info, &schema, connections, hints).await
+    }
+
+    fn hints(&self, schema: &Schema) -> Result<Hints, StoreError> {
+        if self.transaction_pooler {
+            return Err(StoreError::Invalid {
+                reason: "PostgresOptions::notify needs a session of its own, which a transaction pooler does not give: leave one of the two options out".into(),
+            });
+        }
+        let pool = match &self.pool {
+            Some(pool) => pool.clone(),
+            None => PgPoolOptions::new().max_connections(1).connect_lazy_with(self.connect_options()?),
+        };
+        Ok(Hints::new(schema, pool))
     }
 
     fn connections(&self) -> Result<Connections, StoreError> {
@@ -206,12 +234,16 @@ impl PostgresOptions {
             return Ok(options.extra_float_digits(None).statement_cache_capacity(0));
         }
         let statement = millis(self.statement_timeout);
-        Ok(options.options([
+        let limits = [
             ("statement_timeout", statement),
             ("idle_in_transaction_session_timeout", millis(self.idle_in_transaction_timeout)),
             // A client that has vanished must not keep a process, and its low-water lock, waiting for the network.
             ("tcp_user_timeout", statement),
-        ]))
+        ];
+        // Pages of the log and of streams are to be read along their index from the first row on, also while the table has
+        // grown faster than its statistics: sorting a page's whole range instead makes a catch-up thirty times slower.
+        let plans = [("enable_bitmapscan", "off"), ("enable_seqscan", "off")];
+        Ok(options.options(limits).options(plans))
     }
 }
 

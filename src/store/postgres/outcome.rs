@@ -20,7 +20,7 @@ const DOING: &str = "finding out whether an append happened";
 #[derive(Debug)]
 pub(super) enum Trace {
     /// The server process that had it, and works for nobody else.
-    Backend(Option<Backend>),
+    Backend(Backend),
     /// The transaction's id, while the process may serve others by now.
     Transaction(String),
 }
@@ -73,7 +73,7 @@ async fn end(core: &Core, session: &mut Session, trace: &Trace) -> Result<(), St
         let over: bool = match trace {
             // The process has no other purpose than this lost connection. It may still be at work, or not even have
             // received what is on its way; ended, it can do neither.
-            Trace::Backend(Some(backend)) => {
+            Trace::Backend(backend) => {
                 let running: Option<bool> = sqlx::query_scalar(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                      WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2",
@@ -86,7 +86,6 @@ async fn end(core: &Core, session: &mut Session, trace: &Trace) -> Result<(), St
                 .map_err(|error| failed(DOING, error))?;
                 running.is_none()
             }
-            Trace::Backend(None) => true,
             Trace::Transaction(id) => {
                 let status: Option<String> = sqlx::query_scalar("SELECT pg_xact_status($1::text::xid8)")
                     .bind(id)

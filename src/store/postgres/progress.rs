@@ -70,6 +70,23 @@ impl Progress {
         }
     }
 
+    /// The checkpoint of `name`, which is one in the log of `store` from now on.
+    pub(crate) async fn adopt(
+        &self,
+        connection: &mut PgConnection,
+        name: &str,
+        store: Uuid,
+    ) -> Result<Checkpoint, StoreError> {
+        sqlx::query(self.sql.adopt.clone())
+            .bind(name)
+            .bind(store)
+            .persistent(self.persistent)
+            .execute(&mut *connection)
+            .await
+            .map_err(|error| failed(&format!("taking over the checkpoint of {name}"), error))?;
+        self.checkpoint(connection, name, store).await
+    }
+
     /// Moves the checkpoint of `name` from exactly `from` to `to`. Of two that try at once, the second waits for the end
     /// of the first one's transaction.
     pub(crate) async fn save(

@@ -132,6 +132,7 @@ statements! {
 statements! {
     /// The statements of checkpoints and parked events, wherever they are kept.
     ProgressSql {
+        adopt: "UPDATE storied.checkpoints SET store_id = $2 WHERE name = $1 AND store_id <> $2",
         load: "SELECT position, epoch, mark, store_id FROM storied.checkpoints WHERE name = $1",
         // What was never saved is at the default checkpoint, so only from there a row may be made.
         create: "INSERT INTO storied.checkpoints AS c (name, position, epoch, mark, store_id)

@@ -59,6 +59,21 @@ pub(crate) async fn checkpoint(
     }
 }
 
+/// The checkpoint of `name`, which is one in the log of `store` from now on.
+pub(crate) async fn adopt(
+    connection: &mut SqliteConnection,
+    name: &str,
+    store: Uuid,
+) -> Result<Checkpoint, StoreError> {
+    sqlx::query("UPDATE storied_checkpoints SET store_id = ?2 WHERE name = ?1 AND store_id <> ?2")
+        .bind(name)
+        .bind(store)
+        .execute(&mut *connection)
+        .await
+        .map_err(|error| failed(&format!("taking over the checkpoint of {name}"), error))?;
+    checkpoint(connection, name, store).await
+}
+
 /// Moves the checkpoint of `name` from exactly `from` to `to`.
 pub(crate) async fn save(
     connection: &mut SqliteConnection,
