@@ -27,15 +27,25 @@ impl Backoff {
     pub(crate) fn next(&mut self) -> Duration {
         let wait = self.first.saturating_mul(2_u32.saturating_pow(self.failures)).min(self.max);
         self.failures = self.failures.saturating_add(1);
-        // 32 random bits; a UUID is where this crate gets randomness from.
-        let random = (Uuid::new_v4().as_u128() & u128::from(u32::MAX)) as f64 / f64::from(u32::MAX);
-        wait.mul_f64(0.5 + random / 2.0)
+        wait.mul_f64(0.5 + random() / 2.0)
     }
 
     /// Forgets the failures.
     pub(crate) fn succeeded(&mut self) {
         self.failures = 0;
     }
+}
+
+/// `wait`, give or take up to the part `by` of it.
+#[cfg(feature = "nats")]
+pub(crate) fn jitter(wait: Duration, by: f64) -> Duration {
+    wait.mul_f64(1.0 - by + 2.0 * by * random())
+}
+
+/// From 0 to 1.
+fn random() -> f64 {
+    // 32 random bits; a UUID is where this crate gets randomness from.
+    (Uuid::new_v4().as_u128() & u128::from(u32::MAX)) as f64 / f64::from(u32::MAX)
 }
 
 #[cfg(test)]

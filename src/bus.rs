@@ -6,6 +6,8 @@
 //! the store ([`feed`](crate::feed)).
 
 mod local;
+#[cfg(feature = "nats")]
+mod nats;
 
 use std::error::Error;
 use std::sync::Arc;
@@ -13,8 +15,10 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 pub use self::local::LocalBus;
+#[cfg(feature = "nats")]
+pub use self::nats::{JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, StreamPolicy, StreamStorage};
 use crate::event::{Position, RecordedEvent};
-use crate::store::BoxFuture;
+use crate::future::BoxFuture;
 
 /// A piece of the log: every event in `(after, upto]`, in log order. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -66,6 +70,26 @@ pub enum Resume {
     AtFrontier,
 }
 
+/// How a bus is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BusState {
+    /// It connects when it is first used.
+    Idle,
+    /// It works, as far as is known.
+    Connected {
+        /// With what.
+        to: String,
+    },
+    /// It does not work at the moment, and comes back by itself.
+    Disconnected {
+        /// What happened last.
+        reason: String,
+    },
+    /// Its owner has shut it down.
+    Closed,
+}
+
 /// An event bus.
 pub trait EventBus: Send + Sync + 'static {
     /// `local`, `nats-core`, `nats-jetstream`, …
@@ -73,6 +97,9 @@ pub trait EventBus: Send + Sync + 'static {
 
     /// Whom it reaches.
     fn scope(&self) -> BusScope;
+
+    /// How it is doing.
+    fn state(&self) -> BusState;
 
     /// Opens the writing side, for the log of the store with this id. One at a time publishes; a second one must be refused
     /// by the bus or be harmless (I7), and a mirror of another store's log must be refused.

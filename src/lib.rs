@@ -18,8 +18,8 @@
 //! - [`event`]: what happened, and what it is called; [`codec`]: how it becomes bytes, and how old shapes are read;
 //! - [`store`]: the port to the log (append, read, frontier, checkpoints, leases, snapshots), with [`MemoryStore`],
 //!   [`SqliteStore`] and [`PostgresStore`];
-//! - [`bus`]: the port that carries the log to others, with [`LocalBus`]; [`publisher`] moves the log to it, the
-//!   [`feed`] is a process's repaired view of it;
+//! - [`bus`]: the port that carries the log to others, with [`LocalBus`] and [`NatsBus`]; [`publisher`] moves the log to it,
+//!   the [`feed`] is a process's repaired view of it;
 //! - [`aggregate`]: decide and fold, pipelined ahead of the disk; [`command`]: receipts, deadlines, command ids;
 //! - [`projection`]: catch up, follow, checkpoint together with the read model;
 //! - [`runtime`]: puts them together, supervises them, takes them down in order;
@@ -33,6 +33,7 @@
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
+//! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `testing` | no | the test kit |
 //!
 //! # Quick start
@@ -46,6 +47,7 @@ pub mod codec;
 pub mod command;
 pub mod event;
 pub mod feed;
+mod future;
 mod lease;
 pub mod projection;
 pub mod publisher;
@@ -60,12 +62,15 @@ pub use ciborium;
 
 pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
 pub use self::bus::{EventBus, LocalBus};
+#[cfg(feature = "nats")]
+pub use self::bus::{NatsBus, NatsOptions};
 pub use self::codec::{Codec, Upcasters};
 pub use self::event::{
     DecodeError, EncodeError, Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId,
     Version,
 };
 pub use self::feed::{FeedOptions, FeedStatus};
+pub use self::future::BoxFuture;
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;
 #[cfg(feature = "sqlite")]

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
-use crate::bus::{EventBus, LocalBus};
+use crate::bus::{BusState, EventBus, LocalBus};
 use crate::command::{Execute, Handlers, StartRouterError};
 use crate::event::{EncodeError, Event, EventTypes, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
@@ -43,6 +43,7 @@ pub struct Runtime {
 struct Inner {
     node: Uuid,
     store: Arc<dyn EventStore>,
+    bus: Arc<dyn EventBus>,
     writer: Writer,
     publisher: Publisher,
     feed: Feed,
@@ -170,6 +171,8 @@ pub struct RuntimeStatus {
     pub writer: WriterStatus,
     /// The kinds of aggregates, by category.
     pub aggregates: Vec<RouterStatus>,
+    /// The connection to the bus.
+    pub bus: BusState,
     /// The publisher.
     pub publisher: PublisherStatus,
     /// The live view of the log.
@@ -283,7 +286,8 @@ impl Builder {
         // The feed listens before anything is published.
         let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
         let publisher =
-            Publisher::spawn(store.clone(), self.bus, self.publisher, node, Some(supervisor.cell())).await?;
+            Publisher::spawn(store.clone(), self.bus.clone(), self.publisher, node, Some(supervisor.cell()))
+                .await?;
         let surroundings = Surroundings {
             store: store.clone(),
             feed: feed.clone(),
@@ -300,8 +304,17 @@ impl Builder {
             (registration.start)(&mut handlers, store.clone(), writer.clone(), &supervisor)?;
         }
         let handlers = Arc::new(handlers);
-        let inner =
-            Inner { node, store, writer, publisher, feed, projections: handles, handlers, supervisor };
+        let inner = Inner {
+            node,
+            store,
+            bus: self.bus,
+            writer,
+            publisher,
+            feed,
+            projections: handles,
+            handlers,
+            supervisor,
+        };
         Ok(Runtime { inner: Arc::new(inner) })
     }
 }
@@ -358,6 +371,7 @@ impl Runtime {
             frontier: self.inner.store.frontier().await,
             writer: self.inner.writer.status(),
             aggregates: self.inner.handlers.status(),
+            bus: self.inner.bus.state(),
             publisher,
             feed: self.inner.feed.status(),
             projections,

@@ -26,9 +26,6 @@ mod progress;
 pub(crate) mod sqlite;
 mod writer;
 
-use std::future::Future;
-use std::pin::Pin;
-
 use bytes::Bytes;
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -47,9 +44,7 @@ pub use self::writer::WriterStatus;
 pub(crate) use self::writer::{Chain, Outcome, Submission, Writer, WriterOptions};
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
-
-/// What a port's method returns: a future that can be boxed, sent and held in a trait object.
-pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+pub use crate::future::BoxFuture;
 
 /// Who a store is and what it can do; fixed while it is open.
 #[derive(Debug, Clone)]

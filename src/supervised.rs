@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::backoff::Backoff;
-use crate::store::BoxFuture;
+use crate::future::BoxFuture;
 
 /// How many control messages may be under way to one task.
 const CONTROLS: usize = 16;

@@ -20,6 +20,7 @@ use domain::InvoiceEvent;
 use rust_decimal::Decimal;
 use serde::Deserialize;
 use storied::{EventStore, Position, ReadLog, RecordedEvent, SqliteStore};
+use support::{NatsOptions, NatsServer};
 use tempfile::TempDir;
 
 const CSV: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv");
@@ -226,6 +227,22 @@ async fn totals_are_exact_and_a_second_run_changes_nothing() {
     assert_eq!((again.duplicates, again.new_events, again.totals), (0, 10_512, first.totals));
 }
 
+/// The same over NATS, and the mirror has the whole log, also after a reset and a second run.
+#[tokio::test]
+async fn over_nats_it_comes_to_the_same() {
+    let server = NatsServer::start(NatsOptions::jetstream()).await;
+    for bus in ["core", "jetstream"] {
+        let shop = Shop::new();
+        for reset in [&["--bus"][..], &["--reset", "--bus"], &["--bus"]] {
+            let report = shop.report(&[reset, &[bus, "--nats-url", &server.url()]].concat());
+            assert_eq!((report.events, report.totals), (10_512, totals_of(CSV)), "{bus}");
+        }
+    }
+    let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    let stream = context.get_stream("RETAIL_EVENTS").await.unwrap();
+    assert_eq!(stream.cached_info().state.messages, 10_512);
+}
+
 #[tokio::test]
 async fn totals_are_exact_on_postgres() {
     let shop = Shop::on_postgres().await;
@@ -403,6 +420,7 @@ fn the_command_line_is_checked() {
         (&["retail.csv"], "there is no option retail.csv"),
         (&["--input"], "--input needs a value"),
         (&["--store", "mysql"], "--store cannot be mysql"),
+        (&["--bus", "omnibus"], "--bus cannot be omnibus"),
     ] {
         let said = shop.run(args);
         assert_eq!((said.status.code(), &*said.stdout), (Some(2), ""));

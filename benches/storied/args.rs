@@ -10,6 +10,8 @@ pub enum Workload {
     Rehydrate,
     /// A new projection over a full log.
     Catchup,
+    /// A full log into a new mirror in JetStream.
+    Publish,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -41,11 +43,12 @@ pub struct Args {
 }
 
 const USAGE: &str =
-    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|all] [--store memory|sqlite|postgres]
+    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|publish|all] [--store memory|sqlite|postgres]
        [--bus local] [--callers N] [--events N] [--payload BYTES] [--runs N] [--json FILE]";
 
 impl Workload {
-    const ALL: [Workload; 4] = [Workload::Commands, Workload::Hot, Workload::Rehydrate, Workload::Catchup];
+    const ALL: [Workload; 5] =
+        [Workload::Commands, Workload::Hot, Workload::Rehydrate, Workload::Catchup, Workload::Publish];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -53,14 +56,20 @@ impl Workload {
             Workload::Hot => "hot",
             Workload::Rehydrate => "rehydrate",
             Workload::Catchup => "catchup",
+            Workload::Publish => "publish",
         }
+    }
+
+    /// The bus that carries the events.
+    pub fn bus(self) -> &'static str {
+        if self == Workload::Publish { "nats-jetstream" } else { "local" }
     }
 
     fn callers(self) -> &'static [usize] {
         match self {
             Workload::Commands => &[64],
             Workload::Hot => &[1, 64],
-            Workload::Rehydrate | Workload::Catchup => &[1],
+            Workload::Rehydrate | Workload::Catchup | Workload::Publish => &[1],
         }
     }
 
@@ -70,7 +79,7 @@ impl Workload {
             (Workload::Commands | Workload::Hot, StoreKind::Sqlite | StoreKind::Postgres) => 20_000,
             (Workload::Commands | Workload::Hot, StoreKind::Memory) => 100_000,
             (Workload::Rehydrate, _) => 10_000,
-            (Workload::Catchup, _) => 200_000,
+            (Workload::Catchup | Workload::Publish, _) => 200_000,
         }
     }
 }

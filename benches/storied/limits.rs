@@ -158,6 +158,41 @@ pub async fn postgres_read(plan: &Plan) -> Run {
     Run::whole(events, start.elapsed())
 }
 
+/// async-nats publishing into the mirror that ours has filled, behind it: messages copied from there once, so that they have
+/// the same headers and bodies, each with the expected last sequence, 256 in flight.
+pub async fn jetstream_publishes(plan: &Plan, client: &async_nats::Client) -> Run {
+    use async_nats::jetstream::message::PublishMessage;
+    const WINDOW: usize = 256;
+    let context =
+        async_nats::jetstream::context::ContextBuilder::new().max_ack_inflight(WINDOW).build(client.clone());
+    let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
+    let one = stream.get_raw_message(1).await.unwrap();
+    let first = stream.cached_info().state.last_sequence;
+    assert_eq!(first, plan.events as u64);
+    let headers: Vec<(async_nats::HeaderName, String)> =
+        one.headers.iter().map(|(name, values)| (name.clone(), values[0].as_str().to_owned())).collect();
+    let mut window = std::collections::VecDeque::with_capacity(WINDOW);
+    let start = Instant::now();
+    for sequence in first..2 * first {
+        if window.len() == WINDOW {
+            let oldest: async_nats::jetstream::context::PublishAckFuture = window.pop_front().unwrap();
+            oldest.await.unwrap();
+        }
+        let mut message = async_nats::HeaderMap::new();
+        for (name, value) in &headers {
+            message.insert(name.clone(), value.as_str());
+        }
+        message.insert("Nats-Msg-Id", Uuid::now_v7().to_string());
+        message.insert("Nats-Expected-Last-Sequence", sequence.to_string());
+        let message = PublishMessage::build().headers(message).payload(one.payload.clone());
+        window.push_back(context.send_publish(one.subject.clone(), message).await.unwrap());
+    }
+    for oldest in window {
+        oldest.await.unwrap();
+    }
+    Run::whole(plan.events, start.elapsed())
+}
+
 async fn open(directory: &tempfile::TempDir) -> SqliteConnection {
     let mut connection = SqliteConnectOptions::new()
         .filename(directory.path().join("raw.db"))

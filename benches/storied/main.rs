@@ -7,8 +7,9 @@
 //!
 //! PostgreSQL is the one of `DATABASE_URL` (a schema of its own, dropped afterwards), or else a private one.
 //!
-//! Workloads: `commands`, `hot`, `rehydrate`, `catchup`, or `all` (the default). Ours and the limit take turns, `runs` times;
-//! the medians are printed, with their ratio and its spread. What each limit is stands beside its function in `limits.rs`.
+//! Workloads: `commands`, `hot`, `rehydrate`, `catchup`, `publish` (into JetStream, on a private server), or `all` (the default).
+//! Ours and the limit take turns, `runs` times; the medians are printed, with their ratio and its spread. What each limit is
+//! stands beside its function in `limits.rs`.
 
 #![allow(
     clippy::unwrap_used,
@@ -65,5 +66,6 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Hot => workloads::hot(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Catchup => workloads::catchup(plan).await,
+        Workload::Publish => workloads::publish(plan).await,
     }
 }

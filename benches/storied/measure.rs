@@ -99,7 +99,7 @@ impl Report {
         json!({
             "workload": self.plan.workload.name(),
             "store": self.plan.store.name(),
-            "bus": "local",
+            "bus": self.plan.workload.bus(),
             "callers": self.plan.callers,
             "events": self.plan.events,
             "runs": self.plan.runs,

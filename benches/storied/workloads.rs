@@ -2,13 +2,14 @@ use std::time::{Duration, Instant};
 
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{EncodeError, Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId};
+use storied::{EncodeError, Filter, Metadata, NatsBus, NewEvent, Position, ReadLog, RecordedEvent, StreamId};
 
 use crate::args::{Plan, StoreKind};
 use crate::domain::{Account, AccountCommand, AccountEvent, text};
 use crate::limits;
 use crate::measure::{Comparison, Run, closed_loop};
 use crate::stores::Store;
+use crate::support::{NatsOptions, NatsServer};
 
 const AGGREGATES: usize = 1_000;
 
@@ -53,6 +54,29 @@ pub async fn catchup(plan: &Plan) -> Comparison {
     assert_eq!(projection.status().events_applied, plan.events as u64);
     runtime.shutdown().await.unwrap();
     Comparison { ours, limit: read(plan, &store).await, note: String::new() }
+}
+
+/// A full log into a new mirror in JetStream, until all of it is confirmed. The limit is async-nats with messages alike.
+pub async fn publish(plan: &Plan) -> Comparison {
+    let server = NatsServer::start(NatsOptions::jetstream()).await;
+    let store = Store::fresh(plan.store).await;
+    store.fill(plan, AGGREGATES).await;
+    let head = store.port().frontier().await.unwrap();
+    let bus = NatsBus::jetstream(server.url());
+    bus.connect().await.unwrap();
+    let start = Instant::now();
+    let runtime = store.builder().bus(bus.clone()).start().await.unwrap();
+    while runtime.status().await.publisher.published != Some(head) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let ours = Run::whole(plan.events, start.elapsed());
+    runtime.shutdown().await.unwrap();
+    let limit = limits::jetstream_publishes(plan, &bus.client().await.unwrap()).await;
+    Comparison {
+        ours,
+        limit,
+        note: "256 in flight, the expected sequence in each, the limit's as well".into(),
+    }
 }
 
 struct Bytes(usize);

@@ -15,7 +15,9 @@ Usage: retail [OPTIONS]
   --database-url URL
                  which PostgreSQL [default: the environment's DATABASE_URL]
   --input FILE   the invoice lines [default: online-retail-10k.csv, beside the source of this example]
-  --reset        deletes the log and the read models first
+  --bus BUS      what carries events to the read models: local, core or jetstream (NATS) [default: local]
+  --nats-url URL the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
+  --reset        deletes the log and the read models first, and with --bus jetstream the old mirror
   --json         prints the report as one JSON object
   --help         prints this
 
@@ -29,9 +31,19 @@ pub(crate) struct Args {
     pub(crate) store: StoreKind,
     pub(crate) database_url: Option<String>,
     pub(crate) input: PathBuf,
+    pub(crate) bus: Bus,
+    pub(crate) nats_url: Option<String>,
     pub(crate) reset: bool,
     pub(crate) json: bool,
     pub(crate) help: bool,
+}
+
+/// What carries events to the read models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bus {
+    Local,
+    Core,
+    JetStream,
 }
 
 /// Where the log is.
@@ -59,6 +71,8 @@ impl Args {
             store: StoreKind::Sqlite,
             database_url: None,
             input: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv").into(),
+            bus: Bus::Local,
+            nats_url: None,
             reset: false,
             json: false,
             help: false,
@@ -84,6 +98,18 @@ impl Args {
                     parsed.database_url = Some(url);
                 }
                 Some("--input") => parsed.input = value("--input")?.into(),
+                Some("--bus") => {
+                    let found = value("--bus")?;
+                    parsed.bus = match found.to_str() {
+                        Some("local") => Bus::Local,
+                        Some("core") => Bus::Core,
+                        Some("jetstream") => Bus::JetStream,
+                        _ => return Err(UsageError::BadValue { option: "--bus", found }),
+                    };
+                }
+                Some("--nats-url") => {
+                    parsed.nats_url = Some(value("--nats-url")?.to_string_lossy().into_owned());
+                }
                 Some("--reset") => parsed.reset = true,
                 Some("--json") => parsed.json = true,
                 Some("--help" | "-h") => parsed.help = true,

@@ -15,12 +15,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use sqlx::Connection;
+use storied::bus::JetStreamOptions;
 use storied::{
-    AggregateOptions, EventStore, Position, PostgresOptions, ProjectionOptions, ReadLog, Runtime,
-    SqliteReadModel, SqliteStore, StoreError,
+    AggregateOptions, EventStore, NatsBus, NatsOptions, Position, PostgresOptions, ProjectionOptions,
+    ReadLog, Runtime, SqliteReadModel, SqliteStore, StoreError,
 };
 
-use self::args::{Args, StoreKind, USAGE};
+use self::args::{Args, Bus, StoreKind, USAGE};
 use self::domain::Invoice;
 use self::import::ImportError;
 use self::projections::{RevenueByCountry, Totals, UnitsByStockCode};
@@ -74,6 +75,12 @@ enum Failure {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
+    Bus(#[from] storied::bus::BusError),
+    #[error(transparent)]
+    Namespace(#[from] storied::event::InvalidName),
+    #[error("deleting the mirror of the old database: {0}")]
+    Mirror(String),
+    #[error(transparent)]
     Start(#[from] storied::runtime::StartError),
     #[error(transparent)]
     Filter(#[from] storied::EncodeError),
@@ -105,7 +112,16 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let read_models = SqliteReadModel::open(args.read_models()).await?;
     projections::create_tables(read_models.pool()).await?;
     let leased = ProjectionOptions::new().lease(LEASE);
-    let builder = Runtime::builder();
+    let builder = match nats(args)? {
+        Some(bus) => {
+            bus.connect().await?;
+            if args.reset && args.bus == Bus::JetStream {
+                delete_mirror(&bus).await?;
+            }
+            Runtime::builder().bus(bus)
+        }
+        None => Runtime::builder(),
+    };
     let builder = match args.store {
         StoreKind::Sqlite => builder.store(SqliteStore::open(&args.db).await?),
         StoreKind::Postgres => builder.store(postgres(args).connect().await?),
@@ -165,6 +181,29 @@ async fn drop_schema(args: &Args) -> Result<(), Failure> {
 async fn caught_up(runtime: &Runtime, position: Position) -> Result<(), Failure> {
     for name in [RevenueByCountry::NAME, UnitsByStockCode::NAME] {
         runtime.projection(name)?.caught_up_to_within(position, PATIENCE).await?;
+    }
+    Ok(())
+}
+
+/// The bus over NATS, if that was asked for.
+fn nats(args: &Args) -> Result<Option<NatsBus>, Failure> {
+    let options = match args.bus {
+        Bus::Local => return Ok(None),
+        Bus::Core => NatsOptions::core(),
+        Bus::JetStream => NatsOptions::jetstream(JetStreamOptions::new()),
+    };
+    let options = options.namespace("retail")?;
+    Ok(Some(match &args.nats_url {
+        Some(url) => options.url(url).bus(),
+        None => options.bus(),
+    }))
+}
+
+/// Deletes the mirror of a store that is about to be replaced: another store may not continue it.
+async fn delete_mirror(bus: &NatsBus) -> Result<(), Failure> {
+    let jetstream = async_nats::jetstream::new(bus.client().await?);
+    if jetstream.get_stream("RETAIL_EVENTS").await.is_ok() {
+        jetstream.delete_stream("RETAIL_EVENTS").await.map_err(|error| Failure::Mirror(error.to_string()))?;
     }
     Ok(())
 }

@@ -5,10 +5,11 @@ use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
 use super::{
-    BusError, BusItem, BusPublisher, BusScope, BusSubscription, EventBus, LogBatch, MirrorEnd, Resume,
+    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, EventBus, LogBatch, MirrorEnd,
+    Resume,
 };
 use crate::event::Position;
-use crate::store::BoxFuture;
+use crate::future::BoxFuture;
 
 /// How many batches a slow subscriber may be behind, unless [`LocalBus::with_capacity`] says otherwise.
 const CAPACITY: usize = 128;
@@ -61,6 +62,10 @@ impl EventBus for LocalBus {
 
     fn scope(&self) -> BusScope {
         BusScope::Process
+    }
+
+    fn state(&self) -> BusState {
+        BusState::Connected { to: "this process".into() }
     }
 
     fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {

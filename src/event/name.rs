@@ -16,7 +16,8 @@ pub struct InvalidName {
     reason: &'static str,
 }
 
-fn check(what: &'static str, name: &str) -> Result<(), InvalidName> {
+/// Whether `name` is dotted tokens of ASCII letters, digits, `_` and `-`; `what` it would be is said in the error.
+pub(crate) fn check(what: &'static str, name: &str) -> Result<(), InvalidName> {
     let reason = if name.is_empty() {
         "it is empty"
     } else if name.len() > MAX_NAME {

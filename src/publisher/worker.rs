@@ -46,6 +46,12 @@ enum Interruption {
     Store(#[from] StoreError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    #[error(
+        "the mirror goes to position {mirror}, the log only to {log}: the store was restored from an older state, and what \
+         comes next would contradict what others have read; give the restored store a mirror of its own (another \
+         namespace, or delete the old mirror)"
+    )]
+    Ahead { mirror: Position, log: Position },
     #[error("the lease {NAME:?} was lost, or could not be renewed in time")]
     LeaseLost,
 }
@@ -254,10 +260,13 @@ impl Turn<'_> {
         let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => end,
-            Resume::AtFrontier => {
-                MirrorEnd { position: shared.store.frontier().await?, sequence: known.sequence }
-            }
+            Resume::AtFrontier => MirrorEnd { position: shared.store.frontier().await?, sequence: 0 },
         };
+        // Only what was stable was ever published: a log that ends before the mirror has lost something since.
+        let frontier = shared.store.frontier().await?;
+        if self.end.position > frontier {
+            return Err(Interruption::Ahead { mirror: self.end.position, log: frontier });
+        }
         // Claims the checkpoint: whoever published under an older lease is refused from here on.
         self.save().await?;
         shared.status.send_modify(|status| {

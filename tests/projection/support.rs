@@ -10,7 +10,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteConnection;
-use storied::bus::{BusError, BusItem, BusPublisher, BusScope, BusSubscription, LogBatch, MirrorEnd, Resume};
+use storied::bus::{
+    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, LogBatch, MirrorEnd, Resume,
+};
 use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, SqliteReadModel};
 use storied::store::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
@@ -490,6 +492,10 @@ impl EventBus for Lossy {
         BusScope::Process
     }
 
+    fn state(&self) -> BusState {
+        self.inner.state()
+    }
+
     fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
         self.inner.publisher(store)
     }
@@ -580,6 +586,10 @@ impl EventBus for Mirror {
 
     fn scope(&self) -> BusScope {
         BusScope::Shared
+    }
+
+    fn state(&self) -> BusState {
+        BusState::Connected { to: "the mirror".into() }
     }
 
     fn publisher(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {

@@ -28,7 +28,7 @@ mod postgres;
 mod process;
 mod workdir;
 
-pub use nats::{NatsOptions, NatsServer};
+pub use nats::{NatsOptions, NatsServer, oldest_nats_server, too_old_nats_server};
 pub use pgbouncer::PgBouncer;
 pub use ports::Port;
 pub use postgres::PostgresServer;

@@ -94,6 +94,11 @@ impl NatsServer {
         self.launch().await;
     }
 
+    /// Uses another program from the next start on; `None` for the usual one.
+    pub fn use_binary(&mut self, binary: Option<PathBuf>) {
+        self.options.binary = binary;
+    }
+
     /// Removes what JetStream has stored; the server must be down.
     pub fn wipe(&mut self) {
         assert!(!self.process.is_running(), "wiping the store of a running server");
@@ -124,7 +129,11 @@ async fn answers(url: String, jetstream: bool) -> bool {
     // The client says nothing of a connection refused that it tries again: one attempt, and the caller polls.
     let options =
         async_nats::ConnectOptions::new().max_reconnects(1).connection_timeout(Duration::from_secs(1));
-    let Ok(client) = options.connect(url).await else { return false };
+    let client = match options.connect(url).await {
+        Ok(client) => client,
+        // It wants a login that is the test's business.
+        Err(error) => return error.kind() == async_nats::ConnectErrorKind::AuthorizationViolation,
+    };
     if jetstream {
         async_nats::jetstream::new(client).query_account().await.is_ok()
     } else {
@@ -133,9 +142,23 @@ async fn answers(url: String, jetstream: bool) -> bool {
 }
 
 fn nats_server() -> PathBuf {
+    find("nats-server", cached("STORIED_NATS_SERVER", "nats-server").chain(on_path("nats-server")))
+}
+
+/// The oldest nats-server that storied works with.
+pub fn oldest_nats_server() -> PathBuf {
+    find("nats-server 2.10", cached("STORIED_NATS_SERVER_2_10", "nats-server-2.10.26"))
+}
+
+/// One that is too old, where there is one.
+pub fn too_old_nats_server() -> Option<PathBuf> {
+    cached("STORIED_NATS_SERVER_2_9", "nats-server-2.9").find(|path| path.is_file())
+}
+
+/// Where `scripts/servers` may have put it.
+fn cached(variable: &str, name: &str) -> impl Iterator<Item = PathBuf> {
     let cache =
         env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cache")));
-    let candidates = env::var_os("STORIED_NATS_SERVER").map(PathBuf::from).into_iter();
-    let candidates = candidates.chain(cache.map(|cache| cache.join("storied/nats-server")));
-    find("nats-server", candidates.chain(on_path("nats-server")))
+    let file = cache.map(|cache| cache.join("storied").join(name));
+    env::var_os(variable).map(PathBuf::from).into_iter().chain(file)
 }

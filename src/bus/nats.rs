@@ -1,0 +1,214 @@
+//! The bus over NATS: Core (nothing is kept) or JetStream (an exact mirror of the log).
+//!
+//! Both publish every event to `{namespace}.events.{event name}`, in log order, and both are followed through a plain
+//! subscription: what comes from JetStream's stream would come later and no more surely, since whoever follows at the tip
+//! finds holes by the positions in the messages and reads them from the store anyway. The format of the messages is in
+//! `docs/wire-format.md`.
+
+mod connection;
+mod core_nats;
+mod jetstream;
+mod options;
+mod subscription;
+mod wire;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::Client;
+use tokio::sync::{Mutex, watch};
+use uuid::Uuid;
+
+use self::connection::Connection;
+use self::core_nats::CorePublisher;
+use self::jetstream::MirrorPublisher;
+pub use self::jetstream::{JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage};
+pub use self::options::NatsOptions;
+use self::subscription::NatsSubscription;
+use super::{BusError, BusPublisher, BusScope, BusState, BusSubscription, EventBus};
+use crate::future::BoxFuture;
+
+/// How long [`NatsBus::disconnect`] waits for what is on its way.
+const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The bus over NATS. Clones are handles to the same bus and its one connection.
+///
+/// It connects when it is first used, and again whenever that failed; once connected it comes back by itself after every
+/// outage, without end. Nothing is handed to a connection that is down: publishing fails at once, and goes on from the
+/// store later. Needs nats-server 2.10 or newer, checked on every connect.
+///
+/// Core keeps nothing: who is not there misses it, notices, and reads the store. JetStream keeps an exact mirror of the log
+/// in a stream, for programs without access to the store.
+///
+/// ```no_run
+/// use storied::bus::NatsBus;
+/// use storied::{MemoryStore, Runtime};
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let runtime = Runtime::builder()
+///     .store(MemoryStore::new())
+///     .bus(NatsBus::core("nats://127.0.0.1:4222"))
+///     .start()
+///     .await?;
+/// # runtime.shutdown().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct NatsBus {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    options: NatsOptions,
+    slot: Mutex<Slot>,
+    state: watch::Sender<BusState>,
+}
+
+/// Where the connection is.
+enum Slot {
+    /// Not made yet, or not successfully.
+    Empty,
+    Open(Arc<Connection>),
+    /// Given up by the owner: only [`NatsBus::connect`] makes another.
+    Closed,
+}
+
+/// What keeps the messages.
+#[derive(Debug, Clone)]
+enum Driver {
+    Core,
+    JetStream(JetStreamOptions),
+}
+
+impl NatsBus {
+    /// A bus that keeps nothing, with everything but the server as it is by default. For more see [`NatsOptions::core`].
+    #[must_use]
+    pub fn core(url: impl Into<String>) -> Self {
+        NatsOptions::core().url(url).bus()
+    }
+
+    /// A bus that mirrors the log in JetStream, with everything but the server as it is by default. For more see
+    /// [`NatsOptions::jetstream`].
+    #[must_use]
+    pub fn jetstream(url: impl Into<String>) -> Self {
+        NatsOptions::jetstream(JetStreamOptions::new()).url(url).bus()
+    }
+
+    fn new(options: NatsOptions) -> Self {
+        let state = watch::Sender::new(BusState::Idle);
+        Self { inner: Arc::new(Inner { options, slot: Mutex::new(Slot::Empty), state }) }
+    }
+
+    /// Connects now instead of at the first use; also after [`disconnect`](Self::disconnect). Nothing happens when there is
+    /// a connection.
+    ///
+    /// # Errors
+    /// [`BusError::Unavailable`] when no server could be reached, and trying again may help; [`BusError::Incompatible`] when
+    /// the server is too old, refuses the login, or the options cannot be used.
+    pub async fn connect(&self) -> Result<(), BusError> {
+        let mut slot = self.inner.slot.lock().await;
+        if matches!(*slot, Slot::Closed) {
+            *slot = Slot::Empty;
+        }
+        self.inner.open(&mut slot).await.map(drop)
+    }
+
+    /// Ends the connection, if it is ours: what was published goes out first (within 5 s), subscriptions end with
+    /// [`BusError::Closed`], and so does everything else until [`connect`](Self::connect).
+    pub async fn disconnect(&self) {
+        let slot = std::mem::replace(&mut *self.inner.slot.lock().await, Slot::Closed);
+        if let Slot::Open(connection) = slot {
+            connection.close(DISCONNECT_TIMEOUT).await;
+        }
+        self.inner.state.send_replace(BusState::Closed);
+    }
+
+    /// The connection itself, connecting if need be: for requests, key-value buckets, and whatever else NATS has. It is the
+    /// bus's own; do not drain it.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect), and [`BusError::Closed`] after [`disconnect`](Self::disconnect).
+    pub async fn client(&self) -> Result<Client, BusError> {
+        Ok(self.connection().await?.client.clone())
+    }
+
+    /// How the connection is doing, now and whenever that changes.
+    #[must_use]
+    pub fn watch_state(&self) -> watch::Receiver<BusState> {
+        self.inner.state.subscribe()
+    }
+
+    async fn connection(&self) -> Result<Arc<Connection>, BusError> {
+        self.inner.open(&mut *self.inner.slot.lock().await).await
+    }
+}
+
+impl Inner {
+    async fn open(&self, slot: &mut Slot) -> Result<Arc<Connection>, BusError> {
+        match slot {
+            Slot::Open(connection) => return Ok(connection.clone()),
+            Slot::Closed => return Err(BusError::Closed),
+            Slot::Empty => {}
+        }
+        match Connection::open(&self.options, &self.state).await {
+            Ok(connection) => {
+                let connection = Arc::new(connection);
+                *slot = Slot::Open(connection.clone());
+                Ok(connection)
+            }
+            Err(error) => {
+                self.state.send_replace(BusState::Disconnected { reason: error.to_string() });
+                Err(error)
+            }
+        }
+    }
+}
+
+impl EventBus for NatsBus {
+    fn name(&self) -> &'static str {
+        match self.inner.options.driver {
+            Driver::Core => "nats-core",
+            Driver::JetStream(_) => "nats-jetstream",
+        }
+    }
+
+    fn scope(&self) -> BusScope {
+        BusScope::Shared
+    }
+
+    fn state(&self) -> BusState {
+        self.inner.state.borrow().clone()
+    }
+
+    fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+        Box::pin(async move {
+            let connection = self.connection().await?;
+            let namespace = &self.inner.options.namespace;
+            Ok(match &self.inner.options.driver {
+                Driver::Core => Box::new(CorePublisher::new(connection, namespace, store).await?) as _,
+                Driver::JetStream(options) => {
+                    Box::new(MirrorPublisher::new(connection, namespace, store, options.clone())) as _
+                }
+            })
+        })
+    }
+
+    fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+        Box::pin(async move {
+            let connection = self.connection().await?;
+            let namespace = &self.inner.options.namespace;
+            Ok(Box::new(NatsSubscription::new(connection, namespace, store).await?) as _)
+        })
+    }
+}
+
+impl fmt::Debug for NatsBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NatsBus")
+            .field("options", &self.inner.options)
+            .field("state", &*self.inner.state.borrow())
+            .finish()
+    }
+}

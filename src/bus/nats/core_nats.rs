@@ -1,0 +1,69 @@
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::connection::{Connection, Echo, unavailable};
+use super::wire::{Outgoing, Wire};
+use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
+use crate::event::Position;
+use crate::future::BoxFuture;
+
+/// Publishes to whoever listens. Each batch is confirmed by a round trip, so that a server that hangs is noticed; what a
+/// server loses behind that, followers find out by themselves.
+pub(super) struct CorePublisher {
+    connection: Arc<Connection>,
+    wire: Wire,
+    echo: Echo,
+}
+
+impl CorePublisher {
+    pub(super) async fn new(
+        connection: Arc<Connection>,
+        namespace: &str,
+        store: Uuid,
+    ) -> Result<Self, BusError> {
+        let wire = Wire::new(namespace, store);
+        let echo = connection.ask("opening a publisher", Echo::new(&connection.client)).await?;
+        Ok(Self { connection, wire, echo })
+    }
+
+    async fn send(&mut self, what: &str, messages: impl Iterator<Item = Outgoing>) -> Result<(), BusError> {
+        let client = &self.connection.client;
+        let send = async {
+            for Outgoing { subject, headers, body } in messages {
+                let sent = client.publish_with_headers(subject, headers, body).await;
+                sent.map_err(|error| unavailable("publishing".into(), error))?;
+            }
+            self.echo.round_trip(client).await
+        };
+        self.connection.ask(what, send).await
+    }
+}
+
+impl BusPublisher for CorePublisher {
+    fn resume(&mut self, _known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+        Box::pin(async { self.connection.check().map(|()| Resume::AtFrontier) })
+    }
+
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
+        Box::pin(async move {
+            let largest = self.connection.client.max_payload();
+            let wire = self.wire.clone();
+            let mut previous = batch.after;
+            let messages = batch.events.iter().map(|event| {
+                let previous = std::mem::replace(&mut previous, event.position);
+                wire.event(event, previous, largest)
+            });
+            self.send("publishing events", messages).await?;
+            // Nothing is kept, so nothing has a number.
+            Ok(MirrorEnd { position: batch.upto, sequence: 0 })
+        })
+    }
+
+    fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {
+        Box::pin(async move {
+            let message = self.wire.heartbeat(head);
+            self.send("announcing the end of the log", std::iter::once(message)).await
+        })
+    }
+}

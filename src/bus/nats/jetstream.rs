@@ -1,0 +1,158 @@
+//! An exact mirror of the log in a JetStream stream: every event once, in log order, without a hole.
+//!
+//! Its own end says how far publishing got. Each message states the sequence number of the one before it, and the server
+//! refuses it when that is not the last one: a publisher that was paused, and wakes up behind another, changes nothing.
+
+mod mirror;
+mod stream;
+
+use std::time::Duration;
+
+pub(super) use self::mirror::MirrorPublisher;
+use crate::event::Position;
+
+/// What the mirror of the log looks like. Everything not said is as the methods document it; limits are finite by default.
+#[derive(Debug, Clone)]
+pub struct JetStreamOptions {
+    policy: StreamPolicy,
+    /// Made from the namespace if not given.
+    name: Option<String>,
+    storage: StreamStorage,
+    replicas: usize,
+    max_age: Option<Duration>,
+    max_bytes: Option<u64>,
+    duplicate_window: Duration,
+    window: usize,
+    mirror_from: MirrorFrom,
+}
+
+/// What to do about the stream on the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum StreamPolicy {
+    /// It must be there; an operator decides about its limits, storage and replicas. Only what an exact mirror cannot do
+    /// without is checked.
+    RequireExisting,
+    /// It is made if it is not there; else it must be exactly as described, and is left alone if it is not.
+    #[default]
+    CreateOrVerify,
+    /// It is made if it is not there, and changed if it is not as described, as far as the server agrees.
+    CreateOrUpdate,
+}
+
+/// Where a stream keeps its messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum StreamStorage {
+    /// On disk.
+    #[default]
+    File,
+    /// In the server's memory; gone with the server, and rebuilt then.
+    Memory,
+}
+
+/// Where a new mirror begins, also one that is made anew because the old one was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum MirrorFrom {
+    /// With the first event of the log.
+    #[default]
+    Beginning,
+    /// Behind this position.
+    After(Position),
+}
+
+impl Default for JetStreamOptions {
+    fn default() -> Self {
+        Self {
+            policy: StreamPolicy::default(),
+            name: None,
+            storage: StreamStorage::default(),
+            replicas: 1,
+            max_age: Some(Duration::from_secs(7 * 24 * 60 * 60)),
+            max_bytes: Some(1 << 30),
+            duplicate_window: Duration::from_secs(120),
+            window: 256,
+            mirror_from: MirrorFrom::default(),
+        }
+    }
+}
+
+impl JetStreamOptions {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What to do about the stream. [`StreamPolicy::CreateOrVerify`] by default.
+    #[must_use]
+    pub fn policy(mut self, policy: StreamPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// The stream's name. By default made from the namespace: `STORIED_EVENTS` from `storied`, with `_` for dots.
+    #[must_use]
+    pub fn stream(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Where it keeps its messages. On disk by default.
+    #[must_use]
+    pub fn storage(mut self, storage: StreamStorage) -> Self {
+        self.storage = storage;
+        self
+    }
+
+    /// How many servers of a cluster keep it. 1 by default; 3 is for production.
+    #[must_use]
+    pub fn replicas(mut self, replicas: usize) -> Self {
+        self.replicas = replicas;
+        self
+    }
+
+    /// How long a message stays. 7 days by default; `None` for as long as there is room.
+    #[must_use]
+    pub fn max_age(mut self, age: impl Into<Option<Duration>>) -> Self {
+        self.max_age = age.into();
+        self
+    }
+
+    /// How large the stream may become, in bytes; the oldest messages make room. The server sets this much aside when the
+    /// stream is made. 1 GiB by default; `None` for as much as there is.
+    #[must_use]
+    pub fn max_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
+        self.max_bytes = bytes.into();
+        self
+    }
+
+    /// How long the server recognises an event that it has already, by its id: a second net below the sequence check. 2
+    /// minutes by default.
+    #[must_use]
+    pub fn duplicate_window(mut self, window: Duration) -> Self {
+        self.duplicate_window = window;
+        self
+    }
+
+    /// How many messages may be on their way without a confirmation. 256 by default, at least 1.
+    #[must_use]
+    pub fn window(mut self, messages: usize) -> Self {
+        self.window = messages.max(1);
+        self
+    }
+
+    /// Where a new mirror begins. [`MirrorFrom::Beginning`] by default.
+    #[must_use]
+    pub fn mirror_from(mut self, from: MirrorFrom) -> Self {
+        self.mirror_from = from;
+        self
+    }
+
+    /// The stream's name under a namespace.
+    fn name(&self, namespace: &str) -> String {
+        let made = || format!("{}_EVENTS", namespace.to_uppercase().replace('.', "_"));
+        self.name.clone().unwrap_or_else(made)
+    }
+}

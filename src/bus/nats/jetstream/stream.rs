@@ -1,0 +1,258 @@
+//! The stream on the server: found, made, compared, and marked as one store's.
+
+use std::fmt::Debug;
+
+use async_nats::Client;
+use async_nats::jetstream::context::RequestErrorKind;
+use async_nats::jetstream::response::Response;
+use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, RetentionPolicy, StorageType};
+use async_nats::jetstream::{Context, Error, ErrorCode};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::super::connection::{silent, unavailable};
+use super::super::wire::Wire;
+use super::{JetStreamOptions, StreamPolicy, StreamStorage};
+use crate::bus::BusError;
+
+/// The key in a stream's metadata that says whose log it mirrors.
+const STORE_ID: &str = "storied.store_id";
+
+/// Sees to it that the stream is there and fit to be the mirror, as the policy says, and tells how it is.
+pub(super) async fn ensure(
+    jetstream: &Context,
+    client: &Client,
+    wire: &Wire,
+    name: &str,
+    options: &JetStreamOptions,
+) -> Result<Info, BusError> {
+    let wanted = config(wire, name, options);
+    let mut found = info(jetstream, client, name).await?;
+    if found.is_none() {
+        if options.policy == StreamPolicy::RequireExisting {
+            return Err(incompatible(format!(
+                "there is no JetStream stream {name}; create it with the subject {:?}, or choose StreamPolicy::CreateOrVerify",
+                wire.events()
+            )));
+        }
+        found = match api::<Info>(jetstream, client, format!("STREAM.CREATE.{name}"), &wanted).await? {
+            Ok(info) => {
+                tracing::info!(stream = name, "created the mirror of the log");
+                Some(info)
+            }
+            // Another node was first, with something else: the comparison below says what.
+            Err(error) if error.error_code() == ErrorCode::STREAM_NAME_EXIST => {
+                info(jetstream, client, name).await?
+            }
+            Err(error) if error.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP => {
+                return Err(overlap(jetstream, client, wire, name).await?);
+            }
+            Err(error) => return Err(refused(&format!("creating the stream {name}"), error)),
+        };
+    }
+    let found =
+        found.ok_or_else(|| silent(format!("the stream {name} was deleted as soon as it was made")))?;
+    check_store(wire, name, &found.config)?;
+    let essential = options.policy == StreamPolicy::RequireExisting;
+    let different = differences(&found.config, &wanted, essential);
+    if different.is_empty() {
+        return Ok(found);
+    }
+    if options.policy != StreamPolicy::CreateOrUpdate {
+        return Err(incompatible(format!(
+            "the JetStream stream {name} is not as this program needs it, and was left alone: {}; change the options or \
+             the stream, or choose StreamPolicy::CreateOrUpdate",
+            different.join(", ")
+        )));
+    }
+    update(jetstream, client, found.config, &wanted, &different).await
+}
+
+async fn update(
+    jetstream: &Context,
+    client: &Client,
+    mut config: Config,
+    wanted: &Config,
+    different: &[String],
+) -> Result<Info, BusError> {
+    let name = wanted.name.clone();
+    config.metadata.extend(wanted.metadata.clone());
+    // What the server wrote there itself is not for us to write.
+    config.metadata.retain(|key, _| !key.starts_with("_nats."));
+    let config = Config {
+        subjects: wanted.subjects.clone(),
+        storage: wanted.storage,
+        num_replicas: wanted.num_replicas,
+        retention: wanted.retention,
+        discard: wanted.discard,
+        max_age: wanted.max_age,
+        max_bytes: wanted.max_bytes,
+        max_messages: wanted.max_messages,
+        max_messages_per_subject: wanted.max_messages_per_subject,
+        max_message_size: wanted.max_message_size,
+        duplicate_window: wanted.duplicate_window,
+        no_ack: wanted.no_ack,
+        sealed: wanted.sealed,
+        mirror: None,
+        sources: None,
+        subject_transform: None,
+        ..config
+    };
+    let changed = api::<Info>(jetstream, client, format!("STREAM.UPDATE.{name}"), &config).await?;
+    let info = changed
+        .map_err(|error| refused(&format!("changing the stream {name} ({})", different.join(", ")), error))?;
+    // Old servers drop in silence what they do not know.
+    let different = differences(&info.config, wanted, false);
+    if !different.is_empty() {
+        return Err(incompatible(format!(
+            "the server did not change the stream {name} as it was told: {}",
+            different.join(", ")
+        )));
+    }
+    tracing::info!(stream = name, "changed the mirror of the log");
+    Ok(info)
+}
+
+/// The stream as it is, if there is one.
+pub(super) async fn info(jetstream: &Context, client: &Client, name: &str) -> Result<Option<Info>, BusError> {
+    match api(jetstream, client, format!("STREAM.INFO.{name}"), &()).await? {
+        Ok(info) => Ok(Some(info)),
+        Err(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
+        Err(error) => Err(refused(&format!("asking for the stream {name}"), error)),
+    }
+}
+
+fn config(wire: &Wire, name: &str, options: &JetStreamOptions) -> Config {
+    let unlimited = |limit: Option<u64>| limit.map_or(-1, |limit| i64::try_from(limit).unwrap_or(i64::MAX));
+    Config {
+        name: name.to_owned(),
+        subjects: vec![wire.events()],
+        storage: match options.storage {
+            StreamStorage::File => StorageType::File,
+            StreamStorage::Memory => StorageType::Memory,
+        },
+        num_replicas: options.replicas,
+        retention: RetentionPolicy::Limits,
+        discard: DiscardPolicy::Old,
+        max_age: options.max_age.unwrap_or_default(),
+        max_bytes: unlimited(options.max_bytes),
+        max_messages: -1,
+        max_messages_per_subject: -1,
+        max_consumers: -1,
+        max_message_size: -1,
+        duplicate_window: options.duplicate_window,
+        description: Some("storied: the log, event by event".into()),
+        metadata: [(STORE_ID.to_owned(), wire.store_id().to_string())].into(),
+        ..Config::default()
+    }
+}
+
+fn check_store(wire: &Wire, name: &str, config: &Config) -> Result<(), BusError> {
+    let own = wire.store_id().to_string();
+    match config.metadata.get(STORE_ID) {
+        Some(store) if *store != own => Err(other_store(name, store, &own)),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn other_store(name: &str, store: &str, own: &str) -> BusError {
+    incompatible(format!(
+        "the stream {name} is the mirror of another store ({store}, this one is {own}); give each store a namespace of its \
+         own, or delete the stream if its store is gone"
+    ))
+}
+
+/// What is not as it should be, each as `field: is X, should be Y`. What the server adds by itself is none of our business.
+fn differences(have: &Config, want: &Config, essential_only: bool) -> Vec<String> {
+    let mut different = Vec::new();
+    let mut compare = |field: &str, have: &dyn Debug, want: &dyn Debug, differs: bool| {
+        if differs {
+            different.push(format!("{field}: is {have:?}, should be {want:?}"));
+        }
+    };
+    macro_rules! compare {
+        ($($field:ident),*) => { $( compare(stringify!($field), &have.$field, &want.$field, have.$field != want.$field); )* };
+    }
+    // Without these it is no exact mirror of the log.
+    let sorted = |subjects: &[String]| {
+        let mut subjects = subjects.to_vec();
+        subjects.sort_unstable();
+        subjects
+    };
+    compare("subjects", &have.subjects, &want.subjects, sorted(&have.subjects) != sorted(&want.subjects));
+    compare!(retention, max_messages_per_subject, no_ack, sealed, mirror, sources, subject_transform);
+    if !essential_only {
+        compare!(storage, num_replicas, discard, max_age, max_bytes, max_messages, max_message_size);
+        compare!(duplicate_window);
+        let marked = have.metadata.get(STORE_ID);
+        let mark = want.metadata.get(STORE_ID);
+        compare("metadata storied.store_id", &marked, &mark, marked != mark);
+    }
+    different
+}
+
+/// Names the stream that has our subjects.
+async fn overlap(
+    jetstream: &Context,
+    client: &Client,
+    wire: &Wire,
+    name: &str,
+) -> Result<BusError, BusError> {
+    #[derive(Deserialize)]
+    struct Names {
+        streams: Option<Vec<String>>,
+    }
+    let request = serde_json::json!({ "subject": wire.events() });
+    let names = api::<Names>(jetstream, client, "STREAM.NAMES".into(), &request).await?;
+    let names = names.ok().and_then(|names| names.streams).unwrap_or_default();
+    Ok(incompatible(format!(
+        "the stream {name} cannot be made, because its subjects {:?} overlap with those of {}; choose another namespace, or \
+         another stream name if that is the mirror under an older name",
+        wire.events(),
+        if names.is_empty() { "another stream".to_owned() } else { names.join(", ") },
+    )))
+}
+
+/// One question to JetStream, with its answer or what it says against it.
+async fn api<T: DeserializeOwned>(
+    jetstream: &Context,
+    client: &Client,
+    subject: String,
+    payload: &impl Serialize,
+) -> Result<Result<T, Error>, BusError> {
+    match jetstream.request::<_, _, Response<T>>(subject.clone(), payload).await {
+        Ok(Response::Ok(answer)) => Ok(Ok(answer)),
+        Ok(Response::Err { error }) => Ok(Err(error)),
+        Err(error) if error.kind() == RequestErrorKind::NoResponders => {
+            if client.server_info().jetstream {
+                let reason = "JetStream does not answer: it is starting, or not enabled for this account";
+                Err(unavailable(reason.into(), error))
+            } else {
+                Err(incompatible(
+                    "JetStream is not enabled on the NATS server; start it with -js, or use the Core driver"
+                        .into(),
+                ))
+            }
+        }
+        Err(error) => Err(unavailable(format!("JetStream did not answer {subject}"), error)),
+    }
+}
+
+/// What JetStream says against something: it may change its mind, or somebody has to act.
+pub(super) fn refused(what: &str, error: Error) -> BusError {
+    match error.error_code() {
+        ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
+            incompatible(format!(
+                "{what}: JetStream is not enabled ({error}); start the server with -js, or use the Core driver"
+            ))
+        }
+        // Of the server's own class (500), but nothing that passes.
+        ErrorCode::STREAM_INVALID_CONFIG => incompatible(format!("{what}: JetStream refuses: {error}")),
+        _ if error.code() >= 500 => unavailable(format!("{what}: JetStream cannot"), error),
+        _ => incompatible(format!("{what}: JetStream refuses: {error}")),
+    }
+}
+
+pub(super) fn incompatible(reason: String) -> BusError {
+    BusError::Incompatible { reason }
+}

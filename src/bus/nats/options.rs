@@ -1,0 +1,322 @@
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_nats::{Client, ConnectOptions, Event, ServerAddr};
+
+use super::jetstream::JetStreamOptions;
+use super::wire::percent_decoded;
+use super::{Driver, NatsBus};
+use crate::backoff::jitter;
+use crate::bus::BusError;
+use crate::event::{InvalidName, check_name};
+
+/// Where a server is looked for when nobody says anything else.
+const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
+
+/// How a [`NatsBus`] connects and what its subjects are called. Ends in [`bus`](Self::bus).
+///
+/// ```
+/// use storied::bus::{JetStreamOptions, NatsOptions};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let bus = NatsOptions::jetstream(JetStreamOptions::new().replicas(3))
+///     .url("nats://nats-1:4222,nats://nats-2:4222")
+///     .namespace("shop")?
+///     .credentials_file("/etc/shop/nats.creds")
+///     .bus();
+/// # let _ = bus;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct NatsOptions {
+    pub(super) driver: Driver,
+    /// Before everything that the bus does on the wire: `{namespace}.events.…`.
+    pub(super) namespace: String,
+    url: Option<String>,
+    /// The connection of somebody else, instead of one of our own.
+    pub(super) client: Option<Client>,
+    name: String,
+    login: Login,
+    tls: Tls,
+    reconnect_wait: Duration,
+    ping_interval: Duration,
+    pub(super) connection_timeout: Duration,
+    pub(super) answer_timeout: Duration,
+    subscription_capacity: usize,
+}
+
+/// Who we say that we are.
+#[derive(Clone)]
+enum Login {
+    Nobody,
+    User { name: String, password: String },
+    Token(String),
+    NKey(String),
+    Credentials(PathBuf),
+}
+
+#[derive(Debug, Clone, Default)]
+struct Tls {
+    required: bool,
+    /// Before the server's greeting.
+    first: bool,
+    roots: Vec<PathBuf>,
+    /// Certificate and key.
+    client: Option<(PathBuf, PathBuf)>,
+}
+
+impl NatsOptions {
+    /// For a bus that keeps nothing: at most once on the wire, and what was lost is read from the store.
+    #[must_use]
+    pub fn core() -> Self {
+        Self::new(Driver::Core)
+    }
+
+    /// For a bus that keeps an exact mirror of the log in a JetStream stream.
+    #[must_use]
+    pub fn jetstream(options: JetStreamOptions) -> Self {
+        Self::new(Driver::JetStream(options))
+    }
+
+    fn new(driver: Driver) -> Self {
+        Self {
+            driver,
+            namespace: "storied".into(),
+            url: None,
+            client: None,
+            name: "storied".into(),
+            login: Login::Nobody,
+            tls: Tls::default(),
+            reconnect_wait: Duration::from_secs(2),
+            ping_interval: Duration::from_secs(5),
+            connection_timeout: Duration::from_secs(2),
+            answer_timeout: Duration::from_secs(5),
+            subscription_capacity: 65_536,
+        }
+    }
+
+    /// The server, or several separated by commas. By default what the environment variable `NATS_URL` says when the
+    /// connection is made, and `nats://127.0.0.1:4222` if it says nothing. An empty text is as good as none. A login in it
+    /// (`nats://user:password@host`, `nats://token@host`) is used unless another one is given.
+    #[must_use]
+    pub fn url(mut self, url: impl Into<String>) -> Self {
+        self.url = Some(url.into());
+        self
+    }
+
+    /// What subjects begin with: `{namespace}.events.{event name}` and `{namespace}.head`. `storied` by default. Systems
+    /// that share NATS servers need different ones.
+    ///
+    /// # Errors
+    /// When it is more than dotted tokens of ASCII letters, digits, `_` and `-`.
+    pub fn namespace(mut self, namespace: impl Into<String>) -> Result<Self, InvalidName> {
+        self.namespace = namespace.into();
+        check_name("namespace", &self.namespace)?;
+        Ok(self)
+    }
+
+    /// Uses this connection, which stays the caller's: it is never closed by the bus, and what is said here about
+    /// connecting does not concern it. It must have been made without `no_echo`.
+    #[must_use]
+    pub fn client(mut self, client: Client) -> Self {
+        self.client = Some(client);
+        self
+    }
+
+    /// What the server calls this connection in its monitoring. `storied` by default.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Logs in with a user's name and password. Of several ways to log in the last one said counts.
+    #[must_use]
+    pub fn user_and_password(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
+        self.login = Login::User { name: name.into(), password: password.into() };
+        self
+    }
+
+    /// Logs in with a token.
+    #[must_use]
+    pub fn token(mut self, token: impl Into<String>) -> Self {
+        self.login = Login::Token(token.into());
+        self
+    }
+
+    /// Logs in with an NKey, given by its seed (`SU…`).
+    #[must_use]
+    pub fn nkey(mut self, seed: impl Into<String>) -> Self {
+        self.login = Login::NKey(seed.into());
+        self
+    }
+
+    /// Logs in with the JWT and seed in a credentials file, which is read when the connection is made.
+    #[must_use]
+    pub fn credentials_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.login = Login::Credentials(path.into());
+        self
+    }
+
+    /// Whether a connection without TLS is refused. False by default, which leaves it to the server.
+    #[must_use]
+    pub fn require_tls(mut self, required: bool) -> Self {
+        self.tls.required = required;
+        self
+    }
+
+    /// Begins TLS before the server's greeting, for servers with `handshake_first`. Not by default.
+    #[must_use]
+    pub fn tls_first(mut self) -> Self {
+        self.tls.first = true;
+        self
+    }
+
+    /// Trusts the certificates in this PEM file as well. Can be said several times.
+    #[must_use]
+    pub fn root_certificates(mut self, path: impl Into<PathBuf>) -> Self {
+        self.tls.roots.push(path.into());
+        self
+    }
+
+    /// Shows this certificate to the server (mutual TLS): PEM files of certificate and key.
+    #[must_use]
+    pub fn client_certificate(mut self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
+        self.tls.client = Some((certificate.into(), key.into()));
+        self
+    }
+
+    /// How long to wait between two attempts to come back to a server, give or take a fifth; the first follows at once,
+    /// and there is no last one. 2 s by default.
+    #[must_use]
+    pub fn reconnect_wait(mut self, wait: Duration) -> Self {
+        self.reconnect_wait = wait;
+        self
+    }
+
+    /// How often a silent server is asked whether it is still there; one that leaves two such questions open counts as
+    /// lost. 5 s by default.
+    #[must_use]
+    pub fn ping_interval(mut self, every: Duration) -> Self {
+        self.ping_interval = every;
+        self
+    }
+
+    /// How long one attempt to connect to one server may take. 2 s by default.
+    #[must_use]
+    pub fn connection_timeout(mut self, timeout: Duration) -> Self {
+        self.connection_timeout = timeout;
+        self
+    }
+
+    /// How long the server may take to answer anything: a confirmation of what was published, a question about a stream.
+    /// 5 s by default.
+    #[must_use]
+    pub fn answer_timeout(mut self, timeout: Duration) -> Self {
+        self.answer_timeout = timeout;
+        self
+    }
+
+    /// How many messages a subscription holds that nobody has read yet; what comes on top is lost, noticed, and read from
+    /// the store. 65,536 by default, at least 1.
+    #[must_use]
+    pub fn subscription_capacity(mut self, messages: usize) -> Self {
+        self.subscription_capacity = messages.max(1);
+        self
+    }
+
+    /// The bus. It connects when it is first used.
+    #[must_use]
+    pub fn bus(self) -> NatsBus {
+        NatsBus::new(self)
+    }
+
+    /// Where to connect to, as of now.
+    pub(super) fn servers(&self) -> Result<Vec<ServerAddr>, BusError> {
+        let said = |url: &String| !url.trim().is_empty();
+        let url = self.url.clone().filter(said).or_else(|| std::env::var("NATS_URL").ok().filter(said));
+        let url = url.unwrap_or_else(|| DEFAULT_URL.into());
+        let servers = url.split(',').map(|server| server.trim().parse());
+        // Neither the text nor what the parser says of it: a URL may have a password in it.
+        servers.collect::<Result<_, _>>().map_err(|_| BusError::Incompatible {
+            reason: "the URL of the NATS server cannot be read; it should look like nats://host:4222".into(),
+        })
+    }
+
+    /// What async-nats needs to know. `tell` hears everything that happens to the connection, and must not block.
+    pub(super) async fn connect_options(
+        &self,
+        servers: &[ServerAddr],
+        tell: impl Fn(Event) + Send + Sync + 'static,
+    ) -> Result<ConnectOptions, BusError> {
+        let wait = self.reconnect_wait;
+        let mut options = ConnectOptions::new()
+            .name(&self.name)
+            .ping_interval(self.ping_interval)
+            .connection_timeout(self.connection_timeout)
+            .request_timeout(Some(self.answer_timeout))
+            .subscription_capacity(self.subscription_capacity)
+            .max_reconnects(None)
+            .reconnect_delay_callback(move |attempt| match attempt {
+                0 | 1 => Duration::ZERO,
+                _ => jitter(wait, 0.2),
+            })
+            .event_callback(move |event| {
+                tell(event);
+                std::future::ready(())
+            })
+            .require_tls(self.tls.required);
+        if self.tls.first {
+            options = options.tls_first();
+        }
+        for roots in &self.tls.roots {
+            options = options.add_root_certificates(roots.clone());
+        }
+        if let Some((certificate, key)) = &self.tls.client {
+            options = options.add_client_certificate(certificate.clone(), key.clone());
+        }
+        Ok(match &self.login {
+            Login::Nobody => url_login(options, servers),
+            Login::User { name, password } => options.user_and_password(name.clone(), password.clone()),
+            Login::Token(token) => options.token(token.clone()),
+            Login::NKey(seed) => options.nkey(seed.clone()),
+            Login::Credentials(path) => {
+                options.credentials_file(path).await.map_err(|error| BusError::Incompatible {
+                    reason: format!(
+                        "the credentials file {} cannot be used: {}",
+                        path.display(),
+                        error.kind()
+                    ),
+                })?
+            }
+        })
+    }
+}
+
+/// Logs in with what a URL says (`user:password@` or `token@`), which async-nats itself takes no notice of.
+fn url_login(options: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
+    let Some((name, password)) =
+        servers.iter().find_map(|server| Some((server.username()?, server.password())))
+    else {
+        return options;
+    };
+    let plain = |text: &str| percent_decoded(text).unwrap_or_else(|| text.to_owned());
+    match password {
+        Some(password) => options.user_and_password(plain(name), plain(password)),
+        None => options.token(plain(name)),
+    }
+}
+
+impl fmt::Debug for NatsOptions {
+    /// Without anything secret: neither the URL, which may have a password in it, nor how we log in.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NatsOptions")
+            .field("driver", &self.driver)
+            .field("namespace", &self.namespace)
+            .field("name", &self.name)
+            .field("tls", &self.tls)
+            .finish_non_exhaustive()
+    }
+}

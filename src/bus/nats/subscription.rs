@@ -1,0 +1,179 @@
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use async_nats::{Message, Subscriber};
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::connection::{Connection, Echo, Link, silent, unavailable};
+use super::wire::{Incoming, Reject, Wire};
+use crate::bus::{BusError, BusItem, BusSubscription, LogBatch};
+use crate::event::RecordedEvent;
+use crate::future::BoxFuture;
+
+/// How many messages at most become one batch, and how many bytes, roughly: as the publisher cuts them.
+const EVENTS: usize = 512;
+const BYTES: usize = 1 << 20;
+
+/// How many strangers are named in the log at most.
+const STRANGERS: usize = 16;
+
+/// A plain subscription to all events and heartbeats of a namespace.
+pub(super) struct NatsSubscription {
+    /// Held, so that it lives and is watched as long as somebody listens.
+    _connection: Arc<Connection>,
+    link: watch::Receiver<Link>,
+    /// The link as of the last item.
+    seen: Link,
+    events: Subscriber,
+    heads: Subscriber,
+    wire: Wire,
+    /// Read, but not adjacent to the batch that was given out last.
+    held: Option<Incoming>,
+    /// How many messages were not what this program would have sent.
+    malformed: u64,
+    /// Other stores that publish to the same subjects.
+    strangers: HashSet<String>,
+}
+
+impl NatsSubscription {
+    pub(super) async fn new(
+        connection: Arc<Connection>,
+        namespace: &str,
+        store: Uuid,
+    ) -> Result<Self, BusError> {
+        let wire = Wire::new(namespace, store);
+        let link = connection.link();
+        let client = &connection.client;
+        let subscribe = async |subject: String| {
+            let subscribed = client.subscribe(subject.clone()).await;
+            subscribed.map_err(|error| unavailable(format!("subscribing to {subject}"), error))
+        };
+        let (seen, events, heads) = connection
+            .ask("subscribing", async {
+                let seen = *link.borrow();
+                let (events, heads) = (subscribe(wire.events()).await?, subscribe(wire.head()).await?);
+                // The server takes what we send in that order: with the answer, it has the subscriptions.
+                Echo::new(client).await?.round_trip(client).await?;
+                Ok((seen, events, heads))
+            })
+            .await?;
+        let (held, malformed, strangers) = (None, 0, HashSet::new());
+        Ok(Self { _connection: connection, link, seen, events, heads, wire, held, malformed, strangers })
+    }
+
+    async fn next_item(&mut self) -> Result<BusItem, BusError> {
+        loop {
+            if let Some(first) = self.held.take() {
+                return Ok(self.gather(first));
+            }
+            // Events before heads: a head that was sent behind an event is never taken before it.
+            tokio::select! {
+                biased;
+                changed = self.link.changed() => {
+                    let now = *self.link.borrow_and_update();
+                    let seen = std::mem::replace(&mut self.seen, now);
+                    if changed.is_err() || now.closed {
+                        return Err(BusError::Closed);
+                    }
+                    if (now.sessions, now.overflows) != (seen.sessions, seen.overflows) {
+                        return Ok(BusItem::Gap);
+                    }
+                }
+                message = self.events.next() => {
+                    let message = message.ok_or_else(|| self.ended())?;
+                    self.held = self.read(message);
+                }
+                message = self.heads.next() => {
+                    let message = message.ok_or_else(|| self.ended())?;
+                    match self.wire.read_position(message.headers.as_ref()) {
+                        Ok(head) => return Ok(BusItem::Head(head)),
+                        Err(reject) => self.report(&message, reject),
+                    }
+                }
+            }
+        }
+    }
+
+    fn ended(&self) -> BusError {
+        if self.link.borrow().closed {
+            BusError::Closed
+        } else {
+            silent("the connection to NATS was closed".into())
+        }
+    }
+
+    /// Puts together what follows `first` without a hole and is there already.
+    fn gather(&mut self, first: Incoming) -> BusItem {
+        let (after, event) = match first {
+            Incoming::Large(position) => return BusItem::Head(position),
+            Incoming::Event { previous, event } => (previous, event),
+        };
+        let mut bytes = size(&event);
+        let mut upto = event.position;
+        let mut events = vec![event];
+        while events.len() < EVENTS && bytes < BYTES {
+            // Not counted against this task's turn: that would cut batches short.
+            let waiting = tokio::task::unconstrained(self.events.next()).now_or_never();
+            let Some(message) = waiting.flatten() else { break };
+            match self.read(message) {
+                Some(Incoming::Event { previous, event }) if previous == upto => {
+                    bytes += size(&event);
+                    upto = event.position;
+                    events.push(event);
+                }
+                Some(other) => {
+                    self.held = Some(other);
+                    break;
+                }
+                None => {}
+            }
+        }
+        BusItem::Batch(LogBatch { after, upto, events: events.into() })
+    }
+
+    fn read(&mut self, message: Message) -> Option<Incoming> {
+        self.wire.read(&message).map_err(|reject| self.report(&message, reject)).ok()
+    }
+
+    /// Says what is passed over. If it was an event of ours that arrived broken, the next one shows the hole.
+    fn report(&mut self, message: &Message, reject: Reject) {
+        let subject = message.subject.as_str();
+        match reject {
+            Reject::Malformed(what) => {
+                self.malformed += 1;
+                // Whoever sends nonsense may send much of it.
+                if self.malformed.is_power_of_two() {
+                    let so_far = self.malformed;
+                    tracing::warn!(
+                        subject,
+                        what,
+                        so_far,
+                        "passed over a message that is no event of storied"
+                    );
+                }
+            }
+            Reject::OtherStore(store) => {
+                if self.strangers.len() < STRANGERS && self.strangers.insert(store.clone()) {
+                    tracing::warn!(
+                        subject,
+                        other = store,
+                        own = %self.wire.store_id(),
+                        "another store publishes under the same namespace; its events are passed over"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn size(event: &RecordedEvent) -> usize {
+    event.payload.len() + event.metadata.len()
+}
+
+impl BusSubscription for NatsSubscription {
+    fn next(&mut self) -> BoxFuture<'_, Result<BusItem, BusError>> {
+        Box::pin(self.next_item())
+    }
+}

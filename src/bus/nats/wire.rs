@@ -1,0 +1,448 @@
+//! What a message looks like: `docs/wire-format.md`, byte by byte. A change here needs a new number in `Storied-Wire`.
+
+use std::fmt::Write;
+
+use async_nats::header::{HeaderName, HeaderValue, NATS_MESSAGE_ID};
+use async_nats::{HeaderMap, Message};
+use bytes::{BufMut, Bytes, BytesMut};
+use chrono::{DateTime, SecondsFormat, Utc};
+use uuid::Uuid;
+
+use crate::codec::Codec;
+use crate::event::{EventName, Position, RecordedEvent, StreamId, Version};
+
+const WIRE: HeaderName = HeaderName::from_static("Storied-Wire");
+const STORE: HeaderName = HeaderName::from_static("Storied-Store");
+const POSITION: HeaderName = HeaderName::from_static("Storied-Position");
+const PREVIOUS: HeaderName = HeaderName::from_static("Storied-Previous");
+const STREAM: HeaderName = HeaderName::from_static("Storied-Stream");
+const VERSION: HeaderName = HeaderName::from_static("Storied-Version");
+const EVENT: HeaderName = HeaderName::from_static("Storied-Event");
+const TIME: HeaderName = HeaderName::from_static("Storied-Time");
+const COMMAND: HeaderName = HeaderName::from_static("Storied-Command");
+const CORRELATION: HeaderName = HeaderName::from_static("Storied-Correlation");
+const CODEC: HeaderName = HeaderName::from_static("Storied-Codec");
+const BODY: HeaderName = HeaderName::from_static("Storied-Body");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// The number of this format.
+const FORMAT: &str = "1";
+
+/// The value of `Storied-Body` when an event is too large to travel.
+const OMITTED: &str = "omitted";
+
+/// More than the headers and the frame of any message take, whatever is in them.
+const HEADROOM: usize = 4_096;
+
+/// The longest trace context that travels as a header; the standard's has 55 bytes. Longer ones are in the metadata alone.
+const LONGEST_TRACEPARENT: usize = 256;
+
+/// CBOR: a map of two entries, and the keys with the tag "encoded CBOR data item" (24) or "embedded JSON" (262) behind them.
+const MAP: &[u8] = &[0xa2];
+const PAYLOAD_CBOR: &[u8] = b"\x67payload\xd8\x18";
+const PAYLOAD_JSON: &[u8] = b"\x67payload\xd9\x01\x06";
+const METADATA: &[u8] = b"\x68metadata\xd8\x18";
+
+/// The names of the subjects of one namespace, and whose log it is.
+#[derive(Debug, Clone)]
+pub(super) struct Wire {
+    namespace: String,
+    store: HeaderValue,
+    store_id: Uuid,
+}
+
+/// A message as it goes out.
+pub(super) struct Outgoing {
+    pub(super) subject: String,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Bytes,
+}
+
+/// A message as it came in.
+#[derive(Debug)]
+pub(super) enum Incoming {
+    Event {
+        /// The position of the event before it in the log, whatever its name.
+        previous: Position,
+        event: RecordedEvent,
+    },
+    /// There is an event at this position, but it was too large to travel.
+    Large(Position),
+}
+
+/// Why a message is not for us.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Reject {
+    /// It is of the log of another store.
+    OtherStore(String),
+    /// It is not what this program would have sent.
+    Malformed(String),
+}
+
+impl Wire {
+    pub(super) fn new(namespace: &str, store: Uuid) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            store: HeaderValue::from(store.hyphenated().to_string()),
+            store_id: store,
+        }
+    }
+
+    /// What all events are found under.
+    pub(super) fn events(&self) -> String {
+        format!("{}.events.>", self.namespace)
+    }
+
+    /// Where the end of the log is announced.
+    pub(super) fn head(&self) -> String {
+        format!("{}.head", self.namespace)
+    }
+
+    pub(super) fn store_id(&self) -> Uuid {
+        self.store_id
+    }
+
+    /// The message of `event`, which stands behind `previous` in the log; without its content if that does not fit into
+    /// messages of `largest` bytes.
+    pub(super) fn event(&self, event: &RecordedEvent, previous: Position, largest: usize) -> Outgoing {
+        let mut headers = self.headers(event.position);
+        headers.insert(NATS_MESSAGE_ID, event.id.hyphenated().to_string());
+        headers.insert(PREVIOUS, HeaderValue::from(previous.get()));
+        headers.insert(STREAM, stream_header(&event.stream));
+        headers.insert(VERSION, HeaderValue::from(event.version.get()));
+        headers.insert(EVENT, event.name.as_str());
+        headers.insert(TIME, event.recorded_at.to_rfc3339_opts(SecondsFormat::Nanos, true));
+        headers.insert(COMMAND, event.command_id.hyphenated().to_string());
+        headers.insert(CODEC, event.codec.name());
+        self.context(event, &mut headers);
+        let body = if event.payload.len() + event.metadata.len() + HEADROOM > largest {
+            headers.insert(BODY, OMITTED);
+            Bytes::new()
+        } else {
+            body(event)
+        };
+        Outgoing { subject: format!("{}.events.{}", self.namespace, event.name), headers, body }
+    }
+
+    /// The message that says how far the log goes.
+    pub(super) fn heartbeat(&self, head: Position) -> Outgoing {
+        Outgoing { subject: self.head(), headers: self.headers(head), body: Bytes::new() }
+    }
+
+    fn headers(&self, position: Position) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(WIRE, FORMAT);
+        headers.insert(STORE, self.store.clone());
+        headers.insert(POSITION, HeaderValue::from(position.get()));
+        headers
+    }
+
+    /// What ties the event to others, for those who only look at headers.
+    fn context(&self, event: &RecordedEvent, headers: &mut HeaderMap) {
+        /// An empty map: most events have no metadata of their own.
+        const NOTHING: &[u8] = &[0xa0];
+        if event.metadata == NOTHING {
+            return;
+        }
+        // Metadata that does not decode travels as it is; whoever asks for it gets the error.
+        let Ok(metadata) = event.decode_metadata() else { return };
+        if let Some(correlation) = metadata.correlation_id {
+            headers.insert(CORRELATION, correlation.hyphenated().to_string());
+        }
+        let printable = |text: &String| text.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+        let short = |text: &String| text.len() <= LONGEST_TRACEPARENT;
+        if let Some(trace) = metadata.traceparent.filter(printable).filter(short) {
+            headers.insert(TRACEPARENT, trace);
+        }
+    }
+
+    /// Reads the message of an event.
+    pub(super) fn read(&self, message: &Message) -> Result<Incoming, Reject> {
+        let headers = Headers(self.accept(message.headers.as_ref())?);
+        let position = Position::new(headers.number(&POSITION)?);
+        if headers.0.get(BODY).is_some_and(|body| body.as_str() == OMITTED) {
+            return Ok(Incoming::Large(position));
+        }
+        let previous = Position::new(headers.number(&PREVIOUS)?);
+        if previous >= position {
+            return Err(malformed(format!("position {position} behind position {previous}")));
+        }
+        let codec = headers.text(&CODEC)?;
+        let codec = Codec::from_name(codec).ok_or_else(|| malformed(format!("the codec {codec:?}")))?;
+        let (payload, metadata) = read_body(&message.payload, codec)
+            .ok_or_else(|| malformed(format!("the body of position {position}")))?;
+        let event = RecordedEvent {
+            id: headers.uuid(&NATS_MESSAGE_ID)?,
+            stream: read_stream(headers.text(&STREAM)?).ok_or_else(|| malformed("the stream".into()))?,
+            version: Version::new(headers.number(&VERSION)?),
+            position,
+            name: EventName::new(headers.text(&EVENT)?).map_err(|error| malformed(error.to_string()))?,
+            codec,
+            payload,
+            command_id: headers.uuid(&COMMAND)?,
+            metadata,
+            recorded_at: DateTime::parse_from_rfc3339(headers.text(&TIME)?)
+                .map_err(|error| malformed(format!("the time: {error}")))?
+                .with_timezone(&Utc),
+        };
+        Ok(Incoming::Event { previous, event })
+    }
+
+    /// Reads the position in the headers of an event or a heartbeat.
+    pub(super) fn read_position(&self, headers: Option<&HeaderMap>) -> Result<Position, Reject> {
+        Headers(self.accept(headers)?).number(&POSITION).map(Position::new)
+    }
+
+    /// The headers, if they are ours.
+    fn accept<'a>(&self, headers: Option<&'a HeaderMap>) -> Result<&'a HeaderMap, Reject> {
+        let headers = headers.ok_or_else(|| malformed("no headers".into()))?;
+        match headers.get(WIRE) {
+            Some(format) if format.as_str() == FORMAT => {}
+            Some(format) => return Err(malformed(format!("the wire format {:?}", format.as_str()))),
+            None => return Err(malformed("no header Storied-Wire".into())),
+        }
+        match headers.get(STORE) {
+            Some(store) if *store == self.store => Ok(headers),
+            Some(store) => Err(Reject::OtherStore(store.as_str().to_owned())),
+            None => Err(malformed("no header Storied-Store".into())),
+        }
+    }
+}
+
+fn malformed(what: String) -> Reject {
+    Reject::Malformed(what)
+}
+
+struct Headers<'a>(&'a HeaderMap);
+
+impl<'a> Headers<'a> {
+    fn text(&self, name: &HeaderName) -> Result<&'a str, Reject> {
+        let value = self.0.get(name.clone()).map(HeaderValue::as_str);
+        value.ok_or_else(|| malformed(format!("no header {name}")))
+    }
+
+    fn number(&self, name: &HeaderName) -> Result<u64, Reject> {
+        self.text(name)?.parse().map_err(|error| malformed(format!("{name}: {error}")))
+    }
+
+    fn uuid(&self, name: &HeaderName) -> Result<Uuid, Reject> {
+        Uuid::try_parse(self.text(name)?).map_err(|error| malformed(format!("{name}: {error}")))
+    }
+}
+
+/// `category/id`, where what a header cannot carry or would not keep is written as `%` and two hexadecimal digits.
+fn stream_header(stream: &StreamId) -> String {
+    let mut text = String::with_capacity(stream.category().len() + 1 + stream.id().len());
+    text.push_str(stream.category());
+    text.push('/');
+    for byte in stream.id().bytes() {
+        if matches!(byte, b'!'..=b'~') && byte != b'%' {
+            text.push(char::from(byte));
+        } else {
+            // Writing to a String does not fail.
+            let _ = write!(text, "%{byte:02X}");
+        }
+    }
+    text
+}
+
+fn read_stream(header: &str) -> Option<StreamId> {
+    let (category, id) = header.split_once('/')?;
+    StreamId::new(category, percent_decoded(id)?).ok()
+}
+
+/// The text in which `%` and two hexadecimal digits stand for a byte.
+pub(super) fn percent_decoded(text: &str) -> Option<String> {
+    if !text.contains('%') {
+        return Some(text.to_owned());
+    }
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, behind)) = rest.split_first() {
+        rest = behind;
+        if byte == b'%' {
+            let digits = std::str::from_utf8(rest.get(..2)?).ok()?;
+            bytes.push(u8::from_str_radix(digits, 16).ok()?);
+            rest = &rest[2..];
+        } else {
+            bytes.push(byte);
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+fn payload_key(codec: Codec) -> &'static [u8] {
+    match codec {
+        Codec::Cbor => PAYLOAD_CBOR,
+        Codec::Json => PAYLOAD_JSON,
+    }
+}
+
+fn body(event: &RecordedEvent) -> Bytes {
+    let mut body = BytesMut::with_capacity(event.payload.len() + event.metadata.len() + 48);
+    body.put_slice(MAP);
+    for (key, value) in [(payload_key(event.codec), &event.payload), (METADATA, &event.metadata)] {
+        body.put_slice(key);
+        put_byte_string(&mut body, value);
+    }
+    body.freeze()
+}
+
+/// Payload and metadata, which share the body's memory.
+fn read_body(body: &Bytes, codec: Codec) -> Option<(Bytes, Bytes)> {
+    let mut rest = body.clone();
+    take(&mut rest, MAP)?;
+    take(&mut rest, payload_key(codec))?;
+    let payload = take_byte_string(&mut rest)?;
+    take(&mut rest, METADATA)?;
+    let metadata = take_byte_string(&mut rest)?;
+    rest.is_empty().then_some((payload, metadata))
+}
+
+/// A byte string as RFC 8949 has it, its length in as few bytes as possible.
+fn put_byte_string(body: &mut BytesMut, value: &[u8]) {
+    const BYTE_STRING: u8 = 0x40;
+    match value.len() {
+        length @ 0..24 => body.put_u8(BYTE_STRING | length as u8),
+        length @ 24..0x100 => body.put_slice(&[BYTE_STRING | 24, length as u8]),
+        length @ 0x100..0x1_0000 => {
+            body.put_u8(BYTE_STRING | 25);
+            body.put_u16(length as u16);
+        }
+        length @ 0x1_0000..0x1_0000_0000 => {
+            body.put_u8(BYTE_STRING | 26);
+            body.put_u32(length as u32);
+        }
+        length => {
+            body.put_u8(BYTE_STRING | 27);
+            body.put_u64(length as u64);
+        }
+    }
+    body.put_slice(value);
+}
+
+fn take_byte_string(rest: &mut Bytes) -> Option<Bytes> {
+    let first = *rest.first()?;
+    let (short, extra) = match first.checked_sub(0x40)? {
+        length @ 0..24 => (Some(length), 0),
+        size @ 24..28 => (None, 1_usize << (size - 24)),
+        _ => return None,
+    };
+    let digits = rest.get(1..1 + extra)?;
+    let length = match short {
+        Some(length) => usize::from(length),
+        None => {
+            let length = digits.iter().fold(0, |length, digit| length << 8 | u64::from(*digit));
+            usize::try_from(length).ok()?
+        }
+    };
+    let start = 1 + extra;
+    let end = start.checked_add(length).filter(|end| *end <= rest.len())?;
+    let value = rest.slice(start..end);
+    *rest = rest.slice(end..);
+    Some(value)
+}
+
+fn take(rest: &mut Bytes, expected: &[u8]) -> Option<()> {
+    if !rest.starts_with(expected) {
+        return None;
+    }
+    *rest = rest.slice(expected.len()..);
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn event(id: &str, codec: Codec, payload: Vec<u8>, metadata: Vec<u8>) -> RecordedEvent {
+        RecordedEvent {
+            id: Uuid::now_v7(),
+            stream: StreamId::new("shop.order", id).unwrap(),
+            version: Version::new(3),
+            position: Position::new(9),
+            name: EventName::new("shop.order.placed").unwrap(),
+            codec,
+            payload: payload.into(),
+            command_id: Uuid::now_v7(),
+            metadata: metadata.into(),
+            recorded_at: Utc::now(),
+        }
+    }
+
+    fn incoming(outgoing: Outgoing) -> Message {
+        Message {
+            subject: outgoing.subject.into(),
+            reply: None,
+            payload: outgoing.body,
+            headers: Some(outgoing.headers),
+            status: None,
+            description: None,
+            length: 0,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_sent_is_what_is_read(
+            id in "[ -~éß→%/]{1,40}",
+            payload in proptest::collection::vec(any::<u8>(), 0..70_000),
+            metadata in proptest::collection::vec(any::<u8>(), 0..300),
+            json in any::<bool>(),
+        ) {
+            let wire = Wire::new("shop", Uuid::now_v7());
+            let sent = event(&id, if json { Codec::Json } else { Codec::Cbor }, payload, metadata);
+            let message = incoming(wire.event(&sent, Position::new(7), 1 << 20));
+            let Ok(Incoming::Event { previous, event: read }) = wire.read(&message) else { panic!("{message:?}") };
+            prop_assert_eq!(previous.get(), 7);
+            prop_assert_eq!(format!("{sent:?}"), format!("{read:?}"));
+        }
+
+        #[test]
+        fn no_body_makes_the_reader_panic(body in proptest::collection::vec(any::<u8>(), 0..64), keep in 0_usize..64) {
+            let wire = Wire::new("shop", Uuid::now_v7());
+            let mut message = incoming(wire.event(&event("1", Codec::Cbor, vec![1; 30], vec![0xa0]), Position::START, 1 << 20));
+            let kept = message.payload.slice(..keep.min(message.payload.len()));
+            message.payload = [kept.as_ref(), &body].concat().into();
+            let _ = wire.read(&message);
+        }
+    }
+
+    #[test]
+    fn other_stores_formats_and_nonsense_are_told_apart() {
+        let wire = Wire::new("shop", Uuid::now_v7());
+        let sent = || event("1", Codec::Cbor, vec![1], vec![0xa0]);
+        let other = Uuid::now_v7();
+        let foreign = incoming(Wire::new("shop", other).event(&sent(), Position::START, 1 << 20));
+        assert_eq!(wire.read(&foreign).unwrap_err(), Reject::OtherStore(other.to_string()));
+        for (name, value) in [
+            ("Storied-Wire", "2"),
+            ("Storied-Position", "-1"),
+            ("Storied-Previous", "9"),
+            ("Storied-Stream", "order"),
+            ("Storied-Stream", "order/%zz"),
+            ("Storied-Codec", "gob"),
+            ("Storied-Time", "today"),
+            ("Storied-Event", ".."),
+            ("Nats-Msg-Id", "1"),
+        ] {
+            let mut outgoing = wire.event(&sent(), Position::START, 1 << 20);
+            outgoing.headers.insert(name, value);
+            let read = wire.read(&incoming(outgoing));
+            assert!(matches!(read, Err(Reject::Malformed(_))), "{name}: {value}: {read:?}");
+        }
+    }
+
+    #[test]
+    fn a_large_event_leaves_its_content_behind() {
+        let wire = Wire::new("shop", Uuid::now_v7());
+        let sent = event("1", Codec::Cbor, vec![1; 2_000], vec![0xa0]);
+        let outgoing = wire.event(&sent, Position::START, 6_000);
+        assert!(outgoing.body.is_empty());
+        assert!(
+            matches!(wire.read(&incoming(outgoing)), Ok(Incoming::Large(position)) if position.get() == 9)
+        );
+    }
+}

@@ -1,0 +1,15 @@
+//! Every bus: what the port promises, against real servers that are killed, paused, restarted and wiped.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
+
+mod conformance;
+mod faults;
+mod login;
+mod mirror;
+mod oracle;
+mod support;
+mod wire;
+
+#[path = "../support/mod.rs"]
+mod harness;

@@ -1,0 +1,210 @@
+//! The mirror oracle: whatever dies, sleeps or is wiped, at the end the stream's messages are the log, in order, each once.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getppid};
+use storied::bus::{MirrorEnd, NatsBus, Resume};
+use storied::testing::Node;
+use storied::{EventBus, EventStore, FeedOptions, SqliteStore};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+
+use crate::harness::{NatsOptions, NatsServer};
+use crate::support::*;
+
+/// Small numbers that look random and are the same for the same seed.
+struct Dice(AtomicU64);
+
+impl Dice {
+    fn roll(&self, sides: u64) -> u64 {
+        let next =
+            |n: u64| Some(n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
+        (self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next).unwrap() >> 33) % sides
+    }
+}
+
+/// Another process that publishes, until somebody ends it.
+struct Publisher(Child);
+
+impl Publisher {
+    fn start(database: &TempDir, server: &NatsServer) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["--exact", "oracle::a_publisher_process", "--ignored"])
+            .env("ORACLE_STORE", database.path().join("events.db"))
+            .env("ORACLE_NATS", server.url())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
+    }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// Next to no duplicate window: the sequence check has to hold by itself, without the ids as a second net.
+fn bus(url: &str) -> NatsBus {
+    let mirror = mirror().window(64).duplicate_window(Duration::from_millis(100));
+    quick(storied::bus::NatsOptions::jetstream(mirror).url(url)).bus()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "for the oracle"]
+async fn a_publisher_process() {
+    let parent = getppid();
+    let store = SqliteStore::open(std::env::var("ORACLE_STORE").unwrap()).await.unwrap();
+    let bus = bus(&std::env::var("ORACLE_NATS").unwrap());
+    let _node = Node::start(Arc::new(store), Arc::new(bus), FeedOptions::new(), publishing()).await;
+    while getppid() == parent {
+        pause(100).await;
+    }
+}
+
+/// Publishes with neither lease nor checkpoint, as a node would that slept through the loss of both.
+fn zombie(store: &Arc<dyn EventStore>, server: &NatsServer, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
+    let (store, bus, stop) = (store.clone(), bus(&server.url()), stop.clone());
+    tokio::spawn(async move {
+        let mut refusals = 0;
+        while !stop.load(Ordering::SeqCst) {
+            let turn = async {
+                let mut publisher = bus.publisher(store.info().id).await?;
+                let Resume::After(end) = publisher.resume(MirrorEnd::default()).await? else {
+                    panic!("no mirror")
+                };
+                for batch in batches(&store, end.position, 50).await {
+                    publisher.publish(batch).await?;
+                }
+                Ok::<_, storied::bus::BusError>(())
+            };
+            refusals += u64::from(turn.await.is_err());
+            pause(20).await;
+        }
+        refusals
+    })
+}
+
+/// What the stream has: positions in order, and the last sequence number.
+pub async fn mirrored(url: &str) -> (Vec<u64>, u64) {
+    let context = async_nats::jetstream::new(async_nats::connect(url).await.unwrap());
+    let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
+    let state = &stream.cached_info().state;
+    let (count, last) = (state.messages, state.last_sequence);
+    let consumer = async_nats::jetstream::consumer::pull::OrderedConfig::default();
+    let mut messages = stream.create_consumer(consumer).await.unwrap().messages().await.unwrap();
+    let mut positions = Vec::new();
+    for _ in 0..count {
+        let message = timeout(PATIENCE, messages.next()).await.unwrap().unwrap().unwrap();
+        let position = message.headers.as_ref().unwrap().get("Storied-Position").unwrap();
+        positions.push(position.as_str().parse().unwrap());
+    }
+    (positions, last)
+}
+
+async fn round(seed: u64) {
+    let dice = Dice(AtomicU64::new(seed));
+    let database = TempDir::new().unwrap();
+    let open = async || {
+        let store = SqliteStore::open(database.path().join("events.db")).await.unwrap();
+        Arc::new(store) as Arc<dyn EventStore>
+    };
+    let store = open().await;
+    write(&store, 0, 300).await;
+    let mut server = NatsServer::start(NatsOptions::jetstream()).await;
+    let follower = Recording::start(&store, bus(&server.url()), blind()).await;
+    let mut publishers = [Publisher::start(&database, &server), Publisher::start(&database, &server)];
+    let stop = Arc::new(AtomicBool::new(false));
+    let zombie = zombie(&open().await, &server, &stop);
+    let writers = [1, 2].map(|n| Writer::start(&store, n, n, Duration::from_millis(2)));
+    let mut deeds = Vec::new();
+    for turn in 0..7 {
+        pause(100 + dice.roll(400)).await;
+        // Each kind comes up in every run, in an order of its own.
+        let deed = (turn + seed) % 7;
+        deeds.push(deed);
+        let victim = dice.roll(2) as usize;
+        match deed {
+            0 | 1 => {
+                server.kill();
+                pause(dice.roll(500)).await;
+                server.restart().await;
+            }
+            2 => {
+                server.pause();
+                pause(500 + dice.roll(1_500)).await;
+                server.resume();
+            }
+            3 => {
+                server.kill();
+                server.wipe();
+                pause(dice.roll(300)).await;
+                server.restart().await;
+            }
+            4 => publishers[victim] = Publisher::start(&database, &server),
+            // Longer than the lease: another one takes over, and this one wakes up behind it.
+            5 => {
+                publishers[victim].signal(Signal::SIGSTOP);
+                pause(1_600 + dice.roll(500)).await;
+                publishers[victim].signal(Signal::SIGCONT);
+            }
+            _ => {
+                publishers[victim].signal(Signal::SIGSTOP);
+                server.kill();
+                if dice.roll(2) == 0 {
+                    server.wipe();
+                }
+                server.restart().await;
+                pause(1_600).await;
+                publishers[victim].signal(Signal::SIGCONT);
+            }
+        }
+    }
+    pause(200).await;
+    let mut longest = Duration::ZERO;
+    for writer in writers {
+        longest = longest.max(writer.done().await.1);
+    }
+    assert!(longest < Duration::from_secs(2), "seed {seed}: an append took {longest:?}");
+    stop.store(true, Ordering::SeqCst);
+    let refusals = zombie.await.unwrap();
+
+    let log: Vec<u64> = log(&store).await.iter().map(|position| position.get()).collect();
+    let give_up = Instant::now() + PATIENCE;
+    let mut found = mirrored(&server.url()).await;
+    while found.0.len() < log.len() && Instant::now() < give_up {
+        pause(100).await;
+        found = mirrored(&server.url()).await;
+    }
+    let (mirror, last) = found;
+    let (short, wanted) = (mirror.len(), log.len());
+    let differs = mirror.iter().zip(&log).position(|(mirror, log)| mirror != log);
+    assert!(mirror == log, "seed {seed}, {deeds:?}: {short} of {wanted}, first difference at {differs:?}");
+    assert_eq!(last, log.len() as u64, "seed {seed}");
+    follower.reaches(&format!("seed {seed}"), &store).await;
+    println!("seed {seed}: {wanted} events, {refusals} refusals, longest append {longest:?}");
+    follower.node.kill();
+}
+
+/// One run, or as many as `ORACLE_RUNS` says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_mirror_is_the_log() {
+    let runs = std::env::var("ORACLE_RUNS").map_or(1, |runs| runs.parse().unwrap());
+    let first = std::env::var("ORACLE_SEED").ok().map(|seed| seed.parse().unwrap());
+    let first = first.unwrap_or_else(|| u64::from(std::process::id()));
+    for seed in first..first + runs {
+        round(seed).await;
+    }
+}
