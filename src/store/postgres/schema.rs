@@ -178,12 +178,15 @@ async fn migrate(
         "SELECT pg_advisory_xact_lock(7310323741263721841); SET LOCAL statement_timeout = 0{leave_nothing}"
     );
     (&mut *transaction).execute(AssertSqlSafe(begin)).await.map_err(migrating)?;
-    let exists: bool = sqlx::query_scalar("SELECT to_regnamespace($1) IS NOT NULL")
-        .bind(schema.name())
-        .persistent(false)
-        .fetch_one(&mut *transaction)
-        .await
-        .map_err(migrating)?;
+    // Read from the table: to_regnamespace may answer from a cache that does not know yet what was created while this waited
+    // for the lock.
+    let exists: bool =
+        sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1)")
+            .bind(schema.name())
+            .persistent(false)
+            .fetch_one(&mut *transaction)
+            .await
+            .map_err(migrating)?;
     // Asked first because it takes a right even if there is nothing to create.
     if !exists {
         let create = AssertSqlSafe(format!("CREATE SCHEMA \"{}\"", schema.name()));
