@@ -31,7 +31,6 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
-//! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `testing` | no | the test kit |
@@ -49,6 +48,7 @@ pub mod event;
 pub mod feed;
 mod future;
 mod lease;
+mod partition;
 pub mod projection;
 pub mod publisher;
 pub mod runtime;
@@ -71,6 +71,7 @@ pub use self::event::{
 };
 pub use self::feed::{FeedOptions, FeedStatus};
 pub use self::future::BoxFuture;
+pub use self::partition::partition_of;
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;
 #[cfg(feature = "sqlite")]
