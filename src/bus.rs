@@ -18,9 +18,9 @@ pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
 pub use self::nats::{
     AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, HandleError, HandleOptions,
-    Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, Received, RetryPolicy,
-    StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription, SubscriptionError,
-    SubscriptionErrors, SubscriptionStats,
+    Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsEvent, NatsOptions, Received,
+    RetryPolicy, StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription,
+    SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;

@@ -25,6 +25,7 @@ use tokio::sync::{Mutex, watch};
 use uuid::Uuid;
 
 use self::connection::Connection;
+pub use self::connection::NatsEvent;
 use self::core_nats::CorePublisher;
 use self::jetstream::MirrorPublisher;
 pub use self::jetstream::{

@@ -76,6 +76,11 @@ impl NatsServer {
         self.process.end(Signal::SIGTERM).await;
     }
 
+    /// Sends it another signal: SIGUSR2 makes it a lame duck.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
     /// Freezes it (SIGSTOP): connections stay open and nothing answers.
     pub fn pause(&mut self) {
         self.process.pause();
