@@ -6,6 +6,7 @@
 mod conformance;
 mod events;
 mod faults;
+mod hints;
 mod login;
 mod mirror;
 mod oracle;
