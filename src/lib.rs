@@ -90,3 +90,8 @@ pub use self::supervised::StopError;
 #[cfg(all(doctest, feature = "sqlite"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The pieces of code in the documents are compiled.
+#[cfg(all(doctest, feature = "nats"))]
+#[doc = include_str!("../docs/nats.md")]
+struct Nats;

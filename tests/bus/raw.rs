@@ -43,6 +43,11 @@ impl Press {
         printed
     }
 
+    /// Leaves everything up to this position unpublished.
+    pub fn skip(&mut self, upto: Position) {
+        self.at = upto;
+    }
+
     /// `count` notes that are written.
     pub async fn written(&mut self, count: u64) -> Vec<RecordedEvent> {
         write(&self.store, 0, count).await;

@@ -27,7 +27,7 @@ pub enum NatsEvent {
         /// How often so far.
         overflows: u64,
     },
-    /// The server is about to shut down, and asks its clients to go elsewhere.
+    /// The server is about to shut down, and asks its clients to go elsewhere. May go unheard beside a flood of overflows.
     LameDuck,
     /// It was closed, and does not come back.
     Closed,

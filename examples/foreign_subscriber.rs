@@ -1,0 +1,113 @@
+//! Reads storied's events without storied: with a NATS client, a CBOR library and `docs/wire-format.md`. What it does here
+//! in Rust can be done so in any language.
+//!
+//! ```sh
+//! cargo run --example foreign_subscriber -- nats://127.0.0.1:4222 storied
+//! ```
+
+use std::error::Error;
+
+use async_nats::{HeaderMap, Message};
+use ciborium::Value;
+use futures_util::StreamExt;
+
+/// An event, as far as somebody from outside wants to know it.
+#[derive(Debug)]
+pub struct Seen {
+    /// Where it is in the log.
+    pub position: u64,
+    /// `category.variant`.
+    pub name: String,
+    /// `category/id`.
+    pub stream: String,
+    /// Its number in the stream.
+    pub version: u64,
+    /// The payload; `None` when it was too large to travel.
+    pub payload: Option<Value>,
+    /// Whether something is missing before it.
+    pub hole: bool,
+}
+
+/// Follows everything under a namespace, and gives each event to `each` until that says that it is enough.
+pub async fn follow(
+    url: &str,
+    namespace: &str,
+    mut each: impl FnMut(Seen) -> bool,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let client = async_nats::connect(url).await?;
+    let mut messages = client.subscribe(format!("{namespace}.events.>")).await?;
+    client.flush().await?;
+    // The position of the last event that was seen.
+    let mut last: Option<u64> = None;
+    while let Some(message) = messages.next().await {
+        let Some(mut seen) = read(&message)? else { continue };
+        if last.is_some_and(|last| seen.position <= last) {
+            continue;
+        }
+        let previous: u64 = header(&message, "Storied-Previous")?.parse()?;
+        seen.hole = last.is_some_and(|last| previous > last);
+        last = Some(seen.position);
+        if !each(seen) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The event in a message; `None` when it is no event, or in a format that we do not know.
+fn read(message: &Message) -> Result<Option<Seen>, Box<dyn Error + Send + Sync>> {
+    if header(message, "Storied-Wire").ok() != Some("1") {
+        return Ok(None);
+    }
+    let omitted = message.headers.as_ref().is_some_and(|headers| headers.get("Storied-Body").is_some());
+    let payload = if omitted { None } else { Some(payload(message)?) };
+    Ok(Some(Seen {
+        position: header(message, "Storied-Position")?.parse()?,
+        name: header(message, "Storied-Event")?.to_owned(),
+        stream: header(message, "Storied-Stream")?.to_owned(),
+        version: header(message, "Storied-Version")?.parse()?,
+        payload,
+        hole: false,
+    }))
+}
+
+/// The body is a map of `payload` and `metadata`, each a tagged byte string with another item in it.
+fn payload(message: &Message) -> Result<Value, Box<dyn Error + Send + Sync>> {
+    let body: Value = ciborium::from_reader(message.payload.as_ref())?;
+    let entries = body.as_map().ok_or("the body is no map")?;
+    let entry = entries.iter().find(|(key, _)| key.as_text() == Some("payload"));
+    let (_, tagged) = entry.ok_or("the body has no payload")?;
+    match tagged {
+        // An encoded CBOR item.
+        Value::Tag(24, bytes) => {
+            Ok(ciborium::from_reader(bytes.as_bytes().ok_or("no bytes in tag 24")?.as_slice())?)
+        }
+        // An embedded JSON text: shown as the text that it is.
+        Value::Tag(262, bytes) => {
+            let bytes = bytes.as_bytes().ok_or("no bytes in tag 262")?;
+            Ok(Value::Text(String::from_utf8(bytes.clone())?))
+        }
+        other => Err(format!("a payload that is neither CBOR nor JSON: {other:?}").into()),
+    }
+}
+
+fn header<'a>(message: &'a Message, name: &str) -> Result<&'a str, Box<dyn Error + Send + Sync>> {
+    let headers: &HeaderMap = message.headers.as_ref().ok_or("a message without headers")?;
+    Ok(headers.get(name).ok_or_else(|| format!("no header {name}"))?.as_str())
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
+    let mut arguments = std::env::args().skip(1);
+    let url = arguments.next().unwrap_or_else(|| "nats://127.0.0.1:4222".into());
+    let namespace = arguments.next().unwrap_or_else(|| "storied".into());
+    println!("listening for {namespace}.events.> on {url}");
+    follow(&url, &namespace, |seen| {
+        if seen.hole {
+            println!("--- something is missing here: it is in the store, and in the mirror if there is one");
+        }
+        println!("{} {} {}#{} {:?}", seen.position, seen.name, seen.stream, seen.version, seen.payload);
+        true
+    })
+    .await
+}

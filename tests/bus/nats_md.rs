@@ -1,0 +1,169 @@
+//! What docs/nats.md claims, beside what the documentation tests compile.
+
+use std::time::Duration;
+
+use async_nats::jetstream;
+use futures_util::StreamExt;
+use storied::Position;
+use storied::bus::{
+    ConsumerOptions, ConsumerPolicy, HandleOptions, JetStreamOptions, NatsOptions, StreamPolicy,
+    SubscribeOptions,
+};
+
+use crate::harness::{self, NatsServer};
+use crate::raw::{Press, listen, take};
+use crate::support::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_and_buckets_through_the_client_that_is_handed_out() {
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let bus = options(Kind::JetStream, &server).bus();
+    let client = bus.client().await.unwrap();
+    let error = client.request("shop.price", "SKU-1".into()).await.unwrap_err();
+    assert_eq!(error.kind(), async_nats::RequestErrorKind::NoResponders);
+    let mut questions = client.queue_subscribe("shop.price", "prices".into()).await.unwrap();
+    let answering = client.clone();
+    tokio::spawn(async move {
+        while let Some(question) = questions.next().await {
+            answering.publish(question.reply.unwrap(), "42".into()).await.unwrap();
+        }
+    });
+    for _ in 0..5 {
+        assert_eq!(client.request("shop.price", "SKU-1".into()).await.unwrap().payload, "42");
+    }
+
+    let context = jetstream::new(client);
+    let config = jetstream::kv::Config {
+        bucket: "settings".into(),
+        history: 5,
+        max_bytes: 1 << 20,
+        ..Default::default()
+    };
+    let settings = context.create_key_value(config).await.unwrap();
+    let mut changes = settings.watch("app.>").await.unwrap();
+    let revision = settings.put("app.name", "shop".into()).await.unwrap();
+    settings.put("db.host", "not watched".into()).await.unwrap();
+    settings.update("app.name", "store".into(), revision).await.unwrap();
+    assert!(settings.update("app.name", "late".into(), revision).await.is_err());
+    assert_eq!(settings.get("app.name").await.unwrap().as_deref(), Some(&b"store"[..]));
+    settings.delete("app.name").await.unwrap();
+    let mut operations = Vec::new();
+    for _ in 0..3 {
+        let change = changes.next().await.unwrap().unwrap();
+        assert_eq!(change.key, "app.name");
+        operations.push(change.operation);
+    }
+    use jetstream::kv::Operation::{Delete, Put};
+    assert_eq!(operations, [Put, Put, Delete]);
+    assert!(settings.put("big", vec![0; 2 << 20].into()).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stream_and_consumer_tell_how_they_are() {
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let bus = options(Kind::JetStream, &server).namespace("shop").unwrap().bus();
+    let mut press = Press::new(&bus).await;
+    press.written(10).await;
+    let durable = SubscribeOptions::new()
+        .load_balancer("shipping")
+        .capacity(4)
+        .consumer(ConsumerOptions::durable("shipping"));
+    let mut subscriber = listen(&bus, &["note.written"], durable).await;
+    take(&mut subscriber, 2).await;
+    let context = jetstream::new(bus.client().await.unwrap());
+    let mut stream = context.get_stream("SHOP_EVENTS").await.unwrap();
+    let state = stream.info().await.unwrap().state.clone();
+    assert_eq!((state.messages, state.last_sequence, state.consumer_count), (10, 10, 1));
+    let info = stream.consumer_info("shipping:shipping=3Anote_written:note_written").await.unwrap();
+    assert_eq!(info.ack_floor.stream_sequence, 2);
+    assert!(info.num_ack_pending <= 8 && info.num_pending <= 8, "{info:?}");
+}
+
+/// The rows of the table, as a server's configuration.
+async fn server(publish: &[&str], subscribe: &[&str]) -> NatsServer {
+    let list = |subjects: &[&str]| {
+        subjects.iter().map(|subject| format!("\"{subject}\"")).collect::<Vec<_>>().join(", ")
+    };
+    let config = vec![format!(
+        "authorization {{ users: [{{ user: admin, password: x }}, {{ user: node, password: x, permissions: {{ publish: [{}], \
+         subscribe: [{}] }} }}] }}",
+        list(publish),
+        list(subscribe)
+    )];
+    NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::jetstream() }).await
+}
+
+const CORE: [&str; 4] = ["shop.events.>", "shop.head", "shop.hint", "_INBOX.>"];
+
+fn login(options: NatsOptions, server: &NatsServer, user: &str) -> NatsOptions {
+    quick(options.url(server.url()).user_and_password(user, "x").namespace("shop").unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_permissions_of_the_table_suffice() {
+    let made = ["$JS.API.STREAM.*.SHOP_EVENTS", "$JS.API.STREAM.MSG.GET.SHOP_EVENTS", "$JS.API.STREAM.NAMES"];
+    let found = ["$JS.API.STREAM.INFO.SHOP_EVENTS", "$JS.API.STREAM.MSG.GET.SHOP_EVENTS"];
+    for (kind, more, policy) in [
+        (Kind::Core, &[][..], StreamPolicy::CreateOrVerify),
+        (Kind::JetStream, &made[..], StreamPolicy::CreateOrVerify),
+        (Kind::JetStream, &found[..], StreamPolicy::RequireExisting),
+    ] {
+        let server = server(&[&CORE[..], more].concat(), &CORE).await;
+        if policy == StreamPolicy::RequireExisting {
+            let admin = login(NatsOptions::jetstream(mirror()), &server, "admin").bus();
+            listen(&admin, &["*"], SubscribeOptions::new()).await.close(PATIENCE).await.unwrap();
+        }
+        let bus = || {
+            let options = match kind {
+                Kind::Core => NatsOptions::core(),
+                _ => NatsOptions::jetstream(mirror().policy(policy)),
+            };
+            login(options, &server, "node").bus()
+        };
+        let store = store();
+        write(&store, 0, 50).await;
+        let (one, two) =
+            (Recording::start(&store, bus(), blind()).await, Recording::start(&store, bus(), blind()).await);
+        write(&store, 0, 50).await;
+        one.reaches("one", &store).await;
+        two.reaches("two", &store).await;
+        one.node.stop(PATIENCE).await.unwrap();
+        two.node.stop(PATIENCE).await.unwrap();
+        assert!(!server.log().contains("Violation"), "{kind:?} {policy:?}: {}", server.log());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_needs_no_right_to_create() {
+    let server = server(
+        &[
+            "$JS.API.STREAM.INFO.SHOP_EVENTS",
+            "$JS.API.CONSUMER.INFO.SHOP_EVENTS.*",
+            "$JS.API.CONSUMER.MSG.NEXT.SHOP_EVENTS.*",
+            "$JS.ACK.SHOP_EVENTS.>",
+        ],
+        &["_INBOX.>"],
+    )
+    .await;
+    let admin = login(NatsOptions::jetstream(mirror()), &server, "admin").bus();
+    let durable =
+        |policy| SubscribeOptions::new().consumer(ConsumerOptions::durable_as("reader").policy(policy));
+    listen(&admin, &["*"], durable(ConsumerPolicy::CreateOrVerify)).await.close(PATIENCE).await.unwrap();
+    let mut press = Press::new(&admin).await;
+    let printed = press.written(20).await;
+    let options = JetStreamOptions::new().policy(StreamPolicy::RequireExisting);
+    let reader = login(NatsOptions::jetstream(options), &server, "node").bus();
+    let mut subscription = listen(&reader, &["*"], durable(ConsumerPolicy::RequireExisting)).await;
+    same(&take(&mut subscription, 10).await, &printed[..10]);
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let handling = subscription.for_each(HandleOptions::new(), move |delivery| {
+        tell.send(delivery.event().position).unwrap();
+        std::future::ready(Ok(()))
+    });
+    let mut last = Position::START;
+    while last < printed[19].position {
+        last = told.recv().await.unwrap();
+    }
+    handling.stop(Duration::from_secs(10)).await.unwrap();
+    assert!(!server.log().contains("Violation"), "{}", server.log());
+}
