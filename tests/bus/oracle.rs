@@ -177,7 +177,8 @@ async fn round(seed: u64) {
     for writer in writers {
         longest = longest.max(writer.done().await.1);
     }
-    assert!(longest < Duration::from_secs(2), "seed {seed}: an append took {longest:?}");
+    // Outages are longer than this together; one busy machine alone has been seen to take two seconds.
+    assert!(longest < Duration::from_secs(4), "seed {seed}: an append took {longest:?}");
     stop.store(true, Ordering::SeqCst);
     let refusals = zombie.await.unwrap();
 
