@@ -167,3 +167,37 @@ async fn a_reader_needs_no_right_to_create() {
     handling.stop(Duration::from_secs(10)).await.unwrap();
     assert!(!server.log().contains("Violation"), "{}", server.log());
 }
+
+/// What the server's monitoring port answers.
+async fn monitored(port: u16, path: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut connection = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");
+    connection.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_monitoring_port_shows_names_groups_and_health() {
+    let port = harness::Port::claim();
+    let config = vec![format!("http: \"127.0.0.1:{}\"", port.number())];
+    let server =
+        NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::jetstream() }).await;
+    let bus = options(Kind::Core, &server).name("shipping-7").bus();
+    let subscription =
+        listen(&bus, &["order.placed"], SubscribeOptions::new().load_balancer("shipping")).await;
+    let port = port.number();
+    assert!(monitored(port, "/connz").await.contains("\"name\": \"shipping-7\""));
+    let subscriptions = monitored(port, "/subsz?subs=1").await;
+    assert!(subscriptions.contains("shipping:order.placed"), "{subscriptions}");
+    assert!(monitored(port, "/healthz?js-enabled-only=true").await.contains("\"ok\""));
+    subscription.close(PATIENCE).await.unwrap();
+    let mut tries = 0;
+    while monitored(port, "/subsz?subs=1").await.contains("shipping:order.placed") {
+        tries += 1;
+        assert!(tries < 1_000, "still subscribed");
+        pause(5).await;
+    }
+}

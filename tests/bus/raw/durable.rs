@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use storied::bus::{AckError, ConsumerOptions, SubscribeOptions};
+use storied::bus::{AckError, ConsumerOptions, StartFrom, SubscribeOptions};
 use tokio::time::Instant;
 
 use super::common::*;
@@ -132,4 +132,42 @@ async fn what_cannot_be_decoded_is_not_delivered_again() {
     assert!(String::from_utf8_lossy(&advisory.payload).contains("\"deliveries\":1"));
     nothing(&mut subscriber, 300).await;
     assert_eq!(subscriber.stats().errors, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ack_that_is_waited_for_says_when_the_server_hangs() {
+    let (bus, mut server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    let with = |name: &str| ConsumerOptions::durable(name).ack_wait(Duration::from_millis(500));
+    let mut waits = listen(&bus, &["note.written"], durable(with("waits"))).await;
+    let mut hurries = listen(&bus, &["note.written"], durable(with("hurries").ack_async())).await;
+    press.written(1).await;
+    let (waiting, hurrying) = (delivery(&mut waits).await, delivery(&mut hurries).await);
+    server.pause();
+    hurrying.ack().await.unwrap();
+    assert!(matches!(waiting.ack().await, Err(AckError::Bus(_))));
+    server.resume();
+    // It was not settled, as far as anybody knew: it can be said again, or comes again.
+    while waiting.ack().await.is_err() {
+        pause(20).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn begins_where_it_is_told_to() {
+    let (bus, _server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    let printed = press.written(10).await;
+    for (from, behind) in [
+        (StartFrom::Beginning, 0),
+        (StartFrom::Sequence(4), 3),
+        (StartFrom::Sequence(10), 9),
+        (StartFrom::New, 10),
+    ] {
+        for consumer in [ConsumerOptions::ephemeral(), ConsumerOptions::durable(format!("from-{behind}"))] {
+            let mut subscriber = listen(&bus, &["note.*"], durable(consumer.start(from))).await;
+            same(&take(&mut subscriber, printed.len() - behind).await, &printed[behind..]);
+            nothing(&mut subscriber, 10).await;
+        }
+    }
 }
