@@ -112,6 +112,13 @@ pub trait EventBus: Send + Sync + 'static {
 
 /// The writing side of a bus.
 pub trait BusPublisher: Send {
+    /// Waits until there may be somebody to publish for; nothing is read from the store before. At once by default. A bus
+    /// that makes the publisher wait here must give late subscribers a [`BusItem::Gap`] or nothing: they read the past from
+    /// the store. Cancel-safe.
+    fn wanted(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     /// Where to go on. `known` is what the publisher remembers in the store of its last confirmed publish, for a mirror
     /// that was emptied since.
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;

@@ -23,7 +23,8 @@ use crate::projection::{
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
-    BoxFuture, EventStore, Filter, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
+    BoxFuture, EventStore, Filter, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions,
+    WriterStatus,
 };
 use crate::time::after;
 
@@ -167,6 +168,8 @@ pub struct RuntimeStatus {
     pub store: StoreInfo,
     /// The frontier of the log, or why it could not be read.
     pub frontier: Result<Position, StoreError>,
+    /// Who holds the frontier back, if anybody does; an append that is just under way is no reason to worry.
+    pub stall: Result<Option<Stall>, StoreError>,
     /// The group-commit writer.
     pub writer: WriterStatus,
     /// The kinds of aggregates, by category.
@@ -369,6 +372,7 @@ impl Runtime {
             node: self.inner.node,
             store: self.inner.store.info().clone(),
             frontier: self.inner.store.frontier().await,
+            stall: self.inner.store.stall().await,
             writer: self.inner.writer.status(),
             aggregates: self.inner.handlers.status(),
             bus: self.inner.bus.state(),

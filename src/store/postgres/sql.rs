@@ -68,7 +68,7 @@ macro_rules! statements {
 statements! {
     /// The statements of the log.
     LogSql {
-        append: "SELECT versions, accepted, lost, positions, transaction_id
+        append: "SELECT versions, lost, positions, transaction_id
             FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         find: "SELECT version, position, id FROM storied.events
             WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4) ORDER BY version",
