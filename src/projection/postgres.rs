@@ -124,6 +124,16 @@ impl ReadModel for PostgresReadModel {
         Box::pin(async move { self.shared.progress.adopt(open, name, self.store()?).await })
     }
 
+    fn save<'a>(
+        &'a self,
+        open: &'a mut PostgresOpen,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move { self.shared.progress.save(open, name, self.store()?, from, to).await })
+    }
+
     fn commit<'a>(
         &'a self,
         mut open: PostgresOpen,
