@@ -49,6 +49,7 @@ pub mod event;
 pub mod feed;
 mod future;
 mod lease;
+mod partition;
 pub mod projection;
 pub mod publisher;
 pub mod runtime;
@@ -71,6 +72,7 @@ pub use self::event::{
 };
 pub use self::feed::{FeedOptions, FeedStatus};
 pub use self::future::BoxFuture;
+pub use self::partition::Partition;
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;
 #[cfg(feature = "sqlite")]

@@ -9,15 +9,22 @@
 //! | `PostgresReadModel` | `PgConnection` | the same |
 //! | [`InMemory`] | `()` | rebuilt at every start, on every node |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
+//!
+//! Where nodes share a read model, one of them at a time owns it; or, [partitioned](crate::runtime::Builder::partitioned), each of
+//! them a share of its partitions. Owners hold leases, by which others know when to take over; that an owner who was replaced
+//! changes nothing any more is up to the checkpoint, which only moves from where its owner left it, in its epoch (I7).
 
+mod balance;
 mod control;
 mod error;
 mod external;
+mod group;
 mod handle;
 mod memory;
 mod options;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod shape;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod status;
@@ -30,15 +37,15 @@ use std::sync::Arc;
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable};
 pub use self::external::{Delivery, External};
-pub(crate) use self::handle::spawn;
 pub use self::handle::{ProjectionHandle, WaitError};
+pub(crate) use self::handle::{spawn, spawn_partitioned};
 pub use self::memory::InMemory;
 pub use self::options::{FailurePolicy, ProjectionOptions};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
-pub use self::status::{ProjectionState, ProjectionStatus};
+pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus};
 pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, ParkedEvent, StoreError};
@@ -136,6 +143,22 @@ pub trait ReadModel: Send + Sync + 'static {
         self.checkpoint(name)
     }
 
+    /// Moves another checkpoint from exactly `from` to `to` with the commit of this transaction, or at once where there is
+    /// nothing to [roll back](Self::rolls_back). For what concerns all partitions of a projection; the default refuses.
+    fn save<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        let _ = (open, from, to);
+        let reason = format!(
+            "{name}: this read model keeps one checkpoint a transaction, so it cannot be partitioned"
+        );
+        Box::pin(async { Err(CheckpointError::Store(StoreError::Invalid { reason })) })
+    }
+
     /// Commits together: what was written, the checkpoint from exactly `from` to `to`, the parked event.
     fn commit<'a>(
         &'a self,
@@ -164,7 +187,7 @@ pub trait ReadModel: Send + Sync + 'static {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
-    /// Forgets all parked events with the commit of this transaction.
+    /// Forgets all parked events of `name` with the commit of this transaction.
     fn unpark_all<'a>(
         &'a self,
         open: &'a mut Self::Open,

@@ -18,6 +18,8 @@ use crate::bus::{BusState, EventBus, LocalBus};
 use crate::command::{Execute, Handlers, StartRouterError};
 use crate::event::{EncodeError, Event, EventTypes, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
+use crate::lease::Board;
+use crate::partition::{self, Partition};
 use crate::projection::{
     self, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel, Surroundings,
 };
@@ -82,6 +84,8 @@ type StartAggregate = dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, &Su
 struct ProjectionRegistration {
     name: String,
     filter: Result<Filter, EncodeError>,
+    /// In how many partitions, if at all, of a read model that nodes share or do not.
+    partitions: Option<(u16, bool)>,
     start: Box<StartProjection>,
 }
 
@@ -110,6 +114,16 @@ pub enum StartError {
     SameProjection {
         /// The name.
         name: String,
+    },
+    /// A projection cannot be partitioned so.
+    #[error("projection {name:?} cannot be in {partitions} partitions: {reason}")]
+    Partitions {
+        /// The projection.
+        name: String,
+        /// How many were asked for.
+        partitions: u16,
+        /// Why not.
+        reason: &'static str,
     },
     /// An aggregate's events cannot be stored, or a projection's filter names events that there are not.
     #[error(transparent)]
@@ -232,7 +246,48 @@ impl Builder {
         let start = |filter, surroundings| -> BoxFuture<'static, _> {
             Box::pin(projection::spawn(projection, filter, read_model, options, surroundings))
         };
-        self.projections.push(ProjectionRegistration { name, filter, start: Box::new(start) });
+        let start = Box::new(start);
+        self.projections.push(ProjectionRegistration { name, filter, partitions: None, start });
+        self
+    }
+
+    /// Runs a projection in `partitions` partitions, which all nodes that do so share evenly, with the default options: each
+    /// applies the events of [its](Partition) streams, in their order. `make` makes the projection for each of them; all have
+    /// the same name and filter.
+    ///
+    /// The number, from 1 to 256, is fixed with the first start: more nodes than partitions are of no use, so choose as many
+    /// as there may ever be nodes. Another number needs a [reset](ProjectionHandle::reset).
+    pub fn partitioned<P, R>(self, partitions: u16, make: impl FnMut(Partition) -> P, read_model: R) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.partitioned_with(partitions, make, read_model, ProjectionOptions::new())
+    }
+
+    /// As [`partitioned`](Self::partitioned), with options, which are those of each partition.
+    pub fn partitioned_with<P, R>(
+        mut self,
+        partitions: u16,
+        make: impl FnMut(Partition) -> P,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        // What cannot be is refused when the runtime starts; until then there is something to ask for its name.
+        let count = partitions.clamp(1, partition::MOST);
+        let projections: Vec<P> = Partition::all(count).map(make).collect();
+        let name = projections[0].name().to_owned();
+        let filter = projections[0].filter();
+        let partitions = Some((partitions, read_model.shared()));
+        let start = |filter, surroundings| -> BoxFuture<'static, _> {
+            Box::pin(projection::spawn_partitioned(projections, filter, read_model, options, surroundings))
+        };
+        let start = Box::new(start);
+        self.projections.push(ProjectionRegistration { name, filter, partitions, start });
         self
     }
 
@@ -277,9 +332,20 @@ impl Builder {
             (registration.check)()?;
         }
         let mut projections: Vec<(String, Filter, Box<StartProjection>)> = Vec::new();
-        for ProjectionRegistration { name, filter, start } in self.projections {
+        for ProjectionRegistration { name, filter, partitions, start } in self.projections {
             if projections.iter().any(|(other, ..)| *other == name) {
                 return Err(StartError::SameProjection { name });
+            }
+            if let Some((partitions, shared)) = partitions {
+                let reason = match shared {
+                    false => Some("every node has its own read model, and no use for a part of it"),
+                    true if partitions == 0 => Some("there must be at least one"),
+                    true if partitions > partition::MOST => Some("there may be 256 at most"),
+                    true => None,
+                };
+                if let Some(reason) = reason {
+                    return Err(StartError::Partitions { name, partitions, reason });
+                }
             }
             projections.push((name, filter?, start));
         }
@@ -295,6 +361,7 @@ impl Builder {
             store: store.clone(),
             feed: feed.clone(),
             node,
+            board: Board::start(store.clone()),
             supervisor: Some(supervisor.cell()),
         };
         let mut handles = Vec::with_capacity(projections.len());

@@ -26,6 +26,8 @@ mod progress;
 pub(crate) mod sqlite;
 mod writer;
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -227,8 +229,8 @@ pub trait EventStore: Send + Sync + 'static {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
-    /// Whether the projection `name` is to stand still, on every node.
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>>;
+    /// The names of the projections that are to stand still, on every node.
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>>;
 
     /// Remembers that the projection `name` is to stand still, or to go on.
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>>;

@@ -1,4 +1,7 @@
+use uuid::Uuid;
+
 use crate::event::Position;
+use crate::partition::Partition;
 
 /// What a projection is doing on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +25,23 @@ pub enum ProjectionState {
     Stopped,
 }
 
+impl ProjectionState {
+    /// What a whole is when its parts differ: what somebody has to know first, and as long as a part works, not that others
+    /// are elsewhere.
+    fn severity(self) -> u8 {
+        match self {
+            Self::Standby => 0,
+            Self::Stopped => 1,
+            Self::Following => 2,
+            Self::CatchingUp => 3,
+            Self::Starting => 4,
+            Self::Paused => 5,
+            Self::Retrying => 6,
+            Self::Failed => 7,
+        }
+    }
+}
+
 /// How a projection is doing on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -40,11 +60,46 @@ pub struct ProjectionStatus {
     pub events_parked: u64,
     /// What last went wrong. Stays when it goes well again.
     pub last_error: Option<String>,
+    /// The same of each partition, in order; empty if it is not partitioned. Otherwise what stands above is of all of them: the
+    /// worst state, the lowest position, sums.
+    pub partitions: Vec<PartitionStatus>,
     /// Whether the read model can be read, as far as this node knows.
     pub(super) prepared: bool,
+    /// Whether it was found to be in the shape that this program wants.
+    pub(super) fits: bool,
+}
+
+/// How one partition of a projection is doing on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PartitionStatus {
+    /// Which one.
+    pub partition: Partition,
+    /// The node that owns it, as far as this one knows.
+    pub owner: Option<Uuid>,
+    /// How it is doing.
+    pub status: ProjectionStatus,
 }
 
 impl ProjectionStatus {
+    /// Of a whole, from its parts; there is at least one.
+    pub(super) fn sum(partitions: Vec<PartitionStatus>) -> Self {
+        let all = || partitions.iter().map(|partition| &partition.status);
+        let state = all().map(|status| status.state).max_by_key(|state| state.severity());
+        Self {
+            state: state.unwrap_or(ProjectionState::Starting),
+            position: all().map(|status| status.position).min().unwrap_or_default(),
+            head: all().map(|status| status.head).max().unwrap_or_default(),
+            epoch: 0,
+            events_applied: all().map(|status| status.events_applied).sum(),
+            events_parked: all().map(|status| status.events_parked).sum(),
+            last_error: all().find_map(|status| status.last_error.clone()),
+            prepared: all().all(|status| status.prepared),
+            fits: all().all(|status| status.fits),
+            partitions,
+        }
+    }
+
     pub(super) fn new() -> Self {
         Self {
             state: ProjectionState::Starting,
@@ -54,7 +109,9 @@ impl ProjectionStatus {
             events_applied: 0,
             events_parked: 0,
             last_error: None,
+            partitions: Vec::new(),
             prepared: false,
+            fits: false,
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod apply;
 mod orders;
+mod ownership;
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -14,23 +15,27 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
+use self::ownership::News;
 use super::control::Control;
+use super::shape::Shape;
 use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
 use crate::backoff::Backoff;
 use crate::bus::LogBatch;
 use crate::event::{Position, RecordedEvent};
 use crate::feed::{Feed, FeedFollower, FeedItem, adjacent};
-use crate::lease::HeldLease;
+use crate::lease::{Board, HeldLease, Sight};
+use crate::partition::Partition;
 use crate::store::{
     BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, LogPage, ReadLog, StoreError,
 };
 use crate::supervised::{Inbox, Work};
 
-/// How often a projection looks whether it is paused, and writes a checkpoint that only moved over what is not for it.
+/// How often a projection writes a checkpoint that only moved over what is not for it.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often at most a standby looks whether the lease is free.
-const STANDBY_POLL: Duration = Duration::from_millis(500);
+/// How often a partition does: on other nodes somebody may wait for all partitions, most of which have nothing to do with what
+/// happened.
+const PARTITION_TICK: Duration = Duration::from_millis(200);
 
 /// How far a page of the store reaches in positions, whatever matches: a scan for events that are rare is made of pieces,
 /// between which the projection hears, sees to what is due, and saves its checkpoint.
@@ -42,6 +47,7 @@ pub(crate) struct Surroundings {
     pub(crate) store: Arc<dyn EventStore>,
     pub(crate) feed: Feed,
     pub(crate) node: Uuid,
+    pub(crate) board: Board,
     pub(crate) supervisor: Option<ActorCell>,
 }
 
@@ -61,14 +67,29 @@ struct Subject<P, R> {
 /// What does not change.
 struct Context {
     name: String,
-    /// What its checkpoint and its lease are called: nothing of the runtime's own has such a name.
+    shape: Shape,
+    /// Which part of it this is; `None` is all.
+    partition: Option<Partition>,
+    /// What its checkpoint and its lease are called.
     row: String,
     filter: Filter,
     options: ProjectionOptions,
     store: Arc<dyn EventStore>,
     feed: Feed,
     node: Uuid,
+    board: Board,
+    /// What the board shows.
+    sight: watch::Receiver<Sight>,
+    /// Whether this node is to own the partition.
+    permit: Option<watch::Receiver<bool>>,
     status: watch::Sender<ProjectionStatus>,
+}
+
+/// What of a projection is to be worked on.
+pub(super) struct Part {
+    pub(super) shape: Shape,
+    /// A partition, and whether this node is to own it; `None` is all, which every node would own.
+    pub(super) partition: Option<(Partition, watch::Receiver<bool>)>,
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
@@ -77,12 +98,27 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         filter: Filter,
         read_model: Arc<R>,
         options: ProjectionOptions,
+        part: Part,
         surroundings: Surroundings,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let name = projection.name().to_owned();
-        let Surroundings { store, feed, node, .. } = surroundings;
-        let context = Arc::new(Context { row: row(&name), name, filter, options, store, feed, node, status });
+        let Surroundings { store, feed, node, board, .. } = surroundings;
+        let (partition, permit) = part.partition.unzip();
+        let context = Arc::new(Context {
+            name: projection.name().to_owned(),
+            row: part.shape.row(partition),
+            shape: part.shape,
+            partition,
+            filter,
+            sight: board.watch(options.lease),
+            options,
+            store,
+            feed,
+            node,
+            board,
+            permit,
+            status,
+        });
         (Self { context, subject: Arc::new(Mutex::new(Subject { projection, read_model })) }, receiver)
     }
 }
@@ -91,7 +127,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
     type Control = Control;
 
     fn name(&self) -> String {
-        format!("projection {}", self.context.name)
+        match self.context.partition {
+            None => format!("projection {}", self.context.name),
+            Some(partition) => format!("partition {partition} of projection {}", self.context.name),
+        }
     }
 
     fn run(&self, inbox: Inbox<Control>) -> BoxFuture<'static, ()> {
@@ -113,6 +152,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
 }
 
 impl Context {
+    /// Whether the event is for this projection, and this part of it.
+    fn wants(&self, event: &RecordedEvent) -> bool {
+        self.filter.matches(event) && self.is_here(event)
+    }
+
+    fn is_here(&self, event: &RecordedEvent) -> bool {
+        self.partition.is_none_or(|partition| partition.contains(&event.stream))
+    }
+
     fn set(&self, state: ProjectionState) {
         self.status.send_if_modified(|status| {
             let news = status.state != state;
@@ -127,11 +175,6 @@ impl Context {
             status.last_error = Some(error);
         });
     }
-}
-
-/// What the checkpoint of a projection is called.
-pub(super) fn row(projection: &str) -> String {
-    format!("projection/{projection}")
 }
 
 /// Where the next events come from.
@@ -170,11 +213,22 @@ struct Run<'a, P, R> {
     inbox: Inbox<Control>,
     /// On a shared read model: says that this node is its owner.
     lease: Option<HeldLease>,
+    news: News,
     prepared: bool,
+    /// Whether the read model was found to be in the shape that this program wants.
+    fits: bool,
     /// As persisted, when it was last looked at; nothing is applied before that is known.
     paused: Option<bool>,
+    /// When this was last told to pause or to resume: what the board saw before is older than that.
+    paused_at: Option<Instant>,
+    /// Somebody changes something for all who work on this projection; nothing is applied meanwhile.
+    held_up: bool,
+    /// The last such change that was heeded; `None` before the first look.
+    heeded: Option<u64>,
     /// Stands still until somebody acts. In memory only: a restart is such an act.
     failed: bool,
+    /// What failed is this node, as far as is known: another one may do better, so the lease is given back.
+    surrender: bool,
     /// The checkpoint of the read model; `None` when it has to be read (again).
     saved: Option<Checkpoint>,
     /// Everything up to here is applied. Ahead of `saved` by events that were none of this projection's business.
@@ -192,8 +246,10 @@ struct Run<'a, P, R> {
     wait_until: Instant,
     /// When [`tick`](Self::tick) is due.
     tick_at: Instant,
-    /// When a standby tries for the lease even if it looks taken: clocks differ.
+    /// Not before this the lease is tried for: somebody else was quicker, or it was just lost.
     take_at: Instant,
+    /// When a standby looks how far the owner is.
+    look_at: Instant,
 }
 
 /// What ended a wait.
@@ -202,6 +258,7 @@ enum Heard<T> {
     Round,
     Control(Control),
     LeaseLost,
+    News,
     Input(T),
 }
 
@@ -209,6 +266,7 @@ enum Heard<T> {
 async fn hear<T>(
     inbox: &mut Inbox<Control>,
     lease: &mut Option<HeldLease>,
+    news: Option<&mut News>,
     until: Option<Instant>,
     input: impl Future<Output = T>,
 ) -> Heard<T> {
@@ -221,6 +279,12 @@ async fn hear<T>(
                 None => std::future::pending().await,
             }
         } => Heard::LeaseLost,
+        () = async {
+            match news {
+                Some(news) => news.changed().await,
+                None => std::future::pending().await,
+            }
+        } => Heard::News,
         () = async {
             match until {
                 Some(until) => sleep_until(until).await,
@@ -241,9 +305,15 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             read_model,
             inbox,
             lease: None,
+            news: News::new(&context.sight, context.permit.as_ref()),
             prepared: false,
+            fits: false,
             paused: None,
+            paused_at: None,
+            held_up: false,
+            heeded: None,
             failed: false,
+            surrender: false,
             saved: None,
             applied: Position::START,
             source: Source::Store,
@@ -255,11 +325,15 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             wait_until: now,
             tick_at: now,
             take_at: now,
+            look_at: now,
         }
     }
 
     async fn run(mut self) {
         while !self.inbox.is_stopping() {
+            if self.news.has_changed() {
+                self.look().await;
+            }
             if self.tick_at <= Instant::now() {
                 self.tick().await;
             }
@@ -276,15 +350,20 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if self.wait_until > Instant::now() {
             return self.idle(self.wait_until).await;
         }
+        if std::mem::take(&mut self.surrender)
+            && let Some(lease) = self.lease.take()
+        {
+            lease.release().await;
+        }
         if self.failed {
             self.context.set(ProjectionState::Failed);
             return self.idle(self.tick_at).await;
         }
-        if !self.prepared {
-            match self.read_model.prepare(&self.context.store, &self.context.row).await {
-                Ok(()) => self.is_prepared(),
-                Err(error) => return self.outage(&error),
-            }
+        if self.held_up {
+            return self.idle(self.tick_at).await;
+        }
+        if let Err(error) = self.prepare().await {
+            return self.outage(&error);
         }
         if self.read_model.shared() && self.lease.is_none() {
             return self.stand_by().await;
@@ -305,15 +384,39 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
     }
 
-    fn is_prepared(&mut self) {
-        self.prepared = true;
-        self.context.status.send_modify(|status| status.prepared = true);
+    /// Makes sure that the read model is there, and in the right shape.
+    async fn prepare(&mut self) -> Result<(), StoreError> {
+        self.create().await?;
+        if !self.fits && self.read_model.shared() {
+            self.context.shape.check(self.read_model).await?;
+        }
+        if !self.fits {
+            self.fits = true;
+            self.context.status.send_modify(|status| status.fits = true);
+        }
+        Ok(())
+    }
+
+    async fn create(&mut self) -> Result<(), StoreError> {
+        if !self.prepared {
+            self.read_model.prepare(&self.context.store, &self.context.row).await?;
+            self.prepared = true;
+            self.context.status.send_modify(|status| status.prepared = true);
+        }
+        Ok(())
     }
 
     /// Waits for what may come at any time.
     async fn idle(&mut self, until: Instant) {
         let until = until.min(self.tick_at);
-        let heard = hear(&mut self.inbox, &mut self.lease, Some(until), std::future::pending::<()>()).await;
+        let heard = hear(
+            &mut self.inbox,
+            &mut self.lease,
+            Some(&mut self.news),
+            Some(until),
+            std::future::pending::<()>(),
+        )
+        .await;
         self.attend(heard).await;
     }
 
@@ -322,147 +425,20 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         match heard {
             Heard::Input(input) => return Some(input),
             Heard::Round => {}
+            Heard::News => self.look().await,
             Heard::Control(control) => self.control(control).await,
             Heard::LeaseLost => self.step_down("the lease was lost, or could not be renewed in time"),
         }
         None
     }
 
-    /// What is due every second.
+    /// What is due now and then.
     async fn tick(&mut self) {
-        self.tick_at = Instant::now() + TICK;
-        match self.context.store.paused(&self.context.name).await {
-            Ok(paused) if Some(paused) != self.paused => self.set_paused(paused).await,
-            Ok(_) => {}
-            Err(error) if self.paused.is_none() => {
-                self.outage(&error);
-                self.tick_at = self.wait_until;
-            }
-            Err(error) => {
-                let what = "could not look whether the projection is paused";
-                tracing::warn!(projection = self.context.name, %error, what);
-                self.context
-                    .status
-                    .send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
-            }
-        }
+        self.tick_at = Instant::now() + if self.context.partition.is_some() { PARTITION_TICK } else { TICK };
+        // What the board showed when this was last told something may have been passed over as too old.
+        self.look().await;
         self.flush().await;
-        let head = self.context.feed.position();
-        self.context.status.send_if_modified(|status| {
-            let news = head > status.head;
-            status.head = status.head.max(head);
-            news
-        });
-    }
-
-    /// Another node owns the read model, until it does not any more.
-    async fn stand_by(&mut self) {
-        let (context, ttl) = (self.context, self.context.options.lease);
-        if self.take_at <= Instant::now() || self.looks_free().await {
-            self.take_at = Instant::now() + ttl / 3;
-            match HeldLease::take(&context.store, &context.row, context.node, ttl).await {
-                Ok(Some(lease)) => {
-                    tracing::info!(
-                        projection = context.name,
-                        epoch = lease.epoch(),
-                        "this node owns the projection now"
-                    );
-                    self.lease = Some(lease);
-                    self.saved = None;
-                    return;
-                }
-                Ok(None) => {}
-                Err(error) => return self.outage(&error),
-            }
-        }
-        match self.read_model.checkpoint(&context.row).await {
-            Ok(checkpoint) => self.moved_to(checkpoint.position),
-            // Whatever it is: the owner may put it right, as by a reset.
-            Err(error) => return self.try_later(&error),
-        }
-        context.set(if self.paused == Some(true) {
-            ProjectionState::Paused
-        } else {
-            ProjectionState::Standby
-        });
-        self.backoff.succeeded();
-        self.idle(Instant::now() + STANDBY_POLL.min(ttl / 6)).await;
-    }
-
-    /// Whether the lease was given back or has run out, as far as this node's clock can tell. Reading is cheaper than trying.
-    async fn looks_free(&mut self) -> bool {
-        match self.context.store.leases().await {
-            Ok(leases) => leases
-                .iter()
-                .find(|info| info.lease.name == self.context.row)
-                .is_none_or(|info| info.expires_at <= chrono::Utc::now()),
-            Err(error) => {
-                tracing::warn!(projection = self.context.name, %error, "could not look who owns the projection");
-                false
-            }
-        }
-    }
-
-    /// Somebody else is or may be the owner.
-    fn step_down(&mut self, reason: &str) {
-        tracing::warn!(
-            projection = self.context.name,
-            reason,
-            "this node does not own the projection any more"
-        );
-        self.lease = None;
-        self.saved = None;
-        self.restart();
-        self.take_at = Instant::now() + STANDBY_POLL.min(self.context.options.lease / 6);
-        self.context.status.send_modify(|status| {
-            status.epoch = 0;
-            status.state = ProjectionState::Standby;
-            status.last_error = Some(reason.to_owned());
-        });
-    }
-
-    /// Reads the checkpoint and, as a new owner, claims it: who owned it before cannot commit any more.
-    async fn load(&mut self) {
-        match self.claim().await {
-            Ok(checkpoint) => self.begin_at(checkpoint),
-            Err(error) => self.refused(&error),
-        }
-    }
-
-    /// The read model is this node's, and here.
-    fn begin_at(&mut self, checkpoint: Checkpoint) {
-        self.saved = Some(checkpoint);
-        self.applied = checkpoint.position;
-        self.context.status.send_modify(|status| {
-            status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
-            status.position = checkpoint.position;
-            status.head = status.head.max(checkpoint.position);
-        });
-        self.restart();
-    }
-
-    async fn claim(&mut self) -> Result<Checkpoint, CheckpointError> {
-        let Context { name, row, store, .. } = self.context;
-        let found = self.read_model.checkpoint(row).await?;
-        let head = store.frontier().await?;
-        if found.position > head {
-            return Err(CheckpointError::Store(StoreError::Incompatible {
-                expected: format!("a log that reaches position {}, where projection {name} is", found.position),
-                found: format!("one that ends at {head}"),
-                advice: "the event store lost events, or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
-            }));
-        }
-        let Some(lease) = &self.lease else { return Ok(found) };
-        let Some(epoch) = lease.epoch_above(found.epoch).await? else {
-            let expected = Checkpoint { epoch: lease.epoch(), ..found };
-            return Err(CheckpointError::Stale { name: name.clone(), expected, found });
-        };
-        let claimed = Checkpoint { epoch, ..found };
-        if claimed != found {
-            let open = self.read_model.begin(row, found).await?;
-            self.read_model.commit(open, row, found, claimed, None).await?;
-        }
-        Ok(claimed)
+        self.knows_of(self.context.feed.position());
     }
 
     /// Drops what is under way; goes on from what is applied, when it goes on.
@@ -478,9 +454,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let Context { store, filter, options, feed, .. } = self.context;
         self.follower.get_or_insert_with(|| feed.follow());
         let upto = Position::new(self.applied.get().saturating_add(self.scan));
-        let read = ReadLog::after(self.applied).upto(upto).filter(filter.clone()).limit(options.batch);
+        // Of what a partition reads, only its part makes a transaction.
+        let parts = self.context.partition.map_or(1, |partition| usize::from(partition.count()).min(8));
+        let limit = options.batch.saturating_mul(parts);
+        let read = ReadLog::after(self.applied).upto(upto).filter(filter.clone()).limit(limit);
         // No time limit but the store's own: a page that takes longer than a tick would never be read.
-        let heard = hear(&mut self.inbox, &mut self.lease, None, store.read_log(read)).await;
+        let heard = hear(&mut self.inbox, &mut self.lease, None, None, store.read_log(read)).await;
         match self.attend(heard).await {
             Some(Ok(page)) => {
                 let hole = page.scanned_to == self.applied && page.has_more();
@@ -494,7 +473,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                     Source::Store => ProjectionState::CatchingUp,
                     Source::Feed => ProjectionState::Following,
                 });
-                let LogPage { events, scanned_to, head } = page;
+                let LogPage { mut events, scanned_to, head } = page;
+                events.retain(|event| self.context.is_here(event));
                 self.knows_of(head);
                 self.enqueue(events.into(), scanned_to);
             }
@@ -507,7 +487,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn follow(&mut self) {
         let Some(follower) = &mut self.follower else { return self.restart() };
         self.context.set(ProjectionState::Following);
-        let heard = hear(&mut self.inbox, &mut self.lease, Some(self.tick_at), follower.next()).await;
+        let news = Some(&mut self.news);
+        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(self.tick_at), follower.next()).await;
         let Some(mut item) = self.attend(heard).await else { return };
         let (mut events, mut upto) = (VecDeque::new(), self.applied);
         loop {
@@ -516,7 +497,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                     self.knows_of(batch.upto);
                     match adjacent(batch, upto) {
                         Some(LogBatch { upto: end, events: batch, .. }) => {
-                            let wanted = batch.iter().filter(|event| self.context.filter.matches(event));
+                            let wanted = batch.iter().filter(|event| self.context.wants(event));
                             events.extend(wanted.cloned());
                             upto = end;
                         }
@@ -596,8 +577,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
         tracing::error!(projection = self.context.name, %error, "the projection stands still");
         self.context.fail(ProjectionState::Failed, error.to_string());
-        self.saved = None;
+        self.context.status.send_modify(|status| status.fits = false);
+        self.reload();
         self.stand_still();
+        self.surrender = true;
     }
 
     fn try_later(&mut self, error: &(dyn Error + 'static)) {

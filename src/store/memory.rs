@@ -163,7 +163,8 @@ impl Data {
             Some(_) => return None,
         };
         let lease = Lease { name: name.to_owned(), owner, epoch };
-        self.leases.insert(name.to_owned(), LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl) });
+        let info = LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl), live: true };
+        self.leases.insert(name.to_owned(), info);
         Some(lease)
     }
 
@@ -280,8 +281,8 @@ impl EventStore for MemoryStore {
         })
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { Ok(self.data().paused.contains(name)) })
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        Box::pin(async move { Ok(self.data().paused.clone()) })
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
@@ -322,7 +323,11 @@ impl EventStore for MemoryStore {
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
-        Box::pin(async move { Ok(self.data().leases.values().cloned().collect()) })
+        Box::pin(async move {
+            let now = Utc::now();
+            let info = |info: &LeaseInfo| LeaseInfo { live: info.expires_at > now, ..info.clone() };
+            Ok(self.data().leases.values().map(info).collect())
+        })
     }
 
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {

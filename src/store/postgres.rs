@@ -23,6 +23,7 @@ mod schema;
 mod sql;
 mod state;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
@@ -269,8 +270,8 @@ impl EventStore for PostgresStore {
         })
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.call("reading who is paused", state::paused(&self.shared.core, name))
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        self.call("reading who is paused", state::paused(&self.shared.core))
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {

@@ -14,6 +14,7 @@ mod read;
 mod schema;
 mod state;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -360,10 +361,10 @@ impl EventStore for SqliteStore {
         }))
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
         Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading whether a projection is paused").await?;
-            let paused = state::paused(&mut reader.connection, name).await?;
+            let mut reader = self.shared.readers.get("reading who is paused").await?;
+            let paused = state::paused(&mut reader.connection).await?;
             reader.give_back();
             Ok(paused)
         })

@@ -6,7 +6,10 @@ use uuid::Uuid;
 
 use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
-use crate::projection::{Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, spawn};
+use crate::lease::Board;
+use crate::projection::{
+    Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, spawn, spawn_partitioned,
+};
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::EventStore;
 use crate::supervised::StopError;
@@ -17,6 +20,7 @@ pub struct Node {
     id: Uuid,
     store: Arc<dyn EventStore>,
     feed: Feed,
+    board: Board,
     publisher: Publisher,
     projections: Mutex<Vec<ProjectionHandle>>,
 }
@@ -36,7 +40,8 @@ impl Node {
         let feed = Feed::start(store.clone(), bus.clone(), feed);
         let publisher = Publisher::spawn(store.clone(), bus, publisher, id, None).await;
         let publisher = publisher.expect("the publisher starts");
-        Self { id, store, feed, publisher, projections: Mutex::default() }
+        let board = Board::start(store.clone());
+        Self { id, store, feed, board, publisher, projections: Mutex::default() }
     }
 
     /// Starts a projection.
@@ -53,13 +58,43 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let (store, feed) = (self.store.clone(), self.feed.clone());
-        let surroundings = Surroundings { store, feed, node: self.id, supervisor: None };
         let filter = projection.filter().expect("the filter names events that there are");
-        let handle = spawn(projection, filter, read_model, options, surroundings).await;
-        let handle = handle.expect("the projection starts");
+        let handle = spawn(projection, filter, read_model, options, self.surroundings()).await;
+        self.started(handle.expect("the projection starts"))
+    }
+
+    /// Starts a projection in as many partitions.
+    ///
+    /// # Panics
+    /// When its actors cannot be started, or there are no partitions.
+    pub async fn partitioned<P, R>(
+        &self,
+        projections: Vec<P>,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let filter = projections[0].filter().expect("the filter names events that there are");
+        let handle = spawn_partitioned(projections, filter, read_model, options, self.surroundings()).await;
+        self.started(handle.expect("the projection starts"))
+    }
+
+    fn surroundings(&self) -> Surroundings {
+        let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
+        Surroundings { store, feed, node: self.id, board, supervisor: None }
+    }
+
+    fn started(&self, handle: ProjectionHandle) -> ProjectionHandle {
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         handle
+    }
+
+    /// Its id, by which leases name it.
+    pub fn id(&self) -> Uuid {
+        self.id
     }
 
     /// How the feed is doing.

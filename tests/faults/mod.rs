@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "a module of several test binaries, each of which uses a part")]
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -234,8 +235,8 @@ impl EventStore for FaultyStore {
         self.inner.remove_parked(name, position)
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.inner.paused(name)
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        self.inner.paused()
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {

@@ -8,5 +8,6 @@ mod control;
 mod failures;
 mod following;
 mod nodes;
+mod partitions;
 mod publishing;
 mod support;

@@ -38,7 +38,7 @@ fn is_undecodable(error: &ApplyError) -> bool {
 }
 
 /// Whether the error, or what caused it, says that the read model cannot be reached: no event is to blame for that.
-fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
+pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
     causes(&**error).any(|cause| cause.is::<TargetUnavailable>()) || read_model.is_outage(&**error)
 }
 

@@ -105,7 +105,7 @@ statements! {
                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
             ) AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
             ORDER BY l.key, a.xact_start LIMIT 1",
-        paused: "SELECT EXISTS (SELECT FROM storied.paused WHERE name = $1)",
+        paused: "SELECT name FROM storied.paused",
         pause: "INSERT INTO storied.paused (name) VALUES ($1) ON CONFLICT DO NOTHING",
         resume: "DELETE FROM storied.paused WHERE name = $1",
         acquire_lease: "INSERT INTO storied.leases AS l (name, owner, epoch, expires_at)
@@ -120,7 +120,7 @@ statements! {
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
         release_lease: "UPDATE storied.leases SET expires_at = 'epoch'
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
-        leases: "SELECT name, owner, epoch, expires_at FROM storied.leases ORDER BY name",
+        leases: "SELECT name, owner, epoch, expires_at, expires_at > clock_timestamp() FROM storied.leases ORDER BY name",
         snapshot: "SELECT version, revision, state FROM storied.snapshots WHERE category = $1 AND stream_id = $2",
         save_snapshot: "INSERT INTO storied.snapshots AS s (category, stream_id, version, revision, state)
             VALUES ($1, $2, $3, $4, $5)

@@ -1,5 +1,6 @@
 //! The small state beside the log: leases, who is paused, snapshots.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,7 +75,7 @@ pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreErro
     const DOING: &str = "reading the leases";
     let info = |row: PgRow| -> Result<_, sqlx::Error> {
         let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
-        Ok(LeaseInfo { lease, expires_at: row.try_get(3)? })
+        Ok(LeaseInfo { lease, expires_at: row.try_get(3)?, live: row.try_get(4)? })
     };
     let mut session = core.connections.get(DOING).await?;
     let leases = sqlx::query(core.sql.leases.clone())
@@ -87,17 +88,16 @@ pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreErro
     Ok(leases)
 }
 
-pub(super) async fn paused(core: &Arc<Core>, name: &str) -> Result<bool, StoreError> {
-    let doing = format!("reading whether {name} is paused");
-    let mut session = core.connections.get(&doing).await?;
-    let paused = sqlx::query_scalar(core.sql.paused.clone())
-        .bind(name)
+pub(super) async fn paused(core: &Arc<Core>) -> Result<BTreeSet<String>, StoreError> {
+    const DOING: &str = "reading who is paused";
+    let mut session = core.connections.get(DOING).await?;
+    let paused: Vec<String> = sqlx::query_scalar(core.sql.paused.clone())
         .persistent(core.connections.persistent())
-        .fetch_one(&mut *session)
+        .fetch_all(&mut *session)
         .await
-        .map_err(|error| failed(&doing, error))?;
-    session.finish(&doing).await?;
-    Ok(paused)
+        .map_err(|error| failed(DOING, error))?;
+    session.finish(DOING).await?;
+    Ok(paused.into_iter().collect())
 }
 
 pub(super) async fn set_paused(core: &Arc<Core>, name: &str, paused: bool) -> Result<(), StoreError> {

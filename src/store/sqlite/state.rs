@@ -1,5 +1,6 @@
 //! The small state beside the log: leases, who is paused, snapshots.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -78,9 +79,11 @@ async fn set_expiry(
 }
 
 pub(super) async fn leases(connection: &mut SqliteConnection) -> Result<Vec<LeaseInfo>, StoreError> {
+    let now = now();
     let info = |row: SqliteRow| -> Result<_, sqlx::Error> {
+        let expires_at: i64 = row.try_get(3)?;
         let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
-        Ok(LeaseInfo { lease, expires_at: time(row.try_get(3)?) })
+        Ok(LeaseInfo { lease, expires_at: time(expires_at), live: expires_at > now })
     };
     sqlx::query("SELECT name, owner, epoch, expires_at FROM storied_leases ORDER BY name")
         .fetch_all(connection)
@@ -89,12 +92,12 @@ pub(super) async fn leases(connection: &mut SqliteConnection) -> Result<Vec<Leas
         .map_err(|error| failed(LEASES, error))
 }
 
-pub(super) async fn paused(connection: &mut SqliteConnection, name: &str) -> Result<bool, StoreError> {
-    sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM storied_paused WHERE name = ?)")
-        .bind(name)
-        .fetch_one(connection)
+pub(super) async fn paused(connection: &mut SqliteConnection) -> Result<BTreeSet<String>, StoreError> {
+    let names: Vec<String> = sqlx::query_scalar("SELECT name FROM storied_paused")
+        .fetch_all(connection)
         .await
-        .map_err(|error| failed(&format!("reading whether {name} is paused"), error))
+        .map_err(|error| failed("reading who is paused", error))?;
+    Ok(names.into_iter().collect())
 }
 
 pub(super) async fn set_paused(
