@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::event::Metadata;
-use crate::time::FAR;
+use crate::time::{FAR, after};
 
 /// How long a dispatcher waits for somebody to take its command unless it says otherwise.
 pub const ASSIGN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,7 +26,7 @@ pub(crate) struct Envelope {
 }
 
 impl Envelope {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             id: Uuid::now_v7(),
             metadata: Metadata::default(),
@@ -70,8 +70,12 @@ impl Envelope {
 pub(crate) struct Deadline(Option<Instant>);
 
 impl Deadline {
-    pub(crate) fn at(instant: Instant) -> Self {
-        Self(Some(instant))
+    pub(crate) fn after(wait: Duration) -> Self {
+        Self(Some(after(wait)))
+    }
+
+    pub(crate) fn never() -> Self {
+        Self(None)
     }
 
     /// The point in time, or one that nobody lives to see.
