@@ -126,7 +126,6 @@ pub(crate) struct NatsNode {
     shared: Arc<Shared>,
     line: Arc<Line>,
     in_flight: Arc<Semaphore>,
-    limit: usize,
     _run: Task,
 }
 
@@ -143,8 +142,9 @@ struct Shared {
     table: Table,
     /// The commands of this node that are under way to others.
     calls: Calls,
-    /// Places for commands of others.
+    /// Places for commands of others, and how many there are.
     places: Arc<Semaphore>,
+    limit: usize,
     link: watch::Sender<Link>,
     draining: watch::Sender<bool>,
 }
@@ -190,6 +190,7 @@ impl NatsNode {
             table: Table::new(),
             calls: Calls::new(),
             places: Arc::new(Semaphore::new(limit)),
+            limit,
             link: watch::Sender::new(Link::Down { reason: "it has not been tried yet".into() }),
             draining: watch::Sender::new(false),
         });
@@ -201,7 +202,7 @@ impl NatsNode {
         if tokio::time::timeout(FIRST_CONTACT, settled).await.is_err() {
             tracing::warn!(link = ?*shared.link.borrow(), "starting without the other nodes; they are looked for in the background");
         }
-        Self { shared, line, in_flight: Arc::new(Semaphore::new(limit)), limit, _run: task }
+        Self { shared, line, in_flight: Arc::new(Semaphore::new(limit)), _run: task }
     }
 
     /// Where a command goes first; why not anywhere.
@@ -229,7 +230,7 @@ impl NatsNode {
         deadline: Deadline,
     ) -> Result<BoxFuture<'static, (Outcome, Duration)>, Failure> {
         let overloaded = || Failure {
-            number: self.limit as u64,
+            number: self.shared.limit as u64,
             ..Failure::new(Code::Overloaded, "commands under way to other nodes")
         };
         let place = tokio::time::timeout(ADMISSION, self.in_flight.clone().acquire_owned());

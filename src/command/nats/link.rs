@@ -66,6 +66,7 @@ struct Ears {
 pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
     let down = |error: BusError| _ = shared.link.send_replace(Link::Down { reason: error.to_string() });
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
+    let mut outage = false;
     let (line, mut ears) = loop {
         let opened = async {
             let line = line.open().await?;
@@ -77,6 +78,7 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
             Err(BusError::Closed) => return,
             Err(error) => down(error),
         }
+        outage = true;
         sleep(backoff.next()).await;
     };
     loop {
@@ -100,7 +102,10 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         };
         up(false);
         announce(&shared, line.client(), true).await;
-        let mut settled = Some(Instant::now() + SETTLE);
+        // Behind an outage the others come back one by one; at a start they are there, or are not.
+        let settle = if outage { shared.silence() } else { SETTLE };
+        outage = true;
+        let mut settled = Some(Instant::now() + settle);
         let mut beats = tokio::time::interval(shared.beat);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         beats.reset();

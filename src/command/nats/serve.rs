@@ -33,14 +33,19 @@ pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Sub
         let frame: CommandFrame = match from_cbor(&payload) {
             Ok(frame) => frame,
             Err(error) => {
-                answerer.refuse(Code::Refused, format!("the command cannot be read: {error}")).await;
+                let reason = format!("the command cannot be read: {error}");
+                answerer.refuse(Failure::new(Code::Refused, reason)).await;
                 continue;
             }
         };
         // Whoever has no place is told so; nothing waits here, since every other command waits behind it.
         match shared.places.clone().try_acquire_owned() {
             Ok(place) => _ = tokio::spawn(execute(answerer, frame, place)),
-            Err(_) => answerer.refuse(Code::Overloaded, "it has too many commands of others".into()).await,
+            Err(_) => {
+                let number = shared.limit as u64;
+                let failure = Failure::new(Code::Overloaded, "commands of other nodes");
+                answerer.refuse(Failure { number, ..failure }).await;
+            }
         }
     }
 }
@@ -90,8 +95,9 @@ impl Answerer {
         self.line.client().server_info().max_payload.saturating_sub(HEADROOM)
     }
 
-    async fn refuse(&self, code: Code, reason: String) {
-        self.say(Says::Refused(Failure::new(code, format!("{}: {reason}", self.shared.name)))).await;
+    async fn refuse(&self, mut failure: Failure) {
+        failure.message = format!("{} (on node {})", failure.message, self.shared.name);
+        self.say(Says::Refused(failure)).await;
     }
 }
 
@@ -132,7 +138,7 @@ async fn execute(answerer: Answerer, frame: CommandFrame, _place: OwnedSemaphore
     let (prompt, deadline, started) = (frame.prompt, deadline(&frame), Instant::now());
     let mut answer = match take(&answerer.shared, frame, deadline).await {
         Ok(answer) => answer,
-        Err(Failure { code, message, .. }) => return answerer.refuse(code, message).await,
+        Err(failure) => return answerer.refuse(failure).await,
     };
     if prompt {
         answerer.say(Says::Accepted).await;
