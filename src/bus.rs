@@ -16,6 +16,8 @@ use uuid::Uuid;
 
 pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
+pub(crate) use self::nats::line::{Line, OpenLine};
+#[cfg(feature = "nats")]
 pub use self::nats::{JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, StreamPolicy, StreamStorage};
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;

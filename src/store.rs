@@ -14,6 +14,7 @@
 //! have taken effect, never half.
 
 mod append;
+mod command_record;
 mod decide;
 mod error;
 mod filter;
@@ -33,6 +34,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend};
+pub use self::command_record::CommandRecord;
 pub use self::error::{AppendError, StoreError};
 pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
@@ -266,4 +268,18 @@ pub trait EventStore: Send + Sync + 'static {
         stream: &'a StreamId,
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// What became of the command with this id, if that was recorded and not forgotten since.
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>>;
+
+    /// Records what became of a command, unless that was recorded before: the first record counts, and is returned. The
+    /// time in `record` is replaced by the store's.
+    fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>>;
+
+    /// Forgets at most `limit` records that are older than `age`; how many there were.
+    fn forget_commands(
+        &self,
+        age: std::time::Duration,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<usize, StoreError>>;
 }

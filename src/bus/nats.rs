@@ -8,6 +8,7 @@
 mod connection;
 mod core_nats;
 mod jetstream;
+pub(crate) mod line;
 mod options;
 mod subscription;
 mod wire;

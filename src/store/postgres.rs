@@ -43,8 +43,8 @@ pub(crate) use self::schema::prepare_read_model;
 use self::sql::LogSql;
 pub(crate) use self::sql::Schema;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
-    LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
@@ -316,6 +316,19 @@ impl EventStore for PostgresStore {
         self.call("saving a snapshot", async move {
             state::save_snapshot(&self.shared.core, stream, &snapshot).await
         })
+    }
+
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
+        self.call("reading what became of a command", state::command(&self.shared.core, id))
+    }
+
+    fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
+        self.call("recording what became of a command", state::record_command(&self.shared.core, record))
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        let forget = state::forget_commands(&self.shared.core, age, limit);
+        self.call("forgetting what became of old commands", forget)
     }
 }
 
