@@ -205,8 +205,8 @@ mod tests {
         let [a, b, c] = ["a", "b", "c"].map(presence);
         // Seen from a, and from b.
         let (one, other) = (Table::new(), Table::new());
-        [&b, &c].map(|peer| one.heard(peer.clone()));
-        [&a, &c].map(|peer| other.heard(peer.clone()));
+        [&b, &c].into_iter().for_each(|peer| one.heard(peer.clone()));
+        [&a, &c].into_iter().for_each(|peer| other.heard(peer.clone()));
         let before = owners(&one, Some(("a", a.incarnation)));
         assert_eq!(before, owners(&other, Some(("b", b.incarnation))));
         for node in ["a", "b", "c"] {
