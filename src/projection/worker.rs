@@ -3,6 +3,7 @@
 mod apply;
 mod orders;
 mod ownership;
+mod version;
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -16,6 +17,7 @@ use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 use self::ownership::News;
+use self::version::Switch;
 use super::control::Control;
 use super::shape::Shape;
 use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
@@ -60,8 +62,36 @@ pub(super) struct ProjectionWork<P, R> {
 
 /// The user's part.
 struct Subject<P, R> {
-    projection: P,
+    instance: Instance<P>,
     read_model: Arc<R>,
+}
+
+/// A projection that writes to one version of its read model.
+pub(super) struct Instance<P> {
+    projection: P,
+    /// Which version.
+    version: u64,
+    /// Makes one that writes to another version, if it is [rebuildable](crate::runtime::Builder::rebuildable).
+    make: Option<Box<dyn Fn(u64) -> P + Send + Sync>>,
+}
+
+impl<P> Instance<P> {
+    pub(super) fn fixed(projection: P) -> Self {
+        Self { projection, version: 0, make: None }
+    }
+
+    pub(super) fn made(make: impl Fn(u64) -> P + Send + Sync + 'static) -> Self {
+        Self { projection: make(0), version: 0, make: Some(Box::new(make)) }
+    }
+}
+
+/// What a task does for its projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Keeps the version that readers see up to date.
+    Live,
+    /// Builds the next one beside it, when somebody wants that.
+    Rebuild,
 }
 
 /// What does not change.
@@ -70,8 +100,9 @@ struct Context {
     shape: Shape,
     /// Which part of it this is; `None` is all.
     partition: Option<Partition>,
-    /// What its checkpoint and its lease are called.
-    row: String,
+    role: Role,
+    /// The lease of who owns it.
+    lease: String,
     filter: Filter,
     options: ProjectionOptions,
     store: Arc<dyn EventStore>,
@@ -88,13 +119,14 @@ struct Context {
 /// What of a projection is to be worked on.
 pub(super) struct Part {
     pub(super) shape: Shape,
+    pub(super) role: Role,
     /// A partition, and whether this node is to own it; `None` is all, which every node would own.
     pub(super) partition: Option<(Partition, watch::Receiver<bool>)>,
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
     pub(super) fn new(
-        projection: P,
+        instance: Instance<P>,
         filter: Filter,
         read_model: Arc<R>,
         options: ProjectionOptions,
@@ -105,8 +137,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         let Surroundings { store, feed, node, board, .. } = surroundings;
         let (partition, permit) = part.partition.unzip();
         let context = Arc::new(Context {
-            name: projection.name().to_owned(),
-            row: part.shape.row(partition),
+            name: instance.projection.name().to_owned(),
+            lease: part.shape.lease(partition, part.role),
+            role: part.role,
             shape: part.shape,
             partition,
             filter,
@@ -119,7 +152,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             permit,
             status,
         });
-        (Self { context, subject: Arc::new(Mutex::new(Subject { projection, read_model })) }, receiver)
+        (Self { context, subject: Arc::new(Mutex::new(Subject { instance, read_model })) }, receiver)
     }
 }
 
@@ -127,9 +160,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
     type Control = Control;
 
     fn name(&self) -> String {
-        match self.context.partition {
+        let name = match self.context.partition {
             None => format!("projection {}", self.context.name),
             Some(partition) => format!("partition {partition} of projection {}", self.context.name),
+        };
+        match self.context.role {
+            Role::Live => name,
+            Role::Rebuild => format!("{name}, rebuilt"),
         }
     }
 
@@ -137,8 +174,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
         let (context, subject) = (self.context.clone(), self.subject.clone());
         Box::pin(async move {
             let mut subject = subject.lock_owned().await;
-            let Subject { projection, read_model } = &mut *subject;
-            Run::new(&context, projection, &**read_model, inbox).run().await;
+            let Subject { instance, read_model } = &mut *subject;
+            Run::new(&context, instance, &**read_model, inbox).run().await;
         })
     }
 
@@ -208,15 +245,21 @@ struct Suspect {
 /// The state of a projection while its task runs.
 struct Run<'a, P, R> {
     context: &'a Context,
-    projection: &'a mut P,
+    instance: &'a mut Instance<P>,
+    /// What its checkpoint is called, which is that of its version.
+    row: String,
     read_model: &'a R,
     inbox: Inbox<Control>,
     /// On a shared read model: says that this node is its owner.
     lease: Option<HeldLease>,
     news: News,
     prepared: bool,
-    /// Whether the read model was found to be in the shape that this program wants.
+    /// Whether the read model was found to be in the shape, and the version, that this works on.
     fits: bool,
+    /// Nobody wants what this would do: there is nothing to rebuild.
+    dormant: bool,
+    /// While what was rebuilt takes the place of what is live.
+    switch: Option<Switch>,
     /// As persisted, when it was last looked at; nothing is applied before that is known.
     paused: Option<bool>,
     /// When this was last told to pause or to resume: what the board saw before is older than that.
@@ -296,18 +339,26 @@ async fn hear<T>(
 }
 
 impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R> {
-    fn new(context: &'a Context, projection: &'a mut P, read_model: &'a R, inbox: Inbox<Control>) -> Self {
+    fn new(
+        context: &'a Context,
+        instance: &'a mut Instance<P>,
+        read_model: &'a R,
+        inbox: Inbox<Control>,
+    ) -> Self {
         let (first, max) = context.options.backoff;
         let now = Instant::now();
         Self {
             context,
-            projection,
+            row: context.shape.row(context.partition, instance.version),
+            instance,
             read_model,
             inbox,
             lease: None,
             news: News::new(&context.sight, context.permit.as_ref()),
             prepared: false,
             fits: false,
+            dormant: false,
+            switch: None,
             paused: None,
             paused_at: None,
             held_up: false,
@@ -340,6 +391,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             self.round().await;
         }
         self.flush().await;
+        self.give_up_switching().await;
         if let Some(lease) = self.lease.take() {
             lease.release().await;
         }
@@ -359,11 +411,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             self.context.set(ProjectionState::Failed);
             return self.idle(self.tick_at).await;
         }
-        if self.held_up {
+        if self.held_up && self.context.role == Role::Live {
             return self.idle(self.tick_at).await;
         }
         if let Err(error) = self.prepare().await {
             return self.outage(&error);
+        }
+        if self.dormant {
+            return self.sleep().await;
         }
         if self.read_model.shared() && self.lease.is_none() {
             return self.stand_by().await;
@@ -389,6 +444,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.create().await?;
         if !self.fits && self.read_model.shared() {
             self.context.shape.check(self.read_model).await?;
+            self.find_version().await?;
         }
         if !self.fits {
             self.fits = true;
@@ -399,7 +455,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
 
     async fn create(&mut self) -> Result<(), StoreError> {
         if !self.prepared {
-            self.read_model.prepare(&self.context.store, &self.context.row).await?;
+            self.read_model.prepare(&self.context.store, &self.row).await?;
             self.prepared = true;
             self.context.status.send_modify(|status| status.prepared = true);
         }
@@ -434,11 +490,15 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
 
     /// What is due now and then.
     async fn tick(&mut self) {
-        self.tick_at = Instant::now() + if self.context.partition.is_some() { PARTITION_TICK } else { TICK };
+        let others_wait = self.context.partition.is_some() || self.context.role == Role::Rebuild;
+        self.tick_at = Instant::now() + if others_wait { PARTITION_TICK } else { TICK };
         // What the board showed when this was last told something may have been passed over as too old.
         self.look().await;
         self.flush().await;
         self.knows_of(self.context.feed.position());
+        if self.context.role == Role::Rebuild {
+            self.consider_switching().await;
+        }
     }
 
     /// Drops what is under way; goes on from what is applied, when it goes on.
@@ -612,7 +672,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn flush(&mut self) {
         let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
         let to = Checkpoint { position: self.applied, ..saved };
-        let row = &self.context.row;
+        let row = &self.row;
         let flushed = match self.read_model.begin(row, saved).await {
             Ok(open) => self.read_model.commit(open, row, saved, to, None).await,
             Err(error) => Err(error.into()),

@@ -10,4 +10,5 @@ mod following;
 mod nodes;
 mod partitions;
 mod publishing;
+mod rebuild;
 mod support;
