@@ -20,6 +20,7 @@ mod error;
 mod external;
 mod group;
 mod handle;
+mod lookup;
 mod memory;
 mod options;
 #[cfg(feature = "postgres")]
@@ -39,6 +40,7 @@ pub use self::error::{ApplyError, TargetUnavailable};
 pub use self::external::{Delivery, External};
 pub(crate) use self::handle::{Made, spawn};
 pub use self::handle::{ProjectionHandle, WaitError};
+pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
 pub use self::options::{FailurePolicy, ProjectionOptions};
 #[cfg(feature = "postgres")]

@@ -21,8 +21,8 @@ use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::Board;
 use crate::partition;
 use crate::projection::{
-    self, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel, Surroundings,
-    Target,
+    self, InMemory, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus,
+    ReadModel, Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
@@ -297,6 +297,23 @@ impl Builder {
             read_model,
             options,
         )
+    }
+
+    /// Keeps an index over events in memory, on this node: see [`Lookup`].
+    pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
+        let (lookup, projection) = (lookup.clone(), lookup.projection());
+        let (name, filter) = (projection.name().to_owned(), projection.filter());
+        let start = |filter, surroundings| -> BoxFuture<'static, _> {
+            Box::pin(async move {
+                let (made, options) = (Made::Once(projection), ProjectionOptions::new());
+                let handle = projection::spawn(made, filter, InMemory::new(), options, surroundings).await?;
+                lookup.runs(&handle);
+                Ok(handle)
+            })
+        };
+        let start = Box::new(start);
+        self.projections.push(ProjectionRegistration { name, filter, partitions: None, start });
+        self
     }
 
     fn project<P, R>(

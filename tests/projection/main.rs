@@ -7,6 +7,7 @@
 mod control;
 mod failures;
 mod following;
+mod lookups;
 mod nodes;
 mod partitions;
 mod publishing;
