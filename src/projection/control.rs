@@ -14,6 +14,7 @@ pub(super) enum Control {
     Reset(Reply),
     /// It was reset through another partition of this node.
     BeginAnew(Reply),
+    Trigger(Reply),
     /// Builds the next version beside the live one.
     Rebuild(Reply),
     RetryParked(Box<RecordedEvent>, Reply),

@@ -377,6 +377,15 @@ impl ProjectionHandle {
         self.tell_others(Control::BeginAnew).await
     }
 
+    /// Applies now what its [schedule](super::Schedule) would have wait: everything that is in the log by the time that all
+    /// nodes hear of it, which is within a second. To begin from the start of the log, [`reset`](Self::reset) it before.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub async fn trigger(&self) -> Result<(), ControlError> {
+        self.ask(0, Control::Trigger).await
+    }
+
     /// Builds the read model anew beside the live one, in its next [version](super::Target::version): from any node, also after
     /// the node that does it has died. When it has caught up it takes the place of the live one at once (see
     /// [`Projection::go_live`]); the tables of the old one stay, and are yours to drop. Nothing happens if one is being built

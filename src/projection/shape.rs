@@ -109,6 +109,11 @@ impl Shape {
         format!("order/{}", self.name)
     }
 
+    /// The lease whose epoch counts how often it was triggered.
+    pub(super) fn trigger(&self) -> String {
+        format!("trigger/{}", self.name)
+    }
+
     /// One of the leases that say which nodes share the partitions.
     pub(super) fn member(&self, slot: usize) -> String {
         format!("member/{slot}/{}", self.name)

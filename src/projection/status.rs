@@ -20,6 +20,8 @@ pub enum ProjectionState {
     Following,
     /// Something failed, and is tried again.
     Retrying,
+    /// Behind the tip of the log, until it is triggered: see [`Schedule::Manual`](super::Schedule::Manual).
+    Waiting,
     /// Told to stand still; on all nodes, also after a restart, until it is resumed.
     Paused,
     /// An event cannot be applied, or the read model does not fit. Stands still until it is resumed, reset or restarted.
@@ -36,6 +38,7 @@ impl ProjectionState {
             Self::Standby => 0,
             Self::Stopped => 1,
             Self::Following => 2,
+            Self::Waiting => 3,
             Self::CatchingUp => 3,
             Self::Starting => 4,
             Self::Paused => 5,

@@ -3,6 +3,7 @@
 mod apply;
 mod orders;
 mod ownership;
+mod schedule;
 mod version;
 
 use std::collections::VecDeque;
@@ -17,6 +18,7 @@ use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 use self::ownership::News;
+use self::schedule::Timing;
 use self::version::Switch;
 use super::control::Control;
 use super::shape::Shape;
@@ -282,6 +284,8 @@ struct Run<'a, P, R> {
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
     follower: Option<FeedFollower>,
     pending: Option<Pending>,
+    /// When what is pending is applied, and whether to read on.
+    timing: Timing,
     suspect: Option<Suspect>,
     /// For failures of the store and the read model, which no event is to blame for.
     backoff: Backoff,
@@ -371,6 +375,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             scan: SCAN,
             follower: None,
             pending: None,
+            timing: Timing::default(),
             suspect: None,
             backoff: Backoff::new(first, max),
             wait_until: now,
@@ -431,6 +436,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 return self.idle(self.tick_at).await;
             }
             None => return self.idle(self.tick_at).await,
+        }
+        match self.is_due().await {
+            Ok(true) => {}
+            Ok(false) => return self.rest().await,
+            Err(error) => return self.outage(&error),
+        }
+        if self.holds() {
+            return self.follow().await;
         }
         match self.pending.take() {
             Some(pending) => self.apply_pending(saved, pending).await,
@@ -548,9 +561,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let Some(follower) = &mut self.follower else { return self.restart() };
         self.context.set(ProjectionState::Following);
         let news = Some(&mut self.news);
-        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(self.tick_at), follower.next()).await;
+        let until = self.timing.until().map_or(self.tick_at, |until| until.min(self.tick_at));
+        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next()).await;
         let Some(mut item) = self.attend(heard).await else { return };
-        let (mut events, mut upto) = (VecDeque::new(), self.applied);
+        // What is held back already, and what comes now.
+        let held = self.pending.take().unwrap_or(Pending { events: VecDeque::new(), upto: self.applied });
+        let before = held.events.len();
+        let Pending { mut events, mut upto } = held;
         loop {
             match item {
                 FeedItem::Batch(batch) => {
@@ -586,6 +603,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 Some(next) => item = next,
                 None => break,
             }
+        }
+        if events.len() > before {
+            self.timing.arrived(self.context.options.schedule);
         }
         self.enqueue(events, upto);
     }

@@ -12,4 +12,5 @@ mod nodes;
 mod partitions;
 mod publishing;
 mod rebuild;
+mod schedules;
 mod support;

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use sqlx::SqliteConnection;
 use storied::projection::{ApplyError, ControlError, External, ProjectionState, RebuildStatus, Target};
@@ -60,6 +59,12 @@ fn make(hook: &Hook) -> impl Fn(Target) -> Versioned + Send + Sync + 'static {
     move |target| Versioned { version: target.version, hook: hook.clone() }
 }
 
+/// Waits behind this position until the gate is open.
+fn behind(position: u64, gate: &Gate) -> Hook {
+    let (gate, go) = (gate.hook(), hook(|_| Ok(())));
+    Arc::new(move |event| if event.position.get() > position { gate(event) } else { go(event) })
+}
+
 async fn start(
     store: &Arc<dyn EventStore>,
     database: &Database,
@@ -93,12 +98,9 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
-            let slow: Hook = Arc::new(|_| {
-                Box::pin(async {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                    Ok(())
-                })
-            });
+            // So that it is looked at in the middle.
+            let gate = Gate::closed();
+            let slow = behind(150, &gate);
             let options = options().batch_size(20);
             let (one, first) = start(&store, &database, &slow, partitions, options.clone()).await;
             for n in 0..40 {
@@ -123,6 +125,7 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
             let position = append(&store, 7, [7]).await;
             catch_up(&first, position).await;
             assert_eq!(first.status().version, 0, "{kind}");
+            gate.open();
             for handle in [&first, &second] {
                 switched(handle, 1).await;
             }
@@ -163,12 +166,7 @@ async fn a_rebuild_that_is_killed_in_the_middle_goes_on_from_there() {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
             let gate = Gate::closed();
-            // Half-way it waits.
-            let half = hook(|_| Ok(()));
-            let wait: Hook = {
-                let gate = gate.hook();
-                Arc::new(move |event| if event.position.get() > 100 { gate(event) } else { half(event) })
-            };
+            let wait = behind(100, &gate);
             let options = short_lived().batch_size(10);
             let (one, first) = start(&store, &database, &wait, partitions, options.clone()).await;
             for n in 0..40 {

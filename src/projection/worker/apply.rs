@@ -145,6 +145,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     fn committed(&mut self, to: Checkpoint, left: Pending, count: impl FnOnce(&mut ProjectionStatus)) {
         self.saved = Some(to);
         self.applied = to.position;
+        self.timing.applied();
         if self.suspect.as_ref().is_some_and(|suspect| suspect.position <= to.position) {
             self.suspect = None;
         }

@@ -33,6 +33,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.begin_anew();
                 (reply, Ok(()))
             }
+            Control::Trigger(reply) => (reply, self.trigger().await),
             Control::Rebuild(reply) => (reply, self.rebuild().await),
             Control::RetryParked(event, reply) => (reply, self.retry_parked(&event).await),
         };
@@ -84,13 +85,25 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
+    /// Tells all who work on the projection, and a rebuild of it.
+    async fn trigger(&mut self) -> Result<(), ControlError> {
+        let lease = self.hold(&self.context.shape.trigger()).await?;
+        self.context.store.release_lease(&lease).await?;
+        self.context.board.hint();
+        Ok(())
+    }
+
     /// Holds up all who work on the projection, one node at a time.
     pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
-        let Context { store, name, shape, .. } = self.context;
+        self.hold(&self.context.shape.order()).await
+    }
+
+    async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
+        let Context { store, name, .. } = self.context;
         let give_up = Instant::now() + ORDER;
         loop {
             // An owner of its own each time, so that the epoch tells how many there were.
-            if let Some(order) = store.acquire_lease(&shape.order(), Uuid::new_v4(), ORDER).await? {
+            if let Some(order) = store.acquire_lease(lease, Uuid::new_v4(), ORDER).await? {
                 return Ok(order);
             }
             if Instant::now() >= give_up {
@@ -122,6 +135,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// It is empty.
     fn begin_anew(&mut self) {
         self.reload();
+        self.timing.forget();
         self.moved_to(Position::START);
         self.try_again();
     }

@@ -83,6 +83,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if self.read_model.shared() {
             self.heed(&view);
         }
+        self.heed_triggers(&view);
     }
 
     /// Somebody on any node resumed or reset the projection: what it remembers may be wrong, and what failed may work.
@@ -92,6 +93,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
         if self.heeded.is_some_and(|heeded| heeded < done) {
             self.reload();
+            self.timing.forget();
             self.try_again();
         }
         self.heeded = Some(done);
