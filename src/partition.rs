@@ -27,6 +27,11 @@ impl Partition {
         Self { index, count }
     }
 
+    /// What is not partitioned.
+    pub(crate) const fn whole() -> Self {
+        Self { index: 0, count: 1 }
+    }
+
     /// All of them, in order.
     pub(crate) fn all(count: u16) -> impl ExactSizeIterator<Item = Self> {
         (0..count).map(move |index| Self { index, count })

@@ -20,6 +20,7 @@ mod error;
 mod external;
 mod group;
 mod handle;
+mod lookup;
 mod memory;
 mod options;
 #[cfg(feature = "postgres")]
@@ -37,17 +38,19 @@ use std::sync::Arc;
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable};
 pub use self::external::{Delivery, External};
+pub(crate) use self::handle::{Made, spawn};
 pub use self::handle::{ProjectionHandle, WaitError};
-pub(crate) use self::handle::{spawn, spawn_partitioned};
+pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
-pub use self::options::{FailurePolicy, ProjectionOptions};
+pub use self::options::{FailurePolicy, ProjectionOptions, Schedule};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
-pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus};
+pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
 pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};
+use crate::partition::Partition;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, ParkedEvent, StoreError};
 
 /// Folds events into a read model.
@@ -81,12 +84,31 @@ pub trait Projection: Send + 'static {
         tx: &mut Self::Transaction,
     ) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
-    /// Empties the read model; the log is then applied from its start. The default refuses, so that a reset never doubles
-    /// what is already there.
+    /// Empties the read model; the log is then applied from its start. Before a rebuild it is called on the new version, whose
+    /// tables it creates then: once, however many partitions there are. The default refuses, so that a reset never doubles what
+    /// is already there.
     fn reset(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Err("this projection does not implement reset".into()) }
     }
+
+    /// Makes the version that this one writes to the one that readers see: called once when a rebuild has caught up, in the
+    /// transaction of the switch. Replacing a view is a usual way. The default leaves it to readers to ask for the
+    /// [version](ProjectionStatus::version).
+    fn go_live(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+        let _ = tx;
+        async { Ok(()) }
+    }
+}
+
+/// What a projection is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Target {
+    /// The partition whose events it gets; of one, if it is not partitioned.
+    pub partition: Partition,
+    /// The version of the read model that it writes to: 0, and one more with every rebuild.
+    pub version: u64,
 }
 
 /// Where a read model and its checkpoint live together.

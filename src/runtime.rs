@@ -24,9 +24,10 @@ use crate::command::{
 use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::Board;
-use crate::partition::{self, Partition};
+use crate::partition;
 use crate::projection::{
-    self, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel, Surroundings,
+    self, InMemory, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus,
+    ReadModel, Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
@@ -257,28 +258,41 @@ impl Builder {
     }
 
     /// Runs a projection over its read model.
-    pub fn projection_with<P, R>(mut self, projection: P, read_model: R, options: ProjectionOptions) -> Self
+    pub fn projection_with<P, R>(self, projection: P, read_model: R, options: ProjectionOptions) -> Self
     where
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let name = projection.name().to_owned();
-        let filter = projection.filter();
-        let start = |filter, surroundings| -> BoxFuture<'static, _> {
-            Box::pin(projection::spawn(projection, filter, read_model, options, surroundings))
-        };
-        let start = Box::new(start);
-        self.projections.push(ProjectionRegistration { name, filter, partitions: None, start });
-        self
+        self.project(Made::Once(projection), None, read_model, options)
+    }
+
+    /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) beside the live one. `make` makes it for each
+    /// version of its read model, in tables of their own.
+    pub fn rebuildable<P, R>(
+        self,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.project(Made::Versioned(Arc::new(make)), None, read_model, options)
     }
 
     /// Runs a projection in `partitions` partitions, which all nodes that do so share evenly, with the default options: each
-    /// applies the events of [its](Partition) streams, in their order. `make` makes the projection for each of them; all have
-    /// the same name and filter.
+    /// applies the events of [its](crate::Partition) streams, in their order. `make` makes the projection for each of them, and
+    /// for each version if it is ever [rebuilt](ProjectionHandle::rebuild); all have the same name and filter.
     ///
     /// The number, from 1 to 256, is fixed with the first start: more nodes than partitions are of no use, so choose as many
     /// as there may ever be nodes. Another number needs a [reset](ProjectionHandle::reset).
-    pub fn partitioned<P, R>(self, partitions: u16, make: impl FnMut(Partition) -> P, read_model: R) -> Self
+    pub fn partitioned<P, R>(
+        self,
+        partitions: u16,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+    ) -> Self
     where
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
@@ -288,9 +302,9 @@ impl Builder {
 
     /// As [`partitioned`](Self::partitioned), with options, which are those of each partition.
     pub fn partitioned_with<P, R>(
-        mut self,
+        self,
         partitions: u16,
-        make: impl FnMut(Partition) -> P,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
         read_model: R,
         options: ProjectionOptions,
     ) -> Self
@@ -298,14 +312,48 @@ impl Builder {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        // What cannot be is refused when the runtime starts; until then there is something to ask for its name.
+        let shared = read_model.shared();
+        // What cannot be is refused when the runtime starts.
         let count = partitions.clamp(1, partition::MOST);
-        let projections: Vec<P> = Partition::all(count).map(make).collect();
-        let name = projections[0].name().to_owned();
-        let filter = projections[0].filter();
-        let partitions = Some((partitions, read_model.shared()));
+        self.project(
+            Made::Partitioned(count, Arc::new(make)),
+            Some((partitions, shared)),
+            read_model,
+            options,
+        )
+    }
+
+    /// Keeps an index over events in memory, on this node: see [`Lookup`].
+    pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
+        let (lookup, projection) = (lookup.clone(), lookup.projection());
+        let (name, filter) = (projection.name().to_owned(), projection.filter());
         let start = |filter, surroundings| -> BoxFuture<'static, _> {
-            Box::pin(projection::spawn_partitioned(projections, filter, read_model, options, surroundings))
+            Box::pin(async move {
+                let (made, options) = (Made::Once(projection), ProjectionOptions::new());
+                let handle = projection::spawn(made, filter, InMemory::new(), options, surroundings).await?;
+                lookup.runs(&handle);
+                Ok(handle)
+            })
+        };
+        let start = Box::new(start);
+        self.projections.push(ProjectionRegistration { name, filter, partitions: None, start });
+        self
+    }
+
+    fn project<P, R>(
+        mut self,
+        made: Made<P>,
+        partitions: Option<(u16, bool)>,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let (name, filter) = made.with_one(|one| (one.name().to_owned(), one.filter()));
+        let start = |filter, surroundings| -> BoxFuture<'static, _> {
+            Box::pin(projection::spawn(made, filter, read_model, options, surroundings))
         };
         let start = Box::new(start);
         self.projections.push(ProjectionRegistration { name, filter, partitions, start });

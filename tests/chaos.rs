@@ -22,7 +22,7 @@ use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use storied::bus::JetStreamOptions;
-use storied::projection::ApplyError;
+use storied::projection::{ApplyError, Target};
 use storied::store::Append;
 use storied::{
     Codec, EncodeError, Event, EventStore, ExpectedVersion, Filter, Metadata, NatsOptions, NewEvent,
@@ -51,7 +51,7 @@ impl Event for Tick {
 }
 
 /// Records what it sees in the order in which it sees it.
-struct Seen(Partition);
+struct Seen(Target);
 
 impl Projection for Seen {
     type Transaction = PgConnection;
@@ -67,7 +67,7 @@ impl Projection for Seen {
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
         let Tick::Tock { n } = event.decode()?;
         sqlx::query("INSERT INTO seen (partition, position, n) VALUES ($1, $2, $3)")
-            .bind(i32::from(self.0.index()))
+            .bind(i32::from(self.0.partition.index()))
             .bind(event.position.get() as i64)
             .bind(n as i64)
             .execute(tx)

@@ -14,6 +14,9 @@ pub(super) enum Control {
     Reset(Reply),
     /// It was reset through another partition of this node.
     BeginAnew(Reply),
+    Trigger(Reply),
+    /// Builds the next version beside the live one.
+    Rebuild(Reply),
     RetryParked(Box<RecordedEvent>, Reply),
 }
 
@@ -38,6 +41,14 @@ pub enum ControlError {
         name: String,
         /// What it said.
         reason: String,
+    },
+    /// The projection writes to one place, or to one that cannot be switched in a transaction.
+    #[error("projection {name} cannot be rebuilt beside the live one: {reason}")]
+    NotRebuildable {
+        /// The projection.
+        name: String,
+        /// Why not, and what to do.
+        reason: &'static str,
     },
     /// Too much is asked of the projection at the same time.
     #[error("too many control calls to projection {name} are under way; try again later")]

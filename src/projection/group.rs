@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::balance::wanted;
 use super::shape::Shape;
+use super::worker::Role;
 use super::{PartitionStatus, ProjectionState, ProjectionStatus};
 use crate::future::BoxFuture;
 use crate::lease::{Board, HeldLease, Sight, View};
@@ -172,7 +173,7 @@ impl Group {
     }
 
     fn owners(&self, view: &View) -> impl Iterator<Item = Option<Uuid>> {
-        self.seats.iter().map(|seat| view.owner(&self.shape.row(Some(seat.partition))))
+        self.seats.iter().map(|seat| view.owner(&self.shape.lease(Some(seat.partition), Role::Live)))
     }
 
     /// Tells how all of them are doing.
@@ -190,7 +191,7 @@ impl Group {
 pub(super) fn sum(seats: &[Seat], shape: &Shape, view: Option<&View>) -> ProjectionStatus {
     let partitions = seats.iter().map(|seat| PartitionStatus {
         partition: seat.partition,
-        owner: view.and_then(|view| view.owner(&shape.row(Some(seat.partition)))),
+        owner: view.and_then(|view| view.owner(&shape.lease(Some(seat.partition), Role::Live))),
         status: seat.status.borrow().clone(),
     });
     ProjectionStatus::sum(partitions.collect())

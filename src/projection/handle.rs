@@ -10,8 +10,10 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use super::control::{Control, ControlError, Reply};
 use super::group::{Group, Never, Seat, sum};
 use super::shape::Shape;
-use super::worker::{Part, ProjectionWork, Surroundings};
-use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
+use super::worker::{Instance, Part, ProjectionWork, Role, Surroundings};
+use super::{
+    Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, RebuildStatus, Target,
+};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
 use crate::store::{BoxFuture, Checkpoint, EventStore, Filter, ParkedEvent, ReadLog, StoreError};
@@ -34,8 +36,11 @@ const SLOWEST_POLL: Duration = Duration::from_millis(200);
 #[derive(Clone)]
 pub struct ProjectionHandle {
     name: Arc<str>,
+    shape: Shape,
     /// One, or one for each partition, in order.
     parts: Arc<[Working]>,
+    /// As many, or none if it cannot be rebuilt beside the live one.
+    rebuilds: Arc<[Working]>,
     group: Option<Grouped>,
     progress: Arc<dyn Progress>,
     store: Arc<dyn EventStore>,
@@ -43,8 +48,6 @@ pub struct ProjectionHandle {
 
 /// What works on a projection, or on a partition of one.
 struct Working {
-    /// What its checkpoint is called.
-    row: String,
     actor: Supervised<Control>,
     status: watch::Receiver<ProjectionStatus>,
 }
@@ -132,34 +135,40 @@ impl<R: ReadModel> Progress for R {
     }
 }
 
-/// Starts a projection. Reaches store and read model in the background, for as long as it takes.
-pub(crate) async fn spawn<P, R>(
-    projection: P,
-    filter: Filter,
-    read_model: R,
-    options: ProjectionOptions,
-    surroundings: Surroundings,
-) -> Result<ProjectionHandle, SpawnErr>
-where
-    P: Projection,
-    R: ReadModel<Transaction = P::Transaction>,
-{
-    let name = Arc::from(projection.name());
-    let shape = Shape::whole(projection.name());
-    let row = shape.row(None);
-    let read_model = Arc::new(read_model);
-    let Surroundings { store, supervisor, .. } = surroundings.clone();
-    let part = Part { shape, partition: None };
-    let (work, status) =
-        ProjectionWork::new(projection, filter, read_model.clone(), options, part, surroundings);
-    let actor = Supervised::spawn(work, supervisor).await?;
-    let parts = Arc::new([Working { row, actor, status }]);
-    Ok(ProjectionHandle { name, parts, group: None, progress: read_model, store })
+/// How a projection comes to be.
+pub(crate) enum Made<P> {
+    /// It is there, and writes to one place.
+    Once(P),
+    /// One for each version of its read model.
+    Versioned(Maker<P>),
+    /// One for each partition as well, of so many.
+    Partitioned(u16, Maker<P>),
 }
 
-/// Starts a projection in partitions, one for each of `projections`, which all have the same name.
-pub(crate) async fn spawn_partitioned<P, R>(
-    projections: Vec<P>,
+pub(crate) type Maker<P> = Arc<dyn Fn(Target) -> P + Send + Sync>;
+
+impl<P: Projection> Made<P> {
+    /// A projection as all of them are.
+    pub(crate) fn with_one<T>(&self, look: impl FnOnce(&P) -> T) -> T {
+        match self {
+            Self::Once(projection) => look(projection),
+            Self::Versioned(make) => look(&make(Target { partition: Partition::whole(), version: 0 })),
+            Self::Partitioned(count, make) => {
+                let partition = Partition::all(*count).next().unwrap_or(Partition::whole());
+                look(&make(Target { partition, version: 0 }))
+            }
+        }
+    }
+}
+
+fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> Instance<P> {
+    let make = make.clone();
+    Instance::made(move |version| make(Target { partition, version }))
+}
+
+/// Starts a projection. Reaches store and read model in the background, for as long as it takes.
+pub(crate) async fn spawn<P, R>(
+    made: Made<P>,
     filter: Filter,
     read_model: R,
     options: ProjectionOptions,
@@ -169,32 +178,63 @@ where
     P: Projection,
     R: ReadModel<Transaction = P::Transaction>,
 {
-    let name = projections.first().map_or("", |projection| projection.name()).to_owned();
-    // There are not more, see `partition::MOST`.
-    let count = u16::try_from(projections.len()).unwrap_or(u16::MAX);
-    let shape = Shape::cut(&name, count);
+    let name = made.with_one(|projection| projection.name().to_owned());
     let read_model = Arc::new(read_model);
-    let Surroundings { store, supervisor, board, node, .. } = surroundings.clone();
-    let lease = options.lease;
-    let (mut seats, mut parts) = (Vec::new(), Vec::new());
-    for (partition, projection) in Partition::all(count).zip(projections) {
-        let permit = watch::Sender::new(false);
-        let part = Part { shape: shape.clone(), partition: Some((partition, permit.subscribe())) };
-        let (filter, options, surroundings) = (filter.clone(), options.clone(), surroundings.clone());
-        let (work, status) =
-            ProjectionWork::new(projection, filter, read_model.clone(), options, part, surroundings);
-        let actor = Supervised::spawn(work, supervisor.clone()).await?;
-        parts.push(Working { row: shape.row(Some(partition)), actor, status: status.clone() });
-        seats.push(Seat { partition, permit, status });
+    let start = async |instance, part: Part| {
+        let surroundings = surroundings.clone();
+        let supervisor = surroundings.supervisor.clone();
+        let (work, status) = ProjectionWork::new(
+            instance,
+            filter.clone(),
+            read_model.clone(),
+            options.clone(),
+            part,
+            surroundings,
+        );
+        Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
+    };
+    let shape = match &made {
+        Made::Once(_) | Made::Versioned(_) => Shape::whole(&name),
+        Made::Partitioned(count, _) => Shape::cut(&name, *count),
+    };
+    let part = |role, partition| Part { shape: shape.clone(), role, partition };
+    let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
+    match made {
+        Made::Once(projection) => {
+            parts.push(start(Instance::fixed(projection), part(Role::Live, None)).await?);
+        }
+        Made::Versioned(make) => {
+            let made = || instance(&make, Partition::whole());
+            parts.push(start(made(), part(Role::Live, None)).await?);
+            rebuilds.push(start(made(), part(Role::Rebuild, None)).await?);
+        }
+        Made::Partitioned(count, make) => {
+            for partition in Partition::all(count) {
+                let permit = watch::Sender::new(false);
+                let permitted = || Some((partition, permit.subscribe()));
+                let made = || instance(&make, partition);
+                let live = start(made(), part(Role::Live, permitted())).await?;
+                if read_model.rolls_back() {
+                    rebuilds.push(start(made(), part(Role::Rebuild, permitted())).await?);
+                }
+                seats.push(Seat { partition, permit, status: live.status.clone() });
+                parts.push(live);
+            }
+        }
     }
-    let seats: Arc<[Seat]> = seats.into();
-    let (sender, status) = watch::channel(sum(&seats, &shape, None));
-    let handle = Arc::from(name.as_str());
-    let group =
-        Arc::new(Group { name, shape, seats, store: store.clone(), board, node, lease, status: sender });
-    let actor = Supervised::spawn(group.clone(), supervisor).await?;
-    let group = Some(Grouped { group, actor, status });
-    Ok(ProjectionHandle { name: handle, parts: parts.into(), group, progress: read_model, store })
+    let Surroundings { store, supervisor, board, node, .. } = surroundings;
+    let group = if seats.is_empty() {
+        None
+    } else {
+        let seats: Arc<[Seat]> = seats.into();
+        let (sender, status) = watch::channel(sum(&seats, &shape, None));
+        let (name, shape, store, lease) = (name.clone(), shape.clone(), store.clone(), options.lease);
+        let group = Arc::new(Group { name, shape, seats, store, board, node, lease, status: sender });
+        let actor = Supervised::spawn(group.clone(), supervisor).await?;
+        Some(Grouped { group, actor, status })
+    };
+    let (parts, rebuilds) = (parts.into(), rebuilds.into());
+    Ok(ProjectionHandle { name: name.into(), shape, parts, rebuilds, group, progress: read_model, store })
 }
 
 impl ProjectionHandle {
@@ -244,7 +284,7 @@ impl ProjectionHandle {
     /// When the time is over, or at once when the projection stands still before `position` because it failed or ended.
     pub async fn caught_up_to_within(&self, position: Position, patience: Duration) -> Result<(), WaitError> {
         let name = || self.name.to_string();
-        let reached = try_join_all(self.parts.iter().map(|part| self.reached(part, position)));
+        let reached = try_join_all((0..self.count()).map(|part| self.reached(part, position)));
         let waited = timeout_at(after(patience), reached).await;
         waited.map(|reached| reached.map(drop)).unwrap_or_else(|_| {
             let reached = self.status().position;
@@ -252,8 +292,18 @@ impl ProjectionHandle {
         })
     }
 
-    async fn reached(&self, part: &Working, position: Position) -> Result<(), WaitError> {
-        let mut status = part.status.clone();
+    /// Which part of the projection it is.
+    fn partition(&self, part: u16) -> Option<Partition> {
+        self.group.as_ref().map(|group| group.group.seats[usize::from(part)].partition)
+    }
+
+    /// What the checkpoint of a part is called.
+    fn row(&self, part: u16) -> String {
+        self.shape.row(self.partition(part), self.parts[usize::from(part)].status.borrow().version)
+    }
+
+    async fn reached(&self, part: u16, position: Position) -> Result<(), WaitError> {
+        let mut status = self.parts[usize::from(part)].status.clone();
         let mut poll = SHARED_POLL;
         loop {
             let state = {
@@ -279,7 +329,7 @@ impl ProjectionHandle {
                 () = sleep(poll), if state == ProjectionState::Standby => {
                     poll = (poll * 5 / 4).min(SLOWEST_POLL);
                     // What cannot be read now is read later: the wait has an end.
-                    if self.progress.checkpoint(&part.row).await.is_ok_and(|found| found.position >= position) {
+                    if self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.position >= position) {
                         return Ok(());
                     }
                 }
@@ -327,6 +377,38 @@ impl ProjectionHandle {
         self.tell_others(Control::BeginAnew).await
     }
 
+    /// Applies now what its [schedule](super::Schedule) would have wait: everything that is in the log by the time that all
+    /// nodes hear of it, which is within a second. To begin from the start of the log, [`reset`](Self::reset) it before.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub async fn trigger(&self) -> Result<(), ControlError> {
+        self.ask(0, Control::Trigger).await
+    }
+
+    /// Builds the read model anew beside the live one, in its next [version](super::Target::version): from any node, also after
+    /// the node that does it has died. When it has caught up it takes the place of the live one at once (see
+    /// [`Projection::go_live`]); the tables of the old one stay, and are yours to drop. Nothing happens if one is being built
+    /// already; [`rebuilding`](Self::rebuilding) tells how it is getting on.
+    ///
+    /// # Errors
+    /// When the projection was not registered as rebuildable or partitioned, or cannot create the new version's tables
+    /// ([`Projection::reset`]). Otherwise as [`pause`](Self::pause).
+    pub async fn rebuild(&self) -> Result<(), ControlError> {
+        self.ask(0, Control::Rebuild).await
+    }
+
+    /// How a rebuild beside the live read model is getting on, as far as this node knows; `None` when there is none.
+    pub fn rebuilding(&self) -> Option<RebuildStatus> {
+        let parts: Vec<_> = self.rebuilds.iter().map(|part| part.status.borrow().clone()).collect();
+        RebuildStatus::of(&parts)
+    }
+
+    /// Everything that works on it.
+    fn all(&self) -> impl Iterator<Item = &Working> {
+        self.parts.iter().chain(&*self.rebuilds)
+    }
+
     /// The parked events, oldest first, at most `limit`. From any node.
     ///
     /// # Errors
@@ -334,8 +416,8 @@ impl ProjectionHandle {
     pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
         self.prepared().await?;
         let mut parked = Vec::new();
-        for part in &*self.parts {
-            parked.extend(self.progress.parked(&part.row, limit).await?);
+        for part in 0..self.count() {
+            parked.extend(self.progress.parked(&self.row(part), limit).await?);
         }
         parked.sort_by_key(|event| event.position);
         parked.truncate(limit);
@@ -372,8 +454,8 @@ impl ProjectionHandle {
     /// When there is none, or the read model cannot be written.
     pub async fn discard_parked(&self, position: Position) -> Result<(), ControlError> {
         self.prepared().await?;
-        for part in &*self.parts {
-            if self.progress.remove_parked(&part.row, position).await? {
+        for part in 0..self.count() {
+            if self.progress.remove_parked(&self.row(part), position).await? {
                 return Ok(());
             }
         }
@@ -408,14 +490,14 @@ impl ProjectionHandle {
                 None => Ok(()),
             }
         };
-        let parts = join_all(self.parts.iter().map(|part| part.actor.stop(patience)));
+        let parts = join_all(self.all().map(|part| part.actor.stop(patience)));
         let (group, parts) = tokio::join!(group, parts);
         parts.into_iter().chain([group]).collect()
     }
 
     /// Ends as a crash of the process would end it.
     pub(crate) fn kill(&self) {
-        for part in &*self.parts {
+        for part in self.all() {
             part.actor.kill();
         }
         if let Some(group) = &self.group {

@@ -14,6 +14,28 @@ pub enum FailurePolicy {
     Park,
 }
 
+/// When a projection applies what has come. Behind the tip of the log it always catches up at once, and a full
+/// [batch](ProjectionOptions::batch_size) is never waited with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Schedule {
+    /// At once.
+    #[default]
+    Immediate,
+    /// When no more has come for a while: many events that follow each other become one transaction.
+    Debounced {
+        /// How long nothing has to have come.
+        quiet: Duration,
+        /// How long the first event waits at most, however many follow it.
+        cap: Duration,
+    },
+    /// At most once in this time.
+    Every(Duration),
+    /// When it is [triggered](super::ProjectionHandle::trigger), up to what is in the log then. In between it is
+    /// [waiting](super::ProjectionState::Waiting), also behind the tip of the log.
+    Manual,
+}
+
 /// How a projection is run.
 #[derive(Debug, Clone)]
 pub struct ProjectionOptions {
@@ -22,6 +44,7 @@ pub struct ProjectionOptions {
     pub(super) backoff: (Duration, Duration),
     pub(super) on_failure: FailurePolicy,
     pub(super) lease: Duration,
+    pub(super) schedule: Schedule,
 }
 
 impl Default for ProjectionOptions {
@@ -32,6 +55,7 @@ impl Default for ProjectionOptions {
             backoff: (Duration::from_millis(50), Duration::from_secs(5)),
             on_failure: FailurePolicy::Stop,
             lease: Duration::from_secs(6),
+            schedule: Schedule::Immediate,
         }
     }
 }
@@ -70,6 +94,13 @@ impl ProjectionOptions {
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.on_failure = policy;
+        self
+    }
+
+    /// When it applies what has come. [`Schedule::Immediate`] by default.
+    #[must_use]
+    pub fn schedule(mut self, schedule: Schedule) -> Self {
+        self.schedule = schedule;
         self
     }
 

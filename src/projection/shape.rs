@@ -2,9 +2,43 @@
 //! two projections, have the same.
 
 use super::ReadModel;
+use super::worker::Role;
 use crate::event::Position;
 use crate::partition::Partition;
 use crate::store::{Checkpoint, CheckpointError, StoreError};
+
+/// As `found`, but so that whoever knows only `found` is refused, even at the start of the log.
+pub(super) fn fenced(found: Checkpoint) -> Checkpoint {
+    Checkpoint { mark: found.mark + 1, ..found }
+}
+
+/// Which version of a read model is live, and which is being built beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Versions {
+    pub(super) live: u64,
+    pub(super) rebuilt: Option<u64>,
+}
+
+impl From<Checkpoint> for Versions {
+    fn from(record: Checkpoint) -> Self {
+        Self { live: record.epoch, rebuilt: (record.mark > 0).then_some(record.mark) }
+    }
+}
+
+impl Versions {
+    /// What the record of them is.
+    pub(super) fn record(self, found: Checkpoint) -> Checkpoint {
+        Checkpoint { epoch: self.live, mark: self.rebuilt.unwrap_or(0), ..found }
+    }
+
+    /// The one to work on.
+    pub(super) fn of(self, role: Role) -> Option<u64> {
+        match role {
+            Role::Live => Some(self.live),
+            Role::Rebuild => self.rebuilt,
+        }
+    }
+}
 
 /// A projection's name, and its number of partitions if it is cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,17 +56,62 @@ impl Shape {
         Self { name: name.to_owned(), partitions: Some(partitions) }
     }
 
-    /// What a checkpoint, and the lease of who may move it, are called.
-    pub(super) fn row(&self, partition: Option<Partition>) -> String {
+    /// What a checkpoint of a version is called.
+    pub(super) fn row(&self, partition: Option<Partition>, version: u64) -> String {
+        let version = if version == 0 { String::new() } else { format!("@{version}") };
         match partition {
-            None => format!("projection/{}", self.name),
-            Some(partition) => format!("partition/{}/{}", partition.index(), self.name),
+            None => format!("projection{version}/{}", self.name),
+            Some(partition) => format!("partition{version}/{}/{}", partition.index(), self.name),
         }
+    }
+
+    /// What the lease is called of who may move it.
+    pub(super) fn lease(&self, partition: Option<Partition>, role: Role) -> String {
+        let row = self.row(partition, 0);
+        match role {
+            Role::Live => row,
+            Role::Rebuild => format!("rebuild-{row}"),
+        }
+    }
+
+    /// A checkpoint whose epoch is the version that is live, and whose mark is the one that is being built, or 0.
+    pub(super) fn version(&self) -> String {
+        format!("version/{}", self.name)
+    }
+
+    /// The parts that there are in this shape.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Option<Partition>> {
+        let whole = self.partitions.is_none().then_some(None);
+        Partition::all(self.partitions.unwrap_or(0)).map(Some).chain(whole)
+    }
+
+    pub(super) async fn versions(&self, read_model: &impl ReadModel) -> Result<Versions, StoreError> {
+        if !read_model.shared() {
+            return Ok(Versions::from(Checkpoint::default()));
+        }
+        Ok(Versions::from(read_model.checkpoint(&self.version()).await?))
+    }
+
+    /// The version that is live, also in a read model of another store's, whose it is then no more.
+    pub(super) async fn live<R: ReadModel>(
+        &self,
+        read_model: &R,
+        open: &mut R::Open,
+    ) -> Result<u64, StoreError> {
+        if !read_model.shared() {
+            return Ok(0);
+        }
+        Ok(Versions::from(read_model.adopt(open, &self.version()).await?).live)
     }
 
     /// The lease under which one node at a time changes what all of them own; its end tells them to look again.
     pub(super) fn order(&self) -> String {
         format!("order/{}", self.name)
+    }
+
+    /// The lease whose epoch counts how often it was triggered.
+    pub(super) fn trigger(&self) -> String {
+        format!("trigger/{}", self.name)
     }
 
     /// One of the leases that say which nodes share the partitions.
@@ -61,7 +140,7 @@ impl Shape {
         if found > 0 {
             return Err(self.mismatch(found));
         }
-        if read_model.checkpoint(&self.row(None)).await?.position > Position::START {
+        if read_model.checkpoint(&self.row(None, 0)).await?.position > Position::START {
             return Err(self.mismatch(0));
         }
         let none = Checkpoint::default();
@@ -94,13 +173,11 @@ impl Shape {
         &self,
         read_model: &R,
         open: &mut R::Open,
+        version: u64,
     ) -> Result<Vec<(String, Checkpoint, Checkpoint)>, StoreError> {
-        let anew = |found: Checkpoint| {
-            // Another mark, so that a transaction is refused that began before, even at the start of the log.
-            Checkpoint { position: Position::START, mark: found.mark + 1, ..found }
-        };
+        let anew = |found: Checkpoint| Checkpoint { position: Position::START, ..fenced(found) };
         if !read_model.shared() {
-            let row = self.row(None);
+            let row = self.row(None, 0);
             let found = read_model.adopt(open, &row).await?;
             return Ok(vec![(row, found, anew(found))]);
         }
@@ -112,7 +189,7 @@ impl Shape {
             rows.push((record, found, Checkpoint { mark: self.mark(), ..found }));
         }
         for partition in Partition::all(most).map(Some).chain([None]) {
-            let row = self.row(partition);
+            let row = self.row(partition, version);
             let found = read_model.adopt(open, &row).await?;
             let used = match partition {
                 Some(_) => self.partitions.is_some(),

@@ -3,6 +3,8 @@
 mod apply;
 mod orders;
 mod ownership;
+mod schedule;
+mod version;
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -16,6 +18,8 @@ use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 use self::ownership::News;
+use self::schedule::Timing;
+use self::version::Switch;
 use super::control::Control;
 use super::shape::Shape;
 use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
@@ -60,8 +64,36 @@ pub(super) struct ProjectionWork<P, R> {
 
 /// The user's part.
 struct Subject<P, R> {
-    projection: P,
+    instance: Instance<P>,
     read_model: Arc<R>,
+}
+
+/// A projection that writes to one version of its read model.
+pub(super) struct Instance<P> {
+    projection: P,
+    /// Which version.
+    version: u64,
+    /// Makes one that writes to another version, if it is [rebuildable](crate::runtime::Builder::rebuildable).
+    make: Option<Box<dyn Fn(u64) -> P + Send + Sync>>,
+}
+
+impl<P> Instance<P> {
+    pub(super) fn fixed(projection: P) -> Self {
+        Self { projection, version: 0, make: None }
+    }
+
+    pub(super) fn made(make: impl Fn(u64) -> P + Send + Sync + 'static) -> Self {
+        Self { projection: make(0), version: 0, make: Some(Box::new(make)) }
+    }
+}
+
+/// What a task does for its projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Keeps the version that readers see up to date.
+    Live,
+    /// Builds the next one beside it, when somebody wants that.
+    Rebuild,
 }
 
 /// What does not change.
@@ -70,8 +102,9 @@ struct Context {
     shape: Shape,
     /// Which part of it this is; `None` is all.
     partition: Option<Partition>,
-    /// What its checkpoint and its lease are called.
-    row: String,
+    role: Role,
+    /// The lease of who owns it.
+    lease: String,
     filter: Filter,
     options: ProjectionOptions,
     store: Arc<dyn EventStore>,
@@ -88,13 +121,14 @@ struct Context {
 /// What of a projection is to be worked on.
 pub(super) struct Part {
     pub(super) shape: Shape,
+    pub(super) role: Role,
     /// A partition, and whether this node is to own it; `None` is all, which every node would own.
     pub(super) partition: Option<(Partition, watch::Receiver<bool>)>,
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
     pub(super) fn new(
-        projection: P,
+        instance: Instance<P>,
         filter: Filter,
         read_model: Arc<R>,
         options: ProjectionOptions,
@@ -105,8 +139,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         let Surroundings { store, feed, node, board, .. } = surroundings;
         let (partition, permit) = part.partition.unzip();
         let context = Arc::new(Context {
-            name: projection.name().to_owned(),
-            row: part.shape.row(partition),
+            name: instance.projection.name().to_owned(),
+            lease: part.shape.lease(partition, part.role),
+            role: part.role,
             shape: part.shape,
             partition,
             filter,
@@ -119,7 +154,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             permit,
             status,
         });
-        (Self { context, subject: Arc::new(Mutex::new(Subject { projection, read_model })) }, receiver)
+        (Self { context, subject: Arc::new(Mutex::new(Subject { instance, read_model })) }, receiver)
     }
 }
 
@@ -127,9 +162,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
     type Control = Control;
 
     fn name(&self) -> String {
-        match self.context.partition {
+        let name = match self.context.partition {
             None => format!("projection {}", self.context.name),
             Some(partition) => format!("partition {partition} of projection {}", self.context.name),
+        };
+        match self.context.role {
+            Role::Live => name,
+            Role::Rebuild => format!("{name}, rebuilt"),
         }
     }
 
@@ -137,8 +176,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
         let (context, subject) = (self.context.clone(), self.subject.clone());
         Box::pin(async move {
             let mut subject = subject.lock_owned().await;
-            let Subject { projection, read_model } = &mut *subject;
-            Run::new(&context, projection, &**read_model, inbox).run().await;
+            let Subject { instance, read_model } = &mut *subject;
+            Run::new(&context, instance, &**read_model, inbox).run().await;
         })
     }
 
@@ -208,15 +247,21 @@ struct Suspect {
 /// The state of a projection while its task runs.
 struct Run<'a, P, R> {
     context: &'a Context,
-    projection: &'a mut P,
+    instance: &'a mut Instance<P>,
+    /// What its checkpoint is called, which is that of its version.
+    row: String,
     read_model: &'a R,
     inbox: Inbox<Control>,
     /// On a shared read model: says that this node is its owner.
     lease: Option<HeldLease>,
     news: News,
     prepared: bool,
-    /// Whether the read model was found to be in the shape that this program wants.
+    /// Whether the read model was found to be in the shape, and the version, that this works on.
     fits: bool,
+    /// Nobody wants what this would do: there is nothing to rebuild.
+    dormant: bool,
+    /// While what was rebuilt takes the place of what is live.
+    switch: Option<Switch>,
     /// As persisted, when it was last looked at; nothing is applied before that is known.
     paused: Option<bool>,
     /// When this was last told to pause or to resume: what the board saw before is older than that.
@@ -239,6 +284,8 @@ struct Run<'a, P, R> {
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
     follower: Option<FeedFollower>,
     pending: Option<Pending>,
+    /// When what is pending is applied, and whether to read on.
+    timing: Timing,
     suspect: Option<Suspect>,
     /// For failures of the store and the read model, which no event is to blame for.
     backoff: Backoff,
@@ -296,18 +343,26 @@ async fn hear<T>(
 }
 
 impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R> {
-    fn new(context: &'a Context, projection: &'a mut P, read_model: &'a R, inbox: Inbox<Control>) -> Self {
+    fn new(
+        context: &'a Context,
+        instance: &'a mut Instance<P>,
+        read_model: &'a R,
+        inbox: Inbox<Control>,
+    ) -> Self {
         let (first, max) = context.options.backoff;
         let now = Instant::now();
         Self {
             context,
-            projection,
+            row: context.shape.row(context.partition, instance.version),
+            instance,
             read_model,
             inbox,
             lease: None,
             news: News::new(&context.sight, context.permit.as_ref()),
             prepared: false,
             fits: false,
+            dormant: false,
+            switch: None,
             paused: None,
             paused_at: None,
             held_up: false,
@@ -320,6 +375,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             scan: SCAN,
             follower: None,
             pending: None,
+            timing: Timing::default(),
             suspect: None,
             backoff: Backoff::new(first, max),
             wait_until: now,
@@ -340,6 +396,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             self.round().await;
         }
         self.flush().await;
+        self.give_up_switching().await;
         if let Some(lease) = self.lease.take() {
             lease.release().await;
         }
@@ -359,11 +416,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             self.context.set(ProjectionState::Failed);
             return self.idle(self.tick_at).await;
         }
-        if self.held_up {
+        if self.held_up && self.context.role == Role::Live {
             return self.idle(self.tick_at).await;
         }
         if let Err(error) = self.prepare().await {
             return self.outage(&error);
+        }
+        if self.dormant {
+            return self.sleep().await;
         }
         if self.read_model.shared() && self.lease.is_none() {
             return self.stand_by().await;
@@ -377,6 +437,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             }
             None => return self.idle(self.tick_at).await,
         }
+        match self.is_due().await {
+            Ok(true) => {}
+            Ok(false) => return self.rest().await,
+            Err(error) => return self.outage(&error),
+        }
+        if self.holds() {
+            return self.follow().await;
+        }
         match self.pending.take() {
             Some(pending) => self.apply_pending(saved, pending).await,
             None if self.source == Source::Store => self.read().await,
@@ -389,6 +457,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.create().await?;
         if !self.fits && self.read_model.shared() {
             self.context.shape.check(self.read_model).await?;
+            self.find_version().await?;
         }
         if !self.fits {
             self.fits = true;
@@ -399,7 +468,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
 
     async fn create(&mut self) -> Result<(), StoreError> {
         if !self.prepared {
-            self.read_model.prepare(&self.context.store, &self.context.row).await?;
+            self.read_model.prepare(&self.context.store, &self.row).await?;
             self.prepared = true;
             self.context.status.send_modify(|status| status.prepared = true);
         }
@@ -434,11 +503,15 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
 
     /// What is due now and then.
     async fn tick(&mut self) {
-        self.tick_at = Instant::now() + if self.context.partition.is_some() { PARTITION_TICK } else { TICK };
+        let others_wait = self.context.partition.is_some() || self.context.role == Role::Rebuild;
+        self.tick_at = Instant::now() + if others_wait { PARTITION_TICK } else { TICK };
         // What the board showed when this was last told something may have been passed over as too old.
         self.look().await;
         self.flush().await;
         self.knows_of(self.context.feed.position());
+        if self.context.role == Role::Rebuild {
+            self.consider_switching().await;
+        }
     }
 
     /// Drops what is under way; goes on from what is applied, when it goes on.
@@ -488,9 +561,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let Some(follower) = &mut self.follower else { return self.restart() };
         self.context.set(ProjectionState::Following);
         let news = Some(&mut self.news);
-        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(self.tick_at), follower.next()).await;
+        let until = self.timing.until().map_or(self.tick_at, |until| until.min(self.tick_at));
+        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next()).await;
         let Some(mut item) = self.attend(heard).await else { return };
-        let (mut events, mut upto) = (VecDeque::new(), self.applied);
+        // What is held back already, and what comes now.
+        let held = self.pending.take().unwrap_or(Pending { events: VecDeque::new(), upto: self.applied });
+        let before = held.events.len();
+        let Pending { mut events, mut upto } = held;
         loop {
             match item {
                 FeedItem::Batch(batch) => {
@@ -526,6 +603,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 Some(next) => item = next,
                 None => break,
             }
+        }
+        if events.len() > before {
+            self.timing.arrived(self.context.options.schedule);
         }
         self.enqueue(events, upto);
     }
@@ -612,7 +692,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn flush(&mut self) {
         let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
         let to = Checkpoint { position: self.applied, ..saved };
-        let row = &self.context.row;
+        let row = &self.row;
         let flushed = match self.read_model.begin(row, saved).await {
             Ok(open) => self.read_model.commit(open, row, saved, to, None).await,
             Err(error) => Err(error.into()),

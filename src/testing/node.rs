@@ -8,7 +8,7 @@ use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::Board;
 use crate::projection::{
-    Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, spawn, spawn_partitioned,
+    Made, Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, Target, spawn,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::EventStore;
@@ -58,18 +58,16 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let filter = projection.filter().expect("the filter names events that there are");
-        let handle = spawn(projection, filter, read_model, options, self.surroundings()).await;
-        self.started(handle.expect("the projection starts"))
+        self.start_projection(Made::Once(projection), read_model, options).await
     }
 
-    /// Starts a projection in as many partitions.
+    /// Starts a projection that can be rebuilt.
     ///
     /// # Panics
-    /// When its actors cannot be started, or there are no partitions.
-    pub async fn partitioned<P, R>(
+    /// When its actors cannot be started.
+    pub async fn rebuildable<P, R>(
         &self,
-        projections: Vec<P>,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
         read_model: R,
         options: ProjectionOptions,
     ) -> ProjectionHandle
@@ -77,17 +75,42 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let filter = projections[0].filter().expect("the filter names events that there are");
-        let handle = spawn_partitioned(projections, filter, read_model, options, self.surroundings()).await;
-        self.started(handle.expect("the projection starts"))
+        self.start_projection(Made::Versioned(Arc::new(make)), read_model, options).await
     }
 
-    fn surroundings(&self) -> Surroundings {
+    /// Starts a projection in as many partitions.
+    ///
+    /// # Panics
+    /// When its actors cannot be started.
+    pub async fn partitioned<P, R>(
+        &self,
+        partitions: u16,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.start_projection(Made::Partitioned(partitions, Arc::new(make)), read_model, options).await
+    }
+
+    async fn start_projection<P, R>(
+        &self,
+        made: Made<P>,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let filter = made.with_one(Projection::filter).expect("the filter names events that there are");
         let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
-        Surroundings { store, feed, node: self.id, board, supervisor: None }
-    }
-
-    fn started(&self, handle: ProjectionHandle) -> ProjectionHandle {
+        let surroundings = Surroundings { store, feed, node: self.id, board, supervisor: None };
+        let handle = spawn(made, filter, read_model, options, surroundings).await;
+        let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         handle
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use storied::projection::{External, FailurePolicy, InMemory, ProjectionState};
+use storied::projection::{External, FailurePolicy, InMemory, ProjectionState, Target};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
@@ -19,17 +19,13 @@ use crate::support::*;
 
 const PARTITIONS: u16 = 8;
 
-fn tables(name: &str, count: u16) -> Vec<Table> {
-    (0..count).map(|_| table(name)).collect()
-}
-
 async fn join(
     store: &Arc<dyn EventStore>,
     database: &Database,
     options: ProjectionOptions,
 ) -> (Node, ProjectionHandle) {
     let node = local_node(store).await;
-    let handle = node.partitioned(tables("table", PARTITIONS), database.open().await, options).await;
+    let handle = node.partitioned(PARTITIONS, |_| table("table"), database.open().await, options).await;
     (node, handle)
 }
 
@@ -178,7 +174,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         catch_up(&handle, head).await;
         let model = async || database.open().await;
         let other = local_node(&store).await;
-        let four = other.partitioned(tables("table", 4), model().await, options()).await;
+        let four = other.partitioned(4, |_| table("table"), model().await, options()).await;
         reach(&four, ProjectionState::Failed).await;
         let advice = four.status().last_error.unwrap();
         assert!(advice.contains("8 partitions") && advice.contains("4 partitions"), "{kind}: {advice}");
@@ -206,7 +202,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         catch_up(&whole, head).await;
         node.stop(PATIENCE).await.unwrap();
         let node = local_node(&store).await;
-        let cut = node.partitioned(tables("other", 2), model().await, options()).await;
+        let cut = node.partitioned(2, |_| table("other"), model().await, options()).await;
         reach(&cut, ProjectionState::Failed).await;
         cut.reset().await.unwrap();
         catch_up(&cut, head).await;
@@ -221,10 +217,13 @@ async fn everything_can_be_told_from_any_node() {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
         let park = options().on_failure(FailurePolicy::Park).attempts(1);
-        let poisoned = || (0..PARTITIONS).map(|_| table("table").hook(poison(3, &broken))).collect();
+        let poisoned = || {
+            let broken = broken.clone();
+            move |_| table("table").hook(poison(3, &broken))
+        };
         let (one, two) = (local_node(&store).await, local_node(&store).await);
-        let first = one.partitioned(poisoned(), database.open().await, park.clone()).await;
-        let second = two.partitioned(poisoned(), database.open().await, park).await;
+        let first = one.partitioned(PARTITIONS, poisoned(), database.open().await, park.clone()).await;
+        let second = two.partitioned(PARTITIONS, poisoned(), database.open().await, park).await;
         balanced(&first, &[4, 4]).await;
         let mut head = Position::START;
         for n in 1..=20 {
@@ -295,10 +294,16 @@ async fn a_partition_that_failed_robs_no_other() {
     for (kind, store, _dir) in stores().await {
         let broken = Arc::new(AtomicBool::new(true));
         let node = local_node(&store).await;
-        let recorders: Vec<_> =
-            (0..PARTITIONS).map(|_| recorder("delivered").hook(poison(1, &broken))).collect();
-        let seen: Vec<_> = recorders.iter().map(|recorder| recorder.seen.clone()).collect();
-        let handle = node.partitioned(recorders, External::new(), options().attempts(1)).await;
+        let seen: Arc<[Seen]> = (0..PARTITIONS).map(|_| Seen::default()).collect();
+        let make = {
+            let (seen, broken) = (seen.clone(), broken.clone());
+            move |target: Target| {
+                let mut recorder = recorder("delivered").hook(poison(1, &broken));
+                recorder.seen = seen[usize::from(target.partition.index())].clone();
+                recorder
+            }
+        };
+        let handle = node.partitioned(PARTITIONS, make, External::new(), options().attempts(1)).await;
         let mut head = Position::START;
         for n in 0..40 {
             head = append(&store, n, [n]).await;

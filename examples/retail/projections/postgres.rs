@@ -4,8 +4,8 @@
 //! invoice from the United Kingdom.
 
 use sqlx::postgres::{PgConnection, PgPool};
-use storied::projection::ApplyError;
-use storied::{EncodeError, Filter, Partition, Projection, RecordedEvent};
+use storied::projection::{ApplyError, Target};
+use storied::{EncodeError, Filter, Projection, RecordedEvent};
 
 use super::{REVENUE, UNITS, to_sql};
 use crate::domain::InvoiceEvent;
@@ -30,7 +30,7 @@ pub(crate) async fn create_tables(pool: &PgPool) -> Result<(), sqlx::Error> {
 
 /// Which invoices there are, and what each country brought in.
 #[derive(Debug)]
-pub(crate) struct RevenueByCountry(pub(crate) Partition);
+pub(crate) struct RevenueByCountry(pub(crate) Target);
 
 impl Projection for RevenueByCountry {
     type Transaction = PgConnection;
@@ -62,7 +62,7 @@ impl Projection for RevenueByCountry {
             )
             .bind(to_sql(line.amount())?)
             .bind(number)
-            .bind(i32::from(self.0.index()))
+            .bind(i32::from(self.0.partition.index()))
             .execute(&mut *tx)
             .await?;
             if booked.rows_affected() == 0 {
@@ -82,7 +82,7 @@ impl Projection for RevenueByCountry {
 
 /// What left the shop less what came back, of each article.
 #[derive(Debug)]
-pub(crate) struct UnitsByStockCode(pub(crate) Partition);
+pub(crate) struct UnitsByStockCode(pub(crate) Target);
 
 impl Projection for UnitsByStockCode {
     type Transaction = PgConnection;
@@ -103,7 +103,7 @@ impl Projection for UnitsByStockCode {
                  ON CONFLICT (stock_code, partition) DO UPDATE SET units = u.units + excluded.units",
             )
             .bind(&line.stock_code)
-            .bind(i32::from(self.0.index()))
+            .bind(i32::from(self.0.partition.index()))
             .bind(line.quantity)
             .execute(tx)
             .await?;

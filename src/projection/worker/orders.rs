@@ -33,6 +33,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.begin_anew();
                 (reply, Ok(()))
             }
+            Control::Trigger(reply) => (reply, self.trigger().await),
+            Control::Rebuild(reply) => (reply, self.rebuild().await),
             Control::RetryParked(event, reply) => (reply, self.retry_parked(&event).await),
         };
         // Who went away meanwhile does not want to know.
@@ -83,13 +85,25 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
+    /// Tells all who work on the projection, and a rebuild of it.
+    async fn trigger(&mut self) -> Result<(), ControlError> {
+        let lease = self.hold(&self.context.shape.trigger()).await?;
+        self.context.store.release_lease(&lease).await?;
+        self.context.board.hint();
+        Ok(())
+    }
+
     /// Holds up all who work on the projection, one node at a time.
-    async fn order(&mut self) -> Result<Lease, ControlError> {
-        let Context { store, name, shape, .. } = self.context;
+    pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
+        self.hold(&self.context.shape.order()).await
+    }
+
+    async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
+        let Context { store, name, .. } = self.context;
         let give_up = Instant::now() + ORDER;
         loop {
             // An owner of its own each time, so that the epoch tells how many there were.
-            if let Some(order) = store.acquire_lease(&shape.order(), Uuid::new_v4(), ORDER).await? {
+            if let Some(order) = store.acquire_lease(lease, Uuid::new_v4(), ORDER).await? {
                 return Ok(order);
             }
             if Instant::now() >= give_up {
@@ -121,6 +135,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// It is empty.
     fn begin_anew(&mut self) {
         self.reload();
+        self.timing.forget();
         self.moved_to(Position::START);
         self.try_again();
     }
@@ -147,19 +162,22 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Empties the read model, and puts every checkpoint to the start of the log, in one transaction.
     async fn empty(&mut self) -> Result<(), ControlError> {
-        let Context { row, shape, .. } = self.context;
+        let Context { shape, .. } = self.context;
+        let row = &self.row.clone();
         // What cannot be read here is another store's, or cannot be read below either.
         let known = self.read_model.checkpoint(row).await.unwrap_or_default();
         let mut open = self.read_model.begin(row, known).await?;
         let result = async {
-            let mut rows = shape.begin_anew(self.read_model, &mut open).await?;
+            let version = shape.live(self.read_model, &mut open).await?;
+            self.use_version(version)?;
+            let mut rows = shape.begin_anew(self.read_model, &mut open, version).await?;
             let last = rows.pop();
             // Before the user's part, so that owners wait for it instead of being waited for in vain.
             for (row, found, to) in &rows {
                 self.read_model.save(&mut open, row, *found, *to).await.map_err(refused)?;
             }
             let transaction = self.read_model.transaction(&mut open);
-            let emptied = contained(async { self.projection.reset(transaction).await }).await;
+            let emptied = contained(async { self.instance.projection.reset(transaction).await }).await;
             emptied.map_err(|error| self.blame(&error))?;
             for (row, ..) in rows.iter().chain(&last) {
                 self.read_model.unpark_all(&mut open, row).await?;
@@ -179,7 +197,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// Says whose fault it was that the user's code failed.
-    fn blame(&self, error: &crate::projection::ApplyError) -> ControlError {
+    pub(super) fn blame(&self, error: &crate::projection::ApplyError) -> ControlError {
         if super::apply::is_outage(self.read_model, error) {
             return StoreError::Unavailable { reason: error.to_string(), source: None }.into();
         }
@@ -201,7 +219,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     async fn apply_parked(&mut self, event: &RecordedEvent) -> Result<(), ControlError> {
-        let Context { name, row, .. } = self.context;
+        let Context { name, .. } = self.context;
+        let row = &self.row;
         let found = self.read_model.checkpoint(row).await?;
         let mut open = self.read_model.begin(row, found).await?;
         if !self.read_model.unpark(&mut open, row, event.position).await? {
@@ -209,7 +228,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Err(ControlError::NotParked { name: name.clone(), position: event.position });
         }
         let transaction = self.read_model.transaction(&mut open);
-        if let Err(error) = apply(self.projection, event, transaction).await {
+        if let Err(error) = apply(&mut self.instance.projection, event, transaction).await {
             self.roll_back(open).await;
             return Err(self.blame(&error));
         }
@@ -221,7 +240,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 }
 
 /// Somebody else moved a checkpoint at the same time: worth another try.
-fn refused(error: CheckpointError) -> ControlError {
+pub(super) fn refused(error: CheckpointError) -> ControlError {
     ControlError::Store(match error {
         CheckpointError::Stale { .. } => StoreError::Unavailable { reason: error.to_string(), source: None },
         CheckpointError::Store(error) => error,

@@ -83,6 +83,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if self.read_model.shared() {
             self.heed(&view);
         }
+        self.heed_triggers(&view);
     }
 
     /// Somebody on any node resumed or reset the projection: what it remembers may be wrong, and what failed may work.
@@ -92,6 +93,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
         if self.heeded.is_some_and(|heeded| heeded < done) {
             self.reload();
+            self.timing.forget();
             self.try_again();
         }
         self.heeded = Some(done);
@@ -110,11 +112,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let free = self.news.permits() && self.looks_free();
         if free && self.take_at <= Instant::now() {
             self.leave_alone();
-            match HeldLease::take(&context.store, &context.row, context.node, context.options.lease).await {
+            match HeldLease::take(&context.store, &context.lease, context.node, context.options.lease).await {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = context.name,
-                        row = context.row,
+                        lease = context.lease,
                         epoch = lease.epoch(),
                         "this node is the owner now"
                     );
@@ -127,8 +129,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
         }
         if self.look_at <= Instant::now() {
-            match self.read_model.checkpoint(&context.row).await {
-                Ok(checkpoint) => self.moved_to(checkpoint.position),
+            match self.read_model.checkpoint(&self.row).await {
+                Ok(checkpoint) => {
+                    self.moved_to(checkpoint.position);
+                    self.measures_from(checkpoint.position);
+                }
                 // Whatever it is: the owner may put it right, as by a reset.
                 Err(error) => return self.try_later(&error),
             }
@@ -146,7 +151,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Whether nobody holds the lease but this node, perhaps from before it panicked.
     fn looks_free(&self) -> bool {
         let view = self.context.board.view();
-        view.is_some_and(|view| view.owner(&self.context.row).is_none_or(|owner| owner == self.context.node))
+        view.is_some_and(|view| {
+            view.owner(&self.context.lease).is_none_or(|owner| owner == self.context.node)
+        })
     }
 
     fn leave_alone(&mut self) {
@@ -160,7 +167,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         lease.release().await;
         tracing::info!(
             projection = self.context.name,
-            row = self.context.row,
+            lease = self.context.lease,
             "this node gave it to another one"
         );
         self.context.board.hint();
@@ -175,7 +182,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) fn step_down(&mut self, reason: &str) {
         tracing::warn!(
             projection = self.context.name,
-            row = self.context.row,
+            lease = self.context.lease,
             reason,
             "this node is not the owner any more"
         );
@@ -212,15 +219,22 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             status.position = checkpoint.position;
             status.head = status.head.max(checkpoint.position);
         });
+        self.measures_from(checkpoint.position);
         self.restart();
     }
 
     async fn claim(&mut self) -> Result<Checkpoint, CheckpointError> {
-        let Context { name, row, shape, store, .. } = self.context;
+        let Context { name, shape, store, .. } = self.context;
+        let row = &self.row;
         let found = self.read_model.checkpoint(row).await?;
         if self.read_model.shared() {
             // Behind the checkpoint: whoever changes the shape changes that with it, so that this one could not be moved.
             shape.check(self.read_model).await?;
+            let wanted = shape.versions(self.read_model).await?.of(self.context.role);
+            if wanted != Some(self.instance.version) {
+                let expected = Checkpoint { mark: found.mark + 1, ..found };
+                return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+            }
         }
         let head = store.frontier().await?;
         if found.position > head {
