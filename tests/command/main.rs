@@ -5,8 +5,10 @@
 
 mod conformance;
 mod domain;
+mod hazards;
 mod nodes;
 mod support;
+mod wire;
 
 #[path = "../support/mod.rs"]
 mod harness;
