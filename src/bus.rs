@@ -18,7 +18,11 @@ pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
 pub(crate) use self::nats::line::{Line, OpenLine};
 #[cfg(feature = "nats")]
-pub use self::nats::{JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, StreamPolicy, StreamStorage};
+pub use self::nats::{
+    AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, InvalidPattern, JetStreamOptions,
+    MirrorFrom, NatsBus, NatsOptions, Received, StartFrom, StreamPolicy, StreamStorage, Subjects,
+    SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
+};
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
 

@@ -31,7 +31,6 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
-//! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `testing` | no | the test kit |

@@ -8,6 +8,7 @@ mod faults;
 mod login;
 mod mirror;
 mod oracle;
+mod raw;
 mod support;
 mod wire;
 
