@@ -19,9 +19,10 @@ pub use self::local::LocalBus;
 pub(crate) use self::nats::line::{Line, OpenLine};
 #[cfg(feature = "nats")]
 pub use self::nats::{
-    AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, InvalidPattern, JetStreamOptions,
-    MirrorFrom, NatsBus, NatsOptions, Received, StartFrom, StreamPolicy, StreamStorage, Subjects,
-    SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
+    AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, HandleError, HandleOptions,
+    Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, Received, RetryPolicy,
+    StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription, SubscriptionError,
+    SubscriptionErrors, SubscriptionStats,
 };
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;

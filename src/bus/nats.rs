@@ -35,8 +35,8 @@ pub use self::options::NatsOptions;
 use self::subjects::Names;
 pub use self::subjects::{InvalidPattern, Subjects};
 pub use self::subscribe::{
-    CloseError, ConsumerOptions, Delivery, Gap, Received, StartFrom, SubscribeOptions, Subscription,
-    SubscriptionError, SubscriptionErrors, SubscriptionStats,
+    CloseError, ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, Handling, Received, RetryPolicy,
+    StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use self::subscription::NatsSubscription;
 use super::{BusError, BusPublisher, BusScope, BusState, BusSubscription, EventBus};

@@ -9,6 +9,7 @@ mod login;
 mod mirror;
 mod oracle;
 mod raw;
+mod subjects;
 mod support;
 mod wire;
 

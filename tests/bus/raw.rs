@@ -3,6 +3,7 @@
 mod common;
 mod core;
 mod durable;
+mod handling;
 mod suite;
 
 use std::time::Duration;

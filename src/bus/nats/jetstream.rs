@@ -20,6 +20,10 @@ use super::subjects::Names;
 use crate::bus::BusError;
 use crate::event::Position;
 
+/// How long dead letters are kept, and how many bytes of them.
+const DEAD_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+const DEAD_BYTES: u64 = 256 << 20;
+
 /// What the mirror of the log looks like. Everything not said is as the methods document it; limits are finite by default.
 #[derive(Debug, Clone)]
 pub struct JetStreamOptions {
@@ -173,5 +177,17 @@ impl JetStreamOptions {
         let name = self.name(names.namespace());
         let ensured = ensure(&jetstream, client, content, &name, self);
         connection.while_up("looking for the stream", ensured).await.map(drop)
+    }
+
+    /// Sees to it that there is a stream for dead letters, as the policy says.
+    pub(super) async fn provide_dead(&self, connection: &Connection, names: &Names) -> Result<(), BusError> {
+        let client = &connection.client;
+        let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
+        let subjects = [format!("{}.dead.>", names.namespace())];
+        let content = Content { subjects: &subjects, store: None };
+        let name = format!("{}_DEAD", names.namespace().to_uppercase().replace('.', "_"));
+        let options = Self { max_age: Some(DEAD_AGE), max_bytes: Some(DEAD_BYTES), ..self.clone() };
+        let ensured = ensure(&jetstream, client, content, &name, &options);
+        connection.while_up("looking for the stream of dead letters", ensured).await.map(drop)
     }
 }

@@ -15,7 +15,7 @@ use crate::partition::Partition;
 
 /// How the names of events become subjects. Publishers and subscribers of one system must say the same.
 ///
-/// By default `{namespace}.events.{event name}`, for example `storied.events.order.placed`. Whatever is chosen,
+/// By default `{namespace}.events.{event name}`, for example `storied.events.order.placed`. Behind a prefix,
 /// [`partitions`](Self::partitions) can put one token more in front of the name.
 ///
 /// ```
@@ -87,10 +87,17 @@ impl Subjects {
     /// Puts the number of the event's partition in front of its name (behind the prefix): `storied.events.3.order.placed`.
     /// For subscribers that share the log out by aggregate: the number is the same for all events of a stream, from 0,
     /// see [`Partition`](crate::Partition). None by default. Must not change as long as a mirror is in use.
-    #[must_use]
-    pub fn partitions(mut self, partitions: NonZeroU16) -> Self {
+    ///
+    /// # Errors
+    /// Of [`identity`](Self::identity) and [`custom`](Self::custom): without a prefix, the server could not tell such
+    /// subjects from its own.
+    pub fn partitions(mut self, partitions: NonZeroU16) -> Result<Self, InvalidPattern> {
+        if !self.covering.is_empty() {
+            let pattern = format!("*.{}", self.covering[0]);
+            return Err(InvalidPattern::new(&pattern, "partitions need a prefix in front of them"));
+        }
         self.partitions = Some(partitions);
-        self
+        Ok(self)
     }
 
     /// With everything that depends on the namespace.
@@ -100,7 +107,7 @@ impl Subjects {
         let all = match &*self.covering {
             [] if self.partitions.is_some() => vec![format!("{prefix}*.>")],
             [] => vec![format!("{prefix}>")],
-            covering => covering.iter().map(|pattern| format!("{prefix}{any}{pattern}")).collect(),
+            covering => covering.iter().map(Pattern::to_string).collect(),
         };
         Mapping { subjects: self.clone(), prefix, any, all }
     }
@@ -245,8 +252,7 @@ impl Mapping {
         if names.iter().any(Pattern::is_wild) {
             return (self.all.clone(), true);
         }
-        let mut filters: Vec<_> =
-            names.iter().map(|name| format!("{}{}{}", self.prefix, self.any, map(name.as_str()))).collect();
+        let mut filters: Vec<_> = names.iter().map(|name| map(name.as_str())).collect();
         filters.sort_unstable();
         filters.dedup();
         (filters, true)
@@ -266,7 +272,7 @@ mod tests {
         for (subjects, subject, all, some) in [
             (Subjects::new(), "ns.events.shop.order.placed", "ns.events.>", "ns.events.shop.*.placed"),
             (
-                Subjects::new().partitions(sixteen),
+                Subjects::new().partitions(sixteen).unwrap(),
                 "ns.events.8.shop.order.placed",
                 "ns.events.*.>",
                 "ns.events.*.shop.*.placed",
@@ -280,7 +286,12 @@ mod tests {
             ),
             (Subjects::prefix("a.b").unwrap(), "a.b.shop.order.placed", "a.b.>", "a.b.shop.*.placed"),
             (custom(), "v1.shop.order.placed", "v1.>", "v1.>"),
-            (custom().partitions(sixteen), "8.v1.shop.order.placed", "*.v1.>", "*.v1.>"),
+            (
+                Subjects::prefix("a.").unwrap().partitions(sixteen).unwrap(),
+                "a.8.shop.order.placed",
+                "a.*.>",
+                "a.*.shop.*.placed",
+            ),
         ] {
             let mapping = subjects.resolve("ns");
             assert_eq!(mapping.subject(&name, &stream).unwrap(), subject);
@@ -299,6 +310,7 @@ mod tests {
             let error = subjects.resolve("ns").subject(&name, &stream).unwrap_err();
             assert!(error.to_string().contains("order.placed"), "{error}");
         }
+        assert!(Subjects::identity(["a.>"]).unwrap().partitions(NonZeroU16::MIN).is_err());
         assert!(Subjects::identity([] as [&str; 0]).is_err());
         assert!(Subjects::prefix("a.*").is_err() && Subjects::prefix("").is_err());
         assert!(patterns(["a.*.c", "a.b.*"]).is_err());

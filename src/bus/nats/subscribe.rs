@@ -3,11 +3,14 @@
 //! What was not read in time, could not be decoded or went wrong otherwise is an error beside the events, and holds nothing
 //! up, read or not. Between subscribers nothing is shared: one that does not read is its own loss alone.
 
+mod dead;
 mod delivery;
 mod error;
+mod handle;
 mod lane;
 mod options;
 mod queue;
+mod retry;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -25,21 +28,26 @@ use uuid::Uuid;
 
 pub use self::delivery::{Delivery, Gap, Received};
 pub use self::error::SubscriptionError;
+pub use self::handle::Handling;
 use self::lane::{Lane, Source};
 use self::options::Life;
 pub use self::options::{ConsumerOptions, StartFrom, SubscribeOptions};
 use self::queue::Queue;
 pub use self::queue::SubscriptionStats;
-use super::jetstream::{ConsumerSpec, Push};
+pub use self::retry::{HandleError, HandleOptions, RetryPolicy};
+use super::jetstream::{AckError, ConsumerSpec, Push};
 use super::subjects::{Pattern, patterns};
 use super::{Driver, NatsBus, naming};
 use crate::bus::BusError;
-use crate::time::after;
+use crate::time::{FAR, after};
 
 /// Events of some names, as they come over a [`NatsBus`]. A [`Stream`] of [`Received`].
 ///
 /// Dropping it ends it; what JetStream delivered and nobody took is given back.
 pub struct Subscription {
+    bus: NatsBus,
+    /// How soon JetStream delivers again what was not settled.
+    ack_wait: Duration,
     queue: Arc<Queue>,
     stop: watch::Sender<bool>,
     lanes: Vec<JoinHandle<()>>,
@@ -54,6 +62,9 @@ pub struct CloseError {
     /// What was unfinished.
     pub what: String,
 }
+
+/// Where events come from, and the names to keep of them if the server lets others through.
+type Way = (Source, Option<Vec<Pattern>>);
 
 impl NatsBus {
     /// Subscribes to events by name: `order.placed`, `order.*` (one token), `order.>` (one or more), `*` (everything).
@@ -96,7 +107,13 @@ impl NatsBus {
         let queue = Queue::new(options.capacity, options.pull_timeout, options.eat_errors, lanes.len());
         let queue = Arc::new(queue);
         let stop = watch::Sender::new(false);
-        let mut subscription = Subscription { queue: queue.clone(), stop, lanes: Vec::new() };
+        let waits = lanes.iter().filter_map(|(source, _)| match source {
+            Source::Consumer { spec, .. } => Some(spec.shortest_wait()),
+            Source::Core { .. } => None,
+        });
+        let ack_wait = waits.min().unwrap_or(FAR);
+        let mut subscription =
+            Subscription { bus: self.clone(), ack_wait, queue: queue.clone(), stop, lanes: Vec::new() };
         let mut ready = Vec::new();
         for (source, names) in lanes {
             let stop = subscription.stop.subscribe();
@@ -115,11 +132,7 @@ impl NatsBus {
     }
 
     /// The ways on which the events come in: one for each queue group, since the server shares out by group.
-    fn lanes(
-        &self,
-        names: &[Pattern],
-        options: &SubscribeOptions,
-    ) -> Result<Vec<(Source, Option<Vec<Pattern>>)>, BusError> {
+    fn lanes(&self, names: &[Pattern], options: &SubscribeOptions) -> Result<Vec<Way>, BusError> {
         let mut groups: BTreeMap<Option<String>, Vec<Pattern>> = BTreeMap::new();
         for name in names {
             groups.entry(options.group_of(shown(name))).or_default().push(name.clone());
@@ -155,7 +168,7 @@ impl NatsBus {
     }
 
     /// Two consumers of one subscription must not be the same.
-    fn distinct(&self, lanes: &[(Source, Option<Vec<Pattern>>)]) -> Result<(), BusError> {
+    fn distinct(&self, lanes: &[Way]) -> Result<(), BusError> {
         let mut names: Vec<_> = lanes
             .iter()
             .filter_map(|(source, _)| match source {

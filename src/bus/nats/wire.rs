@@ -449,7 +449,8 @@ mod tests {
         let wire = wire("shop", Uuid::now_v7());
         let sent = || event("1", Codec::Cbor, vec![1], vec![0xa0]);
         let other = Uuid::now_v7();
-        let foreign = incoming(wire("shop", other).event(&sent(), Position::START, 1 << 20).unwrap());
+        let foreign =
+            incoming(super::tests::wire("shop", other).event(&sent(), Position::START, 1 << 20).unwrap());
         assert_eq!(wire.read(&foreign).unwrap_err(), Reject::OtherStore(other.to_string()));
         for (name, value) in [
             ("Storied-Wire", "2"),

@@ -35,15 +35,26 @@ impl Way {
 
     /// How the subscriber of that name gets its events: for a queue, all subscribers of one name share.
     pub fn options(self, name: &str) -> SubscribeOptions {
+        self.options_with(name, |consumer| consumer)
+    }
+
+    /// With a consumer that is different.
+    pub fn options_with(
+        self,
+        name: &str,
+        change: impl FnOnce(ConsumerOptions) -> ConsumerOptions,
+    ) -> SubscribeOptions {
         let options = SubscribeOptions::new();
+        let durable = ConsumerOptions::durable(name);
         match self {
             Way::Core => options,
-            Way::CoreQueue | Way::Queue => options.load_balancer(name),
-            Way::Ephemeral => options.consumer(ConsumerOptions::ephemeral()),
-            Way::Durable => options.consumer(ConsumerOptions::durable(name)),
-            Way::Push => options.consumer(ConsumerOptions::durable(name).push()),
-            Way::DurableQueue => options.load_balancer(name).consumer(ConsumerOptions::durable(name)),
-            Way::PushQueue => options.load_balancer(name).consumer(ConsumerOptions::durable(name).push()),
+            Way::CoreQueue => options.load_balancer(name),
+            Way::Queue => options.load_balancer(name).consumer(change(ConsumerOptions::ephemeral())),
+            Way::Ephemeral => options.consumer(change(ConsumerOptions::ephemeral())),
+            Way::Durable => options.consumer(change(durable)),
+            Way::Push => options.consumer(change(durable.push())),
+            Way::DurableQueue => options.load_balancer(name).consumer(change(durable)),
+            Way::PushQueue => options.load_balancer(name).consumer(change(durable.push())),
         }
     }
 

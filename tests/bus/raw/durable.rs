@@ -36,16 +36,18 @@ async fn durable_gets_all_and_ephemeral_only_what_is_new() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn goes_on_where_it_was_also_after_both_sides_were_away() {
     for way in [Way::Durable, Way::DurableQueue, Way::Push, Way::PushQueue] {
+        // A server that is restarted forgets what was given back, and waits for it as if it were being worked on.
+        let soon = |consumer: ConsumerOptions| consumer.ack_wait(Duration::from_millis(500));
         let (bus, mut server) = way.start().await;
         let mut press = Press::new(&bus).await;
         let printed = press.written(100).await;
-        let mut subscriber = listen(&bus, &["note.written"], way.options("x")).await;
+        let mut subscriber = listen(&bus, &["note.written"], way.options_with("x", soon)).await;
         same(&take(&mut subscriber, 50).await, &printed[..50]);
         subscriber.close(PATIENCE).await.unwrap();
         bus.disconnect().await;
         server.restart().await;
         bus.connect().await.unwrap();
-        let mut subscriber = listen(&bus, &["note.written"], way.options("x")).await;
+        let mut subscriber = listen(&bus, &["note.written"], way.options_with("x", soon)).await;
         same(&take(&mut subscriber, 50).await, &printed[50..]);
         nothing(&mut subscriber, 20).await;
     }

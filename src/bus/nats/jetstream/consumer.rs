@@ -77,6 +77,7 @@ struct Look {
 }
 
 /// What comes out of a consumer.
+#[allow(clippy::large_enum_variant, reason = "almost all are messages")]
 pub(in super::super) enum ConsumerItem {
     Message(Taken),
     /// Something may be missing before the next message, and why.

@@ -10,6 +10,7 @@ use crate::event::{DecodeError, Event, Position, RecordedEvent};
 
 /// What a subscription yields.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "almost all are events")]
 #[non_exhaustive]
 pub enum Received {
     /// An event.

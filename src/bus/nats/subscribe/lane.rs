@@ -286,7 +286,8 @@ impl Drop for Ending {
     }
 }
 
-async fn give_back(held: Vec<Arc<Settle>>) {
+/// Says that what was delivered is for others.
+pub(super) async fn give_back(held: Vec<Arc<Settle>>) {
     for settle in held {
         // Where the server cannot be told, it delivers again by itself.
         let _ = settle.settle(AckKind::Nak(None), false).await;

@@ -255,6 +255,12 @@ impl Queue {
         self.state().taken_at = Instant::now();
     }
 
+    /// No more is asked for, and nothing of what waits will be read.
+    pub(super) fn retire(&self) -> Vec<Arc<Settle>> {
+        self.state().stalled = true;
+        self.clear()
+    }
+
     /// Takes everything out that nobody will read any more.
     pub(super) fn clear(&self) -> Vec<Arc<Settle>> {
         let items = std::mem::take(&mut self.state().items);

@@ -38,19 +38,29 @@ pub(super) struct Place {
     pub(super) attempt: u64,
 }
 
+/// `stream.consumer.delivered.sequence.…`, as the subject to answer to says it.
+fn place_in(reply: &Subject) -> Option<std::str::Split<'_, char>> {
+    let mut tokens = reply.as_str().strip_prefix("$JS.ACK.")?.split('.');
+    // Newer servers put domain and account in front.
+    if tokens.clone().count() >= 9 {
+        tokens.nth(1);
+    }
+    Some(tokens)
+}
+
 impl Settle {
     /// `None` when it was not JetStream that sent the message.
     pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, Place)> {
         let reply = message.reply.clone()?;
-        let mut tokens = reply.as_str().strip_prefix("$JS.ACK.")?.split('.');
-        // stream.consumer.delivered.sequence.… ; newer servers put domain and account in front.
-        if tokens.clone().count() >= 9 {
-            tokens.nth(1);
-        }
-        let mut tokens = tokens.skip(2).map(|token| token.parse::<u64>().ok());
+        let mut tokens = place_in(&reply)?.skip(2).map(|token| token.parse::<u64>().ok());
         let (attempt, sequence) = (tokens.next()??, tokens.next()??);
         let settle = Self { connection: connection.clone(), reply, settled: AtomicBool::new(false) };
         Some((settle, Place { sequence, attempt }))
+    }
+
+    /// The consumer that delivered it.
+    pub(in crate::bus::nats) fn consumer(&self) -> &str {
+        place_in(&self.reply).and_then(|mut tokens| tokens.nth(1)).unwrap_or_default()
     }
 
     pub(in crate::bus::nats) fn is_settled(&self) -> bool {
