@@ -40,10 +40,10 @@ pub async fn deliver(plan: &Plan) -> Comparison {
     }
     let ours = Run::whole(received, start.elapsed());
     filling.await.unwrap();
-    let (server, mut message) = (scene.server.url(), scene.message().await);
-    scene.close().await;
+    let mut message = scene.message().await;
+    let server = scene.close().await;
 
-    let [publisher, subscriber] = [connect(&server).await, connect(&server).await];
+    let [publisher, subscriber] = [connect(&server.url()).await, connect(&server.url()).await];
     let mut messages = subscriber.subscribe(message.subject.clone()).await.unwrap();
     subscriber.flush().await.unwrap();
     message.headers.get_or_insert_default();
@@ -105,10 +105,10 @@ pub async fn latency(plan: &Plan) -> Comparison {
         latencies.push(start.elapsed());
     }
     let ours = Run::new(plan.events, latencies.iter().sum(), latencies);
-    let (server, message) = (scene.server.url(), scene.message().await);
-    scene.close().await;
+    let message = scene.message().await;
+    let server = scene.close().await;
 
-    let [publisher, subscriber] = [connect(&server).await, connect(&server).await];
+    let [publisher, subscriber] = [connect(&server.url()).await, connect(&server.url()).await];
     let mut messages = subscriber.subscribe(message.subject.clone()).await.unwrap();
     subscriber.flush().await.unwrap();
     let mut table = RawTable::open(plan.store).await;
@@ -160,8 +160,10 @@ impl Scene {
         self.messages.next().await.unwrap()
     }
 
-    async fn close(self) {
+    /// Ends all but the server.
+    async fn close(self) -> NatsServer {
         self.node.shutdown().await.unwrap();
+        self.server
     }
 }
 
