@@ -145,7 +145,7 @@ async fn faults(
         if node.has_ended() {
             return Err(Failure::Node { name: node.name.clone(), reason: "it ended by itself".into() });
         }
-        if (dice >> 64) % 2 == 0 {
+        if (dice >> 64).is_multiple_of(2) {
             tracing::info!(node = node.name, "kill");
             node.kill();
             wait(&mut stop, 1_000).await;

@@ -1,6 +1,7 @@
 //! The way from whoever gives a command to whoever handles it.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -140,6 +141,8 @@ pub(crate) struct Commands {
     /// Set before the runtime has started.
     registry: OnceLock<Registry>,
     follow: OnceLock<Box<dyn Follow>>,
+    /// Set when the end begins: only what handlers have begun may give commands.
+    closing: AtomicBool,
     #[cfg(feature = "nats")]
     nats: OnceLock<NatsNode>,
 }
@@ -159,6 +162,7 @@ impl Commands {
             policy,
             registry: OnceLock::new(),
             follow: OnceLock::new(),
+            closing: AtomicBool::new(false),
             #[cfg(feature = "nats")]
             nats: OnceLock::new(),
         })
@@ -182,6 +186,7 @@ impl Commands {
 
     /// Takes no more commands and waits for those under way. How many had no answer at the deadline.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
+        self.closing.store(true, Ordering::Release);
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
             nats.leave().await;
@@ -221,8 +226,12 @@ impl Commands {
         kind: Kind,
         name: &'static str,
         info: &CommandInfo<'_>,
+        envelope: &Envelope,
         able: bool,
     ) -> Result<Way, ExecuteError<E>> {
+        if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
+            return Err(ExecuteError::ShuttingDown);
+        }
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
             let id;

@@ -79,7 +79,7 @@ impl<A: Aggregate> Execute<A> {
         let info =
             CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
         let local = commands.registry().router::<A>().filter(|_| commands.policy().takes(&info));
-        let way = commands.way(Kind::Aggregate, category, &info, local.is_some())?;
+        let way = commands.way(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(router)) = (&way, local) {
             match router.admit(deadline.instant()).await {
                 Ok(permit) => {

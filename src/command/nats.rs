@@ -211,15 +211,9 @@ impl NatsNode {
         if let Link::Down { reason } = &*shared.link.borrow() {
             return if able { Ok(Way::Here { others: false }) } else { Err(reason.clone()) };
         }
-        let able = able && !*shared.draining.borrow();
         let own = able.then_some((shared.name.as_str(), shared.incarnation));
-        let candidates = shared.table.candidates(kind, name, spread, own, shared.silence());
-        Ok(match candidates.first() {
-            Some(first) if first.incarnation == shared.incarnation => {
-                Way::Here { others: candidates.len() > 1 }
-            }
-            _ => Way::There,
-        })
+        let (owner, candidates) = shared.table.owner(kind, name, spread, own, shared.silence());
+        Ok(if owner == Some(shared.incarnation) { Way::Here { others: candidates > 1 } } else { Way::There })
     }
 
     /// Sends a command to whoever takes it. Answers when somebody has accepted it if the frame asks for that, else at once.

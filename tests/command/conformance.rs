@@ -55,6 +55,7 @@ suite! {
     what_came_with_the_command_is_with_its_events,
     an_expected_version_is_checked_where_the_aggregate_is,
     one_may_wait_for_a_projection,
+    what_was_accepted_is_finished_before_a_node_ends,
 }
 
 fn note(n: u64) -> Work {
@@ -510,4 +511,24 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     let unknown = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap();
     assert!(unknown.applied.unwrap_err().reason.contains("no projection \"fast\""));
     cluster.stop().await;
+}
+
+/// With the commands that it gives itself, while nobody else's are taken any more.
+async fn what_was_accepted_is_finished_before_a_node_ends(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let work = Work::CountLater { id: "a".into(), add: 2 };
+    let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
+    eventually("begun", || cluster.shared.begun() == 1).await;
+    let all = if kind == Kind::Local { vec![cluster.caller.clone()] } else { cluster.workers.clone() };
+    let ending: Vec<_> = all.iter().map(|node| tokio::spawn(node.clone().shutdown())).collect();
+    for node in &all {
+        while !matches!(node.execute::<Counter>("b", Add(1)).await, Err(ExecuteError::ShuttingDown)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    cluster.open();
+    assert_eq!(dispatched.await.unwrap().reply, 2);
+    for ended in ending {
+        ended.await.unwrap().unwrap();
+    }
 }

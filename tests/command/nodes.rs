@@ -196,7 +196,9 @@ async fn nodes_that_start_without_a_server_find_each_other_later() {
     server.restart().await;
     let give_up = Instant::now() + PATIENCE;
     while let Err(error) = caller.execute::<Counter>("a", Add(1)).await {
-        assert!(error.is_transient() && Instant::now() < give_up, "{error}");
+        // On a busy machine the worker may come later than the caller waits for it.
+        let not_yet = error.is_transient() || matches!(error, ExecuteError::NoHandler { .. });
+        assert!(not_yet && Instant::now() < give_up, "{error}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     caller.shutdown().await.unwrap();

@@ -56,7 +56,7 @@ impl<H: Handler> Request<H> {
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
         let local = commands.registry().handler::<H>().filter(|_| commands.policy().takes(&info));
-        let way = commands.way(Kind::Handler, H::NAME, &info, local.is_some())?;
+        let way = commands.way(Kind::Handler, H::NAME, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(local)) = (&way, local) {
             match local.admit(deadline.instant()).await {
                 Ok(permit) => {

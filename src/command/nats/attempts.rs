@@ -151,7 +151,7 @@ impl Attempts {
         let able = shared.commands.upgrade().is_some_and(|commands| {
             commands.registry().endpoint(self.frame.kind, &self.frame.name).is_some()
         });
-        let own = (able && !*shared.draining.borrow()).then_some((shared.name.as_str(), shared.incarnation));
+        let own = able.then_some((shared.name.as_str(), shared.incarnation));
         let id;
         let key = match &self.frame.key {
             Some(key) => key,

@@ -65,7 +65,9 @@ struct Ears {
 /// Keeps the node in touch with the others, until its connection is closed.
 pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
     let down = |error: BusError| _ = shared.link.send_replace(Link::Down { reason: error.to_string() });
-    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
+    // Everybody is back before the others give up looking for them.
+    let longest = (shared.beat * 2).min(Duration::from_secs(2));
+    let mut backoff = Backoff::new(longest.min(Duration::from_millis(100)), longest);
     let mut outage = false;
     let (line, mut ears) = loop {
         let opened = async {

@@ -141,22 +141,49 @@ impl Table {
         silence: Duration,
     ) -> Vec<Candidate> {
         let peers = self.read();
-        let able = peers.by_incarnation.values().filter(|peer| {
+        let mut ranked: Vec<_> = peers.ranked(kind, name, key, own, silence).collect();
+        ranked.sort_unstable_by(|one, other| other.cmp(one));
+        let candidate = |(_, node, incarnation): Ranked<'_>| Candidate { node: node.to_owned(), incarnation };
+        ranked.into_iter().map(candidate).collect()
+    }
+
+    /// The first of the [`candidates`](Self::candidates), and how many there are.
+    pub(super) fn owner(
+        &self,
+        kind: Kind,
+        name: &str,
+        key: &str,
+        own: Option<(&str, Uuid)>,
+        silence: Duration,
+    ) -> (Option<Uuid>, usize) {
+        let peers = self.read();
+        let ranked = peers.ranked(kind, name, key, own, silence);
+        let (owner, count) = ranked.fold((None, 0), |(owner, count), one| (owner.max(Some(one)), count + 1));
+        (owner.map(|(_, _, incarnation)| incarnation), count)
+    }
+}
+
+/// A candidate, by its weight.
+type Ranked<'a> = (u64, &'a str, Uuid);
+
+impl Peers {
+    fn ranked<'a>(
+        &'a self,
+        kind: Kind,
+        name: &'a str,
+        key: &'a str,
+        own: Option<(&'a str, Uuid)>,
+        silence: Duration,
+    ) -> impl Iterator<Item = Ranked<'a>> {
+        let able = self.by_incarnation.values().filter(move |peer| {
             let Presence { aggregates, handlers, draining, .. } = &peer.presence;
             let names = if kind == Kind::Aggregate { aggregates } else { handlers };
             !draining
-                && peer.seen.max(peers.listening).elapsed() < silence
+                && peer.seen.max(self.listening).elapsed() < silence
                 && names.iter().any(|other| other == name)
         });
         let others = able.map(|peer| (peer.presence.node.as_str(), peer.presence.incarnation));
-        let mut ranked: Vec<_> = others
-            .chain(own)
-            .map(|(node, incarnation)| (weight(node, name, key), node, incarnation))
-            .collect();
-        ranked.sort_unstable_by(|one, other| other.cmp(one));
-        let candidate =
-            |(_, node, incarnation): (u64, &str, Uuid)| Candidate { node: node.to_owned(), incarnation };
-        ranked.into_iter().map(candidate).collect()
+        others.chain(own).map(move |(node, incarnation)| (weight(node, name, key), node, incarnation))
     }
 }
 
