@@ -12,7 +12,8 @@ use super::handler::{GiveWay, give_way};
 use super::wire::{About, Kind, Outcome};
 use super::{CommandInfo, Dispatched, ExecuteError, Receipt};
 use crate::aggregate::{Aggregate, Order};
-use crate::event::{Event, StreamId};
+use crate::codec::fingerprint;
+use crate::event::{EncodeError, Event, StreamId};
 use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
 
@@ -87,6 +88,7 @@ impl<A: Aggregate> Execute<A> {
                     let watch = watched(&commands, &envelope.metadata, category, Some(&key));
                     let (reply, answer) = oneshot();
                     let order = Order {
+                        content: fingerprint(&command).map_err(EncodeError::from)? as u64,
                         command,
                         command_id: envelope.id,
                         metadata: envelope.metadata.clone(),

@@ -350,6 +350,15 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     cluster.open();
     waiting.await.unwrap();
     assert_eq!(cluster.seen(), [1, 1]);
+    // An aggregate has it in its stream.
+    let id = Uuid::now_v7();
+    let add = |n, from: &str| cluster.caller.execute::<Counter>(from, Add(n)).command_id(id);
+    assert_eq!(add(1, "a").await.unwrap().reply, 1);
+    let error = add(2, "a").await.unwrap_err();
+    assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
+    assert_eq!(add(1, "a").await.unwrap().reply, 1);
+    // To another aggregate it is another command.
+    assert_eq!(add(2, "b").await.unwrap().reply, 2);
     cluster.stop().await;
 }
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::Shared;
 use super::calls::{Ear, Heard};
-use super::link::Link;
+use super::link::{Link, Others};
 use super::presence::Candidate;
 use super::serve::{deadline as frame_deadline, take};
 use crate::bus::OpenLine;
@@ -120,7 +120,7 @@ impl Attempts {
                 (_, Link::Down { reason }) if self.unanswered.is_empty() => {
                     break Err(Failure::new(Code::Unavailable, reason));
                 }
-                (None, Link::Up { settled: true, .. }) if self.unanswered.is_empty() => {
+                (None, Link::Up { others: Others::Known, .. }) if self.unanswered.is_empty() => {
                     break Err(self
                         .refusal
                         .take()
