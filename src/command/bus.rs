@@ -135,6 +135,24 @@ impl CommandBus {
     }
 }
 
+/// How a node gets at the other ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CommandBusStatus {
+    /// Commands stay within this process.
+    Local,
+    /// Commands reach these other nodes.
+    Connected {
+        /// What they are called, by name; those among them that were not heard lately are asked last.
+        nodes: Vec<String>,
+    },
+    /// There is no connection. It is being tried, without end.
+    Disconnected {
+        /// Why not.
+        reason: String,
+    },
+}
+
 /// What gives commands holds this.
 pub(crate) struct Commands {
     policy: Policy,
@@ -201,6 +219,14 @@ impl Commands {
 
     pub(crate) fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    pub(crate) fn status(&self) -> CommandBusStatus {
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            return nats.status();
+        }
+        CommandBusStatus::Local
     }
 
     pub(crate) fn registry(&self) -> &Registry {

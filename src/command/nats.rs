@@ -22,7 +22,7 @@ use self::attempts::attempts;
 use self::calls::Calls;
 use self::link::{Link, run};
 use self::presence::Table;
-use super::bus::{CommandBus, Commands, Way};
+use super::bus::{CommandBus, CommandBusStatus, Commands, Way};
 use super::envelope::Deadline;
 use super::wire::{Code, CommandFrame, Failure, Kind, Outcome};
 use crate::bus::{Line, NatsOptions};
@@ -203,6 +203,13 @@ impl NatsNode {
             tracing::warn!(link = ?*shared.link.borrow(), "starting without the other nodes; they are looked for in the background");
         }
         Self { shared, line, in_flight: Arc::new(Semaphore::new(limit)), _run: task }
+    }
+
+    pub(super) fn status(&self) -> CommandBusStatus {
+        match &*self.shared.link.borrow() {
+            Link::Up { .. } => CommandBusStatus::Connected { nodes: self.shared.table.names() },
+            Link::Down { reason } => CommandBusStatus::Disconnected { reason: reason.clone() },
+        }
     }
 
     /// Where a command goes first; why not anywhere.

@@ -213,6 +213,7 @@ async fn commands_with_a_key_run_one_at_a_time_in_order(kind: Kind) {
         let work = Work::Keyed { key: "k".into(), n, wait: n == 0 };
         all.push(cluster.caller.command::<Worker>(work).dispatch().await.unwrap());
     }
+    eventually("begun", || cluster.shared.begun() == 1).await;
     // Another key does not wait.
     let other = Work::Keyed { key: "other".into(), n: 100, wait: false };
     cluster.caller.command::<Worker>(other).await.unwrap();

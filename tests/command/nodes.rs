@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use storied::command::NatsCommands;
+use storied::command::{CommandBusStatus, NatsCommands};
 use storied::{ExecuteError, MemoryStore, NatsOptions, Runtime};
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -37,6 +37,11 @@ async fn ownership_moves_with_the_nodes() {
     };
     add_all().await;
     assert_eq!(live(&one).await, 60);
+    let connected = |nodes: &[&str]| CommandBusStatus::Connected {
+        nodes: nodes.iter().map(ToString::to_string).collect(),
+    };
+    assert_eq!(caller.status().await.commands, connected(&["one"]));
+    assert_eq!(one.status().await.commands, connected(&["caller"]));
     let two = node(&store, &server, "two").await;
     add_all().await;
     let moved = live(&two).await;
@@ -107,6 +112,7 @@ async fn without_nats_a_command_fails_at_once_and_never_happens() {
             other => panic!("{other}"),
         }
     }
+    assert!(matches!(caller.status().await.commands, CommandBusStatus::Disconnected { .. }));
     assert_eq!(worker.execute::<Counter>("c", Add(1)).await.unwrap().reply, 1);
     // Behind the deadline of whatever was on its way.
     tokio::time::sleep(Duration::from_secs(2)).await;

@@ -131,6 +131,14 @@ impl Table {
         peers.by_incarnation.retain(|_, peer| peer.seen.max(listening).elapsed() < silence * 4);
     }
 
+    /// What the others are called.
+    pub(super) fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> =
+            self.read().by_incarnation.values().map(|peer| peer.presence.node.clone()).collect();
+        names.sort_unstable();
+        names
+    }
+
     /// Who may take a command, the owner first. `own` is this node, if it may.
     pub(super) fn candidates(
         &self,
