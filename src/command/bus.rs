@@ -33,12 +33,12 @@ const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// owns it. There is no way to share its messages out over a queue group, since that would take commands to nodes that do
 /// not own them:
 ///
-/// ```compile_fail
+/// ```compile_fail,E0599
 /// # use storied::command::CommandBus;
 /// let bus = CommandBus::nats("nats://127.0.0.1:4222").queue_group("workers");
 /// ```
 ///
-/// ```compile_fail
+/// ```compile_fail,E0308
 /// # use storied::{NatsBus, Runtime};
 /// let bus = NatsBus::core("nats://127.0.0.1:4222");
 /// let builder = Runtime::builder().commands(bus);
