@@ -16,7 +16,12 @@ use uuid::Uuid;
 
 pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
-pub use self::nats::{JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, StreamPolicy, StreamStorage};
+pub use self::nats::{
+    AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, HandleError, HandleOptions,
+    Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, Received, RetryPolicy,
+    StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription, SubscriptionError,
+    SubscriptionErrors, SubscriptionStats,
+};
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
 

@@ -31,7 +31,6 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
-//! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `testing` | no | the test kit |
@@ -72,7 +71,7 @@ pub use self::event::{
 };
 pub use self::feed::{FeedOptions, FeedStatus};
 pub use self::future::BoxFuture;
-pub use self::partition::Partition;
+pub use self::partition::{Partition, partition_of};
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;
 #[cfg(feature = "sqlite")]

@@ -8,7 +8,11 @@
 mod connection;
 mod core_nats;
 mod jetstream;
+mod merged;
+mod naming;
 mod options;
+mod subjects;
+mod subscribe;
 mod subscription;
 mod wire;
 
@@ -23,8 +27,16 @@ use uuid::Uuid;
 use self::connection::Connection;
 use self::core_nats::CorePublisher;
 use self::jetstream::MirrorPublisher;
-pub use self::jetstream::{JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage};
+pub use self::jetstream::{
+    AckError, ConsumerPolicy, JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage,
+};
 pub use self::options::NatsOptions;
+use self::subjects::Names;
+pub use self::subjects::{InvalidPattern, Subjects};
+pub use self::subscribe::{
+    CloseError, ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, Handling, Received, RetryPolicy,
+    StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
+};
 use self::subscription::NatsSubscription;
 use super::{BusError, BusPublisher, BusScope, BusState, BusSubscription, EventBus};
 use crate::future::BoxFuture;
@@ -62,6 +74,7 @@ pub struct NatsBus {
 
 struct Inner {
     options: NatsOptions,
+    names: Names,
     slot: Mutex<Slot>,
     state: watch::Sender<BusState>,
 }
@@ -98,7 +111,8 @@ impl NatsBus {
 
     fn new(options: NatsOptions) -> Self {
         let state = watch::Sender::new(BusState::Idle);
-        Self { inner: Arc::new(Inner { options, slot: Mutex::new(Slot::Empty), state }) }
+        let names = options.names();
+        Self { inner: Arc::new(Inner { options, names, slot: Mutex::new(Slot::Empty), state }) }
     }
 
     /// Connects now instead of at the first use; also after [`disconnect`](Self::disconnect). Nothing happens when there is
@@ -140,6 +154,18 @@ impl NatsBus {
         self.inner.state.subscribe()
     }
 
+    fn names(&self) -> &Names {
+        &self.inner.names
+    }
+
+    /// The stream that keeps the log, and what is said about it.
+    fn stream_of(&self) -> Result<(String, &JetStreamOptions), BusError> {
+        match &self.inner.options.driver {
+            Driver::JetStream(options) => Ok((options.name(self.names().namespace()), options)),
+            Driver::Core => Err(BusError::Incompatible { reason: "NATS Core keeps no stream".into() }),
+        }
+    }
+
     async fn connection(&self) -> Result<Arc<Connection>, BusError> {
         self.inner.open(&mut *self.inner.slot.lock().await).await
     }
@@ -152,6 +178,7 @@ impl Inner {
             Slot::Closed => return Err(BusError::Closed),
             Slot::Empty => {}
         }
+        self.names.check()?;
         match Connection::open(&self.options, &self.state).await {
             Ok(connection) => {
                 let connection = Arc::new(connection);
@@ -185,11 +212,11 @@ impl EventBus for NatsBus {
     fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
         Box::pin(async move {
             let connection = self.connection().await?;
-            let namespace = &self.inner.options.namespace;
+            let names = &self.inner.names;
             Ok(match &self.inner.options.driver {
-                Driver::Core => Box::new(CorePublisher::new(connection, namespace, store).await?) as _,
+                Driver::Core => Box::new(CorePublisher::new(connection, names, store).await?) as _,
                 Driver::JetStream(options) => {
-                    Box::new(MirrorPublisher::new(connection, namespace, store, options.clone())) as _
+                    Box::new(MirrorPublisher::new(connection, names, store, options.clone())) as _
                 }
             })
         })
@@ -198,8 +225,8 @@ impl EventBus for NatsBus {
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
         Box::pin(async move {
             let connection = self.connection().await?;
-            let namespace = &self.inner.options.namespace;
-            Ok(Box::new(NatsSubscription::new(connection, namespace, store).await?) as _)
+            let names = &self.inner.names;
+            Ok(Box::new(NatsSubscription::new(connection, names, store).await?) as _)
         })
     }
 }

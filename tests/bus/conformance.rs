@@ -193,7 +193,9 @@ async fn connects_when_first_used_and_a_failure_poisons_nothing() {
         let store = store();
         server.stop().await;
         for _ in 0..2 {
-            let Err(error) = bus.subscribe(store.info().id).await else { panic!("without a server") };
+            let Err(error) = EventBus::subscribe(&bus, store.info().id).await else {
+                panic!("without a server")
+            };
             assert!(matches!(error, BusError::Unavailable { .. }), "{error}");
             assert!(bus.connect().await.is_err());
         }
@@ -204,7 +206,7 @@ async fn connects_when_first_used_and_a_failure_poisons_nothing() {
 
         bus.disconnect().await;
         assert!(matches!(subscription.next().await, Err(BusError::Closed)));
-        assert!(matches!(bus.subscribe(store.info().id).await, Err(BusError::Closed)));
+        assert!(matches!(EventBus::subscribe(&bus, store.info().id).await, Err(BusError::Closed)));
         assert_eq!(bus.state(), BusState::Closed);
         bus.connect().await.unwrap();
         subscribe(&bus, &store).await;

@@ -8,6 +8,8 @@ mod faults;
 mod login;
 mod mirror;
 mod oracle;
+mod raw;
+mod subjects;
 mod support;
 mod wire;
 

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::connection::{Connection, Echo, unavailable};
+use super::subjects::Names;
 use super::wire::{Outgoing, Wire};
 use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
 use crate::event::Position;
@@ -19,18 +20,23 @@ pub(super) struct CorePublisher {
 impl CorePublisher {
     pub(super) async fn new(
         connection: Arc<Connection>,
-        namespace: &str,
+        names: &Names,
         store: Uuid,
     ) -> Result<Self, BusError> {
-        let wire = Wire::new(namespace, store);
+        let wire = Wire::new(names, store);
         let echo = connection.ask("opening a publisher", Echo::new(&connection.client)).await?;
         Ok(Self { connection, wire, echo })
     }
 
-    async fn send(&mut self, what: &str, messages: impl Iterator<Item = Outgoing>) -> Result<(), BusError> {
+    async fn send(
+        &mut self,
+        what: &str,
+        messages: impl Iterator<Item = Result<Outgoing, BusError>>,
+    ) -> Result<(), BusError> {
         let client = &self.connection.client;
         let send = async {
-            for Outgoing { subject, headers, body } in messages {
+            for message in messages {
+                let Outgoing { subject, headers, body } = message?;
                 let sent = client.publish_with_headers(subject, headers, body).await;
                 sent.map_err(|error| unavailable("publishing".into(), error))?;
             }
@@ -63,7 +69,7 @@ impl BusPublisher for CorePublisher {
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {
         Box::pin(async move {
             let message = self.wire.heartbeat(head);
-            self.send("announcing the end of the log", std::iter::once(message)).await
+            self.send("announcing the end of the log", std::iter::once(Ok(message))).await
         })
     }
 }

@@ -3,13 +3,26 @@
 //! Its own end says how far publishing got. Each message states the sequence number of the one before it, and the server
 //! refuses it when that is not the last one: a publisher that was paused, and wakes up behind another, changes nothing.
 
+mod consumer;
 mod mirror;
 mod stream;
 
 use std::time::Duration;
 
+use async_nats::jetstream::context::ContextBuilder;
+
+pub use self::consumer::{AckError, ConsumerPolicy};
+pub(super) use self::consumer::{Consumer, ConsumerItem, ConsumerSpec, Push, Settle, Taken};
 pub(super) use self::mirror::MirrorPublisher;
+use self::stream::{Content, ensure};
+use super::connection::Connection;
+use super::subjects::Names;
+use crate::bus::BusError;
 use crate::event::Position;
+
+/// How long dead letters are kept, and how many bytes of them.
+const DEAD_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+const DEAD_BYTES: u64 = 256 << 20;
 
 /// What the mirror of the log looks like. Everything not said is as the methods document it; limits are finite by default.
 #[derive(Debug, Clone)]
@@ -151,8 +164,30 @@ impl JetStreamOptions {
     }
 
     /// The stream's name under a namespace.
-    fn name(&self, namespace: &str) -> String {
+    pub(super) fn name(&self, namespace: &str) -> String {
         let made = || format!("{}_EVENTS", namespace.to_uppercase().replace('.', "_"));
         self.name.clone().unwrap_or_else(made)
+    }
+
+    /// Sees to it that a subscriber finds the stream there. Whose log it is, its publisher will say.
+    pub(super) async fn provide(&self, connection: &Connection, names: &Names) -> Result<(), BusError> {
+        let client = &connection.client;
+        let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
+        let content = Content { subjects: names.mapping.all(), store: None };
+        let name = self.name(names.namespace());
+        let ensured = ensure(&jetstream, client, content, &name, self);
+        connection.while_up("looking for the stream", ensured).await.map(drop)
+    }
+
+    /// Sees to it that there is a stream for dead letters, as the policy says.
+    pub(super) async fn provide_dead(&self, connection: &Connection, names: &Names) -> Result<(), BusError> {
+        let client = &connection.client;
+        let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
+        let subjects = [format!("{}.dead.>", names.namespace())];
+        let content = Content { subjects: &subjects, store: None };
+        let name = format!("{}_DEAD", names.namespace().to_uppercase().replace('.', "_"));
+        let options = Self { max_age: Some(DEAD_AGE), max_bytes: Some(DEAD_BYTES), ..self.clone() };
+        let ensured = ensure(&jetstream, client, content, &name, &options);
+        connection.while_up("looking for the stream of dead letters", ensured).await.map(drop)
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 
 use super::jetstream::JetStreamOptions;
+use super::subjects::{Names, Subjects};
 use super::wire::percent_decoded;
 use super::{Driver, NatsBus};
 use crate::backoff::jitter;
@@ -33,7 +34,8 @@ const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 pub struct NatsOptions {
     pub(super) driver: Driver,
     /// Before everything that the bus does on the wire: `{namespace}.events.…`.
-    pub(super) namespace: String,
+    namespace: String,
+    subjects: Subjects,
     url: Option<String>,
     /// The connection of somebody else, instead of one of our own.
     pub(super) client: Option<Client>,
@@ -84,6 +86,7 @@ impl NatsOptions {
         Self {
             driver,
             namespace: "storied".into(),
+            subjects: Subjects::new(),
             url: None,
             client: None,
             name: "storied".into(),
@@ -115,6 +118,13 @@ impl NatsOptions {
         self.namespace = namespace.into();
         check_name("namespace", &self.namespace)?;
         Ok(self)
+    }
+
+    /// How events' names become subjects. `{namespace}.events.{event name}` by default.
+    #[must_use]
+    pub fn subjects(mut self, subjects: Subjects) -> Self {
+        self.subjects = subjects;
+        self
     }
 
     /// Uses this connection, which stays the caller's: it is never closed by the bus, and what is said here about
@@ -233,6 +243,11 @@ impl NatsOptions {
         NatsBus::new(self)
     }
 
+    /// What everything is called.
+    pub(super) fn names(&self) -> Names {
+        Names::new(&self.namespace, &self.subjects)
+    }
+
     /// Where to connect to, as of now.
     pub(super) fn servers(&self) -> Result<Vec<ServerAddr>, BusError> {
         let said = |url: &String| !url.trim().is_empty();
@@ -315,6 +330,7 @@ impl fmt::Debug for NatsOptions {
         f.debug_struct("NatsOptions")
             .field("driver", &self.driver)
             .field("namespace", &self.namespace)
+            .field("subjects", &self.subjects)
             .field("name", &self.name)
             .field("tls", &self.tls)
             .finish_non_exhaustive()

@@ -6,7 +6,9 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::connection::{Connection, Echo, Link, silent, unavailable};
+use super::connection::{Connection, Echo, Link, silent};
+use super::merged::{Merged, subscribe};
+use super::subjects::Names;
 use super::wire::{Incoming, Reject, Wire};
 use crate::bus::{BusError, BusItem, BusSubscription, LogBatch};
 use crate::event::RecordedEvent;
@@ -26,7 +28,7 @@ pub(super) struct NatsSubscription {
     link: watch::Receiver<Link>,
     /// The link as of the last item.
     seen: Link,
-    events: Subscriber,
+    events: Merged,
     heads: Subscriber,
     wire: Wire,
     /// Read, but not adjacent to the batch that was given out last.
@@ -40,20 +42,17 @@ pub(super) struct NatsSubscription {
 impl NatsSubscription {
     pub(super) async fn new(
         connection: Arc<Connection>,
-        namespace: &str,
+        names: &Names,
         store: Uuid,
     ) -> Result<Self, BusError> {
-        let wire = Wire::new(namespace, store);
+        let wire = Wire::new(names, store);
         let link = connection.link();
         let client = &connection.client;
-        let subscribe = async |subject: String| {
-            let subscribed = client.subscribe(subject.clone()).await;
-            subscribed.map_err(|error| unavailable(format!("subscribing to {subject}"), error))
-        };
         let (seen, events, heads) = connection
             .ask("subscribing", async {
                 let seen = *link.borrow();
-                let (events, heads) = (subscribe(wire.events()).await?, subscribe(wire.head()).await?);
+                let events = Merged::subscribe(client, wire.events(), None).await?;
+                let heads = subscribe(client, wire.head(), None).await?;
                 // The server takes what we send in that order: with the answer, it has the subscriptions.
                 Echo::new(client).await?.round_trip(client).await?;
                 Ok((seen, events, heads))

@@ -8,6 +8,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use chrono::{DateTime, SecondsFormat, Utc};
 use uuid::Uuid;
 
+use super::subjects::{Mapping, Names};
+use crate::bus::BusError;
 use crate::codec::Codec;
 use crate::event::{EventName, Position, RecordedEvent, StreamId, Version};
 
@@ -43,10 +45,11 @@ const PAYLOAD_CBOR: &[u8] = b"\x67payload\xd8\x18";
 const PAYLOAD_JSON: &[u8] = b"\x67payload\xd9\x01\x06";
 const METADATA: &[u8] = b"\x68metadata\xd8\x18";
 
-/// The names of the subjects of one namespace, and whose log it is.
+/// What carries the log of one store.
 #[derive(Debug, Clone)]
 pub(super) struct Wire {
-    namespace: String,
+    mapping: Mapping,
+    head: String,
     store: HeaderValue,
     store_id: Uuid,
 }
@@ -80,22 +83,23 @@ pub(super) enum Reject {
 }
 
 impl Wire {
-    pub(super) fn new(namespace: &str, store: Uuid) -> Self {
+    pub(super) fn new(names: &Names, store: Uuid) -> Self {
         Self {
-            namespace: namespace.to_owned(),
+            mapping: names.mapping.clone(),
+            head: names.head(),
             store: HeaderValue::from(store.hyphenated().to_string()),
             store_id: store,
         }
     }
 
     /// What all events are found under.
-    pub(super) fn events(&self) -> String {
-        format!("{}.events.>", self.namespace)
+    pub(super) fn events(&self) -> &[String] {
+        self.mapping.all()
     }
 
     /// Where the end of the log is announced.
-    pub(super) fn head(&self) -> String {
-        format!("{}.head", self.namespace)
+    pub(super) fn head(&self) -> &str {
+        &self.head
     }
 
     pub(super) fn store_id(&self) -> Uuid {
@@ -104,7 +108,12 @@ impl Wire {
 
     /// The message of `event`, which stands behind `previous` in the log; without its content if that does not fit into
     /// messages of `largest` bytes.
-    pub(super) fn event(&self, event: &RecordedEvent, previous: Position, largest: usize) -> Outgoing {
+    pub(super) fn event(
+        &self,
+        event: &RecordedEvent,
+        previous: Position,
+        largest: usize,
+    ) -> Result<Outgoing, BusError> {
         let mut headers = self.headers(event.position);
         headers.insert(NATS_MESSAGE_ID, event.id.hyphenated().to_string());
         headers.insert(PREVIOUS, HeaderValue::from(previous.get()));
@@ -121,12 +130,12 @@ impl Wire {
         } else {
             body(event)
         };
-        Outgoing { subject: format!("{}.events.{}", self.namespace, event.name), headers, body }
+        Ok(Outgoing { subject: self.mapping.subject(&event.name, &event.stream)?, headers, body })
     }
 
     /// The message that says how far the log goes.
     pub(super) fn heartbeat(&self, head: Position) -> Outgoing {
-        Outgoing { subject: self.head(), headers: self.headers(head), body: Bytes::new() }
+        Outgoing { subject: self.head.clone(), headers: self.headers(head), body: Bytes::new() }
     }
 
     fn headers(&self, position: Position) -> HeaderMap {
@@ -158,34 +167,7 @@ impl Wire {
 
     /// Reads the message of an event.
     pub(super) fn read(&self, message: &Message) -> Result<Incoming, Reject> {
-        let headers = Headers(self.accept(message.headers.as_ref())?);
-        let position = Position::new(headers.number(&POSITION)?);
-        if headers.0.get(BODY).is_some_and(|body| body.as_str() == OMITTED) {
-            return Ok(Incoming::Large(position));
-        }
-        let previous = Position::new(headers.number(&PREVIOUS)?);
-        if previous >= position {
-            return Err(malformed(format!("position {position} behind position {previous}")));
-        }
-        let codec = headers.text(&CODEC)?;
-        let codec = Codec::from_name(codec).ok_or_else(|| malformed(format!("the codec {codec:?}")))?;
-        let (payload, metadata) = read_body(&message.payload, codec)
-            .ok_or_else(|| malformed(format!("the body of position {position}")))?;
-        let event = RecordedEvent {
-            id: headers.uuid(&NATS_MESSAGE_ID)?,
-            stream: read_stream(headers.text(&STREAM)?).ok_or_else(|| malformed("the stream".into()))?,
-            version: Version::new(headers.number(&VERSION)?),
-            position,
-            name: EventName::new(headers.text(&EVENT)?).map_err(|error| malformed(error.to_string()))?,
-            codec,
-            payload,
-            command_id: headers.uuid(&COMMAND)?,
-            metadata,
-            recorded_at: DateTime::parse_from_rfc3339(headers.text(&TIME)?)
-                .map_err(|error| malformed(format!("the time: {error}")))?
-                .with_timezone(&Utc),
-        };
-        Ok(Incoming::Event { previous, event })
+        read(message, self.accept(message.headers.as_ref())?)
     }
 
     /// Reads the position in the headers of an event or a heartbeat.
@@ -195,18 +177,65 @@ impl Wire {
 
     /// The headers, if they are ours.
     fn accept<'a>(&self, headers: Option<&'a HeaderMap>) -> Result<&'a HeaderMap, Reject> {
-        let headers = headers.ok_or_else(|| malformed("no headers".into()))?;
-        match headers.get(WIRE) {
-            Some(format) if format.as_str() == FORMAT => {}
-            Some(format) => return Err(malformed(format!("the wire format {:?}", format.as_str()))),
-            None => return Err(malformed("no header Storied-Wire".into())),
-        }
+        let headers = in_format(headers)?;
         match headers.get(STORE) {
             Some(store) if *store == self.store => Ok(headers),
             Some(store) => Err(Reject::OtherStore(store.as_str().to_owned())),
             None => Err(malformed("no header Storied-Store".into())),
         }
     }
+}
+
+/// Reads the message of an event of whatever store, and says of which.
+pub(super) fn read_any(message: &Message) -> Result<(Uuid, Incoming), Reject> {
+    let headers = in_format(message.headers.as_ref())?;
+    Ok((Headers(headers).uuid(&STORE)?, read(message, headers)?))
+}
+
+/// The position in a message's headers, if there is one: enough to put messages in order.
+pub(super) fn position_of(message: &Message) -> Option<u64> {
+    message.headers.as_ref()?.get(POSITION)?.as_str().parse().ok()
+}
+
+/// The headers, if they are in this format.
+fn in_format(headers: Option<&HeaderMap>) -> Result<&HeaderMap, Reject> {
+    let headers = headers.ok_or_else(|| malformed("no headers".into()))?;
+    match headers.get(WIRE) {
+        Some(format) if format.as_str() == FORMAT => Ok(headers),
+        Some(format) => Err(malformed(format!("the wire format {:?}", format.as_str()))),
+        None => Err(malformed("no header Storied-Wire".into())),
+    }
+}
+
+fn read(message: &Message, headers: &HeaderMap) -> Result<Incoming, Reject> {
+    let headers = Headers(headers);
+    let position = Position::new(headers.number(&POSITION)?);
+    if headers.0.get(BODY).is_some_and(|body| body.as_str() == OMITTED) {
+        return Ok(Incoming::Large(position));
+    }
+    let previous = Position::new(headers.number(&PREVIOUS)?);
+    if previous >= position {
+        return Err(malformed(format!("position {position} behind position {previous}")));
+    }
+    let codec = headers.text(&CODEC)?;
+    let codec = Codec::from_name(codec).ok_or_else(|| malformed(format!("the codec {codec:?}")))?;
+    let (payload, metadata) = read_body(&message.payload, codec)
+        .ok_or_else(|| malformed(format!("the body of position {position}")))?;
+    let event = RecordedEvent {
+        id: headers.uuid(&NATS_MESSAGE_ID)?,
+        stream: read_stream(headers.text(&STREAM)?).ok_or_else(|| malformed("the stream".into()))?,
+        version: Version::new(headers.number(&VERSION)?),
+        position,
+        name: EventName::new(headers.text(&EVENT)?).map_err(|error| malformed(error.to_string()))?,
+        codec,
+        payload,
+        command_id: headers.uuid(&COMMAND)?,
+        metadata,
+        recorded_at: DateTime::parse_from_rfc3339(headers.text(&TIME)?)
+            .map_err(|error| malformed(format!("the time: {error}")))?
+            .with_timezone(&Utc),
+    };
+    Ok(Incoming::Event { previous, event })
 }
 
 fn malformed(what: String) -> Reject {
@@ -356,6 +385,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::bus::nats::subjects::Subjects;
 
     fn event(id: &str, codec: Codec, payload: Vec<u8>, metadata: Vec<u8>) -> RecordedEvent {
         RecordedEvent {
@@ -370,6 +400,10 @@ mod tests {
             metadata: metadata.into(),
             recorded_at: Utc::now(),
         }
+    }
+
+    fn wire(namespace: &str, store: Uuid) -> Wire {
+        Wire::new(&Names::new(namespace, &Subjects::new()), store)
     }
 
     fn incoming(outgoing: Outgoing) -> Message {
@@ -392,9 +426,9 @@ mod tests {
             metadata in proptest::collection::vec(any::<u8>(), 0..300),
             json in any::<bool>(),
         ) {
-            let wire = Wire::new("shop", Uuid::now_v7());
+            let wire = wire("shop", Uuid::now_v7());
             let sent = event(&id, if json { Codec::Json } else { Codec::Cbor }, payload, metadata);
-            let message = incoming(wire.event(&sent, Position::new(7), 1 << 20));
+            let message = incoming(wire.event(&sent, Position::new(7), 1 << 20).unwrap());
             let Ok(Incoming::Event { previous, event: read }) = wire.read(&message) else { panic!("{message:?}") };
             prop_assert_eq!(previous.get(), 7);
             prop_assert_eq!(format!("{sent:?}"), format!("{read:?}"));
@@ -402,8 +436,8 @@ mod tests {
 
         #[test]
         fn no_body_makes_the_reader_panic(body in proptest::collection::vec(any::<u8>(), 0..64), keep in 0_usize..64) {
-            let wire = Wire::new("shop", Uuid::now_v7());
-            let mut message = incoming(wire.event(&event("1", Codec::Cbor, vec![1; 30], vec![0xa0]), Position::START, 1 << 20));
+            let wire = wire("shop", Uuid::now_v7());
+            let mut message = incoming(wire.event(&event("1", Codec::Cbor, vec![1; 30], vec![0xa0]), Position::START, 1 << 20).unwrap());
             let kept = message.payload.slice(..keep.min(message.payload.len()));
             message.payload = [kept.as_ref(), &body].concat().into();
             let _ = wire.read(&message);
@@ -412,10 +446,11 @@ mod tests {
 
     #[test]
     fn other_stores_formats_and_nonsense_are_told_apart() {
-        let wire = Wire::new("shop", Uuid::now_v7());
+        let wire = wire("shop", Uuid::now_v7());
         let sent = || event("1", Codec::Cbor, vec![1], vec![0xa0]);
         let other = Uuid::now_v7();
-        let foreign = incoming(Wire::new("shop", other).event(&sent(), Position::START, 1 << 20));
+        let foreign =
+            incoming(super::tests::wire("shop", other).event(&sent(), Position::START, 1 << 20).unwrap());
         assert_eq!(wire.read(&foreign).unwrap_err(), Reject::OtherStore(other.to_string()));
         for (name, value) in [
             ("Storied-Wire", "2"),
@@ -428,7 +463,7 @@ mod tests {
             ("Storied-Event", ".."),
             ("Nats-Msg-Id", "1"),
         ] {
-            let mut outgoing = wire.event(&sent(), Position::START, 1 << 20);
+            let mut outgoing = wire.event(&sent(), Position::START, 1 << 20).unwrap();
             outgoing.headers.insert(name, value);
             let read = wire.read(&incoming(outgoing));
             assert!(matches!(read, Err(Reject::Malformed(_))), "{name}: {value}: {read:?}");
@@ -437,9 +472,9 @@ mod tests {
 
     #[test]
     fn a_large_event_leaves_its_content_behind() {
-        let wire = Wire::new("shop", Uuid::now_v7());
+        let wire = wire("shop", Uuid::now_v7());
         let sent = event("1", Codec::Cbor, vec![1; 2_000], vec![0xa0]);
-        let outgoing = wire.event(&sent, Position::START, 6_000);
+        let outgoing = wire.event(&sent, Position::START, 6_000).unwrap();
         assert!(outgoing.body.is_empty());
         assert!(
             matches!(wire.read(&incoming(outgoing)), Ok(Incoming::Large(position)) if position.get() == 9)

@@ -9,8 +9,9 @@ use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageErrorKind
 use uuid::Uuid;
 
 use super::super::connection::{Connection, silent, unavailable};
+use super::super::subjects::Names;
 use super::super::wire::{Outgoing, Reject, Wire};
-use super::stream::{ensure, incompatible, info, other_store, refused};
+use super::stream::{Content, ensure, incompatible, info, other_store, refused};
 use super::{JetStreamOptions, MirrorFrom};
 use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
 use crate::event::{Position, RecordedEvent};
@@ -47,7 +48,7 @@ struct Turn {
 impl MirrorPublisher {
     pub(in super::super) fn new(
         connection: Arc<Connection>,
-        namespace: &str,
+        names: &Names,
         store: Uuid,
         options: JetStreamOptions,
     ) -> Self {
@@ -55,7 +56,7 @@ impl MirrorPublisher {
             .timeout(connection.answer_timeout())
             .max_ack_inflight(options.window)
             .build(connection.client.clone());
-        let (wire, name) = (Wire::new(namespace, store), options.name(namespace));
+        let (wire, name) = (Wire::new(names, store), options.name(names.namespace()));
         Self { connection, jetstream, wire, name, options, turn: None }
     }
 
@@ -63,7 +64,8 @@ impl MirrorPublisher {
     async fn look(&self, known: MirrorEnd) -> Result<Turn, BusError> {
         let session = self.connection.session();
         let client = &self.connection.client;
-        let found = ensure(&self.jetstream, client, &self.wire, &self.name, &self.options).await?;
+        let content = Content { subjects: self.wire.events(), store: Some(self.wire.store_id()) };
+        let found = ensure(&self.jetstream, client, content, &self.name, &self.options).await?;
         let largest = usize::try_from(found.config.max_message_size).unwrap_or(usize::MAX);
         let turn = |end, feeling| Turn { session, end, largest, feeling };
         let last = found.state.last_sequence;
@@ -93,7 +95,12 @@ impl MirrorPublisher {
         let what = || format!("reading the end of the stream {}", self.name);
         let stream = self.jetstream.get_stream_no_info(&self.name).await;
         let stream = stream.map_err(|error| unavailable(what(), error))?;
-        let mut message = match stream.get_last_raw_message_by_subject(&self.wire.events()).await {
+        // Nothing else is in the stream.
+        let subject = match self.wire.events() {
+            [subject] => subject,
+            _ => ">",
+        };
+        let mut message = match stream.get_last_raw_message_by_subject(subject).await {
             Ok(message) => Some(message),
             Err(error) => match error.kind() {
                 LastRawMessageErrorKind::NoMessageFound => return Ok(None),
@@ -130,7 +137,7 @@ impl MirrorPublisher {
             }
             if newest - sequence > STRANGERS {
                 return Err(incompatible(format!(
-                    "the last {STRANGERS} messages of the stream {} are not storied's: somebody else publishes to {}; stop \
+                    "the last {STRANGERS} messages of the stream {} are not storied's: somebody else publishes to {:?}; stop \
                      that, and delete the stream, which is then made anew",
                     self.name,
                     self.wire.events(),
@@ -191,7 +198,7 @@ impl Sending<'_> {
         previous: Position,
         sequence: u64,
     ) -> Result<PublishAckFuture, BusError> {
-        let Outgoing { subject, mut headers, body } = self.wire.event(event, previous, self.largest);
+        let Outgoing { subject, mut headers, body } = self.wire.event(event, previous, self.largest)?;
         headers.insert(NATS_EXPECTED_LAST_SEQUENCE, sequence.to_string());
         let message = PublishMessage::build().headers(headers).payload(body);
         let sent = self.jetstream.send_publish(subject, message).await;

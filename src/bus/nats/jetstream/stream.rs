@@ -9,30 +9,38 @@ use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, RetentionPolicy
 use async_nats::jetstream::{Context, Error, ErrorCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::super::connection::{silent, unavailable};
-use super::super::wire::Wire;
 use super::{JetStreamOptions, StreamPolicy, StreamStorage};
 use crate::bus::BusError;
 
 /// The key in a stream's metadata that says whose log it mirrors.
 const STORE_ID: &str = "storied.store_id";
 
+/// Whose events a stream keeps.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Content<'a> {
+    pub(super) subjects: &'a [String],
+    /// The store, as its publisher knows it. A subscriber does not, and only needs the stream to be an exact mirror.
+    pub(super) store: Option<Uuid>,
+}
+
 /// Sees to it that the stream is there and fit to be the mirror, as the policy says, and tells how it is.
 pub(super) async fn ensure(
     jetstream: &Context,
     client: &Client,
-    wire: &Wire,
+    content: Content<'_>,
     name: &str,
     options: &JetStreamOptions,
 ) -> Result<Info, BusError> {
-    let wanted = config(wire, name, options);
+    let wanted = config(content, name, options);
     let mut found = info(jetstream, client, name).await?;
     if found.is_none() {
         if options.policy == StreamPolicy::RequireExisting {
             return Err(incompatible(format!(
-                "there is no JetStream stream {name}; create it with the subject {:?}, or choose StreamPolicy::CreateOrVerify",
-                wire.events()
+                "there is no JetStream stream {name}; create it with the subjects {:?}, or choose StreamPolicy::CreateOrVerify",
+                content.subjects
             )));
         }
         found = match api::<Info>(jetstream, client, format!("STREAM.CREATE.{name}"), &wanted).await? {
@@ -45,18 +53,23 @@ pub(super) async fn ensure(
                 info(jetstream, client, name).await?
             }
             Err(error) if error.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP => {
-                return Err(overlap(jetstream, client, wire, name).await?);
+                return Err(overlap(jetstream, client, content.subjects, name).await?);
             }
             Err(error) => return Err(refused(&format!("creating the stream {name}"), error)),
         };
     }
     let found =
         found.ok_or_else(|| silent(format!("the stream {name} was deleted as soon as it was made")))?;
-    check_store(wire, name, &found.config)?;
-    let essential = options.policy == StreamPolicy::RequireExisting;
+    check_store(content, name, &found.config)?;
+    let essential = options.policy == StreamPolicy::RequireExisting || content.store.is_none();
     let different = differences(&found.config, &wanted, essential);
     if different.is_empty() {
         return Ok(found);
+    }
+    // A subscriber was here first, and made the stream without knowing whose it would be.
+    if found.state.last_sequence == 0 && !found.config.metadata.contains_key(STORE_ID) && different.len() == 1
+    {
+        return update(jetstream, client, found.config, &wanted, &different).await;
     }
     if options.policy != StreamPolicy::CreateOrUpdate {
         return Err(incompatible(format!(
@@ -115,18 +128,18 @@ async fn update(
 
 /// The stream as it is, if there is one.
 pub(super) async fn info(jetstream: &Context, client: &Client, name: &str) -> Result<Option<Info>, BusError> {
-    match api(jetstream, client, format!("STREAM.INFO.{name}"), &()).await? {
+    match api(jetstream, client, format!("STREAM.INFO.{name}"), &NOTHING).await? {
         Ok(info) => Ok(Some(info)),
         Err(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
         Err(error) => Err(refused(&format!("asking for the stream {name}"), error)),
     }
 }
 
-fn config(wire: &Wire, name: &str, options: &JetStreamOptions) -> Config {
+fn config(content: Content<'_>, name: &str, options: &JetStreamOptions) -> Config {
     let unlimited = |limit: Option<u64>| limit.map_or(-1, |limit| i64::try_from(limit).unwrap_or(i64::MAX));
     Config {
         name: name.to_owned(),
-        subjects: vec![wire.events()],
+        subjects: content.subjects.to_vec(),
         storage: match options.storage {
             StreamStorage::File => StorageType::File,
             StreamStorage::Memory => StorageType::Memory,
@@ -142,13 +155,13 @@ fn config(wire: &Wire, name: &str, options: &JetStreamOptions) -> Config {
         max_message_size: -1,
         duplicate_window: options.duplicate_window,
         description: Some("storied: the log, event by event".into()),
-        metadata: [(STORE_ID.to_owned(), wire.store_id().to_string())].into(),
+        metadata: content.store.map(|store| (STORE_ID.to_owned(), store.to_string())).into_iter().collect(),
         ..Config::default()
     }
 }
 
-fn check_store(wire: &Wire, name: &str, config: &Config) -> Result<(), BusError> {
-    let own = wire.store_id().to_string();
+fn check_store(content: Content<'_>, name: &str, config: &Config) -> Result<(), BusError> {
+    let Some(own) = content.store.map(|store| store.to_string()) else { return Ok(()) };
     match config.metadata.get(STORE_ID) {
         Some(store) if *store != own => Err(other_store(name, store, &own)),
         _ => Ok(()),
@@ -195,26 +208,34 @@ fn differences(have: &Config, want: &Config, essential_only: bool) -> Vec<String
 async fn overlap(
     jetstream: &Context,
     client: &Client,
-    wire: &Wire,
+    subjects: &[String],
     name: &str,
 ) -> Result<BusError, BusError> {
     #[derive(Deserialize)]
     struct Names {
         streams: Option<Vec<String>>,
     }
-    let request = serde_json::json!({ "subject": wire.events() });
-    let names = api::<Names>(jetstream, client, "STREAM.NAMES".into(), &request).await?;
-    let names = names.ok().and_then(|names| names.streams).unwrap_or_default();
+    let mut names = Vec::new();
+    for subject in subjects {
+        let request = serde_json::json!({ "subject": subject });
+        let found = api::<Names>(jetstream, client, "STREAM.NAMES".into(), &request).await?;
+        names.extend(found.ok().and_then(|found| found.streams).unwrap_or_default());
+    }
     Ok(incompatible(format!(
-        "the stream {name} cannot be made, because its subjects {:?} overlap with those of {}; choose another namespace, or \
-         another stream name if that is the mirror under an older name",
-        wire.events(),
+        "the stream {name} cannot be made, because its subjects {subjects:?} overlap with those of {}; choose another namespace, \
+         or another stream name if that is the mirror under an older name",
         if names.is_empty() { "another stream".to_owned() } else { names.join(", ") },
     )))
 }
 
+/// What questions have to say that have nothing to say.
+pub(super) const NOTHING: Nothing = Nothing {};
+
+#[derive(Debug, Serialize)]
+pub(super) struct Nothing {}
+
 /// One question to JetStream, with its answer or what it says against it.
-async fn api<T: DeserializeOwned>(
+pub(super) async fn api<T: DeserializeOwned>(
     jetstream: &Context,
     client: &Client,
     subject: String,

@@ -1,0 +1,112 @@
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_nats::jetstream::AckKind;
+use async_nats::{Message, Request, Subject};
+
+use super::super::super::connection::{Connection, unavailable};
+use crate::bus::BusError;
+
+/// Why a delivery was not settled.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum AckError {
+    /// It was settled before, by whichever of the methods.
+    #[error("this delivery has been settled before; each is settled once")]
+    Settled,
+    /// NATS Core delivers once and never again.
+    #[error(
+        "NATS Core does not deliver anything twice; use the JetStream driver where events must not be lost"
+    )]
+    NotAgain,
+    /// The server was not told, or did not confirm. The event is delivered again, unless this is tried again with success.
+    #[error("the server was not told what became of a delivery: {0}")]
+    Bus(#[source] BusError),
+}
+
+/// What is to be said of one delivered message. Once.
+pub(in crate::bus::nats) struct Settle {
+    connection: Arc<Connection>,
+    reply: Subject,
+    settled: AtomicBool,
+}
+
+/// Where a message stands.
+pub(super) struct Place {
+    pub(super) sequence: u64,
+    pub(super) attempt: u64,
+}
+
+/// `stream.consumer.delivered.sequence.…`, as the subject to answer to says it.
+fn place_in(reply: &Subject) -> Option<std::str::Split<'_, char>> {
+    let mut tokens = reply.as_str().strip_prefix("$JS.ACK.")?.split('.');
+    // Newer servers put domain and account in front.
+    if tokens.clone().count() >= 9 {
+        tokens.nth(1);
+    }
+    Some(tokens)
+}
+
+impl Settle {
+    /// `None` when it was not JetStream that sent the message.
+    pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, Place)> {
+        let reply = message.reply.clone()?;
+        let mut tokens = place_in(&reply)?.skip(2).map(|token| token.parse::<u64>().ok());
+        let (attempt, sequence) = (tokens.next()??, tokens.next()??);
+        let settle = Self { connection: connection.clone(), reply, settled: AtomicBool::new(false) };
+        Some((settle, Place { sequence, attempt }))
+    }
+
+    /// The consumer that delivered it.
+    pub(in crate::bus::nats) fn consumer(&self) -> &str {
+        place_in(&self.reply).and_then(|mut tokens| tokens.nth(1)).unwrap_or_default()
+    }
+
+    pub(in crate::bus::nats) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed)
+    }
+
+    /// Says what became of it. `confirmed`: and waits until the server knows.
+    ///
+    /// Dropped half-way, it may have been said or not.
+    pub(in crate::bus::nats) async fn settle(&self, kind: AckKind, confirmed: bool) -> Result<(), AckError> {
+        if self.settled.swap(true, Ordering::Relaxed) {
+            return Err(AckError::Settled);
+        }
+        let said = self.say(kind, confirmed).await;
+        if said.is_err() {
+            self.settled.store(false, Ordering::Relaxed);
+        }
+        said.map_err(AckError::Bus)
+    }
+
+    /// Says that it is being worked on: the time to settle it begins anew.
+    pub(in crate::bus::nats) async fn progress(&self) -> Result<(), AckError> {
+        if self.is_settled() {
+            return Err(AckError::Settled);
+        }
+        self.say(AckKind::Progress, false).await.map_err(AckError::Bus)
+    }
+
+    async fn say(&self, kind: AckKind, confirmed: bool) -> Result<(), BusError> {
+        self.connection.check()?;
+        let client = &self.connection.client;
+        if !confirmed {
+            let sent = client.publish(self.reply.clone(), kind.into()).await;
+            return sent.map_err(|error| unavailable("settling a delivery".into(), error));
+        }
+        let request = Request::new().payload(kind.into()).timeout(Some(self.connection.answer_timeout()));
+        let answer = async {
+            let answer = client.send_request(self.reply.clone(), request).await;
+            answer.map(drop).map_err(|error| unavailable("settling a delivery".into(), error))
+        };
+        self.connection.while_up("settling a delivery", answer).await
+    }
+}
+
+impl fmt::Debug for Settle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settle").field("reply", &self.reply).field("settled", &self.is_settled()).finish()
+    }
+}

@@ -1,0 +1,148 @@
+//! The consumer on the server: found, made, compared.
+
+use std::sync::Arc;
+
+use async_nats::jetstream::consumer::{Config, DeliverPolicy, Info};
+use async_nats::jetstream::{Context, Error, ErrorCode};
+
+use super::super::super::connection::{Connection, silent};
+use super::super::stream::{NOTHING, api, incompatible, info as stream_info, refused};
+use super::spec::differences;
+use super::{ConsumerPolicy, ConsumerSpec};
+use crate::bus::BusError;
+
+/// Which consumer, of which stream, over which connection.
+pub(super) struct Target {
+    pub(super) connection: Arc<Connection>,
+    pub(super) jetstream: Context,
+    pub(super) stream: String,
+    pub(super) spec: ConsumerSpec,
+}
+
+impl Target {
+    /// The consumer as it is, if there is one.
+    pub(super) async fn find(&self) -> Result<Option<Info>, BusError> {
+        let subject = format!("CONSUMER.INFO.{}.{}", self.stream, self.spec.name);
+        match api(&self.jetstream, &self.connection.client, subject, &NOTHING).await? {
+            Ok(info) => Ok(Some(info)),
+            Err(error) if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND => Ok(None),
+            Err(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Err(self.no_stream()),
+            Err(error) => Err(refused(&format!("asking for the consumer {}", self.spec.name), error)),
+        }
+    }
+
+    fn no_stream(&self) -> BusError {
+        silent(format!("there is no JetStream stream {}", self.stream))
+    }
+
+    /// What the consumer has not delivered, or was not told that it was processed, and the stream no longer has.
+    pub(super) async fn lost(&self, info: &Info) -> Result<Option<String>, BusError> {
+        let found = stream_info(&self.jetstream, &self.connection.client, &self.stream).await?;
+        let first = found.ok_or_else(|| self.no_stream())?.state.first_sequence;
+        let (delivered, floor) = (info.delivered.stream_sequence, info.ack_floor.stream_sequence);
+        let unread = first > delivered + 1;
+        let unsettled = info.num_ack_pending > 0 && first > floor + 1;
+        Ok((unread || unsettled).then(|| self.truncated(first)))
+    }
+
+    fn truncated(&self, first: u64) -> String {
+        format!(
+            "the stream {} begins with message {first} by now: its limits were reached before {} had read it",
+            self.stream, self.spec.name
+        )
+    }
+
+    /// Whether one that was there already is the one that we need. `first`: and we have not read from it before.
+    pub(super) async fn compare(&self, info: Info, first: bool) -> Result<Info, BusError> {
+        let name = &self.spec.name;
+        let wanted = self.spec.config(self.spec.start);
+        let different = differences(&info.config, &wanted);
+        if different.is_empty() {
+            let alone = self.spec.push.as_ref().is_some_and(|push| push.group.is_none());
+            // Later, it may be ourselves who still count as listening.
+            if alone && first && info.push_bound {
+                return Err(incompatible(format!(
+                    "somebody else reads from the consumer {name}, and what it pushes can have one reader only; give both \
+                     a queue group, or each a name of its own"
+                )));
+            }
+            return Ok(info);
+        }
+        if self.spec.policy != ConsumerPolicy::CreateOrUpdate {
+            return Err(incompatible(format!(
+                "the consumer {name} of the stream {} is not as this program needs it, and was left alone: {}; change the \
+                 options, give it another name, delete it, or choose ConsumerPolicy::CreateOrUpdate",
+                self.stream,
+                different.join(", ")
+            )));
+        }
+        // Where it began cannot be changed, and does not matter any more.
+        let changed = self.create(&self.spec.config(info.config.deliver_policy), "update").await?;
+        let changed = changed.map_err(|error| {
+            refused(&format!("changing the consumer {name} ({})", different.join(", ")), error)
+        })?;
+        self.echoed(changed)
+    }
+
+    /// Makes it: from where it was asked for, or behind the last message known to be settled by one that was lost.
+    pub(super) async fn make(&self, floor: Option<u64>) -> Result<(Info, Option<String>), BusError> {
+        let name = &self.spec.name;
+        if self.spec.policy == ConsumerPolicy::RequireExisting {
+            return Err(incompatible(format!(
+                "the stream {} has no consumer {name}; create it, or choose ConsumerPolicy::CreateOrVerify",
+                self.stream
+            )));
+        }
+        let (start, gap) = match floor {
+            None => (self.spec.start, None),
+            Some(floor) => {
+                let found = stream_info(&self.jetstream, &self.connection.client, &self.stream).await?;
+                let state = found.ok_or_else(|| self.no_stream())?.state;
+                if state.last_sequence < floor {
+                    let gap =
+                        format!("the stream {} was made anew; {name} begins as it did at first", self.stream);
+                    (self.spec.start, Some(gap))
+                } else {
+                    let gap = format!(
+                        "the consumer {name} was deleted, and goes on behind the last message known to be settled"
+                    );
+                    (DeliverPolicy::ByStartSequence { start_sequence: floor + 1 }, Some(gap))
+                }
+            }
+        };
+        let info = match self.create(&self.spec.config(start), "create").await? {
+            Ok(info) => self.echoed(info)?,
+            // Another node was first, perhaps with something else.
+            Err(error) if error.error_code() == ErrorCode::CONSUMER_ALREADY_EXISTS => {
+                let found = self.find().await?;
+                self.compare(
+                    found.ok_or_else(|| silent(format!("the consumer {name} comes and goes")))?,
+                    floor.is_none(),
+                )
+                .await?
+            }
+            Err(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => return Err(self.no_stream()),
+            Err(error) => return Err(refused(&format!("creating the consumer {name}"), error)),
+        };
+        Ok((info, gap))
+    }
+
+    async fn create(&self, config: &Config, action: &str) -> Result<Result<Info, Error>, BusError> {
+        let request = serde_json::json!({ "stream_name": self.stream, "config": config, "action": action });
+        let subject = format!("CONSUMER.CREATE.{}.{}", self.stream, self.spec.name);
+        api(&self.jetstream, &self.connection.client, subject, &request).await
+    }
+
+    /// Old servers drop in silence what they do not know.
+    fn echoed(&self, info: Info) -> Result<Info, BusError> {
+        let different = differences(&info.config, &self.spec.config(self.spec.start));
+        if different.is_empty() {
+            return Ok(info);
+        }
+        Err(incompatible(format!(
+            "the server did not make the consumer {} as it was told: {}",
+            self.spec.name,
+            different.join(", ")
+        )))
+    }
+}

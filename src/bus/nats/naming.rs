@@ -1,0 +1,93 @@
+//! Names of consumers: made from several parts, readable, and never the same for different parts.
+
+use std::fmt::Write;
+
+use uuid::Uuid;
+
+/// What stands for every event, and for no queue group.
+const EVERYTHING: &str = "$all";
+const NO_QUEUE: &str = "$noqueue";
+
+/// The longest name that a server takes is 255 bytes.
+const LONGEST: usize = 240;
+
+/// `prefix:queue:event`, for several events with `,` between them.
+pub(super) fn durable(prefix: &str, queue: Option<&str>, events: &[&str]) -> String {
+    let queue = queue.map_or_else(|| NO_QUEUE.to_owned(), sanitised);
+    let events: Vec<_> = events.iter().map(|event| sanitised(event)).collect();
+    shortened(format!("{}:{queue}:{}", sanitised(prefix), events.join(",")))
+}
+
+/// A name of the user's own.
+pub(super) fn custom(name: &str) -> String {
+    shortened(sanitised(name))
+}
+
+/// As a name may have it: letters, digits and `-` stay, a dot becomes `_`, everything else `=` and two hexadecimal digits
+/// for each byte (an underscore, too). So no two texts become the same.
+fn sanitised(text: &str) -> String {
+    if text == ">" {
+        return EVERYTHING.into();
+    }
+    let mut name = String::with_capacity(text.len() + 8);
+    for byte in text.bytes() {
+        match byte {
+            b'.' => name.push('_'),
+            byte if byte.is_ascii_alphanumeric() || byte == b'-' => name.push(char::from(byte)),
+            // Writing to a String does not fail.
+            byte => _ = write!(name, "={byte:02X}"),
+        }
+    }
+    name
+}
+
+/// What is too long ends in a hash of the whole.
+fn shortened(mut name: String) -> String {
+    if name.len() > LONGEST {
+        let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, name.as_bytes()).simple().to_string();
+        name.truncate(LONGEST - 1 - hash.len());
+        name.push('~');
+        name.push_str(&hash);
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn are_readable() {
+        for (queue, events, name) in [
+            (
+                Some("shipping:order.placed"),
+                &["order.placed"][..],
+                "shop:shipping=3Aorder_placed:order_placed",
+            ),
+            (None, &[">"], "shop:$noqueue:$all"),
+            (None, &["order.*", "line.line_added"], "shop:$noqueue:order_=2A,line_line=5Fadded"),
+            (Some(""), &["a/b c\\\u{7f}"], "shop::a=2Fb=20c=5C=7F"),
+        ] {
+            assert_eq!(durable("shop", queue, events), name);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn do_not_collide(
+            one in ("[a._:,$> -]{0,6}", proptest::option::of("[a._:,$-]{0,4}"), "[a._:,$>-]{1,6}"),
+            other in ("[a._:,$> -]{0,6}", proptest::option::of("[a._:,$-]{0,4}"), "[a._:,$>-]{1,6}"),
+        ) {
+            let name = |(prefix, queue, event): &(String, Option<String>, String)| durable(prefix, queue.as_deref(), &[event]);
+            prop_assert_eq!(name(&one) == name(&other), one == other);
+        }
+
+        #[test]
+        fn fit_the_server(text in ".{0,400}") {
+            let name = durable(&text, Some(&text), &[&text]);
+            prop_assert!(name.len() <= 255 && name.bytes().all(|byte| byte.is_ascii_graphic() && !b".*>/\\".contains(&byte)));
+        }
+    }
+}

@@ -1,0 +1,158 @@
+use std::fmt;
+
+/// Event names that somebody asks for, or subjects: dotted tokens, `*` for exactly one, `>` at the end for one or more.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(in super::super) struct Pattern(String);
+
+/// Not a name, and not a pattern of names.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{pattern:?} cannot be subscribed to or published to: {reason}; use tokens of printable ASCII separated by dots, '*' for any \
+     one token, '>' at the end for one or more"
+)]
+pub struct InvalidPattern {
+    pattern: String,
+    reason: &'static str,
+}
+
+impl InvalidPattern {
+    pub(super) fn new(pattern: &str, reason: &'static str) -> Self {
+        // A hostile pattern may be megabytes long; the error need not be.
+        Self { pattern: pattern.chars().take(80).collect(), reason }
+    }
+}
+
+/// The longest pattern, in bytes.
+const LONGEST: usize = 400;
+
+impl Pattern {
+    /// Checks it. `*` alone is everything, as `>` is: there are no names of one token.
+    pub(in super::super) fn new(text: &str) -> Result<Self, InvalidPattern> {
+        let token = |(last, token): (bool, &str)| match token {
+            "" => Some("it has an empty token"),
+            ">" if last => None,
+            ">" => Some("'>' stands before its end"),
+            "*" => None,
+            token if token.contains(['*', '>']) => Some("a token has '*' or '>' beside something else"),
+            token if !token.bytes().all(|byte| byte.is_ascii_graphic()) => Some("it has other characters"),
+            _ => None,
+        };
+        let tokens = text.split('.').count();
+        let wrong = if text.len() > LONGEST {
+            Some("it is too long")
+        } else {
+            text.split('.').enumerate().map(|(at, token)| (at + 1 == tokens, token)).find_map(token)
+        };
+        match wrong {
+            Some(reason) => Err(InvalidPattern::new(text, reason)),
+            None if text == "*" => Ok(Self(">".into())),
+            None => Ok(Self(text.to_owned())),
+        }
+    }
+
+    pub(in super::super) fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    pub(in super::super) fn is_everything(&self) -> bool {
+        self.0 == ">"
+    }
+
+    /// Whether it stands for more than itself.
+    pub(in super::super) fn is_wild(&self) -> bool {
+        self.0.split('.').any(|token| matches!(token, "*" | ">"))
+    }
+
+    /// Whether a name or a subject is among what it stands for.
+    pub(in super::super) fn matches(&self, text: &str) -> bool {
+        self.covers(text)
+    }
+
+    /// Whether everything that `other` stands for is among what it stands for.
+    pub(in super::super) fn covers(&self, other: &str) -> bool {
+        let (mut own, mut others) = (self.0.split('.'), other.split('.'));
+        loop {
+            match (own.next(), others.next()) {
+                (Some(">"), Some(_)) | (None, None) => return true,
+                (Some("*"), Some(token)) if token != ">" => {}
+                (Some(one), Some(another)) if one == another => {}
+                _ => return false,
+            }
+        }
+    }
+
+    /// Whether something is among what both stand for.
+    pub(in super::super) fn overlaps(&self, other: &Self) -> bool {
+        let (mut own, mut others) = (self.0.split('.'), other.0.split('.'));
+        loop {
+            match (own.next(), others.next()) {
+                (Some(">"), Some(_)) | (Some(_), Some(">")) | (None, None) => return true,
+                (Some("*"), Some(_)) | (Some(_), Some("*")) => {}
+                (Some(one), Some(another)) if one == another => {}
+                _ => return false,
+            }
+        }
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pattern(text: &str) -> Pattern {
+        Pattern::new(text).unwrap()
+    }
+
+    #[test]
+    fn one_token_several_tokens_and_exactly_these() {
+        for (text, yes, no) in [
+            ("order.placed", &["order.placed"][..], &["order.placed.late", "order", "order.paid"][..]),
+            (
+                "orders.*.created",
+                &["orders.us.created", "orders.eu.created"],
+                &["orders.us.updated", "orders.a.b.created"],
+            ),
+            ("orders.>", &["orders.us", "orders.us.east.created"], &["orders", "order.us"]),
+            ("sensors.*.us.>", &["sensors.heat.us.x"], &["sensors.heat.eu.x", "sensors.heat.us"]),
+            ("*", &["a", "a.b", "a.b.c"], &[]),
+        ] {
+            for name in yes {
+                assert!(pattern(text).matches(name), "{text} {name}");
+            }
+            for name in no {
+                assert!(!pattern(text).matches(name), "{text} {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn covering_and_overlapping() {
+        for (one, other, covers, overlaps) in [
+            ("a.>", "a.*", true, true),
+            ("a.*", "a.>", false, true),
+            ("a.*.c", "a.b.*", false, true),
+            ("a.*", "b.*", false, false),
+            ("a.*", "a.*.c", false, false),
+            ("*", "x.y", true, true),
+        ] {
+            assert_eq!(pattern(one).covers(pattern(other).as_str()), covers, "{one} {other}");
+            assert_eq!(pattern(one).overlaps(&pattern(other)), overlaps, "{one} {other}");
+            assert_eq!(pattern(other).overlaps(&pattern(one)), overlaps, "{other} {one}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_pattern() {
+        for text in ["", ".", "a.", "a..b", "a b", "a.>.b", "a*", "a.b>", "tab\t", "ümlaut", &"x".repeat(500)]
+        {
+            let error = Pattern::new(text).unwrap_err();
+            assert!(error.to_string().len() < 400, "{error}");
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! One way on which events come in: a subscription of Core's, or a consumer. It attaches, passes on, and attaches again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::Message;
+use async_nats::jetstream::AckKind;
+use futures_util::StreamExt;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::super::NatsBus;
+use super::super::connection::{Echo, Link, silent};
+use super::super::jetstream::{Consumer, ConsumerItem, ConsumerSpec, Settle, Taken};
+use super::super::merged::Merged;
+use super::super::subjects::Pattern;
+use super::super::wire::{Incoming, Reject, read_any};
+use super::queue::{Held, Queue};
+use super::{Delivery, Gap, SubscriptionError};
+use crate::backoff::Backoff;
+use crate::bus::BusError;
+use crate::time::after;
+
+/// What comes in on a lane.
+pub(super) struct Lane {
+    pub(super) bus: NatsBus,
+    pub(super) source: Source,
+    /// The names that were asked for, where the server lets others through.
+    pub(super) names: Option<Vec<Pattern>>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) stop: watch::Receiver<bool>,
+}
+
+pub(super) enum Source {
+    Core { subjects: Vec<String>, group: Option<String> },
+    Consumer { spec: ConsumerSpec, confirm: bool },
+}
+
+/// What is told how the first attempt went.
+pub(super) type Ready = oneshot::Sender<Result<(), BusError>>;
+
+impl Lane {
+    /// Receives until it is told to stop, or the connection is closed for good.
+    pub(super) async fn run(mut self, ready: Option<Ready>) {
+        let mut stop = self.stop.clone();
+        let mut end = Ending { queue: self.queue.clone(), consumer: None };
+        tokio::select! {
+            biased;
+            // An error says that the subscription is gone.
+            _ = stop.wait_for(|stop| *stop) => {}
+            () = self.receive(ready, &mut end) => {}
+        }
+        end.tidy_up().await;
+    }
+
+    async fn receive(&mut self, mut ready: Option<Ready>, end: &mut Ending) {
+        let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(2));
+        let mut again = false;
+        loop {
+            let error = match self.attach(end, again).await {
+                Ok(attached) => {
+                    backoff.succeeded();
+                    again = true;
+                    if let Some(ready) = ready.take() {
+                        // Who does not wait for it any more stops this anyway.
+                        let _ = ready.send(Ok(()));
+                    }
+                    match attached {
+                        Attached::Core { messages, link, seen } => self.pass_core(messages, link, seen).await,
+                        Attached::Consumer => self.pass_consumer(end).await,
+                    }
+                }
+                Err(error) => match ready.take() {
+                    Some(ready) => {
+                        let _ = ready.send(Err(error));
+                        return;
+                    }
+                    None => error,
+                },
+            };
+            let closed = matches!(error, BusError::Closed);
+            self.queue.error(SubscriptionError::Interrupted(error));
+            if closed {
+                return;
+            }
+            sleep(backoff.next()).await;
+        }
+    }
+
+    async fn attach(&self, end: &mut Ending, again: bool) -> Result<Attached, BusError> {
+        let connection = self.bus.connection().await?;
+        match &self.source {
+            Source::Core { subjects, group } => {
+                let client = &connection.client;
+                let link = connection.link();
+                let opening = async {
+                    let seen = *link.borrow();
+                    let messages = Merged::subscribe(client, subjects, group.as_deref()).await?;
+                    // The server takes what we send in that order: with the answer, it has the subscriptions.
+                    Echo::new(client).await?.round_trip(client).await?;
+                    Ok((messages, seen))
+                };
+                let (messages, seen) = connection.ask("subscribing", opening).await?;
+                if again {
+                    self.queue.gap(Gap::Reconnected);
+                }
+                Ok(Attached::Core { messages, link, seen })
+            }
+            Source::Consumer { spec, .. } => {
+                let (stream, options) = self.bus.stream_of()?;
+                options.provide(&connection, self.bus.names()).await?;
+                let consumer = match &mut end.consumer {
+                    Some(consumer) if consumer.is_over(&connection) => consumer,
+                    consumer => consumer.insert(Consumer::new(connection, stream, spec.clone())),
+                };
+                if let Some(reason) = consumer.attach().await? {
+                    self.queue.gap(Gap::Consumer { reason });
+                }
+                Ok(Attached::Consumer)
+            }
+        }
+    }
+
+    /// Passes on what a plain subscription brings, until that ends. Never stops reading: a buffer of the driver's that is
+    /// full would be the whole connection's loss.
+    async fn pass_core(
+        &self,
+        mut messages: Merged,
+        mut link: watch::Receiver<Link>,
+        mut seen: Link,
+    ) -> BusError {
+        loop {
+            let due = self.queue.due();
+            tokio::select! {
+                message = messages.next() => {
+                    let Some(message) = message else {
+                        return if link.borrow().closed { BusError::Closed } else { silent("the connection to NATS was closed".into()) };
+                    };
+                    match self.read(&message) {
+                        Ok(Some(delivery)) => self.queue.push(delivery),
+                        Ok(None) => {}
+                        Err(error) => self.queue.error(error),
+                    }
+                }
+                changed = link.changed() => {
+                    let now = *link.borrow_and_update();
+                    let before = std::mem::replace(&mut seen, now);
+                    if changed.is_err() || now.closed {
+                        return BusError::Closed;
+                    }
+                    if now.sessions != before.sessions {
+                        self.queue.gap(Gap::Reconnected);
+                    } else if now.overflows != before.overflows {
+                        self.queue.gap(Gap::Overflow { lost: 0 });
+                    }
+                }
+                () = at(due) => drop(self.queue.expire()),
+            }
+        }
+    }
+
+    /// Passes on what a consumer brings, until that ends.
+    async fn pass_consumer(&self, end: &mut Ending) -> BusError {
+        let Source::Consumer { spec, .. } = &self.source else { return BusError::Closed };
+        let Some(consumer) = &mut end.consumer else { return BusError::Closed };
+        // While something waits here, the server is told so.
+        let tell_every = spec.shortest_wait() / 3;
+        let mut tell_at = after(tell_every);
+        loop {
+            // Before the room is counted: what becomes free behind that is not missed.
+            let more_room = self.queue.room.notified();
+            let room = self.queue.free();
+            let due = self.queue.due();
+            tokio::select! {
+                item = consumer.next(room) => match item {
+                    Ok(ConsumerItem::Message(taken)) => self.pass(taken).await,
+                    Ok(ConsumerItem::Gap(reason)) => self.queue.gap(Gap::Consumer { reason }),
+                    Err(error) => return error,
+                },
+                () = more_room => {}
+                () = at(due) => for delivery in self.queue.expire() {
+                    // Where the server cannot be told, it delivers again by itself.
+                    let _ = delivery.nak().await;
+                },
+                () = sleep_until(tell_at) => {
+                    match self.queue.held(spec.shortest_wait()) {
+                        Held::Waiting(held) => for settle in held {
+                            let _ = settle.progress().await;
+                        },
+                        Held::Stalled(held) => give_back(held).await,
+                    }
+                    tell_at = after(tell_every);
+                }
+            }
+        }
+    }
+
+    async fn pass(&self, taken: Taken) {
+        let confirm = matches!(self.source, Source::Consumer { confirm: true, .. });
+        let Taken { message, settle, sequence, attempt } = taken;
+        let settle = Arc::new(settle);
+        match self.read(&message) {
+            Ok(Some(delivery)) => self.queue.push(Delivery {
+                stream_sequence: Some(sequence),
+                attempt,
+                settle: Some(settle),
+                confirm,
+                ..delivery
+            }),
+            // Not asked for, or said to be in the store only. If the server does not hear it, it comes again.
+            Ok(None) => _ = settle.settle(AckKind::Ack, false).await,
+            Err(error) => {
+                // It will not read any better the next time.
+                self.queue.error(error);
+                let _ = settle.settle(AckKind::Term, false).await;
+            }
+        }
+    }
+
+    /// The event in a message, if it is one that was asked for.
+    fn read(&self, message: &Message) -> Result<Option<Delivery>, SubscriptionError> {
+        let malformed = |reason| {
+            let subject = message.subject.to_string();
+            SubscriptionError::Malformed { subject, reason }
+        };
+        let (store, incoming) = read_any(message).map_err(|reject| match reject {
+            Reject::Malformed(reason) => malformed(reason),
+            Reject::OtherStore(store) => malformed(format!("it is of the store {store}")),
+        })?;
+        let (previous, event) = match incoming {
+            Incoming::Event { previous, event } => (previous, event),
+            Incoming::Large(position) => {
+                self.queue.gap(Gap::Omitted { position });
+                return Ok(None);
+            }
+        };
+        let asked_for = |names: &Vec<Pattern>| names.iter().any(|name| name.matches(event.name.as_str()));
+        if !self.names.as_ref().is_none_or(asked_for) {
+            return Ok(None);
+        }
+        Ok(Some(Delivery {
+            event,
+            previous,
+            store,
+            subject: message.subject.clone(),
+            stream_sequence: None,
+            attempt: 1,
+            settle: None,
+            confirm: false,
+        }))
+    }
+}
+
+enum Attached {
+    Core {
+        messages: Merged,
+        link: watch::Receiver<Link>,
+        seen: Link,
+    },
+    /// In [`Ending::consumer`].
+    Consumer,
+}
+
+/// What has to be done when a lane ends, however it does.
+struct Ending {
+    queue: Arc<Queue>,
+    consumer: Option<Consumer>,
+}
+
+impl Ending {
+    /// Gives back what was delivered and never read, so that others need not wait for it.
+    async fn tidy_up(mut self) {
+        if let Some(consumer) = &mut self.consumer {
+            let left = consumer.leave().into_iter().map(Arc::new);
+            give_back(left.chain(self.queue.clear()).collect()).await;
+            if let Err(error) = consumer.discard().await {
+                tracing::debug!(%error, "a consumer was left to go by itself");
+            }
+        }
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.queue.ended();
+    }
+}
+
+/// Says that what was delivered is for others.
+pub(super) async fn give_back(held: Vec<Arc<Settle>>) {
+    for settle in held {
+        // Where the server cannot be told, it delivers again by itself.
+        let _ = settle.settle(AckKind::Nak(None), false).await;
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}

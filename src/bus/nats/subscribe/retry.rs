@@ -1,0 +1,139 @@
+//! How often an event is handled, and when no more.
+
+use std::error::Error;
+use std::fmt;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+
+/// How a handler is run.
+#[derive(Debug, Clone)]
+pub struct HandleOptions {
+    pub(super) concurrency: usize,
+    pub(super) manual: bool,
+    pub(super) retry: RetryPolicy,
+    pub(super) dead_letters: bool,
+}
+
+impl Default for HandleOptions {
+    fn default() -> Self {
+        Self { concurrency: 1, manual: false, retry: RetryPolicy::new(), dead_letters: false }
+    }
+}
+
+impl HandleOptions {
+    /// The defaults: one event after the other.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many events are handled at a time. 1 by default, which keeps their order; at least 1.
+    #[must_use]
+    pub fn concurrency(mut self, handlers: usize) -> Self {
+        self.concurrency = handlers.clamp(1, Semaphore::MAX_PERMITS);
+        self
+    }
+
+    /// Leaves it to the handler to settle each delivery. By default it is acknowledged when the handler has succeeded, and
+    /// the [retry policy](Self::retry) says what becomes of it when it has not, unless the handler has settled it itself.
+    #[must_use]
+    pub fn manual(mut self) -> Self {
+        self.manual = true;
+        self
+    }
+
+    /// What becomes of an event on which the handler fails, with the JetStream driver; over Core it is only an error.
+    #[must_use]
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.retry = policy;
+        self
+    }
+
+    /// Keeps the events that are given up, in the stream `{NAMESPACE}_DEAD` under `{namespace}.dead.{event name}`: as they
+    /// were, with headers that say why. Needs the JetStream driver. Not by default: then they are an error only.
+    #[must_use]
+    pub fn dead_letters(mut self) -> Self {
+        self.dead_letters = true;
+        self
+    }
+}
+
+/// How often, and how late, an event comes again on which a handler failed.
+#[derive(Debug, Clone)]
+pub struct RetryPolicy {
+    attempts: u64,
+    first: Duration,
+    pub(super) max: Duration,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self { attempts: 10, first: Duration::from_millis(200), max: Duration::from_secs(30) }
+    }
+}
+
+impl RetryPolicy {
+    /// The defaults.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// No event is handled twice because its handler failed.
+    #[must_use]
+    pub fn never() -> Self {
+        Self::new().attempts(1)
+    }
+
+    /// How often an event is handled before it is given up, as the server counts. 10 by default, at least 1.
+    #[must_use]
+    pub fn attempts(mut self, attempts: u64) -> Self {
+        self.attempts = attempts.max(1);
+        self
+    }
+
+    /// How long to wait before the second attempt, doubled for each that follows up to `max`. 200 ms and 30 s by default.
+    #[must_use]
+    pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
+        (self.first, self.max) = (first, max);
+        self
+    }
+
+    /// The wait behind this attempt; `None` when it was the last.
+    pub(super) fn wait(&self, attempt: u64) -> Option<Duration> {
+        let doubled = || 2_u32.saturating_pow(u32::try_from(attempt.saturating_sub(1)).unwrap_or(u32::MAX));
+        (attempt < self.attempts).then(|| self.first.saturating_mul(doubled()).min(self.max))
+    }
+}
+
+/// Why a handler failed. Made from any error by `?`, and then it is tried again.
+#[derive(Debug)]
+pub struct HandleError {
+    pub(super) retry: bool,
+    source: Box<dyn Error + Send + Sync>,
+}
+
+impl HandleError {
+    /// It may go well the next time.
+    pub fn retry(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { retry: true, source: error.into() }
+    }
+
+    /// It would fail every time: the event is given up at once.
+    pub fn reject(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self { retry: false, source: error.into() }
+    }
+}
+
+impl<E: Error + Send + Sync + 'static> From<E> for HandleError {
+    fn from(error: E) -> Self {
+        Self::retry(error)
+    }
+}
+
+impl fmt::Display for HandleError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.source.fmt(f)
+    }
+}

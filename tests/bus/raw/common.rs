@@ -1,0 +1,65 @@
+//! The ways to subscribe, each of which must pass the same suite.
+
+use storied::bus::{ConsumerOptions, NatsBus, SubscribeOptions};
+
+use crate::harness::{self, NatsServer};
+use crate::support::*;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Core,
+    Ephemeral,
+    Durable,
+    Push,
+    Queue,
+    CoreQueue,
+    DurableQueue,
+    PushQueue,
+}
+
+pub const WAYS: [Way; 8] = [
+    Way::Core,
+    Way::Ephemeral,
+    Way::Durable,
+    Way::Push,
+    Way::Queue,
+    Way::CoreQueue,
+    Way::DurableQueue,
+    Way::PushQueue,
+];
+
+impl Way {
+    pub fn kind(self) -> Kind {
+        if matches!(self, Way::Core | Way::CoreQueue) { Kind::Core } else { Kind::JetStream }
+    }
+
+    /// How the subscriber of that name gets its events: for a queue, all subscribers of one name share.
+    pub fn options(self, name: &str) -> SubscribeOptions {
+        self.options_with(name, |consumer| consumer)
+    }
+
+    /// With a consumer that is different.
+    pub fn options_with(
+        self,
+        name: &str,
+        change: impl FnOnce(ConsumerOptions) -> ConsumerOptions,
+    ) -> SubscribeOptions {
+        let options = SubscribeOptions::new();
+        let durable = ConsumerOptions::durable(name);
+        match self {
+            Way::Core => options,
+            Way::CoreQueue => options.load_balancer(name),
+            Way::Queue => options.load_balancer(name).consumer(change(ConsumerOptions::ephemeral())),
+            Way::Ephemeral => options.consumer(change(ConsumerOptions::ephemeral())),
+            Way::Durable => options.consumer(change(durable)),
+            Way::Push => options.consumer(change(durable.push())),
+            Way::DurableQueue => options.load_balancer(name).consumer(change(durable)),
+            Way::PushQueue => options.load_balancer(name).consumer(change(durable.push())),
+        }
+    }
+
+    pub async fn start(self) -> (NatsBus, NatsServer) {
+        let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+        (options(self.kind(), &server).bus(), server)
+    }
+}

@@ -1,0 +1,135 @@
+//! From the mirror: at least once, whoever dies.
+
+use std::time::Duration;
+
+use storied::bus::{AckError, ConsumerOptions, SubscribeOptions};
+use tokio::time::Instant;
+
+use super::common::*;
+use super::*;
+
+fn durable(options: ConsumerOptions) -> SubscribeOptions {
+    SubscribeOptions::new().consumer(options)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn durable_gets_all_and_ephemeral_only_what_is_new() {
+    for way in [Way::Ephemeral, Way::Queue, Way::Durable, Way::DurableQueue, Way::Push, Way::PushQueue] {
+        let (bus, server) = way.start().await;
+        let mut press = Press::new(&bus).await;
+        press.written(5).await;
+        let mut subscriber = listen(&bus, &["note.written"], way.options("x")).await;
+        press.written(5).await;
+        let durable = !matches!(way, Way::Ephemeral | Way::Queue);
+        let expected = if durable { 10 } else { 5 };
+        assert_eq!(take(&mut subscriber, expected).await.len(), expected);
+        nothing(&mut subscriber, 20).await;
+        subscriber.close(PATIENCE).await.unwrap();
+        let raw = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+        let mut stream = raw.get_stream("STORIED_EVENTS").await.unwrap();
+        // Of a shared ephemeral one nobody knows that they are the last: it goes by itself.
+        let left = if way == Way::Ephemeral { 0 } else { 1 };
+        assert_eq!(stream.info().await.unwrap().state.consumer_count, left, "{way:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn goes_on_where_it_was_also_after_both_sides_were_away() {
+    for way in [Way::Durable, Way::DurableQueue, Way::Push, Way::PushQueue] {
+        // A server that is restarted forgets what was given back, and waits for it as if it were being worked on.
+        let soon = |consumer: ConsumerOptions| consumer.ack_wait(Duration::from_millis(500));
+        let (bus, mut server) = way.start().await;
+        let mut press = Press::new(&bus).await;
+        let printed = press.written(100).await;
+        let mut subscriber = listen(&bus, &["note.written"], way.options_with("x", soon)).await;
+        same(&take(&mut subscriber, 50).await, &printed[..50]);
+        subscriber.close(PATIENCE).await.unwrap();
+        bus.disconnect().await;
+        server.restart().await;
+        bus.connect().await.unwrap();
+        let mut subscriber = listen(&bus, &["note.written"], way.options_with("x", soon)).await;
+        same(&take(&mut subscriber, 50).await, &printed[50..]);
+        nothing(&mut subscriber, 20).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_word_about_a_delivery() {
+    let (bus, _server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    let wait = Duration::from_millis(600);
+    let options = durable(ConsumerOptions::durable("x").ack_wait(wait));
+    let mut subscriber = listen(&bus, &["note.written"], options).await;
+
+    // Nothing said: again after ack_wait.
+    let printed = press.written(1).await;
+    let start = Instant::now();
+    let first = delivery(&mut subscriber).await;
+    assert_eq!((first.attempt(), first.stream_sequence()), (1, Some(1)));
+    let second = delivery(&mut subscriber).await;
+    assert!(start.elapsed() >= wait - Duration::from_millis(50), "{:?}", start.elapsed());
+    assert_eq!((second.attempt(), second.stream_sequence()), (2, Some(1)));
+    // nak: at once.
+    let start = Instant::now();
+    second.nak().await.unwrap();
+    assert!(matches!(second.ack().await, Err(AckError::Settled)), "once");
+    let third = delivery(&mut subscriber).await;
+    assert!(start.elapsed() < wait / 2, "{:?}", start.elapsed());
+    // nak_with_delay: after that.
+    let start = Instant::now();
+    third.nak_with_delay(Duration::from_millis(300)).await.unwrap();
+    let fourth = delivery(&mut subscriber).await;
+    assert!(start.elapsed() >= Duration::from_millis(290), "{:?}", start.elapsed());
+    assert_eq!(fourth.attempt(), 4);
+    // in_progress: not while it is said.
+    for _ in 0..5 {
+        pause(250).await;
+        fourth.in_progress().await.unwrap();
+    }
+    assert_eq!(subscriber.stats().received, 4);
+    // ack: never.
+    fourth.ack().await.unwrap();
+    same(&[fourth.into_event()], &printed);
+    // term: never, either.
+    press.written(1).await;
+    delivery(&mut subscriber).await.term().await.unwrap();
+    nothing(&mut subscriber, 900).await;
+    assert_eq!((subscriber.stats().received, subscriber.stats().redelivered), (5, 3));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_of_at_most_so_many() {
+    for way in WAYS {
+        let (bus, _server) = way.start().await;
+        let mut press = Press::new(&bus).await;
+        let mut subscriber = listen(&bus, &["note.written"], way.options("x")).await;
+        press.written(25).await;
+        eventually("all came", || subscriber.stats().received == 25).await;
+        for expected in [10, 10, 5, 0] {
+            let start = Instant::now();
+            let batch = subscriber.fetch(10, Duration::from_millis(100)).await;
+            assert_eq!(batch.len(), expected, "{way:?}");
+            assert_eq!(start.elapsed() >= Duration::from_millis(100), expected < 10, "{way:?}");
+            for delivery in batch {
+                delivery.ack().await.unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_decoded_is_not_delivered_again() {
+    let (bus, server) = Way::Durable.start().await;
+    let options = durable(ConsumerOptions::durable("x").ack_wait(Duration::from_millis(100)));
+    let _press = Press::new(&bus).await;
+    let mut subscriber = listen(&bus, &["note.written"], options).await;
+    let raw = async_nats::connect(server.url()).await.unwrap();
+    let mut advisories = raw.subscribe("$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.>").await.unwrap();
+    raw.publish("storied.events.note.written", "garbage".into()).await.unwrap();
+    let SubscriptionError::Malformed { reason, .. } = error(&mut subscriber.errors()).await else { panic!() };
+    assert!(reason.contains("header"), "{reason}");
+    let advisory = timeout(PATIENCE, futures_util::StreamExt::next(&mut advisories)).await.unwrap().unwrap();
+    assert!(String::from_utf8_lossy(&advisory.payload).contains("\"deliveries\":1"));
+    nothing(&mut subscriber, 300).await;
+    assert_eq!(subscriber.stats().errors, 1);
+}

@@ -1,0 +1,261 @@
+//! Handlers: so many at a time, settled behind them, and what becomes of their failures.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use storied::bus::{ConsumerOptions, HandleError, HandleOptions, RetryPolicy, SubscribeOptions};
+use tokio::time::Instant;
+
+use super::common::*;
+use super::*;
+
+fn soon() -> RetryPolicy {
+    RetryPolicy::new().backoff(Duration::from_millis(20), Duration::from_millis(100))
+}
+
+fn durable(options: ConsumerOptions) -> SubscribeOptions {
+    SubscribeOptions::new().consumer(options)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_many_at_a_time_and_each_event_once() {
+    for way in WAYS {
+        let (bus, _server) = way.start().await;
+        let mut press = Press::new(&bus).await;
+        let subscription = listen(&bus, &["note.written"], way.options("x")).await;
+        let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let handling = subscription.for_each(HandleOptions::new().concurrency(5), {
+            let (running, most, seen) = (running.clone(), most.clone(), seen.clone());
+            move |delivery| {
+                let (running, most, seen) = (running.clone(), most.clone(), seen.clone());
+                async move {
+                    most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    pause(2).await;
+                    running.fetch_sub(1, Ordering::SeqCst);
+                    seen.lock().unwrap().push(delivery.event().position);
+                    Ok(())
+                }
+            }
+        });
+        let printed = press.written(200).await;
+        eventually("all handled", || seen.lock().unwrap().len() == 200).await;
+        handling.stop(PATIENCE).await.unwrap();
+        let mut seen = seen.lock().unwrap().clone();
+        seen.sort_unstable();
+        assert!(seen.iter().eq(printed.iter().map(|event| &event.position)), "{way:?}");
+        assert_eq!(most.load(Ordering::SeqCst), 5, "{way:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
+    let (bus, server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    let subscription = listen(&bus, &["note.written"], durable(ConsumerOptions::durable("shop"))).await;
+    let attempts: Arc<Mutex<HashMap<u64, Vec<u64>>>> = Arc::default();
+    let options = HandleOptions::new().retry(soon().attempts(4)).dead_letters();
+    let handling = subscription.for_each(options, {
+        let attempts = attempts.clone();
+        move |delivery| {
+            let attempts = attempts.clone();
+            async move {
+                let Note::Written { n, .. } = delivery.decode()? else { return Ok(()) };
+                attempts.lock().unwrap().entry(n).or_default().push(delivery.attempt());
+                match n {
+                    // Twice, then well.
+                    1 if delivery.attempt() < 3 => Err(std::io::Error::other("not yet").into()),
+                    // Always.
+                    2 => panic!("on purpose"),
+                    3 => Err(HandleError::reject("näver")),
+                    _ => Ok(()),
+                }
+            }
+        }
+    });
+    let mut errors = handling.errors();
+    let printed = press.written(5).await;
+    let mut outcomes = Vec::new();
+    for _ in 0..7 {
+        let SubscriptionError::Handler { position, outcome, .. } = error(&mut errors).await else { panic!() };
+        outcomes.push((position, outcome));
+    }
+    let of = |n: usize| -> Vec<_> {
+        outcomes.iter().filter(|(at, _)| *at == printed[n].position).map(|(_, outcome)| *outcome).collect()
+    };
+    let again = "it is tried again";
+    assert_eq!(of(1), [again, again]);
+    assert_eq!(of(2), [again, again, again, "it is a dead letter now"]);
+    assert_eq!(of(3), ["it is a dead letter now"]);
+    eventually("the last attempt", || attempts.lock().unwrap().get(&1).is_some_and(|all| all.len() == 3))
+        .await;
+    assert_eq!(attempts.lock().unwrap()[&2], [1, 2, 3, 4]);
+
+    let jetstream = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    let mut dead = jetstream.get_stream("STORIED_DEAD").await.unwrap();
+    assert_eq!(dead.info().await.unwrap().state.messages, 2);
+    let letter = dead.get_raw_message(1).await.unwrap();
+    let header = |name: &str| letter.headers.get(name).unwrap().as_str().to_owned();
+    assert_eq!(letter.subject.as_str(), "storied.dead.note.written");
+    // The rejected one is first: the other was tried four times.
+    assert_eq!(header("Storied-Dead-Event"), printed[3].id.to_string());
+    assert_eq!(header("Storied-Dead-Attempts"), "1");
+    assert_eq!(header("Storied-Dead-Reason"), "n?ver");
+    assert_eq!(header("Storied-Dead-Consumer"), "shop:$noqueue:note_written");
+    assert_eq!(header("Storied-Position"), printed[3].position.to_string());
+    assert!(letter.payload.len() > 40);
+    handling.stop(PATIENCE).await.unwrap();
+    // Nothing is left to be delivered.
+    let stream = jetstream.get_stream("STORIED_EVENTS").await.unwrap();
+    let info = stream.consumer_info("shop:$noqueue:note_written").await.unwrap();
+    assert_eq!((info.num_pending, info.num_ack_pending, info.ack_floor.stream_sequence), (0, 0, 5));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_slower_than_ack_wait_is_not_disturbed() {
+    for way in [Way::Durable, Way::Push] {
+        let (bus, _server) = way.start().await;
+        let mut press = Press::new(&bus).await;
+        let options = way.options_with("x", |consumer| consumer.ack_wait(Duration::from_millis(300)));
+        let subscription = listen(&bus, &["note.written"], options).await;
+        let handled = Arc::new(AtomicUsize::new(0));
+        let handling = subscription.for_each(HandleOptions::new(), {
+            let handled = handled.clone();
+            move |_| {
+                let handled = handled.clone();
+                async move {
+                    pause(700).await;
+                    handled.fetch_add(1, Ordering::SeqCst);
+                    Ok(())
+                }
+            }
+        });
+        // The second and third wait longer than that, in our buffer.
+        press.written(3).await;
+        eventually("handled", || handled.load(Ordering::SeqCst) == 3).await;
+        pause(400).await;
+        let stats = handling.stats();
+        assert_eq!((stats.received, stats.redelivered, stats.errors), (3, 0, 0), "{way:?}");
+        handling.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_reads_is_given_to_others() {
+    let (bus, _server) = Way::DurableQueue.start().await;
+    let mut press = Press::new(&bus).await;
+    let options =
+        || Way::DurableQueue.options_with("x", |consumer| consumer.ack_wait(Duration::from_millis(300)));
+    let deaf = listen(&bus, &["note.written"], options()).await;
+    let printed = press.written(20).await;
+    eventually("the deaf one has them", || deaf.stats().received == 20).await;
+    let mut other = listen(&bus, &["note.written"], options()).await;
+    let mut taken = take(&mut other, 20).await;
+    taken.sort_by_key(|event| event.position);
+    same(&taken, &printed);
+    assert!(matches!(error(&mut deaf.errors()).await, SubscriptionError::Stalled { events: 20 }));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn manual_leaves_it_to_the_handler_and_nothing_is_settled_twice() {
+    let (bus, _server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    for manual in [true, false] {
+        let name = format!("manual-{manual}");
+        let options = durable(ConsumerOptions::durable(name).ack_wait(Duration::from_millis(200)));
+        let subscription = listen(&bus, &["note.written"], options).await;
+        let options = HandleOptions::new();
+        let options = if manual { options.manual() } else { options };
+        let attempts = Arc::new(Mutex::new(Vec::new()));
+        let handling = subscription.for_each(options, {
+            let attempts = attempts.clone();
+            move |delivery| {
+                let attempts = attempts.clone();
+                async move {
+                    attempts.lock().unwrap().push(delivery.attempt());
+                    match delivery.attempt() {
+                        // Forgotten: acknowledged for the handler, or delivered again.
+                        1 => {}
+                        2 => delivery.nak().await?,
+                        _ => delivery.ack().await?,
+                    }
+                    Ok(())
+                }
+            }
+        });
+        if manual {
+            press.written(1).await;
+        }
+        let expected: &[u64] = if manual { &[1, 2, 3] } else { &[1] };
+        eventually("handled", || attempts.lock().unwrap().len() == expected.len()).await;
+        pause(300).await;
+        assert_eq!(*attempts.lock().unwrap(), expected);
+        assert_eq!(handling.stats().errors, 0);
+        handling.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_waits_for_handlers_and_not_for_ever() {
+    let (bus, server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    let options = || durable(ConsumerOptions::durable("x").ack_wait(Duration::from_millis(500)));
+    let done = Arc::new(AtomicUsize::new(0));
+    let started = Arc::new(AtomicUsize::new(0));
+    let start = async |millis: u64| {
+        let (done, started) = (done.clone(), started.clone());
+        listen(&bus, &["note.written"], options()).await.for_each(HandleOptions::new(), move |_| {
+            let (done, started) = (done.clone(), started.clone());
+            async move {
+                started.fetch_add(1, Ordering::SeqCst);
+                pause(millis).await;
+                done.fetch_add(1, Ordering::SeqCst);
+                Ok(())
+            }
+        })
+    };
+    let handling = start(300).await;
+    press.written(3).await;
+    eventually("started", || started.load(Ordering::SeqCst) == 1).await;
+    handling.stop(PATIENCE).await.unwrap();
+    assert_eq!((started.load(Ordering::SeqCst), done.load(Ordering::SeqCst)), (1, 1));
+
+    let handling = start(600_000).await;
+    eventually("started", || started.load(Ordering::SeqCst) == 2).await;
+    let begun = Instant::now();
+    let error = handling.stop(Duration::from_millis(200)).await.unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(5) && error.what.contains("at work"), "{error}");
+
+    // Nothing is lost: what was torn down and what was given back comes again.
+    let mut rest = listen(&bus, &["note.written"], options()).await;
+    assert_eq!(take(&mut rest, 2).await.len(), 2);
+    nothing(&mut rest, 50).await;
+    drop(server);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn max_deliver_and_backoff_are_the_servers() {
+    let (bus, server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    let raw = async_nats::connect(server.url()).await.unwrap();
+    let mut advisories = raw.subscribe("$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>").await.unwrap();
+    let waits = [100, 300].map(Duration::from_millis);
+    let consumer = ConsumerOptions::durable("x").max_deliver(3).backoff(waits);
+    let mut subscriber = listen(&bus, &["note.written"], durable(consumer)).await;
+    press.written(1).await;
+    let mut at = Vec::new();
+    for attempt in 1..=3 {
+        // Taken and forgotten.
+        assert_eq!(delivery(&mut subscriber).await.attempt(), attempt);
+        at.push(Instant::now());
+    }
+    assert!(
+        at[1] - at[0] >= Duration::from_millis(90) && at[2] - at[1] >= Duration::from_millis(290),
+        "{at:?}"
+    );
+    nothing(&mut subscriber, 700).await;
+    assert!(timeout(PATIENCE, advisories.next()).await.unwrap().is_some());
+}
