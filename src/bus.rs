@@ -16,6 +16,8 @@ use uuid::Uuid;
 
 pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
+pub(crate) use self::nats::line::{Line, OpenLine};
+#[cfg(feature = "nats")]
 pub use self::nats::{
     AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, HandleError, HandleOptions,
     Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, Received, RetryPolicy,
@@ -167,6 +169,13 @@ pub trait DurableSubscription: Send {
 
 /// The writing side of a bus.
 pub trait BusPublisher: Send {
+    /// Waits until there may be somebody to publish for; nothing is read from the store before. At once by default. A bus
+    /// that makes the publisher wait here must give late subscribers a [`BusItem::Gap`] or nothing: they read the past from
+    /// the store. Cancel-safe.
+    fn wanted(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     /// Where to go on. `known` is what the publisher remembers in the store of its last confirmed publish, for a mirror
     /// that was emptied since.
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;

@@ -71,7 +71,7 @@ pub use self::event::{
 };
 pub use self::feed::{FeedOptions, FeedStatus};
 pub use self::future::BoxFuture;
-pub use self::partition::{Partition, partition_of};
+pub use self::partition::Partition;
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;
 #[cfg(feature = "sqlite")]

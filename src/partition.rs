@@ -1,11 +1,10 @@
-//! Which partition a stream belongs to: on the bus, as a token of the subject, and where projections share the log out.
+//! Which part of a log a stream belongs to, when work is shared out by streams.
 //!
 //! The partition of a stream is the FNV-1a hash (32 bits) of the UTF-8 bytes of its [id](StreamId::id), modulo the number of
 //! partitions. The category is not part of it: what is about order 17 in two categories is in one partition. This is frozen:
 //! checkpoints, and programs in other languages, rely on it.
 
 use std::fmt;
-use std::num::NonZeroU16;
 
 use crate::event::StreamId;
 
@@ -22,8 +21,10 @@ pub struct Partition {
 impl Partition {
     /// The partition of a stream, of `count` in all; 0 counts as 1.
     pub fn of(stream: &StreamId, count: u16) -> Self {
-        let count = NonZeroU16::new(count).unwrap_or(NonZeroU16::MIN);
-        Self { index: partition_of(stream.id(), count), count: count.get() }
+        let count = count.max(1);
+        // Less than `count`, so nothing is cut off.
+        let index = (fnv1a_32(stream.id().as_bytes()) % u32::from(count)) as u16;
+        Self { index, count }
     }
 
     /// What is not partitioned.
@@ -56,15 +57,6 @@ impl fmt::Display for Partition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} of {}", self.index, self.count)
     }
-}
-
-/// The partition of the stream with this id (without its category), from 0.
-///
-/// FNV-1a of its bytes, 32 bits wide, modulo the number of partitions. Frozen: it is in subjects and checkpoints, and other
-/// languages compute it, too.
-pub fn partition_of(stream_id: &str, partitions: NonZeroU16) -> u16 {
-    // Smaller than the number of partitions, which is a u16.
-    (fnv1a_32(stream_id.as_bytes()) % u32::from(partitions.get())) as u16
 }
 
 /// The hash of <http://www.isthe.com/chongo/tech/comp/fnv/>, as NATS' own `partition` mapping uses it.

@@ -1,5 +1,6 @@
 //! The runtime: puts store, bus, aggregates and projections together, supervises them, and takes them down in order.
 
+mod commands;
 mod supervisor;
 
 use std::any::type_name;
@@ -12,11 +13,15 @@ use ractor::SpawnErr;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use self::commands::{Following, HandlerRegistration, forgetting};
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
 use crate::bus::{BusState, EventBus, LocalBus};
-use crate::command::{Execute, Handlers, StartRouterError};
-use crate::event::{EncodeError, Event, EventTypes, Position};
+use crate::command::{
+    CommandBus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus, Registry, Request,
+    StartRouterError,
+};
+use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::Board;
 use crate::partition;
@@ -26,8 +31,10 @@ use crate::projection::{
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
-    BoxFuture, EventStore, Filter, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
+    BoxFuture, EventStore, Filter, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions,
+    WriterStatus,
 };
+use crate::supervised::Task;
 use crate::time::after;
 
 /// How long [`Runtime::shutdown`] waits for what is under way.
@@ -52,7 +59,9 @@ struct Inner {
     feed: Feed,
     /// In the order in which they were registered.
     projections: Vec<ProjectionHandle>,
-    handlers: Arc<Handlers>,
+    commands: Arc<Commands>,
+    /// Forgets old records of commands; ends with the runtime.
+    _forgetting: Option<Task>,
     /// Above everything that runs; stopping it stops all.
     supervisor: Supervisor,
 }
@@ -64,6 +73,8 @@ pub struct Builder {
     bus: Arc<dyn EventBus>,
     publisher: PublisherOptions,
     aggregates: Vec<Registration>,
+    commands: CommandBus,
+    handlers: Vec<HandlerRegistration>,
     feed: FeedOptions,
     projections: Vec<ProjectionRegistration>,
 }
@@ -77,7 +88,7 @@ struct Registration {
     start: Box<StartAggregate>,
 }
 
-type StartAggregate = dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
+type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
     + Send;
 
 /// What is known of a projection until the runtime starts.
@@ -142,6 +153,15 @@ pub enum StartError {
     /// The store does not work.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Two handlers have the same name: their commands and records would mix.
+    #[error("two handlers are called {name:?}; a name belongs to one handler")]
+    SameHandler {
+        /// The name.
+        name: &'static str,
+    },
+    /// A handler has a name that no command can have.
+    #[error(transparent)]
+    HandlerName(#[from] InvalidName),
     /// An actor could not be started.
     #[error("an actor could not be started: {0}")]
     Actor(String),
@@ -193,10 +213,14 @@ pub struct RuntimeStatus {
     pub store: StoreInfo,
     /// The frontier of the log, or why it could not be read.
     pub frontier: Result<Position, StoreError>,
+    /// Who holds the frontier back, if anybody does; an append that is just under way is no reason to worry.
+    pub stall: Result<Option<Stall>, StoreError>,
     /// The group-commit writer.
     pub writer: WriterStatus,
     /// The kinds of aggregates, by category.
     pub aggregates: Vec<RouterStatus>,
+    /// The handlers, by name.
+    pub handlers: Vec<HandlerStatus>,
     /// The connection to the bus.
     pub bus: BusState,
     /// The publisher.
@@ -368,10 +392,27 @@ impl Builder {
             start: Box::new(move |handlers, store, writer, supervisor| {
                 let router = Router::start(store, writer, options, supervisor.cell())?;
                 supervisor.adopt(Box::new(router.clone()));
-                handlers.register(router);
+                handlers.aggregate(router);
                 Ok(())
             }),
         });
+        self
+    }
+
+    /// Handles commands that are no aggregate's, with the default options.
+    pub fn handler<H: Handler>(self, handler: H) -> Self {
+        self.handler_with(handler, HandlerOptions::new())
+    }
+
+    /// Handles commands that are no aggregate's.
+    pub fn handler_with<H: Handler>(mut self, handler: H, options: HandlerOptions) -> Self {
+        self.handlers.push(HandlerRegistration::new(handler, options));
+        self
+    }
+
+    /// How commands find whoever handles them. [`CommandBus::local`] by default: within this process.
+    pub fn commands(mut self, bus: CommandBus) -> Self {
+        self.commands = bus;
         self
     }
 
@@ -415,6 +456,7 @@ impl Builder {
             }
             projections.push((name, filter?, start));
         }
+        commands::check(&self.handlers)?;
         store.frontier().await?;
         let node = Uuid::now_v7();
         let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
@@ -436,11 +478,19 @@ impl Builder {
             handles.push(start(filter, surroundings.clone()).await?);
         }
         let writer = Writer::start(store.clone(), WriterOptions::default());
-        let mut handlers = Handlers::default();
+        let forgetting = (!self.handlers.is_empty())
+            .then(|| Task::spawn(forgetting(store.clone(), self.commands.records_kept())));
+        let commands = Commands::new(self.commands.policy());
+        let mut registry = Registry::default();
         for registration in self.aggregates {
-            (registration.start)(&mut handlers, store.clone(), writer.clone(), &supervisor)?;
+            (registration.start)(&mut registry, store.clone(), writer.clone(), &supervisor)?;
         }
-        let handlers = Arc::new(handlers);
+        for registration in self.handlers {
+            registration.start(&mut registry, store.clone(), &commands, &supervisor)?;
+        }
+        commands.open(registry, Box::new(Following(handles.clone())));
+        #[cfg(feature = "nats")]
+        commands.connect(self.commands, store.info().id, node).await;
         let inner = Inner {
             node,
             store,
@@ -449,7 +499,8 @@ impl Builder {
             publisher,
             feed,
             projections: handles,
-            handlers,
+            commands,
+            _forgetting: forgetting,
             supervisor,
         };
         Ok(Runtime { inner: Arc::new(inner) })
@@ -465,6 +516,8 @@ impl Runtime {
             publisher: PublisherOptions::new(),
             feed: FeedOptions::new(),
             aggregates: Vec::new(),
+            commands: CommandBus::local(),
+            handlers: Vec::new(),
             projections: Vec::new(),
         }
     }
@@ -476,7 +529,17 @@ impl Runtime {
     /// When awaited: the aggregate's own refusal, or what else kept the command from taking effect, see
     /// [`ExecuteError`](crate::ExecuteError).
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
-        Execute::new(self.inner.handlers.clone(), id, command.into())
+        Execute::new(self.inner.commands.clone(), id.to_string(), command.into(), Envelope::new())
+    }
+
+    /// Executes a command on the handler `H`, wherever it runs: await it for the answer, or say more first, see
+    /// [`Request`].
+    ///
+    /// # Errors
+    /// When awaited: the handler's own refusal, or what else kept the command from being handled, see
+    /// [`ExecuteError`](crate::ExecuteError).
+    pub fn command<H: Handler>(&self, command: impl Into<H::Command>) -> Request<H> {
+        Request::new(self.inner.commands.clone(), command.into(), Envelope::new())
     }
 
     /// The projection of that name: to wait for it, pause it, reset it, look at what it parked.
@@ -506,8 +569,10 @@ impl Runtime {
             node: self.inner.node,
             store: self.inner.store.info().clone(),
             frontier: self.inner.store.frontier().await,
+            stall: self.inner.store.stall().await,
             writer: self.inner.writer.status(),
-            aggregates: self.inner.handlers.status(),
+            aggregates: self.inner.commands.registry().aggregates(),
+            handlers: self.inner.commands.registry().handlers(),
             bus: self.inner.bus.state(),
             publisher,
             feed: self.inner.feed.status(),
@@ -537,7 +602,7 @@ impl Runtime {
         let deadline = after(timeout);
         let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut unfinished = Vec::new();
-        let commands = self.inner.handlers.shut_down(deadline - 2 * reserve).await;
+        let commands = self.inner.commands.shut_down(deadline - 2 * reserve).await;
         if commands > 0 {
             unfinished.push(format!("{commands} commands without an answer"));
         }

@@ -12,6 +12,10 @@ pub enum Workload {
     Catchup,
     /// A full log into a new mirror in JetStream.
     Publish,
+    /// Commands over NATS to a handler that does nothing.
+    Dispatch,
+    /// Commands over NATS to the aggregates of another node.
+    Remote,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -43,12 +47,19 @@ pub struct Args {
 }
 
 const USAGE: &str =
-    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|publish|all] [--store memory|sqlite|postgres]
+    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|publish|dispatch|remote|all] [--store memory|sqlite|postgres]
        [--bus local] [--callers N] [--events N] [--payload BYTES] [--runs N] [--json FILE]";
 
 impl Workload {
-    const ALL: [Workload; 5] =
-        [Workload::Commands, Workload::Hot, Workload::Rehydrate, Workload::Catchup, Workload::Publish];
+    const ALL: [Workload; 7] = [
+        Workload::Commands,
+        Workload::Hot,
+        Workload::Rehydrate,
+        Workload::Catchup,
+        Workload::Publish,
+        Workload::Dispatch,
+        Workload::Remote,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -57,18 +68,24 @@ impl Workload {
             Workload::Rehydrate => "rehydrate",
             Workload::Catchup => "catchup",
             Workload::Publish => "publish",
+            Workload::Dispatch => "dispatch",
+            Workload::Remote => "remote",
         }
     }
 
-    /// The bus that carries the events.
+    /// The bus that carries the events, or the commands.
     pub fn bus(self) -> &'static str {
-        if self == Workload::Publish { "nats-jetstream" } else { "local" }
+        match self {
+            Workload::Publish => "nats-jetstream",
+            Workload::Dispatch | Workload::Remote => "nats-core",
+            _ => "local",
+        }
     }
 
     fn callers(self) -> &'static [usize] {
         match self {
             Workload::Commands => &[64],
-            Workload::Hot => &[1, 64],
+            Workload::Hot | Workload::Dispatch | Workload::Remote => &[1, 64],
             Workload::Rehydrate | Workload::Catchup | Workload::Publish => &[1],
         }
     }
@@ -78,6 +95,8 @@ impl Workload {
             (Workload::Hot, StoreKind::Sqlite | StoreKind::Postgres) if callers == 1 => 2_000,
             (Workload::Commands | Workload::Hot, StoreKind::Sqlite | StoreKind::Postgres) => 20_000,
             (Workload::Commands | Workload::Hot, StoreKind::Memory) => 100_000,
+            (Workload::Dispatch | Workload::Remote, StoreKind::Memory) => 10_000.max(callers * 1_000),
+            (Workload::Dispatch | Workload::Remote, _) => 1_000.max(callers * 200),
             (Workload::Rehydrate, _) => 10_000,
             (Workload::Catchup | Workload::Publish, _) => 200_000,
         }

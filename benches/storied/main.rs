@@ -7,7 +7,8 @@
 //!
 //! PostgreSQL is the one of `DATABASE_URL` (a schema of its own, dropped afterwards), or else a private one.
 //!
-//! Workloads: `commands`, `hot`, `rehydrate`, `catchup`, `publish` (into JetStream, on a private server), or `all` (the default).
+//! Workloads: `commands`, `hot`, `rehydrate`, `catchup`, `publish` (into JetStream), `dispatch` and `remote` (commands over NATS
+//! Core), or `all` (the default). NATS is a private server.
 //! Ours and the limit take turns, `runs` times; the medians are printed, with their ratio and its spread. What each limit is
 //! stands beside its function in `limits.rs`.
 
@@ -20,6 +21,7 @@
 #![allow(missing_docs, unreachable_pub, reason = "a benchmark is no library")]
 
 mod args;
+mod commands;
 mod domain;
 mod limits;
 mod measure;
@@ -67,5 +69,7 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Publish => workloads::publish(plan).await,
+        Workload::Dispatch => commands::dispatch(plan).await,
+        Workload::Remote => commands::remote(plan).await,
     }
 }

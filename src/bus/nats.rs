@@ -9,6 +9,7 @@ mod connection;
 mod core_nats;
 mod follow;
 mod jetstream;
+pub(crate) mod line;
 mod merged;
 mod naming;
 mod options;

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::decide::Decider;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
-    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
@@ -42,6 +42,7 @@ struct Data {
     paused: BTreeSet<String>,
     leases: BTreeMap<String, LeaseInfo>,
     snapshots: HashMap<StreamId, Snapshot>,
+    commands: HashMap<Uuid, CommandRecord>,
 }
 
 impl Default for MemoryStore {
@@ -342,6 +343,28 @@ impl EventStore for MemoryStore {
         Box::pin(async move {
             self.data().save_snapshot(stream, snapshot);
             Ok(())
+        })
+    }
+
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
+        Box::pin(async move { Ok(self.data().commands.get(&id).cloned()) })
+    }
+
+    fn record_command(&self, mut record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
+        Box::pin(async move {
+            record.recorded_at = Utc::now();
+            Ok(self.data().commands.entry(record.id).or_insert(record).clone())
+        })
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        Box::pin(async move {
+            let mut data = self.data();
+            let now = Utc::now();
+            let old = data.commands.values().filter(|record| later(record.recorded_at, age) <= now);
+            let old: Vec<_> = old.map(|record| record.id).take(limit).collect();
+            old.iter().for_each(|id| _ = data.commands.remove(id));
+            Ok(old.len())
         })
     }
 }

@@ -281,4 +281,22 @@ impl EventStore for FaultyStore {
         }
         self.inner.save_snapshot(stream, snapshot)
     }
+
+    fn command(
+        &self,
+        id: uuid::Uuid,
+    ) -> BoxFuture<'_, Result<Option<storied::store::CommandRecord>, StoreError>> {
+        self.inner.command(id)
+    }
+
+    fn record_command(
+        &self,
+        record: storied::store::CommandRecord,
+    ) -> BoxFuture<'_, Result<storied::store::CommandRecord, StoreError>> {
+        self.inner.record_command(record)
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        self.inner.forget_commands(age, limit)
+    }
 }

@@ -822,6 +822,24 @@ impl EventStore for Link {
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         through!(self, self.inner.save_snapshot(stream, snapshot))
     }
+
+    fn command(
+        &self,
+        id: uuid::Uuid,
+    ) -> BoxFuture<'_, Result<Option<storied::store::CommandRecord>, StoreError>> {
+        through!(self, self.inner.command(id))
+    }
+
+    fn record_command(
+        &self,
+        record: storied::store::CommandRecord,
+    ) -> BoxFuture<'_, Result<storied::store::CommandRecord, StoreError>> {
+        through!(self, self.inner.record_command(record))
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        through!(self, self.inner.forget_commands(age, limit))
+    }
 }
 
 /// Appends from several tasks at once until dropped, `n` events in all at most.

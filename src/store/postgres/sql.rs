@@ -68,7 +68,7 @@ macro_rules! statements {
 statements! {
     /// The statements of the log.
     LogSql {
-        append: "SELECT versions, accepted, lost, positions, transaction_id
+        append: "SELECT versions, lost, positions, transaction_id
             FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         find: "SELECT version, position, id FROM storied.events
             WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4) ORDER BY version",
@@ -126,6 +126,13 @@ statements! {
             VALUES ($1, $2, $3, $4, $5)
             ON CONFLICT (category, stream_id) DO UPDATE SET version = $3, revision = $4, state = $5
             WHERE s.revision <> $4 OR s.version <= $3",
+        command: "SELECT id, name, fingerprint, outcome, recorded_at FROM storied.commands WHERE id = $1",
+        record_command: "INSERT INTO storied.commands (id, name, fingerprint, outcome) VALUES ($1, $2, $3, $4)
+            ON CONFLICT (id) DO NOTHING RETURNING id, name, fingerprint, outcome, recorded_at",
+        forget_commands: "DELETE FROM storied.commands WHERE id IN (
+            SELECT id FROM storied.commands
+            WHERE recorded_at <= clock_timestamp() - $1 * interval '1 microsecond'
+            ORDER BY recorded_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
     }
 }
 
