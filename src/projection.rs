@@ -42,7 +42,7 @@ pub(crate) use self::handle::{Made, spawn};
 pub use self::handle::{ProjectionHandle, WaitError};
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
-pub use self::options::{FailurePolicy, ProjectionOptions, Schedule};
+pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]

@@ -26,8 +26,8 @@ use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::Board;
 use crate::partition;
 use crate::projection::{
-    self, InMemory, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus,
-    ReadModel, Surroundings, Target,
+    self, FollowMode, InMemory, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions,
+    ProjectionStatus, ReadModel, Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
@@ -97,6 +97,7 @@ struct ProjectionRegistration {
     filter: Result<Filter, EncodeError>,
     /// In how many partitions, if at all, of a read model that nodes share or do not.
     partitions: Option<(u16, bool)>,
+    follow: FollowMode,
     start: Box<StartProjection>,
 }
 
@@ -125,6 +126,16 @@ pub enum StartError {
     SameProjection {
         /// The name.
         name: String,
+    },
+    /// A projection is to follow the bus durably, and this one keeps nothing.
+    #[error(
+        "projection {name:?} is to follow the bus durably, but {bus} keeps no events; use NATS JetStream, or FollowMode::Feed"
+    )]
+    NotDurable {
+        /// The projection.
+        name: String,
+        /// The bus.
+        bus: &'static str,
     },
     /// A projection cannot be partitioned so.
     #[error("projection {name:?} cannot be in {partitions} partitions: {reason}")]
@@ -338,7 +349,13 @@ impl Builder {
             })
         };
         let start = Box::new(start);
-        self.projections.push(ProjectionRegistration { name, filter, partitions: None, start });
+        self.projections.push(ProjectionRegistration {
+            name,
+            filter,
+            partitions: None,
+            follow: FollowMode::Feed,
+            start,
+        });
         self
     }
 
@@ -354,11 +371,12 @@ impl Builder {
         R: ReadModel<Transaction = P::Transaction>,
     {
         let (name, filter) = made.with_one(|one| (one.name().to_owned(), one.filter()));
+        let follow = options.follow;
         let start = |filter, surroundings| -> BoxFuture<'static, _> {
             Box::pin(projection::spawn(made, filter, read_model, options, surroundings))
         };
         let start = Box::new(start);
-        self.projections.push(ProjectionRegistration { name, filter, partitions, start });
+        self.projections.push(ProjectionRegistration { name, filter, partitions, follow, start });
         self
     }
 
@@ -420,9 +438,12 @@ impl Builder {
             (registration.check)()?;
         }
         let mut projections: Vec<(String, Filter, Box<StartProjection>)> = Vec::new();
-        for ProjectionRegistration { name, filter, partitions, start } in self.projections {
+        for ProjectionRegistration { name, filter, partitions, follow, start } in self.projections {
             if projections.iter().any(|(other, ..)| *other == name) {
                 return Err(StartError::SameProjection { name });
+            }
+            if follow == FollowMode::Durable && !self.bus.is_durable() {
+                return Err(StartError::NotDurable { name, bus: self.bus.name() });
             }
             if let Some((partitions, shared)) = partitions {
                 let reason = match shared {
@@ -450,6 +471,7 @@ impl Builder {
             store: store.clone(),
             feed: feed.clone(),
             node,
+            bus: self.bus.clone(),
             board: Board::start(store.clone()),
             supervisor: Some(supervisor.cell()),
         };

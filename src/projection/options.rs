@@ -14,6 +14,21 @@ pub enum FailurePolicy {
     Park,
 }
 
+/// What a projection follows at the tip of the log; it catches up from the store in any case, and reads there what the other
+/// way has lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum FollowMode {
+    /// What its node sees of the log, which all projections of the node share.
+    #[default]
+    Feed,
+    /// A consumer of its own, on a bus that keeps events (`NatsBus` over JetStream): the server picks out the names that it asks
+    /// for, and keeps each event until it is committed. For projections of which few events are, on a log of which most are not:
+    /// without this, every node gets all of them. A read model that every node has for itself, and one that is being rebuilt,
+    /// follow the feed.
+    Durable,
+}
+
 /// When a projection applies what has come. Behind the tip of the log it always catches up at once, and a full
 /// [batch](ProjectionOptions::batch_size) is never waited with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -45,6 +60,7 @@ pub struct ProjectionOptions {
     pub(super) on_failure: FailurePolicy,
     pub(super) lease: Duration,
     pub(super) schedule: Schedule,
+    pub(crate) follow: FollowMode,
 }
 
 impl Default for ProjectionOptions {
@@ -56,6 +72,7 @@ impl Default for ProjectionOptions {
             on_failure: FailurePolicy::Stop,
             lease: Duration::from_secs(6),
             schedule: Schedule::Immediate,
+            follow: FollowMode::Feed,
         }
     }
 }
@@ -94,6 +111,14 @@ impl ProjectionOptions {
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.on_failure = policy;
+        self
+    }
+
+    /// What it follows. [`FollowMode::Feed`] by default. With [`FollowMode::Durable`] on a bus that keeps nothing, the runtime does
+    /// not start.
+    #[must_use]
+    pub fn follow(mut self, mode: FollowMode) -> Self {
+        self.follow = mode;
         self
     }
 

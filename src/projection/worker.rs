@@ -1,6 +1,7 @@
 //! The work of one projection: whose it is, where its next events come from.
 
 mod apply;
+mod input;
 mod orders;
 mod ownership;
 mod schedule;
@@ -17,16 +18,17 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
+use self::input::Follower;
 use self::ownership::News;
 use self::schedule::Timing;
 use self::version::Switch;
 use super::control::Control;
 use super::shape::Shape;
-use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
+use super::{FollowMode, Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
 use crate::backoff::Backoff;
-use crate::bus::LogBatch;
+use crate::bus::{EventBus, Follow, LogBatch};
 use crate::event::{Position, RecordedEvent};
-use crate::feed::{Feed, FeedFollower, FeedItem, adjacent};
+use crate::feed::{Feed, FeedItem, adjacent};
 use crate::lease::{Board, HeldLease, Sight};
 use crate::partition::Partition;
 use crate::store::{
@@ -51,6 +53,7 @@ pub(crate) struct Surroundings {
     pub(crate) store: Arc<dyn EventStore>,
     pub(crate) feed: Feed,
     pub(crate) node: Uuid,
+    pub(crate) bus: Arc<dyn EventBus>,
     pub(crate) board: Board,
     pub(crate) supervisor: Option<ActorCell>,
 }
@@ -110,6 +113,7 @@ struct Context {
     store: Arc<dyn EventStore>,
     feed: Feed,
     node: Uuid,
+    bus: Arc<dyn EventBus>,
     board: Board,
     /// What the board shows.
     sight: watch::Receiver<Sight>,
@@ -136,7 +140,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         surroundings: Surroundings,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let Surroundings { store, feed, node, board, .. } = surroundings;
+        let Surroundings { store, feed, node, bus, board, .. } = surroundings;
         let (partition, permit) = part.partition.unzip();
         let context = Arc::new(Context {
             name: instance.projection.name().to_owned(),
@@ -150,6 +154,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             store,
             feed,
             node,
+            bus,
             board,
             permit,
             status,
@@ -282,7 +287,7 @@ struct Run<'a, P, R> {
     /// How many positions the next page of the store reaches: more than [`SCAN`] only to get across a hole in the log.
     scan: u64,
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
-    follower: Option<FeedFollower>,
+    follower: Option<Follower>,
     pending: Option<Pending>,
     /// When what is pending is applied, and whether to read on.
     timing: Timing,
@@ -509,6 +514,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.look().await;
         self.flush().await;
         self.knows_of(self.context.feed.position());
+        let quiet = self.source == Source::Feed && self.pending.is_none();
+        let durable = self.follower.as_ref().is_some_and(Follower::is_durable);
+        if durable && quiet && self.context.feed.position() > self.applied {
+            // What the bus has picked out does not say how far the rest goes.
+            self.source = Source::Store;
+        }
         if self.context.role == Role::Rebuild {
             self.consider_switching().await;
         }
@@ -524,8 +535,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
 
     /// Reads the next page from the store.
     async fn read(&mut self) {
-        let Context { store, filter, options, feed, .. } = self.context;
-        self.follower.get_or_insert_with(|| feed.follow());
+        let Context { store, filter, options, .. } = self.context;
+        if self.follower.is_none() {
+            match self.listen() {
+                Ok(follower) => self.follower = Some(follower),
+                Err(error) => return self.outage(&error),
+            }
+        }
         let upto = Position::new(self.applied.get().saturating_add(self.scan));
         // Of what a partition reads, only its part makes a transaction.
         let parts = self.context.partition.map_or(1, |partition| usize::from(partition.count()).min(8));
@@ -554,6 +570,26 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Some(Err(error)) => self.outage(&error),
             None => {}
         }
+    }
+
+    /// From now on.
+    fn listen(&self) -> Result<Follower, StoreError> {
+        let Context { feed, bus, store, filter, options, role, .. } = self.context;
+        let own = *role == Role::Live && self.read_model.shared();
+        if options.follow == FollowMode::Feed || !own {
+            return Ok(Follower::Feed(feed.follow()));
+        }
+        let followed = bus.follow(Follow {
+            name: self.row.clone(),
+            store: store.info().id,
+            names: filter.wanted_names().map(|names| names.iter().cloned().collect()),
+            categories: filter.wanted_categories().map(|categories| categories.iter().cloned().collect()),
+        });
+        // The runtime has looked whether this bus can; so it is one that was taken down.
+        followed.map(Follower::Durable).map_err(|error| StoreError::Unavailable {
+            reason: format!("{} cannot be followed", bus.name()),
+            source: Some(Arc::new(error)),
+        })
     }
 
     /// Takes what the feed has.
@@ -589,9 +625,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                     self.source = Source::Store;
                 }
                 FeedItem::Closed => {
-                    // Only at the end of the runtime, which ends this as well.
+                    // Only at the end of the runtime, which ends this as well, or of the bus.
                     let error = StoreError::Unavailable { reason: "the feed has ended".into(), source: None };
                     self.source = Source::Store;
+                    self.follower = None;
                     self.outage(&error);
                 }
             }
@@ -599,7 +636,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             if self.source == Source::Store || events.len() >= self.context.options.batch {
                 break;
             }
-            match self.follower.as_mut().and_then(FeedFollower::try_next) {
+            match self.follower.as_mut().and_then(Follower::try_next) {
                 Some(next) => item = next,
                 None => break,
             }
@@ -617,6 +654,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             // Nothing to write but the checkpoint, and that can wait for the next tick.
             self.applied = upto;
             self.moved_to(upto);
+            self.tell_applied();
+        }
+    }
+
+    fn tell_applied(&mut self) {
+        if let Some(follower) = &mut self.follower {
+            follower.applied(self.applied);
         }
     }
 

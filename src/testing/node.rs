@@ -19,6 +19,7 @@ use crate::supervised::StopError;
 pub struct Node {
     id: Uuid,
     store: Arc<dyn EventStore>,
+    bus: Arc<dyn EventBus>,
     feed: Feed,
     board: Board,
     publisher: Publisher,
@@ -38,10 +39,10 @@ impl Node {
     ) -> Self {
         let id = Uuid::now_v7();
         let feed = Feed::start(store.clone(), bus.clone(), feed);
-        let publisher = Publisher::spawn(store.clone(), bus, publisher, id, None).await;
+        let publisher = Publisher::spawn(store.clone(), bus.clone(), publisher, id, None).await;
         let publisher = publisher.expect("the publisher starts");
         let board = Board::start(store.clone());
-        Self { id, store, feed, board, publisher, projections: Mutex::default() }
+        Self { id, store, bus, feed, board, publisher, projections: Mutex::default() }
     }
 
     /// Starts a projection.
@@ -108,7 +109,8 @@ impl Node {
     {
         let filter = made.with_one(Projection::filter).expect("the filter names events that there are");
         let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
-        let surroundings = Surroundings { store, feed, node: self.id, board, supervisor: None };
+        let bus = self.bus.clone();
+        let surroundings = Surroundings { store, feed, node: self.id, bus, board, supervisor: None };
         let handle = spawn(made, filter, read_model, options, surroundings).await;
         let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());

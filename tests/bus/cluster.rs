@@ -5,7 +5,7 @@ use std::time::Duration;
 use storied::bus::{ConsumerOptions, JetStreamOptions, NatsOptions, SubscribeOptions};
 
 use crate::harness::{self, NatsServer, Port};
-use crate::raw::{listen, take};
+use crate::raw::take;
 use crate::support::*;
 
 async fn cluster() -> Vec<NatsServer> {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use sqlx::SqliteConnection;
-use storied::projection::{ApplyError, ControlError, External, ProjectionState, RebuildStatus, Target};
+use storied::projection::{
+    ApplyError, ControlError, External, ProjectionState, RebuildStatus, Target, TargetUnavailable,
+};
 use storied::testing::Node;
 use storied::{
     EncodeError, EventStore, Filter, Position, Projection, ProjectionHandle, ProjectionOptions, RecordedEvent,
@@ -59,10 +61,13 @@ fn make(hook: &Hook) -> impl Fn(Target) -> Versioned + Send + Sync + 'static {
     move |target| Versioned { version: target.version, hook: hook.clone() }
 }
 
-/// Waits behind this position until the gate is open.
-fn behind(position: u64, gate: &Gate) -> Hook {
-    let (gate, go) = (gate.hook(), hook(|_| Ok(())));
-    Arc::new(move |event| if event.position.get() > position { gate(event) } else { go(event) })
+/// Does not get beyond this position, and keeps nobody else from the database, as long as it is shut.
+fn behind(position: u64, shut: &Arc<AtomicBool>) -> Hook {
+    let shut = shut.clone();
+    hook(move |event| {
+        let wait = event.position.get() > position && shut.load(Ordering::SeqCst);
+        if wait { Err(TargetUnavailable::new("not yet").into()) } else { Ok(()) }
+    })
 }
 
 async fn start(
@@ -99,8 +104,8 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
             // So that it is looked at in the middle.
-            let gate = Gate::closed();
-            let slow = behind(150, &gate);
+            let shut = Arc::new(AtomicBool::new(true));
+            let slow = behind(150, &shut);
             let options = options().batch_size(20);
             let (one, first) = start(&store, &database, &slow, partitions, options.clone()).await;
             for n in 0..40 {
@@ -125,7 +130,7 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
             let position = append(&store, 7, [7]).await;
             catch_up(&first, position).await;
             assert_eq!(first.status().version, 0, "{kind}");
-            gate.open();
+            shut.store(false, Ordering::SeqCst);
             for handle in [&first, &second] {
                 switched(handle, 1).await;
             }
@@ -166,7 +171,9 @@ async fn a_rebuild_that_is_killed_in_the_middle_goes_on_from_there() {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
             let gate = Gate::closed();
-            let wait = behind(100, &gate);
+            let (gated, go) = (gate.hook(), hook(|_| Ok(())));
+            let wait: Hook =
+                Arc::new(move |event| if event.position.get() > 100 { gated(event) } else { go(event) });
             let options = short_lived().batch_size(10);
             let (one, first) = start(&store, &database, &wait, partitions, options.clone()).await;
             for n in 0..40 {

@@ -146,6 +146,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.saved = Some(to);
         self.applied = to.position;
         self.timing.applied();
+        self.tell_applied();
         if self.suspect.as_ref().is_some_and(|suspect| suspect.position <= to.position) {
             self.suspect = None;
         }
