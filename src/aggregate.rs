@@ -27,7 +27,7 @@ pub use self::decision::Decision;
 pub use self::options::AggregateOptions;
 pub use self::outcome::{ExecuteError, Receipt};
 pub use self::router::RouterStatus;
-pub(crate) use self::router::{Answer, Order, Router, SHUTDOWN, StartRouterError};
+pub(crate) use self::router::{Order, Router, SHUTDOWN, StartRouterError};
 use crate::event::Event;
 
 /// A consistency boundary: its state, how it decides and how it folds. Pure code: no I/O, no clock and no randomness but

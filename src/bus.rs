@@ -16,13 +16,15 @@ use uuid::Uuid;
 
 pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
+pub(crate) use self::nats::line::{Line, OpenLine};
+#[cfg(feature = "nats")]
 pub use self::nats::{
     AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, HandleError, HandleOptions,
     Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsEvent, NatsOptions, Received,
     RetryPolicy, StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription,
     SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
-use crate::event::{Position, RecordedEvent};
+use crate::event::{Category, EventName, Position, RecordedEvent};
 use crate::future::BoxFuture;
 
 /// A piece of the log: every event in `(after, upto]`, in log order. Cheap to clone.
@@ -95,6 +97,29 @@ pub enum BusState {
     Closed,
 }
 
+/// What somebody follows durably: what the bus keeps for it until it is applied.
+#[derive(Debug, Clone)]
+pub struct Follow {
+    /// Who follows; the bus remembers by this name how far that is.
+    pub name: String,
+    /// The log of the store with this id.
+    pub store: Uuid,
+    /// Only events with these names, if given.
+    pub names: Option<Vec<EventName>>,
+    /// Only events of these categories, if given.
+    pub categories: Option<Vec<Category>>,
+}
+
+/// What a durable subscription yields.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum DurableItem {
+    /// The next event that was asked for; others may be among them, and events that were there before.
+    Event(RecordedEvent),
+    /// Something may be missing before the next event, and why. The first item is one.
+    Gap(String),
+}
+
 /// An event bus.
 pub trait EventBus: Send + Sync + 'static {
     /// `local`, `nats-core`, `nats-jetstream`, …
@@ -119,10 +144,44 @@ pub trait EventBus: Send + Sync + 'static {
     /// Subscribes to the live continuation of the log of the store with this id, and of no other. What is published after
     /// this returns is delivered, or reported as [`BusItem::Gap`].
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
+
+    /// Whether it keeps events for those who [follow](Self::follow) it.
+    fn is_durable(&self) -> bool {
+        false
+    }
+
+    /// Follows the log as the bus keeps it, with what is asked for picked out by the bus. Reaches the bus in the background,
+    /// for as long as it takes; must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// `Incompatible` when this bus keeps nothing, which is what it does unless it says otherwise.
+    fn follow(&self, follow: Follow) -> Result<Box<dyn DurableSubscription>, BusError> {
+        let _ = follow;
+        Err(BusError::Incompatible {
+            reason: format!("{} keeps no events for those who follow it", self.name()),
+        })
+    }
+}
+
+/// The reading side of a bus that keeps what was not applied yet.
+pub trait DurableSubscription: Send {
+    /// The next item; `Closed` is the end. Cancel-safe: a dropped call loses nothing.
+    fn next(&mut self) -> BoxFuture<'_, Result<DurableItem, BusError>>;
+
+    /// Everything up to here is applied for good, and need not be kept any longer. What is not is kept for as long as this
+    /// lives, and given to the next one who follows under that name.
+    fn applied(&mut self, upto: Position);
 }
 
 /// The writing side of a bus.
 pub trait BusPublisher: Send {
+    /// Waits until there may be somebody to publish for; nothing is read from the store before. At once by default. A bus
+    /// that makes the publisher wait here must give late subscribers a [`BusItem::Gap`] or nothing: they read the past from
+    /// the store. Cancel-safe.
+    fn wanted(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
     /// Where to go on. `known` is what the publisher remembers in the store of its last confirmed publish, for a mirror
     /// that was emptied since.
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;

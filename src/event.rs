@@ -37,7 +37,6 @@ use uuid::Uuid;
 
 pub use self::error::{DecodeError, DecodeErrorKind, EncodeError};
 pub use self::metadata::Metadata;
-#[cfg(feature = "nats")]
 pub(crate) use self::name::check as check_name;
 pub use self::name::{Category, EventName, InvalidName};
 pub use self::stream::StreamId;

@@ -67,7 +67,7 @@ impl FeedOptions {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FeedStatus {
-    /// How far followers have been given the log; `None` until the store was reached for the first time.
+    /// How far followers have been given the log; `None` until there was a follower and the store was reached for it.
     pub position: Option<Position>,
     /// How often something was missing from the bus and had to be read from the store.
     pub repairs: u64,
@@ -85,6 +85,8 @@ struct Inner {
     /// The task owns the ring, so that followers see its end.
     ring: broadcast::WeakSender<LogBatch>,
     status: watch::Receiver<FeedStatus>,
+    /// Whether anybody has followed yet: before that, neither store nor bus is asked for anything.
+    wanted: watch::Sender<bool>,
     stop: watch::Sender<bool>,
     _task: Task,
 }
@@ -108,11 +110,12 @@ pub(crate) struct FeedFollower {
 }
 
 impl Feed {
-    /// Follows the log from its frontier on. Must be called within a tokio runtime; connects to store and bus in the
-    /// background, for as long as it takes.
+    /// Follows the log from its frontier on, as soon as there is a follower. Must be called within a tokio runtime; connects
+    /// to store and bus in the background, for as long as it takes.
     pub(crate) fn start(store: Arc<dyn EventStore>, bus: Arc<dyn EventBus>, options: FeedOptions) -> Self {
         let ring = broadcast::Sender::new(options.capacity);
         let (status_sender, status) = watch::channel(FeedStatus::default());
+        let (wanted, mut waiting) = watch::channel(false);
         let (stop, mut stopping) = watch::channel(false);
         let weak = ring.downgrade();
         let mut task = FeedTask {
@@ -129,15 +132,21 @@ impl Feed {
                 biased;
                 // An error says that nobody is left who could stop it, or follow it.
                 _ = stopping.wait_for(|stop| *stop) => {}
-                () = task.run_for_ever() => {}
+                () = async {
+                    if waiting.wait_for(|wanted| *wanted).await.is_ok() {
+                        task.run_for_ever().await;
+                    }
+                } => {}
             }
         });
-        Self { inner: Arc::new(Inner { ring: weak, status, stop, _task: task }) }
+        Self { inner: Arc::new(Inner { ring: weak, status, wanted, stop, _task: task }) }
     }
 
     /// Follows the log from where the feed is now.
     pub(crate) fn follow(&self) -> FeedFollower {
-        FeedFollower { ring: self.inner.ring.upgrade().map(|ring| ring.subscribe()) }
+        let ring = self.inner.ring.upgrade().map(|ring| ring.subscribe());
+        self.inner.wanted.send_replace(true);
+        FeedFollower { ring }
     }
 
     /// How it is doing.

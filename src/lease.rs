@@ -1,4 +1,6 @@
-//! Holding a lease: taking it, renewing it in the background, noticing its loss, giving it back.
+//! Holding a lease: taking it, renewing it in the background, noticing its loss, giving it back; and seeing all of them.
+
+mod board;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,6 +9,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use uuid::Uuid;
 
+pub(crate) use self::board::{Board, Sight, View};
 use crate::store::{EventStore, Lease, StoreError};
 use crate::supervised::Task;
 

@@ -1,26 +1,105 @@
-//! Which partition a stream belongs to: on the bus, as a token of the subject, and for whoever shares the log out.
+//! Which part of a log a stream belongs to, when work is shared out by streams.
+//!
+//! The partition of a stream is the FNV-1a hash (32 bits) of the UTF-8 bytes of its [id](StreamId::id), modulo the number of
+//! partitions. The category is not part of it: what is about order 17 in two categories is in one partition. This is frozen:
+//! checkpoints, and programs in other languages, rely on it.
 
-use std::num::NonZeroU16;
+use std::fmt;
 
-/// The partition of the stream with this id (without its category), from 0: FNV-1a of its bytes, 32 bits wide, modulo the
-/// number of partitions. Frozen: it is in subjects and checkpoints, and other languages compute it, too.
-pub fn partition_of(stream_id: &str, partitions: NonZeroU16) -> u16 {
-    const OFFSET: u32 = 0x811c_9dc5;
-    const PRIME: u32 = 0x0100_0193;
-    let hash = stream_id.bytes().fold(OFFSET, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(PRIME));
-    // Smaller than the number of partitions, which is a u16.
-    (hash % u32::from(partitions.get())) as u16
+use crate::event::StreamId;
+
+/// The most partitions that there can be: each is an actor and a lease.
+pub(crate) const MOST: u16 = 256;
+
+/// One of the partitions of a projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Partition {
+    index: u16,
+    count: u16,
+}
+
+impl Partition {
+    /// The partition of a stream, of `count` in all; 0 counts as 1.
+    pub fn of(stream: &StreamId, count: u16) -> Self {
+        let count = count.max(1);
+        // Less than `count`, so nothing is cut off.
+        let index = (fnv1a_32(stream.id().as_bytes()) % u32::from(count)) as u16;
+        Self { index, count }
+    }
+
+    /// What is not partitioned.
+    pub(crate) const fn whole() -> Self {
+        Self { index: 0, count: 1 }
+    }
+
+    /// All of them, in order.
+    pub(crate) fn all(count: u16) -> impl ExactSizeIterator<Item = Self> {
+        (0..count).map(move |index| Self { index, count })
+    }
+
+    /// Which one: from 0.
+    pub fn index(self) -> u16 {
+        self.index
+    }
+
+    /// Of how many.
+    pub fn count(self) -> u16 {
+        self.count
+    }
+
+    /// Whether the stream is in this partition.
+    pub fn contains(self, stream: &StreamId) -> bool {
+        Self::of(stream, self.count) == self
+    }
+}
+
+impl fmt::Display for Partition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.index, self.count)
+    }
+}
+
+/// The hash of <http://www.isthe.com/chongo/tech/comp/fnv/>, as NATS' own `partition` mapping uses it.
+pub(crate) fn fnv1a_32(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, &byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// From the authors' own test vectors.
     #[test]
-    fn is_fnv_1a_as_published() {
-        let all = NonZeroU16::MAX;
-        for (text, hash) in [("", 0x811c_9dc5_u32), ("a", 0xe40c_292c), ("foobar", 0xbf9c_f968)] {
-            assert_eq!(u32::from(partition_of(text, all)), hash % 65_535, "{text}");
+    fn the_hash_is_fnv_1a() {
+        for (text, hash) in
+            [("", 0x811c_9dc5), ("a", 0xe40c_292c), ("b", 0xe70c_2de5), ("foobar", 0xbf9c_f968)]
+        {
+            assert_eq!(fnv1a_32(text.as_bytes()), hash, "{text}");
         }
+    }
+
+    /// Never change these: checkpoints on people's disks belong to them.
+    #[test]
+    fn partitions_are_frozen() {
+        let of = |category, id, count| Partition::of(&StreamId::new(category, id).unwrap(), count).index();
+        let ids =
+            ["1", "17", "536365", "C536379", "a7c9b6de-6f0c-4a3b-8f6e-2b1f0a9d3c11", "Zürich/3", "訂單"];
+        let eight = [4, 1, 3, 5, 7, 2, 4];
+        assert_eq!(ids.map(|id| of("order", id, 8)), eight);
+        assert_eq!(ids.map(|id| of("invoice", id, 8)), eight, "whatever the category");
+        assert_eq!(ids.map(|id| of("order", id, 1)), [0; 7]);
+        assert_eq!(ids.map(|id| of("order", id, 0)), [0; 7]);
+    }
+
+    #[test]
+    fn every_stream_is_in_one_partition() {
+        let mut sizes = [0; 8];
+        for id in 0..8_000 {
+            let stream = StreamId::new("order", id).unwrap();
+            let found: Vec<_> = Partition::all(8).filter(|partition| partition.contains(&stream)).collect();
+            assert_eq!(found.len(), 1);
+            sizes[usize::from(found[0].index())] += 1;
+        }
+        assert!(sizes.iter().all(|size| (800..1_200).contains(size)), "{sizes:?}");
     }
 }

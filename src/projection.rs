@@ -9,15 +9,23 @@
 //! | `PostgresReadModel` | `PgConnection` | the same |
 //! | [`InMemory`] | `()` | rebuilt at every start, on every node |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
+//!
+//! Where nodes share a read model, one of them at a time owns it; or, [partitioned](crate::runtime::Builder::partitioned), each of
+//! them a share of its partitions. Owners hold leases, by which others know when to take over; that an owner who was replaced
+//! changes nothing any more is up to the checkpoint, which only moves from where its owner left it, in its epoch (I7).
 
+mod balance;
 mod control;
 mod error;
 mod external;
+mod group;
 mod handle;
+mod lookup;
 mod memory;
 mod options;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod shape;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod status;
@@ -30,17 +38,19 @@ use std::sync::Arc;
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable};
 pub use self::external::{Delivery, External};
-pub(crate) use self::handle::spawn;
+pub(crate) use self::handle::{Made, spawn};
 pub use self::handle::{ProjectionHandle, WaitError};
+pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
-pub use self::options::{FailurePolicy, ProjectionOptions};
+pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
-pub use self::status::{ProjectionState, ProjectionStatus};
+pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
 pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};
+use crate::partition::Partition;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, ParkedEvent, StoreError};
 
 /// Folds events into a read model.
@@ -74,12 +84,31 @@ pub trait Projection: Send + 'static {
         tx: &mut Self::Transaction,
     ) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
-    /// Empties the read model; the log is then applied from its start. The default refuses, so that a reset never doubles
-    /// what is already there.
+    /// Empties the read model; the log is then applied from its start. Before a rebuild it is called on the new version, whose
+    /// tables it creates then: once, however many partitions there are. The default refuses, so that a reset never doubles what
+    /// is already there.
     fn reset(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Err("this projection does not implement reset".into()) }
     }
+
+    /// Makes the version that this one writes to the one that readers see: called once when a rebuild has caught up, in the
+    /// transaction of the switch. Replacing a view is a usual way. The default leaves it to readers to ask for the
+    /// [version](ProjectionStatus::version).
+    fn go_live(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+        let _ = tx;
+        async { Ok(()) }
+    }
+}
+
+/// What a projection is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Target {
+    /// The partition whose events it gets; of one, if it is not partitioned.
+    pub partition: Partition,
+    /// The version of the read model that it writes to: 0, and one more with every rebuild.
+    pub version: u64,
 }
 
 /// Where a read model and its checkpoint live together.
@@ -136,6 +165,22 @@ pub trait ReadModel: Send + Sync + 'static {
         self.checkpoint(name)
     }
 
+    /// Moves another checkpoint from exactly `from` to `to` with the commit of this transaction, or at once where there is
+    /// nothing to [roll back](Self::rolls_back). For what concerns all partitions of a projection; the default refuses.
+    fn save<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        let _ = (open, from, to);
+        let reason = format!(
+            "{name}: this read model keeps one checkpoint a transaction, so it cannot be partitioned"
+        );
+        Box::pin(async { Err(CheckpointError::Store(StoreError::Invalid { reason })) })
+    }
+
     /// Commits together: what was written, the checkpoint from exactly `from` to `to`, the parked event.
     fn commit<'a>(
         &'a self,
@@ -164,7 +209,7 @@ pub trait ReadModel: Send + Sync + 'static {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
-    /// Forgets all parked events with the commit of this transaction.
+    /// Forgets all parked events of `name` with the commit of this transaction.
     fn unpark_all<'a>(
         &'a self,
         open: &'a mut Self::Open,

@@ -88,6 +88,8 @@ pub enum PublisherState {
     Starting,
     /// Another node publishes to the shared bus.
     Standby,
+    /// Nobody follows the bus yet, and it keeps nothing: there is nothing to publish for.
+    Unheard,
     /// At work, or waiting for events.
     Publishing,
     /// Something failed and is tried again.

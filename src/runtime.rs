@@ -1,5 +1,6 @@
 //! The runtime: puts store, bus, aggregates and projections together, supervises them, and takes them down in order.
 
+mod commands;
 mod supervisor;
 
 use std::any::type_name;
@@ -12,19 +13,28 @@ use ractor::SpawnErr;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use self::commands::{Following, HandlerRegistration, forgetting};
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
 use crate::bus::{BusState, EventBus, LocalBus};
-use crate::command::{Execute, Handlers, StartRouterError};
-use crate::event::{EncodeError, Event, EventTypes, Position};
+use crate::command::{
+    CommandBus, CommandBusStatus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus,
+    Registry, Request, StartRouterError,
+};
+use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
+use crate::lease::Board;
+use crate::partition;
 use crate::projection::{
-    self, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel, Surroundings,
+    self, FollowMode, InMemory, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions,
+    ProjectionStatus, ReadModel, Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
-    BoxFuture, EventStore, Filter, LeaseInfo, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
+    BoxFuture, EventStore, Filter, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions,
+    WriterStatus,
 };
+use crate::supervised::Task;
 use crate::time::after;
 
 /// How long [`Runtime::shutdown`] waits for what is under way.
@@ -49,7 +59,9 @@ struct Inner {
     feed: Feed,
     /// In the order in which they were registered.
     projections: Vec<ProjectionHandle>,
-    handlers: Arc<Handlers>,
+    commands: Arc<Commands>,
+    /// Forgets old records of commands; ends with the runtime.
+    _forgetting: Option<Task>,
     /// Above everything that runs; stopping it stops all.
     supervisor: Supervisor,
 }
@@ -61,6 +73,8 @@ pub struct Builder {
     bus: Arc<dyn EventBus>,
     publisher: PublisherOptions,
     aggregates: Vec<Registration>,
+    commands: CommandBus,
+    handlers: Vec<HandlerRegistration>,
     feed: FeedOptions,
     projections: Vec<ProjectionRegistration>,
 }
@@ -74,13 +88,16 @@ struct Registration {
     start: Box<StartAggregate>,
 }
 
-type StartAggregate = dyn FnOnce(&mut Handlers, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
+type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
     + Send;
 
 /// What is known of a projection until the runtime starts.
 struct ProjectionRegistration {
     name: String,
     filter: Result<Filter, EncodeError>,
+    /// In how many partitions, if at all, of a read model that nodes share or do not.
+    partitions: Option<(u16, bool)>,
+    follow: FollowMode,
     start: Box<StartProjection>,
 }
 
@@ -110,12 +127,41 @@ pub enum StartError {
         /// The name.
         name: String,
     },
+    /// A projection is to follow the bus durably, and this one keeps nothing.
+    #[error(
+        "projection {name:?} is to follow the bus durably, but {bus} keeps no events; use NATS JetStream, or FollowMode::Feed"
+    )]
+    NotDurable {
+        /// The projection.
+        name: String,
+        /// The bus.
+        bus: &'static str,
+    },
+    /// A projection cannot be partitioned so.
+    #[error("projection {name:?} cannot be in {partitions} partitions: {reason}")]
+    Partitions {
+        /// The projection.
+        name: String,
+        /// How many were asked for.
+        partitions: u16,
+        /// Why not.
+        reason: &'static str,
+    },
     /// An aggregate's events cannot be stored, or a projection's filter names events that there are not.
     #[error(transparent)]
     Events(#[from] EncodeError),
     /// The store does not work.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Two handlers have the same name: their commands and records would mix.
+    #[error("two handlers are called {name:?}; a name belongs to one handler")]
+    SameHandler {
+        /// The name.
+        name: &'static str,
+    },
+    /// A handler has a name that no command can have.
+    #[error(transparent)]
+    HandlerName(#[from] InvalidName),
     /// An actor could not be started.
     #[error("an actor could not be started: {0}")]
     Actor(String),
@@ -167,10 +213,16 @@ pub struct RuntimeStatus {
     pub store: StoreInfo,
     /// The frontier of the log, or why it could not be read.
     pub frontier: Result<Position, StoreError>,
+    /// Who holds the frontier back, if anybody does; an append that is just under way is no reason to worry.
+    pub stall: Result<Option<Stall>, StoreError>,
     /// The group-commit writer.
     pub writer: WriterStatus,
     /// The kinds of aggregates, by category.
     pub aggregates: Vec<RouterStatus>,
+    /// The handlers, by name.
+    pub handlers: Vec<HandlerStatus>,
+    /// How commands get at other nodes.
+    pub commands: CommandBusStatus,
     /// The connection to the bus.
     pub bus: BusState,
     /// The publisher.
@@ -219,17 +271,112 @@ impl Builder {
     }
 
     /// Runs a projection over its read model.
-    pub fn projection_with<P, R>(mut self, projection: P, read_model: R, options: ProjectionOptions) -> Self
+    pub fn projection_with<P, R>(self, projection: P, read_model: R, options: ProjectionOptions) -> Self
     where
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let name = projection.name().to_owned();
-        let filter = projection.filter();
+        self.project(Made::Once(projection), None, read_model, options)
+    }
+
+    /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) beside the live one. `make` makes it for each
+    /// version of its read model, in tables of their own.
+    pub fn rebuildable<P, R>(
+        self,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.project(Made::Versioned(Arc::new(make)), None, read_model, options)
+    }
+
+    /// Runs a projection in `partitions` partitions, which all nodes that do so share evenly, with the default options: each
+    /// applies the events of [its](crate::Partition) streams, in their order. `make` makes the projection for each of them, and
+    /// for each version if it is ever [rebuilt](ProjectionHandle::rebuild); all have the same name and filter.
+    ///
+    /// The number, from 1 to 256, is fixed with the first start: more nodes than partitions are of no use, so choose as many
+    /// as there may ever be nodes. Another number needs a [reset](ProjectionHandle::reset).
+    pub fn partitioned<P, R>(
+        self,
+        partitions: u16,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.partitioned_with(partitions, make, read_model, ProjectionOptions::new())
+    }
+
+    /// As [`partitioned`](Self::partitioned), with options, which are those of each partition.
+    pub fn partitioned_with<P, R>(
+        self,
+        partitions: u16,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let shared = read_model.shared();
+        // What cannot be is refused when the runtime starts.
+        let count = partitions.clamp(1, partition::MOST);
+        self.project(
+            Made::Partitioned(count, Arc::new(make)),
+            Some((partitions, shared)),
+            read_model,
+            options,
+        )
+    }
+
+    /// Keeps an index over events in memory, on this node: see [`Lookup`].
+    pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
+        let (lookup, projection) = (lookup.clone(), lookup.projection());
+        let (name, filter) = (projection.name().to_owned(), projection.filter());
         let start = |filter, surroundings| -> BoxFuture<'static, _> {
-            Box::pin(projection::spawn(projection, filter, read_model, options, surroundings))
+            Box::pin(async move {
+                let (made, options) = (Made::Once(projection), ProjectionOptions::new());
+                let handle = projection::spawn(made, filter, InMemory::new(), options, surroundings).await?;
+                lookup.runs(&handle);
+                Ok(handle)
+            })
         };
-        self.projections.push(ProjectionRegistration { name, filter, start: Box::new(start) });
+        let start = Box::new(start);
+        self.projections.push(ProjectionRegistration {
+            name,
+            filter,
+            partitions: None,
+            follow: FollowMode::Feed,
+            start,
+        });
+        self
+    }
+
+    fn project<P, R>(
+        mut self,
+        made: Made<P>,
+        partitions: Option<(u16, bool)>,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let (name, filter) = made.with_one(|one| (one.name().to_owned(), one.filter()));
+        let follow = options.follow;
+        let start = |filter, surroundings| -> BoxFuture<'static, _> {
+            Box::pin(projection::spawn(made, filter, read_model, options, surroundings))
+        };
+        let start = Box::new(start);
+        self.projections.push(ProjectionRegistration { name, filter, partitions, follow, start });
         self
     }
 
@@ -247,10 +394,27 @@ impl Builder {
             start: Box::new(move |handlers, store, writer, supervisor| {
                 let router = Router::start(store, writer, options, supervisor.cell())?;
                 supervisor.adopt(Box::new(router.clone()));
-                handlers.register(router);
+                handlers.aggregate(router);
                 Ok(())
             }),
         });
+        self
+    }
+
+    /// Handles commands that are no aggregate's, with the default options.
+    pub fn handler<H: Handler>(self, handler: H) -> Self {
+        self.handler_with(handler, HandlerOptions::new())
+    }
+
+    /// Handles commands that are no aggregate's.
+    pub fn handler_with<H: Handler>(mut self, handler: H, options: HandlerOptions) -> Self {
+        self.handlers.push(HandlerRegistration::new(handler, options));
+        self
+    }
+
+    /// How commands find whoever handles them. [`CommandBus::local`] by default: within this process.
+    pub fn commands(mut self, bus: CommandBus) -> Self {
+        self.commands = bus;
         self
     }
 
@@ -274,12 +438,27 @@ impl Builder {
             (registration.check)()?;
         }
         let mut projections: Vec<(String, Filter, Box<StartProjection>)> = Vec::new();
-        for ProjectionRegistration { name, filter, start } in self.projections {
+        for ProjectionRegistration { name, filter, partitions, follow, start } in self.projections {
             if projections.iter().any(|(other, ..)| *other == name) {
                 return Err(StartError::SameProjection { name });
             }
+            if follow == FollowMode::Durable && !self.bus.is_durable() {
+                return Err(StartError::NotDurable { name, bus: self.bus.name() });
+            }
+            if let Some((partitions, shared)) = partitions {
+                let reason = match shared {
+                    false => Some("every node has its own read model, and no use for a part of it"),
+                    true if partitions == 0 => Some("there must be at least one"),
+                    true if partitions > partition::MOST => Some("there may be 256 at most"),
+                    true => None,
+                };
+                if let Some(reason) = reason {
+                    return Err(StartError::Partitions { name, partitions, reason });
+                }
+            }
             projections.push((name, filter?, start));
         }
+        commands::check(&self.handlers)?;
         store.frontier().await?;
         let node = Uuid::now_v7();
         let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
@@ -292,6 +471,8 @@ impl Builder {
             store: store.clone(),
             feed: feed.clone(),
             node,
+            bus: self.bus.clone(),
+            board: Board::start(store.clone()),
             supervisor: Some(supervisor.cell()),
         };
         let mut handles = Vec::with_capacity(projections.len());
@@ -299,11 +480,19 @@ impl Builder {
             handles.push(start(filter, surroundings.clone()).await?);
         }
         let writer = Writer::start(store.clone(), WriterOptions::default());
-        let mut handlers = Handlers::default();
+        let forgetting = (!self.handlers.is_empty())
+            .then(|| Task::spawn(forgetting(store.clone(), self.commands.records_kept())));
+        let commands = Commands::new(self.commands.policy());
+        let mut registry = Registry::default();
         for registration in self.aggregates {
-            (registration.start)(&mut handlers, store.clone(), writer.clone(), &supervisor)?;
+            (registration.start)(&mut registry, store.clone(), writer.clone(), &supervisor)?;
         }
-        let handlers = Arc::new(handlers);
+        for registration in self.handlers {
+            registration.start(&mut registry, store.clone(), &commands, &supervisor)?;
+        }
+        commands.open(registry, Box::new(Following(handles.clone())));
+        #[cfg(feature = "nats")]
+        commands.connect(self.commands, store.info().id, node).await;
         let inner = Inner {
             node,
             store,
@@ -312,7 +501,8 @@ impl Builder {
             publisher,
             feed,
             projections: handles,
-            handlers,
+            commands,
+            _forgetting: forgetting,
             supervisor,
         };
         Ok(Runtime { inner: Arc::new(inner) })
@@ -328,6 +518,8 @@ impl Runtime {
             publisher: PublisherOptions::new(),
             feed: FeedOptions::new(),
             aggregates: Vec::new(),
+            commands: CommandBus::local(),
+            handlers: Vec::new(),
             projections: Vec::new(),
         }
     }
@@ -339,7 +531,17 @@ impl Runtime {
     /// When awaited: the aggregate's own refusal, or what else kept the command from taking effect, see
     /// [`ExecuteError`](crate::ExecuteError).
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
-        Execute::new(self.inner.handlers.clone(), id, command.into())
+        Execute::new(self.inner.commands.clone(), id.to_string(), command.into(), Envelope::new())
+    }
+
+    /// Executes a command on the handler `H`, wherever it runs: await it for the answer, or say more first, see
+    /// [`Request`].
+    ///
+    /// # Errors
+    /// When awaited: the handler's own refusal, or what else kept the command from being handled, see
+    /// [`ExecuteError`](crate::ExecuteError).
+    pub fn command<H: Handler>(&self, command: impl Into<H::Command>) -> Request<H> {
+        Request::new(self.inner.commands.clone(), command.into(), Envelope::new())
     }
 
     /// The projection of that name: to wait for it, pause it, reset it, look at what it parked.
@@ -369,8 +571,11 @@ impl Runtime {
             node: self.inner.node,
             store: self.inner.store.info().clone(),
             frontier: self.inner.store.frontier().await,
+            stall: self.inner.store.stall().await,
             writer: self.inner.writer.status(),
-            aggregates: self.inner.handlers.status(),
+            aggregates: self.inner.commands.registry().aggregates(),
+            handlers: self.inner.commands.registry().handlers(),
+            commands: self.inner.commands.status(),
             bus: self.inner.bus.state(),
             publisher,
             feed: self.inner.feed.status(),
@@ -400,7 +605,7 @@ impl Runtime {
         let deadline = after(timeout);
         let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut unfinished = Vec::new();
-        let commands = self.inner.handlers.shut_down(deadline - 2 * reserve).await;
+        let commands = self.inner.commands.shut_down(deadline - 2 * reserve).await;
         if commands > 0 {
             unfinished.push(format!("{commands} commands without an answer"));
         }

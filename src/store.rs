@@ -14,6 +14,7 @@
 //! have taken effect, never half.
 
 mod append;
+mod command_record;
 mod decide;
 mod error;
 mod filter;
@@ -26,17 +27,20 @@ mod progress;
 pub(crate) mod sqlite;
 mod writer;
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use tokio::sync::watch;
 use uuid::Uuid;
 
 pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend};
+pub use self::command_record::CommandRecord;
 pub use self::error::{AppendError, StoreError};
 pub use self::filter::Filter;
 pub use self::lease::{Lease, LeaseInfo};
 pub use self::memory::MemoryStore;
 #[cfg(feature = "postgres")]
-pub use self::postgres::{PostgresOptions, PostgresStore, Stall};
+pub use self::postgres::{PostgresOptions, PostgresStore};
 pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};
@@ -136,6 +140,24 @@ impl LogPage {
     }
 }
 
+/// Who keeps the frontier from moving, so that nobody sees the events behind it yet.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Stall {
+    /// The server process that holds the lowest low-water lock; `None` for a prepared transaction.
+    pub pid: Option<i32>,
+    /// What its client calls itself.
+    pub application_name: String,
+    /// What it does: `active`, `idle in transaction` …
+    pub state: String,
+    /// How long its transaction has been open.
+    pub open_for: std::time::Duration,
+    /// Its current or last statement, the first 300 characters. Empty if this login may not see it.
+    pub query: String,
+    /// Up to where the log can be read meanwhile.
+    pub low_water: Position,
+}
+
 /// A folded state, kept so that a long stream need not be folded from its start. A cache: losing one loses nothing.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
@@ -172,6 +194,13 @@ pub trait EventStore: Send + Sync + 'static {
     /// The position of the last event below which nothing new can ever appear; [`Position::START`] in an empty log.
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
 
+    /// Who keeps the frontier from moving at this moment, so that nobody can read beyond it: an append that is under way, if
+    /// only for a millisecond, or a transaction that somebody has left open after appending. None by default, as where
+    /// commits come one after the other.
+    fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
     /// Wakes readers of this process after it appended; carries the highest position. A hint: another process's appends
     /// do not show here, so whoever waits also polls.
     fn appended(&self) -> watch::Receiver<Position>;
@@ -202,8 +231,8 @@ pub trait EventStore: Send + Sync + 'static {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
-    /// Whether the projection `name` is to stand still, on every node.
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>>;
+    /// The names of the projections that are to stand still, on every node.
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>>;
 
     /// Remembers that the projection `name` is to stand still, or to go on.
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>>;
@@ -239,4 +268,18 @@ pub trait EventStore: Send + Sync + 'static {
         stream: &'a StreamId,
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// What became of the command with this id, if that was recorded and not forgotten since.
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>>;
+
+    /// Records what became of a command, unless that was recorded before: the first record counts, and is returned. The
+    /// time in `record` is replaced by the store's.
+    fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>>;
+
+    /// Forgets at most `limit` records that are older than `age`; how many there were.
+    fn forget_commands(
+        &self,
+        age: std::time::Duration,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<usize, StoreError>>;
 }

@@ -17,6 +17,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use domain::InvoiceEvent;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rust_decimal::Decimal;
 use serde::Deserialize;
 use storied::{EventStore, Position, ReadLog, RecordedEvent, SqliteStore};
@@ -271,6 +273,61 @@ async fn killed_at_any_moment_on_postgres_as_well() {
     killed(6, Shop::on_postgres).await;
 }
 
+/// Three processes share the read models; each of the others is killed while the first one works, and then the first.
+#[tokio::test]
+async fn any_node_may_be_killed() {
+    let shop = Shop::on_postgres().await;
+    let expected = totals_of(CSV);
+    let nodes = ["--json", "--nodes", "3"];
+    let mut killed = 0;
+    for round in 0..2 {
+        let mut run = shop.start(&[&nodes[..], &["--reset"]].concat());
+        let mut others = children(run.id());
+        while others.len() < 2 && run.try_wait().unwrap().is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            others = children(run.id());
+        }
+        for other in others {
+            tokio::time::sleep(Duration::from_millis(300 * round)).await;
+            killed += usize::from(kill(other, Signal::SIGKILL).is_ok());
+        }
+        let status = run.wait().unwrap();
+        let report = shop.said(status).report();
+        assert_eq!((report.totals, report.events), (totals_of(CSV), 10_512));
+    }
+    assert!(killed >= 2, "they were faster than the kills");
+
+    let mut run = shop.start(&[&nodes[..], &["--reset"]].concat());
+    let mut others = children(run.id());
+    while others.len() < 2 {
+        assert!(run.try_wait().unwrap().is_none());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        others = children(run.id());
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    run.kill().unwrap();
+    run.wait().unwrap();
+    // Who is left goes on with what there is, and ends.
+    let ended = Instant::now();
+    while others.iter().any(|other| is_running(*other)) {
+        assert!(ended.elapsed() < Duration::from_secs(30), "{others:?} are still there");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let report = shop.report(&nodes);
+    assert_eq!((report.totals, report.events), (expected, 10_512));
+}
+
+fn children(of: u32) -> Vec<Pid> {
+    let children = fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
+    children.split_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect()
+}
+
+/// A process that nobody has waited for is one no more.
+fn is_running(process: Pid) -> bool {
+    let status = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    status.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+}
+
 /// Killed again and again, wherever it happens to be, on databases that get fuller from run to run.
 async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
     let seed = match std::env::var("RETAIL_SEED") {
@@ -421,6 +478,8 @@ fn the_command_line_is_checked() {
         (&["--input"], "--input needs a value"),
         (&["--store", "mysql"], "--store cannot be mysql"),
         (&["--bus", "omnibus"], "--bus cannot be omnibus"),
+        (&["--store", "postgres", "--nodes", "0"], "--nodes cannot be 0"),
+        (&["--nodes", "2"], "--nodes needs --store postgres"),
     ] {
         let said = shop.run(args);
         assert_eq!((said.status.code(), &*said.stdout), (Some(2), ""));

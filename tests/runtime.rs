@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
+use storied::bus::BusItem;
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, MemoryStore,
-    Position, ReadLog, RecordedEvent, Runtime, SqliteStore,
+    Aggregate, Context, Decision, EncodeError, Event, EventBus, EventStore, ExecuteError, Filter, LocalBus,
+    MemoryStore, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -171,11 +172,42 @@ async fn what_was_executed_can_be_read() {
     assert_eq!(status.projections["ledger"].state, ProjectionState::Following);
     assert_eq!(status.projections["ledger"].lag(), 0);
     assert_eq!(status.aggregates[0].live, 5);
-    assert_eq!(status.writer.events, 50);
+    assert_eq!((status.writer.events, status.stall.unwrap()), (50, None));
     assert_eq!(status.leases.unwrap()[0].lease.name, "projection/ledger");
     let unknown = runtime.projection("stock").unwrap_err();
     assert_eq!(unknown.to_string(), "there is no projection \"stock\"; this node has ledger");
     runtime.shutdown().await.unwrap();
+}
+
+/// A node that only takes commands does not read back what it appends. Who comes later misses nothing.
+#[tokio::test]
+async fn without_projections_nobody_publishes_until_somebody_follows() {
+    let bus = LocalBus::new();
+    let store = MemoryStore::new();
+    let deposits = async |node: &Runtime| {
+        for n in 1..=10 {
+            node.execute::<Account>("a", Deposit(n)).await.unwrap();
+        }
+    };
+    let node = Runtime::builder().store(store.clone()).bus(bus.clone()).aggregate::<Account>();
+    let node = node.start().await.unwrap();
+    deposits(&node).await;
+    let status = node.status().await;
+    assert_eq!((status.publisher.state, status.publisher.published), (PublisherState::Unheard, None));
+    assert_eq!(status.feed.position, None);
+
+    let mut subscription = bus.subscribe(store.info().id).await.unwrap();
+    let published = async {
+        while node.status().await.publisher.published.is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), published).await.expect("publishing");
+    deposits(&node).await;
+    let mut next = async || tokio::time::timeout(Duration::from_secs(10), subscription.next()).await.unwrap();
+    assert!(matches!(next().await, Ok(BusItem::Head(head)) if head == Position::new(10)));
+    assert!(matches!(next().await, Ok(BusItem::Batch(batch)) if batch.after == Position::new(10)));
+    node.shutdown().await.unwrap();
 }
 
 #[tokio::test]

@@ -10,13 +10,14 @@ Usage: retail [OPTIONS]
 
   --db PATH      the event store, created if need be [default: retail.db, in the current directory];
                  the read models of shop.db are in shop-read.db beside it
-  --store KIND   sqlite [default], or postgres: then the log is in PostgreSQL (schema storied_retail), and
-                 --db only says where the read models are
+  --store KIND   sqlite [default], or postgres: then the log is in PostgreSQL (schema storied_retail) and the
+                 read models beside it (schema retail), in partitions
   --database-url URL
                  which PostgreSQL [default: the environment's DATABASE_URL]
   --input FILE   the invoice lines [default: online-retail-10k.csv, beside the source of this example]
   --bus BUS      what carries events to the read models: local, core or jetstream (NATS) [default: local]
   --nats-url URL the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
+  --nodes N      with --store postgres: N processes share the read models; kill any of them [default: 1]
   --reset        deletes the log and the read models first, and with --bus jetstream the old mirror
   --json         prints the report as one JSON object
   --help         prints this
@@ -33,6 +34,10 @@ pub(crate) struct Args {
     pub(crate) input: PathBuf,
     pub(crate) bus: Bus,
     pub(crate) nats_url: Option<String>,
+    /// How many processes share the read models.
+    pub(crate) nodes: u16,
+    /// Whether this is one of those that the first one has started.
+    pub(crate) node: bool,
     pub(crate) reset: bool,
     pub(crate) json: bool,
     pub(crate) help: bool,
@@ -60,6 +65,8 @@ pub(crate) enum UsageError {
     Unknown(OsString),
     #[error("{0} needs a value")]
     NoValue(&'static str),
+    #[error("--nodes needs --store postgres")]
+    OneNode,
     #[error("{option} cannot be {}", found.display())]
     BadValue { option: &'static str, found: OsString },
 }
@@ -73,6 +80,8 @@ impl Args {
             input: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv").into(),
             bus: Bus::Local,
             nats_url: None,
+            nodes: 1,
+            node: false,
             reset: false,
             json: false,
             help: false,
@@ -110,11 +119,22 @@ impl Args {
                 Some("--nats-url") => {
                     parsed.nats_url = Some(value("--nats-url")?.to_string_lossy().into_owned());
                 }
+                Some("--nodes") => {
+                    let found = value("--nodes")?;
+                    let nodes = found.to_str().and_then(|nodes| nodes.parse().ok());
+                    let nodes = nodes.filter(|nodes| (1..=64).contains(nodes));
+                    parsed.nodes = nodes.ok_or(UsageError::BadValue { option: "--nodes", found })?;
+                }
+                // Only from `nodes.rs`.
+                Some("--node") => parsed.node = true,
                 Some("--reset") => parsed.reset = true,
                 Some("--json") => parsed.json = true,
                 Some("--help" | "-h") => parsed.help = true,
                 _ => return Err(UsageError::Unknown(arg)),
             }
+        }
+        if parsed.nodes > 1 && parsed.store == StoreKind::Sqlite {
+            return Err(UsageError::OneNode);
         }
         Ok(parsed)
     }

@@ -4,6 +4,7 @@
 mod args;
 mod domain;
 mod import;
+mod nodes;
 mod projections;
 mod report;
 mod rows;
@@ -15,16 +16,19 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use sqlx::Connection;
+use sqlx::postgres::PgPoolOptions;
 use storied::bus::JetStreamOptions;
+use storied::runtime::Builder;
 use storied::{
-    AggregateOptions, EventStore, NatsBus, NatsOptions, Position, PostgresOptions, ProjectionOptions,
-    ReadLog, Runtime, SqliteReadModel, SqliteStore, StoreError,
+    AggregateOptions, EventStore, NatsBus, NatsOptions, Position, PostgresOptions, PostgresReadModel,
+    ProjectionOptions, ReadLog, Runtime, SqliteReadModel, SqliteStore, StoreError,
 };
 
 use self::args::{Args, Bus, StoreKind, USAGE};
 use self::domain::Invoice;
 use self::import::ImportError;
-use self::projections::{RevenueByCountry, Totals, UnitsByStockCode};
+use self::nodes::Nodes;
+use self::projections::{REVENUE, ReadModels, UNITS};
 use self::report::{Progress, Report};
 use self::rows::{RowError, Rows};
 
@@ -56,7 +60,8 @@ async fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match run(&args).await {
+    let ended = if args.node { serve(&args).await } else { run(&args).await };
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -92,6 +97,10 @@ enum Failure {
     Shutdown(#[from] storied::runtime::ShutdownError),
     #[error("a database failed: {0}")]
     Database(#[from] sqlx::Error),
+    #[error("--store postgres needs --database-url, or DATABASE_URL in the environment")]
+    NoDatabaseUrl,
+    #[error("starting or ending another node: {0}")]
+    Nodes(io::Error),
     #[error("{} is no SQLite database, and not for --reset to delete", .0.display())]
     NoDatabase(PathBuf),
     #[error("{}: {error}", path.display())]
@@ -104,14 +113,14 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let rows = Rows::open(&args.input)?;
     if args.reset {
         match args.store {
-            StoreKind::Sqlite => delete_database(&args.db)?,
+            StoreKind::Sqlite => {
+                delete_database(&args.db)?;
+                delete_database(&args.read_models())?;
+            }
             StoreKind::Postgres => drop_schema(args).await?,
         }
-        delete_database(&args.read_models())?;
     }
-    let read_models = SqliteReadModel::open(args.read_models()).await?;
-    projections::create_tables(read_models.pool()).await?;
-    let leased = ProjectionOptions::new().lease(LEASE);
+    let read_models = read_models(args).await?;
     let builder = match nats(args)? {
         Some(bus) => {
             bus.connect().await?;
@@ -122,16 +131,14 @@ async fn run(args: &Args) -> Result<(), Failure> {
         }
         None => Runtime::builder(),
     };
-    let builder = match args.store {
-        StoreKind::Sqlite => builder.store(SqliteStore::open(&args.db).await?),
-        StoreKind::Postgres => builder.store(postgres(args).connect().await?),
-    };
+    let builder = node(builder, args, &read_models).await?;
+    read_models.create_tables().await?;
     let runtime = builder
         .aggregate_with(AggregateOptions::<Invoice>::new().command_window(COMMAND_WINDOW))
-        .projection_with(RevenueByCountry, read_models.clone(), leased.clone())
-        .projection_with(UnitsByStockCode, read_models.clone(), leased)
         .start()
         .await?;
+    // Only now, so that they find everything prepared.
+    let nodes = Nodes::start(args)?;
 
     let mut progress = Progress::new();
     let (tally, imported) = import::import(&runtime, rows, &mut progress).await;
@@ -139,14 +146,15 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let took = progress.done();
 
     let events = count_events(&**runtime.store()).await;
+    nodes.end().await?;
     let ended = runtime.shutdown().await;
     // Only now: whatever went wrong, the node was taken down in order. The first trouble is the one to tell.
     imported?;
     caught_up?;
     ended?;
     let events = events?;
-    let totals = Totals::read(read_models.pool()).await?;
-    read_models.pool().close().await;
+    let totals = read_models.totals().await?;
+    read_models.close().await;
     let report = Report::new(&tally, events, totals, took);
     let mut out = io::stdout().lock();
     let written = if args.json { report.write_json(&mut out) } else { report.write_text(&mut out) };
@@ -157,9 +165,46 @@ async fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
+/// One of the other nodes: keeps its share of the read models until the first one ends.
+async fn serve(args: &Args) -> Result<(), Failure> {
+    let read_models = read_models(args).await?;
+    let builder = match nats(args)? {
+        Some(bus) => Runtime::builder().bus(bus),
+        None => Runtime::builder(),
+    };
+    let runtime = node(builder, args, &read_models).await?.start().await?;
+    nodes::until_the_first_ends().await;
+    runtime.shutdown().await?;
+    read_models.close().await;
+    Ok(())
+}
+
+/// What every node has.
+async fn node(builder: Builder, args: &Args, read_models: &ReadModels) -> Result<Builder, Failure> {
+    let builder = match args.store {
+        StoreKind::Sqlite => builder.store(SqliteStore::open(&args.db).await?),
+        StoreKind::Postgres => builder.store(postgres(args).connect().await?),
+    };
+    Ok(read_models.keep(builder, &ProjectionOptions::new().lease(LEASE)))
+}
+
+async fn read_models(args: &Args) -> Result<ReadModels, Failure> {
+    Ok(match args.store {
+        StoreKind::Sqlite => ReadModels::Sqlite(SqliteReadModel::open(args.read_models()).await?),
+        StoreKind::Postgres => {
+            // As the store has them: from there come the errors that say what is wrong.
+            let pool = PgPoolOptions::new().acquire_timeout(PATIENCE);
+            let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok());
+            let pool = pool.connect_lazy(&url.ok_or(Failure::NoDatabaseUrl)?)?;
+            ReadModels::Postgres(PostgresReadModel::new(pool).schema(SCHEMA)?)
+        }
+    })
+}
+
 /// The log in PostgreSQL, apart from whatever else is in that database.
 fn postgres(args: &Args) -> PostgresOptions {
-    let options = PostgresOptions::new().schema(SCHEMA).application_name("retail");
+    // Other nodes hear of it at once.
+    let options = PostgresOptions::new().schema(SCHEMA).application_name("retail").notify(args.nodes > 1);
     match &args.database_url {
         Some(url) => options.url(url),
         None => options, // the environment's DATABASE_URL
@@ -171,7 +216,7 @@ async fn drop_schema(args: &Args) -> Result<(), Failure> {
     // Without one, connecting says what is missing.
     let Some(url) = url else { return Ok(()) };
     let mut connection = sqlx::PgConnection::connect(&url).await?;
-    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")))
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("DROP SCHEMA IF EXISTS {SCHEMA}, retail CASCADE")))
         .execute(&mut connection)
         .await?;
     Ok(connection.close().await?)
@@ -179,7 +224,7 @@ async fn drop_schema(args: &Args) -> Result<(), Failure> {
 
 /// Waits until the read models know of everything that the import did.
 async fn caught_up(runtime: &Runtime, position: Position) -> Result<(), Failure> {
-    for name in [RevenueByCountry::NAME, UnitsByStockCode::NAME] {
+    for name in [REVENUE, UNITS] {
         runtime.projection(name)?.caught_up_to_within(position, PATIENCE).await?;
     }
     Ok(())

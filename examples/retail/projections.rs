@@ -1,124 +1,105 @@
-//! The read models: revenue by country and units by stock code.
-//!
-//! They live in a SQLite file of their own, beside the event store's: SQLite lets one transaction write to a file at a time,
-//! so that in one file the projections and the appends would wait for each other. Nothing is lost by it, because what must
-//! be in step is a read model and its checkpoint, and these commit together.
+//! The read models: revenue by country and units by stock code, where the log is.
+
+mod postgres;
+mod sqlite;
 
 use std::collections::BTreeMap;
 
 use rust_decimal::Decimal;
-use sqlx::sqlite::{SqliteConnection, SqlitePool};
 use storied::projection::ApplyError;
-use storied::{EncodeError, Filter, Projection, RecordedEvent};
+use storied::runtime::Builder;
+use storied::{PostgresReadModel, ProjectionOptions, SqliteReadModel};
 
-use crate::domain::{InvoiceEvent, PRICE_DECIMALS};
+use crate::domain::PRICE_DECIMALS;
 
-/// Money is kept as a whole number of the smallest part that a price can have: SQLite would add decimals as floats.
-const TABLES: &str = "
-    CREATE TABLE IF NOT EXISTS invoices (
-        number TEXT PRIMARY KEY, credit_note INTEGER NOT NULL, country TEXT NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS revenue_by_country (
-        country TEXT PRIMARY KEY, revenue INTEGER NOT NULL
-    ) STRICT, WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS units_by_stock_code (
-        stock_code TEXT PRIMARY KEY, units INTEGER NOT NULL
-    ) STRICT, WITHOUT ROWID;
-";
+/// The names of the projections.
+pub(crate) const REVENUE: &str = "revenue_by_country";
+pub(crate) const UNITS: &str = "units_by_stock_code";
 
-pub(crate) async fn create_tables(pool: &SqlitePool) -> Result<(), sqlx::Error> {
-    sqlx::raw_sql(TABLES).execute(pool).await.map(drop)
+/// In how many partitions they are, where several nodes can share them.
+const PARTITIONS: u16 = 8;
+
+/// Where the read models live.
+#[derive(Debug, Clone)]
+pub(crate) enum ReadModels {
+    Sqlite(SqliteReadModel),
+    Postgres(PostgresReadModel),
 }
 
-/// Which invoices there are, and what each country brought in.
-#[derive(Debug)]
-pub(crate) struct RevenueByCountry;
-
-impl RevenueByCountry {
-    pub(crate) const NAME: &str = "revenue_by_country";
-}
-
-impl Projection for RevenueByCountry {
-    type Transaction = SqliteConnection;
-
-    fn name(&self) -> &str {
-        Self::NAME
-    }
-
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Filter::of::<InvoiceEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        let number = event.stream.id();
-        let invoice: InvoiceEvent = event.decode()?;
-        if let Some(header) = invoice.header() {
-            sqlx::query("INSERT INTO invoices (number, credit_note, country) VALUES (?, ?, ?)")
-                .bind(number)
-                .bind(matches!(invoice, InvoiceEvent::CreditNoteOpened { .. }))
-                .bind(&header.country)
-                .execute(&mut *tx)
-                .await?;
+impl ReadModels {
+    pub(crate) async fn create_tables(&self) -> Result<(), sqlx::Error> {
+        match self {
+            Self::Sqlite(model) => sqlite::create_tables(model.pool()).await,
+            Self::Postgres(model) => postgres::create_tables(model.pool()).await,
         }
-        if let Some(line) = invoice.line() {
-            let booked = sqlx::query(
-                "INSERT INTO revenue_by_country SELECT country, ?1 FROM invoices WHERE number = ?2
-                 ON CONFLICT (country) DO UPDATE SET revenue = revenue + excluded.revenue",
-            )
-            .bind(to_sql(line.amount())?)
-            .bind(number)
-            .execute(&mut *tx)
-            .await?;
-            if booked.rows_affected() == 0 {
-                return Err(format!("a line of invoice {number} came before the invoice").into());
+    }
+
+    /// Has the node keep them.
+    pub(crate) fn keep(&self, builder: Builder, options: &ProjectionOptions) -> Builder {
+        match self {
+            Self::Sqlite(model) => builder
+                .projection_with(sqlite::RevenueByCountry, model.clone(), options.clone())
+                .projection_with(sqlite::UnitsByStockCode, model.clone(), options.clone()),
+            Self::Postgres(model) => builder
+                .partitioned_with(PARTITIONS, postgres::RevenueByCountry, model.clone(), options.clone())
+                .partitioned_with(PARTITIONS, postgres::UnitsByStockCode, model.clone(), options.clone()),
+        }
+    }
+
+    /// What they say.
+    pub(crate) async fn totals(&self) -> Result<Totals, sqlx::Error> {
+        let ((invoices, cancellations), revenue, units): ((i64, i64), Vec<_>, Vec<_>) = match self {
+            Self::Sqlite(model) => {
+                let pool = model.pool();
+                (
+                    sqlx::query_as(
+                        "SELECT count(*) FILTER (WHERE NOT credit_note), count(*) FILTER (WHERE credit_note)
+                         FROM invoices",
+                    )
+                    .fetch_one(pool)
+                    .await?,
+                    sqlx::query_as("SELECT country, revenue FROM revenue_by_country").fetch_all(pool).await?,
+                    sqlx::query_as("SELECT stock_code, units FROM units_by_stock_code")
+                        .fetch_all(pool)
+                        .await?,
+                )
             }
+            Self::Postgres(model) => {
+                let pool = model.pool();
+                (
+                    sqlx::query_as(
+                        "SELECT count(*) FILTER (WHERE NOT credit_note), count(*) FILTER (WHERE credit_note)
+                         FROM retail.invoices",
+                    )
+                    .fetch_one(pool)
+                    .await?,
+                    sqlx::query_as(
+                        "SELECT country, sum(revenue)::bigint FROM retail.revenue_by_country GROUP BY country",
+                    )
+                    .fetch_all(pool)
+                    .await?,
+                    sqlx::query_as(
+                        "SELECT stock_code, sum(units)::bigint FROM retail.units_by_stock_code GROUP BY stock_code",
+                    )
+                    .fetch_all(pool)
+                    .await?,
+                )
+            }
+        };
+        let revenue = revenue.into_iter().map(|(country, revenue)| (country, from_sql(revenue)));
+        Ok(Totals {
+            invoices,
+            cancellations,
+            revenue_by_country: revenue.collect(),
+            units_by_stock_code: units.into_iter().collect(),
+        })
+    }
+
+    pub(crate) async fn close(&self) {
+        match self {
+            Self::Sqlite(model) => model.pool().close().await,
+            Self::Postgres(model) => model.pool().close().await,
         }
-        Ok(())
-    }
-
-    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        sqlx::raw_sql("DELETE FROM invoices; DELETE FROM revenue_by_country").execute(tx).await?;
-        Ok(())
-    }
-}
-
-/// What left the shop less what came back, of each article.
-#[derive(Debug)]
-pub(crate) struct UnitsByStockCode;
-
-impl UnitsByStockCode {
-    pub(crate) const NAME: &str = "units_by_stock_code";
-}
-
-impl Projection for UnitsByStockCode {
-    type Transaction = SqliteConnection;
-
-    fn name(&self) -> &str {
-        Self::NAME
-    }
-
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Filter::variants::<InvoiceEvent>(&InvoiceEvent::LINES)
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        let invoice: InvoiceEvent = event.decode()?;
-        if let Some(line) = invoice.line() {
-            sqlx::query(
-                "INSERT INTO units_by_stock_code VALUES (?, ?)
-                 ON CONFLICT (stock_code) DO UPDATE SET units = units + excluded.units",
-            )
-            .bind(&line.stock_code)
-            .bind(line.quantity)
-            .execute(tx)
-            .await?;
-        }
-        Ok(())
-    }
-
-    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        sqlx::query("DELETE FROM units_by_stock_code").execute(tx).await?;
-        Ok(())
     }
 }
 
@@ -129,28 +110,6 @@ pub(crate) struct Totals {
     pub(crate) cancellations: i64,
     pub(crate) revenue_by_country: BTreeMap<String, Decimal>,
     pub(crate) units_by_stock_code: BTreeMap<String, i64>,
-}
-
-impl Totals {
-    pub(crate) async fn read(pool: &SqlitePool) -> Result<Self, sqlx::Error> {
-        let (invoices, cancellations) =
-            sqlx::query_as("SELECT count(*) FILTER (WHERE NOT credit_note), count(*) FILTER (WHERE credit_note) FROM invoices")
-                .fetch_one(pool)
-                .await?;
-        let revenue =
-            sqlx::query_as("SELECT country, revenue FROM revenue_by_country").fetch_all(pool).await?;
-        let units =
-            sqlx::query_as("SELECT stock_code, units FROM units_by_stock_code").fetch_all(pool).await?;
-        Ok(Self {
-            invoices,
-            cancellations,
-            revenue_by_country: revenue
-                .into_iter()
-                .map(|(country, revenue)| (country, from_sql(revenue)))
-                .collect(),
-            units_by_stock_code: units.into_iter().collect(),
-        })
-    }
 }
 
 fn to_sql(amount: Decimal) -> Result<i64, ApplyError> {

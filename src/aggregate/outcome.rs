@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,7 +57,7 @@ pub enum ExecuteError<E> {
     #[error("overloaded: {limit} {what} are the limit; try again later")]
     Overloaded {
         /// Of what there are too many.
-        what: &'static str,
+        what: Cow<'static, str>,
         /// The limit.
         limit: usize,
     },
@@ -94,13 +95,40 @@ pub enum ExecuteError<E> {
         /// What happened.
         reason: String,
     },
-    /// No aggregate of this kind is registered with the runtime; nothing happened.
+    /// No node that can be reached handles such commands; nothing happened.
     #[error(
-        "nobody here handles commands for {category:?}; register the aggregate with Runtime::builder().aggregate()"
+        "nobody handles commands for {name:?}; register the aggregate or handler with Runtime::builder() on a node that runs"
     )]
     NoHandler {
-        /// The category.
-        category: &'static str,
+        /// The aggregate's category, or the handler's name.
+        name: &'static str,
+    },
+    /// The command bus is not connected, and this node cannot execute the command itself; nothing happened, and nothing is
+    /// kept to happen later.
+    #[error("the command bus is unavailable: {reason}")]
+    Unavailable {
+        /// What is missing.
+        reason: String,
+    },
+    /// Whoever could have executed the command would not (a filter, a hook, no place, no time left); nothing happened.
+    #[error("the command was refused: {reason}")]
+    Refused {
+        /// Who refused, and why.
+        reason: String,
+    },
+    /// Another command has this id; nothing happened. An id belongs to one command with one content.
+    #[error(
+        "command id {command_id} belongs to a command with another content; give every command an id of its own"
+    )]
+    SameId {
+        /// The id.
+        command_id: Uuid,
+    },
+    /// The node that owns the aggregate or handler could not execute the command; nothing happened.
+    #[error("the command failed on its node: {reason}")]
+    Failed {
+        /// What that node said.
+        reason: String,
     },
     /// The runtime is shutting down and takes no commands; nothing happened.
     #[error("the runtime is shutting down and takes no more commands")]
@@ -122,6 +150,7 @@ impl<E> ExecuteError<E> {
         match self {
             ExecuteError::Contended { .. }
             | ExecuteError::Overloaded { .. }
+            | ExecuteError::Unavailable { .. }
             | ExecuteError::OutcomeUnknown { .. } => true,
             ExecuteError::Store(error) => error.is_transient(),
             _ => false,

@@ -15,8 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+pub(crate) use super::actor::Order;
 use super::actor::{AggregateActor, AggregateMessage, Load, SNAPSHOTS_UNDER_WAY, Shared};
-pub(crate) use super::actor::{Answer, Order};
 use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
 use crate::event::{EncodeError, Event, EventTypes, StreamId};
@@ -142,7 +142,7 @@ impl<A: Aggregate> Router<A> {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
             Err(_elapsed) => Err(ExecuteError::Overloaded {
-                what: "commands under way on this kind of aggregate",
+                what: "commands under way on this kind of aggregate".into(),
                 limit: options.in_flight,
             }),
         }
@@ -301,7 +301,8 @@ impl<A: Aggregate> RouterActor<A> {
             entry.last_used = now;
             let limit = self.shared.options.in_flight_each;
             if entry.load.load(Ordering::Relaxed) >= limit {
-                let error = ExecuteError::Overloaded { what: "commands under way on one aggregate", limit };
+                let error =
+                    ExecuteError::Overloaded { what: "commands under way on one aggregate".into(), limit };
                 return refuse(message, error);
             }
             match entry.actor.cast(AggregateMessage::Execute(message, Load::new(&entry.load))) {
@@ -319,7 +320,7 @@ impl<A: Aggregate> RouterActor<A> {
             return refuse(
                 message,
                 ExecuteError::Overloaded {
-                    what: "live aggregates, the least recently used ones busy,",
+                    what: "live aggregates, the least recently used ones busy,".into(),
                     limit,
                 },
             );

@@ -1,7 +1,7 @@
 use std::fmt;
 
-use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
 use super::{
@@ -23,6 +23,9 @@ const CAPACITY: usize = 128;
 #[derive(Clone)]
 pub struct LocalBus {
     ring: broadcast::Sender<Sent>,
+    /// Whether anybody has ever subscribed. Until then there is nothing to publish for: a node without projections does not
+    /// read back what it appends.
+    heard: watch::Sender<bool>,
 }
 
 /// An item, and of which store's log it is: positions of two stores have nothing to do with each other.
@@ -45,7 +48,8 @@ impl LocalBus {
     #[must_use]
     pub fn with_capacity(batches: usize) -> Self {
         // tokio refuses more than this, by panicking.
-        Self { ring: broadcast::Sender::new(batches.clamp(1, usize::MAX / 4)) }
+        let ring = broadcast::Sender::new(batches.clamp(1, usize::MAX / 4));
+        Self { ring, heard: watch::Sender::new(false) }
     }
 }
 
@@ -73,7 +77,11 @@ impl EventBus for LocalBus {
     }
 
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
-        Box::pin(async move { Ok(Box::new(LocalSubscription { ring: self.ring.subscribe(), store }) as _) })
+        Box::pin(async move {
+            let ring = self.ring.subscribe();
+            self.heard.send_replace(true);
+            Ok(Box::new(LocalSubscription { ring, store }) as _)
+        })
     }
 }
 
@@ -92,6 +100,13 @@ impl LocalPublisher {
 }
 
 impl BusPublisher for LocalPublisher {
+    fn wanted(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            // It cannot fail: the sender is in this bus.
+            let _ = self.bus.heard.subscribe().wait_for(|heard| *heard).await;
+        })
+    }
+
     fn resume(&mut self, _known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async { Ok(Resume::AtFrontier) })
     }

@@ -1,14 +1,16 @@
 //! The bus over NATS: Core (nothing is kept) or JetStream (an exact mirror of the log).
 //!
 //! Both publish every event to `{namespace}.events.{event name}`, in log order, and both are followed through a plain
-//! subscription: what comes from JetStream's stream would come later and no more surely, since whoever follows at the tip
+//! subscription, except by those who [follow durably](crate::projection::FollowMode): what comes from JetStream's stream would come later and no more surely, since whoever follows at the tip
 //! finds holes by the positions in the messages and reads them from the store anyway. The format of the messages is in
 //! `docs/wire-format.md`.
 
 mod connection;
 mod core_nats;
+mod follow;
 mod hints;
 mod jetstream;
+pub(crate) mod line;
 mod merged;
 mod naming;
 mod options;
@@ -28,6 +30,7 @@ use uuid::Uuid;
 use self::connection::Connection;
 pub use self::connection::NatsEvent;
 use self::core_nats::CorePublisher;
+use self::follow::NatsFollower;
 use self::jetstream::MirrorPublisher;
 pub use self::jetstream::{
     AckError, ConsumerPolicy, JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage,
@@ -41,7 +44,9 @@ pub use self::subscribe::{
 };
 use self::subscription::NatsSubscription;
 use self::wire::Wire;
-use super::{BusError, BusPublisher, BusScope, BusState, BusSubscription, EventBus};
+use super::{
+    BusError, BusPublisher, BusScope, BusState, BusSubscription, DurableSubscription, EventBus, Follow,
+};
 use crate::future::BoxFuture;
 
 /// How long [`NatsBus::disconnect`] waits for what is on its way.
@@ -239,6 +244,15 @@ impl EventBus for NatsBus {
             let names = &self.inner.names;
             Ok(Box::new(NatsSubscription::new(connection, names, store).await?) as _)
         })
+    }
+
+    fn is_durable(&self) -> bool {
+        matches!(self.inner.options.driver, Driver::JetStream(_))
+    }
+
+    fn follow(&self, follow: Follow) -> Result<Box<dyn DurableSubscription>, BusError> {
+        self.stream_of()?;
+        Ok(Box::new(NatsFollower::start(self.clone(), follow)?))
     }
 }
 

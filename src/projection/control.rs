@@ -2,15 +2,22 @@ use std::time::Duration;
 
 use ractor::RpcReplyPort;
 
-use crate::event::Position;
+use crate::event::{Position, RecordedEvent};
 use crate::store::StoreError;
 
 /// What a projection is told.
 pub(super) enum Control {
     Pause(Reply),
     Resume(Reply),
+    /// It was paused or resumed through another partition of this node.
+    Paused(bool, Reply),
     Reset(Reply),
-    RetryParked(Position, Reply),
+    /// It was reset through another partition of this node.
+    BeginAnew(Reply),
+    Trigger(Reply),
+    /// Builds the next version beside the live one.
+    Rebuild(Reply),
+    RetryParked(Box<RecordedEvent>, Reply),
 }
 
 pub(super) type Reply = RpcReplyPort<Result<(), ControlError>>;
@@ -19,12 +26,6 @@ pub(super) type Reply = RpcReplyPort<Result<(), ControlError>>;
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    /// Another node owns the read model; ask there.
-    #[error("this node does not own projection {name}; ask the one that does")]
-    NotOwner {
-        /// The projection.
-        name: String,
-    },
     /// There is no such parked event.
     #[error("projection {name} has no parked event at position {position}")]
     NotParked {
@@ -40,6 +41,14 @@ pub enum ControlError {
         name: String,
         /// What it said.
         reason: String,
+    },
+    /// The projection writes to one place, or to one that cannot be switched in a transaction.
+    #[error("projection {name} cannot be rebuilt beside the live one: {reason}")]
+    NotRebuildable {
+        /// The projection.
+        name: String,
+        /// Why not, and what to do.
+        reason: &'static str,
     },
     /// Too much is asked of the projection at the same time.
     #[error("too many control calls to projection {name} are under way; try again later")]

@@ -24,15 +24,8 @@ pub struct Delivery {
     pub epoch: u64,
     /// Everything up to here was applied for good when this batch began; what comes behind may come again.
     pub confirmed: Position,
-    /// What to forget behind the commit.
-    unpark: Unpark,
-}
-
-#[derive(Debug, Clone)]
-enum Unpark {
-    Nothing,
-    One(Position),
-    All,
+    /// What to forget behind the commit: of which name, one parked event or all.
+    unpark: Vec<(String, Option<Position>)>,
 }
 
 impl External {
@@ -46,6 +39,18 @@ impl External {
         self.store
             .get()
             .ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
+    }
+}
+
+async fn forget_all(store: &Arc<dyn EventStore>, name: &str) -> Result<(), StoreError> {
+    loop {
+        let parked = store.parked(name, 1_000).await?;
+        if parked.is_empty() {
+            return Ok(());
+        }
+        for event in parked {
+            store.remove_parked(name, event.position).await?;
+        }
     }
 }
 
@@ -88,13 +93,23 @@ impl ReadModel for External {
     }
 
     fn begin<'a>(&'a self, _name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Delivery, StoreError>> {
-        Box::pin(async move {
-            Ok(Delivery { epoch: from.epoch, confirmed: from.position, unpark: Unpark::Nothing })
-        })
+        Box::pin(
+            async move { Ok(Delivery { epoch: from.epoch, confirmed: from.position, unpark: Vec::new() }) },
+        )
     }
 
     fn transaction<'a>(&self, open: &'a mut Delivery) -> &'a mut Delivery {
         open
+    }
+
+    fn save<'a>(
+        &'a self,
+        _open: &'a mut Delivery,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move { self.store()?.save_checkpoint(name, from, to, None).await })
     }
 
     fn commit<'a>(
@@ -108,18 +123,12 @@ impl ReadModel for External {
         Box::pin(async move {
             let store = self.store()?;
             store.save_checkpoint(name, from, to, parked).await?;
-            match open.unpark {
-                Unpark::Nothing => {}
-                Unpark::One(position) => _ = store.remove_parked(name, position).await?,
-                Unpark::All => loop {
-                    let parked = store.parked(name, 1_000).await?;
-                    if parked.is_empty() {
-                        break;
-                    }
-                    for event in parked {
-                        store.remove_parked(name, event.position).await?;
-                    }
-                },
+            for (name, position) in open.unpark {
+                let Some(position) = position else {
+                    forget_all(store, &name).await?;
+                    continue;
+                };
+                store.remove_parked(&name, position).await?;
             }
             Ok(())
         })
@@ -144,7 +153,7 @@ impl ReadModel for External {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>> {
         Box::pin(async move {
-            open.unpark = Unpark::One(position);
+            open.unpark.push((name.to_owned(), Some(position)));
             let mut limit = 1_000;
             loop {
                 let parked = self.store()?.parked(name, limit).await?;
@@ -163,10 +172,10 @@ impl ReadModel for External {
     fn unpark_all<'a>(
         &'a self,
         open: &'a mut Delivery,
-        _name: &'a str,
+        name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
-            open.unpark = Unpark::All;
+            open.unpark.push((name.to_owned(), None));
             Ok(())
         })
     }

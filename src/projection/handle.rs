@@ -2,15 +2,21 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::{join_all, try_join_all};
 use ractor::SpawnErr;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::control::{Control, ControlError, Reply};
-use super::worker::{ProjectionWork, Surroundings, row};
-use super::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
-use crate::event::Position;
-use crate::store::{BoxFuture, Checkpoint, EventStore, Filter, ParkedEvent, StoreError};
+use super::group::{Group, Never, Seat, sum};
+use super::shape::Shape;
+use super::worker::{Instance, Part, ProjectionWork, Role, Surroundings};
+use super::{
+    Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, RebuildStatus, Target,
+};
+use crate::event::{Position, RecordedEvent};
+use crate::partition::Partition;
+use crate::store::{BoxFuture, Checkpoint, EventStore, Filter, ParkedEvent, ReadLog, StoreError};
 use crate::supervised::{AskError, StopError, Supervised};
 use crate::time::after;
 
@@ -23,16 +29,36 @@ const CONTROL: Duration = Duration::from_secs(30);
 /// How often somebody who waits on a node that does not own the projection looks at the shared checkpoint.
 const SHARED_POLL: Duration = Duration::from_millis(25);
 
+/// How often after a while.
+const SLOWEST_POLL: Duration = Duration::from_millis(200);
+
 /// A running projection. Cheap to clone; dropping it changes nothing.
 #[derive(Clone)]
 pub struct ProjectionHandle {
     name: Arc<str>,
-    /// What its checkpoint is called.
-    row: Arc<str>,
-    actor: Supervised<Control>,
-    status: watch::Receiver<ProjectionStatus>,
+    shape: Shape,
+    /// One, or one for each partition, in order.
+    parts: Arc<[Working]>,
+    /// As many, or none if it cannot be rebuilt beside the live one.
+    rebuilds: Arc<[Working]>,
+    group: Option<Grouped>,
     progress: Arc<dyn Progress>,
     store: Arc<dyn EventStore>,
+}
+
+/// What works on a projection, or on a partition of one.
+struct Working {
+    actor: Supervised<Control>,
+    status: watch::Receiver<ProjectionStatus>,
+}
+
+/// What holds the partitions together.
+#[derive(Clone)]
+struct Grouped {
+    group: Arc<Group>,
+    actor: Supervised<Never>,
+    /// Of all partitions.
+    status: watch::Receiver<ProjectionStatus>,
 }
 
 /// Why a projection has not applied what somebody waits for.
@@ -109,9 +135,40 @@ impl<R: ReadModel> Progress for R {
     }
 }
 
+/// How a projection comes to be.
+pub(crate) enum Made<P> {
+    /// It is there, and writes to one place.
+    Once(P),
+    /// One for each version of its read model.
+    Versioned(Maker<P>),
+    /// One for each partition as well, of so many.
+    Partitioned(u16, Maker<P>),
+}
+
+pub(crate) type Maker<P> = Arc<dyn Fn(Target) -> P + Send + Sync>;
+
+impl<P: Projection> Made<P> {
+    /// A projection as all of them are.
+    pub(crate) fn with_one<T>(&self, look: impl FnOnce(&P) -> T) -> T {
+        match self {
+            Self::Once(projection) => look(projection),
+            Self::Versioned(make) => look(&make(Target { partition: Partition::whole(), version: 0 })),
+            Self::Partitioned(count, make) => {
+                let partition = Partition::all(*count).next().unwrap_or(Partition::whole());
+                look(&make(Target { partition, version: 0 }))
+            }
+        }
+    }
+}
+
+fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> Instance<P> {
+    let make = make.clone();
+    Instance::made(move |version| make(Target { partition, version }))
+}
+
 /// Starts a projection. Reaches store and read model in the background, for as long as it takes.
 pub(crate) async fn spawn<P, R>(
-    projection: P,
+    made: Made<P>,
     filter: Filter,
     read_model: R,
     options: ProjectionOptions,
@@ -121,13 +178,63 @@ where
     P: Projection,
     R: ReadModel<Transaction = P::Transaction>,
 {
-    let name = Arc::from(projection.name());
-    let row = Arc::from(row(projection.name()));
+    let name = made.with_one(|projection| projection.name().to_owned());
     let read_model = Arc::new(read_model);
-    let Surroundings { store, supervisor, .. } = surroundings.clone();
-    let (work, status) = ProjectionWork::new(projection, filter, read_model.clone(), options, surroundings);
-    let actor = Supervised::spawn(work, supervisor).await?;
-    Ok(ProjectionHandle { name, row, actor, status, progress: read_model, store })
+    let start = async |instance, part: Part| {
+        let surroundings = surroundings.clone();
+        let supervisor = surroundings.supervisor.clone();
+        let (work, status) = ProjectionWork::new(
+            instance,
+            filter.clone(),
+            read_model.clone(),
+            options.clone(),
+            part,
+            surroundings,
+        );
+        Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
+    };
+    let shape = match &made {
+        Made::Once(_) | Made::Versioned(_) => Shape::whole(&name),
+        Made::Partitioned(count, _) => Shape::cut(&name, *count),
+    };
+    let part = |role, partition| Part { shape: shape.clone(), role, partition };
+    let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
+    match made {
+        Made::Once(projection) => {
+            parts.push(start(Instance::fixed(projection), part(Role::Live, None)).await?);
+        }
+        Made::Versioned(make) => {
+            let made = || instance(&make, Partition::whole());
+            parts.push(start(made(), part(Role::Live, None)).await?);
+            rebuilds.push(start(made(), part(Role::Rebuild, None)).await?);
+        }
+        Made::Partitioned(count, make) => {
+            for partition in Partition::all(count) {
+                let permit = watch::Sender::new(false);
+                let permitted = || Some((partition, permit.subscribe()));
+                let made = || instance(&make, partition);
+                let live = start(made(), part(Role::Live, permitted())).await?;
+                if read_model.rolls_back() {
+                    rebuilds.push(start(made(), part(Role::Rebuild, permitted())).await?);
+                }
+                seats.push(Seat { partition, permit, status: live.status.clone() });
+                parts.push(live);
+            }
+        }
+    }
+    let Surroundings { store, supervisor, board, node, .. } = surroundings;
+    let group = if seats.is_empty() {
+        None
+    } else {
+        let seats: Arc<[Seat]> = seats.into();
+        let (sender, status) = watch::channel(sum(&seats, &shape, None));
+        let (name, shape, store, lease) = (name.clone(), shape.clone(), store.clone(), options.lease);
+        let group = Arc::new(Group { name, shape, seats, store, board, node, lease, status: sender });
+        let actor = Supervised::spawn(group.clone(), supervisor).await?;
+        Some(Grouped { group, actor, status })
+    };
+    let (parts, rebuilds) = (parts.into(), rebuilds.into());
+    Ok(ProjectionHandle { name: name.into(), shape, parts, rebuilds, group, progress: read_model, store })
 }
 
 impl ProjectionHandle {
@@ -138,17 +245,28 @@ impl ProjectionHandle {
 
     /// How it is doing on this node.
     pub fn status(&self) -> ProjectionStatus {
-        let mut status = self.status.borrow().clone();
+        let mut status = match &self.group {
+            Some(Grouped { group, .. }) => sum(&group.seats, &group.shape, group.board.view().as_deref()),
+            None => self.of_all().borrow().clone(),
+        };
         // Torn down: it had no chance to say so.
-        if self.status.has_changed().is_err() {
+        if self.of_all().has_changed().is_err() {
             status.state = ProjectionState::Stopped;
         }
         status
     }
 
+    /// Of the whole.
+    fn of_all(&self) -> &watch::Receiver<ProjectionStatus> {
+        match &self.group {
+            Some(group) => &group.status,
+            None => &self.parts[0].status,
+        }
+    }
+
     /// How it is doing on this node, whenever that changes. Closed when it was torn down.
     pub fn watch(&self) -> watch::Receiver<ProjectionStatus> {
-        self.status.clone()
+        self.of_all().clone()
     }
 
     /// Waits until everything up to `position` is applied, for at most 10 s: read your own writes with the position of a
@@ -166,15 +284,27 @@ impl ProjectionHandle {
     /// When the time is over, or at once when the projection stands still before `position` because it failed or ended.
     pub async fn caught_up_to_within(&self, position: Position, patience: Duration) -> Result<(), WaitError> {
         let name = || self.name.to_string();
-        let waited = timeout_at(after(patience), self.reached(position)).await;
-        waited.unwrap_or_else(|_| {
-            let reached = self.status.borrow().position;
+        let reached = try_join_all((0..self.count()).map(|part| self.reached(part, position)));
+        let waited = timeout_at(after(patience), reached).await;
+        waited.map(|reached| reached.map(drop)).unwrap_or_else(|_| {
+            let reached = self.status().position;
             Err(WaitError::TimedOut { name: name(), wanted: position, reached, waited: patience })
         })
     }
 
-    async fn reached(&self, position: Position) -> Result<(), WaitError> {
-        let mut status = self.status.clone();
+    /// Which part of the projection it is.
+    fn partition(&self, part: u16) -> Option<Partition> {
+        self.group.as_ref().map(|group| group.group.seats[usize::from(part)].partition)
+    }
+
+    /// What the checkpoint of a part is called.
+    fn row(&self, part: u16) -> String {
+        self.shape.row(self.partition(part), self.parts[usize::from(part)].status.borrow().version)
+    }
+
+    async fn reached(&self, part: u16, position: Position) -> Result<(), WaitError> {
+        let mut status = self.parts[usize::from(part)].status.clone();
+        let mut poll = SHARED_POLL;
         loop {
             let state = {
                 let status = status.borrow_and_update();
@@ -196,9 +326,10 @@ impl ProjectionHandle {
                     return Err(WaitError::Stopped { name: self.name.to_string() });
                 },
                 // The owner's progress reaches this node through the checkpoint only.
-                () = sleep(SHARED_POLL), if state == ProjectionState::Standby => {
+                () = sleep(poll), if state == ProjectionState::Standby => {
+                    poll = (poll * 5 / 4).min(SLOWEST_POLL);
                     // What cannot be read now is read later: the wait has an end.
-                    if self.progress.checkpoint(&self.row).await.is_ok_and(|found| found.position >= position) {
+                    if self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.position >= position) {
                         return Ok(());
                     }
                 }
@@ -221,26 +352,61 @@ impl ProjectionHandle {
     /// # Errors
     /// When the store cannot remember it, or the projection does not answer within 30 s.
     pub async fn pause(&self) -> Result<(), ControlError> {
-        self.ask(Control::Pause).await
+        self.ask(0, Control::Pause).await?;
+        self.tell_others(|reply| Control::Paused(true, reply)).await
     }
 
-    /// Goes on, on all nodes. A projection that failed on this node tries again.
+    /// Goes on, on all nodes (others notice within a second). A projection that failed tries again.
     ///
     /// # Errors
     /// As [`pause`](Self::pause).
     pub async fn resume(&self) -> Result<(), ControlError> {
-        self.ask(Control::Resume).await
+        self.ask(0, Control::Resume).await?;
+        self.tell_others(|reply| Control::Paused(false, reply)).await
     }
 
     /// Empties the read model (see [`Projection::reset`]), forgets what is parked, and applies the log from its start: all
-    /// in one transaction, on the node that owns it. Also when the read model belongs to another event store, or is ahead of
-    /// the log. A failed projection tries again; a paused one stays paused.
+    /// in one transaction where the read model has them, from any node. Also when the read model belongs to another event
+    /// store, is ahead of the log, or was built in another number of partitions. A failed projection tries again; a paused one
+    /// stays paused. The owners, if others, notice within a second; until then their status is of before.
     ///
     /// # Errors
-    /// When this node does not own the read model, or the projection refuses: then nothing was changed. Otherwise as
-    /// [`pause`](Self::pause).
+    /// When the projection refuses, or another node is at it: then nothing was changed. Otherwise as [`pause`](Self::pause).
     pub async fn reset(&self) -> Result<(), ControlError> {
-        self.ask(Control::Reset).await
+        self.ask(0, Control::Reset).await?;
+        self.tell_others(Control::BeginAnew).await
+    }
+
+    /// Applies now what its [schedule](super::Schedule) would have wait: everything that is in the log by the time that all
+    /// nodes hear of it, which is within a second. To begin from the start of the log, [`reset`](Self::reset) it before.
+    ///
+    /// # Errors
+    /// As [`pause`](Self::pause).
+    pub async fn trigger(&self) -> Result<(), ControlError> {
+        self.ask(0, Control::Trigger).await
+    }
+
+    /// Builds the read model anew beside the live one, in its next [version](super::Target::version): from any node, also after
+    /// the node that does it has died. When it has caught up it takes the place of the live one at once (see
+    /// [`Projection::go_live`]); the tables of the old one stay, and are yours to drop. Nothing happens if one is being built
+    /// already; [`rebuilding`](Self::rebuilding) tells how it is getting on.
+    ///
+    /// # Errors
+    /// When the projection was not registered as rebuildable or partitioned, or cannot create the new version's tables
+    /// ([`Projection::reset`]). Otherwise as [`pause`](Self::pause).
+    pub async fn rebuild(&self) -> Result<(), ControlError> {
+        self.ask(0, Control::Rebuild).await
+    }
+
+    /// How a rebuild beside the live read model is getting on, as far as this node knows; `None` when there is none.
+    pub fn rebuilding(&self) -> Option<RebuildStatus> {
+        let parts: Vec<_> = self.rebuilds.iter().map(|part| part.status.borrow().clone()).collect();
+        RebuildStatus::of(&parts)
+    }
+
+    /// Everything that works on it.
+    fn all(&self) -> impl Iterator<Item = &Working> {
+        self.parts.iter().chain(&*self.rebuilds)
     }
 
     /// The parked events, oldest first, at most `limit`. From any node.
@@ -249,16 +415,37 @@ impl ProjectionHandle {
     /// When the read model cannot be read.
     pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
         self.prepared().await?;
-        self.progress.parked(&self.row, limit).await
+        let mut parked = Vec::new();
+        for part in 0..self.count() {
+            parked.extend(self.progress.parked(&self.row(part), limit).await?);
+        }
+        parked.sort_by_key(|event| event.position);
+        parked.truncate(limit);
+        Ok(parked)
     }
 
-    /// Applies a parked event after all, and forgets that it was parked in the same transaction.
+    /// Applies a parked event after all, and forgets that it was parked in the same transaction. From any node.
     ///
     /// # Errors
-    /// When there is none, this node does not own the read model, or the event still fails: it stays parked then. Otherwise
-    /// as [`pause`](Self::pause).
+    /// When there is none, or the event still fails: it stays parked then. Otherwise as [`pause`](Self::pause).
     pub async fn retry_parked(&self, position: Position) -> Result<(), ControlError> {
-        self.ask(|reply| Control::RetryParked(position, reply)).await
+        let event = self.event(position).await?;
+        let part = match &self.group {
+            Some(_) => Partition::of(&event.stream, self.count()).index(),
+            None => 0,
+        };
+        self.ask(part, |reply| Control::RetryParked(Box::new(event), reply)).await
+    }
+
+    async fn event(&self, position: Position) -> Result<RecordedEvent, ControlError> {
+        let not_parked = || ControlError::NotParked { name: self.name.to_string(), position };
+        let before = Position::new(position.get().checked_sub(1).ok_or_else(not_parked)?);
+        let page = self.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
+        page.events.into_iter().find(|event| event.position == position).ok_or_else(not_parked)
+    }
+
+    fn count(&self) -> u16 {
+        u16::try_from(self.parts.len()).unwrap_or(u16::MAX)
     }
 
     /// Forgets a parked event for good. From any node.
@@ -267,15 +454,17 @@ impl ProjectionHandle {
     /// When there is none, or the read model cannot be written.
     pub async fn discard_parked(&self, position: Position) -> Result<(), ControlError> {
         self.prepared().await?;
-        if self.progress.remove_parked(&self.row, position).await? {
-            return Ok(());
+        for part in 0..self.count() {
+            if self.progress.remove_parked(&self.row(part), position).await? {
+                return Ok(());
+            }
         }
         Err(ControlError::NotParked { name: self.name.to_string(), position })
     }
 
     /// Waits until the read model can be read, right after the start.
     async fn prepared(&self) -> Result<(), StoreError> {
-        let mut status = self.status.clone();
+        let mut status = self.of_all().clone();
         let done = |status: &ProjectionStatus| {
             status.prepared || matches!(status.state, ProjectionState::Failed | ProjectionState::Stopped)
         };
@@ -284,7 +473,7 @@ impl ProjectionHandle {
         {
             return Ok(());
         }
-        let error = self.status.borrow().last_error.clone();
+        let error = self.status().last_error;
         let reason = format!(
             "the read model of projection {} is not prepared: {}",
             self.name,
@@ -295,17 +484,36 @@ impl ProjectionHandle {
 
     /// Saves the checkpoint, gives the lease back and ends; or ends without, when `patience` is over.
     pub(crate) async fn stop(&self, patience: Duration) -> Result<(), StopError> {
-        self.actor.stop(patience).await
+        let group = async {
+            match &self.group {
+                Some(group) => group.actor.stop(patience).await,
+                None => Ok(()),
+            }
+        };
+        let parts = join_all(self.all().map(|part| part.actor.stop(patience)));
+        let (group, parts) = tokio::join!(group, parts);
+        parts.into_iter().chain([group]).collect()
     }
 
     /// Ends as a crash of the process would end it.
     pub(crate) fn kill(&self) {
-        self.actor.kill();
+        for part in self.all() {
+            part.actor.kill();
+        }
+        if let Some(group) = &self.group {
+            group.actor.kill();
+        }
     }
 
-    async fn ask(&self, control: impl FnOnce(Reply) -> Control) -> Result<(), ControlError> {
+    /// Tells all partitions but the first, which has done what was to be done for all.
+    async fn tell_others(&self, control: impl Fn(Reply) -> Control) -> Result<(), ControlError> {
+        try_join_all((1..self.count()).map(|part| self.ask(part, &control))).await.map(drop)
+    }
+
+    async fn ask(&self, part: u16, control: impl FnOnce(Reply) -> Control) -> Result<(), ControlError> {
         let name = || self.name.to_string();
-        self.actor.ask(control, CONTROL).await.unwrap_or_else(|error| {
+        let part = &self.parts[usize::from(part)];
+        part.actor.ask(control, CONTROL).await.unwrap_or_else(|error| {
             Err(match error {
                 AskError::Overloaded => ControlError::Overloaded { name: name() },
                 AskError::TimedOut => ControlError::TimedOut { name: name(), waited: CONTROL },

@@ -14,6 +14,43 @@ pub enum FailurePolicy {
     Park,
 }
 
+/// What a projection follows at the tip of the log; it catches up from the store in any case, and reads there what the other
+/// way has lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum FollowMode {
+    /// What its node sees of the log, which all projections of the node share.
+    #[default]
+    Feed,
+    /// A consumer of its own, on a bus that keeps events (`NatsBus` over JetStream): the server picks out the names that it asks
+    /// for, and keeps each event until it is committed. For projections of which few events are, on a log of which most are not:
+    /// without this, every node gets all of them. A read model that every node has for itself, and one that is being rebuilt,
+    /// follow the feed.
+    Durable,
+}
+
+/// When a projection applies what has come. Behind the tip of the log it always catches up at once, and a full
+/// [batch](ProjectionOptions::batch_size) is never waited with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Schedule {
+    /// At once.
+    #[default]
+    Immediate,
+    /// When no more has come for a while: many events that follow each other become one transaction.
+    Debounced {
+        /// How long nothing has to have come.
+        quiet: Duration,
+        /// How long the first event waits at most, however many follow it.
+        cap: Duration,
+    },
+    /// At most once in this time.
+    Every(Duration),
+    /// When it is [triggered](super::ProjectionHandle::trigger), up to what is in the log then. In between it is
+    /// [waiting](super::ProjectionState::Waiting), also behind the tip of the log.
+    Manual,
+}
+
 /// How a projection is run.
 #[derive(Debug, Clone)]
 pub struct ProjectionOptions {
@@ -22,6 +59,8 @@ pub struct ProjectionOptions {
     pub(super) backoff: (Duration, Duration),
     pub(super) on_failure: FailurePolicy,
     pub(super) lease: Duration,
+    pub(super) schedule: Schedule,
+    pub(crate) follow: FollowMode,
 }
 
 impl Default for ProjectionOptions {
@@ -32,6 +71,8 @@ impl Default for ProjectionOptions {
             backoff: (Duration::from_millis(50), Duration::from_secs(5)),
             on_failure: FailurePolicy::Stop,
             lease: Duration::from_secs(6),
+            schedule: Schedule::Immediate,
+            follow: FollowMode::Feed,
         }
     }
 }
@@ -70,6 +111,21 @@ impl ProjectionOptions {
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.on_failure = policy;
+        self
+    }
+
+    /// What it follows. [`FollowMode::Feed`] by default. With [`FollowMode::Durable`] on a bus that keeps nothing, the runtime does
+    /// not start.
+    #[must_use]
+    pub fn follow(mut self, mode: FollowMode) -> Self {
+        self.follow = mode;
+        self
+    }
+
+    /// When it applies what has come. [`Schedule::Immediate`] by default.
+    #[must_use]
+    pub fn schedule(mut self, schedule: Schedule) -> Self {
+        self.schedule = schedule;
         self
     }
 

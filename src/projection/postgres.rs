@@ -18,7 +18,8 @@ use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEve
 /// without knowing it is refused when it commits, since the checkpoint is no longer where it left it. The database may be
 /// the event store's own; the application's tables and migrations stay its own affair.
 ///
-/// Checkpoints and parked events live in the schema `storied`, which is created by the first projection that starts.
+/// Checkpoints and parked events live in the schema `storied`, or [another](Self::schema), which is created by the first
+/// projection that starts.
 #[derive(Clone)]
 pub struct PostgresReadModel {
     shared: Arc<Shared>,
@@ -38,7 +39,19 @@ pub type PostgresOpen = sqlx::Transaction<'static, Postgres>;
 impl PostgresReadModel {
     /// Uses the connections of a pool, directly on the server or through a pooler in session mode.
     pub fn new(pool: PgPool) -> Self {
-        let schema = Schema::standard();
+        Self::within(pool, Schema::standard())
+    }
+
+    /// Keeps checkpoints and parked events in another schema than `storied`, as that of an event store's own. For before the
+    /// first use: what was kept elsewhere is not moved.
+    ///
+    /// # Errors
+    /// `Invalid` for a name that cannot be a schema's, see [`PostgresOptions::schema`](crate::PostgresOptions::schema).
+    pub fn schema(self, name: &str) -> Result<Self, StoreError> {
+        Ok(Self::within(self.shared.pool.clone(), Schema::new(name)?))
+    }
+
+    fn within(pool: PgPool, schema: Schema) -> Self {
         let progress = Progress::new(&schema, true);
         Self { shared: Arc::new(Shared { pool, schema, progress, store: OnceLock::new() }) }
     }
@@ -122,6 +135,16 @@ impl ReadModel for PostgresReadModel {
         name: &'a str,
     ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
         Box::pin(async move { self.shared.progress.adopt(open, name, self.store()?).await })
+    }
+
+    fn save<'a>(
+        &'a self,
+        open: &'a mut PostgresOpen,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move { self.shared.progress.save(open, name, self.store()?, from, to).await })
     }
 
     fn commit<'a>(

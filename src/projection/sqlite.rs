@@ -183,6 +183,16 @@ impl ReadModel for SqliteReadModel {
         Box::pin(async move { progress::adopt(&mut open.transaction, name, self.store()?).await })
     }
 
+    fn save<'a>(
+        &'a self,
+        open: &'a mut SqliteOpen,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        Box::pin(async move { progress::save(&mut open.transaction, name, self.store()?, from, to).await })
+    }
+
     fn commit<'a>(
         &'a self,
         mut open: SqliteOpen,

@@ -1,4 +1,10 @@
+use std::time::Duration;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
 use crate::event::Position;
+use crate::partition::Partition;
 
 /// What a projection is doing on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,12 +20,32 @@ pub enum ProjectionState {
     Following,
     /// Something failed, and is tried again.
     Retrying,
+    /// Behind the tip of the log, until it is triggered: see [`Schedule::Manual`](super::Schedule::Manual).
+    Waiting,
     /// Told to stand still; on all nodes, also after a restart, until it is resumed.
     Paused,
     /// An event cannot be applied, or the read model does not fit. Stands still until it is resumed, reset or restarted.
     Failed,
     /// Ended.
     Stopped,
+}
+
+impl ProjectionState {
+    /// What a whole is when its parts differ: what somebody has to know first, and as long as a part works, not that others
+    /// are elsewhere.
+    fn severity(self) -> u8 {
+        match self {
+            Self::Standby => 0,
+            Self::Stopped => 1,
+            Self::Following => 2,
+            Self::Waiting => 3,
+            Self::CatchingUp => 3,
+            Self::Starting => 4,
+            Self::Paused => 5,
+            Self::Retrying => 6,
+            Self::Failed => 7,
+        }
+    }
 }
 
 /// How a projection is doing on this node.
@@ -40,11 +66,55 @@ pub struct ProjectionStatus {
     pub events_parked: u64,
     /// What last went wrong. Stays when it goes well again.
     pub last_error: Option<String>,
+    /// The version of the read model that it writes to: 0 before the first rebuild.
+    pub version: u64,
+    /// The same of each partition, in order; empty if it is not partitioned. Otherwise what stands above is of all of them: the
+    /// worst state, the lowest position, sums.
+    pub partitions: Vec<PartitionStatus>,
     /// Whether the read model can be read, as far as this node knows.
     pub(super) prepared: bool,
+    /// Whether it was found to be in the shape that this program wants.
+    pub(super) fits: bool,
+    /// Whether nobody wants what it would do.
+    pub(super) dormant: bool,
+    /// Since when, and from where, this node sees it move.
+    pub(super) measured: Option<(Instant, Position)>,
+}
+
+/// How one partition of a projection is doing on this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PartitionStatus {
+    /// Which one.
+    pub partition: Partition,
+    /// The node that owns it, as far as this one knows.
+    pub owner: Option<Uuid>,
+    /// How it is doing.
+    pub status: ProjectionStatus,
 }
 
 impl ProjectionStatus {
+    /// Of a whole, from its parts; there is at least one.
+    pub(super) fn sum(partitions: Vec<PartitionStatus>) -> Self {
+        let all = || partitions.iter().map(|partition| &partition.status);
+        let state = all().map(|status| status.state).max_by_key(|state| state.severity());
+        Self {
+            state: state.unwrap_or(ProjectionState::Starting),
+            position: all().map(|status| status.position).min().unwrap_or_default(),
+            head: all().map(|status| status.head).max().unwrap_or_default(),
+            epoch: 0,
+            events_applied: all().map(|status| status.events_applied).sum(),
+            events_parked: all().map(|status| status.events_parked).sum(),
+            last_error: all().find_map(|status| status.last_error.clone()),
+            prepared: all().all(|status| status.prepared),
+            fits: all().all(|status| status.fits),
+            version: all().map(|status| status.version).max().unwrap_or(0),
+            dormant: all().all(|status| status.dormant),
+            measured: None,
+            partitions,
+        }
+    }
+
     pub(super) fn new() -> Self {
         Self {
             state: ProjectionState::Starting,
@@ -54,7 +124,12 @@ impl ProjectionStatus {
             events_applied: 0,
             events_parked: 0,
             last_error: None,
+            partitions: Vec::new(),
             prepared: false,
+            fits: false,
+            version: 0,
+            dormant: false,
+            measured: None,
         }
     }
 
@@ -62,5 +137,42 @@ impl ProjectionStatus {
     /// is an upper bound of the events.
     pub fn lag(&self) -> u64 {
         self.head.get().saturating_sub(self.position.get())
+    }
+}
+
+/// How a rebuild beside the live read model is getting on.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct RebuildStatus {
+    /// The version that is being built.
+    pub version: u64,
+    /// How many positions of the log are done, of all partitions together.
+    pub done: u64,
+    /// … of how many.
+    pub of: u64,
+    /// How many a second, as this node sees it; 0 until it has seen it move.
+    pub per_second: f64,
+    /// How long it takes at that pace; `None` when there is none.
+    pub left: Option<Duration>,
+    /// What last went wrong.
+    pub last_error: Option<String>,
+}
+
+impl RebuildStatus {
+    /// Of parts that build the same version; `None` if nothing is being built.
+    pub(super) fn of(parts: &[ProjectionStatus]) -> Option<Self> {
+        let parts = || parts.iter().filter(|status| !status.dormant && status.version > 0);
+        let version = parts().map(|status| status.version).max()?;
+        let done: u64 = parts().map(|status| status.position.get()).sum();
+        let of: u64 = parts().map(|status| status.head.max(status.position).get()).sum();
+        let pace = |status: &ProjectionStatus| {
+            let (since, from) = status.measured?;
+            let moved = status.position.get().saturating_sub(from.get());
+            Some(moved as f64 / since.elapsed().as_secs_f64().max(0.001))
+        };
+        let per_second = parts().filter_map(pace).sum();
+        let left = Duration::try_from_secs_f64((of - done) as f64 / per_second).ok();
+        let last_error = parts().find_map(|status| status.last_error.clone());
+        Some(Self { version, done, of, per_second, left, last_error })
     }
 }

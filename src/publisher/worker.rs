@@ -219,9 +219,16 @@ impl Turn<'_> {
     /// Publishes until it is to stop (and everything committed by then is published) or something fails.
     async fn publish_all(&mut self, inbox: &mut Inbox<()>) -> Result<(), Interruption> {
         let shared = self.shared;
+        let mut publisher = shared.bus.publisher(shared.store.info().id).await?;
+        tokio::select! {
+            biased;
+            () = publisher.wanted() => {}
+            // The first to subscribe finds all of it in the store.
+            () = self.unheard(inbox) => return Ok(()),
+        }
         // From before the first look at the store: an append in between is not slept through.
         let mut appended = shared.store.appended();
-        let mut publisher = self.resume().await?;
+        self.resume(&mut *publisher).await?;
         shared.set(PublisherState::Publishing);
         // Where the log ended when the end was asked for.
         let mut last = None;
@@ -268,14 +275,19 @@ impl Turn<'_> {
         }
     }
 
+    /// Ends when it is to stop.
+    async fn unheard(&self, inbox: &mut Inbox<()>) {
+        self.shared.set(PublisherState::Unheard);
+        inbox.stopping().await;
+    }
+
     /// Finds out where to go on.
-    async fn resume(&mut self) -> Result<Box<dyn BusPublisher>, Interruption> {
+    async fn resume(&mut self, publisher: &mut dyn BusPublisher) -> Result<(), Interruption> {
         let shared = self.shared;
         if let Some(lease) = &self.lease {
             self.saved = shared.store.checkpoint(NAME).await?;
             self.epoch = lease.epoch_above(self.saved.epoch).await?.ok_or(Interruption::LeaseLost)?;
         }
-        let mut publisher = shared.bus.publisher(shared.store.info().id).await?;
         let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => end,
@@ -292,7 +304,7 @@ impl Turn<'_> {
             status.published = Some(self.end.position);
             status.head = status.head.max(self.end.position);
         });
-        Ok(publisher)
+        Ok(())
     }
 
     async fn publish(

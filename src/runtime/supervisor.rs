@@ -202,7 +202,7 @@ mod tests {
                     Err(error) => panic!("{error}"),
                 }
             }
-            let router = runtime.inner.handlers.router::<Light>().unwrap().actor();
+            let router = runtime.inner.commands.registry().router::<Light>().unwrap().actor();
             router.kill();
             while router.get_status() != ractor::ActorStatus::Stopped {
                 tokio::task::yield_now().await;

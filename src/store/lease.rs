@@ -20,6 +20,8 @@ pub struct Lease {
 pub struct LeaseInfo {
     /// The last owner and its epoch.
     pub lease: Lease,
-    /// Until when, by the store's clock. In the past: free.
+    /// Until when, by the store's clock.
     pub expires_at: DateTime<Utc>,
+    /// Whether that was still ahead when the store was asked, by the store's own clock: otherwise it is free.
+    pub live: bool,
 }

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::decide::Decider;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
-    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
@@ -42,6 +42,7 @@ struct Data {
     paused: BTreeSet<String>,
     leases: BTreeMap<String, LeaseInfo>,
     snapshots: HashMap<StreamId, Snapshot>,
+    commands: HashMap<Uuid, CommandRecord>,
 }
 
 impl Default for MemoryStore {
@@ -163,7 +164,8 @@ impl Data {
             Some(_) => return None,
         };
         let lease = Lease { name: name.to_owned(), owner, epoch };
-        self.leases.insert(name.to_owned(), LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl) });
+        let info = LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl), live: true };
+        self.leases.insert(name.to_owned(), info);
         Some(lease)
     }
 
@@ -280,8 +282,8 @@ impl EventStore for MemoryStore {
         })
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { Ok(self.data().paused.contains(name)) })
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        Box::pin(async move { Ok(self.data().paused.clone()) })
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
@@ -322,7 +324,11 @@ impl EventStore for MemoryStore {
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
-        Box::pin(async move { Ok(self.data().leases.values().cloned().collect()) })
+        Box::pin(async move {
+            let now = Utc::now();
+            let info = |info: &LeaseInfo| LeaseInfo { live: info.expires_at > now, ..info.clone() };
+            Ok(self.data().leases.values().map(info).collect())
+        })
     }
 
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
@@ -337,6 +343,28 @@ impl EventStore for MemoryStore {
         Box::pin(async move {
             self.data().save_snapshot(stream, snapshot);
             Ok(())
+        })
+    }
+
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
+        Box::pin(async move { Ok(self.data().commands.get(&id).cloned()) })
+    }
+
+    fn record_command(&self, mut record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
+        Box::pin(async move {
+            record.recorded_at = Utc::now();
+            Ok(self.data().commands.entry(record.id).or_insert(record).clone())
+        })
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        Box::pin(async move {
+            let mut data = self.data();
+            let now = Utc::now();
+            let old = data.commands.values().filter(|record| later(record.recorded_at, age) <= now);
+            let old: Vec<_> = old.map(|record| record.id).take(limit).collect();
+            old.iter().for_each(|id| _ = data.commands.remove(id));
+            Ok(old.len())
         })
     }
 }

@@ -23,6 +23,7 @@ mod schema;
 mod sql;
 mod state;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
@@ -35,7 +36,6 @@ use uuid::{Uuid, uuid};
 use self::connection::Connections;
 pub(crate) use self::error::{failed, is_outage};
 use self::frontier::Frontier;
-pub use self::frontier::Stall;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
@@ -43,8 +43,8 @@ pub(crate) use self::schema::prepare_read_model;
 use self::sql::LogSql;
 pub(crate) use self::sql::Schema;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
-    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
@@ -145,17 +145,6 @@ impl PostgresStore {
         core.frontier.refresh(&core).await?;
         let tailer = tokio::spawn(frontier::tail(core.clone(), hints)).abort_handle();
         Ok(Self { shared: Arc::new(Shared { core, tailer }) })
-    }
-
-    /// Who keeps the frontier from moving at this moment, so that nobody can read beyond it: an append that is under way,
-    /// if only for a millisecond, or a transaction that somebody has left open after appending. One that lasts is also
-    /// logged as a warning.
-    ///
-    /// # Errors
-    /// `Unavailable` when the server cannot be asked.
-    pub async fn stall(&self) -> Result<Option<Stall>, StoreError> {
-        let core = &self.shared.core;
-        core.timed_call("looking for a stall", frontier::stall(core)).await
     }
 
     fn call<'a, T: 'a, E: From<StoreError> + 'a, F>(
@@ -281,8 +270,8 @@ impl EventStore for PostgresStore {
         })
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.call("reading who is paused", state::paused(&self.shared.core, name))
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        self.call("reading who is paused", state::paused(&self.shared.core))
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
@@ -306,6 +295,11 @@ impl EventStore for PostgresStore {
         self.call("releasing a lease", state::release_lease(&self.shared.core, lease))
     }
 
+    /// One that lasts is also logged as a warning.
+    fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
+        self.call("looking for a stall", frontier::stall(&self.shared.core))
+    }
+
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
         self.call("reading the leases", state::leases(&self.shared.core))
     }
@@ -322,6 +316,19 @@ impl EventStore for PostgresStore {
         self.call("saving a snapshot", async move {
             state::save_snapshot(&self.shared.core, stream, &snapshot).await
         })
+    }
+
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
+        self.call("reading what became of a command", state::command(&self.shared.core, id))
+    }
+
+    fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
+        self.call("recording what became of a command", state::record_command(&self.shared.core, record))
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        let forget = state::forget_commands(&self.shared.core, age, limit);
+        self.call("forgetting what became of old commands", forget)
     }
 }
 

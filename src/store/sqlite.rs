@@ -14,6 +14,7 @@ mod read;
 mod schema;
 mod state;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,8 +31,8 @@ use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::failed;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, EventStore, Lease, LeaseInfo,
-    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
@@ -360,10 +361,10 @@ impl EventStore for SqliteStore {
         }))
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
         Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading whether a projection is paused").await?;
-            let paused = state::paused(&mut reader.connection, name).await?;
+            let mut reader = self.shared.readers.get("reading who is paused").await?;
+            let paused = state::paused(&mut reader.connection).await?;
             reader.give_back();
             Ok(paused)
         })
@@ -428,6 +429,27 @@ impl EventStore for SqliteStore {
         let stream = stream.clone();
         Box::pin(self.transaction("saving a snapshot", move |connection| {
             Box::pin(async move { state::save_snapshot(connection, &stream, &snapshot).await })
+        }))
+    }
+
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
+        Box::pin(async move {
+            let mut reader = self.shared.readers.get("reading what became of a command").await?;
+            let record = state::command(&mut reader.connection, id).await?;
+            reader.give_back();
+            Ok(record)
+        })
+    }
+
+    fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
+        Box::pin(self.transaction("recording what became of a command", move |connection| {
+            Box::pin(state::record_command(connection, record))
+        }))
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        Box::pin(self.transaction("forgetting what became of old commands", move |connection| {
+            Box::pin(state::forget_commands(connection, age, limit))
         }))
     }
 }

@@ -6,7 +6,10 @@ use uuid::Uuid;
 
 use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
-use crate::projection::{Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, spawn};
+use crate::lease::Board;
+use crate::projection::{
+    Made, Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, Target, spawn,
+};
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::EventStore;
 use crate::supervised::StopError;
@@ -16,7 +19,9 @@ use crate::supervised::StopError;
 pub struct Node {
     id: Uuid,
     store: Arc<dyn EventStore>,
+    bus: Arc<dyn EventBus>,
     feed: Feed,
+    board: Board,
     publisher: Publisher,
     projections: Mutex<Vec<ProjectionHandle>>,
 }
@@ -34,9 +39,10 @@ impl Node {
     ) -> Self {
         let id = Uuid::now_v7();
         let feed = Feed::start(store.clone(), bus.clone(), feed);
-        let publisher = Publisher::spawn(store.clone(), bus, publisher, id, None).await;
+        let publisher = Publisher::spawn(store.clone(), bus.clone(), publisher, id, None).await;
         let publisher = publisher.expect("the publisher starts");
-        Self { id, store, feed, publisher, projections: Mutex::default() }
+        let board = Board::start(store.clone());
+        Self { id, store, bus, feed, board, publisher, projections: Mutex::default() }
     }
 
     /// Starts a projection.
@@ -53,13 +59,67 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let (store, feed) = (self.store.clone(), self.feed.clone());
-        let surroundings = Surroundings { store, feed, node: self.id, supervisor: None };
-        let filter = projection.filter().expect("the filter names events that there are");
-        let handle = spawn(projection, filter, read_model, options, surroundings).await;
+        self.start_projection(Made::Once(projection), read_model, options).await
+    }
+
+    /// Starts a projection that can be rebuilt.
+    ///
+    /// # Panics
+    /// When its actors cannot be started.
+    pub async fn rebuildable<P, R>(
+        &self,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.start_projection(Made::Versioned(Arc::new(make)), read_model, options).await
+    }
+
+    /// Starts a projection in as many partitions.
+    ///
+    /// # Panics
+    /// When its actors cannot be started.
+    pub async fn partitioned<P, R>(
+        &self,
+        partitions: u16,
+        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.start_projection(Made::Partitioned(partitions, Arc::new(make)), read_model, options).await
+    }
+
+    async fn start_projection<P, R>(
+        &self,
+        made: Made<P>,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let filter = made.with_one(Projection::filter).expect("the filter names events that there are");
+        let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
+        let bus = self.bus.clone();
+        let surroundings = Surroundings { store, feed, node: self.id, bus, board, supervisor: None };
+        let handle = spawn(made, filter, read_model, options, surroundings).await;
         let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         handle
+    }
+
+    /// Its id, by which leases name it.
+    pub fn id(&self) -> Uuid {
+        self.id
     }
 
     /// How the feed is doing.

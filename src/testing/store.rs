@@ -20,6 +20,7 @@
 //! The behaviours are public functions in the modules below, for whoever needs a single one.
 
 pub mod append;
+pub mod command;
 pub mod lease;
 pub mod oracle;
 pub mod progress;
@@ -136,6 +137,10 @@ macro_rules! event_store_suite {
                 zombies_cannot_renew_or_release,
                 leases_are_listed,
                 one_of_many_rivals_gets_a_lease;
+            command:
+                the_first_record_of_a_command_counts,
+                one_of_many_rivals_records_a_command,
+                old_records_are_forgotten;
             oracle:
                 rivals_on_one_stream_leave_no_hole,
                 followers_see_exactly_the_log,

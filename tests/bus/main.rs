@@ -6,6 +6,7 @@
 mod certificates;
 mod cluster;
 mod conformance;
+mod durable;
 mod events;
 mod faults;
 mod foreign;

@@ -4,7 +4,7 @@ use std::num::NonZeroU16;
 
 use futures_util::StreamExt;
 use storied::bus::{BusError, ConsumerOptions, Subjects, SubscribeOptions};
-use storied::{Event, Position, partition_of};
+use storied::{Event, Partition, Position, StreamId};
 use tokio::time::timeout;
 
 use crate::harness::{self, NatsServer};
@@ -50,7 +50,7 @@ async fn each_mapping_from_publisher_to_feed_and_subscribers() {
         for kind in NATS {
             let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
             let bus = options(kind, &server).subjects(subjects.clone()).bus();
-            let p = partition_of("7", NonZeroU16::new(16).unwrap()).to_string();
+            let p = Partition::of(&StreamId::new("note", 7).unwrap(), 16).index().to_string();
             let subject = subject.replace("{p}", &p);
             let raw = async_nats::connect(server.url()).await.unwrap();
             let mut foreign = raw.subscribe(subject.clone()).await.unwrap();
@@ -162,7 +162,8 @@ async fn one_partition_is_a_filter_of_the_servers() {
         while let Some(message) = messages.next().await {
             let message = message.unwrap();
             let stream = message.headers.as_ref().unwrap().get("Storied-Stream").unwrap().as_str();
-            assert_eq!(partition_of(stream.split_once('/').unwrap().1, partitions), partition);
+            let (category, id) = stream.split_once('/').unwrap();
+            assert_eq!(Partition::of(&StreamId::new(category, id).unwrap(), 4).index(), partition);
             seen += 1;
         }
     }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "a module of several test binaries, each of which uses a part")]
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -234,8 +235,8 @@ impl EventStore for FaultyStore {
         self.inner.remove_parked(name, position)
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.inner.paused(name)
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        self.inner.paused()
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
@@ -279,5 +280,23 @@ impl EventStore for FaultyStore {
             });
         }
         self.inner.save_snapshot(stream, snapshot)
+    }
+
+    fn command(
+        &self,
+        id: uuid::Uuid,
+    ) -> BoxFuture<'_, Result<Option<storied::store::CommandRecord>, StoreError>> {
+        self.inner.command(id)
+    }
+
+    fn record_command(
+        &self,
+        record: storied::store::CommandRecord,
+    ) -> BoxFuture<'_, Result<storied::store::CommandRecord, StoreError>> {
+        self.inner.record_command(record)
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        self.inner.forget_commands(age, limit)
     }
 }

@@ -8,6 +8,7 @@ mod conformance;
 mod faults;
 mod oracle;
 mod pooler;
+mod projections;
 mod proxy;
 mod read_model;
 #[path = "../support/mod.rs"]

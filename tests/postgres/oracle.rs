@@ -261,11 +261,9 @@ async fn transaction(connection: &mut PgConnection, dice: &mut Dice) -> sqlx::Re
     let streams: Vec<_> = numbers.into_iter().map(stream).collect();
     let mut transaction = connection.begin().await?;
     dice.nap(2_000).await;
-    let mut parts = Vec::new();
     let mut new = Vec::new();
     for (index, stream) in streams.iter().enumerate() {
         let count = 1 + dice.below(3) as usize;
-        parts.push(count as i32);
         new.extend(
             events(count)
                 .into_iter()
@@ -274,12 +272,12 @@ async fn transaction(connection: &mut PgConnection, dice: &mut Dice) -> sqlx::Re
         );
     }
     let row = sqlx::query(
-        "SELECT accepted, lost FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        "SELECT lost FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
     )
     .bind(streams.iter().map(stream_key).collect::<Vec<_>>())
     .bind((0..streams.len() as i32).collect::<Vec<_>>())
     .bind(vec![-1_i64; streams.len()])
-    .bind(parts)
+    .bind(true)
     .bind(new.iter().map(|(part, ..)| *part).collect::<Vec<_>>())
     .bind(new.iter().map(|(_, n, ..)| *n).collect::<Vec<_>>())
     .bind(new.iter().map(|(_, _, stream, _)| stream.category()).collect::<Vec<_>>())
@@ -291,7 +289,7 @@ async fn transaction(connection: &mut PgConnection, dice: &mut Dice) -> sqlx::Re
     .bind(new.iter().map(|(.., event)| event.metadata.to_vec()).collect::<Vec<_>>())
     .fetch_one(&mut *transaction)
     .await?;
-    let lost: Option<Vec<bool>> = row.try_get(1)?;
+    let lost: Option<Vec<bool>> = row.try_get(0)?;
     let won = |part: i32| lost.as_ref().is_none_or(|lost| !lost[part as usize - 1]);
     let ids = new.iter().filter(|(part, ..)| won(*part)).map(|(.., event)| event.id).collect();
     dice.nap(20_000).await;
@@ -480,8 +478,9 @@ async fn foreign_transactions_hold_nobody_up() {
         let findings = oracle(&url, scene).await;
         findings.print(what);
         assert_eq!(findings.faults(), 0);
-        // It stands open all the time: who waited for it would wait for most of that.
-        assert!(findings.lag(1.0) < time / 2, "{:?}", findings.lag(1.0));
+        // It stands open all the time: who waited for it would, for half of the events, wait for half of that. Not the
+        // longest lag, which on a busy machine is that of the slowest follower.
+        assert!(findings.lag(0.5) < time / 4, "{:?}", findings.lag(0.5));
     }
 }
 
@@ -539,6 +538,28 @@ async fn the_oracle_notices_mutations() {
     let findings = oracle(&self::database(server, &[]).await, Scene::quiet(Reader::ByHand)).await;
     findings.print("nothing changed");
     assert_eq!(findings.faults(), 0);
+}
+
+/// Two appends to one stream at once: positions could grow against the versions if one drew its position, and then found the
+/// event that it follows under a higher one. The next best thing to that moment is a sequence that was set back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_event_comes_before_the_one_it_follows() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    run(&url, "SELECT setval('storied.positions', 1000)").await;
+    append(&store, &stream(1), ExpectedVersion::NoStream, events(50)).await.unwrap();
+    run(&url, "SELECT setval('storied.positions', 10)").await;
+    let mut connection = connect(&url).await;
+    let row = sqlx::query(
+        "SELECT versions, lost FROM storied.append(ARRAY[$1], ARRAY[0], ARRAY[50::bigint], false, ARRAY[1], ARRAY[1],
+             ARRAY['order'], ARRAY['1'], ARRAY['order.placed'], ARRAY[$2], ARRAY[$2], ARRAY[''::bytea], ARRAY[''::bytea])",
+    )
+    .bind(stream_key(&stream(1)))
+    .bind(Uuid::now_v7())
+    .fetch_one(&mut connection)
+    .await
+    .unwrap();
+    assert_eq!((row.get::<Vec<i64>, _>(0), row.get::<Vec<bool>, _>(1)), (vec![50], vec![true]));
 }
 
 /// Why the key of the lock is not `SELECT last_value`: it is read without the lock of the sequence's page, and for a moment

@@ -7,6 +7,10 @@
 mod control;
 mod failures;
 mod following;
+mod lookups;
 mod nodes;
+mod partitions;
 mod publishing;
+mod rebuild;
+mod schedules;
 mod support;

@@ -1,6 +1,6 @@
 //! Events, projections that record what they saw, and a store and buses with faults.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -776,8 +776,8 @@ impl EventStore for Link {
         through!(self, self.inner.remove_parked(name, position))
     }
 
-    fn paused<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<bool, StoreError>> {
-        through!(self, self.inner.paused(name))
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        through!(self, self.inner.paused())
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
@@ -821,6 +821,24 @@ impl EventStore for Link {
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         through!(self, self.inner.save_snapshot(stream, snapshot))
+    }
+
+    fn command(
+        &self,
+        id: uuid::Uuid,
+    ) -> BoxFuture<'_, Result<Option<storied::store::CommandRecord>, StoreError>> {
+        through!(self, self.inner.command(id))
+    }
+
+    fn record_command(
+        &self,
+        record: storied::store::CommandRecord,
+    ) -> BoxFuture<'_, Result<storied::store::CommandRecord, StoreError>> {
+        through!(self, self.inner.record_command(record))
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        through!(self, self.inner.forget_commands(age, limit))
     }
 }
 

@@ -35,7 +35,7 @@ const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 pub struct NatsOptions {
     pub(super) driver: Driver,
     /// Before everything that the bus does on the wire: `{namespace}.events.…`.
-    namespace: String,
+    pub(crate) namespace: String,
     subjects: Subjects,
     url: Option<String>,
     /// The connection of somebody else, instead of one of our own.

@@ -11,7 +11,7 @@ pub use self::pattern::InvalidPattern;
 pub(super) use self::pattern::Pattern;
 use crate::bus::BusError;
 use crate::event::{EventName, StreamId};
-use crate::partition::partition_of;
+use crate::partition::Partition;
 
 /// How the names of events become subjects. Publishers and subscribers of one system must say the same.
 ///
@@ -86,7 +86,7 @@ impl Subjects {
 
     /// Puts the number of the event's partition in front of its name (behind the prefix): `storied.events.3.order.placed`.
     /// For subscribers that share the log out by aggregate: the number is the same for all events of a stream, from 0,
-    /// see [`partition_of`]. None by default. Must not change as long as a mirror is in use.
+    /// see [`Partition`](crate::Partition). None by default. Must not change as long as a mirror is in use.
     ///
     /// # Errors
     /// Of [`identity`](Self::identity) and [`custom`](Self::custom): without a prefix, the server could not tell such
@@ -219,7 +219,7 @@ impl Mapping {
         let mut subject = String::with_capacity(self.prefix.len() + 6 + mapped.len());
         subject.push_str(&self.prefix);
         if let Some(partitions) = self.subjects.partitions {
-            subject.push_str(&partition_of(stream.id(), partitions).to_string());
+            subject.push_str(&Partition::of(stream, partitions.get()).index().to_string());
             subject.push('.');
         }
         subject.push_str(&mapped);

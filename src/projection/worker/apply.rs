@@ -38,7 +38,7 @@ fn is_undecodable(error: &ApplyError) -> bool {
 }
 
 /// Whether the error, or what caused it, says that the read model cannot be reached: no event is to blame for that.
-fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
+pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
     causes(&**error).any(|cause| cause.is::<TargetUnavailable>()) || read_model.is_outage(&**error)
 }
 
@@ -63,7 +63,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             _ => suspected.min(self.context.options.batch),
         };
-        let mut open = match self.read_model.begin(&self.context.row, saved).await {
+        let mut open = match self.read_model.begin(&self.row, saved).await {
             Ok(open) => open,
             Err(error) => {
                 self.pending = Some(pending);
@@ -74,7 +74,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut failure = None;
         for event in pending.events.iter().take(count) {
             let transaction = self.read_model.transaction(&mut open);
-            match apply(self.projection, event, transaction).await {
+            match apply(&mut self.instance.projection, event, transaction).await {
                 Ok(()) => applied += 1,
                 Err(error) => {
                     failure = Some(error);
@@ -133,7 +133,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
-        if let Err(error) = self.read_model.commit(open, &self.context.row, saved, to, None).await {
+        if let Err(error) = self.read_model.commit(open, &self.row, saved, to, None).await {
             return self.refused(&error);
         }
         self.backoff.succeeded();
@@ -145,6 +145,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     fn committed(&mut self, to: Checkpoint, left: Pending, count: impl FnOnce(&mut ProjectionStatus)) {
         self.saved = Some(to);
         self.applied = to.position;
+        self.timing.applied();
+        self.tell_applied();
         if self.suspect.as_ref().is_some_and(|suspect| suspect.position <= to.position) {
             self.suspect = None;
         }
@@ -179,15 +181,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             FailurePolicy::Park => {
                 let parked = ParkedEvent::new(event, suspect.error.clone(), suspect.attempts);
                 let to = Checkpoint { position: event.position, ..saved };
-                let open = match self.read_model.begin(&context.row, saved).await {
+                let open = match self.read_model.begin(&self.row, saved).await {
                     Ok(open) => open,
                     Err(error) => {
                         self.pending = Some(pending);
                         return self.outage(&error);
                     }
                 };
-                if let Err(error) = self.read_model.commit(open, &context.row, saved, to, Some(parked)).await
-                {
+                if let Err(error) = self.read_model.commit(open, &self.row, saved, to, Some(parked)).await {
                     return self.refused(&error);
                 }
                 tracing::error!(

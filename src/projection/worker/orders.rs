@@ -1,29 +1,60 @@
 //! What a projection is told: pause, resume, reset, retry what was parked.
+//!
+//! On any node: whether it owns the read model or not, checkpoints are moved by compare and set, and who does not know of it
+//! is refused (I7).
 
-use tokio::time::Instant;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 
 use super::apply::{apply, contained};
 use super::{Context, Run};
-use crate::event::Position;
-use crate::lease::HeldLease;
+use crate::backoff::Backoff;
+use crate::event::{Position, RecordedEvent};
 use crate::projection::control::{Control, Reply};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, CheckpointError, ReadLog, StoreError};
+use crate::store::{CheckpointError, Lease, StoreError};
+
+/// How long one node may keep all others from going on.
+const ORDER: Duration = Duration::from_secs(10);
+
+/// How often something is tried while others move the same checkpoints.
+const ATTEMPTS: u32 = 20;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn control(&mut self, control: Control) {
         let (reply, result): (Reply, _) = match control {
             Control::Pause(reply) => (reply, self.persist_paused(true).await),
             Control::Resume(reply) => (reply, self.persist_paused(false).await),
+            Control::Paused(paused, reply) => (reply, self.take_paused(paused).await),
             Control::Reset(reply) => (reply, self.reset().await),
-            Control::RetryParked(position, reply) => (reply, self.retry_parked(position).await),
+            Control::BeginAnew(reply) => {
+                self.begin_anew();
+                (reply, Ok(()))
+            }
+            Control::Trigger(reply) => (reply, self.trigger().await),
+            Control::Rebuild(reply) => (reply, self.rebuild().await),
+            Control::RetryParked(event, reply) => (reply, self.retry_parked(&event).await),
         };
         // Who went away meanwhile does not want to know.
         let _ = reply.send(result);
     }
 
     async fn persist_paused(&mut self, paused: bool) -> Result<(), ControlError> {
-        self.context.store.set_paused(&self.context.name, paused).await?;
+        let Context { store, name, board, .. } = self.context;
+        store.set_paused(name, paused).await?;
+        if !paused && self.read_model.shared() {
+            // What failed on another node is to be tried again there.
+            let order = self.order().await?;
+            store.release_lease(&order).await?;
+        }
+        board.hint();
+        self.take_paused(paused).await
+    }
+
+    async fn take_paused(&mut self, paused: bool) -> Result<(), ControlError> {
+        self.paused_at = Some(Instant::now());
         self.set_paused(paused).await;
         if !paused {
             self.try_again();
@@ -45,7 +76,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// Somebody acted: what failed for good may work now.
-    fn try_again(&mut self) {
+    pub(super) fn try_again(&mut self) {
         self.wait_until = Instant::now();
         self.backoff.succeeded();
         if self.failed {
@@ -54,68 +85,110 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    fn not_owner(&self) -> ControlError {
-        ControlError::NotOwner { name: self.context.name.clone() }
-    }
-
-    /// The checkpoint under which this node may write.
-    fn owned(&self) -> Result<Checkpoint, ControlError> {
-        let name = &self.context.name;
-        if self.read_model.shared() && self.lease.is_none() {
-            return Err(self.not_owner());
-        }
-        self.saved.ok_or_else(|| {
-            let error = self.context.status.borrow().last_error.clone();
-            let reason = format!(
-                "projection {name} has not read its checkpoint yet{}",
-                error.map_or_else(String::new, |error| format!(" ({error})"))
-            );
-            ControlError::Store(StoreError::Unavailable { reason, source: None })
-        })
-    }
-
-    /// Makes this node the owner if nobody is, also where there is nothing that it could go on from.
-    async fn take_over(&mut self) -> Result<(), ControlError> {
-        let Context { row, store, node, options, .. } = self.context;
-        if !self.prepared {
-            self.read_model.prepare(store, row).await?;
-            self.is_prepared();
-        }
-        if self.read_model.shared() && self.lease.is_none() {
-            let lease = HeldLease::take(store, row, *node, options.lease).await?;
-            self.lease = Some(lease.ok_or_else(|| self.not_owner())?);
-            self.saved = None;
-        }
+    /// Tells all who work on the projection, and a rebuild of it.
+    async fn trigger(&mut self) -> Result<(), ControlError> {
+        let lease = self.hold(&self.context.shape.trigger()).await?;
+        self.context.store.release_lease(&lease).await?;
+        self.context.board.hint();
         Ok(())
     }
 
-    /// The epoch under which this node replaces what was written under `found`.
-    async fn epoch_above(&mut self, found: u64) -> Result<u64, ControlError> {
-        match &self.lease {
-            Some(lease) => lease.epoch_above(found).await?.ok_or_else(|| self.not_owner()),
-            None => Ok(found),
+    /// Holds up all who work on the projection, one node at a time.
+    pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
+        self.hold(&self.context.shape.order()).await
+    }
+
+    async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
+        let Context { store, name, .. } = self.context;
+        let give_up = Instant::now() + ORDER;
+        loop {
+            // An owner of its own each time, so that the epoch tells how many there were.
+            if let Some(order) = store.acquire_lease(lease, Uuid::new_v4(), ORDER).await? {
+                return Ok(order);
+            }
+            if Instant::now() >= give_up {
+                return Err(ControlError::Overloaded { name: name.clone() });
+            }
+            sleep(Duration::from_millis(20)).await;
         }
     }
 
-    /// Whatever the checkpoint is: also another store's, or one that the log does not reach.
+    /// Whatever the checkpoint is: also another store's, or one that the log does not reach, or in other partitions.
     async fn reset(&mut self) -> Result<(), ControlError> {
-        self.take_over().await?;
-        let Context { name, row, .. } = self.context;
-        // What cannot be read here is another store's, or cannot be read below either.
-        let found = self.read_model.checkpoint(row).await.unwrap_or_default();
-        let known = Checkpoint { epoch: self.epoch_above(found.epoch).await?, ..found };
-        let mut open = self.read_model.begin(row, known).await?;
-        match self.empty(&mut open).await {
-            Ok((found, to)) => {
-                self.commit_control(open, found, to).await?;
-                tracing::info!(
-                    projection = name,
-                    "the projection was reset and applies the log from its start"
-                );
-                self.begin_at(to);
-                self.try_again();
-                Ok(())
+        self.create().await?;
+        let Context { name, store, board, .. } = self.context;
+        let order = if self.read_model.shared() { Some(self.order().await?) } else { None };
+        board.hint();
+        let emptied = self.empty_patiently().await;
+        if let Some(order) = order
+            && let Err(error) = store.release_lease(&order).await
+        {
+            tracing::warn!(projection = name, %error, "who works on the projection is held up for some seconds");
+        }
+        board.hint();
+        emptied?;
+        tracing::info!(projection = name, "the projection was reset and applies the log from its start");
+        self.begin_anew();
+        Ok(())
+    }
+
+    /// It is empty.
+    fn begin_anew(&mut self) {
+        self.reload();
+        self.timing.forget();
+        self.moved_to(Position::START);
+        self.try_again();
+    }
+
+    async fn empty_patiently(&mut self) -> Result<(), ControlError> {
+        let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(500));
+        let mut attempt = 1;
+        loop {
+            match self.empty().await {
+                Err(ControlError::Store(StoreError::Unavailable { reason, .. })) if attempt < ATTEMPTS => {
+                    tracing::info!(
+                        projection = self.context.name,
+                        reason,
+                        attempt,
+                        "the reset is tried again"
+                    );
+                    attempt += 1;
+                    sleep(backoff.next()).await;
+                }
+                result => return result,
             }
+        }
+    }
+
+    /// Empties the read model, and puts every checkpoint to the start of the log, in one transaction.
+    async fn empty(&mut self) -> Result<(), ControlError> {
+        let Context { shape, .. } = self.context;
+        let row = &self.row.clone();
+        // What cannot be read here is another store's, or cannot be read below either.
+        let known = self.read_model.checkpoint(row).await.unwrap_or_default();
+        let mut open = self.read_model.begin(row, known).await?;
+        let result = async {
+            let version = shape.live(self.read_model, &mut open).await?;
+            self.use_version(version)?;
+            let mut rows = shape.begin_anew(self.read_model, &mut open, version).await?;
+            let last = rows.pop();
+            // Before the user's part, so that owners wait for it instead of being waited for in vain.
+            for (row, found, to) in &rows {
+                self.read_model.save(&mut open, row, *found, *to).await.map_err(refused)?;
+            }
+            let transaction = self.read_model.transaction(&mut open);
+            let emptied = contained(async { self.instance.projection.reset(transaction).await }).await;
+            emptied.map_err(|error| self.blame(&error))?;
+            for (row, ..) in rows.iter().chain(&last) {
+                self.read_model.unpark_all(&mut open, row).await?;
+            }
+            Ok(last)
+        };
+        match result.await {
+            Ok(Some((row, found, to))) => {
+                self.read_model.commit(open, &row, found, to, None).await.map_err(refused)
+            }
+            Ok(None) => Ok(()),
             Err(error) => {
                 self.roll_back(open).await;
                 Err(error)
@@ -123,53 +196,53 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Empties the read model in a transaction; the checkpoint that it leads on from, and the one that it leads to.
-    async fn empty(&mut self, open: &mut R::Open) -> Result<(Checkpoint, Checkpoint), ControlError> {
-        let Context { name, row, .. } = self.context;
-        let found = self.read_model.adopt(open, row).await?;
-        let to =
-            Checkpoint { position: Position::START, epoch: self.epoch_above(found.epoch).await?, mark: 0 };
-        let transaction = self.read_model.transaction(open);
-        let emptied = contained(async { self.projection.reset(transaction).await }).await;
-        emptied.map_err(|error| ControlError::Refused { name: name.clone(), reason: error.to_string() })?;
-        self.read_model.unpark_all(open, row).await?;
-        Ok((found, to))
+    /// Says whose fault it was that the user's code failed.
+    pub(super) fn blame(&self, error: &crate::projection::ApplyError) -> ControlError {
+        if super::apply::is_outage(self.read_model, error) {
+            return StoreError::Unavailable { reason: error.to_string(), source: None }.into();
+        }
+        ControlError::Refused { name: self.context.name.clone(), reason: error.to_string() }
     }
 
-    async fn retry_parked(&mut self, position: Position) -> Result<(), ControlError> {
-        let saved = self.owned()?;
-        let Context { name, row, store, .. } = self.context;
-        let not_parked = || ControlError::NotParked { name: name.clone(), position };
-        let before = Position::new(position.get().checked_sub(1).ok_or_else(not_parked)?);
-        let page = store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
-        let event = page.events.first().filter(|event| event.position == position).ok_or_else(not_parked)?;
-        let mut open = self.read_model.begin(row, saved).await?;
-        if !self.read_model.unpark(&mut open, row, position).await? {
+    async fn retry_parked(&mut self, event: &RecordedEvent) -> Result<(), ControlError> {
+        self.create().await?;
+        let mut attempt = 1;
+        loop {
+            match self.apply_parked(event).await {
+                // Its owner has moved the checkpoint meanwhile.
+                Err(ControlError::Store(StoreError::Unavailable { .. })) if attempt < ATTEMPTS => {
+                    attempt += 1
+                }
+                result => return result,
+            }
+        }
+    }
+
+    async fn apply_parked(&mut self, event: &RecordedEvent) -> Result<(), ControlError> {
+        let Context { name, .. } = self.context;
+        let row = &self.row;
+        let found = self.read_model.checkpoint(row).await?;
+        let mut open = self.read_model.begin(row, found).await?;
+        if !self.read_model.unpark(&mut open, row, event.position).await? {
             self.roll_back(open).await;
-            return Err(not_parked());
+            return Err(ControlError::NotParked { name: name.clone(), position: event.position });
         }
         let transaction = self.read_model.transaction(&mut open);
-        if let Err(error) = apply(self.projection, event, transaction).await {
+        if let Err(error) = apply(&mut self.instance.projection, event, transaction).await {
             self.roll_back(open).await;
-            return Err(ControlError::Refused { name: name.clone(), reason: error.to_string() });
+            return Err(self.blame(&error));
         }
-        self.commit_control(open, saved, saved).await?;
+        // The checkpoint stays where it is, but who moves it at the same time is waited for.
+        self.read_model.commit(open, row, found, found, None).await.map_err(refused)?;
         self.context.status.send_modify(|status| status.events_applied += 1);
         Ok(())
     }
+}
 
-    async fn commit_control(
-        &mut self,
-        open: R::Open,
-        saved: Checkpoint,
-        to: Checkpoint,
-    ) -> Result<(), ControlError> {
-        let row = &self.context.row;
-        let Err(error) = self.read_model.commit(open, row, saved, to, None).await else { return Ok(()) };
-        self.refused(&error);
-        Err(match error {
-            CheckpointError::Stale { .. } => self.not_owner(),
-            CheckpointError::Store(error) => ControlError::Store(error),
-        })
-    }
+/// Somebody else moved a checkpoint at the same time: worth another try.
+pub(super) fn refused(error: CheckpointError) -> ControlError {
+    ControlError::Store(match error {
+        CheckpointError::Stale { .. } => StoreError::Unavailable { reason: error.to_string(), source: None },
+        CheckpointError::Store(error) => error,
+    })
 }

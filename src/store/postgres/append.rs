@@ -331,6 +331,10 @@ async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Res
             (1_i32..).zip(&part.events).map(move |(n, event)| (index, n, part, *event))
         })
     };
+    // An exact version needs no look: either the event that it names is the stream's last, or the next one is not free.
+    let exact =
+        |part: &Part<'_>| matches!(part.expected, ExpectedVersion::Exact(_) | ExpectedVersion::NoStream);
+    let look_up = !units.iter().all(|unit| matches!(unit.parts.as_slice(), [only] if exact(only)));
     let expected = |part: &Part<'_>| match part.expected {
         ExpectedVersion::Exact(version) => to_sql(version.get()),
         ExpectedVersion::NoStream => 0,
@@ -341,7 +345,7 @@ async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Res
         .bind(parts().map(|(_, part)| part.key).collect::<Vec<_>>())
         .bind(parts().map(|(unit, _)| count(unit)).collect::<Vec<_>>())
         .bind(parts().map(|(_, part)| expected(part)).collect::<Vec<_>>())
-        .bind(parts().map(|(_, part)| count(part.events.len())).collect::<Vec<_>>())
+        .bind(look_up)
         .bind(events().map(|(index, ..)| index).collect::<Vec<_>>())
         .bind(events().map(|(_, n, ..)| n).collect::<Vec<_>>())
         .bind(events().map(|(_, _, part, _)| part.stream.category()).collect::<Vec<_>>())
@@ -363,9 +367,8 @@ fn count(number: usize) -> i32 {
 /// What `storied.append()` answers; see there.
 struct Reply {
     versions: Vec<i64>,
-    accepted: Vec<bool>,
     lost: Option<Vec<bool>>,
-    positions: Vec<i64>,
+    positions: Option<Vec<i64>>,
     transaction: Option<String>,
 }
 
@@ -373,15 +376,15 @@ impl Reply {
     fn decode(row: &PgRow) -> Result<Self, sqlx::Error> {
         Ok(Self {
             versions: row.try_get(0)?,
-            accepted: row.try_get(1)?,
-            lost: row.try_get(2)?,
-            positions: row.try_get(3)?,
-            transaction: row.try_get(4)?,
+            lost: row.try_get(1)?,
+            positions: row.try_get(2)?,
+            transaction: row.try_get(3)?,
         })
     }
 
     fn fates(self, units: &[&Unit<'_>]) -> Vec<Fate> {
-        let mut positions = self.positions.into_iter().map(|position| Position::new(from_sql(position)));
+        let positions = self.positions.unwrap_or_default();
+        let mut positions = positions.into_iter().map(|position| Position::new(from_sql(position)));
         let mut index = 0;
         let mut fates = Vec::with_capacity(units.len());
         for unit in units {
@@ -389,11 +392,9 @@ impl Reply {
             let mut refused = None;
             for (number, part) in unit.parts.iter().enumerate() {
                 let version = Version::new(self.versions.get(index).copied().map_or(0, from_sql));
-                let accepted = self.accepted.get(index).copied().unwrap_or_default();
                 let lost = self.lost.as_ref().and_then(|lost| lost.get(index)).copied().unwrap_or_default();
                 index += 1;
-                let own =
-                    if accepted { positions.by_ref().take(part.events.len()).collect() } else { Vec::new() };
+                let own = positions.by_ref().take(part.events.len()).collect();
                 if lost && part.expected.allows(version) {
                     refused.get_or_insert(Fate::Overtaken);
                 } else if lost || !part.expected.allows(version) {

@@ -8,7 +8,7 @@ use sqlx::Row;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::super::StoreError;
+use super::super::{Stall, StoreError};
 use super::error::failed;
 use super::notify::Hints;
 use super::{Core, from_sql};
@@ -27,24 +27,6 @@ const BROKEN: Duration = Duration::from_millis(500);
 
 /// A frontier that stands still for so long while events wait behind it deserves a warning.
 const STALLED: Duration = Duration::from_secs(5);
-
-/// Who keeps the frontier from moving, so that nobody sees the events behind it yet.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Stall {
-    /// The server process that holds the lowest low-water lock; `None` for a prepared transaction.
-    pub pid: Option<i32>,
-    /// What its client calls itself.
-    pub application_name: String,
-    /// What it does: `active`, `idle in transaction` …
-    pub state: String,
-    /// How long its transaction has been open.
-    pub open_for: Duration,
-    /// Its current or last statement, the first 300 characters. Empty if this login may not see it.
-    pub query: String,
-    /// Up to where the log can be read meanwhile.
-    pub low_water: Position,
-}
 
 /// What is known of the end of the log.
 #[derive(Debug)]

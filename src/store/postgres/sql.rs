@@ -68,7 +68,7 @@ macro_rules! statements {
 statements! {
     /// The statements of the log.
     LogSql {
-        append: "SELECT versions, accepted, lost, positions, transaction_id
+        append: "SELECT versions, lost, positions, transaction_id
             FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         find: "SELECT version, position, id FROM storied.events
             WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4) ORDER BY version",
@@ -105,7 +105,7 @@ statements! {
                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
             ) AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
             ORDER BY l.key, a.xact_start LIMIT 1",
-        paused: "SELECT EXISTS (SELECT FROM storied.paused WHERE name = $1)",
+        paused: "SELECT name FROM storied.paused",
         pause: "INSERT INTO storied.paused (name) VALUES ($1) ON CONFLICT DO NOTHING",
         resume: "DELETE FROM storied.paused WHERE name = $1",
         acquire_lease: "INSERT INTO storied.leases AS l (name, owner, epoch, expires_at)
@@ -120,12 +120,19 @@ statements! {
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
         release_lease: "UPDATE storied.leases SET expires_at = 'epoch'
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
-        leases: "SELECT name, owner, epoch, expires_at FROM storied.leases ORDER BY name",
+        leases: "SELECT name, owner, epoch, expires_at, expires_at > clock_timestamp() FROM storied.leases ORDER BY name",
         snapshot: "SELECT version, revision, state FROM storied.snapshots WHERE category = $1 AND stream_id = $2",
         save_snapshot: "INSERT INTO storied.snapshots AS s (category, stream_id, version, revision, state)
             VALUES ($1, $2, $3, $4, $5)
             ON CONFLICT (category, stream_id) DO UPDATE SET version = $3, revision = $4, state = $5
             WHERE s.revision <> $4 OR s.version <= $3",
+        command: "SELECT id, name, fingerprint, outcome, recorded_at FROM storied.commands WHERE id = $1",
+        record_command: "INSERT INTO storied.commands (id, name, fingerprint, outcome) VALUES ($1, $2, $3, $4)
+            ON CONFLICT (id) DO NOTHING RETURNING id, name, fingerprint, outcome, recorded_at",
+        forget_commands: "DELETE FROM storied.commands WHERE id IN (
+            SELECT id FROM storied.commands
+            WHERE recorded_at <= clock_timestamp() - $1 * interval '1 microsecond'
+            ORDER BY recorded_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
     }
 }
 

@@ -1,5 +1,6 @@
-//! The small state beside the log: leases, who is paused, snapshots.
+//! The small state beside the log: leases, who is paused, snapshots, what became of commands.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -7,7 +8,7 @@ use sqlx::Row;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
-use super::super::{Lease, LeaseInfo, Snapshot, StoreError};
+use super::super::{CommandRecord, Lease, LeaseInfo, Snapshot, StoreError};
 use super::error::failed;
 use super::{from_sql, now, time, to_sql};
 use crate::event::{StreamId, Version};
@@ -78,9 +79,11 @@ async fn set_expiry(
 }
 
 pub(super) async fn leases(connection: &mut SqliteConnection) -> Result<Vec<LeaseInfo>, StoreError> {
+    let now = now();
     let info = |row: SqliteRow| -> Result<_, sqlx::Error> {
+        let expires_at: i64 = row.try_get(3)?;
         let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
-        Ok(LeaseInfo { lease, expires_at: time(row.try_get(3)?) })
+        Ok(LeaseInfo { lease, expires_at: time(expires_at), live: expires_at > now })
     };
     sqlx::query("SELECT name, owner, epoch, expires_at FROM storied_leases ORDER BY name")
         .fetch_all(connection)
@@ -89,12 +92,12 @@ pub(super) async fn leases(connection: &mut SqliteConnection) -> Result<Vec<Leas
         .map_err(|error| failed(LEASES, error))
 }
 
-pub(super) async fn paused(connection: &mut SqliteConnection, name: &str) -> Result<bool, StoreError> {
-    sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM storied_paused WHERE name = ?)")
-        .bind(name)
-        .fetch_one(connection)
+pub(super) async fn paused(connection: &mut SqliteConnection) -> Result<BTreeSet<String>, StoreError> {
+    let names: Vec<String> = sqlx::query_scalar("SELECT name FROM storied_paused")
+        .fetch_all(connection)
         .await
-        .map_err(|error| failed(&format!("reading whether {name} is paused"), error))
+        .map_err(|error| failed("reading who is paused", error))?;
+    Ok(names.into_iter().collect())
 }
 
 pub(super) async fn set_paused(
@@ -153,4 +156,63 @@ pub(super) async fn save_snapshot(
     .await
     .map_err(|error| failed(&format!("saving the snapshot of {stream}"), error))?;
     Ok(())
+}
+
+pub(super) async fn command(
+    connection: &mut SqliteConnection,
+    id: Uuid,
+) -> Result<Option<CommandRecord>, StoreError> {
+    let record = |row: SqliteRow| -> Result<_, sqlx::Error> {
+        Ok(CommandRecord {
+            id: row.try_get(0)?,
+            name: row.try_get(1)?,
+            fingerprint: row.try_get(2)?,
+            outcome: Bytes::from(row.try_get::<Vec<u8>, _>(3)?),
+            recorded_at: time(row.try_get(4)?),
+        })
+    };
+    sqlx::query("SELECT id, name, fingerprint, outcome, recorded_at FROM storied_commands WHERE id = ?")
+        .bind(id)
+        .fetch_optional(connection)
+        .await
+        .and_then(|row| row.map(record).transpose())
+        .map_err(|error| failed("reading what became of a command", error))
+}
+
+pub(super) async fn record_command(
+    connection: &mut SqliteConnection,
+    record: CommandRecord,
+) -> Result<CommandRecord, StoreError> {
+    const DOING: &str = "recording what became of a command";
+    sqlx::query(
+        "INSERT OR IGNORE INTO storied_commands (id, name, fingerprint, outcome, recorded_at) VALUES (?, ?, ?, ?, ?)",
+    )
+    .bind(record.id)
+    .bind(&record.name)
+    .bind(record.fingerprint)
+    .bind(&*record.outcome)
+    .bind(now())
+    .execute(&mut *connection)
+    .await
+    .map_err(|error| failed(DOING, error))?;
+    let recorded = command(connection, record.id).await?;
+    recorded.ok_or_else(|| StoreError::Corrupt { reason: format!("{DOING}: the record is not there") })
+}
+
+pub(super) async fn forget_commands(
+    connection: &mut SqliteConnection,
+    age: Duration,
+    limit: usize,
+) -> Result<usize, StoreError> {
+    let before = now().saturating_sub(i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
+    let forgotten = sqlx::query(
+        "DELETE FROM storied_commands WHERE id IN (
+            SELECT id FROM storied_commands WHERE recorded_at <= ? ORDER BY recorded_at LIMIT ?)",
+    )
+    .bind(before)
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .execute(connection)
+    .await
+    .map_err(|error| failed("forgetting what became of old commands", error))?;
+    Ok(usize::try_from(forgotten.rows_affected()).unwrap_or(usize::MAX))
 }

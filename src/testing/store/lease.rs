@@ -104,6 +104,10 @@ pub async fn leases_are_listed(database: Database) {
     // Half of its time is slack for a store whose clock is not this machine's.
     assert!(found[0].expires_at > before + LONG / 2 && found[0].expires_at < Utc::now() + LONG * 2);
     assert!(found[1].expires_at <= Utc::now(), "given back is free");
+    assert_eq!(found.iter().map(|info| info.live).collect::<Vec<_>>(), [true, false]);
+    store.acquire_lease("b", owner, SHORT).await.unwrap().unwrap();
+    until_expired().await;
+    assert!(!store.leases().await.unwrap()[1].live, "it ran out");
 }
 
 /// Of many who want it at the same time, one gets it.

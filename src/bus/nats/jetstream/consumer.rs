@@ -92,6 +92,9 @@ pub(in super::super) struct Taken {
     pub(in super::super) sequence: u64,
     /// How often it has been delivered, this time included, as the server remembers: after a crash it may say less.
     pub(in super::super) attempt: u64,
+    /// Its number among what the consumer has ever delivered, to whomever: one that is not the next shows that something was
+    /// delivered elsewhere, or to nobody.
+    pub(in super::super) number: u64,
 }
 
 impl Consumer {
@@ -333,7 +336,13 @@ impl Attached {
             }
             self.last = place.sequence;
         }
-        Ok(Some(Taken { message, settle, sequence: place.sequence, attempt: place.attempt }))
+        Ok(Some(Taken {
+            message,
+            settle,
+            sequence: place.sequence,
+            attempt: place.attempt,
+            number: place.number,
+        }))
     }
 
     /// A request is over, and the server says how much of it.

@@ -197,7 +197,7 @@ impl Lane {
 
     async fn pass(&self, taken: Taken) {
         let confirm = matches!(self.source, Source::Consumer { confirm: true, .. });
-        let Taken { message, settle, sequence, attempt } = taken;
+        let Taken { message, settle, sequence, attempt, .. } = taken;
         let settle = Arc::new(settle);
         match self.read(&message) {
             Ok(Some(delivery)) => self.queue.push(Delivery {

@@ -36,6 +36,8 @@ pub(in crate::bus::nats) struct Settle {
 pub(super) struct Place {
     pub(super) sequence: u64,
     pub(super) attempt: u64,
+    /// Its number among what the consumer has ever delivered.
+    pub(super) number: u64,
 }
 
 /// `stream.consumer.delivered.sequence.…`, as the subject to answer to says it.
@@ -53,9 +55,9 @@ impl Settle {
     pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, Place)> {
         let reply = message.reply.clone()?;
         let mut tokens = place_in(&reply)?.skip(2).map(|token| token.parse::<u64>().ok());
-        let (attempt, sequence) = (tokens.next()??, tokens.next()??);
+        let (attempt, sequence, number) = (tokens.next()??, tokens.next()??, tokens.next()??);
         let settle = Self { connection: connection.clone(), reply, settled: AtomicBool::new(false) };
-        Some((settle, Place { sequence, attempt }))
+        Some((settle, Place { sequence, attempt, number }))
     }
 
     /// The consumer that delivered it.

@@ -1,0 +1,176 @@
+//! A bank on several nodes: accounts are aggregates, a transfer is a command of a handler that commands two accounts, and
+//! nothing may be lost whatever is killed. `--help` says how to run it, README.md where to begin reading.
+
+mod args;
+mod domain;
+mod drive;
+mod node;
+mod report;
+
+use std::io;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use self::args::{Args, USAGE};
+use self::node::Node;
+use self::report::Report;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into()),
+        )
+        .init();
+    let args = match Args::parse(std::env::args_os().skip(1)) {
+        Ok(args) if args.help => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(args) => args,
+        Err(error) => {
+            eprint!("error: {error}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let ended = match &args.node {
+        Some(name) => node::serve(&args, name).await,
+        None => run(&args).await,
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why a run fails.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Store(#[from] storied::StoreError),
+    #[error(transparent)]
+    Namespace(#[from] storied::event::InvalidName),
+    #[error(transparent)]
+    Start(#[from] storied::runtime::StartError),
+    #[error(transparent)]
+    Shutdown(#[from] storied::runtime::ShutdownError),
+    #[error(transparent)]
+    Filter(#[from] storied::EncodeError),
+    #[error(transparent)]
+    Event(#[from] storied::DecodeError),
+    #[error("node {name}: {reason}")]
+    Node { name: String, reason: String },
+    #[error("an account cannot be opened: {0}")]
+    Open(String),
+    #[error("transfer {id} could not be settled: {reason}")]
+    Unsettled { id: Uuid, reason: String },
+    #[error("the log is not what it should be: {}", wrong.join("; "))]
+    Wrong { wrong: Vec<String> },
+    #[error("this cannot be: {0}")]
+    Bug(&'static str),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+async fn run(args: &Args) -> Result<(), Failure> {
+    let mut nodes = Vec::new();
+    let runtime = if args.bus == args::Bus::Local {
+        node::keeping(args, "bank").await?
+    } else {
+        // First this one, which prepares the database.
+        let runtime = node::giving(args).await?;
+        for number in 1..=args.nodes {
+            let mut node = Node::new(args, number);
+            node.start()?;
+            nodes.push(node);
+        }
+        for node in &mut nodes {
+            node.ready().await?;
+        }
+        runtime
+    };
+    drive::open(&runtime, args.accounts).await?;
+
+    let stop = tokio::sync::watch::Sender::new(false);
+    let faults = tokio::spawn(faults(nodes, args.faults, stop.subscribe()));
+    let transferred = drive::transfers(&runtime, args).await;
+    stop.send_replace(true);
+    let nodes = faults.await.map_err(io::Error::other)??;
+    let (settled, took) = transferred?;
+
+    // A node that was paused may have something left that it should not do any more: that, too, is to be seen.
+    for node in nodes {
+        node.stop().await?;
+    }
+    let report = Report::of(&**runtime.store(), &settled, took).await?;
+    runtime.shutdown().await?;
+    if args.json {
+        println!("{}", report.json());
+    } else {
+        println!("{report}");
+    }
+    report.check()
+}
+
+/// Keeps the nodes running until it is told to stop, or kills and pauses one after the other meanwhile. All of them run when
+/// it returns.
+async fn faults(
+    mut nodes: Vec<Node>,
+    wanted: bool,
+    mut stop: tokio::sync::watch::Receiver<bool>,
+) -> Result<Vec<Node>, Failure> {
+    let wait = async |stop: &mut tokio::sync::watch::Receiver<bool>, longest: u64| {
+        let dice = Uuid::new_v4().as_u128();
+        let pause = Duration::from_millis(u64::try_from(dice % u128::from(longest)).unwrap_or(0));
+        tokio::select! {
+            _ = stop.wait_for(|stop| *stop) => {}
+            () = sleep(pause) => {}
+        }
+    };
+    if !wanted {
+        let _ = stop.wait_for(|stop| *stop).await;
+    }
+    while !*stop.borrow() {
+        wait(&mut stop, 1_500).await;
+        let dice = Uuid::new_v4().as_u128();
+        let index = usize::try_from(dice % nodes.len() as u128).unwrap_or(0);
+        let node = &mut nodes[index];
+        if node.has_ended() {
+            return Err(Failure::Node { name: node.name.clone(), reason: "it ended by itself".into() });
+        }
+        if (dice >> 64).is_multiple_of(2) {
+            tracing::info!(node = node.name, "kill");
+            node.kill();
+            wait(&mut stop, 1_000).await;
+            restart(node, &stop).await?;
+        } else {
+            tracing::info!(node = node.name, "pause");
+            node.pause(true);
+            wait(&mut stop, 6_000).await;
+            node.pause(false);
+        }
+    }
+    Ok(nodes)
+}
+
+/// Starts a node that was killed. What it needs may be away just then.
+async fn restart(node: &mut Node, stop: &tokio::sync::watch::Receiver<bool>) -> Result<(), Failure> {
+    let mut attempts = 0;
+    loop {
+        node.start()?;
+        match node.ready().await {
+            Ok(()) => return Ok(()),
+            Err(error) if *stop.borrow() && attempts > 20 => return Err(error),
+            Err(_) => attempts += 1,
+        }
+        node.kill();
+        sleep(Duration::from_millis(300)).await;
+    }
+}

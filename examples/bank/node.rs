@@ -1,0 +1,157 @@
+//! Runtimes: one that keeps accounts, one that only gives commands; and the processes that keep accounts for another.
+
+use std::io::{self, Read, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use storied::bus::JetStreamOptions;
+use storied::command::{CommandBus, HandlerOptions, NatsCommands};
+use storied::runtime::Builder;
+use storied::{AggregateOptions, MemoryStore, NatsOptions, PostgresOptions, Runtime, SqliteStore};
+
+use crate::Failure;
+use crate::args::{Args, Bus, StoreKind};
+use crate::domain::{Account, Transfers};
+
+/// The schema of the log in PostgreSQL.
+const SCHEMA: &str = "storied_bank";
+
+/// How many transfers a node has under way at a time.
+const WORKERS: usize = 64;
+
+/// How many commands an account recognises by their ids: many more than there are within the life of a transfer.
+const COMMAND_WINDOW: usize = 20_000;
+
+fn nats(args: &Args, options: NatsOptions) -> Result<NatsOptions, Failure> {
+    let options = options.namespace(&args.namespace)?.reconnect_wait(Duration::from_millis(500));
+    Ok(match &args.nats_url {
+        Some(url) => options.url(url),
+        None => options,
+    })
+}
+
+/// A runtime without accounts.
+async fn builder(args: &Args, name: &str) -> Result<Builder, Failure> {
+    let builder = match args.store {
+        StoreKind::Memory => Runtime::builder().store(MemoryStore::new()),
+        StoreKind::Sqlite => Runtime::builder().store(SqliteStore::open(&args.db).await?),
+        StoreKind::Postgres => {
+            let options = PostgresOptions::new().schema(SCHEMA).application_name(format!("bank {name}"));
+            let options = match &args.database_url {
+                Some(url) => options.url(url),
+                None => options,
+            };
+            Runtime::builder().store(options.connect().await?)
+        }
+    };
+    let options = match args.bus {
+        Bus::Local => return Ok(builder),
+        Bus::Core => NatsOptions::core(),
+        Bus::JetStream => NatsOptions::jetstream(JetStreamOptions::new()),
+    };
+    let commands = NatsCommands::new(nats(args, NatsOptions::core())?).node(name);
+    Ok(builder.bus(nats(args, options)?.bus()).commands(CommandBus::nats(commands)))
+}
+
+/// A runtime that keeps accounts and makes transfers.
+pub(crate) async fn keeping(args: &Args, name: &str) -> Result<Runtime, Failure> {
+    let accounts = AggregateOptions::<Account>::new().command_window(COMMAND_WINDOW);
+    let builder = builder(args, name).await?.aggregate_with(accounts);
+    let builder = builder.handler_with(Transfers, HandlerOptions::new().workers(WORKERS));
+    Ok(builder.start().await?)
+}
+
+/// A runtime that gives commands to others.
+pub(crate) async fn giving(args: &Args) -> Result<Runtime, Failure> {
+    Ok(builder(args, "teller").await?.start().await?)
+}
+
+/// Keeps accounts until the standard input ends, which it does with the process that started this one.
+pub(crate) async fn serve(args: &Args, name: &str) -> Result<(), Failure> {
+    let runtime = keeping(args, name).await?;
+    println!("ready");
+    tokio::task::spawn_blocking(|| io::stdin().read_to_end(&mut Vec::new()))
+        .await
+        .map_err(io::Error::other)??;
+    Ok(runtime.shutdown().await?)
+}
+
+/// A process that keeps accounts. Killed when it is dropped.
+pub(crate) struct Node {
+    pub(crate) name: String,
+    args: Args,
+    running: Option<(Child, ChildStdin)>,
+}
+
+impl Node {
+    pub(crate) fn new(args: &Args, number: usize) -> Self {
+        Self { name: format!("bank-{number}"), args: args.clone(), running: None }
+    }
+
+    /// Starts the process; it says `ready` when it is.
+    pub(crate) fn start(&mut self) -> Result<(), Failure> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(self.args.for_node(&self.name))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdin = child.stdin.take().ok_or_else(|| io::Error::other("the node has no standard input"))?;
+        self.running = Some((child, stdin));
+        Ok(())
+    }
+
+    /// Waits until the process is ready.
+    pub(crate) async fn ready(&mut self) -> Result<(), Failure> {
+        let Some((child, _)) = &mut self.running else { return Ok(()) };
+        let Some(mut stdout) = child.stdout.take() else { return Ok(()) };
+        let read = tokio::task::spawn_blocking(move || {
+            let mut ready = [0; 6];
+            stdout.read_exact(&mut ready).map(|()| ready)
+        });
+        match read.await.map_err(io::Error::other)? {
+            Ok(ready) if &ready == b"ready\n" => Ok(()),
+            other => Err(Failure::Node { name: self.name.clone(), reason: format!("{other:?}") }),
+        }
+    }
+
+    /// Whether it has ended by itself, which is nothing that it should do.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.running.as_mut().is_some_and(|(child, _)| child.try_wait().is_ok_and(|status| status.is_some()))
+    }
+
+    pub(crate) fn kill(&mut self) {
+        if let Some((mut child, _)) = self.running.take() {
+            // An error says that it is gone already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Stops it in its tracks, or lets it go on.
+    pub(crate) fn pause(&self, pause: bool) {
+        if let Some((child, _)) = &self.running {
+            let signal = if pause { Signal::SIGSTOP } else { Signal::SIGCONT };
+            let _ = kill(Pid::from_raw(child.id().cast_signed()), signal);
+        }
+    }
+
+    /// Ends it in order.
+    pub(crate) async fn stop(mut self) -> Result<(), Failure> {
+        let Some((mut child, mut stdin)) = self.running.take() else { return Ok(()) };
+        let _ = stdin.flush();
+        drop(stdin);
+        let status = tokio::task::spawn_blocking(move || child.wait()).await.map_err(io::Error::other)??;
+        if status.success() {
+            return Ok(());
+        }
+        Err(Failure::Node { name: self.name.clone(), reason: status.to_string() })
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

@@ -1,0 +1,68 @@
+//! The other nodes: processes of this program that keep their share of the read models.
+
+use std::io::Read;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use crate::Failure;
+use crate::args::{Args, Bus};
+
+/// How long they may take to end.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// They end when their standard input does, as it also does when this process is killed.
+pub(crate) struct Nodes {
+    children: Vec<Child>,
+}
+
+impl Nodes {
+    /// Starts all but the first, which is this process.
+    pub(crate) fn start(args: &Args) -> Result<Self, Failure> {
+        let mut children = Vec::new();
+        for _ in 1..args.nodes {
+            let program = std::env::current_exe().map_err(Failure::Nodes)?;
+            let mut command = Command::new(program);
+            command.args(["--node", "--store", "postgres"]);
+            if let Some(url) = &args.database_url {
+                command.args(["--database-url", url]);
+            }
+            match args.bus {
+                Bus::Local => {}
+                Bus::Core => _ = command.args(["--bus", "core"]),
+                Bus::JetStream => _ = command.args(["--bus", "jetstream"]),
+            }
+            if let Some(url) = &args.nats_url {
+                command.args(["--nats-url", url]);
+            }
+            let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).kill_on_drop(true).spawn();
+            children.push(child.map_err(Failure::Nodes)?);
+        }
+        Ok(Self { children })
+    }
+
+    /// Ends them. One that was killed meanwhile is no failure: the others have done its work.
+    pub(crate) async fn end(self) -> Result<(), Failure> {
+        for mut child in self.children {
+            drop(child.stdin.take());
+            match timeout(PATIENCE, child.wait()).await {
+                Ok(status) => {
+                    let status = status.map_err(Failure::Nodes)?;
+                    if !status.success() {
+                        tracing::warn!(%status, "a node did not end in order");
+                    }
+                }
+                Err(_) => child.kill().await.map_err(Failure::Nodes)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// In another node: waits for the end of the first one.
+pub(crate) async fn until_the_first_ends() {
+    // Nobody writes anything; an error is as good an end.
+    let _ = tokio::task::spawn_blocking(|| std::io::stdin().read(&mut [0])).await;
+}

@@ -1,0 +1,111 @@
+//! In a SQLite file of their own, beside the event store's: SQLite lets one transaction write to a file at a time, so that in
+//! one file the projections and the appends would wait for each other. Nothing is lost by it, because what must be in step is
+//! a read model and its checkpoint, and these commit together.
+
+use sqlx::sqlite::{SqliteConnection, SqlitePool};
+use storied::projection::ApplyError;
+use storied::{EncodeError, Filter, Projection, RecordedEvent};
+
+use super::{REVENUE, UNITS, to_sql};
+use crate::domain::InvoiceEvent;
+
+/// Money is kept as a whole number of the smallest part that a price can have: SQLite would add decimals as floats.
+const TABLES: &str = "
+    CREATE TABLE IF NOT EXISTS invoices (
+        number TEXT PRIMARY KEY, credit_note INTEGER NOT NULL, country TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS revenue_by_country (
+        country TEXT PRIMARY KEY, revenue INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS units_by_stock_code (
+        stock_code TEXT PRIMARY KEY, units INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+";
+
+pub(crate) async fn create_tables(pool: &SqlitePool) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(TABLES).execute(pool).await.map(drop)
+}
+
+/// Which invoices there are, and what each country brought in.
+#[derive(Debug)]
+pub(crate) struct RevenueByCountry;
+
+impl Projection for RevenueByCountry {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        REVENUE
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::of::<InvoiceEvent>()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        let number = event.stream.id();
+        let invoice: InvoiceEvent = event.decode()?;
+        if let Some(header) = invoice.header() {
+            sqlx::query("INSERT INTO invoices (number, credit_note, country) VALUES (?, ?, ?)")
+                .bind(number)
+                .bind(matches!(invoice, InvoiceEvent::CreditNoteOpened { .. }))
+                .bind(&header.country)
+                .execute(&mut *tx)
+                .await?;
+        }
+        if let Some(line) = invoice.line() {
+            let booked = sqlx::query(
+                "INSERT INTO revenue_by_country SELECT country, ?1 FROM invoices WHERE number = ?2
+                 ON CONFLICT (country) DO UPDATE SET revenue = revenue + excluded.revenue",
+            )
+            .bind(to_sql(line.amount())?)
+            .bind(number)
+            .execute(&mut *tx)
+            .await?;
+            if booked.rows_affected() == 0 {
+                return Err(format!("a line of invoice {number} came before the invoice").into());
+            }
+        }
+        Ok(())
+    }
+
+    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::raw_sql("DELETE FROM invoices; DELETE FROM revenue_by_country").execute(tx).await?;
+        Ok(())
+    }
+}
+
+/// What left the shop less what came back, of each article.
+#[derive(Debug)]
+pub(crate) struct UnitsByStockCode;
+
+impl Projection for UnitsByStockCode {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        UNITS
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::variants::<InvoiceEvent>(&InvoiceEvent::LINES)
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        let invoice: InvoiceEvent = event.decode()?;
+        if let Some(line) = invoice.line() {
+            sqlx::query(
+                "INSERT INTO units_by_stock_code VALUES (?, ?)
+                 ON CONFLICT (stock_code) DO UPDATE SET units = units + excluded.units",
+            )
+            .bind(&line.stock_code)
+            .bind(line.quantity)
+            .execute(tx)
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::query("DELETE FROM units_by_stock_code").execute(tx).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,9 @@
+-- What became of commands that no aggregate has in its stream, until they are forgotten.
+CREATE TABLE storied.commands (
+    id          uuid        PRIMARY KEY,
+    name        text        NOT NULL,
+    fingerprint uuid        NOT NULL,                            -- of the command's content
+    outcome     bytea       NOT NULL,                            -- CBOR
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX commands_by_age ON storied.commands (recorded_at);

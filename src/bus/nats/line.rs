@@ -1,0 +1,83 @@
+//! A connection for something else than events: the same logins, versions and comings back, and none of the subjects.
+
+use std::sync::Arc;
+
+use async_nats::Client;
+use tokio::sync::watch;
+
+use super::connection::{Connection, Echo, Link};
+use super::{NatsBus, NatsOptions};
+use crate::bus::BusError;
+
+/// A connection of its own, which is made when it is wanted.
+#[derive(Debug)]
+pub(crate) struct Line(NatsBus);
+
+/// A connection that was made. It comes back by itself after every outage.
+#[derive(Debug, Clone)]
+pub(crate) struct OpenLine(Arc<Connection>);
+
+/// How a connection is doing: up or not, and the how-manieth since it was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LineState {
+    pub(crate) up: bool,
+    pub(crate) session: u64,
+    /// Shut down by its owner.
+    pub(crate) closed: bool,
+}
+
+impl From<Link> for LineState {
+    fn from(link: Link) -> Self {
+        Self { up: link.up, session: link.sessions, closed: link.closed }
+    }
+}
+
+/// Tells how a connection is doing.
+#[derive(Debug)]
+pub(crate) struct LineWatch(watch::Receiver<Link>);
+
+impl LineWatch {
+    /// Waits until `condition` holds. Cancel-safe.
+    pub(crate) async fn until(&mut self, condition: impl Fn(LineState) -> bool) -> LineState {
+        match self.0.wait_for(|link| condition((*link).into())).await {
+            Ok(link) => (*link).into(),
+            Err(_) => LineState { up: false, session: 0, closed: true },
+        }
+    }
+}
+
+impl Line {
+    pub(crate) fn new(options: NatsOptions) -> Self {
+        Self(options.bus())
+    }
+
+    /// Connects, unless that was done.
+    pub(crate) async fn open(&self) -> Result<OpenLine, BusError> {
+        Ok(OpenLine(self.0.connection().await?))
+    }
+
+    pub(crate) async fn close(&self) {
+        self.0.disconnect().await;
+    }
+}
+
+impl OpenLine {
+    pub(crate) fn client(&self) -> &Client {
+        &self.0.client
+    }
+
+    /// Whether it is worth handing anything to it now: while it is down, it would be kept and sent later.
+    pub(crate) fn check(&self) -> Result<(), BusError> {
+        self.0.check()
+    }
+
+    pub(crate) fn watch(&self) -> LineWatch {
+        LineWatch(self.0.link())
+    }
+
+    /// Waits until the server has everything that was sent before.
+    pub(crate) async fn confirm(&self, what: &str) -> Result<(), BusError> {
+        let client = &self.0.client;
+        self.0.ask(what, async { Echo::new(client).await?.round_trip(client).await }).await
+    }
+}

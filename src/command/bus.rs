@@ -1,0 +1,383 @@
+//! The way from whoever gives a command to whoever handles it.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use chrono::Utc;
+use ractor::concurrency::oneshot;
+use serde::Serialize;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::envelope::{Deadline, Envelope};
+use super::follow::Follow;
+use super::policy::{CommandEnd, CommandInfo, Policy};
+use super::registry::Registry;
+use super::wire::{CommandFrame, Expected, FORMAT, Failure, Kind, Outcome};
+use super::{Dispatched, ExecuteError};
+use crate::codec::to_cbor;
+use crate::event::{EncodeError, Metadata, Position};
+use crate::future::BoxFuture;
+
+#[cfg(feature = "nats")]
+use super::nats::{NatsCommands, NatsNode};
+
+/// How long what became of a handler's command is remembered unless somebody says otherwise.
+const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// How commands find whoever handles them: within this process ([`local`](Self::local)), or on any node.
+///
+/// A command bus is not an event bus: its connection and subjects are its own, and every command goes to the one node that
+/// owns it. There is no way to share its messages out over a queue group, since that would take commands to nodes that do
+/// not own them:
+///
+/// ```compile_fail,E0599
+/// # use storied::command::CommandBus;
+/// let bus = CommandBus::nats("nats://127.0.0.1:4222").queue_group("workers");
+/// ```
+///
+/// ```compile_fail,E0308
+/// # use storied::{NatsBus, Runtime};
+/// let bus = NatsBus::core("nats://127.0.0.1:4222");
+/// let builder = Runtime::builder().commands(bus);
+/// ```
+///
+/// Filters and hooks run on the node that executes a command, whoever gave it.
+#[derive(Debug, Clone)]
+pub struct CommandBus {
+    pub(super) policy: Policy,
+    pub(super) keep_records: Duration,
+    #[cfg(feature = "nats")]
+    pub(super) nats: Option<NatsCommands>,
+}
+
+impl Default for CommandBus {
+    fn default() -> Self {
+        Self::local()
+    }
+}
+
+impl CommandBus {
+    /// Commands stay within this process. The default.
+    #[must_use]
+    pub fn local() -> Self {
+        Self {
+            policy: Policy::default(),
+            keep_records: KEEP_RECORDS,
+            #[cfg(feature = "nats")]
+            nats: None,
+        }
+    }
+
+    /// Takes only commands for which `filter` says yes; with several filters, all must. A command that this node does not
+    /// take goes to another one.
+    #[must_use]
+    pub fn filter(mut self, filter: impl Fn(&CommandInfo<'_>) -> bool + Send + Sync + 'static) -> Self {
+        self.policy.add_filter(Arc::new(filter));
+        self
+    }
+
+    /// Runs `hook` before every command. An error refuses the command, here and everywhere. Must not block.
+    #[must_use]
+    pub fn before_all(
+        mut self,
+        hook: impl Fn(&CommandInfo<'_>) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.policy.add_before(None, Arc::new(hook));
+        self
+    }
+
+    /// Runs `hook` before every command for the aggregates of this category, or the handler of this name.
+    #[must_use]
+    pub fn before(
+        mut self,
+        name: impl Into<String>,
+        hook: impl Fn(&CommandInfo<'_>) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.policy.add_before(Some(name.into()), Arc::new(hook));
+        self
+    }
+
+    /// Runs `hook` after every command that was accepted, however it ended. Must not block.
+    #[must_use]
+    pub fn after_all(mut self, hook: impl Fn(&CommandInfo<'_>, &CommandEnd) + Send + Sync + 'static) -> Self {
+        self.policy.add_after(None, Arc::new(hook));
+        self
+    }
+
+    /// Runs `hook` after every command for the aggregates of this category, or the handler of this name.
+    #[must_use]
+    pub fn after(
+        mut self,
+        name: impl Into<String>,
+        hook: impl Fn(&CommandInfo<'_>, &CommandEnd) + Send + Sync + 'static,
+    ) -> Self {
+        self.policy.add_after(Some(name.into()), Arc::new(hook));
+        self
+    }
+
+    /// How long the store remembers what became of a handler's command: as long as that, the same command id takes effect
+    /// once. 7 days by default. What is older is forgotten within the hour.
+    #[must_use]
+    pub fn keep_records(mut self, age: Duration) -> Self {
+        self.keep_records = age;
+        self
+    }
+
+    pub(crate) fn records_kept(&self) -> Duration {
+        self.keep_records
+    }
+
+    pub(crate) fn policy(&self) -> Policy {
+        self.policy.clone()
+    }
+}
+
+/// How a node gets at the other ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CommandBusStatus {
+    /// Commands stay within this process.
+    Local,
+    /// Commands reach these other nodes.
+    Connected {
+        /// What they are called, by name; those among them that were not heard lately are asked last.
+        nodes: Vec<String>,
+    },
+    /// There is no connection. It is being tried, without end.
+    Disconnected {
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// What gives commands holds this.
+pub(crate) struct Commands {
+    policy: Policy,
+    /// Set before the runtime has started.
+    registry: OnceLock<Registry>,
+    follow: OnceLock<Box<dyn Follow>>,
+    /// Set when the end begins: only what handlers have begun may give commands.
+    closing: AtomicBool,
+    #[cfg(feature = "nats")]
+    nats: OnceLock<NatsNode>,
+}
+
+/// Where a command goes first.
+#[derive(Debug)]
+pub(super) enum Way {
+    /// To an actor of this process. Whether there are other nodes that could take it.
+    Here { others: bool },
+    /// To other nodes.
+    There,
+}
+
+impl Commands {
+    pub(crate) fn new(policy: Policy) -> Arc<Self> {
+        Arc::new(Self {
+            policy,
+            registry: OnceLock::new(),
+            follow: OnceLock::new(),
+            closing: AtomicBool::new(false),
+            #[cfg(feature = "nats")]
+            nats: OnceLock::new(),
+        })
+    }
+
+    /// Opens the intake.
+    pub(crate) fn open(&self, registry: Registry, follow: Box<dyn Follow>) {
+        // There is one runtime, which does this once.
+        let _ = self.registry.set(registry);
+        let _ = self.follow.set(follow);
+    }
+
+    /// Joins the other nodes, if the bus reaches any. Without a server this goes on in the background.
+    #[cfg(feature = "nats")]
+    pub(crate) async fn connect(self: &Arc<Self>, bus: CommandBus, store: Uuid, incarnation: Uuid) {
+        if let Some(options) = bus.nats {
+            let node = NatsNode::start(options, Arc::downgrade(self), store, incarnation).await;
+            let _ = self.nats.set(node);
+        }
+    }
+
+    /// Takes no more commands and waits for those under way. How many had no answer at the deadline.
+    pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
+        self.closing.store(true, Ordering::Release);
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            nats.leave().await;
+        }
+        let unanswered = self.registry().shut_down(deadline).await;
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            nats.stop().await;
+        }
+        unanswered
+    }
+
+    pub(crate) fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    pub(crate) fn status(&self) -> CommandBusStatus {
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            return nats.status();
+        }
+        CommandBusStatus::Local
+    }
+
+    pub(crate) fn registry(&self) -> &Registry {
+        static NOBODY: OnceLock<Registry> = OnceLock::new();
+        self.registry.get().unwrap_or_else(|| NOBODY.get_or_init(Registry::default))
+    }
+
+    pub(super) fn caught_up<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+        patience: Duration,
+    ) -> BoxFuture<'a, Result<(), String>> {
+        match self.follow.get() {
+            Some(follow) => follow.caught_up(name, position, patience),
+            None => Box::pin(std::future::ready(Err("the runtime has not started".into()))),
+        }
+    }
+
+    /// Where a command goes; `able` says whether this node takes it.
+    pub(super) fn way<E>(
+        &self,
+        kind: Kind,
+        name: &'static str,
+        info: &CommandInfo<'_>,
+        envelope: &Envelope,
+        able: bool,
+    ) -> Result<Way, ExecuteError<E>> {
+        if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
+            return Err(ExecuteError::ShuttingDown);
+        }
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            let id;
+            let spread = match info.key {
+                Some(key) => key,
+                None => {
+                    // Without a key any node will do: the same one for every attempt at a command.
+                    id = info.id.to_string();
+                    &id
+                }
+            };
+            return nats.way(kind, name, spread, able).map_err(|reason| ExecuteError::Unavailable { reason });
+        }
+        if able {
+            return Ok(Way::Here { others: false });
+        }
+        if self.registry().endpoint(kind, name).is_some() {
+            let reason = format!("a filter of this node does not take command {}", info.id);
+            return Err(ExecuteError::Refused { reason });
+        }
+        Err(ExecuteError::NoHandler { name })
+    }
+
+    pub(super) fn frame<C: Serialize>(
+        &self,
+        kind: Kind,
+        info: &CommandInfo<'_>,
+        command: &C,
+        envelope: &Envelope,
+        prompt: bool,
+        deadline: Deadline,
+    ) -> Result<CommandFrame, EncodeError> {
+        let millis = |left: Duration| {
+            let now = u64::try_from(Utc::now().timestamp_millis()).unwrap_or(0);
+            now.saturating_add(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+        };
+        Ok(CommandFrame {
+            format: FORMAT,
+            id: envelope.id,
+            kind,
+            name: info.name.to_owned(),
+            key: info.key.map(Into::into),
+            payload: to_cbor(command)?,
+            metadata: envelope.metadata.encode()?.into(),
+            expected: Expected::Any,
+            deadline: deadline.left().map(millis),
+            attempt: 1,
+            prompt,
+        })
+    }
+
+    /// Sends a command to other nodes. With `prompt`, once somebody has accepted it: what becomes of it, later.
+    pub(super) async fn send(
+        &self,
+        frame: CommandFrame,
+        envelope: &Envelope,
+        deadline: Deadline,
+    ) -> Result<BoxFuture<'static, (Outcome, Duration)>, Failure> {
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            return nats.send(frame, envelope.assign_deadline(), deadline).await;
+        }
+        let _ = (frame, envelope, deadline);
+        Err(Failure::new(super::wire::Code::Unavailable, "this node has no way to others"))
+    }
+}
+
+impl fmt::Debug for Commands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Commands").field("registry", &self.registry).finish_non_exhaustive()
+    }
+}
+
+/// Somebody who wants to know how a command of this process ends.
+pub(super) struct Watch(Option<Watched>);
+
+struct Watched {
+    commands: Arc<Commands>,
+    name: &'static str,
+    key: Option<String>,
+    metadata: Metadata,
+}
+
+/// Whether hooks run after a command of this process.
+pub(super) fn watched(
+    commands: &Arc<Commands>,
+    metadata: &Metadata,
+    name: &'static str,
+    key: Option<&str>,
+) -> Watch {
+    Watch(commands.policy.watches(name).then(|| Watched {
+        commands: commands.clone(),
+        name,
+        key: key.map(Into::into),
+        metadata: metadata.clone(),
+    }))
+}
+
+impl Watch {
+    /// Runs the hooks when the command ends, also when nobody waits for it any more.
+    pub(super) fn over<T, E>(self, dispatched: Dispatched<T, E>) -> Dispatched<T, E>
+    where
+        T: Send + 'static,
+        E: std::error::Error + Send + 'static,
+    {
+        let Some(Watched { commands, name, key, metadata }) = self.0 else { return dispatched };
+        let id: Uuid = dispatched.command_id();
+        let (sender, receiver) = oneshot();
+        tokio::spawn(async move {
+            let report = dispatched.report().await;
+            let info = CommandInfo { name, key: key.as_deref(), id, metadata: &metadata };
+            commands.policy.end(&info, report.runtime, &report.result);
+            // Who has gone away does not want to know.
+            let _ = sender.send((report.result, report.runtime));
+        });
+        Dispatched::new(id, async move {
+            receiver.await.unwrap_or_else(|_| {
+                let reason = "a hook that ran after it panicked".to_owned();
+                (Err(ExecuteError::OutcomeUnknown { command_id: id, reason }), Duration::ZERO)
+            })
+        })
+    }
+}

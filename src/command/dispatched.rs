@@ -1,0 +1,96 @@
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ractor::concurrency::OneshotReceiver;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::ExecuteError;
+use super::envelope::{Deadline, Envelope};
+use super::handler::{GiveWay, give_way};
+use crate::future::BoxFuture;
+
+/// A command that was accepted: await it for the receipt. Dropping it does not take the command back.
+#[must_use = "await it for the receipt; a refusal that nobody hears only leaves a log line"]
+pub struct Dispatched<T, E> {
+    command_id: Uuid,
+    answer: BoxFuture<'static, (Result<T, ExecuteError<E>>, Duration)>,
+    /// The worker's place of the handler that gave the command.
+    place: Option<Arc<dyn GiveWay>>,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Report<T, E> {
+    /// The command.
+    pub command_id: Uuid,
+    /// How long it took where it was executed; where nobody said so, until its answer was here.
+    pub runtime: Duration,
+    /// The receipt, or why there is none.
+    pub result: Result<T, ExecuteError<E>>,
+}
+
+impl<T, E> Dispatched<T, E> {
+    pub(super) fn new(
+        command_id: Uuid,
+        answer: impl Future<Output = (Result<T, ExecuteError<E>>, Duration)> + Send + 'static,
+    ) -> Self {
+        Self { command_id, answer: Box::pin(answer), place: None }
+    }
+
+    pub(super) fn within(mut self, place: Option<Arc<dyn GiveWay>>) -> Self {
+        self.place = place;
+        self
+    }
+
+    /// A command that an actor of this process has.
+    pub(super) fn here(
+        envelope: &Envelope,
+        deadline: Deadline,
+        started: Instant,
+        answer: OneshotReceiver<Result<T, ExecuteError<E>>>,
+    ) -> Self
+    where
+        T: Send + 'static,
+        E: Send + 'static,
+    {
+        let (id, timeout) = (envelope.id, envelope.timeout());
+        Self::new(id, async move {
+            let unknown = |reason| Err(ExecuteError::OutcomeUnknown { command_id: id, reason });
+            let result = match tokio::time::timeout_at(deadline.instant(), answer).await {
+                Ok(Ok(answer)) => answer,
+                Ok(Err(_dropped)) => unknown("its actor was stopped before it answered".into()),
+                Err(_elapsed) => Err(ExecuteError::timed_out(id, timeout)),
+            };
+            (result, started.elapsed())
+        })
+    }
+
+    /// The id under which the command takes effect.
+    pub fn command_id(&self) -> Uuid {
+        self.command_id
+    }
+
+    /// Waits for the end, and says how long it took as well.
+    pub async fn report(self) -> Report<T, E> {
+        let (result, runtime) = give_way(self.place, self.answer).await;
+        Report { command_id: self.command_id, runtime, result }
+    }
+}
+
+impl<T: Send + 'static, E: Send + 'static> IntoFuture for Dispatched<T, E> {
+    type Output = Result<T, ExecuteError<E>>;
+    type IntoFuture = BoxFuture<'static, Self::Output>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move { self.report().await.result })
+    }
+}
+
+impl<T, E> fmt::Debug for Dispatched<T, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dispatched").field("command_id", &self.command_id).finish_non_exhaustive()
+    }
+}

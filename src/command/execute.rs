@@ -1,0 +1,146 @@
+use std::fmt;
+use std::sync::Arc;
+
+use chrono::Utc;
+use ractor::concurrency::oneshot;
+use tokio::time::Instant;
+
+use super::bus::{Commands, Way, watched};
+use super::envelope::{Envelope, envelope_setters};
+use super::follow::ExecuteAndFollow;
+use super::handler::{GiveWay, give_way};
+use super::wire::{About, Kind, Outcome};
+use super::{CommandInfo, Dispatched, ExecuteError, Receipt};
+use crate::aggregate::{Aggregate, Order};
+use crate::codec::fingerprint;
+use crate::event::{EncodeError, Event, StreamId};
+use crate::future::BoxFuture;
+use crate::store::ExpectedVersion;
+
+/// A command that is about to be executed: await it for the receipt, or set more before.
+///
+/// Made by [`Runtime::execute`](crate::Runtime::execute). Nothing happens before it is awaited or
+/// [dispatched](Self::dispatch). Dropping the future while it waits does not take the command back.
+#[must_use = "a command does nothing until it is awaited"]
+pub struct Execute<A: Aggregate> {
+    commands: Arc<Commands>,
+    id: String,
+    command: A::Command,
+    envelope: Envelope,
+    expected: ExpectedVersion,
+    /// The worker's place of the handler that gives this command.
+    place: Option<Arc<dyn GiveWay>>,
+}
+
+type Pending<A> = Dispatched<Receipt<<A as Aggregate>::Reply>, <A as Aggregate>::Error>;
+
+impl<A: Aggregate> Execute<A> {
+    pub(crate) fn new(commands: Arc<Commands>, id: String, command: A::Command, envelope: Envelope) -> Self {
+        Self { commands, id, command, envelope, expected: ExpectedVersion::Any, place: None }
+    }
+
+    pub(super) fn within(mut self, place: Arc<dyn GiveWay>) -> Self {
+        self.place = Some(place);
+        self
+    }
+
+    envelope_setters!();
+
+    /// Refuses the command unless the aggregate is at this version when it is decided. Anything by default.
+    pub fn expect_version(mut self, expected: ExpectedVersion) -> Self {
+        self.expected = expected;
+        self
+    }
+
+    /// Also waits until the projection `name` of this node has applied what the command caused, within
+    /// [`timeout`](Self::timeout) once more. The answer says the one and the other: that a projection was late never looks
+    /// as if the command had failed.
+    pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndFollow<A> {
+        let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
+        ExecuteAndFollow::new(self, commands, name.into(), timeout)
+    }
+
+    /// Hands the command over, and returns as soon as its aggregate has accepted it. Commands that are dispatched one after
+    /// the other to one aggregate are decided in that order, without waiting for each other's disk, as long as no node
+    /// comes or goes. Await what this returns for the receipt; dropping it does not take the command back.
+    ///
+    /// # Errors
+    /// When nobody took the command; then nothing happened, unless the error says that the outcome is unknown.
+    pub async fn dispatch(mut self) -> Result<Pending<A>, ExecuteError<A::Error>> {
+        let place = self.place.take();
+        Ok(give_way(place.clone(), self.hand_over(true)).await?.within(place))
+    }
+
+    async fn hand_over(self, prompt: bool) -> Result<Pending<A>, ExecuteError<A::Error>> {
+        let Self { commands, id: key, command, envelope, expected, place: _ } = self;
+        let category = <A::Event as Event>::CATEGORY;
+        let (started, deadline) = (Instant::now(), envelope.deadline());
+        let stream = StreamId::new(category, &key)
+            .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })?;
+        let info =
+            CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
+        let local = commands.registry().router::<A>().filter(|_| commands.policy().takes(&info));
+        let way = commands.way(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
+        if let (Way::Here { .. }, Some(router)) = (&way, local) {
+            match router.admit(deadline.instant()).await {
+                Ok(permit) => {
+                    commands.policy().begin(&info).map_err(|reason| ExecuteError::Refused { reason })?;
+                    let watch = watched(&commands, &envelope.metadata, category, Some(&key));
+                    let (reply, answer) = oneshot();
+                    let order = Order {
+                        content: fingerprint(&command).map_err(EncodeError::from)? as u64,
+                        command,
+                        command_id: envelope.id,
+                        metadata: envelope.metadata.clone(),
+                        expected,
+                        deadline: deadline.instant(),
+                        now: Utc::now(),
+                        attempts: 0,
+                        _permit: permit,
+                        reply: reply.into(),
+                    };
+                    router.route(stream, order)?;
+                    return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
+                }
+                Err(busy) if matches!(way, Way::Here { others: false }) => return Err(busy),
+                Err(_busy) => {}
+            }
+        }
+        let mut frame = commands.frame(Kind::Aggregate, &info, &command, &envelope, prompt, deadline)?;
+        frame.expected = expected.into();
+        let id = envelope.id;
+        let answered = commands.send(frame, &envelope, deadline).await;
+        let told = move |failure: super::wire::Failure, stream: &StreamId| {
+            failure.into_error(&About { id, name: category, stream: Some(stream), expected })
+        };
+        let answered = answered.map_err(|failure| told(failure, &stream))?;
+        Ok(Dispatched::new(id, async move {
+            let (outcome, runtime) = answered.await;
+            let result = match outcome {
+                Outcome::Done(done) => done.into_receipt(id, stream),
+                Outcome::Error(failure) => Err(told(failure, &stream)),
+            };
+            (result, runtime)
+        }))
+    }
+}
+
+impl<A: Aggregate> IntoFuture for Execute<A> {
+    type Output = Result<Receipt<A::Reply>, ExecuteError<A::Error>>;
+    type IntoFuture = BoxFuture<'static, Self::Output>;
+
+    fn into_future(mut self) -> Self::IntoFuture {
+        let place = self.place.take();
+        Box::pin(give_way(place, async move { self.hand_over(false).await?.await }))
+    }
+}
+
+impl<A: Aggregate> fmt::Debug for Execute<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Execute")
+            .field("category", &<A::Event as Event>::CATEGORY)
+            .field("id", &self.id)
+            .field("command_id", &self.envelope.id)
+            .finish_non_exhaustive()
+    }
+}

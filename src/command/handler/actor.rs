@@ -1,0 +1,329 @@
+//! The actor of a handler: whose turn it is. It never awaits; the work is done by tasks.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use ractor::concurrency::{OneshotReceiver, OneshotSender, oneshot};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, SpawnErr};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::run::{Ran, run};
+use super::{Handled, Handler, HandlerOptions, HandlerStatus};
+use crate::aggregate::SHUTDOWN;
+use crate::command::bus::Commands;
+use crate::command::{ExecuteError, Respawn};
+use crate::event::Metadata;
+use crate::store::{EventStore, StoreError};
+use crate::time::after;
+
+/// The answer to a handler's command.
+pub(crate) type Answer<H> = Result<Handled<<H as Handler>::Reply>, ExecuteError<<H as Handler>::Error>>;
+
+/// A command on its way.
+pub(crate) struct Job<H: Handler> {
+    pub(crate) command: H::Command,
+    pub(crate) id: Uuid,
+    pub(crate) metadata: Metadata,
+    pub(crate) fingerprint: Uuid,
+    pub(crate) key: Option<String>,
+    /// A command that was not begun by then is dropped, and those that it gives have no more time either.
+    pub(crate) deadline: Instant,
+}
+
+/// Who waits for an answer, and its place in the handler's limit.
+pub(super) struct Waiter<H: Handler> {
+    reply: OneshotSender<Answer<H>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// What the attempts of one handler share.
+pub(super) struct Shared<H> {
+    pub(super) handler: H,
+    pub(super) options: HandlerOptions,
+    pub(super) store: Arc<dyn EventStore>,
+    /// The way to other commands. It holds this handler, hence not the other way round.
+    pub(super) commands: Weak<Commands>,
+}
+
+/// The handle of a handler's actor; cheap to clone.
+pub(crate) struct HandlerRouter<H: Handler> {
+    /// The actor of the moment: another one after a restart.
+    actor: Arc<RwLock<ActorRef<Message<H>>>>,
+    shared: Arc<Shared<H>>,
+    admission: Arc<Semaphore>,
+    /// Set when the end begins: nobody is admitted any more.
+    closing: Arc<AtomicBool>,
+}
+
+impl<H: Handler> Clone for HandlerRouter<H> {
+    fn clone(&self) -> Self {
+        let Self { actor, shared, admission, closing } = self;
+        Self {
+            actor: actor.clone(),
+            shared: shared.clone(),
+            admission: admission.clone(),
+            closing: closing.clone(),
+        }
+    }
+}
+
+impl<H: Handler> fmt::Debug for HandlerRouter<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HandlerRouter").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+fn spawn<H: Handler>(
+    shared: &Arc<Shared<H>>,
+    supervisor: ActorCell,
+) -> Result<ActorRef<Message<H>>, SpawnErr> {
+    Ok(ActorRuntime::spawn_linked_instant(None, HandlerActor(shared.clone()), (), supervisor)?.0)
+}
+
+impl<H: Handler> HandlerRouter<H> {
+    /// Starts the handler's actor under `supervisor`.
+    pub(crate) fn start(
+        handler: H,
+        options: HandlerOptions,
+        store: Arc<dyn EventStore>,
+        commands: Weak<Commands>,
+        supervisor: ActorCell,
+    ) -> Result<Self, SpawnErr> {
+        let admission = Arc::new(Semaphore::new(options.in_flight.min(Semaphore::MAX_PERMITS)));
+        let shared = Arc::new(Shared { handler, options, store, commands });
+        let actor = Arc::new(RwLock::new(spawn(&shared, supervisor)?));
+        Ok(Self { actor, shared, admission, closing: Arc::default() })
+    }
+
+    fn actor(&self) -> ActorRef<Message<H>> {
+        self.actor.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn status(&self) -> HandlerStatus {
+        let limit = self.shared.options.in_flight;
+        HandlerStatus { name: H::NAME, in_flight: limit.saturating_sub(self.admission.available_permits()) }
+    }
+
+    /// A place among the commands under way. Waits for one as long as the options say (or until `deadline`).
+    pub(crate) async fn admit(
+        &self,
+        deadline: Instant,
+    ) -> Result<OwnedSemaphorePermit, ExecuteError<H::Error>> {
+        if self.closing.load(Ordering::Acquire) {
+            return Err(ExecuteError::ShuttingDown);
+        }
+        let until = deadline.min(after(self.shared.options.admission));
+        match tokio::time::timeout_at(until, self.admission.clone().acquire_owned()).await {
+            Ok(Ok(permit)) => Ok(permit),
+            Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
+            Err(_elapsed) => Err(ExecuteError::Overloaded {
+                what: "commands under way on this handler".into(),
+                limit: self.shared.options.in_flight,
+            }),
+        }
+    }
+
+    /// Hands an admitted command over.
+    pub(crate) fn hand_over(
+        &self,
+        job: Job<H>,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<OneshotReceiver<Answer<H>>, ExecuteError<H::Error>> {
+        let (reply, answer) = oneshot();
+        let waiter = Waiter { reply, _permit: permit };
+        match self.actor().cast(Message::Run(job, waiter)) {
+            Ok(()) => Ok(answer),
+            Err(_) if self.closing.load(Ordering::Acquire) => Err(ExecuteError::ShuttingDown),
+            Err(_) => {
+                let reason = "the handler is being started again".into();
+                Err(ExecuteError::Store(StoreError::Unavailable { reason, source: None }))
+            }
+        }
+    }
+
+    /// Takes no more commands, waits until those under way are answered (or until `deadline`), and stops the actor with its
+    /// tasks. How many were not answered.
+    pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
+        self.closing.store(true, Ordering::Release);
+        let all = u32::try_from(self.shared.options.in_flight).unwrap_or(u32::MAX);
+        let drained = tokio::time::timeout_at(deadline, self.admission.acquire_many(all)).await;
+        let unanswered = if drained.is_ok() { 0 } else { self.status().in_flight };
+        self.admission.close();
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
+        if let Err(error) = self.actor().stop_and_wait(Some(SHUTDOWN.into()), Some(left)).await {
+            tracing::warn!(handler = H::NAME, %error, "the handler did not stop in time");
+        }
+        unanswered
+    }
+}
+
+impl<H: Handler> Respawn for HandlerRouter<H> {
+    fn name(&self) -> &'static str {
+        H::NAME
+    }
+
+    fn actor(&self) -> Option<ActorId> {
+        Some(self.actor().get_id())
+    }
+
+    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String> {
+        let actor = spawn(&self.shared, supervisor).map_err(|error| error.to_string())?;
+        let id = actor.get_id();
+        *self.actor.write().unwrap_or_else(PoisonError::into_inner) = actor;
+        Ok(id)
+    }
+}
+
+pub(super) enum Message<H: Handler> {
+    /// A command.
+    Run(Job<H>, Waiter<H>),
+    /// An attempt is over.
+    Ended { id: Uuid, key: Option<String>, ran: Ran },
+    /// A worker's place is free.
+    Freed,
+    /// An attempt that gave its place away wants one again.
+    Enter(OneshotSender<Worker<H>>),
+}
+
+/// A worker's place. Free again when it is dropped.
+pub(super) struct Worker<H: Handler>(ActorRef<Message<H>>);
+
+impl<H: Handler> Worker<H> {
+    pub(super) fn actor(&self) -> ActorRef<Message<H>> {
+        self.0.clone()
+    }
+}
+
+impl<H: Handler> Drop for Worker<H> {
+    fn drop(&mut self) {
+        // Without the actor there are no places.
+        let _ = self.0.cast(Message::Freed);
+    }
+}
+
+struct HandlerActor<H>(Arc<Shared<H>>);
+
+struct HandlerState<H: Handler> {
+    /// Places that nobody has.
+    free: usize,
+    /// Attempts that want a place again. They come first: what has begun is to end.
+    resuming: VecDeque<OneshotSender<Worker<H>>>,
+    /// Commands that wait for a worker, in order.
+    ready: VecDeque<Job<H>>,
+    /// Commands that wait for others with the same key, in order. An entry for every key that has its turn.
+    turns: HashMap<String, VecDeque<Job<H>>>,
+    /// Every command that waits or runs: its content, and who waits for its end.
+    waiting: HashMap<Uuid, (Uuid, Vec<Waiter<H>>)>,
+    /// The attempts; they end with the actor.
+    attempts: JoinSet<()>,
+}
+
+impl<H: Handler> Actor for HandlerActor<H> {
+    type Msg = Message<H>;
+    type State = HandlerState<H>;
+    type Arguments = ();
+
+    async fn pre_start(&self, _: ActorRef<Self::Msg>, (): ()) -> Result<Self::State, ActorProcessingErr> {
+        Ok(HandlerState {
+            free: self.0.options.workers,
+            resuming: VecDeque::new(),
+            ready: VecDeque::new(),
+            turns: HashMap::new(),
+            waiting: HashMap::new(),
+            attempts: JoinSet::new(),
+        })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            Message::Run(job, waiter) => state.take(job, waiter),
+            Message::Ended { id, key, ran } => state.end(id, key, &ran),
+            Message::Freed => state.free += 1,
+            Message::Enter(place) => state.resuming.push_back(place),
+        }
+        // Attempts that are over leave a result behind.
+        while state.attempts.try_join_next().is_some() {}
+        self.work(&myself, state);
+        Ok(())
+    }
+}
+
+impl<H: Handler> HandlerActor<H> {
+    /// Gives away the places that are free.
+    fn work(&self, myself: &ActorRef<Message<H>>, state: &mut HandlerState<H>) {
+        while state.free > 0 {
+            if let Some(resuming) = state.resuming.pop_front() {
+                state.free -= 1;
+                // Who does not wait any more drops the place, which frees it.
+                let _ = resuming.send(Worker(myself.clone()));
+                continue;
+            }
+            let Some(job) = state.ready.pop_front() else { return };
+            if job.deadline <= Instant::now() {
+                let reason = "it was not begun before its deadline and has been dropped".to_owned();
+                state.end(job.id, job.key, &Ran::Unknown(reason));
+                continue;
+            }
+            state.free -= 1;
+            let (id, key) = (job.id, job.key.clone());
+            let (shared, worker, actor) = (self.0.clone(), Worker(myself.clone()), myself.clone());
+            state.attempts.spawn(async move {
+                let ran = run(shared, job, worker).await;
+                // An actor that is gone took its waiters with it.
+                let _ = actor.cast(Message::Ended { id, key, ran });
+            });
+        }
+    }
+}
+
+impl<H: Handler> HandlerState<H> {
+    fn take(&mut self, job: Job<H>, waiter: Waiter<H>) {
+        if let Some((fingerprint, waiters)) = self.waiting.get_mut(&job.id) {
+            if *fingerprint == job.fingerprint {
+                return waiters.push(waiter);
+            }
+            // A caller that has gone away needs no answer.
+            let _ = waiter.reply.send(Err(ExecuteError::SameId { command_id: job.id }));
+            return;
+        }
+        self.waiting.insert(job.id, (job.fingerprint, vec![waiter]));
+        match &job.key {
+            None => self.ready.push_back(job),
+            Some(key) => match self.turns.get_mut(key) {
+                Some(others) => others.push_back(job),
+                None => {
+                    self.turns.insert(key.clone(), VecDeque::new());
+                    self.ready.push_back(job);
+                }
+            },
+        }
+    }
+
+    /// Answers everybody who waits for a command, and lets the next one with its key have its turn.
+    fn end(&mut self, id: Uuid, key: Option<String>, ran: &Ran) {
+        let (_, waiters) = self.waiting.remove(&id).unwrap_or_default();
+        for (count, waiter) in waiters.into_iter().enumerate() {
+            let answer = ran.answer::<H>(id, count > 0);
+            if let Err(Err(error)) = waiter.reply.send(answer) {
+                tracing::warn!(handler = H::NAME, command = %id, %error, "a command failed, and nobody waited for its answer");
+            }
+        }
+        if let Some(key) = key {
+            match self.turns.get_mut(&key).and_then(VecDeque::pop_front) {
+                Some(next) => self.ready.push_back(next),
+                None => _ = self.turns.remove(&key),
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! One attempt at a command: look whether it was handled before, handle it, record what became of it.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use chrono::DateTime;
+use futures_util::FutureExt;
+use uuid::Uuid;
+
+use super::actor::{Answer, Job, Shared, Worker};
+use super::context::HandlerContext;
+use super::{HandleError, Handled, Handler};
+use crate::codec::{from_cbor, to_cbor};
+use crate::command::wire::{About, Done, Failure, Outcome, lost_reply, read_reply};
+use crate::command::{CommandInfo, ExecuteError};
+use crate::store::{CommandRecord, ExpectedVersion, StoreError};
+use crate::supervised::panic_text;
+
+/// How an attempt went. Everybody who waits for the command is told the same.
+#[derive(Debug, Clone)]
+pub(super) enum Ran {
+    /// What became of the command is recorded, by this attempt or before it.
+    Recorded { outcome: Bytes, before: bool },
+    /// A hook refused; nothing happened.
+    Refused(String),
+    /// The id is another command's.
+    SameId,
+    /// The store could not say whether the command was handled before; nothing happened.
+    Store(StoreError),
+    /// The attempt ended without a record.
+    Unknown(String),
+}
+
+impl Ran {
+    /// For one of those who wait; `repeated` if not the first.
+    pub(super) fn answer<H: Handler>(&self, id: Uuid, repeated: bool) -> Answer<H> {
+        let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: id, reason };
+        match self {
+            Ran::Recorded { outcome, before } => {
+                let unreadable =
+                    |error| unknown(format!("it was handled, but its record cannot be read: {error}"));
+                match from_cbor(outcome).map_err(unreadable)? {
+                    Outcome::Done(Done { reply, .. }) => {
+                        let reply = read_reply(&reply, id)?;
+                        Ok(Handled { command_id: id, reply, duplicate: *before || repeated })
+                    }
+                    Outcome::Error(failure) => {
+                        let expected = ExpectedVersion::Any;
+                        Err(failure.into_error(&About { id, name: H::NAME, stream: None, expected }))
+                    }
+                }
+            }
+            Ran::Refused(reason) => Err(ExecuteError::Refused { reason: reason.clone() }),
+            Ran::SameId => Err(ExecuteError::SameId { command_id: id }),
+            Ran::Store(error) => Err(ExecuteError::Store(error.clone())),
+            Ran::Unknown(reason) => Err(unknown(reason.clone())),
+        }
+    }
+}
+
+/// Whether a record is of this command: with what became of it, if so.
+fn recorded<H: Handler>(record: CommandRecord, fingerprint: Uuid, before: bool) -> Ran {
+    if record.name == H::NAME && record.fingerprint == fingerprint {
+        Ran::Recorded { outcome: record.outcome, before }
+    } else {
+        Ran::SameId
+    }
+}
+
+pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker: Worker<H>) -> Ran {
+    let (id, fingerprint) = (job.id, job.fingerprint);
+    match shared.store.command(id).await {
+        Ok(None) => {}
+        Ok(Some(record)) => return recorded::<H>(record, fingerprint, true),
+        Err(error) => return Ran::Store(error),
+    }
+    let Some(commands) = shared.commands.upgrade() else {
+        return Ran::Unknown("the runtime has ended".into());
+    };
+    let info = CommandInfo { name: H::NAME, key: job.key.as_deref(), id, metadata: &job.metadata };
+    if let Err(reason) = commands.policy().begin(&info) {
+        return Ran::Refused(reason);
+    }
+    let context = HandlerContext::new(commands, worker, &job);
+    let handled = AssertUnwindSafe(shared.handler.handle(&job.command, &context)).catch_unwind().await;
+    let outcome = match handled {
+        Ok(Ok(reply)) => to_cbor(&reply)
+            .map(|reply| Outcome::Done(Done { reply, ..Done::default() }))
+            .unwrap_or_else(|error| Outcome::Error(lost_reply(error))),
+        Ok(Err(HandleError::Rejected(error))) => Outcome::Error(Failure::of(&ExecuteError::Rejected(error))),
+        Ok(Err(HandleError::Failed(reason))) => {
+            return Ran::Unknown(format!("its handler could not finish: {reason}"));
+        }
+        Err(panic) => return Ran::Unknown(format!("its handler panicked: {}", panic_text(&*panic))),
+    };
+    let outcome = match to_cbor(&outcome) {
+        Ok(outcome) => Bytes::from(outcome),
+        Err(error) => return Ran::Unknown(error.to_string()),
+    };
+    let record = CommandRecord {
+        id,
+        name: H::NAME.to_owned(),
+        fingerprint,
+        outcome: outcome.clone(),
+        recorded_at: DateTime::UNIX_EPOCH,
+    };
+    match shared.store.record_command(record).await {
+        // Another attempt, on another node, may have been quicker: its record counts.
+        Ok(record) => {
+            let before = record.outcome != outcome;
+            recorded::<H>(record, fingerprint, before)
+        }
+        Err(error) => Ran::Unknown(format!("what became of it could not be recorded: {error}")),
+    }
+}

@@ -1,0 +1,292 @@
+//! Who is there, and who owns what.
+
+use std::collections::HashMap;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::command::wire::Kind;
+
+/// How many nodes are remembered; further ones are not heard.
+const NODES: usize = 1_000;
+
+/// What a node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Presence {
+    #[serde(rename = "wire")]
+    pub(super) format: u32,
+    pub(super) node: String,
+    /// New with every start.
+    pub(super) incarnation: Uuid,
+    /// Whose events it has.
+    pub(super) store: Uuid,
+    /// The categories of its aggregates.
+    pub(super) aggregates: Vec<String>,
+    /// The names of its handlers.
+    pub(super) handlers: Vec<String>,
+    /// It takes no more commands.
+    #[serde(default)]
+    pub(super) draining: bool,
+    /// The others are to say at once who they are.
+    #[serde(default)]
+    pub(super) ask: bool,
+}
+
+/// The other nodes, by incarnation.
+#[derive(Debug)]
+pub(super) struct Table {
+    peers: RwLock<Peers>,
+    /// Counts what has changed.
+    news: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct Peers {
+    by_incarnation: HashMap<Uuid, Peer>,
+    /// Since when we could hear them: nobody is silent for longer.
+    listening: Instant,
+}
+
+#[derive(Debug)]
+struct Peer {
+    presence: Presence,
+    seen: Instant,
+}
+
+/// A node that may take a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Candidate {
+    pub(super) node: String,
+    pub(super) incarnation: Uuid,
+}
+
+impl Table {
+    pub(super) fn new() -> Self {
+        let peers = Peers { by_incarnation: HashMap::new(), listening: Instant::now() };
+        Self { peers: RwLock::new(peers), news: watch::Sender::new(0) }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Peers> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells when somebody comes or goes.
+    pub(super) fn watch(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
+    }
+
+    /// We can hear the others from now on (again).
+    pub(super) fn listening(&self) {
+        self.peers.write().unwrap_or_else(PoisonError::into_inner).listening = Instant::now();
+    }
+
+    /// Hears what a node says of itself.
+    pub(super) fn heard(&self, presence: Presence) {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        let all = &mut peers.by_incarnation;
+        let now = Instant::now();
+        if let Some(peer) = all.get_mut(&presence.incarnation) {
+            peer.seen = now;
+            let news = peer.presence.draining != presence.draining;
+            peer.presence = presence;
+            if news {
+                self.news.send_modify(|count| *count += 1);
+            }
+            return;
+        }
+        // Incarnations are ordered by time: of two with one name the later counts, and an earlier one is not heard again.
+        let same = |peer: &&Peer| peer.presence.node == presence.node;
+        if let Some(other) = all.values().find(same).map(|peer| peer.presence.incarnation) {
+            if other > presence.incarnation {
+                return;
+            }
+            all.remove(&other);
+        }
+        if all.len() >= NODES {
+            tracing::warn!(node = presence.node, limit = NODES, "there are more nodes than are remembered");
+            return;
+        }
+        tracing::info!(node = presence.node, incarnation = %presence.incarnation, "a node takes part in commands");
+        all.insert(presence.incarnation, Peer { presence, seen: now });
+        self.news.send_modify(|count| *count += 1);
+    }
+
+    /// Nobody is at that node's subject. It is heard again when it speaks.
+    pub(super) fn gone(&self, incarnation: Uuid) {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(peer) = peers.by_incarnation.remove(&incarnation) {
+            tracing::info!(node = peer.presence.node, %incarnation, "a node is gone");
+            self.news.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// Forgets who has been silent for much longer than `silence`.
+    pub(super) fn sweep(&self, silence: Duration) {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        let listening = peers.listening;
+        peers.by_incarnation.retain(|_, peer| peer.seen.max(listening).elapsed() < silence * 4);
+    }
+
+    /// What the others are called.
+    pub(super) fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> =
+            self.read().by_incarnation.values().map(|peer| peer.presence.node.clone()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Who may take a command, the owner first. `own` is this node, if it may.
+    pub(super) fn candidates(
+        &self,
+        kind: Kind,
+        name: &str,
+        key: &str,
+        own: Option<(&str, Uuid)>,
+        silence: Duration,
+    ) -> Vec<Candidate> {
+        let peers = self.read();
+        let mut ranked: Vec<_> = peers.ranked(kind, name, key, own, silence).collect();
+        ranked.sort_unstable_by(|one, other| other.cmp(one));
+        let candidate =
+            |(_, _, node, incarnation): Ranked<'_>| Candidate { node: node.to_owned(), incarnation };
+        ranked.into_iter().map(candidate).collect()
+    }
+
+    /// The first of the [`candidates`](Self::candidates), and how many there are.
+    pub(super) fn owner(
+        &self,
+        kind: Kind,
+        name: &str,
+        key: &str,
+        own: Option<(&str, Uuid)>,
+        silence: Duration,
+    ) -> (Option<Uuid>, usize) {
+        let peers = self.read();
+        let ranked = peers.ranked(kind, name, key, own, silence);
+        let (owner, count) = ranked.fold((None, 0), |(owner, count), one| (owner.max(Some(one)), count + 1));
+        (owner.map(|(_, _, _, incarnation)| incarnation), count)
+    }
+}
+
+/// A candidate: whether it was heard lately, its weight, and who it is. Who was not heard is asked when nobody else is left:
+/// that nobody listens there, NATS knows better.
+type Ranked<'a> = (bool, u64, &'a str, Uuid);
+
+impl Peers {
+    fn ranked<'a>(
+        &'a self,
+        kind: Kind,
+        name: &'a str,
+        key: &'a str,
+        own: Option<(&'a str, Uuid)>,
+        silence: Duration,
+    ) -> impl Iterator<Item = Ranked<'a>> {
+        let able = self.by_incarnation.values().filter(move |peer| {
+            let Presence { aggregates, handlers, draining, .. } = &peer.presence;
+            let names = if kind == Kind::Aggregate { aggregates } else { handlers };
+            !draining && names.iter().any(|other| other == name)
+        });
+        let others = able.map(move |peer| {
+            let heard = peer.seen.max(self.listening).elapsed() < silence;
+            (heard, peer.presence.node.as_str(), peer.presence.incarnation)
+        });
+        let own = own.map(|(node, incarnation)| (true, node, incarnation));
+        others
+            .chain(own)
+            .map(move |(heard, node, incarnation)| (heard, weight(node, name, key), node, incarnation))
+    }
+}
+
+/// How much a node is an aggregate's: every node computes the same, and when one goes, only what it owned moves.
+fn weight(node: &str, name: &str, key: &str) -> u64 {
+    // FNV-1a over the three texts, which cannot have the byte in between, …
+    let bytes = [node, name, key].into_iter().flat_map(|text| text.bytes().chain([0xff]));
+    let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    // … and splitmix64's finish, since its last bytes hardly reach the high bits.
+    let hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    hash ^ (hash >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SILENCE: Duration = Duration::from_secs(60);
+
+    fn presence(node: &str) -> Presence {
+        Presence {
+            format: 1,
+            node: node.into(),
+            incarnation: Uuid::now_v7(),
+            store: Uuid::nil(),
+            aggregates: vec!["order".into()],
+            handlers: Vec::new(),
+            draining: false,
+            ask: false,
+        }
+    }
+
+    fn owners(table: &Table, own: Option<(&str, Uuid)>) -> Vec<String> {
+        let owner = |key: u32| {
+            let all = table.candidates(Kind::Aggregate, "order", &key.to_string(), own, SILENCE);
+            all.first().map(|candidate| candidate.node.clone()).unwrap_or_default()
+        };
+        (0..3_000).map(owner).collect()
+    }
+
+    #[test]
+    fn ownership_is_even_the_same_everywhere_and_moves_only_from_who_leaves() {
+        let [a, b, c] = ["a", "b", "c"].map(presence);
+        // Seen from a, and from b.
+        let (one, other) = (Table::new(), Table::new());
+        [&b, &c].into_iter().for_each(|peer| one.heard(peer.clone()));
+        [&a, &c].into_iter().for_each(|peer| other.heard(peer.clone()));
+        let before = owners(&one, Some(("a", a.incarnation)));
+        assert_eq!(before, owners(&other, Some(("b", b.incarnation))));
+        for node in ["a", "b", "c"] {
+            let share = before.iter().filter(|owner| *owner == node).count();
+            assert!((850..1_150).contains(&share), "{node} owns {share} of 3000");
+        }
+        one.gone(c.incarnation);
+        let after = owners(&one, Some(("a", a.incarnation)));
+        for (before, after) in before.iter().zip(&after) {
+            assert!(before == after || before == "c", "{before} to {after}");
+        }
+    }
+
+    #[test]
+    fn a_later_incarnation_replaces_an_earlier_one_for_good() {
+        let table = Table::new();
+        let (old, new) = (presence("a"), presence("a"));
+        table.heard(old.clone());
+        table.heard(new.clone());
+        table.heard(old);
+        let all = table.candidates(Kind::Aggregate, "order", "1", None, SILENCE);
+        assert_eq!(all, [Candidate { node: "a".into(), incarnation: new.incarnation }]);
+    }
+
+    #[test]
+    fn who_drains_or_handles_something_else_is_no_candidate_and_who_is_silent_the_last() {
+        let table = Table::new();
+        table.heard(Presence { draining: true, ..presence("a") });
+        table.heard(Presence { aggregates: Vec::new(), handlers: vec!["order".into()], ..presence("b") });
+        table.heard(presence("c"));
+        let own = Uuid::now_v7();
+        let found = |silence| {
+            let all = (0..50).map(|key| {
+                let own = Some(("own", own));
+                table.candidates(Kind::Aggregate, "order", &key.to_string(), own, silence)
+            });
+            all.filter(|all| all.len() == 2 && all[0].node == "c").count()
+        };
+        assert!((1..50).contains(&found(SILENCE)), "{}", found(SILENCE));
+        assert_eq!(found(Duration::ZERO), 0);
+    }
+}

@@ -1,0 +1,309 @@
+//! Who handles which kind of command in this process. Fixed when the runtime has started.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::fmt;
+
+use chrono::Utc;
+use ractor::concurrency::oneshot;
+use ractor::{ActorCell, ActorId};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::ExecuteError;
+use super::bus::Commands;
+use super::envelope::Deadline;
+use super::handler::{Handled, Handler, HandlerRouter, HandlerStatus, Job};
+use super::policy::CommandInfo;
+use super::wire::{Code, CommandFrame, Done, Failure, Kind, Outcome, lost_reply, tell_receipt};
+use crate::aggregate::{Aggregate, Order, Router, RouterStatus};
+use crate::codec::{fingerprint, from_cbor, to_cbor};
+use crate::event::{Event, Metadata};
+use crate::future::BoxFuture;
+
+/// A part of the runtime that can be started again.
+pub(crate) trait Respawn: Send + Sync {
+    fn name(&self) -> &'static str;
+    /// The actor that runs now.
+    fn actor(&self) -> Option<ActorId>;
+    /// Starts a new one in its place.
+    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String>;
+}
+
+impl<A: Aggregate> Respawn for Router<A> {
+    fn name(&self) -> &'static str {
+        <A::Event as Event>::CATEGORY
+    }
+
+    fn actor(&self) -> Option<ActorId> {
+        Some(self.actor().get_id())
+    }
+
+    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String> {
+        self.respawn(supervisor).map_err(|error| error.to_string())
+    }
+}
+
+/// The aggregates and handlers of a node.
+#[derive(Default)]
+pub(crate) struct Registry {
+    by_type: HashMap<TypeId, (Kind, &'static str)>,
+    endpoints: HashMap<(Kind, &'static str), Box<dyn Endpoint>>,
+}
+
+/// What a command became, as soon as that is known.
+pub(super) type Answering = BoxFuture<'static, Outcome>;
+
+/// Whoever handles commands of one name, without its types.
+pub(super) trait Endpoint: Send + Sync {
+    fn as_any(&self) -> &dyn Any;
+    fn aggregate(&self) -> Option<RouterStatus>;
+    fn handler(&self) -> Option<HandlerStatus>;
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize>;
+    /// Takes a command of another node, or says why not.
+    fn accept<'a>(
+        &'a self,
+        commands: &'a Commands,
+        frame: CommandFrame,
+        deadline: Deadline,
+    ) -> BoxFuture<'a, Result<Answering, Failure>>;
+}
+
+impl Registry {
+    pub(crate) fn aggregate<A: Aggregate>(&mut self, router: Router<A>) {
+        self.register::<A>(Kind::Aggregate, <A::Event as Event>::CATEGORY, Box::new(router));
+    }
+
+    pub(crate) fn add_handler<H: Handler>(&mut self, router: HandlerRouter<H>) {
+        self.register::<H>(Kind::Handler, H::NAME, Box::new(router));
+    }
+
+    fn register<T: 'static>(&mut self, kind: Kind, name: &'static str, endpoint: Box<dyn Endpoint>) {
+        self.by_type.insert(TypeId::of::<T>(), (kind, name));
+        self.endpoints.insert((kind, name), endpoint);
+    }
+
+    fn of<T: 'static, R: 'static>(&self) -> Option<&R> {
+        self.endpoints.get(self.by_type.get(&TypeId::of::<T>())?)?.as_any().downcast_ref()
+    }
+
+    pub(crate) fn router<A: Aggregate>(&self) -> Option<&Router<A>> {
+        self.of::<A, Router<A>>()
+    }
+
+    pub(super) fn handler<H: Handler>(&self) -> Option<&HandlerRouter<H>> {
+        self.of::<H, HandlerRouter<H>>()
+    }
+
+    pub(super) fn endpoint(&self, kind: Kind, name: &str) -> Option<&dyn Endpoint> {
+        // Names are compared as text: those of other nodes are not ours.
+        let found = self.endpoints.iter().find(|((of, called), _)| *of == kind && *called == name);
+        found.map(|(_, endpoint)| &**endpoint)
+    }
+
+    /// The names of one kind that this node handles.
+    pub(super) fn names(&self, kind: Kind) -> impl Iterator<Item = &'static str> {
+        self.endpoints.keys().filter(move |(of, _)| *of == kind).map(|(_, name)| *name)
+    }
+
+    pub(crate) fn aggregates(&self) -> Vec<RouterStatus> {
+        let mut status: Vec<_> =
+            self.endpoints.values().filter_map(|endpoint| endpoint.aggregate()).collect();
+        status.sort_by(|a, b| a.category.cmp(&b.category));
+        status
+    }
+
+    pub(crate) fn handlers(&self) -> Vec<HandlerStatus> {
+        let mut status: Vec<_> = self.endpoints.values().filter_map(|endpoint| endpoint.handler()).collect();
+        status.sort_by_key(|handler| handler.name);
+        status
+    }
+
+    /// Stops the intake of all, waits for what is under way. The number of commands that had no answer at the deadline.
+    pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
+        // Handlers first: what they have begun needs the aggregates.
+        let mut unanswered = 0;
+        for kind in [Kind::Handler, Kind::Aggregate] {
+            let all = self.endpoints.iter().filter(|((of, _), _)| *of == kind);
+            let all = all.map(|(_, endpoint)| endpoint.shut_down(deadline));
+            unanswered += futures_util::future::join_all(all).await.into_iter().sum::<usize>();
+        }
+        unanswered
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.endpoints.keys()).finish()
+    }
+}
+
+/// What travelled with a command.
+fn contents<C: serde::de::DeserializeOwned>(frame: &CommandFrame) -> Result<(C, Metadata), Failure> {
+    let unreadable = |error| Failure::new(Code::Refused, format!("the command cannot be read: {error}"));
+    let command = from_cbor(&frame.payload).map_err(unreadable)?;
+    Ok((command, Metadata::decode(&frame.metadata).map_err(unreadable)?))
+}
+
+fn content<C: serde::Serialize>(command: &C) -> Result<u128, Failure> {
+    fingerprint(command).map_err(|error| Failure::new(Code::Refused, error.to_string()))
+}
+
+/// Whether this node takes the command at all.
+fn filtered(commands: &Commands, info: &CommandInfo<'_>) -> Result<(), Failure> {
+    let refused = || Failure::new(Code::Refused, format!("a filter does not take command {}", info.id));
+    commands.policy().takes(info).then_some(()).ok_or_else(refused)
+}
+
+/// A command that no node would execute is answered; one that another node might is refused.
+fn refused<E: std::error::Error + serde::Serialize>(error: ExecuteError<E>) -> Result<Answering, Failure> {
+    match error {
+        ExecuteError::Overloaded { .. } | ExecuteError::ShuttingDown | ExecuteError::Store(_) => {
+            Err(Failure::of(&error))
+        }
+        error => answered(Outcome::Error(Failure::of(&error))),
+    }
+}
+
+fn answered(outcome: Outcome) -> Result<Answering, Failure> {
+    Ok(Box::pin(std::future::ready(outcome)))
+}
+
+const STOPPED: &str = "its actor was stopped before it answered";
+
+impl<A: Aggregate> Endpoint for Router<A> {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn aggregate(&self) -> Option<RouterStatus> {
+        Some(self.status())
+    }
+
+    fn handler(&self) -> Option<HandlerStatus> {
+        None
+    }
+
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize> {
+        Box::pin(self.shut_down(deadline))
+    }
+
+    fn accept<'a>(
+        &'a self,
+        commands: &'a Commands,
+        frame: CommandFrame,
+        deadline: Deadline,
+    ) -> BoxFuture<'a, Result<Answering, Failure>> {
+        Box::pin(async move {
+            let (command, metadata) = contents::<A::Command>(&frame)?;
+            let key = frame.key.unwrap_or_default();
+            let info = CommandInfo { name: &frame.name, key: Some(&key), id: frame.id, metadata: &metadata };
+            filtered(commands, &info)?;
+            let stream = match self.stream(&key) {
+                Ok(stream) => stream,
+                Err(error) => return refused(error),
+            };
+            let permit = match self.admit(deadline.instant()).await {
+                Ok(permit) => permit,
+                Err(error) => return refused(error),
+            };
+            if let Err(reason) = commands.policy().begin(&info) {
+                return answered(Outcome::Error(Failure::of(&ExecuteError::<A::Error>::Refused { reason })));
+            }
+            let (reply, answer) = oneshot();
+            let order = Order {
+                content: content(&command)? as u64,
+                command,
+                command_id: frame.id,
+                metadata: metadata.clone(),
+                expected: frame.expected.into(),
+                deadline: deadline.instant(),
+                now: Utc::now(),
+                attempts: 0,
+                _permit: permit,
+                reply: reply.into(),
+            };
+            if let Err(error) = self.route(stream, order) {
+                return refused(error);
+            }
+            let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
+            Ok(Box::pin(async move {
+                let answer = answer.await.unwrap_or_else(|_| {
+                    Err(ExecuteError::OutcomeUnknown { command_id: id, reason: STOPPED.into() })
+                });
+                let info = CommandInfo { name: &frame.name, key: Some(&key), id, metadata: &metadata };
+                policy.end(&info, started.elapsed(), &answer);
+                tell_receipt(answer)
+            }) as Answering)
+        })
+    }
+}
+
+impl<H: Handler> Endpoint for HandlerRouter<H> {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn aggregate(&self) -> Option<RouterStatus> {
+        None
+    }
+
+    fn handler(&self) -> Option<HandlerStatus> {
+        Some(self.status())
+    }
+
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize> {
+        Box::pin(self.shut_down(deadline))
+    }
+
+    fn accept<'a>(
+        &'a self,
+        commands: &'a Commands,
+        frame: CommandFrame,
+        deadline: Deadline,
+    ) -> BoxFuture<'a, Result<Answering, Failure>> {
+        Box::pin(async move {
+            let (command, metadata) = contents::<H::Command>(&frame)?;
+            let key = H::key(&command);
+            let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
+            filtered(commands, &info)?;
+            let fingerprint = Uuid::from_u128(content(&command)?);
+            let permit = match self.admit(deadline.instant()).await {
+                Ok(permit) => permit,
+                Err(error) => return refused(error),
+            };
+            let job = Job {
+                command,
+                id: frame.id,
+                metadata: metadata.clone(),
+                fingerprint,
+                key: key.clone(),
+                deadline: deadline.instant(),
+            };
+            let answer = match self.hand_over(job, permit) {
+                Ok(answer) => answer,
+                Err(error) => return refused(error),
+            };
+            let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
+            Ok(Box::pin(async move {
+                let answer = answer.await.unwrap_or_else(|_| {
+                    Err(ExecuteError::OutcomeUnknown { command_id: id, reason: STOPPED.into() })
+                });
+                let info = CommandInfo { name: H::NAME, key: key.as_deref(), id, metadata: &metadata };
+                policy.end(&info, started.elapsed(), &answer);
+                tell_handled(answer)
+            }) as Answering)
+        })
+    }
+}
+
+/// The answer of a handler, for another node.
+fn tell_handled<R: serde::Serialize, E: std::error::Error + serde::Serialize>(
+    answer: Result<Handled<R>, ExecuteError<E>>,
+) -> Outcome {
+    let told = answer.as_ref().map_err(Failure::of).and_then(|handled| {
+        let reply = to_cbor(&handled.reply).map_err(lost_reply)?;
+        Ok(Done { reply, duplicate: handled.duplicate, ..Done::default() })
+    });
+    told.map_or_else(Outcome::Error, Outcome::Done)
+}

@@ -1,0 +1,320 @@
+//! What a command and its answer look like outside of this process: CBOR maps, described in `docs/wire-format.md`. The same
+//! forms are kept as the record of a handler's command.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::codec::{SerializeError, byte_string, from_cbor, to_cbor};
+use crate::event::{Position, StreamId, Version};
+use crate::store::{ExpectedVersion, StoreError};
+
+use super::{ExecuteError, Receipt};
+
+/// The number of this format.
+pub(super) const FORMAT: u32 = 1;
+
+/// What a command is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Kind {
+    Aggregate,
+    Handler,
+}
+
+/// A command on its way to another node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct CommandFrame {
+    #[serde(rename = "wire")]
+    pub(crate) format: u32,
+    pub(crate) id: Uuid,
+    pub(crate) kind: Kind,
+    /// The aggregate's category or the handler's name.
+    pub(crate) name: String,
+    /// The aggregate's id, or the key that the handler gave the command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) key: Option<String>,
+    #[serde(with = "byte_string")]
+    pub(crate) payload: Vec<u8>,
+    #[serde(with = "byte_string")]
+    pub(crate) metadata: Vec<u8>,
+    #[serde(default, skip_serializing_if = "Expected::is_any")]
+    pub(crate) expected: Expected,
+    /// In milliseconds since 1970; absent: none. Who gets the command later drops it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) deadline: Option<u64>,
+    /// Which attempt this is: 1, 2, 3 …
+    pub(crate) attempt: u32,
+    /// Whether the dispatcher waits for the command to be accepted, and not only for its end.
+    #[serde(default)]
+    pub(crate) prompt: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Expected {
+    #[default]
+    Any,
+    NoStream,
+    StreamExists,
+    Exact(u64),
+}
+
+impl Expected {
+    fn is_any(&self) -> bool {
+        *self == Self::Any
+    }
+}
+
+impl From<ExpectedVersion> for Expected {
+    fn from(expected: ExpectedVersion) -> Self {
+        match expected {
+            ExpectedVersion::Any => Self::Any,
+            ExpectedVersion::NoStream => Self::NoStream,
+            ExpectedVersion::StreamExists => Self::StreamExists,
+            ExpectedVersion::Exact(version) => Self::Exact(version.get()),
+        }
+    }
+}
+
+impl From<Expected> for ExpectedVersion {
+    fn from(expected: Expected) -> Self {
+        match expected {
+            Expected::Any => Self::Any,
+            Expected::NoStream => Self::NoStream,
+            Expected::StreamExists => Self::StreamExists,
+            Expected::Exact(version) => Self::Exact(Version::new(version)),
+        }
+    }
+}
+
+/// What a node says about a command that it was sent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Reply {
+    #[serde(rename = "wire")]
+    pub(crate) format: u32,
+    /// Who says it: new with every start of a node.
+    pub(crate) incarnation: Uuid,
+    pub(crate) says: Says,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Says {
+    /// The command has its place and will be executed.
+    Accepted,
+    /// It is still under way.
+    Alive,
+    /// It will not be executed here, and nothing happened.
+    Refused(Failure),
+    /// This became of it.
+    Executed(Answered),
+}
+
+/// How a command ended, and how long that took where it was executed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Answered {
+    /// Microseconds.
+    pub(crate) runtime: u64,
+    pub(crate) outcome: Outcome,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    Done(Done),
+    Error(Failure),
+}
+
+/// A command that took effect.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Done {
+    #[serde(with = "byte_string")]
+    pub(crate) reply: Vec<u8>,
+    /// Whether it had taken effect before.
+    #[serde(default)]
+    pub(crate) duplicate: bool,
+    /// Of an aggregate: its version now, the position of the last event, and how many events there were.
+    #[serde(default)]
+    pub(crate) version: u64,
+    #[serde(default)]
+    pub(crate) position: u64,
+    #[serde(default)]
+    pub(crate) events: u64,
+}
+
+/// A command that got no receipt.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Failure {
+    /// Which [`ExecuteError`]; see there.
+    pub(crate) code: Code,
+    /// For people.
+    pub(crate) message: String,
+    /// The user's own error, of `rejected`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "byte_string")]
+    pub(crate) details: Vec<u8>,
+    /// The version found, the number of attempts, or the limit, as the code has it.
+    #[serde(default)]
+    pub(crate) number: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Code {
+    Rejected,
+    ExpectedVersion,
+    Contended,
+    Overloaded,
+    Panicked,
+    StoreUnavailable,
+    #[default]
+    OutcomeUnknown,
+    NoHandler,
+    Unavailable,
+    Refused,
+    SameId,
+    ShuttingDown,
+    /// Anything else after which nothing happened.
+    Failed,
+}
+
+impl Failure {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), ..Self::default() }
+    }
+
+    /// Whether the command may have taken effect all the same.
+    pub(crate) fn is_unknown(&self) -> bool {
+        self.code == Code::OutcomeUnknown
+    }
+
+    /// Whether somebody who had the command says this, and not only that nobody could have it.
+    pub(crate) fn is_answer(&self) -> bool {
+        !matches!(
+            self.code,
+            Code::NoHandler | Code::Unavailable | Code::Overloaded | Code::ShuttingDown | Code::Refused
+        )
+    }
+
+    /// An error that is to be told elsewhere.
+    pub(crate) fn of<E: std::error::Error + Serialize>(error: &ExecuteError<E>) -> Self {
+        let said = error.to_string();
+        let with = |code, message: &str, number| Self { number, ..Self::new(code, message) };
+        match error {
+            ExecuteError::Rejected(rejection) => match to_cbor(rejection) {
+                Ok(details) => Self { details, ..Self::new(Code::Rejected, said) },
+                Err(error) => Self::new(Code::Failed, format!("{said} (whose details are lost: {error})")),
+            },
+            ExecuteError::ExpectedVersion { actual, .. } => with(Code::ExpectedVersion, &said, actual.get()),
+            ExecuteError::Contended { attempts, .. } => with(Code::Contended, &said, u64::from(*attempts)),
+            ExecuteError::Overloaded { what, limit } => with(Code::Overloaded, what, *limit as u64),
+            ExecuteError::Panicked { message, .. } => Self::new(Code::Panicked, message),
+            ExecuteError::Store(StoreError::Unavailable { reason, .. }) => {
+                Self::new(Code::StoreUnavailable, reason)
+            }
+            ExecuteError::OutcomeUnknown { reason, .. } => Self::new(Code::OutcomeUnknown, reason),
+            ExecuteError::NoHandler { .. } => Self::new(Code::NoHandler, said),
+            ExecuteError::Unavailable { reason } => Self::new(Code::Unavailable, reason),
+            ExecuteError::Refused { reason } => Self::new(Code::Refused, reason),
+            ExecuteError::SameId { .. } => Self::new(Code::SameId, said),
+            ExecuteError::ShuttingDown => Self::new(Code::ShuttingDown, said),
+            ExecuteError::Failed { reason } => Self::new(Code::Failed, reason),
+            _ => Self::new(Code::Failed, said),
+        }
+    }
+
+    /// An error that was told, as the caller is to see it.
+    pub(crate) fn into_error<E: DeserializeOwned>(self, about: &About<'_>) -> ExecuteError<E> {
+        let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: about.id, reason };
+        let stream = || about.stream.cloned();
+        match (self.code, stream()) {
+            // It was refused; only the reasons cannot be read.
+            (Code::Rejected, _) => match from_cbor(&self.details) {
+                Ok(rejection) => ExecuteError::Rejected(rejection),
+                Err(error) => {
+                    let reason = format!("{} (whose details cannot be read: {error})", self.message);
+                    ExecuteError::Failed { reason }
+                }
+            },
+            (Code::ExpectedVersion, Some(stream)) => ExecuteError::ExpectedVersion {
+                stream,
+                expected: about.expected,
+                actual: Version::new(self.number),
+            },
+            (Code::Contended, Some(stream)) => {
+                let attempts = u32::try_from(self.number).unwrap_or(u32::MAX);
+                ExecuteError::Contended { stream, attempts }
+            }
+            (Code::Overloaded, _) => {
+                let limit = usize::try_from(self.number).unwrap_or(usize::MAX);
+                ExecuteError::Overloaded { what: self.message.into(), limit }
+            }
+            (Code::Panicked, Some(stream)) => ExecuteError::Panicked { stream, message: self.message },
+            (Code::StoreUnavailable, _) => {
+                ExecuteError::Store(StoreError::Unavailable { reason: self.message, source: None })
+            }
+            (Code::OutcomeUnknown, _) => unknown(self.message),
+            (Code::NoHandler, _) => ExecuteError::NoHandler { name: about.name },
+            (Code::Unavailable, _) => ExecuteError::Unavailable { reason: self.message },
+            (Code::Refused, _) => ExecuteError::Refused { reason: self.message },
+            (Code::SameId, _) => ExecuteError::SameId { command_id: about.id },
+            (Code::ShuttingDown, _) => ExecuteError::ShuttingDown,
+            (Code::Failed | Code::ExpectedVersion | Code::Contended | Code::Panicked, _) => {
+                ExecuteError::Failed { reason: self.message }
+            }
+        }
+    }
+}
+
+/// What the dispatcher of a command knows and an answer need not repeat.
+#[derive(Debug)]
+pub(crate) struct About<'a> {
+    pub(crate) id: Uuid,
+    pub(crate) name: &'static str,
+    pub(crate) stream: Option<&'a StreamId>,
+    pub(crate) expected: ExpectedVersion,
+}
+
+/// The answer of an aggregate, for another node.
+pub(crate) fn tell_receipt<R: Serialize, E: std::error::Error + Serialize>(
+    answer: Result<Receipt<R>, ExecuteError<E>>,
+) -> Outcome {
+    let told = answer.as_ref().map_err(Failure::of).and_then(|receipt| {
+        let reply = to_cbor(&receipt.reply).map_err(lost_reply)?;
+        let (version, position) = (receipt.version.get(), receipt.position.get());
+        let (events, duplicate) = (receipt.events, receipt.duplicate);
+        Ok(Done { reply, duplicate, version, position, events })
+    });
+    told.map_or_else(Outcome::Error, Outcome::Done)
+}
+
+/// It took effect, whatever is wrong with its reply.
+pub(crate) fn lost_reply(error: SerializeError) -> Failure {
+    Failure::new(Code::OutcomeUnknown, format!("it did take effect, but its reply cannot be sent: {error}"))
+}
+
+impl Done {
+    pub(crate) fn into_receipt<R: DeserializeOwned, E>(
+        self,
+        id: Uuid,
+        stream: StreamId,
+    ) -> Result<Receipt<R>, ExecuteError<E>> {
+        Ok(Receipt {
+            command_id: id,
+            stream,
+            version: Version::new(self.version),
+            position: Position::new(self.position),
+            events: self.events,
+            reply: read_reply(&self.reply, id)?,
+            duplicate: self.duplicate,
+        })
+    }
+}
+
+/// A reply as somebody else wrote it.
+pub(crate) fn read_reply<R: DeserializeOwned, E>(reply: &[u8], id: Uuid) -> Result<R, ExecuteError<E>> {
+    from_cbor(reply).map_err(|error| ExecuteError::OutcomeUnknown {
+        command_id: id,
+        reason: format!("it did take effect, but its reply cannot be read: {error}"),
+    })
+}

@@ -1,0 +1,171 @@
+//! What a node knows of all leases, and of who is paused: one watcher looks for everybody.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use crate::backoff::Backoff;
+use crate::store::{EventStore, StoreError};
+use crate::supervised::Task;
+
+/// How often it looks at most.
+const FASTEST: Duration = Duration::from_millis(10);
+
+/// How often it looks at least: how long after an orderly end nobody owns what was given back.
+const SLOWEST: Duration = Duration::from_millis(250);
+
+/// What one more who watches costs the others in patience: 40 questions a second in all.
+const EACH: Duration = Duration::from_millis(25);
+
+/// A lease as the board has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Posted {
+    pub(crate) owner: Uuid,
+    pub(crate) epoch: u64,
+    /// Whether somebody holds it, by the store's clock.
+    pub(crate) live: bool,
+}
+
+/// What the watcher saw last.
+#[derive(Debug, Clone)]
+pub(crate) struct View {
+    /// When it began to look: what happened later may be missing here.
+    pub(crate) asked: Instant,
+    /// All leases, by name.
+    pub(crate) leases: BTreeMap<String, Posted>,
+    /// Who is to stand still.
+    pub(crate) paused: BTreeSet<String>,
+}
+
+impl View {
+    /// Who holds the lease, if anybody.
+    pub(crate) fn owner(&self, lease: &str) -> Option<Uuid> {
+        self.leases.get(lease).filter(|posted| posted.live).map(|posted| posted.owner)
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        self.leases == other.leases && self.paused == other.paused
+    }
+}
+
+/// The last view, if there was one; and why there is no newer one.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sight {
+    pub(crate) view: Option<Arc<View>>,
+    pub(crate) error: Option<StoreError>,
+}
+
+/// The board of one node. Cheap to clone; it ends with the last clone. Nothing is asked of the store before somebody
+/// [watches](Self::watch).
+#[derive(Debug, Clone)]
+pub(crate) struct Board {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    sight: watch::Receiver<Sight>,
+    /// How often to look; `None` while nobody wants to know.
+    every: watch::Sender<Option<Duration>>,
+    hint: Arc<Notify>,
+    /// How many watch.
+    watchers: AtomicU32,
+    _task: Task,
+}
+
+impl Board {
+    /// Must be called within a tokio runtime.
+    pub(crate) fn start(store: Arc<dyn EventStore>) -> Self {
+        let (sender, sight) = watch::channel(Sight::default());
+        let every = watch::Sender::new(None);
+        let hint = Arc::new(Notify::new());
+        let task = Task::spawn(look(store, sender, every.subscribe(), hint.clone()));
+        Self { inner: Arc::new(Inner { sight, every, hint, watchers: AtomicU32::new(0), _task: task }) }
+    }
+
+    /// What it shows from now on, looked at often enough for leases of `ttl`.
+    pub(crate) fn watch(&self, ttl: Duration) -> watch::Receiver<Sight> {
+        let wanted = (ttl / 6).clamp(FASTEST, SLOWEST);
+        self.inner.every.send_if_modified(|every| {
+            let faster = every.is_none_or(|every| wanted < every);
+            if faster {
+                *every = Some(wanted);
+            }
+            faster
+        });
+        self.inner.watchers.fetch_add(1, Ordering::Relaxed);
+        self.inner.sight.clone()
+    }
+
+    /// How often each of those who watch may ask for something of its own, so that all of them together do not ask too much.
+    pub(crate) fn pace(&self) -> Duration {
+        (EACH * self.inner.watchers.load(Ordering::Relaxed)).max(SLOWEST)
+    }
+
+    /// What it shows now.
+    pub(crate) fn view(&self) -> Option<Arc<View>> {
+        self.inner.sight.borrow().view.clone()
+    }
+
+    /// Somebody here has changed something: worth a look.
+    pub(crate) fn hint(&self) {
+        self.inner.hint.notify_one();
+    }
+}
+
+async fn look(
+    store: Arc<dyn EventStore>,
+    sight: watch::Sender<Sight>,
+    mut every: watch::Receiver<Option<Duration>>,
+    hint: Arc<Notify>,
+) {
+    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(2));
+    loop {
+        let Some(wait) = *every.borrow_and_update() else {
+            // An error says that nobody is left who could want to know.
+            if every.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        match see(&*store).await {
+            Ok(view) => {
+                backoff.succeeded();
+                sight.send_if_modified(|sight| {
+                    let news = sight.error.take().is_some()
+                        || !sight.view.as_ref().is_some_and(|known| known.same(&view));
+                    // Also when it only is more recent.
+                    sight.view = Some(Arc::new(view));
+                    news
+                });
+                tokio::select! {
+                    () = sleep(wait) => {}
+                    () = hint.notified() => {}
+                    changed = every.changed() => if changed.is_err() {
+                        return;
+                    },
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "could not look who owns what");
+                sight.send_modify(|sight| sight.error = Some(error));
+                sleep(backoff.next()).await;
+            }
+        }
+    }
+}
+
+async fn see(store: &dyn EventStore) -> Result<View, StoreError> {
+    let asked = Instant::now();
+    let leases = store.leases().await?.into_iter().map(|info| {
+        let posted = Posted { owner: info.lease.owner, epoch: info.lease.epoch, live: info.live };
+        (info.lease.name, posted)
+    });
+    let leases = leases.collect();
+    Ok(View { asked, leases, paused: store.paused().await? })
+}

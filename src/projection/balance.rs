@@ -1,0 +1,156 @@
+//! Who should own which partition: a pure function, which every node works out for itself from the same board.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
+
+use uuid::Uuid;
+
+use crate::partition::fnv1a_32;
+
+/// The partitions that `me` should own, of those whose owners are given.
+///
+/// Every member gets its share, rounded down or up; who holds most keeps the larger shares, so that no partition moves but
+/// those that must. What is free goes to those who have less than their share, and what a member has above it is given up.
+/// A partition of somebody who is no member (who is leaving, or dead and not yet known to be) is waited for.
+///
+/// Two nodes never want the same partition if they see the same; if they do not, the lease decides.
+pub(super) fn wanted(
+    owners: &[Option<Uuid>],
+    members: &BTreeSet<Uuid>,
+    me: Uuid,
+    projection: &str,
+) -> BTreeSet<usize> {
+    if !members.contains(&me) {
+        return BTreeSet::new();
+    }
+    let held = |node: Uuid| (0..owners.len()).filter(move |&index| owners[index] == Some(node));
+    let mut ranked: Vec<Uuid> = members.iter().copied().collect();
+    // Equals are told apart differently for each projection: not always the same node has the larger shares.
+    ranked.sort_by_cached_key(|&node| (Reverse(held(node).count()), tie(projection, node)));
+    let mut free = (0..owners.len()).filter(|&index| owners[index].is_none());
+    for (rank, &node) in ranked.iter().enumerate() {
+        let share = owners.len() / ranked.len() + usize::from(rank < owners.len() % ranked.len());
+        let mut wanted: BTreeSet<usize> = held(node).take(share).collect();
+        let missing = share - wanted.len();
+        wanted.extend(free.by_ref().take(missing));
+        if node == me {
+            return wanted;
+        }
+    }
+    BTreeSet::new()
+}
+
+fn tie(projection: &str, node: Uuid) -> u32 {
+    fnv1a_32(&[projection.as_bytes(), node.as_bytes()].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn node(n: usize) -> Uuid {
+        Uuid::from_u128(n as u128 + 1)
+    }
+
+    fn members(count: usize) -> BTreeSet<Uuid> {
+        (0..count).map(node).collect()
+    }
+
+    /// Everybody does at once what it should; how many partitions were given up or taken.
+    fn step(owners: &mut [Option<Uuid>], members: &BTreeSet<Uuid>) -> (usize, usize) {
+        let before = owners.to_vec();
+        let (mut given, mut taken) = (0, 0);
+        for &member in members {
+            let wanted = wanted(&before, members, member, "p");
+            for (index, owner) in owners.iter_mut().enumerate() {
+                if before[index] == Some(member) && !wanted.contains(&index) {
+                    *owner = None;
+                    given += 1;
+                } else if before[index] != Some(member) && wanted.contains(&index) {
+                    assert_eq!((before[index], *owner), (None, None), "nobody else has or wants it");
+                    *owner = Some(member);
+                    taken += 1;
+                }
+            }
+        }
+        (given, taken)
+    }
+
+    fn sizes(owners: &[Option<Uuid>], members: &BTreeSet<Uuid>) -> Vec<usize> {
+        let mut sizes: Vec<_> = members
+            .iter()
+            .map(|member| owners.iter().filter(|owner| **owner == Some(*member)).count())
+            .collect();
+        sizes.sort_unstable_by_key(|size| Reverse(*size));
+        sizes
+    }
+
+    #[test]
+    fn three_nodes_share_eight_partitions_as_they_come_and_go() {
+        let mut owners = vec![None; 8];
+        for (count, expected) in
+            [(1, vec![8]), (2, vec![4, 4]), (3, vec![3, 3, 2]), (2, vec![4, 4]), (3, vec![3, 3, 2])]
+        {
+            let members = members(count);
+            for owner in &mut owners {
+                *owner = owner.filter(|owner| members.contains(owner));
+            }
+            step(&mut owners, &members);
+            step(&mut owners, &members);
+            assert_eq!(sizes(&owners, &members), expected);
+            assert_eq!(step(&mut owners, &members), (0, 0), "and stay there");
+        }
+    }
+
+    #[test]
+    fn the_larger_shares_are_not_always_the_same_nodes() {
+        let members = members(3);
+        let first = |projection: &str| {
+            members.iter().copied().find(|&me| !wanted(&[None], &members, me, projection).is_empty())
+        };
+        let firsts: BTreeSet<_> = (0..50).map(|n| first(&format!("p{n}"))).collect();
+        assert_eq!(firsts.len(), 3);
+    }
+
+    #[test]
+    fn who_is_no_member_wants_nothing_and_is_not_robbed() {
+        let members = members(2);
+        let owners = vec![Some(node(7)); 4];
+        assert!(wanted(&owners, &members, node(7), "p").is_empty());
+        assert!(wanted(&owners, &members, node(0), "p").is_empty());
+    }
+
+    proptest! {
+        /// From anywhere, with owners that are members, leaving, or nobody.
+        #[test]
+        fn it_settles_at_equal_shares_and_moves_no_more_than_it_must(
+            count in 1_usize..8,
+            owners in prop::collection::vec(prop::option::of(0_usize..10), 1..40),
+        ) {
+            let members = members(count);
+            let mut owners: Vec<_> = owners.into_iter().map(|owner| owner.map(node)).collect();
+            let (low, high) = (owners.len() / count, owners.len().div_ceil(count));
+            // What nobody could keep: all above the larger shares, of which there are so many.
+            let mut larger = owners.len() % count;
+            let mut must: usize = 0;
+            for size in sizes(&owners, &members) {
+                must += size.saturating_sub(if larger > 0 { high } else { low });
+                larger = larger.saturating_sub(1);
+            }
+            let mut given = step(&mut owners, &members).0;
+            // Those that were leaving have left.
+            for owner in &mut owners {
+                *owner = owner.filter(|owner| members.contains(owner));
+            }
+            for _ in 0..3 {
+                given += step(&mut owners, &members).0;
+            }
+            prop_assert!(owners.iter().all(Option::is_some));
+            prop_assert!(sizes(&owners, &members).iter().all(|size| (low..=high).contains(size)));
+            prop_assert_eq!(step(&mut owners, &members), (0, 0));
+            prop_assert_eq!(given, must);
+        }
+    }
+}

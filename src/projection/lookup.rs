@@ -1,0 +1,134 @@
+//! Lookups: an index over events, in memory, on every node.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+
+use super::{ApplyError, Projection, ProjectionHandle, WaitError};
+use crate::event::{EncodeError, RecordedEvent};
+use crate::store::Filter;
+use crate::time::after;
+
+type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync;
+
+/// What events say, held in memory on this node for quick answers: which customer has this e-mail address, how many are left.
+///
+/// Register it with [`Builder::lookup`](crate::runtime::Builder::lookup), keep a clone to read from. It follows the log like
+/// every projection, so it may be a moment behind: it answers questions, it does not keep a promise that something is unique.
+///
+/// ```
+/// # use serde::{Deserialize, Serialize};
+/// # use std::collections::HashMap;
+/// # use std::time::Duration;
+/// # use storied::{Event, Filter, MemoryStore, Runtime};
+/// # use storied::projection::Lookup;
+/// # #[derive(Serialize, Deserialize)]
+/// # #[serde(rename_all = "snake_case")]
+/// # enum Customer { Registered { email: String } }
+/// # impl Event for Customer { const CATEGORY: &'static str = "customer"; }
+/// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let by_email = Lookup::new("by_email", Filter::of::<Customer>()?, |index: &mut HashMap<_, _>, event| {
+///     let Customer::Registered { email } = event.decode()?;
+///     index.insert(email, event.stream.id().to_owned());
+///     Ok(())
+/// });
+/// let runtime = Runtime::builder().store(MemoryStore::new()).lookup(&by_email).start().await?;
+/// by_email.ready(Duration::from_secs(10)).await?;
+/// assert_eq!(by_email.read(|index| index.get("ada@example.org").cloned()), None);
+/// # runtime.shutdown().await?;
+/// # Ok(()) }
+/// ```
+pub struct Lookup<T> {
+    inner: Arc<Inner<T>>,
+}
+
+struct Inner<T> {
+    name: String,
+    filter: Filter,
+    fold: Box<Fold<T>>,
+    /// Never held across an await. Readers do not wait for each other.
+    index: RwLock<T>,
+    /// Once it runs.
+    handle: watch::Sender<Option<ProjectionHandle>>,
+}
+
+impl<T> Clone for Lookup<T> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+impl<T: Default + Send + Sync + 'static> Lookup<T> {
+    /// Describes it. `fold` gets the events of `filter` in log order; if it fails, or panics, it should do so before it has
+    /// changed anything, since it gets the event again.
+    pub fn new(
+        name: impl Into<String>,
+        filter: Filter,
+        fold: impl Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync + 'static,
+    ) -> Self {
+        let (index, handle) = (RwLock::new(T::default()), watch::Sender::new(None));
+        Self { inner: Arc::new(Inner { name: name.into(), filter, fold: Box::new(fold), index, handle }) }
+    }
+
+    /// Looks something up. Events wait meanwhile, other readers do not; `look` should be short.
+    pub fn read<A>(&self, look: impl FnOnce(&T) -> A) -> A {
+        // After a panic there is what the fold had left there.
+        look(&self.inner.index.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until it knows everything that is in the log now, for at most `patience`. Cancel-safe.
+    ///
+    /// # Errors
+    /// As [`ProjectionHandle::wait_until_live`]; and when it is not running on any node of this process by then.
+    pub async fn ready(&self, patience: Duration) -> Result<(), WaitError> {
+        let deadline = after(patience);
+        let mut handle = self.inner.handle.subscribe();
+        let running = timeout(patience, handle.wait_for(Option::is_some)).await;
+        // The sender is here, so that there is no other error.
+        let Some(handle) = running.ok().and_then(Result::ok).and_then(|handle| handle.clone()) else {
+            return Err(WaitError::Stopped { name: self.inner.name.clone() });
+        };
+        handle.wait_until_live(deadline.saturating_duration_since(Instant::now())).await
+    }
+
+    /// It runs, as this projection.
+    pub(crate) fn runs(&self, handle: &ProjectionHandle) {
+        self.inner.handle.send_replace(Some(handle.clone()));
+    }
+
+    pub(crate) fn projection(&self) -> impl Projection<Transaction = ()> + use<T> {
+        Folding(self.inner.clone())
+    }
+}
+
+impl<T> fmt::Debug for Lookup<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lookup").field("name", &self.inner.name).finish_non_exhaustive()
+    }
+}
+
+struct Folding<T>(Arc<Inner<T>>);
+
+impl<T: Default + Send + Sync + 'static> Projection for Folding<T> {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(self.0.filter.clone())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+        (self.0.fold)(&mut self.0.index.write().unwrap_or_else(PoisonError::into_inner), event)
+    }
+
+    async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
+        *self.0.index.write().unwrap_or_else(PoisonError::into_inner) = T::default();
+        Ok(())
+    }
+}

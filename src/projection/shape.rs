@@ -1,0 +1,204 @@
+//! How a projection is cut into partitions, and what its rows and leases are called: nothing of the runtime's own, and no
+//! two projections, have the same.
+
+use super::ReadModel;
+use super::worker::Role;
+use crate::event::Position;
+use crate::partition::Partition;
+use crate::store::{Checkpoint, CheckpointError, StoreError};
+
+/// As `found`, but so that whoever knows only `found` is refused, even at the start of the log.
+pub(super) fn fenced(found: Checkpoint) -> Checkpoint {
+    Checkpoint { mark: found.mark + 1, ..found }
+}
+
+/// Which version of a read model is live, and which is being built beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Versions {
+    pub(super) live: u64,
+    pub(super) rebuilt: Option<u64>,
+}
+
+impl From<Checkpoint> for Versions {
+    fn from(record: Checkpoint) -> Self {
+        Self { live: record.epoch, rebuilt: (record.mark > 0).then_some(record.mark) }
+    }
+}
+
+impl Versions {
+    /// What the record of them is.
+    pub(super) fn record(self, found: Checkpoint) -> Checkpoint {
+        Checkpoint { epoch: self.live, mark: self.rebuilt.unwrap_or(0), ..found }
+    }
+
+    /// The one to work on.
+    pub(super) fn of(self, role: Role) -> Option<u64> {
+        match role {
+            Role::Live => Some(self.live),
+            Role::Rebuild => self.rebuilt,
+        }
+    }
+}
+
+/// A projection's name, and its number of partitions if it is cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Shape {
+    name: String,
+    partitions: Option<u16>,
+}
+
+impl Shape {
+    pub(super) fn whole(name: &str) -> Self {
+        Self { name: name.to_owned(), partitions: None }
+    }
+
+    pub(super) fn cut(name: &str, partitions: u16) -> Self {
+        Self { name: name.to_owned(), partitions: Some(partitions) }
+    }
+
+    /// What a checkpoint of a version is called.
+    pub(super) fn row(&self, partition: Option<Partition>, version: u64) -> String {
+        let version = if version == 0 { String::new() } else { format!("@{version}") };
+        match partition {
+            None => format!("projection{version}/{}", self.name),
+            Some(partition) => format!("partition{version}/{}/{}", partition.index(), self.name),
+        }
+    }
+
+    /// What the lease is called of who may move it.
+    pub(super) fn lease(&self, partition: Option<Partition>, role: Role) -> String {
+        let row = self.row(partition, 0);
+        match role {
+            Role::Live => row,
+            Role::Rebuild => format!("rebuild-{row}"),
+        }
+    }
+
+    /// A checkpoint whose epoch is the version that is live, and whose mark is the one that is being built, or 0.
+    pub(super) fn version(&self) -> String {
+        format!("version/{}", self.name)
+    }
+
+    /// The parts that there are in this shape.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Option<Partition>> {
+        let whole = self.partitions.is_none().then_some(None);
+        Partition::all(self.partitions.unwrap_or(0)).map(Some).chain(whole)
+    }
+
+    pub(super) async fn versions(&self, read_model: &impl ReadModel) -> Result<Versions, StoreError> {
+        if !read_model.shared() {
+            return Ok(Versions::from(Checkpoint::default()));
+        }
+        Ok(Versions::from(read_model.checkpoint(&self.version()).await?))
+    }
+
+    /// The version that is live, also in a read model of another store's, whose it is then no more.
+    pub(super) async fn live<R: ReadModel>(
+        &self,
+        read_model: &R,
+        open: &mut R::Open,
+    ) -> Result<u64, StoreError> {
+        if !read_model.shared() {
+            return Ok(0);
+        }
+        Ok(Versions::from(read_model.adopt(open, &self.version()).await?).live)
+    }
+
+    /// The lease under which one node at a time changes what all of them own; its end tells them to look again.
+    pub(super) fn order(&self) -> String {
+        format!("order/{}", self.name)
+    }
+
+    /// The lease whose epoch counts how often it was triggered.
+    pub(super) fn trigger(&self) -> String {
+        format!("trigger/{}", self.name)
+    }
+
+    /// One of the leases that say which nodes share the partitions.
+    pub(super) fn member(&self, slot: usize) -> String {
+        format!("member/{slot}/{}", self.name)
+    }
+
+    /// A checkpoint whose mark is the number of partitions, 0 if it was never cut.
+    fn record(&self) -> String {
+        format!("partitions/{}", self.name)
+    }
+
+    fn mark(&self) -> u64 {
+        self.partitions.map_or(0, u64::from)
+    }
+
+    /// Checks that the read model was built in this shape, or begins it.
+    ///
+    /// # Errors
+    /// `Incompatible` when it was cut otherwise: its checkpoints say nothing about these partitions.
+    pub(super) async fn check(&self, read_model: &impl ReadModel) -> Result<(), StoreError> {
+        let found = read_model.checkpoint(&self.record()).await?.mark;
+        if found == self.mark() {
+            return Ok(());
+        }
+        if found > 0 {
+            return Err(self.mismatch(found));
+        }
+        if read_model.checkpoint(&self.row(None, 0)).await?.position > Position::START {
+            return Err(self.mismatch(0));
+        }
+        let none = Checkpoint::default();
+        let open = read_model.begin(&self.record(), none).await?;
+        let ours = Checkpoint { mark: self.mark(), ..none };
+        match read_model.commit(open, &self.record(), none, ours, None).await {
+            Ok(()) => Ok(()),
+            // Another node was quicker.
+            Err(CheckpointError::Stale { found, .. }) if found.mark == self.mark() => Ok(()),
+            Err(CheckpointError::Stale { found, .. }) => Err(self.mismatch(found.mark)),
+            Err(CheckpointError::Store(error)) => Err(error),
+        }
+    }
+
+    fn mismatch(&self, found: u64) -> StoreError {
+        let say = |partitions: u64| match partitions {
+            0 => format!("the read model of projection {} in one piece", self.name),
+            _ => format!("the read model of projection {} in {partitions} partitions", self.name),
+        };
+        StoreError::Incompatible {
+            expected: say(self.mark()),
+            found: say(found),
+            advice: "the number of partitions is fixed when a projection is first started: go back to it, or reset the projection so that it is built anew".into(),
+        }
+    }
+
+    /// Where everything begins anew in this shape, whatever it was before: every row that there may be, with where it is to
+    /// be put, from where it is. Within a transaction that is to empty the read model; the last one is left to its commit.
+    pub(super) async fn begin_anew<R: ReadModel>(
+        &self,
+        read_model: &R,
+        open: &mut R::Open,
+        version: u64,
+    ) -> Result<Vec<(String, Checkpoint, Checkpoint)>, StoreError> {
+        let anew = |found: Checkpoint| Checkpoint { position: Position::START, ..fenced(found) };
+        if !read_model.shared() {
+            let row = self.row(None, 0);
+            let found = read_model.adopt(open, &row).await?;
+            return Ok(vec![(row, found, anew(found))]);
+        }
+        let record = self.record();
+        let found = read_model.adopt(open, &record).await?;
+        let most = u16::try_from(found.mark).unwrap_or(u16::MAX).max(self.partitions.unwrap_or(0));
+        let mut rows = Vec::with_capacity(usize::from(most) + 2);
+        if found.mark != self.mark() {
+            rows.push((record, found, Checkpoint { mark: self.mark(), ..found }));
+        }
+        for partition in Partition::all(most).map(Some).chain([None]) {
+            let row = self.row(partition, version);
+            let found = read_model.adopt(open, &row).await?;
+            let used = match partition {
+                Some(_) => self.partitions.is_some(),
+                None => self.partitions.is_none(),
+            };
+            if used || found != Checkpoint::default() {
+                rows.push((row, found, anew(found)));
+            }
+        }
+        Ok(rows)
+    }
+}

@@ -1,0 +1,259 @@
+//! Whose the read model is: standing by, taking over, handing over, noticing that somebody else was quicker.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{Context, Run};
+use crate::lease::{HeldLease, Sight, View};
+use crate::projection::{Projection, ProjectionState, ReadModel};
+use crate::store::{Checkpoint, CheckpointError, StoreError};
+
+/// How long at most somebody who found the lease taken, or has lost it, leaves it alone.
+const LEAVE_ALONE: Duration = Duration::from_millis(250);
+
+/// What a projection hears of beside its input.
+pub(super) struct News {
+    sight: watch::Receiver<Sight>,
+    permit: Option<watch::Receiver<bool>>,
+}
+
+impl News {
+    pub(super) fn new(sight: &watch::Receiver<Sight>, permit: Option<&watch::Receiver<bool>>) -> Self {
+        let mut news = Self { sight: sight.clone(), permit: permit.cloned() };
+        // Whatever is known already has not been heard of here.
+        news.sight.mark_changed();
+        news
+    }
+
+    pub(super) fn has_changed(&self) -> bool {
+        // An error says that the node comes to its end.
+        self.sight.has_changed().unwrap_or(false)
+            || self.permit.as_ref().is_some_and(|permit| permit.has_changed().unwrap_or(false))
+    }
+
+    /// Waits until it has. Cancel-safe.
+    pub(super) async fn changed(&mut self) {
+        let Self { sight, permit } = self;
+        let permit = async {
+            match permit {
+                Some(permit) => permit.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let changed = tokio::select! {
+            changed = sight.changed() => changed,
+            changed = permit => changed,
+        };
+        if changed.is_err() {
+            // The node comes to its end, and this with it.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Whether this node may own it.
+    fn permits(&self) -> bool {
+        self.permit.as_ref().is_none_or(|permit| *permit.borrow())
+    }
+}
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+    /// Looks at the board: who is paused, who owns what, whether somebody has changed something for all.
+    pub(super) async fn look(&mut self) {
+        let Sight { view, error } = self.news.sight.borrow_and_update().clone();
+        if let Some(permit) = &mut self.news.permit {
+            permit.mark_unchanged();
+        }
+        if let Some(error) = error {
+            if self.paused.is_none() {
+                return self.try_later(&error);
+            }
+            let error = format!("could not look whether the projection is paused: {error}");
+            self.context.status.send_modify(|status| status.last_error = Some(error));
+        }
+        if self.lease.is_some() && !self.news.permits() {
+            self.hand_over().await;
+        }
+        let Some(view) = view else { return };
+        let paused = view.paused.contains(&self.context.name);
+        if self.paused != Some(paused) && self.paused_at.is_none_or(|told| told <= view.asked) {
+            self.set_paused(paused).await;
+        }
+        if self.read_model.shared() {
+            self.heed(&view);
+        }
+        self.heed_triggers(&view);
+    }
+
+    /// Somebody on any node resumed or reset the projection: what it remembers may be wrong, and what failed may work.
+    fn heed(&mut self, view: &View) {
+        let order = view.leases.get(&self.context.shape.order());
+        self.held_up = order.is_some_and(|order| order.live);
+        let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
+        if self.heeded.is_some_and(|heeded| heeded < done) {
+            self.reload();
+            self.timing.forget();
+            self.try_again();
+        }
+        self.heeded = Some(done);
+    }
+
+    /// Goes on from the checkpoint as it is now.
+    pub(super) fn reload(&mut self) {
+        self.fits = false;
+        self.saved = None;
+        self.restart();
+    }
+
+    /// Another node owns the read model, or is to, until it does not any more.
+    pub(super) async fn stand_by(&mut self) {
+        let context = self.context;
+        let free = self.news.permits() && self.looks_free();
+        if free && self.take_at <= Instant::now() {
+            self.leave_alone();
+            match HeldLease::take(&context.store, &context.lease, context.node, context.options.lease).await {
+                Ok(Some(lease)) => {
+                    tracing::info!(
+                        projection = context.name,
+                        lease = context.lease,
+                        epoch = lease.epoch(),
+                        "this node is the owner now"
+                    );
+                    self.lease = Some(lease);
+                    self.saved = None;
+                    return context.board.hint();
+                }
+                Ok(None) => context.board.hint(),
+                Err(error) => return self.outage(&error),
+            }
+        }
+        if self.look_at <= Instant::now() {
+            match self.read_model.checkpoint(&self.row).await {
+                Ok(checkpoint) => {
+                    self.moved_to(checkpoint.position);
+                    self.measures_from(checkpoint.position);
+                }
+                // Whatever it is: the owner may put it right, as by a reset.
+                Err(error) => return self.try_later(&error),
+            }
+            self.look_at = Instant::now() + context.board.pace();
+        }
+        context.set(if self.paused == Some(true) {
+            ProjectionState::Paused
+        } else {
+            ProjectionState::Standby
+        });
+        self.backoff.succeeded();
+        self.idle(if free { self.take_at.min(self.look_at) } else { self.look_at }).await;
+    }
+
+    /// Whether nobody holds the lease but this node, perhaps from before it panicked.
+    fn looks_free(&self) -> bool {
+        let view = self.context.board.view();
+        view.is_some_and(|view| {
+            view.owner(&self.context.lease).is_none_or(|owner| owner == self.context.node)
+        })
+    }
+
+    fn leave_alone(&mut self) {
+        self.take_at = Instant::now() + LEAVE_ALONE.min(self.context.options.lease / 6);
+    }
+
+    /// Another node is to own it: it can do so at once.
+    async fn hand_over(&mut self) {
+        self.flush().await;
+        let Some(lease) = self.lease.take() else { return };
+        lease.release().await;
+        tracing::info!(
+            projection = self.context.name,
+            lease = self.context.lease,
+            "this node gave it to another one"
+        );
+        self.context.board.hint();
+        self.forget();
+        self.context.status.send_modify(|status| {
+            status.epoch = 0;
+            status.state = ProjectionState::Standby;
+        });
+    }
+
+    /// Somebody else is or may be the owner.
+    pub(super) fn step_down(&mut self, reason: &str) {
+        tracing::warn!(
+            projection = self.context.name,
+            lease = self.context.lease,
+            reason,
+            "this node is not the owner any more"
+        );
+        self.lease = None;
+        self.forget();
+        self.leave_alone();
+        self.context.board.hint();
+        self.context.status.send_modify(|status| {
+            status.epoch = 0;
+            status.state = ProjectionState::Standby;
+            status.last_error = Some(reason.to_owned());
+        });
+    }
+
+    fn forget(&mut self) {
+        self.reload();
+        self.look_at = Instant::now();
+    }
+
+    /// Reads the checkpoint and, as a new owner, claims it: who owned it before cannot commit any more.
+    pub(super) async fn load(&mut self) {
+        match self.claim().await {
+            Ok(checkpoint) => self.begin_at(checkpoint),
+            Err(error) => self.refused(&error),
+        }
+    }
+
+    /// The read model is this node's, and here.
+    fn begin_at(&mut self, checkpoint: Checkpoint) {
+        self.saved = Some(checkpoint);
+        self.applied = checkpoint.position;
+        self.context.status.send_modify(|status| {
+            status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
+            status.position = checkpoint.position;
+            status.head = status.head.max(checkpoint.position);
+        });
+        self.measures_from(checkpoint.position);
+        self.restart();
+    }
+
+    async fn claim(&mut self) -> Result<Checkpoint, CheckpointError> {
+        let Context { name, shape, store, .. } = self.context;
+        let row = &self.row;
+        let found = self.read_model.checkpoint(row).await?;
+        if self.read_model.shared() {
+            // Behind the checkpoint: whoever changes the shape changes that with it, so that this one could not be moved.
+            shape.check(self.read_model).await?;
+            let wanted = shape.versions(self.read_model).await?.of(self.context.role);
+            if wanted != Some(self.instance.version) {
+                let expected = Checkpoint { mark: found.mark + 1, ..found };
+                return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+            }
+        }
+        let head = store.frontier().await?;
+        if found.position > head {
+            return Err(CheckpointError::Store(StoreError::Incompatible {
+                expected: format!("a log that reaches position {}, where projection {name} is", found.position),
+                found: format!("one that ends at {head}"),
+                advice: "the event store lost events, or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
+            }));
+        }
+        let Some(lease) = &self.lease else { return Ok(found) };
+        let Some(epoch) = lease.epoch_above(found.epoch).await? else {
+            let expected = Checkpoint { epoch: lease.epoch(), ..found };
+            return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+        };
+        let claimed = Checkpoint { epoch, ..found };
+        if claimed != found {
+            let open = self.read_model.begin(row, found).await?;
+            self.read_model.commit(open, row, found, claimed, None).await?;
+        }
+        Ok(claimed)
+    }
+}

@@ -1,0 +1,70 @@
+//! Records of what became of commands.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use chrono::DateTime;
+use uuid::Uuid;
+
+use super::Database;
+use crate::store::CommandRecord;
+
+fn record(id: Uuid, outcome: &'static [u8]) -> CommandRecord {
+    CommandRecord {
+        id,
+        name: "bank.transfer".into(),
+        fingerprint: Uuid::new_v5(&id, outcome),
+        outcome: Bytes::from_static(outcome),
+        recorded_at: DateTime::UNIX_EPOCH,
+    }
+}
+
+/// Recorded once, it stays as it is and is what everybody finds, wherever they ask. The time is the store's.
+pub async fn the_first_record_of_a_command_counts(database: Database) {
+    let store = database.open().await;
+    let id = Uuid::now_v7();
+    assert_eq!(store.command(id).await.unwrap(), None);
+    let first = store.record_command(record(id, b"first\0")).await.unwrap();
+    assert_eq!(CommandRecord { recorded_at: DateTime::UNIX_EPOCH, ..first.clone() }, record(id, b"first\0"));
+    assert!(first.recorded_at > DateTime::UNIX_EPOCH, "the store's clock");
+    assert_eq!(store.record_command(record(id, b"second")).await.unwrap(), first);
+    let other = database.open().await;
+    assert_eq!(other.record_command(record(id, b"")).await.unwrap(), first);
+    assert_eq!(other.command(id).await.unwrap(), Some(first));
+    assert_eq!(other.command(Uuid::now_v7()).await.unwrap(), None);
+    let empty = Uuid::now_v7();
+    assert_eq!(other.record_command(record(empty, b"")).await.unwrap().outcome, Bytes::new());
+}
+
+/// Of many who record the same command at the same time one is first, and all are told who it was.
+pub async fn one_of_many_rivals_records_a_command(database: Database) {
+    const OUTCOMES: [&[u8]; 8] = [b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"7"];
+    let stores = [database.open().await, database.open().await];
+    for _ in 0..20 {
+        let id = Uuid::now_v7();
+        let rivals = OUTCOMES.iter().enumerate().map(|(n, outcome)| {
+            let store = stores[n % 2].clone();
+            tokio::spawn(async move { store.record_command(record(id, outcome)).await.unwrap() })
+        });
+        let told = futures_util::future::join_all(rivals).await;
+        let winner = stores[0].command(id).await.unwrap().unwrap();
+        assert!(told.into_iter().all(|told| told.unwrap() == winner), "one first record, and one only");
+    }
+}
+
+/// What is older than asked goes, a bounded number at a time, and may then be recorded anew.
+pub async fn old_records_are_forgotten(database: Database) {
+    let store = database.open().await;
+    let ids: Vec<_> = (0..5).map(|_| Uuid::now_v7()).collect();
+    for id in &ids {
+        store.record_command(record(*id, b"x")).await.unwrap();
+    }
+    assert_eq!(store.forget_commands(Duration::from_secs(3_600), 10).await.unwrap(), 0);
+    assert_eq!(store.forget_commands(Duration::MAX, 10).await.unwrap(), 0);
+    assert_eq!(store.forget_commands(Duration::ZERO, 3).await.unwrap(), 3);
+    assert_eq!(store.forget_commands(Duration::ZERO, 10).await.unwrap(), 2);
+    for id in &ids {
+        assert_eq!(store.command(*id).await.unwrap(), None);
+    }
+    assert_eq!(store.record_command(record(ids[0], b"y")).await.unwrap().outcome, Bytes::from_static(b"y"));
+}

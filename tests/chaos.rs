@@ -1,0 +1,361 @@
+//! The chaos oracle: three nodes share a projection in eight partitions while they are killed, and paused past their leases
+//! and continued, and while NATS and PostgreSQL are restarted, at random. At the end the read model, which records the order in
+//! which it saw the events, is what one thread makes of the log: none missing, none twice, each aggregate in order.
+//!
+//! `STORIED_CHAOS_SECONDS=300` makes it five minutes, `STORIED_CHAOS_SEED` repeats what happened.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(missing_docs, reason = "tests are no product")]
+#![cfg(all(feature = "postgres", feature = "nats"))]
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getppid};
+use serde::{Deserialize, Serialize};
+use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
+use storied::bus::JetStreamOptions;
+use storied::projection::{ApplyError, Target};
+use storied::store::Append;
+use storied::{
+    Codec, EncodeError, Event, EventStore, ExpectedVersion, Filter, Metadata, NatsOptions, NewEvent,
+    Partition, Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog,
+    RecordedEvent, Runtime, StreamId,
+};
+use support::{NatsServer, PostgresServer};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+const PARTITIONS: u16 = 8;
+const LEASE: Duration = Duration::from_secs(1);
+/// Only a failing test waits for it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Tick {
+    Tock { n: u64 },
+}
+
+impl Event for Tick {
+    const CATEGORY: &'static str = "tick";
+}
+
+/// Records what it sees in the order in which it sees it.
+struct Seen(Target);
+
+impl Projection for Seen {
+    type Transaction = PgConnection;
+
+    fn name(&self) -> &str {
+        "seen"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::of::<Tick>()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        let Tick::Tock { n } = event.decode()?;
+        sqlx::query("INSERT INTO seen (partition, position, n) VALUES ($1, $2, $3)")
+            .bind(i32::from(self.0.partition.index()))
+            .bind(event.position.get() as i64)
+            .bind(n as i64)
+            .execute(tx)
+            .await?;
+        // So that most pauses come in the middle of a transaction.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        Ok(())
+    }
+}
+
+/// A node, when the oracle starts it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "for the oracle"]
+async fn a_node_process() {
+    let parent = getppid();
+    let url = std::env::var("CHAOS_POSTGRES").unwrap();
+    let pool = PgPoolOptions::new().max_connections(6).connect(&url).await.unwrap();
+    let nats = NatsOptions::jetstream(JetStreamOptions::new()).url(std::env::var("CHAOS_NATS").unwrap());
+    let runtime = Runtime::builder()
+        .store(PostgresStore::connect(&url).await.unwrap())
+        .bus(nats.bus())
+        .partitioned_with(
+            PARTITIONS,
+            Seen,
+            PostgresReadModel::new(pool),
+            ProjectionOptions::new().lease(LEASE).batch_size(50),
+        )
+        .start()
+        .await
+        .unwrap();
+    let node = runtime.status().await.node.to_string();
+    std::fs::write(std::env::var("CHAOS_ID").unwrap(), node).unwrap();
+    while getppid() == parent {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+struct Node {
+    process: Child,
+    id_file: PathBuf,
+}
+
+impl Node {
+    fn start(dir: &TempDir, postgres: &str, nats: &str) -> Self {
+        let id_file = dir.path().join(Uuid::new_v4().to_string());
+        let process = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_node_process", "--ignored"])
+            .env("CHAOS_POSTGRES", postgres)
+            .env("CHAOS_NATS", nats)
+            .env("CHAOS_ID", &id_file)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { process, id_file }
+    }
+
+    /// By which leases name it; `None` while it is starting.
+    fn id(&self) -> Option<Uuid> {
+        std::fs::read_to_string(&self.id_file).ok()?.parse().ok()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.process.id().cast_signed()), signal).unwrap();
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Small numbers that look random and are the same for the same seed.
+struct Dice(AtomicU64);
+
+impl Dice {
+    fn roll(&self, sides: u64) -> u64 {
+        let next =
+            |n: u64| Some(n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
+        (self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next).unwrap() >> 33) % sides
+    }
+}
+
+/// Everything that the oracle looks at.
+struct Scene {
+    dir: TempDir,
+    postgres: PostgresServer,
+    url: String,
+    nats: NatsServer,
+    store: PostgresStore,
+    nodes: Vec<Node>,
+}
+
+impl Scene {
+    /// Who owns each partition; `None` when nobody does, or it cannot be known.
+    async fn owners(&self) -> Vec<Option<Uuid>> {
+        let leases = self.store.leases().await.unwrap_or_default();
+        let live: BTreeMap<_, _> = leases
+            .into_iter()
+            .filter(|info| info.live)
+            .map(|info| (info.lease.name, info.lease.owner))
+            .collect();
+        (0..PARTITIONS).map(|index| live.get(&format!("partition/{index}/seen")).copied()).collect()
+    }
+
+    /// Waits until three nodes have 3, 3 and 2 of them.
+    async fn balanced(&mut self) -> Duration {
+        let began = Instant::now();
+        loop {
+            // One that met a dead server while it started said so and ended: whoever runs nodes starts it again.
+            for node in &mut self.nodes {
+                if node.process.try_wait().unwrap().is_some() {
+                    *node = Node::start(&self.dir, &self.url, &self.nats.url());
+                }
+            }
+            let owners = self.owners().await;
+            let mut sizes: Vec<_> = self
+                .nodes
+                .iter()
+                .map(|node| owners.iter().flatten().filter(|owner| Some(**owner) == node.id()).count())
+                .collect();
+            sizes.sort_unstable();
+            if sizes == [2, 3, 3] {
+                return began.elapsed();
+            }
+            assert!(began.elapsed() < PATIENCE, "never balanced: {sizes:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until what `node` owned is others'; how long that took, if it owned anything.
+    async fn taken_over(&self, node: Option<Uuid>, owners: &[Option<Uuid>]) -> Option<Duration> {
+        let began = Instant::now();
+        let owned: Vec<_> =
+            (0..owners.len()).filter(|&index| node.is_some() && owners[index] == node).collect();
+        loop {
+            let owners = self.owners().await;
+            if owned.iter().all(|&index| owners[index].is_some_and(|owner| Some(owner) != node)) {
+                return (!owned.is_empty()).then(|| began.elapsed());
+            }
+            assert!(began.elapsed() < PATIENCE, "nobody took {owned:?} over: {owners:?}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// Appends to some streams until it is told to stop. What fails may or may not be in the log; the log is what counts.
+fn load(store: &PostgresStore, task: u64, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
+    let (store, stop) = (store.clone(), stop.clone());
+    tokio::spawn(async move {
+        let mut n = 0;
+        while !stop.load(Ordering::SeqCst) {
+            let events = (0..1 + n % 3).map(|k| {
+                NewEvent::encode(&Tick::Tock { n: n + k }, Codec::default(), &Metadata::default()).unwrap()
+            });
+            let stream = StreamId::new("tick", task * 1_000 + n % 20).unwrap();
+            let append = Append::one(stream, ExpectedVersion::Any, events.collect());
+            let _ = store.append(vec![append]).await;
+            n += 1;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+}
+
+/// What the log has in each partition.
+async fn fold(store: &PostgresStore) -> BTreeMap<u16, Vec<i64>> {
+    let mut partitions: BTreeMap<u16, Vec<i64>> = BTreeMap::new();
+    let mut after = Position::START;
+    loop {
+        let page = store.read_log(ReadLog::after(after)).await.unwrap();
+        for event in &page.events {
+            let partition = Partition::of(&event.stream, PARTITIONS).index();
+            partitions.entry(partition).or_default().push(event.position.get() as i64);
+        }
+        after = page.scanned_to;
+        if !page.has_more() {
+            return partitions;
+        }
+    }
+}
+
+/// What the read model saw in each partition, in that order.
+async fn seen(url: &str) -> BTreeMap<u16, Vec<i64>> {
+    let pool = PgPool::connect(url).await.unwrap();
+    let rows: Vec<(i32, i64)> =
+        sqlx::query_as("SELECT partition, position FROM seen ORDER BY id").fetch_all(&pool).await.unwrap();
+    let mut partitions: BTreeMap<u16, Vec<i64>> = BTreeMap::new();
+    for (partition, position) in rows {
+        partitions.entry(partition as u16).or_default().push(position);
+    }
+    partitions
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_read_model_is_what_one_thread_makes_of_the_log() {
+    let seconds = std::env::var("STORIED_CHAOS_SECONDS").map_or(12, |seconds| seconds.parse().unwrap());
+    let seed = std::env::var("STORIED_CHAOS_SEED")
+        .map_or_else(|_| Uuid::new_v4().as_u64_pair().0 >> 32, |seed| seed.parse().unwrap());
+    println!("STORIED_CHAOS_SEED={seed}");
+    let dice = Dice(AtomicU64::new(seed));
+    let postgres = PostgresServer::start().await;
+    let nats = NatsServer::start(support::NatsOptions::jetstream()).await;
+    let url = postgres.url();
+    let store = PostgresStore::connect(&url).await.unwrap();
+    let pool = PgPool::connect(&url).await.unwrap();
+    sqlx::raw_sql(
+        "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, partition integer, position bigint, n bigint)",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    pool.close().await;
+    let mut scene = Scene { dir: TempDir::new().unwrap(), postgres, url, nats, store, nodes: Vec::new() };
+    for _ in 0..3 {
+        scene.nodes.push(Node::start(&scene.dir, &scene.url, &scene.nats.url()));
+    }
+    println!("balanced {:?} after the start", scene.balanced().await);
+    let stop = Arc::new(AtomicBool::new(false));
+    let loads: Vec<_> = (0..4).map(|task| load(&scene.store, task, &stop)).collect();
+
+    let (mut kills, mut pauses, mut restarts) = (Vec::new(), Vec::new(), 0);
+    let end = Instant::now() + Duration::from_secs(seconds);
+    let mut turn = 0;
+    while Instant::now() < end {
+        tokio::time::sleep(Duration::from_millis(dice.roll(500))).await;
+        let victim = dice.roll(3) as usize;
+        let (owners, node) = (scene.owners().await, scene.nodes[victim].id());
+        // All of them in the shortest run, in whatever order after that.
+        let what = if turn < 4 { turn } else { dice.roll(4) };
+        turn += 1;
+        match what {
+            0 => {
+                scene.nodes[victim].signal(Signal::SIGKILL);
+                kills.extend(scene.taken_over(node, &owners).await);
+                scene.nodes[victim] = Node::start(&scene.dir, &scene.url, &scene.nats.url());
+            }
+            1 => {
+                scene.nodes[victim].signal(Signal::SIGSTOP);
+                pauses.extend(scene.taken_over(node, &owners).await);
+                tokio::time::sleep(Duration::from_millis(dice.roll(500))).await;
+                // It wakes up in the middle of whatever it did, and does not know yet.
+                scene.nodes[victim].signal(Signal::SIGCONT);
+            }
+            2 => {
+                scene.nats.kill();
+                tokio::time::sleep(Duration::from_millis(dice.roll(800))).await;
+                scene.nats.restart().await;
+                restarts += 1;
+            }
+            _ => {
+                scene.postgres.stop_immediately().await;
+                tokio::time::sleep(Duration::from_millis(dice.roll(800))).await;
+                scene.postgres.restart().await;
+                restarts += 1;
+            }
+        }
+    }
+    println!("balanced {:?} after the last fault", scene.balanced().await);
+    stop.store(true, Ordering::SeqCst);
+    for load in loads {
+        load.await.unwrap();
+    }
+    let expected = fold(&scene.store).await;
+    let events: usize = expected.values().map(Vec::len).sum();
+    let caught_up = Instant::now() + PATIENCE;
+    let found = loop {
+        let found = seen(&scene.url).await;
+        if found.values().map(Vec::len).sum::<usize>() >= events || Instant::now() > caught_up {
+            break found;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    for (partition, expected) in &expected {
+        let found = found.get(partition).map_or(&[][..], Vec::as_slice);
+        let unique: BTreeSet<_> = found.iter().collect();
+        let missing = expected.iter().filter(|position| !unique.contains(position)).count();
+        let twice = found.len() - unique.len();
+        assert_eq!((missing, twice), (0, 0), "partition {partition}: missing, twice");
+        assert_eq!(found, expected, "partition {partition} is in the order of the log");
+    }
+    assert_eq!(found.len(), expected.len());
+    let told = |times: &mut Vec<Duration>| {
+        times.sort_unstable();
+        let at = |index: usize| times.get(index).copied().unwrap_or_default();
+        let (median, longest) = (at(times.len() / 2), at(times.len().saturating_sub(1)));
+        format!("{} (median {median:?}, longest {longest:?})", times.len())
+    };
+    println!("{events} events exact; takeovers after a kill: {}", told(&mut kills));
+    println!("after a pause: {}; restarts of servers: {restarts}", told(&mut pauses));
+}

@@ -1,0 +1,544 @@
+//! What is promised of every command, wherever it is executed: each behaviour in one process and over NATS.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use storied::command::{Handler, HandlerOptions};
+use storied::projection::InMemory;
+use storied::store::ExpectedVersion;
+use storied::{ExecuteError, Projection, RecordedEvent, Version};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::domain::{Add, AddUpTo, Counter, CounterCommand, CounterError, Work, WorkError, Worker};
+use crate::support::*;
+
+macro_rules! suite {
+    ($($behaviour:ident),+ $(,)?) => {
+        mod in_process {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $behaviour() {
+                super::$behaviour(crate::support::Kind::Local).await;
+            })+
+        }
+        mod over_nats {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $behaviour() {
+                super::$behaviour(crate::support::Kind::Nats).await;
+            })+
+        }
+    };
+}
+
+suite! {
+    a_dispatch_returns_when_the_command_is_accepted,
+    typed_refusals_arrive_with_their_details,
+    a_report_says_how_long_it_took,
+    what_is_not_begun_before_its_deadline_is_never_executed,
+    without_a_timeout_it_takes_as_long_as_it_takes,
+    every_command_is_executed_once,
+    a_command_that_a_filter_does_not_take_goes_elsewhere,
+    workers_bound_what_runs_at_a_time,
+    commands_with_a_key_run_one_at_a_time_in_order,
+    hooks_run_around_commands,
+    nested_commands_do_not_wait_for_their_parent,
+    nested_commands_say_what_caused_them,
+    a_command_id_takes_effect_once,
+    the_same_id_at_once_is_one_command,
+    the_same_id_with_another_content_is_refused,
+    a_refusal_is_remembered,
+    a_failed_attempt_is_no_record,
+    a_panic_is_one_commands_business,
+    nobody_to_handle_it_is_said_at_once,
+    a_full_handler_says_so,
+    what_came_with_the_command_is_with_its_events,
+    an_expected_version_is_checked_where_the_aggregate_is,
+    one_may_wait_for_a_projection,
+    what_was_accepted_is_finished_before_a_node_ends,
+}
+
+fn note(n: u64) -> Work {
+    Work::Note { n, wait: false }
+}
+
+async fn a_dispatch_returns_when_the_command_is_accepted(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let dispatched =
+        cluster.caller.command::<Worker>(Work::Note { n: 7, wait: true }).dispatch().await.unwrap();
+    eventually("begun", || cluster.shared.begun() == 1).await;
+    assert!(cluster.seen().is_empty());
+    cluster.open();
+    assert_eq!(dispatched.await.unwrap().reply, 7);
+    assert_eq!(cluster.seen(), [7]);
+    let counter = cluster.caller.execute::<Counter>("a", Add(3)).dispatch().await.unwrap();
+    assert_eq!(counter.await.unwrap().reply, 3);
+    cluster.stop().await;
+}
+
+async fn typed_refusals_arrive_with_their_details(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    cluster.caller.execute::<Counter>("a", Add(5)).await.unwrap();
+    let error = cluster.caller.execute::<Counter>("a", AddUpTo { add: 2, limit: 6 }).await.unwrap_err();
+    assert_eq!(error.rejection(), Some(&CounterError::TooMuch { total: 5, limit: 6 }));
+    assert_eq!(error.to_string(), "the total is 5 and may be 6");
+    let refuse = Work::Refuse { code: 42, text: "näh".into() };
+    let error = cluster.caller.command::<Worker>(refuse).await.unwrap_err();
+    assert_eq!(error.rejection(), Some(&WorkError::Refused { code: 42, text: "näh".into() }));
+    let panicked = cluster.caller.execute::<Counter>("a", CounterCommand::Panic).await.unwrap_err();
+    assert!(
+        matches!(&panicked, ExecuteError::Panicked { message, .. } if message == "as told"),
+        "{panicked}"
+    );
+    let bad = cluster.caller.execute::<Counter>("", Add(1)).await.unwrap_err();
+    assert!(matches!(bad, ExecuteError::InvalidId { .. }), "{bad}");
+    cluster.stop().await;
+}
+
+async fn a_report_says_how_long_it_took(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let work = Work::Note { n: 1, wait: true };
+    let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
+    let (id, held) = (dispatched.command_id(), Duration::from_millis(50));
+    eventually("begun", || cluster.shared.begun() == 1).await;
+    tokio::time::sleep(held).await;
+    cluster.open();
+    let report = dispatched.report().await;
+    assert_eq!((report.command_id, report.result.unwrap().reply), (id, 1));
+    assert!(report.runtime >= held && report.runtime < PATIENCE, "{:?}", report.runtime);
+    cluster.stop().await;
+}
+
+/// Accepted is not executed, and what has run out of time while it waited never is.
+async fn what_is_not_begun_before_its_deadline_is_never_executed(kind: Kind) {
+    let cluster = Setup::new(kind).options(HandlerOptions::new()).start().await;
+    let key = || "k".to_owned();
+    let first = Work::Keyed { key: key(), n: 1, wait: true };
+    let first = cluster.caller.command::<Worker>(first).dispatch().await.unwrap();
+    eventually("begun", || cluster.shared.begun() == 1).await;
+    let late = Work::Keyed { key: key(), n: 2, wait: false };
+    let id = Uuid::now_v7();
+    let late = cluster.caller.command::<Worker>(late).command_id(id).timeout(Duration::from_millis(150));
+    let error = late.await.unwrap_err();
+    assert!(matches!(error, ExecuteError::OutcomeUnknown { command_id, .. } if command_id == id), "{error}");
+    cluster.open();
+    first.await.unwrap();
+    let last = Work::Keyed { key: key(), n: 3, wait: false };
+    cluster.caller.command::<Worker>(last).await.unwrap();
+    assert_eq!(cluster.seen(), [1, 3]);
+    // The id is free for another attempt, which says what became of it.
+    let again = Work::Keyed { key: key(), n: 2, wait: false };
+    let again = cluster.caller.command::<Worker>(again).command_id(id).await.unwrap();
+    assert!(!again.duplicate);
+    cluster.stop().await;
+}
+
+async fn without_a_timeout_it_takes_as_long_as_it_takes(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true });
+    let work = work.timeout(Duration::ZERO).assign_timeout(Duration::ZERO).dispatch().await.unwrap();
+    // Longer than anybody may be silent.
+    tokio::time::sleep(BEAT * 6).await;
+    cluster.open();
+    assert_eq!(work.await.unwrap().reply, 1);
+    assert_eq!(cluster.shared.begun(), 1);
+    let receipt = cluster.caller.execute::<Counter>("a", Add(1)).timeout(Duration::ZERO).await.unwrap();
+    assert_eq!(receipt.reply, 1);
+    cluster.stop().await;
+}
+
+async fn every_command_is_executed_once(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let all = (0..100).map(|n| {
+        let caller = cluster.caller.clone();
+        tokio::spawn(async move {
+            caller.command::<Worker>(note(n)).await.unwrap();
+            caller.execute::<Counter>(n % 7, Add(1)).await.unwrap();
+        })
+    });
+    for one in all.collect::<Vec<_>>() {
+        one.await.unwrap();
+    }
+    let mut seen = cluster.seen();
+    seen.sort_unstable();
+    assert_eq!(seen, (0..100).collect::<Vec<_>>());
+    assert_eq!(cluster.events().await.len(), 100);
+    cluster.stop().await;
+}
+
+/// Over NATS one of the nodes takes nothing of an aggregate, and the other one executes it all. Where nobody takes a
+/// command its caller is told.
+async fn a_command_that_a_filter_does_not_take_goes_elsewhere(kind: Kind) {
+    let bus = |bus: storied::command::CommandBus, number| {
+        bus.filter(move |info| info.key != Some("nobody's") && (number == 0 || info.name != "counter"))
+    };
+    let cluster = Setup::new(kind).bus(bus).start().await;
+    for id in 0..20 {
+        cluster.caller.execute::<Counter>(id, Add(1)).await.unwrap();
+    }
+    let started = Instant::now();
+    let error = cluster.caller.execute::<Counter>("nobody's", Add(1)).await.unwrap_err();
+    assert!(matches!(&error, ExecuteError::Refused { reason } if reason.contains("filter")), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(4));
+    assert_eq!(cluster.events().await.len(), 20);
+    cluster.stop().await;
+}
+
+async fn workers_bound_what_runs_at_a_time(kind: Kind) {
+    for workers in [1, 8] {
+        let cluster = Setup::new(kind).options(HandlerOptions::new().workers(workers)).start().await;
+        let nodes = cluster.workers.len().max(1);
+        let mut all = Vec::new();
+        for n in 0..40 {
+            let work = cluster.caller.command::<Worker>(Work::Note { n, wait: true });
+            all.push(work.dispatch().await.unwrap());
+        }
+        eventually("all at work", || cluster.shared.begun() == (nodes * workers) as u64).await;
+        cluster.open();
+        for one in all {
+            one.await.unwrap();
+        }
+        assert_eq!(cluster.shared.most.load(Ordering::SeqCst), nodes * workers);
+        if nodes * workers == 1 {
+            assert_eq!(cluster.seen(), (0..40).collect::<Vec<_>>(), "one after the other, in order");
+        }
+        cluster.stop().await;
+    }
+}
+
+async fn commands_with_a_key_run_one_at_a_time_in_order(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let mut all = Vec::new();
+    for n in 0..30 {
+        let work = Work::Keyed { key: "k".into(), n, wait: n == 0 };
+        all.push(cluster.caller.command::<Worker>(work).dispatch().await.unwrap());
+    }
+    eventually("begun", || cluster.shared.begun() == 1).await;
+    // Another key does not wait.
+    let other = Work::Keyed { key: "other".into(), n: 100, wait: false };
+    cluster.caller.command::<Worker>(other).await.unwrap();
+    assert_eq!((cluster.shared.begun(), cluster.seen()), (2, vec![100]));
+    cluster.open();
+    for one in all {
+        one.await.unwrap();
+    }
+    assert_eq!(cluster.seen()[1..], (0..30).collect::<Vec<_>>());
+    cluster.stop().await;
+}
+
+async fn hooks_run_around_commands(kind: Kind) {
+    let log: Arc<Mutex<Vec<String>>> = Arc::default();
+    let hooked = {
+        let log = log.clone();
+        move |bus: storied::command::CommandBus, _| {
+            let [before, all, after] = [log.clone(), log.clone(), log.clone()];
+            let forbidden = |info: &storied::command::CommandInfo<'_>| match info.key {
+                Some("forbidden") => Err("not this one".to_owned()),
+                _ => Ok(()),
+            };
+            bus.before("counter", forbidden)
+                .before_all(move |info| {
+                    all.lock().unwrap().push(format!("all {}", info.name));
+                    Ok(())
+                })
+                .before(Worker::NAME, move |info| {
+                    before.lock().unwrap().push(format!("before {}", info.metadata.user["who"]));
+                    Ok(())
+                })
+                .after_all(move |info, end| {
+                    assert!(end.runtime < PATIENCE);
+                    let mut log = after.lock().unwrap();
+                    log.push(format!("after {} {}", info.name, end.error.as_deref().unwrap_or("ok")));
+                })
+        }
+    };
+    let cluster = Setup::new(kind).bus(hooked).start().await;
+    let error = cluster.caller.execute::<Counter>("forbidden", Add(1)).await.unwrap_err();
+    assert!(matches!(&error, ExecuteError::Refused { reason } if reason == "not this one"), "{error}");
+    assert!(cluster.events().await.is_empty());
+    cluster.caller.command::<Worker>(note(1)).metadata("who", "me").await.unwrap();
+    let _ = cluster.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 0 }).await.unwrap_err();
+    eventually("after", || log.lock().unwrap().len() >= 5).await;
+    let wanted = [
+        "all test.work",
+        "before me",
+        "after test.work ok",
+        "all counter",
+        "after counter the total is 0 and may be 0",
+    ];
+    assert_eq!(*log.lock().unwrap(), wanted);
+    cluster.stop().await;
+}
+
+/// Deeper than there are workers, on its own handler.
+async fn nested_commands_do_not_wait_for_their_parent(kind: Kind) {
+    let cluster = Setup::new(kind).options(HandlerOptions::new().workers(1)).start().await;
+    let all = (0..4).map(|_| {
+        let caller = cluster.caller.clone();
+        tokio::spawn(async move { caller.command::<Worker>(Work::Nest(6)).await.unwrap().reply })
+    });
+    for one in all.collect::<Vec<_>>() {
+        assert_eq!(one.await.unwrap(), 6);
+    }
+    cluster.stop().await;
+}
+
+async fn nested_commands_say_what_caused_them(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let count = Work::Count { id: "a".into(), add: 2, limit: 10, wait: false };
+    let (id, request) = (Uuid::now_v7(), Uuid::now_v7());
+    let work = cluster.caller.command::<Worker>(count.clone()).command_id(id).correlation_id(request);
+    assert_eq!(work.traceparent("00-aa-bb-01").metadata("who", "me").await.unwrap().reply, 2);
+    let own = Uuid::now_v7();
+    cluster.caller.command::<Worker>(count).command_id(own).await.unwrap();
+    let events = cluster.events().await;
+    let first = events[0].decode_metadata().unwrap();
+    assert_eq!((first.causation_id, first.correlation_id), (Some(id), Some(request)));
+    assert_eq!((first.traceparent.as_deref(), &*first.user["who"]), (Some("00-aa-bb-01"), "me"));
+    assert!(events[0].command_id != id && events[0].command_id != events[1].command_id);
+    let second = events[1].decode_metadata().unwrap();
+    assert_eq!((second.causation_id, second.correlation_id), (Some(own), Some(own)));
+    cluster.stop().await;
+}
+
+async fn a_command_id_takes_effect_once(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let (id, other) = (Uuid::now_v7(), Uuid::now_v7());
+    let first = cluster.caller.command::<Worker>(note(5)).command_id(id).await.unwrap();
+    assert_eq!((first.reply, first.duplicate), (5, false));
+    let again = cluster.caller.command::<Worker>(note(5)).command_id(id).await.unwrap();
+    assert_eq!((again.reply, again.duplicate), (5, true));
+    assert_eq!(cluster.shared.begun(), 1);
+    let first = cluster.caller.execute::<Counter>("a", Add(1)).command_id(other).await.unwrap();
+    cluster.caller.execute::<Counter>("a", Add(1)).await.unwrap();
+    let again = cluster.caller.execute::<Counter>("a", Add(1)).command_id(other).await.unwrap();
+    assert_eq!((again.reply, again.version, again.duplicate), (1, first.version, true));
+    assert_eq!((again.position, again.events), (first.position, 1));
+    cluster.stop().await;
+}
+
+async fn the_same_id_at_once_is_one_command(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let id = Uuid::now_v7();
+    let mut all = Vec::new();
+    for _ in 0..8 {
+        let work = cluster.caller.command::<Worker>(Work::Note { n: 3, wait: true });
+        all.push(work.command_id(id).dispatch().await.unwrap());
+    }
+    cluster.open();
+    let mut first = 0;
+    for one in all {
+        let handled = one.await.unwrap();
+        assert_eq!(handled.reply, 3);
+        first += u32::from(!handled.duplicate);
+    }
+    assert_eq!((first, cluster.shared.begun()), (1, 1));
+    cluster.stop().await;
+}
+
+async fn the_same_id_with_another_content_is_refused(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let id = Uuid::now_v7();
+    cluster.caller.command::<Worker>(note(1)).command_id(id).await.unwrap();
+    let error = cluster.caller.command::<Worker>(note(2)).command_id(id).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
+    // Also while the first is under way.
+    let id = Uuid::now_v7();
+    let waiting = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
+    let waiting = waiting.dispatch().await.unwrap();
+    let error = cluster.caller.command::<Worker>(Work::Note { n: 2, wait: true }).command_id(id).await;
+    assert!(matches!(error, Err(ExecuteError::SameId { .. })), "{error:?}");
+    cluster.open();
+    waiting.await.unwrap();
+    assert_eq!(cluster.seen(), [1, 1]);
+    // An aggregate has it in its stream.
+    let id = Uuid::now_v7();
+    let add = |n, from: &str| cluster.caller.execute::<Counter>(from, Add(n)).command_id(id);
+    assert_eq!(add(1, "a").await.unwrap().reply, 1);
+    let error = add(2, "a").await.unwrap_err();
+    assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
+    assert_eq!(add(1, "a").await.unwrap().reply, 1);
+    // To another aggregate it is another command.
+    assert_eq!(add(2, "b").await.unwrap().reply, 2);
+    cluster.stop().await;
+}
+
+async fn a_refusal_is_remembered(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let id = Uuid::now_v7();
+    cluster.caller.execute::<Counter>("a", Add(5)).await.unwrap();
+    let count = |limit| Work::Count { id: "a".into(), add: 1, limit, wait: false };
+    for _ in 0..2 {
+        let error = cluster.caller.command::<Worker>(count(5)).command_id(id).await.unwrap_err();
+        assert_eq!(error.rejection(), Some(&WorkError::Limit { limit: 5 }));
+    }
+    assert_eq!(cluster.shared.begun(), 1);
+    cluster.stop().await;
+}
+
+/// An attempt that fails half-way is made again, with the same commands.
+async fn a_failed_attempt_is_no_record(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    cluster.shared.failures.store(2, Ordering::SeqCst);
+    let id = Uuid::now_v7();
+    let count = Work::Count { id: "a".into(), add: 1, limit: 9, wait: false };
+    for _ in 0..2 {
+        let error = cluster.caller.command::<Worker>(count.clone()).command_id(id).await.unwrap_err();
+        assert!(
+            matches!(error, ExecuteError::OutcomeUnknown { command_id, .. } if command_id == id),
+            "{error}"
+        );
+    }
+    let handled = cluster.caller.command::<Worker>(count).command_id(id).await.unwrap();
+    assert_eq!((handled.reply, handled.duplicate, cluster.shared.begun()), (1, false, 3));
+    assert_eq!(cluster.events().await.len(), 1);
+    cluster.stop().await;
+}
+
+async fn a_panic_is_one_commands_business(kind: Kind) {
+    let cluster = Setup::new(kind).options(HandlerOptions::new()).start().await;
+    for _ in 0..3 {
+        let error = cluster.caller.command::<Worker>(Work::Panic).await.unwrap_err();
+        assert!(
+            matches!(&error, ExecuteError::OutcomeUnknown { reason, .. } if reason.contains("as told")),
+            "{error}"
+        );
+        cluster.caller.command::<Worker>(note(1)).await.unwrap();
+    }
+    cluster.stop().await;
+}
+
+struct Elsewhere;
+
+impl Handler for Elsewhere {
+    const NAME: &'static str = "test.elsewhere";
+    type Command = ();
+    type Reply = ();
+    type Error = WorkError;
+
+    async fn handle(
+        &self,
+        (): &(),
+        _: &storied::command::HandlerContext,
+    ) -> Result<(), storied::command::HandleError<WorkError>> {
+        Ok(())
+    }
+}
+
+async fn nobody_to_handle_it_is_said_at_once(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let started = Instant::now();
+    let error = cluster.caller.command::<Elsewhere>(()).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::NoHandler { name: "test.elsewhere" }), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    cluster.stop().await;
+}
+
+async fn a_full_handler_says_so(kind: Kind) {
+    let options = HandlerOptions::new().max_in_flight(2).admission_timeout(Duration::from_millis(20));
+    let cluster = Setup::new(kind).options(options).start().await;
+    let places = 2 * cluster.workers.len().max(1);
+    let mut all = Vec::new();
+    // Over NATS a node that is full sends the command to the other one.
+    for n in 0..places as u64 {
+        let work = cluster.caller.command::<Worker>(Work::Note { n, wait: true });
+        all.push(work.dispatch().await.unwrap());
+    }
+    let error = cluster.caller.command::<Worker>(note(9)).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::Overloaded { limit: 2, .. }), "{error}");
+    assert!(error.is_transient());
+    cluster.open();
+    for one in all {
+        one.await.unwrap();
+    }
+    cluster.caller.command::<Worker>(note(9)).await.unwrap();
+    cluster.stop().await;
+}
+
+async fn what_came_with_the_command_is_with_its_events(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let (id, request, cause) = (Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7());
+    let command = cluster.caller.execute::<Counter>("a", Add(1)).command_id(id).correlation_id(request);
+    let command = command.causation_id(cause).traceparent("00-cc-dd-01").metadata("tenant", "acme");
+    assert_eq!(command.await.unwrap().command_id, id);
+    let event = cluster.events().await.remove(0);
+    let metadata = event.decode_metadata().unwrap();
+    assert_eq!((event.command_id, metadata.correlation_id), (id, Some(request)));
+    assert_eq!((metadata.causation_id, &*metadata.user["tenant"]), (Some(cause), "acme"));
+    assert_eq!(metadata.traceparent.as_deref(), Some("00-cc-dd-01"));
+    cluster.stop().await;
+}
+
+async fn an_expected_version_is_checked_where_the_aggregate_is(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let add = |expected| cluster.caller.execute::<Counter>("a", Add(1)).expect_version(expected);
+    add(ExpectedVersion::NoStream).await.unwrap();
+    let error = add(ExpectedVersion::NoStream).await.unwrap_err();
+    let ExecuteError::ExpectedVersion { stream, expected, actual } = &error else { panic!("{error}") };
+    assert_eq!((stream.id(), *expected, actual.get()), ("a", ExpectedVersion::NoStream, 1));
+    add(ExpectedVersion::Exact(Version::new(1))).await.unwrap();
+    add(ExpectedVersion::StreamExists).await.unwrap();
+    cluster.stop().await;
+}
+
+/// Applies nothing until it may.
+struct Slow(tokio::sync::watch::Receiver<bool>);
+
+impl Projection for Slow {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "slow"
+    }
+
+    fn filter(&self) -> Result<storied::Filter, storied::EncodeError> {
+        Ok(storied::Filter::all())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), storied::projection::ApplyError> {
+        let _ = self.0.wait_for(|open| *open).await;
+        Ok(())
+    }
+}
+
+async fn one_may_wait_for_a_projection(kind: Kind) {
+    let open = tokio::sync::watch::Sender::new(false);
+    let receiver = open.subscribe();
+    let with = move |builder: storied::runtime::Builder| {
+        builder
+            .projection(Slow(receiver.clone()), InMemory::new())
+            .feed(storied::FeedOptions::new().idle_poll(Duration::from_millis(20)))
+    };
+    let cluster = Setup::new(kind).caller(with).start().await;
+    let command = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("slow");
+    let followed = command.within(Duration::from_millis(100)).await.unwrap();
+    assert_eq!(followed.receipt.reply, 1);
+    let late = followed.applied.unwrap_err();
+    assert_eq!(late.position, followed.receipt.position);
+    open.send_replace(true);
+    let followed = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("slow").await.unwrap();
+    assert_eq!((followed.receipt.reply, followed.applied), (2, Ok(())));
+    let unknown = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap();
+    assert!(unknown.applied.unwrap_err().reason.contains("no projection \"fast\""));
+    cluster.stop().await;
+}
+
+/// With the commands that it gives itself, while nobody else's are taken any more.
+async fn what_was_accepted_is_finished_before_a_node_ends(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let work = Work::CountLater { id: "a".into(), add: 2 };
+    let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
+    eventually("begun", || cluster.shared.begun() == 1).await;
+    let all = if kind == Kind::Local { vec![cluster.caller.clone()] } else { cluster.workers.clone() };
+    let ending: Vec<_> = all.iter().map(|node| tokio::spawn(node.clone().shutdown())).collect();
+    for node in &all {
+        while !matches!(node.execute::<Counter>("b", Add(1)).await, Err(ExecuteError::ShuttingDown)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    cluster.open();
+    assert_eq!(dispatched.await.unwrap().reply, 2);
+    for ended in ending {
+        ended.await.unwrap().unwrap();
+    }
+}

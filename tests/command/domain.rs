@@ -1,0 +1,218 @@
+//! A counter, and handlers that can be held up, counted and made to fail.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use storied::command::{HandleError, Handler, HandlerContext};
+use storied::{Aggregate, Context, Decision, Event};
+use tokio::sync::watch;
+
+#[derive(Default)]
+pub struct Counter {
+    total: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum CounterCommand {
+    Add(u64),
+    /// Only up to a limit.
+    AddUpTo {
+        add: u64,
+        limit: u64,
+    },
+    Panic,
+}
+pub use CounterCommand::{Add, AddUpTo};
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CounterEvent {
+    Added { n: u64 },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+pub enum CounterError {
+    #[error("the total is {total} and may be {limit}")]
+    TooMuch { total: u64, limit: u64 },
+}
+
+impl Event for CounterEvent {
+    const CATEGORY: &'static str = "counter";
+}
+
+impl Aggregate for Counter {
+    type Event = CounterEvent;
+    type Command = CounterCommand;
+    type Reply = u64;
+    type Error = CounterError;
+
+    fn handle(
+        &self,
+        command: &CounterCommand,
+        _: &Context<'_>,
+    ) -> Result<Decision<CounterEvent, u64>, CounterError> {
+        match *command {
+            Add(n) => Ok(Decision::event(CounterEvent::Added { n }).reply(self.total + n)),
+            AddUpTo { add, limit } if self.total + add <= limit => {
+                Ok(Decision::event(CounterEvent::Added { n: add }).reply(self.total + add))
+            }
+            AddUpTo { limit, .. } => Err(CounterError::TooMuch { total: self.total, limit }),
+            CounterCommand::Panic => panic!("as told"),
+        }
+    }
+
+    fn apply(&mut self, CounterEvent::Added { n }: &CounterEvent) {
+        self.total += n;
+    }
+}
+
+/// What the handlers of all nodes of a test have in common.
+pub struct Shared {
+    /// How often a handler began, and how many are at work now and were at most.
+    pub begun: AtomicU64,
+    pub running: AtomicUsize,
+    pub most: AtomicUsize,
+    /// What was handled, in order.
+    pub seen: Mutex<Vec<u64>>,
+    /// Handlers that are told to wait do so until this is true.
+    pub open: watch::Sender<bool>,
+    /// How many of the next attempts fail.
+    pub failures: AtomicU64,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            begun: AtomicU64::new(0),
+            running: AtomicUsize::new(0),
+            most: AtomicUsize::new(0),
+            seen: Mutex::default(),
+            open: watch::Sender::new(false),
+            failures: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Shared {
+    pub fn begun(&self) -> u64 {
+        self.begun.load(Ordering::SeqCst)
+    }
+}
+
+/// Does one thing after the other, as told.
+pub struct Worker(pub Arc<Shared>);
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Work {
+    /// Remembers a number; waits first if told to.
+    Note {
+        n: u64,
+        wait: bool,
+    },
+    /// As `Note`, one at a time for each key.
+    Keyed {
+        key: String,
+        n: u64,
+        wait: bool,
+    },
+    /// Adds to a counter, through a command, and says what it is then. Waits afterwards, if told to.
+    Count {
+        id: String,
+        add: u64,
+        limit: u64,
+        wait: bool,
+    },
+    /// Waits, and adds to a counter then.
+    CountLater {
+        id: String,
+        add: u64,
+    },
+    /// Commands this handler itself, so many levels deep.
+    Nest(u64),
+    Refuse {
+        code: u32,
+        text: String,
+    },
+    Panic,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
+pub enum WorkError {
+    #[error("refused with {code}: {text}")]
+    Refused { code: u32, text: String },
+    #[error("it would be more than {limit}")]
+    Limit { limit: u64 },
+}
+
+struct Running<'a>(&'a Shared);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Handler for Worker {
+    const NAME: &'static str = "test.work";
+    type Command = Work;
+    type Reply = u64;
+    type Error = WorkError;
+
+    async fn handle(&self, work: &Work, context: &HandlerContext) -> Result<u64, HandleError<WorkError>> {
+        let shared = &*self.0;
+        shared.begun.fetch_add(1, Ordering::SeqCst);
+        let running = shared.running.fetch_add(1, Ordering::SeqCst) + 1;
+        let _running = Running(shared);
+        shared.most.fetch_max(running, Ordering::SeqCst);
+        let fail =
+            shared.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        let opened = async || _ = shared.open.subscribe().wait_for(|open| *open).await;
+        match work {
+            Work::Note { n, wait } | Work::Keyed { n, wait, .. } => {
+                if *wait {
+                    opened().await;
+                }
+                if fail.is_ok() {
+                    return Err(HandleError::Failed("as told".into()));
+                }
+                shared.seen.lock().unwrap().push(*n);
+                Ok(*n)
+            }
+            Work::Count { id, add, limit, wait } => {
+                let command = AddUpTo { add: *add, limit: *limit };
+                let total = match context.execute::<Counter>(id, command).await {
+                    Ok(receipt) => receipt.reply,
+                    Err(error) if error.rejection().is_some() => {
+                        return Err(HandleError::Rejected(WorkError::Limit { limit: *limit }));
+                    }
+                    Err(error) => return Err(error.into()),
+                };
+                if *wait {
+                    opened().await;
+                }
+                if fail.is_ok() {
+                    return Err(HandleError::Failed("as told".into()));
+                }
+                Ok(total)
+            }
+            Work::CountLater { id, add } => {
+                opened().await;
+                Ok(context.execute::<Counter>(id, Add(*add)).await?.reply)
+            }
+            Work::Nest(0) => Ok(0),
+            Work::Nest(depth) => Ok(context.command::<Worker>(Work::Nest(depth - 1)).await?.reply + 1),
+            Work::Refuse { code, text } => {
+                Err(HandleError::Rejected(WorkError::Refused { code: *code, text: text.clone() }))
+            }
+            Work::Panic => panic!("as told"),
+        }
+    }
+
+    fn key(work: &Work) -> Option<String> {
+        match work {
+            Work::Keyed { key, .. } => Some(key.clone()),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! Commands: the same behaviours in one process and over NATS, and what happens when processes and servers die.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
+
+mod conformance;
+mod domain;
+mod hazards;
+mod nodes;
+mod support;
+mod wire;
+
+#[path = "../support/mod.rs"]
+mod harness;

@@ -1,0 +1,258 @@
+//! Nodes that come, go, and lose their connection, over NATS.
+
+use std::time::Duration;
+
+use storied::command::{CommandBusStatus, NatsCommands};
+use storied::{ExecuteError, MemoryStore, NatsOptions, Runtime};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::domain::{Add, Counter, Work, Worker};
+use crate::harness::NatsServer;
+use crate::support::*;
+
+async fn node(store: &MemoryStore, server: &NatsServer, name: &str) -> Runtime {
+    let builder = Runtime::builder().store(store.clone()).commands(nats(server, name));
+    builder.aggregate::<Counter>().start().await.unwrap()
+}
+
+async fn caller(store: &MemoryStore, server: &NatsServer) -> Runtime {
+    Runtime::builder().store(store.clone()).commands(nats(server, "caller")).start().await.unwrap()
+}
+
+async fn live(node: &Runtime) -> usize {
+    node.status().await.aggregates[0].live
+}
+
+/// Each aggregate lives on one node; a node that joins takes its share over, and what a node that leaves had goes to others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ownership_moves_with_the_nodes() {
+    let (server, store) = (server().await, MemoryStore::new());
+    let caller = caller(&store, &server).await;
+    let one = node(&store, &server, "one").await;
+    let add_all = async || {
+        for id in 0..60 {
+            caller.execute::<Counter>(id, Add(1)).await.unwrap();
+        }
+    };
+    add_all().await;
+    assert_eq!(live(&one).await, 60);
+    let connected = |nodes: &[&str]| CommandBusStatus::Connected {
+        nodes: nodes.iter().map(ToString::to_string).collect(),
+    };
+    assert_eq!(caller.status().await.commands, connected(&["one"]));
+    assert_eq!(one.status().await.commands, connected(&["caller"]));
+    let two = node(&store, &server, "two").await;
+    add_all().await;
+    let moved = live(&two).await;
+    assert!((15..45).contains(&moved), "{moved} of 60 moved");
+    add_all().await;
+    assert_eq!(live(&two).await, moved, "ownership is stable");
+    one.shutdown().await.unwrap();
+    add_all().await;
+    assert_eq!(live(&two).await, 60);
+    // Every node came to the same state, each from the log.
+    for id in 0..60 {
+        assert_eq!(caller.execute::<Counter>(id, Add(1)).await.unwrap().reply, 5);
+    }
+    two.shutdown().await.unwrap();
+    let error = caller.execute::<Counter>(0, Add(1)).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::NoHandler { name: "counter" }), "{error}");
+    caller.shutdown().await.unwrap();
+}
+
+/// Commands that are given from anywhere, to whoever owns the aggregate, while nodes come and go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_lost_or_done_twice_while_nodes_come_and_go() {
+    let (server, store) = (server().await, MemoryStore::new());
+    let stays = node(&store, &server, "stays").await;
+    let caller = caller(&store, &server).await;
+    let givers = [caller.clone(), stays.clone()].map(|from| {
+        tokio::spawn(async move {
+            for n in 0..300 {
+                from.execute::<Counter>(n % 10, Add(1)).await.unwrap();
+            }
+        })
+    });
+    for round in 0..4 {
+        let goes = node(&store, &server, &format!("goes-{round}")).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        goes.shutdown().await.unwrap();
+    }
+    for giver in givers {
+        giver.await.unwrap();
+    }
+    for id in 0..10 {
+        assert_eq!(caller.execute::<Counter>(id, Add(0)).await.unwrap().reply, 60);
+    }
+    caller.shutdown().await.unwrap();
+    stays.shutdown().await.unwrap();
+}
+
+/// Hazard 24: what could not be sent fails at once, and is not sent later. What a node can do itself, it does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_nats_a_command_fails_at_once_and_never_happens() {
+    let (mut server, store) = (server().await, MemoryStore::new());
+    let worker = node(&store, &server, "worker").await;
+    let caller = caller(&store, &server).await;
+    caller.execute::<Counter>("a", Add(1)).await.unwrap();
+    server.kill();
+    let mut unavailable = 0;
+    let give_up = Instant::now() + PATIENCE;
+    while unavailable < 20 {
+        let started = Instant::now();
+        let command = caller.execute::<Counter>("b", Add(1)).timeout(Duration::from_secs(2)).await;
+        match command.unwrap_err() {
+            ExecuteError::Unavailable { .. } => {
+                assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
+                unavailable += 1;
+            }
+            // The first one may be on its way when the connection goes.
+            ExecuteError::OutcomeUnknown { .. } => assert!(unavailable == 0 && Instant::now() < give_up),
+            other => panic!("{other}"),
+        }
+    }
+    assert!(matches!(caller.status().await.commands, CommandBusStatus::Disconnected { .. }));
+    assert_eq!(worker.execute::<Counter>("c", Add(1)).await.unwrap().reply, 1);
+    // Behind the deadline of whatever was on its way.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    server.restart().await;
+    let give_up = Instant::now() + PATIENCE;
+    let reply = loop {
+        match caller.execute::<Counter>("b", Add(1)).await {
+            Ok(receipt) => break receipt.reply,
+            Err(error) => assert!(error.is_transient() && Instant::now() < give_up, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(reply, 1, "none of those that failed has happened");
+    caller.shutdown().await.unwrap();
+    worker.shutdown().await.unwrap();
+}
+
+/// Hazard 25: the server goes between accepted and executed, and the answer with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_was_lost_with_the_server_is_asked_for_again() {
+    let mut cluster = Setup::new(Kind::Nats).start().await;
+    let mut server = cluster.server.take().unwrap();
+    let work = Work::Count { id: "a".into(), add: 1, limit: 5, wait: true };
+    let dispatched =
+        cluster.caller.command::<Worker>(work).timeout(Duration::from_secs(30)).dispatch().await.unwrap();
+    while cluster.events().await.is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    server.kill();
+    // The handler ends while nobody can be told.
+    cluster.open();
+    eventually("ended", || cluster.shared.running.load(std::sync::atomic::Ordering::SeqCst) == 0).await;
+    server.restart().await;
+    assert_eq!(dispatched.await.unwrap().reply, 1);
+    assert_eq!(cluster.events().await.len(), 1);
+    cluster.stop().await;
+}
+
+/// Hazard 26: the same id from two nodes at once is one command; with another content it is refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_dispatchers_with_one_id_get_one_answer() {
+    let cluster = Setup::new(Kind::Nats).start().await;
+    let other = caller(&cluster.store, cluster.server.as_ref().unwrap()).await;
+    for round in 0..20 {
+        let id = Uuid::now_v7();
+        let count = Work::Count { id: "a".into(), add: 1, limit: 100, wait: false };
+        let from = |runtime: &Runtime| runtime.command::<Worker>(count.clone()).command_id(id);
+        let (one, two) = tokio::join!(from(&cluster.caller), from(&other));
+        let (one, two) = (one.unwrap(), two.unwrap());
+        assert_eq!((one.reply, two.reply), (round + 1, round + 1));
+        assert!(one.duplicate != two.duplicate);
+        let another = other.command::<Worker>(Work::Note { n: 1, wait: false }).command_id(id).await;
+        assert!(matches!(another, Err(ExecuteError::SameId { .. })), "{another:?}");
+    }
+    assert_eq!(cluster.events().await.len(), 20);
+    other.shutdown().await.unwrap();
+    cluster.stop().await;
+}
+
+/// Hazard 27: a node that comes back under its name is another incarnation. What its predecessor had is asked for anew.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_comes_back_under_its_name_is_another_one() {
+    let (server, store) = (server().await, MemoryStore::new());
+    let caller = caller(&store, &server).await;
+    for round in 1..=4 {
+        let node = node(&store, &server, "worker").await;
+        let started = Instant::now();
+        let receipt = caller.execute::<Counter>("a", Add(1)).await.unwrap();
+        assert_eq!(receipt.reply, round);
+        assert!(started.elapsed() < Duration::from_secs(5));
+        // It does not say that it goes.
+        drop(node);
+    }
+    caller.shutdown().await.unwrap();
+}
+
+/// The server is not there when the nodes start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_start_without_a_server_find_each_other_later() {
+    let (mut server, store) = (server().await, MemoryStore::new());
+    server.kill();
+    let worker = node(&store, &server, "worker").await;
+    let caller = caller(&store, &server).await;
+    assert_eq!(worker.execute::<Counter>("a", Add(1)).await.unwrap().reply, 1);
+    let error = caller.execute::<Counter>("a", Add(1)).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::Unavailable { .. }), "{error}");
+    server.restart().await;
+    let give_up = Instant::now() + PATIENCE;
+    while let Err(error) = caller.execute::<Counter>("a", Add(1)).await {
+        // On a busy machine the worker may come later than the caller waits for it.
+        let not_yet = error.is_transient() || matches!(error, ExecuteError::NoHandler { .. });
+        assert!(not_yet && Instant::now() < give_up, "{error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    caller.shutdown().await.unwrap();
+    worker.shutdown().await.unwrap();
+}
+
+/// Different namespaces and different stores have nothing to do with each other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_get_no_commands() {
+    let (server, store) = (server().await, MemoryStore::new());
+    let stranger = node(&MemoryStore::new(), &server, "stranger").await;
+    let options = NatsOptions::core().url(server.url()).namespace("other").unwrap();
+    let bus = storied::command::CommandBus::nats(NatsCommands::new(options));
+    let builder = Runtime::builder().store(store.clone()).commands(bus);
+    let elsewhere = builder.aggregate::<Counter>().start().await.unwrap();
+    let caller = caller(&store, &server).await;
+    let error = caller.execute::<Counter>("a", Add(1)).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::NoHandler { .. }), "{error}");
+    for node in [caller, stranger, elsewhere] {
+        node.shutdown().await.unwrap();
+    }
+}
+
+/// What does not fit into a message is said before it is sent, and what was done is not taken back for its answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_is_too_large_is_refused() {
+    let cluster = Setup::new(Kind::Nats).start().await;
+    let refuse = Work::Refuse { code: 1, text: "x".repeat(2 << 20) };
+    let error = cluster.caller.command::<Worker>(refuse).await.unwrap_err();
+    assert!(matches!(&error, ExecuteError::Failed { reason } if reason.contains("bytes")), "{error}");
+    cluster.stop().await;
+}
+
+/// Bytes of anybody's on our subjects do no harm.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_on_the_subjects_is_passed_over() {
+    let cluster = Setup::new(Kind::Nats).start().await;
+    let client = async_nats::connect(cluster.server.as_ref().unwrap().url()).await.unwrap();
+    let node = cluster.workers[0].status().await.node;
+    for payload in [&b""[..], b"\xff\xff", b"\xa1\x64wire\x01", b"hello", &[0x9f; 4_096]] {
+        for subject in ["storied.commands.presence".to_owned(), format!("storied.commands.node.{node}")] {
+            client.publish(subject.clone(), payload.into()).await.unwrap();
+            client.publish_with_reply(subject, "nobody", payload.into()).await.unwrap();
+        }
+    }
+    client.flush().await.unwrap();
+    for n in 0..20 {
+        cluster.caller.execute::<Counter>(n, Add(1)).await.unwrap();
+    }
+    cluster.stop().await;
+}

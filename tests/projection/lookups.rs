@@ -1,0 +1,77 @@
+//! Lookups: an index in memory on every node.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use storied::projection::{Lookup, WaitError};
+use storied::{EventStore, FeedOptions, Filter, Runtime, SqliteStore};
+
+use crate::support::*;
+
+/// How often each number was there, by stream.
+type Counts = BTreeMap<(String, u64), u64>;
+
+fn counts(name: &str) -> Lookup<Counts> {
+    Lookup::new(name, Filter::of::<Thing>().unwrap(), |counts: &mut Counts, event| {
+        let (Thing::Even { n } | Thing::Odd { n }) = event.decode()? else { return Ok(()) };
+        if n == 1_000_000 {
+            // Before anything is changed.
+            panic!("on purpose");
+        }
+        *counts.entry((event.stream.id().to_owned(), n)).or_default() += 1;
+        Ok(())
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_node_knows_what_is_in_the_log_when_it_is_ready() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
+    let log: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store.clone());
+    append(&log, 1, 0..2_000).await;
+    let lookups = [counts("counts"), counts("counts")];
+    let early = lookups[0].ready(Duration::from_millis(20)).await.unwrap_err();
+    assert!(matches!(early, WaitError::Stopped { .. }), "{early}");
+    let mut nodes = Vec::new();
+    for lookup in &lookups {
+        let feed = FeedOptions::new().idle_poll(Duration::from_millis(50));
+        let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
+        nodes.push(Runtime::builder().store(store).feed(feed).lookup(lookup).start().await.unwrap());
+        lookup.ready(PATIENCE).await.unwrap();
+        assert_eq!(lookup.read(Counts::len), 2_000);
+    }
+    // Read by many at a time while it changes.
+    let readers: Vec<_> = (0..4)
+        .map(|_| {
+            let lookup = lookups[0].clone();
+            tokio::spawn(async move {
+                while lookup.read(|counts| counts.get(&("2".into(), 99)).copied()).is_none() {
+                    assert_eq!(lookup.read(|counts| counts.get(&("1".into(), 7)).copied()), Some(1));
+                    tokio::task::yield_now().await;
+                }
+            })
+        })
+        .collect();
+    for n in 0..100 {
+        append(&log, 2, [n]).await;
+    }
+    for lookup in &lookups {
+        lookup.ready(PATIENCE).await.unwrap();
+        assert_eq!(lookup.read(Counts::len), 2_100);
+        assert!(lookup.read(|counts| counts.values().all(|count| *count == 1)));
+    }
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    nodes[0].projection("counts").unwrap().reset().await.unwrap();
+    lookups[0].ready(PATIENCE).await.unwrap();
+    assert_eq!(lookups[0].read(Counts::len), 2_100);
+    // It stands still before what it cannot fold, and can be read.
+    append(&log, 3, [1_000_000]).await;
+    let failed = lookups[0].ready(PATIENCE).await.unwrap_err();
+    assert!(matches!(failed, WaitError::Failed { .. }), "{failed}");
+    assert_eq!(lookups[0].read(Counts::len), 2_100);
+    for node in nodes {
+        node.shutdown().await.unwrap();
+    }
+}

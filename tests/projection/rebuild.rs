@@ -1,0 +1,239 @@
+//! Rebuilding beside the live read model.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use sqlx::SqliteConnection;
+use storied::projection::{
+    ApplyError, ControlError, External, ProjectionState, RebuildStatus, Target, TargetUnavailable,
+};
+use storied::testing::Node;
+use storied::{
+    EncodeError, EventStore, Filter, Position, Projection, ProjectionHandle, ProjectionOptions, RecordedEvent,
+};
+
+use crate::support::*;
+
+/// Writes to a table of its version; and to `live` when it became that.
+struct Versioned {
+    version: u64,
+    hook: Hook,
+}
+
+impl Projection for Versioned {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        "versioned"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::query("INSERT INTO seen (name, position) VALUES (?, ?)")
+            .bind(format!("v{}", self.version))
+            .bind(event.position.get() as i64)
+            .execute(tx)
+            .await?;
+        if self.version > 0 { (self.hook)(event).await } else { Ok(()) }
+    }
+
+    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::query("DELETE FROM seen WHERE name = ?").bind(format!("v{}", self.version)).execute(tx).await?;
+        Ok(())
+    }
+
+    async fn go_live(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::query("INSERT INTO seen (name, position) VALUES ('live', ?)")
+            .bind(self.version as i64)
+            .execute(tx)
+            .await?;
+        Ok(())
+    }
+}
+
+/// What happens before an event of a rebuild is recorded.
+fn make(hook: &Hook) -> impl Fn(Target) -> Versioned + Send + Sync + 'static {
+    let hook = hook.clone();
+    move |target| Versioned { version: target.version, hook: hook.clone() }
+}
+
+/// Does not get beyond this position, and keeps nobody else from the database, as long as it is shut.
+fn behind(position: u64, shut: &Arc<AtomicBool>) -> Hook {
+    let shut = shut.clone();
+    hook(move |event| {
+        let wait = event.position.get() > position && shut.load(Ordering::SeqCst);
+        if wait { Err(TargetUnavailable::new("not yet").into()) } else { Ok(()) }
+    })
+}
+
+async fn start(
+    store: &Arc<dyn EventStore>,
+    database: &Database,
+    hook: &Hook,
+    partitions: Option<u16>,
+    options: ProjectionOptions,
+) -> (Node, ProjectionHandle) {
+    let node = local_node(store).await;
+    let model = database.open().await;
+    let handle = match partitions {
+        None => node.rebuildable(make(hook), model, options).await,
+        Some(count) => node.partitioned(count, make(hook), model, options).await,
+    };
+    (node, handle)
+}
+
+async fn switched(handle: &ProjectionHandle, version: u64) {
+    eventually(&format!("version {version}"), || {
+        handle.status().version == version && handle.rebuilding().is_none()
+    })
+    .await;
+}
+
+fn sorted(mut positions: Vec<Position>) -> Vec<Position> {
+    positions.sort_unstable();
+    positions
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
+    for (kind, store, _dir) in stores().await {
+        for partitions in [None, Some(4)] {
+            let database = Database::new().await;
+            // So that it is looked at in the middle.
+            let shut = Arc::new(AtomicBool::new(true));
+            let slow = behind(150, &shut);
+            let options = options().batch_size(20);
+            let (one, first) = start(&store, &database, &slow, partitions, options.clone()).await;
+            for n in 0..40 {
+                append(&store, n, [n, n, n, n, n]).await;
+            }
+            first.wait_until_live(PATIENCE).await.unwrap();
+            let (two, second) = start(&store, &database, &slow, partitions, options).await;
+            assert_eq!(first.rebuilding(), None);
+            // From whichever node; and a second time, which changes nothing.
+            second.rebuild().await.unwrap();
+            second.rebuild().await.unwrap();
+            let progress = |handle: &ProjectionHandle| handle.rebuilding();
+            eventually("somebody tells how it is getting on", || {
+                let told = |status: RebuildStatus| {
+                    status.version == 1 && status.done > 0 && status.done < status.of && status.left.is_some()
+                };
+                [&first, &second].into_iter().any(|handle| progress(handle).is_some_and(told))
+            })
+            .await;
+            // The live one goes on meanwhile.
+            let writers = Writers::start(&store, 2, 30, 10);
+            let position = append(&store, 7, [7]).await;
+            catch_up(&first, position).await;
+            assert_eq!(first.status().version, 0, "{kind}");
+            shut.store(false, Ordering::SeqCst);
+            for handle in [&first, &second] {
+                switched(handle, 1).await;
+            }
+            writers.done().await;
+            let head = store.frontier().await.unwrap();
+            for handle in [&first, &second] {
+                catch_up(handle, head).await;
+            }
+            assert_eq!(database.seen("live").await, [Position::new(1)], "{kind}: once");
+            let all = log(&store, &Filter::all()).await;
+            assert_eq!(sorted(database.seen("v1").await), all, "{kind}");
+            let old = database.seen("v0").await;
+            assert_eq!(old.iter().collect::<BTreeSet<_>>().len(), old.len(), "{kind}");
+
+            // A restart finds the version that is live; a reset empties that one; and there is a next one.
+            one.stop(PATIENCE).await.unwrap();
+            two.stop(PATIENCE).await.unwrap();
+            let (node, handle) = start(&store, &database, &slow, partitions, crate::support::options()).await;
+            catch_up(&handle, append(&store, 0, [1]).await).await;
+            assert_eq!(handle.status().version, 1, "{kind}");
+            handle.reset().await.unwrap();
+            catch_up(&handle, head).await;
+            assert_eq!(database.seen("v0").await, old, "{kind}: nobody touches it any more");
+            handle.rebuild().await.unwrap();
+            switched(&handle, 2).await;
+            let all = log(&store, &Filter::all()).await;
+            for version in ["v1", "v2"] {
+                assert_eq!(sorted(database.seen(version).await), all, "{kind}: {version}");
+            }
+            node.stop(PATIENCE).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_that_is_killed_in_the_middle_goes_on_from_there() {
+    for (kind, store, _dir) in stores().await {
+        for partitions in [None, Some(4)] {
+            let database = Database::new().await;
+            let gate = Gate::closed();
+            let (gated, go) = (gate.hook(), hook(|_| Ok(())));
+            let wait: Hook =
+                Arc::new(move |event| if event.position.get() > 100 { gated(event) } else { go(event) });
+            let options = short_lived().batch_size(10);
+            let (one, first) = start(&store, &database, &wait, partitions, options.clone()).await;
+            for n in 0..40 {
+                append(&store, n, [n, n, n, n, n]).await;
+            }
+            first.wait_until_live(PATIENCE).await.unwrap();
+            first.rebuild().await.unwrap();
+            gate.reached().await;
+            let done = first.rebuilding().unwrap();
+            assert!(done.done < done.of && done.version == 1, "{kind}: {done:?}");
+            one.kill();
+            gate.open();
+            let (two, second) = start(&store, &database, &wait, partitions, options).await;
+            switched(&second, 1).await;
+            assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
+            assert_eq!(database.seen("live").await.len(), 1, "{kind}");
+            two.stop(PATIENCE).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let broken = Arc::new(AtomicBool::new(true));
+        let (node, handle) = start(&store, &database, &poison(3, &broken), None, options().attempts(1)).await;
+        let head = append(&store, 0, 0..10).await;
+        catch_up(&handle, head).await;
+        handle.rebuild().await.unwrap();
+        eventually("the rebuild says why it stands still", || {
+            let error = handle.rebuilding().and_then(|status| status.last_error);
+            error.is_some_and(|error| error.contains("poison"))
+        })
+        .await;
+        let head = append(&store, 0, 0..10).await;
+        catch_up(&handle, head).await;
+        assert_eq!(
+            (handle.status().version, handle.status().state),
+            (0, ProjectionState::Following),
+            "{kind}"
+        );
+        broken.store(false, Ordering::SeqCst);
+        handle.resume().await.unwrap();
+        switched(&handle, 1).await;
+        node.stop(PATIENCE).await.unwrap();
+
+        // Whoever knows one version only does not write to another one's tables.
+        let node = local_node(&store).await;
+        let hook = hook(|_| Ok(()));
+        let fixed = Versioned { version: 0, hook };
+        let handle = node.projection(fixed, database.open().await, options()).await;
+        reach(&handle, ProjectionState::Failed).await;
+        assert!(handle.status().last_error.unwrap().contains("rebuildable"), "{kind}");
+        let whole = node.projection(table("whole"), database.open().await, options()).await;
+        let delivered = node.projection(recorder("delivered"), External::new(), options()).await;
+        for handle in [whole, delivered] {
+            let error = handle.rebuild().await.unwrap_err();
+            assert!(matches!(error, ControlError::NotRebuildable { .. }), "{kind}: {error}");
+        }
+        node.stop(PATIENCE).await.unwrap();
+    }
+}

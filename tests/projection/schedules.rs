@@ -1,0 +1,131 @@
+//! When projections apply what has come.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use storied::projection::{InMemory, ProjectionState, Schedule};
+use storied::{Filter, Position};
+use tokio::time::Instant;
+
+use crate::support::*;
+
+/// When each event was applied.
+#[derive(Clone, Default)]
+struct Times(Arc<Mutex<Vec<Instant>>>);
+
+impl Times {
+    fn hook(&self) -> Hook {
+        let times = self.clone();
+        hook(move |_| {
+            times.0.lock().unwrap().push(Instant::now());
+            Ok(())
+        })
+    }
+
+    /// How many times something was applied together: with less than `gap` in between.
+    fn runs(&self, gap: Duration) -> usize {
+        let times = self.0.lock().unwrap();
+        times.windows(2).filter(|pair| pair[1] - pair[0] >= gap).count() + usize::from(!times.is_empty())
+    }
+}
+
+const fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+/// The case for which a cap is there: events that never leave it quiet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_debounce_is_capped_under_steady_traffic() {
+    for (kind, store, _dir) in stores().await {
+        let times = Times::default();
+        let node = local_node(&store).await;
+        let options = options().schedule(Schedule::Debounced { quiet: millis(200), cap: millis(500) });
+        let projection = recorder("debounced").hook(times.hook());
+        let handle = node.projection(projection, InMemory::new(), options).await;
+        reach(&handle, ProjectionState::Following).await;
+        let (mut appended, began) = (Vec::new(), Instant::now());
+        while began.elapsed() < millis(3_000) {
+            appended.push(Instant::now());
+            append(&store, 0, [1]).await;
+            tokio::time::sleep(millis(50)).await;
+        }
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        let applied = times.0.lock().unwrap().clone();
+        assert_eq!(applied.len(), appended.len(), "{kind}");
+        let waited =
+            appended.iter().zip(&applied).map(|(appended, applied)| *applied - *appended).max().unwrap();
+        // The rest is for a machine that is busy with other tests.
+        assert!(waited < millis(2_000), "{kind}: {waited:?}");
+        let runs = times.runs(millis(30));
+        assert!(runs >= 3 && runs < appended.len() / 3, "{kind}: {runs} runs for {} events", appended.len());
+
+        // And quiet is quiet.
+        times.0.lock().unwrap().clear();
+        let began = Instant::now();
+        for _ in 0..5 {
+            append(&store, 0, [1]).await;
+        }
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        assert!(began.elapsed() >= millis(200), "{kind}");
+        assert_eq!(times.runs(millis(100)), 1, "{kind}");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_period_is_kept_and_a_full_batch_is_not_waited_with() {
+    for (kind, store, _dir) in stores().await {
+        let times = Times::default();
+        let node = local_node(&store).await;
+        let options = options().schedule(Schedule::Every(millis(400))).batch_size(100);
+        let projection = recorder("periodic").hook(times.hook());
+        let handle = node.projection(projection, InMemory::new(), options).await;
+        reach(&handle, ProjectionState::Following).await;
+        let began = Instant::now();
+        while began.elapsed() < millis(2_000) {
+            append(&store, 0, [1]).await;
+            tokio::time::sleep(millis(20)).await;
+        }
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        let runs = times.runs(millis(100));
+        assert!((2..=8).contains(&runs), "{kind}: {runs}");
+        let began = Instant::now();
+        append(&store, 0, 0..100).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        println!("{kind}: a full batch after {:?}", began.elapsed());
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_hand_it_goes_as_far_as_the_log_did_and_waits_again() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let options = options().schedule(Schedule::Manual);
+        let (one, two) = (local_node(&store).await, local_node(&store).await);
+        let first = one.projection(table("table"), database.open().await, options.clone()).await;
+        reach(&first, ProjectionState::Waiting).await;
+        let second = two.projection(table("table"), database.open().await, options).await;
+        reach(&second, ProjectionState::Standby).await;
+        let head = append(&store, 0, 0..20).await;
+        assert!(first.caught_up_to_within(head, millis(300)).await.is_err(), "{kind}");
+        assert!(database.seen("table").await.is_empty(), "{kind}");
+        // From a node that does not own it.
+        second.trigger().await.unwrap();
+        catch_up(&second, head).await;
+        reach(&first, ProjectionState::Waiting).await;
+        append(&store, 0, 0..20).await;
+        assert_eq!(first.status().position, head, "{kind}");
+        second.reset().await.unwrap();
+        reach(&first, ProjectionState::Waiting).await;
+        eventually("it is empty", || first.status().position == Position::START).await;
+        assert!(second.caught_up_to_within(head, millis(300)).await.is_err(), "{kind}");
+        assert!(database.seen("table").await.is_empty(), "{kind}");
+        first.trigger().await.unwrap();
+        let head = store.frontier().await.unwrap();
+        catch_up(&first, head).await;
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
