@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use uuid::Uuid;
 
-use self::attempts::attempts;
+use self::attempts::Attempts;
 use self::calls::Calls;
 use self::link::{Link, run};
 use self::presence::Table;
@@ -223,7 +223,8 @@ impl NatsNode {
         Ok(if owner == Some(shared.incarnation) { Way::Here { others: candidates > 1 } } else { Way::There })
     }
 
-    /// Sends a command to whoever takes it. Answers when somebody has accepted it if the frame asks for that, else at once.
+    /// Sends a command to whoever takes it. Answers when somebody has accepted it if the frame asks for that, and goes on
+    /// without anybody who waits then; else at once, and the command is sent when the answer is awaited.
     pub(super) async fn send(
         &self,
         frame: CommandFrame,
@@ -237,8 +238,12 @@ impl NatsNode {
         let place = tokio::time::timeout(ADMISSION, self.in_flight.clone().acquire_owned());
         let Ok(Ok(place)) = place.await else { return Err(overloaded()) };
         let prompt = frame.prompt;
-        let (accepted, done) = attempts(self.shared.clone(), frame, assign, deadline, place);
-        if prompt && let Ok(Err(failure)) = accepted.await {
+        let attempts = Attempts::new(self.shared.clone(), frame, assign, deadline, place);
+        if !prompt {
+            return Ok(Box::pin(attempts.run()));
+        }
+        let (accepted, done) = attempts.spawn();
+        if let Ok(Err(failure)) = accepted.await {
             return Err(failure);
         }
         Ok(Box::pin(async move {

@@ -25,48 +25,71 @@ const HEADROOM: usize = 1_024;
 type Accepted = Result<(), Failure>;
 type Ended = (Outcome, Duration);
 
-/// Sends a command around until somebody has answered it. Goes on without anybody who waits.
-pub(super) fn attempts(
-    shared: Arc<Shared>,
-    frame: CommandFrame,
-    assign: Deadline,
-    deadline: Deadline,
+/// A command that is sent around until somebody has answered it.
+pub(super) struct Attempts {
+    inner: Pursuit,
     place: OwnedSemaphorePermit,
-) -> (OneshotReceiver<Accepted>, OneshotReceiver<Ended>) {
-    let (accepted, is_accepted) = oneshot();
-    let (done, is_done) = oneshot();
-    let attempts = Attempts {
-        ear: shared.calls.ear(),
-        link: shared.link.subscribe(),
-        frame,
-        assign,
-        deadline,
-        tried: HashSet::new(),
-        asked: Vec::new(),
-        unanswered: BTreeMap::new(),
-        refusal: None,
-        accepted: Some(accepted),
-        shared,
-    };
-    tokio::spawn(async move {
-        let started = Instant::now();
-        let (accepted, outcome, runtime) = attempts.run().await;
-        if let Some(accepted) = accepted {
-            let _ = accepted.send(match &outcome {
-                Outcome::Error(failure) if !failure.is_answer() => Err(failure.clone()),
-                _ => Ok(()),
-            });
-        }
-        if let Err((Outcome::Error(failure), _)) = done.send((outcome, runtime.unwrap_or(started.elapsed())))
-        {
-            tracing::warn!(?failure, "a command failed, and nobody waited for its answer");
-        }
-        drop(place);
-    });
-    (is_accepted, is_done)
 }
 
-struct Attempts {
+impl Attempts {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        frame: CommandFrame,
+        assign: Deadline,
+        deadline: Deadline,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
+        let inner = Pursuit {
+            ear: shared.calls.ear(),
+            link: shared.link.subscribe(),
+            frame,
+            assign,
+            deadline,
+            tried: HashSet::new(),
+            asked: Vec::new(),
+            unanswered: BTreeMap::new(),
+            refusal: None,
+            accepted: false,
+            tell: None,
+            shared,
+        };
+        Self { inner, place }
+    }
+
+    /// Sends it around for as long as somebody waits.
+    pub(super) async fn run(self) -> Ended {
+        let started = Instant::now();
+        let (_, outcome, runtime) = self.inner.run().await;
+        drop(self.place);
+        (outcome, runtime.unwrap_or(started.elapsed()))
+    }
+
+    /// Sends it around on its own: told when somebody has accepted it, or nobody will, and when it is over.
+    pub(super) fn spawn(mut self) -> (OneshotReceiver<Accepted>, OneshotReceiver<Ended>) {
+        let (tell, is_accepted) = oneshot();
+        let (done, is_done) = oneshot();
+        self.inner.tell = Some(tell);
+        tokio::spawn(async move {
+            let started = Instant::now();
+            let (tell, outcome, runtime) = self.inner.run().await;
+            if let Some(tell) = tell {
+                let _ = tell.send(match &outcome {
+                    Outcome::Error(failure) if !failure.is_answer() => Err(failure.clone()),
+                    _ => Ok(()),
+                });
+            }
+            if let Err((Outcome::Error(failure), _)) =
+                done.send((outcome, runtime.unwrap_or(started.elapsed())))
+            {
+                tracing::warn!(?failure, "a command failed, and nobody waited for its answer");
+            }
+            drop(self.place);
+        });
+        (is_accepted, is_done)
+    }
+}
+
+struct Pursuit {
     shared: Arc<Shared>,
     frame: CommandFrame,
     /// Until when somebody must have accepted it.
@@ -82,8 +105,10 @@ struct Attempts {
     unanswered: BTreeMap<Uuid, String>,
     /// What was said by the last one that did not take it.
     refusal: Option<Failure>,
-    /// Told once, when somebody has accepted it.
-    accepted: Option<OneshotSender<Accepted>>,
+    /// Whether somebody has accepted it.
+    accepted: bool,
+    /// Who wants to know that, once.
+    tell: Option<OneshotSender<Accepted>>,
 }
 
 /// How an attempt ended.
@@ -96,13 +121,13 @@ enum Attempt {
     Again,
 }
 
-impl Attempts {
+impl Pursuit {
     async fn run(mut self) -> (Option<OneshotSender<Accepted>>, Outcome, Option<Duration>) {
         let answered = loop {
             if self.deadline.is_over() {
                 break Err(self.give_up("there was no answer in time"));
             }
-            if self.accepted.is_some() && self.assign.is_over() {
+            if !self.accepted && self.assign.is_over() {
                 break Err(self.give_up("nobody took it in time"));
             }
             let link = self.link.borrow_and_update().clone();
@@ -143,7 +168,7 @@ impl Attempts {
             }
             Err(failure) => (Outcome::Error(failure), None),
         };
-        (self.accepted, outcome, runtime)
+        (self.tell, outcome, runtime)
     }
 
     fn candidates(&self, link: &Link) -> Vec<Candidate> {
@@ -224,8 +249,8 @@ impl Attempts {
         let mut silent_at = Instant::now() + self.shared.beat * 2;
         loop {
             let until = match self.accepted {
-                Some(_) => self.assign.instant().min(self.deadline.instant()),
-                None => self.deadline.instant(),
+                false => self.assign.instant().min(self.deadline.instant()),
+                true => self.deadline.instant(),
             };
             let (of, heard) = tokio::select! {
                 heard = self.ear.hear() => heard,
@@ -318,9 +343,10 @@ impl Attempts {
     }
 
     fn is_accepted(&mut self) {
-        if let Some(accepted) = self.accepted.take() {
-            // Only who has dispatched the command waits for this.
-            let _ = accepted.send(Ok(()));
+        self.accepted = true;
+        if let Some(tell) = self.tell.take() {
+            // Who has gone away does not want to know.
+            let _ = tell.send(Ok(()));
         }
     }
 
