@@ -16,6 +16,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::attempts::Attempts;
@@ -85,7 +86,7 @@ impl NatsCommands {
     /// 1. Further ones wait for a second and are answered `Overloaded`; those of others go to the next node at once.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
-        self.in_flight = commands.clamp(1, Semaphore::MAX_PERMITS);
+        self.in_flight = commands.clamp(1, u32::MAX as usize);
         self
     }
 }
@@ -260,8 +261,13 @@ impl NatsNode {
         self.shared.draining.send_replace(true);
     }
 
-    /// Ends the connection, after what was given to it has gone out.
-    pub(super) async fn stop(&self) {
+    /// Ends the connection, after every command of others has its answer (or at `deadline`) and all has gone out.
+    pub(super) async fn stop(&self, deadline: Instant) {
+        let all = u32::try_from(self.shared.limit).unwrap_or(u32::MAX);
+        let answered = self.shared.places.acquire_many(all);
+        if tokio::time::timeout_at(deadline, answered).await.is_err() {
+            tracing::warn!("other nodes do not hear what became of their commands: they are still under way");
+        }
         self.line.close().await;
     }
 }
