@@ -212,7 +212,7 @@ impl Commands {
         let unanswered = self.registry().shut_down(deadline).await;
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
-            nats.stop().await;
+            nats.stop(deadline).await;
         }
         unanswered
     }

@@ -16,9 +16,10 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 use uuid::Uuid;
 
-use self::attempts::attempts;
+use self::attempts::Attempts;
 use self::calls::Calls;
 use self::link::{Link, run};
 use self::presence::Table;
@@ -85,7 +86,7 @@ impl NatsCommands {
     /// 1. Further ones wait for a second and are answered `Overloaded`; those of others go to the next node at once.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
-        self.in_flight = commands.clamp(1, Semaphore::MAX_PERMITS);
+        self.in_flight = commands.clamp(1, u32::MAX as usize);
         self
     }
 }
@@ -223,7 +224,8 @@ impl NatsNode {
         Ok(if owner == Some(shared.incarnation) { Way::Here { others: candidates > 1 } } else { Way::There })
     }
 
-    /// Sends a command to whoever takes it. Answers when somebody has accepted it if the frame asks for that, else at once.
+    /// Sends a command to whoever takes it. Answers when somebody has accepted it if the frame asks for that, and goes on
+    /// without anybody who waits then; else at once, and the command is sent when the answer is awaited.
     pub(super) async fn send(
         &self,
         frame: CommandFrame,
@@ -237,8 +239,12 @@ impl NatsNode {
         let place = tokio::time::timeout(ADMISSION, self.in_flight.clone().acquire_owned());
         let Ok(Ok(place)) = place.await else { return Err(overloaded()) };
         let prompt = frame.prompt;
-        let (accepted, done) = attempts(self.shared.clone(), frame, assign, deadline, place);
-        if prompt && let Ok(Err(failure)) = accepted.await {
+        let attempts = Attempts::new(self.shared.clone(), frame, assign, deadline, place);
+        if !prompt {
+            return Ok(Box::pin(attempts.run()));
+        }
+        let (accepted, done) = attempts.spawn();
+        if let Ok(Err(failure)) = accepted.await {
             return Err(failure);
         }
         Ok(Box::pin(async move {
@@ -255,8 +261,13 @@ impl NatsNode {
         self.shared.draining.send_replace(true);
     }
 
-    /// Ends the connection, after what was given to it has gone out.
-    pub(super) async fn stop(&self) {
+    /// Ends the connection, after every command of others has its answer (or at `deadline`) and all has gone out.
+    pub(super) async fn stop(&self, deadline: Instant) {
+        let all = u32::try_from(self.shared.limit).unwrap_or(u32::MAX);
+        let answered = self.shared.places.acquire_many(all);
+        if tokio::time::timeout_at(deadline, answered).await.is_err() {
+            tracing::warn!("other nodes do not hear what became of their commands: they are still under way");
+        }
         self.line.close().await;
     }
 }

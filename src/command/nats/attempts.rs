@@ -1,5 +1,7 @@
 //! One command on its way to other nodes: whom to ask next, and what may be said to its caller.
 
+mod ask;
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,14 +12,12 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use uuid::Uuid;
 
 use super::Shared;
-use super::calls::{Ear, Heard};
+use super::calls::Ear;
 use super::link::{Link, Others};
 use super::presence::Candidate;
 use super::serve::{deadline as frame_deadline, take};
-use crate::bus::OpenLine;
-use crate::codec::to_cbor;
 use crate::command::envelope::Deadline;
-use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome, Reply, Says};
+use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome};
 
 /// Room for what is around a command's content.
 const HEADROOM: usize = 1_024;
@@ -25,48 +25,71 @@ const HEADROOM: usize = 1_024;
 type Accepted = Result<(), Failure>;
 type Ended = (Outcome, Duration);
 
-/// Sends a command around until somebody has answered it. Goes on without anybody who waits.
-pub(super) fn attempts(
-    shared: Arc<Shared>,
-    frame: CommandFrame,
-    assign: Deadline,
-    deadline: Deadline,
+/// A command that is sent around until somebody has answered it.
+pub(super) struct Attempts {
+    inner: Pursuit,
     place: OwnedSemaphorePermit,
-) -> (OneshotReceiver<Accepted>, OneshotReceiver<Ended>) {
-    let (accepted, is_accepted) = oneshot();
-    let (done, is_done) = oneshot();
-    let attempts = Attempts {
-        ear: shared.calls.ear(),
-        link: shared.link.subscribe(),
-        frame,
-        assign,
-        deadline,
-        tried: HashSet::new(),
-        asked: Vec::new(),
-        unanswered: BTreeMap::new(),
-        refusal: None,
-        accepted: Some(accepted),
-        shared,
-    };
-    tokio::spawn(async move {
-        let started = Instant::now();
-        let (accepted, outcome, runtime) = attempts.run().await;
-        if let Some(accepted) = accepted {
-            let _ = accepted.send(match &outcome {
-                Outcome::Error(failure) if !failure.is_answer() => Err(failure.clone()),
-                _ => Ok(()),
-            });
-        }
-        if let Err((Outcome::Error(failure), _)) = done.send((outcome, runtime.unwrap_or(started.elapsed())))
-        {
-            tracing::warn!(?failure, "a command failed, and nobody waited for its answer");
-        }
-        drop(place);
-    });
-    (is_accepted, is_done)
 }
 
-struct Attempts {
+impl Attempts {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        frame: CommandFrame,
+        assign: Deadline,
+        deadline: Deadline,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
+        let inner = Pursuit {
+            ear: shared.calls.ear(),
+            link: shared.link.subscribe(),
+            frame,
+            assign,
+            deadline,
+            tried: HashSet::new(),
+            asked: Vec::new(),
+            unanswered: BTreeMap::new(),
+            refusal: None,
+            accepted: false,
+            tell: None,
+            shared,
+        };
+        Self { inner, place }
+    }
+
+    /// Sends it around for as long as somebody waits.
+    pub(super) async fn run(self) -> Ended {
+        let started = Instant::now();
+        let (_, outcome, runtime) = self.inner.run().await;
+        drop(self.place);
+        (outcome, runtime.unwrap_or(started.elapsed()))
+    }
+
+    /// Sends it around on its own: told when somebody has accepted it, or nobody will, and when it is over.
+    pub(super) fn spawn(mut self) -> (OneshotReceiver<Accepted>, OneshotReceiver<Ended>) {
+        let (tell, is_accepted) = oneshot();
+        let (done, is_done) = oneshot();
+        self.inner.tell = Some(tell);
+        tokio::spawn(async move {
+            let started = Instant::now();
+            let (tell, outcome, runtime) = self.inner.run().await;
+            if let Some(tell) = tell {
+                let _ = tell.send(match &outcome {
+                    Outcome::Error(failure) if !failure.is_answer() => Err(failure.clone()),
+                    _ => Ok(()),
+                });
+            }
+            if let Err((Outcome::Error(failure), _)) =
+                done.send((outcome, runtime.unwrap_or(started.elapsed())))
+            {
+                tracing::warn!(?failure, "a command failed, and nobody waited for its answer");
+            }
+            drop(self.place);
+        });
+        (is_accepted, is_done)
+    }
+}
+
+struct Pursuit {
     shared: Arc<Shared>,
     frame: CommandFrame,
     /// Until when somebody must have accepted it.
@@ -82,8 +105,10 @@ struct Attempts {
     unanswered: BTreeMap<Uuid, String>,
     /// What was said by the last one that did not take it.
     refusal: Option<Failure>,
-    /// Told once, when somebody has accepted it.
-    accepted: Option<OneshotSender<Accepted>>,
+    /// Whether somebody has accepted it.
+    accepted: bool,
+    /// Who wants to know that, once.
+    tell: Option<OneshotSender<Accepted>>,
 }
 
 /// How an attempt ended.
@@ -96,13 +121,13 @@ enum Attempt {
     Again,
 }
 
-impl Attempts {
+impl Pursuit {
     async fn run(mut self) -> (Option<OneshotSender<Accepted>>, Outcome, Option<Duration>) {
         let answered = loop {
             if self.deadline.is_over() {
                 break Err(self.give_up("there was no answer in time"));
             }
-            if self.accepted.is_some() && self.assign.is_over() {
+            if !self.accepted && self.assign.is_over() {
                 break Err(self.give_up("nobody took it in time"));
             }
             let link = self.link.borrow_and_update().clone();
@@ -143,7 +168,7 @@ impl Attempts {
             }
             Err(failure) => (Outcome::Error(failure), None),
         };
-        (self.accepted, outcome, runtime)
+        (self.tell, outcome, runtime)
     }
 
     fn candidates(&self, link: &Link) -> Vec<Candidate> {
@@ -211,116 +236,11 @@ impl Attempts {
         }
     }
 
-    /// Asks another node, and waits for what it says.
-    async fn ask(
-        &mut self,
-        candidate: Candidate,
-        line: &OpenLine,
-        inbox: &str,
-        session: u64,
-    ) -> Result<Attempt, Failure> {
-        let attempt = self.send(&candidate, line, inbox).await?;
-        let Some(attempt) = attempt else { return Ok(Attempt::Next) };
-        let mut silent_at = Instant::now() + self.shared.beat * 2;
-        loop {
-            let until = match self.accepted {
-                Some(_) => self.assign.instant().min(self.deadline.instant()),
-                None => self.deadline.instant(),
-            };
-            let (of, heard) = tokio::select! {
-                heard = self.ear.hear() => heard,
-                () = sleep_until(silent_at.min(until)) => {
-                    self.tried.insert(candidate.incarnation);
-                    let reason = format!("{} fell silent", candidate.node);
-                    self.unanswered.insert(candidate.incarnation, reason);
-                    return Ok(Attempt::Next);
-                }
-                link = self.link.wait_for(|link| link.session().is_some_and(|now| now != session)) => {
-                    drop(link);
-                    let reason = format!("the connection was lost while {} had it", candidate.node);
-                    self.unanswered.insert(candidate.incarnation, reason);
-                    return Ok(Attempt::Again);
-                }
-            };
-            let current = of == attempt;
-            match heard {
-                Heard::Nobody if current => {
-                    self.shared.table.gone(candidate.incarnation);
-                    self.tried.insert(candidate.incarnation);
-                    return Ok(Attempt::Next);
-                }
-                Heard::Nobody => {}
-                Heard::Reply(Reply { incarnation, says, .. }) => {
-                    // Only whoever was asked may answer.
-                    let asked = usize::try_from(of).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
-                    if asked.is_none_or(|asked| asked.incarnation != incarnation) {
-                        continue;
-                    }
-                    match says {
-                        Says::Executed(answered) => {
-                            self.unanswered.remove(&incarnation);
-                            return Ok(Attempt::Answered(answered));
-                        }
-                        Says::Refused(refusal) if current => {
-                            self.tried.insert(candidate.incarnation);
-                            self.refusal = Some(refusal);
-                            return Ok(Attempt::Next);
-                        }
-                        Says::Accepted | Says::Alive if current => {
-                            self.is_accepted();
-                            silent_at = Instant::now() + self.shared.silence();
-                        }
-                        Says::Refused(_) | Says::Accepted | Says::Alive => {}
-                    }
-                }
-            }
-        }
-    }
-
-    /// Sends the command. Its number, if it was handed over at all.
-    async fn send(
-        &mut self,
-        candidate: &Candidate,
-        line: &OpenLine,
-        inbox: &str,
-    ) -> Result<Option<u32>, Failure> {
-        let attempt = u32::try_from(self.asked.len() + 1).unwrap_or(u32::MAX);
-        self.frame.attempt = attempt;
-        let encoded = to_cbor(&self.frame).map_err(|error| Failure::new(Code::Failed, error.to_string()))?;
-        let limit = line.client().server_info().max_payload.saturating_sub(HEADROOM);
-        if encoded.len() > limit {
-            let reason = format!(
-                "the command has {} bytes, and a message on this NATS server at most {limit}",
-                encoded.len()
-            );
-            return Err(Failure::new(Code::Failed, reason));
-        }
-        // While it is down, async-nats would keep the command and send it whenever it comes back.
-        if let Err(error) = line.check() {
-            if self.unanswered.is_empty() {
-                return Err(Failure::new(Code::Unavailable, error.to_string()));
-            }
-            self.wait().await;
-            return Ok(None);
-        }
-        self.asked.push(candidate.clone());
-        let reply = format!("{inbox}.{}", self.ear.token(attempt));
-        let subject = self.shared.subjects.node(candidate.incarnation);
-        let published = line.client().publish_with_reply(subject, reply, encoded.into()).await;
-        match published {
-            Ok(()) => Ok(Some(attempt)),
-            Err(error) => {
-                self.refusal = Some(Failure::new(Code::Unavailable, error.to_string()));
-                self.tried.insert(candidate.incarnation);
-                Ok(None)
-            }
-        }
-    }
-
     fn is_accepted(&mut self) {
-        if let Some(accepted) = self.accepted.take() {
-            // Only who has dispatched the command waits for this.
-            let _ = accepted.send(Ok(()));
+        self.accepted = true;
+        if let Some(tell) = self.tell.take() {
+            // Who has gone away does not want to know.
+            let _ = tell.send(Ok(()));
         }
     }
 

@@ -1,0 +1,117 @@
+//! One attempt: a node is sent the command, and says what it makes of it.
+
+use tokio::time::{Instant, sleep_until};
+
+use super::{Attempt, Candidate, HEADROOM, Pursuit};
+use crate::bus::OpenLine;
+use crate::codec::to_cbor;
+use crate::command::nats::calls::Heard;
+use crate::command::wire::{Code, Failure, Reply, Says};
+
+impl Pursuit {
+    /// Asks another node, and waits for what it says.
+    pub(super) async fn ask(
+        &mut self,
+        candidate: Candidate,
+        line: &OpenLine,
+        inbox: &str,
+        session: u64,
+    ) -> Result<Attempt, Failure> {
+        let attempt = self.send(&candidate, line, inbox).await?;
+        let Some(attempt) = attempt else { return Ok(Attempt::Next) };
+        let mut silent_at = Instant::now() + self.shared.beat * 2;
+        loop {
+            let until = match self.accepted {
+                false => self.assign.instant().min(self.deadline.instant()),
+                true => self.deadline.instant(),
+            };
+            let (of, heard) = tokio::select! {
+                heard = self.ear.hear() => heard,
+                () = sleep_until(silent_at.min(until)) => {
+                    self.tried.insert(candidate.incarnation);
+                    let reason = format!("{} fell silent", candidate.node);
+                    self.unanswered.insert(candidate.incarnation, reason);
+                    return Ok(Attempt::Next);
+                }
+                link = self.link.wait_for(|link| link.session().is_some_and(|now| now != session)) => {
+                    drop(link);
+                    let reason = format!("the connection was lost while {} had it", candidate.node);
+                    self.unanswered.insert(candidate.incarnation, reason);
+                    return Ok(Attempt::Again);
+                }
+            };
+            let current = of == attempt;
+            match heard {
+                Heard::Nobody if current => {
+                    self.shared.table.gone(candidate.incarnation);
+                    self.tried.insert(candidate.incarnation);
+                    return Ok(Attempt::Next);
+                }
+                Heard::Nobody => {}
+                Heard::Reply(Reply { incarnation, says, .. }) => {
+                    // Only whoever was asked may answer.
+                    let asked = usize::try_from(of).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
+                    if asked.is_none_or(|asked| asked.incarnation != incarnation) {
+                        continue;
+                    }
+                    match says {
+                        Says::Executed(answered) => {
+                            self.unanswered.remove(&incarnation);
+                            return Ok(Attempt::Answered(answered));
+                        }
+                        Says::Refused(refusal) if current => {
+                            self.tried.insert(candidate.incarnation);
+                            self.refusal = Some(refusal);
+                            return Ok(Attempt::Next);
+                        }
+                        Says::Accepted | Says::Alive if current => {
+                            self.is_accepted();
+                            silent_at = Instant::now() + self.shared.silence();
+                        }
+                        Says::Refused(_) | Says::Accepted | Says::Alive => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends the command. Its number, if it was handed over at all.
+    async fn send(
+        &mut self,
+        candidate: &Candidate,
+        line: &OpenLine,
+        inbox: &str,
+    ) -> Result<Option<u32>, Failure> {
+        let attempt = u32::try_from(self.asked.len() + 1).unwrap_or(u32::MAX);
+        self.frame.attempt = attempt;
+        let encoded = to_cbor(&self.frame).map_err(|error| Failure::new(Code::Failed, error.to_string()))?;
+        let limit = line.client().server_info().max_payload.saturating_sub(HEADROOM);
+        if encoded.len() > limit {
+            let reason = format!(
+                "the command has {} bytes, and a message on this NATS server at most {limit}",
+                encoded.len()
+            );
+            return Err(Failure::new(Code::Failed, reason));
+        }
+        // While it is down, async-nats would keep the command and send it whenever it comes back.
+        if let Err(error) = line.check() {
+            if self.unanswered.is_empty() {
+                return Err(Failure::new(Code::Unavailable, error.to_string()));
+            }
+            self.wait().await;
+            return Ok(None);
+        }
+        self.asked.push(candidate.clone());
+        let reply = format!("{inbox}.{}", self.ear.token(attempt));
+        let subject = self.shared.subjects.node(candidate.incarnation);
+        let published = line.client().publish_with_reply(subject, reply, encoded.into()).await;
+        match published {
+            Ok(()) => Ok(Some(attempt)),
+            Err(error) => {
+                self.refusal = Some(Failure::new(Code::Unavailable, error.to_string()));
+                self.tried.insert(candidate.incarnation);
+                Ok(None)
+            }
+        }
+    }
+}
