@@ -8,6 +8,7 @@
 mod connection;
 mod core_nats;
 mod follow;
+mod hints;
 mod jetstream;
 pub(crate) mod line;
 mod merged;
@@ -27,6 +28,7 @@ use tokio::sync::{Mutex, watch};
 use uuid::Uuid;
 
 use self::connection::Connection;
+pub use self::connection::NatsEvent;
 use self::core_nats::CorePublisher;
 use self::follow::NatsFollower;
 use self::jetstream::MirrorPublisher;
@@ -41,6 +43,7 @@ pub use self::subscribe::{
     StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use self::subscription::NatsSubscription;
+use self::wire::Wire;
 use super::{
     BusError, BusPublisher, BusScope, BusState, BusSubscription, DurableSubscription, EventBus, Follow,
 };
@@ -224,6 +227,14 @@ impl EventBus for NatsBus {
                     Box::new(MirrorPublisher::new(connection, names, store, options.clone())) as _
                 }
             })
+        })
+    }
+
+    fn hint(&self, store: Uuid) -> BoxFuture<'_, Result<(), BusError>> {
+        Box::pin(async move {
+            let connection = self.connection().await?;
+            connection.check()?;
+            hints::hint(&connection.client, &Wire::new(self.names(), store)).await
         })
     }
 

@@ -3,9 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
 
+mod certificates;
+mod cluster;
 mod conformance;
 mod durable;
+mod events;
 mod faults;
+mod hints;
 mod login;
 mod mirror;
 mod oracle;
