@@ -28,6 +28,7 @@ mod postgres;
 mod shape;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod start;
 mod status;
 mod worker;
 
@@ -36,10 +37,9 @@ use std::future::Future;
 use std::sync::Arc;
 
 pub use self::control::ControlError;
-pub use self::error::{ApplyError, TargetUnavailable};
+pub use self::error::{ApplyError, TargetUnavailable, WaitError};
 pub use self::external::{Delivery, External};
-pub(crate) use self::handle::{Made, spawn};
-pub use self::handle::{ProjectionHandle, WaitError};
+pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
 pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule};
@@ -47,6 +47,7 @@ pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule};
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
+pub(crate) use self::start::{Made, spawn};
 pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
 pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};

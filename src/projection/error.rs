@@ -1,4 +1,8 @@
 use std::error::Error;
+use std::time::Duration;
+
+use crate::event::Position;
+use crate::store::StoreError;
 
 /// What a failing [`Projection::apply`](super::Projection::apply) says; boxed, so that `?` works on every error.
 pub type ApplyError = Box<dyn Error + Send + Sync>;
@@ -31,4 +35,41 @@ pub(super) fn causes<'a>(
     error: &'a (dyn Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
+}
+
+/// Why a projection has not applied what somebody waits for.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// It may still do so. This says nothing about the command that wrote the event.
+    #[error("projection {name} has not come to position {wanted} within {waited:?}; it is at {reached}")]
+    TimedOut {
+        /// The projection.
+        name: String,
+        /// What was waited for.
+        wanted: Position,
+        /// How far it was.
+        reached: Position,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// It stands still before it, on this node, until somebody acts.
+    #[error("projection {name} failed at position {reached}: {error}")]
+    Failed {
+        /// The projection.
+        name: String,
+        /// How far it was.
+        reached: Position,
+        /// What went wrong.
+        error: String,
+    },
+    /// It was stopped, and the runtime with it.
+    #[error("projection {name} has ended")]
+    Stopped {
+        /// The projection.
+        name: String,
+    },
+    /// The end of the log could not be found out.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }

@@ -1,8 +1,10 @@
+use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::ReadModel;
-use crate::event::Position;
+use super::shape::delivered;
+use crate::event::{Position, RecordedEvent};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
 
 /// A read model elsewhere: a search index, a mailbox, another service. The checkpoint is kept in the event store.
@@ -13,6 +15,8 @@ use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEve
 pub struct External {
     /// Known from the first call on.
     store: OnceLock<Arc<dyn EventStore>>,
+    /// How far each checkpoint was before its last reset, and which that was; never held across an await.
+    replayed: Mutex<HashMap<String, (u64, Position)>>,
 }
 
 /// What `apply` gets for an [`External`] read model.
@@ -24,8 +28,19 @@ pub struct Delivery {
     pub epoch: u64,
     /// Everything up to here was applied for good when this batch began; what comes behind may come again.
     pub confirmed: Position,
+    /// Everything up to here was delivered before the projection was reset, so what comes now is a [replay](Self::is_replay).
+    pub replayed: Position,
     /// What to forget behind the commit: of which name, one parked event or all.
     unpark: Vec<(String, Option<Position>)>,
+}
+
+impl Delivery {
+    /// Whether the event was delivered before, and only comes again because the projection was reset: what it led to outside,
+    /// as a mail, is not to happen again.
+    #[must_use]
+    pub fn is_replay(&self, event: &RecordedEvent) -> bool {
+        event.position <= self.replayed
+    }
 }
 
 impl External {
@@ -33,6 +48,18 @@ impl External {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    async fn replayed(&self, name: &str, resets: u64) -> Result<Position, StoreError> {
+        let known = || self.replayed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, position)) = known().get(name).copied()
+            && of == resets
+        {
+            return Ok(position);
+        }
+        let position = self.store()?.checkpoint(&delivered(name)).await?.position;
+        known().insert(name.to_owned(), (resets, position));
+        Ok(position)
     }
 
     fn store(&self) -> Result<&Arc<dyn EventStore>, StoreError> {
@@ -92,10 +119,15 @@ impl ReadModel for External {
         Box::pin(async move { self.store()?.checkpoint(name).await })
     }
 
-    fn begin<'a>(&'a self, _name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Delivery, StoreError>> {
-        Box::pin(
-            async move { Ok(Delivery { epoch: from.epoch, confirmed: from.position, unpark: Vec::new() }) },
-        )
+    fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Delivery, StoreError>> {
+        Box::pin(async move {
+            // The mark grows with every reset.
+            let replayed = match from.mark {
+                0 => Position::START,
+                resets => self.replayed(name, resets).await?,
+            };
+            Ok(Delivery { epoch: from.epoch, confirmed: from.position, replayed, unpark: Vec::new() })
+        })
     }
 
     fn transaction<'a>(&self, open: &'a mut Delivery) -> &'a mut Delivery {

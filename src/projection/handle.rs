@@ -3,20 +3,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
-use ractor::SpawnErr;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::control::{Control, ControlError, Reply};
-use super::group::{Group, Never, Seat, sum};
+use super::group::{Group, Never, sum};
 use super::shape::Shape;
-use super::worker::{Instance, Part, ProjectionWork, Role, Surroundings};
-use super::{
-    Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, RebuildStatus, Target,
-};
+use super::{ProjectionState, ProjectionStatus, ReadModel, RebuildStatus, WaitError};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
-use crate::store::{BoxFuture, Checkpoint, EventStore, Filter, ParkedEvent, ReadLog, StoreError};
+use crate::store::{BoxFuture, Checkpoint, EventStore, ParkedEvent, ReadLog, StoreError};
 use crate::supervised::{AskError, StopError, Supervised};
 use crate::time::after;
 
@@ -35,71 +31,34 @@ const SLOWEST_POLL: Duration = Duration::from_millis(200);
 /// A running projection. Cheap to clone; dropping it changes nothing.
 #[derive(Clone)]
 pub struct ProjectionHandle {
-    name: Arc<str>,
-    shape: Shape,
+    pub(super) name: Arc<str>,
+    pub(super) shape: Shape,
     /// One, or one for each partition, in order.
-    parts: Arc<[Working]>,
+    pub(super) parts: Arc<[Working]>,
     /// As many, or none if it cannot be rebuilt beside the live one.
-    rebuilds: Arc<[Working]>,
-    group: Option<Grouped>,
-    progress: Arc<dyn Progress>,
-    store: Arc<dyn EventStore>,
+    pub(super) rebuilds: Arc<[Working]>,
+    pub(super) group: Option<Grouped>,
+    pub(super) progress: Arc<dyn Progress>,
+    pub(super) store: Arc<dyn EventStore>,
 }
 
 /// What works on a projection, or on a partition of one.
-struct Working {
-    actor: Supervised<Control>,
-    status: watch::Receiver<ProjectionStatus>,
+pub(super) struct Working {
+    pub(super) actor: Supervised<Control>,
+    pub(super) status: watch::Receiver<ProjectionStatus>,
 }
 
 /// What holds the partitions together.
 #[derive(Clone)]
-struct Grouped {
-    group: Arc<Group>,
-    actor: Supervised<Never>,
+pub(super) struct Grouped {
+    pub(super) group: Arc<Group>,
+    pub(super) actor: Supervised<Never>,
     /// Of all partitions.
-    status: watch::Receiver<ProjectionStatus>,
-}
-
-/// Why a projection has not applied what somebody waits for.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum WaitError {
-    /// It may still do so. This says nothing about the command that wrote the event.
-    #[error("projection {name} has not come to position {wanted} within {waited:?}; it is at {reached}")]
-    TimedOut {
-        /// The projection.
-        name: String,
-        /// What was waited for.
-        wanted: Position,
-        /// How far it was.
-        reached: Position,
-        /// How long was waited.
-        waited: Duration,
-    },
-    /// It stands still before it, on this node, until somebody acts.
-    #[error("projection {name} failed at position {reached}: {error}")]
-    Failed {
-        /// The projection.
-        name: String,
-        /// How far it was.
-        reached: Position,
-        /// What went wrong.
-        error: String,
-    },
-    /// It was stopped, and the runtime with it.
-    #[error("projection {name} has ended")]
-    Stopped {
-        /// The projection.
-        name: String,
-    },
-    /// The end of the log could not be found out.
-    #[error(transparent)]
-    Store(#[from] StoreError),
+    pub(super) status: watch::Receiver<ProjectionStatus>,
 }
 
 /// What a handle needs of a read model, whatever its transactions are.
-trait Progress: Send + Sync {
+pub(super) trait Progress: Send + Sync {
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
     fn parked<'a>(
         &'a self,
@@ -133,108 +92,6 @@ impl<R: ReadModel> Progress for R {
     ) -> BoxFuture<'a, Result<bool, StoreError>> {
         ReadModel::remove_parked(self, name, position)
     }
-}
-
-/// How a projection comes to be.
-pub(crate) enum Made<P> {
-    /// It is there, and writes to one place.
-    Once(P),
-    /// One for each version of its read model.
-    Versioned(Maker<P>),
-    /// One for each partition as well, of so many.
-    Partitioned(u16, Maker<P>),
-}
-
-pub(crate) type Maker<P> = Arc<dyn Fn(Target) -> P + Send + Sync>;
-
-impl<P: Projection> Made<P> {
-    /// A projection as all of them are.
-    pub(crate) fn with_one<T>(&self, look: impl FnOnce(&P) -> T) -> T {
-        match self {
-            Self::Once(projection) => look(projection),
-            Self::Versioned(make) => look(&make(Target { partition: Partition::whole(), version: 0 })),
-            Self::Partitioned(count, make) => {
-                let partition = Partition::all(*count).next().unwrap_or(Partition::whole());
-                look(&make(Target { partition, version: 0 }))
-            }
-        }
-    }
-}
-
-fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> Instance<P> {
-    let make = make.clone();
-    Instance::made(move |version| make(Target { partition, version }))
-}
-
-/// Starts a projection. Reaches store and read model in the background, for as long as it takes.
-pub(crate) async fn spawn<P, R>(
-    made: Made<P>,
-    filter: Filter,
-    read_model: R,
-    options: ProjectionOptions,
-    surroundings: Surroundings,
-) -> Result<ProjectionHandle, SpawnErr>
-where
-    P: Projection,
-    R: ReadModel<Transaction = P::Transaction>,
-{
-    let name = made.with_one(|projection| projection.name().to_owned());
-    let read_model = Arc::new(read_model);
-    let start = async |instance, part: Part| {
-        let surroundings = surroundings.clone();
-        let supervisor = surroundings.supervisor.clone();
-        let (work, status) = ProjectionWork::new(
-            instance,
-            filter.clone(),
-            read_model.clone(),
-            options.clone(),
-            part,
-            surroundings,
-        );
-        Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
-    };
-    let shape = match &made {
-        Made::Once(_) | Made::Versioned(_) => Shape::whole(&name),
-        Made::Partitioned(count, _) => Shape::cut(&name, *count),
-    };
-    let part = |role, partition| Part { shape: shape.clone(), role, partition };
-    let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
-    match made {
-        Made::Once(projection) => {
-            parts.push(start(Instance::fixed(projection), part(Role::Live, None)).await?);
-        }
-        Made::Versioned(make) => {
-            let made = || instance(&make, Partition::whole());
-            parts.push(start(made(), part(Role::Live, None)).await?);
-            rebuilds.push(start(made(), part(Role::Rebuild, None)).await?);
-        }
-        Made::Partitioned(count, make) => {
-            for partition in Partition::all(count) {
-                let permit = watch::Sender::new(false);
-                let permitted = || Some((partition, permit.subscribe()));
-                let made = || instance(&make, partition);
-                let live = start(made(), part(Role::Live, permitted())).await?;
-                if read_model.rolls_back() {
-                    rebuilds.push(start(made(), part(Role::Rebuild, permitted())).await?);
-                }
-                seats.push(Seat { partition, permit, status: live.status.clone() });
-                parts.push(live);
-            }
-        }
-    }
-    let Surroundings { store, supervisor, board, node, .. } = surroundings;
-    let group = if seats.is_empty() {
-        None
-    } else {
-        let seats: Arc<[Seat]> = seats.into();
-        let (sender, status) = watch::channel(sum(&seats, &shape, None));
-        let (name, shape, store, lease) = (name.clone(), shape.clone(), store.clone(), options.lease);
-        let group = Arc::new(Group { name, shape, seats, store, board, node, lease, status: sender });
-        let actor = Supervised::spawn(group.clone(), supervisor).await?;
-        Some(Grouped { group, actor, status })
-    };
-    let (parts, rebuilds) = (parts.into(), rebuilds.into());
-    Ok(ProjectionHandle { name: name.into(), shape, parts, rebuilds, group, progress: read_model, store })
 }
 
 impl ProjectionHandle {
@@ -365,7 +222,7 @@ impl ProjectionHandle {
         self.tell_others(|reply| Control::Paused(false, reply)).await
     }
 
-    /// Empties the read model (see [`Projection::reset`]), forgets what is parked, and applies the log from its start: all
+    /// Empties the read model (see [`Projection::reset`](super::Projection::reset)), forgets what is parked, and applies the log from its start: all
     /// in one transaction where the read model has them, from any node. Also when the read model belongs to another event
     /// store, is ahead of the log, or was built in another number of partitions. A failed projection tries again; a paused one
     /// stays paused. The owners, if others, notice within a second; until then their status is of before.
@@ -388,12 +245,12 @@ impl ProjectionHandle {
 
     /// Builds the read model anew beside the live one, in its next [version](super::Target::version): from any node, also after
     /// the node that does it has died. When it has caught up it takes the place of the live one at once (see
-    /// [`Projection::go_live`]); the tables of the old one stay, and are yours to drop. Nothing happens if one is being built
+    /// [`Projection::go_live`](super::Projection::go_live)); the tables of the old one stay, and are yours to drop. Nothing happens if one is being built
     /// already; [`rebuilding`](Self::rebuilding) tells how it is getting on.
     ///
     /// # Errors
     /// When the projection was not registered as rebuildable or partitioned, or cannot create the new version's tables
-    /// ([`Projection::reset`]). Otherwise as [`pause`](Self::pause).
+    /// ([`Projection::reset`](super::Projection::reset)). Otherwise as [`pause`](Self::pause).
     pub async fn rebuild(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Rebuild).await
     }

@@ -12,6 +12,11 @@ pub(super) fn fenced(found: Checkpoint) -> Checkpoint {
     Checkpoint { mark: found.mark + 1, ..found }
 }
 
+/// Where a read model that cannot be rolled back remembers how far a row was delivered before its resets.
+pub(super) fn delivered(row: &str) -> String {
+    format!("delivered/{row}")
+}
+
 /// Which version of a read model is live, and which is being built beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Versions {
@@ -155,6 +160,23 @@ impl Shape {
         }
     }
 
+    fn of(mark: u64, name: &str) -> Self {
+        let partitions = u16::try_from(mark).ok().filter(|&partitions| partitions > 0);
+        Self { name: name.to_owned(), partitions }
+    }
+
+    /// What is recorded of how far a row was delivered, and how far it was.
+    async fn delivered<R: ReadModel>(
+        &self,
+        read_model: &R,
+        open: &mut R::Open,
+        row: &str,
+    ) -> Result<(Checkpoint, Position), StoreError> {
+        let known = read_model.adopt(open, &delivered(row)).await?;
+        let now = read_model.adopt(open, row).await?.position;
+        Ok((known, known.position.max(now)))
+    }
+
     fn mismatch(&self, found: u64) -> StoreError {
         let say = |partitions: u64| match partitions {
             0 => format!("the read model of projection {} in one piece", self.name),
@@ -188,6 +210,14 @@ impl Shape {
         if found.mark != self.mark() {
             rows.push((record, found, Checkpoint { mark: self.mark(), ..found }));
         }
+        // Of another shape, nothing is known to be delivered but what every part of it had.
+        let mut floor = None;
+        if found.mark != self.mark() && !read_model.rolls_back() {
+            for part in Self::of(found.mark, &self.name).parts() {
+                let upto = self.delivered(read_model, open, &self.row(part, version)).await?.1;
+                floor = Some(floor.map_or(upto, |floor: Position| floor.min(upto)));
+            }
+        }
         for partition in Partition::all(most).map(Some).chain([None]) {
             let row = self.row(partition, version);
             let found = read_model.adopt(open, &row).await?;
@@ -195,6 +225,12 @@ impl Shape {
                 Some(_) => self.partitions.is_some(),
                 None => self.partitions.is_none(),
             };
+            if used && !read_model.rolls_back() {
+                // First: where this is not one transaction, it must not be forgotten what was delivered.
+                let (known, upto) = self.delivered(read_model, open, &row).await?;
+                let to = Checkpoint { position: floor.unwrap_or(upto), ..known };
+                rows.push((delivered(&row), known, to));
+            }
             if used || found != Checkpoint::default() {
                 rows.push((row, found, anew(found)));
             }

@@ -1,40 +1,35 @@
 //! The work of one projection: whose it is, where its next events come from.
 
 mod apply;
+mod context;
 mod input;
 mod orders;
 mod ownership;
+mod reading;
 mod schedule;
+mod trouble;
 mod version;
 
 use std::collections::VecDeque;
-use std::error::Error;
 use std::future::Future;
-use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::ActorCell;
-use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, sleep_until};
-use uuid::Uuid;
 
+use self::context::Context;
+pub(crate) use self::context::Surroundings;
+pub(super) use self::context::{Instance, Part, ProjectionWork, Role};
 use self::input::Follower;
 use self::ownership::News;
 use self::schedule::Timing;
 use self::version::Switch;
 use super::control::Control;
-use super::shape::Shape;
-use super::{FollowMode, Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
+use super::{Projection, ProjectionState, ReadModel};
 use crate::backoff::Backoff;
-use crate::bus::{EventBus, Follow, LogBatch};
 use crate::event::{Position, RecordedEvent};
-use crate::feed::{Feed, FeedItem, adjacent};
-use crate::lease::{Board, HeldLease, Sight};
-use crate::partition::Partition;
-use crate::store::{
-    BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, LogPage, ReadLog, StoreError,
-};
-use crate::supervised::{Inbox, Work};
+use crate::lease::HeldLease;
+use crate::store::{Checkpoint, StoreError};
+use crate::supervised::Inbox;
 
 /// How often a projection writes a checkpoint that only moved over what is not for it.
 const TICK: Duration = Duration::from_secs(1);
@@ -46,180 +41,6 @@ const PARTITION_TICK: Duration = Duration::from_millis(200);
 /// How far a page of the store reaches in positions, whatever matches: a scan for events that are rare is made of pieces,
 /// between which the projection hears, sees to what is due, and saves its checkpoint.
 const SCAN: u64 = 50_000;
-
-/// What the projections of a node share.
-#[derive(Clone)]
-pub(crate) struct Surroundings {
-    pub(crate) store: Arc<dyn EventStore>,
-    pub(crate) feed: Feed,
-    pub(crate) node: Uuid,
-    pub(crate) bus: Arc<dyn EventBus>,
-    pub(crate) board: Board,
-    pub(crate) supervisor: Option<ActorCell>,
-}
-
-/// What the actor supervises.
-pub(super) struct ProjectionWork<P, R> {
-    context: Arc<Context>,
-    /// Outlives a task that panics; one task at a time has it.
-    subject: Arc<Mutex<Subject<P, R>>>,
-}
-
-/// The user's part.
-struct Subject<P, R> {
-    instance: Instance<P>,
-    read_model: Arc<R>,
-}
-
-/// A projection that writes to one version of its read model.
-pub(super) struct Instance<P> {
-    projection: P,
-    /// Which version.
-    version: u64,
-    /// Makes one that writes to another version, if it is [rebuildable](crate::runtime::Builder::rebuildable).
-    make: Option<Box<dyn Fn(u64) -> P + Send + Sync>>,
-}
-
-impl<P> Instance<P> {
-    pub(super) fn fixed(projection: P) -> Self {
-        Self { projection, version: 0, make: None }
-    }
-
-    pub(super) fn made(make: impl Fn(u64) -> P + Send + Sync + 'static) -> Self {
-        Self { projection: make(0), version: 0, make: Some(Box::new(make)) }
-    }
-}
-
-/// What a task does for its projection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
-    /// Keeps the version that readers see up to date.
-    Live,
-    /// Builds the next one beside it, when somebody wants that.
-    Rebuild,
-}
-
-/// What does not change.
-struct Context {
-    name: String,
-    shape: Shape,
-    /// Which part of it this is; `None` is all.
-    partition: Option<Partition>,
-    role: Role,
-    /// The lease of who owns it.
-    lease: String,
-    filter: Filter,
-    options: ProjectionOptions,
-    store: Arc<dyn EventStore>,
-    feed: Feed,
-    node: Uuid,
-    bus: Arc<dyn EventBus>,
-    board: Board,
-    /// What the board shows.
-    sight: watch::Receiver<Sight>,
-    /// Whether this node is to own the partition.
-    permit: Option<watch::Receiver<bool>>,
-    status: watch::Sender<ProjectionStatus>,
-}
-
-/// What of a projection is to be worked on.
-pub(super) struct Part {
-    pub(super) shape: Shape,
-    pub(super) role: Role,
-    /// A partition, and whether this node is to own it; `None` is all, which every node would own.
-    pub(super) partition: Option<(Partition, watch::Receiver<bool>)>,
-}
-
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
-    pub(super) fn new(
-        instance: Instance<P>,
-        filter: Filter,
-        read_model: Arc<R>,
-        options: ProjectionOptions,
-        part: Part,
-        surroundings: Surroundings,
-    ) -> (Self, watch::Receiver<ProjectionStatus>) {
-        let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let Surroundings { store, feed, node, bus, board, .. } = surroundings;
-        let (partition, permit) = part.partition.unzip();
-        let context = Arc::new(Context {
-            name: instance.projection.name().to_owned(),
-            lease: part.shape.lease(partition, part.role),
-            role: part.role,
-            shape: part.shape,
-            partition,
-            filter,
-            sight: board.watch(options.lease),
-            options,
-            store,
-            feed,
-            node,
-            bus,
-            board,
-            permit,
-            status,
-        });
-        (Self { context, subject: Arc::new(Mutex::new(Subject { instance, read_model })) }, receiver)
-    }
-}
-
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for ProjectionWork<P, R> {
-    type Control = Control;
-
-    fn name(&self) -> String {
-        let name = match self.context.partition {
-            None => format!("projection {}", self.context.name),
-            Some(partition) => format!("partition {partition} of projection {}", self.context.name),
-        };
-        match self.context.role {
-            Role::Live => name,
-            Role::Rebuild => format!("{name}, rebuilt"),
-        }
-    }
-
-    fn run(&self, inbox: Inbox<Control>) -> BoxFuture<'static, ()> {
-        let (context, subject) = (self.context.clone(), self.subject.clone());
-        Box::pin(async move {
-            let mut subject = subject.lock_owned().await;
-            let Subject { instance, read_model } = &mut *subject;
-            Run::new(&context, instance, &**read_model, inbox).run().await;
-        })
-    }
-
-    fn panicked(&self, panic: &str) {
-        self.context.fail(ProjectionState::Retrying, format!("the projection's task panicked: {panic}"));
-    }
-
-    fn ended(&self) {
-        self.context.set(ProjectionState::Stopped);
-    }
-}
-
-impl Context {
-    /// Whether the event is for this projection, and this part of it.
-    fn wants(&self, event: &RecordedEvent) -> bool {
-        self.filter.matches(event) && self.is_here(event)
-    }
-
-    fn is_here(&self, event: &RecordedEvent) -> bool {
-        self.partition.is_none_or(|partition| partition.contains(&event.stream))
-    }
-
-    fn set(&self, state: ProjectionState) {
-        self.status.send_if_modified(|status| {
-            let news = status.state != state;
-            status.state = state;
-            news
-        });
-    }
-
-    fn fail(&self, state: ProjectionState, error: String) {
-        self.status.send_modify(|status| {
-            status.state = state;
-            status.last_error = Some(error);
-        });
-    }
-}
 
 /// Where the next events come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -523,196 +344,6 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if self.context.role == Role::Rebuild {
             self.consider_switching().await;
         }
-    }
-
-    /// Drops what is under way; goes on from what is applied, when it goes on.
-    fn restart(&mut self) {
-        self.pending = None;
-        self.suspect = None;
-        self.follower = None;
-        self.source = Source::Store;
-    }
-
-    /// Reads the next page from the store.
-    async fn read(&mut self) {
-        let Context { store, filter, options, .. } = self.context;
-        if self.follower.is_none() {
-            match self.listen() {
-                Ok(follower) => self.follower = Some(follower),
-                Err(error) => return self.outage(&error),
-            }
-        }
-        let upto = Position::new(self.applied.get().saturating_add(self.scan));
-        // Of what a partition reads, only its part makes a transaction.
-        let parts = self.context.partition.map_or(1, |partition| usize::from(partition.count()).min(8));
-        let limit = options.batch.saturating_mul(parts);
-        let read = ReadLog::after(self.applied).upto(upto).filter(filter.clone()).limit(limit);
-        // No time limit but the store's own: a page that takes longer than a tick would never be read.
-        let heard = hear(&mut self.inbox, &mut self.lease, None, None, store.read_log(read)).await;
-        match self.attend(heard).await {
-            Some(Ok(page)) => {
-                let hole = page.scanned_to == self.applied && page.has_more();
-                self.scan = if hole { self.scan.saturating_mul(2) } else { SCAN };
-                if page.events.is_empty() {
-                    // Otherwise only when they are committed: a database that can be read may still refuse that.
-                    self.backoff.succeeded();
-                }
-                self.source = if page.has_more() { Source::Store } else { Source::Feed };
-                self.context.set(match self.source {
-                    Source::Store => ProjectionState::CatchingUp,
-                    Source::Feed => ProjectionState::Following,
-                });
-                let LogPage { mut events, scanned_to, head } = page;
-                events.retain(|event| self.context.is_here(event));
-                self.knows_of(head);
-                self.enqueue(events.into(), scanned_to);
-            }
-            Some(Err(error)) => self.outage(&error),
-            None => {}
-        }
-    }
-
-    /// From now on.
-    fn listen(&self) -> Result<Follower, StoreError> {
-        let Context { feed, bus, store, filter, options, role, .. } = self.context;
-        let own = *role == Role::Live && self.read_model.shared();
-        if options.follow == FollowMode::Feed || !own {
-            return Ok(Follower::Feed(feed.follow()));
-        }
-        let followed = bus.follow(Follow {
-            name: self.row.clone(),
-            store: store.info().id,
-            names: filter.wanted_names().map(|names| names.iter().cloned().collect()),
-            categories: filter.wanted_categories().map(|categories| categories.iter().cloned().collect()),
-        });
-        // The runtime has looked whether this bus can; so it is one that was taken down.
-        followed.map(Follower::Durable).map_err(|error| StoreError::Unavailable {
-            reason: format!("{} cannot be followed", bus.name()),
-            source: Some(Arc::new(error)),
-        })
-    }
-
-    /// Takes what the feed has.
-    async fn follow(&mut self) {
-        let Some(follower) = &mut self.follower else { return self.restart() };
-        self.context.set(ProjectionState::Following);
-        let news = Some(&mut self.news);
-        let until = self.timing.until().map_or(self.tick_at, |until| until.min(self.tick_at));
-        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next()).await;
-        let Some(mut item) = self.attend(heard).await else { return };
-        // What is held back already, and what comes now.
-        let held = self.pending.take().unwrap_or(Pending { events: VecDeque::new(), upto: self.applied });
-        let before = held.events.len();
-        let Pending { mut events, mut upto } = held;
-        loop {
-            match item {
-                FeedItem::Batch(batch) => {
-                    self.knows_of(batch.upto);
-                    match adjacent(batch, upto) {
-                        Some(LogBatch { upto: end, events: batch, .. }) => {
-                            let wanted = batch.iter().filter(|event| self.context.wants(event));
-                            events.extend(wanted.cloned());
-                            upto = end;
-                        }
-                        None => self.source = Source::Store,
-                    }
-                }
-                FeedItem::Lagged => {
-                    tracing::debug!(
-                        projection = self.context.name,
-                        "fell behind the feed and reads the store"
-                    );
-                    self.source = Source::Store;
-                }
-                FeedItem::Closed => {
-                    // Only at the end of the runtime, which ends this as well, or of the bus.
-                    let error = StoreError::Unavailable { reason: "the feed has ended".into(), source: None };
-                    self.source = Source::Store;
-                    self.follower = None;
-                    self.outage(&error);
-                }
-            }
-            // What has gathered meanwhile shares the transaction.
-            if self.source == Source::Store || events.len() >= self.context.options.batch {
-                break;
-            }
-            match self.follower.as_mut().and_then(Follower::try_next) {
-                Some(next) => item = next,
-                None => break,
-            }
-        }
-        if events.len() > before {
-            self.timing.arrived(self.context.options.schedule);
-        }
-        self.enqueue(events, upto);
-    }
-
-    fn enqueue(&mut self, events: VecDeque<RecordedEvent>, upto: Position) {
-        if !events.is_empty() {
-            self.pending = Some(Pending { events, upto });
-        } else if upto > self.applied {
-            // Nothing to write but the checkpoint, and that can wait for the next tick.
-            self.applied = upto;
-            self.moved_to(upto);
-            self.tell_applied();
-        }
-    }
-
-    fn tell_applied(&mut self) {
-        if let Some(follower) = &mut self.follower {
-            follower.applied(self.applied);
-        }
-    }
-
-    fn stand_still(&mut self) {
-        self.failed = true;
-        self.restart();
-        self.context.set(ProjectionState::Failed);
-    }
-
-    async fn roll_back(&mut self, open: R::Open) {
-        // It happens anyway when the connection goes; only later.
-        if let Err(error) = self.read_model.rollback(open).await {
-            tracing::warn!(projection = self.context.name, %error, "a transaction could not be rolled back at once");
-        }
-    }
-
-    /// The checkpoint could not be moved.
-    fn refused(&mut self, error: &CheckpointError) {
-        match error {
-            CheckpointError::Stale { .. } => self.step_down(&error.to_string()),
-            CheckpointError::Store(error) => {
-                // Whether it was moved is found out by reading it.
-                self.saved = None;
-                self.restart();
-                self.outage(error);
-            }
-        }
-    }
-
-    /// The store or the read model failed: tried again later, unless that cannot help.
-    fn outage(&mut self, error: &(dyn Error + 'static)) {
-        let lasting = matches!(
-            error.downcast_ref(),
-            Some(StoreError::Incompatible { .. } | StoreError::Invalid { .. } | StoreError::Corrupt { .. })
-        );
-        if !lasting {
-            return self.try_later(error);
-        }
-        tracing::error!(projection = self.context.name, %error, "the projection stands still");
-        self.context.fail(ProjectionState::Failed, error.to_string());
-        self.context.status.send_modify(|status| status.fits = false);
-        self.reload();
-        self.stand_still();
-        self.surrender = true;
-    }
-
-    fn try_later(&mut self, error: &(dyn Error + 'static)) {
-        let wait = self.backoff.next();
-        self.wait_until = Instant::now() + wait;
-        let projection = &self.context.name;
-        tracing::warn!(projection, %error, ?wait, "the store or the read model failed and is tried again");
-        self.context.fail(ProjectionState::Retrying, error.to_string());
     }
 
     fn moved_to(&self, position: Position) {

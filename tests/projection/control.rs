@@ -1,10 +1,12 @@
 //! Pause, resume, reset.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use storied::projection::{ApplyError, ControlError, External, FailurePolicy, InMemory, ProjectionState};
+use storied::projection::{
+    ApplyError, ControlError, Delivery, External, FailurePolicy, InMemory, ProjectionState,
+};
 use storied::store::Checkpoint;
 use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 
@@ -295,5 +297,76 @@ async fn a_projection_can_be_asked_what_it_parked_from_the_first_moment_on() {
         let (answers, ()) = tokio::join!(futures_util::future::join_all(asked), unlocked);
         assert_eq!(answers, [(0, true); 3], "{kind}");
         node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// Tells others of events, and knows what they were told before a reset.
+struct Mails {
+    sent: Arc<Mutex<Vec<Position>>>,
+    seen: Arc<Mutex<Vec<Position>>>,
+}
+
+impl Projection for Mails {
+    type Transaction = Delivery;
+
+    fn name(&self) -> &str {
+        "mails"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, delivery: &mut Delivery) -> Result<(), ApplyError> {
+        self.seen.lock().unwrap().push(event.position);
+        if !delivery.is_replay(event) {
+            self.sent.lock().unwrap().push(event.position);
+        }
+        Ok(())
+    }
+
+    async fn reset(&mut self, _: &mut Delivery) -> Result<(), ApplyError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replay_says_so_and_nothing_is_sent_again() {
+    for (kind, store, _dir) in stores().await {
+        for partitions in [None, Some(4)] {
+            let (sent, seen) =
+                (Arc::<Mutex<Vec<Position>>>::default(), Arc::<Mutex<Vec<Position>>>::default());
+            let mails = {
+                let (sent, seen) = (sent.clone(), seen.clone());
+                move || Mails { sent: sent.clone(), seen: seen.clone() }
+            };
+            let node = local_node(&store).await;
+            let handle = match partitions {
+                None => node.projection(mails(), External::new(), options()).await,
+                // It was whole before, so that it has to be reset; and nothing that was sent is sent again.
+                Some(count) => node.partitioned(count, move |_| mails(), External::new(), options()).await,
+            };
+            if partitions.is_some() {
+                reach(&handle, ProjectionState::Failed).await;
+                handle.reset().await.unwrap();
+            }
+            let before = log(&store, &Filter::all()).await.len();
+            for n in 0..10 {
+                append(&store, n, [n, n]).await;
+            }
+            catch_up(&handle, store.frontier().await.unwrap()).await;
+            handle.reset().await.unwrap();
+            handle.reset().await.unwrap();
+            for n in 0..10 {
+                append(&store, n, [n]).await;
+            }
+            catch_up(&handle, store.frontier().await.unwrap()).await;
+            let all = log(&store, &Filter::all()).await;
+            let mut sent = sent.lock().unwrap().clone();
+            sent.sort_unstable();
+            assert_eq!(sent, all[before..], "{kind} {partitions:?}: each once");
+            assert!(seen.lock().unwrap().len() >= all.len(), "{kind}: and all of them were seen again");
+            node.stop(PATIENCE).await.unwrap();
+        }
     }
 }

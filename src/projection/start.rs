@@ -1,0 +1,117 @@
+//! Starting a projection: one task, or one for each partition and each version that is to be built.
+
+use std::sync::Arc;
+
+use ractor::SpawnErr;
+use tokio::sync::watch;
+
+use super::group::{Group, Seat, sum};
+use super::handle::{Grouped, ProjectionHandle, Working};
+use super::shape::Shape;
+use super::worker::{Instance, Part, ProjectionWork, Role, Surroundings};
+use super::{Projection, ProjectionOptions, ReadModel, Target};
+use crate::partition::Partition;
+use crate::store::Filter;
+use crate::supervised::Supervised;
+
+/// How a projection comes to be.
+pub(crate) enum Made<P> {
+    /// It is there, and writes to one place.
+    Once(P),
+    /// One for each version of its read model.
+    Versioned(Maker<P>),
+    /// One for each partition as well, of so many.
+    Partitioned(u16, Maker<P>),
+}
+
+pub(crate) type Maker<P> = Arc<dyn Fn(Target) -> P + Send + Sync>;
+
+impl<P: Projection> Made<P> {
+    /// A projection as all of them are.
+    pub(crate) fn with_one<T>(&self, look: impl FnOnce(&P) -> T) -> T {
+        match self {
+            Self::Once(projection) => look(projection),
+            Self::Versioned(make) => look(&make(Target { partition: Partition::whole(), version: 0 })),
+            Self::Partitioned(count, make) => {
+                let partition = Partition::all(*count).next().unwrap_or(Partition::whole());
+                look(&make(Target { partition, version: 0 }))
+            }
+        }
+    }
+}
+
+fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> Instance<P> {
+    let make = make.clone();
+    Instance::made(move |version| make(Target { partition, version }))
+}
+
+/// Starts a projection. Reaches store and read model in the background, for as long as it takes.
+pub(crate) async fn spawn<P, R>(
+    made: Made<P>,
+    filter: Filter,
+    read_model: R,
+    options: ProjectionOptions,
+    surroundings: Surroundings,
+) -> Result<ProjectionHandle, SpawnErr>
+where
+    P: Projection,
+    R: ReadModel<Transaction = P::Transaction>,
+{
+    let name = made.with_one(|projection| projection.name().to_owned());
+    let read_model = Arc::new(read_model);
+    let start = async |instance, part: Part| {
+        let surroundings = surroundings.clone();
+        let supervisor = surroundings.supervisor.clone();
+        let (work, status) = ProjectionWork::new(
+            instance,
+            filter.clone(),
+            read_model.clone(),
+            options.clone(),
+            part,
+            surroundings,
+        );
+        Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
+    };
+    let shape = match &made {
+        Made::Once(_) | Made::Versioned(_) => Shape::whole(&name),
+        Made::Partitioned(count, _) => Shape::cut(&name, *count),
+    };
+    let part = |role, partition| Part { shape: shape.clone(), role, partition };
+    let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
+    match made {
+        Made::Once(projection) => {
+            parts.push(start(Instance::fixed(projection), part(Role::Live, None)).await?);
+        }
+        Made::Versioned(make) => {
+            let made = || instance(&make, Partition::whole());
+            parts.push(start(made(), part(Role::Live, None)).await?);
+            rebuilds.push(start(made(), part(Role::Rebuild, None)).await?);
+        }
+        Made::Partitioned(count, make) => {
+            for partition in Partition::all(count) {
+                let permit = watch::Sender::new(false);
+                let permitted = || Some((partition, permit.subscribe()));
+                let made = || instance(&make, partition);
+                let live = start(made(), part(Role::Live, permitted())).await?;
+                if read_model.rolls_back() {
+                    rebuilds.push(start(made(), part(Role::Rebuild, permitted())).await?);
+                }
+                seats.push(Seat { partition, permit, status: live.status.clone() });
+                parts.push(live);
+            }
+        }
+    }
+    let Surroundings { store, supervisor, board, node, .. } = surroundings;
+    let group = if seats.is_empty() {
+        None
+    } else {
+        let seats: Arc<[Seat]> = seats.into();
+        let (sender, status) = watch::channel(sum(&seats, &shape, None));
+        let (name, shape, store, lease) = (name.clone(), shape.clone(), store.clone(), options.lease);
+        let group = Arc::new(Group { name, shape, seats, store, board, node, lease, status: sender });
+        let actor = Supervised::spawn(group.clone(), supervisor).await?;
+        Some(Grouped { group, actor, status })
+    };
+    let (parts, rebuilds) = (parts.into(), rebuilds.into());
+    Ok(ProjectionHandle { name: name.into(), shape, parts, rebuilds, group, progress: read_model, store })
+}

@@ -1,0 +1,193 @@
+//! What does not change about a task, and how it is started.
+
+use std::sync::Arc;
+
+use ractor::ActorCell;
+use tokio::sync::{Mutex, watch};
+use uuid::Uuid;
+
+use super::Run;
+use crate::bus::EventBus;
+use crate::event::RecordedEvent;
+use crate::feed::Feed;
+use crate::lease::{Board, Sight};
+use crate::partition::Partition;
+use crate::projection::control::Control;
+use crate::projection::shape::Shape;
+use crate::projection::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
+use crate::store::{BoxFuture, EventStore, Filter};
+use crate::supervised::{Inbox, Work};
+
+/// What the projections of a node share.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) store: Arc<dyn EventStore>,
+    pub(crate) feed: Feed,
+    pub(crate) node: Uuid,
+    pub(crate) bus: Arc<dyn EventBus>,
+    pub(crate) board: Board,
+    pub(crate) supervisor: Option<ActorCell>,
+}
+
+/// What the actor supervises.
+pub(in crate::projection) struct ProjectionWork<P, R> {
+    context: Arc<Context>,
+    /// Outlives a task that panics; one task at a time has it.
+    subject: Arc<Mutex<Subject<P, R>>>,
+}
+
+/// The user's part.
+struct Subject<P, R> {
+    instance: Instance<P>,
+    read_model: Arc<R>,
+}
+
+/// A projection that writes to one version of its read model.
+pub(in crate::projection) struct Instance<P> {
+    pub(super) projection: P,
+    /// Which version.
+    pub(super) version: u64,
+    /// Makes one that writes to another version, if it is [rebuildable](crate::runtime::Builder::rebuildable).
+    pub(super) make: Option<Box<dyn Fn(u64) -> P + Send + Sync>>,
+}
+
+impl<P> Instance<P> {
+    pub(in crate::projection) fn fixed(projection: P) -> Self {
+        Self { projection, version: 0, make: None }
+    }
+
+    pub(in crate::projection) fn made(make: impl Fn(u64) -> P + Send + Sync + 'static) -> Self {
+        Self { projection: make(0), version: 0, make: Some(Box::new(make)) }
+    }
+}
+
+/// What a task does for its projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::projection) enum Role {
+    /// Keeps the version that readers see up to date.
+    Live,
+    /// Builds the next one beside it, when somebody wants that.
+    Rebuild,
+}
+
+/// What does not change.
+pub(super) struct Context {
+    pub(super) name: String,
+    pub(super) shape: Shape,
+    /// Which part of it this is; `None` is all.
+    pub(super) partition: Option<Partition>,
+    pub(super) role: Role,
+    /// The lease of who owns it.
+    pub(super) lease: String,
+    pub(super) filter: Filter,
+    pub(super) options: ProjectionOptions,
+    pub(super) store: Arc<dyn EventStore>,
+    pub(super) feed: Feed,
+    pub(super) node: Uuid,
+    pub(super) bus: Arc<dyn EventBus>,
+    pub(super) board: Board,
+    /// What the board shows.
+    pub(super) sight: watch::Receiver<Sight>,
+    /// Whether this node is to own the partition.
+    pub(super) permit: Option<watch::Receiver<bool>>,
+    pub(super) status: watch::Sender<ProjectionStatus>,
+}
+
+/// What of a projection is to be worked on.
+pub(in crate::projection) struct Part {
+    pub(in crate::projection) shape: Shape,
+    pub(in crate::projection) role: Role,
+    /// A partition, and whether this node is to own it; `None` is all, which every node would own.
+    pub(in crate::projection) partition: Option<(Partition, watch::Receiver<bool>)>,
+}
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
+    pub(in crate::projection) fn new(
+        instance: Instance<P>,
+        filter: Filter,
+        read_model: Arc<R>,
+        options: ProjectionOptions,
+        part: Part,
+        surroundings: Surroundings,
+    ) -> (Self, watch::Receiver<ProjectionStatus>) {
+        let (status, receiver) = watch::channel(ProjectionStatus::new());
+        let Surroundings { store, feed, node, bus, board, .. } = surroundings;
+        let (partition, permit) = part.partition.unzip();
+        let context = Arc::new(Context {
+            name: instance.projection.name().to_owned(),
+            lease: part.shape.lease(partition, part.role),
+            role: part.role,
+            shape: part.shape,
+            partition,
+            filter,
+            sight: board.watch(options.lease),
+            options,
+            store,
+            feed,
+            node,
+            bus,
+            board,
+            permit,
+            status,
+        });
+        (Self { context, subject: Arc::new(Mutex::new(Subject { instance, read_model })) }, receiver)
+    }
+}
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for ProjectionWork<P, R> {
+    type Control = Control;
+
+    fn name(&self) -> String {
+        let name = match self.context.partition {
+            None => format!("projection {}", self.context.name),
+            Some(partition) => format!("partition {partition} of projection {}", self.context.name),
+        };
+        match self.context.role {
+            Role::Live => name,
+            Role::Rebuild => format!("{name}, rebuilt"),
+        }
+    }
+
+    fn run(&self, inbox: Inbox<Control>) -> BoxFuture<'static, ()> {
+        let (context, subject) = (self.context.clone(), self.subject.clone());
+        Box::pin(async move {
+            let mut subject = subject.lock_owned().await;
+            let Subject { instance, read_model } = &mut *subject;
+            Run::new(&context, instance, &**read_model, inbox).run().await;
+        })
+    }
+
+    fn panicked(&self, panic: &str) {
+        self.context.fail(ProjectionState::Retrying, format!("the projection's task panicked: {panic}"));
+    }
+
+    fn ended(&self) {
+        self.context.set(ProjectionState::Stopped);
+    }
+}
+
+impl Context {
+    /// Whether the event is for this projection, and this part of it.
+    pub(super) fn wants(&self, event: &RecordedEvent) -> bool {
+        self.filter.matches(event) && self.is_here(event)
+    }
+
+    pub(super) fn is_here(&self, event: &RecordedEvent) -> bool {
+        self.partition.is_none_or(|partition| partition.contains(&event.stream))
+    }
+
+    pub(super) fn set(&self, state: ProjectionState) {
+        self.status.send_if_modified(|status| {
+            let news = status.state != state;
+            status.state = state;
+            news
+        });
+    }
+
+    pub(super) fn fail(&self, state: ProjectionState, error: String) {
+        self.status.send_modify(|status| {
+            status.state = state;
+            status.last_error = Some(error);
+        });
+    }
+}

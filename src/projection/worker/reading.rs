@@ -1,0 +1,153 @@
+//! Where the next events come from: the store, and at the tip of the log a follower.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::input::Follower;
+use super::{Context, Pending, Role, Run, SCAN, Source, hear};
+use crate::bus::{Follow, LogBatch};
+use crate::event::{Position, RecordedEvent};
+use crate::feed::{FeedItem, adjacent};
+use crate::projection::{FollowMode, Projection, ProjectionState, ReadModel};
+use crate::store::{LogPage, ReadLog, StoreError};
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+    /// Drops what is under way; goes on from what is applied, when it goes on.
+    pub(super) fn restart(&mut self) {
+        self.pending = None;
+        self.suspect = None;
+        self.follower = None;
+        self.source = Source::Store;
+    }
+
+    /// Reads the next page from the store.
+    pub(super) async fn read(&mut self) {
+        let Context { store, filter, options, .. } = self.context;
+        if self.follower.is_none() {
+            match self.listen() {
+                Ok(follower) => self.follower = Some(follower),
+                Err(error) => return self.outage(&error),
+            }
+        }
+        let upto = Position::new(self.applied.get().saturating_add(self.scan));
+        // Of what a partition reads, only its part makes a transaction.
+        let parts = self.context.partition.map_or(1, |partition| usize::from(partition.count()).min(8));
+        let limit = options.batch.saturating_mul(parts);
+        let read = ReadLog::after(self.applied).upto(upto).filter(filter.clone()).limit(limit);
+        // No time limit but the store's own: a page that takes longer than a tick would never be read.
+        let heard = hear(&mut self.inbox, &mut self.lease, None, None, store.read_log(read)).await;
+        match self.attend(heard).await {
+            Some(Ok(page)) => {
+                let hole = page.scanned_to == self.applied && page.has_more();
+                self.scan = if hole { self.scan.saturating_mul(2) } else { SCAN };
+                if page.events.is_empty() {
+                    // Otherwise only when they are committed: a database that can be read may still refuse that.
+                    self.backoff.succeeded();
+                }
+                self.source = if page.has_more() { Source::Store } else { Source::Feed };
+                self.context.set(match self.source {
+                    Source::Store => ProjectionState::CatchingUp,
+                    Source::Feed => ProjectionState::Following,
+                });
+                let LogPage { mut events, scanned_to, head } = page;
+                events.retain(|event| self.context.is_here(event));
+                self.knows_of(head);
+                self.enqueue(events.into(), scanned_to);
+            }
+            Some(Err(error)) => self.outage(&error),
+            None => {}
+        }
+    }
+
+    /// From now on.
+    pub(super) fn listen(&self) -> Result<Follower, StoreError> {
+        let Context { feed, bus, store, filter, options, role, .. } = self.context;
+        let own = *role == Role::Live && self.read_model.shared();
+        if options.follow == FollowMode::Feed || !own {
+            return Ok(Follower::Feed(feed.follow()));
+        }
+        let followed = bus.follow(Follow {
+            name: self.row.clone(),
+            store: store.info().id,
+            names: filter.wanted_names().map(|names| names.iter().cloned().collect()),
+            categories: filter.wanted_categories().map(|categories| categories.iter().cloned().collect()),
+        });
+        // The runtime has looked whether this bus can; so it is one that was taken down.
+        followed.map(Follower::Durable).map_err(|error| StoreError::Unavailable {
+            reason: format!("{} cannot be followed", bus.name()),
+            source: Some(Arc::new(error)),
+        })
+    }
+
+    /// Takes what the feed has.
+    pub(super) async fn follow(&mut self) {
+        let Some(follower) = &mut self.follower else { return self.restart() };
+        self.context.set(ProjectionState::Following);
+        let news = Some(&mut self.news);
+        let until = self.timing.until().map_or(self.tick_at, |until| until.min(self.tick_at));
+        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next()).await;
+        let Some(mut item) = self.attend(heard).await else { return };
+        // What is held back already, and what comes now.
+        let held = self.pending.take().unwrap_or(Pending { events: VecDeque::new(), upto: self.applied });
+        let before = held.events.len();
+        let Pending { mut events, mut upto } = held;
+        loop {
+            match item {
+                FeedItem::Batch(batch) => {
+                    self.knows_of(batch.upto);
+                    match adjacent(batch, upto) {
+                        Some(LogBatch { upto: end, events: batch, .. }) => {
+                            let wanted = batch.iter().filter(|event| self.context.wants(event));
+                            events.extend(wanted.cloned());
+                            upto = end;
+                        }
+                        None => self.source = Source::Store,
+                    }
+                }
+                FeedItem::Lagged => {
+                    tracing::debug!(
+                        projection = self.context.name,
+                        "fell behind the feed and reads the store"
+                    );
+                    self.source = Source::Store;
+                }
+                FeedItem::Closed => {
+                    // Only at the end of the runtime, which ends this as well, or of the bus.
+                    let error = StoreError::Unavailable { reason: "the feed has ended".into(), source: None };
+                    self.source = Source::Store;
+                    self.follower = None;
+                    self.outage(&error);
+                }
+            }
+            // What has gathered meanwhile shares the transaction.
+            if self.source == Source::Store || events.len() >= self.context.options.batch {
+                break;
+            }
+            match self.follower.as_mut().and_then(Follower::try_next) {
+                Some(next) => item = next,
+                None => break,
+            }
+        }
+        if events.len() > before {
+            self.timing.arrived(self.context.options.schedule);
+        }
+        self.enqueue(events, upto);
+    }
+
+    pub(super) fn enqueue(&mut self, events: VecDeque<RecordedEvent>, upto: Position) {
+        if !events.is_empty() {
+            self.pending = Some(Pending { events, upto });
+        } else if upto > self.applied {
+            // Nothing to write but the checkpoint, and that can wait for the next tick.
+            self.applied = upto;
+            self.moved_to(upto);
+            self.tell_applied();
+        }
+    }
+
+    pub(super) fn tell_applied(&mut self) {
+        if let Some(follower) = &mut self.follower {
+            follower.applied(self.applied);
+        }
+    }
+}
