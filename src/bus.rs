@@ -20,9 +20,9 @@ pub(crate) use self::nats::line::{Line, OpenLine};
 #[cfg(feature = "nats")]
 pub use self::nats::{
     AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, HandleError, HandleOptions,
-    Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsOptions, Received, RetryPolicy,
-    StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription, SubscriptionError,
-    SubscriptionErrors, SubscriptionStats,
+    Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsEvent, NatsOptions, Received,
+    RetryPolicy, StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription,
+    SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
@@ -112,6 +112,12 @@ pub trait EventBus: Send + Sync + 'static {
     /// by the bus or be harmless (I7), and a mirror of another store's log must be refused.
     fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>>;
 
+    /// Tells the publisher of the log, on whatever node it is, that there is something new. Nobody relies on it: it may be
+    /// lost, and an error changes nothing. Does nothing by default.
+    fn hint(&self, _store: Uuid) -> BoxFuture<'_, Result<(), BusError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Subscribes to the live continuation of the log of the store with this id, and of no other. What is published after
     /// this returns is delivered, or reported as [`BusItem::Gap`].
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
@@ -132,6 +138,11 @@ pub trait BusPublisher: Send {
 
     /// Publishes the next piece; answers when the bus has confirmed all of it, with where the mirror ends now.
     fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>>;
+
+    /// Waits until [`EventBus::hint`] was called, on whatever node. Cancel-safe. By default that is never heard of.
+    fn hinted(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::pending())
+    }
 
     /// Tells followers how far the log goes, when nothing was published for a while.
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>>;

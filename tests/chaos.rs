@@ -119,7 +119,6 @@ impl Node {
             .env("CHAOS_NATS", nats)
             .env("CHAOS_ID", &id_file)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         Self { process, id_file }
@@ -176,9 +175,15 @@ impl Scene {
     }
 
     /// Waits until three nodes have 3, 3 and 2 of them.
-    async fn balanced(&self) -> Duration {
+    async fn balanced(&mut self) -> Duration {
         let began = Instant::now();
         loop {
+            // One that met a dead server while it started said so and ended: whoever runs nodes starts it again.
+            for node in &mut self.nodes {
+                if node.process.try_wait().unwrap().is_some() {
+                    *node = Node::start(&self.dir, &self.url, &self.nats.url());
+                }
+            }
             let owners = self.owners().await;
             let mut sizes: Vec<_> = self
                 .nodes

@@ -12,6 +12,12 @@ pub enum Workload {
     Catchup,
     /// A full log into a new mirror in JetStream.
     Publish,
+    /// Appends over NATS Core to a subscriber, as many as possible.
+    Deliver,
+    /// From an append over NATS Core to a subscriber, 200 times a second.
+    Latency,
+    /// Commands on four node processes.
+    Scale,
     /// Commands over NATS to a handler that does nothing.
     Dispatch,
     /// Commands over NATS to the aggregates of another node.
@@ -47,16 +53,19 @@ pub struct Args {
 }
 
 const USAGE: &str =
-    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|publish|dispatch|remote|all] [--store memory|sqlite|postgres]
+    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|publish|deliver|latency|scale|dispatch|remote|all] [--store memory|sqlite|postgres]
        [--bus local] [--callers N] [--events N] [--payload BYTES] [--runs N] [--json FILE]";
 
 impl Workload {
-    const ALL: [Workload; 7] = [
+    const ALL: [Workload; 10] = [
         Workload::Commands,
         Workload::Hot,
         Workload::Rehydrate,
         Workload::Catchup,
         Workload::Publish,
+        Workload::Deliver,
+        Workload::Latency,
+        Workload::Scale,
         Workload::Dispatch,
         Workload::Remote,
     ];
@@ -68,6 +77,9 @@ impl Workload {
             Workload::Rehydrate => "rehydrate",
             Workload::Catchup => "catchup",
             Workload::Publish => "publish",
+            Workload::Deliver => "deliver",
+            Workload::Latency => "latency",
+            Workload::Scale => "scale",
             Workload::Dispatch => "dispatch",
             Workload::Remote => "remote",
         }
@@ -77,8 +89,17 @@ impl Workload {
     pub fn bus(self) -> &'static str {
         match self {
             Workload::Publish => "nats-jetstream",
-            Workload::Dispatch | Workload::Remote => "nats-core",
+            Workload::Deliver | Workload::Latency | Workload::Dispatch | Workload::Remote => "nats-core",
             _ => "local",
+        }
+    }
+
+    /// Whether there is something to compare it with.
+    fn runs_on(self, store: StoreKind) -> bool {
+        match self {
+            Workload::Scale => store == StoreKind::Postgres,
+            Workload::Latency => store != StoreKind::Sqlite,
+            _ => true,
         }
     }
 
@@ -86,7 +107,8 @@ impl Workload {
         match self {
             Workload::Commands => &[64],
             Workload::Hot | Workload::Dispatch | Workload::Remote => &[1, 64],
-            Workload::Rehydrate | Workload::Catchup | Workload::Publish => &[1],
+            Workload::Scale => &[8],
+            _ => &[1],
         }
     }
 
@@ -98,7 +120,9 @@ impl Workload {
             (Workload::Dispatch | Workload::Remote, StoreKind::Memory) => 10_000.max(callers * 1_000),
             (Workload::Dispatch | Workload::Remote, _) => 1_000.max(callers * 200),
             (Workload::Rehydrate, _) => 10_000,
-            (Workload::Catchup | Workload::Publish, _) => 200_000,
+            (Workload::Latency, _) => 500,
+            (Workload::Scale, _) => 4_000,
+            (Workload::Catchup | Workload::Publish | Workload::Deliver, _) => 200_000,
         }
     }
 }
@@ -161,7 +185,7 @@ impl Args {
             Workload::ALL.into_iter().filter(|one| self.workload.is_none_or(|wanted| wanted == *one))
         {
             for store in StoreKind::ALL {
-                if self.store.is_some_and(|wanted| wanted != store) {
+                if self.store.is_some_and(|wanted| wanted != store) || !workload.runs_on(store) {
                     continue;
                 }
                 let callers = self.callers.map_or(workload.callers().to_vec(), |callers| vec![callers]);

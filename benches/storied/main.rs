@@ -7,8 +7,9 @@
 //!
 //! PostgreSQL is the one of `DATABASE_URL` (a schema of its own, dropped afterwards), or else a private one.
 //!
-//! Workloads: `commands`, `hot`, `rehydrate`, `catchup`, `publish` (into JetStream), `dispatch` and `remote` (commands over NATS
-//! Core), or `all` (the default). NATS is a private server.
+//! Workloads: `commands`, `hot`, `rehydrate`, `catchup`, `publish` (into JetStream), `deliver` and `latency` (from the store over
+//! NATS Core to a subscriber), `scale` (four processes on one PostgreSQL), `dispatch` and `remote` (commands over NATS Core), or
+//! `all` (the default). NATS is a private server.
 //! Ours and the limit take turns, `runs` times; the medians are printed, with their ratio and its spread. What each limit is
 //! stands beside its function in `limits.rs`.
 
@@ -22,9 +23,11 @@
 
 mod args;
 mod commands;
+mod delivery;
 mod domain;
 mod limits;
 mod measure;
+mod scale;
 mod stores;
 #[path = "../../tests/support/mod.rs"]
 mod support;
@@ -34,14 +37,20 @@ use args::{Args, Workload};
 use measure::{Comparison, Report};
 
 fn main() {
-    let args = match Args::parse(std::env::args().skip(1)) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [first, node @ ..] = arguments.as_slice()
+        && first == scale::NODE
+    {
+        return runtime.block_on(scale::node(node));
+    }
+    let args = match Args::parse(arguments.into_iter()) {
         Ok(args) => args,
         Err(message) => {
             eprintln!("{message}");
             std::process::exit(2);
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let mut reports = Vec::new();
     for plan in args.plans() {
         let mut comparisons = Vec::new();
@@ -69,6 +78,9 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Publish => workloads::publish(plan).await,
+        Workload::Deliver => delivery::deliver(plan).await,
+        Workload::Latency => delivery::latency(plan).await,
+        Workload::Scale => scale::scale(plan).await,
         Workload::Dispatch => commands::dispatch(plan).await,
         Workload::Remote => commands::remote(plan).await,
     }

@@ -7,6 +7,7 @@
 
 mod connection;
 mod core_nats;
+mod hints;
 mod jetstream;
 pub(crate) mod line;
 mod merged;
@@ -26,6 +27,7 @@ use tokio::sync::{Mutex, watch};
 use uuid::Uuid;
 
 use self::connection::Connection;
+pub use self::connection::NatsEvent;
 use self::core_nats::CorePublisher;
 use self::jetstream::MirrorPublisher;
 pub use self::jetstream::{
@@ -39,6 +41,7 @@ pub use self::subscribe::{
     StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use self::subscription::NatsSubscription;
+use self::wire::Wire;
 use super::{BusError, BusPublisher, BusScope, BusState, BusSubscription, EventBus};
 use crate::future::BoxFuture;
 
@@ -220,6 +223,14 @@ impl EventBus for NatsBus {
                     Box::new(MirrorPublisher::new(connection, names, store, options.clone())) as _
                 }
             })
+        })
+    }
+
+    fn hint(&self, store: Uuid) -> BoxFuture<'_, Result<(), BusError>> {
+        Box::pin(async move {
+            let connection = self.connection().await?;
+            connection.check()?;
+            hints::hint(&connection.client, &Wire::new(self.names(), store)).await
         })
     }
 

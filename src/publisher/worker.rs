@@ -24,6 +24,9 @@ const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// How often a standby looks whether the lease is free: how long after an orderly stop nobody publishes.
 const STANDBY_POLL: Duration = Duration::from_millis(500);
 
+/// How often at most a node hints at what it has committed.
+const HINT_EVERY: Duration = Duration::from_millis(2);
+
 /// What the actor supervises.
 pub(super) struct PublisherWork {
     shared: Arc<Shared>,
@@ -159,6 +162,7 @@ async fn stand_by(
     if shared.bus.scope() == BusScope::Process {
         return Some(None);
     }
+    let mut appended = shared.store.appended();
     loop {
         match HeldLease::take(&shared.store, NAME, shared.node, shared.options.lease).await {
             Ok(Some(lease)) => return Some(Some(lease)),
@@ -168,6 +172,7 @@ async fn stand_by(
                 shared.set(PublisherState::Standby);
                 tokio::select! {
                     () = sleep(STANDBY_POLL) => {}
+                    () = hint_at(shared, &mut appended) => {}
                     () = inbox.stopping() => return None,
                 }
             }
@@ -179,6 +184,19 @@ async fn stand_by(
             }
         }
     }
+}
+
+/// Tells the node that publishes what this one has committed, for as long as this one stands by.
+async fn hint_at(shared: &Shared, appended: &mut watch::Receiver<Position>) {
+    while appended.changed().await.is_ok() {
+        if let Err(error) = shared.bus.hint(shared.store.info().id).await {
+            // The publisher looks by itself.
+            tracing::debug!(%error, "nobody could be told of an append");
+        }
+        sleep(HINT_EVERY).await;
+    }
+    // The store is being dropped.
+    std::future::pending().await
 }
 
 /// One time of being the publisher.
@@ -243,6 +261,7 @@ impl Turn<'_> {
                 () = inbox.stopping(), if last.is_none() => {}
                 // An error says that the store is being dropped; the poll will tell.
                 Ok(()) = appended.changed() => {}
+                () = publisher.hinted() => poll = shared.options.busy_poll,
                 () = sleep(poll) => poll = poll.saturating_mul(2).min(shared.options.idle_poll),
                 () = sleep_until(beat_at) => {
                     tokio::select! {

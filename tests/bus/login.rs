@@ -7,7 +7,7 @@ use crate::harness::{self, NatsServer};
 use crate::support::*;
 
 /// Publishes and receives.
-async fn works(options: NatsOptions) -> Result<(), BusError> {
+pub async fn works(options: NatsOptions) -> Result<(), BusError> {
     let bus = quick(options).bus();
     bus.connect().await?;
     let store = store();

@@ -3,8 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
 
+mod certificates;
+mod cluster;
 mod conformance;
+mod events;
 mod faults;
+mod hints;
 mod login;
 mod mirror;
 mod oracle;

@@ -4,6 +4,7 @@ mod common;
 mod core;
 mod durable;
 mod handling;
+mod recovery;
 mod suite;
 
 use std::time::Duration;

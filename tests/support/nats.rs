@@ -76,6 +76,11 @@ impl NatsServer {
         self.process.end(Signal::SIGTERM).await;
     }
 
+    /// Sends it another signal: SIGUSR2 makes it a lame duck.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
     /// Freezes it (SIGSTOP): connections stay open and nothing answers.
     pub fn pause(&mut self) {
         self.process.pause();
@@ -121,6 +126,12 @@ impl NatsServer {
             command.arg("-js").arg("-sd").arg(self.store());
         }
         let (url, jetstream) = (self.url(), self.options.jetstream);
+        if self.options.config.iter().any(|line| line.starts_with("tls")) {
+            // What it answers is for those who have certificates.
+            let address = ("127.0.0.1", self.port.number());
+            let listens = || async move { tokio::net::TcpStream::connect(address).await.is_ok() };
+            return self.process.launch(&mut command, listens).await;
+        }
         self.process.launch(&mut command, || answers(url.clone(), jetstream)).await;
     }
 }
@@ -132,7 +143,10 @@ async fn answers(url: String, jetstream: bool) -> bool {
     let client = match options.connect(url).await {
         Ok(client) => client,
         // It wants a login that is the test's business.
-        Err(error) => return error.kind() == async_nats::ConnectErrorKind::AuthorizationViolation,
+        Err(error) => {
+            use async_nats::ConnectErrorKind::{Authentication, AuthorizationViolation};
+            return matches!(error.kind(), Authentication | AuthorizationViolation);
+        }
     };
     if jetstream {
         async_nats::jetstream::new(client).query_account().await.is_ok()

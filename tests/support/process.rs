@@ -84,6 +84,12 @@ impl Process {
         self.kill();
     }
 
+    /// Sends `signal` to the main process, which is to go on.
+    pub(super) fn signal(&self, signal: Signal) {
+        let child = self.child.as_ref().expect("it is not running");
+        kill(Pid::from_raw(child.id().cast_signed()), signal).expect("a process to signal");
+    }
+
     pub(super) fn pause(&self) {
         self.workdir.pause();
     }

@@ -1,16 +1,21 @@
 //! The one connection that carries everything, and what is known about it.
 
+mod signals;
+
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectErrorKind, Event, ServerInfo, Subscriber};
+use async_nats::{Client, ConnectErrorKind, ServerInfo, Subscriber};
 use futures_util::StreamExt;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+pub(super) use self::signals::Handler;
+pub use self::signals::NatsEvent;
+use self::signals::Signals;
 use super::options::NatsOptions;
 use crate::bus::{BusError, BusState};
 use crate::supervised::Task;
@@ -44,39 +49,8 @@ pub(super) struct Connection {
     signals: Arc<Signals>,
     link: watch::Sender<Link>,
     answer_timeout: Duration,
+    handler: Handler,
     _watcher: Task,
-}
-
-/// What async-nats tells us.
-#[derive(Default)]
-struct Signals {
-    overflows: AtomicU64,
-    closed: AtomicBool,
-    /// The last thing that went wrong.
-    error: Mutex<Option<String>>,
-    news: Notify,
-}
-
-impl Signals {
-    fn tell(&self, event: Event) {
-        match event {
-            Event::SlowConsumer(_) => _ = self.overflows.fetch_add(1, Ordering::Relaxed),
-            Event::Closed => self.closed.store(true, Ordering::Relaxed),
-            Event::LameDuckMode => tracing::warn!("the NATS server is about to shut down (lame duck mode)"),
-            Event::ServerError(error) => self.failed(error.to_string()),
-            Event::ClientError(error) => self.failed(error.to_string()),
-            Event::Connected | Event::Disconnected | Event::Draining => {}
-        }
-        self.news.notify_one();
-    }
-
-    fn failed(&self, error: String) {
-        *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-    }
-
-    fn error(&self) -> Option<String> {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
 }
 
 impl Connection {
@@ -141,6 +115,8 @@ impl Connection {
             link: link.clone(),
             state: state.clone(),
             session: session(&client.server_info()),
+            handler: options.handler.clone(),
+            told: Told::default(),
         };
         // Whoever has connected finds the state to say so.
         watcher.look();
@@ -151,6 +127,7 @@ impl Connection {
             signals,
             link,
             answer_timeout: options.answer_timeout,
+            handler: options.handler.clone(),
             _watcher: Task::spawn(watcher.run()),
         })
     }
@@ -222,7 +199,14 @@ impl Connection {
 
     /// Ends it: what was given to it goes out first, if that is possible within `patience`.
     pub(super) async fn close(&self, patience: Duration) {
-        self.link.send_modify(|link| (link.up, link.closed) = (false, true));
+        let mut was_closed = false;
+        self.link.send_modify(|link| {
+            link.up = false;
+            was_closed = std::mem::replace(&mut link.closed, true);
+        });
+        if !was_closed {
+            self.handler.tell(NatsEvent::Closed);
+        }
         if !self.owned {
             return;
         }
@@ -255,6 +239,16 @@ struct Watcher {
     state: watch::Sender<BusState>,
     /// The one that was seen last.
     session: (String, u64),
+    handler: Handler,
+    told: Told,
+}
+
+/// What the user's handler knows.
+#[derive(Default)]
+struct Told {
+    up: bool,
+    overflows: u64,
+    lame_ducks: u64,
 }
 
 impl Watcher {
@@ -284,11 +278,32 @@ impl Watcher {
             let now = Link { up, sessions: link.sessions + u64::from(another), overflows, ..*link };
             std::mem::replace(link, now) != now
         });
+        let lost = || disconnected(&self.to, self.signals.error());
         let state = match check_version(&info, &self.to) {
-            _ if !up => BusState::Disconnected { reason: disconnected(&self.to, self.signals.error()) },
+            _ if !up => BusState::Disconnected { reason: lost() },
             Ok(()) => BusState::Connected { to: format!("nats-server {} at {}", info.version, self.to) },
             Err(error) => BusState::Disconnected { reason: error.to_string() },
         };
+        let shown = match &state {
+            BusState::Connected { to } => to.clone(),
+            _ => self.to.clone(),
+        };
+        // It may have been away and back since the last look.
+        if self.told.up && (!up || another) {
+            self.handler.tell(NatsEvent::Disconnected { reason: lost() });
+            self.told.up = false;
+        }
+        if up && !self.told.up {
+            self.handler.tell(NatsEvent::Connected { to: shown });
+            self.told.up = true;
+        }
+        if overflows > std::mem::replace(&mut self.told.overflows, overflows) {
+            self.handler.tell(NatsEvent::SlowConsumer { overflows });
+        }
+        let lame_ducks = self.signals.lame_ducks.load(Ordering::Relaxed);
+        if lame_ducks > std::mem::replace(&mut self.told.lame_ducks, lame_ducks) {
+            self.handler.tell(NatsEvent::LameDuck);
+        }
         self.state.send_if_modified(|known| {
             let news = *known != state;
             if news && up != matches!(known, BusState::Connected { .. }) {

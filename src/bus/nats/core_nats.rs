@@ -3,6 +3,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::connection::{Connection, Echo, unavailable};
+use super::hints::Hints;
 use super::subjects::Names;
 use super::wire::{Outgoing, Wire};
 use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
@@ -15,6 +16,7 @@ pub(super) struct CorePublisher {
     connection: Arc<Connection>,
     wire: Wire,
     echo: Echo,
+    hints: Hints,
 }
 
 impl CorePublisher {
@@ -24,8 +26,10 @@ impl CorePublisher {
         store: Uuid,
     ) -> Result<Self, BusError> {
         let wire = Wire::new(names, store);
-        let echo = connection.ask("opening a publisher", Echo::new(&connection.client)).await?;
-        Ok(Self { connection, wire, echo })
+        let client = &connection.client;
+        let opening = async { Ok((Hints::new(client, &wire).await?, Echo::new(client).await?)) };
+        let (hints, echo) = connection.ask("opening a publisher", opening).await?;
+        Ok(Self { connection, wire, echo, hints })
     }
 
     async fn send(
@@ -64,6 +68,10 @@ impl BusPublisher for CorePublisher {
             // Nothing is kept, so nothing has a number.
             Ok(MirrorEnd { position: batch.upto, sequence: 0 })
         })
+    }
+
+    fn hinted(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(self.hints.next())
     }
 
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {

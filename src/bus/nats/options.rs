@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 
+use super::connection::{Handler, NatsEvent};
 use super::jetstream::JetStreamOptions;
 use super::subjects::{Names, Subjects};
 use super::wire::percent_decoded;
@@ -47,6 +48,7 @@ pub struct NatsOptions {
     pub(super) connection_timeout: Duration,
     pub(super) answer_timeout: Duration,
     subscription_capacity: usize,
+    pub(super) handler: Handler,
 }
 
 /// Who we say that we are.
@@ -97,6 +99,7 @@ impl NatsOptions {
             connection_timeout: Duration::from_secs(2),
             answer_timeout: Duration::from_secs(5),
             subscription_capacity: 65_536,
+            handler: Handler::default(),
         }
     }
 
@@ -234,6 +237,15 @@ impl NatsOptions {
     #[must_use]
     pub fn subscription_capacity(mut self, messages: usize) -> Self {
         self.subscription_capacity = messages.max(1);
+        self
+    }
+
+    /// Calls this with everything that happens to the connection, each once: it must not block. A borrowed connection only
+    /// tells when it comes and goes. What counts without being told is [`NatsBus::watch_state`], and
+    /// [`RuntimeStatus::bus`](crate::runtime::RuntimeStatus::bus).
+    #[must_use]
+    pub fn on_event(mut self, handler: impl Fn(NatsEvent) + Send + Sync + 'static) -> Self {
+        self.handler = Handler::new(handler);
         self
     }
 

@@ -170,15 +170,21 @@ impl Names {
         format!("{}.head", self.namespace)
     }
 
+    /// Where nodes say that they have committed something.
+    pub(super) fn hints(&self) -> String {
+        format!("{}.hint", self.namespace)
+    }
+
     /// Refuses subjects of events that are those of something else, too: in the stream, a heartbeat would count as an event.
     pub(super) fn check(&self) -> Result<(), BusError> {
-        let head = self.head();
-        for subject in self.mapping.all() {
-            if Pattern::new(subject).is_ok_and(|pattern| pattern.matches(&head)) {
+        let own = [self.head(), self.hints(), format!("{}.dead.x", self.namespace)];
+        for (subject, own) in self.mapping.all().iter().flat_map(|all| own.iter().map(move |own| (all, own)))
+        {
+            if Pattern::new(subject).is_ok_and(|pattern| pattern.matches(own)) {
                 return Err(BusError::Incompatible {
                     reason: format!(
-                        "the subjects of events, {subject:?}, contain {head:?}, where the end of the log is announced; choose \
-                         another namespace, or narrower Subjects"
+                        "the subjects of events, {subject:?}, contain {own:?}, which is for something else; choose another \
+                         namespace, or narrower Subjects"
                     ),
                 });
             }

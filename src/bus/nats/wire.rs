@@ -50,6 +50,7 @@ const METADATA: &[u8] = b"\x68metadata\xd8\x18";
 pub(super) struct Wire {
     mapping: Mapping,
     head: String,
+    hints: String,
     store: HeaderValue,
     store_id: Uuid,
 }
@@ -87,6 +88,7 @@ impl Wire {
         Self {
             mapping: names.mapping.clone(),
             head: names.head(),
+            hints: names.hints(),
             store: HeaderValue::from(store.hyphenated().to_string()),
             store_id: store,
         }
@@ -100,6 +102,11 @@ impl Wire {
     /// Where the end of the log is announced.
     pub(super) fn head(&self) -> &str {
         &self.head
+    }
+
+    /// Where nodes say that they have committed something.
+    pub(super) fn hints(&self) -> &str {
+        &self.hints
     }
 
     pub(super) fn store_id(&self) -> Uuid {
@@ -138,10 +145,25 @@ impl Wire {
         Outgoing { subject: self.head.clone(), headers: self.headers(head), body: Bytes::new() }
     }
 
-    fn headers(&self, position: Position) -> HeaderMap {
+    /// The message that says that there is something new.
+    pub(super) fn hint(&self) -> Outgoing {
+        Outgoing { subject: self.hints.clone(), headers: self.own_headers(), body: Bytes::new() }
+    }
+
+    /// Whether a message is of this store's, whatever it says.
+    pub(super) fn is_ours(&self, headers: Option<&HeaderMap>) -> bool {
+        self.accept(headers).is_ok()
+    }
+
+    fn own_headers(&self) -> HeaderMap {
         let mut headers = HeaderMap::new();
         headers.insert(WIRE, FORMAT);
         headers.insert(STORE, self.store.clone());
+        headers
+    }
+
+    fn headers(&self, position: Position) -> HeaderMap {
+        let mut headers = self.own_headers();
         headers.insert(POSITION, HeaderValue::from(position.get()));
         headers
     }

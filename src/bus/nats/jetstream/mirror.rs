@@ -9,6 +9,7 @@ use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageErrorKind
 use uuid::Uuid;
 
 use super::super::connection::{Connection, silent, unavailable};
+use super::super::hints::Hints;
 use super::super::subjects::Names;
 use super::super::wire::{Outgoing, Reject, Wire};
 use super::stream::{Content, ensure, incompatible, info, other_store, refused};
@@ -28,6 +29,7 @@ pub(in super::super) struct MirrorPublisher {
     /// The stream's name.
     name: String,
     options: JetStreamOptions,
+    hints: Option<Hints>,
     /// Of [`resume`](BusPublisher::resume), and everything behind it.
     turn: Option<Turn>,
 }
@@ -57,7 +59,7 @@ impl MirrorPublisher {
             .max_ack_inflight(options.window)
             .build(connection.client.clone());
         let (wire, name) = (Wire::new(names, store), options.name(names.namespace()));
-        Self { connection, jetstream, wire, name, options, turn: None }
+        Self { connection, jetstream, wire, name, options, hints: None, turn: None }
     }
 
     /// Finds the mirror's end.
@@ -267,6 +269,8 @@ impl BusPublisher for MirrorPublisher {
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async move {
             self.turn = None;
+            let (client, wire) = (&self.connection.client, &self.wire);
+            self.hints = Some(self.connection.ask("listening for hints", Hints::new(client, wire)).await?);
             let turn =
                 self.connection.while_up("looking for the end of the mirror", self.look(known)).await?;
             let end = turn.end;
@@ -294,6 +298,13 @@ impl BusPublisher for MirrorPublisher {
             self.turn = Some(turn);
             Ok(end)
         })
+    }
+
+    fn hinted(&mut self) -> BoxFuture<'_, ()> {
+        match &mut self.hints {
+            Some(hints) => Box::pin(hints.next()),
+            None => Box::pin(std::future::pending()),
+        }
     }
 
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {

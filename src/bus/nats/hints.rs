@@ -1,0 +1,38 @@
+use async_nats::{Client, Subscriber};
+use futures_util::{FutureExt, StreamExt};
+
+use super::connection::unavailable;
+use super::merged::subscribe;
+use super::wire::{Outgoing, Wire};
+use crate::bus::BusError;
+
+/// What other nodes say when they have committed something. Droppable: whoever listens looks by itself, too.
+pub(super) struct Hints {
+    messages: Subscriber,
+    wire: Wire,
+}
+
+impl Hints {
+    pub(super) async fn new(client: &Client, wire: &Wire) -> Result<Self, BusError> {
+        Ok(Self { messages: subscribe(client, wire.hints(), None).await?, wire: wire.clone() })
+    }
+
+    /// Waits for a hint; several that are here already are one. Cancel-safe.
+    pub(super) async fn next(&mut self) {
+        while let Some(message) = self.messages.next().await {
+            if self.wire.is_ours(message.headers.as_ref()) {
+                while self.messages.next().now_or_never().flatten().is_some() {}
+                return;
+            }
+        }
+        // The connection is closed, which whoever publishes finds out by publishing.
+        std::future::pending().await
+    }
+}
+
+/// Says it.
+pub(super) async fn hint(client: &Client, wire: &Wire) -> Result<(), BusError> {
+    let Outgoing { subject, headers, body } = wire.hint();
+    let sent = client.publish_with_headers(subject, headers, body).await;
+    sent.map_err(|error| unavailable("hinting at something new".into(), error))
+}

@@ -1,0 +1,162 @@
+//! TLS, mutual TLS and credentials files, on the connection that carries the data.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nkeys::KeyPair;
+use storied::bus::{BusError, NatsOptions};
+
+use crate::harness::{self, NatsServer};
+use crate::login::works;
+
+/// A certificate authority of the test's own, a server's certificate and a client's.
+struct Certificates {
+    dir: tempfile::TempDir,
+}
+
+impl Certificates {
+    fn make() -> Self {
+        let made = Self { dir: tempfile::TempDir::new().unwrap() };
+        made.openssl(&format!("req -x509 {KEY} -days 30 -subj /CN=ca -keyout ca.key -out ca.pem"));
+        for (name, extension) in
+            [("server", "subjectAltName=IP:127.0.0.1"), ("client", "extendedKeyUsage=clientAuth")]
+        {
+            made.openssl(&format!("req {KEY} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
+            fs::write(made.path("extensions"), extension).unwrap();
+            made.openssl(&format!(
+                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 30 -extfile extensions -out {name}.pem"
+            ));
+        }
+        made
+    }
+
+    fn openssl(&self, arguments: &str) {
+        let output = Command::new("openssl").args(arguments.split(' ')).current_dir(self.dir.path()).output();
+        let output = output.expect("openssl, to make certificates");
+        assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    async fn server(&self, more: &str) -> NatsServer {
+        let file = |name| self.path(name).display().to_string();
+        let (cert, key, ca) = (file("server.pem"), file("server.key"), file("ca.pem"));
+        let tls = format!("tls {{ cert_file: {cert:?}, key_file: {key:?}, ca_file: {ca:?}, {more} }}");
+        NatsServer::start(harness::NatsOptions { config: vec![tls], ..harness::NatsOptions::core() }).await
+    }
+}
+
+const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+
+fn incompatible_or_unavailable(error: &BusError) -> bool {
+    matches!(error, BusError::Unavailable { .. } | BusError::Incompatible { .. })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_and_mutual_tls_carry_the_data() {
+    let certificates = Certificates::make();
+    let plain = certificates.server("").await;
+    let mutual = certificates.server("verify: true").await;
+    let first = certificates.server("handshake_first: true").await;
+    let core = |server: &NatsServer| NatsOptions::core().url(server.url());
+    let trusting = |server| core(server).require_tls(true).root_certificates(certificates.path("ca.pem"));
+    let known = |server| {
+        trusting(server).client_certificate(certificates.path("client.pem"), certificates.path("client.key"))
+    };
+    works(trusting(&plain)).await.unwrap();
+    works(known(&mutual)).await.unwrap();
+    works(trusting(&first).tls_first()).await.unwrap();
+    for wrong in [
+        // Not trusted; not known; a server without TLS where it is required.
+        core(&plain).require_tls(true),
+        trusting(&mutual),
+        core(&NatsServer::start(harness::NatsOptions::core()).await).require_tls(true),
+        trusting(&plain).client_certificate("/no/such/file", "/no/such/file"),
+    ] {
+        let error = works(wrong).await.unwrap_err();
+        assert!(incompatible_or_unavailable(&error), "{error}");
+    }
+}
+
+/// A JWT as nats-server has it: claims of `subject`, signed by `issuer`.
+fn jwt(issuer: &KeyPair, subject: &KeyPair, name: &str, nats: serde_json::Value) -> String {
+    let claims = serde_json::json!({
+        "jti": name, "iat": 1_700_000_000, "iss": issuer.public_key(), "name": name, "sub": subject.public_key(), "nats": nats,
+    });
+    let head = serde_json::json!({ "typ": "JWT", "alg": "ed25519-nkey" });
+    let signed =
+        format!("{}.{}", base64url(head.to_string().as_bytes()), base64url(claims.to_string().as_bytes()));
+    let signature = issuer.sign(signed.as_bytes()).unwrap();
+    format!("{signed}.{}", base64url(&signature))
+}
+
+fn base64url(bytes: &[u8]) -> String {
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let bits =
+            chunk.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        for digit in 0..=chunk.len() {
+            text.push(char::from(DIGITS[(bits >> (18 - 6 * digit)) as usize & 63]));
+        }
+    }
+    text
+}
+
+fn credentials(path: &Path, jwt: &str, user: &KeyPair) {
+    let seed = user.seed().unwrap();
+    fs::write(
+        path,
+        format!(
+            "-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n-----BEGIN USER NKEY \
+             SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+        ),
+    )
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_credentials_file_of_an_account() {
+    let (operator, account, user) = (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_user());
+    let unlimited = serde_json::json!({
+        "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1,
+    });
+    let operator_jwt =
+        jwt(&operator, &operator, "storied", serde_json::json!({ "type": "operator", "version": 2 }));
+    let account_jwt = jwt(
+        &operator,
+        &account,
+        "shop",
+        serde_json::json!({ "type": "account", "version": 2, "limits": unlimited }),
+    );
+    let of = |name: &str, issuer: &KeyPair, user: &KeyPair| {
+        let nats = serde_json::json!({ "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 });
+        jwt(issuer, user, name, nats)
+    };
+    let config = vec![
+        format!("operator: {operator_jwt}"),
+        "resolver: MEMORY".into(),
+        format!("resolver_preload: {{ {}: {account_jwt} }}", account.public_key()),
+    ];
+    let server = NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::core() }).await;
+    let dir = tempfile::TempDir::new().unwrap();
+    let core = || NatsOptions::core().url(server.url());
+    let right = dir.path().join("right.creds");
+    credentials(&right, &of("ann", &account, &user), &user);
+    works(core().credentials_file(&right)).await.unwrap();
+
+    // Of an account that this server does not know; with the key of somebody else; without.
+    let stranger = KeyPair::new_account();
+    let wrong = dir.path().join("wrong.creds");
+    credentials(&wrong, &of("eve", &stranger, &user), &user);
+    let stolen = dir.path().join("stolen.creds");
+    credentials(&stolen, &of("ann", &account, &user), &KeyPair::new_user());
+    for options in [core().credentials_file(&wrong), core().credentials_file(&stolen), core()] {
+        let error = works(options).await.unwrap_err();
+        let shown = format!("{error} {error:?}");
+        assert!(matches!(error, BusError::Incompatible { .. }) && !shown.contains("SU"), "{shown}");
+    }
+}

@@ -1,0 +1,49 @@
+//! What one node commits, another one publishes: at once, although it looks only now and then.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use storied::testing::Node;
+use storied::{EventStore, PublisherState, SqliteStore};
+use tokio::time::Instant;
+
+use crate::harness::{self, NatsServer};
+use crate::support::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_on_another_node_is_published_long_before_the_next_look() {
+    for kind in NATS {
+        let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+        let dir = tempfile::TempDir::new().unwrap();
+        let long = Duration::from_secs(600);
+        let start = async || {
+            // Two handles on one file, as two processes have: neither sees what the other appends.
+            let store: Arc<dyn EventStore> =
+                Arc::new(SqliteStore::open(dir.path().join("events.db")).await.unwrap());
+            let looks = publishing().idle_poll(long).busy_poll(long).heartbeat(long);
+            let bus = Arc::new(options(kind, &server).bus());
+            (Node::start(store.clone(), bus, blind(), looks).await, store)
+        };
+        let (one, here) = start().await;
+        eventually("one publishes", || one.publisher().state == PublisherState::Publishing).await;
+        let (two, there) = start().await;
+        eventually("two stands by", || two.publisher().state == PublisherState::Standby).await;
+        let mut subscription = subscribe(&options(kind, &server).bus(), &here).await;
+        let mut at = here.frontier().await.unwrap();
+        let mut waits = Vec::new();
+        for n in 0..20 {
+            let start = Instant::now();
+            let head = write(&there, n, 1).await;
+            collect(&mut subscription, at, head).await;
+            waits.push(start.elapsed());
+            at = head;
+        }
+        waits.sort_unstable();
+        assert!(waits[10] < Duration::from_millis(500), "{kind:?}: {waits:?}");
+        // Many at once are few hints, and none is needed twice.
+        let head = write(&there, 99, 300).await;
+        collect(&mut subscription, at, head).await;
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
