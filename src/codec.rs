@@ -88,6 +88,48 @@ pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<
     }
 }
 
+/// What tells one content from another: the same for the same content, also when a map gives its entries in another order.
+/// Against mistakes, not against malice. Kept on disk: it must stay what it is.
+pub(crate) fn fingerprint<T: Serialize>(value: &T) -> Result<u128, SerializeError> {
+    let value = ciborium::Value::serialized(value).map_err(|error| SerializeError {
+        type_name: std::any::type_name::<T>(),
+        reason: error.to_string(),
+    })?;
+    Ok(hash(&value))
+}
+
+/// FNV-1a, with the kind of each item before its content.
+fn hash(value: &ciborium::Value) -> u128 {
+    use ciborium::Value;
+
+    const START: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    let of = |kind: u8, bytes: &[u8]| {
+        let kind = std::iter::once(&kind);
+        kind.chain(bytes).fold(START, |hash, byte| (hash ^ u128::from(*byte)).wrapping_mul(PRIME))
+    };
+    let then = |hash: u128, next: u128| (hash ^ next).wrapping_mul(PRIME);
+    match value {
+        Value::Integer(number) => of(1, &i128::from(*number).to_be_bytes()),
+        Value::Bytes(bytes) => of(2, bytes),
+        Value::Float(number) => of(3, &number.to_bits().to_be_bytes()),
+        Value::Text(text) => of(4, text.as_bytes()),
+        Value::Bool(truth) => of(5, &[u8::from(*truth)]),
+        Value::Null => of(6, &[]),
+        Value::Tag(tag, value) => then(of(7, &tag.to_be_bytes()), hash(value)),
+        Value::Array(items) => {
+            let start = of(8, &(items.len() as u64).to_be_bytes());
+            items.iter().fold(start, |all, item| then(all, hash(item)))
+        }
+        // A sum does not know in which order its parts came.
+        Value::Map(entries) => {
+            let entries = entries.iter().map(|(key, value)| then(hash(key), hash(value)));
+            then(of(9, &[]), entries.fold(0, u128::wrapping_add))
+        }
+        _ => of(0, &[]),
+    }
+}
+
 /// A `Vec<u8>` field as a CBOR byte string; serde alone would write an array of numbers.
 pub(crate) mod byte_string {
     use ciborium::Value;
@@ -103,5 +145,50 @@ pub(crate) mod byte_string {
             Value::Bytes(bytes) => Ok(bytes),
             _ => Err(D::Error::custom("expected a byte string")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use ciborium::Value;
+
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_tells_contents_apart_and_not_the_order_of_maps() {
+        let map = |entries: &[(&str, i32)]| {
+            Value::Map(entries.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect())
+        };
+        let of = |value: &Value| fingerprint(value).unwrap();
+        assert_eq!(of(&map(&[("a", 1), ("b", 2)])), of(&map(&[("b", 2), ("a", 1)])));
+        let others = [
+            map(&[("a", 1), ("b", 2)]),
+            map(&[("a", 2), ("b", 1)]),
+            map(&[("a", 1)]),
+            map(&[]),
+            Value::Array(vec![1.into(), 2.into()]),
+            Value::Array(vec![2.into(), 1.into()]),
+            Value::Array(vec![Value::Array(vec![1.into()]), 2.into()]),
+            Value::Array(vec![]),
+            Value::Null,
+            Value::Bool(false),
+            0.into(),
+            (-1).into(),
+            0.5.into(),
+            "".into(),
+            "1".into(),
+            Value::Bytes(vec![]),
+            Value::Bytes(b"1".to_vec()),
+        ];
+        for (n, one) in others.iter().enumerate() {
+            for (m, other) in others.iter().enumerate() {
+                assert_eq!(of(one) == of(other), n == m, "{one:?} and {other:?}");
+            }
+        }
+        // Kept on disk: it must stay what it is.
+        let known = BTreeMap::from([("amount", 200_u64), ("to", 17)]);
+        assert_eq!(fingerprint(&known).unwrap(), 5_334_932_053_074_692_741_925_981_755_865_334_704);
     }
 }

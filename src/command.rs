@@ -11,8 +11,10 @@
 //!                          └── silence: the same command, same id, to the next one
 //! ```
 
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
 mod bus;
 mod dispatched;
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
 mod envelope;
 mod execute;
 mod follow;
@@ -20,11 +22,13 @@ mod handler;
 #[cfg(feature = "nats")]
 mod nats;
 mod policy;
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
 mod registry;
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
 mod wire;
 
-pub use self::bus::CommandBus;
 pub(crate) use self::bus::Commands;
+pub use self::bus::{CommandBus, CommandBusStatus};
 pub use self::dispatched::{Dispatched, Report};
 pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};

@@ -20,7 +20,8 @@
 //!   [`SqliteStore`] and [`PostgresStore`];
 //! - [`bus`]: the port that carries the log to others, with [`LocalBus`] and [`NatsBus`]; [`publisher`] moves the log to it,
 //!   the [`feed`] is a process's repaired view of it;
-//! - [`aggregate`]: decide and fold, pipelined ahead of the disk; [`command`]: receipts, deadlines, command ids;
+//! - [`aggregate`]: decide and fold, pipelined ahead of the disk; [`command`]: to the one actor that owns it, here or on another
+//!   node, and handlers for what is no aggregate's;
 //! - [`projection`]: catch up, follow, checkpoint together with the read model;
 //! - [`runtime`]: puts them together, supervises them, takes them down in order;
 //! - [`testing`](https://docs.rs/storied) (feature `testing`): `given(events).when(command).then(events)`, and the suite
@@ -65,6 +66,7 @@ pub use self::bus::{EventBus, LocalBus};
 #[cfg(feature = "nats")]
 pub use self::bus::{NatsBus, NatsOptions};
 pub use self::codec::{Codec, Upcasters};
+pub use self::command::{CommandBus, Handler};
 pub use self::event::{
     DecodeError, EncodeError, Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId,
     Version,

@@ -18,8 +18,8 @@ use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
 use crate::bus::{BusState, EventBus, LocalBus};
 use crate::command::{
-    CommandBus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus, Registry, Request,
-    StartRouterError,
+    CommandBus, CommandBusStatus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus,
+    Registry, Request, StartRouterError,
 };
 use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
@@ -210,6 +210,8 @@ pub struct RuntimeStatus {
     pub aggregates: Vec<RouterStatus>,
     /// The handlers, by name.
     pub handlers: Vec<HandlerStatus>,
+    /// How commands get at other nodes.
+    pub commands: CommandBusStatus,
     /// The connection to the bus.
     pub bus: BusState,
     /// The publisher.
@@ -551,6 +553,7 @@ impl Runtime {
             writer: self.inner.writer.status(),
             aggregates: self.inner.commands.registry().aggregates(),
             handlers: self.inner.commands.registry().handlers(),
+            commands: self.inner.commands.status(),
             bus: self.inner.bus.state(),
             publisher,
             feed: self.inner.feed.status(),

@@ -216,6 +216,7 @@ fn check_log(log: &[RecordedEvent], journal: &str, accounts: u64) {
             AccountEvent::Deposited { transfer, amount } => {
                 (Some(transfer), "deposited", amount.cast_signed())
             }
+            AccountEvent::Refused { transfer, .. } => (Some(transfer), "refused", 0),
             AccountEvent::Declined { transfer, .. } => (Some(transfer), "declined", 0),
             AccountEvent::Refunded { transfer, amount } => (Some(transfer), "refunded", amount.cast_signed()),
         };
@@ -238,7 +239,7 @@ fn check_log(log: &[RecordedEvent], journal: &str, accounts: u64) {
         let refunded = vec![("withdrawn", from, -amount), ("declined", to, 0), ("refunded", from, amount)];
         match end {
             "committed" => assert_eq!(found, committed, "{line}"),
-            _ => assert!(found.is_empty() || found == refunded, "{line}: {found:?}"),
+            _ => assert!(found == [("refused", from, 0)] || found == refunded, "{line}: {found:?}"),
         }
     }
     assert!(transfers.is_empty(), "transfers that nobody was told of: {transfers:?}");

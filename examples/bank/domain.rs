@@ -2,13 +2,12 @@
 //!
 //! A transfer withdraws from one account and deposits on the other; when the deposit is declined, it refunds. It may be cut
 //! off anywhere, and be tried again from the start, here or on another node, also while an earlier attempt that everybody
-//! took for dead still runs. Three things make that safe:
+//! took for dead still runs. Two things make that safe:
 //!
 //! - the commands to the accounts have the same ids in every attempt, so each takes effect once;
-//! - what decides how the transfer goes on is a fact in an account's stream. A deposit that is declined is an event, not an
-//!   error: an error leaves nothing behind, and the next attempt, on a day when there is room, would deposit what the
-//!   first one has refunded;
-//! - a withdrawal may be refused with an error, since nothing has happened then and the transfer is over.
+//! - what decides how the transfer goes on is a fact in an account's stream. A withdrawal or deposit that is declined is an
+//!   event, not an error: an error leaves nothing behind, and another attempt, a moment later, would find money or room
+//!   where the first one found none, and move what the first one has said is not moved.
 
 use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext};
@@ -38,11 +37,31 @@ pub(crate) enum AccountCommand {
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum AccountEvent {
-    Opened { balance: u64 },
-    Withdrawn { transfer: Uuid, amount: u64 },
-    Deposited { transfer: Uuid, amount: u64 },
-    Declined { transfer: Uuid, amount: u64 },
-    Refunded { transfer: Uuid, amount: u64 },
+    Opened {
+        balance: u64,
+    },
+    Withdrawn {
+        transfer: Uuid,
+        amount: u64,
+    },
+    /// There was not enough on the account.
+    Refused {
+        transfer: Uuid,
+        amount: u64,
+    },
+    Deposited {
+        transfer: Uuid,
+        amount: u64,
+    },
+    /// There would have been too much.
+    Declined {
+        transfer: Uuid,
+        amount: u64,
+    },
+    Refunded {
+        transfer: Uuid,
+        amount: u64,
+    },
 }
 
 impl Event for AccountEvent {
@@ -53,11 +72,9 @@ impl Event for AccountEvent {
 pub(crate) enum AccountError {
     #[error("there is no such account")]
     NotOpen,
-    #[error("the balance is {balance}, and {amount} are too much")]
-    NotEnough { balance: u64, amount: u64 },
 }
 
-/// Whether a deposit was taken.
+/// Whether money was taken, from the account or onto it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Taken {
     Yes,
@@ -81,8 +98,8 @@ impl Aggregate for Account {
         let (event, taken) = match *command {
             AccountCommand::Open if self.open => return Ok(Decision::none().reply(Taken::Yes)),
             AccountCommand::Open => (AccountEvent::Opened { balance: OPENING }, Taken::Yes),
-            AccountCommand::Withdraw { amount, .. } if amount > self.balance => {
-                return Err(AccountError::NotEnough { balance: self.balance, amount });
+            AccountCommand::Withdraw { transfer, amount } if amount > self.balance => {
+                (AccountEvent::Refused { transfer, amount }, Taken::No)
             }
             AccountCommand::Withdraw { transfer, amount } => {
                 (AccountEvent::Withdrawn { transfer, amount }, Taken::Yes)
@@ -108,7 +125,7 @@ impl Aggregate for Account {
             AccountEvent::Deposited { amount, .. } | AccountEvent::Refunded { amount, .. } => {
                 self.balance += amount;
             }
-            AccountEvent::Declined { .. } => {}
+            AccountEvent::Refused { .. } | AccountEvent::Declined { .. } => {}
         }
     }
 }
@@ -126,8 +143,8 @@ pub(crate) struct Transfer {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
 pub(crate) enum TransferError {
-    #[error("account {account} has {balance}, which is less than {amount}")]
-    NotEnough { account: u64, balance: u64, amount: u64 },
+    #[error("account {account} has less than {amount}")]
+    NotEnough { account: u64, amount: u64 },
     #[error("account {account} takes no more; the money is back")]
     Declined { account: u64 },
     #[error("there is no account {account}")]
@@ -147,21 +164,14 @@ impl Handler for Transfers {
     ) -> Result<(), HandleError<TransferError>> {
         let transfer = context.command_id();
         let withdraw = AccountCommand::Withdraw { transfer, amount };
-        if let Err(error) = context.execute::<Account>(from, withdraw).await {
-            return Err(match error.rejection() {
-                Some(AccountError::NotEnough { balance, .. }) => {
-                    HandleError::Rejected(TransferError::NotEnough {
-                        account: from,
-                        balance: *balance,
-                        amount,
-                    })
-                }
-                Some(AccountError::NotOpen) => {
-                    HandleError::Rejected(TransferError::NoAccount { account: from })
-                }
-                // It is not known whether the money is gone: the next attempt will find out.
-                None => error.into(),
-            });
+        match context.execute::<Account>(from, withdraw).await {
+            Ok(receipt) if receipt.reply == Taken::Yes => {}
+            Ok(_) => return Err(HandleError::Rejected(TransferError::NotEnough { account: from, amount })),
+            Err(error) if error.rejection() == Some(&AccountError::NotOpen) => {
+                return Err(HandleError::Rejected(TransferError::NoAccount { account: from }));
+            }
+            // It is not known whether the money is gone: the next attempt will find out.
+            Err(error) => return Err(error.into()),
         }
         let deposit = AccountCommand::Deposit { transfer, amount };
         let refused = match context.execute::<Account>(to, deposit).await {

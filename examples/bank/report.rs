@@ -36,6 +36,7 @@ pub(crate) struct Report {
 #[derive(Debug, Default)]
 struct Steps {
     withdrawn: Vec<(String, u64)>,
+    refused: u64,
     deposited: Vec<(String, u64)>,
     declined: u64,
     refunded: Vec<(String, u64)>,
@@ -76,6 +77,7 @@ impl Report {
                         report.overdrafts += u64::from(*balance < 0);
                         steps.entry(transfer).or_default().withdrawn.push((account.to_owned(), amount));
                     }
+                    AccountEvent::Refused { transfer, .. } => steps.entry(transfer).or_default().refused += 1,
                     AccountEvent::Deposited { transfer, amount } => {
                         *balance += i128::from(amount);
                         steps.entry(transfer).or_default().deposited.push((account.to_owned(), amount));
@@ -95,8 +97,9 @@ impl Report {
             after = page.scanned_to;
         }
         report.total_after = balances.values().sum();
-        for Steps { withdrawn, deposited, declined, refunded } in steps.values() {
-            let counts = [withdrawn.len() as u64, deposited.len() as u64 + declined, refunded.len() as u64];
+        for Steps { withdrawn, refused, deposited, declined, refunded } in steps.values() {
+            let counts =
+                [withdrawn.len() as u64 + refused, deposited.len() as u64 + declined, refunded.len() as u64];
             report.duplicates += counts.iter().map(|count| count.saturating_sub(1)).sum::<u64>();
         }
         for one in settled {
@@ -139,16 +142,16 @@ impl Steps {
     /// Whether these are the steps of a transfer that ended like that.
     fn fits(&self, Transfer { from, to, amount }: &Transfer, end: End) -> bool {
         let (from, to) = ([(from.to_string(), *amount)], [(to.to_string(), *amount)]);
+        let nothing_came = self.deposited.is_empty() && self.declined == 0 && self.refunded.is_empty();
         match end {
             End::Committed => {
                 self.withdrawn == from
+                    && self.refused == 0
                     && self.deposited == to
                     && self.declined == 0
                     && self.refunded.is_empty()
             }
-            End::Refused if self.withdrawn.is_empty() => {
-                self.deposited.is_empty() && self.declined == 0 && self.refunded.is_empty()
-            }
+            End::Refused if self.refused == 1 => self.withdrawn.is_empty() && nothing_came,
             End::Refused => {
                 self.withdrawn == from
                     && self.deposited.is_empty()

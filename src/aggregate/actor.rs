@@ -28,6 +28,8 @@ pub(crate) type Answer<A> = Result<Receipt<<A as Aggregate>::Reply>, ExecuteErro
 pub(crate) struct Order<A: Aggregate> {
     pub(crate) command: A::Command,
     pub(crate) command_id: Uuid,
+    /// Tells the command's content from another's: an id belongs to one command.
+    pub(crate) content: u64,
     pub(crate) metadata: Metadata,
     /// What the caller expects of the aggregate's version.
     pub(crate) expected: ExpectedVersion,
@@ -172,6 +174,10 @@ impl<A: Aggregate> AggregateActor<A> {
         if let Some(pending) = state.pending.iter_mut().find(|pending| {
             pending.order.command_id == order.command_id && matches!(pending.decided, Decided::Events { .. })
         }) {
+            if pending.order.content != order.content {
+                let command_id = order.command_id;
+                return answer(order.reply, Err(ExecuteError::SameId { command_id }));
+            }
             return pending.repeated.push((order, load));
         }
         let folded = match &mut state.folded {
@@ -307,11 +313,11 @@ impl<A: Aggregate> AggregateActor<A> {
                 metadata: metadata.clone(),
             });
         }
-        let reply = to_cbor(reply)?;
-        if reply != NO_REPLY
-            && let Some(last) = encoded.last_mut()
-        {
-            last.metadata = Metadata { reply, ..order.metadata.clone() }.encode()?;
+        if let Some(last) = encoded.last_mut() {
+            let reply = to_cbor(reply)?;
+            let reply = if reply == NO_REPLY { Vec::new() } else { reply };
+            let content = Some(order.content);
+            last.metadata = Metadata { reply, content, ..order.metadata.clone() }.encode()?;
         }
         Ok(encoded)
     }
@@ -405,13 +411,6 @@ impl<A: Aggregate> AggregateActor<A> {
 
     /// The first receipt of a command that took effect before: its reply is with its last event.
     async fn repeat(&self, order: &Order<A>, record: CommandRecord) -> Answer<A> {
-        let receipt = |reply| record.receipt(order.command_id, &self.stream, reply);
-        // A type without content has one value, which nobody stored.
-        if size_of::<A::Reply>() == 0
-            && let Ok(reply) = from_cbor(&NO_REPLY)
-        {
-            return Ok(receipt(reply));
-        }
         // It took effect: whatever is wrong here, nobody may be told that nothing happened.
         let unknown = |reason| ExecuteError::OutcomeUnknown {
             command_id: order.command_id,
@@ -419,11 +418,16 @@ impl<A: Aggregate> AggregateActor<A> {
         };
         let before = Version::new(record.last.get() - 1);
         let events = self.shared.store.read_stream(&self.stream, before, 1).await;
-        let stored = match events.map_err(|error| unknown(error.to_string()))?.first() {
-            Some(event) => event.decode_metadata().map_err(|error| unknown(error.to_string()))?.reply,
-            None => Vec::new(),
+        let metadata = match events.map_err(|error| unknown(error.to_string()))?.first() {
+            Some(event) => event.decode_metadata().map_err(|error| unknown(error.to_string()))?,
+            None => Metadata::default(),
         };
-        from_cbor(if stored.is_empty() { &NO_REPLY } else { &stored }).map(receipt).map_err(unknown)
+        // Events of others, and of older programs, do not say.
+        if metadata.content.is_some_and(|content| content != order.content) {
+            return Err(ExecuteError::SameId { command_id: order.command_id });
+        }
+        let reply = from_cbor(if metadata.reply.is_empty() { &NO_REPLY } else { &metadata.reply });
+        reply.map(|reply| record.receipt(order.command_id, &self.stream, reply)).map_err(unknown)
     }
 
     /// Nothing is under way any more: throws away what was speculated, and decides what waits on what really happened.

@@ -1,6 +1,7 @@
 //! The way from whoever gives a command to whoever handles it.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -32,12 +33,12 @@ const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// owns it. There is no way to share its messages out over a queue group, since that would take commands to nodes that do
 /// not own them:
 ///
-/// ```compile_fail
+/// ```compile_fail,E0599
 /// # use storied::command::CommandBus;
 /// let bus = CommandBus::nats("nats://127.0.0.1:4222").queue_group("workers");
 /// ```
 ///
-/// ```compile_fail
+/// ```compile_fail,E0308
 /// # use storied::{NatsBus, Runtime};
 /// let bus = NatsBus::core("nats://127.0.0.1:4222");
 /// let builder = Runtime::builder().commands(bus);
@@ -134,12 +135,32 @@ impl CommandBus {
     }
 }
 
+/// How a node gets at the other ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CommandBusStatus {
+    /// Commands stay within this process.
+    Local,
+    /// Commands reach these other nodes.
+    Connected {
+        /// What they are called, by name; those among them that were not heard lately are asked last.
+        nodes: Vec<String>,
+    },
+    /// There is no connection. It is being tried, without end.
+    Disconnected {
+        /// Why not.
+        reason: String,
+    },
+}
+
 /// What gives commands holds this.
 pub(crate) struct Commands {
     policy: Policy,
     /// Set before the runtime has started.
     registry: OnceLock<Registry>,
     follow: OnceLock<Box<dyn Follow>>,
+    /// Set when the end begins: only what handlers have begun may give commands.
+    closing: AtomicBool,
     #[cfg(feature = "nats")]
     nats: OnceLock<NatsNode>,
 }
@@ -159,6 +180,7 @@ impl Commands {
             policy,
             registry: OnceLock::new(),
             follow: OnceLock::new(),
+            closing: AtomicBool::new(false),
             #[cfg(feature = "nats")]
             nats: OnceLock::new(),
         })
@@ -182,6 +204,7 @@ impl Commands {
 
     /// Takes no more commands and waits for those under way. How many had no answer at the deadline.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
+        self.closing.store(true, Ordering::Release);
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
             nats.leave().await;
@@ -196,6 +219,14 @@ impl Commands {
 
     pub(crate) fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    pub(crate) fn status(&self) -> CommandBusStatus {
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            return nats.status();
+        }
+        CommandBusStatus::Local
     }
 
     pub(crate) fn registry(&self) -> &Registry {
@@ -221,8 +252,12 @@ impl Commands {
         kind: Kind,
         name: &'static str,
         info: &CommandInfo<'_>,
+        envelope: &Envelope,
         able: bool,
     ) -> Result<Way, ExecuteError<E>> {
+        if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
+            return Err(ExecuteError::ShuttingDown);
+        }
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
             let id;

@@ -41,6 +41,11 @@ impl Envelope {
         Self { id, metadata, until: Some(until), ..Self::new() }
     }
 
+    /// Whether another command is being handled that needs this one.
+    pub(super) fn is_nested(&self) -> bool {
+        self.until.is_some()
+    }
+
     pub(super) fn set_assign(&mut self, timeout: Duration) {
         self.assign = timeout;
     }

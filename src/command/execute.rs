@@ -12,7 +12,8 @@ use super::handler::{GiveWay, give_way};
 use super::wire::{About, Kind, Outcome};
 use super::{CommandInfo, Dispatched, ExecuteError, Receipt};
 use crate::aggregate::{Aggregate, Order};
-use crate::event::{Event, StreamId};
+use crate::codec::fingerprint;
+use crate::event::{EncodeError, Event, StreamId};
 use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
 
@@ -79,7 +80,7 @@ impl<A: Aggregate> Execute<A> {
         let info =
             CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
         let local = commands.registry().router::<A>().filter(|_| commands.policy().takes(&info));
-        let way = commands.way(Kind::Aggregate, category, &info, local.is_some())?;
+        let way = commands.way(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(router)) = (&way, local) {
             match router.admit(deadline.instant()).await {
                 Ok(permit) => {
@@ -87,6 +88,7 @@ impl<A: Aggregate> Execute<A> {
                     let watch = watched(&commands, &envelope.metadata, category, Some(&key));
                     let (reply, answer) = oneshot();
                     let order = Order {
+                        content: fingerprint(&command).map_err(EncodeError::from)? as u64,
                         command,
                         command_id: envelope.id,
                         metadata: envelope.metadata.clone(),

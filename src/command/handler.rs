@@ -25,8 +25,10 @@ use super::ExecuteError;
 /// record. A node can die while it handles a command, though, before anything is recorded; the command is then handled
 /// again, here or elsewhere, by a new attempt that starts from the beginning. So `handle` must bear to be repeated. The
 /// commands that it gives through its [context](HandlerContext) do: in every attempt they have the same ids, and take
-/// effect once. What decides the way that it goes on must come from their replies, not from a clock, chance, or a look
-/// into something that may have changed meanwhile.
+/// effect once. What decides the way that it goes on must be the same in every attempt, too: the reply of a command that
+/// caused events is, since it is stored with them. A clock, chance, or a look into a read model are not. Nor is an
+/// aggregate's refusal: it leaves no trace, and the same command may be accepted a moment later. Where a *no* decides
+/// something, let the aggregate make an event of it and say so in its reply.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
@@ -36,10 +38,10 @@ use super::ExecuteError;
 /// # #[derive(Debug, Serialize, Deserialize)] enum AccountEvent { Changed }
 /// # impl Event for AccountEvent { const CATEGORY: &'static str = "account"; }
 /// # #[derive(Serialize, Deserialize)] enum AccountCommand { Withdraw(u64), Deposit(u64) }
-/// # #[derive(Debug, Serialize, Deserialize, thiserror::Error)] #[error("too little")] struct TooLittle;
+/// # #[derive(Debug, Serialize, Deserialize, thiserror::Error)] #[error("never")] struct Never;
 /// # impl Aggregate for Account {
-/// #     type Event = AccountEvent; type Command = AccountCommand; type Reply = (); type Error = TooLittle;
-/// #     fn handle(&self, _: &AccountCommand, _: &Context<'_>) -> Result<Decision<AccountEvent>, TooLittle> { Err(TooLittle) }
+/// #     type Event = AccountEvent; type Command = AccountCommand; type Reply = bool; type Error = Never;
+/// #     fn handle(&self, _: &AccountCommand, _: &Context<'_>) -> Result<Decision<AccountEvent, bool>, Never> { Err(Never) }
 /// #     fn apply(&mut self, _: &AccountEvent) {}
 /// # }
 ///
@@ -62,9 +64,9 @@ use super::ExecuteError;
 ///
 ///     async fn handle(&self, transfer: &Transfer, context: &HandlerContext) -> Result<(), HandleError<TransferError>> {
 ///         let withdraw = AccountCommand::Withdraw(transfer.amount);
-///         match context.execute::<Account>(&transfer.from, withdraw).await {
-///             Err(error) if error.rejection().is_some() => return Err(HandleError::Rejected(TransferError::NotEnough)),
-///             other => _ = other?,
+///         let withdrawn = context.execute::<Account>(&transfer.from, withdraw).await?.reply;
+///         if !withdrawn {
+///             return Err(HandleError::Rejected(TransferError::NotEnough));
 ///         }
 ///         context.execute::<Account>(&transfer.to, AccountCommand::Deposit(transfer.amount)).await?;
 ///         Ok(())

@@ -22,7 +22,7 @@ use self::attempts::attempts;
 use self::calls::Calls;
 use self::link::{Link, run};
 use self::presence::Table;
-use super::bus::{CommandBus, Commands, Way};
+use super::bus::{CommandBus, CommandBusStatus, Commands, Way};
 use super::envelope::Deadline;
 use super::wire::{Code, CommandFrame, Failure, Kind, Outcome};
 use crate::bus::{Line, NatsOptions};
@@ -205,21 +205,22 @@ impl NatsNode {
         Self { shared, line, in_flight: Arc::new(Semaphore::new(limit)), _run: task }
     }
 
+    pub(super) fn status(&self) -> CommandBusStatus {
+        match &*self.shared.link.borrow() {
+            Link::Up { .. } => CommandBusStatus::Connected { nodes: self.shared.table.names() },
+            Link::Down { reason } => CommandBusStatus::Disconnected { reason: reason.clone() },
+        }
+    }
+
     /// Where a command goes first; why not anywhere.
     pub(super) fn way(&self, kind: Kind, name: &str, spread: &str, able: bool) -> Result<Way, String> {
         let shared = &self.shared;
         if let Link::Down { reason } = &*shared.link.borrow() {
             return if able { Ok(Way::Here { others: false }) } else { Err(reason.clone()) };
         }
-        let able = able && !*shared.draining.borrow();
         let own = able.then_some((shared.name.as_str(), shared.incarnation));
-        let candidates = shared.table.candidates(kind, name, spread, own, shared.silence());
-        Ok(match candidates.first() {
-            Some(first) if first.incarnation == shared.incarnation => {
-                Way::Here { others: candidates.len() > 1 }
-            }
-            _ => Way::There,
-        })
+        let (owner, candidates) = shared.table.owner(kind, name, spread, own, shared.silence());
+        Ok(if owner == Some(shared.incarnation) { Way::Here { others: candidates > 1 } } else { Way::There })
     }
 
     /// Sends a command to whoever takes it. Answers when somebody has accepted it if the frame asks for that, else at once.

@@ -8,15 +8,16 @@ use chrono::Utc;
 use ractor::concurrency::oneshot;
 use ractor::{ActorCell, ActorId};
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::ExecuteError;
 use super::bus::Commands;
 use super::envelope::Deadline;
 use super::handler::{Handled, Handler, HandlerRouter, HandlerStatus, Job};
 use super::policy::CommandInfo;
-use super::wire::{Code, CommandFrame, Done, Failure, Kind, Outcome, fingerprint, lost_reply, tell_receipt};
+use super::wire::{Code, CommandFrame, Done, Failure, Kind, Outcome, lost_reply, tell_receipt};
 use crate::aggregate::{Aggregate, Order, Router, RouterStatus};
-use crate::codec::{from_cbor, to_cbor};
+use crate::codec::{fingerprint, from_cbor, to_cbor};
 use crate::event::{Event, Metadata};
 use crate::future::BoxFuture;
 
@@ -144,6 +145,10 @@ fn contents<C: serde::de::DeserializeOwned>(frame: &CommandFrame) -> Result<(C, 
     Ok((command, Metadata::decode(&frame.metadata).map_err(unreadable)?))
 }
 
+fn content<C: serde::Serialize>(command: &C) -> Result<u128, Failure> {
+    fingerprint(command).map_err(|error| Failure::new(Code::Refused, error.to_string()))
+}
+
 /// Whether this node takes the command at all.
 fn filtered(commands: &Commands, info: &CommandInfo<'_>) -> Result<(), Failure> {
     let refused = || Failure::new(Code::Refused, format!("a filter does not take command {}", info.id));
@@ -207,6 +212,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
             }
             let (reply, answer) = oneshot();
             let order = Order {
+                content: content(&command)? as u64,
                 command,
                 command_id: frame.id,
                 metadata: metadata.clone(),
@@ -261,8 +267,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             let key = H::key(&command);
             let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
             filtered(commands, &info)?;
-            let fingerprint =
-                fingerprint(&command).map_err(|error| Failure::new(Code::Refused, error.to_string()))?;
+            let fingerprint = Uuid::from_u128(content(&command)?);
             let permit = match self.admit(deadline.instant()).await {
                 Ok(permit) => permit,
                 Err(error) => return refused(error),

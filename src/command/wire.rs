@@ -318,32 +318,3 @@ pub(crate) fn read_reply<R: DeserializeOwned, E>(reply: &[u8], id: Uuid) -> Resu
         reason: format!("it did take effect, but its reply cannot be read: {error}"),
     })
 }
-
-/// What tells one content of a command from another: the same for the same content, also when the order of a map differs.
-pub(crate) fn fingerprint<C: Serialize>(command: &C) -> Result<Uuid, SerializeError> {
-    use ciborium::Value;
-
-    fn sort(value: &mut Value) {
-        match value {
-            Value::Map(entries) => {
-                entries.iter_mut().for_each(|(key, value)| {
-                    sort(key);
-                    sort(value);
-                });
-                entries.sort_by(|(one, _), (other, _)| {
-                    one.partial_cmp(other).unwrap_or(std::cmp::Ordering::Equal)
-                });
-            }
-            Value::Array(items) => items.iter_mut().for_each(sort),
-            Value::Tag(_, value) => sort(value),
-            _ => {}
-        }
-    }
-
-    let mut value = Value::serialized(command).map_err(|error| SerializeError {
-        type_name: std::any::type_name::<C>(),
-        reason: error.to_string(),
-    })?;
-    sort(&mut value);
-    Ok(Uuid::new_v5(&Uuid::NAMESPACE_OID, &to_cbor(&value)?))
-}

@@ -10,7 +10,7 @@ use super::EncodeError;
 ///
 /// The command that caused an event stands beside the metadata, as
 /// [`RecordedEvent::command_id`](super::RecordedEvent::command_id). Stored as a CBOR map with the keys `correlation`,
-/// `causation`, `traceparent`, `tracestate`, `user` and `reply`; absent values take no space, unknown keys are ignored.
+/// `causation`, `traceparent`, `tracestate`, `user`, `reply` and `content`; absent values take no space, unknown keys are ignored.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
     /// What ties together everything that one request from outside set off. Absent: the command's own id.
@@ -31,6 +31,9 @@ pub struct Metadata {
     /// The encoded reply of the command, on its last event: a repeated command is answered with it (I8). Empty: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "crate::codec::byte_string")]
     pub(crate) reply: Vec<u8>,
+    /// A fingerprint of the command's content, on its last event: the same id with another content is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) content: Option<u64>,
 }
 
 impl Metadata {

@@ -55,6 +55,7 @@ suite! {
     what_came_with_the_command_is_with_its_events,
     an_expected_version_is_checked_where_the_aggregate_is,
     one_may_wait_for_a_projection,
+    what_was_accepted_is_finished_before_a_node_ends,
 }
 
 fn note(n: u64) -> Work {
@@ -212,6 +213,7 @@ async fn commands_with_a_key_run_one_at_a_time_in_order(kind: Kind) {
         let work = Work::Keyed { key: "k".into(), n, wait: n == 0 };
         all.push(cluster.caller.command::<Worker>(work).dispatch().await.unwrap());
     }
+    eventually("begun", || cluster.shared.begun() == 1).await;
     // Another key does not wait.
     let other = Work::Keyed { key: "other".into(), n: 100, wait: false };
     cluster.caller.command::<Worker>(other).await.unwrap();
@@ -349,6 +351,15 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     cluster.open();
     waiting.await.unwrap();
     assert_eq!(cluster.seen(), [1, 1]);
+    // An aggregate has it in its stream.
+    let id = Uuid::now_v7();
+    let add = |n, from: &str| cluster.caller.execute::<Counter>(from, Add(n)).command_id(id);
+    assert_eq!(add(1, "a").await.unwrap().reply, 1);
+    let error = add(2, "a").await.unwrap_err();
+    assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
+    assert_eq!(add(1, "a").await.unwrap().reply, 1);
+    // To another aggregate it is another command.
+    assert_eq!(add(2, "b").await.unwrap().reply, 2);
     cluster.stop().await;
 }
 
@@ -510,4 +521,24 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     let unknown = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap();
     assert!(unknown.applied.unwrap_err().reason.contains("no projection \"fast\""));
     cluster.stop().await;
+}
+
+/// With the commands that it gives itself, while nobody else's are taken any more.
+async fn what_was_accepted_is_finished_before_a_node_ends(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let work = Work::CountLater { id: "a".into(), add: 2 };
+    let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
+    eventually("begun", || cluster.shared.begun() == 1).await;
+    let all = if kind == Kind::Local { vec![cluster.caller.clone()] } else { cluster.workers.clone() };
+    let ending: Vec<_> = all.iter().map(|node| tokio::spawn(node.clone().shutdown())).collect();
+    for node in &all {
+        while !matches!(node.execute::<Counter>("b", Add(1)).await, Err(ExecuteError::ShuttingDown)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    cluster.open();
+    assert_eq!(dispatched.await.unwrap().reply, 2);
+    for ended in ending {
+        ended.await.unwrap().unwrap();
+    }
 }

@@ -123,6 +123,11 @@ pub enum Work {
         limit: u64,
         wait: bool,
     },
+    /// Waits, and adds to a counter then.
+    CountLater {
+        id: String,
+        add: u64,
+    },
     /// Commands this handler itself, so many levels deep.
     Nest(u64),
     Refuse {
@@ -190,6 +195,10 @@ impl Handler for Worker {
                     return Err(HandleError::Failed("as told".into()));
                 }
                 Ok(total)
+            }
+            Work::CountLater { id, add } => {
+                opened().await;
+                Ok(context.execute::<Counter>(id, Add(*add)).await?.reply)
             }
             Work::Nest(0) => Ok(0),
             Work::Nest(depth) => Ok(context.command::<Worker>(Work::Nest(depth - 1)).await?.reply + 1),

@@ -14,7 +14,7 @@ use storied::{EventStore, ExecuteError, Position, Runtime, SqliteStore};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::domain::{Add, Counter, WorkError};
+use crate::domain::{Add, AddUpTo, Counter, WorkError};
 use crate::harness::NatsServer;
 use crate::support::*;
 
@@ -114,6 +114,17 @@ impl Node {
     fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.process.id().cast_signed()), signal).unwrap();
     }
+
+    /// Stops it, and returns when none of its threads runs any more: on a busy machine that takes a while.
+    async fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+        let threads = format!("/proc/{}/task", self.process.id());
+        let stands = |thread: fs::DirEntry| {
+            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T'))
+        };
+        eventually("stopped", || fs::read_dir(&threads).unwrap().filter_map(Result::ok).all(stands)).await;
+    }
 }
 
 impl Drop for Node {
@@ -183,7 +194,7 @@ async fn a_node_that_is_killed_before_it_accepts() {
     let one = Node::spawn(&setting, "one").ready().await;
     let two = Node::spawn(&setting, "two");
     // Both know the first by its beats, so it gets the command, and cannot take it.
-    one.signal(Signal::SIGSTOP);
+    one.pause().await;
     let command = setting.caller.command::<Gated>(Pass { stop: "nowhere".into() }).timeout(PATIENCE);
     let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
     tokio::time::sleep(BEAT / 2).await;
@@ -210,7 +221,7 @@ async fn a_node_that_is_killed_between_commit_and_answer() {
 async fn a_node_that_is_paused_in_the_middle_changes_nothing_when_it_wakes() {
     for stop in ["before", "after"] {
         let pause = async |setting: &Setting, one: &Node| {
-            one.signal(Signal::SIGSTOP);
+            one.pause().await;
             setting.open();
             setting.exists("two-ended").await;
             one.signal(Signal::SIGCONT);
@@ -220,13 +231,36 @@ async fn a_node_that_is_paused_in_the_middle_changes_nothing_when_it_wakes() {
     }
 }
 
+/// A refusal of one node is no answer while another one has the command, too, and may yet decide otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_is_not_certain_while_another_node_may_have_the_command() {
+    let setting = Setting::new().await;
+    let one = Node::spawn(&setting, "one").ready().await;
+    setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
+    let two = Node::spawn(&setting, "two");
+    one.pause().await;
+    let command = setting.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 1 });
+    let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
+    let two = two.ready().await;
+    let error = answer.await.unwrap().unwrap_err();
+    let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
+    assert!(reason.contains("one fell silent") && reason.contains("the total is 1"), "{reason}");
+    // With nobody else to have it, it is.
+    drop(one);
+    let command = setting.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 1 });
+    let error = command.await.unwrap_err();
+    assert!(error.rejection().is_some(), "{error}");
+    drop(two);
+    setting.caller.shutdown().await.unwrap();
+}
+
 /// What NATS delivers after the deadline is dropped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_that_comes_late_is_never_executed() {
     let setting = Setting::new().await;
     let one = Node::spawn(&setting, "one").ready().await;
     setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
-    one.signal(Signal::SIGSTOP);
+    one.pause().await;
     let id = Uuid::now_v7();
     let started = Instant::now();
     let late = setting.caller.execute::<Counter>("a", Add(1)).command_id(id);

@@ -2,13 +2,16 @@ use std::fmt;
 use std::sync::Arc;
 
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::actor::Job;
 use super::{GiveWay, Handled, Handler, give_way};
+use crate::codec::fingerprint;
 use crate::command::bus::{Commands, Way, watched};
 use crate::command::envelope::{Envelope, envelope_setters};
-use crate::command::wire::{About, Done, Kind, Outcome, fingerprint, read_reply};
+use crate::command::wire::{About, Done, Kind, Outcome, read_reply};
 use crate::command::{CommandInfo, Dispatched, ExecuteError};
+use crate::event::EncodeError;
 use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
 
@@ -56,12 +59,12 @@ impl<H: Handler> Request<H> {
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
         let local = commands.registry().handler::<H>().filter(|_| commands.policy().takes(&info));
-        let way = commands.way(Kind::Handler, H::NAME, &info, local.is_some())?;
+        let way = commands.way(Kind::Handler, H::NAME, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(local)) = (&way, local) {
             match local.admit(deadline.instant()).await {
                 Ok(permit) => {
                     let job = Job {
-                        fingerprint: fingerprint(&command).map_err(crate::event::EncodeError::from)?,
+                        fingerprint: Uuid::from_u128(fingerprint(&command).map_err(EncodeError::from)?),
                         command,
                         id: envelope.id,
                         metadata: envelope.metadata.clone(),

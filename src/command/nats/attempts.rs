@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::Shared;
 use super::calls::{Ear, Heard};
-use super::link::Link;
+use super::link::{Link, Others};
 use super::presence::Candidate;
 use super::serve::{deadline as frame_deadline, take};
 use crate::bus::OpenLine;
@@ -120,7 +120,7 @@ impl Attempts {
                 (_, Link::Down { reason }) if self.unanswered.is_empty() => {
                     break Err(Failure::new(Code::Unavailable, reason));
                 }
-                (None, Link::Up { settled: true, .. }) if self.unanswered.is_empty() => {
+                (None, Link::Up { others: Others::Known, .. }) if self.unanswered.is_empty() => {
                     break Err(self
                         .refusal
                         .take()
@@ -151,7 +151,7 @@ impl Attempts {
         let able = shared.commands.upgrade().is_some_and(|commands| {
             commands.registry().endpoint(self.frame.kind, &self.frame.name).is_some()
         });
-        let own = (able && !*shared.draining.borrow()).then_some((shared.name.as_str(), shared.incarnation));
+        let own = able.then_some((shared.name.as_str(), shared.incarnation));
         let id;
         let key = match &self.frame.key {
             Some(key) => key,

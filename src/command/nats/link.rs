@@ -17,8 +17,8 @@ use crate::codec::{from_cbor, to_cbor};
 use crate::command::wire::{FORMAT, Kind, Reply};
 use crate::supervised::Task;
 
-/// How long after a connect the others have answered, if they are there.
-const SETTLE: Duration = Duration::from_millis(250);
+/// How long after a connect the others have answered as a rule.
+const GREETING: Duration = Duration::from_millis(250);
 
 /// Whoever asks who is there is answered at once, but not more often than this.
 const ANSWER: Duration = Duration::from_millis(20);
@@ -35,14 +35,26 @@ pub(super) enum Link {
         inbox: Arc<str>,
         /// The how-manieth connection: replies may have been lost with the one before.
         session: u64,
-        /// Whether the others have had the time to say that they are there.
-        settled: bool,
+        /// What is known of the others.
+        others: Others,
     },
 }
 
+/// What is known of the other nodes since there is a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Others {
+    /// They were asked who they are.
+    Asked,
+    /// They have had the time to answer, if they are as quick as usual.
+    Greeted,
+    /// Whoever was not heard by now is not there.
+    Known,
+}
+
 impl Link {
+    /// Whether it is worth giving commands to others.
     pub(super) fn is_settled(&self) -> bool {
-        matches!(self, Link::Up { settled: true, .. })
+        matches!(self, Link::Up { others: Others::Greeted | Others::Known, .. })
     }
 
     /// The session, if there is one.
@@ -65,7 +77,9 @@ struct Ears {
 /// Keeps the node in touch with the others, until its connection is closed.
 pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
     let down = |error: BusError| _ = shared.link.send_replace(Link::Down { reason: error.to_string() });
-    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
+    // Everybody is back before the others give up looking for them.
+    let longest = (shared.beat * 2).min(Duration::from_secs(2));
+    let mut backoff = Backoff::new(longest.min(Duration::from_millis(100)), longest);
     let mut outage = false;
     let (line, mut ears) = loop {
         let opened = async {
@@ -96,16 +110,17 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
             }
         }
         shared.table.listening();
-        let up = |settled| {
+        let up = |others| {
             let (line, inbox, session) = (line.clone(), ears.inbox.clone(), state.session);
-            shared.link.send_replace(Link::Up { line, inbox, session, settled })
+            shared.link.send_replace(Link::Up { line, inbox, session, others })
         };
-        up(false);
+        up(Others::Asked);
         announce(&shared, line.client(), true).await;
-        // Behind an outage the others come back one by one; at a start they are there, or are not.
-        let settle = if outage { shared.silence() } else { SETTLE };
+        let connected = Instant::now();
+        // At a start the others are there, or are not; behind an outage they come back one by one.
+        let known = if outage { shared.silence() } else { shared.beat * 3 / 2 }.max(GREETING * 2);
         outage = true;
-        let mut settled = Some(Instant::now() + settle);
+        let mut next = Some((connected + GREETING, Others::Greeted));
         let mut beats = tokio::time::interval(shared.beat);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         beats.reset();
@@ -128,9 +143,12 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                     announce(&shared, line.client(), false).await;
                     shared.table.sweep(shared.silence());
                 }
-                () = sleep_until(settled.unwrap_or_else(Instant::now)), if settled.is_some() => {
-                    settled = None;
-                    up(true);
+                () = sleep_until(next.map_or(connected, |(at, _)| at)), if next.is_some() => {
+                    if let Some((_, others)) = next {
+                        up(others);
+                        let known = (connected + known, Others::Known);
+                        next = (others == Others::Greeted).then_some(known);
+                    }
                 }
             }
         }

@@ -131,6 +131,14 @@ impl Table {
         peers.by_incarnation.retain(|_, peer| peer.seen.max(listening).elapsed() < silence * 4);
     }
 
+    /// What the others are called.
+    pub(super) fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> =
+            self.read().by_incarnation.values().map(|peer| peer.presence.node.clone()).collect();
+        names.sort_unstable();
+        names
+    }
+
     /// Who may take a command, the owner first. `own` is this node, if it may.
     pub(super) fn candidates(
         &self,
@@ -141,22 +149,55 @@ impl Table {
         silence: Duration,
     ) -> Vec<Candidate> {
         let peers = self.read();
-        let able = peers.by_incarnation.values().filter(|peer| {
-            let Presence { aggregates, handlers, draining, .. } = &peer.presence;
-            let names = if kind == Kind::Aggregate { aggregates } else { handlers };
-            !draining
-                && peer.seen.max(peers.listening).elapsed() < silence
-                && names.iter().any(|other| other == name)
-        });
-        let others = able.map(|peer| (peer.presence.node.as_str(), peer.presence.incarnation));
-        let mut ranked: Vec<_> = others
-            .chain(own)
-            .map(|(node, incarnation)| (weight(node, name, key), node, incarnation))
-            .collect();
+        let mut ranked: Vec<_> = peers.ranked(kind, name, key, own, silence).collect();
         ranked.sort_unstable_by(|one, other| other.cmp(one));
         let candidate =
-            |(_, node, incarnation): (u64, &str, Uuid)| Candidate { node: node.to_owned(), incarnation };
+            |(_, _, node, incarnation): Ranked<'_>| Candidate { node: node.to_owned(), incarnation };
         ranked.into_iter().map(candidate).collect()
+    }
+
+    /// The first of the [`candidates`](Self::candidates), and how many there are.
+    pub(super) fn owner(
+        &self,
+        kind: Kind,
+        name: &str,
+        key: &str,
+        own: Option<(&str, Uuid)>,
+        silence: Duration,
+    ) -> (Option<Uuid>, usize) {
+        let peers = self.read();
+        let ranked = peers.ranked(kind, name, key, own, silence);
+        let (owner, count) = ranked.fold((None, 0), |(owner, count), one| (owner.max(Some(one)), count + 1));
+        (owner.map(|(_, _, _, incarnation)| incarnation), count)
+    }
+}
+
+/// A candidate: whether it was heard lately, its weight, and who it is. Who was not heard is asked when nobody else is left:
+/// that nobody listens there, NATS knows better.
+type Ranked<'a> = (bool, u64, &'a str, Uuid);
+
+impl Peers {
+    fn ranked<'a>(
+        &'a self,
+        kind: Kind,
+        name: &'a str,
+        key: &'a str,
+        own: Option<(&'a str, Uuid)>,
+        silence: Duration,
+    ) -> impl Iterator<Item = Ranked<'a>> {
+        let able = self.by_incarnation.values().filter(move |peer| {
+            let Presence { aggregates, handlers, draining, .. } = &peer.presence;
+            let names = if kind == Kind::Aggregate { aggregates } else { handlers };
+            !draining && names.iter().any(|other| other == name)
+        });
+        let others = able.map(move |peer| {
+            let heard = peer.seen.max(self.listening).elapsed() < silence;
+            (heard, peer.presence.node.as_str(), peer.presence.incarnation)
+        });
+        let own = own.map(|(node, incarnation)| (true, node, incarnation));
+        others
+            .chain(own)
+            .map(move |(heard, node, incarnation)| (heard, weight(node, name, key), node, incarnation))
     }
 }
 
@@ -232,12 +273,20 @@ mod tests {
     }
 
     #[test]
-    fn who_drains_handles_something_else_or_is_silent_is_no_candidate() {
+    fn who_drains_or_handles_something_else_is_no_candidate_and_who_is_silent_the_last() {
         let table = Table::new();
         table.heard(Presence { draining: true, ..presence("a") });
         table.heard(Presence { aggregates: Vec::new(), handlers: vec!["order".into()], ..presence("b") });
         table.heard(presence("c"));
-        let found = |silence| table.candidates(Kind::Aggregate, "order", "1", None, silence).len();
-        assert_eq!((found(SILENCE), found(Duration::ZERO)), (1, 0));
+        let own = Uuid::now_v7();
+        let found = |silence| {
+            let all = (0..50).map(|key| {
+                let own = Some(("own", own));
+                table.candidates(Kind::Aggregate, "order", &key.to_string(), own, silence)
+            });
+            all.filter(|all| all.len() == 2 && all[0].node == "c").count()
+        };
+        assert!((1..50).contains(&found(SILENCE)), "{}", found(SILENCE));
+        assert_eq!(found(Duration::ZERO), 0);
     }
 }

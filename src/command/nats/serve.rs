@@ -118,9 +118,6 @@ pub(super) async fn take(
         let reason = format!("it speaks format {FORMAT}, and the command has {}", frame.format);
         return Err(Failure::new(Code::Refused, reason));
     }
-    if *shared.draining.borrow() {
-        return Err(Failure::new(Code::ShuttingDown, "it is shutting down"));
-    }
     // NATS may deliver late: nobody waits for this any more.
     if deadline.is_over() {
         return Err(Failure::new(Code::Refused, "the command came after its deadline"));
@@ -135,6 +132,10 @@ pub(super) async fn take(
 }
 
 async fn execute(answerer: Answerer, frame: CommandFrame, _place: OwnedSemaphorePermit) {
+    if *answerer.shared.draining.borrow() {
+        let failure = Failure::new(Code::ShuttingDown, "it is shutting down");
+        return answerer.refuse(failure).await;
+    }
     let (prompt, deadline, started) = (frame.prompt, deadline(&frame), Instant::now());
     let mut answer = match take(&answerer.shared, frame, deadline).await {
         Ok(answer) => answer,
