@@ -186,6 +186,12 @@ pub trait BusPublisher: Send {
     /// that was emptied since.
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;
 
+    /// Behind [`resume`](Self::resume): the last event that the bus keeps, and where it was in the log. The log must have it
+    /// there, or it is not the log that was published. None by default, and for a bus that keeps nothing.
+    fn last_event(&self) -> Option<(Position, Uuid)> {
+        None
+    }
+
     /// Publishes the next piece; answers when the bus has confirmed all of it, with where the mirror ends now.
     fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>>;
 

@@ -21,6 +21,7 @@ pub(crate) use self::context::Surroundings;
 pub(super) use self::context::{Instance, Part, ProjectionWork, Role};
 use self::input::Follower;
 use self::ownership::News;
+use self::reading::PageAhead;
 use self::schedule::Timing;
 use self::version::Switch;
 use super::control::Control;
@@ -107,6 +108,8 @@ struct Run<'a, P, R> {
     source: Source,
     /// How many positions the next page of the store reaches: more than [`SCAN`] only to get across a hole in the log.
     scan: u64,
+    /// The page that comes after the one that is being applied: while this decodes and applies, the database works ahead.
+    ahead: Option<PageAhead>,
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
     follower: Option<Follower>,
     pending: Option<Pending>,
@@ -199,6 +202,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             applied: Position::START,
             source: Source::Store,
             scan: SCAN,
+            ahead: None,
             follower: None,
             pending: None,
             timing: Timing::default(),

@@ -11,7 +11,7 @@ use crate::bus::{BusError, BusPublisher, BusScope, EventBus, MirrorEnd, Resume};
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
 use crate::lease::HeldLease;
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, StoreError};
+use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ReadLog, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::time::after;
 
@@ -55,6 +55,13 @@ enum Interruption {
          namespace, or delete the old mirror)"
     )]
     Ahead { mirror: Position, log: Position },
+    #[error(
+        "the last event of the mirror is {mirror} at position {position}, where the log has {}: the store was restored from an \
+         older state and has gone on since, or it is a copy; give it a mirror of its own (another namespace, or delete the old \
+         mirror)",
+        log.map_or_else(|| "none".to_owned(), |id| id.to_string())
+    )]
+    Diverged { position: Position, mirror: Uuid, log: Option<Uuid> },
     #[error("the lease {NAME:?} was lost, or could not be renewed in time")]
     LeaseLost,
 }
@@ -297,6 +304,14 @@ impl Turn<'_> {
         let frontier = shared.store.frontier().await?;
         if self.end.position > frontier {
             return Err(Interruption::Ahead { mirror: self.end.position, log: frontier });
+        }
+        if let Some((position, mirror)) = publisher.last_event() {
+            let before = Position::new(position.get().saturating_sub(1));
+            let page = shared.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
+            let log = page.events.first().map(|event| event.id);
+            if log != Some(mirror) {
+                return Err(Interruption::Diverged { position, mirror, log });
+            }
         }
         // Claims the checkpoint: whoever published under an older lease is refused from here on.
         self.save().await?;

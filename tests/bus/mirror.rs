@@ -384,8 +384,12 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
         matches!(recording.node.publisher().state, PublisherState::Retrying { error } if error.contains("restored"))
     })
     .await;
-    write(&restored, 0, 3).await;
-    pause(300).await;
+    // Also when it has become longer than the mirror.
+    write(&restored, 0, 23).await;
+    eventually("stopped", || {
+        matches!(recording.node.publisher().state, PublisherState::Retrying { error } if error.contains("the log has"))
+    })
+    .await;
     assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
     assert_eq!(restored.checkpoint("publisher").await.unwrap(), Checkpoint::default());
     recording.node.kill();

@@ -197,6 +197,12 @@ impl Wire {
         Headers(self.accept(headers)?).number(&POSITION).map(Position::new)
     }
 
+    /// Reads which event a message is of, and its position.
+    pub(super) fn read_place(&self, headers: &HeaderMap) -> Result<(Position, Uuid), Reject> {
+        let headers = Headers(self.accept(Some(headers))?);
+        Ok((headers.number(&POSITION).map(Position::new)?, headers.uuid(&NATS_MESSAGE_ID)?))
+    }
+
     /// The headers, if they are ours.
     fn accept<'a>(&self, headers: Option<&'a HeaderMap>) -> Result<&'a HeaderMap, Reject> {
         let headers = in_format(headers)?;

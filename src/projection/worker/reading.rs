@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use tokio::task::JoinSet;
+
 use super::input::Follower;
 use super::{Context, Pending, Role, Run, SCAN, Source, hear};
 use crate::bus::{Follow, LogBatch};
@@ -11,31 +13,47 @@ use crate::feed::{FeedItem, adjacent};
 use crate::projection::{FollowMode, Projection, ProjectionState, ReadModel};
 use crate::store::{LogPage, ReadLog, StoreError};
 
+/// A page of the log that is being read; given up when this is dropped.
+pub(super) struct PageAhead {
+    after: Position,
+    reading: JoinSet<Result<LogPage, StoreError>>,
+}
+
+impl PageAhead {
+    /// The page. Cancel-safe.
+    async fn page(&mut self) -> Result<LogPage, StoreError> {
+        match self.reading.join_next().await {
+            Some(Ok(page)) => page,
+            ended => {
+                let reason = format!("reading the log ended without an answer: {ended:?}");
+                Err(StoreError::Unavailable { reason, source: None })
+            }
+        }
+    }
+}
+
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Drops what is under way; goes on from what is applied, when it goes on.
     pub(super) fn restart(&mut self) {
         self.pending = None;
         self.suspect = None;
         self.follower = None;
+        self.ahead = None;
         self.source = Source::Store;
     }
 
     /// Reads the next page from the store.
     pub(super) async fn read(&mut self) {
-        let Context { store, filter, options, .. } = self.context;
         if self.follower.is_none() {
             match self.listen() {
                 Ok(follower) => self.follower = Some(follower),
                 Err(error) => return self.outage(&error),
             }
         }
-        let upto = Position::new(self.applied.get().saturating_add(self.scan));
-        // Of what a partition reads, only its part makes a transaction.
-        let parts = self.context.partition.map_or(1, |partition| usize::from(partition.count()).min(8));
-        let limit = options.batch.saturating_mul(parts);
-        let read = ReadLog::after(self.applied).upto(upto).filter(filter.clone()).limit(limit);
+        let ahead = self.ahead.take().filter(|ahead| ahead.after == self.applied);
+        let mut ahead = ahead.unwrap_or_else(|| self.begin_to_read(self.applied));
         // No time limit but the store's own: a page that takes longer than a tick would never be read.
-        let heard = hear(&mut self.inbox, &mut self.lease, None, None, store.read_log(read)).await;
+        let heard = hear(&mut self.inbox, &mut self.lease, None, None, ahead.page()).await;
         match self.attend(heard).await {
             Some(Ok(page)) => {
                 let hole = page.scanned_to == self.applied && page.has_more();
@@ -52,11 +70,29 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 let LogPage { mut events, scanned_to, head } = page;
                 events.retain(|event| self.context.is_here(event));
                 self.knows_of(head);
+                if self.source == Source::Store && !hole {
+                    self.ahead = Some(self.begin_to_read(scanned_to));
+                }
                 self.enqueue(events.into(), scanned_to);
             }
             Some(Err(error)) => self.outage(&error),
             None => {}
         }
+    }
+
+    fn begin_to_read(&self, after: Position) -> PageAhead {
+        let Context { store, filter, options, partition, .. } = self.context;
+        // Of what a partition reads, only its part makes a transaction.
+        let parts = partition.map_or(1, |partition| usize::from(partition.count()).min(8));
+        let upto = Position::new(after.get().saturating_add(self.scan));
+        let read = ReadLog::after(after)
+            .upto(upto)
+            .filter(filter.clone())
+            .limit(options.batch.saturating_mul(parts));
+        let store = store.clone();
+        let mut reading = JoinSet::new();
+        reading.spawn(async move { store.read_log(read).await });
+        PageAhead { after, reading }
     }
 
     /// From now on.

@@ -94,7 +94,7 @@ statements! {
                 SELECT position FROM storied.events WHERE position > $1 AND position <= $2
                 ORDER BY position LIMIT 1) AS f",
         // Whoever holds the lowest low-water lock.
-        stall: "SELECT l.pid, coalesce(a.application_name, ''), coalesce(a.state, 'a prepared transaction'),
+        stall: "SELECT l.pid, coalesce(a.application_name, ''), coalesce(a.state, CASE WHEN l.pid IS NULL THEN 'a prepared transaction' ELSE 'hidden from this login' END),
                 coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8,
                 left(coalesce(a.query, ''), 300), l.key
             FROM (

@@ -16,6 +16,17 @@ fn soon() -> RetryPolicy {
     RetryPolicy::new().backoff(Duration::from_millis(20), Duration::from_millis(100))
 }
 
+/// What somebody makes of `note.written` who has not read its definition.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Misread {
+    Written { n: String },
+}
+
+impl Event for Misread {
+    const CATEGORY: &'static str = "note";
+}
+
 fn durable(options: ConsumerOptions) -> SubscribeOptions {
     SubscribeOptions::new().consumer(options)
 }
@@ -71,6 +82,7 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
                     // Always.
                     2 => panic!("on purpose"),
                     3 => Err(HandleError::reject("näver")),
+                    4 => Ok(drop(delivery.decode::<Misread>()?)),
                     _ => Ok(()),
                 }
             }
@@ -79,7 +91,7 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
     let mut errors = handling.errors();
     let printed = press.written(5).await;
     let mut outcomes = Vec::new();
-    for _ in 0..7 {
+    for _ in 0..8 {
         let SubscriptionError::Handler { position, outcome, .. } = error(&mut errors).await else { panic!() };
         outcomes.push((position, outcome));
     }
@@ -90,13 +102,14 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
     assert_eq!(of(1), [again, again]);
     assert_eq!(of(2), [again, again, again, "it is a dead letter now"]);
     assert_eq!(of(3), ["it is a dead letter now"]);
+    assert_eq!(of(4), ["it is a dead letter now"], "it would never decode");
     eventually("the last attempt", || attempts.lock().unwrap().get(&1).is_some_and(|all| all.len() == 3))
         .await;
     assert_eq!(attempts.lock().unwrap()[&2], [1, 2, 3, 4]);
 
     let jetstream = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let mut dead = jetstream.get_stream("STORIED_DEAD").await.unwrap();
-    assert_eq!(dead.info().await.unwrap().state.messages, 2);
+    assert_eq!(dead.info().await.unwrap().state.messages, 3);
     let letter = dead.get_raw_message(1).await.unwrap();
     let header = |name: &str| letter.headers.get(name).unwrap().as_str().to_owned();
     assert_eq!(letter.subject.as_str(), "storied.dead.note.written");

@@ -40,6 +40,8 @@ struct Turn {
     /// it, or the same one with less in it.
     session: u64,
     end: MirrorEnd,
+    /// The last event that was there.
+    last_event: Option<(Position, Uuid)>,
     /// The stream's own limit of a message, if it has one.
     largest: usize,
     /// The messages before the end are gone, and with them the knowledge whether the next events are among them: they go
@@ -69,7 +71,6 @@ impl MirrorPublisher {
         let content = Content { subjects: self.wire.events(), store: Some(self.wire.store_id()) };
         let found = ensure(&self.jetstream, client, content, &self.name, &self.options).await?;
         let largest = usize::try_from(found.config.max_message_size).unwrap_or(usize::MAX);
-        let turn = |end, feeling| Turn { session, end, largest, feeling };
         let last = found.state.last_sequence;
         let beginning = match self.options.mirror_from {
             MirrorFrom::Beginning => Position::START,
@@ -77,9 +78,11 @@ impl MirrorPublisher {
         };
         if last == 0 {
             tracing::info!(stream = self.name, after = %beginning, "the mirror of the log is new and is filled");
-            return Ok(turn(MirrorEnd { position: beginning, sequence: 0 }, false));
+            let end = MirrorEnd { position: beginning, sequence: 0 };
+            return Ok(Turn { session, end, last_event: None, largest, feeling: false });
         }
-        let kept = self.last_kept().await?;
+        let (kept, event) = self.last_kept().await?.unzip();
+        let kept: Option<MirrorEnd> = kept;
         // Whoever published meanwhile makes the end later than the one that was asked for first.
         let sequence = kept.map_or(last, |kept| kept.sequence.max(last));
         // A number from another life of the stream may be too high; one that was never noted is 0.
@@ -89,11 +92,13 @@ impl MirrorPublisher {
             MirrorEnd { position: beginning, sequence: 0 }
         });
         let feeling = end.sequence < sequence;
-        Ok(turn(MirrorEnd { position: end.position, sequence }, feeling))
+        let last_event = kept.zip(event).map(|(kept, event)| (kept.position, event));
+        let end = MirrorEnd { position: end.position, sequence };
+        Ok(Turn { session, end, last_event, largest, feeling })
     }
 
     /// The last message of ours that is still there.
-    async fn last_kept(&self) -> Result<Option<MirrorEnd>, BusError> {
+    async fn last_kept(&self) -> Result<Option<(MirrorEnd, Uuid)>, BusError> {
         let what = || format!("reading the end of the stream {}", self.name);
         let stream = self.jetstream.get_stream_no_info(&self.name).await;
         let stream = stream.map_err(|error| unavailable(what(), error))?;
@@ -114,10 +119,11 @@ impl MirrorPublisher {
         let mut sequence = newest;
         loop {
             if let Some(message) = message {
-                match self.wire.read_position(Some(&message.headers)) {
+                match self.wire.read_place(&message.headers) {
                     // Behind messages of others our last one is not the stream's last.
-                    Ok(position) if sequence == newest => return Ok(Some(MirrorEnd { position, sequence })),
-                    Ok(position) => return Ok(Some(MirrorEnd { position, sequence: newest })),
+                    Ok((position, event)) => {
+                        return Ok(Some((MirrorEnd { position, sequence: newest }, event)));
+                    }
                     Err(Reject::OtherStore(store)) => {
                         return Err(other_store(&self.name, &store, &self.wire.store_id().to_string()));
                     }
@@ -277,6 +283,10 @@ impl BusPublisher for MirrorPublisher {
             self.turn = Some(turn);
             Ok(Resume::After(end))
         })
+    }
+
+    fn last_event(&self) -> Option<(Position, Uuid)> {
+        self.turn.as_ref()?.last_event
     }
 
     fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {

@@ -1,10 +1,13 @@
 //! How often an event is handled, and when no more.
 
+use std::any::Any;
 use std::error::Error;
 use std::fmt;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+
+use crate::event::DecodeError;
 
 /// How a handler is run.
 #[derive(Debug, Clone)]
@@ -107,7 +110,8 @@ impl RetryPolicy {
     }
 }
 
-/// Why a handler failed. Made from any error by `?`, and then it is tried again.
+/// Why a handler failed. Made from any error by `?`, and then it is tried again; but a [`DecodeError`] would come every time,
+/// and gives the event up at once.
 #[derive(Debug)]
 pub struct HandleError {
     pub(super) retry: bool,
@@ -128,7 +132,8 @@ impl HandleError {
 
 impl<E: Error + Send + Sync + 'static> From<E> for HandleError {
     fn from(error: E) -> Self {
-        Self::retry(error)
+        let retry = !(&error as &dyn Any).is::<DecodeError>();
+        Self { retry, source: error.into() }
     }
 }
 
