@@ -294,8 +294,11 @@ async fn the_read_model_is_what_one_thread_makes_of_the_log() {
     let mut turn = 0;
     while Instant::now() < end {
         tokio::time::sleep(Duration::from_millis(dice.roll(500))).await;
-        let victim = dice.roll(3) as usize;
-        let (owners, node) = (scene.owners().await, scene.nodes[victim].id());
+        let (owners, first) = (scene.owners().await, dice.roll(3) as usize);
+        let owns = |node: &Node| owners.iter().flatten().any(|owner| Some(*owner) == node.id());
+        // One that has something to lose, if there is one.
+        let victim = (0..3).map(|n| (first + n) % 3).find(|&n| owns(&scene.nodes[n])).unwrap_or(first);
+        let node = scene.nodes[victim].id();
         // All of them in the shortest run, in whatever order after that.
         let what = if turn < 4 { turn } else { dice.roll(4) };
         turn += 1;
