@@ -145,8 +145,13 @@ impl Feed {
     /// Follows the log from where the feed is now.
     pub(crate) fn follow(&self) -> FeedFollower {
         let ring = self.inner.ring.upgrade().map(|ring| ring.subscribe());
-        self.inner.wanted.send_replace(true);
+        self.begin();
         FeedFollower { ring }
+    }
+
+    /// Begins to follow the log, though perhaps nobody takes what it brings: how far the log goes is of use by itself.
+    pub(crate) fn begin(&self) {
+        self.inner.wanted.send_replace(true);
     }
 
     /// How it is doing.

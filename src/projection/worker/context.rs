@@ -112,6 +112,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
         let Surroundings { store, feed, node, bus, board, .. } = surroundings;
+        // Whoever does not follow it (yet) learns from it how far the log goes.
+        feed.begin();
         let (partition, permit) = part.partition.unzip();
         let context = Arc::new(Context {
             name: instance.projection.name().to_owned(),

@@ -82,7 +82,7 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
                     // Always.
                     2 => panic!("on purpose"),
                     3 => Err(HandleError::reject("näver")),
-                    4 => Ok(drop(delivery.decode::<Misread>()?)),
+                    4 => delivery.decode::<Misread>().map(drop).map_err(HandleError::from),
                     _ => Ok(()),
                 }
             }
