@@ -10,8 +10,8 @@ use sqlx::{SqliteConnection, SqlitePool};
 use storied::bus::BusItem;
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventBus, EventStore, ExecuteError, Filter, LocalBus,
-    MemoryStore, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
+    Aggregate, Context, Decision, EncodeError, Event, EventBus, EventStore, ExecuteError, ExpectedVersion,
+    Filter, LocalBus, MemoryStore, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -177,6 +177,23 @@ async fn what_was_executed_can_be_read() {
     let unknown = runtime.projection("stock").unwrap_err();
     assert_eq!(unknown.to_string(), "there is no projection \"stock\"; this node has ledger");
     runtime.shutdown().await.unwrap();
+}
+
+/// An answer that writes nothing is not contradicted by the store either: the node's own state may be old.
+#[tokio::test]
+async fn a_node_that_another_has_overtaken_answers_from_the_log() {
+    let store = MemoryStore::new();
+    let start = || Runtime::builder().store(store.clone()).aggregate::<Account>().start();
+    let (one, other) = (start().await.unwrap(), start().await.unwrap());
+    one.execute::<Account>("a", Deposit(1)).await.unwrap();
+    let receipt = other.execute::<Account>("a", Deposit(2)).await.unwrap();
+    let expected = ExpectedVersion::Exact(receipt.version);
+    let next = one.execute::<Account>("a", Deposit(3)).expect_version(expected).await.unwrap();
+    assert_eq!((next.reply, next.version), (6, receipt.version.next()));
+    let late = other.execute::<Account>("a", Deposit(4)).expect_version(expected).await.unwrap_err();
+    assert!(matches!(late, ExecuteError::ExpectedVersion { actual, .. } if actual == next.version), "{late}");
+    one.shutdown().await.unwrap();
+    other.shutdown().await.unwrap();
 }
 
 /// A node that only takes commands does not read back what it appends. Who comes later misses nothing.

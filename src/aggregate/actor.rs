@@ -180,6 +180,7 @@ impl<A: Aggregate> AggregateActor<A> {
             }
             return pending.repeated.push((order, load));
         }
+        let fresh = state.folded.is_none();
         let folded = match &mut state.folded {
             Some(folded) => folded,
             none => match Folded::load(&*self.shared.store, &self.stream, &self.shared.options).await {
@@ -233,10 +234,23 @@ impl<A: Aggregate> AggregateActor<A> {
         let expected = folded.version;
         let pending = Pending { order, load, decided, repeated: Vec::new() };
         if events.is_empty() {
-            if state.pending.is_empty() {
-                self.settle(pending, folded);
-            } else {
-                state.pending.push_back(pending);
+            if !state.pending.is_empty() {
+                return state.pending.push_back(pending);
+            }
+            if fresh {
+                return self.settle(pending, folded);
+            }
+            // Only an append would notice that another node has written since; an answer without one has to look.
+            match folded.catch_up(&*self.shared.store, &self.stream).await {
+                Ok(()) if folded.version == expected => self.settle(pending, folded),
+                Ok(()) => {
+                    let Pending { order, load, .. } = pending;
+                    Box::pin(self.execute(myself, order, load, state)).await;
+                }
+                Err(error) => {
+                    state.folded = None;
+                    answer(pending.order.reply, Err(error.into_execute(&self.stream)));
+                }
             }
             return;
         }

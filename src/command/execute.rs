@@ -57,6 +57,8 @@ impl<A: Aggregate> Execute<A> {
     /// as if the command had failed.
     pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndFollow<A> {
         let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
+        // None at all means as long as it takes, for both.
+        let timeout = if timeout.is_zero() { crate::time::FAR } else { timeout };
         ExecuteAndFollow::new(self, commands, name.into(), timeout)
     }
 

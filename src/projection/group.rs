@@ -99,7 +99,7 @@ impl Group {
                     membership = None;
                 }
                 _ = sight.changed() => {}
-                () = sleep_until(ask_at), if membership.is_none() => {}
+                () = sleep_until(ask_at), if membership.is_none() && self.fits() => {}
                 () = async {
                     // An error says that a partition has ended: nothing changes there any more.
                     let changed = statuses.iter_mut().map(|status| Box::pin(async {

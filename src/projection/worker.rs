@@ -227,6 +227,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
         self.flush().await;
         self.give_up_switching().await;
+        self.follower = None;
         if let Some(lease) = self.lease.take() {
             lease.release().await;
         }

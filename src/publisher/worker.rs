@@ -143,7 +143,11 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         tracing::warn!(bus = shared.bus.name(), %error, "publishing was interrupted and goes on");
         shared.failed(error.to_string());
         let for_others = shared.bus.scope() == BusScope::Shared;
-        if inbox.is_stopping() && (!for_others || matches!(error, Interruption::Bus(BusError::Closed))) {
+        let hopeless = matches!(
+            error,
+            Interruption::Bus(BusError::Closed) | Interruption::Ahead { .. } | Interruption::Diverged { .. }
+        );
+        if inbox.is_stopping() && (!for_others || hopeless) {
             return;
         }
         // While stopping too: until the deadline there is still a chance to publish what other nodes wait for.

@@ -73,6 +73,7 @@ impl NatsFollower {
             consumer: None,
             unsettled: VecDeque::new(),
             number: None,
+            full: false,
             missing: None,
         };
         Ok(Self { items, applied, _task: Task::spawn(reading.run()) })
@@ -101,6 +102,8 @@ struct Reading {
     unsettled: VecDeque<(Position, Settle)>,
     /// Of the last delivery.
     number: Option<u64>,
+    /// Nothing more was asked for: the follower has as much unsettled as it may.
+    full: bool,
     /// Why something is missing that the follower has not been told of: it does not read.
     missing: Option<String>,
 }
@@ -112,7 +115,9 @@ impl Reading {
             let error = match self.attach().await {
                 Ok(why) => {
                     backoff.succeeded();
-                    self.number = None;
+                    // Known from before the gap is told of: what others are given from then on shows as a missing number.
+                    self.number = self.consumer.as_ref().and_then(Consumer::delivered);
+                    self.full = false;
                     self.unsettled.clear();
                     self.gap(why);
                     match self.pass().await {
@@ -147,6 +152,13 @@ impl Reading {
         let mut tell_at = after(ACK_WAIT / 3);
         loop {
             let room = ROOM.saturating_sub(self.unsettled.len());
+            if room == 0 {
+                self.full = true;
+            } else if std::mem::take(&mut self.full) {
+                // Before anything that comes now: the stream's limits may have removed what was not asked for, and deliveries
+                // are numbered as if it had never been.
+                self.gap("it could take no more for a while".into());
+            }
             let Some(consumer) = &mut self.consumer else { return Ok(()) };
             tokio::select! {
                 changed = self.applied.changed() => {
@@ -172,7 +184,7 @@ impl Reading {
 
     async fn take(&mut self, taken: Taken) {
         let Taken { message, settle, number, .. } = taken;
-        if self.number.replace(number).is_some_and(|last| number != last + 1) {
+        if self.number.replace(number).is_some_and(|last| number != last.wrapping_add(1)) {
             self.gap("a delivery was lost, or somebody else has had it".into());
         }
         match read_any(&message) {

@@ -2,10 +2,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use ractor::concurrency::{OneshotReceiver, OneshotSender, oneshot};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, SpawnErr};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -20,6 +22,7 @@ use crate::command::bus::Commands;
 use crate::command::{ExecuteError, Respawn};
 use crate::event::Metadata;
 use crate::store::{EventStore, StoreError};
+use crate::supervised::panic_text;
 use crate::time::after;
 
 /// The answer to a handler's command.
@@ -279,7 +282,11 @@ impl<H: Handler> HandlerActor<H> {
             let (id, key) = (job.id, job.key.clone());
             let (shared, worker, actor) = (self.0.clone(), Worker(myself.clone()), myself.clone());
             state.attempts.spawn(async move {
-                let ran = run(shared, job, worker).await;
+                // Beside the handler itself, hooks and encoders are the user's code.
+                let ran = AssertUnwindSafe(run(shared, job, worker)).catch_unwind().await;
+                let ran = ran.unwrap_or_else(|panic| {
+                    Ran::Unknown(format!("something around its handler panicked: {}", panic_text(&*panic)))
+                });
                 // An actor that is gone took its waiters with it.
                 let _ = actor.cast(Message::Ended { id, key, ran });
             });

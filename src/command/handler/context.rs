@@ -106,7 +106,11 @@ impl<H: Handler> GiveWay for Place<H> {
             if self.actor.cast(Message::Enter(place)).is_ok()
                 && let Ok(worker) = granted.await
             {
-                self.held().worker = Some(worker);
+                let mut held = self.held();
+                // Whoever has begun to wait meanwhile may need the very place.
+                let needless = if held.waits == 0 { held.worker.replace(worker) } else { Some(worker) };
+                drop(held);
+                drop(needless);
             }
         })
     }

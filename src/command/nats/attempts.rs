@@ -259,20 +259,26 @@ impl Pursuit {
         self.unanswered.values().map(String::as_str).collect::<Vec<_>>().join(", ")
     }
 
-    /// What may be said of an answer. That nothing happened is not certain while somebody else has the command, too: an
-    /// aggregate's refusal leaves no trace that would stop them. A handler's is recorded, and binds everybody.
+    /// What may be said of an answer. That nothing happened is not certain while somebody else has the command, too: neither
+    /// an aggregate's refusal nor its having nothing to do leaves a trace that would stop them. What a handler answers is
+    /// recorded and binds everybody, but not its other failures.
     fn certain(&self, outcome: Outcome) -> Outcome {
-        match outcome {
-            Outcome::Error(failure)
-                if self.frame.kind == Kind::Aggregate
-                    && !failure.is_unknown()
-                    && !self.unanswered.is_empty() =>
-            {
-                let reason =
-                    format!("{}, and another node answered: {}", self.who_is_silent(), failure.message);
+        let aggregate = self.frame.kind == Kind::Aggregate;
+        let said = match &outcome {
+            _ if self.unanswered.is_empty() => None,
+            Outcome::Done(done) => {
+                (aggregate && done.events == 0).then(|| "there was nothing to do".to_owned())
+            }
+            Outcome::Error(failure) if failure.is_unknown() => None,
+            Outcome::Error(failure) if !aggregate && failure.code == Code::Rejected => None,
+            Outcome::Error(failure) => Some(failure.message.clone()),
+        };
+        match said {
+            Some(said) => {
+                let reason = format!("{}, and another node answered: {said}", self.who_is_silent());
                 Outcome::Error(Failure::new(Code::OutcomeUnknown, reason))
             }
-            outcome => outcome,
+            None => outcome,
         }
     }
 }

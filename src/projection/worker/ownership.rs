@@ -164,6 +164,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     async fn hand_over(&mut self) {
         self.flush().await;
         let Some(lease) = self.lease.take() else { return };
+        // Before another node begins: a durable consumer would still deliver to this one.
+        self.follower = None;
         lease.release().await;
         tracing::info!(
             projection = self.context.name,

@@ -39,6 +39,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.suspect = None;
         self.follower = None;
         self.ahead = None;
+        self.timing.let_go();
         self.source = Source::Store;
     }
 
@@ -120,7 +121,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let Some(follower) = &mut self.follower else { return self.restart() };
         self.context.set(ProjectionState::Following);
         let news = Some(&mut self.news);
-        let until = self.timing.until().map_or(self.tick_at, |until| until.min(self.tick_at));
+        let held = self.pending.as_ref().and_then(|_| self.timing.until());
+        let until = held.map_or(self.tick_at, |until| until.min(self.tick_at));
         let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next()).await;
         let Some(mut item) = self.attend(heard).await else { return };
         // What is held back already, and what comes now.

@@ -46,6 +46,11 @@ impl Timing {
         self.goal = Position::START;
     }
 
+    /// Nothing is pending any more.
+    pub(super) fn let_go(&mut self) {
+        self.hold = None;
+    }
+
     pub(super) fn applied(&mut self) {
         self.hold = None;
         self.last = Some(Instant::now());

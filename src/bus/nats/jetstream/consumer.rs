@@ -67,6 +67,8 @@ struct Attached {
     last: u64,
     /// The first message that was passed over since the last look: not for us, or no longer there.
     passed: Option<u64>,
+    /// The number of the consumer's last delivery when this began.
+    delivered: u64,
 }
 
 /// What a look shows.
@@ -150,9 +152,15 @@ impl Consumer {
             look_at: after(LOOK_EVERY),
             looking: None,
             last: info.delivered.stream_sequence,
+            delivered: info.delivered.consumer_sequence,
             passed: None,
         });
         Ok(gap)
+    }
+
+    /// The number of its last delivery, to whomever, when it was attached.
+    pub(in super::super) fn delivered(&self) -> Option<u64> {
+        self.attached.as_ref().map(|attached| attached.delivered)
     }
 
     /// The next item, when there is room for that many messages (those on the way included). After an error there is

@@ -211,9 +211,13 @@ impl Queue {
         let now = Instant::now();
         let mut state = self.state();
         let mut expired = Vec::new();
-        while state.items.front().is_some_and(|item| item.due.is_some_and(|due| due <= now)) {
-            if let Some(Item { received: Received::Event(delivery), .. }) = state.items.pop_front() {
-                expired.push(delivery);
+        // A gap has no time of its own, and stays: there may be one in front.
+        for item in std::mem::take(&mut state.items) {
+            match item {
+                Item { received: Received::Event(delivery), due: Some(due), .. } if due <= now => {
+                    expired.push(delivery);
+                }
+                item => state.items.push_back(item),
             }
         }
         state.stats.dropped += expired.len() as u64;

@@ -57,6 +57,10 @@ impl Pursuit {
                     match says {
                         Says::Executed(answered) => {
                             self.unanswered.remove(&incarnation);
+                            if !current {
+                                let reason = format!("{} was sent it, too", candidate.node);
+                                self.unanswered.insert(candidate.incarnation, reason);
+                            }
                             return Ok(Attempt::Answered(answered));
                         }
                         Says::Refused(refusal) if current => {
@@ -91,6 +95,9 @@ impl Pursuit {
                 "the command has {} bytes, and a message on this NATS server at most {limit}",
                 encoded.len()
             );
+            if !self.unanswered.is_empty() {
+                return Err(self.give_up(&reason));
+            }
             return Err(Failure::new(Code::Failed, reason));
         }
         // While it is down, async-nats would keep the command and send it whenever it comes back.
