@@ -12,6 +12,7 @@ mod presence;
 mod serve;
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -148,6 +149,8 @@ struct Shared {
     limit: usize,
     link: watch::Sender<Link>,
     draining: watch::Sender<bool>,
+    /// Nobody answers any more.
+    ended: AtomicBool,
 }
 
 /// What the subjects are called.
@@ -194,6 +197,7 @@ impl NatsNode {
             limit,
             link: watch::Sender::new(Link::Down { reason: "it has not been tried yet".into() }),
             draining: watch::Sender::new(false),
+            ended: AtomicBool::new(false),
         });
         let line = Arc::new(Line::new(options));
         let task = Task::spawn(run(shared.clone(), line.clone()));
@@ -261,14 +265,25 @@ impl NatsNode {
         self.shared.draining.send_replace(true);
     }
 
-    /// Ends the connection, after every command of others has its answer (or at `deadline`) and all has gone out.
+    /// Ends the connection, after every command of others, and every one to others, has its answer (or at `deadline`) and
+    /// all has gone out.
     pub(super) async fn stop(&self, deadline: Instant) {
         let all = u32::try_from(self.shared.limit).unwrap_or(u32::MAX);
-        let answered = self.shared.places.acquire_many(all);
+        let answered =
+            async { tokio::join!(self.shared.places.acquire_many(all), self.in_flight.acquire_many(all)) };
         if tokio::time::timeout_at(deadline, answered).await.is_err() {
-            tracing::warn!("other nodes do not hear what became of their commands: they are still under way");
+            tracing::warn!(
+                "commands from or to other nodes are still under way: nobody hears what became of them"
+            );
         }
+        self.shared.ended.store(true, Ordering::Release);
         self.line.close().await;
+    }
+}
+
+impl Drop for NatsNode {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::Release);
     }
 }
 

@@ -61,6 +61,22 @@ async fn ownership_moves_with_the_nodes() {
     caller.shutdown().await.unwrap();
 }
 
+/// A node that ends waits for the answers to what it has asked others for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_ends_hears_the_answers_that_are_still_to_come() {
+    let cluster = Setup::new(Kind::Nats).start().await;
+    let asks = caller(&cluster.store, cluster.server.as_ref().unwrap()).await;
+    let work = Work::Note { n: 1, wait: true };
+    let asked = asks.command::<Worker>(work).dispatch().await.unwrap();
+    let ending = tokio::spawn(asks.shutdown());
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!ending.is_finished(), "it waits");
+    cluster.open();
+    asked.await.unwrap();
+    ending.await.unwrap().unwrap();
+    cluster.stop().await;
+}
+
 /// Commands that are given from anywhere, to whoever owns the aggregate, while nodes come and go.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_lost_or_done_twice_while_nodes_come_and_go() {

@@ -4,6 +4,7 @@ mod ask;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ractor::concurrency::{OneshotReceiver, OneshotSender, oneshot};
@@ -124,6 +125,9 @@ enum Attempt {
 impl Pursuit {
     async fn run(mut self) -> (Option<OneshotSender<Accepted>>, Outcome, Option<Duration>) {
         let answered = loop {
+            if self.shared.ended.load(Ordering::Acquire) {
+                break Err(self.give_up("this node has ended"));
+            }
             if self.deadline.is_over() {
                 break Err(self.give_up("there was no answer in time"));
             }
