@@ -207,4 +207,38 @@ mod tests {
         let known = BTreeMap::from([("amount", 200_u64), ("to", 17)]);
         assert_eq!(fingerprint(&known).unwrap(), 5_334_932_053_074_692_741_925_981_755_865_334_704);
     }
+
+    /// The node that is given a command and the one that gets it over the wire must come to the same.
+    #[test]
+    fn a_fingerprint_survives_the_wire() {
+        #[derive(serde::Serialize)]
+        enum All {
+            Of {
+                small: f32,
+                exact: f64,
+                less: i64,
+                most: u64,
+                id: uuid::Uuid,
+                at: chrono::DateTime<chrono::Utc>,
+            },
+            And(Option<u8>, Option<u8>, Vec<u8>, (), char, String, BTreeMap<u64, bool>),
+            Nothing,
+        }
+        let all = [
+            All::Of {
+                small: 0.1,
+                exact: 0.1,
+                less: i64::MIN,
+                most: u64::MAX,
+                id: uuid::Uuid::nil(),
+                at: chrono::DateTime::UNIX_EPOCH,
+            },
+            All::And(None, Some(1), vec![1, 2], (), 'x', "y".into(), BTreeMap::from([(1, true)])),
+            All::Nothing,
+        ];
+        for one in all {
+            let sent: Value = from_cbor(&to_cbor(&one).unwrap()).unwrap();
+            assert_eq!(fingerprint(&one).unwrap(), fingerprint(&sent).unwrap());
+        }
+    }
 }

@@ -145,8 +145,11 @@ fn contents<C: serde::de::DeserializeOwned>(frame: &CommandFrame) -> Result<(C, 
     Ok((command, Metadata::decode(&frame.metadata).map_err(unreadable)?))
 }
 
-fn content<C: serde::Serialize>(command: &C) -> Result<u128, Failure> {
-    fingerprint(command).map_err(|error| Failure::new(Code::Refused, error.to_string()))
+/// The fingerprint of what was sent, not of what this program makes of it: another version may know more fields.
+fn content(frame: &CommandFrame) -> Result<u128, Failure> {
+    let unreadable = |error: String| Failure::new(Code::Refused, error);
+    let sent: ciborium::Value = from_cbor(&frame.payload).map_err(|error| unreadable(error.to_string()))?;
+    fingerprint(&sent).map_err(|error| unreadable(error.to_string()))
 }
 
 /// Whether this node takes the command at all.
@@ -196,7 +199,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
     ) -> BoxFuture<'a, Result<Answering, Failure>> {
         Box::pin(async move {
             let (command, metadata) = contents::<A::Command>(&frame)?;
-            let key = frame.key.unwrap_or_default();
+            let key = frame.key.clone().unwrap_or_default();
             let info = CommandInfo { name: &frame.name, key: Some(&key), id: frame.id, metadata: &metadata };
             filtered(commands, &info)?;
             let stream = match self.stream(&key) {
@@ -212,7 +215,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
             }
             let (reply, answer) = oneshot();
             let order = Order {
-                content: content(&command)? as u64,
+                content: content(&frame)? as u64,
                 command,
                 command_id: frame.id,
                 metadata: metadata.clone(),
@@ -267,7 +270,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             let key = H::key(&command);
             let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
             filtered(commands, &info)?;
-            let fingerprint = Uuid::from_u128(content(&command)?);
+            let fingerprint = Uuid::from_u128(content(&frame)?);
             let permit = match self.admit(deadline.instant()).await {
                 Ok(permit) => permit,
                 Err(error) => return refused(error),
