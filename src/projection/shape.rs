@@ -177,14 +177,26 @@ impl Shape {
         Ok((known, known.position.max(now)))
     }
 
-    fn mismatch(&self, found: u64) -> StoreError {
-        let say = |partitions: u64| match partitions {
+    fn pieces(&self, partitions: u64) -> String {
+        match partitions {
             0 => format!("the read model of projection {} in one piece", self.name),
             _ => format!("the read model of projection {} in {partitions} partitions", self.name),
-        };
+        }
+    }
+
+    /// What is rebuilt has rows of its own, and knows of no other number of partitions.
+    fn being_rebuilt(&self, found: u64, version: u64) -> StoreError {
         StoreError::Incompatible {
-            expected: say(self.mark()),
-            found: say(found),
+            expected: self.pieces(self.mark()),
+            found: format!("{}, and version {version} of it being rebuilt", self.pieces(found)),
+            advice: "go back to that number of partitions until the rebuild is done, and reset the projection then".into(),
+        }
+    }
+
+    fn mismatch(&self, found: u64) -> StoreError {
+        StoreError::Incompatible {
+            expected: self.pieces(self.mark()),
+            found: self.pieces(found),
             advice: "the number of partitions is fixed when a projection is first started: go back to it, or reset the projection so that it is built anew".into(),
         }
     }
@@ -208,6 +220,10 @@ impl Shape {
         let most = u16::try_from(found.mark).unwrap_or(u16::MAX).max(self.partitions.unwrap_or(0));
         let mut rows = Vec::with_capacity(usize::from(most) + 2);
         if found.mark != self.mark() {
+            let versions = Versions::from(read_model.adopt(open, &self.version()).await?);
+            if let Some(rebuilt) = versions.rebuilt {
+                return Err(self.being_rebuilt(found.mark, rebuilt));
+            }
             rows.push((record, found, Checkpoint { mark: self.mark(), ..found }));
         }
         // Of another shape, nothing is known to be delivered but what every part of it had.

@@ -237,3 +237,31 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
         node.stop(PATIENCE).await.unwrap();
     }
 }
+
+/// The rows of what is rebuilt belong to the old number of partitions: it would have events twice, or lack some.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        append(&store, 0, 0..100).await;
+        let shut = Arc::new(AtomicBool::new(true));
+        let slow = behind(50, &shut);
+        let (two, handle) = start(&store, &database, &slow, Some(2), options()).await;
+        handle.rebuild().await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+
+        let (four, handle) = start(&store, &database, &slow, Some(4), options()).await;
+        let error = handle.reset().await.unwrap_err().to_string();
+        assert!(error.contains("version 1 of it being rebuilt"), "{kind}: {error}");
+        four.stop(PATIENCE).await.unwrap();
+
+        shut.store(false, Ordering::SeqCst);
+        let (two, handle) = start(&store, &database, &slow, Some(2), options()).await;
+        switched(&handle, 1).await;
+        two.stop(PATIENCE).await.unwrap();
+        let (four, handle) = start(&store, &database, &slow, Some(4), options()).await;
+        handle.reset().await.unwrap();
+        handle.caught_up_to(store.frontier().await.unwrap()).await.unwrap();
+        four.stop(PATIENCE).await.unwrap();
+    }
+}
