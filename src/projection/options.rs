@@ -14,6 +14,19 @@ pub enum FailurePolicy {
     Park,
 }
 
+/// What becomes of an event whose name the event type does not know that the projection [decodes](crate::RecordedEvent::decode):
+/// one that asks for a whole category also gets what newer programs write there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum UnknownNames {
+    /// It fails as what else does not decode: [`on_failure`](ProjectionOptions::on_failure) decides at once.
+    #[default]
+    Fail,
+    /// The projection goes on behind it, and counts it as [passed over](super::ProjectionStatus::events_passed_over). It costs a
+    /// transaction of its own; to ask for names in the [filter](super::Projection::filter) is cheaper.
+    PassOver,
+}
+
 /// What a projection follows at the tip of the log; it catches up from the store in any case, and reads there what the other
 /// way has lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,6 +71,7 @@ pub struct ProjectionOptions {
     pub(super) attempts: u32,
     pub(super) backoff: (Duration, Duration),
     pub(super) on_failure: FailurePolicy,
+    pub(super) unknown_names: UnknownNames,
     pub(super) lease: Duration,
     pub(super) schedule: Schedule,
     pub(crate) follow: FollowMode,
@@ -70,6 +84,7 @@ impl Default for ProjectionOptions {
             attempts: 5,
             backoff: (Duration::from_millis(50), Duration::from_secs(5)),
             on_failure: FailurePolicy::Stop,
+            unknown_names: UnknownNames::Fail,
             lease: Duration::from_secs(6),
             schedule: Schedule::Immediate,
             follow: FollowMode::Feed,
@@ -111,6 +126,13 @@ impl ProjectionOptions {
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.on_failure = policy;
+        self
+    }
+
+    /// What becomes of events with a name that the projection's event type does not know. [`UnknownNames::Fail`] by default.
+    #[must_use]
+    pub fn unknown_names(mut self, policy: UnknownNames) -> Self {
+        self.unknown_names = policy;
         self
     }
 
