@@ -68,6 +68,7 @@ pub enum Schedule {
 #[derive(Debug, Clone)]
 pub struct ProjectionOptions {
     pub(super) batch: usize,
+    pub(super) batch_time: Duration,
     pub(super) attempts: u32,
     pub(super) backoff: (Duration, Duration),
     pub(super) on_failure: FailurePolicy,
@@ -81,6 +82,7 @@ impl Default for ProjectionOptions {
     fn default() -> Self {
         Self {
             batch: 500,
+            batch_time: Duration::from_millis(250),
             attempts: 5,
             backoff: (Duration::from_millis(50), Duration::from_secs(5)),
             on_failure: FailurePolicy::Stop,
@@ -99,10 +101,21 @@ impl ProjectionOptions {
         Self::default()
     }
 
-    /// How many events at most are applied in one transaction, and read at a time. 500 by default, at least 1.
+    /// How many events at most are applied in one transaction, and read at a time. 500 by default, at least 1. How many they are
+    /// adapts to [`batch_time`](Self::batch_time), from 50 on; at the tip of the log it is whatever has gathered.
     #[must_use]
     pub fn batch_size(mut self, events: usize) -> Self {
         self.batch = events.max(1);
+        self
+    }
+
+    /// How long a transaction is to take: a full batch that took less than half of that makes the next one twice as large (up to
+    /// [`batch_size`](Self::batch_size)), one that took longer makes it half as large (down to one event). So what is slow to
+    /// apply commits often, holds no lock for long and repeats little after a failure, and what is quick pays for few commits. 250
+    /// ms by default.
+    #[must_use]
+    pub fn batch_time(mut self, target: Duration) -> Self {
+        self.batch_time = target;
         self
     }
 

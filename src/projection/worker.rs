@@ -1,6 +1,7 @@
 //! The work of one projection: whose it is, where its next events come from.
 
 mod apply;
+mod batch;
 mod context;
 mod input;
 mod orders;
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
+use self::batch::BatchSize;
 use self::context::Context;
 pub(crate) use self::context::Surroundings;
 pub(super) use self::context::{Instance, Part, ProjectionWork, Role};
@@ -118,6 +120,8 @@ struct Run<'a, P, R> {
     /// When what is pending is applied, and whether to read on.
     timing: Timing,
     suspect: Option<Suspect>,
+    /// How many events go into a transaction.
+    size: BatchSize,
     /// For failures of the store and the read model, which no event is to blame for.
     backoff: Backoff,
     /// Nothing is tried before this, after such a failure.
@@ -211,6 +215,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             pending: None,
             timing: Timing::default(),
             suspect: None,
+            size: BatchSize::new(&context.options),
             backoff: Backoff::new(first, max),
             wait_until: now,
             tick_at: now,

@@ -4,6 +4,7 @@
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
 #![cfg(feature = "sqlite")]
 
+mod batches;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod conformance;
 mod control;

@@ -63,8 +63,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 // Alone, so that it takes nobody with it.
                 1
             }
-            _ => suspected.min(self.context.options.batch),
+            _ => suspected.min(self.size.get()),
         };
+        let began = Instant::now();
         let mut open = match self.read_model.begin(&self.row, saved).await {
             Ok(open) => open,
             Err(error) => {
@@ -84,13 +85,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 }
             }
         }
-        let Some(error) = failure else { return self.commit(open, saved, pending, count).await };
+        let Some(error) = failure else { return self.commit(open, saved, pending, count, began).await };
         let outage = is_outage(self.read_model, &error);
         if !outage {
             self.suspect_of(&pending, applied, &error);
         }
         if applied > 0 && !self.read_model.rolls_back() {
-            self.commit(open, saved, pending, applied).await;
+            self.commit(open, saved, pending, applied, began).await;
             // Otherwise the commit has failed, and that is what is waited for.
             if self.saved.is_none() {
                 return;
@@ -134,8 +135,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         });
     }
 
-    /// Commits the first `count` pending events.
-    async fn commit(&mut self, open: R::Open, saved: Checkpoint, mut pending: Pending, count: usize) {
+    /// Commits the first `count` pending events, in a transaction that began then.
+    async fn commit(
+        &mut self,
+        open: R::Open,
+        saved: Checkpoint,
+        mut pending: Pending,
+        count: usize,
+        began: Instant,
+    ) {
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
@@ -143,6 +151,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return self.refused(&error);
         }
         self.backoff.succeeded();
+        self.size.took(count, began.elapsed());
         let last = pending.events.drain(..count).next_back();
         let oldest = last.map(|event| event.recorded_at);
         self.committed(to, pending, oldest, |status| status.events_applied += count as u64);
