@@ -10,6 +10,7 @@ mod durable;
 mod events;
 mod faults;
 mod foreign;
+mod hazards;
 mod hints;
 mod login;
 mod mirror;
