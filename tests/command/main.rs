@@ -7,6 +7,7 @@ mod conformance;
 mod domain;
 mod hazards;
 mod nodes;
+mod processes;
 mod support;
 mod wire;
 
