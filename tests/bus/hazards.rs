@@ -236,9 +236,15 @@ async fn hazard_29_an_event_too_large_for_the_server_is_appended_and_announced()
         let mut raw = listen(&bus, &["*"], SubscribeOptions::new()).await;
         for round in 0..2 {
             if round == 1 {
+                let publishes = || recording.node.publisher().state == PublisherState::Publishing;
                 server.kill();
+                // Over Core what is appended before everybody is back is for the store alone.
+                eventually("noticed", || {
+                    matches!(bus.state(), BusState::Disconnected { .. }) && !publishes()
+                })
+                .await;
                 server.restart().await;
-                eventually("connected", || matches!(bus.state(), BusState::Connected { .. })).await;
+                eventually("back", || matches!(bus.state(), BusState::Connected { .. }) && publishes()).await;
             }
             let large = append(&store, 1, vec![note(&store, 1, 20_000)]).await;
             let small = write(&store, 1, 1).await;

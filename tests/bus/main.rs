@@ -5,6 +5,7 @@
 
 mod certificates;
 mod cluster;
+mod compose;
 mod conformance;
 mod durable;
 mod events;
@@ -17,6 +18,7 @@ mod mirror;
 mod nats_md;
 mod oracle;
 mod raw;
+mod storage;
 mod subjects;
 mod support;
 mod wire;
