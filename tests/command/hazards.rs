@@ -10,7 +10,7 @@ use storied::{ExecuteError, Runtime};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::domain::{Add, AddUpTo, Counter};
+use crate::domain::{Add, AddUpTo, Counter, Look};
 use crate::processes::{Gated, Node, Pass, Setting};
 use crate::support::*;
 
@@ -76,27 +76,30 @@ async fn a_node_that_is_paused_in_the_middle_changes_nothing_when_it_wakes() {
     }
 }
 
-/// A refusal of one node is no answer while another one has the command, too, and may yet decide otherwise.
+/// That nothing happened is no answer while another node has the command, too, and may yet decide otherwise.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refusal_is_not_certain_while_another_node_may_have_the_command() {
-    let setting = Setting::new().await;
-    let one = Node::spawn(&setting, "one").ready().await;
-    setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
-    let two = Node::spawn(&setting, "two");
-    one.pause().await;
-    let command = setting.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 1 });
-    let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
-    let two = two.ready().await;
-    let error = answer.await.unwrap().unwrap_err();
-    let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
-    assert!(reason.contains("one fell silent") && reason.contains("the total is 1"), "{reason}");
-    // With nobody else to have it, it is.
-    drop(one);
-    let command = setting.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 1 });
-    let error = command.await.unwrap_err();
-    assert!(error.rejection().is_some(), "{error}");
-    drop(two);
-    setting.caller.shutdown().await.unwrap();
+async fn a_no_is_not_certain_while_another_node_may_have_the_command() {
+    for (no, said) in [(AddUpTo { add: 1, limit: 1 }, "the total is 1"), (Look, "nothing to do")] {
+        let setting = Setting::new().await;
+        let one = Node::spawn(&setting, "one").ready().await;
+        setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
+        let two = Node::spawn(&setting, "two");
+        one.pause().await;
+        let command = setting.caller.execute::<Counter>("a", no.clone());
+        let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
+        let two = two.ready().await;
+        let error = answer.await.unwrap().unwrap_err();
+        let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains("one fell silent") && reason.contains(said), "{reason}");
+        // With nobody else to have it, it is.
+        drop(one);
+        match setting.caller.execute::<Counter>("a", no).await {
+            Ok(receipt) => assert_eq!((receipt.reply, said), (1, "nothing to do")),
+            Err(error) => assert!(error.rejection().is_some(), "{error}"),
+        }
+        drop(two);
+        setting.caller.shutdown().await.unwrap();
+    }
 }
 
 /// What NATS delivers after the deadline is dropped.
