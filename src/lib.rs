@@ -48,6 +48,8 @@ pub mod command;
 pub mod event;
 pub mod feed;
 mod future;
+#[cfg(test)]
+mod fuzz;
 mod lease;
 mod partition;
 pub mod projection;

@@ -50,3 +50,29 @@ impl Metadata {
         crate::codec::from_cbor(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_bytes_make_the_reader_panic() {
+        let full = Metadata {
+            correlation_id: Some(Uuid::now_v7()),
+            causation_id: Some(Uuid::now_v7()),
+            traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
+            tracestate: Some("vendor=1".into()),
+            user: [("tenant".to_owned(), "é".to_owned())].into(),
+            reply: vec![1, 2, 3],
+            content: Some(u64::MAX),
+        };
+        let seeds = [full, Metadata::default()].map(|metadata| metadata.encode().unwrap().to_vec());
+        crate::fuzz::fuzz("metadata", seeds.into(), |bytes| match Metadata::decode(bytes) {
+            Ok(metadata) => {
+                assert_eq!(Metadata::decode(&metadata.encode().unwrap()), Ok(metadata));
+                "some".into()
+            }
+            Err(error) => error,
+        });
+    }
+}

@@ -508,4 +508,45 @@ mod tests {
             matches!(wire.read(&incoming(outgoing)), Ok(Incoming::Large(position)) if position.get() == 9)
         );
     }
+
+    /// Headers a line each, an empty line, the body.
+    fn message(bytes: &[u8]) -> Message {
+        let end = bytes.windows(2).position(|two| two == b"\n\n").unwrap_or(bytes.len());
+        let (head, body) = bytes.split_at(end);
+        let mut headers = HeaderMap::new();
+        for line in String::from_utf8_lossy(head).lines() {
+            let Some((name, value)) = line.split_once(": ") else { continue };
+            let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), value.parse::<HeaderValue>()) else {
+                continue;
+            };
+            headers.insert(name, value);
+        }
+        let body = body.get(2..).unwrap_or_default().to_vec().into();
+        incoming(Outgoing { subject: "shop.events.x".into(), headers, body })
+    }
+
+    #[test]
+    fn no_message_makes_the_reader_panic() {
+        let (store, mut seeds) = (Uuid::now_v7(), Vec::new());
+        let wire = wire("shop", store);
+        for (codec, limit) in [(Codec::Cbor, 1 << 20), (Codec::Json, 1 << 20), (Codec::Cbor, 0)] {
+            let sent = wire.event(&event("a/é", codec, vec![b'1'; 300], vec![0xa0]), Position::new(7), limit);
+            let Ok(Outgoing { headers, body, .. }) = sent else { continue };
+            let head: Vec<String> =
+                headers.iter().map(|(name, values)| format!("{name}: {}", values[0])).collect();
+            seeds.push([head.join("\n").as_bytes(), b"\n\n", &body].concat());
+        }
+        crate::fuzz::fuzz("a message", seeds, |bytes| {
+            let message = message(bytes);
+            let _ = position_of(&message);
+            match read_any(&message) {
+                Ok((_, Incoming::Event { event, previous })) => {
+                    assert!(previous < event.position);
+                    "an event".into()
+                }
+                Ok(_) => "a large one".into(),
+                Err(reject) => format!("{reject:?}"),
+            }
+        });
+    }
 }
