@@ -46,7 +46,7 @@ pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
 pub use self::operator::{Asked, Operator, PartRecord, ProjectionRecord, RebuildRecord};
-pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule};
+pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 pub use self::request::{Answer, Request};
