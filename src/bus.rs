@@ -19,10 +19,11 @@ pub use self::local::LocalBus;
 pub(crate) use self::nats::line::{Line, OpenLine};
 #[cfg(feature = "nats")]
 pub use self::nats::{
-    AckError, CloseError, ConsumerOptions, ConsumerPolicy, Delivery, Gap, HandleError, HandleOptions,
-    Handling, InvalidPattern, JetStreamOptions, MirrorFrom, NatsBus, NatsEvent, NatsOptions, Received,
-    RetryPolicy, StartFrom, StreamPolicy, StreamStorage, Subjects, SubscribeOptions, Subscription,
-    SubscriptionError, SubscriptionErrors, SubscriptionStats,
+    AckError, CloseError, ConsumerOptions, ConsumerPolicy, ConsumerReport, Delivery, Field, Gap, HandleError,
+    HandleOptions, Handling, InvalidPattern, JetStreamOptions, MirrorFrom, MirrorItem, MirrorReader, NatsBus,
+    NatsEvent, NatsOptions, NatsReport, Received, RetryPolicy, StartFrom, StreamFound, StreamPolicy,
+    StreamReport, StreamStorage, Subjects, SubscribeOptions, Subscription, SubscriptionError,
+    SubscriptionErrors, SubscriptionStats,
 };
 use crate::event::{Category, EventName, Position, RecordedEvent};
 use crate::future::BoxFuture;

@@ -9,6 +9,7 @@ mod connection;
 mod core_nats;
 mod follow;
 mod hints;
+mod inspect;
 mod jetstream;
 pub(crate) mod line;
 mod merged;
@@ -31,6 +32,9 @@ use self::connection::Connection;
 pub use self::connection::NatsEvent;
 use self::core_nats::CorePublisher;
 use self::follow::NatsFollower;
+pub use self::inspect::{
+    ConsumerReport, Field, MirrorItem, MirrorReader, NatsReport, StreamFound, StreamReport,
+};
 use self::jetstream::MirrorPublisher;
 pub use self::jetstream::{
     AckError, ConsumerPolicy, JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage,

@@ -95,6 +95,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.reload();
             self.timing.forget();
             self.try_again();
+            self.requests_due = true;
+            self.retries_due = true;
         }
         self.heeded = Some(done);
     }
@@ -150,7 +152,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// Whether nobody holds the lease but this node, perhaps from before it panicked.
-    fn looks_free(&self) -> bool {
+    pub(super) fn looks_free(&self) -> bool {
         let view = self.context.board.view();
         view.is_some_and(|view| {
             view.owner(&self.context.lease).is_none_or(|owner| owner == self.context.node)

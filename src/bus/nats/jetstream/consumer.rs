@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep_until};
 pub use self::settle::AckError;
 pub(in super::super) use self::settle::Settle;
 pub use self::spec::ConsumerPolicy;
-pub(in super::super) use self::spec::{ConsumerSpec, Push};
+pub(in super::super) use self::spec::{ConsumerSpec, Push, compared_consumer};
 use self::target::Target;
 use super::super::connection::{Connection, Link, silent, unavailable};
 use super::stream::{NOTHING, api, info as stream_info, refused};
