@@ -15,6 +15,7 @@ use crate::projection::{
 };
 use crate::store::{Checkpoint, ParkedEvent};
 use crate::supervised::panic_text;
+use crate::telemetry::Timer;
 
 /// Applies one event; a panic is an error like another.
 pub(super) async fn apply<P: Projection>(
@@ -63,6 +64,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             _ => suspected.min(self.context.options.batch),
         };
+        let timer = Timer::start();
         let mut open = match self.read_model.begin(&self.row, saved).await {
             Ok(open) => open,
             Err(error) => {
@@ -82,7 +84,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 }
             }
         }
-        let Some(error) = failure else { return self.commit(open, saved, pending, count).await };
+        let Some(error) = failure else {
+            self.commit(open, saved, pending, count).await;
+            return self.context.metrics.applied(&self.context.name, timer);
+        };
         let outage = is_outage(self.read_model, &error);
         if !outage {
             self.suspect_of(&pending, applied, &error);
