@@ -101,3 +101,6 @@ struct Readme;
 #[cfg(all(doctest, feature = "nats"))]
 #[doc = include_str!("../docs/nats.md")]
 struct Nats;
+#[cfg(all(doctest, feature = "otel"))]
+#[doc = include_str!("../docs/observability.md")]
+struct Observability;

@@ -73,6 +73,7 @@ pub(super) struct Shared<A: Aggregate> {
     pub(super) snapshots: Arc<Semaphore>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "half of the messages are the large one")]
 pub(super) enum AggregateMessage<A: Aggregate> {
     /// Decide on a command. `Load` counts it as under way on this aggregate until it is dropped.
     Execute(Order<A>, Load),
@@ -112,7 +113,7 @@ struct Pending<A: Aggregate> {
     load: Load,
     decided: Decided<A>,
     /// From here to the end of its append.
-    _append: tracing::Span,
+    _append: Option<Box<tracing::Span>>,
     /// The same command dispatched again meanwhile: gets the same answer.
     repeated: Vec<(Order<A>, Load)>,
 }

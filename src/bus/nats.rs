@@ -219,6 +219,7 @@ impl Inner {
             Slot::Closed => return Err(BusError::Closed),
             Slot::Empty => {}
         }
+        self.options.check()?;
         self.names.check()?;
         let watch = Watch { role: self.role, metrics: self.metrics().clone() };
         match Connection::open(&self.options, &self.state, watch).await {

@@ -26,6 +26,11 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
         let level = meter.i64_observable_up_down_counter(name).with_unit(unit).with_description(what);
         level.with_callback(move |observer| of(&node, observer, read)).build();
     };
+    let seconds = |(name, unit, what): Named, read: Read<f64>| {
+        let node = node.clone();
+        let gauge = meter.f64_observable_gauge(name).with_unit(unit).with_description(what);
+        gauge.with_callback(move |observer| of(&node, observer, read)).build();
+    };
     let gauge = |(name, unit, what): Named, read: Read<u64>| {
         let node = node.clone();
         let gauge = meter.u64_observable_gauge(name).with_unit(unit).with_description(what);
@@ -78,6 +83,14 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
         ("storied.feed.repairs", "{repair}", "Pieces of the log that the bus did not bring"),
         |inner, observer| {
             observer.observe(inner.feed.status().repairs, &[]);
+        },
+    );
+    seconds(
+        ("storied.projection.lag.time", "s", "Age of the oldest event that a projection has still to apply"),
+        |inner, observer| {
+            for (name, status) in projections(inner) {
+                observer.observe(status.lag_time().as_secs_f64(), &[name]);
+            }
         },
     );
     let lag = "Positions of the log that a projection has still to apply; an upper bound of the events";

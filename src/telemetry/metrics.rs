@@ -171,10 +171,10 @@ impl Metrics {
     }
 
     /// A transaction of a projection is over.
-    pub(crate) fn applied(&self, projection: &str, timer: Timer) {
+    pub(crate) fn applied(&self, projection: &str, took: Duration) {
         let Some(instruments) = &self.0 else { return };
         let attributes = [KeyValue::new("storied.projection", projection.to_owned())];
-        instruments.projection_duration.record(timer.seconds(), &attributes);
+        instruments.projection_duration.record(took.as_secs_f64(), &attributes);
     }
 
     /// A batch of so many events was published, or not.

@@ -24,7 +24,7 @@ impl Metrics {
     pub(crate) fn decided_again(&self, _: &'static str) {}
     pub(crate) fn appended(&self, _: Timer, _: usize, _: Option<&'static str>) {}
     pub(crate) fn lease(&self, _: &str, _: &'static str) {}
-    pub(crate) fn applied(&self, _: &str, _: Timer) {}
+    pub(crate) fn applied(&self, _: &str, _: Duration) {}
     pub(crate) fn published(&self, _: Destination<'_>, _: Timer, _: usize, _: Option<&'static str>) {}
 }
 

@@ -28,6 +28,7 @@ fn documented() -> BTreeMap<String, Shape> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_metric_is_in_the_table_and_every_row_is_a_metric() {
+    let _turn = TURN.read().await;
     let meters = Meters::new();
     node::scenario(&meters).await;
     connection::scenario(&meters).await;

@@ -49,12 +49,14 @@ pub async fn scenario(meters: &Meters) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counts_attempts_errors_losses_and_returns() {
+    let _turn = TURN.read().await;
     scenario(&Meters::new()).await;
 }
 
 /// Who says nothing has the global provider, as it is when the bus connects.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_global_provider_is_the_default_and_an_option_comes_first() {
+    let _turn = TURN.read().await;
     let (global, own) = (Meters::new(), Meters::new());
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let early = NatsOptions::core().url(server.url()).bus();

@@ -71,9 +71,13 @@ pub async fn scenario(meters: &Meters) {
     let sums = [("storied.projection", "sums")];
     meters.until("storied.projection.events", &sums, |events| events == 3.0).await;
     meters.until("storied.projection.lag", &sums, |lag| lag == 0.0).await;
+    assert_eq!(meters.sum("storied.projection.lag.time", &sums), 0.0);
     assert_eq!(meters.sum("storied.projection.parked", &sums), 1.0);
     assert!(meters.count("storied.projection.duration", &sums) >= 1);
-    assert_eq!(meters.sum("storied.feed.repairs", &[]), 0.0);
+    // On a busy machine the bus may be late.
+    let before = node.status().await.feed.repairs as f64;
+    let repairs = meters.sum("storied.feed.repairs", &[]);
+    assert!((before..=node.status().await.feed.repairs as f64).contains(&repairs), "{before} {repairs}");
     for connection in ["events", "commands"] {
         let of = [("storied.connection", connection)];
         assert_eq!(meters.sum("storied.nats.connection.attempts", &of), 1.0, "{connection}");
@@ -99,12 +103,14 @@ pub async fn scenario(meters: &Meters) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counts_what_it_does() {
+    let _turn = TURN.read().await;
     scenario(&Meters::new()).await;
 }
 
 /// The store goes away for longer than a lease lasts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counts_a_lost_lease_and_appends_that_fail() {
+    let _turn = TURN.read().await;
     let meters = Meters::new();
     let mut server = PostgresServer::start().await;
     let (log, read_model) = store(&server.create_database().await).await.unwrap();
@@ -141,6 +147,7 @@ async fn counts_a_lost_lease_and_appends_that_fail() {
 /// What is observed does not keep a node, nor its store, alive.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_gone_says_nothing() {
+    let _turn = TURN.read().await;
     let meters = Meters::new();
     let builder = Runtime::builder().store(storied::MemoryStore::new()).aggregate::<Counter>();
     let node = builder.telemetry(meters.telemetry()).start().await.unwrap();

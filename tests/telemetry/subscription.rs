@@ -77,5 +77,6 @@ pub async fn scenario(meters: &Meters) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counts_what_comes_and_what_becomes_of_it() {
+    let _turn = TURN.read().await;
     scenario(&Meters::new()).await;
 }

@@ -14,12 +14,17 @@ use storied::{
     Aggregate, Context, Decision, EncodeError, Event, Filter, Projection, PublisherOptions, RecordedEvent,
     Telemetry,
 };
+use tokio::sync::RwLock;
 use tokio::time::{Instant, sleep};
 
 use crate::harness::NatsServer;
 
 /// Longer than anything here takes on a busy machine; only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Who listens to spans is alone, all others share: `tracing` may take a span that one thread meets for the first time, while
+/// another thread begins to listen, for one that nobody wants. A program has one subscriber, and from the start.
+pub static TURN: RwLock<()> = RwLock::const_new(());
 
 #[derive(Default)]
 pub struct Counter {

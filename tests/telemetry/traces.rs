@@ -95,6 +95,7 @@ async fn metadata(store: &dyn EventStore) -> Metadata {
 
 #[tokio::test]
 async fn a_command_is_one_trace_and_those_across_the_bus_are_linked_to_it() {
+    let _turn = TURN.write().await;
     let spans = Spans::listen();
     let url = PostgresServer::shared().await.create_database().await;
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
@@ -168,6 +169,7 @@ async fn a_command_is_one_trace_and_those_across_the_bus_are_linked_to_it() {
 
 #[tokio::test]
 async fn a_transaction_of_a_projection_is_linked_to_every_command_in_it() {
+    let _turn = TURN.write().await;
     let spans = Spans::listen();
     let store = MemoryStore::new();
     let writer = Runtime::builder().store(store.clone()).aggregate::<Counter>().start().await.unwrap();
@@ -201,6 +203,7 @@ impl Handler for Doubler {
 
 #[tokio::test]
 async fn a_command_of_another_node_and_what_it_gives_stay_in_the_trace() {
+    let _turn = TURN.write().await;
     let spans = Spans::listen();
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let commands = |name: &str| {
@@ -227,6 +230,7 @@ async fn a_command_of_another_node_and_what_it_gives_stay_in_the_trace() {
 
 #[tokio::test]
 async fn what_the_caller_says_is_the_parent_and_errors_are_marked() {
+    let _turn = TURN.write().await;
     let spans = Spans::listen();
     let store = MemoryStore::new();
     let node = Runtime::builder().store(store.clone()).aggregate::<Counter>().start().await.unwrap();
@@ -245,6 +249,7 @@ async fn what_the_caller_says_is_the_parent_and_errors_are_marked() {
 
 #[tokio::test]
 async fn without_a_subscriber_nothing_is_carried_but_what_the_caller_says() {
+    let _turn = TURN.write().await;
     let store = MemoryStore::new();
     let node = Runtime::builder().store(store.clone()).aggregate::<Counter>().start().await.unwrap();
     node.execute::<Counter>("a", Add(1)).await.unwrap();

@@ -86,7 +86,7 @@ pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker:
     let context = HandlerContext::new(commands, worker, &job);
     let handling = AssertUnwindSafe(shared.handler.handle(&job.command, &context)).catch_unwind();
     // What the handler does belongs under its command.
-    let handled = handling.instrument(job.span.span().clone()).await;
+    let handled = handling.instrument(job.span.span()).await;
     let outcome = match handled {
         Ok(Ok(reply)) => to_cbor(&reply)
             .map(|reply| Outcome::Done(Done { reply, ..Done::default() }))
