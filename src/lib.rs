@@ -34,6 +34,7 @@
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
+//! | `otel` | no | OpenTelemetry: metrics, and trace context from the current span into events |
 //! | `testing` | no | the test kit |
 //!
 //! # Quick start
@@ -57,6 +58,7 @@ pub mod publisher;
 pub mod runtime;
 pub mod store;
 mod supervised;
+mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
@@ -89,6 +91,8 @@ pub use self::store::{PostgresOptions, PostgresStore};
 #[cfg(feature = "sqlite")]
 pub use self::store::{SqliteOptions, SqliteStore};
 pub use self::supervised::StopError;
+#[cfg(feature = "otel")]
+pub use self::telemetry::Telemetry;
 
 /// The README's examples are tests.
 #[cfg(all(doctest, feature = "sqlite"))]
@@ -99,3 +103,6 @@ struct Readme;
 #[cfg(all(doctest, feature = "nats"))]
 #[doc = include_str!("../docs/nats.md")]
 struct Nats;
+#[cfg(all(doctest, feature = "otel"))]
+#[doc = include_str!("../docs/observability.md")]
+struct Observability;

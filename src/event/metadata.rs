@@ -19,10 +19,10 @@ pub struct Metadata {
     /// The command or event that made somebody give the command that caused this event. Absent: it came from outside.
     #[serde(rename = "causation", default, skip_serializing_if = "Option::is_none")]
     pub causation_id: Option<Uuid>,
-    /// W3C trace context: the `traceparent` header, unchanged.
+    /// W3C trace context: the `traceparent` header of the command's span; without one, as the caller gave it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
-    /// W3C trace context: the `tracestate` header, unchanged.
+    /// W3C trace context: the `tracestate` header, likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tracestate: Option<String>,
     /// The user's own entries: who asked, for which tenant, from where.

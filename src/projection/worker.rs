@@ -17,6 +17,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
+use tracing::Instrument;
 
 use self::batch::BatchSize;
 use self::context::Context;
@@ -34,6 +35,7 @@ use crate::event::{Position, RecordedEvent};
 use crate::lease::HeldLease;
 use crate::store::{Checkpoint, ReadLog, StoreError};
 use crate::supervised::Inbox;
+use crate::telemetry::trace;
 
 /// How often a projection writes a checkpoint that only moved over what is not for it.
 const TICK: Duration = Duration::from_secs(1);
@@ -305,7 +307,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.follow().await;
         }
         match self.pending.take() {
-            Some(pending) => self.apply_pending(saved, pending).await,
+            Some(pending) => {
+                let events = pending.events.iter().take(self.size.get());
+                let span = trace::apply(&self.context.name, events.len(), events);
+                self.apply_pending(saved, pending).instrument(span).await;
+            }
             None if self.source == Source::Store => self.read().await,
             None => self.follow().await,
         }
