@@ -543,6 +543,9 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     open.send_replace(true);
     let followed = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("slow").await.unwrap();
     assert_eq!((followed.receipt.reply, followed.applied), (2, Ok(())));
+    // No time-out at all means none for the projection, either.
+    let command = cluster.caller.execute::<Counter>("a", Add(1)).timeout(Duration::ZERO).wait_for("slow");
+    assert_eq!(command.await.unwrap().applied, Ok(()));
     let unknown = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap();
     assert!(unknown.applied.unwrap_err().reason.contains("no projection \"fast\""));
     cluster.stop().await;
