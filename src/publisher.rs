@@ -148,6 +148,7 @@ impl Publisher {
     }
 
     /// Ends as a crash of the process would end it.
+    #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         self.actor.kill();
     }

@@ -353,6 +353,7 @@ impl ProjectionHandle {
     }
 
     /// Ends as a crash of the process would end it.
+    #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         for part in self.all() {
             part.actor.kill();
