@@ -83,18 +83,18 @@ fn tests_that_are_named_exist() {
             let file = format!("{file}.rs");
             let source =
                 fs::read_to_string(root().join(&file)).map_err(|error| format!("{file}: {error}"))?;
-            // The suites that tests run on every back end are functions, which the list beside them makes tests of.
-            let suite = file.strip_prefix("src/testing/").and_then(|file| file.split_once('/'));
-            let runs = match suite {
-                Some((suite, _)) => {
-                    let list = fs::read_to_string(root().join(format!("src/testing/{suite}.rs"))).unwrap();
-                    list.lines().any(|line| line.trim().trim_end_matches([',', ';']) == test)
-                }
-                // Or a macro of the file's own does, for what is listed behind it.
-                None => {
-                    is_test(&source, test) || source.lines().any(|line| line.trim() == format!("{test},"))
-                }
-            };
+            // Suites that run on several back ends are functions; a list makes tests of them, in the same file or in the one
+            // that its directory belongs to.
+            let path = Path::new(&file);
+            let above = path.parent().map(|directory| root().join(directory).with_extension("rs"));
+            let above = above.and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+            let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            let names = [test.to_owned(), format!("{stem}::{test}")];
+            let mut entries =
+                source.lines().chain(above.lines()).map(|line| line.trim().trim_end_matches([',', ';']));
+            let listed = has_word(&source, &format!("fn {test}"))
+                && entries.any(|entry| names.iter().any(|name| name == entry));
+            let runs = is_test(&source, test) || listed;
             if runs { Ok(()) } else { Err(format!("{file} has no test {test}")) }
         },
     );
