@@ -39,7 +39,8 @@
 //!
 //! # Quick start
 //!
-//! See the README, whose example is compiled and run as a test, and `examples/retail` for a whole program.
+//! See the README, whose example is a program that runs as a test, `docs/guide.md` for the way from there to several nodes, and
+//! `examples/retail` for a whole program.
 
 pub mod aggregate;
 mod backoff;
@@ -94,15 +95,15 @@ pub use self::supervised::StopError;
 #[cfg(feature = "otel")]
 pub use self::telemetry::Telemetry;
 
-/// The README's examples are tests.
-#[cfg(all(doctest, feature = "sqlite"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
-/// The pieces of code in the documents are compiled.
-#[cfg(all(doctest, feature = "nats"))]
-#[doc = include_str!("../docs/nats.md")]
-struct Nats;
-#[cfg(all(doctest, feature = "otel"))]
-#[doc = include_str!("../docs/observability.md")]
-struct Observability;
+/// The pieces of code in these documents are documentation tests. Those of README.md and docs/guide.md are in programs that run,
+/// which tests/docs sees to.
+#[cfg(all(doctest, feature = "sqlite", feature = "postgres", feature = "nats"))]
+mod documents {
+    #[doc = include_str!("../docs/nats.md")]
+    struct Nats;
+    #[doc = include_str!("../docs/operations.md")]
+    struct Operations;
+    #[cfg(feature = "otel")]
+    #[doc = include_str!("../docs/observability.md")]
+    struct Observability;
+}

@@ -170,6 +170,7 @@ impl Args {
                 "--payload" => parsed.payload = number(&value()?)?,
                 "--runs" => parsed.runs = number(&value()?)?,
                 "--json" => parsed.json = Some(value()?.into()),
+                "--help" => return Err(USAGE.into()),
                 name => {
                     let workload = Workload::ALL.into_iter().find(|workload| workload.name() == name);
                     parsed.workload = Some(workload.ok_or_else(|| format!("{name:?} is unknown\n{USAGE}"))?);
