@@ -42,7 +42,7 @@ pub use self::external::{Delivery, External};
 pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
-pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule};
+pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 #[cfg(feature = "sqlite")]

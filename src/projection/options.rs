@@ -14,6 +14,19 @@ pub enum FailurePolicy {
     Park,
 }
 
+/// What becomes of an event whose name the event type does not know that the projection [decodes](crate::RecordedEvent::decode):
+/// one that asks for a whole category also gets what newer programs write there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum UnknownNames {
+    /// It fails as what else does not decode: [`on_failure`](ProjectionOptions::on_failure) decides at once.
+    #[default]
+    Fail,
+    /// The projection goes on behind it, and counts it as [passed over](super::ProjectionStatus::events_passed_over). It costs a
+    /// transaction of its own; to ask for names in the [filter](super::Projection::filter) is cheaper.
+    PassOver,
+}
+
 /// What a projection follows at the tip of the log; it catches up from the store in any case, and reads there what the other
 /// way has lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -55,9 +68,11 @@ pub enum Schedule {
 #[derive(Debug, Clone)]
 pub struct ProjectionOptions {
     pub(super) batch: usize,
+    pub(super) batch_time: Duration,
     pub(super) attempts: u32,
     pub(super) backoff: (Duration, Duration),
     pub(super) on_failure: FailurePolicy,
+    pub(super) unknown_names: UnknownNames,
     pub(super) lease: Duration,
     pub(super) schedule: Schedule,
     pub(crate) follow: FollowMode,
@@ -67,9 +82,11 @@ impl Default for ProjectionOptions {
     fn default() -> Self {
         Self {
             batch: 500,
+            batch_time: Duration::from_millis(250),
             attempts: 5,
             backoff: (Duration::from_millis(50), Duration::from_secs(5)),
             on_failure: FailurePolicy::Stop,
+            unknown_names: UnknownNames::Fail,
             lease: Duration::from_secs(6),
             schedule: Schedule::Immediate,
             follow: FollowMode::Feed,
@@ -84,10 +101,21 @@ impl ProjectionOptions {
         Self::default()
     }
 
-    /// How many events at most are applied in one transaction, and read at a time. 500 by default, at least 1.
+    /// How many events at most are applied in one transaction, and read at a time. 500 by default, at least 1. How many they are
+    /// adapts to [`batch_time`](Self::batch_time), from 50 on; at the tip of the log it is whatever has gathered.
     #[must_use]
     pub fn batch_size(mut self, events: usize) -> Self {
         self.batch = events.max(1);
+        self
+    }
+
+    /// How long a transaction is to take: a full batch that took less than half of that makes the next one twice as large (up to
+    /// [`batch_size`](Self::batch_size)), one that took longer makes it half as large (down to one event). So what is slow to
+    /// apply commits often, holds no lock for long and repeats little after a failure, and what is quick pays for few commits. 250
+    /// ms by default.
+    #[must_use]
+    pub fn batch_time(mut self, target: Duration) -> Self {
+        self.batch_time = target;
         self
     }
 
@@ -111,6 +139,13 @@ impl ProjectionOptions {
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.on_failure = policy;
+        self
+    }
+
+    /// What becomes of events with a name that the projection's event type does not know. [`UnknownNames::Fail`] by default.
+    #[must_use]
+    pub fn unknown_names(mut self, policy: UnknownNames) -> Self {
+        self.unknown_names = policy;
         self
     }
 

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -58,12 +59,18 @@ pub struct ProjectionStatus {
     pub position: Position,
     /// The last event of the log that this node knows of.
     pub head: Position,
+    /// When the oldest event was recorded that is not applied yet, by the clock of the store; `None` at the head. Between two
+    /// reads it is that of the last event that was applied, and right after the node noticed that it is behind, that moment: the
+    /// node looks within a second, or where it is on standby, whenever it looks how far the owner is.
+    pub behind_since: Option<DateTime<Utc>>,
     /// Which ownership of a shared read model this is; 0 on a node that does not own it, or if nobody has to.
     pub epoch: u64,
     /// Events applied on this node since the start, those of a transaction that was rolled back not counted.
     pub events_applied: u64,
     /// Events parked on this node since the start.
     pub events_parked: u64,
+    /// Events passed over on this node since the start because of their name: see [`UnknownNames`](super::UnknownNames).
+    pub events_passed_over: u64,
     /// What last went wrong. Stays when it goes well again.
     pub last_error: Option<String>,
     /// The version of the read model that it writes to: 0 before the first rebuild.
@@ -102,9 +109,11 @@ impl ProjectionStatus {
             state: state.unwrap_or(ProjectionState::Starting),
             position: all().map(|status| status.position).min().unwrap_or_default(),
             head: all().map(|status| status.head).max().unwrap_or_default(),
+            behind_since: all().filter_map(|status| status.behind_since).min(),
             epoch: 0,
             events_applied: all().map(|status| status.events_applied).sum(),
             events_parked: all().map(|status| status.events_parked).sum(),
+            events_passed_over: all().map(|status| status.events_passed_over).sum(),
             last_error: all().find_map(|status| status.last_error.clone()),
             prepared: all().all(|status| status.prepared),
             fits: all().all(|status| status.fits),
@@ -120,9 +129,11 @@ impl ProjectionStatus {
             state: ProjectionState::Starting,
             position: Position::START,
             head: Position::START,
+            behind_since: None,
             epoch: 0,
             events_applied: 0,
             events_parked: 0,
+            events_passed_over: 0,
             last_error: None,
             partitions: Vec::new(),
             prepared: false,
@@ -137,6 +148,37 @@ impl ProjectionStatus {
     /// is an upper bound of the events.
     pub fn lag(&self) -> u64 {
         self.head.get().saturating_sub(self.position.get())
+    }
+
+    /// How far it is behind in time: the age of the oldest event that is not applied yet, zero at the head. As good as
+    /// [`behind_since`](Self::behind_since), and as the clocks of the store and of this node agree.
+    pub fn lag_time(&self) -> Duration {
+        self.behind_since.map_or(Duration::ZERO, |since| (Utc::now() - since).to_std().unwrap_or_default())
+    }
+
+    /// It is at `position`, and `oldest` is when the first event behind that was recorded, or one before it, where that is known.
+    pub(super) fn moved_to(&mut self, position: Position, oldest: Option<DateTime<Utc>>) {
+        self.position = position;
+        self.head = self.head.max(position);
+        if oldest.is_some() {
+            self.behind_since = oldest;
+        }
+        self.tell_behind();
+    }
+
+    /// The log goes as far as `head`.
+    pub(super) fn knows_of(&mut self, head: Position) {
+        self.head = self.head.max(head);
+        self.tell_behind();
+    }
+
+    fn tell_behind(&mut self) {
+        if self.position >= self.head {
+            self.behind_since = None;
+        } else {
+            // Until it is looked for.
+            self.behind_since.get_or_insert_with(Utc::now);
+        }
     }
 }
 

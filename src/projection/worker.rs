@@ -1,6 +1,7 @@
 //! The work of one projection: whose it is, where its next events come from.
 
 mod apply;
+mod batch;
 mod context;
 mod input;
 mod orders;
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
+use self::batch::BatchSize;
 use self::context::Context;
 pub(crate) use self::context::Surroundings;
 pub(super) use self::context::{Instance, Part, ProjectionWork, Role};
@@ -29,7 +31,7 @@ use super::{Projection, ProjectionState, ReadModel};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
 use crate::lease::HeldLease;
-use crate::store::{Checkpoint, StoreError};
+use crate::store::{Checkpoint, ReadLog, StoreError};
 use crate::supervised::Inbox;
 
 /// How often a projection writes a checkpoint that only moved over what is not for it.
@@ -67,6 +69,8 @@ struct Suspect {
     error: String,
     /// Whether trying again is of no use.
     hopeless: bool,
+    /// Whether only its name is not known, and that is no failure here.
+    strange: bool,
     /// When it is tried again.
     due: Instant,
 }
@@ -116,6 +120,8 @@ struct Run<'a, P, R> {
     /// When what is pending is applied, and whether to read on.
     timing: Timing,
     suspect: Option<Suspect>,
+    /// How many events go into a transaction.
+    size: BatchSize,
     /// For failures of the store and the read model, which no event is to blame for.
     backoff: Backoff,
     /// Nothing is tried before this, after such a failure.
@@ -126,6 +132,8 @@ struct Run<'a, P, R> {
     take_at: Instant,
     /// When a standby looks how far the owner is.
     look_at: Instant,
+    /// Where it was when it last looked how old what comes next is.
+    dated: Option<Position>,
 }
 
 /// What ended a wait.
@@ -207,11 +215,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             pending: None,
             timing: Timing::default(),
             suspect: None,
+            size: BatchSize::new(&context.options),
             backoff: Backoff::new(first, max),
             wait_until: now,
             tick_at: now,
             take_at: now,
             look_at: now,
+            dated: None,
         }
     }
 
@@ -340,6 +350,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.look().await;
         self.flush().await;
         self.knows_of(self.context.feed.position());
+        if self.lease.is_some() || !self.read_model.shared() {
+            self.date().await;
+        }
         let quiet = self.source == Source::Feed && self.pending.is_none();
         let durable = self.follower.as_ref().is_some_and(Follower::is_durable);
         if durable && quiet && self.context.feed.position() > self.applied {
@@ -354,8 +367,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     fn moved_to(&self, position: Position) {
         self.context.status.send_if_modified(|status| {
             let news = status.position != position;
-            status.position = position;
-            status.head = status.head.max(position);
+            status.moved_to(position, None);
             news
         });
     }
@@ -363,9 +375,44 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     fn knows_of(&self, head: Position) {
         self.context.status.send_if_modified(|status| {
             let news = head > status.head;
-            status.head = status.head.max(head);
+            status.knows_of(head);
             news
         });
+    }
+
+    /// What is pending is the oldest that is not applied.
+    fn waits_since(&self, pending: &Pending) {
+        let Some(first) = pending.events.front() else { return };
+        self.context.status.send_if_modified(|status| {
+            status.knows_of(first.position);
+            status.behind_since = Some(first.recorded_at);
+            false
+        });
+    }
+
+    /// Looks how old what comes next is, if it stays unread for a while.
+    async fn date(&mut self) {
+        let (position, behind) = {
+            let status = self.context.status.borrow();
+            (status.position, status.lag() > 0)
+        };
+        if !behind || self.pending.is_some() || self.dated == Some(position) || self.dormant {
+            return;
+        }
+        match self.context.store.read_log(ReadLog::after(position).limit(1)).await {
+            Ok(page) => {
+                if let Some(oldest) = page.events.first() {
+                    self.dated = Some(position);
+                    self.context.status.send_if_modified(|status| {
+                        status.moved_to(position, Some(oldest.recorded_at));
+                        false
+                    });
+                }
+            }
+            Err(error) => {
+                tracing::debug!(projection = self.context.name, %error, "how long it is behind could not be looked up");
+            }
+        }
     }
 
     /// Writes a checkpoint that has moved over nothing but events of others.

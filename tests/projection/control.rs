@@ -13,37 +13,6 @@ use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection
 use crate::support::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_paused_projection_stands_still_also_after_a_restart() {
-    for (kind, store, _dir) in stores().await {
-        let database = Database::new().await;
-        let node = local_node(&store).await;
-        let handle = node.projection(table("table"), database.open().await, options()).await;
-        let first = append(&store, 0, 0..5).await;
-        catch_up(&handle, first).await;
-        handle.pause().await.unwrap();
-        assert_eq!(handle.status().state, ProjectionState::Paused);
-        append(&store, 0, 0..5).await;
-        node.stop(PATIENCE).await.unwrap();
-
-        let node = local_node(&store).await;
-        let handle = node.projection(table("table"), database.open().await, options()).await;
-        reach(&handle, ProjectionState::Paused).await;
-        let memory = recorder("other");
-        let other = node.projection(memory, InMemory::new(), options()).await;
-        let head = append(&store, 0, 0..5).await;
-        // The sibling has had the events: so would this one, if it did not stand still.
-        catch_up(&other, head).await;
-        assert_eq!(handle.status().position, first, "{kind}");
-        assert_eq!(database.seen("table").await.len(), 5, "{kind}");
-
-        handle.resume().await.unwrap();
-        catch_up(&handle, head).await;
-        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
-        node.stop(PATIENCE).await.unwrap();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pause_reaches_every_node() {
     for (kind, store, _dir) in stores().await {
         let (one, two) = (local_node(&store).await, local_node(&store).await);

@@ -14,42 +14,6 @@ use tokio::time::timeout;
 use crate::support::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn catches_up_and_follows_without_hole_or_double() {
-    for (kind, store, _dir) in stores().await {
-        append(&store, 0, 0..700).await;
-        let database = Database::new().await;
-        let writers = Writers::start(&store, 4, 40, 4);
-        let node = local_node(&store).await;
-        let (all, even) = (recorder("all"), recorder::<()>("even").filter(evens()));
-        let (all_seen, even_seen) = (all.seen.clone(), even.seen.clone());
-        let delivered = recorder("delivered").filter(evens());
-        let delivered_seen = delivered.seen.clone();
-        let handles = [
-            node.projection(all, InMemory::new(), options().batch_size(7)).await,
-            node.projection(even, InMemory::new(), options()).await,
-            node.projection(delivered, External::new(), options()).await,
-            node.projection(table("table"), database.open().await, options()).await,
-            node.projection(table("even table").filter(evens()), database.open().await, options()).await,
-        ];
-        writers.done().await;
-        let head = store.frontier().await.unwrap();
-        for handle in &handles {
-            catch_up(handle, head).await;
-            reach(handle, ProjectionState::Following).await;
-            assert_eq!(handle.status().lag(), 0);
-        }
-        let (everything, evens) = (log(&store, &Filter::all()).await, log(&store, &evens()).await);
-        assert_eq!(all_seen.positions(), everything, "{kind}");
-        assert_eq!(even_seen.positions(), evens, "{kind}");
-        assert_eq!(delivered_seen.positions(), evens, "{kind}");
-        assert_eq!(database.seen("table").await, everything, "{kind}");
-        assert_eq!(database.seen("even table").await, evens, "{kind}");
-        assert_eq!(handles[4].status().events_applied, evens.len() as u64);
-        node.stop(PATIENCE).await.unwrap();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn applies_exactly_once_over_kills_at_any_moment() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
@@ -150,27 +114,6 @@ async fn a_slow_projection_robs_nobody_and_misses_nothing() {
         assert_eq!(slow_seen.positions(), log, "{kind}");
         assert_eq!(fast_seen.positions(), log, "{kind}");
         node.stop(PATIENCE).await.unwrap();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filter_that_never_matches_reaches_the_head_and_stays_there() {
-    for (kind, store, _dir) in stores().await {
-        append(&store, 0, 0..1_200).await;
-        let node = local_node(&store).await;
-        let never = Filter::variants::<Thing>(&["never"]).unwrap();
-        let recorder = recorder("never").filter(never);
-        let seen = recorder.seen.clone();
-        let handle = node.projection(recorder, External::new(), options()).await;
-        for n in 0..20 {
-            let position = append(&store, 0, [n]).await;
-            catch_up(&handle, position).await;
-        }
-        let head = store.frontier().await.unwrap();
-        assert_eq!(handle.status().position, head, "{kind}");
-        node.stop(PATIENCE).await.unwrap();
-        assert_eq!(store.checkpoint("projection/never").await.unwrap().position, head, "saved on stop");
-        assert!(seen.positions().is_empty());
     }
 }
 

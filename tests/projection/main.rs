@@ -4,6 +4,9 @@
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
 #![cfg(feature = "sqlite")]
 
+mod batches;
+#[cfg(all(feature = "postgres", feature = "nats"))]
+mod conformance;
 mod control;
 mod failures;
 mod following;
@@ -14,3 +17,7 @@ mod publishing;
 mod rebuild;
 mod schedules;
 mod support;
+
+#[cfg(all(feature = "postgres", feature = "nats"))]
+#[path = "../support/mod.rs"]
+mod harness;

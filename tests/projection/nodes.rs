@@ -7,49 +7,8 @@ use std::time::Duration;
 use storied::projection::{External, ProjectionState};
 use storied::store::Checkpoint;
 use storied::{EventStore, Filter, Position, PublisherState};
-use tokio::time::Instant;
 
 use crate::support::*;
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_node_owns_a_shared_read_model_and_hands_it_over_at_once() {
-    for (kind, store, _dir) in stores().await {
-        let database = Database::new().await;
-        // So long that only giving the lease back can explain a takeover.
-        let options = options().lease(Duration::from_secs(600));
-        let one = local_node(&store).await;
-        let first = one.projection(table("table"), database.open().await, options.clone()).await;
-        reach(&first, ProjectionState::Following).await;
-        let two = local_node(&store).await;
-        let second = two.projection(table("table"), database.open().await, options).await;
-        reach(&second, ProjectionState::Standby).await;
-
-        for n in 0..10 {
-            let position = append(&store, 0, [n]).await;
-            // On every node, owner or not.
-            catch_up(&second, position).await;
-            catch_up(&first, position).await;
-        }
-        assert_eq!((first.status().epoch, second.status().epoch), (1, 0), "{kind}");
-        // From any node; the owner stays the owner.
-        second.reset().await.unwrap();
-        assert_eq!(second.status().position, Position::START);
-        let position = append(&store, 0, [10]).await;
-        catch_up(&second, position).await;
-        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
-        assert_eq!((first.status().epoch, second.status().epoch), (1, 0), "{kind}");
-
-        one.stop(PATIENCE).await.unwrap();
-        let stopped = Instant::now();
-        reach(&second, ProjectionState::Following).await;
-        assert!(stopped.elapsed() < Duration::from_secs(5), "{:?}", stopped.elapsed());
-        assert_eq!(second.status().epoch, 2, "{kind}");
-        let position = append(&store, 0, [99]).await;
-        catch_up(&second, position).await;
-        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
-        two.stop(PATIENCE).await.unwrap();
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_death_of_an_owner_costs_no_more_than_its_lease() {

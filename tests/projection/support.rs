@@ -222,19 +222,14 @@ impl<T: Send + 'static> Projection for Recorder<T> {
 /// Records the positions that it was given in a table, in the transaction of its checkpoint.
 pub struct Table {
     name: String,
-    filter: Filter,
     hook: Hook,
 }
 
 pub fn table(name: &str) -> Table {
-    Table { name: name.into(), filter: Filter::all(), hook: hook(|_| Ok(())) }
+    Table { name: name.into(), hook: hook(|_| Ok(())) }
 }
 
 impl Table {
-    pub fn filter(self, filter: Filter) -> Self {
-        Self { filter, ..self }
-    }
-
     pub fn hook(self, hook: Hook) -> Self {
         Self { hook, ..self }
     }
@@ -248,7 +243,7 @@ impl Projection for Table {
     }
 
     fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(self.filter.clone())
+        Ok(Filter::all())
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {

@@ -3,15 +3,17 @@
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 
+use chrono::{DateTime, Utc};
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
 use super::{Pending, Run, Suspect};
 use crate::backoff::Backoff;
-use crate::event::{DecodeError, RecordedEvent};
+use crate::event::{DecodeError, DecodeErrorKind, RecordedEvent};
 use crate::projection::error::causes;
 use crate::projection::{
     ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel, TargetUnavailable,
+    UnknownNames,
 };
 use crate::store::{Checkpoint, ParkedEvent};
 use crate::supervised::panic_text;
@@ -32,9 +34,9 @@ pub(super) async fn contained(user: impl Future<Output = Result<(), ApplyError>>
     }
 }
 
-/// Whether the error, or what caused it, says that the event's bytes cannot be read: they never will.
-fn is_undecodable(error: &ApplyError) -> bool {
-    causes(&**error).any(|cause| cause.is::<DecodeError>())
+/// What the error, or what caused it, says about the event's bytes if they cannot be read: they never will.
+fn undecodable(error: &ApplyError) -> Option<&DecodeErrorKind> {
+    causes(&**error).find_map(|cause| cause.downcast_ref::<DecodeError>()).map(|error| &error.kind)
 }
 
 /// Whether the error, or what caused it, says that the read model cannot be reached: no event is to blame for that.
@@ -61,8 +63,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 // Alone, so that it takes nobody with it.
                 1
             }
-            _ => suspected.min(self.context.options.batch),
+            _ => suspected.min(self.size.get()),
         };
+        let began = Instant::now();
         let mut open = match self.read_model.begin(&self.row, saved).await {
             Ok(open) => open,
             Err(error) => {
@@ -82,13 +85,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 }
             }
         }
-        let Some(error) = failure else { return self.commit(open, saved, pending, count).await };
+        let Some(error) = failure else { return self.commit(open, saved, pending, count, began).await };
         let outage = is_outage(self.read_model, &error);
         if !outage {
             self.suspect_of(&pending, applied, &error);
         }
         if applied > 0 && !self.read_model.rolls_back() {
-            self.commit(open, saved, pending, applied).await;
+            self.commit(open, saved, pending, applied, began).await;
             // Otherwise the commit has failed, and that is what is waited for.
             if self.saved.is_none() {
                 return;
@@ -114,6 +117,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             projection = self.context.name, position = %event.position, stream = %event.stream, event = %event.name, attempts,
             %error, "an event could not be applied"
         );
+        let undecodable = undecodable(error);
+        let strange = options.unknown_names == UnknownNames::PassOver
+            && undecodable == Some(&DecodeErrorKind::UnknownName);
         let text = format!(
             "{} at position {} (version {} of {}) could not be applied: {error}",
             event.name, event.position, event.version, event.stream
@@ -123,13 +129,21 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             position: event.position,
             attempts,
             error: error.to_string(),
-            hopeless: is_undecodable(error),
+            hopeless: undecodable.is_some(),
+            strange,
             due: Instant::now() + backoff.next(),
         });
     }
 
-    /// Commits the first `count` pending events.
-    async fn commit(&mut self, open: R::Open, saved: Checkpoint, mut pending: Pending, count: usize) {
+    /// Commits the first `count` pending events, in a transaction that began then.
+    async fn commit(
+        &mut self,
+        open: R::Open,
+        saved: Checkpoint,
+        mut pending: Pending,
+        count: usize,
+        began: Instant,
+    ) {
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
@@ -137,12 +151,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return self.refused(&error);
         }
         self.backoff.succeeded();
-        pending.events.drain(..count);
-        self.committed(to, pending, |status| status.events_applied += count as u64);
+        self.size.took(count, began.elapsed());
+        let last = pending.events.drain(..count).next_back();
+        let oldest = last.map(|event| event.recorded_at);
+        self.committed(to, pending, oldest, |status| status.events_applied += count as u64);
     }
 
-    /// The checkpoint is at `to`; goes on with what is left.
-    fn committed(&mut self, to: Checkpoint, left: Pending, count: impl FnOnce(&mut ProjectionStatus)) {
+    /// The checkpoint is at `to`, behind an event of `last`; goes on with what is left.
+    fn committed(
+        &mut self,
+        to: Checkpoint,
+        left: Pending,
+        last: Option<DateTime<Utc>>,
+        count: impl FnOnce(&mut ProjectionStatus),
+    ) {
         self.saved = Some(to);
         self.applied = to.position;
         self.timing.applied();
@@ -152,8 +174,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         self.context.status.send_modify(|status| {
             count(status);
-            status.position = to.position;
-            status.head = status.head.max(to.position);
+            let next = left.events.front().map(|event| event.recorded_at);
+            status.moved_to(to.position, next.or(last));
             if self.suspect.is_none() && status.state == ProjectionState::Retrying {
                 status.state = ProjectionState::CatchingUp;
             }
@@ -170,35 +192,45 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     async fn give_up(&mut self, saved: Checkpoint, mut pending: Pending) {
         let (Some(suspect), Some(event)) = (&self.suspect, pending.events.front()) else { return };
         let context = self.context;
-        match context.options.on_failure {
-            FailurePolicy::Stop => {
-                tracing::error!(
-                    projection = context.name, position = %event.position, stream = %event.stream, event = %event.name,
-                    attempts = suspect.attempts, error = suspect.error, "the projection stands still before this event"
-                );
-                self.stand_still();
+        let (name, attempts, error) = (&context.name, suspect.attempts, &suspect.error);
+        let parked = if suspect.strange {
+            None
+        } else if context.options.on_failure == FailurePolicy::Park {
+            Some(ParkedEvent::new(event, error.clone(), attempts))
+        } else {
+            tracing::error!(
+                projection = name, position = %event.position, stream = %event.stream, event = %event.name, attempts, error,
+                "the projection stands still before this event"
+            );
+            return self.stand_still();
+        };
+        let to = Checkpoint { position: event.position, ..saved };
+        let open = match self.read_model.begin(&self.row, saved).await {
+            Ok(open) => open,
+            Err(error) => {
+                self.pending = Some(pending);
+                return self.outage(&error);
             }
-            FailurePolicy::Park => {
-                let parked = ParkedEvent::new(event, suspect.error.clone(), suspect.attempts);
-                let to = Checkpoint { position: event.position, ..saved };
-                let open = match self.read_model.begin(&self.row, saved).await {
-                    Ok(open) => open,
-                    Err(error) => {
-                        self.pending = Some(pending);
-                        return self.outage(&error);
-                    }
-                };
-                if let Err(error) = self.read_model.commit(open, &self.row, saved, to, Some(parked)).await {
-                    return self.refused(&error);
-                }
-                tracing::error!(
-                    projection = context.name, position = %event.position, stream = %event.stream, event = %event.name,
-                    attempts = suspect.attempts, error = suspect.error, "the event was parked, and the projection goes on"
-                );
-                self.backoff.succeeded();
-                pending.events.pop_front();
-                self.committed(to, pending, |status| status.events_parked += 1);
-            }
+        };
+        let (parks, row) = (parked.is_some(), &self.row);
+        if let Err(error) = self.read_model.commit(open, row, saved, to, parked).await {
+            return self.refused(&error);
         }
+        if parks {
+            tracing::error!(
+                projection = name, position = %event.position, stream = %event.stream, event = %event.name, attempts, error,
+                "the event was parked, and the projection goes on"
+            );
+        } else {
+            tracing::info!(
+                projection = name, position = %event.position, stream = %event.stream, event = %event.name,
+                "the event has a name that is not known here, and is passed over"
+            );
+        }
+        self.backoff.succeeded();
+        let last = pending.events.pop_front().map(|event| event.recorded_at);
+        self.committed(to, pending, last, |status| {
+            *if parks { &mut status.events_parked } else { &mut status.events_passed_over } += 1;
+        });
     }
 }

@@ -133,6 +133,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 Ok(checkpoint) => {
                     self.moved_to(checkpoint.position);
                     self.measures_from(checkpoint.position);
+                    self.date().await;
                 }
                 // Whatever it is: the owner may put it right, as by a reset.
                 Err(error) => return self.try_later(&error),
@@ -218,8 +219,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.applied = checkpoint.position;
         self.context.status.send_modify(|status| {
             status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
-            status.position = checkpoint.position;
-            status.head = status.head.max(checkpoint.position);
+            status.moved_to(checkpoint.position, None);
         });
         self.measures_from(checkpoint.position);
         self.restart();

@@ -174,7 +174,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     pub(super) fn enqueue(&mut self, events: VecDeque<RecordedEvent>, upto: Position) {
         if !events.is_empty() {
-            self.pending = Some(Pending { events, upto });
+            let pending = Pending { events, upto };
+            self.waits_since(&pending);
+            self.pending = Some(pending);
         } else if upto > self.applied {
             // Nothing to write but the checkpoint, and that can wait for the next tick.
             self.applied = upto;

@@ -1,0 +1,73 @@
+//! How many events share a transaction.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use storied::projection::{ApplyError, Delivery, External};
+use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+
+use crate::support::*;
+
+/// Where the batches began, and how many events were in them.
+type Batches = Arc<Mutex<Vec<(Position, usize)>>>;
+
+struct Paced {
+    batches: Batches,
+    /// How long an event takes, in milliseconds.
+    pace: Arc<AtomicU64>,
+}
+
+impl Projection for Paced {
+    type Transaction = Delivery;
+
+    fn name(&self) -> &str {
+        "paced"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, delivery: &mut Delivery) -> Result<(), ApplyError> {
+        {
+            let mut batches = self.batches.lock().unwrap();
+            match batches.last_mut().filter(|(began, _)| *began == delivery.confirmed) {
+                Some((_, events)) => *events += 1,
+                None => batches.push((delivery.confirmed, 1)),
+            }
+        }
+        match self.pace.load(Ordering::SeqCst) {
+            0 => {}
+            millis => tokio::time::sleep(Duration::from_millis(millis)).await,
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_are_as_large_as_their_time_allows() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let (batches, pace) = (Batches::default(), Arc::new(AtomicU64::new(10)));
+    let sizes = || batches.lock().unwrap().drain(..).map(|(_, events)| events).collect::<Vec<_>>();
+    append(&store, 0, 0..300).await;
+    let node = local_node(&store).await;
+    let options = options().batch_size(400).batch_time(Duration::from_millis(200));
+    let paced = Paced { batches: batches.clone(), pace: pace.clone() };
+    let handle = node.projection(paced, External::new(), options).await;
+    catch_up(&handle, store.frontier().await.unwrap()).await;
+    // An event takes 10 ms or more, so 20 of them are too many, or nearly.
+    let slow = sizes();
+    assert_eq!(slow[..2], [50, 25], "{slow:?}");
+    assert!(slow[2..].iter().all(|&events| events <= 25) && slow.len() > 10, "{slow:?}");
+    // Quick again: the whole room is used within a few batches.
+    pace.store(0, Ordering::SeqCst);
+    handle.pause().await.unwrap();
+    append(&store, 0, 0..6_000).await;
+    handle.resume().await.unwrap();
+    catch_up(&handle, store.frontier().await.unwrap()).await;
+    let quick = sizes();
+    assert!(quick.contains(&400) && quick[0] <= 25, "{quick:?}");
+    assert!(quick.iter().all(|&events| events <= 400), "{quick:?}");
+    node.stop(PATIENCE).await.unwrap();
+}

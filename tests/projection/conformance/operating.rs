@@ -1,0 +1,108 @@
+//! What operators do, from any node.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use storied::projection::{ControlError, FailurePolicy, InMemory, ProjectionState};
+use storied::{Filter, Position};
+
+use super::Scene;
+use super::place::Place;
+use crate::support::*;
+
+pub async fn stands_still_while_it_is_paused<P: Place>(scene: Scene<P>) {
+    let (one, two) = (scene.node().await, scene.node().await);
+    let first = scene.start(&one, scene.writes("paused"), scene.options()).await;
+    let before = scene.append(0, 0..5).await;
+    catch_up(&first, before).await;
+    let second = scene.start(&two, scene.writes("paused"), scene.options()).await;
+    // From the node that does not own it.
+    second.pause().await.unwrap();
+    for handle in [&first, &second] {
+        reach(handle, ProjectionState::Paused).await;
+    }
+    scene.append(0, 0..5).await;
+    one.stop(PATIENCE).await.unwrap();
+    two.stop(PATIENCE).await.unwrap();
+
+    let node = scene.node().await;
+    let handle = scene.start(&node, scene.writes("paused"), scene.options()).await;
+    reach(&handle, ProjectionState::Paused).await;
+    let other = node.projection(recorder("other"), InMemory::new(), options()).await;
+    let head = scene.append(0, 0..5).await;
+    // The sibling has had the events: so would this one, if it did not stand still.
+    catch_up(&other, head).await;
+    assert_eq!(handle.status().position, before);
+    assert_eq!(scene.place.seen("paused").await.len(), 5);
+    handle.resume().await.unwrap();
+    catch_up(&handle, head).await;
+    scene.assert_exact("paused", &Filter::all()).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+pub async fn begins_anew_after_a_reset<P: Place>(scene: Scene<P>) {
+    scene.append(0, 1..=10).await;
+    let third = log(&scene.store, &Filter::all()).await[2];
+    let broken = Arc::new(AtomicBool::new(true));
+    let (one, two) = (scene.node().await, scene.node().await);
+    let park = scene.options().on_failure(FailurePolicy::Park).attempts(1);
+    let writes = || scene.writes("reset").hook(poison(third.get(), &broken));
+    let first = scene.start(&one, writes(), park.clone()).await;
+    let head = scene.head().await;
+    catch_up(&first, head).await;
+    assert_eq!(first.parked(10).await.unwrap().len(), 1);
+    let second = scene.start(&two, writes(), park).await;
+    reach(&second, ProjectionState::Standby).await;
+    broken.store(false, Ordering::SeqCst);
+    second.reset().await.unwrap();
+    let head = scene.append(0, 1..=10).await;
+    catch_up(&second, head).await;
+    assert!(second.parked(10).await.unwrap().is_empty());
+    let mut seen = scene.place.seen("reset").await;
+    if !P::TOGETHER {
+        // Its owner may deliver some more before it hears of it, and again afterwards.
+        seen.sort_unstable();
+    }
+    assert_eq!(seen, log(&scene.store, &Filter::all()).await);
+
+    // A paused one stays paused, and is empty.
+    first.pause().await.unwrap();
+    first.reset().await.unwrap();
+    assert_eq!(first.status().position, Position::START);
+    assert!(scene.place.seen("reset").await.is_empty());
+    reach(&first, ProjectionState::Paused).await;
+    first.resume().await.unwrap();
+    catch_up(&first, head).await;
+    scene.assert_exact("reset", &Filter::all()).await;
+    one.stop(PATIENCE).await.unwrap();
+    two.stop(PATIENCE).await.unwrap();
+}
+
+/// Where the switch can be one transaction; elsewhere it is refused, and says what to do instead.
+pub async fn is_rebuilt_beside_the_live_one<P: Place>(scene: Scene<P>) {
+    for n in 0..10 {
+        scene.append(n, 0..20).await;
+    }
+    let (one, two) = (scene.node().await, scene.node().await);
+    let free = hook(|_| Ok(()));
+    let first = scene.start_made(&one, "rebuilt", None, free.clone(), scene.options()).await;
+    catch_up(&first, scene.head().await).await;
+    let second = scene.start_made(&two, "rebuilt", None, free, scene.options()).await;
+    if P::TOGETHER {
+        let writers = Writers::start(&scene.store, 2, 30, 5);
+        second.rebuild().await.unwrap();
+        for handle in [&first, &second] {
+            eventually("it is live", || handle.status().version == 1 && handle.rebuilding().is_none()).await;
+        }
+        writers.done().await;
+        catch_up(&first, scene.head().await).await;
+        scene.assert_exact("rebuilt@1", &Filter::all()).await;
+    } else {
+        let refused = second.rebuild().await.unwrap_err();
+        assert!(matches!(refused, ControlError::NotRebuildable { .. }), "{refused}");
+        assert!(refused.to_string().contains("reset"), "{refused}");
+        scene.assert_exact("rebuilt", &Filter::all()).await;
+    }
+    one.stop(PATIENCE).await.unwrap();
+    two.stop(PATIENCE).await.unwrap();
+}

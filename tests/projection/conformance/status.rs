@@ -1,0 +1,91 @@
+//! How far behind it is.
+
+use std::time::Duration;
+
+use storied::projection::{ProjectionState, ProjectionStatus, TargetUnavailable};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Scene;
+use super::place::Place;
+use crate::support::*;
+
+/// For the clocks of the store and of this node, which are of one machine here, and round differently.
+const ROUNDING: Duration = Duration::from_millis(2);
+
+/// In the end, the age is that of an event that was appended between these two moments.
+async fn ages(what: &str, status: impl Fn() -> ProjectionStatus, from: Instant, to: Instant) {
+    // Long enough to tell it from the time since somebody noticed.
+    let long = to.elapsed() + Duration::from_millis(100);
+    eventually(what, || {
+        let least = to.elapsed();
+        let status = status();
+        let age = status.lag_time();
+        status.lag() > 0 && age + ROUNDING >= least && age <= from.elapsed() + ROUNDING && age > long
+    })
+    .await;
+}
+
+/// Fails, without blame, for everything behind a position: it is tried again, and holds no database meanwhile.
+fn up_to(limit: &watch::Sender<u64>) -> Hook {
+    let limit = limit.subscribe();
+    hook(move |event| {
+        let wait = event.position.get() > *limit.borrow();
+        if wait { Err(TargetUnavailable::new("not yet").into()) } else { Ok(()) }
+    })
+}
+
+pub async fn tells_how_far_behind_it_is<P: Place>(scene: Scene<P>) {
+    let limit = watch::Sender::new(0);
+    let writes = || scene.writes("behind").hook(up_to(&limit));
+    let live = |handle: &storied::ProjectionHandle| {
+        let status = handle.status();
+        status.lag() == 0 && status.lag_time() == Duration::ZERO && status.behind_since.is_none()
+    };
+    // What is there before the projection is.
+    let from = Instant::now();
+    let first = scene.append(0, [1]).await;
+    let to = Instant::now();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let second_from = Instant::now();
+    scene.append(0, 2..=20).await;
+    let second_to = Instant::now();
+
+    let node = scene.node().await;
+    // What commits by itself is not undone by what comes behind it.
+    let handle = scene.start(&node, writes(), scene.options().batch_size(1)).await;
+    ages("catching up", || handle.status(), from, to).await;
+    limit.send_replace(first.get());
+    catch_up(&handle, first).await;
+    ages("between", || handle.status(), second_from, second_to).await;
+    limit.send_replace(u64::MAX);
+    catch_up(&handle, scene.head().await).await;
+    eventually("it is live", || live(&handle)).await;
+
+    // At the tip.
+    let position = scene.append(0, [3]).await;
+    catch_up(&handle, position).await;
+    eventually("it is live again", || live(&handle)).await;
+    limit.send_replace(position.get());
+    let from = Instant::now();
+    scene.append(0, [4]).await;
+    let to = Instant::now();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    scene.append(0, [5]).await;
+    ages("following", || handle.status(), from, to).await;
+
+    // Nobody reads what comes next: it stands still, on this node and the next one; and on one that only looks on.
+    handle.pause().await.unwrap();
+    ages("paused", || handle.status(), from, to).await;
+    let other = scene.node().await;
+    let looker = scene.start(&other, writes(), scene.options()).await;
+    ages("looking on", || looker.status(), from, to).await;
+    node.stop(PATIENCE).await.unwrap();
+    reach(&looker, ProjectionState::Paused).await;
+    ages("paused elsewhere", || looker.status(), from, to).await;
+    limit.send_replace(u64::MAX);
+    looker.resume().await.unwrap();
+    catch_up(&looker, scene.head().await).await;
+    eventually("it is live at last", || live(&looker)).await;
+    other.stop(PATIENCE).await.unwrap();
+}
