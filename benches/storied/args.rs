@@ -227,7 +227,6 @@ impl Args {
                 "--payload" => parsed.payload = number(&value()?)?,
                 "--runs" => parsed.runs = number(&value()?)?,
                 "--json" => parsed.json = Some(value()?.into()),
-                "--help" => return Err(USAGE.into()),
                 name if Workload::ALL.into_iter().any(|workload| workload.is(name)) => {
                     parsed.workload = Some(name.into());
                 }
