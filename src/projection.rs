@@ -93,6 +93,14 @@ pub trait Projection: Send + 'static {
         async { Err("this projection does not implement reset".into()) }
     }
 
+    /// Drops what this version has written: called when its [rebuild was cancelled](ProjectionHandle::cancel_rebuild), behind the
+    /// last of those who built it; also when there is nothing to drop. The default leaves it where it is, out of use: the next
+    /// rebuild writes to the same version, and its [`reset`](Self::reset) finds it.
+    fn discard(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+        let _ = tx;
+        async { Ok(()) }
+    }
+
     /// Makes the version that this one writes to the one that readers see: called once when a rebuild has caught up, in the
     /// transaction of the switch. Replacing a view is a usual way. The default leaves it to readers to ask for the
     /// [version](ProjectionStatus::version).

@@ -36,6 +36,15 @@ pub trait Place: Clone + Send + Sync + 'static {
 
     fn clear(&self, name: &str, tx: &mut Self::Tx) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
+    /// As `clear`, but as who drops a table: when nobody is at it any more.
+    fn clear_alone(
+        &self,
+        name: &str,
+        tx: &mut Self::Tx,
+    ) -> impl Future<Output = Result<(), ApplyError>> + Send {
+        self.clear(name, tx)
+    }
+
     /// What was written under a name, in that order.
     fn seen(&self, name: &str) -> impl Future<Output = Vec<Position>> + Send;
 }
@@ -146,6 +155,11 @@ impl Place for InPostgres {
         PostgresReadModel::new(self.0.clone())
     }
 
+    async fn clear_alone(&self, name: &str, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        sqlx::query("LOCK TABLE seen IN ACCESS EXCLUSIVE MODE").execute(&mut *tx).await?;
+        self.clear(name, tx).await
+    }
+
     in_sql!(InPostgres, PgConnection, 0);
 }
 
@@ -207,5 +221,9 @@ impl<P: Place> Projection for Writes<P> {
 
     async fn reset(&mut self, tx: &mut P::Tx) -> Result<(), ApplyError> {
         self.place.clear(&self.table(), tx).await
+    }
+
+    async fn discard(&mut self, tx: &mut P::Tx) -> Result<(), ApplyError> {
+        self.place.clear_alone(&self.table(), tx).await
     }
 }
