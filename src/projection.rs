@@ -78,7 +78,8 @@ pub trait Projection: Send + 'static {
     /// When a filter names events that there are not; the runtime does not start then.
     fn filter(&self) -> Result<Filter, EncodeError>;
 
-    /// Folds one event in.
+    /// Folds one event in. Dropped in the middle of it, and what it wrote rolled back where that can be, when its node loses the
+    /// read model to another one or ends.
     fn apply(
         &mut self,
         event: &RecordedEvent,

@@ -7,7 +7,7 @@
 mod failing;
 mod following;
 mod operating;
-mod place;
+pub mod place;
 mod sharing;
 mod status;
 

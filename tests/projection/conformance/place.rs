@@ -143,12 +143,7 @@ impl Place for InPostgres {
     const TOGETHER: bool = true;
 
     async fn open() -> (Arc<dyn EventStore>, Self) {
-        let url = PostgresServer::shared().await.create_database().await;
-        let store = PostgresStore::connect(&url).await.unwrap();
-        let pool = PgPoolOptions::new().max_connections(4).connect(&url).await.unwrap();
-        let table = "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, name text, position bigint)";
-        sqlx::query(table).execute(&pool).await.unwrap();
-        (Arc::new(store), Self(pool))
+        Self::at(&PostgresServer::shared().await.create_database().await).await
     }
 
     async fn model(&self) -> PostgresReadModel {
@@ -161,6 +156,17 @@ impl Place for InPostgres {
     }
 
     in_sql!(InPostgres, PgConnection, 0);
+}
+
+impl InPostgres {
+    /// In an empty database.
+    pub async fn at(url: &str) -> (Arc<dyn EventStore>, Self) {
+        let store = PostgresStore::connect(url).await.unwrap();
+        let pool = PgPoolOptions::new().max_connections(4).connect(url).await.unwrap();
+        let table = "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, name text, position bigint)";
+        sqlx::query(table).execute(&pool).await.unwrap();
+        (Arc::new(store), Self(pool))
+    }
 }
 
 /// Writes down what it is given, under its name, and behind a rebuild under its name and version.
