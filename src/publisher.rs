@@ -109,7 +109,8 @@ pub struct PublisherStatus {
     pub bus: &'static str,
     /// What it is doing.
     pub state: PublisherState,
-    /// Everything up to here is on the bus; `None` before this node has published for the first time.
+    /// Everything up to here is on the bus, or was left to those who follow one that keeps nothing: behind an outage of such a bus
+    /// publishing goes on at the end of the log. `None` before this node has published for the first time.
     pub published: Option<Position>,
     /// The last event of the log, when it was last read.
     pub head: Position,

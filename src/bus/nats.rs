@@ -186,6 +186,7 @@ impl Inner {
             Slot::Closed => return Err(BusError::Closed),
             Slot::Empty => {}
         }
+        self.options.check()?;
         self.names.check()?;
         match Connection::open(&self.options, &self.state).await {
             Ok(connection) => {

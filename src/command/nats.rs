@@ -76,7 +76,8 @@ impl NatsCommands {
     }
 
     /// How often a node says that it is there, and that it is still at work on a command. Whoever is silent for three and a
-    /// half times as long counts as lost. 1 second by default, at least 10 ms; the same on all nodes.
+    /// half times as long counts as lost. A command of another node waits no longer than this for a place in a full aggregate or
+    /// handler. 1 second by default, at least 10 ms; the same on all nodes.
     #[must_use]
     pub fn heartbeat(mut self, every: Duration) -> Self {
         self.beat = every.clamp(Duration::from_millis(10), Duration::from_secs(3_600));

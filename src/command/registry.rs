@@ -60,12 +60,13 @@ pub(super) trait Endpoint: Send + Sync {
     fn aggregate(&self) -> Option<RouterStatus>;
     fn handler(&self) -> Option<HandlerStatus>;
     fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize>;
-    /// Takes a command of another node, or says why not.
+    /// Takes a command, or says why not: for lack of a place no later than `admit_by`.
     fn accept<'a>(
         &'a self,
         commands: &'a Commands,
         frame: CommandFrame,
         deadline: Deadline,
+        admit_by: Instant,
     ) -> BoxFuture<'a, Result<Answering, Failure>>;
 }
 
@@ -196,6 +197,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
         commands: &'a Commands,
         frame: CommandFrame,
         deadline: Deadline,
+        admit_by: Instant,
     ) -> BoxFuture<'a, Result<Answering, Failure>> {
         Box::pin(async move {
             let (command, metadata) = contents::<A::Command>(&frame)?;
@@ -206,7 +208,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 Ok(stream) => stream,
                 Err(error) => return refused(error),
             };
-            let permit = match self.admit(deadline.instant()).await {
+            let permit = match self.admit(deadline.instant().min(admit_by)).await {
                 Ok(permit) => permit,
                 Err(error) => return refused(error),
             };
@@ -264,6 +266,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
         commands: &'a Commands,
         frame: CommandFrame,
         deadline: Deadline,
+        admit_by: Instant,
     ) -> BoxFuture<'a, Result<Answering, Failure>> {
         Box::pin(async move {
             let (command, metadata) = contents::<H::Command>(&frame)?;
@@ -271,7 +274,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
             filtered(commands, &info)?;
             let fingerprint = Uuid::from_u128(content(&frame)?);
-            let permit = match self.admit(deadline.instant()).await {
+            let permit = match self.admit(deadline.instant().min(admit_by)).await {
                 Ok(permit) => permit,
                 Err(error) => return refused(error),
             };

@@ -42,6 +42,7 @@ use crate::event::{Position, RecordedEvent, StreamId, Version};
 pub struct SqliteOptions {
     path: PathBuf,
     create_if_missing: bool,
+    migrate: bool,
     codec: Codec,
     readers: usize,
     busy_timeout: Duration,
@@ -54,6 +55,7 @@ impl SqliteOptions {
         Self {
             path: path.as_ref().to_owned(),
             create_if_missing: true,
+            migrate: true,
             codec: Codec::default(),
             readers: 4,
             busy_timeout: Duration::from_secs(5),
@@ -65,6 +67,14 @@ impl SqliteOptions {
     #[must_use]
     pub fn create_if_missing(mut self, create: bool) -> Self {
         self.create_if_missing = create;
+        self
+    }
+
+    /// Whether to create and migrate the tables when opening. If not, tables that are missing or older than the program are
+    /// an error, and a file that is no event store stays as it is. Default: yes.
+    #[must_use]
+    pub fn migrate(mut self, migrate: bool) -> Self {
+        self.migrate = migrate;
         self
     }
 
@@ -96,7 +106,7 @@ impl SqliteOptions {
         self
     }
 
-    /// Opens the store, creating or migrating its tables. Any number of processes may do so at once.
+    /// Opens the store, creating or migrating its tables if need be. Any number of processes may do so at once.
     ///
     /// # Errors
     /// `Incompatible` when the file is no database, was made by a newer storied or with another codec; `Storage` when it
@@ -114,10 +124,11 @@ impl SqliteOptions {
         let writing = shared
             .clone()
             .create_if_missing(self.create_if_missing)
-            .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             // On macOS a plain fsync leaves data in the drive's cache; elsewhere this changes nothing.
             .pragma("fullfsync", "ON");
+        // Remembered by the file: not for one that may be somebody else's.
+        let writing = if self.migrate { writing.journal_mode(SqliteJournalMode::Wal) } else { writing };
         let (connection, id) = self.prepare(&writing).await?;
         let reading = shared.pragma("query_only", "ON");
         let readers = Readers::new(reading, self.acquire_timeout, self.readers);
@@ -139,7 +150,7 @@ impl SqliteOptions {
             let attempt = async {
                 let doing = format!("opening {}", self.path.display());
                 let mut connection = options.connect().await.map_err(|error| failed(&doing, error))?;
-                let id = schema::prepare(&mut connection, self.codec).await?;
+                let id = schema::prepare(&mut connection, self.codec, self.migrate).await?;
                 Ok((connection, id))
             };
             match attempt.await {

@@ -5,17 +5,20 @@
 
 mod certificates;
 mod cluster;
+mod compose;
 mod conformance;
 mod durable;
 mod events;
 mod faults;
 mod foreign;
+mod hazards;
 mod hints;
 mod login;
 mod mirror;
 mod nats_md;
 mod oracle;
 mod raw;
+mod storage;
 mod subjects;
 mod support;
 mod wire;

@@ -392,5 +392,8 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
     .await;
     assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
     assert_eq!(restored.checkpoint("publisher").await.unwrap(), Checkpoint::default());
-    recording.node.kill();
+    // No time will mend that: its end is not put off until the deadline.
+    let start = std::time::Instant::now();
+    recording.node.stop(PATIENCE).await.unwrap();
+    assert!(start.elapsed() < PATIENCE / 4, "{:?}", start.elapsed());
 }

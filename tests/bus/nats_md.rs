@@ -55,7 +55,74 @@ async fn requests_and_buckets_through_the_client_that_is_handed_out() {
     }
     use jetstream::kv::Operation::{Delete, Put};
     assert_eq!(operations, [Put, Put, Delete]);
-    assert!(settings.put("big", vec![0; 2 << 20].into()).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn buckets_made_opened_listed_limited_and_forgetting() {
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let bus = options(Kind::JetStream, &server).bus();
+    let context = jetstream::new(bus.client().await.unwrap());
+    assert!(context.get_key_value("settings").await.is_err(), "not there yet");
+    let config = jetstream::kv::Config {
+        bucket: "settings".into(),
+        history: 3,
+        max_value_size: 1_000,
+        max_bytes: 4_000,
+        ..Default::default()
+    };
+    context.create_key_value(config).await.unwrap();
+    // Opened by somebody else.
+    let other = options(Kind::Core, &server).bus();
+    let settings = jetstream::new(other.client().await.unwrap()).get_key_value("settings").await.unwrap();
+    settings.create("app.name", "shop".into()).await.unwrap();
+    let there = settings.create("app.name", "store".into()).await.unwrap_err();
+    assert_eq!(there.kind(), jetstream::kv::CreateErrorKind::AlreadyExists);
+    settings.put("app.port", "80".into()).await.unwrap();
+    settings.put("app.port", "81".into()).await.unwrap();
+    let keys = async || {
+        let mut keys: Vec<String> = settings.keys().await.unwrap().map(Result::unwrap).collect().await;
+        keys.sort_unstable();
+        keys
+    };
+    assert_eq!(keys().await, ["app.name", "app.port"]);
+    // What a handle knows is from when it was opened.
+    let status = context.get_key_value("settings").await.unwrap().status().await.unwrap();
+    // Every revision counts, up to `history` of a key.
+    assert_eq!((status.bucket(), status.values(), status.history()), ("settings", 3, 3));
+    settings.delete("app.name").await.unwrap();
+    assert_eq!(settings.get("app.name").await.unwrap(), None);
+    assert_eq!(keys().await, ["app.port"]);
+
+    // The limits of a value and of the bucket.
+    let message = server_limit(&other).await;
+    assert!(message > 1_001, "the value's limit is the one that counts: {message}");
+    assert!(settings.put("large", vec![0; 1_001].into()).await.is_err());
+    settings.put("large", vec![0; 990].into()).await.unwrap();
+    let mut refused = false;
+    for n in 0..5 {
+        refused |= settings.put(format!("more.{n}"), vec![0; 990].into()).await.is_err();
+    }
+    assert!(refused, "a full bucket takes no more");
+
+    // A bucket that forgets.
+    let config = jetstream::kv::Config {
+        bucket: "sessions".into(),
+        max_age: Duration::from_millis(500),
+        ..Default::default()
+    };
+    let sessions = context.create_key_value(config).await.unwrap();
+    assert_eq!(sessions.status().await.unwrap().max_age(), Duration::from_millis(500));
+    sessions.put("ann", "1".into()).await.unwrap();
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    while sessions.get("ann").await.unwrap().is_some() {
+        assert!(tokio::time::Instant::now() < give_up, "still there");
+        pause(50).await;
+    }
+}
+
+/// How long a message may be here.
+async fn server_limit(bus: &storied::NatsBus) -> usize {
+    bus.client().await.unwrap().server_info().max_payload
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -169,7 +236,7 @@ async fn a_reader_needs_no_right_to_create() {
 }
 
 /// What the server's monitoring port answers.
-async fn monitored(port: u16, path: &str) -> String {
+pub async fn monitored(port: u16, path: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut connection = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
     let request = format!("GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n");

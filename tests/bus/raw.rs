@@ -3,8 +3,11 @@
 mod common;
 mod core;
 mod durable;
+mod groups;
 mod handling;
+mod modes;
 mod recovery;
+mod settings;
 mod suite;
 
 use std::time::Duration;

@@ -61,7 +61,8 @@ pub fn quick(options: NatsOptions) -> NatsOptions {
     options
         .reconnect_wait(Duration::from_millis(100))
         .ping_interval(Duration::from_millis(300))
-        .answer_timeout(Duration::from_millis(1_000))
+        // Long enough for a machine on which much else goes on.
+        .answer_timeout(Duration::from_secs(3))
 }
 
 /// A bus of each kind, and what it runs on.

@@ -1,10 +1,10 @@
 //! What is promised of every command, wherever it is executed: each behaviour in one process and over NATS.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use storied::command::{Handler, HandlerOptions};
+use storied::command::{CommandBus, Handler, HandlerOptions};
 use storied::projection::InMemory;
 use storied::store::ExpectedVersion;
 use storied::{ExecuteError, Projection, RecordedEvent, Version};
@@ -50,6 +50,7 @@ suite! {
     a_refusal_is_remembered,
     a_failed_attempt_is_no_record,
     a_panic_is_one_commands_business,
+    a_panic_around_a_handler_is_one_commands_business,
     nobody_to_handle_it_is_said_at_once,
     a_full_handler_says_so,
     what_came_with_the_command_is_with_its_events,
@@ -431,6 +432,30 @@ async fn nobody_to_handle_it_is_said_at_once(kind: Kind) {
     let error = cluster.caller.command::<Elsewhere>(()).await.unwrap_err();
     assert!(matches!(error, ExecuteError::NoHandler { name: "test.elsewhere" }), "{error}");
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    cluster.stop().await;
+}
+
+/// Hooks are the user's code, too.
+async fn a_panic_around_a_handler_is_one_commands_business(kind: Kind) {
+    let panics = Arc::new(AtomicBool::new(true));
+    let hook = panics.clone();
+    let hooked = move |bus: CommandBus, _| {
+        let hook = hook.clone();
+        bus.before(Worker::NAME, move |_| {
+            assert!(!hook.load(Ordering::SeqCst), "on purpose");
+            Ok(())
+        })
+    };
+    let options = HandlerOptions::new().max_in_flight(1);
+    let cluster = Setup::new(kind).options(options).bus(hooked).start().await;
+    for n in 0..3 {
+        let error = cluster.caller.command::<Worker>(note(n)).await.unwrap_err();
+        let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains("on purpose"), "{reason}");
+    }
+    panics.store(false, Ordering::SeqCst);
+    cluster.caller.command::<Worker>(note(9)).await.unwrap();
+    assert_eq!(cluster.seen(), [9]);
     cluster.stop().await;
 }
 

@@ -21,9 +21,11 @@ pub enum CounterCommand {
         add: u64,
         limit: u64,
     },
+    /// Changes nothing.
+    Look,
     Panic,
 }
-pub use CounterCommand::{Add, AddUpTo};
+pub use CounterCommand::{Add, AddUpTo, Look};
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -58,6 +60,7 @@ impl Aggregate for Counter {
                 Ok(Decision::event(CounterEvent::Added { n: add }).reply(self.total + add))
             }
             AddUpTo { limit, .. } => Err(CounterError::TooMuch { total: self.total, limit }),
+            Look => Ok(Decision::none().reply(self.total)),
             CounterCommand::Panic => panic!("as told"),
         }
     }

@@ -1,190 +1,35 @@
-//! Node processes that are killed and paused in the middle of a command (hazards 22 and 23 of the research).
+//! Node processes that are killed and paused, and NATS with them, in the middle of a command: hazards 22 to 27 of the table in
+//! docs/guarantees.md.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde::{Deserialize, Serialize};
-use storied::command::{CommandBus, HandleError, Handler, HandlerContext, HandlerOptions};
-use storied::store::ReadLog;
-use storied::{EventStore, ExecuteError, Position, Runtime, SqliteStore};
+use nix::sys::signal::Signal;
+use storied::command::CommandBusStatus;
+use storied::{ExecuteError, Runtime};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::domain::{Add, AddUpTo, Counter, WorkError};
-use crate::harness::NatsServer;
+use crate::domain::{Add, AddUpTo, Counter, Look};
+use crate::processes::{Gated, Node, Pass, Setting};
 use crate::support::*;
 
-/// Adds to a counter through a command, and stands still where it is told to until it may go on. Where it is can be seen in
-/// the files of a directory.
-struct Gated {
-    directory: PathBuf,
-    name: String,
+fn pass(stop: &str) -> Pass {
+    Pass { stop: stop.into() }
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Pass {
-    /// `before` or `after` the counter has been added to; anything else is nowhere.
-    stop: String,
-}
-
-impl Gated {
-    async fn stop_at(&self, here: &str, pass: &Pass) {
-        if pass.stop == here {
-            self.mark(here);
-            while !self.directory.join("open").exists() {
-                tokio::time::sleep(Duration::from_millis(2)).await;
+/// Gives this command until somebody takes it, behind an outage.
+async fn add_soon(caller: &Runtime, id: &str, n: u64) -> u64 {
+    let give_up = Instant::now() + PATIENCE;
+    loop {
+        match caller.execute::<Counter>(id, Add(n)).await {
+            Ok(receipt) => return receipt.reply,
+            Err(error) => {
+                let not_yet = error.is_transient() || matches!(error, ExecuteError::NoHandler { .. });
+                assert!(not_yet && Instant::now() < give_up, "{error}");
             }
         }
-    }
-
-    fn mark(&self, what: &str) {
-        fs::write(self.directory.join(format!("{}-{what}", self.name)), "").unwrap();
-    }
-}
-
-impl Handler for Gated {
-    const NAME: &'static str = "test.gated";
-    type Command = Pass;
-    type Reply = u64;
-    type Error = WorkError;
-
-    async fn handle(&self, pass: &Pass, context: &HandlerContext) -> Result<u64, HandleError<WorkError>> {
-        self.stop_at("before", pass).await;
-        let added = context.execute::<Counter>("a", Add(1)).await;
-        self.stop_at("after", pass).await;
-        self.mark("ended");
-        Ok(added?.reply)
-    }
-}
-
-const NODE: &str = "STORIED_TEST_NODE";
-
-fn args(directory: &Path, server: &NatsServer, name: &str) -> String {
-    format!("{}\n{}\n{name}", directory.display(), server.url())
-}
-
-/// Not a test: what the processes that the tests start run, until their standard input ends.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn node_process() {
-    let Ok(node) = std::env::var(NODE) else { return };
-    let [directory, url, name] = node.lines().collect::<Vec<_>>()[..] else { panic!("{node}") };
-    let directory = PathBuf::from(directory);
-    let gated = Gated { directory: directory.clone(), name: name.into() };
-    let runtime = Runtime::builder()
-        .store(SqliteStore::open(directory.join("db")).await.unwrap())
-        .commands(CommandBus::nats(nats_commands(url, name)))
-        .aggregate::<Counter>()
-        .handler_with(gated, HandlerOptions::new().workers(8))
-        .start()
-        .await
-        .unwrap();
-    fs::write(directory.join(format!("{name}-ready")), "").unwrap();
-    let ended = || std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-    tokio::task::spawn_blocking(ended).await.unwrap().unwrap();
-    runtime.shutdown().await.unwrap();
-}
-
-/// A node in a process of its own. Killed when it is dropped.
-struct Node {
-    process: Child,
-    ready: PathBuf,
-}
-
-impl Node {
-    fn spawn(bank: &Setting, name: &str) -> Self {
-        let process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "hazards::node_process", "--nocapture"])
-            .env(NODE, args(bank.directory.path(), &bank.server, name))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self { process, ready: bank.file(&format!("{name}-ready")) }
-    }
-
-    async fn ready(self) -> Self {
-        eventually("ready", || self.ready.exists()).await;
-        self
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.process.id().cast_signed()), signal).unwrap();
-    }
-
-    /// Stops it, and returns when none of its threads runs any more: on a busy machine that takes a while.
-    async fn pause(&self) {
-        self.signal(Signal::SIGSTOP);
-        let threads = format!("/proc/{}/task", self.process.id());
-        let stands = |thread: fs::DirEntry| {
-            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-            stat.rsplit(')').next().is_none_or(|rest| rest.trim_start().starts_with('T'))
-        };
-        eventually("stopped", || fs::read_dir(&threads).unwrap().filter_map(Result::ok).all(stands)).await;
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// A dispatcher in this process, over the same store as the nodes.
-struct Setting {
-    directory: tempfile::TempDir,
-    server: NatsServer,
-    store: SqliteStore,
-    caller: Runtime,
-}
-
-impl Setting {
-    async fn new() -> Self {
-        let (directory, server) = (tempfile::tempdir().unwrap(), server().await);
-        let store = SqliteStore::open(directory.path().join("db")).await.unwrap();
-        let builder = Runtime::builder().store(store.clone()).commands(nats(&server, "caller"));
-        let caller = builder.start().await.unwrap();
-        Self { directory, server, store, caller }
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    async fn exists(&self, name: &str) {
-        eventually(name, || self.file(name).exists()).await;
-    }
-
-    fn open(&self) {
-        fs::write(self.file("open"), "").unwrap();
-    }
-
-    async fn events(&self) -> usize {
-        self.store.read_log(ReadLog::after(Position::START)).await.unwrap().events.len()
-    }
-
-    /// Lets the first node begin a command, the second join, `fault` happen to the first, and looks at what came of it.
-    async fn survives(self, stop: &str, fault: impl AsyncFn(&Self, &Node)) {
-        let one = Node::spawn(&self, "one").ready().await;
-        let id = Uuid::now_v7();
-        let pass = Pass { stop: stop.into() };
-        let command = self.caller.command::<Gated>(pass.clone()).command_id(id);
-        let dispatched = command.timeout(PATIENCE).dispatch().await.unwrap();
-        self.exists(&format!("one-{stop}")).await;
-        let two = Node::spawn(&self, "two").ready().await;
-        fault(&self, &one).await;
-        self.open();
-        assert_eq!(dispatched.await.unwrap().reply, 1, "stopped {stop}");
-        assert_eq!(self.events().await, 1, "stopped {stop}");
-        // Whoever asks again, by the id, gets the same.
-        let again = self.caller.command::<Gated>(pass).command_id(id).await.unwrap();
-        assert_eq!((again.reply, again.duplicate), (1, true));
-        drop(two);
-        self.caller.shutdown().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -195,7 +40,7 @@ async fn a_node_that_is_killed_before_it_accepts() {
     let two = Node::spawn(&setting, "two");
     // Both know the first by its beats, so it gets the command, and cannot take it.
     one.pause().await;
-    let command = setting.caller.command::<Gated>(Pass { stop: "nowhere".into() }).timeout(PATIENCE);
+    let command = setting.caller.command::<Gated>(pass("nowhere")).timeout(PATIENCE);
     let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
     tokio::time::sleep(BEAT / 2).await;
     drop(one);
@@ -231,27 +76,30 @@ async fn a_node_that_is_paused_in_the_middle_changes_nothing_when_it_wakes() {
     }
 }
 
-/// A refusal of one node is no answer while another one has the command, too, and may yet decide otherwise.
+/// That nothing happened is no answer while another node has the command, too, and may yet decide otherwise.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refusal_is_not_certain_while_another_node_may_have_the_command() {
-    let setting = Setting::new().await;
-    let one = Node::spawn(&setting, "one").ready().await;
-    setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
-    let two = Node::spawn(&setting, "two");
-    one.pause().await;
-    let command = setting.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 1 });
-    let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
-    let two = two.ready().await;
-    let error = answer.await.unwrap().unwrap_err();
-    let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
-    assert!(reason.contains("one fell silent") && reason.contains("the total is 1"), "{reason}");
-    // With nobody else to have it, it is.
-    drop(one);
-    let command = setting.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 1 });
-    let error = command.await.unwrap_err();
-    assert!(error.rejection().is_some(), "{error}");
-    drop(two);
-    setting.caller.shutdown().await.unwrap();
+async fn a_no_is_not_certain_while_another_node_may_have_the_command() {
+    for (no, said) in [(AddUpTo { add: 1, limit: 1 }, "the total is 1"), (Look, "nothing to do")] {
+        let setting = Setting::new().await;
+        let one = Node::spawn(&setting, "one").ready().await;
+        setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
+        let two = Node::spawn(&setting, "two");
+        one.pause().await;
+        let command = setting.caller.execute::<Counter>("a", no.clone());
+        let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
+        let two = two.ready().await;
+        let error = answer.await.unwrap().unwrap_err();
+        let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains("one fell silent") && reason.contains(said), "{reason}");
+        // With nobody else to have it, it is.
+        drop(one);
+        match setting.caller.execute::<Counter>("a", no).await {
+            Ok(receipt) => assert_eq!((receipt.reply, said), (1, "nothing to do")),
+            Err(error) => assert!(error.rejection().is_some(), "{error}"),
+        }
+        drop(two);
+        setting.caller.shutdown().await.unwrap();
+    }
 }
 
 /// What NATS delivers after the deadline is dropped.
@@ -281,5 +129,122 @@ async fn a_command_that_comes_late_is_never_executed() {
     let receipt = setting.caller.execute::<Counter>("a", Add(1)).command_id(id).await.unwrap();
     assert_eq!((receipt.reply, receipt.duplicate), (12, false));
     drop(one);
+    setting.caller.shutdown().await.unwrap();
+}
+
+/// Hazard 24, with a node that sleeps over it all: nothing of what could not be sent happens later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_24_without_nats_a_command_fails_at_once_and_never_happens() {
+    let mut setting = Setting::new().await;
+    let one = Node::spawn(&setting, "one").ready().await;
+    setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
+    setting.server.kill();
+    let away =
+        async || matches!(setting.caller.status().await.commands, CommandBusStatus::Disconnected { .. });
+    while !away().await {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    one.pause().await;
+    for _ in 0..20 {
+        let started = Instant::now();
+        let error = setting.caller.execute::<Counter>("b", Add(1)).await.unwrap_err();
+        assert!(matches!(error, ExecuteError::Unavailable { .. }), "{error}");
+        assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
+    }
+    setting.server.restart().await;
+    one.signal(Signal::SIGCONT);
+    assert_eq!(add_soon(&setting.caller, "b", 1).await, 1, "none of those that failed has happened");
+    assert_eq!(setting.events().await, 2);
+    drop(one);
+    setting.caller.shutdown().await.unwrap();
+}
+
+/// Hazard 25: the answer goes with the server; whoever waits for it asks again and gets what was recorded.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_25_an_answer_that_was_lost_with_the_server_is_asked_for_again() {
+    for stop in ["before", "after"] {
+        let mut setting = Setting::new().await;
+        let one = Node::spawn(&setting, "one").ready().await;
+        let command = setting.caller.command::<Gated>(pass(stop)).timeout(PATIENCE);
+        let dispatched = command.dispatch().await.unwrap();
+        setting.exists(&format!("one-{stop}")).await;
+        setting.server.kill();
+        // It ends while nobody can be told.
+        setting.open();
+        setting.exists("one-ended").await;
+        setting.server.restart().await;
+        assert_eq!(dispatched.await.unwrap().reply, 1, "{stop}");
+        assert_eq!(setting.events().await, 1, "{stop}");
+        drop(one);
+        setting.caller.shutdown().await.unwrap();
+    }
+}
+
+/// Hazard 26: two processes give commands with the same ids at the same time, and two execute them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_26_one_id_from_two_processes_is_one_command() {
+    let setting = Setting::new().await;
+    let nodes = ["one", "two"].map(|name| Node::spawn(&setting, name));
+    let callers = ["left", "right"].map(|name| Node::caller(&setting, name));
+    for node in ["one", "two", "left", "right"] {
+        setting.exists(&format!("{node}-ready")).await;
+    }
+    let ids: Vec<_> = (0..30).map(|_| Uuid::now_v7()).collect();
+    let lines: Vec<_> = ids.iter().map(Uuid::to_string).collect();
+    fs::write(setting.file("ids-new"), lines.join("\n")).unwrap();
+    fs::rename(setting.file("ids-new"), setting.file("ids")).unwrap();
+    let mut answers = Vec::new();
+    for name in ["left-answers", "right-answers"] {
+        setting.exists(name).await;
+        answers.push(fs::read_to_string(setting.file(name)).unwrap());
+    }
+    let (left, right): (Vec<_>, Vec<_>) = (answers[0].lines().collect(), answers[1].lines().collect());
+    assert_eq!((left.len(), right.len()), (30, 30));
+    for (left, right) in left.into_iter().zip(right) {
+        let [(reply, duplicate), (other, repeated)] = [left, right].map(|line| line.split_once(' ').unwrap());
+        assert_eq!(reply, other, "one answer");
+        assert!(duplicate != repeated, "one of them was first");
+    }
+    assert_eq!(setting.events().await, 30);
+    let another = setting.caller.command::<Gated>(pass("elsewhere")).command_id(ids[0]).await;
+    assert!(matches!(another, Err(ExecuteError::SameId { .. })), "{another:?}");
+    drop((nodes, callers));
+    setting.caller.shutdown().await.unwrap();
+}
+
+/// Hazard 27: a node that is killed and started again under its name is another one, and is asked anew.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_27_a_node_that_comes_back_under_its_name_is_another_one() {
+    let setting = Setting::new().await;
+    for round in 1..=3 {
+        let node = Node::spawn(&setting, "one").ready().await;
+        assert_eq!(add_soon(&setting.caller, "b", 1).await, round);
+        node.signal(Signal::SIGKILL);
+    }
+    // This one only sleeps, with a command.
+    let old = Node::spawn(&setting, "one").ready().await;
+    let dispatched =
+        setting.caller.command::<Gated>(pass("before")).timeout(PATIENCE).dispatch().await.unwrap();
+    setting.exists("one-before").await;
+    old.pause().await;
+    fs::remove_file(setting.file("one-before")).unwrap();
+    let new = Node::spawn(&setting, "one").ready().await;
+    setting.exists("one-before").await;
+    setting.open();
+    assert_eq!(dispatched.await.unwrap().reply, 1);
+    setting.exists("one-ended").await;
+    fs::remove_file(setting.file("one-ended")).unwrap();
+    // It wakes up, ends what it had, and says so to nobody who listens.
+    old.signal(Signal::SIGCONT);
+    setting.exists("one-ended").await;
+    assert_eq!(setting.events().await, 4);
+    let nodes = vec!["one".to_owned()];
+    assert_eq!(setting.caller.status().await.commands, CommandBusStatus::Connected { nodes });
+    // The one that was started later counts: without the other everything goes on at once.
+    drop(old);
+    let started = Instant::now();
+    assert_eq!(setting.caller.execute::<Counter>("b", Add(1)).await.unwrap().reply, 4);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    drop(new);
     setting.caller.shutdown().await.unwrap();
 }

@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
 
+mod attempts;
 mod conformance;
 mod domain;
 mod hazards;
 mod nodes;
+mod processes;
 mod support;
 mod wire;
 

@@ -52,11 +52,11 @@ fn bus(server: &NatsServer, name: &str) -> CommandBus {
     CommandBus::nats(NatsCommands::new(options).node(name).heartbeat(Duration::from_secs(60)))
 }
 
-fn map(entries: Vec<(&str, Value)>) -> Value {
+pub fn map(entries: Vec<(&str, Value)>) -> Value {
     Value::Map(entries.into_iter().map(|(key, value)| (key.into(), value)).collect())
 }
 
-async fn publish(client: &Client, subject: impl AsRef<str>, frame: &Value) {
+pub async fn publish(client: &Client, subject: impl AsRef<str>, frame: &Value) {
     let mut bytes = Vec::new();
     ciborium::into_writer(frame, &mut bytes).unwrap();
     client.publish(subject.as_ref().to_owned(), bytes.into()).await.unwrap();
@@ -167,12 +167,12 @@ async fn frames_are_what_they_always_were() {
     node.shutdown().await.unwrap();
 }
 
-async fn store_id(runtime: &Runtime) -> Uuid {
+pub async fn store_id(runtime: &Runtime) -> Uuid {
     runtime.status().await.store.id
 }
 
 /// A handler that only another program has.
-struct Elsewhere;
+pub struct Elsewhere;
 
 impl Handler for Elsewhere {
     const NAME: &'static str = "test.elsewhere";

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
-use storied::{EventStore, ExpectedVersion, Position, PostgresOptions, PostgresStore, ReadLog};
+use storied::{
+    EventStore, ExpectedVersion, NewEvent, Position, PostgresOptions, PostgresStore, ReadLog, StreamId,
+};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
@@ -17,6 +19,7 @@ use crate::support::PostgresServer;
 use crate::tools::{Dice, append, assert_sound, connect, events, run, stream, whole_log};
 
 const MIGRATION: &str = include_str!("../../migrations/postgres/0001_events.sql");
+const APPEND_ONE: &str = include_str!("../../migrations/postgres/0003_append_one.sql");
 
 const STREAMS: u64 = 40;
 
@@ -271,6 +274,52 @@ async fn transaction(connection: &mut PgConnection, dice: &mut Dice) -> sqlx::Re
                 .map(|(n, event)| (index as i32 + 1, n as i32 + 1, stream, event)),
         );
     }
+    let ids = match new.as_slice() {
+        [(_, _, stream, event)] => append_one(&mut transaction, stream, event).await?,
+        _ => append_many(&mut transaction, &streams, &new).await?,
+    };
+    dice.nap(20_000).await;
+    if dice.below(4) == 0 {
+        transaction.rollback().await?;
+        return Ok(None);
+    }
+    transaction.commit().await?;
+    Ok(Some(ids))
+}
+
+/// Appends an event behind the last one that is there; its id, unless another transaction came first.
+async fn append_one(
+    connection: &mut PgConnection,
+    stream: &StreamId,
+    event: &NewEvent,
+) -> sqlx::Result<Vec<Uuid>> {
+    let last: i64 =
+        sqlx::query_scalar("SELECT coalesce(max(version), 0) FROM storied.events WHERE stream = $1")
+            .bind(stream_key(stream))
+            .fetch_one(&mut *connection)
+            .await?;
+    let position: Option<i64> =
+        sqlx::query_scalar("SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9)")
+            .bind(stream_key(stream))
+            .bind(last)
+            .bind(stream.category())
+            .bind(stream.id())
+            .bind(event.name.as_str())
+            .bind(event.id)
+            .bind(event.command_id)
+            .bind(event.payload.to_vec())
+            .bind(event.metadata.to_vec())
+            .fetch_one(connection)
+            .await?;
+    Ok(position.map(|_| event.id).into_iter().collect())
+}
+
+/// Each event with the index of its stream and its number in it, from 1; the ids of those that were appended.
+async fn append_many(
+    connection: &mut PgConnection,
+    streams: &[StreamId],
+    new: &[(i32, i32, &StreamId, NewEvent)],
+) -> sqlx::Result<Vec<Uuid>> {
     let row = sqlx::query(
         "SELECT lost FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
     )
@@ -287,22 +336,15 @@ async fn transaction(connection: &mut PgConnection, dice: &mut Dice) -> sqlx::Re
     .bind(new.iter().map(|(.., event)| event.command_id).collect::<Vec<_>>())
     .bind(new.iter().map(|(.., event)| event.payload.to_vec()).collect::<Vec<_>>())
     .bind(new.iter().map(|(.., event)| event.metadata.to_vec()).collect::<Vec<_>>())
-    .fetch_one(&mut *transaction)
+    .fetch_one(connection)
     .await?;
     let lost: Option<Vec<bool>> = row.try_get(0)?;
     let won = |part: i32| lost.as_ref().is_none_or(|lost| !lost[part as usize - 1]);
-    let ids = new.iter().filter(|(part, ..)| won(*part)).map(|(.., event)| event.id).collect();
-    dice.nap(20_000).await;
-    if dice.below(4) == 0 {
-        transaction.rollback().await?;
-        return Ok(None);
-    }
-    transaction.commit().await?;
-    Ok(Some(ids))
+    Ok(new.iter().filter(|(part, ..)| won(*part)).map(|(.., event)| event.id).collect())
 }
 
 /// As the store makes it.
-fn stream_key(stream: &storied::StreamId) -> Uuid {
+fn stream_key(stream: &StreamId) -> Uuid {
     let namespace = uuid::uuid!("6f0d8a52-0b5e-5c0e-9c41-2b7f4e1d9a63");
     Uuid::new_v5(&namespace, stream.to_string().as_bytes())
 }
@@ -438,10 +480,10 @@ async fn read_by_hand(
 async fn database(server: &PostgresServer, mutate: &[(&str, &str)]) -> String {
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
-    for name in ["append", "frontier"] {
-        let start = MIGRATION.find(&format!("CREATE FUNCTION storied.{name}(")).unwrap();
-        let end = start + MIGRATION[start..].find("END $$;").unwrap() + "END $$;".len();
-        let mut function = MIGRATION[start..end].replacen("CREATE", "CREATE OR REPLACE", 1);
+    for (name, migration) in [("append", MIGRATION), ("frontier", MIGRATION), ("append_one", APPEND_ONE)] {
+        let start = migration.find(&format!("CREATE FUNCTION storied.{name}(")).unwrap();
+        let end = start + migration[start..].find("END $$;").unwrap() + "END $$;".len();
+        let mut function = migration[start..end].replacen("CREATE", "CREATE OR REPLACE", 1);
         for (from, to) in mutate {
             function = function.replace(from, to);
         }
@@ -514,7 +556,11 @@ async fn the_oracle_notices_mutations() {
     };
     let draw = "positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, events));";
     assert!(MIGRATION.contains(draw));
-    let drawn_first = format!("{draw}\n{lock}");
+    const DRAW_ONE: &str = "drawn := nextval('storied.positions');";
+    // The moment between the two lasts as long as it takes to be noticed, whoever else has the processors.
+    let moment = "PERFORM pg_sleep(0.005 * random());";
+    let drawn_first = format!("{draw}\n{moment}\n{lock}");
+    let locked_first = format!("{lock}\n{moment}");
     let refusal = "IF current_setting('transaction_isolation') <> 'read committed' THEN";
     assert!(MIGRATION.contains(refusal));
 
@@ -529,13 +575,18 @@ async fn the_oracle_notices_mutations() {
     )
     .await;
     must_fail(server, "lock after nextval", Reader::ByHand, &[(lock, ""), (draw, &drawn_first)], "").await;
+    let one = format!("{lock}\n\n    {DRAW_ONE}");
+    assert!(APPEND_ONE.contains(&one));
+    let drawn_first = format!("{DRAW_ONE}\n{moment}\n{lock}");
+    must_fail(server, "lock after the only nextval", Reader::ByHand, &[(&one, &drawn_first)], "").await;
     let database = [("d.datname = current_database()", "d.datname = 'template1'")];
     must_fail(server, "locks of another database", Reader::ByHand, &database, "").await;
     let cache = "ALTER SEQUENCE storied.positions CACHE 32";
     must_fail(server, "CACHE 32", Reader::ByHand, &[], cache).await;
 
     // And what was changed is all that was wrong.
-    let findings = oracle(&self::database(server, &[]).await, Scene::quiet(Reader::ByHand)).await;
+    let unchanged = self::database(server, &[(lock, &locked_first)]).await;
+    let findings = oracle(&unchanged, Scene::quiet(Reader::ByHand)).await;
     findings.print("nothing changed");
     assert_eq!(findings.faults(), 0);
 }

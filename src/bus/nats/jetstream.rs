@@ -126,7 +126,7 @@ impl JetStreamOptions {
         self
     }
 
-    /// How long a message stays. 7 days by default; `None` for as long as there is room.
+    /// How long a message stays. 7 days by default; `None` for as long as there is room. Zero is refused when the bus connects.
     #[must_use]
     pub fn max_age(mut self, age: impl Into<Option<Duration>>) -> Self {
         self.max_age = age.into();
@@ -142,7 +142,7 @@ impl JetStreamOptions {
     }
 
     /// How long the server recognises an event that it has already, by its id: a second net below the sequence check. 2
-    /// minutes by default.
+    /// minutes by default; zero is refused when the bus connects.
     #[must_use]
     pub fn duplicate_window(mut self, window: Duration) -> Self {
         self.duplicate_window = window;
@@ -161,6 +161,12 @@ impl JetStreamOptions {
     pub fn mirror_from(mut self, from: MirrorFrom) -> Self {
         self.mirror_from = from;
         self
+    }
+
+    /// What is said about times. To the server, zero means something else: its default, or no limit.
+    pub(super) fn times(&self) -> impl Iterator<Item = (&'static str, Duration)> {
+        let age = self.max_age.map(|age| ("max_age (None for no limit)", age));
+        age.into_iter().chain([("duplicate_window", self.duplicate_window)])
     }
 
     /// The stream's name under a namespace.

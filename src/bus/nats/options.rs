@@ -210,7 +210,7 @@ impl NatsOptions {
     }
 
     /// How often a silent server is asked whether it is still there; one that leaves two such questions open counts as
-    /// lost. 5 s by default.
+    /// lost. 5 s by default. Not zero: [`BusError::Incompatible`] when the bus connects, as for the two that follow.
     #[must_use]
     pub fn ping_interval(mut self, every: Duration) -> Self {
         self.ping_interval = every;
@@ -258,6 +258,19 @@ impl NatsOptions {
     /// What everything is called.
     pub(super) fn names(&self) -> Names {
         Names::new(&self.namespace, &self.subjects)
+    }
+
+    /// Times of nothing, which no server could keep to.
+    pub(super) fn check(&self) -> Result<(), BusError> {
+        let mut times = vec![
+            ("ping_interval", self.ping_interval),
+            ("connection_timeout", self.connection_timeout),
+            ("answer_timeout", self.answer_timeout),
+        ];
+        if let Driver::JetStream(options) = &self.driver {
+            times.extend(options.times());
+        }
+        nonzero("NatsOptions", times)
     }
 
     /// Where to connect to, as of now.
@@ -319,6 +332,19 @@ impl NatsOptions {
                 })?
             }
         })
+    }
+}
+
+/// Refuses the first of these that is zero.
+pub(super) fn nonzero(
+    of: &str,
+    times: impl IntoIterator<Item = (&'static str, Duration)>,
+) -> Result<(), BusError> {
+    match times.into_iter().find(|(_, time)| time.is_zero()) {
+        Some((name, _)) => Err(BusError::Incompatible {
+            reason: format!("{of}: {name} is 0, and must be longer; leave it out for the default"),
+        }),
+        None => Ok(()),
     }
 }
 

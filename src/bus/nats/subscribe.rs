@@ -36,6 +36,7 @@ use self::queue::Queue;
 pub use self::queue::SubscriptionStats;
 pub use self::retry::{HandleError, HandleOptions, RetryPolicy};
 use super::jetstream::{AckError, ConsumerSpec, Push};
+use super::options::nonzero;
 use super::subjects::{Pattern, patterns};
 use super::{Driver, NatsBus, naming};
 use crate::bus::BusError;
@@ -103,6 +104,7 @@ impl NatsBus {
         options: SubscribeOptions,
     ) -> Result<Subscription, BusError> {
         let names = patterns(names).map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
+        nonzero("SubscribeOptions", options.pull_timeout.map(|timeout| ("pull_timeout", timeout)))?;
         let lanes = self.lanes(&names, &options)?;
         let queue = Queue::new(options.capacity, options.pull_timeout, options.eat_errors, lanes.len());
         let queue = Arc::new(queue);
@@ -157,7 +159,7 @@ impl NatsBus {
                 Driver::Core => Source::Core { subjects, group },
                 Driver::JetStream(_) => {
                     let consumer = options.consumer.clone().unwrap_or_else(ConsumerOptions::ephemeral);
-                    let spec = self.spec(&consumer, group.as_deref(), &names, subjects);
+                    let spec = self.spec(&consumer, group.as_deref(), &names, subjects)?;
                     Source::Consumer { spec, confirm: consumer.confirm }
                 }
             };
@@ -193,7 +195,7 @@ impl NatsBus {
         group: Option<&str>,
         names: &[Pattern],
         filters: Vec<String>,
-    ) -> ConsumerSpec {
+    ) -> Result<ConsumerSpec, BusError> {
         let events: Vec<_> = names.iter().map(Pattern::as_str).collect();
         let name = match (&options.life, group) {
             (Life::Durable(prefix), group) => naming::durable(prefix, group, &events),
@@ -209,12 +211,12 @@ impl NatsBus {
             subject: format!("{}.deliver.{name}", self.names().namespace()),
             group: group.map(naming::custom),
         });
-        ConsumerSpec {
+        Ok(ConsumerSpec {
             name,
             durable: options.is_durable(),
             shared: group.is_some(),
             filters,
-            start: options.deliver(),
+            start: options.deliver()?,
             ack_wait: options.ack_wait,
             max_deliver: options.max_deliver,
             backoff: options.backoff.clone(),
@@ -222,7 +224,7 @@ impl NatsBus {
             push,
             inactive: options.inactive,
             policy: options.policy,
-        }
+        })
     }
 }
 

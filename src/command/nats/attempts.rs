@@ -13,12 +13,12 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use uuid::Uuid;
 
 use super::Shared;
-use super::calls::Ear;
+use super::calls::{Ear, Heard};
 use super::link::{Link, Others};
 use super::presence::Candidate;
 use super::serve::{deadline as frame_deadline, take};
 use crate::command::envelope::Deadline;
-use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome};
+use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome, Reply, Says};
 
 /// Room for what is around a command's content.
 const HEADROOM: usize = 1_024;
@@ -157,8 +157,7 @@ impl Pursuit {
                 }
                 _ => {
                     self.tried.clear();
-                    self.wait().await;
-                    Attempt::Next
+                    self.wait().await
                 }
             };
             match attempt {
@@ -200,17 +199,40 @@ impl Pursuit {
         }
     }
 
-    /// Nobody to ask right now: waits until something is different, for a while.
-    async fn wait(&mut self) {
+    /// Nobody to ask right now: waits until something is different, or one who was asked before answers, for a while.
+    async fn wait(&mut self) -> Attempt {
         let mut news = self.shared.table.watch();
         let until = self.deadline.instant().min(Instant::now() + self.shared.beat);
         tokio::select! {
+            (of, heard) = self.ear.hear() => {
+                if let Heard::Reply(Reply { incarnation, says: Says::Executed(answered), .. }) = heard
+                    && self.was_asked(of, incarnation)
+                {
+                    self.unanswered.remove(&incarnation);
+                    return Attempt::Answered(answered);
+                }
+            }
             _ = news.changed() => {}
             _ = self.link.changed() => {}
             () = sleep_until(until) => {}
         }
         // Others may have waited for the same.
         sleep(Duration::from_millis(5)).await;
+        Attempt::Next
+    }
+
+    /// Whether that attempt was that node's: only whoever was asked may answer.
+    fn was_asked(&self, attempt: u32, incarnation: Uuid) -> bool {
+        let asked = usize::try_from(attempt).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
+        asked.is_some_and(|asked| asked.incarnation == incarnation)
+    }
+
+    /// Until when one attempt may last.
+    fn until(&self) -> Instant {
+        match self.accepted {
+            false => self.assign.instant().min(self.deadline.instant()),
+            true => self.deadline.instant(),
+        }
     }
 
     /// This node's turn.
@@ -218,7 +240,7 @@ impl Pursuit {
         self.tried.insert(own.incarnation);
         let deadline = frame_deadline(&self.frame);
         let started = Instant::now();
-        match take(&self.shared, self.frame.clone(), deadline).await {
+        match take(&self.shared, self.frame.clone(), deadline, deadline.instant()).await {
             Ok(answer) => {
                 self.is_accepted();
                 match timeout_at(self.deadline.instant(), answer).await {

@@ -124,6 +124,8 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         let mut beats = tokio::time::interval(shared.beat);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         beats.reset();
+        // Beside the beats: many who ask must not put them off.
+        let mut answer_at = None;
         let mut draining = shared.draining.subscribe();
         loop {
             tokio::select! {
@@ -134,10 +136,14 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                 }
                 message = ears.presence.next() => match message {
                     Some(message) => if heard(&shared, &message) {
-                        beats.reset_after(ANSWER.min(shared.beat));
+                        answer_at.get_or_insert_with(|| Instant::now() + ANSWER.min(shared.beat));
                     },
                     None => return,
                 },
+                () = sleep_until(answer_at.unwrap_or(connected)), if answer_at.is_some() => {
+                    answer_at = None;
+                    announce(&shared, line.client(), false).await;
+                }
                 _ = draining.changed() => announce(&shared, line.client(), false).await,
                 _ = beats.tick() => {
                     announce(&shared, line.client(), false).await;

@@ -15,6 +15,7 @@ use crate::codec::{from_cbor, to_cbor};
 use crate::command::envelope::Deadline;
 use crate::command::registry::Answering;
 use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Outcome, Reply, Says};
+use crate::time::after;
 
 /// How soon a dispatcher that did not ask for it hears that its command was accepted, unless the answer comes first.
 const ACCEPTED: Duration = Duration::from_millis(50);
@@ -113,6 +114,7 @@ pub(super) async fn take(
     shared: &Shared,
     frame: CommandFrame,
     deadline: Deadline,
+    admit_by: Instant,
 ) -> Result<Answering, Failure> {
     if frame.format != FORMAT {
         let reason = format!("it speaks format {FORMAT}, and the command has {}", frame.format);
@@ -128,7 +130,7 @@ pub(super) async fn take(
     let Some(endpoint) = commands.registry().endpoint(frame.kind, &frame.name) else {
         return Err(Failure::new(Code::NoHandler, format!("it does not handle {:?}", frame.name)));
     };
-    endpoint.accept(&commands, frame, deadline).await
+    endpoint.accept(&commands, frame, deadline, admit_by).await
 }
 
 async fn execute(answerer: Answerer, frame: CommandFrame, _place: OwnedSemaphorePermit) {
@@ -137,7 +139,9 @@ async fn execute(answerer: Answerer, frame: CommandFrame, _place: OwnedSemaphore
         return answerer.refuse(failure).await;
     }
     let (prompt, deadline, started) = (frame.prompt, deadline(&frame), Instant::now());
-    let mut answer = match take(&answerer.shared, frame, deadline).await {
+    // Nothing is said meanwhile, and whoever hears nothing for two beats takes this node for dead.
+    let admit_by = after(answerer.shared.beat);
+    let mut answer = match take(&answerer.shared, frame, deadline, admit_by).await {
         Ok(answer) => answer,
         Err(failure) => return answerer.refuse(failure).await,
     };

@@ -13,7 +13,7 @@ use super::error::{self, Verdict, failed, verdict};
 use super::outcome::{self, Trace};
 use super::plan::{self, Part, Unit};
 use super::{Core, from_sql, to_sql};
-use crate::event::{Position, Version};
+use crate::event::{NewEvent, Position, Version};
 
 pub(super) const DOING: &str = "appending events";
 
@@ -279,8 +279,8 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
     let session =
         if explicit { core.connections.begin(DOING).await } else { core.connections.acquire(DOING).await };
     let mut session = session.map_err(Failure::Failed)?;
-    let row = match core.timed(execute(core, &mut session, units)).await {
-        Ok(row) => row,
+    let reply = match core.timed(execute(core, &mut session, units)).await {
+        Ok(reply) => reply,
         Err(error) if verdict(&error) == Verdict::Unknown => {
             core.connections.purge();
             let backend = session.backend();
@@ -306,9 +306,7 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             return Err(Failure::answered(error));
         }
     };
-    let reply = Reply::decode(&row).map_err(|error| Failure::Failed(failed(DOING, error)))?;
-    let transaction = reply.transaction.clone();
-    let fates = reply.fates(units);
+    let Reply { fates, transaction } = reply;
     match core.timed(session.done()).await {
         Ok(()) => Ok(fates),
         Err(error) if verdict(&error) == Verdict::Unknown => {
@@ -323,7 +321,55 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
     }
 }
 
-async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<PgRow, sqlx::Error> {
+async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<Reply, sqlx::Error> {
+    // Not in an explicit transaction: how that ended is found out by its id, which only the other one tells.
+    if !core.connections.appends_in_transactions()
+        && let [unit] = units
+        && let [part] = unit.parts.as_slice()
+        && let ([event], Some(expected)) = (part.events.as_slice(), exact(part))
+        && let Some(position) = execute_one(core, session, part, expected, event).await?
+    {
+        let place = (Version::new(from_sql(expected)), vec![Position::new(from_sql(position))]);
+        return Ok(Reply { fates: vec![Fate::Appended(vec![place])], transaction: None });
+    }
+    let row = execute_many(core, session, units).await?;
+    Reply::decode(&row, units)
+}
+
+/// The version that a part expects, where there is only one. It needs no look: either the event that it names is the
+/// stream's last, or the next one is not free.
+fn exact(part: &Part<'_>) -> Option<i64> {
+    match part.expected {
+        ExpectedVersion::Exact(version) => Some(to_sql(version.get())),
+        ExpectedVersion::NoStream => Some(0),
+        ExpectedVersion::Any | ExpectedVersion::StreamExists => None,
+    }
+}
+
+/// The position, or none if the event cannot have the version behind the expected one.
+async fn execute_one(
+    core: &Core,
+    session: &mut Session,
+    part: &Part<'_>,
+    expected: i64,
+    event: &NewEvent,
+) -> Result<Option<i64>, sqlx::Error> {
+    sqlx::query_scalar(core.sql.append_one.clone())
+        .bind(part.key)
+        .bind(expected)
+        .bind(part.stream.category())
+        .bind(part.stream.id())
+        .bind(event.name.as_str())
+        .bind(event.id)
+        .bind(event.command_id)
+        .bind(&*event.payload)
+        .bind(&*event.metadata)
+        .persistent(core.connections.persistent())
+        .fetch_one(&mut **session)
+        .await
+}
+
+async fn execute_many(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<PgRow, sqlx::Error> {
     let parts =
         || units.iter().enumerate().flat_map(|(unit, it)| it.parts.iter().map(move |part| (unit, part)));
     let events = || {
@@ -331,15 +377,9 @@ async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Res
             (1_i32..).zip(&part.events).map(move |(n, event)| (index, n, part, *event))
         })
     };
-    // An exact version needs no look: either the event that it names is the stream's last, or the next one is not free.
-    let exact =
-        |part: &Part<'_>| matches!(part.expected, ExpectedVersion::Exact(_) | ExpectedVersion::NoStream);
-    let look_up = !units.iter().all(|unit| matches!(unit.parts.as_slice(), [only] if exact(only)));
-    let expected = |part: &Part<'_>| match part.expected {
-        ExpectedVersion::Exact(version) => to_sql(version.get()),
-        ExpectedVersion::NoStream => 0,
-        ExpectedVersion::Any => -1,
-        ExpectedVersion::StreamExists => -2,
+    let look_up = !units.iter().all(|unit| matches!(unit.parts.as_slice(), [only] if exact(only).is_some()));
+    let expected = |part: &Part<'_>| {
+        exact(part).unwrap_or(if part.expected == ExpectedVersion::StreamExists { -2 } else { -1 })
     };
     sqlx::query(core.sql.append.clone())
         .bind(parts().map(|(_, part)| part.key).collect::<Vec<_>>())
@@ -364,35 +404,28 @@ fn count(number: usize) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// What `storied.append()` answers; see there.
+/// What became of a call's units, and the id of its transaction, if it wrote anything and that had to be known.
 struct Reply {
-    versions: Vec<i64>,
-    lost: Option<Vec<bool>>,
-    positions: Option<Vec<i64>>,
+    fates: Vec<Fate>,
     transaction: Option<String>,
 }
 
 impl Reply {
-    fn decode(row: &PgRow) -> Result<Self, sqlx::Error> {
-        Ok(Self {
-            versions: row.try_get(0)?,
-            lost: row.try_get(1)?,
-            positions: row.try_get(2)?,
-            transaction: row.try_get(3)?,
-        })
-    }
-
-    fn fates(self, units: &[&Unit<'_>]) -> Vec<Fate> {
-        let positions = self.positions.unwrap_or_default();
-        let mut positions = positions.into_iter().map(|position| Position::new(from_sql(position)));
+    /// What `storied.append()` answers; see there.
+    fn decode(row: &PgRow, units: &[&Unit<'_>]) -> Result<Self, sqlx::Error> {
+        let versions: Vec<i64> = row.try_get(0)?;
+        let lost: Option<Vec<bool>> = row.try_get(1)?;
+        let positions: Option<Vec<i64>> = row.try_get(2)?;
+        let mut positions =
+            positions.unwrap_or_default().into_iter().map(|position| Position::new(from_sql(position)));
         let mut index = 0;
         let mut fates = Vec::with_capacity(units.len());
         for unit in units {
             let mut places = Vec::with_capacity(unit.parts.len());
             let mut refused = None;
             for (number, part) in unit.parts.iter().enumerate() {
-                let version = Version::new(self.versions.get(index).copied().map_or(0, from_sql));
-                let lost = self.lost.as_ref().and_then(|lost| lost.get(index)).copied().unwrap_or_default();
+                let version = Version::new(versions.get(index).copied().map_or(0, from_sql));
+                let lost = lost.as_ref().and_then(|lost| lost.get(index)).copied().unwrap_or_default();
                 index += 1;
                 let own = positions.by_ref().take(part.events.len()).collect();
                 if lost && part.expected.allows(version) {
@@ -404,6 +437,6 @@ impl Reply {
             }
             fates.push(refused.unwrap_or(Fate::Appended(places)));
         }
-        fates
+        Ok(Self { fates, transaction: row.try_get(3)? })
     }
 }

@@ -143,35 +143,46 @@ pub(super) async fn stream(
     Ok(events)
 }
 
-/// Makes events of rows. A page has few names and categories and many events: each name is allocated and checked once.
+/// Makes events of rows. A page has few names and categories and many events: each name is allocated and checked once, and
+/// most rows have the one of the row before.
+///
+/// Columns are taken without a look at their types, which the statements of this module fix.
 struct Decoder {
     doing: &'static str,
     codec: Codec,
+    name: Option<EventName>,
     names: HashSet<EventName>,
+    category: Option<Category>,
     categories: HashSet<Category>,
 }
 
 impl Decoder {
     fn new(doing: &'static str, codec: Codec) -> Self {
-        Self { doing, codec, names: HashSet::new(), categories: HashSet::new() }
+        Self { doing, codec, name: None, names: HashSet::new(), category: None, categories: HashSet::new() }
     }
 
     fn category(&mut self, text: &str) -> Result<Category, StoreError> {
-        if let Some(category) = self.categories.get(text) {
+        if let Some(category) = self.category.as_ref().filter(|last| last.as_str() == text) {
             return Ok(category.clone());
         }
-        let category = Category::new(text).map_err(|error| self.corrupt(&error.to_string()))?;
+        let category = match self.categories.get(text) {
+            Some(category) => category.clone(),
+            None => Category::new(text).map_err(|error| self.corrupt(&error.to_string()))?,
+        };
         self.categories.insert(category.clone());
-        Ok(category)
+        Ok(self.category.insert(category).clone())
     }
 
     fn name(&mut self, text: &str) -> Result<EventName, StoreError> {
-        if let Some(name) = self.names.get(text) {
+        if let Some(name) = self.name.as_ref().filter(|last| last.as_str() == text) {
             return Ok(name.clone());
         }
-        let name = EventName::new(text).map_err(|error| self.corrupt(&error.to_string()))?;
+        let name = match self.names.get(text) {
+            Some(name) => name.clone(),
+            None => EventName::new(text).map_err(|error| self.corrupt(&error.to_string()))?,
+        };
         self.names.insert(name.clone());
-        Ok(name)
+        Ok(self.name.insert(name).clone())
     }
 
     fn corrupt(&self, reason: &str) -> StoreError {
@@ -180,24 +191,26 @@ impl Decoder {
 
     /// The event of a row that names its stream.
     fn of_log(&mut self, row: &PgRow) -> Result<RecordedEvent, StoreError> {
-        let texts = || -> Result<(&str, &str), sqlx::Error> { Ok((row.try_get(8)?, row.try_get(9)?)) };
+        let texts = || -> Result<(&str, &str), sqlx::Error> {
+            Ok((row.try_get_unchecked(8)?, row.try_get_unchecked(9)?))
+        };
         let (category, id) = texts().map_err(|error| failed(self.doing, error))?;
         let stream = StreamId::stored(self.category(category)?, Arc::from(id));
         self.event(row, stream)
     }
 
     fn event(&mut self, row: &PgRow, stream: StreamId) -> Result<RecordedEvent, StoreError> {
-        let bytes = |column: usize| row.try_get::<Vec<u8>, _>(column).map(Bytes::from);
+        let bytes = |column: usize| row.try_get_unchecked::<Vec<u8>, _>(column).map(Bytes::from);
         let columns = || -> Result<_, sqlx::Error> {
             Ok((
-                row.try_get::<i64, _>(0)?,
-                row.try_get::<i64, _>(1)?,
-                row.try_get::<&str, _>(2)?,
-                row.try_get::<Uuid, _>(3)?,
-                row.try_get::<Uuid, _>(4)?,
+                row.try_get_unchecked::<i64, _>(0)?,
+                row.try_get_unchecked::<i64, _>(1)?,
+                row.try_get_unchecked::<&str, _>(2)?,
+                row.try_get_unchecked::<Uuid, _>(3)?,
+                row.try_get_unchecked::<Uuid, _>(4)?,
                 bytes(5)?,
                 bytes(6)?,
-                row.try_get(7)?,
+                row.try_get_unchecked(7)?,
             ))
         };
         let (position, version, name, id, command_id, payload, metadata, recorded_at) =

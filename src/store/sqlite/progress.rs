@@ -2,6 +2,7 @@
 //! of its read model, within the read model's transaction; the store uses them on its own file.
 
 use sqlx::Row;
+use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
@@ -10,10 +11,24 @@ use super::error::failed;
 use super::{from_sql, now, time, to_sql};
 use crate::event::{EventName, Position, StreamId, Version};
 
+/// Their table of migrations.
+const TABLE: &str = "storied_read_model_migrations";
+
+fn migrations() -> Migrator {
+    sqlx::migrate!("migrations/sqlite-read-model")
+}
+
 /// Creates the tables if need be, in a database that may be anybody's.
 pub(crate) async fn migrate(connection: &mut SqliteConnection) -> Result<(), StoreError> {
-    let migrations = sqlx::migrate!("migrations/sqlite-read-model");
-    super::migrate::migrate(connection, &migrations, "storied_read_model_migrations").await
+    super::migrate::migrate(connection, &migrations(), TABLE).await
+}
+
+/// Checks that the tables are there.
+///
+/// # Errors
+/// `Incompatible` when they are not, or others.
+pub(crate) async fn check(connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    super::migrate::check(connection, &migrations(), TABLE).await
 }
 
 /// The checkpoint of `name`, and of which store's log it is.

@@ -5,11 +5,23 @@ use uuid::Uuid;
 
 use super::super::StoreError;
 use super::error::failed;
-use super::migrate::{MIGRATING, migrate};
+use super::migrate::{MIGRATING, check, migrate};
 use crate::codec::Codec;
 
-/// Makes the file an event store if it is none yet; its identity.
-pub(super) async fn prepare(connection: &mut SqliteConnection, codec: Codec) -> Result<Uuid, StoreError> {
+/// The log's own table of migrations.
+const TABLE: &str = "storied_migrations";
+
+/// Makes the file an event store if it is none yet, and it may; its identity.
+pub(super) async fn prepare(
+    connection: &mut SqliteConnection,
+    codec: Codec,
+    may_migrate: bool,
+) -> Result<Uuid, StoreError> {
+    let migrations = sqlx::migrate!("migrations/sqlite");
+    if !may_migrate {
+        check(connection, &migrations, TABLE).await?;
+        super::progress::check(connection).await?;
+    }
     let mode: String = sqlx::query_scalar("PRAGMA journal_mode")
         .fetch_one(&mut *connection)
         .await
@@ -21,19 +33,27 @@ pub(super) async fn prepare(connection: &mut SqliteConnection, codec: Codec) -> 
             advice: "put the file on a local disk, or use MemoryStore if nothing is to be kept".into(),
         });
     }
-    migrate(connection, &sqlx::migrate!("migrations/sqlite"), "storied_migrations").await?;
-    super::progress::migrate(connection).await?;
+    if may_migrate {
+        migrate(connection, &migrations, TABLE).await?;
+        super::progress::migrate(connection).await?;
+        found(connection, codec).await?;
+    }
     identity(connection, codec).await
 }
 
-/// Gives a new store its identity, and checks that of an old one.
-async fn identity(connection: &mut SqliteConnection, codec: Codec) -> Result<Uuid, StoreError> {
+/// Gives a new store its identity.
+async fn found(connection: &mut SqliteConnection, codec: Codec) -> Result<(), StoreError> {
     sqlx::query("INSERT OR IGNORE INTO storied_meta (key, value) VALUES ('store_id', ?), ('codec', ?)")
         .bind(Uuid::new_v4().to_string())
         .bind(codec.name())
-        .execute(&mut *connection)
+        .execute(connection)
         .await
-        .map_err(|error| failed(MIGRATING, error))?;
+        .map(drop)
+        .map_err(|error| failed(MIGRATING, error))
+}
+
+/// The identity of a store, which must have been made with this codec.
+async fn identity(connection: &mut SqliteConnection, codec: Codec) -> Result<Uuid, StoreError> {
     let found = meta(connection, "codec").await?;
     if Codec::from_name(&found) != Some(codec) {
         return Err(StoreError::Incompatible {

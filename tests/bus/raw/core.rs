@@ -33,37 +33,49 @@ async fn what_nobody_takes_in_time_is_dropped_with_an_error_and_the_next_arrives
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn errors_that_nobody_reads_hold_nothing_up() {
-    for way in [Way::Core, Way::Durable] {
-        for eat in [false, true] {
-            let (bus, server) = way.start().await;
-            let mut press = Press::new(&bus).await;
-            let options = way.options("x");
-            let options = if eat { options.eat_errors() } else { options };
-            let mut subscriber = listen(&bus, &["note.written"], options).await;
-            let raw = async_nats::connect(server.url()).await.unwrap();
-            for _ in 0..1_000 {
-                raw.publish("storied.events.note.written", "\u{ff}garbage".into()).await.unwrap();
-            }
-            raw.flush().await.unwrap();
-            // The mirror refuses to go on behind what is not its own: it looks again.
-            if way == Way::Durable {
-                eventually("garbage", || subscriber.stats().errors == 1_000).await;
-                continue;
-            }
-            let good = press.written(10).await;
-            same(&take(&mut subscriber, 10).await, &good);
-            assert_eq!(subscriber.stats().errors, 1_000);
-            let mut errors = subscriber.errors();
-            if eat {
-                drop(subscriber);
-                assert!(timeout(PATIENCE, errors.next()).await.unwrap().is_none());
-            } else {
-                assert_eq!(subscriber.stats().errors_lost, 1_000 - 256);
-                let SubscriptionError::Malformed { subject, .. } = error(&mut errors).await else { panic!() };
-                assert_eq!(subject, "storied.events.note.written");
-            }
+    for eat in [false, true] {
+        let (bus, server) = Way::Core.start().await;
+        let mut press = Press::new(&bus).await;
+        let options = SubscribeOptions::new();
+        let options = if eat { options.eat_errors() } else { options };
+        let mut subscriber = listen(&bus, &["note.written"], options).await;
+        let raw = async_nats::connect(server.url()).await.unwrap();
+        for _ in 0..1_000 {
+            raw.publish("storied.events.note.written", "\u{ff}garbage".into()).await.unwrap();
+        }
+        raw.flush().await.unwrap();
+        let good = press.written(10).await;
+        same(&take(&mut subscriber, 10).await, &good);
+        assert_eq!(subscriber.stats().errors, 1_000);
+        let mut errors = subscriber.errors();
+        if eat {
+            drop(subscriber);
+            assert!(timeout(PATIENCE, errors.next()).await.unwrap().is_none());
+        } else {
+            assert_eq!(subscriber.stats().errors_lost, 1_000 - 256);
+            let SubscriptionError::Malformed { subject, .. } = error(&mut errors).await else { panic!() };
+            assert_eq!(subject, "storied.events.note.written");
         }
     }
+}
+
+/// A gap in front of it has no time of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_behind_a_gap_is_dropped_in_time_as_well() {
+    let (bus, mut server) = Way::Core.start().await;
+    let mut press = Press::new(&bus).await;
+    let options = SubscribeOptions::new().pull_timeout(Duration::from_millis(100));
+    let mut subscriber = listen(&bus, &["note.written"], options).await;
+    server.restart().await;
+    let mut errors = subscriber.errors();
+    let SubscriptionError::Gap(Gap::Reconnected) = error(&mut errors).await else { panic!("a gap") };
+    let late = press.written(1).await;
+    match error(&mut errors).await {
+        SubscriptionError::PullTimeout { position, .. } => assert_eq!(position, late[0].position),
+        other => panic!("{other}"),
+    }
+    let Received::Gap(Gap::Reconnected) = received(&mut subscriber).await else { panic!("the gap") };
+    nothing(&mut subscriber, 10).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -134,6 +134,33 @@ async fn what_cannot_be_decoded_is_not_delivered_again() {
     assert_eq!(subscriber.stats().errors, 1);
 }
 
+/// Foreign messages in the mirror, each an error. A publisher has to look again behind them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn errors_that_nobody_reads_hold_no_consumer_up() {
+    for way in [Way::Ephemeral, Way::Durable, Way::Push, Way::DurableQueue] {
+        let (bus, server) = way.start().await;
+        let press = Press::new(&bus).await;
+        let mut subscriber = listen(&bus, &["note.written"], way.options("x")).await;
+        let raw = async_nats::connect(server.url()).await.unwrap();
+        for round in 1..=3 {
+            for _ in 0..200 {
+                raw.publish("storied.events.note.written", "garbage".into()).await.unwrap();
+            }
+            raw.flush().await.unwrap();
+            let before = press.store.frontier().await.unwrap();
+            write(&press.store, 0, 10).await;
+            eventually("garbage", || subscriber.stats().errors == 200 * round).await;
+            let mut publisher = publisher(&bus, &press.store).await;
+            for batch in batches(&press.store, before, 10).await {
+                publisher.publish(batch).await.unwrap();
+            }
+            same(&take(&mut subscriber, 10).await, &events(&press.store, before).await);
+        }
+        let stats = subscriber.stats();
+        assert_eq!((stats.errors, stats.errors_lost, stats.redelivered), (600, 600 - 256, 0), "{way:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ack_that_is_waited_for_says_when_the_server_hangs() {
     let (bus, mut server) = Way::Durable.start().await;

@@ -3,8 +3,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::DeliverPolicy;
+use chrono::{DateTime, Utc};
 
 use super::super::jetstream::ConsumerPolicy;
+use crate::bus::BusError;
 
 /// How a [`Subscription`](super::Subscription) gets its events.
 #[derive(Clone)]
@@ -72,7 +74,7 @@ impl SubscribeOptions {
 
     /// How long an event may wait for its reader. Then this subscriber loses it, and gets a
     /// [`SubscriptionError::PullTimeout`](super::SubscriptionError::PullTimeout); a JetStream consumer delivers it again.
-    /// Without limit by default.
+    /// Without limit by default; zero is refused by [`subscribe`](super::super::NatsBus::subscribe).
     #[must_use]
     pub fn pull_timeout(mut self, timeout: Duration) -> Self {
         self.pull_timeout = Some(timeout);
@@ -155,6 +157,11 @@ pub enum StartFrom {
     New,
     /// With this message of the stream.
     Sequence(u64),
+    /// With the first event that was published at this time or later.
+    Time(DateTime<Utc>),
+    /// With the last event of each name that is subscribed to (of each subject, if names are mapped to several), and then with
+    /// what is published from now on.
+    LastOfEach,
 }
 
 impl ConsumerOptions {
@@ -275,15 +282,25 @@ impl ConsumerOptions {
         !matches!(self.life, Life::Ephemeral)
     }
 
-    pub(super) fn deliver(&self) -> DeliverPolicy {
-        match self.start {
+    pub(super) fn deliver(&self) -> Result<DeliverPolicy, BusError> {
+        Ok(match self.start {
             Some(StartFrom::Beginning) => DeliverPolicy::All,
             Some(StartFrom::New) => DeliverPolicy::New,
             Some(StartFrom::Sequence(start_sequence)) => DeliverPolicy::ByStartSequence { start_sequence },
+            Some(StartFrom::Time(time)) => DeliverPolicy::ByStartTime { start_time: instant(time)? },
+            Some(StartFrom::LastOfEach) => DeliverPolicy::LastPerSubject,
             None if self.is_durable() => DeliverPolicy::All,
             None => DeliverPolicy::New,
-        }
+        })
     }
+}
+
+/// As async-nats has it, whichever of its kinds of time that is in this build.
+fn instant(time: DateTime<Utc>) -> Result<async_nats::datetime::DateTime, BusError> {
+    let nanos = i128::from(time.timestamp()) * 1_000_000_000 + i128::from(time.timestamp_subsec_nanos());
+    async_nats::datetime::from_nanos(nanos).map_err(|error| BusError::Incompatible {
+        reason: format!("a consumer cannot begin at {time}: {error}"),
+    })
 }
 
 impl fmt::Debug for ConsumerOptions {

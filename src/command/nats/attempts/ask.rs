@@ -1,6 +1,6 @@
 //! One attempt: a node is sent the command, and says what it makes of it.
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{Attempt, Candidate, HEADROOM, Pursuit};
 use crate::bus::OpenLine;
@@ -17,14 +17,18 @@ impl Pursuit {
         inbox: &str,
         session: u64,
     ) -> Result<Attempt, Failure> {
+        // While it is down, async-nats would keep the command and send it whenever it comes back.
+        if let Err(error) = line.check() {
+            if self.unanswered.is_empty() {
+                return Err(Failure::new(Code::Unavailable, error.to_string()));
+            }
+            return Ok(self.wait().await);
+        }
         let attempt = self.send(&candidate, line, inbox).await?;
         let Some(attempt) = attempt else { return Ok(Attempt::Next) };
         let mut silent_at = Instant::now() + self.shared.beat * 2;
         loop {
-            let until = match self.accepted {
-                false => self.assign.instant().min(self.deadline.instant()),
-                true => self.deadline.instant(),
-            };
+            let until = self.until();
             let (of, heard) = tokio::select! {
                 heard = self.ear.hear() => heard,
                 () = sleep_until(silent_at.min(until)) => {
@@ -49,9 +53,7 @@ impl Pursuit {
                 }
                 Heard::Nobody => {}
                 Heard::Reply(Reply { incarnation, says, .. }) => {
-                    // Only whoever was asked may answer.
-                    let asked = usize::try_from(of).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
-                    if asked.is_none_or(|asked| asked.incarnation != incarnation) {
+                    if !self.was_asked(of, incarnation) {
                         continue;
                     }
                     match says {
@@ -100,25 +102,18 @@ impl Pursuit {
             }
             return Err(Failure::new(Code::Failed, reason));
         }
-        // While it is down, async-nats would keep the command and send it whenever it comes back.
-        if let Err(error) = line.check() {
-            if self.unanswered.is_empty() {
-                return Err(Failure::new(Code::Unavailable, error.to_string()));
-            }
-            self.wait().await;
-            return Ok(None);
-        }
         self.asked.push(candidate.clone());
         let reply = format!("{inbox}.{}", self.ear.token(attempt));
         let subject = self.shared.subjects.node(candidate.incarnation);
-        let published = line.client().publish_with_reply(subject, reply, encoded.into()).await;
-        match published {
-            Ok(()) => Ok(Some(attempt)),
-            Err(error) => {
-                self.refusal = Some(Failure::new(Code::Unavailable, error.to_string()));
-                self.tried.insert(candidate.incarnation);
-                Ok(None)
-            }
-        }
+        // Behind a server that takes nothing in, the way there is full.
+        let publishing = line.client().publish_with_reply(subject, reply, encoded.into());
+        let error = match timeout_at(self.until(), publishing).await {
+            Ok(Ok(())) => return Ok(Some(attempt)),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "it could not be handed to the connection in time".to_owned(),
+        };
+        self.refusal = Some(Failure::new(Code::Unavailable, error));
+        self.tried.insert(candidate.incarnation);
+        Ok(None)
     }
 }

@@ -1,0 +1,101 @@
+//! Why a command fails, and with which exit code.
+
+use std::io;
+use std::process::ExitCode;
+
+use storied::StoreError;
+use storied::bus::BusError;
+
+use crate::output;
+use crate::redact::Secrets;
+
+/// The exit code for a wrong command line.
+pub(crate) const USAGE: u8 = 2;
+
+/// Why a command fails.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// What was looked at is not as it should be.
+    #[error("{0}")]
+    Problem(String),
+    /// The command line is wrong.
+    #[error("{0}")]
+    Usage(String),
+    /// Something cannot be reached; later it may be.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Somebody has to do something first.
+    #[error("{0}")]
+    Refused(String),
+    /// Nobody who reads what is printed is left.
+    #[error("nobody reads what is printed")]
+    Unread,
+}
+
+impl Failure {
+    fn code(&self) -> u8 {
+        match self {
+            Self::Problem(_) => 1,
+            Self::Usage(_) => USAGE,
+            Self::Unavailable(_) => 3,
+            Self::Refused(_) => 4,
+            // As of a program that a closed pipe ends.
+            Self::Unread => 0,
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Problem(_) => "problem",
+            Self::Usage(_) => "usage",
+            Self::Unavailable(_) => "unavailable",
+            Self::Refused(_) => "refused",
+            Self::Unread => "unread",
+        }
+    }
+
+    /// Says it, without secrets.
+    pub(crate) fn tell(&self, json: bool, secrets: &Secrets) -> ExitCode {
+        let text = secrets.hide(&self.to_string());
+        if !matches!(self, Self::Unread) {
+            if json {
+                let error = serde_json::json!({ "error": { "kind": self.kind(), "message": text } });
+                output::complain(&format!("{error}\n"));
+            } else {
+                output::complain(&format!("error: {}\n", output::clean(&text)));
+            }
+        }
+        ExitCode::from(self.code())
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        let text = error.to_string();
+        match error {
+            StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. } => Self::Unavailable(text),
+            StoreError::Invalid { .. } => Self::Usage(text),
+            StoreError::Corrupt { .. } => Self::Problem(text),
+            _ => Self::Refused(text),
+        }
+    }
+}
+
+impl From<BusError> for Failure {
+    fn from(error: BusError) -> Self {
+        let text = error.to_string();
+        match error {
+            BusError::Incompatible { .. } => Self::Refused(text),
+            _ => Self::Unavailable(text),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self::Unread,
+            _ => Self::Unavailable(error.to_string()),
+        }
+    }
+}

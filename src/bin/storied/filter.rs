@@ -1,0 +1,50 @@
+//! Which events are wanted.
+
+use storied::event::Category;
+use storied::{EventName, Filter, StreamId};
+
+/// Conditions on events. Those of one kind are or-ed, kinds are and-ed.
+#[derive(Debug, clap::Args)]
+pub(crate) struct FilterArgs {
+    /// Only events of this category; can be said several times
+    #[arg(long, value_name = "CATEGORY", value_parser = category)]
+    category: Vec<Category>,
+
+    /// Only events of this stream; can be said several times
+    #[arg(long, value_name = "CATEGORY/ID", value_parser = stream)]
+    stream: Vec<StreamId>,
+
+    /// Only events with this name, as it is stored; can be said several times
+    #[arg(long, value_name = "CATEGORY.EVENT", value_parser = name)]
+    name: Vec<EventName>,
+}
+
+impl FilterArgs {
+    pub(crate) fn filter(self) -> Filter {
+        let mut filter = Filter::all();
+        if !self.category.is_empty() {
+            filter = filter.categories(self.category);
+        }
+        if !self.stream.is_empty() {
+            filter = filter.streams(self.stream);
+        }
+        if !self.name.is_empty() {
+            filter = filter.names(self.name);
+        }
+        filter
+    }
+}
+
+fn category(text: &str) -> Result<Category, String> {
+    Category::new(text).map_err(|error| error.to_string())
+}
+
+fn name(text: &str) -> Result<EventName, String> {
+    EventName::new(text).map_err(|error| error.to_string())
+}
+
+/// `category/id`; the id may have slashes of its own.
+pub(crate) fn stream(text: &str) -> Result<StreamId, String> {
+    let (category, id) = text.split_once('/').ok_or("it should look like order/17")?;
+    StreamId::new(category, id).map_err(|error| error.to_string())
+}

@@ -1,0 +1,220 @@
+//! `storied log`.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use storied::{EventStore, Filter, Position, ReadLog, RecordedEvent};
+use tokio::time::sleep;
+
+use crate::decode;
+use crate::failure::Failure;
+use crate::filter::FilterArgs;
+use crate::open::DatabaseArgs;
+use crate::output::Output;
+
+/// How many events are read at a time.
+const PAGE: usize = 500;
+
+/// How often the log is looked at for what other processes append.
+const POLL: Duration = Duration::from_millis(200);
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Prints events in log order
+    Show(Show),
+    /// Prints the last events, and then those that come
+    Tail(Tail),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Show {
+    #[command(flatten)]
+    filter: FilterArgs,
+
+    /// From this position on
+    #[arg(long, default_value_t = 1, value_name = "POSITION")]
+    from: u64,
+
+    /// Up to this position
+    #[arg(long, value_name = "POSITION")]
+    to: Option<u64>,
+
+    #[command(flatten)]
+    events: EventArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Tail {
+    #[command(flatten)]
+    filter: FilterArgs,
+
+    /// How many of the events that are there already
+    #[arg(long, short = 'n', default_value_t = 10, value_name = "EVENTS")]
+    last: usize,
+
+    /// Ends after so many events, those that are there already included
+    #[arg(long, value_name = "EVENTS")]
+    limit: Option<usize>,
+
+    /// Prints metadata and ids as well
+    #[arg(long)]
+    metadata: bool,
+}
+
+/// How events are printed.
+#[derive(Debug, clap::Args)]
+pub(crate) struct EventArgs {
+    /// At most so many events; 0 is all
+    #[arg(long, default_value_t = 100, value_name = "EVENTS")]
+    pub(crate) limit: usize,
+
+    /// Prints metadata and ids as well
+    #[arg(long)]
+    pub(crate) metadata: bool,
+}
+
+pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+    let store = from.store().await?;
+    match command {
+        Command::Show(args) => show(&*store, args, out).await,
+        Command::Tail(args) => tail(&*store, args, out).await,
+    }
+}
+
+async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<(), Failure> {
+    let end = store.frontier().await?;
+    let end = args.to.map_or(end, |to| end.min(Position::new(to)));
+    let filter = args.filter.filter();
+    let mut printer = Printer::new(args.events.metadata);
+    let limit = if args.events.limit == 0 { usize::MAX } else { args.events.limit };
+    let mut after = Position::new(args.from.saturating_sub(1));
+    while after < end && printer.printed < limit {
+        let read =
+            ReadLog::after(after).upto(end).filter(filter.clone()).limit(PAGE.min(limit - printer.printed));
+        let page = store.read_log(read).await?;
+        for event in &page.events {
+            printer.print(event, out)?;
+        }
+        // Behind the last event there may be a hole up to the end.
+        if page.scanned_to == after {
+            break;
+        }
+        after = page.scanned_to;
+    }
+    if printer.printed == limit && after < end && !out.json {
+        out.line(format!(
+            "… the limit of {limit} events; the log goes on up to {end}: --from {}",
+            after.get() + 1
+        ))?;
+    }
+    printer.end()
+}
+
+async fn tail(store: &dyn EventStore, args: Tail, out: &mut Output) -> Result<(), Failure> {
+    let mut appended = store.appended();
+    let filter = args.filter.filter();
+    let mut printer = Printer::new(args.metadata);
+    let limit = args.limit.unwrap_or(usize::MAX);
+    let head = store.frontier().await?;
+    for event in last(store, &filter, head, args.last).await? {
+        if printer.printed < limit {
+            printer.print(&event, out)?;
+        }
+    }
+    out.flush()?;
+    let mut after = head;
+    while printer.printed < limit {
+        let read = ReadLog::after(after).filter(filter.clone()).limit(PAGE.min(limit - printer.printed));
+        let page = store.read_log(read).await?;
+        for event in &page.events {
+            printer.print(event, out)?;
+        }
+        out.flush()?;
+        let moved = page.scanned_to > after;
+        after = page.scanned_to;
+        if moved && page.has_more() {
+            continue;
+        }
+        tokio::select! {
+            Ok(()) = appended.changed() => {}
+            () = sleep(POLL) => {}
+        }
+    }
+    printer.end()
+}
+
+/// The last `count` events up to `head` that match: looked for in stretches that double, from the end.
+async fn last(
+    store: &dyn EventStore,
+    filter: &Filter,
+    head: Position,
+    count: usize,
+) -> Result<VecDeque<RecordedEvent>, Failure> {
+    let mut stretch = u64::try_from(count.max(PAGE)).unwrap_or(u64::MAX);
+    loop {
+        let start = Position::new(if count == 0 { head.get() } else { head.get().saturating_sub(stretch) });
+        let mut found = VecDeque::new();
+        let mut after = start;
+        while after < head {
+            let page =
+                store.read_log(ReadLog::after(after).upto(head).filter(filter.clone()).limit(PAGE)).await?;
+            for event in page.events {
+                if found.len() == count {
+                    found.pop_front();
+                }
+                found.push_back(event);
+            }
+            if page.scanned_to == after {
+                break;
+            }
+            after = page.scanned_to;
+        }
+        if found.len() >= count || start == Position::START {
+            return Ok(found);
+        }
+        stretch = stretch.saturating_mul(2);
+    }
+}
+
+/// Prints events, and remembers those that do not decode.
+pub(crate) struct Printer {
+    metadata: bool,
+    pub(crate) printed: usize,
+    unreadable: usize,
+}
+
+impl Printer {
+    pub(crate) fn new(metadata: bool) -> Self {
+        Self { metadata, printed: 0, unreadable: 0 }
+    }
+
+    pub(crate) fn print(&mut self, event: &RecordedEvent, out: &mut Output) -> Result<(), Failure> {
+        self.printed += 1;
+        let (shown, unread) = decode::event(event);
+        self.unreadable += usize::from(unread.is_some());
+        if out.json {
+            return out.value(&shown);
+        }
+        let time = event.recorded_at.format("%Y-%m-%d %H:%M:%S%.3fZ");
+        out.line(format!(
+            "{:>8}  {time}  {} v{}  {}  {}",
+            event.position, event.stream, event.version, event.name, shown["payload"]
+        ))?;
+        if self.metadata {
+            out.line(format!(
+                "{:8}  event {}  command {}  metadata {}",
+                "", event.id, event.command_id, shown["metadata"]
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// When something did not decode.
+    pub(crate) fn end(self) -> Result<(), Failure> {
+        match self.unreadable {
+            0 => Ok(()),
+            count => Err(Failure::Problem(format!("{count} of {} events do not decode", self.printed))),
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! `storied`: looks at an event store and its projections, and acts on them, without knowing anybody's event types.
+//!
+//! Everything goes through what is stored and through the library's own ports; see `docs/cli.md`.
+
+mod decode;
+mod failure;
+mod filter;
+mod log;
+mod migrate;
+mod open;
+mod output;
+mod redact;
+mod status;
+mod stream;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use self::failure::Failure;
+use self::open::DatabaseArgs;
+use self::output::Output;
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done, and nothing is wrong
+  1  a problem was found: something does not decode, has a hole or differs, or a node refused
+  2  the command line is wrong
+  3  the database or NATS cannot be reached, or did not answer in time
+  4  the database or NATS refuses, or is not as needed: login, rights, tables, a name that is not there
+  5  an order stands, and no live node has taken it in time
+
+Passwords belong into DATABASE_URL, NATS_URL or files: others on the machine can read a command line.";
+
+/// Looks at an event store and its projections, and acts on them.
+#[derive(Debug, Parser)]
+#[command(name = "storied", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(flatten)]
+    database: DatabaseArgs,
+
+    /// Prints JSON for programs; events one on a line
+    #[arg(long, global = true)]
+    json: bool,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Creates storied's tables, or brings them up to date
+    Migrate(migrate::Args),
+    /// Tells how the store, its publisher, projections and nodes are doing
+    Status,
+    /// Reads the log
+    #[command(subcommand)]
+    Log(log::Command),
+    /// Reads one stream
+    #[command(subcommand)]
+    Stream(stream::Command),
+    /// Prints a script that completes this tool's commands in a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let json = cli.json;
+    let secrets = redact::Secrets::of(&cli.database.secrets());
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.tell(json, &secrets),
+    }
+}
+
+/// What clap has to say. It repeats what was typed, in which there may be a URL.
+fn usage(error: &clap::Error) -> ExitCode {
+    let text = redact::urls(&error.to_string());
+    if error.use_stderr() {
+        output::complain(&text);
+        return ExitCode::from(failure::USAGE);
+    }
+    match Output::new(false).text(&text) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.tell(false, &redact::Secrets::default()),
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    let mut out = Output::new(cli.json);
+    if let Command::Completions { shell } = cli.command {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "storied", &mut script);
+        return out.text(&String::from_utf8_lossy(&script));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let database = &cli.database;
+        match cli.command {
+            Command::Migrate(args) => migrate::run(&args, database, &mut out).await,
+            Command::Status => status::run(database, &mut out).await,
+            Command::Log(command) => log::run(command, database, &mut out).await,
+            Command::Stream(command) => stream::run(command, database, &mut out).await,
+            Command::Completions { .. } => Ok(()),
+        }?;
+        out.flush()
+    })
+}

@@ -1,0 +1,137 @@
+//! From the command line to a store.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::sqlite::SqliteConnectOptions;
+use storied::{Codec, EventStore, PostgresOptions, SqliteOptions, StoreError};
+
+use crate::failure::Failure;
+use crate::redact::{self, Given};
+
+/// Which database, and how long to wait for it.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DatabaseArgs {
+    /// The event store: postgres://user@host/database or sqlite:FILE
+    #[arg(long, global = true, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    database_url: Option<String>,
+
+    /// The PostgreSQL schema of storied's tables
+    #[arg(long, global = true, env = "STORIED_SCHEMA", default_value = "storied", value_name = "NAME")]
+    pub(crate) schema: String,
+
+    /// For a pooler in transaction mode, such as PgBouncer, in front of PostgreSQL
+    #[arg(long, global = true)]
+    transaction_pooler: bool,
+
+    /// How long to wait for a connection, and for an answer
+    #[arg(long, global = true, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+}
+
+impl DatabaseArgs {
+    /// What must not be printed.
+    pub(crate) fn secrets(&self) -> Vec<Given<'_>> {
+        self.database_url.iter().map(|url| Given::Urls(url)).collect()
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout)
+    }
+
+    pub(crate) fn database(&self) -> Result<Database, Failure> {
+        let url = self.database_url.as_deref().map(str::trim).filter(|url| !url.is_empty());
+        let missing =
+            || Failure::Usage("there is no database: pass --database-url, or set DATABASE_URL".into());
+        url.ok_or_else(missing)?.parse()
+    }
+
+    /// Opens the store as it is.
+    pub(crate) async fn store(&self) -> Result<Arc<dyn EventStore>, Failure> {
+        Ok(self.open(&self.database()?, false, None).await?)
+    }
+
+    /// Opens the store; with a codec other than the one it remembers that is an error.
+    pub(crate) async fn open(
+        &self,
+        database: &Database,
+        migrate: bool,
+        codec: Option<Codec>,
+    ) -> Result<Arc<dyn EventStore>, StoreError> {
+        let opened = self.open_with(database, migrate, codec.unwrap_or_default()).await;
+        match (opened, codec) {
+            // The store remembers which one it was made with, and nobody has said one.
+            (Err(first @ StoreError::Incompatible { .. }), None) => {
+                self.open_with(database, migrate, Codec::Json).await.map_err(|_| first)
+            }
+            (opened, _) => opened,
+        }
+    }
+
+    async fn open_with(
+        &self,
+        database: &Database,
+        migrate: bool,
+        codec: Codec,
+    ) -> Result<Arc<dyn EventStore>, StoreError> {
+        match database {
+            Database::Postgres(url) => {
+                let options = PostgresOptions::new()
+                    .url(url)
+                    .schema(&self.schema)
+                    .application_name("storied-cli")
+                    .max_connections(2)
+                    .acquire_timeout(self.timeout())
+                    .transaction_pooler(self.transaction_pooler)
+                    .codec(codec)
+                    .migrate(migrate);
+                Ok(Arc::new(options.connect().await?))
+            }
+            Database::Sqlite(path) => {
+                let options = SqliteOptions::new(path)
+                    .create_if_missing(migrate)
+                    .readers(1)
+                    .busy_timeout(self.timeout())
+                    .codec(codec)
+                    .migrate(migrate);
+                Ok(Arc::new(options.open().await?))
+            }
+        }
+    }
+}
+
+/// A database that was named.
+#[derive(Debug)]
+pub(crate) enum Database {
+    Postgres(String),
+    Sqlite(PathBuf),
+}
+
+impl Database {
+    /// Without secrets.
+    pub(crate) fn shown(&self) -> String {
+        match self {
+            Self::Postgres(url) => redact::urls(url),
+            Self::Sqlite(path) => format!("sqlite:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for Database {
+    type Err = Failure;
+
+    fn from_str(url: &str) -> Result<Self, Failure> {
+        match url.split_once(':') {
+            Some(("postgres" | "postgresql", _)) => Ok(Self::Postgres(url.to_owned())),
+            Some(("sqlite", _)) => {
+                let options = SqliteConnectOptions::from_str(url);
+                options
+                    .map(|options| Self::Sqlite(options.get_filename().to_owned()))
+                    .map_err(|error| Failure::Usage(format!("the database URL cannot be read: {error}")))
+            }
+            _ => Err(Failure::Usage("the database URL should begin with postgres:// or sqlite:".into())),
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Hazards of NATS that were measured before this was built, as far as they concern the publisher, the mirror and raw
+//! subscriptions: each with a real server that is killed, paused, wiped and restarted on its port. The table of all of them is in
+//! docs/guarantees.md.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use storied::bus::{
+    BusError, BusState, ConsumerOptions, Gap, HandleOptions, NatsBus, NatsOptions, Received, SubscribeOptions,
+};
+use storied::store::ReadLog;
+use storied::{EventBus, EventStore, Position, PublisherState};
+use tokio::time::Instant;
+
+use crate::harness::{self, NatsServer, oldest_nats_server};
+use crate::oracle::mirrored;
+use crate::raw::{Press, listen, received, take};
+use crate::support::*;
+
+async fn positions(store: &Arc<dyn EventStore>) -> Vec<u64> {
+    log(store).await.iter().map(|position| position.get()).collect()
+}
+
+/// Waits until the whole log is published, and looks whether the stream is exactly that.
+async fn exact(recording: &Recording, store: &Arc<dyn EventStore>, server: &NatsServer) {
+    let head = store.frontier().await.unwrap();
+    eventually("published", || recording.node.publisher().published == Some(head)).await;
+    assert_eq!(mirrored(&server.url()).await.0, positions(store).await);
+}
+
+/// With the times that nobody has changed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_05_a_server_that_hangs_is_noticed_and_nothing_counts_as_published() {
+    let hangs = async |kind| {
+        let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+        let options = match kind {
+            Kind::Core => NatsOptions::core(),
+            _ => NatsOptions::jetstream(mirror()),
+        };
+        let bus = options.url(server.url()).bus();
+        let store = store();
+        let recording = Recording::start(&store, bus.clone(), blind()).await;
+        let before = write(&store, 0, 100).await;
+        let published = || recording.node.publisher().published;
+        eventually("published", || published() == Some(before)).await;
+        server.pause();
+        let paused = Instant::now();
+        let head = write(&store, 0, 100).await;
+        eventually("noticed", || matches!(bus.state(), BusState::Disconnected { .. })).await;
+        // Three unanswered pings of 5 s each, and what a busy machine needs.
+        assert!(paused.elapsed() < Duration::from_secs(25), "{kind:?}: {:?}", paused.elapsed());
+        assert_eq!(published(), Some(before), "{kind:?}");
+        server.resume();
+        recording.reaches("back", &store).await;
+        eventually("published", || published() == Some(head)).await;
+        if kind == Kind::JetStream {
+            exact(&recording, &store, &server).await;
+        }
+        recording.node.stop(PATIENCE).await.unwrap();
+    };
+    tokio::join!(hangs(Kind::Core), hangs(Kind::JetStream));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_07_a_server_that_is_killed_in_the_middle_of_a_window() {
+    let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let store = store();
+    let bus = quick(NatsOptions::jetstream(mirror().window(2_000)).url(server.url())).bus();
+    let recording = Recording::start(&store, bus, blind()).await;
+    for _ in 0..3 {
+        exact(&recording, &store, &server).await;
+        let before = store.frontier().await.unwrap();
+        let mut head = before;
+        for _ in 0..20 {
+            head = write(&store, 0, 1_000).await;
+        }
+        let published = || recording.node.publisher().published.unwrap_or_default();
+        eventually("it publishes", || published() > before).await;
+        server.kill();
+        assert!(published() < head, "killed too late: {}", published());
+        server.restart().await;
+    }
+    exact(&recording, &store, &server).await;
+    recording.node.stop(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_08_what_a_hanging_server_took_without_saying_so_is_not_published_twice() {
+    let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let store = store();
+    // The connection is not what notices: it stays.
+    let bus = quick(NatsOptions::jetstream(mirror()).url(server.url()))
+        .ping_interval(Duration::from_secs(3_600))
+        .answer_timeout(Duration::from_millis(500))
+        .bus();
+    let recording = Recording::start(&store, bus.clone(), blind()).await;
+    for _ in 0..3 {
+        exact(&recording, &store, &server).await;
+        server.pause();
+        let before = store.frontier().await.unwrap();
+        // It is in the server's socket, and taken when the server goes on.
+        write(&store, 0, 200).await;
+        eventually("it tries again", || {
+            matches!(recording.node.publisher().state, PublisherState::Retrying { .. })
+        })
+        .await;
+        assert_eq!(recording.node.publisher().published, Some(before));
+        server.resume();
+    }
+    exact(&recording, &store, &server).await;
+    assert!(matches!(bus.state(), BusState::Connected { .. }));
+    recording.node.stop(PATIENCE).await.unwrap();
+}
+
+/// The server's own net against doubles lasts for some time only; the sequence that each message names has no end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_09_behind_the_duplicate_window_nothing_is_stored_twice() {
+    for binary in [None, Some(oldest_nats_server())] {
+        let options = harness::NatsOptions { binary, ..harness::NatsOptions::jetstream() };
+        let mut server = NatsServer::start(options).await;
+        let store = store();
+        write(&store, 0, 200).await;
+        let options = mirror().duplicate_window(Duration::from_millis(100));
+        let bus =
+            |server: &NatsServer| quick(NatsOptions::jetstream(options.clone()).url(server.url())).bus();
+        let open = async |bus: &NatsBus| publisher(bus, &store).await;
+        let (mut quick, mut slow) = (open(&bus(&server)).await, open(&bus(&server)).await);
+        let batch = batches(&store, Position::START, 200).await.remove(0);
+        quick.publish(batch.clone()).await.unwrap();
+        pause(300).await;
+        let error = slow.publish(batch.clone()).await.unwrap_err();
+        assert!(matches!(error, BusError::Fenced { .. }), "{error}");
+        // Nor by one who slept through a restart.
+        server.kill();
+        server.restart().await;
+        let mut late = open(&bus(&server)).await;
+        write(&store, 0, 200).await;
+        let more = batches(&store, batch.upto, 200).await.remove(0);
+        assert_eq!(late.publish(more).await.unwrap().sequence, 400);
+        assert!(slow.publish(batch).await.is_err());
+        assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
+    let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let store = store();
+    write(&store, 0, 2_000).await;
+    let recording = Recording::start(&store, options(Kind::JetStream, &server).bus(), blind()).await;
+    exact(&recording, &store, &server).await;
+    server.kill();
+    server.wipe();
+    server.restart().await;
+    let last = write(&store, 0, 10).await;
+    let status = || recording.node.publisher();
+    eventually("published", || status().published == Some(last)).await;
+    exact(&recording, &store, &server).await;
+    // It is over: nothing goes wrong any more.
+    let error = status().last_error;
+    let head = write(&store, 0, 10).await;
+    eventually("published", || status().published == Some(head)).await;
+    assert_eq!((status().state, status().last_error), (PublisherState::Publishing, error));
+    recording.node.stop(PATIENCE).await.unwrap();
+}
+
+/// While its reader reads. (Behind the back of one that is away, the server moves the consumer and leaves no trace of it.)
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_12_what_is_purged_before_it_was_read_is_a_gap() {
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let bus = options(Kind::JetStream, &server).bus();
+    let mut press = Press::new(&bus).await;
+    let consumer = ConsumerOptions::durable("x").max_ack_pending(1);
+    let mut subscriber = listen(&bus, &["*"], SubscribeOptions::new().consumer(consumer)).await;
+    press.written(10).await;
+    take(&mut subscriber, 5).await;
+    let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    context.get_stream("STORIED_EVENTS").await.unwrap().purge().await.unwrap();
+    let printed = press.written(10).await;
+    let (mut gaps, mut seen) = (Vec::new(), Vec::new());
+    while gaps.is_empty() || seen.last() != printed.last().map(|event| event.position).as_ref() {
+        match received(&mut subscriber).await {
+            Received::Event(delivery) => {
+                let _ = delivery.ack().await;
+                seen.push(delivery.event().position);
+            }
+            Received::Gap(gap) => gaps.push(gap),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(matches!(&gaps[..], [Gap::Consumer { .. }]), "{gaps:?}");
+}
+
+/// Many wait in the buffer, and the server hears for as long that they do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_17_a_handler_slower_than_ack_wait_with_a_full_buffer() {
+    for push in [false, true] {
+        let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+        let bus = options(Kind::JetStream, &server).bus();
+        let mut press = Press::new(&bus).await;
+        let consumer = ConsumerOptions::durable("x").ack_wait(Duration::from_millis(500));
+        let consumer = if push { consumer.push() } else { consumer };
+        let options = SubscribeOptions::new().capacity(4).consumer(consumer);
+        let subscription = listen(&bus, &["note.written"], options).await;
+        let handled = Arc::new(AtomicUsize::new(0));
+        let count = handled.clone();
+        let handling = subscription.for_each(HandleOptions::new(), move |_| {
+            let count = count.clone();
+            async move {
+                pause(600).await;
+                count.fetch_add(1, Ordering::SeqCst);
+                Ok(())
+            }
+        });
+        press.written(8).await;
+        eventually("handled", || handled.load(Ordering::SeqCst) == 8).await;
+        pause(700).await;
+        assert_eq!(handled.load(Ordering::SeqCst), 8, "each once");
+        let stats = handling.stats();
+        assert_eq!((stats.received, stats.redelivered), (8, 0), "push: {push}");
+        handling.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// The limit may have become lower with a restart.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_29_an_event_too_large_for_the_server_is_appended_and_announced() {
+    for kind in NATS {
+        let config = vec!["max_payload: 8192".into()];
+        let options = harness::NatsOptions { config, ..harness::NatsOptions::jetstream() };
+        let mut server = NatsServer::start(options).await;
+        let store = store();
+        let bus = crate::support::options(kind, &server).bus();
+        let recording = Recording::start(&store, bus.clone(), blind()).await;
+        let mut raw = listen(&bus, &["*"], SubscribeOptions::new()).await;
+        for round in 0..2 {
+            if round == 1 {
+                let publishes = || recording.node.publisher().state == PublisherState::Publishing;
+                server.kill();
+                // Over Core what is appended before everybody is back is for the store alone.
+                eventually("noticed", || {
+                    matches!(bus.state(), BusState::Disconnected { .. }) && !publishes()
+                })
+                .await;
+                server.restart().await;
+                eventually("back", || matches!(bus.state(), BusState::Connected { .. }) && publishes()).await;
+            }
+            let large = append(&store, 1, vec![note(&store, 1, 20_000)]).await;
+            let small = write(&store, 1, 1).await;
+            recording.reaches("both", &store).await;
+            let mut omitted = false;
+            loop {
+                match received(&mut raw).await {
+                    Received::Gap(Gap::Omitted { position }) => omitted |= position == large,
+                    Received::Gap(_) => {}
+                    Received::Event(delivery) => {
+                        let _ = delivery.ack().await;
+                        if delivery.event().position == small {
+                            break;
+                        }
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            assert!(omitted, "{kind:?} {round}");
+        }
+        let page = store.read_log(ReadLog::after(Position::START)).await.unwrap();
+        assert_eq!(page.events.len(), 4);
+        recording.node.stop(PATIENCE).await.unwrap();
+    }
+}

@@ -1,0 +1,176 @@
+//! Running the tool, and stores to run it on.
+
+use std::process::{Output, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use storied::store::Append;
+use storied::{Event, EventStore, ExpectedVersion, Metadata, NewEvent, PostgresStore, SqliteStore, StreamId};
+use tempfile::TempDir;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::harness::PostgresServer;
+
+/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrderEvent {
+    Placed { pence: i64, by: String },
+    Cancelled,
+}
+
+impl Event for OrderEvent {
+    const CATEGORY: &'static str = "order";
+}
+
+/// The tool's program.
+pub fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_storied"));
+    for variable in ["DATABASE_URL", "NATS_URL", "STORIED_SCHEMA"] {
+        command.env_remove(variable);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    command
+}
+
+/// What a run printed.
+pub struct Run {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Run {
+    fn of(output: Output) -> Self {
+        Self {
+            code: output.status.code().expect("it ends by itself"),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    /// Insists on an exit code.
+    #[track_caller]
+    pub fn code(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "stdout:\n{}\nstderr:\n{}", self.out, self.err);
+        self
+    }
+
+    /// Insists on what stands in the output.
+    #[track_caller]
+    pub fn shows(self, parts: &[&str]) -> Self {
+        for part in parts {
+            assert!(self.out.contains(part), "{part:?} is not in\n{}\nstderr:\n{}", self.out, self.err);
+        }
+        self
+    }
+
+    /// Insists on what stands in the error.
+    #[track_caller]
+    pub fn complains(self, parts: &[&str]) -> Self {
+        for part in parts {
+            assert!(self.err.contains(part), "{part:?} is not in\n{}", self.err);
+        }
+        self
+    }
+
+    /// The one JSON document.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {}", self.out))
+    }
+
+    /// One JSON document on each line.
+    #[track_caller]
+    pub fn lines(&self) -> Vec<Value> {
+        self.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+/// Runs the tool without a database.
+pub async fn bare(args: &[&str]) -> Run {
+    run(program().args(args)).await
+}
+
+pub async fn run(command: &mut Command) -> Run {
+    Run::of(timeout(PATIENCE, command.output()).await.expect("it ends").unwrap())
+}
+
+/// A store of one kind, to run the tool on.
+pub struct Fixture {
+    pub url: String,
+    pub kind: &'static str,
+    _dir: TempDir,
+}
+
+/// An empty database of each kind.
+pub async fn databases() -> Vec<Fixture> {
+    let dir = TempDir::new().unwrap();
+    let sqlite = format!("sqlite:{}", dir.path().join("events.db").display());
+    let postgres = PostgresServer::shared().await.create_database().await;
+    vec![
+        Fixture { url: sqlite, kind: "sqlite", _dir: dir },
+        Fixture { url: postgres, kind: "postgres", _dir: TempDir::new().unwrap() },
+    ]
+}
+
+/// A store of each kind with five events of three streams.
+pub async fn filled() -> Vec<(Fixture, Arc<dyn EventStore>)> {
+    let mut filled = Vec::new();
+    for fixture in databases().await {
+        let store = fixture.open().await;
+        fill(&store).await;
+        filled.push((fixture, store));
+    }
+    filled
+}
+
+pub async fn fill(store: &Arc<dyn EventStore>) {
+    for (stream, events) in
+        [("1", vec![placed(100), placed(250)]), ("2", vec![placed(7), OrderEvent::Cancelled])]
+    {
+        append(store, stream, &events).await;
+    }
+    append(store, "a/b", &[placed(1)]).await;
+}
+
+pub fn placed(pence: i64) -> OrderEvent {
+    OrderEvent::Placed { pence, by: "Zoë".into() }
+}
+
+pub async fn append(store: &Arc<dyn EventStore>, stream: &str, events: &[OrderEvent]) {
+    let mut metadata = Metadata::default();
+    metadata.user.insert("tenant".into(), "acme".into());
+    let encoded = events.iter().map(|event| NewEvent::encode(event, store.info().codec, &metadata).unwrap());
+    append_raw(store, stream, encoded.collect()).await;
+}
+
+pub async fn append_raw(store: &Arc<dyn EventStore>, stream: &str, events: Vec<NewEvent>) {
+    let stream = StreamId::new("order", stream).unwrap();
+    store.append(vec![Append::one(stream, ExpectedVersion::Any, events)]).await.remove(0).unwrap();
+}
+
+impl Fixture {
+    pub async fn open(&self) -> Arc<dyn EventStore> {
+        match self.url.strip_prefix("sqlite:") {
+            Some(path) => Arc::new(SqliteStore::open(path).await.unwrap()),
+            None => Arc::new(PostgresStore::connect(self.url.as_str()).await.unwrap()),
+        }
+    }
+
+    /// The tool with this database.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = program();
+        command.env("DATABASE_URL", &self.url).args(args);
+        command
+    }
+
+    pub async fn run(&self, args: &[&str]) -> Run {
+        run(&mut self.command(args)).await
+    }
+}

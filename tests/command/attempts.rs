@@ -1,0 +1,186 @@
+//! What a node makes of others that answer late, are full, ask often or do not take anything in.
+
+use std::time::Duration;
+
+use async_nats::{Client, Subscriber};
+use futures_util::StreamExt;
+use storied::ciborium::Value;
+use storied::command::{CommandBus, CommandBusStatus, Handler, HandlerOptions, NatsCommands};
+use storied::{ExecuteError, MemoryStore, NatsOptions, Runtime};
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+use crate::domain::{Add, Counter, Work, Worker};
+use crate::harness::NatsServer;
+use crate::support::*;
+use crate::wire::{Elsewhere, map, publish, store_id};
+
+/// A node that is no program of ours, and says what a test tells it to.
+struct Stranger {
+    client: Client,
+    commands: Subscriber,
+    incarnation: Uuid,
+    store: Uuid,
+}
+
+fn bytes(id: Uuid) -> Value {
+    Value::Bytes(id.as_bytes().to_vec())
+}
+
+impl Stranger {
+    async fn new(server: &NatsServer, of: &Runtime) -> Self {
+        let client = async_nats::connect(server.url()).await.unwrap();
+        let incarnation = Uuid::now_v7();
+        let commands = client.subscribe(format!("storied.commands.node.{incarnation}")).await.unwrap();
+        Self { client, commands, incarnation, store: store_id(of).await }
+    }
+
+    async fn beat(&self, ask: bool) {
+        let presence = map(vec![
+            ("wire", 1.into()),
+            ("node", "elsewhere".into()),
+            ("incarnation", bytes(self.incarnation)),
+            ("store", bytes(self.store)),
+            ("aggregates", Value::Array(vec![])),
+            ("handlers", Value::Array(vec![Elsewhere::NAME.into()])),
+            ("ask", ask.into()),
+        ]);
+        publish(&self.client, "storied.commands.presence", &presence).await;
+    }
+
+    async fn say(&self, to: &str, says: Value) {
+        let reply = map(vec![("wire", 1.into()), ("incarnation", bytes(self.incarnation)), ("says", says)]);
+        publish(&self.client, to, &reply).await;
+    }
+}
+
+async fn caller(server: &NatsServer) -> Runtime {
+    let builder = Runtime::builder().store(MemoryStore::new()).commands(nats(server, "caller"));
+    builder.start().await.unwrap()
+}
+
+async fn sees(caller: &Runtime, nodes: &[&str]) {
+    let expected = CommandBusStatus::Connected { nodes: nodes.iter().map(ToString::to_string).collect() };
+    let give_up = Instant::now() + PATIENCE;
+    while caller.status().await.commands != expected {
+        assert!(Instant::now() < give_up, "{:?}", caller.status().await.commands);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_comes_late_counts_although_nobody_is_left_to_ask() {
+    let server = server().await;
+    let caller = caller(&server).await;
+    let mut stranger = Stranger::new(&server, &caller).await;
+    stranger.beat(false).await;
+    sees(&caller, &["elsewhere"]).await;
+    let command = caller.command::<Elsewhere>("hello".to_owned()).timeout(PATIENCE);
+    let dispatch = tokio::spawn(command.dispatch());
+    let message = timeout(PATIENCE, stranger.commands.next()).await.unwrap().unwrap();
+    let reply = message.reply.unwrap();
+    stranger.say(&reply, "accepted".into()).await;
+    let dispatched = dispatch.await.unwrap().unwrap();
+    // It says nothing more, and counts as lost.
+    sees(&caller, &[]).await;
+    tokio::time::sleep(BEAT * 5).await;
+    let done = map(vec![("reply", Value::Bytes(vec![0x18, 0x2a]))]);
+    let executed = map(vec![("runtime", 5_000.into()), ("outcome", map(vec![("done", done)]))]);
+    stranger.say(&reply, map(vec![("executed", executed)])).await;
+    let answer = timeout(PATIENCE / 4, dispatched).await.expect("at once").unwrap();
+    assert_eq!(answer.reply, 42);
+    caller.shutdown().await.unwrap();
+}
+
+/// The way to the server is full, and whoever wants to send something stands in front of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_server_that_hangs_commands_end_at_their_deadline() {
+    let mut server = server().await;
+    let store = MemoryStore::new();
+    // Neither the pings nor the beats notice.
+    let bus = |name: &str| {
+        let options = NatsOptions::core().url(server.url()).ping_interval(Duration::from_secs(3_600));
+        CommandBus::nats(NatsCommands::new(options).node(name).heartbeat(Duration::from_secs(60)))
+    };
+    let node = Runtime::builder().store(store.clone()).commands(bus("node")).aggregate::<Counter>();
+    let node = node.start().await.unwrap();
+    let caller = Runtime::builder().store(store).commands(bus("caller")).start().await.unwrap();
+    caller.execute::<Counter>("a", Add(1)).await.unwrap();
+    server.pause();
+    let started = Instant::now();
+    let commands: Vec<_> = (0..4_000)
+        .map(|n| {
+            let add = caller.execute::<Counter>(n, Add(1)).metadata("ballast", "x".repeat(10_000));
+            tokio::spawn(async move { add.timeout(Duration::from_secs(2)).await })
+        })
+        .collect();
+    for command in commands {
+        let answer = timeout(PATIENCE / 2, command).await.expect("it ends").unwrap();
+        let error = answer.unwrap_err();
+        assert!(
+            matches!(error, ExecuteError::OutcomeUnknown { .. } | ExecuteError::Unavailable { .. }),
+            "{error}"
+        );
+    }
+    assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
+    server.resume();
+    caller.shutdown().await.unwrap();
+    node.shutdown().await.unwrap();
+}
+
+/// A node that has no place says so before it is taken for dead, however long its own callers would wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_node_refuses_before_its_silence_counts() {
+    let options = HandlerOptions::new().max_in_flight(1).admission_timeout(PATIENCE);
+    let cluster = Setup::new(Kind::Nats).options(options).start().await;
+    let mut all = Vec::new();
+    for n in 0..2 {
+        let work = cluster.caller.command::<Worker>(Work::Note { n, wait: true });
+        all.push(work.dispatch().await.unwrap());
+    }
+    let third = cluster.caller.command::<Worker>(Work::Note { n: 3, wait: false });
+    let error = third.timeout(PATIENCE / 4).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::Overloaded { limit: 1, .. }), "{error}");
+    cluster.open();
+    for one in all {
+        one.await.unwrap();
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_many_ask_who_is_there_a_node_says_so() {
+    let server = server().await;
+    let node = caller(&server).await;
+    let stranger = Stranger::new(&server, &node).await;
+    let mut presence = stranger.client.subscribe("storied.commands.presence").await.unwrap();
+    let of = node.status().await.node;
+    let (mut heard, started) = (0, Instant::now());
+    while heard < 20 {
+        assert!(started.elapsed() < PATIENCE / 4, "{heard} beats");
+        stranger.beat(true).await;
+        // Sooner than it answers.
+        while let Ok(Some(message)) = timeout(Duration::from_millis(3), presence.next()).await {
+            let said: Value = storied::ciborium::from_reader(&message.payload[..]).unwrap();
+            let incarnation =
+                said.as_map().unwrap().iter().find(|(key, _)| key.as_text() == Some("incarnation"));
+            heard += usize::from(incarnation.is_some_and(|(_, value)| *value == bytes(of)));
+        }
+    }
+    node.shutdown().await.unwrap();
+}
+
+/// Nobody answers for it any more, so nobody pursues what it has given to others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_pursues_ends_with_it() {
+    let cluster = Setup::new(Kind::Nats).start().await;
+    let builder = Runtime::builder().store(cluster.store.clone());
+    let asks = builder.commands(nats(cluster.server.as_ref().unwrap(), "asks")).start().await.unwrap();
+    let work = asks.command::<Worker>(Work::Note { n: 1, wait: true }).timeout(Duration::ZERO);
+    let asked = work.dispatch().await.unwrap();
+    drop(asks);
+    let error = timeout(PATIENCE, asked).await.expect("it ends").unwrap_err();
+    assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error}");
+    cluster.open();
+    cluster.stop().await;
+}
