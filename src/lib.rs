@@ -35,6 +35,7 @@
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `testing` | no | the test kit |
+//! | `cli` | no | the command-line tool `storied` |
 //!
 //! # Quick start
 //!
