@@ -36,6 +36,7 @@
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
 //! | `otel` | no | OpenTelemetry: metrics, and trace context from the current span into events |
 //! | `testing` | no | the test kit |
+//! | `cli` | no | the command-line tool `storied` |
 //!
 //! # Quick start
 //!

@@ -57,12 +57,7 @@ async fn what_was_tampered_with_is_found() {
         for (fixture, store) in filled().await {
             drop(store);
             fixture.tamper(&sql.replace("{garbage}", garbage(fixture.kind))).await;
-            fixture
-                .run(&["verify"])
-                .await
-                .code(1)
-                .shows(&["PROBLEM", said])
-                .complains(&["1 problems were found"]);
+            fixture.run(&["verify"]).await.code(1).shows(&["PROBLEM", said]).complains(&["1 problem found"]);
             let json = fixture.run(&["verify", "--json"]).await.code(1).json();
             assert_eq!((&json["ok"], &json["problem_count"]), (&json!(false), &json!(1)));
             assert!(json["problems"][0].as_str().unwrap().contains(said), "{json}");

@@ -36,6 +36,18 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// Says what it is about.
+    pub(crate) fn about(self, what: &str) -> Self {
+        let with = |text| format!("{what}: {text}");
+        match self {
+            Self::Problem(text) => Self::Problem(with(text)),
+            Self::Usage(text) => Self::Usage(with(text)),
+            Self::Unavailable(text) => Self::Unavailable(with(text)),
+            Self::Refused(text) => Self::Refused(with(text)),
+            other => other,
+        }
+    }
+
     fn code(&self) -> u8 {
         match self {
             Self::Problem(_) => 1,

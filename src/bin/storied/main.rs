@@ -33,7 +33,7 @@ const EXIT_CODES: &str = "Exit codes:
   2  the command line is wrong
   3  the database or NATS cannot be reached, or did not answer in time
   4  the database or NATS refuses, or is not as needed: login, rights, tables, a name that is not there
-  5  an order stands, and no live node has taken it in time
+  5  an order stands, and no live node has taken it in time, or it does not get on
 
 Passwords belong into DATABASE_URL, NATS_URL or files: others on the machine can read a command line.";
 

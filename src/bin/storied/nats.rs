@@ -6,7 +6,7 @@ use storied::bus::{Field, NatsReport};
 use crate::connect::{NatsArgs, StreamArgs};
 use crate::failure::Failure;
 use crate::open::DatabaseArgs;
-use crate::output::Output;
+use crate::output::{Output, counted};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
@@ -43,7 +43,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     }
     match problems.len() {
         0 => Ok(()),
-        count => Err(Failure::Problem(format!("{count} differences: {}", problems.join("; ")))),
+        count => Err(Failure::Problem(format!("{}: {}", counted(count, "difference"), problems.join("; ")))),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::redact::{self, Given};
 /// Which database, and how long to wait for it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct DatabaseArgs {
-    /// The event store: postgres://user@host/database or sqlite:FILE
+    /// The event store: postgres://HOST/DATABASE or sqlite:FILE
     #[arg(long, global = true, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Option<String>,
 
@@ -53,7 +53,9 @@ impl DatabaseArgs {
 
     /// Opens the store as it is.
     pub(crate) async fn store(&self) -> Result<Arc<dyn EventStore>, Failure> {
-        Ok(self.open(&self.database()?, false, None).await?)
+        let database = self.database()?;
+        let opened = self.open(&database, false, None).await;
+        opened.map_err(|error| Failure::from(error).about(&database.shown()))
     }
 
     /// Opens the store; with a codec other than the one it remembers that is an error.
@@ -135,6 +137,7 @@ impl ReadModelArgs {
             Some(url) => url.parse()?,
             None => from.database()?,
         };
+        let shown = database.shown();
         let operator = match database {
             Database::Postgres(url) => {
                 let options = PgConnectOptions::from_str(&url)
@@ -146,7 +149,7 @@ impl ReadModelArgs {
                 let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(from.timeout());
                 let schema = self.read_model_schema.as_deref().unwrap_or(&from.schema);
                 let model = PostgresReadModel::new(pool.connect_lazy_with(options)).schema(schema)?;
-                Operator::new(store.clone(), model).await?
+                Operator::new(store.clone(), model).await
             }
             Database::Sqlite(path) => {
                 let options = SqliteConnectOptions::new()
@@ -155,9 +158,10 @@ impl ReadModelArgs {
                     .disable_statement_logging();
                 let pool = SqlitePoolOptions::new().max_connections(1).acquire_timeout(from.timeout());
                 let model = SqliteReadModel::new(pool.connect_lazy_with(options));
-                Operator::new(store.clone(), model).await?
+                Operator::new(store.clone(), model).await
             }
         };
+        let operator = operator.map_err(|error| Failure::from(error).about(&shown))?;
         Ok(Models { store, operator })
     }
 }

@@ -1,6 +1,7 @@
 //! `storied projection`.
 
-use std::io::Write;
+mod bar;
+
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -8,15 +9,16 @@ use storied::Position;
 use storied::projection::{Answer, Asked, Operator, ProjectionRecord, Request};
 use tokio::time::{Instant, sleep};
 
+use self::bar::Bar;
 use crate::failure::Failure;
 use crate::open::{DatabaseArgs, Models, ReadModelArgs};
-use crate::output::{self, Output};
+use crate::output::Output;
 
 /// How often it is looked how far something is.
 const POLL: Duration = Duration::from_millis(100);
 
-/// How often the progress is said to nobody who watches.
-const LINE_EVERY: Duration = Duration::from_secs(5);
+/// How long something may stand still that is waited for.
+const STILL: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
@@ -332,6 +334,7 @@ async fn follow(models: &Models, request: Request, version: u64, name: &str) -> 
     let mut bar = Bar::new();
     // A reset begins anew, unless it has come far by now; a rebuild may have been under way.
     let mut start = None;
+    let mut moved = (0, Instant::now());
     loop {
         let record = known(&models.operator, name).await?;
         let positions = match (&record.rebuild, request) {
@@ -348,50 +351,17 @@ async fn follow(models: &Models, request: Request, version: u64, name: &str) -> 
             return Ok((bar.seconds(), record.version));
         }
         bar.show(name, done, of, *start.get_or_insert(done));
+        if done != moved.0 {
+            moved = (done, Instant::now());
+        }
+        if moved.1.elapsed() > STILL {
+            bar.end();
+            return Err(Failure::Pending(format!(
+                "the {request} of {name} has been at {done} of {of} positions for {} s: the log and the status of the node that \
+                 owns the projection say why. It goes on by itself when it can",
+                STILL.as_secs()
+            )));
+        }
         sleep(POLL).await;
-    }
-}
-
-/// How far something is, on standard error: a line that changes for somebody who watches, now and then a line otherwise.
-struct Bar {
-    since: Instant,
-    said: Option<Instant>,
-    watched: bool,
-}
-
-impl Bar {
-    fn new() -> Self {
-        Self { since: Instant::now(), said: None, watched: output::watched() }
-    }
-
-    fn seconds(&self) -> f64 {
-        self.since.elapsed().as_secs_f64()
-    }
-
-    fn show(&mut self, name: &str, done: u64, of: u64, start: u64) {
-        const WIDTH: u64 = 30;
-        if !self.watched && self.said.is_some_and(|said| said.elapsed() < LINE_EVERY) {
-            return;
-        }
-        self.said = Some(Instant::now());
-        let rate = done.saturating_sub(start) as f64 / self.seconds().max(0.001);
-        let left = Duration::try_from_secs_f64(of.saturating_sub(done) as f64 / rate);
-        let left = left.map_or("unknown".to_owned(), |left| format!("{} s", left.as_secs()));
-        let full = usize::try_from(WIDTH * done / of.max(1)).unwrap_or(0);
-        let bar = format!("{:#<full$}{:.<empty$}", "", "", empty = 30 - full.min(30));
-        let text = output::clean(name).into_owned();
-        let text = format!("{text} [{bar}] {done} of {of} positions, {rate:.0}/s, {left} left");
-        // There is nobody to tell when that fails.
-        let _ = if self.watched {
-            write!(std::io::stderr(), "\r\x1b[K{text}")
-        } else {
-            writeln!(std::io::stderr(), "{text}")
-        };
-    }
-
-    fn end(&self) {
-        if self.watched && self.said.is_some() {
-            output::complain("\n");
-        }
     }
 }

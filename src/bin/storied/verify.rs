@@ -13,7 +13,7 @@ use crate::connect::NatsArgs;
 use crate::decode;
 use crate::failure::Failure;
 use crate::open::DatabaseArgs;
-use crate::output::Output;
+use crate::output::{Output, counted};
 
 /// How many events are read at a time.
 const PAGE: usize = 1_000;
@@ -99,7 +99,7 @@ pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Re
     }
     match problems.count {
         0 => Ok(()),
-        count => Err(Failure::Problem(format!("{count} problems were found"))),
+        count => Err(Failure::Problem(format!("{} found", counted(count, "problem")))),
     }
 }
 

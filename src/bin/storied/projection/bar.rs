@@ -1,0 +1,55 @@
+//! Showing how far something is.
+
+use std::io::Write;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::output;
+
+/// How often the progress is said to nobody who watches.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// How far something is, on standard error: a line that changes for somebody who watches, now and then a line otherwise.
+pub(crate) struct Bar {
+    since: Instant,
+    said: Option<Instant>,
+    watched: bool,
+}
+
+impl Bar {
+    pub(crate) fn new() -> Self {
+        Self { since: Instant::now(), said: None, watched: output::watched() }
+    }
+
+    pub(crate) fn seconds(&self) -> f64 {
+        self.since.elapsed().as_secs_f64()
+    }
+
+    pub(crate) fn show(&mut self, name: &str, done: u64, of: u64, start: u64) {
+        const WIDTH: u64 = 30;
+        if !self.watched && self.said.is_some_and(|said| said.elapsed() < LINE_EVERY) {
+            return;
+        }
+        self.said = Some(Instant::now());
+        let rate = done.saturating_sub(start) as f64 / self.seconds().max(0.001);
+        let left = Duration::try_from_secs_f64(of.saturating_sub(done) as f64 / rate);
+        let left = left.map_or("unknown".to_owned(), |left| format!("{} s", left.as_secs()));
+        let full = usize::try_from(WIDTH.saturating_mul(done) / of.max(1)).unwrap_or(0);
+        let bar = format!("{:#<full$}{:.<empty$}", "", "", empty = 30 - full.min(30));
+        let text = output::clean(name).into_owned();
+        let text = format!("{text} [{bar}] {done} of {of} positions, {rate:.0}/s, {left} left");
+        // There is nobody to tell when that fails.
+        let _ = if self.watched {
+            write!(std::io::stderr(), "\r\x1b[K{text}")
+        } else {
+            writeln!(std::io::stderr(), "{text}")
+        };
+    }
+
+    pub(crate) fn end(&self) {
+        if self.watched && self.said.is_some() {
+            output::complain("\n");
+        }
+    }
+}
