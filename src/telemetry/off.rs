@@ -8,7 +8,7 @@ use super::trace::Destination;
 use crate::event::Metadata;
 
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Metrics;
+pub(crate) struct Metrics(());
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timer;

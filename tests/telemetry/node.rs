@@ -124,10 +124,12 @@ async fn counts_a_lost_lease_and_appends_that_fail() {
         .unwrap();
     let position = node.execute::<Counter>("a", Add(1)).await.unwrap().position;
     node.projection("sums").unwrap().caught_up_to_within(position, PATIENCE).await.unwrap();
+    // On a busy machine it may be lost before that.
+    let lost = [("storied.lease.kind", "projection"), ("storied.lease.change", "lost")];
+    let before = meters.sum("storied.lease.changes", &lost);
     server.kill();
     node.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    let lost = [("storied.lease.kind", "projection"), ("storied.lease.change", "lost")];
-    meters.until("storied.lease.changes", &lost, |lost| lost == 1.0).await;
+    meters.until("storied.lease.changes", &lost, |lost| lost > before).await;
     meters.until("storied.append.count", &[("storied.outcome", "failed")], |failed| failed >= 1.0).await;
     assert!(
         meters
@@ -138,9 +140,10 @@ async fn counts_a_lost_lease_and_appends_that_fail() {
         "{:#?}",
         meters.points()
     );
-    server.restart().await;
     let acquired = [("storied.lease.kind", "projection"), ("storied.lease.change", "acquired")];
-    meters.until("storied.lease.changes", &acquired, |acquired| acquired == 2.0).await;
+    let before = meters.sum("storied.lease.changes", &acquired);
+    server.restart().await;
+    meters.until("storied.lease.changes", &acquired, |acquired| acquired > before).await;
     node.shutdown().await.unwrap();
 }
 
