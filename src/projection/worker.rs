@@ -391,12 +391,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let loss = self.lease.as_ref().map(HeldLease::loss);
         tokio::select! {
             biased;
-            () = self.flush() => {}
+            () = async {
+                self.flush().await;
+                self.knows_of(self.context.feed.position());
+                if self.lease.is_some() || !self.read_model.shared() {
+                    self.date().await;
+                }
+            } => {}
             () = lost(loss) => return self.step_down(LOST),
-        }
-        self.knows_of(self.context.feed.position());
-        if self.lease.is_some() || !self.read_model.shared() {
-            self.date().await;
         }
         let quiet = self.source == Source::Feed && self.pending.is_none();
         let durable = self.follower.as_ref().is_some_and(Follower::is_durable);

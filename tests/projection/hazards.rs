@@ -106,14 +106,15 @@ async fn hazard_12_a_stream_that_forgets_under_a_follower_that_is_full() {
     let bus = Arc::new(jetstream(&server, 50 << 10));
     let node = Node::start(store.clone(), bus, blind(), publishing()).await;
     let gate = Gate::closed();
-    let slow = recorder("slow").hook(gate.hook());
+    // Of a part of the log, so that a step in the stream's numbers says nothing.
+    let slow = recorder("slow").filter(evens()).hook(gate.hook());
     let seen = slow.seen.clone();
     let slow = node.projection(slow, External::new(), durable()).await;
     reach(&slow, ProjectionState::Following).await;
     let mut consumer = consumer(&server, "slow").await;
     // One at a time, so that all of it is delivered until the follower is full.
     let mut appended = 0;
-    while appended < 1_500 {
+    while appended < 2_500 {
         let head = append(&store, appended % 7, [appended]).await;
         eventually("it is published", || node.publisher().published.is_some_and(|upto| upto >= head)).await;
         appended += 1;
@@ -127,9 +128,9 @@ async fn hazard_12_a_stream_that_forgets_under_a_follower_that_is_full() {
         info.num_pending
     );
     gate.open();
-    let head = append(&store, 0, [1]).await;
+    let head = append(&store, 0, [2]).await;
     catch_up(&slow, head).await;
-    assert_eq!(seen.positions(), log(&store, &Filter::all()).await);
+    assert_eq!(seen.positions(), log(&store, &evens()).await);
     node.stop(PATIENCE).await.unwrap();
 }
 
