@@ -2,6 +2,7 @@
 
 mod board;
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -77,22 +78,13 @@ impl HeldLease {
 
     /// Waits until it is lost, or may be. Cancel-safe.
     pub(crate) async fn lost(&mut self) {
-        loop {
-            let Some(until) = *self.sure.borrow_and_update() else { return };
-            tokio::select! {
-                () = sleep_until(until) => {
-                    // A renewal may have come in at the last moment.
-                    if self.sure.borrow().is_none_or(|until| until <= Instant::now()) {
-                        return;
-                    }
-                }
-                // The renewal ends only with a loss, which is then the last value.
-                changed = self.sure.changed() => if changed.is_err() && self.sure.borrow().is_some() {
-                    sleep_until(until).await;
-                    return;
-                },
-            }
-        }
+        lost(&mut self.sure).await;
+    }
+
+    /// The same, for whoever uses this meanwhile.
+    pub(crate) fn loss(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut sure = self.sure.clone();
+        async move { lost(&mut sure).await }
     }
 
     /// Gives it back, so that somebody else can have it at once.
@@ -115,6 +107,25 @@ struct End {
 impl Drop for End {
     fn drop(&mut self) {
         self.metrics.lease(&self.name, self.change);
+    }
+}
+
+async fn lost(sure: &mut watch::Receiver<Option<Instant>>) {
+    loop {
+        let Some(until) = *sure.borrow_and_update() else { return };
+        tokio::select! {
+            () = sleep_until(until) => {
+                // A renewal may have come in at the last moment.
+                if sure.borrow().is_none_or(|until| until <= Instant::now()) {
+                    return;
+                }
+            }
+            // The renewal ends only with a loss, which is then the last value.
+            changed = sure.changed() => if changed.is_err() && sure.borrow().is_some() {
+                sleep_until(until).await;
+                return;
+            },
+        }
     }
 }
 

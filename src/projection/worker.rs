@@ -143,6 +143,16 @@ struct Run<'a, P, R> {
     dated: Option<Position>,
 }
 
+const LOST: &str = "the lease was lost, or could not be renewed in time";
+
+/// Waits for it; for ever if there is none. Cancel-safe.
+async fn lost(loss: Option<impl Future<Output = ()>>) {
+    match loss {
+        Some(loss) => loss.await,
+        None => std::future::pending().await,
+    }
+}
+
 /// What ended a wait.
 enum Heard<T> {
     /// The time is over, or something happened that is dealt with at the start of the next round.
@@ -310,7 +320,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Some(pending) => {
                 let events = pending.events.iter().take(self.size.get());
                 let span = trace::apply(&self.context.name, events.len(), events);
-                self.apply_pending(saved, pending).instrument(span).await;
+                // Nobody waits for a database that hangs longer than another node waits for this one.
+                let loss = self.lease.as_ref().map(HeldLease::loss);
+                tokio::select! {
+                    biased;
+                    () = self.apply_pending(saved, pending).instrument(span) => {}
+                    () = lost(loss) => self.step_down(LOST),
+                }
             }
             None if self.source == Source::Store => self.read().await,
             None => self.follow().await,
@@ -361,7 +377,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Heard::Round => {}
             Heard::News => self.look().await,
             Heard::Control(control) => self.control(control).await,
-            Heard::LeaseLost => self.step_down("the lease was lost, or could not be renewed in time"),
+            Heard::LeaseLost => self.step_down(LOST),
         }
         None
     }
@@ -372,7 +388,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.tick_at = Instant::now() + if others_wait { PARTITION_TICK } else { TICK };
         // What the board showed when this was last told something may have been passed over as too old.
         self.look().await;
-        self.flush().await;
+        let loss = self.lease.as_ref().map(HeldLease::loss);
+        tokio::select! {
+            biased;
+            () = self.flush() => {}
+            () = lost(loss) => return self.step_down(LOST),
+        }
         self.knows_of(self.context.feed.position());
         if self.lease.is_some() || !self.read_model.shared() {
             self.date().await;
