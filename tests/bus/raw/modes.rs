@@ -27,7 +27,7 @@ async fn subscriber_process() {
         _ => storied::NatsOptions::jetstream(mirror()),
     };
     let bus = quick(options.url(url)).bus();
-    let soon = |consumer: ConsumerOptions| consumer.ack_wait(Duration::from_millis(500)).max_ack_pending(20);
+    let soon = |consumer: ConsumerOptions| consumer.ack_wait(Duration::from_secs(2)).max_ack_pending(20);
     let mut subscriber = listen(&bus, &["*"], way.options_with("x", soon).capacity(50)).await;
     let mut seen = OpenOptions::new().create(true).append(true).open(&file).unwrap();
     fs::write(format!("{file}-ready-{}", std::process::id()), "").unwrap();
