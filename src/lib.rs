@@ -34,6 +34,7 @@
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
+//! | `otel` | no | OpenTelemetry: metrics, and trace context from the current span into events |
 //! | `testing` | no | the test kit |
 //!
 //! # Quick start
@@ -49,6 +50,8 @@ pub mod command;
 pub mod event;
 pub mod feed;
 mod future;
+#[cfg(test)]
+mod fuzz;
 mod lease;
 mod partition;
 pub mod projection;
@@ -56,6 +59,7 @@ pub mod publisher;
 pub mod runtime;
 pub mod store;
 mod supervised;
+mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
@@ -88,6 +92,8 @@ pub use self::store::{PostgresOptions, PostgresStore};
 #[cfg(feature = "sqlite")]
 pub use self::store::{SqliteOptions, SqliteStore};
 pub use self::supervised::StopError;
+#[cfg(feature = "otel")]
+pub use self::telemetry::Telemetry;
 
 /// The pieces of code in these documents are documentation tests. Those of README.md and docs/guide.md are in programs that run,
 /// which tests/docs sees to.
@@ -97,4 +103,7 @@ mod documents {
     struct Nats;
     #[doc = include_str!("../docs/operations.md")]
     struct Operations;
+    #[cfg(feature = "otel")]
+    #[doc = include_str!("../docs/observability.md")]
+    struct Observability;
 }

@@ -22,9 +22,12 @@ mod group;
 mod handle;
 mod lookup;
 mod memory;
+mod operator;
 mod options;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod progress;
+mod request;
 mod shape;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -42,9 +45,11 @@ pub use self::external::{Delivery, External};
 pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
+pub use self::operator::{Asked, Operator, PartRecord, ProjectionRecord, RebuildRecord};
 pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
+pub use self::request::{Answer, Request};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
 pub(crate) use self::start::{Made, spawn};
@@ -52,7 +57,9 @@ pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, Rebui
 pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};
 use crate::partition::Partition;
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, Filter, ParkedEvent, StoreError};
+use crate::store::{
+    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, Filter, ParkedEvent, StoreError,
+};
 
 /// Folds events into a read model.
 ///
@@ -148,6 +155,16 @@ pub trait ReadModel: Send + Sync + 'static {
     /// # Errors
     /// Also when its progress is in the log of another event store than it was [prepared](Self::prepare) for.
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+
+    /// Every checkpoint that is kept here, whosever it is, also before it was [prepared](Self::prepare): for an
+    /// [`Operator`]. By default none are told.
+    ///
+    /// # Errors
+    /// `Invalid` when they are not told, `Incompatible` when nobody has kept anything here yet.
+    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
+        let reason = "this read model does not list the checkpoints that it keeps".into();
+        Box::pin(async { Err(StoreError::Invalid { reason }) })
+    }
 
     /// Opens a transaction. `from` is the checkpoint, with the epoch of the owner who asks.
     fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Self::Open, StoreError>>;

@@ -41,7 +41,7 @@ pub use self::lease::{Lease, LeaseInfo};
 pub use self::memory::MemoryStore;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOptions, PostgresStore};
-pub use self::progress::{Checkpoint, CheckpointError, ParkedEvent};
+pub use self::progress::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};
 pub use self::writer::WriterStatus;

@@ -8,11 +8,12 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::control::{Control, ControlError, Reply};
 use super::group::{Group, Never, sum};
+use super::progress::Progress;
 use super::shape::Shape;
-use super::{ProjectionState, ProjectionStatus, ReadModel, RebuildStatus, WaitError};
+use super::{ProjectionState, ProjectionStatus, RebuildStatus, WaitError};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
-use crate::store::{BoxFuture, Checkpoint, EventStore, ParkedEvent, ReadLog, StoreError};
+use crate::store::{EventStore, ParkedEvent, ReadLog, StoreError};
 use crate::supervised::{AskError, StopError, Supervised};
 use crate::time::after;
 
@@ -55,43 +56,6 @@ pub(super) struct Grouped {
     pub(super) actor: Supervised<Never>,
     /// Of all partitions.
     pub(super) status: watch::Receiver<ProjectionStatus>,
-}
-
-/// What a handle needs of a read model, whatever its transactions are.
-pub(super) trait Progress: Send + Sync {
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>>;
-}
-
-impl<R: ReadModel> Progress for R {
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        ReadModel::checkpoint(self, name)
-    }
-
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        ReadModel::parked(self, name, limit)
-    }
-
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        ReadModel::remove_parked(self, name, position)
-    }
 }
 
 impl ProjectionHandle {

@@ -9,7 +9,9 @@ use super::ReadModel;
 use super::error::causes;
 use crate::event::Position;
 use crate::store::postgres::{Progress, Schema, failed, is_outage, prepare_read_model};
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
+use crate::store::{
+    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+};
 
 /// Tables in a PostgreSQL database, written in the transaction that also moves the checkpoint: exactly once.
 ///
@@ -111,6 +113,14 @@ impl ReadModel for PostgresReadModel {
             let connection = self.shared.pool.acquire().await;
             let mut connection = connection.map_err(|error| failed("reading a checkpoint", error))?;
             self.shared.progress.checkpoint(&mut connection, name, self.store()?).await
+        })
+    }
+
+    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
+        Box::pin(async move {
+            let connection = self.shared.pool.acquire().await;
+            let mut connection = connection.map_err(|error| failed("reading the checkpoints", error))?;
+            self.shared.progress.records(&mut connection).await
         })
     }
 

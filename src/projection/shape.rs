@@ -45,6 +45,34 @@ impl Versions {
     }
 }
 
+/// What the name of a checkpoint says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Row<'a> {
+    pub(super) name: &'a str,
+    /// The index of the partition, if it is one's.
+    pub(super) partition: Option<u16>,
+    pub(super) version: u64,
+}
+
+impl<'a> Row<'a> {
+    /// Reads what [`Shape::row`] has made; `None` for other checkpoints.
+    pub(super) fn parse(row: &'a str) -> Option<Self> {
+        let (kind, rest) = row.split_once('/')?;
+        let (kind, version) = match kind.split_once('@') {
+            Some((kind, version)) => (kind, version.parse().ok()?),
+            None => (kind, 0),
+        };
+        match kind {
+            "projection" => Some(Self { name: rest, partition: None, version }),
+            "partition" => {
+                let (index, name) = rest.split_once('/')?;
+                Some(Self { name, partition: Some(index.parse().ok()?), version })
+            }
+            _ => None,
+        }
+    }
+}
+
 /// A projection's name, and its number of partitions if it is cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shape {
@@ -109,6 +137,11 @@ impl Shape {
         Ok(Versions::from(read_model.adopt(open, &self.version()).await?).live)
     }
 
+    /// Where requests of a kind are kept: a checkpoint that means nothing, with what is put aside beside it.
+    pub(super) fn request(&self, kind: &str) -> String {
+        format!("request/{kind}/{}", self.name)
+    }
+
     /// The lease under which one node at a time changes what all of them own; its end tells them to look again.
     pub(super) fn order(&self) -> String {
         format!("order/{}", self.name)
@@ -125,7 +158,7 @@ impl Shape {
     }
 
     /// A checkpoint whose mark is the number of partitions, 0 if it was never cut.
-    fn record(&self) -> String {
+    pub(super) fn record(&self) -> String {
         format!("partitions/{}", self.name)
     }
 
@@ -252,5 +285,37 @@ impl Shape {
             }
         }
         Ok(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_read_as_they_are_named() {
+        for name in ["revenue", "a/b", "x@2/0/y"] {
+            for version in [0, 1, 12] {
+                let row = Shape::whole(name).row(None, version);
+                assert_eq!(Row::parse(&row), Some(Row { name, partition: None, version }));
+                for partition in Partition::all(11) {
+                    let row = Shape::cut(name, 11).row(Some(partition), version);
+                    assert_eq!(
+                        Row::parse(&row),
+                        Some(Row { name, partition: Some(partition.index()), version })
+                    );
+                }
+            }
+            let shape = Shape::whole(name);
+            for other in [
+                shape.version(),
+                shape.record(),
+                shape.request("reset"),
+                delivered(&shape.row(None, 0)),
+                "publisher".into(),
+            ] {
+                assert_eq!(Row::parse(&other), None, "{other}");
+            }
+        }
     }
 }

@@ -17,7 +17,9 @@ use super::ReadModel;
 use super::error::causes;
 use crate::event::Position;
 use crate::store::sqlite::{failed, progress};
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
+use crate::store::{
+    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+};
 
 /// How long a transaction waits for those of other projections, and of other processes, on the same database.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -160,6 +162,14 @@ impl ReadModel for SqliteReadModel {
             let connection = self.shared.pool.acquire().await;
             let mut connection = connection.map_err(|error| failed("reading a checkpoint", error))?;
             progress::checkpoint(&mut connection, name, self.store()?).await
+        })
+    }
+
+    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
+        Box::pin(async move {
+            let connection = self.shared.pool.acquire().await;
+            let mut connection = connection.map_err(|error| failed("reading the checkpoints", error))?;
+            progress::records(&mut connection).await
         })
     }
 

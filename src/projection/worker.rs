@@ -7,6 +7,7 @@ mod input;
 mod orders;
 mod ownership;
 mod reading;
+mod requests;
 mod schedule;
 mod trouble;
 mod version;
@@ -16,6 +17,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
+use tracing::Instrument;
 
 use self::batch::BatchSize;
 use self::context::Context;
@@ -33,6 +35,7 @@ use crate::event::{Position, RecordedEvent};
 use crate::lease::HeldLease;
 use crate::store::{Checkpoint, ReadLog, StoreError};
 use crate::supervised::Inbox;
+use crate::telemetry::trace;
 
 /// How often a projection writes a checkpoint that only moved over what is not for it.
 const TICK: Duration = Duration::from_secs(1);
@@ -101,6 +104,10 @@ struct Run<'a, P, R> {
     held_up: bool,
     /// The last such change that was heeded; `None` before the first look.
     heeded: Option<u64>,
+    /// Somebody without the projection's code may have asked for something: for a reset or a rebuild …
+    requests_due: bool,
+    /// … or for parked events to be tried again.
+    retries_due: bool,
     /// Stands still until somebody acts. In memory only: a restart is such an act.
     failed: bool,
     /// What failed is this node, as far as is known: another one may do better, so the lease is given back.
@@ -204,6 +211,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             paused_at: None,
             held_up: false,
             heeded: None,
+            requests_due: true,
+            retries_due: true,
             failed: false,
             surrender: false,
             saved: None,
@@ -260,6 +269,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if self.held_up && self.context.role == Role::Live {
             return self.idle(self.tick_at).await;
         }
+        // Before it is looked whether the read model fits: a reset may be what makes it fit.
+        if self.requests_due
+            && let Err(error) = self.see_to_requests().await
+        {
+            return self.outage(&error);
+        }
         if let Err(error) = self.prepare().await {
             return self.outage(&error);
         }
@@ -270,6 +285,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.stand_by().await;
         }
         let Some(saved) = self.saved else { return self.load().await };
+        if self.retries_due
+            && let Err(error) = self.see_to_retries().await
+        {
+            return self.outage(&error);
+        }
         match self.paused {
             Some(false) => {}
             Some(true) => {
@@ -287,7 +307,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.follow().await;
         }
         match self.pending.take() {
-            Some(pending) => self.apply_pending(saved, pending).await,
+            Some(pending) => {
+                let events = pending.events.iter().take(self.size.get());
+                let span = trace::apply(&self.context.name, events.len(), events);
+                self.apply_pending(saved, pending).instrument(span).await;
+            }
             None if self.source == Source::Store => self.read().await,
             None => self.follow().await,
         }

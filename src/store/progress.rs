@@ -15,6 +15,21 @@ pub struct Checkpoint {
     pub mark: u64,
 }
 
+/// A checkpoint as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointRecord {
+    /// Whose it is.
+    pub name: String,
+    /// How far that has got.
+    pub checkpoint: Checkpoint,
+    /// In the log of the store with this id.
+    pub store: Uuid,
+    /// When it was last written.
+    pub updated_at: DateTime<Utc>,
+    /// How many events are put aside under its name.
+    pub parked: u64,
+}
+
 /// Why a checkpoint was not moved.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]

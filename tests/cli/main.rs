@@ -6,5 +6,7 @@
 #[path = "../support/mod.rs"]
 mod harness;
 
+mod nats;
+mod projections;
 mod reading;
 mod support;

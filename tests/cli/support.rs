@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, PgConnection};
 use storied::store::Append;
 use storied::{Event, EventStore, ExpectedVersion, Metadata, NewEvent, PostgresStore, SqliteStore, StreamId};
 use tempfile::TempDir;
@@ -31,7 +33,15 @@ impl Event for OrderEvent {
 /// The tool's program.
 pub fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_storied"));
-    for variable in ["DATABASE_URL", "NATS_URL", "STORIED_SCHEMA"] {
+    for variable in [
+        "DATABASE_URL",
+        "NATS_URL",
+        "STORIED_SCHEMA",
+        "NATS_USER",
+        "NATS_PASSWORD",
+        "NATS_TOKEN",
+        "NATS_CREDS",
+    ] {
         command.env_remove(variable);
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
@@ -46,7 +56,7 @@ pub struct Run {
 }
 
 impl Run {
-    fn of(output: Output) -> Self {
+    pub fn of(output: Output) -> Self {
         Self {
             code: output.status.code().expect("it ends by itself"),
             out: String::from_utf8(output.stdout).unwrap(),
@@ -173,4 +183,51 @@ impl Fixture {
     pub async fn run(&self, args: &[&str]) -> Run {
         run(&mut self.command(args)).await
     }
+
+    /// What nobody should do: SQL past every guard, with `{events}` for the table of the log.
+    pub async fn tamper(&self, sql: &str) {
+        match self.url.strip_prefix("sqlite:") {
+            Some(path) => {
+                let mut connection = SqliteConnectOptions::new().filename(path).connect().await.unwrap();
+                let triggers = "SELECT name FROM sqlite_master WHERE type = 'trigger'";
+                let triggers: Vec<String> =
+                    sqlx::query_scalar(triggers).fetch_all(&mut connection).await.unwrap();
+                for trigger in triggers {
+                    connection.execute(AssertSqlSafe(format!("DROP TRIGGER {trigger}"))).await.unwrap();
+                }
+                connection.execute(AssertSqlSafe(sql.replace("{events}", "storied_events"))).await.unwrap();
+                connection.close().await.unwrap();
+            }
+            None => {
+                let mut connection = PgConnection::connect(&self.url).await.unwrap();
+                connection.execute("SET session_replication_role = replica").await.unwrap();
+                let sql = AssertSqlSafe(sql.replace("{events}", "storied.events"));
+                connection.execute(sql).await.unwrap();
+            }
+        }
+    }
+
+    /// SQL on it.
+    pub async fn run_sql(&self, sql: &str) {
+        match self.url.strip_prefix("sqlite:") {
+            Some(path) => {
+                let mut connection = SqliteConnectOptions::new().filename(path).connect().await.unwrap();
+                connection.execute(AssertSqlSafe(sql.to_owned())).await.unwrap();
+                connection.close().await.unwrap();
+            }
+            None => {
+                let mut connection = PgConnection::connect(&self.url).await.unwrap();
+                connection.execute(AssertSqlSafe(sql.to_owned())).await.unwrap();
+            }
+        }
+    }
+}
+
+pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let checked = timeout(PATIENCE, async {
+        while !check().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    checked.await.unwrap_or_else(|_| panic!("{what} did not happen in time"));
 }

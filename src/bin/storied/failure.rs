@@ -27,6 +27,9 @@ pub(crate) enum Failure {
     /// Somebody has to do something first.
     #[error("{0}")]
     Refused(String),
+    /// A request stands, and no node has taken it.
+    #[error("{0}")]
+    Pending(String),
     /// Nobody who reads what is printed is left.
     #[error("nobody reads what is printed")]
     Unread,
@@ -39,6 +42,7 @@ impl Failure {
             Self::Usage(_) => USAGE,
             Self::Unavailable(_) => 3,
             Self::Refused(_) => 4,
+            Self::Pending(_) => 5,
             // As of a program that a closed pipe ends.
             Self::Unread => 0,
         }
@@ -50,6 +54,7 @@ impl Failure {
             Self::Usage(_) => "usage",
             Self::Unavailable(_) => "unavailable",
             Self::Refused(_) => "refused",
+            Self::Pending(_) => "pending",
             Self::Unread => "unread",
         }
     }

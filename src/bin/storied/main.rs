@@ -2,16 +2,22 @@
 //!
 //! Everything goes through what is stored and through the library's own ports; see `docs/cli.md`.
 
+mod connect;
 mod decode;
 mod failure;
 mod filter;
 mod log;
 mod migrate;
+mod nats;
 mod open;
 mod output;
+mod parked;
+mod projection;
+mod publisher;
 mod redact;
 mod status;
 mod stream;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -51,18 +57,53 @@ enum Command {
     /// Creates storied's tables, or brings them up to date
     Migrate(migrate::Args),
     /// Tells how the store, its publisher, projections and nodes are doing
-    Status,
+    Status(open::ReadModelArgs),
     /// Reads the log
     #[command(subcommand)]
     Log(log::Command),
     /// Reads one stream
     #[command(subcommand)]
     Stream(stream::Command),
+    /// Looks at projections, and tells them what to do
+    #[command(subcommand)]
+    Projection(projection::Command),
+    /// Looks at the events that projections have put aside, and settles them
+    #[command(subcommand)]
+    Parked(parked::Command),
+    /// Looks at the publisher
+    #[command(subcommand)]
+    Publisher(publisher::Command),
+    /// Looks at NATS
+    #[command(subcommand)]
+    Nats(nats::Command),
+    /// Walks the whole log: versions without holes, everything decodes, and the mirror is equal
+    Verify(verify::Args),
     /// Prints a script that completes this tool's commands in a shell
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+impl Cli {
+    /// What must not be printed.
+    fn secrets(&self) -> Vec<redact::Given<'_>> {
+        let read_model = match &self.command {
+            Command::Status(args) => Some(args),
+            Command::Projection(command) => Some(command.read_model()),
+            Command::Parked(command) => Some(command.read_model()),
+            _ => None,
+        };
+        let nats = match &self.command {
+            Command::Nats(command) => Some(command.nats()),
+            Command::Verify(args) => Some(args.nats()),
+            _ => None,
+        };
+        let mut secrets = self.database.secrets();
+        secrets.extend(nats.into_iter().flat_map(connect::NatsArgs::secrets));
+        secrets.extend(read_model.and_then(open::ReadModelArgs::secret));
+        secrets
+    }
 }
 
 fn main() -> ExitCode {
@@ -71,7 +112,7 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let json = cli.json;
-    let secrets = redact::Secrets::of(&cli.database.secrets());
+    let secrets = redact::Secrets::of(&cli.secrets());
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.tell(json, &secrets),
@@ -103,9 +144,14 @@ fn run(cli: Cli) -> Result<(), Failure> {
         let database = &cli.database;
         match cli.command {
             Command::Migrate(args) => migrate::run(&args, database, &mut out).await,
-            Command::Status => status::run(database, &mut out).await,
+            Command::Status(read_model) => status::run(&read_model, database, &mut out).await,
             Command::Log(command) => log::run(command, database, &mut out).await,
             Command::Stream(command) => stream::run(command, database, &mut out).await,
+            Command::Projection(command) => projection::run(command, database, &mut out).await,
+            Command::Parked(command) => parked::run(command, database, &mut out).await,
+            Command::Publisher(command) => publisher::run(command, database, &mut out).await,
+            Command::Nats(command) => nats::run(command, database, &mut out).await,
+            Command::Verify(args) => verify::run(args, database, &mut out).await,
             Command::Completions { .. } => Ok(()),
         }?;
         out.flush()

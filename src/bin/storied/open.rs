@@ -5,7 +5,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::ConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
+use storied::projection::{Operator, PostgresReadModel, SqliteReadModel};
 use storied::{Codec, EventStore, PostgresOptions, SqliteOptions, StoreError};
 
 use crate::failure::Failure;
@@ -99,6 +102,63 @@ impl DatabaseArgs {
                 Ok(Arc::new(options.open().await?))
             }
         }
+    }
+}
+
+/// Where read models and their checkpoints are.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ReadModelArgs {
+    /// The database of the read model, with its checkpoints [default: that of the event store]
+    #[arg(long, env = "STORIED_READ_MODEL_URL", hide_env_values = true, value_name = "URL")]
+    read_model_url: Option<String>,
+
+    /// The PostgreSQL schema of its checkpoints [default: that of the event store]
+    #[arg(long, value_name = "NAME")]
+    read_model_schema: Option<String>,
+}
+
+/// A store, and the projections that keep their checkpoints in one place.
+pub(crate) struct Models {
+    pub(crate) store: Arc<dyn EventStore>,
+    pub(crate) operator: Operator,
+}
+
+impl ReadModelArgs {
+    pub(crate) fn secret(&self) -> Option<Given<'_>> {
+        self.read_model_url.as_deref().map(Given::Urls)
+    }
+
+    pub(crate) async fn open(&self, from: &DatabaseArgs) -> Result<Models, Failure> {
+        let store = from.store().await?;
+        let url = self.read_model_url.as_deref().map(str::trim).filter(|url| !url.is_empty());
+        let database = match url {
+            Some(url) => url.parse()?,
+            None => from.database()?,
+        };
+        let operator = match database {
+            Database::Postgres(url) => {
+                let options = PgConnectOptions::from_str(&url)
+                    .map_err(|error| {
+                        Failure::Usage(format!("the URL of the read model cannot be read: {error}"))
+                    })?
+                    .application_name("storied-cli")
+                    .disable_statement_logging();
+                let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(from.timeout());
+                let schema = self.read_model_schema.as_deref().unwrap_or(&from.schema);
+                let model = PostgresReadModel::new(pool.connect_lazy_with(options)).schema(schema)?;
+                Operator::new(store.clone(), model).await?
+            }
+            Database::Sqlite(path) => {
+                let options = SqliteConnectOptions::new()
+                    .filename(path)
+                    .busy_timeout(from.timeout())
+                    .disable_statement_logging();
+                let pool = SqlitePoolOptions::new().max_connections(1).acquire_timeout(from.timeout());
+                let model = SqliteReadModel::new(pool.connect_lazy_with(options));
+                Operator::new(store.clone(), model).await?
+            }
+        };
+        Ok(Models { store, operator })
     }
 }
 

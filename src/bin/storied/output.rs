@@ -1,7 +1,7 @@
 //! What is printed: text for people, JSON for programs.
 
 use std::borrow::Cow;
-use std::io::{BufWriter, Stdout, Write, stderr, stdout};
+use std::io::{BufWriter, IsTerminal, Stdout, Write, stderr, stdout};
 
 use serde::Serialize;
 
@@ -36,6 +36,33 @@ impl Output {
         Ok(self.writer.write_all(b"\n")?)
     }
 
+    /// Rows under a header, in columns. The last one is not padded.
+    pub(crate) fn table<const N: usize>(
+        &mut self,
+        header: [&str; N],
+        rows: &[[String; N]],
+    ) -> Result<(), Failure> {
+        let mut widths = header.map(|title| title.chars().count());
+        for row in rows {
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = (*width).max(clean(cell).chars().count());
+            }
+        }
+        let mut print = |cells: [&str; N]| {
+            let mut line = String::new();
+            for (n, (cell, width)) in cells.iter().zip(widths).enumerate() {
+                let (cell, width) = (clean(cell), if n + 1 < N { width + 2 } else { 0 });
+                line.push_str(&format!("{cell:width$}"));
+            }
+            writeln!(self.writer, "{}", line.trim_end())
+        };
+        print(header)?;
+        for row in rows {
+            print(row.each_ref().map(String::as_str))?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn flush(&mut self) -> Result<(), Failure> {
         Ok(self.writer.flush()?)
     }
@@ -59,4 +86,9 @@ pub(crate) fn clean(text: &str) -> Cow<'_, str> {
 /// Prints to standard error. There is nobody to tell when that fails.
 pub(crate) fn complain(text: &str) {
     let _ = stderr().write_all(text.as_bytes());
+}
+
+/// Whether somebody watches standard error.
+pub(crate) fn watched() -> bool {
+    stderr().is_terminal()
 }

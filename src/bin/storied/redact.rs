@@ -29,28 +29,31 @@ impl Secrets {
 pub(crate) enum Given<'a> {
     /// One URL or several, separated by commas.
     Urls(&'a str),
+    /// A secret in itself.
+    Secret(&'a str),
 }
 
 impl Given<'_> {
     fn secrets(&self) -> Vec<String> {
         match self {
+            Given::Secret(secret) => vec![(*secret).to_owned()],
             Given::Urls(urls) => urls.split(',').flat_map(secrets_of).collect(),
         }
     }
 }
 
-/// The password in a URL (or what stands there alone, a token), as written and as meant.
+/// The password in a URL, as written and as meant. What stands there alone is a user for a database, and a token for NATS.
 fn secrets_of(url: &str) -> Vec<String> {
     let mut found = Vec::new();
-    if let Some((_, rest)) = url.split_once("://")
+    if let Some((scheme, rest)) = url.split_once("://")
         && let Some((login, _)) = rest.rsplit_once('@')
     {
-        found.push(login.split_once(':').map_or(login, |(_, password)| password));
+        let alone = if scheme.trim().starts_with("postgres") { "" } else { login };
+        found.push(login.split_once(':').map_or(alone, |(_, password)| password));
     }
     for (at, key) in url.match_indices("password=") {
         found.extend(url[at + key.len()..].split(['&', '#']).next());
     }
-    // A user's name without a password is none for PostgreSQL, and a token for NATS: hiding too much does no harm.
     found.iter().flat_map(|secret| [(*secret).to_owned(), decoded(secret)]).collect()
 }
 
@@ -127,8 +130,9 @@ mod tests {
 
     #[test]
     fn secrets_are_hidden_as_written_and_as_meant() {
-        let secrets = Secrets::of(&[Given::Urls("postgres://u:p%40ss@h/d,nats://t0ken@h")]);
-        assert_eq!(secrets.hide("p@ss p%40ss t0ken"), "*** *** ***");
+        let secrets =
+            Secrets::of(&[Given::Urls("postgres://u:p%40ss@h/d,nats://t0ken@h"), Given::Secret("SUSEED")]);
+        assert_eq!(secrets.hide("p@ss p%40ss t0ken SUSEED"), "*** *** *** ***");
         assert_eq!(Secrets::of(&[Given::Urls("sqlite:shop.db")]).hide("shop.db"), "shop.db");
     }
 }

@@ -6,12 +6,20 @@ use serde_json::json;
 use uuid::Uuid;
 
 use crate::failure::Failure;
-use crate::open::DatabaseArgs;
+use crate::open::{DatabaseArgs, Models, ReadModelArgs};
 use crate::output::Output;
+use crate::projection;
+use crate::publisher::Publisher;
 
-pub(crate) async fn run(from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+pub(crate) async fn run(
+    read_model: &ReadModelArgs,
+    from: &DatabaseArgs,
+    out: &mut Output,
+) -> Result<(), Failure> {
     let database = from.database()?;
-    let store = from.store().await?;
+    let Models { store, operator } = read_model.open(from).await?;
+    let publisher = Publisher::of(&*store).await?;
+    let projections = operator.projections().await?;
     let info = store.info();
     let head = store.frontier().await?;
     let stall = store.stall().await?;
@@ -28,7 +36,8 @@ pub(crate) async fn run(from: &DatabaseArgs, out: &mut Output) -> Result<(), Fai
             nodes.iter().map(|(node, leases)| json!({ "node": node, "leases": leases })).collect();
         return out.value(&json!({
             "database": database.shown(), "backend": info.backend, "store_id": info.id, "codec": info.codec.name(),
-            "head": head.get(), "stall": stall, "nodes": nodes,
+            "head": head.get(), "stall": stall, "nodes": nodes, "publisher": publisher.map(|publisher| publisher.value()),
+            "projections": projections.iter().map(|record| projection::value(record, head)).collect::<Vec<_>>(),
         }));
     }
     out.line(format!("database   {} ({}, {} payloads)", database.shown(), info.backend, info.codec))?;
@@ -44,11 +53,18 @@ pub(crate) async fn run(from: &DatabaseArgs, out: &mut Output) -> Result<(), Fai
             stall.open_for.as_secs_f64()
         ))?;
     }
+    if let Some(publisher) = publisher {
+        out.line(format!("publisher  {}", publisher.line()))?;
+    }
     if nodes.is_empty() {
-        return out.line("nodes      none holds a lease");
+        out.line("nodes      none holds a lease")?;
     }
     for (node, leases) in nodes {
         out.line(format!("node       {node} holds {}", leases.join(", ")))?;
     }
-    Ok(())
+    if projections.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    projection::print(&projections, head, out)
 }

@@ -46,22 +46,7 @@ impl NatsFollower {
         let patterns =
             patterns(given).map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
         let (filters, _) = bus.names().mapping.filters(&patterns);
-        let spec = ConsumerSpec {
-            name: naming::custom(&name),
-            durable: true,
-            shared: false,
-            filters,
-            // What was there before comes from the store, which is read behind every gap, and the first item is one.
-            start: DeliverPolicy::New,
-            ack_wait: ACK_WAIT,
-            max_deliver: None,
-            backoff: Vec::new(),
-            max_ack_pending: 2 * ROOM,
-            push: None,
-            inactive: Duration::ZERO,
-            // A program that asks for other names by now goes on from where it was.
-            policy: ConsumerPolicy::CreateOrUpdate,
-        };
+        let spec = follower_spec(naming::custom(&name), filters);
         let (sender, items) = mpsc::channel(2 * ROOM);
         let (applied, upto) = watch::channel(Position::START);
         let reading = Reading {
@@ -77,6 +62,26 @@ impl NatsFollower {
             missing: None,
         };
         Ok(Self { items, applied, _task: Task::spawn(reading.run()) })
+    }
+}
+
+/// The consumer of a follower.
+pub(super) fn follower_spec(name: String, filters: Vec<String>) -> ConsumerSpec {
+    ConsumerSpec {
+        name,
+        durable: true,
+        shared: false,
+        filters,
+        // What was there before comes from the store, which is read behind every gap, and the first item is one.
+        start: DeliverPolicy::New,
+        ack_wait: ACK_WAIT,
+        max_deliver: None,
+        backoff: Vec::new(),
+        max_ack_pending: 2 * ROOM,
+        push: None,
+        inactive: Duration::ZERO,
+        // A program that asks for other names by now goes on from where it was.
+        policy: ConsumerPolicy::CreateOrUpdate,
     }
 }
 

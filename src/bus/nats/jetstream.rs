@@ -10,11 +10,14 @@ mod stream;
 use std::time::Duration;
 
 use async_nats::jetstream::context::ContextBuilder;
+use uuid::Uuid;
 
+pub(super) use self::consumer::compared_consumer;
 pub use self::consumer::{AckError, ConsumerPolicy};
 pub(super) use self::consumer::{Consumer, ConsumerItem, ConsumerSpec, Push, Settle, Taken};
 pub(super) use self::mirror::MirrorPublisher;
-use self::stream::{Content, ensure};
+use self::stream::{Content, Wanted, config, ensure};
+pub(super) use self::stream::{ask as stream_api, fields as compared_stream, info as stream_info};
 use super::connection::Connection;
 use super::subjects::Names;
 use crate::bus::BusError;
@@ -175,6 +178,23 @@ impl JetStreamOptions {
         self.name.clone().unwrap_or_else(made)
     }
 
+    /// What the mirror of a store's log is to be like.
+    pub(super) fn wanted_mirror(&self, names: &Names, store: Uuid) -> Wanted {
+        let content = Content { subjects: names.mapping.all(), store: Some(store) };
+        config(content, &self.name(names.namespace()), self)
+    }
+
+    /// What the stream of dead letters is to be like.
+    pub(super) fn wanted_dead(&self, names: &Names) -> Wanted {
+        let (subjects, name) = dead(names);
+        config(Content { subjects: &subjects, store: None }, &name, &self.of_dead())
+    }
+
+    /// As this, for dead letters.
+    fn of_dead(&self) -> Self {
+        Self { max_age: Some(DEAD_AGE), max_bytes: Some(DEAD_BYTES), ..self.clone() }
+    }
+
     /// Sees to it that a subscriber finds the stream there. Whose log it is, its publisher will say.
     pub(super) async fn provide(&self, connection: &Connection, names: &Names) -> Result<(), BusError> {
         let client = &connection.client;
@@ -189,11 +209,16 @@ impl JetStreamOptions {
     pub(super) async fn provide_dead(&self, connection: &Connection, names: &Names) -> Result<(), BusError> {
         let client = &connection.client;
         let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
-        let subjects = [format!("{}.dead.>", names.namespace())];
+        let (subjects, name) = dead(names);
         let content = Content { subjects: &subjects, store: None };
-        let name = format!("{}_DEAD", names.namespace().to_uppercase().replace('.', "_"));
-        let options = Self { max_age: Some(DEAD_AGE), max_bytes: Some(DEAD_BYTES), ..self.clone() };
+        let options = self.of_dead();
         let ensured = ensure(&jetstream, client, content, &name, &options);
         connection.while_up("looking for the stream of dead letters", ensured).await.map(drop)
     }
+}
+
+/// The subjects and the name of the stream of dead letters.
+fn dead(names: &Names) -> ([String; 1], String) {
+    let name = format!("{}_DEAD", names.namespace().to_uppercase().replace('.', "_"));
+    ([format!("{}.dead.>", names.namespace())], name)
 }

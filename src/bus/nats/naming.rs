@@ -23,6 +23,17 @@ pub(super) fn custom(name: &str) -> String {
     shortened(sanitised(name))
 }
 
+/// Whether a consumer is one that a projection, or a partition of one, follows: see [`custom`], and what their checkpoints are
+/// called. Those of subscriptions have colons in their names, or are what the user calls them.
+pub(super) fn is_follower(name: &str) -> bool {
+    ["projection", "partition"].iter().any(|kind| {
+        let rest = name.strip_prefix(kind).unwrap_or_default();
+        let version =
+            rest.strip_prefix("=40").map(|rest| rest.trim_start_matches(|c: char| c.is_ascii_digit()));
+        version.unwrap_or(rest).starts_with("=2F")
+    })
+}
+
 /// As a name may have it: letters, digits and `-` stay, a dot becomes `_`, everything else `=` and two hexadecimal digits
 /// for each byte (an underscore, too). So no two texts become the same.
 fn sanitised(text: &str) -> String {
@@ -72,6 +83,19 @@ mod tests {
         ] {
             assert_eq!(durable("shop", queue, events), name);
         }
+    }
+
+    #[test]
+    fn followers_are_told_from_subscriptions() {
+        for name in
+            ["projection/revenue", "projection@2/revenue", "partition/0/revenue", "partition@10/3/a/b"]
+        {
+            assert!(is_follower(&custom(name)), "{name}");
+        }
+        for name in ["projections", "shipping", "projection", "partition-0"] {
+            assert!(!is_follower(&custom(name)), "{name}");
+        }
+        assert!(!is_follower(&durable("projection", None, &["order.placed"])));
     }
 
     proptest! {

@@ -28,14 +28,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Control::Pause(reply) => (reply, self.persist_paused(true).await),
             Control::Resume(reply) => (reply, self.persist_paused(false).await),
             Control::Paused(paused, reply) => (reply, self.take_paused(paused).await),
-            Control::Reset(reply) => (reply, self.reset().await),
+            Control::Reset(reply) => (reply, self.reset(None).await),
             Control::BeginAnew(reply) => {
                 self.begin_anew();
                 (reply, Ok(()))
             }
             Control::Trigger(reply) => (reply, self.trigger().await),
-            Control::Rebuild(reply) => (reply, self.rebuild().await),
-            Control::RetryParked(event, reply) => (reply, self.retry_parked(&event).await),
+            Control::Rebuild(reply) => (reply, self.rebuild(None).await),
+            Control::RetryParked(event, reply) => (reply, self.retry_parked(&event, None).await),
         };
         // Who went away meanwhile does not want to know.
         let _ = reply.send(result);
@@ -113,20 +113,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Whatever the checkpoint is: also another store's, or one that the log does not reach, or in other partitions.
-    async fn reset(&mut self) -> Result<(), ControlError> {
+    /// Whatever the checkpoint is: also another store's, or one that the log does not reach, or in other partitions. If
+    /// `requested` there, only if it is still.
+    pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         let Context { name, store, board, .. } = self.context;
         let order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         board.hint();
-        let emptied = self.empty_patiently().await;
+        let emptied = self.empty_patiently(requested).await;
         if let Some(order) = order
             && let Err(error) = store.release_lease(&order).await
         {
             tracing::warn!(projection = name, %error, "who works on the projection is held up for some seconds");
         }
         board.hint();
-        emptied?;
+        if !emptied? {
+            return Ok(());
+        }
         tracing::info!(projection = name, "the projection was reset and applies the log from its start");
         self.begin_anew();
         Ok(())
@@ -140,11 +143,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.try_again();
     }
 
-    async fn empty_patiently(&mut self) -> Result<(), ControlError> {
+    async fn empty_patiently(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(500));
         let mut attempt = 1;
         loop {
-            match self.empty().await {
+            match self.empty(requested).await {
                 Err(ControlError::Store(StoreError::Unavailable { reason, .. })) if attempt < ATTEMPTS => {
                     tracing::info!(
                         projection = self.context.name,
@@ -160,14 +163,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Empties the read model, and puts every checkpoint to the start of the log, in one transaction.
-    async fn empty(&mut self) -> Result<(), ControlError> {
+    /// Empties the read model, and puts every checkpoint to the start of the log, in one transaction; whether that is still
+    /// wanted.
+    async fn empty(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let Context { shape, .. } = self.context;
         let row = &self.row.clone();
         // What cannot be read here is another store's, or cannot be read below either.
         let known = self.read_model.checkpoint(row).await.unwrap_or_default();
         let mut open = self.read_model.begin(row, known).await?;
         let result = async {
+            if let Some(request) = requested
+                && !self.read_model.unpark(&mut open, request, Position::START).await?
+            {
+                return Ok(None);
+            }
             let version = shape.live(self.read_model, &mut open).await?;
             self.use_version(version)?;
             let mut rows = shape.begin_anew(self.read_model, &mut open, version).await?;
@@ -186,9 +195,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         };
         match result.await {
             Ok(Some((row, found, to))) => {
-                self.read_model.commit(open, &row, found, to, None).await.map_err(refused)
+                self.read_model.commit(open, &row, found, to, None).await.map_err(refused)?;
+                Ok(true)
             }
-            Ok(None) => Ok(()),
+            Ok(None) => {
+                self.roll_back(open).await;
+                Ok(false)
+            }
             Err(error) => {
                 self.roll_back(open).await;
                 Err(error)
@@ -204,11 +217,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         ControlError::Refused { name: self.context.name.clone(), reason: error.to_string() }
     }
 
-    async fn retry_parked(&mut self, event: &RecordedEvent) -> Result<(), ControlError> {
+    pub(super) async fn retry_parked(
+        &mut self,
+        event: &RecordedEvent,
+        requested: Option<&str>,
+    ) -> Result<(), ControlError> {
         self.create().await?;
         let mut attempt = 1;
         loop {
-            match self.apply_parked(event).await {
+            match self.apply_parked(event, requested).await {
                 // Its owner has moved the checkpoint meanwhile.
                 Err(ControlError::Store(StoreError::Unavailable { .. })) if attempt < ATTEMPTS => {
                     attempt += 1
@@ -218,7 +235,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    async fn apply_parked(&mut self, event: &RecordedEvent) -> Result<(), ControlError> {
+    async fn apply_parked(
+        &mut self,
+        event: &RecordedEvent,
+        requested: Option<&str>,
+    ) -> Result<(), ControlError> {
         let Context { name, .. } = self.context;
         let row = &self.row;
         let found = self.read_model.checkpoint(row).await?;
@@ -226,6 +247,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if !self.read_model.unpark(&mut open, row, event.position).await? {
             self.roll_back(open).await;
             return Err(ControlError::NotParked { name: name.clone(), position: event.position });
+        }
+        if let Some(request) = requested
+            && !self.read_model.unpark(&mut open, request, event.position).await?
+        {
+            self.roll_back(open).await;
+            return Ok(());
         }
         let transaction = self.read_model.transaction(&mut open);
         if let Err(error) = apply(&mut self.instance.projection, event, transaction).await {

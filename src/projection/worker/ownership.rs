@@ -95,6 +95,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.reload();
             self.timing.forget();
             self.try_again();
+            self.requests_due = true;
+            self.retries_due = true;
         }
         self.heeded = Some(done);
     }
@@ -112,7 +114,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let free = self.news.permits() && self.looks_free();
         if free && self.take_at <= Instant::now() {
             self.leave_alone();
-            match HeldLease::take(&context.store, &context.lease, context.node, context.options.lease).await {
+            let (ttl, metrics) = (context.options.lease, &context.metrics);
+            match HeldLease::take(&context.store, &context.lease, context.node, ttl, metrics).await {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = context.name,
@@ -150,7 +153,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// Whether nobody holds the lease but this node, perhaps from before it panicked.
-    fn looks_free(&self) -> bool {
+    pub(super) fn looks_free(&self) -> bool {
         let view = self.context.board.view();
         view.is_some_and(|view| {
             view.owner(&self.context.lease).is_none_or(|owner| owner == self.context.node)

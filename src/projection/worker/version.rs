@@ -9,6 +9,7 @@ use tokio::time::{Duration, Instant};
 use super::apply::contained;
 use super::orders::refused;
 use super::{Run, Source};
+use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, Lease, StoreError};
@@ -77,14 +78,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// For the pace that this node sees.
-    pub(super) fn measures_from(&mut self, position: crate::event::Position) {
+    pub(super) fn measures_from(&mut self, position: Position) {
         self.context.status.send_modify(|status| {
             status.measured.get_or_insert((Instant::now(), position));
         });
     }
 
-    /// Begins to build the next version, unless one is being built already.
-    pub(super) async fn rebuild(&mut self) -> Result<(), ControlError> {
+    /// Begins to build the next version, unless one is being built already. If `requested` there, only if it is still.
+    pub(super) async fn rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         let context = self.context;
         let name = &context.name;
@@ -106,6 +107,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         };
         let mut projection = make(next);
         let mut open = self.read_model.begin(&record, found).await?;
+        if let Some(request) = requested
+            && !self.read_model.unpark(&mut open, request, Position::START).await?
+        {
+            self.roll_back(open).await;
+            return Ok(());
+        }
         let transaction = self.read_model.transaction(&mut open);
         let created = contained(async { projection.reset(transaction).await }).await;
         if let Err(error) = created {

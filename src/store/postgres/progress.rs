@@ -5,7 +5,7 @@ use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
 
-use super::super::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
+use super::super::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent, StoreError};
 use super::error::failed;
 use super::sql::{ProgressSql, Schema};
 use super::{from_sql, to_sql};
@@ -47,6 +47,30 @@ impl Progress {
             Ok((checkpoint, row.try_get(3)?))
         };
         columns().map(Some).map_err(|error| failed(&doing(), error))
+    }
+
+    /// All checkpoints, by name.
+    pub(crate) async fn records(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<Vec<CheckpointRecord>, StoreError> {
+        const DOING: &str = "reading the checkpoints";
+        let record = |row: &PgRow| -> Result<_, sqlx::Error> {
+            Ok(CheckpointRecord {
+                name: row.try_get(0)?,
+                checkpoint: Checkpoint {
+                    position: Position::new(from_sql(row.try_get(1)?)),
+                    epoch: from_sql(row.try_get(2)?),
+                    mark: from_sql(row.try_get(3)?),
+                },
+                store: row.try_get(4)?,
+                updated_at: row.try_get(5)?,
+                parked: from_sql(row.try_get(6)?),
+            })
+        };
+        let rows =
+            sqlx::query(self.sql.records.clone()).persistent(self.persistent).fetch_all(connection).await;
+        rows.and_then(|rows| rows.iter().map(record).collect()).map_err(|error| failed(DOING, error))
     }
 
     /// The checkpoint of `name` in the log of `store`; the default one if there is none yet.

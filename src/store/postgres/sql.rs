@@ -142,6 +142,9 @@ statements! {
     ProgressSql {
         adopt: "UPDATE storied.checkpoints SET store_id = $2 WHERE name = $1 AND store_id <> $2",
         load: "SELECT position, epoch, mark, store_id FROM storied.checkpoints WHERE name = $1",
+        records: "SELECT c.name, c.position, c.epoch, c.mark, c.store_id, c.updated_at,
+                (SELECT count(*) FROM storied.parked AS p WHERE p.name = c.name)
+            FROM storied.checkpoints AS c ORDER BY c.name",
         // What was never saved is at the default checkpoint, so only from there a row may be made.
         create: "INSERT INTO storied.checkpoints AS c (name, position, epoch, mark, store_id)
             VALUES ($1, $2, $3, $4, $5)

@@ -6,7 +6,7 @@ use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
-use super::super::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
+use super::super::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent, StoreError};
 use super::error::failed;
 use super::{from_sql, now, time, to_sql};
 use crate::event::{EventName, Position, StreamId, Version};
@@ -52,6 +52,31 @@ pub(crate) async fn load(
         Ok((checkpoint, row.try_get(3)?))
     };
     columns().map(Some).map_err(|error| failed(&doing(), error))
+}
+
+/// All checkpoints, by name.
+pub(crate) async fn records(connection: &mut SqliteConnection) -> Result<Vec<CheckpointRecord>, StoreError> {
+    const DOING: &str = "reading the checkpoints";
+    let record = |row: &SqliteRow| -> Result<_, sqlx::Error> {
+        Ok(CheckpointRecord {
+            name: row.try_get(0)?,
+            checkpoint: Checkpoint {
+                position: Position::new(from_sql(row.try_get(1)?)),
+                epoch: from_sql(row.try_get(2)?),
+                mark: from_sql(row.try_get(3)?),
+            },
+            store: row.try_get(4)?,
+            updated_at: time(row.try_get(5)?),
+            parked: from_sql(row.try_get(6)?),
+        })
+    };
+    let rows = sqlx::query(
+        "SELECT name, position, epoch, mark, store_id, updated_at,
+             (SELECT count(*) FROM storied_parked WHERE storied_parked.name = storied_checkpoints.name)
+         FROM storied_checkpoints ORDER BY name",
+    );
+    let rows = rows.fetch_all(connection).await;
+    rows.and_then(|rows| rows.iter().map(record).collect()).map_err(|error| failed(DOING, error))
 }
 
 /// The checkpoint of `name` in the log of `store`; the default one if there is none yet.

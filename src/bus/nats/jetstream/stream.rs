@@ -12,11 +12,15 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::super::connection::{silent, unavailable};
+use super::super::inspect::Field;
 use super::{JetStreamOptions, StreamPolicy, StreamStorage};
 use crate::bus::BusError;
 
 /// The key in a stream's metadata that says whose log it mirrors.
 const STORE_ID: &str = "storied.store_id";
+
+/// What a stream is to be like.
+pub(in super::super) type Wanted = Config;
 
 /// Whose events a stream keeps.
 #[derive(Debug, Clone, Copy)]
@@ -127,7 +131,11 @@ async fn update(
 }
 
 /// The stream as it is, if there is one.
-pub(super) async fn info(jetstream: &Context, client: &Client, name: &str) -> Result<Option<Info>, BusError> {
+pub(in super::super) async fn info(
+    jetstream: &Context,
+    client: &Client,
+    name: &str,
+) -> Result<Option<Info>, BusError> {
     match api(jetstream, client, format!("STREAM.INFO.{name}"), &NOTHING).await? {
         Ok(info) => Ok(Some(info)),
         Err(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
@@ -135,7 +143,7 @@ pub(super) async fn info(jetstream: &Context, client: &Client, name: &str) -> Re
     }
 }
 
-fn config(content: Content<'_>, name: &str, options: &JetStreamOptions) -> Config {
+pub(super) fn config(content: Content<'_>, name: &str, options: &JetStreamOptions) -> Config {
     let unlimited = |limit: Option<u64>| limit.map_or(-1, |limit| i64::try_from(limit).unwrap_or(i64::MAX));
     Config {
         name: name.to_owned(),
@@ -175,16 +183,25 @@ pub(super) fn other_store(name: &str, store: &str, own: &str) -> BusError {
     ))
 }
 
-/// What is not as it should be, each as `field: is X, should be Y`. What the server adds by itself is none of our business.
+/// What is not as it should be, each as `field: is X, should be Y`.
 fn differences(have: &Config, want: &Config, essential_only: bool) -> Vec<String> {
-    let mut different = Vec::new();
-    let mut compare = |field: &str, have: &dyn Debug, want: &dyn Debug, differs: bool| {
-        if differs {
-            different.push(format!("{field}: is {have:?}, should be {want:?}"));
-        }
+    let fields = compared(have, want, essential_only);
+    fields.iter().filter(|field| !field.same).map(Field::to_string).collect()
+}
+
+/// How the stream of a publisher with these options is, and how it should be.
+pub(in super::super) fn fields(have: &Config, want: &Config, options: &JetStreamOptions) -> Vec<Field> {
+    compared(have, want, options.policy == StreamPolicy::RequireExisting)
+}
+
+/// Field by field. What the server adds by itself is none of our business.
+fn compared(have: &Config, want: &Config, essential_only: bool) -> Vec<Field> {
+    let mut fields = Vec::new();
+    let mut compare = |name: &'static str, is: &dyn Debug, should_be: &dyn Debug, same: bool| {
+        fields.push(Field { name, is: format!("{is:?}"), should_be: format!("{should_be:?}"), same });
     };
     macro_rules! compare {
-        ($($field:ident),*) => { $( compare(stringify!($field), &have.$field, &want.$field, have.$field != want.$field); )* };
+        ($($field:ident),*) => { $( compare(stringify!($field), &have.$field, &want.$field, have.$field == want.$field); )* };
     }
     // Without these it is no exact mirror of the log.
     let sorted = |subjects: &[String]| {
@@ -192,16 +209,16 @@ fn differences(have: &Config, want: &Config, essential_only: bool) -> Vec<String
         subjects.sort_unstable();
         subjects
     };
-    compare("subjects", &have.subjects, &want.subjects, sorted(&have.subjects) != sorted(&want.subjects));
+    compare("subjects", &have.subjects, &want.subjects, sorted(&have.subjects) == sorted(&want.subjects));
     compare!(retention, max_messages_per_subject, no_ack, sealed, mirror, sources, subject_transform);
     if !essential_only {
         compare!(storage, num_replicas, discard, max_age, max_bytes, max_messages, max_message_size);
         compare!(duplicate_window);
         let marked = have.metadata.get(STORE_ID);
         let mark = want.metadata.get(STORE_ID);
-        compare("metadata storied.store_id", &marked, &mark, marked != mark);
+        compare("metadata storied.store_id", &marked, &mark, marked == mark);
     }
-    different
+    fields
 }
 
 /// Names the stream that has our subjects.
@@ -257,6 +274,17 @@ pub(super) async fn api<T: DeserializeOwned>(
         }
         Err(error) => Err(unavailable(format!("JetStream did not answer {subject}"), error)),
     }
+}
+
+/// As [`api`], when whatever it says against it is an error.
+pub(in super::super) async fn ask<T: DeserializeOwned>(
+    jetstream: &Context,
+    client: &Client,
+    subject: String,
+    payload: &impl Serialize,
+    what: &str,
+) -> Result<T, BusError> {
+    api(jetstream, client, subject, payload).await?.map_err(|error| refused(what, error))
 }
 
 /// What JetStream says against something: it may change its mind, or somebody has to act.

@@ -1,6 +1,7 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
+use super::super::super::inspect::Field;
 use async_nats::jetstream::consumer::{AckPolicy, Config, DeliverPolicy, ReplayPolicy};
 
 /// What to do about a consumer on the server.
@@ -85,17 +86,24 @@ impl ConsumerSpec {
 
 /// What is not as it should be, each as `field: is X, should be Y`.
 pub(super) fn differences(have: &Config, want: &Config) -> Vec<String> {
-    let mut different = Vec::new();
-    let mut compare = |field: &str, have: &dyn Debug, want: &dyn Debug, differs: bool| {
-        if differs {
-            different.push(format!("{field}: is {have:?}, should be {want:?}"));
-        }
+    compared(have, want).iter().filter(|field| !field.same).map(Field::to_string).collect()
+}
+
+/// How a consumer is, and how it should be.
+pub(in crate::bus::nats) fn compared_consumer(have: &Config, want: &ConsumerSpec) -> Vec<Field> {
+    compared(have, &want.config(want.start))
+}
+
+fn compared(have: &Config, want: &Config) -> Vec<Field> {
+    let mut fields = Vec::new();
+    let mut compare = |name: &'static str, is: &dyn Debug, should_be: &dyn Debug, same: bool| {
+        fields.push(Field { name, is: format!("{is:?}"), should_be: format!("{should_be:?}"), same });
     };
     macro_rules! compare {
-        ($($field:ident),*) => { $( compare(stringify!($field), &have.$field, &want.$field, have.$field != want.$field); )* };
+        ($($field:ident),*) => { $( compare(stringify!($field), &have.$field, &want.$field, have.$field == want.$field); )* };
     }
     let (filters, wanted) = (filters(have), filters(want));
-    compare("filter_subjects", &filters, &wanted, filters != wanted);
+    compare("filter_subjects", &filters, &wanted, filters == wanted);
     compare!(
         durable_name,
         deliver_group,
@@ -106,14 +114,8 @@ pub(super) fn differences(have: &Config, want: &Config) -> Vec<String> {
         max_ack_pending,
         replay_policy
     );
-    compare!(headers_only, inactive_threshold);
-    compare(
-        "deliver_subject",
-        &have.deliver_subject,
-        &want.deliver_subject,
-        have.deliver_subject != want.deliver_subject,
-    );
-    different
+    compare!(headers_only, inactive_threshold, deliver_subject);
+    fields
 }
 
 /// Sorted, whichever of the two fields they stand in.

@@ -1,0 +1,175 @@
+//! From the command line to NATS.
+
+use std::num::NonZeroU16;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use storied::NatsBus;
+use storied::bus::{JetStreamOptions, NatsOptions, StreamPolicy, StreamStorage, Subjects};
+
+use crate::failure::Failure;
+use crate::open::DatabaseArgs;
+use crate::redact::Given;
+
+/// Which NATS, and what the program that publishes has said of it.
+#[derive(Debug, clap::Args)]
+pub(crate) struct NatsArgs {
+    /// The NATS server, or several separated by commas
+    #[arg(
+        long,
+        env = "NATS_URL",
+        hide_env_values = true,
+        default_value = "nats://127.0.0.1:4222",
+        value_name = "URL"
+    )]
+    nats_url: String,
+
+    /// A credentials file to log in with
+    #[arg(long, env = "NATS_CREDS", value_name = "FILE")]
+    nats_creds: Option<PathBuf>,
+
+    /// A user to log in as, with --nats-password
+    #[arg(long, env = "NATS_USER", value_name = "NAME", requires = "nats_password")]
+    nats_user: Option<String>,
+
+    /// That user's password
+    #[arg(long, env = "NATS_PASSWORD", hide_env_values = true, value_name = "PASSWORD")]
+    nats_password: Option<String>,
+
+    /// A token to log in with
+    #[arg(long, env = "NATS_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    nats_token: Option<String>,
+
+    /// The seed of an NKey to log in with
+    #[arg(long, env = "NATS_NKEY", hide_env_values = true, value_name = "SEED")]
+    nats_nkey: Option<String>,
+
+    /// Trusts the certificates in this PEM file as well
+    #[arg(long, env = "NATS_CA", value_name = "FILE")]
+    nats_ca: Option<PathBuf>,
+
+    /// Shows this certificate to the server
+    #[arg(long, env = "NATS_CERT", value_name = "FILE", requires = "nats_key")]
+    nats_cert: Option<PathBuf>,
+
+    /// The key of that certificate
+    #[arg(long, env = "NATS_KEY", value_name = "FILE")]
+    nats_key: Option<PathBuf>,
+
+    /// What subjects begin with
+    #[arg(long, env = "STORIED_NAMESPACE", default_value = "storied", value_name = "NAME")]
+    namespace: String,
+
+    /// The prefix of events' subjects, where the program has set one (Subjects::prefix)
+    #[arg(long, value_name = "PREFIX")]
+    subject_prefix: Option<String>,
+
+    /// The number of partitions in events' subjects, where the program has set one (Subjects::partitions)
+    #[arg(long, value_name = "PARTITIONS")]
+    subject_partitions: Option<NonZeroU16>,
+
+    /// The mirror's stream, where the program has named it (JetStreamOptions::stream)
+    #[arg(long, value_name = "NAME")]
+    stream: Option<String>,
+}
+
+/// What a stream should be like, where the program has said other than the defaults.
+#[derive(Debug, clap::Args)]
+pub(crate) struct StreamArgs {
+    /// How many servers keep the streams
+    #[arg(long, default_value_t = 1, value_name = "SERVERS")]
+    replicas: usize,
+
+    /// Streams are kept in memory
+    #[arg(long)]
+    memory_storage: bool,
+
+    /// How long the mirror keeps a message, in seconds; 0 is for ever
+    #[arg(long, default_value_t = 604_800, value_name = "SECONDS")]
+    max_age: u64,
+
+    /// How large the mirror may become, in bytes; 0 is without limit
+    #[arg(long, default_value_t = 1 << 30, value_name = "BYTES")]
+    max_bytes: u64,
+
+    /// How long the server recognises an event that it has already, in seconds
+    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    duplicate_window: u64,
+
+    /// Only what an exact mirror cannot do without (StreamPolicy::RequireExisting)
+    #[arg(long)]
+    essential: bool,
+}
+
+impl StreamArgs {
+    fn options(&self) -> JetStreamOptions {
+        let storage = if self.memory_storage { StreamStorage::Memory } else { StreamStorage::File };
+        let policy =
+            if self.essential { StreamPolicy::RequireExisting } else { StreamPolicy::CreateOrVerify };
+        JetStreamOptions::new()
+            .replicas(self.replicas)
+            .storage(storage)
+            .max_age(Some(Duration::from_secs(self.max_age)).filter(|age| !age.is_zero()))
+            .max_bytes(Some(self.max_bytes).filter(|bytes| *bytes > 0))
+            .duplicate_window(Duration::from_secs(self.duplicate_window))
+            .policy(policy)
+    }
+}
+
+impl NatsArgs {
+    /// What must not be printed.
+    pub(crate) fn secrets(&self) -> Vec<Given<'_>> {
+        let secrets = [&self.nats_password, &self.nats_token, &self.nats_nkey];
+        let secrets = secrets.into_iter().flatten().map(|secret| Given::Secret(secret));
+        secrets.chain([Given::Urls(&self.nats_url)]).collect()
+    }
+
+    /// The bus, connected.
+    pub(crate) async fn bus(
+        &self,
+        stream: Option<&StreamArgs>,
+        from: &DatabaseArgs,
+    ) -> Result<NatsBus, Failure> {
+        let usage = |error: &dyn std::fmt::Display| Failure::Usage(error.to_string());
+        let mut jetstream = stream.map_or_else(JetStreamOptions::new, StreamArgs::options);
+        if let Some(stream) = &self.stream {
+            jetstream = jetstream.stream(stream);
+        }
+        let mut subjects = match &self.subject_prefix {
+            Some(prefix) => Subjects::prefix(prefix).map_err(|error| usage(&error))?,
+            None => Subjects::new(),
+        };
+        if let Some(partitions) = self.subject_partitions {
+            subjects = subjects.partitions(partitions).map_err(|error| usage(&error))?;
+        }
+        let mut options = NatsOptions::jetstream(jetstream)
+            .url(&self.nats_url)
+            .name("storied-cli")
+            .subjects(subjects)
+            .connection_timeout(from.timeout())
+            .answer_timeout(from.timeout())
+            .namespace(&self.namespace)
+            .map_err(|error| usage(&error))?;
+        if let Some(token) = &self.nats_token {
+            options = options.token(token);
+        }
+        if let Some(seed) = &self.nats_nkey {
+            options = options.nkey(seed);
+        }
+        if let (Some(user), Some(password)) = (&self.nats_user, &self.nats_password) {
+            options = options.user_and_password(user, password);
+        }
+        if let Some(path) = &self.nats_creds {
+            options = options.credentials_file(path);
+        }
+        if let Some(path) = &self.nats_ca {
+            options = options.root_certificates(path);
+        }
+        if let (Some(certificate), Some(key)) = (&self.nats_cert, &self.nats_key) {
+            options = options.client_certificate(certificate, key);
+        }
+        let bus = options.bus();
+        bus.connect().await?;
+        Ok(bus)
+    }
+}

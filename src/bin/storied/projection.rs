@@ -1,0 +1,397 @@
+//! `storied projection`.
+
+use std::io::Write;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use storied::Position;
+use storied::projection::{Answer, Asked, Operator, ProjectionRecord, Request};
+use tokio::time::{Instant, sleep};
+
+use crate::failure::Failure;
+use crate::open::{DatabaseArgs, Models, ReadModelArgs};
+use crate::output::{self, Output};
+
+/// How often it is looked how far something is.
+const POLL: Duration = Duration::from_millis(100);
+
+/// How often the progress is said to nobody who watches.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Lists the projections that keep anything in the read model's database, or are paused
+    List {
+        #[command(flatten)]
+        read_model: ReadModelArgs,
+    },
+    /// Makes a projection stand still on all nodes, until it is resumed
+    Pause(Named),
+    /// Makes a projection go on; one that failed tries again
+    Resume(Named),
+    /// Has a node empty the read model and apply the log from its start
+    Reset(Told),
+    /// Has the nodes build the read model anew beside the live one, which it then replaces
+    Rebuild(Told),
+    /// Takes back a reset or a rebuild that no node has taken, or forgets that it was refused
+    Withdraw {
+        #[command(flatten)]
+        read_model: ReadModelArgs,
+        /// The projection
+        name: String,
+    },
+}
+
+impl Command {
+    pub(crate) fn read_model(&self) -> &ReadModelArgs {
+        match self {
+            Self::List { read_model } | Self::Withdraw { read_model, .. } => read_model,
+            Self::Pause(args) | Self::Resume(args) => &args.read_model,
+            Self::Reset(args) | Self::Rebuild(args) => &args.read_model,
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Named {
+    #[command(flatten)]
+    read_model: ReadModelArgs,
+
+    /// The projection
+    name: String,
+
+    /// Also if nothing is known of it, as of one in memory
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Told {
+    #[command(flatten)]
+    read_model: ReadModelArgs,
+
+    /// The projection
+    name: String,
+
+    #[command(flatten)]
+    wait: WaitArgs,
+
+    /// Returns as soon as a node has taken it, and not when it is done
+    #[arg(long)]
+    detach: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct WaitArgs {
+    /// How long to wait for a node to take it; it stands after that
+    #[arg(long, default_value_t = 15, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    take_within: u64,
+}
+
+pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+    match command {
+        Command::List { read_model } => list(&read_model.open(from).await?, out).await,
+        Command::Pause(args) => pause(&args, from, out, true).await,
+        Command::Resume(args) => pause(&args, from, out, false).await,
+        Command::Reset(args) => tell(&args, Request::Reset, from, out).await,
+        Command::Rebuild(args) => tell(&args, Request::Rebuild, from, out).await,
+        Command::Withdraw { read_model, name } => withdraw(&read_model.open(from).await?, &name, out).await,
+    }
+}
+
+/// What a projection is at, for programs.
+pub(crate) fn value(record: &ProjectionRecord, head: Position) -> Value {
+    let parts: Vec<_> = record
+        .parts
+        .iter()
+        .map(|part| {
+            json!({ "partition": part.partition.map(|partition| partition.index()), "position": part.position.get(),
+                "updated_at": part.updated_at, "owner": part.owner })
+        })
+        .collect();
+    let requests: Vec<_> = record
+        .requests
+        .iter()
+        .map(|(request, answer)| {
+            let refused = match answer {
+                Answer::Refused(reason) => Some(reason),
+                _ => None,
+            };
+            json!({ "request": request.to_string(), "refused": refused })
+        })
+        .collect();
+    let rebuild = record.rebuild.as_ref().map(|rebuild| {
+        let positions: Vec<_> = rebuild.positions.iter().map(|position| position.get()).collect();
+        json!({ "version": rebuild.version, "positions": positions })
+    });
+    json!({
+        "name": record.name, "state": state(record), "position": record.position.get(), "head": head.get(),
+        "lag": lag(record, head), "version": record.version, "parked": record.parked, "paused": record.paused,
+        "foreign": record.foreign, "parts": parts, "rebuild": rebuild, "requests": requests,
+    })
+}
+
+/// What can be seen from here: whether it failed, only its node knows.
+fn state(record: &ProjectionRecord) -> &'static str {
+    let owned = record.parts.iter().filter(|part| part.owner.is_some()).count();
+    match (record.paused, owned) {
+        (true, _) => "paused",
+        (false, 0) => "no node",
+        (false, owned) if owned < record.parts.len() => "partly owned",
+        (false, _) => "owned",
+    }
+}
+
+fn lag(record: &ProjectionRecord, head: Position) -> Option<u64> {
+    (!record.foreign && !record.parts.is_empty()).then(|| head.get().saturating_sub(record.position.get()))
+}
+
+/// The projections in columns, and what else is to be known of them below.
+pub(crate) fn print(records: &[ProjectionRecord], head: Position, out: &mut Output) -> Result<(), Failure> {
+    let rows: Vec<_> = records
+        .iter()
+        .map(|record| {
+            [
+                record.name.clone(),
+                state(record).to_owned(),
+                record.position.to_string(),
+                lag(record, head).map_or("?".to_owned(), |lag| lag.to_string()),
+                record.version.to_string(),
+                record.parts.len().to_string(),
+                record.parked.to_string(),
+            ]
+        })
+        .collect();
+    out.table(["PROJECTION", "STATE", "POSITION", "LAG", "VERSION", "PARTS", "PARKED"], &rows)?;
+    for record in records {
+        let name = &record.name;
+        if record.foreign {
+            out.line(format!(
+                "{name}: its read model is of another event store; reset it, or look at it with its own"
+            ))?;
+        }
+        if let Some(rebuild) = &record.rebuild {
+            let (done, of) = progress(&rebuild.positions, head);
+            out.line(format!("{name}: version {} is being built, {done} of {of}", rebuild.version))?;
+        }
+        for (request, answer) in &record.requests {
+            match answer {
+                Answer::Refused(reason) => out.line(format!("{name}: {request} was refused: {reason}"))?,
+                _ => out.line(format!("{name}: {request} was asked for, and no node has taken it yet"))?,
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn list(models: &Models, out: &mut Output) -> Result<(), Failure> {
+    let head = models.store.frontier().await?;
+    let records = models.operator.projections().await?;
+    if out.json {
+        let records: Vec<_> = records.iter().map(|record| value(record, head)).collect();
+        return out.value(&json!({ "head": head.get(), "projections": records }));
+    }
+    if records.is_empty() {
+        return out.line("no projection keeps anything here");
+    }
+    print(&records, head, out)
+}
+
+/// The projection of that name.
+pub(crate) async fn known(operator: &Operator, name: &str) -> Result<ProjectionRecord, Failure> {
+    let found = operator.projection(name).await?.filter(|record| !record.parts.is_empty());
+    found.ok_or_else(|| {
+        Failure::Refused(format!(
+            "no projection {name} keeps anything in this database: look at `storied projection list`, or pass --read-model-url"
+        ))
+    })
+}
+
+async fn pause(args: &Named, from: &DatabaseArgs, out: &mut Output, pause: bool) -> Result<(), Failure> {
+    let Models { operator, .. } = args.read_model.open(from).await?;
+    let name = &args.name;
+    let record = operator.projection(name).await?;
+    if record.is_none() && !args.force {
+        return Err(Failure::Refused(format!(
+            "no projection {name} is known here; if it keeps its read model in memory or elsewhere, pass --force"
+        )));
+    }
+    if pause {
+        operator.pause(name).await?
+    } else {
+        operator.resume(name).await?
+    }
+    let owners = record.map_or(0, |record| record.parts.iter().filter(|part| part.owner.is_some()).count());
+    if out.json {
+        return out.value(&json!({ "projection": name, "paused": pause, "owned_parts": owners }));
+    }
+    let word = if pause { "paused" } else { "resumed" };
+    match owners {
+        0 => out.line(format!("{name} is {word}; no live node owns it, those that start will heed it")),
+        _ => out.line(format!("{name} is {word}; its nodes heed it within a second")),
+    }
+}
+
+async fn withdraw(models: &Models, name: &str, out: &mut Output) -> Result<(), Failure> {
+    let mut withdrawn = Vec::new();
+    for request in [Request::Reset, Request::Rebuild] {
+        if models.operator.withdraw(name, request).await? {
+            withdrawn.push(request.to_string());
+        }
+    }
+    if withdrawn.is_empty() {
+        return Err(Failure::Refused(format!("nothing was asked of {name}, or a node has taken it by now")));
+    }
+    if out.json {
+        return out.value(&json!({ "projection": name, "withdrawn": withdrawn }));
+    }
+    out.line(format!("the {} of {name} is withdrawn", withdrawn.join(" and the ")))
+}
+
+async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+    let models = args.read_model.open(from).await?;
+    let (operator, name) = (&models.operator, &args.name);
+    let before = known(operator, name).await?;
+    let asked = operator.ask(name, request).await?;
+    take(operator, &asked, request, name, &args.wait).await?;
+    let done = if args.detach || (before.paused && request == Request::Reset) {
+        None
+    } else {
+        Some(follow(&models, request, before.version, name).await?)
+    };
+    if out.json {
+        let (seconds, version) = done.unzip();
+        return out.value(&json!({
+            "projection": name, "request": request.to_string(), "taken": true, "done": seconds.is_some(),
+            "seconds": seconds, "version": version,
+        }));
+    }
+    match (request, done) {
+        (Request::Reset, Some((seconds, _))) => {
+            out.line(format!("{name} was reset, and has caught up in {seconds:.1} s"))
+        }
+        (Request::Reset, None) if before.paused => {
+            out.line(format!("{name} was reset; it is paused, and begins when it is resumed"))
+        }
+        (_, Some((seconds, version))) => {
+            out.line(format!("{name} was rebuilt in {seconds:.1} s, and version {version} is live"))
+        }
+        (_, None) => out.line(format!("a node has taken the {request} of {name}")),
+    }
+}
+
+/// Waits until a node has taken a request.
+pub(crate) async fn take(
+    operator: &Operator,
+    asked: &Asked,
+    request: Request,
+    name: &str,
+    wait: &WaitArgs,
+) -> Result<(), Failure> {
+    let deadline = Instant::now() + Duration::from_secs(wait.take_within);
+    loop {
+        match operator.answer(asked).await? {
+            Answer::Taken => return Ok(()),
+            Answer::Refused(reason) => {
+                operator.withdraw(name, request).await?;
+                return Err(Failure::Problem(format!("a node refused the {request} of {name}: {reason}")));
+            }
+            _ if Instant::now() >= deadline => {
+                let owned = operator.projection(name).await?;
+                let owned = owned.is_some_and(|record| record.parts.iter().any(|part| part.owner.is_some()));
+                let why = if owned {
+                    "the node that owns the projection has not come to it"
+                } else {
+                    "no live node runs the projection"
+                };
+                let back = match request {
+                    Request::Retry(position) => format!("storied parked withdraw {name} {position}"),
+                    _ => format!("storied projection withdraw {name}"),
+                };
+                return Err(Failure::Pending(format!(
+                    "nobody has taken the {request} of {name} within {} s: {why}. It stands, and the next node that can does it; \
+                     `{back}` takes it back",
+                    wait.take_within
+                )));
+            }
+            _ => sleep(POLL).await,
+        }
+    }
+}
+
+/// How many positions are done, of all parts together, of how many.
+fn progress(positions: &[Position], head: Position) -> (u64, u64) {
+    let done = positions.iter().map(|position| position.get().min(head.get())).sum();
+    (done, head.get().saturating_mul(u64::try_from(positions.len()).unwrap_or(u64::MAX)))
+}
+
+/// Shows the progress until it is done: what was in the log by now is applied, and of a rebuild the version is live. How long
+/// it took, and the version.
+async fn follow(models: &Models, request: Request, version: u64, name: &str) -> Result<(f64, u64), Failure> {
+    let head = models.store.frontier().await?;
+    let mut bar = Bar::new();
+    // A reset begins anew, unless it has come far by now; a rebuild may have been under way.
+    let mut start = None;
+    loop {
+        let record = known(&models.operator, name).await?;
+        let positions = match (&record.rebuild, request) {
+            (Some(rebuild), Request::Rebuild) => rebuild.positions.clone(),
+            (None, Request::Rebuild) if record.version > version => {
+                bar.end();
+                return Ok((bar.seconds(), record.version));
+            }
+            _ => record.parts.iter().map(|part| part.position).collect(),
+        };
+        let (done, of) = progress(&positions, head);
+        if request == Request::Reset && done >= of {
+            bar.end();
+            return Ok((bar.seconds(), record.version));
+        }
+        bar.show(name, done, of, *start.get_or_insert(done));
+        sleep(POLL).await;
+    }
+}
+
+/// How far something is, on standard error: a line that changes for somebody who watches, now and then a line otherwise.
+struct Bar {
+    since: Instant,
+    said: Option<Instant>,
+    watched: bool,
+}
+
+impl Bar {
+    fn new() -> Self {
+        Self { since: Instant::now(), said: None, watched: output::watched() }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.since.elapsed().as_secs_f64()
+    }
+
+    fn show(&mut self, name: &str, done: u64, of: u64, start: u64) {
+        const WIDTH: u64 = 30;
+        if !self.watched && self.said.is_some_and(|said| said.elapsed() < LINE_EVERY) {
+            return;
+        }
+        self.said = Some(Instant::now());
+        let rate = done.saturating_sub(start) as f64 / self.seconds().max(0.001);
+        let left = Duration::try_from_secs_f64(of.saturating_sub(done) as f64 / rate);
+        let left = left.map_or("unknown".to_owned(), |left| format!("{} s", left.as_secs()));
+        let full = usize::try_from(WIDTH * done / of.max(1)).unwrap_or(0);
+        let bar = format!("{:#<full$}{:.<empty$}", "", "", empty = 30 - full.min(30));
+        let text = output::clean(name).into_owned();
+        let text = format!("{text} [{bar}] {done} of {of} positions, {rate:.0}/s, {left} left");
+        // There is nobody to tell when that fails.
+        let _ = if self.watched {
+            write!(std::io::stderr(), "\r\x1b[K{text}")
+        } else {
+            writeln!(std::io::stderr(), "{text}")
+        };
+    }
+
+    fn end(&self) {
+        if self.watched && self.said.is_some() {
+            output::complain("\n");
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! `storied publisher`.
+
+use serde_json::json;
+use storied::EventStore;
+use uuid::Uuid;
+
+use crate::failure::Failure;
+use crate::open::DatabaseArgs;
+use crate::output::Output;
+
+/// The name of both the publisher's lease and its checkpoint.
+const NAME: &str = "publisher";
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Tells who publishes to the bus that nodes share, and how far that is
+    Status,
+}
+
+/// How the publisher is doing, as the store knows.
+pub(crate) struct Publisher {
+    pub(crate) owner: Option<Uuid>,
+    pub(crate) published: u64,
+    pub(crate) sequence: u64,
+    pub(crate) head: u64,
+}
+
+impl Publisher {
+    /// `None` if nobody has ever published to a shared bus.
+    pub(crate) async fn of(store: &dyn EventStore) -> Result<Option<Self>, Failure> {
+        let lease = store.leases().await?.into_iter().find(|info| info.lease.name == NAME);
+        let Some(lease) = lease else { return Ok(None) };
+        let checkpoint = store.checkpoint(NAME).await?;
+        Ok(Some(Self {
+            owner: lease.live.then_some(lease.lease.owner),
+            published: checkpoint.position.get(),
+            sequence: checkpoint.mark,
+            head: store.frontier().await?.get(),
+        }))
+    }
+
+    pub(crate) fn value(&self) -> serde_json::Value {
+        json!({ "owner": self.owner, "published": self.published, "sequence": self.sequence, "head": self.head,
+            "lag": self.head.saturating_sub(self.published) })
+    }
+
+    pub(crate) fn line(&self) -> String {
+        let whose = match self.owner {
+            Some(owner) => format!("node {owner}"),
+            None => "no live node".to_owned(),
+        };
+        let (published, head) = (self.published, self.head);
+        format!("{whose}, published up to {published} of {head}, {} behind", head.saturating_sub(published))
+    }
+}
+
+pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+    let Command::Status = command;
+    let store = from.store().await?;
+    let found = Publisher::of(&*store).await?;
+    if out.json {
+        return out.value(&json!({ "publisher": found.map(|found| found.value()) }));
+    }
+    match found {
+        None => out.line("nobody has published to a bus that nodes share"),
+        Some(found) => {
+            out.line(format!("publisher  {}", found.line()))?;
+            if found.sequence > 0 {
+                out.line(format!("mirror     up to message {}", found.sequence))?;
+            }
+            // It is written once a second.
+            out.line("           (as last written down, which is at most once a second)")
+        }
+    }
+}

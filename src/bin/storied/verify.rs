@@ -1,0 +1,174 @@
+//! `storied verify`.
+
+mod mirror;
+
+use std::collections::HashMap;
+
+use serde_json::json;
+use storied::{EventStore, Position, ReadLog, RecordedEvent, StoreError};
+use uuid::Uuid;
+
+use self::mirror::Mirror;
+use crate::connect::NatsArgs;
+use crate::decode;
+use crate::failure::Failure;
+use crate::open::DatabaseArgs;
+use crate::output::Output;
+
+/// How many events are read at a time.
+const PAGE: usize = 1_000;
+
+/// How many problems are said; the rest is counted.
+const SAID: usize = 100;
+
+/// Under which streams get their keys here: less to remember than their names.
+const STREAMS: Uuid = Uuid::NAMESPACE_OID;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Compares the mirror in JetStream as well, message by message
+    #[arg(long)]
+    mirror: bool,
+
+    /// How long the mirror may take to come to where the log is now
+    #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    mirror_within: u64,
+
+    #[command(flatten)]
+    nats: NatsArgs,
+}
+
+impl Args {
+    pub(crate) fn nats(&self) -> &NatsArgs {
+        &self.nats
+    }
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub(crate) struct Problems {
+    said: Vec<String>,
+    count: usize,
+}
+
+impl Problems {
+    fn add(&mut self, problem: String) {
+        self.count += 1;
+        if self.said.len() < SAID {
+            self.said.push(problem);
+        }
+    }
+}
+
+pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+    let store = from.store().await?;
+    let head = store.frontier().await?;
+    let mut mirror = None;
+    if args.mirror {
+        let bus = args.nats.bus(None, from).await?;
+        let within = std::time::Duration::from_secs(args.mirror_within);
+        mirror = Some(Mirror::open(&bus, store.clone(), within).await?);
+    }
+    let mut walk =
+        Walk { versions: HashMap::new(), last: Position::START, events: 0, problems: Problems::default() };
+    walk.all(&*store, head, mirror.as_mut()).await?;
+    let Walk { versions, events, mut problems, .. } = walk;
+    if let Some(mirror) = &mut mirror {
+        mirror.end(head, &mut problems).await?;
+    }
+    let streams = versions.len();
+    if out.json {
+        out.value(&json!({
+            "ok": problems.count == 0, "head": head.get(), "events": events, "streams": streams,
+            "mirror": mirror.as_ref().map(Mirror::value), "problems": problems.said, "problem_count": problems.count,
+        }))?;
+    } else {
+        for problem in &problems.said {
+            out.line(format!("PROBLEM  {problem}"))?;
+        }
+        if problems.count > problems.said.len() {
+            out.line(format!("         … and {} more", problems.count - problems.said.len()))?;
+        }
+        out.line(format!("{events} events of {streams} streams were read, up to position {head}"))?;
+        if let Some(mirror) = &mirror {
+            out.line(mirror.line())?;
+        }
+        if problems.count == 0 {
+            out.line("no problem was found")?;
+        }
+    }
+    match problems.count {
+        0 => Ok(()),
+        count => Err(Failure::Problem(format!("{count} problems were found"))),
+    }
+}
+
+/// One pass over the log.
+struct Walk {
+    /// The last version of every stream: 24 bytes each, and what the table takes.
+    versions: HashMap<Uuid, u64>,
+    last: Position,
+    events: u64,
+    problems: Problems,
+}
+
+impl Walk {
+    async fn all(
+        &mut self,
+        store: &dyn EventStore,
+        head: Position,
+        mut mirror: Option<&mut Mirror>,
+    ) -> Result<(), Failure> {
+        let mut after = Position::START;
+        let mut limit = PAGE;
+        while after < head {
+            let page = match store.read_log(ReadLog::after(after).upto(head).limit(limit)).await {
+                Ok(page) => page,
+                // One by one up to the row that nobody can read.
+                Err(StoreError::Corrupt { .. }) if limit > 1 => {
+                    limit = 1;
+                    continue;
+                }
+                Err(error @ StoreError::Corrupt { .. }) => {
+                    self.problems.add(format!("the log cannot be read beyond position {after}: {error}"));
+                    return Ok(());
+                }
+                Err(error) => return Err(error.into()),
+            };
+            for event in &page.events {
+                self.check(event);
+                if let Some(mirror) = &mut mirror {
+                    mirror.check(event, self.last, &mut self.problems).await?;
+                }
+                self.last = event.position;
+            }
+            if page.scanned_to == after {
+                break;
+            }
+            after = page.scanned_to;
+        }
+        Ok(())
+    }
+
+    fn check(&mut self, event: &RecordedEvent) {
+        self.events += 1;
+        let RecordedEvent { position, stream, version, name, .. } = event;
+        let key = Uuid::new_v5(&STREAMS, stream.to_string().as_bytes());
+        let known = self.versions.insert(key, version.get()).unwrap_or(0);
+        if version.get() != known + 1 {
+            self.problems
+                .add(format!("position {position}: version {version} of {stream} follows version {known}"));
+        }
+        if *position <= self.last {
+            self.problems.add(format!("position {position} follows position {}", self.last));
+        }
+        if let Err(error) = decode::payload(event) {
+            self.problems.add(format!(
+                "position {position}: the payload of {name} in {stream} does not decode: {error}"
+            ));
+        }
+        if let Err(error) = event.decode_metadata() {
+            self.problems.add(format!("position {position}: {error}"));
+        }
+    }
+}

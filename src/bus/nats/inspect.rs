@@ -1,0 +1,368 @@
+//! Looking at what the server has, without changing anything there: the stream and its consumers beside what this bus wants,
+//! and the messages of the mirror one by one.
+
+use std::fmt;
+use std::sync::Arc;
+
+use async_nats::Message;
+use async_nats::jetstream::Context;
+use async_nats::jetstream::consumer::Info as ConsumerInfo;
+use async_nats::jetstream::context::ContextBuilder;
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
+use serde::Deserialize;
+use uuid::Uuid;
+
+use super::connection::{Connection, unavailable};
+use super::follow::follower_spec;
+use super::jetstream::{compared_consumer, compared_stream, stream_api, stream_info};
+use super::wire::{Incoming, Reject, Wire};
+use super::{NatsBus, naming};
+use crate::bus::BusError;
+use crate::event::{Position, RecordedEvent};
+use crate::future::BoxFuture;
+
+/// How many messages are asked for at the same time.
+const WINDOW: usize = 64;
+
+/// What [`NatsBus::inspect`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NatsReport {
+    /// The server's version.
+    pub version: String,
+    /// The mirror of the log, and the stream of dead letters.
+    pub streams: Vec<StreamReport>,
+    /// The consumers of the mirror, by name.
+    pub consumers: Vec<ConsumerReport>,
+}
+
+/// A stream that this bus has a use for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StreamReport {
+    /// Its name.
+    pub name: String,
+    /// Whether something is wrong if it is not there. The one of dead letters is made with the first handler that has such.
+    pub required: bool,
+    /// How it is; `None` if it is not there.
+    pub found: Option<StreamFound>,
+}
+
+/// A stream that is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StreamFound {
+    /// What was compared.
+    pub fields: Vec<Field>,
+    /// How many messages it has.
+    pub messages: u64,
+    /// How many bytes they take.
+    pub bytes: u64,
+    /// The number of the first message.
+    pub first_sequence: u64,
+    /// The number of the last message that it ever had.
+    pub last_sequence: u64,
+}
+
+/// A consumer of the mirror.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConsumerReport {
+    /// Its name.
+    pub name: String,
+    /// Whether it is one that a projection follows. Of others, only the programs that made them know what they should be.
+    pub follower: bool,
+    /// What was compared: nothing of a consumer that is no follower's.
+    pub fields: Vec<Field>,
+    /// The subjects that it lets through.
+    pub filters: Vec<String>,
+    /// How many messages it has not delivered yet.
+    pub pending: u64,
+    /// How many it has delivered that were not settled.
+    pub ack_pending: u64,
+    /// How many of those it has delivered more than once.
+    pub redelivered: u64,
+}
+
+/// One field of a configuration, as it is and as it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Field {
+    /// Its name.
+    pub name: &'static str,
+    /// What the server has.
+    pub is: String,
+    /// What this program wants.
+    pub should_be: String,
+    /// Whether that is the same.
+    pub same: bool,
+}
+
+impl fmt::Display for Field {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: is {}, should be {}", self.name, self.is, self.should_be)
+    }
+}
+
+/// A message of the mirror.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum MirrorItem {
+    /// An event.
+    Event {
+        /// Its number in the stream.
+        sequence: u64,
+        /// The position of the event before it in the log.
+        previous: Position,
+        /// The event itself.
+        event: Box<RecordedEvent>,
+    },
+    /// The place of an event that was too large to travel.
+    Omitted {
+        /// Its number in the stream.
+        sequence: u64,
+        /// Its position in the log.
+        position: Position,
+    },
+    /// Somebody has deleted a message here.
+    Missing {
+        /// Its number in the stream.
+        sequence: u64,
+    },
+    /// A message that is not of this log.
+    Foreign {
+        /// Its number in the stream.
+        sequence: u64,
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+/// The messages of the mirror, one after the other: see [`NatsBus::read_mirror`].
+pub struct MirrorReader {
+    connection: Arc<Connection>,
+    jetstream: Context,
+    stream: Stream<()>,
+    name: String,
+    wire: Wire,
+    /// The next one to ask for.
+    next: u64,
+    /// The last one there is, as far as is known.
+    last: u64,
+    asked: FuturesOrdered<BoxFuture<'static, Result<Option<MirrorItem>, BusError>>>,
+}
+
+impl NatsBus {
+    /// Compares the streams and consumers on the server with what this bus wants there, for the log of the store with this id.
+    /// Changes nothing.
+    ///
+    /// # Errors
+    /// `Incompatible` for NATS Core, which has no streams; `Unavailable` when the server does not answer.
+    pub async fn inspect(&self, store: Uuid) -> Result<NatsReport, BusError> {
+        let connection = self.connection().await?;
+        let (name, options) = self.stream_of()?;
+        let client = &connection.client;
+        let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
+        let look = async {
+            let wanted = [
+                (true, options.wanted_mirror(self.names(), store)),
+                (false, options.wanted_dead(self.names())),
+            ];
+            let mut streams = Vec::new();
+            for (required, wanted) in wanted {
+                let found = stream_info(&jetstream, client, &wanted.name).await?;
+                let found = found.map(|info| StreamFound {
+                    fields: compared_stream(&info.config, &wanted, options),
+                    messages: info.state.messages,
+                    bytes: info.state.bytes,
+                    first_sequence: info.state.first_sequence,
+                    last_sequence: info.state.last_sequence,
+                });
+                streams.push(StreamReport { name: wanted.name, required, found });
+            }
+            let consumers = match streams.first() {
+                Some(StreamReport { found: Some(_), .. }) => {
+                    consumers(&jetstream, &connection, &name).await?
+                }
+                _ => Vec::new(),
+            };
+            let consumers = consumers.into_iter().map(report).collect();
+            Ok(NatsReport { version: client.server_info().version, streams, consumers })
+        };
+        connection.while_up("looking at streams and consumers", look).await
+    }
+
+    /// Reads the mirror of the log of the store with this id from its beginning, message by message, without a consumer.
+    ///
+    /// # Errors
+    /// `Incompatible` for NATS Core, which keeps none, and when there is no mirror; `Unavailable` when the server does not
+    /// answer.
+    pub async fn read_mirror(&self, store: Uuid) -> Result<MirrorReader, BusError> {
+        let connection = self.connection().await?;
+        let (name, _) = self.stream_of()?;
+        let client = &connection.client;
+        let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
+        let what = || format!("looking for the stream {name}");
+        let found = connection.ask(&what(), stream_info(&jetstream, client, &name)).await?;
+        let missing = || BusError::Incompatible { reason: format!("there is no JetStream stream {name}") };
+        let state = found.ok_or_else(missing)?.state;
+        let stream = jetstream.get_stream_no_info(&name).await;
+        let stream = stream.map_err(|error| unavailable(what(), error))?;
+        let wire = Wire::new(self.names(), store);
+        let (next, last) = (state.first_sequence.max(1), state.last_sequence);
+        Ok(MirrorReader {
+            connection,
+            jetstream,
+            stream,
+            name,
+            wire,
+            next,
+            last,
+            asked: FuturesOrdered::new(),
+        })
+    }
+}
+
+impl MirrorReader {
+    /// The number of the last message that the stream ever had, as far as is known.
+    pub fn last_sequence(&self) -> u64 {
+        self.last
+    }
+
+    /// The next message; `None` at the end, behind which more may come later. What the stream's limits have removed
+    /// meanwhile is passed over.
+    ///
+    /// # Errors
+    /// `Unavailable` when the server does not answer.
+    pub async fn next(&mut self) -> Result<Option<MirrorItem>, BusError> {
+        loop {
+            if self.asked.is_empty() && self.next > self.last {
+                self.last = self.look().await?.1.max(self.last);
+            }
+            while self.asked.len() < WINDOW && self.next <= self.last {
+                self.asked.push_back(read(
+                    self.stream.clone(),
+                    self.wire.clone(),
+                    self.name.clone(),
+                    self.next,
+                ));
+                self.next += 1;
+            }
+            match self.asked.next().await {
+                None => return Ok(None),
+                Some(item) => match item? {
+                    Some(MirrorItem::Missing { sequence }) if self.look().await?.0 > sequence => {}
+                    item => return Ok(item),
+                },
+            }
+        }
+    }
+
+    /// The stream's first and last number.
+    async fn look(&self) -> Result<(u64, u64), BusError> {
+        let info = stream_info(&self.jetstream, &self.connection.client, &self.name);
+        let found = self.connection.ask("looking for the end of the mirror", info).await?;
+        let missing =
+            || BusError::Incompatible { reason: format!("the JetStream stream {} is gone", self.name) };
+        let state = found.ok_or_else(missing)?.state;
+        Ok((state.first_sequence, state.last_sequence))
+    }
+}
+
+impl fmt::Debug for MirrorReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MirrorReader")
+            .field("stream", &self.name)
+            .field("next", &self.next)
+            .finish_non_exhaustive()
+    }
+}
+
+fn read(
+    stream: Stream<()>,
+    wire: Wire,
+    name: String,
+    sequence: u64,
+) -> BoxFuture<'static, Result<Option<MirrorItem>, BusError>> {
+    Box::pin(async move {
+        let message = match stream.get_raw_message(sequence).await {
+            Ok(message) => message,
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
+                return Ok(Some(MirrorItem::Missing { sequence }));
+            }
+            Err(error) => {
+                return Err(unavailable(format!("reading message {sequence} of the stream {name}"), error));
+            }
+        };
+        let message = Message {
+            subject: message.subject,
+            reply: None,
+            payload: message.payload,
+            headers: Some(message.headers),
+            status: None,
+            description: None,
+            length: 0,
+        };
+        Ok(Some(match wire.read(&message) {
+            Ok(Incoming::Event { previous, event }) => {
+                MirrorItem::Event { sequence, previous, event: Box::new(event) }
+            }
+            Ok(Incoming::Large(position)) => MirrorItem::Omitted { sequence, position },
+            Err(Reject::OtherStore(store)) => {
+                MirrorItem::Foreign { sequence, what: format!("it is of the store {store}") }
+            }
+            Err(Reject::Malformed(what)) => MirrorItem::Foreign { sequence, what },
+        }))
+    })
+}
+
+/// All consumers of a stream, by name.
+async fn consumers(
+    jetstream: &Context,
+    connection: &Connection,
+    stream: &str,
+) -> Result<Vec<ConsumerInfo>, BusError> {
+    #[derive(Deserialize)]
+    struct Page {
+        total: usize,
+        consumers: Option<Vec<ConsumerInfo>>,
+    }
+    let mut found: Vec<ConsumerInfo> = Vec::new();
+    loop {
+        let offset = serde_json::json!({ "offset": found.len() });
+        let what = format!("listing the consumers of {stream}");
+        let page: Page =
+            stream_api(jetstream, &connection.client, format!("CONSUMER.LIST.{stream}"), &offset, &what)
+                .await?;
+        let page_consumers = page.consumers.unwrap_or_default();
+        let more = !page_consumers.is_empty();
+        found.extend(page_consumers);
+        if !more || found.len() >= page.total {
+            found.sort_by(|one, other| one.name.cmp(&other.name));
+            return Ok(found);
+        }
+    }
+}
+
+fn report(info: ConsumerInfo) -> ConsumerReport {
+    let one = Some(info.config.filter_subject.clone()).filter(|subject| !subject.is_empty());
+    let filters: Vec<_> = one.into_iter().chain(info.config.filter_subjects.clone()).collect();
+    let follower = naming::is_follower(&info.name);
+    let fields = if follower {
+        // Which events it lets through is the projection's business.
+        compared_consumer(&info.config, &follower_spec(info.name.clone(), filters.clone()))
+    } else {
+        Vec::new()
+    };
+    ConsumerReport {
+        follower,
+        fields,
+        filters,
+        pending: info.num_pending,
+        ack_pending: u64::try_from(info.num_ack_pending).unwrap_or(u64::MAX),
+        redelivered: u64::try_from(info.num_redelivered).unwrap_or(u64::MAX),
+        name: info.name,
+    }
+}

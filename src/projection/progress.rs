@@ -1,0 +1,77 @@
+//! What those need of a read model who do not write to it, whatever its transactions are.
+
+use super::ReadModel;
+use super::shape::fenced;
+use crate::event::Position;
+use crate::store::{
+    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+};
+use std::sync::Arc;
+
+/// How often something is written anew while others move the same checkpoint.
+const ATTEMPTS: u32 = 20;
+
+pub(super) trait Progress: Send + Sync {
+    fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>>;
+    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>>;
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
+    /// Puts something aside, beside a checkpoint that has no other purpose.
+    fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<(), StoreError>>;
+}
+
+impl<R: ReadModel> Progress for R {
+    fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>> {
+        ReadModel::prepare(self, store, "operator")
+    }
+
+    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
+        ReadModel::records(self)
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        ReadModel::checkpoint(self, name)
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        ReadModel::parked(self, name, limit)
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        ReadModel::remove_parked(self, name, position)
+    }
+
+    fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            for _ in 0..ATTEMPTS {
+                let mut open = self.begin(name, Checkpoint::default()).await?;
+                // Also in a read model of another store's, which is to be reset.
+                let found = self.adopt(&mut open, name).await?;
+                match self.commit(open, name, found, fenced(found), Some(what.clone())).await {
+                    Ok(()) => return Ok(()),
+                    Err(CheckpointError::Stale { .. }) => {}
+                    Err(CheckpointError::Store(error)) => return Err(error),
+                }
+            }
+            let reason = format!("{name}: others write to it all the time");
+            Err(StoreError::Unavailable { reason, source: None })
+        })
+    }
+}

@@ -1,0 +1,105 @@
+//! What was asked of the nodes by those who do not have the projection's code: see [`Request`].
+
+use super::{Role, Run};
+use crate::event::Position;
+use crate::partition::Partition;
+use crate::projection::progress::Progress;
+use crate::projection::{ControlError, Projection, ReadModel, Request};
+use crate::store::{ParkedEvent, ReadLog, StoreError};
+
+/// How many requests are looked at in one go.
+const PAGE: usize = 1_000;
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+    /// Resets or rebuilds, if that was asked for and this node is the one to do it: the owner, or any while nobody can own a
+    /// read model that does not fit.
+    pub(super) async fn see_to_requests(&mut self) -> Result<(), StoreError> {
+        let context = self.context;
+        let first = context.partition.is_none_or(|partition| partition.index() == 0);
+        if context.role != Role::Live || !first || !self.read_model.shared() {
+            self.requests_due = false;
+            return Ok(());
+        }
+        if self.lease.is_none() && !self.looks_free() {
+            return Ok(());
+        }
+        self.create().await?;
+        for request in [Request::Reset, Request::Rebuild] {
+            let row = context.shape.request(request.kind());
+            for kept in ReadModel::parked(self.read_model, &row, 1).await? {
+                if kept.attempts > 0 {
+                    continue;
+                }
+                tracing::info!(projection = context.name, %request, "an operator has asked for this");
+                let done = match request {
+                    Request::Reset => self.reset(Some(&row)).await,
+                    _ => self.rebuild(Some(&row)).await,
+                };
+                self.answer(&row, kept, done).await?;
+            }
+        }
+        self.requests_due = false;
+        Ok(())
+    }
+
+    /// Applies the parked events of this part that somebody has asked for. As the owner.
+    pub(super) async fn see_to_retries(&mut self) -> Result<(), StoreError> {
+        let context = self.context;
+        if context.role != Role::Live || !self.read_model.shared() {
+            self.retries_due = false;
+            return Ok(());
+        }
+        let row = context.shape.request(Request::Retry(Position::START).kind());
+        loop {
+            let mut more = false;
+            for kept in ReadModel::parked(self.read_model, &row, PAGE).await? {
+                if kept.attempts > 0 {
+                    continue;
+                }
+                let position = kept.position;
+                let before = Position::new(position.get().saturating_sub(1));
+                let page = context.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
+                let event = page.events.into_iter().find(|event| event.position == position);
+                let ours = |partition: Partition| {
+                    // What is nobody's the first one answers for.
+                    event.as_ref().map_or(partition.index() == 0, |event| partition.contains(&event.stream))
+                };
+                if !context.partition.is_none_or(ours) {
+                    continue;
+                }
+                let done = match &event {
+                    Some(event) => self.retry_parked(event, Some(&row)).await,
+                    None => Err(ControlError::NotParked { name: context.name.clone(), position }),
+                };
+                self.answer(&row, kept, done).await?;
+                more = true;
+            }
+            if !more {
+                break;
+            }
+        }
+        self.retries_due = false;
+        Ok(())
+    }
+
+    /// Says what became of a request: it goes, or says why it was refused.
+    async fn answer(
+        &mut self,
+        row: &str,
+        kept: ParkedEvent,
+        done: Result<(), ControlError>,
+    ) -> Result<(), StoreError> {
+        let error = match done {
+            // Mostly it is gone, with what was done.
+            Ok(()) => return ReadModel::remove_parked(self.read_model, row, kept.position).await.map(drop),
+            // Later, it may work.
+            Err(ControlError::Store(error)) if error.is_transient() => return Err(error),
+            Err(error @ (ControlError::Overloaded { .. } | ControlError::TimedOut { .. })) => {
+                return Err(StoreError::Unavailable { reason: error.to_string(), source: None });
+            }
+            Err(error) => error,
+        };
+        tracing::warn!(projection = self.context.name, request = %kept.name, %error, "what an operator has asked for was refused");
+        self.read_model.post(row, &ParkedEvent { attempts: 1, error: error.to_string(), ..kept }).await
+    }
+}

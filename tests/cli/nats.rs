@@ -1,0 +1,327 @@
+//! `verify`, `nats check`, `publisher status`: against a log and a mirror that somebody has been at.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::jetstream;
+use serde_json::json;
+use sqlx::sqlite::{SqliteConnection, SqlitePool};
+use storied::bus::{ConsumerOptions, SubscribeOptions};
+use storied::projection::{ApplyError, FollowMode, SqliteReadModel};
+use storied::testing::Node;
+use storied::{
+    EncodeError, EventStore, FeedOptions, Filter, LocalBus, NatsBus, Projection, ProjectionOptions,
+    PublisherOptions, RecordedEvent,
+};
+
+use crate::harness::{NatsOptions, NatsServer};
+use crate::support::*;
+
+#[tokio::test]
+async fn a_sound_log_is_said_to_be_sound() {
+    for (fixture, _store) in filled().await {
+        fixture
+            .run(&["verify"])
+            .await
+            .code(0)
+            .shows(&["5 events of 3 streams were read, up to position 5", "no problem was found"]);
+        let json = fixture.run(&["verify", "--json"]).await.code(0).json();
+        assert_eq!(
+            json,
+            json!({ "ok": true, "head": 5, "events": 5, "streams": 3, "mirror": null, "problems": [], "problem_count": 0 })
+        );
+    }
+    // An empty one is, too.
+    for fixture in databases().await {
+        fixture.run(&["migrate"]).await.code(0);
+        fixture.run(&["verify"]).await.code(0);
+    }
+}
+
+#[tokio::test]
+async fn what_was_tampered_with_is_found() {
+    let garbage = |kind| if kind == "sqlite" { "x'ff00'" } else { "'\\xff00'" };
+    for (sql, said) in [
+        ("DELETE FROM {events} WHERE position = 1", "position 2: version 2 of order/1 follows version 0"),
+        (
+            "UPDATE {events} SET version = 7 WHERE position = 4",
+            "position 4: version 7 of order/2 follows version 1",
+        ),
+        (
+            "UPDATE {events} SET payload = {garbage} WHERE position = 3",
+            "position 3: the payload of order.placed in order/2 does not decode",
+        ),
+        ("UPDATE {events} SET metadata = {garbage} WHERE position = 5", "position 5: "),
+        ("UPDATE {events} SET name = 'a b' WHERE position = 4", "the log cannot be read beyond position 3"),
+    ] {
+        for (fixture, store) in filled().await {
+            drop(store);
+            fixture.tamper(&sql.replace("{garbage}", garbage(fixture.kind))).await;
+            fixture
+                .run(&["verify"])
+                .await
+                .code(1)
+                .shows(&["PROBLEM", said])
+                .complains(&["1 problems were found"]);
+            let json = fixture.run(&["verify", "--json"]).await.code(1).json();
+            assert_eq!((&json["ok"], &json["problem_count"]), (&json!(false), &json!(1)));
+            assert!(json["problems"][0].as_str().unwrap().contains(said), "{json}");
+        }
+    }
+}
+
+/// Publishes everything, and ends.
+async fn publish(store: &Arc<dyn EventStore>, server: &NatsServer) {
+    let bus = Arc::new(NatsBus::jetstream(server.url()));
+    let node = Node::start(store.clone(), bus, FeedOptions::new(), PublisherOptions::new()).await;
+    let head = store.frontier().await.unwrap();
+    eventually("everything is published", async || node.publisher().published == Some(head)).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+async fn context(server: &NatsServer) -> jetstream::Context {
+    jetstream::new(async_nats::connect(server.url()).await.unwrap())
+}
+
+#[tokio::test]
+async fn an_equal_mirror_is_equal() {
+    for (fixture, store) in filled().await {
+        let server = NatsServer::start(NatsOptions::jetstream()).await;
+        let url = server.url();
+        let verify = ["verify", "--mirror", "--mirror-within", "1", "--nats-url", &url];
+        fixture.run(&verify).await.code(4).complains(&["there is no JetStream stream STORIED_EVENTS"]);
+        fixture.run(&["publisher", "status"]).await.code(0).shows(&["nobody has published"]);
+
+        publish(&store, &server).await;
+        fixture
+            .run(&verify)
+            .await
+            .code(0)
+            .shows(&["5 events were compared with the mirror; it keeps all of them"]);
+        fixture
+            .run(&["publisher", "status"])
+            .await
+            .code(0)
+            .shows(&["no live node, published up to 5 of 5, 0 behind", "message 5"]);
+        let json = fixture.run(&["publisher", "status", "--json"]).await.code(0).json();
+        assert_eq!(
+            json["publisher"],
+            json!({ "owner": null, "published": 5, "sequence": 5, "head": 5, "lag": 0 })
+        );
+        fixture.run(&["status"]).await.code(0).shows(&["publisher  no live node, published up to 5 of 5"]);
+
+        // It may come to where the log is while it is compared, but not too late.
+        append(&store, "1", &[placed(3)]).await;
+        fixture
+            .run(&verify)
+            .await
+            .code(1)
+            .shows(&["mirror: it ends at position 5, 1 events before the log's 6"]);
+        let patient = ["verify", "--mirror", "--mirror-within", "60", "--nats-url", &url, "--json"];
+        let (run, ()) = tokio::join!(fixture.run(&patient), publish(&store, &server));
+        assert_eq!(
+            run.code(0).json()["mirror"],
+            json!({ "compared": 6, "first": 1, "last": 6, "not_kept": 0, "behind": 0 })
+        );
+
+        // What its limits remove is no problem, also if that is everything.
+        let stream = context(&server).await.get_stream("STORIED_EVENTS").await.unwrap();
+        stream.purge().sequence(4).await.unwrap();
+        fixture.run(&verify).await.code(0).shows(&["it begins at position 4, 3 events later than the log"]);
+        stream.purge().await.unwrap();
+        fixture.run(&verify).await.code(0).shows(&["it keeps none of them any more"]);
+    }
+}
+
+#[tokio::test]
+async fn a_mirror_that_differs_is_found() {
+    for (fixture, store) in filled().await {
+        let server = NatsServer::start(NatsOptions::jetstream()).await;
+        publish(&store, &server).await;
+        let url = server.url();
+        let verify = ["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url];
+        let context = context(&server).await;
+        let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
+
+        // A message of somebody else's behind it, and one less in it.
+        context.publish("storied.events.order.placed", "not ours".into()).await.unwrap().await.unwrap();
+        fixture.run(&verify).await.code(1).shows(&["mirror: message 6 is not of this log: no "]);
+        stream.delete_message(6).await.unwrap();
+        stream.delete_message(3).await.unwrap();
+        fixture
+            .run(&verify)
+            .await
+            .code(1)
+            .shows(&["mirror: message 3 was deleted", "mirror: the event at position 3 is missing"]);
+
+        // The log says something else by now: in a payload, and in having less.
+        let null = if fixture.kind == "sqlite" { "x'f6'" } else { "'\\xf6'" };
+        fixture.tamper(&format!("UPDATE {{events}} SET payload = {null} WHERE position = 2")).await;
+        fixture
+            .run(&verify)
+            .await
+            .code(1)
+            .shows(&["mirror: message 2 differs from the event at position 2: payload"]);
+        fixture.tamper("DELETE FROM {events} WHERE position = 4").await;
+        fixture
+            .run(&verify)
+            .await
+            .code(1)
+            .shows(&["mirror: it has an event at position 4, where the log has none"]);
+        fixture.tamper("DELETE FROM {events} WHERE position = 5").await;
+        fixture
+            .run(&verify)
+            .await
+            .code(1)
+            .shows(&["mirror: it goes on at position 4, and the log ends at 3"]);
+    }
+}
+
+/// A mirror of another store has nothing of this log.
+#[tokio::test]
+async fn a_mirror_of_another_store_is_found() {
+    let server = NatsServer::start(NatsOptions::jetstream()).await;
+    let both = filled().await;
+    publish(&both[0].1, &server).await;
+    let other = &both[1].0;
+    let url = server.url();
+    let run = other.run(&["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url]).await.code(1);
+    run.shows(&["mirror: message 1 is not of this log: it is of the store"]);
+    other
+        .run(&["nats", "check", "--nats-url", &url])
+        .await
+        .code(1)
+        .shows(&["DIFFERENT  metadata storied.store_id"]);
+}
+
+struct Nothing;
+
+impl Projection for Nothing {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        "nothing"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::of::<OrderEvent>()
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_and_consumers_are_compared_and_left_alone() {
+    let (fixture, store) = filled().await.remove(0);
+    let server = NatsServer::start(NatsOptions::jetstream()).await;
+    let url = server.url();
+    let check = ["nats", "check", "--nats-url", &url];
+    fixture
+        .run(&check)
+        .await
+        .code(1)
+        .shows(&["STORIED_EVENTS: MISSING", "STORIED_DEAD: not there, and not needed yet"]);
+    let context = context(&server).await;
+    assert!(context.get_stream("STORIED_EVENTS").await.is_err(), "looking made it");
+
+    // What the code makes is what it wants, consumers included.
+    let bus = NatsBus::jetstream(&url);
+    let node =
+        Node::start(store.clone(), Arc::new(bus.clone()), FeedOptions::new(), PublisherOptions::new()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = format!("sqlite:{}?mode=rwc", dir.path().join("read.db").display());
+    let model = SqliteReadModel::new(SqlitePool::connect(&path).await.unwrap());
+    let handle = node.projection(Nothing, model, ProjectionOptions::new().follow(FollowMode::Durable)).await;
+    handle.wait_until_live(PATIENCE).await.unwrap();
+    let options = SubscribeOptions::new().consumer(ConsumerOptions::durable("shipping"));
+    let subscription = bus.subscribe(["order.*"], options).await.unwrap();
+    let follower = "projection=2Fnothing";
+    let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
+    eventually("the projection has its consumer", async || stream.consumer_info(follower).await.is_ok())
+        .await;
+    fixture.run(&check).await.code(0).shows(&[
+        "ok         retention Limits",
+        "ok         ack_wait 30s",
+        &format!("consumer {follower} of a projection"),
+        "shipping:$noqueue:order_=2A of a program",
+    ]);
+    let json = fixture.run(&[&check[..], &["--json"]].concat()).await.code(0).json();
+    assert_eq!((&json["ok"], json["consumers"].as_array().unwrap().len()), (&json!(true), 2));
+    fixture
+        .run(&[&check[..], &["--replicas", "3"]].concat())
+        .await
+        .code(1)
+        .shows(&["DIFFERENT  num_replicas: is 1, should be 3"]);
+    fixture.run(&[&check[..], &["--replicas", "3", "--essential"]].concat()).await.code(0);
+    fixture
+        .run(&[&check[..], &["--namespace", "shop"]].concat())
+        .await
+        .code(1)
+        .shows(&["SHOP_EVENTS: MISSING"]);
+    drop(subscription);
+    node.stop(PATIENCE).await.unwrap();
+
+    // What somebody has changed is told, and stays as it is.
+    let mut config = stream.cached_info().config.clone();
+    config.max_age = Duration::from_secs(3_600);
+    context.update_stream(&config).await.unwrap();
+    let mut consumer = stream.consumer_info(follower).await.unwrap().config;
+    consumer.max_ack_pending = 5;
+    stream.create_consumer(consumer).await.unwrap();
+    for _ in 0..2 {
+        fixture
+            .run(&check)
+            .await
+            .code(1)
+            .shows(&[
+                "DIFFERENT  max_age: is 3600s, should be 604800s",
+                "DIFFERENT  max_ack_pending: is 5, should be 1024",
+            ])
+            .complains(&["2 differences"]);
+    }
+    let json = fixture.run(&[&check[..], &["--json", "--max-age", "3600"]].concat()).await.code(1).json();
+    assert_eq!(json["ok"], json!(false));
+}
+
+#[tokio::test]
+async fn nats_that_is_not_there_or_refuses_is_told_without_secrets() {
+    let (fixture, store) = filled().await.remove(0);
+    let node =
+        Node::start(store, Arc::new(LocalBus::new()), FeedOptions::new(), PublisherOptions::new()).await;
+    node.stop(PATIENCE).await.unwrap();
+    let silent = |run: &Run| {
+        assert!(!run.out.contains("hunter2") && !run.err.contains("hunter2"), "{}{}", run.out, run.err)
+    };
+    for command in [&["nats", "check"][..], &["verify", "--mirror"]] {
+        for url in ["nats://u:hunter2@127.0.0.1:9", "nats://hunter2@127.0.0.1:9"] {
+            silent(&fixture.run(&[command, &["--timeout", "1", "--nats-url", url]].concat()).await.code(3));
+        }
+    }
+    let config = vec!["authorization { user: shop, password: another }".to_owned()];
+    let server = NatsServer::start(NatsOptions { config, ..NatsOptions::jetstream() }).await;
+    let url = server.url();
+    let check = async |variables: &[(&str, &str)]| {
+        let mut command = fixture.command(&["nats", "check", "--nats-url", &url]);
+        command.envs(variables.iter().copied());
+        run(&mut command).await
+    };
+    silent(
+        &check(&[("NATS_USER", "shop"), ("NATS_PASSWORD", "hunter2")])
+            .await
+            .code(4)
+            .complains(&["refuses to let us in"]),
+    );
+    silent(&check(&[("NATS_TOKEN", "hunter2")]).await.code(4));
+    silent(&check(&[("NATS_NKEY", "hunter2")]).await);
+    silent(&check(&[("NATS_USER", "shop")]).await.code(2));
+    check(&[("NATS_USER", "shop"), ("NATS_PASSWORD", "another")]).await.code(1).shows(&["MISSING"]);
+    // Without JetStream there is nothing to compare.
+    let core = NatsServer::start(NatsOptions::core()).await;
+    fixture
+        .run(&["nats", "check", "--nats-url", &core.url()])
+        .await
+        .code(4)
+        .complains(&["JetStream is not enabled"]);
+}
