@@ -34,7 +34,7 @@ fn build(name: &str) -> PathBuf {
         .arg(profile_dir.parent().unwrap())
         .current_dir(env!("CARGO_MANIFEST_DIR"));
     // With the features of this test, or storied would be compiled once more, without them.
-    for (feature, on) in [("cli", cfg!(feature = "cli"))] {
+    for (feature, on) in [("cli", cfg!(feature = "cli")), ("otel", cfg!(feature = "otel"))] {
         command.args(on.then_some(["--features", feature]).into_iter().flatten());
     }
     let built = command.status().unwrap();
