@@ -29,16 +29,15 @@ fn build(name: &str) -> PathBuf {
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(told)) {
         command.env_remove(name);
     }
-    // With the features of this test, or storied would be compiled once more, without them.
-    for (feature, on) in [("cli", cfg!(feature = "cli"))] {
-        command.args(on.then_some(["--features", feature]).into_iter().flatten());
-    }
-    let built = command
+    command
         .args(["build", "--quiet", "--example", name, "--profile", profile, "--target-dir"])
         .arg(profile_dir.parent().unwrap())
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()
-        .unwrap();
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    // With the features of this test, or storied would be compiled once more, without them.
+    for (feature, on) in [("cli", cfg!(feature = "cli")), ("otel", cfg!(feature = "otel"))] {
+        command.args(on.then_some(["--features", feature]).into_iter().flatten());
+    }
+    let built = command.status().unwrap();
     assert!(built.success(), "the example does not build: {built}");
     profile_dir.join("examples").join(name)
 }
