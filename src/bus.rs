@@ -9,6 +9,7 @@ mod local;
 #[cfg(feature = "nats")]
 mod nats;
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::sync::Arc;
 
@@ -27,6 +28,8 @@ pub use self::nats::{
 };
 use crate::event::{Category, EventName, Position, RecordedEvent};
 use crate::future::BoxFuture;
+#[cfg(feature = "otel")]
+use crate::telemetry::Telemetry;
 
 /// A piece of the log: every event in `(after, upto]`, in log order. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -126,11 +129,21 @@ pub trait EventBus: Send + Sync + 'static {
     /// `local`, `nats-core`, `nats-jetstream`, …
     fn name(&self) -> &'static str;
 
+    /// What events are published to, for those who watch: a stream, or what its subjects begin with. The
+    /// [name](Self::name) by default.
+    fn destination(&self) -> Cow<'static, str> {
+        Cow::Borrowed(self.name())
+    }
+
     /// Whom it reaches.
     fn scope(&self) -> BusScope;
 
     /// How it is doing.
     fn state(&self) -> BusState;
+
+    /// Where its metrics go, unless it was told before. Does nothing by default.
+    #[cfg(feature = "otel")]
+    fn observe(&self, _telemetry: &Telemetry) {}
 
     /// Opens the writing side, for the log of the store with this id. One at a time publishes; a second one must be refused
     /// by the bus or be harmless (I7), and a mirror of another store's log must be refused.
@@ -239,4 +252,16 @@ pub enum BusError {
     /// The bus was shut down by its owner.
     #[error("the event bus is closed")]
     Closed,
+}
+
+impl BusError {
+    /// What kind of failure it is, in one word.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Unavailable { .. } => "unavailable",
+            Self::Fenced { .. } => "fenced",
+            Self::Incompatible { .. } => "incompatible",
+            Self::Closed => "closed",
+        }
+    }
 }

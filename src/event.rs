@@ -197,3 +197,76 @@ impl RecordedEvent {
         Metadata::decode(&self.metadata).map_err(|error| DecodeError::metadata(self, error))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ciborium::Value;
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum OrderEvent {
+        Placed {
+            customer: String,
+            lines: Vec<(String, u32)>,
+            note: Option<String>,
+        },
+        Paid(i64),
+        Weighed(f64, bool),
+        #[serde(alias = "sent")]
+        Dispatched,
+    }
+
+    impl Event for OrderEvent {
+        const CATEGORY: &'static str = "order";
+
+        fn upcasters() -> Upcasters {
+            Upcasters::new().rename("billed", "charged").upcast("charged", "paid", |payload| {
+                let Value::Map(fields) = payload else { return Err("no map".into()) };
+                fields.into_iter().next().map(|(_, amount)| amount).ok_or_else(|| "no amount".into())
+            })
+        }
+    }
+
+    /// The codec, the name, a line end and the payload.
+    fn recorded(bytes: &[u8]) -> Option<RecordedEvent> {
+        let (codec, rest) = bytes.split_first()?;
+        let (name, payload) = rest.split_at(rest.iter().position(|byte| *byte == b'\n')?);
+        Some(RecordedEvent {
+            id: Uuid::nil(),
+            stream: StreamId::new("order", "1").ok()?,
+            version: Version::new(1),
+            position: Position::new(1),
+            name: EventName::new(std::str::from_utf8(name).ok()?).ok()?,
+            codec: if *codec == b'j' { Codec::Json } else { Codec::Cbor },
+            payload: Bytes::copy_from_slice(&payload[1..]),
+            command_id: Uuid::nil(),
+            metadata: Bytes::new(),
+            recorded_at: DateTime::UNIX_EPOCH,
+        })
+    }
+
+    #[test]
+    fn no_payload_makes_the_reader_panic() {
+        let lines = vec![("a".to_owned(), 1)];
+        let events = [
+            OrderEvent::Placed { customer: "é".into(), lines, note: Some("n".into()) },
+            OrderEvent::Paid(-1),
+            OrderEvent::Weighed(0.5, true),
+            OrderEvent::Dispatched,
+        ];
+        let mut seeds = vec![b"corder.billed\n\xa1\x61a\x07".to_vec(), b"jorder.charged\n{\"a\":7}".to_vec()];
+        for (codec, first) in [(Codec::Cbor, b"c"), (Codec::Json, b"j")] {
+            for event in &events {
+                let new = NewEvent::encode(event, codec, &Metadata::default()).unwrap();
+                seeds.push([first, new.name.as_str().as_bytes(), b"\n", &new.payload].concat());
+            }
+        }
+        crate::fuzz::fuzz("payloads", seeds, |bytes| {
+            let Some(event) = recorded(bytes) else { return "no event".into() };
+            event.decode::<OrderEvent>().map_or_else(|error| error.to_string(), |event| format!("{event:?}"))
+        });
+    }
+}

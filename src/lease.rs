@@ -2,6 +2,7 @@
 
 mod board;
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use uuid::Uuid;
 pub(crate) use self::board::{Board, Sight, View};
 use crate::store::{EventStore, Lease, StoreError};
 use crate::supervised::Task;
+use crate::telemetry::Metrics;
 
 /// `ttl`, or the nearest that makes sense: of a shorter lease a renewal that is a little late loses hold, and of a longer one
 /// nobody sees the end when its owner has died.
@@ -24,6 +26,7 @@ pub(crate) struct HeldLease {
     lease: Lease,
     ttl: Duration,
     store: Arc<dyn EventStore>,
+    end: End,
     /// Until when nobody else can have it, by this process's clock: counted from before the store was asked. `None` when
     /// the store said that it is another's.
     sure: watch::Receiver<Option<Instant>>,
@@ -37,12 +40,15 @@ impl HeldLease {
         name: &str,
         owner: Uuid,
         ttl: Duration,
+        metrics: &Metrics,
     ) -> Result<Option<Self>, StoreError> {
         let asked = Instant::now();
         let Some(lease) = store.acquire_lease(name, owner, ttl).await? else { return Ok(None) };
         let (sender, sure) = watch::channel(Some(asked + ttl));
+        metrics.lease(name, "acquired");
+        let end = End { name: name.to_owned(), change: "lost", metrics: metrics.clone() };
         let renewal = Task::spawn(renew(store.clone(), lease.clone(), ttl, asked + ttl, sender));
-        Ok(Some(Self { lease, ttl, store: store.clone(), sure, _renewal: renewal }))
+        Ok(Some(Self { lease, ttl, store: store.clone(), end, sure, _renewal: renewal }))
     }
 
     /// Grows with every new owner.
@@ -72,29 +78,53 @@ impl HeldLease {
 
     /// Waits until it is lost, or may be. Cancel-safe.
     pub(crate) async fn lost(&mut self) {
-        loop {
-            let Some(until) = *self.sure.borrow_and_update() else { return };
-            tokio::select! {
-                () = sleep_until(until) => {
-                    // A renewal may have come in at the last moment.
-                    if self.sure.borrow().is_none_or(|until| until <= Instant::now()) {
-                        return;
-                    }
-                }
-                // The renewal ends only with a loss, which is then the last value.
-                changed = self.sure.changed() => if changed.is_err() && self.sure.borrow().is_some() {
-                    sleep_until(until).await;
-                    return;
-                },
-            }
-        }
+        lost(&mut self.sure).await;
+    }
+
+    /// The same, for whoever uses this meanwhile.
+    pub(crate) fn loss(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut sure = self.sure.clone();
+        async move { lost(&mut sure).await }
     }
 
     /// Gives it back, so that somebody else can have it at once.
     pub(crate) async fn release(self) {
-        let Self { lease, store, .. } = self;
+        let Self { lease, store, mut end, .. } = self;
+        end.change = "released";
         if let Err(error) = store.release_lease(&lease).await {
             tracing::warn!(lease = lease.name, %error, "a lease could not be given back; it runs out by itself");
+        }
+    }
+}
+
+/// Counts the end: a lease that was not given back is lost, whoever has it next.
+struct End {
+    name: String,
+    change: &'static str,
+    metrics: Metrics,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.metrics.lease(&self.name, self.change);
+    }
+}
+
+async fn lost(sure: &mut watch::Receiver<Option<Instant>>) {
+    loop {
+        let Some(until) = *sure.borrow_and_update() else { return };
+        tokio::select! {
+            () = sleep_until(until) => {
+                // A renewal may have come in at the last moment.
+                if sure.borrow().is_none_or(|until| until <= Instant::now()) {
+                    return;
+                }
+            }
+            // The renewal ends only with a loss, which is then the last value.
+            changed = sure.changed() => if changed.is_err() && sure.borrow().is_some() {
+                sleep_until(until).await;
+                return;
+            },
         }
     }
 }

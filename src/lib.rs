@@ -34,12 +34,14 @@
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
 //! | `nats` | yes | [`NatsBus`], over NATS Core or JetStream |
+//! | `otel` | no | OpenTelemetry: metrics, and trace context from the current span into events |
 //! | `testing` | no | the test kit |
 //! | `cli` | no | the command-line tool `storied` |
 //!
 //! # Quick start
 //!
-//! See the README, whose example is compiled and run as a test, and `examples/retail` for a whole program.
+//! See the README, whose example is a program that runs as a test, `docs/guide.md` for the way from there to several nodes, and
+//! `examples/retail` for a whole program.
 
 pub mod aggregate;
 mod backoff;
@@ -49,6 +51,8 @@ pub mod command;
 pub mod event;
 pub mod feed;
 mod future;
+#[cfg(test)]
+mod fuzz;
 mod lease;
 mod partition;
 pub mod projection;
@@ -56,6 +60,7 @@ pub mod publisher;
 pub mod runtime;
 pub mod store;
 mod supervised;
+mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
@@ -88,13 +93,18 @@ pub use self::store::{PostgresOptions, PostgresStore};
 #[cfg(feature = "sqlite")]
 pub use self::store::{SqliteOptions, SqliteStore};
 pub use self::supervised::StopError;
+#[cfg(feature = "otel")]
+pub use self::telemetry::Telemetry;
 
-/// The README's examples are tests.
-#[cfg(all(doctest, feature = "sqlite"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
-/// The pieces of code in the documents are compiled.
-#[cfg(all(doctest, feature = "nats"))]
-#[doc = include_str!("../docs/nats.md")]
-struct Nats;
+/// The pieces of code in these documents are documentation tests. Those of README.md and docs/guide.md are in programs that run,
+/// which tests/docs sees to.
+#[cfg(all(doctest, feature = "sqlite", feature = "postgres", feature = "nats"))]
+mod documents {
+    #[doc = include_str!("../docs/nats.md")]
+    struct Nats;
+    #[doc = include_str!("../docs/operations.md")]
+    struct Operations;
+    #[cfg(feature = "otel")]
+    #[doc = include_str!("../docs/observability.md")]
+    struct Observability;
+}

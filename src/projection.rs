@@ -85,7 +85,8 @@ pub trait Projection: Send + 'static {
     /// When a filter names events that there are not; the runtime does not start then.
     fn filter(&self) -> Result<Filter, EncodeError>;
 
-    /// Folds one event in.
+    /// Folds one event in. Dropped in the middle of it, and what it wrote rolled back where that can be, when its node loses the
+    /// read model to another one or ends.
     fn apply(
         &mut self,
         event: &RecordedEvent,
@@ -98,6 +99,14 @@ pub trait Projection: Send + 'static {
     fn reset(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Err("this projection does not implement reset".into()) }
+    }
+
+    /// Drops what this version has written: called when its [rebuild was cancelled](ProjectionHandle::cancel_rebuild), behind the
+    /// last of those who built it; also when there is nothing to drop. The default leaves it where it is, out of use: the next
+    /// rebuild writes to the same version, and its [`reset`](Self::reset) finds it.
+    fn discard(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+        let _ = tx;
+        async { Ok(()) }
     }
 
     /// Makes the version that this one writes to the one that readers see: called once when a rebuild has caught up, in the

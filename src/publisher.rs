@@ -21,6 +21,7 @@ use crate::event::Position;
 use crate::lease;
 use crate::store::EventStore;
 use crate::supervised::{StopError, Supervised};
+use crate::telemetry::Metrics;
 
 /// How the publisher works.
 #[derive(Debug, Clone)]
@@ -132,9 +133,10 @@ impl Publisher {
         bus: Arc<dyn EventBus>,
         options: PublisherOptions,
         node: Uuid,
+        metrics: Metrics,
         supervisor: Option<ActorCell>,
     ) -> Result<Self, SpawnErr> {
-        let (work, status) = PublisherWork::new(store, bus, options, node);
+        let (work, status) = PublisherWork::new(store, bus, options, node, metrics);
         Ok(Self { actor: Supervised::spawn(work, supervisor).await?, status })
     }
 
@@ -149,6 +151,7 @@ impl Publisher {
     }
 
     /// Ends as a crash of the process would end it.
+    #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         self.actor.kill();
     }

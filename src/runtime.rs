@@ -1,6 +1,8 @@
 //! The runtime: puts store, bus, aggregates and projections together, supervises them, and takes them down in order.
 
 mod commands;
+#[cfg(feature = "otel")]
+mod observed;
 mod supervisor;
 
 use std::any::type_name;
@@ -35,6 +37,9 @@ use crate::store::{
     WriterStatus,
 };
 use crate::supervised::Task;
+use crate::telemetry::Metrics;
+#[cfg(feature = "otel")]
+use crate::telemetry::Telemetry;
 use crate::time::after;
 
 /// How long [`Runtime::shutdown`] waits for what is under way.
@@ -77,6 +82,8 @@ pub struct Builder {
     handlers: Vec<HandlerRegistration>,
     feed: FeedOptions,
     projections: Vec<ProjectionRegistration>,
+    #[cfg(feature = "otel")]
+    telemetry: Option<Telemetry>,
 }
 
 /// What is known of an aggregate's type until the runtime starts.
@@ -258,6 +265,13 @@ impl Builder {
     /// How this node follows the log.
     pub fn feed(mut self, options: FeedOptions) -> Self {
         self.feed = options;
+        self
+    }
+
+    /// Where metrics go, those of the bus included. [`Telemetry::global`] by default.
+    #[cfg(feature = "otel")]
+    pub fn telemetry(mut self, telemetry: Telemetry) -> Self {
+        self.telemetry = Some(telemetry);
         self
     }
 
@@ -460,29 +474,38 @@ impl Builder {
         }
         commands::check(&self.handlers)?;
         store.frontier().await?;
+        #[cfg(feature = "otel")]
+        let telemetry = self.telemetry.unwrap_or_default();
+        #[cfg(feature = "otel")]
+        let metrics = Metrics::of(&telemetry);
+        #[cfg(not(feature = "otel"))]
+        let metrics = Metrics::default();
+        #[cfg(feature = "otel")]
+        self.bus.observe(&telemetry);
         let node = Uuid::now_v7();
         let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
         // The feed listens before anything is published.
         let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
+        let (bus, root) = (self.bus.clone(), Some(supervisor.cell()));
         let publisher =
-            Publisher::spawn(store.clone(), self.bus.clone(), self.publisher, node, Some(supervisor.cell()))
-                .await?;
+            Publisher::spawn(store.clone(), bus, self.publisher, node, metrics.clone(), root).await?;
         let surroundings = Surroundings {
             store: store.clone(),
             feed: feed.clone(),
             node,
             bus: self.bus.clone(),
             board: Board::start(store.clone()),
+            metrics: metrics.clone(),
             supervisor: Some(supervisor.cell()),
         };
         let mut handles = Vec::with_capacity(projections.len());
         for (_, filter, start) in projections {
             handles.push(start(filter, surroundings.clone()).await?);
         }
-        let writer = Writer::start(store.clone(), WriterOptions::default());
+        let writer = Writer::start(store.clone(), WriterOptions::default(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.records_kept())));
-        let commands = Commands::new(self.commands.policy());
+        let commands = Commands::new(self.commands.policy(), metrics);
         let mut registry = Registry::default();
         for registration in self.aggregates {
             (registration.start)(&mut registry, store.clone(), writer.clone(), &supervisor)?;
@@ -505,7 +528,10 @@ impl Builder {
             _forgetting: forgetting,
             supervisor,
         };
-        Ok(Runtime { inner: Arc::new(inner) })
+        let inner = Arc::new(inner);
+        #[cfg(feature = "otel")]
+        observed::observe(&telemetry, &inner);
+        Ok(Runtime { inner })
     }
 }
 
@@ -521,6 +547,8 @@ impl Runtime {
             commands: CommandBus::local(),
             handlers: Vec::new(),
             projections: Vec::new(),
+            #[cfg(feature = "otel")]
+            telemetry: None,
         }
     }
 

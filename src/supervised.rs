@@ -179,6 +179,7 @@ impl<C: Send + 'static> Supervised<C> {
     }
 
     /// Tears everything down at once, as the end of the process would.
+    #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         self.actor.kill();
     }

@@ -14,39 +14,14 @@ mod domain;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use domain::{AccountEvent, OPENING};
 use serde::Deserialize;
 use storied::{EventStore, Position, PostgresOptions, ReadLog, RecordedEvent};
-use support::{NatsOptions, NatsServer, PostgresServer};
+use support::{NatsOptions, NatsServer, PostgresServer, example};
 use uuid::Uuid;
-
-/// The example, built as this test was built. Cargo knows whether there is anything to do.
-fn example() -> &'static Path {
-    static EXAMPLE: OnceLock<PathBuf> = OnceLock::new();
-    EXAMPLE.get_or_init(|| {
-        // target/<profile>/deps/<this test>
-        let test = std::env::current_exe().unwrap();
-        let profile_dir = test.parent().and_then(Path::parent).unwrap();
-        let profile = match profile_dir.file_name().and_then(|name| name.to_str()).unwrap() {
-            "debug" => "dev",
-            other => other,
-        };
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let built = Command::new(cargo)
-            .args(["build", "--quiet", "--example", "bank", "--profile", profile, "--target-dir"])
-            .arg(profile_dir.parent().unwrap())
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .status()
-            .unwrap();
-        assert!(built.success(), "the example does not build: {built}");
-        profile_dir.join("examples/bank")
-    })
-}
 
 #[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -77,7 +52,7 @@ impl Report {
 }
 
 fn bank(args: &[&str]) -> Command {
-    let mut command = Command::new(example());
+    let mut command = Command::new(example("bank"));
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

@@ -13,7 +13,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use domain::InvoiceEvent;
@@ -22,33 +21,10 @@ use nix::unistd::Pid;
 use rust_decimal::Decimal;
 use serde::Deserialize;
 use storied::{EventStore, Position, ReadLog, RecordedEvent, SqliteStore};
-use support::{NatsOptions, NatsServer};
+use support::{NatsOptions, NatsServer, example};
 use tempfile::TempDir;
 
 const CSV: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv");
-
-/// The example, built as this test was built. Cargo knows whether there is anything to do.
-fn example() -> &'static Path {
-    static EXAMPLE: OnceLock<PathBuf> = OnceLock::new();
-    EXAMPLE.get_or_init(|| {
-        // target/<profile>/deps/<this test>
-        let test = std::env::current_exe().unwrap();
-        let profile_dir = test.parent().and_then(Path::parent).unwrap();
-        let profile = match profile_dir.file_name().and_then(|name| name.to_str()).unwrap() {
-            "debug" => "dev",
-            other => other,
-        };
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let built = Command::new(cargo)
-            .args(["build", "--quiet", "--example", "retail", "--profile", profile, "--target-dir"])
-            .arg(profile_dir.parent().unwrap())
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .status()
-            .unwrap();
-        assert!(built.success(), "the example does not build: {built}");
-        profile_dir.join("examples/retail")
-    })
-}
 
 /// A directory with databases and what the runs on them say.
 struct Shop {
@@ -74,7 +50,7 @@ impl Shop {
     }
 
     fn start(&self, args: &[&str]) -> Child {
-        Command::new(example())
+        Command::new(example("retail"))
             .arg("--db")
             .arg(self.path("shop.db"))
             .args(&self.store)

@@ -1,27 +1,33 @@
+use std::borrow::Cow;
 use std::path::PathBuf;
 
+/// A number is part of the name: `append-100`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Workload {
     /// Commands over 1,000 aggregates.
     Commands,
     /// Commands on one aggregate.
     Hot,
-    /// The first command on an aggregate with a long stream.
-    Rehydrate,
+    /// Appends of so many events each, straight into the store.
+    Append(usize),
     /// A new projection over a full log.
     Catchup,
-    /// A full log into a new mirror in JetStream.
+    /// The first command on an aggregate with a long stream.
+    Rehydrate,
+    /// A log over NATS: into a new mirror in JetStream, or over Core to a subscriber.
     Publish,
-    /// Appends over NATS Core to a subscriber, as many as possible.
-    Deliver,
-    /// From an append over NATS Core to a subscriber, 200 times a second.
+    /// From an append to the handler of a projection, or over NATS to a subscriber, 200 times a second.
     Latency,
-    /// Commands on four node processes.
-    Scale,
-    /// Commands over NATS to a handler that does nothing.
-    Dispatch,
-    /// Commands over NATS to the aggregates of another node.
-    Remote,
+    /// Commands over NATS to a handler that does nothing, on so many nodes.
+    Dispatch(usize),
+    /// Commands over NATS to the aggregates of so many other nodes.
+    Remote(usize),
+    /// Bytes of an aggregate that is live and has nothing to do.
+    MemoryIdle,
+    /// The most that a process needs while a new projection reads a full log.
+    MemoryCatchup,
+    /// Commands on so many node processes.
+    Scale(usize),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,11 +37,19 @@ pub enum StoreKind {
     Postgres,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum BusKind {
+    Local,
+    Core,
+    JetStream,
+}
+
 /// One row of the report.
 #[derive(Clone)]
 pub struct Plan {
     pub workload: Workload,
     pub store: StoreKind,
+    pub bus: BusKind,
     pub callers: usize,
     pub events: usize,
     pub payload: usize,
@@ -43,8 +57,10 @@ pub struct Plan {
 }
 
 pub struct Args {
-    workload: Option<Workload>,
+    /// `append` is `append-1` and `append-100`.
+    workload: Option<String>,
     store: Option<StoreKind>,
+    bus: Option<BusKind>,
     callers: Option<usize>,
     events: Option<usize>,
     payload: usize,
@@ -52,62 +68,83 @@ pub struct Args {
     pub json: Option<PathBuf>,
 }
 
-const USAGE: &str =
-    "usage: cargo bench --bench storied -- [commands|hot|rehydrate|catchup|publish|deliver|latency|scale|dispatch|remote|all] [--store memory|sqlite|postgres]
-       [--bus local] [--callers N] [--events N] [--payload BYTES] [--runs N] [--json FILE]";
+const USAGE: &str = "usage: cargo bench --bench storied -- \
+[all|commands|hot|append|catchup|rehydrate|publish|latency|dispatch|remote|memory|scale]
+       [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
+       [--runs N] [--json FILE]
+   or: cargo bench --bench storied -- table FILE.json...   (prints what --json wrote as a table in Markdown)
+append, dispatch, remote, memory and scale are several: append-1, append-100; dispatch-1 to -3 and remote-1 to -3 (nodes);
+memory-idle, memory-catchup; scale-2 to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 10] = [
+    const ALL: [Workload; 19] = [
         Workload::Commands,
         Workload::Hot,
-        Workload::Rehydrate,
+        Workload::Append(1),
+        Workload::Append(100),
         Workload::Catchup,
+        Workload::Rehydrate,
         Workload::Publish,
-        Workload::Deliver,
         Workload::Latency,
-        Workload::Scale,
-        Workload::Dispatch,
-        Workload::Remote,
+        Workload::Dispatch(1),
+        Workload::Dispatch(2),
+        Workload::Dispatch(3),
+        Workload::Remote(1),
+        Workload::Remote(2),
+        Workload::Remote(3),
+        Workload::MemoryIdle,
+        Workload::MemoryCatchup,
+        Workload::Scale(2),
+        Workload::Scale(3),
+        Workload::Scale(4),
     ];
 
-    pub fn name(self) -> &'static str {
+    pub fn name(self) -> Cow<'static, str> {
         match self {
-            Workload::Commands => "commands",
-            Workload::Hot => "hot",
-            Workload::Rehydrate => "rehydrate",
-            Workload::Catchup => "catchup",
-            Workload::Publish => "publish",
-            Workload::Deliver => "deliver",
-            Workload::Latency => "latency",
-            Workload::Scale => "scale",
-            Workload::Dispatch => "dispatch",
-            Workload::Remote => "remote",
+            Workload::Commands => "commands".into(),
+            Workload::Hot => "hot".into(),
+            Workload::Append(events) => format!("append-{events}").into(),
+            Workload::Catchup => "catchup".into(),
+            Workload::Rehydrate => "rehydrate".into(),
+            Workload::Publish => "publish".into(),
+            Workload::Latency => "latency".into(),
+            Workload::Dispatch(nodes) => format!("dispatch-{nodes}").into(),
+            Workload::Remote(nodes) => format!("remote-{nodes}").into(),
+            Workload::MemoryIdle => "memory-idle".into(),
+            Workload::MemoryCatchup => "memory-catchup".into(),
+            Workload::Scale(nodes) => format!("scale-{nodes}").into(),
         }
     }
 
-    /// The bus that carries the events, or the commands.
-    pub fn bus(self) -> &'static str {
+    /// Whether this is what was asked for, or one of several.
+    fn is(self, wanted: &str) -> bool {
+        let name = self.name();
+        name.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    }
+
+    /// Where there is something to compare it with. The memory store is its own limit, and keeps the log in memory.
+    fn stores(self) -> &'static [StoreKind] {
         match self {
-            Workload::Publish => "nats-jetstream",
-            Workload::Deliver | Workload::Latency | Workload::Dispatch | Workload::Remote => "nats-core",
-            _ => "local",
+            Workload::Scale(_) => &[StoreKind::Postgres],
+            Workload::Append(_) | Workload::MemoryCatchup => &[StoreKind::Sqlite, StoreKind::Postgres],
+            _ => &StoreKind::ALL,
         }
     }
 
-    /// Whether there is something to compare it with.
-    fn runs_on(self, store: StoreKind) -> bool {
+    fn buses(self) -> &'static [BusKind] {
         match self {
-            Workload::Scale => store == StoreKind::Postgres,
-            Workload::Latency => store != StoreKind::Sqlite,
-            _ => true,
+            Workload::Publish => &[BusKind::Core, BusKind::JetStream],
+            Workload::Latency => &BusKind::ALL,
+            Workload::Dispatch(_) | Workload::Remote(_) => &[BusKind::Core],
+            _ => &[BusKind::Local],
         }
     }
 
     fn callers(self) -> &'static [usize] {
         match self {
             Workload::Commands => &[64],
-            Workload::Hot | Workload::Dispatch | Workload::Remote => &[1, 64],
-            Workload::Scale => &[8],
+            Workload::Hot | Workload::Dispatch(_) | Workload::Remote(_) => &[1, 64],
+            Workload::Scale(_) => &[8],
             _ => &[1],
         }
     }
@@ -117,12 +154,15 @@ impl Workload {
             (Workload::Hot, StoreKind::Sqlite | StoreKind::Postgres) if callers == 1 => 2_000,
             (Workload::Commands | Workload::Hot, StoreKind::Sqlite | StoreKind::Postgres) => 20_000,
             (Workload::Commands | Workload::Hot, StoreKind::Memory) => 100_000,
-            (Workload::Dispatch | Workload::Remote, StoreKind::Memory) => 10_000.max(callers * 1_000),
-            (Workload::Dispatch | Workload::Remote, _) => 1_000.max(callers * 200),
+            (Workload::Append(events), _) => (2_000 * events).min(100_000),
+            (Workload::Dispatch(_) | Workload::Remote(_), StoreKind::Memory) => 10_000.max(callers * 1_000),
+            (Workload::Dispatch(_) | Workload::Remote(_), _) => 1_000.max(callers * 200),
             (Workload::Rehydrate, _) => 10_000,
             (Workload::Latency, _) => 500,
-            (Workload::Scale, _) => 4_000,
-            (Workload::Catchup | Workload::Publish | Workload::Deliver, _) => 200_000,
+            (Workload::Scale(_), _) => 4_000,
+            (Workload::MemoryIdle, _) => 100_000,
+            (Workload::MemoryCatchup, _) => 1_000_000,
+            (Workload::Catchup | Workload::Publish, _) => 200_000,
         }
     }
 }
@@ -137,69 +177,108 @@ impl StoreKind {
             StoreKind::Postgres => "postgres",
         }
     }
+
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+impl BusKind {
+    const ALL: [BusKind; 3] = [BusKind::Local, BusKind::Core, BusKind::JetStream];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            BusKind::Local => "local",
+            BusKind::Core => "core",
+            BusKind::JetStream => "jetstream",
+        }
+    }
 }
 
 impl Args {
-    pub fn parse(args: impl Iterator<Item = String>) -> Result<Self, String> {
+    pub fn parse(mut args: impl Iterator<Item = String>) -> Result<Self, String> {
         let mut parsed = Self {
             workload: None,
             store: None,
+            bus: None,
             callers: None,
             events: None,
             payload: 160,
             runs: 3,
             json: None,
         };
-        // cargo itself passes --bench.
-        let mut args = args.filter(|arg| arg != "--bench");
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value\n{USAGE}"));
             match arg.as_str() {
                 "all" => parsed.workload = None,
+                "--help" => return Err(USAGE.into()),
                 "--store" => {
                     let name = value()?;
-                    let store = StoreKind::ALL.into_iter().find(|kind| kind.name() == name);
+                    let store = StoreKind::parse(&name);
                     parsed.store = Some(store.ok_or_else(|| format!("there is no store {name:?}\n{USAGE}"))?);
                 }
-                "--bus" => match value()?.as_str() {
-                    "local" => {}
-                    other => return Err(format!("there is no bus {other:?}\n{USAGE}")),
-                },
+                "--bus" => {
+                    let name = value()?;
+                    let bus = BusKind::ALL.into_iter().find(|kind| kind.name() == name);
+                    parsed.bus = Some(bus.ok_or_else(|| format!("there is no bus {name:?}\n{USAGE}"))?);
+                }
                 "--callers" => parsed.callers = Some(number(&value()?)?),
                 "--events" => parsed.events = Some(number(&value()?)?),
                 "--payload" => parsed.payload = number(&value()?)?,
                 "--runs" => parsed.runs = number(&value()?)?,
                 "--json" => parsed.json = Some(value()?.into()),
-                name => {
-                    let workload = Workload::ALL.into_iter().find(|workload| workload.name() == name);
-                    parsed.workload = Some(workload.ok_or_else(|| format!("{name:?} is unknown\n{USAGE}"))?);
+                name if Workload::ALL.into_iter().any(|workload| workload.is(name)) => {
+                    parsed.workload = Some(name.into());
                 }
+                name => return Err(format!("{name:?} is unknown\n{USAGE}")),
             }
         }
         Ok(parsed)
     }
 
-    pub fn plans(&self) -> Vec<Plan> {
+    /// What to run: everything that was asked for, where it can run.
+    pub fn plans(&self) -> Result<Vec<Plan>, String> {
         let mut plans = Vec::new();
-        for workload in
-            Workload::ALL.into_iter().filter(|one| self.workload.is_none_or(|wanted| wanted == *one))
-        {
-            for store in StoreKind::ALL {
-                if self.store.is_some_and(|wanted| wanted != store) || !workload.runs_on(store) {
-                    continue;
+        let wanted = |workload: Workload| self.workload.as_ref().is_none_or(|name| workload.is(name));
+        for workload in Workload::ALL.into_iter().filter(|one| wanted(*one)) {
+            let stores = workload.stores().iter().filter(|store| self.store.is_none_or(|one| one == **store));
+            for store in stores.copied() {
+                let buses = workload.buses().iter().filter(|bus| self.bus.is_none_or(|one| one == **bus));
+                for bus in buses.copied() {
+                    let callers = self.callers.map_or(workload.callers().to_vec(), |callers| vec![callers]);
+                    plans.extend(callers.into_iter().map(|callers| Plan {
+                        workload,
+                        store,
+                        bus,
+                        callers,
+                        events: self.events.unwrap_or(workload.events(store, callers)),
+                        payload: self.payload,
+                        runs: self.runs,
+                    }));
                 }
-                let callers = self.callers.map_or(workload.callers().to_vec(), |callers| vec![callers]);
-                plans.extend(callers.into_iter().map(|callers| Plan {
-                    workload,
-                    store,
-                    callers,
-                    events: self.events.unwrap_or(workload.events(store, callers)),
-                    payload: self.payload,
-                    runs: self.runs,
-                }));
             }
         }
-        plans
+        if plans.is_empty() {
+            return Err(self.nothing(wanted));
+        }
+        Ok(plans)
+    }
+
+    /// Says what would run.
+    fn nothing(&self, wanted: impl Fn(Workload) -> bool) -> String {
+        let asked = |name: Option<&str>| name.unwrap_or("any").to_owned();
+        let mut message = format!(
+            "nothing to run on store {} over bus {}:",
+            asked(self.store.map(StoreKind::name)),
+            asked(self.bus.map(BusKind::name))
+        );
+        for workload in Workload::ALL.into_iter().filter(|one| wanted(*one)) {
+            let stores: Vec<_> = workload.stores().iter().map(|store| store.name()).collect();
+            let buses: Vec<_> = workload.buses().iter().map(|bus| bus.name()).collect();
+            message +=
+                &format!("\n  {} runs on {} over {}", workload.name(), stores.join(", "), buses.join(", "));
+        }
+        message
     }
 }
 

@@ -2,15 +2,14 @@
 
 use futures_util::StreamExt;
 use storied::Runtime;
-use storied::command::{CommandBus, HandleError, Handler, HandlerContext, HandlerOptions};
+use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 
 use crate::args::Plan;
 use crate::domain::{Account, AccountCommand, Never, text};
 use crate::measure::{Comparison, Run, closed_loop};
+use crate::nats::Nats;
 use crate::stores::Store;
-use crate::support::{NatsOptions, NatsServer};
-
-const AGGREGATES: usize = 1_000;
+use crate::workloads::{AGGREGATES, execute};
 
 /// Does nothing; what became of the command is recorded all the same.
 struct Nothing;
@@ -26,36 +25,53 @@ impl Handler for Nothing {
     }
 }
 
-/// A command from one node to a handler on another. The limit is a bare request and its reply between the same two ends.
-pub async fn dispatch(plan: &Plan) -> Comparison {
-    let server = NatsServer::start(NatsOptions::core()).await;
+/// A command from one node to a handler on any of `nodes` others, all in this process. The limit is a bare request and its
+/// reply between the same two ends, with one that answers.
+pub async fn dispatch(plan: &Plan, nodes: usize) -> Comparison {
+    let nats = Nats::start(plan.bus).await;
     let store = Store::fresh(plan.store).await;
-    let bus = || CommandBus::nats(server.url());
-    let options = HandlerOptions::new().workers(64);
-    let node = store.builder().commands(bus()).handler_with(Nothing, options).start().await.unwrap();
-    let caller = store.builder().commands(bus()).start().await.unwrap();
+    let mut all = Vec::new();
+    for _ in 0..nodes {
+        let options = HandlerOptions::new().workers(64);
+        let node = store.builder().commands(nats.commands()).handler_with(Nothing, options);
+        all.push(node.start().await.unwrap());
+    }
+    let caller = store.builder().commands(nats.commands()).start().await.unwrap();
     let text = text(plan.payload);
-    let ours = closed_loop(plan.callers, plan.events, |_| {
+    let command = |_| {
         let (caller, text) = (caller.clone(), text.clone());
         async move { _ = caller.command::<Nothing>(text).await.unwrap() }
-    })
-    .await;
-    stop([caller, node]).await;
-    let limit = requests(plan, &server).await;
+    };
+    closed_loop(plan.callers, plan.callers * nodes, command).await;
+    let ours = closed_loop(plan.callers, plan.events, command).await;
+    all.insert(0, caller);
+    stop(all).await;
+    let limit = requests(plan, &nats).await;
     Comparison { ours, limit, note: "a record for each of ours".into() }
 }
 
-/// A command from one node to an aggregate of another. The limit is the same command where the aggregate is.
-pub async fn remote(plan: &Plan) -> Comparison {
-    let server = NatsServer::start(NatsOptions::core()).await;
+/// A command from one node to the aggregates of `nodes` others, all in this process. The limit is the same command where the
+/// aggregates are, on one node.
+pub async fn remote(plan: &Plan, nodes: usize) -> Comparison {
+    let nats = Nats::start(plan.bus).await;
     let store = Store::fresh(plan.store).await;
-    let bus = || CommandBus::nats(server.url());
-    let node = store.builder().commands(bus()).aggregate::<Account>().start().await.unwrap();
-    let caller = store.builder().commands(bus()).start().await.unwrap();
+    let mut all = Vec::new();
+    for _ in 0..nodes {
+        let node = store.builder().commands(nats.commands()).aggregate::<Account>();
+        all.push(node.start().await.unwrap());
+    }
+    let caller = store.builder().commands(nats.commands()).start().await.unwrap();
     let ours = enter(plan, &caller).await;
-    let limit = enter(plan, &node).await;
-    stop([caller, node]).await;
-    Comparison { ours, limit, note: String::new() }
+    let live = all.iter().map(live);
+    let note = format!("aggregates per node: {:?}", futures_util::future::join_all(live).await);
+    all.insert(0, caller);
+    stop(all).await;
+    let (limit, _) = execute(plan, AGGREGATES).await;
+    Comparison { ours, limit, note }
+}
+
+async fn live(runtime: &Runtime) -> usize {
+    runtime.status().await.aggregates.iter().map(|one| one.live).sum()
 }
 
 async fn enter(plan: &Plan, runtime: &Runtime) -> Run {
@@ -74,27 +90,27 @@ async fn enter(plan: &Plan, runtime: &Runtime) -> Run {
     .await
 }
 
-async fn requests(plan: &Plan, server: &NatsServer) -> Run {
-    let answerer = async_nats::connect(server.url()).await.unwrap();
-    let mut questions = answerer.subscribe("question").await.unwrap();
+async fn requests(plan: &Plan, nats: &Nats) -> Run {
+    let answerer = nats.connect().await;
+    let mut questions = answerer.subscribe("storied_bench.question").await.unwrap();
     answerer.flush().await.unwrap();
     let answering = tokio::spawn(async move {
         while let Some(question) = questions.next().await {
             answerer.publish(question.reply.unwrap(), "".into()).await.unwrap();
         }
     });
-    let client = async_nats::connect(server.url()).await.unwrap();
+    let client = nats.connect().await;
     let text = text(plan.payload);
     let run = closed_loop(plan.callers, plan.events, |_| {
         let (client, text) = (client.clone(), text.clone());
-        async move { drop(client.request("question", text.into()).await.unwrap()) }
+        async move { drop(client.request("storied_bench.question", text.into()).await.unwrap()) }
     })
     .await;
     answering.abort();
     run
 }
 
-async fn stop(runtimes: [Runtime; 2]) {
+async fn stop(runtimes: Vec<Runtime>) {
     for runtime in runtimes {
         runtime.shutdown().await.unwrap();
     }

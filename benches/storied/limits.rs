@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::args::Plan;
 use crate::domain::text;
 use crate::measure::Run;
+use crate::nats::STREAM;
 use crate::stores::{POSTGRES_SCHEMA, directory, postgres};
 
 const ROW: &str = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
@@ -49,7 +50,7 @@ pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
 }
 
 /// SQLite through sqlx: all rows in order, with the columns that an event is made of, taken but not decoded.
-pub async fn sqlite_read(plan: &Plan, filled: &std::path::Path) -> Run {
+pub async fn sqlite_read(expected: usize, filled: &std::path::Path) -> Run {
     use futures_util::TryStreamExt;
     let mut connection = SqliteConnectOptions::new()
         .filename(filled)
@@ -72,7 +73,7 @@ pub async fn sqlite_read(plan: &Plan, filled: &std::path::Path) -> Run {
         bytes += texts.iter().chain(&blobs).sum::<usize>();
         events += usize::from(numbers[0] > 0);
     }
-    assert!(bytes > 0 && events == plan.events, "{events} of {} events", plan.events);
+    assert!(bytes > 0 && events == expected, "{events} of {expected} events");
     Run::whole(events, start.elapsed())
 }
 
@@ -135,7 +136,7 @@ pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usiz
 }
 
 /// PostgreSQL through sqlx: all rows in order, with the columns that an event is made of, taken but not decoded.
-pub async fn postgres_read(plan: &Plan) -> Run {
+pub async fn postgres_read(expected: usize) -> Run {
     use futures_util::TryStreamExt;
     let mut connection = postgres().await;
     let start = Instant::now();
@@ -154,7 +155,7 @@ pub async fn postgres_read(plan: &Plan) -> Run {
         bytes += texts.iter().chain(&blobs).sum::<usize>();
         events += usize::from(numbers[0] > 0 && !ids[0].is_nil() && time.timestamp() > 0);
     }
-    assert!(bytes > 0 && events == plan.events, "{events} of {} events", plan.events);
+    assert!(bytes > 0 && events == expected, "{events} of {expected} events");
     Run::whole(events, start.elapsed())
 }
 
@@ -165,7 +166,7 @@ pub async fn jetstream_publishes(plan: &Plan, client: &async_nats::Client) -> Ru
     const WINDOW: usize = 256;
     let context =
         async_nats::jetstream::context::ContextBuilder::new().max_ack_inflight(WINDOW).build(client.clone());
-    let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
+    let stream = context.get_stream(STREAM).await.unwrap();
     let one = stream.get_raw_message(1).await.unwrap();
     let first = stream.cached_info().state.last_sequence;
     assert_eq!(first, plan.events as u64);
@@ -194,15 +195,7 @@ pub async fn jetstream_publishes(plan: &Plan, client: &async_nats::Client) -> Ru
 }
 
 async fn open(directory: &tempfile::TempDir) -> SqliteConnection {
-    let mut connection = SqliteConnectOptions::new()
-        .filename(directory.path().join("raw.db"))
-        .create_if_missing(true)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .disable_statement_logging()
-        .connect()
-        .await
-        .unwrap();
+    let mut connection = sqlite(directory).await;
     connection
         .execute(
             "CREATE TABLE events (position INTEGER PRIMARY KEY, category TEXT, stream_id TEXT, version INTEGER, name TEXT,
@@ -212,4 +205,16 @@ async fn open(directory: &tempfile::TempDir) -> SqliteConnection {
         .await
         .unwrap();
     connection
+}
+
+pub async fn sqlite(directory: &tempfile::TempDir) -> SqliteConnection {
+    SqliteConnectOptions::new()
+        .filename(directory.path().join("raw.db"))
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .disable_statement_logging()
+        .connect()
+        .await
+        .unwrap()
 }

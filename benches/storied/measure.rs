@@ -7,8 +7,8 @@ use crate::args::Plan;
 
 /// What one side did in one run.
 pub struct Run {
-    operations: usize,
-    elapsed: Duration,
+    /// Operations a second; or bytes, where memory is measured.
+    figure: f64,
     /// One for each operation that somebody waited for.
     latencies: Vec<Duration>,
 }
@@ -22,7 +22,7 @@ pub struct Comparison {
 
 impl Run {
     pub fn new(operations: usize, elapsed: Duration, latencies: Vec<Duration>) -> Self {
-        Self { operations, elapsed, latencies }
+        Self { figure: operations as f64 / elapsed.as_secs_f64(), latencies }
     }
 
     /// A run of one long operation over `operations` things.
@@ -30,8 +30,18 @@ impl Run {
         Self::new(operations, elapsed, vec![elapsed])
     }
 
-    fn per_second(&self) -> f64 {
-        self.operations as f64 / self.elapsed.as_secs_f64()
+    /// One operation after the other, each with what it took. The rate is the inverse of the mean.
+    pub fn each(latencies: Vec<Duration>) -> Self {
+        Self::new(latencies.len(), latencies.iter().sum(), latencies)
+    }
+
+    /// Of operations with so many events each; the rate is that of the events.
+    pub fn of(self, events: usize) -> Self {
+        Self { figure: self.figure * events as f64, ..self }
+    }
+
+    pub fn bytes(bytes: f64) -> Self {
+        Self { figure: bytes, latencies: Vec::new() }
     }
 }
 
@@ -39,7 +49,6 @@ impl Run {
 pub async fn closed_loop<F>(callers: usize, operations: usize, operation: impl Fn(usize) -> F) -> Run
 where
     F: Future<Output = ()> + Send + 'static,
-    F: 'static,
 {
     let start = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
@@ -61,16 +70,18 @@ where
 
 #[derive(Clone, Copy)]
 struct Side {
-    per_second: f64,
-    p50: f64,
-    p99: f64,
+    /// As in [`Run`].
+    figure: f64,
+    /// In microseconds; none where nobody waited.
+    p50: Option<f64>,
+    p99: Option<f64>,
 }
 
 pub struct Report {
     plan: Plan,
     ours: Side,
     limit: Side,
-    /// Median of the runs' ratios of ours to the limit, by throughput.
+    /// Median of the runs' ratios of ours to the limit.
     ratio: f64,
     spread: [f64; 2],
     note: String,
@@ -78,8 +89,7 @@ pub struct Report {
 
 impl Report {
     pub fn new(plan: &Plan, comparisons: &[Comparison]) -> Self {
-        let ratios: Vec<_> =
-            comparisons.iter().map(|one| one.ours.per_second() / one.limit.per_second()).collect();
+        let ratios: Vec<_> = comparisons.iter().map(|one| one.ours.figure / one.limit.figure).collect();
         Self {
             plan: plan.clone(),
             ours: side(comparisons.iter().map(|one| &one.ours)),
@@ -93,13 +103,13 @@ impl Report {
         }
     }
 
+    /// `per_second` is bytes where memory is measured, and the percentiles are null there.
     pub fn json(&self) -> Value {
-        let side =
-            |side: Side| json!({"per_second": side.per_second, "p50_us": side.p50, "p99_us": side.p99});
+        let side = |side: Side| json!({"per_second": side.figure, "p50_us": side.p50, "p99_us": side.p99});
         json!({
             "workload": self.plan.workload.name(),
             "store": self.plan.store.name(),
-            "bus": self.plan.workload.bus(),
+            "bus": self.plan.bus.name(),
             "callers": self.plan.callers,
             "events": self.plan.events,
             "runs": self.plan.runs,
@@ -113,43 +123,97 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { workload, store, callers, events, runs, .. } = &self.plan;
-        writeln!(
-            f,
-            "{} on {}: {callers} callers, {events} events, {runs} runs",
-            workload.name(),
-            store.name()
-        )?;
+        let Plan { workload, store, bus, callers, events, runs, .. } = &self.plan;
+        let (workload, store, bus) = (workload.name(), store.name(), bus.name());
+        writeln!(f, "{workload} on {store} over {bus}: {callers} callers, {events} events, {runs} runs")?;
         for (name, side) in [("ours", self.ours), ("limit", self.limit)] {
-            writeln!(
-                f,
-                "  {name:<6} {:>12.0}/s   p50 {:>9.0} us   p99 {:>9.0} us",
-                side.per_second, side.p50, side.p99
-            )?;
+            match (side.p50, side.p99) {
+                (Some(p50), Some(p99)) => {
+                    let rate = side.figure;
+                    writeln!(f, "  {name:<6} {rate:>12.0}/s   p50 {p50:>9.0} us   p99 {p99:>9.0} us")?;
+                }
+                _ => writeln!(f, "  {name:<6} {:>12.0} bytes", side.figure)?,
+            }
         }
-        writeln!(
-            f,
-            "  ratio  {:.2}  [{:.2}..{:.2}]   {}",
-            self.ratio, self.spread[0], self.spread[1], self.note
-        )
+        let [least, most] = self.spread;
+        writeln!(f, "  ratio  {:.2}  [{least:.2}..{most:.2}]   {}", self.ratio, self.note)
+    }
+}
+
+/// What `--json` wrote into these files, as a table in Markdown.
+pub fn table(files: &[String]) -> String {
+    let mut table = String::from(
+        "| workload | store | bus | callers | ours | limit | ratio [runs] | p50 ours / limit | p99 ours / limit |\n\
+         |---|---|---|---:|---:|---:|---|---:|---:|\n",
+    );
+    for file in files {
+        let text = std::fs::read_to_string(file).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let rows = match serde_json::from_str(&text).unwrap_or_else(|error| panic!("{file}: {error}")) {
+            Value::Array(rows) => rows,
+            row => vec![row],
+        };
+        for row in rows {
+            table += &line(&row);
+        }
+    }
+    table
+}
+
+fn line(row: &Value) -> String {
+    let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    let [ours, limit] = ["ours", "limit"].map(|side| &row[side]);
+    let figure = |side: &Value| match side["p50_us"].is_null() {
+        true => format!("{} B", thousands(side["per_second"].as_f64().unwrap_or_default())),
+        false => format!("{}/s", thousands(side["per_second"].as_f64().unwrap_or_default())),
+    };
+    let both = |key: &str| match (ours[key].as_f64(), limit[key].as_f64()) {
+        (Some(ours), Some(limit)) => format!("{} / {}", duration(ours), duration(limit)),
+        _ => String::new(),
+    };
+    let number = |value: &Value| value.as_f64().unwrap_or_default();
+    format!(
+        "| {} | {} | {} | {} | {} | {} | **{:.2}** [{:.2}..{:.2}] | {} | {} |\n",
+        text("workload"),
+        text("store"),
+        text("bus"),
+        row["callers"],
+        figure(ours),
+        figure(limit),
+        number(&row["ratio"]),
+        number(&row["spread"][0]),
+        number(&row["spread"][1]),
+        both("p50_us"),
+        both("p99_us")
+    )
+}
+
+fn thousands(number: f64) -> String {
+    let digits = format!("{number:.0}");
+    let groups: Vec<_> = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy).collect();
+    groups.join(",")
+}
+
+fn duration(microseconds: f64) -> String {
+    match microseconds {
+        ..1_000.0 => format!("{microseconds:.0} µs"),
+        ..1_000_000.0 => format!("{:.1} ms", microseconds / 1e3),
+        _ => format!("{:.1} s", microseconds / 1e6),
     }
 }
 
 fn side<'a>(runs: impl Iterator<Item = &'a Run> + Clone) -> Side {
     let percentile = |percent: usize| {
-        median(
-            runs.clone()
-                .map(|run| {
-                    let mut latencies = run.latencies.clone();
-                    latencies.sort_unstable();
-                    let index = (latencies.len() * percent / 100).min(latencies.len() - 1);
-                    latencies[index].as_secs_f64() * 1e6
-                })
-                .collect(),
-        )
+        let each = runs.clone().filter(|run| !run.latencies.is_empty()).map(|run| {
+            let mut latencies = run.latencies.clone();
+            latencies.sort_unstable();
+            let index = (latencies.len() * percent / 100).min(latencies.len() - 1);
+            latencies[index].as_secs_f64() * 1e6
+        });
+        let each: Vec<_> = each.collect();
+        (!each.is_empty()).then(|| median(each))
     };
     Side {
-        per_second: median(runs.clone().map(Run::per_second).collect()),
+        figure: median(runs.clone().map(|run| run.figure).collect()),
         p50: percentile(50),
         p99: percentile(99),
     }

@@ -15,16 +15,15 @@ use crate::support::PostgresServer;
 /// The first argument of a node process.
 pub const NODE: &str = "scale-node";
 
-const NODES: usize = 4;
 const AGGREGATES: usize = 250;
 
-/// Four node processes, each with its own aggregates and `callers` callers, on a server whose every commit takes 2 ms
-/// longer, as on a slow disk or with a replica to wait for. The limit is one such process.
-pub async fn scale(plan: &Plan) -> Comparison {
+/// `nodes` processes, each with its own aggregates and `callers` callers, on a server whose every commit takes 2 ms longer, as
+/// on a slow disk or with a replica to wait for. The limit is one such process.
+pub async fn scale(plan: &Plan, nodes: usize) -> Comparison {
     let server = PostgresServer::start_with(&["commit_delay=2000", "commit_siblings=0"]).await;
     let limit = processes(plan, &server, 1).await;
-    let ours = processes(plan, &server, NODES).await;
-    Comparison { ours, limit, note: format!("{NODES} processes; the limit is one of them") }
+    let ours = processes(plan, &server, nodes).await;
+    Comparison { ours, limit, note: format!("{nodes} processes; the limit is one of them") }
 }
 
 async fn processes(plan: &Plan, server: &PostgresServer, count: usize) -> Run {

@@ -34,6 +34,30 @@ impl Store {
         }
     }
 
+    /// A full one that another process of the same environment has made, as [`place`](Self::place) says.
+    pub async fn existing(kind: StoreKind, place: &str) -> Self {
+        match kind {
+            StoreKind::Memory => Self::fresh(kind).await,
+            StoreKind::Sqlite => {
+                let directory = directory();
+                Store::Sqlite(SqliteStore::open(place).await.unwrap(), directory.into())
+            }
+            StoreKind::Postgres => {
+                let options = PostgresOptions::new().url(place).schema(POSTGRES_SCHEMA);
+                Store::Postgres(options.connect().await.unwrap())
+            }
+        }
+    }
+
+    /// Where another process finds it.
+    pub async fn place(&self) -> String {
+        match self {
+            Store::Memory(_) => String::new(),
+            Store::Sqlite(_, directory) => directory.path().join("events.db").to_str().unwrap().into(),
+            Store::Postgres(_) => postgres_url().await,
+        }
+    }
+
     pub fn port(&self) -> &dyn EventStore {
         match self {
             Store::Memory(store) => store,
@@ -84,4 +108,12 @@ pub async fn postgres() -> PgConnection {
 /// In the build directory, not in /tmp: that may be memory.
 pub fn directory() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// Leaves nothing on a server that is not ours.
+pub async fn clean() {
+    if std::env::var("DATABASE_URL").is_ok_and(|url| !url.is_empty()) {
+        let drop = format!("DROP SCHEMA IF EXISTS {POSTGRES_SCHEMA} CASCADE");
+        postgres().await.execute(sqlx::AssertSqlSafe(drop)).await.unwrap();
+    }
 }

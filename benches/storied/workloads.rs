@@ -2,16 +2,18 @@ use std::time::{Duration, Instant};
 
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{EncodeError, Filter, Metadata, NatsBus, NewEvent, Position, ReadLog, RecordedEvent, StreamId};
+use storied::{EncodeError, Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version};
 
 use crate::args::{Plan, StoreKind};
 use crate::domain::{Account, AccountCommand, AccountEvent, text};
 use crate::limits;
 use crate::measure::{Comparison, Run, closed_loop};
 use crate::stores::Store;
-use crate::support::{NatsOptions, NatsServer};
 
-const AGGREGATES: usize = 1_000;
+pub const AGGREGATES: usize = 1_000;
+
+/// How many each caller of `append` has.
+const STREAMS: usize = 100;
 
 /// `callers` callers over 1,000 live aggregates, one event a command.
 pub async fn commands(plan: &Plan) -> Comparison {
@@ -26,6 +28,32 @@ pub async fn hot(plan: &Plan) -> Comparison {
     let (ours, per_transaction) = execute(plan, 1).await;
     let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1, 1).await;
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
+}
+
+/// `callers` callers append `each` events at a time to streams of their own, straight into the store. The limit inserts as
+/// many rows a commit on as many connections; SQLite has one that writes.
+pub async fn append(plan: &Plan, each: usize) -> Comparison {
+    let store = Store::fresh(plan.store).await;
+    let event = AccountEvent::Entered { text: text(plan.payload) };
+    let codec = store.port().info().codec;
+    let appends = plan.events.div_ceil(each);
+    let append = |n: usize| {
+        let (caller, turn) = (n % plan.callers, n / plan.callers);
+        let stream = StreamId::new("account", format!("{caller}-{}", turn % STREAMS)).unwrap();
+        let expected = ExpectedVersion::Exact(Version::NONE.plus((turn / STREAMS * each) as u64));
+        let new = || NewEvent::encode(&event, codec, &Metadata::default()).unwrap();
+        let append = Append::one(stream, expected, (0..each).map(|_| new()).collect());
+        let store = store.clone();
+        async move {
+            for answer in store.port().append(vec![append]).await {
+                answer.unwrap();
+            }
+        }
+    };
+    let run = closed_loop(plan.callers, appends, append).await;
+    let ours = run.of(each);
+    let limit = inserts(plan, each, plan.callers).await;
+    Comparison { ours, limit, note: "latencies are of an append".into() }
 }
 
 /// The first command on an aggregate with a long stream and no snapshot. The limit reads the rows.
@@ -56,30 +84,7 @@ pub async fn catchup(plan: &Plan) -> Comparison {
     Comparison { ours, limit: read(plan, &store).await, note: String::new() }
 }
 
-/// A full log into a new mirror in JetStream, until all of it is confirmed. The limit is async-nats with messages alike.
-pub async fn publish(plan: &Plan) -> Comparison {
-    let server = NatsServer::start(NatsOptions::jetstream()).await;
-    let store = Store::fresh(plan.store).await;
-    store.fill(plan, AGGREGATES).await;
-    let head = store.port().frontier().await.unwrap();
-    let bus = NatsBus::jetstream(server.url());
-    bus.connect().await.unwrap();
-    let start = Instant::now();
-    let runtime = store.builder().bus(bus.clone()).start().await.unwrap();
-    while runtime.status().await.publisher.published != Some(head) {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    let ours = Run::whole(plan.events, start.elapsed());
-    runtime.shutdown().await.unwrap();
-    let limit = limits::jetstream_publishes(plan, &bus.client().await.unwrap()).await;
-    Comparison {
-        ours,
-        limit,
-        note: "256 in flight, the expected sequence in each, the limit's as well".into(),
-    }
-}
-
-struct Bytes(usize);
+pub struct Bytes(pub usize);
 
 impl Projection for Bytes {
     type Transaction = ();
@@ -99,7 +104,7 @@ impl Projection for Bytes {
     }
 }
 
-async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
+pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
     let store = Store::fresh(plan.store).await;
     let runtime = store.builder().aggregate::<Account>().start().await.unwrap();
     let look = |n: usize| {
@@ -156,10 +161,12 @@ async fn memory_appends(plan: &Plan, per_transaction: usize) -> Run {
     Run::new(transactions * per_transaction, start.elapsed(), latencies)
 }
 
-async fn read(plan: &Plan, store: &Store) -> Run {
+pub async fn read(plan: &Plan, store: &Store) -> Run {
     match store {
-        Store::Sqlite(_, directory) => limits::sqlite_read(plan, &directory.path().join("events.db")).await,
-        Store::Postgres(_) => limits::postgres_read(plan).await,
+        Store::Sqlite(_, directory) => {
+            limits::sqlite_read(plan.events, &directory.path().join("events.db")).await
+        }
+        Store::Postgres(_) => limits::postgres_read(plan.events).await,
         Store::Memory(_) => {
             let start = Instant::now();
             let page =

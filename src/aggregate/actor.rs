@@ -15,8 +15,9 @@ use super::fold::{CommandRecord, Folded, panic_message};
 use super::options::AggregateOptions;
 use super::{Aggregate, Context, ExecuteError, Receipt};
 use crate::codec::{from_cbor, to_cbor};
-use crate::event::{EncodeError, EventTypes, Metadata, NewEvent, StreamId, Version};
+use crate::event::{EncodeError, Event, EventTypes, Metadata, NewEvent, StreamId, Version};
 use crate::store::{AppendError, Chain, EventStore, ExpectedVersion, Outcome, Submission, Writer};
+use crate::telemetry::trace::CommandSpan;
 
 /// CBOR's null: a reply without content (`()`), which is not stored.
 const NO_REPLY: [u8; 1] = [0xf6];
@@ -39,6 +40,7 @@ pub(crate) struct Order<A: Aggregate> {
     pub(crate) now: DateTime<Utc>,
     /// How often it was decided.
     pub(crate) attempts: u32,
+    pub(crate) span: CommandSpan,
     /// Its place in the router's limit of commands under way; given back with the answer.
     pub(crate) _permit: OwnedSemaphorePermit,
     pub(crate) reply: RpcReplyPort<Answer<A>>,
@@ -71,6 +73,7 @@ pub(super) struct Shared<A: Aggregate> {
     pub(super) snapshots: Arc<Semaphore>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "half of the messages are the large one")]
 pub(super) enum AggregateMessage<A: Aggregate> {
     /// Decide on a command. `Load` counts it as under way on this aggregate until it is dropped.
     Execute(Order<A>, Load),
@@ -109,6 +112,8 @@ struct Pending<A: Aggregate> {
     order: Order<A>,
     load: Load,
     decided: Decided<A>,
+    /// From here to the end of its append.
+    _append: Option<Box<tracing::Span>>,
     /// The same command dispatched again meanwhile: gets the same answer.
     repeated: Vec<(Order<A>, Load)>,
 }
@@ -216,6 +221,9 @@ impl<A: Aggregate> AggregateActor<A> {
             }
         }
         order.attempts += 1;
+        if order.attempts > 1 {
+            self.shared.writer.metrics().decided_again(A::Event::CATEGORY);
+        }
         let decision =
             catch_unwind(AssertUnwindSafe(|| self.decide(&order, folded))).unwrap_or_else(|panic| {
                 Err(ExecuteError::Panicked { stream: self.stream.clone(), message: panic_message(&*panic) })
@@ -232,7 +240,8 @@ impl<A: Aggregate> AggregateActor<A> {
             }
         };
         let expected = folded.version;
-        let pending = Pending { order, load, decided, repeated: Vec::new() };
+        let _append = order.span.append(events.len());
+        let pending = Pending { order, load, decided, _append, repeated: Vec::new() };
         if events.is_empty() {
             if !state.pending.is_empty() {
                 return state.pending.push_back(pending);
@@ -290,6 +299,7 @@ impl<A: Aggregate> AggregateActor<A> {
                 actual: version,
             }));
         }
+        let _span = order.span.decide(order.attempts);
         let context =
             Context::new(&self.stream, folded.version, order.command_id, &order.metadata, order.now);
         let decision = match folded.state.handle(&order.command, &context) {

@@ -157,6 +157,28 @@ impl<E> ExecuteError<E> {
         }
     }
 
+    /// What kind of error it is, in one word.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            ExecuteError::Rejected(_) => "rejected",
+            ExecuteError::ExpectedVersion { .. } => "expected_version",
+            ExecuteError::Contended { .. } => "contended",
+            ExecuteError::Overloaded { .. } => "overloaded",
+            ExecuteError::Panicked { .. } => "panicked",
+            ExecuteError::Unreadable(_) => "unreadable",
+            ExecuteError::Unwritable(_) => "unwritable",
+            ExecuteError::InvalidId { .. } => "invalid_id",
+            ExecuteError::Store(error) => error.kind(),
+            ExecuteError::OutcomeUnknown { .. } => "outcome_unknown",
+            ExecuteError::NoHandler { .. } => "no_handler",
+            ExecuteError::Unavailable { .. } => "unavailable",
+            ExecuteError::Refused { .. } => "refused",
+            ExecuteError::SameId { .. } => "same_id",
+            ExecuteError::Failed { .. } => "failed",
+            ExecuteError::ShuttingDown => "shutting_down",
+        }
+    }
+
     pub(crate) fn timed_out(command_id: Uuid, timeout: Duration) -> Self {
         Self::OutcomeUnknown { command_id, reason: format!("no answer within {timeout:?}") }
     }

@@ -20,16 +20,17 @@ mod subscribe;
 mod subscription;
 mod wire;
 
+use std::borrow::Cow;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_nats::Client;
 use tokio::sync::{Mutex, watch};
 use uuid::Uuid;
 
-use self::connection::Connection;
 pub use self::connection::NatsEvent;
+use self::connection::{Connection, Watch};
 use self::core_nats::CorePublisher;
 use self::follow::NatsFollower;
 pub use self::inspect::{
@@ -52,6 +53,9 @@ use super::{
     BusError, BusPublisher, BusScope, BusState, BusSubscription, DurableSubscription, EventBus, Follow,
 };
 use crate::future::BoxFuture;
+use crate::telemetry::Metrics;
+#[cfg(feature = "otel")]
+use crate::telemetry::Telemetry;
 
 /// How long [`NatsBus::disconnect`] waits for what is on its way.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -87,8 +91,14 @@ pub struct NatsBus {
 struct Inner {
     options: NatsOptions,
     names: Names,
+    /// What events are in, for those who watch: the stream, or the namespace.
+    place: String,
     slot: Mutex<Slot>,
     state: watch::Sender<BusState>,
+    /// What the connection is for.
+    role: &'static str,
+    /// Set before the first connection: by the options, a runtime, or the global provider.
+    metrics: OnceLock<Metrics>,
 }
 
 /// Where the connection is.
@@ -121,10 +131,25 @@ impl NatsBus {
         NatsOptions::jetstream(JetStreamOptions::new()).url(url).bus()
     }
 
-    fn new(options: NatsOptions) -> Self {
+    fn new(options: NatsOptions, role: &'static str) -> Self {
         let state = watch::Sender::new(BusState::Idle);
         let names = options.names();
-        Self { inner: Arc::new(Inner { options, names, slot: Mutex::new(Slot::Empty), state }) }
+        let metrics = options.metrics.clone().map(OnceLock::from).unwrap_or_default();
+        let place = match &options.driver {
+            Driver::JetStream(options) => options.name(names.namespace()),
+            Driver::Core => names.namespace().to_owned(),
+        };
+        let slot = Mutex::new(Slot::Empty);
+        Self { inner: Arc::new(Inner { options, names, place, slot, state, role, metrics }) }
+    }
+
+    /// Where its metrics go.
+    fn metrics(&self) -> &Metrics {
+        self.inner.metrics()
+    }
+
+    fn place(&self) -> &str {
+        &self.inner.place
     }
 
     /// Connects now instead of at the first use; also after [`disconnect`](Self::disconnect). Nothing happens when there is
@@ -184,6 +209,14 @@ impl NatsBus {
 }
 
 impl Inner {
+    fn metrics(&self) -> &Metrics {
+        #[cfg(feature = "otel")]
+        let usual = || Metrics::of(&Telemetry::global());
+        #[cfg(not(feature = "otel"))]
+        let usual = Metrics::default;
+        self.metrics.get_or_init(usual)
+    }
+
     async fn open(&self, slot: &mut Slot) -> Result<Arc<Connection>, BusError> {
         match slot {
             Slot::Open(connection) => return Ok(connection.clone()),
@@ -192,7 +225,8 @@ impl Inner {
         }
         self.options.check()?;
         self.names.check()?;
-        match Connection::open(&self.options, &self.state).await {
+        let watch = Watch { role: self.role, metrics: self.metrics().clone() };
+        match Connection::open(&self.options, &self.state, watch).await {
             Ok(connection) => {
                 let connection = Arc::new(connection);
                 *slot = Slot::Open(connection.clone());
@@ -212,6 +246,16 @@ impl EventBus for NatsBus {
             Driver::Core => "nats-core",
             Driver::JetStream(_) => "nats-jetstream",
         }
+    }
+
+    fn destination(&self) -> Cow<'static, str> {
+        self.place().to_owned().into()
+    }
+
+    #[cfg(feature = "otel")]
+    fn observe(&self, telemetry: &Telemetry) {
+        // Somebody may have said it before.
+        let _ = self.inner.metrics.set(Metrics::of(telemetry));
     }
 
     fn scope(&self) -> BusScope {

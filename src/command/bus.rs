@@ -20,6 +20,7 @@ use super::{Dispatched, ExecuteError};
 use crate::codec::to_cbor;
 use crate::event::{EncodeError, Metadata, Position};
 use crate::future::BoxFuture;
+use crate::telemetry::Metrics;
 
 #[cfg(feature = "nats")]
 use super::nats::{NatsCommands, NatsNode};
@@ -156,6 +157,7 @@ pub enum CommandBusStatus {
 /// What gives commands holds this.
 pub(crate) struct Commands {
     policy: Policy,
+    metrics: Metrics,
     /// Set before the runtime has started.
     registry: OnceLock<Registry>,
     follow: OnceLock<Box<dyn Follow>>,
@@ -175,9 +177,10 @@ pub(super) enum Way {
 }
 
 impl Commands {
-    pub(crate) fn new(policy: Policy) -> Arc<Self> {
+    pub(crate) fn new(policy: Policy, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {
             policy,
+            metrics,
             registry: OnceLock::new(),
             follow: OnceLock::new(),
             closing: AtomicBool::new(false),
@@ -219,6 +222,10 @@ impl Commands {
 
     pub(crate) fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     pub(crate) fn status(&self) -> CommandBusStatus {

@@ -7,9 +7,12 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::ExecuteError;
+use super::bus::Commands;
 use super::envelope::{Deadline, Envelope};
 use super::handler::{GiveWay, give_way};
 use crate::future::BoxFuture;
+use crate::telemetry::Metrics;
+use crate::telemetry::trace::CommandSpan;
 
 /// A command that was accepted: await it for the receipt. Dropping it does not take the command back.
 #[must_use = "await it for the receipt; a refusal that nobody hears only leaves a log line"]
@@ -18,6 +21,51 @@ pub struct Dispatched<T, E> {
     answer: BoxFuture<'static, (Result<T, ExecuteError<E>>, Duration)>,
     /// The worker's place of the handler that gave the command.
     place: Option<Arc<dyn GiveWay>>,
+    watched: Option<Watched>,
+}
+
+/// What is told of a command to whoever watches: its span, and how long it took.
+pub(super) struct Watched {
+    name: &'static str,
+    span: CommandSpan,
+    metrics: Metrics,
+    started: Instant,
+}
+
+impl Watched {
+    /// Begins the span. What travels with the command names it from now on.
+    pub(super) fn new(
+        commands: &Commands,
+        name: &'static str,
+        key: Option<&str>,
+        envelope: &mut Envelope,
+    ) -> Self {
+        let span = CommandSpan::given(name, key, envelope.id, &mut envelope.metadata);
+        Self { name, span, metrics: commands.metrics().clone(), started: Instant::now() }
+    }
+
+    pub(super) fn span(&self) -> CommandSpan {
+        self.span.clone()
+    }
+
+    /// It was handed over, or not; in the one case it ends with its answer.
+    pub(super) fn over<T, E>(
+        self,
+        given: Result<Dispatched<T, E>, ExecuteError<E>>,
+    ) -> Result<Dispatched<T, E>, ExecuteError<E>> {
+        match given {
+            Ok(dispatched) => Ok(Dispatched { watched: Some(self), ..dispatched }),
+            Err(error) => {
+                self.ended(Some(error.kind()));
+                Err(error)
+            }
+        }
+    }
+
+    fn ended(self, error: Option<&'static str>) {
+        self.span.ended(error);
+        self.metrics.command(self.name, self.started.elapsed(), error);
+    }
 }
 
 /// How a command ended.
@@ -37,7 +85,7 @@ impl<T, E> Dispatched<T, E> {
         command_id: Uuid,
         answer: impl Future<Output = (Result<T, ExecuteError<E>>, Duration)> + Send + 'static,
     ) -> Self {
-        Self { command_id, answer: Box::pin(answer), place: None }
+        Self { command_id, answer: Box::pin(answer), place: None, watched: None }
     }
 
     pub(super) fn within(mut self, place: Option<Arc<dyn GiveWay>>) -> Self {
@@ -76,6 +124,9 @@ impl<T, E> Dispatched<T, E> {
     /// Waits for the end, and says how long it took as well.
     pub async fn report(self) -> Report<T, E> {
         let (result, runtime) = give_way(self.place, self.answer).await;
+        if let Some(watched) = self.watched {
+            watched.ended(result.as_ref().err().map(ExecuteError::kind));
+        }
         Report { command_id: self.command_id, runtime, result }
     }
 }

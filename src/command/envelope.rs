@@ -119,7 +119,8 @@ macro_rules! envelope_setters {
             self
         }
 
-        /// The W3C `traceparent` of the caller.
+        /// The W3C `traceparent` of the caller: the command's span belongs under it. Not needed where the caller's span is the
+        /// current one.
         pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
             self.envelope.metadata.traceparent = Some(traceparent.into());
             self

@@ -6,6 +6,7 @@ use ractor::concurrency::oneshot;
 use tokio::time::Instant;
 
 use super::bus::{Commands, Way, watched};
+use super::dispatched::Watched;
 use super::envelope::{Envelope, envelope_setters};
 use super::follow::ExecuteAndFollow;
 use super::handler::{GiveWay, give_way};
@@ -16,6 +17,7 @@ use crate::codec::fingerprint;
 use crate::event::{EncodeError, Event, StreamId};
 use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
+use crate::telemetry::trace::CommandSpan;
 
 /// A command that is about to be executed: await it for the receipt, or set more before.
 ///
@@ -73,7 +75,14 @@ impl<A: Aggregate> Execute<A> {
         Ok(give_way(place.clone(), self.hand_over(true)).await?.within(place))
     }
 
-    async fn hand_over(self, prompt: bool) -> Result<Pending<A>, ExecuteError<A::Error>> {
+    async fn hand_over(mut self, prompt: bool) -> Result<Pending<A>, ExecuteError<A::Error>> {
+        let name = <A::Event as Event>::CATEGORY;
+        let watched = Watched::new(&self.commands, name, Some(&self.id), &mut self.envelope);
+        let given = self.send(prompt, watched.span()).await;
+        watched.over(given)
+    }
+
+    async fn send(self, prompt: bool, span: CommandSpan) -> Result<Pending<A>, ExecuteError<A::Error>> {
         let Self { commands, id: key, command, envelope, expected, place: _ } = self;
         let category = <A::Event as Event>::CATEGORY;
         let (started, deadline) = (Instant::now(), envelope.deadline());
@@ -98,6 +107,7 @@ impl<A: Aggregate> Execute<A> {
                         deadline: deadline.instant(),
                         now: Utc::now(),
                         attempts: 0,
+                        span,
                         _permit: permit,
                         reply: reply.into(),
                     };

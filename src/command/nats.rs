@@ -200,7 +200,8 @@ impl NatsNode {
             draining: watch::Sender::new(false),
             ended: AtomicBool::new(false),
         });
-        let line = Arc::new(Line::new(options));
+        let metrics = shared.commands.upgrade().map(|commands| commands.metrics().clone());
+        let line = Arc::new(Line::new(options, metrics.unwrap_or_default()));
         let task = Task::spawn(run(shared.clone(), line.clone()));
         let mut link = shared.link.subscribe();
         // Commands that come right behind the start find the others, if there is a server at all.

@@ -20,6 +20,7 @@ use crate::aggregate::{Aggregate, Order, Router, RouterStatus};
 use crate::codec::{fingerprint, from_cbor, to_cbor};
 use crate::event::{Event, Metadata};
 use crate::future::BoxFuture;
+use crate::telemetry::trace::CommandSpan;
 
 /// A part of the runtime that can be started again.
 pub(crate) trait Respawn: Send + Sync {
@@ -200,8 +201,9 @@ impl<A: Aggregate> Endpoint for Router<A> {
         admit_by: Instant,
     ) -> BoxFuture<'a, Result<Answering, Failure>> {
         Box::pin(async move {
-            let (command, metadata) = contents::<A::Command>(&frame)?;
+            let (command, mut metadata) = contents::<A::Command>(&frame)?;
             let key = frame.key.clone().unwrap_or_default();
+            let span = CommandSpan::taken(&frame.name, Some(&key), frame.id, &mut metadata);
             let info = CommandInfo { name: &frame.name, key: Some(&key), id: frame.id, metadata: &metadata };
             filtered(commands, &info)?;
             let stream = match self.stream(&key) {
@@ -225,6 +227,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 deadline: deadline.instant(),
                 now: Utc::now(),
                 attempts: 0,
+                span: span.clone(),
                 _permit: permit,
                 reply: reply.into(),
             };
@@ -236,6 +239,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 let answer = answer.await.unwrap_or_else(|_| {
                     Err(ExecuteError::OutcomeUnknown { command_id: id, reason: STOPPED.into() })
                 });
+                span.ended(answer.as_ref().err().map(ExecuteError::kind));
                 let info = CommandInfo { name: &frame.name, key: Some(&key), id, metadata: &metadata };
                 policy.end(&info, started.elapsed(), &answer);
                 tell_receipt(answer)
@@ -269,8 +273,9 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
         admit_by: Instant,
     ) -> BoxFuture<'a, Result<Answering, Failure>> {
         Box::pin(async move {
-            let (command, metadata) = contents::<H::Command>(&frame)?;
+            let (command, mut metadata) = contents::<H::Command>(&frame)?;
             let key = H::key(&command);
+            let span = CommandSpan::taken(H::NAME, key.as_deref(), frame.id, &mut metadata);
             let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
             filtered(commands, &info)?;
             let fingerprint = Uuid::from_u128(content(&frame)?);
@@ -285,6 +290,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
                 fingerprint,
                 key: key.clone(),
                 deadline: deadline.instant(),
+                span: span.clone(),
             };
             let answer = match self.hand_over(job, permit) {
                 Ok(answer) => answer,
@@ -295,6 +301,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
                 let answer = answer.await.unwrap_or_else(|_| {
                     Err(ExecuteError::OutcomeUnknown { command_id: id, reason: STOPPED.into() })
                 });
+                span.ended(answer.as_ref().err().map(ExecuteError::kind));
                 let info = CommandInfo { name: H::NAME, key: key.as_deref(), id, metadata: &metadata };
                 policy.end(&info, started.elapsed(), &answer);
                 tell_handled(answer)

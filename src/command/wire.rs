@@ -318,3 +318,52 @@ pub(crate) fn read_reply<R: DeserializeOwned, E>(reply: &[u8], id: Uuid) -> Resu
         reason: format!("it did take effect, but its reply cannot be read: {error}"),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> String {
+        match from_cbor::<T>(bytes) {
+            Ok(value) => {
+                assert!(from_cbor::<T>(&to_cbor(&value).unwrap()).is_ok());
+                "one".into()
+            }
+            Err(error) => error,
+        }
+    }
+
+    #[test]
+    fn no_frame_makes_the_reader_panic() {
+        let failure = Failure { details: vec![1], number: 7, ..Failure::new(Code::Rejected, "no") };
+        let frame = |key, deadline, expected| CommandFrame {
+            format: FORMAT,
+            id: Uuid::now_v7(),
+            kind: Kind::Aggregate,
+            name: "order".into(),
+            key,
+            payload: vec![0xa0],
+            metadata: vec![0xa0],
+            expected,
+            deadline,
+            attempt: 2,
+            prompt: true,
+        };
+        let frames =
+            [frame(Some("é".into()), Some(u64::MAX), Expected::Exact(3)), frame(None, None, Expected::Any)];
+        let done = Done { reply: vec![0xf6], duplicate: true, version: 1, position: 2, events: 3 };
+        let says = [
+            Says::Accepted,
+            Says::Alive,
+            Says::Refused(failure.clone()),
+            Says::Executed(Answered { runtime: 5, outcome: Outcome::Done(done) }),
+            Says::Executed(Answered { runtime: 5, outcome: Outcome::Error(failure) }),
+        ];
+        let replies = says.map(|says| Reply { format: FORMAT, incarnation: Uuid::now_v7(), says });
+        let frames = frames.iter().map(to_cbor);
+        let seeds = frames.chain(replies.iter().map(to_cbor)).map(Result::unwrap).collect();
+        crate::fuzz::fuzz("a command's frames", seeds, |bytes| {
+            [told::<CommandFrame>(bytes), told::<Reply>(bytes), told::<Outcome>(bytes)].join("; ")
+        });
+    }
+}

@@ -19,10 +19,10 @@ pub struct Metadata {
     /// The command or event that made somebody give the command that caused this event. Absent: it came from outside.
     #[serde(rename = "causation", default, skip_serializing_if = "Option::is_none")]
     pub causation_id: Option<Uuid>,
-    /// W3C trace context: the `traceparent` header, unchanged.
+    /// W3C trace context: the `traceparent` header of the command's span; without one, as the caller gave it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
-    /// W3C trace context: the `tracestate` header, unchanged.
+    /// W3C trace context: the `tracestate` header, likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tracestate: Option<String>,
     /// The user's own entries: who asked, for which tenant, from where.
@@ -48,5 +48,31 @@ impl Metadata {
     /// Reads what [`encode`](Self::encode) wrote, or an older version of it.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         crate::codec::from_cbor(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_bytes_make_the_reader_panic() {
+        let full = Metadata {
+            correlation_id: Some(Uuid::now_v7()),
+            causation_id: Some(Uuid::now_v7()),
+            traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
+            tracestate: Some("vendor=1".into()),
+            user: [("tenant".to_owned(), "é".to_owned())].into(),
+            reply: vec![1, 2, 3],
+            content: Some(u64::MAX),
+        };
+        let seeds = [full, Metadata::default()].map(|metadata| metadata.encode().unwrap().to_vec());
+        crate::fuzz::fuzz("metadata", seeds.into(), |bytes| match Metadata::decode(bytes) {
+            Ok(metadata) => {
+                assert_eq!(Metadata::decode(&metadata.encode().unwrap()), Ok(metadata));
+                "some".into()
+            }
+            Err(error) => error,
+        });
     }
 }

@@ -64,6 +64,7 @@ impl StreamId {
     }
 
     /// Rebuilds what a store wrote after [`new`](Self::new) had checked it.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn stored(category: Category, id: Arc<str>) -> Self {
         Self { category, id }
     }

@@ -17,6 +17,8 @@ pub(super) enum Control {
     Trigger(Reply),
     /// Builds the next version beside the live one.
     Rebuild(Reply),
+    /// Gives that up.
+    CancelRebuild(Reply),
     RetryParked(Box<RecordedEvent>, Reply),
 }
 

@@ -18,6 +18,7 @@ use crate::lease::{Board, HeldLease, Sight, View};
 use crate::partition::Partition;
 use crate::store::EventStore;
 use crate::supervised::{Inbox, Work};
+use crate::telemetry::Metrics;
 
 /// How often at most the sum of the partitions' states is told.
 const SUM: Duration = Duration::from_millis(10);
@@ -43,6 +44,7 @@ pub(super) struct Group {
     pub(super) board: Board,
     pub(super) node: Uuid,
     pub(super) lease: Duration,
+    pub(super) metrics: Metrics,
     pub(super) status: watch::Sender<ProjectionStatus>,
 }
 
@@ -130,7 +132,7 @@ impl Group {
             if view.owner(&name).is_some_and(|owner| owner != self.node) {
                 continue;
             }
-            match HeldLease::take(&self.store, &name, self.node, self.lease).await {
+            match HeldLease::take(&self.store, &name, self.node, self.lease, &self.metrics).await {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = self.name,

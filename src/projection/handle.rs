@@ -13,7 +13,7 @@ use super::shape::Shape;
 use super::{ProjectionState, ProjectionStatus, RebuildStatus, WaitError};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
-use crate::store::{EventStore, ParkedEvent, ReadLog, StoreError};
+use crate::store::{EventStore, Filter, ParkedEvent, ReadLog, StoreError};
 use crate::supervised::{AskError, StopError, Supervised};
 use crate::time::after;
 
@@ -207,6 +207,33 @@ impl ProjectionHandle {
         self.ask(0, Control::Trigger).await
     }
 
+    /// [Triggers](Self::trigger) it if something waits for it that matches `filter`; whether that is so. The filter decides whether,
+    /// and not what: what lies between is applied as well, since what is passed over would never be.
+    ///
+    /// # Errors
+    /// As [`trigger`](Self::trigger), and when the read model or the log cannot be read.
+    pub async fn trigger_for(&self, filter: Filter) -> Result<bool, ControlError> {
+        self.prepared().await?;
+        let mut after = None;
+        for part in 0..self.count() {
+            let position = self.progress.checkpoint(&self.row(part)).await?.position;
+            after = Some(after.map_or(position, |after: Position| after.min(position)));
+        }
+        let mut after = after.unwrap_or_default();
+        loop {
+            let read = ReadLog::after(after).filter(filter.clone()).limit(1);
+            let page = self.store.read_log(read).await?;
+            if !page.events.is_empty() {
+                self.trigger().await?;
+                return Ok(true);
+            }
+            if !page.has_more() {
+                return Ok(false);
+            }
+            after = page.scanned_to;
+        }
+    }
+
     /// Builds the read model anew beside the live one, in its next [version](super::Target::version): from any node, also after
     /// the node that does it has died. When it has caught up it takes the place of the live one at once (see
     /// [`Projection::go_live`](super::Projection::go_live)); the tables of the old one stay, and are yours to drop. Nothing happens if one is being built
@@ -217,6 +244,17 @@ impl ProjectionHandle {
     /// ([`Projection::reset`](super::Projection::reset)). Otherwise as [`pause`](Self::pause).
     pub async fn rebuild(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Rebuild).await
+    }
+
+    /// Gives up a rebuild beside the live read model: from any node, whichever one does it, and whether that one lives. Nobody
+    /// writes to the version that was being built any more, and what it has is dropped ([`Projection::discard`](super::Projection::discard)); a
+    /// later [`rebuild`](Self::rebuild) builds that version from the start of the log. Nothing else happens if none is being built: a
+    /// rebuild that was put in place at the same moment stays there.
+    ///
+    /// # Errors
+    /// As [`rebuild`](Self::rebuild). When only the dropping failed, the rebuild is over nevertheless; a second call drops it.
+    pub async fn cancel_rebuild(&self) -> Result<(), ControlError> {
+        self.ask(0, Control::CancelRebuild).await
     }
 
     /// How a rebuild beside the live read model is getting on, as far as this node knows; `None` when there is none.
@@ -317,6 +355,7 @@ impl ProjectionHandle {
     }
 
     /// Ends as a crash of the process would end it.
+    #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         for part in self.all() {
             part.actor.kill();

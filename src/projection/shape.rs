@@ -36,6 +36,11 @@ impl Versions {
         Checkpoint { epoch: self.live, mark: self.rebuilt.unwrap_or(0), ..found }
     }
 
+    /// The one that is built when somebody wants that.
+    pub(super) fn next(self) -> u64 {
+        self.live + 1
+    }
+
     /// The one to work on.
     pub(super) fn of(self, role: Role) -> Option<u64> {
         match role {
@@ -198,6 +203,11 @@ impl Shape {
         Self { name: name.to_owned(), partitions }
     }
 
+    /// As the read model was cut when it was begun.
+    pub(super) async fn as_recorded(&self, read_model: &impl ReadModel) -> Result<Self, StoreError> {
+        Ok(Self::of(read_model.checkpoint(&self.record()).await?.mark, &self.name))
+    }
+
     /// What is recorded of how far a row was delivered, and how far it was.
     async fn delivered<R: ReadModel>(
         &self,
@@ -222,7 +232,7 @@ impl Shape {
         StoreError::Incompatible {
             expected: self.pieces(self.mark()),
             found: format!("{}, and version {version} of it being rebuilt", self.pieces(found)),
-            advice: "go back to that number of partitions until the rebuild is done, and reset the projection then".into(),
+            advice: "cancel the rebuild, or go back to that number of partitions until it is done, and reset the projection then".into(),
         }
     }
 

@@ -101,14 +101,16 @@ where
             }
         }
     }
-    let Surroundings { store, supervisor, board, node, .. } = surroundings;
+    let Surroundings { store, supervisor, board, node, metrics, .. } = surroundings;
     let group = if seats.is_empty() {
         None
     } else {
         let seats: Arc<[Seat]> = seats.into();
         let (sender, status) = watch::channel(sum(&seats, &shape, None));
         let (name, shape, store, lease) = (name.clone(), shape.clone(), store.clone(), options.lease);
-        let group = Arc::new(Group { name, shape, seats, store, board, node, lease, status: sender });
+        let status_of = sender;
+        let group =
+            Arc::new(Group { name, shape, seats, store, board, node, lease, metrics, status: status_of });
         let actor = Supervised::spawn(group.clone(), supervisor).await?;
         Some(Grouped { group, actor, status })
     };

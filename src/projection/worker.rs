@@ -17,6 +17,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
+use tracing::Instrument;
 
 use self::batch::BatchSize;
 use self::context::Context;
@@ -34,6 +35,7 @@ use crate::event::{Position, RecordedEvent};
 use crate::lease::HeldLease;
 use crate::store::{Checkpoint, ReadLog, StoreError};
 use crate::supervised::Inbox;
+use crate::telemetry::trace;
 
 /// How often a projection writes a checkpoint that only moved over what is not for it.
 const TICK: Duration = Duration::from_secs(1);
@@ -139,6 +141,16 @@ struct Run<'a, P, R> {
     look_at: Instant,
     /// Where it was when it last looked how old what comes next is.
     dated: Option<Position>,
+}
+
+const LOST: &str = "the lease was lost, or could not be renewed in time";
+
+/// Waits for it; for ever if there is none. Cancel-safe.
+async fn lost(loss: Option<impl Future<Output = ()>>) {
+    match loss {
+        Some(loss) => loss.await,
+        None => std::future::pending().await,
+    }
 }
 
 /// What ended a wait.
@@ -305,7 +317,17 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.follow().await;
         }
         match self.pending.take() {
-            Some(pending) => self.apply_pending(saved, pending).await,
+            Some(pending) => {
+                let events = pending.events.iter().take(self.size.get());
+                let span = trace::apply(&self.context.name, events.len(), events);
+                // Nobody waits for a database that hangs longer than another node waits for this one.
+                let loss = self.lease.as_ref().map(HeldLease::loss);
+                tokio::select! {
+                    biased;
+                    () = self.apply_pending(saved, pending).instrument(span) => {}
+                    () = lost(loss) => self.step_down(LOST),
+                }
+            }
             None if self.source == Source::Store => self.read().await,
             None => self.follow().await,
         }
@@ -355,7 +377,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Heard::Round => {}
             Heard::News => self.look().await,
             Heard::Control(control) => self.control(control).await,
-            Heard::LeaseLost => self.step_down("the lease was lost, or could not be renewed in time"),
+            Heard::LeaseLost => self.step_down(LOST),
         }
         None
     }
@@ -366,7 +388,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.tick_at = Instant::now() + if others_wait { PARTITION_TICK } else { TICK };
         // What the board showed when this was last told something may have been passed over as too old.
         self.look().await;
-        self.flush().await;
+        let loss = self.lease.as_ref().map(HeldLease::loss);
+        tokio::select! {
+            biased;
+            () = self.flush() => {}
+            () = lost(loss) => return self.step_down(LOST),
+        }
         self.knows_of(self.context.feed.position());
         if self.lease.is_some() || !self.read_model.shared() {
             self.date().await;

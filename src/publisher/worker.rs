@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,12 +8,14 @@ use uuid::Uuid;
 
 use super::{PublisherOptions, PublisherState, PublisherStatus};
 use crate::backoff::Backoff;
-use crate::bus::{BusError, BusPublisher, BusScope, EventBus, MirrorEnd, Resume};
+use crate::bus::{BusError, BusPublisher, BusScope, EventBus, LogBatch, MirrorEnd, Resume};
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
 use crate::lease::HeldLease;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ReadLog, StoreError};
 use crate::supervised::{Inbox, Work};
+use crate::telemetry::trace::{self, Destination, Publishing};
+use crate::telemetry::{Metrics, Timer};
 use crate::time::after;
 
 /// The name of both the lease and the checkpoint.
@@ -37,6 +40,7 @@ struct Shared {
     bus: Arc<dyn EventBus>,
     options: PublisherOptions,
     node: Uuid,
+    metrics: Metrics,
     status: watch::Sender<PublisherStatus>,
 }
 
@@ -66,12 +70,35 @@ enum Interruption {
     LeaseLost,
 }
 
+impl Interruption {
+    /// In one word.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Bus(error) => error.kind(),
+            Self::Store(error) => error.kind(),
+            Self::Checkpoint(_) => "checkpoint",
+            Self::Ahead { .. } => "ahead",
+            Self::Diverged { .. } => "diverged",
+            Self::LeaseLost => "lease_lost",
+        }
+    }
+}
+
+/// A batch on its way to the bus.
+struct Sending {
+    name: Cow<'static, str>,
+    events: usize,
+    spans: Publishing,
+    timer: Timer,
+}
+
 impl PublisherWork {
     pub(super) fn new(
         store: Arc<dyn EventStore>,
         bus: Arc<dyn EventBus>,
         options: PublisherOptions,
         node: Uuid,
+        metrics: Metrics,
     ) -> (Self, watch::Receiver<PublisherStatus>) {
         let (status, receiver) = watch::channel(PublisherStatus {
             bus: bus.name(),
@@ -80,7 +107,7 @@ impl PublisherWork {
             head: Position::START,
             last_error: None,
         });
-        (Self { shared: Arc::new(Shared { store, bus, options, node, status }) }, receiver)
+        (Self { shared: Arc::new(Shared { store, bus, options, node, metrics, status }) }, receiver)
     }
 }
 
@@ -111,6 +138,23 @@ impl Shared {
             status.state = state;
             news
         });
+    }
+
+    /// Tells those who watch that a batch is on its way.
+    fn begin(&self, batch: &LogBatch) -> Sending {
+        let (name, events) = (self.bus.destination(), batch.events.len());
+        let to = Destination { system: trace::system(self.bus.name()), name: &name };
+        let spans = Publishing::begin(to, &batch.events);
+        Sending { name, events, spans, timer: Timer::start() }
+    }
+
+    /// … and that it is not any more.
+    fn ended(&self, sending: Sending, error: Option<&Interruption>) {
+        let Sending { name, events, spans, timer } = sending;
+        let error = error.map(Interruption::kind);
+        let to = Destination { system: trace::system(self.bus.name()), name: &name };
+        self.metrics.published(to, timer, events, error);
+        spans.ended(error);
     }
 
     fn failed(&self, error: String) {
@@ -175,7 +219,7 @@ async fn stand_by(
     }
     let mut appended = shared.store.appended();
     loop {
-        match HeldLease::take(&shared.store, NAME, shared.node, shared.options.lease).await {
+        match HeldLease::take(&shared.store, NAME, shared.node, shared.options.lease, &shared.metrics).await {
             Ok(Some(lease)) => return Some(Some(lease)),
             // The owner publishes what is committed.
             Ok(None) if inbox.is_stopping() => return None,
@@ -334,12 +378,15 @@ impl Turn<'_> {
         let status = &self.shared.status;
         status.send_modify(|status| status.head = stretch.head);
         for batch in stretch.batches {
-            self.end = tokio::select! {
+            let sending = self.shared.begin(&batch);
+            let end = tokio::select! {
                 biased;
                 // What was under way may be on the bus or not: the next turn asks the bus.
-                () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
-                end = publisher.publish(batch) => end?,
+                () = lost(&mut self.lease) => Err(Interruption::LeaseLost),
+                end = publisher.publish(batch) => end.map_err(Interruption::Bus),
             };
+            self.shared.ended(sending, end.as_ref().err());
+            self.end = end?;
             self.backoff.succeeded();
             status.send_modify(|status| status.published = Some(self.end.position));
         }

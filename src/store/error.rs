@@ -67,6 +67,18 @@ impl StoreError {
         matches!(self, StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. })
     }
 
+    /// What kind of failure it is, in one word.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Unavailable { .. } => "unavailable",
+            Self::OutcomeUnknown { .. } => "outcome_unknown",
+            Self::Invalid { .. } => "invalid",
+            Self::Incompatible { .. } => "incompatible",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Storage { .. } => "storage",
+        }
+    }
+
     /// [`Unavailable`](Self::Unavailable), with the driver's error as source.
     pub fn unavailable(reason: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Unavailable { reason: reason.into(), source: Some(Arc::new(source)) }

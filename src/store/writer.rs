@@ -18,6 +18,7 @@ use super::append::{Append, ExpectedVersion};
 use super::error::{AppendError, StoreError};
 use super::{Appended, EventStore};
 use crate::event::{NewEvent, Position, StreamId, Version};
+use crate::telemetry::{Metrics, Timer};
 
 /// Turns that the writer gives to other tasks between two transactions. Those who were just answered submit again after
 /// some hops (actor, caller, router, actor); without a turn for each, two half-sized transactions alternate. Measured with
@@ -123,6 +124,7 @@ pub struct WriterStatus {
 pub(crate) struct Writer {
     submissions: mpsc::Sender<Submission>,
     counters: Arc<Counters>,
+    metrics: Metrics,
 }
 
 impl fmt::Debug for Writer {
@@ -133,7 +135,7 @@ impl fmt::Debug for Writer {
 
 impl Writer {
     /// Starts the writer of a store. Must be called within a tokio runtime.
-    pub(crate) fn start(store: Arc<dyn EventStore>, options: WriterOptions) -> Self {
+    pub(crate) fn start(store: Arc<dyn EventStore>, options: WriterOptions, metrics: Metrics) -> Self {
         let (submissions, receiver) = mpsc::channel(options.queue.max(1));
         let counters = Arc::new(Counters::default());
         let concurrency = store.info().append_concurrency.max(1);
@@ -142,13 +144,19 @@ impl Writer {
             options,
             concurrency,
             counters: counters.clone(),
+            metrics: metrics.clone(),
             streams: HashMap::new(),
             ready: VecDeque::new(),
             waiting: 0,
             running: JoinSet::new(),
         };
         tokio::spawn(task.run(receiver));
-        Self { submissions, counters }
+        Self { submissions, counters, metrics }
+    }
+
+    /// Where those who submit count as well.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Hands an append over. Waits while the queue is full. `done` is called in any case, unless this returns the
@@ -187,6 +195,7 @@ struct Task {
     /// How many transactions may be in flight.
     concurrency: usize,
     counters: Arc<Counters>,
+    metrics: Metrics,
     /// Only streams with something waiting or in flight; empty entries are removed.
     streams: HashMap<StreamId, StreamQueue>,
     /// Streams that have something waiting and are not in flight, oldest first.
@@ -293,7 +302,7 @@ impl Task {
         }
         if !batch.is_empty() {
             self.counters.transactions.fetch_add(1, Ordering::Relaxed);
-            self.running.spawn(append_all(self.store.clone(), batch));
+            self.running.spawn(append_all(self.store.clone(), batch, self.metrics.clone()));
         }
     }
 
@@ -368,20 +377,28 @@ fn refuse(submission: Submission, counters: &Counters) {
     (submission.done)(Err(conflict.into()));
 }
 
-async fn append_all(store: Arc<dyn EventStore>, batch: Vec<Vec<Submission>>) -> Finished {
+async fn append_all(store: Arc<dyn EventStore>, batch: Vec<Vec<Submission>>, metrics: Metrics) -> Finished {
     let mut appends = Vec::with_capacity(batch.len());
     for submissions in &batch {
         let Some(first) = submissions.first() else { continue };
         let events = submissions.iter().flat_map(|submission| submission.events.iter().cloned()).collect();
         appends.push(Append::one(first.stream.clone(), ExpectedVersion::Exact(first.expected), events));
     }
-    let expected = appends.len();
+    let (expected, events) =
+        (appends.len(), batch.iter().flatten().map(|submission| submission.events.len()).sum());
+    let timer = Timer::start();
     let answers = tokio::spawn(async move { store.append(appends).await }).await;
     let answers = match answers {
         Ok(answers) if answers.len() == expected => answers,
         Ok(answers) => failed(expected, format!("{} answers to {expected} appends", answers.len())),
         Err(error) => failed(expected, format!("the back end panicked: {error}")),
     };
+    // Streams conflict each for itself; when the store fails, it fails them all.
+    let failed = answers.iter().find_map(|answer| match answer {
+        Err(AppendError::Store(error)) => Some(error.kind()),
+        _ => None,
+    });
+    metrics.appended(timer, events, failed);
     (batch, answers)
 }
 

@@ -13,6 +13,7 @@ use crate::projection::{
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::EventStore;
 use crate::supervised::StopError;
+use crate::telemetry::Metrics;
 
 /// A node without commands: publisher, feed and projections over a store and a bus. For tests of stores, buses and read
 /// models that write to the store directly, and that need a node to die.
@@ -39,7 +40,8 @@ impl Node {
     ) -> Self {
         let id = Uuid::now_v7();
         let feed = Feed::start(store.clone(), bus.clone(), feed);
-        let publisher = Publisher::spawn(store.clone(), bus.clone(), publisher, id, None).await;
+        let publisher =
+            Publisher::spawn(store.clone(), bus.clone(), publisher, id, Metrics::default(), None).await;
         let publisher = publisher.expect("the publisher starts");
         let board = Board::start(store.clone());
         Self { id, store, bus, feed, board, publisher, projections: Mutex::default() }
@@ -110,7 +112,8 @@ impl Node {
         let filter = made.with_one(Projection::filter).expect("the filter names events that there are");
         let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
         let bus = self.bus.clone();
-        let surroundings = Surroundings { store, feed, node: self.id, bus, board, supervisor: None };
+        let metrics = Metrics::default();
+        let surroundings = Surroundings { store, feed, node: self.id, bus, board, metrics, supervisor: None };
         let handle = spawn(made, filter, read_model, options, surroundings).await;
         let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());

@@ -1,55 +1,21 @@
 //! TLS, mutual TLS and credentials files, on the connection that carries the data.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use nkeys::KeyPair;
 use storied::bus::{BusError, NatsOptions};
 
-use crate::harness::{self, NatsServer};
+use crate::harness::{self, Certificates, NatsServer};
 use crate::login::works;
 
-/// A certificate authority of the test's own, a server's certificate and a client's.
-struct Certificates {
-    dir: tempfile::TempDir,
+/// A server with these certificates.
+async fn server(certificates: &Certificates, more: &str) -> NatsServer {
+    let file = |name| certificates.path(name).display().to_string();
+    let (cert, key, ca) = (file("server.pem"), file("server.key"), file("ca.pem"));
+    let tls = format!("tls {{ cert_file: {cert:?}, key_file: {key:?}, ca_file: {ca:?}, {more} }}");
+    NatsServer::start(harness::NatsOptions { config: vec![tls], ..harness::NatsOptions::core() }).await
 }
-
-impl Certificates {
-    fn make() -> Self {
-        let made = Self { dir: tempfile::TempDir::new().unwrap() };
-        made.openssl(&format!("req -x509 {KEY} -days 30 -subj /CN=ca -keyout ca.key -out ca.pem"));
-        for (name, extension) in
-            [("server", "subjectAltName=IP:127.0.0.1"), ("client", "extendedKeyUsage=clientAuth")]
-        {
-            made.openssl(&format!("req {KEY} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
-            fs::write(made.path("extensions"), extension).unwrap();
-            made.openssl(&format!(
-                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 30 -extfile extensions -out {name}.pem"
-            ));
-        }
-        made
-    }
-
-    fn openssl(&self, arguments: &str) {
-        let output = Command::new("openssl").args(arguments.split(' ')).current_dir(self.dir.path()).output();
-        let output = output.expect("openssl, to make certificates");
-        assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    async fn server(&self, more: &str) -> NatsServer {
-        let file = |name| self.path(name).display().to_string();
-        let (cert, key, ca) = (file("server.pem"), file("server.key"), file("ca.pem"));
-        let tls = format!("tls {{ cert_file: {cert:?}, key_file: {key:?}, ca_file: {ca:?}, {more} }}");
-        NatsServer::start(harness::NatsOptions { config: vec![tls], ..harness::NatsOptions::core() }).await
-    }
-}
-
-const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
 
 fn incompatible_or_unavailable(error: &BusError) -> bool {
     matches!(error, BusError::Unavailable { .. } | BusError::Incompatible { .. })
@@ -58,9 +24,9 @@ fn incompatible_or_unavailable(error: &BusError) -> bool {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tls_and_mutual_tls_carry_the_data() {
     let certificates = Certificates::make();
-    let plain = certificates.server("").await;
-    let mutual = certificates.server("verify: true").await;
-    let first = certificates.server("handshake_first: true").await;
+    let plain = server(&certificates, "").await;
+    let mutual = server(&certificates, "verify: true").await;
+    let first = server(&certificates, "handshake_first: true").await;
     let core = |server: &NatsServer| NatsOptions::core().url(server.url());
     let trusting = |server| core(server).require_tls(true).root_certificates(certificates.path("ca.pem"));
     let known = |server| {

@@ -144,6 +144,11 @@ async fn stream_and_consumer_tell_how_they_are() {
     let info = stream.consumer_info("shipping:shipping=3Anote_written:note_written").await.unwrap();
     assert_eq!(info.ack_floor.stream_sequence, 2);
     assert!(info.num_ack_pending <= 8 && info.num_pending <= 8, "{info:?}");
+    // A durable one stays behind, until it is deleted.
+    subscriber.close(PATIENCE).await.unwrap();
+    assert_eq!(stream.info().await.unwrap().state.consumer_count, 1);
+    stream.delete_consumer("shipping:shipping=3Anote_written:note_written").await.unwrap();
+    assert_eq!(stream.info().await.unwrap().state.consumer_count, 0);
 }
 
 /// The rows of the table, as a server's configuration.

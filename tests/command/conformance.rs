@@ -540,9 +540,18 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     assert_eq!(followed.receipt.reply, 1);
     let late = followed.applied.unwrap_err();
     assert_eq!(late.position, followed.receipt.position);
+    // No time-out at all means none for the projection, either.
+    let command = cluster.caller.execute::<Counter>("a", Add(1)).timeout(Duration::ZERO).wait_for("slow");
+    let waiting = tokio::spawn(command.into_future());
+    while cluster.events().await.len() < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!waiting.is_finished(), "it waits");
     open.send_replace(true);
+    assert_eq!(waiting.await.unwrap().unwrap().applied, Ok(()));
     let followed = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("slow").await.unwrap();
-    assert_eq!((followed.receipt.reply, followed.applied), (2, Ok(())));
+    assert_eq!((followed.receipt.reply, followed.applied), (3, Ok(())));
     let unknown = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap();
     assert!(unknown.applied.unwrap_err().reason.contains("no projection \"fast\""));
     cluster.stop().await;

@@ -4,10 +4,11 @@
 use std::fs;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use storied::command::CommandBusStatus;
 use storied::{ExecuteError, Runtime};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::domain::{Add, AddUpTo, Counter, Look};
@@ -83,11 +84,15 @@ async fn a_no_is_not_certain_while_another_node_may_have_the_command() {
         let setting = Setting::new().await;
         let one = Node::spawn(&setting, "one").ready().await;
         setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
-        let two = Node::spawn(&setting, "two");
         one.pause().await;
-        let command = setting.caller.execute::<Counter>("a", no.clone());
+        let raw = async_nats::connect(setting.server.url()).await.unwrap();
+        let mut commands = raw.subscribe("storied.commands.node.*").await.unwrap();
+        raw.flush().await.unwrap();
+        let command = setting.caller.execute::<Counter>("a", no.clone()).timeout(PATIENCE);
         let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
-        let two = two.ready().await;
+        // It is on its way to the one, and only then there is another.
+        timeout(PATIENCE, commands.next()).await.unwrap().unwrap();
+        let two = Node::spawn(&setting, "two").ready().await;
         let error = answer.await.unwrap().unwrap_err();
         let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
         assert!(reason.contains("one fell silent") && reason.contains(said), "{reason}");

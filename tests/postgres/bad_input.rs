@@ -89,18 +89,16 @@ async fn few_rights_suffice() {
     let server = PostgresServer::start().await;
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
-    run(
-        &url,
-        "CREATE ROLE modest LOGIN; GRANT USAGE ON SCHEMA storied TO modest;
-         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA storied TO modest;
-         GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA storied TO modest",
-    )
-    .await;
-    let store = PostgresStore::connect(as_user(&url, "modest")).await.unwrap();
+    // As the document says it.
+    let operations = include_str!("../../docs/operations.md");
+    let grants = operations.split("```").find_map(|block| block.strip_prefix("sql\n")).unwrap();
+    run(&url, "CREATE ROLE shop LOGIN").await;
+    run(&url, grants).await;
+    let store = PostgresStore::connect(as_user(&url, "shop")).await.unwrap();
     append(&store, &stream("a"), ExpectedVersion::NoStream, events(2)).await.unwrap();
     assert_eq!(whole_log(&store).await.len(), 2);
 
-    run(&url, "REVOKE INSERT ON storied.events FROM modest").await;
+    run(&url, "REVOKE INSERT ON storied.events FROM shop").await;
     let error = append(&store, &stream("a"), exact(2), events(1)).await.unwrap_err();
     assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
     assert!(error.to_string().contains("GRANT"), "{error}");

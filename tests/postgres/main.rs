@@ -13,5 +13,6 @@ mod proxy;
 mod read_model;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;
 mod tools;
 mod wake;

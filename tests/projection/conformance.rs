@@ -7,7 +7,7 @@
 mod failing;
 mod following;
 mod operating;
-mod place;
+pub mod place;
 mod sharing;
 mod status;
 
@@ -140,7 +140,7 @@ impl<P: Place> Scene<P> {
 }
 
 /// How many behaviours are looked at side by side.
-const SIDE_BY_SIDE: usize = 3;
+const SIDE_BY_SIDE: usize = 5;
 
 async fn all<P: Place>(bus: Bus) {
     let (server, url) = match bus {
@@ -175,6 +175,7 @@ async fn all<P: Place>(bus: Bus) {
         operating::stands_still_while_it_is_paused,
         operating::begins_anew_after_a_reset,
         operating::is_rebuilt_beside_the_live_one,
+        operating::is_not_rebuilt_after_all,
         sharing::one_of_two_nodes_owns_it,
         sharing::shares_its_partitions_out,
         status::tells_how_far_behind_it_is,

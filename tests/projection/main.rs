@@ -10,10 +10,14 @@ mod conformance;
 mod control;
 mod failures;
 mod following;
+#[cfg(all(feature = "postgres", feature = "nats"))]
+mod hazards;
 mod lookups;
 mod nodes;
 mod partitions;
 mod publishing;
+#[cfg(target_os = "linux")]
+mod quiet;
 mod rebuild;
 mod schedules;
 mod support;

@@ -46,6 +46,10 @@ impl Projection for Versioned {
         Ok(())
     }
 
+    async fn discard(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        self.reset(tx).await
+    }
+
     async fn go_live(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
         sqlx::query("INSERT INTO seen (name, position) VALUES ('live', ?)")
             .bind(self.version as i64)
@@ -262,6 +266,87 @@ async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
         let (four, handle) = start(&store, &database, &slow, Some(4), options()).await;
         handle.reset().await.unwrap();
         handle.caught_up_to(store.frontier().await.unwrap()).await.unwrap();
+        four.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// In the middle, from a node that does not do it, after the death of those who did; for good, and not for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancelled_rebuild_is_over_on_every_node_and_after_a_restart() {
+    for (kind, store, _dir) in stores().await {
+        for partitions in [None, Some(4)] {
+            let database = Database::new().await;
+            let shut = Arc::new(AtomicBool::new(true));
+            let slow = behind(100, &shut);
+            let options = short_lived().batch_size(10);
+            let begin = || start(&store, &database, &slow, partitions, options.clone());
+            for n in 0..40 {
+                append(&store, n, [n, n, n, n, n]).await;
+            }
+            for dies in [false, true] {
+                let (one, first) = begin().await;
+                first.wait_until_live(PATIENCE).await.unwrap();
+                first.rebuild().await.unwrap();
+                eventually("it is in the middle of it", || {
+                    first.rebuilding().is_some_and(|status| status.done > 0)
+                })
+                .await;
+                let node = if dies {
+                    one.kill();
+                    None
+                } else {
+                    Some(one)
+                };
+                let (two, second) = begin().await;
+                eventually("the other node knows of it", || second.rebuilding().is_some()).await;
+                second.cancel_rebuild().await.unwrap();
+                eventually("nobody rebuilds", || {
+                    (dies || first.rebuilding().is_none()) && second.rebuilding().is_none()
+                })
+                .await;
+                assert!(database.seen("v1").await.is_empty(), "{kind}");
+                if let Some(one) = node {
+                    one.stop(PATIENCE).await.unwrap();
+                }
+                two.stop(PATIENCE).await.unwrap();
+            }
+            // Nor does anybody who comes later.
+            shut.store(false, Ordering::SeqCst);
+            let (node, handle) = begin().await;
+            catch_up(&handle, append(&store, 0, [1]).await).await;
+            assert_eq!((handle.rebuilding(), handle.status().version), (None, 0), "{kind}");
+            assert!(database.seen("v1").await.is_empty(), "{kind}");
+            // Until somebody wants it again: from the start.
+            handle.rebuild().await.unwrap();
+            switched(&handle, 1).await;
+            assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
+            node.stop(PATIENCE).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_in_other_partitions_can_be_cancelled() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        append(&store, 0, 0..100).await;
+        let shut = Arc::new(AtomicBool::new(true));
+        let slow = behind(50, &shut);
+        let (two, handle) = start(&store, &database, &slow, Some(2), options()).await;
+        handle.rebuild().await.unwrap();
+        eventually("it is in the middle of it", || handle.rebuilding().is_some_and(|status| status.done > 0))
+            .await;
+        two.stop(PATIENCE).await.unwrap();
+        let (four, handle) = start(&store, &database, &slow, Some(4), options()).await;
+        let error = handle.reset().await.unwrap_err().to_string();
+        assert!(error.contains("cancel the rebuild"), "{kind}: {error}");
+        handle.cancel_rebuild().await.unwrap();
+        handle.reset().await.unwrap();
+        shut.store(false, Ordering::SeqCst);
+        handle.rebuild().await.unwrap();
+        switched(&handle, 1).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
         four.stop(PATIENCE).await.unwrap();
     }
 }

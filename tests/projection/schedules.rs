@@ -129,3 +129,31 @@ async fn by_hand_it_goes_as_far_as_the_log_did_and_waits_again() {
         two.stop(PATIENCE).await.unwrap();
     }
 }
+
+/// From a node that does not own it, and after a restart of both.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_hand_it_goes_if_something_waits_that_is_asked_for() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let options = options().schedule(Schedule::Manual);
+        for round in 1..=2 {
+            let (one, two) = (local_node(&store).await, local_node(&store).await);
+            let first = one.projection(table("table"), database.open().await, options.clone()).await;
+            reach(&first, ProjectionState::Waiting).await;
+            let second = two.projection(table("table"), database.open().await, options.clone()).await;
+            reach(&second, ProjectionState::Standby).await;
+            let before = database.seen("table").await.len();
+            append(&store, 0, [1, 3, 5]).await;
+            assert!(!second.trigger_for(evens()).await.unwrap(), "{kind}: no even one waits");
+            assert_eq!(database.seen("table").await.len(), before, "{kind}");
+            let head = append(&store, 0, [2]).await;
+            assert!(second.trigger_for(evens()).await.unwrap(), "{kind}");
+            catch_up(&second, head).await;
+            // Those in between as well.
+            assert_eq!(database.seen("table").await.len(), 4 * round, "{kind}");
+            assert!(!second.trigger_for(evens()).await.unwrap(), "{kind}: it is applied");
+            one.stop(PATIENCE).await.unwrap();
+            two.stop(PATIENCE).await.unwrap();
+        }
+    }
+}

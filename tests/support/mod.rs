@@ -21,6 +21,8 @@
     reason = "each test binary uses a part of this, and a harness that cannot do its work should panic with the reason"
 )]
 
+mod certificates;
+mod example;
 mod nats;
 mod pgbouncer;
 mod ports;
@@ -28,6 +30,8 @@ mod postgres;
 mod process;
 mod workdir;
 
+pub use certificates::Certificates;
+pub use example::example;
 pub use nats::{NatsOptions, NatsServer, oldest_nats_server, too_old_nats_server};
 pub use pgbouncer::PgBouncer;
 pub use ports::Port;

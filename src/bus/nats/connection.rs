@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectErrorKind, ServerInfo, Subscriber};
+use async_nats::{Client, ConnectErrorKind, Event, ServerInfo, Subscriber};
 use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -19,6 +19,7 @@ use self::signals::Signals;
 use super::options::NatsOptions;
 use crate::bus::{BusError, BusState};
 use crate::supervised::Task;
+use crate::telemetry::{Metrics, Timer};
 
 /// The oldest server that does what we ask of it; older ones ignore in silence what they do not know.
 const OLDEST_SERVER: (u64, u64) = (2, 10);
@@ -39,6 +40,13 @@ pub(super) struct Link {
     pub(super) closed: bool,
 }
 
+/// Who is told of a connection's life, and as what.
+#[derive(Debug, Clone)]
+pub(super) struct Watch {
+    pub(super) role: &'static str,
+    pub(super) metrics: Metrics,
+}
+
 /// A connection to NATS, ours or borrowed.
 pub(super) struct Connection {
     pub(super) client: Client,
@@ -50,6 +58,7 @@ pub(super) struct Connection {
     link: watch::Sender<Link>,
     answer_timeout: Duration,
     handler: Handler,
+    watch: Watch,
     _watcher: Task,
 }
 
@@ -58,6 +67,18 @@ impl Connection {
     pub(super) async fn open(
         options: &NatsOptions,
         state: &watch::Sender<BusState>,
+        watch: Watch,
+    ) -> Result<Self, BusError> {
+        let timer = Timer::start();
+        let opened = Self::make(options, state, watch.clone()).await;
+        watch.metrics.connected(watch.role, timer, opened.as_ref().err().map(BusError::kind));
+        opened
+    }
+
+    async fn make(
+        options: &NatsOptions,
+        state: &watch::Sender<BusState>,
+        watch: Watch,
     ) -> Result<Self, BusError> {
         if let Some(client) = &options.client {
             return Self::over(
@@ -67,6 +88,7 @@ impl Connection {
                 Arc::default(),
                 options,
                 state,
+                watch,
             );
         }
         let servers = options.servers()?;
@@ -74,8 +96,16 @@ impl Connection {
             servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect();
         let to = to.join(",");
         let signals = Arc::new(Signals::default());
-        let teller = signals.clone();
-        let connect = options.connect_options(&servers, move |event| teller.tell(event)).await?;
+        let (teller, told) = (signals.clone(), watch.clone());
+        let tell = move |event| {
+            if matches!(event, Event::ServerError(_)) {
+                told.metrics.connection_failed(told.role, "server");
+            } else if matches!(event, Event::ClientError(_)) {
+                told.metrics.connection_failed(told.role, "client");
+            }
+            teller.tell(event);
+        };
+        let connect = options.connect_options(&servers, &watch, tell).await?;
         // A name may stand for several addresses, and looking it up has no limit of its own.
         let patience = options.connection_timeout * 2 * u32::try_from(servers.len()).unwrap_or(u32::MAX);
         let client = match timeout(patience, connect.connect(servers)).await {
@@ -92,7 +122,7 @@ impl Connection {
             }
             Err(_) => return Err(silent(format!("no connection to NATS at {to} within {patience:?}"))),
         };
-        Self::over(client, true, to, signals, options, state)
+        Self::over(client, true, to, signals, options, state, watch)
     }
 
     fn over(
@@ -102,6 +132,7 @@ impl Connection {
         signals: Arc<Signals>,
         options: &NatsOptions,
         state: &watch::Sender<BusState>,
+        watch: Watch,
     ) -> Result<Self, BusError> {
         let up = client.connection_state() == State::Connected;
         if up {
@@ -116,6 +147,7 @@ impl Connection {
             state: state.clone(),
             session: session(&client.server_info()),
             handler: options.handler.clone(),
+            watch: watch.clone(),
             told: Told::default(),
         };
         // Whoever has connected finds the state to say so.
@@ -128,6 +160,7 @@ impl Connection {
             link,
             answer_timeout: options.answer_timeout,
             handler: options.handler.clone(),
+            watch,
             _watcher: Task::spawn(watcher.run()),
         })
     }
@@ -146,6 +179,11 @@ impl Connection {
             return Err(silent(disconnected(&self.to, self.signals.error())));
         }
         check_version(&self.client.server_info(), &self.to)
+    }
+
+    /// Where what happens over it is counted.
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.watch.metrics
     }
 
     /// How long the server may take to answer.
@@ -218,7 +256,11 @@ impl Connection {
                 }
             }
         };
-        if self.client.connection_state() == State::Connected && timeout(patience, drained).await.is_err() {
+        let (timer, Watch { role, metrics }) = (Timer::start(), &self.watch);
+        let late =
+            self.client.connection_state() == State::Connected && timeout(patience, drained).await.is_err();
+        metrics.closed(role, timer, late.then_some("timeout"));
+        if late {
             tracing::warn!(to = self.to, "the connection to NATS did not end in order within {patience:?}");
         }
     }
@@ -240,6 +282,7 @@ struct Watcher {
     /// The one that was seen last.
     session: (String, u64),
     handler: Handler,
+    watch: Watch,
     told: Told,
 }
 
@@ -247,6 +290,7 @@ struct Watcher {
 #[derive(Default)]
 struct Told {
     up: bool,
+    ever: bool,
     overflows: u64,
     lame_ducks: u64,
 }
@@ -291,9 +335,13 @@ impl Watcher {
         // It may have been away and back since the last look.
         if self.told.up && (!up || another) {
             self.handler.tell(NatsEvent::Disconnected { reason: lost() });
+            self.watch.metrics.connection_lost(self.watch.role);
             self.told.up = false;
         }
         if up && !self.told.up {
+            if std::mem::replace(&mut self.told.ever, true) {
+                self.watch.metrics.reconnected(self.watch.role);
+            }
             self.handler.tell(NatsEvent::Connected { to: shown });
             self.told.up = true;
         }

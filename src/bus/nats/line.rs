@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use super::connection::{Connection, Echo, Link};
 use super::{NatsBus, NatsOptions};
 use crate::bus::BusError;
+use crate::telemetry::Metrics;
 
 /// A connection of its own, which is made when it is wanted.
 #[derive(Debug)]
@@ -47,8 +48,10 @@ impl LineWatch {
 }
 
 impl Line {
-    pub(crate) fn new(options: NatsOptions) -> Self {
-        Self(options.bus())
+    /// `metrics`: unless the options say otherwise.
+    pub(crate) fn new(mut options: NatsOptions, metrics: Metrics) -> Self {
+        options.metrics.get_or_insert(metrics);
+        Self(NatsBus::new(options, "commands"))
     }
 
     /// Connects, unless that was done.

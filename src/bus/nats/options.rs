@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 
-use super::connection::{Handler, NatsEvent};
+use super::connection::{Handler, NatsEvent, Watch};
 use super::jetstream::JetStreamOptions;
 use super::subjects::{Names, Subjects};
 use super::wire::percent_decoded;
@@ -12,6 +12,7 @@ use super::{Driver, NatsBus};
 use crate::backoff::jitter;
 use crate::bus::BusError;
 use crate::event::{InvalidName, check_name};
+use crate::telemetry::Metrics;
 
 /// Where a server is looked for when nobody says anything else.
 const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
@@ -49,6 +50,8 @@ pub struct NatsOptions {
     pub(super) answer_timeout: Duration,
     subscription_capacity: usize,
     pub(super) handler: Handler,
+    /// Where metrics go, if it was said.
+    pub(super) metrics: Option<Metrics>,
 }
 
 /// Who we say that we are.
@@ -100,6 +103,7 @@ impl NatsOptions {
             answer_timeout: Duration::from_secs(5),
             subscription_capacity: 65_536,
             handler: Handler::default(),
+            metrics: None,
         }
     }
 
@@ -249,10 +253,19 @@ impl NatsOptions {
         self
     }
 
+    /// Where the metrics of this connection go. By default where those of the runtime go that the bus is given to; without
+    /// one, to the global meter provider.
+    #[cfg(feature = "otel")]
+    #[must_use]
+    pub fn telemetry(mut self, telemetry: &crate::Telemetry) -> Self {
+        self.metrics = Some(Metrics::of(telemetry));
+        self
+    }
+
     /// The bus. It connects when it is first used.
     #[must_use]
     pub fn bus(self) -> NatsBus {
-        NatsBus::new(self)
+        NatsBus::new(self, "events")
     }
 
     /// What everything is called.
@@ -289,9 +302,10 @@ impl NatsOptions {
     pub(super) async fn connect_options(
         &self,
         servers: &[ServerAddr],
+        watch: &Watch,
         tell: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<ConnectOptions, BusError> {
-        let wait = self.reconnect_wait;
+        let (wait, again) = (self.reconnect_wait, watch.clone());
         let mut options = ConnectOptions::new()
             .name(&self.name)
             .ping_interval(self.ping_interval)
@@ -299,9 +313,13 @@ impl NatsOptions {
             .request_timeout(Some(self.answer_timeout))
             .subscription_capacity(self.subscription_capacity)
             .max_reconnects(None)
-            .reconnect_delay_callback(move |attempt| match attempt {
-                0 | 1 => Duration::ZERO,
-                _ => jitter(wait, 0.2),
+            .reconnect_delay_callback(move |attempt| {
+                // Asked before every attempt, the very first included.
+                again.metrics.connecting(again.role);
+                match attempt {
+                    0 | 1 => Duration::ZERO,
+                    _ => jitter(wait, 0.2),
+                }
             })
             .event_callback(move |event| {
                 tell(event);

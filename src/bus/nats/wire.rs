@@ -26,6 +26,7 @@ const CORRELATION: HeaderName = HeaderName::from_static("Storied-Correlation");
 const CODEC: HeaderName = HeaderName::from_static("Storied-Codec");
 const BODY: HeaderName = HeaderName::from_static("Storied-Body");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// The number of this format.
 const FORMAT: &str = "1";
@@ -38,6 +39,9 @@ const HEADROOM: usize = 4_096;
 
 /// The longest trace context that travels as a header; the standard's has 55 bytes. Longer ones are in the metadata alone.
 const LONGEST_TRACEPARENT: usize = 256;
+
+/// Likewise, of the vendors' part, which the standard asks everybody to pass on up to this length.
+const LONGEST_TRACESTATE: usize = 512;
 
 /// CBOR: a map of two entries, and the keys with the tag "encoded CBOR data item" (24) or "embedded JSON" (262) behind them.
 const MAP: &[u8] = &[0xa2];
@@ -181,9 +185,14 @@ impl Wire {
             headers.insert(CORRELATION, correlation.hyphenated().to_string());
         }
         let printable = |text: &String| text.bytes().all(|byte| matches!(byte, b' '..=b'~'));
-        let short = |text: &String| text.len() <= LONGEST_TRACEPARENT;
-        if let Some(trace) = metadata.traceparent.filter(printable).filter(short) {
-            headers.insert(TRACEPARENT, trace);
+        let traces = [
+            (TRACEPARENT, metadata.traceparent, LONGEST_TRACEPARENT),
+            (TRACESTATE, metadata.tracestate, LONGEST_TRACESTATE),
+        ];
+        for (name, trace, longest) in traces {
+            if let Some(trace) = trace.filter(printable).filter(|trace| trace.len() <= longest) {
+                headers.insert(name, trace);
+            }
         }
     }
 
@@ -414,6 +423,7 @@ mod tests {
 
     use super::*;
     use crate::bus::nats::subjects::Subjects;
+    use crate::event::Metadata;
 
     fn event(id: &str, codec: Codec, payload: Vec<u8>, metadata: Vec<u8>) -> RecordedEvent {
         RecordedEvent {
@@ -444,6 +454,24 @@ mod tests {
             description: None,
             length: 0,
         }
+    }
+
+    #[test]
+    fn trace_context_is_in_the_headers_as_far_as_it_fits_there() {
+        let wire = wire("shop", Uuid::now_v7());
+        let sent = |state: &str| {
+            let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned();
+            let (traceparent, tracestate) = (Some(trace), Some(state.to_owned()));
+            let metadata = Metadata { traceparent, tracestate, ..Metadata::default() }.encode().unwrap();
+            let event = event("1", Codec::Cbor, vec![0xa0], metadata.to_vec());
+            let headers = wire.event(&event, Position::START, 1 << 20).unwrap().headers;
+            assert!(headers.get("traceparent").is_some());
+            headers.get("tracestate").map(|state| state.as_str().to_owned())
+        };
+        assert_eq!(sent("vendor=value").as_deref(), Some("vendor=value"));
+        assert_eq!(sent(&"v".repeat(512)).map(|state| state.len()), Some(512));
+        assert_eq!(sent(&"v".repeat(513)), None);
+        assert_eq!(sent("a\r\nStored: by somebody else"), None);
     }
 
     proptest! {
@@ -507,5 +535,46 @@ mod tests {
         assert!(
             matches!(wire.read(&incoming(outgoing)), Ok(Incoming::Large(position)) if position.get() == 9)
         );
+    }
+
+    /// Headers a line each, an empty line, the body.
+    fn message(bytes: &[u8]) -> Message {
+        let end = bytes.windows(2).position(|two| two == b"\n\n").unwrap_or(bytes.len());
+        let (head, body) = bytes.split_at(end);
+        let mut headers = HeaderMap::new();
+        for line in String::from_utf8_lossy(head).lines() {
+            let Some((name, value)) = line.split_once(": ") else { continue };
+            let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), value.parse::<HeaderValue>()) else {
+                continue;
+            };
+            headers.insert(name, value);
+        }
+        let body = body.get(2..).unwrap_or_default().to_vec().into();
+        incoming(Outgoing { subject: "shop.events.x".into(), headers, body })
+    }
+
+    #[test]
+    fn no_message_makes_the_reader_panic() {
+        let (store, mut seeds) = (Uuid::now_v7(), Vec::new());
+        let wire = wire("shop", store);
+        for (codec, limit) in [(Codec::Cbor, 1 << 20), (Codec::Json, 1 << 20), (Codec::Cbor, 0)] {
+            let sent = wire.event(&event("a/é", codec, vec![b'1'; 300], vec![0xa0]), Position::new(7), limit);
+            let Ok(Outgoing { headers, body, .. }) = sent else { continue };
+            let head: Vec<String> =
+                headers.iter().map(|(name, values)| format!("{name}: {}", values[0])).collect();
+            seeds.push([head.join("\n").as_bytes(), b"\n\n", &body].concat());
+        }
+        crate::fuzz::fuzz("a message", seeds, |bytes| {
+            let message = message(bytes);
+            let _ = position_of(&message);
+            match read_any(&message) {
+                Ok((_, Incoming::Event { event, previous })) => {
+                    assert!(previous < event.position);
+                    "an event".into()
+                }
+                Ok(_) => "a large one".into(),
+                Err(reject) => format!("{reject:?}"),
+            }
+        });
     }
 }

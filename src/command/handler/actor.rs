@@ -23,6 +23,7 @@ use crate::command::{ExecuteError, Respawn};
 use crate::event::Metadata;
 use crate::store::{EventStore, StoreError};
 use crate::supervised::panic_text;
+use crate::telemetry::trace::CommandSpan;
 use crate::time::after;
 
 /// The answer to a handler's command.
@@ -37,6 +38,7 @@ pub(crate) struct Job<H: Handler> {
     pub(crate) key: Option<String>,
     /// A command that was not begun by then is dropped, and those that it gives have no more time either.
     pub(crate) deadline: Instant,
+    pub(crate) span: CommandSpan,
 }
 
 /// Who waits for an answer, and its place in the handler's limit.

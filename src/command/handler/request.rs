@@ -8,12 +8,14 @@ use super::actor::Job;
 use super::{GiveWay, Handled, Handler, give_way};
 use crate::codec::fingerprint;
 use crate::command::bus::{Commands, Way, watched};
+use crate::command::dispatched::Watched;
 use crate::command::envelope::{Envelope, envelope_setters};
 use crate::command::wire::{About, Done, Kind, Outcome, read_reply};
 use crate::command::{CommandInfo, Dispatched, ExecuteError};
 use crate::event::EncodeError;
 use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
+use crate::telemetry::trace::CommandSpan;
 
 /// A command for a handler that is about to be executed: await it for the answer, or set more before.
 ///
@@ -52,10 +54,21 @@ impl<H: Handler> Request<H> {
         Ok(give_way(place.clone(), self.hand_over(true)).await?.within(place))
     }
 
-    async fn hand_over(self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
+    async fn hand_over(mut self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
+        let key = H::key(&self.command);
+        let watched = Watched::new(&self.commands, H::NAME, key.as_deref(), &mut self.envelope);
+        let given = self.send(key, prompt, watched.span()).await;
+        watched.over(given)
+    }
+
+    async fn send(
+        self,
+        key: Option<String>,
+        prompt: bool,
+        span: CommandSpan,
+    ) -> Result<Pending<H>, ExecuteError<H::Error>> {
         let Self { commands, command, envelope, place: _ } = self;
         let (started, deadline) = (Instant::now(), envelope.deadline());
-        let key = H::key(&command);
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
         let local = commands.registry().handler::<H>().filter(|_| commands.policy().takes(&info));
@@ -70,6 +83,7 @@ impl<H: Handler> Request<H> {
                         metadata: envelope.metadata.clone(),
                         key,
                         deadline: deadline.instant(),
+                        span,
                     };
                     let watch = watched(&commands, &job.metadata, H::NAME, job.key.as_deref());
                     let answer = local.hand_over(job, permit)?;

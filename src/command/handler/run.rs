@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use chrono::DateTime;
 use futures_util::FutureExt;
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::actor::{Answer, Job, Shared, Worker};
@@ -83,7 +84,9 @@ pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker:
         return Ran::Refused(reason);
     }
     let context = HandlerContext::new(commands, worker, &job);
-    let handled = AssertUnwindSafe(shared.handler.handle(&job.command, &context)).catch_unwind().await;
+    let handling = AssertUnwindSafe(shared.handler.handle(&job.command, &context)).catch_unwind();
+    // What the handler does belongs under its command.
+    let handled = handling.instrument(job.span.span()).await;
     let outcome = match handled {
         Ok(Ok(reply)) => to_cbor(&reply)
             .map(|reply| Outcome::Done(Done { reply, ..Done::default() }))

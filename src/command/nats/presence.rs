@@ -289,4 +289,18 @@ mod tests {
         assert!((1..50).contains(&found(SILENCE)), "{}", found(SILENCE));
         assert_eq!(found(Duration::ZERO), 0);
     }
+
+    #[test]
+    fn no_presence_makes_the_reader_panic() {
+        let seeds = vec![crate::codec::to_cbor(&presence("a")).unwrap()];
+        crate::fuzz::fuzz("a presence", seeds, |bytes| match crate::codec::from_cbor::<Presence>(bytes) {
+            Ok(presence) => {
+                let table = Table::new();
+                table.heard(presence);
+                let (owner, nodes) = table.owner(Kind::Aggregate, "order", "1", None, SILENCE);
+                format!("{nodes} nodes, owned: {}", owner.is_some())
+            }
+            Err(error) => error,
+        });
+    }
 }

@@ -151,7 +151,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return self.refused(&error);
         }
         self.backoff.succeeded();
-        self.size.took(count, began.elapsed());
+        let took = began.elapsed();
+        self.size.took(count, took);
+        self.context.metrics.applied(&self.context.name, took);
         let last = pending.events.drain(..count).next_back();
         let oldest = last.map(|event| event.recorded_at);
         self.committed(to, pending, oldest, |status| status.events_applied += count as u64);

@@ -17,6 +17,7 @@ use crate::projection::shape::Shape;
 use crate::projection::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
 use crate::store::{BoxFuture, EventStore, Filter};
 use crate::supervised::{Inbox, Work};
+use crate::telemetry::Metrics;
 
 /// What the projections of a node share.
 #[derive(Clone)]
@@ -26,6 +27,7 @@ pub(crate) struct Surroundings {
     pub(crate) node: Uuid,
     pub(crate) bus: Arc<dyn EventBus>,
     pub(crate) board: Board,
+    pub(crate) metrics: Metrics,
     pub(crate) supervisor: Option<ActorCell>,
 }
 
@@ -86,6 +88,7 @@ pub(super) struct Context {
     pub(super) node: Uuid,
     pub(super) bus: Arc<dyn EventBus>,
     pub(super) board: Board,
+    pub(super) metrics: Metrics,
     /// What the board shows.
     pub(super) sight: watch::Receiver<Sight>,
     /// Whether this node is to own the partition.
@@ -111,7 +114,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         surroundings: Surroundings,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let Surroundings { store, feed, node, bus, board, .. } = surroundings;
+        let Surroundings { store, feed, node, bus, board, metrics, .. } = surroundings;
         // Whoever does not follow it (yet) learns from it how far the log goes.
         feed.begin();
         let (partition, permit) = part.partition.unzip();
@@ -129,6 +132,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             node,
             bus,
             board,
+            metrics,
             permit,
             status,
         });

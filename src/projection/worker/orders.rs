@@ -13,7 +13,7 @@ use super::{Context, Run};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
 use crate::projection::control::{Control, Reply};
-use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
+use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{CheckpointError, Lease, StoreError};
 
 /// How long one node may keep all others from going on.
@@ -21,6 +21,15 @@ const ORDER: Duration = Duration::from_secs(10);
 
 /// How often something is tried while others move the same checkpoints.
 const ATTEMPTS: u32 = 20;
+
+/// A transaction that concerns all who work on the projection. What was `requested` there happens only if it is still.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Change<'r> {
+    Empty { requested: Option<&'r str> },
+    BeginRebuild { requested: Option<&'r str> },
+    EndRebuild,
+    Discard,
+}
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn control(&mut self, control: Control) {
@@ -35,6 +44,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             Control::Trigger(reply) => (reply, self.trigger().await),
             Control::Rebuild(reply) => (reply, self.rebuild(None).await),
+            Control::CancelRebuild(reply) => (reply, self.cancel_rebuild().await),
             Control::RetryParked(event, reply) => (reply, self.retry_parked(&event, None).await),
         };
         // Who went away meanwhile does not want to know.
@@ -98,6 +108,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.hold(&self.context.shape.order()).await
     }
 
+    /// They look again at what they work on, wherever they are.
+    pub(super) async fn tell_all(&mut self) -> Result<(), ControlError> {
+        let order = self.order().await?;
+        self.context.store.release_lease(&order).await?;
+        self.context.board.hint();
+        Ok(())
+    }
+
     async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
         let Context { store, name, .. } = self.context;
         let give_up = Instant::now() + ORDER;
@@ -120,7 +138,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let Context { name, store, board, .. } = self.context;
         let order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         board.hint();
-        let emptied = self.empty_patiently(requested).await;
+        let emptied = self.patiently(Change::Empty { requested }).await;
         if let Some(order) = order
             && let Err(error) = store.release_lease(&order).await
         {
@@ -143,18 +161,21 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.try_again();
     }
 
-    async fn empty_patiently(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
+    /// Others may move the same checkpoints meanwhile. Whether it was still wanted.
+    pub(super) async fn patiently(&mut self, change: Change<'_>) -> Result<bool, ControlError> {
         let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(500));
         let mut attempt = 1;
         loop {
-            match self.empty(requested).await {
+            let changed = match change {
+                Change::Empty { requested } => self.empty(requested).await,
+                Change::BeginRebuild { requested } => self.begin_rebuild(requested).await,
+                Change::EndRebuild => self.end_rebuild().await.map(|()| true),
+                Change::Discard => self.discard().await.map(|()| true),
+            };
+            match changed {
                 Err(ControlError::Store(StoreError::Unavailable { reason, .. })) if attempt < ATTEMPTS => {
-                    tracing::info!(
-                        projection = self.context.name,
-                        reason,
-                        attempt,
-                        "the reset is tried again"
-                    );
+                    let projection = &self.context.name;
+                    tracing::info!(projection, reason, attempt, ?change, "it is tried again");
                     attempt += 1;
                     sleep(backoff.next()).await;
                 }
@@ -187,7 +208,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             let transaction = self.read_model.transaction(&mut open);
             let emptied = contained(async { self.instance.projection.reset(transaction).await }).await;
-            emptied.map_err(|error| self.blame(&error))?;
+            emptied.map_err(|error| blame(self.context, self.read_model, &error))?;
             for (row, ..) in rows.iter().chain(&last) {
                 self.read_model.unpark_all(&mut open, row).await?;
             }
@@ -207,14 +228,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 Err(error)
             }
         }
-    }
-
-    /// Says whose fault it was that the user's code failed.
-    pub(super) fn blame(&self, error: &crate::projection::ApplyError) -> ControlError {
-        if super::apply::is_outage(self.read_model, error) {
-            return StoreError::Unavailable { reason: error.to_string(), source: None }.into();
-        }
-        ControlError::Refused { name: self.context.name.clone(), reason: error.to_string() }
     }
 
     pub(super) async fn retry_parked(
@@ -257,13 +270,21 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let transaction = self.read_model.transaction(&mut open);
         if let Err(error) = apply(&mut self.instance.projection, event, transaction).await {
             self.roll_back(open).await;
-            return Err(self.blame(&error));
+            return Err(blame(self.context, self.read_model, &error));
         }
         // The checkpoint stays where it is, but who moves it at the same time is waited for.
         self.read_model.commit(open, row, found, found, None).await.map_err(refused)?;
         self.context.status.send_modify(|status| status.events_applied += 1);
         Ok(())
     }
+}
+
+/// Says whose fault it was that the user's code failed.
+pub(super) fn blame(context: &Context, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
+    if super::apply::is_outage(read_model, error) {
+        return StoreError::Unavailable { reason: error.to_string(), source: None }.into();
+    }
+    ControlError::Refused { name: context.name.clone(), reason: error.to_string() }
 }
 
 /// Somebody else moved a checkpoint at the same time: worth another try.

@@ -114,7 +114,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let free = self.news.permits() && self.looks_free();
         if free && self.take_at <= Instant::now() {
             self.leave_alone();
-            match HeldLease::take(&context.store, &context.lease, context.node, context.options.lease).await {
+            let (ttl, metrics) = (context.options.lease, &context.metrics);
+            match HeldLease::take(&context.store, &context.lease, context.node, ttl, metrics).await {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = context.name,

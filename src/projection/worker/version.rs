@@ -7,8 +7,8 @@
 use tokio::time::{Duration, Instant};
 
 use super::apply::contained;
-use super::orders::refused;
-use super::{Run, Source};
+use super::orders::{Change, blame, refused};
+use super::{Context, Run, Source};
 use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
@@ -41,6 +41,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let version = context.shape.versions(self.read_model).await?.of(context.role);
         self.dormant = version.is_none();
         context.status.send_if_modified(|status| {
+            if version.is_none() {
+                status.measured = None;
+            }
             std::mem::replace(&mut status.dormant, version.is_none()) != version.is_none()
         });
         match version {
@@ -87,45 +90,129 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Begins to build the next version, unless one is being built already. If `requested` there, only if it is still.
     pub(super) async fn rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
-        let context = self.context;
-        let name = &context.name;
-        let not = |reason| ControlError::NotRebuildable { name: name.clone(), reason };
+        self.rebuildable()?;
+        match self.patiently(Change::BeginRebuild { requested }).await? {
+            true => self.tell_all().await,
+            false => Ok(()),
+        }
+    }
+
+    /// Makes the projection that writes to a version.
+    fn rebuildable(&self) -> Result<&(dyn Fn(u64) -> P + Send + Sync), ControlError> {
+        let not = |reason| ControlError::NotRebuildable { name: self.context.name.clone(), reason };
         if !self.read_model.rolls_back() || !self.read_model.shared() {
             return Err(not("what it writes cannot be switched in a transaction; reset it instead"));
         }
+        self.instance.make.as_deref().ok_or_else(|| {
+            not("it was registered with one place to write to; register it with Builder::rebuildable")
+        })
+    }
+
+    /// Whether that is still wanted.
+    pub(super) async fn begin_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
+        let (context, read_model) = (self.context, self.read_model);
         let record = context.shape.version();
+        let found = read_model.checkpoint(&record).await?;
+        let versions = Versions::from(found);
+        if versions.rebuilt.is_some() {
+            return Ok(true);
+        }
+        let next = versions.next();
+        let wanted = Versions { rebuilt: Some(next), ..versions }.record(found);
+        let mut projection = self.rebuildable()?(next);
+        let mut open = self.read_model.begin(&record, found).await?;
+        let result = async {
+            if let Some(request) = requested
+                && !read_model.unpark(&mut open, request, Position::START).await?
+            {
+                return Ok(false);
+            }
+            // First, and held until the end: what was built before may be discarded just now.
+            read_model.save(&mut open, &record, found, wanted).await.map_err(refused)?;
+            let transaction = read_model.transaction(&mut open);
+            let created = contained(async { projection.reset(transaction).await }).await;
+            created.map(|()| true).map_err(|error| blame(context, read_model, &error))
+        };
+        match result.await {
+            Ok(true) => {}
+            other => {
+                self.roll_back(open).await;
+                return other;
+            }
+        }
+        self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused)?;
+        tracing::info!(
+            projection = context.name,
+            version = next,
+            "the read model is rebuilt beside the live one"
+        );
+        Ok(true)
+    }
+
+    /// Gives up what is being built, if anything is.
+    pub(super) async fn cancel_rebuild(&mut self) -> Result<(), ControlError> {
+        self.create().await?;
+        self.rebuildable()?;
+        self.patiently(Change::EndRebuild).await?;
+        self.tell_all().await?;
+        // Those who were in the middle of it cannot commit any more, and have let go of its tables or are about to.
+        self.patiently(Change::Discard).await.map(drop)
+    }
+
+    /// Nobody builds a version any more; its checkpoints are where the next one to be built begins.
+    pub(super) async fn end_rebuild(&mut self) -> Result<(), ControlError> {
+        let (Context { shape, name, .. }, read_model) = (self.context, self.read_model);
+        let record = shape.version();
         let found = self.read_model.checkpoint(&record).await?;
+        let versions = Versions::from(found);
+        let Some(version) = versions.rebuilt else { return Ok(()) };
+        let ended = Versions { rebuilt: None, ..versions }.record(found);
+        let mut open = self.read_model.begin(&record, found).await?;
+        let result = async {
+            read_model.save(&mut open, &record, found, ended).await.map_err(refused)?;
+            // In as many parts as it was begun with, however many this program wants.
+            for part in shape.as_recorded(read_model).await?.parts() {
+                let row = shape.row(part, version);
+                let found = read_model.adopt(&mut open, &row).await?;
+                let anew = Checkpoint { position: Position::START, ..fenced(found) };
+                self.read_model.save(&mut open, &row, found, anew).await.map_err(refused)?;
+                self.read_model.unpark_all(&mut open, &row).await?;
+            }
+            Ok(())
+        };
+        if let Err(error) = result.await {
+            self.roll_back(open).await;
+            return Err(error);
+        }
+        self.read_model.commit(open, &record, ended, ended, None).await.map_err(refused)?;
+        tracing::info!(projection = name, version, "the rebuild was cancelled");
+        Ok(())
+    }
+
+    /// Drops what was built of the version that would be the next, unless somebody begins to build it again.
+    pub(super) async fn discard(&mut self) -> Result<(), ControlError> {
+        let (context, read_model) = (self.context, self.read_model);
+        let record = context.shape.version();
+        let found = read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
         if versions.rebuilt.is_some() {
             return Ok(());
         }
-        let next = versions.live + 1;
-        let Some(make) = &self.instance.make else {
-            return Err(not(
-                "it was registered with one place to write to; register it with Builder::rebuildable",
-            ));
-        };
-        let mut projection = make(next);
+        let mut projection = self.rebuildable()?(versions.next());
+        // Nothing that anybody reads, but who knows it as it was is refused, and waits for the end of this.
+        let to = Checkpoint { position: Position::new(found.position.get() + 1), ..found };
         let mut open = self.read_model.begin(&record, found).await?;
-        if let Some(request) = requested
-            && !self.read_model.unpark(&mut open, request, Position::START).await?
-        {
+        let result = async {
+            read_model.save(&mut open, &record, found, to).await.map_err(refused)?;
+            let transaction = read_model.transaction(&mut open);
+            let discarded = contained(async { projection.discard(transaction).await }).await;
+            discarded.map_err(|error| blame(context, read_model, &error))
+        };
+        if let Err(error) = result.await {
             self.roll_back(open).await;
-            return Ok(());
+            return Err(error);
         }
-        let transaction = self.read_model.transaction(&mut open);
-        let created = contained(async { projection.reset(transaction).await }).await;
-        if let Err(error) = created {
-            self.roll_back(open).await;
-            return Err(self.blame(&error));
-        }
-        let wanted = Versions { rebuilt: Some(next), ..versions }.record(found);
-        self.read_model.commit(open, &record, found, wanted, None).await.map_err(refused)?;
-        tracing::info!(projection = name, version = next, "the read model is rebuilt beside the live one");
-        let order = self.order().await?;
-        context.store.release_lease(&order).await?;
-        context.board.hint();
-        Ok(())
+        self.read_model.commit(open, &record, to, to, None).await.map_err(refused)
     }
 
     /// Puts what was rebuilt in the place of what is live, if it has come as far. One partition sees to it for all.
@@ -220,7 +307,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             let transaction = self.read_model.transaction(&mut open);
             let live = contained(async { self.instance.projection.go_live(transaction).await }).await;
-            live.map_err(|error| self.blame(&error))
+            live.map_err(|error| blame(self.context, self.read_model, &error))
         };
         if let Err(error) = result.await {
             self.roll_back(open).await;

@@ -46,7 +46,8 @@ async fn errors_that_nobody_reads_hold_nothing_up() {
         raw.flush().await.unwrap();
         let good = press.written(10).await;
         same(&take(&mut subscriber, 10).await, &good);
-        assert_eq!(subscriber.stats().errors, 1_000);
+        // They came over another connection, perhaps later.
+        eventually("garbage", || subscriber.stats().errors == 1_000).await;
         let mut errors = subscriber.errors();
         if eat {
             drop(subscriber);

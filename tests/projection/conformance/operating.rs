@@ -106,3 +106,41 @@ pub async fn is_rebuilt_beside_the_live_one<P: Place>(scene: Scene<P>) {
     one.stop(PATIENCE).await.unwrap();
     two.stop(PATIENCE).await.unwrap();
 }
+
+/// Also while those who do it are in the middle of it, on another node.
+pub async fn is_not_rebuilt_after_all<P: Place>(scene: Scene<P>) {
+    for n in 0..10 {
+        scene.append(n, 0..20).await;
+    }
+    let (one, two) = (scene.node().await, scene.node().await);
+    let free = hook(|_| Ok(()));
+    let first = scene.start_made(&one, "cancelled", None, free.clone(), scene.options()).await;
+    catch_up(&first, scene.head().await).await;
+    let second = scene.start_made(&two, "cancelled", None, free, scene.options()).await;
+    if !P::TOGETHER {
+        let refused = second.cancel_rebuild().await.unwrap_err();
+        assert!(matches!(refused, ControlError::NotRebuildable { .. }), "{refused}");
+    } else {
+        // Nothing to cancel.
+        second.cancel_rebuild().await.unwrap();
+        let writers = Writers::start(&scene.store, 2, 30, 5);
+        for _ in 0..5 {
+            first.rebuild().await.unwrap();
+            second.cancel_rebuild().await.unwrap();
+            let version = first.status().version.max(second.status().version) + 1;
+            // Either it had been put in place before, or nothing is left of it.
+            let gone = scene.place.seen(&format!("cancelled@{version}")).await;
+            assert!(gone.is_empty(), "{version}: {gone:?}");
+        }
+        writers.done().await;
+        second.rebuild().await.unwrap();
+        for handle in [&first, &second] {
+            eventually("it is live", || handle.status().version > 0 && handle.rebuilding().is_none()).await;
+        }
+        catch_up(&second, scene.head().await).await;
+        let table = format!("cancelled@{}", second.status().version);
+        assert_eq!(scene.place.seen(&table).await, log(&scene.store, &Filter::all()).await);
+    }
+    one.stop(PATIENCE).await.unwrap();
+    two.stop(PATIENCE).await.unwrap();
+}

@@ -36,6 +36,15 @@ pub trait Place: Clone + Send + Sync + 'static {
 
     fn clear(&self, name: &str, tx: &mut Self::Tx) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
+    /// As `clear`, but as who drops a table: when nobody is at it any more.
+    fn clear_alone(
+        &self,
+        name: &str,
+        tx: &mut Self::Tx,
+    ) -> impl Future<Output = Result<(), ApplyError>> + Send {
+        self.clear(name, tx)
+    }
+
     /// What was written under a name, in that order.
     fn seen(&self, name: &str) -> impl Future<Output = Vec<Position>> + Send;
 }
@@ -134,19 +143,30 @@ impl Place for InPostgres {
     const TOGETHER: bool = true;
 
     async fn open() -> (Arc<dyn EventStore>, Self) {
-        let url = PostgresServer::shared().await.create_database().await;
-        let store = PostgresStore::connect(&url).await.unwrap();
-        let pool = PgPoolOptions::new().max_connections(4).connect(&url).await.unwrap();
-        let table = "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, name text, position bigint)";
-        sqlx::query(table).execute(&pool).await.unwrap();
-        (Arc::new(store), Self(pool))
+        Self::at(&PostgresServer::shared().await.create_database().await).await
     }
 
     async fn model(&self) -> PostgresReadModel {
         PostgresReadModel::new(self.0.clone())
     }
 
+    async fn clear_alone(&self, name: &str, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        sqlx::query("LOCK TABLE seen IN ACCESS EXCLUSIVE MODE").execute(&mut *tx).await?;
+        self.clear(name, tx).await
+    }
+
     in_sql!(InPostgres, PgConnection, 0);
+}
+
+impl InPostgres {
+    /// In an empty database.
+    pub async fn at(url: &str) -> (Arc<dyn EventStore>, Self) {
+        let store = PostgresStore::connect(url).await.unwrap();
+        let pool = PgPoolOptions::new().max_connections(4).connect(url).await.unwrap();
+        let table = "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, name text, position bigint)";
+        sqlx::query(table).execute(&pool).await.unwrap();
+        (Arc::new(store), Self(pool))
+    }
 }
 
 /// Writes down what it is given, under its name, and behind a rebuild under its name and version.
@@ -207,5 +227,9 @@ impl<P: Place> Projection for Writes<P> {
 
     async fn reset(&mut self, tx: &mut P::Tx) -> Result<(), ApplyError> {
         self.place.clear(&self.table(), tx).await
+    }
+
+    async fn discard(&mut self, tx: &mut P::Tx) -> Result<(), ApplyError> {
+        self.place.clear_alone(&self.table(), tx).await
     }
 }

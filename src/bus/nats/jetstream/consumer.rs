@@ -29,6 +29,7 @@ use super::super::connection::{Connection, Link, silent, unavailable};
 use super::stream::{NOTHING, api, info as stream_info, refused};
 use crate::bus::BusError;
 use crate::future::BoxFuture;
+use crate::telemetry::trace::Destination;
 use crate::time::after;
 
 /// How long the server keeps a request for messages, and how often it says meanwhile that it does.
@@ -74,6 +75,9 @@ struct Attached {
 /// What a look shows.
 struct Look {
     floor: u64,
+    /// How many messages it has still to deliver, and how many are delivered and not settled.
+    pending: u64,
+    unsettled: u64,
     /// The first message that the stream still has.
     first: Option<u64>,
 }
@@ -204,7 +208,11 @@ impl Consumer {
                     attached.looking = Some(Box::pin(look));
                 }
                 looked = looking(&mut attached.looking) => {
-                    let Look { floor: settled, first } = looked?;
+                    let Look { floor: settled, first, pending, unsettled } = looked?;
+                    // The names of those who stay are chosen by people; there is no end of the others.
+                    let name = if spec.durable { &spec.name } else { "ephemeral" };
+                    let from = Destination { system: "nats", name: stream };
+                    connection.metrics().consumer(from, name, pending, unsettled);
                     *floor = Some(settled);
                     attached.look_at = after(LOOK_EVERY);
                     let passed = attached.passed.take();
@@ -272,8 +280,8 @@ async fn look(
     let subject = format!("CONSUMER.INFO.{stream}.{name}");
     let info = api::<Info>(&jetstream, client, subject, &NOTHING).await?;
     let info = info.map_err(|error| refused(&format!("asking for the consumer {name}"), error));
-    let floor = match info {
-        Ok(info) => info.ack_floor.stream_sequence,
+    let info = match info {
+        Ok(info) => info,
         // Whatever JetStream has against it: it is looked for again, and made again if it is gone.
         Err(error) => return Err(silent(format!("the consumer {name} is not there any more: {error}"))),
     };
@@ -281,7 +289,8 @@ async fn look(
         true => stream_info(&jetstream, client, &stream).await?.map(|info| info.state.first_sequence),
         false => None,
     };
-    Ok(Look { floor, first })
+    let (pending, unsettled) = (info.num_pending, info.num_ack_pending as u64);
+    Ok(Look { floor: info.ack_floor.stream_sequence, pending, unsettled, first })
 }
 
 #[derive(Serialize)]

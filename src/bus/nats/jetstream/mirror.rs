@@ -17,6 +17,7 @@ use super::{JetStreamOptions, MirrorFrom};
 use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
+use crate::telemetry::trace::Destination;
 
 /// How many messages of others, behind the last one of ours, are looked past.
 const STRANGERS: u64 = 256;
@@ -324,6 +325,11 @@ impl BusPublisher for MirrorPublisher {
             let client = &self.connection.client;
             let look = async {
                 let found = info(&self.jetstream, client, &self.name).await?;
+                if let Some(found) = &found {
+                    let stream = Destination { system: "nats", name: &self.name };
+                    let metrics = self.connection.metrics();
+                    metrics.mirror(stream, found.state.messages, found.state.bytes);
+                }
                 let last = found.map(|found| found.state.last_sequence);
                 if last != Some(turn.end.sequence) {
                     let reason = format!(

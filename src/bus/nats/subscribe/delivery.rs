@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::super::jetstream::{AckError, Settle};
 use crate::event::{DecodeError, Event, Position, RecordedEvent};
+use crate::telemetry::trace::{self, Destination};
 
 /// What a subscription yields.
 #[derive(Debug)]
@@ -68,6 +69,18 @@ impl Delivery {
     #[must_use]
     pub fn event(&self) -> &RecordedEvent {
         &self.event
+    }
+
+    /// A span for the work on this event, with a trace of its own that is linked to the producer's. Enter it, or instrument
+    /// a future with it; [`for_each`](super::Subscription::for_each) does. Disabled where nobody listens.
+    #[must_use]
+    pub fn span(&self) -> tracing::Span {
+        let name = match &self.settle {
+            Some(settle) => settle.stream(),
+            None => self.subject.as_str(),
+        };
+        let group = self.settle.as_ref().map(|settle| settle.consumer());
+        trace::process(Destination { system: "nats", name }, group, &self.event)
     }
 
     /// The event alone; the delivery is not settled by that.

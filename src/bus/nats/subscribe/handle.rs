@@ -9,6 +9,7 @@ use futures_util::FutureExt;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{interval_at, timeout};
+use tracing::Instrument;
 
 use super::super::NatsBus;
 use super::dead::{self, DeadLetter};
@@ -19,6 +20,8 @@ use super::{
     CloseError, Delivery, Received, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use crate::supervised::panic_text;
+use crate::telemetry::Timer;
+use crate::telemetry::trace::{self, Destination};
 use crate::time::{FAR, after};
 
 /// A handler at work. Dropping it stops it at once; what was being handled is delivered again by JetStream.
@@ -155,7 +158,13 @@ where
 {
     async fn handle(&self, delivery: Delivery) {
         let delivery = Arc::new(delivery);
-        let handled = self.run(&delivery).await;
+        let (timer, span) = (Timer::start(), delivery.span());
+        let from = Destination { system: "nats", name: self.bus.place() };
+        let handled = self.run(&delivery).instrument(span.clone()).await;
+        let failure = handled.as_ref().err().map(|error| if error.retry { "retry" } else { "give_up" });
+        trace::processed(&span, failure);
+        drop(span);
+        self.bus.metrics().processed(from, timer, failure);
         let settled = delivery.settle.as_ref().is_none_or(|settle| settle.is_settled());
         let said = match handled {
             Ok(()) if self.options.manual || settled => Ok(()),
@@ -218,6 +227,8 @@ where
                 let letter = DeadLetter { delivery, reason: error.to_string() };
                 match dead::post(&self.bus, letter).await {
                     Ok(()) => {
+                        let from = Destination { system: "nats", name: self.bus.place() };
+                        self.bus.metrics().dead_letter(from);
                         self.failed(delivery, error, "it is a dead letter now");
                         delivery.term().await
                     }

@@ -19,6 +19,7 @@ use super::queue::{Held, Queue};
 use super::{Delivery, Gap, SubscriptionError};
 use crate::backoff::Backoff;
 use crate::bus::BusError;
+use crate::telemetry::trace::Destination;
 use crate::time::after;
 
 /// What comes in on a lane.
@@ -137,7 +138,7 @@ impl Lane {
                         return if link.borrow().closed { BusError::Closed } else { silent("the connection to NATS was closed".into()) };
                     };
                     match self.read(&message) {
-                        Ok(Some(delivery)) => self.queue.push(delivery),
+                        Ok(Some(delivery)) => self.push(delivery),
                         Ok(None) => {}
                         Err(error) => self.queue.error(error),
                     }
@@ -200,7 +201,7 @@ impl Lane {
         let Taken { message, settle, sequence, attempt, .. } = taken;
         let settle = Arc::new(settle);
         match self.read(&message) {
-            Ok(Some(delivery)) => self.queue.push(Delivery {
+            Ok(Some(delivery)) => self.push(Delivery {
                 stream_sequence: Some(sequence),
                 attempt,
                 settle: Some(settle),
@@ -215,6 +216,12 @@ impl Lane {
                 let _ = settle.settle(AckKind::Term, false).await;
             }
         }
+    }
+
+    fn push(&self, delivery: Delivery) {
+        let from = Destination { system: "nats", name: self.bus.place() };
+        self.bus.metrics().consumed(from, delivery.attempt > 1);
+        self.queue.push(delivery);
     }
 
     /// The event in a message, if it is one that was asked for.

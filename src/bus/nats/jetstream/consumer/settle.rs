@@ -7,6 +7,8 @@ use async_nats::{Message, Request, Subject};
 
 use super::super::super::connection::{Connection, unavailable};
 use crate::bus::BusError;
+use crate::telemetry::Timer;
+use crate::telemetry::trace::Destination;
 
 /// Why a delivery was not settled.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -50,6 +52,16 @@ fn place_in(reply: &Subject) -> Option<std::str::Split<'_, char>> {
     Some(tokens)
 }
 
+fn word(kind: &AckKind) -> &'static str {
+    match kind {
+        AckKind::Ack => "ack",
+        AckKind::Nak(_) => "nak",
+        AckKind::Progress => "progress",
+        AckKind::Next => "next",
+        AckKind::Term => "term",
+    }
+}
+
 impl Settle {
     /// `None` when it was not JetStream that sent the message.
     pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, Place)> {
@@ -58,6 +70,11 @@ impl Settle {
         let (attempt, sequence, number) = (tokens.next()??, tokens.next()??, tokens.next()??);
         let settle = Self { connection: connection.clone(), reply, settled: AtomicBool::new(false) };
         Some((settle, Place { sequence, attempt, number }))
+    }
+
+    /// The stream that it is in.
+    pub(in crate::bus::nats) fn stream(&self) -> &str {
+        place_in(&self.reply).and_then(|mut tokens| tokens.next()).unwrap_or_default()
     }
 
     /// The consumer that delivered it.
@@ -76,7 +93,11 @@ impl Settle {
         if self.settled.swap(true, Ordering::Relaxed) {
             return Err(AckError::Settled);
         }
+        let (timer, how) = (Timer::start(), word(&kind));
         let said = self.say(kind, confirmed).await;
+        let from = Destination { system: "nats", name: self.stream() };
+        let error = said.as_ref().err().map(BusError::kind);
+        self.connection.metrics().settled(from, how, timer, error);
         if said.is_err() {
             self.settled.store(false, Ordering::Relaxed);
         }

@@ -1,0 +1,145 @@
+//! From an append to whoever waits for the event.
+
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use storied::bus::BusItem;
+use storied::projection::{ApplyError, InMemory, Projection};
+use storied::store::{Append, ExpectedVersion};
+use storied::{EncodeError, Filter, Metadata, NewEvent, RecordedEvent, StreamId};
+use tokio::sync::mpsc;
+use tokio::time::{Interval, MissedTickBehavior, interval};
+use uuid::Uuid;
+
+use crate::args::{BusKind, Plan};
+use crate::commits::SingleCommits;
+use crate::delivery::Scene;
+use crate::domain::{AccountEvent, text};
+use crate::measure::{Comparison, Run};
+use crate::stores::Store;
+use crate::workloads::AGGREGATES;
+
+/// From before an append to the handler of a projection in the same process, 200 times a second. The limit commits one row by
+/// itself and reads it on another connection; on the memory store, it is that store itself.
+pub async fn to_projection(plan: &Plan) -> Comparison {
+    let store = Store::fresh(plan.store).await;
+    let (sender, mut seen) = mpsc::unbounded_channel();
+    let runtime = store.builder().projection(Seen(sender), InMemory::new()).start().await.unwrap();
+    runtime.projection("seen").unwrap().wait_until_live(Duration::from_secs(10)).await.unwrap();
+    let mut ticks = ticks();
+    let mut latencies = Vec::with_capacity(plan.events);
+    for n in 0..plan.events {
+        ticks.tick().await;
+        let (start, id) = append(&store, plan, n).await;
+        while seen.recv().await.unwrap() != id {}
+        latencies.push(start.elapsed());
+    }
+    let ours = Run::each(latencies);
+    runtime.shutdown().await.unwrap();
+
+    let mut table = SingleCommits::open(plan.store).await;
+    let body = vec![b'x'; plan.payload];
+    let mut latencies = Vec::with_capacity(plan.events);
+    for _ in 0..plan.events {
+        ticks.tick().await;
+        let start = Instant::now();
+        table.insert(&body).await;
+        table.read_last().await;
+        latencies.push(start.elapsed());
+    }
+    table.close().await;
+    Comparison { ours, limit: Run::each(latencies), note: NOTE.into() }
+}
+
+/// From before an append to its arrival at a subscriber on another connection, 200 times a second. The limit commits one row by
+/// itself, then publishes one message and receives it; with JetStream, to a subject that a stream listens to, without waiting for
+/// its answer.
+pub async fn to_subscriber(plan: &Plan) -> Comparison {
+    let mut scene = Scene::open(plan).await;
+    let mut ticks = ticks();
+    let mut latencies = Vec::with_capacity(plan.events);
+    for n in 0..plan.events {
+        ticks.tick().await;
+        let (start, id) = append(&scene.store, plan, n).await;
+        loop {
+            if let BusItem::Batch(batch) = scene.subscription.next().await.unwrap()
+                && batch.events.iter().any(|event| event.id == id)
+            {
+                break;
+            }
+        }
+        latencies.push(start.elapsed());
+    }
+    let ours = Run::each(latencies);
+    let mut message = scene.message().await;
+    let nats = scene.close().await;
+
+    // The stream would refuse copies.
+    message.headers = message.headers.map(|headers| {
+        let kept = headers.iter().filter(|(name, _)| !AsRef::<str>::as_ref(*name).starts_with("Nats-"));
+        kept.flat_map(|(name, values)| values.iter().map(move |value| (name.clone(), value.clone())))
+            .collect()
+    });
+    let [publisher, subscriber] = [nats.connect().await, nats.connect().await];
+    let mut messages = subscriber.subscribe(message.subject.clone()).await.unwrap();
+    subscriber.flush().await.unwrap();
+    let mut table = SingleCommits::open(plan.store).await;
+    let mut latencies = Vec::with_capacity(plan.events);
+    for _ in 0..plan.events {
+        ticks.tick().await;
+        let start = Instant::now();
+        table.insert(&message.payload).await;
+        let headers = message.headers.clone().unwrap_or_default();
+        publisher
+            .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
+            .await
+            .unwrap();
+        messages.next().await.unwrap();
+        latencies.push(start.elapsed());
+    }
+    table.close().await;
+    if plan.bus == BusKind::JetStream {
+        nats.drop_mirror().await;
+    }
+    Comparison { ours, limit: Run::each(latencies), note: NOTE.into() }
+}
+
+const NOTE: &str = "rates are of the mean latency; the ratio is the limit's to ours";
+
+struct Seen(mpsc::UnboundedSender<Uuid>);
+
+impl Projection for Seen {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "seen"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::of::<AccountEvent>()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+        let AccountEvent::Entered { .. } = event.decode()?;
+        self.0.send(event.id).map_err(|_| "nobody waits".into())
+    }
+}
+
+async fn append(store: &Store, plan: &Plan, n: usize) -> (Instant, Uuid) {
+    let event = AccountEvent::Entered { text: text(plan.payload) };
+    let new = NewEvent::encode(&event, store.port().info().codec, &Metadata::default()).unwrap();
+    let id = new.id;
+    let stream = StreamId::new("account", n % AGGREGATES).unwrap();
+    let start = Instant::now();
+    for answer in store.port().append(vec![Append::one(stream, ExpectedVersion::Any, vec![new])]).await {
+        answer.unwrap();
+    }
+    (start, id)
+}
+
+/// How often an event is appended while latencies are taken.
+fn ticks() -> Interval {
+    let mut ticks = interval(Duration::from_millis(5));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}

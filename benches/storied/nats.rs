@@ -1,0 +1,66 @@
+use storied::NatsBus;
+use storied::bus::JetStreamOptions;
+use storied::command::{CommandBus, NatsCommands};
+
+use crate::args::BusKind;
+use crate::support::{NatsOptions, NatsServer};
+
+/// On a server that others may use as well.
+const NAMESPACE: &str = "storied_bench";
+
+/// The mirror in JetStream.
+pub const STREAM: &str = "STORIED_BENCH_EVENTS";
+
+/// All subjects of events.
+pub const EVENTS: &str = "storied_bench.events.>";
+
+/// The server that the environment names, or a private one that goes with this value.
+pub struct Nats {
+    url: String,
+    _private: Option<NatsServer>,
+}
+
+impl Nats {
+    /// Without the mirror of an earlier run.
+    pub async fn start(bus: BusKind) -> Self {
+        let nats = match std::env::var("NATS_URL") {
+            Ok(url) if !url.is_empty() => Self { url, _private: None },
+            _ => {
+                let options = match bus {
+                    BusKind::JetStream => NatsOptions::jetstream(),
+                    BusKind::Local | BusKind::Core => NatsOptions::core(),
+                };
+                let server = NatsServer::start(options).await;
+                Self { url: server.url(), _private: Some(server) }
+            }
+        };
+        if bus == BusKind::JetStream {
+            nats.drop_mirror().await;
+        }
+        nats
+    }
+
+    pub async fn connect(&self) -> async_nats::Client {
+        async_nats::connect(&self.url).await.unwrap()
+    }
+
+    pub fn events(&self, bus: BusKind) -> NatsBus {
+        let options = match bus {
+            BusKind::JetStream => storied::NatsOptions::jetstream(JetStreamOptions::new().stream(STREAM)),
+            BusKind::Local | BusKind::Core => storied::NatsOptions::core(),
+        };
+        options.url(&self.url).namespace(NAMESPACE).unwrap().bus()
+    }
+
+    pub fn commands(&self) -> CommandBus {
+        let options = storied::NatsOptions::core().url(&self.url).namespace(NAMESPACE).unwrap();
+        CommandBus::nats(NatsCommands::new(options))
+    }
+
+    /// Leaves nothing on a server that is not ours.
+    pub async fn drop_mirror(&self) {
+        let context = async_nats::jetstream::new(self.connect().await);
+        // There may be none.
+        drop(context.delete_stream(STREAM).await);
+    }
+}

@@ -1,0 +1,341 @@
+//! The code of `docs/guide.md`: tickets for shows.
+//!
+//! ```sh
+//! cargo run --example guide             # one process, SQLite, in a temporary directory
+//! cargo run --example guide -- migrate  # the tables of the read model, in PostgreSQL ($DATABASE_URL)
+//! cargo run --example guide -- node     # one of many: PostgreSQL and NATS ($NATS_URL); ends with Ctrl-C
+//! cargo run --example guide -- sell     # asks the nodes for 100 tickets
+//! ```
+
+#![allow(missing_docs, missing_debug_implementations, reason = "docs/guide.md says what everything is for")]
+
+use std::error::Error;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sqlx::{PgConnection, PgPool, SqliteConnection, SqlitePool};
+use storied::command::{CommandBus, NatsCommands};
+use storied::projection::{ApplyError, Lookup, Projection, ProjectionState};
+use storied::runtime::Builder;
+use storied::{
+    Aggregate, Context, Decision, EncodeError, Event, ExecuteError, Filter, NatsOptions, PostgresReadModel,
+    PostgresStore, PublisherState, RecordedEvent, Runtime, SqliteReadModel, SqliteStore,
+};
+use uuid::Uuid;
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShowEvent {
+    Announced { title: String, seats: u32 },
+    Sold { buyer: String, seats: u32 },
+    SoldOut,
+}
+
+impl Event for ShowEvent {
+    const CATEGORY: &'static str = "show";
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ShowCommand {
+    Announce { title: String, seats: u32 },
+    Sell { buyer: String, seats: u32 },
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
+pub enum ShowError {
+    #[error("there is no such show")]
+    Unknown,
+    #[error("the show was announced before")]
+    AlreadyAnnounced,
+    #[error("only {left} seats are left")]
+    TooFew { left: u32 },
+}
+
+#[derive(Debug, Default)]
+pub struct Show {
+    announced: bool,
+    left: u32,
+}
+
+impl Aggregate for Show {
+    type Event = ShowEvent;
+    type Command = ShowCommand;
+    type Reply = u32; // the seats that are left
+    type Error = ShowError;
+
+    fn handle(&self, command: &ShowCommand, _: &Context<'_>) -> Result<Decision<ShowEvent, u32>, ShowError> {
+        match command {
+            ShowCommand::Announce { .. } if self.announced => Err(ShowError::AlreadyAnnounced),
+            ShowCommand::Announce { title, seats } => {
+                let announced = ShowEvent::Announced { title: title.clone(), seats: *seats };
+                Ok(Decision::event(announced).reply(*seats))
+            }
+            ShowCommand::Sell { .. } if !self.announced => Err(ShowError::Unknown),
+            ShowCommand::Sell { seats, .. } if *seats > self.left => {
+                Err(ShowError::TooFew { left: self.left })
+            }
+            ShowCommand::Sell { buyer, seats } => {
+                let left = self.left - seats;
+                let mut events = vec![ShowEvent::Sold { buyer: buyer.clone(), seats: *seats }];
+                if left == 0 {
+                    events.push(ShowEvent::SoldOut);
+                }
+                Ok(Decision::events(events).reply(left))
+            }
+        }
+    }
+
+    fn apply(&mut self, event: &ShowEvent) {
+        match event {
+            ShowEvent::Announced { seats, .. } => (self.announced, self.left) = (true, *seats),
+            ShowEvent::Sold { seats, .. } => self.left -= seats,
+            ShowEvent::SoldOut => {}
+        }
+    }
+}
+
+/// Commands, in one process.
+pub async fn commands(directory: &Path) -> Result<(), Failure> {
+    let store = SqliteStore::open(directory.join("shows.db")).await?;
+    let runtime = Runtime::builder().store(store).aggregate::<Show>().start().await?;
+
+    let announce = ShowCommand::Announce { title: "Hamlet".into(), seats: 3 };
+    runtime.execute::<Show>("hamlet", announce).await?;
+
+    let ada = || ShowCommand::Sell { buyer: "Ada".into(), seats: 2 };
+    let order = Uuid::now_v7(); // made where the order is made, sent again with it
+    let receipt = runtime.execute::<Show>("hamlet", ada()).command_id(order).await?;
+    assert_eq!((receipt.version.get(), receipt.reply), (2, 1));
+
+    let again = runtime.execute::<Show>("hamlet", ada()).command_id(order).await?;
+    assert!(again.duplicate && again.reply == 1); // the first receipt: two seats were sold, not four
+
+    match runtime.execute::<Show>("hamlet", ada()).await {
+        Err(ExecuteError::Rejected(ShowError::TooFew { left })) => assert_eq!(left, 1),
+        other => return Err(format!("sold what is not there: {other:?}").into()),
+    }
+    runtime.shutdown().await?;
+    Ok(())
+}
+
+pub struct Sales;
+
+impl Projection for Sales {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        "sales"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::variants::<ShowEvent>(&["sold"])
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        if let ShowEvent::Sold { buyer, seats } = event.decode()? {
+            sqlx::query("INSERT INTO sales (show, buyer, seats) VALUES (?, ?, ?)")
+                .bind(event.stream.id().to_owned())
+                .bind(buyer)
+                .bind(seats)
+                .execute(tx)
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        sqlx::query("DELETE FROM sales").execute(tx).await?;
+        Ok(())
+    }
+}
+
+/// A read model beside the log.
+pub async fn projections(directory: &Path) -> Result<(), Failure> {
+    let read =
+        SqlitePool::connect(&format!("sqlite:{}?mode=rwc", directory.join("read.db").display())).await?;
+    sqlx::query("CREATE TABLE IF NOT EXISTS sales (show TEXT, buyer TEXT, seats INTEGER)")
+        .execute(&read)
+        .await?;
+
+    let announced = Filter::variants::<ShowEvent>(&["announced"])?;
+    let titles = Lookup::new("titles", announced, |titles: &mut Vec<String>, event| {
+        if let ShowEvent::Announced { title, .. } = event.decode()? {
+            titles.push(title);
+        }
+        Ok(())
+    });
+
+    let runtime = Runtime::builder()
+        .store(SqliteStore::open(directory.join("shows.db")).await?)
+        .aggregate::<Show>()
+        .projection(Sales, SqliteReadModel::new(read.clone()))
+        .lookup(&titles)
+        .start()
+        .await?;
+
+    let sell = ShowCommand::Sell { buyer: "Bob".into(), seats: 1 };
+    let receipt = runtime.execute::<Show>("hamlet", sell).await?;
+    runtime.projection("sales")?.caught_up_to(receipt.position).await?;
+    let sold: i64 = sqlx::query_scalar("SELECT sum(seats) FROM sales").fetch_one(&read).await?;
+    assert_eq!(sold, 3); // Bob's seat, and Ada's two from before this projection existed
+
+    titles.ready(Duration::from_secs(10)).await?;
+    assert_eq!(titles.read(|titles| titles.clone()), ["Hamlet"]);
+
+    let sales = runtime.projection("sales")?;
+    sales.reset().await?; // empties the table and applies the log from its start
+    sales.wait_until_live(Duration::from_secs(10)).await?;
+    let sold: i64 = sqlx::query_scalar("SELECT sum(seats) FROM sales").fetch_one(&read).await?;
+    assert_eq!(sold, 3);
+
+    let status = runtime.status().await;
+    assert_eq!(status.projections["sales"].state, ProjectionState::Following);
+    assert_eq!(status.projections["sales"].lag(), 0);
+    runtime.shutdown().await?;
+    Ok(())
+}
+
+pub struct SharedSales;
+
+impl Projection for SharedSales {
+    type Transaction = PgConnection;
+
+    fn name(&self) -> &str {
+        "sales"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Filter::variants::<ShowEvent>(&["sold"])
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        if let ShowEvent::Sold { buyer, seats } = event.decode()? {
+            sqlx::query("INSERT INTO sales (show, buyer, seats) VALUES ($1, $2, $3)")
+                .bind(event.stream.id().to_owned())
+                .bind(buyer)
+                .bind(i64::from(seats))
+                .execute(tx)
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+pub async fn migrate(database: &str) -> Result<(), Failure> {
+    let pool = PgPool::connect(database).await?;
+    sqlx::query("CREATE TABLE IF NOT EXISTS sales (show text, buyer text, seats bigint)")
+        .execute(&pool)
+        .await?;
+    Ok(())
+}
+
+async fn shared(database: &str, nats: &str) -> Result<Builder, Failure> {
+    let nats = |options: NatsOptions| options.url(nats).namespace("shows");
+    Ok(Runtime::builder()
+        .store(PostgresStore::connect(database).await?)
+        .bus(nats(NatsOptions::core())?.bus())
+        .commands(CommandBus::nats(NatsCommands::new(nats(NatsOptions::core())?))))
+}
+
+/// One of the nodes that keep shows.
+pub async fn node(database: &str, nats: &str) -> Result<Runtime, Failure> {
+    let read = PgPool::connect(database).await?;
+    let builder = shared(database, nats).await?.aggregate::<Show>();
+    Ok(builder.projection(SharedSales, PostgresReadModel::new(read)).start().await?)
+}
+
+/// A node that keeps no shows, and asks those that do.
+pub async fn box_office(database: &str, nats: &str) -> Result<Runtime, Failure> {
+    Ok(shared(database, nats).await?.start().await?)
+}
+
+/// Sells seats one by one, whatever happens to the nodes meanwhile. Returns how many were sold.
+pub async fn sell(runtime: &Runtime, show: &str, seats: u32) -> Result<u32, Failure> {
+    let mut sold = 0;
+    for _ in 0..seats {
+        let order = Uuid::now_v7();
+        loop {
+            let sell = ShowCommand::Sell { buyer: "Carol".into(), seats: 1 };
+            match runtime.execute::<Show>(show, sell).command_id(order).await {
+                Ok(_) => sold += 1,
+                Err(ExecuteError::Rejected(ShowError::TooFew { .. })) => {}
+                Err(error) if error.is_transient() => {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue; // with the same id: it takes effect once, whatever had become of it
+                }
+                Err(error) => return Err(error.into()),
+            }
+            break;
+        }
+    }
+    Ok(sold)
+}
+
+/// How a node is doing, a line for each thing that somebody should look at.
+pub async fn trouble(runtime: &Runtime) -> Vec<String> {
+    let status = runtime.status().await;
+    let mut trouble = Vec::new();
+    if let Ok(Some(stall)) = &status.stall
+        && stall.open_for > Duration::from_secs(5)
+    {
+        trouble.push(format!("the log is held back by {:?} for {:?}", stall.pid, stall.open_for));
+    }
+    if let Err(error) = &status.frontier {
+        trouble.push(format!("the store: {error}"));
+    }
+    if let PublisherState::Retrying { error } = &status.publisher.state {
+        trouble.push(format!("nothing is published: {error}"));
+    }
+    for (name, projection) in &status.projections {
+        if matches!(projection.state, ProjectionState::Failed | ProjectionState::Retrying) {
+            trouble.push(format!("{name} {:?}: {:?}", projection.state, projection.last_error));
+        }
+        if projection.lag() > 10_000 {
+            trouble.push(format!("{name} is {} behind", projection.lag()));
+        }
+    }
+    trouble
+}
+
+async fn serve(runtime: Runtime) -> Result<(), Failure> {
+    let mut every = tokio::time::interval(Duration::from_secs(10));
+    loop {
+        tokio::select! {
+            _ = every.tick() => trouble(&runtime).await.iter().for_each(|line| eprintln!("{line}")),
+            ended = tokio::signal::ctrl_c() => {
+                ended?;
+                return Ok(runtime.shutdown().await?); // answers what is under way, gives leases back
+            }
+        }
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    tracing_subscriber::fmt().with_env_filter("warn").with_writer(std::io::stderr).init();
+    let Some(what) = std::env::args().nth(1) else {
+        let directory = tempfile::tempdir()?;
+        commands(directory.path()).await?;
+        projections(directory.path()).await?;
+        println!("3 seats were sold, once each");
+        return Ok(());
+    };
+    let database = std::env::var("DATABASE_URL").map_err(|_| "DATABASE_URL names no PostgreSQL")?;
+    let nats = std::env::var("NATS_URL").unwrap_or_else(|_| "nats://127.0.0.1:4222".into());
+    match &*what {
+        "migrate" => migrate(&database).await,
+        "node" => serve(node(&database, &nats).await?).await,
+        "sell" => {
+            let runtime = box_office(&database, &nats).await?;
+            let show = Uuid::now_v7().to_string();
+            let announce = ShowCommand::Announce { title: "Macbeth".into(), seats: 1_000 };
+            runtime.execute::<Show>(&show, announce).await?;
+            println!("{} sold", sell(&runtime, &show, 100).await?);
+            Ok(runtime.shutdown().await?)
+        }
+        other => Err(format!("{other} is none of: migrate, node, sell").into()),
+    }
+}

@@ -1,0 +1,132 @@
+//! Imports the event table of a Go service on goes into storied: the program of `docs/migration.md`.
+//!
+//! ```sh
+//! cargo run --example import_goes -- postgres://localhost/old postgres://localhost/new
+//! ```
+//!
+//! Run it again and it goes on where it was; nothing is imported twice.
+
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    reason = "docs/migration.md says what everything is for"
+)]
+
+use std::error::Error;
+
+use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt;
+use serde::{Deserialize, Serialize};
+use sqlx::{PgPool, Row};
+use storied::store::{Append, AppendError};
+use storied::{Event, EventStore, ExpectedVersion, Metadata, NewEvent, PostgresStore, StreamId, Version};
+use uuid::Uuid;
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// The events of today. Of yesterday's they keep what counts.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrderEvent {
+    Placed { customer: Uuid, pence: i64 },
+    Cancelled { reason: String },
+}
+
+impl Event for OrderEvent {
+    const CATEGORY: &'static str = "order";
+}
+
+/// An event of the old log.
+pub struct Old {
+    pub id: Uuid,
+    pub name: String,
+    pub at: DateTime<Utc>,
+    pub aggregate: String,
+    pub aggregate_id: Uuid,
+    pub version: i64,
+    pub data: String,
+}
+
+/// In an order in which they may have happened: by time, but each aggregate's by version.
+const READ: &str = "
+    SELECT id, name, time, aggregate_name, aggregate_id, data::text,
+           row_number() OVER aggregate AS version
+    FROM events
+    WHERE aggregate_id IS NOT NULL
+    WINDOW aggregate AS (PARTITION BY aggregate_name, aggregate_id ORDER BY aggregate_version)
+    ORDER BY max(time) OVER aggregate, aggregate_name, aggregate_id, aggregate_version";
+
+/// What an event of the old log is here.
+pub fn translate(old: &Old) -> Result<OrderEvent, Failure> {
+    #[derive(Deserialize)]
+    struct Placed {
+        #[serde(rename = "Customer")]
+        customer: Uuid,
+        #[serde(rename = "Total")]
+        pence: i64,
+    }
+    match &*old.name {
+        "shop.order.placed" => {
+            let Placed { customer, pence } = serde_json::from_str(&old.data)?;
+            Ok(OrderEvent::Placed { customer, pence })
+        }
+        // Its data was a plain string.
+        "shop.order.cancelled" => Ok(OrderEvent::Cancelled { reason: serde_json::from_str(&old.data)? }),
+        other => Err(format!("nobody has said what becomes of {other}").into()),
+    }
+}
+
+/// As it is to be appended: with the id that it always had, and the time in the metadata.
+pub fn imported(old: &Old, store: &dyn EventStore) -> Result<Append, Failure> {
+    let mut metadata = Metadata::default();
+    metadata.user.insert("occurred_at".into(), old.at.to_rfc3339());
+    metadata.user.insert("imported_from".into(), format!("{}({})", old.aggregate, old.aggregate_id));
+    let mut event = NewEvent::encode(&translate(old)?, store.info().codec, &metadata)?;
+    (event.id, event.command_id) = (old.id, old.id);
+    let stream = StreamId::new(OrderEvent::CATEGORY, old.aggregate_id)?;
+    let before = Version::new(u64::try_from(old.version)? - 1); // counted from 1
+    Ok(Append::one(stream, ExpectedVersion::Exact(before), vec![event]))
+}
+
+/// Imports everything that is not there yet, one event after the other: the log has the order in which it was appended.
+/// Returns how much that was.
+pub async fn import(from: &PgPool, to: &PostgresStore) -> Result<u64, Failure> {
+    let mut appended = 0;
+    let mut rows = sqlx::query(READ).fetch(from);
+    while let Some(row) = rows.try_next().await? {
+        let old = Old {
+            id: row.try_get("id")?,
+            name: row.try_get("name")?,
+            at: DateTime::from_timestamp_nanos(row.try_get("time")?),
+            aggregate: row.try_get("aggregate_name")?,
+            aggregate_id: row.try_get("aggregate_id")?,
+            version: row.try_get("version")?,
+            data: row.try_get("data")?,
+        };
+        let append = imported(&old, to)?;
+        match to.append(vec![append]).await.pop().ok_or("an append got no answer")? {
+            Ok(_) => appended += 1,
+            Err(AppendError::Conflict(conflict)) => {
+                // An earlier run has appended it, or somebody something else.
+                let before = Version::new(u64::try_from(old.version)? - 1);
+                let there = to.read_stream(&conflict.stream, before, 1).await?;
+                if there.first().map(|event| event.id) != Some(old.id) {
+                    return Err(format!("{} is not what is there already: {conflict}", old.id).into());
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(appended)
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Failure> {
+    let mut urls = std::env::args().skip(1);
+    let (Some(from), Some(to)) = (urls.next(), urls.next()) else {
+        return Err("say from where, and to where: import_goes postgres://… postgres://…".into());
+    };
+    let imported = import(&PgPool::connect(&from).await?, &PostgresStore::connect(&to).await?).await?;
+    println!("{imported} events imported");
+    Ok(())
+}

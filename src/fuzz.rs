@@ -1,0 +1,109 @@
+//! Fuzzing of what reads bytes from outside, as unit tests of each reader: bytes are changed at random, and whatever makes a
+//! reader say something that it has not said before is kept and changed further. No instrumentation, so any toolchain can run it.
+//!
+//! One second for each reader, or `STORIED_FUZZ_SECONDS`; `STORIED_FUZZ_SEED` repeats a run.
+
+use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+/// Inputs that are kept.
+const CORPUS: usize = 4_096;
+/// Longer ones are cut off.
+const LONGEST: usize = 4_096;
+
+/// Bytes that readers of CBOR, JSON and text take for something special: heads of endless, huge and nested things, breaks,
+/// tags, quotes, signs.
+const SPECIAL: [&[u8]; 24] = [
+    b"\x00",
+    b"\x7f",
+    b"\x80",
+    b"\xff",
+    b"\x9f",
+    b"\xbf",
+    b"\x5f",
+    b"\x1b\xff\xff\xff\xff\xff\xff\xff\xff",
+    b"\x3b\xff\xff\xff\xff\xff\xff\xff\xff",
+    b"\x5b\x00\x00\x00\xff\xff\xff\xff\xff",
+    b"\x9b\x7f\xff\xff\xff\xff\xff\xff\xff",
+    b"\xbb\x00\x00\x00\x01\x00\x00\x00\x00",
+    b"\x7a\xff\xff\xff\xff",
+    b"\xc2\x49",
+    b"\xd9\xff\xff",
+    b"\xf9\x7e\x00",
+    b"\x81\x81\x81\x81\x81\x81\x81\x81\x81\x81\x81\x81\x81\x81\x81\x81",
+    b"[[[[[[[[[[[[[[[[",
+    b"{\"\":",
+    b"\\u0000",
+    b"1e999",
+    b"-",
+    b"%",
+    b"\xed\xa0\x80",
+];
+
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        // xorshift64*
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let number = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33;
+        usize::try_from(number).unwrap() % sides.max(1)
+    }
+}
+
+/// Lets `read` read what becomes of `seeds`. It says what it made of the bytes, in a few words; a panic fails the test.
+pub(crate) fn fuzz(name: &str, seeds: Vec<Vec<u8>>, read: impl Fn(&[u8]) -> String) {
+    let number = |key: &str| std::env::var(key).ok().and_then(|text| text.parse::<u64>().ok());
+    let seed = number("STORIED_FUZZ_SEED").unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
+    let until = Instant::now() + Duration::from_secs(number("STORIED_FUZZ_SECONDS").unwrap_or(1));
+    let mut dice = Dice(seed | 1);
+    let mut said = HashSet::new();
+    let mut corpus = seeds;
+    let mut runs = 0_u64;
+    let mut next = 0;
+    while next < corpus.len() || Instant::now() < until {
+        // First as they are.
+        let input = match corpus.get(next) {
+            Some(seed) => seed.clone(),
+            None => change(&corpus, &mut dice),
+        };
+        next += 1;
+        let told = catch_unwind(AssertUnwindSafe(|| read(&input)));
+        let told = told.unwrap_or_else(|_| panic!("{name} panicked; STORIED_FUZZ_SEED={seed}; {input:02x?}"));
+        runs += 1;
+        // Numbers in what it says are not news.
+        let told: String = told.chars().filter(|c| !c.is_ascii_digit()).take(80).collect();
+        if corpus.len() < CORPUS && said.insert(told) && next > corpus.len() {
+            corpus.push(input);
+            next = corpus.len();
+        }
+    }
+    println!("{name}: {runs} inputs, {} different answers", said.len());
+    assert!(said.len() > 1, "{name} says the same to everything");
+}
+
+fn change(corpus: &[Vec<u8>], dice: &mut Dice) -> Vec<u8> {
+    let mut input = corpus.get(dice.roll(corpus.len())).cloned().unwrap_or_default();
+    for _ in 0..=dice.roll(4) {
+        let at = dice.roll(input.len() + 1);
+        let end = (at + dice.roll(9)).min(input.len());
+        match dice.roll(7) {
+            0 if at < input.len() => input[at] ^= 1 << dice.roll(8),
+            1 if at < input.len() => input[at] = u8::try_from(dice.roll(256)).unwrap(),
+            2 => drop(input.drain(at..end)),
+            3 => drop(input.splice(at..end, SPECIAL[dice.roll(SPECIAL.len())].iter().copied())),
+            4 => drop(input.splice(at..at, input[at..end].repeat(1 + dice.roll(20)))),
+            5 => input.truncate(at),
+            _ => {
+                let other = &corpus[dice.roll(corpus.len())];
+                let from = dice.roll(other.len() + 1);
+                drop(input.splice(at.., other[from..].iter().copied()));
+            }
+        }
+    }
+    input.truncate(LONGEST);
+    input
+}

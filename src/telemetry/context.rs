@@ -1,0 +1,115 @@
+//! W3C trace context: between the span of the moment and what travels with commands and events.
+
+use std::str::FromStr;
+
+use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
+use opentelemetry::{Context, ContextGuard};
+use tracing::Span;
+
+use crate::event::Metadata;
+
+/// The context that came with something, if it can be read.
+pub(super) fn of(metadata: &Metadata) -> Option<SpanContext> {
+    let mut parts = metadata.traceparent.as_deref()?.split('-');
+    let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    // Version 0 has four parts, ff is forbidden, others may have more.
+    let whole = version.len() == 2 && version != "ff" && (version != "00" || parts.next().is_none());
+    let sized = trace.len() == 32 && span.len() == 16 && flags.len() == 2;
+    if !whole || !sized || !metadata.traceparent.as_deref()?.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return None;
+    }
+    let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()?) & TraceFlags::SAMPLED;
+    let state = metadata.tracestate.as_deref().and_then(|state| TraceState::from_str(state).ok());
+    let (trace, span) = (TraceId::from_hex(trace).ok()?, SpanId::from_hex(span).ok()?);
+    Some(SpanContext::new(trace, span, flags, true, state.unwrap_or_default())).filter(SpanContext::is_valid)
+}
+
+/// Makes what came with a command the parent of spans that begin now. Not where the span of the moment belongs to the same
+/// trace already, and is nearer.
+pub(super) fn enter(metadata: &Metadata) -> Option<ContextGuard> {
+    let came = of(metadata)?;
+    let near = current().is_some_and(|current| current.trace_id() == came.trace_id());
+    (!near).then(|| Context::new().with_remote_span_context(came).attach())
+}
+
+/// Puts `span` into what travels on: in place of its parent, where that came along. Without a tracer behind `span` it is
+/// what surrounds it.
+pub(super) fn inject(span: &Span, metadata: &mut Metadata) {
+    let Some(context) = span.in_scope(current) else { return };
+    if metadata.traceparent.is_some() && of(metadata).is_none_or(|came| came.trace_id() != context.trace_id())
+    {
+        return;
+    }
+    let flags = context.trace_flags() & TraceFlags::SAMPLED;
+    metadata.traceparent =
+        Some(format!("00-{}-{}-{:02x}", context.trace_id(), context.span_id(), flags.to_u8()));
+    let state = context.trace_state().header();
+    metadata.tracestate = (!state.is_empty()).then_some(state);
+}
+
+/// The context of the moment, if there is a trace.
+fn current() -> Option<SpanContext> {
+    Context::map_current(|context| context.has_active_span().then(|| context.span().span_context().clone()))
+        .filter(SpanContext::is_valid)
+}
+
+/// Links `span` to others, which have caused it and are not its parents.
+pub(super) fn link<'a>(span: &Span, causes: impl Iterator<Item = &'a Metadata>) {
+    let mut last = None;
+    span.in_scope(|| {
+        let context = Context::current();
+        let span = context.span();
+        for cause in causes.filter_map(of) {
+            // All events of one command have the same.
+            if last.as_ref() != Some(&cause) {
+                span.add_link(cause.clone(), Vec::new());
+                last = Some(cause);
+            }
+        }
+    });
+}
+
+/// Whether somebody keeps the trace that it belongs to.
+pub(super) fn is_sampled(metadata: &Metadata) -> bool {
+    of(metadata).is_some_and(|context| context.is_sampled())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test reports by panicking")]
+
+    use super::*;
+
+    fn with(traceparent: &str) -> Metadata {
+        Metadata { traceparent: Some(traceparent.to_owned()), ..Metadata::default() }
+    }
+
+    #[test]
+    fn reads_what_the_standard_says_and_nothing_else() {
+        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let context = of(&with(good)).unwrap();
+        assert_eq!(context.trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");
+        assert_eq!(context.span_id().to_string(), "b7ad6b7169203331");
+        assert!(context.is_sampled() && context.is_remote());
+        assert!(!is_sampled(&with("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00")));
+        assert!(
+            of(&with("cc-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-what-the-future-brings"))
+                .is_some()
+        );
+        for bad in [
+            "",
+            "00",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more",
+            "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "00-0af7651916cd43dd8448eb211c80319-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319z-b7ad6b7169203331-01",
+            "00-é7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0é",
+        ] {
+            assert!(of(&with(bad)).is_none(), "{bad}");
+        }
+    }
+}

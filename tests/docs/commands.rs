@@ -1,0 +1,130 @@
+//! Shell commands: whether what they name exists, and whether the program knows the options.
+
+use std::fs;
+use std::process::Command;
+
+use crate::example::example;
+use crate::markdown::root;
+
+/// Programs that are not ours to check.
+const FOREIGN: [&str; 8] = ["cd", "docker", "echo", "export", "git", "nats", "pg_dump", "psql"];
+
+pub fn check_all(lines: &[String]) -> Result<(), String> {
+    lines.iter().try_for_each(|line| check(line))
+}
+
+/// Checks one line.
+pub fn check(line: &str) -> Result<(), String> {
+    let line = line.split(" #").next().unwrap_or_default();
+    let line = line.trim_start_matches('#').trim();
+    // `eval "$(scripts/servers)"` runs what is within.
+    let line = line.strip_prefix("eval \"$(").and_then(|line| line.strip_suffix(")\"")).unwrap_or(line);
+    let words = line.split_whitespace().skip_while(|word| is_assignment(word)).collect::<Vec<_>>();
+    match words.as_slice() {
+        [] => Ok(()),
+        ["cargo", rest @ ..] => cargo(rest),
+        ["storied", rest @ ..] => tool(rest),
+        [first, rest @ ..] if first.starts_with("scripts/") => script(first, rest),
+        [first, ..] if FOREIGN.contains(first) => Ok(()),
+        [first, ..] => Err(format!("nobody checks what {first} does")),
+    }
+    .map_err(|reason| format!("{line}: {reason}"))
+}
+
+/// `STORIED_CHAOS_SECONDS=300`.
+fn is_assignment(word: &str) -> bool {
+    word.split_once('=').is_some_and(|(name, _)| name.chars().all(|c| c.is_ascii_uppercase() || c == '_'))
+}
+
+fn cargo(words: &[&str]) -> Result<(), String> {
+    let end = words.iter().position(|word| *word == "--").unwrap_or(words.len());
+    let (own, rest) = words.split_at(end);
+    let rest = rest.get(1..).unwrap_or_default();
+    let after = |option: &str| {
+        let at = own.iter().position(|word| *word == option)?;
+        own.get(at + 1).copied()
+    };
+    match own.first().copied() {
+        Some("run") if after("--bin") == Some("storied") => tool(rest),
+        Some("run") => {
+            let example = after("--example").ok_or("which example?")?;
+            let directory = format!("examples/{example}");
+            there(&[&format!("{directory}.rs"), &format!("{directory}/main.rs")])?;
+            if rest.iter().any(|word| word.starts_with('-')) {
+                let help = help(example)?;
+                options(rest, &help)?;
+            }
+            Ok(())
+        }
+        Some("bench") => {
+            let bench = after("--bench").ok_or("which benchmark?")?;
+            let args = format!("benches/{bench}/args.rs");
+            let usage = fs::read_to_string(root().join(&args)).map_err(|error| format!("{args}: {error}"))?;
+            options(rest, &usage)?;
+            let workload = rest.first().filter(|word| !word.starts_with('-'));
+            match workload {
+                Some(name) if !usage.contains(&format!("\"{name}\"")) => Err(format!("{args} has no {name}")),
+                _ => Ok(()),
+            }
+        }
+        Some("test") => match after("--test") {
+            Some(test) => there(&[&format!("tests/{test}.rs"), &format!("tests/{test}/main.rs")]),
+            None => Ok(()),
+        },
+        Some("add" | "build" | "check" | "clippy" | "doc" | "fmt" | "install" | "new") => Ok(()),
+        Some(other) => Err(format!("nobody checks what cargo {other} does")),
+        None => Ok(()),
+    }
+}
+
+/// The command-line tool: what it says to `--help` behind the same words.
+fn tool(words: &[&str]) -> Result<(), String> {
+    let program =
+        option_env!("CARGO_BIN_EXE_storied").ok_or("the tool is not built; test with --all-features")?;
+    let named = words.split(|word| word.starts_with('-')).next().unwrap_or_default();
+    let output = Command::new(program).args(named).arg("--help").output().unwrap();
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    options(words, &String::from_utf8_lossy(&output.stdout))
+}
+
+fn there(paths: &[&str]) -> Result<(), String> {
+    if paths.iter().any(|path| root().join(path).exists()) {
+        return Ok(());
+    }
+    Err(format!("there is no {}", paths.join(", nor ")))
+}
+
+/// `usage` knows every option that is given, whole.
+fn options(words: &[&str], usage: &str) -> Result<(), String> {
+    let known = |option: &str| {
+        let option = option.split('=').next();
+        usage.split(|c: char| !(c.is_alphanumeric() || c == '-' || c == '_')).any(|word| Some(word) == option)
+    };
+    match words.iter().filter(|word| word.starts_with('-')).find(|option| !known(option)) {
+        Some(option) => Err(format!("it knows no option {option}")),
+        None => Ok(()),
+    }
+}
+
+fn script(path: &str, words: &[&str]) -> Result<(), String> {
+    let text = fs::read_to_string(root().join(path)).map_err(|error| format!("{path}: {error}"))?;
+    let [first, ..] = words else { return Ok(()) };
+    // What goes on to cargo test is checked as that.
+    if text.contains("cargo test") && text.contains("\"$@\"") {
+        return cargo(&[&["test"], words].concat());
+    }
+    // A branch of its `case`.
+    let known = text.lines().any(|line| line.trim_start().starts_with(&format!("{first})")));
+    if known { Ok(()) } else { Err(format!("it knows no {first}")) }
+}
+
+/// What an example prints when it is asked for help.
+fn help(name: &str) -> Result<String, String> {
+    let output = Command::new(example(name)).arg("--help").output().unwrap();
+    if !output.status.success() {
+        return Err(format!("{name} --help ends with {}", output.status));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

@@ -1,0 +1,295 @@
+//! What the documents say of the repository is so: links lead somewhere, and the tests, files, types, options and commands that
+//! they name exist. Their pieces of Rust are documentation tests, see src/lib.rs.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
+#![allow(missing_docs, unreachable_pub, reason = "tests are no product")]
+
+mod commands;
+#[path = "../support/example.rs"]
+mod example;
+mod markdown;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+use std::process::Command;
+
+use self::markdown::{Document, Piece, documents, files, root};
+
+/// Calls `check` with every piece of every document, and fails with all that it says.
+fn all(pieces: impl Fn(&Document) -> &[Piece], check: impl Fn(&Document, &str) -> Result<(), String>) {
+    let (mut wrong, mut seen) = (Vec::new(), 0);
+    for document in documents() {
+        for piece in pieces(&document) {
+            seen += 1;
+            if let Err(reason) = check(&document, &piece.text) {
+                wrong.push(format!("{}:{}: {reason}", document.path.display(), piece.line));
+            }
+        }
+    }
+    assert!(seen > 50, "only {seen} pieces were found");
+    assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
+}
+
+/// `a/b/../c` is `a/c`.
+fn plain(path: &Path) -> PathBuf {
+    path.components().fold(PathBuf::new(), |mut plain, component| {
+        match component {
+            Component::ParentDir => drop(plain.pop()),
+            other => plain.push(other),
+        }
+        plain
+    })
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let anchors: BTreeMap<PathBuf, Vec<String>> =
+        documents().into_iter().map(|document| (document.path, document.anchors)).collect();
+    all(
+        |document| &document.links,
+        |document, link| {
+            if link.contains("://") {
+                return Ok(());
+            }
+            let (path, anchor) =
+                link.split_once('#').map_or((link, None), |(path, anchor)| (path, Some(anchor)));
+            let path = match path {
+                "" => document.path.clone(),
+                path => plain(&document.path.with_file_name(path)),
+            };
+            if !root().join(&path).exists() {
+                return Err(format!("{link} leads to {}, which does not exist", path.display()));
+            }
+            match anchor {
+                Some(anchor)
+                    if !anchors.get(&path).is_some_and(|all| all.iter().any(|one| one == anchor)) =>
+                {
+                    Err(format!("{} has no heading #{anchor}", path.display()))
+                }
+                _ => Ok(()),
+            }
+        },
+    );
+}
+
+/// `tests/bus/mirror.rs::a_full_stream_stops_the_publisher_and_no_append`.
+#[test]
+fn tests_that_are_named_exist() {
+    all(
+        |document| &document.codes,
+        |_, code| {
+            let Some((file, test)) = code.split_once(".rs::") else { return Ok(()) };
+            let file = format!("{file}.rs");
+            let source =
+                fs::read_to_string(root().join(&file)).map_err(|error| format!("{file}: {error}"))?;
+            // Suites that run on several back ends are functions; a list makes tests of them, in the same file or in the one
+            // that its directory belongs to.
+            let path = Path::new(&file);
+            let above = path.parent().map(|directory| root().join(directory).with_extension("rs"));
+            let above = above.and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+            let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            let names = [test.to_owned(), format!("{stem}::{test}")];
+            let mut entries =
+                source.lines().chain(above.lines()).map(|line| line.trim().trim_end_matches([',', ';']));
+            let listed = has_word(&source, &format!("fn {test}"))
+                && entries.any(|entry| names.iter().any(|name| name == entry));
+            let runs = is_test(&source, test) || listed;
+            if runs { Ok(()) } else { Err(format!("{file} has no test {test}")) }
+        },
+    );
+}
+
+/// Whether `source` has a function of this name under an attribute that makes it a test.
+fn is_test(source: &str, name: &str) -> bool {
+    let lines: Vec<&str> = source.lines().map(str::trim).collect();
+    let heads = [format!("fn {name}("), format!("async fn {name}(")];
+    lines.iter().enumerate().any(|(index, line)| {
+        heads.iter().any(|head| line.starts_with(head.as_str()))
+            && lines[..index]
+                .iter()
+                .rev()
+                .take_while(|line| line.starts_with("#[") || line.starts_with("//"))
+                .any(|line| line.starts_with("#[test]") || line.starts_with("#[tokio::test"))
+    })
+}
+
+#[test]
+fn files_that_are_named_exist() {
+    let directories = ["benches/", "docs/", "examples/", "migrations/", "scripts/", "src/", "tests/"];
+    all(
+        |document| &document.codes,
+        |_, code| {
+            let path = code.split([' ', ':']).next().unwrap_or_default();
+            let concerns = directories.iter().any(|directory| path.starts_with(directory));
+            let path = path.trim_end_matches('/');
+            if !concerns || path.contains(['*', '…', '{']) || exists(path) {
+                return Ok(());
+            }
+            Err(format!("there is no {path}"))
+        },
+    );
+}
+
+/// With or without the ending, as in `examples/retail` and `src/store`.
+fn exists(path: &str) -> bool {
+    root().join(path).exists() || root().join(format!("{path}.rs")).exists()
+}
+
+/// What is named as `Type::item`, if the type is one of ours.
+#[test]
+fn items_that_are_named_exist() {
+    let mut sources = Vec::new();
+    files(&root().join("src"), true, &mut sources);
+    let sources: Vec<String> = sources.iter().filter_map(|path| fs::read_to_string(path).ok()).collect();
+    let ours = |name: &str| {
+        let heads = ["struct", "enum", "trait", "type"].map(|kind| format!("pub {kind} {name}"));
+        sources.iter().any(|source| heads.iter().any(|head| has_word(source, head)))
+    };
+    // Also what a macro of ours says, since that may be anybody's.
+    let about = |name: &str| {
+        let heads = ["struct ", "enum ", "trait ", "for ", "impl ", "> "].map(|head| format!("{head}{name}"));
+        let sources = sources.iter();
+        sources.filter(move |source| {
+            source.contains("macro_rules!") || heads.iter().any(|head| has_word(source, head))
+        })
+    };
+    all(
+        |document| &document.codes,
+        |_, code| {
+            let named = code.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).next();
+            let mut named = named.unwrap_or_default().trim_end_matches(':').split("::");
+            let (Some(of), Some(item), None) = (named.next(), named.next(), named.next()) else {
+                return Ok(());
+            };
+            if !of.starts_with(char::is_uppercase) || item.is_empty() || !ours(of) {
+                return Ok(());
+            }
+            let heads = ["fn", "const", "type"].map(|kind| format!("{kind} {item}"));
+            let there = about(of).any(|source| {
+                heads.iter().any(|head| has_word(source, head))
+                    || source.lines().any(|line| {
+                        let line = line.trim_start();
+                        let line = line.strip_prefix("pub ").unwrap_or(line);
+                        line.strip_prefix(item).is_some_and(|rest| rest.starts_with([',', '(', ':', ' ']))
+                    })
+            });
+            if there { Ok(()) } else { Err(format!("{of} has no {item}")) }
+        },
+    );
+}
+
+/// Whether `text` has `words`, and not as a part of longer ones.
+fn has_word(text: &str, words: &str) -> bool {
+    let part = |c: char| c.is_alphanumeric() || c == '_';
+    text.match_indices(words).any(|(at, _)| !text[at + words.len()..].starts_with(part))
+}
+
+/// Every block of code is of a language that somebody checks, and Rust is a documentation test.
+#[test]
+fn every_block_of_code_is_checked() {
+    let lib = fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let mut wrong = Vec::new();
+    for document in documents() {
+        for block in &document.blocks {
+            let path = document.path.display();
+            let reason = match block.language() {
+                "rust" if lib.contains(&format!("include_str!(\"../{path}\")")) => continue,
+                "rust" if is_verbatim(&block.lines) => continue,
+                "rust" => {
+                    "src/lib.rs makes no documentation test of it, nor is it in an example or a test".into()
+                }
+                "sh" => match commands::check_all(&block.lines) {
+                    Ok(()) => continue,
+                    Err(reason) => reason,
+                },
+                "toml" => match dependencies_fit(&block.lines) {
+                    Ok(()) => continue,
+                    Err(reason) => reason,
+                },
+                // Run by the test that reads it from there.
+                "sql" if is_read_by_a_test(&document.path) => continue,
+                "sql" => "no test includes this document to run its SQL".into(),
+                // Pictures, protocols, output.
+                "text" => continue,
+                other => format!("nobody checks {other:?}; call it text if it is none"),
+            };
+            wrong.push(format!("{path}:{}: {reason}", block.line));
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
+}
+
+/// Commands in the text, as `scripts/services up`.
+#[test]
+fn commands_that_are_named_work() {
+    all(
+        |document| &document.codes,
+        |_, code| match code.split_whitespace().next() {
+            Some(first) if first == "cargo" || first.starts_with("scripts/") => commands::check(code),
+            _ => Ok(()),
+        },
+    );
+}
+
+/// Whether an example or a test has these lines, indented as it likes.
+fn is_verbatim(lines: &[String]) -> bool {
+    let mut programs = Vec::new();
+    for directory in ["examples", "tests"] {
+        files(&root().join(directory), true, &mut programs);
+    }
+    programs.retain(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    let bare = |text: &str| text.lines().map(str::trim).collect::<Vec<_>>().join("\n");
+    let wanted = format!("\n{}\n", bare(&lines.join("\n")));
+    let mut programs = programs.iter().filter_map(|path| fs::read_to_string(path).ok());
+    programs.any(|program| format!("\n{}\n", bare(&program)).contains(&wanted))
+}
+
+fn is_read_by_a_test(document: &Path) -> bool {
+    let mut tests = Vec::new();
+    files(&root().join("tests"), true, &mut tests);
+    let include = format!("/{}\")", document.display());
+    tests
+        .iter()
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .any(|source| source.lines().any(|line| line.contains("include_str!(\"") && line.contains(&include)))
+}
+
+/// What a reader is told to depend on is what the examples and tests are built with.
+fn dependencies_fit(lines: &[String]) -> Result<(), String> {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let version = |line: &str| {
+        let (name, rest) = line.split_once(" = ")?;
+        let version = rest.trim_start_matches("{ version = ").strip_prefix('"')?.split('"').next()?;
+        Some((name.to_owned(), version.to_owned()))
+    };
+    let ours: BTreeSet<_> = manifest.lines().filter_map(version).collect();
+    let strange = lines.iter().filter_map(|line| version(line)).find(|one| !ours.contains(one));
+    strange.map_or(Ok(()), |(name, version)| Err(format!("Cargo.toml has no {name} {version}")))
+}
+
+/// As somebody does who has copied it: in an empty directory, and again.
+#[test]
+fn the_quick_start_runs_and_remembers() {
+    let directory = tempfile::tempdir().unwrap();
+    for said in ["1299 pence\n", "the order has been placed already\n1299 pence\n"] {
+        let output = Command::new(example::example("quick_start")).current_dir(&directory).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), said);
+    }
+}
+
+#[test]
+fn the_index_has_every_document() {
+    let documents = documents();
+    let index = documents.iter().find(|document| document.path == Path::new("docs/README.md")).unwrap();
+    for document in &documents {
+        let Ok(name) = document.path.strip_prefix("docs") else { continue };
+        let listed = index.links.iter().any(|link| Path::new(&link.text) == name);
+        assert!(
+            listed || name == Path::new("README.md"),
+            "docs/README.md does not lead to {}",
+            name.display()
+        );
+    }
+}

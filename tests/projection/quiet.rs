@@ -1,0 +1,66 @@
+//! Who has nothing to do does nothing. All of a test is on one thread, whose time is what it costs.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use storied::projection::{External, ProjectionState, Schedule};
+use storied::{EventStore, MemoryStore};
+
+use crate::support::*;
+
+/// What this thread has run for.
+fn run_for() -> Duration {
+    let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(schedstat.split(' ').next().unwrap().parse().unwrap())
+}
+
+/// Whoever spins gets more than this in a second, on whatever machine.
+async fn assert_quiet(what: &str) {
+    let before = run_for();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let took = run_for() - before;
+    println!("{what}: {took:?} in a second");
+    assert!(took < Duration::from_millis(60), "{what}: {took:?}");
+}
+
+/// It held events back; another node has applied them, and this one owns the read model again.
+#[tokio::test]
+async fn what_was_held_back_is_forgotten_with_the_ownership() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let link = Link::new(&store);
+    let linked: Arc<dyn EventStore> = Arc::new(link.clone());
+    let (one, two) = (local_node(&linked).await, local_node(&store).await);
+    let held = Schedule::Debounced { quiet: Duration::from_secs(3), cap: Duration::from_secs(60) };
+    let first = one.projection(recorder("held"), External::new(), short_lived().schedule(held)).await;
+    reach(&first, ProjectionState::Following).await;
+    let second = two.projection(recorder("held"), External::new(), short_lived()).await;
+    reach(&second, ProjectionState::Standby).await;
+    let head = append(&store, 0, [1]).await;
+    let appended = tokio::time::Instant::now();
+    eventually("it holds the event back", || first.status().lag() > 0).await;
+    link.mute.store(true, Ordering::SeqCst);
+    reach(&second, ProjectionState::Following).await;
+    catch_up(&second, head).await;
+    link.mute.store(false, Ordering::SeqCst);
+    two.stop(PATIENCE).await.unwrap();
+    reach(&first, ProjectionState::Following).await;
+    // The time of what was held back is over.
+    tokio::time::sleep_until(appended + Duration::from_millis(3_500)).await;
+    assert_quiet("an owner with nothing to do").await;
+    one.stop(PATIENCE).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_group_whose_read_model_does_not_fit_waits() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let node = local_node(&store).await;
+    let four = node.partitioned(4, |_| recorder("cut"), External::new(), options()).await;
+    catch_up(&four, append(&store, 0, [1]).await).await;
+    node.stop(PATIENCE).await.unwrap();
+    let node = local_node(&store).await;
+    let two = node.partitioned(2, |_| recorder("cut"), External::new(), options()).await;
+    reach(&two, ProjectionState::Failed).await;
+    assert_quiet("two partitions of four").await;
+    node.kill();
+}

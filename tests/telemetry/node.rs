@@ -1,0 +1,158 @@
+//! The metrics of a node: PostgreSQL, JetStream, a projection, and another node that gets in its way.
+
+use std::time::Duration;
+
+use sqlx::postgres::PgPoolOptions;
+use storied::command::{CommandBus, NatsCommands};
+use storied::projection::FailurePolicy;
+use storied::{
+    NatsOptions, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions, Runtime, StoreError,
+};
+
+use crate::harness::{self, NatsServer, PostgresServer};
+use crate::support::*;
+
+async fn store(url: &str) -> Result<(PostgresStore, PostgresReadModel), StoreError> {
+    let pool = PgPoolOptions::new().max_connections(5).connect(url).await.unwrap();
+    let store = PostgresOptions::new().pool(pool.clone()).connect().await?;
+    Ok((store, PostgresReadModel::new(pool)))
+}
+
+/// Works through all that a node counts.
+pub async fn scenario(meters: &Meters) {
+    let url = PostgresServer::shared().await.create_database().await;
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let ((log, read_model), (other_log, _)) = (store(&url).await.unwrap(), store(&url).await.unwrap());
+    let once = ProjectionOptions::new().attempts(1).on_failure(FailurePolicy::Park);
+    let node = Runtime::builder()
+        .store(log)
+        .bus(mirror(&server).bus())
+        .publisher(publishing())
+        .commands(CommandBus::nats(NatsCommands::new(quick(NatsOptions::core().url(server.url())))))
+        .aggregate::<Counter>()
+        .projection_with(sums("sums"), read_model, once)
+        .telemetry(meters.telemetry())
+        .start()
+        .await
+        .unwrap();
+    // What this one counts goes nowhere.
+    let other = Runtime::builder().store(other_log).aggregate::<Counter>().start().await.unwrap();
+
+    let of = [("storied.command.name", "counter")];
+    node.execute::<Counter>("a", Add(1)).await.unwrap();
+    node.execute::<Counter>("b", Add(13)).await.unwrap();
+    node.execute::<Counter>("a", Add(0)).await.unwrap_err();
+    assert_eq!(meters.count("storied.command.duration", &of), 3);
+    assert_eq!(meters.count("storied.command.duration", &[of[0], ("error.type", "rejected")]), 1);
+    assert_eq!(meters.value("storied.command.retries", &of), None);
+    // The other node is a step ahead.
+    other.execute::<Counter>("a", Add(2)).await.unwrap();
+    assert_eq!(node.execute::<Counter>("a", Add(3)).await.unwrap().reply, 6);
+    assert_eq!(meters.sum("storied.command.retries", &of), 1.0);
+    for (outcome, count) in [("committed", 3.0), ("conflict", 1.0), ("failed", 0.0)] {
+        assert_eq!(meters.sum("storied.append.count", &[("storied.outcome", outcome)]), count, "{outcome}");
+    }
+    assert_eq!(meters.sum("storied.append.events", &[]), 3.0);
+    assert_eq!(meters.sum("storied.append.queue", &[]), 0.0);
+    // One for each, as they came one by one, the refused one included.
+    assert_eq!(meters.count("storied.append.duration", &[]), 4);
+    assert_eq!(meters.value("storied.append.batch.size", &[]), Some((4.0, 4)));
+    assert_eq!(meters.sum("storied.aggregate.live", &of), 2.0);
+    meters.until("storied.command.active", &of, |active| active == 0.0).await;
+
+    let stream = [("messaging.system", "nats"), ("messaging.destination.name", "STORIED_EVENTS")];
+    let publish = [stream[0], stream[1], ("messaging.operation.name", "publish")];
+    meters.until("messaging.client.sent.messages", &publish, |sent| sent == 4.0).await;
+    assert!((1..=4).contains(&meters.count("messaging.client.operation.duration", &publish)));
+    meters.until("storied.nats.stream.messages", &stream, |messages| messages == 4.0).await;
+    assert!(meters.sum("storied.nats.stream.size", &stream) > 400.0);
+    meters.until("storied.publisher.lag", &[("storied.bus", "nats-jetstream")], |lag| lag == 0.0).await;
+
+    let sums = [("storied.projection", "sums")];
+    meters.until("storied.projection.events", &sums, |events| events == 3.0).await;
+    meters.until("storied.projection.lag", &sums, |lag| lag == 0.0).await;
+    assert_eq!(meters.sum("storied.projection.lag.time", &sums), 0.0);
+    assert_eq!(meters.sum("storied.projection.parked", &sums), 1.0);
+    assert!(meters.count("storied.projection.duration", &sums) >= 1);
+    // On a busy machine the bus may be late.
+    let before = node.status().await.feed.repairs as f64;
+    let repairs = meters.sum("storied.feed.repairs", &[]);
+    assert!((before..=node.status().await.feed.repairs as f64).contains(&repairs), "{before} {repairs}");
+    for connection in ["events", "commands"] {
+        let of = [("storied.connection", connection)];
+        assert_eq!(meters.sum("storied.nats.connection.attempts", &of), 1.0, "{connection}");
+        assert_eq!(meters.count("storied.nats.connection.start.duration", &of), 1, "{connection}");
+        assert_eq!(meters.value("storied.nats.connection.errors", &of), None, "{connection}");
+    }
+
+    let leases = |kind, change| {
+        let of = [("storied.lease.kind", kind), ("storied.lease.change", change)];
+        meters.sum("storied.lease.changes", &of)
+    };
+    for kind in ["publisher", "projection"] {
+        assert_eq!((leases(kind, "acquired"), leases(kind, "released")), (1.0, 0.0), "{kind}");
+    }
+    node.shutdown().await.unwrap();
+    for kind in ["publisher", "projection"] {
+        assert_eq!((leases(kind, "released"), leases(kind, "lost")), (1.0, 0.0), "{kind}");
+    }
+    let commands = [("storied.connection", "commands")];
+    assert_eq!(meters.count("storied.nats.connection.close.duration", &commands), 1);
+    other.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn counts_what_it_does() {
+    let _turn = TURN.read().await;
+    scenario(&Meters::new()).await;
+}
+
+/// The store goes away for longer than a lease lasts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn counts_a_lost_lease_and_appends_that_fail() {
+    let _turn = TURN.read().await;
+    let meters = Meters::new();
+    let mut server = PostgresServer::start().await;
+    let (log, read_model) = store(&server.create_database().await).await.unwrap();
+    let node = Runtime::builder()
+        .store(log)
+        .aggregate::<Counter>()
+        .projection_with(sums("sums"), read_model, ProjectionOptions::new().lease(Duration::from_millis(500)))
+        .telemetry(meters.telemetry())
+        .start()
+        .await
+        .unwrap();
+    let position = node.execute::<Counter>("a", Add(1)).await.unwrap().position;
+    node.projection("sums").unwrap().caught_up_to_within(position, PATIENCE).await.unwrap();
+    server.kill();
+    node.execute::<Counter>("a", Add(1)).await.unwrap_err();
+    let lost = [("storied.lease.kind", "projection"), ("storied.lease.change", "lost")];
+    meters.until("storied.lease.changes", &lost, |lost| lost == 1.0).await;
+    meters.until("storied.append.count", &[("storied.outcome", "failed")], |failed| failed >= 1.0).await;
+    assert!(
+        meters
+            .points()
+            .iter()
+            .any(|point| point.name == "storied.append.duration"
+                && point.attributes.contains_key("error.type")),
+        "{:#?}",
+        meters.points()
+    );
+    server.restart().await;
+    let acquired = [("storied.lease.kind", "projection"), ("storied.lease.change", "acquired")];
+    meters.until("storied.lease.changes", &acquired, |acquired| acquired == 2.0).await;
+    node.shutdown().await.unwrap();
+}
+
+/// What is observed does not keep a node, nor its store, alive.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_gone_says_nothing() {
+    let _turn = TURN.read().await;
+    let meters = Meters::new();
+    let builder = Runtime::builder().store(storied::MemoryStore::new()).aggregate::<Counter>();
+    let node = builder.telemetry(meters.telemetry()).start().await.unwrap();
+    node.execute::<Counter>("a", Add(1)).await.unwrap();
+    assert_eq!(meters.sum("storied.aggregate.live", &[]), 1.0);
+    node.shutdown().await.unwrap();
+    assert_eq!(meters.value("storied.aggregate.live", &[]), None);
+}
