@@ -7,7 +7,7 @@ use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 use crate::args::Plan;
 use crate::domain::{Account, AccountCommand, Never, text};
 use crate::measure::{Comparison, Run, closed_loop};
-use crate::nats::Nats;
+use crate::nats::{Nats, subscribe};
 use crate::stores::Store;
 use crate::workloads::{AGGREGATES, execute};
 
@@ -92,8 +92,7 @@ async fn enter(plan: &Plan, runtime: &Runtime) -> Run {
 
 async fn requests(plan: &Plan, nats: &Nats) -> Run {
     let answerer = nats.connect().await;
-    let mut questions = answerer.subscribe("storied_bench.question").await.unwrap();
-    answerer.flush().await.unwrap();
+    let mut questions = subscribe(&answerer, "storied_bench.question".into()).await;
     let answering = tokio::spawn(async move {
         while let Some(question) = questions.next().await {
             answerer.publish(question.reply.unwrap(), "".into()).await.unwrap();

@@ -9,7 +9,7 @@ use storied::{EventBus, Position, PublisherState, Runtime};
 use crate::args::Plan;
 use crate::limits;
 use crate::measure::{Comparison, Run};
-use crate::nats::{EVENTS, Nats};
+use crate::nats::{EVENTS, Nats, subscribe};
 use crate::stores::Store;
 use crate::workloads::AGGREGATES;
 
@@ -61,8 +61,7 @@ pub async fn deliver(plan: &Plan) -> Comparison {
     let nats = scene.close().await;
 
     let [publisher, subscriber] = [nats.connect().await, nats.connect().await];
-    let mut messages = subscriber.subscribe(message.subject.clone()).await.unwrap();
-    subscriber.flush().await.unwrap();
+    let mut messages = subscribe(&subscriber, message.subject.clone()).await;
     message.headers.get_or_insert_default();
     let count = plan.events;
     let start = Instant::now();
@@ -107,8 +106,7 @@ impl Scene {
         let nats = Nats::start(plan.bus).await;
         let store = Store::fresh(plan.store).await;
         let raw = nats.connect().await;
-        let messages = raw.subscribe(EVENTS).await.unwrap();
-        raw.flush().await.unwrap();
+        let messages = subscribe(&raw, EVENTS.into()).await;
         let bus = nats.events(plan.bus);
         let subscription = EventBus::subscribe(&bus, store.port().info().id).await.unwrap();
         let node = store.builder().bus(nats.events(plan.bus)).start().await.unwrap();

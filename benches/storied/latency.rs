@@ -16,6 +16,7 @@ use crate::commits::SingleCommits;
 use crate::delivery::Scene;
 use crate::domain::{AccountEvent, text};
 use crate::measure::{Comparison, Run};
+use crate::nats::subscribe;
 use crate::stores::Store;
 use crate::workloads::AGGREGATES;
 
@@ -81,8 +82,7 @@ pub async fn to_subscriber(plan: &Plan) -> Comparison {
             .collect()
     });
     let [publisher, subscriber] = [nats.connect().await, nats.connect().await];
-    let mut messages = subscriber.subscribe(message.subject.clone()).await.unwrap();
-    subscriber.flush().await.unwrap();
+    let mut messages = subscribe(&subscriber, message.subject.clone()).await;
     let mut table = SingleCommits::open(plan.store).await;
     let mut latencies = Vec::with_capacity(plan.events);
     for _ in 0..plan.events {

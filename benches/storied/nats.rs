@@ -1,3 +1,4 @@
+use futures_util::StreamExt;
 use storied::NatsBus;
 use storied::bus::JetStreamOptions;
 use storied::command::{CommandBus, NatsCommands};
@@ -63,4 +64,15 @@ impl Nats {
         // There may be none.
         drop(context.delete_stream(STREAM).await);
     }
+}
+
+/// Subscribed when it returns. `flush` awaits no answer: what another connection publishes meanwhile would be missed.
+pub async fn subscribe(client: &async_nats::Client, subject: async_nats::Subject) -> async_nats::Subscriber {
+    let messages = client.subscribe(subject).await.unwrap();
+    let inbox = client.new_inbox();
+    let mut echo = client.subscribe(inbox.clone()).await.unwrap();
+    client.publish(inbox, "".into()).await.unwrap();
+    // The server takes what comes over one connection in order.
+    echo.next().await.unwrap();
+    messages
 }
