@@ -84,7 +84,8 @@ struct Args {
     json: Option<PathBuf>,
 }
 
-const USAGE: &str = "usage: storied-peers [commands|hot|catchup|latency]... [--runs N] [--percent OF_THE_SIZES] [--json FILE]
+const USAGE: &str =
+    "usage: storied-peers [commands|hot|catchup|latency]... [--runs N] [--percent OF_THE_SIZES] [--json FILE]
 DATABASE_URL names a PostgreSQL server on which databases may be made";
 
 fn main() {
@@ -126,7 +127,8 @@ fn main() {
     }
     print!("{}", table(&answers));
     if let Some(file) = &args.json {
-        let rows: Vec<_> = answers.iter().map(|((workload, place), runs)| row(*workload, *place, runs)).collect();
+        let rows: Vec<_> =
+            answers.iter().map(|((workload, place), runs)| row(*workload, *place, runs)).collect();
         let text = serde_json::to_string_pretty(&rows).unwrap();
         std::fs::write(file, text + "\n").unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     }
@@ -231,12 +233,12 @@ fn table(answers: &BTreeMap<(Workload, usize), Vec<Answer>>) -> String {
         let ours = &row_of_ours(*workload, answers);
         let (peer, variant) = workload.sides()[*place];
         let number = |value: &serde_json::Value| value.as_f64().unwrap_or_default();
-        let time = |value: &serde_json::Value| value.as_f64().map(|us| format!("{:.2} ms", us / 1e3)).unwrap_or_default();
+        let time = |value: &serde_json::Value| {
+            value.as_f64().map(|us| format!("{:.2} ms", us / 1e3)).unwrap_or_default()
+        };
         // Rates of latencies say nothing that the percentiles do not.
         let (rate, times) = match workload {
-            Workload::Latency => {
-                (String::new(), number(&row["p50_us"]) / number(&ours["p50_us"]))
-            }
+            Workload::Latency => (String::new(), number(&row["p50_us"]) / number(&ours["p50_us"])),
             _ => {
                 let rate = number(&row["per_second"]);
                 let spread = &row["spread"];

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use storied::projection::{ApplyError, Delivery, External, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, Filter, Metadata, NewEvent, PostgresOptions,
-    PostgresStore, RecordedEvent, Runtime, StreamId,
+    Aggregate, Context, Decision, EncodeError, Event, EventStore, Filter, Metadata, NewEvent,
+    PostgresOptions, PostgresStore, RecordedEvent, Runtime, StreamId,
 };
 
 use crate::common::*;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use disintegrate::serde::json::Json;
 use disintegrate::{
-    Decision, DecisionError, Event, EventListener, NoSnapshot, PersistedEvent, StateMutate, StateQuery,
-    StreamQuery, WithSnapshot, query,
+    Decision, DecisionError, Event, EventListener, EventStore as _, NoSnapshot, PersistedEvent, StateMutate,
+    StateQuery, StreamQuery, WithSnapshot, query,
 };
 use disintegrate_postgres::{
     PgDecisionMaker, PgEventId, PgEventListener, PgEventListenerConfig, PgEventStore, PgSnapshotter,
@@ -176,14 +176,9 @@ macro_rules! make {
     };
 }
 
-async fn commands<S>(
-    maker: PgDecisionMaker<DomainEvent, Json<DomainEvent>, S>,
-    accounts: usize,
-    callers: usize,
-    commands: usize,
-) -> Answer
+async fn commands<M>(maker: M, accounts: usize, callers: usize, commands: usize) -> Answer
 where
-    PgDecisionMaker<DomainEvent, Json<DomainEvent>, S>: Maker + Clone + Send + Sync + 'static,
+    M: Maker + Clone + Send + Sync + 'static,
 {
     let again = Arc::new(AtomicUsize::new(0));
     let (opening, retries) = (maker.clone(), again.clone());

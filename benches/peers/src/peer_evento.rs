@@ -182,8 +182,11 @@ async fn catchup(executor: evento::Postgres, url: &str, chunk: u16, events: usiz
             'timestamp', t.timestamp - 3600 + i / 1000, 'timestamp_subsec', i % 1000))).*
          FROM template t, generate_series(0, {events} - 1) i"
     );
-    sql(url, &["CREATE TABLE template AS SELECT * FROM event", "TRUNCATE event", &fill, "DROP TABLE template"])
-        .await;
+    sql(
+        url,
+        &["CREATE TABLE template AS SELECT * FROM event", "TRUNCATE event", &fill, "DROP TABLE template"],
+    )
+    .await;
     settle(url).await;
     // Older than the margin behind which it reads.
     tokio::time::sleep(Duration::from_millis(2_200)).await;
