@@ -12,7 +12,7 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -108,20 +108,25 @@ async fn a_node_process() {
 struct Node {
     process: Child,
     id_file: PathBuf,
+    /// What it said, for who wants to know why it ended.
+    log: PathBuf,
 }
 
 impl Node {
     fn start(dir: &TempDir, postgres: &str, nats: &str) -> Self {
         let id_file = dir.path().join(Uuid::new_v4().to_string());
+        let log = id_file.with_extension("log");
+        let output = std::fs::File::create(&log).unwrap();
         let process = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_node_process", "--ignored"])
             .env("CHAOS_POSTGRES", postgres)
             .env("CHAOS_NATS", nats)
             .env("CHAOS_ID", &id_file)
-            .stdout(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
             .spawn()
             .unwrap();
-        Self { process, id_file }
+        Self { process, id_file, log }
     }
 
     /// By which leases name it; `None` while it is starting.
@@ -163,6 +168,27 @@ struct Scene {
 }
 
 impl Scene {
+    /// Starts again who met a dead server while it started: such a node says so and ends, and whoever runs nodes does as much.
+    /// Once it runs, nothing that happens here may end it.
+    fn start_again(&mut self) {
+        self.start_again_but(None);
+    }
+
+    /// All but this one, which was killed on purpose.
+    fn start_again_but(&mut self, killed: Option<Uuid>) {
+        for node in self.nodes.iter_mut().filter(|node| killed.is_none() || node.id() != killed) {
+            if let Some(status) = node.process.try_wait().unwrap() {
+                let log = std::fs::read_to_string(&node.log).unwrap_or_default();
+                assert!(node.id().is_none(), "a node ended by itself, {status}:\n{log}");
+                println!(
+                    "a node did not start: {}",
+                    log.lines().find(|line| line.contains("rror")).unwrap_or("?")
+                );
+                *node = Node::start(&self.dir, &self.url, &self.nats.url());
+            }
+        }
+    }
+
     /// Who owns each partition; `None` when nobody does, or it cannot be known.
     async fn owners(&self) -> Vec<Option<Uuid>> {
         let leases = self.store.leases().await.unwrap_or_default();
@@ -178,12 +204,7 @@ impl Scene {
     async fn balanced(&mut self) -> Duration {
         let began = Instant::now();
         loop {
-            // One that met a dead server while it started said so and ended: whoever runs nodes starts it again.
-            for node in &mut self.nodes {
-                if node.process.try_wait().unwrap().is_some() {
-                    *node = Node::start(&self.dir, &self.url, &self.nats.url());
-                }
-            }
+            self.start_again();
             let owners = self.owners().await;
             let mut sizes: Vec<_> = self
                 .nodes
@@ -200,11 +221,12 @@ impl Scene {
     }
 
     /// Waits until what `node` owned is others'; how long that took, if it owned anything.
-    async fn taken_over(&self, node: Option<Uuid>, owners: &[Option<Uuid>]) -> Option<Duration> {
+    async fn taken_over(&mut self, node: Option<Uuid>, owners: &[Option<Uuid>]) -> Option<Duration> {
         let began = Instant::now();
         let owned: Vec<_> =
             (0..owners.len()).filter(|&index| node.is_some() && owners[index] == node).collect();
         loop {
+            self.start_again_but(node);
             let owners = self.owners().await;
             if owned.iter().all(|&index| owners[index].is_some_and(|owner| Some(owner) != node)) {
                 return (!owned.is_empty()).then(|| began.elapsed());
