@@ -129,7 +129,8 @@ pub struct LogPage {
     /// How far the scan got: every matching event up to here is in this page or an earlier one, for good. The position of
     /// an event that exists (not necessarily one that matched), or `after` when there was none.
     pub scanned_to: Position,
-    /// The last stable event of the log when the page was read (see [`EventStore::frontier`]).
+    /// The last stable event of the log when the page was read (see [`EventStore::frontier`]). With [`upto`](ReadLog::upto), perhaps
+    /// a slightly older one, but not one below that.
     pub head: Position,
 }
 

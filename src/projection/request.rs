@@ -21,6 +21,8 @@ pub enum Request {
     /// To build the next version of the read model beside the live one, as
     /// [`ProjectionHandle::rebuild`](super::ProjectionHandle::rebuild) does.
     Rebuild,
+    /// To give up what is being built, as [`ProjectionHandle::cancel_rebuild`](super::ProjectionHandle::cancel_rebuild) does.
+    CancelRebuild,
     /// To apply the parked event at this position after all, as
     /// [`ProjectionHandle::retry_parked`](super::ProjectionHandle::retry_parked) does.
     Retry(Position),
@@ -39,20 +41,21 @@ pub enum Answer {
 }
 
 impl Request {
-    pub(super) const KINDS: [&'static str; 3] = ["reset", "rebuild", "retry"];
+    pub(super) const KINDS: [&'static str; 4] = ["reset", "cancel_rebuild", "rebuild", "retry"];
 
     pub(super) fn kind(self) -> &'static str {
         match self {
             Self::Reset => Self::KINDS[0],
-            Self::Rebuild => Self::KINDS[1],
-            Self::Retry(_) => Self::KINDS[2],
+            Self::CancelRebuild => Self::KINDS[1],
+            Self::Rebuild => Self::KINDS[2],
+            Self::Retry(_) => Self::KINDS[3],
         }
     }
 
     /// Where it is kept among those of its kind.
     pub(super) fn position(self) -> Position {
         match self {
-            Self::Reset | Self::Rebuild => Position::START,
+            Self::Reset | Self::CancelRebuild | Self::Rebuild => Position::START,
             Self::Retry(position) => position,
         }
     }
@@ -61,6 +64,7 @@ impl Request {
     pub(super) fn of(kind: &str, kept: &ParkedEvent) -> Option<Self> {
         match kind {
             "reset" => Some(Self::Reset),
+            "cancel_rebuild" => Some(Self::CancelRebuild),
             "rebuild" => Some(Self::Rebuild),
             "retry" => Some(Self::Retry(kept.position)),
             _ => None,
@@ -96,6 +100,7 @@ impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Reset | Self::Rebuild => f.write_str(self.kind()),
+            Self::CancelRebuild => f.write_str("cancelled rebuild"),
             Self::Retry(position) => write!(f, "retry of {position}"),
         }
     }

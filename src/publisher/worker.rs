@@ -289,12 +289,14 @@ impl Turn<'_> {
         let mut last = None;
         let mut poll = shared.options.busy_poll;
         let mut beat_at = Instant::now();
+        // What was announced is read without asking how far the log goes by now, which is half of the time that it takes.
+        let mut announced = None;
         loop {
             if last.is_none() && inbox.is_stopping() {
                 last = Some(shared.store.frontier().await?);
             }
             appended.mark_unchanged();
-            let stretch = read_stretch(&*shared.store, self.end.position, None).await?;
+            let stretch = read_stretch(&*shared.store, self.end.position, announced.take()).await?;
             let (more, something) = (stretch.upto < stretch.head, !stretch.batches.is_empty());
             if something {
                 self.publish(&mut *publisher, stretch).await?;
@@ -315,7 +317,7 @@ impl Turn<'_> {
                 () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
                 () = inbox.stopping(), if last.is_none() => {}
                 // An error says that the store is being dropped; the poll will tell.
-                Ok(()) = appended.changed() => {}
+                Ok(()) = appended.changed() => announced = Some(*appended.borrow_and_update()),
                 () = publisher.hinted() => poll = shared.options.busy_poll,
                 () = sleep(poll) => poll = poll.saturating_mul(2).min(shared.options.idle_poll),
                 () = sleep_until(beat_at) => {

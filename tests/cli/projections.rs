@@ -298,6 +298,18 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5]);
             let json = fixture.run(&["projection", "rebuild", "seen", "--json"]).await.code(0).json();
             assert_eq!((&json["version"], &json["done"]), (&json!(2), &json!(true)));
+
+            faults.slow.store(true, Ordering::SeqCst);
+            fixture.run(&["projection", "rebuild", "seen", "--detach"]).await.code(0);
+            fixture.run(&["projection", "list"]).await.code(0).shows(&["seen: version 3 is being built"]);
+            let cancelled = fixture.run(&["projection", "cancel-rebuild", "seen"]).await.code(0);
+            cancelled.shows(&["seen is not rebuilt any more"]);
+            let list = fixture.run(&["projection", "list"]).await.code(0);
+            assert!(!list.out.contains("is being built"), "{}", list.out);
+            // What is live is so still; and there is nothing left to be given up, which is no mistake.
+            let json = fixture.run(&["projection", "cancel-rebuild", "seen", "--json"]).await.code(0).json();
+            assert_eq!(json["done"], json!(true));
+            assert_eq!(seen(&fixture, 2).await, [1, 2, 3, 4, 5]);
             node.stop(PATIENCE).await.unwrap();
         }
     }

@@ -35,7 +35,9 @@ pub(crate) enum Command {
     Reset(Told),
     /// Has the nodes build the read model anew beside the live one, which it then replaces
     Rebuild(Told),
-    /// Takes back a reset or a rebuild that no node has taken, or forgets that it was refused
+    /// Has a node give up a rebuild that is under way; what is live stays live
+    CancelRebuild(Told),
+    /// Takes back a reset, rebuild or cancel-rebuild that no node has taken, or forgets that it was refused
     Withdraw {
         #[command(flatten)]
         read_model: ReadModelArgs,
@@ -49,7 +51,7 @@ impl Command {
         match self {
             Self::List { read_model } | Self::Withdraw { read_model, .. } => read_model,
             Self::Pause(args) | Self::Resume(args) => &args.read_model,
-            Self::Reset(args) | Self::Rebuild(args) => &args.read_model,
+            Self::Reset(args) | Self::Rebuild(args) | Self::CancelRebuild(args) => &args.read_model,
         }
     }
 }
@@ -97,6 +99,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         Command::Resume(args) => pause(&args, from, out, false).await,
         Command::Reset(args) => tell(&args, Request::Reset, from, out).await,
         Command::Rebuild(args) => tell(&args, Request::Rebuild, from, out).await,
+        Command::CancelRebuild(args) => tell(&args, Request::CancelRebuild, from, out).await,
         Command::Withdraw { read_model, name } => withdraw(&read_model.open(from).await?, &name, out).await,
     }
 }
@@ -236,7 +239,7 @@ async fn pause(args: &Named, from: &DatabaseArgs, out: &mut Output, pause: bool)
 
 async fn withdraw(models: &Models, name: &str, out: &mut Output) -> Result<(), Failure> {
     let mut withdrawn = Vec::new();
-    for request in [Request::Reset, Request::Rebuild] {
+    for request in [Request::Reset, Request::Rebuild, Request::CancelRebuild] {
         if models.operator.withdraw(name, request).await? {
             withdrawn.push(request.to_string());
         }
@@ -256,7 +259,8 @@ async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Outp
     let before = known(operator, name).await?;
     let asked = operator.ask(name, request).await?;
     take(operator, &asked, request, name, &args.wait).await?;
-    let done = if args.detach || (before.paused && request == Request::Reset) {
+    let at_once = request == Request::CancelRebuild;
+    let done = if args.detach || at_once || (before.paused && request == Request::Reset) {
         None
     } else {
         Some(follow(&models, request, before.version, name).await?)
@@ -264,7 +268,7 @@ async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Outp
     if out.json {
         let (seconds, version) = done.unzip();
         return out.value(&json!({
-            "projection": name, "request": request.to_string(), "taken": true, "done": seconds.is_some(),
+            "projection": name, "request": request.to_string(), "taken": true, "done": at_once || seconds.is_some(),
             "seconds": seconds, "version": version,
         }));
     }
@@ -275,6 +279,7 @@ async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Outp
         (Request::Reset, None) if before.paused => {
             out.line(format!("{name} was reset; it is paused, and begins when it is resumed"))
         }
+        (Request::CancelRebuild, _) => out.line(format!("{name} is not rebuilt any more")),
         (_, Some((seconds, version))) => {
             out.line(format!("{name} was rebuilt in {seconds:.1} s, and version {version} is live"))
         }

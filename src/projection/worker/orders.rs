@@ -27,7 +27,7 @@ const ATTEMPTS: u32 = 20;
 pub(super) enum Change<'r> {
     Empty { requested: Option<&'r str> },
     BeginRebuild { requested: Option<&'r str> },
-    EndRebuild,
+    EndRebuild { requested: Option<&'r str> },
     Discard,
 }
 
@@ -44,7 +44,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             Control::Trigger(reply) => (reply, self.trigger().await),
             Control::Rebuild(reply) => (reply, self.rebuild(None).await),
-            Control::CancelRebuild(reply) => (reply, self.cancel_rebuild().await),
+            Control::CancelRebuild(reply) => (reply, self.cancel_rebuild(None).await),
             Control::RetryParked(event, reply) => (reply, self.retry_parked(&event, None).await),
         };
         // Who went away meanwhile does not want to know.
@@ -169,7 +169,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let changed = match change {
                 Change::Empty { requested } => self.empty(requested).await,
                 Change::BeginRebuild { requested } => self.begin_rebuild(requested).await,
-                Change::EndRebuild => self.end_rebuild().await.map(|()| true),
+                Change::EndRebuild { requested } => self.end_rebuild(requested).await,
                 Change::Discard => self.discard().await.map(|()| true),
             };
             match changed {

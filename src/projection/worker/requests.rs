@@ -11,7 +11,7 @@ use crate::store::{ParkedEvent, ReadLog, StoreError};
 const PAGE: usize = 1_000;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Resets or rebuilds, if that was asked for and this node is the one to do it: the owner, or any while nobody can own a
+    /// Resets, rebuilds or gives a rebuild up, if that was asked for and this node is the one to do it: the owner, or any while nobody can own a
     /// read model that does not fit.
     pub(super) async fn see_to_requests(&mut self) -> Result<(), StoreError> {
         let context = self.context;
@@ -24,7 +24,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(());
         }
         self.create().await?;
-        for request in [Request::Reset, Request::Rebuild] {
+        for request in [Request::Reset, Request::CancelRebuild, Request::Rebuild] {
             let row = context.shape.request(request.kind());
             for kept in ReadModel::parked(self.read_model, &row, 1).await? {
                 if kept.attempts > 0 {
@@ -33,6 +33,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 tracing::info!(projection = context.name, %request, "an operator has asked for this");
                 let done = match request {
                     Request::Reset => self.reset(Some(&row)).await,
+                    Request::CancelRebuild => self.cancel_rebuild(Some(&row)).await,
                     _ => self.rebuild(Some(&row)).await,
                 };
                 self.answer(&row, kept, done).await?;

@@ -149,26 +149,33 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(true)
     }
 
-    /// Gives up what is being built, if anything is.
-    pub(super) async fn cancel_rebuild(&mut self) -> Result<(), ControlError> {
+    /// Gives up what is being built, if anything is. If `requested` there, only if it is still.
+    pub(super) async fn cancel_rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         self.rebuildable()?;
-        self.patiently(Change::EndRebuild).await?;
+        if !self.patiently(Change::EndRebuild { requested }).await? {
+            return Ok(());
+        }
         self.tell_all().await?;
         // Those who were in the middle of it cannot commit any more, and have let go of its tables or are about to.
         self.patiently(Change::Discard).await.map(drop)
     }
 
-    /// Nobody builds a version any more; its checkpoints are where the next one to be built begins.
-    pub(super) async fn end_rebuild(&mut self) -> Result<(), ControlError> {
+    /// Nobody builds a version any more; its checkpoints are where the next one to be built begins. Whether that is still wanted.
+    pub(super) async fn end_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let (Context { shape, name, .. }, read_model) = (self.context, self.read_model);
         let record = shape.version();
         let found = self.read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
-        let Some(version) = versions.rebuilt else { return Ok(()) };
+        let Some(version) = versions.rebuilt else { return Ok(true) };
         let ended = Versions { rebuilt: None, ..versions }.record(found);
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
+            if let Some(request) = requested
+                && !read_model.unpark(&mut open, request, Position::START).await?
+            {
+                return Ok(false);
+            }
             read_model.save(&mut open, &record, found, ended).await.map_err(refused)?;
             // In as many parts as it was begun with, however many this program wants.
             for part in shape.as_recorded(read_model).await?.parts() {
@@ -178,15 +185,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.read_model.save(&mut open, &row, found, anew).await.map_err(refused)?;
                 self.read_model.unpark_all(&mut open, &row).await?;
             }
-            Ok(())
+            Ok(true)
         };
-        if let Err(error) = result.await {
-            self.roll_back(open).await;
-            return Err(error);
+        match result.await {
+            Ok(true) => {}
+            other => {
+                self.roll_back(open).await;
+                return other;
+            }
         }
         self.read_model.commit(open, &record, ended, ended, None).await.map_err(refused)?;
         tracing::info!(projection = name, version, "the rebuild was cancelled");
-        Ok(())
+        Ok(true)
     }
 
     /// Drops what was built of the version that would be the next, unless somebody begins to build it again.

@@ -35,7 +35,8 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
         Some(head) => page(core, read, head).await?,
         None => LogPage { events: Vec::new(), scanned_to: read.after, head: read.after },
     };
-    if found.has_more() {
+    // Nor does whoever asks for no more than that need to know where the log ends by now.
+    if found.has_more() || read.upto.is_some_and(|upto| read.after < upto && upto <= found.head) {
         return Ok(found);
     }
     found.head = core.frontier.refresh(core).await?;
