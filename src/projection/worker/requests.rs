@@ -3,9 +3,9 @@
 use super::{Role, Run};
 use crate::event::Position;
 use crate::partition::Partition;
-use crate::projection::progress::Progress;
+use crate::projection::shape::fenced;
 use crate::projection::{ControlError, Projection, ReadModel, Request};
-use crate::store::{ParkedEvent, ReadLog, StoreError};
+use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 
 /// How many requests are looked at in one go.
 const PAGE: usize = 1_000;
@@ -83,7 +83,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    /// Says what became of a request: it goes, or says why it was refused.
+    /// Says what became of a request: it has gone, or says why it was refused, if it stands there still.
     async fn answer(
         &mut self,
         row: &str,
@@ -91,8 +91,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         done: Result<(), ControlError>,
     ) -> Result<(), StoreError> {
         let error = match done {
-            // Mostly it is gone, with what was done.
-            Ok(()) => return ReadModel::remove_parked(self.read_model, row, kept.position).await.map(drop),
+            // It is gone, with what was done; what stands there now was asked for since.
+            Ok(()) => return Ok(()),
             // Later, it may work.
             Err(ControlError::Store(error)) if error.is_transient() => return Err(error),
             Err(error @ (ControlError::Overloaded { .. } | ControlError::TimedOut { .. })) => {
@@ -101,6 +101,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Err(error) => error,
         };
         tracing::warn!(projection = self.context.name, request = %kept.name, %error, "what an operator has asked for was refused");
-        self.read_model.post(row, &ParkedEvent { attempts: 1, error: error.to_string(), ..kept }).await
+        // Before it is looked whether it is still the same: another one moves this.
+        let found = ReadModel::checkpoint(self.read_model, row).await?;
+        let stand = ReadModel::parked(self.read_model, row, usize::MAX).await?;
+        if !stand.iter().any(|request| request.event_id == kept.event_id) {
+            return Ok(());
+        }
+        let refusal = ParkedEvent { attempts: 1, error: error.to_string(), ..kept };
+        let open = self.read_model.begin(row, found).await?;
+        match self.read_model.commit(open, row, found, fenced(found), Some(refusal)).await {
+            // What was asked for meanwhile is seen to in its turn.
+            Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
+            Err(CheckpointError::Store(error)) => Err(error),
+        }
     }
 }

@@ -115,7 +115,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let found = read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
         if versions.rebuilt.is_some() {
-            return Ok(true);
+            return self.nothing_to_do(requested, &record, found).await;
         }
         let next = versions.next();
         let wanted = Versions { rebuilt: Some(next), ..versions }.record(found);
@@ -149,6 +149,27 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(true)
     }
 
+    /// What was asked for is so already: the request goes, if that is still so. Whether it was still wanted.
+    async fn nothing_to_do(
+        &mut self,
+        requested: Option<&str>,
+        record: &str,
+        found: Checkpoint,
+    ) -> Result<bool, ControlError> {
+        let Some(request) = requested else { return Ok(true) };
+        let mut open = self.read_model.begin(record, found).await?;
+        match self.read_model.unpark(&mut open, request, Position::START).await {
+            Ok(true) => {
+                self.read_model.commit(open, record, found, found, None).await.map_err(refused)?;
+                Ok(true)
+            }
+            other => {
+                self.roll_back(open).await;
+                Ok(other?)
+            }
+        }
+    }
+
     /// Gives up what is being built, if anything is. If `requested` there, only if it is still.
     pub(super) async fn cancel_rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
@@ -167,7 +188,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let record = shape.version();
         let found = self.read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
-        let Some(version) = versions.rebuilt else { return Ok(true) };
+        let Some(version) = versions.rebuilt else {
+            return self.nothing_to_do(requested, &record, found).await;
+        };
         let ended = Versions { rebuilt: None, ..versions }.record(found);
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
