@@ -105,7 +105,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Holds up all who work on the projection, one node at a time.
     pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
-        self.hold(&self.context.shape.order()).await
+        let order = self.hold(&self.context.shape.order()).await?;
+        self.ours.push(order.epoch);
+        Ok(order)
     }
 
     /// They look again at what they work on, wherever they are.

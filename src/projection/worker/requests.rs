@@ -1,13 +1,15 @@
 //! What was asked of the nodes by those who do not have the projection's code: see [`Request`].
 
-use super::{Role, Run};
+use tokio::time::Instant;
+
+use super::{REQUESTS_AGAIN, Role, Run};
 use crate::event::Position;
 use crate::partition::Partition;
 use crate::projection::shape::fenced;
 use crate::projection::{ControlError, Projection, ReadModel, Request};
 use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 
-/// How many requests are looked at in one go.
+/// How many requests are looked at in one go, unless so many stay where they are.
 const PAGE: usize = 1_000;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
@@ -51,9 +53,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(());
         }
         let row = context.shape.request(Request::Retry(Position::START).kind());
+        let mut limit = PAGE;
         loop {
             let mut more = false;
-            for kept in ReadModel::parked(self.read_model, &row, PAGE).await? {
+            let stand = ReadModel::parked(self.read_model, &row, limit).await?;
+            let all = stand.len() < limit;
+            for kept in stand {
                 if kept.attempts > 0 {
                     continue;
                 }
@@ -75,12 +80,25 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.answer(&row, kept, done).await?;
                 more = true;
             }
-            if !more {
+            if !more && all {
                 break;
+            }
+            if !more {
+                // Refused ones, and those of other parts, stay where they are: what is behind them was not seen yet.
+                limit = limit.saturating_mul(2);
             }
         }
         self.retries_due = false;
         Ok(())
+    }
+
+    /// What was asked for could not be done for now, which holds up nothing else: until when it is left alone.
+    pub(super) fn put_off(&self, error: &StoreError) -> Instant {
+        let (projection, again) = (&self.context.name, REQUESTS_AGAIN);
+        tracing::warn!(projection, %error, ?again, "what an operator has asked for could not be done, and is tried again");
+        let error = format!("what an operator has asked for could not be done yet: {error}");
+        self.context.status.send_modify(|status| status.last_error = Some(error));
+        Instant::now() + REQUESTS_AGAIN
     }
 
     /// Says what became of a request: it has gone, or says why it was refused, if it stands there still.

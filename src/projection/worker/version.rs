@@ -192,6 +192,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return self.nothing_to_do(requested, &record, found).await;
         };
         let ended = Versions { rebuilt: None, ..versions }.record(found);
+        // In as many parts as it was begun with, however many this program wants. That number stays while a version is being
+        // built, and is looked up outside of the transaction, which would need a second connection for it.
+        let parts: Vec<_> = shape.as_recorded(read_model).await?.parts().collect();
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
             if let Some(request) = requested
@@ -200,8 +203,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 return Ok(false);
             }
             read_model.save(&mut open, &record, found, ended).await.map_err(refused)?;
-            // In as many parts as it was begun with, however many this program wants.
-            for part in shape.as_recorded(read_model).await?.parts() {
+            for part in parts {
                 let row = shape.row(part, version);
                 let found = read_model.adopt(&mut open, &row).await?;
                 let anew = Checkpoint { position: Position::START, ..fenced(found) };
