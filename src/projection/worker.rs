@@ -330,6 +330,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if self.holds() {
             return self.follow().await;
         }
+        // Not below: who loses the lease there drops what is under way, which is not to be an order.
+        if let Some(due) = self.left_alone() {
+            return self.idle(due).await;
+        }
         match self.pending.take() {
             Some(pending) => {
                 let events = pending.events.iter().take(self.size.get());

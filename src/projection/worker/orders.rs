@@ -17,7 +17,7 @@ use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, R
 use crate::store::{CheckpointError, Lease, StoreError};
 
 /// How long one node may keep all others from going on.
-const ORDER: Duration = Duration::from_secs(10);
+pub(super) const ORDER: Duration = Duration::from_secs(10);
 
 /// How often something is tried while others move the same checkpoints.
 const ATTEMPTS: u32 = 20;

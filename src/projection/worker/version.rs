@@ -4,10 +4,10 @@
 //! date, with leases of their own; so both survive the death of any node. The switch is one transaction, under which the tasks
 //! exchange nothing: all of them look up which version is theirs, and go on from its checkpoint.
 
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, timeout};
 
 use super::apply::contained;
-use super::orders::{Change, blame, refused};
+use super::orders::{Change, ORDER, blame, refused};
 use super::{Context, Run, Source};
 use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
@@ -122,23 +122,24 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut projection = self.rebuildable()?(next);
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
-            if let Some(request) = requested
-                && !read_model.unpark(&mut open, request, Position::START).await?
-            {
-                return Ok(false);
-            }
             // First, and held until the end: what was built before may be discarded just now.
             read_model.save(&mut open, &record, found, wanted).await.map_err(refused)?;
             let transaction = read_model.transaction(&mut open);
             let created = contained(async { projection.reset(transaction).await }).await;
-            created.map(|()| true).map_err(|error| blame(context, read_model, &error))
+            created.map_err(|error| blame(context, read_model, &error))?;
+            // Last: who waits in vain above does not hold the request, and can still refuse it.
+            match requested {
+                Some(request) => Ok(read_model.unpark(&mut open, request, Position::START).await?),
+                None => Ok(true),
+            }
         };
-        match result.await {
-            Ok(true) => {}
-            other => {
+        match timeout(ORDER, result).await {
+            Ok(Ok(true)) => {}
+            Ok(other) => {
                 self.roll_back(open).await;
                 return other;
             }
+            Err(_) => return Err(self.locked("could not be made yet; ask for the rebuild again")),
         }
         self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused)?;
         tracing::info!(
@@ -243,11 +244,22 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let discarded = contained(async { projection.discard(transaction).await }).await;
             discarded.map_err(|error| blame(context, read_model, &error))
         };
-        if let Err(error) = result.await {
-            self.roll_back(open).await;
-            return Err(error);
+        match timeout(ORDER, result).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                self.roll_back(open).await;
+                return Err(error);
+            }
+            Err(_) => return Err(self.locked("could not be dropped yet; cancel the rebuild again")),
         }
         self.read_model.commit(open, &record, to, to, None).await.map_err(refused)
+    }
+
+    /// Somebody else holds the tables of the next version for longer than this waits. The transaction is dropped and not rolled
+    /// back here: that would wait for the same.
+    fn locked(&self, what: &str) -> ControlError {
+        let reason = format!("within {ORDER:?}, the tables of the version that is rebuilt {what}");
+        ControlError::Refused { name: self.context.name.clone(), reason }
     }
 
     /// Puts what was rebuilt in the place of what is live, if it has come as far. One partition sees to it for all.
