@@ -226,11 +226,20 @@ impl Operator {
     }
 
     /// Asks the nodes that run the projection to do something, and returns: [`answer`](Self::answer) tells whether one has. If
-    /// none runs, the next one that starts does it. The same request, made before and not done yet, is replaced.
+    /// none runs, the next one that starts does it. The same request, made before and not done yet, is replaced; to cancel a
+    /// rebuild withdraws the request for one, too.
     ///
     /// # Errors
     /// When store or read model cannot be written. The request may stand then.
     pub async fn ask(&self, name: &str, request: Request) -> Result<Asked, StoreError> {
+        if request == Request::CancelRebuild {
+            // Nodes cancel before they rebuild, which is right for the other order only.
+            let row = Shape::whole(name).request(Request::Rebuild.kind());
+            let stand = self.progress.parked(&row, 1).await?;
+            if stand.iter().any(|kept| Answer::of(kept) == Answer::Waiting) {
+                self.withdraw(name, Request::Rebuild).await?;
+            }
+        }
         let kept = request.to_keep()?;
         self.progress.post(&Shape::whole(name).request(request.kind()), &kept).await?;
         self.call(name).await?;

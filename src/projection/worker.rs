@@ -44,6 +44,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// happened.
 const PARTITION_TICK: Duration = Duration::from_millis(200);
 
+/// How long what was asked of the nodes is left alone after it could not be done for now: the projection goes on meanwhile.
+const REQUESTS_AGAIN: Duration = Duration::from_secs(30);
+
 /// How far a page of the store reaches in positions, whatever matches: a scan for events that are rare is made of pieces,
 /// between which the projection hears, sees to what is due, and saves its checkpoint.
 const SCAN: u64 = 50_000;
@@ -108,6 +111,12 @@ struct Run<'a, P, R> {
     requests_due: bool,
     /// … or for parked events to be tried again.
     retries_due: bool,
+    /// Not before this what was asked for is tried (again), …
+    requests_at: Instant,
+    /// … nor parked events.
+    retries_at: Instant,
+    /// The changes for all that this made itself, and has not heeded yet.
+    ours: Vec<u64>,
     /// Stands still until somebody acts. In memory only: a restart is such an act.
     failed: bool,
     /// What failed is this node, as far as is known: another one may do better, so the lease is given back.
@@ -223,6 +232,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             heeded: None,
             requests_due: true,
             retries_due: true,
+            requests_at: now,
+            retries_at: now,
+            ours: Vec::new(),
             failed: false,
             surrender: false,
             saved: None,
@@ -272,18 +284,19 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         {
             lease.release().await;
         }
-        if self.failed {
-            self.context.set(ProjectionState::Failed);
-            return self.idle(self.tick_at).await;
-        }
         if self.held_up && self.context.role == Role::Live {
             return self.idle(self.tick_at).await;
         }
-        // Before it is looked whether the read model fits: a reset may be what makes it fit.
+        // Before it is looked whether the read model fits, and also if it does not: a reset may be what makes it fit.
         if self.requests_due
+            && self.requests_at <= Instant::now()
             && let Err(error) = self.see_to_requests().await
         {
-            return self.outage(&error);
+            self.requests_at = self.put_off(&error);
+        }
+        if self.failed {
+            self.context.set(ProjectionState::Failed);
+            return self.idle(self.tick_at).await;
         }
         if let Err(error) = self.prepare().await {
             return self.outage(&error);
@@ -296,9 +309,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
         let Some(saved) = self.saved else { return self.load().await };
         if self.retries_due
+            && self.retries_at <= Instant::now()
             && let Err(error) = self.see_to_retries().await
         {
-            return self.outage(&error);
+            self.retries_at = self.put_off(&error);
         }
         match self.paused {
             Some(false) => {}
@@ -315,6 +329,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
         if self.holds() {
             return self.follow().await;
+        }
+        // Not below: who loses the lease there drops what is under way, which is not to be an order.
+        if let Some(due) = self.left_alone() {
+            return self.idle(due).await;
         }
         match self.pending.take() {
             Some(pending) => {

@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use storied::projection::{ControlError, External, FailurePolicy, InMemory, ProjectionState, WaitError};
-use storied::{EventName, EventStore, Filter, MemoryStore, Metadata, NewEvent, Position};
+use storied::projection::{
+    ControlError, External, FailurePolicy, InMemory, ProjectionState, UnknownNames, WaitError,
+};
+use storied::{EventName, EventStore, Filter, MemoryStore, Metadata, NewEvent, Position, ReadLog};
 use tokio::time::Instant;
 
 use crate::support::*;
@@ -185,6 +187,36 @@ async fn what_does_not_decode_is_tried_once() {
         assert_eq!(attempts.load(Ordering::SeqCst), 4, "{kind}");
         node.stop(PATIENCE).await.unwrap();
     }
+}
+
+/// What a projection looked up, and could not read, is not what it was given.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_is_not_passed_over_for_the_name_of_another() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let known = NewEvent::encode(&Thing::Never, store.info().codec, &Metadata::default()).unwrap();
+    let unknown = NewEvent { name: EventName::new("thing.unheard_of").unwrap(), ..known };
+    append_raw(&store, 0, vec![unknown]).await;
+    let head = append(&store, 0, [2]).await;
+    let other = store.read_log(ReadLog::after(Position::START).limit(1)).await.unwrap().events.remove(0);
+    let attempts = Arc::new(AtomicU32::new(0));
+    let looking_up = {
+        let attempts = attempts.clone();
+        hook(move |event| {
+            if event.position == other.position || attempts.fetch_add(1, Ordering::SeqCst) == 0 {
+                other.decode::<Thing>()?;
+            }
+            Ok(())
+        })
+    };
+    let node = local_node(&store).await;
+    let recorder = recorder("looking").hook(looking_up);
+    let seen = recorder.seen.clone();
+    let options = options().unknown_names(UnknownNames::PassOver);
+    let handle = node.projection(recorder, InMemory::new(), options).await;
+    catch_up(&handle, head).await;
+    assert_eq!(seen.positions(), positions([2]));
+    assert_eq!(attempts.load(Ordering::SeqCst), 2);
+    node.stop(PATIENCE).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

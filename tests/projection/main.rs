@@ -19,6 +19,7 @@ mod publishing;
 #[cfg(target_os = "linux")]
 mod quiet;
 mod rebuild;
+mod requests;
 mod schedules;
 mod support;
 

@@ -34,9 +34,13 @@ pub(super) async fn contained(user: impl Future<Output = Result<(), ApplyError>>
     }
 }
 
-/// What the error, or what caused it, says about the event's bytes if they cannot be read: they never will.
-fn undecodable(error: &ApplyError) -> Option<&DecodeErrorKind> {
-    causes(&**error).find_map(|cause| cause.downcast_ref::<DecodeError>()).map(|error| &error.kind)
+/// What the error, or what caused it, says about the event's bytes if they cannot be read: they never will. Of another event,
+/// which the projection may have looked up, it says nothing about this one.
+fn undecodable<'e>(error: &'e ApplyError, event: &RecordedEvent) -> Option<&'e DecodeErrorKind> {
+    causes(&**error)
+        .filter_map(|cause| cause.downcast_ref::<DecodeError>())
+        .find(|error| error.stream == event.stream && error.version == event.version)
+        .map(|error| &error.kind)
 }
 
 /// Whether the error, or what caused it, says that the read model cannot be reached: no event is to blame for that.
@@ -45,6 +49,13 @@ pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+    /// Until when the first pending event, which has failed, is left alone.
+    pub(super) fn left_alone(&self) -> Option<Instant> {
+        let (suspect, first) = (self.suspect.as_ref()?, self.pending.as_ref()?.events.front()?);
+        let again = !suspect.hopeless && suspect.attempts < self.context.options.attempts;
+        (again && first.position >= suspect.position && suspect.due > Instant::now()).then_some(suspect.due)
+    }
+
     /// Applies as many of the pending events as go into one transaction.
     pub(super) async fn apply_pending(&mut self, saved: Checkpoint, pending: Pending) {
         let suspected = self.suspect.as_ref().map_or(pending.events.len(), |suspect| {
@@ -55,17 +66,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 if suspect.hopeless || suspect.attempts >= self.context.options.attempts {
                     return self.give_up(saved, pending).await;
                 }
-                if suspect.due > Instant::now() {
-                    let due = suspect.due;
-                    self.pending = Some(pending);
-                    return self.idle(due).await;
-                }
                 // Alone, so that it takes nobody with it.
                 1
             }
             _ => suspected.min(self.size.get()),
         };
-        let began = Instant::now();
         let mut open = match self.read_model.begin(&self.row, saved).await {
             Ok(open) => open,
             Err(error) => {
@@ -73,6 +78,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 return self.outage(&error);
             }
         };
+        // Not before: a smaller batch would wait for a connection as long.
+        let began = Instant::now();
         let mut applied = 0;
         let mut failure = None;
         for event in pending.events.iter().take(count) {
@@ -117,7 +124,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             projection = self.context.name, position = %event.position, stream = %event.stream, event = %event.name, attempts,
             %error, "an event could not be applied"
         );
-        let undecodable = undecodable(error);
+        let undecodable = undecodable(error, event);
         let strange = options.unknown_names == UnknownNames::PassOver
             && undecodable == Some(&DecodeErrorKind::UnknownName);
         let text = format!(

@@ -17,7 +17,7 @@ use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, R
 use crate::store::{CheckpointError, Lease, StoreError};
 
 /// How long one node may keep all others from going on.
-const ORDER: Duration = Duration::from_secs(10);
+pub(super) const ORDER: Duration = Duration::from_secs(10);
 
 /// How often something is tried while others move the same checkpoints.
 const ATTEMPTS: u32 = 20;
@@ -105,7 +105,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Holds up all who work on the projection, one node at a time.
     pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
-        self.hold(&self.context.shape.order()).await
+        let order = self.hold(&self.context.shape.order()).await?;
+        self.ours.push(order.epoch);
+        Ok(order)
     }
 
     /// They look again at what they work on, wherever they are.

@@ -91,7 +91,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let order = view.leases.get(&self.context.shape.order());
         self.held_up = order.is_some_and(|order| order.live);
         let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
+        let ours = self.ours.extract_if(.., |epoch| *epoch <= done).count() as u64;
         if self.heeded.is_some_and(|heeded| heeded < done) {
+            if self.heeded.is_some_and(|heeded| done - heeded > ours) {
+                // Somebody else: perhaps they have asked for something just now.
+                self.requests_at = Instant::now();
+                self.retries_at = Instant::now();
+            }
             self.reload();
             self.timing.forget();
             self.try_again();

@@ -1,13 +1,15 @@
 //! What was asked of the nodes by those who do not have the projection's code: see [`Request`].
 
-use super::{Role, Run};
+use tokio::time::Instant;
+
+use super::{REQUESTS_AGAIN, Role, Run};
 use crate::event::Position;
 use crate::partition::Partition;
-use crate::projection::progress::Progress;
+use crate::projection::shape::fenced;
 use crate::projection::{ControlError, Projection, ReadModel, Request};
-use crate::store::{ParkedEvent, ReadLog, StoreError};
+use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 
-/// How many requests are looked at in one go.
+/// How many requests are looked at in one go, unless so many stay where they are.
 const PAGE: usize = 1_000;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
@@ -51,9 +53,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(());
         }
         let row = context.shape.request(Request::Retry(Position::START).kind());
+        let mut limit = PAGE;
         loop {
             let mut more = false;
-            for kept in ReadModel::parked(self.read_model, &row, PAGE).await? {
+            let stand = ReadModel::parked(self.read_model, &row, limit).await?;
+            let all = stand.len() < limit;
+            for kept in stand {
                 if kept.attempts > 0 {
                     continue;
                 }
@@ -75,15 +80,28 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.answer(&row, kept, done).await?;
                 more = true;
             }
-            if !more {
+            if !more && all {
                 break;
+            }
+            if !more {
+                // Refused ones, and those of other parts, stay where they are: what is behind them was not seen yet.
+                limit = limit.saturating_mul(2);
             }
         }
         self.retries_due = false;
         Ok(())
     }
 
-    /// Says what became of a request: it goes, or says why it was refused.
+    /// What was asked for could not be done for now, which holds up nothing else: until when it is left alone.
+    pub(super) fn put_off(&self, error: &StoreError) -> Instant {
+        let (projection, again) = (&self.context.name, REQUESTS_AGAIN);
+        tracing::warn!(projection, %error, ?again, "what an operator has asked for could not be done, and is tried again");
+        let error = format!("what an operator has asked for could not be done yet: {error}");
+        self.context.status.send_modify(|status| status.last_error = Some(error));
+        Instant::now() + REQUESTS_AGAIN
+    }
+
+    /// Says what became of a request: it has gone, or says why it was refused, if it stands there still.
     async fn answer(
         &mut self,
         row: &str,
@@ -91,8 +109,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         done: Result<(), ControlError>,
     ) -> Result<(), StoreError> {
         let error = match done {
-            // Mostly it is gone, with what was done.
-            Ok(()) => return ReadModel::remove_parked(self.read_model, row, kept.position).await.map(drop),
+            // It is gone, with what was done; what stands there now was asked for since.
+            Ok(()) => return Ok(()),
             // Later, it may work.
             Err(ControlError::Store(error)) if error.is_transient() => return Err(error),
             Err(error @ (ControlError::Overloaded { .. } | ControlError::TimedOut { .. })) => {
@@ -101,6 +119,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Err(error) => error,
         };
         tracing::warn!(projection = self.context.name, request = %kept.name, %error, "what an operator has asked for was refused");
-        self.read_model.post(row, &ParkedEvent { attempts: 1, error: error.to_string(), ..kept }).await
+        // Before it is looked whether it is still the same: another one moves this.
+        let found = ReadModel::checkpoint(self.read_model, row).await?;
+        let stand = ReadModel::parked(self.read_model, row, usize::MAX).await?;
+        if !stand.iter().any(|request| request.event_id == kept.event_id) {
+            return Ok(());
+        }
+        let refusal = ParkedEvent { attempts: 1, error: error.to_string(), ..kept };
+        let open = self.read_model.begin(row, found).await?;
+        match self.read_model.commit(open, row, found, fenced(found), Some(refusal)).await {
+            // What was asked for meanwhile is seen to in its turn.
+            Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
+            Err(CheckpointError::Store(error)) => Err(error),
+        }
     }
 }

@@ -4,10 +4,10 @@
 //! date, with leases of their own; so both survive the death of any node. The switch is one transaction, under which the tasks
 //! exchange nothing: all of them look up which version is theirs, and go on from its checkpoint.
 
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, timeout};
 
 use super::apply::contained;
-use super::orders::{Change, blame, refused};
+use super::orders::{Change, ORDER, blame, refused};
 use super::{Context, Run, Source};
 use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
@@ -115,30 +115,31 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let found = read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
         if versions.rebuilt.is_some() {
-            return Ok(true);
+            return self.nothing_to_do(requested, &record, found).await;
         }
         let next = versions.next();
         let wanted = Versions { rebuilt: Some(next), ..versions }.record(found);
         let mut projection = self.rebuildable()?(next);
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
-            if let Some(request) = requested
-                && !read_model.unpark(&mut open, request, Position::START).await?
-            {
-                return Ok(false);
-            }
             // First, and held until the end: what was built before may be discarded just now.
             read_model.save(&mut open, &record, found, wanted).await.map_err(refused)?;
             let transaction = read_model.transaction(&mut open);
             let created = contained(async { projection.reset(transaction).await }).await;
-            created.map(|()| true).map_err(|error| blame(context, read_model, &error))
+            created.map_err(|error| blame(context, read_model, &error))?;
+            // Last: who waits in vain above does not hold the request, and can still refuse it.
+            match requested {
+                Some(request) => Ok(read_model.unpark(&mut open, request, Position::START).await?),
+                None => Ok(true),
+            }
         };
-        match result.await {
-            Ok(true) => {}
-            other => {
+        match timeout(ORDER, result).await {
+            Ok(Ok(true)) => {}
+            Ok(other) => {
                 self.roll_back(open).await;
                 return other;
             }
+            Err(_) => return Err(self.locked("could not be made yet; ask for the rebuild again")),
         }
         self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused)?;
         tracing::info!(
@@ -147,6 +148,27 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             "the read model is rebuilt beside the live one"
         );
         Ok(true)
+    }
+
+    /// What was asked for is so already: the request goes, if that is still so. Whether it was still wanted.
+    async fn nothing_to_do(
+        &mut self,
+        requested: Option<&str>,
+        record: &str,
+        found: Checkpoint,
+    ) -> Result<bool, ControlError> {
+        let Some(request) = requested else { return Ok(true) };
+        let mut open = self.read_model.begin(record, found).await?;
+        match self.read_model.unpark(&mut open, request, Position::START).await {
+            Ok(true) => {
+                self.read_model.commit(open, record, found, found, None).await.map_err(refused)?;
+                Ok(true)
+            }
+            other => {
+                self.roll_back(open).await;
+                Ok(other?)
+            }
+        }
     }
 
     /// Gives up what is being built, if anything is. If `requested` there, only if it is still.
@@ -167,8 +189,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let record = shape.version();
         let found = self.read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
-        let Some(version) = versions.rebuilt else { return Ok(true) };
+        let Some(version) = versions.rebuilt else {
+            return self.nothing_to_do(requested, &record, found).await;
+        };
         let ended = Versions { rebuilt: None, ..versions }.record(found);
+        // In as many parts as it was begun with, however many this program wants. That number stays while a version is being
+        // built, and is looked up outside of the transaction, which would need a second connection for it.
+        let parts: Vec<_> = shape.as_recorded(read_model).await?.parts().collect();
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
             if let Some(request) = requested
@@ -177,8 +204,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 return Ok(false);
             }
             read_model.save(&mut open, &record, found, ended).await.map_err(refused)?;
-            // In as many parts as it was begun with, however many this program wants.
-            for part in shape.as_recorded(read_model).await?.parts() {
+            for part in parts {
                 let row = shape.row(part, version);
                 let found = read_model.adopt(&mut open, &row).await?;
                 let anew = Checkpoint { position: Position::START, ..fenced(found) };
@@ -218,11 +244,22 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let discarded = contained(async { projection.discard(transaction).await }).await;
             discarded.map_err(|error| blame(context, read_model, &error))
         };
-        if let Err(error) = result.await {
-            self.roll_back(open).await;
-            return Err(error);
+        match timeout(ORDER, result).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                self.roll_back(open).await;
+                return Err(error);
+            }
+            Err(_) => return Err(self.locked("could not be dropped yet; cancel the rebuild again")),
         }
         self.read_model.commit(open, &record, to, to, None).await.map_err(refused)
+    }
+
+    /// Somebody else holds the tables of the next version for longer than this waits. The transaction is dropped and not rolled
+    /// back here: that would wait for the same.
+    fn locked(&self, what: &str) -> ControlError {
+        let reason = format!("within {ORDER:?}, the tables of the version that is rebuilt {what}");
+        ControlError::Refused { name: self.context.name.clone(), reason }
     }
 
     /// Puts what was rebuilt in the place of what is live, if it has come as far. One partition sees to it for all.

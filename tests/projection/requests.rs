@@ -1,0 +1,233 @@
+//! What nodes are asked to do by programs without the projection's code.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use sqlx::SqliteConnection;
+use storied::projection::{
+    Answer, ApplyError, FailurePolicy, Operator, ProjectionState, Request, Target, TargetUnavailable,
+};
+use storied::testing::Node;
+use storied::{EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionHandle, RecordedEvent};
+
+use crate::support::*;
+
+/// What goes wrong, and how often the user's code was called.
+#[derive(Clone, Default)]
+struct Faults {
+    /// An event cannot be applied.
+    poison: Arc<AtomicBool>,
+    /// A reset finds no database.
+    away: Arc<AtomicBool>,
+    /// So many resets refuse.
+    refusals: Arc<AtomicUsize>,
+    /// Whoever makes the projection for a version beside the live one waits.
+    shut: Arc<AtomicBool>,
+    waiting: Arc<AtomicBool>,
+    resets: Arc<AtomicUsize>,
+    discards: Arc<AtomicUsize>,
+}
+
+struct Asked(Faults);
+
+impl Projection for Asked {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        "asked"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+        if self.0.poison.load(Ordering::SeqCst) { Err("poison".into()) } else { Ok(()) }
+    }
+
+    async fn reset(&mut self, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+        self.0.resets.fetch_add(1, Ordering::SeqCst);
+        if self.0.away.load(Ordering::SeqCst) {
+            return Err(TargetUnavailable::new("away").into());
+        }
+        let refusals = &self.0.refusals;
+        let left = refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        if left.is_ok() { Err("there is no way back".into()) } else { Ok(()) }
+    }
+
+    async fn discard(&mut self, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+        self.0.discards.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+fn make(faults: &Faults) -> impl Fn(Target) -> Asked + Send + Sync + 'static {
+    let faults = faults.clone();
+    move |target| {
+        while target.version > 0 && faults.shut.load(Ordering::SeqCst) {
+            faults.waiting.store(true, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Asked(faults.clone())
+    }
+}
+
+async fn start(
+    store: &Arc<dyn EventStore>,
+    database: &Database,
+    faults: &Faults,
+    partitions: u16,
+) -> (Node, ProjectionHandle) {
+    let node = local_node(store).await;
+    let (model, options) = (database.open().await, options().attempts(1).on_failure(FailurePolicy::Park));
+    let handle = match partitions {
+        0 => node.rebuildable(make(faults), model, options).await,
+        count => node.partitioned(count, make(faults), model, options).await,
+    };
+    (node, handle)
+}
+
+/// A log of that many events, and a projection that has applied them on a node.
+async fn begun(
+    events: u64,
+    faults: &Faults,
+    partitions: u16,
+) -> (Arc<dyn EventStore>, Database, Operator, Node, ProjectionHandle) {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let database = Database::new().await;
+    let head = append(&store, 0, 0..events).await;
+    let (node, handle) = start(&store, &database, faults, partitions).await;
+    catch_up(&handle, head).await;
+    let operator = Operator::new(store.clone(), database.open().await).await.unwrap();
+    (store, database, operator, node, handle)
+}
+
+/// Until no request of this projection waits.
+async fn seen_to(operator: &Operator) {
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let requests = operator.projection("asked").await.unwrap().unwrap().requests;
+        if !requests.iter().any(|(_, answer)| *answer == Answer::Waiting) {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < give_up, "never seen to: {requests:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_done_for_now_holds_nothing_up() {
+    let faults = Faults::default();
+    let (store, _database, operator, node, handle) = begun(10, &faults, 0).await;
+    faults.away.store(true, Ordering::SeqCst);
+    let asked = operator.ask("asked", Request::Reset).await.unwrap();
+    eventually("it says why", || {
+        handle.status().last_error.is_some_and(|error| error.contains("could not be done yet"))
+    })
+    .await;
+    let tried = faults.resets.load(Ordering::SeqCst);
+    let head = append(&store, 0, 0..10).await;
+    catch_up(&handle, head).await;
+    assert_eq!(operator.answer(&asked).await.unwrap(), Answer::Waiting);
+    // The order that it gave itself is none of an operator's, so it is not tried at once again.
+    let heeded = tokio::time::Instant::now() + Duration::from_millis(2_500);
+    while tokio::time::Instant::now() < heeded {
+        let head = append(&store, 0, [0]).await;
+        catch_up(&handle, head).await;
+    }
+    assert_eq!(faults.resets.load(Ordering::SeqCst), tried);
+    // That of an operator is.
+    faults.away.store(false, Ordering::SeqCst);
+    let again = tokio::time::Instant::now();
+    operator.ask("asked", Request::Reset).await.unwrap();
+    seen_to(&operator).await;
+    assert!(again.elapsed() < Duration::from_secs(20), "{:?}", again.elapsed());
+    assert_eq!(faults.resets.load(Ordering::SeqCst), tried + 1);
+    catch_up(&handle, store.frontier().await.unwrap()).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asked_for_again_meanwhile_is_done_again() {
+    let faults = Faults::default();
+    let (_store, _database, operator, node, handle) = begun(3, &faults, 0).await;
+    for request in [Request::CancelRebuild, Request::Rebuild] {
+        // A rebuild is refused the first time, which says nothing about the second.
+        faults.refusals.store(usize::from(request == Request::Rebuild), Ordering::SeqCst);
+        faults.waiting.store(false, Ordering::SeqCst);
+        faults.shut.store(true, Ordering::SeqCst);
+        operator.ask("asked", request).await.unwrap();
+        eventually("it is under way", || faults.waiting.load(Ordering::SeqCst)).await;
+        let again = operator.ask("asked", request).await.unwrap();
+        faults.shut.store(false, Ordering::SeqCst);
+        seen_to(&operator).await;
+        assert_eq!(operator.answer(&again).await.unwrap(), Answer::Taken, "{request}");
+        if request == Request::CancelRebuild {
+            eventually("both are done", || faults.discards.load(Ordering::SeqCst) == 2).await;
+        }
+    }
+    eventually("it is rebuilt", || handle.status().version == 1).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_that_stands_before_the_start_makes_fit_what_does_not() {
+    let faults = Faults::default();
+    let (store, database, operator, node, _) = begun(10, &faults, 2).await;
+    node.stop(PATIENCE).await.unwrap();
+    operator.ask("asked", Request::Reset).await.unwrap();
+    let (node, handle) = start(&store, &database, &faults, 3).await;
+    reach(&handle, ProjectionState::Following).await;
+    catch_up(&handle, store.frontier().await.unwrap()).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_that_was_cancelled_before_a_node_took_it_is_not_begun() {
+    let faults = Faults::default();
+    let (store, database, operator, node, _) = begun(3, &faults, 0).await;
+    node.stop(PATIENCE).await.unwrap();
+    operator.ask("asked", Request::Rebuild).await.unwrap();
+    operator.ask("asked", Request::CancelRebuild).await.unwrap();
+    let asked = operator.projection("asked").await.unwrap().unwrap().requests;
+    assert_eq!(asked, [(Request::CancelRebuild, Answer::Waiting)]);
+    // The other way round, both are done.
+    let (node, handle) = start(&store, &database, &faults, 0).await;
+    seen_to(&operator).await;
+    assert_eq!(handle.status().version, 0);
+    node.stop(PATIENCE).await.unwrap();
+    operator.ask("asked", Request::CancelRebuild).await.unwrap();
+    operator.ask("asked", Request::Rebuild).await.unwrap();
+    let (node, handle) = start(&store, &database, &faults, 0).await;
+    eventually("it is rebuilt", || handle.status().version == 1).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retry_behind_a_thousand_refused_ones_is_done() {
+    let faults = Faults::default();
+    let (store, database, operator, node, handle) = begun(1_200, &faults, 0).await;
+    faults.poison.store(true, Ordering::SeqCst);
+    let head = append(&store, 0, [0]).await;
+    catch_up(&handle, head).await;
+    assert_eq!(handle.parked(10).await.unwrap().len(), 1);
+    faults.poison.store(false, Ordering::SeqCst);
+    sqlx::query(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1100)
+         INSERT INTO storied_parked SELECT 'request/retry/asked', i, zeroblob(16), 'storied.request', 'x', 0,
+             'storied.request.retry', 'no', 1, 0 FROM n",
+    )
+    .execute(database.open().await.pool())
+    .await
+    .unwrap();
+    let asked = operator.ask("asked", Request::Retry(head)).await.unwrap();
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    while operator.answer(&asked).await.unwrap() == Answer::Waiting {
+        assert!(tokio::time::Instant::now() < give_up, "never done");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(operator.answer(&asked).await.unwrap(), Answer::Taken);
+    assert_eq!(operator.parked("asked", 10).await.unwrap(), []);
+    node.stop(PATIENCE).await.unwrap();
+}
