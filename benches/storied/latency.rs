@@ -58,18 +58,18 @@ pub async fn to_projection(plan: &Plan) -> Comparison {
 pub async fn to_subscriber(plan: &Plan) -> Comparison {
     let mut scene = Scene::open(plan).await;
     let mut ticks = ticks();
+    // What is published before the server knows of the subscription never comes.
+    let mut tries = 0;
+    while !arrives(&mut scene, plan, 0, Duration::from_secs(1)).await.1 {
+        tries += 1;
+        assert!(tries < 10, "nothing comes over the bus");
+    }
     let mut latencies = Vec::with_capacity(plan.events);
     for n in 0..plan.events {
         ticks.tick().await;
-        let (start, id) = append(&scene.store, plan, n).await;
-        loop {
-            if let BusItem::Batch(batch) = scene.subscription.next().await.unwrap()
-                && batch.events.iter().any(|event| event.id == id)
-            {
-                break;
-            }
-        }
-        latencies.push(start.elapsed());
+        let (latency, came) = arrives(&mut scene, plan, n, Duration::from_secs(10)).await;
+        assert!(came, "an event did not come over the bus");
+        latencies.push(latency);
     }
     let ours = Run::each(latencies);
     let mut message = scene.message().await;
@@ -94,7 +94,8 @@ pub async fn to_subscriber(plan: &Plan) -> Comparison {
             .publish_with_headers(message.subject.clone(), headers, message.payload.clone())
             .await
             .unwrap();
-        messages.next().await.unwrap();
+        let coming = tokio::time::timeout(Duration::from_secs(10), messages.next());
+        assert!(matches!(coming.await, Ok(Some(_))), "a message did not come");
         latencies.push(start.elapsed());
     }
     table.close().await;
@@ -102,6 +103,22 @@ pub async fn to_subscriber(plan: &Plan) -> Comparison {
         nats.drop_mirror().await;
     }
     Comparison { ours, limit: Run::each(latencies), note: NOTE.into() }
+}
+
+/// How long an event took from before its append, and whether it came at all.
+async fn arrives(scene: &mut Scene, plan: &Plan, n: usize, patience: Duration) -> (Duration, bool) {
+    let (start, id) = append(&scene.store, plan, n).await;
+    let coming = async {
+        loop {
+            if let BusItem::Batch(batch) = scene.subscription.next().await.unwrap()
+                && batch.events.iter().any(|event| event.id == id)
+            {
+                break;
+            }
+        }
+    };
+    let came = tokio::time::timeout(patience, coming).await.is_ok();
+    (start.elapsed(), came)
 }
 
 const NOTE: &str = "rates are of the mean latency; the ratio is the limit's to ours";

@@ -15,7 +15,8 @@ pub(super) fn of(metadata: &Metadata) -> Option<SpanContext> {
     // Version 0 has four parts, ff is forbidden, others may have more.
     let whole = version.len() == 2 && version != "ff" && (version != "00" || parts.next().is_none());
     let sized = trace.len() == 32 && span.len() == 16 && flags.len() == 2;
-    if !whole || !sized || !metadata.traceparent.as_deref()?.bytes().all(|byte| byte.is_ascii_graphic()) {
+    let hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    if !whole || !sized || ![version, trace, span, flags].into_iter().all(hex) {
         return None;
     }
     let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()?) & TraceFlags::SAMPLED;
@@ -36,8 +37,8 @@ pub(super) fn enter(metadata: &Metadata) -> Option<ContextGuard> {
 /// what surrounds it.
 pub(super) fn inject(span: &Span, metadata: &mut Metadata) {
     let Some(context) = span.in_scope(current) else { return };
-    if metadata.traceparent.is_some() && of(metadata).is_none_or(|came| came.trace_id() != context.trace_id())
-    {
+    // What cannot be read is of no trace, and goes.
+    if of(metadata).is_some_and(|came| came.trace_id() != context.trace_id()) {
         return;
     }
     let flags = context.trace_flags() & TraceFlags::SAMPLED;
@@ -102,6 +103,10 @@ mod tests {
             "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331",
             "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more",
             "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "FF-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "zz-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-+1",
+            "00-0AF7651916CD43DD8448EB211C80319C-B7AD6B7169203331-01",
             "00-00000000000000000000000000000000-b7ad6b7169203331-01",
             "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
             "00-0af7651916cd43dd8448eb211c80319-b7ad6b7169203331-01",

@@ -92,6 +92,39 @@ async fn an_answer_that_comes_late_counts_although_nobody_is_left_to_ask() {
     caller.shutdown().await.unwrap();
 }
 
+/// What it said of the first time says nothing of the second, which it has, too, and may carry out yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_who_was_sent_it_twice_and_failed_once_may_still_do_it() {
+    let server = server().await;
+    let caller = caller(&server).await;
+    let mut stranger = Stranger::new(&server, &caller).await;
+    stranger.beat(false).await;
+    sees(&caller, &["elsewhere"]).await;
+    let command = caller.command::<Elsewhere>("hello".to_owned()).timeout(PATIENCE);
+    let command = tokio::spawn(command.into_future());
+    let first = timeout(PATIENCE, stranger.commands.next()).await.unwrap().unwrap();
+    let until_sent_again = async {
+        loop {
+            tokio::select! {
+                message = stranger.commands.next() => break message.unwrap(),
+                () = tokio::time::sleep(BEAT / 2) => stranger.beat(false).await,
+            }
+        }
+    };
+    timeout(PATIENCE, until_sent_again).await.unwrap();
+    // By now the second one counts as silent, and nobody is left to ask.
+    for _ in 0..5 {
+        tokio::time::sleep(BEAT / 2).await;
+        stranger.beat(false).await;
+    }
+    let failure = map(vec![("code", "panicked".into()), ("message", "it panicked".into())]);
+    let executed = map(vec![("runtime", 5.into()), ("outcome", map(vec![("error", failure)]))]);
+    stranger.say(&first.reply.unwrap(), map(vec![("executed", executed)])).await;
+    let error = timeout(PATIENCE / 4, command).await.expect("at once").unwrap().unwrap_err();
+    assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error:?}");
+    caller.shutdown().await.unwrap();
+}
+
 /// The way to the server is full, and whoever wants to send something stands in front of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_a_server_that_hangs_commands_end_at_their_deadline() {

@@ -102,8 +102,9 @@ struct Pursuit {
     tried: HashSet<Uuid>,
     /// Who was asked, by attempt.
     asked: Vec<Candidate>,
-    /// Who may have the command and has not said what became of it, and why that is so.
-    unanswered: BTreeMap<Uuid, String>,
+    /// Which attempts may be under way with nobody having said what became of them, by number (this node's own: 0): whose they
+    /// are, and why that is so.
+    unanswered: BTreeMap<u32, (Uuid, String)>,
     /// What was said by the last one that did not take it.
     refusal: Option<Failure>,
     /// Whether somebody has accepted it.
@@ -208,7 +209,7 @@ impl Pursuit {
                 if let Heard::Reply(Reply { incarnation, says: Says::Executed(answered), .. }) = heard
                     && self.was_asked(of, incarnation)
                 {
-                    self.unanswered.remove(&incarnation);
+                    self.is_answered(of, incarnation);
                     return Attempt::Answered(answered);
                 }
             }
@@ -225,6 +226,11 @@ impl Pursuit {
     fn was_asked(&self, attempt: u32, incarnation: Uuid) -> bool {
         let asked = usize::try_from(attempt).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
         asked.is_some_and(|asked| asked.incarnation == incarnation)
+    }
+
+    /// A node takes what it is sent in order: it has decided on its earlier attempts as well, but not on later ones.
+    fn is_answered(&mut self, attempt: u32, incarnation: Uuid) {
+        self.unanswered.retain(|number, (who, _)| *who != incarnation || *number > attempt);
     }
 
     /// Until when one attempt may last.
@@ -245,12 +251,13 @@ impl Pursuit {
                 self.is_accepted();
                 match timeout_at(self.deadline.instant(), answer).await {
                     Ok(outcome) => {
-                        self.unanswered.remove(&own.incarnation);
+                        self.unanswered.remove(&0);
                         let runtime = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
                         Attempt::Answered(Answered { runtime, outcome })
                     }
                     Err(_) => {
-                        self.unanswered.insert(own.incarnation, "this node did not finish in time".into());
+                        let reason = "this node did not finish in time".into();
+                        self.unanswered.insert(0, (own.incarnation, reason));
                         Attempt::Next
                     }
                 }
@@ -282,7 +289,7 @@ impl Pursuit {
     }
 
     fn who_is_silent(&self) -> String {
-        self.unanswered.values().map(String::as_str).collect::<Vec<_>>().join(", ")
+        self.unanswered.values().map(|(_, reason)| reason.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     /// What may be said of an answer. That nothing happened is not certain while somebody else has the command, too: neither
