@@ -27,9 +27,9 @@ use storied::bus::JetStreamOptions;
 use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommands};
 use storied::projection::{ApplyError, FollowMode};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, NatsOptions,
-    Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog, RecordedEvent,
-    Runtime,
+    Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter,
+    NatsOptions, Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog,
+    RecordedEvent, Runtime,
 };
 use support::{NatsServer, PostgresServer};
 use tokio::time::{Instant, sleep};
@@ -37,6 +37,9 @@ use uuid::Uuid;
 
 const METERS: u64 = 300;
 const CALLERS: u64 = 8;
+/// How many commands a meter remembers: so few that all of them do soon, and what they take does not look like something that
+/// grows; and some minutes' worth, much longer than anybody asks again.
+const COMMAND_WINDOW: usize = 100;
 /// Only a failing soak waits for it.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Shorter runs say nothing of what grows.
@@ -167,7 +170,7 @@ async fn a_node_process() {
         .store(PostgresStore::connect(&url).await.unwrap())
         .bus(NatsOptions::jetstream(JetStreamOptions::new()).url(&nats).bus())
         .commands(CommandBus::nats(NatsCommands::new(NatsOptions::core().url(&nats))))
-        .aggregate::<Meter>()
+        .aggregate_with(AggregateOptions::<Meter>::new().command_window(COMMAND_WINDOW))
         .handler(Both)
         .partitioned_with(8, |_| Totals, PostgresReadModel::new(pool.clone()), options.clone())
         .projection_with(Sum, PostgresReadModel::new(pool), options.follow(FollowMode::Durable))
