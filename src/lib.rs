@@ -24,6 +24,7 @@
 //!   node, and handlers for what is no aggregate's;
 //! - [`projection`]: catch up, follow, checkpoint together with the read model;
 //! - [`runtime`]: puts them together, supervises them, takes them down in order;
+//! - `telemetry`: the spans and metrics of all of them;
 //! - [`testing`](https://docs.rs/storied) (feature `testing`): `given(events).when(command).then(events)`, and the suite
 //!   that every store passes.
 //!

@@ -18,6 +18,7 @@ use storied::{
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::support::*;
 
@@ -274,6 +275,23 @@ async fn without_a_node_an_order_stands_and_says_so() {
     }
 }
 
+/// Others hold up the projection's nodes for longer than the tool tries to tell them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_that_nobody_could_be_told_of_stands_and_says_so() {
+    let (fixture, store) = filled().await.remove(0);
+    let (node, _) = start(&fixture, &store, &Faults::default(), 0).await;
+    node.stop(PATIENCE).await.unwrap();
+    let others = store.acquire_lease("order/seen", Uuid::new_v4(), 2 * PATIENCE).await.unwrap().unwrap();
+    fixture.run(&["projection", "reset", "seen"]).await.code(5).complains(&[
+        "others have acted on projection seen",
+        "It stands",
+        "`storied projection withdraw seen` takes it back",
+    ]);
+    let list = fixture.run(&["projection", "list"]).await.code(0);
+    list.shows(&["seen: reset was asked for, and no node has taken it yet"]);
+    store.release_lease(&others).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rebuild_is_watched_until_it_is_live() {
     for partitions in [0, 2] {
@@ -302,7 +320,17 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             faults.slow.store(true, Ordering::SeqCst);
             fixture.run(&["projection", "rebuild", "seen", "--detach"]).await.code(0);
             fixture.run(&["projection", "list"]).await.code(0).shows(&["seen: version 3 is being built"]);
+            // Who watches it is told.
+            let mut child = fixture.command(&["projection", "rebuild", "seen"]).spawn().unwrap();
+            let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+            timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap().unwrap();
             let cancelled = fixture.run(&["projection", "cancel-rebuild", "seen"]).await.code(0);
+            let mut last = String::new();
+            while let Some(line) = timeout(PATIENCE / 2, lines.next_line()).await.unwrap().unwrap() {
+                last = line;
+            }
+            assert_eq!(last, "error: the rebuild of seen was cancelled; version 2 stays live");
+            Run::of(child.wait_with_output().await.unwrap()).code(1);
             cancelled.shows(&["seen is not rebuilt any more"]);
             let list = fixture.run(&["projection", "list"]).await.code(0);
             assert!(!list.out.contains("is being built"), "{}", list.out);

@@ -240,6 +240,14 @@ async fn a_database_that_is_not_there_is_unavailable() {
             assert_eq!(error["error"]["kind"], "unavailable");
         }
     }
+    // Whatever it has in it.
+    for (url, shown) in [
+        ("postgres://shop:hunter1,hunter2'hunter3 x@127.0.0.1:9/shop", "postgres://***@127.0.0.1:9/shop: "),
+        ("postgres:shop:hunter1,hunter2@127.0.0.1/shop?port=9", "postgres:***@127.0.0.1/shop?port=9: "),
+    ] {
+        let run = bare(&["status", "--timeout", "1", "--database-url", url]).await.complains(&[shown]);
+        assert!(!run.err.contains("hunter") && run.code > 2, "{}", run.err);
+    }
     bare(&["status", "--database-url", "sqlite:/nowhere/at/all.db"]).await.code(4).complains(&["/nowhere"]);
 }
 

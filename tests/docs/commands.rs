@@ -25,6 +25,8 @@ pub fn check(line: &str) -> Result<(), String> {
         ["cargo", rest @ ..] => cargo(rest),
         ["storied", rest @ ..] => tool(rest),
         [first, rest @ ..] if first.starts_with("scripts/") => script(first, rest),
+        // It hands its words on to a program of its own, which is not built here.
+        ["benches/peers/run", ..] => there(&["benches/peers/run"]),
         [first, ..] if FOREIGN.contains(first) => Ok(()),
         [first, ..] => Err(format!("nobody checks what {first} does")),
     }
@@ -59,11 +61,19 @@ fn cargo(words: &[&str]) -> Result<(), String> {
         Some("bench") => {
             let bench = after("--bench").ok_or("which benchmark?")?;
             let args = format!("benches/{bench}/args.rs");
-            let usage = fs::read_to_string(root().join(&args)).map_err(|error| format!("{args}: {error}"))?;
+            let main = format!("benches/{bench}/main.rs");
+            let read = |path: &str| {
+                fs::read_to_string(root().join(path)).map_err(|error| format!("{path}: {error}"))
+            };
+            let (usage, main) = (read(&args)?, read(&main)?);
             options(rest, &usage)?;
-            let workload = rest.first().filter(|word| !word.starts_with('-'));
-            match workload {
-                Some(name) if !usage.contains(&format!("\"{name}\"")) => Err(format!("{args} has no {name}")),
+            // A workload, or what is no measurement.
+            let word = rest.first().filter(|word| !word.starts_with('-'));
+            let known = |word: &str| {
+                usage.contains(&format!("\"{word}\"")) || main.contains(&format!("first == \"{word}\""))
+            };
+            match word {
+                Some(word) if !known(word) => Err(format!("{args} has no {word}")),
                 _ => Ok(()),
             }
         }
@@ -71,7 +81,7 @@ fn cargo(words: &[&str]) -> Result<(), String> {
             Some(test) => there(&[&format!("tests/{test}.rs"), &format!("tests/{test}/main.rs")]),
             None => Ok(()),
         },
-        Some("add" | "build" | "check" | "clippy" | "doc" | "fmt" | "install" | "new") => Ok(()),
+        Some("add" | "audit" | "build" | "check" | "clippy" | "doc" | "fmt" | "install" | "new") => Ok(()),
         Some(other) => Err(format!("nobody checks what cargo {other} does")),
         None => Ok(()),
     }
@@ -114,6 +124,11 @@ fn script(path: &str, words: &[&str]) -> Result<(), String> {
     // What goes on to cargo test is checked as that.
     if text.contains("cargo test") && text.contains("\"$@\"") {
         return cargo(&[&["test"], words].concat());
+    }
+    // A number that it takes.
+    let number = first.chars().all(|c| c.is_ascii_digit());
+    if number && text.contains(&format!("{path} [MINUTES]")) {
+        return Ok(());
     }
     // A branch of its `case`.
     let known = text.lines().any(|line| line.trim_start().starts_with(&format!("{first})")));

@@ -1,5 +1,7 @@
 //! What is stored, as JSON, without anybody's types.
 
+use std::collections::HashSet;
+
 use ciborium::Value as Cbor;
 use serde_json::{Map, Value, json};
 use storied::{Codec, RecordedEvent};
@@ -65,26 +67,25 @@ fn value_of(value: &Cbor) -> Value {
         Cbor::Bytes(bytes) => json!({ "$bytes": hex(bytes) }),
         Cbor::Array(items) => items.iter().map(value_of).collect(),
         Cbor::Map(entries) => map(entries),
-        Cbor::Tag(tag, value) => json!({ "$tag": tag, "$value": value_of(value) }),
+        Cbor::Tag(tag, value) => {
+            let fields = [("$tag".to_owned(), (*tag).into()), ("$value".to_owned(), value_of(value))];
+            Value::Object(fields.into_iter().collect())
+        }
         other => json!({ "$unknown": format!("{other:?}") }),
     }
 }
 
-/// With keys that JSON can have, and none of them twice, an object; otherwise its entries.
+/// With keys that JSON can have, and none of them twice, an object; otherwise its entries. What is within is looked at once:
+/// twice on each level would be for ever.
 fn map(entries: &[(Cbor, Cbor)]) -> Value {
-    let mut object = Map::new();
-    for (key, value) in entries {
-        let fresh = match key {
-            Cbor::Text(key) => object.insert(key.clone(), value_of(value)).is_none(),
-            _ => false,
-        };
-        if !fresh {
-            let pairs: Vec<_> =
-                entries.iter().map(|(key, value)| json!([value_of(key), value_of(value)])).collect();
-            return json!({ "$map": pairs });
-        }
+    let mut keys = HashSet::new();
+    if entries.iter().all(|(key, _)| matches!(key, Cbor::Text(key) if keys.insert(key))) {
+        let fields =
+            entries.iter().filter_map(|(key, value)| Some((key.as_text()?.to_owned(), value_of(value))));
+        return Value::Object(fields.collect());
     }
-    Value::Object(object)
+    let pairs = entries.iter().map(|(key, value)| Value::Array(vec![value_of(key), value_of(value)]));
+    Value::Object(Map::from_iter([("$map".to_owned(), pairs.collect())]))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -123,5 +124,18 @@ mod tests {
             json!({ "$integer": "-18446744073709551616" })
         );
         assert!(cbor(&[0xff, 0]).is_err() && cbor(&[]).is_err());
+    }
+    #[test]
+    fn what_is_nested_deeply_takes_no_longer_than_it_is_long() {
+        let deep = |wrap: fn(Cbor) -> Cbor| {
+            let value = (0..200).fold(Cbor::Null, |value, _| wrap(value));
+            let mut bytes = Vec::new();
+            ciborium::into_writer(&value, &mut bytes).unwrap();
+            cbor(&bytes).map(|value| value.to_string().matches('{').count())
+        };
+        let twice = |value| Cbor::Map(vec![("a".into(), value), ("a".into(), Cbor::Null)]);
+        assert_eq!(deep(twice), Ok(200));
+        assert_eq!(deep(|value| Cbor::Map(vec![("a".into(), value), (1.into(), Cbor::Null)])), Ok(200));
+        assert_eq!(deep(|value| Cbor::Map(vec![(value, Cbor::Null)])), Ok(200));
     }
 }

@@ -37,7 +37,7 @@ pub(crate) struct DatabaseArgs {
 impl DatabaseArgs {
     /// What must not be printed.
     pub(crate) fn secrets(&self) -> Vec<Given<'_>> {
-        self.database_url.iter().map(|url| Given::Urls(url)).collect()
+        self.database_url.iter().map(|url| Given::Url(url)).collect()
     }
 
     pub(crate) fn timeout(&self) -> Duration {
@@ -127,7 +127,7 @@ pub(crate) struct Models {
 
 impl ReadModelArgs {
     pub(crate) fn secret(&self) -> Option<Given<'_>> {
-        self.read_model_url.as_deref().map(Given::Urls)
+        self.read_model_url.as_deref().map(Given::Url)
     }
 
     pub(crate) async fn open(&self, from: &DatabaseArgs) -> Result<Models, Failure> {
@@ -177,7 +177,7 @@ impl Database {
     /// Without secrets.
     pub(crate) fn shown(&self) -> String {
         match self {
-            Self::Postgres(url) => redact::urls(url),
+            Self::Postgres(url) => redact::url(url),
             Self::Sqlite(path) => format!("sqlite:{}", path.display()),
         }
     }

@@ -9,7 +9,7 @@ use crate::decode;
 use crate::failure::Failure;
 use crate::open::{DatabaseArgs, Models, ReadModelArgs};
 use crate::output::Output;
-use crate::projection::{WaitArgs, known, take};
+use crate::projection::{WaitArgs, ask, known, take};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
@@ -170,7 +170,7 @@ async fn retry(one: &One, wait: &WaitArgs, from: &DatabaseArgs, out: &mut Output
     let models = one.read_model.open(from).await?;
     one.find(&models).await?;
     let request = Request::Retry(Position::new(one.position));
-    let asked = models.operator.ask(&one.name, request).await?;
+    let asked = ask(&models.operator, &one.name, request).await?;
     take(&models.operator, &asked, request, &one.name, wait).await?;
     if out.json {
         return out.value(&json!({ "projection": one.name, "position": one.position, "applied": true }));

@@ -257,7 +257,7 @@ async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Outp
     let models = args.read_model.open(from).await?;
     let (operator, name) = (&models.operator, &args.name);
     let before = known(operator, name).await?;
-    let asked = operator.ask(name, request).await?;
+    let asked = ask(operator, name, request).await?;
     take(operator, &asked, request, name, &args.wait).await?;
     let at_once = request == Request::CancelRebuild;
     let done = if args.detach || at_once || (before.paused && request == Request::Reset) {
@@ -287,6 +287,37 @@ async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Outp
     }
 }
 
+/// Asks the nodes; and when they cannot be told, says whether the request stands all the same.
+pub(crate) async fn ask(operator: &Operator, name: &str, request: Request) -> Result<Asked, Failure> {
+    let error = match operator.ask(name, request).await {
+        Ok(asked) => return Ok(asked),
+        Err(error) => error,
+    };
+    // It is kept first, and then they are told. Where that cannot be seen either, the first error says why.
+    let record = operator.projection(name).await.unwrap_or_default();
+    let stands = record.is_some_and(|record| record.requests.contains(&(request, Answer::Waiting)));
+    if !stands {
+        return Err(match Failure::from(error) {
+            Failure::Unavailable(text) => Failure::Unavailable(format!(
+                "{text}. Look at `storied projection list` before you ask again: the {request} of {name} may have been taken, or stand"
+            )),
+            other => other,
+        });
+    }
+    let back = take_back(name, request);
+    Err(Failure::Pending(format!(
+        "the nodes could not be told of the {request} of {name}: {error}. It stands, and the next node that looks does it; \
+         `{back}` takes it back"
+    )))
+}
+
+fn take_back(name: &str, request: Request) -> String {
+    match request {
+        Request::Retry(position) => format!("storied parked withdraw {name} {position}"),
+        _ => format!("storied projection withdraw {name}"),
+    }
+}
+
 /// Waits until a node has taken a request.
 pub(crate) async fn take(
     operator: &Operator,
@@ -311,10 +342,7 @@ pub(crate) async fn take(
                 } else {
                     "no live node runs the projection"
                 };
-                let back = match request {
-                    Request::Retry(position) => format!("storied parked withdraw {name} {position}"),
-                    _ => format!("storied projection withdraw {name}"),
-                };
+                let back = take_back(name, request);
                 return Err(Failure::Pending(format!(
                     "nobody has taken the {request} of {name} within {} s: {why}. It stands, and the next node that can does it; \
                      `{back}` takes it back",
@@ -347,6 +375,14 @@ async fn follow(models: &Models, request: Request, version: u64, name: &str) -> 
             (None, Request::Rebuild) if record.version > version => {
                 bar.end();
                 return Ok((bar.seconds(), record.version));
+            }
+            // What a node begins and gives up, it does in one transaction with the request.
+            (None, Request::Rebuild) => {
+                bar.end();
+                return Err(Failure::Problem(format!(
+                    "the rebuild of {name} was cancelled; version {} stays live",
+                    record.version
+                )));
             }
             _ => record.parts.iter().map(|part| part.position).collect(),
         };

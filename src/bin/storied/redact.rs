@@ -19,15 +19,17 @@ impl Secrets {
 
     /// `text` without them, and without what any other URL in it has in front of its host.
     pub(crate) fn hide(&self, text: &str) -> String {
-        let text = urls(text);
-        self.0.iter().fold(text, |text, secret| text.replace(secret, HIDDEN))
+        // They go first: what a secret has in it may make its URL look as if it ended there.
+        urls(&self.0.iter().fold(text.to_owned(), |text, secret| text.replace(secret, HIDDEN)))
     }
 }
 
 /// Something that was given to this run.
 #[derive(Debug)]
 pub(crate) enum Given<'a> {
-    /// One URL or several, separated by commas.
+    /// The URL of a database.
+    Url(&'a str),
+    /// URLs of NATS servers, separated by commas.
     Urls(&'a str),
     /// A secret in itself.
     Secret(&'a str),
@@ -35,26 +37,39 @@ pub(crate) enum Given<'a> {
 
 impl Given<'_> {
     fn secrets(&self) -> Vec<String> {
-        match self {
-            Given::Secret(secret) => vec![(*secret).to_owned()],
-            Given::Urls(urls) => urls.split(',').flat_map(secrets_of).collect(),
-        }
+        let found = match self {
+            Given::Url(url) => secrets_of(url, false),
+            Given::Urls(urls) => urls.split(',').flat_map(|url| secrets_of(url, true)).collect(),
+            Given::Secret(secret) => return vec![(*secret).to_owned()],
+        };
+        found.iter().flat_map(|secret| [(*secret).to_owned(), decoded(secret)]).collect()
     }
 }
 
-/// The password in a URL, as written and as meant. What stands there alone is a user for a database, and a token for NATS.
-fn secrets_of(url: &str) -> Vec<String> {
+/// The passwords in a URL. What stands alone before the host is a user for a database, and a `token` for NATS.
+fn secrets_of(url: &str, token: bool) -> Vec<&str> {
     let mut found = Vec::new();
-    if let Some((scheme, rest)) = url.split_once("://")
-        && let Some((login, _)) = rest.rsplit_once('@')
-    {
-        let alone = if scheme.trim().starts_with("postgres") { "" } else { login };
+    let (_, rest) = split(url);
+    if let Some((login, _)) = rest.rsplit_once('@') {
+        let alone = if token { login } else { "" };
         found.push(login.split_once(':').map_or(alone, |(_, password)| password));
     }
-    for (at, key) in url.match_indices("password=") {
-        found.extend(url[at + key.len()..].split(['&', '#']).next());
-    }
-    found.iter().flat_map(|secret| [(*secret).to_owned(), decoded(secret)]).collect()
+    let query = rest.split_once('?').map_or("", |(_, query)| query);
+    let parameters = query.split('&').filter_map(|parameter| parameter.split_once('='));
+    found.extend(parameters.filter(|(key, _)| is_secret(key)).map(|(_, value)| value));
+    found
+}
+
+/// Behind the scheme, with the slashes there or without.
+fn split(url: &str) -> (&str, &str) {
+    let scheme = url.find(':').map_or(0, |at| at + 1);
+    let slashes = url[scheme..].bytes().take_while(|byte| *byte == b'/').count();
+    url.split_at(scheme + slashes)
+}
+
+/// Whether a parameter of this name is a password.
+fn is_secret(key: &str) -> bool {
+    decoded(key).to_lowercase().contains("pass")
 }
 
 fn decoded(text: &str) -> String {
@@ -70,39 +85,70 @@ fn decoded(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// `text` without the logins of the URLs in it.
+/// The URL of a database, whatever its password has in it.
+pub(crate) fn url(url: &str) -> String {
+    let (scheme, rest) = split(url);
+    format!("{scheme}{}", place(rest))
+}
+
+/// `text` without the logins of the URLs in it, as far as they can be told from the rest: up to the next space or URL.
 pub(crate) fn urls(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find("://") {
-        let (before, behind) = rest.split_at(at + 3);
-        shown.push_str(before);
-        let end = behind
-            .find(|c: char| c.is_whitespace() || matches!(c, '\'' | '"' | '`' | ','))
-            .unwrap_or(behind.len());
-        let (url, behind) = behind.split_at(end);
-        match url.rsplit_once('@') {
-            Some((_, place)) => {
-                shown.push_str(HIDDEN);
-                shown.push('@');
-                shown.push_str(&parameters(place));
-            }
-            None => shown.push_str(&parameters(url)),
+    for word in text.split_inclusive(char::is_whitespace) {
+        let mut rest = word;
+        while let Some(start) = behind_scheme(rest) {
+            let (scheme, behind) = rest.split_at(start);
+            let (url, next) = behind.split_at(next_url(behind));
+            shown.push_str(scheme);
+            shown.push_str(&place(url));
+            rest = next;
         }
-        rest = behind;
+        shown.push_str(rest);
     }
-    shown.push_str(rest);
     shown
 }
 
-fn parameters(place: &str) -> String {
-    match place.split_once("password=") {
-        Some((before, behind)) => {
-            let rest = behind.find(['&', '#']).map_or("", |end| &behind[end..]);
-            format!("{before}password={HIDDEN}{rest}")
-        }
-        None => place.to_owned(),
+/// Where a URL's login or host begins.
+fn behind_scheme(text: &str) -> Option<usize> {
+    let marks = ["://", "postgres:", "postgresql:"];
+    let start = marks.iter().filter_map(|mark| Some(text.find(mark)? + mark.len())).min()?;
+    Some(start + text[start..].bytes().take_while(|byte| *byte == b'/').count())
+}
+
+/// Where the next URL of a list begins: behind a comma, a quote or the like.
+fn next_url(text: &str) -> usize {
+    let separators = text.match_indices([',', '\'', '"', '`', ';', '(', ')']);
+    let starts = separators.map(|(at, separator)| at + separator.len());
+    let begins = |at: &usize| {
+        let scheme = text[*at..].split_once("://").map(|(scheme, _)| scheme);
+        scheme.is_some_and(|scheme| {
+            !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
+        })
+    };
+    starts.into_iter().find(begins).unwrap_or(text.len())
+}
+
+/// What is behind a URL's login, without passwords among its parameters.
+fn place(rest: &str) -> String {
+    match rest.rsplit_once('@') {
+        // Then what is behind it may be the end of a password.
+        Some((before, _)) if before.split(['?', '&']).skip(1).any(is_parameter) => HIDDEN.to_owned(),
+        Some((_, place)) => format!("{HIDDEN}@{}", parameters(place)),
+        None => parameters(rest),
     }
+}
+
+fn is_parameter(text: &str) -> bool {
+    text.split_once('=').is_some_and(|(key, _)| is_secret(key))
+}
+
+fn parameters(place: &str) -> String {
+    let Some((place, query)) = place.split_once('?') else { return place.to_owned() };
+    let hidden = query.split('&').map(|parameter| match parameter.split_once('=') {
+        Some((key, _)) if is_secret(key) => format!("{key}={HIDDEN}"),
+        _ => parameter.to_owned(),
+    });
+    format!("{place}?{}", hidden.collect::<Vec<_>>().join("&"))
 }
 
 #[cfg(test)]
@@ -123,9 +169,46 @@ mod tests {
                 "postgres://db/shop?password=***&sslmode=require",
             ),
             ("sqlite://shop.db", "sqlite://shop.db"),
+            ("'postgres://shop:a,b'c@db/shop' found", "'postgres://***@db/shop' found"),
+            ("postgres:shop:s3cret@db/shop", "postgres:***@db/shop"),
+            ("it should begin with postgres:// or sqlite:", "it should begin with postgres:// or sqlite:"),
         ] {
             assert_eq!(urls(text), shown);
         }
+    }
+
+    #[test]
+    fn the_url_of_a_database_loses_its_passwords_whatever_they_are() {
+        for (text, shown) in [
+            ("postgres://db/shop", "postgres://db/shop"),
+            ("postgres://shop@db/shop", "postgres://***@db/shop"),
+            ("postgres://shop:a,b@db/shop", "postgres://***@db/shop"),
+            ("postgres://shop:a'b c@db/shop", "postgres://***@db/shop"),
+            ("postgres://shop:a?b/c://d@db/shop", "postgres://***@db/shop"),
+            ("postgres:shop:pw@h/d", "postgres:***@h/d"),
+            (
+                "postgres://u:a@h/d?sslmode=require&password=b&sslpassword=c,d",
+                "postgres://***@h/d?sslmode=require&password=***&sslpassword=***",
+            ),
+            ("postgres://h/d?PassWord=a&%70assword=b", "postgres://h/d?PassWord=***&%70assword=***"),
+            ("postgres://h/d?password=a@b", "postgres://***"),
+        ] {
+            assert_eq!(url(text), shown);
+        }
+    }
+
+    #[test]
+    fn a_password_with_commas_is_hidden_from_what_others_say() {
+        for (given, said) in [
+            ("postgres://shop:a1,b2@db/shop", "a1,b2 is wrong"),
+            ("postgres://shop:a1'b2 c3@d4@db/shop", "postgres://shop:a1'b2 c3@d4@db/shop is wrong"),
+            ("postgres:shop:a1,b2@db/shop", "postgres:shop:a1,b2@db/shop is wrong"),
+            ("postgres://db/shop?password=a1,b2&user=u", "a1,b2 is wrong"),
+        ] {
+            let hidden = Secrets::of(&[Given::Url(given)]).hide(said);
+            assert!(!["a1", "b2", "c3", "d4"].iter().any(|part| hidden.contains(part)), "{hidden}");
+        }
+        assert_eq!(Secrets::of(&[Given::Url("sqlite:shop@home.db")]).hide("shop"), "shop");
     }
 
     #[test]
