@@ -177,7 +177,11 @@ async fn a_reset_that_stands_before_the_start_makes_fit_what_does_not() {
     let (store, database, operator, node, _) = begun(10, &faults, 2).await;
     node.stop(PATIENCE).await.unwrap();
     operator.ask("asked", Request::Reset).await.unwrap();
+    // Somebody who is gone seems to own it still, so that it fails first.
+    let lease = store.acquire_lease("partition/0/asked", uuid::Uuid::new_v4(), PATIENCE * 10).await.unwrap();
     let (node, handle) = start(&store, &database, &faults, 3).await;
+    reach(&handle, ProjectionState::Failed).await;
+    store.release_lease(&lease.unwrap()).await.unwrap();
     reach(&handle, ProjectionState::Following).await;
     catch_up(&handle, store.frontier().await.unwrap()).await;
     node.stop(PATIENCE).await.unwrap();
