@@ -196,11 +196,11 @@ async fn a_rebuild_that_was_cancelled_before_a_node_took_it_is_not_begun() {
     operator.ask("asked", Request::CancelRebuild).await.unwrap();
     let asked = operator.projection("asked").await.unwrap().unwrap().requests;
     assert_eq!(asked, [(Request::CancelRebuild, Answer::Waiting)]);
-    // The other way round, both are done.
     let (node, handle) = start(&store, &database, &faults, 0).await;
     seen_to(&operator).await;
     assert_eq!(handle.status().version, 0);
     node.stop(PATIENCE).await.unwrap();
+    // The other way round, both are done.
     operator.ask("asked", Request::CancelRebuild).await.unwrap();
     operator.ask("asked", Request::Rebuild).await.unwrap();
     let (node, handle) = start(&store, &database, &faults, 0).await;
