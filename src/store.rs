@@ -177,6 +177,8 @@ pub trait EventStore: Send + Sync + 'static {
 
     /// Appends a batch: each [`Append`] succeeds or is refused alone, all or nothing within it. One answer for each, in
     /// their order. An append may follow another on the same stream in one batch and is then decided after it.
+    /// Between streams a batch has no order: what it has for one of them may be put together. Who needs one appends one by one,
+    /// or several streams in one append.
     ///
     /// Answered when durable. Dropping the future does not say whether the append happened.
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>>;
@@ -202,8 +204,8 @@ pub trait EventStore: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(None)))
     }
 
-    /// Wakes readers of this process after it appended; carries the highest position. A hint: another process's appends
-    /// do not show here, so whoever waits also polls.
+    /// Wakes readers of this process after it appended; carries the last position up to which the log is known to be stable. A
+    /// hint: another process's appends need not show here, so whoever waits also polls.
     fn appended(&self) -> watch::Receiver<Position>;
 
     /// How far `name` has got; the default checkpoint if it was never saved.
