@@ -102,9 +102,9 @@ struct Pursuit {
     tried: HashSet<Uuid>,
     /// Who was asked, by attempt.
     asked: Vec<Candidate>,
-    /// Which attempts may be under way with nobody having said what became of them, by number (this node's own: 0): whose they
-    /// are, and why that is so.
-    unanswered: BTreeMap<u32, (Uuid, String)>,
+    /// Which attempts may be under way with nobody having said what became of them, by number (this node's own: 0), and why that
+    /// is so. Also of one node: it works on several at once, and what it says of one says nothing of the others.
+    unanswered: BTreeMap<u32, String>,
     /// What was said by the last one that did not take it.
     refusal: Option<Failure>,
     /// Whether somebody has accepted it.
@@ -209,7 +209,7 @@ impl Pursuit {
                 if let Heard::Reply(Reply { incarnation, says: Says::Executed(answered), .. }) = heard
                     && self.was_asked(of, incarnation)
                 {
-                    self.is_answered(of, incarnation);
+                    self.unanswered.remove(&of);
                     return Attempt::Answered(answered);
                 }
             }
@@ -226,11 +226,6 @@ impl Pursuit {
     fn was_asked(&self, attempt: u32, incarnation: Uuid) -> bool {
         let asked = usize::try_from(attempt).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
         asked.is_some_and(|asked| asked.incarnation == incarnation)
-    }
-
-    /// A node takes what it is sent in order: it has decided on its earlier attempts as well, but not on later ones.
-    fn is_answered(&mut self, attempt: u32, incarnation: Uuid) {
-        self.unanswered.retain(|number, (who, _)| *who != incarnation || *number > attempt);
     }
 
     /// Until when one attempt may last.
@@ -256,8 +251,7 @@ impl Pursuit {
                         Attempt::Answered(Answered { runtime, outcome })
                     }
                     Err(_) => {
-                        let reason = "this node did not finish in time".into();
-                        self.unanswered.insert(0, (own.incarnation, reason));
+                        self.unanswered.insert(0, "this node did not finish in time".into());
                         Attempt::Next
                     }
                 }
@@ -289,7 +283,7 @@ impl Pursuit {
     }
 
     fn who_is_silent(&self) -> String {
-        self.unanswered.values().map(|(_, reason)| reason.as_str()).collect::<Vec<_>>().join(", ")
+        self.unanswered.values().map(String::as_str).collect::<Vec<_>>().join(", ")
     }
 
     /// What may be said of an answer. That nothing happened is not certain while somebody else has the command, too: neither

@@ -13,8 +13,8 @@ use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 const PAGE: usize = 1_000;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Resets, rebuilds or gives a rebuild up, if that was asked for and this node is the one to do it: the owner, or any while nobody can own a
-    /// read model that does not fit.
+    /// Resets, rebuilds or gives a rebuild up, if that was asked for and this node is the one to do it: the owner, or any while
+    /// nobody can own a read model that does not fit.
     pub(super) async fn see_to_requests(&mut self) -> Result<(), StoreError> {
         let context = self.context;
         let first = context.partition.is_none_or(|partition| partition.index() == 0);

@@ -34,13 +34,13 @@ impl Pursuit {
                 () = sleep_until(silent_at.min(until)) => {
                     self.tried.insert(candidate.incarnation);
                     let reason = format!("{} fell silent", candidate.node);
-                    self.unanswered.insert(attempt, (candidate.incarnation, reason));
+                    self.unanswered.insert(attempt, reason);
                     return Ok(Attempt::Next);
                 }
                 link = self.link.wait_for(|link| link.session().is_some_and(|now| now != session)) => {
                     drop(link);
                     let reason = format!("the connection was lost while {} had it", candidate.node);
-                    self.unanswered.insert(attempt, (candidate.incarnation, reason));
+                    self.unanswered.insert(attempt, reason);
                     return Ok(Attempt::Again);
                 }
             };
@@ -58,11 +58,11 @@ impl Pursuit {
                     }
                     match says {
                         Says::Executed(answered) => {
+                            self.unanswered.remove(&of);
                             if !current {
                                 let reason = format!("{} was sent it, too", candidate.node);
-                                self.unanswered.insert(attempt, (candidate.incarnation, reason));
+                                self.unanswered.insert(attempt, reason);
                             }
-                            self.is_answered(of, incarnation);
                             return Ok(Attempt::Answered(answered));
                         }
                         Says::Refused(refusal) if current => {
