@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | `SqliteReadModel` | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
 //! | `PostgresReadModel` | `PgConnection` | the same |
-//! | [`InMemory`] | `()` | rebuilt at every start, on every node |
+//! | [`InMemory`] | `()` | on every node, rebuilt at every start: from the start of the log, or from its [snapshot](InMemory::snapshot_every) |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 //!
 //! Where nodes share a read model, one of them at a time owns it; or, [partitioned](crate::runtime::Builder::partitioned), each of
@@ -29,6 +29,7 @@ mod postgres;
 mod progress;
 mod request;
 mod shape;
+mod snapshot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod start;
@@ -50,6 +51,7 @@ pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, 
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 pub use self::request::{Answer, Request};
+pub use self::snapshot::{SnapshotState, Snapshots};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
 pub(crate) use self::start::{Made, spawn};
@@ -150,6 +152,12 @@ pub trait ReadModel: Send + Sync + 'static {
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
         let _ = error;
         false
+    }
+
+    /// The snapshots that it keeps of what it holds in memory, on a read model that every node has [for itself](Self::shared). None
+    /// by default.
+    fn snapshots(&self) -> Option<&Snapshots> {
+        None
     }
 
     /// Called before anything else, and again until it succeeds: creates what is missing.

@@ -28,8 +28,8 @@ use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::Board;
 use crate::partition;
 use crate::projection::{
-    self, FollowMode, InMemory, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions,
-    ProjectionStatus, ReadModel, Surroundings, Target,
+    self, FollowMode, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus,
+    ReadModel, Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
@@ -352,12 +352,12 @@ impl Builder {
 
     /// Keeps an index over events in memory, on this node: see [`Lookup`].
     pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
-        let (lookup, projection) = (lookup.clone(), lookup.projection());
+        let (lookup, projection, read_model) = (lookup.clone(), lookup.projection(), lookup.read_model());
         let (name, filter) = (projection.name().to_owned(), projection.filter());
         let start = |filter, surroundings| -> BoxFuture<'static, _> {
             Box::pin(async move {
                 let (made, options) = (Made::Once(projection), ProjectionOptions::new());
-                let handle = projection::spawn(made, filter, InMemory::new(), options, surroundings).await?;
+                let handle = projection::spawn(made, filter, read_model, options, surroundings).await?;
                 lookup.runs(&handle);
                 Ok(handle)
             })

@@ -92,6 +92,14 @@ name! {
     /// The kind of a stream (`order`); cheap to clone.
     Category, "category"
 }
+impl Category {
+    /// One that no user's is, nor can be: it has a character that [`new`](Self::new) refuses.
+    pub(super) fn reserved(name: &'static str) -> Self {
+        debug_assert!(check("category", name).is_err(), "{name} may be a user's");
+        Self(name.into())
+    }
+}
+
 name! {
     /// The full name of an event, `category.variant` (`order.placed`); cheap to clone.
     EventName, "event name"

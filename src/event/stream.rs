@@ -63,6 +63,11 @@ impl StreamId {
         Ok(Self { category: category.clone(), id: id.into() })
     }
 
+    /// Where the runtime keeps something that is no stream's, in a category that no user's stream has.
+    pub(crate) fn reserved(category: &'static str, id: &str) -> Result<Self, InvalidStream> {
+        Self::of(&Category::reserved(category), id)
+    }
+
     /// Rebuilds what a store wrote after [`new`](Self::new) had checked it.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn stored(category: Category, id: Arc<str>) -> Self {

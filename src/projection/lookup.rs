@@ -4,10 +4,12 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::{ApplyError, Projection, ProjectionHandle, WaitError};
+use super::{ApplyError, InMemory, Projection, ProjectionHandle, Snapshots, WaitError};
 use crate::event::{EncodeError, RecordedEvent};
 use crate::store::Filter;
 use crate::time::after;
@@ -43,6 +45,7 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 /// ```
 pub struct Lookup<T> {
     inner: Arc<Inner<T>>,
+    snapshots: Option<Snapshots>,
 }
 
 struct Inner<T> {
@@ -50,14 +53,14 @@ struct Inner<T> {
     filter: Filter,
     fold: Box<Fold<T>>,
     /// Never held across an await. Readers do not wait for each other.
-    index: RwLock<T>,
+    index: Arc<RwLock<T>>,
     /// Once it runs.
     handle: watch::Sender<Option<ProjectionHandle>>,
 }
 
 impl<T> Clone for Lookup<T> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone() }
+        Self { inner: self.inner.clone(), snapshots: self.snapshots.clone() }
     }
 }
 
@@ -69,8 +72,21 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
         filter: Filter,
         fold: impl Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync + 'static,
     ) -> Self {
-        let (index, handle) = (RwLock::new(T::default()), watch::Sender::new(None));
-        Self { inner: Arc::new(Inner { name: name.into(), filter, fold: Box::new(fold), index, handle }) }
+        let (index, handle) = (Arc::default(), watch::Sender::new(None));
+        let inner = Inner { name: name.into(), filter, fold: Box::new(fold), index, handle };
+        Self { inner: Arc::new(inner), snapshots: None }
+    }
+
+    /// Keeps a snapshot of the index every `events` events, so that it is not built from the start of the log at every start: as
+    /// [`InMemory::snapshot_every`], and with the same meaning of `revision`: raise it with every change of `T` or of the fold.
+    /// Off by default.
+    #[must_use]
+    pub fn snapshot_every(self, events: u64, revision: u32) -> Self
+    where
+        T: Serialize + DeserializeOwned,
+    {
+        let index = self.inner.index.clone();
+        Self { snapshots: Some(Snapshots::new(events, revision, index)), ..self }
     }
 
     /// Looks something up. Events wait meanwhile, other readers do not; `look` should be short.
@@ -97,6 +113,10 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
     /// It runs, as this projection.
     pub(crate) fn runs(&self, handle: &ProjectionHandle) {
         self.inner.handle.send_replace(Some(handle.clone()));
+    }
+
+    pub(crate) fn read_model(&self) -> InMemory {
+        InMemory::with(self.snapshots.clone())
     }
 
     pub(crate) fn projection(&self) -> impl Projection<Transaction = ()> + use<T> {
@@ -129,6 +149,7 @@ impl<T: Default + Send + Sync + 'static> Projection for Folding<T> {
 
     async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
         *self.0.index.write().unwrap_or_else(PoisonError::into_inner) = T::default();
+        self.0.index.clear_poison();
         Ok(())
     }
 }

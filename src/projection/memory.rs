@@ -1,16 +1,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::ReadModel;
+use super::{ReadModel, SnapshotState, Snapshots};
 use crate::event::Position;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
 
-/// A read model in the projection's own memory: every node builds its own, from the start of the log, at every start.
+/// A read model in the projection's own memory: every node builds its own at every start, from the start of the log, or from
+/// where its last [snapshot](Self::snapshot_every) was taken.
 ///
-/// Nothing can be rolled back there, so an `apply` that may fail should do so before it changes anything.
+/// Nothing can be rolled back there, so an `apply` that may fail should do so before it changes anything. With snapshots it must:
+/// what it has changed is saved, and there after a restart.
 #[derive(Debug, Default)]
 pub struct InMemory {
     progress: Mutex<Progress>,
+    snapshots: Option<Snapshots>,
 }
 
 #[derive(Debug, Default)]
@@ -24,6 +27,63 @@ impl InMemory {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Keeps a snapshot of `state` in the event store every `events` events that are applied (at least 1), and at an orderly end,
+    /// so that the next start goes on from there: it reads what came since, and not the whole log. Off by default.
+    ///
+    /// `state` is what the projection and its readers share, and all that `apply` changes; an `Arc<RwLock<T>>` of a serde type
+    /// will do. `revision` names its shape: raise it with every change of the type, or of what `apply` makes of an event. A
+    /// snapshot of another revision, or of another filter, or one that cannot be loaded or is ahead of the log, is of no use: a
+    /// warning says so, and the log is applied from its start.
+    ///
+    /// A snapshot is what the log up to its position makes, so there is one for all nodes, under the name of the projection: the
+    /// newest of them that the nodes have taken, and any node starts from it. Events parked by then are in it. A
+    /// [reset](super::ProjectionHandle::reset) discards it; other nodes, which were not reset, go on taking theirs.
+    ///
+    /// While the state is encoded no event is applied, and none of it can be changed; for a large one choose `events`
+    /// accordingly. While it is written, the projection goes on. One that cannot be taken or written is logged and counted
+    /// (`storied.projection.snapshots`), and stops nothing.
+    ///
+    /// ```
+    /// # use std::collections::BTreeMap;
+    /// # use std::sync::{Arc, RwLock};
+    /// # use serde::{Deserialize, Serialize};
+    /// # use storied::{EncodeError, Event, Filter, MemoryStore, Projection, RecordedEvent, Runtime};
+    /// # use storied::projection::{ApplyError, InMemory};
+    /// # #[derive(Serialize, Deserialize)]
+    /// # #[serde(rename_all = "snake_case")]
+    /// # enum Sale { Made { country: String, pence: i64 } }
+    /// # impl Event for Sale { const CATEGORY: &'static str = "sale"; }
+    /// #[derive(Clone, Default)]
+    /// struct Revenue(Arc<RwLock<BTreeMap<String, i64>>>);
+    ///
+    /// impl Projection for Revenue {
+    ///     type Transaction = ();
+    ///     fn name(&self) -> &str { "revenue" }
+    ///     fn filter(&self) -> Result<Filter, EncodeError> { Filter::of::<Sale>() }
+    ///     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    ///         let Sale::Made { country, pence } = event.decode()?;
+    ///         *self.0.write().map_err(|_| "poisoned")?.entry(country).or_default() += pence;
+    ///         Ok(())
+    ///     }
+    /// }
+    ///
+    /// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let revenue = Revenue::default();
+    /// let in_memory = InMemory::new().snapshot_every(10_000, 1, revenue.0.clone());
+    /// let runtime = Runtime::builder().store(MemoryStore::new()).projection(revenue, in_memory).start().await?;
+    /// # runtime.shutdown().await?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn snapshot_every(self, events: u64, revision: u32, state: Arc<impl SnapshotState>) -> Self {
+        Self { snapshots: Some(Snapshots::new(events, revision, state)), ..self }
+    }
+
+    /// With these snapshots, if any.
+    pub(super) fn with(snapshots: Option<Snapshots>) -> Self {
+        Self { snapshots, ..Self::default() }
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
@@ -43,6 +103,10 @@ impl ReadModel for InMemory {
 
     fn rolls_back(&self) -> bool {
         false
+    }
+
+    fn snapshots(&self) -> Option<&Snapshots> {
+        self.snapshots.as_ref()
     }
 
     fn prepare<'a>(

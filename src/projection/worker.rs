@@ -9,6 +9,7 @@ mod ownership;
 mod reading;
 mod requests;
 mod schedule;
+mod snapshot;
 mod trouble;
 mod version;
 
@@ -27,6 +28,7 @@ use self::input::Follower;
 use self::ownership::News;
 use self::reading::PageAhead;
 use self::schedule::Timing;
+use self::snapshot::Snapshotting;
 use self::version::Switch;
 use super::control::Control;
 use super::{Projection, ProjectionState, ReadModel};
@@ -93,6 +95,8 @@ struct Run<'a, P, R> {
     lease: Option<HeldLease>,
     news: News,
     prepared: bool,
+    /// If the read model keeps snapshots.
+    snapshotting: Option<Snapshotting<'a>>,
     /// Whether the read model was found to be in the shape, and the version, that this works on.
     fits: bool,
     /// Nobody wants what this would do: there is nothing to rebuild.
@@ -223,6 +227,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             lease: None,
             news: News::new(&context.sight, context.permit.as_ref()),
             prepared: false,
+            snapshotting: Snapshotting::new(context, read_model),
             fits: false,
             dormant: false,
             switch: None,
@@ -267,6 +272,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             self.round().await;
         }
         self.flush().await;
+        self.last_snapshot().await;
         self.give_up_switching().await;
         self.follower = None;
         if let Some(lease) = self.lease.take() {
@@ -368,6 +374,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn create(&mut self) -> Result<(), StoreError> {
         if !self.prepared {
             self.read_model.prepare(&self.context.store, &self.row).await?;
+            self.load_snapshot().await?;
             self.prepared = true;
             self.context.status.send_modify(|status| status.prepared = true);
         }

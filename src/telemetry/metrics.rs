@@ -30,6 +30,7 @@ struct Instruments {
     append_batch: Histogram<u64>,
     lease_changes: Counter<u64>,
     projection_duration: Histogram<f64>,
+    snapshots: Counter<u64>,
     sent: Counter<u64>,
     operation_duration: Histogram<f64>,
     #[cfg(feature = "nats")]
@@ -115,6 +116,12 @@ impl Metrics {
                 "storied.projection.duration",
                 "Transactions of projections: events applied, checkpoint moved",
             ),
+            snapshots: counter(
+                meter,
+                "storied.projection.snapshots",
+                "{snapshot}",
+                "Snapshots of what projections hold in memory",
+            ),
             sent: counter(
                 meter,
                 "messaging.client.sent.messages",
@@ -175,6 +182,13 @@ impl Metrics {
         let Some(instruments) = &self.0 else { return };
         let attributes = [KeyValue::new("storied.projection", projection.to_owned())];
         instruments.projection_duration.record(took.as_secs_f64(), &attributes);
+    }
+
+    /// A snapshot of what a projection holds in memory was saved, or not.
+    pub(crate) fn snapshot(&self, projection: &str, error: Option<&'static str>) {
+        let Some(instruments) = &self.0 else { return };
+        let attributes = [KeyValue::new("storied.projection", projection.to_owned())];
+        with_error(error, attributes, |attributes| instruments.snapshots.add(1, attributes));
     }
 
     /// A batch of so many events was published, or not.

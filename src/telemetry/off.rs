@@ -25,6 +25,7 @@ impl Metrics {
     pub(crate) fn appended(&self, _: Timer, _: usize, _: Option<&'static str>) {}
     pub(crate) fn lease(&self, _: &str, _: &'static str) {}
     pub(crate) fn applied(&self, _: &str, _: Duration) {}
+    pub(crate) fn snapshot(&self, _: &str, _: Option<&'static str>) {}
     pub(crate) fn published(&self, _: Destination<'_>, _: Timer, _: usize, _: Option<&'static str>) {}
 }
 

@@ -164,6 +164,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let last = pending.events.drain(..count).next_back();
         let oldest = last.map(|event| event.recorded_at);
         self.committed(to, pending, oldest, |status| status.events_applied += count as u64);
+        self.snapshot_behind(count as u64).await;
     }
 
     /// The checkpoint is at `to`, behind an event of `last`; goes on with what is left.
@@ -241,5 +242,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.committed(to, pending, last, |status| {
             *if parks { &mut status.events_parked } else { &mut status.events_passed_over } += 1;
         });
+        self.snapshot_behind(1).await;
     }
 }

@@ -140,6 +140,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let Context { name, store, board, .. } = self.context;
         let order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         board.hint();
+        self.discard_snapshot().await?;
         let emptied = self.patiently(Change::Empty { requested }).await;
         if let Some(order) = order
             && let Err(error) = store.release_lease(&order).await
@@ -277,6 +278,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         // The checkpoint stays where it is, but who moves it at the same time is waited for.
         self.read_model.commit(open, row, found, found, None).await.map_err(refused)?;
         self.context.status.send_modify(|status| status.events_applied += 1);
+        self.snapshot_behind(1).await;
         Ok(())
     }
 }

@@ -1,0 +1,289 @@
+//! What a read model in memory is saved as, so that it need not be built from the start of the log at every start.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use chrono::{DateTime, TimeZone, Utc};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::ApplyError;
+use crate::codec::{fingerprint, from_cbor, to_cbor};
+use crate::event::{EventName, Position, StreamId, Version};
+use crate::store::{Filter, ParkedEvent};
+use crate::supervised::panic_text;
+
+/// What a projection holds in memory, and can be saved and loaded as a whole: see
+/// [`InMemory::snapshot_every`](super::InMemory::snapshot_every).
+///
+/// A [`RwLock`] or a [`Mutex`] over any serde type is one, as CBOR. One that was poisoned is not saved: whoever panicked may have
+/// left it half changed. (Loading it clears that, since all of it is replaced.)
+pub trait SnapshotState: Send + Sync + 'static {
+    /// The state as bytes, which may be of any format. Called between two events; no event is applied meanwhile.
+    ///
+    /// # Errors
+    /// When there is no snapshot to be had of it now. It is logged, and tried again when the next one is due.
+    fn save(&self) -> Result<Vec<u8>, ApplyError>;
+
+    /// Puts what [`save`](Self::save) has made in the place of all that is there. Called before the first event.
+    ///
+    /// # Errors
+    /// When these bytes are of no use. Everything must still be as it was then, since the log is applied from its start.
+    fn load(&self, snapshot: &[u8]) -> Result<(), ApplyError>;
+}
+
+const POISONED: &str = "its lock is poisoned: it may have been left half changed by a panic";
+
+impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> SnapshotState for RwLock<T> {
+    fn save(&self) -> Result<Vec<u8>, ApplyError> {
+        Ok(to_cbor(&*self.read().map_err(|_| POISONED)?)?)
+    }
+
+    fn load(&self, snapshot: &[u8]) -> Result<(), ApplyError> {
+        let state = from_cbor(snapshot)?;
+        *self.write().unwrap_or_else(PoisonError::into_inner) = state;
+        self.clear_poison();
+        Ok(())
+    }
+}
+
+impl<T: Serialize + DeserializeOwned + Send + 'static> SnapshotState for Mutex<T> {
+    fn save(&self) -> Result<Vec<u8>, ApplyError> {
+        Ok(to_cbor(&*self.lock().map_err(|_| POISONED)?)?)
+    }
+
+    fn load(&self, snapshot: &[u8]) -> Result<(), ApplyError> {
+        let state = from_cbor(snapshot)?;
+        *self.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        self.clear_poison();
+        Ok(())
+    }
+}
+
+/// When and of what a read model keeps snapshots: see [`InMemory::snapshot_every`](super::InMemory::snapshot_every).
+#[derive(Clone)]
+pub struct Snapshots {
+    pub(super) every: u64,
+    pub(super) revision: u32,
+    state: Arc<dyn SnapshotState>,
+}
+
+impl Snapshots {
+    pub(super) fn new(every: u64, revision: u32, state: Arc<dyn SnapshotState>) -> Self {
+        Self { every: every.max(1), revision, state }
+    }
+
+    /// The state as it is, with what it is a state of.
+    pub(super) fn pack(&self, filter: &Filter, parked: &[ParkedEvent]) -> Result<Vec<u8>, String> {
+        let state = contained(|| self.state.save())?;
+        let parked = parked.iter().map(PackedEvent::from).collect();
+        let packed = Packed { state, filter: fingerprint_of(filter)?, parked };
+        to_cbor(&packed).map_err(|error| error.to_string())
+    }
+
+    /// Loads the state; the events that are parked in it.
+    pub(super) fn unpack(&self, snapshot: &[u8], filter: &Filter) -> Result<Vec<ParkedEvent>, String> {
+        let packed: Packed = from_cbor(snapshot)?;
+        if packed.filter != fingerprint_of(filter)? {
+            return Err("the projection had another filter".into());
+        }
+        let parked = packed.parked.into_iter().map(ParkedEvent::try_from).collect::<Result<_, _>>()?;
+        // Last: whatever else is wrong with it, the state is as it was.
+        contained(|| self.state.load(&packed.state))?;
+        Ok(parked)
+    }
+}
+
+impl fmt::Debug for Snapshots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshots")
+            .field("every", &self.every)
+            .field("revision", &self.revision)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Runs the user's code.
+fn contained<T>(user: impl FnOnce() -> Result<T, ApplyError>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(user)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => Err(format!("it panicked: {}", panic_text(&*panic))),
+    }
+}
+
+/// Where a projection's snapshot is kept: `None` if no stream could have the name as its id.
+pub(super) fn place(projection: &str) -> Option<StreamId> {
+    StreamId::reserved("@projection", projection).ok()
+}
+
+/// What tells filters apart.
+fn fingerprint_of(filter: &Filter) -> Result<Vec<u8>, String> {
+    let names = filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect::<Vec<_>>());
+    let categories = filter
+        .wanted_categories()
+        .map(|categories| categories.iter().map(|category| category.as_str()).collect::<Vec<_>>());
+    let streams = filter
+        .wanted_streams()
+        .map(|streams| streams.iter().map(|stream| (stream.category(), stream.id())).collect::<Vec<_>>());
+    let fingerprint = fingerprint(&(names, categories, streams)).map_err(|error| error.to_string())?;
+    Ok(fingerprint.to_be_bytes().into())
+}
+
+/// A snapshot's bytes: CBOR map with the keys `state`, `filter`, `parked`. Its version is the position up to which the log is
+/// folded in.
+#[derive(Serialize, Deserialize)]
+struct Packed {
+    #[serde(with = "crate::codec::byte_string")]
+    state: Vec<u8>,
+    #[serde(with = "crate::codec::byte_string")]
+    filter: Vec<u8>,
+    parked: Vec<PackedEvent>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct PackedEvent {
+    position: u64,
+    id: Uuid,
+    category: String,
+    stream: String,
+    version: u64,
+    name: String,
+    error: String,
+    attempts: u32,
+    /// Microseconds since 1970.
+    at: i64,
+}
+
+impl From<&ParkedEvent> for PackedEvent {
+    fn from(event: &ParkedEvent) -> Self {
+        Self {
+            position: event.position.get(),
+            id: event.event_id,
+            category: event.stream.category().to_owned(),
+            stream: event.stream.id().to_owned(),
+            version: event.version.get(),
+            name: event.name.as_str().to_owned(),
+            error: event.error.clone(),
+            attempts: event.attempts,
+            at: event.parked_at.timestamp_micros(),
+        }
+    }
+}
+
+impl TryFrom<PackedEvent> for ParkedEvent {
+    type Error = String;
+
+    fn try_from(event: PackedEvent) -> Result<Self, String> {
+        let at: Option<DateTime<Utc>> = Utc.timestamp_micros(event.at).single();
+        Ok(Self {
+            position: Position::new(event.position),
+            event_id: event.id,
+            stream: StreamId::new(event.category, event.stream).map_err(|error| error.to_string())?,
+            version: Version::new(event.version),
+            name: EventName::new(event.name).map_err(|error| error.to_string())?,
+            error: event.error,
+            attempts: event.attempts,
+            parked_at: at.ok_or("no such time")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Category;
+
+    fn filter() -> Filter {
+        let stream = StreamId::new("order", "17").unwrap();
+        Filter::all().names([EventName::new("order.placed").unwrap()]).streams([stream])
+    }
+
+    fn parked() -> ParkedEvent {
+        ParkedEvent {
+            position: Position::new(41),
+            event_id: Uuid::from_u128(7),
+            stream: StreamId::new("order", "17").unwrap(),
+            version: Version::new(3),
+            name: EventName::new("order.placed").unwrap(),
+            error: "no".into(),
+            attempts: 5,
+            parked_at: Utc.timestamp_micros(1_700_000_000_000_001).unwrap(),
+        }
+    }
+
+    fn snapshots() -> (Arc<RwLock<Vec<u64>>>, Snapshots) {
+        let state = Arc::new(RwLock::new(vec![1, 2, 300]));
+        (state.clone(), Snapshots::new(0, 1, state))
+    }
+
+    #[test]
+    fn comes_back_as_it_was() {
+        let (state, snapshots) = snapshots();
+        let bytes = snapshots.pack(&filter(), &[parked()]).unwrap();
+        *state.write().unwrap() = Vec::new();
+        assert_eq!(snapshots.unpack(&bytes, &filter()).unwrap(), [parked()]);
+        assert_eq!(*state.read().unwrap(), [1, 2, 300]);
+        // On people's disks.
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, PINNED);
+    }
+
+    const PINNED: &str = "";
+
+    #[test]
+    fn filters_are_told_apart() {
+        let (order, placed) = (Category::new("order").unwrap(), EventName::new("order").unwrap());
+        let filters = [
+            Filter::all(),
+            Filter::all().names([]),
+            Filter::all().categories([]),
+            Filter::all().categories([order]),
+            Filter::all().names([placed]),
+            filter(),
+        ];
+        let (_, snapshots) = snapshots();
+        for one in &filters {
+            let bytes = snapshots.pack(one, &[]).unwrap();
+            for other in &filters {
+                assert_eq!(snapshots.unpack(&bytes, other).is_ok(), one == other, "{one:?} and {other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_saved_that_a_panic_may_have_left_half_changed() {
+        let (state, snapshots) = snapshots();
+        let bytes = snapshots.pack(&filter(), &[]).unwrap();
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let mut state = state.write().unwrap();
+            state.push(4);
+            panic!("on purpose");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(snapshots.pack(&filter(), &[]).unwrap_err(), POISONED);
+        snapshots.unpack(&bytes, &filter()).unwrap();
+        assert_eq!(*state.read().unwrap(), [1, 2, 300]);
+    }
+
+    #[test]
+    fn whatever_the_bytes_are_there_is_no_panic_and_what_is_refused_changes_nothing() {
+        let (state, snapshots) = snapshots();
+        let seed = snapshots.pack(&filter(), &[parked()]).unwrap();
+        crate::fuzz::fuzz("a projection's snapshot", vec![seed], |bytes| {
+            *state.write().unwrap() = vec![42];
+            let read = snapshots.unpack(bytes, &filter());
+            assert!(read.is_ok() || *state.read().unwrap() == [42]);
+            read.map_or_else(|error| error, |parked| parked.len().to_string())
+        });
+    }
+
+    #[test]
+    fn no_stream_of_a_user_is_where_a_snapshot_is() {
+        let place = place("revenue").unwrap();
+        assert!(Category::new(place.category()).is_err());
+        assert_eq!(place.id(), "revenue");
+        assert!(super::place("").is_none() && super::place("a\0").is_none());
+    }
+}
