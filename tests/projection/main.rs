@@ -21,6 +21,8 @@ mod quiet;
 mod rebuild;
 mod requests;
 mod schedules;
+#[cfg(all(feature = "postgres", feature = "nats"))]
+mod snapshots;
 mod support;
 
 #[cfg(all(feature = "postgres", feature = "nats"))]

@@ -13,7 +13,7 @@ use sqlx::sqlite::SqliteConnection;
 use storied::bus::{
     BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, LogBatch, MirrorEnd, Resume,
 };
-use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, SqliteReadModel};
+use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, Snapshots, SqliteReadModel};
 use storied::store::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
     LogPage, ParkedEvent, Snapshot, StoreInfo,
@@ -278,6 +278,10 @@ impl ReadModel for Panicky {
 
     fn rolls_back(&self) -> bool {
         false
+    }
+
+    fn snapshots(&self) -> Option<&Snapshots> {
+        self.inner.snapshots()
     }
 
     fn prepare<'a>(
@@ -650,6 +654,20 @@ pub struct Link {
     sparse: u64,
     /// The log is not read from here on, for as long as it stays so: no answer.
     wall: Arc<AtomicU64>,
+    pub shelf: Shelf,
+}
+
+/// What becomes of snapshots on their way through a [`Link`].
+#[derive(Clone, Default)]
+pub struct Shelf {
+    /// They are refused.
+    pub full: Arc<AtomicBool>,
+    /// They are not saved for as long as it is so: no answer. Not those that say that there is none.
+    pub stuck: Arc<AtomicBool>,
+    /// How many were to be saved.
+    pub asked: Arc<AtomicU64>,
+    /// Those that were.
+    pub saved: Arc<Mutex<Vec<(StreamId, Snapshot)>>>,
 }
 
 impl Link {
@@ -660,7 +678,13 @@ impl Link {
             mute: Arc::default(),
             sparse: 1,
             wall: Arc::new(AtomicU64::new(u64::MAX)),
+            shelf: Shelf::default(),
         }
+    }
+
+    /// Another node's way, as far as snapshots are concerned.
+    pub fn beside(&self) -> Self {
+        Self { shelf: Shelf::default(), ..self.clone() }
     }
 
     pub fn sparse(self, times: u64) -> Self {
@@ -815,7 +839,20 @@ impl EventStore for Link {
         stream: &'a StreamId,
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
-        through!(self, self.inner.save_snapshot(stream, snapshot))
+        Box::pin(async move {
+            self.check()?;
+            let shelf = &self.shelf;
+            shelf.asked.fetch_add(1, Ordering::SeqCst);
+            while shelf.stuck.load(Ordering::SeqCst) && !snapshot.state.is_empty() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            if shelf.full.load(Ordering::SeqCst) {
+                return Err(StoreError::Unavailable { reason: "full".into(), source: None });
+            }
+            self.inner.save_snapshot(stream, snapshot.clone()).await?;
+            shelf.saved.lock().unwrap().push((stream.clone(), snapshot));
+            Ok(())
+        })
     }
 
     fn command(
