@@ -47,6 +47,7 @@ type Shared = Arc<RwLock<State>>;
 struct Sums {
     filter: Filter,
     hook: Hook,
+    firm: bool,
     state: Shared,
     /// How many events it was given.
     seen: Arc<AtomicU64>,
@@ -70,6 +71,9 @@ impl Projection for Sums {
     }
 
     async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
+        if self.firm {
+            return Err("no".into());
+        }
         *self.state.write().map_err(|_| "poisoned")? = State::default();
         Ok(())
     }
@@ -82,12 +86,15 @@ struct Trial {
     revision: u32,
     filter: Filter,
     hook: Hook,
+    /// It refuses to be reset.
+    firm: bool,
     options: ProjectionOptions,
 }
 
 impl Trial {
     fn every(events: u64) -> Self {
-        Self { every: events, revision: 1, filter: Filter::all(), hook: hook(|_| Ok(())), options: options() }
+        let (filter, hook) = (Filter::all(), hook(|_| Ok(())));
+        Self { every: events, revision: 1, filter, hook, firm: false, options: options() }
     }
 
     async fn start(&self, link: &Link) -> Running {
@@ -98,7 +105,7 @@ impl Trial {
     async fn start_with(&self, link: &Link, state: Shared, saved: Arc<impl SnapshotState>) -> Running {
         let seen = Arc::new(AtomicU64::new(0));
         let (filter, hook) = (self.filter.clone(), self.hook.clone());
-        let sums = Sums { filter, hook, state: state.clone(), seen: seen.clone() };
+        let sums = Sums { filter, hook, firm: self.firm, state: state.clone(), seen: seen.clone() };
         let store: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&store).await;
         let model = InMemory::new().snapshot_every(self.every, self.revision, saved);

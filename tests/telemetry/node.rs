@@ -1,10 +1,12 @@
 //! The metrics of a node: PostgreSQL, JetStream, a projection, and another node that gets in its way.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::PgPoolOptions;
 use storied::command::{CommandBus, NatsCommands};
-use storied::projection::FailurePolicy;
+use storied::projection::{ApplyError, FailurePolicy, InMemory, SnapshotState};
 use storied::{
     NatsOptions, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions, Runtime, StoreError,
 };
@@ -16,6 +18,20 @@ async fn store(url: &str) -> Result<(PostgresStore, PostgresReadModel), StoreErr
     let pool = PgPoolOptions::new().max_connections(5).connect(url).await.unwrap();
     let store = PostgresOptions::new().pool(pool.clone()).connect().await?;
     Ok((store, PostgresReadModel::new(pool)))
+}
+
+/// Can be saved but for the first time.
+#[derive(Default)]
+struct Fickle(AtomicU64);
+
+impl SnapshotState for Fickle {
+    fn save(&self) -> Result<Vec<u8>, ApplyError> {
+        if self.0.fetch_add(1, Ordering::SeqCst) == 0 { Err("not now".into()) } else { Ok(Vec::new()) }
+    }
+
+    fn load(&self, _: &[u8]) -> Result<(), ApplyError> {
+        Ok(())
+    }
 }
 
 /// Works through all that a node counts.
@@ -30,7 +46,12 @@ pub async fn scenario(meters: &Meters) {
         .publisher(publishing())
         .commands(CommandBus::nats(NatsCommands::new(quick(NatsOptions::core().url(server.url())))))
         .aggregate::<Counter>()
-        .projection_with(sums("sums"), read_model, once)
+        .projection_with(sums("sums"), read_model, once.clone())
+        .projection_with(
+            sums("memory"),
+            InMemory::new().snapshot_every(2, 1, Arc::new(Fickle::default())),
+            once.batch_size(1),
+        )
         .telemetry(meters.telemetry())
         .start()
         .await
@@ -74,6 +95,9 @@ pub async fn scenario(meters: &Meters) {
     assert_eq!(meters.sum("storied.projection.lag.time", &sums), 0.0);
     assert_eq!(meters.sum("storied.projection.parked", &sums), 1.0);
     assert!(meters.count("storied.projection.duration", &sums) >= 1);
+    let memory = [("storied.projection", "memory"), ("error.type", "not_taken")];
+    meters.until("storied.projection.snapshots", &memory, |failed| failed == 1.0).await;
+    meters.until("storied.projection.snapshots", &memory[..1], |all| all == 2.0).await;
     // On a busy machine the bus may be late.
     let before = node.status().await.feed.repairs as f64;
     let repairs = meters.sum("storied.feed.repairs", &[]);

@@ -136,6 +136,34 @@ async fn what_is_parked_stays_parked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_retried_is_in_the_next_one() {
+    for (store, link, _dir) in links().await {
+        let broken = Arc::new(AtomicBool::new(true));
+        let last = more(&link, 1, 1..=10).await;
+        let one = log(&(Arc::new(link.clone()) as _), &Filter::all()).await[4];
+        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        let trial = Trial { hook: poison(one.get(), &broken), options: park, ..Trial::every(1) };
+        let running = trial.start(&link).await;
+        catch_up(&running.handle, last).await;
+        running.stop().await;
+        let saved = link.shelf.saved.lock().unwrap().len();
+
+        let running = trial.start(&link).await;
+        catch_up(&running.handle, last).await;
+        broken.store(false, Ordering::SeqCst);
+        running.handle.retry_parked(one).await.unwrap();
+        eventually("it is kept", || link.shelf.saved.lock().unwrap().len() > saved).await;
+        let state = running.state();
+        running.node.kill();
+        let running = trial.start(&link).await;
+        catch_up(&running.handle, last).await;
+        assert!(running.handle.parked(10).await.unwrap().is_empty(), "{store}");
+        assert_eq!((running.state(), running.seen()), (state, 0), "{store}");
+        running.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_stands_still_goes_on_there_after_a_restart() {
     for (store, link, _dir) in links().await {
         let broken = Arc::new(AtomicBool::new(true));
@@ -170,8 +198,13 @@ async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot()
         running.stop().await;
 
         let (state, seen) = (Shared::default(), Arc::new(AtomicU64::new(0)));
-        let sums =
-            Sums { filter: Filter::all(), hook: hook(|_| Ok(())), state: state.clone(), seen: seen.clone() };
+        let sums = Sums {
+            filter: Filter::all(),
+            hook: hook(|_| Ok(())),
+            firm: false,
+            state: state.clone(),
+            seen: seen.clone(),
+        };
         let panics = Arc::new(AtomicU64::new(0));
         let inner = InMemory::new().snapshot_every(NEVER, 1, state.clone());
         let node = local_node(&(Arc::new(link.clone()) as _)).await;

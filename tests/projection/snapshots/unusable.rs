@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use storied::Version;
+use storied::projection::ControlError;
 use storied::store::Snapshot;
 
 use super::*;
@@ -123,6 +124,25 @@ async fn of_before_a_reset() {
         assert_eq!(running.seen(), 100, "{store}");
         running.node.kill();
         assert_built_anew(store, &trial, &link).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_that_was_refused_costs_nothing_but_the_snapshot() {
+    for (store, link, _dir) in links().await {
+        let trial = Trial { firm: true, ..Trial::every(NEVER) };
+        with_snapshot(&link, &trial).await;
+        let running = trial.start(&link).await;
+        running.assert_exact(&link).await;
+        let refused = running.handle.reset().await.unwrap_err();
+        assert!(matches!(refused, ControlError::Refused { .. }), "{store}: {refused}");
+        assert!(kept(&link).await.unwrap().1.state.is_empty(), "{store}");
+        running.assert_exact(&link).await;
+        running.stop().await;
+        let running = trial.start(&link).await;
+        running.assert_exact(&link).await;
+        assert_eq!(running.seen(), 0, "{store}: it is taken again");
+        running.stop().await;
     }
 }
 
