@@ -235,7 +235,7 @@ async fn one_is_kept_every_so_many_events() {
             let head = more(&link, n, 0..100).await;
             catch_up(&running.handle, head).await;
             // Half of them are none of its business.
-            let due = (n + 1) / 2;
+            let due = (n + 1) * 50 / 100;
             eventually("it is kept", || link.shelf.saved.lock().unwrap().len() as u64 == due).await;
         }
         running.node.kill();

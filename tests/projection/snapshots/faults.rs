@@ -216,7 +216,8 @@ async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot()
         catch_up(&handle, head).await;
         assert_eq!(panics.load(Ordering::SeqCst), 0, "{store}");
         assert_eq!(seen.load(Ordering::SeqCst), 100, "{store}");
-        assert_eq!(*state.read().unwrap(), fold(&link, &Filter::all(), None).await, "{store}");
+        let expected = fold(&link, &Filter::all(), None).await;
+        assert_eq!(*state.read().unwrap(), expected, "{store}");
         node.stop(PATIENCE).await.unwrap();
         let running = trial.start(&link).await;
         running.assert_exact(&link).await;
