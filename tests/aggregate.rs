@@ -190,7 +190,8 @@ async fn what_cannot_work_is_said_before_anything_happens() {
     assert_eq!(odd.stream.id(), "O'Brien \u{1F980} \"quoted\"");
     let nobody = Runtime::builder().store(MemoryStore::new()).start().await.unwrap();
     let error = nobody.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { name: "counter" }), "{error}");
+    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", may_come: false }), "{error}");
+    assert!(!error.is_transient());
 }
 
 /// Commands are decided one upon the other while the store stands still, and somebody else writes meanwhile.
