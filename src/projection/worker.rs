@@ -9,6 +9,7 @@ mod ownership;
 mod reading;
 mod requests;
 mod schedule;
+mod switch;
 mod trouble;
 mod version;
 
@@ -27,7 +28,7 @@ use self::input::Follower;
 use self::ownership::News;
 use self::reading::PageAhead;
 use self::schedule::Timing;
-use self::version::Switch;
+use self::switch::{Pace, Switch};
 use super::control::Control;
 use super::{Projection, ProjectionState, ReadModel};
 use crate::backoff::Backoff;
@@ -99,6 +100,8 @@ struct Run<'a, P, R> {
     dormant: bool,
     /// While what was rebuilt takes the place of what is live.
     switch: Option<Switch>,
+    /// How the parts of what is rebuilt get on.
+    paces: Vec<Pace>,
     /// As persisted, when it was last looked at; nothing is applied before that is known.
     paused: Option<bool>,
     /// When this was last told to pause or to resume: what the board saw before is older than that.
@@ -226,6 +229,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             fits: false,
             dormant: false,
             switch: None,
+            paces: Vec::new(),
             paused: None,
             paused_at: None,
             held_up: false,

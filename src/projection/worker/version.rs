@@ -4,35 +4,15 @@
 //! date, with leases of their own; so both survive the death of any node. The switch is one transaction, under which the tasks
 //! exchange nothing: all of them look up which version is theirs, and go on from its checkpoint.
 
-use tokio::time::{Duration, Instant, timeout};
+use tokio::time::{Instant, timeout};
 
 use super::apply::contained;
 use super::orders::{Change, ORDER, blame, refused};
-use super::{Context, Run, Source};
+use super::{Context, Run};
 use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, Lease, StoreError};
-
-/// How far behind the live one the other may be when the live one begins to wait for it.
-const NEAR: u64 = 10_000;
-
-/// How long the live one waits at most.
-const WAIT: Duration = Duration::from_secs(5);
-
-/// How long after a switch that came to nothing the next one is tried.
-const AGAIN: Duration = Duration::from_secs(5);
-
-/// How often it is looked whether what was rebuilt is where the live one is.
-const SWITCHING: Duration = Duration::from_millis(20);
-
-/// The live one waits, or did so in vain.
-pub(super) struct Switch {
-    /// Holds up who keeps the live one up to date.
-    order: Option<Lease>,
-    /// Until when.
-    until: Instant,
-}
+use crate::store::{Checkpoint, StoreError};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Works on the version that is this task's by now.
@@ -64,6 +44,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             };
             instance.projection = make(version);
             instance.version = version;
+            // How another version got on says nothing of this one.
+            self.paces.clear();
             context.status.send_modify(|status| status.measured = None);
         }
         self.row = context.shape.row(context.partition, version);
@@ -261,112 +243,4 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let reason = format!("within {ORDER:?}, the tables of the version that is rebuilt {what}");
         ControlError::Refused { name: self.context.name.clone(), reason }
     }
-
-    /// Puts what was rebuilt in the place of what is live, if it has come as far. One partition sees to it for all.
-    pub(super) async fn consider_switching(&mut self) {
-        let first = self.context.partition.is_none_or(|partition| partition.index() == 0);
-        let ready = first
-            && !self.dormant
-            && self.lease.is_some()
-            && self.saved.is_some()
-            && self.source == Source::Feed;
-        if !ready {
-            return self.give_up_switching().await;
-        }
-        if let Err(error) = self.go_on_switching().await {
-            tracing::warn!(projection = self.context.name, %error, "what was rebuilt could not be put in place, and is tried again");
-            self.context.status.send_modify(|status| status.last_error = Some(error.to_string()));
-            self.give_up_switching().await;
-            self.switch = Some(Switch { order: None, until: Instant::now() + AGAIN });
-        }
-    }
-
-    async fn go_on_switching(&mut self) -> Result<(), ControlError> {
-        let behind = self.behind().await?;
-        match &self.switch {
-            Some(Switch { order: None, until }) if *until > Instant::now() => return Ok(()),
-            Some(Switch { order: Some(_), until }) => {
-                self.tick_at = Instant::now() + SWITCHING;
-                if behind == 0 {
-                    self.put_in_place().await?;
-                    self.give_up_switching().await;
-                    self.reload();
-                    self.tick_at = Instant::now();
-                } else if *until <= Instant::now() {
-                    self.give_up_switching().await;
-                    self.switch = Some(Switch { order: None, until: Instant::now() + AGAIN });
-                }
-            }
-            _ if behind <= NEAR => {
-                let order = Some(self.order().await?);
-                self.context.board.hint();
-                self.switch = Some(Switch { order, until: Instant::now() + WAIT });
-                self.tick_at = Instant::now() + SWITCHING;
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    pub(super) async fn give_up_switching(&mut self) {
-        if let Some(Switch { order: Some(order), .. }) = self.switch.take() {
-            if let Err(error) = self.context.store.release_lease(&order).await {
-                tracing::warn!(projection = self.context.name, %error, "who works on the projection is held up for some seconds");
-            }
-            self.context.board.hint();
-        }
-    }
-
-    /// How far the furthest of all partitions is behind the live one.
-    async fn behind(&mut self) -> Result<u64, StoreError> {
-        let shape = &self.context.shape;
-        let Versions { live, .. } = shape.versions(self.read_model).await?;
-        let mut most = 0;
-        for part in shape.parts() {
-            let old = self.read_model.checkpoint(&shape.row(part, live)).await?.position;
-            let new = self.read_model.checkpoint(&shape.row(part, self.instance.version)).await?.position;
-            most = most.max(old.get().saturating_sub(new.get()));
-        }
-        Ok(most)
-    }
-
-    async fn put_in_place(&mut self) -> Result<(), ControlError> {
-        let context = self.context;
-        let (shape, version) = (&context.shape, self.instance.version);
-        let record = shape.version();
-        let found = self.read_model.checkpoint(&record).await?;
-        let mut open = self.read_model.begin(&record, found).await?;
-        let Versions { live, rebuilt } = Versions::from(found);
-        let result = async {
-            if rebuilt != Some(version) {
-                return Err(late("the versions have changed"));
-            }
-            for part in shape.parts() {
-                // Both are held until the end, and whoever knows them as they were is refused.
-                let (old_row, new_row) = (shape.row(part, live), shape.row(part, version));
-                let old = self.read_model.adopt(&mut open, &old_row).await?;
-                let new = self.read_model.adopt(&mut open, &new_row).await?;
-                self.read_model.save(&mut open, &old_row, old, fenced(old)).await.map_err(refused)?;
-                self.read_model.save(&mut open, &new_row, new, fenced(new)).await.map_err(refused)?;
-                if new.position < old.position {
-                    return Err(late("it is behind the live one again"));
-                }
-            }
-            let transaction = self.read_model.transaction(&mut open);
-            let live = contained(async { self.instance.projection.go_live(transaction).await }).await;
-            live.map_err(|error| blame(self.context, self.read_model, &error))
-        };
-        if let Err(error) = result.await {
-            self.roll_back(open).await;
-            return Err(error);
-        }
-        let switched: Checkpoint = Versions { live: version, rebuilt: None }.record(found);
-        self.read_model.commit(open, &record, found, switched, None).await.map_err(refused)?;
-        tracing::info!(projection = context.name, version, "what was rebuilt is live");
-        Ok(())
-    }
-}
-
-fn late(reason: &str) -> ControlError {
-    ControlError::Store(StoreError::Unavailable { reason: reason.to_owned(), source: None })
 }
