@@ -297,7 +297,13 @@ async fn passivation_racing_with_commands_loses_none() {
 
 #[tokio::test]
 async fn idle_aggregates_leave_memory() {
-    let options = AggregateOptions::<Counter>::new().idle_timeout(Duration::from_millis(20));
+    for idle in [20, 0].map(Duration::from_millis) {
+        idle_aggregates_leave_memory_after(idle).await;
+    }
+}
+
+async fn idle_aggregates_leave_memory_after(idle: Duration) {
+    let options = AggregateOptions::<Counter>::new().idle_timeout(idle);
     let runtime = Runtime::builder().store(MemoryStore::new()).aggregate_with(options).start().await.unwrap();
     for id in 0..100 {
         runtime.execute::<Counter>(id, Add(1)).await.unwrap();
