@@ -12,7 +12,7 @@ use super::{Context, Run};
 use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, StoreError};
+use crate::store::{Checkpoint, CheckpointError, StoreError};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Works on the version that is this task's by now.
@@ -157,34 +157,50 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn cancel_rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         self.rebuildable()?;
+        let asked = match requested {
+            // Whoever asks again while this is under way moves it.
+            Some(row) => Some((row, self.read_model.checkpoint(row).await?)),
+            None => None,
+        };
         if !self.patiently(Change::EndRebuild { requested }).await? {
             return Ok(());
         }
-        self.tell_all().await?;
-        // Those who were in the middle of it cannot commit any more, and have let go of its tables or are about to.
-        self.patiently(Change::Discard).await.map(drop)
+        let dropped = async {
+            self.tell_all().await?;
+            // Those who were in the middle of it cannot commit any more, and have let go of its tables or are about to.
+            self.patiently(Change::Discard { asked }).await
+        };
+        dropped.await.map(drop).map_err(|error| {
+            let reason = match error {
+                ControlError::Refused { reason, .. } => reason,
+                error => error.to_string(),
+            };
+            let reason = format!(
+                "the rebuild is cancelled, but what it had built is still there: {reason}; cancel it again to drop that"
+            );
+            ControlError::Refused { name: self.context.name.clone(), reason }
+        })
     }
 
-    /// Nobody builds a version any more; its checkpoints are where the next one to be built begins. Whether that is still wanted.
+    /// Nobody builds a version any more; its checkpoints are where the next one to be built begins. Whether that is still wanted;
+    /// the request stands until what was built is dropped, too.
     pub(super) async fn end_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let (Context { shape, name, .. }, read_model) = (self.context, self.read_model);
         let record = shape.version();
         let found = self.read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
-        let Some(version) = versions.rebuilt else {
-            return self.nothing_to_do(requested, &record, found).await;
-        };
+        if let Some(request) = requested
+            && ReadModel::parked(read_model, request, 1).await?.iter().all(|kept| kept.attempts > 0)
+        {
+            return Ok(false);
+        }
+        let Some(version) = versions.rebuilt else { return Ok(true) };
         let ended = Versions { rebuilt: None, ..versions }.record(found);
         // In as many parts as it was begun with, however many this program wants. That number stays while a version is being
         // built, and is looked up outside of the transaction, which would need a second connection for it.
         let parts: Vec<_> = shape.as_recorded(read_model).await?.parts().collect();
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
-            if let Some(request) = requested
-                && !read_model.unpark(&mut open, request, Position::START).await?
-            {
-                return Ok(false);
-            }
             read_model.save(&mut open, &record, found, ended).await.map_err(refused)?;
             for part in parts {
                 let row = shape.row(part, version);
@@ -208,12 +224,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// Drops what was built of the version that would be the next, unless somebody begins to build it again.
-    pub(super) async fn discard(&mut self) -> Result<(), ControlError> {
+    pub(super) async fn discard(&mut self, asked: Option<(&str, Checkpoint)>) -> Result<(), ControlError> {
         let (context, read_model) = (self.context, self.read_model);
         let record = context.shape.version();
         let found = read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
-        if versions.rebuilt.is_some() {
+        let again = versions.rebuilt.is_some();
+        if again && asked.is_none() {
             return Ok(());
         }
         let mut projection = self.rebuildable()?(versions.next());
@@ -222,9 +239,19 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
             read_model.save(&mut open, &record, found, to).await.map_err(refused)?;
-            let transaction = read_model.transaction(&mut open);
-            let discarded = contained(async { projection.discard(transaction).await }).await;
-            discarded.map_err(|error| blame(context, read_model, &error))
+            if !again {
+                let transaction = read_model.transaction(&mut open);
+                let discarded = contained(async { projection.discard(transaction).await }).await;
+                discarded.map_err(|error| blame(context, read_model, &error))?;
+            }
+            let Some((request, found)) = asked else { return Ok(()) };
+            match read_model.save(&mut open, request, found, fenced(found)).await {
+                Ok(()) => read_model.unpark(&mut open, request, Position::START).await.map(drop)?,
+                // It was asked for again meanwhile, and is done again.
+                Err(CheckpointError::Stale { .. }) => {}
+                Err(CheckpointError::Store(error)) => return Err(error.into()),
+            }
+            Ok(())
         };
         match timeout(ORDER, result).await {
             Ok(Ok(())) => {}
@@ -232,7 +259,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.roll_back(open).await;
                 return Err(error);
             }
-            Err(_) => return Err(self.locked("could not be dropped yet; cancel the rebuild again")),
+            Err(_) => return Err(self.locked("could not be dropped")),
         }
         self.read_model.commit(open, &record, to, to, None).await.map_err(refused)
     }
