@@ -30,8 +30,10 @@ struct Faults {
     discards: Arc<AtomicUsize>,
     /// A version beside the live one does not get on.
     slow: Arc<AtomicBool>,
-    /// Somebody else holds the tables of that version.
+    /// Somebody else holds the tables: of what is dropped …
     locked: Arc<AtomicBool>,
+    /// … and of what is reset.
+    held: Arc<AtomicBool>,
 }
 
 struct Asked(Faults, u64);
@@ -56,6 +58,9 @@ impl Projection for Asked {
 
     async fn reset(&mut self, _: &mut SqliteConnection) -> Result<(), ApplyError> {
         self.0.resets.fetch_add(1, Ordering::SeqCst);
+        while self.0.held.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         if self.0.away.load(Ordering::SeqCst) {
             return Err(TargetUnavailable::new("away").into());
         }
@@ -208,6 +213,52 @@ async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
     seen_to(&operator).await;
     assert_eq!(operator.answer(&asked).await.unwrap(), Answer::Taken);
     assert_eq!(faults.discards.load(Ordering::SeqCst), 1);
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// What is applied is dropped then, and not what somebody was told to do meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() {
+    let faults = Faults::default();
+    let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let link = Link::new(&inner);
+    let mute = link.mute.clone();
+    let store: Arc<dyn EventStore> = Arc::new(link);
+    let database = Database::new().await;
+    let (lease, long) = (Duration::from_secs(1), PATIENCE * 2);
+    faults.poison.store(true, Ordering::SeqCst);
+    append(&store, 0, 0..10).await;
+    let node = local_node(&store).await;
+    let options = options().attempts(10).backoff(long, long).lease(lease);
+    let handle = node.rebuildable(make(&faults), database.open().await, options).await;
+    eventually("an event has failed", || handle.status().state == ProjectionState::Retrying).await;
+    // While the node waits to try it again.
+    faults.held.store(true, Ordering::SeqCst);
+    let reset = tokio::spawn({
+        let handle = handle.clone();
+        async move { handle.reset().await }
+    });
+    eventually("it is reset", || faults.resets.load(Ordering::SeqCst) == 1).await;
+    mute.store(true, Ordering::SeqCst);
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let leases = store.leases().await.unwrap();
+        let lease = leases.iter().find(|info| info.lease.name == "projection/asked").unwrap();
+        if !lease.live {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < give_up, "the lease never ends");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Long enough for the node to notice.
+    tokio::time::sleep(lease).await;
+    assert!(!reset.is_finished(), "nobody takes it out of the node's hands");
+    faults.poison.store(false, Ordering::SeqCst);
+    faults.held.store(false, Ordering::SeqCst);
+    reset.await.unwrap().unwrap();
+    mute.store(false, Ordering::SeqCst);
+    catch_up(&handle, append(&store, 0, [0]).await).await;
+    assert_eq!(faults.resets.load(Ordering::SeqCst), 1);
     node.stop(PATIENCE).await.unwrap();
 }
 
