@@ -104,7 +104,9 @@ async fn that_another_node_is_shutting_down_is_not_said_of_the_callers() {
         || map(vec![("code", "shutting_down".into()), ("message", "elsewhere is shutting down".into())]);
     let refused = map(vec![("refused", failure())]);
     let ended = map(vec![("runtime", 5.into()), ("outcome", map(vec![("error", failure())]))]);
-    for says in [refused, map(vec![("executed", ended)])] {
+    let mut answers = vec![refused, map(vec![("executed", ended)])];
+    let give_up = Instant::now() + PATIENCE;
+    while let Some(says) = answers.pop() {
         let mut command = caller.command::<Elsewhere>("hello".to_owned()).into_future();
         // While the caller does not know of all the others yet, it asks again.
         let error = loop {
@@ -115,6 +117,11 @@ async fn that_another_node_is_shutting_down_is_not_said_of_the_callers() {
                 }
             }
         };
+        // On a busy machine its answer may come so late that it counts as silent, and may have done it.
+        if matches!(error, ExecuteError::OutcomeUnknown { .. }) && Instant::now() < give_up {
+            answers.push(says);
+            continue;
+        }
         let unavailable =
             matches!(&error, ExecuteError::Unavailable { reason } if reason.contains("elsewhere is"));
         assert!(unavailable && error.is_transient(), "{error:?}");
