@@ -263,6 +263,7 @@ pub async fn sell(runtime: &Runtime, show: &str, seats: u32) -> Result<u32, Fail
                 Ok(_) => sold += 1,
                 Err(ExecuteError::Rejected(ShowError::TooFew { .. })) => {}
                 Err(error) if error.is_transient() => {
+                    eprintln!("{error}; trying again");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue; // with the same id: it takes effect once, whatever had become of it
                 }

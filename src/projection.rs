@@ -98,6 +98,10 @@ pub trait Projection: Send + 'static {
     /// Empties the read model; the log is then applied from its start. Before a rebuild it is called on the new version, whose
     /// tables it creates then: once, however many partitions there are. The default refuses, so that a reset never doubles what
     /// is already there.
+    ///
+    /// A reset has as long as it takes, since emptying a large table may take long: the projection stands still meanwhile, also
+    /// while this waits for a lock that somebody else holds. To bound that, let the database do it: in PostgreSQL
+    /// `SET LOCAL lock_timeout = '5s'` first. Before a rebuild it has 10 s.
     fn reset(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Err("this projection does not implement reset".into()) }

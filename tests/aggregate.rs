@@ -190,7 +190,8 @@ async fn what_cannot_work_is_said_before_anything_happens() {
     assert_eq!(odd.stream.id(), "O'Brien \u{1F980} \"quoted\"");
     let nobody = Runtime::builder().store(MemoryStore::new()).start().await.unwrap();
     let error = nobody.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { name: "counter" }), "{error}");
+    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", may_come: false }), "{error}");
+    assert!(!error.is_transient());
 }
 
 /// Commands are decided one upon the other while the store stands still, and somebody else writes meanwhile.
@@ -296,7 +297,13 @@ async fn passivation_racing_with_commands_loses_none() {
 
 #[tokio::test]
 async fn idle_aggregates_leave_memory() {
-    let options = AggregateOptions::<Counter>::new().idle_timeout(Duration::from_millis(20));
+    for idle in [20, 0].map(Duration::from_millis) {
+        idle_aggregates_leave_memory_after(idle).await;
+    }
+}
+
+async fn idle_aggregates_leave_memory_after(idle: Duration) {
+    let options = AggregateOptions::<Counter>::new().idle_timeout(idle);
     let runtime = Runtime::builder().store(MemoryStore::new()).aggregate_with(options).start().await.unwrap();
     for id in 0..100 {
         runtime.execute::<Counter>(id, Add(1)).await.unwrap();

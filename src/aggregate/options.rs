@@ -51,7 +51,9 @@ impl<A: Aggregate> AggregateOptions<A> {
         self
     }
 
-    /// How long an aggregate stays in memory without a command. 5 minutes by default.
+    /// How long an aggregate stays in memory without a command. 5 minutes by default. It is looked for such aggregates every
+    /// quarter of that, but not more often than every 10 ms: zero means that one goes about as soon as it has nothing to do, and is
+    /// folded again for the next command.
     #[must_use]
     pub fn idle_timeout(mut self, idle: Duration) -> Self {
         self.idle = idle;

@@ -95,16 +95,20 @@ pub enum ExecuteError<E> {
         /// What happened.
         reason: String,
     },
-    /// No node that can be reached handles such commands; nothing happened.
+    /// No node that can be reached handles such commands; nothing happened. Right behind an outage of NATS it may also be that
+    /// those that do are not back yet.
     #[error(
         "nobody handles commands for {name:?}; register the aggregate or handler with Runtime::builder() on a node that runs"
     )]
     NoHandler {
         /// The aggregate's category, or the handler's name.
         name: &'static str,
+        /// Whether somebody who does may still come: commands go to other nodes, and these come and go. Without such a bus
+        /// nobody will.
+        may_come: bool,
     },
-    /// The command bus is not connected, and this node cannot execute the command itself; nothing happened, and nothing is
-    /// kept to happen later.
+    /// The command bus is not connected, or the nodes that it reaches were shutting down, and this node cannot execute the
+    /// command itself; nothing happened, and nothing is kept to happen later.
     #[error("the command bus is unavailable: {reason}")]
     Unavailable {
         /// What is missing.
@@ -130,7 +134,7 @@ pub enum ExecuteError<E> {
         /// What that node said.
         reason: String,
     },
-    /// The runtime is shutting down and takes no commands; nothing happened.
+    /// This runtime is shutting down and takes no commands; nothing happened. Another one may.
     #[error("the runtime is shutting down and takes no more commands")]
     ShuttingDown,
 }
@@ -144,10 +148,16 @@ impl<E> ExecuteError<E> {
         }
     }
 
-    /// Whether the same command may succeed later without anybody doing anything. Safe to repeat only with the same
-    /// command id.
+    /// Whether this runtime may carry out the same command later without anybody doing anything to it. Safe to repeat only
+    /// with the same command id.
+    ///
+    /// [`NoHandler`](Self::NoHandler) is transient where commands go to other nodes: one that handles them may start, or come
+    /// back. That nobody ever will, because no program registers it, looks the same from here: whoever repeats a command
+    /// should stop at some time, or say so. [`ShuttingDown`](Self::ShuttingDown) is not: this runtime takes no command any
+    /// more. When another node was, the error is [`Unavailable`](Self::Unavailable).
     pub fn is_transient(&self) -> bool {
         match self {
+            ExecuteError::NoHandler { may_come, .. } => *may_come,
             ExecuteError::Contended { .. }
             | ExecuteError::Overloaded { .. }
             | ExecuteError::Unavailable { .. }

@@ -15,6 +15,7 @@ pub(crate) mod line;
 mod merged;
 mod naming;
 mod options;
+mod recorder;
 mod subjects;
 mod subscribe;
 mod subscription;
@@ -22,7 +23,7 @@ mod wire;
 
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::Client;
@@ -41,6 +42,7 @@ pub use self::jetstream::{
     AckError, ConsumerPolicy, JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage,
 };
 pub use self::options::NatsOptions;
+use self::recorder::Recorder;
 use self::subjects::Names;
 pub use self::subjects::{InvalidPattern, Subjects};
 pub use self::subscribe::{
@@ -97,8 +99,7 @@ struct Inner {
     state: watch::Sender<BusState>,
     /// What the connection is for.
     role: &'static str,
-    /// Set before the first connection: by the options, a runtime, or the global provider.
-    metrics: OnceLock<Metrics>,
+    metrics: Recorder,
 }
 
 /// Where the connection is.
@@ -134,7 +135,7 @@ impl NatsBus {
     fn new(options: NatsOptions, role: &'static str) -> Self {
         let state = watch::Sender::new(BusState::Idle);
         let names = options.names();
-        let metrics = options.metrics.clone().map(OnceLock::from).unwrap_or_default();
+        let metrics = Recorder::new(options.metrics.clone());
         let place = match &options.driver {
             Driver::JetStream(options) => options.name(names.namespace()),
             Driver::Core => names.namespace().to_owned(),
@@ -145,7 +146,7 @@ impl NatsBus {
 
     /// Where its metrics go.
     fn metrics(&self) -> &Metrics {
-        self.inner.metrics()
+        &self.inner.metrics
     }
 
     fn place(&self) -> &str {
@@ -209,14 +210,6 @@ impl NatsBus {
 }
 
 impl Inner {
-    fn metrics(&self) -> &Metrics {
-        #[cfg(feature = "otel")]
-        let usual = || Metrics::of(&Telemetry::global());
-        #[cfg(not(feature = "otel"))]
-        let usual = Metrics::default;
-        self.metrics.get_or_init(usual)
-    }
-
     async fn open(&self, slot: &mut Slot) -> Result<Arc<Connection>, BusError> {
         match slot {
             Slot::Open(connection) => return Ok(connection.clone()),
@@ -225,7 +218,7 @@ impl Inner {
         }
         self.options.check()?;
         self.names.check()?;
-        let watch = Watch { role: self.role, metrics: self.metrics().clone() };
+        let watch = Watch { role: self.role, metrics: self.metrics.clone() };
         match Connection::open(&self.options, &self.state, watch).await {
             Ok(connection) => {
                 let connection = Arc::new(connection);
@@ -254,8 +247,7 @@ impl EventBus for NatsBus {
 
     #[cfg(feature = "otel")]
     fn observe(&self, telemetry: &Telemetry) {
-        // Somebody may have said it before.
-        let _ = self.inner.metrics.set(Metrics::of(telemetry));
+        self.inner.metrics.tell(telemetry);
     }
 
     fn scope(&self) -> BusScope {

@@ -285,7 +285,7 @@ impl Commands {
             let reason = format!("a filter of this node does not take command {}", info.id);
             return Err(ExecuteError::Refused { reason });
         }
-        Err(ExecuteError::NoHandler { name })
+        Err(ExecuteError::NoHandler { name, may_come: false })
     }
 
     pub(super) fn frame<C: Serialize>(

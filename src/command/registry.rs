@@ -147,6 +147,14 @@ fn contents<C: serde::de::DeserializeOwned>(frame: &CommandFrame) -> Result<(C, 
     Ok((command, Metadata::decode(&frame.metadata).map_err(unreadable)?))
 }
 
+/// The command's span says that it is refused here.
+fn marked(span: &CommandSpan) -> impl Fn(Failure) -> Failure + use<'_> {
+    move |failure| {
+        span.ended(Some("refused"));
+        failure
+    }
+}
+
 /// The fingerprint of what was sent, not of what this program makes of it: another version may know more fields.
 fn content(frame: &CommandFrame) -> Result<u128, Failure> {
     let unreadable = |error: String| Failure::new(Code::Refused, error);
@@ -161,7 +169,11 @@ fn filtered(commands: &Commands, info: &CommandInfo<'_>) -> Result<(), Failure> 
 }
 
 /// A command that no node would execute is answered; one that another node might is refused.
-fn refused<E: std::error::Error + serde::Serialize>(error: ExecuteError<E>) -> Result<Answering, Failure> {
+fn refused<E: std::error::Error + serde::Serialize>(
+    span: &CommandSpan,
+    error: ExecuteError<E>,
+) -> Result<Answering, Failure> {
+    span.ended(Some(error.kind()));
     match error {
         ExecuteError::Overloaded { .. } | ExecuteError::ShuttingDown | ExecuteError::Store(_) => {
             Err(Failure::of(&error))
@@ -205,21 +217,21 @@ impl<A: Aggregate> Endpoint for Router<A> {
             let key = frame.key.clone().unwrap_or_default();
             let span = CommandSpan::taken(&frame.name, Some(&key), frame.id, &mut metadata);
             let info = CommandInfo { name: &frame.name, key: Some(&key), id: frame.id, metadata: &metadata };
-            filtered(commands, &info)?;
+            filtered(commands, &info).map_err(marked(&span))?;
             let stream = match self.stream(&key) {
                 Ok(stream) => stream,
-                Err(error) => return refused(error),
+                Err(error) => return refused(&span, error),
             };
             let permit = match self.admit(deadline.instant().min(admit_by)).await {
                 Ok(permit) => permit,
-                Err(error) => return refused(error),
+                Err(error) => return refused(&span, error),
             };
             if let Err(reason) = commands.policy().begin(&info) {
-                return answered(Outcome::Error(Failure::of(&ExecuteError::<A::Error>::Refused { reason })));
+                return refused(&span, ExecuteError::<A::Error>::Refused { reason });
             }
             let (reply, answer) = oneshot();
             let order = Order {
-                content: content(&frame)? as u64,
+                content: content(&frame).map_err(marked(&span))? as u64,
                 command,
                 command_id: frame.id,
                 metadata: metadata.clone(),
@@ -232,7 +244,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 reply: reply.into(),
             };
             if let Err(error) = self.route(stream, order) {
-                return refused(error);
+                return refused(&span, error);
             }
             let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
             Ok(Box::pin(async move {
@@ -277,11 +289,11 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             let key = H::key(&command);
             let span = CommandSpan::taken(H::NAME, key.as_deref(), frame.id, &mut metadata);
             let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
-            filtered(commands, &info)?;
-            let fingerprint = Uuid::from_u128(content(&frame)?);
+            filtered(commands, &info).map_err(marked(&span))?;
+            let fingerprint = Uuid::from_u128(content(&frame).map_err(marked(&span))?);
             let permit = match self.admit(deadline.instant().min(admit_by)).await {
                 Ok(permit) => permit,
-                Err(error) => return refused(error),
+                Err(error) => return refused(&span, error),
             };
             let job = Job {
                 command,
@@ -294,7 +306,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             };
             let answer = match self.hand_over(job, permit) {
                 Ok(answer) => answer,
-                Err(error) => return refused(error),
+                Err(error) => return refused(&span, error),
             };
             let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
             Ok(Box::pin(async move {

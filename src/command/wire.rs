@@ -111,6 +111,18 @@ pub(crate) enum Says {
     Executed(Answered),
 }
 
+impl Says {
+    /// Another node said it: that one is shutting down, not this one.
+    pub(crate) fn of_another(&mut self) {
+        if let Says::Refused(failure) | Says::Executed(Answered { outcome: Outcome::Error(failure), .. }) =
+            self
+            && failure.code == Code::ShuttingDown
+        {
+            failure.code = Code::Unavailable;
+        }
+    }
+}
+
 /// How a command ended, and how long that took where it was executed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Answered {
@@ -254,7 +266,7 @@ impl Failure {
                 ExecuteError::Store(StoreError::Unavailable { reason: self.message, source: None })
             }
             (Code::OutcomeUnknown, _) => unknown(self.message),
-            (Code::NoHandler, _) => ExecuteError::NoHandler { name: about.name },
+            (Code::NoHandler, _) => ExecuteError::NoHandler { name: about.name, may_come: true },
             (Code::Unavailable, _) => ExecuteError::Unavailable { reason: self.message },
             (Code::Refused, _) => ExecuteError::Refused { reason: self.message },
             (Code::SameId, _) => ExecuteError::SameId { command_id: about.id },

@@ -36,7 +36,8 @@ pub enum Answer {
     Waiting,
     /// A node has done it (of a rebuild: has begun it), or somebody has withdrawn it.
     Taken,
-    /// A node could not do it, and nothing was changed: why.
+    /// A node could not do it: why. Nothing was changed; but a rebuild may be cancelled and what it had built still be there, and
+    /// then the reason says so.
     Refused(String),
 }
 

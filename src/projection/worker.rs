@@ -10,6 +10,7 @@ mod reading;
 mod requests;
 mod schedule;
 mod snapshot;
+mod switch;
 mod trouble;
 mod version;
 
@@ -29,7 +30,7 @@ use self::ownership::News;
 use self::reading::PageAhead;
 use self::schedule::Timing;
 use self::snapshot::Snapshotting;
-use self::version::Switch;
+use self::switch::{Pace, Switch};
 use super::control::Control;
 use super::{Projection, ProjectionState, ReadModel};
 use crate::backoff::Backoff;
@@ -103,6 +104,8 @@ struct Run<'a, P, R> {
     dormant: bool,
     /// While what was rebuilt takes the place of what is live.
     switch: Option<Switch>,
+    /// How the parts of what is rebuilt get on.
+    paces: Vec<Pace>,
     /// As persisted, when it was last looked at; nothing is applied before that is known.
     paused: Option<bool>,
     /// When this was last told to pause or to resume: what the board saw before is older than that.
@@ -231,6 +234,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             fits: false,
             dormant: false,
             switch: None,
+            paces: Vec::new(),
             paused: None,
             paused_at: None,
             held_up: false,

@@ -54,10 +54,15 @@ fn current() -> Option<SpanContext> {
         .filter(SpanContext::is_valid)
 }
 
-/// Links `span` to others, which have caused it and are not its parents.
+/// Links `span` to others, which have caused it and are not its parents. Not what surrounds it, where nobody hands `span`
+/// itself to OpenTelemetry.
 pub(super) fn link<'a>(span: &Span, causes: impl Iterator<Item = &'a Metadata>) {
     let mut last = None;
+    let surrounding = current();
     span.in_scope(|| {
+        if current() == surrounding {
+            return;
+        }
         let context = Context::current();
         let span = context.span();
         for cause in causes.filter_map(of) {
@@ -79,10 +84,43 @@ pub(super) fn is_sampled(metadata: &Metadata) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test reports by panicking")]
 
+    use opentelemetry::trace::TracerProvider;
+    use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::filter::filter_fn;
+    use tracing_subscriber::layer::SubscriberExt;
+
     use super::*;
 
     fn with(traceparent: &str) -> Metadata {
         Metadata { traceparent: Some(traceparent.to_owned()), ..Metadata::default() }
+    }
+
+    #[test]
+    fn no_other_span_is_linked_than_the_one_that_was_meant() {
+        let exporter = InMemorySpanExporter::default();
+        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+        let exported =
+            filter_fn(|span| span.name() != "seen by others only" && span.name() != "seen by nobody");
+        let others = filter_fn(|span| span.name() != "seen by nobody");
+        let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test")).with_filter(exported);
+        let text = tracing_subscriber::fmt::layer().with_writer(std::io::sink).with_filter(others);
+        let cause = with("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer).with(text), || {
+            tracing::info_span!("foreign").in_scope(|| {
+                for span in [
+                    tracing::info_span!(parent: None, "exported"),
+                    tracing::info_span!(parent: None, "seen by others only"),
+                    tracing::info_span!(parent: None, "seen by nobody"),
+                ] {
+                    link(&span, [&cause, &cause].into_iter());
+                }
+            });
+        });
+        let spans = exporter.get_finished_spans().unwrap();
+        let mut links: Vec<_> = spans.iter().map(|span| (&*span.name, span.links.iter().count())).collect();
+        links.sort_unstable();
+        assert_eq!(links, [("exported", 1), ("foreign", 0)]);
     }
 
     #[test]

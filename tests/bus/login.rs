@@ -56,6 +56,36 @@ async fn logins_are_used_and_wrong_ones_refused_without_being_told() {
     }
 }
 
+/// What is special in a URL makes the beginning of a password look like a host.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_part_of_a_password_is_taken_for_a_server() {
+    let users = server("user: ann, password: \"r,i@g/h?t#%\"").await;
+    let escaped = users.url().replace("nats://", "nats://ann:r%2Ci%40g%2Fh%3Ft%23%25@");
+    works(NatsOptions::core().url(format!("{escaped},{escaped}"))).await.unwrap();
+    for login in [
+        "kate:4321,8765",
+        "kate:4321,abcd,8765",
+        "kate:4321/8765",
+        "kate:4321?8765",
+        "kate:4321#8765",
+        "kate:4321@8765:99,77",
+        "kate@bob:4321/8765",
+        "kate:4321%2C,8765",
+        "4321,8765",
+        "kate:abcd,8765",
+        "kate:4321\\8765",
+    ] {
+        for scheme in ["nats://", "tls://", "ws://", ""] {
+            let options = NatsOptions::core().url(format!("{scheme}{login}@127.0.0.1:9"));
+            let bus = options.connection_timeout(std::time::Duration::from_millis(200)).bus();
+            let error = bus.connect().await.unwrap_err();
+            let shown = format!("{error} {error:?} {bus:?} {:?}", storied::EventBus::state(&bus));
+            let told = ["4321", "8765", "abcd", "kate"].into_iter().find(|part| shown.contains(part));
+            assert_eq!(told, None, "{scheme}{login}: {shown}");
+        }
+    }
+}
+
 /// Says where it is connected, with `NATS_URL` as this process has it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "for the order of URLs"]

@@ -92,6 +92,43 @@ async fn an_answer_that_comes_late_counts_although_nobody_is_left_to_ask() {
     caller.shutdown().await.unwrap();
 }
 
+/// What it says is about itself: the caller's runtime takes commands, and somebody else may carry this one out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn that_another_node_is_shutting_down_is_not_said_of_the_callers() {
+    let server = server().await;
+    let caller = caller(&server).await;
+    let mut stranger = Stranger::new(&server, &caller).await;
+    stranger.beat(false).await;
+    sees(&caller, &["elsewhere"]).await;
+    let failure =
+        || map(vec![("code", "shutting_down".into()), ("message", "elsewhere is shutting down".into())]);
+    let refused = map(vec![("refused", failure())]);
+    let ended = map(vec![("runtime", 5.into()), ("outcome", map(vec![("error", failure())]))]);
+    let mut answers = vec![refused, map(vec![("executed", ended)])];
+    let give_up = Instant::now() + PATIENCE;
+    while let Some(says) = answers.pop() {
+        let mut command = caller.command::<Elsewhere>("hello".to_owned()).into_future();
+        // While the caller does not know of all the others yet, it asks again.
+        let error = loop {
+            tokio::select! {
+                answer = &mut command => break answer.unwrap_err(),
+                message = stranger.commands.next() => {
+                    stranger.say(&message.unwrap().reply.unwrap(), says.clone()).await;
+                }
+            }
+        };
+        // On a busy machine its answer may come so late that it counts as silent, and may have done it.
+        if matches!(error, ExecuteError::OutcomeUnknown { .. }) && Instant::now() < give_up {
+            answers.push(says);
+            continue;
+        }
+        let unavailable =
+            matches!(&error, ExecuteError::Unavailable { reason } if reason.contains("elsewhere is"));
+        assert!(unavailable && error.is_transient(), "{error:?}");
+    }
+    caller.shutdown().await.unwrap();
+}
+
 /// What it said of one of them says nothing of the other, which it has, too, and may carry out yet.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_who_was_sent_it_twice_and_failed_once_may_still_do_it() {

@@ -25,10 +25,7 @@ async fn add_soon(caller: &Runtime, id: &str, n: u64) -> u64 {
     loop {
         match caller.execute::<Counter>(id, Add(n)).await {
             Ok(receipt) => return receipt.reply,
-            Err(error) => {
-                let not_yet = error.is_transient() || matches!(error, ExecuteError::NoHandler { .. });
-                assert!(not_yet && Instant::now() < give_up, "{error}");
-            }
+            Err(error) => assert!(error.is_transient() && Instant::now() < give_up, "{error}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use storied::projection::{ApplyError, Delivery, External};
+use sqlx::SqliteConnection;
+use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
+use storied::projection::{ApplyError, Delivery, External, SqliteReadModel};
 use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 
 use crate::support::*;
@@ -69,5 +71,62 @@ async fn batches_are_as_large_as_their_time_allows() {
     let quick = sizes();
     assert!(quick.contains(&400) && quick[0] <= 25, "{quick:?}");
     assert!(quick.iter().all(|&events| events <= 400), "{quick:?}");
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// The same in a database: the checkpoint tells one transaction from the next.
+struct Written(Batches);
+
+impl Projection for Written {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        "written"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        let at = sqlx::query_scalar("SELECT max(position) FROM storied_checkpoints");
+        let at: Option<i64> = at.fetch_one(tx).await?;
+        let at = Position::new(at.unwrap_or(0) as u64);
+        let mut batches = self.0.lock().unwrap();
+        match batches.last_mut().filter(|(began, _)| *began == at) {
+            Some((_, events)) => *events += 1,
+            None => batches.push((at, 1)),
+        }
+        Ok(())
+    }
+}
+
+/// A smaller batch would wait for it as long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiting_for_a_connection_makes_no_batch_smaller() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let database = Database::new().await;
+    append(&store, 0, 0..300).await;
+    let connect = SqliteConnectOptions::new().filename(database.path());
+    let pool = SqlitePoolOptions::new().max_connections(1).connect_with(connect).await.unwrap();
+    let node = local_node(&store).await;
+    let batches = Batches::default();
+    let time = Duration::from_millis(400);
+    // Others want it all the time, and have it for longer than a batch may take.
+    let others = tokio::spawn({
+        let pool = pool.clone();
+        async move {
+            loop {
+                let _connection = pool.acquire().await.unwrap();
+                tokio::time::sleep(time * 3 / 2).await;
+            }
+        }
+    });
+    let options = options().batch_size(400).batch_time(time);
+    let handle = node.projection(Written(batches.clone()), SqliteReadModel::new(pool), options).await;
+    catch_up(&handle, store.frontier().await.unwrap()).await;
+    others.abort();
+    let sizes: Vec<_> = batches.lock().unwrap().iter().map(|(_, events)| *events).collect();
+    assert_eq!(sizes, [50, 100, 150], "a batch that was quick is followed by one of twice the size");
     node.stop(PATIENCE).await.unwrap();
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
 use storied::projection::{
@@ -239,6 +240,37 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
             assert!(matches!(error, ControlError::NotRebuildable { .. }), "{kind}: {error}");
         }
         node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// Near the end, but not getting there: nobody waits for that, neither the live one nor an operator.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_that_does_not_get_on_holds_nobody_up() {
+    for (kind, store, _dir) in stores().await {
+        for partitions in [None, Some(2)] {
+            let database = Database::new().await;
+            let shut = Arc::new(AtomicBool::new(true));
+            let (node, handle) = start(&store, &database, &behind(5, &shut), partitions, options()).await;
+            let head = append(&store, 0, 0..10).await;
+            catch_up(&handle, head).await;
+            handle.rebuild().await.unwrap();
+            eventually("the rebuild says why it does not get on", || {
+                let error = handle.rebuilding().and_then(|status| status.last_error);
+                error.is_some_and(|error| error.contains("not yet"))
+            })
+            .await;
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_millis(1_500) {
+                let at = Instant::now();
+                let head = append(&store, 0, [0]).await;
+                catch_up(&handle, head).await;
+                assert!(at.elapsed() < Duration::from_secs(3), "{kind}: after {:?}", at.elapsed());
+            }
+            shut.store(false, Ordering::SeqCst);
+            switched(&handle, 1).await;
+            assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
+            node.stop(PATIENCE).await.unwrap();
+        }
     }
 }
 

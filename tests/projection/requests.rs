@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sqlx::SqliteConnection;
+use storied::projection::SqliteReadModel;
 use storied::projection::{
     Answer, ApplyError, FailurePolicy, Operator, ProjectionState, Request, Target, TargetUnavailable,
 };
@@ -27,9 +28,15 @@ struct Faults {
     waiting: Arc<AtomicBool>,
     resets: Arc<AtomicUsize>,
     discards: Arc<AtomicUsize>,
+    /// A version beside the live one does not get on.
+    slow: Arc<AtomicBool>,
+    /// Somebody else holds the tables: of what is dropped …
+    locked: Arc<AtomicBool>,
+    /// … and of what is reset.
+    held: Arc<AtomicBool>,
 }
 
-struct Asked(Faults);
+struct Asked(Faults, u64);
 
 impl Projection for Asked {
     type Transaction = SqliteConnection;
@@ -43,11 +50,17 @@ impl Projection for Asked {
     }
 
     async fn apply(&mut self, _: &RecordedEvent, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+        if self.1 > 0 && self.0.slow.load(Ordering::SeqCst) {
+            return Err(TargetUnavailable::new("not yet").into());
+        }
         if self.0.poison.load(Ordering::SeqCst) { Err("poison".into()) } else { Ok(()) }
     }
 
     async fn reset(&mut self, _: &mut SqliteConnection) -> Result<(), ApplyError> {
         self.0.resets.fetch_add(1, Ordering::SeqCst);
+        while self.0.held.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         if self.0.away.load(Ordering::SeqCst) {
             return Err(TargetUnavailable::new("away").into());
         }
@@ -57,6 +70,9 @@ impl Projection for Asked {
     }
 
     async fn discard(&mut self, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+        while self.0.locked.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         self.0.discards.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
@@ -69,7 +85,7 @@ fn make(faults: &Faults) -> impl Fn(Target) -> Asked + Send + Sync + 'static {
             faults.waiting.store(true, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(1));
         }
-        Asked(faults.clone())
+        Asked(faults.clone(), target.version)
     }
 }
 
@@ -169,6 +185,110 @@ async fn what_is_asked_for_again_meanwhile_is_done_again() {
     }
     eventually("it is rebuilt", || handle.status().version == 1).await;
     node.stop(PATIENCE).await.unwrap();
+}
+
+/// The rebuild is over, nobody waits longer than 10 s for who holds its tables, and it is not as if all had been done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
+    let faults = Faults::default();
+    let (store, _database, operator, node, handle) = begun(10, &faults, 0).await;
+    faults.slow.store(true, Ordering::SeqCst);
+    faults.locked.store(true, Ordering::SeqCst);
+    handle.rebuild().await.unwrap();
+    let asked = operator.ask("asked", Request::CancelRebuild).await.unwrap();
+    let begun = tokio::time::Instant::now();
+    seen_to(&operator).await;
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    let Answer::Refused(reason) = operator.answer(&asked).await.unwrap() else { panic!("not refused") };
+    for part in ["the rebuild is cancelled", "still there", "could not be dropped", "cancel it again"] {
+        assert!(reason.contains(part), "{reason}");
+    }
+    let record = operator.projection("asked").await.unwrap().unwrap();
+    assert_eq!((record.rebuild, record.version), (None, 0));
+    assert_eq!(record.requests, [(Request::CancelRebuild, Answer::Refused(reason))]);
+    // The live one goes on, and once nobody holds the tables any more they are dropped.
+    catch_up(&handle, append(&store, 0, [0]).await).await;
+    faults.locked.store(false, Ordering::SeqCst);
+    let asked = operator.ask("asked", Request::CancelRebuild).await.unwrap();
+    seen_to(&operator).await;
+    assert_eq!(operator.answer(&asked).await.unwrap(), Answer::Taken);
+    assert_eq!(faults.discards.load(Ordering::SeqCst), 1);
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// What is applied is dropped then, and not what somebody was told to do meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() {
+    let faults = Faults::default();
+    let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let link = Link::new(&inner);
+    let mute = link.mute.clone();
+    let store: Arc<dyn EventStore> = Arc::new(link);
+    let database = Database::new().await;
+    let (lease, long) = (Duration::from_secs(1), PATIENCE * 2);
+    faults.poison.store(true, Ordering::SeqCst);
+    append(&store, 0, 0..10).await;
+    let node = local_node(&store).await;
+    let options = options().attempts(10).backoff(long, long).lease(lease);
+    let handle = node.rebuildable(make(&faults), database.open().await, options).await;
+    eventually("an event has failed", || handle.status().state == ProjectionState::Retrying).await;
+    // While the node waits to try it again.
+    faults.held.store(true, Ordering::SeqCst);
+    let reset = tokio::spawn({
+        let handle = handle.clone();
+        async move { handle.reset().await }
+    });
+    eventually("it is reset", || faults.resets.load(Ordering::SeqCst) == 1).await;
+    mute.store(true, Ordering::SeqCst);
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let leases = store.leases().await.unwrap();
+        let lease = leases.iter().find(|info| info.lease.name == "projection/asked").unwrap();
+        if !lease.live {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < give_up, "the lease never ends");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Long enough for the node to notice.
+    tokio::time::sleep(lease).await;
+    assert!(!reset.is_finished(), "nobody takes it out of the node's hands");
+    faults.poison.store(false, Ordering::SeqCst);
+    faults.held.store(false, Ordering::SeqCst);
+    reset.await.unwrap().unwrap();
+    mute.store(false, Ordering::SeqCst);
+    catch_up(&handle, append(&store, 0, [0]).await).await;
+    assert_eq!(faults.resets.load(Ordering::SeqCst), 1);
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// The database lets one in at a time: nothing that is done in a transaction waits for a second connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_connection_is_enough_for_a_rebuild_and_its_end() {
+    for partitions in [0, 2] {
+        let faults = Faults::default();
+        let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+        let database = Database::new().await;
+        let head = append(&store, 0, 0..10).await;
+        let node = local_node(&store).await;
+        let connect = sqlx::sqlite::SqliteConnectOptions::new().filename(database.path());
+        let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(1);
+        let model = SqliteReadModel::new(pool.connect_with(connect).await.unwrap());
+        let handle = match partitions {
+            0 => node.rebuildable(make(&faults), model, options()).await,
+            count => node.partitioned(count, make(&faults), model, options()).await,
+        };
+        catch_up(&handle, head).await;
+        faults.slow.store(true, Ordering::SeqCst);
+        let soon = Duration::from_secs(20);
+        tokio::time::timeout(soon, handle.rebuild()).await.expect("the rebuild begins").unwrap();
+        tokio::time::timeout(soon, handle.cancel_rebuild()).await.expect("it ends").unwrap();
+        faults.slow.store(false, Ordering::SeqCst);
+        handle.rebuild().await.unwrap();
+        eventually("it is rebuilt", || handle.status().version == 1).await;
+        catch_up(&handle, append(&store, 0, [0]).await).await;
+        node.stop(PATIENCE).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,6 +1,7 @@
 //! The metrics of a connection to NATS, from its first attempt on.
 
 use storied::bus::NatsOptions;
+use storied::{MemoryStore, Runtime};
 
 use crate::harness::{self, NatsServer};
 use crate::support::*;
@@ -68,4 +69,33 @@ async fn the_global_provider_is_the_default_and_an_option_comes_first() {
     assert_eq!(own.sum(attempts, &EVENTS), 1.0);
     // Other tests of this process may be there as well.
     assert!(global.sum(attempts, &EVENTS) >= 1.0);
+}
+
+/// What a program says to its runtime holds for a bus that it has connected before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bus_that_connected_before_the_start_counts_where_the_runtime_does() {
+    let _turn = TURN.read().await;
+    let (meters, own) = (Meters::new(), Meters::new());
+    let mut server = NatsServer::start(harness::NatsOptions::core()).await;
+    let bus = quick(NatsOptions::core().url(server.url())).bus();
+    let told = quick(NatsOptions::core().url(server.url())).telemetry(&own.telemetry()).bus();
+    for bus in [&bus, &told] {
+        bus.connect().await.unwrap();
+    }
+    let mut nodes = Vec::new();
+    for bus in [&bus, &told] {
+        let builder = Runtime::builder().store(MemoryStore::new()).telemetry(meters.telemetry());
+        nodes.push(builder.bus(bus.clone()).start().await.unwrap());
+    }
+    let losses = "storied.nats.connection.losses";
+    server.kill();
+    meters.until(losses, &EVENTS, |losses| losses == 1.0).await;
+    // What the options say comes first, whoever else says something.
+    own.until(losses, &EVENTS, |losses| losses == 1.0).await;
+    assert_eq!(meters.sum(losses, &EVENTS), 1.0);
+    server.restart().await;
+    meters.until("storied.nats.connection.reconnections", &EVENTS, |again| again == 1.0).await;
+    for node in nodes {
+        node.shutdown().await.unwrap();
+    }
 }

@@ -12,8 +12,8 @@ use storied::bus::{ConsumerOptions, HandleOptions, SubscribeOptions};
 use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommands};
 use storied::projection::InMemory;
 use storied::{
-    EventStore, MemoryStore, Metadata, NatsOptions, Position, PostgresOptions, PostgresReadModel, ReadLog,
-    RecordedEvent, Runtime,
+    EventStore, ExecuteError, MemoryStore, Metadata, NatsOptions, Position, PostgresOptions,
+    PostgresReadModel, ReadLog, RecordedEvent, Runtime,
 };
 use tokio::time::{Instant, sleep};
 use tracing::subscriber::DefaultGuard;
@@ -224,6 +224,33 @@ async fn a_command_of_another_node_and_what_it_gives_stay_in_the_trace() {
     assert!(there.parent_span_is_remote);
     assert_child(&inner, there);
     assert_eq!(metadata(&store).await.traceparent, Some(traceparent(&inner)));
+    caller.shutdown().await.unwrap();
+    worker.shutdown().await.unwrap();
+}
+
+/// Also where somebody else may still carry the command out: this one did not.
+#[tokio::test]
+async fn a_node_that_refuses_a_command_says_so_in_its_span() {
+    let _turn = TURN.write().await;
+    let server = NatsServer::start(harness::NatsOptions::core()).await;
+    let commands = |name: &str| {
+        CommandBus::nats(NatsCommands::new(quick(NatsOptions::core().url(server.url()))).node(name))
+    };
+    let store = MemoryStore::new();
+    let picky = commands("worker").filter(|info| info.key != Some("filtered"));
+    let picky = picky.before_all(|info| if info.key == Some("hooked") { Err("no".into()) } else { Ok(()) });
+    let worker = Runtime::builder().store(store.clone()).commands(picky);
+    let worker = worker.aggregate::<Counter>().start().await.unwrap();
+    let caller = Runtime::builder().store(store.clone()).commands(commands("caller")).start().await.unwrap();
+    for key in ["filtered", "hooked"] {
+        let spans = Spans::listen();
+        let error = caller.execute::<Counter>(key, Add(1)).await.unwrap_err();
+        assert!(matches!(error, ExecuteError::Refused { .. }), "{error}");
+        let commands = spans.named("command counter");
+        let server = commands.iter().find(|span| span.span_kind == SpanKind::Server).unwrap();
+        assert_eq!(attribute(server, "error.type").as_deref(), Some("refused"), "{key}");
+        assert!(matches!(server.status, Status::Error { .. }), "{key}: {:?}", server.status);
+    }
     caller.shutdown().await.unwrap();
     worker.shutdown().await.unwrap();
 }

@@ -17,6 +17,7 @@ pub(super) use self::signals::Handler;
 pub use self::signals::NatsEvent;
 use self::signals::Signals;
 use super::options::NatsOptions;
+use super::recorder::Recorder;
 use crate::bus::{BusError, BusState};
 use crate::supervised::Task;
 use crate::telemetry::{Metrics, Timer};
@@ -44,7 +45,7 @@ pub(super) struct Link {
 #[derive(Debug, Clone)]
 pub(super) struct Watch {
     pub(super) role: &'static str,
-    pub(super) metrics: Metrics,
+    pub(super) metrics: Recorder,
 }
 
 /// A connection to NATS, ours or borrowed.

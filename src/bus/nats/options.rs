@@ -109,7 +109,8 @@ impl NatsOptions {
 
     /// The server, or several separated by commas. By default what the environment variable `NATS_URL` says when the
     /// connection is made, and `nats://127.0.0.1:4222` if it says nothing. An empty text is as good as none. A login in it
-    /// (`nats://user:password@host`, `nats://token@host`) is used unless another one is given.
+    /// (`nats://user:password@host`, `nats://token@host`) is used unless another one is given. Of what a password may have in it,
+    /// `@ , / ? # %` must be percent-escaped (`%2C` for a comma), and behind the first server one with a login begins with its scheme.
     #[must_use]
     pub fn url(mut self, url: impl Into<String>) -> Self {
         self.url = Some(url.into());
@@ -254,7 +255,7 @@ impl NatsOptions {
     }
 
     /// Where the metrics of this connection go. By default where those of the runtime go that the bus is given to; without
-    /// one, to the global meter provider.
+    /// one, to the global meter provider. What was counted before there was a runtime stays where it went.
     #[cfg(feature = "otel")]
     #[must_use]
     pub fn telemetry(mut self, telemetry: &crate::Telemetry) -> Self {
@@ -291,10 +292,17 @@ impl NatsOptions {
         let said = |url: &String| !url.trim().is_empty();
         let url = self.url.clone().filter(said).or_else(|| std::env::var("NATS_URL").ok().filter(said));
         let url = url.unwrap_or_else(|| DEFAULT_URL.into());
-        let servers = url.split(',').map(|server| server.trim().parse());
         // Neither the text nor what the parser says of it: a URL may have a password in it.
-        servers.collect::<Result<_, _>>().map_err(|_| BusError::Incompatible {
-            reason: "the URL of the NATS server cannot be read; it should look like nats://host:4222".into(),
+        let unreadable = |reason: &str| BusError::Incompatible { reason: reason.into() };
+        if !logins_are_plain(&url) {
+            return Err(unreadable(
+                "the URL of the NATS server cannot be told from the login in it; percent-escape what is special in a password \
+                 (%2C for a comma, %2F for a slash), and of several servers begin each that has a login with its scheme",
+            ));
+        }
+        let servers = url.split(',').map(|server| server.trim().parse());
+        servers.collect::<Result<_, _>>().map_err(|_| {
+            unreadable("the URL of the NATS server cannot be read; it should look like nats://host:4222")
         })
     }
 
@@ -367,6 +375,18 @@ pub(super) fn nonzero(
 }
 
 /// Logs in with what a URL says (`user:password@` or `token@`), which async-nats itself takes no notice of.
+/// Whether every login in a list of servers stands where one belongs. A comma, slash or the like in a password makes its
+/// first part look like a host, which would be connected to, and told in errors.
+fn logins_are_plain(servers: &str) -> bool {
+    servers.split(',').enumerate().all(|(index, server)| {
+        let scheme = server.split_once("://");
+        let rest = scheme.map_or(server, |(_, rest)| rest);
+        let behind_host = rest.find(['/', '?', '#', '\\']).map_or("", |end| &rest[end..]);
+        let begins_anew = index == 0 || scheme.is_some() || !server.contains('@');
+        begins_anew && !behind_host.contains('@')
+    })
+}
+
 fn url_login(options: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
     let Some((name, password)) =
         servers.iter().find_map(|server| Some((server.username()?, server.password())))

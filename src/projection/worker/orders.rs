@@ -14,7 +14,7 @@ use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
 use crate::projection::control::{Control, Reply};
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{CheckpointError, Lease, StoreError};
+use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
 
 /// How long one node may keep all others from going on.
 pub(super) const ORDER: Duration = Duration::from_secs(10);
@@ -25,10 +25,19 @@ const ATTEMPTS: u32 = 20;
 /// A transaction that concerns all who work on the projection. What was `requested` there happens only if it is still.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Change<'r> {
-    Empty { requested: Option<&'r str> },
-    BeginRebuild { requested: Option<&'r str> },
-    EndRebuild { requested: Option<&'r str> },
-    Discard,
+    Empty {
+        requested: Option<&'r str>,
+    },
+    BeginRebuild {
+        requested: Option<&'r str>,
+    },
+    EndRebuild {
+        requested: Option<&'r str>,
+    },
+    /// What was `asked` for goes with it, unless it was asked for again since its row was so.
+    Discard {
+        asked: Option<(&'r str, Checkpoint)>,
+    },
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
@@ -173,7 +182,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 Change::Empty { requested } => self.empty(requested).await,
                 Change::BeginRebuild { requested } => self.begin_rebuild(requested).await,
                 Change::EndRebuild { requested } => self.end_rebuild(requested).await,
-                Change::Discard => self.discard().await.map(|()| true),
+                Change::Discard { asked } => self.discard(asked).await.map(|()| true),
             };
             match changed {
                 Err(ControlError::Store(StoreError::Unavailable { reason, .. })) if attempt < ATTEMPTS => {

@@ -1,0 +1,44 @@
+//! Where the metrics of a connection go.
+
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
+
+use crate::telemetry::Metrics;
+#[cfg(feature = "otel")]
+use crate::telemetry::Telemetry;
+
+/// The metrics of a bus: where the options say, else where those of the first runtime go that has the bus, and until there is
+/// one to the global provider. A bus may connect long before a runtime starts.
+#[derive(Debug, Clone)]
+pub(super) struct Recorder(Arc<Choice>);
+
+#[derive(Debug, Default)]
+struct Choice {
+    told: OnceLock<Metrics>,
+    usual: OnceLock<Metrics>,
+}
+
+impl Recorder {
+    pub(super) fn new(told: Option<Metrics>) -> Self {
+        Self(Arc::new(Choice { told: told.map(OnceLock::from).unwrap_or_default(), usual: OnceLock::new() }))
+    }
+
+    /// A runtime says where they go from now on, unless that was said before.
+    #[cfg(feature = "otel")]
+    pub(super) fn tell(&self, telemetry: &Telemetry) {
+        self.0.told.get_or_init(|| Metrics::of(telemetry));
+    }
+}
+
+impl Deref for Recorder {
+    type Target = Metrics;
+
+    fn deref(&self) -> &Metrics {
+        #[cfg(feature = "otel")]
+        let usual = || Metrics::of(&Telemetry::global());
+        #[cfg(not(feature = "otel"))]
+        let usual = Metrics::default;
+        let Choice { told, usual: chosen } = &*self.0;
+        told.get().unwrap_or_else(|| chosen.get_or_init(usual))
+    }
+}

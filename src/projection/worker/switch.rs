@@ -1,0 +1,181 @@
+//! The switch: what was rebuilt takes the place of what is live, while those who keep the live one up to date wait for it.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::apply::contained;
+use super::orders::{blame, refused};
+use super::{Run, Source};
+use crate::event::Position;
+use crate::projection::shape::{Versions, fenced};
+use crate::projection::{ControlError, Projection, ReadModel};
+use crate::store::{Checkpoint, Lease, StoreError};
+
+/// How far behind the live one the other may be when the live one begins to wait for it.
+const NEAR: u64 = 10_000;
+
+/// How long the live one waits at most.
+const WAIT: Duration = Duration::from_secs(5);
+
+/// A part that is behind gets on while it is seen to move within that time. Nobody waits for one that does not.
+const GETS_ON: Duration = Duration::from_secs(2);
+
+/// How long after a switch that came to nothing the next one is tried.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether what was rebuilt is where the live one is.
+const SWITCHING: Duration = Duration::from_millis(20);
+
+pub(super) enum Switch {
+    /// The live one waits.
+    Waits { order: Lease, since: Instant },
+    /// It did so in vain; not before this it does again.
+    Later(Instant),
+}
+
+/// Where a part of what is rebuilt was when that was last looked up, and when it was seen to move.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Pace {
+    position: Option<Position>,
+    moved: Option<Instant>,
+}
+
+impl Pace {
+    fn at(&mut self, position: Position) {
+        if self.position.replace(position).is_some_and(|before| before != position) {
+            self.moved = Some(Instant::now());
+        }
+    }
+
+    /// Whether it was seen to move lately. One that is waited for has its time from then on.
+    fn gets_on(&self, since: Option<Instant>) -> bool {
+        self.moved.max(since).is_some_and(|moved| moved.elapsed() < GETS_ON)
+    }
+}
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+    /// Puts what was rebuilt in the place of what is live, if it has come as far. One partition sees to it for all.
+    pub(super) async fn consider_switching(&mut self) {
+        let first = self.context.partition.is_none_or(|partition| partition.index() == 0);
+        let ready = first
+            && !self.dormant
+            && self.lease.is_some()
+            && self.saved.is_some()
+            && self.source == Source::Feed;
+        if !ready {
+            return self.give_up_switching().await;
+        }
+        if let Err(error) = self.go_on_switching().await {
+            tracing::warn!(projection = self.context.name, %error, "what was rebuilt could not be put in place, and is tried again");
+            self.context.status.send_modify(|status| status.last_error = Some(error.to_string()));
+            self.switch_later().await;
+        }
+    }
+
+    async fn go_on_switching(&mut self) -> Result<(), ControlError> {
+        let since = match &self.switch {
+            Some(Switch::Waits { since, .. }) => Some(*since),
+            _ => None,
+        };
+        let (behind, gets_on) = self.behind(since).await?;
+        match &self.switch {
+            Some(Switch::Later(at)) if *at > Instant::now() => {}
+            Some(Switch::Waits { since, .. }) => {
+                let waited = since.elapsed();
+                self.tick_at = Instant::now() + SWITCHING;
+                if behind == 0 {
+                    self.put_in_place().await?;
+                    self.give_up_switching().await;
+                    self.reload();
+                    self.tick_at = Instant::now();
+                } else if !gets_on || waited >= WAIT {
+                    self.switch_later().await;
+                }
+            }
+            _ if behind == 0 || (behind <= NEAR && gets_on) => {
+                let order = self.order().await?;
+                self.context.board.hint();
+                self.switch = Some(Switch::Waits { order, since: Instant::now() });
+                self.tick_at = Instant::now() + SWITCHING;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn switch_later(&mut self) {
+        self.give_up_switching().await;
+        self.switch = Some(Switch::Later(Instant::now() + AGAIN));
+    }
+
+    pub(super) async fn give_up_switching(&mut self) {
+        if let Some(Switch::Waits { order, .. }) = self.switch.take() {
+            if let Err(error) = self.context.store.release_lease(&order).await {
+                tracing::warn!(projection = self.context.name, %error, "who works on the projection is held up for some seconds");
+            }
+            self.context.board.hint();
+        }
+    }
+
+    /// How far the furthest of all partitions is behind the live one, and whether all that are behind get on.
+    async fn behind(&mut self, since: Option<Instant>) -> Result<(u64, bool), StoreError> {
+        let shape = &self.context.shape;
+        let Versions { live, .. } = shape.versions(self.read_model).await?;
+        let (mut most, mut all_get_on) = (0, true);
+        for (index, part) in shape.parts().enumerate() {
+            let old = self.read_model.checkpoint(&shape.row(part, live)).await?.position;
+            let new = self.read_model.checkpoint(&shape.row(part, self.instance.version)).await?.position;
+            if self.paces.len() <= index {
+                self.paces.push(Pace::default());
+            }
+            let pace = &mut self.paces[index];
+            pace.at(new);
+            if new < old {
+                most = most.max(old.get() - new.get());
+                all_get_on &= pace.gets_on(since);
+            }
+        }
+        Ok((most, all_get_on))
+    }
+
+    async fn put_in_place(&mut self) -> Result<(), ControlError> {
+        let context = self.context;
+        let (shape, version) = (&context.shape, self.instance.version);
+        let record = shape.version();
+        let found = self.read_model.checkpoint(&record).await?;
+        let mut open = self.read_model.begin(&record, found).await?;
+        let Versions { live, rebuilt } = Versions::from(found);
+        let result = async {
+            if rebuilt != Some(version) {
+                return Err(late("the versions have changed"));
+            }
+            for part in shape.parts() {
+                // Both are held until the end, and whoever knows them as they were is refused.
+                let (old_row, new_row) = (shape.row(part, live), shape.row(part, version));
+                let old = self.read_model.adopt(&mut open, &old_row).await?;
+                let new = self.read_model.adopt(&mut open, &new_row).await?;
+                self.read_model.save(&mut open, &old_row, old, fenced(old)).await.map_err(refused)?;
+                self.read_model.save(&mut open, &new_row, new, fenced(new)).await.map_err(refused)?;
+                if new.position < old.position {
+                    return Err(late("it is behind the live one again"));
+                }
+            }
+            let transaction = self.read_model.transaction(&mut open);
+            let live = contained(async { self.instance.projection.go_live(transaction).await }).await;
+            live.map_err(|error| blame(self.context, self.read_model, &error))
+        };
+        if let Err(error) = result.await {
+            self.roll_back(open).await;
+            return Err(error);
+        }
+        let switched: Checkpoint = Versions { live: version, rebuilt: None }.record(found);
+        self.read_model.commit(open, &record, found, switched, None).await.map_err(refused)?;
+        tracing::info!(projection = context.name, version, "what was rebuilt is live");
+        Ok(())
+    }
+}
+
+fn late(reason: &str) -> ControlError {
+    ControlError::Store(StoreError::Unavailable { reason: reason.to_owned(), source: None })
+}
