@@ -56,6 +56,9 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
     if end <= read.after {
         return Ok(page);
     }
+    if let Some((events, scanned_to)) = core.frontier.recent(read, end) {
+        return Ok(LogPage { events, scanned_to, head });
+    }
     let limit = read.limit.max(1);
     let filter = &read.filter;
     let all = filter.wanted_names().is_none()
