@@ -18,6 +18,7 @@ pub async fn mirror(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = Store::fresh(plan.store).await;
     store.fill(plan, AGGREGATES).await;
+    store.settle().await;
     let head = store.port().frontier().await.unwrap();
     let bus = nats.events(plan.bus);
     bus.connect().await.unwrap();

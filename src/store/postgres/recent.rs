@@ -64,29 +64,10 @@ fn size(event: &RecordedEvent) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-    use chrono::Utc;
-    use uuid::Uuid;
-
     use super::*;
-    use crate::codec::Codec;
-    use crate::event::{EventName, StreamId, Version};
+    use crate::event::StreamId;
+    use crate::event::tests::recorded;
     use crate::store::Filter;
-
-    fn event(position: u64, size: usize) -> RecordedEvent {
-        RecordedEvent {
-            id: Uuid::nil(),
-            stream: StreamId::new("test", position % 2).unwrap(),
-            version: Version::new(position),
-            position: Position::new(position),
-            name: EventName::new("test.happened").unwrap(),
-            codec: Codec::Cbor,
-            payload: Bytes::from(vec![0; size]),
-            command_id: Uuid::nil(),
-            metadata: Bytes::new(),
-            recorded_at: Utc::now(),
-        }
-    }
 
     fn read(recent: &Recent, read: ReadLog, end: u64) -> Option<(Vec<u64>, u64)> {
         let (events, scanned_to) = recent.read(&read, Position::new(end))?;
@@ -102,7 +83,7 @@ mod tests {
         let mut recent = Recent::default();
         assert_eq!(read(&recent, after(0), 9), None);
         for (previous, position) in [(3, 5), (5, 6), (6, 9)] {
-            recent.push(Position::new(previous), event(position, 1));
+            recent.push(Position::new(previous), recorded(position, 1));
         }
         assert_eq!(read(&recent, after(2), 9), None);
         assert_eq!(read(&recent, after(9), 9), None);
@@ -113,8 +94,8 @@ mod tests {
         let odd = Filter::all().streams([StreamId::new("test", 1).unwrap()]);
         assert_eq!(read(&recent, after(3).filter(odd), 9), Some((vec![5, 9], 9)));
         // Somebody else was at 10, and one answer came late.
-        recent.push(Position::new(10), event(11, 1));
-        recent.push(Position::new(6), event(7, 1));
+        recent.push(Position::new(10), recorded(11, 1));
+        recent.push(Position::new(6), recorded(7, 1));
         assert_eq!(read(&recent, after(9), 11), None);
         assert_eq!(read(&recent, after(10), 11), Some((vec![11], 11)));
     }
@@ -123,12 +104,12 @@ mod tests {
     fn it_does_not_grow() {
         let mut recent = Recent::default();
         for position in 1..=200 {
-            recent.push(Position::new(position - 1), event(position, 1));
+            recent.push(Position::new(position - 1), recorded(position, 1));
         }
         assert_eq!((recent.events.len(), recent.bytes), (EVENTS, EVENTS));
         assert_eq!(read(&recent, after(135), 200), None);
         assert_eq!(read(&recent, after(136), 200).map(|(events, _)| events.len()), Some(EVENTS));
-        recent.push(Position::new(200), event(201, BYTES + 1));
+        recent.push(Position::new(200), recorded(201, BYTES + 1));
         assert_eq!((recent.events.len(), recent.bytes), (0, 0));
         assert_eq!(read(&recent, after(200), 201), None);
     }
