@@ -93,7 +93,7 @@ impl Answerer {
     }
 
     fn limit(&self) -> usize {
-        self.line.client().server_info().max_payload.saturating_sub(HEADROOM)
+        self.line.client().max_payload().saturating_sub(HEADROOM)
     }
 
     async fn refuse(&self, mut failure: Failure) {
