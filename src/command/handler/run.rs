@@ -13,6 +13,7 @@ use super::actor::{Answer, Job, Shared, Worker};
 use super::context::HandlerContext;
 use super::{HandleError, Handled, Handler};
 use crate::codec::{from_cbor, to_cbor};
+use crate::command::bus::Commands;
 use crate::command::wire::{About, Done, Failure, Outcome, lost_reply, read_reply};
 use crate::command::{CommandInfo, ExecuteError};
 use crate::store::{CommandRecord, ExpectedVersion, StoreError};
@@ -70,22 +71,33 @@ fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> Ran {
     }
 }
 
-pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker: Worker<H>) -> Ran {
+/// How it went, and whether a worker's place became free with it.
+pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker: Worker<H>) -> (Ran, bool) {
+    let Some(commands) = shared.commands.upgrade() else {
+        return (Ran::Unknown("the runtime has ended".into()), false);
+    };
+    let context = HandlerContext::new(commands.clone(), worker, &job);
+    let ran = attempt(&shared, &commands, &job, &context).await;
+    (ran, context.end())
+}
+
+async fn attempt<H: Handler>(
+    shared: &Shared<H>,
+    commands: &Commands,
+    job: &Job<H>,
+    context: &HandlerContext,
+) -> Ran {
     let (id, fingerprint) = (job.id, job.fingerprint);
     match shared.store.command(id).await {
         Ok(None) => {}
         Ok(Some(record)) => return recorded::<H>(&record, fingerprint),
         Err(error) => return Ran::Store(error),
     }
-    let Some(commands) = shared.commands.upgrade() else {
-        return Ran::Unknown("the runtime has ended".into());
-    };
     let info = CommandInfo { name: H::NAME, key: job.key.as_deref(), id, metadata: &job.metadata };
     if let Err(reason) = commands.policy().begin(&info) {
         return Ran::Refused(reason);
     }
-    let context = HandlerContext::new(commands, worker, &job);
-    let handling = AssertUnwindSafe(shared.handler.handle(&job.command, &context)).catch_unwind();
+    let handling = AssertUnwindSafe(shared.handler.handle(&job.command, context)).catch_unwind();
     // What the handler does belongs under its command.
     let handled = handling.instrument(job.span.span()).await;
     let outcome = match handled {

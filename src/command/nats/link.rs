@@ -238,7 +238,7 @@ async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
             continue;
         }
         match from_cbor::<Reply>(&message.payload) {
-            Ok(reply) => shared.calls.deliver(token, Heard::Reply(reply)),
+            Ok(reply) => shared.calls.deliver(token, Heard::Reply(Box::new(reply))),
             Err(error) => tracing::warn!(error, "a reply that no node of ours would send is passed over"),
         }
     }

@@ -52,7 +52,8 @@ impl Pursuit {
                     return Ok(Attempt::Next);
                 }
                 Heard::Nobody => {}
-                Heard::Reply(Reply { incarnation, says, .. }) => {
+                Heard::Reply(reply) => {
+                    let Reply { incarnation, says, .. } = *reply;
                     if !self.was_asked(of, incarnation) {
                         continue;
                     }
