@@ -199,7 +199,7 @@ impl RecordedEvent {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use ciborium::Value;
     use serde::Deserialize;
 
@@ -230,8 +230,24 @@ mod tests {
         }
     }
 
+    /// Some event at `position` with a payload of `size` bytes, in one of two streams.
+    pub(crate) fn recorded(position: u64, size: usize) -> RecordedEvent {
+        RecordedEvent {
+            id: Uuid::nil(),
+            stream: StreamId::new("test", position % 2).unwrap(),
+            version: Version::new(position),
+            position: Position::new(position),
+            name: EventName::new("test.happened").unwrap(),
+            codec: Codec::Cbor,
+            payload: Bytes::from(vec![0; size]),
+            command_id: Uuid::nil(),
+            metadata: Bytes::new(),
+            recorded_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
     /// The codec, the name, a line end and the payload.
-    fn recorded(bytes: &[u8]) -> Option<RecordedEvent> {
+    fn read(bytes: &[u8]) -> Option<RecordedEvent> {
         let (codec, rest) = bytes.split_first()?;
         let (name, payload) = rest.split_at(rest.iter().position(|byte| *byte == b'\n')?);
         Some(RecordedEvent {
@@ -265,7 +281,7 @@ mod tests {
             }
         }
         crate::fuzz::fuzz("payloads", seeds, |bytes| {
-            let Some(event) = recorded(bytes) else { return "no event".into() };
+            let Some(event) = read(bytes) else { return "no event".into() };
             event.decode::<OrderEvent>().map_or_else(|error| error.to_string(), |event| format!("{event:?}"))
         });
     }

@@ -18,6 +18,7 @@ pub async fn mirror(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = Store::fresh(plan.store).await;
     store.fill(plan, AGGREGATES).await;
+    store.settle().await;
     let head = store.port().frontier().await.unwrap();
     let bus = nats.events(plan.bus);
     bus.connect().await.unwrap();
@@ -106,7 +107,9 @@ impl Scene {
         let nats = Nats::start(plan.bus).await;
         let store = Store::fresh(plan.store).await;
         let raw = nats.connect().await;
-        let messages = subscribe(&raw, EVENTS.into()).await;
+        let mut messages = subscribe(&raw, EVENTS.into()).await;
+        // All others would be parsed only to be dropped, at the cost of what is measured.
+        messages.unsubscribe_after(1).await.unwrap();
         let bus = nats.events(plan.bus);
         let subscription = EventBus::subscribe(&bus, store.port().info().id).await.unwrap();
         let node = store.builder().bus(nats.events(plan.bus)).start().await.unwrap();

@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use storied::bus::BusItem;
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{EncodeError, Filter, Metadata, NewEvent, RecordedEvent, StreamId};
+use storied::{EncodeError, Filter, Metadata, NewEvent, RecordedEvent, StreamId, Version};
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use uuid::Uuid;
@@ -60,12 +60,12 @@ pub async fn to_subscriber(plan: &Plan) -> Comparison {
     let mut ticks = ticks();
     // What is published before the server knows of the subscription never comes.
     let mut tries = 0;
-    while !arrives(&mut scene, plan, 0, Duration::from_secs(1)).await.1 {
+    while !arrives(&mut scene, plan, tries, Duration::from_secs(1)).await.1 {
         tries += 1;
         assert!(tries < 10, "nothing comes over the bus");
     }
     let mut latencies = Vec::with_capacity(plan.events);
-    for n in 0..plan.events {
+    for n in tries + 1..=tries + plan.events {
         ticks.tick().await;
         let (latency, came) = arrives(&mut scene, plan, n, Duration::from_secs(10)).await;
         assert!(came, "an event did not come over the bus");
@@ -146,9 +146,11 @@ async fn append(store: &Store, plan: &Plan, n: usize) -> (Instant, Uuid) {
     let event = AccountEvent::Entered { text: text(plan.payload) };
     let new = NewEvent::encode(&event, store.port().info().codec, &Metadata::default()).unwrap();
     let id = new.id;
+    // As commands append.
     let stream = StreamId::new("account", n % AGGREGATES).unwrap();
+    let expected = ExpectedVersion::Exact(Version::new((n / AGGREGATES) as u64));
     let start = Instant::now();
-    for answer in store.port().append(vec![Append::one(stream, ExpectedVersion::Any, vec![new])]).await {
+    for answer in store.port().append(vec![Append::one(stream, expected, vec![new])]).await {
         answer.unwrap();
     }
     (start, id)

@@ -34,6 +34,7 @@ pub async fn idle(plan: &Plan) -> Comparison {
 pub async fn catchup(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, AGGREGATES).await;
+    store.settle().await;
     let place = store.place().await;
     let ours = measure("projection", plan, &place).await;
     let limit = measure("rows", plan, &place).await;

@@ -89,6 +89,15 @@ impl Store {
             }
         }
     }
+
+    /// Does what the server would do behind a load like [`fill`](Self::fill): whoever comes first would pay for that.
+    pub async fn settle(&self) {
+        if let Store::Postgres(_) = self {
+            for statement in [format!("VACUUM ANALYZE {POSTGRES_SCHEMA}.events"), "CHECKPOINT".to_owned()] {
+                postgres().await.execute(sqlx::AssertSqlSafe(statement)).await.unwrap();
+            }
+        }
+    }
 }
 
 pub const POSTGRES_SCHEMA: &str = "storied_bench";

@@ -60,6 +60,7 @@ pub async fn append(plan: &Plan, each: usize) -> Comparison {
 pub async fn rehydrate(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, 1).await;
+    store.settle().await;
     let runtime = store.builder().aggregate::<Account>().start().await.unwrap();
     let start = Instant::now();
     let receipt = runtime.execute::<Account>(0, AccountCommand::Look).await.unwrap();
@@ -73,6 +74,7 @@ pub async fn rehydrate(plan: &Plan) -> Comparison {
 pub async fn catchup(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, AGGREGATES).await;
+    store.settle().await;
     let head = store.port().frontier().await.unwrap();
     let start = Instant::now();
     let runtime = store.builder().projection(Bytes(0), InMemory::new()).start().await.unwrap();

@@ -4,6 +4,11 @@
 -- It rests on the same order: first the lock, then the position, then the look at the event to follow, which must be there
 -- with a smaller position. It answers null, and has changed nothing, when the event cannot have that version; how the stream
 -- stands then is for storied.append() to say.
+--
+-- Where nobody else is appending, it can say how far the log may be read as soon as it is committed, which spares those who
+-- wait for the event the question (storied.frontier()). Whoever has drawn a lower position has taken the low-water lock
+-- before, and holds it until its transaction ends. So when, behind the draw, nobody else has one, everything below is
+-- decided, and the statement after that look sees all of it.
 CREATE FUNCTION storied.append_one(
     event_stream     uuid,
     event_expected   bigint,           -- version of the event that it follows, 0 to begin the stream
@@ -13,8 +18,10 @@ CREATE FUNCTION storied.append_one(
     event_id         uuid,
     event_command_id uuid,
     event_payload    bytea,
-    event_metadata   bytea
-) RETURNS bigint
+    event_metadata   bytea,
+    tell             boolean           -- whether to look if it is alone
+) RETURNS bigint[]                     -- its position; when it is alone, the position of the event before it in the log (0: it is
+                                       -- the first), and when it was recorded, in microseconds since 1970
 LANGUAGE plpgsql VOLATILE
 SET storied_log.appending = 'on'
 SET plan_cache_mode = force_generic_plan
@@ -22,7 +29,8 @@ SET enable_seqscan = off
 AS $$
 DECLARE
     drawn    bigint;
-    appended bigint;
+    recorded timestamptz;
+    alone    boolean;
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         RAISE EXCEPTION 'synchronous_commit is off: events would be acknowledged before they are durable'
@@ -47,6 +55,25 @@ BEGIN
         SELECT FROM storied.events AS e
         WHERE e.stream = event_stream AND e.version = event_expected AND e.position < drawn)
     ON CONFLICT (stream, version) DO NOTHING
-    RETURNING target.position INTO appended;
-    RETURN appended;
+    RETURNING target.recorded_at INTO recorded;
+
+    IF recorded IS NULL THEN
+        RETURN NULL;
+    END IF;
+    -- Behind the draw, and before the look at the log.
+    alone := tell AND NOT EXISTS (
+        SELECT FROM pg_locks AS l
+        WHERE l.locktype = 'advisory' AND l.objsubid = 1
+            AND (l.classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
+            AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+            AND l.pid IS DISTINCT FROM pg_backend_pid()); -- prepared transactions have none
+    IF NOT alone THEN
+        RETURN ARRAY[drawn];
+    END IF;
+    RETURN ARRAY[
+        drawn,
+        coalesce((
+            SELECT e.position FROM storied.events AS e
+            WHERE e.position < drawn ORDER BY e.position DESC LIMIT 1), 0),
+        (extract(epoch FROM recorded) * 1000000)::bigint];
 END $$;

@@ -154,6 +154,9 @@ pub enum CommandBusStatus {
     },
 }
 
+/// A command on its way to other nodes: what becomes of it, later.
+type Sent<'a> = BoxFuture<'a, Result<BoxFuture<'static, (Outcome, Duration)>, Failure>>;
+
 /// What gives commands holds this.
 pub(crate) struct Commands {
     policy: Policy,
@@ -317,18 +320,15 @@ impl Commands {
     }
 
     /// Sends a command to other nodes. With `prompt`, once somebody has accepted it: what becomes of it, later.
-    pub(super) async fn send(
-        &self,
-        frame: CommandFrame,
-        envelope: &Envelope,
-        deadline: Deadline,
-    ) -> Result<BoxFuture<'static, (Outcome, Duration)>, Failure> {
+    pub(super) fn send(&self, frame: CommandFrame, envelope: &Envelope, deadline: Deadline) -> Sent<'_> {
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
-            return nats.send(frame, envelope.assign_deadline(), deadline).await;
+            // What stays in this process need not carry all that this does.
+            return Box::pin(nats.send(frame, envelope.assign_deadline(), deadline));
         }
         let _ = (frame, envelope, deadline);
-        Err(Failure::new(super::wire::Code::Unavailable, "this node has no way to others"))
+        let failure = Failure::new(super::wire::Code::Unavailable, "this node has no way to others");
+        Box::pin(std::future::ready(Err(failure)))
     }
 }
 

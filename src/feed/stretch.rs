@@ -58,34 +58,14 @@ fn cut(mut after: Position, events: Vec<RecordedEvent>, limit: usize) -> Vec<Log
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-    use chrono::Utc;
-    use uuid::Uuid;
-
     use super::*;
-    use crate::codec::Codec;
-    use crate::event::{EventName, StreamId, Version};
-
-    fn event(position: u64, size: usize) -> RecordedEvent {
-        RecordedEvent {
-            id: Uuid::nil(),
-            stream: StreamId::new("test", "1").unwrap(),
-            version: Version::new(position),
-            position: Position::new(position),
-            name: EventName::new("test.happened").unwrap(),
-            codec: Codec::Cbor,
-            payload: Bytes::from(vec![0; size]),
-            command_id: Uuid::nil(),
-            metadata: Bytes::new(),
-            recorded_at: Utc::now(),
-        }
-    }
+    use crate::event::tests::recorded;
 
     #[test]
     fn batches_are_adjacent_and_as_large_as_allowed() {
         let sizes = [(3, 40), (4, 60), (7, 1), (9, 500), (10, 500), (11, 1)];
         let batches =
-            cut(Position::new(2), sizes.map(|(position, size)| event(position, size)).to_vec(), 100);
+            cut(Position::new(2), sizes.map(|(position, size)| recorded(position, size)).to_vec(), 100);
         let bounds: Vec<_> = batches.iter().map(|b| (b.after.get(), b.upto.get(), b.events.len())).collect();
         assert_eq!(bounds, [(2, 4, 2), (4, 7, 1), (7, 9, 1), (9, 10, 1), (10, 11, 1)]);
         assert!(cut(Position::START, Vec::new(), 100).is_empty());

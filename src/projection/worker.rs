@@ -21,7 +21,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use tracing::Instrument;
 
-use self::batch::BatchSize;
+use self::batch::{BatchSize, PageSize};
 use self::context::Context;
 pub(crate) use self::context::Surroundings;
 pub(super) use self::context::{Instance, Part, ProjectionWork, Role};
@@ -143,7 +143,9 @@ struct Run<'a, P, R> {
     /// When what is pending is applied, and whether to read on.
     timing: Timing,
     suspect: Option<Suspect>,
-    /// How many events go into a transaction.
+    /// How many events a page of the store has, …
+    page: PageSize,
+    /// … and how many go into a transaction.
     size: BatchSize,
     /// For failures of the store and the read model, which no event is to blame for.
     backoff: Backoff,
@@ -255,6 +257,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             pending: None,
             timing: Timing::default(),
             suspect: None,
+            page: PageSize::new(&context.options, context.partition),
             size: BatchSize::new(&context.options),
             backoff: Backoff::new(first, max),
             wait_until: now,

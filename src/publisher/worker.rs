@@ -291,15 +291,29 @@ impl Turn<'_> {
         let mut beat_at = Instant::now();
         // What was announced is read without asking how far the log goes by now, which is half of the time that it takes.
         let mut announced = None;
+        // While there is more than one stretch, the next one is read while one is published.
+        let mut ahead = None;
         loop {
             if last.is_none() && inbox.is_stopping() {
                 last = Some(shared.store.frontier().await?);
             }
             appended.mark_unchanged();
-            let stretch = read_stretch(&*shared.store, self.end.position, announced.take()).await?;
-            let (more, something) = (stretch.upto < stretch.head, !stretch.batches.is_empty());
+            let stretch = match ahead.take() {
+                Some(stretch) => stretch,
+                None => read_stretch(&*shared.store, self.end.position, announced.take()).await?,
+            };
+            let (upto, head, something) = (stretch.upto, stretch.head, !stretch.batches.is_empty());
+            let more = upto < head;
             if something {
-                self.publish(&mut *publisher, stretch).await?;
+                let next = async {
+                    match more {
+                        true => read_stretch(&*shared.store, upto, Some(head)).await.map(Some),
+                        false => Ok(None),
+                    }
+                };
+                let (published, next) = tokio::join!(self.publish(&mut *publisher, stretch), next);
+                published?;
+                ahead = next?;
                 beat_at = after(shared.options.heartbeat);
                 poll = shared.options.busy_poll;
             }

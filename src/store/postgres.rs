@@ -19,6 +19,7 @@ mod outcome;
 mod plan;
 mod progress;
 mod read;
+mod recent;
 mod schema;
 mod sql;
 mod state;
@@ -140,7 +141,7 @@ impl PostgresStore {
             sql: LogSql::new(schema),
             progress: Progress::new(schema, connections.persistent()),
             connections,
-            frontier: Frontier::new(),
+            frontier: Frontier::new(hints.is_some()),
         });
         core.frontier.refresh(&core).await?;
         let tailer = tokio::spawn(frontier::tail(core.clone(), hints)).abort_handle();

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::support::PostgresServer;
-use crate::tools::{Dice, append, assert_sound, connect, events, run, stream, whole_log};
+use crate::tools::{Dice, append, assert_sound, connect, events, exact, run, stream, whole_log};
 
 const MIGRATION: &str = include_str!("../../migrations/postgres/0001_events.sql");
 const APPEND_ONE: &str = include_str!("../../migrations/postgres/0003_append_one.sql");
@@ -32,6 +32,9 @@ pub fn stress() -> u32 {
 enum Reader {
     /// As users do.
     Store,
+    /// As the publisher does: up to what was announced. Each appends to a stream of its own, and is told by that how far the
+    /// log may be read whenever nobody else is appending.
+    Told,
     /// As the store does, statement by statement.
     ByHand,
     /// What is there, behind what was there.
@@ -107,6 +110,8 @@ struct Shared {
     url: String,
     until: Instant,
     written: AtomicBool,
+    /// Followers that may be appending.
+    appending: AtomicUsize,
     acknowledged: Mutex<HashMap<Uuid, Instant>>,
     conflicts: AtomicUsize,
     rolled_back: AtomicUsize,
@@ -146,6 +151,7 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
         url: url.to_owned(),
         until: Instant::now() + scene.time,
         written: AtomicBool::new(false),
+        appending: AtomicUsize::new(0),
         acknowledged: Mutex::default(),
         conflicts: AtomicUsize::new(0),
         rolled_back: AtomicUsize::new(0),
@@ -156,9 +162,10 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
         followers.spawn(follow(shared.clone(), scene.reader, chunk));
     }
     let mut writers = JoinSet::new();
-    for writer in 0..8 {
-        // The store would refuse to work with what is changed for the others.
-        if writer % 2 == 0 || scene.reader != Reader::Store {
+    // Beside eight, nobody would ever be alone.
+    for writer in 0..if scene.reader == Reader::Told { 2 } else { 8 } {
+        // The store would refuse to work with what is changed for most others.
+        if writer % 2 == 0 || !matches!(scene.reader, Reader::Store | Reader::Told) {
             writers.spawn(write_by_hand(shared.clone()));
         } else {
             writers.spawn(write(shared.clone()));
@@ -172,6 +179,9 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
     }
     while let Some(writer) = writers.join_next().await {
         writer.unwrap();
+    }
+    while shared.open() || shared.appending.load(Ordering::SeqCst) > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
     shared.written.store(true, Ordering::SeqCst);
 
@@ -298,8 +308,8 @@ async fn append_one(
             .bind(stream_key(stream))
             .fetch_one(&mut *connection)
             .await?;
-    let position: Option<i64> =
-        sqlx::query_scalar("SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9)")
+    let position: Option<Vec<i64>> =
+        sqlx::query_scalar("SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, true)")
             .bind(stream_key(stream))
             .bind(last)
             .bind(stream.category())
@@ -383,6 +393,7 @@ async fn follow(shared: Arc<Shared>, reader: Reader, chunk: usize) -> Vec<(Uuid,
     let mut checkpoint = Position::START;
     let mut store = None;
     let mut connection = connect(&shared.url).await;
+    let (own, mut version) = (StreamId::new("told", Uuid::now_v7()).unwrap(), 0);
     let mut quiet = 0;
     loop {
         let finished = shared.written.load(Ordering::SeqCst);
@@ -390,12 +401,30 @@ async fn follow(shared: Arc<Shared>, reader: Reader, chunk: usize) -> Vec<(Uuid,
             store = None;
         }
         let page = match reader {
-            Reader::Store => {
-                let store = match &mut store {
+            Reader::Store | Reader::Told => {
+                let (store, appended) = match &mut store {
                     Some(store) => store,
-                    none => none.insert(shared.store().await),
+                    none => {
+                        let store = shared.store().await;
+                        let appended = store.appended();
+                        none.insert((store, appended))
+                    }
                 };
-                match store.read_log(ReadLog::after(checkpoint).limit(chunk)).await {
+                let mut read = ReadLog::after(checkpoint).limit(chunk);
+                if reader == Reader::Told && !finished {
+                    shared.appending.fetch_add(1, Ordering::SeqCst);
+                    if shared.open() {
+                        let event = events(1);
+                        let id = event[0].id;
+                        if append(store, &own, exact(version), event).await.is_ok() {
+                            version += 1;
+                            shared.acknowledge(&[id]);
+                        }
+                    }
+                    shared.appending.fetch_sub(1, Ordering::SeqCst);
+                    read = read.upto(*appended.borrow_and_update());
+                }
+                match store.read_log(read).await {
                     Ok(page) => {
                         checkpoint = page.scanned_to;
                         page.events.iter().map(|event| (event.position, event.id)).collect()
@@ -436,7 +465,7 @@ async fn read_by_hand(
     };
     let (after, limit) = (after.get() as i64, limit as i64);
     let rows: Vec<(i64, Uuid)> = match reader {
-        Reader::Store | Reader::Naive => {
+        Reader::Store | Reader::Told | Reader::Naive => {
             sqlx::query_as(events("9223372036854775807")).bind(after).bind(limit).fetch_all(connection).await
         }
         Reader::ByHand => {
@@ -502,6 +531,51 @@ async fn nobody_misses_an_event() {
     findings.print("with kills");
     assert_eq!(findings.faults(), 0);
     assert!(findings.events > 300 && findings.kills > 10 && findings.rolled_back > 20, "{findings:?}");
+}
+
+/// Nor does anybody who is told of the log's end by an append that was alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_who_is_told_misses_an_event() {
+    let url = PostgresServer::shared().await.create_database().await;
+    PostgresStore::connect(&url).await.unwrap();
+    let time = Duration::from_secs(4) * stress();
+    let findings = oracle(&url, Scene { time, kills: true, ..Scene::quiet(Reader::Told) }).await;
+    findings.print("told, with kills");
+    assert_eq!(findings.faults(), 0);
+    assert!(findings.events > 300 && findings.rolled_back > 5, "{findings:?}");
+}
+
+/// An append that is alone says how far the log may be read, and nobody has to ask the server for it; beside another one it
+/// does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_append_that_is_alone_settles_itself() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    let mut appended = store.appended();
+    let next =
+        async |version| append(&store, &stream(1), exact(version), events(1)).await.unwrap().positions[0];
+    let first = next(0).await;
+    appended.wait_for(|head| *head == first).await.unwrap();
+    run(&url, "ALTER FUNCTION storied.frontier() RENAME TO nobody_asks").await;
+    let second = next(1).await;
+    assert_eq!(*appended.borrow_and_update(), second);
+    let told = store.read_log(ReadLog::after(first).upto(second)).await.unwrap();
+
+    let mut other = connect(&url).await;
+    let mut begun = other.begin().await.unwrap();
+    let event = events(1).remove(0);
+    append_one(&mut begun, &stream(2), &event).await.unwrap();
+    let fourth = next(2).await;
+    assert_eq!(*appended.borrow_and_update(), second);
+    begun.commit().await.unwrap();
+    run(&url, "ALTER FUNCTION storied.nobody_asks() RENAME TO frontier").await;
+    appended.wait_for(|head| *head == fourth).await.unwrap();
+
+    // Kept here or read there: the same.
+    let log = whole_log(&PostgresStore::connect(&url).await.unwrap()).await;
+    assert_eq!(log.len(), 4);
+    assert_eq!(format!("{:?}", told.events), format!("{:?}", &log[1..2]));
+    assert_eq!(log[2].id, event.id);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -579,16 +653,30 @@ async fn the_oracle_notices_mutations() {
     assert!(APPEND_ONE.contains(&one));
     let drawn_first = format!("{DRAW_ONE}\n{moment}\n{lock}");
     must_fail(server, "lock after the only nextval", Reader::ByHand, &[(&one, &drawn_first)], "").await;
+    // Told by those who append, when they take themselves for alone.
+    let alone = {
+        let start = APPEND_ONE.find("    alone := tell AND").unwrap();
+        let end = start + APPEND_ONE[start..].find(";").unwrap() + 1;
+        &APPEND_ONE[start..end]
+    };
+    let always = [(alone, "    alone := tell;")];
+    must_fail(server, "never looked who else appends", Reader::Told, &always, "").await;
+    let one = format!("    {DRAW_ONE}");
+    let looked_first = format!("{alone}\n{moment}\n{one}");
+    let too_early = [(alone, ""), (one.as_str(), looked_first.as_str())];
+    must_fail(server, "looked before the draw", Reader::Told, &too_early, "").await;
     let database = [("d.datname = current_database()", "d.datname = 'template1'")];
     must_fail(server, "locks of another database", Reader::ByHand, &database, "").await;
     let cache = "ALTER SEQUENCE storied.positions CACHE 32";
     must_fail(server, "CACHE 32", Reader::ByHand, &[], cache).await;
 
     // And what was changed is all that was wrong.
-    let unchanged = self::database(server, &[(lock, &locked_first)]).await;
-    let findings = oracle(&unchanged, Scene::quiet(Reader::ByHand)).await;
-    findings.print("nothing changed");
-    assert_eq!(findings.faults(), 0);
+    for reader in [Reader::ByHand, Reader::Told] {
+        let unchanged = self::database(server, &[(lock, &locked_first)]).await;
+        let findings = oracle(&unchanged, Scene::quiet(reader)).await;
+        findings.print("nothing changed");
+        assert_eq!(findings.faults(), 0);
+    }
 }
 
 /// Two appends to one stream at once: positions could grow against the versions if one drew its position, and then found the

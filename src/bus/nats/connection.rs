@@ -4,7 +4,7 @@ mod signals;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_nats::connection::State;
@@ -60,6 +60,8 @@ pub(super) struct Connection {
     answer_timeout: Duration,
     handler: Handler,
     watch: Watch,
+    /// The session whose server is known to be new enough.
+    checked: AtomicU64,
     _watcher: Task,
 }
 
@@ -162,6 +164,7 @@ impl Connection {
             answer_timeout: options.answer_timeout,
             handler: options.handler.clone(),
             watch,
+            checked: AtomicU64::new(0),
             _watcher: Task::spawn(watcher.run()),
         })
     }
@@ -173,13 +176,19 @@ impl Connection {
     /// Whether it is worth handing anything to async-nats now: while it is not connected it would keep what it is given,
     /// and send it whenever it comes back.
     pub(super) fn check(&self) -> Result<(), BusError> {
-        if self.link.borrow().closed {
+        let Link { sessions, closed, .. } = *self.link.borrow();
+        if closed {
             return Err(BusError::Closed);
         }
         if self.client.connection_state() != State::Connected {
             return Err(silent(disconnected(&self.to, self.signals.error())));
         }
-        check_version(&self.client.server_info(), &self.to)
+        // Not for each message: what the server says of itself has to be copied for it.
+        if self.checked.load(Ordering::Relaxed) != sessions {
+            check_version(&self.client.server_info(), &self.to)?;
+            self.checked.store(sessions, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Where what happens over it is counted.

@@ -188,8 +188,8 @@ impl<H: Handler> Respawn for HandlerRouter<H> {
 pub(super) enum Message<H: Handler> {
     /// A command.
     Run(Job<H>, Waiter<H>),
-    /// An attempt is over.
-    Ended { id: Uuid, key: Option<String>, ran: Ran },
+    /// An attempt is over; `freed` with its worker's place.
+    Ended { id: Uuid, key: Option<String>, ran: Ran, freed: bool },
     /// A worker's place is free.
     Freed,
     /// An attempt that gave its place away wants one again.
@@ -197,18 +197,33 @@ pub(super) enum Message<H: Handler> {
 }
 
 /// A worker's place. Free again when it is dropped.
-pub(super) struct Worker<H: Handler>(ActorRef<Message<H>>);
+pub(super) struct Worker<H: Handler> {
+    actor: ActorRef<Message<H>>,
+    /// Whether somebody else says that it is free.
+    told: bool,
+}
 
 impl<H: Handler> Worker<H> {
+    fn new(actor: ActorRef<Message<H>>) -> Self {
+        Self { actor, told: false }
+    }
+
     pub(super) fn actor(&self) -> ActorRef<Message<H>> {
-        self.0.clone()
+        self.actor.clone()
+    }
+
+    /// Gives the place back without a message of its own: the attempt's end says so.
+    pub(super) fn end(mut self) {
+        self.told = true;
     }
 }
 
 impl<H: Handler> Drop for Worker<H> {
     fn drop(&mut self) {
-        // Without the actor there are no places.
-        let _ = self.0.cast(Message::Freed);
+        if !self.told {
+            // Without the actor there are no places.
+            let _ = self.actor.cast(Message::Freed);
+        }
     }
 }
 
@@ -253,7 +268,10 @@ impl<H: Handler> Actor for HandlerActor<H> {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             Message::Run(job, waiter) => state.take(job, waiter),
-            Message::Ended { id, key, ran } => state.end(id, key, &ran),
+            Message::Ended { id, key, ran, freed } => {
+                state.free += usize::from(freed);
+                state.end(id, key, &ran);
+            }
             Message::Freed => state.free += 1,
             Message::Enter(place) => state.resuming.push_back(place),
         }
@@ -271,7 +289,7 @@ impl<H: Handler> HandlerActor<H> {
             if let Some(resuming) = state.resuming.pop_front() {
                 state.free -= 1;
                 // Who does not wait any more drops the place, which frees it.
-                let _ = resuming.send(Worker(myself.clone()));
+                let _ = resuming.send(Worker::new(myself.clone()));
                 continue;
             }
             let Some(job) = state.ready.pop_front() else { return };
@@ -282,15 +300,16 @@ impl<H: Handler> HandlerActor<H> {
             }
             state.free -= 1;
             let (id, key) = (job.id, job.key.clone());
-            let (shared, worker, actor) = (self.0.clone(), Worker(myself.clone()), myself.clone());
+            let (shared, worker, actor) = (self.0.clone(), Worker::new(myself.clone()), myself.clone());
             state.attempts.spawn(async move {
                 // Beside the handler itself, hooks and encoders are the user's code.
                 let ran = AssertUnwindSafe(run(shared, job, worker)).catch_unwind().await;
-                let ran = ran.unwrap_or_else(|panic| {
-                    Ran::Unknown(format!("something around its handler panicked: {}", panic_text(&*panic)))
+                let (ran, freed) = ran.unwrap_or_else(|panic| {
+                    let reason = format!("something around its handler panicked: {}", panic_text(&*panic));
+                    (Ran::Unknown(reason), false)
                 });
                 // An actor that is gone took its waiters with it.
-                let _ = actor.cast(Message::Ended { id, key, ran });
+                let _ = actor.cast(Message::Ended { id, key, ran, freed });
             });
         }
     }

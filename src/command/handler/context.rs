@@ -3,6 +3,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use chrono::{DateTime, Utc};
+use futures_util::future::Either;
 use ractor::concurrency::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -37,13 +38,23 @@ pub(in crate::command) trait GiveWay: Send + Sync {
     fn enter(&self) -> BoxFuture<'_, ()>;
     /// Does not wait any more, without wanting a place.
     fn abandon(&self);
+    /// The attempt is over: takes the place, if there is one, without telling anybody.
+    fn end(&self) -> bool;
 }
 
 /// Waits for something without keeping others from working meanwhile.
-pub(in crate::command) async fn give_way<T>(
+pub(in crate::command) fn give_way<T>(
     place: Option<Arc<dyn GiveWay>>,
     wait: impl Future<Output = T>,
-) -> T {
+) -> impl Future<Output = T> {
+    // Most commands are not given by a handler: they need not carry what these do.
+    match place {
+        None => Either::Left(wait),
+        Some(place) => Either::Right(Box::pin(leave_and_wait(place, wait))),
+    }
+}
+
+async fn leave_and_wait<T>(place: Arc<dyn GiveWay>, wait: impl Future<Output = T>) -> T {
     struct Leave(Option<Arc<dyn GiveWay>>);
 
     impl Drop for Leave {
@@ -54,7 +65,6 @@ pub(in crate::command) async fn give_way<T>(
         }
     }
 
-    let Some(place) = place else { return wait.await };
     place.leave();
     let mut left = Leave(Some(place.clone()));
     let result = wait.await;
@@ -90,6 +100,11 @@ impl<H: Handler> GiveWay for Place<H> {
     fn abandon(&self) {
         let mut held = self.held();
         held.waits = held.waits.saturating_sub(1);
+    }
+
+    fn end(&self) -> bool {
+        let worker = self.held().worker.take();
+        worker.map(Worker::end).is_some()
     }
 
     fn enter(&self) -> BoxFuture<'_, ()> {
@@ -161,6 +176,11 @@ impl HandlerContext {
         let key = H::key(&command).unwrap_or_default();
         let envelope = self.envelope(Kind::Handler, H::NAME, &key);
         Request::new(self.commands.clone(), command, envelope).within(self.place.clone())
+    }
+
+    /// The attempt is over. Whether that frees a worker's place.
+    pub(super) fn end(self) -> bool {
+        self.place.end()
     }
 
     fn envelope(&self, kind: Kind, name: &str, key: &str) -> Envelope {

@@ -13,16 +13,19 @@ use super::actor::{Answer, Job, Shared, Worker};
 use super::context::HandlerContext;
 use super::{HandleError, Handled, Handler};
 use crate::codec::{from_cbor, to_cbor};
+use crate::command::bus::Commands;
 use crate::command::wire::{About, Done, Failure, Outcome, lost_reply, read_reply};
 use crate::command::{CommandInfo, ExecuteError};
 use crate::store::{CommandRecord, ExpectedVersion, StoreError};
 use crate::supervised::panic_text;
 
 /// How an attempt went. Everybody who waits for the command is told the same.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) enum Ran {
     /// What became of the command is recorded, by this attempt or before it.
-    Recorded { outcome: Bytes, before: bool },
+    Recorded { outcome: Outcome, before: bool },
+    /// It is recorded, and the record cannot be read.
+    Unreadable(String),
     /// A hook refused; nothing happened.
     Refused(String),
     /// The id is another command's.
@@ -38,19 +41,16 @@ impl Ran {
     pub(super) fn answer<H: Handler>(&self, id: Uuid, repeated: bool) -> Answer<H> {
         let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: id, reason };
         match self {
-            Ran::Recorded { outcome, before } => {
-                let unreadable =
-                    |error| unknown(format!("it was handled, but its record cannot be read: {error}"));
-                match from_cbor(outcome).map_err(unreadable)? {
-                    Outcome::Done(Done { reply, .. }) => {
-                        let reply = read_reply(&reply, id)?;
-                        Ok(Handled { command_id: id, reply, duplicate: *before || repeated })
-                    }
-                    Outcome::Error(failure) => {
-                        let expected = ExpectedVersion::Any;
-                        Err(failure.into_error(&About { id, name: H::NAME, stream: None, expected }))
-                    }
-                }
+            Ran::Recorded { outcome: Outcome::Done(Done { reply, .. }), before } => {
+                let reply = read_reply(reply, id)?;
+                Ok(Handled { command_id: id, reply, duplicate: *before || repeated })
+            }
+            Ran::Recorded { outcome: Outcome::Error(failure), .. } => {
+                let expected = ExpectedVersion::Any;
+                Err(failure.clone().into_error(&About { id, name: H::NAME, stream: None, expected }))
+            }
+            Ran::Unreadable(error) => {
+                Err(unknown(format!("it was handled, but its record cannot be read: {error}")))
             }
             Ran::Refused(reason) => Err(ExecuteError::Refused { reason: reason.clone() }),
             Ran::SameId => Err(ExecuteError::SameId { command_id: id }),
@@ -61,30 +61,43 @@ impl Ran {
 }
 
 /// Whether a record is of this command: with what became of it, if so.
-fn recorded<H: Handler>(record: CommandRecord, fingerprint: Uuid, before: bool) -> Ran {
-    if record.name == H::NAME && record.fingerprint == fingerprint {
-        Ran::Recorded { outcome: record.outcome, before }
-    } else {
-        Ran::SameId
+fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> Ran {
+    if record.name != H::NAME || record.fingerprint != fingerprint {
+        return Ran::SameId;
+    }
+    match from_cbor(&record.outcome) {
+        Ok(outcome) => Ran::Recorded { outcome, before: true },
+        Err(error) => Ran::Unreadable(error),
     }
 }
 
-pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker: Worker<H>) -> Ran {
+/// How it went, and whether a worker's place became free with it.
+pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker: Worker<H>) -> (Ran, bool) {
+    let Some(commands) = shared.commands.upgrade() else {
+        return (Ran::Unknown("the runtime has ended".into()), false);
+    };
+    let context = HandlerContext::new(commands.clone(), worker, &job);
+    let ran = attempt(&shared, &commands, &job, &context).await;
+    (ran, context.end())
+}
+
+async fn attempt<H: Handler>(
+    shared: &Shared<H>,
+    commands: &Commands,
+    job: &Job<H>,
+    context: &HandlerContext,
+) -> Ran {
     let (id, fingerprint) = (job.id, job.fingerprint);
     match shared.store.command(id).await {
         Ok(None) => {}
-        Ok(Some(record)) => return recorded::<H>(record, fingerprint, true),
+        Ok(Some(record)) => return recorded::<H>(&record, fingerprint),
         Err(error) => return Ran::Store(error),
     }
-    let Some(commands) = shared.commands.upgrade() else {
-        return Ran::Unknown("the runtime has ended".into());
-    };
     let info = CommandInfo { name: H::NAME, key: job.key.as_deref(), id, metadata: &job.metadata };
     if let Err(reason) = commands.policy().begin(&info) {
         return Ran::Refused(reason);
     }
-    let context = HandlerContext::new(commands, worker, &job);
-    let handling = AssertUnwindSafe(shared.handler.handle(&job.command, &context)).catch_unwind();
+    let handling = AssertUnwindSafe(shared.handler.handle(&job.command, context)).catch_unwind();
     // What the handler does belongs under its command.
     let handled = handling.instrument(job.span.span()).await;
     let outcome = match handled {
@@ -97,23 +110,23 @@ pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker:
         }
         Err(panic) => return Ran::Unknown(format!("its handler panicked: {}", panic_text(&*panic))),
     };
-    let outcome = match to_cbor(&outcome) {
-        Ok(outcome) => Bytes::from(outcome),
+    let encoded = match to_cbor(&outcome) {
+        Ok(encoded) => Bytes::from(encoded),
         Err(error) => return Ran::Unknown(error.to_string()),
     };
     let record = CommandRecord {
         id,
         name: H::NAME.to_owned(),
         fingerprint,
-        outcome: outcome.clone(),
+        outcome: encoded.clone(),
         recorded_at: DateTime::UNIX_EPOCH,
     };
     match shared.store.record_command(record).await {
-        // Another attempt, on another node, may have been quicker: its record counts.
-        Ok(record) => {
-            let before = record.outcome != outcome;
-            recorded::<H>(record, fingerprint, before)
+        Ok(ours) if ours.name == H::NAME && ours.fingerprint == fingerprint && ours.outcome == encoded => {
+            Ran::Recorded { outcome, before: false }
         }
+        // Another attempt, on another node, was quicker: its record counts.
+        Ok(other) => recorded::<H>(&other, fingerprint),
         Err(error) => Ran::Unknown(format!("what became of it could not be recorded: {error}")),
     }
 }

@@ -206,7 +206,8 @@ impl Pursuit {
         let until = self.deadline.instant().min(Instant::now() + self.shared.beat);
         tokio::select! {
             (of, heard) = self.ear.hear() => {
-                if let Heard::Reply(Reply { incarnation, says: Says::Executed(answered), .. }) = heard
+                if let Heard::Reply(reply) = heard
+                    && let Reply { incarnation, says: Says::Executed(answered), .. } = *reply
                     && self.was_asked(of, incarnation)
                 {
                     self.unanswered.remove(&of);

@@ -15,7 +15,8 @@ const REPLIES: usize = 32;
 pub(super) enum Heard {
     /// Nobody listens there: nothing was delivered.
     Nobody,
-    Reply(Reply),
+    /// Boxed: a channel has room for many from the start.
+    Reply(Box<Reply>),
 }
 
 /// Who waits for which reply. Bounded by the commands that may be under way.

@@ -240,7 +240,7 @@ async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
         match from_cbor::<Reply>(&message.payload) {
             Ok(mut reply) => {
                 reply.says.of_another();
-                shared.calls.deliver(token, Heard::Reply(reply));
+                shared.calls.deliver(token, Heard::Reply(Box::new(reply)));
             }
             Err(error) => tracing::warn!(error, "a reply that no node of ours would send is passed over"),
         }

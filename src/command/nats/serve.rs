@@ -7,7 +7,7 @@ use async_nats::{Message, Subject, Subscriber};
 use chrono::Utc;
 use futures_util::StreamExt;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::Shared;
 use crate::bus::OpenLine;
@@ -93,7 +93,7 @@ impl Answerer {
     }
 
     fn limit(&self) -> usize {
-        self.line.client().server_info().max_payload.saturating_sub(HEADROOM)
+        self.line.client().max_payload().saturating_sub(HEADROOM)
     }
 
     async fn refuse(&self, mut failure: Failure) {
@@ -149,21 +149,19 @@ async fn execute(answerer: Answerer, frame: CommandFrame, _place: OwnedSemaphore
         answerer.say(Says::Accepted).await;
     }
     let beat = answerer.shared.beat;
-    let mut beats = interval_at(started + if prompt { beat } else { ACCEPTED.min(beat) }, beat);
-    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut accepted = prompt;
+    let mut say_at = started + if prompt { beat } else { ACCEPTED.min(beat) };
     let outcome = loop {
-        tokio::select! {
-            biased;
-            outcome = &mut answer => break outcome,
-            _ = beats.tick() => {
-                // After the deadline nobody listens.
-                if !deadline.is_over() {
-                    answerer.say(if accepted { Says::Alive } else { Says::Accepted }).await;
-                    accepted = true;
-                }
+        let Ok(outcome) = timeout_at(say_at, &mut answer).await else {
+            // After the deadline nobody listens.
+            if !deadline.is_over() {
+                answerer.say(if accepted { Says::Alive } else { Says::Accepted }).await;
+                accepted = true;
             }
-        }
+            say_at = Instant::now() + beat;
+            continue;
+        };
+        break outcome;
     };
     let runtime = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     answerer.say(Says::Executed(Answered { runtime, outcome })).await;

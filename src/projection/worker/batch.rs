@@ -1,7 +1,9 @@
-//! How many events go into one transaction.
+//! How many events are read at once, and how many go into one transaction.
 
 use std::time::Duration;
 
+use crate::event::RecordedEvent;
+use crate::partition::Partition;
 use crate::projection::ProjectionOptions;
 
 /// With how many it begins.
@@ -36,9 +38,60 @@ impl BatchSize {
     }
 }
 
+/// How much a page of the log may have, roughly: one is applied while the next one is read.
+const PAGE_BYTES: usize = 1 << 20;
+
+/// What an event takes beside its payload and metadata, roughly.
+const EVENT_BYTES: usize = 256;
+
+/// The largest partition of what is read that is of use: only a partition's part makes a transaction.
+const PARTS: usize = 8;
+
+/// The size of a page: some transactions of small events, so that the time on the way to the store and back is shared; few of large
+/// ones.
+#[derive(Debug)]
+pub(super) struct PageSize {
+    now: usize,
+    most: usize,
+}
+
+impl PageSize {
+    pub(super) fn new(options: &ProjectionOptions, partition: Option<Partition>) -> Self {
+        let parts = partition.map_or(1, |partition| usize::from(partition.count()).min(PARTS));
+        let now = options.batch.saturating_mul(parts);
+        Self { now, most: now.saturating_mul(4) }
+    }
+
+    pub(super) fn get(&self) -> usize {
+        self.now
+    }
+
+    /// What was read last says how large events are.
+    pub(super) fn saw(&mut self, events: &[RecordedEvent]) {
+        let bytes: usize =
+            events.iter().map(|event| event.payload.len() + event.metadata.len() + EVENT_BYTES).sum();
+        if let Some(one) = bytes.checked_div(events.len()) {
+            self.now = (PAGE_BYTES / one).clamp(1, self.most);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::tests::recorded;
+
+    #[test]
+    fn a_page_has_about_a_mebibyte() {
+        let mut page = PageSize::new(&ProjectionOptions::new().batch_size(500), None);
+        assert_eq!(page.get(), 500);
+        for (sizes, events) in
+            [(&[10, 10][..], 2_000), (&[768, 768], 1_024), (&[], 1_024), (&[3 << 20], 1), (&[0, 3_584], 512)]
+        {
+            page.saw(&sizes.iter().map(|size| recorded(1, *size)).collect::<Vec<_>>());
+            assert_eq!(page.get(), events, "{sizes:?}");
+        }
+    }
 
     fn sizes(options: &ProjectionOptions, of_each: Duration, events: usize) -> Vec<usize> {
         let mut size = BatchSize::new(options);

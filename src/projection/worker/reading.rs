@@ -69,6 +69,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     Source::Feed => ProjectionState::Following,
                 });
                 let LogPage { mut events, scanned_to, head } = page;
+                self.page.saw(&events);
                 events.retain(|event| self.context.is_here(event));
                 self.knows_of(head);
                 if self.source == Source::Store && !hole {
@@ -82,14 +83,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     fn begin_to_read(&self, after: Position) -> PageAhead {
-        let Context { store, filter, options, partition, .. } = self.context;
-        // Of what a partition reads, only its part makes a transaction.
-        let parts = partition.map_or(1, |partition| usize::from(partition.count()).min(8));
+        let Context { store, filter, .. } = self.context;
         let upto = Position::new(after.get().saturating_add(self.scan));
-        let read = ReadLog::after(after)
-            .upto(upto)
-            .filter(filter.clone())
-            .limit(options.batch.saturating_mul(parts));
+        let read = ReadLog::after(after).upto(upto).filter(filter.clone()).limit(self.page.get());
         let store = store.clone();
         let mut reading = JoinSet::new();
         reading.spawn(async move { store.read_log(read).await });

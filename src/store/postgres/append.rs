@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::DateTime;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
@@ -13,7 +14,7 @@ use super::error::{self, Verdict, failed, verdict};
 use super::outcome::{self, Trace};
 use super::plan::{self, Part, Unit};
 use super::{Core, from_sql, to_sql};
-use crate::event::{NewEvent, Position, Version};
+use crate::event::{NewEvent, Position, RecordedEvent, Version};
 
 pub(super) const DOING: &str = "appending events";
 
@@ -36,6 +37,7 @@ pub(super) enum Fate {
 
 /// Appends a batch. Runs to its end once started: spawn it.
 pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<Appended, AppendError>> {
+    let _appending = core.frontier.appending();
     let mut answers: Vec<Option<Result<Appended, AppendError>>> = Vec::with_capacity(batch.len());
     let mut todo = Vec::with_capacity(batch.len());
     for (index, append) in batch.iter().enumerate() {
@@ -306,9 +308,14 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             return Err(Failure::answered(error));
         }
     };
-    let Reply { fates, transaction } = reply;
+    let Reply { fates, transaction, settled } = reply;
     match core.timed(session.done()).await {
-        Ok(()) => Ok(fates),
+        Ok(()) => {
+            if let Some((previous, event)) = settled {
+                core.frontier.settled(previous, event);
+            }
+            Ok(fates)
+        }
         Err(error) if verdict(&error) == Verdict::Unknown => {
             core.connections.purge();
             let error = failed(DOING, error);
@@ -327,10 +334,9 @@ async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Res
         && let [unit] = units
         && let [part] = unit.parts.as_slice()
         && let ([event], Some(expected)) = (part.events.as_slice(), exact(part))
-        && let Some(position) = execute_one(core, session, part, expected, event).await?
+        && let Some(reply) = execute_one(core, session, part, expected, event).await?
     {
-        let place = (Version::new(from_sql(expected)), vec![Position::new(from_sql(position))]);
-        return Ok(Reply { fates: vec![Fate::Appended(vec![place])], transaction: None });
+        return Ok(reply);
     }
     let row = execute_many(core, session, units).await?;
     Reply::decode(&row, units)
@@ -346,15 +352,15 @@ fn exact(part: &Part<'_>) -> Option<i64> {
     }
 }
 
-/// The position, or none if the event cannot have the version behind the expected one.
+/// None if the event cannot have the version behind the expected one.
 async fn execute_one(
     core: &Core,
     session: &mut Session,
     part: &Part<'_>,
     expected: i64,
     event: &NewEvent,
-) -> Result<Option<i64>, sqlx::Error> {
-    sqlx::query_scalar(core.sql.append_one.clone())
+) -> Result<Option<Reply>, sqlx::Error> {
+    let answer: Option<Vec<i64>> = sqlx::query_scalar(core.sql.append_one.clone())
         .bind(part.key)
         .bind(expected)
         .bind(part.stream.category())
@@ -364,9 +370,32 @@ async fn execute_one(
         .bind(event.command_id)
         .bind(&*event.payload)
         .bind(&*event.metadata)
+        .bind(core.frontier.may_tell())
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
-        .await
+        .await?;
+    let Some(&[position, ref told @ ..]) = answer.as_deref() else { return Ok(None) };
+    let (before, position) = (Version::new(from_sql(expected)), Position::new(from_sql(position)));
+    let settled = match *told {
+        [previous, recorded_at] => DateTime::from_timestamp_micros(recorded_at).map(|recorded_at| {
+            let event = RecordedEvent {
+                id: event.id,
+                stream: part.stream.clone(),
+                version: before.plus(1),
+                position,
+                name: event.name.clone(),
+                codec: core.info.codec,
+                payload: event.payload.clone(),
+                command_id: event.command_id,
+                metadata: event.metadata.clone(),
+                recorded_at,
+            };
+            (Position::new(from_sql(previous)), event)
+        }),
+        _ => None,
+    };
+    let fates = vec![Fate::Appended(vec![(before, vec![position])])];
+    Ok(Some(Reply { fates, transaction: None, settled }))
 }
 
 async fn execute_many(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<PgRow, sqlx::Error> {
@@ -408,6 +437,8 @@ fn count(number: usize) -> i32 {
 struct Reply {
     fates: Vec<Fate>,
     transaction: Option<String>,
+    /// The only event, and the position of the one before it in the log, if everything up to there is decided.
+    settled: Option<(Position, RecordedEvent)>,
 }
 
 impl Reply {
@@ -437,6 +468,6 @@ impl Reply {
             }
             fates.push(refused.unwrap_or(Fate::Appended(places)));
         }
-        Ok(Self { fates, transaction: row.try_get(3)? })
+        Ok(Self { fates, transaction: row.try_get(3)?, settled: None })
     }
 }

@@ -1,6 +1,6 @@
 //! How far the log may be read, asked once for all readers of the process.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -8,11 +8,12 @@ use sqlx::Row;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::super::{Stall, StoreError};
+use super::super::{ReadLog, Stall, StoreError};
 use super::error::failed;
 use super::notify::Hints;
+use super::recent::Recent;
 use super::{Core, from_sql};
-use crate::event::Position;
+use crate::event::{Position, RecordedEvent};
 
 const DOING: &str = "reading how far the log goes";
 
@@ -33,6 +34,8 @@ const STALLED: Duration = Duration::from_secs(5);
 pub(super) struct Frontier {
     /// The last event that readers may have; never goes back.
     head: watch::Sender<Position>,
+    /// Whether the tailer tells other processes of what this one appends.
+    tells_others: bool,
     /// The last event that this process has appended.
     own: AtomicU64,
     /// Wakes the tailer.
@@ -43,18 +46,67 @@ pub(super) struct Frontier {
     answered: tokio::sync::Mutex<(u64, Result<(), StoreError>)>,
     /// Since when a transaction holds the frontier back, and where.
     held: Mutex<Option<(u64, Instant)>>,
+    /// Appends of this process that are under way.
+    appending: AtomicUsize,
+    /// What this process has appended while nobody else did.
+    recent: Mutex<Recent>,
+}
+
+/// An append that is under way.
+pub(super) struct Appending<'a>(&'a Frontier);
+
+impl Drop for Appending<'_> {
+    fn drop(&mut self) {
+        self.0.appending.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Frontier {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(tells_others: bool) -> Self {
         Self {
+            tells_others,
             head: watch::Sender::new(Position::START),
             own: AtomicU64::new(0),
             wake: Notify::new(),
             asked: AtomicU64::new(0),
             answered: tokio::sync::Mutex::new((0, Ok(()))),
             held: Mutex::default(),
+            appending: AtomicUsize::new(0),
+            recent: Mutex::default(),
         }
+    }
+
+    /// An append begins.
+    pub(super) fn appending(&self) -> Appending<'_> {
+        self.appending.fetch_add(1, Ordering::AcqRel);
+        Appending(self)
+    }
+
+    /// Whether it is worth looking if an append is alone: somebody waits for the event, and within this process nobody else
+    /// appends.
+    pub(super) fn may_tell(&self) -> bool {
+        self.head.receiver_count() > 0 && self.appending.load(Ordering::Acquire) == 1
+    }
+
+    /// An append was committed that found everything below decided: `event` follows the one at `previous`.
+    pub(super) fn settled(&self, previous: Position, event: RecordedEvent) {
+        let position = event.position;
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).push(previous, event);
+        self.reached(position);
+    }
+
+    /// What `read` asks for, if that was appended here just now; and how far that goes, at most to `end`.
+    pub(super) fn recent(&self, read: &ReadLog, end: Position) -> Option<(Vec<RecordedEvent>, Position)> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).read(read, end)
+    }
+
+    /// Readers may have everything up to `head`. What was settled stays settled.
+    fn reached(&self, head: Position) {
+        self.head.send_if_modified(|known| {
+            let news = head > *known;
+            *known = head.max(*known);
+            news
+        });
     }
 
     pub(super) fn subscribe(&self) -> watch::Receiver<Position> {
@@ -67,7 +119,10 @@ impl Frontier {
     /// Says that this process has appended up to `position`.
     pub(super) fn announce(&self, position: Position) {
         self.own.fetch_max(position.get(), Ordering::AcqRel);
-        self.wake.notify_one();
+        // What is settled need not be asked for.
+        if self.tells_others || position > *self.head.borrow() {
+            self.wake.notify_one();
+        }
     }
 
     /// Another process says that it has appended.
@@ -95,6 +150,8 @@ impl Frontier {
     }
 
     async fn ask(&self, core: &Arc<Core>) -> Result<(), StoreError> {
+        // From before the question: an append may be settled while it is under way.
+        let known = self.head.borrow().get();
         let mut session = core.connections.get(DOING).await?;
         let row = sqlx::query(core.sql.frontier.clone())
             .persistent(core.connections.persistent())
@@ -106,7 +163,6 @@ impl Frontier {
             Ok([from_sql(row.try_get(0)?), from_sql(row.try_get(1)?), from_sql(row.try_get(2)?)])
         };
         let [last_value, low_water, head] = columns().map_err(|error| failed(DOING, error))?;
-        let known = self.head.borrow().get();
         if last_value < known {
             return Err(StoreError::Incompatible {
                 expected: format!("a log that goes at least to position {known}, where it has been"),
@@ -114,12 +170,8 @@ impl Frontier {
                 advice: "the database was restored, or a standby that had not received everything took over: rebuild what has read further, then restart".into(),
             });
         }
-        // A writer that was slow to take its lock may pull the mark back. What was settled stays settled.
-        self.head.send_if_modified(|known| {
-            let news = head > known.get();
-            *known = Position::new(head.max(known.get()));
-            news
-        });
+        // A writer that was slow to take its lock may pull the mark back.
+        self.reached(Position::new(head));
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         *held = match *held {
             _ if low_water >= last_value => None,

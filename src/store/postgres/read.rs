@@ -9,7 +9,8 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use super::super::{LogPage, ReadLog, StoreError};
+use super::super::{Filter, LogPage, ReadLog, StoreError};
+use super::connection::Session;
 use super::error::failed;
 use super::{Core, from_sql, stream_key, to_sql};
 use crate::codec::Codec;
@@ -56,67 +57,98 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
     if end <= read.after {
         return Ok(page);
     }
-    let limit = read.limit.max(1);
+    if let Some((events, scanned_to)) = core.frontier.recent(read, end) {
+        return Ok(LogPage { events, scanned_to, head });
+    }
     let filter = &read.filter;
     let all = filter.wanted_names().is_none()
         && filter.wanted_categories().is_none()
         && filter.wanted_streams().is_none();
-    let persistent = core.connections.persistent();
-
     let mut session = core.connections.get(READING_LOG).await?;
-    let end = if all {
-        end
+    if all {
+        page.events = query(core, &mut session, read, None, end).await?;
+        // The end may lie in a hole that nobody ever fills.
+        page.scanned_to = page.events.last().map_or(read.after, |last| last.position);
     } else {
-        let end: Option<Option<i64>> = sqlx::query_scalar(core.sql.window.clone())
-            .bind(to_sql(read.after.get()))
-            .bind(to_sql(end.get()))
-            .bind(WINDOW)
-            .persistent(persistent)
-            .fetch_optional(&mut *session)
-            .await
-            .map_err(|error| failed(READING_LOG, error))?;
-        match end.flatten() {
-            Some(end) => Position::new(from_sql(end)),
-            None => {
-                session.finish(READING_LOG).await?;
-                return Ok(page);
-            }
-        }
-    };
-    let query = sqlx::query(if all { core.sql.log.clone() } else { core.sql.filtered.clone() })
-        .bind(to_sql(read.after.get()))
-        .bind(to_sql(end.get()))
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX));
-    let query = if all {
-        query.persistent(persistent)
-    } else {
-        let names: Option<Vec<&str>> =
-            filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect());
-        let categories: Option<Vec<&str>> =
-            filter.wanted_categories().map(|categories| categories.iter().map(Category::as_str).collect());
-        let streams: Option<Vec<Uuid>> =
-            filter.wanted_streams().map(|streams| streams.iter().map(stream_key).collect());
-        let values = names.as_ref().map_or(0, Vec::len)
-            + categories.as_ref().map_or(0, Vec::len)
-            + streams.as_ref().map_or(0, Vec::len);
-        query.bind(names).bind(categories).bind(streams).persistent(persistent && values <= FEW)
-    };
-    let mut decoder = Decoder::new(READING_LOG, core.info.codec);
-    {
-        let mut rows = query.fetch(&mut *session);
-        while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))? {
-            page.events.push(decoder.of_log(&row)?);
-        }
+        let after = to_sql(read.after.get());
+        let near = Position::new(from_sql(to_sql(end.get()).min(after.saturating_add(WINDOW))));
+        page.events = query(core, &mut session, read, Some(filter), near).await?;
+        page.scanned_to = match page.events.last() {
+            Some(last) if page.events.len() >= read.limit.max(1) => last.position,
+            _ => match window(core, &mut session, read.after, near).await? {
+                Some(last) => last,
+                // A hole that is wider than the window.
+                None => match window(core, &mut session, read.after, end).await? {
+                    Some(end) => {
+                        page.events = query(core, &mut session, read, Some(filter), end).await?;
+                        match page.events.last() {
+                            Some(last) if page.events.len() >= read.limit.max(1) => last.position,
+                            _ => end,
+                        }
+                    }
+                    None => read.after,
+                },
+            },
+        };
     }
     session.finish(READING_LOG).await?;
-    page.scanned_to = match page.events.last() {
-        Some(last) if page.events.len() >= limit => last.position,
-        // Without a filter, the end may lie in a hole that nobody ever fills.
-        Some(last) if all => last.position,
-        None if all => read.after,
-        _ => end,
-    };
     Ok(page)
+}
+
+/// The last event among those that a page behind `after` looks through, at most up to `end`.
+async fn window(
+    core: &Core,
+    session: &mut Session,
+    after: Position,
+    end: Position,
+) -> Result<Option<Position>, StoreError> {
+    let found: Option<Option<i64>> = sqlx::query_scalar(core.sql.window.clone())
+        .bind(to_sql(after.get()))
+        .bind(to_sql(end.get()))
+        .bind(WINDOW)
+        .persistent(core.connections.persistent())
+        .fetch_optional(&mut **session)
+        .await
+        .map_err(|error| failed(READING_LOG, error))?;
+    Ok(found.flatten().map(|position| Position::new(from_sql(position))))
+}
+
+/// The events that `read` wants, at most up to `end`.
+async fn query(
+    core: &Core,
+    session: &mut Session,
+    read: &ReadLog,
+    filter: Option<&Filter>,
+    end: Position,
+) -> Result<Vec<RecordedEvent>, StoreError> {
+    let persistent = core.connections.persistent();
+    let query = sqlx::query(if filter.is_some() { core.sql.filtered.clone() } else { core.sql.log.clone() })
+        .bind(to_sql(read.after.get()))
+        .bind(to_sql(end.get()))
+        .bind(i64::try_from(read.limit.max(1)).unwrap_or(i64::MAX));
+    let query = match filter {
+        None => query.persistent(persistent),
+        Some(filter) => {
+            let names: Option<Vec<&str>> =
+                filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect());
+            let categories: Option<Vec<&str>> = filter
+                .wanted_categories()
+                .map(|categories| categories.iter().map(Category::as_str).collect());
+            let streams: Option<Vec<Uuid>> =
+                filter.wanted_streams().map(|streams| streams.iter().map(stream_key).collect());
+            let values = names.as_ref().map_or(0, Vec::len)
+                + categories.as_ref().map_or(0, Vec::len)
+                + streams.as_ref().map_or(0, Vec::len);
+            query.bind(names).bind(categories).bind(streams).persistent(persistent && values <= FEW)
+        }
+    };
+    let mut decoder = Decoder::new(READING_LOG, core.info.codec);
+    let mut events = Vec::new();
+    let mut rows = query.fetch(&mut **session);
+    while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))? {
+        events.push(decoder.of_log(&row)?);
+    }
+    Ok(events)
 }
 
 /// One page of a stream.

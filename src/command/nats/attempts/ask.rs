@@ -52,7 +52,8 @@ impl Pursuit {
                     return Ok(Attempt::Next);
                 }
                 Heard::Nobody => {}
-                Heard::Reply(Reply { incarnation, says, .. }) => {
+                Heard::Reply(reply) => {
+                    let Reply { incarnation, says, .. } = *reply;
                     if !self.was_asked(of, incarnation) {
                         continue;
                     }
@@ -91,7 +92,7 @@ impl Pursuit {
         let attempt = u32::try_from(self.asked.len() + 1).unwrap_or(u32::MAX);
         self.frame.attempt = attempt;
         let encoded = to_cbor(&self.frame).map_err(|error| Failure::new(Code::Failed, error.to_string()))?;
-        let limit = line.client().server_info().max_payload.saturating_sub(HEADROOM);
+        let limit = line.client().max_payload().saturating_sub(HEADROOM);
         if encoded.len() > limit {
             let reason = format!(
                 "the command has {} bytes, and a message on this NATS server at most {limit}",

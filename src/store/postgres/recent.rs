@@ -1,0 +1,116 @@
+//! The newest stretch of the log, as far as this process has appended it itself while nobody else did: whoever follows closely
+//! need not read what has just been written.
+
+use std::collections::VecDeque;
+
+use super::super::ReadLog;
+use crate::event::{Position, RecordedEvent};
+
+/// How many events are kept, …
+const EVENTS: usize = 64;
+/// … and how many bytes of payload and metadata.
+const BYTES: usize = 256 << 10;
+
+/// Every event of the log behind one position, up to another.
+#[derive(Debug, Default)]
+pub(super) struct Recent {
+    after: Position,
+    upto: Position,
+    events: VecDeque<RecordedEvent>,
+    bytes: usize,
+}
+
+impl Recent {
+    /// Adds an event, which follows the one at `previous` in the log.
+    pub(super) fn push(&mut self, previous: Position, event: RecordedEvent) {
+        if event.position <= self.upto {
+            return;
+        }
+        if previous != self.upto {
+            // What lies between is not known here.
+            *self = Self { after: previous, ..Self::default() };
+        }
+        self.upto = event.position;
+        self.bytes += size(&event);
+        self.events.push_back(event);
+        while self.events.len() > EVENTS || self.bytes > BYTES {
+            let Some(oldest) = self.events.pop_front() else { break };
+            self.bytes -= size(&oldest);
+            self.after = oldest.position;
+        }
+    }
+
+    /// What `read` asks for, and how far that goes, at most to `end`; none if it begins elsewhere.
+    pub(super) fn read(&self, read: &ReadLog, end: Position) -> Option<(Vec<RecordedEvent>, Position)> {
+        if read.after < self.after || read.after >= self.upto {
+            return None;
+        }
+        let end = end.min(self.upto);
+        let wanted = |event: &&RecordedEvent| {
+            event.position > read.after && event.position <= end && read.filter.matches(event)
+        };
+        let events: Vec<_> = self.events.iter().filter(wanted).take(read.limit.max(1)).cloned().collect();
+        let scanned_to = match events.last() {
+            Some(last) if events.len() >= read.limit.max(1) => last.position,
+            _ => end,
+        };
+        Some((events, scanned_to))
+    }
+}
+
+fn size(event: &RecordedEvent) -> usize {
+    event.payload.len() + event.metadata.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::StreamId;
+    use crate::event::tests::recorded;
+    use crate::store::Filter;
+
+    fn read(recent: &Recent, read: ReadLog, end: u64) -> Option<(Vec<u64>, u64)> {
+        let (events, scanned_to) = recent.read(&read, Position::new(end))?;
+        Some((events.iter().map(|event| event.position.get()).collect(), scanned_to.get()))
+    }
+
+    fn after(position: u64) -> ReadLog {
+        ReadLog::after(Position::new(position))
+    }
+
+    #[test]
+    fn only_what_is_adjacent_is_answered() {
+        let mut recent = Recent::default();
+        assert_eq!(read(&recent, after(0), 9), None);
+        for (previous, position) in [(3, 5), (5, 6), (6, 9)] {
+            recent.push(Position::new(previous), recorded(position, 1));
+        }
+        assert_eq!(read(&recent, after(2), 9), None);
+        assert_eq!(read(&recent, after(9), 9), None);
+        assert_eq!(read(&recent, after(3), 9), Some((vec![5, 6, 9], 9)));
+        assert_eq!(read(&recent, after(4), 12), Some((vec![5, 6, 9], 9)));
+        assert_eq!(read(&recent, after(5), 8), Some((vec![6], 8)));
+        assert_eq!(read(&recent, after(3).limit(2), 9), Some((vec![5, 6], 6)));
+        let odd = Filter::all().streams([StreamId::new("test", 1).unwrap()]);
+        assert_eq!(read(&recent, after(3).filter(odd), 9), Some((vec![5, 9], 9)));
+        // Somebody else was at 10, and one answer came late.
+        recent.push(Position::new(10), recorded(11, 1));
+        recent.push(Position::new(6), recorded(7, 1));
+        assert_eq!(read(&recent, after(9), 11), None);
+        assert_eq!(read(&recent, after(10), 11), Some((vec![11], 11)));
+    }
+
+    #[test]
+    fn it_does_not_grow() {
+        let mut recent = Recent::default();
+        for position in 1..=200 {
+            recent.push(Position::new(position - 1), recorded(position, 1));
+        }
+        assert_eq!((recent.events.len(), recent.bytes), (EVENTS, EVENTS));
+        assert_eq!(read(&recent, after(135), 200), None);
+        assert_eq!(read(&recent, after(136), 200).map(|(events, _)| events.len()), Some(EVENTS));
+        recent.push(Position::new(200), recorded(201, BYTES + 1));
+        assert_eq!((recent.events.len(), recent.bytes), (0, 0));
+        assert_eq!(read(&recent, after(200), 201), None);
+    }
+}
