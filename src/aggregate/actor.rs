@@ -73,10 +73,9 @@ pub(super) struct Shared<A: Aggregate> {
     pub(super) snapshots: Arc<Semaphore>,
 }
 
-#[expect(clippy::large_enum_variant, reason = "half of the messages are the large one")]
 pub(super) enum AggregateMessage<A: Aggregate> {
     /// Decide on a command. `Load` counts it as under way on this aggregate until it is dropped.
-    Execute(Order<A>, Load),
+    Execute(Box<Order<A>>, Load),
     /// The writer answered the oldest append that it has of this actor.
     Written(Outcome),
 }
@@ -97,9 +96,9 @@ pub(super) struct AggregateState<A: Aggregate> {
     /// Something in `pending` failed, or the user's code panicked: nothing is decided until the rest is answered.
     broken: bool,
     /// To be decided again, because the speculation under them was wrong.
-    again: VecDeque<(Order<A>, Load)>,
+    again: VecDeque<(Box<Order<A>>, Load)>,
     /// Arrived while `broken`; decided after `again`.
-    waiting: VecDeque<(Order<A>, Load)>,
+    waiting: VecDeque<(Box<Order<A>>, Load)>,
     /// An encoded state, waiting for its version to become durable.
     staged: Option<(Version, Vec<u8>)>,
 }
@@ -109,13 +108,13 @@ pub(super) const SNAPSHOTS_UNDER_WAY: usize = 4;
 
 /// A decided command.
 struct Pending<A: Aggregate> {
-    order: Order<A>,
+    order: Box<Order<A>>,
     load: Load,
     decided: Decided<A>,
     /// From here to the end of its append.
     _append: Option<Box<tracing::Span>>,
     /// The same command dispatched again meanwhile: gets the same answer.
-    repeated: Vec<(Order<A>, Load)>,
+    repeated: Vec<(Box<Order<A>>, Load)>,
 }
 
 enum Decided<A: Aggregate> {
@@ -165,7 +164,7 @@ impl<A: Aggregate> AggregateActor<A> {
     async fn execute(
         &self,
         myself: &ActorRef<AggregateMessage<A>>,
-        mut order: Order<A>,
+        mut order: Box<Order<A>>,
         load: Load,
         state: &mut AggregateState<A>,
     ) {

@@ -149,7 +149,7 @@ impl<A: Aggregate> Router<A> {
     }
 
     /// Hands an admitted command over; the answer comes through its reply port.
-    pub(crate) fn route(&self, stream: StreamId, order: Order<A>) -> Result<(), ExecuteError<A::Error>> {
+    pub(crate) fn route(&self, stream: StreamId, order: Box<Order<A>>) -> Result<(), ExecuteError<A::Error>> {
         self.actor().cast(RouterMessage::Execute(stream, order)).map_err(|_| {
             if self.closing.load(Ordering::Acquire) {
                 ExecuteError::ShuttingDown
@@ -185,10 +185,9 @@ impl<A: Aggregate> Router<A> {
     }
 }
 
-#[expect(clippy::large_enum_variant, reason = "nearly every message is the large one")]
 pub(crate) enum RouterMessage<A: Aggregate> {
-    /// A command for the aggregate of a stream.
-    Execute(StreamId, Order<A>),
+    /// A command for the aggregate of a stream. Boxed, as it moves from actor to actor.
+    Execute(StreamId, Box<Order<A>>),
     /// Time to see who has been idle for too long.
     Sweep,
 }
@@ -292,7 +291,7 @@ impl<A: Aggregate> RouterActor<A> {
         &self,
         myself: &ActorRef<RouterMessage<A>>,
         stream: StreamId,
-        order: Order<A>,
+        order: Box<Order<A>>,
         state: &mut RouterState<A>,
     ) {
         let now = Instant::now();
@@ -303,7 +302,7 @@ impl<A: Aggregate> RouterActor<A> {
             if entry.load.load(Ordering::Relaxed) >= limit {
                 let error =
                     ExecuteError::Overloaded { what: "commands under way on one aggregate".into(), limit };
-                return refuse(message, error);
+                return refuse(*message, error);
             }
             match entry.actor.cast(AggregateMessage::Execute(message, Load::new(&entry.load))) {
                 Ok(()) => return,
@@ -318,7 +317,7 @@ impl<A: Aggregate> RouterActor<A> {
         if state.entries.len() >= self.shared.options.live && !make_room(&mut state.entries) {
             let limit = self.shared.options.live;
             return refuse(
-                message,
+                *message,
                 ExecuteError::Overloaded {
                     what: "live aggregates, the least recently used ones busy,".into(),
                     limit,
@@ -336,7 +335,7 @@ impl<A: Aggregate> RouterActor<A> {
             }
             Err(error) => {
                 tracing::error!(%stream, %error, "the actor of an aggregate cannot be started");
-                refuse(message, ExecuteError::ShuttingDown);
+                refuse(*message, ExecuteError::ShuttingDown);
             }
         }
     }

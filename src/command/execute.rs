@@ -98,7 +98,7 @@ impl<A: Aggregate> Execute<A> {
                     commands.policy().begin(&info).map_err(|reason| ExecuteError::Refused { reason })?;
                     let watch = watched(&commands, &envelope.metadata, category, Some(&key));
                     let (reply, answer) = oneshot();
-                    let order = Order {
+                    let order = Box::new(Order {
                         content: fingerprint(&command).map_err(EncodeError::from)? as u64,
                         command,
                         command_id: envelope.id,
@@ -110,7 +110,7 @@ impl<A: Aggregate> Execute<A> {
                         span,
                         _permit: permit,
                         reply: reply.into(),
-                    };
+                    });
                     router.route(stream, order)?;
                     return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
                 }

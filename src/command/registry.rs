@@ -230,7 +230,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 return refused(&span, ExecuteError::<A::Error>::Refused { reason });
             }
             let (reply, answer) = oneshot();
-            let order = Order {
+            let order = Box::new(Order {
                 content: content(&frame).map_err(marked(&span))? as u64,
                 command,
                 command_id: frame.id,
@@ -242,7 +242,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 span: span.clone(),
                 _permit: permit,
                 reply: reply.into(),
-            };
+            });
             if let Err(error) = self.route(stream, order) {
                 return refused(&span, error);
             }
