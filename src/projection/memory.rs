@@ -30,10 +30,12 @@ impl InMemory {
     }
 
     /// Keeps a snapshot of `state` in the event store every `events` events that are applied (at least 1), and at an orderly end,
-    /// so that the next start goes on from there: it reads what came since, and not the whole log. Off by default.
+    /// so that the next start goes on from there and not from the beginning of the log. What passes the filter counts: with a rare
+    /// one, a start looks through what came since. Off by default.
     ///
     /// `state` is what the projection and its readers share, and all that `apply` changes; an `Arc<RwLock<T>>` of a serde type
-    /// will do. `revision` names its shape: raise it with every change of the type, or of what `apply` makes of an event. A
+    /// will do. `revision` names its shape: raise it with every change of the type, or of what `apply` makes of an event, also
+    /// of one that it did not know before and passed over. A
     /// snapshot of another revision, or of another filter, or one that cannot be loaded or is ahead of the log, is of no use: a
     /// warning says so, and the log is applied from its start.
     ///

@@ -297,22 +297,28 @@ impl Turn<'_> {
             if last.is_none() && inbox.is_stopping() {
                 last = Some(shared.store.frontier().await?);
             }
-            appended.mark_unchanged();
             let stretch = match ahead.take() {
                 Some(stretch) => stretch,
-                None => read_stretch(&*shared.store, self.end.position, announced.take()).await?,
+                None => {
+                    appended.mark_unchanged();
+                    read_stretch(&*shared.store, self.end.position, announced.take()).await?
+                }
             };
             let (upto, head, something) = (stretch.upto, stretch.head, !stretch.batches.is_empty());
             let more = upto < head;
             if something {
+                if more {
+                    appended.mark_unchanged();
+                }
                 let next = async {
-                    match more {
+                    let next = match more {
                         true => read_stretch(&*shared.store, upto, Some(head)).await.map(Some),
                         false => Ok(None),
-                    }
+                    };
+                    // What is under way is not broken off for it.
+                    Ok::<_, Interruption>(next)
                 };
-                let (published, next) = tokio::join!(self.publish(&mut *publisher, stretch), next);
-                published?;
+                let ((), next) = tokio::try_join!(self.publish(&mut *publisher, stretch), next)?;
                 ahead = next?;
                 beat_at = after(shared.options.heartbeat);
                 poll = shared.options.busy_poll;

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::support::PostgresServer;
-use crate::tools::{Dice, append, assert_sound, connect, events, exact, run, stream, whole_log};
+use crate::tools::{Dice, append, assert_sound, connect, events, eventually, exact, run, stream, whole_log};
 
 const MIGRATION: &str = include_str!("../../migrations/postgres/0001_events.sql");
 const APPEND_ONE: &str = include_str!("../../migrations/postgres/0003_append_one.sql");
@@ -576,6 +576,43 @@ async fn an_append_that_is_alone_settles_itself() {
     assert_eq!(log.len(), 4);
     assert_eq!(format!("{:?}", told.events), format!("{:?}", &log[1..2]));
     assert_eq!(log[2].id, event.id);
+
+    // A page ends at an event, also where the log has a hole.
+    assert!(append(&store, &stream(1), exact(0), events(1)).await.is_err());
+    let sixth = next(3).await;
+    let hole = Position::new(sixth.get() - 1);
+    let page = store.read_log(ReadLog::after(fourth).upto(hole)).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned_to), (0, fourth));
+}
+
+/// A server that takes over may not have what the one before it had acknowledged. What this process remembers of that is no
+/// event of the log any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_server_does_not_have_is_not_remembered() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    let mut appended = store.appended();
+    let mut last = Position::START;
+    for version in 0..3 {
+        let done = append(&store, &stream(1), exact(version), events(1)).await.unwrap();
+        (_, last) = (last, done.positions[0]);
+        appended.wait_for(|head| *head >= last).await.unwrap();
+    }
+    let newest = ReadLog::after(Position::new(last.get() - 1)).upto(last);
+    assert_eq!(store.read_log(newest.clone()).await.unwrap().events.len(), 1);
+    run(
+        &url,
+        &format!(
+            "ALTER TABLE storied.events DISABLE TRIGGER USER; DELETE FROM storied.events WHERE position = {last};
+             ALTER TABLE storied.events ENABLE TRIGGER USER;
+             SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+             WHERE pid <> pg_backend_pid() AND datname = current_database()"
+        ),
+    )
+    .await;
+    // As whoever goes on after an outage: it has asked something before, until there was an answer.
+    eventually("the server answers again", async || store.frontier().await.is_ok()).await;
+    assert_eq!(store.read_log(newest).await.unwrap().events.len(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -374,7 +374,6 @@ pub(super) fn nonzero(
     }
 }
 
-/// Logs in with what a URL says (`user:password@` or `token@`), which async-nats itself takes no notice of.
 /// Whether every login in a list of servers stands where one belongs. A comma, slash or the like in a password makes its
 /// first part look like a host, which would be connected to, and told in errors.
 fn logins_are_plain(servers: &str) -> bool {
@@ -387,6 +386,7 @@ fn logins_are_plain(servers: &str) -> bool {
     })
 }
 
+/// Logs in with what a URL says (`user:password@` or `token@`), which async-nats itself takes no notice of.
 fn url_login(options: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
     let Some((name, password)) =
         servers.iter().find_map(|server| Some((server.username()?, server.password())))

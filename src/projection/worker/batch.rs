@@ -47,6 +47,9 @@ const EVENT_BYTES: usize = 256;
 /// The largest partition of what is read that is of use: only a partition's part makes a transaction.
 const PARTS: usize = 8;
 
+/// How many transactions' worth a page has at most, if nothing is passed over.
+const BATCHES: usize = 4;
+
 /// The size of a page: some transactions of small events, so that the time on the way to the store and back is shared; few of large
 /// ones.
 #[derive(Debug)]
@@ -59,7 +62,7 @@ impl PageSize {
     pub(super) fn new(options: &ProjectionOptions, partition: Option<Partition>) -> Self {
         let parts = partition.map_or(1, |partition| usize::from(partition.count()).min(PARTS));
         let now = options.batch.saturating_mul(parts);
-        Self { now, most: now.saturating_mul(4) }
+        Self { now, most: now.max(options.batch.saturating_mul(BATCHES)) }
     }
 
     pub(super) fn get(&self) -> usize {
@@ -71,7 +74,8 @@ impl PageSize {
         let bytes: usize =
             events.iter().map(|event| event.payload.len() + event.metadata.len() + EVENT_BYTES).sum();
         if let Some(one) = bytes.checked_div(events.len()) {
-            self.now = (PAGE_BYTES / one).clamp(1, self.most);
+            // Small steps up: what comes next may be larger than what came before.
+            self.now = (PAGE_BYTES / one).min(self.now.saturating_mul(2)).clamp(1, self.most);
         }
     }
 }
@@ -85,9 +89,16 @@ mod tests {
     fn a_page_has_about_a_mebibyte() {
         let mut page = PageSize::new(&ProjectionOptions::new().batch_size(500), None);
         assert_eq!(page.get(), 500);
-        for (sizes, events) in
-            [(&[10, 10][..], 2_000), (&[768, 768], 1_024), (&[], 1_024), (&[3 << 20], 1), (&[0, 3_584], 512)]
-        {
+        for (sizes, events) in [
+            (&[10, 10][..], 1_000),
+            (&[10], 2_000),
+            (&[10], 2_000),
+            (&[768, 768], 1_024),
+            (&[], 1_024),
+            (&[0, 3_584], 512),
+            (&[3 << 20], 1),
+            (&[10], 2),
+        ] {
             page.saw(&sizes.iter().map(|size| recorded(1, *size)).collect::<Vec<_>>());
             assert_eq!(page.get(), events, "{sizes:?}");
         }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::{JoinError, JoinSet, spawn_blocking};
 
 use super::{Context, Role, Run};
 use crate::event::{Position, StreamId, Version};
@@ -91,7 +91,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 if position > head {
                     format!("it is at position {position}, and the log ends at {head}")
                 } else {
-                    match snapshots.unpack(&state, filter) {
+                    let (snapshots, filter) = (snapshots.clone(), filter.clone());
+                    let unpacked = spawn_blocking(move || snapshots.unpack(&state, &filter)).await;
+                    match unpacked.unwrap_or_else(|error| Err(error.to_string())) {
                         Ok(parked) => {
                             ours.parked = parked.len();
                             tracing::info!(projection = name, %position, "starting from a snapshot");
@@ -184,7 +186,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.read_model.checkpoint(&self.row).await.map_err(|error| error.to_string())?.position;
             let parked =
                 self.read_model.parked(&self.row, usize::MAX).await.map_err(|error| error.to_string())?;
-            Ok::<_, String>((position, parked.len(), ours.snapshots.pack(filter, &parked)?))
+            let (snapshots, filter, count) = (ours.snapshots.clone(), filter.clone(), parked.len());
+            // A large state takes its time, and others have the thread to themselves meanwhile.
+            let packing = spawn_blocking(move || snapshots.pack(&filter, &parked)).await;
+            Ok::<_, String>((position, count, packing.map_err(|error| error.to_string())??))
         };
         let (position, parked, state) = match taken.await {
             Ok(taken) => taken,

@@ -278,6 +278,7 @@ impl Failure {
 
 async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failure> {
     let explicit = core.connections.appends_in_transactions();
+    let server = core.connections.begun();
     let session =
         if explicit { core.connections.begin(DOING).await } else { core.connections.acquire(DOING).await };
     let mut session = session.map_err(Failure::Failed)?;
@@ -312,7 +313,7 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
     match core.timed(session.done()).await {
         Ok(()) => {
             if let Some((previous, event)) = settled {
-                core.frontier.settled(previous, event);
+                core.frontier.settled(server, previous, event);
             }
             Ok(fates)
         }

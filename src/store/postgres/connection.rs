@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -52,6 +53,8 @@ pub(super) struct Connections {
     permits: Arc<Semaphore>,
     /// At most one for each permit.
     idle: Mutex<Vec<(Live, Instant)>>,
+    /// See [`begun`](Self::begun).
+    begun: AtomicU64,
 }
 
 impl fmt::Debug for Connections {
@@ -112,7 +115,8 @@ impl Connections {
         limit: usize,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(limit.max(1)));
-        Self { source, patience, transactional, begin, permits, idle: Mutex::default() }
+        let (idle, begun) = (Mutex::default(), AtomicU64::new(0));
+        Self { source, patience, transactional, begin, permits, idle, begun }
     }
 
     /// Whether statements may be prepared under a name.
@@ -178,7 +182,13 @@ impl Connections {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
+    /// How many connections were begun. As long as it stays the same, nothing can have been heard of another server than before.
+    pub(super) fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Acquire)
+    }
+
     async fn open(&self) -> Result<Live, sqlx::Error> {
+        self.begun.fetch_add(1, Ordering::AcqRel);
         let options = match &self.source {
             Source::Own(options) => options,
             Source::Pool(pool) => {

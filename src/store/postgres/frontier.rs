@@ -88,16 +88,21 @@ impl Frontier {
         self.head.receiver_count() > 0 && self.appending.load(Ordering::Acquire) == 1
     }
 
-    /// An append was committed that found everything below decided: `event` follows the one at `previous`.
-    pub(super) fn settled(&self, previous: Position, event: RecordedEvent) {
+    /// An append was committed on `server` that found everything below decided: `event` follows the one at `previous`.
+    pub(super) fn settled(&self, server: u64, previous: Position, event: RecordedEvent) {
         let position = event.position;
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).push(previous, event);
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).push(server, previous, event);
         self.reached(position);
     }
 
-    /// What `read` asks for, if that was appended here just now; and how far that goes, at most to `end`.
-    pub(super) fn recent(&self, read: &ReadLog, end: Position) -> Option<(Vec<RecordedEvent>, Position)> {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).read(read, end)
+    /// What `read` asks for, if that was appended here to `server` just now; and how far that goes, at most to `end`.
+    pub(super) fn recent(
+        &self,
+        server: u64,
+        read: &ReadLog,
+        end: Position,
+    ) -> Option<(Vec<RecordedEvent>, Position)> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).read(server, read, end)
     }
 
     /// Readers may have everything up to `head`. What was settled stays settled.

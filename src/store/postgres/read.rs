@@ -57,7 +57,7 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
     if end <= read.after {
         return Ok(page);
     }
-    if let Some((events, scanned_to)) = core.frontier.recent(read, end) {
+    if let Some((events, scanned_to)) = core.frontier.recent(core.connections.begun(), read, end) {
         return Ok(LogPage { events, scanned_to, head });
     }
     let filter = &read.filter;

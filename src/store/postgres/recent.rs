@@ -14,6 +14,8 @@ const BYTES: usize = 256 << 10;
 /// Every event of the log behind one position, up to another.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
+    /// What the server was known by. Another one, which takes over, may not have all of it.
+    server: u64,
     after: Position,
     upto: Position,
     events: VecDeque<RecordedEvent>,
@@ -21,14 +23,14 @@ pub(super) struct Recent {
 }
 
 impl Recent {
-    /// Adds an event, which follows the one at `previous` in the log.
-    pub(super) fn push(&mut self, previous: Position, event: RecordedEvent) {
-        if event.position <= self.upto {
+    /// Adds an event, which follows the one at `previous` in the log of `server`.
+    pub(super) fn push(&mut self, server: u64, previous: Position, event: RecordedEvent) {
+        if server < self.server || (server == self.server && event.position <= self.upto) {
             return;
         }
-        if previous != self.upto {
+        if server != self.server || previous != self.upto {
             // What lies between is not known here.
-            *self = Self { after: previous, ..Self::default() };
+            *self = Self { server, after: previous, ..Self::default() };
         }
         self.upto = event.position;
         self.bytes += size(&event);
@@ -41,19 +43,28 @@ impl Recent {
     }
 
     /// What `read` asks for, and how far that goes, at most to `end`; none if it begins elsewhere.
-    pub(super) fn read(&self, read: &ReadLog, end: Position) -> Option<(Vec<RecordedEvent>, Position)> {
-        if read.after < self.after || read.after >= self.upto {
+    pub(super) fn read(
+        &self,
+        server: u64,
+        read: &ReadLog,
+        end: Position,
+    ) -> Option<(Vec<RecordedEvent>, Position)> {
+        if server != self.server || read.after < self.after || read.after >= self.upto {
             return None;
         }
-        let end = end.min(self.upto);
-        let wanted = |event: &&RecordedEvent| {
-            event.position > read.after && event.position <= end && read.filter.matches(event)
-        };
-        let events: Vec<_> = self.events.iter().filter(wanted).take(read.limit.max(1)).cloned().collect();
-        let scanned_to = match events.last() {
-            Some(last) if events.len() >= read.limit.max(1) => last.position,
-            _ => end,
-        };
+        let mut events = Vec::new();
+        // Always an event's: the end may lie in a hole.
+        let mut scanned_to = read.after;
+        let there = |event: &&RecordedEvent| event.position > read.after && event.position <= end;
+        for event in self.events.iter().filter(there) {
+            scanned_to = event.position;
+            if read.filter.matches(event) {
+                events.push(event.clone());
+                if events.len() >= read.limit.max(1) {
+                    break;
+                }
+            }
+        }
         Some((events, scanned_to))
     }
 }
@@ -70,7 +81,7 @@ mod tests {
     use crate::store::Filter;
 
     fn read(recent: &Recent, read: ReadLog, end: u64) -> Option<(Vec<u64>, u64)> {
-        let (events, scanned_to) = recent.read(&read, Position::new(end))?;
+        let (events, scanned_to) = recent.read(1, &read, Position::new(end))?;
         Some((events.iter().map(|event| event.position.get()).collect(), scanned_to.get()))
     }
 
@@ -83,33 +94,46 @@ mod tests {
         let mut recent = Recent::default();
         assert_eq!(read(&recent, after(0), 9), None);
         for (previous, position) in [(3, 5), (5, 6), (6, 9)] {
-            recent.push(Position::new(previous), recorded(position, 1));
+            recent.push(1, Position::new(previous), recorded(position, 1));
         }
         assert_eq!(read(&recent, after(2), 9), None);
         assert_eq!(read(&recent, after(9), 9), None);
         assert_eq!(read(&recent, after(3), 9), Some((vec![5, 6, 9], 9)));
         assert_eq!(read(&recent, after(4), 12), Some((vec![5, 6, 9], 9)));
-        assert_eq!(read(&recent, after(5), 8), Some((vec![6], 8)));
+        assert_eq!(read(&recent, after(5), 8), Some((vec![6], 6)));
+        assert_eq!(read(&recent, after(6), 8), Some((vec![], 6)));
         assert_eq!(read(&recent, after(3).limit(2), 9), Some((vec![5, 6], 6)));
         let odd = Filter::all().streams([StreamId::new("test", 1).unwrap()]);
         assert_eq!(read(&recent, after(3).filter(odd), 9), Some((vec![5, 9], 9)));
         // Somebody else was at 10, and one answer came late.
-        recent.push(Position::new(10), recorded(11, 1));
-        recent.push(Position::new(6), recorded(7, 1));
+        recent.push(1, Position::new(10), recorded(11, 1));
+        recent.push(1, Position::new(6), recorded(7, 1));
         assert_eq!(read(&recent, after(9), 11), None);
         assert_eq!(read(&recent, after(10), 11), Some((vec![11], 11)));
+    }
+
+    #[test]
+    fn another_server_begins_anew() {
+        let mut recent = Recent::default();
+        recent.push(1, Position::new(3), recorded(5, 1));
+        assert!(recent.read(2, &after(3), Position::new(9)).is_none());
+        recent.push(2, Position::new(3), recorded(4, 1));
+        // An answer of the old one that came late.
+        recent.push(1, Position::new(5), recorded(6, 1));
+        let read = |from| recent.read(2, &after(from), Position::new(9)).map(|(_, upto)| upto.get());
+        assert_eq!((read(3), read(4), read(5)), (Some(4), None, None));
     }
 
     #[test]
     fn it_does_not_grow() {
         let mut recent = Recent::default();
         for position in 1..=200 {
-            recent.push(Position::new(position - 1), recorded(position, 1));
+            recent.push(1, Position::new(position - 1), recorded(position, 1));
         }
         assert_eq!((recent.events.len(), recent.bytes), (EVENTS, EVENTS));
         assert_eq!(read(&recent, after(135), 200), None);
         assert_eq!(read(&recent, after(136), 200).map(|(events, _)| events.len()), Some(EVENTS));
-        recent.push(Position::new(200), recorded(201, BYTES + 1));
+        recent.push(1, Position::new(200), recorded(201, BYTES + 1));
         assert_eq!((recent.events.len(), recent.bytes), (0, 0));
         assert_eq!(read(&recent, after(200), 201), None);
     }
