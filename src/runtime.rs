@@ -294,7 +294,9 @@ impl Builder {
     }
 
     /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) beside the live one. `make` makes it for each
-    /// version of its read model, in tables of their own.
+    /// version of its read model, in tables of their own. On a read model that cannot be switched in a transaction
+    /// ([`InMemory`](crate::projection::InMemory), [`External`](crate::projection::External)) it runs as any other, and a rebuild is
+    /// [refused](crate::projection::ControlError::NotRebuildable).
     pub fn rebuildable<P, R>(
         self,
         make: impl Fn(Target) -> P + Send + Sync + 'static,

@@ -16,6 +16,10 @@ pub enum Workload {
     Rehydrate,
     /// A log over NATS: into a new mirror in JetStream, or over Core to a subscriber.
     Publish,
+    /// A log into a new mirror in JetStream, one message after the other.
+    AcksAwaited,
+    /// Messages into JetStream with ids, by which it knows those that it has.
+    AcksDedup,
     /// From an append to the handler of a projection, or over NATS to a subscriber, 200 times a second.
     Latency,
     /// Commands over NATS to a handler that does nothing, on so many nodes.
@@ -69,15 +73,15 @@ pub struct Args {
 }
 
 const USAGE: &str = "usage: cargo bench --bench storied -- \
-[all|commands|hot|append|catchup|rehydrate|publish|latency|dispatch|remote|memory|scale]
+[all|commands|hot|append|catchup|rehydrate|publish|acks|latency|dispatch|remote|memory|scale]
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
    or: cargo bench --bench storied -- table FILE.json...   (prints what --json wrote as a table in Markdown)
-append, dispatch, remote, memory and scale are several: append-1, append-100; dispatch-1 to -3 and remote-1 to -3 (nodes);
-memory-idle, memory-catchup; scale-2 to -4 (processes)";
+append, acks, dispatch, remote, memory and scale are several: append-1, append-100; acks-awaited, acks-dedup; dispatch-1 to -3
+and remote-1 to -3 (nodes); memory-idle, memory-catchup; scale-2 to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 19] = [
+    const ALL: [Workload; 21] = [
         Workload::Commands,
         Workload::Hot,
         Workload::Append(1),
@@ -85,6 +89,8 @@ impl Workload {
         Workload::Catchup,
         Workload::Rehydrate,
         Workload::Publish,
+        Workload::AcksAwaited,
+        Workload::AcksDedup,
         Workload::Latency,
         Workload::Dispatch(1),
         Workload::Dispatch(2),
@@ -107,6 +113,8 @@ impl Workload {
             Workload::Catchup => "catchup".into(),
             Workload::Rehydrate => "rehydrate".into(),
             Workload::Publish => "publish".into(),
+            Workload::AcksAwaited => "acks-awaited".into(),
+            Workload::AcksDedup => "acks-dedup".into(),
             Workload::Latency => "latency".into(),
             Workload::Dispatch(nodes) => format!("dispatch-{nodes}").into(),
             Workload::Remote(nodes) => format!("remote-{nodes}").into(),
@@ -122,9 +130,11 @@ impl Workload {
         name.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
     }
 
-    /// Where there is something to compare it with. The memory store is its own limit, and keeps the log in memory.
+    /// Where there is something to compare it with. The memory store is its own limit, and keeps the log in memory. `acks` is
+    /// about NATS alone.
     fn stores(self) -> &'static [StoreKind] {
         match self {
+            Workload::AcksAwaited | Workload::AcksDedup => &[StoreKind::Memory],
             Workload::Scale(_) => &[StoreKind::Postgres],
             Workload::Append(_) | Workload::MemoryCatchup => &[StoreKind::Sqlite, StoreKind::Postgres],
             _ => &StoreKind::ALL,
@@ -134,6 +144,7 @@ impl Workload {
     fn buses(self) -> &'static [BusKind] {
         match self {
             Workload::Publish => &[BusKind::Core, BusKind::JetStream],
+            Workload::AcksAwaited | Workload::AcksDedup => &[BusKind::JetStream],
             Workload::Latency => &BusKind::ALL,
             Workload::Dispatch(_) | Workload::Remote(_) => &[BusKind::Core],
             _ => &[BusKind::Local],
@@ -158,6 +169,8 @@ impl Workload {
             (Workload::Dispatch(_) | Workload::Remote(_), StoreKind::Memory) => 10_000.max(callers * 1_000),
             (Workload::Dispatch(_) | Workload::Remote(_), _) => 1_000.max(callers * 200),
             (Workload::Rehydrate, _) => 10_000,
+            (Workload::AcksAwaited, _) => 20_000,
+            (Workload::AcksDedup, _) => 100_000,
             (Workload::Latency, _) => 500,
             (Workload::Scale(_), _) => 4_000,
             (Workload::MemoryIdle, _) => 100_000,

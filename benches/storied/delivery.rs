@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use storied::bus::{BusItem, BusSubscription};
-use storied::{EventBus, Position, PublisherState, Runtime};
+use storied::bus::{BusItem, BusSubscription, JetStreamOptions};
+use storied::{EventBus, NatsBus, Position, PublisherState, Runtime};
 
 use crate::args::Plan;
 use crate::limits;
@@ -16,26 +16,62 @@ use crate::workloads::AGGREGATES;
 /// A full log into a new mirror in JetStream, until all of it is confirmed. The limit is async-nats with messages alike.
 pub async fn mirror(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
-    let store = Store::fresh(plan.store).await;
-    store.fill(plan, AGGREGATES).await;
-    store.settle().await;
-    let head = store.port().frontier().await.unwrap();
     let bus = nats.events(plan.bus);
-    bus.connect().await.unwrap();
-    let start = Instant::now();
-    let runtime = store.builder().bus(bus.clone()).start().await.unwrap();
-    while runtime.status().await.publisher.published != Some(head) {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    let ours = Run::whole(plan.events, start.elapsed());
-    runtime.shutdown().await.unwrap();
-    let limit = limits::jetstream_publishes(plan, &bus.client().await.unwrap()).await;
+    let ours = fill_mirror(plan, &full(plan).await, &bus).await;
+    let limit = limits::jetstream_publishes(plan, &bus.client().await.unwrap(), true).await;
     nats.drop_mirror().await;
     Comparison {
         ours,
         limit,
         note: "256 in flight, the expected sequence in each, the limit's as well".into(),
     }
+}
+
+/// The same, each message confirmed before the next one is sent. The limit is storied's own window.
+pub async fn awaited(plan: &Plan) -> Comparison {
+    let nats = Nats::start(plan.bus).await;
+    let store = full(plan).await;
+    let ours = fill_mirror(plan, &store, &nats.mirror(JetStreamOptions::new().window(1))).await;
+    nats.drop_mirror().await;
+    let limit = fill_mirror(plan, &store, &nats.mirror(JetStreamOptions::new())).await;
+    nats.drop_mirror().await;
+    Comparison { ours, limit, note: "both are storied: 1 in flight, and 256".into() }
+}
+
+/// Messages as in a mirror. The limit is the same without an id for each; storied never goes without, so async-nats is both.
+pub async fn deduplicated(plan: &Plan) -> Comparison {
+    let nats = Nats::start(plan.bus).await;
+    let bus = nats.events(plan.bus);
+    fill_mirror(plan, &full(plan).await, &bus).await;
+    let client = bus.client().await.unwrap();
+    let ours = limits::jetstream_publishes(plan, &client, true).await;
+    let limit = limits::jetstream_publishes(plan, &client, false).await;
+    nats.drop_mirror().await;
+    Comparison {
+        ours,
+        limit,
+        note: "both are async-nats, 256 in flight: with Nats-Msg-Id, and without".into(),
+    }
+}
+
+async fn full(plan: &Plan) -> Store {
+    let store = Store::fresh(plan.store).await;
+    store.fill(plan, AGGREGATES).await;
+    store.settle().await;
+    store
+}
+
+async fn fill_mirror(plan: &Plan, store: &Store, bus: &NatsBus) -> Run {
+    let head = store.port().frontier().await.unwrap();
+    bus.connect().await.unwrap();
+    let start = Instant::now();
+    let runtime = store.builder().bus(bus.clone()).start().await.unwrap();
+    while runtime.status().await.publisher.published != Some(head) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let run = Run::whole(plan.events, start.elapsed());
+    runtime.shutdown().await.unwrap();
+    run
 }
 
 /// Appends as fast as the store takes them, published and received by a subscriber, until it has the last. The limit is

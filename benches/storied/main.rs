@@ -6,8 +6,8 @@
 //! cargo bench --bench storied -- table FILE.json...
 //! ```
 //!
-//! Workloads: `commands`, `hot`, `append`, `catchup`, `rehydrate`, `publish`, `latency`, `dispatch`, `remote`, `memory`, `scale`,
-//! or `all` (the default), on every store and over every bus that was not excluded.
+//! Workloads: `commands`, `hot`, `append`, `catchup`, `rehydrate`, `publish`, `acks`, `latency`, `dispatch`, `remote`, `memory`,
+//! `scale`, or `all` (the default), on every store and over every bus that was not excluded.
 //! Ours and the limit take turns, `runs` times; the medians are printed, with their ratio and its spread. What each limit is
 //! stands beside its workload's function. How to read the numbers: `docs/performance.md`.
 //!
@@ -88,6 +88,8 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Publish if plan.bus == BusKind::JetStream => delivery::mirror(plan).await,
         Workload::Publish => delivery::deliver(plan).await,
+        Workload::AcksAwaited => delivery::awaited(plan).await,
+        Workload::AcksDedup => delivery::deduplicated(plan).await,
         Workload::Latency if plan.bus == BusKind::Local => latency::to_projection(plan).await,
         Workload::Latency => latency::to_subscriber(plan).await,
         Workload::Dispatch(nodes) => commands::dispatch(plan, nodes).await,

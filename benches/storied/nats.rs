@@ -46,10 +46,17 @@ impl Nats {
     }
 
     pub fn events(&self, bus: BusKind) -> NatsBus {
-        let options = match bus {
-            BusKind::JetStream => storied::NatsOptions::jetstream(JetStreamOptions::new().stream(STREAM)),
-            BusKind::Local | BusKind::Core => storied::NatsOptions::core(),
-        };
+        match bus {
+            BusKind::JetStream => self.mirror(JetStreamOptions::new()),
+            BusKind::Local | BusKind::Core => self.bus(storied::NatsOptions::core()),
+        }
+    }
+
+    pub fn mirror(&self, options: JetStreamOptions) -> NatsBus {
+        self.bus(storied::NatsOptions::jetstream(options.stream(STREAM)))
+    }
+
+    fn bus(&self, options: storied::NatsOptions) -> NatsBus {
         options.url(&self.url).namespace(NAMESPACE).unwrap().bus()
     }
 

@@ -77,6 +77,8 @@ where
         Made::Partitioned(count, _) => Shape::cut(&name, *count),
     };
     let part = |role, partition| Part { shape: shape.clone(), role, partition };
+    // Elsewhere a rebuild is refused; and in memory, what waits for one would apply the log a second time.
+    let switches = read_model.shared() && read_model.rolls_back();
     let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
     match made {
         Made::Once(projection) => {
@@ -85,7 +87,9 @@ where
         Made::Versioned(make) => {
             let made = || instance(&make, Partition::whole());
             parts.push(start(made(), part(Role::Live, None)).await?);
-            rebuilds.push(start(made(), part(Role::Rebuild, None)).await?);
+            if switches {
+                rebuilds.push(start(made(), part(Role::Rebuild, None)).await?);
+            }
         }
         Made::Partitioned(count, make) => {
             for partition in Partition::all(count) {
@@ -93,7 +97,7 @@ where
                 let permitted = || Some((partition, permit.subscribe()));
                 let made = || instance(&make, partition);
                 let live = start(made(), part(Role::Live, permitted())).await?;
-                if read_model.rolls_back() {
+                if switches {
                     rebuilds.push(start(made(), part(Role::Rebuild, permitted())).await?);
                 }
                 seats.push(Seat { partition, permit, status: live.status.clone() });

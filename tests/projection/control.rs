@@ -173,9 +173,10 @@ async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
         assert_eq!(database.seen("table").await.len(), 19, "{kind}: nothing was changed");
         assert_eq!(handle.parked(10).await.unwrap().len(), 1, "{kind}");
 
-        // From any node: both try again.
+        // From any node: both try again, the other one when it hears of it. Who waits there before is told of the failure.
         standby.reset().await.unwrap();
         catch_up(&standby, head).await;
+        leave(&handle, ProjectionState::Failed).await;
         catch_up(&handle, head).await;
         let all = log(&store, &Filter::all()).await;
         assert_eq!(database.seen("table").await, all, "{kind}");

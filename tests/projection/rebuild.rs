@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
 use storied::projection::{
-    ApplyError, ControlError, External, ProjectionState, RebuildStatus, Target, TargetUnavailable,
+    ApplyError, ControlError, External, InMemory, ProjectionState, RebuildStatus, Target, TargetUnavailable,
 };
 use storied::testing::Node;
 use storied::{
@@ -240,6 +240,45 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
             assert!(matches!(error, ControlError::NotRebuildable { .. }), "{kind}: {error}");
         }
         node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_rebuilt_is_projected_once_and_says_so() {
+    for (kind, store, _dir) in stores().await {
+        let node = local_node(&store).await;
+        let (memory, delivered) = (Seen::default(), Seen::default());
+        let handles = [
+            node.rebuildable(recording("memory", &memory), InMemory::new(), options()).await,
+            node.rebuildable(recording("delivered", &delivered), External::new(), options()).await,
+        ];
+        for stream in 0..10 {
+            let head = append(&store, stream, 1..=20).await;
+            for handle in &handles {
+                catch_up(handle, head).await;
+            }
+        }
+        for handle in handles {
+            let error = handle.rebuild().await.unwrap_err();
+            assert!(matches!(error, ControlError::NotRebuildable { .. }), "{kind}: {error}");
+            assert!(handle.rebuilding().is_none(), "{kind}");
+        }
+        node.stop(PATIENCE).await.unwrap();
+        let all = log(&store, &Filter::all()).await;
+        assert_eq!(memory.positions(), all, "{kind}");
+        assert_eq!(delivered.positions(), all, "{kind}");
+    }
+}
+
+fn recording<T: Send + 'static>(
+    name: &'static str,
+    seen: &Seen,
+) -> impl Fn(Target) -> Recorder<T> + Send + Sync + 'static {
+    let seen = seen.clone();
+    move |_| {
+        let mut recorder = recorder(name);
+        recorder.seen = seen.clone();
+        recorder
     }
 }
 

@@ -424,6 +424,13 @@ pub async fn reach(handle: &ProjectionHandle, state: ProjectionState) {
     assert!(matches!(reached, Ok(Ok(_))), "{} never became {state:?}: {:?}", handle.name(), handle.status());
 }
 
+/// What was done on another node reaches this one within a second.
+pub async fn leave(handle: &ProjectionHandle, state: ProjectionState) {
+    let mut watch = handle.watch();
+    let left = timeout(PATIENCE, watch.wait_for(|status| status.state != state)).await;
+    assert!(matches!(left, Ok(Ok(_))), "{} remained {state:?}: {:?}", handle.name(), handle.status());
+}
+
 pub async fn catch_up(handle: &ProjectionHandle, position: Position) {
     if let Err(error) = handle.caught_up_to_within(position, PATIENCE).await {
         panic!("{error}; {:?}", handle.status());
