@@ -41,15 +41,18 @@ pub async fn awaited(plan: &Plan) -> Comparison {
 /// Messages as in a mirror. The limit is the same without an id for each; storied never goes without, so async-nats is both.
 pub async fn deduplicated(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
-    let bus = nats.events(plan.bus);
-    fill_mirror(plan, &full(plan).await, &bus).await;
-    let client = bus.client().await.unwrap();
-    let ours = limits::jetstream_publishes(plan, &client, true).await;
-    let limit = limits::jetstream_publishes(plan, &client, false).await;
-    nats.drop_mirror().await;
+    let store = full(plan).await;
+    // Each behind as much as the other.
+    let publish = async |with_ids| {
+        let bus = nats.events(plan.bus);
+        fill_mirror(plan, &store, &bus).await;
+        let run = limits::jetstream_publishes(plan, &bus.client().await.unwrap(), with_ids).await;
+        nats.drop_mirror().await;
+        run
+    };
     Comparison {
-        ours,
-        limit,
+        ours: publish(true).await,
+        limit: publish(false).await,
         note: "both are async-nats, 256 in flight: with Nats-Msg-Id, and without".into(),
     }
 }
