@@ -45,7 +45,7 @@ impl FeedOptions {
         Self::default()
     }
 
-    /// How many batches (of at most 512 events or about 1 MiB) a follower may be behind before it has to read the store.
+    /// How many batches (of at most 2,048 events or about 1 MiB) a follower may be behind before it has to read the store.
     /// 128 by default, at least 1; rounded up to a power of two.
     #[must_use]
     pub fn capacity(mut self, batches: usize) -> Self {

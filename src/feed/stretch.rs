@@ -5,7 +5,7 @@ use crate::event::{Position, RecordedEvent};
 use crate::store::{EventStore, LogPage, ReadLog, StoreError};
 
 /// How many events are read at a time.
-const EVENTS: usize = 512;
+const EVENTS: usize = 2_048;
 
 /// How many bytes a batch has, roughly: this, or one event that is larger. Bounds what buffers of batches can hold.
 const BYTES: usize = 1 << 20;
@@ -21,7 +21,7 @@ pub(crate) struct Stretch {
     pub(crate) head: Position,
 }
 
-/// Reads the stretch behind `after`, at most to `upto`: up to 512 events in batches of about 1 MiB. Cancel-safe.
+/// Reads the stretch behind `after`, at most to `upto`: up to 2,048 events in batches of about 1 MiB. Cancel-safe.
 pub(crate) async fn read(
     store: &dyn EventStore,
     after: Position,

@@ -164,7 +164,7 @@ pub async fn collect(
         match next(subscription).await {
             BusItem::Batch(batch) => {
                 assert_eq!(batch.after, at, "adjacent");
-                assert!(batch.events.len() <= 512);
+                assert!(batch.events.len() <= 2_048);
                 at = batch.upto;
                 events.extend_from_slice(&batch.events);
             }

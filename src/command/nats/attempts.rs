@@ -58,9 +58,9 @@ impl Attempts {
     }
 
     /// Sends it around for as long as somebody waits.
-    pub(super) async fn run(self) -> Ended {
+    pub(super) async fn run(mut self) -> Ended {
         let started = Instant::now();
-        let (_, outcome, runtime) = self.inner.run().await;
+        let (outcome, runtime) = self.inner.run().await;
         drop(self.place);
         (outcome, runtime.unwrap_or(started.elapsed()))
     }
@@ -72,8 +72,8 @@ impl Attempts {
         self.inner.tell = Some(tell);
         tokio::spawn(async move {
             let started = Instant::now();
-            let (tell, outcome, runtime) = self.inner.run().await;
-            if let Some(tell) = tell {
+            let (outcome, runtime) = self.inner.run().await;
+            if let Some(tell) = self.inner.tell.take() {
                 let _ = tell.send(match &outcome {
                     Outcome::Error(failure) if !failure.is_answer() => Err(failure.clone()),
                     _ => Ok(()),
@@ -124,7 +124,7 @@ enum Attempt {
 }
 
 impl Pursuit {
-    async fn run(mut self) -> (Option<OneshotSender<Accepted>>, Outcome, Option<Duration>) {
+    async fn run(&mut self) -> (Outcome, Option<Duration>) {
         let answered = loop {
             if self.shared.ended.load(Ordering::Acquire) {
                 break Err(self.give_up("this node has ended"));
@@ -166,13 +166,12 @@ impl Pursuit {
                 Attempt::Next | Attempt::Again => {}
             }
         };
-        let (outcome, runtime) = match answered {
+        match answered {
             Ok(Answered { outcome, runtime }) => {
                 (self.certain(outcome), Some(Duration::from_micros(runtime)))
             }
             Err(failure) => (Outcome::Error(failure), None),
-        };
-        (self.tell, outcome, runtime)
+        }
     }
 
     fn candidates(&self, link: &Link) -> Vec<Candidate> {
