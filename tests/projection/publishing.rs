@@ -120,15 +120,15 @@ async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
     let mut slow = bus.subscribe(store.info().id).await.unwrap();
     let node = node(&store, bus.clone()).await;
     reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
-    let head = append(&store, 0, 0..2_000).await;
+    let head = append(&store, 0, 0..8_000).await;
     let mut next = None;
-    // From the frontier on, adjacent, in batches of at most 512.
+    // From the frontier on, adjacent, in batches of at most 2,048.
     let mut seen = 0;
     while next != Some(head) {
         match timeout(PATIENCE, prompt.next()).await.unwrap().unwrap() {
             BusItem::Batch(batch) => {
                 assert!(next.is_none_or(|next| next == batch.after) || seen == 0, "{batch:?}");
-                assert!(batch.events.len() <= 512);
+                assert!(batch.events.len() <= 2_048);
                 seen += batch.events.len();
                 next = Some(batch.upto);
             }
