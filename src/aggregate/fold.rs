@@ -99,22 +99,14 @@ impl<A: Aggregate> Folded<A> {
         store: &dyn EventStore,
         stream: &StreamId,
     ) -> Result<(), FoldError> {
-        let mut page = store.read_stream(stream, self.version, PAGE).await?;
         loop {
-            let next = page.last().filter(|_| page.len() >= PAGE).map(|last| last.version);
-            // Asked for first: the store works on it while this page is folded.
-            let reading = async {
-                match next {
-                    Some(after) => store.read_stream(stream, after, PAGE).await.map(Some),
-                    None => Ok(None),
-                }
-            };
-            let folding = async { page.iter().try_for_each(|event| self.fold_recorded(stream, event)) };
-            let (read, folded) = tokio::join!(biased; reading, folding);
-            folded?;
-            match read? {
-                Some(next) => page = next,
-                None => return Ok(()),
+            let page = store.read_stream(stream, self.version, PAGE).await?;
+            let last = page.len() < PAGE;
+            for event in &page {
+                self.fold_recorded(stream, event)?;
+            }
+            if last {
+                return Ok(());
             }
         }
     }
