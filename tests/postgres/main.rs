@@ -11,6 +11,7 @@ mod pooler;
 mod projections;
 mod proxy;
 mod read_model;
+mod settled;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::support::PostgresServer;
-use crate::tools::{Dice, append, assert_sound, connect, events, eventually, exact, run, stream, whole_log};
+use crate::tools::{Dice, append, assert_sound, connect, events, exact, run, stream, whole_log};
 
 const MIGRATION: &str = include_str!("../../migrations/postgres/0001_events.sql");
 const APPEND_ONE: &str = include_str!("../../migrations/postgres/0003_append_one.sql");
@@ -298,7 +298,7 @@ async fn transaction(connection: &mut PgConnection, dice: &mut Dice) -> sqlx::Re
 }
 
 /// Appends an event behind the last one that is there; its id, unless another transaction came first.
-async fn append_one(
+pub async fn append_one(
     connection: &mut PgConnection,
     stream: &StreamId,
     event: &NewEvent,
@@ -543,76 +543,6 @@ async fn nobody_who_is_told_misses_an_event() {
     findings.print("told, with kills");
     assert_eq!(findings.faults(), 0);
     assert!(findings.events > 300 && findings.rolled_back > 5, "{findings:?}");
-}
-
-/// An append that is alone says how far the log may be read, and nobody has to ask the server for it; beside another one it
-/// does not.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_append_that_is_alone_settles_itself() {
-    let url = PostgresServer::shared().await.create_database().await;
-    let store = PostgresStore::connect(&url).await.unwrap();
-    let mut appended = store.appended();
-    let next =
-        async |version| append(&store, &stream(1), exact(version), events(1)).await.unwrap().positions[0];
-    let first = next(0).await;
-    appended.wait_for(|head| *head == first).await.unwrap();
-    run(&url, "ALTER FUNCTION storied.frontier() RENAME TO nobody_asks").await;
-    let second = next(1).await;
-    assert_eq!(*appended.borrow_and_update(), second);
-    let told = store.read_log(ReadLog::after(first).upto(second)).await.unwrap();
-
-    let mut other = connect(&url).await;
-    let mut begun = other.begin().await.unwrap();
-    let event = events(1).remove(0);
-    append_one(&mut begun, &stream(2), &event).await.unwrap();
-    let fourth = next(2).await;
-    assert_eq!(*appended.borrow_and_update(), second);
-    begun.commit().await.unwrap();
-    run(&url, "ALTER FUNCTION storied.nobody_asks() RENAME TO frontier").await;
-    appended.wait_for(|head| *head == fourth).await.unwrap();
-
-    // Kept here or read there: the same.
-    let log = whole_log(&PostgresStore::connect(&url).await.unwrap()).await;
-    assert_eq!(log.len(), 4);
-    assert_eq!(format!("{:?}", told.events), format!("{:?}", &log[1..2]));
-    assert_eq!(log[2].id, event.id);
-
-    // A page ends at an event, also where the log has a hole.
-    assert!(append(&store, &stream(1), exact(0), events(1)).await.is_err());
-    let sixth = next(3).await;
-    let hole = Position::new(sixth.get() - 1);
-    let page = store.read_log(ReadLog::after(fourth).upto(hole)).await.unwrap();
-    assert_eq!((page.events.len(), page.scanned_to), (0, fourth));
-}
-
-/// A server that takes over may not have what the one before it had acknowledged. What this process remembers of that is no
-/// event of the log any more.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_another_server_does_not_have_is_not_remembered() {
-    let url = PostgresServer::shared().await.create_database().await;
-    let store = PostgresStore::connect(&url).await.unwrap();
-    let mut appended = store.appended();
-    let mut last = Position::START;
-    for version in 0..3 {
-        let done = append(&store, &stream(1), exact(version), events(1)).await.unwrap();
-        (_, last) = (last, done.positions[0]);
-        appended.wait_for(|head| *head >= last).await.unwrap();
-    }
-    let newest = ReadLog::after(Position::new(last.get() - 1)).upto(last);
-    assert_eq!(store.read_log(newest.clone()).await.unwrap().events.len(), 1);
-    run(
-        &url,
-        &format!(
-            "ALTER TABLE storied.events DISABLE TRIGGER USER; DELETE FROM storied.events WHERE position = {last};
-             ALTER TABLE storied.events ENABLE TRIGGER USER;
-             SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-             WHERE pid <> pg_backend_pid() AND datname = current_database()"
-        ),
-    )
-    .await;
-    // As whoever goes on after an outage: it has asked something before, until there was an answer.
-    eventually("the server answers again", async || store.frontier().await.is_ok()).await;
-    assert_eq!(store.read_log(newest).await.unwrap().events.len(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -111,6 +111,52 @@ async fn a_bus_that_hangs_or_fails_is_visible_and_holds_nobody_up() {
     assert_eq!(error.name, "publisher", "{error}");
 }
 
+/// More than one stretch of the log, the first of which is on its way to the bus and goes no further.
+async fn stuck_in_the_first_stretch(link: &Link, mirror: &Mirror) -> Node {
+    let store: Arc<dyn EventStore> = Arc::new(link.clone());
+    let head = append(&store, 0, 0..3_000).await;
+    mirror.hangs.store(true, Ordering::SeqCst);
+    let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
+    let forever = Duration::from_secs(3_600);
+    let options = publishing().busy_poll(forever).idle_poll(forever);
+    let node = Node::start(store, Arc::new(mirror.clone()), feed, options).await;
+    eventually("it publishes", || node.publisher().head == head).await;
+    node
+}
+
+/// What comes while one stretch is published, and the next one has been read, wakes the publisher all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_append_while_it_publishes_is_not_slept_through() {
+    let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
+    let mirror = Mirror::default();
+    let node = stuck_in_the_first_stretch(&link, &mirror).await;
+    append(&(Arc::new(link.clone()) as _), 0, [3_000]).await;
+    mirror.hangs.store(false, Ordering::SeqCst);
+    eventually("all is published", || mirror.kept().len() == 3_001).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// A store that hangs while the next stretch is read keeps nobody from hearing that the bus has failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bus_that_fails_is_noticed_while_the_store_hangs() {
+    let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
+    let mirror = Mirror::default();
+    link.wall(1);
+    let node = stuck_in_the_first_stretch(&link, &mirror).await;
+    mirror.down.store(true, Ordering::SeqCst);
+    mirror.hangs.store(false, Ordering::SeqCst);
+    reach(
+        &node,
+        "it retries",
+        |state| matches!(state, PublisherState::Retrying { error } if error.contains("down")),
+    )
+    .await;
+    mirror.down.store(false, Ordering::SeqCst);
+    link.wall(u64::MAX);
+    eventually("all is published", || mirror.kept().len() == 3_000).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());

@@ -102,6 +102,20 @@ impl Trial {
         self.start_with(link, state.clone(), state).await
     }
 
+    /// Runs it until it is at the end of the log, where it must have what the log makes.
+    async fn caught_up(&self, link: &Link) -> Running {
+        let running = self.start(link).await;
+        running.assert_exact(link).await;
+        running
+    }
+
+    /// It starts with everything, and applies nothing again.
+    async fn assert_kept(&self, link: &Link, store: &str) {
+        let running = self.caught_up(link).await;
+        assert_eq!(running.seen(), 0, "{store}");
+        running.stop().await;
+    }
+
     async fn start_with(&self, link: &Link, state: Shared, saved: Arc<impl SnapshotState>) -> Running {
         let seen = Arc::new(AtomicU64::new(0));
         let (filter, hook) = (self.filter.clone(), self.hook.clone());
@@ -204,23 +218,18 @@ async fn a_restart_reads_only_what_is_behind_the_snapshot() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         more(&link, 1, 0..1_000).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         assert_eq!(running.seen(), 1_000, "{store}");
         assert_eq!(link.shelf.asked.load(Ordering::SeqCst), 0, "{store}: before its time");
         running.stop().await;
 
         more(&link, 2, 0..50).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         assert_eq!(running.seen(), 50, "{store}");
         running.stop().await;
 
         // Nothing has come, and nothing is written.
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
-        assert_eq!(running.seen(), 0, "{store}");
-        running.stop().await;
+        trial.assert_kept(&link, store).await;
         assert_eq!(link.shelf.saved.lock().unwrap().len(), 2, "{store}");
         assert_true(&link, &trial.filter).await;
     }
@@ -243,8 +252,7 @@ async fn one_is_kept_every_so_many_events() {
         let head = more(&link, 1, 0..20).await;
         let kept = kept(&link).await.unwrap().1.version.get();
         assert!(kept + 220 >= head.get(), "{store}: {kept} of {head}");
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         assert!((1..=110).contains(&running.seen()), "{store}: {}", running.seen());
         running.stop().await;
         assert_true(&link, &trial.filter).await;

@@ -13,8 +13,7 @@ async fn what_cannot_be_saved_stops_nothing_and_is_saved_later() {
         let trial = Trial { options: options().batch_size(10), ..Trial::every(100) };
         link.shelf.full.store(true, Ordering::SeqCst);
         more(&link, 1, 0..199).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         eventually("it is tried", || link.shelf.asked.load(Ordering::SeqCst) >= 1).await;
         let head = more(&link, 1, 0..1).await;
         catch_up(&running.handle, head).await;
@@ -23,10 +22,7 @@ async fn what_cannot_be_saved_stops_nothing_and_is_saved_later() {
         link.shelf.full.store(false, Ordering::SeqCst);
         running.stop().await;
 
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
-        assert_eq!(running.seen(), 0, "{store}");
-        running.stop().await;
+        trial.assert_kept(&link, store).await;
     }
 }
 
@@ -36,15 +32,11 @@ async fn one_that_failed_is_saved_at_the_end_without_another_event() {
         let trial = Trial::every(100);
         link.shelf.full.store(true, Ordering::SeqCst);
         more(&link, 1, 0..100).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         eventually("it is tried", || link.shelf.asked.load(Ordering::SeqCst) == 1).await;
         link.shelf.full.store(false, Ordering::SeqCst);
         running.stop().await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
-        assert_eq!(running.seen(), 0, "{store}");
-        running.stop().await;
+        trial.assert_kept(&link, store).await;
     }
 }
 
@@ -54,15 +46,11 @@ async fn nothing_waits_for_one_that_is_being_written() {
         let trial = Trial { options: options().batch_size(5), ..Trial::every(1) };
         link.shelf.stuck.store(true, Ordering::SeqCst);
         more(&link, 1, 0..500).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         assert_eq!(link.shelf.asked.load(Ordering::SeqCst), 1, "{store}: one at a time");
         link.shelf.stuck.store(false, Ordering::SeqCst);
         running.stop().await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
-        assert_eq!(running.seen(), 0, "{store}");
-        running.stop().await;
+        trial.assert_kept(&link, store).await;
         assert_true(&link, &trial.filter).await;
     }
 }
@@ -72,8 +60,7 @@ async fn a_store_that_cannot_be_reached_at_the_start_is_waited_for() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         more(&link, 1, 0..100).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         running.stop().await;
         link.down.store(true, Ordering::SeqCst);
         let running = trial.start(&link).await;
@@ -193,8 +180,7 @@ async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot()
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         more(&link, 1, 0..100).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         running.stop().await;
 
         let (state, seen) = (Shared::default(), Arc::new(AtomicU64::new(0)));
@@ -219,10 +205,7 @@ async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot()
         let expected = fold(&link, &Filter::all(), None).await;
         assert_eq!(*state.read().unwrap(), expected, "{store}");
         node.stop(PATIENCE).await.unwrap();
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
-        assert_eq!(running.seen(), 0, "{store}");
-        running.stop().await;
+        trial.assert_kept(&link, store).await;
     }
 }
 

@@ -70,8 +70,7 @@ async fn of_a_log_that_was_longer() {
 
         // Nor when the log has come as far by then.
         link.save_snapshot(&stream, beyond).await.unwrap();
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         more(&link, 2, 0..100).await;
         running.assert_exact(&link).await;
         running.node.kill();
@@ -105,10 +104,7 @@ async fn that_the_users_code_refuses_or_panics_over() {
             assert_eq!(running.seen(), 100, "{store}");
             running.stop().await;
         }
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
-        assert_eq!(running.seen(), 0, "{store}");
-        running.stop().await;
+        trial.assert_kept(&link, store).await;
     }
 }
 
@@ -117,8 +113,7 @@ async fn of_before_a_reset() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         with_snapshot(&link, &trial).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         running.handle.reset().await.unwrap();
         running.assert_exact(&link).await;
         assert_eq!(running.seen(), 100, "{store}");
@@ -132,15 +127,13 @@ async fn a_reset_that_was_refused_costs_nothing_but_the_snapshot() {
     for (store, link, _dir) in links().await {
         let trial = Trial { firm: true, ..Trial::every(NEVER) };
         with_snapshot(&link, &trial).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         let refused = running.handle.reset().await.unwrap_err();
         assert!(matches!(refused, ControlError::Refused { .. }), "{store}: {refused}");
         assert!(kept(&link).await.unwrap().1.state.is_empty(), "{store}");
         running.assert_exact(&link).await;
         running.stop().await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         assert_eq!(running.seen(), 0, "{store}: it is taken again");
         running.stop().await;
     }
@@ -152,8 +145,7 @@ async fn of_before_a_reset_but_still_on_its_way() {
         let trial = Trial::every(100);
         link.shelf.stuck.store(true, Ordering::SeqCst);
         more(&link, 1, 0..100).await;
-        let running = trial.start(&link).await;
-        running.assert_exact(&link).await;
+        let running = trial.caught_up(&link).await;
         eventually("it is on its way", || link.shelf.asked.load(Ordering::SeqCst) == 1).await;
         // So that no other one is taken.
         running.handle.pause().await.unwrap();
