@@ -84,6 +84,8 @@ impl Drop for Shared {
 /// What calls and the tailer share.
 struct Core {
     info: StoreInfo,
+    /// Whether there was an index of the log by name when this was opened.
+    indexed_by_name: bool,
     sql: LogSql,
     progress: Progress,
     connections: Arc<Connections>,
@@ -132,12 +134,14 @@ impl PostgresStore {
 
     async fn open(
         info: StoreInfo,
+        indexed_by_name: bool,
         schema: &Schema,
         connections: Arc<Connections>,
         hints: Option<Hints>,
     ) -> Result<Self, StoreError> {
         let core = Arc::new(Core {
             info,
+            indexed_by_name,
             sql: LogSql::new(schema),
             progress: Progress::new(schema, connections.persistent()),
             connections,

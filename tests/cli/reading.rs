@@ -25,6 +25,13 @@ async fn a_store_is_made_once_and_never_by_the_way() {
         fixture.run(&["migrate"]).await.code(0).shows(&["was up to date already"]);
         let json = fixture.run(&["migrate", "--json"]).await.code(0).json();
         assert_eq!((&json["migrated"], &json["backend"]), (&json!(false), &json!(fixture.kind)));
+        let indexing = fixture.run(&["migrate", "--index-by-name"]).await;
+        if fixture.kind == "postgres" {
+            indexing.code(0).shows(&["is migrated"]);
+            fixture.run(&["migrate", "--index-by-name"]).await.code(0).shows(&["was up to date already"]);
+        } else {
+            indexing.code(2).complains(&["PostgreSQL"]);
+        }
         // What it was made with stays.
         fixture.run(&["migrate", "--codec", "json"]).await.code(4).complains(&["cbor payloads"]);
         fixture.run(&["status"]).await.code(0).shows(&["up to position 0", "none holds a lease"]);

@@ -139,7 +139,7 @@ async fn a_long_log_is_caught_up_with_in_constant_memory_and_by_names_much_faste
     let count = std::env::var("STORIED_EVENTS").map_or(30_000, |count| count.parse().unwrap());
     let server = PostgresServer::shared().await;
     let url = server.create_database().await;
-    let store = PostgresStore::connect(&url).await.unwrap();
+    let store = PostgresOptions::new().url(&url).index_by_name(true).connect().await.unwrap();
     let head = fill(&store, count).await;
 
     let stop = Arc::new(AtomicBool::new(false));

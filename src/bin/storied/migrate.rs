@@ -4,7 +4,7 @@ use serde_json::json;
 use storied::{Codec, StoreError};
 
 use crate::failure::Failure;
-use crate::open::DatabaseArgs;
+use crate::open::{DatabaseArgs, Tables};
 use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
@@ -12,6 +12,10 @@ pub(crate) struct Args {
     /// How a store that is new keeps payloads [default: cbor]
     #[arg(long, value_parser = codec, value_name = "cbor|json")]
     codec: Option<Codec>,
+
+    /// Index the log by event name, for those who ask for few events among many; appends wait until it is made
+    #[arg(long)]
+    index_by_name: bool,
 }
 
 fn codec(name: &str) -> Result<Codec, String> {
@@ -20,11 +24,12 @@ fn codec(name: &str) -> Result<Codec, String> {
 
 pub(crate) async fn run(args: &Args, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
     let database = from.database()?;
-    let (store, migrated) = match from.open(&database, false, args.codec).await {
+    let tables = Tables { migrate: false, codec: args.codec, index_by_name: args.index_by_name };
+    let (store, migrated) = match from.open(&database, tables).await {
         Ok(store) => (store, false),
         Err(error @ StoreError::Unavailable { .. }) => return Err(error.into()),
         // Whatever it has against it: either migrating helps, or says the same.
-        Err(_) => (from.open(&database, true, args.codec).await?, true),
+        Err(_) => (from.open(&database, Tables { migrate: true, ..tables }).await?, true),
     };
     let info = store.info();
     if out.json {

@@ -54,7 +54,7 @@ impl DatabaseArgs {
     /// Opens the store as it is.
     pub(crate) async fn store(&self) -> Result<Arc<dyn EventStore>, Failure> {
         let database = self.database()?;
-        let opened = self.open(&database, false, None).await;
+        let opened = self.open(&database, Tables::default()).await;
         opened.map_err(|error| Failure::from(error).about(&database.shown()))
     }
 
@@ -62,14 +62,13 @@ impl DatabaseArgs {
     pub(crate) async fn open(
         &self,
         database: &Database,
-        migrate: bool,
-        codec: Option<Codec>,
+        tables: Tables,
     ) -> Result<Arc<dyn EventStore>, StoreError> {
-        let opened = self.open_with(database, migrate, codec.unwrap_or_default()).await;
-        match (opened, codec) {
+        match (self.open_with(database, tables).await, tables.codec) {
             // The store remembers which one it was made with, and nobody has said one.
             (Err(first @ StoreError::Incompatible { .. }), None) => {
-                self.open_with(database, migrate, Codec::Json).await.map_err(|_| first)
+                let json = Tables { codec: Some(Codec::Json), ..tables };
+                self.open_with(database, json).await.map_err(|_| first)
             }
             (opened, _) => opened,
         }
@@ -78,9 +77,9 @@ impl DatabaseArgs {
     async fn open_with(
         &self,
         database: &Database,
-        migrate: bool,
-        codec: Codec,
+        tables: Tables,
     ) -> Result<Arc<dyn EventStore>, StoreError> {
+        let codec = tables.codec.unwrap_or_default();
         match database {
             Database::Postgres(url) => {
                 let options = PostgresOptions::new()
@@ -91,20 +90,34 @@ impl DatabaseArgs {
                     .acquire_timeout(self.timeout())
                     .transaction_pooler(self.transaction_pooler)
                     .codec(codec)
-                    .migrate(migrate);
+                    .migrate(tables.migrate)
+                    .index_by_name(tables.index_by_name);
                 Ok(Arc::new(options.connect().await?))
             }
+            Database::Sqlite(_) if tables.index_by_name => Err(StoreError::Invalid {
+                reason: "only a store in PostgreSQL can have an index by name".into(),
+            }),
             Database::Sqlite(path) => {
                 let options = SqliteOptions::new(path)
-                    .create_if_missing(migrate)
+                    .create_if_missing(tables.migrate)
                     .readers(1)
                     .busy_timeout(self.timeout())
                     .codec(codec)
-                    .migrate(migrate);
+                    .migrate(tables.migrate);
                 Ok(Arc::new(options.open().await?))
             }
         }
     }
+}
+
+/// What a store is opened with. By default it is left as it is.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Tables {
+    /// Whether to make what is missing.
+    pub(crate) migrate: bool,
+    /// How payloads must be kept; the way that the store remembers unless given.
+    pub(crate) codec: Option<Codec>,
+    pub(crate) index_by_name: bool,
 }
 
 /// Where read models and their checkpoints are.

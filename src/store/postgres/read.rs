@@ -23,6 +23,9 @@ const READING_STREAM: &str = "reading a stream";
 /// milliseconds of the server's time.
 const WINDOW: i64 = 50_000;
 
+/// With an index by name, this many names are looked up, each up to the size of a page; more are looked for.
+const LOOKED_UP: usize = 16;
+
 /// A filter with more values is planned anew each time, knowing them: PostgreSQL then makes a hash table of them.
 const FEW: usize = 64;
 
@@ -61,28 +64,34 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
         return Ok(LogPage { events, scanned_to, head });
     }
     let filter = &read.filter;
-    let all = filter.wanted_names().is_none()
-        && filter.wanted_categories().is_none()
-        && filter.wanted_streams().is_none();
+    let limit = read.limit.max(1);
     let mut session = core.connections.get(READING_LOG).await?;
-    if all {
-        page.events = query(core, &mut session, read, None, end).await?;
+    if *filter == Filter::all() {
+        page.events = query(core, &mut session, read, Wanted::All, end).await?;
         // The end may lie in a hole that nobody ever fills.
         page.scanned_to = page.events.last().map_or(read.after, |last| last.position);
+    } else if let Some(names) = looked_up(core, filter) {
+        page.events = query(core, &mut session, read, Wanted::Names(names), end).await?;
+        page.scanned_to = match page.events.last() {
+            Some(last) if page.events.len() >= limit => last.position,
+            _ if end == head => head,
+            _ => last_event(core, &mut session, read.after, end, i64::MAX).await?.unwrap_or(read.after),
+        };
+        page.events.retain(|event| filter.matches(event));
     } else {
         let after = to_sql(read.after.get());
         let near = Position::new(from_sql(to_sql(end.get()).min(after.saturating_add(WINDOW))));
-        page.events = query(core, &mut session, read, Some(filter), near).await?;
+        page.events = query(core, &mut session, read, Wanted::Filter(filter), near).await?;
         page.scanned_to = match page.events.last() {
-            Some(last) if page.events.len() >= read.limit.max(1) => last.position,
-            _ => match window(core, &mut session, read.after, near).await? {
+            Some(last) if page.events.len() >= limit => last.position,
+            _ => match last_event(core, &mut session, read.after, near, WINDOW).await? {
                 Some(last) => last,
                 // A hole that is wider than the window.
-                None => match window(core, &mut session, read.after, end).await? {
+                None => match last_event(core, &mut session, read.after, end, WINDOW).await? {
                     Some(end) => {
-                        page.events = query(core, &mut session, read, Some(filter), end).await?;
+                        page.events = query(core, &mut session, read, Wanted::Filter(filter), end).await?;
                         match page.events.last() {
-                            Some(last) if page.events.len() >= read.limit.max(1) => last.position,
+                            Some(last) if page.events.len() >= limit => last.position,
                             _ => end,
                         }
                     }
@@ -95,17 +104,25 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
     Ok(page)
 }
 
-/// The last event among those that a page behind `after` looks through, at most up to `end`.
-async fn window(
+/// The names that `filter` asks for, where they are better looked up. What else it asks of an event is seen to afterwards.
+fn looked_up<'a>(core: &Core, filter: &'a Filter) -> Option<Vec<&'a str>> {
+    let names = filter.wanted_names()?;
+    let looked_up = core.indexed_by_name && filter.wanted_streams().is_none() && names.len() <= LOOKED_UP;
+    looked_up.then(|| names.iter().map(EventName::as_str).collect())
+}
+
+/// The last event among those up to `span` behind the first one after `after`, at most up to `end`.
+async fn last_event(
     core: &Core,
     session: &mut Session,
     after: Position,
     end: Position,
+    span: i64,
 ) -> Result<Option<Position>, StoreError> {
-    let found: Option<Option<i64>> = sqlx::query_scalar(core.sql.window.clone())
+    let found: Option<Option<i64>> = sqlx::query_scalar(core.sql.last_event.clone())
         .bind(to_sql(after.get()))
         .bind(to_sql(end.get()))
-        .bind(WINDOW)
+        .bind(span)
         .persistent(core.connections.persistent())
         .fetch_optional(&mut **session)
         .await
@@ -113,22 +130,36 @@ async fn window(
     Ok(found.flatten().map(|position| Position::new(from_sql(position))))
 }
 
-/// The events that `read` wants, at most up to `end`.
+/// Which events a statement is to give.
+enum Wanted<'a> {
+    All,
+    Filter(&'a Filter),
+    /// Those with one of these names, by the index.
+    Names(Vec<&'a str>),
+}
+
+/// The events after those that `read` has had, at most up to `end`.
 async fn query(
     core: &Core,
     session: &mut Session,
     read: &ReadLog,
-    filter: Option<&Filter>,
+    wanted: Wanted<'_>,
     end: Position,
 ) -> Result<Vec<RecordedEvent>, StoreError> {
     let persistent = core.connections.persistent();
-    let query = sqlx::query(if filter.is_some() { core.sql.filtered.clone() } else { core.sql.log.clone() })
+    let sql = match wanted {
+        Wanted::All => &core.sql.log,
+        Wanted::Filter(_) => &core.sql.filtered,
+        Wanted::Names(_) => &core.sql.by_name,
+    };
+    let query = sqlx::query(sql.clone())
         .bind(to_sql(read.after.get()))
         .bind(to_sql(end.get()))
         .bind(i64::try_from(read.limit.max(1)).unwrap_or(i64::MAX));
-    let query = match filter {
-        None => query.persistent(persistent),
-        Some(filter) => {
+    let query = match wanted {
+        Wanted::All => query.persistent(persistent),
+        Wanted::Names(names) => query.bind(names).persistent(persistent),
+        Wanted::Filter(filter) => {
             let names: Option<Vec<&str>> =
                 filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect());
             let categories: Option<Vec<&str>> = filter

@@ -16,6 +16,10 @@ use crate::codec::Codec;
 
 const CHECKING: &str = "checking the database";
 const MIGRATING: &str = "preparing storied's tables";
+const INDEXING: &str = "making the index by name";
+
+/// Held while tables are made.
+const MIGRATION_LOCK: i64 = 7_310_323_741_263_721_841;
 
 /// The oldest server whose behaviour the order of the log was proven and tested on.
 const OLDEST_SERVER: i32 = 150_000;
@@ -114,13 +118,15 @@ impl Set {
     }
 }
 
-/// Makes the schema an event store if it is none yet, and checks that it is a safe one; its identity.
+/// Makes the schema an event store if it is none yet, and checks that it is a safe one; its identity, and whether there is an
+/// index by name.
 pub(super) async fn prepare(
     connections: &Arc<Connections>,
     schema: &Schema,
     codec: Codec,
     may_migrate: bool,
-) -> Result<Uuid, StoreError> {
+    index_by_name: bool,
+) -> Result<(Uuid, bool), StoreError> {
     let mut session = connections.get(CHECKING).await?;
     check_server(&mut session).await?;
     let mut current = true;
@@ -145,8 +151,55 @@ pub(super) async fn prepare(
     let mut session = connections.get(CHECKING).await?;
     check_log(&mut session, schema).await?;
     let id = identity(&mut session, schema, codec).await?;
+    let mut indexed = is_indexed_by_name(&mut session, schema).await?;
     session.finish(CHECKING).await?;
-    Ok(id)
+    if index_by_name && !indexed {
+        index(connections, schema, may_migrate).await?;
+        indexed = true;
+    }
+    Ok((id, indexed))
+}
+
+/// Whether there is an index of the log by name that can be used.
+async fn is_indexed_by_name(connection: &mut PgConnection, schema: &Schema) -> Result<bool, StoreError> {
+    let found: Option<bool> =
+        sqlx::query_scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)")
+            .bind(format!("\"{}\".events_by_name", schema.name()))
+            .persistent(false)
+            .fetch_optional(connection)
+            .await
+            .map_err(|error| failed(CHECKING, error))?;
+    Ok(found.unwrap_or(false))
+}
+
+/// Makes the index by name.
+async fn index(connections: &Arc<Connections>, schema: &Schema, may_migrate: bool) -> Result<(), StoreError> {
+    let name = schema.name();
+    let create = format!("CREATE INDEX CONCURRENTLY events_by_name ON {name}.events (name, position)");
+    let missing = |found: &str, advice: String| StoreError::Incompatible {
+        expected: format!("an index {name}.events_by_name"),
+        found: found.into(),
+        advice,
+    };
+    if !may_migrate {
+        return Err(missing("none that is valid", format!("let the owner of the tables run {create}")));
+    }
+    let mut session = connections.begin(INDEXING).await?;
+    let indexing = |error| failed(INDEXING, error);
+    // As when migrating: others wait, and find it there.
+    let begin = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK}); SET LOCAL statement_timeout = 0");
+    (&mut *session).execute(AssertSqlSafe(begin)).await.map_err(indexing)?;
+    let make = schema.text("CREATE INDEX IF NOT EXISTS events_by_name ON storied.events (name, position)");
+    (&mut *session).execute(make).await.map_err(indexing)?;
+    let valid = is_indexed_by_name(&mut session, schema).await?;
+    session.finish(INDEXING).await?;
+    if !valid {
+        let advice = format!(
+            "wait for whoever is making it, or drop what somebody has left half-done: DROP INDEX {name}.events_by_name"
+        );
+        return Err(missing("one that is not valid", advice));
+    }
+    Ok(())
 }
 
 /// Creates the tables for checkpoints and parked events if need be, in a database that may be anybody's.
@@ -175,7 +228,7 @@ async fn migrate(
     let leave_nothing = if pooled { "; DEALLOCATE ALL" } else { "" };
     // A migration may well take longer than a statement of every day.
     let begin = format!(
-        "SELECT pg_advisory_xact_lock(7310323741263721841); SET LOCAL statement_timeout = 0{leave_nothing}"
+        "SELECT pg_advisory_xact_lock({MIGRATION_LOCK}); SET LOCAL statement_timeout = 0{leave_nothing}"
     );
     (&mut *transaction).execute(AssertSqlSafe(begin)).await.map_err(migrating)?;
     // Read from the table: to_regnamespace may answer from a cache that does not know yet what was created while this waited
