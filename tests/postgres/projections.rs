@@ -1,4 +1,4 @@
-//! Many projections, and long logs. `STORIED_EVENTS=1000000` gives the figures for a million events; run it alone then.
+//! Many projections, and long logs. `STORIED_EVENTS=1000000 cargo test --release` gives the figures for a million events; run it alone then.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -114,8 +114,16 @@ async fn fill(store: &PostgresStore, count: usize) -> Position {
     position
 }
 
-/// How long it takes to catch up, and how many events that were.
+/// How long it takes to catch up, at best, and how many events that were.
 async fn catch_up(url: &str, name: &'static str, filter: Filter, head: Position) -> (Duration, u64) {
+    let mut best = catch_up_once(url, name, filter.clone(), head).await;
+    for _ in 0..2 {
+        best = best.min(catch_up_once(url, name, filter.clone(), head).await);
+    }
+    best
+}
+
+async fn catch_up_once(url: &str, name: &'static str, filter: Filter, head: Position) -> (Duration, u64) {
     let seen = Arc::new(AtomicU64::new(0));
     let store = PostgresStore::connect(url).await.unwrap();
     let started = Instant::now();

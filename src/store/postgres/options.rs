@@ -121,7 +121,7 @@ impl PostgresOptions {
 
     /// Whether there must be an index of the log by event name, for projections and readers of few events among many: they
     /// look up what they ask for by name ([`Filter::names`](super::super::Filter::names), up to 16 of them) instead of looking through the log. It
-    /// costs appends about a tenth of their rate, and some 40 bytes an event.
+    /// costs some 40 bytes an event, and appends have a third index to keep.
     ///
     /// An index that is there is used, whatever this says. If not, this makes it, together with [`migrate`](Self::migrate)'s
     /// tables; appends wait meanwhile, for some seconds with every million events. For a log in use, make it beforehand:
