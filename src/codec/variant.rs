@@ -111,13 +111,10 @@ pub(crate) fn decode_variant<E: DeserializeOwned>(
             }
             whole.extend(variant.as_bytes());
             whole.extend(payload);
-            let mut rest = &whole[..];
-            let event = ciborium::from_reader(&mut rest).map_err(|error| error.to_string())?;
-            // The null of a variant without fields is not read.
-            if rest.is_empty() || rest == [CBOR_NULL] {
-                Ok(event)
-            } else {
-                Err(format!("{} bytes too many", rest.len()))
+            match super::read_cbor(&whole)? {
+                // The null of a variant without fields is not read.
+                (event, [] | [CBOR_NULL]) => Ok(event),
+                (_, rest) => Err(format!("{} bytes too many", rest.len())),
             }
         }
         Codec::Json => {

@@ -38,6 +38,22 @@ async fn a_sound_log_is_said_to_be_sound() {
     }
 }
 
+/// Whoever asks for the exit code alone, or reads the first line, is not told that all is well.
+#[tokio::test]
+async fn problems_that_nobody_reads_are_problems() {
+    for (fixture, store) in filled().await {
+        append(&store, "3", &std::array::from_fn::<_, 300, _>(|_| placed(1))).await;
+        drop(store);
+        let garbage = if fixture.kind == "sqlite" { "x'ff00'" } else { "'\\xff00'" };
+        fixture.tamper(&format!("UPDATE {{events}} SET payload = {garbage}")).await;
+        for args in [&["verify"][..], &["verify", "--json"]] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            run(fixture.command(args).stdout(writer)).await.code(1).complains(&["305 problems found"]);
+        }
+    }
+}
+
 #[tokio::test]
 async fn what_was_tampered_with_is_found() {
     let garbage = |kind| if kind == "sqlite" { "x'ff00'" } else { "'\\xff00'" };

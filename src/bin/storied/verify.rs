@@ -76,31 +76,42 @@ pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Re
     if let Some(mirror) = &mut mirror {
         mirror.end(head, &mut problems).await?;
     }
-    let streams = versions.len();
-    if out.json {
-        out.value(&json!({
-            "ok": problems.count == 0, "head": head.get(), "events": events, "streams": streams,
-            "mirror": mirror.as_ref().map(Mirror::value), "problems": problems.said, "problem_count": problems.count,
-        }))?;
-    } else {
-        for problem in &problems.said {
-            out.line(format!("PROBLEM  {problem}"))?;
-        }
-        if problems.count > problems.said.len() {
-            out.line(format!("         … and {} more", problems.count - problems.said.len()))?;
-        }
-        out.line(format!("{events} events of {streams} streams were read, up to position {head}"))?;
-        if let Some(mirror) = &mirror {
-            out.line(mirror.line())?;
-        }
-        if problems.count == 0 {
-            out.line("no problem was found")?;
-        }
-    }
+    let told = tell(events, versions.len(), head, &problems, mirror.as_ref(), out);
     match problems.count {
-        0 => Ok(()),
+        0 => told,
+        // Also where nobody reads to the end what they are.
         count => Err(Failure::Problem(format!("{} found", counted(count, "problem")))),
     }
+}
+
+fn tell(
+    events: u64,
+    streams: usize,
+    head: Position,
+    problems: &Problems,
+    mirror: Option<&Mirror>,
+    out: &mut Output,
+) -> Result<(), Failure> {
+    if out.json {
+        return out.value(&json!({
+            "ok": problems.count == 0, "head": head.get(), "events": events, "streams": streams,
+            "mirror": mirror.map(Mirror::value), "problems": problems.said, "problem_count": problems.count,
+        }));
+    }
+    for problem in &problems.said {
+        out.line(format!("PROBLEM  {problem}"))?;
+    }
+    if problems.count > problems.said.len() {
+        out.line(format!("         … and {} more", problems.count - problems.said.len()))?;
+    }
+    out.line(format!("{events} events of {streams} streams were read, up to position {head}"))?;
+    if let Some(mirror) = mirror {
+        out.line(mirror.line())?;
+    }
+    if problems.count == 0 {
+        out.line("no problem was found")?;
+    }
+    Ok(())
 }
 
 /// One pass over the log.
