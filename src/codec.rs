@@ -117,8 +117,9 @@ pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<
     }
 }
 
-/// What tells one content from another: the same for the same content, also when a map gives its entries in another order.
-/// Against mistakes, not against malice. Kept on disk: it must stay what it is.
+/// What tells one content from another: the same for the same content, also when a map or a set gives what is in it in another
+/// order, as a `HashMap` or `HashSet` does that was made anew. A set is written as any list is, so a list in another order counts
+/// as the same. Against mistakes, not against malice. Kept on disk: it must stay what it is.
 pub(crate) fn fingerprint<T: Serialize>(value: &T) -> Result<u128, SerializeError> {
     let value = ciborium::Value::serialized(value).map_err(|error| SerializeError {
         type_name: std::any::type_name::<T>(),
@@ -146,11 +147,11 @@ fn hash(value: &ciborium::Value) -> u128 {
         Value::Bool(truth) => of(5, &[u8::from(*truth)]),
         Value::Null => of(6, &[]),
         Value::Tag(tag, value) => then(of(7, &tag.to_be_bytes()), hash(value)),
-        Value::Array(items) => {
-            let start = of(8, &(items.len() as u64).to_be_bytes());
-            items.iter().fold(start, |all, item| then(all, hash(item)))
-        }
         // A sum does not know in which order its parts came.
+        Value::Array(items) => {
+            let length = of(8, &(items.len() as u64).to_be_bytes());
+            then(length, items.iter().map(hash).fold(0, u128::wrapping_add))
+        }
         Value::Map(entries) => {
             let entries = entries.iter().map(|(key, value)| then(hash(key), hash(value)));
             then(of(9, &[]), entries.fold(0, u128::wrapping_add))
@@ -202,19 +203,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fingerprint_tells_contents_apart_and_not_the_order_of_maps() {
+    fn a_fingerprint_tells_contents_apart_and_not_the_order_of_maps_and_sets() {
         let map = |entries: &[(&str, i32)]| {
             Value::Map(entries.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect())
         };
         let of = |value: &Value| fingerprint(value).unwrap();
         assert_eq!(of(&map(&[("a", 1), ("b", 2)])), of(&map(&[("b", 2), ("a", 1)])));
+        let list = |items: &[i32]| Value::Array(items.iter().map(|item| (*item).into()).collect());
+        assert_eq!(of(&list(&[1, 2, 3])), of(&list(&[3, 1, 2])));
         let others = [
+            list(&[1, 1, 2]),
+            list(&[1, 2, 2]),
             map(&[("a", 1), ("b", 2)]),
             map(&[("a", 2), ("b", 1)]),
             map(&[("a", 1)]),
             map(&[]),
-            Value::Array(vec![1.into(), 2.into()]),
-            Value::Array(vec![2.into(), 1.into()]),
+            list(&[1, 2]),
             Value::Array(vec![Value::Array(vec![1.into()]), 2.into()]),
             Value::Array(vec![]),
             Value::Null,

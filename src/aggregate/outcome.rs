@@ -120,7 +120,7 @@ pub enum ExecuteError<E> {
         /// Who refused, and why.
         reason: String,
     },
-    /// Another command has this id; nothing happened. An id belongs to one command with one content.
+    /// Another command has this id; nothing happened because of this one. An id belongs to one command with one content.
     #[error(
         "command id {command_id} belongs to a command with another content; give every command an id of its own"
     )]
