@@ -170,6 +170,12 @@ pub struct RecordedEvent {
 }
 
 impl RecordedEvent {
+    /// How many bytes it takes in memory, roughly.
+    pub(crate) fn size(&self) -> usize {
+        const ALL_BUT_CONTENT: usize = 256;
+        self.payload.len() + self.metadata.len() + ALL_BUT_CONTENT
+    }
+
     /// The event as `E`, after upcasting.
     ///
     /// # Errors

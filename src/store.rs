@@ -20,6 +20,7 @@ mod error;
 mod filter;
 mod lease;
 mod memory;
+mod paging;
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
 mod progress;
@@ -89,7 +90,8 @@ pub struct ReadLog {
     pub upto: Option<Position>,
     /// Only these events.
     pub filter: Filter,
-    /// At most this many events; at least 1.
+    /// At most this many events; at least 1. A page ends earlier, though with one event at the earliest, when its events
+    /// take about 4 MiB.
     pub limit: usize,
 }
 

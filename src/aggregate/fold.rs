@@ -14,8 +14,10 @@ use crate::codec::from_cbor;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::store::{EventStore, Snapshot, StoreError};
 
-/// How many events of a stream are in memory at a time while it is folded.
+/// How many events of a stream are read first while it is folded; how many at most, and about how many bytes, after that.
+const FIRST_PAGE: usize = 500;
 const PAGE: usize = 2_000;
+const PAGE_BYTES: usize = 4 << 20;
 
 /// The state of an aggregate as of a version.
 pub(super) struct Folded<A> {
@@ -99,9 +101,12 @@ impl<A: Aggregate> Folded<A> {
         store: &dyn EventStore,
         stream: &StreamId,
     ) -> Result<(), FoldError> {
+        let mut limit = FIRST_PAGE;
         loop {
-            let page = store.read_stream(stream, self.version, PAGE).await?;
-            let last = page.len() < PAGE;
+            let page = store.read_stream(stream, self.version, limit).await?;
+            let last = page.len() < limit;
+            let size = page.iter().map(RecordedEvent::size).sum::<usize>() / limit;
+            limit = (PAGE_BYTES / size.max(1)).clamp(1, PAGE);
             for event in &page {
                 self.fold_recorded(stream, event)?;
             }

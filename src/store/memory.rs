@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::decide::Decider;
+use super::paging::Paging;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
@@ -125,12 +126,15 @@ impl Data {
         let end = read.upto.map_or(head, |upto| upto.min(head));
         let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
         let range = index(read.after.get())..index(end.get());
+        let paging = Paging::default();
+        let mut room = paging.page(read.limit.max(1));
         for event in self.events.get(range).unwrap_or_default() {
-            if page.events.len() >= read.limit.max(1) {
+            if room.is_full() {
                 return page;
             }
             page.scanned_to = event.position;
             if read.filter.matches(event) {
+                room.take(event);
                 page.events.push(event.clone());
             }
         }

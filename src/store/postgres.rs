@@ -43,6 +43,7 @@ pub(crate) use self::progress::Progress;
 pub(crate) use self::schema::prepare_read_model;
 use self::sql::LogSql;
 pub(crate) use self::sql::Schema;
+use super::paging::Paging;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
@@ -90,6 +91,7 @@ struct Core {
     progress: Progress,
     connections: Arc<Connections>,
     frontier: Frontier,
+    paging: Paging,
 }
 
 impl Core {
@@ -146,6 +148,7 @@ impl PostgresStore {
             progress: Progress::new(schema, connections.persistent()),
             connections,
             frontier: Frontier::new(hints.is_some()),
+            paging: Paging::default(),
         });
         core.frontier.refresh(&core).await?;
         let tailer = tokio::spawn(frontier::tail(core.clone(), hints)).abort_handle();

@@ -30,6 +30,7 @@ use uuid::Uuid;
 use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::failed;
+use super::paging::Paging;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
@@ -138,6 +139,7 @@ impl SqliteOptions {
                 info: StoreInfo::new("sqlite", id, self.codec),
                 writer: Writer::new(writing, self.acquire_timeout, connection),
                 readers,
+                paging: Paging::default(),
                 appended: watch::Sender::new(head),
             }),
         })
@@ -184,6 +186,7 @@ struct Shared {
     info: StoreInfo,
     writer: Writer,
     readers: Readers,
+    paging: Paging,
     appended: watch::Sender<Position>,
 }
 
@@ -309,7 +312,12 @@ impl EventStore for SqliteStore {
     }
 
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
-        Box::pin(async move { read::log(&self.shared.readers, self.shared.info.codec, &read).await })
+        Box::pin(async move {
+            {
+                let Shared { readers, paging, info, .. } = &*self.shared;
+                read::log(readers, paging, info.codec, &read).await
+            }
+        })
     }
 
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {

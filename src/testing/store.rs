@@ -115,6 +115,7 @@ macro_rules! event_store_suite {
                 filters_select,
                 empty_filter_lists_match_nothing,
                 long_filter_lists_work,
+                large_events_come_in_small_pages,
                 the_scan_passes_what_does_not_match,
                 the_scan_stops_at_its_upper_end,
                 the_scan_never_passes_the_head,

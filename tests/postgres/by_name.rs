@@ -7,7 +7,7 @@ use storied::{
 };
 
 use crate::support::PostgresServer;
-use crate::tools::{append, connect, events, eventually, run, stream};
+use crate::tools::{append, events, run, stream};
 
 const INVALIDATE: &str =
     "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'storied.events_by_name'::regclass";
@@ -36,6 +36,7 @@ async fn readers_find_the_same() {
     read::filters_select(database().await).await;
     read::empty_filter_lists_match_nothing(database().await).await;
     read::long_filter_lists_work(database().await).await;
+    read::large_events_come_in_small_pages(database().await).await;
     read::the_scan_passes_what_does_not_match(database().await).await;
     read::the_scan_stops_at_its_upper_end(database().await).await;
     read::the_scan_never_passes_the_head(database().await).await;

@@ -41,9 +41,6 @@ impl BatchSize {
 /// How much a page of the log may have, roughly: one is applied while the next one is read.
 const PAGE_BYTES: usize = 1 << 20;
 
-/// What an event takes beside its payload and metadata, roughly.
-const EVENT_BYTES: usize = 256;
-
 /// The largest partition of what is read that is of use: only a partition's part makes a transaction.
 const PARTS: usize = 8;
 
@@ -71,8 +68,7 @@ impl PageSize {
 
     /// What was read last says how large events are.
     pub(super) fn saw(&mut self, events: &[RecordedEvent]) {
-        let bytes: usize =
-            events.iter().map(|event| event.payload.len() + event.metadata.len() + EVENT_BYTES).sum();
+        let bytes: usize = events.iter().map(RecordedEvent::size).sum();
         if let Some(one) = bytes.checked_div(events.len()) {
             // Small steps up: what comes next may be larger than what came before.
             self.now = (PAGE_BYTES / one).min(self.now.saturating_mul(2)).clamp(1, self.most);

@@ -64,44 +64,55 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
         return Ok(LogPage { events, scanned_to, head });
     }
     let filter = &read.filter;
-    let limit = read.limit.max(1);
+    let limit = core.paging.events(read.limit);
     let mut session = core.connections.get(READING_LOG).await?;
+    let mut found;
     if *filter == Filter::all() {
-        page.events = query(core, &mut session, read, Wanted::All, end).await?;
+        found = query(core, &mut session, read, limit, Wanted::All, end).await?;
         // The end may lie in a hole that nobody ever fills.
-        page.scanned_to = page.events.last().map_or(read.after, |last| last.position);
+        page.scanned_to = found.events.last().map_or(read.after, |last| last.position);
     } else if let Some(names) = looked_up(core, filter) {
-        page.events = query(core, &mut session, read, Wanted::Names(names), end).await?;
-        page.scanned_to = match page.events.last() {
-            Some(last) if page.events.len() >= limit => last.position,
-            _ if end == head => head,
-            _ => last_event(core, &mut session, read.after, end, i64::MAX).await?.unwrap_or(read.after),
+        found = query(core, &mut session, read, limit, Wanted::Names(names), end).await?;
+        page.scanned_to = match found.end {
+            Some(last) => last,
+            None if end == head => head,
+            None => last_event(core, &mut session, read.after, end, i64::MAX).await?.unwrap_or(read.after),
         };
-        page.events.retain(|event| filter.matches(event));
+        found.events.retain(|event| filter.matches(event));
     } else {
         let after = to_sql(read.after.get());
         let near = Position::new(from_sql(to_sql(end.get()).min(after.saturating_add(WINDOW))));
-        page.events = query(core, &mut session, read, Wanted::Filter(filter), near).await?;
-        page.scanned_to = match page.events.last() {
-            Some(last) if page.events.len() >= limit => last.position,
-            _ => match last_event(core, &mut session, read.after, near, WINDOW).await? {
+        found = query(core, &mut session, read, limit, Wanted::Filter(filter), near).await?;
+        page.scanned_to = match found.end {
+            Some(last) => last,
+            None => match last_event(core, &mut session, read.after, near, WINDOW).await? {
                 Some(last) => last,
                 // A hole that is wider than the window.
                 None => match last_event(core, &mut session, read.after, end, WINDOW).await? {
                     Some(end) => {
-                        page.events = query(core, &mut session, read, Wanted::Filter(filter), end).await?;
-                        match page.events.last() {
-                            Some(last) if page.events.len() >= limit => last.position,
-                            _ => end,
-                        }
+                        found = query(core, &mut session, read, limit, Wanted::Filter(filter), end).await?;
+                        found.end.unwrap_or(end)
                     }
                     None => read.after,
                 },
             },
         };
     }
-    session.finish(READING_LOG).await?;
+    page.events = found.events;
+    // On a connection that is given back, the rest would have to be received first.
+    if !found.cut {
+        session.finish(READING_LOG).await?;
+    }
     Ok(page)
+}
+
+/// What a statement found.
+struct Found {
+    events: Vec<RecordedEvent>,
+    /// The last event, if there may be more behind it.
+    end: Option<Position>,
+    /// The statement was not heard to its end.
+    cut: bool,
 }
 
 /// The names that `filter` asks for, where they are better looked up. What else it asks of an event is seen to afterwards.
@@ -138,14 +149,15 @@ enum Wanted<'a> {
     Names(Vec<&'a str>),
 }
 
-/// The events after those that `read` has had, at most up to `end`.
+/// At most `limit` of the events after those that `read` has had, at most up to `end`, as many as there is room for.
 async fn query(
     core: &Core,
     session: &mut Session,
     read: &ReadLog,
+    limit: usize,
     wanted: Wanted<'_>,
     end: Position,
-) -> Result<Vec<RecordedEvent>, StoreError> {
+) -> Result<Found, StoreError> {
     let persistent = core.connections.persistent();
     let sql = match wanted {
         Wanted::All => &core.sql.log,
@@ -155,7 +167,7 @@ async fn query(
     let query = sqlx::query(sql.clone())
         .bind(to_sql(read.after.get()))
         .bind(to_sql(end.get()))
-        .bind(i64::try_from(read.limit.max(1)).unwrap_or(i64::MAX));
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX));
     let query = match wanted {
         Wanted::All => query.persistent(persistent),
         Wanted::Names(names) => query.bind(names).persistent(persistent),
@@ -174,12 +186,18 @@ async fn query(
         }
     };
     let mut decoder = Decoder::new(READING_LOG, core.info.codec);
-    let mut events = Vec::new();
+    let mut room = core.paging.page(limit);
+    let mut events: Vec<RecordedEvent> = Vec::new();
     let mut rows = query.fetch(&mut **session);
-    while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))? {
-        events.push(decoder.of_log(&row)?);
+    while !room.is_cut()
+        && let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))?
+    {
+        let event = decoder.of_log(&row)?;
+        room.take(&event);
+        events.push(event);
     }
-    Ok(events)
+    let end = events.last().filter(|_| room.is_full()).map(|last| last.position);
+    Ok(Found { events, end, cut: room.is_cut() })
 }
 
 /// One page of a stream.

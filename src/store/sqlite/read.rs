@@ -9,6 +9,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
+use super::super::paging::Paging;
 use super::super::{LogPage, ReadLog, StoreError};
 use super::connection::Readers;
 use super::error::failed;
@@ -23,8 +24,13 @@ const READING_STREAM: &str = "reading a stream";
 ///
 /// The scan goes by position, whatever the filter (`NOT INDEXED` leaves only the primary key): then each page starts
 /// where the last one ended and all of them together are one pass over the log, however long the lists are.
-pub(super) async fn log(readers: &Readers, codec: Codec, read: &ReadLog) -> Result<LogPage, StoreError> {
-    let limit = read.limit.max(1);
+pub(super) async fn log(
+    readers: &Readers,
+    paging: &Paging,
+    codec: Codec,
+    read: &ReadLog,
+) -> Result<LogPage, StoreError> {
+    let limit = paging.events(read.limit);
     let names = read.filter.wanted_names().map(|names| json_list(names.iter().map(EventName::as_str)));
     let categories =
         read.filter.wanted_categories().map(|categories| json_list(categories.iter().map(Category::as_str)));
@@ -62,6 +68,8 @@ pub(super) async fn log(readers: &Readers, codec: Codec, read: &ReadLog) -> Resu
     let mut decoder = Decoder::new(READING_LOG, codec);
     let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head: Position::START };
     let mut end = Position::START;
+    let mut last = Position::START;
+    let mut room = paging.page(limit);
     while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))? {
         let position = Position::new(decoder.number(&row, 0)?);
         match row.try_get::<Option<&str>, _>(1).map_err(|error| failed(READING_LOG, error))? {
@@ -70,21 +78,27 @@ pub(super) async fn log(readers: &Readers, codec: Codec, read: &ReadLog) -> Resu
                 end = Position::new(decoder.number(&row, 3)?);
             }
             Some(category) => {
+                // SQLite keeps the order of an inner query, but does not promise it.
+                if position <= last {
+                    return Err(decoder.corrupt(&format!("position {position} came after {last}")));
+                }
+                last = position;
+                if room.is_full() {
+                    continue;
+                }
                 let category = decoder.category(category)?;
                 let id = row.try_get::<&str, _>(2).map_err(|error| failed(READING_LOG, error))?;
                 let stream = StreamId::stored(category, Arc::from(id));
-                page.events.push(decoder.event(&row, 3, stream, position)?);
+                let event = decoder.event(&row, 3, stream, position)?;
+                room.take(&event);
+                page.events.push(event);
             }
         }
     }
     drop(rows);
     reader.give_back();
-    // SQLite keeps the order of an inner query, but does not promise it.
-    if !page.events.is_sorted_by_key(|event| event.position) {
-        page.events.sort_unstable_by_key(|event| event.position);
-    }
     page.scanned_to = match page.events.last() {
-        Some(last) if page.events.len() >= limit => last.position,
+        Some(last) if room.is_full() => last.position,
         _ => end.max(read.after),
     };
     Ok(page)

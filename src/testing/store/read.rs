@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Database, append_to, event, fill, recorded_ids, scan, stream, whole_log};
+use super::{Database, append_to, event, events, fill, ids, recorded_ids, scan, stream, whole_log};
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 use crate::store::{EventStore, ExpectedVersion, Filter, ReadLog};
 
@@ -165,6 +165,45 @@ pub async fn the_scan_passes_what_does_not_match(database: Database) {
     let page = store.read_log(ReadLog::after(Position::START).filter(rare).limit(1)).await.unwrap();
     assert_eq!(page.events.len(), 1);
     assert!(page.scanned_to >= first.positions[0] && page.scanned_to <= rest[49]);
+}
+
+/// Events of a mebibyte do not fill the memory, however many are asked for; nor do they keep small ones from coming together.
+pub async fn large_events_come_in_small_pages(database: Database) {
+    let store = database.open().await;
+    let mut sent = Vec::new();
+    for large in [2, 40, 0, 9, 40, 0] {
+        let mut new = events(40);
+        for event in &mut new[..large] {
+            event.payload = vec![7; 1 << 20].into();
+        }
+        sent.extend(ids(&new));
+        append_to(&*store, &stream("a"), ExpectedVersion::Any, new).await.unwrap();
+    }
+    for filter in [
+        Filter::all(),
+        Filter::all().names(names(&["order.placed"])),
+        Filter::all().categories(categories(&["order"])),
+    ] {
+        for upto in [None, Some(Position::new(u64::MAX))] {
+            let mut read =
+                ReadLog { upto, ..ReadLog::after(Position::START).filter(filter.clone()).limit(1_000) };
+            let mut found = Vec::new();
+            let mut pages = 0;
+            loop {
+                let page = store.read_log(read.clone()).await.unwrap();
+                let bytes: usize = page.events.iter().map(|event| event.payload.len()).sum();
+                assert!(bytes < 6 << 20, "{bytes} bytes in {} events", page.events.len());
+                read.after = page.scanned_to;
+                pages += 1;
+                found.extend(recorded_ids(&page.events));
+                if !page.has_more() {
+                    break;
+                }
+            }
+            assert_eq!(found, sent);
+            assert!(pages <= 60, "{pages} pages");
+        }
+    }
 }
 
 /// With an upper end, neither events nor the scan go beyond it.
