@@ -140,17 +140,22 @@ async fn what_is_lost_on_the_server_is_read_from_the_store() {
     let (store, mut server) = (store(), NatsServer::start(harness::NatsOptions::jetstream()).await);
     let one = Following::start(&store, &server).await;
     let (mut last, mut stolen) = (tear(&store, 0).await, 0);
-    for round in 0..6 {
+    for round in 0..8 {
         let (stream, _) = consumer(&server).await;
         for n in 0..10 {
             last = tear(&store, n).await;
             pause(5).await;
             if n == 5 {
-                match round % 3 {
+                match round % 4 {
                     0 => _ = stream.delete_consumer("projection=2Ftorn").await.unwrap(),
                     1 => {
                         server.kill();
                         pause(100).await;
+                        server.restart().await;
+                    }
+                    2 => {
+                        server.kill();
+                        server.wipe();
                         server.restart().await;
                     }
                     // Another reader takes some of what was meant for the projection, and says nothing.

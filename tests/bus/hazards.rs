@@ -14,6 +14,7 @@ use storied::{EventBus, EventStore, Position, PublisherState};
 use tokio::time::{Instant, timeout};
 
 use crate::harness::{self, NatsServer, oldest_nats_server};
+use crate::link::Link;
 use crate::oracle::mirrored;
 use crate::raw::{Press, listen, received, take};
 use crate::support::*;
@@ -27,6 +28,13 @@ async fn exact(recording: &Recording, store: &Arc<dyn EventStore>, server: &Nats
     let head = store.frontier().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     assert_eq!(mirrored(&server.url()).await.0, positions(store).await);
+}
+
+/// The mirror is the log up to there, also behind the rest of what was refused.
+async fn unchanged(server: &NatsServer, store: &Arc<dyn EventStore>, upto: Position) {
+    pause(100).await;
+    let log = positions(store).await.into_iter().filter(|&position| position <= upto.get());
+    assert_eq!(mirrored(&server.url()).await.0, log.collect::<Vec<_>>());
 }
 
 /// With the times that nobody has changed.
@@ -113,6 +121,50 @@ async fn hazard_08_what_a_hanging_server_took_without_saying_so_is_not_published
     recording.node.stop(PATIENCE).await.unwrap();
 }
 
+/// As of a process that is stopped behind its publish: what it has sent is on its way for as long as the server remembers ids, and
+/// comes when another publisher has had its turn. Only the sequence that each message names is left to say so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hazard_08_what_a_publisher_sent_comes_behind_another_one() {
+    for binary in [None, Some(oldest_nats_server())] {
+        let options = harness::NatsOptions { binary, ..harness::NatsOptions::jetstream() };
+        let server = NatsServer::start(options).await;
+        let store = store();
+        write(&store, 0, 600).await;
+        let link = Link::to(&server).await;
+        // Its connection is not what notices: it stays, and so does its patience.
+        let bus = |url| {
+            let options = mirror().duplicate_window(Duration::from_millis(100));
+            let options = quick(NatsOptions::jetstream(options).url(url));
+            options.ping_interval(Duration::from_secs(3_600)).answer_timeout(PATIENCE).bus()
+        };
+        let (away, present) = (bus(link.url()), bus(server.url()));
+        for round in 0..2 {
+            let batches = batches(&store, Position::new(300 * round), 100).await;
+            let mut zombie = publisher(&away, &store).await;
+            zombie.publish(batches[0].clone()).await.unwrap();
+            link.hold();
+            let late = batches[1].clone();
+            let late = tokio::spawn(async move { zombie.publish(late).await });
+            link.holds_something().await;
+            let mut other = publisher(&present, &store).await;
+            // As far as the first one wanted to go, or further.
+            let (before, behind) = batches[1..3].split_at(1 + round as usize);
+            for batch in before {
+                other.publish(batch.clone()).await.unwrap();
+            }
+            pause(300).await;
+            link.release();
+            let error = timeout(PATIENCE, late).await.unwrap().unwrap().unwrap_err();
+            assert!(matches!(error, BusError::Fenced { .. }), "{error}");
+            unchanged(&server, &store, before.last().unwrap().upto).await;
+            for batch in behind {
+                other.publish(batch.clone()).await.unwrap();
+            }
+        }
+        assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+    }
+}
+
 /// The server's own net against doubles lasts for some time only; the sequence that each message names has no end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hazard_09_behind_the_duplicate_window_nothing_is_stored_twice() {
@@ -131,6 +183,8 @@ async fn hazard_09_behind_the_duplicate_window_nothing_is_stored_twice() {
         pause(300).await;
         let error = slow.publish(batch.clone()).await.unwrap_err();
         assert!(matches!(error, BusError::Fenced { .. }), "{error}");
+        // A server that is killed at once forgets what it has just taken.
+        unchanged(&server, &store, batch.upto).await;
         // Nor by one who slept through a restart.
         server.kill();
         server.restart().await;
@@ -150,6 +204,12 @@ async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
     write(&store, 0, 2_000).await;
     let recording = Recording::start(&store, options(Kind::JetStream, &server).bus(), blind()).await;
     exact(&recording, &store, &server).await;
+    // What the store remembers of the mirror is of a stream that is no more.
+    let give_up = Instant::now() + PATIENCE;
+    while store.checkpoint("publisher").await.unwrap().mark < 2_000 {
+        assert!(Instant::now() < give_up, "the end of the mirror is not remembered");
+        pause(10).await;
+    }
     server.kill();
     server.wipe();
     server.restart().await;
@@ -157,6 +217,7 @@ async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
     let status = || recording.node.publisher();
     eventually("published", || status().published == Some(last)).await;
     exact(&recording, &store, &server).await;
+    recording.reaches("wiped", &store).await;
     // It is over: nothing goes wrong any more.
     let error = status().last_error;
     let head = write(&store, 0, 10).await;

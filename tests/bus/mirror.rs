@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use storied::bus::{
-    BusError, JetStreamOptions, MirrorEnd, MirrorFrom, NatsBus, Resume, StreamPolicy, StreamStorage,
+    BusError, BusState, JetStreamOptions, MirrorEnd, MirrorFrom, NatsBus, Resume, StreamPolicy, StreamStorage,
 };
 use storied::store::Checkpoint;
 use storied::{EventBus, EventStore, Position, PublisherState};
@@ -320,6 +320,28 @@ async fn a_second_publisher_is_refused_without_waiting() {
     assert!(matches!(one.resume(MirrorEnd::default()).await, Ok(Resume::After(end)) if end.sequence == 600));
     one.publish(later[0].clone()).await.unwrap();
     assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+}
+
+/// The number of its last message may be that of a stream that was made anew, which has something else there.
+#[tokio::test]
+async fn a_publisher_that_was_cut_off_looks_for_the_end_before_it_goes_on() {
+    let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let store = store();
+    write(&store, 0, 20).await;
+    let later = bus(&server, mirror().mirror_from(MirrorFrom::After(Position::new(10))));
+    let (mut one, end) = resume(&later, &store, MirrorEnd::default()).await.unwrap();
+    one.publish(batches(&store, end.position, 10).await.remove(0)).await.unwrap();
+    server.kill();
+    eventually("cut off", || matches!(later.state(), BusState::Disconnected { .. })).await;
+    server.wipe();
+    server.restart().await;
+    eventually("back", || matches!(later.state(), BusState::Connected { .. })).await;
+    let (mut two, end) = resume(&bus(&server, mirror()), &store, MirrorEnd::default()).await.unwrap();
+    two.publish(batches(&store, end.position, 10).await.remove(0)).await.unwrap();
+    write(&store, 0, 10).await;
+    let more = batches(&store, Position::new(20), 10).await.remove(0);
+    assert!(matches!(one.publish(more).await, Err(BusError::Unavailable { .. })));
+    assert_eq!(mirrored(&server.url()).await.0, positions(&store).await[..10]);
 }
 
 #[tokio::test]

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::DeliverPolicy;
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, watch};
+use tokio::task::unconstrained;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::jetstream::{Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Settle, Taken};
@@ -57,8 +59,9 @@ impl NatsFollower {
             applied: upto,
             consumer: None,
             unsettled: VecDeque::new(),
-            number: None,
-            full: false,
+            number: 0,
+            sequence: 0,
+            removed: 0,
             missing: None,
         };
         Ok(Self { items, applied, _task: Task::spawn(reading.run()) })
@@ -105,10 +108,12 @@ struct Reading {
     consumer: Option<Consumer>,
     /// In the order in which they came.
     unsettled: VecDeque<(Position, Settle)>,
-    /// Of the last delivery.
-    number: Option<u64>,
-    /// Nothing more was asked for: the follower has as much unsettled as it may.
-    full: bool,
+    /// Of the last delivery: its number among them, …
+    number: u64,
+    /// … and the highest in the stream.
+    sequence: u64,
+    /// How many messages were removed from the midst of the stream, when it was last asked.
+    removed: u64,
     /// Why something is missing that the follower has not been told of: it does not read.
     missing: Option<String>,
 }
@@ -121,8 +126,9 @@ impl Reading {
                 Ok(why) => {
                     backoff.succeeded();
                     // Known from before the gap is told of: what others are given from then on shows as a missing number.
-                    self.number = self.consumer.as_ref().and_then(Consumer::delivered);
-                    self.full = false;
+                    let delivered = self.consumer.as_ref().and_then(Consumer::delivered);
+                    (self.number, self.sequence) = delivered.unwrap_or_default();
+                    self.removed = 0;
                     self.unsettled.clear();
                     self.gap(why);
                     match self.pass().await {
@@ -157,13 +163,6 @@ impl Reading {
         let mut tell_at = after(ACK_WAIT / 3);
         loop {
             let room = ROOM.saturating_sub(self.unsettled.len());
-            if room == 0 {
-                self.full = true;
-            } else if std::mem::take(&mut self.full) {
-                // Before anything that comes now: the stream's limits may have removed what was not asked for, and deliveries
-                // are numbered as if it had never been.
-                self.gap("it could take no more for a while".into());
-            }
             let Some(consumer) = &mut self.consumer else { return Ok(()) };
             tokio::select! {
                 changed = self.applied.changed() => {
@@ -173,7 +172,7 @@ impl Reading {
                     self.settle().await;
                 }
                 item = consumer.next(room) => match item? {
-                    ConsumerItem::Message(taken) => self.take(taken).await,
+                    ConsumerItem::Message(taken) => self.bring(taken, room).await?,
                     ConsumerItem::Gap(why) => self.gap(why),
                 },
                 () = sleep_until(tell_at) => {
@@ -187,9 +186,46 @@ impl Reading {
         }
     }
 
+    /// Takes a message, and with it what is there already: one question says for all of it whether what was passed over is only
+    /// what was not asked for. What the stream loses before its consumer has come to it leaves no other trace.
+    async fn bring(&mut self, taken: Taken, room: usize) -> Result<(), BusError> {
+        let mut come = vec![taken];
+        let Some(consumer) = &mut self.consumer else { return Ok(()) };
+        let mut lost = None;
+        while come.len() < room
+            && let Some(item) = unconstrained(consumer.next(room - come.len())).now_or_never()
+        {
+            match item? {
+                ConsumerItem::Message(taken) => come.push(taken),
+                ConsumerItem::Gap(why) => lost = Some(why),
+            }
+        }
+        let mut passed = None;
+        for Taken { sequence, .. } in &come {
+            if *sequence > self.sequence + 1 {
+                passed.get_or_insert(self.sequence + 1);
+            }
+            self.sequence = self.sequence.max(*sequence);
+        }
+        if let Some(passed) = passed {
+            let (first, removed) = consumer.kept().await?;
+            if first > passed || removed != self.removed {
+                lost = Some(format!("the stream has lost messages, and {passed} was not seen"));
+            }
+            self.removed = removed;
+        }
+        if let Some(why) = lost {
+            self.gap(why);
+        }
+        for taken in come {
+            self.take(taken).await;
+        }
+        Ok(())
+    }
+
     async fn take(&mut self, taken: Taken) {
         let Taken { message, settle, number, .. } = taken;
-        if self.number.replace(number).is_some_and(|last| number != last.wrapping_add(1)) {
+        if std::mem::replace(&mut self.number, number).wrapping_add(1) != number {
             self.gap("a delivery was lost, or somebody else has had it".into());
         }
         match read_any(&message) {

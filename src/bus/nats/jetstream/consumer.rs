@@ -162,9 +162,18 @@ impl Consumer {
         Ok(gap)
     }
 
-    /// The number of its last delivery, to whomever, when it was attached.
-    pub(in super::super) fn delivered(&self) -> Option<u64> {
-        self.attached.as_ref().map(|attached| attached.delivered)
+    /// The numbers of its last delivery, to whomever, when it was attached: among its deliveries, and in the stream.
+    pub(in super::super) fn delivered(&self) -> Option<(u64, u64)> {
+        self.attached.as_ref().map(|attached| (attached.delivered, attached.last))
+    }
+
+    /// The first message that the stream still has, and how many behind it were removed.
+    pub(in super::super) async fn kept(&mut self) -> Result<(u64, u64), BusError> {
+        let Target { connection, jetstream, stream, .. } = &self.target;
+        let asked = stream_info(jetstream, &connection.client, stream);
+        let found = connection.ask("asking what the stream has", asked).await?;
+        let state = found.ok_or_else(|| silent(format!("there is no JetStream stream {stream}")))?.state;
+        Ok((state.first_sequence, state.deleted_count.unwrap_or_default()))
     }
 
     /// The next item, when there is room for that many messages (those on the way included). After an error there is
