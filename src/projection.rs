@@ -102,9 +102,14 @@ pub trait Projection: Send + 'static {
     /// A reset has as long as it takes, since emptying a large table may take long: the projection stands still meanwhile, also
     /// while this waits for a lock that somebody else holds. To bound that, let the database do it: in PostgreSQL
     /// `SET LOCAL lock_timeout = '5s'` first. Before a rebuild it has 10 s.
+    ///
+    /// Where nothing is [rolled back](ReadModel::rolls_back), what an error or a crash leaves half empty has to become whole again.
+    /// So the checkpoints of an [`External`] read model are at the start of the log before this is called, and stay there when it
+    /// does not succeed: the log is applied once more to whatever is left. It is dropped in the middle of it when its node may not
+    /// keep the others waiting any more, as one that is cut off from the store.
     fn reset(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
-        async { Err("this projection does not implement reset".into()) }
+        async { Err(error::NoReset.into()) }
     }
 
     /// Drops what this version has written: called when its [rebuild was cancelled](ProjectionHandle::cancel_rebuild), behind the

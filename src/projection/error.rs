@@ -30,6 +30,11 @@ impl TargetUnavailable {
     }
 }
 
+/// What [`Projection::reset`](super::Projection::reset) says where there is none: for sure, nothing was emptied.
+#[derive(Debug, thiserror::Error)]
+#[error("this projection does not implement reset")]
+pub(super) struct NoReset;
+
 /// An error and what caused it, down to the first cause.
 pub(super) fn causes<'a>(
     error: &'a (dyn Error + 'static),

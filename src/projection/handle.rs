@@ -192,7 +192,9 @@ impl ProjectionHandle {
     /// stays paused. The owners, if others, notice within a second; until then their status is of before.
     ///
     /// # Errors
-    /// When the projection refuses, or another node is at it: then nothing was changed. Otherwise as [`pause`](Self::pause).
+    /// When the projection has no reset, or another node is at it: then nothing was changed. Nor when its reset fails, where the
+    /// read model has transactions; to an [`External`](super::External) one, of which nobody knows then what is left, the log is applied
+    /// once more. Otherwise as [`pause`](Self::pause).
     pub async fn reset(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Reset).await?;
         self.tell_others(Control::BeginAnew).await
@@ -275,8 +277,8 @@ impl ProjectionHandle {
     pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
         self.prepared().await?;
         let mut parked = Vec::new();
-        for part in 0..self.count() {
-            parked.extend(self.progress.parked(&self.row(part), limit).await?);
+        for row in self.live_rows().await? {
+            parked.extend(self.progress.parked(&row, limit).await?);
         }
         parked.sort_by_key(|event| event.position);
         parked.truncate(limit);
@@ -303,6 +305,12 @@ impl ProjectionHandle {
         page.events.into_iter().find(|event| event.position == position).ok_or_else(not_parked)
     }
 
+    /// The checkpoints of the version that is live, which this node may not have heard of yet.
+    async fn live_rows(&self) -> Result<Vec<String>, StoreError> {
+        let live = self.progress.versions(&self.shape).await?.live;
+        Ok(self.shape.parts().map(|part| self.shape.row(part, live)).collect())
+    }
+
     fn count(&self) -> u16 {
         u16::try_from(self.parts.len()).unwrap_or(u16::MAX)
     }
@@ -313,8 +321,8 @@ impl ProjectionHandle {
     /// When there is none, or the read model cannot be written.
     pub async fn discard_parked(&self, position: Position) -> Result<(), ControlError> {
         self.prepared().await?;
-        for part in 0..self.count() {
-            if self.progress.remove_parked(&self.row(part), position).await? {
+        for row in self.live_rows().await? {
+            if self.progress.remove_parked(&row, position).await? {
                 return Ok(());
             }
         }

@@ -8,7 +8,7 @@ use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEve
 /// A read model in the projection's own memory: every node builds its own at every start, from the start of the log, or from
 /// where its last [snapshot](Self::snapshot_every) was taken.
 ///
-/// Nothing can be rolled back there, so an `apply` that may fail should do so before it changes anything. With snapshots it must:
+/// Nothing can be rolled back there, so an `apply` or `reset` that may fail should do so before it changes anything. With snapshots it must:
 /// what it has changed is saved, and there after a restart.
 #[derive(Debug, Default)]
 pub struct InMemory {

@@ -1,7 +1,7 @@
 //! What those need of a read model who do not write to it, whatever its transactions are.
 
 use super::ReadModel;
-use super::shape::fenced;
+use super::shape::{Shape, Versions, fenced};
 use crate::event::Position;
 use crate::store::{
     BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
@@ -15,6 +15,7 @@ pub(super) trait Progress: Send + Sync {
     fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>>;
     fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>>;
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+    fn versions<'a>(&'a self, shape: &'a Shape) -> BoxFuture<'a, Result<Versions, StoreError>>;
     fn parked<'a>(
         &'a self,
         name: &'a str,
@@ -40,6 +41,10 @@ impl<R: ReadModel> Progress for R {
 
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
         ReadModel::checkpoint(self, name)
+    }
+
+    fn versions<'a>(&'a self, shape: &'a Shape) -> BoxFuture<'a, Result<Versions, StoreError>> {
+        Box::pin(shape.versions(self))
     }
 
     fn parked<'a>(

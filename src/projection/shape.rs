@@ -294,13 +294,22 @@ impl Shape {
                 rows.push((row, found, anew(found)));
             }
         }
+        if found.mark != self.mark() && !read_model.rolls_back() {
+            // Its own last: in another shape, a row that is not at the start yet would stand for what it never had.
+            rows.rotate_left(1);
+        }
         Ok(rows)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::projection::External;
+    use crate::store::EventStore;
+    use crate::store::MemoryStore;
 
     #[test]
     fn rows_are_read_as_they_are_named() {
@@ -327,5 +336,20 @@ mod tests {
                 assert_eq!(Row::parse(&other), None, "{other}");
             }
         }
+    }
+    /// Dying between two of them, nothing is in another shape that is not at the start.
+    #[tokio::test]
+    async fn where_nothing_is_rolled_back_the_shape_changes_behind_the_checkpoints() {
+        let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+        let outside = External::new();
+        outside.prepare(&store, "x").await.unwrap();
+        Shape::cut("x", 4).check(&outside).await.unwrap();
+        let mut open = outside.begin("x", Checkpoint::default()).await.unwrap();
+        let two = Shape::cut("x", 2);
+        let rows = two.begin_anew(&outside, &mut open, 0).await.unwrap();
+        let names: Vec<_> = rows.iter().map(|(row, ..)| row.as_str()).collect();
+        let [parts @ .., last] = &names[..] else { panic!("{names:?}") };
+        assert_eq!(*last, two.record());
+        assert!(parts.contains(&"partition/1/x") && !parts.contains(&"partitions/x"), "{names:?}");
     }
 }

@@ -1,5 +1,8 @@
 //! Pause, resume, reset.
 
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -7,8 +10,11 @@ use std::time::Duration;
 use storied::projection::{
     ApplyError, ControlError, Delivery, External, FailurePolicy, InMemory, ProjectionState,
 };
-use storied::store::Checkpoint;
-use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+use storied::store::{BoxFuture, Checkpoint};
+use storied::testing::Node;
+use storied::{
+    EncodeError, EventStore, Filter, MemoryStore, Position, Projection, ProjectionHandle, RecordedEvent,
+};
 
 use crate::support::*;
 
@@ -82,45 +88,312 @@ async fn a_reset_applies_the_log_from_its_start() {
     }
 }
 
-struct NoReset;
+/// Knows what it was given.
+struct NoReset<T> {
+    name: &'static str,
+    seen: Arc<Mutex<Vec<Position>>>,
+    transaction: PhantomData<fn(T)>,
+}
 
-impl Projection for NoReset {
-    type Transaction = ();
+impl<T> NoReset<T> {
+    fn new(name: &'static str, seen: &Arc<Mutex<Vec<Position>>>) -> Self {
+        Self { name, seen: seen.clone(), transaction: PhantomData }
+    }
+}
+
+impl<T: Send + 'static> Projection for NoReset<T> {
+    type Transaction = T;
 
     fn name(&self) -> &str {
-        "no reset"
+        self.name
     }
 
     fn filter(&self) -> Result<Filter, EncodeError> {
         Ok(Filter::all())
     }
 
-    async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
+        self.seen.lock().unwrap().push(event.position);
         Ok(())
     }
 }
 
+async fn is_refused(handle: &ProjectionHandle) {
+    let error = handle.reset().await.unwrap_err();
+    assert!(matches!(&error, ControlError::Refused { reason, .. } if reason.contains("reset")), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reset_that_is_refused_changes_nothing() {
-    for (_, store, _dir) in stores().await {
+    for (kind, store, _dir) in stores().await {
+        let seen: [Arc<Mutex<Vec<Position>>>; 3] = Default::default();
+        let [memory, whole, parts] = &seen;
+        let cut = || {
+            let parts = parts.clone();
+            move |_| NoReset::new("parts", &parts)
+        };
+        let more = async || {
+            for n in 0..10 {
+                append(&store, n, [n]).await;
+            }
+            store.frontier().await.unwrap()
+        };
         let node = local_node(&store).await;
-        let handle = node.projection(NoReset, InMemory::new(), options()).await;
-        let head = append(&store, 0, 0..5).await;
-        catch_up(&handle, head).await;
-        let error = handle.reset().await.unwrap_err();
-        assert!(
-            matches!(&error, ControlError::Refused { reason, .. } if reason.contains("reset")),
-            "{error}"
-        );
-        assert_eq!(handle.status().position, head);
-        let head = append(&store, 0, 0..5).await;
-        catch_up(&handle, head).await;
-        assert_eq!(handle.status().events_applied, 10);
-
+        let handles = [
+            node.projection(NoReset::new("memory", memory), InMemory::new(), options()).await,
+            node.projection(NoReset::new("whole", whole), External::new(), options()).await,
+            node.partitioned(4, cut(), External::new(), options()).await,
+        ];
+        let before = more().await;
+        for handle in &handles {
+            catch_up(handle, before).await;
+            is_refused(handle).await;
+        }
+        let head = more().await;
+        for handle in &handles {
+            catch_up(handle, head).await;
+        }
+        // What comes while a checkpoint goes back to where it was may come twice.
+        let old = |seen: &Arc<Mutex<Vec<Position>>>| {
+            seen.lock().unwrap().iter().filter(|position| **position <= before).count()
+        };
+        assert_eq!(seen.each_ref().map(old), [10; 3], "{kind}");
         node.stop(PATIENCE).await.unwrap();
-        let error = handle.pause().await.unwrap_err();
+        let error = handles[0].pause().await.unwrap_err();
         assert!(matches!(error, ControlError::Stopped { .. }), "{error}");
+
+        // Nor where it would change the number of partitions.
+        let node = local_node(&store).await;
+        let two = node.partitioned(2, cut(), External::new(), options()).await;
+        reach(&two, ProjectionState::Failed).await;
+        is_refused(&two).await;
+        node.stop(PATIENCE).await.unwrap();
+        let node = local_node(&store).await;
+        let four = node.partitioned(4, cut(), External::new(), options()).await;
+        catch_up(&four, more().await).await;
+        assert_eq!(old(parts), 10, "{kind}: in as many partitions as before");
+        let all = log(&store, &Filter::all()).await;
+        assert_eq!(parts.lock().unwrap().iter().copied().collect::<BTreeSet<_>>(), all.into_iter().collect());
+        node.stop(PATIENCE).await.unwrap();
     }
+}
+
+type Ending = Arc<dyn Fn() -> BoxFuture<'static, Result<(), ApplyError>> + Send + Sync>;
+
+/// Something outside that has what it was told of, and can be emptied. What happens then, and when that is, says the test.
+#[derive(Clone)]
+struct Index {
+    has: Arc<Mutex<BTreeSet<Position>>>,
+    /// Before it is emptied.
+    before: Ending,
+    /// Behind that.
+    behind: Ending,
+}
+
+impl Index {
+    fn new() -> Self {
+        let nothing: Ending = Arc::new(|| Box::pin(async { Ok(()) }));
+        Self { has: Arc::default(), before: nothing.clone(), behind: nothing }
+    }
+
+    fn has(&self) -> Vec<Position> {
+        self.has.lock().unwrap().iter().copied().collect()
+    }
+
+    async fn on(&self, node: &Node, partitions: Option<u16>) -> ProjectionHandle {
+        let index = self.clone();
+        match partitions {
+            None => node.projection(index, External::new(), short_lived()).await,
+            Some(count) => {
+                node.partitioned(count, move |_| index.clone(), External::new(), short_lived()).await
+            }
+        }
+    }
+
+    /// Sooner or later it has everything, whatever became of a reset.
+    async fn is_whole(&self, what: &str, store: &Arc<dyn EventStore>, handle: &ProjectionHandle) {
+        catch_up(handle, append(store, 0, [0]).await).await;
+        let all = log(store, &Filter::all()).await;
+        eventually(what, || self.has() == all).await;
+    }
+}
+
+impl Projection for Index {
+    type Transaction = Delivery;
+
+    fn name(&self) -> &str {
+        "index"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
+        self.has.lock().unwrap().insert(event.position);
+        Ok(())
+    }
+
+    async fn reset(&mut self, _: &mut Delivery) -> Result<(), ApplyError> {
+        (self.before)().await?;
+        self.has.lock().unwrap().clear();
+        (self.behind)().await
+    }
+}
+
+/// Each store with something outside that is whole, in one piece and in partitions; all at the same time, since what an order
+/// holds up it does for some seconds.
+async fn with_indexes<F: Future<Output = ()>>(test: impl Fn(String, Arc<dyn EventStore>, Option<u16>) -> F) {
+    let (one, other) = (stores().await, stores().await);
+    let cases = one.iter().map(|store| (store, None)).chain(other.iter().map(|store| (store, Some(4))));
+    let tests = cases.map(async |((kind, store, _dir), partitions)| {
+        for n in 0..40 {
+            append(store, n, [n]).await;
+        }
+        test(format!("{kind}, {partitions:?}"), store.clone(), partitions).await;
+    });
+    futures_util::future::join_all(tests).await;
+}
+
+/// The code of the user fails half-way, and nobody knows what is left: not what was there before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_outside_that_fails_half_way_loses_nothing() {
+    with_indexes(async |what, store, partitions| {
+        let node = local_node(&store).await;
+        let failing: Ending = Arc::new(|| Box::pin(async { Err("the second half is locked".into()) }));
+        let index = Index { behind: failing, ..Index::new() };
+        let handle = index.on(&node, partitions).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        let error = handle.reset().await.unwrap_err();
+        assert!(matches!(error, ControlError::Refused { .. }), "{what}: {error}");
+        index.is_whole(&what, &store, &handle).await;
+        node.stop(PATIENCE).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_outside_that_is_cut_off_from_its_store_loses_nothing() {
+    with_indexes(async |what, store, partitions| {
+        let link = Link::new(&store);
+        let linked: Arc<dyn EventStore> = Arc::new(link.clone());
+        let node = local_node(&linked).await;
+        let cut: Ending = {
+            let down = link.down.clone();
+            Arc::new(move || {
+                down.store(true, Ordering::SeqCst);
+                Box::pin(async { Ok(()) })
+            })
+        };
+        let index = Index { behind: cut, ..Index::new() };
+        let handle = index.on(&node, partitions).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        let error = handle.reset().await.unwrap_err();
+        assert!(matches!(error, ControlError::Store(_)), "{what}: {error}");
+        link.down.store(false, Ordering::SeqCst);
+        index.is_whole(&what, &store, &handle).await;
+        node.stop(PATIENCE).await.unwrap();
+    })
+    .await;
+}
+
+/// A node dies in a reset. Another one owned the read model, and does not hear of any of this: it puts nothing into what is
+/// still to be emptied.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_outside_that_is_killed_loses_nothing() {
+    with_indexes(async |what, store, partitions| {
+        let link = Link::new(&store);
+        let linked: Arc<dyn EventStore> = Arc::new(link.clone());
+        let (one, two) = (local_node(&linked).await, local_node(&store).await);
+        let index = Index::new();
+        let owner = index.on(&one, partitions).await;
+        catch_up(&owner, store.frontier().await.unwrap()).await;
+        let (begun, emptied) = (Gate::closed(), Gate::closed());
+        let wait = |gate: &Gate| -> Ending {
+            let gate = gate.clone();
+            Arc::new(move || gate.pass())
+        };
+        let dying = Index { before: wait(&begun), behind: wait(&emptied), ..index.clone() };
+        let other = dying.on(&two, partitions).await;
+        catch_up(&other, store.frontier().await.unwrap()).await;
+        link.blind.store(true, Ordering::SeqCst);
+        let reset = tokio::spawn(async move { other.reset().await });
+        begun.reached().await;
+        // The owner finds its checkpoints moved.
+        for n in 0..40 {
+            append(&store, n, [n]).await;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        begun.open();
+        emptied.reached().await;
+        two.kill();
+        reset.await.unwrap().unwrap_err();
+        link.blind.store(false, Ordering::SeqCst);
+        index.is_whole(&what, &store, &owner).await;
+        one.stop(PATIENCE).await.unwrap();
+    })
+    .await;
+}
+
+/// Longer than any order lasts that is not kept up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_goes_on_while_something_outside_is_emptied_for_a_long_time() {
+    with_indexes(async |what, store, partitions| {
+        let (one, two) = (local_node(&store).await, local_node(&store).await);
+        let index = Index::new();
+        let owner = index.on(&one, partitions).await;
+        catch_up(&owner, store.frontier().await.unwrap()).await;
+        let (slow, emptied) = (Gate::closed(), Gate::closed());
+        let (begun, behind) = (slow.clone(), emptied.clone());
+        let dying = Index {
+            before: Arc::new(move || begun.pass()),
+            behind: Arc::new(move || behind.pass()),
+            ..index.clone()
+        };
+        let other = dying.on(&two, partitions).await;
+        catch_up(&other, store.frontier().await.unwrap()).await;
+        let reset = tokio::spawn(async move { other.reset().await });
+        slow.reached().await;
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        slow.open();
+        emptied.reached().await;
+        two.kill();
+        reset.await.unwrap().unwrap_err();
+        index.is_whole(&what, &store, &owner).await;
+        one.stop(PATIENCE).await.unwrap();
+    })
+    .await;
+}
+
+/// Whoever could not be kept from it, as a node of before this was looked at, does not have the last word.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_outside_takes_back_what_went_on_meanwhile() {
+    with_indexes(async |what, store, partitions| {
+        let node = local_node(&store).await;
+        let rival: Ending = {
+            let store = store.clone();
+            let row = if partitions.is_none() { "projection/index" } else { "partition/0/index" };
+            Arc::new(move || {
+                let store = store.clone();
+                Box::pin(async move {
+                    let found = store.checkpoint(row).await?;
+                    // Once: before, it was somewhere.
+                    if found.position == Position::START && found.mark == 1 {
+                        let went_on = Checkpoint { position: Position::new(30), ..found };
+                        store.save_checkpoint(row, found, went_on, None).await?;
+                    }
+                    Ok(())
+                })
+            })
+        };
+        let index = Index { before: rival, ..Index::new() };
+        let handle = index.on(&node, partitions).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        handle.reset().await.unwrap();
+        index.is_whole(&what, &store, &handle).await;
+        node.stop(PATIENCE).await.unwrap();
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
 use storied::projection::{
-    ApplyError, ControlError, External, InMemory, ProjectionState, RebuildStatus, Target, TargetUnavailable,
+    ApplyError, ControlError, External, FailurePolicy, InMemory, ProjectionState, RebuildStatus, Target,
+    TargetUnavailable,
 };
 use storied::testing::Node;
 use storied::{
@@ -19,6 +20,8 @@ use crate::support::*;
 /// Writes to a table of its version; and to `live` when it became that.
 struct Versioned {
     version: u64,
+    /// Heeded from this version on.
+    from: u64,
     hook: Hook,
 }
 
@@ -39,7 +42,7 @@ impl Projection for Versioned {
             .bind(event.position.get() as i64)
             .execute(tx)
             .await?;
-        if self.version > 0 { (self.hook)(event).await } else { Ok(()) }
+        if self.version >= self.from { (self.hook)(event).await } else { Ok(()) }
     }
 
     async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
@@ -63,7 +66,7 @@ impl Projection for Versioned {
 /// What happens before an event of a rebuild is recorded.
 fn make(hook: &Hook) -> impl Fn(Target) -> Versioned + Send + Sync + 'static {
     let hook = hook.clone();
-    move |target| Versioned { version: target.version, hook: hook.clone() }
+    move |target| Versioned { version: target.version, from: 1, hook: hook.clone() }
 }
 
 /// Does not get beyond this position, and keeps nobody else from the database, as long as it is shut.
@@ -229,7 +232,7 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
         // Whoever knows one version only does not write to another one's tables.
         let node = local_node(&store).await;
         let hook = hook(|_| Ok(()));
-        let fixed = Versioned { version: 0, hook };
+        let fixed = Versioned { version: 0, from: 1, hook };
         let handle = node.projection(fixed, database.open().await, options()).await;
         reach(&handle, ProjectionState::Failed).await;
         assert!(handle.status().last_error.unwrap().contains("rebuildable"), "{kind}");
@@ -419,5 +422,52 @@ async fn a_rebuild_in_other_partitions_can_be_cancelled() {
         catch_up(&handle, store.frontier().await.unwrap()).await;
         assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
         four.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// What is parked of a version that is not live any more is nobody's business.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_not_heard_of_the_switch_retries_and_discards_in_the_version_that_is_live() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let broken = Arc::new(AtomicBool::new(true));
+        let hook = {
+            let broken = broken.clone();
+            hook(move |event| {
+                let fails = [3, 4].contains(&event.position.get()) && broken.load(Ordering::SeqCst);
+                if fails { Err("poison".into()) } else { Ok(()) }
+            })
+        };
+        let make = || {
+            let hook = hook.clone();
+            move |target: Target| Versioned { version: target.version, from: 0, hook: hook.clone() }
+        };
+        let link = Link::new(&store);
+        let linked: Arc<dyn EventStore> = Arc::new(link.clone());
+        let (one, two) = (local_node(&store).await, local_node(&linked).await);
+        let park = || options().attempts(1).on_failure(FailurePolicy::Park);
+        let first = one.rebuildable(make(), database.open().await, park()).await;
+        let head = append(&store, 0, 0..10).await;
+        catch_up(&first, head).await;
+        let second = two.rebuildable(make(), database.open().await, park()).await;
+        reach(&second, ProjectionState::Standby).await;
+        link.blind.store(true, Ordering::SeqCst);
+        first.rebuild().await.unwrap();
+        switched(&first, 1).await;
+        broken.store(false, Ordering::SeqCst);
+        assert_eq!(second.status().version, 0, "{kind}: it has not heard of it");
+
+        second.discard_parked(Position::new(4)).await.unwrap();
+        assert_eq!(first.parked(10).await.unwrap().len(), 1, "{kind}");
+        assert_eq!(second.parked(10).await.unwrap().len(), 1, "{kind}");
+        assert_eq!(second.status().version, 0, "{kind}: it still has not");
+        second.retry_parked(Position::new(3)).await.unwrap();
+        assert!(first.parked(10).await.unwrap().is_empty(), "{kind}");
+        let [old, new] = [database.seen("v0").await, database.seen("v1").await];
+        assert!(!old.contains(&Position::new(3)), "{kind}: {old:?}");
+        assert!(new.contains(&Position::new(3)), "{kind}: {new:?}");
+        link.blind.store(false, Ordering::SeqCst);
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
     }
 }

@@ -147,12 +147,14 @@ impl Gate {
 
     pub fn hook(&self) -> Hook {
         let gate = self.clone();
-        Arc::new(move |_| {
-            let mut gate = gate.0.subscribe();
-            Box::pin(async move {
-                gate.wait_for(|closed| !closed).await.unwrap();
-                Ok(())
-            })
+        Arc::new(move |_| gate.pass())
+    }
+
+    pub fn pass(&self) -> BoxFuture<'static, Result<(), ApplyError>> {
+        let mut gate = self.0.subscribe();
+        Box::pin(async move {
+            gate.wait_for(|closed| !closed).await.unwrap();
+            Ok(())
         })
     }
 }
@@ -657,6 +659,8 @@ pub struct Link {
     pub down: Arc<AtomicBool>,
     /// Leases are not renewed: no answer.
     pub mute: Arc<AtomicBool>,
+    /// Nor listed: this node does not hear what others are told.
+    pub blind: Arc<AtomicBool>,
     /// The positions that this node sees are so many times those of the store: the log has holes.
     sparse: u64,
     /// The log is not read from here on, for as long as it stays so: no answer.
@@ -683,6 +687,7 @@ impl Link {
             inner: inner.clone(),
             down: Arc::default(),
             mute: Arc::default(),
+            blind: Arc::default(),
             sparse: 1,
             wall: Arc::new(AtomicU64::new(u64::MAX)),
             shelf: Shelf::default(),
@@ -834,7 +839,13 @@ impl EventStore for Link {
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
-        through!(self, self.inner.leases())
+        Box::pin(async move {
+            self.check()?;
+            while self.blind.load(Ordering::SeqCst) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            self.inner.leases().await
+        })
     }
 
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {

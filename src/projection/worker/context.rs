@@ -15,7 +15,7 @@ use crate::partition::Partition;
 use crate::projection::control::Control;
 use crate::projection::shape::Shape;
 use crate::projection::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
-use crate::store::{BoxFuture, EventStore, Filter};
+use crate::store::{BoxFuture, EventStore, Filter, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
@@ -180,6 +180,18 @@ impl Context {
 
     pub(super) fn is_here(&self, event: &RecordedEvent) -> bool {
         self.partition.is_none_or(|partition| partition.contains(&event.stream))
+    }
+
+    /// The version that is to be worked on by now, if any is.
+    pub(super) async fn version(&self, read_model: &impl ReadModel) -> Result<Option<u64>, StoreError> {
+        Ok(self.shape.versions(read_model).await?.of(self.role))
+    }
+
+    /// Whether somebody changes something for all just now, as the store knows it.
+    pub(super) async fn ordered(&self) -> Result<bool, StoreError> {
+        let order = self.shape.order();
+        let leases = self.store.leases().await?;
+        Ok(leases.iter().any(|info| info.live && info.lease.name == order))
     }
 
     pub(super) fn set(&self, state: ProjectionState) {

@@ -3,6 +3,7 @@
 //! On any node: whether it owns the read model or not, checkpoints are moved by compare and set, and who does not know of it
 //! is refused (I7).
 
+use std::future::Future;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -12,7 +13,10 @@ use super::apply::{apply, contained};
 use super::{Context, Run};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
+use crate::lease::HeldLease;
 use crate::projection::control::{Control, Reply};
+use crate::projection::error::NoReset;
+use crate::projection::shape::{Row, fenced};
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
 
@@ -21,6 +25,9 @@ pub(super) const ORDER: Duration = Duration::from_secs(10);
 
 /// How often something is tried while others move the same checkpoints.
 const ATTEMPTS: u32 = 20;
+
+/// A checkpoint's name, where it is, and where it is to be put.
+type Move = (String, Checkpoint, Checkpoint);
 
 /// A transaction that concerns all who work on the projection. What was `requested` there happens only if it is still.
 #[derive(Debug, Clone, Copy)]
@@ -146,11 +153,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// `requested` there, only if it is still.
     pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
-        let Context { name, store, board, .. } = self.context;
-        let order = if self.read_model.shared() { Some(self.order().await?) } else { None };
+        let context = self.context;
+        let Context { name, store, board, .. } = context;
+        let mut order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         board.hint();
         self.discard_snapshot().await?;
-        let emptied = self.patiently(Change::Empty { requested }).await;
+        let outside = self.outside();
+        let change = self.patiently(Change::Empty { requested });
+        let emptied = match order.take_if(|_| outside) {
+            Some(order) => while_held(context, order, change).await,
+            None => change.await,
+        };
         if let Some(order) = order
             && let Err(error) = store.release_lease(&order).await
         {
@@ -196,8 +209,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Empties the read model, and puts every checkpoint to the start of the log, in one transaction; whether that is still
-    /// wanted.
+    /// Whether what all nodes share is changed by every single call, and by none of them together.
+    pub(super) fn outside(&self) -> bool {
+        self.read_model.shared() && !self.read_model.rolls_back()
+    }
+
+    /// Empties the read model, and puts every checkpoint to the start of the log, in one transaction where it has them; whether
+    /// that is still wanted.
     async fn empty(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let Context { shape, .. } = self.context;
         let row = &self.row.clone();
@@ -213,14 +231,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let version = shape.live(self.read_model, &mut open).await?;
             self.use_version(version)?;
             let mut rows = shape.begin_anew(self.read_model, &mut open, version).await?;
+            if self.outside() {
+                self.empty_outside(&mut open, &mut rows).await?;
+            }
             let last = rows.pop();
             // Before the user's part, so that owners wait for it instead of being waited for in vain.
             for (row, found, to) in &rows {
                 self.read_model.save(&mut open, row, *found, *to).await.map_err(refused)?;
             }
-            let transaction = self.read_model.transaction(&mut open);
-            let emptied = contained(async { self.instance.projection.reset(transaction).await }).await;
-            emptied.map_err(|error| blame(self.context, self.read_model, &error))?;
+            if !self.outside() {
+                let emptied = self.users_reset(&mut open).await;
+                emptied.map_err(|error| blame(self.context, self.read_model, &error))?;
+            }
             for (row, ..) in rows.iter().chain(&last) {
                 self.read_model.unpark_all(&mut open, row).await?;
             }
@@ -238,6 +260,50 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Err(error) => {
                 self.roll_back(open).await;
                 Err(error)
+            }
+        }
+    }
+
+    async fn users_reset(&mut self, open: &mut R::Open) -> Result<(), ApplyError> {
+        let transaction = self.read_model.transaction(open);
+        contained(async { self.instance.projection.reset(transaction).await }).await
+    }
+
+    /// The checkpoints go to the start before anything is emptied: whenever this ends, events come again, and none is missing.
+    /// Leaves the rows of events to be moved once more: whoever could not be kept from going on has put events into what was emptied then.
+    async fn empty_outside(&mut self, open: &mut R::Open, rows: &mut Vec<Move>) -> Result<(), ControlError> {
+        for (index, (row, found, to)) in rows.iter().enumerate() {
+            if let Err(error) = self.read_model.save(open, row, *found, *to).await {
+                self.put_back(open, &rows[..index]).await;
+                return Err(refused(error));
+            }
+        }
+        if let Err(error) = self.users_reset(open).await {
+            // Of any other error nobody knows what was emptied before it.
+            if error.is::<NoReset>() {
+                self.put_back(open, rows).await;
+            }
+            return Err(blame(self.context, self.read_model, &error));
+        }
+        rows.retain(|(row, ..)| Row::parse(row).is_some());
+        for (_, found, to) in rows {
+            *found = *to;
+            *to = fenced(*to);
+        }
+        Ok(())
+    }
+
+    /// Nothing was emptied: what was moved is where it was.
+    async fn put_back(&mut self, open: &mut R::Open, moved: &[Move]) {
+        for (row, found, to) in moved.iter().rev() {
+            // No mark comes twice: it says which replay this is.
+            let back = Row::parse(row).map_or(*found, |_| Checkpoint { mark: fenced(*to).mark, ..*found });
+            if let Err(error) = self.read_model.save(open, row, *to, back).await {
+                tracing::warn!(
+                    projection = self.context.name, %error,
+                    "a reset came to nothing, and the log is applied from its start all the same"
+                );
+                return;
             }
         }
     }
@@ -266,8 +332,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         requested: Option<&str>,
     ) -> Result<(), ControlError> {
         let Context { name, .. } = self.context;
+        let found = self.read_model.checkpoint(&self.row).await?;
+        // Behind the checkpoint: the switch moves that, so that this one could not be kept.
+        if self.context.version(self.read_model).await? != Some(self.instance.version) {
+            self.reload();
+            self.find_version().await?;
+            let reason = format!("another version of projection {name} is live by now");
+            return Err(StoreError::Unavailable { reason, source: None }.into());
+        }
         let row = &self.row;
-        let found = self.read_model.checkpoint(row).await?;
         let mut open = self.read_model.begin(row, found).await?;
         if !self.read_model.unpark(&mut open, row, event.position).await? {
             self.roll_back(open).await;
@@ -290,6 +363,27 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.snapshot_behind(1).await;
         Ok(())
     }
+}
+
+/// Keeps all who work on the projection from going on for as long as that takes; breaks it off when that cannot be done any more.
+async fn while_held(
+    context: &Context,
+    order: Lease,
+    change: impl Future<Output = Result<bool, ControlError>>,
+) -> Result<bool, ControlError> {
+    let Context { store, name, metrics, .. } = context;
+    let Some(order) = HeldLease::take(store, &order.name, order.owner, ORDER, metrics).await? else {
+        return Err(ControlError::Overloaded { name: name.clone() });
+    };
+    let changed = tokio::select! {
+        changed = change => changed,
+        () = order.loss() => {
+            let reason = "the others could not be kept waiting any longer".into();
+            Err(StoreError::Unavailable { reason, source: None }.into())
+        }
+    };
+    order.release().await;
+    changed
 }
 
 /// Says whose fault it was that the user's code failed.

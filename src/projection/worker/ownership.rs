@@ -217,7 +217,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Reads the checkpoint and, as a new owner, claims it: who owned it before cannot commit any more.
     pub(super) async fn load(&mut self) {
         match self.claim().await {
-            Ok(checkpoint) => self.begin_at(checkpoint),
+            Ok(Some(checkpoint)) => self.begin_at(checkpoint),
+            Ok(None) => {
+                self.held_up = true;
+                self.context.board.hint();
+            }
             Err(error) => self.refused(&error),
         }
     }
@@ -234,18 +238,22 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.restart();
     }
 
-    async fn claim(&mut self) -> Result<Checkpoint, CheckpointError> {
+    /// `None` when somebody empties the read model, of which the board does not know yet.
+    async fn claim(&mut self) -> Result<Option<Checkpoint>, CheckpointError> {
         let Context { name, shape, store, .. } = self.context;
         let row = &self.row;
         let found = self.read_model.checkpoint(row).await?;
         if self.read_model.shared() {
             // Behind the checkpoint: whoever changes the shape changes that with it, so that this one could not be moved.
             shape.check(self.read_model).await?;
-            let wanted = shape.versions(self.read_model).await?.of(self.context.role);
-            if wanted != Some(self.instance.version) {
+            if self.context.version(self.read_model).await? != Some(self.instance.version) {
                 let expected = Checkpoint { mark: found.mark + 1, ..found };
                 return Err(CheckpointError::Stale { name: name.clone(), expected, found });
             }
+        }
+        // What goes outside while that is emptied would be lost. Behind the checkpoint, which is moved under the order.
+        if self.outside() && self.context.ordered().await? {
+            return Ok(None);
         }
         let head = store.frontier().await?;
         if found.position > head {
@@ -255,7 +263,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 advice: "the event store lost events, or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
             }));
         }
-        let Some(lease) = &self.lease else { return Ok(found) };
+        let Some(lease) = &self.lease else { return Ok(Some(found)) };
         let Some(epoch) = lease.epoch_above(found.epoch).await? else {
             let expected = Checkpoint { epoch: lease.epoch(), ..found };
             return Err(CheckpointError::Stale { name: name.clone(), expected, found });
@@ -265,6 +273,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let open = self.read_model.begin(row, found).await?;
             self.read_model.commit(open, row, found, claimed, None).await?;
         }
-        Ok(claimed)
+        Ok(Some(claimed))
     }
 }

@@ -18,7 +18,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Works on the version that is this task's by now.
     pub(super) async fn find_version(&mut self) -> Result<(), StoreError> {
         let context = self.context;
-        let version = context.shape.versions(self.read_model).await?.of(context.role);
+        let version = context.version(self.read_model).await?;
         self.dormant = version.is_none();
         context.status.send_if_modified(|status| {
             if version.is_none() {
