@@ -19,6 +19,9 @@ use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
 /// How long one node may keep all others from going on.
 pub(super) const ORDER: Duration = Duration::from_secs(10);
 
+/// So much later the database gives up, too, what nobody here waits for any more; later, so that it is this who says why.
+pub(super) const GRACE: Duration = Duration::from_millis(500);
+
 /// How often something is tried while others move the same checkpoints.
 const ATTEMPTS: u32 = 20;
 
