@@ -23,7 +23,7 @@ pub(super) const ORDER: Duration = Duration::from_secs(10);
 pub(super) const GRACE: Duration = Duration::from_millis(500);
 
 /// How often something is tried while others move the same checkpoints.
-const ATTEMPTS: u32 = 20;
+pub(super) const ATTEMPTS: u32 = 20;
 
 /// A transaction that concerns all who work on the projection. What was `requested` there happens only if it is still.
 #[derive(Debug, Clone, Copy)]
@@ -109,6 +109,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Tells all who work on the projection, and a rebuild of it.
     async fn trigger(&mut self) -> Result<(), ControlError> {
+        // First: they look it up when they are told.
+        self.context.set_goal().await?;
         let lease = self.hold(&self.context.shape.trigger()).await?;
         self.context.store.release_lease(&lease).await?;
         self.context.board.hint();
@@ -150,10 +152,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         let Context { name, store, board, .. } = self.context;
+        let goal = self.context.goal().await?;
         let order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         board.hint();
         self.discard_snapshot().await?;
-        let emptied = self.patiently(Change::Empty { requested }).await;
+        let mut emptied = self.patiently(Change::Empty { requested }).await;
+        if let Ok(true) = emptied
+            && let Err(error) = self.give_up_goal(goal).await
+        {
+            emptied = Err(error.into());
+        }
         if let Some(order) = order
             && let Err(error) = store.release_lease(&order).await
         {
@@ -171,7 +179,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// It is empty.
     fn begin_anew(&mut self) {
         self.reload();
-        self.timing.forget();
         self.moved_to(Position::START);
         self.try_again();
     }
