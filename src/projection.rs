@@ -39,6 +39,7 @@ mod worker;
 use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable, WaitError};
@@ -120,9 +121,13 @@ pub trait Projection: Send + 'static {
         async { Ok(()) }
     }
 
-    /// Makes the version that this one writes to the one that readers see: called once when a rebuild has caught up, in the
+    /// Makes the version that this one writes to the one that readers see: called when a rebuild has caught up, in the
     /// transaction of the switch. Replacing a view is a usual way. The default leaves it to readers to ask for the
     /// [version](ProjectionStatus::version).
+    ///
+    /// It has 2 s, since the live version stands still meanwhile, also while this waits for a lock that somebody else holds. Then,
+    /// or when it fails, the live version goes on, what was rebuilt keeps up with it, and the switch is tried again some seconds
+    /// later, or up to a minute if that happens again; [`RebuildStatus::last_error`] says why. So what takes long belongs elsewhere.
     fn go_live(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Ok(()) }
@@ -197,6 +202,20 @@ pub trait ReadModel: Send + Sync + 'static {
 
     /// What the user writes through.
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Self::Transaction;
+
+    /// From now on no statement of this transaction is to take longer than `limit`, also one that nobody waits for any more: what
+    /// the transaction has locked, others wait for. By default a statement takes as long as it does.
+    ///
+    /// # Errors
+    /// When that cannot be asked for.
+    fn bound<'a>(
+        &'a self,
+        open: &'a mut Self::Open,
+        limit: Duration,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        let _ = (open, limit);
+        Box::pin(async { Ok(()) })
+    }
 
     /// How far the read model is, in whichever store's log; with the commit of this transaction, which leads on from there, the
     /// progress is in this store's. For a reset. The default is for read models whose progress cannot be another store's.

@@ -189,7 +189,8 @@ impl ProjectionHandle {
     /// Empties the read model (see [`Projection::reset`](super::Projection::reset)), forgets what is parked, and applies the log from its start: all
     /// in one transaction where the read model has them, from any node. Also when the read model belongs to another event
     /// store, is ahead of the log, or was built in another number of partitions. A failed projection tries again; a paused one
-    /// stays paused. The owners, if others, notice within a second; until then their status is of before.
+    /// stays paused; one that is [triggered](super::Schedule::Manual) waits for the next trigger. The owners, if others, notice within
+    /// a second; until then their status is of before.
     ///
     /// # Errors
     /// When the projection has no reset, or another node is at it: then nothing was changed. Nor when its reset fails, where the
@@ -200,8 +201,12 @@ impl ProjectionHandle {
         self.tell_others(Control::BeginAnew).await
     }
 
-    /// Applies now what its [schedule](super::Schedule) would have wait: everything that is in the log by the time that all
-    /// nodes hear of it, which is within a second. To begin from the start of the log, [`reset`](Self::reset) it before.
+    /// Applies now what its [schedule](super::Schedule) would have wait: everything that is in the log by the time that its owners
+    /// hear of it, which is within a second. To begin from the start of the log, [`reset`](Self::reset) it before.
+    ///
+    /// How far the log goes now is kept in the event store, and with [`Schedule::Manual`](super::Schedule::Manual) so far it goes,
+    /// whatever becomes of its owners, until it is reset. In memory every node goes so far, also one that starts later; but not the
+    /// one that was reset since.
     ///
     /// # Errors
     /// As [`pause`](Self::pause).

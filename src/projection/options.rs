@@ -59,8 +59,9 @@ pub enum Schedule {
     },
     /// At most once in this time.
     Every(Duration),
-    /// When it is [triggered](super::ProjectionHandle::trigger), up to what is in the log then. In between it is
-    /// [waiting](super::ProjectionState::Waiting), also behind the tip of the log.
+    /// When it is [triggered](super::ProjectionHandle::trigger), up to what is in the log then, and no farther; also when it is
+    /// paused, moved to another node or started again meanwhile. In between it is [waiting](super::ProjectionState::Waiting), also
+    /// behind the tip of the log. What is [rebuilt](super::ProjectionHandle::rebuild) goes to the tip without being triggered.
     Manual,
 }
 

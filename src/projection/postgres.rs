@@ -1,6 +1,7 @@
 use std::error::Error;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgPool, Postgres};
 use uuid::Uuid;
@@ -137,6 +138,19 @@ impl ReadModel for PostgresReadModel {
 
     fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {
         &mut *open
+    }
+
+    fn bound<'a>(
+        &'a self,
+        open: &'a mut PostgresOpen,
+        limit: Duration,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            // The server goes on waiting for a lock, and keeps its own, also for a client that has gone.
+            let set = sqlx::query("SELECT set_config('statement_timeout', $1, true)");
+            let set = set.bind(limit.as_millis().max(1).to_string()).execute(&mut **open).await;
+            set.map(drop).map_err(|error| failed("bounding a transaction", error))
+        })
     }
 
     fn adopt<'a>(

@@ -152,7 +152,12 @@ impl Shape {
         format!("order/{}", self.name)
     }
 
-    /// The lease whose epoch counts how often it was triggered.
+    /// The checkpoint, in the event store, of how far it is to go when it is triggered by hand; whose mark counts how often it was.
+    pub(super) fn goal(&self) -> String {
+        format!("goal/{}", self.name)
+    }
+
+    /// The lease whose epoch says that it was triggered once more.
     pub(super) fn trigger(&self) -> String {
         format!("trigger/{}", self.name)
     }
@@ -330,6 +335,7 @@ mod tests {
                 shape.version(),
                 shape.record(),
                 shape.request("reset"),
+                shape.goal(),
                 delivered(&shape.row(None, 0)),
                 "publisher".into(),
             ] {

@@ -30,7 +30,7 @@ use self::ownership::News;
 use self::reading::PageAhead;
 use self::schedule::Timing;
 use self::snapshot::Snapshotting;
-use self::switch::{Pace, Switch};
+use self::switch::{Pace, SWITCH_AGAIN, Switch};
 use super::control::Control;
 use super::{Projection, ProjectionState, ReadModel};
 use crate::backoff::Backoff;
@@ -104,6 +104,8 @@ struct Run<'a, P, R> {
     dormant: bool,
     /// While what was rebuilt takes the place of what is live.
     switch: Option<Switch>,
+    /// How long it is left alone when that has failed.
+    switch_again: Backoff,
     /// How the parts of what is rebuilt get on.
     paces: Vec<Pace>,
     /// As persisted, when it was last looked at; nothing is applied before that is known.
@@ -236,6 +238,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             fits: false,
             dormant: false,
             switch: None,
+            switch_again: Backoff::new(SWITCH_AGAIN.0, SWITCH_AGAIN.1),
             paces: Vec::new(),
             paused: None,
             paused_at: None,

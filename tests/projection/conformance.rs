@@ -176,6 +176,8 @@ async fn all<P: Place>(bus: Bus) {
         operating::begins_anew_after_a_reset,
         operating::is_rebuilt_beside_the_live_one,
         operating::is_not_rebuilt_after_all,
+        operating::goes_where_it_was_triggered_to_and_no_farther,
+        operating::shares_out_what_it_was_triggered_for,
         sharing::one_of_two_nodes_owns_it,
         sharing::shares_its_partitions_out,
         status::tells_how_far_behind_it_is,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
@@ -469,5 +469,152 @@ async fn who_has_not_heard_of_the_switch_retries_and_discards_in_the_version_tha
         link.blind.store(false, Ordering::SeqCst);
         one.stop(PATIENCE).await.unwrap();
         two.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// What somebody else has locked when it is to go live, and how often it has tried.
+#[derive(Clone, Default)]
+struct Lock {
+    held: Arc<AtomicBool>,
+    tries: Arc<AtomicU64>,
+}
+
+struct Locked(Versioned, Lock);
+
+impl Projection for Locked {
+    type Transaction = SqliteConnection;
+
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        self.0.filter()
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        self.0.apply(event, tx).await
+    }
+
+    async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        self.0.reset(tx).await
+    }
+
+    async fn go_live(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        self.1.tries.fetch_add(1, Ordering::SeqCst);
+        while self.1.held.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        self.0.go_live(tx).await
+    }
+}
+
+/// Follows what is appended until the switch is tried for the second time.
+async fn goes_on_meanwhile(store: &Arc<dyn EventStore>, handle: &ProjectionHandle, tries: &AtomicU64) {
+    let give_up = Instant::now() + PATIENCE;
+    while tries.load(Ordering::SeqCst) < 2 {
+        let position = append(store, 0, [0]).await;
+        let stall = Instant::now();
+        catch_up(handle, position).await;
+        // 2 s are for the switch, and the rest is for a machine that is busy with other tests.
+        assert!(stall.elapsed() < Duration::from_secs(8), "it stood still for {:?}", stall.elapsed());
+        assert!(Instant::now() < give_up, "it is not tried again: {:?}", handle.rebuilding());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(handle.status().version, 0);
+    let error = handle.rebuilding().unwrap().last_error.unwrap();
+    assert!(error.contains("could not take the place"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_switch_that_waits_for_a_lock_lets_the_live_one_go_on() {
+    for (kind, store, _dir) in stores().await {
+        let (database, lock) = (Database::new().await, Lock::default());
+        lock.held.store(true, Ordering::SeqCst);
+        let node = local_node(&store).await;
+        let (free, ours) = (make(&hook(|_| Ok(()))), lock.clone());
+        let made = move |target| Locked(free(target), ours.clone());
+        let handle = node.rebuildable(made, database.open().await, options()).await;
+        catch_up(&handle, append(&store, 0, 0..50).await).await;
+        handle.rebuild().await.unwrap();
+        goes_on_meanwhile(&store, &handle, &lock.tries).await;
+        lock.held.store(false, Ordering::SeqCst);
+        switched(&handle, 1).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
+        assert_eq!(database.seen("live").await, [Position::new(1)], "{kind}: once");
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// On a server, which waits on for who has given up.
+#[cfg(all(feature = "postgres", feature = "nats"))]
+mod on_a_server {
+    use sqlx::{AssertSqlSafe, PgConnection, PgPool};
+    use storied::{MemoryStore, PostgresReadModel};
+
+    use super::*;
+    use crate::harness::PostgresServer;
+
+    /// What readers see is a view.
+    struct Viewed(u64, Lock);
+
+    async fn execute(tx: &mut PgConnection, sql: String) -> Result<(), ApplyError> {
+        sqlx::query(AssertSqlSafe(sql)).execute(tx).await?;
+        Ok(())
+    }
+
+    impl Projection for Viewed {
+        type Transaction = PgConnection;
+
+        fn name(&self) -> &str {
+            "viewed"
+        }
+
+        fn filter(&self) -> Result<Filter, EncodeError> {
+            Ok(Filter::all())
+        }
+
+        async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+            execute(tx, format!("INSERT INTO seen_{} VALUES ({})", self.0, event.position)).await
+        }
+
+        async fn reset(&mut self, tx: &mut PgConnection) -> Result<(), ApplyError> {
+            execute(tx, format!("CREATE TABLE seen_{} (position bigint)", self.0)).await
+        }
+
+        async fn go_live(&mut self, tx: &mut PgConnection) -> Result<(), ApplyError> {
+            self.1.tries.fetch_add(1, Ordering::SeqCst);
+            execute(tx, "ALTER TABLE seen_0 RENAME TO old".into()).await?;
+            execute(tx, format!("CREATE OR REPLACE VIEW seen AS SELECT * FROM seen_{}", self.0)).await
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_switch_that_waits_for_a_reader_lets_the_live_one_go_on() {
+        let url = PostgresServer::shared().await.create_database().await;
+        let pool = PgPool::connect(&url).await.unwrap();
+        for sql in ["CREATE TABLE seen_0 (position bigint)", "CREATE VIEW seen AS SELECT * FROM seen_0"] {
+            sqlx::query(sql).execute(&pool).await.unwrap();
+        }
+        let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+        let (node, lock) = (local_node(&store).await, Lock::default());
+        let ours = lock.clone();
+        let made = move |target: Target| Viewed(target.version, ours.clone());
+        let handle = node.rebuildable(made, PostgresReadModel::new(pool.clone()), options()).await;
+        catch_up(&handle, append(&store, 0, 0..50).await).await;
+        // A report, or pg_dump.
+        let mut report = pool.begin().await.unwrap();
+        sqlx::query("SELECT count(*) FROM seen").execute(&mut *report).await.unwrap();
+        handle.rebuild().await.unwrap();
+        goes_on_meanwhile(&store, &handle, &lock.tries).await;
+        report.rollback().await.unwrap();
+        switched(&handle, 1).await;
+        catch_up(&handle, store.frontier().await.unwrap()).await;
+        let seen: Vec<i64> =
+            sqlx::query_scalar("SELECT position FROM seen ORDER BY 1").fetch_all(&pool).await.unwrap();
+        let seen: Vec<_> = seen.into_iter().map(|position| Position::new(position as u64)).collect();
+        assert_eq!(seen, log(&store, &Filter::all()).await);
+        node.stop(PATIENCE).await.unwrap();
     }
 }

@@ -1,10 +1,11 @@
 //! When projections apply what has come.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::projection::{InMemory, ProjectionState, Schedule};
-use storied::{Filter, Position};
+use storied::{EventStore, Filter, Position};
 use tokio::time::Instant;
 
 use crate::support::*;
@@ -125,6 +126,72 @@ async fn by_hand_it_goes_as_far_as_the_log_did_and_waits_again() {
         let head = store.frontier().await.unwrap();
         catch_up(&first, head).await;
         assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// What was acknowledged just before may be behind an append that is still under way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_hand_it_goes_as_far_as_the_log_does_when_its_owner_hears_of_it() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let options = options().schedule(Schedule::Manual);
+        let link = Link::new(&store);
+        let linked: Arc<dyn EventStore> = Arc::new(link.clone());
+        let (one, two) = (local_node(&store).await, local_node(&linked).await);
+        let first = one.projection(table("table"), database.open().await, options.clone()).await;
+        reach(&first, ProjectionState::Waiting).await;
+        let second = two.projection(table("table"), database.open().await, options).await;
+        reach(&second, ProjectionState::Standby).await;
+        let head = append(&store, 0, 0..20).await;
+        link.unstable.store(10, Ordering::SeqCst);
+        second.trigger().await.unwrap();
+        catch_up(&first, head).await;
+        reach(&first, ProjectionState::Waiting).await;
+        assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
+        one.stop(PATIENCE).await.unwrap();
+        two.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// A trigger is for every node, now and after its next start; a reset is for one, which then waits for the next trigger.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_hand_every_node_goes_as_far_in_memory() {
+    for (kind, store, _dir) in stores().await {
+        let start = async || {
+            let node = local_node(&store).await;
+            let recorder = recorder("recorded");
+            let seen = recorder.seen.clone();
+            let options = options().schedule(Schedule::Manual);
+            let handle = node.projection(recorder, InMemory::new(), options).await;
+            (node, handle, seen)
+        };
+        let ((one, first, ours), (two, second, theirs)) = (start().await, start().await);
+        let head = append(&store, 0, 0..10).await;
+        reach(&first, ProjectionState::Waiting).await;
+        assert!(ours.positions().is_empty(), "{kind}");
+        second.trigger().await.unwrap();
+        for handle in [&first, &second] {
+            catch_up(handle, head).await;
+        }
+        append(&store, 0, 0..10).await;
+        one.stop(PATIENCE).await.unwrap();
+        let (one, first, ours) = start().await;
+        catch_up(&first, head).await;
+        second.reset().await.unwrap();
+        for handle in [&first, &second] {
+            reach(handle, ProjectionState::Waiting).await;
+        }
+        tokio::time::sleep(millis(500)).await;
+        assert_eq!(theirs.positions(), [], "{kind}");
+        assert_eq!(ours.positions().len(), 10, "{kind}: no farther than it was triggered to");
+        first.trigger().await.unwrap();
+        let head = store.frontier().await.unwrap();
+        for (handle, seen) in [(&first, &ours), (&second, &theirs)] {
+            catch_up(handle, head).await;
+            assert_eq!(seen.positions(), log(&store, &Filter::all()).await, "{kind}");
+        }
         one.stop(PATIENCE).await.unwrap();
         two.stop(PATIENCE).await.unwrap();
     }

@@ -665,6 +665,8 @@ pub struct Link {
     sparse: u64,
     /// The log is not read from here on, for as long as it stays so: no answer.
     wall: Arc<AtomicU64>,
+    /// So many positions at the end of the log are not seen to be stable yet.
+    pub unstable: Arc<AtomicU64>,
     pub shelf: Shelf,
 }
 
@@ -690,6 +692,7 @@ impl Link {
             blind: Arc::default(),
             sparse: 1,
             wall: Arc::new(AtomicU64::new(u64::MAX)),
+            unstable: Arc::default(),
             shelf: Shelf::default(),
         }
     }
@@ -770,7 +773,11 @@ impl EventStore for Link {
     }
 
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
-        through!(self, async { Ok(self.outside(self.inner.frontier().await?)) })
+        through!(self, async {
+            let stable =
+                self.inner.frontier().await?.get().saturating_sub(self.unstable.load(Ordering::SeqCst));
+            Ok(self.outside(Position::new(stable)))
+        })
     }
 
     fn appended(&self) -> watch::Receiver<Position> {

@@ -23,8 +23,11 @@ use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
 /// How long one node may keep all others from going on.
 pub(super) const ORDER: Duration = Duration::from_secs(10);
 
+/// So much later the database gives up, too, what nobody here waits for any more; later, so that it is this who says why.
+pub(super) const GRACE: Duration = Duration::from_millis(500);
+
 /// How often something is tried while others move the same checkpoints.
-const ATTEMPTS: u32 = 20;
+pub(super) const ATTEMPTS: u32 = 20;
 
 /// A checkpoint's name, where it is, and where it is to be put.
 type Move = (String, Checkpoint, Checkpoint);
@@ -113,6 +116,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Tells all who work on the projection, and a rebuild of it.
     async fn trigger(&mut self) -> Result<(), ControlError> {
+        // First: they look it up when they are told.
+        self.context.set_goal().await?;
         let lease = self.hold(&self.context.shape.trigger()).await?;
         self.context.store.release_lease(&lease).await?;
         self.context.board.hint();
@@ -155,11 +160,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.create().await?;
         let context = self.context;
         let Context { name, store, board, .. } = context;
+        let goal = context.goal().await?;
         let mut order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         board.hint();
         self.discard_snapshot().await?;
         let outside = self.outside();
-        let change = self.patiently(Change::Empty { requested });
+        let change = async {
+            let emptied = self.patiently(Change::Empty { requested }).await?;
+            if emptied {
+                self.give_up_goal(goal).await?;
+            }
+            Ok(emptied)
+        };
         let emptied = match order.take_if(|_| outside) {
             Some(order) => while_held(context, order, change).await,
             None => change.await,
@@ -181,7 +193,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// It is empty.
     fn begin_anew(&mut self) {
         self.reload();
-        self.timing.forget();
         self.moved_to(Position::START);
         self.try_again();
     }

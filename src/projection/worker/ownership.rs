@@ -83,7 +83,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if self.read_model.shared() {
             self.heed(&view);
         }
-        self.heed_triggers(&view);
+        self.heed_triggers(&view).await;
     }
 
     /// Somebody on any node resumed or reset the projection: what it remembers may be wrong, and what failed may work.
@@ -99,7 +99,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.retries_at = Instant::now();
             }
             self.reload();
-            self.timing.forget();
             self.try_again();
             self.requests_due = true;
             self.retries_due = true;
@@ -111,6 +110,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) fn reload(&mut self) {
         self.fits = false;
         self.saved = None;
+        self.timing.forget();
         self.restart();
     }
 

@@ -70,12 +70,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 });
                 let LogPage { mut events, scanned_to, head } = page;
                 self.page.saw(&events);
-                events.retain(|event| self.context.is_here(event));
+                let upto = self.timing.goal().map_or(scanned_to, |goal| goal.min(scanned_to));
+                events.retain(|event| self.context.is_here(event) && event.position <= upto);
                 self.knows_of(head);
-                if self.source == Source::Store && !hole {
+                if self.source == Source::Store && !hole && upto == scanned_to {
                     self.ahead = Some(self.begin_to_read(scanned_to));
                 }
-                self.enqueue(events.into(), scanned_to);
+                self.enqueue(events.into(), upto);
             }
             Some(Err(error)) => self.outage(&error),
             None => {}

@@ -2,11 +2,13 @@
 
 use tokio::time::Instant;
 
-use super::{Role, Run, Source};
+use super::orders::ATTEMPTS;
+use super::{Context, Role, Run, Source};
 use crate::event::Position;
 use crate::lease::View;
-use crate::projection::{Projection, ProjectionState, ReadModel, Schedule};
-use crate::store::StoreError;
+use crate::projection::shape::fenced;
+use crate::projection::{ControlError, Projection, ProjectionState, ReadModel, Schedule};
+use crate::store::{Checkpoint, CheckpointError, StoreError};
 use crate::time::after;
 
 /// What a schedule has to remember.
@@ -16,12 +18,14 @@ pub(super) struct Timing {
     hold: Option<(Instant, Instant)>,
     /// When something was last applied.
     last: Option<Instant>,
-    /// How often it was triggered, as far as is known; `None` before the first look.
+    /// What was last told of triggers; `None` before the first look.
     triggers: Option<u64>,
-    /// It was triggered, and it is still to be found out how far that goes.
-    triggered: bool,
-    /// How far it goes when it is triggered by hand.
-    goal: Position,
+    /// How far it goes when it is triggered by hand; `None` when that is to be looked up (again).
+    goal: Option<Position>,
+    /// Where the log ended when this, at work on it, heard that it was triggered.
+    heard: Position,
+    /// How often it had been triggered when this node's own read model was reset: for those it does not go any more.
+    over: u64,
 }
 
 impl Timing {
@@ -41,9 +45,15 @@ impl Timing {
         };
     }
 
-    /// What it was triggered for is over.
+    /// Not beyond this it goes, if it is triggered by hand.
+    pub(super) fn goal(&self) -> Option<Position> {
+        self.goal
+    }
+
+    /// How far it goes when it is triggered by hand is looked up again.
     pub(super) fn forget(&mut self) {
-        self.goal = Position::START;
+        self.goal = None;
+        self.heard = Position::START;
     }
 
     /// Nothing is pending any more.
@@ -62,15 +72,64 @@ impl Timing {
     }
 }
 
+impl Context {
+    /// It is to go as far as the log goes now. That is kept in the event store: whoever works on it later knows of it, too, and
+    /// what was reached is not gone for twice.
+    pub(super) async fn set_goal(&self) -> Result<(), ControlError> {
+        let Self { name, store, shape, .. } = self;
+        let (row, head) = (shape.goal(), store.frontier().await?);
+        let mut found = store.checkpoint(&row).await?;
+        for _ in 0..ATTEMPTS {
+            let goal = Checkpoint { position: head.max(found.position), ..fenced(found) };
+            match store.save_checkpoint(&row, found, goal, None).await {
+                Ok(()) => return Ok(()),
+                // Somebody else has triggered it just now, which is as good.
+                Err(CheckpointError::Stale { found, .. }) if found.position >= head => return Ok(()),
+                Err(CheckpointError::Stale { found: now, .. }) => found = now,
+                Err(CheckpointError::Store(error)) => return Err(error.into()),
+            }
+        }
+        Err(ControlError::Overloaded { name: name.clone() })
+    }
+
+    /// How far, and how often, it was triggered to go.
+    pub(super) async fn goal(&self) -> Result<Checkpoint, StoreError> {
+        self.store.checkpoint(&self.shape.goal()).await
+    }
+}
+
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Somebody on any node has triggered it.
-    pub(super) fn heed_triggers(&mut self, view: &View) {
+    pub(super) async fn heed_triggers(&mut self, view: &View) {
         let triggers = view.leases.get(&self.context.shape.trigger()).map_or(0, |posted| posted.epoch);
-        if self.timing.triggers.is_some_and(|known| known < triggers) {
-            self.timing.triggered = true;
+        if self.timing.triggers.is_some_and(|known| known != triggers) {
+            self.timing.forget();
             self.timing.hold = None;
+            if self.goes_by_hand() && self.saved.is_some() {
+                // What had its receipt when it was triggered may have been behind an append that was still under way. It is a
+                // service only: without an answer it goes as far as it has to.
+                self.timing.heard = self.context.store.frontier().await.unwrap_or_default();
+            }
         }
         self.timing.triggers = Some(triggers);
+    }
+
+    /// It was reset: it waits for a trigger that comes behind those that led to `goal`.
+    pub(super) async fn give_up_goal(&mut self, goal: Checkpoint) -> Result<(), StoreError> {
+        let Context { store, shape, .. } = self.context;
+        if !self.read_model.shared() {
+            self.timing.over = goal.mark;
+            return Ok(());
+        }
+        if goal.position == Position::START {
+            return Ok(());
+        }
+        let none = Checkpoint { position: Position::START, ..goal };
+        match store.save_checkpoint(&shape.goal(), goal, none, None).await {
+            // It was triggered meanwhile.
+            Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
+            Err(CheckpointError::Store(error)) => Err(error),
+        }
     }
 
     /// Whether what is pending is to wait for more.
@@ -82,16 +141,27 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             && self.timing.until().is_some_and(|until| until > Instant::now())
     }
 
+    fn goes_by_hand(&self) -> bool {
+        self.context.options.schedule == Schedule::Manual && self.context.role == Role::Live
+    }
+
     /// Whether it is to go on at all.
     pub(super) async fn is_due(&mut self) -> Result<bool, StoreError> {
-        if self.context.options.schedule != Schedule::Manual || self.context.role == Role::Rebuild {
+        if !self.goes_by_hand() {
             return Ok(true);
         }
-        if self.timing.triggered {
-            self.timing.goal = self.context.store.frontier().await?;
-            self.timing.triggered = false;
-        }
-        Ok(self.pending.is_some() || self.applied < self.timing.goal)
+        let goal = match self.timing.goal {
+            Some(goal) => goal,
+            None => {
+                let kept = self.context.goal().await?;
+                let ours = kept.mark > self.timing.over;
+                let goal = if ours { kept.position.max(self.timing.heard) } else { Position::START };
+                // What it follows might lead it beyond.
+                self.source = Source::Store;
+                *self.timing.goal.insert(goal)
+            }
+        };
+        Ok(self.pending.is_some() || self.applied < goal)
     }
 
     /// Waits for a trigger.

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::apply::contained;
-use super::orders::{blame, refused};
+use super::orders::{GRACE, blame, refused};
 use super::{Run, Source};
 use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
@@ -23,6 +23,13 @@ const GETS_ON: Duration = Duration::from_secs(2);
 
 /// How long after a switch that came to nothing the next one is tried.
 const AGAIN: Duration = Duration::from_secs(5);
+
+/// How long the switch itself may wait for what somebody else has locked. Until then those wait who keep the live one up to date,
+/// and behind its own locks whoever reads the tables.
+const SWITCH: Duration = Duration::from_secs(2);
+
+/// … and how far apart the next ones are at most if it goes on like that.
+pub(super) const SWITCH_AGAIN: (Duration, Duration) = (AGAIN, Duration::from_secs(60));
 
 /// How often it is looked whether what was rebuilt is where the live one is.
 const SWITCHING: Duration = Duration::from_millis(20);
@@ -69,7 +76,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if let Err(error) = self.go_on_switching().await {
             tracing::warn!(projection = self.context.name, %error, "what was rebuilt could not be put in place, and is tried again");
             self.context.status.send_modify(|status| status.last_error = Some(error.to_string()));
-            self.switch_later().await;
+            let wait = self.switch_again.next();
+            self.switch_later(wait).await;
         }
     }
 
@@ -86,11 +94,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.tick_at = Instant::now() + SWITCHING;
                 if behind == 0 {
                     self.put_in_place().await?;
+                    self.switch_again.succeeded();
                     self.give_up_switching().await;
                     self.reload();
                     self.tick_at = Instant::now();
                 } else if !gets_on || waited >= WAIT {
-                    self.switch_later().await;
+                    self.switch_later(AGAIN).await;
                 }
             }
             _ if behind == 0 || (behind <= NEAR && gets_on) => {
@@ -104,9 +113,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    async fn switch_later(&mut self) {
+    async fn switch_later(&mut self, wait: Duration) {
         self.give_up_switching().await;
-        self.switch = Some(Switch::Later(Instant::now() + AGAIN));
+        self.switch = Some(Switch::Later(Instant::now() + wait));
     }
 
     pub(super) async fn give_up_switching(&mut self) {
@@ -147,6 +156,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut open = self.read_model.begin(&record, found).await?;
         let Versions { live, rebuilt } = Versions::from(found);
         let result = async {
+            self.read_model.bound(&mut open, SWITCH + GRACE).await?;
             if rebuilt != Some(version) {
                 return Err(late("the versions have changed"));
             }
@@ -165,9 +175,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let live = contained(async { self.instance.projection.go_live(transaction).await }).await;
             live.map_err(|error| blame(self.context, self.read_model, &error))
         };
-        if let Err(error) = result.await {
-            self.roll_back(open).await;
-            return Err(error);
+        match timeout(SWITCH, result).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                self.roll_back(open).await;
+                return Err(error);
+            }
+            Err(_) => return Err(self.locked(SWITCH, "could not take the place of what is live")),
         }
         let switched: Checkpoint = Versions { live: version, rebuilt: None }.record(found);
         self.read_model.commit(open, &record, found, switched, None).await.map_err(refused)?;

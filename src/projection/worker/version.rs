@@ -4,10 +4,12 @@
 //! date, with leases of their own; so both survive the death of any node. The switch is one transaction, under which the tasks
 //! exchange nothing: all of them look up which version is theirs, and go on from its checkpoint.
 
+use std::time::Duration;
+
 use tokio::time::{Instant, timeout};
 
 use super::apply::contained;
-use super::orders::{Change, ORDER, blame, refused};
+use super::orders::{Change, GRACE, ORDER, blame, refused};
 use super::{Context, Run};
 use crate::event::Position;
 use crate::projection::shape::{Versions, fenced};
@@ -46,6 +48,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             instance.version = version;
             // How another version got on says nothing of this one.
             self.paces.clear();
+            self.switch_again.succeeded();
             context.status.send_modify(|status| status.measured = None);
         }
         self.row = context.shape.row(context.partition, version);
@@ -104,6 +107,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut projection = self.rebuildable()?(next);
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
+            read_model.bound(&mut open, ORDER + GRACE).await?;
             // First, and held until the end: what was built before may be discarded just now.
             read_model.save(&mut open, &record, found, wanted).await.map_err(refused)?;
             let transaction = read_model.transaction(&mut open);
@@ -121,7 +125,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.roll_back(open).await;
                 return other;
             }
-            Err(_) => return Err(self.locked("could not be made yet; ask for the rebuild again")),
+            Err(_) => return Err(self.locked(ORDER, "could not be made yet; ask for the rebuild again")),
         }
         self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused)?;
         tracing::info!(
@@ -238,6 +242,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let to = Checkpoint { position: Position::new(found.position.get() + 1), ..found };
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
+            read_model.bound(&mut open, ORDER + GRACE).await?;
             read_model.save(&mut open, &record, found, to).await.map_err(refused)?;
             if !again {
                 let transaction = read_model.transaction(&mut open);
@@ -259,15 +264,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.roll_back(open).await;
                 return Err(error);
             }
-            Err(_) => return Err(self.locked("could not be dropped")),
+            Err(_) => return Err(self.locked(ORDER, "could not be dropped")),
         }
         self.read_model.commit(open, &record, to, to, None).await.map_err(refused)
     }
 
-    /// Somebody else holds the tables of the next version for longer than this waits. The transaction is dropped and not rolled
-    /// back here: that would wait for the same.
-    fn locked(&self, what: &str) -> ControlError {
-        let reason = format!("within {ORDER:?}, the tables of the version that is rebuilt {what}");
+    /// Somebody else holds the tables for longer than this waits. The transaction is dropped and not rolled back here: that would
+    /// wait for the same. Where the database waits on, it is [bound](ReadModel::bound).
+    pub(super) fn locked(&self, limit: Duration, what: &str) -> ControlError {
+        let reason = format!("within {limit:?}, the tables of the version that is rebuilt {what}");
         ControlError::Refused { name: self.context.name.clone(), reason }
     }
 }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use storied::projection::{ControlError, FailurePolicy, InMemory, ProjectionState};
-use storied::{Filter, Position};
+use storied::projection::{ControlError, FailurePolicy, InMemory, ProjectionState, Schedule};
+use storied::testing::Node;
+use storied::{Filter, Position, ProjectionHandle};
 
 use super::Scene;
 use super::place::Place;
@@ -143,4 +145,102 @@ pub async fn is_not_rebuilt_after_all<P: Place>(scene: Scene<P>) {
     }
     one.stop(PATIENCE).await.unwrap();
     two.stop(PATIENCE).await.unwrap();
+}
+
+pub async fn goes_where_it_was_triggered_to_and_no_farther<P: Place>(scene: Scene<P>) {
+    triggered(scene, "triggered", None).await;
+}
+
+pub async fn shares_out_what_it_was_triggered_for<P: Place>(scene: Scene<P>) {
+    triggered(scene, "triggers", Some(3)).await;
+}
+
+/// By hand, whoever dies and whatever it is told meanwhile.
+async fn triggered<P: Place>(scene: Scene<P>, name: &'static str, partitions: Option<u16>) {
+    let slow: Hook = Arc::new(|_| {
+        Box::pin(async {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            Ok(())
+        })
+    });
+    let options = scene.options().schedule(Schedule::Manual).batch_size(1).lease(Duration::from_secs(1));
+    let start = async || -> (Node, ProjectionHandle) {
+        let node = scene.node().await;
+        let handle = scene.start_made(&node, name, partitions, slow.clone(), options.clone()).await;
+        (node, handle)
+    };
+    let append = async || {
+        let mut last = Position::START;
+        for n in 0..20 {
+            last = scene.append(n, [n]).await;
+        }
+        last
+    };
+    let seen = async || scene.place.seen(name).await.len();
+    // Nobody else has it any more, and this one does nothing.
+    let waits = async |handle: &ProjectionHandle| {
+        reach(handle, ProjectionState::Waiting).await;
+        let sole = |handle: &ProjectionHandle| {
+            handle.status().partitions.iter().all(|part| part.status.state == ProjectionState::Waiting)
+        };
+        eventually("it waits as a whole", || sole(handle)).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    };
+    let begins = async |before: usize| {
+        let give_up = tokio::time::Instant::now() + PATIENCE;
+        while seen().await <= before {
+            assert!(tokio::time::Instant::now() < give_up, "{name} does not begin");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+
+    let (one, first) = start().await;
+    let head = append().await;
+    waits(&first).await;
+    assert_eq!(seen().await, 0);
+    let (two, second) = start().await;
+    second.trigger().await.unwrap();
+    begins(0).await;
+    // Whoever works on it looks again at where it is.
+    second.pause().await.unwrap();
+    second.resume().await.unwrap();
+    catch_up(&second, head).await;
+    assert_eq!(seen().await, 20);
+
+    // Who takes it over knows that it is done, …
+    let head = append().await;
+    one.stop(PATIENCE).await.unwrap();
+    waits(&second).await;
+    assert_eq!(seen().await, 20);
+    let (three, third) = start().await;
+    third.trigger().await.unwrap();
+    begins(20).await;
+    // … or that it is not.
+    two.kill();
+    catch_up(&third, head).await;
+    assert_eq!(seen().await, 40);
+
+    // What was reset begins anew when it is triggered, and not before.
+    third.reset().await.unwrap();
+    three.stop(PATIENCE).await.unwrap();
+    let (four, fourth) = start().await;
+    waits(&fourth).await;
+    assert_eq!(seen().await, 0);
+    fourth.trigger().await.unwrap();
+    catch_up(&fourth, head).await;
+    assert_eq!(seen().await, 40);
+    if P::TOGETHER {
+        fourth.rebuild().await.unwrap();
+        eventually("it is live", || fourth.status().version == 1 && fourth.rebuilding().is_none()).await;
+        let head = append().await;
+        waits(&fourth).await;
+        let rebuilt = format!("{name}@1");
+        assert_eq!(scene.place.seen(&rebuilt).await.len(), 40);
+        fourth.trigger().await.unwrap();
+        catch_up(&fourth, head).await;
+        scene.assert_partitions_exact(&rebuilt, partitions.unwrap_or(1)).await;
+    } else {
+        scene.assert_partitions_exact(name, partitions.unwrap_or(1)).await;
+    }
+    four.stop(PATIENCE).await.unwrap();
 }
