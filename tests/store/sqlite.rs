@@ -68,7 +68,16 @@ async fn append(store: &SqliteStore, append: Append) -> Result<Appended, AppendE
 }
 
 async fn log(store: &SqliteStore) -> Vec<RecordedEvent> {
-    store.read_log(ReadLog::after(Position::START).limit(usize::MAX)).await.unwrap().events
+    let (mut log, mut read) = (Vec::new(), ReadLog::after(Position::START).limit(usize::MAX));
+    loop {
+        let page = store.read_log(read.clone()).await.unwrap();
+        read.after = page.scanned_to;
+        let more = page.has_more();
+        log.extend(page.events);
+        if !more {
+            return log;
+        }
+    }
 }
 
 /// Positions 1, 2, 3 … (nothing that was refused took one), versions without holes.
