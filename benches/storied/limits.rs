@@ -78,8 +78,9 @@ pub async fn sqlite_read(expected: usize, filled: &std::path::Path) -> Run {
 }
 
 /// PostgreSQL through sqlx with nothing above: rows like storied's, `per_transaction` of them in one INSERT … unnest and
-/// commit, from `writers` connections at a time. With 1 and 1 it is one single-row commit after the other.
-pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usize) -> Run {
+/// commit, from `writers` connections at a time, and of `streams` streams in turns. With 1, 1 and 1 it is one single-row commit
+/// after the other.
+pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: usize) -> Run {
     let mut setup = postgres().await;
     setup
         .execute(
@@ -101,18 +102,23 @@ pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usiz
     for mut connection in connections {
         let payload = text(plan.payload).into_bytes();
         tasks.spawn(async move {
-            let streams: Vec<Uuid> = (0..per_transaction).map(|_| Uuid::now_v7()).collect();
+            // Random, as storied's keys are.
+            let own = (streams / writers).max(per_transaction);
+            let streams: Vec<Uuid> = (0..own).map(|_| Uuid::new_v4()).collect();
             let mut latencies = Vec::with_capacity(transactions);
-            for version in 1..=transactions as i64 {
+            for transaction in 0..transactions {
                 let start = Instant::now();
+                let rows = transaction * per_transaction..(transaction + 1) * per_transaction;
+                let versions: Vec<i64> = rows.clone().map(|row| (row / own) as i64 + 1).collect();
+                let streams: Vec<Uuid> = rows.map(|row| streams[row % own]).collect();
                 let ids: Vec<Uuid> = (0..per_transaction).map(|_| Uuid::now_v7()).collect();
                 let inserted = sqlx::query(
                     "INSERT INTO raw_bench.events (version, stream, id, command_id, category, stream_id, name, payload, metadata)
                      SELECT * FROM unnest($1::bigint[], $2::uuid[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::text[],
                      $8::bytea[], $9::bytea[]) RETURNING position",
                 )
-                .bind(vec![version; per_transaction])
-                .bind(&streams)
+                .bind(versions)
+                .bind(streams)
                 .bind(&ids)
                 .bind(&ids)
                 .bind(vec!["account"; per_transaction])

@@ -18,7 +18,7 @@ const STREAMS: usize = 100;
 /// `callers` callers over 1,000 live aggregates, one event a command.
 pub async fn commands(plan: &Plan) -> Comparison {
     let (ours, per_transaction) = execute(plan, AGGREGATES).await;
-    let limit = inserts(plan, per_transaction, 2).await;
+    let limit = inserts(plan, per_transaction, 2, AGGREGATES).await;
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's as well") }
 }
 
@@ -26,7 +26,7 @@ pub async fn commands(plan: &Plan) -> Comparison {
 /// do at best.
 pub async fn hot(plan: &Plan) -> Comparison {
     let (ours, per_transaction) = execute(plan, 1).await;
-    let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1, 1).await;
+    let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1, 1, 1).await;
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
 }
 
@@ -52,7 +52,7 @@ pub async fn append(plan: &Plan, each: usize) -> Comparison {
     };
     let run = closed_loop(plan.callers, appends, append).await;
     let ours = run.of(each);
-    let limit = inserts(plan, each, plan.callers).await;
+    let limit = inserts(plan, each, plan.callers, plan.callers * STREAMS).await;
     Comparison { ours, limit, note: "latencies are of an append".into() }
 }
 
@@ -129,11 +129,11 @@ pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
 }
 
 /// `writers`: connections at a time, where a store has more than one that writes.
-async fn inserts(plan: &Plan, per_transaction: usize, writers: usize) -> Run {
+async fn inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: usize) -> Run {
     match plan.store {
         StoreKind::Sqlite => limits::sqlite_inserts(plan, per_transaction).await,
         StoreKind::Memory => memory_appends(plan, per_transaction).await,
-        StoreKind::Postgres => limits::postgres_inserts(plan, per_transaction, writers).await,
+        StoreKind::Postgres => limits::postgres_inserts(plan, per_transaction, writers, streams).await,
     }
 }
 
