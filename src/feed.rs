@@ -21,8 +21,9 @@ pub(crate) use self::stretch::{Stretch, read as read_stretch};
 use crate::backoff::Backoff;
 use crate::bus::{BusError, BusItem, BusSubscription, EventBus, LogBatch};
 use crate::event::Position;
+use crate::panic::panic_text;
 use crate::store::{BoxFuture, EventStore};
-use crate::supervised::{Task, panic_text};
+use crate::supervised::Task;
 use crate::time::after;
 
 /// How the feed works.

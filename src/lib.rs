@@ -55,6 +55,7 @@ mod future;
 #[cfg(test)]
 mod fuzz;
 mod lease;
+mod panic;
 mod partition;
 pub mod projection;
 pub mod publisher;

@@ -4,7 +4,6 @@
 //! handler would answer nobody meanwhile. So the actor only takes messages and supervises, and a task of its own does the
 //! work: it is started again (with backoff) when it panics, stopped within a deadline, and torn down with its actor.
 
-use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
 use std::panic::AssertUnwindSafe;
@@ -19,6 +18,7 @@ use tokio::time::Instant;
 
 use crate::backoff::Backoff;
 use crate::future::BoxFuture;
+use crate::panic::panic_text;
 
 /// How many control messages may be under way to one task.
 const CONTROLS: usize = 16;
@@ -40,12 +40,6 @@ impl Drop for Task {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-/// What a panic said.
-pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
 }
 
 /// The work of one task.

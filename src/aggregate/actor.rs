@@ -11,11 +11,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::fold::{CommandRecord, Folded, panic_message};
+use super::fold::{CommandRecord, Folded};
 use super::options::AggregateOptions;
 use super::{Aggregate, Context, ExecuteError, Receipt};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::{EncodeError, Event, EventTypes, Metadata, NewEvent, StreamId, Version};
+use crate::panic::panic_text;
 use crate::store::{AppendError, Chain, EventStore, ExpectedVersion, Outcome, Submission, Writer};
 use crate::telemetry::trace::CommandSpan;
 
@@ -154,7 +155,7 @@ impl<A: Aggregate> Actor for AggregateActor<A> {
         }
         // Also after `execute`: a panic with nothing under way leaves nobody to wait for.
         while state.broken && state.pending.is_empty() {
-            self.mend(&myself, state).await;
+            Box::pin(self.mend(&myself, state)).await;
         }
         Ok(())
     }
@@ -187,19 +188,21 @@ impl<A: Aggregate> AggregateActor<A> {
         let fresh = state.folded.is_none();
         let folded = match &mut state.folded {
             Some(folded) => folded,
-            none => match Folded::load(&*self.shared.store, &self.stream, &self.shared.options).await {
-                Ok(loaded) => {
-                    let folded = none.insert(loaded);
-                    // A long stream was folded from far back: the next time need not.
-                    stage_snapshot(&self.shared.options, &mut state.staged, folded);
-                    self.take_snapshot(folded, &mut state.staged);
-                    folded
+            none => {
+                match Box::pin(Folded::load(&*self.shared.store, &self.stream, &self.shared.options)).await {
+                    Ok(loaded) => {
+                        let folded = none.insert(loaded);
+                        // A long stream was folded from far back: the next time need not.
+                        stage_snapshot(&self.shared.options, &mut state.staged, folded);
+                        self.take_snapshot(folded, &mut state.staged);
+                        folded
+                    }
+                    Err(error) => return answer(order.reply, Err(error.into_execute(&self.stream))),
                 }
-                Err(error) => return answer(order.reply, Err(error.into_execute(&self.stream))),
-            },
+            }
         };
         if let Some(record) = folded.commands.get(&order.command_id) {
-            let repeated = self.repeat(&order, record).await;
+            let repeated = Box::pin(self.repeat(&order, record)).await;
             return answer(order.reply, repeated);
         }
         // Only now: one of the rivals may have been the same command, on another node.
@@ -225,7 +228,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }
         let decision =
             catch_unwind(AssertUnwindSafe(|| self.decide(&order, folded))).unwrap_or_else(|panic| {
-                Err(ExecuteError::Panicked { stream: self.stream.clone(), message: panic_message(&*panic) })
+                Err(ExecuteError::Panicked { stream: self.stream.clone(), message: panic_text(&*panic) })
             });
         let (decided, events) = match decision {
             Ok(decided) => decided,
@@ -249,7 +252,7 @@ impl<A: Aggregate> AggregateActor<A> {
                 return self.settle(pending, folded);
             }
             // Only an append would notice that another node has written since; an answer without one has to look.
-            match folded.catch_up(&*self.shared.store, &self.stream).await {
+            match Box::pin(folded.catch_up(&*self.shared.store, &self.stream)).await {
                 Ok(()) if folded.version == expected => self.settle(pending, folded),
                 Ok(()) => {
                     let Pending { order, load, .. } = pending;
@@ -514,7 +517,7 @@ fn stage_snapshot<A: Aggregate>(
         return;
     }
     let encoded = catch_unwind(AssertUnwindSafe(|| (snapshots.encode)(&folded.state)))
-        .unwrap_or_else(|panic| Err(panic_message(&*panic)));
+        .unwrap_or_else(|panic| Err(panic_text(&*panic)));
     match encoded {
         Ok(bytes) => *staged = Some((folded.version, bytes)),
         Err(error) => {

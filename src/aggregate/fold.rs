@@ -12,6 +12,7 @@ use super::outcome::FoldError;
 use super::{Aggregate, Receipt};
 use crate::codec::from_cbor;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::panic::panic_text;
 use crate::store::{EventStore, Snapshot, StoreError};
 
 /// How many events of a stream are read first while it is folded; how many at most, and about how many bytes, after that.
@@ -163,16 +164,7 @@ impl<A: Aggregate> Folded<A> {
 
 /// Runs the user's code.
 fn contained<T>(user: impl FnOnce() -> T) -> Result<T, FoldError> {
-    catch_unwind(AssertUnwindSafe(user)).map_err(|panic| FoldError::Panicked(panic_message(&*panic)))
-}
-
-/// The text of a caught panic.
-pub(super) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(ToString::to_string)
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a text".into())
+    catch_unwind(AssertUnwindSafe(user)).map_err(|panic| FoldError::Panicked(panic_text(&*panic)))
 }
 
 /// The last commands that took effect, by id (I8). Bounded.

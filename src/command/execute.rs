@@ -121,7 +121,7 @@ impl<A: Aggregate> Execute<A> {
         let mut frame = commands.frame(Kind::Aggregate, &info, &command, &envelope, prompt, deadline)?;
         frame.expected = expected.into();
         let id = envelope.id;
-        let answered = commands.send(frame, &envelope, deadline).await;
+        let answered = Box::pin(commands.send(frame, &envelope, deadline)).await;
         let told = move |failure: super::wire::Failure, stream: &StreamId| {
             failure.into_error(&About { id, name: category, stream: Some(stream), expected })
         };

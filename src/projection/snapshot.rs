@@ -13,8 +13,8 @@ use uuid::Uuid;
 use super::ApplyError;
 use crate::codec::{fingerprint, from_cbor, to_cbor};
 use crate::event::{EventName, Position, StreamId, Version};
+use crate::panic::panic_text;
 use crate::store::{Filter, ParkedEvent};
-use crate::supervised::panic_text;
 
 /// What a projection holds in memory, and can be saved and loaded as a whole: see
 /// [`InMemory::snapshot_every`](super::InMemory::snapshot_every).

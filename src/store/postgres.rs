@@ -27,9 +27,11 @@ mod state;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use uuid::{Uuid, uuid};
@@ -49,6 +51,8 @@ use super::{
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::future::to_its_end;
+use crate::panic::panic_text;
 
 /// Under which streams get their keys. Never changes: keys are stored.
 const STREAMS: Uuid = uuid!("6f0d8a52-0b5e-5c0e-9c41-2b7f4e1d9a63");
@@ -173,17 +177,16 @@ impl EventStore for PostgresStore {
     }
 
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
-        Box::pin(async move {
-            let core = self.shared.core.clone();
-            let appends = batch.len();
-            // In a task of its own: a caller that goes away does not break it off.
-            let task = tokio::spawn(async move { append::append(&core, &batch).await });
-            task.await.unwrap_or_else(|error| {
-                let reason = format!("{}: the transaction was torn down", append::DOING);
-                let error = StoreError::OutcomeUnknown { reason, source: Some(Arc::new(error)) };
-                vec![Err(error.into()); appends]
+        let core = self.shared.core.clone();
+        let appends = batch.len();
+        // To its end: a caller that goes away does not break it off.
+        let append = AssertUnwindSafe(to_its_end(async move { append::append(&core, &batch).await }));
+        Box::pin(append.catch_unwind().map(move |answers| {
+            answers.unwrap_or_else(|panic| {
+                let reason = format!("{}: it panicked: {}", append::DOING, panic_text(&*panic));
+                vec![Err(StoreError::OutcomeUnknown { reason, source: None }.into()); appends]
             })
-        })
+        }))
     }
 
     fn read_stream<'a>(

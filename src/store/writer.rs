@@ -8,19 +8,23 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 
 use super::append::{Append, ExpectedVersion};
 use super::error::{AppendError, StoreError};
 use super::{Appended, EventStore};
 use crate::event::{NewEvent, Position, StreamId, Version};
+use crate::future::BoxFuture;
+use crate::panic::panic_text;
 use crate::telemetry::{Metrics, Timer};
 
-/// Turns that the writer gives to other tasks between two transactions. Those who were just answered submit again after
+/// Turns that the writer gives to other tasks between two transactions, at most. Those who were just answered submit again after
 /// some hops (actor, caller, router, actor); without a turn for each, two half-sized transactions alternate. Measured with
 /// 64 callers on SQLite: see `cargo bench --bench storied -- commands`. It costs a lone caller about a microsecond.
 const YIELDS: usize = 4;
@@ -148,7 +152,7 @@ impl Writer {
             streams: HashMap::new(),
             ready: VecDeque::new(),
             waiting: 0,
-            running: JoinSet::new(),
+            running: FuturesUnordered::new(),
         };
         tokio::spawn(task.run(receiver));
         Self { submissions, counters, metrics }
@@ -202,7 +206,9 @@ struct Task {
     ready: VecDeque<StreamId>,
     /// Submissions in `streams`, which bounds what is taken from the channel.
     waiting: usize,
-    running: JoinSet<Finished>,
+    /// In this task, not in tasks of their own: each task on the way is a turn of the scheduler's, there and back, and after
+    /// three of them in a row tokio wakes another thread, which takes longer than all else that is done here for an append.
+    running: FuturesUnordered<BoxFuture<'static, Finished>>,
 }
 
 impl Task {
@@ -220,18 +226,17 @@ impl Task {
                     }
                     None => open = false,
                 },
-                Some(finished) = self.running.join_next() => match finished {
-                    Ok((batch, answers)) => {
-                        self.finish(batch, answers);
-                        for _ in 0..YIELDS {
-                            tokio::task::yield_now().await;
-                            self.take_up(&mut submissions);
+                Some((batch, answers)) = self.running.next() => {
+                    let answered: usize = batch.iter().map(Vec::len).sum();
+                    self.finish(batch, answers);
+                    for _ in 0..YIELDS {
+                        tokio::task::yield_now().await;
+                        self.take_up(&mut submissions);
+                        if self.waiting >= answered {
+                            break;
                         }
                     }
-                    // `append_all` contains the store's panics; only a runtime that shuts down cancels it, and then
-                    // nobody is left to answer.
-                    Err(error) => tracing::error!(%error, "an append was cancelled"),
-                },
+                }
             }
         }
     }
@@ -302,7 +307,7 @@ impl Task {
         }
         if !batch.is_empty() {
             self.counters.transactions.fetch_add(1, Ordering::Relaxed);
-            self.running.spawn(append_all(self.store.clone(), batch, self.metrics.clone()));
+            self.running.push(append_all(self.store.clone(), batch, self.metrics.clone()).boxed());
         }
     }
 
@@ -387,11 +392,10 @@ async fn append_all(store: Arc<dyn EventStore>, batch: Vec<Vec<Submission>>, met
     let (expected, events) =
         (appends.len(), batch.iter().flatten().map(|submission| submission.events.len()).sum());
     let timer = Timer::start();
-    let answers = tokio::spawn(async move { store.append(appends).await }).await;
-    let answers = match answers {
+    let answers = match AssertUnwindSafe(async { store.append(appends).await }).catch_unwind().await {
         Ok(answers) if answers.len() == expected => answers,
         Ok(answers) => failed(expected, format!("{} answers to {expected} appends", answers.len())),
-        Err(error) => failed(expected, format!("the back end panicked: {error}")),
+        Err(panic) => failed(expected, format!("the back end panicked: {}", panic_text(&*panic))),
     };
     // Streams conflict each for itself; when the store fails, it fails them all.
     let failed = answers.iter().find_map(|answer| match answer {

@@ -21,8 +21,8 @@ use crate::aggregate::SHUTDOWN;
 use crate::command::bus::Commands;
 use crate::command::{ExecuteError, Respawn};
 use crate::event::Metadata;
+use crate::panic::panic_text;
 use crate::store::{EventStore, StoreError};
-use crate::supervised::panic_text;
 use crate::telemetry::trace::CommandSpan;
 use crate::time::after;
 

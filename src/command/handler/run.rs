@@ -16,8 +16,8 @@ use crate::codec::{from_cbor, to_cbor};
 use crate::command::bus::Commands;
 use crate::command::wire::{About, Done, Failure, Outcome, lost_reply, read_reply};
 use crate::command::{CommandInfo, ExecuteError};
+use crate::panic::panic_text;
 use crate::store::{CommandRecord, ExpectedVersion, StoreError};
-use crate::supervised::panic_text;
 
 /// How an attempt went. Everybody who waits for the command is told the same.
 #[derive(Debug)]

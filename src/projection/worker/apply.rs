@@ -10,13 +10,13 @@ use tokio::time::Instant;
 use super::{Pending, Run, Suspect};
 use crate::backoff::Backoff;
 use crate::event::{DecodeError, DecodeErrorKind, RecordedEvent};
+use crate::panic::panic_text;
 use crate::projection::error::causes;
 use crate::projection::{
     ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel, TargetUnavailable,
     UnknownNames,
 };
 use crate::store::{Checkpoint, ParkedEvent};
-use crate::supervised::panic_text;
 
 /// Applies one event; a panic is an error like another.
 pub(super) async fn apply<P: Projection>(

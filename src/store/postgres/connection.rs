@@ -164,7 +164,8 @@ impl Connections {
             // The others have been idle for longer, and would each take as long to find out.
             self.purge();
         }
-        let live = timeout_at(deadline, self.open()).await;
+        // Boxed: it is rare, and would make every call's future ten times as large.
+        let live = timeout_at(deadline, Box::pin(self.open())).await;
         let live = live.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(|error| failed(doing, error))?;
         Ok(self.session(live, permit))
     }

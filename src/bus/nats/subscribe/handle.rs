@@ -19,7 +19,7 @@ use super::retry::{HandleError, HandleOptions};
 use super::{
     CloseError, Delivery, Received, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
-use crate::supervised::panic_text;
+use crate::panic::panic_text;
 use crate::telemetry::Timer;
 use crate::telemetry::trace::{self, Destination};
 use crate::time::{FAR, after};
