@@ -10,6 +10,7 @@
 //! The SQL is in `migrations/postgres`, with the reasons beside it.
 
 mod append;
+mod commands;
 mod connection;
 mod error;
 mod frontier;
@@ -23,6 +24,8 @@ mod recent;
 mod schema;
 mod sql;
 mod state;
+mod to_its_end;
+mod together;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -45,13 +48,13 @@ pub(crate) use self::progress::Progress;
 pub(crate) use self::schema::prepare_read_model;
 use self::sql::LogSql;
 pub(crate) use self::sql::Schema;
+use self::to_its_end::to_its_end;
 use super::paging::Paging;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
-use crate::future::to_its_end;
 use crate::panic::panic_text;
 
 /// Under which streams get their keys. Never changes: keys are stored.
@@ -96,6 +99,7 @@ struct Core {
     connections: Arc<Connections>,
     frontier: Frontier,
     paging: Paging,
+    commands: commands::Commands,
 }
 
 impl Core {
@@ -153,6 +157,7 @@ impl PostgresStore {
             connections,
             frontier: Frontier::new(hints.is_some()),
             paging: Paging::default(),
+            commands: commands::Commands::default(),
         });
         core.frontier.refresh(&core).await?;
         let tailer = tokio::spawn(frontier::tail(core.clone(), hints)).abort_handle();
@@ -330,15 +335,15 @@ impl EventStore for PostgresStore {
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
-        self.call("reading what became of a command", state::command(&self.shared.core, id))
+        self.call("reading what became of a command", commands::command(&self.shared.core, id))
     }
 
     fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
-        self.call("recording what became of a command", state::record_command(&self.shared.core, record))
+        self.call("recording what became of a command", commands::record_command(&self.shared.core, record))
     }
 
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
-        let forget = state::forget_commands(&self.shared.core, age, limit);
+        let forget = commands::forget_commands(&self.shared.core, age, limit);
         self.call("forgetting what became of old commands", forget)
     }
 }

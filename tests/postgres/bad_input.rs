@@ -8,13 +8,16 @@ use std::process::Command;
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::DateTime;
+use futures_util::future::join_all;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Executor};
-use storied::store::{Append, AppendError, ParkedEvent};
+use storied::store::{Append, AppendError, CommandRecord, ParkedEvent};
 use storied::{
     Codec, EventStore, ExpectedVersion, NewEvent, PostgresOptions, PostgresStore, StoreError, StreamId,
     Version,
 };
+use uuid::Uuid;
 
 use crate::support::PostgresServer;
 use crate::tools::{append, as_user, assert_sound, connect, event, events, exact, run, stream, whole_log};
@@ -313,6 +316,28 @@ async fn huge_and_poisoned_events() {
     }
     for category in ["", "a\"b", "o'r", "ä", "a..b", &"x".repeat(1 << 20)] {
         StreamId::new(category, "1").unwrap_err();
+    }
+}
+
+/// Records of commands travel together; one that PostgreSQL has no room for keeps none of the others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_cannot_be_kept_is_refused_alone() {
+    let server = PostgresServer::start().await;
+    let store = PostgresStore::connect(server.create_database().await).await.unwrap();
+    let record = |n: u32| CommandRecord {
+        id: Uuid::now_v7(),
+        name: if n % 10 == 3 { "a\0b".into() } else { "bank.transfer".into() },
+        fingerprint: Uuid::now_v7(),
+        outcome: vec![0; 100].into(),
+        recorded_at: DateTime::UNIX_EPOCH,
+    };
+    let answers = join_all((0..100).map(record).map(|record| store.record_command(record))).await;
+    for (n, answer) in answers.into_iter().enumerate() {
+        match answer {
+            Ok(_) => assert_ne!(n % 10, 3),
+            Err(StoreError::Invalid { .. }) => assert_eq!(n % 10, 3),
+            Err(error) => panic!("{n}: {error:?}"),
+        }
     }
 }
 

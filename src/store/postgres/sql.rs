@@ -141,9 +141,11 @@ statements! {
             VALUES ($1, $2, $3, $4, $5)
             ON CONFLICT (category, stream_id) DO UPDATE SET version = $3, revision = $4, state = $5
             WHERE s.revision <> $4 OR s.version <= $3",
-        command: "SELECT id, name, fingerprint, outcome, recorded_at FROM storied.commands WHERE id = $1",
-        record_command: "INSERT INTO storied.commands (id, name, fingerprint, outcome) VALUES ($1, $2, $3, $4)
-            ON CONFLICT (id) DO NOTHING RETURNING id, name, fingerprint, outcome, recorded_at",
+        commands: "SELECT id, name, fingerprint, outcome, recorded_at FROM storied.commands WHERE id = ANY($1)",
+        // Sorted, so that calls with common commands wait in one order.
+        record_commands: "INSERT INTO storied.commands (id, name, fingerprint, outcome)
+            SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::bytea[]) AS c (id, name, fingerprint, outcome)
+            ORDER BY id ON CONFLICT (id) DO NOTHING RETURNING id, name, fingerprint, outcome, recorded_at",
         forget_commands: "DELETE FROM storied.commands WHERE id IN (
             SELECT id FROM storied.commands
             WHERE recorded_at <= clock_timestamp() - $1 * interval '1 microsecond'

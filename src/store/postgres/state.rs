@@ -9,13 +9,13 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use super::super::{CommandRecord, Lease, LeaseInfo, Snapshot, StoreError};
+use super::super::{Lease, LeaseInfo, Snapshot, StoreError};
 use super::error::failed;
 use super::{Core, from_sql, to_sql};
 use crate::event::{StreamId, Version};
 
 /// For the database, which adds it to its own clock.
-fn micros(ttl: Duration) -> i64 {
+pub(super) fn micros(ttl: Duration) -> i64 {
     // 1,000 years, so that no sum leaves the range of a timestamp.
     const LONGEST: i64 = 1_000 * 366 * 86_400 * 1_000_000;
     i64::try_from(ttl.as_micros()).unwrap_or(LONGEST).min(LONGEST)
@@ -152,73 +152,4 @@ pub(super) async fn save_snapshot(
         .await
         .map_err(|error| failed(&doing, error))?;
     session.finish(&doing).await
-}
-
-fn command_record(row: &PgRow) -> Result<CommandRecord, sqlx::Error> {
-    Ok(CommandRecord {
-        id: row.try_get(0)?,
-        name: row.try_get(1)?,
-        fingerprint: row.try_get(2)?,
-        outcome: Bytes::from(row.try_get::<Vec<u8>, _>(3)?),
-        recorded_at: row.try_get(4)?,
-    })
-}
-
-pub(super) async fn command(core: &Arc<Core>, id: Uuid) -> Result<Option<CommandRecord>, StoreError> {
-    const DOING: &str = "reading what became of a command";
-    let mut session = core.connections.get(DOING).await?;
-    let record = sqlx::query(core.sql.command.clone())
-        .bind(id)
-        .persistent(core.connections.persistent())
-        .fetch_optional(&mut *session)
-        .await
-        .and_then(|row| row.as_ref().map(command_record).transpose())
-        .map_err(|error| failed(DOING, error))?;
-    session.finish(DOING).await?;
-    Ok(record)
-}
-
-pub(super) async fn record_command(
-    core: &Arc<Core>,
-    record: CommandRecord,
-) -> Result<CommandRecord, StoreError> {
-    const DOING: &str = "recording what became of a command";
-    let mut session = core.connections.get(DOING).await?;
-    let recorded = sqlx::query(core.sql.record_command.clone())
-        .bind(record.id)
-        .bind(&record.name)
-        .bind(record.fingerprint)
-        .bind(&*record.outcome)
-        .persistent(core.connections.persistent())
-        .fetch_optional(&mut *session)
-        .await
-        .and_then(|row| row.as_ref().map(command_record).transpose())
-        .map_err(|error| failed(DOING, error))?;
-    session.finish(DOING).await?;
-    if let Some(recorded) = recorded {
-        return Ok(recorded);
-    }
-    // Somebody else's came first. It is read in a statement of its own, which sees what the first one waited for.
-    command(core, record.id).await?.ok_or_else(|| StoreError::Unavailable {
-        reason: format!("{DOING}: the record of {} was forgotten at the same moment", record.id),
-        source: None,
-    })
-}
-
-pub(super) async fn forget_commands(
-    core: &Arc<Core>,
-    age: Duration,
-    limit: usize,
-) -> Result<usize, StoreError> {
-    const DOING: &str = "forgetting what became of old commands";
-    let mut session = core.connections.get(DOING).await?;
-    let forgotten = sqlx::query(core.sql.forget_commands.clone())
-        .bind(micros(age))
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .persistent(core.connections.persistent())
-        .execute(&mut *session)
-        .await
-        .map_err(|error| failed(DOING, error))?;
-    session.finish(DOING).await?;
-    Ok(usize::try_from(forgotten.rows_affected()).unwrap_or(usize::MAX))
 }

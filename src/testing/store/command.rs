@@ -52,6 +52,28 @@ pub async fn one_of_many_rivals_records_a_command(database: Database) {
     }
 }
 
+/// Whoever records at the same time, here or elsewhere and in whatever order, gets the record of the own command; so does who
+/// looks it up.
+pub async fn many_commands_are_recorded_at_once(database: Database) {
+    let stores = [database.open().await, database.open().await];
+    let ids: Vec<_> = (0..200).map(|_| Uuid::now_v7()).collect();
+    let both = ids.iter().zip(ids.iter().rev()).flat_map(|(one, other)| [(0, *one), (1, *other)]);
+    let tasks = both.map(|(n, id)| {
+        let store = stores[n].clone();
+        tokio::spawn(async move {
+            let recorded = store.record_command(record(id, b"x")).await.unwrap();
+            (id, recorded.clone(), store.command(id).await.unwrap() == Some(recorded))
+        })
+    });
+    let mut firsts = std::collections::HashMap::new();
+    for task in futures_util::future::join_all(tasks).await {
+        let (id, recorded, found) = task.unwrap();
+        assert!(found && recorded.id == id && recorded.fingerprint == record(id, b"x").fingerprint);
+        assert_eq!(*firsts.entry(id).or_insert(recorded.recorded_at), recorded.recorded_at, "recorded once");
+    }
+    assert_eq!(firsts.len(), ids.len());
+}
+
 /// What is older than asked goes, a bounded number at a time, and may then be recorded anew.
 pub async fn old_records_are_forgotten(database: Database) {
     let store = database.open().await;

@@ -1,0 +1,133 @@
+//! What became of commands. Those that are looked up or recorded at the same time share a statement, and a commit.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::super::{CommandRecord, StoreError};
+use super::Core;
+use super::error::failed;
+use super::state::micros;
+use super::together::Together;
+
+const READING: &str = "reading what became of a command";
+const RECORDING: &str = "recording what became of a command";
+
+#[derive(Debug, Default)]
+pub(super) struct Commands {
+    looked_up: Together<Uuid, Option<CommandRecord>>,
+    recorded: Together<CommandRecord, CommandRecord>,
+}
+
+pub(super) async fn command(core: &Arc<Core>, id: Uuid) -> Result<Option<CommandRecord>, StoreError> {
+    let look_up = async |ids: Vec<Uuid>| match read(core, &ids).await {
+        Ok(mut found) => ids.iter().map(|id| Ok(found.remove(id))).collect(),
+        Err(error) => vec![Err(error); ids.len()],
+    };
+    core.commands.looked_up.ask(id, size_of::<Uuid>(), look_up).await
+}
+
+pub(super) async fn record_command(
+    core: &Arc<Core>,
+    command: CommandRecord,
+) -> Result<CommandRecord, StoreError> {
+    let bytes = command.name.len() + command.outcome.len();
+    core.commands.recorded.ask(command, bytes, |commands| record(core, commands)).await
+}
+
+async fn record(core: &Arc<Core>, commands: Vec<CommandRecord>) -> Vec<Result<CommandRecord, StoreError>> {
+    let recorded = match insert(core, &commands).await {
+        Ok(recorded) => recorded,
+        Err(StoreError::Invalid { .. }) if commands.len() > 1 => {
+            // Which of them it is shows when each goes alone.
+            let mut answers = Vec::with_capacity(commands.len());
+            for command in commands {
+                answers.append(&mut Box::pin(record(core, vec![command])).await);
+            }
+            return answers;
+        }
+        Err(error) => return vec![Err(error); commands.len()],
+    };
+    // Somebody else's came first. They are read in a statement of its own, which sees what the first one waited for.
+    let rest: Vec<_> = commands.iter().map(|it| it.id).filter(|id| !recorded.contains_key(id)).collect();
+    let others = if rest.is_empty() { Ok(HashMap::new()) } else { read(core, &rest).await };
+    let answer = |id: Uuid| match (recorded.get(&id), &others) {
+        (Some(first), _) => Ok(first.clone()),
+        (None, Ok(others)) => others.get(&id).cloned().ok_or_else(|| StoreError::Unavailable {
+            reason: format!("{RECORDING}: the record of {id} was forgotten at the same moment"),
+            source: None,
+        }),
+        (None, Err(error)) => Err(error.clone()),
+    };
+    commands.iter().map(|command| answer(command.id)).collect()
+}
+
+/// Those of `ids` that there are.
+async fn read(core: &Arc<Core>, ids: &[Uuid]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
+    let mut session = core.connections.get(READING).await?;
+    let rows = sqlx::query(core.sql.commands.clone())
+        .bind(ids)
+        .persistent(core.connections.persistent())
+        .fetch_all(&mut *session)
+        .await
+        .map_err(|error| failed(READING, error))?;
+    session.finish(READING).await?;
+    by_id(READING, &rows)
+}
+
+/// Those that were the first of their command.
+async fn insert(
+    core: &Arc<Core>,
+    commands: &[CommandRecord],
+) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
+    let mut session = core.connections.get(RECORDING).await?;
+    let rows = sqlx::query(core.sql.record_commands.clone())
+        .bind(commands.iter().map(|it| it.id).collect::<Vec<_>>())
+        .bind(commands.iter().map(|it| it.name.as_str()).collect::<Vec<_>>())
+        .bind(commands.iter().map(|it| it.fingerprint).collect::<Vec<_>>())
+        .bind(commands.iter().map(|it| &*it.outcome).collect::<Vec<&[u8]>>())
+        .persistent(core.connections.persistent())
+        .fetch_all(&mut *session)
+        .await
+        .map_err(|error| failed(RECORDING, error))?;
+    session.finish(RECORDING).await?;
+    by_id(RECORDING, &rows)
+}
+
+fn by_id(doing: &str, rows: &[PgRow]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
+    let records = rows.iter().map(|row| command_record(row).map(|record| (record.id, record)));
+    records.collect::<Result<_, _>>().map_err(|error| failed(doing, error))
+}
+
+fn command_record(row: &PgRow) -> Result<CommandRecord, sqlx::Error> {
+    Ok(CommandRecord {
+        id: row.try_get(0)?,
+        name: row.try_get(1)?,
+        fingerprint: row.try_get(2)?,
+        outcome: Bytes::from(row.try_get::<Vec<u8>, _>(3)?),
+        recorded_at: row.try_get(4)?,
+    })
+}
+
+pub(super) async fn forget_commands(
+    core: &Arc<Core>,
+    age: Duration,
+    limit: usize,
+) -> Result<usize, StoreError> {
+    const DOING: &str = "forgetting what became of old commands";
+    let mut session = core.connections.get(DOING).await?;
+    let forgotten = sqlx::query(core.sql.forget_commands.clone())
+        .bind(micros(age))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .persistent(core.connections.persistent())
+        .execute(&mut *session)
+        .await
+        .map_err(|error| failed(DOING, error))?;
+    session.finish(DOING).await?;
+    Ok(usize::try_from(forgotten.rows_affected()).unwrap_or(usize::MAX))
+}
