@@ -27,7 +27,7 @@ use crate::telemetry::{Metrics, Timer};
 /// Turns that the writer gives to other tasks between two transactions, at most. Those who were just answered submit again after
 /// some hops (actor, caller, router, actor); without a turn for each, two half-sized transactions alternate. Measured with
 /// 64 callers on SQLite: see `cargo bench --bench storied -- commands`. It costs a lone caller about a microsecond.
-const YIELDS: usize = 4;
+const TURNS: usize = 4;
 
 /// Limits of the writer.
 #[derive(Debug, Clone)]
@@ -153,6 +153,8 @@ impl Writer {
             ready: VecDeque::new(),
             waiting: 0,
             running: FuturesUnordered::new(),
+            turns: 0,
+            expected: 0,
         };
         tokio::spawn(task.run(receiver));
         Self { submissions, counters, metrics }
@@ -209,14 +211,21 @@ struct Task {
     /// In this task, not in tasks of their own: each task on the way is a turn of the scheduler's, there and back, and after
     /// three of them in a row tokio wakes another thread, which takes longer than all else that is done here for an append.
     running: FuturesUnordered<BoxFuture<'static, Finished>>,
+    /// What is left of [`TURNS`] …
+    turns: usize,
+    /// … which are cut short when so much waits: as many as were answered have come back.
+    expected: usize,
 }
 
 impl Task {
     async fn run(mut self, mut submissions: mpsc::Receiver<Submission>) {
         let mut open = true;
         while open || self.waiting > 0 || !self.running.is_empty() {
-            while self.running.len() < self.concurrency && !self.ready.is_empty() {
-                self.start_transaction();
+            if self.turns == 0 || self.waiting >= self.expected {
+                self.turns = 0;
+                while self.running.len() < self.concurrency && !self.ready.is_empty() {
+                    self.start_transaction();
+                }
             }
             tokio::select! {
                 submission = submissions.recv(), if open && self.waiting < self.options.queue => match submission {
@@ -229,14 +238,14 @@ impl Task {
                 Some((batch, answers)) = self.running.next() => {
                     let answered: usize = batch.iter().map(Vec::len).sum();
                     self.finish(batch, answers);
-                    for _ in 0..YIELDS {
-                        tokio::task::yield_now().await;
-                        self.take_up(&mut submissions);
-                        if self.waiting >= answered {
-                            break;
-                        }
-                    }
+                    (self.turns, self.expected) = (TURNS, self.waiting + answered);
                 }
+                () = tokio::task::yield_now(), if self.turns > 0 => {
+                    self.turns -= 1;
+                    self.take_up(&mut submissions);
+                }
+                // What waited was refused just now, and nobody is left to submit.
+                else => {}
             }
         }
     }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use chrono::DateTime;
 use futures_util::future::join_all;
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{AssertSqlSafe, Executor};
+use sqlx::{AssertSqlSafe, Connection, Executor};
 use storied::store::{Append, AppendError, CommandRecord, ParkedEvent};
 use storied::{
     Codec, EventStore, ExpectedVersion, NewEvent, PostgresOptions, PostgresStore, StoreError, StreamId,
@@ -317,6 +317,26 @@ async fn huge_and_poisoned_events() {
     for category in ["", "a\"b", "o'r", "ä", "a..b", &"x".repeat(1 << 20)] {
         StreamId::new(category, "1").unwrap_err();
     }
+}
+
+/// A server that has no place for another connection is waited for; in vain, it is said what was in the way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_a_free_connection() {
+    let server = PostgresServer::start_with(&["max_connections=8"]).await;
+    let options = PostgresOptions::new().url(server.create_database().await);
+    let store = options.acquire_timeout(Duration::from_secs(1)).connect().await.unwrap();
+    let mut others = Vec::new();
+    while let Ok(other) = sqlx::PgConnection::connect(&server.url()).await {
+        others.push(other);
+    }
+    let asked = join_all((0..4).map(|_| store.leases())).await;
+    let error = asked.into_iter().find_map(Result::err).expect("there is one connection for four");
+    assert!(matches!(error, StoreError::Unavailable { .. }), "{error:?}");
+    for said in ["reading the leases", "too many clients", "max_connections"] {
+        assert!(error.to_string().contains(said), "{error}");
+    }
+    drop(others);
+    assert!(join_all((0..4).map(|_| store.leases())).await.iter().all(Result::is_ok));
 }
 
 /// Records of commands travel together; one that PostgreSQL has no room for keeps none of the others.

@@ -43,7 +43,8 @@ impl PostgresServer {
     /// The one server that all tests of this process share, each in a database of its own; nobody can stop it.
     pub async fn shared() -> &'static Self {
         static SHARED: OnceCell<PostgresServer> = OnceCell::const_new();
-        SHARED.get_or_init(Self::start).await
+        // Tests run at the same time, and each has a pool or several: with PostgreSQL's 100 they wait for each other.
+        SHARED.get_or_init(|| Self::start_with(&["max_connections=500"])).await
     }
 
     /// Makes an empty database and returns its URL.

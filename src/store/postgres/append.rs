@@ -35,7 +35,7 @@ pub(super) enum Fate {
     Failed(StoreError),
 }
 
-/// Appends a batch. Runs to its end once started: spawn it.
+/// Appends a batch. Must run to its end once it was begun.
 pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<Appended, AppendError>> {
     let _appending = core.frontier.appending();
     let mut answers: Vec<Option<Result<Appended, AppendError>>> = Vec::with_capacity(batch.len());

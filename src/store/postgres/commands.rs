@@ -18,18 +18,27 @@ use super::together::Together;
 const READING: &str = "reading what became of a command";
 const RECORDING: &str = "recording what became of a command";
 
+/// What a look-up counts as, for an answer of unknown size: 64 of them travel together.
+const LOOK_UP: usize = 16 << 10;
+
 #[derive(Debug, Default)]
 pub(super) struct Commands {
-    looked_up: Together<Uuid, Option<CommandRecord>>,
-    recorded: Together<CommandRecord, CommandRecord>,
+    looked_up: Arc<Together<Uuid, Option<CommandRecord>>>,
+    recorded: Arc<Together<CommandRecord, CommandRecord>>,
 }
 
 pub(super) async fn command(core: &Arc<Core>, id: Uuid) -> Result<Option<CommandRecord>, StoreError> {
-    let look_up = async |ids: Vec<Uuid>| match read(core, &ids).await {
-        Ok(mut found) => ids.iter().map(|id| Ok(found.remove(id))).collect(),
+    let store = core.clone();
+    let look_up = move |ids| look_up(store.clone(), ids);
+    core.commands.looked_up.ask(id, LOOK_UP, look_up).await
+}
+
+async fn look_up(core: Arc<Core>, ids: Vec<Uuid>) -> Vec<Result<Option<CommandRecord>, StoreError>> {
+    match core.timed_call(READING, read(&core, &ids)).await {
+        // The same one may have been asked for twice.
+        Ok(found) => ids.iter().map(|id| Ok(found.get(id).cloned())).collect(),
         Err(error) => vec![Err(error); ids.len()],
-    };
-    core.commands.looked_up.ask(id, size_of::<Uuid>(), look_up).await
+    }
 }
 
 pub(super) async fn record_command(
@@ -37,25 +46,27 @@ pub(super) async fn record_command(
     command: CommandRecord,
 ) -> Result<CommandRecord, StoreError> {
     let bytes = command.name.len() + command.outcome.len();
-    core.commands.recorded.ask(command, bytes, |commands| record(core, commands)).await
+    let store = core.clone();
+    let record = move |commands| record(store.clone(), commands);
+    core.commands.recorded.ask(command, bytes, record).await
 }
 
-async fn record(core: &Arc<Core>, commands: Vec<CommandRecord>) -> Vec<Result<CommandRecord, StoreError>> {
-    let recorded = match insert(core, &commands).await {
+async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result<CommandRecord, StoreError>> {
+    let recorded = match core.timed_call(RECORDING, insert(&core, &commands)).await {
         Ok(recorded) => recorded,
         Err(StoreError::Invalid { .. }) if commands.len() > 1 => {
-            // Which of them it is shows when each goes alone.
-            let mut answers = Vec::with_capacity(commands.len());
-            for command in commands {
-                answers.append(&mut Box::pin(record(core, vec![command])).await);
-            }
+            // By halves, until what cannot be kept is alone with its refusal.
+            let rest = commands.split_off(commands.len() / 2);
+            let mut answers = Box::pin(record(core.clone(), commands)).await;
+            answers.append(&mut Box::pin(record(core, rest)).await);
             return answers;
         }
         Err(error) => return vec![Err(error); commands.len()],
     };
     // Somebody else's came first. They are read in a statement of its own, which sees what the first one waited for.
     let rest: Vec<_> = commands.iter().map(|it| it.id).filter(|id| !recorded.contains_key(id)).collect();
-    let others = if rest.is_empty() { Ok(HashMap::new()) } else { read(core, &rest).await };
+    let others =
+        if rest.is_empty() { Ok(HashMap::new()) } else { core.timed_call(READING, read(&core, &rest)).await };
     let answer = |id: Uuid| match (recorded.get(&id), &others) {
         (Some(first), _) => Ok(first.clone()),
         (None, Ok(others)) => others.get(&id).cloned().ok_or_else(|| StoreError::Unavailable {

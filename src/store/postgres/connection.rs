@@ -164,10 +164,12 @@ impl Connections {
             // The others have been idle for longer, and would each take as long to find out.
             self.purge();
         }
+        let mut refused = None;
         // Boxed: it is rare, and would make every call's future ten times as large.
-        let live = timeout_at(deadline, Box::pin(self.open())).await;
-        let live = live.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map_err(|error| failed(doing, error))?;
-        Ok(self.session(live, permit))
+        let live = timeout_at(deadline, Box::pin(self.open(&mut refused))).await;
+        // In vain, and why is more to the point than that it took too long.
+        let live = live.unwrap_or_else(|_| Err(refused.unwrap_or(sqlx::Error::PoolTimedOut)));
+        Ok(self.session(live.map_err(|error| failed(doing, error))?, permit))
     }
 
     fn session(self: &Arc<Self>, live: Live, permit: OwnedSemaphorePermit) -> Session {
@@ -188,7 +190,8 @@ impl Connections {
         self.begun.load(Ordering::Acquire)
     }
 
-    async fn open(&self) -> Result<Live, sqlx::Error> {
+    /// A new connection. While the server starts, or has no place, it is asked again and again: `refused` says why.
+    async fn open(&self, refused: &mut Option<sqlx::Error>) -> Result<Live, sqlx::Error> {
         self.begun.fetch_add(1, Ordering::AcqRel);
         let options = match &self.source {
             Source::Own(options) => options,
@@ -209,14 +212,15 @@ impl Connections {
                 }
                 Err(error) => error,
             };
-            let starting = match &error {
+            let for_now = match &error {
                 sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
                 sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P03" | "53300")),
                 _ => false,
             };
-            if !starting {
+            if !for_now {
                 return Err(error);
             }
+            *refused = Some(error);
             // Bounded by the caller.
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(250));

@@ -152,7 +152,13 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
             format!("{doing}: the server's disk is full ({message}); make room, then try again"),
             error,
         ),
-        "53300" | "53200" | "53400" => {
+        "53300" => StoreError::unavailable(
+            format!(
+                "{doing}: {message}; raise the server's max_connections, or give each process fewer (PostgresOptions::max_connections)"
+            ),
+            error,
+        ),
+        "53200" | "53400" => {
             StoreError::unavailable(format!("{doing}: the server is short of resources ({message})"), error)
         }
         "57014" => StoreError::unavailable(

@@ -12,21 +12,24 @@ pub(super) fn to_its_end<F>(work: F) -> ToItsEnd<F>
 where
     F: Future<Output: Send> + Send + 'static,
 {
-    ToItsEnd { work: Some(Box::pin(work)), begun: false }
+    ToItsEnd { work: Some(Box::pin(work)), runtime: None }
 }
 
 /// See [`to_its_end`].
 pub(super) struct ToItsEnd<F: Future<Output: Send> + Send + 'static> {
     /// `None` at its end, and while it is polled.
     work: Option<Pin<Box<F>>>,
-    begun: bool,
+    /// The one that it was begun in.
+    runtime: Option<Handle>,
 }
 
 impl<F: Future<Output: Send> + Send + 'static> Future for ToItsEnd<F> {
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        self.begun = true;
+        if self.runtime.is_none() {
+            self.runtime = Handle::try_current().ok();
+        }
         // Taken out: where it panics, there is nothing left to go on with. As with any future, nobody polls it after its end.
         let Some(mut work) = self.work.take() else { return Poll::Pending };
         let poll = work.as_mut().poll(cx);
@@ -39,8 +42,8 @@ impl<F: Future<Output: Send> + Send + 'static> Future for ToItsEnd<F> {
 
 impl<F: Future<Output: Send> + Send + 'static> Drop for ToItsEnd<F> {
     fn drop(&mut self) {
-        // Without a runtime, that is at its end as well.
-        if let (true, Some(work), Ok(runtime)) = (self.begun, self.work.take(), Handle::try_current()) {
+        // Where the runtime has ended, so has this.
+        if let (Some(work), Some(runtime)) = (self.work.take(), self.runtime.take()) {
             runtime.spawn(work);
         }
     }
@@ -90,6 +93,17 @@ mod tests {
         let mut panics = Box::pin(to_its_end(async { panic!("enough") }));
         let poll = AssertUnwindSafe(poll_fn(|cx| panics.as_mut().poll(cx))).catch_unwind().await;
         assert!(poll.is_err() && panics.work.is_none());
+    }
+
+    #[test]
+    fn it_goes_on_where_it_was_begun() {
+        let (work, go_on, told) = work();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let mut work = to_its_end(work);
+        runtime.block_on(async { assert!(futures_util::poll!(&mut work).is_pending()) });
+        drop(work);
+        go_on.send(()).unwrap();
+        runtime.block_on(told).unwrap();
     }
 
     #[test]

@@ -1,27 +1,36 @@
-//! What several callers ask for at the same time, in one call: as with appends, whoever comes while a call is under way waits
+//! What several callers ask for at the same time, in one call: as with appends, whoever comes while calls are under way waits
 //! for the next one, which takes all who wait. There is no timer, and a lone caller never waits.
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::sync::{Mutex, PoisonError};
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Semaphore, oneshot};
+use futures_util::FutureExt;
+use tokio::sync::oneshot;
 
 use super::super::StoreError;
+use crate::panic::panic_text;
 
 /// How many calls are under way at most. Two, as with appends: one is on its way while the server commits the other.
 const CALLS: usize = 2;
 /// How much one call takes at most: so many requests, …
 const REQUESTS: usize = 512;
-/// … and so many bytes of theirs, unless one alone has more.
+/// … and so many bytes, unless one alone has more.
 const BYTES: usize = 1 << 20;
 
 /// Requests of one kind.
 #[derive(Debug)]
 pub(super) struct Together<Q, A> {
-    /// Not yet in a call. No more than there are callers.
-    waiting: Mutex<VecDeque<Waiting<Q, A>>>,
-    calls: Semaphore,
+    queue: Mutex<Queue<Q, A>>,
+}
+
+#[derive(Debug)]
+struct Queue<Q, A> {
+    /// Not yet in a call. Nothing is here while nobody calls.
+    waiting: VecDeque<Waiting<Q, A>>,
+    /// Tasks that call. No caller does it himself: when he went away, or had little time left, the others would suffer.
+    calling: usize,
 }
 
 #[derive(Debug)]
@@ -31,73 +40,129 @@ struct Waiting<Q, A> {
     answer: oneshot::Sender<Result<A, StoreError>>,
 }
 
+type Batch<Q, A> = (Vec<Q>, Vec<oneshot::Sender<Result<A, StoreError>>>);
+
 impl<Q, A> Default for Together<Q, A> {
     fn default() -> Self {
-        Self { waiting: Mutex::default(), calls: Semaphore::new(CALLS) }
+        Self { queue: Mutex::new(Queue { waiting: VecDeque::new(), calling: 0 }) }
     }
 }
 
-impl<Q: Clone, A> Together<Q, A> {
-    /// Asks for `request`, which has so many `bytes`, with whatever else waits: in a `call` of this caller's or of another's,
-    /// which gives an answer for each request. Dropped, it may have been asked for or not.
-    pub(super) async fn ask<F, C>(&self, request: Q, bytes: usize, call: F) -> Result<A, StoreError>
+impl<Q, A> Together<Q, A>
+where
+    Q: Send + 'static,
+    A: Send + 'static,
+{
+    /// Asks for `request`, which counts as so many `bytes`, with whatever else waits: in a `call` of this caller's or of
+    /// another's, which must end, with an answer for each request. Dropped, it may have been asked for or not.
+    pub(super) async fn ask<F, C>(
+        self: &Arc<Self>,
+        request: Q,
+        bytes: usize,
+        call: F,
+    ) -> Result<A, StoreError>
+    where
+        F: Fn(Vec<Q>) -> C + Send + Sync + 'static,
+        C: Future<Output = Vec<Result<A, StoreError>>> + Send + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let task = {
+            let mut queue = self.queue();
+            queue.waiting.push_back(Waiting { request, bytes, answer });
+            (queue.calling < CALLS).then(|| {
+                queue.calling += 1;
+                Calling { together: self.clone(), counts: true }
+            })
+        };
+        if let Some(task) = task {
+            tokio::spawn(task.run(call));
+        }
+        answered.await.unwrap_or_else(|_| {
+            let reason = "the runtime that the call was made in has ended".into();
+            Err(StoreError::Unavailable { reason, source: None })
+        })
+    }
+}
+
+impl<Q, A> Together<Q, A> {
+    fn queue(&self) -> MutexGuard<'_, Queue<Q, A>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A task that calls until nobody waits.
+struct Calling<Q, A> {
+    together: Arc<Together<Q, A>>,
+    /// Among those of [`Queue::calling`].
+    counts: bool,
+}
+
+impl<Q, A> Drop for Calling<Q, A> {
+    fn drop(&mut self) {
+        // Torn down with its runtime.
+        if self.counts {
+            let mut queue = self.together.queue();
+            queue.calling -= 1;
+            if queue.calling == 0 {
+                queue.waiting.clear();
+            }
+        }
+    }
+}
+
+impl<Q, A> Calling<Q, A> {
+    async fn run<F, C>(mut self, call: F)
     where
         F: Fn(Vec<Q>) -> C,
         C: Future<Output = Vec<Result<A, StoreError>>>,
     {
-        loop {
-            let (answer, mut answered) = oneshot::channel();
-            self.waiting().push_back(Waiting { request: request.clone(), bytes, answer });
-            let told = loop {
-                let turn = tokio::select! {
-                    biased;
-                    told = &mut answered => break told,
-                    turn = self.calls.acquire() => turn,
-                };
-                let batch = self.take();
-                if batch.is_empty() {
-                    // It is in the other call.
-                    drop(turn);
-                    break answered.await;
+        while let Some((requests, callers)) = self.take() {
+            // Who has gone away needs no answer.
+            match AssertUnwindSafe(async { call(requests).await }).catch_unwind().await {
+                Ok(answers) => {
+                    for (caller, answer) in callers.into_iter().zip(answers) {
+                        let _ = caller.send(answer);
+                    }
                 }
-                let (requests, callers): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-                for (caller, answer) in callers.into_iter().zip(call(requests).await) {
-                    // Who has gone away needs no answer.
-                    let _ = caller.send(answer);
+                Err(panic) => {
+                    let reason = format!("a call to the store panicked: {}", panic_text(&*panic));
+                    for caller in callers {
+                        let _ = caller
+                            .send(Err(StoreError::Unavailable { reason: reason.clone(), source: None }));
+                    }
                 }
-            };
-            if let Ok(answer) = told {
-                return answer;
             }
-            // Whoever made the call went away in the middle of it.
         }
     }
 
-    #[allow(clippy::type_complexity, reason = "a request, and who gets the answer")]
-    fn take(&self) -> Vec<(Q, oneshot::Sender<Result<A, StoreError>>)> {
-        let (mut batch, mut size) = (Vec::new(), 0_usize);
-        let mut waiting = self.waiting();
-        while let Some(next) = waiting.front() {
-            if !batch.is_empty() && (batch.len() == REQUESTS || size.saturating_add(next.bytes) > BYTES) {
+    /// What the next call takes. `None` when nobody waits; this does not count any more then.
+    fn take(&mut self) -> Option<Batch<Q, A>> {
+        let (mut batch, mut size): (Batch<Q, A>, usize) = Default::default();
+        let mut queue = self.together.queue();
+        while let Some(next) = queue.waiting.front() {
+            if !batch.0.is_empty() && (batch.0.len() == REQUESTS || size.saturating_add(next.bytes) > BYTES) {
                 break;
             }
-            size = size.saturating_add(next.bytes);
+            let Some(next) = queue.waiting.pop_front() else { break };
             // Those whose callers have gone away are left out.
-            batch.extend(
-                waiting.pop_front().filter(|it| !it.answer.is_closed()).map(|it| (it.request, it.answer)),
-            );
+            if !next.answer.is_closed() {
+                size = size.saturating_add(next.bytes);
+                batch.0.push(next.request);
+                batch.1.push(next.answer);
+            }
         }
-        batch
-    }
-
-    fn waiting(&self) -> std::sync::MutexGuard<'_, VecDeque<Waiting<Q, A>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        if batch.0.is_empty() {
+            // With the look at the queue: whoever comes now begins a task.
+            queue.calling -= 1;
+            self.counts = false;
+            return None;
+        }
+        Some(batch)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
@@ -109,62 +174,119 @@ mod tests {
     type Numbers = Together<usize, usize>;
 
     /// Takes a while, and answers with twice the number.
-    async fn twice(numbers: Vec<usize>, calls: &AtomicUsize) -> Vec<Result<usize, StoreError>> {
-        calls.fetch_add(1, Ordering::Relaxed);
-        sleep(Duration::from_millis(10)).await;
-        numbers.into_iter().map(|number| Ok(2 * number)).collect()
+    fn twice(
+        calls: &Arc<AtomicUsize>,
+    ) -> impl Fn(Vec<usize>) -> futures_util::future::BoxFuture<'static, Vec<Result<usize, StoreError>>>
+    + Send
+    + Sync
+    + use<> {
+        let calls = calls.clone();
+        move |numbers| {
+            calls.fetch_add(1, Ordering::Relaxed);
+            async move {
+                sleep(Duration::from_millis(10)).await;
+                numbers.into_iter().map(|number| Ok(2 * number)).collect()
+            }
+            .boxed()
+        }
+    }
+
+    fn idle(together: &Numbers) -> bool {
+        let queue = together.queue();
+        queue.calling == 0 && queue.waiting.is_empty()
     }
 
     #[tokio::test]
     async fn everybody_gets_the_own_answer_out_of_few_calls() {
-        let (together, calls) = (Numbers::default(), AtomicUsize::new(0));
-        let ask = |number| together.ask(number, 1, |numbers| twice(numbers, &calls));
-        for (number, answer) in join_all((0..100).map(ask)).await.into_iter().enumerate() {
-            assert_eq!(answer.unwrap(), 2 * number);
+        let (together, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
+        for _ in 0..3 {
+            let before = calls.load(Ordering::Relaxed);
+            let answers = join_all((0..100).map(|number| together.ask(number, 1, twice(&calls)))).await;
+            for (number, answer) in answers.into_iter().enumerate() {
+                assert_eq!(answer.unwrap(), 2 * number);
+            }
+            assert!(calls.load(Ordering::Relaxed) <= before + CALLS + 1, "{calls:?}");
+            tokio::task::yield_now().await;
+            assert!(idle(&together));
         }
-        // The first, the second, and all who came meanwhile.
-        assert!(calls.load(Ordering::Relaxed) <= 3, "{calls:?}");
     }
 
     #[tokio::test]
     async fn a_call_is_bounded() {
-        let together = Numbers::default();
-        let ask = |number| {
-            together.ask(number, BYTES / 4, |numbers| async move {
-                assert!(numbers.len() <= 4);
-                sleep(Duration::from_millis(1)).await;
-                numbers.into_iter().map(Ok).collect()
-            })
+        let together = Arc::new(Numbers::default());
+        let call = |numbers: Vec<usize>| async move {
+            assert!(numbers.len() <= 4);
+            sleep(Duration::from_millis(1)).await;
+            numbers.into_iter().map(Ok).collect()
         };
-        assert!(join_all((0..30).map(ask)).await.into_iter().all(|answer| answer.is_ok()));
-        assert!(
-            together
-                .ask(1, usize::MAX, |numbers| async { numbers.into_iter().map(Ok).collect() })
-                .await
-                .is_ok()
-        );
+        let answers = join_all((0..30).map(|number| together.ask(number, BYTES / 4, call))).await;
+        assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+        assert!(together.ask(1, usize::MAX, call).await.is_ok());
     }
 
-    /// Callers that go away, in the middle of the calls that they make for others, leave nobody without an answer.
     #[tokio::test]
-    async fn who_makes_the_call_may_go_away() {
+    async fn whoever_goes_away_takes_nobody_along() {
         let (together, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
-        let tasks: Vec<_> = (0..200)
+        let asking: Vec<_> = (0..200)
             .map(|number| {
-                let (together, calls) = (together.clone(), calls.clone());
-                tokio::spawn(async move { together.ask(number, 1, |numbers| twice(numbers, &calls)).await })
+                let (together, call) = (together.clone(), twice(&calls));
+                tokio::spawn(async move { together.ask(number, 1, call).await })
             })
             .collect();
-        for task in tasks.iter().step_by(2) {
-            tokio::time::sleep(Duration::from_micros(100)).await;
+        for task in asking.iter().step_by(2) {
+            sleep(Duration::from_micros(100)).await;
             task.abort();
         }
-        for (number, task) in tasks.into_iter().enumerate() {
+        for (number, task) in asking.into_iter().enumerate() {
             match task.await {
                 Ok(answer) => assert_eq!(answer.unwrap(), 2 * number),
                 Err(error) => assert!(error.is_cancelled() && number % 2 == 0),
             }
         }
-        assert!(together.waiting().iter().all(|it| it.answer.is_closed()));
+        sleep(Duration::from_millis(30)).await;
+        assert!(idle(&together));
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_of_those_in_the_call() {
+        let together = Arc::new(Numbers::default());
+        let call = |numbers: Vec<usize>| async move {
+            assert!(numbers.iter().all(|number| *number < 10), "too much");
+            numbers.into_iter().map(Ok).collect()
+        };
+        let error = together.ask(10, 1, call).await.unwrap_err();
+        assert!(error.to_string().contains("too much"), "{error}");
+        assert_eq!(together.ask(9, 1, call).await.unwrap(), 9);
+    }
+
+    /// A store may be shared by two runtimes of tokio's, one of which ends.
+    #[test]
+    fn a_runtime_that_ends_leaves_nobody_waiting() {
+        let start =
+            || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (one, other) = (start(), start());
+        let together = Arc::new(Numbers::default());
+        let never = |_| std::future::pending();
+        for number in 0..CALLS {
+            let together = together.clone();
+            one.spawn(async move { together.ask(number, 1, never).await });
+        }
+        while !(together.queue().calling == CALLS && together.queue().waiting.is_empty()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let asking = {
+            let together = together.clone();
+            other.spawn(async move { together.ask(7, 1, never).await })
+        };
+        while together.queue().waiting.is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        one.shutdown_timeout(Duration::from_secs(5));
+        let error = other.block_on(asking).unwrap().unwrap_err();
+        assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
+        assert!(idle(&together));
+        let answer = other
+            .block_on(together.ask(8, 1, |numbers: Vec<_>| async { numbers.into_iter().map(Ok).collect() }));
+        assert_eq!(answer.unwrap(), 8);
     }
 }

@@ -57,6 +57,7 @@ pub async fn one_of_many_rivals_records_a_command(database: Database) {
 pub async fn many_commands_are_recorded_at_once(database: Database) {
     let stores = [database.open().await, database.open().await];
     let ids: Vec<_> = (0..200).map(|_| Uuid::now_v7()).collect();
+    let known = stores[0].record_command(record(Uuid::now_v7(), b"x")).await.unwrap().id;
     let both = ids.iter().zip(ids.iter().rev()).flat_map(|(one, other)| [(0, *one), (1, *other)]);
     let tasks = both.map(|(n, id)| {
         let store = stores[n].clone();
@@ -66,6 +67,9 @@ pub async fn many_commands_are_recorded_at_once(database: Database) {
         })
     });
     let mut firsts = std::collections::HashMap::new();
+    // The same one at the same time, too.
+    let again = futures_util::future::join_all((0..10).map(|_| stores[0].command(known))).await;
+    assert!(again.into_iter().all(|found| found.unwrap().is_some_and(|found| found.id == known)));
     for task in futures_util::future::join_all(tasks).await {
         let (id, recorded, found) = task.unwrap();
         assert!(found && recorded.id == id && recorded.fingerprint == record(id, b"x").fingerprint);
