@@ -156,20 +156,29 @@ impl Connections {
                 return Err(StoreError::Unavailable { reason, source: None });
             }
         };
-        while let Some((mut live, since)) = self.pop() {
-            let limit = deadline.min(Instant::now() + GRACE);
-            if since.elapsed() < TRUSTED || matches!(timeout_at(limit, live.ping()).await, Ok(Ok(()))) {
-                return Ok(self.session(live, permit));
+        let mut pause = Duration::from_millis(10);
+        loop {
+            while let Some((mut live, since)) = self.pop() {
+                let limit = deadline.min(Instant::now() + GRACE);
+                if since.elapsed() < TRUSTED || matches!(timeout_at(limit, live.ping()).await, Ok(Ok(()))) {
+                    return Ok(self.session(live, permit));
+                }
+                // The others have been idle for longer, and would each take as long to find out.
+                self.purge();
             }
-            // The others have been idle for longer, and would each take as long to find out.
-            self.purge();
+            // Boxed: it is rare, and would make every call's future ten times as large.
+            let error = match timeout_at(deadline, Box::pin(self.open())).await {
+                Ok(Ok(live)) => return Ok(self.session(live, permit)),
+                Ok(Err(error)) => error,
+                Err(_elapsed) => sqlx::Error::PoolTimedOut,
+            };
+            // While the server starts, or has no place for another, somebody may give one back.
+            if !for_now(&error) || Instant::now() + pause >= deadline {
+                return Err(failed(doing, error));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(250));
         }
-        let mut refused = None;
-        // Boxed: it is rare, and would make every call's future ten times as large.
-        let live = timeout_at(deadline, Box::pin(self.open(&mut refused))).await;
-        // In vain, and why is more to the point than that it took too long.
-        let live = live.unwrap_or_else(|_| Err(refused.unwrap_or(sqlx::Error::PoolTimedOut)));
-        Ok(self.session(live.map_err(|error| failed(doing, error))?, permit))
     }
 
     fn session(self: &Arc<Self>, live: Live, permit: OwnedSemaphorePermit) -> Session {
@@ -190,8 +199,7 @@ impl Connections {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// A new connection. While the server starts, or has no place, it is asked again and again: `refused` says why.
-    async fn open(&self, refused: &mut Option<sqlx::Error>) -> Result<Live, sqlx::Error> {
+    async fn open(&self) -> Result<Live, sqlx::Error> {
         self.begun.fetch_add(1, Ordering::AcqRel);
         let options = match &self.source {
             Source::Own(options) => options,
@@ -200,31 +208,21 @@ impl Connections {
                 return Ok(Live { connection: Inner::Borrowed(borrowed), backend: None });
             }
         };
-        let mut pause = Duration::from_millis(10);
-        loop {
-            let error = match options.connect().await {
-                Ok(connection) => {
-                    let mut live = Live { connection: Inner::Own(Box::new(connection)), backend: None };
-                    if !self.transactional {
-                        live.backend = Some(identify(&mut live).await?);
-                    }
-                    return Ok(live);
-                }
-                Err(error) => error,
-            };
-            let for_now = match &error {
-                sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
-                sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P03" | "53300")),
-                _ => false,
-            };
-            if !for_now {
-                return Err(error);
-            }
-            *refused = Some(error);
-            // Bounded by the caller.
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(250));
+        let mut live = Live { connection: Inner::Own(Box::new(options.connect().await?)), backend: None };
+        if !self.transactional {
+            live.backend = Some(identify(&mut live).await?);
         }
+        Ok(live)
+    }
+}
+
+/// Whether a server that answered like this may have a connection soon.
+fn for_now(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+        // It starts, or stops; or it has as many as it may have.
+        sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P03" | "53300")),
+        _ => false,
     }
 }
 
