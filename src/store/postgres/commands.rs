@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sqlx::Row;
-use sqlx::postgres::PgRow;
+use sqlx::postgres::{PgArguments, PgRow, Postgres};
+use sqlx::query::Query;
 use uuid::Uuid;
 
 use super::super::{CommandRecord, StoreError};
@@ -80,15 +81,7 @@ async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result
 
 /// Those of `ids` that there are.
 async fn read(core: &Arc<Core>, ids: &[Uuid]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
-    let mut session = core.connections.get(READING).await?;
-    let rows = sqlx::query(core.sql.commands.clone())
-        .bind(ids)
-        .persistent(core.connections.persistent())
-        .fetch_all(&mut *session)
-        .await
-        .map_err(|error| failed(READING, error))?;
-    session.finish(READING).await?;
-    by_id(READING, &rows)
+    fetch(core, READING, sqlx::query(core.sql.commands.clone()).bind(ids)).await
 }
 
 /// Those that were the first of their command.
@@ -96,21 +89,24 @@ async fn insert(
     core: &Arc<Core>,
     commands: &[CommandRecord],
 ) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
-    let mut session = core.connections.get(RECORDING).await?;
-    let rows = sqlx::query(core.sql.record_commands.clone())
+    let insert = sqlx::query(core.sql.record_commands.clone())
         .bind(commands.iter().map(|it| it.id).collect::<Vec<_>>())
         .bind(commands.iter().map(|it| it.name.as_str()).collect::<Vec<_>>())
         .bind(commands.iter().map(|it| it.fingerprint).collect::<Vec<_>>())
-        .bind(commands.iter().map(|it| &*it.outcome).collect::<Vec<&[u8]>>())
-        .persistent(core.connections.persistent())
-        .fetch_all(&mut *session)
-        .await
-        .map_err(|error| failed(RECORDING, error))?;
-    session.finish(RECORDING).await?;
-    by_id(RECORDING, &rows)
+        .bind(commands.iter().map(|it| &*it.outcome).collect::<Vec<&[u8]>>());
+    fetch(core, RECORDING, insert).await
 }
 
-fn by_id(doing: &str, rows: &[PgRow]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
+/// What a statement returns, by the command.
+async fn fetch(
+    core: &Arc<Core>,
+    doing: &str,
+    statement: Query<'_, Postgres, PgArguments>,
+) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
+    let mut session = core.connections.get(doing).await?;
+    let rows = statement.persistent(core.connections.persistent()).fetch_all(&mut *session).await;
+    let rows = rows.map_err(|error| failed(doing, error))?;
+    session.finish(doing).await?;
     let records = rows.iter().map(|row| command_record(row).map(|record| (record.id, record)));
     records.collect::<Result<_, _>>().map_err(|error| failed(doing, error))
 }
