@@ -22,6 +22,7 @@ mod group;
 mod handle;
 mod lookup;
 mod memory;
+mod name;
 mod operator;
 mod options;
 #[cfg(feature = "postgres")]
@@ -47,6 +48,7 @@ pub use self::external::{Delivery, External};
 pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
+pub(crate) use self::name::problem as name_problem;
 pub use self::operator::{Asked, Operator, PartRecord, ProjectionRecord, RebuildRecord};
 pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};
 #[cfg(feature = "postgres")]
@@ -78,7 +80,8 @@ pub trait Projection: Send + 'static {
     /// What `apply` writes through: see the table of the [module](self).
     type Transaction: Send;
 
-    /// The name of the checkpoint: unique in the store, and kept while the program evolves. A new name starts over.
+    /// The name of the checkpoint: unique in the store, and kept while the program evolves. A new name starts over. 1 to 200 bytes,
+    /// without control characters and without spaces at its ends; the runtime does not start otherwise.
     fn name(&self) -> &str;
 
     /// Which events. Asked once, when the projection is registered; `Filter::of::<OrderEvent>()` and

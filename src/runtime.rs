@@ -128,6 +128,14 @@ pub enum StartError {
         /// Another.
         second: &'static str,
     },
+    /// A projection has a name that operators could not type or see.
+    #[error("{name:?} cannot be the name of a projection: {reason}")]
+    ProjectionName {
+        /// The name, the first 80 characters.
+        name: String,
+        /// Why not.
+        reason: &'static str,
+    },
     /// Two projections have the same name: they would share a checkpoint.
     #[error("two projections are called {name:?}; a checkpoint belongs to one projection")]
     SameProjection {
@@ -455,6 +463,9 @@ impl Builder {
         }
         let mut projections: Vec<(String, Filter, Box<StartProjection>)> = Vec::new();
         for ProjectionRegistration { name, filter, partitions, follow, start } in self.projections {
+            if let Some(reason) = projection::name_problem(&name) {
+                return Err(StartError::ProjectionName { name: name.chars().take(80).collect(), reason });
+            }
             if projections.iter().any(|(other, ..)| *other == name) {
                 return Err(StartError::SameProjection { name });
             }

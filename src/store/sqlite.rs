@@ -64,7 +64,8 @@ impl SqliteOptions {
         }
     }
 
-    /// Whether to create the file if it is not there. Default: yes. Its directory must exist.
+    /// Whether to create the file if it is not there. Default: yes. Its directory must exist. On Unix only the user of this
+    /// program may read and write a file that is created, and SQLite gives the files beside it the same rights.
     #[must_use]
     pub fn create_if_missing(mut self, create: bool) -> Self {
         self.create_if_missing = create;
@@ -118,6 +119,11 @@ impl SqliteOptions {
             let reason = format!("{:?} names no file; use MemoryStore for a store in memory", self.path);
             return Err(StoreError::Invalid { reason });
         }
+        if self.path.to_str().is_some_and(|path| path.starts_with("sqlite:")) {
+            let reason = format!("{:?} is a URL; SqliteStore takes the path of a file", self.path);
+            return Err(StoreError::Invalid { reason });
+        }
+        self.create()?;
         let shared = SqliteConnectOptions::new()
             .filename(&self.path)
             .busy_timeout(self.busy_timeout)
@@ -143,6 +149,36 @@ impl SqliteOptions {
                 appended: watch::Sender::new(head),
             }),
         })
+    }
+
+    /// Creates the file if it is not there and may be, for this user alone.
+    fn create(&self) -> Result<(), StoreError> {
+        let shown = self.path.display();
+        if !self.create_if_missing {
+            return match self.path.try_exists() {
+                Ok(false) => Err(StoreError::Incompatible {
+                    expected: format!("an event store in {shown}"),
+                    found: "no such file".into(),
+                    advice: "check the path, or create the store with a program that may migrate".into(),
+                }),
+                // Opening it says what is wrong.
+                _ => Ok(()),
+            };
+        }
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).create_new(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        match options.open(&self.path) {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(StoreError::storage(
+                format!(
+                    "creating {shown}: {error}; does the directory exist, and may this program write there?"
+                ),
+                error,
+            )),
+        }
     }
 
     /// The first connection, and the identity of what is behind it.

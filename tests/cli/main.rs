@@ -10,3 +10,4 @@ mod nats;
 mod projections;
 mod reading;
 mod support;
+mod terminal;

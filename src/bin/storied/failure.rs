@@ -30,9 +30,12 @@ pub(crate) enum Failure {
     /// A request stands, and no node has taken it.
     #[error("{0}")]
     Pending(String),
-    /// Nobody who reads what is printed is left.
-    #[error("nobody reads what is printed")]
-    Unread,
+    /// Standard output cannot be written.
+    #[error("standard output cannot be written: {0}")]
+    Output(String),
+    /// Standard output is a pipe that its reader has closed.
+    #[error("standard output is closed")]
+    Closed,
 }
 
 impl Failure {
@@ -55,8 +58,9 @@ impl Failure {
             Self::Unavailable(_) => 3,
             Self::Refused(_) => 4,
             Self::Pending(_) => 5,
+            Self::Output(_) => 6,
             // As of a program that a closed pipe ends.
-            Self::Unread => 0,
+            Self::Closed => 0,
         }
     }
 
@@ -67,14 +71,15 @@ impl Failure {
             Self::Unavailable(_) => "unavailable",
             Self::Refused(_) => "refused",
             Self::Pending(_) => "pending",
-            Self::Unread => "unread",
+            Self::Output(_) => "output",
+            Self::Closed => "closed",
         }
     }
 
     /// Says it, without secrets.
     pub(crate) fn tell(&self, json: bool, secrets: &Secrets) -> ExitCode {
         let text = secrets.hide(&self.to_string());
-        if !matches!(self, Self::Unread) {
+        if !matches!(self, Self::Closed) {
             if json {
                 let error = serde_json::json!({ "error": { "kind": self.kind(), "message": text } });
                 output::complain(&format!("{error}\n"));
@@ -108,11 +113,12 @@ impl From<BusError> for Failure {
     }
 }
 
+/// An error of standard output, which is all that commands write.
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::BrokenPipe => Self::Unread,
-            _ => Self::Unavailable(error.to_string()),
+            io::ErrorKind::BrokenPipe => Self::Closed,
+            _ => Self::Output(error.to_string()),
         }
     }
 }

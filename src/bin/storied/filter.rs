@@ -20,16 +20,21 @@ pub(crate) struct FilterArgs {
 }
 
 impl FilterArgs {
-    pub(crate) fn filter(self) -> Filter {
+    /// Whether nothing is asked for in particular.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.category.is_empty() && self.stream.is_empty() && self.name.is_empty()
+    }
+
+    pub(crate) fn filter(&self) -> Filter {
         let mut filter = Filter::all();
         if !self.category.is_empty() {
-            filter = filter.categories(self.category);
+            filter = filter.categories(self.category.clone());
         }
         if !self.stream.is_empty() {
-            filter = filter.streams(self.stream);
+            filter = filter.streams(self.stream.clone());
         }
         if !self.name.is_empty() {
-            filter = filter.names(self.name);
+            filter = filter.names(self.name.clone());
         }
         filter
     }

@@ -10,7 +10,7 @@ use crate::decode;
 use crate::failure::Failure;
 use crate::filter::FilterArgs;
 use crate::open::DatabaseArgs;
-use crate::output::Output;
+use crate::output::{self, Output};
 
 /// How many events are read at a time.
 const PAGE: usize = 500;
@@ -49,8 +49,12 @@ pub(crate) struct Tail {
     filter: FilterArgs,
 
     /// How many of the events that are there already
-    #[arg(long, short = 'n', default_value_t = 10, value_name = "EVENTS")]
+    #[arg(long, short = 'n', default_value_t = 10, value_name = "EVENTS", conflicts_with = "from")]
     last: usize,
+
+    /// From this position on, instead of the last events
+    #[arg(long, value_name = "POSITION")]
+    from: Option<u64>,
 
     /// Ends after so many events, those that are there already included
     #[arg(long, value_name = "EVENTS")]
@@ -107,7 +111,18 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
             after.get() + 1
         ))?;
     }
+    if printer.printed == 0 {
+        note_no_match(&args.filter, end);
+    }
     printer.end()
+}
+
+/// Says on standard error why nothing is printed.
+fn note_no_match(filter: &FilterArgs, end: Position) {
+    match filter.is_empty() {
+        true => output::complain("no event is in that part of the log\n"),
+        false => output::complain(&format!("no event up to position {end} matches the filter\n")),
+    }
 }
 
 async fn tail(store: &dyn EventStore, args: Tail, out: &mut Output) -> Result<(), Failure> {
@@ -116,13 +131,21 @@ async fn tail(store: &dyn EventStore, args: Tail, out: &mut Output) -> Result<()
     let mut printer = Printer::new(args.metadata);
     let limit = args.limit.unwrap_or(usize::MAX);
     let head = store.frontier().await?;
-    for event in last(store, &filter, head, args.last).await? {
-        if printer.printed < limit {
-            printer.print(&event, out)?;
+    let mut after = match args.from {
+        Some(from) => Position::new(from.saturating_sub(1)),
+        None => {
+            for event in last(store, &filter, head, args.last).await? {
+                if printer.printed < limit {
+                    printer.print(&event, out)?;
+                }
+            }
+            head
         }
+    };
+    if printer.printed == 0 && args.from.is_none() && args.last > 0 && !args.filter.is_empty() {
+        note_no_match(&args.filter, head);
     }
     out.flush()?;
-    let mut after = head;
     while printer.printed < limit {
         let read = ReadLog::after(after).filter(filter.clone()).limit(PAGE.min(limit - printer.printed));
         let page = store.read_log(read).await?;

@@ -34,6 +34,7 @@ const EXIT_CODES: &str = "Exit codes:
   3  the database or NATS cannot be reached, or did not answer in time
   4  the database or NATS refuses, or is not as needed: login, rights, tables, a name that is not there
   5  an order stands, and no live node has taken it in time, or it does not get on
+  6  standard output cannot be written, as on a full disk
 
 Passwords belong into DATABASE_URL, NATS_URL or files: others on the machine can read a command line.";
 
@@ -139,7 +140,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
         clap_complete::generate(shell, &mut Cli::command(), "storied", &mut script);
         return out.text(&String::from_utf8_lossy(&script));
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::Unavailable(format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
         let database = &cli.database;
         match cli.command {

@@ -202,13 +202,32 @@ impl FromStr for Database {
     fn from_str(url: &str) -> Result<Self, Failure> {
         match url.split_once(':') {
             Some(("postgres" | "postgresql", _)) => Ok(Self::Postgres(url.to_owned())),
-            Some(("sqlite", _)) => {
-                let options = SqliteConnectOptions::from_str(url);
-                options
-                    .map(|options| Self::Sqlite(options.get_filename().to_owned()))
-                    .map_err(|error| Failure::Usage(format!("the database URL cannot be read: {error}")))
-            }
+            Some(("sqlite", file)) => Ok(Self::Sqlite(sqlite_file(file).into())),
             _ => Err(Failure::Usage("the database URL should begin with postgres:// or sqlite:".into())),
+        }
+    }
+}
+
+/// The file that `sqlite:FILE` or `sqlite://FILE` names, as it is written: the library takes a path and decodes nothing either. A
+/// `mode` at its end, which programs give to their own pools, means nothing here and is left out.
+fn sqlite_file(file: &str) -> &str {
+    let file = file.strip_prefix("//").unwrap_or(file);
+    match file.rsplit_once("?mode=") {
+        Some((file, "ro" | "rw" | "rwc")) => file,
+        _ => file,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sqlite_file;
+
+    #[test]
+    fn a_file_is_named_as_it_is_written() {
+        for name in ["a%20b.db", "a b.db", "ä#?.db", "dir/x.db", "/abs/x.db", "a?mode=odd"] {
+            assert_eq!(sqlite_file(name), name);
+            assert_eq!(sqlite_file(&format!("//{name}")), name);
+            assert_eq!(sqlite_file(&format!("{name}?mode=rwc")), name);
         }
     }
 }

@@ -73,13 +73,14 @@ pub(crate) fn counted(count: usize, thing: &str) -> String {
     format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Without control characters: what others wrote must not steer a terminal.
+/// Text with every character escaped that could steer a terminal or hide: controls, bidirectional overrides, line and
+/// paragraph separators, invisible and unassigned characters.
 pub(crate) fn clean(text: &str) -> Cow<'_, str> {
-    if !text.chars().any(char::is_control) {
+    if !text.chars().any(is_hidden) {
         return Cow::Borrowed(text);
     }
     Cow::Owned(text.chars().fold(String::with_capacity(text.len()), |mut shown, c| {
-        if c.is_control() {
+        if is_hidden(c) {
             shown.extend(c.escape_default())
         } else {
             shown.push(c)
@@ -88,7 +89,18 @@ pub(crate) fn clean(text: &str) -> Cow<'_, str> {
     }))
 }
 
-/// Prints to standard error. There is nobody to tell when that fails.
+/// Whether a character is not visible by itself, by the tables of the standard library.
+fn is_hidden(c: char) -> bool {
+    if c.is_ascii() {
+        return c.is_ascii_control();
+    }
+    // After another character, so that a combining mark is not taken for one that stands alone.
+    let mut text = String::from("x");
+    text.push(c);
+    text.escape_debug().count() > 2
+}
+
+/// Prints to standard error. A failure to do so cannot be reported.
 pub(crate) fn complain(text: &str) {
     let _ = stderr().write_all(text.as_bytes());
 }
@@ -96,4 +108,31 @@ pub(crate) fn complain(text: &str) {
 /// Whether somebody watches standard error.
 pub(crate) fn watched() -> bool {
     stderr().is_terminal()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::clean;
+
+    #[test]
+    fn text_cannot_steer_a_terminal() {
+        for hidden in [
+            '\u{1b}',
+            '\r',
+            '\u{9b}',
+            '\u{200b}',
+            '\u{200f}',
+            '\u{2028}',
+            '\u{202e}',
+            '\u{2066}',
+            '\u{feff}',
+            '\u{e0041}',
+        ] {
+            let shown = clean(&format!("a{hidden}b")).into_owned();
+            assert!(!shown.contains(hidden) && shown.starts_with("a\\"), "{shown}");
+        }
+        for visible in ["Zoë", "e\u{301}", "\"quoted\" 'and' C:\\path", "日本語", "😀", ""] {
+            assert_eq!(clean(visible), visible);
+        }
+    }
 }

@@ -6,7 +6,7 @@ use crate::failure::Failure;
 use crate::filter::stream;
 use crate::log::{EventArgs, Printer};
 use crate::open::DatabaseArgs;
-use crate::output::Output;
+use crate::output::{self, Output};
 
 /// How many events are read at a time.
 const PAGE: usize = 500;
@@ -27,6 +27,10 @@ pub(crate) struct Show {
     #[arg(long, default_value_t = 1, value_name = "VERSION")]
     from: u64,
 
+    /// Up to this version
+    #[arg(long, value_name = "VERSION")]
+    to: Option<u64>,
+
     #[command(flatten)]
     events: EventArgs,
 }
@@ -37,20 +41,25 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     let mut printer = Printer::new(args.events.metadata);
     let limit = if args.events.limit == 0 { usize::MAX } else { args.events.limit };
     let mut after = Version::new(args.from.saturating_sub(1));
+    let to = Version::new(args.to.unwrap_or(u64::MAX));
     let mut more = true;
-    while more && printer.printed < limit {
+    while more && printer.printed < limit && after < to {
         let page = PAGE.min(limit - printer.printed);
         let events = store.read_stream(&args.stream, after, page).await?;
-        for event in &events {
+        for event in events.iter().take_while(|event| event.version <= to) {
             printer.print(event, out)?;
-            after = event.version;
         }
         more = events.len() == page;
+        after = events.last().map_or(after, |event| event.version);
     }
-    if printer.printed == 0 && args.from <= 1 {
-        return Err(Failure::Refused(format!("there is no stream {}", args.stream)));
+    if printer.printed == 0 {
+        let first = store.read_stream(&args.stream, Version::NONE, 1).await?;
+        if first.is_empty() {
+            return Err(Failure::Refused(format!("there is no stream {}", args.stream)));
+        }
+        output::complain(&format!("{} has no event of these versions\n", args.stream));
     }
-    if more && !out.json {
+    if more && after < to && !out.json {
         let rest = store.read_stream(&args.stream, after, 1).await?;
         if !rest.is_empty() {
             out.line(format!(

@@ -27,10 +27,11 @@ impl Schema {
     pub(crate) fn new(name: &str) -> Result<Self, StoreError> {
         let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
         let starts_well = name.starts_with(|first: char| first.is_ascii_lowercase() || first == '_');
-        if !starts_well || name.len() > 63 || !name.bytes().all(plain) || name.starts_with("pg_") {
+        let reserved = name.starts_with("pg_") || name == "information_schema";
+        if !starts_well || name.len() > 63 || !name.bytes().all(plain) || reserved {
             return Err(StoreError::Invalid {
                 reason: format!(
-                    "{:?} cannot be the schema of an event store: use 1 to 63 lower-case ASCII letters, digits or '_', beginning with a letter or '_' but not with 'pg_'",
+                    "{:?} cannot be the schema of an event store: use 1 to 63 lower-case ASCII letters, digits or '_', beginning with a letter or '_' but not with 'pg_'; 'information_schema' is PostgreSQL's own",
                     name.chars().take(80).collect::<String>()
                 ),
             });

@@ -26,7 +26,15 @@ pub(super) async fn prepare(
         .fetch_one(&mut *connection)
         .await
         .map_err(|error| failed(MIGRATING, error))?;
-    if mode != "wal" {
+    // A backup made by VACUUM INTO has lost its write-ahead log. Opened to read it stays as it is; a program that may migrate
+    // turns it back.
+    let readable = !may_migrate && ["delete", "truncate", "persist"].contains(&&*mode);
+    if readable {
+        tracing::warn!(
+            mode,
+            "the event store has no write-ahead log; readers and writers wait for each other"
+        );
+    } else if mode != "wal" {
         return Err(StoreError::Incompatible {
             expected: "a database that can keep a write-ahead log".into(),
             found: format!("journal mode {mode}"),
