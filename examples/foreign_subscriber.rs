@@ -6,6 +6,8 @@
 //! ```
 
 use std::error::Error;
+use std::io::{Write, stdout};
+use std::process::ExitCode;
 
 use async_nats::{HeaderMap, Message};
 use ciborium::Value;
@@ -97,17 +99,46 @@ fn header<'a>(message: &'a Message, name: &str) -> Result<&'a str, Box<dyn Error
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "nats://127.0.0.1:4222".into());
-    let namespace = arguments.next().unwrap_or_else(|| "storied".into());
-    println!("listening for {namespace}.events.> on {url}");
-    follow(&url, &namespace, |seen| {
-        if seen.hole {
-            println!("--- something is missing here: it is in the store, and in the mirror if there is one");
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
         }
-        println!("{} {} {}#{} {:?}", seen.position, seen.name, seen.stream, seen.version, seen.payload);
-        true
-    })
-    .await
+    }
+}
+
+const USAGE: &str = "usage: foreign_subscriber [URL [NAMESPACE]], by default nats://127.0.0.1:4222 storied";
+
+async fn run() -> Result<(), Box<dyn Error + Send + Sync>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (url, namespace) = match arguments.as_slice() {
+        [help] if help == "--help" => return Ok(writeln!(stdout(), "{USAGE}")?),
+        [option, ..] if option.starts_with('-') => return Err(USAGE.into()),
+        [] => ("nats://127.0.0.1:4222", "storied"),
+        [url] => (url.as_str(), "storied"),
+        [url, namespace] => (url.as_str(), namespace.as_str()),
+        _ => return Err(USAGE.into()),
+    };
+    writeln!(stdout(), "listening for {namespace}.events.> on {url}")?;
+    let mut failed = None;
+    let followed = follow(url, namespace, |seen| {
+        let printed = print(&seen);
+        let go_on = printed.is_ok();
+        failed = printed.err();
+        go_on
+    });
+    followed.await?;
+    failed.map_or(Ok(()), |error| Err(error.into()))
+}
+
+fn print(seen: &Seen) -> std::io::Result<()> {
+    if seen.hole {
+        writeln!(
+            stdout(),
+            "--- events are missing here; the store has them, and JetStream's stream if there is one"
+        )?;
+    }
+    writeln!(stdout(), "{} {} {}#{} {:?}", seen.position, seen.name, seen.stream, seen.version, seen.payload)
 }

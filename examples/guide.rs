@@ -10,11 +10,13 @@
 #![allow(missing_docs, missing_debug_implementations, reason = "docs/guide.md says what everything is for")]
 
 use std::error::Error;
+use std::io::{Write, stdout};
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sqlx::{PgConnection, PgPool, SqliteConnection, SqlitePool};
+use sqlx::{Connection, PgConnection, PgPool, SqliteConnection, SqlitePool};
 use storied::command::{CommandBus, NatsCommands};
 use storied::projection::{ApplyError, Lookup, Projection, ProjectionState};
 use storied::runtime::Builder;
@@ -225,9 +227,9 @@ impl Projection for SharedSales {
 }
 
 pub async fn migrate(database: &str) -> Result<(), Failure> {
-    let pool = PgPool::connect(database).await?;
+    let mut connection = PgConnection::connect(database).await?;
     sqlx::query("CREATE TABLE IF NOT EXISTS sales (show text, buyer text, seats bigint)")
-        .execute(&pool)
+        .execute(&mut connection)
         .await?;
     Ok(())
 }
@@ -242,8 +244,8 @@ async fn shared(database: &str, nats: &str) -> Result<Builder, Failure> {
 
 /// One of the nodes that keep shows.
 pub async fn node(database: &str, nats: &str) -> Result<Runtime, Failure> {
-    let read = PgPool::connect(database).await?;
     let builder = shared(database, nats).await?.aggregate::<Show>();
+    let read = PgPool::connect(database).await?;
     Ok(builder.projection(SharedSales, PostgresReadModel::new(read)).start().await?)
 }
 
@@ -315,13 +317,23 @@ async fn serve(runtime: Runtime) -> Result<(), Failure> {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Failure> {
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> Result<(), Failure> {
     tracing_subscriber::fmt().with_env_filter("warn").with_writer(std::io::stderr).init();
     let Some(what) = std::env::args().nth(1) else {
         let directory = tempfile::tempdir()?;
         commands(directory.path()).await?;
         projections(directory.path()).await?;
-        println!("3 seats were sold, once each");
+        writeln!(stdout(), "3 seats were sold, once each")?;
         return Ok(());
     };
     let database = std::env::var("DATABASE_URL").map_err(|_| "DATABASE_URL names no PostgreSQL")?;
@@ -334,7 +346,7 @@ async fn main() -> Result<(), Failure> {
             let show = Uuid::now_v7().to_string();
             let announce = ShowCommand::Announce { title: "Macbeth".into(), seats: 1_000 };
             runtime.execute::<Show>(&show, announce).await?;
-            println!("{} sold", sell(&runtime, &show, 100).await?);
+            writeln!(stdout(), "{} sold", sell(&runtime, &show, 100).await?)?;
             Ok(runtime.shutdown().await?)
         }
         other => Err(format!("{other} is none of: migrate, node, sell").into()),

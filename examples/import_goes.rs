@@ -13,13 +13,18 @@
 )]
 
 use std::error::Error;
+use std::io::{Write, stdout};
+use std::process::ExitCode;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
 use serde::{Deserialize, Serialize};
-use sqlx::{PgPool, Row};
+use sqlx::{Connection, PgConnection, PgPool, Row};
 use storied::store::{Append, AppendError};
-use storied::{Event, EventStore, ExpectedVersion, Metadata, NewEvent, PostgresStore, StreamId, Version};
+use storied::{
+    Event, EventStore, ExpectedVersion, Metadata, NewEvent, PostgresOptions, PostgresStore, StreamId, Version,
+};
 use uuid::Uuid;
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -121,12 +126,33 @@ pub async fn import(from: &PgPool, to: &PostgresStore) -> Result<u64, Failure> {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Failure> {
-    let mut urls = std::env::args().skip(1);
-    let (Some(from), Some(to)) = (urls.next(), urls.next()) else {
-        return Err("say from where, and to where: import_goes postgres://… postgres://…".into());
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+const USAGE: &str = "usage: import_goes FROM TO, both a URL such as postgres://localhost/shop";
+
+async fn run() -> Result<(), Failure> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (from, to) = match arguments.as_slice() {
+        [help] if help == "--help" => return Ok(writeln!(stdout(), "{USAGE}")?),
+        [from, to] => (from, to),
+        _ => return Err(USAGE.into()),
     };
-    let imported = import(&PgPool::connect(&from).await?, &PostgresStore::connect(&to).await?).await?;
-    println!("{imported} events imported");
-    Ok(())
+    // One connection first: a pool would go on trying without a word.
+    PgConnection::connect(from)
+        .await
+        .map_err(|error| format!("FROM cannot be opened: {error}"))?
+        .close()
+        .await?;
+    let from = PgPool::connect(from).await?;
+    let options = PostgresOptions::new().url(to).acquire_timeout(Duration::from_secs(2));
+    let to = options.connect().await.map_err(|error| format!("TO cannot be opened: {error}"))?;
+    Ok(writeln!(stdout(), "{} events imported", import(&from, &to).await?)?)
 }

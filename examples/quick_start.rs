@@ -7,6 +7,8 @@
 #![allow(missing_docs, missing_debug_implementations, reason = "README.md says what everything is for")]
 #![cfg_attr(rustfmt, rustfmt_skip)]
 
+use std::io::{Write, stdout};
+
 use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, Projection, SqliteReadModel};
@@ -45,7 +47,7 @@ impl Projection for Revenue {
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> anyhow::Result<()> {
     let read = SqlitePool::connect("sqlite:read.db?mode=rwc").await?;
     sqlx::query("CREATE TABLE IF NOT EXISTS revenue (pence)").execute(&read).await?;
     let runtime = Runtime::builder().store(SqliteStore::open("shop.db").await?).aggregate::<Order>()
@@ -53,9 +55,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     match runtime.execute::<Order>("17", Place { pence: 1_299 }).await {
         Ok(receipt) => runtime.projection("revenue")?.caught_up_to(receipt.position).await?,   // read your own writes
-        Err(refused) => println!("{refused}"),             // run it again: the first receipt was durable
+        Err(refused) => writeln!(stdout(), "{refused}")?,  // run it again: the first receipt was durable
     }
     let revenue: i64 = sqlx::query_scalar("SELECT sum(pence) FROM revenue").fetch_one(&read).await?;
-    println!("{revenue} pence");                           // 1299 pence, however often
+    writeln!(stdout(), "{revenue} pence")?;                // 1299 pence, however often
     Ok(runtime.shutdown().await?)
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -55,6 +56,32 @@ pub(crate) async fn open(runtime: &Runtime, accounts: u64) -> Result<(), Failure
     Ok(())
 }
 
+/// A file with a line for every transfer.
+pub(crate) struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+impl Journal {
+    pub(crate) fn create(path: &Path) -> Result<Self, Failure> {
+        let file = File::create(path).map_err(|error| Failure::Journal { path: path.to_owned(), error })?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    fn write(self, settled: &[Settled]) -> Result<(), Failure> {
+        let Self { path, file } = self;
+        let mut lines = BufWriter::new(file);
+        let mut write = || -> std::io::Result<()> {
+            for Settled { id, transfer: Transfer { from, to, amount }, end, .. } in settled {
+                let end = if *end == End::Committed { "committed" } else { "refused" };
+                writeln!(lines, "{id} {end} {from} {to} {amount}")?;
+            }
+            lines.flush()
+        };
+        write().map_err(|error| Failure::Journal { path, error })
+    }
+}
+
 struct Shared {
     runtime: Runtime,
     accounts: u64,
@@ -64,7 +91,11 @@ struct Shared {
 }
 
 /// Makes transfers; how each ended, and how long it all took.
-pub(crate) async fn transfers(runtime: &Runtime, args: &Args) -> Result<(Vec<Settled>, Duration), Failure> {
+pub(crate) async fn transfers(
+    runtime: &Runtime,
+    args: &Args,
+    journal: Option<Journal>,
+) -> Result<(Vec<Settled>, Duration), Failure> {
     let started = Instant::now();
     let shared = Arc::new(Shared {
         runtime: runtime.clone(),
@@ -78,13 +109,8 @@ pub(crate) async fn transfers(runtime: &Runtime, args: &Args) -> Result<(Vec<Set
         caller.await.map_err(std::io::Error::other)??;
     }
     let settled = std::mem::take(&mut *shared.settled.lock().map_err(|_| Failure::Bug("a caller panicked"))?);
-    if let Some(path) = &args.journal {
-        let mut journal = BufWriter::new(File::create(path)?);
-        for Settled { id, transfer: Transfer { from, to, amount }, end, .. } in &settled {
-            let end = if *end == End::Committed { "committed" } else { "refused" };
-            writeln!(journal, "{id} {end} {from} {to} {amount}")?;
-        }
-        journal.flush()?;
+    if let Some(journal) = journal {
+        journal.write(&settled)?;
     }
     Ok((settled, started.elapsed()))
 }

@@ -7,7 +7,8 @@ mod drive;
 mod node;
 mod report;
 
-use std::io;
+use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use self::args::{Args, USAGE};
+use self::drive::Journal;
 use self::node::Node;
 use self::report::Report;
 
@@ -28,12 +30,14 @@ async fn main() -> ExitCode {
         .init();
     let args = match Args::parse(std::env::args_os().skip(1)) {
         Ok(args) if args.help => {
-            print!("{USAGE}");
-            return ExitCode::SUCCESS;
+            return match write!(io::stdout(), "{USAGE}") {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            };
         }
         Ok(args) => args,
         Err(error) => {
-            eprint!("error: {error}\n\n{USAGE}");
+            eprintln!("error: {error}; --help lists the options");
             return ExitCode::from(2);
         }
     };
@@ -71,8 +75,10 @@ enum Failure {
     Open(String),
     #[error("transfer {id} could not be settled: {reason}")]
     Unsettled { id: Uuid, reason: String },
-    #[error("the log is not what it should be: {}", wrong.join("; "))]
+    #[error("the log is not as it should be: {}", wrong.join("; "))]
     Wrong { wrong: Vec<String> },
+    #[error("the journal {} cannot be written: {error}", path.display())]
+    Journal { path: PathBuf, error: io::Error },
     #[error("this cannot be: {0}")]
     Bug(&'static str),
     #[error(transparent)]
@@ -80,6 +86,8 @@ enum Failure {
 }
 
 async fn run(args: &Args) -> Result<(), Failure> {
+    // Before anything is moved, so that a journal that cannot be written costs nothing.
+    let journal = args.journal.as_deref().map(Journal::create).transpose()?;
     let mut nodes = Vec::new();
     let runtime = if args.bus == args::Bus::Local {
         node::keeping(args, "bank").await?
@@ -100,7 +108,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
 
     let stop = tokio::sync::watch::Sender::new(false);
     let faults = tokio::spawn(faults(nodes, args.faults, stop.subscribe()));
-    let transferred = drive::transfers(&runtime, args).await;
+    let transferred = drive::transfers(&runtime, args, journal).await;
     stop.send_replace(true);
     let nodes = faults.await.map_err(io::Error::other)??;
     let (settled, took) = transferred?;
@@ -112,9 +120,9 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let report = Report::of(&**runtime.store(), &settled, took).await?;
     runtime.shutdown().await?;
     if args.json {
-        println!("{}", report.json());
+        writeln!(io::stdout(), "{}", report.json())?;
     } else {
-        println!("{report}");
+        writeln!(io::stdout(), "{report}")?;
     }
     report.check()
 }

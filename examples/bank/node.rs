@@ -71,7 +71,7 @@ pub(crate) async fn giving(args: &Args) -> Result<Runtime, Failure> {
 /// Keeps accounts until the standard input ends, which it does with the process that started this one.
 pub(crate) async fn serve(args: &Args, name: &str) -> Result<(), Failure> {
     let runtime = keeping(args, name).await?;
-    println!("ready");
+    writeln!(io::stdout(), "ready")?;
     tokio::task::spawn_blocking(|| io::stdin().read_to_end(&mut Vec::new()))
         .await
         .map_err(io::Error::other)??;

@@ -113,11 +113,20 @@ impl Report {
 
     /// Whether everything is as it should be.
     pub(crate) fn check(&self) -> Result<(), Failure> {
-        let conserved = i128::from(self.total_before) == self.total_after;
-        if conserved && self.overdrafts == 0 && self.duplicates == 0 && self.wrong.is_empty() {
-            return Ok(());
+        let mut wrong = self.wrong.clone();
+        if i128::from(self.total_before) != self.total_after {
+            wrong.push(format!(
+                "{} before and {} after: a run that was killed has left transfers half-way in this database; use another one",
+                self.total_before, self.total_after
+            ));
         }
-        Err(Failure::Wrong { wrong: self.wrong.clone() })
+        if self.overdrafts > 0 {
+            wrong.push(format!("{} overdrafts", self.overdrafts));
+        }
+        if self.duplicates > 0 {
+            wrong.push(format!("{} steps that happened twice", self.duplicates));
+        }
+        if wrong.is_empty() { Ok(()) } else { Err(Failure::Wrong { wrong }) }
     }
 
     pub(crate) fn json(&self) -> String {

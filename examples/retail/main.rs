@@ -13,11 +13,12 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::Connection;
 use sqlx::postgres::PgPoolOptions;
 use storied::bus::JetStreamOptions;
+use storied::projection::{ProjectionState, WaitError};
 use storied::runtime::Builder;
 use storied::{
     AggregateOptions, EventStore, NatsBus, NatsOptions, Position, PostgresOptions, PostgresReadModel,
@@ -51,12 +52,14 @@ async fn main() -> ExitCode {
         .init();
     let args = match Args::parse(std::env::args_os().skip(1)) {
         Ok(args) if args.help => {
-            print!("{USAGE}");
-            return ExitCode::SUCCESS;
+            return match write!(io::stdout(), "{USAGE}") {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            };
         }
         Ok(args) => args,
         Err(error) => {
-            eprint!("error: {error}\n\n{USAGE}");
+            eprintln!("error: {error}; --help lists the options");
             return ExitCode::from(2);
         }
     };
@@ -91,6 +94,8 @@ enum Failure {
     Filter(#[from] storied::EncodeError),
     #[error(transparent)]
     NoProjection(#[from] storied::runtime::UnknownProjection),
+    #[error("the read model {0} is paused; `storied projection resume {0}` lets it go on")]
+    Paused(&'static str),
     #[error("{0}; run it again to go on")]
     Behind(#[from] storied::projection::WaitError),
     #[error(transparent)]
@@ -120,7 +125,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
             StoreKind::Postgres => drop_schema(args).await?,
         }
     }
-    let read_models = read_models(args).await?;
+    // Before any file is created: a bus that cannot be reached leaves nothing.
     let builder = match nats(args)? {
         Some(bus) => {
             bus.connect().await?;
@@ -131,6 +136,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
         }
         None => Runtime::builder(),
     };
+    let read_models = read_models(args).await?;
     let builder = node(builder, args, &read_models).await?;
     read_models.create_tables().await?;
     let runtime = builder
@@ -225,7 +231,18 @@ async fn drop_schema(args: &Args) -> Result<(), Failure> {
 /// Waits until the read models know of everything that the import did.
 async fn caught_up(runtime: &Runtime, position: Position) -> Result<(), Failure> {
     for name in [REVENUE, UNITS] {
-        runtime.projection(name)?.caught_up_to_within(position, PATIENCE).await?;
+        let projection = runtime.projection(name)?;
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            match projection.caught_up_to_within(position, Duration::from_secs(1)).await {
+                Ok(()) => break,
+                Err(WaitError::TimedOut { .. }) if projection.status().state == ProjectionState::Paused => {
+                    return Err(Failure::Paused(name));
+                }
+                Err(WaitError::TimedOut { .. }) if Instant::now() < give_up => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
     Ok(())
 }
