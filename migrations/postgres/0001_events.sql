@@ -14,7 +14,7 @@ CREATE TABLE storied.events (
     position    bigint      NOT NULL PRIMARY KEY,                -- place in the log, drawn by storied.append
     version     bigint      NOT NULL,                            -- place in the stream: 1, 2, 3 …
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    stream      uuid        NOT NULL,                            -- UUIDv5 of category/stream_id: half the index that the text would take
+    stream      uuid        NOT NULL,                            -- storied.stream_key(category, stream_id): half the index that the text would take
     id          uuid        NOT NULL,
     command_id  uuid        NOT NULL,
     category    text        NOT NULL,
@@ -27,23 +27,52 @@ CREATE TABLE storied.events (
 -- Rows only ever arrive: without this, the visibility map would lag far behind them.
 ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
 
+-- Rights: the functions that append run with the rights of the login that migrates, and check every argument. The program's
+-- login has no right to insert (docs/postgres-grants.sql). The names in them do not depend on the caller's search_path.
+
+-- The key of a stream: the first 128 bits of a SHA-256. A category has no slash, so no two streams have the same text.
+CREATE FUNCTION storied.stream_key(category text, stream_id text) RETURNS uuid
+LANGUAGE sql STABLE STRICT PARALLEL SAFE
+RETURN encode(substring(sha256(convert_to(category || '/' || stream_id, 'UTF8')) FROM 1 FOR 16), 'hex')::uuid;
+REVOKE EXECUTE ON FUNCTION storied.stream_key FROM PUBLIC;
+
+-- Whether readers can read a category or the name of an event: 1 to 200 ASCII letters, digits, '_' or '-', in tokens
+-- separated by single dots.
+CREATE FUNCTION storied.is_name(name text) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN name ~ '^[A-Za-z0-9_-]+([.][A-Za-z0-9_-]+)*$' AND octet_length(name) <= 200;
+REVOKE EXECUTE ON FUNCTION storied.is_name FROM PUBLIC;
+
+-- Whether a new stream has the key of its category and id, and readers can read both: the id has 1 to 400 bytes and no control
+-- character. Later events of a stream have those of the event that they follow.
+CREATE FUNCTION storied.is_stream(key uuid, category text, stream_id text) RETURNS boolean
+LANGUAGE sql STABLE PARALLEL SAFE
+RETURN coalesce(
+    storied.is_name(category)
+        AND octet_length(stream_id) BETWEEN 1 AND 400
+        AND stream_id !~ '[\u0001-\u001f\u007f-\u009f]'
+        AND key = storied.stream_key(category, stream_id),
+    false);
+REVOKE EXECUTE ON FUNCTION storied.is_stream FROM PUBLIC;
+
 -- Appends a batch: each unit (an append of the caller's) succeeds or is refused alone, all or nothing within it.
 --
 -- The low-water lock: before it draws any position, a transaction takes a shared advisory lock whose key says how far the
 -- sequence was. As long as it is held, storied.frontier() stays below, so no reader passes a position that is still to
 -- appear. The event that a new one follows must be there with a smaller position, so that positions grow along every stream.
+--
+-- Every look-up of an event names one index only, whatever the statistics say: a plan may be made while the table is empty.
 CREATE FUNCTION storied.append(
     -- One entry for each part (what a unit has for one stream), in the order of the batch. No stream comes twice.
-    part_stream   uuid[],
-    part_unit     integer[],
-    part_expected bigint[],            -- a version, 0 for no stream, -1 for anything, -2 for an existing stream
+    part_stream    uuid[],
+    part_category  text[],
+    part_stream_id text[],
+    part_unit      integer[],
+    part_expected  bigint[],           -- a version, 0 for no stream, -1 for anything, -2 for an existing stream
+    part_events    integer[],          -- how many events it has, at least 1
     -- Whether to look before leaping: needed for -1 and -2, and for a unit of several parts, which fails as a whole.
-    look_up       boolean,
-    -- One entry for each event, in the order of the batch.
-    event_part       integer[],        -- index of its part, from 1
-    event_n          integer[],        -- 1, 2, 3 … within its part
-    event_category   text[],
-    event_stream_id  text[],
+    look_up        boolean,
+    -- One entry for each event, in the order of the parts.
     event_name       text[],
     event_id         uuid[],
     event_command_id uuid[],
@@ -54,17 +83,21 @@ CREATE FUNCTION storied.append(
     OUT positions bigint[],            -- of each event; those of events that were not appended stay holes
     OUT transaction_id text            -- of this transaction, null when it wrote nothing
 )
-LANGUAGE plpgsql VOLATILE
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 SET storied_log.appending = 'on'
 -- Plans are made once for a connection, perhaps while the table is still empty; they must suit it when it is large.
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
+SET enable_bitmapscan = off
 AS $$
 DECLARE
-    accepted boolean[];                -- for each part: whether its unit is as expected; null before anybody looked
-    parts    bigint := cardinality(part_stream);
-    events   bigint := cardinality(event_id);
-    won      bigint;
+    accepted   boolean[];              -- for each part: whether its unit is as expected; null before anybody looked
+    parts      bigint := cardinality(part_stream);
+    events     bigint := cardinality(event_id);
+    event_part integer[];              -- for each event: its part, from 1 …
+    event_n    integer[];              -- … and 1, 2, 3 … within its part
+    won        bigint;
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         RAISE EXCEPTION 'synchronous_commit is off: events would be acknowledged before they are durable'
@@ -74,6 +107,21 @@ BEGIN
         RAISE EXCEPTION 'appending needs the isolation level read committed, not %', current_setting('transaction_isolation')
             USING ERRCODE = 'ST002';
     END IF;
+    -- Arrays are read by index below, and by unnest.
+    IF NOT coalesce(
+        array_lower(part_stream, 1) = 1 AND array_lower(part_category, 1) = 1 AND array_lower(part_stream_id, 1) = 1
+            AND array_lower(part_unit, 1) = 1 AND array_lower(part_expected, 1) = 1
+            AND cardinality(part_events) = parts AND 1 <= ALL (part_events)
+            AND (SELECT sum(p.count) FROM unnest(part_events) AS p (count)) = events, false) THEN
+        RAISE EXCEPTION 'parts and events do not fit together' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF EXISTS (
+        SELECT FROM (SELECT DISTINCT n.name FROM unnest(event_name) AS n (name) OFFSET 0) AS n
+        WHERE NOT coalesce(storied.is_name(n.name), false)) THEN
+        RAISE EXCEPTION 'an event has a name that readers cannot read' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    SELECT array_agg(p.part ORDER BY p.part, n), array_agg(n ORDER BY p.part, n) INTO event_part, event_n
+    FROM unnest(part_events) WITH ORDINALITY AS p (count, part), generate_series(1, p.count) AS n;
 
     PERFORM pg_advisory_xact_lock_shared(
         (('storied.positions'::regclass::oid::bigint & 1048575) << 44)
@@ -99,6 +147,12 @@ BEGIN
             RETURN;
         END IF;
     END IF;
+    IF 0 = ANY (versions) AND EXISTS (
+        SELECT FROM unnest(versions, part_stream, part_category, part_stream_id) AS p (before, stream, category, stream_id)
+        WHERE p.before = 0 AND NOT storied.is_stream(p.stream, p.category, p.stream_id)) THEN
+        RAISE EXCEPTION 'a new stream has a key, category or id that readers cannot read'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
 
     positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, events));
 
@@ -106,22 +160,22 @@ BEGIN
     INSERT INTO storied.events AS target
         (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
     SELECT positions[i.ord], versions[i.part] + 1, part_stream[i.part],
-        i.id, i.command_id, i.category, i.stream_id, i.name, i.payload, i.metadata
-    FROM unnest(event_part, event_n, event_category, event_stream_id, event_name, event_id, event_command_id,
-        event_payload, event_metadata)
-        WITH ORDINALITY AS i (part, n, category, stream_id, name, id, command_id, payload, metadata, ord)
+        i.id, i.command_id, part_category[i.part], part_stream_id[i.part], i.name, i.payload, i.metadata
+    FROM unnest(event_part, event_n, event_name, event_id, event_command_id, event_payload, event_metadata)
+        WITH ORDINALITY AS i (part, n, name, id, command_id, payload, metadata, ord)
     WHERE i.n = 1 AND (accepted IS NULL OR accepted[i.part])
-        AND (versions[i.part] = 0 OR EXISTS (
-            SELECT FROM storied.events AS e
-            WHERE e.stream = part_stream[i.part] AND e.version = versions[i.part] AND e.position < positions[i.ord]))
+        AND (versions[i.part] = 0 OR (
+            SELECT e.position < positions[i.ord] AND e.category = part_category[i.part] AND e.stream_id = part_stream_id[i.part]
+            FROM storied.events AS e WHERE e.stream = part_stream[i.part] AND e.version = versions[i.part]))
     ORDER BY part_stream[i.part]
     ON CONFLICT (stream, version) DO NOTHING;
     GET DIAGNOSTICS won = ROW_COUNT;
 
     IF won < parts THEN
         lost := ARRAY(
-            SELECT coalesce(accepted[i.part], true) AND NOT EXISTS (
-                SELECT FROM storied.events AS e WHERE e.position = positions[i.ord])
+            -- Not EXISTS, which may become one look through the whole log.
+            SELECT coalesce(accepted[i.part], true) AND (
+                SELECT e.position FROM storied.events AS e WHERE e.position = positions[i.ord]) IS NULL
             FROM unnest(event_part, event_n) WITH ORDINALITY AS i (part, n, ord) WHERE i.n = 1 ORDER BY i.part);
         IF EXISTS (
             SELECT FROM generate_subscripts(lost, 1) AS p
@@ -141,15 +195,15 @@ BEGIN
         INSERT INTO storied.events
             (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
         SELECT positions[i.ord], versions[i.part] + i.n, part_stream[i.part],
-            i.id, i.command_id, i.category, i.stream_id, i.name, i.payload, i.metadata
-        FROM unnest(event_part, event_n, event_category, event_stream_id, event_name, event_id, event_command_id,
-            event_payload, event_metadata)
-            WITH ORDINALITY AS i (part, n, category, stream_id, name, id, command_id, payload, metadata, ord)
+            i.id, i.command_id, part_category[i.part], part_stream_id[i.part], i.name, i.payload, i.metadata
+        FROM unnest(event_part, event_n, event_name, event_id, event_command_id, event_payload, event_metadata)
+            WITH ORDINALITY AS i (part, n, name, id, command_id, payload, metadata, ord)
         WHERE i.n > 1 AND (accepted IS NULL OR accepted[i.part]) AND (lost IS NULL OR NOT lost[i.part])
         ORDER BY part_stream[i.part], i.n;
     END IF;
     transaction_id := pg_current_xact_id_if_assigned()::text;
 END $$;
+REVOKE EXECUTE ON FUNCTION storied.append FROM PUBLIC;
 
 -- How far the log may be read: the last event below which nothing can appear any more.
 --
@@ -160,9 +214,11 @@ CREATE FUNCTION storied.frontier(
     OUT low_water  bigint,             -- everything up to here is decided: visible, or never to be
     OUT head       bigint              -- the last event up to there
 )
-LANGUAGE plpgsql VOLATILE
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
+SET enable_bitmapscan = off
 AS $$
 BEGIN
     IF pg_is_in_recovery() THEN
@@ -185,6 +241,7 @@ BEGIN
         SELECT e.position FROM storied.events AS e
         WHERE e.position <= low_water ORDER BY e.position DESC LIMIT 1), 0);
 END $$;
+REVOKE EXECUTE ON FUNCTION storied.frontier FROM PUBLIC;
 
 CREATE FUNCTION storied.refuse_insert() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

@@ -22,10 +22,12 @@ CREATE FUNCTION storied.append_one(
     tell             boolean           -- whether to look if it is alone
 ) RETURNS bigint[]                     -- its position; when it is alone, the position of the event before it in the log (0: it is
                                        -- the first), and when it was recorded, in microseconds since 1970
-LANGUAGE plpgsql VOLATILE
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
 SET storied_log.appending = 'on'
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
+SET enable_bitmapscan = off
 AS $$
 DECLARE
     drawn    bigint;
@@ -40,6 +42,13 @@ BEGIN
         RAISE EXCEPTION 'appending needs the isolation level read committed, not %', current_setting('transaction_isolation')
             USING ERRCODE = 'ST002';
     END IF;
+    IF NOT coalesce(storied.is_name(event_name), false) THEN
+        RAISE EXCEPTION 'the event has a name that readers cannot read' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    IF event_expected = 0 AND NOT storied.is_stream(event_stream, event_category, event_stream_id) THEN
+        RAISE EXCEPTION 'the new stream has a key, category or id that readers cannot read'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
 
     PERFORM pg_advisory_xact_lock_shared(
         (('storied.positions'::regclass::oid::bigint & 1048575) << 44)
@@ -51,9 +60,9 @@ BEGIN
         (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
     SELECT drawn, event_expected + 1, event_stream,
         event_id, event_command_id, event_category, event_stream_id, event_name, event_payload, event_metadata
-    WHERE event_expected = 0 OR EXISTS (
-        SELECT FROM storied.events AS e
-        WHERE e.stream = event_stream AND e.version = event_expected AND e.position < drawn)
+    WHERE event_expected = 0 OR (
+        SELECT e.position < drawn AND e.category = event_category AND e.stream_id = event_stream_id
+        FROM storied.events AS e WHERE e.stream = event_stream AND e.version = event_expected)
     ON CONFLICT (stream, version) DO NOTHING
     RETURNING target.recorded_at INTO recorded;
 
@@ -77,3 +86,4 @@ BEGIN
             WHERE e.position < drawn ORDER BY e.position DESC LIMIT 1), 0),
         (extract(epoch FROM recorded) * 1000000)::bigint];
 END $$;
+REVOKE EXECUTE ON FUNCTION storied.append_one FROM PUBLIC;

@@ -35,9 +35,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use uuid::{Uuid, uuid};
+use uuid::Uuid;
 
 use self::connection::Connections;
 pub(crate) use self::error::{failed, is_outage};
@@ -56,9 +57,6 @@ use super::{
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
-
-/// Under which streams get their keys. Never changes: keys are stored.
-const STREAMS: Uuid = uuid!("6f0d8a52-0b5e-5c0e-9c41-2b7f4e1d9a63");
 
 /// An event store in PostgreSQL 15 or newer. Clones are handles to the same connections; any number of processes may use
 /// the same database. Its tables live in a schema of their own.
@@ -348,9 +346,11 @@ impl EventStore for PostgresStore {
     }
 }
 
-/// The key of a stream. A category has no slash, so no two streams have the same text.
+/// The key of a stream, as `storied.stream_key()` computes it. Keys are stored: the computation never changes.
 fn stream_key(stream: &StreamId) -> Uuid {
-    Uuid::new_v5(&STREAMS, stream.to_string().as_bytes())
+    let [key @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _]: [u8; 32] =
+        Sha256::digest(stream.to_string()).into();
+    Uuid::from_bytes(key)
 }
 
 /// PostgreSQL has no unsigned numbers. Nothing that is stored comes near the end of the signed ones.

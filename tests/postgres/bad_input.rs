@@ -88,27 +88,6 @@ async fn wrong_logins_and_databases() {
     }
 }
 
-/// A login that may read and write, but not create anything, is enough once the tables are there.
-#[tokio::test]
-async fn few_rights_suffice() {
-    let server = PostgresServer::start().await;
-    let url = server.create_database().await;
-    PostgresStore::connect(&url).await.unwrap();
-    // As the document says it.
-    let operations = include_str!("../../docs/operations.md");
-    let grants = operations.split("```").find_map(|block| block.strip_prefix("sql\n")).unwrap();
-    run(&url, "CREATE ROLE shop LOGIN").await;
-    run(&url, grants).await;
-    let store = PostgresStore::connect(as_user(&url, "shop")).await.unwrap();
-    append(&store, &stream("a"), ExpectedVersion::NoStream, events(2)).await.unwrap();
-    assert_eq!(whole_log(&store).await.len(), 2);
-
-    run(&url, "REVOKE INSERT ON storied.events FROM shop").await;
-    let error = append(&store, &stream("a"), exact(2), events(1)).await.unwrap_err();
-    assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
-    assert!(error.to_string().contains("GRANT"), "{error}");
-}
-
 #[tokio::test]
 async fn other_schema_versions() {
     let server = PostgresServer::shared().await;

@@ -1,16 +1,18 @@
-//! What every store does.
+//! What every store does, with the rights that the documents grant and no others.
 
-use storied::PostgresStore;
+use storied::PostgresOptions;
 use storied::testing::store::Database;
 
+use crate::rights::granted;
 use crate::support::PostgresServer;
+use crate::tools::as_user;
 
 /// Opening it again is what a second process on the same database would do.
 async fn postgres() -> Database {
-    let url = PostgresServer::shared().await.create_database().await;
+    let url = as_user(&granted(PostgresServer::shared().await).await, "shop");
     Database::new(move || {
-        let url = url.clone();
-        async move { PostgresStore::connect(url).await.unwrap() }
+        let options = PostgresOptions::new().url(&*url).migrate(false);
+        async move { options.connect().await.unwrap() }
     })
 }
 

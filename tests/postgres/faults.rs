@@ -298,8 +298,8 @@ async fn a_stall_has_a_name() {
     let mut transaction = culprit.begin().await.unwrap();
     transaction
         .execute(
-            "SELECT storied.append(array[gen_random_uuid()], array[0], array[0], false, array[1], array[1],
-                 array['order'], array['x'], array['order.placed'], array[gen_random_uuid()],
+            "SELECT storied.append(array[storied.stream_key('order', 'x')], array['order'], array['x'], array[0],
+                 array[0], array[1], false, array['order.placed'], array[gen_random_uuid()],
                  array[gen_random_uuid()], array[''::bytea], array[''::bytea])",
         )
         .await

@@ -12,6 +12,7 @@ mod pooler;
 mod projections;
 mod proxy;
 mod read_model;
+mod rights;
 mod settled;
 #[path = "../support/mod.rs"]
 mod support;

@@ -303,24 +303,26 @@ pub async fn append_one(
     stream: &StreamId,
     event: &NewEvent,
 ) -> sqlx::Result<Vec<Uuid>> {
-    let last: i64 =
-        sqlx::query_scalar("SELECT coalesce(max(version), 0) FROM storied.events WHERE stream = $1")
-            .bind(stream_key(stream))
-            .fetch_one(&mut *connection)
-            .await?;
-    let position: Option<Vec<i64>> =
-        sqlx::query_scalar("SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, true)")
-            .bind(stream_key(stream))
-            .bind(last)
-            .bind(stream.category())
-            .bind(stream.id())
-            .bind(event.name.as_str())
-            .bind(event.id)
-            .bind(event.command_id)
-            .bind(event.payload.to_vec())
-            .bind(event.metadata.to_vec())
-            .fetch_one(connection)
-            .await?;
+    let last: i64 = sqlx::query_scalar(
+        "SELECT coalesce(max(version), 0) FROM storied.events WHERE stream = storied.stream_key($1, $2)",
+    )
+    .bind(stream.category())
+    .bind(stream.id())
+    .fetch_one(&mut *connection)
+    .await?;
+    let position: Option<Vec<i64>> = sqlx::query_scalar(
+        "SELECT storied.append_one(storied.stream_key($2, $3), $1, $2, $3, $4, $5, $6, $7, $8, true)",
+    )
+    .bind(last)
+    .bind(stream.category())
+    .bind(stream.id())
+    .bind(event.name.as_str())
+    .bind(event.id)
+    .bind(event.command_id)
+    .bind(event.payload.to_vec())
+    .bind(event.metadata.to_vec())
+    .fetch_one(connection)
+    .await?;
     Ok(position.map(|_| event.id).into_iter().collect())
 }
 
@@ -330,17 +332,17 @@ async fn append_many(
     streams: &[StreamId],
     new: &[(i32, i32, &StreamId, NewEvent)],
 ) -> sqlx::Result<Vec<Uuid>> {
+    let events_of = |stream| new.iter().filter(|(_, _, of, _)| *of == stream).count() as i32;
     let row = sqlx::query(
-        "SELECT lost FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        "SELECT lost FROM storied.append(ARRAY(SELECT storied.stream_key(p.category, p.id)
+             FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS p (category, id, n) ORDER BY p.n),
+             $1, $2, $3, $4, $5, true, $6, $7, $8, $9, $10)",
     )
-    .bind(streams.iter().map(stream_key).collect::<Vec<_>>())
+    .bind(streams.iter().map(StreamId::category).collect::<Vec<_>>())
+    .bind(streams.iter().map(StreamId::id).collect::<Vec<_>>())
     .bind((0..streams.len() as i32).collect::<Vec<_>>())
     .bind(vec![-1_i64; streams.len()])
-    .bind(true)
-    .bind(new.iter().map(|(part, ..)| *part).collect::<Vec<_>>())
-    .bind(new.iter().map(|(_, n, ..)| *n).collect::<Vec<_>>())
-    .bind(new.iter().map(|(_, _, stream, _)| stream.category()).collect::<Vec<_>>())
-    .bind(new.iter().map(|(_, _, stream, _)| stream.id()).collect::<Vec<_>>())
+    .bind(streams.iter().map(events_of).collect::<Vec<_>>())
     .bind(new.iter().map(|(.., event)| event.name.as_str()).collect::<Vec<_>>())
     .bind(new.iter().map(|(.., event)| event.id).collect::<Vec<_>>())
     .bind(new.iter().map(|(.., event)| event.command_id).collect::<Vec<_>>())
@@ -351,12 +353,6 @@ async fn append_many(
     let lost: Option<Vec<bool>> = row.try_get(0)?;
     let won = |part: i32| lost.as_ref().is_none_or(|lost| !lost[part as usize - 1]);
     Ok(new.iter().filter(|(part, ..)| won(*part)).map(|(.., event)| event.id).collect())
-}
-
-/// As the store makes it.
-fn stream_key(stream: &StreamId) -> Uuid {
-    let namespace = uuid::uuid!("6f0d8a52-0b5e-5c0e-9c41-2b7f4e1d9a63");
-    Uuid::new_v5(&namespace, stream.to_string().as_bytes())
 }
 
 /// Kills somebody every 60 ms.
@@ -657,10 +653,10 @@ async fn no_event_comes_before_the_one_it_follows() {
     run(&url, "SELECT setval('storied.positions', 10)").await;
     let mut connection = connect(&url).await;
     let row = sqlx::query(
-        "SELECT versions, lost FROM storied.append(ARRAY[$1], ARRAY[0], ARRAY[50::bigint], false, ARRAY[1], ARRAY[1],
-             ARRAY['order'], ARRAY['1'], ARRAY['order.placed'], ARRAY[$2], ARRAY[$2], ARRAY[''::bytea], ARRAY[''::bytea])",
+        "SELECT versions, lost FROM storied.append(ARRAY[storied.stream_key('order', '1')], ARRAY['order'], ARRAY['1'],
+             ARRAY[0], ARRAY[50::bigint], ARRAY[1], false,
+             ARRAY['order.placed'], ARRAY[$1], ARRAY[$1], ARRAY[''::bytea], ARRAY[''::bytea])",
     )
-    .bind(stream_key(&stream(1)))
     .bind(Uuid::now_v7())
     .fetch_one(&mut connection)
     .await

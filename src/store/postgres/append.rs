@@ -402,29 +402,24 @@ async fn execute_one(
 async fn execute_many(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<PgRow, sqlx::Error> {
     let parts =
         || units.iter().enumerate().flat_map(|(unit, it)| it.parts.iter().map(move |part| (unit, part)));
-    let events = || {
-        (1_i32..).zip(parts()).flat_map(|(index, (_, part))| {
-            (1_i32..).zip(&part.events).map(move |(n, event)| (index, n, part, *event))
-        })
-    };
+    let events = || parts().flat_map(|(_, part)| part.events.iter());
     let look_up = !units.iter().all(|unit| matches!(unit.parts.as_slice(), [only] if exact(only).is_some()));
     let expected = |part: &Part<'_>| {
         exact(part).unwrap_or(if part.expected == ExpectedVersion::StreamExists { -2 } else { -1 })
     };
     sqlx::query(core.sql.append.clone())
         .bind(parts().map(|(_, part)| part.key).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| part.stream.category()).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| part.stream.id()).collect::<Vec<_>>())
         .bind(parts().map(|(unit, _)| count(unit)).collect::<Vec<_>>())
         .bind(parts().map(|(_, part)| expected(part)).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| count(part.events.len())).collect::<Vec<_>>())
         .bind(look_up)
-        .bind(events().map(|(index, ..)| index).collect::<Vec<_>>())
-        .bind(events().map(|(_, n, ..)| n).collect::<Vec<_>>())
-        .bind(events().map(|(_, _, part, _)| part.stream.category()).collect::<Vec<_>>())
-        .bind(events().map(|(_, _, part, _)| part.stream.id()).collect::<Vec<_>>())
-        .bind(events().map(|(.., event)| event.name.as_str()).collect::<Vec<_>>())
-        .bind(events().map(|(.., event)| event.id).collect::<Vec<_>>())
-        .bind(events().map(|(.., event)| event.command_id).collect::<Vec<_>>())
-        .bind(events().map(|(.., event)| &*event.payload).collect::<Vec<&[u8]>>())
-        .bind(events().map(|(.., event)| &*event.metadata).collect::<Vec<&[u8]>>())
+        .bind(events().map(|event| event.name.as_str()).collect::<Vec<_>>())
+        .bind(events().map(|event| event.id).collect::<Vec<_>>())
+        .bind(events().map(|event| event.command_id).collect::<Vec<_>>())
+        .bind(events().map(|event| &*event.payload).collect::<Vec<&[u8]>>())
+        .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
         .await

@@ -140,7 +140,7 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
         }
         "42501" => StoreError::storage(
             format!(
-                "{doing}: {message}; let this login use the schema and its tables, functions and sequence (GRANT), or migrate with a login that may create them"
+                "{doing}: {message}; GRANT this login the rights in docs/postgres-grants.sql, or migrate with a login that may create tables"
             ),
             error,
         ),

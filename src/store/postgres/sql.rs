@@ -70,7 +70,7 @@ statements! {
     /// The statements of the log.
     LogSql {
         append: "SELECT versions, lost, positions, transaction_id
-            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
         append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
         find: "SELECT version, position, id FROM storied.events
             WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4) ORDER BY version",
