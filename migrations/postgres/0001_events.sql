@@ -173,9 +173,11 @@ BEGIN
 
     IF won < parts THEN
         lost := ARRAY(
-            -- Not EXISTS, which may become one look through the whole log.
+            -- Not EXISTS, which may become one look through the whole log. A range with an order, which no other index has.
             SELECT coalesce(accepted[i.part], true) AND (
-                SELECT e.position FROM storied.events AS e WHERE e.position = positions[i.ord]) IS NULL
+                SELECT e.position FROM storied.events AS e
+                WHERE e.position >= positions[i.ord] AND e.position <= positions[i.ord]
+                ORDER BY e.position LIMIT 1) IS NULL
             FROM unnest(event_part, event_n) WITH ORDINALITY AS i (part, n, ord) WHERE i.n = 1 ORDER BY i.part);
         IF EXISTS (
             SELECT FROM generate_subscripts(lost, 1) AS p

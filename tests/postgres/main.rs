@@ -8,6 +8,7 @@ mod by_name;
 mod conformance;
 mod faults;
 mod oracle;
+mod plans;
 mod pooler;
 mod projections;
 mod proxy;

@@ -130,10 +130,11 @@ impl Connections {
         self.transactional || matches!(self.source, Source::Pool(_))
     }
 
-    /// A connection for statements that each stand for themselves.
+    /// A connection for statements that each stand for themselves. Where the session is not ours, they run in a transaction,
+    /// which has our limits and planner settings.
     pub(super) async fn get(self: &Arc<Self>, doing: &str) -> Result<Session, StoreError> {
         let mut session = self.acquire(doing).await?;
-        if self.transactional {
+        if self.appends_in_transactions() {
             session.begin().await.map_err(|error| failed(doing, error))?;
         }
         Ok(session)

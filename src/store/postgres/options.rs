@@ -16,6 +16,11 @@ use super::sql::Schema;
 use super::{PostgresStore, schema};
 use crate::codec::Codec;
 
+/// Settings for every statement of the store. Each statement is written so that one index fits it; with these settings the
+/// planner takes that index whatever the statistics say, also for a plan that was made while the table was empty. Compiling such a
+/// statement takes longer than running it.
+const PLANS: [(&str, &str); 3] = [("enable_bitmapscan", "off"), ("enable_seqscan", "off"), ("jit", "off")];
+
 /// How a [`PostgresStore`] is connected to. Build it, then [`connect`](Self::connect).
 #[derive(Clone)]
 pub struct PostgresOptions {
@@ -81,8 +86,8 @@ impl PostgresOptions {
         self
     }
 
-    /// Borrows connections from the application's own pool, one for each call, instead of making some. Then the pool's
-    /// limits, names and timeouts count for what is not an append. Default: none.
+    /// Borrows connections from the application's own pool, one for each call, instead of making some. The pool's limits and
+    /// names then apply. Each call is a transaction with this store's timeouts, which costs two round trips more. Default: none.
     #[must_use]
     pub fn pool(mut self, pool: PgPool) -> Self {
         self.pool = Some(pool);
@@ -229,9 +234,10 @@ impl PostgresOptions {
         let patience = Patience { acquire: self.acquire_timeout, call };
         // With the transaction rather than the session, which behind a pooler is not ours.
         let begin = format!(
-            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}",
+            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}; {}",
             millis(self.statement_timeout),
             millis(self.idle_in_transaction_timeout),
+            PLANS.map(|(name, value)| format!("SET LOCAL {name} = {value}")).join("; "),
         );
         let begin = AssertSqlSafe(begin).into_sql_str();
         Ok(Connections::new(source, patience, self.transaction_pooler, begin, self.max_connections as usize))
@@ -256,11 +262,7 @@ impl PostgresOptions {
             // A client that has vanished must not keep a process, and its low-water lock, waiting for the network.
             ("tcp_user_timeout", statement),
         ];
-        // Pages of the log and of streams are to be read along their index from the first row on, also while the table has
-        // grown faster than its statistics: sorting a page's whole range instead makes a catch-up thirty times slower.
-        // Compiling such a statement takes longer than running it.
-        let plans = [("enable_bitmapscan", "off"), ("enable_seqscan", "off"), ("jit", "off")];
-        Ok(options.options(limits).options(plans))
+        Ok(options.options(limits).options(PLANS))
     }
 }
 

@@ -79,16 +79,19 @@ statements! {
             FROM storied.events WHERE stream = $1 AND version > $2 ORDER BY version LIMIT $3",
         log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
             FROM storied.events WHERE position > $1 AND position <= $2 ORDER BY position LIMIT $3",
-        // A filter that is null lets everything pass.
+        // A filter that is null lets everything pass. OFFSET 0: PostgreSQL cannot look streams or names up by other indexes.
         filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
-            FROM storied.events
-            WHERE position > $1 AND position <= $2
-                AND ($4::text[] IS NULL OR name = ANY($4))
+            FROM (
+                SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id, stream
+                FROM storied.events WHERE position > $1 AND position <= $2 ORDER BY position OFFSET 0
+            ) AS e
+            WHERE ($4::text[] IS NULL OR name = ANY($4))
                 AND ($5::text[] IS NULL OR category = ANY($5))
                 AND ($6::uuid[] IS NULL OR stream = ANY($6))
             ORDER BY position LIMIT $3",
         // Positions first, of which the index by name has all that it takes, then the events one by one. Written so that there
-        // is no other way: PostgreSQL would rather look through the log where a name is frequent, or nothing is known of it.
+        // is no other way: PostgreSQL would rather look through the log where a name is frequent, or nothing is known of it. An
+        // event is looked up by a range with an order: the index by name fits position = … as well, but has no such order.
         by_name: "SELECT e.*
             FROM (
                 SELECT i.position
@@ -99,7 +102,8 @@ statements! {
                 ORDER BY i.position LIMIT $3
             ) AS found CROSS JOIN LATERAL (
                 SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
-                FROM storied.events WHERE position = found.position OFFSET 0
+                FROM storied.events WHERE position >= found.position AND position <= found.position
+                ORDER BY position LIMIT 1
             ) AS e ORDER BY found.position",
         // The last event among those up to $3 behind the first one after $1, at most up to $2.
         last_event: "SELECT (
@@ -147,10 +151,12 @@ statements! {
         record_commands: "INSERT INTO storied.commands (id, name, fingerprint, outcome)
             SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::bytea[]) AS c (id, name, fingerprint, outcome)
             ORDER BY id ON CONFLICT (id) DO NOTHING RETURNING id, name, fingerprint, outcome, recorded_at",
-        forget_commands: "DELETE FROM storied.commands WHERE id IN (
+        // An array, so that there is no join, which could read the whole table. A time from a subquery, since an index cannot
+        // be searched for a volatile value.
+        forget_commands: "DELETE FROM storied.commands WHERE id = ANY(ARRAY(
             SELECT id FROM storied.commands
-            WHERE recorded_at <= clock_timestamp() - $1 * interval '1 microsecond'
-            ORDER BY recorded_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+            WHERE recorded_at <= (SELECT clock_timestamp() - $1 * interval '1 microsecond')
+            ORDER BY recorded_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
     }
 }
 
