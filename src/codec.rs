@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use self::upcast::Upcasters;
-pub(crate) use self::variant::{decode_variant, encode_variant, variants_of};
+pub(crate) use self::variant::{decode_variant, encode_variant, failing_field, variants_of};
 
 /// How a store keeps payloads. Chosen when the store is created and remembered by it; metadata is always CBOR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

@@ -131,9 +131,9 @@ impl NewEvent {
     /// Encodes `event` for a store that keeps payloads in `codec`, with a fresh id and command id.
     ///
     /// # Errors
-    /// When the event does not serialize, or is no externally tagged enum.
+    /// When the event does not serialize, could not be read again, or is no externally tagged enum.
     pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, EncodeError> {
-        let (name, payload) = EventTypes::of::<E>()?.encode(event, codec)?;
+        let (name, payload, _) = EventTypes::of::<E>()?.encode(event, codec)?;
         Ok(Self {
             id: Uuid::now_v7(),
             name,

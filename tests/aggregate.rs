@@ -382,19 +382,154 @@ async fn a_panic_fails_its_command_and_hurts_nobody_else() {
     assert_eq!(stored(&store.inner, "a").await, (111, 3));
 }
 
-#[tokio::test]
-async fn a_panic_in_apply_is_told_and_stays_with_its_aggregate() {
-    let store = MemoryStore::new();
+/// F49: events that the state cannot take are refused before they are durable, and the aggregate goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_that_cannot_be_applied_are_refused_before_the_append() {
+    let store = FaultyStore::new(MemoryStore::new());
     let runtime = runtime(store.clone()).await;
-    let receipt = runtime.execute::<Counter>("a", AddAndPanicInApply).await.unwrap();
-    assert_eq!(receipt.version, Version::new(1), "the event is durable, whatever folding it does");
-    let error = runtime.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(
-        matches!(&error, ExecuteError::Panicked { message, .. } if message == "cannot fold this"),
-        "{error}"
-    );
+    let panics = async || {
+        let error = runtime.execute::<Counter>("a", AddAndPanicInApply).await.unwrap_err();
+        assert!(
+            matches!(&error, ExecuteError::Panicked { message, .. } if message == "cannot fold this"),
+            "{error}"
+        );
+    };
+    panics().await;
+    assert_eq!(runtime.execute::<Counter>("a", Add(1)).await.unwrap().reply, 1);
+    // With a command ahead of it whose append is under way, and one after it.
+    store.hold();
+    let spawn = |command| {
+        let runtime = runtime.clone();
+        tokio::spawn(async move { runtime.execute::<Counter>("a", command).await })
+    };
+    let ahead = spawn(Add(10));
+    store.held(1).await;
+    panics().await;
+    let after = spawn(Add(100));
+    store.release();
+    assert_eq!(ahead.await.unwrap().unwrap().reply, 11);
+    assert_eq!(after.await.unwrap().unwrap().reply, 111);
+    assert_eq!(stored(&store.inner, "a").await, (111, 3));
     assert_eq!(runtime.execute::<Counter>("b", Add(1)).await.unwrap().reply, 1);
-    assert_eq!(stored(&store, "a").await.1, 1);
+}
+
+/// F7: the state holds what a reader of the log will have, and what cannot be read again is not stored.
+mod readable {
+    use std::collections::BTreeMap;
+
+    use storied::EncodeError;
+
+    use super::*;
+
+    /// Remembers what it was told, as it was told.
+    #[derive(Default)]
+    struct Memo {
+        notes: Vec<Note>,
+    }
+
+    #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+    struct Note {
+        id: u8,
+        twice: Option<Option<u8>>,
+        #[serde(skip)]
+        unsaved: u8,
+        #[serde(flatten)]
+        more: BTreeMap<String, String>,
+    }
+
+    #[derive(Debug, Serialize, Deserialize)]
+    enum MemoEvent {
+        Noted(Note),
+    }
+
+    #[derive(Serialize, Deserialize)]
+    enum MemoCommand {
+        Take { note: Note, reply: f64 },
+        Show,
+    }
+
+    /// JSON-like: a reply that is not a number is written and not read.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    struct Rate(f64);
+
+    impl Serialize for Rate {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            if self.0.is_nan() { serializer.serialize_str("none") } else { serializer.serialize_f64(self.0) }
+        }
+    }
+
+    impl<'de> Deserialize<'de> for Rate {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            f64::deserialize(deserializer).map(Rate)
+        }
+    }
+
+    impl Event for MemoEvent {
+        const CATEGORY: &'static str = "memo";
+    }
+
+    impl Aggregate for Memo {
+        type Event = MemoEvent;
+        type Command = MemoCommand;
+        type Reply = (Vec<Note>, Rate);
+        type Error = CounterError;
+
+        fn handle(
+            &self,
+            command: &MemoCommand,
+            _: &Context<'_>,
+        ) -> Result<Decision<MemoEvent, (Vec<Note>, Rate)>, CounterError> {
+            match command {
+                MemoCommand::Take { note, reply } => {
+                    Ok(Decision::event(MemoEvent::Noted(Note { unsaved: 9, ..note.clone() }))
+                        .reply((Vec::new(), Rate(*reply))))
+                }
+                MemoCommand::Show => Ok(Decision::none().reply((self.notes.clone(), Rate(0.0)))),
+            }
+        }
+
+        fn apply(&mut self, MemoEvent::Noted(note): &MemoEvent) {
+            self.notes.push(note.clone());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_live_state_is_what_a_reader_of_the_log_has() {
+        for codec in [Codec::Cbor, Codec::Json] {
+            let store = MemoryStore::with_codec(codec);
+            let start = async || {
+                Runtime::builder().store(store.clone()).aggregate::<Memo>().start().await.unwrap()
+            };
+            let runtime = start().await;
+            let note = |id, key: &str| Note {
+                id,
+                twice: Some(None),
+                unsaved: 0,
+                more: BTreeMap::from([(key.to_owned(), "x".to_owned())]),
+            };
+            let take = |note, reply| MemoCommand::Take { note, reply };
+            let first = runtime.execute::<Memo>("a", take(note(1, "k"), 0.5)).await.unwrap();
+            assert_eq!(first.reply.1, Rate(0.5));
+            // The data has the name of a field.
+            let error = runtime.execute::<Memo>("a", take(note(2, "id"), 0.5)).await.unwrap_err();
+            assert!(
+                matches!(&error, ExecuteError::Unwritable(EncodeError::NotReadable { what, .. }) if what == "memo.Noted"),
+                "{error}"
+            );
+            // A reply that a repetition could not get.
+            let error = runtime.execute::<Memo>("a", take(note(3, "k"), f64::NAN)).await.unwrap_err();
+            assert!(matches!(&error, ExecuteError::Unwritable(EncodeError::NotReadable { .. })), "{error}");
+            runtime.execute::<Memo>("a", take(note(4, "k"), 1.0)).await.unwrap();
+            let live = runtime.execute::<Memo>("a", MemoCommand::Show).await.unwrap().reply.0;
+            runtime.shutdown().await.unwrap();
+
+            let restarted = start().await;
+            let folded = restarted.execute::<Memo>("a", MemoCommand::Show).await.unwrap().reply.0;
+            assert_eq!(live, folded, "{codec}");
+            assert_eq!(folded.iter().map(|note| note.id).collect::<Vec<_>>(), [1, 4], "{codec}");
+            restarted.shutdown().await.unwrap();
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -87,8 +87,8 @@ pub(super) struct AggregateActor<A: Aggregate> {
 }
 
 pub(super) struct AggregateState<A: Aggregate> {
-    /// The state, with the speculation of `pending` folded in as far as a later decision needed it. `None` before the
-    /// first command and after something made it useless: the next decision folds the stream.
+    /// The state, with the speculation of `pending` folded in. `None` before the first command and after something made it
+    /// useless: the next decision folds the stream.
     folded: Option<Folded<A>>,
     /// Decided and not yet answered, in order. Their appends are with the writer.
     pending: VecDeque<Pending<A>>,
@@ -119,8 +119,8 @@ struct Pending<A: Aggregate> {
 }
 
 enum Decided<A: Aggregate> {
-    /// Events, on their way into the store. `folded`: already in the state.
-    Events { events: Vec<A::Event>, first: Version, last: Version, reply: A::Reply, folded: bool },
+    /// Events, in the state and on their way into the store.
+    Events { first: Version, last: Version, reply: A::Reply },
     /// No events: answered when everything that the decision was made on, up to `version`, is durable.
     Answer { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
 }
@@ -210,18 +210,7 @@ impl<A: Aggregate> AggregateActor<A> {
             let (stream, attempts) = (self.stream.clone(), order.attempts);
             return answer(order.reply, Err(ExecuteError::Contended { stream, attempts }));
         }
-        // The decision is made on everything decided so far, durable or not.
-        for pending in &mut state.pending {
-            if let Decided::Events { events, folded: done @ false, .. } = &mut pending.decided {
-                if folded.fold(events.iter()).is_err() {
-                    state.folded = None;
-                    state.broken = true;
-                    return state.waiting.push_back((order, load));
-                }
-                *done = true;
-                stage_snapshot(&self.shared.options, &mut state.staged, folded);
-            }
-        }
+        // The decision is made on everything decided so far, durable or not: all of it is in the state.
         order.attempts += 1;
         if order.attempts > 1 {
             self.shared.writer.metrics().decided_again(A::Event::CATEGORY);
@@ -230,6 +219,12 @@ impl<A: Aggregate> AggregateActor<A> {
             catch_unwind(AssertUnwindSafe(|| self.decide(&order, folded))).unwrap_or_else(|panic| {
                 Err(ExecuteError::Panicked { stream: self.stream.clone(), message: panic_text(&*panic) })
             });
+        let expected = folded.version;
+        // Before the append: events that the state cannot take must not become durable.
+        let decision = decision.and_then(|(decided, events, read)| {
+            folded.fold(read.iter()).map_err(|error| error.into_execute(&self.stream))?;
+            Ok((decided, events))
+        });
         let (decided, events) = match decision {
             Ok(decided) => decided,
             // The user's code is at fault, whatever becomes of the speculation.
@@ -241,7 +236,9 @@ impl<A: Aggregate> AggregateActor<A> {
                 return answer(order.reply, Err(error));
             }
         };
-        let expected = folded.version;
+        if !events.is_empty() {
+            stage_snapshot(&self.shared.options, &mut state.staged, folded);
+        }
         let _append = order.span.append(events.len());
         let pending = Pending { order, load, decided, _append, repeated: Vec::new() };
         if events.is_empty() {
@@ -285,15 +282,16 @@ impl<A: Aggregate> AggregateActor<A> {
         }
     }
 
-    /// Lets the user's code decide, and encodes what it decided. Panics when that code does.
-    #[allow(clippy::type_complexity, reason = "two parts that go two ways")]
+    /// Lets the user's code decide, and encodes what it decided; the events also as a reader will have them. Panics when that
+    /// code does.
+    #[allow(clippy::type_complexity, reason = "three parts that go three ways")]
     fn decide(
         &self,
         order: &Order<A>,
         folded: &Folded<A>,
-    ) -> Result<(Decided<A>, Vec<NewEvent>), ExecuteError<A::Error>> {
+    ) -> Result<(Decided<A>, Vec<NewEvent>, Vec<A::Event>), ExecuteError<A::Error>> {
         let version = folded.version;
-        let without_events = |result| Ok((Decided::Answer { version, result }, Vec::new()));
+        let without_events = |result| Ok((Decided::Answer { version, result }, Vec::new(), Vec::new()));
         if !order.expected.allows(version) {
             return without_events(Err(ExecuteError::ExpectedVersion {
                 stream: self.stream.clone(),
@@ -309,28 +307,25 @@ impl<A: Aggregate> AggregateActor<A> {
             Ok(decision) => decision,
             Err(rejection) => return without_events(Err(ExecuteError::Rejected(rejection))),
         };
-        let encoded = self.encode(order, &decision.events, &decision.reply)?;
-        let decided = Decided::Events {
-            first: version.next(),
-            last: version.plus(decision.events.len() as u64),
-            events: decision.events,
-            reply: decision.reply,
-            folded: false,
-        };
-        Ok((decided, encoded))
+        let (encoded, read, reply) = self.encode(order, &decision.events, decision.reply)?;
+        let last = version.plus(encoded.len() as u64);
+        Ok((Decided::Events { first: version.next(), last, reply }, encoded, read))
     }
 
+    /// The events for the store, the events as a reader will have them, and the reply as a repetition will get it.
+    #[allow(clippy::type_complexity, reason = "three parts that go three ways")]
     fn encode(
         &self,
         order: &Order<A>,
         events: &[A::Event],
-        reply: &A::Reply,
-    ) -> Result<Vec<NewEvent>, EncodeError> {
+        reply: A::Reply,
+    ) -> Result<(Vec<NewEvent>, Vec<A::Event>, A::Reply), EncodeError> {
         let codec = self.shared.store.info().codec;
         let metadata = order.metadata.encode()?;
-        let mut encoded = Vec::with_capacity(events.len());
+        let (mut encoded, mut read) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
         for event in events {
-            let (name, payload) = self.shared.types.encode(event, codec)?;
+            let (name, payload, event) = self.shared.types.encode(event, codec)?;
+            read.push(event);
             encoded.push(NewEvent {
                 id: Uuid::now_v7(),
                 name,
@@ -339,13 +334,23 @@ impl<A: Aggregate> AggregateActor<A> {
                 metadata: metadata.clone(),
             });
         }
+        let stored = to_cbor(&reply)?;
+        let (stored, reply) = if stored == NO_REPLY {
+            (Vec::new(), reply)
+        } else {
+            let again = from_cbor(&stored).map_err(|reason| EncodeError::NotReadable {
+                what: format!("the reply {}", std::any::type_name::<A::Reply>()),
+                field: "its content".into(),
+                reason,
+                remedy: "change the type of the reply to one that serde reads as it writes it",
+            })?;
+            (stored, again)
+        };
         if let Some(last) = encoded.last_mut() {
-            let reply = to_cbor(reply)?;
-            let reply = if reply == NO_REPLY { Vec::new() } else { reply };
             let content = Some(order.content);
-            last.metadata = Metadata { reply, content, ..order.metadata.clone() }.encode()?;
+            last.metadata = Metadata { reply: stored, content, ..order.metadata.clone() }.encode()?;
         }
-        Ok(encoded)
+        Ok((encoded, read, reply))
     }
 
     /// Takes the writer's answer to the oldest append.
@@ -354,21 +359,12 @@ impl<A: Aggregate> AggregateActor<A> {
         let Some(pending) = state.pending.pop_front() else { return };
         match outcome {
             Ok(written) => {
-                let Decided::Events { events, first, last, folded: done, .. } = &pending.decided else {
-                    return;
-                };
+                let Decided::Events { first, last, .. } = &pending.decided else { return };
                 let (id, first, last) = (pending.order.command_id, *first, *last);
                 if let Some(folded) = &mut state.folded {
-                    if *done || folded.fold(events.iter()).is_ok() {
-                        folded.durable(id, first, last, written.position);
-                        stage_snapshot(&self.shared.options, &mut state.staged, folded);
-                        if state.staged.as_ref().is_some_and(|(version, _)| *version == last) {
-                            self.take_snapshot(folded, &mut state.staged);
-                        }
-                    } else {
-                        // The events are durable and their receipt is due, but the state is of no use any more.
-                        state.folded = None;
-                        state.broken = true;
+                    folded.durable(id, first, last, written.position);
+                    if state.staged.as_ref().is_some_and(|(version, _)| *version == last) {
+                        self.take_snapshot(folded, &mut state.staged);
                     }
                 }
                 self.receipt(pending, CommandRecord { first, last, position: written.position });

@@ -143,7 +143,7 @@ impl<A: Aggregate> Folded<A> {
         self.version > self.durable
     }
 
-    /// Folds events that were decided here. A panic of the user's leaves a state of no use.
+    /// Folds events that were decided here, as a reader will have them. A panic of the user's leaves a state of no use.
     pub(super) fn fold<'e>(
         &mut self,
         events: impl ExactSizeIterator<Item = &'e A::Event>,

@@ -11,6 +11,10 @@ type Upcast = dyn Fn(Value) -> Result<Value, String> + Send + Sync;
 /// Rules are chained: what `placed` becomes may itself be upcast further. Where serde's `default` and `alias` are enough,
 /// prefer them: they cost nothing.
 ///
+/// A rule is for a name that is not written any more. If the enum still reads that name, if two rules have it, or if the chain comes
+/// back to it, the runtime does not start: the rule would change new events as well. To change the shape of `paid`, give the
+/// variant a new name (`#[serde(rename = "paid_v2")]`).
+///
 /// ```
 /// use storied::Upcasters;
 /// use storied::ciborium::Value;
@@ -100,7 +104,25 @@ impl Upcasters {
         })
     }
 
-    /// Each rule is taken once at most, so that a circle ends, and a rule from a name to itself is applied once.
+    /// Why these rules cannot be used for an enum that reads `names`.
+    pub(crate) fn problem(&self, reads: impl Fn(&str) -> bool) -> Option<String> {
+        for (index, Rule { from, to, .. }) in self.rules.iter().enumerate() {
+            if reads(from) {
+                return Some(format!(
+                    "the rule {from:?} -> {to:?} would change new events, because {from:?} is a name of today; give the variant a new name with #[serde(rename)], or remove its alias"
+                ));
+            }
+            if self.rules.iter().take(index).any(|other| other.from == *from) {
+                return Some(format!("two rules are for {from:?}; put them together"));
+            }
+            if self.today(from) == from {
+                return Some(format!("the rules from {from:?} come back to it; they must end in a variant of today"));
+            }
+        }
+        None
+    }
+
+    /// Each rule is taken once at most, so that a circle ends.
     fn chain<'a>(&'a self, variant: &'a str) -> impl Iterator<Item = &'a Rule> {
         let mut taken = vec![false; self.rules.len()];
         let mut name = variant;

@@ -3,9 +3,10 @@
 use std::any::type_name;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::marker::PhantomData;
 
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde::de::{self, DeserializeOwned, DeserializeSeed, EnumAccess, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
@@ -96,11 +97,25 @@ fn split_json(bytes: Vec<u8>) -> Option<(Variant, Bytes)> {
 }
 
 /// Puts name and payload together again, in serde's own form, and reads that.
+///
+/// A variant may gain its first fields, or lose its last: then nothing is read as no fields, and no fields as nothing.
 pub(crate) fn decode_variant<E: DeserializeOwned>(
     variant: &str,
     payload: &[u8],
     codec: Codec,
 ) -> Result<E, String> {
+    let error = match read_whole(&join(variant, payload, codec)?, codec) {
+        Ok(event) => return Ok(event),
+        Err(error) => error,
+    };
+    match other_empty_form::<E>(variant, payload, codec) {
+        Some(other) => read_whole(&join(variant, other, codec)?, codec),
+        None => Err(error),
+    }
+}
+
+/// `{name: payload}`.
+fn join(variant: &str, payload: &[u8], codec: Codec) -> Result<Vec<u8>, String> {
     let mut whole = Vec::with_capacity(variant.len() + payload.len() + 8);
     match codec {
         Codec::Cbor => {
@@ -111,11 +126,6 @@ pub(crate) fn decode_variant<E: DeserializeOwned>(
             }
             whole.extend(variant.as_bytes());
             whole.extend(payload);
-            match super::read_cbor(&whole)? {
-                // The null of a variant without fields is not read.
-                (event, [] | [CBOR_NULL]) => Ok(event),
-                (_, rest) => Err(format!("{} bytes too many", rest.len())),
-            }
         }
         Codec::Json => {
             whole.extend(b"{\"");
@@ -123,8 +133,76 @@ pub(crate) fn decode_variant<E: DeserializeOwned>(
             whole.extend(b"\":");
             whole.extend(payload);
             whole.push(b'}');
-            serde_json::from_slice(&whole).map_err(|error| error.to_string())
         }
+    }
+    Ok(whole)
+}
+
+fn read_whole<E: DeserializeOwned>(whole: &[u8], codec: Codec) -> Result<E, String> {
+    match codec {
+        Codec::Cbor => match super::read_cbor(whole)? {
+            // The null of a variant without fields is not read.
+            (event, [] | [CBOR_NULL]) => Ok(event),
+            (_, rest) => Err(format!("{} bytes too many", rest.len())),
+        },
+        Codec::Json => serde_json::from_slice(whole).map_err(|error| error.to_string()),
+    }
+}
+
+/// For a payload without content, how the variant's shape of today writes that.
+#[cold]
+fn other_empty_form<E: DeserializeOwned>(
+    variant: &str,
+    payload: &[u8],
+    codec: Codec,
+) -> Option<&'static [u8]> {
+    const CBOR_NO_FIELDS: &[u8] = &[0xa0];
+    let (null, no_fields): (&[u8], &[u8]) = match codec {
+        Codec::Cbor => (&[CBOR_NULL], CBOR_NO_FIELDS),
+        Codec::Json => (b"null", b"{}"),
+    };
+    if payload != null && payload != no_fields {
+        return None;
+    }
+    match E::deserialize(Probe::Shape(variant)) {
+        Err(Found::Shape(Shape::Unit)) if payload == no_fields => Some(null),
+        Err(Found::Shape(Shape::Struct)) if payload == null => Some(no_fields),
+        _ => None,
+    }
+}
+
+/// The longest path that an error shows, in characters.
+const MAX_PATH: usize = 100;
+
+/// Where in an event a decoder stops, as far as serde says.
+#[cold]
+pub(crate) fn failing_field<E: DeserializeOwned>(variant: &str, payload: &[u8], codec: Codec) -> String {
+    let whole = join(variant, payload, codec).unwrap_or_default();
+    let stop: Option<Stop<E>> = match codec {
+        Codec::Cbor => ciborium::from_reader(whole.as_slice()).ok(),
+        Codec::Json => Stop::deserialize(&mut serde_json::Deserializer::from_slice(&whole)).ok(),
+    };
+    let path = stop.and_then(|stop| stop.path);
+    let path = path.as_deref().and_then(|path| path.strip_prefix(variant)).unwrap_or_default();
+    match path.trim_start_matches('.') {
+        "" | "?" => "its content".into(),
+        // Deep nesting has a deep path.
+        path => path.chars().take(MAX_PATH).collect(),
+    }
+}
+
+/// Where an `E` stops to be read; reads no `E`.
+struct Stop<E> {
+    path: Option<String>,
+    event: PhantomData<E>,
+}
+
+impl<'de, E: Deserialize<'de>> Deserialize<'de> for Stop<E> {
+    fn deserialize<D: de::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut track = serde_path_to_error::Track::new();
+        let read = E::deserialize(serde_path_to_error::Deserializer::new(deserializer, &mut track));
+        let path = read.err().map(|_| track.path().to_string());
+        Ok(Self { path, event: PhantomData })
     }
 }
 
@@ -133,6 +211,11 @@ pub(crate) fn decode_variant<E: DeserializeOwned>(
 /// serde tells a deserializer the names (aliases included), and turns each into a value of a private enum, one for each
 /// variant. Its discriminant is all that is needed to see which names belong together: no derive macro of ours.
 pub(crate) fn variants_of<E: DeserializeOwned>() -> Result<Vec<(String, u64)>, String> {
+    if let Err(Found::Identity(_)) = E::deserialize(Probe::Identity("no variant has this name")) {
+        return Err("it has a variant with #[serde(other)], which would take the place of events that are not known; \
+            remove it: a projection ignores names that its type does not know with UnknownNames"
+            .into());
+    }
     let names = match E::deserialize(Probe::Names) {
         Err(Found::Names(names)) => names,
         Err(found) => return Err(found.to_string()),
@@ -149,23 +232,34 @@ pub(crate) fn variants_of<E: DeserializeOwned>() -> Result<Vec<(String, u64)>, S
 }
 
 /// A deserializer that only finds out what it is asked for; it answers through its error.
-enum Probe {
+enum Probe<'n> {
     Names,
-    Identity(&'static str),
+    Identity(&'n str),
+    Shape(&'n str),
 }
 
 #[derive(Debug)]
 enum Found {
     Names(&'static [&'static str]),
     Identity(u64),
+    Shape(Shape),
     Other(String),
+}
+
+/// How a variant is declared.
+#[derive(Debug)]
+enum Shape {
+    Unit,
+    Newtype,
+    Tuple,
+    Struct,
 }
 
 impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Found::Other(what) => f.write_str(what),
-            Found::Names(_) | Found::Identity(_) => f.write_str("it asks for an enum within an enum"),
+            Found::Names(_) | Found::Identity(_) | Found::Shape(_) => f.write_str("it asks for an enum within an enum"),
         }
     }
 }
@@ -178,7 +272,7 @@ impl de::Error for Found {
     }
 }
 
-impl<'de> de::Deserializer<'de> for Probe {
+impl<'de> de::Deserializer<'de> for Probe<'_> {
     type Error = Found;
 
     fn deserialize_enum<V: Visitor<'de>>(
@@ -189,7 +283,7 @@ impl<'de> de::Deserializer<'de> for Probe {
     ) -> Result<V::Value, Found> {
         match self {
             Probe::Names => Err(Found::Names(variants)),
-            Probe::Identity(_) => visitor.visit_enum(self),
+            Probe::Identity(_) | Probe::Shape(_) => visitor.visit_enum(self),
         }
     }
 
@@ -203,34 +297,38 @@ impl<'de> de::Deserializer<'de> for Probe {
     }
 }
 
-impl<'de> EnumAccess<'de> for Probe {
+impl<'de> EnumAccess<'de> for Probe<'_> {
     type Error = Found;
     type Variant = Self;
 
     fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Found> {
-        let Probe::Identity(name) = self else {
-            return Err(Found::Other("it is not read as an enum".into()));
+        let name = match self {
+            Probe::Identity(name) | Probe::Shape(name) => name,
+            Probe::Names => return Err(Found::Other("it is not read as an enum".into())),
         };
         let variant = seed.deserialize(IntoDeserializer::<Found>::into_deserializer(name))?;
+        if let Probe::Shape(_) = self {
+            return Ok((variant, self));
+        }
         let mut hasher = DefaultHasher::new();
         std::mem::discriminant(&variant).hash(&mut hasher);
         Err(Found::Identity(hasher.finish()))
     }
 }
 
-impl<'de> de::VariantAccess<'de> for Probe {
+impl<'de> de::VariantAccess<'de> for Probe<'_> {
     type Error = Found;
 
     fn unit_variant(self) -> Result<(), Found> {
-        Err(Found::Other("it has content without a name".into()))
+        Err(Found::Shape(Shape::Unit))
     }
 
     fn newtype_variant_seed<T: DeserializeSeed<'de>>(self, _seed: T) -> Result<T::Value, Found> {
-        Err(Found::Other("it has content without a name".into()))
+        Err(Found::Shape(Shape::Newtype))
     }
 
     fn tuple_variant<V: Visitor<'de>>(self, _len: usize, _visitor: V) -> Result<V::Value, Found> {
-        Err(Found::Other("it has content without a name".into()))
+        Err(Found::Shape(Shape::Tuple))
     }
 
     fn struct_variant<V: Visitor<'de>>(
@@ -238,6 +336,6 @@ impl<'de> de::VariantAccess<'de> for Probe {
         _fields: &'static [&'static str],
         _visitor: V,
     ) -> Result<V::Value, Found> {
-        Err(Found::Other("it has content without a name".into()))
+        Err(Found::Shape(Shape::Struct))
     }
 }

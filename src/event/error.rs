@@ -15,6 +15,26 @@ pub enum EncodeError {
         /// What was found instead.
         reason: String,
     },
+    /// What was encoded cannot be read again, so it is not stored: a reader would meet the same bytes.
+    #[error("{what} would be stored in a form that cannot be read again, at {field}: {reason}; {remedy}")]
+    NotReadable {
+        /// The event's name, or the type of a reply.
+        what: String,
+        /// Where in it, as `line.prices[2]`; as far as serde says.
+        field: String,
+        /// What the decoder says.
+        reason: String,
+        /// What to change.
+        remedy: &'static str,
+    },
+    /// An upcaster would change events that are written today, or has no end.
+    #[error("the upcasters of category {category:?} cannot be used: {reason}")]
+    Upcasters {
+        /// The category.
+        category: &'static str,
+        /// Which rule, why, and what to do.
+        reason: String,
+    },
     /// The category or a variant has a name that no event can have.
     #[error(transparent)]
     Name(#[from] InvalidName),
