@@ -497,9 +497,8 @@ mod readable {
     async fn a_live_state_is_what_a_reader_of_the_log_has() {
         for codec in [Codec::Cbor, Codec::Json] {
             let store = MemoryStore::with_codec(codec);
-            let start = async || {
-                Runtime::builder().store(store.clone()).aggregate::<Memo>().start().await.unwrap()
-            };
+            let start =
+                async || Runtime::builder().store(store.clone()).aggregate::<Memo>().start().await.unwrap();
             let runtime = start().await;
             let note = |id, key: &str| Note {
                 id,

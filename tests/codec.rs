@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use storied::ciborium::Value;
 use storied::event::DecodeErrorKind;
 use storied::{
-    Codec, EncodeError, Event, EventName, Filter, Metadata, NewEvent, Position, RecordedEvent, StreamId, Upcasters,
-    Version,
+    Codec, EncodeError, Event, EventName, Filter, Metadata, NewEvent, Position, RecordedEvent, StreamId,
+    Upcasters, Version,
 };
 use uuid::Uuid;
 
@@ -333,11 +333,28 @@ fn what_cannot_be_read_again_is_refused_with_its_field() {
     #[derive(Debug, Serialize, Deserialize)]
     #[serde(rename_all = "snake_case")]
     enum ReadingEvent {
-        Taken { sensor: Sensor },
-        Tagged { id: u8, #[serde(flatten)] tags: BTreeMap<String, String> },
-        Large { #[serde(flatten)] amount: Amount },
-        Left { #[serde(skip_serializing_if = "Option::is_none")] note: Option<String>, #[serde(skip_serializing_if = "Vec::is_empty")] list: Vec<u8> },
-        From { #[serde(flatten)] source: Source },
+        Taken {
+            sensor: Sensor,
+        },
+        Tagged {
+            id: u8,
+            #[serde(flatten)]
+            tags: BTreeMap<String, String>,
+        },
+        Large {
+            #[serde(flatten)]
+            amount: Amount,
+        },
+        Left {
+            #[serde(skip_serializing_if = "Option::is_none")]
+            note: Option<String>,
+            #[serde(skip_serializing_if = "Vec::is_empty")]
+            list: Vec<u8>,
+        },
+        From {
+            #[serde(flatten)]
+            source: Source,
+        },
         Deep(serde_json::Value),
     }
     #[derive(Debug, Serialize, Deserialize)]
@@ -360,18 +377,24 @@ fn what_cannot_be_read_again_is_refused_with_its_field() {
         (0..depth).fold(serde_json::Value::Null, |inner, _| serde_json::Value::Array(vec![inner]))
     };
     let tags = |key: &str| BTreeMap::from([(key.to_owned(), "7".to_owned())]);
-    let refused = |event: ReadingEvent, codec: Codec, field: &str| {
-        match NewEvent::encode(&event, codec, &Metadata::default()).unwrap_err() {
-            EncodeError::NotReadable { what, field: found, .. } => {
-                assert!(what.starts_with("reading."), "{what}");
-                assert_eq!(found, field, "{codec} {event:?}");
-            }
-            other => panic!("{codec} {event:?}: {other}"),
+    let refused = |event: ReadingEvent, codec: Codec, field: &str| match NewEvent::encode(
+        &event,
+        codec,
+        &Metadata::default(),
+    )
+    .unwrap_err()
+    {
+        EncodeError::NotReadable { what, field: found, .. } => {
+            assert!(what.starts_with("reading."), "{what}");
+            assert_eq!(found, field, "{codec} {event:?}");
         }
+        other => panic!("{codec} {event:?}: {other}"),
     };
     for codec in [Codec::Cbor, Codec::Json] {
         // The input decides.
-        encode(&ReadingEvent::Tagged { id: 1, tags: tags("colour") }, codec).decode::<ReadingEvent>().unwrap();
+        encode(&ReadingEvent::Tagged { id: 1, tags: tags("colour") }, codec)
+            .decode::<ReadingEvent>()
+            .unwrap();
         refused(ReadingEvent::Tagged { id: 1, tags: tags("id") }, codec, "its content");
         refused(ReadingEvent::Left { note: None, list: vec![] }, codec, "its content");
         encode(&ReadingEvent::Deep(deep(50)), codec).decode::<ReadingEvent>().unwrap();

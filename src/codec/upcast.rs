@@ -116,7 +116,9 @@ impl Upcasters {
                 return Some(format!("two rules are for {from:?}; put them together"));
             }
             if self.today(from) == from {
-                return Some(format!("the rules from {from:?} come back to it; they must end in a variant of today"));
+                return Some(format!(
+                    "the rules from {from:?} come back to it; they must end in a variant of today"
+                ));
             }
         }
         None

@@ -6,9 +6,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::marker::PhantomData;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
 use serde::de::{self, DeserializeOwned, DeserializeSeed, EnumAccess, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
+use serde::{Deserialize, Serialize};
 
 use super::{Codec, SerializeError};
 
@@ -259,7 +259,9 @@ impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Found::Other(what) => f.write_str(what),
-            Found::Names(_) | Found::Identity(_) | Found::Shape(_) => f.write_str("it asks for an enum within an enum"),
+            Found::Names(_) | Found::Identity(_) | Found::Shape(_) => {
+                f.write_str("it asks for an enum within an enum")
+            }
         }
     }
 }
