@@ -6,7 +6,8 @@
 GRANT USAGE ON SCHEMA storied TO shop;
 GRANT SELECT ON storied.events, storied.positions, storied.meta TO shop;
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
-GRANT EXECUTE ON FUNCTION storied.append, storied.append_one, storied.frontier, storied.stream_key TO shop;
+GRANT EXECUTE ON FUNCTION storied.append, storied.append_one TO shop;
+GRANT EXECUTE ON FUNCTION storied.frontier, storied.command_events, storied.stream_key TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.checkpoints TO shop;
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked TO shop;
 GRANT SELECT, INSERT, DELETE ON storied.paused, storied.commands TO shop;

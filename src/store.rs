@@ -14,6 +14,7 @@
 //! have taken effect, never half.
 
 mod append;
+mod command_events;
 mod command_record;
 mod decide;
 mod error;
@@ -35,6 +36,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend};
+pub use self::command_events::CommandEvents;
 pub use self::command_record::CommandRecord;
 pub use self::error::{AppendError, StoreError};
 pub use self::filter::Filter;
@@ -273,6 +275,14 @@ pub trait EventStore: Send + Sync + 'static {
         stream: &'a StreamId,
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// Finds the events of a command in a stream, however long ago they were appended; `None` if there are none. Costs one
+    /// look-up in an index, whatever the stream and the log contain. Sees every append that was answered before the call.
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: Uuid,
+    ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>>;
 
     /// What became of the command with this id, if that was recorded and not forgotten since.
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>>;

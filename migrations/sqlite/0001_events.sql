@@ -21,6 +21,9 @@ CREATE TABLE storied_events (
     UNIQUE (stream_id, category, version)
 ) STRICT;
 
+-- Finds the events of a command in a stream, for as long as the log lives.
+CREATE INDEX storied_events_by_command ON storied_events (command_id, stream_id, category, version);
+
 CREATE TRIGGER storied_events_no_update BEFORE UPDATE ON storied_events
 BEGIN
     SELECT RAISE(ABORT, 'storied_events is append-only: write a new event instead of changing an old one');

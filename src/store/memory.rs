@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::decide::Decider;
 use super::paging::Paging;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord, EventStore, Lease,
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
 use crate::codec::Codec;
@@ -44,6 +44,7 @@ struct Data {
     leases: BTreeMap<String, LeaseInfo>,
     snapshots: HashMap<StreamId, Snapshot>,
     commands: HashMap<Uuid, CommandRecord>,
+    command_events: HashMap<(Uuid, StreamId), CommandEvents>,
 }
 
 impl Default for MemoryStore {
@@ -98,11 +99,17 @@ impl Data {
             let stream = self.streams.entry(part.stream.clone()).or_default();
             for event in part.events {
                 stream.push(self.events.len());
+                let version = Version::new(stream.len() as u64);
+                let position = Position::new(self.events.len() as u64 + 1);
+                self.command_events
+                    .entry((event.command_id, part.stream.clone()))
+                    .and_modify(|events| (events.last, events.position) = (version, position))
+                    .or_insert(CommandEvents { first: version, last: version, position });
                 self.events.push(RecordedEvent {
                     id: event.id,
                     stream: part.stream.clone(),
-                    version: Version::new(stream.len() as u64),
-                    position: Position::new(self.events.len() as u64 + 1),
+                    version,
+                    position,
                     name: event.name,
                     codec,
                     payload: event.payload,
@@ -348,6 +355,14 @@ impl EventStore for MemoryStore {
             self.data().save_snapshot(stream, snapshot);
             Ok(())
         })
+    }
+
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: Uuid,
+    ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>> {
+        Box::pin(async move { Ok(self.data().command_events.get(&(command, stream.clone())).copied()) })
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {

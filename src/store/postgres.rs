@@ -52,7 +52,7 @@ pub(crate) use self::sql::Schema;
 use self::to_its_end::to_its_end;
 use super::paging::Paging;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord, EventStore, Lease,
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
@@ -330,6 +330,15 @@ impl EventStore for PostgresStore {
         self.call("saving a snapshot", async move {
             state::save_snapshot(&self.shared.core, stream, &snapshot).await
         })
+    }
+
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: Uuid,
+    ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>> {
+        let find = commands::events(&self.shared.core, stream, command);
+        self.call("looking for the events of a command", find)
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {

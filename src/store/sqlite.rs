@@ -32,7 +32,7 @@ use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::failed;
 use super::paging::Paging;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandRecord, EventStore, Lease,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord, EventStore, Lease,
     LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
 use crate::codec::Codec;
@@ -485,6 +485,14 @@ impl EventStore for SqliteStore {
         Box::pin(self.transaction("saving a snapshot", move |connection| {
             Box::pin(async move { state::save_snapshot(connection, &stream, &snapshot).await })
         }))
+    }
+
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: Uuid,
+    ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>> {
+        Box::pin(read::command_events(&self.shared.readers, stream, command))
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {

@@ -142,7 +142,8 @@ macro_rules! event_store_suite {
                 the_first_record_of_a_command_counts,
                 one_of_many_rivals_records_a_command,
                 many_commands_are_recorded_at_once,
-                old_records_are_forgotten;
+                old_records_are_forgotten,
+                events_of_a_command_are_found;
             oracle:
                 rivals_on_one_stream_leave_no_hole,
                 followers_see_exactly_the_log,

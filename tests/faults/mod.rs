@@ -43,6 +43,7 @@ pub struct FaultyStore {
     holding_reads: watch::Sender<bool>,
     held: Arc<AtomicUsize>,
     events_read: Arc<AtomicUsize>,
+    looked_up: Arc<AtomicUsize>,
 }
 
 impl FaultyStore {
@@ -57,6 +58,7 @@ impl FaultyStore {
             holding_reads: watch::Sender::new(false),
             held: Arc::default(),
             events_read: Arc::default(),
+            looked_up: Arc::default(),
         }
     }
 
@@ -120,6 +122,11 @@ impl FaultyStore {
 
     pub fn count_reads(&self) {
         self.events_read.store(0, Ordering::SeqCst);
+    }
+
+    /// Number of look-ups of a command's events so far.
+    pub fn looked_up(&self) -> usize {
+        self.looked_up.load(Ordering::SeqCst)
     }
 
     pub fn events_read(&self) -> usize {
@@ -280,6 +287,15 @@ impl EventStore for FaultyStore {
             });
         }
         self.inner.save_snapshot(stream, snapshot)
+    }
+
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: uuid::Uuid,
+    ) -> BoxFuture<'a, Result<Option<storied::store::CommandEvents>, StoreError>> {
+        self.looked_up.fetch_add(1, Ordering::SeqCst);
+        self.inner.command_events(stream, command)
     }
 
     fn command(

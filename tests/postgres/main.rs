@@ -4,6 +4,7 @@
 #![cfg(feature = "postgres")]
 
 mod bad_input;
+mod by_command;
 mod by_name;
 mod conformance;
 mod faults;

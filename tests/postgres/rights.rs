@@ -50,7 +50,7 @@ async fn nothing_else_is_granted() {
             "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, events SELECT, leases INSERT SELECT UPDATE, \
              meta SELECT, migrations SELECT, parked DELETE INSERT SELECT UPDATE, paused DELETE INSERT SELECT, \
              positions SELECT, read_model_migrations SELECT, snapshots INSERT SELECT UPDATE; \
-             append, append_one, frontier, stream_key",
+             append, append_one, command_events, frontier, stream_key",
         ),
         (
             "shop_reader",

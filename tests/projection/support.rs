@@ -880,6 +880,14 @@ impl EventStore for Link {
         })
     }
 
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: uuid::Uuid,
+    ) -> BoxFuture<'a, Result<Option<storied::store::CommandEvents>, StoreError>> {
+        through!(self, self.inner.command_events(stream, command))
+    }
+
     fn command(
         &self,
         id: uuid::Uuid,

@@ -10,14 +10,17 @@ use sqlx::postgres::{PgArguments, PgRow, Postgres};
 use sqlx::query::Query;
 use uuid::Uuid;
 
-use super::super::{CommandRecord, StoreError};
-use super::Core;
+use super::super::{CommandEvents, CommandRecord, StoreError};
 use super::error::failed;
 use super::state::micros;
 use super::together::Together;
+use super::{Core, from_sql, stream_key};
+use crate::event::{Position, StreamId, Version};
 
 const READING: &str = "reading what became of a command";
 const RECORDING: &str = "recording what became of a command";
+
+const FINDING: &str = "looking for the events of a command";
 
 /// What a look-up counts as, for an answer of unknown size: 64 of them travel together.
 const LOOK_UP: usize = 16 << 10;
@@ -26,6 +29,59 @@ const LOOK_UP: usize = 16 << 10;
 pub(super) struct Commands {
     looked_up: Arc<Together<Uuid, Option<CommandRecord>>>,
     recorded: Arc<Together<CommandRecord, CommandRecord>>,
+    /// Keys of streams, and commands.
+    events: Arc<Together<(Uuid, Uuid), Option<CommandEvents>>>,
+}
+
+pub(super) async fn events(
+    core: &Arc<Core>,
+    stream: &StreamId,
+    command: Uuid,
+) -> Result<Option<CommandEvents>, StoreError> {
+    let store = core.clone();
+    let find = move |commands| find(store.clone(), commands);
+    core.commands.events.ask((stream_key(stream), command), size_of::<CommandEvents>(), find).await
+}
+
+async fn find(
+    core: Arc<Core>,
+    commands: Vec<(Uuid, Uuid)>,
+) -> Vec<Result<Option<CommandEvents>, StoreError>> {
+    match core.timed_call(FINDING, find_events(&core, &commands)).await {
+        Ok(found) => found.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error); commands.len()],
+    }
+}
+
+/// One answer for each pair of stream and command.
+async fn find_events(
+    core: &Arc<Core>,
+    commands: &[(Uuid, Uuid)],
+) -> Result<Vec<Option<CommandEvents>>, StoreError> {
+    let (streams, ids): (Vec<_>, Vec<_>) = commands.iter().copied().unzip();
+    let mut session = core.connections.get(FINDING).await?;
+    let rows = sqlx::query(core.sql.command_events.clone())
+        .bind(streams)
+        .bind(ids)
+        .persistent(core.connections.persistent())
+        .fetch_all(&mut *session)
+        .await
+        .map_err(|error| failed(FINDING, error))?;
+    session.finish(FINDING).await?;
+    let mut found = vec![None; commands.len()];
+    for row in &rows {
+        let number = |column| row.try_get(column).map(from_sql).map_err(|error| failed(FINDING, error));
+        let events = CommandEvents {
+            first: Version::new(number(1)?),
+            last: Version::new(number(2)?),
+            position: Position::new(number(3)?),
+        };
+        let index = usize::try_from(number(0)?).ok().and_then(|n| n.checked_sub(1));
+        if let Some(place) = index.and_then(|index| found.get_mut(index)) {
+            *place = Some(events);
+        }
+    }
+    Ok(found)
 }
 
 pub(super) async fn command(core: &Arc<Core>, id: Uuid) -> Result<Option<CommandRecord>, StoreError> {

@@ -77,6 +77,7 @@ statements! {
         frontier: "SELECT last_value, low_water, head FROM storied.frontier()",
         stream: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at
             FROM storied.events WHERE stream = $1 AND version > $2 ORDER BY version LIMIT $3",
+        command_events: "SELECT n, first_version, last_version, last_position FROM storied.command_events($1, $2)",
         log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
             FROM storied.events WHERE position > $1 AND position <= $2 ORDER BY position LIMIT $3",
         // A filter that is null lets everything pass. OFFSET 0: PostgreSQL cannot look streams or names up by other indexes.

@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
 use super::super::paging::Paging;
-use super::super::{LogPage, ReadLog, StoreError};
+use super::super::{CommandEvents, LogPage, ReadLog, StoreError};
 use super::connection::Readers;
 use super::error::failed;
 use super::{from_sql, json_list, json_streams, time, to_sql};
@@ -131,6 +131,44 @@ pub(super) async fn stream(
     drop(rows);
     reader.give_back();
     Ok(events)
+}
+
+/// Where the events of a command are in a stream. `INDEXED BY` leaves one plan, whatever the statistics say.
+pub(super) async fn command_events(
+    readers: &Readers,
+    stream: &StreamId,
+    command: Uuid,
+) -> Result<Option<CommandEvents>, StoreError> {
+    const DOING: &str = "looking for the events of a command";
+    let mut reader = readers.get(DOING).await?;
+    let row = sqlx::query(
+        "SELECT min(version), max(version), (
+             SELECT position FROM storied_events INDEXED BY storied_events_by_command
+             WHERE command_id = ?1 AND stream_id = ?2 AND category = ?3 ORDER BY version DESC LIMIT 1)
+         FROM (
+             SELECT * FROM (
+                 SELECT version FROM storied_events INDEXED BY storied_events_by_command
+                 WHERE command_id = ?1 AND stream_id = ?2 AND category = ?3 ORDER BY version LIMIT 1)
+             UNION ALL
+             SELECT * FROM (
+                 SELECT version FROM storied_events INDEXED BY storied_events_by_command
+                 WHERE command_id = ?1 AND stream_id = ?2 AND category = ?3 ORDER BY version DESC LIMIT 1))",
+    )
+    .bind(command)
+    .bind(stream.id())
+    .bind(stream.category())
+    .fetch_one(&mut reader.connection)
+    .await
+    .map_err(|error| failed(DOING, error))?;
+    reader.give_back();
+    let number = |column| row.try_get::<Option<i64>, _>(column).map_err(|error| failed(DOING, error));
+    let found = (number(0)?, number(1)?, number(2)?);
+    let (Some(first), Some(last), Some(position)) = found else { return Ok(None) };
+    Ok(Some(CommandEvents {
+        first: Version::new(from_sql(first)),
+        last: Version::new(from_sql(last)),
+        position: Position::new(from_sql(position)),
+    }))
 }
 
 /// The last event of the log. SQLite commits in the order of positions, so nothing appears below it.

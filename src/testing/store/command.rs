@@ -1,4 +1,4 @@
-//! Records of what became of commands.
+//! Records of what became of commands, and the events that they caused.
 
 use std::time::Duration;
 
@@ -6,8 +6,9 @@ use bytes::Bytes;
 use chrono::DateTime;
 use uuid::Uuid;
 
-use super::Database;
-use crate::store::CommandRecord;
+use super::{Database, append_one, events, fill, stream};
+use crate::event::{StreamId, Version};
+use crate::store::{Append, CommandEvents, CommandRecord, EventStore, ExpectedVersion};
 
 fn record(id: Uuid, outcome: &'static [u8]) -> CommandRecord {
     CommandRecord {
@@ -93,4 +94,63 @@ pub async fn old_records_are_forgotten(database: Database) {
         assert_eq!(store.command(*id).await.unwrap(), None);
     }
     assert_eq!(store.record_command(record(ids[0], b"y")).await.unwrap().outcome, Bytes::from_static(b"y"));
+}
+
+/// Appends events of `command` to `stream`, and says where they are.
+async fn commanded(store: &dyn EventStore, stream: &StreamId, command: Uuid, count: usize) -> CommandEvents {
+    let mut caused = events(count);
+    caused.iter_mut().for_each(|event| event.command_id = command);
+    let append = Append::one(stream.clone(), ExpectedVersion::Any, caused);
+    let appended = append_one(store, append).await.unwrap();
+    let last = appended.versions[0];
+    let first = Version::new(last.get() + 1 - count as u64);
+    CommandEvents { first, last, position: *appended.positions.last().unwrap() }
+}
+
+/// Finds a command's events by its id in each stream that has some, whatever kind of id it is, and in no other stream.
+pub async fn events_of_a_command_are_found(database: Database) {
+    let store = database.open().await;
+    let ids = [
+        Uuid::now_v7(),
+        Uuid::new_v4(),
+        Uuid::nil(),
+        Uuid::max(),
+        // A UUIDv7 of 1970.
+        Uuid::from_u128(0x7000_8000_0000_0000_0001),
+    ];
+    // Ids that differ in case or in a trailing space, and the same id in another category.
+    let streams =
+        [stream("a"), stream("A"), stream("a "), stream("é/%"), StreamId::new("order2", "a").unwrap()];
+    for stream in &streams {
+        fill(&*store, stream, 2).await;
+        assert_eq!(store.command_events(stream, ids[0]).await.unwrap(), None);
+    }
+    let mut expected = Vec::new();
+    for (count, id) in (1..).zip(ids) {
+        for stream in &streams[..4] {
+            expected.push((stream.clone(), id, commanded(&*store, stream, id, count).await));
+            fill(&*store, stream, 1).await;
+        }
+    }
+    let other = database.open().await;
+    for (stream, id, events) in &expected {
+        assert_eq!(store.command_events(stream, *id).await.unwrap(), Some(*events), "{stream} {id}");
+        assert_eq!(other.command_events(stream, *id).await.unwrap(), Some(*events), "{stream} {id}");
+        assert_eq!(store.command_events(stream, Uuid::new_v4()).await.unwrap(), None);
+    }
+    for id in ids {
+        assert_eq!(store.command_events(&streams[4], id).await.unwrap(), None);
+        assert_eq!(store.command_events(&stream("never"), id).await.unwrap(), None);
+    }
+    // Many at the same time get an answer each.
+    let found = expected.iter().map(|(stream, id, _)| store.command_events(stream, *id));
+    let found = futures_util::future::join_all(found).await;
+    for ((stream, id, events), found) in expected.iter().zip(found) {
+        assert_eq!(found.unwrap(), Some(*events), "{stream} {id}");
+    }
+    // Appended once more, as an import may do: from the first event to the last.
+    let (stream, id, before) = &expected[0];
+    let again = commanded(&*store, stream, *id, 2).await;
+    let all = CommandEvents { first: before.first, ..again };
+    assert_eq!(store.command_events(stream, *id).await.unwrap(), Some(all));
 }
