@@ -49,6 +49,7 @@ mod backoff;
 pub mod bus;
 pub mod codec;
 pub mod command;
+mod command_id;
 pub mod event;
 pub mod feed;
 mod future;

@@ -632,18 +632,6 @@ async fn a_repeated_command_gets_the_first_receipt() {
 }
 
 #[tokio::test]
-async fn the_window_of_commands_is_bounded() {
-    let options = AggregateOptions::<Counter>::new().command_window(3);
-    let runtime = Runtime::builder().store(MemoryStore::new()).aggregate_with(options).start().await.unwrap();
-    let ids: Vec<_> = (0..5).map(|_| Uuid::now_v7()).collect();
-    for id in &ids {
-        runtime.execute::<Counter>("a", Add(1)).command_id(*id).await.unwrap();
-    }
-    assert!(runtime.execute::<Counter>("a", Add(1)).command_id(ids[2]).await.unwrap().duplicate);
-    assert!(!runtime.execute::<Counter>("a", Add(1)).command_id(ids[1]).await.unwrap().duplicate);
-}
-
-#[tokio::test]
 async fn a_store_that_is_away_is_told_and_comes_back() {
     let store = FaultyStore::new(MemoryStore::new());
     let runtime = runtime(store.clone()).await;

@@ -26,7 +26,7 @@ CREATE TABLE storied.events (
 );
 -- Finds the events of a command in a stream, for as long as the log lives. Ids that begin with a time (UUIDv7) arrive at its
 -- right end, whatever the stream; a command that many streams have, or that has many events, is found as quickly.
-CREATE INDEX events_by_command ON storied.events (command_id, stream, version);
+CREATE INDEX events_by_command_id ON storied.events (command_id, stream, version);
 -- Rows only ever arrive: without this, the visibility map would lag far behind them.
 ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
 

@@ -11,13 +11,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::fold::{CommandRecord, Folded};
+use super::fold::{Folded, Recollection};
 use super::options::AggregateOptions;
 use super::{Aggregate, Context, ExecuteError, Receipt};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::{EncodeError, Event, EventTypes, Metadata, NewEvent, StreamId, Version};
 use crate::panic::panic_text;
-use crate::store::{AppendError, Chain, EventStore, ExpectedVersion, Outcome, Submission, Writer};
+use crate::store::{
+    AppendError, Chain, CommandEvents, EventStore, ExpectedVersion, Outcome, Submission, Writer,
+};
 use crate::telemetry::trace::CommandSpan;
 
 /// CBOR's null: a reply without content (`()`), which is not stored.
@@ -201,8 +203,19 @@ impl<A: Aggregate> AggregateActor<A> {
                 }
             }
         };
-        if let Some(record) = folded.commands.get(&order.command_id) {
-            let repeated = Box::pin(self.repeat(&order, record)).await;
+        let earlier = match folded.commands.find(order.command_id) {
+            Recollection::Known(events) => Some(events),
+            Recollection::New => None,
+            // I8: what another node appends after this look-up is a conflict of versions, and then looked up again.
+            Recollection::Uncertain => {
+                match self.shared.store.command_events(&self.stream, order.command_id).await {
+                    Ok(found) => found,
+                    Err(error) => return answer(order.reply, Err(ExecuteError::Store(error))),
+                }
+            }
+        };
+        if let Some(events) = earlier {
+            let repeated = Box::pin(self.repeat(&order, events)).await;
             return answer(order.reply, repeated);
         }
         // Only now: one of the rivals may have been the same command, on another node.
@@ -367,7 +380,7 @@ impl<A: Aggregate> AggregateActor<A> {
                         self.take_snapshot(folded, &mut state.staged);
                     }
                 }
-                self.receipt(pending, CommandRecord { first, last, position: written.position });
+                self.receipt(pending, CommandEvents { first, last, position: written.position });
             }
             Err(AppendError::Conflict(_)) => {
                 state.broken = true;
@@ -409,14 +422,15 @@ impl<A: Aggregate> AggregateActor<A> {
     }
 
     /// Answers a command whose events are durable, and whoever asked for the same one.
-    fn receipt(&self, pending: Pending<A>, record: CommandRecord) {
+    fn receipt(&self, pending: Pending<A>, record: CommandEvents) {
         let Pending { order, decided, repeated, .. } = pending;
         let Decided::Events { reply, .. } = decided else { return };
         if !repeated.is_empty() {
             let copy = to_cbor(&reply).map_err(|error| error.to_string());
             for (order, _load) in repeated {
                 let copy = copy.as_ref().map_err(Clone::clone).and_then(|bytes| from_cbor(bytes));
-                let receipt = copy.map(|reply| record.receipt(order.command_id, &self.stream, reply));
+                let receipt =
+                    copy.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply));
                 answer(
                     order.reply,
                     receipt.map_err(|reason| ExecuteError::OutcomeUnknown {
@@ -426,13 +440,13 @@ impl<A: Aggregate> AggregateActor<A> {
                 );
             }
         }
-        let mut receipt = record.receipt(order.command_id, &self.stream, reply);
+        let mut receipt = Receipt::repeated(order.command_id, &self.stream, record, reply);
         receipt.duplicate = false;
         answer(order.reply, Ok(receipt));
     }
 
     /// The first receipt of a command that took effect before: its reply is with its last event.
-    async fn repeat(&self, order: &Order<A>, record: CommandRecord) -> Answer<A> {
+    async fn repeat(&self, order: &Order<A>, record: CommandEvents) -> Answer<A> {
         // It took effect: whatever is wrong here, nobody may be told that nothing happened.
         let unknown = |reason| ExecuteError::OutcomeUnknown {
             command_id: order.command_id,
@@ -449,7 +463,7 @@ impl<A: Aggregate> AggregateActor<A> {
             return Err(ExecuteError::SameId { command_id: order.command_id });
         }
         let reply = from_cbor(if metadata.reply.is_empty() { &NO_REPLY } else { &metadata.reply });
-        reply.map(|reply| record.receipt(order.command_id, &self.stream, reply)).map_err(unknown)
+        reply.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply)).map_err(unknown)
     }
 
     /// Nothing is under way any more: throws away what was speculated, and decides what waits on what really happened.

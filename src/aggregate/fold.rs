@@ -7,13 +7,14 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::Aggregate;
 use super::options::{AggregateOptions, Snapshotting};
 use super::outcome::FoldError;
-use super::{Aggregate, Receipt};
 use crate::codec::from_cbor;
+use crate::command_id;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
-use crate::store::{EventStore, Snapshot, StoreError};
+use crate::store::{CommandEvents, EventStore, Snapshot, StoreError};
 
 /// How many events of a stream are read first while it is folded; how many at most, and about how many bytes, after that.
 const FIRST_PAGE: usize = 500;
@@ -156,7 +157,12 @@ impl<A: Aggregate> Folded<A> {
 
     /// What a snapshot at the durable version `version` has to remember beside the encoded state.
     pub(super) fn pack(&self, version: Version, revision: u32, state: Vec<u8>) -> Result<Snapshot, String> {
-        let packed = Packed { state, position: self.position, commands: self.commands.pack() };
+        let packed = Packed {
+            state,
+            position: self.position,
+            commands: self.commands.pack(),
+            forgotten: self.commands.forgotten,
+        };
         let state = crate::codec::to_cbor(&packed).map_err(|error| error.to_string())?;
         Ok(Snapshot { version, revision, state: Bytes::from(state) })
     }
@@ -167,54 +173,54 @@ fn contained<T>(user: impl FnOnce() -> T) -> Result<T, FoldError> {
     catch_unwind(AssertUnwindSafe(user)).map_err(|panic| FoldError::Panicked(panic_text(&*panic)))
 }
 
-/// The last commands that took effect, by id (I8). Bounded.
+/// The last commands that took effect, by id (I8). Bounded; for those before them the store has an index.
 #[derive(Debug)]
 pub(super) struct RecentCommands {
-    by_id: HashMap<Uuid, CommandRecord>,
+    by_id: HashMap<Uuid, CommandEvents>,
     /// Oldest first.
     order: VecDeque<Uuid>,
     window: usize,
+    /// The greatest id with a time among the commands that are in the stream and no longer here, nil if none of them has a time;
+    /// `None` if all commands of the stream are here.
+    forgotten: Option<Uuid>,
 }
 
-/// Where a command's events are.
+/// What the window says about a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct CommandRecord {
-    pub(super) first: Version,
-    pub(super) last: Version,
-    pub(super) position: Position,
-}
-
-impl CommandRecord {
-    pub(super) fn receipt<R>(&self, command_id: Uuid, stream: &StreamId, reply: R) -> Receipt<R> {
-        Receipt {
-            command_id,
-            stream: stream.clone(),
-            version: self.last,
-            position: self.position,
-            events: self.last.get() + 1 - self.first.get(),
-            reply,
-            duplicate: true,
-        }
-    }
+pub(super) enum Recollection {
+    /// It took effect.
+    Known(CommandEvents),
+    /// It did not take effect.
+    New,
+    /// It is not among the last ones.
+    Uncertain,
 }
 
 impl RecentCommands {
     fn new(window: usize) -> Self {
-        Self { by_id: HashMap::new(), order: VecDeque::new(), window }
+        Self { by_id: HashMap::new(), order: VecDeque::new(), window, forgotten: None }
     }
 
-    pub(super) fn get(&self, command_id: &Uuid) -> Option<CommandRecord> {
-        self.by_id.get(command_id).copied()
+    pub(super) fn find(&self, command_id: Uuid) -> Recollection {
+        if let Some(events) = self.by_id.get(&command_id) {
+            return Recollection::Known(*events);
+        }
+        // I8: compares ids with ids and no clock with another, so that no clock makes it wrong: an id that is greater than all
+        // that are forgotten is none of them.
+        match self.forgotten {
+            None => Recollection::New,
+            Some(forgotten) if command_id::time(command_id).is_some() && command_id > forgotten => {
+                Recollection::New
+            }
+            Some(_) => Recollection::Uncertain,
+        }
     }
 
     /// Records the durable events `first..=last` of a command, or further ones of it.
     pub(super) fn record(&mut self, command_id: Uuid, first: Version, last: Version, position: Position) {
-        if self.window == 0 {
-            return;
-        }
         let record = self.by_id.entry(command_id).or_insert_with(|| {
             self.order.push_back(command_id);
-            CommandRecord { first, last, position }
+            CommandEvents { first, last, position }
         });
         record.last = last;
         record.position = position;
@@ -222,6 +228,8 @@ impl RecentCommands {
             && let Some(oldest) = self.order.pop_front()
         {
             self.by_id.remove(&oldest);
+            let oldest = if command_id::time(oldest).is_some() { oldest } else { Uuid::nil() };
+            self.forgotten = self.forgotten.max(Some(oldest));
         }
     }
 
@@ -240,7 +248,7 @@ impl RecentCommands {
 
 const PACKED_COMMAND: usize = 16 + 3 * 8;
 
-/// A snapshot's bytes: CBOR map with the keys `state`, `position`, `commands`.
+/// A snapshot's bytes: CBOR map with the keys `state`, `position`, `commands`, `forgotten`.
 #[derive(Serialize, Deserialize)]
 struct Packed {
     #[serde(with = "crate::codec::byte_string")]
@@ -249,6 +257,8 @@ struct Packed {
     position: Position,
     #[serde(with = "crate::codec::byte_string")]
     commands: Vec<u8>,
+    /// As in [`RecentCommands`].
+    forgotten: Option<Uuid>,
 }
 
 impl Packed {
@@ -258,7 +268,7 @@ impl Packed {
             return Err("the list of commands has a broken end".into());
         }
         let number = |bytes: &[u8]| bytes.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
-        let mut commands = RecentCommands::new(window);
+        let mut commands = RecentCommands { forgotten: self.forgotten, ..RecentCommands::new(window) };
         for record in records {
             let id = Uuid::from_slice(&record[..16]).map_err(|error| error.to_string())?;
             commands.record(

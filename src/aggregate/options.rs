@@ -92,9 +92,10 @@ impl<A: Aggregate> AggregateOptions<A> {
         self
     }
 
-    /// How many of its last effective commands an aggregate remembers, to answer a repeated one with the first receipt.
-    /// 1,000 by default. A command that comes again after so many others have taken effect on the same aggregate is not
-    /// recognised.
+    /// How many of its last effective commands an aggregate keeps in memory, about 100 bytes each. Earlier ones are looked up
+    /// in the store, so a repeated command is recognised either way. Default: 1,000. Range: any; with zero each command is
+    /// looked up. A new command with a UUIDv7 as its id is not looked up unless it is older than what fell out of the window:
+    /// for an aggregate whose commands come from clients with different clocks, choose as many as it gets in the difference.
     #[must_use]
     pub fn command_window(mut self, commands: usize) -> Self {
         self.command_window = commands;

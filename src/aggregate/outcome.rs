@@ -2,10 +2,12 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
+use crate::command_id::{self, IdAhead};
 use crate::event::{DecodeError, EncodeError, Position, StreamId, Version};
-use crate::store::{ExpectedVersion, StoreError};
+use crate::store::{CommandEvents, ExpectedVersion, StoreError};
 
 /// The answer to a command that took effect: what it says is durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +28,21 @@ pub struct Receipt<R = ()> {
     pub reply: R,
     /// The command had taken effect before; this is its first receipt.
     pub duplicate: bool,
+}
+
+impl<R> Receipt<R> {
+    /// The receipt of a command that took effect before.
+    pub(crate) fn repeated(command_id: Uuid, stream: &StreamId, events: CommandEvents, reply: R) -> Self {
+        Self {
+            command_id,
+            stream: stream.clone(),
+            version: events.last,
+            position: events.position,
+            events: events.last.get() + 1 - events.first.get(),
+            reply,
+            duplicate: true,
+        }
+    }
 }
 
 /// Why a command got no receipt.
@@ -128,6 +145,19 @@ pub enum ExecuteError<E> {
         /// The id.
         command_id: Uuid,
     },
+    /// The time in the command's id, a UUIDv7, is more than a minute ahead of the clock of the node that was to execute it;
+    /// nothing happened.
+    #[error(
+        "invalid command id {command_id}: its time, {claimed}, is more than 1 minute ahead of the clock of the node that executes it, {now}; make a new id, or correct the clock that is wrong"
+    )]
+    IdAhead {
+        /// The id.
+        command_id: Uuid,
+        /// The time in the id.
+        claimed: DateTime<Utc>,
+        /// The time on the node.
+        now: DateTime<Utc>,
+    },
     /// The node that owns the aggregate or handler could not execute the command; nothing happened.
     #[error("the command failed on its node: {reason}")]
     Failed {
@@ -184,13 +214,25 @@ impl<E> ExecuteError<E> {
             ExecuteError::Unavailable { .. } => "unavailable",
             ExecuteError::Refused { .. } => "refused",
             ExecuteError::SameId { .. } => "same_id",
+            ExecuteError::IdAhead { .. } => "id_ahead",
             ExecuteError::Failed { .. } => "failed",
             ExecuteError::ShuttingDown => "shutting_down",
         }
     }
 
-    pub(crate) fn timed_out(command_id: Uuid, timeout: Duration) -> Self {
-        Self::OutcomeUnknown { command_id, reason: format!("no answer within {timeout:?}") }
+    pub(crate) fn timed_out(command_id: Uuid, waited: Duration) -> Self {
+        let millis = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
+        let waited = Duration::from_millis(millis);
+        Self::OutcomeUnknown { command_id, reason: format!("no answer within {waited:?}") }
+    }
+
+    /// Refuses a command whose id is from the future.
+    pub(crate) fn check_id(command_id: Uuid) -> Result<(), Self> {
+        command_id::check(command_id).map_err(|IdAhead { claimed, now }| Self::IdAhead {
+            command_id,
+            claimed,
+            now,
+        })
     }
 
     pub(crate) fn from_store(error: StoreError, command_id: Uuid) -> Self {

@@ -14,6 +14,7 @@ use ractor::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 pub(crate) use super::actor::Order;
 use super::actor::{AggregateActor, AggregateMessage, Load, SNAPSHOTS_UNDER_WAY, Shared};
@@ -125,11 +126,14 @@ impl<A: Aggregate> Router<A> {
             .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })
     }
 
-    /// A place among the commands under way. Waits for one as long as the options say (or until `deadline`).
+    /// A place among the commands under way, for the command `id`. Waits for one as long as the options say (or until
+    /// `deadline`).
     pub(crate) async fn admit(
         &self,
+        id: Uuid,
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ExecuteError<A::Error>> {
+        ExecuteError::check_id(id)?;
         let options = &self.shared.options;
         if self.closing.load(Ordering::Acquire) {
             return Err(ExecuteError::ShuttingDown);

@@ -2,7 +2,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::concurrency::OneshotReceiver;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -94,23 +93,23 @@ impl<T, E> Dispatched<T, E> {
     }
 
     /// A command that an actor of this process has.
-    pub(super) fn here(
+    pub(super) fn here<S: Send>(
         envelope: &Envelope,
         deadline: Deadline,
         started: Instant,
-        answer: OneshotReceiver<Result<T, ExecuteError<E>>>,
+        answer: impl Future<Output = Result<Result<T, ExecuteError<E>>, S>> + Send + 'static,
     ) -> Self
     where
         T: Send + 'static,
         E: Send + 'static,
     {
-        let (id, timeout) = (envelope.id, envelope.timeout());
+        let id = envelope.id;
         Self::new(id, async move {
             let unknown = |reason| Err(ExecuteError::OutcomeUnknown { command_id: id, reason });
             let result = match tokio::time::timeout_at(deadline.instant(), answer).await {
                 Ok(Ok(answer)) => answer,
                 Ok(Err(_dropped)) => unknown("its actor was stopped before it answered".into()),
-                Err(_elapsed) => Err(ExecuteError::timed_out(id, timeout)),
+                Err(_elapsed) => Err(ExecuteError::timed_out(id, deadline.instant() - started)),
             };
             (result, started.elapsed())
         })

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::command_id;
 use crate::event::Metadata;
 use crate::time::{FAR, after};
 
@@ -28,7 +29,7 @@ pub(crate) struct Envelope {
 impl Envelope {
     pub(crate) fn new() -> Self {
         Self {
-            id: Uuid::now_v7(),
+            id: command_id::new(),
             metadata: Metadata::default(),
             assign: ASSIGN_TIMEOUT,
             receive: RECEIVE_TIMEOUT,
@@ -100,8 +101,10 @@ impl Deadline {
 
 macro_rules! envelope_setters {
     () => {
-        /// The id under which the command takes effect at most once. A new one by default; give it one that is derived
-        /// from the request, and the request can be repeated safely.
+        /// The id under which the command takes effect at most once. Default: a new UUIDv7. Give it one that is derived from
+        /// the request, and the request can be repeated safely. Any UUID will do. A UUIDv7 must not be more than a minute
+        /// ahead of the clock of the node that executes the command; it is also the cheapest: for other ids an aggregate with
+        /// many commands asks the store first.
         pub fn command_id(mut self, id: uuid::Uuid) -> Self {
             self.envelope.id = id;
             self

@@ -93,7 +93,7 @@ impl<A: Aggregate> Execute<A> {
         let local = commands.registry().router::<A>().filter(|_| commands.policy().takes(&info));
         let way = commands.way(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(router)) = (&way, local) {
-            match router.admit(deadline.instant()).await {
+            match router.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
                     commands.policy().begin(&info).map_err(|reason| ExecuteError::Refused { reason })?;
                     let watch = watched(&commands, &envelope.metadata, category, Some(&key));

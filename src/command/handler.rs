@@ -83,7 +83,8 @@ pub trait Handler: Send + Sync + 'static {
     /// Why it is refused. Its variants and fields arrive wherever the command came from.
     type Error: std::error::Error + Serialize + DeserializeOwned + Send + Sync + 'static;
 
-    /// Handles a command; again, from the start, when an attempt ended without a record.
+    /// Handles a command; again, from the start, when an attempt ended without a record. An attempt does not end with its
+    /// callers, and a repetition joins it; after [`HandlerOptions::time_limit`] its future is dropped.
     ///
     /// # Errors
     /// [`HandleError::Rejected`] refuses the command for good, and is recorded. [`HandleError::Failed`] ends this attempt

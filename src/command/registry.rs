@@ -7,7 +7,7 @@ use std::fmt;
 use chrono::Utc;
 use ractor::concurrency::oneshot;
 use ractor::{ActorCell, ActorId};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
 use super::ExecuteError;
@@ -222,7 +222,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 Ok(stream) => stream,
                 Err(error) => return refused(&span, error),
             };
-            let permit = match self.admit(deadline.instant().min(admit_by)).await {
+            let permit = match self.admit(frame.id, deadline.instant().min(admit_by)).await {
                 Ok(permit) => permit,
                 Err(error) => return refused(&span, error),
             };
@@ -291,7 +291,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
             filtered(commands, &info).map_err(marked(&span))?;
             let fingerprint = Uuid::from_u128(content(&frame).map_err(marked(&span))?);
-            let permit = match self.admit(deadline.instant().min(admit_by)).await {
+            let permit = match self.admit(frame.id, deadline.instant().min(admit_by)).await {
                 Ok(permit) => permit,
                 Err(error) => return refused(&span, error),
             };
@@ -310,9 +310,14 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             };
             let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
             Ok(Box::pin(async move {
-                let answer = answer.await.unwrap_or_else(|_| {
-                    Err(ExecuteError::OutcomeUnknown { command_id: id, reason: STOPPED.into() })
-                });
+                // The attempt goes on without its caller, whose place becomes free.
+                let answer = match timeout_at(deadline.instant(), answer).await {
+                    Ok(Ok(answer)) => answer,
+                    Ok(Err(_stopped)) => {
+                        Err(ExecuteError::OutcomeUnknown { command_id: id, reason: STOPPED.into() })
+                    }
+                    Err(_elapsed) => Err(ExecuteError::timed_out(id, started.elapsed())),
+                };
                 span.ended(answer.as_ref().err().map(ExecuteError::kind));
                 let info = CommandInfo { name: H::NAME, key: key.as_deref(), id, metadata: &metadata };
                 policy.end(&info, started.elapsed(), &answer);

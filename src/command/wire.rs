@@ -1,11 +1,13 @@
 //! What a command and its answer look like outside of this process: CBOR maps, described in `docs/wire-format.md`. The same
 //! forms are kept as the record of a handler's command.
 
+use chrono::DateTime;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::codec::{SerializeError, byte_string, from_cbor, to_cbor};
+use crate::command_id;
 use crate::event::{Position, StreamId, Version};
 use crate::store::{ExpectedVersion, StoreError};
 
@@ -165,7 +167,8 @@ pub(crate) struct Failure {
     /// The user's own error, of `rejected`.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "byte_string")]
     pub(crate) details: Vec<u8>,
-    /// The version found, the number of attempts, or the limit, as the code has it.
+    /// The version found, the number of attempts, the limit, or the time on the node (in milliseconds since 1970), as the
+    /// code has it.
     #[serde(default)]
     pub(crate) number: u64,
 }
@@ -185,6 +188,7 @@ pub(crate) enum Code {
     Unavailable,
     Refused,
     SameId,
+    IdAhead,
     ShuttingDown,
     /// Anything else after which nothing happened.
     Failed,
@@ -229,6 +233,9 @@ impl Failure {
             ExecuteError::Unavailable { reason } => Self::new(Code::Unavailable, reason),
             ExecuteError::Refused { reason } => Self::new(Code::Refused, reason),
             ExecuteError::SameId { .. } => Self::new(Code::SameId, said),
+            ExecuteError::IdAhead { now, .. } => {
+                with(Code::IdAhead, &said, u64::try_from(now.timestamp_millis()).unwrap_or(0))
+            }
             ExecuteError::ShuttingDown => Self::new(Code::ShuttingDown, said),
             ExecuteError::Failed { reason } => Self::new(Code::Failed, reason),
             _ => Self::new(Code::Failed, said),
@@ -270,6 +277,14 @@ impl Failure {
             (Code::Unavailable, _) => ExecuteError::Unavailable { reason: self.message },
             (Code::Refused, _) => ExecuteError::Refused { reason: self.message },
             (Code::SameId, _) => ExecuteError::SameId { command_id: about.id },
+            (Code::IdAhead, _) => ExecuteError::IdAhead {
+                command_id: about.id,
+                claimed: command_id::time(about.id).unwrap_or_default(),
+                now: i64::try_from(self.number)
+                    .ok()
+                    .and_then(DateTime::from_timestamp_millis)
+                    .unwrap_or_default(),
+            },
             (Code::ShuttingDown, _) => ExecuteError::ShuttingDown,
             (Code::Failed | Code::ExpectedVersion | Code::Contended | Code::Panicked, _) => {
                 ExecuteError::Failed { reason: self.message }

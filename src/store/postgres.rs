@@ -52,8 +52,8 @@ pub(crate) use self::sql::Schema;
 use self::to_its_end::to_its_end;
 use super::paging::Paging;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord, EventStore, Lease,
-    LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord,
+    EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;

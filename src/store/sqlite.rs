@@ -32,8 +32,8 @@ use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::failed;
 use super::paging::Paging;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord, EventStore, Lease,
-    LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord,
+    EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};

@@ -2,14 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use storied::command::{CommandBus, Handler, HandlerOptions};
 use storied::projection::InMemory;
 use storied::store::ExpectedVersion;
 use storied::{ExecuteError, Projection, RecordedEvent, Version};
 use tokio::time::Instant;
-use uuid::Uuid;
+use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::domain::{Add, AddUpTo, Counter, CounterCommand, CounterError, Work, WorkError, Worker};
 use crate::support::*;
@@ -49,6 +49,11 @@ suite! {
     the_same_id_with_another_content_is_refused,
     a_refusal_is_remembered,
     a_failed_attempt_is_no_record,
+    an_id_from_the_future_is_refused,
+    a_handler_may_work_for_longer_than_its_callers_wait,
+    callers_that_went_away_hold_no_place,
+    a_command_that_is_repeated_while_it_waits_is_not_dropped,
+    an_attempt_ends_at_the_handlers_time_limit,
     a_panic_is_one_commands_business,
     a_panic_around_a_handler_is_one_commands_business,
     nobody_to_handle_it_is_said_at_once,
@@ -576,4 +581,117 @@ async fn what_was_accepted_is_finished_before_a_node_ends(kind: Kind) {
     for ended in ending {
         ended.await.unwrap().unwrap();
     }
+}
+
+/// A UUIDv7 of so many seconds from now.
+fn v7(seconds: i64) -> Uuid {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    Uuid::new_v7(Timestamp::from_unix(NoContext, now.checked_add_signed(seconds).unwrap(), 0))
+}
+
+/// It would look newer than every later command. How old an id claims to be does not matter.
+async fn an_id_from_the_future_is_refused(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let add = |id| cluster.caller.execute::<Counter>("a", Add(1)).command_id(id);
+    for ahead in [90, 1_000_000_000] {
+        let id = v7(ahead);
+        let errors = [
+            add(id).await.map(|_| ()).unwrap_err().to_string(),
+            cluster.caller.command::<Worker>(note(1)).command_id(id).await.unwrap_err().to_string(),
+        ];
+        for error in errors {
+            assert!(error.contains("more than 1 minute ahead"), "{error}");
+        }
+        let error = add(id).await.unwrap_err();
+        let ExecuteError::IdAhead { command_id, claimed, now } = error else { panic!("{error}") };
+        assert_eq!(command_id, id);
+        let (ahead, passed) = ((claimed - now).num_seconds(), chrono::Utc::now() - now);
+        assert!(claimed.timestamp_millis() / 1_000 == id.get_timestamp().unwrap().to_unix().0 as i64);
+        assert!(ahead >= 60 && passed.num_seconds() < 60, "{ahead} {passed}");
+    }
+    assert!(cluster.events().await.is_empty() && cluster.seen().is_empty());
+    for (count, seconds) in (1..).zip([30, -90, -1_600_000_000]) {
+        assert_eq!(add(v7(seconds)).await.unwrap().reply, count);
+    }
+    cluster.stop().await;
+}
+
+/// How long callers wait is their business: the attempt goes on, and a repetition joins it.
+async fn a_handler_may_work_for_longer_than_its_callers_wait(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let id = Uuid::now_v7();
+    let work = || {
+        let work = Work::CountLater { id: "a".into(), add: 5 };
+        cluster.caller.command::<Worker>(work).command_id(id)
+    };
+    for attempt in 0..6 {
+        let error = work().timeout(Duration::from_millis(150)).await.unwrap_err();
+        assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error}");
+        if kind == Kind::Local {
+            assert!(error.to_string().contains("no answer within 150ms"), "{error}");
+        }
+        if attempt == 0 {
+            eventually("it has begun", || cluster.shared.begun() == 1).await;
+        }
+    }
+    let joined = work().timeout(PATIENCE).dispatch().await.unwrap();
+    cluster.open();
+    assert_eq!(joined.await.unwrap().reply, 5);
+    assert_eq!(work().timeout(PATIENCE).await.unwrap().reply, 5);
+    assert_eq!((cluster.shared.begun(), cluster.events().await.len()), (1, 1));
+    cluster.stop().await;
+}
+
+async fn callers_that_went_away_hold_no_place(kind: Kind) {
+    let options = HandlerOptions::new().workers(16).max_in_flight(2);
+    let cluster = Setup::new(kind).options(options).start().await;
+    let id = Uuid::now_v7();
+    for _ in 0..10 {
+        let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
+        let error = work.timeout(Duration::from_millis(60)).await.unwrap_err();
+        assert!(!matches!(error, ExecuteError::Overloaded { .. }), "{error}");
+    }
+    eventually("it has begun", || cluster.shared.begun() == 1).await;
+    for n in 2..6 {
+        assert_eq!(cluster.caller.command::<Worker>(note(n)).timeout(PATIENCE).await.unwrap().reply, n);
+    }
+    cluster.open();
+    let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
+    assert_eq!(work.timeout(PATIENCE).await.unwrap().reply, 1);
+    assert_eq!(cluster.shared.begun(), 5);
+    cluster.stop().await;
+}
+
+/// The first caller has gone away before a worker was free; the second has not.
+async fn a_command_that_is_repeated_while_it_waits_is_not_dropped(kind: Kind) {
+    let cluster = Setup::new(kind).options(HandlerOptions::new().workers(1)).start().await;
+    let keyed = |n, wait| Work::Keyed { key: "k".into(), n, wait };
+    let first = cluster.caller.command::<Worker>(keyed(1, true)).timeout(PATIENCE).dispatch().await.unwrap();
+    eventually("it has begun", || cluster.shared.begun() == 1).await;
+    let id = Uuid::now_v7();
+    let second = || cluster.caller.command::<Worker>(keyed(2, false)).command_id(id);
+    let waiting = second().timeout(Duration::from_millis(100)).dispatch().await.unwrap();
+    let joined = second().timeout(PATIENCE).dispatch().await.unwrap();
+    assert!(matches!(waiting.await, Err(ExecuteError::OutcomeUnknown { .. })));
+    cluster.open();
+    assert_eq!((first.await.unwrap().reply, joined.await.unwrap().reply), (1, 2));
+    assert_eq!(cluster.seen(), [1, 2]);
+    cluster.stop().await;
+}
+
+async fn an_attempt_ends_at_the_handlers_time_limit(kind: Kind) {
+    let options = HandlerOptions::new().workers(1).time_limit(Duration::from_millis(100));
+    let cluster = Setup::new(kind).options(options).start().await;
+    let id = Uuid::now_v7();
+    let work =
+        || cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id).timeout(PATIENCE);
+    let error = work().await.unwrap_err();
+    assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error}");
+    assert!(error.to_string().contains("100ms") && error.to_string().contains("time_limit"), "{error}");
+    assert_eq!(cluster.shared.running.load(Ordering::SeqCst), 0, "its future is dropped");
+    // Its worker is free again, and the command may be tried again.
+    cluster.open();
+    assert_eq!(work().await.unwrap().reply, 1);
+    assert_eq!((cluster.shared.begun(), cluster.seen()), (2, vec![1]));
+    cluster.stop().await;
 }

@@ -8,7 +8,7 @@ use storied::command::{HandleError, Handler, HandlerContext};
 use storied::{Aggregate, Context, Decision, Event};
 use tokio::sync::watch;
 
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub struct Counter {
     total: u64,
 }

@@ -5,6 +5,7 @@
 
 mod attempts;
 mod conformance;
+mod deduplication;
 mod domain;
 mod hazards;
 mod nodes;
@@ -12,5 +13,7 @@ mod processes;
 mod support;
 mod wire;
 
+#[path = "../faults/mod.rs"]
+mod faults;
 #[path = "../support/mod.rs"]
 mod harness;

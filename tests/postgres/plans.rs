@@ -132,6 +132,9 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
         store.read_log(everything.clone().filter(filter.clone()).upto(before_the_end)).await.unwrap();
     }
 
+    store.command_events(&recorded.stream, recorded.command_id).await.unwrap().unwrap();
+    assert_eq!(store.command_events(&recorded.stream, Uuid::now_v7()).await.unwrap(), None);
+
     let snapshot = Snapshot { version: Version::new(1), revision: 1, state: Bytes::from_static(b"x") };
     store.save_snapshot(&stream("a"), snapshot).await.unwrap();
     store.snapshot(&stream("a")).await.unwrap();
@@ -232,7 +235,7 @@ fn meant(query: &str, scan: &str) -> bool {
     {
         return index("events_stream_version_key");
     }
-    if query.contains("command_id = ") {
+    if query.contains("unnest(command_streams, command_ids)") {
         return index("events_by_command_id");
     }
     index("events_pkey")

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use ractor::concurrency::{OneshotReceiver, OneshotSender, oneshot};
+use ractor::concurrency::{OneshotSender, oneshot};
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, SpawnErr};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -36,15 +36,19 @@ pub(crate) struct Job<H: Handler> {
     pub(crate) metadata: Metadata,
     pub(crate) fingerprint: Uuid,
     pub(crate) key: Option<String>,
-    /// A command that was not begun by then is dropped, and those that it gives have no more time either.
+    /// When its caller stops waiting: a command that was not begun before all its callers had is dropped.
     pub(crate) deadline: Instant,
     pub(crate) span: CommandSpan,
 }
 
-/// Who waits for an answer, and its place in the handler's limit.
-pub(super) struct Waiter<H: Handler> {
-    reply: OneshotSender<Answer<H>>,
-    _permit: OwnedSemaphorePermit,
+/// A command that waits or runs. It does not end with its callers, and a repetition joins it.
+struct Current<H: Handler> {
+    fingerprint: Uuid,
+    /// When the last caller stops waiting.
+    deadline: Instant,
+    callers: Vec<OneshotSender<Answer<H>>>,
+    /// Its place in the handler's limit, whoever waits. Each caller has one, too, for as long as it waits; the first shares this.
+    _permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// What the attempts of one handler share.
@@ -115,11 +119,14 @@ impl<H: Handler> HandlerRouter<H> {
         HandlerStatus { name: H::NAME, in_flight: limit.saturating_sub(self.admission.available_permits()) }
     }
 
-    /// A place among the commands under way. Waits for one as long as the options say (or until `deadline`).
+    /// A place among the commands under way, for the command `id`. Waits for one as long as the options say (or until
+    /// `deadline`).
     pub(crate) async fn admit(
         &self,
+        id: Uuid,
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ExecuteError<H::Error>> {
+        ExecuteError::check_id(id)?;
         if self.closing.load(Ordering::Acquire) {
             return Err(ExecuteError::ShuttingDown);
         }
@@ -134,16 +141,20 @@ impl<H: Handler> HandlerRouter<H> {
         }
     }
 
-    /// Hands an admitted command over.
+    /// Hands an admitted command over. Its answer fails only if the actor was stopped.
     pub(crate) fn hand_over(
         &self,
         job: Job<H>,
         permit: OwnedSemaphorePermit,
-    ) -> Result<OneshotReceiver<Answer<H>>, ExecuteError<H::Error>> {
+    ) -> Result<impl Future<Output = Result<Answer<H>, Stopped>> + Send + use<H>, ExecuteError<H::Error>>
+    {
         let (reply, answer) = oneshot();
-        let waiter = Waiter { reply, _permit: permit };
-        match self.actor().cast(Message::Run(job, waiter)) {
-            Ok(()) => Ok(answer),
+        let permit = Arc::new(permit);
+        match self.actor().cast(Message::Run(job, reply, permit.clone())) {
+            Ok(()) => Ok(async move {
+                let _permit = permit;
+                answer.await.map_err(|_dropped| Stopped)
+            }),
             Err(_) if self.closing.load(Ordering::Acquire) => Err(ExecuteError::ShuttingDown),
             Err(_) => {
                 let reason = "the handler is being started again".into();
@@ -185,9 +196,13 @@ impl<H: Handler> Respawn for HandlerRouter<H> {
     }
 }
 
+/// The actor was stopped before it answered.
+#[derive(Debug)]
+pub(crate) struct Stopped;
+
 pub(super) enum Message<H: Handler> {
-    /// A command.
-    Run(Job<H>, Waiter<H>),
+    /// A command, and its caller.
+    Run(Job<H>, OneshotSender<Answer<H>>, Arc<OwnedSemaphorePermit>),
     /// An attempt is over; `freed` with its worker's place.
     Ended { id: Uuid, key: Option<String>, ran: Ran, freed: bool },
     /// A worker's place is free.
@@ -238,8 +253,8 @@ struct HandlerState<H: Handler> {
     ready: VecDeque<Job<H>>,
     /// Commands that wait for others with the same key, in order. An entry for every key that has its turn.
     turns: HashMap<String, VecDeque<Job<H>>>,
-    /// Every command that waits or runs: its content, and who waits for its end.
-    waiting: HashMap<Uuid, (Uuid, Vec<Waiter<H>>)>,
+    /// Every command that waits or runs.
+    current: HashMap<Uuid, Current<H>>,
     /// The attempts; they end with the actor.
     attempts: JoinSet<()>,
 }
@@ -255,7 +270,7 @@ impl<H: Handler> Actor for HandlerActor<H> {
             resuming: VecDeque::new(),
             ready: VecDeque::new(),
             turns: HashMap::new(),
-            waiting: HashMap::new(),
+            current: HashMap::new(),
             attempts: JoinSet::new(),
         })
     }
@@ -267,7 +282,7 @@ impl<H: Handler> Actor for HandlerActor<H> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            Message::Run(job, waiter) => state.take(job, waiter),
+            Message::Run(job, caller, permit) => state.take(job, caller, permit),
             Message::Ended { id, key, ran, freed } => {
                 state.free += usize::from(freed);
                 state.end(id, key, &ran);
@@ -293,7 +308,7 @@ impl<H: Handler> HandlerActor<H> {
                 continue;
             }
             let Some(job) = state.ready.pop_front() else { return };
-            if job.deadline <= Instant::now() {
+            if state.current.get(&job.id).is_some_and(|current| current.deadline <= Instant::now()) {
                 let reason = "it was not begun before its deadline and has been dropped".to_owned();
                 state.end(job.id, job.key, &Ran::Unknown(reason));
                 continue;
@@ -316,16 +331,21 @@ impl<H: Handler> HandlerActor<H> {
 }
 
 impl<H: Handler> HandlerState<H> {
-    fn take(&mut self, job: Job<H>, waiter: Waiter<H>) {
-        if let Some((fingerprint, waiters)) = self.waiting.get_mut(&job.id) {
-            if *fingerprint == job.fingerprint {
-                return waiters.push(waiter);
+    fn take(&mut self, job: Job<H>, caller: OneshotSender<Answer<H>>, permit: Arc<OwnedSemaphorePermit>) {
+        if let Some(current) = self.current.get_mut(&job.id) {
+            if current.fingerprint != job.fingerprint {
+                // A caller that has gone away needs no answer.
+                let _ = caller.send(Err(ExecuteError::SameId { command_id: job.id }));
+                return;
             }
-            // A caller that has gone away needs no answer.
-            let _ = waiter.reply.send(Err(ExecuteError::SameId { command_id: job.id }));
-            return;
+            current.deadline = current.deadline.max(job.deadline);
+            // However often a command is repeated while it runs, only callers that still wait are kept.
+            current.callers.retain(|caller| !caller.is_closed());
+            return current.callers.push(caller);
         }
-        self.waiting.insert(job.id, (job.fingerprint, vec![waiter]));
+        let (fingerprint, deadline) = (job.fingerprint, job.deadline);
+        let current = Current { fingerprint, deadline, callers: vec![caller], _permit: permit };
+        self.current.insert(job.id, current);
         match &job.key {
             None => self.ready.push_back(job),
             Some(key) => match self.turns.get_mut(key) {
@@ -340,10 +360,10 @@ impl<H: Handler> HandlerState<H> {
 
     /// Answers everybody who waits for a command, and lets the next one with its key have its turn.
     fn end(&mut self, id: Uuid, key: Option<String>, ran: &Ran) {
-        let (_, waiters) = self.waiting.remove(&id).unwrap_or_default();
-        for (count, waiter) in waiters.into_iter().enumerate() {
+        let callers = self.current.remove(&id).map(|current| current.callers).unwrap_or_default();
+        for (count, caller) in callers.into_iter().enumerate() {
             let answer = ran.answer::<H>(id, count > 0);
-            if let Err(Err(error)) = waiter.reply.send(answer) {
+            if let Err(Err(error)) = caller.send(answer) {
                 tracing::warn!(handler = H::NAME, command = %id, %error, "a command failed, and nobody waited for its answer");
             }
         }

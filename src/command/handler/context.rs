@@ -15,6 +15,7 @@ use crate::command::Execute;
 use crate::command::bus::Commands;
 use crate::command::envelope::Envelope;
 use crate::command::wire::Kind;
+use crate::command_id;
 use crate::event::{Event, Metadata};
 use crate::future::BoxFuture;
 
@@ -24,6 +25,7 @@ pub struct HandlerContext {
     id: Uuid,
     metadata: Metadata,
     now: DateTime<Utc>,
+    /// When the attempt is over.
     deadline: Instant,
     /// How many commands were given to whom, so that each has an id that is the same in every attempt.
     given: Mutex<HashMap<String, u64>>,
@@ -132,7 +134,12 @@ impl<H: Handler> GiveWay for Place<H> {
 }
 
 impl HandlerContext {
-    pub(super) fn new<H: Handler>(commands: Arc<Commands>, worker: Worker<H>, job: &Job<H>) -> Self {
+    pub(super) fn new<H: Handler>(
+        commands: Arc<Commands>,
+        worker: Worker<H>,
+        job: &Job<H>,
+        deadline: Instant,
+    ) -> Self {
         let actor = worker.actor();
         let held = Mutex::new(Held { worker: Some(worker), waits: 0 });
         Self {
@@ -140,7 +147,7 @@ impl HandlerContext {
             id: job.id,
             metadata: job.metadata.clone(),
             now: Utc::now(),
-            deadline: job.deadline,
+            deadline,
             given: Mutex::default(),
             place: Arc::new(Place { actor, held }),
         }
@@ -163,7 +170,7 @@ impl HandlerContext {
 
     /// Gives a command to an aggregate, wherever it lives: as [`Runtime::execute`](crate::Runtime::execute), with this
     /// command as its cause and an id that is derived from this command's, the aggregate, and how many commands were given
-    /// to it before. It has no more time than this command has.
+    /// to it before. It has no more time than this attempt has ([`HandlerOptions::time_limit`](super::HandlerOptions::time_limit)).
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
         let id = id.to_string();
         let envelope = self.envelope(Kind::Aggregate, <A::Event as Event>::CATEGORY, &id);
@@ -188,7 +195,7 @@ impl HandlerContext {
         let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
         let count = given.entry(step.clone()).or_default();
         *count += 1;
-        let id = Uuid::new_v5(&self.id, format!("{count} {step}").as_bytes());
+        let id = command_id::derived(self.id, &format!("{count} {step}"));
         let metadata = Metadata {
             correlation_id: Some(self.metadata.correlation_id.unwrap_or(self.id)),
             causation_id: Some(self.id),

@@ -6,11 +6,15 @@ pub struct HandlerOptions {
     pub(crate) workers: usize,
     pub(crate) in_flight: usize,
     pub(crate) admission: Duration,
+    pub(crate) time_limit: Duration,
 }
+
+/// How long an attempt may take unless set.
+const TIME_LIMIT: Duration = Duration::from_secs(5 * 60);
 
 impl Default for HandlerOptions {
     fn default() -> Self {
-        Self { workers: 1, in_flight: 1_024, admission: Duration::from_secs(1) }
+        Self { workers: 1, in_flight: 1_024, admission: Duration::from_secs(1), time_limit: TIME_LIMIT }
     }
 }
 
@@ -42,6 +46,15 @@ impl HandlerOptions {
     #[must_use]
     pub fn admission_timeout(mut self, timeout: Duration) -> Self {
         self.admission = timeout;
+        self
+    }
+
+    /// How long one attempt at a command may take, the commands that it gives included, however long its callers wait. An
+    /// attempt that takes longer is dropped without a record, and its callers get `OutcomeUnknown`. Default: 5 minutes.
+    /// Range: 1 ms to 1 day; what is outside counts as the nearer end.
+    #[must_use]
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        self.time_limit = limit.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
         self
     }
 }

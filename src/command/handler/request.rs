@@ -74,7 +74,7 @@ impl<H: Handler> Request<H> {
         let local = commands.registry().handler::<H>().filter(|_| commands.policy().takes(&info));
         let way = commands.way(Kind::Handler, H::NAME, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(local)) = (&way, local) {
-            match local.admit(deadline.instant()).await {
+            match local.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
                     let job = Job {
                         fingerprint: Uuid::from_u128(fingerprint(&command).map_err(EncodeError::from)?),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use chrono::DateTime;
 use futures_util::FutureExt;
+use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 use uuid::Uuid;
 
@@ -18,6 +19,7 @@ use crate::command::wire::{About, Done, Failure, Outcome, lost_reply, read_reply
 use crate::command::{CommandInfo, ExecuteError};
 use crate::panic::panic_text;
 use crate::store::{CommandRecord, ExpectedVersion, StoreError};
+use crate::time::after;
 
 /// How an attempt went. Everybody who waits for the command is told the same.
 #[derive(Debug)]
@@ -76,8 +78,9 @@ pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker:
     let Some(commands) = shared.commands.upgrade() else {
         return (Ran::Unknown("the runtime has ended".into()), false);
     };
-    let context = HandlerContext::new(commands.clone(), worker, &job);
-    let ran = attempt(&shared, &commands, &job, &context).await;
+    let deadline = after(shared.options.time_limit);
+    let context = HandlerContext::new(commands.clone(), worker, &job, deadline);
+    let ran = attempt(&shared, &commands, &job, &context, deadline).await;
     (ran, context.end())
 }
 
@@ -86,6 +89,7 @@ async fn attempt<H: Handler>(
     commands: &Commands,
     job: &Job<H>,
     context: &HandlerContext,
+    deadline: Instant,
 ) -> Ran {
     let (id, fingerprint) = (job.id, job.fingerprint);
     match shared.store.command(id).await {
@@ -99,7 +103,13 @@ async fn attempt<H: Handler>(
     }
     let handling = AssertUnwindSafe(shared.handler.handle(&job.command, context)).catch_unwind();
     // What the handler does belongs under its command.
-    let handled = handling.instrument(job.span.span()).await;
+    let handled = timeout_at(deadline, handling.instrument(job.span.span())).await;
+    let Ok(handled) = handled else {
+        let limit = shared.options.time_limit;
+        return Ran::Unknown(format!(
+            "its handler did not end within {limit:?}, which is its time limit (HandlerOptions::time_limit)"
+        ));
+    };
     let outcome = match handled {
         Ok(Ok(reply)) => to_cbor(&reply)
             .map(|reply| Outcome::Done(Done { reply, ..Done::default() }))
