@@ -37,6 +37,14 @@ impl Codec {
         }
     }
 
+    /// Decodes a payload to a CBOR value, without the event's type.
+    ///
+    /// # Errors
+    /// When the bytes are malformed, nested too deeply, or more than one value. The text names the cause.
+    pub fn decode_value(self, payload: &[u8]) -> Result<ciborium::Value, String> {
+        decode_value(payload, self)
+    }
+
     /// The codec of that name.
     pub fn from_name(name: &str) -> Option<Self> {
         [Codec::Cbor, Codec::Json].into_iter().find(|codec| codec.name() == name)
@@ -65,7 +73,10 @@ pub(crate) fn to_cbor<T: Serialize>(value: &T) -> Result<Vec<u8>, SerializeError
     let mut bytes = Vec::with_capacity(128);
     ciborium::into_writer(value, &mut bytes).map_err(|error| SerializeError {
         type_name: std::any::type_name::<T>(),
-        reason: error.to_string(),
+        reason: match error {
+            ciborium::ser::Error::Io(error) => error.to_string(),
+            ciborium::ser::Error::Value(reason) => reason,
+        },
     })?;
     Ok(bytes)
 }
@@ -88,8 +99,28 @@ fn read_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8]), String> {
         return Ok(read);
     }
     let mut rest = bytes;
-    let value = ciborium::from_reader(&mut rest).map_err(|error| error.to_string())?;
+    let value = ciborium::from_reader(&mut rest).map_err(|error| explain(error, bytes.len()))?;
     Ok((value, rest))
+}
+
+/// The cause of a decoder's error in words: ciborium's own text is Rust's `Debug`.
+///
+/// Counts from the end, because a caller may have put a variant's name before the `length` bytes' payload.
+#[cold]
+fn explain(error: ciborium::de::Error<std::io::Error>, length: usize) -> String {
+    use ciborium::de::Error;
+
+    match error {
+        Error::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            "unexpected end of the CBOR data".into()
+        }
+        Error::Io(error) => error.to_string(),
+        Error::Syntax(offset) => {
+            format!("malformed CBOR, {} bytes before the end", length.saturating_sub(offset))
+        }
+        Error::Semantic(_, reason) => reason,
+        Error::RecursionLimitExceeded => "the CBOR data is nested too deeply".into(),
+    }
 }
 
 fn quickly<T: DeserializeOwned>(bytes: &[u8]) -> Option<(T, &[u8])> {
@@ -121,9 +152,9 @@ pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<
 /// order, as a `HashMap` or `HashSet` does that was made anew. A set is written as any list is, so a list in another order counts
 /// as the same. Against mistakes, not against malice. Kept on disk: it must stay what it is.
 pub(crate) fn fingerprint<T: Serialize>(value: &T) -> Result<u128, SerializeError> {
-    let value = ciborium::Value::serialized(value).map_err(|error| SerializeError {
-        type_name: std::any::type_name::<T>(),
-        reason: error.to_string(),
+    let value = ciborium::Value::serialized(value).map_err(|error| {
+        let ciborium::value::Error::Custom(reason) = error;
+        SerializeError { type_name: std::any::type_name::<T>(), reason }
     })?;
     Ok(hash(&value))
 }

@@ -43,9 +43,8 @@ pub(crate) fn payload(event: &RecordedEvent) -> Result<Value, String> {
 }
 
 /// One CBOR value, and nothing behind it.
-pub(crate) fn cbor(mut bytes: &[u8]) -> Result<Value, String> {
-    let value = ciborium::from_reader(&mut bytes).map_err(|error| error.to_string())?;
-    if bytes.is_empty() { Ok(value_of(&value)) } else { Err(format!("{} bytes too many", bytes.len())) }
+pub(crate) fn cbor(bytes: &[u8]) -> Result<Value, String> {
+    Codec::Cbor.decode_value(bytes).map(|value| value_of(&value))
 }
 
 /// What JSON has no form for becomes an object with one key that begins with `$`.
