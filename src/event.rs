@@ -165,7 +165,7 @@ pub struct RecordedEvent {
     pub command_id: Uuid,
     /// Encoded [`Metadata`], decoded on demand because most readers never look.
     pub metadata: Bytes,
-    /// When the store took it, by the store's clock.
+    /// When the store took it, by the store's clock. Need not follow log order across streams: order by `position`.
     pub recorded_at: DateTime<Utc>,
 }
 

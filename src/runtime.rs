@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use self::commands::{Following, HandlerRegistration, forgetting};
 use self::supervisor::Supervisor;
-use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus};
+use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus, node_runs};
 use crate::bus::{BusState, EventBus, LocalBus};
 use crate::command::{
     CommandBus, CommandBusStatus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus,
@@ -190,7 +190,7 @@ impl From<SpawnErr> for StartError {
 
 /// There is no projection of that name on this node.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no projection {name:?}; this node has {}", known.join(", "))]
+#[error("there is no projection {name:?}; {}", node_runs(known))]
 pub struct UnknownProjection {
     /// The name asked for.
     pub name: String,

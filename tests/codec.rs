@@ -10,7 +10,7 @@ use chrono::DateTime;
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 use storied::ciborium::Value;
-use storied::event::DecodeErrorKind;
+use storied::event::{DecodeErrorKind, EncodeError};
 use storied::{
     Codec, EncodeError, Event, EventName, Filter, Metadata, NewEvent, Position, RecordedEvent, StreamId,
     Upcasters, Version,
@@ -119,6 +119,84 @@ fn metadata_is_what_it_always_was() {
     event.metadata = Bytes::from_static(b"\xff");
     let error = event.decode_metadata().unwrap_err();
     assert!(matches!(error.kind, DecodeErrorKind::Metadata(_)), "{error}");
+}
+
+/// F54: every event of a command carries the metadata.
+#[test]
+fn metadata_has_a_limit() {
+    let of = |size: usize| {
+        let mut metadata = Metadata::default();
+        metadata.traceparent = Some("00".into());
+        metadata.user = BTreeMap::from([("tenant".into(), "acme".into()), ("note".into(), "x".repeat(size))]);
+        metadata
+    };
+    let overhead = of(60_000).encode().unwrap().len() - 60_000;
+    let largest = Metadata::MAX_BYTES - overhead;
+    assert_eq!(of(largest).encode().unwrap().len(), Metadata::MAX_BYTES);
+    let error = of(largest + 1).encode().unwrap_err();
+    assert!(
+        matches!(&error, EncodeError::MetadataTooLarge { bytes, limit, largest }
+            if (*bytes, *limit) == (65_537, 65_536) && largest == "entry \"note\""),
+        "{error}"
+    );
+    assert!(NewEvent::encode(&OrderEvent::Dispatched, Codec::Cbor, &of(largest + 1)).is_err());
+    let mut traced = Metadata::default();
+    traced.tracestate = Some("x".repeat(70_000));
+    assert!(traced.encode().unwrap_err().to_string().contains("tracestate is the largest part"));
+}
+
+/// F29: decoders and encoders of CBOR report in Rust's `Debug` form by themselves.
+#[test]
+fn errors_are_in_words() {
+    let payloads: [(&str, &[u8]); 10] = [
+        ("paid", &[0x1b, 1]),
+        ("paid", &[0x1c]),
+        ("weighed", &[0x82, 0x1c, 0xf5]),
+        ("weighed", &[0x82, 0x61, 0x61, 0xf5]),
+        ("paid", &[0x61, 0x61]),
+        ("placed", &[0xa0]),
+        ("placed", &[0x81; 1000]),
+        ("paid", &[0xff]),
+        ("noted", &[0x62, 0xc3, 0x28]),
+        ("dispatched", &[0xf6, 0x00]),
+    ];
+    let says = payloads.map(|(name, payload)| {
+        let event = stored("shop.order", &format!("shop.order.{name}"), payload);
+        let error = event.decode::<OrderEvent>().unwrap_err().to_string();
+        error.rsplit_once("does not decode: ").unwrap().1.to_owned()
+    });
+    assert_eq!(
+        says,
+        [
+            "unexpected end of the CBOR data",
+            "malformed CBOR, 1 bytes before the end",
+            "malformed CBOR, 2 bytes before the end",
+            "invalid type: string, expected float",
+            "invalid type: string, expected integer",
+            "missing field `customer`",
+            "invalid type: sequence, expected string",
+            "invalid type: break, expected integer",
+            "malformed CBOR, 3 bytes before the end",
+            "2 bytes too many",
+        ]
+    );
+    let deep = Codec::Cbor.decode_value(&[0x81; 1000]).unwrap_err();
+    assert_eq!(deep, "the CBOR data is nested too deeply");
+
+    #[derive(Serialize, Deserialize)]
+    enum Odd {
+        Failing(#[serde(serialize_with = "refuse")] u8),
+    }
+    fn refuse<S: serde::Serializer>(_: &u8, _: S) -> Result<S::Ok, S::Error> {
+        Err(serde::ser::Error::custom("it is secret"))
+    }
+    impl Event for Odd {
+        const CATEGORY: &'static str = "odd";
+    }
+    for codec in [Codec::Cbor, Codec::Json] {
+        let error = NewEvent::encode(&Odd::Failing(1), codec, &Metadata::default()).unwrap_err().to_string();
+        assert!(error.ends_with("does not serialize: it is secret"), "{error}");
+    }
 }
 
 #[test]

@@ -175,7 +175,22 @@ async fn what_was_executed_can_be_read() {
     assert_eq!((status.writer.events, status.stall.unwrap()), (50, None));
     assert_eq!(status.leases.unwrap()[0].lease.name, "projection/ledger");
     let unknown = runtime.projection("stock").unwrap_err();
-    assert_eq!(unknown.to_string(), "there is no projection \"stock\"; this node has ledger");
+    assert_eq!(unknown.to_string(), "there is no projection \"stock\"; this node runs ledger");
+    runtime.shutdown().await.unwrap();
+}
+
+/// F36: the error says so where a node runs no projection at all, and the command is not executed.
+#[tokio::test]
+async fn waiting_for_an_unknown_projection_executes_nothing() {
+    let store = MemoryStore::new();
+    let runtime = Runtime::builder().store(store.clone()).aggregate::<Account>().start().await.unwrap();
+    let says =
+        "there is no projection \"typo\"; this node runs no projection, register it with Runtime::builder()";
+    let error = runtime.execute::<Account>("a", Deposit(1)).wait_for("typo").await.unwrap_err();
+    assert!(matches!(error, ExecuteError::UnknownProjection { .. }) && !error.is_transient());
+    assert_eq!(error.to_string(), says);
+    assert_eq!(runtime.projection("typo").unwrap_err().to_string(), says);
+    assert_eq!(log(&store).await, []);
     runtime.shutdown().await.unwrap();
 }
 

@@ -137,6 +137,14 @@ pub enum ExecuteError<E> {
         /// Who refused, and why.
         reason: String,
     },
+    /// The command was to wait for a projection that this node does not run; nothing happened.
+    #[error("there is no projection {name:?}; {}", node_runs(known))]
+    UnknownProjection {
+        /// The name asked for.
+        name: String,
+        /// The names of the projections of this node.
+        known: Vec<String>,
+    },
     /// Another command has this id; nothing happened because of this one. An id belongs to one command with one content.
     #[error(
         "command id {command_id} belongs to a command with another content; give every command an id of its own"
@@ -213,6 +221,7 @@ impl<E> ExecuteError<E> {
             ExecuteError::NoHandler { .. } => "no_handler",
             ExecuteError::Unavailable { .. } => "unavailable",
             ExecuteError::Refused { .. } => "refused",
+            ExecuteError::UnknownProjection { .. } => "unknown_projection",
             ExecuteError::SameId { .. } => "same_id",
             ExecuteError::IdAhead { .. } => "id_ahead",
             ExecuteError::Failed { .. } => "failed",
@@ -240,6 +249,14 @@ impl<E> ExecuteError<E> {
             StoreError::OutcomeUnknown { reason, .. } => Self::OutcomeUnknown { command_id, reason },
             error => Self::Store(error),
         }
+    }
+}
+
+/// The projections of this node, for an error that names another one.
+pub(crate) fn node_runs(projections: &[String]) -> String {
+    match projections {
+        [] => "this node runs no projection, register it with Runtime::builder()".into(),
+        names => format!("this node runs {}", names.join(", ")),
     }
 }
 

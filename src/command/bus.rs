@@ -244,6 +244,11 @@ impl Commands {
         self.registry.get().unwrap_or_else(|| NOBODY.get_or_init(Registry::default))
     }
 
+    /// The names of the projections of this node.
+    pub(super) fn projections(&self) -> Vec<String> {
+        self.follow.get().map_or_else(Vec::new, |follow| follow.names())
+    }
+
     pub(super) fn caught_up<'a>(
         &'a self,
         name: &'a str,

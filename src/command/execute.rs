@@ -56,7 +56,8 @@ impl<A: Aggregate> Execute<A> {
 
     /// Also waits until the projection `name` of this node has applied what the command caused, within
     /// [`timeout`](Self::timeout) once more. The answer says the one and the other: that a projection was late never looks
-    /// as if the command had failed.
+    /// as if the command had failed. If this node runs no such projection, the command is not executed
+    /// ([`ExecuteError::UnknownProjection`]).
     pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndFollow<A> {
         let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
         // None at all means as long as it takes, for both.

@@ -12,6 +12,8 @@ use crate::future::BoxFuture;
 
 /// What waits for projections: above this module, as the projections are beside it.
 pub(crate) trait Follow: Send + Sync {
+    /// The names of the projections of this node.
+    fn names(&self) -> Vec<String>;
     /// Waits until the projection `name` has come to `position`.
     fn caught_up<'a>(
         &'a self,
@@ -73,6 +75,11 @@ impl<A: Aggregate> IntoFuture for ExecuteAndFollow<A> {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
+            // Before the command: after it, the caller could not tell a wrong name from a slow projection.
+            let known = self.commands.projections();
+            if !known.contains(&self.name) {
+                return Err(ExecuteError::UnknownProjection { name: self.name, known });
+            }
             let receipt = self.execute.await?;
             let position = receipt.position;
             let applied = self.commands.caught_up(&self.name, position, self.patience).await;

@@ -143,6 +143,13 @@ impl fmt::Debug for Registry {
 /// What travelled with a command.
 fn contents<C: serde::de::DeserializeOwned>(frame: &CommandFrame) -> Result<(C, Metadata), Failure> {
     let unreadable = |error| Failure::new(Code::Refused, format!("the command cannot be read: {error}"));
+    if frame.metadata.len() > Metadata::MAX_BYTES {
+        let (bytes, limit) = (frame.metadata.len(), Metadata::MAX_BYTES);
+        return Err(Failure::new(
+            Code::Refused,
+            format!("the metadata is too large: {bytes} bytes (limit {limit})"),
+        ));
+    }
     let command = from_cbor(&frame.payload).map_err(unreadable)?;
     Ok((command, Metadata::decode(&frame.metadata).map_err(unreadable)?))
 }

@@ -38,6 +38,18 @@ pub enum EncodeError {
     /// The category or a variant has a name that no event can have.
     #[error(transparent)]
     Name(#[from] InvalidName),
+    /// The metadata is larger than [`Metadata::MAX_BYTES`](super::Metadata::MAX_BYTES).
+    #[error(
+        "the metadata is too large: {bytes} bytes encoded (limit {limit}), {largest} is the largest part; keep large values in the event and references to them in the metadata"
+    )]
+    MetadataTooLarge {
+        /// Its size in bytes, encoded.
+        bytes: usize,
+        /// The limit in bytes.
+        limit: usize,
+        /// The largest field, or the key of the largest of the user's entries.
+        largest: String,
+    },
     /// serde refused.
     #[error(transparent)]
     Serialize(#[from] SerializeError),

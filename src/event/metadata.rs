@@ -11,6 +11,7 @@ use super::EncodeError;
 /// The command that caused an event stands beside the metadata, as
 /// [`RecordedEvent::command_id`](super::RecordedEvent::command_id). Stored as a CBOR map with the keys `correlation`,
 /// `causation`, `traceparent`, `tracestate`, `user`, `reply` and `content`; absent values take no space, unknown keys are ignored.
+/// Every event of a command carries it, so its size is limited: [`MAX_BYTES`](Self::MAX_BYTES).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
     /// What ties together everything that one request from outside set off. Absent: the command's own id.
@@ -37,12 +38,35 @@ pub struct Metadata {
 }
 
 impl Metadata {
+    /// Limit of the encoded size in bytes: 64 KiB. The reply of a command, which is stored beside it, does not count.
+    pub const MAX_BYTES: usize = 64 * 1024;
+
     /// The bytes that a store keeps.
     ///
     /// # Errors
-    /// Never in practice: every field serializes.
+    /// When it is larger than [`MAX_BYTES`](Self::MAX_BYTES).
     pub fn encode(&self) -> Result<Bytes, EncodeError> {
-        Ok(crate::codec::to_cbor(self)?.into())
+        let bytes = crate::codec::to_cbor(self)?;
+        if bytes.len() - self.reply.len() > Self::MAX_BYTES {
+            return Err(self.too_large(bytes.len() - self.reply.len()));
+        }
+        Ok(bytes.into())
+    }
+
+    #[cold]
+    fn too_large(&self, bytes: usize) -> EncodeError {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let user =
+            self.user.iter().map(|(key, value)| (key.len() + value.len(), format!("entry {key:.40?}")));
+        let largest = [
+            (text(&self.traceparent), "traceparent".to_owned()),
+            (text(&self.tracestate), "tracestate".to_owned()),
+        ]
+        .into_iter()
+        .chain(user)
+        .max_by_key(|(size, _)| *size)
+        .map_or_else(String::new, |(_, name)| name);
+        EncodeError::MetadataTooLarge { bytes, limit: Self::MAX_BYTES, largest }
     }
 
     /// Reads what [`encode`](Self::encode) wrote, or an older version of it.

@@ -67,6 +67,10 @@ pub(super) fn check(handlers: &[HandlerRegistration]) -> Result<(), StartError> 
 pub(super) struct Following(pub(super) Vec<ProjectionHandle>);
 
 impl Follow for Following {
+    fn names(&self) -> Vec<String> {
+        self.0.iter().map(|projection| projection.name().to_owned()).collect()
+    }
+
     fn caught_up<'a>(
         &'a self,
         name: &'a str,

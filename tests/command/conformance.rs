@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use storied::command::{CommandBus, Handler, HandlerOptions};
+use storied::event::EncodeError;
 use storied::projection::InMemory;
 use storied::store::ExpectedVersion;
 use storied::{ExecuteError, Projection, RecordedEvent, Version};
@@ -61,6 +62,7 @@ suite! {
     what_came_with_the_command_is_with_its_events,
     an_expected_version_is_checked_where_the_aggregate_is,
     one_may_wait_for_a_projection,
+    metadata_is_limited,
     what_was_accepted_is_finished_before_a_node_ends,
 }
 
@@ -558,8 +560,34 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     assert_eq!(waiting.await.unwrap().unwrap().applied, Ok(()));
     let followed = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("slow").await.unwrap();
     assert_eq!((followed.receipt.reply, followed.applied), (3, Ok(())));
-    let unknown = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap();
-    assert!(unknown.applied.unwrap_err().reason.contains("no projection \"fast\""));
+    // F36: a name that no projection has is refused before anything is executed.
+    let before = cluster.events().await.len();
+    let refused = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap_err();
+    assert!(
+        matches!(&refused, ExecuteError::UnknownProjection { name, known } if name == "fast" && *known == ["slow"])
+    );
+    assert_eq!(refused.to_string(), "there is no projection \"fast\"; this node runs slow");
+    assert_eq!(cluster.events().await.len(), before, "nothing was executed");
+    cluster.stop().await;
+}
+
+/// F54: every event carries the metadata, so its size is limited, for aggregates and handlers, here and on other nodes.
+async fn metadata_is_limited(kind: Kind) {
+    let cluster = Setup::new(kind).start().await;
+    let large = "x".repeat(storied::Metadata::MAX_BYTES);
+    let add = cluster.caller.execute::<Counter>("a", Add(1)).metadata("note", large.clone());
+    let error = add.await.unwrap_err();
+    assert!(matches!(error, ExecuteError::Unwritable(EncodeError::MetadataTooLarge { .. })), "{error}");
+    assert!(error.to_string().contains("\"note\" is the largest part"), "{error}");
+    let work = Work::Note { n: 1, wait: false };
+    let error = cluster.caller.command::<Worker>(work).metadata("note", large).await.unwrap_err();
+    assert!(matches!(error, ExecuteError::Unwritable(EncodeError::MetadataTooLarge { .. })), "{error}");
+    assert_eq!((cluster.events().await.len(), cluster.shared.begun()), (0, 0), "nothing was executed");
+    // Nearly as much is allowed, and arrives.
+    let fits = "x".repeat(storied::Metadata::MAX_BYTES - 1024);
+    cluster.caller.execute::<Counter>("a", Add(1)).metadata("note", fits.clone()).await.unwrap();
+    let events = cluster.events().await;
+    assert_eq!(events[0].decode_metadata().unwrap().user["note"], fits);
     cluster.stop().await;
 }
 

@@ -69,6 +69,8 @@ impl<H: Handler> Request<H> {
     ) -> Result<Pending<H>, ExecuteError<H::Error>> {
         let Self { commands, command, envelope, place: _ } = self;
         let (started, deadline) = (Instant::now(), envelope.deadline());
+        // A command within this process is not encoded: the limit is the same.
+        envelope.metadata.encode()?;
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
         let local = commands.registry().handler::<H>().filter(|_| commands.policy().takes(&info));
