@@ -198,6 +198,29 @@ pub trait EventStore: Send + Sync + 'static {
     /// One page of the log.
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>>;
 
+    /// The id of the event at `position`, if there is one; also above the high-water mark of this process.
+    ///
+    /// Another process may have read further than this one: positions of its events say nothing about what was lost. The event
+    /// at that position does. By default it is read from the log, which suffices where the mark is the same for all processes.
+    fn event_id_at(&self, position: Position) -> BoxFuture<'_, Result<Option<Uuid>, StoreError>> {
+        let Some(before) = position.get().checked_sub(1) else {
+            return Box::pin(std::future::ready(Ok(None)));
+        };
+        let read = self.read_log(ReadLog::after(Position::new(before)).upto(position).limit(1));
+        Box::pin(async move { Ok(read.await?.events.first().map(|event| event.id)) })
+    }
+
+    /// Confirms that everything is durable that was visible before the call: for an answer that rests on a read.
+    ///
+    /// Where a commit is visible only once it is durable, there is nothing to do, as by default. On PostgreSQL with synchronous
+    /// standbys it takes one transaction, and waits for a standby.
+    ///
+    /// # Errors
+    /// `Unavailable` when it cannot be confirmed in time; what was read may be lost by a failover.
+    fn confirm_durable(&self) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// The position of the last event below which nothing new can ever appear; [`Position::START`] in an empty log.
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
 

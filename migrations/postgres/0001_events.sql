@@ -7,8 +7,9 @@ CREATE TABLE storied.meta (
     value text NOT NULL
 );
 
--- The order of the log rests on this sequence being drawn from one by one (CACHE 1) and never going back.
-CREATE SEQUENCE storied.positions AS bigint INCREMENT 1 MINVALUE 1 START 1 CACHE 1 NO CYCLE;
+-- The order of the log rests on this sequence being drawn from one by one (CACHE 1) and never going back. Its end is 2^44 - 1:
+-- higher positions would not fit into the key of the low-water lock.
+CREATE SEQUENCE storied.positions AS bigint INCREMENT 1 MINVALUE 1 MAXVALUE 17592186044415 START 1 CACHE 1 NO CYCLE;
 
 CREATE TABLE storied.events (
     position    bigint      NOT NULL PRIMARY KEY,                -- place in the log, drawn by storied.append
@@ -217,7 +218,8 @@ REVOKE EXECUTE ON FUNCTION storied.append FROM PUBLIC;
 CREATE FUNCTION storied.frontier(
     OUT last_value bigint,             -- the last position drawn
     OUT low_water  bigint,             -- everything up to here is decided: visible, or never to be
-    OUT head       bigint              -- the last event up to there
+    OUT head       bigint,             -- position of the last event up to there
+    OUT head_id    uuid                -- id of that event, null when there is none
 )
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -227,14 +229,22 @@ SET enable_bitmapscan = off
 AS $$
 BEGIN
     IF pg_is_in_recovery() THEN
-        RAISE EXCEPTION 'a standby does not see the locks of the primary' USING ERRCODE = 'ST002';
+        RAISE EXCEPTION 'a standby does not see the locks of the primary' USING ERRCODE = 'read_only_sql_transaction';
     END IF;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'reading the frontier needs the isolation level read committed, not %',
             current_setting('transaction_isolation') USING ERRCODE = 'ST002';
     END IF;
 
-    last_value := coalesce(pg_sequence_last_value('storied.positions'), 0);
+    -- Null as long as nothing was drawn, and after a RESTART of the sequence. The last event will do then: its position and all
+    -- below were drawn before this look. From PostgreSQL 17 on, null also stands for a missing right.
+    last_value := pg_sequence_last_value('storied.positions');
+    IF last_value IS NULL THEN
+        IF NOT has_sequence_privilege('storied.positions', 'USAGE, SELECT') THEN
+            RAISE EXCEPTION 'permission denied for sequence positions' USING ERRCODE = 'insufficient_privilege';
+        END IF;
+        last_value := coalesce((SELECT e.position FROM storied.events AS e ORDER BY e.position DESC LIMIT 1), 0);
+    END IF;
     low_water := (
         SELECT min(((l.classid::bigint << 32) | l.objid::bigint) & ((1::bigint << 44) - 1))
         FROM pg_locks AS l
@@ -242,9 +252,9 @@ BEGIN
             AND (l.classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
             AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()));
     low_water := least(last_value, low_water); -- of null and a number, the number
-    head := coalesce((
-        SELECT e.position FROM storied.events AS e
-        WHERE e.position <= low_water ORDER BY e.position DESC LIMIT 1), 0);
+    SELECT e.position, e.id INTO head, head_id FROM storied.events AS e
+    WHERE e.position <= low_water ORDER BY e.position DESC LIMIT 1;
+    head := coalesce(head, 0);
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.frontier FROM PUBLIC;
 

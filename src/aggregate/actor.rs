@@ -452,6 +452,9 @@ impl<A: Aggregate> AggregateActor<A> {
             command_id: order.command_id,
             reason: format!("it did take effect, but its first receipt cannot be read: {reason}"),
         };
+        // I3: its events were read. Perhaps they are visible only because the wait for a standby was cut short.
+        let durable = self.shared.store.confirm_durable().await;
+        durable.map_err(|error| unknown(error.to_string()))?;
         let before = Version::new(record.last.get() - 1);
         let events = self.shared.store.read_stream(&self.stream, before, 1).await;
         let metadata = match events.map_err(|error| unknown(error.to_string()))?.first() {

@@ -12,7 +12,7 @@ use crate::bus::{BusError, BusPublisher, BusScope, EventBus, LogBatch, MirrorEnd
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
 use crate::lease::HeldLease;
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ReadLog, StoreError};
+use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::trace::{self, Destination, Publishing};
 use crate::telemetry::{Metrics, Timer};
@@ -370,15 +370,20 @@ impl Turn<'_> {
             Resume::After(end) => end,
             Resume::AtFrontier => MirrorEnd { position: shared.store.frontier().await?, sequence: 0 },
         };
-        // Only what was stable was ever published: a log that ends before the mirror has lost something since.
-        let frontier = shared.store.frontier().await?;
-        if self.end.position > frontier {
-            return Err(Interruption::Ahead { mirror: self.end.position, log: frontier });
+        // Another process may have published more than the mark of this one allows. Only the event decides whether the log lost it.
+        let end = self.end.position;
+        let there = match end {
+            Position::START => None,
+            end => shared.store.event_id_at(end).await?,
+        };
+        if end > Position::START && there.is_none() {
+            let log = shared.store.frontier().await?;
+            if end > log {
+                return Err(Interruption::Ahead { mirror: end, log });
+            }
         }
         if let Some((position, mirror)) = publisher.last_event() {
-            let before = Position::new(position.get().saturating_sub(1));
-            let page = shared.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
-            let log = page.events.first().map(|event| event.id);
+            let log = if position == end { there } else { shared.store.event_id_at(position).await? };
             if log != Some(mirror) {
                 return Err(Interruption::Diverged { position, mirror, log });
             }

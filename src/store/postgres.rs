@@ -12,8 +12,10 @@
 mod append;
 mod commands;
 mod connection;
+mod durability;
 mod error;
 mod frontier;
+mod notices;
 mod notify;
 mod options;
 mod outcome;
@@ -98,6 +100,7 @@ struct Core {
     frontier: Frontier,
     paging: Paging,
     commands: commands::Commands,
+    stuck: outcome::Stuck,
 }
 
 impl Core {
@@ -107,6 +110,24 @@ impl Core {
         tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
             Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time").into())
         })
+    }
+
+    /// Runs a call that may commit; its output, and whether a wait for a synchronous standby was cancelled in it.
+    async fn watched<T>(&self, call: impl Future<Output = T>) -> (T, bool) {
+        if self.frontier.has_standbys() { notices::watch(call).await } else { (call.await, false) }
+    }
+
+    /// As [`timed_call`](Self::timed_call), for a call that commits. Its answer is durable.
+    async fn commit_call<T, E: From<StoreError>>(
+        self: &Arc<Self>,
+        doing: &str,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let (result, cancelled) = self.watched(self.timed_call(doing, call)).await;
+        if cancelled && result.is_ok() {
+            durability::confirm_all(self).await?;
+        }
+        result
     }
 
     /// As [`timed`](Self::timed), for a whole call with the wait for its connection.
@@ -156,6 +177,7 @@ impl PostgresStore {
             frontier: Frontier::new(hints.is_some()),
             paging: Paging::default(),
             commands: commands::Commands::default(),
+            stuck: outcome::Stuck::default(),
         });
         core.frontier.refresh(&core).await?;
         let tailer = tokio::spawn(frontier::tail(core.clone(), hints)).abort_handle();
@@ -171,6 +193,18 @@ impl PostgresStore {
         F: Future<Output = Result<T, E>> + Send + 'a,
     {
         Box::pin(self.shared.core.timed_call(doing, call))
+    }
+
+    /// As [`call`](Self::call), for one that commits.
+    fn commit<'a, T: Send + 'a, E: From<StoreError> + Send + 'a, F>(
+        &'a self,
+        doing: &'static str,
+        call: F,
+    ) -> BoxFuture<'a, Result<T, E>>
+    where
+        F: Future<Output = Result<T, E>> + Send + 'a,
+    {
+        Box::pin(self.shared.core.commit_call(doing, call))
     }
 }
 
@@ -205,6 +239,14 @@ impl EventStore for PostgresStore {
         self.call("reading the log", async move { read::log(&self.shared.core, &read).await })
     }
 
+    fn event_id_at(&self, position: Position) -> BoxFuture<'_, Result<Option<Uuid>, StoreError>> {
+        self.call("looking for an event", read::event_id_at(&self.shared.core, position))
+    }
+
+    fn confirm_durable(&self) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(durability::confirm_all(&self.shared.core))
+    }
+
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
         let core = &self.shared.core;
         self.call("reading how far the log goes", core.frontier.refresh(core))
@@ -232,7 +274,7 @@ impl EventStore for PostgresStore {
         to: Checkpoint,
         parked: Option<ParkedEvent>,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        self.call("saving a checkpoint", async move {
+        self.commit("saving a checkpoint", async move {
             const DOING: &str = "saving a checkpoint";
             let core = &self.shared.core;
             let mut session = match parked {
@@ -274,7 +316,7 @@ impl EventStore for PostgresStore {
         name: &'a str,
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.call("removing a parked event", async move {
+        self.commit("removing a parked event", async move {
             const DOING: &str = "removing a parked event";
             let core = &self.shared.core;
             let mut session = core.connections.get(DOING).await?;
@@ -289,7 +331,7 @@ impl EventStore for PostgresStore {
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.call("pausing or resuming", state::set_paused(&self.shared.core, name, paused))
+        self.commit("pausing or resuming", state::set_paused(&self.shared.core, name, paused))
     }
 
     fn acquire_lease<'a>(
@@ -298,15 +340,15 @@ impl EventStore for PostgresStore {
         owner: Uuid,
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
-        self.call("acquiring a lease", state::acquire_lease(&self.shared.core, name, owner, ttl))
+        self.commit("acquiring a lease", state::acquire_lease(&self.shared.core, name, owner, ttl))
     }
 
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.call("renewing a lease", state::renew_lease(&self.shared.core, lease, ttl))
+        self.commit("renewing a lease", state::renew_lease(&self.shared.core, lease, ttl))
     }
 
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.call("releasing a lease", state::release_lease(&self.shared.core, lease))
+        self.commit("releasing a lease", state::release_lease(&self.shared.core, lease))
     }
 
     /// One that lasts is also logged as a warning.

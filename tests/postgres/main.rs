@@ -16,6 +16,7 @@ mod proxy;
 mod read_model;
 mod rights;
 mod settled;
+mod standby;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;

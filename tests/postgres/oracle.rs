@@ -628,6 +628,32 @@ async fn the_oracle_notices_mutations() {
     let looked_first = format!("{alone}\n{moment}\n{one}");
     let too_early = [(alone, ""), (one.as_str(), looked_first.as_str())];
     must_fail(server, "looked before the draw", Reader::Told, &too_early, "").await;
+    let previous = {
+        let start = APPEND_ONE.find("        coalesce((\n            SELECT e.position").unwrap();
+        let end = start + APPEND_ONE[start..].find("LIMIT 1), 0),").unwrap() + "LIMIT 1), 0)".len();
+        &APPEND_ONE[start..end]
+    };
+    let previous_first = format!("    event_expected := {previous};\n{moment}\n{alone}");
+    // The text of the second is in what replaces it: the first goes first.
+    let too_old = [(previous, "event_expected"), (alone, previous_first.as_str())];
+    must_fail(server, "the previous event before who else appends", Reader::Told, &too_old, "").await;
+    let (drawn, held) = {
+        let find = |what: &str| MIGRATION.find(what).unwrap();
+        let (drawn, held) = (find("    last_value := pg_sequence_last_value("), find("    low_water := (\n"));
+        let lower = find("    low_water := least(");
+        (&MIGRATION[drawn..held], &MIGRATION[held..lower])
+    };
+    let in_order = format!("{drawn}{held}");
+    let locks_first = format!("{held}{moment}\n{drawn}");
+    let locks_first = [(in_order.as_str(), locks_first.as_str())];
+    must_fail(server, "the locks before the last position drawn", Reader::ByHand, &locks_first, "").await;
+    // The last position that it is going to draw, if nobody else does.
+    let taken = format!("{lock}\n\n    versions := part_expected;");
+    assert!(MIGRATION.contains(&taken));
+    let own = taken.replace("0));", "0) + events);");
+    let slowly = draw.replace("events);", "events) WHERE pg_sleep(0.003 * random()) IS NOT NULL);");
+    let own = [(taken.as_str(), own.as_str()), (draw, slowly.as_str())];
+    must_fail(server, "the own position as key", Reader::ByHand, &own, "").await;
     let database = [("d.datname = current_database()", "d.datname = 'template1'")];
     must_fail(server, "locks of another database", Reader::ByHand, &database, "").await;
     let cache = "ALTER SEQUENCE storied.positions CACHE 32";

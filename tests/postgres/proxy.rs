@@ -22,6 +22,8 @@ pub enum Loss {
 #[derive(Debug)]
 struct State {
     traps: Mutex<VecDeque<(Vec<u8>, Loss)>>,
+    /// Where new connections go to; none are taken without.
+    server: Mutex<Option<String>>,
     cut: broadcast::Sender<()>,
 }
 
@@ -29,6 +31,7 @@ struct State {
 #[derive(Debug)]
 pub struct Proxy {
     url: String,
+    port: u16,
     state: Arc<State>,
 }
 
@@ -38,12 +41,14 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (user, rest) = url.split_once('@').unwrap();
         let (server, database) = rest.split_once('/').unwrap();
-        let (server, port) = (server.to_owned(), listener.local_addr().unwrap().port());
-        let state = Arc::new(State { traps: Mutex::default(), cut: broadcast::channel(1).0 });
+        let port = listener.local_addr().unwrap().port();
+        let server = Mutex::new(Some(server.to_owned()));
+        let state = Arc::new(State { traps: Mutex::default(), server, cut: broadcast::channel(1).0 });
         let shared = state.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let (server, state) = (server.clone(), shared.clone());
+                let state = shared.clone();
+                let Some(server) = state.server.lock().unwrap().clone() else { continue };
                 tokio::spawn(async move {
                     let mut cut = state.cut.subscribe();
                     tokio::select! {
@@ -53,7 +58,18 @@ impl Proxy {
                 });
             }
         });
-        Self { url: format!("{user}@127.0.0.1:{port}/{database}"), state }
+        Self { url: format!("{user}@127.0.0.1:{port}/{database}"), port, state }
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Cuts all connections, and takes new ones to the server at this port, or none.
+    pub fn connect_to(&self, port: Option<u16>) {
+        *self.state.server.lock().unwrap() = port.map(|port| format!("127.0.0.1:{port}"));
+        self.cut_all();
     }
 
     pub fn url(&self) -> &str {

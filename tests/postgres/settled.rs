@@ -2,7 +2,7 @@
 //! misses an event by it is for the oracle.
 
 use sqlx::Connection;
-use storied::{EventStore, Position, PostgresStore, ReadLog};
+use storied::{EventStore, Position, PostgresStore, ReadLog, StoreError};
 
 use crate::oracle::append_one;
 use crate::support::PostgresServer;
@@ -19,6 +19,8 @@ async fn an_append_that_is_alone_settles_itself() {
         async |version| append(&store, &stream(1), exact(version), events(1)).await.unwrap().positions[0];
     let first = next(0).await;
     appended.wait_for(|head| *head == first).await.unwrap();
+    // The server is asked once behind the last connection that was made.
+    store.frontier().await.unwrap();
     run(&url, "ALTER FUNCTION storied.frontier() RENAME TO nobody_asks").await;
     let second = next(1).await;
     assert_eq!(*appended.borrow_and_update(), second);
@@ -49,7 +51,7 @@ async fn an_append_that_is_alone_settles_itself() {
 }
 
 /// A server that takes over may not have what the one before it had acknowledged. What this process remembers of that is no
-/// event of the log any more.
+/// event of the log any more, and what it has read there is missing (F43): its sequence does not tell.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_another_server_does_not_have_is_not_remembered() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -73,7 +75,24 @@ async fn what_another_server_does_not_have_is_not_remembered() {
         ),
     )
     .await;
-    // As whoever goes on after an outage: it has asked something before, until there was an answer.
-    eventually("the server answers again", async || store.frontier().await.is_ok()).await;
-    assert_eq!(store.read_log(newest).await.unwrap().events.len(), 0);
+    eventually("the loss is noticed", async || match store.frontier().await {
+        Err(StoreError::Incompatible { expected, found, .. }) => {
+            assert!(
+                expected.contains(&format!("position {last}")) && found.contains("none"),
+                "{expected}; {found}"
+            );
+            true
+        }
+        Err(error) if error.is_transient() => false,
+        other => panic!("{other:?}"),
+    })
+    .await;
+    // Also after an append that was alone: it does not settle what is missing.
+    let next = append(&store, &stream(2), exact(0), events(1)).await.unwrap().positions[0];
+    assert!(*appended.borrow_and_update() < next);
+    assert!(matches!(store.read_log(newest.clone()).await, Err(StoreError::Incompatible { .. })));
+    // Another process has not read it.
+    let fresh = PostgresStore::connect(&url).await.unwrap();
+    assert_eq!(fresh.read_log(newest).await.unwrap().events.len(), 0);
+    assert_eq!(fresh.frontier().await.unwrap(), next);
 }

@@ -47,6 +47,11 @@ impl PgBouncer {
         bouncer
     }
 
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
     /// The database of `url`, through this.
     pub fn through(&self, url: &str) -> String {
         let database = url.rsplit('/').next().expect("a database");

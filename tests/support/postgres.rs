@@ -40,6 +40,45 @@ impl PostgresServer {
         server
     }
 
+    /// Starts a streaming standby of this server, which reaches it at `port` of this machine: its own, or that of a proxy.
+    pub async fn start_standby(&self, port: u16) -> Self {
+        let user = unprivileged();
+        let workdir = Workdir::create(user.as_ref());
+        let mut backup = program("pg_basebackup");
+        backup.args([
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "storied",
+            "-c",
+            "fast",
+            "-X",
+            "stream",
+            "--no-sync",
+            "-R",
+            "-p",
+        ]);
+        backup.arg(self.port.number().to_string()).arg("-D").arg(workdir.path().join("data"));
+        run(run_as(backup.current_dir(workdir.path()), user.as_ref()));
+        let mut settings = self.settings.clone();
+        settings.push(format!("primary_conninfo=host=127.0.0.1 port={port} user=storied"));
+        settings.push("wal_retrieve_retry_interval=50ms".into());
+        let mut standby = Self { process: Process::new(workdir), port: Port::claim(), settings };
+        standby.launch().await;
+        standby
+    }
+
+    /// Makes a standby a primary, and returns when it is one.
+    pub async fn promote(&self) {
+        let mut connection = PgConnection::connect(&self.url()).await.expect("a connection");
+        connection.execute("select pg_promote(true, 60)").await.expect("a promotion");
+    }
+
+    /// Where the database of `url`, which names another server, is on this one.
+    pub fn url_like(&self, url: &str) -> String {
+        self.url_of(url.rsplit('/').next().expect("a database"))
+    }
+
     /// The one server that all tests of this process share, each in a database of its own; nobody can stop it.
     pub async fn shared() -> &'static Self {
         static SHARED: OnceCell<PostgresServer> = OnceCell::const_new();

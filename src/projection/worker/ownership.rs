@@ -6,6 +6,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::{Context, Run};
+use crate::event::Position;
 use crate::lease::{HeldLease, Sight, View};
 use crate::projection::{Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
@@ -255,11 +256,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if self.outside() && self.context.ordered().await? {
             return Ok(None);
         }
-        let head = store.frontier().await?;
-        if found.position > head {
+        // Another process may have applied more than the mark of this one allows. Only the event decides whether the log lost it.
+        let position = found.position;
+        if position > Position::START && store.event_id_at(position).await?.is_none() {
+            let head = store.frontier().await?;
             return Err(CheckpointError::Store(StoreError::Incompatible {
-                expected: format!("a log that reaches position {}, where projection {name} is", found.position),
-                found: format!("one that ends at {head}"),
+                expected: format!("a log with an event at position {position}, where projection {name} is"),
+                found: format!("none there, and the end of the log at {head}"),
                 advice: "the event store lost events, or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
             }));
         }
@@ -269,10 +272,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Err(CheckpointError::Stale { name: name.clone(), expected, found });
         };
         let claimed = Checkpoint { epoch, ..found };
-        if claimed != found {
-            let open = self.read_model.begin(row, found).await?;
-            self.read_model.commit(open, row, found, claimed, None).await?;
-        }
+        // Also when nothing changes: the checkpoint may be visible only because its wait for a standby was cut short. Once this
+        // commit is durable, so is what it follows (I3).
+        let open = self.read_model.begin(row, found).await?;
+        self.read_model.commit(open, row, found, claimed, None).await?;
         Ok(Some(claimed))
     }
 }

@@ -87,9 +87,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 return Ok(());
             }
             Ok(Some(Snapshot { version, state, .. })) => {
-                let (position, head) = (Position::new(version.get()), store.frontier().await?);
-                if position > head {
-                    format!("it is at position {position}, and the log ends at {head}")
+                let position = Position::new(version.get());
+                if position > Position::START && store.event_id_at(position).await?.is_none() {
+                    format!("it is at position {position}, where the log has no event")
                 } else {
                     let (snapshots, filter) = (snapshots.clone(), filter.clone());
                     let unpacked = spawn_blocking(move || snapshots.unpack(&state, &filter)).await;

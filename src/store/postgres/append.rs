@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::super::{Append, AppendError, Appended, Conflict, ExpectedVersion, StoreError};
 use super::connection::Session;
+use super::durability;
 use super::error::{self, Verdict, failed, verdict};
 use super::outcome::{self, Trace};
 use super::plan::{self, Part, Unit};
@@ -245,7 +246,7 @@ async fn pause(times: u32) {
 
 /// Why a call brought no answer for each of its units.
 #[derive(Debug)]
-enum Failure {
+pub(super) enum Failure {
     /// Nothing was written, and nothing else would have been: something in it cannot be stored.
     Refused(StoreError),
     /// Nothing was written, since the server is not in a state to.
@@ -277,12 +278,14 @@ impl Failure {
 }
 
 async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failure> {
+    core.stuck.check()?;
     let explicit = core.connections.appends_in_transactions();
     let server = core.connections.begun();
     let session =
         if explicit { core.connections.begin(DOING).await } else { core.connections.acquire(DOING).await };
     let mut session = session.map_err(Failure::Failed)?;
-    let reply = match core.timed(execute(core, &mut session, units)).await {
+    let (reply, mut cancelled) = core.watched(core.timed(execute(core, &mut session, units))).await;
+    let reply = match reply {
         Ok(reply) => reply,
         Err(error) if verdict(&error) == Verdict::Unknown => {
             core.connections.purge();
@@ -310,9 +313,19 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
         }
     };
     let Reply { fates, transaction, settled } = reply;
-    match core.timed(session.done()).await {
+    let (done, cancelled_at_end) = core.watched(core.timed(session.done())).await;
+    if explicit {
+        // A warning before the commit is not about the wait that follows it.
+        cancelled = cancelled_at_end;
+    }
+    match done {
+        // I3: answered as a success, and perhaps on no standby.
+        Ok(()) if cancelled => Err(Failure::Unknown(durability::cancelled(), Trace::Committed)),
         Ok(()) => {
-            if let Some((previous, event)) = settled {
+            // Not if this connection was made since: perhaps to another server.
+            if let Some((previous, event)) = settled
+                && core.connections.begun() == server
+            {
                 core.frontier.settled(server, previous, event);
             }
             Ok(fates)

@@ -11,6 +11,7 @@ use sqlx::query::Query;
 use uuid::Uuid;
 
 use super::super::{CommandEvents, CommandRecord, StoreError};
+use super::durability;
 use super::error::failed;
 use super::state::micros;
 use super::together::Together;
@@ -109,7 +110,7 @@ pub(super) async fn record_command(
 }
 
 async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result<CommandRecord, StoreError>> {
-    let recorded = match core.timed_call(RECORDING, insert(&core, &commands)).await {
+    let recorded = match core.commit_call(RECORDING, insert(&core, &commands)).await {
         Ok(recorded) => recorded,
         Err(StoreError::Invalid { .. }) if commands.len() > 1 => {
             // By halves, until what cannot be kept is alone with its refusal.
@@ -135,9 +136,10 @@ async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result
     commands.iter().map(|command| answer(command.id)).collect()
 }
 
-/// Those of `ids` that there are.
+/// Those of `ids` that there are. They are durable: a command that has a record is not handled again.
 async fn read(core: &Arc<Core>, ids: &[Uuid]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
-    fetch(core, READING, sqlx::query(core.sql.commands.clone()).bind(ids)).await
+    let fetched = fetch(core, READING, sqlx::query(core.sql.commands.clone()).bind(ids), true);
+    durability::uncancelled(core, fetched).await
 }
 
 /// Those that were the first of their command.
@@ -150,18 +152,22 @@ async fn insert(
         .bind(commands.iter().map(|it| it.name.as_str()).collect::<Vec<_>>())
         .bind(commands.iter().map(|it| it.fingerprint).collect::<Vec<_>>())
         .bind(commands.iter().map(|it| &*it.outcome).collect::<Vec<&[u8]>>());
-    fetch(core, RECORDING, insert).await
+    fetch(core, RECORDING, insert, false).await
 }
 
-/// What a statement returns, by the command.
+/// What a statement returns, by the command; with `confirm`, what was found is durable.
 async fn fetch(
     core: &Arc<Core>,
     doing: &str,
     statement: Query<'_, Postgres, PgArguments>,
+    confirm: bool,
 ) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
     let mut session = core.connections.get(doing).await?;
     let rows = statement.persistent(core.connections.persistent()).fetch_all(&mut *session).await;
     let rows = rows.map_err(|error| failed(doing, error))?;
+    if confirm && !rows.is_empty() {
+        durability::confirm(core, &mut session).await?;
+    }
     session.finish(doing).await?;
     let records = rows.iter().map(|row| command_record(row).map(|record| (record.id, record)));
     records.collect::<Result<_, _>>().map_err(|error| failed(doing, error))

@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::super::StoreError;
 use super::error::failed;
+use super::notices;
 
 /// A connection that has lain idle for longer is asked whether it still works: one round trip, against an error after
 /// every restart of the server.
@@ -195,13 +196,22 @@ impl Connections {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// How many connections were begun. As long as it stays the same, nothing can have been heard of another server than before.
+    /// How many connections were begun and made. As long as it stays the same, nothing was read from another server than before.
     pub(super) fn begun(&self) -> u64 {
         self.begun.load(Ordering::Acquire)
     }
 
+    /// Counted before and after: another server may take over meanwhile, so what is known under either number is not trusted
+    /// with this connection.
     async fn open(&self) -> Result<Live, sqlx::Error> {
         self.begun.fetch_add(1, Ordering::AcqRel);
+        let live = self.connect().await;
+        notices::forget();
+        self.begun.fetch_add(1, Ordering::AcqRel);
+        live
+    }
+
+    async fn connect(&self) -> Result<Live, sqlx::Error> {
         let options = match &self.source {
             Source::Own(options) => options,
             Source::Pool(pool) => {
@@ -227,7 +237,8 @@ fn for_now(error: &sqlx::Error) -> bool {
     }
 }
 
-async fn identify(connection: &mut PgConnection) -> Result<Backend, sqlx::Error> {
+/// The server process of a connection.
+pub(super) async fn identify(connection: &mut PgConnection) -> Result<Backend, sqlx::Error> {
     let row = sqlx::query(
         "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
          FROM pg_stat_activity WHERE pid = pg_backend_pid()",
@@ -242,6 +253,11 @@ impl Session {
     /// The server process behind it, where it is ours alone.
     pub(super) fn backend(&self) -> Option<Backend> {
         self.live.backend
+    }
+
+    /// Whether a pooler may give each transaction another server process.
+    pub(super) fn is_transactional(&self) -> bool {
+        self.home.transactional
     }
 
     async fn begin(&mut self) -> Result<(), sqlx::Error> {

@@ -47,8 +47,8 @@ fn verdict_of(database: &dyn DatabaseError) -> Verdict {
         code if code.starts_with("08") => Verdict::Unknown,
         // Transaction rollbacks: serialization failure, deadlock.
         code if code.starts_with("40") => Verdict::Retry,
-        // A lock that could not be had, and a statement that was cancelled or timed out.
-        "55P03" | "57014" => Verdict::Failed,
+        // A lock that could not be had, a statement that was cancelled or timed out, and a log without a free position.
+        "55P03" | "57014" | "2200H" => Verdict::Failed,
         code if ["28", "3D", "53", "57", "58", "25", "42"].iter().any(|class| code.starts_with(class)) => {
             Verdict::Failed
         }
@@ -146,6 +146,18 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
         ),
         "25006" => StoreError::unavailable(
             format!("{doing}: {message}; the server is a standby or set to read-only"),
+            error,
+        ),
+        // The answers of a standby to pg_current_wal_lsn() and to BEGIN READ WRITE.
+        "55000" | "0A000" => StoreError::unavailable(
+            format!("{doing}: {message}; if the server is a standby in recovery, connect to the primary"),
+            error,
+        ),
+        // The sequence of positions has an end.
+        "2200H" => StoreError::storage(
+            format!(
+                "{doing}: the log has used all its positions ({message}); start a new store in another schema"
+            ),
             error,
         ),
         "53100" => StoreError::storage(

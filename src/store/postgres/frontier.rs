@@ -1,18 +1,19 @@
 //! How far the log may be read, asked once for all readers of the process.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sqlx::Row;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::super::{ReadLog, Stall, StoreError};
 use super::error::failed;
 use super::notify::Hints;
 use super::recent::Recent;
-use super::{Core, from_sql};
+use super::{Core, from_sql, to_sql};
 use crate::event::{Position, RecordedEvent};
 
 const DOING: &str = "reading how far the log goes";
@@ -42,6 +43,12 @@ pub(super) struct Frontier {
     wake: Notify,
     /// How many questions were begun.
     asked: AtomicU64,
+    /// The last event that this process knows to be in the log, with its id; never goes back.
+    known: Mutex<Option<(Position, Uuid)>>,
+    /// [`Connections::begun`](super::connection::Connections::begun) as of when the server was found to have that event.
+    checked: AtomicU64,
+    /// Whether commits are to wait for synchronous standbys.
+    standbys: AtomicBool,
     /// The last question that was answered, and how. Locked while one is under way.
     answered: tokio::sync::Mutex<(u64, Result<(), StoreError>)>,
     /// Since when a transaction holds the frontier back, and where.
@@ -69,6 +76,9 @@ impl Frontier {
             own: AtomicU64::new(0),
             wake: Notify::new(),
             asked: AtomicU64::new(0),
+            known: Mutex::default(),
+            checked: AtomicU64::new(0),
+            standbys: AtomicBool::new(false),
             answered: tokio::sync::Mutex::new((0, Ok(()))),
             held: Mutex::default(),
             appending: AtomicUsize::new(0),
@@ -90,9 +100,18 @@ impl Frontier {
 
     /// An append was committed on `server` that found everything below decided: `event` follows the one at `previous`.
     pub(super) fn settled(&self, server: u64, previous: Position, event: RecordedEvent) {
-        let position = event.position;
+        // I1: another server that took over may lack events that were read here. It is asked for them first.
+        if server != self.checked.load(Ordering::Acquire) {
+            return;
+        }
+        let (position, id) = (event.position, event.id);
         self.recent.lock().unwrap_or_else(PoisonError::into_inner).push(server, previous, event);
-        self.reached(position);
+        self.reached(position, Some(id));
+    }
+
+    /// Whether commits waited for synchronous standbys when the server was last asked, at most about a second ago.
+    pub(super) fn has_standbys(&self) -> bool {
+        self.standbys.load(Ordering::Acquire)
     }
 
     /// What `read` asks for, if that was appended here to `server` just now; and how far that goes, at most to `end`.
@@ -105,8 +124,14 @@ impl Frontier {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner).read(server, read, end)
     }
 
-    /// Readers may have everything up to `head`. What was settled stays settled.
-    fn reached(&self, head: Position) {
+    /// Readers may have everything up to `head`, the position of the event `id`. What was settled stays settled.
+    fn reached(&self, head: Position, id: Option<Uuid>) {
+        if let Some(id) = id {
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if known.is_none_or(|(position, _)| position < head) {
+                *known = Some((head, id));
+            }
+        }
         self.head.send_if_modified(|known| {
             let news = head > *known;
             *known = head.max(*known);
@@ -155,28 +180,44 @@ impl Frontier {
     }
 
     async fn ask(&self, core: &Arc<Core>) -> Result<(), StoreError> {
-        // From before the question: an append may be settled while it is under way.
-        let known = self.head.borrow().get();
+        // From before the question: an append may be settled, and another server take over, while it is under way.
+        let known = *self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let server = core.connections.begun();
         let mut session = core.connections.get(DOING).await?;
         let row = sqlx::query(core.sql.frontier.clone())
+            .bind(to_sql(known.map_or(0, |(position, _)| position.get())))
             .persistent(core.connections.persistent())
             .fetch_one(&mut *session)
             .await
             .map_err(|error| failed(DOING, error))?;
         session.finish(DOING).await?;
-        let columns = || -> Result<[u64; 3], sqlx::Error> {
-            Ok([from_sql(row.try_get(0)?), from_sql(row.try_get(1)?), from_sql(row.try_get(2)?)])
+        let columns = || -> Result<_, sqlx::Error> {
+            let numbers = [from_sql(row.try_get(0)?), from_sql(row.try_get(1)?), from_sql(row.try_get(2)?)];
+            Ok((numbers, row.try_get(3)?, row.try_get::<Option<Uuid>, _>(4)?, row.try_get(5)?))
         };
-        let [last_value, low_water, head] = columns().map_err(|error| failed(DOING, error))?;
-        if last_value < known {
-            return Err(StoreError::Incompatible {
-                expected: format!("a log that goes at least to position {known}, where it has been"),
-                found: format!("one that has only got to {last_value}"),
-                advice: "the database was restored, or a standby that had not received everything took over: rebuild what has read further, then restart".into(),
-            });
+        let ([last_value, low_water, head], id, there, standbys) =
+            columns().map_err(|error| failed(DOING, error))?;
+        self.standbys.store(standbys, Ordering::Release);
+        if let Some((position, id)) = known {
+            let found = match there {
+                Some(there) if there == id && last_value >= position.get() => None,
+                Some(there) if there == id => {
+                    Some(format!("the sequence of positions at {last_value}, as if it were set back"))
+                }
+                Some(other) => Some(format!("the event {other} there")),
+                None => Some("none there".into()),
+            };
+            if let Some(found) = found {
+                return Err(StoreError::Incompatible {
+                    expected: format!("a log that goes at least to position {position}, with the event {id} there"),
+                    found,
+                    advice: "the database was restored, or a standby that had not received everything took over: rebuild what has read further, then restart".into(),
+                });
+            }
         }
-        // A writer that was slow to take its lock may pull the mark back.
-        self.reached(Position::new(head));
+        self.checked.store(server, Ordering::Release);
+        // The mark may be lower than before for a moment: a writer that was slow to take its lock pulls it back.
+        self.reached(Position::new(head), id);
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         *held = match *held {
             _ if low_water >= last_value => None,

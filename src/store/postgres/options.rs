@@ -232,9 +232,9 @@ impl PostgresOptions {
         let call =
             (!self.statement_timeout.is_zero()).then(|| self.statement_timeout + Duration::from_secs(5));
         let patience = Patience { acquire: self.acquire_timeout, call };
-        // With the transaction rather than the session, which behind a pooler is not ours.
+        // With the transaction rather than the session, which behind a pooler is not ours. A standby refuses READ WRITE.
         let begin = format!(
-            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}; {}",
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL statement_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}; {}",
             millis(self.statement_timeout),
             millis(self.idle_in_transaction_timeout),
             PLANS.map(|(name, value)| format!("SET LOCAL {name} = {value}")).join("; "),

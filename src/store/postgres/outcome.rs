@@ -1,14 +1,16 @@
-//! Finding out whether an append happened that got no answer (I4).
+//! Finding out whether an append happened that got no answer (I4), and whether it is durable (I3).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sqlx::Row;
 use tokio::time::Instant;
 
 use super::super::{ExpectedVersion, StoreError};
-use super::append::Fate;
+use super::append::{self, Failure, Fate};
 use super::connection::{Backend, Session};
+use super::durability;
 use super::error::failed;
 use super::plan::{Part, Unit};
 use super::{Core, from_sql, to_sql};
@@ -23,9 +25,55 @@ pub(super) enum Trace {
     Backend(Backend),
     /// The transaction's id, while the process may serve others by now.
     Transaction(String),
+    /// It is committed. The wait for a standby was cancelled.
+    Committed,
 }
 
-/// For each unit what became of it; `None` if it did not happen and never will.
+/// Maximum number of appends whose server processes wait for a standby after their callers were answered `OutcomeUnknown`.
+const STUCK: usize = 8;
+
+/// Appends whose server processes still wait for a synchronous standby. Each holds one of the server's connections.
+#[derive(Debug, Default)]
+pub(super) struct Stuck(AtomicUsize);
+
+impl Stuck {
+    /// Refuses another append while too many are stuck: its server process would be the next one.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        let stuck = self.0.load(Ordering::Acquire);
+        if stuck < STUCK {
+            return Ok(());
+        }
+        let reason = format!(
+            "{}: {stuck} earlier appends wait for a synchronous standby (limit {STUCK}); check the standbys",
+            append::DOING
+        );
+        Err(Failure::Failed(StoreError::Unavailable { reason, source: None }))
+    }
+}
+
+/// Counts the append as stuck until its server process has ended.
+fn await_standby(core: &Arc<Core>, trace: Trace) {
+    core.stuck.0.fetch_add(1, Ordering::AcqRel);
+    tokio::spawn(is_over(core.clone(), trace));
+}
+
+async fn is_over(core: Arc<Core>, trace: Trace) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let look = async {
+            let mut session = core.connections.get(DOING).await?;
+            let state = look(&core, &mut session, &trace).await?;
+            session.finish(DOING).await?;
+            Ok::<_, StoreError>(state)
+        };
+        if matches!(core.timed_call(DOING, look).await, Ok(State::Over)) {
+            break;
+        }
+    }
+    core.stuck.0.fetch_sub(1, Ordering::AcqRel);
+}
+
+/// For each unit what became of it; `None` if it did not happen and never will. What happened is durable.
 ///
 /// # Errors
 /// When that cannot be found out in time.
@@ -35,25 +83,40 @@ pub(super) async fn resolve(
     trace: Trace,
 ) -> Result<Vec<Option<Fate>>, StoreError> {
     // Twice as long as for anything else, as the answer is worth more.
-    let deadline = Instant::now() + core.connections.patience.acquire * 2;
+    let limit = core.connections.patience.acquire * 2;
+    let deadline = Instant::now() + limit;
+    // Why there is no answer, once the time is over.
+    let mut waits_for = WaitsFor::Server;
     loop {
         let attempt = async {
             let mut session = core.connections.get(DOING).await?;
-            end(core, &mut session, &trace).await?;
+            end(core, &mut session, &trace, &mut waits_for).await?;
             let mut found = Vec::with_capacity(units.len());
             for unit in units {
                 found.push(find(core, &mut session, unit).await?);
             }
+            // I3: perhaps the commit became visible because its wait for a standby was cut short.
+            if found.iter().any(Option::is_some) {
+                waits_for = WaitsFor::Confirmation;
+                durability::confirm(core, &mut session).await?;
+            }
             session.finish(DOING).await?;
             Ok(found)
         };
+        let attempt = durability::uncancelled(core, attempt);
         let error: StoreError = match tokio::time::timeout_at(deadline, attempt).await {
             Ok(Ok(found)) => return Ok(found),
             Ok(Err(error)) => error,
             Err(_) => {
-                return Err(StoreError::Unavailable {
-                    reason: format!("{DOING}: it took too long"),
-                    source: None,
+                return Err(match waits_for {
+                    WaitsFor::Server => {
+                        StoreError::Unavailable { reason: format!("{DOING}: it took too long"), source: None }
+                    }
+                    WaitsFor::Confirmation => durability::unconfirmed(limit),
+                    WaitsFor::Standby => {
+                        await_standby(core, trace);
+                        durability::unconfirmed(limit)
+                    }
                 });
             }
         };
@@ -66,42 +129,86 @@ pub(super) async fn resolve(
     }
 }
 
+/// What an attempt to find out waits for.
+#[derive(Debug, Clone, Copy)]
+enum WaitsFor {
+    /// The server, or the end of the append there.
+    Server,
+    /// The append is committed on the primary, and waits for a synchronous standby.
+    Standby,
+    /// A synchronous standby, to confirm what was found.
+    Confirmation,
+}
+
+/// What the server does with an append.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    /// It is committed on the primary, invisible to others, and waits for a synchronous standby.
+    WaitsForStandby,
+    /// It can no longer happen, if it has not.
+    Over,
+}
+
 /// Returns when the append can no longer happen, if it has not.
-async fn end(core: &Core, session: &mut Session, trace: &Trace) -> Result<(), StoreError> {
+async fn end(
+    core: &Core,
+    session: &mut Session,
+    trace: &Trace,
+    waits_for: &mut WaitsFor,
+) -> Result<(), StoreError> {
     let mut pause = Duration::from_millis(1);
     loop {
-        let over: bool = match trace {
-            // The process has no other purpose than this lost connection. It may still be at work, or not even have
-            // received what is on its way; ended, it can do neither.
-            Trace::Backend(backend) => {
-                let running: Option<bool> = sqlx::query_scalar(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                     WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2",
-                )
-                .bind(backend.pid)
-                .bind(backend.started)
-                .persistent(core.connections.persistent())
-                .fetch_optional(&mut **session)
-                .await
-                .map_err(|error| failed(DOING, error))?;
-                running.is_none()
-            }
-            Trace::Transaction(id) => {
-                let status: Option<String> = sqlx::query_scalar("SELECT pg_xact_status($1::text::xid8)")
-                    .bind(id)
-                    .persistent(core.connections.persistent())
-                    .fetch_one(&mut **session)
-                    .await
-                    .map_err(|error| failed(DOING, error))?;
-                status.as_deref() != Some("in progress")
-            }
+        *waits_for = match look(core, session, trace).await? {
+            State::Over => return Ok(()),
+            State::WaitsForStandby => WaitsFor::Standby,
+            State::Running => WaitsFor::Server,
         };
-        if over {
-            return Ok(());
-        }
         // Bounded by the caller.
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(100));
+    }
+}
+
+/// What the server does with the append. A process of ours is ended, unless it waits for a standby: its commit would become
+/// visible without being durable, and readers would see what a failover can lose.
+async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State, StoreError> {
+    match trace {
+        Trace::Committed => Ok(State::Over),
+        // The process has no other purpose than this lost connection. It may still be at work, or not even have
+        // received what is on its way; ended, it can do neither.
+        Trace::Backend(backend) => {
+            let waits: Option<bool> = sqlx::query_scalar(
+                "SELECT CASE WHEN wait_event IS DISTINCT FROM 'SyncRep' THEN pg_terminate_backend(pid) AND false ELSE true END
+                 FROM pg_stat_activity
+                 WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2",
+            )
+            .bind(backend.pid)
+            .bind(backend.started)
+            .persistent(core.connections.persistent())
+            .fetch_optional(&mut **session)
+            .await
+            .map_err(|error| failed(DOING, error))?;
+            Ok(match waits {
+                None => State::Over,
+                Some(true) => State::WaitsForStandby,
+                Some(false) => State::Running,
+            })
+        }
+        Trace::Transaction(id) => {
+            let status: Option<String> = sqlx::query_scalar("SELECT pg_xact_status($1::text::xid8)")
+                .bind(id)
+                .persistent(core.connections.persistent())
+                .fetch_one(&mut **session)
+                .await
+                .map_err(|error| failed(DOING, error))?;
+            // The commit was sent: without a standby to wait for, it takes no time.
+            Ok(match status.as_deref() {
+                Some("in progress") if core.frontier.has_standbys() => State::WaitsForStandby,
+                Some("in progress") => State::Running,
+                _ => State::Over,
+            })
+        }
     }
 }
 

@@ -54,6 +54,20 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
     Ok(found)
 }
 
+/// The id of the event at `position`, also above the mark.
+pub(super) async fn event_id_at(core: &Arc<Core>, position: Position) -> Result<Option<Uuid>, StoreError> {
+    const DOING: &str = "looking for an event";
+    let mut session = core.connections.get(DOING).await?;
+    let id = sqlx::query_scalar(core.sql.event_at.clone())
+        .bind(to_sql(position.get()))
+        .persistent(core.connections.persistent())
+        .fetch_optional(&mut *session)
+        .await
+        .map_err(|error| failed(DOING, error))?;
+    session.finish(DOING).await?;
+    Ok(id)
+}
+
 async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPage, StoreError> {
     let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
     let end = read.upto.map_or(head, |upto| upto.min(head));

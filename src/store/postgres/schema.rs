@@ -323,40 +323,87 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// What the order of the log rests on in the schema.
+/// Highest position: the key of the low-water lock has 44 bits for it.
+const LAST_POSITION: i64 = (1 << 44) - 1;
+
+/// What the order and the durability of the log rest on in the schema.
 async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(), StoreError> {
     let checking = |error| failed(CHECKING, error);
     let row = sqlx::query(schema.text(
-        "SELECT seqcache, seqincrement, seqcycle, coalesce(pg_sequence_last_value('storied.positions'), 0),
-            (SELECT coalesce(max(position), 0) FROM storied.events)
-         FROM pg_sequence WHERE seqrelid = 'storied.positions'::regclass",
+        "SELECT s.seqtypid::regtype::text, s.seqincrement, s.seqmin, s.seqmax, s.seqstart, s.seqcache, s.seqcycle,
+            pg_sequence_last_value('storied.positions'), has_sequence_privilege('storied.positions', 'USAGE, SELECT'),
+            (SELECT coalesce(max(position), 0) FROM storied.events),
+            (SELECT string_agg(c.relname, ', ' ORDER BY c.relname) FROM pg_catalog.pg_class AS c
+                WHERE c.relnamespace = (SELECT e.relnamespace FROM pg_catalog.pg_class AS e WHERE e.oid = 'storied.events'::regclass)
+                    AND c.relkind IN ('r', 'S') AND c.relpersistence <> 'p')
+         FROM pg_sequence AS s WHERE s.seqrelid = 'storied.positions'::regclass",
     ))
     .persistent(false)
-    .fetch_one(connection)
+    .fetch_one(&mut *connection)
     .await
     .map_err(checking)?;
     let number = |column: usize| row.try_get::<i64, _>(column).map_err(checking);
     let incompatible = |expected: String, found: String, advice: String| {
         Err(StoreError::Incompatible { expected, found, advice })
     };
-    let schema = schema.name();
-    let (cache, increment, cycle) = (number(0)?, number(1)?, row.try_get::<bool, _>(2).map_err(checking)?);
-    if (cache, increment, cycle) != (1, 1, false) {
+    let name = schema.name();
+    if let Some(unlogged) = row.try_get::<Option<String>, _>(10).map_err(checking)? {
         return incompatible(
-            format!("the sequence {schema}.positions with CACHE 1, INCREMENT 1 and NO CYCLE"),
-            format!("CACHE {cache}, INCREMENT {increment}, {}", if cycle { "CYCLE" } else { "NO CYCLE" }),
+            format!("logged tables and sequences in schema {name}"),
+            format!("unlogged ones: {unlogged}"),
+            "a crash empties them otherwise, and a standby has nothing of them: ALTER TABLE … SET LOGGED, ALTER SEQUENCE … SET LOGGED".into(),
+        );
+    }
+    let settings = |kind: &str, [increment, min, max, start, cache]: [i64; 5], cycle: bool| {
+        let cycle = if cycle { "CYCLE" } else { "NO CYCLE" };
+        format!(
+            "AS {kind} INCREMENT {increment} MINVALUE {min} MAXVALUE {max} START {start} CACHE {cache} {cycle}"
+        )
+    };
+    let expected = settings("bigint", [1, 1, LAST_POSITION, 1, 1], false);
+    let found = settings(
+        &row.try_get::<String, _>(0).map_err(checking)?,
+        [number(1)?, number(2)?, number(3)?, number(4)?, number(5)?],
+        row.try_get(6).map_err(checking)?,
+    );
+    if found != expected {
+        return incompatible(
+            format!("the sequence {name}.positions {expected}"),
+            found,
             format!(
-                "readers miss events otherwise: stop all writers and ALTER SEQUENCE {schema}.positions CACHE 1 INCREMENT 1 NO CYCLE"
+                "readers miss events otherwise: stop all writers and ALTER SEQUENCE {name}.positions {expected}"
             ),
         );
     }
-    let (last_value, last_event) = (number(3)?, number(4)?);
+    let last_event = number(9)?;
+    let last_value = match row.try_get::<Option<i64>, _>(7).map_err(checking)? {
+        Some(last_value) => last_value,
+        // From PostgreSQL 17 on, a missing right is no error.
+        None if !row.try_get::<bool, _>(8).map_err(checking)? => {
+            return Err(StoreError::Storage {
+                reason: format!(
+                    "{CHECKING}: permission denied for sequence {name}.positions; GRANT this login the rights in docs/postgres-grants.sql"
+                ),
+                source: None,
+            });
+        }
+        None if last_event == 0 => 0,
+        // Nothing was drawn since RESTART, or setval() with false.
+        None => {
+            let next: i64 = sqlx::query_scalar(schema.text("SELECT last_value FROM storied.positions"))
+                .persistent(false)
+                .fetch_one(&mut *connection)
+                .await
+                .map_err(checking)?;
+            next - 1
+        }
+    };
     if last_value < last_event {
         return incompatible(
-            format!("the sequence {schema}.positions at {last_event} or higher, where the last event is"),
+            format!("the sequence {name}.positions at {last_event} or higher, where the last event is"),
             format!("{last_value}"),
             format!(
-                "a copy or restore has left the sequence behind: stop all writers and SELECT setval('{schema}.positions', {last_event})"
+                "a copy or restore has left the sequence behind: stop all writers and SELECT setval('{name}.positions', {last_event})"
             ),
         );
     }

@@ -68,18 +68,31 @@ macro_rules! statements {
 
 statements! {
     /// The statements of the log.
+    ///
+    /// Those that read it ask for pg_current_wal_lsn(), once for each execution: a standby refuses that. A pooler may send reads
+    /// to a standby, which lacks the newest events and does not see the locks of the primary (I1).
     LogSql {
         append: "SELECT versions, lost, positions, transaction_id
             FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
         append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
         find: "SELECT version, position, id FROM storied.events
-            WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4) ORDER BY version",
-        frontier: "SELECT last_value, low_water, head FROM storied.frontier()",
+            WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4)
+                AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY version",
+        // $1 is an event that an earlier question has found: its row is visible to this statement, unless the server lost it.
+        frontier: "SELECT f.last_value, f.low_water, f.head, f.head_id,
+                (SELECT e.id FROM storied.events AS e WHERE e.position >= $1 AND e.position <= $1 ORDER BY e.position LIMIT 1),
+                current_setting('synchronous_standby_names') <> ''
+            FROM storied.frontier() AS f",
+        event_at: "SELECT id FROM storied.events
+            WHERE position >= $1 AND position <= $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY position LIMIT 1",
         stream: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at
-            FROM storied.events WHERE stream = $1 AND version > $2 ORDER BY version LIMIT $3",
-        command_events: "SELECT n, first_version, last_version, last_position FROM storied.command_events($1, $2)",
+            FROM storied.events WHERE stream = $1 AND version > $2 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
+            ORDER BY version LIMIT $3",
+        command_events: "SELECT n, first_version, last_version, last_position FROM storied.command_events($1, $2)
+            WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL",
         log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
-            FROM storied.events WHERE position > $1 AND position <= $2 ORDER BY position LIMIT $3",
+            FROM storied.events WHERE position > $1 AND position <= $2 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
+            ORDER BY position LIMIT $3",
         // A filter that is null lets everything pass. OFFSET 0: PostgreSQL cannot look streams or names up by other indexes.
         filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
             FROM (
@@ -89,6 +102,7 @@ statements! {
             WHERE ($4::text[] IS NULL OR name = ANY($4))
                 AND ($5::text[] IS NULL OR category = ANY($5))
                 AND ($6::uuid[] IS NULL OR stream = ANY($6))
+                AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $3",
         // Positions first, of which the index by name has all that it takes, then the events one by one. Written so that there
         // is no other way: PostgreSQL would rather look through the log where a name is frequent, or nothing is known of it. An
@@ -105,7 +119,8 @@ statements! {
                 SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
                 FROM storied.events WHERE position >= found.position AND position <= found.position
                 ORDER BY position LIMIT 1
-            ) AS e ORDER BY found.position",
+            ) AS e
+            WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY found.position",
         // The last event among those up to $3 behind the first one after $1, at most up to $2.
         last_event: "SELECT (
                 SELECT e.position FROM storied.events AS e
@@ -113,6 +128,7 @@ statements! {
                 ORDER BY e.position DESC LIMIT 1)
             FROM (
                 SELECT position FROM storied.events WHERE position > $1 AND position <= $2
+                    AND (SELECT pg_current_wal_lsn()) IS NOT NULL
                 ORDER BY position LIMIT 1) AS f",
         // Whoever holds the lowest low-water lock.
         stall: "SELECT l.pid, coalesce(a.application_name, ''), coalesce(a.state, CASE WHEN l.pid IS NULL THEN 'a prepared transaction' ELSE 'hidden from this login' END),
@@ -147,7 +163,8 @@ statements! {
             VALUES ($1, $2, $3, $4, $5)
             ON CONFLICT (category, stream_id) DO UPDATE SET version = $3, revision = $4, state = $5
             WHERE s.revision <> $4 OR s.version <= $3",
-        commands: "SELECT id, name, fingerprint, outcome, recorded_at FROM storied.commands WHERE id = ANY($1)",
+        commands: "SELECT id, name, fingerprint, outcome, recorded_at FROM storied.commands
+            WHERE id = ANY($1) AND (SELECT pg_current_wal_lsn()) IS NOT NULL",
         // Sorted, so that calls with common commands wait in one order.
         record_commands: "INSERT INTO storied.commands (id, name, fingerprint, outcome)
             SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::bytea[]) AS c (id, name, fingerprint, outcome)

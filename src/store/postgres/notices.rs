@@ -1,0 +1,156 @@
+//! Warnings that PostgreSQL sends beside an answer.
+//!
+//! PostgreSQL answers a commit whose wait for a synchronous standby was cancelled (`pg_cancel_backend`) as a success, with a
+//! WARNING. The driver has no hook for those: it emits them as events of `tracing`, while a call is polled. So a call that
+//! commits is polled under a subscriber that notes them, and hands on everything to the subscriber that was there before.
+
+use std::cell::RefCell;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::OnceLock;
+
+use tracing::dispatcher::{self, DefaultGuard, Dispatch};
+use tracing::level_filters::LevelFilter;
+use tracing::span::{Attributes, Id, Record};
+use tracing::subscriber::Interest;
+use tracing::{Event, Level, Metadata, Subscriber};
+
+/// The driver's, in its `PgStream::recv`.
+const TARGET: &str = "sqlx::postgres::notice";
+
+thread_local! {
+    static SCOPE: RefCell<Option<Scope>> = const { RefCell::new(None) };
+}
+
+/// One poll of a call.
+struct Scope {
+    /// The subscriber that was there before.
+    outer: Dispatch,
+    warned: bool,
+    /// Whether that subscriber wants the event that was announced last.
+    wanted: bool,
+}
+
+/// Runs `call`; its output, and whether the server sent a warning beside its answers. Cancel-safe if the call is.
+pub(super) async fn watch<T>(call: impl Future<Output = T>) -> (T, bool) {
+    let mut call = pin!(call);
+    let mut warned = false;
+    let output = poll_fn(|context| {
+        let scope = enter(warned);
+        let polled = call.as_mut().poll(context);
+        warned = leave(scope, warned);
+        polled
+    })
+    .await;
+    (output, warned)
+}
+
+/// Forgets the warnings of the call that is polled so far: those of a new connection say nothing about a commit.
+pub(super) fn forget() {
+    SCOPE.with_borrow_mut(|scope| {
+        if let Some(scope) = scope {
+            scope.warned = false;
+        }
+    });
+}
+
+/// Whether warnings can be noticed. Where a process logs by `log` alone, `tracing` hands everything on to that, until a
+/// subscriber is set for the first time: such a process would lose its log lines.
+fn can_watch() -> bool {
+    dispatcher::has_been_set() || log::max_level() == log::LevelFilter::Off
+}
+
+fn enter(warned: bool) -> Option<DefaultGuard> {
+    static NOTES: OnceLock<Dispatch> = OnceLock::new();
+    if !can_watch() || SCOPE.with_borrow(Option::is_some) {
+        return None;
+    }
+    let outer = dispatcher::get_default(Clone::clone);
+    SCOPE.set(Some(Scope { outer, warned, wanted: false }));
+    Some(dispatcher::set_default(NOTES.get_or_init(|| Dispatch::new(Notes))))
+}
+
+fn leave(scope: Option<DefaultGuard>, warned: bool) -> bool {
+    if scope.is_none() {
+        return warned;
+    }
+    drop(scope);
+    SCOPE.take().map_or(warned, |scope| scope.warned)
+}
+
+struct Notes;
+
+/// The subscriber that was there before; the one that does nothing, for a span that outlives its poll.
+fn outer() -> Dispatch {
+    SCOPE.with_borrow(|scope| scope.as_ref().map_or_else(Dispatch::none, |scope| scope.outer.clone()))
+}
+
+fn is_warning(metadata: &Metadata<'_>) -> bool {
+    metadata.target() == TARGET && *metadata.level() <= Level::WARN
+}
+
+impl Subscriber for Notes {
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        // What the process logs besides is for its other subscribers to say. They are asked for each event here.
+        if is_warning(metadata) { Interest::sometimes() } else { Interest::never() }
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(LevelFilter::WARN)
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        let wanted = outer().enabled(metadata);
+        if !is_warning(metadata) {
+            return wanted;
+        }
+        SCOPE.with_borrow_mut(|scope| {
+            if let Some(scope) = scope {
+                scope.wanted = wanted;
+            }
+        });
+        true
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let (outer, wanted) = SCOPE.with_borrow_mut(|scope| match scope {
+            Some(scope) if is_warning(event.metadata()) => {
+                scope.warned = true;
+                (scope.outer.clone(), scope.wanted)
+            }
+            Some(scope) => (scope.outer.clone(), true),
+            None => (Dispatch::none(), false),
+        });
+        if wanted {
+            outer.event(event);
+        }
+    }
+
+    fn new_span(&self, span: &Attributes<'_>) -> Id {
+        outer().new_span(span)
+    }
+
+    fn record(&self, span: &Id, values: &Record<'_>) {
+        outer().record(span, values);
+    }
+
+    fn record_follows_from(&self, span: &Id, follows: &Id) {
+        outer().record_follows_from(span, follows);
+    }
+
+    fn enter(&self, span: &Id) {
+        outer().enter(span);
+    }
+
+    fn exit(&self, span: &Id) {
+        outer().exit(span);
+    }
+
+    fn clone_span(&self, id: &Id) -> Id {
+        outer().clone_span(id)
+    }
+
+    fn try_close(&self, id: Id) -> bool {
+        outer().try_close(id)
+    }
+}
