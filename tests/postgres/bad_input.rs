@@ -148,12 +148,16 @@ async fn unsafe_settings() {
         ("CACHE 32", "CACHE 1", "CACHE 1"),
         ("INCREMENT 2", "INCREMENT 1", "INCREMENT 1"),
         ("CYCLE", "NO CYCLE", "NO CYCLE"),
-        ("RESTART 1", "at 3 or higher", "RESTART 4"),
+        ("MAXVALUE 17592186044416", "MAXVALUE 17592186044415", "MAXVALUE 17592186044415"),
+        ("NO MAXVALUE", "MAXVALUE 17592186044415", "MAXVALUE 17592186044415"),
+        ("AS integer MAXVALUE 1000", "AS bigint", "AS bigint MAXVALUE 17592186044415"),
+        ("MINVALUE -5", "MINVALUE 1", "MINVALUE 1"),
+        ("START 2", "START 1", "START 1"),
+        ("SET UNLOGGED", "logged tables and sequences", "SET LOGGED"),
+        ("RESTART 3", "at 3 or higher", "RESTART 4"),
+        ("RESTART 1; SELECT nextval('storied.positions')", "at 3 or higher", "RESTART 4"),
     ] {
         run(&url, &format!("ALTER SEQUENCE storied.positions {broken}")).await;
-        if broken.starts_with("RESTART") {
-            run(&url, "SELECT nextval('storied.positions')").await;
-        }
         let error = refused(options()).await;
         incompatible(&error);
         says(&error, &[expected]);
@@ -177,6 +181,83 @@ async fn unsafe_settings() {
     let error = refused(options()).await;
     incompatible(&error);
     says(&error, &["standby", "connect to the primary"]);
+}
+
+/// The last position is the highest that fits into the key of the low-water lock (F44).
+#[tokio::test]
+async fn positions_have_an_end() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    let last = (1_u64 << 44) - 1;
+    run(&url, &format!("SELECT setval('storied.positions', {})", last - 3)).await;
+    for version in [0, 1] {
+        let position = append(&store, &stream("a"), exact(version), events(1)).await.unwrap().positions[0];
+        assert_eq!(position.get(), last - 2 + version);
+    }
+    // A reader waits for an append below the end, as for any other.
+    let mut other = connect(&url).await;
+    let mut open = other.begin().await.unwrap();
+    crate::oracle::append_one(&mut open, &stream("b"), &event()).await.unwrap();
+    assert_eq!(store.frontier().await.unwrap().get(), last - 1);
+    open.commit().await.unwrap();
+    assert_eq!(whole_log(&store).await.iter().map(|event| event.position.get()).max(), Some(last));
+    for count in [1, 2] {
+        match append(&store, &stream("a"), exact(2), events(count)).await.unwrap_err() {
+            AppendError::Store(error @ StoreError::Storage { .. }) => says(&error, &["all its positions"]),
+            error => panic!("{error:?}"),
+        }
+    }
+    assert_eq!(whole_log(&PostgresStore::connect(&url).await.unwrap()).await.len(), 3);
+}
+
+/// A sequence that was moved on, and that nothing was drawn from since, is no empty log (F45).
+#[tokio::test]
+async fn a_moved_sequence_is_no_empty_log() {
+    for moved in [
+        "ALTER SEQUENCE storied.positions RESTART WITH 100",
+        "SELECT setval('storied.positions', 100, false)",
+    ] {
+        let url = PostgresServer::shared().await.create_database().await;
+        let store = PostgresStore::connect(&url).await.unwrap();
+        let third =
+            append(&store, &stream("a"), ExpectedVersion::NoStream, events(3)).await.unwrap().positions[2];
+        run(&url, moved).await;
+        let fresh = PostgresStore::connect(&url).await.unwrap();
+        for store in [&store, &fresh] {
+            assert_eq!(store.frontier().await.unwrap(), third);
+            assert_eq!(whole_log(store).await.len(), 3);
+        }
+        let next = append(&store, &stream("a"), exact(3), events(1)).await.unwrap().positions[0];
+        assert_eq!(next.get(), 100);
+        for store in [&store, &fresh] {
+            assert_eq!(store.frontier().await.unwrap(), next);
+            assert_eq!(whole_log(store).await.len(), 4);
+        }
+    }
+}
+
+/// An append is answered, and settles the mark, at the end of its statement, where PostgreSQL commits, and not with its row
+/// (F46). A constraint that is checked at the commit shows the difference.
+#[tokio::test]
+async fn an_answer_comes_behind_the_commit() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    let appended = store.appended();
+    let first = append(&store, &stream("a"), exact(0), events(1)).await.unwrap().positions[0];
+    run(
+        &url,
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not at the commit'; END $$;
+         CREATE CONSTRAINT TRIGGER late AFTER INSERT ON storied.events DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    .await;
+    for count in [1, 2] {
+        let error = append(&store, &stream("a"), exact(1), events(count)).await.unwrap_err();
+        assert!(error.to_string().contains("not at the commit"), "{error}");
+    }
+    assert!(*appended.borrow() <= first);
+    assert_eq!(store.frontier().await.unwrap(), first);
+    assert_eq!(whole_log(&store).await.len(), 1);
 }
 
 /// The log takes events through its one door only, and keeps them.

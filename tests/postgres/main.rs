@@ -8,6 +8,7 @@ mod by_command;
 mod by_name;
 mod conformance;
 mod faults;
+mod mark;
 mod oracle;
 mod plans;
 mod pooler;

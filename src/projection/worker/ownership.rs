@@ -256,7 +256,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if self.outside() && self.context.ordered().await? {
             return Ok(None);
         }
-        // Another process may have applied more than the mark of this one allows. Only the event decides whether the log lost it.
+        // I1: another process may have applied more than the mark of this one allows. Only the event decides whether the log
+        // lost it. (A position that is no event's, such as a start position, must not get here.)
         let position = found.position;
         if position > Position::START && store.event_id_at(position).await?.is_none() {
             let head = store.frontier().await?;
