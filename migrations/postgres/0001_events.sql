@@ -243,7 +243,8 @@ BEGIN
         IF NOT has_sequence_privilege('storied.positions', 'USAGE, SELECT') THEN
             RAISE EXCEPTION 'permission denied for sequence positions' USING ERRCODE = 'insufficient_privilege';
         END IF;
-        last_value := coalesce((SELECT e.position FROM storied.events AS e ORDER BY e.position DESC LIMIT 1), 0);
+        last_value := coalesce((
+            SELECT e.position FROM storied.events AS e WHERE e.position > 0 ORDER BY e.position DESC LIMIT 1), 0);
     END IF;
     low_water := (
         SELECT min(((l.classid::bigint << 32) | l.objid::bigint) & ((1::bigint << 44) - 1))
