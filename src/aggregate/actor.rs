@@ -458,8 +458,11 @@ impl<A: Aggregate> AggregateActor<A> {
         let before = Version::new(record.last.get() - 1);
         let events = self.shared.store.read_stream(&self.stream, before, 1).await;
         let metadata = match events.map_err(|error| unknown(error.to_string()))?.first() {
-            Some(event) => event.decode_metadata().map_err(|error| unknown(error.to_string()))?,
-            None => Metadata::default(),
+            Some(event) if event.command_id == order.command_id => {
+                event.decode_metadata().map_err(|error| unknown(error.to_string()))?
+            }
+            // A standby that lacked it took over, or the store was restored.
+            _ => return Err(unknown("the log does not have its last event any more".into())),
         };
         // Events of others, and of older programs, do not say.
         if metadata.content.is_some_and(|content| content != order.content) {
