@@ -195,7 +195,7 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
 
     let status = runtime.status().await;
     assert_eq!(status.projections["sales"].state, ProjectionState::Following);
-    assert_eq!(status.projections["sales"].lag(), 0);
+    assert_eq!(status.projections["sales"].lag(), Some(0));
     runtime.shutdown().await?;
     Ok(())
 }
@@ -296,8 +296,10 @@ pub async fn trouble(runtime: &Runtime) -> Vec<String> {
         if matches!(projection.state, ProjectionState::Failed | ProjectionState::Retrying) {
             trouble.push(format!("{name} {:?}: {:?}", projection.state, projection.last_error));
         }
-        if projection.lag() > 10_000 {
-            trouble.push(format!("{name} is {} behind", projection.lag()));
+        match projection.lag() {
+            Some(lag) if lag > 10_000 => trouble.push(format!("{name} has {lag} positions to apply")),
+            Some(_) => {}
+            None => trouble.push(format!("{name} has not read its checkpoint and the log yet")),
         }
     }
     trouble

@@ -25,6 +25,7 @@ use serde::de::DeserializeOwned;
 pub use self::context::Context;
 pub use self::decision::Decision;
 pub use self::options::AggregateOptions;
+pub(crate) use self::options::MOST_IN_FLIGHT;
 pub(crate) use self::outcome::node_runs;
 pub use self::outcome::{ExecuteError, Receipt};
 pub use self::router::RouterStatus;

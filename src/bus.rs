@@ -265,3 +265,27 @@ impl BusError {
         }
     }
 }
+
+/// What [`Builder::bus`](crate::runtime::Builder::bus) takes: a bus, or one that is shared already.
+pub trait IntoEventBus {
+    /// The bus, shared.
+    fn into_event_bus(self) -> Arc<dyn EventBus>;
+}
+
+impl<B: EventBus> IntoEventBus for B {
+    fn into_event_bus(self) -> Arc<dyn EventBus> {
+        Arc::new(self)
+    }
+}
+
+impl<B: EventBus> IntoEventBus for Arc<B> {
+    fn into_event_bus(self) -> Arc<dyn EventBus> {
+        self
+    }
+}
+
+impl IntoEventBus for Arc<dyn EventBus> {
+    fn into_event_bus(self) -> Arc<dyn EventBus> {
+        self
+    }
+}

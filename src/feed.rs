@@ -21,6 +21,7 @@ pub(crate) use self::stretch::{Stretch, read as read_stretch};
 use crate::backoff::Backoff;
 use crate::bus::{BusError, BusItem, BusSubscription, EventBus, LogBatch};
 use crate::event::Position;
+use crate::invalid_option::{InvalidOption, at_least, within};
 use crate::panic::panic_text;
 use crate::store::{BoxFuture, EventStore};
 use crate::supervised::Task;
@@ -46,21 +47,26 @@ impl FeedOptions {
         Self::default()
     }
 
-    /// How many batches (of at most 2,048 events or about 1 MiB) a follower may be behind before it has to read the store.
-    /// 128 by default, at least 1; rounded up to a power of two.
+    /// Number of batches (of at most 2,048 events or about 1 MiB) that a follower may lag before it has to read the store,
+    /// rounded up to a power of two. Default: 128. Range: 1 to 65,536.
     #[must_use]
     pub fn capacity(mut self, batches: usize) -> Self {
-        // tokio refuses more than this, by panicking.
-        self.capacity = batches.clamp(1, usize::MAX / 4);
+        self.capacity = batches;
         self
     }
 
     /// When the bus has brought nothing for this long, the store is asked whether there is something: how late the last
-    /// event can be if the bus lost it. 1 s by default.
+    /// event can be if the bus lost it. Default: 1 s. Range: at least 10 ms.
     #[must_use]
     pub fn idle_poll(mut self, every: Duration) -> Self {
         self.idle_poll = every;
         self
+    }
+
+    /// Checks every value against its range.
+    pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
+        within("FeedOptions::capacity", self.capacity, 1..=65_536)?;
+        at_least("FeedOptions::idle_poll", self.idle_poll, Duration::from_millis(10))
     }
 }
 

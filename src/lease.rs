@@ -11,14 +11,15 @@ use tokio::time::{Instant, sleep_until, timeout};
 use uuid::Uuid;
 
 pub(crate) use self::board::{Board, Sight, View};
+use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::store::{EventStore, Lease, StoreError};
 use crate::supervised::Task;
 use crate::telemetry::Metrics;
 
-/// `ttl`, or the nearest that makes sense: of a shorter lease a renewal that is a little late loses hold, and of a longer one
-/// nobody sees the end when its owner has died.
-pub(crate) fn bounded(ttl: Duration) -> Duration {
-    ttl.clamp(Duration::from_millis(50), Duration::from_secs(24 * 60 * 60))
+/// Checks the duration of a lease. A shorter one is lost when a renewal is a little late; a longer one keeps a successor
+/// waiting for days after its holder has died.
+pub(crate) fn check(option: &'static str, ttl: Duration) -> Result<(), InvalidOption> {
+    within(option, ttl, Duration::from_millis(50)..=DAY)
 }
 
 /// A lease that this process holds, as far as it knows. Dropped without [`release`](Self::release) it runs out by itself.

@@ -55,6 +55,7 @@ pub mod feed;
 mod future;
 #[cfg(test)]
 mod fuzz;
+mod invalid_option;
 mod lease;
 mod panic;
 mod partition;
@@ -82,6 +83,7 @@ pub use self::event::{
 };
 pub use self::feed::{FeedOptions, FeedStatus};
 pub use self::future::BoxFuture;
+pub use self::invalid_option::InvalidOption;
 pub use self::partition::Partition;
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;

@@ -34,6 +34,8 @@ mod snapshot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod start;
+mod start_position;
+mod state_claim;
 mod status;
 mod worker;
 
@@ -58,6 +60,9 @@ pub use self::snapshot::{SnapshotState, Snapshots};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
 pub(crate) use self::start::{Made, spawn};
+pub use self::start_position::Start;
+pub(crate) use self::start_position::begin_with_empty_log;
+pub(crate) use self::state_claim::{SharedState, StateClaim};
 pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
 pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use self::worker::PublisherWork;
 use crate::bus::EventBus;
 use crate::event::Position;
+use crate::invalid_option::{InvalidOption, at_least};
 use crate::lease;
 use crate::store::EventStore;
 use crate::supervised::{StopError, Supervised};
@@ -51,33 +52,43 @@ impl PublisherOptions {
     }
 
     /// How soon the store is asked again after there was something to publish: what other processes append is published no
-    /// later than that. This process's own appends wake the publisher at once. 5 ms by default.
+    /// later than that. This process's own appends wake the publisher at once. Default: 5 ms. Range: at least 1 ms.
     #[must_use]
     pub fn busy_poll(mut self, every: Duration) -> Self {
         self.busy_poll = every;
         self
     }
 
-    /// The pause between two looks at the store doubles up to this while nothing happens. 250 ms by default.
+    /// The pause between two looks at the store doubles up to this while nothing happens. Default: 250 ms. Range: at least
+    /// 10 ms.
     #[must_use]
     pub fn idle_poll(mut self, every: Duration) -> Self {
         self.idle_poll = every;
         self
     }
 
-    /// How often followers are told where the log ends while nothing is published. 1 s by default.
+    /// Interval between two messages that carry the end of the log while nothing is published. Default: 1 s. Range: at least
+    /// 10 ms.
     #[must_use]
     pub fn heartbeat(mut self, every: Duration) -> Self {
         self.heartbeat = every;
         self
     }
 
-    /// On a shared bus: how long after the death of the publishing node another one takes over. 6 s by default, at
-    /// least 50 ms and at most a day.
+    /// On a shared bus: how long after the death of the publishing node another one takes over. Default: 6 s. Range: 50 ms
+    /// to 1 day.
     #[must_use]
     pub fn lease(mut self, ttl: Duration) -> Self {
-        self.lease = lease::bounded(ttl);
+        self.lease = ttl;
         self
+    }
+
+    /// Checks every value against its range.
+    pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
+        at_least("PublisherOptions::busy_poll", self.busy_poll, Duration::from_millis(1))?;
+        at_least("PublisherOptions::idle_poll", self.idle_poll, Duration::from_millis(10))?;
+        at_least("PublisherOptions::heartbeat", self.heartbeat, Duration::from_millis(10))?;
+        lease::check("PublisherOptions::lease", self.lease)
     }
 }
 
@@ -113,8 +124,8 @@ pub struct PublisherStatus {
     /// Everything up to here is on the bus, or was left to those who follow one that keeps nothing: behind an outage of such a bus
     /// publishing goes on at the end of the log. `None` before this node has published for the first time.
     pub published: Option<Position>,
-    /// The last event of the log, when it was last read.
-    pub head: Position,
+    /// The high-water mark of the log when this node last read it to publish; `None` before that.
+    pub head: Option<Position>,
     /// What last went wrong, and when there was nothing, `None`. Stays when it goes well again.
     pub last_error: Option<String>,
 }

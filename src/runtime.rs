@@ -3,6 +3,7 @@
 mod commands;
 #[cfg(feature = "otel")]
 mod observed;
+mod projections;
 mod supervisor;
 
 use std::any::type_name;
@@ -16,24 +17,26 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::commands::{Following, HandlerRegistration, forgetting};
+use self::projections::ProjectionRegistration;
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus, node_runs};
-use crate::bus::{BusState, EventBus, LocalBus};
+use crate::bus::{BusState, EventBus, IntoEventBus, LocalBus};
 use crate::command::{
     CommandBus, CommandBusStatus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus,
     Registry, Request, StartRouterError,
 };
 use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
+use crate::invalid_option::InvalidOption;
 use crate::lease::Board;
 use crate::partition;
 use crate::projection::{
-    self, FollowMode, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus,
-    ReadModel, Surroundings, Target,
+    self, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel,
+    Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
-    BoxFuture, EventStore, Filter, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions,
+    EventStore, IntoEventStore, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions,
     WriterStatus,
 };
 use crate::supervised::Task;
@@ -92,24 +95,12 @@ struct Registration {
     type_name: &'static str,
     /// Whether the events can be stored at all.
     check: fn() -> Result<(), EncodeError>,
+    options: Result<(), InvalidOption>,
     start: Box<StartAggregate>,
 }
 
 type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
     + Send;
-
-/// What is known of a projection until the runtime starts.
-struct ProjectionRegistration {
-    name: String,
-    filter: Result<Filter, EncodeError>,
-    /// In how many partitions, if at all, of a read model that nodes share or do not.
-    partitions: Option<(u16, bool)>,
-    follow: FollowMode,
-    start: Box<StartProjection>,
-}
-
-type StartProjection =
-    dyn FnOnce(Filter, Surroundings) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>> + Send;
 
 /// Why a runtime does not start.
 #[derive(Debug, thiserror::Error)]
@@ -177,6 +168,26 @@ pub enum StartError {
     /// A handler has a name that no command can have.
     #[error(transparent)]
     HandlerName(#[from] InvalidName),
+    /// An option has a value out of its range.
+    #[error(transparent)]
+    Option(#[from] InvalidOption),
+    /// A projection delivers to another system, has never run, and the log has events: whether they are to be delivered is
+    /// not said.
+    #[error(
+        "projection {name:?} has no start position: it delivers at least once, has no checkpoint, and the log has events; choose ProjectionOptions::start(Start::Beginning), Start::Now, Start::At(position) or Start::Since(time)"
+    )]
+    NoStartPosition {
+        /// The projection.
+        name: String,
+    },
+    /// Another runtime of this process folds into the same memory.
+    #[error(
+        "the in-memory state of projection {name:?} is in use by another runtime of this process; shut that down first, or make a state for each runtime"
+    )]
+    StateInUse {
+        /// The projection.
+        name: String,
+    },
     /// An actor could not be started.
     #[error("an actor could not be started: {0}")]
     Actor(String),
@@ -252,15 +263,16 @@ pub struct RuntimeStatus {
 
 impl Builder {
     /// The event store. Required.
-    pub fn store(mut self, store: impl EventStore) -> Self {
-        self.store = Some(Arc::new(store));
+    /// Also one that is shared already: what [`Runtime::store`] returns.
+    pub fn store(mut self, store: impl IntoEventStore) -> Self {
+        self.store = Some(store.into_event_store());
         self
     }
 
     /// The bus that carries the log to the projections of this node, and of others if it reaches them. [`LocalBus`] by
     /// default.
-    pub fn bus(mut self, bus: impl EventBus) -> Self {
-        self.bus = Arc::new(bus);
+    pub fn bus(mut self, bus: impl IntoEventBus) -> Self {
+        self.bus = bus.into_event_bus();
         self
     }
 
@@ -349,44 +361,27 @@ impl Builder {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let shared = read_model.shared();
         // What cannot be is refused when the runtime starts.
         let count = partitions.clamp(1, partition::MOST);
-        self.project(
-            Made::Partitioned(count, Arc::new(make)),
-            Some((partitions, shared)),
-            read_model,
-            options,
-        )
+        self.project(Made::Partitioned(count, Arc::new(make)), Some(partitions), read_model, options)
     }
 
     /// Keeps an index over events in memory, on this node: see [`Lookup`].
     pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
-        let (lookup, projection, read_model) = (lookup.clone(), lookup.projection(), lookup.read_model());
-        let (name, filter) = (projection.name().to_owned(), projection.filter());
-        let start = |filter, surroundings| -> BoxFuture<'static, _> {
-            Box::pin(async move {
-                let (made, options) = (Made::Once(projection), ProjectionOptions::new());
-                let handle = projection::spawn(made, filter, read_model, options, surroundings).await?;
-                lookup.runs(&handle);
-                Ok(handle)
-            })
-        };
-        let start = Box::new(start);
-        self.projections.push(ProjectionRegistration {
-            name,
-            filter,
-            partitions: None,
-            follow: FollowMode::Feed,
-            start,
-        });
+        let (lookup, made, read_model) =
+            (lookup.clone(), Made::Once(lookup.projection()), lookup.read_model());
+        let state = Some(lookup.shared_state());
+        let on_start = Box::new(move |handle: &ProjectionHandle| lookup.runs(handle));
+        let options = ProjectionOptions::new();
+        let registration = ProjectionRegistration::over(state, made, None, read_model, options, on_start);
+        self.projections.push(registration);
         self
     }
 
     fn project<P, R>(
         mut self,
         made: Made<P>,
-        partitions: Option<(u16, bool)>,
+        partitions: Option<u16>,
         read_model: R,
         options: ProjectionOptions,
     ) -> Self
@@ -394,13 +389,7 @@ impl Builder {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let (name, filter) = made.with_one(|one| (one.name().to_owned(), one.filter()));
-        let follow = options.follow;
-        let start = |filter, surroundings| -> BoxFuture<'static, _> {
-            Box::pin(projection::spawn(made, filter, read_model, options, surroundings))
-        };
-        let start = Box::new(start);
-        self.projections.push(ProjectionRegistration { name, filter, partitions, follow, start });
+        self.projections.push(ProjectionRegistration::new(made, partitions, read_model, options));
         self
     }
 
@@ -415,6 +404,7 @@ impl Builder {
             category: <A::Event as Event>::CATEGORY,
             type_name: type_name::<A>(),
             check: || EventTypes::of::<A::Event>().map(drop),
+            options: options.validate(),
             start: Box::new(move |handlers, store, writer, supervisor| {
                 let router = Router::start(store, writer, options, supervisor.cell())?;
                 supervisor.adopt(Box::new(router.clone()));
@@ -460,33 +450,24 @@ impl Builder {
                 });
             }
             (registration.check)()?;
+            registration.options.clone()?;
         }
-        let mut projections: Vec<(String, Filter, Box<StartProjection>)> = Vec::new();
-        for ProjectionRegistration { name, filter, partitions, follow, start } in self.projections {
-            if let Some(reason) = projection::name_problem(&name) {
+        for (index, ProjectionRegistration { name, .. }) in self.projections.iter().enumerate() {
+            if let Some(reason) = projection::name_problem(name) {
                 return Err(StartError::ProjectionName { name: name.chars().take(80).collect(), reason });
             }
-            if projections.iter().any(|(other, ..)| *other == name) {
-                return Err(StartError::SameProjection { name });
+            if self.projections[..index].iter().any(|other| other.name == *name) {
+                return Err(StartError::SameProjection { name: name.clone() });
             }
-            if follow == FollowMode::Durable && !self.bus.is_durable() {
-                return Err(StartError::NotDurable { name, bus: self.bus.name() });
-            }
-            if let Some((partitions, shared)) = partitions {
-                let reason = match shared {
-                    false => Some("every node has its own read model, and no use for a part of it"),
-                    true if partitions == 0 => Some("there must be at least one"),
-                    true if partitions > partition::MOST => Some("there may be 256 at most"),
-                    true => None,
-                };
-                if let Some(reason) = reason {
-                    return Err(StartError::Partitions { name, partitions, reason });
-                }
-            }
-            projections.push((name, filter?, start));
         }
+        self.publisher.validate()?;
+        self.feed.validate()?;
         commands::check(&self.handlers)?;
         store.frontier().await?;
+        let mut projections = Vec::with_capacity(self.projections.len());
+        for registration in self.projections {
+            projections.push(registration.check(&store, &*self.bus).await?);
+        }
         #[cfg(feature = "otel")]
         let telemetry = self.telemetry.unwrap_or_default();
         #[cfg(feature = "otel")]
@@ -512,8 +493,8 @@ impl Builder {
             supervisor: Some(supervisor.cell()),
         };
         let mut handles = Vec::with_capacity(projections.len());
-        for (_, filter, start) in projections {
-            handles.push(start(filter, surroundings.clone()).await?);
+        for projection in projections {
+            handles.push(projection.start(surroundings.clone()).await?);
         }
         let writer = Writer::start(store.clone(), WriterOptions::default(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())

@@ -30,6 +30,7 @@ pub(crate) mod sqlite;
 mod writer;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -320,4 +321,28 @@ pub trait EventStore: Send + Sync + 'static {
         age: std::time::Duration,
         limit: usize,
     ) -> BoxFuture<'_, Result<usize, StoreError>>;
+}
+
+/// What [`Builder::store`](crate::runtime::Builder::store) takes: a store, or one that is shared already.
+pub trait IntoEventStore {
+    /// The store, shared.
+    fn into_event_store(self) -> Arc<dyn EventStore>;
+}
+
+impl<S: EventStore> IntoEventStore for S {
+    fn into_event_store(self) -> Arc<dyn EventStore> {
+        Arc::new(self)
+    }
+}
+
+impl<S: EventStore> IntoEventStore for Arc<S> {
+    fn into_event_store(self) -> Arc<dyn EventStore> {
+        self
+    }
+}
+
+impl IntoEventStore for Arc<dyn EventStore> {
+    fn into_event_store(self) -> Arc<dyn EventStore> {
+        self
+    }
 }

@@ -103,6 +103,71 @@ impl Projection for Count {
         self.0.send_modify(|count| *count += 1);
         Ok(())
     }
+
+    async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
+        self.0.send_replace(0);
+        Ok(())
+    }
+}
+
+/// What a runtime hands out can be given to the next one; a bus that is shared, too.
+#[tokio::test]
+async fn a_shared_store_and_bus_are_taken_as_they_are() {
+    let bus: std::sync::Arc<dyn EventBus> = std::sync::Arc::new(LocalBus::new());
+    let first = Runtime::builder().store(MemoryStore::new()).bus(bus.clone()).aggregate::<Account>();
+    let first = first.start().await.unwrap();
+    assert_eq!(first.execute::<Account>(1, Deposit(5)).await.unwrap().reply, 5);
+    let store = first.store().clone();
+    first.shutdown().await.unwrap();
+    let second = Runtime::builder().store(store.clone()).bus(bus).aggregate::<Account>().start().await.unwrap();
+    assert!(std::sync::Arc::ptr_eq(second.store(), &store));
+    assert_eq!(second.execute::<Account>(1, Deposit(2)).await.unwrap().reply, 7);
+    second.shutdown().await.unwrap();
+    let typed = std::sync::Arc::new(MemoryStore::new());
+    let builder = Runtime::builder().store(typed).bus(std::sync::Arc::new(LocalBus::new()));
+    builder.start().await.unwrap().shutdown().await.unwrap();
+}
+
+/// A node ends with the tokio runtime that it was started in, and says so to whoever still has it.
+#[test]
+fn a_node_without_its_tokio_runtime_says_so() {
+    let dir = TempDir::new().unwrap();
+    let executor = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (first, second) = (executor(), executor());
+    let lookup =
+        storied::projection::Lookup::new("count", Filter::all(), |count: &mut u64, _: &RecordedEvent| {
+            *count += 1;
+            Ok(())
+        });
+    let node = first.block_on(async {
+        let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
+        let builder = Runtime::builder().store(store).aggregate::<Account>().lookup(&lookup);
+        let node = builder.start().await.unwrap();
+        node.execute::<Account>(1, Deposit(5)).await.unwrap();
+        node
+    });
+    drop(first);
+    second.block_on(async {
+        for _ in 0..3 {
+            let error = node.execute::<Account>(1, Deposit(5)).await.unwrap_err();
+            assert!(matches!(error, ExecuteError::ExecutorEnded) && !error.is_transient(), "{error}");
+            assert!(error.to_string().contains("tokio runtime"), "{error}");
+        }
+        let status = node.projection("count").unwrap().status();
+        assert_eq!(status.state, ProjectionState::Stopped);
+        let error = lookup.ready(Duration::from_secs(10)).await.unwrap_err();
+        assert!(error.to_string().contains("has ended"), "{error}");
+        let began = std::time::Instant::now();
+        // Whatever it says: it has an end.
+        let _ = node.shutdown_within(Duration::from_secs(5)).await;
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        // The lookup is free for the next node.
+        let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
+        let node = Runtime::builder().store(store).lookup(&lookup).start().await.unwrap();
+        lookup.ready(Duration::from_secs(10)).await.unwrap();
+        assert_eq!(lookup.read(|count| *count), 1);
+        node.shutdown().await.unwrap();
+    });
 }
 
 /// A shop's files.
@@ -170,7 +235,7 @@ async fn what_was_executed_can_be_read() {
     let status = runtime.status().await;
     assert_eq!(status.frontier.unwrap(), Position::new(50));
     assert_eq!(status.projections["ledger"].state, ProjectionState::Following);
-    assert_eq!(status.projections["ledger"].lag(), 0);
+    assert_eq!(status.projections["ledger"].lag(), Some(0));
     assert_eq!(status.aggregates[0].live, 5);
     assert_eq!((status.writer.events, status.stall.unwrap()), (50, None));
     assert_eq!(status.leases.unwrap()[0].lease.name, "projection/ledger");

@@ -140,6 +140,10 @@ impl Projection for Seen {
         let AccountEvent::Entered { .. } = event.decode()?;
         self.0.send(event.id).map_err(|_| "nobody waits".into())
     }
+
+    async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
+        Ok(())
+    }
 }
 
 async fn append(store: &Store, plan: &Plan, n: usize) -> (Instant, Uuid) {

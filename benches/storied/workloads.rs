@@ -104,6 +104,11 @@ impl Projection for Bytes {
         self.0 += text.len();
         Ok(())
     }
+
+    async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
+        self.0 = 0;
+        Ok(())
+    }
 }
 
 pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {

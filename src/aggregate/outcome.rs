@@ -175,6 +175,11 @@ pub enum ExecuteError<E> {
     /// This runtime is shutting down and takes no commands; nothing happened. Another one may.
     #[error("the runtime is shutting down and takes no more commands")]
     ShuttingDown,
+    /// The tokio runtime in which this node was started has ended, and the node with it; nothing happened.
+    #[error(
+        "the tokio runtime in which this node was started has ended; start a new node with Runtime::builder() in a tokio runtime that lives as long"
+    )]
+    ExecutorEnded,
 }
 
 impl<E> ExecuteError<E> {
@@ -226,6 +231,7 @@ impl<E> ExecuteError<E> {
             ExecuteError::IdAhead { .. } => "id_ahead",
             ExecuteError::Failed { .. } => "failed",
             ExecuteError::ShuttingDown => "shutting_down",
+            ExecuteError::ExecutorEnded => "executor_ended",
         }
     }
 

@@ -97,7 +97,7 @@ impl<A: Aggregate> Router<A> {
         options: AggregateOptions<A>,
         supervisor: ActorCell,
     ) -> Result<Self, StartRouterError> {
-        let admission = Arc::new(Semaphore::new(options.in_flight.min(Semaphore::MAX_PERMITS)));
+        let admission = Arc::new(Semaphore::new(options.in_flight));
         let live = Arc::new(AtomicUsize::new(0));
         let snapshots = Arc::new(Semaphore::new(SNAPSHOTS_UNDER_WAY));
         let shared =
@@ -302,7 +302,7 @@ impl<A: Aggregate> RouterActor<A> {
         let mut message = order;
         if let Some(entry) = state.entries.get_mut(&stream) {
             entry.last_used = now;
-            let limit = self.shared.options.in_flight_each;
+            let limit = self.shared.options.in_flight_each();
             if entry.load.load(Ordering::Relaxed) >= limit {
                 let error =
                     ExecuteError::Overloaded { what: "commands under way on one aggregate".into(), limit };

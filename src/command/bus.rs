@@ -20,6 +20,7 @@ use super::{Dispatched, ExecuteError};
 use crate::codec::to_cbor;
 use crate::event::{EncodeError, Metadata, Position};
 use crate::future::BoxFuture;
+use crate::supervised::Task;
 use crate::telemetry::Metrics;
 
 #[cfg(feature = "nats")]
@@ -166,6 +167,8 @@ pub(crate) struct Commands {
     follow: OnceLock<Box<dyn Follow>>,
     /// Set when the end begins: only what handlers have begun may give commands.
     closing: AtomicBool,
+    /// Ends with the tokio runtime in which the node was started.
+    executor: Task,
     #[cfg(feature = "nats")]
     nats: OnceLock<NatsNode>,
 }
@@ -187,6 +190,7 @@ impl Commands {
             registry: OnceLock::new(),
             follow: OnceLock::new(),
             closing: AtomicBool::new(false),
+            executor: Task::spawn(std::future::pending()),
             #[cfg(feature = "nats")]
             nats: OnceLock::new(),
         })
@@ -272,6 +276,9 @@ impl Commands {
     ) -> Result<Way, ExecuteError<E>> {
         if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
             return Err(ExecuteError::ShuttingDown);
+        }
+        if self.executor.is_finished() {
+            return Err(ExecuteError::ExecutorEnded);
         }
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {

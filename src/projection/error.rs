@@ -68,6 +68,16 @@ pub enum WaitError {
         /// What went wrong.
         error: String,
     },
+    /// No runtime of this process has started it.
+    #[error(
+        "lookup {name} did not start within {waited:?}; register it with Runtime::builder().lookup(…) and start the runtime"
+    )]
+    NotStarted {
+        /// The lookup.
+        name: String,
+        /// How long the caller waited.
+        waited: Duration,
+    },
     /// It was stopped, and the runtime with it.
     #[error("projection {name} has ended")]
     Stopped {

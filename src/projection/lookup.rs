@@ -7,9 +7,9 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
-use super::{ApplyError, InMemory, Projection, ProjectionHandle, Snapshots, WaitError};
+use super::{ApplyError, InMemory, Projection, ProjectionHandle, SharedState, Snapshots, WaitError};
 use crate::event::{EncodeError, RecordedEvent};
 use crate::store::Filter;
 use crate::time::after;
@@ -18,7 +18,8 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 
 /// What events say, held in memory on this node for quick answers: which customer has this e-mail address, how many are left.
 ///
-/// Register it with [`Builder::lookup`](crate::runtime::Builder::lookup), keep a clone to read from. It follows the log like
+/// Register it with [`Builder::lookup`](crate::runtime::Builder::lookup), keep a clone to read from. Every runtime that starts
+/// with it empties the index first and builds it from the log; one runtime at a time can run it. It follows the log like
 /// every projection, so it may be a moment behind: it answers questions, it does not keep a promise that something is unique.
 ///
 /// ```
@@ -79,7 +80,7 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
 
     /// Keeps a snapshot of the index every `events` events, so that it is not built from the start of the log at every start: as
     /// [`InMemory::snapshot_every`], and with the same meaning of `revision`: raise it with every change of `T` or of the fold.
-    /// Off by default.
+    /// Default: off. Range of `events`: at least 1.
     #[must_use]
     pub fn snapshot_every(self, events: u64, revision: u32) -> Self
     where
@@ -98,14 +99,15 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
     /// Waits until it knows everything that is in the log now, for at most `patience`. Cancel-safe.
     ///
     /// # Errors
-    /// As [`ProjectionHandle::wait_until_live`]; and when it is not running on any node of this process by then.
+    /// As [`ProjectionHandle::wait_until_live`]; and [`NotStarted`](WaitError::NotStarted) if no runtime of this process has
+    /// started it by then.
     pub async fn ready(&self, patience: Duration) -> Result<(), WaitError> {
         let deadline = after(patience);
         let mut handle = self.inner.handle.subscribe();
-        let running = timeout(patience, handle.wait_for(Option::is_some)).await;
+        let running = timeout_at(deadline, handle.wait_for(Option::is_some)).await;
         // The sender is here, so that there is no other error.
         let Some(handle) = running.ok().and_then(Result::ok).and_then(|handle| handle.clone()) else {
-            return Err(WaitError::Stopped { name: self.inner.name.clone() });
+            return Err(WaitError::NotStarted { name: self.inner.name.clone(), waited: patience });
         };
         handle.wait_until_live(deadline.saturating_duration_since(Instant::now())).await
     }
@@ -113,6 +115,11 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
     /// It runs, as this projection.
     pub(crate) fn runs(&self, handle: &ProjectionHandle) {
         self.inner.handle.send_replace(Some(handle.clone()));
+    }
+
+    /// The index, which one runtime at a time may fold into.
+    pub(crate) fn shared_state(&self) -> SharedState {
+        SharedState::of(&self.inner)
     }
 
     pub(crate) fn read_model(&self) -> InMemory {

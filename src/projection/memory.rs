@@ -8,6 +8,10 @@ use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEve
 /// A read model in the projection's own memory: every node builds its own at every start, from the start of the log, or from
 /// where its last [snapshot](Self::snapshot_every) was taken.
 ///
+/// The projection must implement [`reset`](super::Projection::reset): it is called at every start before the first event, so that
+/// a state which outlives its runtime, as one behind an [`Arc`], is empty again. A projection without it stands still. Two runtimes
+/// of one process need a state each; storied notices a shared one only with snapshots.
+///
 /// Nothing can be rolled back there, so an `apply` or `reset` that may fail should do so before it changes anything. With snapshots it must:
 /// what it has changed is saved, and there after a restart.
 #[derive(Debug, Default)]
@@ -29,11 +33,12 @@ impl InMemory {
         Self::default()
     }
 
-    /// Keeps a snapshot of `state` in the event store every `events` events that are applied (at least 1), and at an orderly end,
-    /// so that the next start goes on from there and not from the beginning of the log. What passes the filter counts: with a rare
-    /// one, a start looks through what came since. Off by default.
+    /// Keeps a snapshot of `state` in the event store every `events` events that are applied, and at an orderly end, so that the
+    /// next start goes on from there and not from the beginning of the log. What passes the filter counts: with a rare one, a
+    /// start looks through what came since. Default: off. Range of `events`: at least 1.
     ///
-    /// `state` is what the projection and its readers share, and all that `apply` changes; an `Arc<RwLock<T>>` of a serde type
+    /// `state` is what the projection and its readers share, and all that `apply` changes. One runtime of a process at a time
+    /// folds into it; a second one does not start. An `Arc<RwLock<T>>` of a serde type
     /// will do. `revision` names its shape: raise it with every change of the type, or of what `apply` makes of an event, also
     /// of one that it did not know before and passed over. A
     /// snapshot of another revision, or of another filter, or one that cannot be loaded or is ahead of the log, is of no use: a
@@ -67,6 +72,10 @@ impl InMemory {
     ///     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
     ///         let Sale::Made { country, pence } = event.decode()?;
     ///         *self.0.write().map_err(|_| "poisoned")?.entry(country).or_default() += pence;
+    ///         Ok(())
+    ///     }
+    ///     async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
+    ///         self.0.write().map_err(|_| "poisoned")?.clear();
     ///         Ok(())
     ///     }
     /// }

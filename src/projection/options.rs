@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use super::Start;
+use crate::invalid_option::{InvalidOption, at_least, within};
 use crate::lease;
 
 /// What becomes of an event that cannot be applied.
@@ -77,6 +79,7 @@ pub struct ProjectionOptions {
     pub(super) lease: Duration,
     pub(super) schedule: Schedule,
     pub(crate) follow: FollowMode,
+    pub(crate) start: Option<Start>,
 }
 
 impl Default for ProjectionOptions {
@@ -91,6 +94,7 @@ impl Default for ProjectionOptions {
             lease: Duration::from_secs(6),
             schedule: Schedule::Immediate,
             follow: FollowMode::Feed,
+            start: None,
         }
     }
 }
@@ -102,18 +106,18 @@ impl ProjectionOptions {
         Self::default()
     }
 
-    /// How many events at most are applied in one transaction, and read at a time. 500 by default, at least 1. How many they are
-    /// adapts to [`batch_time`](Self::batch_time), from 50 on; at the tip of the log it is whatever has gathered.
+    /// How many events at most are applied in one transaction, and read at a time. Default: 500. Range: 1 to 100,000. How many
+    /// they are adapts to [`batch_time`](Self::batch_time), from 50 on; at the tip of the log it is whatever has gathered.
     #[must_use]
     pub fn batch_size(mut self, events: usize) -> Self {
-        self.batch = events.max(1);
+        self.batch = events;
         self
     }
 
     /// How long a transaction is to take: a full batch that took less than half of that makes the next one twice as large (up to
     /// [`batch_size`](Self::batch_size)), one that took longer makes it half as large (down to one event). So what is slow to
-    /// apply commits often, holds no lock for long and repeats little after a failure, and what is quick pays for few commits. 250
-    /// ms by default.
+    /// apply commits often, holds no lock for long and repeats little after a failure, and what is quick pays for few commits.
+    /// Default: 250 ms. Range: any; with zero, one event a transaction.
     #[must_use]
     pub fn batch_time(mut self, target: Duration) -> Self {
         self.batch_time = target;
@@ -121,18 +125,19 @@ impl ProjectionOptions {
     }
 
     /// How often a failing event is tried in all before [`on_failure`](Self::on_failure) decides. Bytes that do not decode
-    /// are tried once: they never will. 5 by default, at least 1.
+    /// are tried once: they never will. Default: 5. Range: at least 1.
     #[must_use]
     pub fn attempts(mut self, attempts: u32) -> Self {
-        self.attempts = attempts.max(1);
+        self.attempts = attempts;
         self
     }
 
-    /// How long to wait after the first failure, and at most after many: the wait doubles, with jitter. 50 ms and 5 s by
-    /// default. Failures of the store or the read model wait as long, but never give up.
+    /// How long to wait after the first failure, and at most after many: the wait doubles, with jitter. Failures of the store
+    /// or the read model wait as long, but never give up. Default: 50 ms and 5 s. Range: at least 1 ms, and `max` not less than
+    /// `first`; more than 30 years counts as 30 years.
     #[must_use]
     pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
-        self.backoff = (first, max.max(first));
+        self.backoff = (first, max);
         self
     }
 
@@ -158,18 +163,41 @@ impl ProjectionOptions {
         self
     }
 
-    /// When it applies what has come. [`Schedule::Immediate`] by default.
+    /// When it applies what has come. Default: [`Schedule::Immediate`]. Range of its times: any; more than 30 years counts as
+    /// 30 years.
     #[must_use]
     pub fn schedule(mut self, schedule: Schedule) -> Self {
         self.schedule = schedule;
         self
     }
 
-    /// For a read model that all nodes share: how long after the death of the owning node another one takes over. 6 s by
-    /// default, at least 50 ms and at most a day.
+    /// For a read model that all nodes share: how long after the death of the owning node another one takes over. Default:
+    /// 6 s. Range: 50 ms to 1 day.
     #[must_use]
     pub fn lease(mut self, ttl: Duration) -> Self {
-        self.lease = lease::bounded(ttl);
+        self.lease = ttl;
         self
+    }
+
+    /// Where in the log the projection begins. It counts when a projection of this name runs for the first time, and is kept
+    /// beside its checkpoints: from then on no reset, rebuild, other partition or later value of this option applies an event
+    /// before it. Where nothing is kept ([`InMemory`](super::InMemory)), it is found again at every start of the node.
+    ///
+    /// Default: [`Start::Beginning`]. [`External`](super::External) has no default on a log that has events: they may have been
+    /// acted upon in another way, so the runtime does not start without this option.
+    #[must_use]
+    pub fn start(mut self, start: Start) -> Self {
+        self.start = Some(start);
+        self
+    }
+
+    /// Checks every value against its range.
+    pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
+        within("ProjectionOptions::batch_size", self.batch, 1..=100_000)?;
+        at_least("ProjectionOptions::attempts", self.attempts, 1)?;
+        let (first, max) = self.backoff;
+        at_least("ProjectionOptions::backoff (first)", first, Duration::from_millis(1))?;
+        at_least("ProjectionOptions::backoff (max)", max, first)?;
+        lease::check("ProjectionOptions::lease", self.lease)
     }
 }

@@ -152,6 +152,11 @@ impl Shape {
         format!("order/{}", self.name)
     }
 
+    /// A checkpoint whose position is the last that is never applied; its mark is 1 once that is found.
+    pub(super) fn start(&self) -> String {
+        format!("start/{}", self.name)
+    }
+
     /// The checkpoint, in the event store, of how far it is to go when it is triggered by hand; whose mark counts how often it was.
     pub(super) fn goal(&self) -> String {
         format!("goal/{}", self.name)
@@ -336,6 +341,7 @@ mod tests {
                 shape.record(),
                 shape.request("reset"),
                 shape.goal(),
+                shape.start(),
                 delivered(&shape.row(None, 0)),
                 "publisher".into(),
             ] {

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::ApplyError;
+use super::{ApplyError, SharedState};
 use crate::codec::{fingerprint, from_cbor, to_cbor};
 use crate::event::{EventName, Position, StreamId, Version};
 use crate::panic::panic_text;
@@ -73,22 +73,42 @@ pub struct Snapshots {
 
 impl Snapshots {
     pub(super) fn new(every: u64, revision: u32, state: Arc<dyn SnapshotState>) -> Self {
-        Self { every: every.max(1), revision, state }
+        Self { every, revision, state }
+    }
+
+    /// Number of events between two snapshots.
+    pub(crate) fn every(&self) -> u64 {
+        self.every
+    }
+
+    /// The state, which one projection at a time may fold into.
+    pub(crate) fn shared_state(&self) -> SharedState {
+        SharedState::of(&self.state)
     }
 
     /// The state as it is, with what it is a state of.
-    pub(super) fn pack(&self, filter: &Filter, parked: &[ParkedEvent]) -> Result<Vec<u8>, String> {
+    pub(super) fn pack(
+        &self,
+        filter: &Filter,
+        floor: Position,
+        parked: &[ParkedEvent],
+    ) -> Result<Vec<u8>, String> {
         let state = contained(|| self.state.save())?;
         let parked = parked.iter().map(PackedEvent::from).collect();
-        let packed = Packed { state, filter: fingerprint_of(filter)?, parked };
+        let packed = Packed { state, filter: fingerprint_of(filter, floor)?, parked };
         to_cbor(&packed).map_err(|error| error.to_string())
     }
 
     /// Loads the state; the events that are parked in it.
-    pub(super) fn unpack(&self, snapshot: &[u8], filter: &Filter) -> Result<Vec<ParkedEvent>, String> {
+    pub(super) fn unpack(
+        &self,
+        snapshot: &[u8],
+        filter: &Filter,
+        floor: Position,
+    ) -> Result<Vec<ParkedEvent>, String> {
         let packed: Packed = from_cbor(snapshot)?;
-        if packed.filter != fingerprint_of(filter)? {
-            return Err("the projection had another filter".into());
+        if packed.filter != fingerprint_of(filter, floor)? {
+            return Err("the projection had another filter, or another start".into());
         }
         let parked = packed.parked.into_iter().map(ParkedEvent::try_from).collect::<Result<_, _>>()?;
         // Last: whatever else is wrong with it, the state is as it was.
@@ -119,8 +139,8 @@ pub(super) fn place(projection: &str) -> Option<StreamId> {
     StreamId::reserved("@projection", projection).ok()
 }
 
-/// What tells filters apart.
-fn fingerprint_of(filter: &Filter) -> Result<Vec<u8>, String> {
+/// What tells filters and start positions apart.
+fn fingerprint_of(filter: &Filter, floor: Position) -> Result<Vec<u8>, String> {
     let names = filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect::<Vec<_>>());
     let categories = filter
         .wanted_categories()
@@ -129,7 +149,11 @@ fn fingerprint_of(filter: &Filter) -> Result<Vec<u8>, String> {
         filter.wanted_streams().map(|streams| streams.iter().map(ToString::to_string).collect::<Vec<_>>());
     let streams = streams.as_ref().map(|streams| streams.iter().map(String::as_str).collect::<Vec<_>>());
     // By name: the order of a list does not count.
-    let all = BTreeMap::from([("names", names), ("categories", categories), ("streams", streams)]);
+    let mut all = BTreeMap::from([("names", names), ("categories", categories), ("streams", streams)]);
+    let floor = (floor > Position::START).then(|| floor.to_string());
+    if let Some(floor) = &floor {
+        all.insert("floor", Some(vec![floor]));
+    }
     let fingerprint = fingerprint(&all).map_err(|error| error.to_string())?;
     Ok(fingerprint.to_be_bytes().into())
 }
@@ -224,9 +248,9 @@ mod tests {
     #[test]
     fn comes_back_as_it_was() {
         let (state, snapshots) = snapshots();
-        let bytes = snapshots.pack(&filter(), &[parked()]).unwrap();
+        let bytes = snapshots.pack(&filter(), Position::START, &[parked()]).unwrap();
         *state.write().unwrap() = Vec::new();
-        assert_eq!(snapshots.unpack(&bytes, &filter()).unwrap(), [parked()]);
+        assert_eq!(snapshots.unpack(&bytes, &filter(), Position::START).unwrap(), [parked()]);
         assert_eq!(*state.read().unwrap(), [1, 2, 300]);
         // On people's disks.
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -253,9 +277,9 @@ mod tests {
         ];
         let (_, snapshots) = snapshots();
         for one in &filters {
-            let bytes = snapshots.pack(one, &[]).unwrap();
+            let bytes = snapshots.pack(one, Position::START, &[]).unwrap();
             for other in &filters {
-                assert_eq!(snapshots.unpack(&bytes, other).is_ok(), one == other, "{one:?} and {other:?}");
+                assert_eq!(snapshots.unpack(&bytes, other, Position::START).is_ok(), one == other, "{one:?} and {other:?}");
             }
         }
     }
@@ -263,25 +287,25 @@ mod tests {
     #[test]
     fn nothing_is_saved_that_a_panic_may_have_left_half_changed() {
         let (state, snapshots) = snapshots();
-        let bytes = snapshots.pack(&filter(), &[]).unwrap();
+        let bytes = snapshots.pack(&filter(), Position::START, &[]).unwrap();
         let panicked = catch_unwind(AssertUnwindSafe(|| {
             let mut state = state.write().unwrap();
             state.push(4);
             panic!("on purpose");
         }));
         assert!(panicked.is_err());
-        assert_eq!(snapshots.pack(&filter(), &[]).unwrap_err(), POISONED);
-        snapshots.unpack(&bytes, &filter()).unwrap();
+        assert_eq!(snapshots.pack(&filter(), Position::START, &[]).unwrap_err(), POISONED);
+        snapshots.unpack(&bytes, &filter(), Position::START).unwrap();
         assert_eq!(*state.read().unwrap(), [1, 2, 300]);
     }
 
     #[test]
     fn whatever_the_bytes_are_there_is_no_panic_and_what_is_refused_changes_nothing() {
         let (state, snapshots) = snapshots();
-        let seed = snapshots.pack(&filter(), &[parked()]).unwrap();
+        let seed = snapshots.pack(&filter(), Position::START, &[parked()]).unwrap();
         crate::fuzz::fuzz("a projection's snapshot", vec![seed], |bytes| {
             *state.write().unwrap() = vec![42];
-            let read = snapshots.unpack(bytes, &filter());
+            let read = snapshots.unpack(bytes, &filter(), Position::START);
             assert!(read.is_ok() || *state.read().unwrap() == [42]);
             read.map_or_else(|error| error, |parked| parked.len().to_string())
         });

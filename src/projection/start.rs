@@ -9,7 +9,7 @@ use super::group::{Group, Seat, sum};
 use super::handle::{Grouped, ProjectionHandle, Working};
 use super::shape::Shape;
 use super::worker::{Instance, Part, ProjectionWork, Role, Surroundings};
-use super::{Projection, ProjectionOptions, ReadModel, Target};
+use super::{Projection, ProjectionOptions, ReadModel, StateClaim, Target};
 use crate::partition::Partition;
 use crate::store::Filter;
 use crate::supervised::Supervised;
@@ -51,6 +51,7 @@ pub(crate) async fn spawn<P, R>(
     filter: Filter,
     read_model: R,
     options: ProjectionOptions,
+    claim: Option<StateClaim>,
     surroundings: Surroundings,
 ) -> Result<ProjectionHandle, SpawnErr>
 where
@@ -59,7 +60,7 @@ where
 {
     let name = made.with_one(|projection| projection.name().to_owned());
     let read_model = Arc::new(read_model);
-    let start = async |instance, part: Part| {
+    let start = async |instance, part: Part, claim| {
         let surroundings = surroundings.clone();
         let supervisor = surroundings.supervisor.clone();
         let (work, status) = ProjectionWork::new(
@@ -68,6 +69,7 @@ where
             read_model.clone(),
             options.clone(),
             part,
+            claim,
             surroundings,
         );
         Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
@@ -82,13 +84,13 @@ where
     let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
     match made {
         Made::Once(projection) => {
-            parts.push(start(Instance::fixed(projection), part(Role::Live, None)).await?);
+            parts.push(start(Instance::fixed(projection), part(Role::Live, None), claim).await?);
         }
         Made::Versioned(make) => {
             let made = || instance(&make, Partition::whole());
-            parts.push(start(made(), part(Role::Live, None)).await?);
+            parts.push(start(made(), part(Role::Live, None), claim).await?);
             if switches {
-                rebuilds.push(start(made(), part(Role::Rebuild, None)).await?);
+                rebuilds.push(start(made(), part(Role::Rebuild, None), None).await?);
             }
         }
         Made::Partitioned(count, make) => {
@@ -96,9 +98,9 @@ where
                 let permit = watch::Sender::new(false);
                 let permitted = || Some((partition, permit.subscribe()));
                 let made = || instance(&make, partition);
-                let live = start(made(), part(Role::Live, permitted())).await?;
+                let live = start(made(), part(Role::Live, permitted()), None).await?;
                 if switches {
-                    rebuilds.push(start(made(), part(Role::Rebuild, permitted())).await?);
+                    rebuilds.push(start(made(), part(Role::Rebuild, permitted()), None).await?);
                 }
                 seats.push(Seat { partition, permit, status: live.status.clone() });
                 parts.push(live);

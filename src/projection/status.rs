@@ -55,10 +55,11 @@ impl ProjectionState {
 pub struct ProjectionStatus {
     /// What it is doing.
     pub state: ProjectionState,
-    /// Everything up to here is applied.
+    /// Everything up to here is applied. [`Position::START`] until the checkpoint is read.
     pub position: Position,
-    /// The last event of the log that this node knows of.
-    pub head: Position,
+    /// The high-water mark of the log as this node last read it; `None` until this node has read it since the start.
+    /// `Some(Position::START)` is an empty log.
+    pub head: Option<Position>,
     /// When the oldest event was recorded that is not applied yet, by the clock of the store; `None` at the head. Between two
     /// reads it is that of the last event that was applied, and right after the node noticed that it is behind, that moment: the
     /// node looks within a second, or where it is on standby, whenever it looks how far the owner is.
@@ -84,6 +85,8 @@ pub struct ProjectionStatus {
     pub(super) fits: bool,
     /// Whether nobody wants what it would do.
     pub(super) dormant: bool,
+    /// Whether the checkpoint was read, so that the position means something.
+    pub(super) located: bool,
     /// Since when, and from where, this node sees it move.
     pub(super) measured: Option<(Instant, Position)>,
 }
@@ -108,7 +111,7 @@ impl ProjectionStatus {
         Self {
             state: state.unwrap_or(ProjectionState::Starting),
             position: all().map(|status| status.position).min().unwrap_or_default(),
-            head: all().map(|status| status.head).max().unwrap_or_default(),
+            head: all().map(|status| status.head).collect::<Option<Vec<_>>>().and_then(|heads| heads.into_iter().max()),
             behind_since: all().filter_map(|status| status.behind_since).min(),
             epoch: 0,
             events_applied: all().map(|status| status.events_applied).sum(),
@@ -119,6 +122,7 @@ impl ProjectionStatus {
             fits: all().all(|status| status.fits),
             version: all().map(|status| status.version).max().unwrap_or(0),
             dormant: all().all(|status| status.dormant),
+            located: all().all(|status| status.located),
             measured: None,
             partitions,
         }
@@ -128,7 +132,7 @@ impl ProjectionStatus {
         Self {
             state: ProjectionState::Starting,
             position: Position::START,
-            head: Position::START,
+            head: None,
             behind_since: None,
             epoch: 0,
             events_applied: 0,
@@ -140,26 +144,36 @@ impl ProjectionStatus {
             fits: false,
             version: 0,
             dormant: false,
+            located: false,
             measured: None,
         }
     }
 
-    /// How far it is behind, in positions of the log. Some may be empty, and some not for this projection: 0 is exact, more
-    /// is an upper bound of the events.
-    pub fn lag(&self) -> u64 {
-        self.head.get().saturating_sub(self.position.get())
+    /// How far it is from the head, in positions of the log; `None` until this node has read both its checkpoint and the
+    /// high-water mark since the start.
+    ///
+    /// Some positions are empty, and some events are not for this projection. `Some(0)` is exact: everything up to
+    /// [`head`](Self::head) is applied. More is an upper bound of the events.
+    pub fn lag(&self) -> Option<u64> {
+        let head = self.head.filter(|_| self.located)?;
+        Some(head.get().saturating_sub(self.position.get()))
     }
 
-    /// How far it is behind in time: the age of the oldest event that is not applied yet, zero at the head. As good as
-    /// [`behind_since`](Self::behind_since), and as the clocks of the store and of this node agree.
-    pub fn lag_time(&self) -> Duration {
-        self.behind_since.map_or(Duration::ZERO, |since| (Utc::now() - since).to_std().unwrap_or_default())
+    /// How far it is from the head in time: the age of the oldest event that is not applied yet, zero at the head; `None` as
+    /// long as [`lag`](Self::lag) is. As good as [`behind_since`](Self::behind_since), and as the clocks of the store and of
+    /// this node agree.
+    pub fn lag_time(&self) -> Option<Duration> {
+        self.lag()?;
+        let age = |since: DateTime<Utc>| (Utc::now() - since).to_std().unwrap_or_default();
+        Some(self.behind_since.map_or(Duration::ZERO, age))
     }
 
     /// It is at `position`, and `oldest` is when the first event behind that was recorded, or one before it, where that is known.
     pub(super) fn moved_to(&mut self, position: Position, oldest: Option<DateTime<Utc>>) {
         self.position = position;
-        self.head = self.head.max(position);
+        self.located = true;
+        // A head that was read is never below what is applied.
+        self.head = self.head.map(|head| head.max(position));
         if oldest.is_some() {
             self.behind_since = oldest;
         }
@@ -168,12 +182,12 @@ impl ProjectionStatus {
 
     /// The log goes as far as `head`.
     pub(super) fn knows_of(&mut self, head: Position) {
-        self.head = self.head.max(head);
+        self.head = self.head.max(Some(head));
         self.tell_behind();
     }
 
     fn tell_behind(&mut self) {
-        if self.position >= self.head {
+        if self.lag().is_none_or(|lag| lag == 0) {
             self.behind_since = None;
         } else {
             // Until it is looked for.
@@ -206,7 +220,7 @@ impl RebuildStatus {
         let parts = || parts.iter().filter(|status| !status.dormant && status.version > 0);
         let version = parts().map(|status| status.version).max()?;
         let done: u64 = parts().map(|status| status.position.get()).sum();
-        let of: u64 = parts().map(|status| status.head.max(status.position).get()).sum();
+        let of: u64 = parts().map(|status| status.head.unwrap_or_default().max(status.position).get()).sum();
         let pace = |status: &ProjectionStatus| {
             let (since, from) = status.measured?;
             let moved = status.position.get().saturating_sub(from.get());

@@ -3,7 +3,9 @@
 mod apply;
 mod batch;
 mod context;
+mod floor;
 mod input;
+mod memory;
 mod orders;
 mod ownership;
 mod reading;
@@ -46,6 +48,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often a partition does: on other nodes somebody may wait for all partitions, most of which have nothing to do with what
 /// happened.
 const PARTITION_TICK: Duration = Duration::from_millis(200);
+
+/// Interval between two looks at the head of the log until it is known.
+const HEAD_TICK: Duration = Duration::from_millis(50);
 
 /// How long what was asked of the nodes is left alone after it could not be done for now: the projection goes on meanwhile.
 const REQUESTS_AGAIN: Duration = Duration::from_secs(30);
@@ -384,6 +389,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn create(&mut self) -> Result<(), StoreError> {
         if !self.prepared {
             self.read_model.prepare(&self.context.store, &self.row).await?;
+            self.empty_memory().await?;
             self.load_snapshot().await?;
             self.prepared = true;
             self.context.status.send_modify(|status| status.prepared = true);
@@ -420,7 +426,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     /// What is due now and then.
     async fn tick(&mut self) {
         let others_wait = self.context.partition.is_some() || self.context.role == Role::Rebuild;
-        self.tick_at = Instant::now() + if others_wait { PARTITION_TICK } else { TICK };
+        let every = match self.context.status.borrow().head {
+            // The lag is unknown until then, though nothing may have to be read.
+            None => HEAD_TICK,
+            Some(_) if others_wait => PARTITION_TICK,
+            Some(_) => TICK,
+        };
+        self.tick_at = Instant::now() + every;
         // What the board showed when this was last told something may have been passed over as too old.
         self.look().await;
         let loss = self.lease.as_ref().map(HeldLease::loss);
@@ -428,7 +440,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             biased;
             () = async {
                 self.flush().await;
-                self.knows_of(self.context.feed.position());
+                if let Some(head) = self.context.feed.status().position {
+                    self.knows_of(head);
+                }
                 if self.lease.is_some() || !self.read_model.shared() {
                     self.date().await;
                 }
@@ -456,7 +470,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
 
     fn knows_of(&self, head: Position) {
         self.context.status.send_if_modified(|status| {
-            let news = head > status.head;
+            let news = Some(head) > status.head;
             status.knows_of(head);
             news
         });
@@ -476,7 +490,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn date(&mut self) {
         let (position, behind) = {
             let status = self.context.status.borrow();
-            (status.position, status.lag() > 0)
+            (status.position, status.lag().is_some_and(|lag| lag > 0))
         };
         if !behind || self.pending.is_some() || self.dated == Some(position) || self.dormant {
             return;

@@ -104,7 +104,7 @@ impl PublisherWork {
             bus: bus.name(),
             state: PublisherState::Starting,
             published: None,
-            head: Position::START,
+            head: None,
             last_error: None,
         });
         (Self { shared: Arc::new(Shared { store, bus, options, node, metrics, status }) }, receiver)
@@ -306,6 +306,7 @@ impl Turn<'_> {
             };
             let (upto, head, something) = (stretch.upto, stretch.head, !stretch.batches.is_empty());
             let more = upto < head;
+            shared.status.send_if_modified(|status| status.head.replace(head) != Some(head));
             if something {
                 if more {
                     appended.mark_unchanged();
@@ -392,7 +393,6 @@ impl Turn<'_> {
         self.save().await?;
         shared.status.send_modify(|status| {
             status.published = Some(self.end.position);
-            status.head = status.head.max(self.end.position);
         });
         Ok(())
     }
@@ -403,7 +403,6 @@ impl Turn<'_> {
         stretch: Stretch,
     ) -> Result<(), Interruption> {
         let status = &self.shared.status;
-        status.send_modify(|status| status.head = stretch.head);
         for batch in stretch.batches {
             let sending = self.shared.begin(&batch);
             let end = tokio::select! {

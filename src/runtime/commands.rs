@@ -10,6 +10,7 @@ use super::supervisor::Supervisor;
 use crate::command::{Commands, Follow, Handler, HandlerOptions, HandlerRouter, Registry};
 use crate::event::{InvalidName, Position, check_name};
 use crate::future::BoxFuture;
+use crate::invalid_option::InvalidOption;
 use crate::projection::ProjectionHandle;
 use crate::store::EventStore;
 
@@ -22,6 +23,7 @@ const FORGET: usize = 1_000;
 /// What is known of a handler until the runtime starts.
 pub(super) struct HandlerRegistration {
     name: &'static str,
+    options: Result<(), InvalidOption>,
     start: Box<StartHandler>,
 }
 
@@ -30,6 +32,7 @@ type StartHandler = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, &Arc<Commands
 
 impl HandlerRegistration {
     pub(super) fn new<H: Handler>(handler: H, options: HandlerOptions) -> Self {
+        let checked = options.validate();
         let start =
             move |registry: &mut Registry, store, commands: &Arc<Commands>, supervisor: &Supervisor| {
                 let (commands, root) = (Arc::downgrade(commands), supervisor.cell());
@@ -38,7 +41,7 @@ impl HandlerRegistration {
                 registry.add_handler(router);
                 Ok(())
             };
-        Self { name: H::NAME, start: Box::new(start) }
+        Self { name: H::NAME, options: checked, start: Box::new(start) }
     }
 
     pub(super) fn start(
@@ -54,11 +57,12 @@ impl HandlerRegistration {
 
 /// Refuses handlers that commands could not be told apart for.
 pub(super) fn check(handlers: &[HandlerRegistration]) -> Result<(), StartError> {
-    for (index, HandlerRegistration { name, .. }) in handlers.iter().enumerate() {
+    for (index, HandlerRegistration { name, options, .. }) in handlers.iter().enumerate() {
         check_name("handler name", name).map_err(|error: InvalidName| StartError::HandlerName(error))?;
         if handlers[..index].iter().any(|other| other.name == *name) {
             return Err(StartError::SameHandler { name });
         }
+        options.clone()?;
     }
     Ok(())
 }

@@ -74,9 +74,9 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
     gauge(("storied.publisher.lag", "{position}", lag), |inner, observer| {
         let status = inner.publisher.status().borrow().clone();
         let publishes = matches!(status.state, PublisherState::Publishing | PublisherState::Retrying { .. });
-        if let Some(published) = status.published.filter(|_| publishes) {
+        if let (Some(published), Some(head), true) = (status.published, status.head, publishes) {
             let bus = KeyValue::new("storied.bus", status.bus);
-            observer.observe(status.head.get().saturating_sub(published.get()), &[bus]);
+            observer.observe(head.get().saturating_sub(published.get()), &[bus]);
         }
     });
     counter(
@@ -89,14 +89,18 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
         ("storied.projection.lag.time", "s", "Age of the oldest event that a projection has still to apply"),
         |inner, observer| {
             for (name, status) in projections(inner) {
-                observer.observe(status.lag_time().as_secs_f64(), &[name]);
+                if let Some(lag) = status.lag_time() {
+                    observer.observe(lag.as_secs_f64(), &[name]);
+                }
             }
         },
     );
     let lag = "Positions of the log that a projection has still to apply; an upper bound of the events";
     gauge(("storied.projection.lag", "{position}", lag), |inner, observer| {
         for (name, status) in projections(inner) {
-            observer.observe(status.lag(), &[name]);
+            if let Some(lag) = status.lag() {
+                observer.observe(lag, &[name]);
+            }
         }
     });
     counter(

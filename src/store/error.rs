@@ -61,6 +61,12 @@ pub enum StoreError {
     },
 }
 
+impl From<crate::invalid_option::InvalidOption> for StoreError {
+    fn from(error: crate::invalid_option::InvalidOption) -> Self {
+        Self::Invalid { reason: error.to_string() }
+    }
+}
+
 impl StoreError {
     /// Whether the same call may succeed later without anybody doing anything.
     pub fn is_transient(&self) -> bool {

@@ -37,6 +37,7 @@ use super::{
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::invalid_option::{DAY, InvalidOption, at_least, within};
 
 /// How a [`SqliteStore`] is opened.
 #[derive(Debug, Clone)]
@@ -87,33 +88,40 @@ impl SqliteOptions {
         self
     }
 
-    /// How many connections read at the same time, each with a thread of its own; at least 1. Default: 4.
+    /// How many connections read at the same time, each with a thread of its own. Default: 4. Range: 1 to 1,000.
     #[must_use]
     pub fn readers(mut self, readers: usize) -> Self {
-        self.readers = readers.max(1);
+        self.readers = readers;
         self
     }
 
-    /// How long to wait for the write lock while another process holds it. Default: 5 s.
+    /// How long to wait for the write lock while another process holds it. Default: 5 s. Range: at most 1 day.
     #[must_use]
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         self.busy_timeout = timeout;
         self
     }
 
-    /// How long a call waits for the calls of this process before it. Default: 30 s.
+    /// How long a call waits for the calls of this process before it. Default: 30 s. Range: at least 1 ms.
     #[must_use]
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.acquire_timeout = timeout;
         self
     }
 
+    fn validate(&self) -> Result<(), InvalidOption> {
+        within("SqliteOptions::readers", self.readers, 1..=1_000)?;
+        within("SqliteOptions::busy_timeout", self.busy_timeout, Duration::ZERO..=DAY)?;
+        at_least("SqliteOptions::acquire_timeout", self.acquire_timeout, Duration::from_millis(1))
+    }
+
     /// Opens the store, creating or migrating its tables if need be. Any number of processes may do so at once.
     ///
     /// # Errors
-    /// `Incompatible` when the file is no database, was made by a newer storied or with another codec; `Storage` when it
+    /// `Invalid` for a path that names no file or an option out of its range; `Incompatible` when the file is no database, was made by a newer storied or with another codec; `Storage` when it
     /// cannot be opened or written; `Unavailable` when others keep it locked.
     pub async fn open(self) -> Result<SqliteStore, StoreError> {
+        self.validate()?;
         let memory = ["", ":memory:"].iter().any(|name| self.path.as_os_str() == *name);
         if memory {
             let reason = format!("{:?} names no file; use MemoryStore for a store in memory", self.path);

@@ -114,7 +114,7 @@ impl Node {
         let bus = self.bus.clone();
         let metrics = Metrics::default();
         let surroundings = Surroundings { store, feed, node: self.id, bus, board, metrics, supervisor: None };
-        let handle = spawn(made, filter, read_model, options, surroundings).await;
+        let handle = spawn(made, filter, read_model, options, None, surroundings).await;
         let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         handle

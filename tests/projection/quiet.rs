@@ -38,7 +38,7 @@ async fn what_was_held_back_is_forgotten_with_the_ownership() {
     reach(&second, ProjectionState::Standby).await;
     let head = append(&store, 0, [1]).await;
     let appended = tokio::time::Instant::now();
-    eventually("it holds the event back", || first.status().lag() > 0).await;
+    eventually("it holds the event back", || first.status().lag() > Some(0)).await;
     link.mute.store(true, Ordering::SeqCst);
     reach(&second, ProjectionState::Following).await;
     catch_up(&second, head).await;

@@ -48,6 +48,7 @@ struct Sums {
     filter: Filter,
     hook: Hook,
     firm: bool,
+    resets: u32,
     state: Shared,
     /// How many events it was given.
     seen: Arc<AtomicU64>,
@@ -71,7 +72,9 @@ impl Projection for Sums {
     }
 
     async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
-        if self.firm {
+        // The first one is that of the start.
+        self.resets += 1;
+        if self.firm && self.resets > 1 {
             return Err("no".into());
         }
         *self.state.write().map_err(|_| "poisoned")? = State::default();
@@ -119,7 +122,7 @@ impl Trial {
     async fn start_with(&self, link: &Link, state: Shared, saved: Arc<impl SnapshotState>) -> Running {
         let seen = Arc::new(AtomicU64::new(0));
         let (filter, hook) = (self.filter.clone(), self.hook.clone());
-        let sums = Sums { filter, hook, firm: self.firm, state: state.clone(), seen: seen.clone() };
+        let sums = Sums { filter, hook, firm: self.firm, resets: 0, state: state.clone(), seen: seen.clone() };
         let store: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&store).await;
         let model = InMemory::new().snapshot_every(self.every, self.revision, saved);

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use storied::projection::{ApplyError, Delivery, External, InMemory, Projection};
+use storied::projection::{ApplyError, Delivery, External, InMemory, Projection, ProjectionOptions, Start};
 use storied::store::{Append, ExpectedVersion};
 use storied::{
     Aggregate, Context, Decision, EncodeError, Event, EventStore, Filter, Metadata, NewEvent,
@@ -83,6 +83,11 @@ impl Projection for Sums {
 
     async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
         add(&self.0, event)
+    }
+
+    async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
+        *self.0.lock().map_err(|_| "poisoned")? = Totals::default();
+        Ok(())
     }
 }
 
@@ -169,7 +174,10 @@ async fn catchup(store: PostgresStore, kept: bool, url: &str, events: usize) -> 
     let totals = Arc::new(Mutex::new(Totals::default()));
     let builder = Runtime::builder().store(store);
     let builder = match kept {
-        true => builder.projection(KeptSums(totals.clone()), External::new()),
+        true => {
+            let options = ProjectionOptions::new().start(Start::Beginning);
+            builder.projection_with(KeptSums(totals.clone()), External::new(), options)
+        }
         false => builder.projection(Sums(totals.clone()), InMemory::new()),
     };
     let start = Instant::now();

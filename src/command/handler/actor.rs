@@ -104,7 +104,7 @@ impl<H: Handler> HandlerRouter<H> {
         commands: Weak<Commands>,
         supervisor: ActorCell,
     ) -> Result<Self, SpawnErr> {
-        let admission = Arc::new(Semaphore::new(options.in_flight.min(Semaphore::MAX_PERMITS)));
+        let admission = Arc::new(Semaphore::new(options.in_flight));
         let shared = Arc::new(Shared { handler, options, store, commands });
         let actor = Arc::new(RwLock::new(spawn(&shared, supervisor)?));
         Ok(Self { actor, shared, admission, closing: Arc::default() })

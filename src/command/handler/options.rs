@@ -1,5 +1,8 @@
 use std::time::Duration;
 
+use crate::aggregate::MOST_IN_FLIGHT;
+use crate::invalid_option::{DAY, InvalidOption, within};
+
 /// How a handler is run on a node.
 #[derive(Debug, Clone)]
 pub struct HandlerOptions {
@@ -25,24 +28,24 @@ impl HandlerOptions {
         Self::default()
     }
 
-    /// How many commands are handled at the same time on this node. 1 by default, at least 1: one after the other, in the
-    /// order in which they came. A handler that waits for a command of its own gives its place to the next one meanwhile.
+    /// How many commands are handled at the same time on this node. Default: 1, which is one after the other, in the order in
+    /// which they came. Range: 1 to 1,000,000. A handler that waits for a command of its own gives its place to the next one meanwhile.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
-        self.workers = workers.max(1);
+        self.workers = workers;
         self
     }
 
     /// How many commands may be under way or wait for a worker; further callers wait for
-    /// [`admission_timeout`](Self::admission_timeout). 1,024 by default, at least 1.
+    /// [`admission_timeout`](Self::admission_timeout). Default: 1,024. Range: 1 to 1,000,000.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
-        self.in_flight = commands.clamp(1, u32::MAX as usize);
+        self.in_flight = commands;
         self
     }
 
     /// How long a command waits for its turn at [`max_in_flight`](Self::max_in_flight) before it is answered
-    /// `Overloaded`. 1 second by default.
+    /// `Overloaded`. Default: 1 s. Range: any; with zero it does not wait.
     #[must_use]
     pub fn admission_timeout(mut self, timeout: Duration) -> Self {
         self.admission = timeout;
@@ -51,10 +54,17 @@ impl HandlerOptions {
 
     /// How long one attempt at a command may take, the commands that it gives included, however long its callers wait. An
     /// attempt that takes longer is dropped without a record, and its callers get `OutcomeUnknown`. Default: 5 minutes.
-    /// Range: 1 ms to 1 day; what is outside counts as the nearer end.
+    /// Range: 1 ms to 1 day.
     #[must_use]
     pub fn time_limit(mut self, limit: Duration) -> Self {
-        self.time_limit = limit.clamp(Duration::from_millis(1), Duration::from_secs(24 * 60 * 60));
+        self.time_limit = limit;
         self
+    }
+
+    /// Checks every value against its range.
+    pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
+        within("HandlerOptions::workers", self.workers, 1..=MOST_IN_FLIGHT)?;
+        within("HandlerOptions::max_in_flight", self.in_flight, 1..=MOST_IN_FLIGHT)?;
+        within("HandlerOptions::time_limit", self.time_limit, Duration::from_millis(1)..=DAY)
     }
 }

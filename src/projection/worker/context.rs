@@ -3,18 +3,20 @@
 use std::sync::Arc;
 
 use ractor::ActorCell;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, OnceCell, watch};
 use uuid::Uuid;
 
 use super::Run;
 use crate::bus::EventBus;
-use crate::event::RecordedEvent;
+use crate::event::{Position, RecordedEvent};
 use crate::feed::Feed;
 use crate::lease::{Board, Sight};
 use crate::partition::Partition;
 use crate::projection::control::Control;
 use crate::projection::shape::Shape;
-use crate::projection::{Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
+use crate::projection::{
+    Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, StateClaim,
+};
 use crate::store::{BoxFuture, EventStore, Filter, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
@@ -42,6 +44,8 @@ pub(in crate::projection) struct ProjectionWork<P, R> {
 struct Subject<P, R> {
     instance: Instance<P>,
     read_model: Arc<R>,
+    /// On the memory that it folds into.
+    claim: Option<StateClaim>,
 }
 
 /// A projection that writes to one version of its read model.
@@ -94,6 +98,8 @@ pub(super) struct Context {
     /// Whether this node is to own the partition.
     pub(super) permit: Option<watch::Receiver<bool>>,
     pub(super) status: watch::Sender<ProjectionStatus>,
+    /// The start position of a read model that this node keeps for itself.
+    pub(super) floor: OnceCell<Position>,
 }
 
 /// What of a projection is to be worked on.
@@ -111,6 +117,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         read_model: Arc<R>,
         options: ProjectionOptions,
         part: Part,
+        claim: Option<StateClaim>,
         surroundings: Surroundings,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
@@ -135,8 +142,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             metrics,
             permit,
             status,
+            floor: OnceCell::new(),
         });
-        (Self { context, subject: Arc::new(Mutex::new(Subject { instance, read_model })) }, receiver)
+        let subject = Arc::new(Mutex::new(Subject { instance, read_model, claim }));
+        (Self { context, subject }, receiver)
     }
 }
 
@@ -158,7 +167,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
         let (context, subject) = (self.context.clone(), self.subject.clone());
         Box::pin(async move {
             let mut subject = subject.lock_owned().await;
-            let Subject { instance, read_model } = &mut *subject;
+            let Subject { instance, read_model, .. } = &mut *subject;
             Run::new(&context, instance, &**read_model, inbox).run().await;
         })
     }
@@ -169,6 +178,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
 
     fn ended(&self) {
         self.context.set(ProjectionState::Stopped);
+        // A task that was torn down may still be in the user's code: then the claim ends with the task.
+        if let Ok(mut subject) = self.subject.try_lock() {
+            subject.claim = None;
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use crate::lease::HeldLease;
 use crate::projection::control::{Control, Reply};
 use crate::projection::error::NoReset;
 use crate::projection::shape::{Row, fenced};
+use crate::projection::start_position::recorded;
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
 
@@ -232,6 +233,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let row = &self.row.clone();
         // What cannot be read here is another store's, or cannot be read below either.
         let known = self.read_model.checkpoint(row).await.unwrap_or_default();
+        let floor = self.floor_after_reset().await?;
         let mut open = self.read_model.begin(row, known).await?;
         let result = async {
             if let Some(request) = requested
@@ -242,6 +244,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let version = shape.live(self.read_model, &mut open).await?;
             self.use_version(version)?;
             let mut rows = shape.begin_anew(self.read_model, &mut open, version).await?;
+            if let Some(floor) = floor {
+                let record = shape.start();
+                let found = self.read_model.adopt(&mut open, &record).await?;
+                rows.insert(0, (record, found, recorded(found, floor)));
+            }
             if self.outside() {
                 self.empty_outside(&mut open, &mut rows).await?;
             }
@@ -275,7 +282,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    async fn users_reset(&mut self, open: &mut R::Open) -> Result<(), ApplyError> {
+    pub(super) async fn users_reset(&mut self, open: &mut R::Open) -> Result<(), ApplyError> {
         let transaction = self.read_model.transaction(open);
         contained(async { self.instance.projection.reset(transaction).await }).await
     }

@@ -109,6 +109,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Goes on from the checkpoint as it is now.
     pub(super) fn reload(&mut self) {
+        // Whatever is there by now: the lag is unknown until the checkpoint is read.
+        self.context.status.send_if_modified(|status| std::mem::take(&mut status.located));
         self.fits = false;
         self.saved = None;
         self.timing.forget();
@@ -242,7 +244,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// `None` when somebody empties the read model, of which the board does not know yet.
     async fn claim(&mut self) -> Result<Option<Checkpoint>, CheckpointError> {
         let Context { name, shape, store, .. } = self.context;
-        let row = &self.row;
+        let row = &self.row.clone();
         let found = self.read_model.checkpoint(row).await?;
         if self.read_model.shared() {
             // Behind the checkpoint: whoever changes the shape changes that with it, so that this one could not be moved.
@@ -257,7 +259,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(None);
         }
         // I1: another process may have applied more than the mark of this one allows. Only the event decides whether the log
-        // lost it. (A position that is no event's, such as a start position, must not get here.)
+        // lost it. (A start position is an event's, too.)
         let position = found.position;
         if position > Position::START && store.event_id_at(position).await?.is_none() {
             let head = store.frontier().await?;
@@ -267,12 +269,19 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 advice: "the event store lost events, or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
             }));
         }
-        let Some(lease) = &self.lease else { return Ok(Some(found)) };
-        let Some(epoch) = lease.epoch_above(found.epoch).await? else {
-            let expected = Checkpoint { epoch: lease.epoch(), ..found };
-            return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+        let epoch = match &self.lease {
+            None => found.epoch,
+            Some(lease) => match lease.epoch_above(found.epoch).await? {
+                Some(epoch) => epoch,
+                None => {
+                    let expected = Checkpoint { epoch: lease.epoch(), ..found };
+                    return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+                }
+            },
         };
-        let claimed = Checkpoint { epoch, ..found };
+        // A new version, a reset and a first start begin where the projection does.
+        let position = found.position.max(self.floor().await?);
+        let claimed = Checkpoint { epoch, position, ..found };
         // Also when nothing changes: the checkpoint may be visible only because its wait for a standby was cut short. Once this
         // commit is durable, so is what it follows (I3).
         let open = self.read_model.begin(row, found).await?;

@@ -67,6 +67,10 @@ impl<'a> Snapshotting<'a> {
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Starts from the snapshot, if there is one. Whatever is wrong with it, the log is the truth, and applied from its start.
     pub(super) async fn load_snapshot(&mut self) -> Result<(), StoreError> {
+        if self.snapshotting.is_none() {
+            return Ok(());
+        }
+        let floor = self.floor().await?;
         let Some(ours) = &mut self.snapshotting else { return Ok(()) };
         let (Context { name, filter, store, .. }, snapshots) = (self.context, ours.snapshots);
         if self.read_model.checkpoint(&self.row).await? != Checkpoint::default() {
@@ -92,7 +96,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     format!("it is at position {position}, where the log has no event")
                 } else {
                     let (snapshots, filter) = (snapshots.clone(), filter.clone());
-                    let unpacked = spawn_blocking(move || snapshots.unpack(&state, &filter)).await;
+                    let unpacked = spawn_blocking(move || snapshots.unpack(&state, &filter, floor)).await;
                     match unpacked.unwrap_or_else(|error| Err(error.to_string())) {
                         Ok(parked) => {
                             ours.parked = parked.len();
@@ -177,6 +181,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Between two transactions. What is left is to write it; whether that was done.
     async fn take_snapshot(&mut self) -> Option<impl Future<Output = bool> + Send + 'static> {
+        let floor = self.context.floor.get().copied().unwrap_or_default();
         let ours = self.snapshotting.as_mut()?;
         // Also if that fails: not again with every event.
         ours.unsaved = 0;
@@ -188,7 +193,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.read_model.parked(&self.row, usize::MAX).await.map_err(|error| error.to_string())?;
             let (snapshots, filter, count) = (ours.snapshots.clone(), filter.clone(), parked.len());
             // A large state takes its time, and others have the thread to themselves meanwhile.
-            let packing = spawn_blocking(move || snapshots.pack(&filter, &parked)).await;
+            let packing = spawn_blocking(move || snapshots.pack(&filter, floor, &parked)).await;
             Ok::<_, String>((position, count, packing.map_err(|error| error.to_string())??))
         };
         let (position, parked, state) = match taken.await {

@@ -15,6 +15,7 @@ use super::notify::Hints;
 use super::sql::Schema;
 use super::{PostgresStore, schema};
 use crate::codec::Codec;
+use crate::invalid_option::{DAY, InvalidOption, within};
 
 /// Settings for every statement of the store. Each statement is written so that one index fits it; with these settings the
 /// planner takes that index whatever the statistics say, also for a plan that was made while the table was empty. Compiling such a
@@ -102,14 +103,15 @@ impl PostgresOptions {
         self
     }
 
-    /// How many connections the store has at most, for everything together; at least 1. Default: 10.
+    /// How many connections the store has at most, for everything together. Default: 10. Range: 1 to 10,000.
     #[must_use]
     pub fn max_connections(mut self, connections: u32) -> Self {
-        self.max_connections = connections.max(1);
+        self.max_connections = connections;
         self
     }
 
-    /// What the connections are called in `pg_stat_activity`. Default: `storied`.
+    /// What the connections are called in `pg_stat_activity`. Default: `storied`. Range: at most 63 bytes, no control
+    /// characters.
     #[must_use]
     pub fn application_name(mut self, name: impl Into<String>) -> Self {
         self.application_name = name.into();
@@ -145,7 +147,7 @@ impl PostgresOptions {
     }
 
     /// After how long the server cancels a statement of ours; 5 seconds later the connection counts as lost. Zero: never,
-    /// and then a server that hangs makes callers hang. Default: 30 s.
+    /// and then a server that hangs makes callers hang. Default: 30 s. Range: 0, or 1 ms to 1 day.
     #[must_use]
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
         self.statement_timeout = timeout;
@@ -153,7 +155,7 @@ impl PostgresOptions {
     }
 
     /// After how long the server ends a transaction of ours that nobody continues, so that a machine which was cut off does
-    /// not hold back the readers of the log. Zero: never. Default: 30 s.
+    /// not hold back the readers of the log. Zero: never. Default: 30 s. Range: 0, or 1 ms to 1 day.
     #[must_use]
     pub fn idle_in_transaction_timeout(mut self, timeout: Duration) -> Self {
         self.idle_in_transaction_timeout = timeout;
@@ -161,7 +163,7 @@ impl PostgresOptions {
     }
 
     /// How long a call waits for a connection: a free one, or a new one while the server cannot be reached. Finding out
-    /// what became of an append without an answer may take twice as long. Default: 10 s.
+    /// what became of an append without an answer may take twice as long. Default: 10 s. Range: 1 ms to 1 day.
     #[must_use]
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.acquire_timeout = timeout;
@@ -177,10 +179,10 @@ impl PostgresOptions {
         self
     }
 
-    /// How many transactions of appends the runtime keeps in flight; at least 1. Default: 2.
+    /// How many transactions of appends the runtime keeps in flight. Default: 2. Range: 1 to 1,000.
     #[must_use]
     pub fn append_concurrency(mut self, appends: usize) -> Self {
-        self.append_concurrency = appends.max(1);
+        self.append_concurrency = appends;
         self
     }
 
@@ -197,10 +199,11 @@ impl PostgresOptions {
     /// processes may do so at once. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// `Invalid` for a URL or schema that cannot be one; `Incompatible` when the login, the server's version or settings,
+    /// `Invalid` for a URL or schema that cannot be one, or an option out of its range; `Incompatible` when the login, the server's version or settings,
     /// the tables, the sequence or the codec are not as needed, each with what to do; `Storage` when rights are missing;
     /// `Unavailable` when the server cannot be reached.
     pub async fn connect(self) -> Result<PostgresStore, StoreError> {
+        self.validate()?;
         let schema = Schema::new(&self.schema)?;
         let connections = Arc::new(self.connections()?);
         let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
@@ -209,6 +212,28 @@ impl PostgresOptions {
         let info =
             StoreInfo::new("postgres", id, self.codec).with_append_concurrency(self.append_concurrency);
         PostgresStore::open(info, indexed_by_name, &schema, connections, hints).await
+    }
+
+    fn validate(&self) -> Result<(), InvalidOption> {
+        within("PostgresOptions::max_connections", self.max_connections, 1..=10_000)?;
+        within("PostgresOptions::append_concurrency", self.append_concurrency, 1..=1_000)?;
+        let least = Duration::from_millis(1);
+        within("PostgresOptions::acquire_timeout", self.acquire_timeout, least..=DAY)?;
+        let limits = [
+            ("PostgresOptions::statement_timeout", self.statement_timeout),
+            ("PostgresOptions::idle_in_transaction_timeout", self.idle_in_transaction_timeout),
+        ];
+        for (option, limit) in limits {
+            if !limit.is_zero() {
+                within(option, limit, least..=DAY)?;
+            }
+        }
+        let name = &self.application_name;
+        if name.len() > 63 || name.chars().any(char::is_control) {
+            let range = "at most 63 bytes, no control characters";
+            return Err(InvalidOption::new("PostgresOptions::application_name", name, range));
+        }
+        Ok(())
     }
 
     fn hints(&self, schema: &Schema) -> Result<Hints, StoreError> {

@@ -20,8 +20,8 @@ async fn ages(what: &str, status: impl Fn() -> ProjectionStatus, from: Instant, 
     eventually(what, || {
         let least = to.elapsed();
         let status = status();
-        let age = status.lag_time();
-        status.lag() > 0 && age + ROUNDING >= least && age <= from.elapsed() + ROUNDING && age > long
+        let Some(age) = status.lag_time() else { return false };
+        status.lag() > Some(0) && age + ROUNDING >= least && age <= from.elapsed() + ROUNDING && age > long
     })
     .await;
 }
@@ -40,7 +40,7 @@ pub async fn tells_how_far_behind_it_is<P: Place>(scene: Scene<P>) {
     let writes = || scene.writes("behind").hook(up_to(&limit));
     let live = |handle: &storied::ProjectionHandle| {
         let status = handle.status();
-        status.lag() == 0 && status.lag_time() == Duration::ZERO && status.behind_since.is_none()
+        status.lag() == Some(0) && status.lag_time() == Some(Duration::ZERO) && status.behind_since.is_none()
     };
     // What is there before the projection is.
     let from = Instant::now();

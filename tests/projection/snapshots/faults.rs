@@ -188,6 +188,7 @@ async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot()
             filter: Filter::all(),
             hook: hook(|_| Ok(())),
             firm: false,
+            resets: 0,
             state: state.clone(),
             seen: seen.clone(),
         };

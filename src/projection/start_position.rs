@@ -1,0 +1,137 @@
+//! Where in the log a projection begins that has applied nothing yet.
+
+use chrono::{DateTime, Utc};
+
+use std::sync::Arc;
+
+use super::ReadModel;
+use super::shape::Shape;
+use crate::event::Position;
+use crate::store::{Checkpoint, CheckpointError, EventStore, Filter, ReadLog, StoreError};
+
+/// How far apart the recorded times of two events in log order may be the wrong way round.
+const SKEW: chrono::Duration = chrono::Duration::hours(1);
+
+/// Number of events in a page of the scan.
+const PAGE: usize = 500;
+
+/// Where in the log a projection begins that has no checkpoint yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Start {
+    /// At the first event of the log.
+    Beginning,
+    /// After the last event that is in the log when the projection first runs.
+    Now,
+    /// At the event with this position, which is included. While the log ends before the position in front of it, the
+    /// projection waits and reports that in its status.
+    At(Position),
+    /// At the first event in log order that was recorded at this time or later.
+    ///
+    /// The log is not sorted by time: where writers overlap, a later event may carry an earlier time. So events before this
+    /// time can follow, and are applied; none of this time or later is left out, as long as the times of the log go back
+    /// by less than an hour. If there is no such event, this is [`Now`](Self::Now).
+    Since(DateTime<Utc>),
+}
+
+impl Start {
+    /// The last position that is not applied, in the log as it is now.
+    pub(super) async fn resolve(self, store: &dyn EventStore) -> Result<Position, StoreError> {
+        match self {
+            Self::Beginning => Ok(Position::START),
+            Self::Now => store.frontier().await,
+            Self::At(position) => {
+                let before = before(position);
+                let head = store.frontier().await?;
+                if before > head {
+                    let reason = format!("start position {position}: the log ends at {head}");
+                    return Err(StoreError::Unavailable { reason, source: None });
+                }
+                last_event(store, before).await
+            }
+            Self::Since(time) => before_time(store, time).await,
+        }
+    }
+}
+
+/// Records that a projection begins with the log, if nothing is recorded yet and the log is empty. Whether a start position
+/// is recorded now.
+pub(crate) async fn begin_with_empty_log(
+    read_model: &impl ReadModel,
+    store: &Arc<dyn EventStore>,
+    projection: &str,
+) -> Result<bool, StoreError> {
+    let (shape, head) = (Shape::whole(projection), store.frontier().await?);
+    read_model.prepare(store, &shape.row(None, 0)).await?;
+    let record = shape.start();
+    let known = read_model.checkpoint(&record).await?;
+    if known.mark > 0 || head > Position::START {
+        return Ok(known.mark > 0);
+    }
+    record_floor(read_model, &record, known, Position::START).await?;
+    Ok(true)
+}
+
+/// Records a start position, unless another task or node is quicker: then that one counts.
+pub(super) async fn record_floor(
+    read_model: &impl ReadModel,
+    record: &str,
+    known: Checkpoint,
+    floor: Position,
+) -> Result<Position, StoreError> {
+    let open = read_model.begin(record, known).await?;
+    match read_model.commit(open, record, known, recorded(known, floor), None).await {
+        Ok(()) => Ok(floor),
+        Err(CheckpointError::Stale { found, .. }) => Ok(found.position),
+        Err(CheckpointError::Store(error)) => Err(error),
+    }
+}
+
+/// The record of a start position.
+pub(super) fn recorded(found: Checkpoint, floor: Position) -> Checkpoint {
+    Checkpoint { position: floor, mark: 1, ..found }
+}
+
+fn before(position: Position) -> Position {
+    Position::new(position.get().saturating_sub(1))
+}
+
+/// The position of the last event up to `position`: a checkpoint is always at an event, or at the start of the log.
+async fn last_event(store: &dyn EventStore, position: Position) -> Result<Position, StoreError> {
+    let mut width = 1_000;
+    loop {
+        let after = Position::new(position.get().saturating_sub(width));
+        let nothing = Filter::all().names([]);
+        let page = store.read_log(ReadLog::after(after).upto(position).filter(nothing).limit(1)).await?;
+        if page.scanned_to > after || after == Position::START {
+            return Ok(page.scanned_to);
+        }
+        width = width.saturating_mul(2);
+    }
+}
+
+/// The last position before the first event that was recorded at `time` or later. Some tens of single events are read, and
+/// the events of the [`SKEW`] before `time`.
+async fn before_time(store: &dyn EventStore, time: DateTime<Utc>) -> Result<Position, StoreError> {
+    let certain = time.checked_sub_signed(SKEW).unwrap_or(DateTime::<Utc>::MIN_UTC);
+    let head = store.frontier().await?;
+    let (mut low, mut high) = (Position::START, head);
+    while low < high {
+        let middle = Position::new(low.get() + (high.get() - low.get()) / 2);
+        let page = store.read_log(ReadLog::after(middle).upto(high).limit(1)).await?;
+        match page.events.first() {
+            Some(event) if event.recorded_at < certain => low = event.position,
+            _ => high = middle,
+        }
+    }
+    loop {
+        let page = store.read_log(ReadLog::after(low).upto(head).limit(PAGE)).await?;
+        if let Some(first) = page.events.iter().find(|event| event.recorded_at >= time) {
+            return last_event(store, before(first.position)).await;
+        }
+        if page.scanned_to <= low || page.scanned_to >= head {
+            return Ok(head);
+        }
+        low = page.scanned_to;
+    }
+}

@@ -1,0 +1,57 @@
+//! The start position of a projection: found once, kept beside its checkpoints, and never gone below.
+
+use super::Run;
+use crate::event::Position;
+use crate::projection::start_position::record_floor;
+use crate::projection::{Projection, ReadModel, Start};
+use crate::store::StoreError;
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+    fn start(&self) -> Start {
+        self.context.options.start.unwrap_or(Start::Beginning)
+    }
+
+    /// The last position that is never applied. On a shared read model the first owner finds and records it.
+    pub(super) async fn floor(&mut self) -> Result<Position, StoreError> {
+        let (context, read_model) = (self.context, self.read_model);
+        let start = self.start();
+        if !read_model.shared() {
+            let floor = context.floor.get_or_try_init(|| start.resolve(&*context.store)).await?;
+            return Ok(*floor);
+        }
+        let record = context.shape.start();
+        let known = read_model.checkpoint(&record).await?;
+        if known.mark > 0 {
+            return Ok(known.position);
+        }
+        let floor = start.resolve(&*context.store).await?;
+        record_floor(read_model, &record, known, floor).await
+    }
+
+    /// Where a reset moves the record of the start position: one of another store means nothing in this log, nor does one
+    /// that this log does not reach, as after a restored backup. `None` if it stays.
+    pub(super) async fn floor_after_reset(&mut self) -> Result<Option<Position>, StoreError> {
+        let (context, read_model) = (self.context, self.read_model);
+        if !read_model.shared() {
+            return Ok(None);
+        }
+        let start = self.start();
+        match read_model.checkpoint(&context.shape.start()).await {
+            Ok(known) => {
+                let position = known.position;
+                if position == Position::START || context.store.event_id_at(position).await?.is_some() {
+                    return Ok(None);
+                }
+            }
+            Err(StoreError::Incompatible { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        let head = context.store.frontier().await?;
+        // A reset does not wait for a log that may never get there.
+        let start = match start {
+            Start::At(position) if position > head => Start::Now,
+            start => start,
+        };
+        start.resolve(&*context.store).await.map(Some)
+    }
+}

@@ -1,0 +1,176 @@
+//! Projections that are registered, until the runtime starts.
+
+use std::sync::Arc;
+
+use ractor::SpawnErr;
+
+use super::StartError;
+use crate::bus::EventBus;
+use crate::event::EncodeError;
+use crate::invalid_option::{InvalidOption, at_least};
+use crate::partition;
+use crate::projection::{
+    self, FollowMode, Made, Projection, ProjectionHandle, ProjectionOptions, ReadModel, SharedState, Start,
+    StateClaim, Surroundings, begin_with_empty_log,
+};
+use crate::store::{BoxFuture, EventStore, Filter};
+
+/// A registered projection.
+pub(super) struct ProjectionRegistration {
+    pub(super) name: String,
+    filter: Result<Filter, EncodeError>,
+    pending: Box<dyn PendingStart>,
+}
+
+/// A projection that was checked and can be started.
+pub(super) struct CheckedProjection {
+    filter: Filter,
+    pending: Box<dyn PendingStart>,
+}
+
+/// Called when a projection was started.
+type OnStart = Box<dyn FnOnce(&ProjectionHandle) + Send>;
+
+/// A projection whose types are erased.
+trait PendingStart: Send {
+    /// Checks everything that can be wrong, and claims the memory that the projection folds into.
+    fn check<'a>(
+        &'a mut self,
+        name: &'a str,
+        store: &'a Arc<dyn EventStore>,
+        bus: &'a dyn EventBus,
+    ) -> BoxFuture<'a, Result<(), StartError>>;
+
+    fn start(
+        self: Box<Self>,
+        filter: Filter,
+        surroundings: Surroundings,
+    ) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>>;
+}
+
+struct Pending<P, R> {
+    made: Made<P>,
+    read_model: R,
+    options: ProjectionOptions,
+    /// Number of partitions that was asked for.
+    partitions: Option<u16>,
+    /// The memory that may outlive the runtime.
+    state: Option<SharedState>,
+    claim: Option<StateClaim>,
+    on_start: OnStart,
+}
+
+impl ProjectionRegistration {
+    pub(super) fn new<P, R>(
+        made: Made<P>,
+        partitions: Option<u16>,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let state = read_model.snapshots().map(projection::Snapshots::shared_state);
+        Self::over(state, made, partitions, read_model, options, Box::new(|_| {}))
+    }
+
+    /// Over a state that is in memory and may outlive the runtime.
+    pub(super) fn over<P, R>(
+        state: Option<SharedState>,
+        made: Made<P>,
+        partitions: Option<u16>,
+        read_model: R,
+        options: ProjectionOptions,
+        on_start: OnStart,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        let (name, filter) = made.with_one(|one| (one.name().to_owned(), one.filter()));
+        let pending = Pending { made, read_model, options, partitions, state, claim: None, on_start };
+        Self { name, filter, pending: Box::new(pending) }
+    }
+
+    /// Checks everything that can be wrong, before anything runs.
+    pub(super) async fn check(
+        mut self,
+        store: &Arc<dyn EventStore>,
+        bus: &dyn EventBus,
+    ) -> Result<CheckedProjection, StartError> {
+        let filter = self.filter?;
+        self.pending.check(&self.name, store, bus).await?;
+        Ok(CheckedProjection { filter, pending: self.pending })
+    }
+}
+
+impl CheckedProjection {
+    pub(super) async fn start(self, surroundings: Surroundings) -> Result<ProjectionHandle, SpawnErr> {
+        self.pending.start(self.filter, surroundings).await
+    }
+}
+
+impl<P, R> PendingStart for Pending<P, R>
+where
+    P: Projection,
+    R: ReadModel<Transaction = P::Transaction>,
+{
+    fn check<'a>(
+        &'a mut self,
+        name: &'a str,
+        store: &'a Arc<dyn EventStore>,
+        bus: &'a dyn EventBus,
+    ) -> BoxFuture<'a, Result<(), StartError>> {
+        Box::pin(async move {
+            let Self { read_model, options, .. } = self;
+            options.validate()?;
+            if options.follow == FollowMode::Durable && !bus.is_durable() {
+                return Err(StartError::NotDurable { name: name.to_owned(), bus: bus.name() });
+            }
+            if let Some(partitions) = self.partitions {
+                check_partitions(name, partitions, read_model.shared())?;
+            }
+            if let Some(snapshots) = read_model.snapshots() {
+                at_least("InMemory::snapshot_every", snapshots.every(), 1)?;
+                if options.start == Some(Start::Now) {
+                    let range = "Beginning, At or Since where snapshots are kept: Now is another position at each start";
+                    return Err(InvalidOption::new("ProjectionOptions::start", Start::Now, range).into());
+                }
+            }
+            let outside = read_model.shared() && !read_model.rolls_back();
+            if outside && options.start.is_none() && !begin_with_empty_log(read_model, store, name).await? {
+                return Err(StartError::NoStartPosition { name: name.to_owned() });
+            }
+            if let Some(state) = self.state.take() {
+                let claimed = state.claim().await;
+                let claim = claimed.map_err(|_| StartError::StateInUse { name: name.to_owned() })?;
+                self.claim = Some(claim);
+            }
+            Ok(())
+        })
+    }
+
+    fn start(
+        self: Box<Self>,
+        filter: Filter,
+        surroundings: Surroundings,
+    ) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>> {
+        let Self { made, read_model, options, claim, on_start, .. } = *self;
+        Box::pin(async move {
+            let handle = projection::spawn(made, filter, read_model, options, claim, surroundings).await?;
+            on_start(&handle);
+            Ok(handle)
+        })
+    }
+}
+
+fn check_partitions(name: &str, partitions: u16, shared: bool) -> Result<(), StartError> {
+    let reason = match shared {
+        false => "every node has its own read model, and no use for a part of it",
+        true if partitions == 0 => "there must be at least one",
+        true if partitions > partition::MOST => "there may be 256 at most",
+        true => return Ok(()),
+    };
+    Err(StartError::Partitions { name: name.to_owned(), partitions, reason })
+}

@@ -1,0 +1,162 @@
+//! Memory that outlives the runtime that folds into it.
+
+use std::sync::{Arc, Mutex, RwLock};
+
+use storied::projection::{ApplyError, InMemory, Lookup, ProjectionState};
+use storied::runtime::{Builder, StartError};
+use storied::{
+    EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime,
+};
+
+use crate::support::*;
+
+type Numbers = Vec<u64>;
+
+fn number(event: &RecordedEvent) -> Result<u64, ApplyError> {
+    let (Thing::Even { n } | Thing::Odd { n }) = event.decode()? else { return Err("no number".into()) };
+    Ok(n)
+}
+
+fn numbers() -> Lookup<Numbers> {
+    Lookup::new("numbers", Filter::all(), |numbers: &mut Numbers, event| {
+        numbers.push(number(event)?);
+        Ok(())
+    })
+}
+
+/// A user's own projection, whose readers share its memory.
+#[derive(Clone, Default)]
+struct Shared(Arc<RwLock<Numbers>>);
+
+impl Projection for Shared {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "shared"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+        self.0.write().unwrap().push(number(event)?);
+        Ok(())
+    }
+
+    async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
+        self.0.write().unwrap().clear();
+        Ok(())
+    }
+}
+
+/// One that cannot be emptied.
+struct Endless(Arc<Mutex<Numbers>>);
+
+impl Projection for Endless {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "endless"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+        self.0.lock().unwrap().push(number(event)?);
+        Ok(())
+    }
+}
+
+fn on(store: &Arc<dyn EventStore>) -> Builder {
+    Runtime::builder().store(store.clone())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_runtime_begins_with_empty_memory() {
+    for every in [None, Some(1), Some(1_000)] {
+        for (kind, store, _dir) in stores().await {
+            let lookup = match every {
+                None => numbers(),
+                Some(events) => numbers().snapshot_every(events, 1),
+            };
+            let shared = Shared::default();
+            let model = || match every {
+                None => InMemory::new(),
+                Some(events) => InMemory::new().snapshot_every(events, 1, shared.0.clone()),
+            };
+            for run in 1..=4_u64 {
+                append(&store, 0, [run]).await;
+                let builder = on(&store).lookup(&lookup).projection(shared.clone(), model());
+                let runtime = builder.start().await.unwrap();
+                let expected: Numbers = (1..=run).collect();
+                lookup.ready(PATIENCE).await.unwrap();
+                assert_eq!(lookup.read(Numbers::clone), expected, "{kind}, {every:?}");
+                runtime.projection("shared").unwrap().wait_until_live(PATIENCE).await.unwrap();
+                assert_eq!(*shared.0.read().unwrap(), expected, "{kind}, {every:?}");
+                match run {
+                    // Torn down in the background.
+                    2 => drop(runtime),
+                    _ => runtime.shutdown().await.unwrap(),
+                }
+            }
+            // What was saved is right, too.
+            let other = match every {
+                None => numbers(),
+                Some(events) => numbers().snapshot_every(events, 1),
+            };
+            let runtime = on(&store).lookup(&other).start().await.unwrap();
+            other.ready(PATIENCE).await.unwrap();
+            assert_eq!(other.read(Numbers::clone), [1, 2, 3, 4], "{kind}, {every:?}");
+            runtime.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_runtime_at_a_time_folds_into_a_memory() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, [1]).await;
+    let (lookup, shared) = (numbers(), Shared::default());
+    let in_use = |error: StartError, name: &str| {
+        assert!(matches!(&error, StartError::StateInUse { name: found } if found == name), "{error}");
+    };
+    let first = on(&store).lookup(&lookup).start().await.unwrap();
+    in_use(on(&store).lookup(&lookup).start().await.unwrap_err(), "numbers");
+    // Also over another log, and as a clone.
+    in_use(
+        Runtime::builder().store(MemoryStore::new()).lookup(&lookup.clone()).start().await.unwrap_err(),
+        "numbers",
+    );
+    append(&store, 0, [2]).await;
+    lookup.ready(PATIENCE).await.unwrap();
+    assert_eq!(lookup.read(Numbers::clone), [1, 2]);
+    first.shutdown().await.unwrap();
+    let kept = || InMemory::new().snapshot_every(1_000, 1, shared.0.clone());
+    let second = on(&store).lookup(&lookup).projection(shared.clone(), kept()).start().await.unwrap();
+    in_use(on(&store).projection(shared.clone(), kept()).start().await.unwrap_err(), "shared");
+    second.projection("shared").unwrap().wait_until_live(PATIENCE).await.unwrap();
+    assert_eq!(*shared.0.read().unwrap(), [1, 2]);
+    second.shutdown().await.unwrap();
+    // A start that failed holds nothing.
+    let invalid = ProjectionOptions::new().attempts(0);
+    let builder = on(&store).lookup(&lookup).projection_with(Shared::default(), InMemory::new(), invalid);
+    builder.start().await.unwrap_err();
+    on(&store).lookup(&lookup).start().await.unwrap().shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn memory_that_cannot_be_emptied_is_not_folded_into() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, [1]).await;
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let runtime = on(&store).projection(Endless(seen.clone()), InMemory::new()).start().await.unwrap();
+    let handle = runtime.projection("endless").unwrap();
+    reach(handle, ProjectionState::Failed).await;
+    let error = handle.wait_until_live(PATIENCE).await.unwrap_err().to_string();
+    assert!(error.contains("endless") && error.contains("Projection::reset"), "{error}");
+    assert_eq!(*seen.lock().unwrap(), Numbers::new());
+    runtime.shutdown().await.unwrap();
+}
