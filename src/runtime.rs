@@ -36,8 +36,7 @@ use crate::projection::{
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::{
-    EventStore, IntoEventStore, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions,
-    WriterStatus,
+    EventStore, IntoEventStore, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
 };
 use crate::supervised::Task;
 use crate::telemetry::Metrics;

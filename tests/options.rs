@@ -13,9 +13,9 @@ use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, Lookup, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, ExecuteError, FeedOptions, Filter, Handler,
-    MemoryStore, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime,
-    SqliteOptions, StoreError,
+    Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, ExecuteError, FeedOptions, Filter,
+    Handler, MemoryStore, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
+    Runtime, SqliteOptions, StoreError,
 };
 use tokio::time::timeout;
 
@@ -112,7 +112,9 @@ impl Options {
             None => lookup,
         };
         let model = match self.snapshots {
-            Some(events) => InMemory::new().snapshot_every(events, 1, std::sync::Arc::new(std::sync::RwLock::new(0_u64))),
+            Some(events) => {
+                InMemory::new().snapshot_every(events, 1, std::sync::Arc::new(std::sync::RwLock::new(0_u64)))
+            }
             None => InMemory::new(),
         };
         Runtime::builder()
@@ -156,7 +158,12 @@ fn assert_named(error: &str, option: &str) {
 type Set<T> = fn(Options, T) -> Options;
 
 /// Runs with each value; `refused` are those that must be.
-async fn try_each<T: Copy + PartialEq + std::fmt::Debug>(option: &str, set: Set<T>, values: &[T], refused: &[T]) {
+async fn try_each<T: Copy + PartialEq + std::fmt::Debug>(
+    option: &str,
+    set: Set<T>,
+    values: &[T],
+    refused: &[T],
+) {
     for &value in values {
         let builder = set(Options::default(), value).builder().store(MemoryStore::new());
         match run(builder).await {
@@ -181,18 +188,58 @@ async fn times_are_in_their_range_or_refused() {
     let lease = &[ZERO, NANO, Duration::MAX][..];
     let none = &[][..];
     let rows: [(&str, Set<Duration>, &[Duration]); 15] = [
-        ("HandlerOptions::time_limit", |o, v| Options { handler: o.handler.clone().time_limit(v), ..o }, lease),
+        (
+            "HandlerOptions::time_limit",
+            |o, v| Options { handler: o.handler.clone().time_limit(v), ..o },
+            lease,
+        ),
         ("FeedOptions::idle_poll", |o, v| Options { feed: o.feed.clone().idle_poll(v), ..o }, short),
-        ("PublisherOptions::busy_poll", |o, v| Options { publisher: o.publisher.clone().busy_poll(v), ..o }, short),
-        ("PublisherOptions::idle_poll", |o, v| Options { publisher: o.publisher.clone().idle_poll(v), ..o }, short),
-        ("PublisherOptions::heartbeat", |o, v| Options { publisher: o.publisher.clone().heartbeat(v), ..o }, short),
+        (
+            "PublisherOptions::busy_poll",
+            |o, v| Options { publisher: o.publisher.clone().busy_poll(v), ..o },
+            short,
+        ),
+        (
+            "PublisherOptions::idle_poll",
+            |o, v| Options { publisher: o.publisher.clone().idle_poll(v), ..o },
+            short,
+        ),
+        (
+            "PublisherOptions::heartbeat",
+            |o, v| Options { publisher: o.publisher.clone().heartbeat(v), ..o },
+            short,
+        ),
         ("PublisherOptions::lease", |o, v| Options { publisher: o.publisher.clone().lease(v), ..o }, lease),
-        ("AggregateOptions::idle_timeout", |o, v| Options { aggregate: o.aggregate.idle_timeout(v), ..o }, none),
-        ("AggregateOptions::admission_timeout", |o, v| Options { aggregate: o.aggregate.admission_timeout(v), ..o }, none),
-        ("HandlerOptions::admission_timeout", |o, v| Options { handler: o.handler.clone().admission_timeout(v), ..o }, none),
-        ("ProjectionOptions::batch_time", |o, v| Options { projection: o.projection.clone().batch_time(v), ..o }, none),
-        ("ProjectionOptions::backoff", |o, v| Options { projection: o.projection.clone().backoff(v, v), ..o }, short),
-        ("ProjectionOptions::lease", |o, v| Options { projection: o.projection.clone().lease(v), ..o }, lease),
+        (
+            "AggregateOptions::idle_timeout",
+            |o, v| Options { aggregate: o.aggregate.idle_timeout(v), ..o },
+            none,
+        ),
+        (
+            "AggregateOptions::admission_timeout",
+            |o, v| Options { aggregate: o.aggregate.admission_timeout(v), ..o },
+            none,
+        ),
+        (
+            "HandlerOptions::admission_timeout",
+            |o, v| Options { handler: o.handler.clone().admission_timeout(v), ..o },
+            none,
+        ),
+        (
+            "ProjectionOptions::batch_time",
+            |o, v| Options { projection: o.projection.clone().batch_time(v), ..o },
+            none,
+        ),
+        (
+            "ProjectionOptions::backoff",
+            |o, v| Options { projection: o.projection.clone().backoff(v, v), ..o },
+            short,
+        ),
+        (
+            "ProjectionOptions::lease",
+            |o, v| Options { projection: o.projection.clone().lease(v), ..o },
+            lease,
+        ),
         (
             "Schedule::Every",
             |o, v| Options { projection: o.projection.clone().schedule(Schedule::Every(v)), ..o },
@@ -226,20 +273,28 @@ async fn counts_are_in_their_range_or_refused() {
     let rows: [(&str, Set<usize>, &[usize]); 9] = [
         ("FeedOptions::capacity", |o, v| Options { feed: o.feed.clone().capacity(v), ..o }, ends),
         ("AggregateOptions::max_live", |o, v| Options { aggregate: o.aggregate.max_live(v), ..o }, zero),
-        ("AggregateOptions::max_in_flight", |o, v| Options { aggregate: o.aggregate.max_in_flight(v), ..o }, ends),
+        (
+            "AggregateOptions::max_in_flight",
+            |o, v| Options { aggregate: o.aggregate.max_in_flight(v), ..o },
+            ends,
+        ),
         (
             "AggregateOptions::max_in_flight_each",
             |o, v| Options { aggregate: o.aggregate.max_in_flight_each(v), ..o },
             ends,
         ),
         ("HandlerOptions::workers", |o, v| Options { handler: o.handler.clone().workers(v), ..o }, ends),
-        ("HandlerOptions::max_in_flight", |o, v| Options { handler: o.handler.clone().max_in_flight(v), ..o }, ends),
-        ("ProjectionOptions::batch_size", |o, v| Options { projection: o.projection.clone().batch_size(v), ..o }, ends),
         (
-            "InMemory::snapshot_every",
-            |o, v| Options { snapshots: Some(v as u64), ..o },
-            zero,
+            "HandlerOptions::max_in_flight",
+            |o, v| Options { handler: o.handler.clone().max_in_flight(v), ..o },
+            ends,
         ),
+        (
+            "ProjectionOptions::batch_size",
+            |o, v| Options { projection: o.projection.clone().batch_size(v), ..o },
+            ends,
+        ),
+        ("InMemory::snapshot_every", |o, v| Options { snapshots: Some(v as u64), ..o }, zero),
         ("InMemory::snapshot_every", |o, v| Options { lookup_snapshots: Some(v as u64), ..o }, zero),
     ];
     for (option, set, refused) in rows {
@@ -316,7 +371,10 @@ async fn postgres_options_are_in_their_range_or_refused() {
         ("PostgresOptions::statement_timeout", options().statement_timeout(NANO)),
         ("PostgresOptions::statement_timeout", options().statement_timeout(Duration::MAX)),
         ("PostgresOptions::idle_in_transaction_timeout", options().idle_in_transaction_timeout(NANO)),
-        ("PostgresOptions::idle_in_transaction_timeout", options().idle_in_transaction_timeout(Duration::MAX)),
+        (
+            "PostgresOptions::idle_in_transaction_timeout",
+            options().idle_in_transaction_timeout(Duration::MAX),
+        ),
         ("PostgresOptions::application_name", options().application_name("a\0b")),
         ("PostgresOptions::application_name", options().application_name("x".repeat(64))),
     ];

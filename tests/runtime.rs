@@ -119,7 +119,8 @@ async fn a_shared_store_and_bus_are_taken_as_they_are() {
     assert_eq!(first.execute::<Account>(1, Deposit(5)).await.unwrap().reply, 5);
     let store = first.store().clone();
     first.shutdown().await.unwrap();
-    let second = Runtime::builder().store(store.clone()).bus(bus).aggregate::<Account>().start().await.unwrap();
+    let second =
+        Runtime::builder().store(store.clone()).bus(bus).aggregate::<Account>().start().await.unwrap();
     assert!(std::sync::Arc::ptr_eq(second.store(), &store));
     assert_eq!(second.execute::<Account>(1, Deposit(2)).await.unwrap().reply, 7);
     second.shutdown().await.unwrap();
@@ -132,7 +133,8 @@ async fn a_shared_store_and_bus_are_taken_as_they_are() {
 #[test]
 fn a_node_without_its_tokio_runtime_says_so() {
     let dir = TempDir::new().unwrap();
-    let executor = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let executor =
+        || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let (first, second) = (executor(), executor());
     let lookup =
         storied::projection::Lookup::new("count", Filter::all(), |count: &mut u64, _: &RecordedEvent| {

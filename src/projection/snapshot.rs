@@ -279,7 +279,11 @@ mod tests {
         for one in &filters {
             let bytes = snapshots.pack(one, Position::START, &[]).unwrap();
             for other in &filters {
-                assert_eq!(snapshots.unpack(&bytes, other, Position::START).is_ok(), one == other, "{one:?} and {other:?}");
+                assert_eq!(
+                    snapshots.unpack(&bytes, other, Position::START).is_ok(),
+                    one == other,
+                    "{one:?} and {other:?}"
+                );
             }
         }
     }

@@ -111,7 +111,10 @@ impl ProjectionStatus {
         Self {
             state: state.unwrap_or(ProjectionState::Starting),
             position: all().map(|status| status.position).min().unwrap_or_default(),
-            head: all().map(|status| status.head).collect::<Option<Vec<_>>>().and_then(|heads| heads.into_iter().max()),
+            head: all()
+                .map(|status| status.head)
+                .collect::<Option<Vec<_>>>()
+                .and_then(|heads| heads.into_iter().max()),
             behind_since: all().filter_map(|status| status.behind_since).min(),
             epoch: 0,
             events_applied: all().map(|status| status.events_applied).sum(),

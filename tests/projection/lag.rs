@@ -29,7 +29,11 @@ async fn never_says_live(
                         let least = head.get() - one.position.get();
                         assert!(lag >= least, "{what}: {lag} of {least} at look {looks}");
                         assert_eq!(one.head, Some(head), "{what}");
-                        assert_eq!(one.lag_time().is_some_and(|time| time > Duration::ZERO), lag > 0, "{what}");
+                        assert_eq!(
+                            one.lag_time().is_some_and(|time| time > Duration::ZERO),
+                            lag > 0,
+                            "{what}"
+                        );
                     }
                 }
             }
@@ -70,9 +74,8 @@ async fn no_lag_is_told_before_the_checkpoint_and_the_log_were_read() {
         // Paused before it ever ran.
         store.set_paused("paused", true).await.unwrap();
         let handle = node.projection(table("paused"), database.open().await, options()).await;
-        let paused = |status: &ProjectionStatus| {
-            status.state == ProjectionState::Paused && status.lag() == Some(all)
-        };
+        let paused =
+            |status: &ProjectionStatus| status.state == ProjectionState::Paused && status.lag() == Some(all);
         never_says_live(&format!("{kind}, paused"), &handle, head, paused).await;
         // An event that cannot be applied.
         let broken = poison(5, &Arc::new(AtomicBool::new(true)));

@@ -10,9 +10,9 @@ mod conformance;
 mod control;
 mod failures;
 mod following;
-mod lag;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod hazards;
+mod lag;
 mod lookups;
 mod nodes;
 mod partitions;

@@ -122,7 +122,8 @@ impl Trial {
     async fn start_with(&self, link: &Link, state: Shared, saved: Arc<impl SnapshotState>) -> Running {
         let seen = Arc::new(AtomicU64::new(0));
         let (filter, hook) = (self.filter.clone(), self.hook.clone());
-        let sums = Sums { filter, hook, firm: self.firm, resets: 0, state: state.clone(), seen: seen.clone() };
+        let sums =
+            Sums { filter, hook, firm: self.firm, resets: 0, state: state.clone(), seen: seen.clone() };
         let store: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&store).await;
         let model = InMemory::new().snapshot_every(self.every, self.revision, saved);

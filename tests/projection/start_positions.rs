@@ -157,7 +157,8 @@ async fn since_a_time_leaves_no_later_event_out() {
     let pool = sqlx::SqlitePool::connect(path.to_str().unwrap()).await.unwrap();
     sqlx::query("DROP TRIGGER storied_events_no_update").execute(&pool).await.unwrap();
     // One event a minute, and up to 50 minutes the wrong way round.
-    let disorder = "UPDATE storied_events SET recorded_at = (position * 60 - (position * 7919) % 3000) * 1000000";
+    let disorder =
+        "UPDATE storied_events SET recorded_at = (position * 60 - (position * 7919) % 3000) * 1000000";
     sqlx::query(disorder).execute(&pool).await.unwrap();
     let events = store.read_log(ReadLog::after(Position::START).limit(10_000)).await.unwrap().events;
     assert_eq!(events.len(), 4_000);
