@@ -1,9 +1,9 @@
 //! The port to the event bus: how what was committed reaches others, in log order.
 //!
-//! A bus never holds the truth: it is a fast copy of the log that may be late or, depending on the bus, lose something.
-//! What keeps that harmless is in the data. Everything travels as a [`LogBatch`], which says *between which positions it is
-//! complete*; a follower that sees the next batch start behind where the last one ended has found a hole, and reads it from
-//! the store ([`feed`](crate::feed)).
+//! The store is the truth, a bus a hint. A bus may be late, lose something, or carry what another program published.
+//! Everything travels as a [`LogBatch`], which says *between which positions it is complete*. Inside one process the
+//! [`feed`](crate::feed) takes batches as they are, and reads holes from the store. From a bus that other processes publish to, it
+//! takes only the positions, as a reason to read the store: no message reaches a read model.
 
 mod local;
 #[cfg(feature = "nats")]
@@ -118,9 +118,9 @@ pub struct Follow {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum DurableItem {
-    /// The next event that was asked for; others may be among them, and events that were there before.
-    Event(RecordedEvent),
-    /// Something may be missing before the next event, and why. The first item is one.
+    /// The log may have an event that was asked for at this position. Anything may have published that: only the store knows.
+    Wake(Position),
+    /// Something may be missing before the next item, and why. The first item is one.
     Gap(String),
 }
 
@@ -156,7 +156,8 @@ pub trait EventBus: Send + Sync + 'static {
     }
 
     /// Subscribes to the live continuation of the log of the store with this id, and of no other. What is published after
-    /// this returns is delivered, or reported as [`BusItem::Gap`].
+    /// this returns is delivered, or reported as [`BusItem::Gap`]. Nothing proves who published it: on a bus of
+    /// [`BusScope::Shared`], believe the store, not the message.
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
 
     /// Whether it keeps events for those who [follow](Self::follow) it.
@@ -185,6 +186,10 @@ pub trait DurableSubscription: Send {
     /// Everything up to here is applied for good, and need not be kept any longer. What is not is kept for as long as this
     /// lives, and given to the next one who follows under that name.
     fn applied(&mut self, upto: Position);
+
+    /// The log ended at `head` when it was read, after everything that [`next`](Self::next) has returned. A message of those that
+    /// claims a later position is of no event, and is not kept.
+    fn ended(&mut self, head: Position);
 }
 
 /// The writing side of a bus.

@@ -1,7 +1,8 @@
 //! The feed: the live continuation of the log inside one process, in order and without holes.
 //!
-//! One subscription to the bus serves all followers. What the bus lost, or only said it had, is read from the store; what it
-//! says twice is said once. Followers read from a bounded ring at their own pace: nobody waits for the slowest, who is told
+//! One subscription to the bus serves all followers. A bus inside the process hands batches over; what it lost is read from the
+//! store, and what it says twice is said once. A bus that other processes publish to only wakes the feed, which then reads the
+//! store: no message decides what followers get. Followers read from a bounded ring at their own pace: nobody waits for the slowest, who is told
 //! that it lagged and goes back to reading the store by itself.
 
 mod stretch;
@@ -14,15 +15,16 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{broadcast, watch};
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
 pub(crate) use self::stretch::{Stretch, read as read_stretch};
 use crate::backoff::Backoff;
-use crate::bus::{BusError, BusItem, BusSubscription, EventBus, LogBatch};
+use crate::bus::{BusError, BusItem, BusScope, BusSubscription, EventBus, LogBatch};
 use crate::event::Position;
 use crate::invalid_option::{InvalidOption, at_least, within};
 use crate::panic::panic_text;
+use crate::rate_limit::RateLimit;
 use crate::store::{BoxFuture, EventStore};
 use crate::supervised::Task;
 use crate::time::after;
@@ -76,7 +78,7 @@ impl FeedOptions {
 pub struct FeedStatus {
     /// How far followers have been given the log; `None` until there was a follower and the store was reached for it.
     pub position: Option<Position>,
-    /// How often something was missing from the bus and had to be read from the store.
+    /// How often the bus lost something, or did not bring it in time, so that it was looked for in the store.
     pub repairs: u64,
     /// What last went wrong with the bus or the store, until it goes well again.
     pub last_error: Option<String>,
@@ -129,6 +131,7 @@ impl Feed {
             store,
             bus,
             idle_poll: options.idle_poll,
+            reads: RateLimit::of_reads(),
             ring,
             status: status_sender,
             store_backoff: Backoff::new(Duration::from_millis(20), Duration::from_secs(5)),
@@ -222,6 +225,8 @@ struct FeedTask {
     store: Arc<dyn EventStore>,
     bus: Arc<dyn EventBus>,
     idle_poll: Duration,
+    /// Limits reads for messages after which the store has nothing new.
+    reads: RateLimit,
     ring: broadcast::Sender<LogBatch>,
     status: watch::Sender<FeedStatus>,
     store_backoff: Backoff,
@@ -277,9 +282,27 @@ impl FeedTask {
         let mut position = self.begin().await;
         let mut source = Source::subscribe(self.bus.clone(), store, Duration::ZERO);
         let mut poll_at = after(self.idle_poll);
+        let only_wakes = self.bus.scope() == BusScope::Shared;
+        let mut appended = self.store.appended();
+        // When the store is read for what the bus said.
+        let mut read_at: Option<Instant> = None;
         loop {
             let sign = tokio::select! {
                 sign = source.next() => Some(sign),
+                // What this process commits comes without a message. An error says that the store is being dropped.
+                Ok(()) = appended.changed(), if only_wakes => {
+                    let upto = *appended.borrow_and_update();
+                    if upto > position {
+                        position = self.read_on(position, Some(upto)).await;
+                        poll_at = after(self.idle_poll);
+                    }
+                    continue;
+                }
+                () = sleep_until(read_at.unwrap_or(poll_at)), if read_at.is_some() => {
+                    read_at = None;
+                    position = self.read_for_a_message(position, &mut poll_at).await;
+                    continue;
+                }
                 () = sleep_until(poll_at) => None,
             };
             let before = position;
@@ -289,6 +312,19 @@ impl FeedTask {
                     // Whatever was published before somebody listened.
                     position = self.repair(position, None).await;
                     self.succeeded();
+                }
+                Some(Ok(Sign::Item(item))) if only_wakes => {
+                    self.bus_backoff.succeeded();
+                    // Any number of messages until then are one read.
+                    if read_at.is_none() && self.wakes(&item, position) {
+                        let due = self.reads.take();
+                        if due > Instant::now() {
+                            read_at = Some(due);
+                        } else {
+                            position = self.read_for_a_message(position, &mut poll_at).await;
+                        }
+                    }
+                    continue;
                 }
                 Some(Ok(Sign::Item(item))) => {
                     self.bus_backoff.succeeded();
@@ -329,7 +365,29 @@ impl FeedTask {
         }
     }
 
-    /// Gives the followers what an item from the bus says; the position that they have then.
+    /// Reads the store because of a message. A read that finds something does not count against the limit.
+    async fn read_for_a_message(&mut self, position: Position, poll_at: &mut Instant) -> Position {
+        let read = self.read_on(position, None).await;
+        if read > position {
+            self.reads.refund();
+            *poll_at = after(self.idle_poll);
+        }
+        read
+    }
+
+    /// Whether the store is to be read for what a shared bus said. Anything may have published that: it is a hint, no more.
+    fn wakes(&self, item: &BusItem, position: Position) -> bool {
+        match item {
+            BusItem::Batch(batch) => batch.upto > position,
+            BusItem::Head(head) => *head > position,
+            BusItem::Gap => {
+                self.status.send_modify(|status| status.repairs += 1);
+                true
+            }
+        }
+    }
+
+    /// Gives the followers what an item from a bus inside this process says; the position that they have then.
     async fn take(&mut self, item: BusItem, mut position: Position) -> Position {
         match item {
             BusItem::Batch(batch) => {
@@ -348,8 +406,18 @@ impl FeedTask {
         }
     }
 
-    /// Reads what is missing from the store, up to `upto` or the end of the log, however long the store cannot be reached.
+    /// Reads what the bus did not bring.
     async fn repair(&mut self, after: Position, upto: Option<Position>) -> Position {
+        let position = self.read_on(after, upto).await;
+        if position > after {
+            tracing::debug!(bus = self.bus.name(), %after, upto = %position, "read from the store, not from the bus");
+            self.status.send_modify(|status| status.repairs += 1);
+        }
+        position
+    }
+
+    /// Reads the store, up to `upto` or the end of the log, however long the store cannot be reached.
+    async fn read_on(&mut self, after: Position, upto: Option<Position>) -> Position {
         let mut position = after;
         loop {
             match stretch::read(&*self.store, position, upto).await {
@@ -362,14 +430,8 @@ impl FeedTask {
                         break;
                     }
                 }
-                Err(error) => {
-                    self.store_failed("the feed could not read what the bus had lost", &error).await
-                }
+                Err(error) => self.store_failed("the feed could not read the log", &error).await,
             }
-        }
-        if position > after {
-            tracing::debug!(bus = self.bus.name(), %after, upto = %position, "read from the store, not from the bus");
-            self.status.send_modify(|status| status.repairs += 1);
         }
         position
     }

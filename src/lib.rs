@@ -61,6 +61,7 @@ mod panic;
 mod partition;
 pub mod projection;
 pub mod publisher;
+mod rate_limit;
 pub mod runtime;
 pub mod store;
 mod supervised;

@@ -12,6 +12,7 @@ use crate::bus::{BusError, BusPublisher, BusScope, EventBus, LogBatch, MirrorEnd
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
 use crate::lease::HeldLease;
+use crate::rate_limit::RateLimit;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::trace::{self, Destination, Publishing};
@@ -189,13 +190,19 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         let for_others = shared.bus.scope() == BusScope::Shared;
         let hopeless = matches!(
             error,
-            Interruption::Bus(BusError::Closed) | Interruption::Ahead { .. } | Interruption::Diverged { .. }
+            Interruption::Bus(BusError::Closed | BusError::Incompatible { .. })
+                | Interruption::Ahead { .. }
+                | Interruption::Diverged { .. }
         );
         if inbox.is_stopping() && (!for_others || hopeless) {
             return;
         }
         // While stopping too: until the deadline there is still a chance to publish what other nodes wait for.
         pause(&mut inbox, backoff.next()).await;
+        // A bus that a person has to change is not tried again at the end: the answer may take as long as the stop may.
+        if hopeless && inbox.is_stopping() {
+            return;
+        }
     }
 }
 
@@ -291,6 +298,8 @@ impl Turn<'_> {
         let mut beat_at = Instant::now();
         // What was announced is read without asking how far the log goes by now, which is half of the time that it takes.
         let mut announced = None;
+        // Anything can publish hints: reads that find nothing are limited.
+        let (mut reads, mut hint_at, mut hinted) = (RateLimit::of_reads(), None::<Instant>, false);
         // While there is more than one stretch, the next one is read while one is published.
         let mut ahead = None;
         loop {
@@ -305,6 +314,9 @@ impl Turn<'_> {
                 }
             };
             let (upto, head, something) = (stretch.upto, stretch.head, !stretch.batches.is_empty());
+            if std::mem::take(&mut hinted) && something {
+                reads.refund();
+            }
             let more = upto < head;
             shared.status.send_if_modified(|status| status.head.replace(head) != Some(head));
             if something {
@@ -333,22 +345,37 @@ impl Turn<'_> {
             if more {
                 continue;
             }
-            tokio::select! {
-                biased;
-                () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
-                () = inbox.stopping(), if last.is_none() => {}
-                // An error says that the store is being dropped; the poll will tell.
-                Ok(()) = appended.changed() => announced = Some(*appended.borrow_and_update()),
-                () = publisher.hinted() => poll = shared.options.busy_poll,
-                () = sleep(poll) => poll = poll.saturating_mul(2).min(shared.options.idle_poll),
-                () = sleep_until(beat_at) => {
-                    tokio::select! {
-                        biased;
-                        () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
-                        beat = publisher.heartbeat(self.end.position) => beat?,
+            let poll_at = after(poll);
+            loop {
+                tokio::select! {
+                    biased;
+                    () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
+                    () = inbox.stopping(), if last.is_none() => {}
+                    // An error says that the store is being dropped; the poll will tell.
+                    Ok(()) = appended.changed() => announced = Some(*appended.borrow_and_update()),
+                    () = sleep_until(hint_at.unwrap_or(beat_at)), if hint_at.is_some() => {
+                        (hint_at, hinted) = (None, true);
                     }
-                    beat_at = after(shared.options.heartbeat);
+                    () = sleep_until(poll_at) => poll = poll.saturating_mul(2).min(shared.options.idle_poll),
+                    () = sleep_until(beat_at) => {
+                        tokio::select! {
+                            biased;
+                            () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
+                            beat = publisher.heartbeat(self.end.position) => beat?,
+                        }
+                        beat_at = after(shared.options.heartbeat);
+                    }
+                    // Last: a flood of hints delays nothing else.
+                    () = publisher.hinted() => {
+                        // Any number of hints until then are one read.
+                        let due = *hint_at.get_or_insert_with(|| reads.take());
+                        if due > Instant::now() {
+                            continue;
+                        }
+                        (hint_at, hinted) = (None, true);
+                    }
                 }
+                break;
             }
         }
     }

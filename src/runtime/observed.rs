@@ -80,7 +80,7 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
         }
     });
     counter(
-        ("storied.feed.repairs", "{repair}", "Pieces of the log that the bus did not bring"),
+        ("storied.feed.repairs", "{repair}", "Times that the bus lost something or was late"),
         |inner, observer| {
             observer.observe(inner.feed.status().repairs, &[]);
         },

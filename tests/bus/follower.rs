@@ -44,15 +44,15 @@ impl Follower {
     /// Takes the next item; the position, if it was an event.
     async fn take(&mut self) -> Option<Position> {
         match timeout(PATIENCE, self.subscription.next()).await.unwrap().unwrap() {
-            DurableItem::Event(event) => {
-                if event.position > self.upto {
-                    let between = ReadLog::after(self.upto).upto(event.position).filter(self.filter.clone());
+            DurableItem::Wake(at) => {
+                if at > self.upto {
+                    let between = ReadLog::after(self.upto).upto(at).filter(self.filter.clone());
                     let between = self.store.read_log(between).await.unwrap().events;
                     let position = between.first().map(|first| first.position);
-                    assert_eq!(position, Some(event.position), "not told of, behind {:?}", self.gaps);
-                    self.upto = event.position;
+                    assert_eq!(position, Some(at), "not told of, behind {:?}", self.gaps);
+                    self.upto = at;
                 }
-                Some(event.position)
+                Some(at)
             }
             DurableItem::Gap(why) => {
                 self.gaps.push(why);

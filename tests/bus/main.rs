@@ -12,6 +12,7 @@ mod events;
 mod faults;
 mod follower;
 mod foreign;
+mod forged;
 mod hazards;
 mod hints;
 mod link;

@@ -309,3 +309,50 @@ async fn garbage_on_the_subjects_is_passed_over() {
     }
     cluster.stop().await;
 }
+
+/// F23: presences that are too large are not decoded, let alone kept.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_presences_take_no_memory() {
+    use ciborium::Value;
+    let (server, store) = (server().await, MemoryStore::new());
+    let caller = caller(&store, &server).await;
+    let client = async_nats::connect(server.url()).await.unwrap();
+    let resident = || {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4_096
+    };
+    let before = resident();
+    for n in 0..40 {
+        let names = vec![Value::Text("x".into()); 400_000];
+        let uuid = |id: Uuid| Value::Bytes(id.as_bytes().to_vec());
+        let presence = Value::Map(
+            [
+                ("wire", Value::Integer(1.into())),
+                ("node", Value::Text(format!("large-{n}"))),
+                ("incarnation", uuid(Uuid::now_v7())),
+                ("store", uuid(storied::EventStore::info(&store).id)),
+                ("aggregates", Value::Array(names)),
+                ("handlers", Value::Array(Vec::new())),
+            ]
+            .map(|(key, value)| (Value::Text(key.into()), value))
+            .into(),
+        );
+        let mut frame = Vec::new();
+        ciborium::into_writer(&presence, &mut frame).unwrap();
+        assert!(frame.len() > 800_000);
+        client.publish("storied.commands.presence", frame.into()).await.unwrap();
+        client.flush().await.unwrap();
+    }
+    // A real node that joins later comes after all of them.
+    let one = node(&store, &server, "one").await;
+    let give_up = Instant::now() + PATIENCE;
+    let expected = CommandBusStatus::Connected { nodes: vec!["one".into()] };
+    while caller.status().await.commands != expected {
+        assert!(Instant::now() < give_up, "{:?}", caller.status().await.commands);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 200 << 20, "{} MiB", grown >> 20);
+    one.shutdown().await.unwrap();
+    caller.shutdown().await.unwrap();
+}

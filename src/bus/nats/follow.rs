@@ -13,12 +13,13 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::jetstream::{Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Settle, Taken};
 use super::subjects::patterns;
-use super::wire::{Incoming, read_any};
+use super::wire::{Reject, Wire};
 use super::{NatsBus, naming};
 use crate::backoff::Backoff;
 use crate::bus::{BusError, DurableItem, DurableSubscription, Follow};
 use crate::event::Position;
 use crate::future::BoxFuture;
+use crate::rate_limit::LogLimit;
 use crate::supervised::Task;
 use crate::time::after;
 
@@ -28,10 +29,36 @@ const ROOM: usize = 512;
 /// How long the server waits before it delivers again; it is told long before that somebody is at work.
 const ACK_WAIT: Duration = Duration::from_secs(30);
 
+/// How far the follower is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Read {
+    /// Everything up to here is applied.
+    applied: Position,
+    /// Number of the last item that was returned before the log was read, and where the log ended then.
+    seen: u64,
+    head: Position,
+}
+
+impl Read {
+    /// Whether the message of an item need not be kept: it is applied, or the log has no such event.
+    fn is_done(&self, unsettled: &Unsettled) -> bool {
+        unsettled.position <= self.applied || (unsettled.item <= self.seen && unsettled.position > self.head)
+    }
+}
+
+/// A message that is not acknowledged yet.
+struct Unsettled {
+    item: u64,
+    position: Position,
+    settle: Settle,
+}
+
 /// A consumer, and the task that reads from it.
 pub(super) struct NatsFollower {
-    items: mpsc::Receiver<DurableItem>,
-    applied: watch::Sender<Position>,
+    items: mpsc::Receiver<(u64, DurableItem)>,
+    /// Number of the last item that was returned.
+    seen: u64,
+    read: watch::Sender<Read>,
     _task: Task,
 }
 
@@ -50,21 +77,24 @@ impl NatsFollower {
         let (filters, _) = bus.names().mapping.filters(&patterns);
         let spec = follower_spec(naming::custom(&name), filters);
         let (sender, items) = mpsc::channel(2 * ROOM);
-        let (applied, upto) = watch::channel(Position::START);
+        let (read, reader) = watch::channel(Read::default());
+        let wire = Wire::new(bus.names(), store);
         let reading = Reading {
             bus,
             spec,
-            store,
+            wire,
             items: sender,
-            applied: upto,
+            read: reader,
             consumer: None,
             unsettled: VecDeque::new(),
+            item: 0,
+            ignored: LogLimit::each_minute(),
             number: 0,
             sequence: 0,
             removed: 0,
             missing: None,
         };
-        Ok(Self { items, applied, _task: Task::spawn(reading.run()) })
+        Ok(Self { items, seen: 0, read, _task: Task::spawn(reading.run()) })
     }
 }
 
@@ -90,24 +120,44 @@ pub(super) fn follower_spec(name: String, filters: Vec<String>) -> ConsumerSpec 
 
 impl DurableSubscription for NatsFollower {
     fn next(&mut self) -> BoxFuture<'_, Result<DurableItem, BusError>> {
-        Box::pin(async { self.items.recv().await.ok_or(BusError::Closed) })
+        Box::pin(async {
+            let (number, item) = self.items.recv().await.ok_or(BusError::Closed)?;
+            self.seen = number;
+            Ok(item)
+        })
     }
 
     fn applied(&mut self, upto: Position) {
-        self.applied.send_if_modified(|applied| upto > std::mem::replace(applied, upto.max(*applied)));
+        self.read.send_if_modified(|read| {
+            let news = upto > read.applied;
+            read.applied = upto.max(read.applied);
+            news
+        });
+    }
+
+    fn ended(&mut self, head: Position) {
+        let seen = self.seen;
+        self.read.send_if_modified(|read| {
+            let before = std::mem::replace(read, Read { seen, head, ..*read });
+            *read != before
+        });
     }
 }
 
 struct Reading {
     bus: NatsBus,
     spec: ConsumerSpec,
-    store: uuid::Uuid,
-    items: mpsc::Sender<DurableItem>,
-    applied: watch::Receiver<Position>,
+    wire: Wire,
+    items: mpsc::Sender<(u64, DurableItem)>,
+    read: watch::Receiver<Read>,
     /// Survives the end of a session: it knows how far it was when the server does not any more.
     consumer: Option<Consumer>,
     /// In the order in which they came.
-    unsettled: VecDeque<(Position, Settle)>,
+    unsettled: VecDeque<Unsettled>,
+    /// Number of the last item.
+    item: u64,
+    /// Messages that are of no event of this store.
+    ignored: LogLimit,
     /// Of the last delivery: its number among them, …
     number: u64,
     /// … and the highest in the stream.
@@ -165,7 +215,7 @@ impl Reading {
             let room = ROOM.saturating_sub(self.unsettled.len());
             let Some(consumer) = &mut self.consumer else { return Ok(()) };
             tokio::select! {
-                changed = self.applied.changed() => {
+                changed = self.read.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
@@ -176,7 +226,7 @@ impl Reading {
                     ConsumerItem::Gap(why) => self.gap(why),
                 },
                 () = sleep_until(tell_at) => {
-                    for (_, settle) in &self.unsettled {
+                    for Unsettled { settle, .. } in &self.unsettled {
                         // Where the server cannot be told, it delivers again.
                         let _ = settle.progress().await;
                     }
@@ -228,36 +278,40 @@ impl Reading {
         if std::mem::replace(&mut self.number, number).wrapping_add(1) != number {
             self.gap("a delivery was lost, or somebody else has had it".into());
         }
-        match read_any(&message) {
-            Ok((store, Incoming::Event { event, .. })) if store == self.store => {
-                self.unsettled.push_back((event.position, settle));
-                self.give(DurableItem::Event(event));
+        match self.wire.read_position(message.headers.as_ref()) {
+            Ok(position) => {
+                self.item += 1;
+                self.unsettled.push_back(Unsettled { item: self.item, position, settle });
+                self.give(DurableItem::Wake(position));
                 self.settle().await;
             }
-            other => {
-                // Its content is in the store, or not for us.
-                self.gap(match other {
-                    Ok((store, Incoming::Event { .. })) => {
-                        format!("an event of the store {store} is in the mirror")
-                    }
-                    Ok((_, Incoming::Large(position))) => {
-                        format!("the event at {position} was too large to travel")
-                    }
-                    Err(reject) => format!("a message cannot be read: {reject:?}"),
-                });
+            Err(reject) => {
+                self.report(message.subject.as_str(), &reject);
                 let _ = settle.settle(AckKind::Ack, false).await;
             }
         }
     }
 
-    /// Settles what is applied. If the server does not hear it, it comes again, and is passed over.
+    fn report(&mut self, subject: &str, reject: &Reject) {
+        if let Some(so_far) = self.ignored.count() {
+            let consumer = &self.spec.name;
+            tracing::warn!(
+                consumer,
+                subject,
+                ?reject,
+                so_far,
+                "ignoring messages that are no events of this store"
+            );
+        }
+    }
+
+    /// Acknowledges what is done. If the server does not receive it, the message comes again, and is done at once.
     async fn settle(&mut self) {
-        let upto = *self.applied.borrow_and_update();
-        let (applied, unsettled): (Vec<_>, _) = std::mem::take(&mut self.unsettled)
-            .into_iter()
-            .partition::<Vec<_>, _>(|(position, _)| *position <= upto);
+        let read = *self.read.borrow_and_update();
+        let (done, unsettled): (Vec<_>, _) =
+            std::mem::take(&mut self.unsettled).into_iter().partition::<Vec<_>, _>(|one| read.is_done(one));
         self.unsettled = unsettled.into();
-        for (_, settle) in applied {
+        for Unsettled { settle, .. } in done {
             let _ = settle.settle(AckKind::Ack, false).await;
         }
     }
@@ -270,7 +324,7 @@ impl Reading {
 
     fn tell_of_gap(&mut self) {
         if let Some(why) = self.missing.take()
-            && self.items.try_send(DurableItem::Gap(why.clone())).is_err()
+            && self.items.try_send((self.item, DurableItem::Gap(why.clone()))).is_err()
         {
             self.missing = Some(why);
         }
@@ -278,7 +332,7 @@ impl Reading {
 
     fn give(&mut self, item: DurableItem) {
         self.tell_of_gap();
-        if self.missing.is_none() && self.items.try_send(item).is_err() {
+        if self.missing.is_none() && self.items.try_send((self.item, item)).is_err() {
             self.missing = Some("the follower did not read".into());
         }
     }

@@ -9,12 +9,13 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Shared;
 use super::calls::Heard;
-use super::presence::Presence;
+use super::presence::{BYTES, Presence};
 use super::serve::serve;
 use crate::backoff::Backoff;
 use crate::bus::{BusError, Line, OpenLine};
 use crate::codec::{from_cbor, to_cbor};
 use crate::command::wire::{FORMAT, Kind, Reply};
+use crate::rate_limit::LogLimit;
 use crate::supervised::Task;
 
 /// How long after a connect the others have answered as a rule.
@@ -124,6 +125,7 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         let mut beats = tokio::time::interval(shared.beat);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         beats.reset();
+        let mut malformed = LogLimit::each_minute();
         // Beside the beats: many who ask must not put them off.
         let mut answer_at = None;
         let mut draining = shared.draining.subscribe();
@@ -135,7 +137,7 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                     break;
                 }
                 message = ears.presence.next() => match message {
-                    Some(message) => if heard(&shared, &message) {
+                    Some(message) => if heard(&shared, &message, &mut malformed) {
                         answer_at.get_or_insert_with(|| Instant::now() + ANSWER.min(shared.beat));
                     },
                     None => return,
@@ -199,6 +201,11 @@ async fn announce(shared: &Shared, client: &Client, ask: bool) {
         ask,
     };
     let sent = match to_cbor(&presence) {
+        Ok(frame) if frame.len() > BYTES || !presence.fits() => Err(format!(
+            "{} aggregates and handlers, {} bytes (limit {BYTES} bytes); use fewer or shorter names",
+            presence.aggregates.len() + presence.handlers.len(),
+            frame.len()
+        )),
         Ok(frame) => {
             client.publish(shared.subjects.presence(), frame.into()).await.map_err(|e| e.to_string())
         }
@@ -210,8 +217,14 @@ async fn announce(shared: &Shared, client: &Client, ask: bool) {
 }
 
 /// Hears who somebody is; whether they want to know who we are.
-fn heard(shared: &Shared, message: &Message) -> bool {
-    match from_cbor::<Presence>(&message.payload) {
+fn heard(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
+    let bytes = message.payload.len();
+    let decoded = match bytes <= BYTES {
+        true => from_cbor::<Presence>(&message.payload).map_err(|error| error.to_string()),
+        false => Err(format!("{bytes} bytes (limit {BYTES})")),
+    };
+    match decoded {
+        Ok(presence) if !presence.fits() => false,
         Ok(presence) if presence.incarnation == shared.incarnation => false,
         // Another store's aggregates are other aggregates.
         Ok(presence) if presence.store != shared.store || presence.format != FORMAT => false,
@@ -221,7 +234,9 @@ fn heard(shared: &Shared, message: &Message) -> bool {
             ask
         }
         Err(error) => {
-            tracing::warn!(subject = %message.subject, error, "a message that no node of ours would send is passed over");
+            if let Some(so_far) = malformed.count() {
+                tracing::warn!(subject = %message.subject, error, so_far, "ignoring malformed presence messages");
+            }
             false
         }
     }
@@ -229,6 +244,7 @@ fn heard(shared: &Shared, message: &Message) -> bool {
 
 /// Passes replies on to whoever waits for them.
 async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
+    let mut malformed = LogLimit::each_minute();
     while let Some(message) = replies.next().await {
         let Some(token) = message.subject.rsplit('.').next().and_then(|token| token.parse().ok()) else {
             continue;
@@ -242,7 +258,11 @@ async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
                 reply.says.of_another();
                 shared.calls.deliver(token, Heard::Reply(Box::new(reply)));
             }
-            Err(error) => tracing::warn!(error, "a reply that no node of ours would send is passed over"),
+            Err(error) => {
+                if let Some(so_far) = malformed.count() {
+                    tracing::warn!(error, so_far, "ignoring malformed replies");
+                }
+            }
         }
     }
 }

@@ -10,9 +10,19 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::command::wire::Kind;
+use crate::rate_limit::{LogLimit, RateLimit};
 
-/// How many nodes are remembered; further ones are not heard.
+/// How many nodes are remembered; further ones are ignored.
 const NODES: usize = 1_000;
+
+/// Maximum size of a presence message in bytes; a larger one is not decoded.
+pub(super) const BYTES: usize = 64 << 10;
+
+/// Maximum number of aggregates and handlers of a node together.
+const ENTRIES: usize = 2_048;
+
+/// Maximum size of everything that is remembered of other nodes, in bytes.
+const ALL_BYTES: usize = 8 << 20;
 
 /// What a node says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +46,20 @@ pub(super) struct Presence {
     pub(super) ask: bool,
 }
 
+impl Presence {
+    /// Whether others remember it.
+    pub(super) fn fits(&self) -> bool {
+        self.aggregates.len() + self.handlers.len() <= ENTRIES
+    }
+
+    /// Bytes that remembering it takes, roughly.
+    fn size(&self) -> usize {
+        let names = self.aggregates.iter().chain(&self.handlers);
+        let each = |name: &String| name.len() + size_of::<String>();
+        size_of::<Peer>() + self.node.len() + names.map(each).sum::<usize>()
+    }
+}
+
 /// The other nodes, by incarnation.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -47,6 +71,10 @@ pub(super) struct Table {
 #[derive(Debug)]
 struct Peers {
     by_incarnation: HashMap<Uuid, Peer>,
+    /// Size of all of them.
+    bytes: usize,
+    joined: RateLimit,
+    refused: LogLimit,
     /// Since when we could hear them: nobody is silent for longer.
     listening: Instant,
 }
@@ -54,6 +82,7 @@ struct Peers {
 #[derive(Debug)]
 struct Peer {
     presence: Presence,
+    size: usize,
     seen: Instant,
 }
 
@@ -66,7 +95,13 @@ pub(super) struct Candidate {
 
 impl Table {
     pub(super) fn new() -> Self {
-        let peers = Peers { by_incarnation: HashMap::new(), listening: Instant::now() };
+        let peers = Peers {
+            by_incarnation: HashMap::new(),
+            bytes: 0,
+            joined: RateLimit::new(100, Duration::from_secs(1)),
+            refused: LogLimit::each_minute(),
+            listening: Instant::now(),
+        };
         Self { peers: RwLock::new(peers), news: watch::Sender::new(0) }
     }
 
@@ -87,12 +122,17 @@ impl Table {
     /// Hears what a node says of itself.
     pub(super) fn heard(&self, presence: Presence) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        let peers = &mut *peers;
         let all = &mut peers.by_incarnation;
-        let now = Instant::now();
+        let (now, size) = (Instant::now(), presence.size());
         if let Some(peer) = all.get_mut(&presence.incarnation) {
             peer.seen = now;
+            let bytes = peers.bytes - peer.size + size;
+            if bytes > ALL_BYTES {
+                return refuse(&mut peers.refused, &presence.node);
+            }
             let news = peer.presence.draining != presence.draining;
-            peer.presence = presence;
+            (peer.presence, peer.size, peers.bytes) = (presence, size, bytes);
             if news {
                 self.news.send_modify(|count| *count += 1);
             }
@@ -104,14 +144,16 @@ impl Table {
             if other > presence.incarnation {
                 return;
             }
-            all.remove(&other);
+            peers.bytes -= all.remove(&other).map_or(0, |peer| peer.size);
         }
-        if all.len() >= NODES {
-            tracing::warn!(node = presence.node, limit = NODES, "there are more nodes than are remembered");
-            return;
+        if all.len() >= NODES || peers.bytes + size > ALL_BYTES {
+            return refuse(&mut peers.refused, &presence.node);
         }
-        tracing::info!(node = presence.node, incarnation = %presence.incarnation, "a node takes part in commands");
-        all.insert(presence.incarnation, Peer { presence, seen: now });
+        if peers.joined.try_take() {
+            tracing::info!(node = presence.node, incarnation = %presence.incarnation, "a node takes part in commands");
+        }
+        peers.bytes += size;
+        all.insert(presence.incarnation, Peer { presence, size, seen: now });
         self.news.send_modify(|count| *count += 1);
     }
 
@@ -119,6 +161,7 @@ impl Table {
     pub(super) fn gone(&self, incarnation: Uuid) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(peer) = peers.by_incarnation.remove(&incarnation) {
+            peers.bytes -= peer.size;
             tracing::info!(node = peer.presence.node, %incarnation, "a node is gone");
             self.news.send_modify(|count| *count += 1);
         }
@@ -129,6 +172,7 @@ impl Table {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         let listening = peers.listening;
         peers.by_incarnation.retain(|_, peer| peer.seen.max(listening).elapsed() < silence * 4);
+        peers.bytes = peers.by_incarnation.values().map(|peer| peer.size).sum();
     }
 
     /// What the others are called.
@@ -169,6 +213,13 @@ impl Table {
         let ranked = peers.ranked(kind, name, key, own, silence);
         let (owner, count) = ranked.fold((None, 0), |(owner, count), one| (owner.max(Some(one)), count + 1));
         (owner.map(|(_, _, _, incarnation)| incarnation), count)
+    }
+}
+
+fn refuse(limit: &mut LogLimit, node: &str) {
+    if let Some(so_far) = limit.count() {
+        let (limit, bytes) = (NODES, ALL_BYTES);
+        tracing::warn!(node, so_far, limit, bytes, "ignoring nodes: there are more than are remembered");
     }
 }
 
@@ -231,6 +282,22 @@ mod tests {
             draining: false,
             ask: false,
         }
+    }
+
+    #[test]
+    fn what_is_remembered_of_other_nodes_has_a_limit() {
+        let table = Table::new();
+        let large = |n: usize| {
+            let aggregates = (0..1_000).map(|m| format!("{m:0>40}")).collect();
+            Presence { aggregates, ..presence(&n.to_string()) }
+        };
+        (0..500).for_each(|n| table.heard(large(n)));
+        let (nodes, bytes) = (table.names().len(), table.read().bytes);
+        assert!(nodes > 50 && bytes <= ALL_BYTES, "{nodes} nodes, {bytes} bytes");
+        table.sweep(Duration::ZERO);
+        assert_eq!((table.names().len(), table.read().bytes), (0, 0));
+        table.heard(presence("small"));
+        assert_eq!(table.names(), ["small"]);
     }
 
     fn owners(table: &Table, own: Option<(&str, Uuid)>) -> Vec<String> {

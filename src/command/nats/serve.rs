@@ -15,6 +15,7 @@ use crate::codec::{from_cbor, to_cbor};
 use crate::command::envelope::Deadline;
 use crate::command::registry::Answering;
 use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Outcome, Reply, Says};
+use crate::rate_limit::LogLimit;
 use crate::time::after;
 
 /// How soon a dispatcher that did not ask for it hears that its command was accepted, unless the answer comes first.
@@ -25,9 +26,12 @@ const HEADROOM: usize = 1_024;
 
 /// Takes commands until the connection ends.
 pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Subscriber) {
+    let mut malformed = LogLimit::each_minute();
     while let Some(message) = commands.next().await {
         let Message { reply: Some(reply), payload, .. } = message else {
-            tracing::warn!("a command without anybody to answer is passed over");
+            if let Some(so_far) = malformed.count() {
+                tracing::warn!(so_far, "ignoring commands without a reply subject");
+            }
             continue;
         };
         let answerer = Answerer { shared: shared.clone(), line: line.clone(), to: reply };

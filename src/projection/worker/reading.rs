@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use super::input::Follower;
+use super::input::{DurableFollower, Follower};
 use super::{Context, Pending, Role, Run, SCAN, Source, hear};
 use crate::bus::{Follow, LogBatch};
 use crate::event::{Position, RecordedEvent};
@@ -107,9 +107,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             categories: filter.wanted_categories().map(|categories| categories.iter().cloned().collect()),
         });
         // The runtime has looked whether this bus can; so it is one that was taken down.
-        followed.map(Follower::Durable).map_err(|error| StoreError::Unavailable {
-            reason: format!("{} cannot be followed", bus.name()),
-            source: Some(Arc::new(error)),
+        let durable =
+            |followed| DurableFollower::new(followed, store.clone(), filter.clone(), self.page.get());
+        followed.map(|followed| Follower::Durable(Box::new(durable(followed)))).map_err(|error| {
+            StoreError::Unavailable {
+                reason: format!("{} cannot be followed", bus.name()),
+                source: Some(Arc::new(error)),
+            }
         })
     }
 
@@ -118,9 +122,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let Some(follower) = &mut self.follower else { return self.restart() };
         self.context.set(ProjectionState::Following);
         let news = Some(&mut self.news);
+        let after = self.pending.as_ref().map_or(self.applied, |pending| pending.upto);
         let held = self.pending.as_ref().and_then(|_| self.timing.until());
         let until = held.map_or(self.tick_at, |until| until.min(self.tick_at));
-        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next()).await;
+        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next(after)).await;
         let Some(mut item) = self.attend(heard).await else { return };
         // What is held back already, and what comes now.
         let held = self.pending.take().unwrap_or(Pending { events: VecDeque::new(), upto: self.applied });
@@ -158,7 +163,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             if self.source == Source::Store || events.len() >= self.context.options.batch {
                 break;
             }
-            match self.follower.as_mut().and_then(Follower::try_next) {
+            match self.follower.as_mut().and_then(|follower| follower.try_next(upto)) {
                 Some(next) => item = next,
                 None => break,
             }

@@ -1,0 +1,102 @@
+//! A rate limit for what messages from other processes cause: store reads, log lines.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// A token bucket, kept as the time at which it would be full.
+#[derive(Debug)]
+pub(crate) struct RateLimit {
+    interval: Duration,
+    /// Time that the tokens of a full bucket take to come back.
+    burst: Duration,
+    full_at: Instant,
+}
+
+impl RateLimit {
+    /// Allows `burst` at once (at least 1), and one more each `interval`.
+    pub(crate) fn new(burst: u32, interval: Duration) -> Self {
+        Self { interval, burst: interval * burst.max(1), full_at: Instant::now() }
+    }
+
+    /// Limits store reads that find nothing: 10 at once, then 20 a second.
+    pub(crate) fn of_reads() -> Self {
+        Self::new(10, Duration::from_millis(50))
+    }
+
+    /// Takes a token, in advance if there is none; returns when it may be used.
+    pub(crate) fn take(&mut self) -> Instant {
+        let now = Instant::now();
+        self.full_at = self.full_at.max(now) + self.interval;
+        self.full_at.checked_sub(self.burst).map_or(now, |due| due.max(now))
+    }
+
+    /// Takes a token if there is one.
+    #[cfg(feature = "nats")]
+    pub(crate) fn try_take(&mut self) -> bool {
+        let now = Instant::now();
+        let full_at = self.full_at.max(now) + self.interval;
+        let allowed = full_at.checked_sub(self.burst).is_none_or(|due| due <= now);
+        if allowed {
+            self.full_at = full_at;
+        }
+        allowed
+    }
+
+    /// Gives a token back: what it was used for was worth it.
+    pub(crate) fn refund(&mut self) {
+        if let Some(full_at) = self.full_at.checked_sub(self.interval) {
+            self.full_at = full_at;
+        }
+    }
+}
+
+/// Counts log lines that were left out, so that the next one can say how many.
+#[cfg(feature = "nats")]
+#[derive(Debug)]
+pub(crate) struct LogLimit {
+    limit: RateLimit,
+    count: u64,
+}
+
+#[cfg(feature = "nats")]
+impl LogLimit {
+    /// One line a minute.
+    pub(crate) fn each_minute() -> Self {
+        Self { limit: RateLimit::new(1, Duration::from_secs(60)), count: 0 }
+    }
+
+    /// Counts an occurrence; if a line may be written, returns how many there were since the last line.
+    pub(crate) fn count(&mut self) -> Option<u64> {
+        self.count += 1;
+        self.limit.try_take().then(|| std::mem::take(&mut self.count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_burst_then_a_rate_and_what_was_worth_it_costs_nothing() {
+        let mut limit = RateLimit::new(3, Duration::from_millis(50));
+        let start = Instant::now();
+        let waits: Vec<_> = (0..5).map(|_| (limit.take() - start).as_millis()).collect();
+        assert_eq!(waits, [0, 0, 0, 50, 100]);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        for _ in 0..1_000 {
+            assert_eq!(limit.take(), Instant::now());
+            limit.refund();
+        }
+    }
+
+    #[cfg(feature = "nats")]
+    #[tokio::test(start_paused = true)]
+    async fn a_line_a_minute_says_how_many_there_were() {
+        let mut limit = LogLimit::each_minute();
+        let lines: Vec<_> = (0..100).filter_map(|_| limit.count()).collect();
+        assert_eq!(lines, [1]);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert_eq!(limit.count(), Some(100));
+    }
+}

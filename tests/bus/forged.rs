@@ -1,0 +1,277 @@
+//! The store is the truth, the bus a hint: what a plain client publishes moves no read model, and costs little.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_nats::{Client, HeaderMap, Message};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use sqlx::{PgConnection, PgPool, SqliteConnection, SqlitePool};
+use storied::projection::{
+    ApplyError, FollowMode, InMemory, PostgresReadModel, ProjectionState, SqliteReadModel,
+};
+use storied::testing::Node;
+use storied::{
+    EncodeError, EventStore, FeedOptions, Filter, Position, PostgresStore, Projection, ProjectionHandle,
+    ProjectionOptions, PublisherState, RecordedEvent,
+};
+use tokio::time::Instant;
+
+use crate::harness::{self, NatsServer, PostgresServer};
+use crate::support::*;
+
+type Rows = Vec<(Position, Bytes)>;
+
+/// Positions and payloads, in memory.
+struct Memory(Arc<Mutex<Rows>>);
+
+impl Projection for Memory {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "memory"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+        self.0.lock().unwrap().push((event.position, event.payload.clone()));
+        Ok(())
+    }
+}
+
+/// Positions and payloads, in a table.
+macro_rules! table {
+    ($name:ident, $connection:ty, $insert:literal) => {
+        struct $name(&'static str);
+
+        impl Projection for $name {
+            type Transaction = $connection;
+
+            fn name(&self) -> &str {
+                self.0
+            }
+
+            fn filter(&self) -> Result<Filter, EncodeError> {
+                Ok(Filter::all())
+            }
+
+            async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
+                let insert = sqlx::query($insert).bind(self.0).bind(event.position.get() as i64);
+                insert.bind(&event.payload[..]).execute(tx).await?;
+                Ok(())
+            }
+        }
+    };
+}
+
+table!(PgTable, PgConnection, "INSERT INTO seen VALUES ($1, $2, $3)");
+table!(SqliteTable, SqliteConnection, "INSERT INTO seen VALUES (?, ?, ?)");
+
+fn rows(found: Vec<(i64, Vec<u8>)>) -> Rows {
+    found.into_iter().map(|(at, payload)| (Position::new(at as u64), payload.into())).collect()
+}
+
+const READ: &str = "SELECT position, payload FROM seen WHERE name = $1 ORDER BY ";
+
+async fn pg_rows(pool: &PgPool, name: &str) -> Rows {
+    let read = sqlx::AssertSqlSafe(format!("{READ} ctid"));
+    rows(sqlx::query_as(read).bind(name).fetch_all(pool).await.unwrap())
+}
+
+async fn sqlite_rows(pool: &SqlitePool, name: &str) -> Rows {
+    let read = sqlx::AssertSqlSafe(format!("{READ} rowid"));
+    rows(sqlx::query_as(read).bind(name).fetch_all(pool).await.unwrap())
+}
+
+/// A message that was really published, with other headers and another payload.
+fn forged(from: &Message, headers: &[(&'static str, String)], body: &Bytes) -> (HeaderMap, Bytes) {
+    let mut forged = from.headers.clone().unwrap();
+    forged.insert("Nats-Msg-Id", uuid::Uuid::now_v7().to_string());
+    for (name, value) in headers {
+        forged.insert(*name, value.clone());
+    }
+    (forged, body.clone())
+}
+
+async fn forge(client: &Client, genuine: &Message, other: &Message, head: u64) {
+    let (store, format) = ("Storied-Store", "Storied-Wire");
+    let at = |previous: u64, position: u64| {
+        vec![("Storied-Previous", previous.to_string()), ("Storied-Position", position.to_string())]
+    };
+    let mut kinds = vec![
+        at(head, head + 1),
+        at(head, head + 2),
+        at(head + 1, head + 3),
+        at(0, 1 << 62),
+        at(head, u64::MAX),
+        at(0, head + 1),
+        at(0, 1),
+        at(head - 1, head),
+        at(head + 5, head + 1),
+        vec![("Storied-Position", "-1".into())],
+        vec![("Storied-Position", "0".into())],
+        vec![(format, "2".into())],
+    ];
+    kinds.push([at(head, head + 1), vec![(store, uuid::Uuid::now_v7().to_string())]].concat());
+    kinds.push([at(head, head + 1), vec![("Storied-Body", "omitted".into())]].concat());
+    for kind in &kinds {
+        // Another event's payload under this one's headers, and with nonsense instead.
+        for body in [&other.payload, &Bytes::from_static(b"\xffnonsense")] {
+            let (headers, body) = forged(genuine, kind, body);
+            for subject in [genuine.subject.as_str(), "storied.head"] {
+                client.publish_with_headers(subject.to_owned(), headers.clone(), body.clone()).await.unwrap();
+            }
+        }
+    }
+    // Replayed as it was.
+    let headers = genuine.headers.clone().unwrap();
+    let replayed = client.publish_with_headers(genuine.subject.clone(), headers, genuine.payload.clone());
+    replayed.await.unwrap();
+    client.publish(genuine.subject.clone(), "nonsense".into()).await.unwrap();
+    client.flush().await.unwrap();
+}
+
+async fn reaches(handles: &[ProjectionHandle], position: Position) {
+    for handle in handles {
+        handle.caught_up_to_within(position, PATIENCE).await.unwrap();
+    }
+}
+
+/// F3: in memory, SQLite and PostgreSQL, over the feed and a durable consumer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_message_moves_a_read_model() {
+    let postgres = PostgresServer::shared().await;
+    for kind in NATS {
+        let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+        let url = postgres.create_database().await;
+        let store: Arc<dyn EventStore> = Arc::new(PostgresStore::connect(&url).await.unwrap());
+        let pg = PgPool::connect(&url).await.unwrap();
+        sqlx::query("CREATE TABLE seen (name text, position bigint, payload bytea)")
+            .execute(&pg)
+            .await
+            .unwrap();
+        let dir = tempfile::TempDir::new().unwrap();
+        let file = format!("sqlite://{}?mode=rwc", dir.path().join("model.db").display());
+        let sqlite = SqlitePool::connect(&file).await.unwrap();
+        sqlx::query("CREATE TABLE seen (name text, position integer, payload blob)")
+            .execute(&sqlite)
+            .await
+            .unwrap();
+        let feed = FeedOptions::new().idle_poll(Duration::from_millis(200));
+        let bus = Arc::new(options(kind, &server).bus());
+        let node = Node::start(store.clone(), bus, feed, publishing()).await;
+        let seen = Arc::<Mutex<Rows>>::default();
+        let options = ProjectionOptions::new;
+        let mut handles = vec![
+            node.projection(Memory(seen.clone()), InMemory::new(), options()).await,
+            node.projection(PgTable("feed"), PostgresReadModel::new(pg.clone()), options()).await,
+            node.projection(SqliteTable("feed"), SqliteReadModel::new(sqlite.clone()), options()).await,
+        ];
+        if kind == Kind::JetStream {
+            let durable = options().follow(FollowMode::Durable);
+            handles.push(node.projection(PgTable("kept"), PostgresReadModel::new(pg.clone()), durable).await);
+        }
+        let client = async_nats::connect(server.url()).await.unwrap();
+        let mut raw = client.subscribe("storied.events.>").await.unwrap();
+        client.flush().await.unwrap();
+        eventually("publishing", || node.publisher().state == PublisherState::Publishing).await;
+        let head = write(&store, 0, 3).await;
+        let (genuine, other) = (raw.next().await.unwrap(), raw.next().await.unwrap());
+        reaches(&handles, head).await;
+        for _ in 0..3 {
+            let head = store.frontier().await.unwrap();
+            forge(&client, &genuine, &other, head.get()).await;
+            // What is real takes the positions that were forged.
+            let last = write(&store, 1, 2).await;
+            forge(&client, &genuine, &other, last.get()).await;
+            reaches(&handles, last).await;
+        }
+        // Also when nothing real follows.
+        pause(300).await;
+        let log: Rows = events(&store, Position::START)
+            .await
+            .iter()
+            .map(|event| (event.position, event.payload.clone()))
+            .collect();
+        assert_eq!(*seen.lock().unwrap(), log, "{kind:?} in memory");
+        assert_eq!(pg_rows(&pg, "feed").await, log, "{kind:?} PostgreSQL");
+        assert_eq!(sqlite_rows(&sqlite, "feed").await, log, "{kind:?} SQLite");
+        if kind == Kind::JetStream {
+            assert_eq!(pg_rows(&pg, "kept").await, log, "durable");
+        }
+        for handle in &handles {
+            let status = handle.status();
+            let name = handle.name();
+            assert_eq!(status.position, log.last().unwrap().0, "{kind:?} {name}: {status:?}");
+            assert_eq!(status.state, ProjectionState::Following, "{kind:?} {name}: {status:?}");
+        }
+        node.stop(PATIENCE).await.unwrap();
+    }
+}
+
+/// F23: transactions that a flood of messages causes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_heartbeats_and_hints_costs_few_queries() {
+    let postgres = PostgresServer::shared().await;
+    let server = NatsServer::start(harness::NatsOptions::core()).await;
+    let url = postgres.create_database().await;
+    let store: Arc<dyn EventStore> = Arc::new(PostgresStore::connect(&url).await.unwrap());
+    let recording = Recording::start(&store, options(Kind::Core, &server).bus(), FeedOptions::new()).await;
+    let client = async_nats::connect(server.url()).await.unwrap();
+    let mut heads = client.subscribe("storied.head").await.unwrap();
+    client.flush().await.unwrap();
+    write(&store, 0, 3).await;
+    recording.reaches("before", &store).await;
+    let headers = heads.next().await.unwrap().headers.unwrap();
+    let watcher = PgPool::connect(&postgres.url()).await.unwrap();
+    let count = async || -> i64 {
+        // Statistics of a session arrive a second later.
+        pause(1_200).await;
+        let counted = sqlx::query_scalar("SELECT xact_commit FROM pg_stat_database WHERE datname = $1");
+        let name = url.rsplit('/').next().unwrap();
+        counted.bind(name).fetch_one(&watcher).await.unwrap()
+    };
+    for (subject, position) in [("storied.head", Some(1_u64 << 62)), ("storied.hint", None)] {
+        let (before, start) = (count().await, Instant::now());
+        let mut headers = headers.clone();
+        if let Some(position) = position {
+            headers.insert("Storied-Position", position.to_string());
+        }
+        for n in 0..20_000 {
+            client.publish_with_headers(subject, headers.clone(), Bytes::new()).await.unwrap();
+            if n % 500 == 0 {
+                client.flush().await.unwrap();
+            }
+        }
+        client.flush().await.unwrap();
+        write(&store, 0, 1).await;
+        recording.reaches(subject, &store).await;
+        let caused = count().await - before;
+        let limit = 100 + 80 * (1 + start.elapsed().as_secs() as i64);
+        assert!(caused < limit, "{subject}: {caused} transactions in {:?}", start.elapsed());
+    }
+    recording.node.stop(PATIENCE).await.unwrap();
+}
+
+/// F20: a node does not wait for a bus that it cannot publish to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sealed_stream_delays_no_shutdown() {
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let store = store();
+    let recording = Recording::start(&store, options(Kind::JetStream, &server).bus(), blind()).await;
+    eventually("publishing", || recording.node.publisher().state == PublisherState::Publishing).await;
+    let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    let mut config = context.get_stream("STORIED_EVENTS").await.unwrap().cached_info().config.clone();
+    config.sealed = true;
+    context.update_stream(config).await.unwrap();
+    write(&store, 0, 3).await;
+    eventually("it fails", || matches!(recording.node.publisher().state, PublisherState::Retrying { .. }))
+        .await;
+    recording.reaches("without the bus", &store).await;
+    let start = Instant::now();
+    let _ = recording.node.stop(Duration::from_secs(20)).await;
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+}
