@@ -104,6 +104,11 @@ pub enum PublisherState {
     Unheard,
     /// At work, or waiting for events.
     Publishing,
+    /// The store [does not belong](crate::store::Adoption) to the database that it is in: nothing is published to others.
+    Incompatible {
+        /// Why, and what to do.
+        reason: String,
+    },
     /// Something failed and is tried again.
     Retrying {
         /// What failed.

@@ -508,7 +508,7 @@ impl Builder {
         }
         commands.open(registry, Box::new(Following(handles.clone())));
         #[cfg(feature = "nats")]
-        commands.connect(self.commands, store.info().id, node).await;
+        commands.connect(self.commands, store.info(), node).await;
         let inner = Inner {
             node,
             store,

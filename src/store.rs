@@ -13,6 +13,7 @@
 //! nothing beside a commit. Unless a method says otherwise it is cancel-safe in this sense: a dropped call may or may not
 //! have taken effect, never half.
 
+mod adoption;
 mod append;
 mod command_events;
 mod command_record;
@@ -36,6 +37,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+pub use self::adoption::{Adopt, Adoption, Home};
 pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend};
 pub use self::command_events::CommandEvents;
 pub use self::command_record::CommandRecord;
@@ -67,19 +69,28 @@ pub struct StoreInfo {
     pub backend: &'static str,
     /// How many append calls may usefully run at the same time. SQLite has one writer; PostgreSQL gains from two or more.
     pub append_concurrency: usize,
+    /// Whether the database is the one that the store belongs to.
+    pub adoption: Adoption,
 }
 
 impl StoreInfo {
     /// For a back end's constructor. One append at a time, until
     /// [`with_append_concurrency`](Self::with_append_concurrency) says otherwise.
     pub fn new(backend: &'static str, id: Uuid, codec: Codec) -> Self {
-        Self { id, codec, backend, append_concurrency: 1 }
+        Self { id, codec, backend, append_concurrency: 1, adoption: Adoption::Adopted }
     }
 
     /// Sets [`append_concurrency`](Self::append_concurrency).
     #[must_use]
     pub fn with_append_concurrency(mut self, appends: usize) -> Self {
         self.append_concurrency = appends;
+        self
+    }
+
+    /// Sets [`adoption`](Self::adoption). Default: adopted.
+    #[must_use]
+    pub fn with_adoption(mut self, adoption: Adoption) -> Self {
+        self.adoption = adoption;
         self
     }
 }
@@ -310,6 +321,16 @@ pub trait EventStore: Send + Sync + 'static {
 
     /// What became of the command with this id, if that was recorded and not forgotten since.
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>>;
+
+    /// Makes the database that the store is in its own; the store's id from now on. Stop all nodes first: those that run
+    /// keep what they knew. Idempotent for [`Adopt::Moved`]; every [`Adopt::Copy`] gives a new id.
+    ///
+    /// # Errors
+    /// `Invalid` by default, as for a store that cannot be copied; `Storage` if the login does not own the tables.
+    fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
+        let reason = format!("a store of the kind {} cannot be adopted ({adopt:?})", self.info().backend);
+        Box::pin(std::future::ready(Err(StoreError::Invalid { reason })))
+    }
 
     /// Records what became of a command, unless that was recorded before: the first record counts, and is returned. The
     /// time in `record` is replaced by the store's.

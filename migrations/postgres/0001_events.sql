@@ -170,7 +170,9 @@ BEGIN
     WHERE i.n = 1 AND (accepted IS NULL OR accepted[i.part])
         AND (versions[i.part] = 0 OR (
             SELECT e.position < positions[i.ord] AND e.category = part_category[i.part] AND e.stream_id = part_stream_id[i.part]
-            FROM storied.events AS e WHERE e.stream = part_stream[i.part] AND e.version = versions[i.part]))
+            FROM storied.events AS e
+            WHERE e.stream = part_stream[i.part] AND e.version >= versions[i.part] AND e.version <= versions[i.part]
+            ORDER BY e.version LIMIT 1)) -- a range with an order, which the index by command does not have
     ORDER BY part_stream[i.part]
     ON CONFLICT (stream, version) DO NOTHING;
     GET DIAGNOSTICS won = ROW_COUNT;

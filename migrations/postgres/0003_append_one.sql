@@ -62,7 +62,9 @@ BEGIN
         event_id, event_command_id, event_category, event_stream_id, event_name, event_payload, event_metadata
     WHERE event_expected = 0 OR (
         SELECT e.position < drawn AND e.category = event_category AND e.stream_id = event_stream_id
-        FROM storied.events AS e WHERE e.stream = event_stream AND e.version = event_expected)
+        FROM storied.events AS e
+        WHERE e.stream = event_stream AND e.version >= event_expected AND e.version <= event_expected
+        ORDER BY e.version LIMIT 1) -- a range with an order, which the index by command does not have
     ON CONFLICT (stream, version) DO NOTHING
     RETURNING target.recorded_at INTO recorded;
 

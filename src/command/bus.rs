@@ -20,6 +20,8 @@ use super::{Dispatched, ExecuteError};
 use crate::codec::to_cbor;
 use crate::event::{EncodeError, Metadata, Position};
 use crate::future::BoxFuture;
+#[cfg(feature = "nats")]
+use crate::store::StoreInfo;
 use crate::supervised::Task;
 use crate::telemetry::Metrics;
 
@@ -148,6 +150,11 @@ pub enum CommandBusStatus {
         /// What they are called, by name; those among them that were not heard lately are asked last.
         nodes: Vec<String>,
     },
+    /// The store [does not belong](crate::store::Adoption) to the database that it is in: commands stay within this process.
+    Incompatible {
+        /// Why, and what to do.
+        reason: String,
+    },
     /// There is no connection. It is being tried, without end.
     Disconnected {
         /// Why not.
@@ -171,6 +178,9 @@ pub(crate) struct Commands {
     executor: Task,
     #[cfg(feature = "nats")]
     nats: OnceLock<NatsNode>,
+    /// Why this node must not join the others.
+    #[cfg(feature = "nats")]
+    incompatible: OnceLock<String>,
 }
 
 /// Where a command goes first.
@@ -193,6 +203,8 @@ impl Commands {
             executor: Task::spawn(std::future::pending()),
             #[cfg(feature = "nats")]
             nats: OnceLock::new(),
+            #[cfg(feature = "nats")]
+            incompatible: OnceLock::new(),
         })
     }
 
@@ -205,11 +217,16 @@ impl Commands {
 
     /// Joins the other nodes, if the bus reaches any. Without a server this goes on in the background.
     #[cfg(feature = "nats")]
-    pub(crate) async fn connect(self: &Arc<Self>, bus: CommandBus, store: Uuid, incarnation: Uuid) {
-        if let Some(options) = bus.nats {
-            let node = NatsNode::start(options, Arc::downgrade(self), store, incarnation).await;
-            let _ = self.nats.set(node);
+    pub(crate) async fn connect(self: &Arc<Self>, bus: CommandBus, store: &StoreInfo, incarnation: Uuid) {
+        let Some(options) = bus.nats else { return };
+        // A copy would answer commands that are meant for the original.
+        if let Some(reason) = store.adoption.problem() {
+            tracing::error!(reason, "commands stay within this process");
+            let _ = self.incompatible.set(reason);
+            return;
         }
+        let node = NatsNode::start(options, Arc::downgrade(self), store.id, incarnation).await;
+        let _ = self.nats.set(node);
     }
 
     /// Takes no more commands and waits for those under way. How many had no answer at the deadline.
@@ -239,6 +256,10 @@ impl Commands {
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
             return nats.status();
+        }
+        #[cfg(feature = "nats")]
+        if let Some(reason) = self.incompatible.get() {
+            return CommandBusStatus::Incompatible { reason: reason.clone() };
         }
         CommandBusStatus::Local
     }
@@ -299,6 +320,10 @@ impl Commands {
         if self.registry().endpoint(kind, name).is_some() {
             let reason = format!("a filter of this node does not take command {}", info.id);
             return Err(ExecuteError::Refused { reason });
+        }
+        #[cfg(feature = "nats")]
+        if let Some(reason) = self.incompatible.get() {
+            return Err(ExecuteError::Unavailable { reason: reason.clone() });
         }
         Err(ExecuteError::NoHandler { name, may_come: false })
     }

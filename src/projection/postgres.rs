@@ -9,9 +9,9 @@ use uuid::Uuid;
 use super::ReadModel;
 use super::error::causes;
 use crate::event::Position;
-use crate::store::postgres::{Progress, Schema, failed, is_outage, prepare_read_model};
+use crate::store::postgres::{Progress, Schema, failed, home_of, is_outage, prepare_read_model};
 use crate::store::{
-    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+    Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
 
 /// Tables in a PostgreSQL database, written in the transaction that also moves the checkpoint: exactly once.
@@ -105,6 +105,18 @@ impl ReadModel for PostgresReadModel {
             }
             let doing = "preparing the read model's database";
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
+            // A copy with the configuration of its original would write into the original's read models.
+            if let Adoption::Unadopted { found, .. } = &store.info().adoption {
+                let home = home_of(&mut connection).await?;
+                if home != *found {
+                    return Err(StoreError::Incompatible {
+                        expected: "an event store that belongs to its database, or a read model beside it"
+                            .into(),
+                        found: format!("a read model in {home}"),
+                        advice: store.info().adoption.problem().unwrap_or_default(),
+                    });
+                }
+            }
             prepare_read_model(&mut connection, &self.shared.schema).await
         })
     }

@@ -167,6 +167,15 @@ impl Shared {
 }
 
 async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
+    // A copy would publish its own events among those of the original, at the same positions.
+    if shared.bus.scope() == BusScope::Shared
+        && let Some(reason) = shared.store.info().adoption.problem()
+    {
+        tracing::error!(bus = shared.bus.name(), reason, "nothing is published");
+        shared.status.send_modify(|status| status.last_error = Some(reason.clone()));
+        shared.set(PublisherState::Incompatible { reason });
+        return inbox.stopping().await;
+    }
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
     loop {
         let Some(lease) = stand_by(&shared, &mut inbox, &mut backoff).await else { return };

@@ -48,14 +48,15 @@ use self::frontier::Frontier;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
-pub(crate) use self::schema::prepare_read_model;
+pub(crate) use self::schema::{home_of, prepare_read_model};
 use self::sql::LogSql;
 pub(crate) use self::sql::Schema;
 use self::to_its_end::to_its_end;
 use super::paging::Paging;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord,
-    EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError, StoreInfo,
+    Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
+    CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError,
+    StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
@@ -381,6 +382,10 @@ impl EventStore for PostgresStore {
     ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>> {
         let find = commands::events(&self.shared.core, stream, command);
         self.call("looking for the events of a command", find)
+    }
+
+    fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
+        self.call(state::ADOPTING, state::adopt(&self.shared.core, adopt))
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {

@@ -32,8 +32,9 @@ use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::failed;
 use super::paging::Paging;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord,
-    EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Adopt, Adoption, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
+    CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError,
+    StoreInfo,
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
@@ -144,13 +145,14 @@ impl SqliteOptions {
             .pragma("fullfsync", "ON");
         // Remembered by the file: not for one that may be somebody else's.
         let writing = if self.migrate { writing.journal_mode(SqliteJournalMode::Wal) } else { writing };
-        let (connection, id) = self.prepare(&writing).await?;
+        let (connection, (id, adoption)) = self.prepare(&writing).await?;
         let reading = shared.pragma("query_only", "ON");
         let readers = Readers::new(reading, self.acquire_timeout, self.readers);
         let head = read::frontier(&readers).await?;
         Ok(SqliteStore {
             shared: Arc::new(Shared {
-                info: StoreInfo::new("sqlite", id, self.codec),
+                info: StoreInfo::new("sqlite", id, self.codec).with_adoption(adoption),
+                path: self.path,
                 writer: Writer::new(writing, self.acquire_timeout, connection),
                 readers,
                 paging: Paging::default(),
@@ -190,14 +192,17 @@ impl SqliteOptions {
     }
 
     /// The first connection, and the identity of what is behind it.
-    async fn prepare(&self, options: &SqliteConnectOptions) -> Result<(SqliteConnection, Uuid), StoreError> {
+    async fn prepare(
+        &self,
+        options: &SqliteConnectOptions,
+    ) -> Result<(SqliteConnection, (Uuid, Adoption)), StoreError> {
         let give_up = Instant::now() + self.busy_timeout;
         loop {
             let attempt = async {
                 let doing = format!("opening {}", self.path.display());
                 let mut connection = options.connect().await.map_err(|error| failed(&doing, error))?;
-                let id = schema::prepare(&mut connection, self.codec, self.migrate).await?;
-                Ok((connection, id))
+                let prepared = schema::prepare(&mut connection, &self.path, self.codec, self.migrate).await?;
+                Ok((connection, prepared))
             };
             match attempt.await {
                 // Turning a new file into WAL mode does not wait for others who do the same.
@@ -228,6 +233,7 @@ pub struct SqliteStore {
 
 struct Shared {
     info: StoreInfo,
+    path: PathBuf,
     writer: Writer,
     readers: Readers,
     paging: Paging,
@@ -421,6 +427,13 @@ impl EventStore for SqliteStore {
         let name = name.to_owned();
         Box::pin(self.transaction("removing a parked event", move |connection| {
             Box::pin(async move { progress::unpark(connection, &name, position).await })
+        }))
+    }
+
+    fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
+        let (path, id) = (self.shared.path.clone(), self.shared.info.id);
+        Box::pin(self.transaction(schema::ADOPTING, move |connection| {
+            Box::pin(async move { schema::adopt(connection, &path, id, adopt).await })
         }))
     }
 

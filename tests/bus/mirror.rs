@@ -399,6 +399,8 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
     write(&store, 0, 10).await;
     fill(&bus(&server, mirror()), &store).await;
 
+    // A file of its own, which an operator has adopted.
+    open(backup.clone()).await.unwrap().adopt(storied::store::Adopt::Moved).await.unwrap();
     let restored: Arc<dyn EventStore> = Arc::new(open(backup).await.unwrap());
     assert_eq!(restored.info().id, store.info().id);
     let recording = Recording::start(&restored, bus(&server, mirror()), blind()).await;

@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod harness;
 
+mod adoption;
 mod nats;
 mod projections;
 mod reading;

@@ -173,6 +173,20 @@ impl Fixture {
         }
     }
 
+    /// A copy of the database, which nobody may have open.
+    pub async fn copy(&self) -> Self {
+        let dir = TempDir::new().unwrap();
+        let url = match self.url.strip_prefix("sqlite:") {
+            Some(_) => {
+                let copy = dir.path().join("events.db");
+                self.run_sql(&format!("VACUUM INTO '{}'", copy.display())).await;
+                format!("sqlite:{}", copy.display())
+            }
+            None => crate::adoption::copy_database(&self.url).await,
+        };
+        Self { url, kind: self.kind, _dir: dir }
+    }
+
     /// The tool with this database.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = program();

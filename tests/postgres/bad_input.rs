@@ -12,6 +12,7 @@ use chrono::DateTime;
 use futures_util::future::join_all;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor};
+use storied::projection::{PostgresReadModel, ReadModel};
 use storied::store::{Append, AppendError, CommandRecord, ParkedEvent};
 use storied::{
     Codec, EventStore, ExpectedVersion, NewEvent, PostgresOptions, PostgresStore, StoreError, StreamId,
@@ -258,6 +259,59 @@ async fn an_answer_comes_behind_the_commit() {
     assert!(*appended.borrow() <= first);
     assert_eq!(store.frontier().await.unwrap(), first);
     assert_eq!(whole_log(&store).await.len(), 1);
+}
+
+/// Texts that another encoding cannot hold would be refused one by one, much later.
+#[tokio::test]
+async fn databases_that_are_not_in_utf_8() {
+    let server = PostgresServer::shared().await;
+    let utf8 = PostgresStore::connect(server.create_database().await).await.unwrap();
+    let store: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(utf8);
+    for encoding in ["LATIN1", "SQL_ASCII", "EUC_JP"] {
+        let name = format!("in_{}", encoding.to_lowercase());
+        run(&server.url(), &format!("CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0")).await;
+        let url = server.url().replace("/postgres", &format!("/{name}"));
+        let error = refused(PostgresOptions::new().url(&url)).await;
+        incompatible(&error);
+        says(&error, &["UTF8", encoding, &name]);
+        let model = PostgresReadModel::new(PgPoolOptions::new().connect_lazy(&url).unwrap());
+        let error = model.prepare(&store, "p").await.unwrap_err();
+        incompatible(&error);
+        says(&error, &["UTF8", encoding]);
+    }
+}
+
+/// Tables that the application creates without a schema would land beside storied's.
+#[tokio::test]
+async fn a_login_that_is_called_like_the_schema() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let warned = || String::from_utf8_lossy(&log.0.lock().unwrap()).contains("search_path");
+    // The login of these tests is storied. Before the first start there is no such schema.
+    PostgresStore::connect(&url).await.unwrap();
+    assert!(!warned());
+    PostgresStore::connect(format!("{url}?options=-csearch_path%3Dpublic")).await.unwrap();
+    assert!(!warned());
+    PostgresStore::connect(&url).await.unwrap();
+    assert!(warned());
+}
+
+/// What was logged.
+#[derive(Clone, Default)]
+struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The log takes events through its one door only, and keeps them.

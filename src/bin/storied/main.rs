@@ -16,6 +16,7 @@ mod projection;
 mod publisher;
 mod redact;
 mod status;
+mod store;
 mod stream;
 mod verify;
 
@@ -74,6 +75,9 @@ enum Command {
     /// Looks at the publisher
     #[command(subcommand)]
     Publisher(publisher::Command),
+    /// Acts on the store itself
+    #[command(subcommand)]
+    Store(store::Command),
     /// Looks at NATS
     #[command(subcommand)]
     Nats(nats::Command),
@@ -154,6 +158,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Projection(command) => projection::run(command, database, &mut out).await,
             Command::Parked(command) => parked::run(command, database, &mut out).await,
             Command::Publisher(command) => publisher::run(command, database, &mut out).await,
+            Command::Store(command) => store::run(command, database, &mut out).await,
             Command::Nats(command) => nats::run(command, database, &mut out).await,
             Command::Verify(args) => verify::run(args, database, &mut out).await,
             Command::Completions { .. } => Ok(()),

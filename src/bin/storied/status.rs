@@ -36,12 +36,16 @@ pub(crate) async fn run(
             nodes.iter().map(|(node, leases)| json!({ "node": node, "leases": leases })).collect();
         return out.value(&json!({
             "database": database.shown(), "backend": info.backend, "store_id": info.id, "codec": info.codec.name(),
+            "adopted": info.adoption.is_adopted(),
             "head": head.get(), "stall": stall, "nodes": nodes, "publisher": publisher.map(|publisher| publisher.value()),
             "projections": projections.iter().map(|record| projection::value(record, head)).collect::<Vec<_>>(),
         }));
     }
     out.line(format!("database   {} ({}, {} payloads)", database.shown(), info.backend, info.codec))?;
     out.line(format!("store      {}", info.id))?;
+    if let Some(problem) = info.adoption.problem() {
+        out.line(format!("           {problem}"))?;
+    }
     out.line(format!("log        up to position {head}"))?;
     if let Some(stall) = stall {
         let pid = stall.pid.map_or("a prepared transaction".to_owned(), |pid| format!("process {pid}"));

@@ -15,7 +15,7 @@ use crate::partition::Partition;
 use crate::projection::control::Control;
 use crate::projection::shape::Shape;
 use crate::projection::{
-    Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, StateClaim,
+    FollowMode, Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, StateClaim,
 };
 use crate::store::{BoxFuture, EventStore, Filter, StoreError};
 use crate::supervised::{Inbox, Work};
@@ -125,6 +125,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         // Whoever does not follow it (yet) learns from it how far the log goes.
         feed.begin();
         let (partition, permit) = part.partition.unzip();
+        let mut options = options;
+        if !store.info().adoption.is_adopted() {
+            // A durable consumer is the original's: this node would take its messages away.
+            options.follow = FollowMode::Feed;
+        }
         let context = Arc::new(Context {
             name: instance.projection.name().to_owned(),
             lease: part.shape.lease(partition, part.role),

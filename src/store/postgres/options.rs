@@ -207,11 +207,12 @@ impl PostgresOptions {
         let schema = Schema::new(&self.schema)?;
         let connections = Arc::new(self.connections()?);
         let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
-        let (id, indexed_by_name) =
+        let prepared =
             schema::prepare(&connections, &schema, self.codec, self.migrate, self.index_by_name).await?;
-        let info =
-            StoreInfo::new("postgres", id, self.codec).with_append_concurrency(self.append_concurrency);
-        PostgresStore::open(info, indexed_by_name, &schema, connections, hints).await
+        let info = StoreInfo::new("postgres", prepared.id, self.codec)
+            .with_append_concurrency(self.append_concurrency)
+            .with_adoption(prepared.adoption);
+        PostgresStore::open(info, prepared.indexed_by_name, &schema, connections, hints).await
     }
 
     fn validate(&self) -> Result<(), InvalidOption> {

@@ -8,10 +8,10 @@ use sqlx::postgres::PgConnection;
 use sqlx::{AssertSqlSafe, Connection, Executor, Row};
 use uuid::Uuid;
 
-use super::super::StoreError;
+use super::super::{Adoption, Home, StoreError};
 use super::connection::Connections;
 use super::error::failed;
-use super::sql::Schema;
+use super::sql::{LogSql, Schema};
 use crate::codec::Codec;
 
 const CHECKING: &str = "checking the database";
@@ -118,17 +118,25 @@ impl Set {
     }
 }
 
-/// Makes the schema an event store if it is none yet, and checks that it is a safe one; its identity, and whether there is an
-/// index by name.
+/// What is known of an event store once it was opened.
+pub(super) struct Prepared {
+    pub(super) id: Uuid,
+    pub(super) adoption: Adoption,
+    /// Whether there is an index by name.
+    pub(super) indexed_by_name: bool,
+}
+
+/// Makes the schema an event store if it is none yet, and checks that it is a safe one.
 pub(super) async fn prepare(
     connections: &Arc<Connections>,
     schema: &Schema,
     codec: Codec,
     may_migrate: bool,
     index_by_name: bool,
-) -> Result<(Uuid, bool), StoreError> {
+) -> Result<Prepared, StoreError> {
     let mut session = connections.get(CHECKING).await?;
     check_server(&mut session).await?;
+    check_database(&mut session, schema).await?;
     let mut current = true;
     for set in Set::all() {
         current &= set.is_current(&mut session, schema).await?;
@@ -150,14 +158,14 @@ pub(super) async fn prepare(
     }
     let mut session = connections.get(CHECKING).await?;
     check_log(&mut session, schema).await?;
-    let id = identity(&mut session, schema, codec).await?;
+    let (id, adoption) = identity(&mut session, schema, codec).await?;
     let mut indexed = is_indexed_by_name(&mut session, schema).await?;
     session.finish(CHECKING).await?;
     if index_by_name && !indexed {
         index(connections, schema, may_migrate).await?;
         indexed = true;
     }
-    Ok((id, indexed))
+    Ok(Prepared { id, adoption, indexed_by_name: indexed })
 }
 
 /// Whether there is an index of the log by name that can be used.
@@ -207,6 +215,7 @@ pub(crate) async fn prepare_read_model(
     connection: &mut PgConnection,
     schema: &Schema,
 ) -> Result<(), StoreError> {
+    check_database(connection, schema).await?;
     let set = Set::progress();
     if set.is_current(connection, schema).await? {
         return Ok(());
@@ -258,6 +267,16 @@ async fn migrate(
         .execute(&mut *transaction)
         .await
         .map_err(migrating)?;
+        let known: bool =
+            sqlx::query_scalar(schema.text("SELECT EXISTS (SELECT FROM storied.meta WHERE key = 'server')"))
+                .persistent(false)
+                .fetch_one(&mut *transaction)
+                .await
+                .map_err(migrating)?;
+        if !known {
+            let home = LogSql::new(schema).record_home;
+            sqlx::query(home).persistent(false).execute(&mut *transaction).await.map_err(migrating)?;
+        }
     }
     if pooled {
         (&mut *transaction).execute("DEALLOCATE ALL").await.map_err(migrating)?;
@@ -325,6 +344,32 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
 
 /// Highest position: the key of the low-water lock has 44 bits for it.
 const LAST_POSITION: i64 = (1 << 44) - 1;
+
+/// The text that a database can hold, and where tables without a schema's name are made in it.
+async fn check_database(connection: &mut PgConnection, schema: &Schema) -> Result<(), StoreError> {
+    let checking = |error| failed(CHECKING, error);
+    let (encoding, database, default): (String, String, Option<String>) = sqlx::query_as(
+        "SELECT current_setting('server_encoding'), current_database()::text, current_schema()::text",
+    )
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(checking)?;
+    if encoding != "UTF8" {
+        return Err(StoreError::Incompatible {
+            expected: "a database with the encoding UTF8".into(),
+            found: format!("database {database} with the encoding {encoding}"),
+            advice: "CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0: in another encoding single ids and names cannot be stored".into(),
+        });
+    }
+    if default.as_deref() == Some(schema.name()) {
+        tracing::warn!(
+            schema = schema.name(),
+            "tables that the application creates without a schema go into the schema of storied: use a login with another name, or set search_path to the application's schema"
+        );
+    }
+    Ok(())
+}
 
 /// What the order and the durability of the log rest on in the schema.
 async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(), StoreError> {
@@ -410,8 +455,13 @@ async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(),
     Ok(())
 }
 
-/// Who the store is. Made when its tables were.
-async fn identity(connection: &mut PgConnection, schema: &Schema, codec: Codec) -> Result<Uuid, StoreError> {
+/// The identity of the store, made when its tables were, and whether this database is the one that it belongs to.
+async fn identity(
+    connection: &mut PgConnection,
+    schema: &Schema,
+    codec: Codec,
+) -> Result<(Uuid, Adoption), StoreError> {
+    let found = home_of(connection).await?;
     let meta: HashMap<String, String> = sqlx::query(schema.text("SELECT key, value FROM storied.meta"))
         .persistent(false)
         .fetch_all(connection)
@@ -423,6 +473,8 @@ async fn identity(connection: &mut PgConnection, schema: &Schema, codec: Codec) 
             .map(String::as_str)
             .ok_or_else(|| StoreError::Corrupt { reason: format!("{}.meta has no {key}", schema.name()) })
     };
+    let recorded = home(value("server")?, value("database_oid")?, value("database")?);
+    let adoption = Adoption::of(recorded, found);
     let found = value("codec")?;
     if Codec::from_name(found) != Some(codec) {
         return Err(StoreError::Incompatible {
@@ -434,9 +486,29 @@ async fn identity(connection: &mut PgConnection, schema: &Schema, codec: Codec) 
         });
     }
     let id = value("store_id")?;
-    id.parse().map_err(|error| StoreError::Corrupt {
+    let id = id.parse().map_err(|error| StoreError::Corrupt {
         reason: format!("{}.meta has the store id {id:?}: {error}", schema.name()),
-    })
+    })?;
+    Ok((id, adoption))
+}
+
+/// The database behind a connection.
+pub(crate) async fn home_of(connection: &mut PgConnection) -> Result<Home, StoreError> {
+    let (server, oid, name): (String, String, String) = sqlx::query_as(
+        "SELECT system_identifier::text, oid::text, datname::text FROM pg_control_system(), pg_database
+         WHERE datname = current_database()",
+    )
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(|error| failed(CHECKING, error))?;
+    Ok(home(&server, &oid, &name))
+}
+
+/// A database of a server. Both numbers survive a failover to a streaming standby and a renaming, and belong to no copy that the
+/// server or `pg_restore` makes.
+fn home(server: &str, oid: &str, name: &str) -> Home {
+    Home { identity: format!("{server} {oid}"), shown: format!("database {name} ({oid}) of server {server}") }
 }
 
 #[cfg(test)]

@@ -142,6 +142,17 @@ statements! {
                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
             ) AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
             ORDER BY l.key, a.xact_start LIMIT 1",
+        record_home: "INSERT INTO storied.meta (key, value)
+            SELECT 'server', system_identifier::text FROM pg_control_system()
+            UNION ALL SELECT 'database_oid', oid::text FROM pg_database WHERE datname = current_database()
+            UNION ALL SELECT 'database', current_database()
+            ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+        new_identity: "UPDATE storied.meta SET value = $1 WHERE key = 'store_id'",
+        // What the copy's publisher knows of the original's bus is of no use to it.
+        disown_publisher: "DELETE FROM storied.checkpoints WHERE name = 'publisher' AND store_id = $1",
+        own_checkpoints: "UPDATE storied.checkpoints SET store_id = $2 WHERE store_id = $1",
+        // Their epochs stay: checkpoints hold them.
+        free_leases: "UPDATE storied.leases SET expires_at = 'epoch'",
         paused: "SELECT name FROM storied.paused",
         pause: "INSERT INTO storied.paused (name) VALUES ($1) ON CONFLICT DO NOTHING",
         resume: "DELETE FROM storied.paused WHERE name = $1",

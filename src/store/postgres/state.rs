@@ -9,7 +9,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
-use super::super::{Lease, LeaseInfo, Snapshot, StoreError};
+use super::super::{Adopt, Lease, LeaseInfo, Snapshot, StoreError};
 use super::error::failed;
 use super::{Core, from_sql, to_sql};
 use crate::event::{StreamId, Version};
@@ -86,6 +86,32 @@ pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreErro
         .map_err(|error| failed(DOING, error))?;
     session.finish(DOING).await?;
     Ok(leases)
+}
+
+pub(super) const ADOPTING: &str = "adopting the event store";
+
+/// Makes this database the store's own.
+pub(super) async fn adopt(core: &Arc<Core>, adopt: Adopt) -> Result<Uuid, StoreError> {
+    let adopting = |error| failed(ADOPTING, error);
+    let persistent = core.connections.persistent();
+    let mut session = core.connections.begin(ADOPTING).await?;
+    let query = |sql: &sqlx::SqlStr| sqlx::query(sql.clone()).persistent(persistent);
+    let sql = &core.sql;
+    query(&sql.record_home).execute(&mut *session).await.map_err(adopting)?;
+    let old = core.info.id;
+    let id = match adopt {
+        Adopt::Moved => old,
+        Adopt::Copy => {
+            let new = Uuid::new_v4();
+            query(&sql.new_identity).bind(new.to_string()).execute(&mut *session).await.map_err(adopting)?;
+            query(&sql.disown_publisher).bind(old).execute(&mut *session).await.map_err(adopting)?;
+            query(&sql.own_checkpoints).bind(old).bind(new).execute(&mut *session).await.map_err(adopting)?;
+            query(&sql.free_leases).execute(&mut *session).await.map_err(adopting)?;
+            new
+        }
+    };
+    session.finish(ADOPTING).await?;
+    Ok(id)
 }
 
 pub(super) async fn paused(core: &Arc<Core>) -> Result<BTreeSet<String>, StoreError> {

@@ -1,22 +1,28 @@
 //! From a path to a database that is ours: created, migrated, and known by its identity.
 
+use std::path::Path;
+
+use chrono::{DateTime, Utc};
 use sqlx::sqlite::SqliteConnection;
 use uuid::Uuid;
 
-use super::super::StoreError;
+use super::super::{Adopt, Adoption, Home, StoreError};
 use super::error::failed;
 use super::migrate::{MIGRATING, check, migrate};
 use crate::codec::Codec;
 
+pub(super) const ADOPTING: &str = "adopting the event store";
+
 /// The log's own table of migrations.
 const TABLE: &str = "storied_migrations";
 
-/// Makes the file an event store if it is none yet, and it may; its identity.
+/// Makes the file an event store if it is none yet, and it may; its identity, and whether the file is the one that it belongs to.
 pub(super) async fn prepare(
     connection: &mut SqliteConnection,
+    path: &Path,
     codec: Codec,
     may_migrate: bool,
-) -> Result<Uuid, StoreError> {
+) -> Result<(Uuid, Adoption), StoreError> {
     let migrations = sqlx::migrate!("migrations/sqlite");
     if !may_migrate {
         check(connection, &migrations, TABLE).await?;
@@ -44,16 +50,83 @@ pub(super) async fn prepare(
     if may_migrate {
         migrate(connection, &migrations, TABLE).await?;
         super::progress::migrate(connection).await?;
-        found(connection, codec).await?;
+        found(connection, &home(path)?, codec).await?;
     }
-    identity(connection, codec).await
+    let id = identity(connection, codec).await?;
+    let recorded = Home {
+        identity: meta(connection, "file").await?,
+        shown: format!("file {}", meta(connection, "path").await?),
+    };
+    Ok((id, Adoption::of(recorded, home(path)?)))
+}
+
+/// A file, which a copy is not: by its number in the file system and the time of its creation. Both survive a renaming. Where the
+/// file system has no such time, by its number alone; where it has neither, no copy is noticed.
+fn home(path: &Path) -> Result<Home, StoreError> {
+    let reading = |error| StoreError::storage(format!("looking at {}: {error}", path.display()), error);
+    let file = std::fs::metadata(path).map_err(reading)?;
+    #[cfg(unix)]
+    let number = std::os::unix::fs::MetadataExt::ino(&file);
+    #[cfg(not(unix))]
+    let number = 0;
+    let created = file.created().map(|time| DateTime::<Utc>::from(time).to_rfc3339()).unwrap_or_default();
+    let shown = std::fs::canonicalize(path).map_err(reading)?;
+    Ok(Home { identity: format!("{number} {created}"), shown: format!("file {}", shown.display()) })
+}
+
+/// Makes the file at `path` the store's own; the store's id from now on.
+pub(super) async fn adopt(
+    connection: &mut SqliteConnection,
+    path: &Path,
+    old: Uuid,
+    adopt: Adopt,
+) -> Result<Uuid, StoreError> {
+    let adopting = |error| failed(ADOPTING, error);
+    let home = home(path)?;
+    let new = match adopt {
+        Adopt::Moved => old,
+        Adopt::Copy => Uuid::new_v4(),
+    };
+    let path = home.shown.strip_prefix("file ").unwrap_or_default();
+    for (key, value) in [("file", &*home.identity), ("path", path), ("store_id", &*new.to_string())] {
+        sqlx::query("UPDATE storied_meta SET value = ? WHERE key = ?")
+            .bind(value)
+            .bind(key)
+            .execute(&mut *connection)
+            .await
+            .map_err(adopting)?;
+    }
+    if adopt == Adopt::Copy {
+        // What the copy's publisher knows of the original's bus is of no use to it.
+        sqlx::query("DELETE FROM storied_checkpoints WHERE name = 'publisher' AND store_id = ?")
+            .bind(old)
+            .execute(&mut *connection)
+            .await
+            .map_err(adopting)?;
+        sqlx::query("UPDATE storied_checkpoints SET store_id = ?2 WHERE store_id = ?1")
+            .bind(old)
+            .bind(new)
+            .execute(&mut *connection)
+            .await
+            .map_err(adopting)?;
+        // Their epochs stay: checkpoints hold them.
+        sqlx::query("UPDATE storied_leases SET expires_at = 0")
+            .execute(connection)
+            .await
+            .map_err(adopting)?;
+    }
+    Ok(new)
 }
 
 /// Gives a new store its identity.
-async fn found(connection: &mut SqliteConnection, codec: Codec) -> Result<(), StoreError> {
-    sqlx::query("INSERT OR IGNORE INTO storied_meta (key, value) VALUES ('store_id', ?), ('codec', ?)")
+async fn found(connection: &mut SqliteConnection, home: &Home, codec: Codec) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT OR IGNORE INTO storied_meta (key, value) VALUES ('store_id', ?), ('codec', ?), ('file', ?), ('path', ?)",
+    )
         .bind(Uuid::new_v4().to_string())
         .bind(codec.name())
+        .bind(home.identity.as_str())
+        .bind(home.shown.strip_prefix("file ").unwrap_or_default())
         .execute(connection)
         .await
         .map(drop)

@@ -1,0 +1,201 @@
+//! A copy of a database, with the configuration of its original: it neither publishes nor joins the command bus until an operator
+//! says what it is.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_nats::Subscriber;
+use futures_util::StreamExt;
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use storied::bus::{JetStreamOptions, NatsOptions as BusOptions};
+use storied::command::{CommandBus, CommandBusStatus, NatsCommands};
+use storied::projection::Lookup;
+use storied::store::{Adoption, Checkpoint};
+use storied::{EventStore, Filter, Position, PostgresStore, PublisherState, Runtime, SqliteStore};
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+use crate::harness::{NatsOptions, NatsServer, PostgresServer};
+use crate::support::*;
+
+/// A copy of the PostgreSQL database at `url`, which no store may have open; its URL.
+pub async fn copy_database(url: &str) -> String {
+    let (server, name) = url.rsplit_once('/').unwrap();
+    let copy = format!("{name}_copy_{}", Uuid::new_v4().simple());
+    let mut connection = PgConnection::connect(&format!("{server}/postgres")).await.unwrap();
+    // Connections of the store may take a moment to end.
+    eventually("the copy is made", async || {
+        connection.execute(AssertSqlSafe(format!("CREATE DATABASE {copy} TEMPLATE {name}"))).await.is_ok()
+    })
+    .await;
+    format!("{server}/{copy}")
+}
+
+/// A node as the program starts it, wherever its store is.
+async fn node(
+    store: impl EventStore,
+    server: &NatsServer,
+    jetstream: bool,
+    seen: &Lookup<Vec<u64>>,
+) -> Runtime {
+    let bus = if jetstream {
+        BusOptions::jetstream(JetStreamOptions::new().max_bytes(10 << 20))
+    } else {
+        BusOptions::core()
+    };
+    let commands = NatsCommands::new(BusOptions::core().url(server.url())).node(store.info().backend);
+    Runtime::builder()
+        .store(store)
+        .bus(bus.url(server.url()).bus())
+        .commands(CommandBus::nats(commands))
+        .lookup(seen)
+        .start()
+        .await
+        .unwrap()
+}
+
+fn positions() -> Lookup<Vec<u64>> {
+    Lookup::new("seen", Filter::all(), |seen: &mut Vec<u64>, event| {
+        seen.push(event.position.get());
+        Ok(())
+    })
+}
+
+/// The ids of the events that were published, in the order of their arrival, up to one.
+async fn published(subscriber: &mut Subscriber, upto: Uuid) -> Vec<Uuid> {
+    let mut ids: Vec<Uuid> = Vec::new();
+    while ids.last() != Some(&upto) {
+        let message = timeout(PATIENCE, subscriber.next()).await.expect("the event is published").unwrap();
+        let id = message.headers.as_ref().and_then(|headers| headers.get("Nats-Msg-Id"));
+        ids.extend(id.and_then(|id| id.as_str().parse::<Uuid>().ok()));
+    }
+    ids
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_does_not_speak_for_its_original() {
+    for jetstream in [false, true] {
+        let options = if jetstream { NatsOptions::jetstream() } else { NatsOptions::default() };
+        let server = NatsServer::start(options).await;
+        let url = PostgresServer::shared().await.create_database().await;
+        let open: Arc<dyn EventStore> = Arc::new(PostgresStore::connect(&url).await.unwrap());
+        fill(&open).await;
+        let original_id = open.info().id;
+        drop(open);
+        let staging = copy_database(&url).await;
+
+        let client = async_nats::connect(server.url()).await.unwrap();
+        let mut subscriber = client.subscribe("storied.events.>").await.unwrap();
+        client.flush().await.unwrap();
+        let seen = positions();
+        let original = node(PostgresStore::connect(&url).await.unwrap(), &server, jetstream, &seen).await;
+        let of_copy = positions();
+        let copied = PostgresStore::connect(&staging).await.unwrap();
+        assert_eq!(copied.info().id, original_id);
+        assert!(!copied.info().adoption.is_adopted());
+        let copy = node(copied, &server, jetstream, &of_copy).await;
+
+        // It works for itself …
+        for number in 0..10 {
+            append(copy.store(), &format!("staging-{number}"), &[placed(number)]).await;
+        }
+        eventually("the copy follows its own log", async || of_copy.read(|seen| seen.len() == 15)).await;
+        // … and says to nobody what happened there.
+        append(original.store(), "real", &[placed(1)]).await;
+        let log = original.store().read_log(storied::ReadLog::after(Position::START)).await.unwrap().events;
+        let ids: Vec<_> = log.iter().map(|event| event.id).collect();
+        let published = published(&mut subscriber, *ids.last().unwrap()).await;
+        assert!(published.iter().all(|id| ids.contains(id)), "jetstream: {jetstream}");
+        eventually("the original follows its own log", async || seen.read(|seen| seen.len() == 6)).await;
+
+        let status = copy.status().await;
+        let PublisherState::Incompatible { reason } = &status.publisher.state else { panic!("{status:?}") };
+        let database = |url: &str| format!("database {} (", url.rsplit('/').next().unwrap());
+        for part in [&*database(&url), &database(&staging), "storied store adopt --moved", "--copy"] {
+            assert!(reason.contains(part), "{part}: {reason}");
+        }
+        assert_eq!(status.commands, CommandBusStatus::Incompatible { reason: reason.clone() });
+        assert!(matches!(status.store.adoption, Adoption::Unadopted { .. }));
+        assert_eq!(original.status().await.commands, CommandBusStatus::Connected { nodes: Vec::new() });
+        let begun = Instant::now();
+        copy.shutdown().await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        original.shutdown().await.unwrap();
+    }
+}
+
+/// What an operator says, and what becomes of the checkpoints, leases and the publisher's memory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_says_what_a_copy_is() {
+    for fixture in databases().await {
+        let open = fixture.open().await;
+        fill(&open).await;
+        let id = open.info().id;
+        let at = |position| Checkpoint { position: Position::new(position), ..Checkpoint::default() };
+        for name in ["publisher", "orders"] {
+            open.save_checkpoint(name, Checkpoint::default(), at(3), None).await.unwrap();
+        }
+        open.acquire_lease("projection:orders", Uuid::now_v7(), Duration::from_secs(3_600))
+            .await
+            .unwrap()
+            .unwrap();
+        // The one that it belongs to needs nothing.
+        assert!(open.info().adoption.is_adopted());
+        drop(open);
+        fixture.run(&["store", "adopt"]).await.code(2);
+        fixture.run(&["store", "adopt", "--copy", "--moved"]).await.code(2);
+        fixture.run(&["store", "adopt", "--copy"]).await.code(4).complains(&["--force"]);
+        fixture.run(&["store", "adopt", "--moved"]).await.code(0).shows(&[&id.to_string()]);
+
+        let copies = [fixture.copy().await, fixture.copy().await];
+        let [moved, copy] = &copies;
+        assert!(!moved.open().await.info().adoption.is_adopted(), "{}", fixture.kind);
+        moved.run(&["status"]).await.code(0).shows(&["storied store adopt --moved"]);
+        assert_eq!(moved.run(&["status", "--json"]).await.json()["adopted"], false);
+        moved.run(&["store", "adopt", "--moved"]).await.code(0);
+        let store = moved.open().await;
+        assert!(store.info().adoption.is_adopted() && store.info().id == id, "{}", fixture.kind);
+        assert_eq!(store.checkpoint("publisher").await.unwrap(), at(3));
+
+        let json = copy.run(&["store", "adopt", "--copy", "--json"]).await.code(0).json();
+        let store = copy.open().await;
+        assert!(store.info().adoption.is_adopted() && store.info().id != id, "{}", fixture.kind);
+        assert_eq!(json["store_id"], store.info().id.to_string());
+        assert_eq!(json["was"], id.to_string());
+        assert_eq!(store.checkpoint("publisher").await.unwrap(), Checkpoint::default());
+        assert_eq!(store.checkpoint("orders").await.unwrap(), at(3));
+        let leases = store.leases().await.unwrap();
+        assert_eq!((leases.len(), leases[0].live, leases[0].lease.epoch), (1, false, 1));
+        // One that looks like its original, as after pg_basebackup.
+        drop(store);
+        copy.run(&["store", "adopt", "--copy", "--force"]).await.code(0);
+        assert_ne!(copy.open().await.info().id.to_string(), json["store_id"].as_str().unwrap());
+        assert!(fixture.open().await.info().adoption.is_adopted());
+    }
+}
+
+/// A file that was given another name is the same; a copy of it is not, also one that takes the name of the original.
+#[tokio::test]
+async fn a_file_that_was_renamed_is_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let [shop, renamed, copy] = ["shop.db", "renamed.db", "staging.db"].map(|name| dir.path().join(name));
+    let adopted = async |path: &PathBuf| {
+        let adoption = SqliteStore::open(path).await.unwrap().info().adoption.clone();
+        let log = path.with_extension("db-wal");
+        eventually("the file is closed", async || !log.exists()).await;
+        adoption
+    };
+    assert_eq!(adopted(&shop).await, Adoption::Adopted);
+    fs::rename(&shop, &renamed).unwrap();
+    assert_eq!(adopted(&renamed).await, Adoption::Adopted);
+    fs::copy(&renamed, &copy).unwrap();
+    let problem = adopted(&copy).await.problem().unwrap();
+    for part in ["shop.db", "staging.db", "storied store adopt"] {
+        assert!(problem.contains(part), "{part}: {problem}");
+    }
+    fs::rename(&copy, &shop).unwrap();
+    assert!(!adopted(&shop).await.is_adopted());
+    assert_eq!(adopted(&renamed).await, Adoption::Adopted);
+}
