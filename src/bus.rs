@@ -91,6 +91,9 @@ pub enum BusState {
     Connected {
         /// With what.
         to: String,
+        /// Last error that the server reported beside its answers on this connection, for example what this login may not
+        /// do. `None` after a reconnect.
+        last_error: Option<String>,
     },
     /// It does not work at the moment, and comes back by itself.
     Disconnected {

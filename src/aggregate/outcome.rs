@@ -45,6 +45,13 @@ impl<R> Receipt<R> {
     }
 }
 
+impl Receipt {
+    pub(crate) fn with_reply<R>(self, reply: R) -> Receipt<R> {
+        let Self { command_id, stream, version, position, events, reply: (), duplicate } = self;
+        Receipt { command_id, stream, version, position, events, reply, duplicate }
+    }
+}
+
 /// Why a command got no receipt.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -111,6 +118,34 @@ pub enum ExecuteError<E> {
         command_id: Uuid,
         /// What happened.
         reason: String,
+    },
+    /// The command took effect on another node, and its reply does not fit into a NATS message. Repeating it gives the same
+    /// answer: read the result from a read model, make replies smaller, or raise the server's `max_payload`.
+    #[error(
+        "command {command_id} took effect, but its reply of {size} bytes does not fit into a NATS message (limit {limit} \
+         bytes); read the result from a read model"
+    )]
+    ReplyTooLarge {
+        /// The command.
+        command_id: Uuid,
+        /// Of an aggregate's command: its receipt without the reply.
+        receipt: Option<Box<Receipt>>,
+        /// Bytes of the reply.
+        size: usize,
+        /// Bytes of a message on the NATS server of the node that executed the command.
+        limit: usize,
+    },
+    /// The command does not fit into a NATS message, and this node cannot execute it itself; it was not sent, and nothing
+    /// happened.
+    #[error(
+        "the command has {size} bytes and does not fit into a NATS message (limit {limit} bytes); make it smaller, or raise \
+         the server's max_payload"
+    )]
+    CommandTooLarge {
+        /// Bytes of the command with its metadata.
+        size: usize,
+        /// Bytes of a message on this node's NATS server.
+        limit: usize,
     },
     /// No node that can be reached handles such commands; nothing happened. Right behind an outage of NATS it may also be that
     /// those that do are not back yet.
@@ -223,6 +258,8 @@ impl<E> ExecuteError<E> {
             ExecuteError::InvalidId { .. } => "invalid_id",
             ExecuteError::Store(error) => error.kind(),
             ExecuteError::OutcomeUnknown { .. } => "outcome_unknown",
+            ExecuteError::ReplyTooLarge { .. } => "reply_too_large",
+            ExecuteError::CommandTooLarge { .. } => "command_too_large",
             ExecuteError::NoHandler { .. } => "no_handler",
             ExecuteError::Unavailable { .. } => "unavailable",
             ExecuteError::Refused { .. } => "refused",

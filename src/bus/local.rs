@@ -69,7 +69,7 @@ impl EventBus for LocalBus {
     }
 
     fn state(&self) -> BusState {
-        BusState::Connected { to: "this process".into() }
+        BusState::Connected { to: "this process".into(), last_error: None }
     }
 
     fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {

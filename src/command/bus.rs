@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use chrono::Utc;
 use ractor::concurrency::oneshot;
 use serde::Serialize;
 use tokio::time::Instant;
@@ -149,6 +148,9 @@ pub enum CommandBusStatus {
     Connected {
         /// What they are called, by name; those among them that were not heard lately are asked last.
         nodes: Vec<String>,
+        /// Last error that the NATS server reported beside its answers, for example what this login may not do. `None` after
+        /// a reconnect.
+        last_error: Option<String>,
     },
     /// The store [does not belong](crate::store::Adoption) to the database that it is in: commands stay within this process.
     Incompatible {
@@ -337,10 +339,6 @@ impl Commands {
         prompt: bool,
         deadline: Deadline,
     ) -> Result<CommandFrame, EncodeError> {
-        let millis = |left: Duration| {
-            let now = u64::try_from(Utc::now().timestamp_millis()).unwrap_or(0);
-            now.saturating_add(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
-        };
         Ok(CommandFrame {
             format: FORMAT,
             id: envelope.id,
@@ -350,7 +348,8 @@ impl Commands {
             payload: to_cbor(command)?,
             metadata: envelope.metadata.encode()?.into(),
             expected: Expected::Any,
-            deadline: deadline.left().map(millis),
+            left: deadline.left_millis(),
+            sent: None,
             attempt: 1,
             prompt,
         })

@@ -94,6 +94,11 @@ impl Deadline {
         self.0.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
+    /// As it travels to other nodes.
+    pub(crate) fn left_millis(self) -> Option<u64> {
+        self.left().map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+    }
+
     pub(crate) fn is_over(self) -> bool {
         self.0.is_some_and(|at| at <= Instant::now())
     }

@@ -7,6 +7,7 @@
 
 mod attempts;
 mod calls;
+mod clocks;
 mod link;
 mod presence;
 mod serve;
@@ -22,6 +23,7 @@ use uuid::Uuid;
 
 use self::attempts::Attempts;
 use self::calls::Calls;
+use self::clocks::PeerClocks;
 use self::link::{Link, run};
 use self::presence::Table;
 use super::bus::{CommandBus, CommandBusStatus, Commands, Way};
@@ -116,8 +118,7 @@ impl CommandBus {
     /// store. Takes a URL or [`NatsCommands`].
     ///
     /// While NATS is away, commands that this node can execute itself are executed here; others fail at once with
-    /// `Unavailable`, and are not kept. Deadlines travel as points in time: the nodes' clocks should not differ by more
-    /// than a part of a second.
+    /// `Unavailable`, and are not kept. Deadlines travel as the time that is left, so the nodes' clocks may differ.
     #[must_use]
     pub fn nats(options: impl Into<NatsCommands>) -> Self {
         Self { nats: Some(options.into()), ..Self::local() }
@@ -143,6 +144,9 @@ struct Shared {
     name: String,
     beat: Duration,
     table: Table,
+    clocks: PeerClocks,
+    /// When this node's clock was 0.
+    started: Instant,
     /// The commands of this node that are under way to others.
     calls: Calls,
     /// Places for commands of others, and how many there are.
@@ -174,6 +178,11 @@ impl Shared {
     fn silence(&self) -> Duration {
         self.beat * 7 / 2
     }
+
+    /// Milliseconds since this node's start.
+    fn clock(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 impl NatsNode {
@@ -193,6 +202,8 @@ impl NatsNode {
             name: node.unwrap_or_else(|| incarnation.to_string()),
             beat,
             table: Table::new(),
+            clocks: PeerClocks::default(),
+            started: Instant::now(),
             calls: Calls::new(),
             places: Arc::new(Semaphore::new(limit)),
             limit,
@@ -214,7 +225,10 @@ impl NatsNode {
 
     pub(super) fn status(&self) -> CommandBusStatus {
         match &*self.shared.link.borrow() {
-            Link::Up { .. } => CommandBusStatus::Connected { nodes: self.shared.table.names() },
+            Link::Up { .. } => CommandBusStatus::Connected {
+                nodes: self.shared.table.names(),
+                last_error: self.line.last_error(),
+            },
             Link::Down { reason } => CommandBusStatus::Disconnected { reason: reason.clone() },
         }
     }

@@ -42,14 +42,27 @@ pub(crate) struct CommandFrame {
     pub(crate) metadata: Vec<u8>,
     #[serde(default, skip_serializing_if = "Expected::is_any")]
     pub(crate) expected: Expected,
-    /// In milliseconds since 1970; absent: none. Who gets the command later drops it.
+    /// Time left when it was sent, in milliseconds; absent: no limit. No two clocks are compared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) deadline: Option<u64>,
+    pub(crate) left: Option<u64>,
+    /// The node that sends it and the time on that node's clock, as in its presence messages: they show how long the command
+    /// was on its way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sent: Option<Sent>,
     /// Which attempt this is: 1, 2, 3 …
     pub(crate) attempt: u32,
     /// Whether the dispatcher waits for the command to be accepted, and not only for its end.
     #[serde(default)]
     pub(crate) prompt: bool,
+}
+
+/// When a node sent something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Sent {
+    /// The node, by its start.
+    pub(crate) node: Uuid,
+    /// Milliseconds since that start.
+    pub(crate) clock: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -113,7 +126,28 @@ pub(crate) enum Says {
     Executed(Answered),
 }
 
+/// The longest message of an error that is shortened to fit, in characters.
+const SHORTENED: usize = 1_000;
+
 impl Says {
+    /// As it fits into a message of `limit` bytes, of which it has `size` as it is: what happened stays, the content goes.
+    pub(crate) fn shortened(self, size: usize, limit: usize) -> Self {
+        match self {
+            Says::Refused(failure) => Says::Refused(failure.shortened(size, limit)),
+            Says::Executed(Answered { runtime, outcome }) => {
+                let outcome = match outcome {
+                    Outcome::Done(Done { reply, version, position, events, duplicate, .. }) => {
+                        let omitted = Some(Omitted { size: reply.len() as u64, limit: limit as u64 });
+                        Outcome::Done(Done { reply: Vec::new(), omitted, version, position, events, duplicate })
+                    }
+                    Outcome::Error(failure) => Outcome::Error(failure.shortened(size, limit)),
+                };
+                Says::Executed(Answered { runtime, outcome })
+            }
+            says @ (Says::Accepted | Says::Alive) => says,
+        }
+    }
+
     /// Another node said it: that one is shutting down, not this one.
     pub(crate) fn of_another(&mut self) {
         if let Says::Refused(failure) | Says::Executed(Answered { outcome: Outcome::Error(failure), .. }) =
@@ -155,6 +189,17 @@ pub(crate) struct Done {
     pub(crate) position: u64,
     #[serde(default)]
     pub(crate) events: u64,
+    /// The reply did not fit into a message and was left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) omitted: Option<Omitted>,
+}
+
+/// Sizes of a reply that was left out, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Omitted {
+    pub(crate) size: u64,
+    /// Of a message.
+    pub(crate) limit: u64,
 }
 
 /// A command that got no receipt.
@@ -171,6 +216,14 @@ pub(crate) struct Failure {
     /// code has it.
     #[serde(default)]
     pub(crate) number: u64,
+    /// The size that is over the limit, in bytes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) size: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -190,6 +243,8 @@ pub(crate) enum Code {
     SameId,
     IdAhead,
     ShuttingDown,
+    /// It does not fit into a message: `number` is the limit in bytes, `size` what it has. Never sent.
+    CommandTooLarge,
     /// Anything else after which nothing happened.
     Failed,
 }
@@ -197,6 +252,14 @@ pub(crate) enum Code {
 impl Failure {
     pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), ..Self::default() }
+    }
+
+    /// As it fits into a message. The user's error is lost, and that it was one is not.
+    fn shortened(self, size: usize, limit: usize) -> Self {
+        let mut message: String = self.message.chars().take(SHORTENED).collect();
+        message.push_str(&format!(" (shortened: the answer has {size} bytes, limit {limit} of a NATS message)"));
+        let code = if self.code == Code::Rejected { Code::Failed } else { self.code };
+        Self { code, message, details: Vec::new(), ..self }
     }
 
     /// Whether the command may have taken effect all the same.
@@ -208,7 +271,12 @@ impl Failure {
     pub(crate) fn is_answer(&self) -> bool {
         !matches!(
             self.code,
-            Code::NoHandler | Code::Unavailable | Code::Overloaded | Code::ShuttingDown | Code::Refused
+            Code::NoHandler
+                | Code::Unavailable
+                | Code::Overloaded
+                | Code::ShuttingDown
+                | Code::Refused
+                | Code::CommandTooLarge
         )
     }
 
@@ -229,6 +297,7 @@ impl Failure {
                 Self::new(Code::StoreUnavailable, reason)
             }
             ExecuteError::OutcomeUnknown { reason, .. } => Self::new(Code::OutcomeUnknown, reason),
+            ExecuteError::ReplyTooLarge { .. } => Self::new(Code::OutcomeUnknown, said),
             ExecuteError::NoHandler { .. } => Self::new(Code::NoHandler, said),
             ExecuteError::Unavailable { reason } => Self::new(Code::Unavailable, reason),
             ExecuteError::Refused { reason } => Self::new(Code::Refused, reason),
@@ -286,6 +355,9 @@ impl Failure {
                     .unwrap_or_default(),
             },
             (Code::ShuttingDown, _) => ExecuteError::ShuttingDown,
+            (Code::CommandTooLarge, _) => {
+                ExecuteError::CommandTooLarge { size: bytes(self.size), limit: bytes(self.number) }
+            }
             (Code::Failed | Code::ExpectedVersion | Code::Contended | Code::Panicked, _) => {
                 ExecuteError::Failed { reason: self.message }
             }
@@ -310,7 +382,7 @@ pub(crate) fn tell_receipt<R: Serialize, E: std::error::Error + Serialize>(
         let reply = to_cbor(&receipt.reply).map_err(lost_reply)?;
         let (version, position) = (receipt.version.get(), receipt.position.get());
         let (events, duplicate) = (receipt.events, receipt.duplicate);
-        Ok(Done { reply, duplicate, version, position, events })
+        Ok(Done { reply, duplicate, version, position, events, omitted: None })
     });
     told.map_or_else(Outcome::Error, Outcome::Done)
 }
@@ -326,16 +398,31 @@ impl Done {
         id: Uuid,
         stream: StreamId,
     ) -> Result<Receipt<R>, ExecuteError<E>> {
-        Ok(Receipt {
+        let receipt = Receipt {
             command_id: id,
             stream,
             version: Version::new(self.version),
             position: Position::new(self.position),
             events: self.events,
-            reply: read_reply(&self.reply, id)?,
+            reply: (),
             duplicate: self.duplicate,
-        })
+        };
+        if let Some(omitted) = self.omitted {
+            return Err(omitted.into_error(id, Some(receipt)));
+        }
+        Ok(receipt.with_reply(read_reply(&self.reply, id)?))
     }
+}
+
+impl Omitted {
+    pub(crate) fn into_error<E>(self, command_id: Uuid, receipt: Option<Receipt>) -> ExecuteError<E> {
+        let (size, limit) = (bytes(self.size), bytes(self.limit));
+        ExecuteError::ReplyTooLarge { command_id, receipt: receipt.map(Box::new), size, limit }
+    }
+}
+
+fn bytes(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 /// A reply as somebody else wrote it.
@@ -363,7 +450,7 @@ mod tests {
     #[test]
     fn no_frame_makes_the_reader_panic() {
         let failure = Failure { details: vec![1], number: 7, ..Failure::new(Code::Rejected, "no") };
-        let frame = |key, deadline, expected| CommandFrame {
+        let frame = |key, left, expected| CommandFrame {
             format: FORMAT,
             id: Uuid::now_v7(),
             kind: Kind::Aggregate,
@@ -372,13 +459,15 @@ mod tests {
             payload: vec![0xa0],
             metadata: vec![0xa0],
             expected,
-            deadline,
+            left,
+            sent: left.map(|clock| Sent { node: Uuid::now_v7(), clock }),
             attempt: 2,
             prompt: true,
         };
         let frames =
             [frame(Some("é".into()), Some(u64::MAX), Expected::Exact(3)), frame(None, None, Expected::Any)];
-        let done = Done { reply: vec![0xf6], duplicate: true, version: 1, position: 2, events: 3 };
+        let omitted = Some(Omitted { size: 9, limit: 8 });
+        let done = Done { reply: vec![0xf6], duplicate: true, version: 1, position: 2, events: 3, omitted };
         let says = [
             Says::Accepted,
             Says::Alive,

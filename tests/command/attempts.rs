@@ -60,7 +60,10 @@ async fn caller(server: &NatsServer) -> Runtime {
 }
 
 async fn sees(caller: &Runtime, nodes: &[&str]) {
-    let expected = CommandBusStatus::Connected { nodes: nodes.iter().map(ToString::to_string).collect() };
+    let expected = CommandBusStatus::Connected {
+        nodes: nodes.iter().map(ToString::to_string).collect(),
+        last_error: None,
+    };
     let give_up = Instant::now() + PATIENCE;
     while caller.status().await.commands != expected {
         assert!(Instant::now() < give_up, "{:?}", caller.status().await.commands);

@@ -39,6 +39,7 @@ async fn ownership_moves_with_the_nodes() {
     assert_eq!(live(&one).await, 60);
     let connected = |nodes: &[&str]| CommandBusStatus::Connected {
         nodes: nodes.iter().map(ToString::to_string).collect(),
+        last_error: None,
     };
     assert_eq!(caller.status().await.commands, connected(&["one"]));
     assert_eq!(one.status().await.commands, connected(&["caller"]));

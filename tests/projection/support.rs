@@ -597,7 +597,7 @@ impl EventBus for Mirror {
     }
 
     fn state(&self) -> BusState {
-        BusState::Connected { to: "the mirror".into() }
+        BusState::Connected { to: "the mirror".into(), last_error: None }
     }
 
     fn publisher(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {

@@ -1,32 +1,40 @@
 //! The one connection that carries everything, and what is known about it.
 
+mod echo;
+mod server_errors;
 mod signals;
+mod watcher;
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectErrorKind, Event, ServerInfo, Subscriber};
-use futures_util::StreamExt;
+use async_nats::{Client, ConnectErrorKind, Event, ServerInfo};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+pub(super) use self::echo::{Echo, PublishProof};
 pub(super) use self::signals::Handler;
 pub use self::signals::NatsEvent;
 use self::signals::Signals;
+use self::watcher::{Told, Watcher};
 use super::options::NatsOptions;
 use super::recorder::Recorder;
 use crate::bus::{BusError, BusState};
+use crate::event::Position;
 use crate::supervised::Task;
 use crate::telemetry::{Metrics, Timer};
 
 /// The oldest server that does what we ask of it; older ones ignore in silence what they do not know.
 const OLDEST_SERVER: (u64, u64) = (2, 10);
 
-/// How often the connection is looked at, beside being told of its events: async-nats drops events that come too fast.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How long async-nats may take to pass on an error that the server sent before an answer: it comes through another task.
+const LAG: Duration = Duration::from_millis(10);
+
+/// How long the sentence about a refused message is waited for.
+const SENTENCE: Duration = Duration::from_millis(500);
 
 /// What a connection has been through. Whoever reads from it compares with what it saw last: another session or more
 /// overflows, and something may be missing.
@@ -62,6 +70,8 @@ pub(super) struct Connection {
     watch: Watch,
     /// The session whose server is known to be new enough.
     checked: AtomicU64,
+    /// Position before the first event that the server refused to publish over Core.
+    refused_after: Mutex<Option<Position>>,
     _watcher: Task,
 }
 
@@ -88,7 +98,7 @@ impl Connection {
                 client.clone(),
                 false,
                 "a borrowed connection".into(),
-                Arc::default(),
+                Arc::new(Signals::new(&options.inbox_prefix)),
                 options,
                 state,
                 watch,
@@ -98,7 +108,7 @@ impl Connection {
         let to: Vec<_> =
             servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect();
         let to = to.join(",");
-        let signals = Arc::new(Signals::default());
+        let signals = Arc::new(Signals::new(&options.inbox_prefix));
         let (teller, told) = (signals.clone(), watch.clone());
         let tell = move |event| {
             if matches!(event, Event::ServerError(_)) {
@@ -165,6 +175,7 @@ impl Connection {
             handler: options.handler.clone(),
             watch,
             checked: AtomicU64::new(0),
+            refused_after: Mutex::default(),
             _watcher: Task::spawn(watcher.run()),
         })
     }
@@ -221,15 +232,35 @@ impl Connection {
         what: &str,
         work: impl Future<Output = Result<T, BusError>>,
     ) -> Result<T, BusError> {
+        self.while_permitted(what, &[], work).await
+    }
+
+    /// Does something for as long as the connection lasts and the server refuses none of `subjects` (patterns) or an inbox.
+    pub(super) async fn while_permitted<T>(
+        &self,
+        what: &str,
+        subjects: &[String],
+        work: impl Future<Output = Result<T, BusError>>,
+    ) -> Result<T, BusError> {
         self.check()?;
         let mut link = self.link();
         let session = link.borrow().sessions;
-        tokio::select! {
+        let errors = &self.signals.server_errors;
+        let since = errors.count();
+        let result = tokio::select! {
             biased;
             result = work => result,
+            sentence = errors.refused(since, subjects) => Err(refused(what, &sentence)),
             _ = link.wait_for(|link| !link.up || link.closed || link.sessions != session) => {
                 Err(silent(format!("{what}: the connection to NATS at {} was lost", self.to)))
             }
+        };
+        match result {
+            Ok(done) => match errors.refusal(since, subjects) {
+                Some(sentence) => Err(refused(what, &sentence)),
+                None => Ok(done),
+            },
+            Err(error) => Err(self.explained(what, subjects, since, error)),
         }
     }
 
@@ -239,10 +270,86 @@ impl Connection {
         what: &str,
         work: impl Future<Output = Result<T, BusError>>,
     ) -> Result<T, BusError> {
-        let patience = self.answer_timeout;
-        timeout(patience, self.while_up(what, work)).await.unwrap_or_else(|_| {
-            Err(silent(format!("{what}: NATS at {} did not answer within {patience:?}", self.to)))
+        self.ask_permitted(what, &[], work).await
+    }
+
+    /// As [`ask`](Self::ask), for as long as the server refuses none of `subjects` (patterns) or an inbox.
+    pub(super) async fn ask_permitted<T>(
+        &self,
+        what: &str,
+        subjects: &[String],
+        work: impl Future<Output = Result<T, BusError>>,
+    ) -> Result<T, BusError> {
+        let (patience, since) = (self.answer_timeout, self.signals.server_errors.count());
+        let done = timeout(patience, self.while_permitted(what, subjects, work)).await;
+        done.unwrap_or_else(|_| {
+            let reason = format!("{what}: NATS at {} did not answer within {patience:?}", self.to);
+            Err(self.explained(what, subjects, since, silent(reason)))
         })
+    }
+
+    /// With what the server said about it: the inbox of requests is refused once in a session, before `since`.
+    fn explained(&self, what: &str, subjects: &[String], since: u64, error: BusError) -> BusError {
+        let errors = &self.signals.server_errors;
+        match error {
+            BusError::Unavailable { reason, source } => match errors.refusal(0, subjects) {
+                Some(sentence) => refused(what, &sentence),
+                None => match errors.after(since).last() {
+                    Some(said) => {
+                        BusError::Unavailable { reason: format!("{reason}; the server said: {said}"), source }
+                    }
+                    None => BusError::Unavailable { reason, source },
+                },
+            },
+            error => error,
+        }
+    }
+
+    /// After an answer: waits until the errors that the server sent before it are known, and refuses with the one that
+    /// concerns `subjects` since error number `since`.
+    pub(super) async fn check_refusals(
+        &self,
+        what: &str,
+        subjects: &[String],
+        since: u64,
+    ) -> Result<(), BusError> {
+        match timeout(LAG, self.signals.server_errors.refused(since, subjects)).await {
+            Ok(sentence) => Err(refused(what, &sentence)),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Number of errors that the server has reported beside its answers.
+    pub(super) fn errors(&self) -> u64 {
+        self.signals.server_errors.count()
+    }
+
+    /// Waits until the server refuses one of `subjects` (patterns), after error number `since`. Cancel-safe.
+    pub(super) async fn refused(&self, what: &str, since: u64, subjects: &[String]) -> BusError {
+        refused(what, &self.signals.server_errors.refused(since, subjects).await)
+    }
+
+    /// Why a message to this subject did not come back.
+    pub(super) async fn not_carried(&self, what: &str, since: u64, subject: String) -> BusError {
+        let subjects = [subject];
+        match timeout(SENTENCE, self.signals.server_errors.refused(since, &subjects)).await {
+            Ok(sentence) => refused(what, &sentence),
+            Err(_) => BusError::Incompatible {
+                reason: format!(
+                    "{what}: the NATS server did not carry a message to {}; grant this login publish and subscribe on it",
+                    subjects[0]
+                ),
+            },
+        }
+    }
+
+    /// Position before the first event that was refused, if no later one was published.
+    pub(super) fn refused_after(&self) -> Option<Position> {
+        *self.refused_after.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_refused_after(&self, position: Option<Position>) {
+        *self.refused_after.lock().unwrap_or_else(PoisonError::into_inner) = position;
     }
 
     /// Ends it: what was given to it goes out first, if that is possible within `patience`.
@@ -282,97 +389,6 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// Keeps the link and the state up to date.
-struct Watcher {
-    client: Client,
-    to: String,
-    signals: Arc<Signals>,
-    link: watch::Sender<Link>,
-    state: watch::Sender<BusState>,
-    /// The one that was seen last.
-    session: (String, u64),
-    handler: Handler,
-    watch: Watch,
-    told: Told,
-}
-
-/// What the user's handler knows.
-#[derive(Default)]
-struct Told {
-    up: bool,
-    ever: bool,
-    overflows: u64,
-    lame_ducks: u64,
-}
-
-impl Watcher {
-    async fn run(mut self) {
-        loop {
-            self.look();
-            tokio::select! {
-                () = self.signals.news.notified() => {}
-                () = sleep(LOOK_EVERY) => {}
-            }
-        }
-    }
-
-    fn look(&mut self) {
-        if self.link.borrow().closed {
-            return;
-        }
-        let up = self.client.connection_state() == State::Connected;
-        let info = self.client.server_info();
-        let session = session(&info);
-        let another = up && session != self.session;
-        if another {
-            self.session = session;
-        }
-        let overflows = self.signals.overflows.load(Ordering::Relaxed);
-        self.link.send_if_modified(|link| {
-            let now = Link { up, sessions: link.sessions + u64::from(another), overflows, ..*link };
-            std::mem::replace(link, now) != now
-        });
-        let lost = || disconnected(&self.to, self.signals.error());
-        let state = match check_version(&info, &self.to) {
-            _ if !up => BusState::Disconnected { reason: lost() },
-            Ok(()) => BusState::Connected { to: format!("nats-server {} at {}", info.version, self.to) },
-            Err(error) => BusState::Disconnected { reason: error.to_string() },
-        };
-        let shown = match &state {
-            BusState::Connected { to } => to.clone(),
-            _ => self.to.clone(),
-        };
-        // It may have been away and back since the last look.
-        if self.told.up && (!up || another) {
-            self.handler.tell(NatsEvent::Disconnected { reason: lost() });
-            self.watch.metrics.connection_lost(self.watch.role);
-            self.told.up = false;
-        }
-        if up && !self.told.up {
-            if std::mem::replace(&mut self.told.ever, true) {
-                self.watch.metrics.reconnected(self.watch.role);
-            }
-            self.handler.tell(NatsEvent::Connected { to: shown });
-            self.told.up = true;
-        }
-        if overflows > std::mem::replace(&mut self.told.overflows, overflows) {
-            self.handler.tell(NatsEvent::SlowConsumer { overflows });
-        }
-        let lame_ducks = self.signals.lame_ducks.load(Ordering::Relaxed);
-        if lame_ducks > std::mem::replace(&mut self.told.lame_ducks, lame_ducks) {
-            self.handler.tell(NatsEvent::LameDuck);
-        }
-        self.state.send_if_modified(|known| {
-            let news = *known != state;
-            if news && up != matches!(known, BusState::Connected { .. }) {
-                tracing::info!(?state, "the connection to NATS");
-            }
-            *known = state;
-            news
-        });
-    }
-}
-
 /// What tells one session from the next.
 fn session(info: &ServerInfo) -> (String, u64) {
     (info.server_id.clone(), info.client_id)
@@ -405,41 +421,14 @@ pub(super) fn silent(reason: String) -> BusError {
     BusError::Unavailable { reason, source: None }
 }
 
+/// The server refuses it: a person has to grant the right.
+fn refused(what: &str, sentence: &str) -> BusError {
+    BusError::Incompatible {
+        reason: format!("{what}: the NATS server refuses: {sentence}; grant this login the right"),
+    }
+}
+
 /// Something that may work later, because of `source`.
 pub(super) fn unavailable(what: String, source: impl std::error::Error + Send + Sync + 'static) -> BusError {
     BusError::Unavailable { reason: format!("{what}: {source}"), source: Some(Arc::new(source)) }
-}
-
-/// A question to ourselves, through the server: when its answer is here, the server has everything that we sent before.
-/// Neither publishing nor flushing says so much: both only hand over to the socket.
-pub(super) struct Echo {
-    inbox: String,
-    answers: Subscriber,
-    asked: u64,
-}
-
-impl Echo {
-    pub(super) async fn new(client: &Client) -> Result<Self, BusError> {
-        let inbox = client.new_inbox();
-        let answers = client.subscribe(inbox.clone()).await;
-        let answers = answers.map_err(|error| unavailable("subscribing to an inbox".into(), error))?;
-        Ok(Self { inbox, answers, asked: 0 })
-    }
-
-    /// Waits for the answer, without a limit: within [`Connection::ask`].
-    pub(super) async fn round_trip(&mut self, client: &Client) -> Result<(), BusError> {
-        self.asked += 1;
-        let question = self.asked.to_string();
-        client
-            .publish(self.inbox.clone(), question.clone().into())
-            .await
-            .map_err(|error| unavailable("publishing to an inbox".into(), error))?;
-        while let Some(answer) = self.answers.next().await {
-            // Those to earlier questions that nobody waited for come first.
-            if answer.payload == question {
-                return Ok(());
-            }
-        }
-        Err(silent("the connection to NATS was closed".into()))
-    }
 }

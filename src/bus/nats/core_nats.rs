@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::connection::{Connection, Echo, unavailable};
+use super::connection::{Connection, Echo, PublishProof, unavailable};
 use super::hints::Hints;
 use super::subjects::Names;
 use super::wire::{Outgoing, Wire};
@@ -16,8 +16,12 @@ pub(super) struct CorePublisher {
     connection: Arc<Connection>,
     wire: Wire,
     echo: Echo,
+    proof: PublishProof,
     hints: Hints,
 }
+
+/// Why messages were not published: the number of the first that the server refused, if it was that.
+type Unsent = (Option<usize>, BusError);
 
 impl CorePublisher {
     pub(super) async fn new(
@@ -29,34 +33,50 @@ impl CorePublisher {
         let client = &connection.client;
         let opening = async { Ok((Hints::new(client, &wire).await?, Echo::new(client).await?)) };
         let (hints, echo) = connection.ask("opening a publisher", opening).await?;
-        Ok(Self { connection, wire, echo, hints })
+        Ok(Self { connection, wire, echo, proof: PublishProof::default(), hints })
     }
 
     async fn send(
         &mut self,
         what: &str,
         messages: impl Iterator<Item = Result<Outgoing, BusError>>,
-    ) -> Result<(), BusError> {
-        let client = &self.connection.client;
+    ) -> Result<(), Unsent> {
+        let (connection, client) = (&self.connection, &self.connection.client);
+        let since = connection.errors();
+        self.proof.enter(connection.session());
         let send = async {
-            for message in messages {
-                let Outgoing { subject, headers, body } = message?;
+            let mut witnesses = Vec::new();
+            for (index, message) in messages.enumerate() {
+                let message = message?;
+                self.proof.listen(client, index, &message, &mut witnesses).await?;
+                let Outgoing { subject, headers, body } = message;
                 let sent = client.publish_with_headers(subject, headers, body).await;
                 sent.map_err(|error| unavailable("publishing".into(), error))?;
             }
-            self.echo.round_trip(client).await
+            self.echo.round_trip(client).await?;
+            Ok(self.proof.check(witnesses))
         };
-        self.connection.ask(what, send).await
+        match connection.ask(what, send).await {
+            Ok(None) => Ok(()),
+            Ok(Some((index, subject))) => {
+                Err((Some(index), connection.not_carried(what, since, subject).await))
+            }
+            Err(error) => Err((None, error)),
+        }
     }
 }
 
 impl BusPublisher for CorePublisher {
-    fn resume(&mut self, _known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
-        Box::pin(async {
+    fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+        Box::pin(async move {
             // Not behind a server that hangs: what is skipped would count as published.
             let client = &self.connection.client;
             self.connection.ask("beginning to publish", self.echo.round_trip(client)).await?;
-            Ok(Resume::AtFrontier)
+            // What the server refused counts as published only if another node got further since.
+            match self.connection.refused_after().filter(|position| known.position <= *position) {
+                Some(position) => Ok(Resume::After(MirrorEnd { position, sequence: 0 })),
+                None => Ok(Resume::AtFrontier),
+            }
         })
     }
 
@@ -69,7 +89,15 @@ impl BusPublisher for CorePublisher {
                 let previous = std::mem::replace(&mut previous, event.position);
                 wire.event(event, previous, largest)
             });
-            self.send("publishing events", messages).await?;
+            if let Err((refused, error)) = self.send("publishing events", messages).await {
+                if let Some(index) = refused {
+                    let before = index.checked_sub(1).and_then(|before| batch.events.get(before));
+                    let position = before.map_or(batch.after, |event| event.position);
+                    self.connection.set_refused_after(Some(position));
+                }
+                return Err(error);
+            }
+            self.connection.set_refused_after(None);
             // Nothing is kept, so nothing has a number.
             Ok(MirrorEnd { position: batch.upto, sequence: 0 })
         })
@@ -82,7 +110,8 @@ impl BusPublisher for CorePublisher {
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {
         Box::pin(async move {
             let message = self.wire.heartbeat(head);
-            self.send("announcing the end of the log", std::iter::once(Ok(message))).await
+            let sent = self.send("announcing the end of the log", std::iter::once(Ok(message))).await;
+            sent.map_err(|(_, error)| error)
         })
     }
 }

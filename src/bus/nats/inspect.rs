@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::connection::{Connection, unavailable};
 use super::follow::follower_spec;
-use super::jetstream::{compared_consumer, compared_stream, stream_api, stream_info};
+use super::jetstream::{compared_consumer, compared_stream, stream_api, stream_info, stream_rights};
 use super::wire::{Incoming, Reject, Wire};
 use super::{NatsBus, naming};
 use crate::bus::BusError;
@@ -191,7 +191,8 @@ impl NatsBus {
             let consumers = consumers.into_iter().map(report).collect();
             Ok(NatsReport { version: client.server_info().version, streams, consumers })
         };
-        connection.while_up("looking at streams and consumers", look).await
+        let subjects = ["$JS.API.>".to_owned()];
+        connection.while_permitted("looking at streams and consumers", &subjects, look).await
     }
 
     /// Reads the mirror of the log of the store with this id from its beginning, message by message, without a consumer.
@@ -205,7 +206,8 @@ impl NatsBus {
         let client = &connection.client;
         let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
         let what = || format!("looking for the stream {name}");
-        let found = connection.ask(&what(), stream_info(&jetstream, client, &name)).await?;
+        let found = stream_info(&jetstream, client, &name);
+        let found = connection.ask_permitted(&what(), &stream_rights(&name), found).await?;
         let missing = || BusError::Incompatible { reason: format!("there is no JetStream stream {name}") };
         let state = found.ok_or_else(missing)?.state;
         let stream = jetstream.get_stream_no_info(&name).await;
@@ -263,7 +265,8 @@ impl MirrorReader {
     /// The stream's first and last number.
     async fn look(&self) -> Result<(u64, u64), BusError> {
         let info = stream_info(&self.jetstream, &self.connection.client, &self.name);
-        let found = self.connection.ask("looking for the end of the mirror", info).await?;
+        let (what, rights) = ("looking for the end of the mirror", stream_rights(&self.name));
+        let found = self.connection.ask_permitted(what, &rights, info).await?;
         let missing =
             || BusError::Incompatible { reason: format!("the JetStream stream {} is gone", self.name) };
         let state = found.ok_or_else(missing)?.state;

@@ -202,7 +202,7 @@ impl JetStreamOptions {
         let content = Content { subjects: names.mapping.all(), store: None };
         let name = self.name(names.namespace());
         let ensured = ensure(&jetstream, client, content, &name, self);
-        connection.while_up("looking for the stream", ensured).await.map(drop)
+        connection.while_permitted("looking for the stream", &stream_rights(&name), ensured).await.map(drop)
     }
 
     /// Sees to it that there is a stream for dead letters, as the policy says.
@@ -213,8 +213,28 @@ impl JetStreamOptions {
         let content = Content { subjects: &subjects, store: None };
         let options = self.of_dead();
         let ensured = ensure(&jetstream, client, content, &name, &options);
-        connection.while_up("looking for the stream of dead letters", ensured).await.map(drop)
+        let what = "looking for the stream of dead letters";
+        connection.while_permitted(what, &stream_rights(&name), ensured).await.map(drop)
     }
+}
+
+/// Subjects of questions about a stream.
+pub(super) fn stream_rights(stream: &str) -> [String; 3] {
+    [
+        format!("$JS.API.STREAM.*.{stream}"),
+        format!("$JS.API.STREAM.MSG.GET.{stream}"),
+        "$JS.API.STREAM.NAMES".to_owned(),
+    ]
+}
+
+/// Subjects of questions about a consumer.
+fn consumer_rights(stream: &str, consumer: &str) -> [String; 4] {
+    [
+        format!("$JS.API.CONSUMER.*.{stream}.{consumer}"),
+        format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"),
+        format!("$JS.API.CONSUMER.CREATE.{stream}.>"),
+        format!("$JS.API.STREAM.INFO.{stream}"),
+    ]
 }
 
 /// The subjects and the name of the stream of dead letters.

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::connection::{Connection, Echo, Link};
 use super::{NatsBus, NatsOptions};
-use crate::bus::BusError;
+use crate::bus::{BusError, BusState, EventBus};
 use crate::telemetry::Metrics;
 
 /// A connection of its own, which is made when it is wanted.
@@ -59,6 +59,14 @@ impl Line {
         Ok(OpenLine(self.0.connection().await?))
     }
 
+    /// The last error that the server reported beside its answers.
+    pub(crate) fn last_error(&self) -> Option<String> {
+        match self.0.state() {
+            BusState::Connected { last_error, .. } => last_error,
+            _ => None,
+        }
+    }
+
     pub(crate) async fn close(&self) {
         self.0.disconnect().await;
     }
@@ -78,9 +86,22 @@ impl OpenLine {
         LineWatch(self.0.link())
     }
 
-    /// Waits until the server has everything that was sent before.
-    pub(crate) async fn confirm(&self, what: &str) -> Result<(), BusError> {
+    /// Waits until the server has everything that was sent before, after error number `since`, and has refused none of
+    /// `subjects`.
+    pub(crate) async fn confirm(&self, what: &str, since: u64, subjects: &[String]) -> Result<(), BusError> {
         let client = &self.0.client;
-        self.0.ask(what, async { Echo::new(client).await?.round_trip(client).await }).await
+        let echoed = async { Echo::new(client).await?.round_trip(client).await };
+        self.0.ask_permitted(what, subjects, echoed).await?;
+        self.0.check_refusals(what, subjects, since).await
+    }
+
+    /// Number of errors that the server has reported beside its answers.
+    pub(crate) fn errors(&self) -> u64 {
+        self.0.errors()
+    }
+
+    /// Waits until the server refuses `subject`, after error number `since`. Cancel-safe.
+    pub(crate) async fn refused(&self, what: &str, since: u64, subject: &str) -> BusError {
+        self.0.refused(what, since, &[subject.to_owned()]).await
     }
 }

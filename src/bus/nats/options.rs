@@ -42,6 +42,7 @@ pub struct NatsOptions {
     /// The connection of somebody else, instead of one of our own.
     pub(super) client: Option<Client>,
     name: String,
+    pub(super) inbox_prefix: String,
     login: Login,
     tls: Tls,
     reconnect_wait: Duration,
@@ -95,6 +96,7 @@ impl NatsOptions {
             url: None,
             client: None,
             name: "storied".into(),
+            inbox_prefix: "_INBOX".into(),
             login: Login::Nobody,
             tls: Tls::default(),
             reconnect_wait: Duration::from_secs(2),
@@ -148,6 +150,17 @@ impl NatsOptions {
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
+    }
+
+    /// First tokens of the subjects on which this connection receives answers. Default: `_INBOX`. A login that may subscribe
+    /// to `_INBOX.>` reads the answers to every other login: give each login its own prefix and rights on that only.
+    ///
+    /// # Errors
+    /// When it is more than dotted tokens of ASCII letters, digits, `_` and `-`.
+    pub fn inbox_prefix(mut self, prefix: impl Into<String>) -> Result<Self, InvalidName> {
+        self.inbox_prefix = prefix.into();
+        check_name("inbox prefix", &self.inbox_prefix)?;
+        Ok(self)
     }
 
     /// Logs in with a user's name and password. Of several ways to log in the last one said counts.
@@ -316,6 +329,7 @@ impl NatsOptions {
         let (wait, again) = (self.reconnect_wait, watch.clone());
         let mut options = ConnectOptions::new()
             .name(&self.name)
+            .custom_inbox_prefix(&self.inbox_prefix)
             .ping_interval(self.ping_interval)
             .connection_timeout(self.connection_timeout)
             .request_timeout(Some(self.answer_timeout))

@@ -48,8 +48,10 @@ impl NatsSubscription {
         let wire = Wire::new(names, store);
         let link = connection.link();
         let client = &connection.client;
+        let since = connection.errors();
+        let subjects = [wire.events(), &[wire.head().to_owned()]].concat();
         let (seen, events, heads) = connection
-            .ask("subscribing", async {
+            .ask_permitted("subscribing", &subjects, async {
                 let seen = *link.borrow();
                 let events = Merged::subscribe(client, wire.events(), None).await?;
                 let heads = subscribe(client, wire.head(), None).await?;
@@ -58,6 +60,7 @@ impl NatsSubscription {
                 Ok((seen, events, heads))
             })
             .await?;
+        connection.check_refusals("subscribing", &subjects, since).await?;
         let (held, malformed, strangers) = (None, 0, HashSet::new());
         Ok(Self { _connection: connection, link, seen, events, heads, wire, held, malformed, strangers })
     }

@@ -103,6 +103,7 @@ impl<H: Handler> Request<H> {
         Ok(Dispatched::new(id, async move {
             let (outcome, runtime) = answered.await;
             let result = match outcome {
+                Outcome::Done(Done { omitted: Some(omitted), .. }) => Err(omitted.into_error(id, None)),
                 Outcome::Done(Done { reply, duplicate, .. }) => {
                     read_reply(&reply, id).map(|reply| Handled { command_id: id, reply, duplicate })
                 }

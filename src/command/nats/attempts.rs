@@ -16,12 +16,9 @@ use super::Shared;
 use super::calls::{Ear, Heard};
 use super::link::{Link, Others};
 use super::presence::Candidate;
-use super::serve::{deadline as frame_deadline, take};
+use super::serve::take;
 use crate::command::envelope::Deadline;
 use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome, Reply, Says};
-
-/// Room for what is around a command's content.
-const HEADROOM: usize = 1_024;
 
 type Accepted = Result<(), Failure>;
 type Ended = (Outcome, Duration);
@@ -239,8 +236,7 @@ impl Pursuit {
     /// This node's turn.
     async fn here(&mut self, own: Candidate) -> Attempt {
         self.tried.insert(own.incarnation);
-        let deadline = frame_deadline(&self.frame);
-        let started = Instant::now();
+        let (deadline, started) = (self.deadline, Instant::now());
         match take(&self.shared, self.frame.clone(), deadline, deadline.instant()).await {
             Ok(answer) => {
                 self.is_accepted();

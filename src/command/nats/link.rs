@@ -14,7 +14,7 @@ use super::serve::serve;
 use crate::backoff::Backoff;
 use crate::bus::{BusError, Line, OpenLine};
 use crate::codec::{from_cbor, to_cbor};
-use crate::command::wire::{FORMAT, Kind, Reply};
+use crate::command::wire::{FORMAT, Kind, Reply, Sent};
 use crate::rate_limit::LogLimit;
 use crate::supervised::Task;
 
@@ -82,11 +82,12 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
     let longest = (shared.beat * 2).min(Duration::from_secs(2));
     let mut backoff = Backoff::new(longest.min(Duration::from_millis(100)), longest);
     let mut outage = false;
-    let (line, mut ears) = loop {
+    let (line, mut ears, mut since) = loop {
         let opened = async {
             let line = line.open().await?;
+            let since = line.errors();
             let ears = listen(&shared, &line).await?;
-            Ok((line, ears))
+            Ok((line, ears, since))
         };
         match opened.await {
             Ok(open) => break open,
@@ -102,11 +103,21 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         if state.closed {
             return;
         }
-        match line.confirm("joining the other nodes").await {
+        let own = [shared.subjects.presence(), shared.subjects.node(shared.incarnation)];
+        match line.confirm("joining the other nodes", since, &own).await {
             Ok(()) => backoff.succeeded(),
             Err(error) => {
+                let refused = matches!(error, BusError::Incompatible { .. });
                 down(error);
                 sleep(backoff.next()).await;
+                if refused {
+                    // The server has forgotten a subscription that it refused, also if it would accept it now.
+                    since = line.errors();
+                    match listen(&shared, &line).await {
+                        Ok(subscribed) => ears = subscribed,
+                        Err(error) => down(error),
+                    }
+                }
                 continue;
             }
         }
@@ -160,6 +171,8 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                 }
             }
         }
+        // Errors of a session end with it.
+        since = 0;
         let reason = "the connection to NATS was lost; it is being tried".into();
         shared.link.send_replace(Link::Down { reason });
     }
@@ -199,6 +212,7 @@ async fn announce(shared: &Shared, client: &Client, ask: bool) {
         handlers: names(Kind::Handler),
         draining: *shared.draining.borrow(),
         ask,
+        clock: Some(shared.clock()),
     };
     let sent = match to_cbor(&presence) {
         Ok(frame) if frame.len() > BYTES || !presence.fits() => Err(format!(
@@ -230,6 +244,10 @@ fn heard(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
         Ok(presence) if presence.store != shared.store || presence.format != FORMAT => false,
         Ok(presence) => {
             let ask = presence.ask;
+            if let Some(clock) = presence.clock {
+                let period = u64::try_from(shared.beat.as_millis()).unwrap_or(u64::MAX).saturating_mul(10);
+                shared.clocks.observe(Sent { node: presence.incarnation, clock }, shared.clock(), period);
+            }
             shared.table.heard(presence);
             ask
         }

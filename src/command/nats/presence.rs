@@ -44,6 +44,9 @@ pub(super) struct Presence {
     /// The others are to say at once who they are.
     #[serde(default)]
     pub(super) ask: bool,
+    /// Milliseconds since its start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) clock: Option<u64>,
 }
 
 impl Presence {
@@ -281,6 +284,7 @@ mod tests {
             handlers: Vec::new(),
             draining: false,
             ask: false,
+            clock: None,
         }
     }
 

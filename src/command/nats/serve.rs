@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Message, Subject, Subscriber};
-use chrono::Utc;
 use futures_util::StreamExt;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
@@ -14,15 +13,12 @@ use crate::bus::OpenLine;
 use crate::codec::{from_cbor, to_cbor};
 use crate::command::envelope::Deadline;
 use crate::command::registry::Answering;
-use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Outcome, Reply, Says};
+use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Reply, Says};
 use crate::rate_limit::LogLimit;
 use crate::time::after;
 
 /// How soon a dispatcher that did not ask for it hears that its command was accepted, unless the answer comes first.
 const ACCEPTED: Duration = Duration::from_millis(50);
-
-/// Room for what is around a reply's content.
-const HEADROOM: usize = 1_024;
 
 /// Takes commands until the connection ends.
 pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Subscriber) {
@@ -43,9 +39,10 @@ pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Sub
                 continue;
             }
         };
+        let deadline = deadline(&shared, &frame);
         // Whoever has no place is told so; nothing waits here, since every other command waits behind it.
         match shared.places.clone().try_acquire_owned() {
-            Ok(place) => _ = tokio::spawn(execute(answerer, frame, place)),
+            Ok(place) => _ = tokio::spawn(execute(answerer, frame, deadline, place)),
             Err(_) => {
                 let number = shared.limit as u64;
                 let failure = Failure::new(Code::Overloaded, "commands of other nodes");
@@ -70,17 +67,10 @@ impl Answerer {
             return;
         }
         let reply = Reply { format: FORMAT, incarnation: self.shared.incarnation, says };
+        let limit = self.line.client().max_payload();
         let sent = match to_cbor(&reply) {
-            Ok(frame) if frame.len() > self.limit() => {
-                let failure = Failure::new(
-                    Code::OutcomeUnknown,
-                    format!(
-                        "its answer has {} bytes, which is more than a message here may have",
-                        frame.len()
-                    ),
-                );
-                let says = Says::Executed(Answered { runtime: 0, outcome: Outcome::Error(failure) });
-                to_cbor(&Reply { says, ..reply })
+            Ok(frame) if frame.len() > limit => {
+                to_cbor(&Reply { says: reply.says.shortened(frame.len(), limit), ..reply })
             }
             other => other,
         };
@@ -96,21 +86,17 @@ impl Answerer {
         }
     }
 
-    fn limit(&self) -> usize {
-        self.line.client().max_payload().saturating_sub(HEADROOM)
-    }
-
     async fn refuse(&self, mut failure: Failure) {
         failure.message = format!("{} (on node {})", failure.message, self.shared.name);
         self.say(Says::Refused(failure)).await;
     }
 }
 
-/// The point in time that a frame's deadline is on this machine.
-pub(super) fn deadline(frame: &CommandFrame) -> Deadline {
-    let Some(millis) = frame.deadline else { return Deadline::never() };
-    let now = u64::try_from(Utc::now().timestamp_millis()).unwrap_or(0);
-    Deadline::after(Duration::from_millis(millis.saturating_sub(now)))
+/// The deadline of a frame that has just come, on this machine: what was left when it was sent, less what it took to come.
+fn deadline(shared: &Shared, frame: &CommandFrame) -> Deadline {
+    let Some(left) = frame.left else { return Deadline::never() };
+    let delay = frame.sent.map_or(Duration::ZERO, |sent| shared.clocks.delay(sent, shared.clock()));
+    Deadline::after(Duration::from_millis(left).saturating_sub(delay))
 }
 
 /// Hands a command to whoever handles it here, if it may be; why not.
@@ -126,7 +112,10 @@ pub(super) async fn take(
     }
     // NATS may deliver late: nobody waits for this any more.
     if deadline.is_over() {
-        return Err(Failure::new(Code::Refused, "the command came after its deadline"));
+        return Err(Failure::new(
+            Code::Refused,
+            "the command came after its deadline, by the time that it took from its node to this one",
+        ));
     }
     let Some(commands) = shared.commands.upgrade() else {
         return Err(Failure::new(Code::ShuttingDown, "it has ended"));
@@ -137,12 +126,12 @@ pub(super) async fn take(
     endpoint.accept(&commands, frame, deadline, admit_by).await
 }
 
-async fn execute(answerer: Answerer, frame: CommandFrame, _place: OwnedSemaphorePermit) {
+async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _place: OwnedSemaphorePermit) {
     if *answerer.shared.draining.borrow() {
         let failure = Failure::new(Code::ShuttingDown, "it is shutting down");
         return answerer.refuse(failure).await;
     }
-    let (prompt, deadline, started) = (frame.prompt, deadline(&frame), Instant::now());
+    let (prompt, started) = (frame.prompt, Instant::now());
     // Nothing is said meanwhile, and whoever hears nothing for two beats takes this node for dead.
     let admit_by = after(answerer.shared.beat);
     let mut answer = match take(&answerer.shared, frame, deadline, admit_by).await {

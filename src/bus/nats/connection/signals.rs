@@ -5,8 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use async_nats::Event;
+use async_nats::{Event, ServerError};
 use tokio::sync::Notify;
+
+use super::server_errors::ServerErrors;
 
 /// Something that happened to the connection of a [`NatsBus`](crate::bus::NatsBus).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +28,12 @@ pub enum NatsEvent {
     SlowConsumer {
         /// How often so far.
         overflows: u64,
+    },
+    /// The server reported an error beside its answers: what this login may not do, or why it ends the connection. The same
+    /// one is reported at most five times a second.
+    ServerError {
+        /// The server's sentence.
+        error: String,
     },
     /// The server is about to shut down, and asks its clients to go elsewhere. May go unheard beside a flood of overflows.
     LameDuck,
@@ -58,8 +66,8 @@ impl fmt::Debug for Handler {
 }
 
 /// What async-nats has told.
-#[derive(Default)]
 pub(super) struct Signals {
+    pub(super) server_errors: ServerErrors,
     pub(super) overflows: AtomicU64,
     pub(super) lame_ducks: AtomicU64,
     pub(super) closed: AtomicBool,
@@ -69,6 +77,17 @@ pub(super) struct Signals {
 }
 
 impl Signals {
+    pub(super) fn new(inbox_prefix: &str) -> Self {
+        Self {
+            server_errors: ServerErrors::new(inbox_prefix),
+            overflows: AtomicU64::default(),
+            lame_ducks: AtomicU64::default(),
+            closed: AtomicBool::default(),
+            error: Mutex::default(),
+            news: Notify::default(),
+        }
+    }
+
     pub(super) fn tell(&self, event: Event) {
         match event {
             Event::SlowConsumer(_) => _ = self.overflows.fetch_add(1, Ordering::Relaxed),
@@ -77,9 +96,18 @@ impl Signals {
                 self.lame_ducks.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!("the NATS server is about to shut down (lame duck mode)");
             }
-            Event::ServerError(error) => self.failed(error.to_string()),
+            Event::ServerError(error) => {
+                let sentence = match &error {
+                    ServerError::Other(sentence) => sentence.clone(),
+                    other => other.to_string().trim_start_matches("nats: ").to_owned(),
+                };
+                self.server_errors.add(&sentence);
+                self.failed(error.to_string());
+            }
             Event::ClientError(error) => self.failed(error.to_string()),
-            Event::Connected | Event::Disconnected | Event::Draining => {}
+            // What follows is of the new session.
+            Event::Connected => self.server_errors.clear(),
+            Event::Disconnected | Event::Draining => {}
         }
         self.news.notify_one();
     }

@@ -26,6 +26,7 @@ pub use self::spec::ConsumerPolicy;
 pub(in super::super) use self::spec::{ConsumerSpec, Push, compared_consumer};
 use self::target::Target;
 use super::super::connection::{Connection, Link, silent, unavailable};
+use super::consumer_rights;
 use super::stream::{NOTHING, api, info as stream_info, refused};
 use crate::bus::BusError;
 use crate::future::BoxFuture;
@@ -70,6 +71,10 @@ struct Attached {
     passed: Option<u64>,
     /// The number of the consumer's last delivery when this began.
     delivered: u64,
+    /// Number of the last server error before it began.
+    since: u64,
+    /// The subjects that reading from it takes.
+    rights: Arc<[String]>,
 }
 
 /// What a look shows.
@@ -122,7 +127,15 @@ impl Consumer {
     pub(in super::super) async fn attach(&mut self) -> Result<Option<String>, BusError> {
         self.attached = None;
         let connection = self.target.connection.clone();
-        connection.while_up("opening a consumer", self.open()).await
+        let Target { stream, spec, .. } = &self.target;
+        let mut rights = consumer_rights(stream, &spec.name).to_vec();
+        rights.extend(spec.push.as_ref().map(|push| push.subject.clone()));
+        let since = connection.errors();
+        let opened = connection.while_permitted("opening a consumer", &rights, self.open()).await?;
+        if let Some(attached) = &mut self.attached {
+            (attached.since, attached.rights) = (since, rights.into());
+        }
+        Ok(opened)
     }
 
     async fn open(&mut self) -> Result<Option<String>, BusError> {
@@ -158,6 +171,8 @@ impl Consumer {
             last: info.delivered.stream_sequence,
             delivered: info.delivered.consumer_sequence,
             passed: None,
+            since: connection.errors(),
+            rights: Arc::default(),
         });
         Ok(gap)
     }
@@ -190,12 +205,13 @@ impl Consumer {
         let Self { target: Target { connection, jetstream, stream, spec }, attached, floor } = self;
         let attached = attached.as_mut().ok_or_else(|| silent("the consumer is not attached".into()))?;
         let pulls = spec.push.is_none();
+        let rights = attached.rights.clone();
         loop {
             let more = room.saturating_sub(attached.asked);
             if pulls && more > 0 && more >= attached.asked {
                 attached.ask(connection, stream, &spec.name, more).await?;
             }
-            let (session, waits) = (attached.session, attached.asked > 0);
+            let (session, since, waits) = (attached.session, attached.since, attached.asked > 0);
             let (silent_at, look_at) = (attached.heard + SILENCE, attached.look_at);
             let looks = attached.looking.is_some();
             tokio::select! {
@@ -207,6 +223,7 @@ impl Consumer {
                     }
                 }
                 error = left(&mut attached.link, session) => return Err(error),
+                error = connection.refused("reading from a consumer", since, &rights) => return Err(error),
                 () = sleep_until(silent_at), if waits => {
                     return Err(silent(format!("the server has forgotten that {} waits for messages", spec.name)));
                 }

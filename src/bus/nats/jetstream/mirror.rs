@@ -13,7 +13,7 @@ use super::super::hints::Hints;
 use super::super::subjects::Names;
 use super::super::wire::{Outgoing, Reject, Wire};
 use super::stream::{Content, ensure, incompatible, info, other_store, refused};
-use super::{JetStreamOptions, MirrorFrom};
+use super::{JetStreamOptions, MirrorFrom, stream_rights};
 use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
@@ -278,8 +278,8 @@ impl BusPublisher for MirrorPublisher {
             self.turn = None;
             let (client, wire) = (&self.connection.client, &self.wire);
             self.hints = Some(self.connection.ask("listening for hints", Hints::new(client, wire)).await?);
-            let turn =
-                self.connection.while_up("looking for the end of the mirror", self.look(known)).await?;
+            let (what, rights) = ("looking for the end of the mirror", stream_rights(&self.name));
+            let turn = self.connection.while_permitted(what, &rights, self.look(known)).await?;
             let end = turn.end;
             self.turn = Some(turn);
             Ok(Resume::After(end))
@@ -304,7 +304,8 @@ impl BusPublisher for MirrorPublisher {
                 window: VecDeque::new(),
             };
             let publishing = sending.publish(&batch, self.options.window);
-            self.connection.while_up("publishing events", publishing).await?;
+            let subjects = self.wire.events();
+            self.connection.while_permitted("publishing events", subjects, publishing).await?;
             let end = turn.end;
             self.turn = Some(turn);
             Ok(end)
@@ -342,7 +343,8 @@ impl BusPublisher for MirrorPublisher {
                 let sent = client.publish_with_headers(subject, headers, body).await;
                 sent.map_err(|error| unavailable("announcing the end of the log".into(), error))
             };
-            self.connection.ask("announcing the end of the log", look).await?;
+            let subjects = [&stream_rights(&self.name)[..], &[self.wire.head().to_owned()]].concat();
+            self.connection.ask_permitted("announcing the end of the log", &subjects, look).await?;
             self.turn = Some(turn);
             Ok(())
         })

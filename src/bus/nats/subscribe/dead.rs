@@ -44,7 +44,7 @@ pub(super) async fn post(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(), Bu
         let ack = sent.map_err(|error| unavailable(what(), error))?;
         ack.await.map(drop).map_err(|error| unavailable(what(), error))
     };
-    connection.while_up("posting a dead letter", posting).await
+    connection.while_permitted("posting a dead letter", &[subject.clone()], posting).await
 }
 
 /// As a header may have it.

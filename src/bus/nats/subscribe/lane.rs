@@ -10,7 +10,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::super::NatsBus;
-use super::super::connection::{Echo, Link, silent};
+use super::super::connection::{Connection, Echo, Link, silent};
 use super::super::jetstream::{Consumer, ConsumerItem, ConsumerSpec, Settle, Taken};
 use super::super::merged::Merged;
 use super::super::subjects::Pattern;
@@ -67,7 +67,14 @@ impl Lane {
                         let _ = ready.send(Ok(()));
                     }
                     match attached {
-                        Attached::Core { messages, link, seen } => self.pass_core(messages, link, seen).await,
+                        Attached::Core { messages, link, seen, since } => {
+                            match self.bus.connection().await {
+                                Ok(connection) => {
+                                    self.pass_core(&connection, messages, link, seen, since).await
+                                }
+                                Err(error) => error,
+                            }
+                        }
                         Attached::Consumer => self.pass_consumer(end).await,
                     }
                 }
@@ -93,7 +100,7 @@ impl Lane {
         match &self.source {
             Source::Core { subjects, group } => {
                 let client = &connection.client;
-                let link = connection.link();
+                let (link, since) = (connection.link(), connection.errors());
                 let opening = async {
                     let seen = *link.borrow();
                     let messages = Merged::subscribe(client, subjects, group.as_deref()).await?;
@@ -101,11 +108,12 @@ impl Lane {
                     Echo::new(client).await?.round_trip(client).await?;
                     Ok((messages, seen))
                 };
-                let (messages, seen) = connection.ask("subscribing", opening).await?;
+                let (messages, seen) = connection.ask_permitted("subscribing", subjects, opening).await?;
+                connection.check_refusals("subscribing", subjects, since).await?;
                 if again {
                     self.queue.gap(Gap::Reconnected);
                 }
-                Ok(Attached::Core { messages, link, seen })
+                Ok(Attached::Core { messages, link, seen, since })
             }
             Source::Consumer { spec, .. } => {
                 let (stream, options) = self.bus.stream_of()?;
@@ -126,10 +134,15 @@ impl Lane {
     /// full would be the whole connection's loss.
     async fn pass_core(
         &self,
+        connection: &Connection,
         mut messages: Merged,
         mut link: watch::Receiver<Link>,
         mut seen: Link,
+        since: u64,
     ) -> BusError {
+        let Source::Core { subjects, .. } = &self.source else { return BusError::Closed };
+        let refused = connection.refused("subscribing", since, subjects);
+        tokio::pin!(refused);
         loop {
             let due = self.queue.due();
             tokio::select! {
@@ -155,6 +168,8 @@ impl Lane {
                         self.queue.gap(Gap::Overflow { lost: 0 });
                     }
                 }
+                // After a reconnect, or because rights were taken away.
+                error = &mut refused => return error,
                 () = at(due) => drop(self.queue.expire()),
             }
         }
@@ -263,6 +278,8 @@ enum Attached {
         messages: Merged,
         link: watch::Receiver<Link>,
         seen: Link,
+        /// Number of the last server error before it subscribed.
+        since: u64,
     },
     /// In [`Ending::consumer`].
     Consumer,

@@ -2,11 +2,11 @@
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::{Attempt, Candidate, HEADROOM, Pursuit};
+use super::{Attempt, Candidate, Pursuit};
 use crate::bus::OpenLine;
 use crate::codec::to_cbor;
 use crate::command::nats::calls::Heard;
-use crate::command::wire::{Code, Failure, Reply, Says};
+use crate::command::wire::{Code, Failure, Reply, Says, Sent};
 
 impl Pursuit {
     /// Asks another node, and waits for what it says.
@@ -24,6 +24,7 @@ impl Pursuit {
             }
             return Ok(self.wait().await);
         }
+        let (since, subject) = (line.errors(), self.shared.subjects.node(candidate.incarnation));
         let attempt = self.send(&candidate, line, inbox).await?;
         let Some(attempt) = attempt else { return Ok(Attempt::Next) };
         let mut silent_at = Instant::now() + self.shared.beat * 2;
@@ -31,6 +32,12 @@ impl Pursuit {
             let until = self.until();
             let (of, heard) = tokio::select! {
                 heard = self.ear.hear() => heard,
+                error = line.refused("sending a command to another node", since, &subject) => {
+                    // The server did not carry it: nothing happened there.
+                    self.refusal = Some(Failure::new(Code::Unavailable, error.to_string()));
+                    self.tried.insert(candidate.incarnation);
+                    return Ok(Attempt::Next);
+                }
                 () = sleep_until(silent_at.min(until)) => {
                     self.tried.insert(candidate.incarnation);
                     let reason = format!("{} fell silent", candidate.node);
@@ -91,17 +98,17 @@ impl Pursuit {
     ) -> Result<Option<u32>, Failure> {
         let attempt = u32::try_from(self.asked.len() + 1).unwrap_or(u32::MAX);
         self.frame.attempt = attempt;
+        self.frame.left = self.deadline.left_millis();
+        self.frame.sent = Some(Sent { node: self.shared.incarnation, clock: self.shared.clock() });
         let encoded = to_cbor(&self.frame).map_err(|error| Failure::new(Code::Failed, error.to_string()))?;
-        let limit = line.client().max_payload().saturating_sub(HEADROOM);
-        if encoded.len() > limit {
-            let reason = format!(
-                "the command has {} bytes, and a message on this NATS server at most {limit}",
-                encoded.len()
-            );
+        let (size, limit) = (encoded.len(), line.client().max_payload());
+        if size > limit {
+            let reason = format!("the command has {size} bytes, and a message on this NATS server at most {limit}");
             if !self.unanswered.is_empty() {
                 return Err(self.give_up(&reason));
             }
-            return Err(Failure::new(Code::Failed, reason));
+            let (size, number) = (size as u64, limit as u64);
+            return Err(Failure { size, number, ..Failure::new(Code::CommandTooLarge, reason) });
         }
         self.asked.push(candidate.clone());
         let reply = format!("{inbox}.{}", self.ear.token(attempt));

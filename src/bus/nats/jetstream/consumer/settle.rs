@@ -124,7 +124,8 @@ impl Settle {
             let answer = client.send_request(self.reply.clone(), request).await;
             answer.map(drop).map_err(|error| unavailable("settling a delivery".into(), error))
         };
-        self.connection.while_up("settling a delivery", answer).await
+        let subject = [self.reply.to_string()];
+        self.connection.while_permitted("settling a delivery", &subject, answer).await
     }
 }
 

@@ -1,0 +1,148 @@
+//! Keeps what is known of a connection up to date, and reports what happens to it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_nats::Client;
+use async_nats::connection::State;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
+
+use super::signals::{Handler, NatsEvent, Signals};
+use super::{Link, Watch, check_version, disconnected, session};
+use crate::bus::BusState;
+
+/// How often the connection is looked at, beside being told of its events: async-nats drops events that come too fast.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How often the server's errors are logged at most.
+const LOG_EVERY: Duration = Duration::from_secs(1);
+
+/// Keeps the link and the state up to date.
+pub(super) struct Watcher {
+    pub(super) client: Client,
+    pub(super) to: String,
+    pub(super) signals: Arc<Signals>,
+    pub(super) link: watch::Sender<Link>,
+    pub(super) state: watch::Sender<BusState>,
+    /// The one that was seen last.
+    pub(super) session: (String, u64),
+    pub(super) handler: Handler,
+    pub(super) watch: Watch,
+    pub(super) told: Told,
+}
+
+/// What the user's handler knows.
+#[derive(Default)]
+pub(super) struct Told {
+    up: bool,
+    ever: bool,
+    overflows: u64,
+    lame_ducks: u64,
+    /// Number of the last server error that was reported, and when that was.
+    server_errors: u64,
+    reported_at: Option<Instant>,
+    /// Number of server errors that were not logged yet, the last of them, and when a line was written.
+    unlogged: u64,
+    last_error: String,
+    logged_at: Option<Instant>,
+}
+
+impl Watcher {
+    pub(super) async fn run(mut self) {
+        loop {
+            self.look();
+            tokio::select! {
+                () = self.signals.news.notified() => {}
+                () = sleep(LOOK_EVERY) => {}
+            }
+        }
+    }
+
+    pub(super) fn look(&mut self) {
+        if self.link.borrow().closed {
+            return;
+        }
+        let up = self.client.connection_state() == State::Connected;
+        let info = self.client.server_info();
+        let session = session(&info);
+        let another = up && session != self.session;
+        if another {
+            self.session = session;
+        }
+        let overflows = self.signals.overflows.load(Ordering::Relaxed);
+        self.link.send_if_modified(|link| {
+            let now = Link { up, sessions: link.sessions + u64::from(another), overflows, ..*link };
+            std::mem::replace(link, now) != now
+        });
+        let lost = || disconnected(&self.to, self.signals.error());
+        let state = match check_version(&info, &self.to) {
+            _ if !up => BusState::Disconnected { reason: lost() },
+            Ok(()) => BusState::Connected {
+                to: format!("nats-server {} at {}", info.version, self.to),
+                last_error: self.signals.server_errors.last(),
+            },
+            Err(error) => BusState::Disconnected { reason: error.to_string() },
+        };
+        let shown = match &state {
+            BusState::Connected { to, .. } => to.clone(),
+            _ => self.to.clone(),
+        };
+        // It may have been away and back since the last look.
+        if self.told.up && (!up || another) {
+            self.handler.tell(NatsEvent::Disconnected { reason: lost() });
+            self.watch.metrics.connection_lost(self.watch.role);
+            self.told.up = false;
+        }
+        if up && !self.told.up {
+            if std::mem::replace(&mut self.told.ever, true) {
+                self.watch.metrics.reconnected(self.watch.role);
+            }
+            self.handler.tell(NatsEvent::Connected { to: shown });
+            self.told.up = true;
+        }
+        if overflows > std::mem::replace(&mut self.told.overflows, overflows) {
+            self.handler.tell(NatsEvent::SlowConsumer { overflows });
+        }
+        self.report_server_errors();
+        let lame_ducks = self.signals.lame_ducks.load(Ordering::Relaxed);
+        if lame_ducks > std::mem::replace(&mut self.told.lame_ducks, lame_ducks) {
+            self.handler.tell(NatsEvent::LameDuck);
+        }
+        self.state.send_if_modified(|known| {
+            let news = *known != state;
+            if news && up != matches!(known, BusState::Connected { .. }) {
+                tracing::info!(?state, "the connection to NATS");
+            }
+            *known = state;
+            news
+        });
+    }
+
+    /// Reports what the server said beside its answers: each sentence once at a time, at a bounded rate.
+    fn report_server_errors(&mut self) {
+        let now = Instant::now();
+        let due = |last: Option<Instant>, every| last.is_none_or(|last| now.duration_since(last) >= every);
+        let (errors, count) = (&self.signals.server_errors, self.signals.server_errors.count());
+        let Told { server_errors, reported_at, unlogged, last_error, logged_at, .. } = &mut self.told;
+        if count > *server_errors && due(*reported_at, LOOK_EVERY) {
+            let sentences = errors.after(*server_errors);
+            *unlogged += count - *server_errors;
+            *server_errors = count;
+            *reported_at = Some(now);
+            if let Some(last) = sentences.last() {
+                last_error.clone_from(last);
+            }
+            for error in BTreeSet::from_iter(sentences) {
+                self.handler.tell(NatsEvent::ServerError { error });
+            }
+        }
+        if *unlogged > 0 && due(*logged_at, LOG_EVERY) {
+            tracing::warn!(to = self.to, error = last_error, errors = *unlogged, "the NATS server reports errors");
+            *unlogged = 0;
+            *logged_at = Some(now);
+        }
+    }
+}
