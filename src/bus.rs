@@ -132,6 +132,14 @@ pub trait EventBus: Send + Sync + 'static {
     /// `local`, `nats-core`, `nats-jetstream`, …
     fn name(&self) -> &'static str;
 
+    /// Checks its options, without reaching anything: [`Builder::start`](crate::runtime::Builder::start) does it first.
+    ///
+    /// # Errors
+    /// `Incompatible` when the bus could never work with them.
+    fn check(&self) -> Result<(), BusError> {
+        Ok(())
+    }
+
     /// What events are published to, for those who watch: a stream, or what its subjects begin with. The
     /// [name](Self::name) by default.
     fn destination(&self) -> Cow<'static, str> {

@@ -20,7 +20,7 @@ use self::commands::{Following, HandlerRegistration, forgetting};
 use self::projections::ProjectionRegistration;
 use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus, node_runs};
-use crate::bus::{BusState, EventBus, IntoEventBus, LocalBus};
+use crate::bus::{BusError, BusState, EventBus, IntoEventBus, LocalBus};
 use crate::command::{
     CommandBus, CommandBusStatus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus,
     Registry, Request, StartRouterError,
@@ -158,6 +158,9 @@ pub enum StartError {
     /// The store does not work.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// An option of the event bus or of the command bus cannot be used.
+    #[error(transparent)]
+    Bus(#[from] BusError),
     /// Two handlers have the same name: their commands and records would mix.
     #[error("two handlers are called {name:?}; a name belongs to one handler")]
     SameHandler {
@@ -462,6 +465,8 @@ impl Builder {
         self.publisher.validate()?;
         self.feed.validate()?;
         commands::check(&self.handlers)?;
+        self.bus.check()?;
+        self.commands.check()?;
         store.frontier().await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {

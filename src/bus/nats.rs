@@ -11,6 +11,7 @@ mod follow;
 mod hints;
 mod inspect;
 mod jetstream;
+mod limits;
 pub(crate) mod line;
 mod merged;
 mod naming;
@@ -210,14 +211,19 @@ impl NatsBus {
 }
 
 impl Inner {
+    /// Refuses options that no connection could work with.
+    fn check(&self) -> Result<(), BusError> {
+        self.options.check()?;
+        self.names.check()
+    }
+
     async fn open(&self, slot: &mut Slot) -> Result<Arc<Connection>, BusError> {
         match slot {
             Slot::Open(connection) => return Ok(connection.clone()),
             Slot::Closed => return Err(BusError::Closed),
             Slot::Empty => {}
         }
-        self.options.check()?;
-        self.names.check()?;
+        self.check()?;
         let watch = Watch { role: self.role, metrics: self.metrics.clone() };
         match Connection::open(&self.options, &self.state, watch).await {
             Ok(connection) => {
@@ -239,6 +245,10 @@ impl EventBus for NatsBus {
             Driver::Core => "nats-core",
             Driver::JetStream(_) => "nats-jetstream",
         }
+    }
+
+    fn check(&self) -> Result<(), BusError> {
+        self.inner.check()
     }
 
     fn destination(&self) -> Cow<'static, str> {

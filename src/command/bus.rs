@@ -16,6 +16,7 @@ use super::policy::{CommandEnd, CommandInfo, Policy};
 use super::registry::Registry;
 use super::wire::{CommandFrame, Expected, FORMAT, Failure, Kind, Outcome};
 use super::{Dispatched, ExecuteError};
+use crate::bus::BusError;
 use crate::codec::to_cbor;
 use crate::event::{EncodeError, Metadata, Position};
 use crate::future::BoxFuture;
@@ -127,6 +128,15 @@ impl CommandBus {
     pub fn keep_records(mut self, age: Duration) -> Self {
         self.keep_records = age;
         self
+    }
+
+    /// Refuses options that no connection could work with.
+    pub(crate) fn check(&self) -> Result<(), BusError> {
+        #[cfg(feature = "nats")]
+        if let Some(nats) = &self.nats {
+            return nats.check();
+        }
+        Ok(())
     }
 
     pub(crate) fn records_kept(&self) -> Duration {

@@ -29,7 +29,7 @@ use self::presence::Table;
 use super::bus::{CommandBus, CommandBusStatus, Commands, Way};
 use super::envelope::Deadline;
 use super::wire::{Code, CommandFrame, Failure, Kind, Outcome};
-use crate::bus::{Line, NatsOptions};
+use crate::bus::{BusError, Line, NatsOptions};
 use crate::future::BoxFuture;
 use crate::supervised::Task;
 
@@ -70,7 +70,8 @@ impl NatsCommands {
     }
 
     /// What this node is called. A node that comes back under its name owns what it owned before. A new name with every
-    /// start by default. Of two nodes with one name the one that was started later counts.
+    /// start by default. Of two nodes with one name the one that was started later counts. 1 to 200 characters, checked when
+    /// the runtime starts.
     #[must_use]
     pub fn node(mut self, name: impl Into<String>) -> Self {
         self.node = Some(name.into());
@@ -79,7 +80,7 @@ impl NatsCommands {
 
     /// How often a node says that it is there, and that it is still at work on a command. Whoever is silent for three and a
     /// half times as long counts as lost. A command of another node waits no longer than this for a place in a full aggregate or
-    /// handler. 1 second by default, at least 10 ms; the same on all nodes.
+    /// handler. 1 second by default, at least 10 ms and at most an hour; the same on all nodes.
     #[must_use]
     pub fn heartbeat(mut self, every: Duration) -> Self {
         self.beat = every.clamp(Duration::from_millis(10), Duration::from_secs(3_600));
@@ -87,11 +88,29 @@ impl NatsCommands {
     }
 
     /// How many commands of this node may be under way to others, and how many of others here. 4,096 by default, at least
-    /// 1. Further ones wait for a second and are answered `Overloaded`; those of others go to the next node at once.
+    /// 1 and at most 1,048,576. Further ones wait for a second and are answered `Overloaded`; those of others go to the next node at once.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
-        self.in_flight = commands.clamp(1, u32::MAX as usize);
+        self.in_flight = commands.clamp(1, 1 << 20);
         self
+    }
+
+    /// Refuses options that no connection could work with.
+    pub(super) fn check(&self) -> Result<(), BusError> {
+        self.options.check()?;
+        match &self.node {
+            Some(name)
+                if name.trim().is_empty()
+                    || name.chars().count() > 200
+                    || name.contains(char::is_control) =>
+            {
+                let shown: String = name.chars().take(80).collect();
+                let reason =
+                    format!("{shown:?} cannot be the name of a node: use 1 to 200 printable characters");
+                Err(BusError::Incompatible { reason })
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -138,7 +138,14 @@ impl Says {
                 let outcome = match outcome {
                     Outcome::Done(Done { reply, version, position, events, duplicate, .. }) => {
                         let omitted = Some(Omitted { size: reply.len() as u64, limit: limit as u64 });
-                        Outcome::Done(Done { reply: Vec::new(), omitted, version, position, events, duplicate })
+                        Outcome::Done(Done {
+                            reply: Vec::new(),
+                            omitted,
+                            version,
+                            position,
+                            events,
+                            duplicate,
+                        })
                     }
                     Outcome::Error(failure) => Outcome::Error(failure.shortened(size, limit)),
                 };
@@ -257,7 +264,8 @@ impl Failure {
     /// As it fits into a message. The user's error is lost, and that it was one is not.
     fn shortened(self, size: usize, limit: usize) -> Self {
         let mut message: String = self.message.chars().take(SHORTENED).collect();
-        message.push_str(&format!(" (shortened: the answer has {size} bytes, limit {limit} of a NATS message)"));
+        message
+            .push_str(&format!(" (shortened: the answer has {size} bytes, limit {limit} of a NATS message)"));
         let code = if self.code == Code::Rejected { Code::Failed } else { self.code };
         Self { code, message, details: Vec::new(), ..self }
     }

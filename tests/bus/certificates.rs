@@ -47,6 +47,61 @@ async fn tls_and_mutual_tls_carry_the_data() {
     }
 }
 
+/// A server that says that TLS is not needed, and what it is sent.
+async fn plain_server() -> (u16, tokio::task::JoinHandle<Vec<u8>>) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let received = tokio::spawn(async move {
+        let (mut client, _) = listener.accept().await.unwrap();
+        let info = r#"INFO {"server_id":"x","version":"2.11.0","headers":true,"max_payload":1048576,"tls_required":false}"#;
+        client.write_all(format!("{info}\r\n").as_bytes()).await.unwrap();
+        let mut bytes = vec![0; 4_096];
+        let read = client.read(&mut bytes).await.unwrap_or(0);
+        bytes.truncate(read);
+        bytes
+    });
+    (port, received)
+}
+
+/// Whoever names certificates wants TLS: the password never goes out in clear.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_login_with_certificates_is_never_sent_in_clear() {
+    let certificates = Certificates::make();
+    let ca = || certificates.path("ca.pem");
+    let client = || (certificates.path("client.pem"), certificates.path("client.key"));
+    type With<'a> = Box<dyn Fn(NatsOptions) -> NatsOptions + 'a>;
+    let ways: [(&str, With<'_>, bool); 7] = [
+        ("nats://", Box::new(|options| options), false),
+        ("nats://", Box::new(|options| options.require_tls(true)), true),
+        ("nats://", Box::new(|options| options.root_certificates(ca())), true),
+        ("nats://", Box::new(|options| options.root_certificates(ca()).require_tls(false)), true),
+        ("nats://", Box::new(|options| options.client_certificate(client().0, client().1)), true),
+        ("nats://", Box::new(|options| options.tls_first()), true),
+        // The others of a list are servers of the same kind.
+        ("tls://127.0.0.1:1,nats://", Box::new(|options| options), true),
+    ];
+    for (scheme, with, secret) in ways {
+        let (port, received) = plain_server().await;
+        let url = format!("{scheme}127.0.0.1:{port}");
+        let options = with(NatsOptions::core().url(&url).user_and_password("ann", "hidden"));
+        let bus = options.connection_timeout(std::time::Duration::from_millis(500)).bus();
+        bus.connect().await.unwrap_err();
+        let sent = String::from_utf8_lossy(&received.await.unwrap()).into_owned();
+        assert_eq!(sent.contains("hidden"), !secret, "{url}: {sent:?}");
+        assert!(!sent.is_empty(), "{url}");
+    }
+    // Web sockets without TLS are refused before anything is sent.
+    let error = NatsOptions::core()
+        .url("ws://127.0.0.1:1")
+        .root_certificates(ca())
+        .bus()
+        .connect()
+        .await
+        .unwrap_err();
+    assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("wss://")), "{error}");
+}
+
 /// A JWT as nats-server has it: claims of `subject`, signed by `issuer`.
 fn jwt(issuer: &KeyPair, subject: &KeyPair, name: &str, nats: serde_json::Value) -> String {
     let claims = serde_json::json!({

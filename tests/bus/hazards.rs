@@ -266,14 +266,16 @@ async fn hazard_17_a_handler_slower_than_ack_wait_with_a_full_buffer() {
         let subscription = listen(&bus, &["note.written"], options).await;
         let handled = Arc::new(AtomicUsize::new(0));
         let count = handled.clone();
-        let handling = subscription.for_each(HandleOptions::new(), move |_| {
-            let count = count.clone();
-            async move {
-                pause(1_800).await;
-                count.fetch_add(1, Ordering::SeqCst);
-                Ok(())
-            }
-        });
+        let handling = subscription
+            .for_each(HandleOptions::new(), move |_| {
+                let count = count.clone();
+                async move {
+                    pause(1_800).await;
+                    count.fetch_add(1, Ordering::SeqCst);
+                    Ok(())
+                }
+            })
+            .unwrap();
         press.written(4).await;
         eventually("handled", || handled.load(Ordering::SeqCst) == 4).await;
         pause(1_700).await;

@@ -4,11 +4,7 @@ use std::time::Duration;
 
 use async_nats::jetstream;
 use futures_util::StreamExt;
-use storied::Position;
-use storied::bus::{
-    ConsumerOptions, ConsumerPolicy, HandleOptions, JetStreamOptions, NatsOptions, StreamPolicy,
-    SubscribeOptions,
-};
+use storied::bus::{ConsumerOptions, SubscribeOptions};
 
 use crate::harness::{self, NatsServer};
 use crate::raw::{Press, listen, take};
@@ -149,95 +145,6 @@ async fn stream_and_consumer_tell_how_they_are() {
     assert_eq!(stream.info().await.unwrap().state.consumer_count, 1);
     stream.delete_consumer("shipping:shipping=3Anote_written:note_written").await.unwrap();
     assert_eq!(stream.info().await.unwrap().state.consumer_count, 0);
-}
-
-/// The rows of the table, as a server's configuration.
-async fn server(publish: &[&str], subscribe: &[&str]) -> NatsServer {
-    let list = |subjects: &[&str]| {
-        subjects.iter().map(|subject| format!("\"{subject}\"")).collect::<Vec<_>>().join(", ")
-    };
-    let config = vec![format!(
-        "authorization {{ users: [{{ user: admin, password: x }}, {{ user: node, password: x, permissions: {{ publish: [{}], \
-         subscribe: [{}] }} }}] }}",
-        list(publish),
-        list(subscribe)
-    )];
-    NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::jetstream() }).await
-}
-
-const CORE: [&str; 4] = ["shop.events.>", "shop.head", "shop.hint", "_INBOX.>"];
-
-fn login(options: NatsOptions, server: &NatsServer, user: &str) -> NatsOptions {
-    quick(options.url(server.url()).user_and_password(user, "x").namespace("shop").unwrap())
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_permissions_of_the_table_suffice() {
-    let made = ["$JS.API.STREAM.*.SHOP_EVENTS", "$JS.API.STREAM.MSG.GET.SHOP_EVENTS", "$JS.API.STREAM.NAMES"];
-    let found = ["$JS.API.STREAM.INFO.SHOP_EVENTS", "$JS.API.STREAM.MSG.GET.SHOP_EVENTS"];
-    for (kind, more, policy) in [
-        (Kind::Core, &[][..], StreamPolicy::CreateOrVerify),
-        (Kind::JetStream, &made[..], StreamPolicy::CreateOrVerify),
-        (Kind::JetStream, &found[..], StreamPolicy::RequireExisting),
-    ] {
-        let server = server(&[&CORE[..], more].concat(), &CORE).await;
-        if policy == StreamPolicy::RequireExisting {
-            let admin = login(NatsOptions::jetstream(mirror()), &server, "admin").bus();
-            listen(&admin, &["*"], SubscribeOptions::new()).await.close(PATIENCE).await.unwrap();
-        }
-        let bus = || {
-            let options = match kind {
-                Kind::Core => NatsOptions::core(),
-                _ => NatsOptions::jetstream(mirror().policy(policy)),
-            };
-            login(options, &server, "node").bus()
-        };
-        let store = store();
-        write(&store, 0, 50).await;
-        let (one, two) =
-            (Recording::start(&store, bus(), blind()).await, Recording::start(&store, bus(), blind()).await);
-        write(&store, 0, 50).await;
-        one.reaches("one", &store).await;
-        two.reaches("two", &store).await;
-        one.node.stop(PATIENCE).await.unwrap();
-        two.node.stop(PATIENCE).await.unwrap();
-        assert!(!server.log().contains("Violation"), "{kind:?} {policy:?}: {}", server.log());
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_needs_no_right_to_create() {
-    let server = server(
-        &[
-            "$JS.API.STREAM.INFO.SHOP_EVENTS",
-            "$JS.API.CONSUMER.INFO.SHOP_EVENTS.*",
-            "$JS.API.CONSUMER.MSG.NEXT.SHOP_EVENTS.*",
-            "$JS.ACK.SHOP_EVENTS.>",
-        ],
-        &["_INBOX.>"],
-    )
-    .await;
-    let admin = login(NatsOptions::jetstream(mirror()), &server, "admin").bus();
-    let durable =
-        |policy| SubscribeOptions::new().consumer(ConsumerOptions::durable_as("reader").policy(policy));
-    listen(&admin, &["*"], durable(ConsumerPolicy::CreateOrVerify)).await.close(PATIENCE).await.unwrap();
-    let mut press = Press::new(&admin).await;
-    let printed = press.written(20).await;
-    let options = JetStreamOptions::new().policy(StreamPolicy::RequireExisting);
-    let reader = login(NatsOptions::jetstream(options), &server, "node").bus();
-    let mut subscription = listen(&reader, &["*"], durable(ConsumerPolicy::RequireExisting)).await;
-    same(&take(&mut subscription, 10).await, &printed[..10]);
-    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
-    let handling = subscription.for_each(HandleOptions::new(), move |delivery| {
-        tell.send(delivery.event().position).unwrap();
-        std::future::ready(Ok(()))
-    });
-    let mut last = Position::START;
-    while last < printed[19].position {
-        last = told.recv().await.unwrap();
-    }
-    handling.stop(Duration::from_secs(10)).await.unwrap();
-    assert!(!server.log().contains("Violation"), "{}", server.log());
 }
 
 /// What the server's monitoring port answers.

@@ -241,7 +241,10 @@ async fn hazard_27_a_node_that_comes_back_under_its_name_is_another_one() {
     setting.exists("one-ended").await;
     assert_eq!(setting.events().await, 4);
     let nodes = vec!["one".to_owned()];
-    assert_eq!(setting.caller.status().await.commands, CommandBusStatus::Connected { nodes, last_error: None });
+    assert_eq!(
+        setting.caller.status().await.commands,
+        CommandBusStatus::Connected { nodes, last_error: None }
+    );
     // The one that was started later counts: without the other everything goes on at once.
     drop(old);
     let started = Instant::now();

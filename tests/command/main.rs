@@ -10,6 +10,7 @@ mod domain;
 mod hazards;
 mod nodes;
 mod processes;
+mod sizes;
 mod support;
 mod wire;
 

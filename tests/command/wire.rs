@@ -23,7 +23,9 @@ fn fixed(payload: &[u8]) -> (Value, Vec<u8>) {
         for (key, value) in entries {
             match key.as_text() {
                 Some("incarnation" | "store") => *value = Value::Bytes(vec![0; 16]),
-                Some("runtime") => *value = 7.into(),
+                // In `sent` it is the node; in a presence, its name.
+                Some("node") if value.is_bytes() => *value = Value::Bytes(vec![0; 16]),
+                Some("runtime" | "clock") => *value = 7.into(),
                 _ => fix(value),
             }
         }
@@ -143,7 +145,7 @@ async fn frames_are_what_they_always_were() {
     let refuse = Work::Refuse { code: 3, text: "no".into() };
     let refused = command("handler", Worker::NAME, None, &refuse, vec![]);
     let note = command("handler", Worker::NAME, None, &Work::Note { n: 5, wait: false }, vec![]);
-    let late = command("handler", Worker::NAME, None, &refuse, vec![("deadline", 1.into())]);
+    let late = command("handler", Worker::NAME, None, &refuse, vec![("left", 0.into())]);
     let nobody = command("handler", "nobody", None, &refuse, vec![]);
     for (what, frame, replies) in [
         ("an aggregate's receipt", add, 1),
@@ -164,6 +166,74 @@ async fn frames_are_what_they_always_were() {
     }
     assert_eq!(text, include_str!("../golden/commands.txt"), "{text}");
     caller.shutdown().await.unwrap();
+    node.shutdown().await.unwrap();
+}
+
+/// Another program's clock says anything, and it is in a hurry: what counts is the time that is left, less the time on the way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_whose_clocks_differ_execute_each_others_commands() {
+    let server = server().await;
+    let store = MemoryStore::new();
+    let raw = async_nats::connect(server.url()).await.unwrap();
+    let node = Runtime::builder().store(store.clone()).commands(bus(&server, "node"));
+    let node = node.aggregate::<Counter>().start().await.unwrap();
+    let subject = format!("shop.commands.node.{}", node.status().await.node);
+    let mut inbox = raw.subscribe("answers").await.unwrap();
+    let uuid = |id: Uuid| Value::Bytes(id.as_bytes().to_vec());
+    let mut total = 0;
+    for clock in [0_u64, 15_000, 1 << 40, u64::MAX - 60_000] {
+        let program = Uuid::now_v7();
+        let presence = map(vec![
+            ("wire", 1.into()),
+            ("node", format!("program-{clock}").into()),
+            ("incarnation", uuid(program)),
+            ("store", uuid(store_id(&node).await)),
+            ("aggregates", Value::Array(vec![])),
+            ("handlers", Value::Array(vec![])),
+            ("clock", clock.into()),
+        ]);
+        publish(&raw, "shop.commands.presence", &presence).await;
+        raw.flush().await.unwrap();
+        let known = async || match node.status().await.commands {
+            storied::command::CommandBusStatus::Connected { nodes, .. } => {
+                nodes.contains(&format!("program-{clock}"))
+            }
+            _ => false,
+        };
+        timeout(PATIENCE, async {
+            while !known().await {
+                tokio::task::yield_now().await
+            }
+        })
+        .await
+        .unwrap();
+        let mut payload = Vec::new();
+        ciborium::into_writer(&Add(1), &mut payload).unwrap();
+        // Sent now; and before the presence message by more than there was time, which shows that it is late.
+        for (sent, late) in [(clock + 30_000, false), (clock.wrapping_sub(30_000).min(clock), clock > 0)] {
+            let command = map(vec![
+                ("wire", 1.into()),
+                ("id", uuid(Uuid::now_v7())),
+                ("kind", "aggregate".into()),
+                ("name", "counter".into()),
+                ("key", "a".into()),
+                ("payload", Value::Bytes(payload.clone())),
+                ("metadata", Value::Bytes(vec![0xa0])),
+                ("attempt", 1.into()),
+                ("left", 20_000.into()),
+                ("sent", map(vec![("node", uuid(program)), ("clock", sent.into())])),
+            ]);
+            let mut bytes = Vec::new();
+            ciborium::into_writer(&command, &mut bytes).unwrap();
+            raw.publish_with_reply(subject.clone(), "answers", bytes.into()).await.unwrap();
+            let (reply, _) = fixed(&next(&mut inbox).await.payload);
+            let says = format!("{reply:?}");
+            assert_eq!(says.contains("after its deadline"), late, "{clock} {sent}: {says}");
+            total += u64::from(!late);
+        }
+    }
+    let receipt = node.execute::<Counter>("a", crate::domain::Look).await.unwrap();
+    assert_eq!(receipt.reply, total);
     node.shutdown().await.unwrap();
 }
 

@@ -62,10 +62,12 @@ pub async fn scenario(meters: &Meters) {
 
     let handled = subscribe(&bus, "handled").await;
     let options = HandleOptions::new().retry(RetryPolicy::never()).dead_letters();
-    let handling = handled.for_each(options, |delivery| async move {
-        let Counted::Added { n } = delivery.decode().map_err(HandleError::reject)?;
-        if n == 3 { Err(HandleError::reject("3 is not for this handler")) } else { Ok(()) }
-    });
+    let handling = handled
+        .for_each(options, |delivery| async move {
+            let Counted::Added { n } = delivery.decode().map_err(HandleError::reject)?;
+            if n == 3 { Err(HandleError::reject("3 is not for this handler")) } else { Ok(()) }
+        })
+        .unwrap();
     meters.until("storied.consumer.dead_letters", &stream, |dead| dead == 1.0).await;
     meters.until("storied.consumer.settled", &with("ack"), |acks| acks == 4.0).await;
     assert_eq!(meters.count("messaging.process.duration", &with("process")), 4);

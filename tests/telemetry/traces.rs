@@ -112,10 +112,12 @@ async fn a_command_is_one_trace_and_those_across_the_bus_are_linked_to_it() {
         .unwrap();
     let consumer = ConsumerOptions::durable_as("reader");
     let reader = bus.subscribe(["*"], SubscribeOptions::new().consumer(consumer)).await.unwrap();
-    let handling = reader.for_each(HandleOptions::new(), |_| async {
-        tracing::info!("handled");
-        Ok(())
-    });
+    let handling = reader
+        .for_each(HandleOptions::new(), |_| async {
+            tracing::info!("handled");
+            Ok(())
+        })
+        .unwrap();
 
     let request = async { node.execute::<Counter>("a", Add(1)).await };
     request.instrument(info_span!("request")).await.unwrap();

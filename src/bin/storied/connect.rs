@@ -44,17 +44,21 @@ pub(crate) struct NatsArgs {
     #[arg(long, env = "NATS_NKEY", hide_env_values = true, value_name = "SEED")]
     nats_nkey: Option<String>,
 
-    /// Trusts the certificates in this PEM file as well
+    /// Trusts the certificates in this PEM file in place of the system's, and requires TLS
     #[arg(long, env = "NATS_CA", value_name = "FILE")]
     nats_ca: Option<PathBuf>,
 
-    /// Shows this certificate to the server
+    /// Shows this certificate to the server, and requires TLS
     #[arg(long, env = "NATS_CERT", value_name = "FILE", requires = "nats_key")]
     nats_cert: Option<PathBuf>,
 
     /// The key of that certificate
     #[arg(long, env = "NATS_KEY", value_name = "FILE")]
     nats_key: Option<PathBuf>,
+
+    /// First tokens of the subjects on which answers come (NatsOptions::inbox_prefix)
+    #[arg(long, env = "NATS_INBOX_PREFIX", default_value = "_INBOX", value_name = "PREFIX")]
+    nats_inbox_prefix: String,
 
     /// What subjects begin with
     #[arg(long, env = "STORIED_NAMESPACE", default_value = "storied", value_name = "NAME")]
@@ -149,6 +153,7 @@ impl NatsArgs {
             .connection_timeout(from.timeout())
             .answer_timeout(from.timeout())
             .namespace(&self.namespace)
+            .and_then(|options| options.inbox_prefix(&self.nats_inbox_prefix))
             .map_err(|error| usage(&error))?;
         if let Some(token) = &self.nats_token {
             options = options.token(token);

@@ -7,7 +7,7 @@ use storied::StoreError;
 use storied::bus::BusError;
 
 use crate::output;
-use crate::redact::Secrets;
+use crate::redact;
 
 /// The exit code for a wrong command line.
 pub(crate) const USAGE: u8 = 2;
@@ -77,8 +77,8 @@ impl Failure {
     }
 
     /// Says it, without secrets.
-    pub(crate) fn tell(&self, json: bool, secrets: &Secrets) -> ExitCode {
-        let text = secrets.hide(&self.to_string());
+    pub(crate) fn tell(&self, json: bool) -> ExitCode {
+        let text = redact::urls(&self.to_string());
         if !matches!(self, Self::Closed) {
             if json {
                 let error = serde_json::json!({ "error": { "kind": self.kind(), "message": text } });
@@ -93,7 +93,7 @@ impl Failure {
 
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
-        let text = error.to_string();
+        let text = redact::error(&error);
         match error {
             StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. } => Self::Unavailable(text),
             StoreError::Invalid { .. } => Self::Usage(text),
@@ -105,7 +105,7 @@ impl From<StoreError> for Failure {
 
 impl From<BusError> for Failure {
     fn from(error: BusError) -> Self {
-        let text = error.to_string();
+        let text = redact::error(&error);
         match error {
             BusError::Incompatible { .. } => Self::Refused(text),
             _ => Self::Unavailable(text),

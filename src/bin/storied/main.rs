@@ -117,10 +117,10 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let json = cli.json;
-    let secrets = redact::Secrets::of(&cli.secrets());
+    redact::set(redact::Secrets::of(&cli.secrets()));
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.tell(json, &secrets),
+        Err(failure) => failure.tell(json),
     }
 }
 
@@ -133,7 +133,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
     match Output::new(false).text(&text) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.tell(false, &redact::Secrets::default()),
+        Err(failure) => failure.tell(false),
     }
 }
 

@@ -155,7 +155,8 @@ impl ReadModelArgs {
             Database::Postgres(url) => {
                 let options = PgConnectOptions::from_str(&url)
                     .map_err(|error| {
-                        Failure::Usage(format!("the URL of the read model cannot be read: {error}"))
+                        let said = redact::driver(&error.to_string());
+                        Failure::Usage(format!("the URL of the read model cannot be read: {said}"))
                     })?
                     .application_name("storied-cli")
                     .disable_statement_logging();

@@ -1,7 +1,39 @@
 //! Keeps secrets out of what is printed.
 
+use std::error::Error;
+use std::sync::OnceLock;
+
 /// What stands in their place.
 const HIDDEN: &str = "***";
+
+/// The secrets of this run.
+static SECRETS: OnceLock<Secrets> = OnceLock::new();
+
+/// Sets the secrets that [`error`] and [`driver`] hide. Called once, first.
+pub(crate) fn set(secrets: Secrets) {
+    // A second call has nothing to add.
+    let _ = SECRETS.set(secrets);
+}
+
+/// The text of an error, with secrets hidden in what a driver or a server says. What the error says itself is not touched:
+/// a password may be a word of it.
+pub(crate) fn error(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let said = inner.to_string();
+        if !said.is_empty() {
+            text = text.replace(&said, &driver(&said));
+        }
+        source = inner.source();
+    }
+    text
+}
+
+/// What a driver or a server says, with secrets hidden.
+pub(crate) fn driver(text: &str) -> String {
+    SECRETS.get().map_or_else(|| text.to_owned(), |secrets| secrets.hide(text))
+}
 
 /// Passwords and other secrets that this run was given.
 #[derive(Debug, Default)]
@@ -20,8 +52,35 @@ impl Secrets {
     /// `text` without them, and without what any other URL in it has in front of its host.
     pub(crate) fn hide(&self, text: &str) -> String {
         // They go first: what a secret has in it may make its URL look as if it ended there.
-        urls(&self.0.iter().fold(text.to_owned(), |text, secret| text.replace(secret, HIDDEN)))
+        urls(&self.0.iter().fold(text.to_owned(), |text, secret| hide_word(&text, secret)))
     }
+}
+
+/// `text` without `secret` where it stands for itself, and not where it is a part of a longer word.
+fn hide_word(text: &str, secret: &str) -> String {
+    let inner = |edge: Option<char>, outside: Option<char>| {
+        edge.is_some_and(char::is_alphanumeric) && outside.is_some_and(char::is_alphanumeric)
+    };
+    let (mut shown, mut rest) = (String::with_capacity(text.len()), text);
+    let mut before = None;
+    while let Some(at) = rest.find(secret) {
+        let (head, tail) = (&rest[..at], &rest[at + secret.len()..]);
+        let left = head.chars().next_back().or(before);
+        if inner(secret.chars().next(), left) || inner(secret.chars().next_back(), tail.chars().next()) {
+            // Not here; perhaps one character further.
+            let step = at + secret.chars().next().map_or(1, char::len_utf8);
+            shown.push_str(&rest[..step]);
+            before = rest[..step].chars().next_back();
+            rest = &rest[step..];
+        } else {
+            shown.push_str(head);
+            shown.push_str(HIDDEN);
+            before = HIDDEN.chars().next_back();
+            rest = tail;
+        }
+    }
+    shown.push_str(rest);
+    shown
 }
 
 /// Something that was given to this run.
@@ -209,6 +268,34 @@ mod tests {
             assert!(!["a1", "b2", "c3", "d4"].iter().any(|part| hidden.contains(part)), "{hidden}");
         }
         assert_eq!(Secrets::of(&[Given::Url("sqlite:shop@home.db")]).hide("shop"), "shop");
+    }
+
+    /// What a user types as a password may be any word.
+    #[test]
+    fn a_secret_is_hidden_where_it_stands_for_itself() {
+        for (secret, said, shown) in [
+            ("storied", "expected storied_tables, found storieds", "expected ***_tables, found storieds"),
+            ("a", "password authentication failed for 'a'", "password authentication failed for '***'"),
+            ("events", "events2 myevents events", "events2 myevents ***"),
+            ("aa", "aaa aa", "aaa ***"),
+            ("p@ss", "xp@ssx p@ss!", "xp@ssx ***!"),
+            ("@1@", "x@1@y", "x***y"),
+            ("é", "né é", "né ***"),
+        ] {
+            let secrets = Secrets::of(&[Given::Secret(secret)]);
+            assert_eq!(secrets.hide(said), shown, "{secret}");
+        }
+        assert_eq!(Secrets::of(&[Given::Secret("")]).hide("nothing"), "nothing");
+    }
+
+    #[test]
+    fn own_sentences_are_not_touched() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("the store storied has another shape: {0}")]
+        struct Own(#[source] std::io::Error);
+        set(Secrets::of(&[Given::Url("postgres://storied:storied@db/storied")]));
+        let own = Own(std::io::Error::other("login storied refused"));
+        assert_eq!(error(&own), "the store storied has another shape: login *** refused");
     }
 
     #[test]

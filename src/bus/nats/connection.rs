@@ -26,6 +26,7 @@ use crate::bus::{BusError, BusState};
 use crate::event::Position;
 use crate::supervised::Task;
 use crate::telemetry::{Metrics, Timer};
+use crate::time::FAR;
 
 /// The oldest server that does what we ask of it; older ones ignore in silence what they do not know.
 const OLDEST_SERVER: (u64, u64) = (2, 10);
@@ -120,8 +121,11 @@ impl Connection {
         };
         let connect = options.connect_options(&servers, &watch, tell).await?;
         // A name may stand for several addresses, and looking it up has no limit of its own.
-        let patience = options.connection_timeout * 2 * u32::try_from(servers.len()).unwrap_or(u32::MAX);
-        let client = match timeout(patience, connect.connect(servers)).await {
+        let patience = options
+            .connection_timeout
+            .saturating_mul(2)
+            .saturating_mul(u32::try_from(servers.len()).unwrap_or(u32::MAX));
+        let client = match timeout(patience.min(FAR), connect.connect(servers)).await {
             Ok(Ok(client)) => client,
             Ok(Err(error)) => {
                 return Err(match error.kind() {
@@ -226,15 +230,6 @@ impl Connection {
         Ok(())
     }
 
-    /// Does something for as long as the connection lasts.
-    pub(super) async fn while_up<T>(
-        &self,
-        what: &str,
-        work: impl Future<Output = Result<T, BusError>>,
-    ) -> Result<T, BusError> {
-        self.while_permitted(what, &[], work).await
-    }
-
     /// Does something for as long as the connection lasts and the server refuses none of `subjects` (patterns) or an inbox.
     pub(super) async fn while_permitted<T>(
         &self,
@@ -247,6 +242,10 @@ impl Connection {
         let session = link.borrow().sessions;
         let errors = &self.signals.server_errors;
         let since = errors.count();
+        let requests = subjects.iter().any(|subject| subject.starts_with("$JS."));
+        if let Some(sentence) = errors.no_answers().filter(|_| requests) {
+            return Err(refused(what, &sentence));
+        }
         let result = tokio::select! {
             biased;
             result = work => result,

@@ -19,6 +19,7 @@ pub(super) use self::mirror::MirrorPublisher;
 use self::stream::{Content, Wanted, config, ensure};
 pub(super) use self::stream::{ask as stream_api, fields as compared_stream, info as stream_info};
 use super::connection::Connection;
+use super::limits::{KEPT, within};
 use super::subjects::Names;
 use crate::bus::BusError;
 use crate::event::Position;
@@ -122,14 +123,14 @@ impl JetStreamOptions {
         self
     }
 
-    /// How many servers of a cluster keep it. 1 by default; 3 is for production.
+    /// How many servers of a cluster keep it. 1 by default, at most 5; 3 is for production.
     #[must_use]
     pub fn replicas(mut self, replicas: usize) -> Self {
         self.replicas = replicas;
         self
     }
 
-    /// How long a message stays. 7 days by default; `None` for as long as there is room. Zero is refused when the bus connects.
+    /// How long a message stays. 7 days by default, 100 ms to 100 years; `None` for as long as there is room.
     #[must_use]
     pub fn max_age(mut self, age: impl Into<Option<Duration>>) -> Self {
         self.max_age = age.into();
@@ -137,7 +138,7 @@ impl JetStreamOptions {
     }
 
     /// How large the stream may become, in bytes; the oldest messages make room. The server sets this much aside when the
-    /// stream is made. 1 GiB by default; `None` for as much as there is.
+    /// stream is made. 1 GiB by default, at least 1; `None` for as much as there is.
     #[must_use]
     pub fn max_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.max_bytes = bytes.into();
@@ -145,17 +146,17 @@ impl JetStreamOptions {
     }
 
     /// How long the server recognises an event that it has already, by its id: a second net below the sequence check. 2
-    /// minutes by default; zero is refused when the bus connects.
+    /// minutes by default, 100 ms to 100 years, and no longer than [`max_age`](Self::max_age).
     #[must_use]
     pub fn duplicate_window(mut self, window: Duration) -> Self {
         self.duplicate_window = window;
         self
     }
 
-    /// How many messages may be on their way without a confirmation. 256 by default, at least 1.
+    /// How many messages may be on their way without a confirmation. 256 by default, 1 to 65,536.
     #[must_use]
     pub fn window(mut self, messages: usize) -> Self {
-        self.window = messages.max(1);
+        self.window = messages;
         self
     }
 
@@ -166,10 +167,31 @@ impl JetStreamOptions {
         self
     }
 
-    /// What is said about times. To the server, zero means something else: its default, or no limit.
-    pub(super) fn times(&self) -> impl Iterator<Item = (&'static str, Duration)> {
-        let age = self.max_age.map(|age| ("max_age (None for no limit)", age));
-        age.into_iter().chain([("duplicate_window", self.duplicate_window)])
+    /// Refuses what no server could keep to. To the server, zero means something else: its default, or no limit.
+    pub(super) fn check(&self) -> Result<(), BusError> {
+        let incompatible = |reason: String| Err(BusError::Incompatible { reason });
+        within("JetStreamOptions::replicas", &self.replicas, &(1..=5))?;
+        within("JetStreamOptions::window", &self.window, &(1..=65_536))?;
+        within("JetStreamOptions::duplicate_window", &self.duplicate_window, &KEPT)?;
+        if let Some(age) = self.max_age {
+            within("JetStreamOptions::max_age (None for no limit)", &age, &KEPT)?;
+            if self.duplicate_window > age {
+                return incompatible(format!(
+                    "JetStreamOptions::duplicate_window is {:?}, and must not be longer than max_age, {age:?}",
+                    self.duplicate_window
+                ));
+            }
+        }
+        if let Some(bytes) = self.max_bytes {
+            within("JetStreamOptions::max_bytes (None for no limit)", &bytes, &(1..=i64::MAX as u64))?;
+        }
+        match &self.name {
+            Some(name) if !is_stream_name(name) => incompatible(format!(
+                "{:?} cannot be the name of a stream: use 1 to 200 printable ASCII characters without spaces and . * > / \\",
+                name.chars().take(80).collect::<String>()
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The stream's name under a namespace.
@@ -216,6 +238,11 @@ impl JetStreamOptions {
         let what = "looking for the stream of dead letters";
         connection.while_permitted(what, &stream_rights(&name), ensured).await.map(drop)
     }
+}
+
+fn is_stream_name(name: &str) -> bool {
+    (1..=200).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_graphic() && !b".*>/\\".contains(&byte))
 }
 
 /// Subjects of questions about a stream.

@@ -6,6 +6,7 @@ use async_nats::{Client, ConnectOptions, Event, ServerAddr};
 
 use super::connection::{Handler, NatsEvent, Watch};
 use super::jetstream::JetStreamOptions;
+use super::limits::{PAUSE, WAIT, within};
 use super::subjects::{Names, Subjects};
 use super::wire::percent_decoded;
 use super::{Driver, NatsBus};
@@ -191,7 +192,8 @@ impl NatsOptions {
         self
     }
 
-    /// Whether a connection without TLS is refused. False by default, which leaves it to the server.
+    /// Whether a connection without TLS is refused. By default that is so if certificates are named, with
+    /// [`tls_first`](Self::tls_first), and for a `tls://` URL; else the server decides. False does not take that back.
     #[must_use]
     pub fn require_tls(mut self, required: bool) -> Self {
         self.tls.required = required;
@@ -205,14 +207,14 @@ impl NatsOptions {
         self
     }
 
-    /// Trusts the certificates in this PEM file as well. Can be said several times.
+    /// Trusts the certificates in this PEM file, in place of the system's, and requires TLS. Can be said several times.
     #[must_use]
     pub fn root_certificates(mut self, path: impl Into<PathBuf>) -> Self {
         self.tls.roots.push(path.into());
         self
     }
 
-    /// Shows this certificate to the server (mutual TLS): PEM files of certificate and key.
+    /// Shows this certificate to the server (mutual TLS), and requires TLS: PEM files of certificate and key.
     #[must_use]
     pub fn client_certificate(mut self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
         self.tls.client = Some((certificate.into(), key.into()));
@@ -220,7 +222,7 @@ impl NatsOptions {
     }
 
     /// How long to wait between two attempts to come back to a server, give or take a fifth; the first follows at once,
-    /// and there is no last one. 2 s by default.
+    /// and there is no last one. 2 s by default, 1 ms to a day.
     #[must_use]
     pub fn reconnect_wait(mut self, wait: Duration) -> Self {
         self.reconnect_wait = wait;
@@ -228,14 +230,15 @@ impl NatsOptions {
     }
 
     /// How often a silent server is asked whether it is still there; one that leaves two such questions open counts as
-    /// lost. 5 s by default. Not zero: [`BusError::Incompatible`] when the bus connects, as for the two that follow.
+    /// lost. 5 s by default, 10 ms to a day. Every option of this type is checked when the runtime starts and when the bus
+    /// connects: what is outside of its range is [`BusError::Incompatible`].
     #[must_use]
     pub fn ping_interval(mut self, every: Duration) -> Self {
         self.ping_interval = every;
         self
     }
 
-    /// How long one attempt to connect to one server may take. 2 s by default.
+    /// How long one attempt to connect to one server may take. 2 s by default, 10 ms to a day.
     #[must_use]
     pub fn connection_timeout(mut self, timeout: Duration) -> Self {
         self.connection_timeout = timeout;
@@ -243,7 +246,7 @@ impl NatsOptions {
     }
 
     /// How long the server may take to answer anything: a confirmation of what was published, a question about a stream.
-    /// 5 s by default.
+    /// 5 s by default, 10 ms to a day.
     #[must_use]
     pub fn answer_timeout(mut self, timeout: Duration) -> Self {
         self.answer_timeout = timeout;
@@ -251,10 +254,10 @@ impl NatsOptions {
     }
 
     /// How many messages a subscription holds that nobody has read yet; what comes on top is lost, noticed, and read from
-    /// the store. 65,536 by default, at least 1.
+    /// the store. 65,536 by default, 1 to 16,777,216.
     #[must_use]
     pub fn subscription_capacity(mut self, messages: usize) -> Self {
-        self.subscription_capacity = messages.max(1);
+        self.subscription_capacity = messages;
         self
     }
 
@@ -287,17 +290,20 @@ impl NatsOptions {
         Names::new(&self.namespace, &self.subjects)
     }
 
-    /// Times of nothing, which no server could keep to.
-    pub(super) fn check(&self) -> Result<(), BusError> {
-        let mut times = vec![
-            ("ping_interval", self.ping_interval),
-            ("connection_timeout", self.connection_timeout),
-            ("answer_timeout", self.answer_timeout),
-        ];
+    /// Refuses what no connection could work with.
+    pub(crate) fn check(&self) -> Result<(), BusError> {
+        within("NatsOptions::reconnect_wait", &self.reconnect_wait, &PAUSE)?;
+        within("NatsOptions::ping_interval", &self.ping_interval, &WAIT)?;
+        within("NatsOptions::connection_timeout", &self.connection_timeout, &WAIT)?;
+        within("NatsOptions::answer_timeout", &self.answer_timeout, &WAIT)?;
+        within("NatsOptions::subscription_capacity", &self.subscription_capacity, &(1..=1 << 24))?;
         if let Driver::JetStream(options) = &self.driver {
-            times.extend(options.times());
+            options.check()?;
         }
-        nonzero("NatsOptions", times)
+        if self.client.is_none() {
+            self.servers()?;
+        }
+        Ok(())
     }
 
     /// Where to connect to, as of now.
@@ -314,9 +320,21 @@ impl NatsOptions {
             ));
         }
         let servers = url.split(',').map(|server| server.trim().parse());
-        servers.collect::<Result<_, _>>().map_err(|_| {
+        let servers: Vec<ServerAddr> = servers.collect::<Result<_, _>>().map_err(|_| {
             unreadable("the URL of the NATS server cannot be read; it should look like nats://host:4222")
-        })
+        })?;
+        if self.requires_tls(&servers) && servers.iter().any(|server| server.scheme() == "ws") {
+            return Err(unreadable("TLS is required, and a ws:// URL goes without; use wss://"));
+        }
+        Ok(servers)
+    }
+
+    /// Whether a login may be sent over TLS only. Named certificates ask for it, and so does one URL for all servers: the
+    /// others that a server names have no scheme.
+    fn requires_tls(&self, servers: &[ServerAddr]) -> bool {
+        let Tls { required, first, roots, client } = &self.tls;
+        let asked = *required || *first || !roots.is_empty() || client.is_some();
+        asked || servers.iter().any(|server| matches!(server.scheme(), "tls" | "wss"))
     }
 
     /// What async-nats needs to know. `tell` hears everything that happens to the connection, and must not block.
@@ -347,7 +365,7 @@ impl NatsOptions {
                 tell(event);
                 std::future::ready(())
             })
-            .require_tls(self.tls.required);
+            .require_tls(self.requires_tls(servers));
         if self.tls.first {
             options = options.tls_first();
         }
@@ -372,19 +390,6 @@ impl NatsOptions {
                 })?
             }
         })
-    }
-}
-
-/// Refuses the first of these that is zero.
-pub(super) fn nonzero(
-    of: &str,
-    times: impl IntoIterator<Item = (&'static str, Duration)>,
-) -> Result<(), BusError> {
-    match times.into_iter().find(|(_, time)| time.is_zero()) {
-        Some((name, _)) => Err(BusError::Incompatible {
-            reason: format!("{of}: {name} is 0, and must be longer; leave it out for the default"),
-        }),
-        None => Ok(()),
     }
 }
 

@@ -36,7 +36,6 @@ use self::queue::Queue;
 pub use self::queue::SubscriptionStats;
 pub use self::retry::{HandleError, HandleOptions, RetryPolicy};
 use super::jetstream::{AckError, ConsumerSpec, Push};
-use super::options::nonzero;
 use super::subjects::{Pattern, patterns};
 use super::{Driver, NatsBus, naming};
 use crate::bus::BusError;
@@ -104,7 +103,10 @@ impl NatsBus {
         options: SubscribeOptions,
     ) -> Result<Subscription, BusError> {
         let names = patterns(names).map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
-        nonzero("SubscribeOptions", options.pull_timeout.map(|timeout| ("pull_timeout", timeout)))?;
+        for name in &names {
+            name.check_names().map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
+        }
+        options.check()?;
         let lanes = self.lanes(&names, &options)?;
         let queue = Queue::new(options.capacity, options.pull_timeout, options.eat_errors, lanes.len());
         let queue = Arc::new(queue);
@@ -197,11 +199,22 @@ impl NatsBus {
         filters: Vec<String>,
     ) -> Result<ConsumerSpec, BusError> {
         let events: Vec<_> = names.iter().map(Pattern::as_str).collect();
+        let given = |name: &str| match name.trim() {
+            "" => {
+                Err(incompatible("the name of a durable consumer is empty; ConsumerOptions needs one".into()))
+            }
+            _ => Ok(()),
+        };
         let name = match (&options.life, group) {
-            (Life::Durable(prefix), group) => naming::durable(prefix, group, &events),
+            (Life::Durable(prefix), group) => {
+                given(prefix)?;
+                naming::durable(prefix, group, &events)
+            }
             (Life::Named(name), group) => {
                 let events: Vec<_> = names.iter().map(shown).collect();
-                naming::custom(&name(&events.join(","), group.unwrap_or_default()))
+                let name = name(&events.join(","), group.unwrap_or_default());
+                given(&name)?;
+                naming::custom(&name)
             }
             (Life::Ephemeral, None) => format!("ephemeral-{}", Uuid::new_v4().simple()),
             // Members must find each other.

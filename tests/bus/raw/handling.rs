@@ -39,19 +39,21 @@ async fn so_many_at_a_time_and_each_event_once() {
         let subscription = listen(&bus, &["note.written"], way.options("x")).await;
         let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let handling = subscription.for_each(HandleOptions::new().concurrency(5), {
-            let (running, most, seen) = (running.clone(), most.clone(), seen.clone());
-            move |delivery| {
+        let handling = subscription
+            .for_each(HandleOptions::new().concurrency(5), {
                 let (running, most, seen) = (running.clone(), most.clone(), seen.clone());
-                async move {
-                    most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                    pause(2).await;
-                    running.fetch_sub(1, Ordering::SeqCst);
-                    seen.lock().unwrap().push(delivery.event().position);
-                    Ok(())
+                move |delivery| {
+                    let (running, most, seen) = (running.clone(), most.clone(), seen.clone());
+                    async move {
+                        most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                        pause(2).await;
+                        running.fetch_sub(1, Ordering::SeqCst);
+                        seen.lock().unwrap().push(delivery.event().position);
+                        Ok(())
+                    }
                 }
-            }
-        });
+            })
+            .unwrap();
         let printed = press.written(200).await;
         eventually("all handled", || seen.lock().unwrap().len() == 200).await;
         handling.stop(PATIENCE).await.unwrap();
@@ -69,25 +71,27 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
     let subscription = listen(&bus, &["note.written"], durable(ConsumerOptions::durable("shop"))).await;
     let attempts: Arc<Mutex<HashMap<u64, Vec<u64>>>> = Arc::default();
     let options = HandleOptions::new().retry(soon().attempts(4)).dead_letters();
-    let handling = subscription.for_each(options, {
-        let attempts = attempts.clone();
-        move |delivery| {
+    let handling = subscription
+        .for_each(options, {
             let attempts = attempts.clone();
-            async move {
-                let Note::Written { n, .. } = delivery.decode()? else { return Ok(()) };
-                attempts.lock().unwrap().entry(n).or_default().push(delivery.attempt());
-                match n {
-                    // Twice, then well.
-                    1 if delivery.attempt() < 3 => Err(std::io::Error::other("not yet").into()),
-                    // Always.
-                    2 => panic!("on purpose"),
-                    3 => Err(HandleError::reject("näver")),
-                    4 => delivery.decode::<Misread>().map(drop).map_err(HandleError::from),
-                    _ => Ok(()),
+            move |delivery| {
+                let attempts = attempts.clone();
+                async move {
+                    let Note::Written { n, .. } = delivery.decode()? else { return Ok(()) };
+                    attempts.lock().unwrap().entry(n).or_default().push(delivery.attempt());
+                    match n {
+                        // Twice, then well.
+                        1 if delivery.attempt() < 3 => Err(std::io::Error::other("not yet").into()),
+                        // Always.
+                        2 => panic!("on purpose"),
+                        3 => Err(HandleError::reject("näver")),
+                        4 => delivery.decode::<Misread>().map(drop).map_err(HandleError::from),
+                        _ => Ok(()),
+                    }
                 }
             }
-        }
-    });
+        })
+        .unwrap();
     let mut errors = handling.errors();
     let printed = press.written(5).await;
     let mut outcomes = Vec::new();
@@ -135,17 +139,19 @@ async fn a_handler_slower_than_ack_wait_is_not_disturbed() {
         let options = way.options_with("x", |consumer| consumer.ack_wait(Duration::from_millis(300)));
         let subscription = listen(&bus, &["note.written"], options).await;
         let handled = Arc::new(AtomicUsize::new(0));
-        let handling = subscription.for_each(HandleOptions::new(), {
-            let handled = handled.clone();
-            move |_| {
+        let handling = subscription
+            .for_each(HandleOptions::new(), {
                 let handled = handled.clone();
-                async move {
-                    pause(700).await;
-                    handled.fetch_add(1, Ordering::SeqCst);
-                    Ok(())
+                move |_| {
+                    let handled = handled.clone();
+                    async move {
+                        pause(700).await;
+                        handled.fetch_add(1, Ordering::SeqCst);
+                        Ok(())
+                    }
                 }
-            }
-        });
+            })
+            .unwrap();
         // The second and third wait longer than that, in our buffer.
         press.written(3).await;
         eventually("handled", || handled.load(Ordering::SeqCst) == 3).await;
@@ -183,22 +189,24 @@ async fn manual_leaves_it_to_the_handler_and_nothing_is_settled_twice() {
         let options = HandleOptions::new();
         let options = if manual { options.manual() } else { options };
         let attempts = Arc::new(Mutex::new(Vec::new()));
-        let handling = subscription.for_each(options, {
-            let attempts = attempts.clone();
-            move |delivery| {
+        let handling = subscription
+            .for_each(options, {
                 let attempts = attempts.clone();
-                async move {
-                    attempts.lock().unwrap().push(delivery.attempt());
-                    match delivery.attempt() {
-                        // Forgotten: acknowledged for the handler, or delivered again.
-                        1 => {}
-                        2 => delivery.nak().await?,
-                        _ => delivery.ack().await?,
+                move |delivery| {
+                    let attempts = attempts.clone();
+                    async move {
+                        attempts.lock().unwrap().push(delivery.attempt());
+                        match delivery.attempt() {
+                            // Forgotten: acknowledged for the handler, or delivered again.
+                            1 => {}
+                            2 => delivery.nak().await?,
+                            _ => delivery.ack().await?,
+                        }
+                        Ok(())
                     }
-                    Ok(())
                 }
-            }
-        });
+            })
+            .unwrap();
         if manual {
             press.written(1).await;
         }
@@ -220,15 +228,18 @@ async fn a_stop_waits_for_handlers_and_not_for_ever() {
     let started = Arc::new(AtomicUsize::new(0));
     let start = async |millis: u64| {
         let (done, started) = (done.clone(), started.clone());
-        listen(&bus, &["note.written"], options()).await.for_each(HandleOptions::new(), move |_| {
-            let (done, started) = (done.clone(), started.clone());
-            async move {
-                started.fetch_add(1, Ordering::SeqCst);
-                pause(millis).await;
-                done.fetch_add(1, Ordering::SeqCst);
-                Ok(())
-            }
-        })
+        listen(&bus, &["note.written"], options())
+            .await
+            .for_each(HandleOptions::new(), move |_| {
+                let (done, started) = (done.clone(), started.clone());
+                async move {
+                    started.fetch_add(1, Ordering::SeqCst);
+                    pause(millis).await;
+                    done.fetch_add(1, Ordering::SeqCst);
+                    Ok(())
+                }
+            })
+            .unwrap()
     };
     let handling = start(300).await;
     press.written(3).await;

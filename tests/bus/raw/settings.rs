@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use chrono::Utc;
-use storied::bus::{BusError, ConsumerOptions, JetStreamOptions, NatsOptions, StartFrom, SubscribeOptions};
+use storied::bus::{BusError, ConsumerOptions, StartFrom, SubscribeOptions};
 
 use super::common::*;
 use super::*;
@@ -100,28 +100,4 @@ async fn begins_at_a_time_or_with_the_last_of_each_name() {
     let far = StartFrom::Time(chrono::DateTime::<Utc>::MAX_UTC);
     let error = bus.subscribe(["*"], consumer(ConsumerOptions::ephemeral().start(far))).await.unwrap_err();
     assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("begin at")), "{error}");
-}
-
-/// Nobody can keep to them, and to the server some mean the opposite.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn times_of_zero_are_refused() {
-    let zero = Duration::ZERO;
-    let core = NatsOptions::core;
-    let mirrors = |options| NatsOptions::jetstream(options);
-    for (options, name) in [
-        (core().ping_interval(zero), "ping_interval"),
-        (core().connection_timeout(zero), "connection_timeout"),
-        (core().answer_timeout(zero), "answer_timeout"),
-        (mirrors(JetStreamOptions::new().max_age(zero)), "max_age"),
-        (mirrors(JetStreamOptions::new().duplicate_window(zero)), "duplicate_window"),
-    ] {
-        let error = options.url("nats://127.0.0.1:1").bus().connect().await.unwrap_err();
-        assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains(name)), "{error}");
-    }
-    let bus = core().url("nats://127.0.0.1:1").bus();
-    let error = bus.subscribe(["*"], SubscribeOptions::new().pull_timeout(zero)).await.unwrap_err();
-    assert!(
-        matches!(&error, BusError::Incompatible { reason } if reason.contains("pull_timeout")),
-        "{error}"
-    );
 }

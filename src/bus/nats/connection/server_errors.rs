@@ -93,6 +93,18 @@ impl ServerErrors {
         state.kept.iter().find(concerns).map(|kept| kept.sentence.clone())
     }
 
+    /// The refusal of the inbox on which async-nats receives the answers to all requests of a session: it is subscribed to
+    /// once, so that no later request is answered.
+    pub(super) fn no_answers(&self) -> Option<String> {
+        let state = self.state();
+        let all = |subject: &String| subject.starts_with(&self.inboxes) && subject.ends_with(".*");
+        state
+            .kept
+            .iter()
+            .find(|kept| kept.subject.as_ref().is_some_and(all))
+            .map(|kept| kept.sentence.clone())
+    }
+
     /// Waits for a [`refusal`](Self::refusal). Cancel-safe.
     pub(super) async fn refused(&self, since: u64, subjects: &[String]) -> String {
         let mut count = self.count.subscribe();

@@ -140,7 +140,12 @@ impl Watcher {
             }
         }
         if *unlogged > 0 && due(*logged_at, LOG_EVERY) {
-            tracing::warn!(to = self.to, error = last_error, errors = *unlogged, "the NATS server reports errors");
+            tracing::warn!(
+                to = self.to,
+                error = last_error,
+                errors = *unlogged,
+                "the NATS server reports errors"
+            );
             *unlogged = 0;
             *logged_at = Some(now);
         }

@@ -50,6 +50,22 @@ impl Pattern {
         }
     }
 
+    /// Whether a name of an event can match it: names have two tokens or more, of ASCII letters, digits, `_` and `-`.
+    pub(in super::super) fn check_names(&self) -> Result<(), InvalidPattern> {
+        let reason = if self.is_everything() {
+            None
+        } else if !self.0.contains('.') {
+            Some("no event has a name of one token; append '.*' or '.>' for the events of a category")
+        } else {
+            let other = |byte: u8| !byte.is_ascii_alphanumeric() && !b"_-.*>".contains(&byte);
+            self.0
+                .bytes()
+                .any(other)
+                .then_some("no event has a name with other characters than letters, digits, '_' and '-'")
+        };
+        reason.map_or(Ok(()), |reason| Err(InvalidPattern::new(&self.0, reason)))
+    }
+
     pub(in super::super) fn as_str(&self) -> &str {
         &self.0
     }

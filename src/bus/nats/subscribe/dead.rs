@@ -44,7 +44,7 @@ pub(super) async fn post(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(), Bu
         let ack = sent.map_err(|error| unavailable(what(), error))?;
         ack.await.map(drop).map_err(|error| unavailable(what(), error))
     };
-    connection.while_permitted("posting a dead letter", &[subject.clone()], posting).await
+    connection.while_permitted("posting a dead letter", std::slice::from_ref(&subject), posting).await
 }
 
 /// As a header may have it.

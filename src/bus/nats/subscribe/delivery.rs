@@ -6,6 +6,7 @@ use async_nats::jetstream::AckKind;
 use uuid::Uuid;
 
 use super::super::jetstream::{AckError, Settle};
+use super::super::limits::redelivery;
 use crate::event::{DecodeError, Event, Position, RecordedEvent};
 use crate::telemetry::trace::{self, Destination};
 
@@ -156,12 +157,12 @@ impl Delivery {
         self.settle_as(AckKind::Nak(None)).await
     }
 
-    /// It is to be delivered again, after this wait.
+    /// It is to be delivered again, after this wait, at most a year.
     ///
     /// # Errors
     /// As [`nak`](Self::nak).
     pub async fn nak_with_delay(&self, wait: Duration) -> Result<(), AckError> {
-        self.settle_as(AckKind::Nak(Some(wait))).await
+        self.settle_as(AckKind::Nak(Some(redelivery(wait)))).await
     }
 
     /// It is not to be delivered again, although it was not processed.

@@ -19,6 +19,7 @@ use super::retry::{HandleError, HandleOptions};
 use super::{
     CloseError, Delivery, Received, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
+use crate::bus::{BusError, EventBus};
 use crate::panic::panic_text;
 use crate::telemetry::Timer;
 use crate::telemetry::trace::{self, Destination};
@@ -36,17 +37,27 @@ impl Subscription {
     /// Runs `handler` for each event, in the background: at most so many at a time as the options say. What it succeeds on
     /// is acknowledged; while it runs the server is told so. Gaps are among the [errors](Handling::errors), as is what the
     /// handler fails on. A panic of the handler is a failure.
-    pub fn for_each<H, F>(self, options: HandleOptions, handler: H) -> Handling
+    ///
+    /// # Errors
+    /// [`BusError::Incompatible`] when the options need JetStream, and the bus is over Core.
+    pub fn for_each<H, F>(self, options: HandleOptions, handler: H) -> Result<Handling, BusError>
     where
         H: Fn(Arc<Delivery>) -> F + Send + Sync + 'static,
         F: Future<Output = Result<(), HandleError>> + Send + 'static,
     {
+        if options.dead_letters && !self.bus.is_durable() {
+            return Err(BusError::Incompatible {
+                reason: "HandleOptions::dead_letters keeps events in a stream, and NATS Core has none; use the JetStream \
+                         driver"
+                    .into(),
+            });
+        }
         let (queue, stop) = (self.queue.clone(), watch::Sender::new(false));
         let stopping = stop.subscribe();
         let runner =
             Runner { bus: self.bus.clone(), wait: self.ack_wait, queue: queue.clone(), options, handler };
         let task = tokio::spawn(run(self, Arc::new(runner), stopping));
-        Handling { queue, stop, task }
+        Ok(Handling { queue, stop, task })
     }
 }
 

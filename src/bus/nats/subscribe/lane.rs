@@ -67,14 +67,10 @@ impl Lane {
                         let _ = ready.send(Ok(()));
                     }
                     match attached {
-                        Attached::Core { messages, link, seen, since } => {
-                            match self.bus.connection().await {
-                                Ok(connection) => {
-                                    self.pass_core(&connection, messages, link, seen, since).await
-                                }
-                                Err(error) => error,
-                            }
-                        }
+                        Attached::Core { messages, link, seen, since } => match self.bus.connection().await {
+                            Ok(connection) => self.pass_core(&connection, messages, link, seen, since).await,
+                            Err(error) => error,
+                        },
                         Attached::Consumer => self.pass_consumer(end).await,
                     }
                 }

@@ -6,6 +6,7 @@ use async_nats::jetstream::consumer::DeliverPolicy;
 use chrono::{DateTime, Utc};
 
 use super::super::jetstream::ConsumerPolicy;
+use super::super::limits::{KEPT, PAUSE, SERVER_WAIT, within};
 use crate::bus::BusError;
 
 /// How a [`Subscription`](super::Subscription) gets its events.
@@ -64,17 +65,17 @@ impl SubscribeOptions {
     }
 
     /// How many events wait for their reader in this process. Over Core what comes on top is lost, and said
-    /// ([`Gap::Overflow`](super::Gap::Overflow)); from a JetStream consumer no more are asked for. 1,024 by default, at
-    /// least 1.
+    /// ([`Gap::Overflow`](super::Gap::Overflow)); from a JetStream consumer no more are asked for. 1,024 by default, 1 to
+    /// 1,048,576. This and all that follows is checked by [`subscribe`](super::super::NatsBus::subscribe).
     #[must_use]
     pub fn capacity(mut self, events: usize) -> Self {
-        self.capacity = events.max(1);
+        self.capacity = events;
         self
     }
 
     /// How long an event may wait for its reader. Then this subscriber loses it, and gets a
     /// [`SubscriptionError::PullTimeout`](super::SubscriptionError::PullTimeout); a JetStream consumer delivers it again.
-    /// Without limit by default; zero is refused by [`subscribe`](super::super::NatsBus::subscribe).
+    /// Without limit by default; 1 ms to a day.
     #[must_use]
     pub fn pull_timeout(mut self, timeout: Duration) -> Self {
         self.pull_timeout = Some(timeout);
@@ -101,6 +102,15 @@ impl SubscribeOptions {
     pub fn consumer(mut self, options: ConsumerOptions) -> Self {
         self.consumer = Some(options);
         self
+    }
+
+    /// Refuses what could not work.
+    pub(super) fn check(&self) -> Result<(), BusError> {
+        within("SubscribeOptions::capacity", &self.capacity, &(1..=1 << 20))?;
+        if let Some(timeout) = self.pull_timeout {
+            within("SubscribeOptions::pull_timeout", &timeout, &PAUSE)?;
+        }
+        self.consumer.as_ref().map_or(Ok(()), ConsumerOptions::check)
     }
 
     /// The queue group of a name; none if it is empty.
@@ -217,24 +227,24 @@ impl ConsumerOptions {
     }
 
     /// How long the server waits for a delivery to be settled before it delivers again. While a handler runs it is told
-    /// that it does. 30 s by default, at least 10 ms.
+    /// that it does. 30 s by default, 10 ms to a year.
     #[must_use]
     pub fn ack_wait(mut self, wait: Duration) -> Self {
-        self.ack_wait = wait.max(Duration::from_millis(10));
+        self.ack_wait = wait;
         self
     }
 
     /// How often the server delivers an event at most; then it stays in the mirror, and the consumer passes it over. No
-    /// limit by default: [`HandleOptions`](super::HandleOptions) has one of its own, which leaves a dead letter.
+    /// limit by default, at least 1: [`HandleOptions`](super::HandleOptions) has one of its own, which leaves a dead letter.
     #[must_use]
     pub fn max_deliver(mut self, times: u32) -> Self {
-        self.max_deliver = Some(times.max(1));
+        self.max_deliver = Some(times);
         self
     }
 
     /// Waits between one delivery and the next that take the place of `ack_wait`, the last of them for all that follow. The
     /// server does not apply them to what is given back with `nak`. [`max_deliver`](Self::max_deliver), if there is one,
-    /// must be greater than their number. None by default.
+    /// must be greater than their number. None by default, at most 1,000, each 10 ms to a year.
     #[must_use]
     pub fn backoff(mut self, waits: impl IntoIterator<Item = Duration>) -> Self {
         self.backoff = waits.into_iter().collect();
@@ -242,10 +252,10 @@ impl ConsumerOptions {
     }
 
     /// How many events of this consumer may be out at a time without being settled, with all its readers. 1,000 by default,
-    /// at least 1; 1 keeps strict order also when something is delivered again.
+    /// 1 to 1,000,000; 1 keeps strict order also when something is delivered again.
     #[must_use]
     pub fn max_ack_pending(mut self, events: usize) -> Self {
-        self.max_ack_pending = events.max(1);
+        self.max_ack_pending = events;
         self
     }
 
@@ -264,7 +274,8 @@ impl ConsumerOptions {
         self
     }
 
-    /// How long an ephemeral consumer outlives its readers, if they could not say goodbye. 60 s by default.
+    /// How long an ephemeral consumer outlives its readers, if they could not say goodbye. 60 s by default, 100 ms to 100
+    /// years.
     #[must_use]
     pub fn inactive(mut self, wait: Duration) -> Self {
         self.inactive = wait;
@@ -276,6 +287,34 @@ impl ConsumerOptions {
     pub fn policy(mut self, policy: ConsumerPolicy) -> Self {
         self.policy = policy;
         self
+    }
+
+    /// Refuses what no server could keep to.
+    fn check(&self) -> Result<(), BusError> {
+        within("ConsumerOptions::ack_wait", &self.ack_wait, &SERVER_WAIT)?;
+        within("ConsumerOptions::max_ack_pending", &self.max_ack_pending, &(1..=1_000_000))?;
+        within("ConsumerOptions::inactive", &self.inactive, &KEPT)?;
+        within("the number of waits in ConsumerOptions::backoff", &self.backoff.len(), &(0..=1_000))?;
+        for wait in &self.backoff {
+            within("a wait in ConsumerOptions::backoff", wait, &SERVER_WAIT)?;
+        }
+        if let Some(times) = self.max_deliver {
+            within("ConsumerOptions::max_deliver", &times, &(1..=u32::MAX))?;
+            if self.backoff.len() >= times as usize {
+                return Err(BusError::Incompatible {
+                    reason: format!(
+                        "ConsumerOptions::max_deliver is {times}, and must be greater than the number of waits in backoff, {}",
+                        self.backoff.len()
+                    ),
+                });
+            }
+        }
+        match self.start {
+            Some(StartFrom::Sequence(0)) => Err(BusError::Incompatible {
+                reason: "StartFrom::Sequence is 0, and messages of a stream are counted from 1".into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn is_durable(&self) -> bool {

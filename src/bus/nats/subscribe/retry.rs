@@ -5,8 +5,7 @@ use std::error::Error;
 use std::fmt;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
-
+use super::super::limits::redelivery;
 use crate::event::DecodeError;
 
 /// How a handler is run.
@@ -31,10 +30,10 @@ impl HandleOptions {
         Self::default()
     }
 
-    /// How many events are handled at a time. 1 by default, which keeps their order; at least 1.
+    /// How many events are handled at a time. 1 by default, which keeps their order; at least 1 and at most 65,536.
     #[must_use]
     pub fn concurrency(mut self, handlers: usize) -> Self {
-        self.concurrency = handlers.clamp(1, Semaphore::MAX_PERMITS);
+        self.concurrency = handlers.clamp(1, 65_536);
         self
     }
 
@@ -54,7 +53,8 @@ impl HandleOptions {
     }
 
     /// Keeps the events that are given up, in the stream `{NAMESPACE}_DEAD` under `{namespace}.dead.{event name}`: as they
-    /// were, with headers that say why. Needs the JetStream driver. Not by default: then they are an error only.
+    /// were, with headers that say why. Needs the JetStream driver, or [`for_each`](super::Subscription::for_each) refuses
+    /// it. Not by default: then they are an error only.
     #[must_use]
     pub fn dead_letters(mut self) -> Self {
         self.dead_letters = true;
@@ -96,10 +96,12 @@ impl RetryPolicy {
         self
     }
 
-    /// How long to wait before the second attempt, doubled for each that follows up to `max`. 200 ms and 30 s by default.
+    /// How long to wait before the second attempt, doubled for each that follows up to `max`. 200 ms and 30 s by default;
+    /// both at least 1 ms and at most a year, which is as long as a server is asked to wait.
     #[must_use]
     pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
-        (self.first, self.max) = (first, max);
+        let bounded = |wait: Duration| redelivery(wait.max(Duration::from_millis(1)));
+        (self.first, self.max) = (bounded(first), bounded(max));
         self
     }
 

@@ -103,7 +103,8 @@ impl Pursuit {
         let encoded = to_cbor(&self.frame).map_err(|error| Failure::new(Code::Failed, error.to_string()))?;
         let (size, limit) = (encoded.len(), line.client().max_payload());
         if size > limit {
-            let reason = format!("the command has {size} bytes, and a message on this NATS server at most {limit}");
+            let reason =
+                format!("the command has {size} bytes, and a message on this NATS server at most {limit}");
             if !self.unanswered.is_empty() {
                 return Err(self.give_up(&reason));
             }

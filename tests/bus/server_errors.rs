@@ -1,0 +1,192 @@
+//! What the server says beside its answers: it reaches status, events and errors, and nothing refused counts as published.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use storied::PublisherState;
+use storied::bus::{BusError, BusState, ConsumerOptions, NatsEvent, NatsOptions, SubscribeOptions};
+use storied::{EventBus, Position};
+use tokio::time::Instant;
+
+use crate::harness::{self, NatsServer};
+use crate::support::*;
+
+/// A server with a login `node` that has these rights.
+async fn server(publish: &[&str], subscribe: &[&str]) -> NatsServer {
+    let list = |subjects: &[&str]| format!("{subjects:?}");
+    let config = vec![format!(
+        "authorization {{ users: [{{ user: admin, password: x }}, {{ user: node, password: x, permissions: {{ publish: {}, \
+         subscribe: {} }} }}] }}",
+        list(publish),
+        list(subscribe)
+    )];
+    NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::jetstream() }).await
+}
+
+fn login(options: NatsOptions, server: &NatsServer) -> NatsOptions {
+    quick(options.url(server.url()).user_and_password("node", "x").namespace("shop").unwrap())
+}
+
+const REST: [&str; 3] = ["shop.head", "shop.hint", "_INBOX.>"];
+const ALL: [&str; 1] = [">"];
+
+#[track_caller]
+fn refused(error: &BusError, sentence: &str) {
+    assert!(matches!(error, BusError::Incompatible { reason } if reason.contains(sentence)), "{error}");
+}
+
+/// A node over Core that may not publish events, over a connection of its own or a borrowed one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_the_server_refuses_is_never_counted_as_published() {
+    let sentence = "Permissions Violation for Publish to \"shop.events.note.written\"";
+    for borrowed in [false, true] {
+        let server = server(&REST, &ALL).await;
+        let heard: Arc<Mutex<Vec<NatsEvent>>> = Arc::default();
+        let events = heard.clone();
+        let mut options =
+            login(NatsOptions::core(), &server).on_event(move |event| events.lock().unwrap().push(event));
+        if borrowed {
+            let connect = async_nats::ConnectOptions::with_user_and_password("node".into(), "x".into());
+            options = options.client(connect.connect(server.url()).await.unwrap());
+        }
+        let (bus, store) = (options.bus(), store());
+        write(&store, 0, 3).await;
+        let before = *log(&store).await.last().unwrap();
+        let node = Recording::start(&store, bus.clone(), storied::FeedOptions::new()).await;
+        eventually("publishing", || node.node.publisher().state == PublisherState::Publishing).await;
+        write(&store, 0, 2).await;
+        for _ in 0..20 {
+            eventually("refused", || matches!(node.node.publisher().state, PublisherState::Retrying { .. }))
+                .await;
+            let status = node.node.publisher();
+            assert_eq!(status.published, Some(before), "{status:?}");
+            let expected =
+                if borrowed { "did not carry a message to shop.events.note.written" } else { sentence };
+            let error = status.last_error.unwrap();
+            assert!(error.contains(expected), "{error}");
+            pause(20).await;
+        }
+        if !borrowed {
+            let BusState::Connected { last_error, .. } = bus.state() else { panic!("{:?}", bus.state()) };
+            assert_eq!(last_error.as_deref(), Some(sentence));
+            let told = |event: &NatsEvent| *event == NatsEvent::ServerError { error: sentence.into() };
+            assert!(heard.lock().unwrap().iter().any(told), "{heard:?}");
+        }
+        node.reaches("the node itself", &store).await;
+        node.node.kill();
+    }
+}
+
+/// Some events may be published and others not: what is before the first refused one is out, once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn publishing_stops_before_the_first_event_that_is_refused() {
+    let server = server(&[&REST[..], &["shop.events.note.written"]].concat(), &ALL).await;
+    let store = store();
+    let watch = async_nats::ConnectOptions::with_user_and_password("admin".into(), "x".into());
+    let watch = watch.connect(server.url()).await.unwrap();
+    let mut messages = watch.subscribe("shop.events.>").await.unwrap();
+    watch.flush().await.unwrap();
+    let bus = login(NatsOptions::core(), &server).bus();
+    let node = Recording::start(&store, bus, storied::FeedOptions::new()).await;
+    eventually("publishing", || node.node.publisher().state == PublisherState::Publishing).await;
+    let codec = store.info().codec;
+    let torn = storied::NewEvent::encode(&Note::Torn, codec, &storied::Metadata::default()).unwrap();
+    let last =
+        append(&store, 0, vec![note(&store, 0, 1), note(&store, 1, 1), torn, note(&store, 2, 1)]).await;
+    let expected = Position::new(last.get() - 2);
+    for _ in 0..10 {
+        eventually("refused", || matches!(node.node.publisher().state, PublisherState::Retrying { .. }))
+            .await;
+        assert!(node.node.publisher().published <= Some(expected), "{:?}", node.node.publisher());
+        pause(50).await;
+    }
+    eventually("the allowed ones", || node.node.publisher().published == Some(expected)).await;
+    node.node.kill();
+    let mut received = 0;
+    while let Ok(Some(_)) =
+        tokio::time::timeout(Duration::from_millis(300), futures_util::StreamExt::next(&mut messages)).await
+    {
+        received += 1;
+    }
+    assert_eq!(received, 2, "each of them once");
+}
+
+/// A login that may do nothing: every request ends with the server's sentence, long before its time is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_the_server_refuses_ends_with_its_sentence() {
+    let may_nothing = server(&["nothing"], &["nothing"]).await;
+    let may_not_publish = server(&["nothing"], &ALL).await;
+    let may_not_subscribe = server(&ALL, &["nothing"]).await;
+    let stream = storied::bus::JetStreamOptions::new;
+    for server in [&may_nothing, &may_not_publish, &may_not_subscribe] {
+        let started = Instant::now();
+        let bus = |options| login(options, server).answer_timeout(PATIENCE).bus();
+        for bus in [bus(NatsOptions::core()), bus(NatsOptions::jetstream(stream()))] {
+            let core = !bus.is_durable();
+            if core {
+                // With an inbox that works, a subscription is all that Core takes.
+                let error = bus.subscribe(["*"], SubscribeOptions::new()).await.unwrap_err();
+                refused(&error, "Permissions Violation");
+                refused(
+                    &EventBus::subscribe(&bus, store().info().id).await.err().unwrap(),
+                    "Permissions Violation",
+                );
+            } else {
+                let durable = SubscribeOptions::new().consumer(ConsumerOptions::durable("x"));
+                refused(&bus.subscribe(["*"], durable).await.unwrap_err(), "Permissions Violation");
+                refused(&bus.inspect(store().info().id).await.unwrap_err(), "Permissions Violation");
+                refused(&bus.read_mirror(store().info().id).await.err().unwrap(), "Permissions Violation");
+            }
+            let store = store();
+            write(&store, 0, 1).await;
+            let publishing = async {
+                let mut publisher = bus.publisher(store.info().id).await?;
+                publisher.resume(Default::default()).await?;
+                let batch = batches(&store, Position::START, 1).await.remove(0);
+                publisher.publish(batch).await.map(drop)
+            };
+            refused(&publishing.await.unwrap_err(), "Permissions Violation");
+        }
+        assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
+    }
+}
+
+/// The mirror's events are refused, and the questions about the stream are not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_is_refused_on_its_way_to_the_mirror_says_so() {
+    let server = server(&["$JS.API.>", "shop.hint", "_INBOX.>"], &ALL).await;
+    let bus = login(NatsOptions::jetstream(mirror()), &server).answer_timeout(PATIENCE).bus();
+    let store = store();
+    write(&store, 0, 2).await;
+    let mut publisher = publisher(&bus, &store).await;
+    let batch = batches(&store, Position::START, 2).await.remove(0);
+    let error = publisher.publish(batch).await.unwrap_err();
+    refused(&error, "Permissions Violation for Publish to \"shop.events.note.written\"");
+}
+
+/// A program of the user's that does something forbidden a thousand times.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_errors_is_reported_at_a_bounded_rate() {
+    let server = server(&REST, &ALL).await;
+    let heard: Arc<Mutex<Vec<NatsEvent>>> = Arc::default();
+    let events = heard.clone();
+    let bus =
+        login(NatsOptions::core(), &server).on_event(move |event| events.lock().unwrap().push(event)).bus();
+    let client = bus.client().await.unwrap();
+    let started = Instant::now();
+    for _ in 0..1_000 {
+        client.publish("forbidden", "".into()).await.unwrap();
+    }
+    client.flush().await.unwrap();
+    let last = "Permissions Violation for Publish to \"forbidden\"";
+    eventually(
+        "shown",
+        || matches!(bus.state(), BusState::Connected { last_error: Some(error), .. } if error == last),
+    )
+    .await;
+    pause(300).await;
+    let errors =
+        heard.lock().unwrap().iter().filter(|event| matches!(event, NatsEvent::ServerError { .. })).count();
+    let most = started.elapsed().as_millis() / 200 + 2;
+    assert!((1..=most).contains(&(errors as u128)), "{errors} reports");
+}

@@ -1,0 +1,135 @@
+//! Commands, replies and refusals that do not fit into a NATS message: what happened is known, and said.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
+use storied::store::ReadLog;
+use storied::{
+    Aggregate, Context, Decision, Event, EventStore, ExecuteError, MemoryStore, Position, Runtime, Version,
+};
+use uuid::Uuid;
+
+use crate::harness::{self, NatsServer};
+use crate::support::*;
+
+const LIMIT: usize = 8_192;
+
+#[derive(Default)]
+struct Essay;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum Write {
+    Reply { ballast: String, size: usize },
+    Refuse { size: usize },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum EssayEvent {
+    Written,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
+#[error("refused: {0}")]
+struct Refused(String);
+
+impl Event for EssayEvent {
+    const CATEGORY: &'static str = "essay";
+}
+
+impl Aggregate for Essay {
+    type Event = EssayEvent;
+    type Command = Write;
+    type Reply = String;
+    type Error = Refused;
+
+    fn handle(&self, write: &Write, _: &Context<'_>) -> Result<Decision<EssayEvent, String>, Refused> {
+        match write {
+            Write::Reply { size, .. } => Ok(Decision::event(EssayEvent::Written).reply("x".repeat(*size))),
+            Write::Refuse { size } => Err(Refused("y".repeat(*size))),
+        }
+    }
+
+    fn apply(&mut self, _: &EssayEvent) {}
+}
+
+struct Printer(Arc<AtomicU64>);
+
+impl Handler for Printer {
+    const NAME: &'static str = "test.printer";
+    type Command = usize;
+    type Reply = String;
+    type Error = Refused;
+
+    async fn handle(&self, size: &usize, _: &HandlerContext) -> Result<String, HandleError<Refused>> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok("z".repeat(*size))
+    }
+}
+
+fn reply(ballast: usize, size: usize) -> Write {
+    Write::Reply { ballast: "b".repeat(ballast), size }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_does_not_fit_into_a_message_has_a_known_outcome() {
+    let config = vec![format!("max_payload: {LIMIT}")];
+    let server = NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::core() }).await;
+    let (store, printed) = (MemoryStore::new(), Arc::new(AtomicU64::new(0)));
+    let worker = Runtime::builder().store(store.clone()).commands(nats(&server, "worker"));
+    let worker = worker.aggregate::<Essay>().handler_with(Printer(printed.clone()), HandlerOptions::new());
+    let worker = worker.start().await.unwrap();
+    let caller = Runtime::builder().store(store.clone()).commands(nats(&server, "caller"));
+    let caller = caller.start().await.unwrap();
+    let events = async || store.read_log(ReadLog::after(Position::START)).await.unwrap().events.len();
+
+    // The largest that fits, with what is around it.
+    let receipt = caller.execute::<Essay>("a", reply(LIMIT - 500, LIMIT - 500)).await.unwrap();
+    assert_eq!((receipt.reply.len(), receipt.version), (LIMIT - 500, Version::new(1)));
+
+    // A reply: the receipt says what happened, and a repetition says the same.
+    let id = Uuid::now_v7();
+    for duplicate in [false, true] {
+        let error = caller.execute::<Essay>("a", reply(0, 20_000)).command_id(id).await.unwrap_err();
+        assert!(!error.is_transient() && error.to_string().contains("took effect"), "{error}");
+        let ExecuteError::ReplyTooLarge { command_id, receipt, size, limit } = error else {
+            panic!("{error}")
+        };
+        assert_eq!((command_id, limit), (id, LIMIT));
+        assert!((20_000..20_010).contains(&size), "{size}");
+        let receipt = receipt.unwrap();
+        assert_eq!((receipt.version, receipt.events, receipt.duplicate), (Version::new(2), 1, duplicate));
+        assert_eq!(receipt.position, store.frontier().await.unwrap());
+    }
+    assert_eq!(events().await, 2);
+
+    // Of a handler: it ran once.
+    let id = Uuid::now_v7();
+    for _ in 0..2 {
+        let error = caller.command::<Printer>(20_000).command_id(id).await.unwrap_err();
+        assert!(matches!(error, ExecuteError::ReplyTooLarge { receipt: None, limit: LIMIT, .. }), "{error}");
+    }
+    assert_eq!(printed.load(Ordering::SeqCst), 1);
+
+    // A refusal: nothing happened, and that is certain.
+    let error = caller.execute::<Essay>("a", Write::Refuse { size: 20_000 }).await.unwrap_err();
+    assert!(matches!(&error, ExecuteError::Failed { reason } if reason.contains("refused: yyy")), "{error}");
+    assert!(error.to_string().len() < 2_000 && error.to_string().contains("8192"), "{error}");
+
+    // A command: it never left.
+    for size in [LIMIT, 100_000] {
+        let error = caller.execute::<Essay>("a", reply(size, 0)).await.unwrap_err();
+        assert!(!error.is_transient(), "{error}");
+        let ExecuteError::CommandTooLarge { size: found, limit } = error else { panic!("{error}") };
+        assert!(found > size && limit == LIMIT, "{found} {limit}");
+        let dispatched = caller.execute::<Essay>("a", reply(size, 0)).dispatch().await.err().unwrap();
+        assert!(matches!(dispatched, ExecuteError::CommandTooLarge { .. }), "{dispatched}");
+    }
+    assert_eq!(events().await, 2);
+    // On the node that has the aggregate nothing has to fit.
+    assert_eq!(worker.execute::<Essay>("a", reply(100_000, 100_000)).await.unwrap().reply.len(), 100_000);
+    caller.shutdown().await.unwrap();
+    worker.shutdown().await.unwrap();
+}
