@@ -108,7 +108,7 @@ async fn what_does_not_fit_into_a_message_has_a_known_outcome() {
     // Of a handler: it ran once.
     let id = Uuid::now_v7();
     for _ in 0..2 {
-        let error = caller.command::<Printer>(20_000).command_id(id).await.unwrap_err();
+        let error = caller.command::<Printer>(20_000_usize).command_id(id).await.unwrap_err();
         assert!(matches!(error, ExecuteError::ReplyTooLarge { receipt: None, limit: LIMIT, .. }), "{error}");
     }
     assert_eq!(printed.load(Ordering::SeqCst), 1);

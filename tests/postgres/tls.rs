@@ -57,6 +57,13 @@ async fn who_answers_is_verified() {
         (verified(&plain.replace("127.0.0.1", "localhost")), "not valid for name"),
         (verified(&shared.url()), "does not support TLS"),
         (verified(&mutual), "client certificate"),
+        // Certificates are named, and TLS is left to the server.
+        (format!("{}?sslrootcert={}", shared.url(), file("ca.pem")), "does not support TLS"),
+        (format!("{}?sslmode=prefer&sslrootcert={}", shared.url(), file("ca.pem")), "does not support TLS"),
+        (
+            format!("{}?sslcert={}&sslkey={}", shared.url(), file("client.pem"), file("client.key")),
+            "does not support TLS",
+        ),
     ] {
         let error = open(&wrong).await.map(drop).unwrap_err().to_string();
         assert!(error.contains(says), "{wrong}: {error}");

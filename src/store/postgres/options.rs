@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, PgSslMode};
 use sqlx::{AssertSqlSafe, ConnectOptions, SqlSafeStr};
 
 use super::super::{StoreError, StoreInfo};
@@ -80,7 +80,8 @@ impl PostgresOptions {
     }
 
     /// The database: `postgres://user:password@host:port/database`, with the parameters that sqlx knows (`sslmode`,
-    /// `sslrootcert`, …). An empty text is the same as none. Default: the environment's `DATABASE_URL`.
+    /// `sslrootcert`, …). `sslrootcert` without `sslmode`, or with `prefer`, is `verify-ca`, and `sslcert` is `require`: TLS is
+    /// not optional then. An empty text is the same as none. Default: the environment's `DATABASE_URL`.
     #[must_use]
     pub fn url(mut self, url: impl Into<String>) -> Self {
         self.url = Some(url.into()).filter(|url| !url.trim().is_empty());
@@ -276,6 +277,7 @@ impl PostgresOptions {
         })?;
         let options =
             PgConnectOptions::from_str(&url).map_err(|error| failed("reading the database URL", error))?;
+        let options = require_tls(options, &url);
         let options = options.application_name(&self.application_name).disable_statement_logging();
         if self.transaction_pooler {
             // PgBouncer refuses start-up parameters that it does not know.
@@ -289,6 +291,24 @@ impl PostgresOptions {
             ("tcp_user_timeout", statement),
         ];
         Ok(options.options(limits).options(PLANS))
+    }
+}
+
+/// Requires TLS where certificates are named: with `sslmode=prefer`, the default, a server that says that it has no TLS would get
+/// the password in clear.
+fn require_tls(options: PgConnectOptions, url: &str) -> PgConnectOptions {
+    let optional = matches!(options.get_ssl_mode(), PgSslMode::Allow | PgSslMode::Prefer);
+    let query = url.split_once('?').map_or("", |(_, query)| query);
+    let names = |keys: &[&str], variable: &str| {
+        let keys_of = |parameter: &str| parameter.split('=').next().is_some_and(|key| keys.contains(&key));
+        query.split('&').any(keys_of) || std::env::var_os(variable).is_some()
+    };
+    if optional && names(&["sslrootcert", "ssl-root-cert", "ssl-ca"], "PGSSLROOTCERT") {
+        options.ssl_mode(PgSslMode::VerifyCa)
+    } else if optional && names(&["sslcert", "ssl-cert"], "PGSSLCERT") {
+        options.ssl_mode(PgSslMode::Require)
+    } else {
+        options
     }
 }
 
