@@ -173,7 +173,8 @@ async fn a_role_has_no_other_rights() {
     let nodes = ["shop.events.order.placed", "shop.head", "shop.hint"];
     let commands = ["shop.commands.presence", "shop.commands.node.0190a000-0000-7000-8000-000000000000"];
     // What the role may publish of the above, and subscribe to.
-    let roles: [(&str, &[&[&str]], &[&[&str]]); 8] = [
+    type Subjects<'a> = &'a [&'a [&'a str]];
+    let roles: [(&str, Subjects<'_>, Subjects<'_>); 8] = [
         ("core_node", &[&nodes], &[&nodes]),
         ("jetstream_node", &[&nodes, &["$JS.API.STREAM.MSG.GET.SHOP_EVENTS"]], &[&nodes]),
         (

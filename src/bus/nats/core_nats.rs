@@ -45,16 +45,21 @@ impl CorePublisher {
         let since = connection.errors();
         self.proof.enter(connection.session());
         let send = async {
-            let mut witnesses = Vec::new();
             for (index, message) in messages.enumerate() {
                 let message = message?;
-                self.proof.listen(client, index, &message, &mut witnesses).await?;
+                let witness = self.proof.listen(client, &message).await?;
                 let Outgoing { subject, headers, body } = message;
                 let sent = client.publish_with_headers(subject, headers, body).await;
                 sent.map_err(|error| unavailable("publishing".into(), error))?;
+                let Some(witness) = witness else { continue };
+                self.echo.round_trip(client).await?;
+                // Nothing goes out after a message that was refused.
+                if let Some(subject) = self.proof.check(witness) {
+                    return Ok(Some((index, subject)));
+                }
             }
             self.echo.round_trip(client).await?;
-            Ok(self.proof.check(witnesses))
+            Ok(None)
         };
         match connection.ask(what, send).await {
             Ok(None) => Ok(()),

@@ -61,8 +61,6 @@ pub(in crate::bus::nats) struct PublishProof {
 pub(in crate::bus::nats) struct Witness {
     subject: String,
     headers: HeaderMap,
-    /// Its number among the messages that are sent together.
-    index: usize,
     messages: Subscriber,
 }
 
@@ -75,38 +73,35 @@ impl PublishProof {
         }
     }
 
-    /// Listens for a message that is about to be sent, unless its subject is proved, or is about to be.
+    /// Listens for a message that is about to be sent, unless its subject is proved.
     pub(in crate::bus::nats) async fn listen(
         &self,
         client: &Client,
-        index: usize,
         message: &Outgoing,
-        witnesses: &mut Vec<Witness>,
-    ) -> Result<(), BusError> {
+    ) -> Result<Option<Witness>, BusError> {
         let Outgoing { subject, headers, .. } = message;
-        if self.proved.contains(subject) || witnesses.iter().any(|witness| witness.subject == *subject) {
-            return Ok(());
+        if self.proved.contains(subject) {
+            return Ok(None);
         }
-        let messages = client.subscribe(subject.clone()).await;
-        let messages = messages.map_err(|error| unavailable(format!("subscribing to {subject}"), error))?;
-        let (subject, headers) = (subject.clone(), headers.clone());
-        witnesses.push(Witness { subject, headers, index, messages });
-        Ok(())
+        let failed = |error| unavailable(format!("subscribing to {subject}"), error);
+        let mut messages = client.subscribe(subject.clone()).await.map_err(failed)?;
+        // One is enough, and more would count as an overflow when nobody reads them.
+        let limited = messages.unsubscribe_after(1).await;
+        limited.map_err(|error| unavailable(format!("subscribing to {subject}"), error))?;
+        Ok(Some(Witness { subject: subject.clone(), headers: headers.clone(), messages }))
     }
 
-    /// After an echo: every message is back, or is not going to be. The first that is not: its number and subject.
-    pub(in crate::bus::nats) fn check(&mut self, witnesses: Vec<Witness>) -> Option<(usize, String)> {
-        for Witness { subject, headers, index, mut messages } in witnesses {
-            loop {
-                match unconstrained(messages.next()).now_or_never().flatten() {
-                    Some(message) if message.headers.as_ref() == Some(&headers) => break,
-                    // From another publisher.
-                    Some(_) => {}
-                    None => return Some((index, subject)),
+    /// After an echo: the message is back, or is not going to be; then this is its subject.
+    pub(in crate::bus::nats) fn check(&mut self, mut witness: Witness) -> Option<String> {
+        match unconstrained(witness.messages.next()).now_or_never().flatten() {
+            Some(message) => {
+                // That of another publisher proves nothing: the next one has to come back.
+                if message.headers.as_ref() == Some(&witness.headers) {
+                    self.proved.insert(witness.subject);
                 }
+                None
             }
-            self.proved.insert(subject);
+            None => Some(witness.subject),
         }
-        None
     }
 }
