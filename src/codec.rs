@@ -1,6 +1,7 @@
 //! How values become bytes and come back: CBOR (or JSON) payloads, the names that serde gives to variants, upcasting of old
 //! shapes. Knows nothing of events and streams.
 
+mod depth;
 #[cfg(test)]
 mod same;
 mod upcast;
@@ -14,6 +15,7 @@ use cbor4ii::serde::Deserializer;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use self::depth::Bounded;
 pub use self::upcast::Upcasters;
 pub(crate) use self::variant::{decode_variant, encode_variant, failing_field, variants_of};
 
@@ -71,7 +73,7 @@ pub struct SerializeError {
 pub(crate) fn to_cbor<T: Serialize>(value: &T) -> Result<Vec<u8>, SerializeError> {
     // Most of what is written is between 60 and 250 bytes.
     let mut bytes = Vec::with_capacity(128);
-    ciborium::into_writer(value, &mut bytes).map_err(|error| SerializeError {
+    ciborium::into_writer(&Bounded::new(value), &mut bytes).map_err(|error| SerializeError {
         type_name: std::any::type_name::<T>(),
         reason: match error {
             ciborium::ser::Error::Io(error) => error.to_string(),
@@ -144,7 +146,7 @@ pub(crate) fn decode_value(payload: &[u8], codec: Codec) -> Result<ciborium::Val
 pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<u8>, String> {
     match codec {
         Codec::Cbor => to_cbor(value).map_err(|error| error.to_string()),
-        Codec::Json => serde_json::to_vec(value).map_err(|error| error.to_string()),
+        Codec::Json => serde_json::to_vec(&Bounded::new(value)).map_err(|error| error.to_string()),
     }
 }
 
@@ -152,7 +154,7 @@ pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<
 /// order, as a `HashMap` or `HashSet` does that was made anew. A set is written as any list is, so a list in another order counts
 /// as the same. Against mistakes, not against malice. Kept on disk: it must stay what it is.
 pub(crate) fn fingerprint<T: Serialize>(value: &T) -> Result<u128, SerializeError> {
-    let value = ciborium::Value::serialized(value).map_err(|error| {
+    let value = ciborium::Value::serialized(&Bounded::new(value)).map_err(|error| {
         let ciborium::value::Error::Custom(reason) = error;
         SerializeError { type_name: std::any::type_name::<T>(), reason }
     })?;

@@ -1,6 +1,8 @@
 //! What tests of applications and of back ends need (feature `testing`).
 //!
 //! - [`given`]: an aggregate's decisions, without a runtime: `given(events).when(command).then(events)`;
+//! - [`roundtrip`]: whether events of your own can be stored and read, in both codecs;
+//! - [`shapes`]: the conformance list of what events may hold, and what a store makes of it;
 //! - [`store`]: the suite that every event store passes.
 
 #![allow(
@@ -12,7 +14,10 @@
 
 mod given;
 mod node;
+mod roundtrip;
+pub mod shapes;
 pub mod store;
 
 pub use self::given::{Given, Then, When, given};
 pub use self::node::Node;
+pub use self::roundtrip::roundtrip;

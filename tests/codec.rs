@@ -10,7 +10,7 @@ use chrono::DateTime;
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 use storied::ciborium::Value;
-use storied::event::{DecodeErrorKind, EncodeError};
+use storied::event::DecodeErrorKind;
 use storied::{
     Codec, EncodeError, Event, EventName, Filter, Metadata, NewEvent, Position, RecordedEvent, StreamId,
     Upcasters, Version,
@@ -196,6 +196,85 @@ fn errors_are_in_words() {
     for codec in [Codec::Cbor, Codec::Json] {
         let error = NewEvent::encode(&Odd::Failing(1), codec, &Metadata::default()).unwrap_err().to_string();
         assert!(error.ends_with("does not serialize: it is secret"), "{error}");
+    }
+}
+
+/// F7: every shape is read as it was written, as the list says, or refused. `testing::shapes` has the list.
+#[test]
+fn every_shape_is_read_or_refused() {
+    let (mut checked, mut wrong) = (0, Vec::new());
+    storied::testing::shapes::check(|name, codec, result| {
+        checked += 1;
+        wrong.extend(result.err().map(|error| format!("{name} in {codec}: {error}")));
+    });
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(checked >= 2 * 60, "{checked} shapes and codecs");
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+enum Tree {
+    Leaf,
+    Newtype(Box<Tree>),
+    List(Vec<Tree>, u8),
+    Struct { next: Option<Box<Tree>> },
+}
+
+impl Event for Tree {
+    const CATEGORY: &'static str = "tree";
+}
+
+/// F7: a value that one codec refuses for its depth, the other refuses as well, and what is written can be read.
+#[test]
+fn nesting_has_one_limit() {
+    let grow: [fn(Tree) -> Tree; 3] = [
+        |tree| Tree::Newtype(Box::new(tree)),
+        |tree| Tree::List(vec![tree], 1),
+        |tree| Tree::Struct { next: Some(Box::new(tree)) },
+    ];
+    for grow in grow {
+        let (mut tree, mut stored, mut refused) = (Tree::Leaf, 0, 0);
+        for _ in 0..150 {
+            let [cbor, json] = [Codec::Cbor, Codec::Json]
+                .map(|codec| NewEvent::encode(&tree, codec, &Metadata::default()).map(|new| (new, codec)));
+            assert_eq!(cbor.is_ok(), json.is_ok(), "{cbor:?} {json:?}");
+            refused += usize::from(cbor.is_err());
+            for (new, codec) in [cbor, json].into_iter().flatten() {
+                assert_eq!(recorded("tree", new, codec).decode::<Tree>().unwrap(), tree);
+                stored += 1;
+            }
+            tree = grow(tree);
+        }
+        assert!(stored > 60 && refused > 20, "{stored} stored, {refused} refused");
+    }
+}
+
+/// Bytes from outside end neither the process nor the stack, however deep they are.
+#[test]
+fn bytes_of_any_depth_are_refused() {
+    let cbor: [&[u8]; 9] = [
+        b"\x81",
+        b"\x9f",
+        b"\xa1\x61a",
+        b"\xbf\x61a",
+        b"\xc1",
+        b"\xa1\x67Newtype",
+        b"\xa1\x64List\x82\x81",
+        b"\xa1\x66Struct\xa1\x64next",
+        b"\xa1\x66Struct\xa1\x65other\x81",
+    ];
+    let json: [&[u8]; 4] = [b"[", b"{\"a\":", b"{\"Newtype\":", b"{\"Struct\":{\"next\":"];
+    let inputs = cbor.map(|unit| (Codec::Cbor, unit)).into_iter().chain(json.map(|unit| (Codec::Json, unit)));
+    for (codec, unit) in inputs {
+        for times in [100, 130, 250, 300, 100_000] {
+            let bytes = unit.repeat(times);
+            assert!(codec.decode_value(&bytes).is_err(), "{codec} {unit:?} {times}");
+            for name in ["tree.Newtype", "tree.List", "tree.Struct"] {
+                let event = stored("tree", name, &bytes);
+                assert!(RecordedEvent { codec, ..event }.decode::<Tree>().is_err());
+            }
+            let metadata = RecordedEvent { metadata: bytes.into(), ..stored("tree", "tree.Leaf", &[0xf6]) };
+            assert!(metadata.decode_metadata().is_err());
+        }
     }
 }
 

@@ -25,7 +25,7 @@ pub(crate) fn encode_variant<E: Serialize>(
     Ok(match codec {
         Codec::Cbor => split_cbor(super::to_cbor(event)?),
         Codec::Json => split_json(
-            serde_json::to_vec(event)
+            serde_json::to_vec(&super::Bounded::new(event))
                 .map_err(|error| SerializeError { type_name: type_name::<E>(), reason: error.to_string() })?,
         ),
     })

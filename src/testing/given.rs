@@ -3,9 +3,10 @@ use std::fmt::Debug;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
+use super::roundtrip::{ReadBack, read_back};
 use crate::aggregate::{Aggregate, Context, Decision};
 use crate::codec::Codec;
-use crate::event::{Event, EventTypes, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
+use crate::event::{Event, Metadata, StreamId, Version};
 
 /// Starts a test of an aggregate without a runtime: what has happened to it.
 ///
@@ -45,7 +46,7 @@ pub fn given<A: Aggregate>(events: impl IntoIterator<Item = A::Event>) -> Given<
     };
     for event in events {
         given.version = given.version.next();
-        given.state.apply(&stored(&event, given.version));
+        given.state.apply(&stored(&event));
     }
     given
 }
@@ -97,7 +98,7 @@ impl<A: Aggregate> Given<A> {
         let stream = StreamId::new(A::Event::CATEGORY, &self.id).expect("a valid category and id");
         let context = Context::new(&stream, self.version, self.command_id, &self.metadata, self.now);
         let decision = self.state.handle(&command, &context);
-        When { state: self.state, version: self.version, decision }
+        When { state: self.state, decision }
     }
 }
 
@@ -105,7 +106,6 @@ impl<A: Aggregate> Given<A> {
 #[derive(Debug)]
 pub struct When<A: Aggregate> {
     state: A,
-    version: Version,
     decision: Result<Decision<A::Event, A::Reply>, A::Error>,
 }
 
@@ -119,13 +119,12 @@ impl<A: Aggregate> When<A> {
         A::Event: PartialEq + Debug,
     {
         let expected: Vec<_> = expected.into_iter().collect();
-        let Self { mut state, mut version, decision } = self;
+        let Self { mut state, decision } = self;
         let decision =
             decision.unwrap_or_else(|error| panic!("expected {expected:?}, but it was refused: {error}"));
         assert_eq!(decision.events, expected, "the aggregate decided otherwise than expected");
         for event in &decision.events {
-            version = version.next();
-            let stored = stored(event, version);
+            let stored = stored(event);
             assert_eq!(&stored, event, "the event comes out of the store differently from how it went in");
             state.apply(&stored);
         }
@@ -170,21 +169,11 @@ pub struct Then<A: Aggregate> {
     pub reply: A::Reply,
 }
 
-fn stored<E: Event>(event: &E, version: Version) -> E {
-    let stream = StreamId::new(E::CATEGORY, "test").expect("a valid category");
-    let types = EventTypes::of::<E>().expect("an event enum");
-    let new = NewEvent::encode(event, Codec::Cbor, &Metadata::default()).expect("the event can be stored");
-    let recorded = RecordedEvent {
-        id: new.id,
-        stream,
-        version,
-        position: Position::new(version.get()),
-        name: new.name,
-        codec: Codec::Cbor,
-        payload: new.payload,
-        command_id: new.command_id,
-        metadata: new.metadata,
-        recorded_at: DateTime::UNIX_EPOCH,
-    };
-    types.decode(&recorded).unwrap_or_else(|error| panic!("the event cannot be read back: {error}"))
+fn stored<E: Event>(event: &E) -> E {
+    match read_back(event, Codec::Cbor) {
+        ReadBack::Event(read) => read,
+        ReadBack::Refused(reason) | ReadBack::Unreadable(reason) => {
+            panic!("the event cannot be stored: {reason}")
+        }
+    }
 }
