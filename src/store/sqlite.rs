@@ -216,7 +216,8 @@ impl SqliteOptions {
 }
 
 /// An event store in a SQLite file. Clones are handles to the same connections; several processes may open the same file
-/// (not over a network file system).
+/// (not over a network file system). Not for tests with paused time, whose clock jumps while SQLite's threads work: use
+/// [`MemoryStore`](super::MemoryStore) there.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), storied::StoreError> {
