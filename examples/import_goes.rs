@@ -152,7 +152,10 @@ async fn run() -> Result<(), Failure> {
         .close()
         .await?;
     let from = PgPool::connect(from).await?;
-    let options = PostgresOptions::new().url(to).acquire_timeout(Duration::from_secs(2));
+    let options = PostgresOptions::new()
+        .url(to)
+        .acquire_timeout(Duration::from_secs(2))
+        .connect_timeout(Duration::from_secs(2));
     let to = options.connect().await.map_err(|error| format!("TO cannot be opened: {error}"))?;
     Ok(writeln!(stdout(), "{} events imported", import(&from, &to).await?)?)
 }

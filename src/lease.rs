@@ -1,6 +1,7 @@
 //! Holding a lease: taking it, renewing it in the background, noticing its loss, giving it back; and seeing all of them.
 
 mod board;
+mod renewals;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -11,8 +12,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use uuid::Uuid;
 
 pub(crate) use self::board::{Board, Sight, View};
+pub(crate) use self::renewals::Renewals;
 use crate::invalid_option::{DAY, InvalidOption, within};
-use crate::store::{EventStore, Lease, StoreError};
+use crate::store::{EventStore, Lease, LeaseInfo, StoreError};
 use crate::supervised::Task;
 use crate::telemetry::Metrics;
 
@@ -35,16 +37,18 @@ pub(crate) struct HeldLease {
 }
 
 impl HeldLease {
-    /// Takes the lease `name` for `owner`, if it is free or `owner`'s already.
+    /// Takes the lease `name` for `owner`, if it is free or `owner`'s already; or if it is still as it was when it was found to be
+    /// `abandoned`.
     pub(crate) async fn take(
         store: &Arc<dyn EventStore>,
         name: &str,
         owner: Uuid,
         ttl: Duration,
+        abandoned: Option<&LeaseInfo>,
         metrics: &Metrics,
     ) -> Result<Option<Self>, StoreError> {
         let asked = Instant::now();
-        let Some(lease) = store.acquire_lease(name, owner, ttl).await? else { return Ok(None) };
+        let Some(lease) = acquire(&**store, name, owner, ttl, abandoned).await? else { return Ok(None) };
         let (sender, sure) = watch::channel(Some(asked + ttl));
         metrics.lease(name, "acquired");
         let end = End { name: name.to_owned(), change: "lost", metrics: metrics.clone() };
@@ -96,6 +100,28 @@ impl HeldLease {
             tracing::warn!(lease = lease.name, %error, "a lease could not be given back; it runs out by itself");
         }
     }
+}
+
+/// Acquires the lease `name`, or takes it over if it is still as it was when it was found to be `abandoned`.
+pub(crate) async fn acquire(
+    store: &dyn EventStore,
+    name: &str,
+    owner: Uuid,
+    ttl: Duration,
+    abandoned: Option<&LeaseInfo>,
+) -> Result<Option<Lease>, StoreError> {
+    if let Some(lease) = store.acquire_lease(name, owner, ttl).await? {
+        return Ok(Some(lease));
+    }
+    let Some(seen) = abandoned else { return Ok(None) };
+    let taken = store.take_over_lease(seen, owner, ttl).await?;
+    if taken.is_some() {
+        tracing::warn!(
+            lease = name, holder = %seen.lease.owner, expires_at = %seen.expires_at, ttl = ?seen.ttl,
+            "took over a lease that was not renewed for its TTL: the clock that wrote its expiry was ahead"
+        );
+    }
+    Ok(taken)
 }
 
 /// Counts the end: a lease that was not given back is lost, whoever has it next.

@@ -57,18 +57,21 @@ mod future;
 mod fuzz;
 mod invalid_option;
 mod lease;
+mod outage;
 mod panic;
 mod partition;
 pub mod projection;
 pub mod publisher;
 mod rate_limit;
 pub mod runtime;
+mod startup;
 pub mod store;
 mod supervised;
 mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
+mod transient;
 
 pub use ciborium;
 

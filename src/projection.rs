@@ -37,6 +37,7 @@ mod start;
 mod start_position;
 mod state_claim;
 mod status;
+mod time_limit;
 mod worker;
 
 use std::error::Error;
@@ -66,6 +67,7 @@ pub(crate) use self::state_claim::{SharedState, StateClaim};
 pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
 pub(crate) use self::worker::Surroundings;
 use crate::event::{EncodeError, Position, RecordedEvent};
+use crate::outage;
 use crate::partition::Partition;
 use crate::store::{
     BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, Filter, ParkedEvent, StoreError,
@@ -78,9 +80,10 @@ use crate::store::{
 /// model [can](ReadModel::rolls_back), and what went before is applied again. So `apply` keeps what it writes in the
 /// transaction; what it keeps in `self` is a cache at most.
 ///
-/// An error says nothing about the event when the database of a SQL read model is away or busy, or when it is a
-/// [`TargetUnavailable`]: itself, or as the [source](Error::source) of an error of the user's own. That is tried again for as
-/// long as it takes.
+/// A transient error says nothing about the event: the projection retries without a limit, and its status shows the error. Transient
+/// are a database that is away or busy, a failed network connection, storied's own transient errors (as
+/// [`ExecuteError::is_transient`](crate::ExecuteError::is_transient), or a runtime that shuts down), and a [`TargetUnavailable`]: itself, or as
+/// the [source](Error::source) of an error of the user's own.
 pub trait Projection: Send + 'static {
     /// What `apply` writes through: see the table of the [module](self).
     type Transaction: Send;
@@ -168,12 +171,13 @@ pub trait ReadModel: Send + Sync + 'static {
     /// Whether a rollback undoes what was written. Where it does not, the events before a failing one stay applied.
     fn rolls_back(&self) -> bool;
 
-    /// Whether `apply` failed because the read model cannot be reached just now, and not because of the event. It is then
-    /// tried again for as long as it takes. Users wrap errors, so what caused it counts as well. The default blames the
-    /// event; a [`TargetUnavailable`] is an outage on every read model, and not asked about here.
+    /// Whether `apply` failed for a reason that does not last and that the event is not to blame for. It is retried without a limit
+    /// then. Users wrap errors, so the causes count as well.
+    ///
+    /// The default knows the transient errors of storied, of sqlx and of the network. Those count on every read model, as a
+    /// [`TargetUnavailable`] does: an implementation adds those of its own driver.
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        let _ = error;
-        false
+        outage::is_outage(error)
     }
 
     /// The snapshots that it keeps of what it holds in memory, on a read model that every node has [for itself](Self::shared). None
@@ -207,6 +211,21 @@ pub trait ReadModel: Send + Sync + 'static {
 
     /// Opens a transaction. `from` is the checkpoint, with the epoch of the owner who asks.
     fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Self::Open, StoreError>>;
+
+    /// As [`begin`](Self::begin), for a transaction that is given up after `limit`: the database ends it by itself then, also when it
+    /// is cut off from this process. The default [bounds](Self::bound) its statements.
+    fn begin_within<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        limit: Duration,
+    ) -> BoxFuture<'a, Result<Self::Open, StoreError>> {
+        Box::pin(async move {
+            let mut open = self.begin(name, from).await?;
+            self.bound(&mut open, limit).await?;
+            Ok(open)
+        })
+    }
 
     /// What the user writes through.
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Self::Transaction;

@@ -27,7 +27,7 @@ use crate::command::{
 };
 use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
-use crate::invalid_option::InvalidOption;
+use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::lease::Board;
 use crate::partition;
 use crate::projection::{
@@ -35,6 +35,7 @@ use crate::projection::{
     Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
+use crate::startup::{self, START_TIMEOUT};
 use crate::store::{
     EventStore, IntoEventStore, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
 };
@@ -84,6 +85,7 @@ pub struct Builder {
     handlers: Vec<HandlerRegistration>,
     feed: FeedOptions,
     projections: Vec<ProjectionRegistration>,
+    start_timeout: Duration,
     #[cfg(feature = "otel")]
     telemetry: Option<Telemetry>,
 }
@@ -434,11 +436,20 @@ impl Builder {
         self
     }
 
+    /// How long [`start`](Self::start) waits for a store that cannot be reached, as while its server restarts. Each attempt that fails is
+    /// a log line; an error that lasts ends the start at once. Default: 30 s. Range: at most
+    /// 1 day; zero is one attempt.
+    pub fn start_timeout(mut self, limit: Duration) -> Self {
+        self.start_timeout = limit;
+        self
+    }
+
     /// Starts everything, in order: store, bus, publisher, projections, and the intake of commands last. Must be called
     /// within a tokio runtime.
     ///
     /// # Errors
-    /// When something is missing or contradictory, or the store cannot be used. Nothing runs then.
+    /// When something is missing or contradictory, or the store cannot be used, or not be reached within
+    /// [`start_timeout`](Self::start_timeout). Nothing runs then.
     pub async fn start(self) -> Result<Runtime, StartError> {
         let store = self.store.ok_or(StartError::NoStore)?;
         // Everything that can be wrong with what was registered, before anything runs.
@@ -462,12 +473,13 @@ impl Builder {
                 return Err(StartError::SameProjection { name: name.clone() });
             }
         }
+        within("Builder::start_timeout", self.start_timeout, Duration::ZERO..=DAY)?;
         self.publisher.validate()?;
         self.feed.validate()?;
         commands::check(&self.handlers)?;
         self.bus.check()?;
         self.commands.check()?;
-        store.frontier().await?;
+        startup::wait_for("reading how far the log goes", self.start_timeout, || store.frontier()).await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, &*self.bus).await?);
@@ -545,6 +557,7 @@ impl Runtime {
             commands: CommandBus::local(),
             handlers: Vec::new(),
             projections: Vec::new(),
+            start_timeout: START_TIMEOUT,
             #[cfg(feature = "otel")]
             telemetry: None,
         }

@@ -288,6 +288,15 @@ pub trait EventStore: Send + Sync + 'static {
         ttl: std::time::Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
 
+    /// Takes a lease over from another owner, if it is still exactly as it was `seen`: same epoch, same expiry. For one that its owner
+    /// does not renew any more although the store's clock says that it is live, because that clock was ahead when it was written.
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
+
     /// Prolongs a lease that is still one's own (same owner and epoch, not taken by another since).
     fn renew_lease<'a>(
         &'a self,

@@ -91,6 +91,14 @@ impl<C> Inbox<C> {
         *self.stop.borrow() || self.stop.has_changed().is_err()
     }
 
+    /// Waits until the work is to end, apart from what else the task hears.
+    pub(crate) fn stop_signal(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut stop = self.stop.clone();
+        async move {
+            let _ = stop.wait_for(|stop| *stop).await;
+        }
+    }
+
     /// Waits until the work is to end. Cancel-safe.
     pub(crate) async fn stopping(&mut self) {
         let _ = self.stop.wait_for(|stop| *stop).await;

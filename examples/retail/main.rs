@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use sqlx::Connection;
 use sqlx::postgres::PgPoolOptions;
 use storied::bus::JetStreamOptions;
-use storied::projection::{ProjectionState, WaitError};
+use storied::projection::WaitError;
 use storied::runtime::Builder;
 use storied::{
     AggregateOptions, EventStore, NatsBus, NatsOptions, Position, PostgresOptions, PostgresReadModel,
@@ -236,9 +236,7 @@ async fn caught_up(runtime: &Runtime, position: Position) -> Result<(), Failure>
         loop {
             match projection.caught_up_to_within(position, Duration::from_secs(1)).await {
                 Ok(()) => break,
-                Err(WaitError::TimedOut { .. }) if projection.status().state == ProjectionState::Paused => {
-                    return Err(Failure::Paused(name));
-                }
+                Err(WaitError::Paused { .. }) => return Err(Failure::Paused(name)),
                 Err(WaitError::TimedOut { .. }) if Instant::now() < give_up => {}
                 Err(error) => return Err(error.into()),
             }

@@ -320,7 +320,8 @@ CREATE TABLE storied.leases (
     name       text        PRIMARY KEY,
     owner      uuid        NOT NULL,
     epoch      bigint      NOT NULL,                             -- grows with every new owner
-    expires_at timestamptz NOT NULL                              -- 1970: given back
+    expires_at timestamptz NOT NULL,                             -- 1970: given back
+    ttl        bigint      NOT NULL                              -- microseconds: how long a holder that lives leaves it unchanged
 );
 
 CREATE TABLE storied.snapshots (

@@ -43,7 +43,8 @@ CREATE TABLE storied_leases (
     name       TEXT    NOT NULL PRIMARY KEY,
     owner      BLOB    NOT NULL,              -- UUID, 16 bytes
     epoch      INTEGER NOT NULL,              -- grows with every new owner
-    expires_at INTEGER NOT NULL               -- microseconds since 1970; 0: given back
+    expires_at INTEGER NOT NULL,              -- microseconds since 1970; 0: given back
+    ttl        INTEGER NOT NULL               -- microseconds: how long a holder that lives leaves it unchanged
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE storied_snapshots (

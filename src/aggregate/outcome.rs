@@ -1,4 +1,6 @@
 use std::borrow::Cow;
+use std::error::Error;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +10,7 @@ use uuid::Uuid;
 use crate::command_id::{self, IdAhead};
 use crate::event::{DecodeError, EncodeError, Position, StreamId, Version};
 use crate::store::{CommandEvents, ExpectedVersion, StoreError};
+use crate::transient::Transient;
 
 /// The answer to a command that took effect: what it says is durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,14 +56,12 @@ impl Receipt {
 }
 
 /// Why a command got no receipt.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ExecuteError<E> {
     /// The aggregate refused; nothing happened.
-    #[error(transparent)]
     Rejected(E),
     /// The aggregate was not at the version that the caller asked for; nothing happened.
-    #[error("{stream} was expected at {expected}, and is at version {actual}")]
     ExpectedVersion {
         /// Which aggregate.
         stream: StreamId,
@@ -70,7 +71,6 @@ pub enum ExecuteError<E> {
         actual: Version,
     },
     /// Others wrote to the aggregate's stream each time before this command could; nothing happened.
-    #[error("gave up after {attempts} attempts, because others kept writing to {stream}; try again later")]
     Contended {
         /// Which aggregate.
         stream: StreamId,
@@ -78,7 +78,6 @@ pub enum ExecuteError<E> {
         attempts: u32,
     },
     /// A limit is reached; nothing happened.
-    #[error("overloaded: {limit} {what} are the limit; try again later")]
     Overloaded {
         /// Of what there are too many.
         what: Cow<'static, str>,
@@ -86,7 +85,6 @@ pub enum ExecuteError<E> {
         limit: usize,
     },
     /// The user's code panicked. If it did so while deciding, nothing happened.
-    #[error("the aggregate {stream} panicked: {message}")]
     Panicked {
         /// Which aggregate.
         stream: StreamId,
@@ -94,25 +92,18 @@ pub enum ExecuteError<E> {
         message: String,
     },
     /// The aggregate cannot be folded: a stored event does not decode. Nothing happened.
-    #[error(transparent)]
-    Unreadable(#[from] DecodeError),
+    Unreadable(DecodeError),
     /// An event or reply that the aggregate produced cannot be stored; nothing happened.
-    #[error(transparent)]
-    Unwritable(#[from] EncodeError),
+    Unwritable(EncodeError),
     /// The id cannot name a stream; nothing happened.
-    #[error("{reason}")]
     InvalidId {
         /// What is wrong with it.
         reason: String,
     },
     /// The store failed; nothing happened.
-    #[error(transparent)]
     Store(StoreError),
     /// There was no answer in time, or the store could not say whether its commit happened. The command may have taken
     /// effect, or may still: dispatch it again with the same id, and it is answered with the first receipt if it had.
-    #[error(
-        "it is unknown whether command {command_id} took effect: {reason}; dispatch it again with the same id to find out"
-    )]
     OutcomeUnknown {
         /// The command.
         command_id: Uuid,
@@ -121,10 +112,6 @@ pub enum ExecuteError<E> {
     },
     /// The command took effect on another node, and its reply does not fit into a NATS message. Repeating it gives the same
     /// answer: read the result from a read model, make replies smaller, or raise the server's `max_payload`.
-    #[error(
-        "command {command_id} took effect, but its reply of {size} bytes does not fit into a NATS message (limit {limit} \
-         bytes); read the result from a read model"
-    )]
     ReplyTooLarge {
         /// The command.
         command_id: Uuid,
@@ -137,10 +124,6 @@ pub enum ExecuteError<E> {
     },
     /// The command does not fit into a NATS message, and this node cannot execute it itself; it was not sent, and nothing
     /// happened.
-    #[error(
-        "the command has {size} bytes and does not fit into a NATS message (limit {limit} bytes); make it smaller, or raise \
-         the server's max_payload"
-    )]
     CommandTooLarge {
         /// Bytes of the command with its metadata.
         size: usize,
@@ -149,9 +132,6 @@ pub enum ExecuteError<E> {
     },
     /// No node that can be reached handles such commands; nothing happened. Right behind an outage of NATS it may also be that
     /// those that do are not back yet.
-    #[error(
-        "nobody handles commands for {name:?}; register the aggregate or handler with Runtime::builder() on a node that runs"
-    )]
     NoHandler {
         /// The aggregate's category, or the handler's name.
         name: &'static str,
@@ -161,19 +141,16 @@ pub enum ExecuteError<E> {
     },
     /// The command bus is not connected, or the nodes that it reaches were shutting down, and this node cannot execute the
     /// command itself; nothing happened, and nothing is kept to happen later.
-    #[error("the command bus is unavailable: {reason}")]
     Unavailable {
         /// What is missing.
         reason: String,
     },
     /// Whoever could have executed the command would not (a filter, a hook, no place, no time left); nothing happened.
-    #[error("the command was refused: {reason}")]
     Refused {
         /// Who refused, and why.
         reason: String,
     },
     /// The command was to wait for a projection that this node does not run; nothing happened.
-    #[error("there is no projection {name:?}; {}", node_runs(known))]
     UnknownProjection {
         /// The name asked for.
         name: String,
@@ -181,18 +158,12 @@ pub enum ExecuteError<E> {
         known: Vec<String>,
     },
     /// Another command has this id; nothing happened because of this one. An id belongs to one command with one content.
-    #[error(
-        "command id {command_id} belongs to a command with another content; give every command an id of its own"
-    )]
     SameId {
         /// The id.
         command_id: Uuid,
     },
     /// The time in the command's id, a UUIDv7, is more than a minute ahead of the clock of the node that was to execute it;
     /// nothing happened.
-    #[error(
-        "invalid command id {command_id}: its time, {claimed}, is more than 1 minute ahead of the clock of the node that executes it, {now}; make a new id, or correct the clock that is wrong"
-    )]
     IdAhead {
         /// The id.
         command_id: Uuid,
@@ -202,19 +173,103 @@ pub enum ExecuteError<E> {
         now: DateTime<Utc>,
     },
     /// The node that owns the aggregate or handler could not execute the command; nothing happened.
-    #[error("the command failed on its node: {reason}")]
     Failed {
         /// What that node said.
         reason: String,
     },
     /// This runtime is shutting down and takes no commands; nothing happened. Another one may.
-    #[error("the runtime is shutting down and takes no more commands")]
     ShuttingDown,
     /// The tokio runtime in which this node was started has ended, and the node with it; nothing happened.
-    #[error(
-        "the tokio runtime in which this node was started has ended; start a new node with Runtime::builder() in a tokio runtime that lives as long"
-    )]
     ExecutorEnded,
+}
+
+impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rejected(error) => error.fmt(f),
+            Self::ExpectedVersion { stream, expected, actual } => {
+                write!(f, "{stream} was expected at {expected}, and is at version {actual}")
+            }
+            Self::Contended { stream, attempts } => write!(
+                f,
+                "gave up after {attempts} attempts, because others kept writing to {stream}; try again later"
+            ),
+            Self::Overloaded { what, limit } => {
+                write!(f, "overloaded: {limit} {what} are the limit; try again later")
+            }
+            Self::Panicked { stream, message } => write!(f, "the aggregate {stream} panicked: {message}"),
+            Self::Unreadable(error) => error.fmt(f),
+            Self::Unwritable(error) => error.fmt(f),
+            Self::InvalidId { reason } => f.write_str(reason),
+            Self::Store(error) => error.fmt(f),
+            Self::OutcomeUnknown { command_id, reason } => write!(
+                f,
+                "it is unknown whether command {command_id} took effect: {reason}; dispatch it again with the same id to find out"
+            ),
+            Self::ReplyTooLarge { command_id, size, limit, .. } => write!(
+                f,
+                "command {command_id} took effect, but its reply of {size} bytes does not fit into a NATS message (limit {limit} \
+                 bytes); read the result from a read model"
+            ),
+            Self::CommandTooLarge { size, limit } => write!(
+                f,
+                "the command has {size} bytes and does not fit into a NATS message (limit {limit} bytes); make it smaller, or raise \
+                 the server's max_payload"
+            ),
+            Self::NoHandler { name, .. } => write!(
+                f,
+                "nobody handles commands for {name:?}; register the aggregate or handler with Runtime::builder() on a node that runs"
+            ),
+            Self::Unavailable { reason } => write!(f, "the command bus is unavailable: {reason}"),
+            Self::Refused { reason } => write!(f, "the command was refused: {reason}"),
+            Self::UnknownProjection { name, known } => {
+                write!(f, "there is no projection {name:?}; {}", node_runs(known))
+            }
+            Self::IdAhead { command_id, claimed, now } => write!(
+                f,
+                "invalid command id {command_id}: its time, {claimed}, is more than 1 minute ahead of the clock of the node that executes it, {now}; make a new id, or correct the clock that is wrong"
+            ),
+            Self::SameId { command_id } => write!(
+                f,
+                "command id {command_id} belongs to a command with another content; give every command an id of its own"
+            ),
+            Self::Failed { reason } => write!(f, "the command failed on its node: {reason}"),
+            Self::ExecutorEnded => f.write_str(
+                "the tokio runtime in which this node was started has ended; start a new node with Runtime::builder() in a tokio runtime that lives as long",
+            ),
+            Self::ShuttingDown => f.write_str("the runtime is shutting down and takes no more commands"),
+        }
+    }
+}
+
+/// The cause of a transient error says that it is one: the type of this error depends on the aggregate, and is hidden by an error that
+/// hands on only the causes.
+impl<E: Error + 'static> Error for ExecuteError<E> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Rejected(error) => error.source(),
+            Self::Unreadable(error) => error.source(),
+            Self::Unwritable(error) => error.source(),
+            Self::Store(StoreError::Storage { .. }) | Self::ShuttingDown | Self::ExecutorEnded => {
+                Some(&Transient)
+            }
+            error if error.is_transient() => Some(&Transient),
+            Self::Store(error) => error.source(),
+            _ => None,
+        }
+    }
+}
+
+impl<E> From<DecodeError> for ExecuteError<E> {
+    fn from(error: DecodeError) -> Self {
+        Self::Unreadable(error)
+    }
+}
+
+impl<E> From<EncodeError> for ExecuteError<E> {
+    fn from(error: EncodeError) -> Self {
+        Self::Unwritable(error)
+    }
 }
 
 impl<E> ExecuteError<E> {

@@ -9,8 +9,9 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
+use super::renewals::Renewals;
 use crate::backoff::Backoff;
-use crate::store::{EventStore, StoreError};
+use crate::store::{EventStore, LeaseInfo, StoreError};
 use crate::supervised::Task;
 
 /// How often it looks at most.
@@ -23,12 +24,14 @@ const SLOWEST: Duration = Duration::from_millis(250);
 const EACH: Duration = Duration::from_millis(25);
 
 /// A lease as the board has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Posted {
     pub(crate) owner: Uuid,
     pub(crate) epoch: u64,
-    /// Whether somebody holds it, by the store's clock.
+    /// Whether it is held: live by the store's clock, and renewed.
     pub(crate) live: bool,
+    /// The lease as it was seen, if it is live by the store's clock but nothing renews it: then it can be taken over.
+    pub(crate) abandoned: Option<LeaseInfo>,
 }
 
 /// What the watcher saw last.
@@ -46,6 +49,11 @@ impl View {
     /// Who holds the lease, if anybody.
     pub(crate) fn owner(&self, lease: &str) -> Option<Uuid> {
         self.leases.get(lease).filter(|posted| posted.live).map(|posted| posted.owner)
+    }
+
+    /// The lease as it was seen, if it can be taken over although the store's clock says that it is live.
+    pub(crate) fn abandoned(&self, lease: &str) -> Option<&LeaseInfo> {
+        self.leases.get(lease)?.abandoned.as_ref()
     }
 
     fn same(&self, other: &Self) -> bool {
@@ -125,6 +133,7 @@ async fn look(
     hint: Arc<Notify>,
 ) {
     let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(2));
+    let mut renewals = Renewals::default();
     loop {
         let Some(wait) = *every.borrow_and_update() else {
             // An error says that nobody is left who could want to know.
@@ -133,7 +142,7 @@ async fn look(
             }
             continue;
         };
-        match see(&*store).await {
+        match see(&*store, &mut renewals).await {
             Ok(view) => {
                 backoff.succeeded();
                 sight.send_if_modified(|sight| {
@@ -160,11 +169,13 @@ async fn look(
     }
 }
 
-async fn see(store: &dyn EventStore) -> Result<View, StoreError> {
+async fn see(store: &dyn EventStore, renewals: &mut Renewals) -> Result<View, StoreError> {
     let asked = Instant::now();
     let leases = store.leases().await?.into_iter().map(|info| {
-        let posted = Posted { owner: info.lease.owner, epoch: info.lease.epoch, live: info.live };
-        (info.lease.name, posted)
+        let abandoned = renewals.is_abandoned(&info);
+        let (owner, epoch, live) = (info.lease.owner, info.lease.epoch, info.live && !abandoned);
+        let name = info.lease.name.clone();
+        (name, Posted { owner, epoch, live, abandoned: abandoned.then_some(info) })
     });
     let leases = leases.collect();
     Ok(View { asked, leases, paused: store.paused().await? })

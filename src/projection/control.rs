@@ -3,6 +3,7 @@ use std::time::Duration;
 use ractor::RpcReplyPort;
 
 use crate::event::{Position, RecordedEvent};
+use crate::outage::is_store_outage;
 use crate::store::StoreError;
 
 /// What a projection is told.
@@ -75,4 +76,15 @@ pub enum ControlError {
     /// The store or the read model failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl ControlError {
+    /// Whether the same call may succeed later without an operator's help.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Store(error) => is_store_outage(error),
+            Self::Overloaded { .. } | Self::TimedOut { .. } | Self::Stopped { .. } => true,
+            _ => false,
+        }
+    }
 }

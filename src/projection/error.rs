@@ -2,6 +2,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use crate::event::Position;
+use crate::outage::is_store_outage;
 use crate::store::StoreError;
 
 /// What a failing [`Projection::apply`](super::Projection::apply) says; boxed, so that `?` works on every error.
@@ -35,13 +36,6 @@ impl TargetUnavailable {
 #[error("this projection does not implement reset")]
 pub(super) struct NoReset;
 
-/// An error and what caused it, down to the first cause.
-pub(super) fn causes<'a>(
-    error: &'a (dyn Error + 'static),
-) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
-    std::iter::successors(Some(error), |&error| error.source())
-}
-
 /// Why a projection has not applied what somebody waits for.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -49,6 +43,20 @@ pub enum WaitError {
     /// It may still do so. This says nothing about the command that wrote the event.
     #[error("projection {name} has not come to position {wanted} within {waited:?}; it is at {reached}")]
     TimedOut {
+        /// The projection.
+        name: String,
+        /// What was waited for.
+        wanted: Position,
+        /// How far it was.
+        reached: Position,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// It is paused, and was not resumed within the time of the wait. This says nothing about the command that wrote the event.
+    #[error(
+        "projection {name} is paused at position {reached} and has not come to position {wanted} within {waited:?}; resume it"
+    )]
+    Paused {
         /// The projection.
         name: String,
         /// What was waited for.
@@ -87,4 +95,17 @@ pub enum WaitError {
     /// The end of the log could not be found out.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl WaitError {
+    /// Whether the same wait may succeed later without an operator's help.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Store(error) => is_store_outage(error),
+            Self::TimedOut { .. } | Self::Paused { .. } | Self::NotStarted { .. } | Self::Stopped { .. } => {
+                true
+            }
+            Self::Failed { .. } => false,
+        }
+    }
 }

@@ -132,7 +132,10 @@ impl Group {
             if view.owner(&name).is_some_and(|owner| owner != self.node) {
                 continue;
             }
-            match HeldLease::take(&self.store, &name, self.node, self.lease, &self.metrics).await {
+            let abandoned = view.abandoned(&name);
+            let taken =
+                HeldLease::take(&self.store, &name, self.node, self.lease, abandoned, &self.metrics).await;
+            match taken {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = self.name,

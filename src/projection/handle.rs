@@ -108,8 +108,18 @@ impl ProjectionHandle {
         let reached = try_join_all((0..self.count()).map(|part| self.reached(part, position)));
         let waited = timeout_at(after(patience), reached).await;
         waited.map(|reached| reached.map(drop)).unwrap_or_else(|_| {
-            let reached = self.status().position;
-            Err(WaitError::TimedOut { name: name(), wanted: position, reached, waited: patience })
+            let status = self.status();
+            let (name, wanted, reached, waited) = (name(), position, status.position, patience);
+            // In partitions, one that is paused is enough to wait for.
+            let paused = self.parts.iter().any(|part| {
+                let part = part.status.borrow();
+                part.state == ProjectionState::Paused && part.position < position
+            });
+            Err(if paused {
+                WaitError::Paused { name, wanted, reached, waited }
+            } else {
+                WaitError::TimedOut { name, wanted, reached, waited }
+            })
         })
     }
 

@@ -15,6 +15,7 @@ use super::request::{Answer, Request};
 use super::shape::{Row, Shape, Versions};
 use super::worker::Role;
 use crate::event::Position;
+use crate::lease::{self, Renewals};
 use crate::partition::Partition;
 use crate::store::{EventStore, LeaseInfo, ParkedEvent, StoreError};
 
@@ -307,16 +308,25 @@ impl Operator {
     /// Makes the nodes look again at everything that concerns the projection.
     async fn call(&self, name: &str) -> Result<(), StoreError> {
         let order = Shape::whole(name).order();
-        let give_up = Instant::now() + ORDER;
+        // Long enough to see that nothing renews a lease of this kind.
+        let patience = ORDER * 3 / 2;
+        let give_up = Instant::now() + patience;
+        let mut renewals = Renewals::default();
         loop {
-            if let Some(lease) = self.store.acquire_lease(&order, Uuid::new_v4(), ORDER).await? {
+            let leases = self.store.leases().await?.into_iter();
+            let abandoned =
+                leases.filter(|info| info.lease.name == order).find(|info| renewals.is_abandoned(info));
+            let owner = Uuid::new_v4();
+            let taken = lease::acquire(&*self.store, &order, owner, ORDER, abandoned.as_ref()).await?;
+            if let Some(lease) = taken {
                 return self.store.release_lease(&lease).await;
             }
             if Instant::now() >= give_up {
-                let reason = format!("others have acted on projection {name} for {ORDER:?}; try again later");
+                let reason =
+                    format!("others have acted on projection {name} for {patience:?}; try again later");
                 return Err(StoreError::Unavailable { reason, source: None });
             }
-            sleep(Duration::from_millis(20)).await;
+            sleep(Duration::from_millis(100)).await;
         }
     }
 }

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::Start;
-use crate::invalid_option::{InvalidOption, at_least, within};
+use crate::invalid_option::{DAY, InvalidOption, at_least, within};
 use crate::lease;
 
 /// What becomes of an event that cannot be applied.
@@ -72,6 +72,7 @@ pub enum Schedule {
 pub struct ProjectionOptions {
     pub(super) batch: usize,
     pub(super) batch_time: Duration,
+    pub(super) transaction_timeout: Duration,
     pub(super) attempts: u32,
     pub(super) backoff: (Duration, Duration),
     pub(super) on_failure: FailurePolicy,
@@ -87,6 +88,7 @@ impl Default for ProjectionOptions {
         Self {
             batch: 500,
             batch_time: Duration::from_millis(250),
+            transaction_timeout: Duration::from_secs(30),
             attempts: 5,
             backoff: (Duration::from_millis(50), Duration::from_secs(5)),
             on_failure: FailurePolicy::Stop,
@@ -121,6 +123,18 @@ impl ProjectionOptions {
     #[must_use]
     pub fn batch_time(mut self, target: Duration) -> Self {
         self.batch_time = target;
+        self
+    }
+
+    /// Time limit of one transaction: of its begin, the calls of `apply` in it, and its commit. Also of any other call to the read model.
+    ///
+    /// At the limit the transaction is given up and its connection closed; the status shows the error, and the projection retries. No
+    /// event is to blame. A full batch is committed after half of the limit at the latest, so in effect this limits one call of
+    /// [`apply`](super::Projection::apply), which is dropped then. On PostgreSQL the server has the same limit (`statement_timeout` and
+    /// `idle_in_transaction_session_timeout`), and ends a transaction whose connection was cut off. Default: 30 s. Range: 100 ms to 1 day.
+    #[must_use]
+    pub fn transaction_timeout(mut self, limit: Duration) -> Self {
+        self.transaction_timeout = limit;
         self
     }
 
@@ -194,6 +208,8 @@ impl ProjectionOptions {
     /// Checks every value against its range.
     pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
         within("ProjectionOptions::batch_size", self.batch, 1..=100_000)?;
+        let range = Duration::from_millis(100)..=DAY;
+        within("ProjectionOptions::transaction_timeout", self.transaction_timeout, range)?;
         at_least("ProjectionOptions::attempts", self.attempts, 1)?;
         let (first, max) = self.backoff;
         at_least("ProjectionOptions::backoff (first)", first, Duration::from_millis(1))?;

@@ -1,15 +1,16 @@
-use std::error::Error;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnection, PgPool, Postgres};
+use sqlx::postgres::{PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, SqlSafeStr};
 use uuid::Uuid;
 
 use super::ReadModel;
-use super::error::causes;
 use crate::event::Position;
-use crate::store::postgres::{Progress, Schema, failed, home_of, is_outage, prepare_read_model};
+use crate::store::postgres::{
+    Borrowed, BorrowedTransaction, Progress, Schema, failed, home_of, prepare_read_model,
+};
 use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
@@ -36,8 +37,10 @@ struct Shared {
     store: OnceLock<Uuid>,
 }
 
-/// An open transaction on a [`PostgresReadModel`].
-pub type PostgresOpen = sqlx::Transaction<'static, Postgres>;
+/// An open transaction on a [`PostgresReadModel`]. Dropped without a commit it closes its connection, so that the application's
+/// pool never gets one back inside a transaction.
+#[derive(Debug)]
+pub struct PostgresOpen(BorrowedTransaction);
 
 impl PostgresReadModel {
     /// Uses the connections of a pool, directly on the server or through a pooler in session mode.
@@ -64,6 +67,10 @@ impl PostgresReadModel {
         &self.shared.pool
     }
 
+    async fn connection(&self, doing: &str) -> Result<Borrowed, StoreError> {
+        Borrowed::acquire(&self.shared.pool).await.map_err(|error| failed(doing, error))
+    }
+
     fn store(&self) -> Result<Uuid, StoreError> {
         let store = self.shared.store.get().copied();
         store.ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
@@ -88,10 +95,6 @@ impl ReadModel for PostgresReadModel {
         true
     }
 
-    fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        causes(error).any(is_outage)
-    }
-
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
@@ -104,7 +107,7 @@ impl ReadModel for PostgresReadModel {
                 return Err(StoreError::Invalid { reason });
             }
             let doing = "preparing the read model's database";
-            let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
+            let mut connection = self.connection(doing).await?;
             // A copy with the configuration of its original would write into the original's read models.
             if let Adoption::Unadopted { found, .. } = &store.info().adoption {
                 let home = home_of(&mut connection).await?;
@@ -117,23 +120,27 @@ impl ReadModel for PostgresReadModel {
                     });
                 }
             }
-            prepare_read_model(&mut connection, &self.shared.schema).await
+            prepare_read_model(&mut connection, &self.shared.schema).await?;
+            connection.give_back();
+            Ok(())
         })
     }
 
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
         Box::pin(async move {
-            let connection = self.shared.pool.acquire().await;
-            let mut connection = connection.map_err(|error| failed("reading a checkpoint", error))?;
-            self.shared.progress.checkpoint(&mut connection, name, self.store()?).await
+            let mut connection = self.connection("reading a checkpoint").await?;
+            let found = self.shared.progress.checkpoint(&mut connection, name, self.store()?).await?;
+            connection.give_back();
+            Ok(found)
         })
     }
 
     fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
         Box::pin(async move {
-            let connection = self.shared.pool.acquire().await;
-            let mut connection = connection.map_err(|error| failed("reading the checkpoints", error))?;
-            self.shared.progress.records(&mut connection).await
+            let mut connection = self.connection("reading the checkpoints").await?;
+            let found = self.shared.progress.records(&mut connection).await?;
+            connection.give_back();
+            Ok(found)
         })
     }
 
@@ -143,13 +150,41 @@ impl ReadModel for PostgresReadModel {
         _from: Checkpoint,
     ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
         Box::pin(async move {
-            let begun = self.shared.pool.begin().await;
-            begun.map_err(|error| failed(&format!("beginning a transaction of {name}"), error))
+            let begun = BorrowedTransaction::begin(&self.shared.pool, None).await;
+            begun.map(PostgresOpen).map_err(|error| failed(&beginning(name), error))
+        })
+    }
+
+    fn begin_within<'a>(
+        &'a self,
+        name: &'a str,
+        _from: Checkpoint,
+        limit: Duration,
+    ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
+        Box::pin(async move {
+            // One round trip. The server ends what this process cannot end any more: a statement that waits for a lock, and a
+            // transaction whose client was cut off. A shorter limit of the application's own stays.
+            let millis = limit.as_millis().clamp(1, i32::MAX as u128);
+            let shorter = |setting: &str| {
+                format!(
+                    "set_config('{setting}', CASE WHEN current_setting('{setting}')::interval > '0' \
+                     AND current_setting('{setting}')::interval < '{millis} ms' THEN current_setting('{setting}') \
+                     ELSE '{millis}' END, true)"
+                )
+            };
+            let begin = format!(
+                "BEGIN; SELECT {}, {}",
+                shorter("statement_timeout"),
+                shorter("idle_in_transaction_session_timeout")
+            );
+            let begin = AssertSqlSafe(begin).into_sql_str();
+            let begun = BorrowedTransaction::begin(&self.shared.pool, Some(begin)).await;
+            begun.map(PostgresOpen).map_err(|error| failed(&beginning(name), error))
         })
     }
 
     fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {
-        &mut *open
+        open.0.connection()
     }
 
     fn bound<'a>(
@@ -160,7 +195,7 @@ impl ReadModel for PostgresReadModel {
         Box::pin(async move {
             // The server goes on waiting for a lock, and keeps its own, also for a client that has gone.
             let set = sqlx::query("SELECT set_config('statement_timeout', $1, true)");
-            let set = set.bind(limit.as_millis().max(1).to_string()).execute(&mut **open).await;
+            let set = set.bind(limit.as_millis().max(1).to_string()).execute(open.0.connection()).await;
             set.map(drop).map_err(|error| failed("bounding a transaction", error))
         })
     }
@@ -170,7 +205,7 @@ impl ReadModel for PostgresReadModel {
         open: &'a mut PostgresOpen,
         name: &'a str,
     ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move { self.shared.progress.adopt(open, name, self.store()?).await })
+        Box::pin(async move { self.shared.progress.adopt(open.0.connection(), name, self.store()?).await })
     }
 
     fn save<'a>(
@@ -180,7 +215,9 @@ impl ReadModel for PostgresReadModel {
         from: Checkpoint,
         to: Checkpoint,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move { self.shared.progress.save(open, name, self.store()?, from, to).await })
+        Box::pin(async move {
+            self.shared.progress.save(open.0.connection(), name, self.store()?, from, to).await
+        })
     }
 
     fn commit<'a>(
@@ -192,19 +229,19 @@ impl ReadModel for PostgresReadModel {
         parked: Option<ParkedEvent>,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
         Box::pin(async move {
-            self.shared.progress.save(&mut open, name, self.store()?, from, to).await?;
+            self.shared.progress.save(open.0.connection(), name, self.store()?, from, to).await?;
             if let Some(event) = parked {
-                self.shared.progress.park(&mut open, name, &event).await?;
+                self.shared.progress.park(open.0.connection(), name, &event).await?;
             }
-            let committed = open.commit().await;
+            let committed = open.0.commit().await;
             committed.map_err(|error| failed(&format!("committing a transaction of {name}"), error).into())
         })
     }
 
     fn rollback(&self, open: PostgresOpen) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(
-            async move { open.rollback().await.map_err(|error| failed("rolling a transaction back", error)) },
-        )
+        Box::pin(async move {
+            open.0.roll_back().await.map_err(|error| failed("rolling a transaction back", error))
+        })
     }
 
     fn parked<'a>(
@@ -213,9 +250,10 @@ impl ReadModel for PostgresReadModel {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
         Box::pin(async move {
-            let connection = self.shared.pool.acquire().await;
-            let mut connection = connection.map_err(|error| failed("reading parked events", error))?;
-            self.shared.progress.parked(&mut connection, name, limit).await
+            let mut connection = self.connection("reading parked events").await?;
+            let found = self.shared.progress.parked(&mut connection, name, limit).await?;
+            connection.give_back();
+            Ok(found)
         })
     }
 
@@ -225,7 +263,7 @@ impl ReadModel for PostgresReadModel {
         name: &'a str,
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { self.shared.progress.unpark(open, name, position).await })
+        Box::pin(async move { self.shared.progress.unpark(open.0.connection(), name, position).await })
     }
 
     fn unpark_all<'a>(
@@ -233,7 +271,7 @@ impl ReadModel for PostgresReadModel {
         open: &'a mut PostgresOpen,
         name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move { self.shared.progress.unpark_all(open, name).await })
+        Box::pin(async move { self.shared.progress.unpark_all(open.0.connection(), name).await })
     }
 
     fn remove_parked<'a>(
@@ -242,9 +280,14 @@ impl ReadModel for PostgresReadModel {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>> {
         Box::pin(async move {
-            let connection = self.shared.pool.acquire().await;
-            let mut connection = connection.map_err(|error| failed("discarding a parked event", error))?;
-            self.shared.progress.unpark(&mut connection, name, position).await
+            let mut connection = self.connection("discarding a parked event").await?;
+            let found = self.shared.progress.unpark(&mut connection, name, position).await?;
+            connection.give_back();
+            Ok(found)
         })
     }
+}
+
+fn beginning(name: &str) -> String {
+    format!("beginning a transaction of {name}")
 }

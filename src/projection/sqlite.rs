@@ -1,10 +1,8 @@
-use std::error::Error;
 use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use sqlx::error::DatabaseError;
 use sqlx::sqlite::{
     Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
@@ -14,7 +12,6 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::ReadModel;
-use super::error::causes;
 use crate::event::Position;
 use crate::store::sqlite::{failed, progress};
 use crate::store::{
@@ -123,19 +120,6 @@ impl ReadModel for SqliteReadModel {
 
     fn rolls_back(&self) -> bool {
         true
-    }
-
-    fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        causes(error).any(|cause| {
-            use sqlx::Error::{Io, PoolClosed, PoolTimedOut, WorkerCrashed};
-            matches!(cause.downcast_ref(), Some(Io(_) | PoolTimedOut | PoolClosed | WorkerCrashed))
-                // What sqlx::Error::Database has as its source.
-                || cause.downcast_ref::<Box<dyn DatabaseError>>().is_some_and(|error| {
-                    // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
-                    let code = error.code().and_then(|code| code.parse::<u32>().ok());
-                    code.is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13))
-                })
-        })
     }
 
     fn prepare<'a>(

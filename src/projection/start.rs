@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use super::group::{Group, Seat, sum};
 use super::handle::{Grouped, ProjectionHandle, Working};
 use super::shape::Shape;
+use super::time_limit::TimeLimited;
 use super::worker::{Instance, Part, ProjectionWork, Role, Surroundings};
 use super::{Projection, ProjectionOptions, ReadModel, StateClaim, Target};
 use crate::partition::Partition;
@@ -59,7 +60,7 @@ where
     R: ReadModel<Transaction = P::Transaction>,
 {
     let name = made.with_one(|projection| projection.name().to_owned());
-    let read_model = Arc::new(read_model);
+    let read_model = Arc::new(TimeLimited::new(read_model, options.transaction_timeout));
     let start = async |instance, part: Part, claim| {
         let surroundings = surroundings.clone();
         let supervisor = surroundings.supervisor.clone();

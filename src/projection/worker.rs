@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::Instrument;
 
 use self::batch::{BatchSize, PageSize};
@@ -54,6 +54,9 @@ const HEAD_TICK: Duration = Duration::from_millis(50);
 
 /// How long what was asked of the nodes is left alone after it could not be done for now: the projection goes on meanwhile.
 const REQUESTS_AGAIN: Duration = Duration::from_secs(30);
+
+/// How long what is under way may take once the task is to end: a transaction, or an operator's request.
+const STOPPING: Duration = Duration::from_secs(5);
 
 /// How far a page of the store reaches in positions, whatever matches: a scan for events that are rare is made of pieces,
 /// between which the projection hears, sees to what is due, and saves its checkpoint.
@@ -147,6 +150,8 @@ struct Run<'a, P, R> {
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
     follower: Option<Follower>,
     pending: Option<Pending>,
+    /// The event that the user's code has at the moment, if any.
+    applying: Option<Position>,
     /// When what is pending is applied, and whether to read on.
     timing: Timing,
     suspect: Option<Suspect>,
@@ -263,6 +268,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             ahead: None,
             follower: None,
             pending: None,
+            applying: None,
             timing: Timing::default(),
             suspect: None,
             page: PageSize::new(&context.options, context.partition),
@@ -277,6 +283,40 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     }
 
     async fn run(mut self) {
+        let stopping = self.inbox.stop_signal();
+        let in_order = tokio::select! {
+            biased;
+            () = self.work() => true,
+            () = async {
+                stopping.await;
+                sleep(STOPPING).await;
+            } => false,
+        };
+        if in_order {
+            // As for any transaction: a read model that hangs does not hold up the end of its node.
+            let flushed = timeout(STOPPING, self.flush()).await;
+            if flushed.is_err() {
+                tracing::warn!(
+                    projection = self.context.name,
+                    "the last checkpoint could not be written in time"
+                );
+            }
+            self.last_snapshot().await;
+        } else {
+            tracing::warn!(
+                projection = self.context.name, limit = ?STOPPING,
+                "what was under way at the shutdown took too long and was given up; it is done again after the next start"
+            );
+        }
+        self.give_up_switching().await;
+        self.follower = None;
+        if let Some(lease) = self.lease.take() {
+            lease.release().await;
+        }
+    }
+
+    /// Works until the task is to end.
+    async fn work(&mut self) {
         while !self.inbox.is_stopping() {
             if self.news.has_changed() {
                 self.look().await;
@@ -285,13 +325,6 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 self.tick().await;
             }
             self.round().await;
-        }
-        self.flush().await;
-        self.last_snapshot().await;
-        self.give_up_switching().await;
-        self.follower = None;
-        if let Some(lease) = self.lease.take() {
-            lease.release().await;
         }
     }
 
@@ -361,9 +394,14 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
                 let span = trace::apply(&self.context.name, events.len(), events);
                 // Nobody waits for a database that hangs longer than another node waits for this one.
                 let loss = self.lease.as_ref().map(HeldLease::loss);
+                let limit = self.context.options.transaction_timeout;
                 tokio::select! {
                     biased;
-                    () = self.apply_pending(saved, pending).instrument(span) => {}
+                    done = timeout(limit, self.apply_pending(saved, pending).instrument(span)) => {
+                        if done.is_err() {
+                            self.overran(limit);
+                        }
+                    }
                     () = lost(loss) => self.step_down(LOST),
                 }
             }

@@ -11,9 +11,9 @@ use crate::backoff::Backoff;
 use crate::bus::{BusError, BusPublisher, BusScope, EventBus, LogBatch, MirrorEnd, Resume};
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
-use crate::lease::HeldLease;
+use crate::lease::{HeldLease, Renewals};
 use crate::rate_limit::RateLimit;
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, StoreError};
+use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::trace::{self, Destination, Publishing};
 use crate::telemetry::{Metrics, Timer};
@@ -234,13 +234,17 @@ async fn stand_by(
         return Some(None);
     }
     let mut appended = shared.store.appended();
+    let (mut renewals, mut abandoned) = (Renewals::default(), None);
     loop {
-        match HeldLease::take(&shared.store, NAME, shared.node, shared.options.lease, &shared.metrics).await {
+        let (ttl, metrics) = (shared.options.lease, &shared.metrics);
+        let taken = HeldLease::take(&shared.store, NAME, shared.node, ttl, abandoned.as_ref(), metrics).await;
+        match taken {
             Ok(Some(lease)) => return Some(Some(lease)),
             // The owner publishes what is committed.
             Ok(None) if inbox.is_stopping() => return None,
             Ok(None) => {
                 shared.set(PublisherState::Standby);
+                abandoned = unrenewed(shared, &mut renewals).await;
                 tokio::select! {
                     () = sleep(STANDBY_POLL) => {}
                     () = hint_at(shared, &mut appended) => {}
@@ -255,6 +259,13 @@ async fn stand_by(
             }
         }
     }
+}
+
+/// The lease as it is now, if it was not renewed for its TTL.
+async fn unrenewed(shared: &Shared, renewals: &mut Renewals) -> Option<LeaseInfo> {
+    // A store that cannot be reached is noticed where the lease is asked for.
+    let leases = shared.store.leases().await.ok()?;
+    leases.into_iter().find(|info| info.lease.name == NAME && renewals.is_abandoned(info))
 }
 
 /// Tells the node that publishes what this one has committed, for as long as this one stands by.

@@ -1,41 +1,35 @@
 use std::error::Error;
+use std::fmt;
 use std::sync::Arc;
 
 use super::append::Conflict;
+use crate::transient::Transient;
 
 /// A failure of the store, not of what was asked of it. Cheap to clone: one failed transaction answers many callers.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum StoreError {
     /// The store cannot be reached or did not answer in time; nothing was written. Trying again later may help.
-    #[error("the event store is unavailable: {reason}")]
     Unavailable {
         /// What was tried and what happened.
         reason: String,
         /// The driver's error.
-        #[source]
         source: Option<Arc<dyn Error + Send + Sync>>,
     },
     /// The commit got no answer and looking for the events failed too: they may or may not be in the log. Ask again with
     /// the same event ids, or dispatch the same command id again.
-    #[error(
-        "it is unknown whether the append happened: {reason}; repeat the command with the same id to find out"
-    )]
     OutcomeUnknown {
         /// What happened.
         reason: String,
         /// The driver's error.
-        #[source]
         source: Option<Arc<dyn Error + Send + Sync>>,
     },
     /// What was asked cannot be stored, whenever it is tried: empty, oversized, not encodable.
-    #[error("the event store refuses this: {reason}")]
     Invalid {
         /// What is wrong with it.
         reason: String,
     },
     /// The database is not the one, or not of the shape, that this program expects.
-    #[error("the event store does not fit this program: expected {expected}, found {found}; {advice}")]
     Incompatible {
         /// What was expected.
         expected: String,
@@ -45,20 +39,51 @@ pub enum StoreError {
         advice: String,
     },
     /// What was read cannot have been written by storied.
-    #[error("the event store holds something unreadable: {reason}")]
     Corrupt {
         /// Where and what.
         reason: String,
     },
     /// The disk is full, the file read-only or damaged, rights are missing: a person has to act. Nothing was written.
-    #[error("the event store cannot write: {reason}")]
     Storage {
         /// What the database said.
         reason: String,
         /// The driver's error.
-        #[source]
         source: Option<Arc<dyn Error + Send + Sync>>,
     },
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unavailable { reason, .. } => write!(f, "the event store is unavailable: {reason}"),
+            Self::OutcomeUnknown { reason, .. } => write!(
+                f,
+                "it is unknown whether the append happened: {reason}; repeat the command with the same id to find out"
+            ),
+            Self::Invalid { reason } => write!(f, "the event store refuses this: {reason}"),
+            Self::Incompatible { expected, found, advice } => write!(
+                f,
+                "the event store does not fit this program: expected {expected}, found {found}; {advice}"
+            ),
+            Self::Corrupt { reason } => write!(f, "the event store holds something unreadable: {reason}"),
+            Self::Storage { reason, .. } => write!(f, "the event store cannot write: {reason}"),
+        }
+    }
+}
+
+impl Error for StoreError {
+    /// The driver's error. A transient error without one has a cause that says so, for errors that hand on only the causes.
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::Unavailable { source, .. }
+            | Self::OutcomeUnknown { source, .. }
+            | Self::Storage { source, .. } => match source {
+                Some(source) => Some(&**source),
+                None => Some(&Transient),
+            },
+            Self::Invalid { .. } | Self::Incompatible { .. } | Self::Corrupt { .. } => None,
+        }
+    }
 }
 
 impl From<crate::invalid_option::InvalidOption> for StoreError {

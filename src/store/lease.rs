@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
@@ -22,6 +24,8 @@ pub struct LeaseInfo {
     pub lease: Lease,
     /// Until when, by the store's clock.
     pub expires_at: DateTime<Utc>,
-    /// Whether that was still ahead when the store was asked, by the store's own clock: otherwise it is free.
+    /// The TTL that its holder has asked for last.
+    pub ttl: Duration,
+    /// Whether `expires_at` was still ahead when the store was asked, by the store's own clock: otherwise it is free.
     pub live: bool,
 }

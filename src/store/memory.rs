@@ -175,9 +175,21 @@ impl Data {
             Some(_) => return None,
         };
         let lease = Lease { name: name.to_owned(), owner, epoch };
-        let info = LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl), live: true };
+        let info = LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl), ttl, live: true };
         self.leases.insert(name.to_owned(), info);
         Some(lease)
+    }
+
+    fn take_over_lease(&mut self, seen: &LeaseInfo, owner: Uuid, ttl: Duration) -> Option<Lease> {
+        let info = self.leases.get_mut(&seen.lease.name)?;
+        if info.lease.epoch != seen.lease.epoch || info.expires_at != seen.expires_at {
+            return None;
+        }
+        info.lease.epoch += u64::from(info.lease.owner != owner);
+        info.lease.owner = owner;
+        info.expires_at = later(Utc::now(), ttl);
+        info.ttl = ttl;
+        Some(info.lease.clone())
     }
 
     /// The lease as it is stored, if it is still `lease`'s and was not given back.
@@ -318,10 +330,22 @@ impl EventStore for MemoryStore {
         Box::pin(async move { Ok(self.data().acquire_lease(name, owner, ttl)) })
     }
 
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        Box::pin(async move { Ok(self.data().take_over_lease(seen, owner, ttl)) })
+    }
+
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
         Box::pin(async move {
             let mut data = self.data();
-            Ok(data.held(lease).map(|info| info.expires_at = later(Utc::now(), ttl)).is_some())
+            let Some(info) = data.held(lease) else { return Ok(false) };
+            info.expires_at = later(Utc::now(), ttl);
+            info.ttl = ttl;
+            Ok(true)
         })
     }
 

@@ -10,6 +10,7 @@
 //! The SQL is in `migrations/postgres`, with the reasons beside it.
 
 mod append;
+mod borrowed;
 mod commands;
 mod connection;
 mod durability;
@@ -42,6 +43,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
 
+pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
 use self::connection::Connections;
 pub(crate) use self::error::{failed, is_outage};
 use self::frontier::Frontier;
@@ -342,6 +344,15 @@ impl EventStore for PostgresStore {
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
         self.commit("acquiring a lease", state::acquire_lease(&self.shared.core, name, owner, ttl))
+    }
+
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        self.call("taking a lease over", state::take_over_lease(&self.shared.core, seen, owner, ttl))
     }
 
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {

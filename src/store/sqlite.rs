@@ -29,7 +29,7 @@ use uuid::Uuid;
 
 use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
-pub(crate) use self::error::failed;
+pub(crate) use self::error::{failed, is_outage};
 use super::paging::Paging;
 use super::{
     Adopt, Adoption, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
@@ -463,6 +463,18 @@ impl EventStore for SqliteStore {
         let name = name.to_owned();
         Box::pin(self.transaction("acquiring a lease", move |connection| {
             Box::pin(state::acquire_lease(connection, name, owner, ttl))
+        }))
+    }
+
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        let seen = seen.clone();
+        Box::pin(self.transaction("taking a lease over", move |connection| {
+            Box::pin(state::take_over_lease(connection, seen, owner, ttl))
         }))
     }
 

@@ -132,6 +132,7 @@ macro_rules! event_store_suite {
                 snapshots_are_kept_and_replaced;
             lease:
                 a_lease_has_one_owner,
+                a_lease_is_taken_over_as_it_was_seen,
                 an_expired_lease_changes_hands,
                 a_released_lease_is_free_at_once,
                 a_lease_is_renewed,

@@ -259,6 +259,15 @@ impl EventStore for FaultyStore {
         self.inner.acquire_lease(name, owner, ttl)
     }
 
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        self.inner.take_over_lease(seen, owner, ttl)
+    }
+
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
         self.inner.renew_lease(lease, ttl)
     }

@@ -10,6 +10,7 @@ mod conformance;
 mod faults;
 mod mark;
 mod oracle;
+mod outage;
 mod plans;
 mod pooler;
 mod projections;

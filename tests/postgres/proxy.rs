@@ -1,6 +1,7 @@
 //! A TCP proxy that loses what it is told to lose.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,6 +18,8 @@ pub enum Loss {
     Answer,
     /// It arrives after the client was told that its connection is gone, and has had time to look.
     Late,
+    /// Its connection carries nothing for this time, in either direction, and then goes on with it.
+    Stall(Duration),
 }
 
 #[derive(Debug)]
@@ -25,6 +28,7 @@ struct State {
     /// Where new connections go to; none are taken without.
     server: Mutex<Option<String>>,
     cut: broadcast::Sender<()>,
+    silence: broadcast::Sender<()>,
 }
 
 /// A proxy in front of a server; it goes with the runtime.
@@ -43,17 +47,25 @@ impl Proxy {
         let (server, database) = rest.split_once('/').unwrap();
         let port = listener.local_addr().unwrap().port();
         let server = Mutex::new(Some(server.to_owned()));
-        let state = Arc::new(State { traps: Mutex::default(), server, cut: broadcast::channel(1).0 });
+        let state = Arc::new(State {
+            traps: Mutex::default(),
+            server,
+            cut: broadcast::channel(1).0,
+            silence: broadcast::channel(1).0,
+        });
         let shared = state.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let state = shared.clone();
                 let Some(server) = state.server.lock().unwrap().clone() else { continue };
                 tokio::spawn(async move {
-                    let mut cut = state.cut.subscribe();
+                    let (mut cut, mut silence) = (state.cut.subscribe(), state.silence.subscribe());
+                    // Kept beyond the silence: what it carries stays open.
+                    let mut carrying = pin!(carry(client, &server, &state));
                     tokio::select! {
-                        () = carry(client, &server, &state) => {}
+                        () = &mut carrying => {}
                         _ = cut.recv() => {}
+                        _ = silence.recv() => std::future::pending().await,
                     }
                 });
             }
@@ -86,6 +98,11 @@ impl Proxy {
         self.state.traps.lock().unwrap().is_empty()
     }
 
+    /// Carries nothing any more on the connections of now, and keeps them open. New ones work.
+    pub fn silence_all(&self) {
+        _ = self.state.silence.send(());
+    }
+
     /// Cuts all connections, wherever they are.
     pub fn cut_all(&self) {
         _ = self.state.cut.send(());
@@ -111,6 +128,12 @@ async fn carry(client: TcpStream, server: &str, state: &State) {
             read = from_client.read(&mut message) => match read {
                 Ok(length) if length > 0 => match trapped(state, &message[..length]) {
                     None => {
+                        if to_server.write_all(&message[..length]).await.is_err() {
+                            return;
+                        }
+                    }
+                    Some(Loss::Stall(time)) => {
+                        tokio::time::sleep(time).await;
                         if to_server.write_all(&message[..length]).await.is_err() {
                             return;
                         }

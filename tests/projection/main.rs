@@ -15,6 +15,7 @@ mod hazards;
 mod lag;
 mod lookups;
 mod nodes;
+mod outages;
 mod partitions;
 mod publishing;
 #[cfg(target_os = "linux")]

@@ -831,6 +831,15 @@ impl EventStore for Link {
         through!(self, self.inner.acquire_lease(name, owner, ttl))
     }
 
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        through!(self, self.inner.take_over_lease(seen, owner, ttl))
+    }
+
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
         Box::pin(async move {
             self.check()?;

@@ -88,6 +88,7 @@ impl DatabaseArgs {
                     .application_name("storied-cli")
                     .max_connections(2)
                     .acquire_timeout(self.timeout())
+                    .connect_timeout(self.timeout())
                     .transaction_pooler(self.transaction_pooler)
                     .codec(codec)
                     .migrate(tables.migrate)

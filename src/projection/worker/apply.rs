@@ -1,5 +1,6 @@
 //! Applying what is pending: transactions, the event that fails, and what becomes of it.
 
+use std::error::Error;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 
@@ -7,16 +8,18 @@ use chrono::{DateTime, Utc};
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
+use super::orders::GRACE;
 use super::{Pending, Run, Suspect};
 use crate::backoff::Backoff;
 use crate::event::{DecodeError, DecodeErrorKind, RecordedEvent};
+use crate::outage;
 use crate::panic::panic_text;
-use crate::projection::error::causes;
 use crate::projection::{
-    ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel, TargetUnavailable,
-    UnknownNames,
+    ApplyError, ControlError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel,
+    TargetUnavailable, UnknownNames, WaitError,
 };
 use crate::store::{Checkpoint, ParkedEvent};
+use crate::transient::causes;
 
 /// Applies one event; a panic is an error like another.
 pub(super) async fn apply<P: Projection>(
@@ -43,9 +46,15 @@ fn undecodable<'e>(error: &'e ApplyError, event: &RecordedEvent) -> Option<&'e D
         .map(|error| &error.kind)
 }
 
-/// Whether the error, or what caused it, says that the read model cannot be reached: no event is to blame for that.
+/// Whether the error, or one of its causes, is transient: no event is to blame for that.
 pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
-    causes(&**error).any(|cause| cause.is::<TargetUnavailable>()) || read_model.is_outage(&**error)
+    let transient = |cause: &(dyn Error + 'static)| {
+        let control = cause.downcast_ref::<ControlError>().is_some_and(ControlError::is_transient);
+        cause.is::<TargetUnavailable>()
+            || control
+            || cause.downcast_ref::<WaitError>().is_some_and(WaitError::is_transient)
+    };
+    causes(&**error).any(transient) || outage::is_outage(&**error) || read_model.is_outage(&**error)
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
@@ -71,7 +80,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             _ => suspected.min(self.size.get()),
         };
-        let mut open = match self.read_model.begin(&self.row, saved).await {
+        let transaction_timeout = self.context.options.transaction_timeout;
+        let begun =
+            self.read_model.begin_within(&self.row, saved, transaction_timeout.saturating_add(GRACE)).await;
+        let mut open = match begun {
             Ok(open) => open,
             Err(error) => {
                 self.pending = Some(pending);
@@ -82,7 +94,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let began = Instant::now();
         let mut applied = 0;
         let mut failure = None;
+        // A batch that takes too long is committed as far as it goes, long before its transaction is given up.
+        let enough = transaction_timeout / 2;
         for event in pending.events.iter().take(count) {
+            if applied > 0 && (began.elapsed() >= enough || self.inbox.is_stopping()) {
+                break;
+            }
+            self.applying = Some(event.position);
             let transaction = self.read_model.transaction(&mut open);
             match apply(&mut self.instance.projection, event, transaction).await {
                 Ok(()) => applied += 1,
@@ -92,7 +110,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 }
             }
         }
-        let Some(error) = failure else { return self.commit(open, saved, pending, count, began).await };
+        self.applying = None;
+        let Some(error) = failure else { return self.commit(open, saved, pending, applied, began).await };
         let outage = is_outage(self.read_model, &error);
         if !outage {
             self.suspect_of(&pending, applied, &error);

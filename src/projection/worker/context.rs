@@ -17,7 +17,7 @@ use crate::projection::shape::Shape;
 use crate::projection::{
     FollowMode, Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, StateClaim,
 };
-use crate::store::{BoxFuture, EventStore, Filter, StoreError};
+use crate::store::{BoxFuture, EventStore, Filter, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
@@ -209,7 +209,11 @@ impl Context {
     pub(super) async fn ordered(&self) -> Result<bool, StoreError> {
         let order = self.shape.order();
         let leases = self.store.leases().await?;
-        Ok(leases.iter().any(|info| info.live && info.lease.name == order))
+        let view = self.board.view();
+        let abandoned = view.as_ref().and_then(|view| view.abandoned(&order));
+        let live =
+            |info: &LeaseInfo| info.live && abandoned.is_none_or(|seen| seen.expires_at != info.expires_at);
+        Ok(leases.iter().any(|info| info.lease.name == order && live(info)))
     }
 
     pub(super) fn set(&self, state: ProjectionState) {

@@ -13,7 +13,7 @@ use super::apply::{apply, contained};
 use super::{Context, Run};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
-use crate::lease::HeldLease;
+use crate::lease::{self, HeldLease};
 use crate::projection::control::{Control, Reply};
 use crate::projection::error::NoReset;
 use crate::projection::shape::{Row, fenced};
@@ -141,11 +141,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
-        let Context { store, name, .. } = self.context;
+        let Context { store, name, board, .. } = self.context;
         let give_up = Instant::now() + ORDER;
         loop {
+            let view = board.view();
+            let abandoned = view.as_ref().and_then(|view| view.abandoned(lease));
             // An owner of its own each time, so that the epoch tells how many there were.
-            if let Some(order) = store.acquire_lease(lease, Uuid::new_v4(), ORDER).await? {
+            if let Some(order) = lease::acquire(&**store, lease, Uuid::new_v4(), ORDER, abandoned).await? {
                 return Ok(order);
             }
             if Instant::now() >= give_up {
@@ -390,7 +392,7 @@ async fn while_held(
     change: impl Future<Output = Result<bool, ControlError>>,
 ) -> Result<bool, ControlError> {
     let Context { store, name, metrics, .. } = context;
-    let Some(order) = HeldLease::take(store, &order.name, order.owner, ORDER, metrics).await? else {
+    let Some(order) = HeldLease::take(store, &order.name, order.owner, ORDER, None, metrics).await? else {
         return Err(ControlError::Overloaded { name: name.clone() });
     };
     let changed = tokio::select! {

@@ -124,7 +124,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if free && self.take_at <= Instant::now() {
             self.leave_alone();
             let (ttl, metrics) = (context.options.lease, &context.metrics);
-            match HeldLease::take(&context.store, &context.lease, context.node, ttl, metrics).await {
+            let view = context.board.view();
+            let abandoned = view.as_ref().and_then(|view| view.abandoned(&context.lease));
+            let taken =
+                HeldLease::take(&context.store, &context.lease, context.node, ttl, abandoned, metrics).await;
+            match taken {
                 Ok(Some(lease)) => {
                     tracing::info!(
                         projection = context.name,

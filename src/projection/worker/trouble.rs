@@ -1,6 +1,7 @@
 //! What becomes of a projection whose store or read model fails.
 
 use std::error::Error;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -50,6 +51,21 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.reload();
         self.stand_still();
         self.surrender = true;
+    }
+
+    /// What is pending took too long and was dropped in the middle of it: with its connection, where there is one.
+    pub(super) fn overran(&mut self, limit: Duration) {
+        let doing = match self.applying.take() {
+            Some(position) => format!("applying the event at position {position}"),
+            None => "beginning or committing a transaction".to_owned(),
+        };
+        let reason = format!(
+            "{doing}: not done within {limit:?}; the transaction was given up and is tried again (ProjectionOptions::transaction_timeout)"
+        );
+        // Whether it was committed is found out by reading the checkpoint.
+        self.saved = None;
+        self.restart();
+        self.outage(&StoreError::Unavailable { reason, source: None });
     }
 
     pub(super) fn try_later(&mut self, error: &(dyn Error + 'static)) {

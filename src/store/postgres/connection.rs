@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, Postgres};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool};
 use sqlx::{ConnectOptions, Connection, Executor, Row, SqlStr};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::super::StoreError;
+use super::borrowed::Borrowed;
 use super::error::failed;
 use super::notices;
 
@@ -74,20 +74,6 @@ struct Live {
 enum Inner {
     Own(Box<PgConnection>),
     Borrowed(Borrowed),
-}
-
-/// A connection of the host application's pool, which gets it back only if it is known to be as it was.
-struct Borrowed {
-    connection: PoolConnection<Postgres>,
-    clean: bool,
-}
-
-impl Drop for Borrowed {
-    fn drop(&mut self) {
-        if !self.clean {
-            self.connection.close_on_drop();
-        }
-    }
 }
 
 /// A server process, told apart from a later one with the same pid.
@@ -215,7 +201,7 @@ impl Connections {
         let options = match &self.source {
             Source::Own(options) => options,
             Source::Pool(pool) => {
-                let borrowed = Borrowed { connection: pool.acquire().await?, clean: false };
+                let borrowed = Borrowed::acquire(pool).await?;
                 return Ok(Live { connection: Inner::Borrowed(borrowed), backend: None });
             }
         };
@@ -293,7 +279,7 @@ impl Session {
             Inner::Own(_) => {
                 home.idle.lock().unwrap_or_else(PoisonError::into_inner).push((live, Instant::now()));
             }
-            Inner::Borrowed(mut borrowed) => borrowed.clean = true,
+            Inner::Borrowed(borrowed) => borrowed.give_back(),
         }
     }
 }
@@ -318,7 +304,7 @@ impl Deref for Live {
     fn deref(&self) -> &PgConnection {
         match &self.connection {
             Inner::Own(connection) => connection,
-            Inner::Borrowed(borrowed) => &borrowed.connection,
+            Inner::Borrowed(borrowed) => borrowed,
         }
     }
 }
@@ -327,7 +313,7 @@ impl DerefMut for Live {
     fn deref_mut(&mut self) -> &mut PgConnection {
         match &mut self.connection {
             Inner::Own(connection) => connection,
-            Inner::Borrowed(borrowed) => &mut borrowed.connection,
+            Inner::Borrowed(borrowed) => borrowed,
         }
     }
 }

@@ -61,11 +61,11 @@ fn verdict_of(database: &dyn DatabaseError) -> Verdict {
 pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
     // What sqlx::Error::Database has as its source: all that is left of it under an error that hands on only what is below.
     if let Some(database) = error.downcast_ref::<Box<dyn DatabaseError>>() {
-        return is_outage_of(&**database);
+        return database.try_downcast_ref().is_some_and(is_outage_of);
     }
     let Some(error) = error.downcast_ref::<sqlx::Error>() else { return false };
     if let Some(database) = error.as_database_error() {
-        return is_outage_of(database);
+        return database.try_downcast_ref().is_some_and(is_outage_of);
     }
     let mistake =
         matches!(
@@ -76,11 +76,27 @@ pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
     !mistake && verdict(error) != Verdict::Refused
 }
 
-fn is_outage_of(database: &dyn DatabaseError) -> bool {
-    // A missing table or right stays missing: whoever wrote the statement has to hear of it.
-    let code = database.code().unwrap_or_default();
+fn is_outage_of(database: &PgDatabaseError) -> bool {
+    let code = database.code();
+    // A standby, or a server that only reads for now.
+    if is_stale_session(database) || code == "25006" {
+        return true;
+    }
+    // A missing table or right stays missing: the error has to reach the author of the statement.
     let lasting = ["42", "25", "28", "3D"].iter().any(|class| code.starts_with(class));
     !lasting && verdict_of(database) != Verdict::Refused
+}
+
+/// Whether only this connection is to blame: it keeps a plan or a prepared statement that fits the database no more. The same
+/// statement succeeds on a new connection.
+fn is_stale_session(database: &PgDatabaseError) -> bool {
+    match database.code() {
+        // "cached plan must not change result type", whatever the server's language.
+        "0A000" => database.routine() == Some("RevalidateCachedQuery"),
+        // A prepared statement that is missing, or there already: something between here and the server exchanged sessions.
+        "26000" | "42P05" => true,
+        _ => false,
+    }
 }
 
 /// Whether it was [`OVERTAKEN`], which is no failure of anybody's.
@@ -94,6 +110,12 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         sqlx::Error::Database(database) => {
             let code = database.code().unwrap_or_default().into_owned();
             let message = database.message().to_owned();
+            if database.try_downcast_ref::<PgDatabaseError>().is_some_and(is_stale_session) {
+                return StoreError::unavailable(
+                    format!("{doing}: {message}; the connection is replaced"),
+                    error,
+                );
+            }
             by_code(doing, &code, &message, error)
         }
         sqlx::Error::Decode(_)

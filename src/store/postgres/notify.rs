@@ -21,7 +21,7 @@ const SELDOM: Duration = Duration::from_millis(10);
 const BROKEN: Duration = Duration::from_secs(1);
 
 /// Sends hints, and waits for those of others.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Hints {
     channel: String,
     /// Of the one connection that listens.

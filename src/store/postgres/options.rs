@@ -16,6 +16,7 @@ use super::sql::Schema;
 use super::{PostgresStore, schema};
 use crate::codec::Codec;
 use crate::invalid_option::{DAY, InvalidOption, within};
+use crate::startup::{self, START_TIMEOUT};
 
 /// Settings for every statement of the store. Each statement is written so that one index fits it; with these settings the
 /// planner takes that index whatever the statistics say, also for a plan that was made while the table was empty. Compiling such a
@@ -36,6 +37,7 @@ pub struct PostgresOptions {
     statement_timeout: Duration,
     idle_in_transaction_timeout: Duration,
     acquire_timeout: Duration,
+    connect_timeout: Duration,
     transaction_pooler: bool,
     append_concurrency: usize,
     notify: bool,
@@ -73,6 +75,7 @@ impl PostgresOptions {
             statement_timeout: Duration::from_secs(30),
             idle_in_transaction_timeout: Duration::from_secs(30),
             acquire_timeout: Duration::from_secs(10),
+            connect_timeout: START_TIMEOUT,
             transaction_pooler: false,
             append_concurrency: 2,
             notify: false,
@@ -171,6 +174,15 @@ impl PostgresOptions {
         self
     }
 
+    /// How long [`connect`](Self::connect) waits for a server that cannot be reached or is starting. Each attempt that fails is a log
+    /// line; an error that lasts, as a wrong password, ends it at once. Default: 30 s. Range: at most
+    /// 1 day; zero is one attempt, with [`acquire_timeout`](Self::acquire_timeout).
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
     /// Works through a pooler in transaction mode, such as PgBouncer: no statement is prepared under a name, nothing is
     /// asked for that a pooler does not pass on, and each call is an explicit transaction, which costs two to three round
     /// trips more. Default: no.
@@ -202,18 +214,21 @@ impl PostgresOptions {
     /// # Errors
     /// `Invalid` for a URL or schema that cannot be one, or an option out of its range; `Incompatible` when the login, the server's version or settings,
     /// the tables, the sequence or the codec are not as needed, each with what to do; `Storage` when rights are missing;
-    /// `Unavailable` when the server cannot be reached.
+    /// `Unavailable` when the server cannot be reached within [`connect_timeout`](Self::connect_timeout).
     pub async fn connect(self) -> Result<PostgresStore, StoreError> {
         self.validate()?;
         let schema = Schema::new(&self.schema)?;
         let connections = Arc::new(self.connections()?);
         let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
-        let prepared =
-            schema::prepare(&connections, &schema, self.codec, self.migrate, self.index_by_name).await?;
-        let info = StoreInfo::new("postgres", prepared.id, self.codec)
+        let Self { codec, migrate, index_by_name, connect_timeout, .. } = self;
+        let prepare = || schema::prepare(&connections, &schema, codec, migrate, index_by_name);
+        let prepared = startup::wait_for("connecting to PostgreSQL", connect_timeout, prepare).await?;
+        let indexed = prepared.indexed_by_name;
+        let info = StoreInfo::new("postgres", prepared.id, codec)
             .with_append_concurrency(self.append_concurrency)
             .with_adoption(prepared.adoption);
-        PostgresStore::open(info, prepared.indexed_by_name, &schema, connections, hints).await
+        let open = || PostgresStore::open(info.clone(), indexed, &schema, connections.clone(), hints.clone());
+        startup::wait_for("reading how far the log goes", connect_timeout, open).await
     }
 
     fn validate(&self) -> Result<(), InvalidOption> {
@@ -221,6 +236,7 @@ impl PostgresOptions {
         within("PostgresOptions::append_concurrency", self.append_concurrency, 1..=1_000)?;
         let least = Duration::from_millis(1);
         within("PostgresOptions::acquire_timeout", self.acquire_timeout, least..=DAY)?;
+        within("PostgresOptions::connect_timeout", self.connect_timeout, Duration::ZERO..=DAY)?;
         let limits = [
             ("PostgresOptions::statement_timeout", self.statement_timeout),
             ("PostgresOptions::idle_in_transaction_timeout", self.idle_in_transaction_timeout),

@@ -156,19 +156,28 @@ statements! {
         paused: "SELECT name FROM storied.paused",
         pause: "INSERT INTO storied.paused (name) VALUES ($1) ON CONFLICT DO NOTHING",
         resume: "DELETE FROM storied.paused WHERE name = $1",
-        acquire_lease: "INSERT INTO storied.leases AS l (name, owner, epoch, expires_at)
-            VALUES ($1, $2, 1, clock_timestamp() + $3 * interval '1 microsecond')
+        acquire_lease: "INSERT INTO storied.leases AS l (name, owner, epoch, expires_at, ttl)
+            VALUES ($1, $2, 1, clock_timestamp() + $3 * interval '1 microsecond', $3)
             ON CONFLICT (name) DO UPDATE SET
                 owner = $2,
                 epoch = l.epoch + (l.owner <> $2)::int,
-                expires_at = clock_timestamp() + $3 * interval '1 microsecond'
+                expires_at = clock_timestamp() + $3 * interval '1 microsecond',
+                ttl = $3
             WHERE l.owner = $2 OR l.expires_at <= clock_timestamp()
             RETURNING epoch",
-        renew_lease: "UPDATE storied.leases SET expires_at = clock_timestamp() + $4 * interval '1 microsecond'
+        take_over_lease: "UPDATE storied.leases SET
+                owner = $2,
+                epoch = epoch + (owner <> $2)::int,
+                expires_at = clock_timestamp() + $3 * interval '1 microsecond',
+                ttl = $3
+            WHERE name = $1 AND epoch = $4 AND expires_at = $5
+            RETURNING epoch",
+        renew_lease: "UPDATE storied.leases
+            SET expires_at = clock_timestamp() + $4 * interval '1 microsecond', ttl = $4
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
         release_lease: "UPDATE storied.leases SET expires_at = 'epoch'
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
-        leases: "SELECT name, owner, epoch, expires_at, expires_at > clock_timestamp() FROM storied.leases ORDER BY name",
+        leases: "SELECT name, owner, epoch, expires_at, expires_at > clock_timestamp(), ttl FROM storied.leases ORDER BY name",
         snapshot: "SELECT version, revision, state FROM storied.snapshots WHERE category = $1 AND stream_id = $2",
         save_snapshot: "INSERT INTO storied.snapshots AS s (category, stream_id, version, revision, state)
             VALUES ($1, $2, $3, $4, $5)

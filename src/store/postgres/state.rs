@@ -41,6 +41,29 @@ pub(super) async fn acquire_lease(
     Ok(epoch.map(|epoch| Lease { name: name.to_owned(), owner, epoch: from_sql(epoch) }))
 }
 
+pub(super) async fn take_over_lease(
+    core: &Arc<Core>,
+    seen: &LeaseInfo,
+    owner: Uuid,
+    ttl: Duration,
+) -> Result<Option<Lease>, StoreError> {
+    let name = &seen.lease.name;
+    let doing = format!("taking over the lease {name}");
+    let mut session = core.connections.get(&doing).await?;
+    let epoch: Option<i64> = sqlx::query_scalar(core.sql.take_over_lease.clone())
+        .bind(name.as_str())
+        .bind(owner)
+        .bind(micros(ttl))
+        .bind(to_sql(seen.lease.epoch))
+        .bind(seen.expires_at)
+        .persistent(core.connections.persistent())
+        .fetch_optional(&mut *session)
+        .await
+        .map_err(|error| failed(&doing, error))?;
+    session.finish(&doing).await?;
+    Ok(epoch.map(|epoch| Lease { name: name.clone(), owner, epoch: from_sql(epoch) }))
+}
+
 pub(super) async fn renew_lease(core: &Arc<Core>, lease: &Lease, ttl: Duration) -> Result<bool, StoreError> {
     let doing = format!("renewing the lease {}", lease.name);
     let mut session = core.connections.get(&doing).await?;
@@ -75,7 +98,8 @@ pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreErro
     const DOING: &str = "reading the leases";
     let info = |row: PgRow| -> Result<_, sqlx::Error> {
         let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
-        Ok(LeaseInfo { lease, expires_at: row.try_get(3)?, live: row.try_get(4)? })
+        let ttl = Duration::from_micros(from_sql(row.try_get(5)?));
+        Ok(LeaseInfo { lease, expires_at: row.try_get(3)?, ttl, live: row.try_get(4)? })
     };
     let mut session = core.connections.get(DOING).await?;
     let leases = sqlx::query(core.sql.leases.clone())

@@ -1,8 +1,29 @@
 //! What SQLite's errors mean for the caller.
 
 use std::borrow::Cow;
+use std::error::Error;
+
+use sqlx::error::DatabaseError;
+use sqlx::sqlite::SqliteError;
 
 use super::super::StoreError;
+
+/// Whether an error of a statement comes from the database or what others do with it, and not from what the statement said.
+/// `false` for errors of other origin.
+pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
+    use sqlx::Error::{Io, PoolClosed, PoolTimedOut, WorkerCrashed};
+    let database = match error.downcast_ref::<sqlx::Error>() {
+        Some(Io(_) | PoolTimedOut | PoolClosed | WorkerCrashed) => return true,
+        Some(error) => error.as_database_error(),
+        // What sqlx::Error::Database has as its source: all that is left of it under an error that hands on only what is below.
+        None => error.downcast_ref::<Box<dyn DatabaseError>>().map(|error| &**error),
+    };
+    database.and_then(|error| error.try_downcast_ref::<SqliteError>()).is_some_and(|error| {
+        // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
+        let code = error.code().and_then(|code| code.parse::<u32>().ok());
+        code.is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13))
+    })
+}
 
 /// A failure while `doing` something.
 pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {

@@ -17,7 +17,11 @@ const LEASES: &str = "reading the leases";
 
 /// `ttl` from now. All users of the file are on one machine, so its clock is the store's.
 fn later(ttl: Duration) -> i64 {
-    now().saturating_add(i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX))
+    now().saturating_add(micros(ttl))
+}
+
+fn micros(ttl: Duration) -> i64 {
+    i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX)
 }
 
 pub(super) async fn acquire_lease(
@@ -27,9 +31,9 @@ pub(super) async fn acquire_lease(
     ttl: Duration,
 ) -> Result<Option<Lease>, StoreError> {
     let epoch: Option<i64> = sqlx::query_scalar(
-        "INSERT INTO storied_leases (name, owner, epoch, expires_at) VALUES (?1, ?2, 1, ?3)
+        "INSERT INTO storied_leases (name, owner, epoch, expires_at, ttl) VALUES (?1, ?2, 1, ?3, ?5)
          ON CONFLICT (name) DO UPDATE
-         SET owner = ?2, epoch = epoch + (owner <> ?2), expires_at = ?3
+         SET owner = ?2, epoch = epoch + (owner <> ?2), expires_at = ?3, ttl = ?5
          WHERE owner = ?2 OR expires_at <= ?4
          RETURNING epoch",
     )
@@ -37,10 +41,33 @@ pub(super) async fn acquire_lease(
     .bind(owner)
     .bind(later(ttl))
     .bind(now())
+    .bind(micros(ttl))
     .fetch_optional(connection)
     .await
     .map_err(|error| failed(&format!("acquiring the lease {name}"), error))?;
     Ok(epoch.map(|epoch| Lease { name, owner, epoch: from_sql(epoch) }))
+}
+
+pub(super) async fn take_over_lease(
+    connection: &mut SqliteConnection,
+    seen: LeaseInfo,
+    owner: Uuid,
+    ttl: Duration,
+) -> Result<Option<Lease>, StoreError> {
+    let epoch: Option<i64> = sqlx::query_scalar(
+        "UPDATE storied_leases SET owner = ?2, epoch = epoch + (owner <> ?2), expires_at = ?3, ttl = ?4
+         WHERE name = ?1 AND epoch = ?5 AND expires_at = ?6 RETURNING epoch",
+    )
+    .bind(seen.lease.name.as_str())
+    .bind(owner)
+    .bind(later(ttl))
+    .bind(micros(ttl))
+    .bind(to_sql(seen.lease.epoch))
+    .bind(seen.expires_at.timestamp_micros())
+    .fetch_optional(connection)
+    .await
+    .map_err(|error| failed(&format!("taking over the lease {}", seen.lease.name), error))?;
+    Ok(epoch.map(|epoch| Lease { name: seen.lease.name, owner, epoch: from_sql(epoch) }))
 }
 
 pub(super) async fn renew_lease(
@@ -48,14 +75,14 @@ pub(super) async fn renew_lease(
     lease: &Lease,
     ttl: Duration,
 ) -> Result<bool, StoreError> {
-    set_expiry(connection, lease, later(ttl), "renewing").await
+    set_expiry(connection, lease, later(ttl), Some(ttl), "renewing").await
 }
 
 pub(super) async fn release_lease(
     connection: &mut SqliteConnection,
     lease: &Lease,
 ) -> Result<(), StoreError> {
-    set_expiry(connection, lease, 0, "releasing").await.map(drop)
+    set_expiry(connection, lease, 0, None, "releasing").await.map(drop)
 }
 
 /// Changes a lease that is still `lease`'s and was not given back.
@@ -63,12 +90,15 @@ async fn set_expiry(
     connection: &mut SqliteConnection,
     lease: &Lease,
     expires_at: i64,
+    ttl: Option<Duration>,
     doing: &str,
 ) -> Result<bool, StoreError> {
     let changed = sqlx::query(
-        "UPDATE storied_leases SET expires_at = ? WHERE name = ? AND owner = ? AND epoch = ? AND expires_at > 0",
+        "UPDATE storied_leases SET expires_at = ?, ttl = coalesce(?, ttl)
+         WHERE name = ? AND owner = ? AND epoch = ? AND expires_at > 0",
     )
     .bind(expires_at)
+    .bind(ttl.map(micros))
     .bind(lease.name.as_str())
     .bind(lease.owner)
     .bind(to_sql(lease.epoch))
@@ -83,9 +113,10 @@ pub(super) async fn leases(connection: &mut SqliteConnection) -> Result<Vec<Leas
     let info = |row: SqliteRow| -> Result<_, sqlx::Error> {
         let expires_at: i64 = row.try_get(3)?;
         let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
-        Ok(LeaseInfo { lease, expires_at: time(expires_at), live: expires_at > now })
+        let ttl = Duration::from_micros(from_sql(row.try_get(4)?));
+        Ok(LeaseInfo { lease, expires_at: time(expires_at), ttl, live: expires_at > now })
     };
-    sqlx::query("SELECT name, owner, epoch, expires_at FROM storied_leases ORDER BY name")
+    sqlx::query("SELECT name, owner, epoch, expires_at, ttl FROM storied_leases ORDER BY name")
         .fetch_all(connection)
         .await
         .and_then(|rows| rows.into_iter().map(info).collect())

@@ -16,6 +16,27 @@ async fn until_expired() {
     tokio::time::sleep(SHORT * 2).await;
 }
 
+/// One that the store's clock says is live is taken over by exactly what was seen of it, and its old owner is fenced.
+pub async fn a_lease_is_taken_over_as_it_was_seen(database: Database) {
+    let store = database.open().await;
+    let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
+    let day = Duration::from_secs(24 * 60 * 60);
+    let old = store.acquire_lease("l", a, day).await.unwrap().unwrap();
+    let seen = store.leases().await.unwrap().remove(0);
+    assert_eq!((seen.ttl, &seen.lease), (day, &old));
+    assert!(store.renew_lease(&old, LONG).await.unwrap());
+    assert_eq!(store.take_over_lease(&seen, b, LONG).await.unwrap(), None, "it was renewed since");
+    let seen = store.leases().await.unwrap().remove(0);
+    assert_eq!(seen.ttl, LONG);
+    let new = store.take_over_lease(&seen, b, LONG).await.unwrap().unwrap();
+    assert_eq!(new, Lease { name: "l".into(), owner: b, epoch: 2 });
+    assert_eq!(store.take_over_lease(&seen, a, LONG).await.unwrap(), None, "one of two that try at once");
+    assert!(!store.renew_lease(&old, LONG).await.unwrap());
+    assert!(store.renew_lease(&new, LONG).await.unwrap());
+    let missing = crate::store::LeaseInfo { lease: Lease { name: "m".into(), ..old }, ..seen };
+    assert_eq!(store.take_over_lease(&missing, b, LONG).await.unwrap(), None);
+}
+
 /// The first gets it, others do not; taking one's own again changes nothing.
 pub async fn a_lease_has_one_owner(database: Database) {
     let store = database.open().await;

@@ -224,7 +224,7 @@ where
             self.failed(delivery, error, "NATS Core does not deliver again");
             return Ok(());
         }
-        let wait = self.options.retry.wait(delivery.attempt).filter(|_| error.retry);
+        let wait = self.options.retry.wait_after(error, delivery.attempt);
         match wait {
             Some(wait) => {
                 self.failed(delivery, error, "it is tried again");

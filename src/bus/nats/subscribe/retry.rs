@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::super::limits::redelivery;
 use crate::event::DecodeError;
+use crate::outage::is_outage;
 
 /// How a handler is run.
 #[derive(Debug, Clone)]
@@ -106,14 +107,21 @@ impl RetryPolicy {
     }
 
     /// The wait behind this attempt; `None` when it was the last.
-    pub(super) fn wait(&self, attempt: u64) -> Option<Duration> {
+    /// How long to wait after a handler failed; `None` to give the event up. A transient error never gives an event up.
+    pub(super) fn wait_after(&self, error: &HandleError, attempt: u64) -> Option<Duration> {
+        // One attempt means that no event is handled twice, whatever the reason.
+        let outage = || (self.attempts > 1 && is_outage(&*error.source)).then_some(self.max);
+        if error.retry { self.wait(attempt).or_else(outage) } else { None }
+    }
+
+    fn wait(&self, attempt: u64) -> Option<Duration> {
         let doubled = || 2_u32.saturating_pow(u32::try_from(attempt.saturating_sub(1)).unwrap_or(u32::MAX));
         (attempt < self.attempts).then(|| self.first.saturating_mul(doubled()).min(self.max))
     }
 }
 
 /// Why a handler failed. Made from any error by `?`, and then it is tried again; but a [`DecodeError`] would come every time,
-/// and gives the event up at once.
+/// and gives the event up at once. A transient error, as an outage of a store, or one with such a cause, is retried without a limit.
 #[derive(Debug)]
 pub struct HandleError {
     pub(super) retry: bool,
@@ -142,5 +150,24 @@ impl<E: Error + Send + Sync + 'static> From<E> for HandleError {
 impl fmt::Display for HandleError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.source.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::StoreError;
+
+    #[test]
+    fn a_transient_error_never_gives_an_event_up() {
+        let policy = RetryPolicy::new().attempts(3);
+        let away = || StoreError::Unavailable { reason: "test".into(), source: None };
+        let fault = HandleError::retry("mine");
+        assert!(policy.wait_after(&fault, 2).is_some());
+        assert_eq!(policy.wait_after(&fault, 3), None);
+        assert_eq!(policy.wait_after(&HandleError::from(away()), 1_000), Some(policy.max));
+        assert_eq!(policy.wait_after(&HandleError::retry(away()), 1_000), Some(policy.max));
+        assert_eq!(RetryPolicy::never().wait_after(&HandleError::from(away()), 1), None);
+        assert_eq!(policy.wait_after(&HandleError::reject(away()), 1), None, "the handler has said so");
     }
 }

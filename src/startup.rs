@@ -1,0 +1,55 @@
+//! Waiting for a store that is not there yet.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::backoff::Backoff;
+use crate::store::StoreError;
+use crate::time::after;
+
+/// How long a start waits unless told otherwise.
+pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Repeats `attempt` until it succeeds, fails for a reason that lasts, or `limit` is over. Each failure is a log line. Zero: one
+/// attempt.
+///
+/// # Errors
+/// That of the last attempt.
+pub(crate) async fn wait_for<T, F>(
+    what: &'static str,
+    limit: Duration,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    if limit.is_zero() {
+        return attempt().await;
+    }
+    let deadline = after(limit);
+    let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
+    let mut last = None;
+    loop {
+        match timeout_at(deadline, attempt()).await {
+            Ok(Err(error @ (StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. }))) => {
+                let wait = backoff.next();
+                if Instant::now() + wait >= deadline {
+                    return Err(error);
+                }
+                let left = deadline.saturating_duration_since(Instant::now());
+                tracing::warn!(what, %error, ?left, "waiting for the event store");
+                last = Some(error);
+                sleep(wait).await;
+            }
+            Ok(result) => return result,
+            Err(_) => {
+                return Err(last.unwrap_or_else(|| {
+                    let reason = format!("{what}: no answer within {limit:?}");
+                    StoreError::Unavailable { reason, source: None }
+                }));
+            }
+        }
+    }
+}

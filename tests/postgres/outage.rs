@@ -1,0 +1,201 @@
+//! Read models in PostgreSQL whose server or connection hangs: every call has an end, and the application's pool stays clean.
+
+use std::time::Duration;
+
+use sqlx::postgres::PgPoolOptions;
+use sqlx::{PgConnection, PgPool};
+use storied::projection::{ApplyError, ProjectionState};
+use storied::{
+    EncodeError, ExpectedVersion, Filter, MemoryStore, PostgresOptions, PostgresReadModel, Projection,
+    ProjectionHandle, ProjectionOptions, RecordedEvent, Runtime, StoreError,
+};
+use tokio::time::{Instant, timeout};
+
+use crate::proxy::{Loss, Proxy};
+use crate::support::PostgresServer;
+use crate::tools::{append, events, eventually, run, stream};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+struct Seen;
+
+impl Projection for Seen {
+    type Transaction = PgConnection;
+
+    fn name(&self) -> &str {
+        "seen"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        // The plan of a statement that is prepared under a name depends on the table.
+        sqlx::query("SELECT * FROM notes").fetch_all(&mut *tx).await?;
+        sqlx::query("INSERT INTO seen (position) VALUES ($1)")
+            .bind(event.position.get() as i64)
+            .execute(tx)
+            .await?;
+        Ok(())
+    }
+}
+
+/// A projection that has applied one event, over a proxy.
+struct Fixture {
+    url: String,
+    proxy: Proxy,
+    pool: PgPool,
+    store: MemoryStore,
+    runtime: Runtime,
+}
+
+impl Fixture {
+    async fn start(connections: u32, options: ProjectionOptions) -> Self {
+        let url = PostgresServer::shared().await.create_database().await;
+        run(&url, "CREATE TABLE seen (position bigint); CREATE TABLE notes (text text)").await;
+        let proxy = Proxy::start(&url).await;
+        let pool = PgPoolOptions::new().max_connections(connections).connect(proxy.url()).await.unwrap();
+        let store = MemoryStore::new();
+        let model = PostgresReadModel::new(pool.clone());
+        let builder = Runtime::builder().store(store.clone()).projection_with(Seen, model, options);
+        let fixture = Self { url, proxy, pool, store, runtime: builder.start().await.unwrap() };
+        let position = fixture.append().await;
+        fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
+        fixture
+    }
+
+    async fn append(&self) -> storied::Position {
+        let appended = append(&self.store, &stream(1), ExpectedVersion::Any, events(1)).await.unwrap();
+        *appended.positions.last().unwrap()
+    }
+
+    fn projection(&self) -> &ProjectionHandle {
+        self.runtime.projection("seen").unwrap()
+    }
+
+    /// Waits until the projection says that something is wrong.
+    async fn error(&self) -> String {
+        let mut status = self.projection().watch();
+        let failed = timeout(PATIENCE, status.wait_for(|status| status.last_error.is_some())).await;
+        failed.expect("an error").unwrap().last_error.clone().unwrap()
+    }
+
+    /// As another client sees it.
+    async fn count(&self, table: &str) -> i64 {
+        let other = PgPool::connect(&self.url).await.unwrap();
+        let sql = format!("SELECT count(*) FROM {table}");
+        sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&other).await.unwrap()
+    }
+}
+
+fn short() -> ProjectionOptions {
+    ProjectionOptions::new()
+        .transaction_timeout(Duration::from_millis(300))
+        .backoff(Duration::from_millis(10), Duration::from_millis(50))
+        .attempts(1)
+}
+
+/// The pool must not hand out a connection whose BEGIN was sent and given up: what the application writes there is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_gets_no_connection_back_inside_a_transaction() {
+    for needle in [&b"BEGIN"[..], b"COMMIT"] {
+        let fixture = Fixture::start(1, short()).await;
+        fixture.proxy.lose(needle, Loss::Stall(Duration::from_secs(1)));
+        fixture.append().await;
+        let error = fixture.error().await;
+        assert!(error.contains("transaction_timeout"), "{error}");
+        fixture.runtime.clone().shutdown().await.unwrap();
+        // The application writes on whatever connection the pool has by now.
+        let written = sqlx::query("INSERT INTO notes (text) VALUES ('mine')").execute(&fixture.pool).await;
+        assert_eq!(written.unwrap().rows_affected(), 1);
+        assert_eq!(fixture.count("notes").await, 1, "an acknowledged row is there");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_dies_silently_is_replaced() {
+    let fixture = Fixture::start(3, short()).await;
+    fixture.proxy.silence_all();
+    let position = fixture.append().await;
+    let error = fixture.error().await;
+    assert!(error.contains("transaction_timeout"), "{error}");
+    fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
+    assert_eq!(fixture.count("seen").await, 2);
+
+    // At the end as well, with the limit that is the default.
+    let fixture = Fixture::start(3, ProjectionOptions::new()).await;
+    fixture.proxy.silence_all();
+    fixture.append().await;
+    let began = Instant::now();
+    fixture.runtime.clone().shutdown().await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+}
+
+/// A statement that waits for a lock ends on the server as well, with the locks that its transaction has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_is_given_up_ends_on_the_server() {
+    let fixture = Fixture::start(5, short()).await;
+    let other = PgPool::connect(&fixture.url).await.unwrap();
+    let mut lock = other.begin().await.unwrap();
+    sqlx::query("LOCK TABLE seen").execute(&mut *lock).await.unwrap();
+    let position = fixture.append().await;
+    fixture.error().await;
+    let waiting = async || -> i64 {
+        sqlx::query_scalar("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'seen'::regclass")
+            .fetch_one(&other)
+            .await
+            .unwrap()
+    };
+    // However often it was tried.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(2) {
+        assert!(waiting().await <= 3);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    lock.rollback().await.unwrap();
+    fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
+    assert_eq!(fixture.count("seen").await, 2);
+    eventually("no statement waits any more", async || waiting().await == 0).await;
+    fixture.runtime.clone().shutdown().await.unwrap();
+}
+
+/// `SELECT *` in `apply`, and another column: the old connections fail with "cached plan must not change result type".
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stale_plan_costs_a_connection_and_no_event() {
+    let fixture = Fixture::start(3, short().transaction_timeout(Duration::from_secs(20))).await;
+    run(&fixture.url, "ALTER TABLE notes ADD COLUMN written timestamptz").await;
+    let position = fixture.append().await;
+    fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
+    assert_eq!(fixture.projection().status().state, ProjectionState::Following);
+    assert_eq!(fixture.count("seen").await, 2);
+    fixture.runtime.clone().shutdown().await.unwrap();
+}
+
+/// A server that restarts while nodes start: they wait for it. What lasts ends a start at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_waits_for_a_server_that_restarts() {
+    let mut server = PostgresServer::start().await;
+    let url = server.create_database().await;
+    let options = || PostgresOptions::new().url(&url).acquire_timeout(Duration::from_millis(200));
+    let store = options().connect().await.unwrap();
+    server.stop_immediately().await;
+    // More than one attempt fails.
+    let failed = options().connect_timeout(Duration::ZERO).connect().await.unwrap_err();
+    assert!(failed.is_transient(), "{failed}");
+    let failed = Runtime::builder().store(store.clone()).start_timeout(Duration::ZERO).start().await;
+    assert!(failed.is_err());
+    let back = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        server.restart().await;
+    };
+    let (connected, started, ()) =
+        tokio::join!(options().connect(), Runtime::builder().store(store).start(), back);
+    connected.unwrap();
+    started.unwrap().shutdown().await.unwrap();
+    let began = Instant::now();
+    let (base, _) = url.rsplit_once('/').unwrap();
+    let missing = PostgresOptions::new().url(format!("{base}/nowhere")).connect().await.unwrap_err();
+    assert!(matches!(missing, StoreError::Incompatible { .. }), "{missing}");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
