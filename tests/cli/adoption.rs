@@ -118,7 +118,10 @@ async fn a_copy_does_not_speak_for_its_original() {
         }
         assert_eq!(status.commands, CommandBusStatus::Incompatible { reason: reason.clone() });
         assert!(matches!(status.store.adoption, Adoption::Unadopted { .. }));
-        assert_eq!(original.status().await.commands, CommandBusStatus::Connected { nodes: Vec::new() });
+        assert_eq!(
+            original.status().await.commands,
+            CommandBusStatus::Connected { nodes: Vec::new(), last_error: None }
+        );
         let begun = Instant::now();
         copy.shutdown().await.unwrap();
         assert!(begun.elapsed() < Duration::from_secs(5));

@@ -347,7 +347,7 @@ async fn large_presences_take_no_memory() {
     // A real node that joins later comes after all of them.
     let one = node(&store, &server, "one").await;
     let give_up = Instant::now() + PATIENCE;
-    let expected = CommandBusStatus::Connected { nodes: vec!["one".into()] };
+    let expected = CommandBusStatus::Connected { nodes: vec!["one".into()], last_error: None };
     while caller.status().await.commands != expected {
         assert!(Instant::now() < give_up, "{:?}", caller.status().await.commands);
         tokio::time::sleep(Duration::from_millis(10)).await;
