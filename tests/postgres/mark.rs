@@ -69,6 +69,11 @@ impl Projection for Kept {
         self.applied.write().unwrap().push(event.position.get());
         Ok(())
     }
+
+    async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
+        self.positions.write().unwrap().clear();
+        Ok(())
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

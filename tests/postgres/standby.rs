@@ -251,18 +251,23 @@ async fn recovery_leaves_a_commit_to_the_standby() {
 async fn commits_that_wait_do_not_add_up() {
     let pair = Pair::start(true).await;
     let proxy = Proxy::start(&pair.url).await;
-    let options = pair.options().url(proxy.url()).acquire_timeout(Duration::from_millis(300));
-    let store = options.connect().await.unwrap();
-    pair.cut_off();
+    let store =
+        pair.options().url(proxy.url()).acquire_timeout(Duration::from_secs(2)).connect().await.unwrap();
     let begin = || {
         let (store, new) = (store.clone(), event());
         tokio::spawn(async move { append(&store, &stream(new.id), exact(0), vec![new]).await })
     };
-    let mut appends: Vec<_> = (0..8).map(|_| begin()).collect();
+    // Eight connections, made while there is time for it.
+    for append in (0..8).map(|_| begin()).collect::<Vec<_>>() {
+        append.await.unwrap().unwrap();
+    }
+    pair.cut_off();
+    let appends: Vec<_> = (0..8).map(|_| begin()).collect();
     pair.waiting(8).await;
     proxy.cut_all();
-    for append in appends.drain(..) {
-        append.await.unwrap().unwrap_err();
+    for append in appends {
+        let answer = append.await.unwrap();
+        assert!(matches!(answer, Err(AppendError::Store(StoreError::OutcomeUnknown { .. }))), "{answer:?}");
     }
     match begin().await.unwrap() {
         Err(AppendError::Store(StoreError::Unavailable { reason, .. })) => {
