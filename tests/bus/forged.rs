@@ -40,6 +40,11 @@ impl Projection for Memory {
         self.0.lock().unwrap().push((event.position, event.payload.clone()));
         Ok(())
     }
+
+    async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
+        self.0.lock().unwrap().clear();
+        Ok(())
+    }
 }
 
 /// Positions and payloads, in a table.

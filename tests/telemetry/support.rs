@@ -82,6 +82,10 @@ impl<T: Send + 'static> Projection for Sums<T> {
         let Counted::Added { n } = event.decode()?;
         if n == 13 { Err("13 is not for this projection".into()) } else { Ok(()) }
     }
+
+    async fn reset(&mut self, _: &mut T) -> Result<(), ApplyError> {
+        Ok(())
+    }
 }
 
 pub fn sums<T>(name: &'static str) -> Sums<T> {
