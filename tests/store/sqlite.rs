@@ -214,7 +214,8 @@ async fn paths_that_cannot_be_are_explained() {
     assert!(matches!(error, StoreError::Storage { .. }), "{error:?}");
 
     let error = SqliteOptions::new(&path).create_if_missing(false).open().await.unwrap_err();
-    assert!(matches!(error, StoreError::Storage { .. }), "{error:?}");
+    assert!(matches!(error, StoreError::Incompatible { .. }), "{error:?}");
+    assert!(error.to_string().contains("no such file"), "{error}");
     assert!(!path.exists());
 
     for memory in [":memory:", ""] {
