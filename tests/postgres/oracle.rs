@@ -658,13 +658,6 @@ async fn the_oracle_notices_mutations() {
     // Only a look that finds no lock at all goes wrong: among many writers, there is none.
     let few = Scene { writers: 2, ..Scene::quiet(Reader::ByHand) };
     must_fail(server, "the locks before the last position drawn", few, &locks_first, "").await;
-    // The last position that it is going to draw, if nobody else does.
-    let taken = format!("{lock}\n\n    versions := part_expected;");
-    assert!(MIGRATION.contains(&taken));
-    let own = taken.replace("0));", "0) + events);");
-    let slowly = draw.replace("events);", "events) WHERE pg_sleep(0.003 * random()) IS NOT NULL);");
-    let own = [(taken.as_str(), own.as_str()), (draw, slowly.as_str())];
-    must_fail(server, "the own position as key", Reader::ByHand, &own, "").await;
     let database = [("d.datname = current_database()", "d.datname = 'template1'")];
     must_fail(server, "locks of another database", Reader::ByHand, &database, "").await;
     let cache = "ALTER SEQUENCE storied.positions CACHE 32";

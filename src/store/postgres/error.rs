@@ -126,6 +126,9 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => {
             StoreError::Invalid { reason: format!("{doing}: {error}") }
         }
+        // Waiting does not change a certificate, nor a server without TLS.
+        sqlx::Error::Tls(_) => no_tls(doing, &error),
+        sqlx::Error::Io(io) if io.kind() == std::io::ErrorKind::InvalidData => no_tls(doing, &error),
         sqlx::Error::PoolTimedOut => StoreError::unavailable(
             format!("{doing}: no connection became free or could be made in time"),
             error,
@@ -133,6 +136,14 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         _ => {
             StoreError::unavailable(format!("{doing}: the connection to PostgreSQL failed ({error})"), error)
         }
+    }
+}
+
+fn no_tls(doing: &str, error: &sqlx::Error) -> StoreError {
+    StoreError::Incompatible {
+        expected: "a TLS connection as the database URL asks for it".into(),
+        found: format!("{error} ({doing})"),
+        advice: "check sslmode, sslrootcert and the host name of the URL, and the server's certificate".into(),
     }
 }
 
