@@ -136,6 +136,19 @@ impl DurableFollower {
         while let Some(Ok(_)) = self.subscription.next().now_or_never() {}
         let read = ReadLog::after(after).filter(self.filter.clone()).limit(self.limit);
         let store = self.store.clone();
-        self.reading = Some((after, Box::pin(async move { store.read_log(read).await })));
+        // A task of its own: while the projection applies what it has, nothing polls this, and a read that stood still would keep
+        // a connection, and others that share its question, waiting.
+        let page = tokio::spawn(async move { store.read_log(read).await });
+        self.reading = Some((
+            after,
+            Box::pin(async move {
+                page.await.unwrap_or_else(|error| {
+                    Err(StoreError::Unavailable {
+                        reason: format!("reading the log ended: {error}"),
+                        source: None,
+                    })
+                })
+            }),
+        ));
     }
 }

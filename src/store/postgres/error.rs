@@ -143,7 +143,8 @@ fn no_tls(doing: &str, error: &sqlx::Error) -> StoreError {
     StoreError::Incompatible {
         expected: "a TLS connection as the database URL asks for it".into(),
         found: format!("{error} ({doing})"),
-        advice: "check sslmode, sslrootcert and the host name of the URL, and the server's certificate".into(),
+        advice: "check sslmode, sslrootcert and the host name of the URL, and the server's certificate"
+            .into(),
     }
 }
 
