@@ -1,5 +1,5 @@
 -- The rights that suffice, for a schema called storied. Run them as the login that migrated, after the first migration, and
--- again after each later one. They let nobody insert, change or delete events, draw or set positions, or change storied's tables.
+-- again after each later one. None of them allows to insert, change or delete events, draw or set positions, or change storied's tables.
 
 -- A program: runs a Runtime with PostgresOptions::migrate(false). Events go in through storied.append() and storied.append_one(),
 -- which run with the rights of their owner and check what they are given.

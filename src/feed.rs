@@ -2,7 +2,7 @@
 //!
 //! One subscription to the bus serves all followers. A bus inside the process hands batches over; what it lost is read from the
 //! store, and what it says twice is said once. A bus that other processes publish to only wakes the feed, which then reads the
-//! store: no message decides what followers get. Followers read from a bounded ring at their own pace: nobody waits for the slowest, who is told
+//! store: no message decides what followers get. Followers read from a bounded ring at their own pace: none waits for the slowest, which is told
 //! that it lagged and goes back to reading the store by itself.
 
 mod stretch;

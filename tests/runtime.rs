@@ -129,7 +129,7 @@ async fn a_shared_store_and_bus_are_taken_as_they_are() {
     builder.start().await.unwrap().shutdown().await.unwrap();
 }
 
-/// A node ends with the tokio runtime that it was started in, and says so to whoever still has it.
+/// A node ends with the tokio runtime that it was started in, and says so to its remaining holders.
 #[test]
 fn a_node_without_its_tokio_runtime_says_so() {
     let dir = TempDir::new().unwrap();

@@ -218,7 +218,7 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
             ),
             Self::NoHandler { name, .. } => write!(
                 f,
-                "nobody handles commands for {name:?}; register the aggregate or handler with Runtime::builder() on a node that runs"
+                "no node handles commands for {name:?}; register the aggregate or handler with Runtime::builder() on a node that runs"
             ),
             Self::Unavailable { reason } => write!(f, "the command bus is unavailable: {reason}"),
             Self::Refused { reason } => write!(f, "the command was refused: {reason}"),

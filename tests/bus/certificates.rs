@@ -64,7 +64,7 @@ async fn plain_server() -> (u16, tokio::task::JoinHandle<Vec<u8>>) {
     (port, received)
 }
 
-/// Whoever names certificates wants TLS: the password never goes out in clear.
+/// A program that names certificates wants TLS: the password never goes out in clear.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_login_with_certificates_is_never_sent_in_clear() {
     let certificates = Certificates::make();

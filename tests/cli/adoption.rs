@@ -102,7 +102,7 @@ async fn a_copy_does_not_speak_for_its_original() {
             append(copy.store(), &format!("staging-{number}"), &[placed(number)]).await;
         }
         eventually("the copy follows its own log", async || of_copy.read(|seen| seen.len() == 15)).await;
-        // … and says to nobody what happened there.
+        // … and does not report what happened there.
         append(original.store(), "real", &[placed(1)]).await;
         let log = original.store().read_log(storied::ReadLog::after(Position::START)).await.unwrap().events;
         let ids: Vec<_> = log.iter().map(|event| event.id).collect();

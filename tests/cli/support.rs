@@ -173,7 +173,7 @@ impl Fixture {
         }
     }
 
-    /// A copy of the database, which nobody may have open.
+    /// A copy of the database, which must not be open.
     pub async fn copy(&self) -> Self {
         let dir = TempDir::new().unwrap();
         let url = match self.url.strip_prefix("sqlite:") {

@@ -1,5 +1,5 @@
 //! The mark of one process is no measure for what another one has read (F42): a writer that was slow to take its lock pulls it
-//! back for a moment. Nobody takes that for lost events.
+//! back for a moment. That is not taken for lost events.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -142,7 +142,7 @@ async fn a_snapshot_is_loaded_above_the_mark() {
     let last = append(&store, &stream(1), exact(3), events(1)).await.unwrap().positions[0];
     runtime.projection("kept").unwrap().caught_up_to_within(last, PATIENCE).await.unwrap();
     assert_eq!(*positions.read().unwrap(), [1, 2, 3, 4]);
-    assert_eq!(*applied.read().unwrap(), [4], "applied anew in spite of the snapshot");
+    assert_eq!(*applied.read().unwrap(), [4], "applied again in spite of the snapshot");
     runtime.shutdown().await.unwrap();
 }
 

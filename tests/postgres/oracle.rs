@@ -58,7 +58,7 @@ struct Scene {
 
 impl Scene {
     fn quiet(reader: Reader) -> Self {
-        // Beside eight, nobody would ever be alone.
+        // Among eight, none would ever be alone.
         let writers = if reader == Reader::Told { 2 } else { 8 };
         Self { reader, writers, time: Duration::from_millis(1_200), kills: false, foreign: None }
     }

@@ -246,7 +246,7 @@ async fn recovery_leaves_a_commit_to_the_standby() {
     assert!(pair.shows(id).await);
 }
 
-/// While a standby is away, appends that nobody waits for any more do not take all of the server's connections.
+/// While a standby is away, abandoned appends do not take all of the server's connections.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commits_that_wait_do_not_add_up() {
     let pair = Pair::start(true).await;

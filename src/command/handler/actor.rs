@@ -47,7 +47,7 @@ struct Current<H: Handler> {
     /// When the last caller stops waiting.
     deadline: Instant,
     callers: Vec<OneshotSender<Answer<H>>>,
-    /// Its place in the handler's limit, whoever waits. Each caller has one, too, for as long as it waits; the first shares this.
+    /// Its permit in the handler's limit, independent of its callers. Each caller has one, too, for as long as it waits; the first shares this.
     _permit: Arc<OwnedSemaphorePermit>,
 }
 

@@ -71,7 +71,7 @@ impl DerefMut for Borrowed {
 /// An open transaction on a [`Borrowed`] connection. Only a confirmed commit returns the connection to the pool.
 ///
 /// sqlx's own `Transaction` returns it always: also when `BEGIN` was sent and its answer was not awaited. Then the pool hands
-/// out a connection inside an open transaction, and whoever writes on it next loses the rows.
+/// out a connection inside an open transaction, and the next user of it loses its rows.
 #[derive(Debug)]
 pub(crate) struct BorrowedTransaction(Borrowed);
 

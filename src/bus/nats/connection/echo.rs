@@ -38,7 +38,7 @@ impl Echo {
             .await
             .map_err(|error| unavailable("publishing to an inbox".into(), error))?;
         while let Some(answer) = self.answers.next().await {
-            // Those to earlier questions that nobody waited for come first.
+            // Those to earlier questions without a waiting caller come first.
             if answer.payload == question {
                 return Ok(());
             }
@@ -85,7 +85,7 @@ impl PublishProof {
         }
         let failed = |error| unavailable(format!("subscribing to {subject}"), error);
         let mut messages = client.subscribe(subject.clone()).await.map_err(failed)?;
-        // One is enough, and more would count as an overflow when nobody reads them.
+        // One is enough, and more would count as an overflow without a reader.
         let limited = messages.unsubscribe_after(1).await;
         limited.map_err(|error| unavailable(format!("subscribing to {subject}"), error))?;
         Ok(Some(Witness { subject: subject.clone(), headers: headers.clone(), messages }))
