@@ -25,7 +25,7 @@ use crate::event::Position;
 use crate::invalid_option::{InvalidOption, at_least, within};
 use crate::panic::panic_text;
 use crate::rate_limit::RateLimit;
-use crate::store::{BoxFuture, EventStore};
+use crate::store::{BoxFuture, EventStore, StoreError};
 use crate::supervised::Task;
 use crate::time::after;
 
@@ -92,7 +92,7 @@ pub(crate) struct Feed {
 
 struct Inner {
     /// The task owns the ring, so that followers see its end.
-    ring: broadcast::WeakSender<LogBatch>,
+    ring: broadcast::WeakSender<FeedItem>,
     status: watch::Receiver<FeedStatus>,
     /// Whether anybody has followed yet: before that, neither store nor bus is asked for anything.
     wanted: watch::Sender<bool>,
@@ -106,7 +106,7 @@ pub(crate) enum FeedItem {
     /// The next piece of the log: it begins where the one before ended, unless there was [`Lagged`](Self::Lagged) between.
     /// Without events it only says how far the log is followed.
     Batch(LogBatch),
-    /// This follower was too slow, and something was overwritten.
+    /// The follower has to read the store: it was too slow and a batch was overwritten, or the feed met a permanent error.
     Lagged,
     /// The feed has ended.
     Closed,
@@ -115,7 +115,7 @@ pub(crate) enum FeedItem {
 /// One reader of the feed.
 #[derive(Debug)]
 pub(crate) struct FeedFollower {
-    ring: Option<broadcast::Receiver<LogBatch>>,
+    ring: Option<broadcast::Receiver<FeedItem>>,
 }
 
 impl Feed {
@@ -191,7 +191,7 @@ impl FeedFollower {
     pub(crate) async fn next(&mut self) -> FeedItem {
         let Some(ring) = &mut self.ring else { return FeedItem::Closed };
         match ring.recv().await {
-            Ok(batch) => FeedItem::Batch(batch),
+            Ok(item) => item,
             Err(RecvError::Lagged(_)) => FeedItem::Lagged,
             Err(RecvError::Closed) => FeedItem::Closed,
         }
@@ -201,7 +201,7 @@ impl FeedFollower {
     pub(crate) fn try_next(&mut self) -> Option<FeedItem> {
         let Some(ring) = &mut self.ring else { return Some(FeedItem::Closed) };
         match ring.try_recv() {
-            Ok(batch) => Some(FeedItem::Batch(batch)),
+            Ok(item) => Some(item),
             Err(TryRecvError::Lagged(_)) => Some(FeedItem::Lagged),
             Err(TryRecvError::Closed) => Some(FeedItem::Closed),
             Err(TryRecvError::Empty) => None,
@@ -227,7 +227,7 @@ struct FeedTask {
     idle_poll: Duration,
     /// Limits reads for messages after which the store has nothing new.
     reads: RateLimit,
-    ring: broadcast::Sender<LogBatch>,
+    ring: broadcast::Sender<FeedItem>,
     status: watch::Sender<FeedStatus>,
     store_backoff: Backoff,
     bus_backoff: Backoff,
@@ -340,7 +340,10 @@ impl FeedTask {
                         Ok(head) if head > position => position = self.repair(position, None).await,
                         Ok(_) if matches!(source, Source::Listening(_)) => self.succeeded(),
                         Ok(_) => {}
-                        Err(error) => self.failed("the feed could not look for the end of the log", &error),
+                        Err(error) => {
+                            self.failed("the feed could not look for the end of the log", &error);
+                            self.send_back(&error);
+                        }
                     }
                 }
             }
@@ -438,8 +441,8 @@ impl FeedTask {
 
     fn forward(&self, batch: LogBatch) {
         let position = batch.upto;
-        // The only failure is that nobody follows.
-        let _ = self.ring.send(batch);
+        // An error says that there is no follower.
+        let _ = self.ring.send(FeedItem::Batch(batch));
         self.status.send_modify(|status| status.position = Some(position));
     }
 
@@ -452,8 +455,17 @@ impl FeedTask {
         self.status.send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
     }
 
-    async fn store_failed(&mut self, what: &str, error: &(dyn std::error::Error + Send + Sync)) {
+    async fn store_failed(&mut self, what: &str, error: &StoreError) {
         self.failed(what, error);
+        self.send_back(error);
         sleep(self.store_backoff.next()).await;
+    }
+    /// Makes followers read the store themselves after a permanent error: a projection that has applied events which a
+    /// failover lost must stop (I3).
+    fn send_back(&self, error: &StoreError) {
+        if !error.is_transient() {
+            // An error says that there is no follower.
+            let _ = self.ring.send(FeedItem::Lagged);
+        }
     }
 }
