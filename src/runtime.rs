@@ -479,10 +479,12 @@ impl Builder {
         commands::check(&self.handlers)?;
         self.bus.check()?;
         self.commands.check()?;
-        startup::wait_for("reading how far the log goes", self.start_timeout, || store.frontier()).await?;
+        let log_end =
+            startup::wait_for("reading how far the log goes", self.start_timeout, || store.frontier())
+                .await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
-            projections.push(registration.check(&store, &*self.bus).await?);
+            projections.push(registration.check(&store, &*self.bus, log_end).await?);
         }
         #[cfg(feature = "otel")]
         let telemetry = self.telemetry.unwrap_or_default();
@@ -507,6 +509,8 @@ impl Builder {
             board: Board::start(store.clone()),
             metrics: metrics.clone(),
             supervisor: Some(supervisor.cell()),
+            alive: supervisor.alive(),
+            log_end,
         };
         let mut handles = Vec::with_capacity(projections.len());
         for projection in projections {

@@ -91,6 +91,11 @@ impl<C> Inbox<C> {
         *self.stop.borrow() || self.stop.has_changed().is_err()
     }
 
+    /// Whether the work is to end, for others; closed when the actor is gone.
+    pub(crate) fn stop_watch(&self) -> watch::Receiver<bool> {
+        self.stop.clone()
+    }
+
     /// Waits until the work is to end, apart from what else the task hears.
     pub(crate) fn stop_signal(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut stop = self.stop.clone();

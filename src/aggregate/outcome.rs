@@ -122,6 +122,16 @@ pub enum ExecuteError<E> {
         /// Bytes of a message on the NATS server of the node that executed the command.
         limit: usize,
     },
+    /// The command was handled, but no program with this type of reply can read the reply. Repeating the command gives the same
+    /// answer: change the type so that serde reads what it writes.
+    ReplyUnreadable {
+        /// The command.
+        command_id: Uuid,
+        /// Of an aggregate's command: its receipt without the reply.
+        receipt: Option<Box<Receipt>>,
+        /// What the decoder or encoder reports.
+        reason: String,
+    },
     /// The command does not fit into a NATS message, and this node cannot execute it itself; it was not sent, and nothing
     /// happened.
     CommandTooLarge {
@@ -210,6 +220,10 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
                 f,
                 "command {command_id} took effect, but its reply of {size} bytes does not fit into a NATS message (limit {limit} \
                  bytes); read the result from a read model"
+            ),
+            Self::ReplyUnreadable { command_id, reason, .. } => write!(
+                f,
+                "command {command_id} was handled, but its reply cannot be read: {reason}; change the type of the reply so that serde reads what it writes"
             ),
             Self::CommandTooLarge { size, limit } => write!(
                 f,
@@ -314,6 +328,7 @@ impl<E> ExecuteError<E> {
             ExecuteError::Store(error) => error.kind(),
             ExecuteError::OutcomeUnknown { .. } => "outcome_unknown",
             ExecuteError::ReplyTooLarge { .. } => "reply_too_large",
+            ExecuteError::ReplyUnreadable { .. } => "reply_unreadable",
             ExecuteError::CommandTooLarge { .. } => "command_too_large",
             ExecuteError::NoHandler { .. } => "no_handler",
             ExecuteError::Unavailable { .. } => "unavailable",

@@ -252,6 +252,8 @@ pub(crate) enum Code {
     ShuttingDown,
     /// It does not fit into a message: `number` is the limit in bytes, `size` what it has. Never sent.
     CommandTooLarge,
+    /// The command was handled, and its reply cannot be encoded or decoded.
+    ReplyUnreadable,
     /// Anything else after which nothing happened.
     Failed,
 }
@@ -306,6 +308,7 @@ impl Failure {
             }
             ExecuteError::OutcomeUnknown { reason, .. } => Self::new(Code::OutcomeUnknown, reason),
             ExecuteError::ReplyTooLarge { .. } => Self::new(Code::OutcomeUnknown, said),
+            ExecuteError::ReplyUnreadable { reason, .. } => Self::new(Code::ReplyUnreadable, reason),
             ExecuteError::NoHandler { .. } => Self::new(Code::NoHandler, said),
             ExecuteError::Unavailable { reason } => Self::new(Code::Unavailable, reason),
             ExecuteError::Refused { reason } => Self::new(Code::Refused, reason),
@@ -350,6 +353,10 @@ impl Failure {
                 ExecuteError::Store(StoreError::Unavailable { reason: self.message, source: None })
             }
             (Code::OutcomeUnknown, _) => unknown(self.message),
+            (Code::ReplyUnreadable, _) => {
+                let reason = self.message;
+                ExecuteError::ReplyUnreadable { command_id: about.id, receipt: None, reason }
+            }
             (Code::NoHandler, _) => ExecuteError::NoHandler { name: about.name, may_come: true },
             (Code::Unavailable, _) => ExecuteError::Unavailable { reason: self.message },
             (Code::Refused, _) => ExecuteError::Refused { reason: self.message },
@@ -395,9 +402,9 @@ pub(crate) fn tell_receipt<R: Serialize, E: std::error::Error + Serialize>(
     told.map_or_else(Outcome::Error, Outcome::Done)
 }
 
-/// It took effect, whatever is wrong with its reply.
+/// The outcome of a command that was handled and whose reply cannot be encoded.
 pub(crate) fn lost_reply(error: SerializeError) -> Failure {
-    Failure::new(Code::OutcomeUnknown, format!("it did take effect, but its reply cannot be sent: {error}"))
+    Failure::new(Code::ReplyUnreadable, error.to_string())
 }
 
 impl Done {
@@ -418,7 +425,14 @@ impl Done {
         if let Some(omitted) = self.omitted {
             return Err(omitted.into_error(id, Some(receipt)));
         }
-        Ok(receipt.with_reply(read_reply(&self.reply, id)?))
+        match from_cbor(&self.reply) {
+            Ok(reply) => Ok(receipt.with_reply(reply)),
+            Err(reason) => Err(ExecuteError::ReplyUnreadable {
+                command_id: id,
+                receipt: Some(Box::new(receipt)),
+                reason,
+            }),
+        }
     }
 }
 
@@ -433,12 +447,9 @@ fn bytes(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
-/// A reply as somebody else wrote it.
+/// Decodes the reply of a handler.
 pub(crate) fn read_reply<R: DeserializeOwned, E>(reply: &[u8], id: Uuid) -> Result<R, ExecuteError<E>> {
-    from_cbor(reply).map_err(|error| ExecuteError::OutcomeUnknown {
-        command_id: id,
-        reason: format!("it did take effect, but its reply cannot be read: {error}"),
-    })
+    from_cbor(reply).map_err(|reason| ExecuteError::ReplyUnreadable { command_id: id, receipt: None, reason })
 }
 
 #[cfg(test)]

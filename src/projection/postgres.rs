@@ -112,12 +112,7 @@ impl ReadModel for PostgresReadModel {
             if let Adoption::Unadopted { found, .. } = &store.info().adoption {
                 let home = home_of(&mut connection).await?;
                 if home != *found {
-                    return Err(StoreError::Incompatible {
-                        expected: "an event store that belongs to its database, or a read model beside it"
-                            .into(),
-                        found: format!("a read model in {home}"),
-                        advice: store.info().adoption.problem().unwrap_or_default(),
-                    });
+                    return Err(store.info().adoption.refuses(&home));
                 }
             }
             prepare_read_model(&mut connection, &self.shared.schema).await?;

@@ -13,9 +13,9 @@ use uuid::Uuid;
 
 use super::ReadModel;
 use crate::event::Position;
-use crate::store::sqlite::{failed, progress};
+use crate::store::sqlite::{failed, home, progress};
 use crate::store::{
-    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+    Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
 
 /// How long a transaction waits for those of other projections, and of other processes, on the same database.
@@ -137,6 +137,19 @@ impl ReadModel for SqliteReadModel {
             // One at a time, so that they do not fail each other by trying at once.
             let _turn = self.turn(doing).await?;
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
+            // A copy with the configuration of its original would write into the original's read models.
+            if let Adoption::Unadopted { found, .. } = &store.info().adoption {
+                let file: String =
+                    sqlx::query_scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
+                        .fetch_one(&mut *connection)
+                        .await
+                        .map_err(|error| failed(doing, error))?;
+                // A database in memory has no file, and is nobody else's.
+                let home = if file.is_empty() { None } else { Some(home(Path::new(&file))?) };
+                if let Some(home) = home.filter(|home| home.identity != found.identity) {
+                    return Err(store.info().adoption.refuses(&home));
+                }
+            }
             progress::migrate(&mut connection).await
         })
     }

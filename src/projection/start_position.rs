@@ -21,7 +21,9 @@ const PAGE: usize = 500;
 pub enum Start {
     /// At the first event of the log.
     Beginning,
-    /// After the last event that is in the log when the projection first runs.
+    /// After the last event that is in the log when the runtime starts that first runs the projection: whatever is appended
+    /// after [`start()`](crate::runtime::Builder::start) returned is applied. An append that is under way at that moment may
+    /// make it begin a few events earlier.
     Now,
     /// At the event with this position, which is included. While the log ends before the position in front of it, the
     /// projection waits and reports that in its status.
@@ -35,11 +37,11 @@ pub enum Start {
 }
 
 impl Start {
-    /// The last position that is not applied, in the log as it is now.
-    pub(super) async fn resolve(self, store: &dyn EventStore) -> Result<Position, StoreError> {
+    /// The last position that is not applied, in the log as it is now; `now` is that of [`Now`](Self::Now).
+    pub(super) async fn resolve(self, store: &dyn EventStore, now: Position) -> Result<Position, StoreError> {
         match self {
             Self::Beginning => Ok(Position::START),
-            Self::Now => store.frontier().await,
+            Self::Now => Ok(now),
             Self::At(position) => {
                 let before = before(position);
                 let head = store.frontier().await?;
@@ -54,22 +56,29 @@ impl Start {
     }
 }
 
-/// Records that a projection begins with the log, if nothing is recorded yet and the log is empty. Whether a start position
-/// is recorded now.
-pub(crate) async fn begin_with_empty_log(
+/// Records where a projection outside the event store begins, if nothing is recorded yet: at `start`, if that is certain by now,
+/// or with the log if it is empty. Whether that is known now.
+pub(crate) async fn record_start(
     read_model: &impl ReadModel,
     store: &Arc<dyn EventStore>,
     projection: &str,
+    start: Option<Start>,
+    head: Position,
 ) -> Result<bool, StoreError> {
-    let (shape, head) = (Shape::whole(projection), store.frontier().await?);
+    let floor = match start {
+        Some(Start::Now) => Some(head),
+        // The worker finds it.
+        Some(_) => return Ok(true),
+        None => (head == Position::START).then_some(head),
+    };
+    let shape = Shape::whole(projection);
     read_model.prepare(store, &shape.row(None, 0)).await?;
     let record = shape.start();
     let known = read_model.checkpoint(&record).await?;
-    if known.mark > 0 || head > Position::START {
-        return Ok(known.mark > 0);
+    match floor {
+        Some(floor) if known.mark == 0 => record_floor(read_model, &record, known, floor).await.map(|_| true),
+        _ => Ok(known.mark > 0),
     }
-    record_floor(read_model, &record, known, Position::START).await?;
-    Ok(true)
 }
 
 /// Records a start position, unless another task or node is quicker: then that one counts.

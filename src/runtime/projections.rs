@@ -6,12 +6,12 @@ use ractor::SpawnErr;
 
 use super::StartError;
 use crate::bus::EventBus;
-use crate::event::EncodeError;
+use crate::event::{EncodeError, Position};
 use crate::invalid_option::{InvalidOption, at_least};
 use crate::partition;
 use crate::projection::{
     self, FollowMode, Made, Projection, ProjectionHandle, ProjectionOptions, ReadModel, SharedState, Start,
-    StateClaim, Surroundings, begin_with_empty_log,
+    StateClaim, Surroundings, record_start,
 };
 use crate::store::{BoxFuture, EventStore, Filter};
 
@@ -39,6 +39,7 @@ trait PendingStart: Send {
         name: &'a str,
         store: &'a Arc<dyn EventStore>,
         bus: &'a dyn EventBus,
+        log_end: Position,
     ) -> BoxFuture<'a, Result<(), StartError>>;
 
     fn start(
@@ -98,9 +99,10 @@ impl ProjectionRegistration {
         mut self,
         store: &Arc<dyn EventStore>,
         bus: &dyn EventBus,
+        log_end: Position,
     ) -> Result<CheckedProjection, StartError> {
         let filter = self.filter?;
-        self.pending.check(&self.name, store, bus).await?;
+        self.pending.check(&self.name, store, bus, log_end).await?;
         Ok(CheckedProjection { filter, pending: self.pending })
     }
 }
@@ -121,6 +123,7 @@ where
         name: &'a str,
         store: &'a Arc<dyn EventStore>,
         bus: &'a dyn EventBus,
+        log_end: Position,
     ) -> BoxFuture<'a, Result<(), StartError>> {
         Box::pin(async move {
             let Self { read_model, options, .. } = self;
@@ -139,7 +142,7 @@ where
                 }
             }
             let outside = read_model.shared() && !read_model.rolls_back();
-            if outside && options.start.is_none() && !begin_with_empty_log(read_model, store, name).await? {
+            if outside && !record_start(read_model, store, name, options.start, log_end).await? {
                 return Err(StartError::NoStartPosition { name: name.to_owned() });
             }
             if let Some(state) = self.state.take() {

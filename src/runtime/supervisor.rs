@@ -4,6 +4,7 @@
 //! (which supervise their own work). What ends by itself is started again, after a wait that doubles from 10 ms up to 5 s
 //! and is forgotten after a minute without a failure; there is no number of failures after which it gives up.
 
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
@@ -19,6 +20,7 @@ const HEALTHY: Duration = Duration::from_secs(60);
 /// The root actor; stops its children with it.
 pub(super) struct Supervisor {
     root: ActorRef<Message>,
+    alive: Arc<()>,
 }
 
 enum Message {
@@ -126,7 +128,12 @@ fn restart_later(root: &ActorRef<Message>, number: usize, child: &mut Child) {
 impl Supervisor {
     pub(super) async fn start() -> Result<Self, String> {
         let (root, _) = Actor::spawn(None, Root, ()).await.map_err(|error| error.to_string())?;
-        Ok(Self { root })
+        Ok(Self { root, alive: Arc::new(()) })
+    }
+
+    /// Gone as soon as the runtime is dropped: its actors end later.
+    pub(super) fn alive(&self) -> Weak<()> {
+        Arc::downgrade(&self.alive)
     }
 
     pub(super) fn cell(&self) -> ActorCell {

@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+use super::StoreError;
+
 /// The database that a store lives in: what the server or the file system says of it, which a copy does not share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
@@ -44,6 +47,16 @@ impl Adoption {
     /// Whether the database is the store's own.
     pub fn is_adopted(&self) -> bool {
         *self == Self::Adopted
+    }
+
+    /// The error of a read model in `home`, which may be the original's.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(crate) fn refuses(&self, home: &Home) -> StoreError {
+        StoreError::Incompatible {
+            expected: "an event store that belongs to its database, or a read model beside it".into(),
+            found: format!("a read model in {home}"),
+            advice: self.problem().unwrap_or_default(),
+        }
     }
 
     /// What keeps the node from talking to others, in one sentence; `None` for an adopted store.

@@ -30,6 +30,7 @@ use uuid::Uuid;
 use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::{failed, is_outage};
+pub(crate) use self::schema::home;
 use super::paging::Paging;
 use super::{
     Adopt, Adoption, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,

@@ -25,6 +25,8 @@ pub struct Node {
     board: Board,
     publisher: Publisher,
     projections: Mutex<Vec<ProjectionHandle>>,
+    /// Gone as soon as the node is dropped.
+    alive: Arc<()>,
 }
 
 impl Node {
@@ -44,7 +46,7 @@ impl Node {
             Publisher::spawn(store.clone(), bus.clone(), publisher, id, Metrics::default(), None).await;
         let publisher = publisher.expect("the publisher starts");
         let board = Board::start(store.clone());
-        Self { id, store, bus, feed, board, publisher, projections: Mutex::default() }
+        Self { id, store, bus, feed, board, publisher, projections: Mutex::default(), alive: Arc::new(()) }
     }
 
     /// Starts a projection.
@@ -113,7 +115,19 @@ impl Node {
         let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
         let bus = self.bus.clone();
         let metrics = Metrics::default();
-        let surroundings = Surroundings { store, feed, node: self.id, bus, board, metrics, supervisor: None };
+        let log_end = self.store.frontier().await.unwrap_or_default();
+        let alive = Arc::downgrade(&self.alive);
+        let surroundings = Surroundings {
+            store,
+            feed,
+            node: self.id,
+            bus,
+            board,
+            metrics,
+            supervisor: None,
+            alive,
+            log_end,
+        };
         let handle = spawn(made, filter, read_model, options, None, surroundings).await;
         let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());

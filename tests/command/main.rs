@@ -10,6 +10,7 @@ mod domain;
 mod hazards;
 mod nodes;
 mod processes;
+mod replies;
 mod sizes;
 mod support;
 mod wire;

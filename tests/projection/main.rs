@@ -8,6 +8,8 @@ mod batches;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod conformance;
 mod control;
+mod copies;
+mod deferred;
 mod failures;
 mod following;
 #[cfg(all(feature = "postgres", feature = "nats"))]

@@ -1,6 +1,7 @@
 //! Memory that outlives the runtime that folds into it.
 
 use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
 
 use storied::projection::{ApplyError, InMemory, Lookup, ProjectionState};
 use storied::runtime::{Builder, StartError};
@@ -159,4 +160,35 @@ async fn memory_that_cannot_be_emptied_is_not_folded_into() {
     assert!(error.contains("endless") && error.contains("Projection::reset"), "{error}");
     assert_eq!(*seen.lock().unwrap(), Numbers::new());
     runtime.shutdown().await.unwrap();
+}
+
+/// An `apply` that blocks its thread outlives its runtime: the next run waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_apply_of_the_previous_runtime_folds_nothing_into_the_next() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 0..4).await;
+        let seen = Seen::default();
+        let start = async || {
+            let blocks = hook(|_| {
+                std::thread::sleep(Duration::from_millis(100));
+                Ok(())
+            });
+            let recorder = recorder::<()>("slow").hook(blocks).into(&seen);
+            on(&store).projection(recorder, InMemory::new()).start().await.unwrap()
+        };
+        let expected = [1, 2, 3, 4].map(storied::Position::new);
+        for dropped in [true, false, true] {
+            let runtime = start().await;
+            tokio::time::sleep(Duration::from_millis(150)).await;
+            match dropped {
+                true => drop(runtime),
+                false => drop(runtime.shutdown_within(Duration::from_millis(10)).await.unwrap_err()),
+            }
+            let runtime = start().await;
+            runtime.projection("slow").unwrap().wait_until_live(PATIENCE).await.unwrap();
+            assert_eq!(seen.positions(), expected, "{kind}, dropped: {dropped}");
+            runtime.shutdown().await.unwrap();
+            assert_eq!(seen.positions(), expected, "{kind}, dropped: {dropped}");
+        }
+    }
 }

@@ -226,3 +226,41 @@ async fn at_least_once_on_a_log_with_events_is_told_where_to_begin() {
         assert_eq!(start("all", options().start(Start::Beginning)).await.unwrap().len(), 4, "{kind}");
     }
 }
+
+/// Whatever is appended after the start returned is applied, however late the projection first runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn now_is_when_the_runtime_started() {
+    for (kind, store, _dir) in stores().await {
+        append(&store, 0, 0..3).await;
+        for round in 0..10 {
+            let names = ["whole", "parts", "memory"].map(|kind| format!("{kind}-{round}"));
+            let (whole, memory) = (recorder::<Delivery>(&names[0]), recorder::<()>(&names[2]));
+            let (parts, name) = (Seen::default(), names[1].clone());
+            let (whole_seen, parts_seen, memory_seen) =
+                (whole.seen.clone(), parts.clone(), memory.seen.clone());
+            let make = move |_| recorder::<Delivery>(&name).into(&parts);
+            let now = || options().start(Start::Now);
+            let runtime = Runtime::builder()
+                .store(store.clone())
+                .projection_with(whole, External::new(), now())
+                .partitioned_with(16, make, External::new(), now())
+                .projection_with(memory, InMemory::new(), now())
+                .start()
+                .await
+                .unwrap();
+            let mut expected = Vec::new();
+            for stream in 0..5 {
+                expected.push(append(&store, stream, [1]).await);
+            }
+            for name in &names {
+                catch_up(runtime.projection(name).unwrap(), expected[4]).await;
+            }
+            for (seen, name) in [whole_seen, parts_seen, memory_seen].iter().zip(&names) {
+                let mut seen = seen.positions();
+                seen.sort();
+                assert_eq!(seen, expected, "{kind}, {name}");
+            }
+            runtime.shutdown().await.unwrap();
+        }
+    }
+}

@@ -196,6 +196,11 @@ impl<T> Recorder<T> {
     pub fn hook(self, hook: Hook) -> Self {
         Self { hook, ..self }
     }
+
+    /// Records there what several of them are given.
+    pub fn into(self, seen: &Seen) -> Self {
+        Self { seen: seen.clone(), ..self }
+    }
 }
 
 impl<T: Send + 'static> Projection for Recorder<T> {

@@ -18,7 +18,7 @@ use crate::projection::{
     ApplyError, ControlError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel,
     TargetUnavailable, UnknownNames, WaitError,
 };
-use crate::store::{Checkpoint, ParkedEvent};
+use crate::store::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
 use crate::transient::causes;
 
 /// Applies one event; a panic is an error like another.
@@ -131,6 +131,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
+    /// Whether the database refused at the commit what an `apply` wrote, so that nothing of the transaction happened.
+    fn is_refusal(&self, error: &StoreError) -> bool {
+        let definite = matches!(error, StoreError::Invalid { .. } | StoreError::Storage { .. });
+        definite
+            && self.read_model.rolls_back()
+            && !self.read_model.is_outage(error)
+            && !outage::is_outage(error)
+    }
+
     /// Remembers which event failed, and how often.
     fn suspect_of(&mut self, pending: &Pending, index: usize, error: &ApplyError) {
         let Some(event) = pending.events.get(index) else { return };
@@ -173,8 +182,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
-        if let Err(error) = self.read_model.commit(open, &self.row, saved, to, None).await {
-            return self.refused(&error);
+        match self.read_model.commit(open, &self.row, saved, to, None).await {
+            Ok(()) => {}
+            Err(CheckpointError::Store(error)) if self.is_refusal(&error) => {
+                // The database checks some constraints only now, and does not say which event broke one.
+                match count {
+                    1 => self.suspect_of(&pending, 0, &ApplyError::from(error)),
+                    _ => self.size.one(),
+                }
+                self.pending = Some(pending);
+                return;
+            }
+            Err(error) => return self.refused(&error),
         }
         self.backoff.succeeded();
         let took = began.elapsed();

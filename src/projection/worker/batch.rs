@@ -27,6 +27,11 @@ impl BatchSize {
         self.now
     }
 
+    /// The next transaction has one event: this one was refused at its commit, which names none.
+    pub(super) fn one(&mut self) {
+        self.now = 1;
+    }
+
     /// So many were applied and committed, in that time.
     pub(super) fn took(&mut self, events: usize, time: Duration) {
         if time > self.target {

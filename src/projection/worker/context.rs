@@ -1,6 +1,6 @@
 //! What does not change about a task, and how it is started.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use ractor::ActorCell;
 use tokio::sync::{Mutex, OnceCell, watch};
@@ -15,7 +15,8 @@ use crate::partition::Partition;
 use crate::projection::control::Control;
 use crate::projection::shape::Shape;
 use crate::projection::{
-    FollowMode, Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel, StateClaim,
+    FollowMode, MemoryRun, Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel,
+    StateClaim,
 };
 use crate::store::{BoxFuture, EventStore, Filter, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
@@ -31,6 +32,10 @@ pub(crate) struct Surroundings {
     pub(crate) board: Board,
     pub(crate) metrics: Metrics,
     pub(crate) supervisor: Option<ActorCell>,
+    /// Gone as soon as the runtime is dropped.
+    pub(crate) alive: Weak<()>,
+    /// End of the log when the runtime started.
+    pub(crate) log_end: Position,
 }
 
 /// What the actor supervises.
@@ -100,6 +105,10 @@ pub(super) struct Context {
     pub(super) status: watch::Sender<ProjectionStatus>,
     /// The start position of a read model that this node keeps for itself.
     pub(super) floor: OnceCell<Position>,
+    /// End of the log when the runtime started.
+    pub(super) log_end: Position,
+    /// Gone as soon as the runtime is dropped.
+    alive: Weak<()>,
 }
 
 /// What of a projection is to be worked on.
@@ -121,7 +130,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         surroundings: Surroundings,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let Surroundings { store, feed, node, bus, board, metrics, .. } = surroundings;
+        let Surroundings { store, feed, node, bus, board, metrics, alive, log_end, .. } = surroundings;
         // Whoever does not follow it (yet) learns from it how far the log goes.
         feed.begin();
         let (partition, permit) = part.partition.unzip();
@@ -148,6 +157,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             permit,
             status,
             floor: OnceCell::new(),
+            log_end,
+            alive,
         });
         let subject = Arc::new(Mutex::new(Subject { instance, read_model, claim }));
         (Self { context, subject }, receiver)
@@ -173,6 +184,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
         Box::pin(async move {
             let mut subject = subject.lock_owned().await;
             let Subject { instance, read_model, .. } = &mut *subject;
+            // Held until the task has ended: an `apply` that blocks its thread outlives its runtime.
+            let _running = (!read_model.shared()).then(|| {
+                MemoryRun::begin(
+                    context.store.info().id,
+                    &context.name,
+                    inbox.stop_watch(),
+                    context.alive.clone(),
+                )
+            });
             Run::new(&context, instance, &**read_model, inbox).run().await;
         })
     }

@@ -16,7 +16,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let (context, read_model) = (self.context, self.read_model);
         let start = self.start();
         if !read_model.shared() {
-            let floor = context.floor.get_or_try_init(|| start.resolve(&*context.store)).await?;
+            let floor =
+                context.floor.get_or_try_init(|| start.resolve(&*context.store, context.log_end)).await?;
             return Ok(*floor);
         }
         let record = context.shape.start();
@@ -24,7 +25,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if known.mark > 0 {
             return Ok(known.position);
         }
-        let floor = start.resolve(&*context.store).await?;
+        let floor = start.resolve(&*context.store, context.log_end).await?;
         record_floor(read_model, &record, known, floor).await
     }
 
@@ -52,6 +53,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Start::At(position) if position > head => Start::Now,
             start => start,
         };
-        start.resolve(&*context.store).await.map(Some)
+        start.resolve(&*context.store, head).await.map(Some)
     }
 }

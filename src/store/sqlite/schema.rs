@@ -62,7 +62,7 @@ pub(super) async fn prepare(
 
 /// A file, which a copy is not: by its number in the file system and the time of its creation. Both survive a renaming. Where the
 /// file system has no such time, by its number alone; where it has neither, no copy is noticed.
-fn home(path: &Path) -> Result<Home, StoreError> {
+pub(crate) fn home(path: &Path) -> Result<Home, StoreError> {
     let reading = |error| StoreError::storage(format!("looking at {}: {error}", path.display()), error);
     let file = std::fs::metadata(path).map_err(reading)?;
     #[cfg(unix)]

@@ -1,0 +1,106 @@
+//! Replies that serde writes and cannot read: the outcome is known, and a repetition does not wait for a better answer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Deserializer, Serialize};
+use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
+use storied::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, Runtime, Version};
+use uuid::Uuid;
+
+use crate::support::{nats, server};
+
+/// Is written without its field if that is `None`, and is not read then.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Half {
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "present")]
+    whole: Option<u32>,
+}
+
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    u32::deserialize(deserializer).map(Some)
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
+#[error("never")]
+struct Never;
+
+#[derive(Default)]
+struct Lamp;
+
+#[derive(Serialize, Deserialize)]
+enum LampEvent {
+    Lit,
+}
+
+impl Event for LampEvent {
+    const CATEGORY: &'static str = "lamp";
+}
+
+impl Aggregate for Lamp {
+    type Event = LampEvent;
+    type Command = bool;
+    type Reply = Half;
+    type Error = Never;
+
+    fn handle(&self, light: &bool, _: &Context<'_>) -> Result<Decision<LampEvent, Half>, Never> {
+        let reply = Half { whole: None };
+        Ok(if *light { Decision::event(LampEvent::Lit).reply(reply) } else { Decision::none().reply(reply) })
+    }
+
+    fn apply(&mut self, _: &LampEvent) {}
+}
+
+struct Halves(Arc<AtomicU64>);
+
+impl Handler for Halves {
+    const NAME: &'static str = "test.halves";
+    type Command = ();
+    type Reply = Half;
+    type Error = Never;
+
+    async fn handle(&self, (): &(), _: &HandlerContext) -> Result<Half, HandleError<Never>> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(Half { whole: None })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reply_that_cannot_be_read_has_a_known_outcome() {
+    for remote in [false, true] {
+        let server = server().await;
+        let (store, handled) = (MemoryStore::new(), Arc::new(AtomicU64::new(0)));
+        let worker = Runtime::builder().store(store.clone()).commands(nats(&server, "worker"));
+        let worker = worker.aggregate::<Lamp>().handler_with(Halves(handled.clone()), HandlerOptions::new());
+        let worker = worker.start().await.unwrap();
+        let caller = match remote {
+            true => {
+                let caller = Runtime::builder().store(store.clone()).commands(nats(&server, "caller"));
+                caller.start().await.unwrap()
+            }
+            false => worker.clone(),
+        };
+        let id = Uuid::now_v7();
+        for _ in 0..2 {
+            let error = caller.command::<Halves>(()).command_id(id).await.unwrap_err();
+            assert!(!error.is_transient() && error.to_string().contains("was handled"), "{error}");
+            let ExecuteError::ReplyUnreadable { command_id, receipt: None, reason } = error else {
+                panic!("{error}")
+            };
+            assert!(command_id == id && reason.contains("whole"), "{reason}");
+        }
+        assert_eq!(handled.load(Ordering::SeqCst), 1);
+        // With events the reply would be stored, and is refused before.
+        let refused = caller.execute::<Lamp>("a", true).await.unwrap_err();
+        assert!(!refused.is_transient() && refused.to_string().contains("whole"), "{refused}");
+        // Without events it is only sent.
+        match caller.execute::<Lamp>("a", false).await {
+            Ok(receipt) => assert!(!remote && receipt.reply.whole.is_none()),
+            Err(ExecuteError::ReplyUnreadable { receipt: Some(receipt), .. }) => {
+                assert!(remote && receipt.events == 0 && receipt.version == Version::NONE);
+            }
+            Err(error) => panic!("{error}"),
+        }
+        worker.shutdown().await.unwrap();
+    }
+}
