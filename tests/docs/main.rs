@@ -106,6 +106,30 @@ fn tests_that_are_named_exist() {
     );
 }
 
+/// In the contributors' tables, every test is code with its path, so `tests_that_are_named_exist` finds it,
+/// and every promise has a test or the file that makes it true.
+#[test]
+fn every_promise_has_a_test_or_code() {
+    let mut wrong = Vec::new();
+    for file in ["docs/dev/faults.md", "docs/dev/sentences.md"] {
+        let text = fs::read_to_string(root().join(file)).unwrap();
+        let rows = text.lines().skip_while(|line| !line.starts_with("|---")).skip(1);
+        let rows: Vec<&str> = rows.take_while(|line| line.starts_with('|')).collect();
+        assert!(rows.len() > 50, "{file} has {} rows", rows.len());
+        for row in rows {
+            let pieces: Vec<&str> = row.split('`').collect();
+            let unchecked = pieces.iter().step_by(2).any(|prose| prose.contains(".rs::"))
+                || pieces.iter().skip(1).step_by(2).any(|code| code.starts_with("::"));
+            let last = row.trim_end_matches(['|', ' ']).rsplit('|').next().unwrap_or_default();
+            let bare = file.ends_with("sentences.md") && !last.contains('`');
+            if unchecked || bare {
+                wrong.push(format!("{file}: {row}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
+}
+
 /// Whether `source` has a function of this name under an attribute that makes it a test.
 fn is_test(source: &str, name: &str) -> bool {
     let lines: Vec<&str> = source.lines().map(str::trim).collect();
