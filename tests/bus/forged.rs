@@ -148,7 +148,7 @@ async fn forge(client: &Client, genuine: &Message, other: &Message, head: u64) {
     client.flush().await.unwrap();
 }
 
-/// Waits until a consumer has no message that is not acknowledged: what stays takes the place of later ones.
+/// Waits until a consumer has acknowledged every message: what stays in flight keeps later ones out.
 async fn acknowledged(server: &NatsServer, consumer: &str) {
     let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
@@ -244,8 +244,8 @@ async fn no_message_moves_a_read_model() {
     }
 }
 
-/// F3: the bus is away, so that nothing wakes a node. The feed still has what its own store appends, and a durable follower
-/// finds what another process appended.
+/// F3: the bus is away, so that nothing wakes a node. The feed still receives the appends of its own
+/// store, and a durable follower finds those of another process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_message_the_store_is_read() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;

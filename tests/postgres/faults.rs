@@ -117,8 +117,8 @@ async fn lose_everything(store: &PostgresStore, proxy: &Proxy) {
     assert_sound(&whole_log(store).await);
 }
 
-/// An append waits for a lock when its connection is lost. Recovery ends the server process that has it: left alone, the
-/// process would write as soon as it gets the lock.
+/// An append waits for a lock when its connection is lost. Recovery ends its server process: left
+/// alone, the process would write as soon as it gets the lock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn recovery_ends_the_server_process_of_a_lost_append() {
     let url = PostgresServer::shared().await.create_database().await;

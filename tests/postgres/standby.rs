@@ -342,8 +342,8 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
     assert_eq!(there, known);
 }
 
-/// The commit of a projection becomes visible because an operator ends its wait. The owner reads its checkpoint again, and
-/// reports nothing before a commit of its own is on the standby (F2).
+/// The commit of a projection becomes visible because an operator ends its wait. The owner reads its
+/// checkpoint again, and reports nothing before a commit of its own is on the standby (F2).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_checkpoint_that_is_claimed_is_on_the_standby() {
     let pair = Pair::start(true).await;
