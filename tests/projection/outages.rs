@@ -200,7 +200,7 @@ async fn a_call_that_hangs_does_not_hold_up_the_end() {
     assert!(store.parked("projection/outside", 10).await.unwrap().is_empty());
 }
 
-/// A node that stops in a long batch: the event under way is the last one, and what was applied is kept.
+/// A node stops in a long batch: the event under way is the last one, and what was applied is kept.
 #[tokio::test(start_paused = true)]
 async fn a_stop_begins_no_further_event_of_a_batch() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
