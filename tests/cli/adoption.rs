@@ -8,12 +8,16 @@ use std::time::Duration;
 
 use async_nats::Subscriber;
 use futures_util::StreamExt;
+use sqlx::PgPool;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use storied::bus::{JetStreamOptions, NatsOptions as BusOptions};
 use storied::command::{CommandBus, CommandBusStatus, NatsCommands};
-use storied::projection::Lookup;
+use storied::projection::{ApplyError, FollowMode, Lookup, PostgresReadModel, Projection, ProjectionState};
 use storied::store::{Adoption, Checkpoint};
-use storied::{EventStore, Filter, Position, PostgresStore, PublisherState, Runtime, SqliteStore};
+use storied::{
+    EncodeError, EventStore, Filter, Position, PostgresStore, ProjectionOptions, PublisherState,
+    RecordedEvent, Runtime, SqliteStore,
+};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
@@ -127,6 +131,73 @@ async fn a_copy_does_not_speak_for_its_original() {
         assert!(begun.elapsed() < Duration::from_secs(5));
         original.shutdown().await.unwrap();
     }
+}
+
+/// A projection that only keeps a checkpoint.
+struct Orders;
+
+impl Projection for Orders {
+    type Transaction = PgConnection;
+
+    fn name(&self) -> &str {
+        "orders"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, _: &mut PgConnection) -> Result<(), ApplyError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_leaves_consumers_and_read_models_to_its_original() {
+    let server = NatsServer::start(NatsOptions::jetstream()).await;
+    let url = PostgresServer::shared().await.create_database().await;
+    let open: Arc<dyn EventStore> = Arc::new(PostgresStore::connect(&url).await.unwrap());
+    fill(&open).await;
+    drop(open);
+    let staging = copy_database(&url).await;
+    // The original makes the stream.
+    let original = node(PostgresStore::connect(&url).await.unwrap(), &server, true, &positions()).await;
+    eventually("the original publishes", async || {
+        original.status().await.publisher.state == PublisherState::Publishing
+    })
+    .await;
+    let copy = async |model: &str| {
+        let bus = BusOptions::jetstream(JetStreamOptions::new().max_bytes(10 << 20));
+        let durable = ProjectionOptions::new().follow(FollowMode::Durable);
+        Runtime::builder()
+            .store(PostgresStore::connect(&staging).await.unwrap())
+            .bus(bus.url(server.url()).bus())
+            .projection_with(Orders, PostgresReadModel::new(PgPool::connect(model).await.unwrap()), durable)
+            .start()
+            .await
+            .unwrap()
+    };
+    // Beside its own database: over the feed.
+    let own = copy(&staging).await;
+    append(own.store(), "staging", &[placed(1)]).await;
+    let projection = own.projection("orders").unwrap();
+    projection.caught_up_to_within(own.store().frontier().await.unwrap(), PATIENCE).await.unwrap();
+    let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
+    // Long enough to make a consumer.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let consumers: Vec<_> = stream.consumer_names().map(Result::unwrap).collect().await;
+    assert!(consumers.is_empty(), "{consumers:?}");
+    own.shutdown().await.unwrap();
+    // In the original's database.
+    let other = copy(&url).await;
+    let projection = other.projection("orders").unwrap();
+    eventually("the read model is refused", async || projection.status().state == ProjectionState::Failed)
+        .await;
+    let error = projection.status().last_error.unwrap();
+    assert!(error.contains("storied store adopt"), "{error}");
+    other.shutdown().await.unwrap();
+    original.shutdown().await.unwrap();
 }
 
 /// What an operator says, and what becomes of the checkpoints, leases and the publisher's memory.

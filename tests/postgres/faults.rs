@@ -117,6 +117,54 @@ async fn lose_everything(store: &PostgresStore, proxy: &Proxy) {
     assert_sound(&whole_log(store).await);
 }
 
+/// An append waits for a lock when its connection is lost. Recovery ends its server process: left
+/// alone, the process would write as soon as it gets the lock.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn recovery_ends_the_server_process_of_a_lost_append() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let proxy = Proxy::start(&url).await;
+    let store = PostgresStore::connect(proxy.url()).await.unwrap();
+    append(&store, &stream(1), exact(0), events(1)).await.unwrap();
+    let mut owner = connect(&url).await;
+    let mut lock = owner.begin().await.unwrap();
+    // Readers pass.
+    lock.execute("LOCK TABLE storied.events IN SHARE ROW EXCLUSIVE MODE").await.unwrap();
+    let appending = tokio::spawn({
+        let store = store.clone();
+        async move { append(&store, &stream(1), exact(1), events(1)).await }
+    });
+    let mut watcher = connect(&url).await;
+    let mut waiting = async || -> Vec<i32> {
+        sqlx::query_scalar(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        )
+        .fetch_all(&mut watcher)
+        .await
+        .unwrap()
+    };
+    let mut first = Vec::new();
+    eventually("the append waits", async || {
+        first = waiting().await;
+        !first.is_empty()
+    })
+    .await;
+    let since = Instant::now();
+    proxy.cut_all();
+    // Another one takes its place: the append is sent again.
+    eventually("the process has ended", async || {
+        let now = waiting().await;
+        !now.is_empty() && now.iter().all(|pid| !first.contains(pid))
+    })
+    .await;
+    // Long before the server itself ends the statement.
+    assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+    lock.rollback().await.unwrap();
+    appending.await.unwrap().unwrap();
+    let log = whole_log(&store).await;
+    assert_sound(&log);
+    assert_eq!(log.len(), 2);
+}
+
 /// Connections are cut at any moment, while each of four writers has a stream of its own: not one append may be refused,
 /// lost or repeated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

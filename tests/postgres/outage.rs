@@ -123,6 +123,18 @@ async fn a_connection_that_dies_silently_is_replaced() {
     fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
     assert_eq!(fixture.count("seen").await, 2);
 
+    // A call of the handle has the same limit.
+    fixture.proxy.silence_all();
+    let error = fixture.projection().parked(10).await.unwrap_err().to_string();
+    assert!(error.contains("transaction_timeout"), "{error}");
+
+    // Dead connections cost a ping each, and not the limit of the pool.
+    let fixture = Fixture::start(3, ProjectionOptions::new()).await;
+    fixture.proxy.silence_all();
+    let (began, position) = (Instant::now(), fixture.append().await);
+    fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+
     // At the end as well, with the limit that is the default.
     let fixture = Fixture::start(3, ProjectionOptions::new()).await;
     fixture.proxy.silence_all();
@@ -163,7 +175,8 @@ async fn a_transaction_that_is_given_up_ends_on_the_server() {
 /// `SELECT *` in `apply`, and another column: the old connections fail with "cached plan must not change result type".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stale_plan_costs_a_connection_and_no_event() {
-    let fixture = Fixture::start(3, short().transaction_timeout(Duration::from_secs(20))).await;
+    // One connection: another one has not planned the statement yet.
+    let fixture = Fixture::start(1, short().transaction_timeout(Duration::from_secs(20))).await;
     run(&fixture.url, "ALTER TABLE notes ADD COLUMN written timestamptz").await;
     let position = fixture.append().await;
     fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();

@@ -12,8 +12,9 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{AppendError, Checkpoint, CommandRecord};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, LocalBus, Position,
-    PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError, Version,
+    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, LocalBus,
+    MemoryStore, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent,
+    Runtime, StoreError, Version,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -341,6 +342,41 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
     assert_eq!(there, known);
 }
 
+/// The commit of a projection becomes visible because an operator ends its wait. The owner reads its
+/// checkpoint again, and reports nothing before a commit of its own is on the standby (F2).
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_that_is_claimed_is_on_the_standby() {
+    let pair = Pair::start(true).await;
+    run(&pair.url, "CREATE TABLE seen (position bigint)").await;
+    let pool = PgPool::connect(&pair.url).await.unwrap();
+    let store = MemoryStore::new();
+    let seen = PostgresReadModel::new(pool);
+    let builder = Runtime::builder().store(store.clone()).projection(Seen, seen);
+    let runtime = builder.start().await.unwrap();
+    let projection = runtime.projection("seen").unwrap();
+    let patience = Duration::from_secs(20);
+    let first = append(&store, &stream(1), exact(0), events(1)).await.unwrap().positions[0];
+    projection.caught_up_to_within(first, patience).await.unwrap();
+    pair.cut_off();
+    let operator = Operator::start(&pair, "pg_terminate_backend");
+    let second = append(&store, &stream(1), exact(1), events(1)).await.unwrap().positions[0];
+    let mut other = connect(&pair.url).await;
+    eventually("the commit is visible", async || {
+        let seen: i64 = sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&mut other).await.unwrap();
+        seen == 2
+    })
+    .await;
+    // Several claims.
+    let reported = projection.caught_up_to_within(second, Duration::from_secs(2)).await;
+    assert!(reported.is_err(), "{:?}", projection.status());
+    drop(operator);
+    pair.heal().await;
+    projection.caught_up_to_within(second, patience).await.unwrap();
+    let seen: i64 = sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&mut other).await.unwrap();
+    assert_eq!(seen, 2);
+    runtime.shutdown().await.unwrap();
+}
+
 /// A standby that lacked something takes over, under running nodes (F43): fewer events than the sequence is logged ahead. A store
 /// that has read them reports it, and so does a projection that claims a read model elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -449,6 +485,11 @@ async fn nothing_is_read_on_a_standby() {
                 store.event_id_at(last).await.err(),
                 store.frontier().await.err(),
             ];
+            let mut answers = Vec::from(answers);
+            if !matches!(way, Way::Direct) {
+                // Its statement asks nothing of the server: the transaction has to refuse.
+                answers.push(store.checkpoint("seen").await.err());
+            }
             for answer in answers {
                 let error = answer.unwrap_or_else(|| panic!("{way:?}: read on a standby"));
                 assert!(matches!(error, StoreError::Unavailable { .. }), "{way:?}: {error:?}");

@@ -200,6 +200,30 @@ async fn a_call_that_hangs_does_not_hold_up_the_end() {
     assert!(store.parked("projection/outside", 10).await.unwrap().is_empty());
 }
 
+/// A node stops in a long batch: the event under way is the last one, and what was applied is kept.
+#[tokio::test(start_paused = true)]
+async fn a_stop_begins_no_further_event_of_a_batch() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, 1..=20).await;
+    let node = local_node(&store).await;
+    let slow: Hook = Arc::new(|_| {
+        Box::pin(async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            Ok(())
+        })
+    });
+    let projection = recorder("outside").hook(slow);
+    let seen = projection.seen.clone();
+    let options = quick().batch_time(Duration::MAX);
+    node.projection(projection, External::new(), options).await;
+    eventually("two are applied", || seen.positions().len() >= 2).await;
+    let began = Instant::now();
+    node.stop(PATIENCE).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    let checkpoint = store.checkpoint("projection/outside").await.unwrap();
+    assert_eq!(checkpoint.position.get(), seen.positions().len() as u64);
+}
+
 struct Slow;
 
 #[derive(Serialize, Deserialize)]

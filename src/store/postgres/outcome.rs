@@ -178,8 +178,9 @@ async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State
         // The process has no other purpose than this lost connection. It may still be at work, or not even have
         // received what is on its way; ended, it can do neither.
         Trace::Backend(backend) => {
+            // IS NULL, which is false: PostgreSQL folds `AND false` to false and then calls nothing.
             let waits: Option<bool> = sqlx::query_scalar(
-                "SELECT CASE WHEN wait_event IS DISTINCT FROM 'SyncRep' THEN pg_terminate_backend(pid) AND false ELSE true END
+                "SELECT CASE WHEN wait_event IS DISTINCT FROM 'SyncRep' THEN pg_terminate_backend(pid) IS NULL ELSE true END
                  FROM pg_stat_activity
                  WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2",
             )
