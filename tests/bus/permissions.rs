@@ -8,7 +8,9 @@ use storied::bus::{
     ConsumerOptions, ConsumerPolicy, HandleOptions, JetStreamOptions, NatsBus, NatsOptions, StreamPolicy,
     SubscribeOptions,
 };
-use storied::{EventBus, Position};
+use storied::projection::{ApplyError, Delivery, External, FollowMode};
+use storied::testing::Node;
+use storied::{EncodeError, EventBus, Filter, Position, Projection, ProjectionOptions, RecordedEvent};
 
 use crate::harness::{self, NatsServer};
 use crate::raw::{Press, listen, take};
@@ -112,6 +114,62 @@ async fn readers_work_with_their_rights() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn durable_projections_work_with_their_rights() {
+    for filter in [
+        Filter::all(),
+        Filter::variants::<Note>(&["torn"]).unwrap(),
+        Filter::variants::<Note>(&["torn", "written"]).unwrap(),
+    ] {
+        let server = server().await;
+        let made = listen(&operator(&server), &["*"], SubscribeOptions::new()).await;
+        made.close(PATIENCE).await.unwrap();
+        let store = store();
+        write(&store, 0, 5).await;
+        let bus = role(NatsOptions::jetstream(existing()), &server, "durable_node").bus();
+        let node = Node::start(store.clone(), Arc::new(bus), blind(), publishing()).await;
+        let options = ProjectionOptions::new().follow(FollowMode::Durable);
+        let handle = node.projection(Shipments(filter), External::new(), options).await;
+        handle.wait_until_live(PATIENCE).await.unwrap();
+        let context = async_nats::jetstream::new(operator(&server).client().await.unwrap());
+        tokio::time::timeout(PATIENCE, async {
+            let stream = context.get_stream("SHOP_EVENTS").await.unwrap();
+            loop {
+                match stream.consumer_info("projection=2Fshipments").await {
+                    Ok(found) if found.num_pending == 0 && found.num_ack_pending == 0 => break,
+                    _ => pause(20).await,
+                }
+            }
+        })
+        .await
+        .expect("the consumer has nothing left");
+        let position = Position::new(10);
+        write(&store, 0, 5).await;
+        handle.caught_up_to_within(position, PATIENCE).await.unwrap();
+        node.stop(PATIENCE).await.unwrap();
+        no_violation(&server);
+    }
+}
+
+/// A projection that does nothing.
+struct Shipments(Filter);
+
+impl Projection for Shipments {
+    type Transaction = Delivery;
+
+    fn name(&self) -> &str {
+        "shipments"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(self.0.clone())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_tool_works_with_its_rights() {
     let server = server().await;
     let store = store();
@@ -174,9 +232,10 @@ async fn a_role_has_no_other_rights() {
     let commands = ["shop.commands.presence", "shop.commands.node.0190a000-0000-7000-8000-000000000000"];
     // What the role may publish of the above, and subscribe to.
     type Subjects<'a> = &'a [&'a [&'a str]];
-    let roles: [(&str, Subjects<'_>, Subjects<'_>); 8] = [
+    let roles: [(&str, Subjects<'_>, Subjects<'_>); 9] = [
         ("core_node", &[&nodes], &[&nodes]),
         ("jetstream_node", &[&nodes, &["$JS.API.STREAM.MSG.GET.SHOP_EVENTS"]], &[&nodes]),
+        ("durable_node", &[&nodes, &["$JS.API.STREAM.MSG.GET.SHOP_EVENTS"]], &[&nodes]),
         (
             "jetstream_owner",
             &[

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Deserializer, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
@@ -103,4 +104,18 @@ async fn a_reply_that_cannot_be_read_has_a_known_outcome() {
         }
         worker.shutdown().await.unwrap();
     }
+}
+
+/// A caller that keeps what `dispatch` gave it and never awaits it delays no shutdown.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_is_not_awaited_does_not_delay_the_end() {
+    let handled = Arc::new(AtomicU64::new(0));
+    let runtime = Runtime::builder().store(MemoryStore::new()).handler(Halves(handled.clone()));
+    let runtime = runtime.start().await.unwrap();
+    let kept = runtime.command::<Halves>(()).dispatch().await.unwrap();
+    crate::support::eventually("the command is handled", || handled.load(Ordering::SeqCst) == 1).await;
+    let begun = Instant::now();
+    runtime.shutdown().await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(matches!(kept.await, Err(ExecuteError::ReplyUnreadable { .. })));
 }

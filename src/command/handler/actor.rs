@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -46,9 +46,46 @@ struct Current<H: Handler> {
     fingerprint: Uuid,
     /// When the last caller stops waiting.
     deadline: Instant,
-    callers: Vec<OneshotSender<Answer<H>>>,
-    /// Its permit in the handler's limit, independent of its callers. Each caller has one, too, for as long as it waits; the first shares this.
+    callers: Vec<Caller<H>>,
+    /// Permit of the attempt in the handler's limit, independent of its callers; the first caller shares it.
     _permit: Arc<OwnedSemaphorePermit>,
+}
+
+/// A caller that waits for a command.
+pub(super) struct Caller<H: Handler> {
+    reply: OneshotSender<Answer<H>>,
+    permit: CallerPermit,
+}
+
+impl<H: Handler> Caller<H> {
+    /// Answers the caller; its permit is free before it can give the next command.
+    fn answer(self, answer: Answer<H>) -> Result<(), Answer<H>> {
+        self.permit.release();
+        self.reply.send(answer)
+    }
+}
+
+/// Permit of a caller in the handler's limit, until it is answered or gone.
+#[derive(Clone)]
+struct CallerPermit(Arc<Mutex<Option<Arc<OwnedSemaphorePermit>>>>);
+
+impl CallerPermit {
+    fn new(permit: Arc<OwnedSemaphorePermit>) -> Self {
+        Self(Arc::new(Mutex::new(Some(permit))))
+    }
+
+    fn release(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// Releases the permit of a caller that goes away, also if it never awaited its answer.
+struct ReleaseOnDrop(CallerPermit);
+
+impl Drop for ReleaseOnDrop {
+    fn drop(&mut self) {
+        self.0.release();
+    }
 }
 
 /// What the attempts of one handler share.
@@ -150,9 +187,11 @@ impl<H: Handler> HandlerRouter<H> {
     {
         let (reply, answer) = oneshot();
         let permit = Arc::new(permit);
-        match self.actor().cast(Message::Run(job, reply, permit.clone())) {
+        let waiting = CallerPermit::new(permit.clone());
+        let caller = Caller { reply, permit: waiting.clone() };
+        match self.actor().cast(Message::Run(job, caller, permit)) {
             Ok(()) => Ok(async move {
-                let _permit = permit;
+                let _waiting = ReleaseOnDrop(waiting);
                 answer.await.map_err(|_dropped| Stopped)
             }),
             Err(_) if self.closing.load(Ordering::Acquire) => Err(ExecuteError::ShuttingDown),
@@ -202,7 +241,7 @@ pub(crate) struct Stopped;
 
 pub(super) enum Message<H: Handler> {
     /// A command, and its caller.
-    Run(Job<H>, OneshotSender<Answer<H>>, Arc<OwnedSemaphorePermit>),
+    Run(Job<H>, Caller<H>, Arc<OwnedSemaphorePermit>),
     /// An attempt is over; `freed` with its worker's place.
     Ended { id: Uuid, key: Option<String>, ran: Ran, freed: bool },
     /// A worker's place is free.
@@ -331,16 +370,16 @@ impl<H: Handler> HandlerActor<H> {
 }
 
 impl<H: Handler> HandlerState<H> {
-    fn take(&mut self, job: Job<H>, caller: OneshotSender<Answer<H>>, permit: Arc<OwnedSemaphorePermit>) {
+    fn take(&mut self, job: Job<H>, caller: Caller<H>, permit: Arc<OwnedSemaphorePermit>) {
         if let Some(current) = self.current.get_mut(&job.id) {
             if current.fingerprint != job.fingerprint {
                 // A caller that has gone away needs no answer.
-                let _ = caller.send(Err(ExecuteError::SameId { command_id: job.id }));
+                let _ = caller.answer(Err(ExecuteError::SameId { command_id: job.id }));
                 return;
             }
             current.deadline = current.deadline.max(job.deadline);
             // However often a command is repeated while it runs, only callers that still wait are kept.
-            current.callers.retain(|caller| !caller.is_closed());
+            current.callers.retain(|caller| !caller.reply.is_closed());
             return current.callers.push(caller);
         }
         let (fingerprint, deadline) = (job.fingerprint, job.deadline);
@@ -363,7 +402,7 @@ impl<H: Handler> HandlerState<H> {
         let callers = self.current.remove(&id).map(|current| current.callers).unwrap_or_default();
         for (count, caller) in callers.into_iter().enumerate() {
             let answer = ran.answer::<H>(id, count > 0);
-            if let Err(Err(error)) = caller.send(answer) {
+            if let Err(Err(error)) = caller.answer(answer) {
                 tracing::warn!(handler = H::NAME, command = %id, %error, "a command failed, and nobody waited for its answer");
             }
         }
