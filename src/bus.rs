@@ -81,6 +81,33 @@ pub enum Resume {
     AtFrontier,
 }
 
+/// A message of a mirror, as it describes itself. Only the log can confirm it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// The bus's own number of the message.
+    pub sequence: u64,
+    /// The event that it claims to be.
+    pub event: ClaimedEvent,
+}
+
+/// The event that a message of a mirror claims to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClaimedEvent {
+    /// An event of this log.
+    Event {
+        /// The position of the event before it.
+        previous: Position,
+        /// Its position.
+        position: Position,
+        /// Its id.
+        id: Uuid,
+    },
+    /// None of this log.
+    Foreign,
+    /// Unknown: the bus no longer keeps the message.
+    Missing,
+}
+
 /// How a bus is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -216,9 +243,20 @@ pub trait BusPublisher: Send {
     /// that was emptied since.
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;
 
-    /// Behind [`resume`](Self::resume): the last event that the bus keeps, and where it was in the log. The log must have it
-    /// there, or it is not the log that was published. None by default, and for a bus that keeps nothing.
-    fn last_event(&self) -> Option<(Position, Uuid)> {
+    /// After [`resume`](Self::resume): the next messages that the log has to confirm; none at the end, and none by default.
+    ///
+    /// If the mirror still has the number of `known`, they begin with that message. Otherwise they are its last messages.
+    fn claims(&mut self) -> BoxFuture<'_, Result<Vec<Claim>, BusError>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+
+    /// After [`claims`](Self::claims): the last position that the log confirmed. `is_exact` unless a missing message may have
+    /// been a later event. Does nothing by default.
+    fn confirm(&mut self, _position: Position, _is_exact: bool) {}
+
+    /// The end of the mirror that the bus has confirmed, also after an error of [`publish`](Self::publish). `None` by default:
+    /// only an answer of `publish` says.
+    fn confirmed(&self) -> Option<MirrorEnd> {
         None
     }
 

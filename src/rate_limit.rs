@@ -32,7 +32,6 @@ impl RateLimit {
     }
 
     /// Takes a token if there is one.
-    #[cfg(feature = "nats")]
     pub(crate) fn try_take(&mut self) -> bool {
         let now = Instant::now();
         let full_at = self.full_at.max(now) + self.interval;
@@ -52,14 +51,12 @@ impl RateLimit {
 }
 
 /// Counts log lines that were left out, so that the next one can say how many.
-#[cfg(feature = "nats")]
 #[derive(Debug)]
 pub(crate) struct LogLimit {
     limit: RateLimit,
     count: u64,
 }
 
-#[cfg(feature = "nats")]
 impl LogLimit {
     /// One line a minute.
     pub(crate) fn each_minute() -> Self {
@@ -67,8 +64,14 @@ impl LogLimit {
     }
 
     /// Counts an occurrence; if a line may be written, returns how many there were since the last line.
+    #[cfg(feature = "nats")]
     pub(crate) fn count(&mut self) -> Option<u64> {
-        self.count += 1;
+        self.add(1)
+    }
+
+    /// Counts `more` occurrences; if a line may be written, returns how many there were since the last line.
+    pub(crate) fn add(&mut self, more: u64) -> Option<u64> {
+        self.count += more;
         self.limit.try_take().then(|| std::mem::take(&mut self.count))
     }
 }

@@ -1,3 +1,5 @@
+mod claims;
+
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,13 +8,16 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
+use self::claims::{Walk, find_end};
 use super::{PublisherOptions, PublisherState, PublisherStatus};
 use crate::backoff::Backoff;
-use crate::bus::{BusError, BusPublisher, BusScope, EventBus, LogBatch, MirrorEnd, Resume};
+use crate::bus::{
+    BusError, BusPublisher, BusScope, Claim, ClaimedEvent, EventBus, LogBatch, MirrorEnd, Resume,
+};
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
 use crate::lease::{HeldLease, Renewals};
-use crate::rate_limit::RateLimit;
+use crate::rate_limit::{LogLimit, RateLimit};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::trace::{self, Destination, Publishing};
@@ -22,8 +27,12 @@ use crate::time::after;
 /// The name of both the lease and the checkpoint.
 const NAME: &str = "publisher";
 
-/// How often at most the checkpoint is written. Losing it costs looking for the mirror's end in the store, no more.
+/// How often at most the checkpoint is written, while few events are published. After a crash, what the mirror has got since is
+/// compared with the log.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
+
+/// Number of messages after which it is written in any case: the most that are compared after a crash, but for one read of the log.
+const SAVE_AFTER: u64 = 16_384;
 
 /// How often a standby looks whether the lease is free: how long after an orderly stop nobody publishes.
 const STANDBY_POLL: Duration = Duration::from_millis(500);
@@ -57,16 +66,20 @@ enum Interruption {
     #[error(
         "the mirror goes to position {mirror}, the log only to {log}: the store was restored from an older state, and what \
          comes next would contradict what others have read; give the restored store a mirror of its own (another \
-         namespace, or delete the old mirror)"
+         namespace, or delete the old mirror); if the messages from {first} on were forged, delete them from the stream"
     )]
-    Ahead { mirror: Position, log: Position },
+    Ahead { mirror: Position, log: Position, first: u64 },
     #[error(
         "the last event of the mirror is {mirror} at position {position}, where the log has {}: the store was restored from an \
          older state and has gone on since, or it is a copy; give it a mirror of its own (another namespace, or delete the old \
-         mirror)",
+         mirror); if the messages from {first} on were forged, delete them from the stream",
         log.map_or_else(|| "none".to_owned(), |id| id.to_string())
     )]
-    Diverged { position: Position, mirror: Uuid, log: Option<Uuid> },
+    Diverged { position: Position, mirror: Uuid, log: Option<Uuid>, first: u64 },
+    #[error(
+        "the mirror goes on at position {position}, up to which the log is not stable in this process as yet"
+    )]
+    Unstable { position: Position },
     #[error("the lease {NAME:?} was lost, or could not be renewed in time")]
     LeaseLost,
 }
@@ -80,6 +93,7 @@ impl Interruption {
             Self::Checkpoint(_) => "checkpoint",
             Self::Ahead { .. } => "ahead",
             Self::Diverged { .. } => "diverged",
+            Self::Unstable { .. } => "unstable",
             Self::LeaseLost => "lease_lost",
         }
     }
@@ -177,6 +191,7 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         return inbox.stopping().await;
     }
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+    let (mut fenced, mut foreign) = (None, LogLimit::each_minute());
     loop {
         let Some(lease) = stand_by(&shared, &mut inbox, &mut backoff).await else { return };
         let mut turn = Turn {
@@ -187,6 +202,8 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
             end: MirrorEnd::default(),
             save_at: Instant::now(),
             backoff: &mut backoff,
+            fenced: &mut fenced,
+            foreign: &mut foreign,
         };
         let interruption = turn.publish_all(&mut inbox).await;
         // Given back whatever happened: another node may fare better, and this one can take it again.
@@ -295,6 +312,10 @@ struct Turn<'a> {
     /// Not before this is the checkpoint saved again.
     save_at: Instant,
     backoff: &'a mut Backoff,
+    /// The checkpoint that this process wrote when a message of another program fenced it: exactly the end of the mirror.
+    fenced: &'a mut Option<Checkpoint>,
+    /// Messages that are no events of the log.
+    foreign: &'a mut LogLimit,
 }
 
 impl Turn<'_> {
@@ -309,9 +330,23 @@ impl Turn<'_> {
             () = self.unheard(inbox) => return Ok(()),
         }
         // From before the first look at the store: an append in between is not slept through.
-        let mut appended = shared.store.appended();
+        let appended = shared.store.appended();
         self.resume(&mut *publisher).await?;
         shared.set(PublisherState::Publishing);
+        let ended = self.publish_on(&mut *publisher, appended, inbox).await;
+        if let Err(Interruption::Bus(error)) = &ended {
+            self.keep(publisher.confirmed(), error).await;
+        }
+        ended
+    }
+
+    async fn publish_on(
+        &mut self,
+        publisher: &mut dyn BusPublisher,
+        mut appended: watch::Receiver<Position>,
+        inbox: &mut Inbox<()>,
+    ) -> Result<(), Interruption> {
+        let shared = self.shared;
         // Where the log ended when the end was asked for.
         let mut last = None;
         let mut poll = shared.options.busy_poll;
@@ -351,7 +386,7 @@ impl Turn<'_> {
                     // What is under way is not broken off for it.
                     Ok::<_, Interruption>(next)
                 };
-                let ((), next) = tokio::try_join!(self.publish(&mut *publisher, stretch), next)?;
+                let ((), next) = tokio::try_join!(self.publish(publisher, stretch), next)?;
                 ahead = next?;
                 beat_at = after(shared.options.heartbeat);
                 poll = shared.options.busy_poll;
@@ -359,7 +394,8 @@ impl Turn<'_> {
             if last.is_some_and(|last| self.end.position >= last) {
                 return self.save().await;
             }
-            if self.save_at <= Instant::now() {
+            let unsaved = self.end.sequence.saturating_sub(self.saved.mark);
+            if self.save_at <= Instant::now() || unsaved >= SAVE_AFTER {
                 self.save().await?;
             }
             if more {
@@ -415,33 +451,109 @@ impl Turn<'_> {
         }
         let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
-            Resume::After(end) => end,
+            Resume::After(end) => self.confirm(publisher, known, end).await?,
             Resume::AtFrontier => MirrorEnd { position: shared.store.frontier().await?, sequence: 0 },
         };
         // Another process may have published more than the mark of this one allows. Only the event decides whether the log lost it.
-        let end = self.end.position;
-        let there = match end {
-            Position::START => None,
-            end => shared.store.event_id_at(end).await?,
-        };
-        if end > Position::START && there.is_none() {
+        let MirrorEnd { position: end, sequence } = self.end;
+        if end > Position::START && shared.store.event_id_at(end).await?.is_none() {
             let log = shared.store.frontier().await?;
             if end > log {
-                return Err(Interruption::Ahead { mirror: end, log });
-            }
-        }
-        if let Some((position, mirror)) = publisher.last_event() {
-            let log = if position == end { there } else { shared.store.event_id_at(position).await? };
-            if log != Some(mirror) {
-                return Err(Interruption::Diverged { position, mirror, log });
+                return Err(Interruption::Ahead { mirror: end, log, first: sequence });
             }
         }
         // Claims the checkpoint: whoever published under an older lease is refused from here on.
         self.save().await?;
+        *self.fenced = None;
         shared.status.send_modify(|status| {
             status.published = Some(self.end.position);
         });
         Ok(())
+    }
+
+    /// Finds the end of the mirror: the last message that the log confirms.
+    async fn confirm(
+        &mut self,
+        publisher: &mut dyn BusPublisher,
+        known: MirrorEnd,
+        end: MirrorEnd,
+    ) -> Result<MirrorEnd, Interruption> {
+        let store = &*self.shared.store;
+        let mut claims = publisher.claims().await?;
+        let Some(first) = claims.first().copied() else { return Ok(end) };
+        // Nothing of this process comes after the end that fenced it.
+        let fenced = *self.fenced == Some(self.saved);
+        let mut walk = if known.sequence > 0 && first.sequence == known.sequence {
+            self.check_checkpoint(known, first).await?;
+            claims.remove(0);
+            Walk::new(store, known.position, first.event != ClaimedEvent::Missing)
+        } else if fenced && known.sequence == 0 {
+            Walk::new(store, known.position, true)
+        } else if let Some(index) = find_end(store, &claims).await?
+            && let Some(Claim { event: ClaimedEvent::Event { position, .. }, .. }) = claims.get(index)
+        {
+            let position = *position;
+            claims.drain(..=index);
+            Walk::new(store, position, true)
+        } else {
+            // Of this log there is nothing; of another one under its id, there may be.
+            for claim in claims.iter().rev() {
+                if let ClaimedEvent::Event { position, id, .. } = claim.event {
+                    return Err(self.lost(position, id, claim.sequence).await?);
+                }
+            }
+            return Ok(end);
+        };
+        while !claims.is_empty() {
+            for claim in claims {
+                walk.take(claim).await?;
+            }
+            claims = publisher.claims().await?;
+        }
+        if let Some(lost) = walk.lost.filter(|_| !fenced) {
+            return Err(self.lost(lost.position, lost.id, lost.first).await?);
+        }
+        let (ignored, position) = (walk.ignored(), walk.position);
+        if ignored > 0
+            && let Some(messages) = self.foreign.add(ignored)
+        {
+            let bus = self.shared.bus.name();
+            tracing::warn!(bus, messages, "ignoring messages of another program in the mirror");
+        }
+        publisher.confirm(position, walk.is_exact);
+        Ok(MirrorEnd { position, ..end })
+    }
+
+    /// Checks that the log still has the event of the checkpoint, if the mirror has it there.
+    async fn check_checkpoint(&self, known: MirrorEnd, claim: Claim) -> Result<(), Interruption> {
+        if let ClaimedEvent::Event { position, id, .. } = claim.event
+            && position == known.position
+            // Another id proves nothing: the last message then may have been of another program.
+            && self.shared.store.event_id_at(position).await?.is_none()
+        {
+            return Err(self.lost(position, id, claim.sequence).await?);
+        }
+        Ok(())
+    }
+
+    /// Why the log does not have an event of the mirror.
+    async fn lost(&self, position: Position, id: Uuid, first: u64) -> Result<Interruption, StoreError> {
+        let store = &self.shared.store;
+        let (log, head) = (store.event_id_at(position).await?, store.frontier().await?);
+        Ok(match log {
+            None if position > head => Interruption::Ahead { mirror: position, log: head, first },
+            log => Interruption::Diverged { position, mirror: id, log, first },
+        })
+    }
+
+    /// Writes the checkpoint after an error of the bus: the next attempt begins there.
+    async fn keep(&mut self, confirmed: Option<MirrorEnd>, error: &BusError) {
+        self.end = confirmed.unwrap_or(self.end);
+        match self.save().await {
+            Ok(()) if matches!(error, BusError::Fenced { .. }) => *self.fenced = Some(self.saved),
+            Ok(()) => {}
+            Err(error) => tracing::debug!(%error, "the checkpoint of the publisher was not written"),
+        }
     }
 
     async fn publish(

@@ -4,6 +4,7 @@
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
 
 mod certificates;
+mod claims;
 mod cluster;
 mod compose;
 mod conformance;

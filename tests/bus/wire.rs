@@ -87,13 +87,15 @@ async fn messages_are_what_they_always_were() {
         for _ in 0..5 {
             found += &show(&timeout(PATIENCE, seen.next()).await.unwrap().unwrap());
         }
-        // The mirror says in each message which one it expects before it; nothing else differs.
+        // The mirror says in each message which one it expects before it, and by its id if it is in flight; nothing else differs.
         let expected: String =
             found.lines().filter(|line| line.contains("Nats-Expected-Last-Sequence")).collect();
         let numbers = if kind == Kind::JetStream { "0123" } else { "" };
         let digits: String = expected.chars().filter(char::is_ascii_digit).collect();
         assert_eq!(digits, numbers);
-        let rest = found.lines().filter(|line| !line.contains("Nats-Expected-Last-Sequence"));
+        let ids = found.lines().filter(|line| line.contains("Nats-Expected-Last-Msg-Id")).count();
+        assert_eq!(ids, if kind == Kind::JetStream { 3 } else { 0 });
+        let rest = found.lines().filter(|line| !line.contains("Nats-Expected-Last-"));
         let rest: String = rest.flat_map(|line| [line, "\n"]).collect();
         assert_eq!(rest, include_str!("../golden/wire.txt"), "{kind:?}:\n{rest}");
 

@@ -157,6 +157,16 @@ async fn a_mirror_that_differs_is_found() {
         // A message of somebody else's behind it, and one less in it.
         context.publish("storied.events.order.placed", "not ours".into()).await.unwrap().await.unwrap();
         fixture.run(&verify).await.code(1).shows(&["mirror: message 6 is not of this log: no "]);
+        // One of its own once more.
+        let genuine = stream.get_raw_message(2).await.unwrap();
+        let mut headers = genuine.headers.clone();
+        headers.insert("Nats-Expected-Last-Sequence", "6");
+        headers.insert("Nats-Msg-Id", uuid::Uuid::now_v7().to_string());
+        headers.insert("Nats-Expected-Last-Msg-Id", "");
+        let replayed = context.publish_with_headers(genuine.subject, headers, genuine.payload).await;
+        replayed.unwrap().await.unwrap();
+        fixture.run(&verify).await.code(1).shows(&["mirror: message 7 has position 2 again"]);
+        stream.delete_message(7).await.unwrap();
         stream.delete_message(6).await.unwrap();
         stream.delete_message(3).await.unwrap();
         fixture

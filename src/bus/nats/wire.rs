@@ -9,7 +9,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use uuid::Uuid;
 
 use super::subjects::{Mapping, Names};
-use crate::bus::BusError;
+use crate::bus::{BusError, ClaimedEvent};
 use crate::codec::Codec;
 use crate::event::{EventName, Position, RecordedEvent, StreamId, Version};
 
@@ -206,10 +206,17 @@ impl Wire {
         Headers(self.accept(headers)?).number(&POSITION).map(Position::new)
     }
 
-    /// Reads which event a message is of, and its position.
-    pub(super) fn read_place(&self, headers: &HeaderMap) -> Result<(Position, Uuid), Reject> {
+    /// Reads which event the headers of a message claim.
+    pub(super) fn read_claim(&self, headers: &HeaderMap) -> Result<ClaimedEvent, Reject> {
         let headers = Headers(self.accept(Some(headers))?);
-        Ok((headers.number(&POSITION).map(Position::new)?, headers.uuid(&NATS_MESSAGE_ID)?))
+        let position = Position::new(headers.number(&POSITION)?);
+        let previous = Position::new(headers.number(&PREVIOUS)?);
+        Ok(ClaimedEvent::Event { previous, position, id: headers.event_id(position)? })
+    }
+
+    /// The message id of an event, where the server has the event's own id already.
+    pub(super) fn message_id_at_position(event: &RecordedEvent) -> String {
+        format!("{}@{}", event.id.hyphenated(), event.position)
     }
 
     /// The headers, if they are ours.
@@ -259,7 +266,7 @@ fn read(message: &Message, headers: &HeaderMap) -> Result<Incoming, Reject> {
     let (payload, metadata) = read_body(&message.payload, codec)
         .ok_or_else(|| malformed(format!("the body of position {position}")))?;
     let event = RecordedEvent {
-        id: headers.uuid(&NATS_MESSAGE_ID)?,
+        id: headers.event_id(position)?,
         stream: read_stream(headers.text(&STREAM)?).ok_or_else(|| malformed("the stream".into()))?,
         version: Version::new(headers.number(&VERSION)?),
         position,
@@ -293,6 +300,17 @@ impl<'a> Headers<'a> {
 
     fn uuid(&self, name: &HeaderName) -> Result<Uuid, Reject> {
         Uuid::try_parse(self.text(name)?).map_err(|error| malformed(format!("{name}: {error}")))
+    }
+
+    /// The id of the event at `position`: the message id is `ID`, or `ID@POSITION` where the log has the id twice.
+    fn event_id(&self, position: Position) -> Result<Uuid, Reject> {
+        let text = self.text(&NATS_MESSAGE_ID)?;
+        let id = match text.split_once('@') {
+            Some((id, at)) if at.parse() == Ok(position.get()) => id,
+            Some(_) => return Err(malformed(format!("{NATS_MESSAGE_ID}: not of position {position}"))),
+            None => text,
+        };
+        Uuid::try_parse(id).map_err(|error| malformed(format!("{NATS_MESSAGE_ID}: {error}")))
     }
 }
 

@@ -92,6 +92,10 @@ impl Mirror {
                 return Ok(());
             }
             let Some(item) = self.next.take() else { return Ok(()) };
+            if place <= self.last && self.first.is_some() {
+                problems.add(again(&item));
+                continue;
+            }
             if place < event.position {
                 problems.add(format!("mirror: it has an event at position {place}, where the log has none"));
                 continue;
@@ -161,12 +165,18 @@ impl Mirror {
                 self.last, self.behind
             ));
         }
-        if let Some(item) = self.peek(problems, false).await? {
-            let place = place(item);
+        while let Some(item) = self.peek(problems, false).await? {
+            let (place, text) = (place(item), again(item));
+            if place <= self.last && self.first.is_some() {
+                problems.add(text);
+                self.next = None;
+                continue;
+            }
             let end = self.store.frontier().await?;
             if place > end {
                 problems.add(format!("mirror: it goes on at position {place}, and the log ends at {end}"));
             }
+            break;
         }
         Ok(())
     }
@@ -191,6 +201,15 @@ impl Mirror {
         };
         format!("{} events were compared with the mirror; {kept}", self.compared)
     }
+}
+
+/// The problem of a message with a position that the mirror had before.
+fn again(item: &MirrorItem) -> String {
+    let sequence = match item {
+        MirrorItem::Event { sequence, .. } | MirrorItem::Omitted { sequence, .. } => *sequence,
+        _ => 0,
+    };
+    format!("mirror: message {sequence} has position {} again", place(item))
 }
 
 fn place(item: &MirrorItem) -> Position {

@@ -1,26 +1,32 @@
 use std::collections::VecDeque;
+use std::error::Error;
+use std::ops::Range;
 use std::sync::Arc;
 
-use async_nats::header::NATS_EXPECTED_LAST_SEQUENCE;
+use async_nats::header::{NATS_EXPECTED_LAST_MESSAGE_ID, NATS_EXPECTED_LAST_SEQUENCE, NATS_MESSAGE_ID};
 use async_nats::jetstream::Context;
-use async_nats::jetstream::context::{ContextBuilder, PublishAckFuture, PublishErrorKind};
-use async_nats::jetstream::message::PublishMessage;
-use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageErrorKind};
+use async_nats::jetstream::context::{ContextBuilder, PublishAckFuture, PublishErrorKind, RequestError};
+use async_nats::jetstream::message::{PublishMessage, StreamMessage};
+use async_nats::jetstream::stream::{LastRawMessageErrorKind, RawMessageError, Stream};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use uuid::Uuid;
 
 use super::super::connection::{Connection, silent, unavailable};
 use super::super::hints::Hints;
 use super::super::subjects::Names;
 use super::super::wire::{Outgoing, Reject, Wire};
-use super::stream::{Content, ensure, incompatible, info, other_store, refused};
+use super::stream::{Content, ensure, incompatible, info, is_marked, other_store, refused};
 use super::{JetStreamOptions, MirrorFrom, stream_rights};
-use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
+use crate::bus::{BusError, BusPublisher, Claim, ClaimedEvent, LogBatch, MirrorEnd, Resume};
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
 use crate::telemetry::trace::Destination;
 
-/// How many messages of others, behind the last one of ours, are looked past.
-const STRANGERS: u64 = 256;
+/// Number of last messages that are read where no checkpoint says where the mirror ended, and of messages in a page of claims.
+const PAGE: u64 = 256;
+
+/// Number of messages that are read at the same time.
+const READS: usize = 64;
 
 /// Publishes into the stream.
 pub(in super::super) struct MirrorPublisher {
@@ -33,6 +39,8 @@ pub(in super::super) struct MirrorPublisher {
     hints: Option<Hints>,
     /// Of [`resume`](BusPublisher::resume), and everything behind it.
     turn: Option<Turn>,
+    /// The end that the server has confirmed.
+    confirmed: Option<MirrorEnd>,
 }
 
 /// What was found, and what became of it.
@@ -41,13 +49,29 @@ struct Turn {
     /// it, or the same one with less in it.
     session: u64,
     end: MirrorEnd,
-    /// The last event that was there.
-    last_event: Option<(Position, Uuid)>,
+    /// Messages that the log has to confirm.
+    unread: Unread,
     /// The stream's own limit of a message, if it has one.
     largest: usize,
     /// The messages before the end are gone, and with them the knowledge whether the next events are among them: they go
     /// out one by one, until the server takes the first that it has not had.
     feeling: bool,
+}
+
+/// Messages after the one that the checkpoint names, or the last ones.
+struct Unread {
+    /// Those that were read already.
+    read: Vec<Claim>,
+    /// The first message that the stream keeps.
+    first: u64,
+    /// Those that were not.
+    sequences: Range<u64>,
+}
+
+impl Unread {
+    fn none() -> Self {
+        Self { read: Vec::new(), first: 1, sequences: 0..0 }
+    }
 }
 
 impl MirrorPublisher {
@@ -62,7 +86,7 @@ impl MirrorPublisher {
             .max_ack_inflight(options.window)
             .build(connection.client.clone());
         let (wire, name) = (Wire::new(names, store), options.name(names.namespace()));
-        Self { connection, jetstream, wire, name, options, hints: None, turn: None }
+        Self { connection, jetstream, wire, name, options, hints: None, turn: None, confirmed: None }
     }
 
     /// Finds the mirror's end.
@@ -80,87 +104,140 @@ impl MirrorPublisher {
         if last == 0 {
             tracing::info!(stream = self.name, after = %beginning, "the mirror of the log is new and is filled");
             let end = MirrorEnd { position: beginning, sequence: 0 };
-            return Ok(Turn { session, end, last_event: None, largest, feeling: false });
+            let unread = Unread::none();
+            return Ok(Turn { session, end, unread, largest, feeling: false });
         }
-        let (kept, event) = self.last_kept().await?.unzip();
-        let kept: Option<MirrorEnd> = kept;
-        // Whoever published meanwhile makes the end later than the one that was asked for first.
-        let sequence = kept.map_or(last, |kept| kept.sequence.max(last));
+        let first = found.state.first_sequence;
         // A number from another life of the stream may be too high; one that was never noted is 0.
-        let known = Some(known).filter(|known| (1..=sequence).contains(&known.sequence));
-        let end = kept.into_iter().chain(known).max_by_key(|end| end.sequence).unwrap_or_else(|| {
-            tracing::warn!(stream = self.name, after = %beginning, "the mirror of the log was emptied and is filled again");
-            MirrorEnd { position: beginning, sequence: 0 }
+        if (1..=last).contains(&known.sequence) {
+            let end = MirrorEnd { position: known.position, sequence: last };
+            let unread = Unread { read: Vec::new(), first, sequences: known.sequence..last + 1 };
+            return Ok(Turn { session, end, unread, largest, feeling: known.sequence < last });
+        }
+        let newest = self.newest().await?;
+        let from = newest.saturating_sub(PAGE - 1).max(first);
+        let (mut read, mut other) = (Vec::new(), None);
+        let ours_alone = is_marked(&found.config, self.wire.store_id());
+        for (claim, store) in self.read(first, from..newest + 1).await? {
+            read.push(claim);
+            other = store.or(other);
+        }
+        let ours = read.iter().rev().find_map(|claim| match claim.event {
+            ClaimedEvent::Event { position, .. } => Some(position),
+            _ => None,
         });
-        let feeling = end.sequence < sequence;
-        let last_event = kept.zip(event).map(|(kept, event)| (kept.position, event));
-        let end = MirrorEnd { position: end.position, sequence };
-        Ok(Turn { session, end, last_event, largest, feeling })
+        let foreign = read.iter().any(|claim| claim.event == ClaimedEvent::Foreign);
+        let position = match (ours, other) {
+            (Some(position), _) => position,
+            (None, Some(store)) if !ours_alone => {
+                return Err(other_store(&self.name, &store, &self.wire.store_id().to_string()));
+            }
+            (None, _) if from > first && foreign => {
+                return Err(incompatible(format!(
+                    "the last {PAGE} messages of the stream {} are not storied's, and no checkpoint says where the mirror ended: \
+                     another program publishes to {:?}; stop it, and delete the stream, which is then created again",
+                    self.name,
+                    self.wire.events(),
+                )));
+            }
+            (None, _) => {
+                tracing::warn!(stream = self.name, after = %beginning, "the mirror of the log was emptied and is filled again");
+                beginning
+            }
+        };
+        let sequence = newest.max(last);
+        let end = MirrorEnd { position, sequence };
+        let feeling = ours.is_none() || newest < sequence;
+        read.extend(
+            (newest + 1..=sequence).take(1).map(|sequence| Claim { sequence, event: ClaimedEvent::Missing }),
+        );
+        let unread = Unread { read, ..Unread::none() };
+        Ok(Turn { session, end, unread, largest, feeling })
     }
 
-    /// The last message of ours that is still there.
-    async fn last_kept(&self) -> Result<Option<(MirrorEnd, Uuid)>, BusError> {
+    /// The number of the last message that the stream keeps; 0 if it keeps none.
+    async fn newest(&self) -> Result<u64, BusError> {
         let what = || format!("reading the end of the stream {}", self.name);
-        let stream = self.jetstream.get_stream_no_info(&self.name).await;
-        let stream = stream.map_err(|error| unavailable(what(), error))?;
         // Nothing else is in the stream.
         let subject = match self.wire.events() {
             [subject] => subject,
             _ => ">",
         };
-        let mut message = match stream.get_last_raw_message_by_subject(subject).await {
-            Ok(message) => Some(message),
+        match self.stream().await?.get_last_raw_message_by_subject(subject).await {
+            Ok(message) => Ok(message.sequence),
             Err(error) => match error.kind() {
-                LastRawMessageErrorKind::NoMessageFound => return Ok(None),
-                LastRawMessageErrorKind::JetStream(error) => return Err(refused(&what(), error)),
-                _ => return Err(unavailable(what(), error)),
+                LastRawMessageErrorKind::NoMessageFound => Ok(0),
+                LastRawMessageErrorKind::JetStream(error) => Err(refused(&what(), error)),
+                _ => Err(unavailable(what(), error)),
             },
-        };
-        let newest = message.as_ref().map_or(0, |message| message.sequence);
-        let mut sequence = newest;
-        loop {
-            if let Some(message) = message {
-                match self.wire.read_place(&message.headers) {
-                    // Behind messages of others our last one is not the stream's last.
-                    Ok((position, event)) => {
-                        return Ok(Some((MirrorEnd { position, sequence: newest }, event)));
-                    }
-                    Err(Reject::OtherStore(store)) => {
-                        return Err(other_store(&self.name, &store, &self.wire.store_id().to_string()));
-                    }
-                    Err(Reject::Malformed(what)) => {
-                        let (subject, stream) = (message.subject.as_str(), self.name.as_str());
-                        tracing::warn!(
-                            stream,
-                            sequence,
-                            subject,
-                            what,
-                            "the mirror has a message of somebody else"
-                        );
-                    }
-                }
-            }
-            sequence -= 1;
-            if sequence == 0 {
-                return Ok(None);
-            }
-            if newest - sequence > STRANGERS {
-                return Err(incompatible(format!(
-                    "the last {STRANGERS} messages of the stream {} are not storied's: somebody else publishes to {:?}; stop \
-                     that, and delete the stream, which is then made anew",
-                    self.name,
-                    self.wire.events(),
-                )));
-            }
-            message = match stream.get_raw_message(sequence).await {
-                Ok(message) => Some(message),
-                Err(error) => match error.kind() {
-                    RawMessageErrorKind::NoMessageFound => None,
-                    RawMessageErrorKind::JetStream(error) => return Err(refused(&what(), error)),
-                    _ => return Err(unavailable(what(), error)),
-                },
-            };
         }
+    }
+
+    async fn stream(&self) -> Result<Stream<()>, BusError> {
+        stream_of(&self.jetstream, &self.name).await
+    }
+
+    /// Reads messages, with the other store that they name; those before `first` are gone.
+    async fn read(
+        &self,
+        first: u64,
+        sequences: Range<u64>,
+    ) -> Result<Vec<(Claim, Option<String>)>, BusError> {
+        let stream = self.stream().await?;
+        let read = |sequence| {
+            let (stream, wire, name) = (&stream, &self.wire, &self.name);
+            async move {
+                if sequence < first {
+                    return Ok((Claim { sequence, event: ClaimedEvent::Missing }, None));
+                }
+                let (event, other) = read_claim(stream, wire, name, sequence).await?;
+                Ok((Claim { sequence, event }, other))
+            }
+        };
+        stream::iter(sequences).map(read).buffered(READS).try_collect().await
+    }
+}
+
+async fn stream_of(jetstream: &Context, name: &str) -> Result<Stream<()>, BusError> {
+    let stream = jetstream.get_stream_no_info(name).await;
+    stream.map_err(|error| unavailable(format!("reading the stream {name}"), error))
+}
+
+/// Reads which event a message claims, and the other store that it names.
+async fn read_claim(
+    stream: &Stream<()>,
+    wire: &Wire,
+    name: &str,
+    sequence: u64,
+) -> Result<(ClaimedEvent, Option<String>), BusError> {
+    let message: Result<StreamMessage, RawMessageError> = stream.get_raw_message(sequence).await;
+    let reject = match message {
+        Ok(message) => match wire.read_claim(&message.headers) {
+            Ok(event) => return Ok((event, None)),
+            Err(reject) => reject,
+        },
+        Err(error) => {
+            let what = || format!("reading message {sequence} of the stream {name}");
+            match error.kind() {
+                LastRawMessageErrorKind::NoMessageFound => return Ok((ClaimedEvent::Missing, None)),
+                LastRawMessageErrorKind::JetStream(error) => return Err(refused(&what(), error)),
+                _ if error.source().is_none_or(|source| source.is::<RequestError>()) => {
+                    return Err(unavailable(what(), error));
+                }
+                // An answer came, and the message in it is not readable: none of ours.
+                _ => Reject::Malformed(error.to_string()),
+            }
+        }
+    };
+    tracing::debug!(
+        stream = name,
+        sequence,
+        ?reject,
+        "the mirror has a message that is no event of this log"
+    );
+    match reject {
+        Reject::OtherStore(store) => Ok((ClaimedEvent::Foreign, Some(store))),
+        Reject::Malformed(_) => Ok((ClaimedEvent::Foreign, None)),
     }
 }
 
@@ -172,33 +249,57 @@ struct Sending<'a> {
     turn: &'a mut Turn,
     largest: usize,
     /// Sent and not confirmed, in order.
-    window: VecDeque<(MirrorEnd, PublishAckFuture)>,
+    window: VecDeque<InFlight>,
+}
+
+/// An event that was sent and is not confirmed.
+struct InFlight {
+    /// Its index in the batch.
+    index: usize,
+    /// Its message id.
+    id: Uuid,
+    /// The end of the mirror once it is confirmed.
+    end: MirrorEnd,
+    ack: PublishAckFuture,
+}
+
+/// The message id of an event.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum MessageId {
+    /// The event's id.
+    Own,
+    /// The same with its position, where the server has the id already.
+    AtPosition,
 }
 
 impl Sending<'_> {
     async fn publish(&mut self, batch: &LogBatch, window: usize) -> Result<(), BusError> {
-        let mut previous = batch.after;
+        let mut next = 0;
         // Where the mirror ends when everything sent is confirmed.
         let mut sequence = self.turn.end.sequence;
-        for event in batch.events.iter() {
-            if self.turn.feeling {
-                self.feel(event, previous).await?;
+        loop {
+            let event = batch.events.get(next);
+            if let Some(event) = event.filter(|_| self.turn.feeling) {
+                self.feel(event, previous(batch, next)).await?;
                 sequence = self.turn.end.sequence;
-            } else {
-                if self.window.len() >= window {
-                    self.confirm_oldest().await?;
-                }
-                let end = MirrorEnd { position: event.position, sequence: sequence + 1 };
-                let ack = self.send(event, previous, sequence).await?;
-                self.window.push_back((end, ack));
+                next += 1;
+            } else if let Some(event) = event.filter(|_| self.window.len() < window) {
+                let ack = self.send(event, previous(batch, next), sequence, MessageId::Own).await?;
                 sequence += 1;
+                let end = MirrorEnd { position: event.position, sequence };
+                self.window.push_back(InFlight { index: next, id: event.id, end, ack });
+                next += 1;
+            } else if let Some(oldest) = self.window.pop_front() {
+                if let Some(repeated) = self.confirm_oldest(oldest).await? {
+                    self.drain().await?;
+                    self.repeat(batch, repeated).await?;
+                    sequence = self.turn.end.sequence;
+                    next = repeated + 1;
+                }
+            } else {
+                return Ok(());
             }
-            previous = event.position;
         }
-        while !self.window.is_empty() {
-            self.confirm_oldest().await?;
-        }
-        Ok(())
     }
 
     async fn send(
@@ -206,9 +307,18 @@ impl Sending<'_> {
         event: &RecordedEvent,
         previous: Position,
         sequence: u64,
+        id: MessageId,
     ) -> Result<PublishAckFuture, BusError> {
         let Outgoing { subject, mut headers, body } = self.wire.event(event, previous, self.largest)?;
         headers.insert(NATS_EXPECTED_LAST_SEQUENCE, sequence.to_string());
+        if id == MessageId::AtPosition {
+            headers.insert(NATS_MESSAGE_ID, Wire::message_id_at_position(event));
+        }
+        // I5: between this one and the one in flight before it, another program's message can take the number of the latter.
+        // The server then refuses both: without its id, this one would be stored without the one before it.
+        if let Some(InFlight { id, .. }) = self.window.back() {
+            headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id.hyphenated().to_string());
+        }
         let message = PublishMessage::build().headers(headers).payload(body);
         let sent = self.jetstream.send_publish(subject, message).await;
         sent.map_err(|error| match error.kind() {
@@ -220,15 +330,58 @@ impl Sending<'_> {
         })
     }
 
-    /// What became of the oldest message under way. Those behind it are not waited for when it was refused.
-    async fn confirm_oldest(&mut self) -> Result<(), BusError> {
-        let Some((end, ack)) = self.window.pop_front() else { return Ok(()) };
-        let sequence = self.ack(ack).await?.0;
+    /// Waits for the server's answer to the oldest message in flight. Returns its index if the server took it for a duplicate
+    /// of a message before the end of the mirror.
+    async fn confirm_oldest(&mut self, oldest: InFlight) -> Result<Option<usize>, BusError> {
+        let InFlight { index, end, ack, .. } = oldest;
+        let (sequence, duplicate) = self.ack(ack).await?;
+        if sequence == end.sequence {
+            self.turn.end = end;
+            return Ok(None);
+        }
+        // I5: the mirror has all events up to its end, and this is a later one. The log has the id twice, or another program
+        // has published the event ahead of its turn.
+        if duplicate && sequence <= self.turn.end.sequence {
+            return Ok(Some(index));
+        }
+        Err(self.fenced(format!(
+            "position {} is its message {sequence} already, and should have become {}",
+            end.position, end.sequence
+        )))
+    }
+
+    /// Whether the stream keeps a message.
+    async fn keeps(&self, sequence: u64) -> Result<bool, BusError> {
+        let stream = stream_of(self.jetstream, self.stream).await?;
+        let (event, _) = read_claim(&stream, self.wire, self.stream, sequence).await?;
+        Ok(event != ClaimedEvent::Missing)
+    }
+
+    /// Waits for the answers to everything in flight after a message that was not stored: the server refuses it.
+    async fn drain(&mut self) -> Result<(), BusError> {
+        while let Some(InFlight { end, ack, .. }) = self.window.pop_front() {
+            match self.ack(ack).await {
+                Ok((_, true)) | Err(BusError::Fenced { .. }) => {}
+                Ok((sequence, false)) => {
+                    return Err(self.fenced(format!("position {} became message {sequence}", end.position)));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Publishes an event under its id and position: the server has the id already.
+    async fn repeat(&mut self, batch: &LogBatch, index: usize) -> Result<(), BusError> {
+        let Some(event) = batch.events.get(index) else { return Ok(()) };
+        let end = MirrorEnd { position: event.position, sequence: self.turn.end.sequence + 1 };
+        let (position, id) = (event.position, event.id);
+        tracing::info!(%position, %id, "publishing an event under another message id: the server has its id already");
+        let previous = previous(batch, index);
+        let ack = self.send(event, previous, self.turn.end.sequence, MessageId::AtPosition).await?;
+        let (sequence, _) = self.ack(ack).await?;
         if sequence != end.sequence {
-            return Err(self.fenced(format!(
-                "position {} is its message {sequence} already, and should have become {}",
-                end.position, end.sequence
-            )));
+            return Err(self.fenced(format!("the server made it message {sequence}, not {}", end.sequence)));
         }
         self.turn.end = end;
         Ok(())
@@ -237,8 +390,13 @@ impl Sending<'_> {
     /// Publishes one event that may have been in the stream before the stream lost it.
     async fn feel(&mut self, event: &RecordedEvent, previous: Position) -> Result<(), BusError> {
         let last = self.turn.end.sequence;
-        let ack = self.send(event, previous, last).await?;
-        let (sequence, duplicate) = self.ack(ack).await?;
+        let ack = self.send(event, previous, last, MessageId::Own).await?;
+        let (mut sequence, mut duplicate) = self.ack(ack).await?;
+        // What the stream keeps was compared with the log. Only what it lost may have been this event.
+        if duplicate && sequence <= last && self.keeps(sequence).await? {
+            let ack = self.send(event, previous, last, MessageId::AtPosition).await?;
+            (sequence, duplicate) = self.ack(ack).await?;
+        }
         if sequence == last + 1 {
             self.turn.feeling = false;
         } else if !duplicate || sequence > last {
@@ -254,7 +412,9 @@ impl Sending<'_> {
         match ack.await {
             Ok(ack) => Ok((ack.sequence, ack.duplicate)),
             Err(error) => Err(match error.kind() {
-                PublishErrorKind::WrongLastSequence => self.fenced(error.to_string()),
+                PublishErrorKind::WrongLastSequence | PublishErrorKind::WrongLastMessageId => {
+                    self.fenced(error.to_string())
+                }
                 PublishErrorKind::StreamNotFound => {
                     silent(format!("the stream {stream} is gone, or JetStream is"))
                 }
@@ -272,10 +432,16 @@ impl Sending<'_> {
     }
 }
 
+/// The position before an event of the batch.
+fn previous(batch: &LogBatch, index: usize) -> Position {
+    let before = index.checked_sub(1).and_then(|before| batch.events.get(before));
+    before.map_or(batch.after, |event| event.position)
+}
+
 impl BusPublisher for MirrorPublisher {
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async move {
-            self.turn = None;
+            (self.turn, self.confirmed) = (None, None);
             let (client, wire) = (&self.connection.client, &self.wire);
             self.hints = Some(self.connection.ask("listening for hints", Hints::new(client, wire)).await?);
             let (what, rights) = ("looking for the end of the mirror", stream_rights(&self.name));
@@ -286,8 +452,38 @@ impl BusPublisher for MirrorPublisher {
         })
     }
 
-    fn last_event(&self) -> Option<(Position, Uuid)> {
-        self.turn.as_ref()?.last_event
+    fn claims(&mut self) -> BoxFuture<'_, Result<Vec<Claim>, BusError>> {
+        Box::pin(async move {
+            let Some(turn) = &mut self.turn else {
+                return Err(silent("the mirror's end is not known".into()));
+            };
+            self.connection.check_session(turn.session)?;
+            let Unread { read, first, sequences } = &mut turn.unread;
+            if !read.is_empty() || sequences.is_empty() {
+                return Ok(std::mem::take(read));
+            }
+            let (first, from, end) = (*first, sequences.start, sequences.end);
+            let upto = end.min(from.saturating_add(PAGE));
+            let (what, rights) = ("reading the end of the mirror", stream_rights(&self.name));
+            let claims = self.connection.while_permitted(what, &rights, self.read(first, from..upto)).await?;
+            if let Some(turn) = &mut self.turn {
+                turn.unread.sequences = upto..end;
+            }
+            Ok(claims.into_iter().map(|(claim, _)| claim).collect())
+        })
+    }
+
+    fn confirm(&mut self, position: Position, is_exact: bool) {
+        if let Some(turn) = &mut self.turn {
+            turn.end.position = position;
+            turn.feeling = !is_exact;
+            turn.unread = Unread::none();
+            self.confirmed = Some(turn.end);
+        }
+    }
+
+    fn confirmed(&self) -> Option<MirrorEnd> {
+        self.confirmed
     }
 
     fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
@@ -305,8 +501,10 @@ impl BusPublisher for MirrorPublisher {
             };
             let publishing = sending.publish(&batch, self.options.window);
             let subjects = self.wire.events();
-            self.connection.while_permitted("publishing events", subjects, publishing).await?;
+            let published = self.connection.while_permitted("publishing events", subjects, publishing).await;
             let end = turn.end;
+            self.confirmed = Some(end);
+            published?;
             self.turn = Some(turn);
             Ok(end)
         })

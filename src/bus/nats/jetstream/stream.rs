@@ -176,6 +176,11 @@ fn check_store(content: Content<'_>, name: &str, config: &Config) -> Result<(), 
     }
 }
 
+/// Whether the stream says that it mirrors the log of this store.
+pub(super) fn is_marked(config: &Config, store: Uuid) -> bool {
+    config.metadata.get(STORE_ID).is_some_and(|marked| *marked == store.to_string())
+}
+
 pub(super) fn other_store(name: &str, store: &str, own: &str) -> BusError {
     incompatible(format!(
         "the stream {name} is the mirror of another store ({store}, this one is {own}); give each store a namespace of its \
