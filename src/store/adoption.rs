@@ -7,7 +7,7 @@ use std::fmt;
 pub struct Home {
     /// Equal for the same database only.
     pub(crate) identity: String,
-    /// For people, such as `database shop (16384) of server 7312…`.
+    /// For people, such as `schema storied (16390) in database shop (16384) of server 7312…`.
     pub(crate) shown: String,
 }
 
