@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::Utc;
 use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use tokio::sync::watch;
@@ -563,10 +563,6 @@ fn from_sql(number: i64) -> u64 {
 /// Now, in microseconds since 1970.
 fn now() -> i64 {
     Utc::now().timestamp_micros()
-}
-
-fn time(micros: i64) -> DateTime<Utc> {
-    DateTime::from_timestamp_micros(micros).unwrap_or(DateTime::<Utc>::MAX_UTC)
 }
 
 /// A list as one parameter, for `json_each`: the statement stays the same however long the list is.
