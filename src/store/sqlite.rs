@@ -132,6 +132,10 @@ impl SqliteOptions {
             let reason = format!("{:?} is a URL; SqliteStore takes the path of a file", self.path);
             return Err(StoreError::Invalid { reason });
         }
+        if self.path.is_dir() {
+            let reason = format!("{} is a directory; name a file in it", self.path.display());
+            return Err(StoreError::Invalid { reason });
+        }
         self.create()?;
         let shared = SqliteConnectOptions::new()
             .filename(&self.path)
