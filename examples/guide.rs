@@ -338,7 +338,11 @@ async fn run() -> Result<(), Failure> {
         writeln!(stdout(), "3 seats were sold, once each")?;
         return Ok(());
     };
-    let database = std::env::var("DATABASE_URL").map_err(|_| "DATABASE_URL names no PostgreSQL")?;
+    if !["migrate", "node", "sell"].contains(&&*what) {
+        return Err(format!("{what} is none of: migrate, node, sell").into());
+    }
+    let database = std::env::var("DATABASE_URL")
+        .map_err(|_| "DATABASE_URL is not set; set it to the URL of a PostgreSQL database")?;
     let nats = std::env::var("NATS_URL").unwrap_or_else(|_| "nats://127.0.0.1:4222".into());
     match &*what {
         "migrate" => migrate(&database).await,

@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 use self::depth::Bounded;
 pub use self::upcast::Upcasters;
 pub(crate) use self::variant::{decode_variant, encode_variant, failing_field, variants_of};
+use crate::panic::caught;
 
 /// How a store keeps payloads. Chosen when the store is created and remembered by it; metadata is always CBOR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -73,14 +74,32 @@ pub struct SerializeError {
 pub(crate) fn to_cbor<T: Serialize>(value: &T) -> Result<Vec<u8>, SerializeError> {
     // Most of what is written is between 60 and 250 bytes.
     let mut bytes = Vec::with_capacity(128);
-    ciborium::into_writer(&Bounded::new(value), &mut bytes).map_err(|error| SerializeError {
-        type_name: std::any::type_name::<T>(),
-        reason: match error {
+    serialize::<T, _, _>(
+        || ciborium::into_writer(&Bounded::new(value), &mut bytes),
+        |error| match error {
             ciborium::ser::Error::Io(error) => error.to_string(),
             ciborium::ser::Error::Value(reason) => reason,
         },
-    })?;
+    )?;
     Ok(bytes)
+}
+
+/// Runs the `Serialize` of a `T`. I10: its panic is an error of this value, and ends no task.
+fn serialize<T, R, E>(
+    write: impl FnOnce() -> Result<R, E>,
+    explain: impl FnOnce(E) -> String,
+) -> Result<R, SerializeError> {
+    let reason = match caught(write) {
+        Ok(Ok(written)) => return Ok(written),
+        Ok(Err(error)) => explain(error),
+        Err(panic) => format!("Serialize panicked: {panic}"),
+    };
+    Err(SerializeError { type_name: std::any::type_name::<T>(), reason })
+}
+
+/// Runs the `Deserialize` of a `T`. I10: its panic is an error of these bytes, and ends no task.
+fn deserialize<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    caught(read).unwrap_or_else(|panic| Err(format!("Deserialize panicked: {panic}")))
 }
 
 /// Reads one CBOR value and insists that nothing follows it.
@@ -97,12 +116,14 @@ pub(crate) fn from_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> 
 /// form than its type (0.5 as `f64`), no `()`, no tags. So whatever it refuses is ciborium's to judge. What it reads, it reads
 /// the same, except that it does not look into what nobody asked for.
 fn read_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8]), String> {
-    if let Some(read) = quickly(bytes) {
-        return Ok(read);
-    }
-    let mut rest = bytes;
-    let value = ciborium::from_reader(&mut rest).map_err(|error| explain(error, bytes.len()))?;
-    Ok((value, rest))
+    deserialize(|| {
+        if let Some(read) = quickly(bytes) {
+            return Ok(read);
+        }
+        let mut rest = bytes;
+        let value = ciborium::from_reader(&mut rest).map_err(|error| explain(error, bytes.len()))?;
+        Ok((value, rest))
+    })
 }
 
 /// The cause of a decoder's error in words: ciborium's own text is Rust's `Debug`.
@@ -154,10 +175,10 @@ pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<
 /// order, as a `HashMap` or `HashSet` does that was made anew. A set is written as any list is, so a list in another order counts
 /// as the same. Against mistakes, not against malice. Kept on disk: it must stay what it is.
 pub(crate) fn fingerprint<T: Serialize>(value: &T) -> Result<u128, SerializeError> {
-    let value = ciborium::Value::serialized(&Bounded::new(value)).map_err(|error| {
-        let ciborium::value::Error::Custom(reason) = error;
-        SerializeError { type_name: std::any::type_name::<T>(), reason }
-    })?;
+    let value = serialize::<T, _, _>(
+        || ciborium::Value::serialized(&Bounded::new(value)),
+        |ciborium::value::Error::Custom(reason)| reason,
+    )?;
     Ok(hash(&value))
 }
 

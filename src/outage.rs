@@ -40,19 +40,64 @@ fn one(error: &(dyn Error + 'static)) -> bool {
     if crate::store::sqlite::is_outage(error) {
         return true;
     }
+    #[cfg(feature = "nats")]
+    if is_nats_failure(error) {
+        return true;
+    }
     error.downcast_ref::<io::Error>().is_some_and(is_network_failure)
 }
+
+/// Whether async-nats reports an outage, and not a mistake in what was asked of it.
+#[cfg(feature = "nats")]
+fn is_nats_failure(error: &(dyn Error + 'static)) -> bool {
+    use async_nats::client::{
+        FlushError, PublishError, PublishErrorKind as Publish, RequestError, RequestErrorKind as Request,
+        SubscribeError, SubscribeErrorKind as Subscribe,
+    };
+    use async_nats::jetstream::context::{
+        PublishError as Acknowledged, PublishErrorKind as Ack, RequestError as Api,
+        RequestErrorKind as ApiKind,
+    };
+    use async_nats::{ConnectError, ConnectErrorKind as Connect};
+
+    if let Some(error) = error.downcast_ref::<RequestError>() {
+        return matches!(error.kind(), Request::TimedOut | Request::NoResponders | Request::Other);
+    }
+    if let Some(error) = error.downcast_ref::<PublishError>() {
+        return matches!(error.kind(), Publish::Send);
+    }
+    if let Some(error) = error.downcast_ref::<ConnectError>() {
+        return matches!(
+            error.kind(),
+            Connect::Dns | Connect::TimedOut | Connect::Io | Connect::MaxReconnects
+        );
+    }
+    if let Some(error) = error.downcast_ref::<SubscribeError>() {
+        return matches!(error.kind(), Subscribe::Other);
+    }
+    if let Some(error) = error.downcast_ref::<Acknowledged>() {
+        return matches!(error.kind(), Ack::TimedOut | Ack::BrokenPipe | Ack::MaxAckPending | Ack::Other);
+    }
+    if let Some(error) = error.downcast_ref::<Api>() {
+        return matches!(error.kind(), ApiKind::TimedOut | ApiKind::NoResponders | ApiKind::Other);
+    }
+    error.is::<FlushError>()
+}
+
+/// How the standard library begins the error of a name that was not resolved. It has no kind of its own.
+const NOT_RESOLVED: &str = "failed to lookup address information";
 
 /// A full disk needs a person, but no event is to blame for it.
 pub(crate) fn is_store_outage(error: &StoreError) -> bool {
     error.is_transient() || matches!(error, StoreError::Storage { .. })
 }
 
-/// Whether a connection failed. Other errors of this type, as a missing file, may well be an event's.
+/// Whether a connection failed, or ended in the middle of an answer. Other errors of this type, as a missing file, may well be an
+/// event's.
 fn is_network_failure(error: &io::Error) -> bool {
     use ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkDown,
-        NetworkUnreachable, NotConnected, TimedOut,
+        NetworkUnreachable, NotConnected, TimedOut, UnexpectedEof,
     };
     matches!(
         error.kind(),
@@ -65,5 +110,6 @@ fn is_network_failure(error: &io::Error) -> bool {
             | NetworkUnreachable
             | NotConnected
             | TimedOut
-    )
+            | UnexpectedEof
+    ) || error.to_string().starts_with(NOT_RESOLVED)
 }

@@ -478,6 +478,7 @@ impl Builder {
         self.feed.validate()?;
         commands::check(&self.handlers)?;
         self.bus.check()?;
+        self.commands.validate()?;
         self.commands.check()?;
         let log_end =
             startup::wait_for("reading how far the log goes", self.start_timeout, || store.frontier())

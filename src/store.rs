@@ -15,6 +15,8 @@
 
 mod adoption;
 mod append;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod columns;
 mod command_events;
 mod command_record;
 mod decide;

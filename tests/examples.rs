@@ -101,7 +101,7 @@ fn a_full_disk_is_no_panic() {
         let Said { output, .. } = run(name, args, full.into());
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
-        assert!(!stderr.contains("panicked"), "{name} {args:?}: {stderr}");
+        assert!(!stderr.contains("panicked") && stderr.contains("error: "), "{name} {args:?}: {stderr}");
     }
 }
 

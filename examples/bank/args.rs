@@ -22,7 +22,7 @@ Usage: bank [OPTIONS]
                  what subjects begin with, for systems that share a NATS server [default: storied-bank]
   --accounts N   how many accounts there are [default: 100]
   --transfers N  how many transfers to make; 0: as many as there is time for [default: 1000]
-  --seconds N    how long to begin transfers at most; 0: for as long as it takes [default: 0]
+  --seconds N    how long to begin transfers at most; 0: no limit, --transfers ends it [default: 0]
   --callers N    how many transfers are under way at a time [default: 32]
   --faults       kills and pauses node processes at random meanwhile
   --journal FILE writes a line for every transfer: its id, and whether it was committed or refused

@@ -32,7 +32,10 @@ async fn main() -> ExitCode {
         Ok(args) if args.help => {
             return match write!(io::stdout(), "{USAGE}") {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
+                Err(error) => {
+                    eprintln!("error: the output cannot be written: {error}");
+                    ExitCode::FAILURE
+                }
             };
         }
         Ok(args) => args,

@@ -319,16 +319,17 @@ CREATE TABLE storied.paused (
 CREATE TABLE storied.leases (
     name       text        PRIMARY KEY,
     owner      uuid        NOT NULL,
-    epoch      bigint      NOT NULL,                             -- grows with every new owner
-    expires_at timestamptz NOT NULL,                             -- 1970: given back
-    ttl        bigint      NOT NULL                              -- microseconds: how long a holder that lives leaves it unchanged
+    epoch      bigint      NOT NULL CHECK (epoch >= 0),          -- grows with every new owner
+    expires_at timestamptz NOT NULL                              -- 1970: given back
+        CHECK (expires_at BETWEEN '1970-01-01 00:00:00+00' AND '9999-12-31 00:00:00+00'),
+    ttl        bigint      NOT NULL CHECK (ttl >= 0)             -- microseconds: how long a holder that lives leaves it unchanged
 );
 
 CREATE TABLE storied.snapshots (
     category  text   NOT NULL,
     stream_id text   NOT NULL,
-    version   bigint NOT NULL,                                   -- up to which events are folded in
-    revision  bigint NOT NULL,                                   -- of the state's schema
+    version   bigint NOT NULL CHECK (version >= 0),              -- up to which events are folded in
+    revision  bigint NOT NULL CHECK (revision >= 0),             -- of the state's schema
     state     bytea  NOT NULL,
     PRIMARY KEY (category, stream_id)
 );

@@ -16,7 +16,7 @@ use super::options::AggregateOptions;
 use super::{Aggregate, Context, ExecuteError, Receipt};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::{EncodeError, Event, EventTypes, Metadata, NewEvent, StreamId, Version};
-use crate::panic::panic_text;
+use crate::panic::{panic_text, text_of};
 use crate::store::{
     AppendError, Chain, CommandEvents, EventStore, ExpectedVersion, Outcome, Submission, Writer,
 };
@@ -547,6 +547,7 @@ fn stage_snapshot<A: Aggregate>(
 /// A caller that has gone away needs no answer, but what it does not hear of leaves a line.
 fn answer<R, E: std::fmt::Display>(port: RpcReplyPort<Result<R, E>>, answer: Result<R, E>) {
     if let Err(MessagingErr::SendErr(Err(error))) = port.send(answer) {
-        tracing::warn!(%error, "a command failed, and nobody waited for its answer");
+        let error = text_of(&error);
+        tracing::warn!(error, "a command failed, and nobody waited for its answer");
     }
 }

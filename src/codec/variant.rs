@@ -1,6 +1,5 @@
 //! One variant of a serde enum, taken apart into name and payload and put together again; and which names an enum reads.
 
-use std::any::type_name;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::marker::PhantomData;
@@ -24,10 +23,10 @@ pub(crate) fn encode_variant<E: Serialize>(
 ) -> Result<Option<(Variant, Bytes)>, SerializeError> {
     Ok(match codec {
         Codec::Cbor => split_cbor(super::to_cbor(event)?),
-        Codec::Json => split_json(
-            serde_json::to_vec(&super::Bounded::new(event))
-                .map_err(|error| SerializeError { type_name: type_name::<E>(), reason: error.to_string() })?,
-        ),
+        Codec::Json => split_json(super::serialize::<E, _, _>(
+            || serde_json::to_vec(&super::Bounded::new(event)),
+            |error| error.to_string(),
+        )?),
     })
 }
 
@@ -145,7 +144,9 @@ fn read_whole<E: DeserializeOwned>(whole: &[u8], codec: Codec) -> Result<E, Stri
             (event, [] | [CBOR_NULL]) => Ok(event),
             (_, rest) => Err(format!("{} bytes too many", rest.len())),
         },
-        Codec::Json => serde_json::from_slice(whole).map_err(|error| error.to_string()),
+        Codec::Json => {
+            super::deserialize(|| serde_json::from_slice(whole).map_err(|error| error.to_string()))
+        }
     }
 }
 
@@ -178,10 +179,13 @@ const MAX_PATH: usize = 100;
 #[cold]
 pub(crate) fn failing_field<E: DeserializeOwned>(variant: &str, payload: &[u8], codec: Codec) -> String {
     let whole = join(variant, payload, codec).unwrap_or_default();
-    let stop: Option<Stop<E>> = match codec {
-        Codec::Cbor => ciborium::from_reader(whole.as_slice()).ok(),
-        Codec::Json => Stop::deserialize(&mut serde_json::Deserializer::from_slice(&whole)).ok(),
-    };
+    let stop = super::deserialize::<Option<Stop<E>>>(|| {
+        Ok(match codec {
+            Codec::Cbor => ciborium::from_reader(whole.as_slice()).ok(),
+            Codec::Json => Stop::deserialize(&mut serde_json::Deserializer::from_slice(&whole)).ok(),
+        })
+    });
+    let stop = stop.ok().flatten();
     let path = stop.and_then(|stop| stop.path);
     let path = path.as_deref().and_then(|path| path.strip_prefix(variant)).unwrap_or_default();
     match path.trim_start_matches('.') {

@@ -20,6 +20,7 @@ use crate::bus::BusError;
 use crate::codec::to_cbor;
 use crate::event::{EncodeError, Metadata, Position};
 use crate::future::BoxFuture;
+use crate::invalid_option::{DAY, InvalidOption, within};
 #[cfg(feature = "nats")]
 use crate::store::StoreInfo;
 use crate::supervised::Task;
@@ -123,11 +124,22 @@ impl CommandBus {
     }
 
     /// How long the store remembers what became of a handler's command: as long as that, the same command id takes effect
-    /// once. 7 days by default. What is older is forgotten within the hour.
+    /// once. What is older is forgotten within the hour. Default: 7 days. Range: 1 min to 36,500 days.
     #[must_use]
     pub fn keep_records(mut self, age: Duration) -> Self {
         self.keep_records = age;
         self
+    }
+
+    /// Refuses options out of their range.
+    pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
+        let range = Duration::from_secs(60)..=DAY.saturating_mul(36_500);
+        within("CommandBus::keep_records", self.keep_records, range)?;
+        #[cfg(feature = "nats")]
+        if let Some(nats) = &self.nats {
+            nats.validate()?;
+        }
+        Ok(())
     }
 
     /// Refuses options that no connection could work with.

@@ -91,7 +91,11 @@ impl<A: Aggregate> Execute<A> {
             .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })?;
         let info =
             CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
-        let local = commands.registry().router::<A>().filter(|_| commands.policy().takes(&info));
+        let takes = || commands.policy().takes(&info).map_err(|reason| ExecuteError::Refused { reason });
+        let local = match commands.registry().router::<A>() {
+            Some(local) => takes()?.then_some(local),
+            None => None,
+        };
         let way = commands.way(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(router)) = (&way, local) {
             match router.admit(envelope.id, deadline.instant()).await {

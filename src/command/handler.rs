@@ -141,3 +141,8 @@ pub struct HandlerStatus {
     /// Commands under way, those that wait for their turn among them.
     pub in_flight: usize,
 }
+
+/// The key of a command. I10: a panic in [`Handler::key`] refuses this command, and ends no task.
+pub(super) fn key_of<H: Handler>(command: &H::Command) -> Result<Option<String>, String> {
+    crate::panic::caught(|| H::key(command)).map_err(|panic| format!("Handler::key panicked: {panic}"))
+}

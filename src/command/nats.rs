@@ -31,6 +31,7 @@ use super::envelope::Deadline;
 use super::wire::{Code, CommandFrame, Failure, Kind, Outcome};
 use crate::bus::{BusError, Line, NatsOptions};
 use crate::future::BoxFuture;
+use crate::invalid_option::{InvalidOption, within};
 use crate::supervised::Task;
 
 /// How long a command waits for a place among those that this node has sent.
@@ -80,19 +81,26 @@ impl NatsCommands {
 
     /// How often a node says that it is there, and that it is still at work on a command. Whoever is silent for three and a
     /// half times as long counts as lost. A command of another node waits no longer than this for a place in a full aggregate or
-    /// handler. 1 second by default, at least 10 ms and at most an hour; the same on all nodes.
+    /// handler. The same on all nodes. Default: 1 s. Range: 10 ms to 1 h.
     #[must_use]
     pub fn heartbeat(mut self, every: Duration) -> Self {
-        self.beat = every.clamp(Duration::from_millis(10), Duration::from_secs(3_600));
+        self.beat = every;
         self
     }
 
-    /// How many commands of this node may be under way to others, and how many of others here. 4,096 by default, at least
-    /// 1 and at most 1,048,576. Further ones wait for a second and are answered `Overloaded`; those of others go to the next node at once.
+    /// How many commands of this node may be under way to others, and how many of others here. Further ones wait for a second
+    /// and are answered `Overloaded`; those of others go to the next node at once. Default: 4,096. Range: 1 to 1,048,576.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
-        self.in_flight = commands.clamp(1, 1 << 20);
+        self.in_flight = commands;
         self
+    }
+
+    /// Refuses options out of their range.
+    pub(super) fn validate(&self) -> Result<(), InvalidOption> {
+        let beat = Duration::from_millis(10)..=Duration::from_secs(3_600);
+        within("NatsCommands::heartbeat", self.beat, beat)?;
+        within("NatsCommands::max_in_flight", self.in_flight, 1..=1 << 20)
     }
 
     /// Refuses options that no connection could work with.

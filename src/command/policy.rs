@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::ExecuteError;
 use crate::event::Metadata;
+use crate::panic::{caught, text_of};
 
 /// A command, as filters and hooks see it.
 #[derive(Debug, Clone, Copy)]
@@ -60,14 +61,19 @@ impl Policy {
     }
 
     /// Whether this node takes the command.
-    pub(super) fn takes(&self, info: &CommandInfo<'_>) -> bool {
-        self.filters.iter().all(|filter| filter(info))
+    ///
+    /// # Errors
+    /// When a filter panics.
+    pub(super) fn takes(&self, info: &CommandInfo<'_>) -> Result<bool, String> {
+        caught(|| self.filters.iter().all(|filter| filter(info)))
+            .map_err(|panic| format!("a filter of the command bus panicked: {panic}"))
     }
 
     /// Runs the hooks before a command. The first that refuses ends it.
     pub(super) fn begin(&self, info: &CommandInfo<'_>) -> Result<(), String> {
         let mut hooks = self.before.iter().filter(|(name, _)| concerns(name, info));
-        hooks.try_for_each(|(_, hook)| hook(info))
+        caught(|| hooks.try_for_each(|(_, hook)| hook(info)))
+            .unwrap_or_else(|panic| Err(format!("a hook before the command panicked: {panic}")))
     }
 
     /// Whether somebody wants to know how the command ends.
@@ -75,16 +81,19 @@ impl Policy {
         self.after.iter().any(|(concerned, _)| concerned.as_deref().is_none_or(|concerned| concerned == name))
     }
 
-    /// Runs the hooks after a command.
+    /// Runs the hooks after a command. Their panics change nothing: the command has ended.
     pub(super) fn end<T, E: std::error::Error>(
         &self,
         info: &CommandInfo<'_>,
         runtime: Duration,
         result: &Result<T, ExecuteError<E>>,
     ) {
-        let end = CommandEnd { runtime, error: result.as_ref().err().map(ToString::to_string) };
-        let hooks = self.after.iter().filter(|(name, _)| concerns(name, info));
-        hooks.for_each(|(_, hook)| hook(info, &end));
+        let end = CommandEnd { runtime, error: result.as_ref().err().map(text_of) };
+        for (_, hook) in self.after.iter().filter(|(name, _)| concerns(name, info)) {
+            if let Err(panic) = caught(|| hook(info, &end)) {
+                tracing::error!(command = %info.id, name = info.name, panic, "a hook after a command panicked");
+            }
+        }
     }
 }
 

@@ -172,7 +172,8 @@ fn content(frame: &CommandFrame) -> Result<u128, Failure> {
 /// Whether this node takes the command at all.
 fn filtered(commands: &Commands, info: &CommandInfo<'_>) -> Result<(), Failure> {
     let refused = || Failure::new(Code::Refused, format!("a filter does not take command {}", info.id));
-    commands.policy().takes(info).then_some(()).ok_or_else(refused)
+    let takes = commands.policy().takes(info).map_err(|reason| Failure::new(Code::Refused, reason))?;
+    takes.then_some(()).ok_or_else(refused)
 }
 
 /// A command that no node would execute is answered; one that another node might is refused.
@@ -293,7 +294,8 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
     ) -> BoxFuture<'a, Result<Answering, Failure>> {
         Box::pin(async move {
             let (command, mut metadata) = contents::<H::Command>(&frame)?;
-            let key = H::key(&command);
+            let key =
+                super::handler::key_of::<H>(&command).map_err(|error| Failure::new(Code::Refused, error))?;
             let span = CommandSpan::taken(H::NAME, key.as_deref(), frame.id, &mut metadata);
             let info = CommandInfo { name: H::NAME, key: key.as_deref(), id: frame.id, metadata: &metadata };
             filtered(commands, &info).map_err(marked(&span))?;

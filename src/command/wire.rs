@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::codec::{SerializeError, byte_string, from_cbor, to_cbor};
 use crate::command_id;
 use crate::event::{Position, StreamId, Version};
+use crate::panic::text_of;
 use crate::store::{ExpectedVersion, StoreError};
 
 use super::{ExecuteError, Receipt};
@@ -292,7 +293,7 @@ impl Failure {
 
     /// An error that is to be told elsewhere.
     pub(crate) fn of<E: std::error::Error + Serialize>(error: &ExecuteError<E>) -> Self {
-        let said = error.to_string();
+        let said = text_of(error);
         let with = |code, message: &str, number| Self { number, ..Self::new(code, message) };
         match error {
             ExecuteError::Rejected(rejection) => match to_cbor(rejection) {

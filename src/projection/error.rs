@@ -66,6 +66,21 @@ pub enum WaitError {
         /// How long was waited.
         waited: Duration,
     },
+    /// It waits for a [trigger](super::ProjectionHandle::trigger), and none came within the time of the wait: see
+    /// [`Schedule::Manual`](super::Schedule::Manual).
+    #[error(
+        "projection {name} waits for a trigger at position {reached} and has not come to position {wanted} within {waited:?}; call trigger"
+    )]
+    NotTriggered {
+        /// The projection.
+        name: String,
+        /// Position of the wait.
+        wanted: Position,
+        /// Position of the projection.
+        reached: Position,
+        /// Length of the wait.
+        waited: Duration,
+    },
     /// It stands still before it, on this node, until somebody acts.
     #[error("projection {name} failed at position {reached}: {error}")]
     Failed {
@@ -102,9 +117,11 @@ impl WaitError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(error) => is_store_outage(error),
-            Self::TimedOut { .. } | Self::Paused { .. } | Self::NotStarted { .. } | Self::Stopped { .. } => {
-                true
-            }
+            Self::TimedOut { .. }
+            | Self::Paused { .. }
+            | Self::NotTriggered { .. }
+            | Self::NotStarted { .. }
+            | Self::Stopped { .. } => true,
             Self::Failed { .. } => false,
         }
     }

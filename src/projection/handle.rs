@@ -111,12 +111,16 @@ impl ProjectionHandle {
             let status = self.status();
             let (name, wanted, reached, waited) = (name(), position, status.position, patience);
             // In partitions, one that is paused is enough to wait for.
-            let paused = self.parts.iter().any(|part| {
-                let part = part.status.borrow();
-                part.state == ProjectionState::Paused && part.position < position
-            });
-            Err(if paused {
+            let any = |state| {
+                self.parts.iter().any(|part| {
+                    let part = part.status.borrow();
+                    part.state == state && part.position < position
+                })
+            };
+            Err(if any(ProjectionState::Paused) {
                 WaitError::Paused { name, wanted, reached, waited }
+            } else if any(ProjectionState::Waiting) {
+                WaitError::NotTriggered { name, wanted, reached, waited }
             } else {
                 WaitError::TimedOut { name, wanted, reached, waited }
             })

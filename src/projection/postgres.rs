@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::ReadModel;
 use crate::event::Position;
 use crate::store::postgres::{
-    Borrowed, BorrowedTransaction, Progress, Schema, failed, home_of, prepare_read_model,
+    Borrowed, BorrowedTransaction, Progress, Schema, database_of, failed, prepare_read_model,
 };
 use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
@@ -108,11 +108,12 @@ impl ReadModel for PostgresReadModel {
             }
             let doing = "preparing the read model's database";
             let mut connection = self.connection(doing).await?;
-            // A copy with the configuration of its original would write into the original's read models.
-            if let Adoption::Unadopted { found, .. } = &store.info().adoption {
-                let home = home_of(&mut connection).await?;
-                if home != *found {
-                    return Err(store.info().adoption.refuses(&home));
+            // I6: a copy with the configuration of its original would write into the original's read models. A copied
+            // database brought its read models along. A copied schema did not: the application's tables are shared.
+            if let Adoption::Unadopted { found, recorded } = &store.info().adoption {
+                let database = database_of(&mut connection).await?;
+                if database.holds(recorded) || !database.holds(found) {
+                    return Err(store.info().adoption.refuses(&database));
                 }
             }
             prepare_read_model(&mut connection, &self.shared.schema).await?;

@@ -46,8 +46,9 @@ impl Start {
                 let before = before(position);
                 let head = store.frontier().await?;
                 if before > head {
-                    let reason = format!("start position {position}: the log ends at {head}");
-                    return Err(StoreError::Unavailable { reason, source: None });
+                    return Err(StoreError::not_now(format!(
+                        "waiting for start position {position}: the log ends at {head} (ProjectionOptions::start)"
+                    )));
                 }
                 last_event(store, before).await
             }

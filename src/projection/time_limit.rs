@@ -25,21 +25,44 @@ impl<R: ReadModel> TimeLimited<R> {
         Self { inner, limit }
     }
 
-    async fn limited<T, E: From<StoreError>>(
+    async fn limited<T, E: Failure>(
         &self,
         call: impl Future<Output = Result<T, E>>,
         doing: &str,
         name: &str,
     ) -> Result<T, E> {
-        timeout(self.limit, call).await.unwrap_or_else(|_| Err(overrun(self.limit, doing, name).into()))
+        let called = timeout(self.limit, call).await;
+        let called = called.unwrap_or_else(|_| Err(overrun(self.limit, doing, name).into()));
+        // Only a database has transactions that can be rolled back: other read models keep their checkpoints in the event store.
+        if self.inner.rolls_back() { called.map_err(Failure::of_read_model) } else { called }
+    }
+}
+
+/// The error of a call to a read model.
+trait Failure: From<StoreError> {
+    /// With the read model as its subject.
+    fn of_read_model(self) -> Self;
+}
+
+impl Failure for StoreError {
+    fn of_read_model(self) -> Self {
+        self.of_read_model()
+    }
+}
+
+impl Failure for CheckpointError {
+    fn of_read_model(self) -> Self {
+        match self {
+            Self::Store(error) => Self::Store(error.of_read_model()),
+            stale @ Self::Stale { .. } => stale,
+        }
     }
 }
 
 /// The error of a call that took longer than the limit.
 fn overrun(limit: Duration, doing: &str, name: &str) -> StoreError {
-    let reason = format!(
-        "{doing} of {name}: the read model did not answer within {limit:?} (ProjectionOptions::transaction_timeout)"
-    );
+    let reason =
+        format!("{doing} of {name}: no answer within {limit:?} (ProjectionOptions::transaction_timeout)");
     StoreError::Unavailable { reason, source: None }
 }
 

@@ -10,7 +10,7 @@ use super::StoreError;
 pub struct Home {
     /// Equal for the same database only.
     pub(crate) identity: String,
-    /// For people, such as `database shop (16384) of server 7312…`.
+    /// For people, such as `schema storied (16390) in database shop (16384) of server 7312…`.
     pub(crate) shown: String,
 }
 
@@ -49,12 +49,12 @@ impl Adoption {
         *self == Self::Adopted
     }
 
-    /// The error of a read model in `home`, which may be the original's.
+    /// The error of a read model in `place`, which may be the original's.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
-    pub(crate) fn refuses(&self, home: &Home) -> StoreError {
+    pub(crate) fn refuses(&self, place: &dyn fmt::Display) -> StoreError {
         StoreError::Incompatible {
-            expected: "an event store that belongs to its database, or a read model beside it".into(),
-            found: format!("a read model in {home}"),
+            expected: "an adopted event store, or a read model that was copied together with it".into(),
+            found: format!("a read model in {place}"),
             advice: self.problem().unwrap_or_default(),
         }
     }

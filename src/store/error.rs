@@ -55,7 +55,11 @@ pub enum StoreError {
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unavailable { reason, .. } => write!(f, "the event store is unavailable: {reason}"),
+            Self::Unavailable { reason, .. } => match self.subject() {
+                Some(Subject::Other) => f.write_str(reason),
+                Some(Subject::ReadModel(_)) => write!(f, "the read model is unavailable: {reason}"),
+                None => write!(f, "the event store is unavailable: {reason}"),
+            },
             Self::OutcomeUnknown { reason, .. } => write!(
                 f,
                 "it is unknown whether the append happened: {reason}; repeat the command with the same id to find out"
@@ -66,7 +70,10 @@ impl fmt::Display for StoreError {
                 "the event store does not fit this program: expected {expected}, found {found}; {advice}"
             ),
             Self::Corrupt { reason } => write!(f, "the event store holds something unreadable: {reason}"),
-            Self::Storage { reason, .. } => write!(f, "the event store cannot write: {reason}"),
+            Self::Storage { reason, .. } => match self.subject() {
+                Some(Subject::ReadModel(_)) => write!(f, "the read model cannot write: {reason}"),
+                _ => write!(f, "the event store cannot write: {reason}"),
+            },
         }
     }
 }
@@ -110,6 +117,31 @@ impl StoreError {
         }
     }
 
+    /// [`Unavailable`](Self::Unavailable), for a `reason` that is a sentence about another subject than the event store.
+    pub(crate) fn not_now(reason: String) -> Self {
+        Self::Unavailable { reason, source: Some(Arc::new(Subject::Other)) }
+    }
+
+    /// The error of a call to a read model in a database.
+    pub(crate) fn of_read_model(self) -> Self {
+        let marked = |source: Option<_>| Some(Arc::new(Subject::ReadModel(source)) as Arc<_>);
+        match self {
+            own if own.subject().is_some() => own,
+            Self::Unavailable { reason, source } => Self::Unavailable { reason, source: marked(source) },
+            Self::Storage { reason, source } => Self::Storage { reason, source: marked(source) },
+            other => other,
+        }
+    }
+
+    fn subject(&self) -> Option<&Subject> {
+        match self {
+            Self::Unavailable { source: Some(source), .. } | Self::Storage { source: Some(source), .. } => {
+                source.downcast_ref()
+            }
+            _ => None,
+        }
+    }
+
     /// [`Unavailable`](Self::Unavailable), with the driver's error as source.
     pub fn unavailable(reason: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Unavailable { reason: reason.into(), source: Some(Arc::new(source)) }
@@ -118,6 +150,33 @@ impl StoreError {
     /// [`Storage`](Self::Storage), with the driver's error as source.
     pub fn storage(reason: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Storage { reason: reason.into(), source: Some(Arc::new(source)) }
+    }
+}
+
+/// The subject of a [`StoreError`] that is not the event store, in its chain of causes.
+#[derive(Debug)]
+enum Subject {
+    /// A read model, with the driver's error.
+    ReadModel(Option<Arc<dyn Error + Send + Sync>>),
+    /// The one that the reason names.
+    Other,
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ReadModel(_) => f.write_str("the read model failed"),
+            Self::Other => Transient.fmt(f),
+        }
+    }
+}
+
+impl Error for Subject {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::ReadModel(Some(source)) => Some(&**source),
+            Self::ReadModel(None) | Self::Other => Some(&Transient),
+        }
     }
 }
 

@@ -50,7 +50,7 @@ use self::frontier::Frontier;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
-pub(crate) use self::schema::{home_of, prepare_read_model};
+pub(crate) use self::schema::{database_of, prepare_read_model};
 use self::sql::LogSql;
 pub(crate) use self::sql::Schema;
 use self::to_its_end::to_its_end;

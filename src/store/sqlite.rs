@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::Utc;
 use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use tokio::sync::watch;
@@ -131,6 +131,10 @@ impl SqliteOptions {
         }
         if self.path.to_str().is_some_and(|path| path.starts_with("sqlite:")) {
             let reason = format!("{:?} is a URL; SqliteStore takes the path of a file", self.path);
+            return Err(StoreError::Invalid { reason });
+        }
+        if self.path.is_dir() {
+            let reason = format!("{} is a directory; name a file in it", self.path.display());
             return Err(StoreError::Invalid { reason });
         }
         self.create()?;
@@ -564,10 +568,6 @@ fn from_sql(number: i64) -> u64 {
 /// Now, in microseconds since 1970.
 fn now() -> i64 {
     Utc::now().timestamp_micros()
-}
-
-fn time(micros: i64) -> DateTime<Utc> {
-    DateTime::from_timestamp_micros(micros).unwrap_or(DateTime::<Utc>::MAX_UTC)
 }
 
 /// A list as one parameter, for `json_each`: the statement stays the same however long the list is.

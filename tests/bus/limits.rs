@@ -205,12 +205,28 @@ async fn every_option_of_the_command_bus_is_refused_or_works() {
         let runtime = Runtime::builder().store(MemoryStore::new()).commands(CommandBus::nats(commands));
         timeout(PATIENCE, runtime.start()).await.unwrap()
     };
+    let named = |error: StartError, option: &str| {
+        assert!(matches!(&error, StartError::Option(error) if error.option == option), "{error}");
+    };
     for time in TIMES {
-        start(commands().heartbeat(time)).await.unwrap().shutdown().await.unwrap();
+        match start(commands().heartbeat(time)).await {
+            Ok(runtime) if time == Duration::from_secs(1) => runtime.shutdown().await.unwrap(),
+            other => named(other.unwrap_err(), "NatsCommands::heartbeat"),
+        }
     }
     for count in [0, 1, usize::MAX] {
-        start(commands().max_in_flight(count)).await.unwrap().shutdown().await.unwrap();
+        match start(commands().max_in_flight(count)).await {
+            Ok(runtime) if count == 1 => runtime.shutdown().await.unwrap(),
+            other => named(other.unwrap_err(), "NatsCommands::max_in_flight"),
+        }
     }
+    for age in TIMES {
+        let bus = CommandBus::local().keep_records(age);
+        let error = Runtime::builder().store(MemoryStore::new()).commands(bus).start().await.unwrap_err();
+        named(error, "CommandBus::keep_records");
+    }
+    let bus = CommandBus::local().keep_records(Duration::from_secs(60));
+    Runtime::builder().store(MemoryStore::new()).commands(bus).start().await.unwrap();
     for name in ["", " ", "a\nb", &"x".repeat(201)] {
         let error = start(commands().node(name)).await.unwrap_err();
         assert!(

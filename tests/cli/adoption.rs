@@ -8,15 +8,14 @@ use std::time::Duration;
 
 use async_nats::Subscriber;
 use futures_util::StreamExt;
-use sqlx::PgPool;
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions as BusOptions};
 use storied::command::{CommandBus, CommandBusStatus, NatsCommands};
-use storied::projection::{ApplyError, FollowMode, Lookup, PostgresReadModel, Projection, ProjectionState};
+use storied::projection::{ApplyError, FollowMode, Lookup, Projection, ProjectionState, ReadModel};
 use storied::store::{Adoption, Checkpoint};
 use storied::{
-    EncodeError, EventStore, Filter, Position, PostgresStore, ProjectionOptions, PublisherState,
-    RecordedEvent, Runtime, SqliteStore,
+    EncodeError, EventStore, Filter, Position, PostgresOptions, PostgresReadModel, PostgresStore,
+    ProjectionOptions, PublisherState, RecordedEvent, Runtime, SqliteStore, StoreError,
 };
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
@@ -198,6 +197,55 @@ async fn a_copy_leaves_consumers_and_read_models_to_its_original() {
     assert!(error.contains("storied store adopt"), "{error}");
     other.shutdown().await.unwrap();
     original.shutdown().await.unwrap();
+}
+
+/// A schema that was copied within a database (`pg_dump -n storied`, restored under another name) is a copy, and its tables are
+/// those of the original.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_schema_copied_within_a_database_is_a_copy() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let open = async |url: &str, schema: &str| {
+        let store = PostgresOptions::new().url(url).schema(schema).connect().await.unwrap();
+        Arc::new(store) as Arc<dyn EventStore>
+    };
+    let original = open(&url, "storied").await;
+    fill(&original).await;
+    drop(open(&url, "staging").await);
+    let mut connection = PgConnection::connect(&url).await.unwrap();
+    connection
+        .execute("UPDATE staging.meta AS c SET value = o.value FROM storied.meta AS o WHERE o.key = c.key")
+        .await
+        .unwrap();
+
+    let copy = open(&url, "staging").await;
+    assert_eq!(copy.info().id, original.info().id);
+    let problem = copy.info().adoption.problem().unwrap();
+    for part in ["schema storied (", "schema staging (", "storied store adopt"] {
+        assert!(problem.contains(part), "{part}: {problem}");
+    }
+    let model = async |url: &str| PostgresReadModel::new(PgPool::connect(url).await.unwrap());
+    let prepare =
+        async |model: PostgresReadModel, store: &Arc<dyn EventStore>| model.prepare(store, "seen").await;
+    prepare(model(&url).await, &original).await.unwrap();
+    for model in [model(&url).await, model(&url).await.schema("staging").unwrap()] {
+        let error = prepare(model, &copy).await.unwrap_err();
+        assert!(matches!(error, StoreError::Incompatible { .. }), "{error}");
+    }
+
+    // A database that was copied as a whole brought its read models along.
+    connection.close().await.unwrap();
+    drop((original, copy));
+    let whole = copy_database(&url).await;
+    let copy = open(&whole, "storied").await;
+    assert!(!copy.info().adoption.is_adopted());
+    prepare(model(&whole).await, &copy).await.unwrap();
+    assert!(prepare(model(&url).await, &copy).await.is_err());
+
+    let adopt = ["store", "adopt", "--copy", "--schema", "staging", "--database-url", &url];
+    bare(&adopt).await.code(0);
+    let (original, copy) = (open(&url, "storied").await, open(&url, "staging").await);
+    assert!(original.info().adoption.is_adopted() && copy.info().adoption.is_adopted());
+    assert_ne!(original.info().id, copy.info().id);
 }
 
 /// What an operator says, and what becomes of the checkpoints, leases and the publisher's memory.

@@ -54,6 +54,8 @@ async fn a_database_of_others_is_left_alone() {
     let before = std::fs::read(&path).unwrap();
     let url = format!("sqlite:{}", path.display());
     bare(&["status", "--database-url", &url]).await.code(4).complains(&["storied_migrations"]);
+    let directory = format!("sqlite:{}", path.parent().unwrap().display());
+    bare(&["status", "--database-url", &directory]).await.code(2).complains(&["is a directory; name a file"]);
     assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 

@@ -458,7 +458,7 @@ async fn a_panic_around_a_handler_is_one_commands_business(kind: Kind) {
     let cluster = Setup::new(kind).options(options).bus(hooked).start().await;
     for n in 0..3 {
         let error = cluster.caller.command::<Worker>(note(n)).await.unwrap_err();
-        let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
+        let ExecuteError::Refused { reason } = &error else { panic!("{error}") };
         assert!(reason.contains("on purpose"), "{reason}");
     }
     panics.store(false, Ordering::SeqCst);

@@ -9,6 +9,7 @@ mod deduplication;
 mod domain;
 mod hazards;
 mod nodes;
+mod panics;
 mod processes;
 mod replies;
 mod sizes;

@@ -1,8 +1,11 @@
 //! Logins that have exactly the rights of docs/postgres-grants.sql, and try everything else.
 
-use sqlx::{AssertSqlSafe, Executor, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
+use storied::projection::ReadModel;
 use storied::store::AppendError;
-use storied::{EventStore, ExpectedVersion, PostgresOptions, PostgresStore, StoreError, Version};
+use storied::{
+    EventStore, ExpectedVersion, PostgresOptions, PostgresReadModel, PostgresStore, StoreError, Version,
+};
 
 use crate::support::PostgresServer;
 use crate::tools::{append, as_user, assert_sound, connect, events, exact, run, stream, whole_log};
@@ -419,4 +422,71 @@ async fn readers_and_read_models_have_less() {
     }
     let count = view.fetch_one("SELECT count(*) FROM storied.checkpoints").await.unwrap();
     assert_eq!(count.get::<i64, _>(0), 0);
+}
+
+/// Values that storied never writes: a program's login cannot store them, and where they are, a read is an error and no panic.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_that_storied_never_writes_are_errors() {
+    let url = granted(PostgresServer::shared().await).await;
+    let store = as_program(&url).connect().await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(1)).await.unwrap();
+    store.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(60)).await.unwrap();
+    let model = PostgresReadModel::new(PgPool::connect(&url).await.unwrap());
+    let mut owner = connect(&url).await;
+    let rows = "INSERT INTO storied.checkpoints VALUES ('p', 1, 1, 1, gen_random_uuid());
+        INSERT INTO storied.parked VALUES ('p', 1, gen_random_uuid(), 'order', 'a', 1, 'order.placed', 'e', 1, now());
+        INSERT INTO storied.commands VALUES ('00000000-0000-0000-0000-000000000001', 'n', gen_random_uuid(), '');
+        INSERT INTO storied.snapshots VALUES ('order', 'a', 1, 1, '');
+        ALTER TABLE storied.events DISABLE TRIGGER ALL";
+    owner.execute(rows).await.unwrap();
+    let mut program = connect(&as_user(&url, "shop")).await;
+    let (never, negative) = (["'infinity'", "'-infinity'", "'294276-12-31'"].as_slice(), ["-1"].as_slice());
+    let columns = [
+        ("leases", "expires_at", never),
+        ("leases", "epoch", negative),
+        ("leases", "ttl", negative),
+        ("checkpoints", "updated_at", never),
+        ("checkpoints", "position", negative),
+        ("checkpoints", "epoch", negative),
+        ("checkpoints", "mark", negative),
+        ("parked", "parked_at", never),
+        ("parked", "position", negative),
+        ("parked", "version", negative),
+        ("parked", "attempts", negative),
+        ("commands", "recorded_at", never),
+        ("snapshots", "version", negative),
+        ("snapshots", "revision", negative),
+        ("events", "recorded_at", never),
+        ("events", "position", negative),
+    ];
+    let command = uuid::Uuid::from_u128(1);
+    for (table, column, values) in columns {
+        if table != "events" {
+            for value in values {
+                let set = format!("UPDATE storied.{table} SET {column} = {value}");
+                assert!(attempt(&mut program, &set).await.is_err(), "{set}");
+            }
+            let check = format!("ALTER TABLE storied.{table} DROP CONSTRAINT {table}_{column}_check");
+            owner.execute(AssertSqlSafe(check)).await.unwrap();
+        }
+        for value in values {
+            let set = format!("UPDATE storied.{table} SET {column} = {value}");
+            owner.execute(AssertSqlSafe(set.clone())).await.unwrap();
+            let read = match table {
+                "leases" => store.leases().await.map(drop),
+                "checkpoints" => model.records().await.map(drop),
+                "parked" => store.parked("p", 9).await.map(drop),
+                "commands" => store.command(command).await.map(drop),
+                "snapshots" => store.snapshot(&stream("a")).await.map(drop),
+                _ => store.read_stream(&stream("a"), Version::NONE, 9).await.map(drop),
+            };
+            let StoreError::Corrupt { reason } = read.expect_err(&set) else { panic!("{set}") };
+            assert!(reason.contains(&format!("{table}.{column}")), "{reason}");
+            let good = if column.ends_with("_at") { "now()" } else { "1" };
+            let reset = format!("UPDATE storied.{table} SET {column} = {good}");
+            owner.execute(AssertSqlSafe(reset)).await.unwrap();
+        }
+    }
+    store.leases().await.unwrap();
+    assert_sound(&whole_log(&store).await);
 }

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use storied::bus::BusError;
 use storied::command::{HandleError, Handler, HandlerContext};
 use storied::projection::{
-    ApplyError, ControlError, Delivery, External, FailurePolicy, InMemory, Start, TargetUnavailable,
-    WaitError,
+    ApplyError, ControlError, Delivery, External, FailurePolicy, InMemory, ProjectionState, Schedule, Start,
+    TargetUnavailable, WaitError,
 };
 use storied::{
     EncodeError, EventStore, ExecuteError, Filter, MemoryStore, Position, Projection, ProjectionOptions,
@@ -61,6 +61,11 @@ fn transient() -> Vec<ApplyError> {
         BusError::Unavailable { reason: reason(), source: None }.into(),
         io::Error::from(io::ErrorKind::ConnectionRefused).into(),
         Mine::Other(io::Error::from(io::ErrorKind::TimedOut).into()).into(),
+        io::Error::from(io::ErrorKind::UnexpectedEof).into(),
+        io::Error::other("failed to lookup address information: Temporary failure in name resolution").into(),
+        async_nats::client::RequestError::new(async_nats::client::RequestErrorKind::NoResponders).into(),
+        async_nats::client::PublishError::new(async_nats::client::PublishErrorKind::Send).into(),
+        Mine::Other(async_nats::ConnectError::new(async_nats::ConnectErrorKind::Io).into()).into(),
         sqlx::Error::PoolTimedOut.into(),
         ControlError::Overloaded { name: reason() }.into(),
         ControlError::Store(unavailable()).into(),
@@ -78,6 +83,7 @@ fn faults() -> Vec<ApplyError> {
         StoreError::Invalid { reason: "test".into() }.into(),
         io::Error::from(io::ErrorKind::NotFound).into(),
         sqlx::Error::RowNotFound.into(),
+        async_nats::client::PublishError::new(async_nats::client::PublishErrorKind::InvalidSubject).into(),
     ]
 }
 
@@ -156,6 +162,7 @@ async fn a_call_that_hangs_is_given_up_and_retried() {
         let error =
             tokio::time::timeout(PATIENCE, failed).await.unwrap().unwrap().last_error.clone().unwrap();
         assert!(error.contains("position 2") && error.contains("transaction_timeout"), "{error}");
+        assert!(!error.contains("the event store"), "{error}");
         catch_up(handle, head).await;
         assert_eq!(handle.status().events_parked, 0);
     }
@@ -341,6 +348,45 @@ async fn a_wait_for_a_paused_projection_says_so() {
     assert!(matches!(error, WaitError::Paused { wanted, .. } if wanted == head), "{error}");
     assert!(error.to_string().contains("paused"), "{error}");
     handle.resume().await.unwrap();
+    catch_up(&handle, head).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// A wait names the trigger that the projection waits for.
+#[tokio::test]
+async fn a_wait_for_a_projection_without_a_trigger_says_so() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let head = append(&store, 0, 1..=3).await;
+    let node = local_node(&store).await;
+    let manual = options().schedule(Schedule::Manual);
+    let handle = node.projection(recorder("memory"), InMemory::new(), manual).await;
+    reach(&handle, ProjectionState::Waiting).await;
+    let error = handle.caught_up_to_within(head, Duration::from_millis(50)).await.unwrap_err();
+    assert!(matches!(error, WaitError::NotTriggered { wanted, .. } if wanted == head), "{error}");
+    assert!(error.to_string().contains("waits for a trigger") && error.is_transient(), "{error}");
+    handle.trigger().await.unwrap();
+    catch_up(&handle, head).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// The subject of the error is the read model, where the read model is what failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_locked_read_model_is_the_subject_of_its_error() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let node = local_node(&store).await;
+    let database = Database::new().await;
+    let options = quick().transaction_timeout(Duration::from_millis(300));
+    let model = database.open().await;
+    let pool = model.pool().clone();
+    let handle = node.projection(table("table"), model, options).await;
+    reach(&handle, ProjectionState::Following).await;
+    let lock = pool.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    let head = append(&store, 0, 1..=1).await;
+    let mut status = handle.watch();
+    let failed = status.wait_for(|status| status.last_error.is_some());
+    let error = tokio::time::timeout(PATIENCE, failed).await.unwrap().unwrap().last_error.clone().unwrap();
+    assert!(error.starts_with("the read model is unavailable: "), "{error}");
+    lock.rollback().await.unwrap();
     catch_up(&handle, head).await;
     node.stop(PATIENCE).await.unwrap();
 }

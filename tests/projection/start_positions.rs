@@ -188,6 +188,7 @@ async fn a_start_beyond_the_log_waits_for_it() {
     reach(&handle, ProjectionState::Retrying).await;
     let error = handle.status().last_error.unwrap();
     assert!(error.contains("start position 8: the log ends at 5"), "{error}");
+    assert!(error.starts_with("waiting for"), "{error}");
     append(&store, 0, 0..5).await;
     done(node, &handle).await;
     assert_eq!(place.seen("later").await, [8, 9, 10].map(Position::new));

@@ -514,3 +514,33 @@ async fn a_read_only_file_is_explained() {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+/// Numbers that storied never writes are errors, and no panic.
+#[tokio::test]
+async fn numbers_that_storied_never_writes_are_errors() {
+    let (_directory, path) = file();
+    let store = SqliteStore::open(&path).await.unwrap();
+    append(&store, one("a", "order.placed")).await.unwrap();
+    store.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::MAX).await.unwrap().unwrap();
+    store.leases().await.unwrap();
+    let mut other = stranger(&path).await;
+    other.execute("DROP TRIGGER storied_events_no_update").await.unwrap();
+    let max = i64::MAX.to_string();
+    for (table, column, value) in [
+        ("storied_leases", "expires_at", &*max),
+        ("storied_leases", "epoch", "-1"),
+        ("storied_leases", "ttl", "-1"),
+        ("storied_events", "recorded_at", &max),
+        ("storied_events", "recorded_at", "-9223372036854775808"),
+    ] {
+        let set = |value: &str| sqlx::AssertSqlSafe(format!("UPDATE {table} SET {column} = {value}"));
+        other.execute(set(value)).await.unwrap();
+        let read = match table {
+            "storied_leases" => store.leases().await.map(drop),
+            _ => store.read_stream(&stream("a"), Version::NONE, 9).await.map(drop),
+        };
+        let StoreError::Corrupt { reason } = read.unwrap_err() else { panic!("{table}.{column}") };
+        assert!(reason.contains(&format!("{table}.{column}")), "{reason}");
+        other.execute(set("1")).await.unwrap();
+    }
+}

@@ -204,7 +204,14 @@ impl FromStr for Database {
     fn from_str(url: &str) -> Result<Self, Failure> {
         match url.split_once(':') {
             Some(("postgres" | "postgresql", _)) => Ok(Self::Postgres(url.to_owned())),
-            Some(("sqlite", file)) => Ok(Self::Sqlite(sqlite_file(file).into())),
+            Some(("sqlite", file)) => {
+                let path = PathBuf::from(sqlite_file(file));
+                if path.is_dir() {
+                    let problem = format!("{} is a directory; name a file in it", path.display());
+                    return Err(Failure::Usage(problem));
+                }
+                Ok(Self::Sqlite(path))
+            }
             _ => Err(Failure::Usage("the database URL should begin with postgres:// or sqlite:".into())),
         }
     }

@@ -21,7 +21,7 @@ use crate::aggregate::SHUTDOWN;
 use crate::command::bus::Commands;
 use crate::command::{ExecuteError, Respawn};
 use crate::event::Metadata;
-use crate::panic::panic_text;
+use crate::panic::{panic_text, text_of};
 use crate::store::{EventStore, StoreError};
 use crate::telemetry::trace::CommandSpan;
 use crate::time::after;
@@ -403,7 +403,8 @@ impl<H: Handler> HandlerState<H> {
         for (count, caller) in callers.into_iter().enumerate() {
             let answer = ran.answer::<H>(id, count > 0);
             if let Err(Err(error)) = caller.answer(answer) {
-                tracing::warn!(handler = H::NAME, command = %id, %error, "a command failed, and nobody waited for its answer");
+                let error = text_of(&error);
+                tracing::warn!(handler = H::NAME, command = %id, error, "a command failed, and nobody waited for its answer");
             }
         }
         if let Some(key) = key {

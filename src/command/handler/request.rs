@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::actor::Job;
-use super::{GiveWay, Handled, Handler, give_way};
+use super::{GiveWay, Handled, Handler, give_way, key_of};
 use crate::codec::fingerprint;
 use crate::command::bus::{Commands, Way, watched};
 use crate::command::dispatched::Watched;
@@ -55,7 +55,7 @@ impl<H: Handler> Request<H> {
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
-        let key = H::key(&self.command);
+        let key = key_of::<H>(&self.command).map_err(|reason| ExecuteError::Refused { reason })?;
         let watched = Watched::new(&self.commands, H::NAME, key.as_deref(), &mut self.envelope);
         let given = self.send(key, prompt, watched.span()).await;
         watched.over(given)
@@ -73,7 +73,11 @@ impl<H: Handler> Request<H> {
         envelope.metadata.encode()?;
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
-        let local = commands.registry().handler::<H>().filter(|_| commands.policy().takes(&info));
+        let takes = || commands.policy().takes(&info).map_err(|reason| ExecuteError::Refused { reason });
+        let local = match commands.registry().handler::<H>() {
+            Some(local) => takes()?.then_some(local),
+            None => None,
+        };
         let way = commands.way(Kind::Handler, H::NAME, &info, &envelope, local.is_some())?;
         if let (Way::Here { .. }, Some(local)) = (&way, local) {
             match local.admit(envelope.id, deadline.instant()).await {

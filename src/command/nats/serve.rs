@@ -1,10 +1,12 @@
 //! Commands of other nodes.
 
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Message, Subject, Subscriber};
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
@@ -13,7 +15,8 @@ use crate::bus::OpenLine;
 use crate::codec::{from_cbor, to_cbor};
 use crate::command::envelope::Deadline;
 use crate::command::registry::Answering;
-use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Reply, Says};
+use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Outcome, Reply, Says};
+use crate::panic::panic_text;
 use crate::rate_limit::LogLimit;
 use crate::time::after;
 
@@ -126,6 +129,11 @@ pub(super) async fn take(
     endpoint.accept(&commands, frame, deadline, admit_by).await
 }
 
+/// A panic around a command. Whether the command took effect is unknown.
+fn panicked(panic: &(dyn Any + Send)) -> Failure {
+    Failure::new(Code::OutcomeUnknown, format!("code around the command panicked: {}", panic_text(panic)))
+}
+
 async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _place: OwnedSemaphorePermit) {
     if *answerer.shared.draining.borrow() {
         let failure = Failure::new(Code::ShuttingDown, "it is shutting down");
@@ -134,8 +142,12 @@ async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _p
     let (prompt, started) = (frame.prompt, Instant::now());
     // Nothing is said meanwhile, and whoever hears nothing for two beats takes this node for dead.
     let admit_by = after(answerer.shared.beat);
-    let mut answer = match take(&answerer.shared, frame, deadline, admit_by).await {
-        Ok(answer) => answer,
+    // Code of the user's runs in both: whatever panics there is answered at once.
+    let taken = AssertUnwindSafe(take(&answerer.shared, frame, deadline, admit_by)).catch_unwind().await;
+    let mut answer = match taken.unwrap_or_else(|panic| Err(panicked(&*panic))) {
+        Ok(answer) => AssertUnwindSafe(answer)
+            .catch_unwind()
+            .map(|outcome| outcome.unwrap_or_else(|panic| Outcome::Error(panicked(&*panic)))),
         Err(failure) => return answerer.refuse(failure).await,
     };
     if prompt {

@@ -409,7 +409,7 @@ async fn while_held(
 /// Says whose fault it was that the user's code failed.
 pub(super) fn blame(context: &Context, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
     if super::apply::is_outage(read_model, error) {
-        return StoreError::Unavailable { reason: error.to_string(), source: None }.into();
+        return StoreError::not_now(error.to_string()).into();
     }
     ControlError::Refused { name: context.name.clone(), reason: error.to_string() }
 }

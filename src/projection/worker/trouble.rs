@@ -65,7 +65,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         // Whether it was committed is found out by reading the checkpoint.
         self.saved = None;
         self.restart();
-        self.outage(&StoreError::Unavailable { reason, source: None });
+        self.outage(&StoreError::not_now(reason));
     }
 
     pub(super) fn try_later(&mut self, error: &(dyn Error + 'static)) {

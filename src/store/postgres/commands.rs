@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::Row;
 use sqlx::postgres::{PgArguments, PgRow, Postgres};
 use sqlx::query::Query;
 use uuid::Uuid;
 
+use super::super::columns::Columns;
 use super::super::{CommandEvents, CommandRecord, StoreError};
 use super::durability;
 use super::error::failed;
 use super::state::micros;
 use super::together::Together;
-use super::{Core, from_sql, stream_key};
+use super::{Core, stream_key};
 use crate::event::{Position, StreamId, Version};
 
 const READING: &str = "reading what became of a command";
@@ -71,7 +71,8 @@ async fn find_events(
     session.finish(FINDING).await?;
     let mut found = vec![None; commands.len()];
     for row in &rows {
-        let number = |column| row.try_get(column).map(from_sql).map_err(|error| failed(FINDING, error));
+        let row = Columns::of("events", row);
+        let number = |column| row.number(column).map_err(|error| failed(FINDING, error));
         let events = CommandEvents {
             first: Version::new(number(1)?),
             last: Version::new(number(2)?),
@@ -174,12 +175,13 @@ async fn fetch(
 }
 
 fn command_record(row: &PgRow) -> Result<CommandRecord, sqlx::Error> {
+    let row = Columns::of("commands", row);
     Ok(CommandRecord {
-        id: row.try_get(0)?,
-        name: row.try_get(1)?,
-        fingerprint: row.try_get(2)?,
-        outcome: Bytes::from(row.try_get::<Vec<u8>, _>(3)?),
-        recorded_at: row.try_get(4)?,
+        id: row.get(0)?,
+        name: row.get(1)?,
+        fingerprint: row.get(2)?,
+        outcome: Bytes::from(row.get::<Vec<u8>>(3)?),
+        recorded_at: row.time(4)?,
     })
 }
 

@@ -1,14 +1,14 @@
 //! Checkpoints and parked events. They are functions over a connection because a projection keeps them in the database
 //! of its read model, within the read model's transaction; the store uses them on its own schema.
 
-use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
 
+use super::super::columns::Columns;
 use super::super::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent, StoreError};
 use super::error::failed;
 use super::sql::{ProgressSql, Schema};
-use super::{from_sql, to_sql};
+use super::to_sql;
 use crate::event::{EventName, Position, StreamId, Version};
 
 /// Where checkpoints and parked events are kept.
@@ -38,13 +38,14 @@ impl Progress {
             .await
             .map_err(|error| failed(&doing(), error))?;
         let Some(row) = row else { return Ok(None) };
+        let row = Columns::of("checkpoints", &row);
         let columns = || -> Result<_, sqlx::Error> {
             let checkpoint = Checkpoint {
-                position: Position::new(from_sql(row.try_get(0)?)),
-                epoch: from_sql(row.try_get(1)?),
-                mark: from_sql(row.try_get(2)?),
+                position: Position::new(row.number(0)?),
+                epoch: row.number(1)?,
+                mark: row.number(2)?,
             };
-            Ok((checkpoint, row.try_get(3)?))
+            Ok((checkpoint, row.get(3)?))
         };
         columns().map(Some).map_err(|error| failed(&doing(), error))
     }
@@ -56,16 +57,17 @@ impl Progress {
     ) -> Result<Vec<CheckpointRecord>, StoreError> {
         const DOING: &str = "reading the checkpoints";
         let record = |row: &PgRow| -> Result<_, sqlx::Error> {
+            let row = Columns::of("checkpoints", row);
             Ok(CheckpointRecord {
-                name: row.try_get(0)?,
+                name: row.get(0)?,
                 checkpoint: Checkpoint {
-                    position: Position::new(from_sql(row.try_get(1)?)),
-                    epoch: from_sql(row.try_get(2)?),
-                    mark: from_sql(row.try_get(3)?),
+                    position: Position::new(row.number(1)?),
+                    epoch: row.number(2)?,
+                    mark: row.number(3)?,
                 },
-                store: row.try_get(4)?,
-                updated_at: row.try_get(5)?,
-                parked: from_sql(row.try_get(6)?),
+                store: row.get(4)?,
+                updated_at: row.time(5)?,
+                parked: row.number(6)?,
             })
         };
         let rows =
@@ -226,15 +228,16 @@ impl Progress {
 
 fn parked_event(row: &PgRow) -> Result<ParkedEvent, sqlx::Error> {
     let unreadable = |error: Box<dyn std::error::Error + Send + Sync>| sqlx::Error::Decode(error);
+    let row = Columns::of("parked", row);
     Ok(ParkedEvent {
-        position: Position::new(from_sql(row.try_get(0)?)),
-        event_id: row.try_get(1)?,
-        stream: StreamId::new(row.try_get::<&str, _>(2)?, row.try_get::<&str, _>(3)?)
+        position: Position::new(row.number(0)?),
+        event_id: row.get(1)?,
+        stream: StreamId::new(row.get::<&str>(2)?, row.get::<&str>(3)?)
             .map_err(|error| unreadable(error.into()))?,
-        version: Version::new(from_sql(row.try_get(4)?)),
-        name: EventName::new(row.try_get::<&str, _>(5)?).map_err(|error| unreadable(error.into()))?,
-        error: row.try_get(6)?,
-        attempts: u32::try_from(row.try_get::<i64, _>(7)?).unwrap_or(u32::MAX),
-        parked_at: row.try_get(8)?,
+        version: Version::new(row.number(4)?),
+        name: EventName::new(row.get::<&str>(5)?).map_err(|error| unreadable(error.into()))?,
+        error: row.get(6)?,
+        attempts: u32::try_from(row.number(7)?).unwrap_or(u32::MAX),
+        parked_at: row.time(8)?,
     })
 }

@@ -9,6 +9,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
+use super::super::columns::Time;
 use super::super::{Filter, LogPage, ReadLog, StoreError};
 use super::connection::Session;
 use super::error::failed;
@@ -306,16 +307,25 @@ impl Decoder {
                 row.try_get_unchecked::<Uuid, _>(4)?,
                 bytes(5)?,
                 bytes(6)?,
-                row.try_get_unchecked(7)?,
+                row.try_get_unchecked::<Time, _>(7)?.0,
             ))
         };
         let (position, version, name, id, command_id, payload, metadata, recorded_at) =
-            columns().map_err(|error| failed(self.doing, error))?;
+            columns().map_err(|error| match error {
+                sqlx::Error::ColumnDecode { source, index } if index == "7" => {
+                    self.corrupt(&format!("events.recorded_at: {source}"))
+                }
+                other => failed(self.doing, other),
+            })?;
+        let number = |column: &str, number: i64| {
+            let negative = |_| self.corrupt(&format!("events.{column} is {number}"));
+            u64::try_from(number).map_err(negative)
+        };
         Ok(RecordedEvent {
             id,
             stream,
-            version: Version::new(from_sql(version)),
-            position: Position::new(from_sql(position)),
+            version: Version::new(number("version", version)?),
+            position: Position::new(number("position", position)?),
             name: self.name(name)?,
             codec: self.codec,
             payload,

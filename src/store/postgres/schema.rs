@@ -1,6 +1,7 @@
 //! From a connection to a database that is ours: migrated, known by its identity, and set up so that the log is safe.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use sqlx::migrate::{Migrate, MigrateError, Migration, Migrator};
@@ -461,7 +462,7 @@ async fn identity(
     schema: &Schema,
     codec: Codec,
 ) -> Result<(Uuid, Adoption), StoreError> {
-    let found = home_of(connection).await?;
+    let found = home_of(connection, schema).await?;
     let meta: HashMap<String, String> = sqlx::query(schema.text("SELECT key, value FROM storied.meta"))
         .persistent(false)
         .fetch_all(connection)
@@ -473,7 +474,8 @@ async fn identity(
             .map(String::as_str)
             .ok_or_else(|| StoreError::Corrupt { reason: format!("{}.meta has no {key}", schema.name()) })
     };
-    let recorded = home(value("server")?, value("database_oid")?, value("database")?);
+    let database = Database::of(value("server")?, value("database_oid")?, value("database")?);
+    let recorded = database.home(value("schema_oid")?, value("schema")?);
     let adoption = Adoption::of(recorded, found);
     let found = value("codec")?;
     if Codec::from_name(found) != Some(codec) {
@@ -492,8 +494,45 @@ async fn identity(
     Ok((id, adoption))
 }
 
-/// The database behind a connection.
-pub(crate) async fn home_of(connection: &mut PgConnection) -> Result<Home, StoreError> {
+/// A database of a server.
+pub(crate) struct Database {
+    /// Both numbers survive a failover to a streaming standby and a renaming. No copy that the server or `pg_restore` makes
+    /// has both.
+    identity: String,
+    /// For people, such as `database shop (16384) of server 7312…`.
+    shown: String,
+}
+
+impl Database {
+    fn of(server: &str, oid: &str, name: &str) -> Self {
+        Self {
+            identity: format!("{server} {oid}"),
+            shown: format!("database {name} ({oid}) of server {server}"),
+        }
+    }
+
+    /// A store's schema in this database. Its number survives a renaming; no copy that `pg_restore` makes has it.
+    fn home(&self, oid: &str, name: &str) -> Home {
+        Home {
+            identity: format!("{} {oid}", self.identity),
+            shown: format!("schema {name} ({oid}) in {}", self.shown),
+        }
+    }
+
+    /// Whether the store's home is in this database.
+    pub(crate) fn holds(&self, home: &Home) -> bool {
+        home.identity.rsplit_once(' ').is_some_and(|(database, _)| database == self.identity)
+    }
+}
+
+impl fmt::Display for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown)
+    }
+}
+
+/// The database of a connection.
+pub(crate) async fn database_of(connection: &mut PgConnection) -> Result<Database, StoreError> {
     let (server, oid, name): (String, String, String) = sqlx::query_as(
         "SELECT system_identifier::text, oid::text, datname::text FROM pg_control_system(), pg_database
          WHERE datname = current_database()",
@@ -502,13 +541,21 @@ pub(crate) async fn home_of(connection: &mut PgConnection) -> Result<Home, Store
     .fetch_one(connection)
     .await
     .map_err(|error| failed(CHECKING, error))?;
-    Ok(home(&server, &oid, &name))
+    Ok(Database::of(&server, &oid, &name))
 }
 
-/// A database of a server. Both numbers survive a failover to a streaming standby and a renaming, and belong to no copy that the
-/// server or `pg_restore` makes.
-fn home(server: &str, oid: &str, name: &str) -> Home {
-    Home { identity: format!("{server} {oid}"), shown: format!("database {name} ({oid}) of server {server}") }
+/// The home of the store in `schema`.
+async fn home_of(connection: &mut PgConnection, schema: &Schema) -> Result<Home, StoreError> {
+    let database = database_of(connection).await?;
+    let oid: String = sqlx::query_scalar(
+        schema
+            .text("SELECT relnamespace::text FROM pg_catalog.pg_class WHERE oid = 'storied.meta'::regclass"),
+    )
+    .persistent(false)
+    .fetch_one(connection)
+    .await
+    .map_err(|error| failed(CHECKING, error))?;
+    Ok(database.home(&oid, schema.name()))
 }
 
 #[cfg(test)]

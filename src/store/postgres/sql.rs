@@ -146,6 +146,10 @@ statements! {
             SELECT 'server', system_identifier::text FROM pg_control_system()
             UNION ALL SELECT 'database_oid', oid::text FROM pg_database WHERE datname = current_database()
             UNION ALL SELECT 'database', current_database()
+            UNION ALL SELECT 'schema_oid', n.oid::text FROM pg_catalog.pg_class AS c
+                JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = 'storied.meta'::regclass
+            UNION ALL SELECT 'schema', n.nspname FROM pg_catalog.pg_class AS c
+                JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = 'storied.meta'::regclass
             ON CONFLICT (key) DO UPDATE SET value = excluded.value",
         new_identity: "UPDATE storied.meta SET value = $1 WHERE key = 'store_id'",
         // What the copy's publisher knows of the original's bus is of no use to it.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::Row;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
+use super::super::columns::Columns;
 use super::super::{Adopt, Lease, LeaseInfo, Snapshot, StoreError};
 use super::error::failed;
-use super::{Core, from_sql, to_sql};
+use super::{Core, to_sql};
 use crate::event::{StreamId, Version};
 
 /// For the database, which adds it to its own clock.
@@ -29,7 +29,7 @@ pub(super) async fn acquire_lease(
 ) -> Result<Option<Lease>, StoreError> {
     let doing = format!("acquiring the lease {name}");
     let mut session = core.connections.get(&doing).await?;
-    let epoch: Option<i64> = sqlx::query_scalar(core.sql.acquire_lease.clone())
+    let row = sqlx::query(core.sql.acquire_lease.clone())
         .bind(name)
         .bind(owner)
         .bind(micros(ttl))
@@ -38,7 +38,7 @@ pub(super) async fn acquire_lease(
         .await
         .map_err(|error| failed(&doing, error))?;
     session.finish(&doing).await?;
-    Ok(epoch.map(|epoch| Lease { name: name.to_owned(), owner, epoch: from_sql(epoch) }))
+    row.map(|row| lease(&row, name, owner)).transpose().map_err(|error| failed(&doing, error))
 }
 
 pub(super) async fn take_over_lease(
@@ -50,7 +50,7 @@ pub(super) async fn take_over_lease(
     let name = &seen.lease.name;
     let doing = format!("taking over the lease {name}");
     let mut session = core.connections.get(&doing).await?;
-    let epoch: Option<i64> = sqlx::query_scalar(core.sql.take_over_lease.clone())
+    let row = sqlx::query(core.sql.take_over_lease.clone())
         .bind(name.as_str())
         .bind(owner)
         .bind(micros(ttl))
@@ -61,7 +61,12 @@ pub(super) async fn take_over_lease(
         .await
         .map_err(|error| failed(&doing, error))?;
     session.finish(&doing).await?;
-    Ok(epoch.map(|epoch| Lease { name: name.clone(), owner, epoch: from_sql(epoch) }))
+    row.map(|row| lease(&row, name, owner)).transpose().map_err(|error| failed(&doing, error))
+}
+
+/// The lease `name` of `owner`, with the epoch that a statement returned.
+fn lease(row: &PgRow, name: &str, owner: Uuid) -> Result<Lease, sqlx::Error> {
+    Ok(Lease { name: name.to_owned(), owner, epoch: Columns::of("leases", row).number(0)? })
 }
 
 pub(super) async fn renew_lease(core: &Arc<Core>, lease: &Lease, ttl: Duration) -> Result<bool, StoreError> {
@@ -97,9 +102,10 @@ pub(super) async fn release_lease(core: &Arc<Core>, lease: &Lease) -> Result<(),
 pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreError> {
     const DOING: &str = "reading the leases";
     let info = |row: PgRow| -> Result<_, sqlx::Error> {
-        let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
-        let ttl = Duration::from_micros(from_sql(row.try_get(5)?));
-        Ok(LeaseInfo { lease, expires_at: row.try_get(3)?, ttl, live: row.try_get(4)? })
+        let row = Columns::of("leases", &row);
+        let lease = Lease { name: row.get(0)?, owner: row.get(1)?, epoch: row.number(2)? };
+        let ttl = Duration::from_micros(row.number(5)?);
+        Ok(LeaseInfo { lease, expires_at: row.time(3)?, ttl, live: row.get(4)? })
     };
     let mut session = core.connections.get(DOING).await?;
     let leases = sqlx::query(core.sql.leases.clone())
@@ -165,10 +171,11 @@ pub(super) async fn set_paused(core: &Arc<Core>, name: &str, paused: bool) -> Re
 pub(super) async fn snapshot(core: &Arc<Core>, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {
     let doing = format!("reading the snapshot of {stream}");
     let snapshot = |row: PgRow| -> Result<_, sqlx::Error> {
+        let row = Columns::of("snapshots", &row);
         Ok(Snapshot {
-            version: Version::new(from_sql(row.try_get(0)?)),
-            revision: u32::try_from(row.try_get::<i64, _>(1)?).unwrap_or(u32::MAX),
-            state: Bytes::from(row.try_get::<Vec<u8>, _>(2)?),
+            version: Version::new(row.number(0)?),
+            revision: u32::try_from(row.number(1)?).unwrap_or(u32::MAX),
+            state: Bytes::from(row.get::<Vec<u8>>(2)?),
         })
     };
     let mut session = core.connections.get(&doing).await?;

@@ -1,14 +1,14 @@
 //! Checkpoints and parked events. They are functions over a connection because a projection keeps them in the database
 //! of its read model, within the read model's transaction; the store uses them on its own file.
 
-use sqlx::Row;
 use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
+use super::super::columns::Columns;
 use super::super::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent, StoreError};
 use super::error::failed;
-use super::{from_sql, now, time, to_sql};
+use super::{now, to_sql};
 use crate::event::{EventName, Position, StreamId, Version};
 
 /// Their table of migrations.
@@ -43,13 +43,14 @@ pub(crate) async fn load(
         .await
         .map_err(|error| failed(&doing(), error))?;
     let Some(row) = row else { return Ok(None) };
+    let row = Columns::of("storied_checkpoints", &row);
     let columns = || -> Result<_, sqlx::Error> {
         let checkpoint = Checkpoint {
-            position: Position::new(from_sql(row.try_get(0)?)),
-            epoch: from_sql(row.try_get(1)?),
-            mark: from_sql(row.try_get(2)?),
+            position: Position::new(row.number(0)?),
+            epoch: row.number(1)?,
+            mark: row.number(2)?,
         };
-        Ok((checkpoint, row.try_get(3)?))
+        Ok((checkpoint, row.get(3)?))
     };
     columns().map(Some).map_err(|error| failed(&doing(), error))
 }
@@ -58,16 +59,17 @@ pub(crate) async fn load(
 pub(crate) async fn records(connection: &mut SqliteConnection) -> Result<Vec<CheckpointRecord>, StoreError> {
     const DOING: &str = "reading the checkpoints";
     let record = |row: &SqliteRow| -> Result<_, sqlx::Error> {
+        let row = Columns::of("storied_checkpoints", row);
         Ok(CheckpointRecord {
-            name: row.try_get(0)?,
+            name: row.get(0)?,
             checkpoint: Checkpoint {
-                position: Position::new(from_sql(row.try_get(1)?)),
-                epoch: from_sql(row.try_get(2)?),
-                mark: from_sql(row.try_get(3)?),
+                position: Position::new(row.number(1)?),
+                epoch: row.number(2)?,
+                mark: row.number(3)?,
             },
-            store: row.try_get(4)?,
-            updated_at: time(row.try_get(5)?),
-            parked: from_sql(row.try_get(6)?),
+            store: row.get(4)?,
+            updated_at: row.time(5)?,
+            parked: row.number(6)?,
         })
     };
     let rows = sqlx::query(
@@ -207,16 +209,17 @@ pub(crate) async fn parked(
 
 fn parked_event(row: &SqliteRow) -> Result<ParkedEvent, sqlx::Error> {
     let unreadable = |error: Box<dyn std::error::Error + Send + Sync>| sqlx::Error::Decode(error);
+    let row = Columns::of("storied_parked", row);
     Ok(ParkedEvent {
-        position: Position::new(from_sql(row.try_get(0)?)),
-        event_id: row.try_get(1)?,
-        stream: StreamId::new(row.try_get::<&str, _>(2)?, row.try_get::<&str, _>(3)?)
+        position: Position::new(row.number(0)?),
+        event_id: row.get(1)?,
+        stream: StreamId::new(row.get::<&str>(2)?, row.get::<&str>(3)?)
             .map_err(|error| unreadable(error.into()))?,
-        version: Version::new(from_sql(row.try_get(4)?)),
-        name: EventName::new(row.try_get::<&str, _>(5)?).map_err(|error| unreadable(error.into()))?,
-        error: row.try_get(6)?,
-        attempts: row.try_get(7)?,
-        parked_at: time(row.try_get(8)?),
+        version: Version::new(row.number(4)?),
+        name: EventName::new(row.get::<&str>(5)?).map_err(|error| unreadable(error.into()))?,
+        error: row.get(6)?,
+        attempts: u32::try_from(row.number(7)?).unwrap_or(u32::MAX),
+        parked_at: row.time(8)?,
     })
 }
 

@@ -9,15 +9,18 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
+use super::super::columns::Columns;
 use super::super::paging::Paging;
 use super::super::{CommandEvents, LogPage, ReadLog, StoreError};
 use super::connection::Readers;
 use super::error::failed;
-use super::{from_sql, json_list, json_streams, time, to_sql};
+use super::{from_sql, json_list, json_streams, to_sql};
 use crate::codec::Codec;
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 
 const READING_LOG: &str = "reading the log";
+/// The table of the log.
+const EVENTS: &str = "storied_events";
 const READING_STREAM: &str = "reading a stream";
 
 /// One page of the log.
@@ -210,7 +213,7 @@ impl Decoder {
     }
 
     fn number(&self, row: &SqliteRow, column: usize) -> Result<u64, StoreError> {
-        row.try_get(column).map(from_sql).map_err(|error| failed(self.doing, error))
+        Columns::of(EVENTS, row).number(column).map_err(|error| failed(self.doing, error))
     }
 
     fn category(&mut self, text: &str) -> Result<Category, StoreError> {
@@ -252,7 +255,7 @@ impl Decoder {
                 row.try_get::<Uuid, _>(first + 3)?,
                 bytes(first + 4)?,
                 bytes(first + 5)?,
-                row.try_get::<i64, _>(first + 6)?,
+                Columns::of(EVENTS, row).time(first + 6)?,
             ))
         };
         let (name, id, command_id, payload, metadata, recorded_at) =
@@ -267,7 +270,7 @@ impl Decoder {
             payload,
             command_id,
             metadata,
-            recorded_at: time(recorded_at),
+            recorded_at,
         })
     }
 }

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::Row;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
+use super::super::columns::Columns;
 use super::super::{CommandRecord, Lease, LeaseInfo, Snapshot, StoreError};
 use super::error::failed;
-use super::{from_sql, now, time, to_sql};
+use super::{now, to_sql};
 use crate::event::{StreamId, Version};
 
 const LEASES: &str = "reading the leases";
@@ -21,7 +21,9 @@ fn later(ttl: Duration) -> i64 {
 }
 
 fn micros(ttl: Duration) -> i64 {
-    i64::try_from(ttl.as_micros()).unwrap_or(i64::MAX)
+    // 1,000 years, so that no sum leaves the range of a time.
+    const LONGEST: i64 = 1_000 * 366 * 86_400 * 1_000_000;
+    i64::try_from(ttl.as_micros()).unwrap_or(LONGEST).min(LONGEST)
 }
 
 pub(super) async fn acquire_lease(
@@ -30,7 +32,7 @@ pub(super) async fn acquire_lease(
     owner: Uuid,
     ttl: Duration,
 ) -> Result<Option<Lease>, StoreError> {
-    let epoch: Option<i64> = sqlx::query_scalar(
+    sqlx::query(
         "INSERT INTO storied_leases (name, owner, epoch, expires_at, ttl) VALUES (?1, ?2, 1, ?3, ?5)
          ON CONFLICT (name) DO UPDATE
          SET owner = ?2, epoch = epoch + (owner <> ?2), expires_at = ?3, ttl = ?5
@@ -44,8 +46,8 @@ pub(super) async fn acquire_lease(
     .bind(micros(ttl))
     .fetch_optional(connection)
     .await
-    .map_err(|error| failed(&format!("acquiring the lease {name}"), error))?;
-    Ok(epoch.map(|epoch| Lease { name, owner, epoch: from_sql(epoch) }))
+    .and_then(|row| row.map(|row| lease(&row, &name, owner)).transpose())
+    .map_err(|error| failed(&format!("acquiring the lease {name}"), error))
 }
 
 pub(super) async fn take_over_lease(
@@ -54,7 +56,7 @@ pub(super) async fn take_over_lease(
     owner: Uuid,
     ttl: Duration,
 ) -> Result<Option<Lease>, StoreError> {
-    let epoch: Option<i64> = sqlx::query_scalar(
+    sqlx::query(
         "UPDATE storied_leases SET owner = ?2, epoch = epoch + (owner <> ?2), expires_at = ?3, ttl = ?4
          WHERE name = ?1 AND epoch = ?5 AND expires_at = ?6 RETURNING epoch",
     )
@@ -66,8 +68,13 @@ pub(super) async fn take_over_lease(
     .bind(seen.expires_at.timestamp_micros())
     .fetch_optional(connection)
     .await
-    .map_err(|error| failed(&format!("taking over the lease {}", seen.lease.name), error))?;
-    Ok(epoch.map(|epoch| Lease { name: seen.lease.name, owner, epoch: from_sql(epoch) }))
+    .and_then(|row| row.map(|row| lease(&row, &seen.lease.name, owner)).transpose())
+    .map_err(|error| failed(&format!("taking over the lease {}", seen.lease.name), error))
+}
+
+/// The lease `name` of `owner`, with the epoch that a statement returned.
+fn lease(row: &SqliteRow, name: &str, owner: Uuid) -> Result<Lease, sqlx::Error> {
+    Ok(Lease { name: name.to_owned(), owner, epoch: Columns::of("storied_leases", row).number(0)? })
 }
 
 pub(super) async fn renew_lease(
@@ -111,10 +118,11 @@ async fn set_expiry(
 pub(super) async fn leases(connection: &mut SqliteConnection) -> Result<Vec<LeaseInfo>, StoreError> {
     let now = now();
     let info = |row: SqliteRow| -> Result<_, sqlx::Error> {
-        let expires_at: i64 = row.try_get(3)?;
-        let lease = Lease { name: row.try_get(0)?, owner: row.try_get(1)?, epoch: from_sql(row.try_get(2)?) };
-        let ttl = Duration::from_micros(from_sql(row.try_get(4)?));
-        Ok(LeaseInfo { lease, expires_at: time(expires_at), ttl, live: expires_at > now })
+        let row = Columns::of("storied_leases", &row);
+        let expires_at = row.time(3)?;
+        let lease = Lease { name: row.get(0)?, owner: row.get(1)?, epoch: row.number(2)? };
+        let ttl = Duration::from_micros(row.number(4)?);
+        Ok(LeaseInfo { lease, expires_at, ttl, live: expires_at.timestamp_micros() > now })
     };
     sqlx::query("SELECT name, owner, epoch, expires_at, ttl FROM storied_leases ORDER BY name")
         .fetch_all(connection)
@@ -153,10 +161,11 @@ pub(super) async fn snapshot(
     stream: &StreamId,
 ) -> Result<Option<Snapshot>, StoreError> {
     let snapshot = |row: SqliteRow| -> Result<_, sqlx::Error> {
+        let row = Columns::of("storied_snapshots", &row);
         Ok(Snapshot {
-            version: Version::new(from_sql(row.try_get(0)?)),
-            revision: row.try_get(1)?,
-            state: Bytes::from(row.try_get::<Vec<u8>, _>(2)?),
+            version: Version::new(row.number(0)?),
+            revision: u32::try_from(row.number(1)?).unwrap_or(u32::MAX),
+            state: Bytes::from(row.get::<Vec<u8>>(2)?),
         })
     };
     sqlx::query("SELECT version, revision, state FROM storied_snapshots WHERE category = ? AND stream_id = ?")
@@ -194,12 +203,13 @@ pub(super) async fn command(
     id: Uuid,
 ) -> Result<Option<CommandRecord>, StoreError> {
     let record = |row: SqliteRow| -> Result<_, sqlx::Error> {
+        let row = Columns::of("storied_commands", &row);
         Ok(CommandRecord {
-            id: row.try_get(0)?,
-            name: row.try_get(1)?,
-            fingerprint: row.try_get(2)?,
-            outcome: Bytes::from(row.try_get::<Vec<u8>, _>(3)?),
-            recorded_at: time(row.try_get(4)?),
+            id: row.get(0)?,
+            name: row.get(1)?,
+            fingerprint: row.get(2)?,
+            outcome: Bytes::from(row.get::<Vec<u8>>(3)?),
+            recorded_at: row.time(4)?,
         })
     };
     sqlx::query("SELECT id, name, fingerprint, outcome, recorded_at FROM storied_commands WHERE id = ?")

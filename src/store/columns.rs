@@ -1,0 +1,114 @@
+//! Checked values of rows. A login with the documented rights can write to most tables: no value may end a task.
+
+use std::fmt::Display;
+
+use chrono::{DateTime, Datelike, Utc};
+use sqlx::error::BoxDynError;
+use sqlx::{Column, ColumnIndex, Decode, Row, Type};
+
+/// A time of the years 1 to 9999. `infinity`, and later years, panic in sqlx's own decoder.
+pub(super) struct Time(pub(super) DateTime<Utc>);
+
+impl Time {
+    /// The time so many microseconds after 1970.
+    fn from_micros(micros: Option<i64>) -> Result<Self, BoxDynError> {
+        let time = micros.and_then(DateTime::from_timestamp_micros);
+        let time = time.filter(|time| (1..=9999).contains(&time.year()));
+        time.map(Self).ok_or_else(|| "expected a time of the years 1 to 9999".into())
+    }
+}
+
+#[cfg(feature = "postgres")]
+mod postgres {
+    use sqlx::Postgres;
+    use sqlx::postgres::{PgTypeInfo, PgValueFormat, PgValueRef};
+
+    use super::{BoxDynError, DateTime, Decode, Time, Type, Utc};
+
+    /// Microseconds from 1970 to 2000, where PostgreSQL begins to count.
+    const YEAR_2000: i64 = 946_684_800_000_000;
+
+    impl Type<Postgres> for Time {
+        fn type_info() -> PgTypeInfo {
+            <DateTime<Utc> as Type<Postgres>>::type_info()
+        }
+    }
+
+    impl<'r> Decode<'r, Postgres> for Time {
+        fn decode(value: PgValueRef<'r>) -> Result<Self, BoxDynError> {
+            if value.format() == PgValueFormat::Text {
+                return Ok(Self(<DateTime<Utc> as Decode<Postgres>>::decode(value)?));
+            }
+            Self::from_micros(<i64 as Decode<Postgres>>::decode(value)?.checked_add(YEAR_2000))
+        }
+    }
+}
+
+#[cfg(feature = "sqlite")]
+mod sqlite {
+    use sqlx::Sqlite;
+    use sqlx::sqlite::{SqliteTypeInfo, SqliteValueRef};
+
+    use super::{BoxDynError, Decode, Time, Type};
+
+    impl Type<Sqlite> for Time {
+        fn type_info() -> SqliteTypeInfo {
+            <i64 as Type<Sqlite>>::type_info()
+        }
+    }
+
+    impl<'r> Decode<'r, Sqlite> for Time {
+        fn decode(value: SqliteValueRef<'r>) -> Result<Self, BoxDynError> {
+            Self::from_micros(Some(<i64 as Decode<Sqlite>>::decode(value)?))
+        }
+    }
+}
+
+/// The columns of a row, for errors with the names of table and column.
+pub(super) struct Columns<'r, R> {
+    table: &'static str,
+    row: &'r R,
+}
+
+impl<'r, R: Row> Columns<'r, R>
+where
+    usize: ColumnIndex<R>,
+{
+    pub(super) fn of(table: &'static str, row: &'r R) -> Self {
+        Self { table, row }
+    }
+
+    /// A value of a column.
+    pub(super) fn get<T>(&self, column: usize) -> Result<T, sqlx::Error>
+    where
+        T: Decode<'r, R::Database> + Type<R::Database>,
+    {
+        self.row.try_get(column).map_err(|error| match error {
+            sqlx::Error::ColumnDecode { source, .. } => self.unreadable(column, &*source),
+            other => other,
+        })
+    }
+
+    /// A number that is not negative.
+    pub(super) fn number(&self, column: usize) -> Result<u64, sqlx::Error>
+    where
+        i64: Decode<'r, R::Database> + Type<R::Database>,
+    {
+        let number: i64 = self.get(column)?;
+        u64::try_from(number)
+            .map_err(|_| self.unreadable(column, &format!("expected a number from 0 up, found {number}")))
+    }
+
+    /// A time of the years 1 to 9999.
+    pub(super) fn time(&self, column: usize) -> Result<DateTime<Utc>, sqlx::Error>
+    where
+        Time: Decode<'r, R::Database> + Type<R::Database>,
+    {
+        self.get::<Time>(column).map(|time| time.0)
+    }
+
+    fn unreadable(&self, column: usize, problem: &(impl Display + ?Sized)) -> sqlx::Error {
+        let name = self.row.try_column(column).map_or("?", |column| column.name());
+        sqlx::Error::Decode(format!("{}.{name}: {problem}", self.table).into())
+    }
+}
