@@ -437,10 +437,10 @@ impl FeedTask {
     }
 
     fn forward(&self, batch: LogBatch) {
-        let position = batch.upto;
+        // Before the batch is sent: a follower that begins between the two reads the store up to this position.
+        self.status.send_modify(|status| status.position = Some(batch.upto));
         // The only failure is that nobody follows.
         let _ = self.ring.send(batch);
-        self.status.send_modify(|status| status.position = Some(position));
     }
 
     fn succeeded(&self) {
