@@ -667,6 +667,8 @@ pub struct Link {
     wall: Arc<AtomicU64>,
     /// So many positions at the end of the log are not seen to be stable yet.
     pub unstable: Arc<AtomicU64>,
+    /// Number of pages with events that were read from the log.
+    pub reads: Arc<AtomicU64>,
     pub shelf: Shelf,
 }
 
@@ -693,6 +695,7 @@ impl Link {
             sparse: 1,
             wall: Arc::new(AtomicU64::new(u64::MAX)),
             unstable: Arc::default(),
+            reads: Arc::default(),
             shelf: Shelf::default(),
         }
     }
@@ -763,6 +766,7 @@ impl EventStore for Link {
             let inside =
                 ReadLog { after: self.inside(after), upto: read.upto.map(|upto| self.inside(upto)), ..read };
             let mut page = self.inner.read_log(inside).await?;
+            self.reads.fetch_add(u64::from(!page.events.is_empty()), Ordering::SeqCst);
             page.head = self.outside(page.head);
             page.scanned_to = self.outside(page.scanned_to).max(after);
             for event in &mut page.events {
