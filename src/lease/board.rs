@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::renewals::Renewals;
+use super::renewer::LeaseRenewer;
 use crate::backoff::Backoff;
 use crate::store::{EventStore, LeaseInfo, StoreError};
 use crate::supervised::Task;
@@ -83,6 +84,7 @@ struct Inner {
     hint: Arc<Notify>,
     /// How many watch.
     watchers: AtomicU32,
+    renewer: LeaseRenewer,
     _task: Task,
 }
 
@@ -92,8 +94,10 @@ impl Board {
         let (sender, sight) = watch::channel(Sight::default());
         let every = watch::Sender::new(None);
         let hint = Arc::new(Notify::new());
+        let renewer = LeaseRenewer::new(store.clone());
         let task = Task::spawn(look(store, sender, every.subscribe(), hint.clone()));
-        Self { inner: Arc::new(Inner { sight, every, hint, watchers: AtomicU32::new(0), _task: task }) }
+        let watchers = AtomicU32::new(0);
+        Self { inner: Arc::new(Inner { sight, every, hint, watchers, renewer, _task: task }) }
     }
 
     /// What it shows from now on, looked at often enough for leases of `ttl`.
@@ -113,6 +117,11 @@ impl Board {
     /// How often each of those who watch may ask for something of its own, so that all of them together do not ask too much.
     pub(crate) fn pace(&self) -> Duration {
         (EACH * self.inner.watchers.load(Ordering::Relaxed)).max(SLOWEST)
+    }
+
+    /// Renews the leases of the node's projections together.
+    pub(crate) fn renewer(&self) -> &LeaseRenewer {
+        &self.inner.renewer
     }
 
     /// What it shows now.

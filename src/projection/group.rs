@@ -15,7 +15,6 @@ use super::{PartitionStatus, ProjectionState, ProjectionStatus};
 use crate::future::BoxFuture;
 use crate::lease::{Board, HeldLease, Sight, View};
 use crate::partition::Partition;
-use crate::store::EventStore;
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
@@ -44,7 +43,6 @@ pub(super) struct Group {
     pub(super) name: String,
     pub(super) shape: Shape,
     pub(super) seats: Arc<[Seat]>,
-    pub(super) store: Arc<dyn EventStore>,
     pub(super) board: Board,
     pub(super) node: Uuid,
     pub(super) lease: Duration,
@@ -138,8 +136,9 @@ impl Group {
                 continue;
             }
             let abandoned = view.abandoned(&name);
+            let renewer = self.board.renewer();
             let taken =
-                HeldLease::take(&self.store, &name, self.node, self.lease, abandoned, &self.metrics).await;
+                HeldLease::take(renewer, &name, self.node, self.lease, abandoned, &self.metrics).await;
             match taken {
                 Ok(Some(lease)) => {
                     tracing::info!(

@@ -119,10 +119,9 @@ where
     } else {
         let seats: Arc<[Seat]> = seats.into();
         let (sender, status) = watch::channel(sum(&seats, None));
-        let (name, shape, store, lease) = (name.clone(), shape.clone(), store.clone(), options.lease);
+        let (name, shape, lease) = (name.clone(), shape.clone(), options.lease);
         let status_of = sender;
-        let group =
-            Arc::new(Group { name, shape, seats, store, board, node, lease, metrics, status: status_of });
+        let group = Arc::new(Group { name, shape, seats, board, node, lease, metrics, status: status_of });
         let actor = Supervised::spawn(group.clone(), supervisor).await?;
         Some(Grouped { group, actor, status })
     };

@@ -11,7 +11,7 @@ use crate::backoff::Backoff;
 use crate::bus::{BusError, BusPublisher, BusScope, EventBus, LogBatch, MirrorEnd, Resume};
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
-use crate::lease::{HeldLease, Renewals};
+use crate::lease::{HeldLease, LeaseRenewer, Renewals};
 use crate::rate_limit::RateLimit;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
@@ -38,6 +38,7 @@ pub(super) struct PublisherWork {
 
 struct Shared {
     store: Arc<dyn EventStore>,
+    renewer: LeaseRenewer,
     bus: Arc<dyn EventBus>,
     options: PublisherOptions,
     node: Uuid,
@@ -108,7 +109,9 @@ impl PublisherWork {
             head: None,
             last_error: None,
         });
-        (Self { shared: Arc::new(Shared { store, bus, options, node, metrics, status }) }, receiver)
+        let renewer = LeaseRenewer::new(store.clone());
+        let shared = Shared { store, renewer, bus, options, node, metrics, status };
+        (Self { shared: Arc::new(shared) }, receiver)
     }
 }
 
@@ -237,7 +240,8 @@ async fn stand_by(
     let (mut renewals, mut abandoned) = (Renewals::default(), None);
     loop {
         let (ttl, metrics) = (shared.options.lease, &shared.metrics);
-        let taken = HeldLease::take(&shared.store, NAME, shared.node, ttl, abandoned.as_ref(), metrics).await;
+        let taken =
+            HeldLease::take(&shared.renewer, NAME, shared.node, ttl, abandoned.as_ref(), metrics).await;
         match taken {
             Ok(Some(lease)) => return Some(Some(lease)),
             // The owner publishes what is committed.

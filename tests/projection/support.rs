@@ -669,6 +669,8 @@ pub struct Link {
     pub unstable: Arc<AtomicU64>,
     /// Number of pages with events that were read from the log.
     pub reads: Arc<AtomicU64>,
+    /// Number of calls that renewed leases.
+    pub renewals: Arc<AtomicU64>,
     pub shelf: Shelf,
 }
 
@@ -696,6 +698,7 @@ impl Link {
             wall: Arc::new(AtomicU64::new(u64::MAX)),
             unstable: Arc::default(),
             reads: Arc::default(),
+            renewals: Arc::default(),
             shelf: Shelf::default(),
         }
     }
@@ -851,6 +854,21 @@ impl EventStore for Link {
                 std::future::pending::<()>().await;
             }
             self.inner.renew_lease(lease, ttl).await
+        })
+    }
+
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        Box::pin(async move {
+            self.check()?;
+            if self.mute.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
+            self.renewals.fetch_add(1, Ordering::SeqCst);
+            self.inner.renew_leases(leases, ttl).await
         })
     }
 

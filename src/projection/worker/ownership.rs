@@ -126,8 +126,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let (ttl, metrics) = (context.options.lease, &context.metrics);
             let view = context.board.view();
             let abandoned = view.as_ref().and_then(|view| view.abandoned(&context.lease));
-            let taken =
-                HeldLease::take(&context.store, &context.lease, context.node, ttl, abandoned, metrics).await;
+            let renewer = context.board.renewer();
+            let taken = HeldLease::take(renewer, &context.lease, context.node, ttl, abandoned, metrics).await;
             match taken {
                 Ok(Some(lease)) => {
                     tracing::info!(
