@@ -352,7 +352,7 @@ impl EventStore for PostgresStore {
         owner: Uuid,
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
-        self.call("taking a lease over", state::take_over_lease(&self.shared.core, seen, owner, ttl))
+        self.commit("taking a lease over", state::take_over_lease(&self.shared.core, seen, owner, ttl))
     }
 
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
