@@ -101,7 +101,8 @@ fn a_full_disk_is_no_panic() {
         let Said { output, .. } = run(name, args, full.into());
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{name} {args:?}: {stderr}");
-        assert!(!stderr.contains("panicked") && stderr.contains("error: "), "{name} {args:?}: {stderr}");
+        let text = stderr.to_lowercase();
+        assert!(!text.contains("panicked") && text.contains("error: "), "{name} {args:?}: {stderr}");
     }
 }
 

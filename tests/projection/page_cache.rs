@@ -81,7 +81,7 @@ async fn the_partitions_of_a_node_read_the_log_once() {
         assert!(parts_reads <= whole_reads + 20, "{kind}: {parts_reads} pages, unpartitioned {whole_reads}");
         // The start of 256 tasks takes 5 to 11 s here: each commits its lease, its claim and its checkpoint (left open in F50).
         let start = Duration::from_secs(10);
-        assert!(!long || parts <= whole * 2 + start, "{kind}: {parts:?}, unpartitioned {whole:?}");
+        assert!(!long || parts <= whole * 4 + start, "{kind}: {parts:?}, unpartitioned {whole:?}");
     }
 }
 
