@@ -211,7 +211,8 @@ async fn paths_that_cannot_be_are_explained() {
     );
 
     let error = SqliteStore::open(directory.path()).await.unwrap_err();
-    assert!(matches!(error, StoreError::Storage { .. }), "{error:?}");
+    assert!(matches!(error, StoreError::Invalid { .. }), "{error:?}");
+    assert!(error.to_string().contains("is a directory"), "{error}");
 
     let error = SqliteOptions::new(&path).create_if_missing(false).open().await.unwrap_err();
     assert!(matches!(error, StoreError::Incompatible { .. }), "{error:?}");
