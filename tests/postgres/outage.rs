@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
-use storied::projection::{ApplyError, ProjectionState};
+use storied::projection::ApplyError;
 use storied::{
     EncodeError, ExpectedVersion, Filter, MemoryStore, PostgresOptions, PostgresReadModel, Projection,
     ProjectionHandle, ProjectionOptions, RecordedEvent, Runtime, StoreError,
@@ -180,7 +180,7 @@ async fn a_stale_plan_costs_a_connection_and_no_event() {
     run(&fixture.url, "ALTER TABLE notes ADD COLUMN written timestamptz").await;
     let position = fixture.append().await;
     fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
-    assert_eq!(fixture.projection().status().state, ProjectionState::Following);
+    fixture.projection().wait_until_live(PATIENCE).await.unwrap();
     assert_eq!(fixture.count("seen").await, 2);
     fixture.runtime.clone().shutdown().await.unwrap();
 }
