@@ -548,6 +548,6 @@ fn stage_snapshot<A: Aggregate>(
 fn answer<R, E: std::fmt::Display>(port: RpcReplyPort<Result<R, E>>, answer: Result<R, E>) {
     if let Err(MessagingErr::SendErr(Err(error))) = port.send(answer) {
         let error = text_of(&error);
-        tracing::warn!(error, "a command failed, and nobody waited for its answer");
+        tracing::warn!(error, "command failed after its caller stopped waiting");
     }
 }

@@ -174,7 +174,7 @@ impl ReadModel for SqliteReadModel {
                         .fetch_one(&mut *connection)
                         .await
                         .map_err(|error| failed(doing, error))?;
-                // A database in memory has no file, and is nobody else's.
+                // A database in memory has no file and belongs to this process.
                 let home = if file.is_empty() { None } else { Some(home(Path::new(&file))?) };
                 if let Some(home) = home.filter(|home| home.identity != found.identity) {
                     return Err(store.info().adoption.refuses(&home));

@@ -1,15 +1,15 @@
 //! Partitions that share the pages of the log: what they read, what they cost, and that none waits for another.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use storied::projection::ProjectionState;
-use storied::{EventStore, Filter, Partition, Position, ProjectionOptions, ReadLog, StreamId};
+use storied::{EventStore, Filter, Position, ProjectionOptions};
 use tokio::time::Instant;
 
+use crate::partitions::assert_exact;
 use crate::support::*;
 
 const PARTITIONS: u16 = 256;
@@ -20,29 +20,6 @@ const STREAMS: u64 = 500;
 async fn fill(store: &Arc<dyn EventStore>, events_each: u64) -> Position {
     join_all((0..STREAMS).map(|stream| append(store, stream, 0..events_each))).await;
     store.frontier().await.unwrap()
-}
-
-/// Each partition must have applied its events of the log once and in order.
-async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, partitions: u16) {
-    let mut streams: BTreeMap<Position, StreamId> = BTreeMap::new();
-    let mut after = Position::START;
-    loop {
-        let page = store.read_log(ReadLog::after(after)).await.unwrap();
-        streams.extend(page.events.iter().map(|event| (event.position, event.stream.clone())));
-        after = page.scanned_to;
-        if !page.has_more() {
-            break;
-        }
-    }
-    let by_partition = |positions: Vec<Position>| {
-        let mut found: BTreeMap<u16, Vec<Position>> = BTreeMap::new();
-        for position in positions {
-            found.entry(Partition::of(&streams[&position], partitions).index()).or_default().push(position);
-        }
-        found
-    };
-    let log = by_partition(streams.keys().copied().collect());
-    assert!(by_partition(database.seen("parts").await) == log, "the read model differs from the log");
 }
 
 /// 256 partitions read about as many pages as one projection, and renew their leases in few calls (20,000 events on SQLite).
@@ -76,7 +53,7 @@ async fn the_partitions_of_a_node_read_the_log_once() {
         println!(
             "{kind}: whole {whole:?}, {whole_reads} pages; in partitions {parts:?}, {parts_reads} pages"
         );
-        assert_exact(&database, &store, PARTITIONS).await;
+        assert_exact(&database, &store, "parts", PARTITIONS).await;
         assert_eq!(database.seen("whole").await, log(&store, &Filter::all()).await);
         assert!(parts_reads <= whole_reads + 20, "{kind}: {parts_reads} pages, unpartitioned {whole_reads}");
         // The start of 256 tasks takes 5 to 11 s here: each commits its lease, its claim and its checkpoint (left open in F50).
@@ -117,7 +94,7 @@ async fn a_failed_partition_holds_up_no_other_and_catches_up() {
         broken.store(false, Ordering::SeqCst);
         handle.resume().await.unwrap();
         catch_up(&handle, head).await;
-        assert_exact(&database, &store, FEWER).await;
+        assert_exact(&database, &store, "parts", FEWER).await;
         node.stop(PATIENCE).await.unwrap();
     }
 }
@@ -146,7 +123,7 @@ async fn partitions_go_on_from_where_each_of_them_was() {
         let node = local_node(&store).await;
         let handle = node.partitioned(FEWER, |_| table("parts"), database.open().await, small_pages()).await;
         catch_up(&handle, store.frontier().await.unwrap()).await;
-        assert_exact(&database, &store, FEWER).await;
+        assert_exact(&database, &store, "parts", FEWER).await;
         node.stop(PATIENCE).await.unwrap();
     }
 }

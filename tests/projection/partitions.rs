@@ -45,7 +45,7 @@ async fn balanced(handle: &ProjectionHandle, expected: &[usize]) {
 }
 
 /// The positions that the table has, by partition, must be those of the log in that order.
-async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, name: &str) {
+pub async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, name: &str, partitions: u16) {
     let mut streams = BTreeMap::new();
     let mut after = Position::START;
     loop {
@@ -59,7 +59,7 @@ async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, name: &s
     let by_partition = |positions: Vec<Position>| {
         let mut found: BTreeMap<u16, Vec<Position>> = BTreeMap::new();
         for position in positions {
-            found.entry(Partition::of(&streams[&position], PARTITIONS).index()).or_default().push(position);
+            found.entry(Partition::of(&streams[&position], partitions).index()).or_default().push(position);
         }
         found
     };
@@ -99,7 +99,7 @@ async fn nodes_share_the_partitions_evenly_as_they_come_and_go() {
         one.stop(PATIENCE).await.unwrap();
         balanced(&third, &[8]).await;
         reach(&third, ProjectionState::Following).await;
-        assert_exact(&database, &store, "table").await;
+        assert_exact(&database, &store, "table", PARTITIONS).await;
         three.stop(PATIENCE).await.unwrap();
     }
 }
@@ -119,7 +119,7 @@ async fn what_a_dead_node_owned_is_taken_over_within_its_lease() {
         balanced(&third, &[8]).await;
         writers.done().await;
         catch_up(&third, store.frontier().await.unwrap()).await;
-        assert_exact(&database, &store, "table").await;
+        assert_exact(&database, &store, "table", PARTITIONS).await;
         three.stop(PATIENCE).await.unwrap();
     }
 }
@@ -154,7 +154,7 @@ async fn every_event_once_and_in_order_while_nodes_come_and_go() {
         writers.done().await;
         let (node, handle) = join(&store, &database, options).await;
         catch_up(&handle, store.frontier().await.unwrap()).await;
-        assert_exact(&database, &store, "table").await;
+        assert_exact(&database, &store, "table", PARTITIONS).await;
         for (node, _) in nodes {
             node.kill();
         }
@@ -185,7 +185,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         let error = one.caught_up_to(head).await.unwrap_err().to_string();
         assert!(error.contains("8 partitions"), "{kind}: {error}");
         balanced(&handle, &[8]).await;
-        assert_exact(&database, &store, "table").await;
+        assert_exact(&database, &store, "table", PARTITIONS).await;
         whole.stop(PATIENCE).await.unwrap();
 
         // The others do not know yet that they are of the past.
@@ -258,7 +258,7 @@ async fn everything_can_be_told_from_any_node() {
             catch_up(handle, head).await;
         }
         assert_eq!(database.seen("table").await.len(), 21, "{kind}");
-        assert_exact(&database, &store, "table").await;
+        assert_exact(&database, &store, "table", PARTITIONS).await;
         one.stop(PATIENCE).await.unwrap();
         two.stop(PATIENCE).await.unwrap();
     }
@@ -282,7 +282,7 @@ async fn a_reset_in_full_flight_leaves_nothing_of_before() {
         for handle in [&first, &second] {
             catch_up(handle, head).await;
         }
-        assert_exact(&database, &store, "table").await;
+        assert_exact(&database, &store, "table", PARTITIONS).await;
         one.stop(PATIENCE).await.unwrap();
         two.stop(PATIENCE).await.unwrap();
     }

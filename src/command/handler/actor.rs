@@ -404,7 +404,7 @@ impl<H: Handler> HandlerState<H> {
             let answer = ran.answer::<H>(id, count > 0);
             if let Err(Err(error)) = caller.answer(answer) {
                 let error = text_of(&error);
-                tracing::warn!(handler = H::NAME, command = %id, error, "a command failed, and nobody waited for its answer");
+                tracing::warn!(handler = H::NAME, command = %id, error, "command failed after its caller stopped waiting");
             }
         }
         if let Some(key) = key {

@@ -79,7 +79,7 @@ impl Attempts {
             if let Err((Outcome::Error(failure), _)) =
                 done.send((outcome, runtime.unwrap_or(started.elapsed())))
             {
-                tracing::warn!(?failure, "a command failed, and nobody waited for its answer");
+                tracing::warn!(?failure, "command failed after its caller stopped waiting");
             }
             drop(self.place);
         });
