@@ -94,7 +94,7 @@ async fn other_schema_versions() {
     let server = PostgresServer::shared().await;
     let url = server.create_database().await;
     let verify = || PostgresOptions::new().url(&*url).migrate(false);
-    says(&refused(verify()).await, &["none, or older ones", "may migrate"]);
+    says(&refused(verify()).await, &["no tables, or older ones", "may migrate"]);
     PostgresStore::connect(&url).await.unwrap();
     verify().connect().await.unwrap();
 

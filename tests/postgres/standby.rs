@@ -409,7 +409,7 @@ async fn a_failover_that_loses_events_is_noticed() {
     proxy.connect_to(Some(pair.standby.port()));
 
     eventually("the store notices", async || match store.frontier().await {
-        Err(StoreError::Incompatible { found, .. }) => found.contains("none there"),
+        Err(StoreError::Incompatible { found, .. }) => found.contains("no event there"),
         Err(error) if error.is_transient() => false,
         other => panic!("{other:?}"),
     })
@@ -431,7 +431,7 @@ async fn a_failover_that_loses_events_is_noticed() {
     };
     // The projection that runs has applied events that the log does not have any more.
     let error = failed(&runtime).await;
-    assert!(error.contains("none there"), "{error}");
+    assert!(error.contains("no event there"), "{error}");
     runtime.shutdown().await.unwrap();
     // A node that starts now has read nothing: the read model's checkpoint tells.
     let runtime = node(other).await;

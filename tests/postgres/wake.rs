@@ -40,5 +40,5 @@ async fn other_processes_are_noticed() {
     assert!(hinted < Duration::from_millis(40), "{hinted:?}, as by polling");
 
     let pooled = PostgresOptions::new().url(&*url).notify(true).transaction_pooler(true);
-    assert!(pooled.connect().await.unwrap_err().to_string().contains("leave one of the two"));
+    assert!(pooled.connect().await.unwrap_err().to_string().contains("remove one of the two"));
 }
