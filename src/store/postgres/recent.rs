@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn it_does_not_grow() {
+    fn the_cache_has_a_size_limit() {
         let mut recent = Recent::default();
         for position in 1..=200 {
             recent.push(1, Position::new(position - 1), recorded(position, 1));
