@@ -99,7 +99,9 @@ impl StoreInfo {
         self
     }
 
-    /// Sets [`adoption`](Self::adoption). Default: adopted.
+    /// Sets [`adoption`](Self::adoption).
+    ///
+    /// Default: adopted.
     #[must_use]
     pub fn with_adoption(mut self, adoption: Adoption) -> Self {
         self.adoption = adoption;
@@ -167,7 +169,7 @@ pub struct LogPage {
 }
 
 impl LogPage {
-    /// Whether the log continued after this page when the page was read.
+    /// Returns whether the log continued after this page when the page was read.
     pub fn has_more(&self) -> bool {
         self.scanned_to < self.head
     }
@@ -389,7 +391,10 @@ pub trait EventStore: Send + Sync + 'static {
     /// `Invalid` by default, for stores that cannot be copied; `Storage` if the login does not own
     /// the tables.
     fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
-        let reason = format!("adopting ({adopt:?}) failed: a store of the kind {} does not support it", self.info().backend);
+        let reason = format!(
+            "adopting ({adopt:?}) failed: a store of the kind {} does not support it",
+            self.info().backend
+        );
         Box::pin(std::future::ready(Err(StoreError::Invalid { reason })))
     }
 

@@ -50,7 +50,7 @@ impl Adoption {
         if recorded.identity == found.identity { Self::Adopted } else { Self::Unadopted { recorded, found } }
     }
 
-    /// Whether the database is the store's own.
+    /// Returns whether the database is the store's own.
     pub fn is_adopted(&self) -> bool {
         *self == Self::Adopted
     }

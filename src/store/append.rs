@@ -17,7 +17,7 @@ pub enum ExpectedVersion {
 }
 
 impl ExpectedVersion {
-    /// Whether a stream at `actual` meets the expectation.
+    /// Returns whether a stream at `actual` meets the expectation.
     pub fn allows(self, actual: Version) -> bool {
         match self {
             ExpectedVersion::Exact(version) => actual == version,

@@ -83,7 +83,7 @@ impl fmt::Display for StoreError {
 }
 
 impl Error for StoreError {
-    /// The driver's error.
+    /// Returns the driver's error.
     ///
     /// A transient error without a driver's error returns `Transient`, for errors that pass on only
     /// their causes.
@@ -107,12 +107,12 @@ impl From<crate::invalid_option::InvalidOption> for StoreError {
 }
 
 impl StoreError {
-    /// Whether the same call may succeed later without any intervention.
+    /// Returns whether the same call may succeed later without any intervention.
     pub fn is_transient(&self) -> bool {
         matches!(self, StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. })
     }
 
-    /// Kind of failure, as one word.
+    /// Returns the kind of failure, as one word.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Unavailable { .. } => "unavailable",

@@ -76,22 +76,24 @@ impl Filter {
         self
     }
 
-    /// Requested names; `None` means all.
+    /// Returns the requested names; `None` means all.
     pub fn wanted_names(&self) -> Option<&BTreeSet<EventName>> {
         self.names.as_ref()
     }
 
-    /// Requested categories; `None` means all.
+    /// Returns the requested categories; `None` means all.
     pub fn wanted_categories(&self) -> Option<&BTreeSet<Category>> {
         self.categories.as_ref()
     }
 
-    /// Requested streams; `None` means all.
+    /// Returns the requested streams; `None` means all.
     pub fn wanted_streams(&self) -> Option<&BTreeSet<StreamId>> {
         self.streams.as_ref()
     }
 
-    /// Whether `event` matches. Back ends that filter elsewhere must agree with this function.
+    /// Returns whether `event` matches.
+    ///
+    /// Back ends that filter elsewhere must agree with this function.
     pub fn matches(&self, event: &RecordedEvent) -> bool {
         self.names.as_ref().is_none_or(|names| names.contains(&event.name))
             && self.categories.as_ref().is_none_or(|categories| categories.contains(event.stream.category()))

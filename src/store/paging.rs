@@ -14,7 +14,7 @@ pub(super) struct Paging {
 }
 
 impl Paging {
-    /// Number of events to request from a database, at most `limit`.
+    /// Returns the number of events to request from a database, at most `limit`.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     pub(super) fn events(&self, limit: usize) -> usize {
         (BYTES / self.bytes_an_event.load(Ordering::Relaxed).max(1)).clamp(1, limit.max(1))
@@ -41,12 +41,12 @@ impl Room<'_> {
         self.bytes += event.size();
     }
 
-    /// Whether the page is full.
+    /// Returns whether the page is full.
     pub(super) fn is_full(&self) -> bool {
         self.events >= self.limit || self.bytes >= BYTES
     }
 
-    /// Whether the byte limit ended the page before the event limit.
+    /// Returns whether the byte limit ended the page before the event limit.
     #[cfg(feature = "postgres")]
     pub(super) fn is_cut(&self) -> bool {
         self.events < self.limit && self.is_full()

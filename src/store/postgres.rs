@@ -75,7 +75,8 @@ use crate::panic::panic_text;
 /// use storied::{PostgresOptions, PostgresStore};
 ///
 /// let store = PostgresStore::connect("postgres://shop:secret@db.internal/shop").await?;
-/// let other = PostgresOptions::new().schema("audit").max_connections(4).connect().await?; // DATABASE_URL
+/// // The URL is that of the variable DATABASE_URL.
+/// let other = PostgresOptions::new().schema("audit").max_connections(4).connect().await?;
 /// # Ok(())
 /// # }
 /// ```
@@ -126,7 +127,7 @@ impl Core {
         if self.frontier.has_standbys() { notices::watch(call).await } else { (call.await, false) }
     }
 
-    /// Like [`timed_call`](Self::timed_call), for a call that commits. Its result is durable.
+    /// Runs a call that commits, like [`timed_call`](Self::timed_call); its result is durable.
     async fn commit_call<T, E: From<StoreError>>(
         self: &Arc<Self>,
         doing: &str,
@@ -139,7 +140,7 @@ impl Core {
         result
     }
 
-    /// Like [`timed`](Self::timed), for a whole call including the wait for a connection.
+    /// Runs a call like [`timed`](Self::timed), including the wait for a connection.
     async fn timed_call<T, E: From<StoreError>>(
         &self,
         doing: &str,
@@ -206,7 +207,7 @@ impl PostgresStore {
         Box::pin(self.shared.core.timed_call(doing, call))
     }
 
-    /// Like [`call`](Self::call), for a call that commits.
+    /// Runs a call that commits, like [`call`](Self::call).
     fn commit<'a, T: Send + 'a, E: From<StoreError> + Send + 'a, F>(
         &'a self,
         doing: &'static str,
@@ -371,7 +372,7 @@ impl EventStore for PostgresStore {
         self.commit("releasing a lease", state::release_lease(&self.shared.core, lease))
     }
 
-    /// Also logs a lasting stall as a warning.
+    /// Returns the stall, if any; a lasting one is also logged as a warning.
     fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
         self.call("looking for a stall", frontier::stall(&self.shared.core))
     }
@@ -421,7 +422,7 @@ impl EventStore for PostgresStore {
     }
 }
 
-/// The key of a stream, as `storied.stream_key()` computes it.
+/// Computes the key of a stream, like `storied.stream_key()`.
 ///
 /// Keys are stored, so the computation never changes.
 fn stream_key(stream: &StreamId) -> Uuid {
@@ -430,7 +431,9 @@ fn stream_key(stream: &StreamId) -> Uuid {
     Uuid::from_bytes(key)
 }
 
-/// PostgreSQL has no unsigned numbers. Stored numbers are far below the signed maximum.
+/// Converts a number: PostgreSQL has no unsigned ones.
+///
+/// Stored numbers are far below the signed maximum.
 fn to_sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

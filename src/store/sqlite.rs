@@ -67,36 +67,42 @@ impl SqliteOptions {
         }
     }
 
-    /// Whether to create a missing file. Default: yes. Its directory must exist.
+    /// Sets whether to create a missing file.
     ///
     /// On Unix only the user of this program may read and write a created file. SQLite gives the
     /// files beside it the same rights.
+    ///
+    /// Default: yes. Its directory must exist.
     #[must_use]
     pub fn create_if_missing(mut self, create: bool) -> Self {
         self.create_if_missing = create;
         self
     }
 
-    /// Whether to create and migrate the tables when opening. Default: yes.
+    /// Sets whether to create and migrate the tables when opening.
     ///
     /// If not, missing tables and tables older than the program are an error, and a file that is
     /// not an event store is left unchanged.
+    ///
+    /// Default: yes.
     #[must_use]
     pub fn migrate(mut self, migrate: bool) -> Self {
         self.migrate = migrate;
         self
     }
 
-    /// Encoding of the payloads. Default: CBOR.
+    /// Sets the encoding of the payloads.
     ///
     /// The store keeps the codec of its creation and cannot be opened with another.
+    ///
+    /// Default: CBOR.
     #[must_use]
     pub fn codec(mut self, codec: Codec) -> Self {
         self.codec = codec;
         self
     }
 
-    /// Number of connections that read at the same time, each with its own thread.
+    /// Sets the number of connections that read at the same time, each with its own thread.
     ///
     /// Default: 4. Range: 1 to 1,000.
     #[must_use]
@@ -105,15 +111,18 @@ impl SqliteOptions {
         self
     }
 
-    /// Maximum wait for the write lock while another process holds it. Default: 5 s. Maximum: 1
-    /// day.
+    /// Sets the maximum wait for the write lock while another process holds it.
+    ///
+    /// Default: 5 s. Maximum: 1 day.
     #[must_use]
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         self.busy_timeout = timeout;
         self
     }
 
-    /// Maximum wait of a call for earlier calls of this process. Default: 30 s. Minimum: 1 ms.
+    /// Sets the maximum wait of a call for earlier calls of this process.
+    ///
+    /// Default: 30 s. Minimum: 1 ms.
     #[must_use]
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.acquire_timeout = timeout;
@@ -576,7 +585,9 @@ impl EventStore for SqliteStore {
     }
 }
 
-/// SQLite has no unsigned numbers. Stored numbers are far below the signed maximum.
+/// Converts a number: SQLite has no unsigned ones.
+///
+/// Stored numbers are far below the signed maximum.
 fn to_sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
@@ -585,7 +596,7 @@ fn from_sql(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
 }
 
-/// The current time in microseconds since 1970.
+/// Returns the current time in microseconds since 1970.
 fn now() -> i64 {
     Utc::now().timestamp_micros()
 }

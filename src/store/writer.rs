@@ -167,7 +167,7 @@ impl Writer {
         Self { submissions, counters, metrics }
     }
 
-    /// The metrics that submitters also record to.
+    /// Returns the metrics that submitters also record to.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.metrics
     }

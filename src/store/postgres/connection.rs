@@ -112,12 +112,12 @@ impl Connections {
         Self { source, patience, transactional, begin, permits, idle, begun }
     }
 
-    /// Whether statements may be prepared under a name.
+    /// Returns whether statements may be prepared under a name.
     pub(super) fn persistent(&self) -> bool {
         !self.transactional
     }
 
-    /// Whether an append runs in an explicit transaction; its id then identifies the outcome.
+    /// Returns whether an append runs in an explicit transaction; its id then shows the outcome.
     ///
     /// If not, the server process belongs to this store alone and can be queried.
     pub(super) fn appends_in_transactions(&self) -> bool {
@@ -227,7 +227,7 @@ impl Connections {
     }
 }
 
-/// Whether a server with this answer may accept a connection soon.
+/// Returns whether a server with this answer may accept a connection soon.
 fn for_now(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
@@ -250,12 +250,12 @@ pub(super) async fn identify(connection: &mut PgConnection) -> Result<Backend, s
 }
 
 impl Session {
-    /// Server process of the connection, if it belongs to this store alone.
+    /// Returns the server process of the connection, if it belongs to this store alone.
     pub(super) fn backend(&self) -> Option<Backend> {
         self.live.backend
     }
 
-    /// Whether a pooler may give each transaction another server process.
+    /// Returns whether a pooler may give each transaction another server process.
     pub(super) fn is_transactional(&self) -> bool {
         self.home.transactional
     }
@@ -275,7 +275,7 @@ impl Session {
         Ok(())
     }
 
-    /// Like [`done`](Self::done), with an error for callers of the store.
+    /// Ends the session like [`done`](Self::done), with an error for callers of the store.
     pub(super) async fn finish(self, doing: &str) -> Result<(), StoreError> {
         self.done().await.map_err(|error| failed(doing, error))
     }

@@ -58,7 +58,7 @@ fn verdict_of(database: &dyn DatabaseError) -> Verdict {
     }
 }
 
-/// Whether an error comes from the server or from concurrent work, not from the statement.
+/// Returns whether an error comes from the server or concurrent work, not from the statement.
 ///
 /// `false` for errors of other origin.
 pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
@@ -91,7 +91,7 @@ fn is_outage_of(database: &PgDatabaseError) -> bool {
     !lasting && verdict_of(database) != Verdict::Refused
 }
 
-/// Whether only this connection is affected: its plan or prepared statement is stale.
+/// Returns whether only this connection is affected: its plan or prepared statement is stale.
 ///
 /// The same statement succeeds on a new connection.
 fn is_stale_session(database: &PgDatabaseError) -> bool {
@@ -105,7 +105,7 @@ fn is_stale_session(database: &PgDatabaseError) -> bool {
     }
 }
 
-/// Whether the error is [`OVERTAKEN`], which is not a failure.
+/// Returns whether the error is [`OVERTAKEN`], which is not a failure.
 pub(crate) fn overtaken(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(OVERTAKEN))
 }

@@ -93,7 +93,7 @@ impl Frontier {
         Appending(self)
     }
 
-    /// Whether a lone append should check that no other append is in flight.
+    /// Returns whether a lone append should check that no other append is in flight.
     ///
     /// It should if a reader waits for the event and no other append of this process is in flight.
     pub(super) fn may_tell(&self) -> bool {
@@ -114,7 +114,9 @@ impl Frontier {
         self.reached(position, Some(id));
     }
 
-    /// Whether commits waited for synchronous standbys at the last query, at most about 1 s ago.
+    /// Returns whether commits waited for synchronous standbys at the last query.
+    ///
+    /// The last query was at most about 1 s ago.
     pub(super) fn has_standbys(&self) -> bool {
         self.standbys.load(Ordering::Acquire)
     }

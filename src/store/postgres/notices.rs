@@ -58,7 +58,7 @@ pub(super) fn forget() {
     });
 }
 
-/// Whether warnings can be detected.
+/// Returns whether warnings can be detected.
 ///
 /// If a process logs only through `log`, `tracing` passes its events to `log` until a subscriber is
 /// set for the first time. Such a process would lose its log lines.

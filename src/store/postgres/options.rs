@@ -84,7 +84,7 @@ impl PostgresOptions {
         }
     }
 
-    /// URL of the database: `postgres://user:password@host:port/database`.
+    /// Sets the URL of the database: `postgres://user:password@host:port/database`.
     ///
     /// The parameters of sqlx apply (`sslmode`, `sslrootcert`, …). `sslrootcert` without `sslmode`,
     /// or with `prefer`, means `verify-ca`, and `sslcert` means `require`: TLS is not optional
@@ -95,88 +95,100 @@ impl PostgresOptions {
         self
     }
 
-    /// Pool of the application, from which each call borrows a connection. Default: none.
+    /// Sets the pool of the application, from which each call borrows a connection.
     ///
     /// The store then opens no connections of its own. The limits and the application name of the
     /// pool apply. Each call is a transaction with this store's timeouts, which costs two more
     /// round trips.
+    ///
+    /// Default: none.
     #[must_use]
     pub fn pool(mut self, pool: PgPool) -> Self {
         self.pool = Some(pool);
         self
     }
 
-    /// Schema of the tables: lower-case ASCII letters, digits and `_`. Default: `storied`.
+    /// Sets the schema of the tables: lower-case ASCII letters, digits and `_`.
     ///
     /// Several stores can share a database, each in its own schema.
+    ///
+    /// Default: `storied`.
     #[must_use]
     pub fn schema(mut self, schema: impl Into<String>) -> Self {
         self.schema = schema.into();
         self
     }
 
-    /// Maximum number of connections of the store in total. Default: 10. Range: 1 to 10,000.
+    /// Sets the maximum number of connections of the store in total.
+    ///
+    /// Default: 10. Range: 1 to 10,000.
     #[must_use]
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.max_connections = connections;
         self
     }
 
-    /// Name of the connections in `pg_stat_activity`. Default: `storied`.
+    /// Sets the name of the connections in `pg_stat_activity`.
     ///
-    /// Range: at most 63 bytes, no control characters.
+    /// Default: `storied`. Range: at most 63 bytes, no control characters.
     #[must_use]
     pub fn application_name(mut self, name: impl Into<String>) -> Self {
         self.application_name = name.into();
         self
     }
 
-    /// Whether to create and migrate the tables when connecting. Default: yes.
+    /// Sets whether to create and migrate the tables when connecting.
     ///
     /// If not, the login needs no right to do so, and missing tables and tables older than the
     /// program are an error.
+    ///
+    /// Default: yes.
     #[must_use]
     pub fn migrate(mut self, migrate: bool) -> Self {
         self.migrate = migrate;
         self
     }
 
-    /// Whether the log must have an index by event name. Default: no.
+    /// Sets whether the log must have an index by event name.
     ///
     /// It serves projections and readers of few events among many. They look events up by name
     /// ([`Filter::names`](super::super::Filter::names), up to 16 names) instead of scanning the
-    /// log. It costs about 40 bytes for each event, and appends maintain a third index.
+    /// log. The index costs about 40 bytes for each event, and appends maintain a third index.
     ///
     /// An existing index is used whatever this option says. A missing one is created with
     /// [`migrate`](Self::migrate). Appends wait meanwhile, for some seconds per million events. For
     /// a log in use, create the index in advance:
     /// `CREATE INDEX CONCURRENTLY events_by_name ON storied.events (name, position)`.
+    ///
+    /// Default: no.
     #[must_use]
     pub fn index_by_name(mut self, index: bool) -> Self {
         self.index_by_name = index;
         self
     }
 
-    /// Encoding of the payloads. Default: CBOR.
+    /// Sets the encoding of the payloads.
     ///
     /// The store keeps the codec of its creation and cannot be opened with another.
+    ///
+    /// Default: CBOR.
     #[must_use]
     pub fn codec(mut self, codec: Codec) -> Self {
         self.codec = codec;
         self
     }
 
-    /// Time after which the server cancels a statement; 5 s later the connection counts as lost.
+    /// Sets the time after which the server cancels a statement.
     ///
-    /// With zero there is no limit, and a server that hangs blocks its callers. Default: 30 s.
-    /// Range: 0, or 1 ms to 1 day.
+    /// The connection counts as lost 5 s later. With zero there is no limit, and a server that
+    /// hangs blocks its callers. Default: 30 s. Range: 0, or 1 ms to 1 day.
     #[must_use]
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
         self.statement_timeout = timeout;
         self
     }
 
-    /// Time after which the server ends an idle transaction of this store.
+    /// Sets the time after which the server ends an idle transaction of this store.
     ///
     /// So a machine that was cut off does not hold back the readers of the log. Zero: never.
     /// Default: 30 s. Range: 0, or 1 ms to 1 day.
@@ -186,17 +198,17 @@ impl PostgresOptions {
         self
     }
 
-    /// Maximum wait of a call for a connection: a free one, or a new one while the server is down.
+    /// Sets the maximum wait of a call for a connection.
     ///
-    /// The look-up of an append without an answer may take twice as long. Default: 10 s. Range: 1
-    /// ms to 1 day.
+    /// A call waits for a free connection, or for a new one while the server is down. The look-up
+    /// of an append without an answer may take twice as long. Default: 10 s. Range: 1 ms to 1 day.
     #[must_use]
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.acquire_timeout = timeout;
         self
     }
 
-    /// Maximum wait of [`connect`](Self::connect) for a server that is down or starting.
+    /// Sets the maximum wait of [`connect`](Self::connect) for a server that is down or starting.
     ///
     /// Each failed attempt is logged. A permanent error, such as a wrong password, ends the wait at
     /// once. Default: 30 s. Maximum: 1 day. Zero means one attempt, with
@@ -207,36 +219,40 @@ impl PostgresOptions {
         self
     }
 
-    /// Whether connections go through a pooler in transaction mode, such as PgBouncer. Default: no.
+    /// Sets whether connections go through a pooler in transaction mode, such as PgBouncer.
     ///
     /// No statement is prepared under a name, and no parameter is used that a pooler does not pass
     /// on. Each call is an explicit transaction, which costs two to three more round trips.
+    ///
+    /// Default: no.
     #[must_use]
     pub fn transaction_pooler(mut self, pooler: bool) -> Self {
         self.transaction_pooler = pooler;
         self
     }
 
-    /// Number of append transactions that the runtime keeps in flight. Default: 2. Range: 1 to
-    /// 1,000.
+    /// Sets the number of append transactions that the runtime keeps in flight.
+    ///
+    /// Default: 2. Range: 1 to 1,000.
     #[must_use]
     pub fn append_concurrency(mut self, appends: usize) -> Self {
         self.append_concurrency = appends;
         self
     }
 
-    /// Whether processes notify each other of appends (LISTEN and NOTIFY). Default: no.
+    /// Sets whether processes notify each other of appends (LISTEN and NOTIFY).
     ///
     /// They do so at most every 10 ms. Idle readers see an append at once instead of within 100 ms.
     /// It takes one more connection and does not work through a pooler in transaction mode.
+    ///
+    /// Default: no.
     #[must_use]
     pub fn notify(mut self, notify: bool) -> Self {
         self.notify = notify;
         self
     }
 
-    /// Connects, creates or migrates the tables if needed, and checks all conditions for a safe
-    /// log.
+    /// Connects, creates or migrates the tables if needed, and checks all conditions of the log.
     ///
     /// Any number of processes may do so at the same time.
     ///

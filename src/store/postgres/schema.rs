@@ -64,7 +64,7 @@ impl Set {
         Ok(())
     }
 
-    /// Whether all migrations of the set have been run.
+    /// Returns whether all migrations of the set have been run.
     ///
     /// # Errors
     /// `Incompatible` if other migrations have been run.
@@ -172,7 +172,7 @@ pub(super) async fn prepare(
     Ok(Prepared { id, adoption, indexed_by_name: indexed })
 }
 
-/// Whether the log has a valid index by name.
+/// Returns whether the log has a valid index by name.
 async fn is_indexed_by_name(connection: &mut PgConnection, schema: &Schema) -> Result<bool, StoreError> {
     let found: Option<bool> =
         sqlx::query_scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)")
@@ -528,7 +528,7 @@ impl Database {
         }
     }
 
-    /// Whether the home of the store is in this database.
+    /// Returns whether the home of the store is in this database.
     pub(crate) fn holds(&self, home: &Home) -> bool {
         home.identity.rsplit_once(' ').is_some_and(|(database, _)| database == self.identity)
     }

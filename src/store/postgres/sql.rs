@@ -17,7 +17,7 @@ pub(crate) struct Schema(Arc<str>);
 impl Schema {
     pub(crate) const DEFAULT: &'static str = "storied";
 
-    /// The default schema.
+    /// Returns the default schema.
     pub(crate) fn standard() -> Self {
         Self(Self::DEFAULT.into())
     }

@@ -8,7 +8,7 @@ use sqlx::sqlite::SqliteError;
 
 use super::super::StoreError;
 
-/// Whether an error comes from the database or from concurrent work, not from the statement.
+/// Returns whether an error comes from the database or concurrent work, not from the statement.
 ///
 /// `false` for errors of other origin.
 pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
@@ -21,7 +21,8 @@ pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
         None => error.downcast_ref::<Box<dyn DatabaseError>>().map(|error| &**error),
     };
     database.and_then(|error| error.try_downcast_ref::<SqliteError>()).is_some_and(|error| {
-        // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
+        // BUSY, LOCKED, READONLY, IOERR and FULL; the low byte is the class:
+        // https://www.sqlite.org/rescode.html.
         let code = error.code().and_then(|code| code.parse::<u32>().ok());
         code.is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13))
     })
@@ -117,7 +118,7 @@ fn by_code(
     }
 }
 
-/// Whether a commit failed because the file could not be synced.
+/// Returns whether a commit failed because the file could not be synced.
 ///
 /// Its frames are then in the write-ahead log. A crash may restore them, although no reader sees
 /// them now. The codes are SQLITE_IOERR_FSYNC and SQLITE_IOERR_DIR_FSYNC.

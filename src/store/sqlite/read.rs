@@ -191,7 +191,7 @@ pub(super) async fn frontier(readers: &Readers) -> Result<Position, StoreError> 
     Ok(Position::new(from_sql(last)))
 }
 
-/// Whether the event `id` is at `position`.
+/// Returns whether the event `id` is at `position`.
 pub(super) async fn is_at(readers: &Readers, position: Position, id: Uuid) -> Result<bool, StoreError> {
     const DOING: &str = "looking up an event";
     let mut reader = readers.get(DOING).await?;
