@@ -195,7 +195,7 @@ impl Connections {
 
     /// Returns a count of connection attempts and opened connections.
     ///
-    /// While the count is unchanged, no other server was read from than before.
+    /// While the count is unchanged, all reads went to the same server as before.
     pub(super) fn begun(&self) -> u64 {
         self.begun.load(Ordering::Acquire)
     }

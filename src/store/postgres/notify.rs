@@ -1,7 +1,7 @@
 //! Hints between processes that the log has new events.
 //!
-//! A hint may be lost with a connection, because readers also poll. It is never part of an append:
-//! PostgreSQL lets only one committing transaction notify at a time.
+//! Losing a hint with a connection does no harm, because readers also poll. A hint is never part of
+//! an append: PostgreSQL lets only one committing transaction notify at a time.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -180,9 +180,9 @@ async fn end(
 
 /// Queries the state of the append on the server.
 ///
-/// Terminates a server process of this store, unless it waits for a standby. If it waited, its
-/// commit would become visible without being durable, and readers would see events that a failover
-/// can lose.
+/// Terminates a server process of this store, unless it waits for a standby. Terminating a waiting
+/// process would make its commit visible before it is durable: readers would see events that a
+/// failover can lose.
 async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State, StoreError> {
     match trace {
         Trace::Committed => Ok(State::Over),
