@@ -1,17 +1,22 @@
-//! The port to the event store: an append-only log of streams, and the small amount of state that must live beside it
-//! (checkpoints, leases, snapshots, who is paused).
+//! The event store port: an append-only log of streams and the state that must be stored beside it.
 //!
-//! Every back end keeps the same promises, and passes the same suite (`storied::testing::store`):
+//! That state is checkpoints, leases, snapshots, command records and the set of paused projections.
 //!
-//! - **I1** what [`EventStore::read_log`] has passed is complete: no event ever appears below
-//!   [`scanned_to`](LogPage::scanned_to);
-//! - **I2** versions of a stream are 1, 2, 3 …, an append that expected something else is refused without a trace;
-//! - **I3** an append is answered when it is durable;
-//! - **I4** an append whose commit got no answer is looked up before it is answered.
+//! Every back end gives the same guarantees and passes the same suite (`storied::testing::store`):
 //!
-//! The trait is object-safe (`Arc<dyn EventStore>`), so that no back end's type leaks into user code; one boxed future is
-//! nothing beside a commit. Unless a method says otherwise it is cancel-safe in this sense: a dropped call may or may not
-//! have taken effect, never half.
+//! - **I1** The log has no gaps. [`EventStore::read_log`] reports
+//!   [`scanned_to`](LogPage::scanned_to); no event ever appears later at or below that position.
+//! - **I2** Versions of a stream are 1, 2, 3 …. An append with another expected version is refused
+//!   and writes nothing.
+//! - **I3** An append is answered when it is durable.
+//! - **I4** If the commit of an append gets no answer, the store looks up the append's events
+//!   before it answers.
+//!
+//! The trait is object-safe (`Arc<dyn EventStore>`), so no type of a back end leaks into user code.
+//! The cost of one boxed future is negligible beside a commit.
+//!
+//! # Cancellation safety
+//! Unless a method says otherwise, a dropped call took effect completely or not at all.
 
 mod adoption;
 mod append;
@@ -58,26 +63,31 @@ use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 pub use crate::future::BoxFuture;
 
-/// Who a store is and what it can do; fixed while it is open.
+/// The identity and capabilities of a store; constant while the store is open.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct StoreInfo {
-    /// Made when the store was created. Checkpoints and mirrors carry it, so that a restored or another database is
-    /// noticed instead of mixed up.
+    /// Identifier created with the store.
+    ///
+    /// Checkpoints and mirrors carry it, so that a restored or another database is detected.
     pub id: Uuid,
-    /// How the store keeps payloads.
+    /// Encoding of the payloads.
     pub codec: Codec,
-    /// `memory`, `sqlite`, …
+    /// Name of the back end: `memory`, `sqlite`, ….
     pub backend: &'static str,
-    /// How many append calls may usefully run at the same time. SQLite has one writer; PostgreSQL gains from two or more.
+    /// Number of append calls that may usefully run at the same time.
+    ///
+    /// SQLite has one writer. PostgreSQL gains from two or more.
     pub append_concurrency: usize,
-    /// Whether the database is the one that the store belongs to.
+    /// Whether the database is the store's own.
     pub adoption: Adoption,
 }
 
 impl StoreInfo {
-    /// For a back end's constructor. One append at a time, until
-    /// [`with_append_concurrency`](Self::with_append_concurrency) says otherwise.
+    /// Describes a store; for the constructor of a back end.
+    ///
+    /// Default: one append at a time; see
+    /// [`with_append_concurrency`](Self::with_append_concurrency).
     pub fn new(backend: &'static str, id: Uuid, codec: Codec) -> Self {
         Self { id, codec, backend, append_concurrency: 1, adoption: Adoption::Adopted }
     }
@@ -89,7 +99,9 @@ impl StoreInfo {
         self
     }
 
-    /// Sets [`adoption`](Self::adoption). Default: adopted.
+    /// Sets [`adoption`](Self::adoption).
+    ///
+    /// Default: adopted.
     #[must_use]
     pub fn with_adoption(mut self, adoption: Adoption) -> Self {
         self.adoption = adoption;
@@ -97,22 +109,23 @@ impl StoreInfo {
     }
 }
 
-/// Which part of the log to read next.
+/// A request for one page of the log.
 #[derive(Debug, Clone)]
 pub struct ReadLog {
-    /// Events after this position.
+    /// Position after which the page starts.
     pub after: Position,
-    /// Not beyond this position, if given: a bounded scan whose cost is fixed even when nothing matches.
+    /// Last position of the scan, if limited; it bounds the cost even if nothing matches.
     pub upto: Option<Position>,
-    /// Only these events.
+    /// Events to return.
     pub filter: Filter,
-    /// At most this many events; at least 1. A page ends earlier, though with one event at the earliest, when its events
-    /// take about 4 MiB.
+    /// Maximum number of events; at least 1.
+    ///
+    /// A page ends earlier when its events take about 4 MiB. It has at least one event.
     pub limit: usize,
 }
 
 impl ReadLog {
-    /// Everything after `position`, 1,000 events at a time.
+    /// Reads all events after `position`, 1,000 at a time.
     pub fn after(position: Position) -> Self {
         Self { after: position, upto: None, filter: Filter::all(), limit: 1_000 }
     }
@@ -142,66 +155,81 @@ impl ReadLog {
 /// A page of the log, in log order.
 #[derive(Debug, Clone, Default)]
 pub struct LogPage {
-    /// The events that matched.
+    /// Matching events.
     pub events: Vec<RecordedEvent>,
-    /// How far the scan got: every matching event up to here is in this page or an earlier one, for good. The position of
-    /// an event that exists (not necessarily one that matched), or `after` when there was none.
+    /// Position that the scan has reached.
+    ///
+    /// Every matching event up to here is in this page or an earlier one (I1). It is the position
+    /// of an existing event, which need not match, or `after` if there was none.
     pub scanned_to: Position,
-    /// The last stable event of the log when the page was read (see [`EventStore::frontier`]). With [`upto`](ReadLog::upto), perhaps
-    /// a slightly older one, but not one below that.
+    /// High-water mark of the log when the page was read (see [`EventStore::frontier`]).
+    ///
+    /// With [`upto`](ReadLog::upto) it can be slightly older, but not lower than `upto` requires.
     pub head: Position,
 }
 
 impl LogPage {
-    /// Whether the log went on behind this page when it was read.
+    /// Returns whether the log continued after this page when the page was read.
     pub fn has_more(&self) -> bool {
         self.scanned_to < self.head
     }
 }
 
-/// Who keeps the frontier from moving, so that nobody sees the events behind it yet.
+/// The transaction that holds back the high-water mark.
+///
+/// Readers do not see the events after the mark until that transaction ends.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Stall {
-    /// The server process that holds the lowest low-water lock; `None` for a prepared transaction.
+    /// Process id of the server process with the lowest low-water lock; `None` for a prepared
+    /// transaction.
     pub pid: Option<i32>,
-    /// What its client calls itself.
+    /// Application name that the client has set.
     pub application_name: String,
-    /// What it does: `active`, `idle in transaction` …
+    /// State of the session: `active`, `idle in transaction`, ….
     pub state: String,
-    /// How long its transaction has been open.
+    /// Time for which the transaction has been open.
     pub open_for: std::time::Duration,
-    /// Its current or last statement, the first 300 characters. Empty if this login may not see it.
+    /// First 300 characters of the current or last statement; empty if the login may not see it.
     pub query: String,
-    /// Up to where the log can be read meanwhile.
+    /// Position up to which the log is readable meanwhile.
     pub low_water: Position,
 }
 
-/// A folded state, kept so that a long stream need not be folded from its start. A cache: losing one loses nothing.
+/// A folded state, from which a long stream is loaded without reading it from the start.
+///
+/// Snapshots are a cache: losing one loses no data.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// The version up to which events are folded in.
+    /// Version of the last event folded into the state.
     pub version: Version,
-    /// The schema revision of the state; another one is ignored by the reader.
+    /// Schema revision of the state; readers ignore a snapshot of another revision.
     pub revision: u32,
-    /// The encoded state.
+    /// Encoded state.
     pub state: Bytes,
 }
 
-/// An event store. See the [module](self) for its promises.
+/// An event store. The [module](self) lists its guarantees.
 pub trait EventStore: Send + Sync + 'static {
-    /// Who the store is.
+    /// Returns the identity and capabilities of the store.
     fn info(&self) -> &StoreInfo;
 
-    /// Appends a batch: each [`Append`] succeeds or is refused alone, all or nothing within it. One answer for each, in
-    /// their order. An append may follow another on the same stream in one batch and is then decided after it.
-    /// Between streams a batch has no order: what it has for one of them may be put together. Who needs one appends one by one,
-    /// or several streams in one append.
+    /// Appends a batch and returns one result for each [`Append`], in their order.
     ///
-    /// Answered when durable. Dropping the future does not say whether the append happened.
+    /// Each append is atomic and succeeds or fails independently of the others. A batch may contain
+    /// several appends to one stream; a later one is decided after an earlier one. A batch is not
+    /// ordered across streams: the store may merge its appends to one stream. If the order across
+    /// streams matters, use sequential calls or one append to several streams.
+    ///
+    /// A result is returned when it is durable.
+    ///
+    /// # Cancellation safety
+    /// If the future is dropped, the append may or may not take effect.
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>>;
 
-    /// One page of a stream: events after `after`, at most `limit`. Fewer than `limit` means that the stream ended there.
+    /// Reads one page of a stream: at most `limit` events after `after`.
+    ///
+    /// Fewer than `limit` events mean that the stream ended there.
     fn read_stream<'a>(
         &'a self,
         stream: &'a StreamId,
@@ -209,13 +237,15 @@ pub trait EventStore: Send + Sync + 'static {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>>;
 
-    /// One page of the log.
+    /// Reads one page of the log.
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>>;
 
-    /// The id of the event at `position`, if there is one; also above the high-water mark of this process.
+    /// Returns the id of the event at `position`, also above the high-water mark of this process.
     ///
-    /// Another process may have read further than this one: positions of its events say nothing about what was lost. The event
-    /// at that position does. By default it is read from the log, which suffices where the mark is the same for all processes.
+    /// `None` if there is no such event. Another process may have read further than this one, so a
+    /// position alone does not show whether events were lost. The event at the position does. The
+    /// default implementation reads the log, which suffices if all processes share one high-water
+    /// mark.
     fn event_id_at(&self, position: Position) -> BoxFuture<'_, Result<Option<Uuid>, StoreError>> {
         let Some(before) = position.get().checked_sub(1) else {
             return Box::pin(std::future::ready(Ok(None)));
@@ -224,35 +254,45 @@ pub trait EventStore: Send + Sync + 'static {
         Box::pin(async move { Ok(read.await?.events.first().map(|event| event.id)) })
     }
 
-    /// Confirms that everything is durable that was visible before the call: for an answer that rests on a read.
+    /// Confirms that everything visible before the call is durable; for answers that rest on a
+    /// read.
     ///
-    /// Where a commit is visible only once it is durable, there is nothing to do, as by default. On PostgreSQL with synchronous
-    /// standbys it takes one transaction, and waits for a standby.
+    /// The default implementation does nothing: it suits stores whose commits are visible only once
+    /// they are durable. On PostgreSQL with synchronous standbys the call takes one transaction and
+    /// waits for a standby.
     ///
     /// # Errors
-    /// `Unavailable` when it cannot be confirmed in time; what was read may be lost by a failover.
+    /// `Unavailable` if the confirmation does not arrive in time; a failover may lose what was
+    /// read.
     fn confirm_durable(&self) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// The position of the last event below which nothing new can ever appear; [`Position::START`] in an empty log.
+    /// Returns the high-water mark: no new event can appear at or below it.
+    ///
+    /// It is [`Position::START`] in an empty log.
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
 
-    /// Who keeps the frontier from moving at this moment, so that nobody can read beyond it: an append that is under way, if
-    /// only for a millisecond, or a transaction that somebody has left open after appending. None by default, as where
-    /// commits come one after the other.
+    /// Returns the transaction that holds back the high-water mark at this moment, if any.
+    ///
+    /// It is an append in flight, perhaps for a millisecond only, or a transaction left open after
+    /// an append. The default is `None`, for stores that commit one transaction after the other.
     fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
         Box::pin(std::future::ready(Ok(None)))
     }
 
-    /// Wakes readers of this process after it appended; carries the last position up to which the log is known to be stable. A
-    /// hint: another process's appends need not show here, so whoever waits also polls.
+    /// Subscribes to the last position up to which the log is known to be stable.
+    ///
+    /// It wakes the readers of this process after an append of this process. It is a hint: appends
+    /// of other processes need not show here, so readers also poll.
     fn appended(&self) -> watch::Receiver<Position>;
 
-    /// How far `name` has got; the default checkpoint if it was never saved.
+    /// Loads the checkpoint of `name`; the default checkpoint if none was saved.
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
 
-    /// Moves the checkpoint of `name` from exactly `from` to `to`, and parks an event with it, in one transaction.
+    /// Moves the checkpoint of `name` from exactly `from` to `to`.
+    ///
+    /// Parks the event of `parked`, if given, in the same transaction.
     fn save_checkpoint<'a>(
         &'a self,
         name: &'a str,
@@ -261,28 +301,31 @@ pub trait EventStore: Send + Sync + 'static {
         parked: Option<ParkedEvent>,
     ) -> BoxFuture<'a, Result<(), CheckpointError>>;
 
-    /// The events that `name` has parked, oldest first.
+    /// Returns the parked events of `name`, oldest first, at most `limit`.
     fn parked<'a>(
         &'a self,
         name: &'a str,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
 
-    /// Forgets a parked event; whether there was one.
+    /// Removes a parked event; returns whether there was one.
     fn remove_parked<'a>(
         &'a self,
         name: &'a str,
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
-    /// The names of the projections that are to stand still, on every node.
+    /// Returns the names of the projections that are paused on every node.
     fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>>;
 
-    /// Remembers that the projection `name` is to stand still, or to go on.
+    /// Pauses or resumes the projection `name` on every node.
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>>;
 
-    /// Takes the lease `name` for `owner` if it is free, has run out, or is `owner`'s already; `None` if another holds it.
-    /// Time is the store's. Every new owner gets a higher epoch; taking one's own lease again keeps it.
+    /// Acquires the lease `name` for `owner`; returns `None` if another owner holds it.
+    ///
+    /// The lease is available if it is free, has expired or already belongs to `owner`. The clock
+    /// is the store's. Every new owner gets a higher epoch; a repeated acquisition by the owner
+    /// keeps the epoch.
     fn acquire_lease<'a>(
         &'a self,
         name: &'a str,
@@ -290,8 +333,10 @@ pub trait EventStore: Send + Sync + 'static {
         ttl: std::time::Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
 
-    /// Takes a lease over from another owner, if it is still exactly as it was `seen`: same epoch, same expiry. For one that its owner
-    /// does not renew any more although the store's clock says that it is live, because that clock was ahead when it was written.
+    /// Takes a lease over from another owner, if its epoch and expiry are still as in `seen`.
+    ///
+    /// For a lease that its owner no longer renews although it is live by the store's clock,
+    /// because the clock was ahead when the lease was written.
     fn take_over_lease<'a>(
         &'a self,
         seen: &'a LeaseInfo,
@@ -299,7 +344,9 @@ pub trait EventStore: Send + Sync + 'static {
         ttl: std::time::Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
 
-    /// Prolongs a lease that is still one's own (same owner and epoch, not taken by another since).
+    /// Renews a held lease; returns whether `lease` is still held.
+    ///
+    /// It is held if owner and epoch are unchanged and the lease was not released.
     fn renew_lease<'a>(
         &'a self,
         lease: &'a Lease,
@@ -324,48 +371,57 @@ pub trait EventStore: Send + Sync + 'static {
         })
     }
 
-    /// Gives a lease back at once. Nothing happens if it is another's by now.
+    /// Releases a lease at once; does nothing if another owner holds it.
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>>;
 
-    /// All leases that were ever taken, by name.
+    /// Returns all leases that were ever taken, by name.
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>>;
 
-    /// The snapshot of a stream, if there is one.
+    /// Loads the snapshot of a stream, if there is one.
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>>;
 
-    /// Replaces the snapshot of a stream, unless a newer one of the same revision is there.
+    /// Replaces the snapshot of a stream, unless the stored one is newer and of the same revision.
     fn save_snapshot<'a>(
         &'a self,
         stream: &'a StreamId,
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>>;
 
-    /// Finds the events of a command in a stream, however long ago they were appended; `None` if there are none. Costs one
-    /// look-up in an index, whatever the stream and the log contain. Sees every append that was answered before the call.
+    /// Finds the events of a command in a stream, at whatever time they were appended.
+    ///
+    /// Returns `None` if there are none. Costs one index look-up, however large the stream and the
+    /// log are. Sees every append that was answered before the call.
     fn command_events<'a>(
         &'a self,
         stream: &'a StreamId,
         command: Uuid,
     ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>>;
 
-    /// What became of the command with this id, if that was recorded and not forgotten since.
+    /// Returns the record of the command with this id, if it exists and was not deleted.
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>>;
 
-    /// Makes the database that the store is in its own; the store's id from now on. Stop all nodes first: those that run
-    /// keep what they knew. Idempotent for [`Adopt::Moved`]; every [`Adopt::Copy`] gives a new id.
+    /// Makes the current database the store's own, and returns the store's id from now on.
+    ///
+    /// Stop all nodes first: running nodes keep the old identity. Idempotent for [`Adopt::Moved`];
+    /// every [`Adopt::Copy`] gives a new id.
     ///
     /// # Errors
-    /// `Invalid` by default, as for a store that cannot be copied; `Storage` if the login does not own the tables.
+    /// `Invalid` by default, for stores that cannot be copied; `Storage` if the login does not own
+    /// the tables.
     fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
-        let reason = format!("a store of the kind {} cannot be adopted ({adopt:?})", self.info().backend);
+        let reason = format!(
+            "adopting ({adopt:?}) failed: a store of the kind {} does not support it",
+            self.info().backend
+        );
         Box::pin(std::future::ready(Err(StoreError::Invalid { reason })))
     }
 
-    /// Records what became of a command, unless that was recorded before: the first record counts, and is returned. The
-    /// time in `record` is replaced by the store's.
+    /// Records the outcome of a command; the first record of a command is kept and returned.
+    ///
+    /// The store replaces the time in `record` by its own.
     fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>>;
 
-    /// Forgets at most `limit` records that are older than `age`; how many there were.
+    /// Deletes at most `limit` command records older than `age`; returns the number deleted.
     fn forget_commands(
         &self,
         age: std::time::Duration,
@@ -373,9 +429,10 @@ pub trait EventStore: Send + Sync + 'static {
     ) -> BoxFuture<'_, Result<usize, StoreError>>;
 }
 
-/// What [`Builder::store`](crate::runtime::Builder::store) takes: a store, or one that is shared already.
+/// A value that [`Builder::store`](crate::runtime::Builder::store) accepts: a store or a shared
+/// store.
 pub trait IntoEventStore {
-    /// The store, shared.
+    /// Returns the shared store.
     fn into_event_store(self) -> Arc<dyn EventStore>;
 }
 

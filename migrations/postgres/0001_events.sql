@@ -1,54 +1,60 @@
--- The log and what must live beside it. Never edit this file once it is released: databases remember its checksum.
--- Where a program has chosen another schema than storied, its name stands here instead when this is run.
+-- The log and the state stored beside it. Never edit this file after its release: databases store
+-- its checksum. If a program uses another schema than storied, its name replaces this one at run
+-- time.
 
--- Who the store is (store_id) and how it keeps payloads (codec).
+-- Identity of the store (store_id), encoding of the payloads (codec) and home of the store.
 CREATE TABLE storied.meta (
     key   text PRIMARY KEY,
     value text NOT NULL
 );
 
--- The order of the log rests on this sequence being drawn from one by one (CACHE 1) and never going back. Its end is 2^44 - 1:
--- higher positions would not fit into the key of the low-water lock.
+-- The order of the log depends on this sequence: it is drawn from singly (CACHE 1) and never set
+-- back. Its end is 2^44 - 1, because higher positions do not fit into the key of the low-water
+-- lock.
 CREATE SEQUENCE storied.positions AS bigint INCREMENT 1 MINVALUE 1 MAXVALUE 17592186044415 START 1 CACHE 1 NO CYCLE;
 
 CREATE TABLE storied.events (
-    position    bigint      NOT NULL PRIMARY KEY,                -- place in the log, drawn by storied.append
-    version     bigint      NOT NULL,                            -- place in the stream: 1, 2, 3 …
+    position    bigint      NOT NULL PRIMARY KEY,                -- position in the log, drawn by storied.append
+    version     bigint      NOT NULL,                            -- version in the stream: 1, 2, 3 …
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    stream      uuid        NOT NULL,                            -- storied.stream_key(category, stream_id): half the index that the text would take
+    stream      uuid        NOT NULL,                            -- storied.stream_key(category, stream_id): half the index size of the text
     id          uuid        NOT NULL,
     command_id  uuid        NOT NULL,
     category    text        NOT NULL,
     stream_id   text        NOT NULL,
     name        text        NOT NULL,
-    payload     bytea       NOT NULL,                            -- in the codec of storied.meta
+    payload     bytea       NOT NULL,                            -- encoded with the codec of storied.meta
     metadata    bytea       NOT NULL,                            -- CBOR
     UNIQUE (stream, version)                                     -- decides between concurrent appends
 );
--- Finds the events of a command in a stream, for as long as the log lives. Ids that begin with a time (UUIDv7) arrive at its
--- right end, whatever the stream; a command that many streams have, or that has many events, is found as quickly.
+-- Finds the events of a command in a stream, for the life of the log. Ids that begin with a time
+-- (UUIDv7) are inserted at its right end, whatever the stream. A command with many streams or many
+-- events is found as quickly.
 CREATE INDEX events_by_command_id ON storied.events (command_id, stream, version);
--- Rows only ever arrive: without this, the visibility map would lag far behind them.
+-- The table only grows: without this setting, the visibility map would lag far behind.
 ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
 
--- Rights: the functions that append run with the rights of the login that migrates, and check every argument. The program's
--- login has no right to insert (docs/postgres-grants.sql). The names in them do not depend on the caller's search_path.
+-- Rights: the functions that append run with the rights of the migrating login and check every
+-- argument. The login of the program has no right to insert (docs/postgres-grants.sql). The names
+-- in the functions do not depend on the search_path of the caller.
 
--- The key of a stream: the first 128 bits of a SHA-256. A category has no slash, so no two streams have the same text.
+-- The key of a stream: the first 128 bits of a SHA-256. A category contains no slash, so no two
+-- streams have the same text.
 CREATE FUNCTION storied.stream_key(category text, stream_id text) RETURNS uuid
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
 RETURN encode(substring(sha256(convert_to(category || '/' || stream_id, 'UTF8')) FROM 1 FOR 16), 'hex')::uuid;
 REVOKE EXECUTE ON FUNCTION storied.stream_key FROM PUBLIC;
 
--- Whether readers can read a category or the name of an event: 1 to 200 ASCII letters, digits, '_' or '-', in tokens
--- separated by single dots.
+-- Whether readers can read a category or event name: 1 to 200 ASCII letters, digits, '_' or '-', in
+-- tokens separated by single dots.
 CREATE FUNCTION storied.is_name(name text) RETURNS boolean
 LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN name ~ '^[A-Za-z0-9_-]+([.][A-Za-z0-9_-]+)*$' AND octet_length(name) <= 200;
 REVOKE EXECUTE ON FUNCTION storied.is_name FROM PUBLIC;
 
--- Whether a new stream has the key of its category and id, and readers can read both: the id has 1 to 400 bytes and no control
--- character. Later events of a stream have those of the event that they follow.
+-- Whether a new stream has the key of its category and id, and readers can read both. The id has 1
+-- to 400 bytes and no control character. Later events of a stream have the category and id of the
+-- event that they follow.
 CREATE FUNCTION storied.is_stream(key uuid, category text, stream_id text) RETURNS boolean
 LANGUAGE sql STABLE PARALLEL SAFE
 RETURN coalesce(
@@ -59,22 +65,27 @@ RETURN coalesce(
     false);
 REVOKE EXECUTE ON FUNCTION storied.is_stream FROM PUBLIC;
 
--- Appends a batch: each unit (an append of the caller's) succeeds or is refused alone, all or nothing within it.
+-- Appends a batch. Each unit (an append of the caller) is atomic and succeeds or fails
+-- independently.
 --
--- The low-water lock: before it draws any position, a transaction takes a shared advisory lock whose key says how far the
--- sequence was. As long as it is held, storied.frontier() stays below, so no reader passes a position that is still to
--- appear. The event that a new one follows must be there with a smaller position, so that positions grow along every stream.
+-- I1, the low-water lock: before a transaction draws a position, it takes a shared advisory lock
+-- with the current value of the sequence in its key. While the lock is held, storied.frontier()
+-- stays below it, so no reader passes a position that is still to appear. The event before a new
+-- one must exist with a lower position, so positions grow along every stream.
 --
--- Every look-up of an event names one index only, whatever the statistics say: a plan may be made while the table is empty.
+-- Every look-up of an event fits one index only, whatever the statistics say, because a plan may be
+-- made while the table is empty.
 CREATE FUNCTION storied.append(
-    -- One entry for each part (what a unit has for one stream), in the order of the batch. No stream comes twice.
+    -- One entry for each part (the events of a unit for one stream), in the order of the batch.
+    -- Each stream occurs only once.
     part_stream    uuid[],
     part_category  text[],
     part_stream_id text[],
     part_unit      integer[],
-    part_expected  bigint[],           -- a version, 0 for no stream, -1 for anything, -2 for an existing stream
-    part_events    integer[],          -- how many events it has, at least 1
-    -- Whether to look before leaping: needed for -1 and -2, and for a unit of several parts, which fails as a whole.
+    part_expected  bigint[],           -- a version, 0 for no stream, -1 for any version, -2 for an existing stream
+    part_events    integer[],          -- number of events, at least 1
+    -- Whether to read the current versions first: needed for -1 and -2, and for a unit of several
+    -- parts, which fails as a whole.
     look_up        boolean,
     -- One entry for each event, in the order of the parts.
     event_name       text[],
@@ -82,21 +93,22 @@ CREATE FUNCTION storied.append(
     event_command_id uuid[],
     event_payload    bytea[],
     event_metadata   bytea[],
-    OUT versions  bigint[],            -- of each part's stream: before the append, or why it was refused
-    OUT lost      boolean[],           -- for each part: as expected at first, but another transaction came first; null when none did
-    OUT positions bigint[],            -- of each event; those of events that were not appended stay holes
-    OUT transaction_id text            -- of this transaction, null when it wrote nothing
+    OUT versions  bigint[],            -- for each part: version of the stream before the append, or the one that refused it
+    OUT lost      boolean[],           -- for each part: met its expectation, but another transaction came first; null if none did
+    OUT positions bigint[],            -- for each event; positions of events that were not appended remain holes
+    OUT transaction_id text            -- id of this transaction, null if it wrote nothing
 )
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET storied_log.appending = 'on'
--- Plans are made once for a connection, perhaps while the table is still empty; they must suit it when it is large.
+-- Plans are made once per connection, perhaps while the table is empty; they must suit a large
+-- table.
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
 SET enable_bitmapscan = off
 AS $$
 DECLARE
-    accepted   boolean[];              -- for each part: whether its unit is as expected; null before anybody looked
+    accepted   boolean[];              -- for each part: whether its unit meets its expectations; null without a look-up
     parts      bigint := cardinality(part_stream);
     events     bigint := cardinality(event_id);
     event_part integer[];              -- for each event: its part, from 1 …
@@ -160,7 +172,8 @@ BEGIN
 
     positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, events));
 
-    -- The first event of each stream claims it. Sorted, so that transactions with common streams wait in one order.
+    -- I2: the first event of each stream claims the next version. Sorted, so that transactions with
+    -- common streams wait in the same order.
     INSERT INTO storied.events AS target
         (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
     SELECT positions[i.ord], versions[i.part] + 1, part_stream[i.part],
@@ -179,7 +192,8 @@ BEGIN
 
     IF won < parts THEN
         lost := ARRAY(
-            -- Not EXISTS, which may become one look through the whole log. A range with an order, which no other index has.
+            -- Not EXISTS, which may become a scan of the whole log. A range with an order fits no
+            -- other index.
             SELECT coalesce(accepted[i.part], true) AND (
                 SELECT e.position FROM storied.events AS e
                 WHERE e.position >= positions[i.ord] AND e.position <= positions[i.ord]
@@ -188,7 +202,7 @@ BEGIN
         IF EXISTS (
             SELECT FROM generate_subscripts(lost, 1) AS p
             WHERE lost[p] AND cardinality(array_positions(part_unit, part_unit[p])) > 1) THEN
-            -- Its other parts cannot be taken back but with everything else.
+            -- The other parts of the unit can only be rolled back together with the whole call.
             RAISE EXCEPTION 'another transaction came first' USING ERRCODE = 'ST001';
         END IF;
         versions := ARRAY(
@@ -213,15 +227,15 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.append FROM PUBLIC;
 
--- How far the log may be read: the last event below which nothing can appear any more.
+-- Returns the high-water mark: the last event below which no new event can appear (I1).
 --
--- It must stay VOLATILE and run at READ COMMITTED: then each statement in it has a snapshot of its own, and the last one
--- sees whatever was committed before the locks were looked at.
+-- The function must stay VOLATILE and run at READ COMMITTED. Then each statement has a snapshot of
+-- its own, and the last one sees all transactions committed before the locks were read.
 CREATE FUNCTION storied.frontier(
-    OUT last_value bigint,             -- the last position drawn
-    OUT low_water  bigint,             -- everything up to here is decided: visible, or never to be
-    OUT head       bigint,             -- position of the last event up to there
-    OUT head_id    uuid                -- id of that event, null when there is none
+    OUT last_value bigint,             -- last drawn position
+    OUT low_water  bigint,             -- all positions up to here are decided: visible, or never to be
+    OUT head       bigint,             -- position of the last event up to low_water
+    OUT head_id    uuid                -- id of that event, null if there is none
 )
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -238,8 +252,9 @@ BEGIN
             current_setting('transaction_isolation') USING ERRCODE = 'ST002';
     END IF;
 
-    -- Null as long as nothing was drawn, and after a RESTART of the sequence. The last event will do then: its position and all
-    -- below were drawn before this look. From PostgreSQL 17 on, null also stands for a missing right.
+    -- Null before the first draw, and after a RESTART of the sequence. Then the last event
+    -- suffices: its position and all lower ones were drawn before this read. From PostgreSQL 17 on,
+    -- null can also mean a missing right.
     last_value := pg_sequence_last_value('storied.positions');
     IF last_value IS NULL THEN
         IF NOT has_sequence_privilege('storied.positions', 'USAGE, SELECT') THEN
@@ -254,15 +269,16 @@ BEGIN
         WHERE l.locktype = 'advisory' AND l.objsubid = 1
             AND (l.classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
             AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database()));
-    low_water := least(last_value, low_water); -- of null and a number, the number
+    low_water := least(last_value, low_water); -- least() ignores null
     SELECT e.position, e.id INTO head, head_id FROM storied.events AS e
     WHERE e.position <= low_water ORDER BY e.position DESC LIMIT 1;
     head := coalesce(head, 0);
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.frontier FROM PUBLIC;
 
--- Where the events of commands are in streams: of each pair that has any, its number in the call, the versions of its first and
--- last event, and the position of the last one. Written so that there is one possible index, whatever the statistics say.
+-- Finds the events of commands in streams. For each pair with events, it returns its number in the
+-- call, the versions of its first and last event, and the position of the last one. The form leaves
+-- one possible index, whatever the statistics say.
 CREATE FUNCTION storied.command_events(
     command_streams uuid[],
     command_ids     uuid[]
@@ -292,8 +308,8 @@ REVOKE EXECUTE ON FUNCTION storied.command_events FROM PUBLIC;
 
 CREATE FUNCTION storied.refuse_insert() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    -- Not a WHEN of the trigger: that is parsed anew for every INSERT, which takes ten times as long as this. A CHECK
-    -- constraint on the table would be as well.
+    -- Not a WHEN of the trigger, which is parsed for every INSERT and takes ten times as long. So
+    -- would a CHECK constraint of the table.
     IF current_setting('storied_log.appending', true) IS DISTINCT FROM 'on' THEN
         RAISE EXCEPTION 'events are appended by %.append() only: an event that is inserted past it would be missed by readers',
             TG_TABLE_SCHEMA USING ERRCODE = 'insufficient_privilege';
@@ -311,7 +327,7 @@ END $$;
 CREATE TRIGGER events_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.events
     FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
 
--- Projections that stand still, on every node.
+-- Projections that are paused on every node.
 CREATE TABLE storied.paused (
     name text PRIMARY KEY
 );
@@ -319,17 +335,17 @@ CREATE TABLE storied.paused (
 CREATE TABLE storied.leases (
     name       text        PRIMARY KEY,
     owner      uuid        NOT NULL,
-    epoch      bigint      NOT NULL CHECK (epoch >= 0),          -- grows with every new owner
-    expires_at timestamptz NOT NULL                              -- 1970: given back
+    epoch      bigint      NOT NULL CHECK (epoch >= 0),          -- fencing token, grows with every new owner
+    expires_at timestamptz NOT NULL                              -- 1970: released
         CHECK (expires_at BETWEEN '1970-01-01 00:00:00+00' AND '9999-12-31 00:00:00+00'),
-    ttl        bigint      NOT NULL CHECK (ttl >= 0)             -- microseconds: how long a holder that lives leaves it unchanged
+    ttl        bigint      NOT NULL CHECK (ttl >= 0)             -- microseconds: the holder renews the lease within this time
 );
 
 CREATE TABLE storied.snapshots (
     category  text   NOT NULL,
     stream_id text   NOT NULL,
-    version   bigint NOT NULL CHECK (version >= 0),              -- up to which events are folded in
-    revision  bigint NOT NULL CHECK (revision >= 0),             -- of the state's schema
+    version   bigint NOT NULL CHECK (version >= 0),              -- last event folded into the state
+    revision  bigint NOT NULL CHECK (revision >= 0),             -- schema revision of the state
     state     bytea  NOT NULL,
     PRIMARY KEY (category, stream_id)
 );

@@ -1,17 +1,18 @@
--- storied.append() for what is most frequent: one event that follows a known one, or begins a stream. Half its time, since
--- nothing travels in arrays.
+-- Like storied.append(), for the most frequent case: one event that follows a known one, or begins
+-- a stream. It takes half the time, because its arguments are not arrays.
 --
--- It rests on the same order: first the lock, then the position, then the look at the event to follow, which must be there
--- with a smaller position. It answers null, and has changed nothing, when the event cannot have that version; how the stream
--- stands then is for storied.append() to say.
+-- I1: the order is the same: first the lock, then the position, then the look-up of the previous
+-- event, which must exist with a lower position. If the event cannot have that version, the
+-- function returns null and changes nothing; storied.append() then reports the state of the stream.
 --
--- Where nobody else is appending, it can say how far the log may be read as soon as it is committed, which spares those who
--- wait for the event the question (storied.frontier()). Whoever has drawn a lower position has taken the low-water lock
--- before, and holds it until its transaction ends. So when, behind the draw, nobody else has one, everything below is
--- decided, and the statement after that look sees all of it.
+-- If no other append is in flight, the function also returns how far the log is readable after its
+-- commit, which saves waiting readers the call of storied.frontier(). A transaction with a lower
+-- position has taken the low-water lock before its draw, and holds it until its end. So if no other
+-- transaction holds the lock after the draw, all lower positions are decided, and a later statement
+-- sees all of them.
 CREATE FUNCTION storied.append_one(
     event_stream     uuid,
-    event_expected   bigint,           -- version of the event that it follows, 0 to begin the stream
+    event_expected   bigint,           -- version of the previous event, 0 to begin the stream
     event_category   text,
     event_stream_id  text,
     event_name       text,
@@ -19,9 +20,10 @@ CREATE FUNCTION storied.append_one(
     event_command_id uuid,
     event_payload    bytea,
     event_metadata   bytea,
-    tell             boolean           -- whether to look if it is alone
-) RETURNS bigint[]                     -- its position; when it is alone, the position of the event before it in the log (0: it is
-                                       -- the first), and when it was recorded, in microseconds since 1970
+    tell             boolean           -- whether to check that no other append is in flight
+) RETURNS bigint[]                     -- position of the event; if no other append is in flight, also the position before it in
+                                       -- the log (0: none), and the time of recording in
+                                       -- microseconds since 1970
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET storied_log.appending = 'on'
@@ -64,20 +66,20 @@ BEGIN
         SELECT e.position < drawn AND e.category = event_category AND e.stream_id = event_stream_id
         FROM storied.events AS e
         WHERE e.stream = event_stream AND e.version >= event_expected AND e.version <= event_expected
-        ORDER BY e.version LIMIT 1) -- a range with an order, which the index by command does not have
+        ORDER BY e.version LIMIT 1) -- a range with an order, which the index by command lacks
     ON CONFLICT (stream, version) DO NOTHING
     RETURNING target.recorded_at INTO recorded;
 
     IF recorded IS NULL THEN
         RETURN NULL;
     END IF;
-    -- Behind the draw, and before the look at the log.
+    -- After the draw, and before the query of the log.
     alone := tell AND NOT EXISTS (
         SELECT FROM pg_locks AS l
         WHERE l.locktype = 'advisory' AND l.objsubid = 1
             AND (l.classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
             AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-            AND l.pid IS DISTINCT FROM pg_backend_pid()); -- prepared transactions have none
+            AND l.pid IS DISTINCT FROM pg_backend_pid()); -- prepared transactions have no pid
     IF NOT alone THEN
         RETURN ARRAY[drawn];
     END IF;

@@ -1,17 +1,18 @@
--- How far projections have got: in the event store's own file, and in every database that a read model lives in, so that
--- it can be committed together with the read model. Both may be the same file, hence IF NOT EXISTS.
+-- Checkpoints and parked events: in the file of the event store, and in every database with a read
+-- model, so that they are committed together with the read model. Both may be the same file, hence
+-- IF NOT EXISTS.
 
 CREATE TABLE IF NOT EXISTS storied_checkpoints (
     name       TEXT    NOT NULL PRIMARY KEY,
     position   INTEGER NOT NULL,
     epoch      INTEGER NOT NULL,
     mark       INTEGER NOT NULL,
-    store_id   BLOB    NOT NULL,              -- UUID, 16 bytes: of which store's log this is a position
+    store_id   BLOB    NOT NULL,              -- UUID, 16 bytes: id of the store with this position
     updated_at INTEGER NOT NULL               -- microseconds since 1970
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE IF NOT EXISTS storied_parked (
-    name       TEXT    NOT NULL,              -- of the projection
+    name       TEXT    NOT NULL,              -- name of the projection
     position   INTEGER NOT NULL,
     event_id   BLOB    NOT NULL,              -- UUID, 16 bytes
     category   TEXT    NOT NULL,

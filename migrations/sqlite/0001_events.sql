@@ -1,27 +1,28 @@
--- The log and what must live beside it. Never edit this file once it is released: databases remember its checksum.
+-- The log and the state stored beside it. Never edit this file after its release: databases store
+-- its checksum.
 
--- Who the store is (store_id) and how it keeps payloads (codec).
+-- Identity of the store (store_id), encoding of the payloads (codec) and home of the store.
 CREATE TABLE storied_meta (
     key   TEXT NOT NULL PRIMARY KEY,
     value TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE storied_events (
-    position    INTEGER NOT NULL PRIMARY KEY, -- place in the log
+    position    INTEGER NOT NULL PRIMARY KEY, -- position in the log
     category    TEXT    NOT NULL,
     stream_id   TEXT    NOT NULL,
-    version     INTEGER NOT NULL,             -- place in the stream: 1, 2, 3 …
+    version     INTEGER NOT NULL,             -- version in the stream: 1, 2, 3 …
     name        TEXT    NOT NULL,
     id          BLOB    NOT NULL,             -- UUID, 16 bytes
     command_id  BLOB    NOT NULL,             -- UUID, 16 bytes
-    payload     BLOB    NOT NULL,             -- in the codec of storied_meta
+    payload     BLOB    NOT NULL,             -- encoded with the codec of storied_meta
     metadata    BLOB    NOT NULL,             -- CBOR
     recorded_at INTEGER NOT NULL,             -- microseconds since 1970
-    -- The id comes first because it tells streams apart sooner than the category does.
+    -- The id comes first, because it distinguishes streams sooner than the category.
     UNIQUE (stream_id, category, version)
 ) STRICT;
 
--- Finds the events of a command in a stream, for as long as the log lives.
+-- Finds the events of a command in a stream, for the life of the log.
 CREATE INDEX storied_events_by_command ON storied_events (command_id, stream_id, category, version);
 
 CREATE TRIGGER storied_events_no_update BEFORE UPDATE ON storied_events
@@ -34,7 +35,7 @@ BEGIN
     SELECT RAISE(ABORT, 'storied_events is append-only: followers rely on every event staying where it is');
 END;
 
--- Projections that stand still, on every node.
+-- Projections that are paused on every node.
 CREATE TABLE storied_paused (
     name TEXT NOT NULL PRIMARY KEY
 ) STRICT, WITHOUT ROWID;
@@ -42,16 +43,16 @@ CREATE TABLE storied_paused (
 CREATE TABLE storied_leases (
     name       TEXT    NOT NULL PRIMARY KEY,
     owner      BLOB    NOT NULL,              -- UUID, 16 bytes
-    epoch      INTEGER NOT NULL,              -- grows with every new owner
-    expires_at INTEGER NOT NULL,              -- microseconds since 1970; 0: given back
-    ttl        INTEGER NOT NULL               -- microseconds: how long a holder that lives leaves it unchanged
+    epoch      INTEGER NOT NULL,              -- fencing token, grows with every new owner
+    expires_at INTEGER NOT NULL,              -- microseconds since 1970; 0: released
+    ttl        INTEGER NOT NULL               -- microseconds: the holder renews the lease within this time
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE storied_snapshots (
     category  TEXT    NOT NULL,
     stream_id TEXT    NOT NULL,
-    version   INTEGER NOT NULL,               -- up to which events are folded in
-    revision  INTEGER NOT NULL,               -- of the state's schema
+    version   INTEGER NOT NULL,               -- last event folded into the state
+    revision  INTEGER NOT NULL,               -- schema revision of the state
     state     BLOB    NOT NULL,
     PRIMARY KEY (category, stream_id)
 ) STRICT;

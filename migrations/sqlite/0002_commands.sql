@@ -1,8 +1,8 @@
--- What became of commands that no aggregate has in its stream, until they are forgotten.
+-- Records of commands without events in a stream, until they are deleted.
 CREATE TABLE storied_commands (
     id          BLOB    NOT NULL PRIMARY KEY, -- UUID, 16 bytes
     name        TEXT    NOT NULL,
-    fingerprint BLOB    NOT NULL,             -- UUID, 16 bytes: of the command's content
+    fingerprint BLOB    NOT NULL,             -- UUID, 16 bytes: fingerprint of the command's content
     outcome     BLOB    NOT NULL,             -- CBOR
     recorded_at INTEGER NOT NULL              -- microseconds since 1970
 ) STRICT, WITHOUT ROWID;

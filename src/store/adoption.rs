@@ -1,16 +1,18 @@
-//! Whether a store is where it belongs: a copy of a database has the identity of its original.
+//! Detects that a database was copied or moved: a copy has the identity of its original.
 
 use std::fmt;
 
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 use super::StoreError;
 
-/// The database that a store lives in: what the server or the file system says of it, which a copy does not share.
+/// The database of a store, as the server or the file system identifies it.
+///
+/// A copy of the database has another home.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
-    /// Equal for the same database only.
+    /// Value that is equal for the same database only.
     pub(crate) identity: String,
-    /// For people, such as `schema storied (16390) in database shop (16384) of server 7312…`.
+    /// Display form, such as `schema storied (16390) in database shop (16384) of server 7312…`.
     pub(crate) shown: String,
 }
 
@@ -20,36 +22,40 @@ impl fmt::Display for Home {
     }
 }
 
-/// Whether a store is in the database that it was created in or adopted for. Compared once, when the store is opened.
+/// Whether a store is in the database that it was created in or adopted for.
+///
+/// Compared once, when the store is opened.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Adoption {
     /// The database is the store's own.
     #[default]
     Adopted,
-    /// The database is another one: a copy, or the store was moved. Reading, appending and following work. The node neither
-    /// publishes to a bus that nodes share, nor joins the command bus, nor uses durable consumers.
+    /// The database is another one: a copy, or the store was moved.
+    ///
+    /// Reading, appending and following work. The node does not publish to a bus that nodes share,
+    /// does not join the command bus and uses no durable consumers.
     Unadopted {
-        /// Where the store was created, or adopted last.
+        /// Database in which the store was created or last adopted.
         recorded: Home,
-        /// Where it was opened.
+        /// Database in which the store was opened.
         found: Home,
     },
 }
 
 impl Adoption {
-    /// The adoption of a store that belongs to `recorded` and was opened in `found`.
+    /// Compares the `recorded` home of a store with the home that it was `found` in.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn of(recorded: Home, found: Home) -> Self {
         if recorded.identity == found.identity { Self::Adopted } else { Self::Unadopted { recorded, found } }
     }
 
-    /// Whether the database is the store's own.
+    /// Returns whether the database is the store's own.
     pub fn is_adopted(&self) -> bool {
         *self == Self::Adopted
     }
 
-    /// The error of a read model in `place`, which may be the original's.
+    /// Returns the error for a read model in `place`, which may belong to the original.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn refuses(&self, place: &dyn fmt::Display) -> StoreError {
         StoreError::Incompatible {
@@ -59,21 +65,23 @@ impl Adoption {
         }
     }
 
-    /// What keeps the node from talking to others, in one sentence; `None` for an adopted store.
+    /// Returns why the node stays separate from other nodes, as one sentence; `None` if adopted.
     pub fn problem(&self) -> Option<String> {
         let Self::Unadopted { recorded, found } = self else { return None };
         Some(format!(
-            "the event store belongs to {recorded} and was opened in {found}; stop its nodes, run `storied store adopt --moved` if it was moved or restored, or `storied store adopt --copy` if the original lives on, then start them again"
+            "the event store belongs to {recorded} and was opened in {found}; stop its nodes, run `storied store adopt --moved` if the store was moved or restored, or `storied store adopt --copy` if the original remains in use, then start the nodes again"
         ))
     }
 }
 
-/// Why a store is in another database.
+/// The reason why a store is in another database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Adopt {
-    /// The original is gone: the store keeps its identity.
+    /// The original no longer exists: the store keeps its identity.
     Moved,
-    /// The original lives on: the store gets a new identity. Its read models in the same database stay valid. Its publisher
-    /// starts without a memory of the original's bus, and every lease is free.
+    /// The original remains in use: the store gets a new identity.
+    ///
+    /// Its read models in the same database stay valid. Its publisher starts with no record of the
+    /// original's bus, and every lease is free.
     Copy,
 }

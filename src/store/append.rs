@@ -2,21 +2,22 @@ use std::fmt;
 
 use crate::event::{NewEvent, Position, StreamId, Version};
 
-/// What an append expects of its stream.
+/// The version that an append expects of its stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExpectedVersion {
-    /// The stream is exactly at this version; [`Version::NONE`] is the same as [`NoStream`](Self::NoStream).
+    /// The stream is at exactly this version; [`Version::NONE`] equals
+    /// [`NoStream`](Self::NoStream).
     Exact(Version),
     /// The stream has no events.
     NoStream,
-    /// The stream has events, however many.
+    /// The stream has at least one event.
     StreamExists,
-    /// Nothing: append behind whatever is there.
+    /// Any version: appends after the last event.
     Any,
 }
 
 impl ExpectedVersion {
-    /// Whether a stream at `actual` is as expected.
+    /// Returns whether a stream at `actual` meets the expectation.
     pub fn allows(self, actual: Version) -> bool {
         match self {
             ExpectedVersion::Exact(version) => actual == version,
@@ -33,7 +34,7 @@ impl fmt::Display for ExpectedVersion {
             ExpectedVersion::Exact(version) => write!(f, "version {version}"),
             ExpectedVersion::NoStream => f.write_str("no stream"),
             ExpectedVersion::StreamExists => f.write_str("an existing stream"),
-            ExpectedVersion::Any => f.write_str("anything"),
+            ExpectedVersion::Any => f.write_str("any version"),
         }
     }
 }
@@ -41,45 +42,45 @@ impl fmt::Display for ExpectedVersion {
 /// Events for one stream.
 #[derive(Debug, Clone)]
 pub struct StreamAppend {
-    /// Where to.
+    /// Target stream.
     pub stream: StreamId,
-    /// What is expected of it.
+    /// Expected version of the stream.
     pub expected: ExpectedVersion,
-    /// At least one event, in order.
+    /// Events in order; at least one.
     pub events: Vec<NewEvent>,
 }
 
-/// One atomic append, to one stream or to several: all of it happens or nothing.
+/// An atomic append to one stream or several: all of it takes effect, or nothing.
 #[derive(Debug, Clone)]
 pub struct Append {
-    /// The parts, decided in this order; at least one. A stream may appear only once.
+    /// Parts, decided in this order; at least one. Each stream may appear only once.
     pub streams: Vec<StreamAppend>,
 }
 
 impl Append {
-    /// An append to one stream.
+    /// Creates an append to one stream.
     pub fn one(stream: StreamId, expected: ExpectedVersion, events: Vec<NewEvent>) -> Self {
         Self { streams: vec![StreamAppend { stream, expected, events }] }
     }
 
-    /// An atomic append to several streams.
+    /// Creates an atomic append to several streams.
     pub fn all(streams: Vec<StreamAppend>) -> Self {
         Self { streams }
     }
 
-    /// Checks what every back end demands before it touches anything.
+    /// Checks the requirements of every back end before any work starts.
     pub(crate) fn validate(&self) -> Result<(), super::StoreError> {
         let invalid = |reason: String| Err(super::StoreError::Invalid { reason });
         if self.streams.is_empty() {
-            return invalid("an append names no stream".into());
+            return invalid("the append has no streams; add at least one part".into());
         }
         for (index, part) in self.streams.iter().enumerate() {
             if part.events.is_empty() {
-                return invalid(format!("an append to {} has no events", part.stream));
+                return invalid(format!("the append to {} has no events; add at least one", part.stream));
             }
             if self.streams[..index].iter().any(|other| other.stream == part.stream) {
                 return invalid(format!(
-                    "an append names {} twice; put its events into one part",
+                    "the append contains stream {} twice; put its events into one part",
                     part.stream
                 ));
             }
@@ -88,25 +89,25 @@ impl Append {
     }
 }
 
-/// Where the events of an append are.
+/// The versions and positions that an append received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Appended {
-    /// The versions of the streams now, in the order of the append's parts.
+    /// New versions of the streams, in the order of the append's parts.
     pub versions: Vec<Version>,
-    /// The position of every event, in the order of the append (all of the first part, then all of the second …).
+    /// Position of every event: all of the first part, then all of the second, and so on.
     pub positions: Vec<Position>,
 }
 
-/// A stream was not as an append expected.
+/// A stream was not at the version that an append expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "conflict on {stream}: expected {expected}, found version {actual}; read what happened since and decide again"
+    "conflict on {stream}: expected {expected}, found version {actual}; read the newer events and decide again"
 )]
 pub struct Conflict {
-    /// Which stream.
+    /// Conflicting stream.
     pub stream: StreamId,
-    /// What was expected.
+    /// Expected version.
     pub expected: ExpectedVersion,
-    /// The version that it has.
+    /// Actual version.
     pub actual: Version,
 }

@@ -1,4 +1,6 @@
-//! Checked values of rows. A login with the documented rights can write to most tables: no value may end a task.
+//! Checked decoding of column values.
+//!
+//! A login with the documented rights can write to most tables, so no value may end a task.
 
 use std::fmt::Display;
 
@@ -6,15 +8,17 @@ use chrono::{DateTime, Datelike, Utc};
 use sqlx::error::BoxDynError;
 use sqlx::{Column, ColumnIndex, Decode, Row, Type};
 
-/// A time of the years 1 to 9999. `infinity`, and later years, panic in sqlx's own decoder.
+/// A time in the years 1 to 9999.
+///
+/// The decoder of sqlx panics at `infinity` and at later years.
 pub(super) struct Time(pub(super) DateTime<Utc>);
 
 impl Time {
-    /// The time so many microseconds after 1970.
+    /// Converts microseconds since 1970.
     fn from_micros(micros: Option<i64>) -> Result<Self, BoxDynError> {
         let time = micros.and_then(DateTime::from_timestamp_micros);
         let time = time.filter(|time| (1..=9999).contains(&time.year()));
-        time.map(Self).ok_or_else(|| "expected a time of the years 1 to 9999".into())
+        time.map(Self).ok_or_else(|| "expected a time in the years 1 to 9999".into())
     }
 }
 
@@ -25,7 +29,7 @@ mod postgres {
 
     use super::{BoxDynError, DateTime, Decode, Time, Type, Utc};
 
-    /// Microseconds from 1970 to 2000, where PostgreSQL begins to count.
+    /// Microseconds from 1970 to 2000, the epoch of PostgreSQL.
     const YEAR_2000: i64 = 946_684_800_000_000;
 
     impl Type<Postgres> for Time {
@@ -64,7 +68,7 @@ mod sqlite {
     }
 }
 
-/// The columns of a row, for errors with the names of table and column.
+/// The columns of a row; errors name the table and the column.
 pub(super) struct Columns<'r, R> {
     table: &'static str,
     row: &'r R,
@@ -78,7 +82,7 @@ where
         Self { table, row }
     }
 
-    /// A value of a column.
+    /// Decodes a column.
     pub(super) fn get<T>(&self, column: usize) -> Result<T, sqlx::Error>
     where
         T: Decode<'r, R::Database> + Type<R::Database>,
@@ -89,17 +93,17 @@ where
         })
     }
 
-    /// A number that is not negative.
+    /// Decodes a number that must not be negative.
     pub(super) fn number(&self, column: usize) -> Result<u64, sqlx::Error>
     where
         i64: Decode<'r, R::Database> + Type<R::Database>,
     {
         let number: i64 = self.get(column)?;
         u64::try_from(number)
-            .map_err(|_| self.unreadable(column, &format!("expected a number from 0 up, found {number}")))
+            .map_err(|_| self.unreadable(column, &format!("expected a number ≥ 0, found {number}")))
     }
 
-    /// A time of the years 1 to 9999.
+    /// Decodes a time in the years 1 to 9999.
     pub(super) fn time(&self, column: usize) -> Result<DateTime<Utc>, sqlx::Error>
     where
         Time: Decode<'r, R::Database> + Type<R::Database>,

@@ -1,6 +1,6 @@
 use crate::event::{Position, Version};
 
-/// The place of a command's events in one stream.
+/// The range of a command's events in one stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CommandEvents {
     /// Version of the first event.

@@ -2,18 +2,19 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// What became of a command that no aggregate has in its stream: kept so that the same command, coming again on whatever
-/// node, is answered instead of executed again.
+/// The recorded outcome of a command that has no events in a stream.
+///
+/// The record makes repeats of the command idempotent on every node: they get the recorded outcome.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommandRecord {
-    /// The command.
+    /// Id of the command.
     pub id: Uuid,
-    /// What the command is called.
+    /// Name of the command.
     pub name: String,
-    /// Tells the command's content from another: the same id with another one is a mistake.
+    /// Fingerprint of the command's content; the same id with another fingerprint is an error.
     pub fingerprint: Uuid,
-    /// The answer, encoded by whoever gave it.
+    /// Outcome, in the encoding of the recording node.
     pub outcome: Bytes,
-    /// When it was recorded, by the store's clock.
+    /// Time of recording, by the store's clock.
     pub recorded_at: DateTime<Utc>,
 }

@@ -3,13 +3,14 @@ use std::collections::HashMap;
 use super::append::{Append, Appended, Conflict};
 use crate::event::{Position, StreamId, Version};
 
-/// What an append is decided against, and what the appends before it in the same batch have already taken. Back ends that
-/// give out positions themselves share it, so that they cannot disagree.
+/// The stream versions and the position that the next append of a batch is decided on.
+///
+/// All back ends that assign positions themselves share it, so their decisions agree.
 #[derive(Debug, Clone)]
 pub(super) struct Decider {
-    /// The versions of every stream that the batch names; a stream that is not here has no events.
+    /// Versions of all streams in the batch; a stream without an entry has no events.
     versions: HashMap<StreamId, Version>,
-    /// The last position given out.
+    /// Last assigned position.
     last: Position,
 }
 
@@ -22,7 +23,7 @@ impl Decider {
         self.versions.get(stream).copied().unwrap_or(Version::NONE)
     }
 
-    /// Whether `append` may happen, without taking anything.
+    /// Checks the expected versions of `append` without changing anything.
     pub(super) fn check(&self, append: &Append) -> Result<(), Conflict> {
         for part in &append.streams {
             let actual = self.version(&part.stream);
@@ -33,7 +34,7 @@ impl Decider {
         Ok(())
     }
 
-    /// Gives an append that passed [`check`](Self::check) its versions and positions.
+    /// Assigns versions and positions to an append that passed [`check`](Self::check).
     pub(super) fn take(&mut self, append: &Append) -> Appended {
         let mut versions = Vec::with_capacity(append.streams.len());
         let mut positions = Vec::new();

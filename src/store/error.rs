@@ -5,49 +5,55 @@ use std::sync::Arc;
 use super::append::Conflict;
 use crate::transient::Transient;
 
-/// A failure of the store, not of what was asked of it. Cheap to clone: one failed transaction answers many callers.
+/// A failure of the store, not of the request.
+///
+/// Cheap to clone: one failed transaction answers many callers.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum StoreError {
-    /// The store cannot be reached or did not answer in time; nothing was written. Trying again later may help.
+    /// The store cannot be reached or did not answer in time; nothing was written. Retry later.
     Unavailable {
-        /// What was tried and what happened.
+        /// Attempted operation and cause.
         reason: String,
-        /// The driver's error.
+        /// Error of the driver.
         source: Option<Arc<dyn Error + Send + Sync>>,
     },
-    /// The commit got no answer and looking for the events failed too: they may or may not be in the log. Ask again with
-    /// the same event ids, or dispatch the same command id again.
+    /// The commit got no answer, and looking up the events failed too.
+    ///
+    /// The events may or may not be in the log. Repeat the call with the same event ids, or the
+    /// command with the same command id.
     OutcomeUnknown {
-        /// What happened.
+        /// Cause.
         reason: String,
-        /// The driver's error.
+        /// Error of the driver.
         source: Option<Arc<dyn Error + Send + Sync>>,
     },
-    /// What was asked cannot be stored, whenever it is tried: empty, oversized, not encodable.
+    /// The request can never be stored: it is empty, too large or not encodable.
     Invalid {
-        /// What is wrong with it.
+        /// Cause.
         reason: String,
     },
-    /// The database is not the one, or not of the shape, that this program expects.
+    /// The database is another one than this program expects, or has another schema.
     Incompatible {
-        /// What was expected.
+        /// Expected value.
         expected: String,
-        /// What was found.
+        /// Found value.
         found: String,
-        /// What to do.
+        /// Remedy.
         advice: String,
     },
-    /// What was read cannot have been written by storied.
+    /// The data read cannot have been written by storied.
     Corrupt {
-        /// Where and what.
+        /// Location and cause.
         reason: String,
     },
-    /// The disk is full, the file read-only or damaged, rights are missing: a person has to act. Nothing was written.
+    /// The disk is full, the file read-only or damaged, or rights are missing; nothing was written.
+    ///
+    /// An operator has to act.
     Storage {
-        /// What the database said.
+        /// Message of the database.
         reason: String,
-        /// The driver's error.
+        /// Error of the driver.
         source: Option<Arc<dyn Error + Send + Sync>>,
     },
 }
@@ -60,16 +66,14 @@ impl fmt::Display for StoreError {
                 Some(Subject::ReadModel(_)) => write!(f, "the read model is unavailable: {reason}"),
                 None => write!(f, "the event store is unavailable: {reason}"),
             },
-            Self::OutcomeUnknown { reason, .. } => write!(
-                f,
-                "it is unknown whether the append happened: {reason}; repeat the command with the same id to find out"
-            ),
-            Self::Invalid { reason } => write!(f, "the event store refuses this: {reason}"),
-            Self::Incompatible { expected, found, advice } => write!(
-                f,
-                "the event store does not fit this program: expected {expected}, found {found}; {advice}"
-            ),
-            Self::Corrupt { reason } => write!(f, "the event store holds something unreadable: {reason}"),
+            Self::OutcomeUnknown { reason, .. } => {
+                write!(f, "append outcome unknown: {reason}; repeat the command with the same id")
+            }
+            Self::Invalid { reason } => write!(f, "invalid request to the event store: {reason}"),
+            Self::Incompatible { expected, found, advice } => {
+                write!(f, "incompatible event store: expected {expected}, found {found}; {advice}")
+            }
+            Self::Corrupt { reason } => write!(f, "unreadable data in the event store: {reason}"),
             Self::Storage { reason, .. } => match self.subject() {
                 Some(Subject::ReadModel(_)) => write!(f, "the read model cannot write: {reason}"),
                 _ => write!(f, "the event store cannot write: {reason}"),
@@ -79,7 +83,10 @@ impl fmt::Display for StoreError {
 }
 
 impl Error for StoreError {
-    /// The driver's error. A transient error without one has a cause that says so, for errors that hand on only the causes.
+    /// Returns the driver's error.
+    ///
+    /// A transient error without a driver's error returns `Transient`, for errors that pass on only
+    /// their causes.
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Unavailable { source, .. }
@@ -100,12 +107,12 @@ impl From<crate::invalid_option::InvalidOption> for StoreError {
 }
 
 impl StoreError {
-    /// Whether the same call may succeed later without anybody doing anything.
+    /// Returns whether the same call may succeed later without any intervention.
     pub fn is_transient(&self) -> bool {
         matches!(self, StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. })
     }
 
-    /// What kind of failure it is, in one word.
+    /// Returns the kind of failure, as one word.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Unavailable { .. } => "unavailable",
@@ -117,12 +124,12 @@ impl StoreError {
         }
     }
 
-    /// [`Unavailable`](Self::Unavailable), for a `reason` that is a sentence about another subject than the event store.
+    /// Creates an [`Unavailable`](Self::Unavailable) with a full sentence about another subject.
     pub(crate) fn not_now(reason: String) -> Self {
         Self::Unavailable { reason, source: Some(Arc::new(Subject::Other)) }
     }
 
-    /// The error of a call to a read model in a database.
+    /// Marks the error as one of a read model in a database.
     pub(crate) fn of_read_model(self) -> Self {
         let marked = |source: Option<_>| Some(Arc::new(Subject::ReadModel(source)) as Arc<_>);
         match self {
@@ -142,23 +149,23 @@ impl StoreError {
         }
     }
 
-    /// [`Unavailable`](Self::Unavailable), with the driver's error as source.
+    /// Creates an [`Unavailable`](Self::Unavailable) with the driver's error as source.
     pub fn unavailable(reason: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Unavailable { reason: reason.into(), source: Some(Arc::new(source)) }
     }
 
-    /// [`Storage`](Self::Storage), with the driver's error as source.
+    /// Creates a [`Storage`](Self::Storage) error with the driver's error as source.
     pub fn storage(reason: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Storage { reason: reason.into(), source: Some(Arc::new(source)) }
     }
 }
 
-/// The subject of a [`StoreError`] that is not the event store, in its chain of causes.
+/// The subject of a [`StoreError`] that is not about the event store, in its chain of causes.
 #[derive(Debug)]
 enum Subject {
     /// A read model, with the driver's error.
     ReadModel(Option<Arc<dyn Error + Send + Sync>>),
-    /// The one that the reason names.
+    /// The subject that the reason names.
     Other,
 }
 
@@ -180,11 +187,11 @@ impl Error for Subject {
     }
 }
 
-/// Why an append was not taken.
+/// The reason why an append failed.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum AppendError {
-    /// A stream was not as expected; nothing of the append was written.
+    /// A stream was not at the expected version; nothing of the append was written.
     #[error(transparent)]
     Conflict(#[from] Conflict),
     /// The store failed.

@@ -3,29 +3,30 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-/// A lease that one holds.
+/// A lease held by this process.
 ///
-/// Leases avoid waste, they do not give safety (I7): whatever an owner writes must also be guarded by data, as checkpoints
-/// are by their epoch.
+/// Leases save work; they do not provide safety (I7). All writes of a lease holder must also be
+/// guarded by data, as checkpoints are by their epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
-    /// What is owned.
+    /// Name of the leased resource.
     pub name: String,
-    /// By whom: a node.
+    /// Node that holds the lease.
     pub owner: Uuid,
-    /// Which ownership this is; grows with every new owner, starts at 1.
+    /// Fencing token: starts at 1 and grows with every new owner.
     pub epoch: u64,
 }
 
-/// A lease as the store has it.
+/// A lease as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeaseInfo {
-    /// The last owner and its epoch.
+    /// Last owner and its epoch.
     pub lease: Lease,
-    /// Until when, by the store's clock.
+    /// Time of expiry, by the store's clock.
     pub expires_at: DateTime<Utc>,
-    /// The TTL that its holder has asked for last.
+    /// Time to live of the holder's last request.
     pub ttl: Duration,
-    /// Whether `expires_at` was still ahead when the store was asked, by the store's own clock: otherwise it is free.
+    /// Whether `expires_at` was in the future when it was read, by the store's clock. If not, it is
+    /// free.
     pub live: bool,
 }

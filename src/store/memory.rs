@@ -1,4 +1,4 @@
-//! The store without a database: for tests, and the plainest statement of what every back end does.
+//! The in-memory event store: for tests, and the simplest reference for all back ends.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +17,9 @@ use super::{
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
-/// An event store in this process's memory, with the same checks as the databases. Clones are handles to the same store;
-/// it is gone with the last of them.
+/// An event store in the memory of this process, with the same checks as the databases.
+///
+/// Clones are handles to the same store; its data is lost with the last clone.
 #[derive(Debug, Clone)]
 pub struct MemoryStore {
     shared: Arc<Shared>,
@@ -34,9 +35,9 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Data {
-    /// The log; an event's position is its index + 1.
+    /// The log; the position of an event is its index + 1.
     events: Vec<RecordedEvent>,
-    /// Indexes into the log; an event's version is its index + 1.
+    /// Indexes into the log; the version of an event is its index + 1.
     streams: HashMap<StreamId, Vec<usize>>,
     checkpoints: HashMap<String, Checkpoint>,
     parked: HashMap<String, BTreeMap<Position, ParkedEvent>>,
@@ -54,12 +55,12 @@ impl Default for MemoryStore {
 }
 
 impl MemoryStore {
-    /// An empty store that keeps payloads as CBOR.
+    /// Creates an empty store with payloads in CBOR.
     pub fn new() -> Self {
         Self::with_codec(Codec::default())
     }
 
-    /// An empty store that keeps payloads in `codec`.
+    /// Creates an empty store with payloads in `codec`.
     pub fn with_codec(codec: Codec) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -71,7 +72,7 @@ impl MemoryStore {
     }
 
     fn data(&self) -> MutexGuard<'_, Data> {
-        // Nothing below can panic half-way through a change.
+        // A poisoned lock is safe to use: no code below can panic in the middle of a change.
         self.shared.data.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -199,7 +200,7 @@ impl Data {
         true
     }
 
-    /// The lease as it is stored, if it is still `lease`'s and was not given back.
+    /// Returns the stored lease, if `lease` is still current and was not released.
     fn held(&mut self, lease: &Lease) -> Option<&mut LeaseInfo> {
         self.leases
             .get_mut(&lease.name)
@@ -217,12 +218,12 @@ impl Data {
     }
 }
 
-/// A position or version as an index; one that no memory has room for is behind everything.
+/// Converts a position or version to an index; a number above `usize::MAX` is after every event.
 fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
-/// `ttl` after `now`, or the end of time.
+/// Returns `ttl` after `now`, at most `DateTime::<Utc>::MAX_UTC`.
 fn later(now: DateTime<Utc>, ttl: Duration) -> DateTime<Utc> {
     chrono::TimeDelta::from_std(ttl)
         .ok()

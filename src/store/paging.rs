@@ -1,32 +1,32 @@
-//! How large a page of the log gets.
+//! The size of a page of the log.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::event::RecordedEvent;
 
-/// About how many bytes a page has at most, unless it has a single event.
+/// Approximate maximum size of a page in bytes; a single event may be larger.
 const BYTES: usize = 4 << 20;
 
-/// How large events were lately, so that not more are asked for than a page has room for.
+/// The size of recent events, which limits how many events a query requests.
 #[derive(Debug, Default)]
 pub(super) struct Paging {
     bytes_an_event: AtomicUsize,
 }
 
 impl Paging {
-    /// How many events to ask a database for when `limit` would be welcome.
+    /// Returns the number of events to request from a database, at most `limit`.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     pub(super) fn events(&self, limit: usize) -> usize {
         (BYTES / self.bytes_an_event.load(Ordering::Relaxed).max(1)).clamp(1, limit.max(1))
     }
 
-    /// A page of so many events.
+    /// Starts a page of at most `limit` events.
     pub(super) fn page(&self, limit: usize) -> Room<'_> {
         Room { paging: self, events: 0, limit, bytes: 0 }
     }
 }
 
-/// The room in a page that is being filled.
+/// The remaining room in a page that is being filled.
 pub(super) struct Room<'a> {
     paging: &'a Paging,
     events: usize,
@@ -35,18 +35,18 @@ pub(super) struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// Takes one more event.
+    /// Counts an event.
     pub(super) fn take(&mut self, event: &RecordedEvent) {
         self.events += 1;
         self.bytes += event.size();
     }
 
-    /// Whether there is no room for another event.
+    /// Returns whether the page is full.
     pub(super) fn is_full(&self) -> bool {
         self.events >= self.limit || self.bytes >= BYTES
     }
 
-    /// Whether more events were asked for than there was room for.
+    /// Returns whether the byte limit ended the page before the event limit.
     #[cfg(feature = "postgres")]
     pub(super) fn is_cut(&self) -> bool {
         self.events < self.limit && self.is_full()
@@ -67,7 +67,7 @@ mod tests {
     use crate::event::tests::recorded;
 
     #[test]
-    fn events_that_were_large_are_asked_for_a_few_at_a_time() {
+    fn large_events_are_requested_a_few_at_a_time() {
         let paging = Paging::default();
         assert_eq!(paging.events(2_000), 2_000);
         let mut room = paging.page(2_000);
@@ -85,7 +85,7 @@ mod tests {
         assert!(room.is_full() && !room.is_cut());
         drop(room);
         assert_eq!(paging.events(2_000), 2_000);
-        // One that is larger than a page is a page.
+        // An event larger than a page gets a page of its own.
         paging.page(2_000).take(&recorded(1, 5 << 20));
         assert_eq!(paging.events(2_000), 1);
         drop(paging.page(2_000));

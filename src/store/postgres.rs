@@ -1,11 +1,13 @@
-//! The event store in PostgreSQL: a total order that nobody can miss events of, while writers never wait for each other.
+//! The event store in PostgreSQL: a log without gaps, while writers never wait for each other.
 //!
-//! - Positions come from a sequence. Before it draws one, a transaction takes a shared advisory lock that says how far the
-//!   sequence was (the *low-water lock*); readers stay below the lowest such lock that is held, and so never pass a position
-//!   that is still to appear (I1). A transaction that has nothing to do with events holds nobody up.
+//! - Positions come from a sequence. Before a transaction draws a position, it takes a shared
+//!   advisory lock on the sequence's current value (the *low-water lock*). Readers stay below the
+//!   lowest such lock that is held, so they never pass a position that is still to appear (I1). A
+//!   transaction without events holds back no reader.
 //! - The unique index on stream and version decides between concurrent appends (I2).
 //! - A batch of appends is one call of one function: one round trip and one commit.
-//! - An append without an answer is looked up, on another connection, before it is answered or repeated (I4).
+//! - If an append gets no answer, the store looks up its events on another connection before it
+//!   answers or repeats the append (I4).
 //!
 //! The SQL is in `migrations/postgres`, with the reasons beside it.
 
@@ -63,15 +65,18 @@ use super::{
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
 
-/// An event store in PostgreSQL 15 or newer. Clones are handles to the same connections; any number of processes may use
-/// the same database. Its tables live in a schema of their own.
+/// An event store in PostgreSQL 15 or newer.
+///
+/// Clones are handles to the same connections. Any number of processes may use one database. The
+/// tables are in a schema of their own.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), storied::StoreError> {
 /// use storied::{PostgresOptions, PostgresStore};
 ///
 /// let store = PostgresStore::connect("postgres://shop:secret@db.internal/shop").await?;
-/// let other = PostgresOptions::new().schema("audit").max_connections(4).connect().await?; // DATABASE_URL
+/// // The URL is that of the variable DATABASE_URL.
+/// let other = PostgresOptions::new().schema("audit").max_connections(4).connect().await?;
 /// # Ok(())
 /// # }
 /// ```
@@ -80,7 +85,7 @@ pub struct PostgresStore {
     shared: Arc<Shared>,
 }
 
-/// Ends with the last handle.
+/// Ends the tailer when the last handle is dropped.
 struct Shared {
     core: Arc<Core>,
     tailer: AbortHandle,
@@ -92,10 +97,10 @@ impl Drop for Shared {
     }
 }
 
-/// What calls and the tailer share.
+/// The state shared by calls and the tailer.
 struct Core {
     info: StoreInfo,
-    /// Whether there was an index of the log by name when this was opened.
+    /// Whether the log had an index by name when the store was opened.
     indexed_by_name: bool,
     sql: LogSql,
     progress: Progress,
@@ -107,7 +112,7 @@ struct Core {
 }
 
 impl Core {
-    /// Bounds what a server may take that does not answer at all. It bounds its statements itself.
+    /// Limits the wait for a server that does not answer at all; it limits its statements itself.
     async fn timed<T>(&self, call: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
         let Some(limit) = self.connections.patience.call else { return call.await };
         tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
@@ -115,12 +120,14 @@ impl Core {
         })
     }
 
-    /// Runs a call that may commit; its output, and whether a wait for a synchronous standby was cancelled in it.
+    /// Runs a call that may commit.
+    ///
+    /// Returns its output and whether its wait for a synchronous standby was cancelled.
     async fn watched<T>(&self, call: impl Future<Output = T>) -> (T, bool) {
         if self.frontier.has_standbys() { notices::watch(call).await } else { (call.await, false) }
     }
 
-    /// As [`timed_call`](Self::timed_call), for a call that commits. Its answer is durable.
+    /// Runs a call that commits, like [`timed_call`](Self::timed_call); its result is durable.
     async fn commit_call<T, E: From<StoreError>>(
         self: &Arc<Self>,
         doing: &str,
@@ -133,7 +140,7 @@ impl Core {
         result
     }
 
-    /// As [`timed`](Self::timed), for a whole call with the wait for its connection.
+    /// Runs a call like [`timed`](Self::timed), including the wait for a connection.
     async fn timed_call<T, E: From<StoreError>>(
         &self,
         doing: &str,
@@ -155,8 +162,10 @@ impl fmt::Debug for PostgresStore {
 }
 
 impl PostgresStore {
-    /// Connects to the database at `url` (empty: the environment's `DATABASE_URL`), creating or migrating storied's tables
-    /// if need be, with the defaults of [`PostgresOptions`].
+    /// Connects to the database at `url` with the defaults of [`PostgresOptions`].
+    ///
+    /// If `url` is empty, the variable `DATABASE_URL` is used. Creates or migrates the tables of
+    /// storied if needed.
     ///
     /// # Errors
     /// See [`PostgresOptions::connect`].
@@ -198,7 +207,7 @@ impl PostgresStore {
         Box::pin(self.shared.core.timed_call(doing, call))
     }
 
-    /// As [`call`](Self::call), for one that commits.
+    /// Runs a call that commits, like [`call`](Self::call).
     fn commit<'a, T: Send + 'a, E: From<StoreError> + Send + 'a, F>(
         &'a self,
         doing: &'static str,
@@ -219,11 +228,11 @@ impl EventStore for PostgresStore {
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
         let core = self.shared.core.clone();
         let appends = batch.len();
-        // To its end: a caller that goes away does not break it off.
+        // The append runs to completion even if the caller drops the future.
         let append = AssertUnwindSafe(to_its_end(async move { append::append(&core, &batch).await }));
         Box::pin(append.catch_unwind().map(move |answers| {
             answers.unwrap_or_else(|panic| {
-                let reason = format!("{}: it panicked: {}", append::DOING, panic_text(&*panic));
+                let reason = format!("{}: the append panicked: {}", append::DOING, panic_text(&*panic));
                 vec![Err(StoreError::OutcomeUnknown { reason, source: None }.into()); appends]
             })
         }))
@@ -243,7 +252,7 @@ impl EventStore for PostgresStore {
     }
 
     fn event_id_at(&self, position: Position) -> BoxFuture<'_, Result<Option<Uuid>, StoreError>> {
-        self.call("looking for an event", read::event_id_at(&self.shared.core, position))
+        self.call("looking up an event", read::event_id_at(&self.shared.core, position))
     }
 
     fn confirm_durable(&self) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -252,7 +261,7 @@ impl EventStore for PostgresStore {
 
     fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
         let core = &self.shared.core;
-        self.call("reading how far the log goes", core.frontier.refresh(core))
+        self.call("reading the high-water mark", core.frontier.refresh(core))
     }
 
     fn appended(&self) -> watch::Receiver<Position> {
@@ -330,7 +339,7 @@ impl EventStore for PostgresStore {
     }
 
     fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
-        self.call("reading who is paused", state::paused(&self.shared.core))
+        self.call("reading the paused projections", state::paused(&self.shared.core))
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
@@ -371,7 +380,7 @@ impl EventStore for PostgresStore {
         self.commit("releasing a lease", state::release_lease(&self.shared.core, lease))
     }
 
-    /// One that lasts is also logged as a warning.
+    /// Returns the stall, if any; a lasting one is also logged as a warning.
     fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
         self.call("looking for a stall", frontier::stall(&self.shared.core))
     }
@@ -400,7 +409,7 @@ impl EventStore for PostgresStore {
         command: Uuid,
     ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>> {
         let find = commands::events(&self.shared.core, stream, command);
-        self.call("looking for the events of a command", find)
+        self.call("looking up the events of a command", find)
     }
 
     fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
@@ -408,27 +417,31 @@ impl EventStore for PostgresStore {
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
-        self.call("reading what became of a command", commands::command(&self.shared.core, id))
+        self.call("reading a command record", commands::command(&self.shared.core, id))
     }
 
     fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
-        self.call("recording what became of a command", commands::record_command(&self.shared.core, record))
+        self.call("recording a command", commands::record_command(&self.shared.core, record))
     }
 
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         let forget = commands::forget_commands(&self.shared.core, age, limit);
-        self.call("forgetting what became of old commands", forget)
+        self.call("deleting old command records", forget)
     }
 }
 
-/// The key of a stream, as `storied.stream_key()` computes it. Keys are stored: the computation never changes.
+/// Computes the key of a stream, like `storied.stream_key()`.
+///
+/// Keys are stored, so the computation never changes.
 fn stream_key(stream: &StreamId) -> Uuid {
     let [key @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _]: [u8; 32] =
         Sha256::digest(stream.to_string()).into();
     Uuid::from_bytes(key)
 }
 
-/// PostgreSQL has no unsigned numbers. Nothing that is stored comes near the end of the signed ones.
+/// Converts a number: PostgreSQL has no unsigned ones.
+///
+/// Stored numbers are far below the signed maximum.
 fn to_sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

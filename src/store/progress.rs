@@ -4,47 +4,47 @@ use uuid::Uuid;
 use super::error::StoreError;
 use crate::event::{EventName, Position, RecordedEvent, StreamId, Version};
 
-/// How far a reader of the log has got.
+/// The progress of a reader of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Checkpoint {
-    /// Everything up to here is applied.
+    /// Last applied position; all events up to it are applied.
     pub position: Position,
-    /// The lease epoch under which it was written; an owner with a lower one is refused.
+    /// Lease epoch of the write; an owner with a lower epoch is fenced.
     pub epoch: u64,
-    /// A number of the reader's own that belongs to the position (the sequence of a mirror), else 0.
+    /// Number that the reader stores with the position (the sequence of a mirror), else 0.
     pub mark: u64,
 }
 
-/// A checkpoint as it is kept.
+/// A checkpoint as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointRecord {
-    /// Whose it is.
+    /// Name of the reader.
     pub name: String,
-    /// How far that has got.
+    /// Progress of the reader.
     pub checkpoint: Checkpoint,
-    /// In the log of the store with this id.
+    /// Id of the store that the position belongs to.
     pub store: Uuid,
-    /// When it was last written.
+    /// Time of the last write.
     pub updated_at: DateTime<Utc>,
-    /// How many events are put aside under its name.
+    /// Number of events parked under the name.
     pub parked: u64,
 }
 
-/// Why a checkpoint was not moved.
+/// The reason why a checkpoint was not saved.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
-    /// Somebody else moved it: another owner is at work and this one must stop.
+    /// Another owner moved the checkpoint; this owner is fenced and must stop.
     #[error(
-        "the checkpoint of {name} is not where this owner left it (expected position {} in epoch {}, found position {} in epoch {}): another owner has taken over",
+        "saving the checkpoint of {name} failed: another owner has moved it (expected position {} in epoch {}, found position {} in epoch {})",
         expected.position, expected.epoch, found.position, found.epoch
     )]
     Stale {
-        /// Whose checkpoint.
+        /// Name of the checkpoint.
         name: String,
-        /// Where this owner left it.
+        /// Checkpoint as this owner last saved it.
         expected: Checkpoint,
-        /// Where it is.
+        /// Stored checkpoint.
         found: Checkpoint,
     },
     /// The store failed.
@@ -52,29 +52,29 @@ pub enum CheckpointError {
     Store(#[from] StoreError),
 }
 
-/// An event that a projection could not apply and has put aside.
+/// A poison event that a projection has parked after its attempts failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParkedEvent {
-    /// Where it is in the log; the event itself is read from there.
+    /// Position in the log, from which the event itself is read.
     pub position: Position,
-    /// Its id.
+    /// Id of the event.
     pub event_id: Uuid,
-    /// Its stream.
+    /// Stream of the event.
     pub stream: StreamId,
-    /// Its version.
+    /// Version of the event.
     pub version: Version,
-    /// Its name.
+    /// Name of the event.
     pub name: EventName,
-    /// The last error.
+    /// Last error.
     pub error: String,
-    /// How often it was tried.
+    /// Number of attempts.
     pub attempts: u32,
-    /// When it was parked.
+    /// Time of parking.
     pub parked_at: DateTime<Utc>,
 }
 
 impl ParkedEvent {
-    /// Puts `event` aside because of `error`.
+    /// Parks `event` because of `error`.
     pub fn new(event: &RecordedEvent, error: String, attempts: u32) -> Self {
         Self {
             position: event.position,

@@ -1,9 +1,9 @@
 //! The embedded event store: one SQLite file, one connection that writes, several that read.
 //!
-//! SQLite lets one transaction write at a time, in all processes together, and the append takes that lock before it looks
-//! for the last position. So transactions commit in the order of their positions, and the last visible event is the
-//! frontier (I1). The write-ahead log is synced at every commit (I3), and keeps readers and the writer out of each
-//! other's way.
+//! SQLite runs one writing transaction at a time across all processes, and an append takes the
+//! write lock before it reads the last position. So transactions commit in the order of their
+//! positions, and the last visible event is the high-water mark (I1). The write-ahead log is synced
+//! at every commit (I3). It also keeps readers and the writer from blocking each other.
 
 mod append;
 mod connection;
@@ -41,7 +41,7 @@ use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::invalid_option::{DAY, InvalidOption, at_least, within};
 
-/// How a [`SqliteStore`] is opened.
+/// Options for opening a [`SqliteStore`].
 #[derive(Debug, Clone)]
 pub struct SqliteOptions {
     path: PathBuf,
@@ -54,7 +54,7 @@ pub struct SqliteOptions {
 }
 
 impl SqliteOptions {
-    /// The store in the file at `path`.
+    /// Describes the store in the file at `path`.
     pub fn new(path: impl AsRef<Path>) -> Self {
         Self {
             path: path.as_ref().to_owned(),
@@ -67,44 +67,62 @@ impl SqliteOptions {
         }
     }
 
-    /// Whether to create the file if it is not there. Default: yes. Its directory must exist. On Unix only the user of this
-    /// program may read and write a file that is created, and SQLite gives the files beside it the same rights.
+    /// Sets whether to create a missing file.
+    ///
+    /// On Unix only the user of this program may read and write a created file. SQLite gives the
+    /// files beside it the same rights.
+    ///
+    /// Default: yes. Its directory must exist.
     #[must_use]
     pub fn create_if_missing(mut self, create: bool) -> Self {
         self.create_if_missing = create;
         self
     }
 
-    /// Whether to create and migrate the tables when opening. If not, tables that are missing or older than the program are
-    /// an error, and a file that is no event store stays as it is. Default: yes.
+    /// Sets whether to create and migrate the tables when opening.
+    ///
+    /// If not, missing tables and tables older than the program are an error, and a file that is
+    /// not an event store is left unchanged.
+    ///
+    /// Default: yes.
     #[must_use]
     pub fn migrate(mut self, migrate: bool) -> Self {
         self.migrate = migrate;
         self
     }
 
-    /// How payloads are kept. A store remembers it from its creation on, and is opened with nothing else. Default: CBOR.
+    /// Sets the encoding of the payloads.
+    ///
+    /// The store keeps the codec of its creation and cannot be opened with another.
+    ///
+    /// Default: CBOR.
     #[must_use]
     pub fn codec(mut self, codec: Codec) -> Self {
         self.codec = codec;
         self
     }
 
-    /// How many connections read at the same time, each with a thread of its own. Default: 4. Range: 1 to 1,000.
+    /// Sets the number of connections that read at the same time, each with its own thread.
+    ///
+    /// Default: 4. Range: 1 to 1,000.
     #[must_use]
     pub fn readers(mut self, readers: usize) -> Self {
         self.readers = readers;
         self
     }
 
-    /// How long to wait for the write lock while another process holds it. Default: 5 s. Range: at most 1 day.
+    /// Sets the maximum wait for the write lock while another process holds it.
+    ///
+    /// Default: 5 s. Maximum: 1 day.
     #[must_use]
     pub fn busy_timeout(mut self, timeout: Duration) -> Self {
         self.busy_timeout = timeout;
         self
     }
 
-    /// How long a call waits for the calls of this process before it. Default: 30 s. Range: at least 1 ms.
+    /// Sets the maximum wait of a call for earlier calls of this process.
+    ///
+    /// Default: 30 s. Minimum: 1 ms.
     #[must_use]
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.acquire_timeout = timeout;
@@ -117,20 +135,26 @@ impl SqliteOptions {
         at_least("SqliteOptions::acquire_timeout", self.acquire_timeout, Duration::from_millis(1))
     }
 
-    /// Opens the store, creating or migrating its tables if need be. Any number of processes may do so at once.
+    /// Opens the store, and creates or migrates its tables if needed.
+    ///
+    /// Any number of processes may do so at the same time.
     ///
     /// # Errors
-    /// `Invalid` for a path that names no file or an option out of its range; `Incompatible` when the file is no database, was made by a newer storied or with another codec; `Storage` when it
-    /// cannot be opened or written; `Unavailable` when others keep it locked.
+    /// - `Invalid` for a path that names no file, or an option out of its range;
+    /// - `Incompatible` if the file is not a database, or was created by a newer storied or with
+    ///   another codec;
+    /// - `Storage` if the file cannot be opened or written;
+    /// - `Unavailable` if other processes keep the file locked.
     pub async fn open(self) -> Result<SqliteStore, StoreError> {
         self.validate()?;
         let memory = ["", ":memory:"].iter().any(|name| self.path.as_os_str() == *name);
         if memory {
-            let reason = format!("{:?} names no file; use MemoryStore for a store in memory", self.path);
+            let reason =
+                format!("the path {:?} names no file; use MemoryStore for a store in memory", self.path);
             return Err(StoreError::Invalid { reason });
         }
         if self.path.to_str().is_some_and(|path| path.starts_with("sqlite:")) {
-            let reason = format!("{:?} is a URL; SqliteStore takes the path of a file", self.path);
+            let reason = format!("the path {:?} is a URL; pass the path of a file", self.path);
             return Err(StoreError::Invalid { reason });
         }
         if self.path.is_dir() {
@@ -146,9 +170,11 @@ impl SqliteOptions {
             .clone()
             .create_if_missing(self.create_if_missing)
             .synchronous(SqliteSynchronous::Full)
-            // On macOS a plain fsync leaves data in the drive's cache; elsewhere this changes nothing.
+            // On macOS a plain fsync leaves data in the drive's cache; elsewhere this changes
+            // nothing.
             .pragma("fullfsync", "ON");
-        // Remembered by the file: not for one that may be somebody else's.
+        // The file keeps this setting, so a file that may belong to another program is left
+        // unchanged.
         let writing = if self.migrate { writing.journal_mode(SqliteJournalMode::Wal) } else { writing };
         let (connection, (id, adoption)) = self.prepare(&writing).await?;
         let reading = shared.pragma("query_only", "ON");
@@ -166,7 +192,7 @@ impl SqliteOptions {
         })
     }
 
-    /// Creates the file if it is not there and may be, for this user alone.
+    /// Creates a missing file, if allowed, with access for this user only.
     fn create(&self) -> Result<(), StoreError> {
         let shown = self.path.display();
         if !self.create_if_missing {
@@ -176,7 +202,7 @@ impl SqliteOptions {
                     found: "no such file".into(),
                     advice: "check the path, or create the store with a program that may migrate".into(),
                 }),
-                // Opening it says what is wrong.
+                // Opening the file reports the error.
                 _ => Ok(()),
             };
         }
@@ -189,14 +215,14 @@ impl SqliteOptions {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
             Err(error) => Err(StoreError::storage(
                 format!(
-                    "creating {shown}: {error}; does the directory exist, and may this program write there?"
+                    "creating {shown}: {error}; check that the directory exists and that this program may write there"
                 ),
                 error,
             )),
         }
     }
 
-    /// The first connection, and the identity of what is behind it.
+    /// Opens the first connection and returns it with the identity of the store.
     async fn prepare(
         &self,
         options: &SqliteConnectOptions,
@@ -210,7 +236,8 @@ impl SqliteOptions {
                 Ok((connection, prepared))
             };
             match attempt.await {
-                // Turning a new file into WAL mode does not wait for others who do the same.
+                // Switching a new file to WAL mode does not wait for other processes that do the
+                // same.
                 Err(StoreError::Unavailable { .. }) if Instant::now() < give_up => {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
@@ -220,9 +247,11 @@ impl SqliteOptions {
     }
 }
 
-/// An event store in a SQLite file. Clones are handles to the same connections; several processes may open the same file
-/// (not over a network file system). Not for tests with paused time, whose clock jumps while SQLite's threads work: use
-/// [`MemoryStore`](super::MemoryStore) there.
+/// An event store in a SQLite file.
+///
+/// Clones are handles to the same connections. Several processes may open the same file, but not
+/// over a network file system. Tests with paused time use [`MemoryStore`](super::MemoryStore)
+/// instead: their clock jumps while the threads of SQLite work.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), storied::StoreError> {
@@ -253,7 +282,7 @@ impl fmt::Debug for SqliteStore {
 }
 
 impl SqliteStore {
-    /// Opens the store at `path`, creating it if need be, with the defaults of [`SqliteOptions`].
+    /// Opens the store at `path` with the defaults of [`SqliteOptions`]; creates it if needed.
     ///
     /// # Errors
     /// See [`SqliteOptions::open`].
@@ -308,26 +337,26 @@ impl SqliteStore {
             Err(Failure::Commit(error, written)) => (error, written),
             Err(failure) => return Err(failure.into_error()),
         };
-        // A commit that failed has mostly not happened. It costs little to look (I4).
+        // I4: a failed commit has usually not happened, and the look-up is cheap.
         let Some((position, id)) = written.proof else { return Ok(written.answers) };
         match read::is_at(&self.shared.readers, position, id).await {
             Ok(true) => {
-                tracing::warn!(%error, %position, "a commit reported an error, but the events are in the log");
+                tracing::warn!(%error, %position, "commit reported an error, but the events are in the log");
                 Ok(written.answers)
             }
-            // Absent now, and yet a crash may bring it back.
+            // The events are absent now, but a crash may restore them.
             Ok(false) if error::is_sync_failure(&error) => {
                 Err(StoreError::OutcomeUnknown { reason: error.to_string(), source: Some(Arc::new(error)) })
             }
             Ok(false) => Err(error),
             Err(lookup) => Err(StoreError::OutcomeUnknown {
-                reason: format!("{error}; and then: {lookup}"),
+                reason: format!("{error}; looking up the events failed: {lookup}"),
                 source: Some(Arc::new(error)),
             }),
         }
     }
 
-    /// Tells this process's readers how far the log goes now.
+    /// Notifies the readers of this process of the new end of the log.
     fn announce(&self, written: &[Result<Appended, AppendError>]) {
         let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
         let Some(&last) = last else { return };
@@ -338,7 +367,7 @@ impl SqliteStore {
         });
     }
 
-    /// A transaction of which it does not matter how a failed commit ended: the caller asks again.
+    /// Runs a transaction whose failed commit needs no look-up, because the caller repeats it.
     async fn transaction<T, E, W>(&self, doing: &'static str, work: W) -> Result<T, E>
     where
         T: Send + 'static,
@@ -445,7 +474,7 @@ impl EventStore for SqliteStore {
 
     fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
         Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading who is paused").await?;
+            let mut reader = self.shared.readers.get("reading the paused projections").await?;
             let paused = state::paused(&mut reader.connection).await?;
             reader.give_back();
             Ok(paused)
@@ -553,7 +582,7 @@ impl EventStore for SqliteStore {
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
         Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading what became of a command").await?;
+            let mut reader = self.shared.readers.get("reading a command record").await?;
             let record = state::command(&mut reader.connection, id).await?;
             reader.give_back();
             Ok(record)
@@ -561,19 +590,21 @@ impl EventStore for SqliteStore {
     }
 
     fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
-        Box::pin(self.transaction("recording what became of a command", move |connection| {
+        Box::pin(self.transaction("recording a command", move |connection| {
             Box::pin(state::record_command(connection, record))
         }))
     }
 
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
-        Box::pin(self.transaction("forgetting what became of old commands", move |connection| {
+        Box::pin(self.transaction("deleting old command records", move |connection| {
             Box::pin(state::forget_commands(connection, age, limit))
         }))
     }
 }
 
-/// SQLite has no unsigned numbers. Nothing that is stored comes near the end of the signed ones.
+/// Converts a number: SQLite has no unsigned ones.
+///
+/// Stored numbers are far below the signed maximum.
 fn to_sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
@@ -582,17 +613,17 @@ fn from_sql(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)
 }
 
-/// Now, in microseconds since 1970.
+/// Returns the current time in microseconds since 1970.
 fn now() -> i64 {
     Utc::now().timestamp_micros()
 }
 
-/// A list as one parameter, for `json_each`: the statement stays the same however long the list is.
+/// Encodes a list as one parameter for `json_each`: the statement is the same for every length.
 fn json_list<'a>(items: impl IntoIterator<Item = &'a str>) -> String {
     serde_json::Value::from_iter(items).to_string()
 }
 
-/// Streams as `[[category, id], …]`, for `json_each`.
+/// Encodes streams as `[[category, id], …]` for `json_each`.
 fn json_streams<'a>(streams: impl IntoIterator<Item = &'a StreamId>) -> String {
     serde_json::Value::from_iter(streams.into_iter().map(|stream| vec![stream.category(), stream.id()]))
         .to_string()

@@ -1,10 +1,10 @@
-//! The group-commit writer: what all aggregates of a process append goes through here, as many appends in one
-//! transaction as wait for it.
+//! The group-commit writer: concurrent appends of all aggregates of a process share transactions.
 //!
-//! There is no timer: a transaction takes what has gathered while the one before it was on its way, so a lone append
-//! never waits and a busy store gets large transactions. A stream is in at most one transaction in flight; what follows
-//! on it gathers for the next one. An append that fails takes those with it that were decided on its events, and nobody
-//! else.
+//! There is no timer. A transaction takes all appends that were queued while the previous
+//! transaction was in flight, so a lone append never waits and a busy store gets large
+//! transactions. Each stream is in at most one transaction in flight; later appends to it are
+//! queued for the next. If an append fails, the appends decided on its events fail too, and no
+//! others.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -24,19 +24,21 @@ use crate::future::BoxFuture;
 use crate::panic::panic_text;
 use crate::telemetry::{Metrics, Timer};
 
-/// Turns that the writer gives to other tasks between two transactions, at most. Those who were just answered submit again after
-/// some hops (actor, caller, router, actor); without a turn for each, two half-sized transactions alternate. Measured with
-/// 64 callers on SQLite: see `cargo bench --bench storied -- commands`. It costs a lone caller about a microsecond.
+/// Maximum number of `yield_now` calls between two transactions.
+///
+/// Callers that were just answered submit again after some hops (actor, caller, router, actor).
+/// Without a yield for each hop, two half-sized transactions alternate. Measured with 64 callers on
+/// SQLite: see `cargo bench --bench storied -- commands`. It costs a lone caller about 1 µs.
 const TURNS: usize = 4;
 
 /// Limits of the writer.
 #[derive(Debug, Clone)]
 pub(crate) struct WriterOptions {
-    /// How many events one transaction takes at most (a single append may be larger and then travels alone).
+    /// Maximum number of events in a transaction; a larger append gets a transaction of its own.
     pub(crate) batch_events: usize,
-    /// How many payload and metadata bytes, likewise.
+    /// Maximum number of payload and metadata bytes in a transaction; likewise.
     pub(crate) batch_bytes: usize,
-    /// How many appends may wait; beyond it, submitting waits.
+    /// Maximum number of queued appends; beyond it, submitting waits.
     pub(crate) queue: usize,
 }
 
@@ -46,19 +48,20 @@ impl Default for WriterOptions {
     }
 }
 
-/// What became of one append.
+/// The result of an append.
 pub(crate) type Outcome = Result<Written, AppendError>;
 
 /// A durable append.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Written {
-    /// The position of its last event.
+    /// Position of the last event.
     pub(crate) position: Position,
 }
 
-/// Ties appends together that were decided one upon the other, before the first was durable. When one of them fails, the
-/// writer breaks the chain, and refuses what was decided on it even if its expected version should happen to be right: it
-/// was decided on events that never happened.
+/// A chain of appends, each decided on events of the previous one that were not durable yet.
+///
+/// If an append fails, the writer breaks the chain and refuses the rest of it, even if an expected
+/// version happens to match: the rest was decided on events that do not exist.
 #[derive(Debug, Clone)]
 pub(crate) struct Chain(Arc<AtomicBool>);
 
@@ -76,15 +79,15 @@ impl Chain {
     }
 }
 
-/// One append to one stream, at exactly `expected`.
+/// An append to one stream at exactly the version `expected`.
 pub(crate) struct Submission {
     pub(crate) stream: StreamId,
     pub(crate) expected: Version,
     pub(crate) events: Vec<NewEvent>,
     pub(crate) chain: Chain,
-    /// Travels as an append of its own: something that it was merged with before was refused.
+    /// Set if a merged append with this one was refused: it must be sent as an append of its own.
     pub(crate) alone: bool,
-    /// Called once, from the writer's task: must not block.
+    /// Called once, from the writer's task; must not block.
     pub(crate) done: Box<dyn FnOnce(Outcome) + Send>,
 }
 
@@ -94,7 +97,7 @@ impl Submission {
     }
 }
 
-/// Counters of a writer, for the status.
+/// The counters of a writer, for its status.
 #[derive(Debug, Default)]
 struct Counters {
     transactions: AtomicU64,
@@ -104,26 +107,27 @@ struct Counters {
     failures: AtomicU64,
 }
 
-/// What the writer has done since the start.
+/// The totals of a writer since its start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct WriterStatus {
-    /// Append calls to the store: one transaction each.
+    /// Append calls to the store; each is one transaction.
     pub transactions: u64,
     /// Appends that became durable.
     pub appends: u64,
     /// Events that became durable.
     pub events: u64,
-    /// Appends refused because the stream had moved on.
+    /// Appends refused because of a version conflict.
     pub conflicts: u64,
-    /// Appends that failed because the store did.
+    /// Appends that failed because the store failed.
     pub failures: u64,
-    /// Appends waiting to be taken up.
+    /// Appends in the queue.
     pub queued: usize,
 }
 
-/// The handle that aggregates submit through; cheap to clone. The task ends when the last handle is gone and everything
-/// submitted is answered.
+/// A handle through which aggregates submit appends; cheap to clone.
+///
+/// The writer's task ends when the last handle is dropped and all submissions are answered.
 #[derive(Clone)]
 pub(crate) struct Writer {
     submissions: mpsc::Sender<Submission>,
@@ -138,7 +142,10 @@ impl fmt::Debug for Writer {
 }
 
 impl Writer {
-    /// Starts the writer of a store. Must be called within a tokio runtime.
+    /// Starts the writer of a store.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub(crate) fn start(store: Arc<dyn EventStore>, options: WriterOptions, metrics: Metrics) -> Self {
         let (submissions, receiver) = mpsc::channel(options.queue.max(1));
         let counters = Arc::new(Counters::default());
@@ -160,13 +167,14 @@ impl Writer {
         Self { submissions, counters, metrics }
     }
 
-    /// Where those who submit count as well.
+    /// Returns the metrics that submitters also record to.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
-    /// Hands an append over. Waits while the queue is full. `done` is called in any case, unless this returns the
-    /// submission because the writer is gone.
+    /// Submits an append; waits while the queue is full.
+    ///
+    /// `done` is always called, unless the writer has ended and this returns the submission.
     pub(crate) async fn submit(&self, submission: Submission) -> Result<(), Submission> {
         self.submissions.send(submission).await.map_err(|error| error.0)
     }
@@ -184,36 +192,38 @@ impl Writer {
     }
 }
 
-/// What waits on one stream.
+/// The queued appends of a stream.
 #[derive(Default)]
 struct StreamQueue {
     waiting: VecDeque<Submission>,
-    /// In a transaction right now: what arrives has to wait for its end.
+    /// Whether a transaction with this stream is in flight; new appends wait for its end.
     in_flight: bool,
 }
 
-/// A transaction's end: what was in it, with the store's answers.
+/// A finished transaction: its submissions and the store's results.
 type Finished = (Vec<Vec<Submission>>, Vec<Result<Appended, AppendError>>);
 
 struct Task {
     store: Arc<dyn EventStore>,
     options: WriterOptions,
-    /// How many transactions may be in flight.
+    /// Maximum number of transactions in flight.
     concurrency: usize,
     counters: Arc<Counters>,
     metrics: Metrics,
-    /// Only streams with something waiting or in flight; empty entries are removed.
+    /// Streams with an append queued or in flight; empty entries are removed.
     streams: HashMap<StreamId, StreamQueue>,
-    /// Streams that have something waiting and are not in flight, oldest first.
+    /// Streams with an append queued and none in flight, oldest first.
     ready: VecDeque<StreamId>,
-    /// Submissions in `streams`, which bounds what is taken from the channel.
+    /// Number of submissions in `streams`; limits the intake from the channel.
     waiting: usize,
-    /// In this task, not in tasks of their own: each task on the way is a turn of the scheduler's, there and back, and after
-    /// three of them in a row tokio wakes another thread, which takes longer than all else that is done here for an append.
+    /// Transactions in flight, polled by this task.
+    ///
+    /// A task of its own would cost a scheduler hop there and back. After three such hops in a row,
+    /// tokio wakes another thread, which takes longer than all other work for an append.
     running: FuturesUnordered<BoxFuture<'static, Finished>>,
-    /// What is left of [`TURNS`] …
+    /// Remaining `yield_now` calls, of [`TURNS`].
     turns: usize,
-    /// … which are cut short when so much waits: as many as were answered have come back.
+    /// Number of queued appends that ends the yields early: as many as were answered are back.
     expected: usize,
 }
 
@@ -244,13 +254,13 @@ impl Task {
                     self.turns -= 1;
                     self.take_up(&mut submissions);
                 }
-                // What waited was refused just now, and nobody is left to submit.
+                // The queued appends were just refused, and the channel is closed.
                 else => {}
             }
         }
     }
 
-    /// Everything that is already there belongs into the same transaction.
+    /// Moves all submissions of the channel into the queues, so that they share a transaction.
     fn take_up(&mut self, submissions: &mut mpsc::Receiver<Submission>) {
         while self.waiting < self.options.queue {
             let Ok(submission) = submissions.try_recv() else { return };
@@ -288,11 +298,11 @@ impl Task {
                 let fits =
                     events + length <= self.options.batch_events && bytes + size <= self.options.batch_bytes;
                 let first = batch.is_empty() && taken.is_empty();
-                // Decided one upon the other, or they cannot be one append.
+                // Only an append decided on the previous one can be merged with it.
                 let continues = taken
                     .last()
                     .is_none_or(|last| last.expected.plus(last.events.len() as u64) == next.expected);
-                // What was refused together is found out one by one.
+                // After a merged append was refused, each of its submissions is tried alone.
                 let alone = next.alone || taken.last().is_some_and(|last| last.alone);
                 if !(fits || first) || !continues || (alone && !taken.is_empty()) {
                     break;
@@ -308,7 +318,7 @@ impl Task {
                     stream.map(|stream| self.streams.remove(&stream));
                     continue;
                 }
-                break; // full
+                break; // The transaction is full.
             }
             queue.in_flight = true;
             self.ready.pop_front();
@@ -325,7 +335,7 @@ impl Task {
             let Some(stream) = submissions.first().map(|first| first.stream.clone()) else { continue };
             let invalid = matches!(answer, Err(AppendError::Store(StoreError::Invalid { .. })));
             if invalid && submissions.len() > 1 {
-                // One of them cannot be stored; the others must not fail with it.
+                // One submission cannot be stored; the others must not fail with it.
                 let queue = self.streams.entry(stream.clone()).or_default();
                 for mut submission in submissions.into_iter().rev() {
                     submission.alone = true;
@@ -353,11 +363,14 @@ impl Task {
                     end += submission.events.len();
                     self.counters.appends.fetch_add(1, Ordering::Relaxed);
                     self.counters.events.fetch_add(submission.events.len() as u64, Ordering::Relaxed);
-                    // The store gives a position for every event; a back end that does not is broken.
+                    // The store returns a position for every event; a back end that does not is
+                    // faulty.
                     let position = appended.positions.get(end - 1).copied();
                     (submission.done)(position.map(|position| Written { position }).ok_or_else(|| {
-                        StoreError::Corrupt { reason: "the store did not say where it put the events".into() }
-                            .into()
+                        StoreError::Corrupt {
+                            reason: "the store returned no position for an appended event".into(),
+                        }
+                        .into()
                     }));
                 }
             }
@@ -366,7 +379,7 @@ impl Task {
                     AppendError::Conflict(_) => &self.counters.conflicts,
                     AppendError::Store(_) => &self.counters.failures,
                 };
-                // First, so that nothing of the same chain is taken up between the answers.
+                // First cut the chains, so that nothing of them is taken up between the answers.
                 for submission in &submissions {
                     submission.chain.cut();
                 }
@@ -379,13 +392,13 @@ impl Task {
     }
 }
 
-/// Answers an append whose chain was cut before it was taken up.
+/// Answers an append whose chain was cut before the append was sent.
 fn refuse(submission: Submission, counters: &Counters) {
     counters.conflicts.fetch_add(1, Ordering::Relaxed);
     let conflict = super::Conflict {
         stream: submission.stream,
         expected: ExpectedVersion::Exact(submission.expected),
-        // What the stream is at is unknown here; the one ahead of this append was told.
+        // The actual version is unknown here; only the append before this one received it.
         actual: Version::NONE,
     };
     (submission.done)(Err(conflict.into()));
@@ -403,10 +416,13 @@ async fn append_all(store: Arc<dyn EventStore>, batch: Vec<Vec<Submission>>, met
     let timer = Timer::start();
     let answers = match AssertUnwindSafe(async { store.append(appends).await }).catch_unwind().await {
         Ok(answers) if answers.len() == expected => answers,
-        Ok(answers) => failed(expected, format!("{} answers to {expected} appends", answers.len())),
+        Ok(answers) => failed(
+            expected,
+            format!("the back end returned {} results for {expected} appends", answers.len()),
+        ),
         Err(panic) => failed(expected, format!("the back end panicked: {}", panic_text(&*panic))),
     };
-    // Streams conflict each for itself; when the store fails, it fails them all.
+    // Conflicts concern single streams; a failure of the store concerns all appends.
     let failed = answers.iter().find_map(|answer| match answer {
         Err(AppendError::Store(error)) => Some(error.kind()),
         _ => None,

@@ -1,5 +1,5 @@
-//! Databases that are not as they should be, and data that cannot be stored: typed errors that say what to do, and nothing
-//! lost beside them.
+//! Unsuitable databases and data that cannot be stored cause typed errors with advice, and no data
+//! loss.
 
 use std::fs;
 use std::os::unix::fs::chown;
@@ -29,7 +29,7 @@ async fn refused(options: PostgresOptions) -> StoreError {
     options.connect().await.map(drop).expect_err("this must be refused")
 }
 
-/// What an `Incompatible` error says, in that order.
+/// Returns the texts of an `Incompatible` error, in order.
 fn incompatible(error: &StoreError) -> String {
     match error {
         StoreError::Incompatible { .. } => error.to_string(),
@@ -68,7 +68,7 @@ async fn wrong_logins_and_databases() {
     incompatible(&error);
     says(&error, &["nowhere", "create it"]);
 
-    // Right password, but not one right in the database.
+    // A correct password, but no right in the database.
     let error = refused(PostgresOptions::new().url(as_user(&url, "careful:right"))).await;
     assert!(matches!(error, StoreError::Storage { .. }), "{error:?}");
     says(&error, &["permission denied", "GRANT"]);
@@ -94,7 +94,7 @@ async fn other_schema_versions() {
     let server = PostgresServer::shared().await;
     let url = server.create_database().await;
     let verify = || PostgresOptions::new().url(&*url).migrate(false);
-    says(&refused(verify()).await, &["none, or older ones", "may migrate"]);
+    says(&refused(verify()).await, &["no tables, or older ones", "may migrate"]);
     PostgresStore::connect(&url).await.unwrap();
     verify().connect().await.unwrap();
 
@@ -119,7 +119,7 @@ async fn other_schema_versions() {
     incompatible(&refused(PostgresOptions::new().url(&url)).await);
 }
 
-/// Everything that the order and durability of the log rest on.
+/// All settings that the order and durability of the log depend on.
 #[tokio::test]
 async fn unsafe_settings() {
     let mut server = PostgresServer::start().await;
@@ -165,7 +165,7 @@ async fn unsafe_settings() {
         run(&url, &format!("ALTER SEQUENCE storied.positions {repaired}")).await;
     }
 
-    // Changed behind the back of a store that is open.
+    // Changed while a store is open.
     run(&server.url(), &format!("ALTER DATABASE {database} SET synchronous_commit = off")).await;
     let late = options();
     run(&url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'storied'")
@@ -195,7 +195,7 @@ async fn positions_have_an_end() {
         let position = append(&store, &stream("a"), exact(version), events(1)).await.unwrap().positions[0];
         assert_eq!(position.get(), last - 2 + version);
     }
-    // A reader waits for an append below the end, as for any other.
+    // A reader waits for an append below the end, as for any other append.
     let mut other = connect(&url).await;
     let mut open = other.begin().await.unwrap();
     crate::oracle::append_one(&mut open, &stream("b"), &event()).await.unwrap();
@@ -211,7 +211,7 @@ async fn positions_have_an_end() {
     assert_eq!(whole_log(&PostgresStore::connect(&url).await.unwrap()).await.len(), 3);
 }
 
-/// A sequence that was moved on, and that nothing was drawn from since, is no empty log (F45).
+/// A sequence that was moved on and not drawn from since is not an empty log (F45).
 #[tokio::test]
 async fn a_moved_sequence_is_no_empty_log() {
     for moved in [
@@ -237,10 +237,11 @@ async fn a_moved_sequence_is_no_empty_log() {
     }
 }
 
-/// An append is answered, and settles the mark, at the end of its statement, where PostgreSQL commits, and not with its row
-/// (F46). A constraint that is checked at the commit shows the difference.
+/// An append is answered, and settles the mark, after the end of its statement, where PostgreSQL
+/// commits, and not with its row (F46). A constraint that is checked at the commit shows the
+/// difference.
 #[tokio::test]
-async fn an_answer_comes_behind_the_commit() {
+async fn an_append_is_answered_after_the_commit() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = PostgresStore::connect(&url).await.unwrap();
     let appended = store.appended();
@@ -261,7 +262,7 @@ async fn an_answer_comes_behind_the_commit() {
     assert_eq!(whole_log(&store).await.len(), 1);
 }
 
-/// Texts that another encoding cannot hold would be refused one by one, much later.
+/// Another encoding would reject single texts, much later.
 #[tokio::test]
 async fn databases_that_are_not_in_utf_8() {
     let server = PostgresServer::shared().await;
@@ -281,7 +282,7 @@ async fn databases_that_are_not_in_utf_8() {
     }
 }
 
-/// Tables that the application creates without a schema would land beside storied's.
+/// Tables that the application creates without a schema would be created beside storied's.
 #[tokio::test]
 async fn a_login_that_is_called_like_the_schema() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -299,7 +300,7 @@ async fn a_login_that_is_called_like_the_schema() {
     assert!(warned());
 }
 
-/// What was logged.
+/// Captured log lines.
 #[derive(Clone, Default)]
 struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
 
@@ -314,7 +315,7 @@ impl std::io::Write for Log {
     }
 }
 
-/// The log takes events through its one door only, and keeps them.
+/// The log accepts events only through its functions, and keeps them.
 #[tokio::test]
 async fn the_log_is_guarded() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -338,7 +339,8 @@ async fn the_log_is_guarded() {
     assert_eq!(whole_log(&store).await.len(), 2);
 }
 
-/// Two stores in one database, one of them in a schema that has to be quoted, and beside the host application's migrations.
+/// Two stores in one database, one in a schema that needs quotes, beside the application's
+/// migrations.
 #[tokio::test]
 async fn stores_share_a_database() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -399,12 +401,12 @@ async fn huge_and_poisoned_events() {
     }
     assert_eq!(store.read_stream(&stream("c"), Version::NONE, 1).await.unwrap()[0].payload.len(), 60_000_000);
 
-    // What only the server can refuse is found, and refused alone.
+    // An event that only the server can reject is found and rejected alone.
     run(&url, "ALTER TABLE storied.events ADD CHECK (payload <> 'poison')").await;
     let poison = || NewEvent { payload: Bytes::from_static(b"poison"), ..event() };
     let mut batch: Vec<_> =
         (0..20).map(|i| one(&format!("p{i}"), if i % 7 == 3 { poison() } else { event() })).collect();
-    // Three that are joined on their way, the second of them poisoned.
+    // Three appends that are merged; the second contains poison.
     let joined = stream("joined");
     batch.push(Append::one(joined.clone(), ExpectedVersion::NoStream, events(1)));
     batch.push(Append::one(joined.clone(), exact(1), vec![poison()]));
@@ -421,7 +423,7 @@ async fn huge_and_poisoned_events() {
     assert_eq!(answers[22].as_ref().unwrap().versions, [Version::new(3)]);
     assert_sound(&whole_log(&store).await);
 
-    // NUL is the one character that PostgreSQL has no room for.
+    // NUL is the one character that PostgreSQL cannot store.
     let recorded = &store.read_stream(&stream("a"), Version::NONE, 1).await.unwrap()[0];
     let parked = ParkedEvent::new(recorded, "a\0b".into(), 3);
     let (from, to) = (store.checkpoint("p").await.unwrap(), storied::store::Checkpoint::default());
@@ -435,15 +437,15 @@ async fn huge_and_poisoned_events() {
     }
 }
 
-/// Where the server has no place for another connection, a store goes on with those that it has. One that has none waits, and
-/// then says what was in the way.
+/// If the server has no free connection, a store continues with its open ones. A store without any
+/// waits, and then reports the cause.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_without_a_free_connection() {
     let server = PostgresServer::start_with(&["max_connections=10"]).await;
     let options = PostgresOptions::new().url(server.create_database().await).acquire_timeout(SECOND);
     let store = options.clone().connect().await.unwrap();
     let mut others = Vec::new();
-    // Others that were just closed may still have a place.
+    // Recently closed connections may still count.
     let mut taken = 0;
     while taken < 10 {
         while let Ok(other) = sqlx::PgConnection::connect(&server.url()).await {
@@ -463,7 +465,7 @@ async fn a_server_without_a_free_connection() {
     }
 }
 
-/// Records of commands travel together; one that PostgreSQL has no room for keeps none of the others.
+/// Command records share a statement; one that PostgreSQL cannot store does not affect the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_record_that_cannot_be_kept_is_refused_alone() {
     let server = PostgresServer::start().await;
@@ -485,11 +487,11 @@ async fn a_record_that_cannot_be_kept_is_refused_alone() {
     }
 }
 
-/// A disk that is full, while writers write.
+/// The disk becomes full while writers write.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk() {
     if !nix::unistd::geteuid().is_root() {
-        println!("only root can mount a small disk: not tested");
+        println!("skipped: only root can mount a small disk");
         return;
     }
     let server = PostgresServer::start().await;
@@ -499,7 +501,7 @@ async fn a_full_disk() {
     run(&url, &format!("CREATE TABLESPACE small LOCATION '{}'", disk.0.display())).await;
     run(&url, "ALTER TABLE storied.events SET TABLESPACE small").await;
 
-    // Nothing that could be compressed.
+    // Data that cannot be compressed.
     let noise: Vec<u8> = (0..12_500).flat_map(|_| uuid::Uuid::new_v4().into_bytes()).collect();
     let large = || NewEvent { payload: Bytes::from(noise.clone()), ..event() };
     let mut version = 0;
@@ -513,16 +515,16 @@ async fn a_full_disk() {
     assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
     assert!(error.to_string().contains("disk is full"), "{error}");
     let log = whole_log(&store).await;
-    assert_eq!(log.len() as u64, version, "what was acknowledged is there, and nothing else");
+    assert_eq!(log.len() as u64, version, "the log differs from the acknowledged events");
 
-    // With room again, it goes on where it was.
+    // With free space, appends continue.
     run(&url, "ALTER TABLE storied.events SET TABLESPACE pg_default").await;
     append(&store, &stream("a"), exact(version), vec![large()]).await.unwrap();
     assert_sound(&whole_log(&store).await);
     drop(server);
 }
 
-/// 8 MB.
+/// A disk of 8 MB.
 struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {

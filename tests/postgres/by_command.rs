@@ -1,4 +1,5 @@
-//! The events of a command are found at once: however many others have the same id, and however many commands came after it.
+//! The look-up of a command's events takes constant time, however many events share its id or
+//! follow.
 
 use std::time::{Duration, Instant};
 
@@ -75,10 +76,10 @@ impl Aggregate for Account {
 #[error("never")]
 struct Never;
 
-/// As many commands of others on the aggregate as STORIED_EVENTS says, 20,000 if it does not, before the repetition. They are
-/// written by the server itself.
+/// Before the repetition, the server itself writes many commands to the aggregate. `STORIED_EVENTS`
+/// is their number; default: 20,000.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_repetition_is_answered_at_once_however_many_commands_came_after_it() {
+async fn a_repeated_command_is_answered_at_once() {
     let others: u64 = std::env::var("STORIED_EVENTS").map_or(20_000, |events| events.parse().unwrap());
     let url = PostgresServer::shared().await.create_database().await;
     let start = async || -> Result<Runtime, StoreError> {
@@ -135,7 +136,7 @@ async fn a_repetition_is_answered_at_once_however_many_commands_came_after_it() 
         );
     }
     eprintln!("repetitions were answered in {times:?}");
-    // On a busy machine one may wait for its turn; all of them do not.
+    // On a busy machine a single repetition may wait; not all of them do.
     assert!(times.iter().min().is_some_and(|time| *time < Duration::from_millis(50)), "{times:?}");
     runtime.shutdown().await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! The index by name: what is found is the same, and whoever asks for it gets it or hears what to do.
+//! The index by name: it changes no result, and a program that requires it gets it or advice.
 
 use storied::testing::store::{Database, oracle, read};
 use storied::{
@@ -43,7 +43,7 @@ async fn readers_find_the_same() {
     oracle::followers_see_exactly_the_log(database().await).await;
 }
 
-/// A name of which there are few is not looked for among the others, which would take several pages.
+/// A rare name is not searched for in the log, which would take several pages.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn few_among_many_are_looked_up() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -59,15 +59,15 @@ async fn few_among_many_are_looked_up() {
     let page = store.read_log(read.clone()).await.unwrap();
     assert_eq!(page.events.len(), 1);
     assert!(!page.has_more(), "one page goes to the end");
-    // Neither where the end is not that of the log.
+    // Also if the end is not that of the log.
     let end = Position::new(page.head.get() - 1);
     let page = store.read_log(ReadLog { after: last, upto: Some(end), ..read }).await.unwrap();
     assert_eq!((page.events.len(), page.scanned_to), (0, end));
 }
 
-/// Any number of processes may ask for it at once.
+/// Any number of processes may request the index at the same time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_ask_for_it_at_once() {
+async fn processes_create_the_index_concurrently() {
     let url = PostgresServer::shared().await.create_database().await;
     let asking: Vec<_> = (0..8).map(|_| tokio::spawn(indexed(&url).connect())).collect();
     for asked in asking {
@@ -76,7 +76,7 @@ async fn many_ask_for_it_at_once() {
 }
 
 #[tokio::test]
-async fn who_may_not_make_it_says_who_must() {
+async fn a_login_without_rights_refers_to_the_owner() {
     let url = PostgresServer::shared().await.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
     let verify = || indexed(&url).migrate(false);
@@ -88,9 +88,9 @@ async fn who_may_not_make_it_says_who_must() {
     verify().connect().await.unwrap();
 }
 
-/// One that was broken off is of no use, and does no harm.
+/// An index whose creation was aborted is not used, and does no harm.
 #[tokio::test]
-async fn one_that_is_not_valid() {
+async fn an_invalid_index_is_reported() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = indexed(&url).connect().await.unwrap();
     append(&store, &stream("a"), ExpectedVersion::NoStream, events(3)).await.unwrap();

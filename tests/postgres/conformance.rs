@@ -1,4 +1,4 @@
-//! What every store does, with the rights that the documents grant and no others.
+//! The suite of all stores, with exactly the rights that the documents grant.
 
 use storied::PostgresOptions;
 use storied::testing::store::Database;
@@ -7,7 +7,7 @@ use crate::rights::granted;
 use crate::support::PostgresServer;
 use crate::tools::as_user;
 
-/// Opening it again is what a second process on the same database would do.
+/// Opening the store again acts like a second process on the same database.
 async fn postgres() -> Database {
     let url = as_user(&granted(PostgresServer::shared().await).await, "shop");
     Database::new(move || {

@@ -1,5 +1,5 @@
-//! Servers that crash, connections that are cut, and a server that stands still: every append gets a true answer, and no
-//! event is there twice.
+//! Crashing and frozen servers, and cut connections: every append gets a true answer, and no event
+//! is stored twice.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::tools::{
     Dice, append, assert_sound, connect, event, events, eventually, exact, stream, whole_log,
 };
 
-/// The one event of each append is in the log once, whatever got lost, and the answer is where it is.
+/// Whatever is lost, the event of each append is in the log once, at the position in the answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_answer_is_found() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -29,7 +29,7 @@ async fn a_lost_answer_is_found() {
     lose_everything(&store, &proxy).await;
 }
 
-/// The same with explicit transactions, as behind a pooler: there it is the commit that gets lost.
+/// The same with explicit transactions, as with a pooler: there the commit is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_commit_is_found() {
     let server = PostgresServer::shared().await;
@@ -83,12 +83,13 @@ async fn lose_everything(store: &PostgresStore, proxy: &Proxy) {
             assert_eq!(found.iter().map(|event| event.id).collect::<Vec<_>>(), ids, "{losses:?}");
             assert_eq!(found.iter().map(|event| event.position).collect::<Vec<_>>(), appended.positions);
             version += 2;
-            // An answer that arrived in time leaves later traps standing: the next message with them never comes.
+            // An answer that arrived in time leaves later traps unused: their message is never
+            // sent.
             assert!(proxy.done() || losses.len() > 1);
         }
     }
 
-    // A batch of which one append is refused: lost or not, the answers are the same.
+    // A batch with one refused append: whatever is lost, the answers are the same.
     for loss in [Loss::Message, Loss::Answer, Loss::Late] {
         let (a, b) = (stream(Uuid::new_v4()), stream(Uuid::new_v4()));
         let part = |stream: &storied::StreamId| StreamAppend {
@@ -117,8 +118,8 @@ async fn lose_everything(store: &PostgresStore, proxy: &Proxy) {
     assert_sound(&whole_log(store).await);
 }
 
-/// An append waits for a lock when its connection is lost. Recovery ends its server process: left
-/// alone, the process would write as soon as it gets the lock.
+/// An append waits for a lock when its connection is lost. Recovery ends its server process:
+/// otherwise the process would write as soon as it gets the lock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn recovery_ends_the_server_process_of_a_lost_append() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -127,7 +128,7 @@ async fn recovery_ends_the_server_process_of_a_lost_append() {
     append(&store, &stream(1), exact(0), events(1)).await.unwrap();
     let mut owner = connect(&url).await;
     let mut lock = owner.begin().await.unwrap();
-    // Readers pass.
+    // Readers are not blocked.
     lock.execute("LOCK TABLE storied.events IN SHARE ROW EXCLUSIVE MODE").await.unwrap();
     let appending = tokio::spawn({
         let store = store.clone();
@@ -150,7 +151,7 @@ async fn recovery_ends_the_server_process_of_a_lost_append() {
     .await;
     let since = Instant::now();
     proxy.cut_all();
-    // Another one takes its place: the append is sent again.
+    // Another process replaces it: the append is sent again.
     eventually("the process has ended", async || {
         let now = waiting().await;
         !now.is_empty() && now.iter().all(|pid| !first.contains(pid))
@@ -165,8 +166,8 @@ async fn recovery_ends_the_server_process_of_a_lost_append() {
     assert_eq!(log.len(), 2);
 }
 
-/// Connections are cut at any moment, while each of four writers has a stream of its own: not one append may be refused,
-/// lost or repeated.
+/// Connections are cut at any moment, while each of four writers has its own stream. No append may
+/// be refused, lost or repeated.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cuts_at_any_moment_do_no_harm() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -185,7 +186,8 @@ async fn cuts_at_any_moment_do_no_harm() {
                             version += 1;
                             assert_eq!(appended.versions, [Version::new(version)]);
                         }
-                        // So many cuts in a row that it gave up; it says that nothing was written.
+                        // After too many cuts in a row, the store gives up and reports that nothing
+                        // was written.
                         Err(AppendError::Store(StoreError::Unavailable { .. })) => {}
                         Err(error) => panic!("{error}"),
                     }
@@ -213,7 +215,7 @@ async fn cuts_at_any_moment_do_no_harm() {
     assert_eq!(log.len() as u64, versions);
 }
 
-/// The server crashes under load, again and again, and comes back. Writers and followers go on with the handles they have.
+/// The server crashes repeatedly under load. Writers and followers continue with their handles.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn crashes_lose_nothing() {
     let mut server = PostgresServer::start().await;
@@ -288,7 +290,7 @@ async fn crashes_lose_nothing() {
     assert_sound(&log);
     let log: Vec<(Position, Uuid)> = log.iter().map(|event| (event.position, event.id)).collect();
     let there: HashSet<Uuid> = log.iter().map(|(_, id)| *id).collect();
-    assert_eq!(there, acknowledged, "the log is what was acknowledged");
+    assert_eq!(there, acknowledged, "the log differs from the acknowledged events");
     for follower in followers {
         let seen = follower.await.unwrap();
         assert_eq!(seen, log[..seen.len()], "a phantom, a double or a hole");
@@ -298,9 +300,9 @@ async fn crashes_lose_nothing() {
     assert_eq!(unknown.load(Ordering::Relaxed), 0);
 }
 
-/// A server that does not answer at all: callers get an error in time, and the true one later.
+/// A server that does not answer at all: callers get an error in time, and the true answer later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_server_hangs_nobody() {
+async fn a_frozen_server_blocks_no_caller() {
     let mut server = PostgresServer::start().await;
     let url = server.create_database().await;
     let options = PostgresOptions::new()
@@ -319,23 +321,23 @@ async fn a_frozen_server_hangs_nobody() {
     println!("an append was answered after {:?}", since.elapsed());
     assert!(since.elapsed() < Duration::from_secs(15), "{:?}", since.elapsed());
     match appended.unwrap_err() {
-        // It was sent and may happen once the server wakes up, or it got no connection to be sent on.
+        // The append was sent and may happen after the server continues, or it got no connection.
         AppendError::Store(StoreError::OutcomeUnknown { .. } | StoreError::Unavailable { .. }) => {}
         error => panic!("{error:?}"),
     }
     assert!(read.unwrap_err().is_transient());
     server.resume();
     eventually("the store recovering", async || store.frontier().await.is_ok()).await;
-    // It may still happen now, as it was said; not by halves, and not twice.
+    // The append may still take effect now, as reported; never partially, and never twice.
     append(&store, &stream("a"), ExpectedVersion::Any, events(1)).await.unwrap();
     let log = whole_log(&store).await;
     assert_sound(&log);
     assert!((2..=3).contains(&log.len()), "{}", log.len());
 }
 
-/// Whoever holds the frontier back is named.
+/// The transaction that holds back the mark is named.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stall_has_a_name() {
+async fn the_cause_of_a_stall_is_reported() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = PostgresStore::connect(&url).await.unwrap();
     append(&store, &stream("a"), ExpectedVersion::NoStream, events(2)).await.unwrap();
@@ -352,10 +354,10 @@ async fn a_stall_has_a_name() {
         )
         .await
         .unwrap();
-    // Others go on writing, nobody can read beyond.
+    // Other appends continue; no reader can pass the mark.
     append(&store, &stream("a"), exact(2), events(1)).await.unwrap();
     assert_eq!(store.frontier().await.unwrap(), head);
-    let stall = store.stall().await.unwrap().expect("a culprit");
+    let stall = store.stall().await.unwrap().expect("no stalled transaction");
     assert_eq!((stall.application_name.as_str(), stall.state.as_str()), ("culprit", "idle in transaction"));
     assert!(stall.query.contains("storied.append") && stall.pid.is_some(), "{stall:?}");
     assert_eq!(stall.low_water, head);

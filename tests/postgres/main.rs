@@ -1,4 +1,4 @@
-//! The PostgreSQL store, on real servers: the suite of all stores, and what only PostgreSQL can get wrong.
+//! The PostgreSQL store on real servers: the suite of all stores, and tests specific to PostgreSQL.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 #![allow(unreachable_pub, reason = "there is nowhere to reach it from")]
 #![cfg(feature = "postgres")]

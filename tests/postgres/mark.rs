@@ -1,5 +1,7 @@
-//! The mark of one process is no measure for what another one has read (F42): a writer that was slow to take its lock pulls it
-//! back for a moment. That is not taken for lost events.
+//! The high-water mark of one process does not limit what another process has read (F42).
+//!
+//! A writer that takes its lock late lowers the mark for a moment. That must not count as lost
+//! events.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -17,7 +19,7 @@ use crate::tools::{append, connect, events, eventually, exact, run, stream};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A transaction that holds the low-water lock of an empty log.
+/// Opens a transaction that holds the low-water lock of an empty log.
 async fn pull_back(url: &str) -> PgConnection {
     let mut slow = connect(url).await;
     slow.execute("BEGIN").await.unwrap();
@@ -47,7 +49,7 @@ impl Projection for Seen {
     }
 }
 
-/// What it has applied, and how often.
+/// A projection that counts how often it has applied each event.
 struct Kept {
     positions: Arc<RwLock<Vec<u64>>>,
     applied: Arc<RwLock<Vec<u64>>>,
@@ -142,7 +144,7 @@ async fn a_snapshot_is_loaded_above_the_mark() {
     let last = append(&store, &stream(1), exact(3), events(1)).await.unwrap().positions[0];
     runtime.projection("kept").unwrap().caught_up_to_within(last, PATIENCE).await.unwrap();
     assert_eq!(*positions.read().unwrap(), [1, 2, 3, 4]);
-    assert_eq!(*applied.read().unwrap(), [4], "applied again in spite of the snapshot");
+    assert_eq!(*applied.read().unwrap(), [4], "replayed in spite of the snapshot");
     runtime.shutdown().await.unwrap();
 }
 
@@ -174,7 +176,7 @@ async fn a_mirror_goes_on_above_the_mark() {
     let mut slow = pull_back(&url).await;
     let (store, runtime) = node().await;
     assert_eq!(store.frontier().await.unwrap(), Position::START);
-    // Where the mirror ends, whatever the mark says.
+    // The publisher continues at the end of the mirror, whatever the mark is.
     published(&runtime, last).await;
     slow.execute("COMMIT").await.unwrap();
     let last = append(&store, &stream(1), exact(3), events(1)).await.unwrap().positions[0];

@@ -1,7 +1,7 @@
-//! The order of the log under everything that may happen to writers and readers: nobody misses an event, gets one twice or
-//! out of its stream's order. And the same with one thing changed in the SQL, which the oracle must notice.
+//! The order of the log under faults of writers and readers: no reader misses an event, receives
+//! one twice or out of its stream's order. Mutations of the SQL must be detected by the oracle.
 //!
-//! `STORIED_STRESS=10` makes it ten times as long.
+//! `STORIED_STRESS=10` multiplies the duration by ten.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -27,40 +27,40 @@ pub fn stress() -> u32 {
     std::env::var("STORIED_STRESS").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1)
 }
 
-/// How followers read.
+/// The way in which followers read.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Reader {
-    /// As users do.
+    /// Through the store, like users.
     Store,
-    /// As the publisher does: up to what was announced. Each appends to a stream of its own, and is told by that how far the
-    /// log may be read whenever nobody else is appending.
+    /// Like the publisher: up to the announced position. Each follower appends to a stream of its
+    /// own. If no other append is in flight, that append also returns how far the log is readable.
     Told,
-    /// As the store does, statement by statement.
+    /// Like the store, statement by statement.
     ByHand,
-    /// What is there, behind what was there.
+    /// All visible events after those already read.
     Naive,
-    /// The frontier and the events in one statement.
+    /// The high-water mark and the events in one statement.
     OneStatement,
-    /// The frontier and the events in one snapshot of a transaction.
+    /// The high-water mark and the events in one snapshot of a transaction.
     OneSnapshot,
 }
 
-/// What happens beside the writers and followers.
+/// The activity beside the followers.
 #[derive(Debug, Clone)]
 struct Scene {
     reader: Reader,
     writers: u64,
-    /// Whether writers append one event at a time.
+    /// Whether writers append single events.
     single: bool,
     time: Duration,
     kills: bool,
-    /// Database in which a foreign transaction stands open.
+    /// Database in which a foreign transaction stays open.
     foreign: Option<String>,
 }
 
 impl Scene {
     fn quiet(reader: Reader) -> Self {
-        // Among eight, none would ever be alone.
+        // Among eight writers, an append would never be alone.
         let writers = if reader == Reader::Told { 2 } else { 8 };
         Self {
             reader,
@@ -79,7 +79,7 @@ impl From<Reader> for Scene {
     }
 }
 
-/// What went wrong, summed over the followers, and what did not.
+/// The faults, summed over the followers, and other counts.
 #[derive(Debug, Default)]
 struct Findings {
     events: usize,
@@ -91,7 +91,7 @@ struct Findings {
     conflicts: usize,
     rolled_back: usize,
     kills: usize,
-    /// Between acknowledgement and delivery, sorted.
+    /// Time between acknowledgement and delivery, sorted.
     lags: Vec<Duration>,
 }
 
@@ -123,13 +123,13 @@ impl Findings {
     }
 }
 
-/// What writers and followers of a run share.
+/// State shared by the writers and followers of a run.
 struct Shared {
     url: String,
     until: Instant,
     single: bool,
     written: AtomicBool,
-    /// Followers that may be appending.
+    /// Number of followers that may be appending.
     appending: AtomicUsize,
     acknowledged: Mutex<HashMap<Uuid, Instant>>,
     conflicts: AtomicUsize,
@@ -148,7 +148,7 @@ impl Shared {
     }
 
     async fn store(&self) -> PostgresStore {
-        // Kills hit the one who checks the schema, too.
+        // Kills also hit a connection that checks the schema.
         loop {
             match PostgresOptions::new()
                 .url(&*self.url)
@@ -183,7 +183,7 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
     }
     let mut writers = JoinSet::new();
     for writer in 0..scene.writers {
-        // The store would refuse to work with what is changed for most others.
+        // The store would reject most mutations.
         if writer % 2 == 0 || !matches!(scene.reader, Reader::Store | Reader::Told) {
             writers.spawn(write_by_hand(shared.clone()));
         } else {
@@ -231,7 +231,7 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
         let distinct: HashSet<Uuid> = seen.iter().map(|(id, _)| *id).collect();
         findings.doubled += seen.len() - distinct.len();
         findings.missed += there.difference(&distinct).count();
-        assert!(distinct.is_subset(&there), "a follower saw what is not in the log");
+        assert!(distinct.is_subset(&there), "a follower received an event that is not in the log");
         let mut versions: HashMap<&String, i64> = HashMap::new();
         for (id, at) in &seen {
             let (stream, version) = streams[id];
@@ -260,13 +260,13 @@ async fn write(shared: Arc<Shared>) {
             Err(storied::store::AppendError::Conflict(_)) => {
                 _ = shared.conflicts.fetch_add(1, Ordering::Relaxed)
             }
-            Err(error) => println!("a writer was told: {error}"),
+            Err(error) => println!("a writer received: {error}"),
         }
         dice.nap(4_000).await;
     }
 }
 
-/// Appends as the store does, but in transactions of its own, which last, and sometimes come to nothing.
+/// Appends like the store, but in its own transactions, which take a while and sometimes roll back.
 async fn write_by_hand(shared: Arc<Shared>) {
     let mut dice = Dice::new();
     while shared.open() {
@@ -279,7 +279,7 @@ async fn write_by_hand(shared: Arc<Shared>) {
             match transaction(&mut connection, &mut dice, shared.single).await {
                 Ok(Some(ids)) => shared.acknowledge(&ids),
                 Ok(None) => _ = shared.rolled_back.fetch_add(1, Ordering::Relaxed),
-                // Killed, perhaps after the commit: this one does not find out.
+                // Killed, perhaps after the commit: this writer does not look it up.
                 Err(_) => break,
             }
         }
@@ -321,7 +321,7 @@ async fn transaction(
     Ok(Some(ids))
 }
 
-/// Appends an event behind the last one that is there; its id, unless another transaction came first.
+/// Appends an event after the last one; returns its id, unless another transaction came first.
 pub async fn append_one(
     connection: &mut PgConnection,
     stream: &StreamId,
@@ -350,7 +350,8 @@ pub async fn append_one(
     Ok(position.map(|_| event.id).into_iter().collect())
 }
 
-/// Each event with the index of its stream and its number in it, from 1; the ids of those that were appended.
+/// Appends events, each with the index of its stream and its number in it, from 1; returns their
+/// ids.
 async fn append_many(
     connection: &mut PgConnection,
     streams: &[StreamId],
@@ -379,7 +380,7 @@ async fn append_many(
     Ok(new.iter().filter(|(part, ..)| won(*part)).map(|(.., event)| event.id).collect())
 }
 
-/// Kills somebody every 60 ms.
+/// Kills a connection every 60 ms.
 async fn kill(shared: Arc<Shared>) {
     let mut connection = connect(&shared.url).await;
     while shared.open() {
@@ -396,7 +397,7 @@ async fn kill(shared: Arc<Shared>) {
     }
 }
 
-/// A transaction that has nothing to do with events, but has written: nobody can vacuum past it, nobody need wait for it.
+/// Holds open a writing transaction without events: it blocks vacuum, and must not block readers.
 async fn stand_open(shared: Arc<Shared>, database: String) {
     let mut connection = connect(&database).await;
     connection.execute("CREATE TABLE IF NOT EXISTS foreign_table (n int)").await.unwrap();
@@ -406,7 +407,7 @@ async fn stand_open(shared: Arc<Shared>, database: String) {
     transaction.commit().await.unwrap();
 }
 
-/// Reads until everything was written and there is no more; restarts now and then.
+/// Reads until all events are written and read; restarts now and then.
 async fn follow(shared: Arc<Shared>, reader: Reader, chunk: usize) -> Vec<(Uuid, Instant)> {
     let mut dice = Dice::new();
     let mut seen = Vec::new();
@@ -505,7 +506,7 @@ async fn read_by_hand(
         Reader::OneSnapshot => {
             let mut transaction =
                 connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ").await.unwrap();
-            // So far everybody agrees that this is one snapshot …
+            // A first query fixes the snapshot of the transaction.
             transaction.execute("SELECT count(*) FROM storied.meta").await.unwrap();
             let frontier: i64 = sqlx::query_scalar("SELECT low_water FROM storied.frontier()")
                 .fetch_one(&mut *transaction)
@@ -525,7 +526,7 @@ async fn read_by_hand(
     rows.into_iter().map(|(position, id)| (Position::new(position as u64), id)).collect()
 }
 
-/// An empty event store, with its functions changed by `mutate`.
+/// Creates an empty event store, with its functions changed by `mutate`.
 async fn database(server: &PostgresServer, mutate: &[(&str, &str)]) -> String {
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
@@ -542,7 +543,7 @@ async fn database(server: &PostgresServer, mutate: &[(&str, &str)]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_misses_an_event() {
+async fn readers_miss_no_event() {
     let server = PostgresServer::shared().await;
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
@@ -553,20 +554,20 @@ async fn nobody_misses_an_event() {
     assert!(findings.events > 300 && findings.kills > 10 && findings.rolled_back > 20, "{findings:?}");
 }
 
-/// Nor does anybody who is told of the log's end by an append that was alone.
+/// The same for readers that are notified of the mark by a lone append.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_who_is_told_misses_an_event() {
+async fn notified_readers_miss_no_event() {
     let url = PostgresServer::shared().await.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
     let time = Duration::from_secs(4) * stress();
     let findings = oracle(&url, Scene { time, kills: true, ..Scene::quiet(Reader::Told) }).await;
-    findings.print("told, with kills");
+    findings.print("notified, with kills");
     assert_eq!(findings.faults(), 0);
     assert!(findings.events > 300 && findings.rolled_back > 5, "{findings:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn foreign_transactions_hold_nobody_up() {
+async fn foreign_transactions_hold_back_no_reader() {
     let server = PostgresServer::shared().await;
     for other in [false, true] {
         let url = server.create_database().await;
@@ -581,13 +582,14 @@ async fn foreign_transactions_hold_nobody_up() {
         let findings = oracle(&url, scene).await;
         findings.print(what);
         assert_eq!(findings.faults(), 0);
-        // It stands open all the time: who waited for it would, for half of the events, wait for half of that. Not the
-        // longest lag, which on a busy machine is that of the slowest follower.
+        // The foreign transaction stays open all the time. A reader that waited for it would delay
+        // half of the events by half of that time. The longest lag is not tested: on a busy machine
+        // it is that of the slowest follower.
         assert!(findings.lag(0.5) < time / 4, "{:?}", findings.lag(0.5));
     }
 }
 
-/// Runs until the oracle notices.
+/// Runs until the oracle detects the mutation.
 async fn must_fail(
     server: &PostgresServer,
     what: &str,
@@ -605,7 +607,7 @@ async fn must_fail(
             return;
         }
     }
-    panic!("{what}: the oracle noticed nothing");
+    panic!("{what}: the oracle detected no fault");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -619,7 +621,7 @@ async fn the_oracle_notices_mutations() {
     let draw = "positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, events));";
     assert!(MIGRATION.contains(draw));
     const DRAW_ONE: &str = "drawn := nextval('storied.positions');";
-    // The moment between the two lasts as long as it takes to be noticed, whoever else has the processors.
+    // The pause between the two is long enough to be detected on a busy machine.
     let moment = "PERFORM pg_sleep(0.005 * random());";
     let drawn_first = format!("{draw}\n{moment}\n{lock}");
     let locked_first = format!("{lock}\n{moment}");
@@ -640,17 +642,17 @@ async fn the_oracle_notices_mutations() {
     let one = format!("{lock}\n\n    {DRAW_ONE}");
     assert!(APPEND_ONE.contains(&one));
     let drawn_first = format!("{DRAW_ONE}\n{moment}\n{lock}");
-    // Among many writers an older lock covers the moment.
+    // Among many writers an older lock covers the pause.
     let few = Scene { writers: 3, ..Scene::quiet(Reader::ByHand) };
     let single = Scene { single: true, ..few.clone() };
     must_fail(server, "lock after the only nextval", single.clone(), &[(&one, &drawn_first)], "").await;
     let key = "coalesce(pg_sequence_last_value('storied.positions'), 0)";
     let own = lock.replace(key, "drawn");
     assert_ne!(own, lock);
-    // Only what others append and commit between the draw and the lock goes wrong here.
+    // Only appends that others commit between the draw and the lock go wrong here.
     let drawn_first = format!("{DRAW_ONE}\nPERFORM pg_sleep(0.06 * random());\n{own}");
     must_fail(server, "the key is the own position", single, &[(&one, &drawn_first)], "").await;
-    // Before the draw, as it will be: another writer's position may come between the own ones.
+    // The key is the later value, read before the draw: another writer's position may come between.
     let last = lock.replace(key, &format!("{key} + events"));
     let slow_draws = draw.replace(
         "generate_series(1, events)",
@@ -659,27 +661,28 @@ async fn the_oracle_notices_mutations() {
     assert!(last != lock && slow_draws != draw);
     let own_last = [(lock, last.as_str()), (draw, slow_draws.as_str())];
     must_fail(server, "the key is the last own position", few, &own_last, "").await;
-    // Told by those who append, when they take themselves for alone.
+    // Followers are notified by appends that wrongly consider themselves alone.
     let alone = {
         let start = APPEND_ONE.find("    alone := tell AND").unwrap();
         let end = start + APPEND_ONE[start..].find(";").unwrap() + 1;
         &APPEND_ONE[start..end]
     };
     let always = [(alone, "    alone := tell;")];
-    must_fail(server, "never looked who else appends", Reader::Told, &always, "").await;
+    must_fail(server, "no check for other appends", Reader::Told, &always, "").await;
     let one = format!("    {DRAW_ONE}");
     let looked_first = format!("{alone}\n{moment}\n{one}");
     let too_early = [(alone, ""), (one.as_str(), looked_first.as_str())];
-    must_fail(server, "looked before the draw", Reader::Told, &too_early, "").await;
+    must_fail(server, "check before the draw", Reader::Told, &too_early, "").await;
     let previous = {
         let start = APPEND_ONE.find("        coalesce((\n            SELECT e.position").unwrap();
         let end = start + APPEND_ONE[start..].find("LIMIT 1), 0),").unwrap() + "LIMIT 1), 0)".len();
         &APPEND_ONE[start..end]
     };
     let previous_first = format!("    event_expected := {previous};\n{moment}\n{alone}");
-    // The text of the second is in what replaces it: the first goes first.
+    // The replacement of the second contains the text of the first, so the first is replaced first.
     let too_old = [(previous, "event_expected"), (alone, previous_first.as_str())];
-    must_fail(server, "the previous event before who else appends", Reader::Told, &too_old, "").await;
+    must_fail(server, "the previous event before the check for other appends", Reader::Told, &too_old, "")
+        .await;
     let (drawn, held) = {
         let find = |what: &str| MIGRATION.find(what).unwrap();
         let (drawn, held) = (find("    last_value := pg_sequence_last_value("), find("    low_water := (\n"));
@@ -689,7 +692,7 @@ async fn the_oracle_notices_mutations() {
     let in_order = format!("{drawn}{held}");
     let locks_first = format!("{held}PERFORM pg_sleep(0.02);\n{drawn}");
     let locks_first = [(in_order.as_str(), locks_first.as_str())];
-    // Only a look that finds no lock at all goes wrong: among many writers, there is none.
+    // Only a query that finds no lock at all goes wrong; among many writers that does not happen.
     let few = Scene { writers: 2, ..Scene::quiet(Reader::ByHand) };
     must_fail(server, "the locks before the last position drawn", few, &locks_first, "").await;
     let database = [("d.datname = current_database()", "d.datname = 'template1'")];
@@ -697,7 +700,7 @@ async fn the_oracle_notices_mutations() {
     let cache = "ALTER SEQUENCE storied.positions CACHE 32";
     must_fail(server, "CACHE 32", Reader::ByHand, &[], cache).await;
 
-    // And what was changed is all that was wrong.
+    // Without a mutation there is no fault.
     for reader in [Reader::ByHand, Reader::Told] {
         let unchanged = self::database(server, &[(lock, &locked_first)]).await;
         let findings = oracle(&unchanged, Scene::quiet(reader)).await;
@@ -706,10 +709,11 @@ async fn the_oracle_notices_mutations() {
     }
 }
 
-/// Two appends to one stream at once: positions could grow against the versions if one drew its position, and then found the
-/// event that it follows under a higher one. The next best thing to that moment is a sequence that was set back.
+/// Two concurrent appends to one stream must not reverse the order of positions. That could happen
+/// if an append drew its position and then found the previous event at a higher one. A sequence
+/// that was set back simulates that moment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_event_comes_before_the_one_it_follows() {
+async fn positions_grow_along_a_stream() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = PostgresStore::connect(&url).await.unwrap();
     run(&url, "SELECT setval('storied.positions', 1000)").await;
@@ -728,8 +732,9 @@ async fn no_event_comes_before_the_one_it_follows() {
     assert_eq!((row.get::<Vec<i64>, _>(0), row.get::<Vec<bool>, _>(1)), (vec![50], vec![true]));
 }
 
-/// Why the key of the lock is not `SELECT last_value`: it is read without the lock of the sequence's page, and for a moment
-/// shows a value that was reserved in the write-ahead log and not drawn. The frontier would be passed that much too far.
+/// The key of the lock is not `SELECT last_value`. That value is read without the lock of the
+/// sequence's page. For a moment it shows a value that is reserved in the write-ahead log but not
+/// drawn, and the high-water mark would be too high.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn last_value_runs_ahead() {
     let server = PostgresServer::shared().await;

@@ -1,4 +1,5 @@
-//! Read models in PostgreSQL whose server or connection hangs: every call has an end, and the application's pool stays clean.
+//! Read models in PostgreSQL with a hanging server or connection: every call ends, and the
+//! application's pool stays clean.
 
 use std::time::Duration;
 
@@ -31,7 +32,7 @@ impl Projection for Seen {
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
-        // The plan of a statement that is prepared under a name depends on the table.
+        // The plan of a named prepared statement depends on the table.
         sqlx::query("SELECT * FROM notes").fetch_all(&mut *tx).await?;
         sqlx::query("INSERT INTO seen (position) VALUES ($1)")
             .bind(event.position.get() as i64)
@@ -74,14 +75,14 @@ impl Fixture {
         self.runtime.projection("seen").unwrap()
     }
 
-    /// Waits until the projection says that something is wrong.
+    /// Waits until the projection reports an error.
     async fn error(&self) -> String {
         let mut status = self.projection().watch();
         let failed = timeout(PATIENCE, status.wait_for(|status| status.last_error.is_some())).await;
         failed.expect("an error").unwrap().last_error.clone().unwrap()
     }
 
-    /// As another client sees it.
+    /// Counts rows through another client.
     async fn count(&self, table: &str) -> i64 {
         let other = PgPool::connect(&self.url).await.unwrap();
         let sql = format!("SELECT count(*) FROM {table}");
@@ -96,7 +97,8 @@ fn short() -> ProjectionOptions {
         .attempts(1)
 }
 
-/// The pool must not hand out a connection whose BEGIN was sent and given up: what the application writes there is lost.
+/// The pool must not hand out a connection whose BEGIN was sent and then abandoned: writes of the
+/// application on it would be lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_gets_no_connection_back_inside_a_transaction() {
     for needle in [&b"BEGIN"[..], b"COMMIT"] {
@@ -106,10 +108,10 @@ async fn a_pool_gets_no_connection_back_inside_a_transaction() {
         let error = fixture.error().await;
         assert!(error.contains("transaction_timeout"), "{error}");
         fixture.runtime.clone().shutdown().await.unwrap();
-        // The application writes on whatever connection the pool has by now.
+        // The application writes on any connection of the pool.
         let written = sqlx::query("INSERT INTO notes (text) VALUES ('mine')").execute(&fixture.pool).await;
         assert_eq!(written.unwrap().rows_affected(), 1);
-        assert_eq!(fixture.count("notes").await, 1, "an acknowledged row is there");
+        assert_eq!(fixture.count("notes").await, 1, "an acknowledged row is missing");
     }
 }
 
@@ -128,14 +130,14 @@ async fn a_connection_that_dies_silently_is_replaced() {
     let error = fixture.projection().parked(10).await.unwrap_err().to_string();
     assert!(error.contains("transaction_timeout"), "{error}");
 
-    // Dead connections cost a ping each, and not the limit of the pool.
+    // A dead connection costs a ping instead of the pool's time limit.
     let fixture = Fixture::start(3, ProjectionOptions::new()).await;
     fixture.proxy.silence_all();
     let (began, position) = (Instant::now(), fixture.append().await);
     fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
 
-    // At the end as well, with the limit that is the default.
+    // Also with the default limit.
     let fixture = Fixture::start(3, ProjectionOptions::new()).await;
     fixture.proxy.silence_all();
     fixture.append().await;
@@ -144,7 +146,7 @@ async fn a_connection_that_dies_silently_is_replaced() {
     assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
 }
 
-/// A statement that waits for a lock ends on the server as well, with the locks that its transaction has.
+/// A statement that waits for a lock ends on the server too, with the locks of its transaction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_that_is_given_up_ends_on_the_server() {
     let fixture = Fixture::start(5, short()).await;
@@ -159,7 +161,7 @@ async fn a_transaction_that_is_given_up_ends_on_the_server() {
             .await
             .unwrap()
     };
-    // However often it was tried.
+    // At any number of attempts.
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(2) {
         assert!(waiting().await <= 3);
@@ -172,10 +174,11 @@ async fn a_transaction_that_is_given_up_ends_on_the_server() {
     fixture.runtime.clone().shutdown().await.unwrap();
 }
 
-/// `SELECT *` in `apply`, and another column: the old connections fail with "cached plan must not change result type".
+/// After `SELECT *` in `apply` and a new column, old connections fail with "cached plan must not
+/// change result type".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stale_plan_costs_a_connection_and_no_event() {
-    // One connection: another one has not planned the statement yet.
+    // A single connection: another one would not have a plan yet.
     let fixture = Fixture::start(1, short().transaction_timeout(Duration::from_secs(20))).await;
     run(&fixture.url, "ALTER TABLE notes ADD COLUMN written timestamptz").await;
     let position = fixture.append().await;
@@ -185,7 +188,7 @@ async fn a_stale_plan_costs_a_connection_and_no_event() {
     fixture.runtime.clone().shutdown().await.unwrap();
 }
 
-/// A server that restarts while nodes start: they wait for it. What lasts ends a start at once.
+/// Starting nodes wait for a server that restarts. A permanent error ends a start at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_waits_for_a_server_that_restarts() {
     let mut server = PostgresServer::start().await;

@@ -1,5 +1,7 @@
-//! Whatever the statistics say, each statement uses the one index that it is written for: PostgreSQL's own report of every plan,
-//! also of the statements within functions, while the statistics lie.
+//! Each statement uses the index that it is written for, whatever the statistics say.
+//!
+//! PostgreSQL reports every plan, also of the statements within functions, while the statistics are
+//! wrong.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -23,7 +25,7 @@ const STATEMENTS: &str = include_str!("../../src/store/postgres/sql.rs");
 /// Tables that grow with the log. The others have a row for each projection or lease.
 const LARGE: [&str; 4] = ["events", "commands", "snapshots", "parked"];
 
-/// What statistics may say at the worst.
+/// The worst possible statistics.
 const LIES: [(&str, &str); 7] = [
     ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.commands, storied.snapshots, storied.parked"),
     ("nothing is known", "SELECT 1"),
@@ -52,7 +54,7 @@ const LIES: [(&str, &str); 7] = [
     ),
 ];
 
-/// How the store is connected.
+/// The ways in which a store connects.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
     Own,
@@ -60,7 +62,7 @@ enum Way {
     Pooler,
 }
 
-/// A server that logs every plan.
+/// Starts a server that logs every plan.
 async fn server() -> PostgresServer {
     PostgresServer::start_with(&[
         "autovacuum=off",
@@ -72,10 +74,10 @@ async fn server() -> PostgresServer {
     .await
 }
 
-/// Makes the store say each of its statements on tables.
+/// Makes the store run each of its statements on tables.
 async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: bool) {
     let name = |name: &str| EventName::new(name).unwrap();
-    // What is said first is planned while the table is empty.
+    // The first statements are planned while the table is empty.
     if many_first {
         append(store, &stream("first"), ExpectedVersion::Any, events(3)).await.unwrap();
         append(store, &stream("first"), exact(3), events(2)).await.unwrap();
@@ -90,7 +92,7 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
         part("b", ExpectedVersion::NoStream),
     ]);
     store.append(vec![two]).await.remove(0).unwrap();
-    // Without an answer: it is looked up.
+    // An append without an answer is looked up.
     if way == Way::Own {
         let mut lock = connect(url).await;
         sqlx::query("BEGIN").execute(&mut lock).await.unwrap();
@@ -156,7 +158,7 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     store.parked("p", 10).await.unwrap();
     store.remove_parked("p", recorded.position).await.unwrap();
 
-    // Only projections say these, in the database of a read model.
+    // Only projections run these statements, in the database of a read model.
     let mut connection = connect(url).await;
     connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off").await.unwrap();
     let statements = statements();
@@ -165,7 +167,7 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     sqlx::query(sql("unpark_all")).bind("p").execute(&mut connection).await.unwrap();
 }
 
-/// The statement, and the scans of its plan, of every plan in a log.
+/// Extracts the statement and the scans of every plan in a log.
 fn plans(log: &str) -> Vec<(String, Vec<String>)> {
     let mut plans = Vec::new();
     for entry in log.split("  plan:\n").skip(1) {
@@ -191,7 +193,7 @@ fn plans(log: &str) -> Vec<(String, Vec<String>)> {
     plans
 }
 
-/// What is wrong with a scan: no index, or one that is not used by its first column.
+/// Returns the fault of a scan: no index, or an index that is not used by its first column.
 fn wrong(scan: &str) -> Option<&'static str> {
     let table = |table: &str| {
         let whole = |word: &str| word.trim_start_matches("storied.") == table;
@@ -219,7 +221,7 @@ fn wrong(scan: &str) -> Option<&'static str> {
     (!leads(first)).then_some("the index does not lead to the rows")
 }
 
-/// Which index each kind of statement is meant to use for the log.
+/// Whether a statement of this kind uses the intended index of the log.
 fn meant(query: &str, scan: &str) -> bool {
     let by_name = query.contains("wanted (name)");
     if !scan.contains(" on events") {
@@ -229,7 +231,7 @@ fn meant(query: &str, scan: &str) -> bool {
     if by_name && scan.contains("(ROW(") {
         return index("events_by_name");
     }
-    // By what the statement says, not by what the planner made of it.
+    // By the text of the statement, not by the choice of the planner.
     if ["part_stream[", "event_stream ", "i.stream ", "$1 "]
         .iter()
         .any(|key| query.contains(&format!("stream = {key}")))
@@ -242,7 +244,8 @@ fn meant(query: &str, scan: &str) -> bool {
     index("events_pkey")
 }
 
-/// The statements of src/store/postgres/sql.rs that read or change large tables or call functions that do.
+/// The statements of src/store/postgres/sql.rs that read or change large tables, directly or by
+/// calls.
 fn statements() -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     for block in STATEMENTS.split("statements! {").skip(1) {
@@ -259,7 +262,7 @@ fn statements() -> BTreeMap<String, String> {
     found
 }
 
-/// Runs everything on a new database whose statistics lie; what each statement was planned as.
+/// Runs everything on a new database with wrong statistics; returns the plan of each statement.
 async fn planned(
     server: &PostgresServer,
     way: Way,
@@ -270,7 +273,8 @@ async fn planned(
     let url = server.create_database().await;
     let database = url.rsplit('/').next().unwrap().to_owned();
     drop(PostgresOptions::new().url(&url).index_by_name(by_name).connect().await.unwrap());
-    // So many that the index of streams is a level higher than the primary key, which then looks cheaper.
+    // Enough rows that the index of streams is a level higher than the primary key, which then
+    // seems cheaper.
     let fill = async || {
         let store = PostgresStore::connect(&url).await.unwrap();
         append(&store, &stream("x"), ExpectedVersion::NoStream, events(300)).await.unwrap();
@@ -313,7 +317,7 @@ async fn statistics_cannot_spoil_a_plan() {
     for (number, (what, lie)) in LIES.iter().enumerate() {
         let other = if number % 2 == 0 { Way::Borrowed } else { Way::Pooler };
         for (turn, way) in [Way::Own, other].into_iter().enumerate() {
-            // Plans for any value, plans for the value, and costs that favour what is wrong.
+            // Plans for any value, plans for the value, and costs that favour the wrong plan.
             let settings = match (number + turn) % 3 {
                 0 => "plan_cache_mode = force_generic_plan",
                 1 => "plan_cache_mode = force_custom_plan",
@@ -335,5 +339,5 @@ async fn statistics_cannot_spoil_a_plan() {
     }
     let unseen: Vec<_> = statements.keys().filter(|name| !seen.contains(&***name)).collect();
     assert!(faults.is_empty(), "{}", faults.into_iter().collect::<Vec<_>>().join("\n"));
-    assert_eq!(unseen, [""; 0], "statements that no plan was seen of");
+    assert_eq!(unseen, [""; 0], "statements without a logged plan");
 }

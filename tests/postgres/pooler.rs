@@ -1,5 +1,5 @@
-//! Through PgBouncer in transaction mode: fewer connections to the server than the clients have to PgBouncer, so that every
-//! transaction may meet another session.
+//! PgBouncer in transaction mode, with fewer connections to the server than clients: every
+//! transaction may use another session.
 
 use storied::testing::store::Database;
 use storied::{EventStore, ExpectedVersion, PostgresOptions, PostgresStore, StoreError};
@@ -23,7 +23,7 @@ async fn pooled() -> Database {
 
 storied::event_store_suite!(pooled());
 
-/// Eight processes migrate at once, and then append at once, through three sessions.
+/// Eight processes migrate and then append concurrently, through three sessions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_clients_share_few_sessions() {
     let url = bouncer().await.through(&PostgresServer::shared().await.create_database().await);
@@ -49,7 +49,7 @@ async fn many_clients_share_few_sessions() {
     assert_eq!(log.len(), 8 * 20 * 2);
 }
 
-/// Without the option, the error says that there is one.
+/// Without the option, the error names the pooler option.
 #[tokio::test]
 async fn a_pooler_is_noticed() {
     let url = bouncer().await.through(&PostgresServer::shared().await.create_database().await);

@@ -1,4 +1,7 @@
-//! Many projections, and long logs. `STORIED_EVENTS=1000000 cargo test --release` gives the figures for a million events; run it alone then.
+//! Many projections, and long logs.
+//!
+//! `STORIED_EVENTS=1000000 cargo test --release` gives the figures for a million events; run it
+//! alone.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -38,7 +41,7 @@ impl Projection for Counted {
     }
 }
 
-/// Log, read models, leases and checkpoints of all of them go over ten connections.
+/// Log, read models, leases and checkpoints of all projections share ten connections.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_hundred_projections_share_ten_connections() {
     let server = PostgresServer::shared().await;
@@ -63,7 +66,7 @@ async fn two_hundred_projections_share_ten_connections() {
         projection.caught_up_to_within(position, PATIENCE).await.unwrap();
     }
     println!("200 projections have applied 20 events each {:?} after the start", started.elapsed());
-    // All of them keep their leases while nothing happens.
+    // All of them keep their leases while idle.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let status = runtime.status().await;
     assert!(status.projections.values().all(|status| status.epoch == 1), "{status:?}");
@@ -74,7 +77,7 @@ async fn two_hundred_projections_share_ten_connections() {
     println!("they ended in {:?}", stopped.elapsed());
 }
 
-/// What it was given, in this process's memory.
+/// An in-memory projection that counts its events.
 struct Counting {
     name: &'static str,
     filter: Filter,
@@ -107,7 +110,7 @@ fn named(name: &str) -> Filter {
     Filter::all().names([EventName::new(name).unwrap()])
 }
 
-/// One in a thousand is `order.rare`.
+/// Appends events; one in a thousand is `order.rare`.
 async fn fill(store: &PostgresStore, count: usize) -> Position {
     let mut position = Position::START;
     for batch in 0..count / 1_000 {
@@ -119,7 +122,7 @@ async fn fill(store: &PostgresStore, count: usize) -> Position {
     position
 }
 
-/// How long it takes to catch up, at best, and how many events that were.
+/// Returns the shortest time for a catch-up, and the number of events.
 async fn catch_up(url: &str, name: &'static str, filter: Filter, head: Position) -> (Duration, u64) {
     let mut best = catch_up_once(url, name, filter.clone(), head).await;
     for _ in 0..2 {
@@ -148,7 +151,7 @@ fn resident_megabytes() -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_log_is_caught_up_with_in_constant_memory_and_by_names_much_faster() {
+async fn catch_up_uses_constant_memory_and_the_index_by_name() {
     let count = std::env::var("STORIED_EVENTS").map_or(30_000, |count| count.parse().unwrap());
     let server = PostgresServer::shared().await;
     let url = server.create_database().await;
@@ -186,7 +189,7 @@ async fn a_long_log_is_caught_up_with_in_constant_memory_and_by_names_much_faste
         assert!(most < before + 64, "{before} MiB became {most} MiB");
     }
 
-    // At the head it stays there, whatever is appended.
+    // At the head it stays live, whatever is appended.
     let projection = Counting { name: "never", filter: named("order.never"), seen: Arc::default() };
     let runtime = Runtime::builder()
         .store(store.clone())

@@ -1,4 +1,4 @@
-//! A TCP proxy that loses what it is told to lose.
+//! A TCP proxy that loses messages on request.
 
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -9,29 +9,30 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
 
-/// What happens to the message in which a trap's needle travels to the server. The client loses its connection each time.
+/// The fate of the message that contains a trap's needle. The client loses its connection each
+/// time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
-    /// It never leaves.
+    /// The message is dropped.
     Message,
-    /// It arrives, and the answer does not come back.
+    /// The message arrives, and its answer is dropped.
     Answer,
-    /// It arrives after the client was told that its connection is gone, and has had time to look.
+    /// The message arrives after the client lost its connection and had time to look the append up.
     Late,
-    /// Its connection carries nothing for this time, in either direction, and then goes on with it.
+    /// The connection carries nothing for this time, in either direction, and then continues.
     Stall(Duration),
 }
 
 #[derive(Debug)]
 struct State {
     traps: Mutex<VecDeque<(Vec<u8>, Loss)>>,
-    /// Where new connections go to; none are taken without.
+    /// Target of new connections; without it, none are accepted.
     server: Mutex<Option<String>>,
     cut: broadcast::Sender<()>,
     silence: broadcast::Sender<()>,
 }
 
-/// A proxy in front of a server; it goes with the runtime.
+/// A proxy before a server; it ends with the runtime.
 #[derive(Debug)]
 pub struct Proxy {
     url: String,
@@ -40,7 +41,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// In front of the server that `url` names.
+    /// Starts a proxy before the server of `url`.
     pub async fn start(url: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (user, rest) = url.split_once('@').unwrap();
@@ -60,7 +61,7 @@ impl Proxy {
                 let Some(server) = state.server.lock().unwrap().clone() else { continue };
                 tokio::spawn(async move {
                     let (mut cut, mut silence) = (state.cut.subscribe(), state.silence.subscribe());
-                    // Kept beyond the silence: what it carries stays open.
+                    // Kept beyond the silence, so that the connection stays open.
                     let mut carrying = pin!(carry(client, &server, &state));
                     tokio::select! {
                         () = &mut carrying => {}
@@ -73,12 +74,12 @@ impl Proxy {
         Self { url: format!("{user}@127.0.0.1:{port}/{database}"), port, state }
     }
 
-    /// Where it listens.
+    /// The port of the proxy.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Cuts all connections, and takes new ones to the server at this port, or none.
+    /// Cuts all connections; routes new ones to the server at `port`, or rejects them.
     pub fn connect_to(&self, port: Option<u16>) {
         *self.state.server.lock().unwrap() = port.map(|port| format!("127.0.0.1:{port}"));
         self.cut_all();
@@ -88,22 +89,22 @@ impl Proxy {
         &self.url
     }
 
-    /// Loses the next message with this in it.
+    /// Loses the next message that contains `needle`.
     pub fn lose(&self, needle: &[u8], loss: Loss) {
         self.state.traps.lock().unwrap().push_back((needle.to_vec(), loss));
     }
 
-    /// Whether everything that was to be lost is.
+    /// Whether all requested losses have happened.
     pub fn done(&self) -> bool {
         self.state.traps.lock().unwrap().is_empty()
     }
 
-    /// Carries nothing any more on the connections of now, and keeps them open. New ones work.
+    /// Silences all current connections and keeps them open. New ones work.
     pub fn silence_all(&self) {
         _ = self.state.silence.send(());
     }
 
-    /// Cuts all connections, wherever they are.
+    /// Cuts all connections.
     pub fn cut_all(&self) {
         _ = self.state.cut.send(());
     }
@@ -141,7 +142,7 @@ async fn carry(client: TcpStream, server: &str, state: &State) {
                     Some(Loss::Message) => return,
                     Some(Loss::Answer) => {
                         to_server.write_all(&message[..length]).await.unwrap();
-                        // By the time of the answer, it has happened.
+                        // The answer shows that the message took effect.
                         _ = from_server.read(&mut answer).await;
                         return;
                     }

@@ -1,4 +1,4 @@
-//! A projection whose read model is in PostgreSQL: exactly once, whoever dies.
+//! A projection with its read model in PostgreSQL: exactly once, whatever fails.
 
 use std::time::Duration;
 
@@ -39,8 +39,8 @@ impl Projection for Seen {
     }
 }
 
-/// Two nodes over one store and one read model, in another database than the events; server processes are killed all the
-/// time, and the owner goes away in the middle.
+/// Two nodes over one store and one read model, in another database than the events. Server
+/// processes are killed all the time, and the owner is stopped midway.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn read_models_are_exact_while_connections_die() {
     let server = PostgresServer::shared().await;
@@ -90,7 +90,7 @@ async fn read_models_are_exact_while_connections_die() {
     second.shutdown().await.unwrap();
 }
 
-/// "… or reset the projection", says the error.
+/// The error recommends: "… or reset the projection".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reset_takes_over_a_read_model_of_another_store() {
     let server = PostgresServer::shared().await;
@@ -124,7 +124,7 @@ async fn a_reset_takes_over_a_read_model_of_another_store() {
     }
 }
 
-/// In the error that every application has, however it hands on what is below.
+/// The error of an application, with every way of passing on its causes.
 #[derive(Debug, thiserror::Error)]
 enum Mine {
     #[error("my read model: {0}")]
@@ -134,13 +134,13 @@ enum Mine {
 }
 
 #[tokio::test]
-async fn an_outage_inside_an_error_of_the_users_is_one() {
+async fn an_outage_inside_an_application_error_is_detected() {
     let server = PostgresServer::shared().await;
     let pool = PgPool::connect(&server.create_database().await).await.unwrap();
     let model = PostgresReadModel::new(pool.clone());
     let outage = |error: ApplyError| ReadModel::is_outage(&model, &*error);
     let failing = async |sql: &'static str| sqlx::raw_sql(sql).execute(&pool).await.unwrap_err();
-    // A deadlock, as good as: nobody is to blame.
+    // Like a deadlock: no statement is at fault.
     let deadlock = "DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$";
     assert!(outage(failing(deadlock).await.into()));
     assert!(outage(Mine::Told(failing(deadlock).await).into()));

@@ -1,4 +1,4 @@
-//! Logins that have exactly the rights of docs/postgres-grants.sql, and try everything else.
+//! Logins with exactly the rights of docs/postgres-grants.sql, and attempts at everything else.
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
 use storied::projection::ReadModel;
@@ -12,7 +12,7 @@ use crate::tools::{append, as_user, assert_sound, connect, events, exact, run, s
 
 const GRANTS: &str = include_str!("../../docs/postgres-grants.sql");
 
-/// A database with an empty store, and the logins `shop`, `shop_reader` and `shop_view` with their rights.
+/// Creates a database with an empty store and the logins `shop`, `shop_reader` and `shop_view`.
 pub async fn granted(server: &PostgresServer) -> String {
     let roles = "DO $$ BEGIN
                      PERFORM pg_advisory_xact_lock(1);
@@ -23,7 +23,7 @@ pub async fn granted(server: &PostgresServer) -> String {
     run(&server.url(), roles).await;
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
-    // Membership is the server's, not the database's: two at once would collide.
+    // Role memberships belong to the server, not the database: two grants at once would collide.
     let grants =
         format!("BEGIN; LOCK pg_catalog.pg_auth_members IN SHARE ROW EXCLUSIVE MODE; {GRANTS}; COMMIT");
     run(&url, &grants).await;
@@ -34,7 +34,7 @@ fn as_program(url: &str) -> PostgresOptions {
     PostgresOptions::new().url(as_user(url, "shop")).migrate(false)
 }
 
-/// The document shows what the tests run.
+/// The document contains the rights that the tests use.
 #[test]
 fn the_grants_of_the_document_are_those_that_are_tested() {
     let operations = include_str!("../../docs/operations.md");
@@ -42,7 +42,8 @@ fn the_grants_of_the_document_are_those_that_are_tested() {
     assert_eq!(shown, GRANTS);
 }
 
-/// The whole table of rights. A table or function that is added shows here, and belongs into docs/postgres-grants.sql.
+/// Compares the whole table of rights. A new table or function fails here and must be added to
+/// docs/postgres-grants.sql.
 #[tokio::test]
 async fn nothing_else_is_granted() {
     let url = granted(PostgresServer::shared().await).await;
@@ -85,7 +86,7 @@ async fn nothing_else_is_granted() {
         .unwrap();
         assert_eq!(rights, expected, "{role}");
     }
-    // What runs with its owner's rights runs with a search_path of its own.
+    // Functions that run with their owner's rights have their own search_path.
     let unsafe_functions: Vec<String> = sqlx::query_scalar(
         "SELECT proname FROM pg_proc WHERE pronamespace = 'storied'::regnamespace AND prosecdef
              AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)",
@@ -96,7 +97,7 @@ async fn nothing_else_is_granted() {
     assert!(unsafe_functions.is_empty(), "{unsafe_functions:?}");
 }
 
-/// `sql` in a transaction of its own.
+/// Runs `sql` in a transaction of its own.
 async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<(), sqlx::Error> {
     connection.execute("BEGIN").await?;
     let done = connection.execute(AssertSqlSafe(sql.to_owned())).await;
@@ -104,7 +105,7 @@ async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<(), sqlx::E
     done.map(drop)
 }
 
-/// A call of `storied.append()` for two parts with an event each, unless `argument` is given another value.
+/// Returns a call of `storied.append()` for two parts with an event each, with changed arguments.
 fn forged(changes: &[(&str, &str)]) -> String {
     let arguments = [
         ("key", "ARRAY[storied.stream_key('order', 'x'), storied.stream_key('order', 'y')]"),
@@ -128,7 +129,7 @@ fn forged(changes: &[(&str, &str)]) -> String {
     format!("SELECT * FROM storied.append({})", arguments.map(value).join(", "))
 }
 
-/// As [`forged`], of `storied.append_one()`.
+/// Like [`forged`], for `storied.append_one()`.
 fn forged_one(changes: &[(&str, &str)]) -> String {
     let arguments = [
         ("key", "storied.stream_key('order', 'x')"),
@@ -147,7 +148,8 @@ fn forged_one(changes: &[(&str, &str)]) -> String {
     format!("SELECT storied.append_one({})", arguments.map(value).join(", "))
 }
 
-/// Whatever a program's login tries, the log holds what was appended, every reader can read it, and every node can start.
+/// Whatever a program's login tries, the log keeps the appended events, every reader can read it,
+/// and every node can start.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
     let server = PostgresServer::start().await;
@@ -158,7 +160,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
     let before = whole_log(&store).await;
     let mut attacker = connect(&as_user(&url, "shop")).await;
 
-    // With the setting that the functions use, and names of the attacker's own before everything else.
+    // With the setting that the functions use, and with own objects first in the search_path.
     attacker
         .execute(
             "SET storied_log.appending = 'on';
@@ -175,7 +177,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         .await
         .unwrap();
     let denied = [
-        // The log, and what its order rests on.
+        // The log, and the objects that its order depends on.
         "INSERT INTO storied.events SELECT 99, 4, now(), stream, id, id, category, stream_id, name, payload, metadata FROM storied.events LIMIT 1",
         "UPDATE storied.events SET name = 'x'",
         "DELETE FROM storied.events",
@@ -202,7 +204,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "ALTER SEQUENCE storied.positions RESTART 1",
         "ALTER SEQUENCE storied.positions CACHE 32",
         "DROP SEQUENCE storied.positions",
-        // What nodes look at when they start.
+        // The tables that nodes read at the start.
         "UPDATE storied.meta SET value = 'json' WHERE key = 'codec'",
         "INSERT INTO storied.meta VALUES ('x', 'y')",
         "DELETE FROM storied.meta",
@@ -224,14 +226,14 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "DROP FUNCTION storied.frontier",
         "SELECT storied.is_name('x')",
         "SELECT storied.is_stream(gen_random_uuid(), 'x', 'y')",
-        // Epochs and records never fall by it.
+        // Epochs and records never decrease by it.
         "TRUNCATE storied.leases",
         "DELETE FROM storied.leases",
         "DELETE FROM storied.checkpoints",
         "DELETE FROM storied.snapshots",
         "UPDATE storied.commands SET outcome = ''",
         "TRUNCATE storied.commands",
-        // Other sessions' settings, and other logins.
+        // Settings of other sessions, and other logins.
         "ALTER ROLE storied SET synchronous_commit = off",
         "ALTER DATABASE postgres SET synchronous_commit = off",
         "ALTER SYSTEM SET fsync = off",
@@ -270,7 +272,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         forged(&[("id", "ARRAY['x', NULL]")]),
         forged(&[("id", "NULL")]),
         forged(&[("expected", "'[0:2]={5,0,0}'::bigint[]")]),
-        // Counts that would leave holes in a stream, or take more than there is.
+        // Counts that would leave holes in a stream, or take more events than given.
         forged(&[("events", "ARRAY[2, 1]")]),
         forged(&[("events", "ARRAY[2, 0]")]),
         forged(&[("events", "ARRAY[3, -1]")]),
@@ -330,7 +332,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
     for sql in denied.iter().map(ToString::to_string).chain(calls) {
         match attempt(&mut attacker, &sql).await {
             Ok(()) => allowed.push(sql),
-            // No attack at all: a syntax error, a function or a table that does not exist.
+            // Not an attack: a syntax error, or a function or table that does not exist.
             Err(error) => {
                 let code = error.as_database_error().unwrap().code().unwrap().into_owned();
                 assert!(!["42601", "42883", "42P01", "42804", "22P02"].contains(&&*code), "{sql}: {error}");
@@ -343,10 +345,10 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
     let row =
         attacker.fetch_one("SELECT has_table_privilege('shop', 'storied.events', 'INSERT')").await.unwrap();
     assert!(!row.get::<bool, _>(0));
-    // Refused by an answer instead of an error.
+    // Rejected by a result instead of an error.
     let mine = format!("ARRAY[{0}, {0}]", "storied.stream_key('order', 'a')");
     for sql in [
-        // Another stream under the key of one that is there.
+        // Another stream under the key of an existing one.
         forged_one(&[("key", "storied.stream_key('order', 'a')"), ("expected", "3")]),
         forged_one(&[
             ("key", "storied.stream_key('order', 'a')"),
@@ -356,7 +358,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         ]),
         forged(&[("key", &mine), ("expected", "ARRAY[3, 3]::bigint[]")]),
         forged(&[("key", &mine), ("expected", "ARRAY[-1, -1]::bigint[]"), ("look_up", "true")]),
-        // Versions that do not follow.
+        // Versions that do not follow the last one.
         forged_one(&[("key", "storied.stream_key('order', 'a')"), ("id", "'a'"), ("expected", "2")]),
         forged_one(&[("key", "storied.stream_key('order', 'a')"), ("id", "'a'"), ("expected", "4")]),
         forged_one(&[("key", "storied.stream_key('order', 'a')"), ("id", "'a'"), ("expected", "-1")]),
@@ -375,15 +377,15 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
     }
     assert_eq!(format!("{:?}", whole_log(&store).await), format!("{before:?}"));
 
-    // A stream twice in one call: one of the two, as a whole.
+    // A stream twice in one call: only one part takes effect, as a whole.
     let twice = "ARRAY[storied.stream_key('order', 'b'), storied.stream_key('order', 'b')]";
     _ = attempt(&mut attacker, &forged(&[("key", twice), ("id", "ARRAY['b', 'b']")])).await;
-    // A call that is as it should be is no attack.
+    // A correct call is not an attack.
     attempt(&mut attacker, &forged(&[])).await.unwrap();
     attempt(&mut attacker, &forged_one(&[("expected", "1")])).await.unwrap();
     assert_sound(&whole_log(&store).await);
 
-    // Nothing that a node needs has changed.
+    // Everything that a node needs is unchanged.
     let again = as_program(&url).connect().await.unwrap();
     append(&again, &stream("a"), exact(3), events(1)).await.unwrap();
     PostgresStore::connect(&url).await.unwrap();
@@ -392,7 +394,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
     assert_eq!(again.read_stream(&stream("x"), Version::NONE, 10).await.unwrap().len(), 2);
 }
 
-/// Readers read, and nothing else; a login for read models does not even that.
+/// Readers can only read; a login for read models cannot even do that.
 #[tokio::test]
 async fn readers_and_read_models_have_less() {
     let url = granted(PostgresServer::shared().await).await;
@@ -424,7 +426,8 @@ async fn readers_and_read_models_have_less() {
     assert_eq!(count.get::<i64, _>(0), 0);
 }
 
-/// Values that storied never writes: a program's login cannot store them, and where they are, a read is an error and no panic.
+/// Values that storied never writes: a program's login cannot store them. If they exist, a read is
+/// an error and not a panic.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn values_that_storied_never_writes_are_errors() {
     let url = granted(PostgresServer::shared().await).await;

@@ -1,5 +1,6 @@
-//! What an append that is alone tells its own process: how far the log may be read, and what it has just written. That nobody
-//! misses an event by it is for the oracle.
+//! A lone append notifies its own process of the high-water mark and caches its event.
+//!
+//! The oracle tests that readers miss no event by it.
 
 use sqlx::Connection;
 use storied::{EventStore, Position, PostgresStore, ReadLog, StoreError};
@@ -8,10 +9,10 @@ use crate::oracle::append_one;
 use crate::support::PostgresServer;
 use crate::tools::{append, connect, events, eventually, exact, run, stream, whole_log};
 
-/// An append that is alone says how far the log may be read, and nobody has to ask the server for it; beside another one it
-/// does not.
+/// A lone append returns how far the log is readable, so no query of the server is needed. With
+/// another append in flight, it does not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_append_that_is_alone_settles_itself() {
+async fn a_lone_append_advances_the_mark() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = PostgresStore::connect(&url).await.unwrap();
     let mut appended = store.appended();
@@ -19,9 +20,9 @@ async fn an_append_that_is_alone_settles_itself() {
         async |version| append(&store, &stream(1), exact(version), events(1)).await.unwrap().positions[0];
     let first = next(0).await;
     appended.wait_for(|head| *head == first).await.unwrap();
-    // The server is asked once behind the last connection that was made.
+    // The server is queried once after the last connection was opened.
     store.frontier().await.unwrap();
-    run(&url, "ALTER FUNCTION storied.frontier() RENAME TO nobody_asks").await;
+    run(&url, "ALTER FUNCTION storied.frontier() RENAME TO hidden_frontier").await;
     let second = next(1).await;
     assert_eq!(*appended.borrow_and_update(), second);
     let told = store.read_log(ReadLog::after(first).upto(second)).await.unwrap();
@@ -33,16 +34,16 @@ async fn an_append_that_is_alone_settles_itself() {
     let fourth = next(2).await;
     assert_eq!(*appended.borrow_and_update(), second);
     begun.commit().await.unwrap();
-    run(&url, "ALTER FUNCTION storied.nobody_asks() RENAME TO frontier").await;
+    run(&url, "ALTER FUNCTION storied.hidden_frontier() RENAME TO frontier").await;
     appended.wait_for(|head| *head == fourth).await.unwrap();
 
-    // Kept here or read there: the same.
+    // Cached events are equal to those read from the server.
     let log = whole_log(&PostgresStore::connect(&url).await.unwrap()).await;
     assert_eq!(log.len(), 4);
     assert_eq!(format!("{:?}", told.events), format!("{:?}", &log[1..2]));
     assert_eq!(log[2].id, event.id);
 
-    // A page ends at an event, also where the log has a hole.
+    // A page ends at an event, also if the log has a hole.
     assert!(append(&store, &stream(1), exact(0), events(1)).await.is_err());
     let sixth = next(3).await;
     let hole = Position::new(sixth.get() - 1);
@@ -50,10 +51,12 @@ async fn an_append_that_is_alone_settles_itself() {
     assert_eq!((page.events.len(), page.scanned_to), (0, fourth));
 }
 
-/// A server that takes over may not have what the one before it had acknowledged. What this process remembers of that is no
-/// event of the log any more, and what it has read there is missing (F43): its sequence does not tell.
+/// A server that takes over may lack events that the previous one acknowledged (F43).
+///
+/// Such events in the cache are not part of the log any more, and events that were read are
+/// missing. The sequence does not show it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_another_server_does_not_have_is_not_remembered() {
+async fn events_missing_on_a_new_primary_are_not_cached() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = PostgresStore::connect(&url).await.unwrap();
     let mut appended = store.appended();
@@ -75,10 +78,10 @@ async fn what_another_server_does_not_have_is_not_remembered() {
         ),
     )
     .await;
-    eventually("the loss is noticed", async || match store.frontier().await {
+    eventually("the loss is detected", async || match store.frontier().await {
         Err(StoreError::Incompatible { expected, found, .. }) => {
             assert!(
-                expected.contains(&format!("position {last}")) && found.contains("none"),
+                expected.contains(&format!("position {last}")) && found.contains("no event"),
                 "{expected}; {found}"
             );
             true
@@ -87,11 +90,11 @@ async fn what_another_server_does_not_have_is_not_remembered() {
         other => panic!("{other:?}"),
     })
     .await;
-    // Also after an append that was alone: it does not settle what is missing.
+    // Also after a lone append: it does not settle the missing events.
     let next = append(&store, &stream(2), exact(0), events(1)).await.unwrap().positions[0];
     assert!(*appended.borrow_and_update() < next);
     assert!(matches!(store.read_log(newest.clone()).await, Err(StoreError::Incompatible { .. })));
-    // Another process has not read it.
+    // Another process has not read the lost events.
     let fresh = PostgresStore::connect(&url).await.unwrap();
     assert_eq!(fresh.read_log(newest).await.unwrap().events.len(), 0);
     assert_eq!(fresh.frontier().await.unwrap(), next);

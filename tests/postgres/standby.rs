@@ -1,5 +1,6 @@
-//! A primary with a streaming standby that is cut off, asked by mistake, or promoted. With synchronous replication, every
-//! answer that says "durable" is on the standby (I3).
+//! A primary with a streaming standby that is disconnected, queried by mistake, or promoted.
+//!
+//! With synchronous replication, every answer that confirms durability is on the standby (I3).
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -23,12 +24,12 @@ use crate::proxy::Proxy;
 use crate::support::{PgBouncer, PostgresServer};
 use crate::tools::{append, assert_sound, connect, event, events, eventually, exact, run, stream, whole_log};
 
-/// A primary and its standby. The standby reaches it through a proxy.
+/// A primary and its standby, which connects to it through a proxy.
 struct Pair {
     primary: PostgresServer,
     standby: PostgresServer,
     link: Proxy,
-    /// A store's database, on the primary.
+    /// URL of a store's database on the primary.
     url: String,
 }
 
@@ -82,7 +83,7 @@ impl Pair {
             .unwrap()
     }
 
-    /// Waits until this many commits of the store's database wait for the standby.
+    /// Waits until `commits` commits of the store's database wait for the standby.
     async fn waiting(&self, commits: i64) {
         let mut connection = connect(&self.url).await;
         eventually("a commit waits for the standby", async || {
@@ -97,7 +98,7 @@ impl Pair {
         .await;
     }
 
-    /// The primary dies, the standby takes over; the log as it is there.
+    /// Stops the primary and promotes the standby; returns the log there.
     async fn fail_over(&mut self) -> Vec<RecordedEvent> {
         self.primary.kill();
         self.standby.promote().await;
@@ -107,7 +108,7 @@ impl Pair {
     }
 }
 
-/// What an operator does to commits that wait for a standby, again and again.
+/// An operator that repeatedly ends or cancels commits that wait for a standby.
 struct Operator(tokio::task::JoinHandle<()>);
 
 impl Operator {
@@ -144,8 +145,8 @@ enum Way {
     Pooler,
 }
 
-/// The standby is cut off, and an operator ends or cancels the commits that wait for it: no receipt is given for what the
-/// standby has not got (F2).
+/// An operator ends or cancels commits while the standby is disconnected: no receipt is given for
+/// events that the standby lacks (F2).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_receipt_is_on_the_standby() {
     let mut pair = Pair::start(true).await;
@@ -187,7 +188,7 @@ async fn a_receipt_is_on_the_standby() {
                 match answer.unwrap() {
                     (_, Err(AppendError::Store(StoreError::OutcomeUnknown { .. }))) => {}
                     (id, Ok(_)) => {
-                        panic!("{way:?}, {action}: a receipt for {id}, which the standby has not got")
+                        panic!("{way:?}, {action}: a receipt for {id}, which the standby lacks")
                     }
                     (_, Err(error)) => panic!("{way:?}, {action}: {error}"),
                 }
@@ -196,7 +197,7 @@ async fn a_receipt_is_on_the_standby() {
             pair.heal().await;
         }
     }
-    // Cut off for good, while some wait.
+    // Disconnected permanently, while appends wait.
     let store = pair.options().connect().await.unwrap();
     pair.cut_off();
     let lost = event();
@@ -211,8 +212,8 @@ async fn a_receipt_is_on_the_standby() {
     waiting.await.unwrap().unwrap_err();
 }
 
-/// The store loses its connection while a commit waits for the standby. Finding out what happened does not make it visible:
-/// only the standby decides.
+/// The store loses its connection while a commit waits for the standby. Looking up the outcome does
+/// not make the commit visible: only the standby decides.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn recovery_leaves_a_commit_to_the_standby() {
     let pair = Pair::start(true).await;
@@ -230,11 +231,11 @@ async fn recovery_leaves_a_commit_to_the_standby() {
     proxy.cut_all();
     let answer = appending.await.unwrap();
     assert!(matches!(answer, Err(AppendError::Store(StoreError::OutcomeUnknown { .. }))), "{answer:?}");
-    assert!(!pair.shows(id).await, "it was made visible, and a failover would lose it");
+    assert!(!pair.shows(id).await, "the commit became visible, and a failover would lose it");
     pair.heal().await;
     eventually("the commit goes on with the standby", async || pair.shows(id).await).await;
 
-    // In time, it is a receipt.
+    // If the standby returns in time, the answer is a receipt.
     pair.cut_off();
     let new = event();
     let id = new.id;
@@ -247,7 +248,7 @@ async fn recovery_leaves_a_commit_to_the_standby() {
     assert!(pair.shows(id).await);
 }
 
-/// While a standby is away, abandoned appends do not take all of the server's connections.
+/// During an outage of the standby, abandoned appends do not take all connections of the server.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn commits_that_wait_do_not_add_up() {
     let pair = Pair::start(true).await;
@@ -258,7 +259,7 @@ async fn commits_that_wait_do_not_add_up() {
         let (store, new) = (store.clone(), event());
         tokio::spawn(async move { append(&store, &stream(new.id), exact(0), vec![new]).await })
     };
-    // Eight connections, made while there is time for it.
+    // Eight connections, opened while the standby is present.
     for append in (0..8).map(|_| begin()).collect::<Vec<_>>() {
         append.await.unwrap().unwrap();
     }
@@ -276,13 +277,14 @@ async fn commits_that_wait_do_not_add_up() {
         }
         other => panic!("{other:?}"),
     }
-    // Readers are not in their way.
+    // Readers are not blocked.
     store.frontier().await.unwrap();
     pair.heal().await;
-    eventually("appends are taken again", async || begin().await.unwrap().is_ok()).await;
+    eventually("appends are accepted again", async || begin().await.unwrap().is_ok()).await;
 }
 
-/// What is read is no more durable than what is answered: a repeated command, a handler's record, a checkpoint and a lease.
+/// Answers that rest on a read are as durable as others: a repeated command, a handler's record, a
+/// checkpoint and a lease.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
     let mut pair = Pair::start(true).await;
@@ -313,7 +315,7 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         );
         assert!(matches!(executed, Err(ExecuteError::OutcomeUnknown { .. })), "{executed:?}");
         assert!(recorded.is_err() && saved.is_err() && leased.is_err(), "{recorded:?} {saved:?} {leased:?}");
-        // All of it is visible by now …
+        // All commits are visible now …
         let account = storied::StreamId::new("account", account).unwrap();
         eventually("it became visible", async || {
             !store.read_stream(&account, Version::NONE, 1).await.unwrap().is_empty()
@@ -321,7 +323,7 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
                 && store.leases().await.unwrap().iter().any(|info| info.lease.name == name)
         })
         .await;
-        // … and nothing of it is an answer.
+        // … and none of them is an answer.
         let (executed, recorded, found, leased) = tokio::join!(
             deposit(),
             store.record_command(record.clone()),
@@ -342,8 +344,8 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
     assert_eq!(there, known);
 }
 
-/// The commit of a projection becomes visible because an operator ends its wait. The owner reads its
-/// checkpoint again, and reports nothing before a commit of its own is on the standby (F2).
+/// The commit of a projection becomes visible because an operator ends its wait. The owner reads
+/// its checkpoint again, and reports no progress before a commit of its own is on the standby (F2).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_checkpoint_that_is_claimed_is_on_the_standby() {
     let pair = Pair::start(true).await;
@@ -377,8 +379,9 @@ async fn a_checkpoint_that_is_claimed_is_on_the_standby() {
     runtime.shutdown().await.unwrap();
 }
 
-/// A standby that lacked something takes over, under running nodes (F43): fewer events than the sequence is logged ahead. A store
-/// that has read them reports it, and so does a projection that claims a read model elsewhere.
+/// A standby that lacks events takes over under running nodes (F43): fewer events than the sequence
+/// is logged ahead. A store that has read them reports the loss. So does a projection that claims a
+/// read model elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_that_loses_events_is_noticed() {
     let mut pair = Pair::start(false).await;
@@ -408,13 +411,13 @@ async fn a_failover_that_loses_events_is_noticed() {
     pair.standby.promote().await;
     proxy.connect_to(Some(pair.standby.port()));
 
-    eventually("the store notices", async || match store.frontier().await {
-        Err(StoreError::Incompatible { found, .. }) => found.contains("none there"),
+    eventually("the store detects the loss", async || match store.frontier().await {
+        Err(StoreError::Incompatible { found, .. }) => found.contains("no event there"),
         Err(error) if error.is_transient() => false,
         other => panic!("{other:?}"),
     })
     .await;
-    // The new primary goes on, and its log soon reaches further than the old one's.
+    // The new primary continues, and its log soon exceeds the old one.
     let other = options.connect().await.unwrap();
     assert!(append(&other, &stream(1), exact(3), events(1)).await.unwrap().positions[0] > lost);
     let failed = async |runtime: &Runtime| {
@@ -423,17 +426,17 @@ async fn a_failover_that_loses_events_is_noticed() {
         let failed = status.wait_for(|status| status.state == ProjectionState::Failed);
         tokio::time::timeout(Duration::from_secs(20), failed)
             .await
-            .unwrap_or_else(|_| panic!("it never failed: {:?}", projection.status()))
+            .unwrap_or_else(|_| panic!("the projection never failed: {:?}", projection.status()))
             .unwrap()
             .last_error
             .clone()
             .unwrap()
     };
-    // The projection that runs has applied events that the log does not have any more.
+    // The running projection has applied events that are missing in the log.
     let error = failed(&runtime).await;
-    assert!(error.contains("none there"), "{error}");
+    assert!(error.contains("no event there"), "{error}");
     runtime.shutdown().await.unwrap();
-    // A node that starts now has read nothing: the read model's checkpoint tells.
+    // A new node has read no event: the checkpoint of the read model shows the loss.
     let runtime = node(other).await;
     let error = failed(&runtime).await;
     assert!(error.contains(&format!("position {lost}")) && error.contains("reset"), "{error}");
@@ -444,8 +447,8 @@ async fn a_failover_that_loses_events_is_noticed() {
     runtime.shutdown().await.unwrap();
 }
 
-/// Something between sends a running program to the standby, which lacks the newest events and sees no locks (F46): no page
-/// is read there, however the store gets its connections.
+/// An intermediary routes a running program to the standby, which lacks the newest events and sees
+/// no locks (F46). No page is read there, whatever connections the store uses.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_read_on_a_standby() {
     let pair = Pair::start(false).await;
@@ -474,7 +477,7 @@ async fn nothing_is_read_on_a_standby() {
         while refused < 6 {
             assert!(since.elapsed() < Duration::from_secs(30));
             let answers = [
-                // The mark is known: the page's own statement has to refuse.
+                // The mark is cached, so the statement of the page has to refuse.
                 store.read_log(ReadLog::after(Position::START).upto(last)).await.err(),
                 store
                     .read_log(ReadLog::after(Position::START).upto(last).filter(filtered.clone()))
@@ -487,7 +490,7 @@ async fn nothing_is_read_on_a_standby() {
             ];
             let mut answers = Vec::from(answers);
             if !matches!(way, Way::Direct) {
-                // Its statement asks nothing of the server: the transaction has to refuse.
+                // Its statement depends on no server state, so the transaction has to refuse.
                 answers.push(store.checkpoint("seen").await.err());
             }
             for answer in answers {

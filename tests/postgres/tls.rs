@@ -1,4 +1,4 @@
-//! TLS, as docs/operations.md tells to set it up.
+//! TLS, set up as docs/operations.md describes.
 
 use std::fs;
 use std::time::Duration;
@@ -10,10 +10,10 @@ use crate::support::{Certificates, PostgresServer};
 use crate::tools::*;
 
 #[tokio::test]
-async fn who_answers_is_verified() {
+async fn the_server_is_verified() {
     let certificates = Certificates::make();
     let file = |name: &str| certificates.path(name).display().to_string();
-    // Who wants this database has to show a certificate.
+    // This database requires client certificates.
     fs::write(
         certificates.path("hba"),
         "hostnossl mutual all all reject\nhostssl mutual all all trust clientcert=verify-ca\nhost all all all trust\n",
@@ -52,12 +52,13 @@ async fn who_answers_is_verified() {
 
     let shared = PostgresServer::shared().await;
     for (wrong, says) in [
-        // A certificate of nobody that is trusted; one for another name; no TLS where it is required; no certificate of ours.
+        // An untrusted certificate; one for another name; no TLS where it is required; no client
+        // certificate.
         (format!("{plain}?sslmode=verify-full"), "UnknownIssuer"),
         (verified(&plain.replace("127.0.0.1", "localhost")), "not valid for name"),
         (verified(&shared.url()), "does not support TLS"),
         (verified(&mutual), "client certificate"),
-        // Certificates are named, and TLS is left to the server.
+        // Certificates are configured, and TLS is left to the server.
         (format!("{}?sslrootcert={}", shared.url(), file("ca.pem")), "does not support TLS"),
         (format!("{}?sslmode=prefer&sslrootcert={}", shared.url(), file("ca.pem")), "does not support TLS"),
         (

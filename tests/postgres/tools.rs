@@ -1,4 +1,4 @@
-//! What the tests here share.
+//! Helpers of the tests in this directory.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! How soon others see what was appended.
+//! The time until other processes see an append.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,8 @@ use storied::{EventStore, ExpectedVersion, PostgresOptions, PostgresStore};
 use crate::support::PostgresServer;
 use crate::tools::{append, events, stream};
 
-/// From an append of one process until another one, which has long been idle, knows of it; the mean of `rounds`.
+/// Mean time of `rounds` from an append until another process, which was idle for long, knows of
+/// it.
 async fn wake_up(writer: &PostgresStore, reader: &PostgresStore, rounds: u32) -> Duration {
     let mut appended = reader.appended();
     let mut sum = Duration::ZERO;
@@ -40,5 +41,5 @@ async fn other_processes_are_noticed() {
     assert!(hinted < Duration::from_millis(40), "{hinted:?}, as by polling");
 
     let pooled = PostgresOptions::new().url(&*url).notify(true).transaction_pooler(true);
-    assert!(pooled.connect().await.unwrap_err().to_string().contains("leave one of the two"));
+    assert!(pooled.connect().await.unwrap_err().to_string().contains("remove one of the two"));
 }

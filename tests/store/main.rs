@@ -1,4 +1,4 @@
-//! Every store passes the same suite; what only SQLite can get wrong is in `sqlite`.
+//! The suite of all stores, and tests specific to SQLite in `sqlite`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use storied::MemoryStore;

@@ -1,4 +1,4 @@
-//! Files, locks, other processes and other people's databases.
+//! Files, locks, other processes, and databases of other programs.
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
@@ -23,7 +23,7 @@ use storied::{
 use tempfile::TempDir;
 use uuid::Uuid;
 
-/// Opening it again is what a second process on the same file would do.
+/// Opening the store again acts like a second process on the same file.
 pub(crate) async fn database() -> Database {
     let (directory, path) = file();
     Database::new(move || {
@@ -33,14 +33,14 @@ pub(crate) async fn database() -> Database {
     .keeping(directory)
 }
 
-/// Where a database can be; nothing is there yet.
+/// A path for a database; the file does not exist yet.
 fn file() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("events.db");
     (directory, path)
 }
 
-/// A connection that storied knows nothing of.
+/// A connection outside of storied.
 async fn stranger(path: &Path) -> SqliteConnection {
     SqliteConnectOptions::new().filename(path).create_if_missing(true).connect().await.unwrap()
 }
@@ -80,7 +80,7 @@ async fn log(store: &SqliteStore) -> Vec<RecordedEvent> {
     }
 }
 
-/// Positions 1, 2, 3 … (nothing that was refused took one), versions without holes.
+/// Positions 1, 2, 3 … (refused appends take none), versions without holes.
 async fn assert_sound(store: &SqliteStore, events: usize) {
     let log = log(store).await;
     assert_eq!(log.len(), events);
@@ -182,7 +182,7 @@ async fn a_database_of_a_newer_program_is_left_alone() {
 }
 
 #[tokio::test]
-async fn tables_that_were_made_otherwise_are_noticed() {
+async fn changed_migrations_are_detected() {
     let (_directory, path) = file();
     drop(SqliteStore::open(&path).await.unwrap());
     stranger(&path).await.execute("UPDATE storied_migrations SET checksum = x'00'").await.unwrap();
@@ -200,7 +200,7 @@ async fn a_read_model_may_live_in_the_same_file() {
 }
 
 #[tokio::test]
-async fn paths_that_cannot_be_are_explained() {
+async fn impossible_paths_are_explained() {
     let (directory, path) = file();
     let missing = directory.path().join("no/such/directory/events.db");
     let error = SqliteStore::open(&missing).await.unwrap_err();
@@ -239,7 +239,7 @@ async fn recorded_events_cannot_be_changed() {
 }
 
 #[tokio::test]
-async fn a_locked_database_is_unavailable_until_it_is_not() {
+async fn a_locked_database_is_unavailable_until_released() {
     let (_directory, path) = file();
     let store = SqliteOptions::new(&path).busy_timeout(Duration::from_millis(100)).open().await.unwrap();
     append(&store, one("a", "order.placed")).await.unwrap();
@@ -263,7 +263,7 @@ async fn a_locked_database_is_unavailable_until_it_is_not() {
 async fn an_oversized_append_fails_alone() {
     let (_directory, path) = file();
     let store = SqliteStore::open(&path).await.unwrap();
-    // Zeroed memory that nobody touches is not really there.
+    // Untouched zeroed memory is not allocated.
     let huge = NewEvent { payload: Bytes::from(vec![0; 1_000_000_001]), ..event("order.huge") };
     let huge = Append::one(stream("b"), ExpectedVersion::Any, vec![event("order.placed"), huge]);
     let answers = store.append(vec![one("a", "order.placed"), huge, one("b", "order.placed")]).await;
@@ -276,7 +276,7 @@ async fn an_oversized_append_fails_alone() {
     assert_sound(&store, 2).await;
 }
 
-/// What SQLite refuses only when it sees it: here, by a trigger of the user's, once in each of the ways that SQL has.
+/// An event that SQLite refuses only at the insert: by a trigger, once in each of the ways of SQL.
 #[tokio::test]
 async fn a_poisoned_append_fails_alone() {
     let (_directory, path) = file();
@@ -324,7 +324,8 @@ async fn a_poisoned_append_fails_alone() {
     assert_sound(&store, 60).await;
 }
 
-/// A constraint that SQLite checks at the commit: the failed commit is not taken for a success, nor does it hurt the next.
+/// A constraint that SQLite checks at the commit: the failed commit is not taken for a success, and
+/// does not affect the next one.
 #[tokio::test]
 async fn a_failed_commit_is_reported() {
     let (_directory, path) = file();
@@ -381,7 +382,7 @@ async fn unreadable_rows_are_an_error() {
     assert_eq!(store.read_log(ReadLog::after(Position::START).limit(1)).await.unwrap().events.len(), 1);
 }
 
-/// This test binary again, running one of the ignored tests below on `path`.
+/// This test binary, running one of the ignored tests below on `path`.
 fn child(test: &str, path: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -394,7 +395,7 @@ fn childs_path() -> PathBuf {
     std::env::var_os("STORIED_CHILD_DB").expect("run by another test").into()
 }
 
-/// Appends batches for ever and prints the ids of what was acknowledged.
+/// Appends batches without end and prints the ids of acknowledged ones.
 #[tokio::test]
 #[ignore = "run by a_killed_process_loses_nothing_acknowledged"]
 async fn child_appends() {
@@ -439,7 +440,7 @@ async fn a_killed_process_loses_nothing_acknowledged() {
     assert!(!acknowledged.is_empty());
     let found: HashSet<Uuid> = log.iter().map(|event| event.id).collect();
     assert!(acknowledged.is_subset(&found));
-    assert_eq!(log.len() % 2, 0, "no append is there by half");
+    assert_eq!(log.len() % 2, 0, "an append is stored partially");
     append(&store, one("a", "order.placed")).await.unwrap();
 }
 
@@ -469,7 +470,8 @@ async fn a_full_disk_is_an_error_and_no_damage() {
     let (_directory, path) = file();
     drop(SqliteStore::open(&path).await.unwrap());
     let fills = child("child_fills_the_disk", &path);
-    // Files of at most 1 MB (the unit is 512 bytes, or 1 KB in some shells); writing more is an error, not a signal.
+    // Files of at most 1 MB (the unit is 512 bytes, or 1 KB in some shells). A larger write is an
+    // error, not a signal.
     let mut limited = Command::new("sh");
     limited.args(["-c", "trap '' XFSZ; ulimit -f 1000; exec \"$0\" \"$@\""]);
     limited.arg(fills.get_program()).args(fills.get_args()).env("STORIED_CHILD_DB", &path);
@@ -477,7 +479,7 @@ async fn a_full_disk_is_an_error_and_no_damage() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
     let events = text.lines().find_map(|line| line.strip_prefix("events ")).unwrap().parse().unwrap();
-    // With room again, all is well.
+    // With free space, the store works again.
     let store = SqliteStore::open(&path).await.unwrap();
     assert_sound(&store, events).await;
     append(&store, one("a", "order.placed")).await.unwrap();
@@ -489,7 +491,7 @@ async fn child_opens_a_read_only_file() {
     let error = SqliteStore::open(childs_path()).await.unwrap_err();
     assert!(matches!(error, StoreError::Storage { .. }), "{error:?}");
     assert!(
-        error.to_string().contains("right to write") || error.to_string().contains("may this program"),
+        error.to_string().contains("right to write") || error.to_string().contains("this program may write"),
         "{error}"
     );
     println!("refused");
@@ -503,7 +505,7 @@ async fn a_read_only_file_is_explained() {
     std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o555)).unwrap();
     let mut opens = child("child_opens_a_read_only_file", &path);
     if std::fs::metadata(&path).unwrap().uid() == 0 {
-        // We are root, and nothing is read-only for root; "nobody" it is.
+        // Root can write to read-only files, so the child runs as the user nobody.
         opens.uid(65_534).gid(65_534);
     }
     let output = opens.output().unwrap();
@@ -516,7 +518,7 @@ async fn a_read_only_file_is_explained() {
     );
 }
 
-/// Numbers that storied never writes are errors, and no panic.
+/// Numbers that storied never writes are errors, not panics.
 #[tokio::test]
 async fn numbers_that_storied_never_writes_are_errors() {
     let (_directory, path) = file();

@@ -1,4 +1,4 @@
-//! Appending: one round trip for a batch, and what to do when it does not come back.
+//! Appending: one round trip per batch, and the recovery of appends without an answer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,24 +19,27 @@ use crate::event::{NewEvent, Position, RecordedEvent, Version};
 
 pub(super) const DOING: &str = "appending events";
 
-/// How often the same events are sent again when the server asked for it, or when they were lost on the way for certain.
+/// Maximum number of times the same events are sent, on the server's request or after a proven
+/// loss.
 const ATTEMPTS: u32 = 8;
-/// How often an append that expects nothing in particular may be overtaken by others: each time, one of them succeeds.
+/// Maximum number of lost races of an append without an exact expected version.
+///
+/// In each race another append succeeds.
 const OVERTAKEN: u32 = 1_000;
 
-/// What became of a unit.
+/// The outcome of a unit.
 #[derive(Debug)]
 pub(super) enum Fate {
-    /// Its events are in the log; for each part, the version before them and their positions.
+    /// The events are in the log; for each part, the version before them and their positions.
     Appended(Vec<(Version, Vec<Position>)>),
-    /// Its part of that index found another version.
+    /// The part with this index found another version.
     Conflict(usize, Version),
-    /// Somebody else was faster, but it would fit again.
+    /// Another writer was faster, but the expected versions may still hold.
     Overtaken,
     Failed(StoreError),
 }
 
-/// Appends a batch. Must run to its end once it was begun.
+/// Appends a batch. Once polled, it must run to completion.
 pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<Appended, AppendError>> {
     let _appending = core.frontier.appending();
     let mut answers: Vec<Option<Result<Appended, AppendError>>> = Vec::with_capacity(batch.len());
@@ -59,7 +62,7 @@ pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<App
                 if let Fate::Failed(StoreError::Invalid { .. }) = &fate
                     && unit.appends.len() > 1
                 {
-                    // Which of them it is shows when each goes alone.
+                    // Each append is sent alone, to find the one that cannot be stored.
                     merge = false;
                     todo.extend(&unit.appends);
                     continue;
@@ -69,7 +72,7 @@ pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<App
         }
         todo.sort_unstable();
     }
-    let missing = || StoreError::Corrupt { reason: "an append got no answer".into() };
+    let missing = || StoreError::Corrupt { reason: "an append received no result".into() };
     let answers: Vec<_> =
         answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(missing().into()))).collect();
     let last = answers.iter().flatten().filter_map(|appended| appended.positions.last()).max();
@@ -79,7 +82,7 @@ pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<App
     answers
 }
 
-/// Answers the appends of a unit; those that are to be decided again go back to `todo`.
+/// Answers the appends of a unit; appends to be decided again go back to `todo`.
 fn tell(
     batch: &[Append],
     unit: &Unit<'_>,
@@ -95,7 +98,7 @@ fn tell(
     match fate {
         Fate::Appended(places) => {
             if let ([_, _, ..], [(base, positions)]) = (unit.appends.as_slice(), places.as_slice()) {
-                // Several appends to one stream: each has its share.
+                // Several appends to one stream share the versions and positions of the unit.
                 let (mut end, mut rest) = (*base, positions.as_slice());
                 for &index in &unit.appends {
                     let events = batch
@@ -118,11 +121,11 @@ fn tell(
             let (Some(first), Some(part)) = (appends.next(), unit.parts.get(part)) else { return };
             let conflict = Conflict { stream: part.stream.clone(), expected: part.expected, actual };
             answer(first, Err(conflict.into()));
-            // They were joined to the first on the assumption that it succeeds.
+            // They were merged with the first on the assumption that it succeeds.
             todo.extend(appends);
         }
         Fate::Overtaken => {
-            let reason = format!("{DOING}: other writers were faster every time; try again");
+            let reason = format!("{DOING}: other writers were faster in every attempt; retry later");
             for &index in &unit.appends {
                 answer(index, Err(StoreError::Unavailable { reason: reason.clone(), source: None }.into()));
             }
@@ -135,8 +138,10 @@ fn tell(
     }
 }
 
-/// Calls until every unit has its fate. A call that the server refuses as a whole is split, so that what cannot be stored
-/// is left alone with its refusal.
+/// Sends calls until every unit has an outcome.
+///
+/// A call that the server refuses as a whole is split, until each unit that cannot be stored is
+/// alone.
 async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
     let mut fates: Vec<Option<Fate>> = units.iter().map(|_| None).collect();
     let mut groups: Vec<Vec<usize>> = vec![(0..units.len()).collect()];
@@ -181,7 +186,7 @@ async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
                 Failure::Retry(error) | Failure::Lost(error) => {
                     attempts += 1;
                     if attempts < ATTEMPTS {
-                        tracing::debug!(%error, attempts, "appending again");
+                        tracing::debug!(%error, attempts, "retrying append");
                         pause(attempts).await;
                         continue;
                     }
@@ -193,7 +198,7 @@ async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
                             %error,
                             happened = found.iter().filter(|fate| fate.is_some()).count(),
                             of = members.len(),
-                            "an append got no answer; looked up whether it happened"
+                            "append got no answer; looked up its events"
                         );
                         let found = found.into_iter().map(|fate| fate.unwrap_or(Fate::Overtaken)).collect();
                         group = file(group, found, &mut fates, false);
@@ -204,7 +209,7 @@ async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
                         error
                     }
                     Err(lookup) => StoreError::OutcomeUnknown {
-                        reason: format!("{error}; and then: {lookup}"),
+                        reason: format!("{error}; looking up the events failed: {lookup}"),
                         source: Some(Arc::new(error)),
                     },
                 },
@@ -215,7 +220,7 @@ async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
             break;
         }
     }
-    let missing = || StoreError::Corrupt { reason: "an append was forgotten".into() };
+    let missing = || StoreError::Corrupt { reason: "an append received no outcome".into() };
     fates.into_iter().map(|fate| fate.unwrap_or_else(|| Fate::Failed(missing()))).collect()
 }
 
@@ -225,7 +230,7 @@ fn set(fates: &mut [Option<Fate>], index: usize, fate: Fate) {
     }
 }
 
-/// Notes what was found of a group; what is left of it. With `all`, nothing is.
+/// Stores the outcomes of a group; returns the units to retry. With `all`, it returns none.
 fn file(group: Vec<usize>, found: Vec<Fate>, fates: &mut [Option<Fate>], all: bool) -> Vec<usize> {
     let mut rest = Vec::new();
     for (index, fate) in group.into_iter().zip(found) {
@@ -237,32 +242,32 @@ fn file(group: Vec<usize>, found: Vec<Fate>, fates: &mut [Option<Fate>], all: bo
     rest
 }
 
-/// Longer each time, and never as long as that of the others who were told the same.
+/// Waits before a retry: longer with each retry, with jitter between competing writers.
 async fn pause(times: u32) {
     let jitter = f64::from(Uuid::new_v4().as_fields().0) / f64::from(u32::MAX);
     let longest = Duration::from_micros(500) * times.min(60);
     tokio::time::sleep(longest.mul_f64(jitter)).await;
 }
 
-/// Why a call brought no answer for each of its units.
+/// The reason why a call returned no outcome for its units.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// Nothing was written, and nothing else would have been: something in it cannot be stored.
+    /// Nothing was written: the server refuses the content of the call.
     Refused(StoreError),
-    /// Nothing was written, since the server is not in a state to.
+    /// Nothing was written: the state of the server does not allow it.
     Failed(StoreError),
-    /// Nothing was written; the server wants it to be tried again.
+    /// Nothing was written; the server asks for a retry.
     Retry(StoreError),
-    /// Nothing was written, as the connection broke before it could be.
+    /// Nothing was written: the connection broke before the commit.
     Lost(StoreError),
-    /// Nothing was written, because of somebody who was faster.
+    /// Nothing was written: another writer was faster.
     Overtaken,
-    /// It may have been written.
+    /// The events may have been written.
     Unknown(StoreError, Trace),
 }
 
 impl Failure {
-    /// For an answer of the server that leaves no doubt.
+    /// Classifies a definite answer of the server.
     fn answered(error: sqlx::Error) -> Self {
         if error::overtaken(&error) {
             return Failure::Overtaken;
@@ -293,18 +298,20 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             drop(session);
             let error = failed(DOING, error);
             return Err(match backend {
-                // Without a commit, the server takes it back as soon as it notices.
+                // Without a commit, the server rolls back as soon as it notices the loss.
                 _ if explicit => Failure::Lost(error),
                 Some(backend) => Failure::Unknown(error, Trace::Backend(backend)),
                 None => Failure::Failed(StoreError::OutcomeUnknown {
-                    reason: format!("{error}; and the server process is not known"),
+                    reason: format!(
+                        "{error}; the server process is unknown, so the events cannot be looked up"
+                    ),
                     source: Some(Arc::new(error)),
                 }),
             });
         }
         Err(error) => {
             if verdict(&error) == Verdict::Failed {
-                // Perhaps another server is the primary by now: the next attempt asks for a connection anew.
+                // Another server may be the primary now: the next attempt opens a new connection.
                 core.connections.purge();
             } else {
                 session.roll_back().await;
@@ -315,14 +322,14 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
     let Reply { fates, transaction, settled } = reply;
     let (done, cancelled_at_end) = core.watched(core.timed(session.done())).await;
     if explicit {
-        // A warning before the commit is not about the wait that follows it.
+        // A warning before the commit does not concern the wait of the commit.
         cancelled = cancelled_at_end;
     }
     match done {
-        // I3: answered as a success, and perhaps on no standby.
+        // I3: the server reports success, but perhaps no standby has the commit.
         Ok(()) if cancelled => Err(Failure::Unknown(durability::cancelled(), Trace::Committed)),
         Ok(()) => {
-            // Not if this connection was made since: perhaps to another server.
+            // Not for a connection opened since, which may lead to another server.
             if let Some((previous, event)) = settled
                 && core.connections.begun() == server
             {
@@ -343,7 +350,8 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
 }
 
 async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<Reply, sqlx::Error> {
-    // Not in an explicit transaction: how that ended is found out by its id, which only the other one tells.
+    // Not in an explicit transaction: its end is looked up by its id, which only `append()`
+    // returns.
     if !core.connections.appends_in_transactions()
         && let [unit] = units
         && let [part] = unit.parts.as_slice()
@@ -356,8 +364,10 @@ async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Res
     Reply::decode(&row, units)
 }
 
-/// The version that a part expects, where there is only one. It needs no look: either the event that it names is the
-/// stream's last, or the next one is not free.
+/// Returns the version that a part expects, if it is a single one.
+///
+/// It needs no look-up: the previous event either is the last of the stream, or the next version is
+/// taken.
 fn exact(part: &Part<'_>) -> Option<i64> {
     match part.expected {
         ExpectedVersion::Exact(version) => Some(to_sql(version.get())),
@@ -366,7 +376,7 @@ fn exact(part: &Part<'_>) -> Option<i64> {
     }
 }
 
-/// None if the event cannot have the version behind the expected one.
+/// Appends a single event; `None` if it cannot have the version after the expected one.
 async fn execute_one(
     core: &Core,
     session: &mut Session,
@@ -442,16 +452,19 @@ fn count(number: usize) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// What became of a call's units, and the id of its transaction, if it wrote anything and that had to be known.
+/// The outcomes of a call's units, and the transaction's id.
+///
+/// The id is present if the transaction wrote events and a later look-up may need it.
 struct Reply {
     fates: Vec<Fate>,
     transaction: Option<String>,
-    /// The only event, and the position of the one before it in the log, if everything up to there is decided.
+    /// The only event and the position before it in the log, if every position up to there is
+    /// decided.
     settled: Option<(Position, RecordedEvent)>,
 }
 
 impl Reply {
-    /// What `storied.append()` answers; see there.
+    /// Decodes the result of `storied.append()`; the migration describes it.
     fn decode(row: &PgRow, units: &[&Unit<'_>]) -> Result<Self, sqlx::Error> {
         let versions: Vec<i64> = row.try_get(0)?;
         let lost: Option<Vec<bool>> = row.try_get(1)?;

@@ -1,4 +1,4 @@
-//! Connections of a pool that belongs to the application.
+//! Connections from a pool of the application.
 
 use std::ops::{Deref, DerefMut};
 use std::time::Duration;
@@ -11,11 +11,13 @@ use tokio::time::timeout;
 
 type Manager = <Postgres as sqlx::Database>::TransactionManager;
 
-/// How long an idle connection may take to answer the pool's ping.
+/// Maximum time for an idle connection to answer the ping of the pool.
 const PING: Duration = Duration::from_secs(2);
 
-/// A connection of the application's pool. Dropped without [`give_back`](Self::give_back) it is closed: a call that was
-/// dropped, timed out or failed may have left an open transaction, an unread answer or a stale plan on it.
+/// A connection from the pool of the application.
+///
+/// If it is dropped without [`give_back`](Self::give_back), it is closed. A call that was dropped,
+/// timed out or failed may have left an open transaction, an unread answer or a stale plan on it.
 #[derive(Debug)]
 pub(crate) struct Borrowed {
     connection: PoolConnection<Postgres>,
@@ -23,11 +25,12 @@ pub(crate) struct Borrowed {
 }
 
 impl Borrowed {
-    /// Takes a connection, within the pool's own time limit.
+    /// Acquires a connection, within the time limit of the pool.
     pub(crate) async fn acquire(pool: &PgPool) -> Result<Self, sqlx::Error> {
         let acquire = async {
-            // The pool pings an idle connection without a limit. A dropped ping closes that connection, and the next one
-            // gets its turn: otherwise each connection that died silently would cost the pool's whole time limit.
+            // The pool pings an idle connection without a limit. If the ping is dropped, the pool
+            // closes that connection and tries the next one. Otherwise each dead connection would
+            // cost the whole time limit of the pool.
             while pool.num_idle() > 0 {
                 if let Ok(acquired) = timeout(PING, pool.acquire()).await {
                     return acquired;
@@ -40,7 +43,7 @@ impl Borrowed {
         Ok(Self { connection, clean: false })
     }
 
-    /// Returns the connection to the pool. Nothing may be under way on it.
+    /// Returns the connection to the pool. No call may be in flight on it.
     pub(crate) fn give_back(mut self) {
         self.clean = true;
     }
@@ -68,10 +71,11 @@ impl DerefMut for Borrowed {
     }
 }
 
-/// An open transaction on a [`Borrowed`] connection. Only a confirmed commit returns the connection to the pool.
+/// An open transaction on a [`Borrowed`] connection.
 ///
-/// sqlx's own `Transaction` returns it always: also when `BEGIN` was sent and its answer was not awaited. Then the pool hands
-/// out a connection inside an open transaction, and the next user of it loses its rows.
+/// Only a confirmed commit returns the connection to the pool. The `Transaction` of sqlx always
+/// returns it, even if `BEGIN` was sent and its answer was not awaited. The pool then hands out a
+/// connection inside an open transaction, and its next user loses rows.
 #[derive(Debug)]
 pub(crate) struct BorrowedTransaction(Borrowed);
 
@@ -89,7 +93,9 @@ impl BorrowedTransaction {
         Ok(())
     }
 
-    /// Rolls back and closes the connection: what failed on it may fail there again, as a statement whose plan is stale.
+    /// Rolls back and closes the connection.
+    ///
+    /// A statement that failed, for example with a stale plan, may fail on the connection again.
     pub(crate) async fn roll_back(mut self) -> Result<(), sqlx::Error> {
         Manager::rollback(&mut self.0).await
     }

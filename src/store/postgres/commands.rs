@@ -1,4 +1,4 @@
-//! What became of commands. Those that are looked up or recorded at the same time share a statement, and a commit.
+//! Command records and command events. Concurrent requests share a statement and a commit.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,19 +18,19 @@ use super::together::Together;
 use super::{Core, stream_key};
 use crate::event::{Position, StreamId, Version};
 
-const READING: &str = "reading what became of a command";
-const RECORDING: &str = "recording what became of a command";
+const READING: &str = "reading a command record";
+const RECORDING: &str = "recording a command";
 
-const FINDING: &str = "looking for the events of a command";
+const FINDING: &str = "looking up the events of a command";
 
-/// What a look-up counts as, for an answer of unknown size: 64 of them travel together.
+/// Assumed size in bytes of a look-up, whose result has an unknown size; 64 of them fit in a call.
 const LOOK_UP: usize = 16 << 10;
 
 #[derive(Debug, Default)]
 pub(super) struct Commands {
     looked_up: Arc<Together<Uuid, Option<CommandRecord>>>,
     recorded: Arc<Together<CommandRecord, CommandRecord>>,
-    /// Keys of streams, and commands.
+    /// Requests are pairs of stream key and command id.
     events: Arc<Together<(Uuid, Uuid), Option<CommandEvents>>>,
 }
 
@@ -54,7 +54,7 @@ async fn find(
     }
 }
 
-/// One answer for each pair of stream and command.
+/// Returns one result for each pair of stream and command.
 async fn find_events(
     core: &Arc<Core>,
     commands: &[(Uuid, Uuid)],
@@ -94,7 +94,7 @@ pub(super) async fn command(core: &Arc<Core>, id: Uuid) -> Result<Option<Command
 
 async fn look_up(core: Arc<Core>, ids: Vec<Uuid>) -> Vec<Result<Option<CommandRecord>, StoreError>> {
     match core.timed_call(READING, read(&core, &ids)).await {
-        // The same one may have been asked for twice.
+        // One call may contain the same id twice.
         Ok(found) => ids.iter().map(|id| Ok(found.get(id).cloned())).collect(),
         Err(error) => vec![Err(error); ids.len()],
     }
@@ -114,7 +114,7 @@ async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result
     let recorded = match core.commit_call(RECORDING, insert(&core, &commands)).await {
         Ok(recorded) => recorded,
         Err(StoreError::Invalid { .. }) if commands.len() > 1 => {
-            // By halves, until what cannot be kept is alone with its refusal.
+            // The batch is split in halves until each command that cannot be stored is alone.
             let rest = commands.split_off(commands.len() / 2);
             let mut answers = Box::pin(record(core.clone(), commands)).await;
             answers.append(&mut Box::pin(record(core, rest)).await);
@@ -122,14 +122,15 @@ async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result
         }
         Err(error) => return vec![Err(error); commands.len()],
     };
-    // Somebody else's came first. They are read in a statement of its own, which sees what the first one waited for.
+    // Another node's record came first. A new statement reads it: it sees the commit that the first
+    // statement waited for.
     let rest: Vec<_> = commands.iter().map(|it| it.id).filter(|id| !recorded.contains_key(id)).collect();
     let others =
         if rest.is_empty() { Ok(HashMap::new()) } else { core.timed_call(READING, read(&core, &rest)).await };
     let answer = |id: Uuid| match (recorded.get(&id), &others) {
         (Some(first), _) => Ok(first.clone()),
         (None, Ok(others)) => others.get(&id).cloned().ok_or_else(|| StoreError::Unavailable {
-            reason: format!("{RECORDING}: the record of {id} was forgotten at the same moment"),
+            reason: format!("{RECORDING}: the record of {id} was deleted at the same time"),
             source: None,
         }),
         (None, Err(error)) => Err(error.clone()),
@@ -137,13 +138,15 @@ async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result
     commands.iter().map(|command| answer(command.id)).collect()
 }
 
-/// Those of `ids` that there are. They are durable: a command that has a record is not handled again.
+/// Reads the existing records of `ids`; they are durable.
+///
+/// A command with a record is not handled again.
 async fn read(core: &Arc<Core>, ids: &[Uuid]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
     let fetched = fetch(core, READING, sqlx::query(core.sql.commands.clone()).bind(ids), true);
     durability::uncancelled(core, fetched).await
 }
 
-/// Those that were the first of their command.
+/// Inserts the records and returns those that were the first of their command.
 async fn insert(
     core: &Arc<Core>,
     commands: &[CommandRecord],
@@ -156,7 +159,7 @@ async fn insert(
     fetch(core, RECORDING, insert, false).await
 }
 
-/// What a statement returns, by the command; with `confirm`, what was found is durable.
+/// Runs a statement and returns its records by command id; with `confirm` they are durable.
 async fn fetch(
     core: &Arc<Core>,
     doing: &str,
@@ -190,7 +193,7 @@ pub(super) async fn forget_commands(
     age: Duration,
     limit: usize,
 ) -> Result<usize, StoreError> {
-    const DOING: &str = "forgetting what became of old commands";
+    const DOING: &str = "deleting old command records";
     let mut session = core.connections.get(DOING).await?;
     let forgotten = sqlx::query(core.sql.forget_commands.clone())
         .bind(micros(age))

@@ -1,7 +1,8 @@
-//! The connections of a store: a bounded number, made when they are needed first, and kept.
+//! The connections of a store: a limited number, opened on first use and then kept.
 //!
-//! Not sqlx's pool, unless the host application gives us its own: that one pings every connection that comes back, which is
-//! a second round trip for each short statement, and waits for the answer as long as it takes.
+//! The store does not use the pool of sqlx, unless the application provides one. That pool pings
+//! every released connection and waits for the answer without a limit. The ping is a second round
+//! trip for each short statement.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -19,40 +20,43 @@ use super::borrowed::Borrowed;
 use super::error::failed;
 use super::notices;
 
-/// A connection that has lain idle for longer is asked whether it still works: one round trip, against an error after
-/// every restart of the server.
+/// Idle time after which a connection is pinged before use.
+///
+/// The ping is one round trip; it avoids an error after every restart of the server.
 const TRUSTED: Duration = Duration::from_secs(1);
 
-/// How long a connection may take to become usable again, or to close.
+/// Maximum time for a connection to become usable again, or to close.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Where connections come from.
+/// The source of connections.
 pub(super) enum Source {
-    /// We make our own.
+    /// Own connections of the store.
     Own(Box<PgConnectOptions>),
-    /// The host application's pool, which we borrow from for each call.
+    /// Pool of the application; each call borrows a connection.
     Pool(PgPool),
 }
 
-/// How long things may take.
+/// The time limits of a store.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
-    /// For a connection: a free one, or a new one while the server starts.
+    /// Limit of the wait for a connection: a free one, or a new one while the server starts.
     pub(super) acquire: Duration,
-    /// For a call, after which the connection is given up; longer than the server's own limit for a statement.
+    /// Limit of a call, longer than the server's statement timeout; then the connection is closed.
     pub(super) call: Option<Duration>,
 }
 
 pub(super) struct Connections {
     source: Source,
     pub(super) patience: Patience,
-    /// Behind a pooler in transaction mode: whatever belongs together is one transaction, and no statement is prepared
-    /// under a name, because the next transaction may meet another server process.
+    /// Set for a pooler in transaction mode: related statements share a transaction.
+    ///
+    /// No statement is prepared under a name, because the next transaction may get another server
+    /// process.
     transactional: bool,
-    /// Begins a transaction, with its limits.
+    /// Statement that begins a transaction with its limits.
     begin: SqlStr,
     permits: Arc<Semaphore>,
-    /// At most one for each permit.
+    /// Idle connections, at most one for each permit.
     idle: Mutex<Vec<(Live, Instant)>>,
     /// See [`begun`](Self::begun).
     begun: AtomicU64,
@@ -60,7 +64,7 @@ pub(super) struct Connections {
 
 impl fmt::Debug for Connections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The options know the password.
+        // The options contain the password.
         f.debug_struct("Connections").field("free", &self.permits.available_permits()).finish_non_exhaustive()
     }
 }
@@ -76,19 +80,21 @@ enum Inner {
     Borrowed(Borrowed),
 }
 
-/// A server process, told apart from a later one with the same pid.
+/// A server process; the start time distinguishes it from a later one with the same pid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Backend {
     pub(super) pid: i32,
-    /// When it started, in microseconds since 1970.
+    /// Start time in microseconds since 1970.
     pub(super) started: i64,
 }
 
-/// A connection in use. Dropped instead of given back, because a call failed or was given up, it is closed.
+/// A connection in use.
+///
+/// If it is dropped instead of released, because a call failed or was cancelled, it is closed.
 pub(super) struct Session {
     live: Live,
     home: Arc<Connections>,
-    /// Within an explicit transaction.
+    /// Whether an explicit transaction is open.
     open: bool,
     _permit: OwnedSemaphorePermit,
 }
@@ -106,19 +112,22 @@ impl Connections {
         Self { source, patience, transactional, begin, permits, idle, begun }
     }
 
-    /// Whether statements may be prepared under a name.
+    /// Returns whether statements may be prepared under a name.
     pub(super) fn persistent(&self) -> bool {
         !self.transactional
     }
 
-    /// Whether an append runs in an explicit transaction, whose id then tells how it ended. Elsewhere the server process
-    /// is ours alone, and can be asked.
+    /// Returns whether an append runs in an explicit transaction; its id then shows the outcome.
+    ///
+    /// If not, the server process belongs to this store alone and can be queried.
     pub(super) fn appends_in_transactions(&self) -> bool {
         self.transactional || matches!(self.source, Source::Pool(_))
     }
 
-    /// A connection for statements that each stand for themselves. Where the session is not ours, they run in a transaction,
-    /// which has our limits and planner settings.
+    /// Acquires a connection for independent statements.
+    ///
+    /// If the session may belong to others, the statements run in a transaction with the store's
+    /// limits and planner settings.
     pub(super) async fn get(self: &Arc<Self>, doing: &str) -> Result<Session, StoreError> {
         let mut session = self.acquire(doing).await?;
         if self.appends_in_transactions() {
@@ -127,14 +136,14 @@ impl Connections {
         Ok(session)
     }
 
-    /// A connection within a transaction.
+    /// Acquires a connection and begins a transaction.
     pub(super) async fn begin(self: &Arc<Self>, doing: &str) -> Result<Session, StoreError> {
         let mut session = self.acquire(doing).await?;
         session.begin().await.map_err(|error| failed(doing, error))?;
         Ok(session)
     }
 
-    /// A connection outside any transaction.
+    /// Acquires a connection outside any transaction.
     pub(super) async fn acquire(self: &Arc<Self>, doing: &str) -> Result<Session, StoreError> {
         let deadline = Instant::now() + self.patience.acquire;
         let permit = match timeout_at(deadline, self.permits.clone().acquire_owned()).await {
@@ -151,16 +160,18 @@ impl Connections {
                 if since.elapsed() < TRUSTED || matches!(timeout_at(limit, live.ping()).await, Ok(Ok(()))) {
                     return Ok(self.session(live, permit));
                 }
-                // The others have been idle for longer, and would each take as long to find out.
+                // The other connections have been idle for longer, and each ping could take as
+                // long.
                 self.purge();
             }
-            // Boxed: it is rare, and would make every call's future ten times as large.
+            // Boxed: it is rare, and would make the future of every call ten times as large.
             let error = match timeout_at(deadline, Box::pin(self.open())).await {
                 Ok(Ok(live)) => return Ok(self.session(live, permit)),
                 Ok(Err(error)) => error,
                 Err(_elapsed) => sqlx::Error::PoolTimedOut,
             };
-            // While the server starts, or has no place for another, somebody may give one back.
+            // While the server starts or is out of connections, another caller may release a
+            // connection.
             if !for_now(&error) || Instant::now() + pause >= deadline {
                 return Err(failed(doing, error));
             }
@@ -177,18 +188,21 @@ impl Connections {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 
-    /// Forgets all idle connections: one of them broke, and they may all have.
+    /// Drops all idle connections: one broke, and the others may have too.
     pub(super) fn purge(&self) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// How many connections were begun and made. As long as it stays the same, nothing was read from another server than before.
+    /// Returns a count of connection attempts and opened connections.
+    ///
+    /// While the count is unchanged, all reads went to the same server as before.
     pub(super) fn begun(&self) -> u64 {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// Counted before and after: another server may take over meanwhile, so what is known under either number is not trusted
-    /// with this connection.
+    /// Counts before and after opening: meanwhile another server may take over.
+    ///
+    /// So data known under either count is not trusted with this connection.
     async fn open(&self) -> Result<Live, sqlx::Error> {
         self.begun.fetch_add(1, Ordering::AcqRel);
         let live = self.connect().await;
@@ -213,17 +227,17 @@ impl Connections {
     }
 }
 
-/// Whether a server that answered like this may have a connection soon.
+/// Returns whether a server with this answer may accept a connection soon.
 fn for_now(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
-        // It starts, or stops; or it has as many as it may have.
+        // The server is starting or stopping, or has reached its connection limit.
         sqlx::Error::Database(error) => matches!(error.code().as_deref(), Some("57P03" | "53300")),
         _ => false,
     }
 }
 
-/// The server process of a connection.
+/// Returns the server process of a connection.
 pub(super) async fn identify(connection: &mut PgConnection) -> Result<Backend, sqlx::Error> {
     let row = sqlx::query(
         "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
@@ -236,12 +250,12 @@ pub(super) async fn identify(connection: &mut PgConnection) -> Result<Backend, s
 }
 
 impl Session {
-    /// The server process behind it, where it is ours alone.
+    /// Returns the server process of the connection, if it belongs to this store alone.
     pub(super) fn backend(&self) -> Option<Backend> {
         self.live.backend
     }
 
-    /// Whether a pooler may give each transaction another server process.
+    /// Returns whether a pooler may give each transaction another server process.
     pub(super) fn is_transactional(&self) -> bool {
         self.home.transactional
     }
@@ -252,7 +266,7 @@ impl Session {
         self.execute(begin).await.map(drop)
     }
 
-    /// Ends the transaction, if there is one, and gives the connection back.
+    /// Commits the transaction, if there is one, and releases the connection.
     pub(super) async fn done(mut self) -> Result<(), sqlx::Error> {
         if self.open {
             self.execute("COMMIT").await?;
@@ -261,12 +275,12 @@ impl Session {
         Ok(())
     }
 
-    /// As [`done`](Self::done), for callers who tell their users.
+    /// Ends the session like [`done`](Self::done), with an error for callers of the store.
     pub(super) async fn finish(self, doing: &str) -> Result<(), StoreError> {
         self.done().await.map_err(|error| failed(doing, error))
     }
 
-    /// Takes the transaction back; the connection is closed if that fails.
+    /// Rolls the transaction back; if that fails, the connection is closed.
     pub(super) async fn roll_back(mut self) {
         if !self.open || matches!(timeout(GRACE, self.execute("ROLLBACK")).await, Ok(Ok(_))) {
             self.give_back();

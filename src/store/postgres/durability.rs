@@ -1,9 +1,10 @@
-//! Decides that a commit is durable (I3), for every answer that rests on a read instead of an own commit.
+//! Confirms that a commit is durable (I3), for answers that rest on a read.
 //!
-//! A commit that waits for a synchronous standby is invisible to other sessions. If the wait is cancelled, or its server
-//! process ends, the commit becomes visible although no standby has it: visible on the primary does not mean durable. The
-//! write-ahead log is replicated in its order. So a transaction that writes to it afterwards, and whose commit was
-//! confirmed, proves that everything is replicated that was visible when it began.
+//! A commit that waits for a synchronous standby is invisible to other sessions. If the wait is
+//! cancelled, or its server process ends, the commit becomes visible although no standby has it: a
+//! commit that is visible on the primary need not be durable. The write-ahead log is replicated in
+//! order. So a later transaction that writes to it, and whose commit is confirmed, proves that all
+//! data visible at its start is replicated.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,13 +16,15 @@ use super::{Core, connection, notices};
 
 const DOING: &str = "confirming that a commit is durable";
 
-/// Confirms that everything is durable that `session` has read. In an explicit transaction, its commit completes the proof:
-/// the caller answers only after that.
+/// Confirms that all data read by `session` is durable.
 ///
-/// Without synchronous standbys this does nothing. With them it costs one transaction, and waits for them.
+/// In an explicit transaction its commit completes the proof: the caller must commit before it
+/// answers. Without synchronous standbys this does nothing. With them it costs one transaction and
+/// waits for them.
 ///
 /// # Errors
-/// `Unavailable` if the server cannot be asked. A standby that does not answer is waited for: the caller bounds the wait.
+/// `Unavailable` if the server cannot be queried. The wait for a standby has no limit here; the
+/// caller limits it.
 pub(super) async fn confirm(core: &Arc<Core>, session: &mut Session) -> Result<(), StoreError> {
     if !core.frontier.has_standbys() {
         return Ok(());
@@ -29,7 +32,7 @@ pub(super) async fn confirm(core: &Arc<Core>, session: &mut Session) -> Result<(
     let doubt = |error| failed(DOING, error);
     let backend = match session.backend() {
         Some(backend) => Some(backend),
-        // A pooler's server process may serve others by the time of a clean-up.
+        // The server process of a pooler may serve other clients before a clean-up.
         None if session.is_transactional() => None,
         None => Some(connection::identify(session).await.map_err(doubt)?),
     };
@@ -44,10 +47,10 @@ pub(super) async fn confirm(core: &Arc<Core>, session: &mut Session) -> Result<(
     Ok(())
 }
 
-/// Runs `call`, which confirms something. A warning of the server beside its answers says that a wait was cancelled.
+/// Runs `call`, which confirms durability, and detects a cancelled wait by the server's warning.
 ///
 /// # Errors
-/// Those of `call`, and `Unavailable` when a wait was cancelled.
+/// Those of `call`, and `Unavailable` if a wait was cancelled.
 pub(super) async fn uncancelled<T>(
     core: &Core,
     call: impl Future<Output = Result<T, StoreError>>,
@@ -61,14 +64,17 @@ pub(super) async fn uncancelled<T>(
     }
 }
 
-/// The wait for a standby was cancelled.
+/// Returns the error of a cancelled wait for a standby.
 pub(super) fn cancelled() -> StoreError {
     let reason = format!("{DOING}: the wait for a synchronous standby was cancelled on the server");
     StoreError::Unavailable { reason, source: None }
 }
 
-/// A confirmation under way. Dropped before its end, it ends the server process that waits in it, which has written nothing
-/// that anybody could lose: during an outage of the standby, these processes would add up.
+/// A confirmation in flight.
+///
+/// If it is dropped before its end, it terminates the waiting server process. That process has
+/// written no data that could be lost. Without the termination, such processes would accumulate
+/// during an outage of the standby.
 struct Waiting {
     core: Option<Arc<Core>>,
     backend: Option<Backend>,
@@ -86,7 +92,7 @@ impl Drop for Waiting {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         runtime.spawn(async move {
             if let Err(error) = core.timed_call(DOING, end(&core, backend)).await {
-                tracing::debug!(%error, "a server process that waits for a standby could not be ended");
+                tracing::debug!(%error, "could not terminate a server process that waits for a standby");
             }
         });
     }
@@ -107,7 +113,7 @@ async fn end(core: &Arc<Core>, backend: Backend) -> Result<(), StoreError> {
     session.finish(DOING).await
 }
 
-/// Confirms that everything is durable that was visible before the call.
+/// Confirms that all data visible before the call is durable.
 pub(super) async fn confirm_all(core: &Arc<Core>) -> Result<(), StoreError> {
     if !core.frontier.has_standbys() {
         return Ok(());
@@ -122,11 +128,11 @@ pub(super) async fn confirm_all(core: &Arc<Core>) -> Result<(), StoreError> {
     tokio::time::timeout(limit, confirmed).await.unwrap_or_else(|_| Err(unconfirmed(limit)))
 }
 
-/// No standby has confirmed in time.
+/// Returns the error of a confirmation that did not arrive in time.
 pub(super) fn unconfirmed(limit: Duration) -> StoreError {
     StoreError::Unavailable {
         reason: format!(
-            "{DOING}: no synchronous standby has confirmed it within {limit:?}; check the standbys"
+            "{DOING}: no synchronous standby has confirmed the commit within {limit:?}; check the standbys"
         ),
         source: None,
     }

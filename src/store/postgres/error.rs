@@ -1,4 +1,4 @@
-//! What PostgreSQL's errors mean for the caller.
+//! Maps the errors of PostgreSQL to errors of the store.
 
 use std::error::Error;
 
@@ -7,22 +7,22 @@ use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use super::super::StoreError;
 
-/// What became of a statement that failed.
+/// The outcome of a failed statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Nobody said how it ended: the connection broke, or the server broke it off. Possibly after the commit.
+    /// Unknown, possibly committed: the connection broke, or the server ended the session.
     Unknown,
-    /// Taken back by the server because of what others did at the same time; the same again may succeed.
+    /// Rolled back by the server because of concurrent transactions; a retry may succeed.
     Retry,
-    /// Refused because of what it asked for.
+    /// Rejected because of its content.
     Refused,
-    /// Taken back because the server is not in a state to do anything of the kind.
+    /// Rolled back because of the state of the server.
     Failed,
 }
 
-/// `storied.append()`: another transaction was faster than one part of a larger append.
+/// SQLSTATE of `storied.append()`: another transaction was faster than a part of a larger append.
 const OVERTAKEN: &str = "ST001";
-/// Ours as well: the server or the session is set up so that the log would not be safe.
+/// SQLSTATE of storied: the settings of the server or session make the log unsafe.
 const UNSAFE: &str = "ST002";
 
 pub(crate) fn verdict(error: &sqlx::Error) -> Verdict {
@@ -37,17 +37,19 @@ pub(crate) fn verdict(error: &sqlx::Error) -> Verdict {
 fn verdict_of(database: &dyn DatabaseError) -> Verdict {
     let severity = database.try_downcast_ref::<PgDatabaseError>().map(PgDatabaseError::severity);
     if matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic)) {
-        // The end of the session, which says nothing about the transaction: it may end between commit and answer.
+        // The session ended. The transaction may be committed: a session can end between commit and
+        // answer.
         return Verdict::Unknown;
     }
     match database.code().as_deref().unwrap_or_default() {
         OVERTAKEN => Verdict::Retry,
         UNSAFE => Verdict::Failed,
-        // The connection, says a pooler in between that lost its own.
+        // A pooler reports that it lost its own connection to the server.
         code if code.starts_with("08") => Verdict::Unknown,
         // Transaction rollbacks: serialization failure, deadlock.
         code if code.starts_with("40") => Verdict::Retry,
-        // A lock that could not be had, a statement that was cancelled or timed out, and a log without a free position.
+        // An unavailable lock, a cancelled or timed-out statement, or a log without a free
+        // position.
         "55P03" | "57014" | "2200H" => Verdict::Failed,
         code if ["28", "3D", "53", "57", "58", "25", "42"].iter().any(|class| code.starts_with(class)) => {
             Verdict::Failed
@@ -56,10 +58,12 @@ fn verdict_of(database: &dyn DatabaseError) -> Verdict {
     }
 }
 
-/// Whether an error of a statement comes from the server or what others did, and not from what the statement said. `false`
-/// for errors of other origin.
+/// Returns whether an error comes from the server or concurrent work, not from the statement.
+///
+/// `false` for errors of other origin.
 pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
-    // What sqlx::Error::Database has as its source: all that is left of it under an error that hands on only what is below.
+    // The source of sqlx::Error::Database, which remains in an error that passes on only its
+    // causes.
     if let Some(database) = error.downcast_ref::<Box<dyn DatabaseError>>() {
         return database.try_downcast_ref().is_some_and(is_outage_of);
     }
@@ -78,7 +82,7 @@ pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
 
 fn is_outage_of(database: &PgDatabaseError) -> bool {
     let code = database.code();
-    // A standby, or a server that only reads for now.
+    // A standby, or a server that is read-only for now.
     if is_stale_session(database) || code == "25006" {
         return true;
     }
@@ -87,24 +91,26 @@ fn is_outage_of(database: &PgDatabaseError) -> bool {
     !lasting && verdict_of(database) != Verdict::Refused
 }
 
-/// Whether only this connection is to blame: it keeps a plan or a prepared statement that fits the database no more. The same
-/// statement succeeds on a new connection.
+/// Returns whether only this connection is affected: its plan or prepared statement is stale.
+///
+/// The same statement succeeds on a new connection.
 fn is_stale_session(database: &PgDatabaseError) -> bool {
     match database.code() {
-        // "cached plan must not change result type", whatever the server's language.
+        // "cached plan must not change result type", in any language of the server.
         "0A000" => database.routine() == Some("RevalidateCachedQuery"),
-        // A prepared statement that is missing, or there already: something between here and the server exchanged sessions.
+        // A prepared statement is missing or already exists: an intermediary has exchanged
+        // sessions.
         "26000" | "42P05" => true,
         _ => false,
     }
 }
 
-/// Whether it was [`OVERTAKEN`], which is no failure of anybody's.
+/// Returns whether the error is [`OVERTAKEN`], which is not a failure.
 pub(crate) fn overtaken(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(OVERTAKEN))
 }
 
-/// A failure while `doing` something.
+/// Converts an error that occurred while `doing` something.
 pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
     match &error {
         sqlx::Error::Database(database) => {
@@ -126,11 +132,11 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => {
             StoreError::Invalid { reason: format!("{doing}: {error}") }
         }
-        // Waiting does not change a certificate, nor a server without TLS.
+        // Waiting fixes neither a certificate nor a server without TLS.
         sqlx::Error::Tls(_) => no_tls(doing, &error),
         sqlx::Error::Io(io) if io.kind() == std::io::ErrorKind::InvalidData => no_tls(doing, &error),
         sqlx::Error::PoolTimedOut => StoreError::unavailable(
-            format!("{doing}: no connection became free or could be made in time"),
+            format!("{doing}: no connection became free or could be opened in time"),
             error,
         ),
         _ => {
@@ -141,7 +147,7 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
 
 fn no_tls(doing: &str, error: &sqlx::Error) -> StoreError {
     StoreError::Incompatible {
-        expected: "a TLS connection as the database URL asks for it".into(),
+        expected: "a TLS connection as the database URL requires".into(),
         found: format!("{error} ({doing})"),
         advice: "check sslmode, sslrootcert and the host name of the URL, and the server's certificate"
             .into(),
@@ -166,7 +172,7 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
         ),
         "08P01" if message.contains("unsupported startup parameter") => incompatible(
             "a connection to PostgreSQL itself, or PostgresOptions::transaction_pooler",
-            "set that option when a pooler such as PgBouncer is in between",
+            "set that option if the connection goes through a pooler such as PgBouncer",
         ),
         "3D000" => incompatible("an existing database", "create it, or correct the name in the database URL"),
         "42P01" | "42883" | "3F000" | "42703" | "42809" => {
@@ -195,12 +201,12 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
             error,
         ),
         "53100" => StoreError::storage(
-            format!("{doing}: the server's disk is full ({message}); make room, then try again"),
+            format!("{doing}: the server's disk is full ({message}); free some space, then retry"),
             error,
         ),
         "53300" => StoreError::unavailable(
             format!(
-                "{doing}: {message}; raise the server's max_connections, or give each process fewer (PostgresOptions::max_connections)"
+                "{doing}: {message}; raise the server's max_connections, or lower PostgresOptions::max_connections in each process"
             ),
             error,
         ),
@@ -213,7 +219,7 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
         ),
         _ => match code.get(..2).unwrap_or_default() {
             "08" | "40" | "55" | "57" => StoreError::unavailable(format!("{doing}: {message}"), error),
-            // Bad data, a constraint, too large.
+            // Bad data, a violated constraint, or too large.
             "22" | "23" | "54" => StoreError::Invalid { reason: format!("{doing}: {message}") },
             "58" => StoreError::storage(format!("{doing}: the server's disk failed ({message})"), error),
             "XX" if message.contains("invalid memory alloc request size") => {

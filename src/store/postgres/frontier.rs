@@ -1,4 +1,4 @@
-//! How far the log may be read, asked once for all readers of the process.
+//! The high-water mark, queried once for all readers of the process.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,50 +16,51 @@ use super::recent::Recent;
 use super::{Core, from_sql, to_sql};
 use crate::event::{Position, RecordedEvent};
 
-const DOING: &str = "reading how far the log goes";
+const DOING: &str = "reading the high-water mark";
 
-/// The tailer asks so often while the log grows …
+/// Poll interval while the log grows.
 const BUSY: Duration = Duration::from_millis(2);
-/// … less and less while nothing happens, down to this, …
+/// Maximum poll interval while the log does not grow.
 const IDLE: Duration = Duration::from_millis(100);
-/// … and while nobody in this process listens, only to notice a stall.
+/// Poll interval without readers in this process, sufficient to detect a stall.
 const ALONE: Duration = Duration::from_secs(1);
-/// After a failure.
+/// Pause after a failure.
 const BROKEN: Duration = Duration::from_millis(500);
 
-/// A frontier that stands still for so long while events wait behind it deserves a warning.
+/// Time without progress, while events wait above the mark, after which a warning is logged.
 const STALLED: Duration = Duration::from_secs(5);
 
-/// What is known of the end of the log.
+/// The known end of the log.
 #[derive(Debug)]
 pub(super) struct Frontier {
-    /// The last event that readers may have; never goes back.
+    /// Last event that readers may see; never decreases.
     head: watch::Sender<Position>,
-    /// Whether the tailer tells other processes of what this one appends.
+    /// Whether the tailer notifies other processes of the appends of this process.
     tells_others: bool,
-    /// The last event that this process has appended.
+    /// Last event that this process has appended.
     own: AtomicU64,
     /// Wakes the tailer.
     wake: Notify,
-    /// How many questions were begun.
+    /// Number of queries started.
     asked: AtomicU64,
-    /// The last event that this process knows to be in the log, with its id; never goes back.
+    /// Last event known to be in the log, with its id; never decreases.
     known: Mutex<Option<(Position, Uuid)>>,
-    /// [`Connections::begun`](super::connection::Connections::begun) as of when the server was found to have that event.
+    /// [`Connections::begun`](super::connection::Connections::begun) when the server last confirmed
+    /// it.
     checked: AtomicU64,
-    /// Whether commits are to wait for synchronous standbys.
+    /// Whether commits wait for synchronous standbys.
     standbys: AtomicBool,
-    /// The last question that was answered, and how. Locked while one is under way.
+    /// Number and result of the last answered query. Locked while a query is in flight.
     answered: tokio::sync::Mutex<(u64, Result<(), StoreError>)>,
-    /// Since when a transaction holds the frontier back, and where.
+    /// Position at which a transaction holds back the mark, and the time since it does.
     held: Mutex<Option<(u64, Instant)>>,
-    /// Appends of this process that are under way.
+    /// Number of appends of this process in flight.
     appending: AtomicUsize,
-    /// What this process has appended while nobody else did.
+    /// Events appended by this process while no other process appended.
     recent: Mutex<Recent>,
 }
 
-/// An append that is under way.
+/// Counts an append in flight until it is dropped.
 pub(super) struct Appending<'a>(&'a Frontier);
 
 impl Drop for Appending<'_> {
@@ -86,21 +87,25 @@ impl Frontier {
         }
     }
 
-    /// An append begins.
+    /// Counts the start of an append.
     pub(super) fn appending(&self) -> Appending<'_> {
         self.appending.fetch_add(1, Ordering::AcqRel);
         Appending(self)
     }
 
-    /// Whether it is worth looking if an append is alone: somebody waits for the event, and within this process nobody else
-    /// appends.
+    /// Returns whether a lone append should check that no other append is in flight.
+    ///
+    /// It should if a reader waits for the event and no other append of this process is in flight.
     pub(super) fn may_tell(&self) -> bool {
         self.head.receiver_count() > 0 && self.appending.load(Ordering::Acquire) == 1
     }
 
-    /// An append was committed on `server` that found everything below decided: `event` follows the one at `previous`.
+    /// Records an append committed on `server` after all lower positions were decided.
+    ///
+    /// `event` follows the event at `previous`.
     pub(super) fn settled(&self, server: u64, previous: Position, event: RecordedEvent) {
-        // I1: another server that took over may lack events that were read here. It is asked for them first.
+        // I1: another server that took over may lack events that were read here. A query checks it
+        // first.
         if server != self.checked.load(Ordering::Acquire) {
             return;
         }
@@ -109,12 +114,16 @@ impl Frontier {
         self.reached(position, Some(id));
     }
 
-    /// Whether commits waited for synchronous standbys when the server was last asked, at most about a second ago.
+    /// Returns whether commits waited for synchronous standbys at the last query.
+    ///
+    /// The last query was at most about 1 s ago.
     pub(super) fn has_standbys(&self) -> bool {
         self.standbys.load(Ordering::Acquire)
     }
 
-    /// What `read` asks for, if that was appended here to `server` just now; and how far that goes, at most to `end`.
+    /// Returns the events for `read`, if this process has just appended them to `server`.
+    ///
+    /// Also returns the position that they reach, at most `end`.
     pub(super) fn recent(
         &self,
         server: u64,
@@ -124,7 +133,7 @@ impl Frontier {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner).read(server, read, end)
     }
 
-    /// Readers may have everything up to `head`, the position of the event `id`. What was settled stays settled.
+    /// Advances the mark to `head`, the position of the event `id`; never moves it backwards.
     fn reached(&self, head: Position, id: Option<Uuid>) {
         if let Some(id) = id {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -141,33 +150,35 @@ impl Frontier {
 
     pub(super) fn subscribe(&self) -> watch::Receiver<Position> {
         let receiver = self.head.subscribe();
-        // It may sleep for long while nobody listens.
+        // Without readers the tailer may sleep for long.
         self.wake.notify_one();
         receiver
     }
 
-    /// Says that this process has appended up to `position`.
+    /// Announces that this process has appended up to `position`.
     pub(super) fn announce(&self, position: Position) {
         self.own.fetch_max(position.get(), Ordering::AcqRel);
-        // What is settled need not be asked for.
+        // If the mark is already at the position, no query is needed.
         if self.tells_others || position > *self.head.borrow() {
             self.wake.notify_one();
         }
     }
 
-    /// Another process says that it has appended.
+    /// Wakes the tailer after a hint of another process.
     fn heard(&self) {
         self.wake.notify_one();
     }
 
-    /// The head as it was found last, if it is of use to somebody who has read up to `after`.
+    /// Returns the cached mark, if it is useful to a reader that has read up to `after`.
     pub(super) fn known(&self, after: Position) -> Option<Position> {
         let head = *self.head.borrow();
         (head > after && head.get() >= self.own.load(Ordering::Acquire)).then_some(head)
     }
 
-    /// The head as it is now. All who ask while a question is under way share the next one, so that the database is asked
-    /// one question at a time, however many readers there are.
+    /// Queries the current mark.
+    ///
+    /// All callers that arrive during a query share the next one. So the database answers one query
+    /// at a time, however many readers there are.
     pub(super) async fn refresh(&self, core: &Arc<Core>) -> Result<Position, StoreError> {
         let before = self.asked.load(Ordering::Acquire);
         let mut answered = self.answered.lock().await;
@@ -180,7 +191,7 @@ impl Frontier {
     }
 
     async fn ask(&self, core: &Arc<Core>) -> Result<(), StoreError> {
-        // From before the question: an append may be settled, and another server take over, while it is under way.
+        // Read before the query: meanwhile an append may settle and another server may take over.
         let known = *self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let server = core.connections.begun();
         let mut session = core.connections.get(DOING).await?;
@@ -202,21 +213,22 @@ impl Frontier {
             let found = match there {
                 Some(there) if there == id && last_value >= position.get() => None,
                 Some(there) if there == id => {
-                    Some(format!("the sequence of positions at {last_value}, as if it were set back"))
+                    Some(format!("the sequence of positions at {last_value}, which is lower"))
                 }
-                Some(other) => Some(format!("the event {other} there")),
-                None => Some("none there".into()),
+                Some(other) => Some(format!("event {other} there")),
+                None => Some("no event there".into()),
             };
             if let Some(found) = found {
                 return Err(StoreError::Incompatible {
-                    expected: format!("a log that goes at least to position {position}, with the event {id} there"),
+                    expected: format!("a log up to position {position} or higher, with event {id} there"),
                     found,
-                    advice: "the database was restored, or a standby that had not received everything took over: rebuild what has read further, then restart".into(),
+                    advice: "the database was restored, or a standby without the last events took over: rebuild the readers that are ahead of the log, then restart".into(),
                 });
             }
         }
         self.checked.store(server, Ordering::Release);
-        // The mark may be lower than before for a moment: a writer that was slow to take its lock pulls it back.
+        // The mark may be lower than before for a moment: a writer that takes its lock late lowers
+        // it.
         self.reached(Position::new(head), id);
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         *held = match *held {
@@ -227,16 +239,16 @@ impl Frontier {
         Ok(())
     }
 
-    /// How long the frontier has stood still at the same place because of somebody.
+    /// Returns how long a transaction has held the mark at the same position.
     fn held_for(&self) -> Option<Duration> {
         let held = *self.held.lock().unwrap_or_else(PoisonError::into_inner);
         held.map(|(_, since)| since.elapsed())
     }
 }
 
-/// Who holds the frontier back at this moment, if anybody does.
+/// Returns the transaction that holds back the mark at this moment, if any.
 pub(super) async fn stall(core: &Arc<Core>) -> Result<Option<Stall>, StoreError> {
-    const DOING: &str = "looking for who holds the frontier back";
+    const DOING: &str = "looking up the transaction that holds back the log";
     let mut session = core.connections.get(DOING).await?;
     let row = sqlx::query(core.sql.stall.clone())
         .persistent(core.connections.persistent())
@@ -258,8 +270,9 @@ pub(super) async fn stall(core: &Arc<Core>) -> Result<Option<Stall>, StoreError>
     columns().map(Some).map_err(|error| failed(DOING, error))
 }
 
-/// Keeps the head up to date for those who wait for it: on every append of this process, and by polling for those of
-/// others. One for a store, whatever the number of its readers.
+/// Keeps the mark current for its subscribers; one tailer per store, for any number of readers.
+///
+/// It queries after every append of this process, and polls for the appends of other processes.
 pub(super) async fn tail(core: Arc<Core>, hints: Option<Hints>) {
     match &hints {
         None => poll(&core, None).await,
@@ -285,25 +298,25 @@ async fn poll(core: &Arc<Core>, hints: Option<&Hints>) {
             if own > told
                 && let Err(error) = core.timed_call(DOING, hints.send(core, &mut hinted)).await
             {
-                tracing::debug!(%error, "other processes were not told of an append");
+                tracing::debug!(%error, "could not notify other processes of an append");
             }
             told = own;
         }
         if woken && frontier.head.receiver_count() == 0 {
-            continue; // whoever comes to read will ask
+            continue; // A later reader starts a query itself.
         }
         let before = *frontier.head.borrow();
         match core.timed_call(DOING, frontier.refresh(core)).await {
             Ok(head) => {
                 if broken {
-                    tracing::info!(%head, "the event store can be read again");
+                    tracing::info!(%head, "the event store is readable again");
                 }
                 broken = false;
                 pause = if woken || head > before { BUSY } else { (pause * 2).min(IDLE) };
             }
             Err(error) => {
                 if !broken {
-                    tracing::warn!(%error, "the end of the log cannot be read");
+                    tracing::warn!(%error, "could not read the high-water mark; retrying");
                 }
                 broken = true;
                 tokio::time::sleep(BROKEN).await;
@@ -321,11 +334,11 @@ async fn poll(core: &Arc<Core>, hints: Option<&Hints>) {
                         open_for = ?stall.open_for,
                         query = stall.query,
                         low_water = %stall.low_water,
-                        "a transaction holds back all followers of the log"
+                        "a transaction holds back all readers of the log"
                     ),
                     Ok(None) => {}
                     Err(error) => {
-                        tracing::warn!(%error, "the log stands still, and who causes it cannot be found out")
+                        tracing::warn!(%error, "the log is stalled, and looking up the cause failed")
                     }
                 }
             }
@@ -333,7 +346,7 @@ async fn poll(core: &Arc<Core>, hints: Option<&Hints>) {
             None => warned = None,
         }
         if woken {
-            // Appends that arrive meanwhile share the next question.
+            // Appends that arrive meanwhile share the next query.
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }

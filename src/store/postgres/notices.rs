@@ -1,8 +1,10 @@
 //! Warnings that PostgreSQL sends beside an answer.
 //!
-//! PostgreSQL answers a commit whose wait for a synchronous standby was cancelled (`pg_cancel_backend`) as a success, with a
-//! WARNING. The driver has no hook for those: it emits them as events of `tracing`, while a call is polled. So a call that
-//! commits is polled under a subscriber that notes them, and hands on everything to the subscriber that was there before.
+//! If the wait of a commit for a synchronous standby was cancelled (`pg_cancel_backend`),
+//! PostgreSQL still answers the commit as a success, with a WARNING. The driver has no hook for
+//! warnings: it emits them as events of `tracing` while a call is polled. So a call that commits is
+//! polled under a subscriber that records warnings and passes everything on to the outer
+//! subscriber.
 
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
@@ -15,23 +17,25 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// The driver's, in its `PgStream::recv`.
+/// Target of the driver's events, from its `PgStream::recv`.
 const TARGET: &str = "sqlx::postgres::notice";
 
 thread_local! {
     static SCOPE: RefCell<Option<Scope>> = const { RefCell::new(None) };
 }
 
-/// One poll of a call.
+/// The state of one poll of a call.
 struct Scope {
-    /// The subscriber that was there before.
+    /// Outer subscriber.
     outer: Dispatch,
     warned: bool,
-    /// Whether that subscriber wants the event that was announced last.
+    /// Whether the outer subscriber wants the last announced event.
     wanted: bool,
 }
 
-/// Runs `call`; its output, and whether the server sent a warning beside its answers. Cancel-safe if the call is.
+/// Runs `call`; returns its output and whether the server sent a warning beside its answers.
+///
+/// Cancel-safe if `call` is.
 pub(super) async fn watch<T>(call: impl Future<Output = T>) -> (T, bool) {
     let mut call = pin!(call);
     let mut warned = false;
@@ -45,7 +49,7 @@ pub(super) async fn watch<T>(call: impl Future<Output = T>) -> (T, bool) {
     (output, warned)
 }
 
-/// Forgets the warnings of the call that is polled so far: those of a new connection say nothing about a commit.
+/// Discards the warnings of the current call; those of a new connection do not concern a commit.
 pub(super) fn forget() {
     SCOPE.with_borrow_mut(|scope| {
         if let Some(scope) = scope {
@@ -54,8 +58,10 @@ pub(super) fn forget() {
     });
 }
 
-/// Whether warnings can be noticed. Where a process logs by `log` alone, `tracing` hands everything on to that, until a
-/// subscriber is set for the first time: such a process would lose its log lines.
+/// Returns whether warnings can be detected.
+///
+/// If a process logs only through `log`, `tracing` passes its events to `log` until a subscriber is
+/// set for the first time. Such a process would lose its log lines.
 fn can_watch() -> bool {
     dispatcher::has_been_set() || log::max_level() == log::LevelFilter::Off
 }
@@ -80,7 +86,7 @@ fn leave(scope: Option<DefaultGuard>, warned: bool) -> bool {
 
 struct Notes;
 
-/// The subscriber that was there before; the one that does nothing, for a span that outlives its poll.
+/// Returns the outer subscriber, or a no-op one for a span that outlives its poll.
 fn outer() -> Dispatch {
     SCOPE.with_borrow(|scope| scope.as_ref().map_or_else(Dispatch::none, |scope| scope.outer.clone()))
 }
@@ -91,7 +97,7 @@ fn is_warning(metadata: &Metadata<'_>) -> bool {
 
 impl Subscriber for Notes {
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
-        // What the process logs besides is for its other subscribers to say. They are asked for each event here.
+        // The outer subscribers decide about all other events; they are asked for each one here.
         if is_warning(metadata) { Interest::sometimes() } else { Interest::never() }
     }
 

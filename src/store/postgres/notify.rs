@@ -1,5 +1,7 @@
-//! A hint from process to process: "there is something new". Only a hint, since polling stands behind it; so it may be lost
-//! with a connection, and is never part of an append: PostgreSQL lets one committing transaction notify at a time.
+//! Hints between processes that the log has new events.
+//!
+//! Losing a hint with a connection does no harm, because readers also poll. A hint is never part of
+//! an append: PostgreSQL lets only one committing transaction notify at a time.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,17 +16,17 @@ use super::sql::Schema;
 
 const DOING: &str = "notifying other processes";
 
-/// Hints are sent at most so often.
+/// Minimum interval between two hints.
 const SELDOM: Duration = Duration::from_millis(10);
 
-/// After a failure to listen.
+/// Pause after a failure to listen.
 const BROKEN: Duration = Duration::from_secs(1);
 
-/// Sends hints, and waits for those of others.
+/// Sends hints, and receives those of other processes.
 #[derive(Debug, Clone)]
 pub(super) struct Hints {
     channel: String,
-    /// Of the one connection that listens.
+    /// Pool of the one connection that listens.
     pool: PgPool,
 }
 
@@ -33,7 +35,7 @@ impl Hints {
         Self { channel: format!("storied_{}", schema.name()), pool }
     }
 
-    /// Tells others that this process has appended, unless it has just done so.
+    /// Notifies other processes of an append of this one, unless it has just done so.
     pub(super) async fn send(&self, core: &Arc<Core>, last: &mut Option<Instant>) -> Result<(), StoreError> {
         if last.is_some_and(|last| last.elapsed() < SELDOM) {
             return Ok(());
@@ -49,11 +51,11 @@ impl Hints {
         session.finish(DOING).await
     }
 
-    /// Calls `hinted` for every hint, and whenever some may have been missed. Never ends.
+    /// Calls `hinted` for every hint, and whenever hints may have been missed. Never ends.
     pub(super) async fn listen(&self, hinted: impl Fn()) {
         loop {
             if let Err(error) = self.listen_until_broken(&hinted).await {
-                tracing::debug!(%error, "hints of other processes are not heard");
+                tracing::debug!(%error, "cannot receive hints of other processes; retrying");
             }
             tokio::time::sleep(BROKEN).await;
         }
@@ -64,7 +66,7 @@ impl Hints {
         listener.listen(&self.channel).await?;
         loop {
             hinted();
-            // None says that the connection was lost, and what was sent meanwhile with it.
+            // `None` means that the connection was lost, with the hints sent meanwhile.
             listener.try_recv().await?;
         }
     }

@@ -1,4 +1,4 @@
-//! How a store is connected to.
+//! The options for connecting to a store.
 
 use std::fmt;
 use std::str::FromStr;
@@ -18,12 +18,14 @@ use crate::codec::Codec;
 use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::startup::{self, START_TIMEOUT};
 
-/// Settings for every statement of the store. Each statement is written so that one index fits it; with these settings the
-/// planner takes that index whatever the statistics say, also for a plan that was made while the table was empty. Compiling such a
-/// statement takes longer than running it.
+/// Settings for every statement of the store.
+///
+/// Each statement is written for one index. With these settings the planner uses that index
+/// whatever the statistics say, also in a plan made while the table was empty. JIT compilation of
+/// such a statement takes longer than its execution.
 const PLANS: [(&str, &str); 3] = [("enable_bitmapscan", "off"), ("enable_seqscan", "off"), ("jit", "off")];
 
-/// How a [`PostgresStore`] is connected to. Build it, then [`connect`](Self::connect).
+/// Options for connecting to a [`PostgresStore`]. Build them, then [`connect`](Self::connect).
 #[derive(Clone)]
 pub struct PostgresOptions {
     url: Option<String>,
@@ -45,7 +47,7 @@ pub struct PostgresOptions {
 
 impl fmt::Debug for PostgresOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The URL may hold a password.
+        // The URL may contain a password.
         f.debug_struct("PostgresOptions")
             .field("schema", &self.schema)
             .field("max_connections", &self.max_connections)
@@ -61,7 +63,7 @@ impl Default for PostgresOptions {
 }
 
 impl PostgresOptions {
-    /// The store in the database that the environment variable `DATABASE_URL` names, in the schema `storied`.
+    /// Describes the store in the schema `storied` of the database in `DATABASE_URL`.
     pub fn new() -> Self {
         Self {
             url: None,
@@ -82,139 +84,188 @@ impl PostgresOptions {
         }
     }
 
-    /// The database: `postgres://user:password@host:port/database`, with the parameters that sqlx knows (`sslmode`,
-    /// `sslrootcert`, …). `sslrootcert` without `sslmode`, or with `prefer`, is `verify-ca`, and `sslcert` is `require`: TLS is
-    /// not optional then. An empty text is the same as none. Default: the environment's `DATABASE_URL`.
+    /// Sets the URL of the database: `postgres://user:password@host:port/database`.
+    ///
+    /// The parameters of sqlx apply (`sslmode`, `sslrootcert`, …). `sslrootcert` without `sslmode`,
+    /// or with `prefer`, means `verify-ca`, and `sslcert` means `require`: TLS is not optional
+    /// then. An empty text means no URL. Default: the environment variable `DATABASE_URL`.
     #[must_use]
     pub fn url(mut self, url: impl Into<String>) -> Self {
         self.url = Some(url.into()).filter(|url| !url.trim().is_empty());
         self
     }
 
-    /// Borrows connections from the application's own pool, one for each call, instead of making some. The pool's limits and
-    /// names then apply. Each call is a transaction with this store's timeouts, which costs two round trips more. Default: none.
+    /// Sets the pool of the application, from which each call borrows a connection.
+    ///
+    /// The store then opens no connections of its own. The limits and the application name of the
+    /// pool apply. Each call is a transaction with this store's timeouts, which costs two more
+    /// round trips.
+    ///
+    /// Default: none.
     #[must_use]
     pub fn pool(mut self, pool: PgPool) -> Self {
         self.pool = Some(pool);
         self
     }
 
-    /// The schema of storied's tables: lower-case ASCII letters, digits and `_`. Several stores can live in one database,
-    /// each in its own. Default: `storied`.
+    /// Sets the schema of the tables: lower-case ASCII letters, digits and `_`.
+    ///
+    /// Several stores can share a database, each in its own schema.
+    ///
+    /// Default: `storied`.
     #[must_use]
     pub fn schema(mut self, schema: impl Into<String>) -> Self {
         self.schema = schema.into();
         self
     }
 
-    /// How many connections the store has at most, for everything together. Default: 10. Range: 1 to 10,000.
+    /// Sets the maximum number of connections of the store in total.
+    ///
+    /// Default: 10. Range: 1 to 10,000.
     #[must_use]
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.max_connections = connections;
         self
     }
 
-    /// What the connections are called in `pg_stat_activity`. Default: `storied`. Range: at most 63 bytes, no control
-    /// characters.
+    /// Sets the name of the connections in `pg_stat_activity`.
+    ///
+    /// Default: `storied`. Range: at most 63 bytes, no control characters.
     #[must_use]
     pub fn application_name(mut self, name: impl Into<String>) -> Self {
         self.application_name = name.into();
         self
     }
 
-    /// Whether to create and migrate the tables when connecting. If not, the login needs no right to do so, and tables that
-    /// are missing or older than the program are an error. Default: yes.
+    /// Sets whether to create and migrate the tables when connecting.
+    ///
+    /// If not, the login needs no right to do so, and missing tables and tables older than the
+    /// program are an error.
+    ///
+    /// Default: yes.
     #[must_use]
     pub fn migrate(mut self, migrate: bool) -> Self {
         self.migrate = migrate;
         self
     }
 
-    /// Whether there must be an index of the log by event name, for projections and readers of few events among many: they
-    /// look up what they ask for by name ([`Filter::names`](super::super::Filter::names), up to 16 of them) instead of looking through the log. It
-    /// costs some 40 bytes an event, and appends have a third index to keep.
+    /// Sets whether the log must have an index by event name.
     ///
-    /// An index that is there is used, whatever this says. If not, this makes it, together with [`migrate`](Self::migrate)'s
-    /// tables; appends wait meanwhile, for some seconds with every million events. For a log in use, make it beforehand:
-    /// `CREATE INDEX CONCURRENTLY events_by_name ON storied.events (name, position)`. Default: no.
+    /// It serves projections and readers of few events among many. They look events up by name
+    /// ([`Filter::names`](super::super::Filter::names), up to 16 names) instead of scanning the
+    /// log. The index costs about 40 bytes for each event, and appends maintain a third index.
+    ///
+    /// An existing index is used whatever this option says. A missing one is created with
+    /// [`migrate`](Self::migrate). Appends wait meanwhile, for some seconds per million events. For
+    /// a log in use, create the index in advance:
+    /// `CREATE INDEX CONCURRENTLY events_by_name ON storied.events (name, position)`.
+    ///
+    /// Default: no.
     #[must_use]
     pub fn index_by_name(mut self, index: bool) -> Self {
         self.index_by_name = index;
         self
     }
 
-    /// How payloads are kept. A store remembers it from its creation on, and is opened with nothing else. Default: CBOR.
+    /// Sets the encoding of the payloads.
+    ///
+    /// The store keeps the codec of its creation and cannot be opened with another.
+    ///
+    /// Default: CBOR.
     #[must_use]
     pub fn codec(mut self, codec: Codec) -> Self {
         self.codec = codec;
         self
     }
 
-    /// After how long the server cancels a statement of ours; 5 seconds later the connection counts as lost. Zero: never,
-    /// and then a server that hangs makes callers hang. Default: 30 s. Range: 0, or 1 ms to 1 day.
+    /// Sets the time after which the server cancels a statement.
+    ///
+    /// The connection counts as lost 5 s later. With zero there is no limit, and a server that
+    /// hangs blocks its callers. Default: 30 s. Range: 0, or 1 ms to 1 day.
     #[must_use]
     pub fn statement_timeout(mut self, timeout: Duration) -> Self {
         self.statement_timeout = timeout;
         self
     }
 
-    /// After how long the server ends a transaction of ours that nobody continues, so that a machine which was cut off does
-    /// not hold back the readers of the log. Zero: never. Default: 30 s. Range: 0, or 1 ms to 1 day.
+    /// Sets the time after which the server ends an idle transaction of this store.
+    ///
+    /// So a machine that was cut off does not hold back the readers of the log. Zero: never.
+    /// Default: 30 s. Range: 0, or 1 ms to 1 day.
     #[must_use]
     pub fn idle_in_transaction_timeout(mut self, timeout: Duration) -> Self {
         self.idle_in_transaction_timeout = timeout;
         self
     }
 
-    /// How long a call waits for a connection: a free one, or a new one while the server cannot be reached. Finding out
-    /// what became of an append without an answer may take twice as long. Default: 10 s. Range: 1 ms to 1 day.
+    /// Sets the maximum wait of a call for a connection.
+    ///
+    /// A call waits for a free connection, or for a new one while the server is down. The look-up
+    /// of an append without an answer may take twice as long. Default: 10 s. Range: 1 ms to 1 day.
     #[must_use]
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.acquire_timeout = timeout;
         self
     }
 
-    /// How long [`connect`](Self::connect) waits for a server that cannot be reached or is starting. Each attempt that fails is a log
-    /// line; an error that lasts, as a wrong password, ends it at once. Default: 30 s. Range: at most
-    /// 1 day; zero is one attempt, with [`acquire_timeout`](Self::acquire_timeout).
+    /// Sets the maximum wait of [`connect`](Self::connect) for a server that is down or starting.
+    ///
+    /// Each failed attempt is logged. A permanent error, such as a wrong password, ends the wait at
+    /// once. Default: 30 s. Maximum: 1 day. Zero means one attempt, with
+    /// [`acquire_timeout`](Self::acquire_timeout).
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;
         self
     }
 
-    /// Works through a pooler in transaction mode, such as PgBouncer: no statement is prepared under a name, nothing is
-    /// asked for that a pooler does not pass on, and each call is an explicit transaction, which costs two to three round
-    /// trips more. Default: no.
+    /// Sets whether connections go through a pooler in transaction mode, such as PgBouncer.
+    ///
+    /// No statement is prepared under a name, and no parameter is used that a pooler does not pass
+    /// on. Each call is an explicit transaction, which costs two to three more round trips.
+    ///
+    /// Default: no.
     #[must_use]
     pub fn transaction_pooler(mut self, pooler: bool) -> Self {
         self.transaction_pooler = pooler;
         self
     }
 
-    /// How many transactions of appends the runtime keeps in flight. Default: 2. Range: 1 to 1,000.
+    /// Sets the number of append transactions that the runtime keeps in flight.
+    ///
+    /// Default: 2. Range: 1 to 1,000.
     #[must_use]
     pub fn append_concurrency(mut self, appends: usize) -> Self {
         self.append_concurrency = appends;
         self
     }
 
-    /// Whether processes that use the same store hint to each other (LISTEN and NOTIFY) when they have appended, at most
-    /// every 10 ms, so that idle followers see it at once instead of within 100 ms. Takes one connection more, and is not
-    /// possible through a pooler in transaction mode. Default: no.
+    /// Sets whether processes notify each other of appends (LISTEN and NOTIFY).
+    ///
+    /// They do so at most every 10 ms. Idle readers see an append at once instead of within 100 ms.
+    /// It takes one more connection and does not work through a pooler in transaction mode.
+    ///
+    /// Default: no.
     #[must_use]
     pub fn notify(mut self, notify: bool) -> Self {
         self.notify = notify;
         self
     }
 
-    /// Connects, creates or migrates the tables if need be, and checks everything that the log rests on. Any number of
-    /// processes may do so at once. Must be called within a tokio runtime.
+    /// Connects, creates or migrates the tables if needed, and checks all conditions of the log.
+    ///
+    /// Any number of processes may do so at the same time.
     ///
     /// # Errors
-    /// `Invalid` for a URL or schema that cannot be one, or an option out of its range; `Incompatible` when the login, the server's version or settings,
-    /// the tables, the sequence or the codec are not as needed, each with what to do; `Storage` when rights are missing;
-    /// `Unavailable` when the server cannot be reached within [`connect_timeout`](Self::connect_timeout).
+    /// - `Invalid` for an invalid URL or schema name, or an option out of its range;
+    /// - `Incompatible`, with a remedy, if the login, the server's version or settings, the tables,
+    ///   the sequence or the codec do not meet the requirements;
+    /// - `Storage` if rights are missing;
+    /// - `Unavailable` if the server cannot be reached within
+    ///   [`connect_timeout`](Self::connect_timeout).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub async fn connect(self) -> Result<PostgresStore, StoreError> {
         self.validate()?;
         let schema = Schema::new(&self.schema)?;
@@ -228,7 +279,7 @@ impl PostgresOptions {
             .with_append_concurrency(self.append_concurrency)
             .with_adoption(prepared.adoption);
         let open = || PostgresStore::open(info.clone(), indexed, &schema, connections.clone(), hints.clone());
-        startup::wait_for("reading how far the log goes", connect_timeout, open).await
+        startup::wait_for("reading the high-water mark", connect_timeout, open).await
     }
 
     fn validate(&self) -> Result<(), InvalidOption> {
@@ -257,7 +308,7 @@ impl PostgresOptions {
     fn hints(&self, schema: &Schema) -> Result<Hints, StoreError> {
         if self.transaction_pooler {
             return Err(StoreError::Invalid {
-                reason: "PostgresOptions::notify needs a session of its own, which a transaction pooler does not give: leave one of the two options out".into(),
+                reason: "PostgresOptions::notify needs a session of its own, which a transaction pooler does not provide: remove one of the two options".into(),
             });
         }
         let pool = match &self.pool {
@@ -275,7 +326,8 @@ impl PostgresOptions {
         let call =
             (!self.statement_timeout.is_zero()).then(|| self.statement_timeout + Duration::from_secs(5));
         let patience = Patience { acquire: self.acquire_timeout, call };
-        // With the transaction rather than the session, which behind a pooler is not ours. A standby refuses READ WRITE.
+        // Set in the transaction instead of the session, which a pooler shares. A standby rejects
+        // READ WRITE.
         let begin = format!(
             "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL statement_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}; {}",
             millis(self.statement_timeout),
@@ -289,29 +341,32 @@ impl PostgresOptions {
     fn connect_options(&self) -> Result<PgConnectOptions, StoreError> {
         let from_environment = || std::env::var("DATABASE_URL").ok().filter(|url| !url.trim().is_empty());
         let url = self.url.clone().or_else(from_environment).ok_or_else(|| StoreError::Invalid {
-            reason: "there is no database URL: pass one, or set DATABASE_URL".into(),
+            reason: "no database URL; pass one, or set DATABASE_URL".into(),
         })?;
         let options =
             PgConnectOptions::from_str(&url).map_err(|error| failed("reading the database URL", error))?;
         let options = require_tls(options, &url);
         let options = options.application_name(&self.application_name).disable_statement_logging();
         if self.transaction_pooler {
-            // PgBouncer refuses start-up parameters that it does not know.
+            // PgBouncer rejects start-up parameters that it does not know.
             return Ok(options.extra_float_digits(None).statement_cache_capacity(0));
         }
         let statement = millis(self.statement_timeout);
         let limits = [
             ("statement_timeout", statement),
             ("idle_in_transaction_session_timeout", millis(self.idle_in_transaction_timeout)),
-            // A client that has vanished must not keep a process, and its low-water lock, waiting for the network.
+            // The server process of a client that vanished must not wait for the network: it keeps
+            // its low-water lock.
             ("tcp_user_timeout", statement),
         ];
         Ok(options.options(limits).options(PLANS))
     }
 }
 
-/// Requires TLS where certificates are named: with `sslmode=prefer`, the default, a server that says that it has no TLS would get
-/// the password in clear.
+/// Requires TLS if certificates are configured.
+///
+/// With `sslmode=prefer`, the default, a server that claims to have no TLS would get the password
+/// in clear text.
 fn require_tls(options: PgConnectOptions, url: &str) -> PgConnectOptions {
     let optional = matches!(options.get_ssl_mode(), PgSslMode::Allow | PgSslMode::Prefer);
     let query = url.split_once('?').map_or("", |(_, query)| query);
@@ -328,7 +383,7 @@ fn require_tls(options: PgConnectOptions, url: &str) -> PgConnectOptions {
     }
 }
 
-/// For a setting of PostgreSQL, where 0 is never.
+/// Converts a duration for a setting of PostgreSQL, in which 0 means never.
 fn millis(time: Duration) -> i32 {
     i32::try_from(time.as_millis()).unwrap_or(i32::MAX)
 }

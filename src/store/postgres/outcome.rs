@@ -1,4 +1,4 @@
-//! Finding out whether an append happened that got no answer (I4), and whether it is durable (I3).
+//! Looks up whether an append without an answer happened (I4) and whether it is durable (I3).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,28 +16,33 @@ use super::plan::{Part, Unit};
 use super::{Core, from_sql, to_sql};
 use crate::event::{Position, Version};
 
-const DOING: &str = "finding out whether an append happened";
+const DOING: &str = "looking up an append without an answer";
 
-/// What is left of an append without an answer.
+/// The means to look up an append without an answer.
 #[derive(Debug)]
 pub(super) enum Trace {
-    /// The server process that had it, and works for nobody else.
+    /// The server process of the append, which serves no other client.
     Backend(Backend),
-    /// The transaction's id, while the process may serve others by now.
+    /// The id of the transaction; its server process may serve other clients now.
     Transaction(String),
-    /// It is committed. The wait for a standby was cancelled.
+    /// The append is committed. Its wait for a standby was cancelled.
     Committed,
 }
 
-/// Maximum number of appends whose server processes wait for a standby after their callers were answered `OutcomeUnknown`.
+/// Maximum number of stuck appends.
+///
+/// The server process of a stuck append waits for a standby, although its caller was answered
+/// `OutcomeUnknown`.
 const STUCK: usize = 8;
 
-/// Appends whose server processes still wait for a synchronous standby. Each holds one of the server's connections.
+/// Appends with a server process that still waits for a synchronous standby.
+///
+/// Each holds a connection of the server.
 #[derive(Debug, Default)]
 pub(super) struct Stuck(AtomicUsize);
 
 impl Stuck {
-    /// Refuses another append while too many are stuck: its server process would be the next one.
+    /// Rejects another append at the limit, because its server process would become stuck too.
     pub(super) fn check(&self) -> Result<(), Failure> {
         let stuck = self.0.load(Ordering::Acquire);
         if stuck < STUCK {
@@ -73,19 +78,21 @@ async fn is_over(core: Arc<Core>, trace: Trace) {
     core.stuck.0.fetch_sub(1, Ordering::AcqRel);
 }
 
-/// For each unit what became of it; `None` if it did not happen and never will. What happened is durable.
+/// Returns the outcome of each unit; `None` if it did not happen and never will.
+///
+/// Events that are found are durable.
 ///
 /// # Errors
-/// When that cannot be found out in time.
+/// If the outcome cannot be determined in time.
 pub(super) async fn resolve(
     core: &Arc<Core>,
     units: &[&Unit<'_>],
     trace: Trace,
 ) -> Result<Vec<Option<Fate>>, StoreError> {
-    // Twice as long as for anything else, as the answer is worth more.
+    // The limit is twice the usual one, because the answer is worth more.
     let limit = core.connections.patience.acquire * 2;
     let deadline = Instant::now() + limit;
-    // Why there is no answer, once the time is over.
+    // The reason for a missing answer at the deadline.
     let mut waits_for = WaitsFor::Server;
     loop {
         let attempt = async {
@@ -109,9 +116,10 @@ pub(super) async fn resolve(
             Ok(Err(error)) => error,
             Err(_) => {
                 return Err(match waits_for {
-                    WaitsFor::Server => {
-                        StoreError::Unavailable { reason: format!("{DOING}: it took too long"), source: None }
-                    }
+                    WaitsFor::Server => StoreError::Unavailable {
+                        reason: format!("{DOING}: no result in time"),
+                        source: None,
+                    },
                     WaitsFor::Confirmation => durability::unconfirmed(limit),
                     WaitsFor::Standby => {
                         await_standby(core, trace);
@@ -129,28 +137,28 @@ pub(super) async fn resolve(
     }
 }
 
-/// What an attempt to find out waits for.
+/// The event that a look-up waits for.
 #[derive(Debug, Clone, Copy)]
 enum WaitsFor {
-    /// The server, or the end of the append there.
+    /// An answer of the server, or the end of the append there.
     Server,
-    /// The append is committed on the primary, and waits for a synchronous standby.
+    /// A synchronous standby: the append is committed on the primary and waits for it.
     Standby,
-    /// A synchronous standby, to confirm what was found.
+    /// A synchronous standby, to confirm the events found.
     Confirmation,
 }
 
-/// What the server does with an append.
+/// The state of an append on the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
-    /// It is committed on the primary, invisible to others, and waits for a synchronous standby.
+    /// Committed on the primary, invisible to others, waiting for a synchronous standby.
     WaitsForStandby,
-    /// It can no longer happen, if it has not.
+    /// Finished: if the append has not happened, it never will.
     Over,
 }
 
-/// Returns when the append can no longer happen, if it has not.
+/// Returns when the append has finished: if it has not happened by then, it never will.
 async fn end(
     core: &Core,
     session: &mut Session,
@@ -164,19 +172,22 @@ async fn end(
             State::WaitsForStandby => WaitsFor::Standby,
             State::Running => WaitsFor::Server,
         };
-        // Bounded by the caller.
+        // The caller limits the time.
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(100));
     }
 }
 
-/// What the server does with the append. A process of ours is ended, unless it waits for a standby: its commit would become
-/// visible without being durable, and readers would see what a failover can lose.
+/// Queries the state of the append on the server.
+///
+/// Terminates a server process of this store, unless it waits for a standby. Terminating a waiting
+/// process would make its commit visible before it is durable: readers would see events that a
+/// failover can lose.
 async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State, StoreError> {
     match trace {
         Trace::Committed => Ok(State::Over),
-        // The process has no other purpose than this lost connection. It may still be at work, or not even have
-        // received what is on its way; ended, it can do neither.
+        // The server process serves only this lost connection. It may still be at work, or may not
+        // have received the append yet. Once terminated, it can do neither.
         Trace::Backend(backend) => {
             // IS NULL, which is false: PostgreSQL folds `AND false` to false and then calls nothing.
             let waits: Option<bool> = sqlx::query_scalar(
@@ -213,8 +224,9 @@ async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State
     }
 }
 
-/// Whether the events of a unit are in the log, by stream, version and id. It was written by one transaction: all of them
-/// are, or none.
+/// Looks up the events of a unit in the log, by stream, version and id.
+///
+/// One transaction wrote them, so either all of them are present or none.
 async fn find(core: &Core, session: &mut Session, unit: &Unit<'_>) -> Result<Option<Fate>, StoreError> {
     let mut places = Vec::with_capacity(unit.parts.len());
     for part in &unit.parts {
@@ -230,7 +242,7 @@ async fn find_part(
     part: &Part<'_>,
 ) -> Result<Option<(Version, Vec<Position>)>, StoreError> {
     let events = part.events.len() as u64;
-    // Without an expected version, the whole stream has to be looked through.
+    // Without an expected version, the whole stream has to be searched.
     let (after, upto) = match part.expected {
         ExpectedVersion::Exact(version) => (version, version.plus(events)),
         ExpectedVersion::NoStream => (Version::NONE, Version::new(events)),

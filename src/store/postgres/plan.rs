@@ -1,4 +1,4 @@
-//! From a batch of appends to calls of `storied.append()`, in which no stream may come twice.
+//! Divides a batch of appends into calls of `storied.append()`; a call contains a stream only once.
 
 use std::collections::HashMap;
 
@@ -8,16 +8,17 @@ use super::super::{Append, ExpectedVersion, StoreError};
 use super::stream_key;
 use crate::event::{NewEvent, StreamId};
 
-/// What one event may have in payload and metadata. PostgreSQL's limit is 1 GB, for the message and for everything that is
-/// made of it on the way to the disk.
+/// Maximum size of an event's payload and metadata in bytes.
+///
+/// PostgreSQL limits to 1 GB the message and every structure built from it.
 const MAX_EVENT_BYTES: usize = 100_000_000;
-/// What one append may have, since it cannot be split.
+/// Maximum size of an append in bytes; an append cannot be split.
 const MAX_APPEND_BYTES: usize = 400_000_000;
-/// One call takes no more, unless one append alone does.
+/// Maximum size of a call in bytes, unless a single append is larger.
 const CALL_BYTES: usize = 16 << 20;
 const CALL_EVENTS: usize = 5_000;
 
-/// Refuses what no attempt could store, before it gets near a transaction that others share.
+/// Rejects an append that can never be stored, before it joins a transaction with others.
 pub(super) fn check(append: &Append) -> Result<(), StoreError> {
     append.validate()?;
     let mut all = 0_usize;
@@ -27,7 +28,7 @@ pub(super) fn check(append: &Append) -> Result<(), StoreError> {
             all = all.saturating_add(bytes);
             if bytes > MAX_EVENT_BYTES {
                 let reason = format!(
-                    "the event {} for {} has {bytes} bytes, at most {MAX_EVENT_BYTES} are stored; keep large content elsewhere and refer to it",
+                    "the event {} of {} is too large: {bytes} bytes (limit {MAX_EVENT_BYTES}); store large content elsewhere and refer to it",
                     event.name, part.stream
                 );
                 return Err(StoreError::Invalid { reason });
@@ -36,7 +37,7 @@ pub(super) fn check(append: &Append) -> Result<(), StoreError> {
     }
     if all > MAX_APPEND_BYTES {
         let reason = format!(
-            "one append has {all} bytes of events, at most {MAX_APPEND_BYTES} are stored at once; split it, or keep large content elsewhere"
+            "the append is too large: {all} bytes of events (limit {MAX_APPEND_BYTES}); split it, or store large content elsewhere"
         );
         return Err(StoreError::Invalid { reason });
     }
@@ -47,17 +48,19 @@ fn size(event: &NewEvent) -> usize {
     event.payload.len().saturating_add(event.metadata.len())
 }
 
-/// What is decided together: an append, or several that follow one another on one stream, so that if the first is as
-/// expected, all are.
+/// The appends that are decided together.
+///
+/// A unit is one append, or several successive ones to one stream: if the first meets its expected
+/// version, all do.
 #[derive(Debug, Clone)]
 pub(super) struct Unit<'a> {
-    /// Which appends of the batch, in their order.
+    /// Indexes of the appends in the batch, in order.
     pub(super) appends: Vec<usize>,
     pub(super) parts: Vec<Part<'a>>,
     bytes: usize,
 }
 
-/// What a unit has for one stream.
+/// The events of a unit for one stream.
 #[derive(Debug, Clone)]
 pub(super) struct Part<'a> {
     pub(super) stream: &'a StreamId,
@@ -86,7 +89,7 @@ impl<'a> Unit<'a> {
         self.parts.iter().map(|part| part.events.len()).sum()
     }
 
-    /// Adds an append to the same stream whose expectation holds whenever this unit's does.
+    /// Merges an append to the same stream, if its expectation holds whenever this unit's does.
     fn merge(&mut self, index: usize, append: &'a Append) -> bool {
         let ([part], [next]) = (self.parts.as_mut_slice(), append.streams.as_slice()) else { return false };
         let length = part.events.len() as u64;
@@ -110,20 +113,20 @@ impl<'a> Unit<'a> {
     }
 }
 
-/// What can be done next of a batch.
+/// The next calls of a batch.
 #[derive(Debug)]
 pub(super) struct Plan<'a> {
-    /// In calls of one transaction each. No stream comes twice in the whole plan.
+    /// Calls, each one transaction. A stream occurs only once in the whole plan.
     pub(super) calls: Vec<Vec<Unit<'a>>>,
-    /// Appends that have to wait for the end of these, because they name the same streams.
+    /// Appends deferred until after these calls, because they share streams with them.
     pub(super) later: Vec<usize>,
 }
 
-/// Plans the appends `todo` of a batch; `merge` says whether appends may be joined.
+/// Plans the appends `todo` of a batch; with `merge`, appends may be merged.
 pub(super) fn plan<'a>(batch: &'a [Append], todo: &[usize], merge: bool) -> Plan<'a> {
     let mut units: Vec<Unit<'a>> = Vec::with_capacity(todo.len());
     let mut later = Vec::new();
-    // The unit that has a stream, or none if an append to it has to wait: then all that follow it have to.
+    // The unit that holds a stream, or `None` after a deferred append, which defers all later ones.
     let mut taken: HashMap<&StreamId, Option<usize>> = HashMap::new();
     for &index in todo {
         let Some(append) = batch.get(index) else { continue };

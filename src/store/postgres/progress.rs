@@ -1,5 +1,7 @@
-//! Checkpoints and parked events. They are functions over a connection because a projection keeps them in the database
-//! of its read model, within the read model's transaction; the store uses them on its own schema.
+//! Checkpoints and parked events, as functions over a connection.
+//!
+//! A projection stores them in the database of its read model, in the read model's transaction. The
+//! store uses the same functions on its own schema.
 
 use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
@@ -11,11 +13,11 @@ use super::sql::{ProgressSql, Schema};
 use super::to_sql;
 use crate::event::{EventName, Position, StreamId, Version};
 
-/// Where checkpoints and parked events are kept.
+/// The tables of checkpoints and parked events.
 #[derive(Debug, Clone)]
 pub(crate) struct Progress {
     sql: ProgressSql,
-    /// Whether statements may be prepared under a name: not behind a pooler in transaction mode.
+    /// Whether statements may be prepared under a name; not with a pooler in transaction mode.
     persistent: bool,
 }
 
@@ -24,7 +26,7 @@ impl Progress {
         Self { sql: ProgressSql::new(schema), persistent }
     }
 
-    /// The checkpoint of `name`, and of which store's log it is.
+    /// Loads the checkpoint of `name` and the id of the store that it belongs to.
     pub(crate) async fn load(
         &self,
         connection: &mut PgConnection,
@@ -50,7 +52,7 @@ impl Progress {
         columns().map(Some).map_err(|error| failed(&doing(), error))
     }
 
-    /// All checkpoints, by name.
+    /// Loads all checkpoints, ordered by name.
     pub(crate) async fn records(
         &self,
         connection: &mut PgConnection,
@@ -75,10 +77,10 @@ impl Progress {
         rows.and_then(|rows| rows.iter().map(record).collect()).map_err(|error| failed(DOING, error))
     }
 
-    /// The checkpoint of `name` in the log of `store`; the default one if there is none yet.
+    /// Loads the checkpoint of `name` in the log of `store`; the default one if none was saved.
     ///
     /// # Errors
-    /// `Incompatible` when the checkpoint belongs to another store.
+    /// `Incompatible` if the checkpoint belongs to another store.
     pub(crate) async fn checkpoint(
         &self,
         connection: &mut PgConnection,
@@ -90,13 +92,13 @@ impl Progress {
             Some((checkpoint, found)) if found == store => Ok(checkpoint),
             Some((_, found)) => Err(StoreError::Incompatible {
                 expected: format!("a checkpoint of {name} in event store {store}"),
-                found: format!("one in event store {found}"),
-                advice: "the event store or the read model was exchanged or restored: connect the right pair, or reset the projection so that it is built anew".into(),
+                found: format!("a checkpoint in event store {found}"),
+                advice: "the event store or the read model was replaced or restored: connect the right pair, or reset the projection to rebuild it".into(),
             }),
         }
     }
 
-    /// The checkpoint of `name`, which is one in the log of `store` from now on.
+    /// Makes the checkpoint of `name` one in the log of `store`.
     pub(crate) async fn adopt(
         &self,
         connection: &mut PgConnection,
@@ -113,8 +115,10 @@ impl Progress {
         self.checkpoint(connection, name, store).await
     }
 
-    /// Moves the checkpoint of `name` from exactly `from` to `to`. Of two that try at once, the second waits for the end
-    /// of the first one's transaction.
+    /// Moves the checkpoint of `name` from exactly `from` to `to`.
+    ///
+    /// If two callers do so at the same time, the second waits for the end of the first
+    /// transaction.
     pub(crate) async fn save(
         &self,
         connection: &mut PgConnection,
@@ -147,7 +151,7 @@ impl Progress {
         Err(stale(self.checkpoint(connection, name, store).await?))
     }
 
-    /// Puts an event aside; parked before, it is replaced.
+    /// Parks an event; replaces an earlier record of the same event.
     pub(crate) async fn park(
         &self,
         connection: &mut PgConnection,
@@ -162,7 +166,7 @@ impl Progress {
             .bind(event.stream.id())
             .bind(to_sql(event.version.get()))
             .bind(event.name.as_str())
-            // The one text here that anybody may have written, and the one character that PostgreSQL cannot keep.
+            // This text can come from any source, and PostgreSQL cannot store NUL.
             .bind(event.error.replace('\0', "\u{fffd}"))
             .bind(i64::from(event.attempts))
             .bind(event.parked_at)
@@ -173,7 +177,7 @@ impl Progress {
         Ok(())
     }
 
-    /// The events that `name` has put aside, oldest first.
+    /// Returns the parked events of `name`, oldest first.
     pub(crate) async fn parked(
         &self,
         connection: &mut PgConnection,
@@ -193,7 +197,7 @@ impl Progress {
             .collect()
     }
 
-    /// Forgets a parked event; whether there was one.
+    /// Removes a parked event; returns whether there was one.
     pub(crate) async fn unpark(
         &self,
         connection: &mut PgConnection,
@@ -210,7 +214,7 @@ impl Progress {
         Ok(removed.rows_affected() > 0)
     }
 
-    /// Forgets all parked events of `name`.
+    /// Removes all parked events of `name`.
     pub(crate) async fn unpark_all(
         &self,
         connection: &mut PgConnection,

@@ -20,27 +20,33 @@ use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Versi
 const READING_LOG: &str = "reading the log";
 const READING_STREAM: &str = "reading a stream";
 
-/// How many positions a page with a filter looks through at most, so that it costs the same whatever it finds: some
-/// milliseconds of the server's time.
+/// Maximum number of positions that a page with a filter scans.
+///
+/// It bounds the cost whatever the page finds: some milliseconds of server time.
 const WINDOW: i64 = 50_000;
 
-/// With an index by name, this many names are looked up, each up to the size of a page; more are looked for.
+/// Maximum number of names looked up in the index by name, each up to the page size.
+///
+/// With more names the log is scanned.
 const LOOKED_UP: usize = 16;
 
-/// A filter with more values is planned anew each time, knowing them: PostgreSQL then makes a hash table of them.
+/// Maximum number of filter values for a prepared statement.
+///
+/// A statement with more values is planned each time with the values: PostgreSQL then builds a hash
+/// table of them.
 const FEW: usize = 64;
 
-/// One page of the log.
+/// Reads one page of the log.
 ///
-/// The log is read up to a head that was determined in an earlier statement, whichever connection it was asked on: every
-/// event up to there is visible to any statement that begins later (I1).
+/// The page ends at a mark that an earlier statement determined, on whichever connection. Every
+/// event up to the mark is visible to any statement that begins later (I1).
 pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, StoreError> {
-    // The head that is known already will do for whoever is still on the way to it.
+    // While the reader is below the cached mark, the cached mark suffices.
     let mut found = match core.frontier.known(read.after) {
         Some(head) => page(core, read, head).await?,
         None => LogPage { events: Vec::new(), scanned_to: read.after, head: read.after },
     };
-    // Nor does whoever asks for no more than that need to know where the log ends by now.
+    // If the request does not go beyond the cached mark, the current mark is not needed.
     if found.has_more() || read.upto.is_some_and(|upto| read.after < upto && upto <= found.head) {
         return Ok(found);
     }
@@ -55,9 +61,9 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
     Ok(found)
 }
 
-/// The id of the event at `position`, also above the mark.
+/// Returns the id of the event at `position`, also above the high-water mark.
 pub(super) async fn event_id_at(core: &Arc<Core>, position: Position) -> Result<Option<Uuid>, StoreError> {
-    const DOING: &str = "looking for an event";
+    const DOING: &str = "looking up an event";
     let mut session = core.connections.get(DOING).await?;
     let id = sqlx::query_scalar(core.sql.event_at.clone())
         .bind(to_sql(position.get()))
@@ -84,7 +90,7 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
     let mut found;
     if *filter == Filter::all() {
         found = query(core, &mut session, read, limit, Wanted::All, end).await?;
-        // The end may lie in a hole that nobody ever fills.
+        // The end may lie in a hole that is never filled.
         page.scanned_to = found.events.last().map_or(read.after, |last| last.position);
     } else if let Some(names) = looked_up(core, filter) {
         found = query(core, &mut session, read, limit, Wanted::Names(names), end).await?;
@@ -102,7 +108,7 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
             Some(last) => last,
             None => match last_event(core, &mut session, read.after, near, WINDOW).await? {
                 Some(last) => last,
-                // A hole that is wider than the window.
+                // The hole is wider than the window.
                 None => match last_event(core, &mut session, read.after, end, WINDOW).await? {
                     Some(end) => {
                         found = query(core, &mut session, read, limit, Wanted::Filter(filter), end).await?;
@@ -114,30 +120,32 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
         };
     }
     page.events = found.events;
-    // On a connection that is given back, the rest would have to be received first.
+    // If rows are left unread, the connection is closed: reusing it would require receiving them.
     if !found.cut {
         session.finish(READING_LOG).await?;
     }
     Ok(page)
 }
 
-/// What a statement found.
+/// The events that a statement found.
 struct Found {
     events: Vec<RecordedEvent>,
-    /// The last event, if there may be more behind it.
+    /// Position of the last event, if more events may follow it.
     end: Option<Position>,
-    /// The statement was not heard to its end.
+    /// Whether rows of the statement were left unread.
     cut: bool,
 }
 
-/// The names that `filter` asks for, where they are better looked up. What else it asks of an event is seen to afterwards.
+/// Returns the names of `filter`, if the index by name is the better access path.
+///
+/// The caller applies the other conditions of the filter.
 fn looked_up<'a>(core: &Core, filter: &'a Filter) -> Option<Vec<&'a str>> {
     let names = filter.wanted_names()?;
     let looked_up = core.indexed_by_name && filter.wanted_streams().is_none() && names.len() <= LOOKED_UP;
     looked_up.then(|| names.iter().map(EventName::as_str).collect())
 }
 
-/// The last event among those up to `span` behind the first one after `after`, at most up to `end`.
+/// Returns the last event at most `span` positions after the first one after `after`, up to `end`.
 async fn last_event(
     core: &Core,
     session: &mut Session,
@@ -156,15 +164,16 @@ async fn last_event(
     Ok(found.flatten().map(|position| Position::new(from_sql(position))))
 }
 
-/// Which events a statement is to give.
+/// The events that a statement selects.
 enum Wanted<'a> {
     All,
     Filter(&'a Filter),
-    /// Those with one of these names, by the index.
+    /// Events with any of these names, by the index.
     Names(Vec<&'a str>),
 }
 
-/// At most `limit` of the events after those that `read` has had, at most up to `end`, as many as there is room for.
+/// Reads up to `limit` events after the position of `read`, up to `end`, as far as the page has
+/// room.
 async fn query(
     core: &Core,
     session: &mut Session,
@@ -215,7 +224,7 @@ async fn query(
     Ok(Found { events, end, cut: room.is_cut() })
 }
 
-/// One page of a stream.
+/// Reads one page of a stream.
 pub(super) async fn stream(
     core: &Arc<Core>,
     stream: &StreamId,
@@ -240,10 +249,11 @@ pub(super) async fn stream(
     Ok(events)
 }
 
-/// Makes events of rows. A page has few names and categories and many events: each name is allocated and checked once, and
-/// most rows have the one of the row before.
+/// Decodes rows into events.
 ///
-/// Columns are taken without a look at their types, which the statements of this module fix.
+/// A page has few names and categories and many events. Each name is allocated and checked once;
+/// most rows have the name of the previous row. Columns are decoded without type checks, because
+/// the statements of this module fix their types.
 struct Decoder {
     doing: &'static str,
     codec: Codec,
@@ -286,7 +296,7 @@ impl Decoder {
         StoreError::Corrupt { reason: format!("{}: {reason}", self.doing) }
     }
 
-    /// The event of a row that names its stream.
+    /// Decodes a row that includes the stream.
     fn of_log(&mut self, row: &PgRow) -> Result<RecordedEvent, StoreError> {
         let texts = || -> Result<(&str, &str), sqlx::Error> {
             Ok((row.try_get_unchecked(8)?, row.try_get_unchecked(9)?))

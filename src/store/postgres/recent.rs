@@ -1,20 +1,21 @@
-//! The newest stretch of the log, as far as this process has appended it itself while nobody else did: whoever follows closely
-//! need not read what has just been written.
+//! The newest part of the log, if this process appended all of it without appends of others.
+//!
+//! It saves close followers from reading events that this process has just written.
 
 use std::collections::VecDeque;
 
 use super::super::ReadLog;
 use crate::event::{Position, RecordedEvent};
 
-/// How many events are kept, …
+/// Maximum number of cached events.
 const EVENTS: usize = 64;
-/// … and how many bytes of payload and metadata.
+/// Maximum size of the cached payload and metadata, in bytes.
 const BYTES: usize = 256 << 10;
 
-/// Every event of the log behind one position, up to another.
+/// All events of the log after one position and up to another.
 #[derive(Debug, Default)]
 pub(super) struct Recent {
-    /// What the server was known by. Another one, which takes over, may not have all of it.
+    /// Number of the server connection; a server that takes over may lack some of the events.
     server: u64,
     after: Position,
     upto: Position,
@@ -23,13 +24,13 @@ pub(super) struct Recent {
 }
 
 impl Recent {
-    /// Adds an event, which follows the one at `previous` in the log of `server`.
+    /// Adds an event that follows the event at `previous` in the log of `server`.
     pub(super) fn push(&mut self, server: u64, previous: Position, event: RecordedEvent) {
         if server < self.server || (server == self.server && event.position <= self.upto) {
             return;
         }
         if server != self.server || previous != self.upto {
-            // What lies between is not known here.
+            // The events in between are unknown.
             *self = Self { server, after: previous, ..Self::default() };
         }
         self.upto = event.position;
@@ -42,7 +43,9 @@ impl Recent {
         }
     }
 
-    /// What `read` asks for, and how far that goes, at most to `end`; none if it begins elsewhere.
+    /// Returns the events for `read` and the position that they reach, at most `end`.
+    ///
+    /// Returns `None` if `read` starts outside the cached range.
     pub(super) fn read(
         &self,
         server: u64,
@@ -53,7 +56,7 @@ impl Recent {
             return None;
         }
         let mut events = Vec::new();
-        // Always an event's: the end may lie in a hole.
+        // Always the position of an event: `end` may lie in a hole.
         let mut scanned_to = read.after;
         let there = |event: &&RecordedEvent| event.position > read.after && event.position <= end;
         for event in self.events.iter().filter(there) {
@@ -90,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_adjacent_is_answered() {
+    fn only_adjacent_reads_are_answered() {
         let mut recent = Recent::default();
         assert_eq!(read(&recent, after(0), 9), None);
         for (previous, position) in [(3, 5), (5, 6), (6, 9)] {
@@ -105,7 +108,7 @@ mod tests {
         assert_eq!(read(&recent, after(3).limit(2), 9), Some((vec![5, 6], 6)));
         let odd = Filter::all().streams([StreamId::new("test", 1).unwrap()]);
         assert_eq!(read(&recent, after(3).filter(odd), 9), Some((vec![5, 9], 9)));
-        // Somebody else was at 10, and one answer came late.
+        // Another process appended at 10, and one answer arrived late.
         recent.push(1, Position::new(10), recorded(11, 1));
         recent.push(1, Position::new(6), recorded(7, 1));
         assert_eq!(read(&recent, after(9), 11), None);
@@ -113,19 +116,19 @@ mod tests {
     }
 
     #[test]
-    fn another_server_begins_anew() {
+    fn another_server_starts_empty() {
         let mut recent = Recent::default();
         recent.push(1, Position::new(3), recorded(5, 1));
         assert!(recent.read(2, &after(3), Position::new(9)).is_none());
         recent.push(2, Position::new(3), recorded(4, 1));
-        // An answer of the old one that came late.
+        // A late answer of the old server.
         recent.push(1, Position::new(5), recorded(6, 1));
         let read = |from| recent.read(2, &after(from), Position::new(9)).map(|(_, upto)| upto.get());
         assert_eq!((read(3), read(4), read(5)), (Some(4), None, None));
     }
 
     #[test]
-    fn it_does_not_grow() {
+    fn the_cache_has_a_size_limit() {
         let mut recent = Recent::default();
         for position in 1..=200 {
             recent.push(1, Position::new(position - 1), recorded(position, 1));

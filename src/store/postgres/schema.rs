@@ -1,4 +1,4 @@
-//! From a connection to a database that is ours: migrated, known by its identity, and set up so that the log is safe.
+//! Prepares a database for a store: migrations, identity, and the checks for a safe log.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,22 +17,22 @@ use crate::codec::Codec;
 
 const CHECKING: &str = "checking the database";
 const MIGRATING: &str = "preparing storied's tables";
-const INDEXING: &str = "making the index by name";
+const INDEXING: &str = "creating the index by name";
 
-/// Held while tables are made.
+/// Key of the advisory lock for creating tables.
 const MIGRATION_LOCK: i64 = 7_310_323_741_263_721_841;
 
-/// The oldest server whose behaviour the order of the log was proven and tested on.
+/// Oldest supported server version; the order of the log is proven and tested from it on.
 const OLDEST_SERVER: i32 = 150_000;
 
-/// A set of migrations that keeps book in a table of its own, beside those of the host application.
+/// A set of migrations, recorded in a table of its own beside those of the application.
 struct Set {
     table: &'static str,
     migrator: Migrator,
 }
 
 impl Set {
-    /// The log, and the progress of those who read it.
+    /// Returns the migrations of the log and of its readers' progress.
     fn all() -> [Self; 2] {
         [Self { table: "migrations", migrator: sqlx::migrate!("migrations/postgres") }, Self::progress()]
     }
@@ -41,15 +41,17 @@ impl Set {
         Self { table: "read_model_migrations", migrator: sqlx::migrate!("migrations/postgres-read-model") }
     }
 
-    /// The migrations for a schema. Checksums stay those of the files.
+    /// Returns the migrations for a schema, with the checksums of the files.
     fn of(&self, schema: &Schema) -> impl Iterator<Item = Migration> {
         self.migrator
             .iter()
             .map(|migration| Migration { sql: schema.text(migration.sql.as_str()), ..migration.clone() })
     }
 
-    /// Runs what has not been run yet, within the caller's transaction. Not sqlx's own loop: its lock belongs to a session,
-    /// which a pooler in transaction mode does not give.
+    /// Runs the missing migrations within the caller's transaction.
+    ///
+    /// It replaces the loop of sqlx, whose lock belongs to a session: a pooler in transaction mode
+    /// provides none.
     async fn run(&self, connection: &mut PgConnection, schema: &Schema) -> Result<(), MigrateError> {
         let table = format!("\"{}\".{}", schema.name(), self.table);
         connection.ensure_migrations_table(&table).await?;
@@ -62,10 +64,10 @@ impl Set {
         Ok(())
     }
 
-    /// Whether everything of the set has been run.
+    /// Returns whether all migrations of the set have been run.
     ///
     /// # Errors
-    /// `Incompatible` when something else has.
+    /// `Incompatible` if other migrations have been run.
     async fn is_current(&self, connection: &mut PgConnection, schema: &Schema) -> Result<bool, StoreError> {
         let checking = |error| failed(CHECKING, error);
         let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
@@ -109,25 +111,25 @@ impl Set {
             }
             MigrateError::VersionMissing(version) => incompatible(
                 format!("version {version}"),
-                "a newer program has used this database: update this one, or use another schema or database",
+                "a newer program has used this database: update this program, or use another schema or database",
             ),
             other => incompatible(
                 other.to_string(),
-                "the tables were not made by a released version of storied: use another schema or database",
+                "the tables were not created by a released version of storied: use another schema or database",
             ),
         }
     }
 }
 
-/// What is known of an event store once it was opened.
+/// The facts about an opened event store.
 pub(super) struct Prepared {
     pub(super) id: Uuid,
     pub(super) adoption: Adoption,
-    /// Whether there is an index by name.
+    /// Whether the log has an index by name.
     pub(super) indexed_by_name: bool,
 }
 
-/// Makes the schema an event store if it is none yet, and checks that it is a safe one.
+/// Makes the schema an event store if it is not one yet, and checks that it is safe.
 pub(super) async fn prepare(
     connections: &Arc<Connections>,
     schema: &Schema,
@@ -146,9 +148,10 @@ pub(super) async fn prepare(
     if !current {
         if !may_migrate {
             return Err(StoreError::Incompatible {
-                expected: format!("storied's tables in schema {} as this program knows them", schema.name()),
-                found: "none, or older ones".into(),
-                advice: "run a program that may migrate (PostgresOptions::migrate), with a login that may create tables".into(),
+                expected: format!("storied's tables in schema {} in this program's version", schema.name()),
+                found: "no tables, or older ones".into(),
+                advice: "run a program that may migrate (PostgresOptions::migrate), with a login that may create tables"
+                    .into(),
             });
         }
         let mut session = connections.acquire(MIGRATING).await?;
@@ -169,7 +172,7 @@ pub(super) async fn prepare(
     Ok(Prepared { id, adoption, indexed_by_name: indexed })
 }
 
-/// Whether there is an index of the log by name that can be used.
+/// Returns whether the log has a valid index by name.
 async fn is_indexed_by_name(connection: &mut PgConnection, schema: &Schema) -> Result<bool, StoreError> {
     let found: Option<bool> =
         sqlx::query_scalar("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)")
@@ -181,7 +184,7 @@ async fn is_indexed_by_name(connection: &mut PgConnection, schema: &Schema) -> R
     Ok(found.unwrap_or(false))
 }
 
-/// Makes the index by name.
+/// Creates the index by name.
 async fn index(connections: &Arc<Connections>, schema: &Schema, may_migrate: bool) -> Result<(), StoreError> {
     let name = schema.name();
     let create = format!("CREATE INDEX CONCURRENTLY events_by_name ON {name}.events (name, position)");
@@ -191,11 +194,11 @@ async fn index(connections: &Arc<Connections>, schema: &Schema, may_migrate: boo
         advice,
     };
     if !may_migrate {
-        return Err(missing("none that is valid", format!("let the owner of the tables run {create}")));
+        return Err(missing("no valid index", format!("let the owner of the tables run {create}")));
     }
     let mut session = connections.begin(INDEXING).await?;
     let indexing = |error| failed(INDEXING, error);
-    // As when migrating: others wait, and find it there.
+    // As in a migration, other processes wait for the lock and then find the index.
     let begin = format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK}); SET LOCAL statement_timeout = 0");
     (&mut *session).execute(AssertSqlSafe(begin)).await.map_err(indexing)?;
     let make = schema.text("CREATE INDEX IF NOT EXISTS events_by_name ON storied.events (name, position)");
@@ -203,15 +206,14 @@ async fn index(connections: &Arc<Connections>, schema: &Schema, may_migrate: boo
     let valid = is_indexed_by_name(&mut session, schema).await?;
     session.finish(INDEXING).await?;
     if !valid {
-        let advice = format!(
-            "wait for whoever is making it, or drop what somebody has left half-done: DROP INDEX {name}.events_by_name"
-        );
-        return Err(missing("one that is not valid", advice));
+        let advice =
+            format!("wait until it is built, or drop an abandoned one: DROP INDEX {name}.events_by_name");
+        return Err(missing("an invalid index", advice));
     }
     Ok(())
 }
 
-/// Creates the tables for checkpoints and parked events if need be, in a database that may be anybody's.
+/// Creates the tables for checkpoints and parked events if needed, in any database.
 pub(crate) async fn prepare_read_model(
     connection: &mut PgConnection,
     schema: &Schema,
@@ -224,7 +226,7 @@ pub(crate) async fn prepare_read_model(
     migrate(connection, schema, &[set], None, false).await
 }
 
-/// Runs migrations in one transaction. Others who want the same wait, and then find nothing left to do.
+/// Runs migrations in one transaction; concurrent callers wait and then find nothing to do.
 async fn migrate(
     connection: &mut PgConnection,
     schema: &Schema,
@@ -234,15 +236,16 @@ async fn migrate(
 ) -> Result<(), StoreError> {
     let migrating = |error| failed(MIGRATING, error);
     let mut transaction = connection.begin().await.map_err(migrating)?;
-    // sqlx's migrator prepares statements under names that someone before may have left in a pooler's session.
+    // sqlx's migrator prepares named statements, and earlier clients may have left such names in a
+    // pooler's session.
     let leave_nothing = if pooled { "; DEALLOCATE ALL" } else { "" };
-    // A migration may well take longer than a statement of every day.
+    // A migration may take longer than an ordinary statement.
     let begin = format!(
         "SELECT pg_advisory_xact_lock({MIGRATION_LOCK}); SET LOCAL statement_timeout = 0{leave_nothing}"
     );
     (&mut *transaction).execute(AssertSqlSafe(begin)).await.map_err(migrating)?;
-    // Read from the table: to_regnamespace may answer from a cache that does not know yet what was created while this waited
-    // for the lock.
+    // Read from the table: to_regnamespace may answer from a cache that lacks schemas created while
+    // this session waited for the lock.
     let exists: bool =
         sqlx::query_scalar("SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = $1)")
             .bind(schema.name())
@@ -250,7 +253,7 @@ async fn migrate(
             .fetch_one(&mut *transaction)
             .await
             .map_err(migrating)?;
-    // Asked first because it takes a right even if there is nothing to create.
+    // Checked first because CREATE SCHEMA needs a right even if the schema exists.
     if !exists {
         let create = AssertSqlSafe(format!("CREATE SCHEMA \"{}\"", schema.name()));
         (&mut *transaction).execute(create).await.map_err(migrating)?;
@@ -285,7 +288,7 @@ async fn migrate(
     transaction.commit().await.map_err(migrating)
 }
 
-/// What the order and the durability of the log rest on, and the server decides.
+/// Checks the server settings that order and durability of the log depend on.
 async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
     let checking = |error| failed(CHECKING, error);
     let row = sqlx::query(
@@ -313,7 +316,7 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
         return incompatible(
             "a primary server",
             "a standby in recovery".into(),
-            "connect to the primary: a standby takes no events and cannot tell how far the log is complete",
+            "connect to the primary: a standby accepts no events and does not know up to where the log is complete",
         );
     }
     if text(3)? == "off" {
@@ -327,7 +330,7 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
         return incompatible(
             "default_transaction_isolation 'read committed'",
             format!("'{}'", text(4)?),
-            "remove the setting for this server, database and login: readers would miss events under another one",
+            "remove the setting for this server, database and login: readers would miss events under another isolation level",
         );
     }
     if text(5)? == "on" {
@@ -338,7 +341,9 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
         );
     }
     if text(6)? == "off" {
-        tracing::warn!("PostgreSQL runs with fsync = off: a crash of its machine destroys the event store");
+        tracing::warn!(
+            "PostgreSQL runs with fsync = off: a crash of its machine can destroy the event store"
+        );
     }
     Ok(())
 }
@@ -346,7 +351,7 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
 /// Highest position: the key of the low-water lock has 44 bits for it.
 const LAST_POSITION: i64 = (1 << 44) - 1;
 
-/// The text that a database can hold, and where tables without a schema's name are made in it.
+/// Checks the encoding of the database and the schema of tables created without one.
 async fn check_database(connection: &mut PgConnection, schema: &Schema) -> Result<(), StoreError> {
     let checking = |error| failed(CHECKING, error);
     let (encoding, database, default): (String, String, Option<String>) = sqlx::query_as(
@@ -372,7 +377,7 @@ async fn check_database(connection: &mut PgConnection, schema: &Schema) -> Resul
     Ok(())
 }
 
-/// What the order and the durability of the log rest on in the schema.
+/// Checks the objects of the schema that order and durability of the log depend on.
 async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(), StoreError> {
     let checking = |error| failed(CHECKING, error);
     let row = sqlx::query(schema.text(
@@ -396,8 +401,8 @@ async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(),
     if let Some(unlogged) = row.try_get::<Option<String>, _>(10).map_err(checking)? {
         return incompatible(
             format!("logged tables and sequences in schema {name}"),
-            format!("unlogged ones: {unlogged}"),
-            "a crash empties them otherwise, and a standby has nothing of them: ALTER TABLE … SET LOGGED, ALTER SEQUENCE … SET LOGGED".into(),
+            format!("unlogged tables or sequences: {unlogged}"),
+            "a crash empties unlogged ones, and a standby does not have them: ALTER TABLE … SET LOGGED, ALTER SEQUENCE … SET LOGGED".into(),
         );
     }
     let settings = |kind: &str, [increment, min, max, start, cache]: [i64; 5], cycle: bool| {
@@ -417,14 +422,14 @@ async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(),
             format!("the sequence {name}.positions {expected}"),
             found,
             format!(
-                "readers miss events otherwise: stop all writers and ALTER SEQUENCE {name}.positions {expected}"
+                "readers could miss events: stop all writers and ALTER SEQUENCE {name}.positions {expected}"
             ),
         );
     }
     let last_event = number(9)?;
     let last_value = match row.try_get::<Option<i64>, _>(7).map_err(checking)? {
         Some(last_value) => last_value,
-        // From PostgreSQL 17 on, a missing right is no error.
+        // From PostgreSQL 17 on, a missing right is not an error.
         None if !row.try_get::<bool, _>(8).map_err(checking)? => {
             return Err(StoreError::Storage {
                 reason: format!(
@@ -434,7 +439,7 @@ async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(),
             });
         }
         None if last_event == 0 => 0,
-        // Nothing was drawn since RESTART, or setval() with false.
+        // No value was drawn since RESTART, or since setval() with false.
         None => {
             let next: i64 = sqlx::query_scalar(schema.text("SELECT last_value FROM storied.positions"))
                 .persistent(false)
@@ -449,14 +454,15 @@ async fn check_log(connection: &mut PgConnection, schema: &Schema) -> Result<(),
             format!("the sequence {name}.positions at {last_event} or higher, where the last event is"),
             format!("{last_value}"),
             format!(
-                "a copy or restore has left the sequence behind: stop all writers and SELECT setval('{name}.positions', {last_event})"
+                "a copy or restore has not advanced the sequence: stop all writers and SELECT setval('{name}.positions', {last_event})"
             ),
         );
     }
     Ok(())
 }
 
-/// The identity of the store, made when its tables were, and whether this database is the one that it belongs to.
+/// Returns the identity of the store, created with its tables, and whether this database is its
+/// home.
 async fn identity(
     connection: &mut PgConnection,
     schema: &Schema,
@@ -481,10 +487,9 @@ async fn identity(
     if Codec::from_name(found) != Some(codec) {
         return Err(StoreError::Incompatible {
             expected: format!("an event store with {codec} payloads"),
-            found: format!("one with {found} payloads"),
-            advice:
-                "open it with the codec that it was created with (PostgresOptions::codec), or use another schema"
-                    .into(),
+            found: format!("an event store with {found} payloads"),
+            advice: "open it with the codec of its creation (PostgresOptions::codec), or use another schema"
+                .into(),
         });
     }
     let id = value("store_id")?;
@@ -496,10 +501,12 @@ async fn identity(
 
 /// A database of a server.
 pub(crate) struct Database {
-    /// Both numbers survive a failover to a streaming standby and a renaming. No copy that the server or `pg_restore` makes
-    /// has both.
+    /// System identifier and object id.
+    ///
+    /// Both survive a failover to a streaming standby and a renaming. A copy made by the server or
+    /// by `pg_restore` never has both.
     identity: String,
-    /// For people, such as `database shop (16384) of server 7312…`.
+    /// Display form, such as `database shop (16384) of server 7312…`.
     shown: String,
 }
 
@@ -511,7 +518,9 @@ impl Database {
         }
     }
 
-    /// A store's schema in this database. Its number survives a renaming; no copy that `pg_restore` makes has it.
+    /// Returns the home of a store in this database.
+    ///
+    /// The object id of its schema survives a renaming; a copy made by `pg_restore` never has it.
     fn home(&self, oid: &str, name: &str) -> Home {
         Home {
             identity: format!("{} {oid}", self.identity),
@@ -519,7 +528,7 @@ impl Database {
         }
     }
 
-    /// Whether the store's home is in this database.
+    /// Returns whether the home of the store is in this database.
     pub(crate) fn holds(&self, home: &Home) -> bool {
         home.identity.rsplit_once(' ').is_some_and(|(database, _)| database == self.identity)
     }
@@ -531,7 +540,7 @@ impl fmt::Display for Database {
     }
 }
 
-/// The database of a connection.
+/// Returns the database of a connection.
 pub(crate) async fn database_of(connection: &mut PgConnection) -> Result<Database, StoreError> {
     let (server, oid, name): (String, String, String) = sqlx::query_as(
         "SELECT system_identifier::text, oid::text, datname::text FROM pg_control_system(), pg_database
@@ -544,7 +553,7 @@ pub(crate) async fn database_of(connection: &mut PgConnection) -> Result<Databas
     Ok(Database::of(&server, &oid, &name))
 }
 
-/// The home of the store in `schema`.
+/// Returns the home of the store in `schema`.
 async fn home_of(connection: &mut PgConnection, schema: &Schema) -> Result<Home, StoreError> {
     let database = database_of(connection).await?;
     let oid: String = sqlx::query_scalar(

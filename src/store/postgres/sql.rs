@@ -1,8 +1,8 @@
-//! What is said to PostgreSQL, with the schema's name in it.
+//! The SQL statements, with the name of the schema.
 //!
-//! Names are written out in full instead of left to `search_path`, because a pooler in transaction mode gives every
-//! transaction another session. The texts are made once: as shared strings they cost nothing to pass on, and stay the keys
-//! of each connection's prepared statements.
+//! Names are qualified instead of left to `search_path`, because a pooler in transaction mode gives
+//! every transaction another session. The texts are built once: as shared strings they are cheap to
+//! pass on, and remain the keys of each connection's prepared statements.
 
 use std::sync::Arc;
 
@@ -10,20 +10,22 @@ use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
 use super::super::StoreError;
 
-/// A schema whose name was checked.
+/// A schema with a checked name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Schema(Arc<str>);
 
 impl Schema {
     pub(crate) const DEFAULT: &'static str = "storied";
 
-    /// The one that everything is in unless somebody has chosen another.
+    /// Returns the default schema.
     pub(crate) fn standard() -> Self {
         Self(Self::DEFAULT.into())
     }
 
+    /// Checks a schema name.
+    ///
     /// # Errors
-    /// `Invalid` for a name that PostgreSQL would need quotes for, would cut off, or keeps for itself.
+    /// `Invalid` for a name that PostgreSQL would require quotes for, would truncate, or reserves.
     pub(crate) fn new(name: &str) -> Result<Self, StoreError> {
         let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
         let starts_well = name.starts_with(|first: char| first.is_ascii_lowercase() || first == '_');
@@ -43,7 +45,9 @@ impl Schema {
         &self.0
     }
 
-    /// `sql`, written for the schema `storied`, for this one. Quoted, since it may be called `user`.
+    /// Rewrites `sql`, written for the schema `storied`, for this schema.
+    ///
+    /// The name is quoted, because it may be a keyword such as `user`.
     pub(crate) fn text(&self, sql: &str) -> SqlStr {
         let sql: Arc<str> = sql.replace("storied.", &format!("\"{}\".", self.0)).into();
         AssertSqlSafe(sql).into_sql_str()
@@ -69,8 +73,9 @@ macro_rules! statements {
 statements! {
     /// The statements of the log.
     ///
-    /// Those that read it ask for pg_current_wal_lsn(), once for each execution: a standby refuses that. A pooler may send reads
-    /// to a standby, which lacks the newest events and does not see the locks of the primary (I1).
+    /// Statements that read the log call pg_current_wal_lsn() once for each execution: a standby
+    /// rejects that. A pooler may send reads to a standby, which lacks the newest events and does
+    /// not see the locks of the primary (I1).
     LogSql {
         append: "SELECT versions, lost, positions, transaction_id
             FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
@@ -78,7 +83,8 @@ statements! {
         find: "SELECT version, position, id FROM storied.events
             WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4)
                 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY version",
-        // $1 is an event that an earlier question has found: its row is visible to this statement, unless the server lost it.
+        // $1 is an event that an earlier query found. This statement sees its row, unless the
+        // server lost it.
         frontier: "SELECT f.last_value, f.low_water, f.head, f.head_id,
                 (SELECT e.id FROM storied.events AS e WHERE e.position >= $1 AND e.position <= $1 ORDER BY e.position LIMIT 1),
                 current_setting('synchronous_standby_names') <> ''
@@ -93,7 +99,8 @@ statements! {
         log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
             FROM storied.events WHERE position > $1 AND position <= $2 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $3",
-        // A filter that is null lets everything pass. OFFSET 0: PostgreSQL cannot look streams or names up by other indexes.
+        // A null filter passes everything. OFFSET 0: PostgreSQL cannot look streams or names up by
+        // other indexes.
         filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
             FROM (
                 SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id, stream
@@ -104,9 +111,10 @@ statements! {
                 AND ($6::uuid[] IS NULL OR stream = ANY($6))
                 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $3",
-        // Positions first, of which the index by name has all that it takes, then the events one by one. Written so that there
-        // is no other way: PostgreSQL would rather look through the log where a name is frequent, or nothing is known of it. An
-        // event is looked up by a range with an order: the index by name fits position = … as well, but has no such order.
+        // First positions, which the index by name covers, then the events one by one. The form
+        // leaves PostgreSQL no other plan: it would scan the log if a name is frequent or has no
+        // statistics. An event is looked up by a range with an order: the index by name also fits
+        // `position = …`, but has no such order.
         by_name: "SELECT e.*
             FROM (
                 SELECT i.position
@@ -121,7 +129,7 @@ statements! {
                 ORDER BY position LIMIT 1
             ) AS e
             WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY found.position",
-        // The last event among those up to $3 behind the first one after $1, at most up to $2.
+        // The last event among the $3 positions after the first event after $1, up to $2.
         last_event: "SELECT (
                 SELECT e.position FROM storied.events AS e
                 WHERE e.position >= f.position AND e.position <= f.position + least($3, $2 - f.position)
@@ -130,7 +138,7 @@ statements! {
                 SELECT position FROM storied.events WHERE position > $1 AND position <= $2
                     AND (SELECT pg_current_wal_lsn()) IS NOT NULL
                 ORDER BY position LIMIT 1) AS f",
-        // Whoever holds the lowest low-water lock.
+        // The transaction with the lowest low-water lock.
         stall: "SELECT l.pid, coalesce(a.application_name, ''), coalesce(a.state, CASE WHEN l.pid IS NULL THEN 'a prepared transaction' ELSE 'hidden from this login' END),
                 coalesce(extract(epoch FROM clock_timestamp() - a.xact_start), 0)::float8,
                 left(coalesce(a.query, ''), 300), l.key
@@ -152,10 +160,10 @@ statements! {
                 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace WHERE c.oid = 'storied.meta'::regclass
             ON CONFLICT (key) DO UPDATE SET value = excluded.value",
         new_identity: "UPDATE storied.meta SET value = $1 WHERE key = 'store_id'",
-        // What the copy's publisher knows of the original's bus is of no use to it.
+        // The publisher of the copy cannot use the checkpoint of the original's bus.
         disown_publisher: "DELETE FROM storied.checkpoints WHERE name = 'publisher' AND store_id = $1",
         own_checkpoints: "UPDATE storied.checkpoints SET store_id = $2 WHERE store_id = $1",
-        // Their epochs stay: checkpoints hold them.
+        // The epochs stay, because checkpoints contain them.
         free_leases: "UPDATE storied.leases SET expires_at = 'epoch'",
         paused: "SELECT name FROM storied.paused",
         pause: "INSERT INTO storied.paused (name) VALUES ($1) ON CONFLICT DO NOTHING",
@@ -200,12 +208,12 @@ statements! {
             WHERE s.revision <> $4 OR s.version <= $3",
         commands: "SELECT id, name, fingerprint, outcome, recorded_at FROM storied.commands
             WHERE id = ANY($1) AND (SELECT pg_current_wal_lsn()) IS NOT NULL",
-        // Sorted, so that calls with common commands wait in one order.
+        // Sorted, so that calls with common commands wait in the same order.
         record_commands: "INSERT INTO storied.commands (id, name, fingerprint, outcome)
             SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::bytea[]) AS c (id, name, fingerprint, outcome)
             ORDER BY id ON CONFLICT (id) DO NOTHING RETURNING id, name, fingerprint, outcome, recorded_at",
-        // An array, so that there is no join, which could read the whole table. A time from a subquery, since an index cannot
-        // be searched for a volatile value.
+        // An array instead of a join, which could read the whole table. The time comes from a
+        // subquery, because an index cannot be searched for a volatile value.
         forget_commands: "DELETE FROM storied.commands WHERE id = ANY(ARRAY(
             SELECT id FROM storied.commands
             WHERE recorded_at <= (SELECT clock_timestamp() - $1 * interval '1 microsecond')
@@ -214,14 +222,15 @@ statements! {
 }
 
 statements! {
-    /// The statements of checkpoints and parked events, wherever they are kept.
+    /// The statements of checkpoints and parked events, in whichever schema they are.
     ProgressSql {
         adopt: "UPDATE storied.checkpoints SET store_id = $2 WHERE name = $1 AND store_id <> $2",
         load: "SELECT position, epoch, mark, store_id FROM storied.checkpoints WHERE name = $1",
         records: "SELECT c.name, c.position, c.epoch, c.mark, c.store_id, c.updated_at,
                 (SELECT count(*) FROM storied.parked AS p WHERE p.name = c.name)
             FROM storied.checkpoints AS c ORDER BY c.name",
-        // What was never saved is at the default checkpoint, so only from there a row may be made.
+        // A name that was never saved is at the default checkpoint, so only from there a row is
+        // created.
         create: "INSERT INTO storied.checkpoints AS c (name, position, epoch, mark, store_id)
             VALUES ($1, $2, $3, $4, $5)
             ON CONFLICT (name) DO UPDATE

@@ -1,4 +1,4 @@
-//! The small state beside the log: leases, who is paused, snapshots, what became of commands.
+//! Leases, pauses and snapshots, and the adoption of the store.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -14,9 +14,9 @@ use super::error::failed;
 use super::{Core, to_sql};
 use crate::event::{StreamId, Version};
 
-/// For the database, which adds it to its own clock.
+/// Converts a duration to microseconds, which the database adds to its own clock.
 pub(super) fn micros(ttl: Duration) -> i64 {
-    // 1,000 years, so that no sum leaves the range of a timestamp.
+    // The limit of 1,000 years keeps every sum in the range of a timestamp.
     const LONGEST: i64 = 1_000 * 366 * 86_400 * 1_000_000;
     i64::try_from(ttl.as_micros()).unwrap_or(LONGEST).min(LONGEST)
 }
@@ -64,7 +64,7 @@ pub(super) async fn take_over_lease(
     row.map(|row| lease(&row, name, owner)).transpose().map_err(|error| failed(&doing, error))
 }
 
-/// The lease `name` of `owner`, with the epoch that a statement returned.
+/// Returns the lease `name` of `owner` with the epoch that a statement returned.
 fn lease(row: &PgRow, name: &str, owner: Uuid) -> Result<Lease, sqlx::Error> {
     Ok(Lease { name: name.to_owned(), owner, epoch: Columns::of("leases", row).number(0)? })
 }
@@ -148,7 +148,7 @@ pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreErro
 
 pub(super) const ADOPTING: &str = "adopting the event store";
 
-/// Makes this database the store's own.
+/// Makes the current database the store's own.
 pub(super) async fn adopt(core: &Arc<Core>, adopt: Adopt) -> Result<Uuid, StoreError> {
     let adopting = |error| failed(ADOPTING, error);
     let persistent = core.connections.persistent();
@@ -173,7 +173,7 @@ pub(super) async fn adopt(core: &Arc<Core>, adopt: Adopt) -> Result<Uuid, StoreE
 }
 
 pub(super) async fn paused(core: &Arc<Core>) -> Result<BTreeSet<String>, StoreError> {
-    const DOING: &str = "reading who is paused";
+    const DOING: &str = "reading the paused projections";
     let mut session = core.connections.get(DOING).await?;
     let paused: Vec<String> = sqlx::query_scalar(core.sql.paused.clone())
         .persistent(core.connections.persistent())

@@ -1,4 +1,4 @@
-//! A future that is not broken off.
+//! A future that runs to completion even if it is dropped.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -6,8 +6,10 @@ use std::task::{Context, Poll};
 
 use tokio::runtime::Handle;
 
-/// `work`, which runs to its end once it was polled: when whoever awaits it goes away, it goes on in a task of its own. It is
-/// not in one from the start, because that is a turn of the scheduler's more, there and back.
+/// Wraps `work` so that it runs to completion once it was polled.
+///
+/// If the future is dropped, the rest of `work` runs in a task of its own. It does not start in a
+/// task, because that costs a scheduler hop there and back.
 pub(super) fn to_its_end<F>(work: F) -> ToItsEnd<F>
 where
     F: Future<Output: Send> + Send + 'static,
@@ -15,11 +17,11 @@ where
     ToItsEnd { work: Some(Box::pin(work)), runtime: None }
 }
 
-/// See [`to_its_end`].
+/// The future that [`to_its_end`] returns.
 pub(super) struct ToItsEnd<F: Future<Output: Send> + Send + 'static> {
-    /// `None` at its end, and while it is polled.
+    /// `None` after completion and during a poll.
     work: Option<Pin<Box<F>>>,
-    /// The one that it was begun in.
+    /// Runtime of the first poll.
     runtime: Option<Handle>,
 }
 
@@ -30,7 +32,8 @@ impl<F: Future<Output: Send> + Send + 'static> Future for ToItsEnd<F> {
         if self.runtime.is_none() {
             self.runtime = Handle::try_current().ok();
         }
-        // Taken out: where it panics, there is nothing left to go on with. As with any future, nobody polls it after its end.
+        // Taken out, so that nothing is left to continue after a panic. A completed future is not
+        // polled.
         let Some(mut work) = self.work.take() else { return Poll::Pending };
         let poll = work.as_mut().poll(cx);
         if poll.is_pending() {
@@ -42,7 +45,7 @@ impl<F: Future<Output: Send> + Send + 'static> Future for ToItsEnd<F> {
 
 impl<F: Future<Output: Send> + Send + 'static> Drop for ToItsEnd<F> {
     fn drop(&mut self) {
-        // Where the runtime has ended, so has this.
+        // If the runtime has ended, the work has ended too.
         if let (Some(work), Some(runtime)) = (self.work.take(), self.runtime.take()) {
             runtime.spawn(work);
         }
@@ -61,7 +64,7 @@ mod tests {
 
     use super::*;
 
-    /// What would say that it ran, and the end of what it waits for.
+    /// Returns work that reports its run, the trigger it waits for, and the receiver of its report.
     fn work() -> (impl Future<Output = ()> + Send + 'static, oneshot::Sender<()>, oneshot::Receiver<()>) {
         let ((begin, wait), (tell, told)) = (oneshot::channel(), oneshot::channel());
         let work = async move {
@@ -72,7 +75,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_begun_goes_on_when_nobody_awaits_it_any_more() {
+    async fn polled_work_completes_after_a_drop() {
         let (work, go_on, told) = work();
         let mut work = to_its_end(work);
         assert!(timeout(Duration::from_millis(1), &mut work).await.is_err());
@@ -82,21 +85,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_not_begun_does_not_begin() {
+    async fn unpolled_work_does_not_start() {
         let (work, go_on, told) = work();
         drop(to_its_end(work));
         assert!(go_on.send(()).is_err() && told.await.is_err());
     }
 
     #[tokio::test]
-    async fn what_panicked_does_not_go_on() {
+    async fn panicked_work_does_not_continue() {
         let mut panics = Box::pin(to_its_end(async { panic!("enough") }));
         let poll = AssertUnwindSafe(poll_fn(|cx| panics.as_mut().poll(cx))).catch_unwind().await;
         assert!(poll.is_err() && panics.work.is_none());
     }
 
     #[test]
-    fn it_goes_on_where_it_was_begun() {
+    fn work_continues_in_its_first_runtime() {
         let (work, go_on, told) = work();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
         let mut work = to_its_end(work);
@@ -107,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_runtime_it_is_dropped() {
+    fn without_a_runtime_work_is_dropped() {
         let (work, go_on, _told) = work();
         let mut work = to_its_end(work);
         let mut cx = Context::from_waker(std::task::Waker::noop());

@@ -1,5 +1,7 @@
-//! What several callers ask for at the same time, in one call: as with appends, whoever comes while calls are under way waits
-//! for the next one, which takes all who wait. There is no timer, and a lone caller never waits.
+//! Batches concurrent requests into one call.
+//!
+//! As with appends, requests that arrive while calls are in flight are queued for the next call,
+//! which takes all of them. There is no timer, and a lone caller never waits.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -12,14 +14,16 @@ use tokio::sync::oneshot;
 use super::super::StoreError;
 use crate::panic::panic_text;
 
-/// How many calls are under way at most. Two, as with appends: one is on its way while the server commits the other.
+/// Maximum number of calls in flight.
+///
+/// Two, as with appends: one is in transit while the server commits the other.
 const CALLS: usize = 2;
-/// How much one call takes at most: so many requests, …
+/// Maximum number of requests in a call.
 const REQUESTS: usize = 512;
-/// … and so many bytes, unless one alone has more.
+/// Maximum size of a call in bytes, unless a single request is larger.
 const BYTES: usize = 1 << 20;
 
-/// Requests of one kind.
+/// A batcher for requests of one kind.
 #[derive(Debug)]
 pub(super) struct Together<Q, A> {
     queue: Mutex<Queue<Q, A>>,
@@ -27,9 +31,12 @@ pub(super) struct Together<Q, A> {
 
 #[derive(Debug)]
 struct Queue<Q, A> {
-    /// Not yet in a call. Nothing is here while nobody calls.
+    /// Requests that are not in a call yet; empty while no task calls.
     waiting: VecDeque<Waiting<Q, A>>,
-    /// Tasks that call. No caller does it himself: when he went away, or had little time left, the others would suffer.
+    /// Number of calling tasks.
+    ///
+    /// Callers do not call themselves: a caller that is cancelled or has a short deadline would
+    /// fail the requests of others.
     calling: usize,
 }
 
@@ -53,8 +60,11 @@ where
     Q: Send + 'static,
     A: Send + 'static,
 {
-    /// Asks for `request`, which counts as so many `bytes`, with whatever else waits: in a `call` of this caller's or of
-    /// another's, which must end, with an answer for each request. Dropped, it may have been asked for or not.
+    /// Submits `request`, which counts as `bytes` bytes, and waits for its result.
+    ///
+    /// The request goes out with all other queued requests, in this caller's `call` or another's.
+    /// The call must end, with one result for each request. If the future is dropped, the request
+    /// may or may not be sent.
     pub(super) async fn ask<F, C>(
         self: &Arc<Self>,
         request: Q,
@@ -90,16 +100,16 @@ impl<Q, A> Together<Q, A> {
     }
 }
 
-/// A task that calls until nobody waits.
+/// A task that calls until the queue is empty.
 struct Calling<Q, A> {
     together: Arc<Together<Q, A>>,
-    /// Among those of [`Queue::calling`].
+    /// Whether the task counts in [`Queue::calling`].
     counts: bool,
 }
 
 impl<Q, A> Drop for Calling<Q, A> {
     fn drop(&mut self) {
-        // Torn down with its runtime.
+        // The task is dropped with its runtime.
         if self.counts {
             let mut queue = self.together.queue();
             queue.calling -= 1;
@@ -117,7 +127,7 @@ impl<Q, A> Calling<Q, A> {
         C: Future<Output = Vec<Result<A, StoreError>>>,
     {
         while let Some((requests, callers)) = self.take() {
-            // Who has gone away needs no answer.
+            // A caller that is gone needs no answer.
             match AssertUnwindSafe(async { call(requests).await }).catch_unwind().await {
                 Ok(answers) => {
                     for (caller, answer) in callers.into_iter().zip(answers) {
@@ -135,7 +145,9 @@ impl<Q, A> Calling<Q, A> {
         }
     }
 
-    /// What the next call takes. `None` when nobody waits; this does not count any more then.
+    /// Takes the requests of the next call.
+    ///
+    /// Returns `None` if the queue is empty; the task then no longer counts.
     fn take(&mut self) -> Option<Batch<Q, A>> {
         let (mut batch, mut size): (Batch<Q, A>, usize) = Default::default();
         let mut queue = self.together.queue();
@@ -144,7 +156,7 @@ impl<Q, A> Calling<Q, A> {
                 break;
             }
             let Some(next) = queue.waiting.pop_front() else { break };
-            // Those whose callers have gone away are left out.
+            // Requests of callers that are gone are skipped.
             if !next.answer.is_closed() {
                 size = size.saturating_add(next.bytes);
                 batch.0.push(next.request);
@@ -152,7 +164,7 @@ impl<Q, A> Calling<Q, A> {
             }
         }
         if batch.0.is_empty() {
-            // With the look at the queue: whoever comes now begins a task.
+            // In the same lock as the look at the queue: a later request starts a new task.
             queue.calling -= 1;
             self.counts = false;
             return None;
@@ -173,7 +185,7 @@ mod tests {
 
     type Numbers = Together<usize, usize>;
 
-    /// Takes a while, and answers with twice the number.
+    /// Returns a call that takes a while and answers with twice the number.
     fn twice(
         calls: &Arc<AtomicUsize>,
     ) -> impl Fn(Vec<usize>) -> futures_util::future::BoxFuture<'static, Vec<Result<usize, StoreError>>>
@@ -197,7 +209,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn everybody_gets_the_own_answer_out_of_few_calls() {
+    async fn callers_get_their_own_answers_from_few_calls() {
         let (together, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
         for _ in 0..3 {
             let before = calls.load(Ordering::Relaxed);
@@ -205,7 +217,7 @@ mod tests {
             for (number, answer) in answers.into_iter().enumerate() {
                 assert_eq!(answer.unwrap(), 2 * number);
             }
-            // The first, the second, and all who came meanwhile.
+            // The first call, the second, and one for all requests that arrived meanwhile.
             assert!(calls.load(Ordering::Relaxed) <= before + 3, "{calls:?}");
             tokio::task::yield_now().await;
             assert!(idle(&together));
@@ -226,7 +238,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn whoever_goes_away_takes_nobody_along() {
+    async fn a_cancelled_caller_does_not_affect_others() {
         let (together, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
         let asking: Vec<_> = (0..200)
             .map(|number| {
@@ -249,7 +261,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_is_an_error_of_those_in_the_call() {
+    async fn a_panic_is_an_error_for_the_requests_of_the_call() {
         let together = Arc::new(Numbers::default());
         let call = |numbers: Vec<usize>| async move {
             assert!(numbers.iter().all(|number| *number < 10), "too much");
@@ -260,9 +272,9 @@ mod tests {
         assert_eq!(together.ask(9, 1, call).await.unwrap(), 9);
     }
 
-    /// A store may be shared by two runtimes of tokio's, one of which ends.
+    /// Two tokio runtimes may share a store, and one of them may end.
     #[test]
-    fn a_runtime_that_ends_leaves_nobody_waiting() {
+    fn a_runtime_that_ends_leaves_no_caller_waiting() {
         let start =
             || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (one, other) = (start(), start());

@@ -1,4 +1,4 @@
-//! Appending a batch: as few statements as possible, because each costs a trip to the connection's thread.
+//! Appends a batch with few statements, because each costs a hop to the connection's thread.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
@@ -16,12 +16,16 @@ use crate::event::{NewEvent, Position, StreamId, Version};
 
 const DOING: &str = "appending events";
 
-/// SQLite's limit for a row is 1,000,000,000 bytes; what is beside payload and metadata in it is small.
+/// Maximum size of an event's payload and metadata in bytes.
+///
+/// SQLite limits a row to 1,000,000,000 bytes; the other columns are small.
 const MAX_EVENT_BYTES: usize = 999_000_000;
 
 const COLUMNS: usize = 10;
 
-/// INSERT statements for 1, 2, 4 … 64 rows: any number of rows takes few of them, and all stay prepared.
+/// INSERT statements for 1, 2, 4 … 64 rows.
+///
+/// Any number of rows needs few of them, and all stay prepared.
 static INSERTS: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
     let row = format!("({})", ["?"; COLUMNS].join(", "));
     (0..=6)
@@ -37,15 +41,15 @@ static INSERTS: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
         .collect()
 });
 
-/// What a transaction did with a batch.
+/// The result of writing a batch in a transaction.
 #[derive(Debug)]
 pub(super) struct Written {
     pub(super) answers: Vec<Result<Appended, AppendError>>,
-    /// The first event that was written: if it is in the log, all are.
+    /// First written event: if it is in the log, all are.
     pub(super) proof: Option<(Position, Uuid)>,
 }
 
-/// Refuses what no attempt could store, before it gets near a transaction that others share.
+/// Rejects an append that can never be stored, before it joins a transaction with others.
 pub(super) fn check(append: &Append) -> Result<(), StoreError> {
     append.validate()?;
     for part in &append.streams {
@@ -53,7 +57,7 @@ pub(super) fn check(append: &Append) -> Result<(), StoreError> {
             let bytes = event.payload.len().saturating_add(event.metadata.len());
             if bytes > MAX_EVENT_BYTES {
                 let reason = format!(
-                    "the event {} for {} has {bytes} bytes, SQLite stores at most {MAX_EVENT_BYTES}; keep large content elsewhere and refer to it",
+                    "the event {} of {} is too large: {bytes} bytes (limit {MAX_EVENT_BYTES}); store large content elsewhere and refer to it",
                     event.name, part.stream
                 );
                 return Err(StoreError::Invalid { reason });
@@ -69,14 +73,11 @@ pub(super) async fn write(
     batch: &[Append],
 ) -> Result<Written, StoreError> {
     match together(connection, batch).await {
-        // Something in the batch cannot be stored. Which append it is in shows only when each is tried alone.
+        // An append of the batch cannot be stored. Trying each alone shows which.
         Err(StoreError::Invalid { reason }) if batch.len() > 1 => {
-            tracing::warn!(
-                appends = batch.len(),
-                reason,
-                "a batch was refused, writing its appends one by one"
-            );
-            // Some errors roll back by themselves. If neither they nor this did, the next statement fails.
+            tracing::warn!(appends = batch.len(), reason, "batch refused; writing its appends one by one");
+            // Some errors roll back by themselves. If neither they nor this did, the next statement
+            // fails.
             _ = execute(connection, "ROLLBACK").await;
             execute(connection, "BEGIN IMMEDIATE").await?;
             one_by_one(connection, batch).await
@@ -133,7 +134,7 @@ async fn one_by_one(connection: &mut SqliteConnection, batch: &[Append]) -> Resu
     Ok(written)
 }
 
-/// The end of the log and of every stream that the batch names, in one statement.
+/// Loads the end of the log and of every stream in the batch, with one statement.
 async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Decider, StoreError> {
     let named: HashSet<&StreamId> =
         batch.iter().flat_map(|append| &append.streams).map(|part| &part.stream).collect();
@@ -161,7 +162,7 @@ async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Dec
             Some(Some(&stream)) => _ = versions.insert(stream.clone(), Version::new(number)),
             Some(None) => {
                 return Err(StoreError::Corrupt {
-                    reason: format!("{DOING}: SQLite answered what was not asked"),
+                    reason: format!("{DOING}: SQLite returned an unexpected stream"),
                 });
             }
         }
@@ -169,7 +170,7 @@ async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Dec
     Ok(Decider::new(versions, last))
 }
 
-/// An event with its place.
+/// An event with its version and position.
 struct EventRow<'a> {
     position: Position,
     stream: &'a StreamId,
@@ -183,7 +184,7 @@ impl EventRow<'_> {
     }
 }
 
-/// Adds the rows of an append that was decided.
+/// Adds the rows of a decided append.
 fn add_rows<'a>(rows: &mut Vec<EventRow<'a>>, append: &'a Append, appended: &Appended) {
     let mut positions = appended.positions.iter();
     for (part, end) in append.streams.iter().zip(&appended.versions) {
@@ -215,7 +216,7 @@ async fn insert(connection: &mut SqliteConnection, rows: &[EventRow<'_>]) -> Res
     Ok(())
 }
 
-/// In the order of the columns in [`INSERTS`].
+/// Adds the arguments in the order of the columns in [`INSERTS`].
 fn add(arguments: &mut SqliteArguments, row: &EventRow<'_>, recorded_at: i64) -> Result<(), BoxDynError> {
     arguments.add(to_sql(row.position.get()))?;
     arguments.add(row.stream.category())?;

@@ -1,5 +1,8 @@
-//! The one connection that writes, and the few that read. Not sqlx's pool: it pings every connection that comes back, which
-//! is a trip to the connection's thread for each read, and would return one that was abandoned inside a transaction.
+//! The writing connection, and the reading connections.
+//!
+//! The store does not use the pool of sqlx. That pool pings every released connection, which is a
+//! hop to the connection's thread for each read. It would also return a connection that was
+//! abandoned inside a transaction.
 
 use std::fmt;
 use std::sync::{Arc, PoisonError};
@@ -13,31 +16,32 @@ use tokio::time::timeout;
 use super::super::{BoxFuture, StoreError};
 use super::error::failed;
 
-/// Owns the writing connection, and lets one transaction after the other have it.
+/// The owner of the writing connection, which serves one transaction after the other.
 ///
-/// A transaction runs in its own task: a caller that goes away cannot leave it half-way. And the connection is put back
-/// only after SQLite has confirmed that the transaction ended, so whatever goes wrong in one is never seen by the next.
+/// A transaction runs in its own task, so a caller that is dropped cannot leave it half-way. The
+/// connection is released only after SQLite has confirmed the end of the transaction. So no failure
+/// of a transaction affects the next one.
 #[derive(Debug)]
 pub(super) struct Writer {
     options: SqliteConnectOptions,
-    /// How long a transaction waits for those before it.
+    /// Maximum wait of a transaction for earlier ones.
     patience: Duration,
     connection: Arc<Mutex<Option<SqliteConnection>>>,
 }
 
-/// Why a transaction has no result.
+/// The reason why a transaction has no result.
 #[derive(Debug)]
 pub(super) enum Failure<T, E> {
     /// Nothing was written.
     Refused(E),
-    /// The commit failed, which should mean that nothing was written. `T` is what would have been returned.
+    /// The commit failed, so probably no data was written. `T` is the result without the failure.
     Commit(StoreError, T),
-    /// The program is shutting down, or the transaction's task panicked; nobody knows.
+    /// Unknown: the program is shutting down, or the transaction's task panicked.
     Lost(StoreError),
 }
 
 impl<T, E: From<StoreError>> Failure<T, E> {
-    /// For those who cannot or need not find out whether a failed commit happened after all.
+    /// Converts the failure, for callers that cannot or need not look up a failed commit.
     pub(super) fn into_error(self) -> E {
         match self {
             Failure::Refused(error) => error,
@@ -55,8 +59,13 @@ impl Writer {
         Self { options, patience, connection: Arc::new(Mutex::new(Some(connection))) }
     }
 
-    /// Runs `work` in a transaction that holds SQLite's write lock from its start, so that what it reads stays true until
-    /// it commits. Cancelled before its turn, nothing happens; after that it runs to its end.
+    /// Runs `work` in a transaction that holds SQLite's write lock from its start.
+    ///
+    /// So the data that it reads stays current until it commits.
+    ///
+    /// # Cancellation safety
+    /// If the call is dropped before its turn, nothing happens; after that the transaction runs to
+    /// completion.
     pub(super) async fn transaction<T, E, W>(&self, doing: &'static str, work: W) -> Result<T, Failure<T, E>>
     where
         T: Send + 'static,
@@ -85,32 +94,33 @@ impl Writer {
             match (worked, ended) {
                 (Ok(result), Ok(_)) => Ok(result),
                 (Ok(result), Err(error)) => Err(Failure::Commit(error, result)),
-                // SQLite rolls back by itself after some errors, and then has nothing left to roll back.
+                // SQLite rolls back by itself after some errors, and then has nothing left to roll
+                // back.
                 (Err(error), _) => Err(Failure::Refused(error)),
             }
         });
         task.await.unwrap_or_else(|error| {
-            let reason = format!("{doing}: the transaction was torn down");
+            let reason = format!("{doing}: the transaction ended without a result");
             Err(Failure::Lost(StoreError::OutcomeUnknown { reason, source: Some(Arc::new(error)) }))
         })
     }
 }
 
-/// The connections that read. Opened when they are needed first, and kept.
+/// The reading connections: opened on first use and then kept.
 pub(super) struct Readers {
     options: SqliteConnectOptions,
-    /// How long a read waits for a connection.
+    /// Maximum wait of a read for a connection.
     patience: Duration,
     permits: Semaphore,
-    /// At most one for each permit.
+    /// Idle connections, at most one for each permit.
     idle: std::sync::Mutex<Vec<SqliteConnection>>,
 }
 
-/// A connection to read with.
+/// A reading connection in use.
 pub(super) struct Reader<'a> {
     pub(super) connection: SqliteConnection,
     home: &'a Readers,
-    /// Freed after the connection is back.
+    /// Released after the connection is back.
     _permit: SemaphorePermit<'a>,
 }
 
@@ -140,7 +150,8 @@ impl Readers {
 }
 
 impl Reader<'_> {
-    /// For the next one. A reader that is dropped instead, because a read failed or was given up, closes its connection.
+    /// Releases the connection. If it is dropped instead, because a read failed or was cancelled,
+    /// it closes.
     pub(super) fn give_back(self) {
         self.home.idle.lock().unwrap_or_else(PoisonError::into_inner).push(self.connection);
     }

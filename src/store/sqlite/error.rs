@@ -1,4 +1,4 @@
-//! What SQLite's errors mean for the caller.
+//! Maps the errors of SQLite to errors of the store.
 
 use std::borrow::Cow;
 use std::error::Error;
@@ -8,24 +8,27 @@ use sqlx::sqlite::SqliteError;
 
 use super::super::StoreError;
 
-/// Whether an error of a statement comes from the database or what others do with it, and not from what the statement said.
+/// Returns whether an error comes from the database or concurrent work, not from the statement.
+///
 /// `false` for errors of other origin.
 pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
     use sqlx::Error::{Io, PoolClosed, PoolTimedOut, WorkerCrashed};
     let database = match error.downcast_ref::<sqlx::Error>() {
         Some(Io(_) | PoolTimedOut | PoolClosed | WorkerCrashed) => return true,
         Some(error) => error.as_database_error(),
-        // What sqlx::Error::Database has as its source: all that is left of it under an error that hands on only what is below.
+        // The source of sqlx::Error::Database, which remains in an error that passes on only its
+        // causes.
         None => error.downcast_ref::<Box<dyn DatabaseError>>().map(|error| &**error),
     };
     database.and_then(|error| error.try_downcast_ref::<SqliteError>()).is_some_and(|error| {
-        // BUSY, LOCKED, READONLY, IOERR and FULL: https://www.sqlite.org/rescode.html, the low byte is the class.
+        // BUSY, LOCKED, READONLY, IOERR and FULL; the low byte is the class:
+        // https://www.sqlite.org/rescode.html.
         let code = error.code().and_then(|code| code.parse::<u32>().ok());
         code.is_some_and(|code| matches!(code & 0xff, 5 | 6 | 8 | 10 | 13))
     })
 }
 
-/// A failure while `doing` something.
+/// Converts an error that occurred while `doing` something.
 pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
     match &error {
         sqlx::Error::Database(database) => by_code(doing, &database.code(), database.message(), &error)
@@ -44,7 +47,7 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
     }
 }
 
-/// An error that carries the driver's.
+/// An error that carries the driver's error.
 enum Reason {
     Unavailable(String),
     Storage(String),
@@ -83,12 +86,12 @@ fn by_code(
             "{doing}: the disk failed ({message}, code {code}); check it and its free space"
         ))),
         // FULL
-        13 => {
-            Err(Reason::Storage(format!("{doing}: the disk is full ({message}); make room, then try again")))
-        }
+        13 => Err(Reason::Storage(format!(
+            "{doing}: the disk is full ({message}); free some space, then retry"
+        ))),
         // CANTOPEN
         14 => Err(Reason::Storage(format!(
-            "{doing}: {message}; does the directory exist, and may this program write there?"
+            "{doing}: {message}; check that the directory exists and that this program may write there"
         ))),
         // PERM, AUTH
         3 | 23 => Err(Reason::Storage(format!("{doing}: access denied ({message})"))),
@@ -115,8 +118,10 @@ fn by_code(
     }
 }
 
-/// Whether a commit failed because the file could not be synced: then its frames are in the log, and may come back after a
-/// crash although nobody sees them now. SQLITE_IOERR_FSYNC and SQLITE_IOERR_DIR_FSYNC.
+/// Returns whether a commit failed because the file could not be synced.
+///
+/// Its frames are then in the write-ahead log. A crash may restore them, although no reader sees
+/// them now. The codes are SQLITE_IOERR_FSYNC and SQLITE_IOERR_DIR_FSYNC.
 pub(super) fn is_sync_failure(error: &StoreError) -> bool {
     let StoreError::Storage { source: Some(source), .. } = error else { return false };
     let code = source.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());

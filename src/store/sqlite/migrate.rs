@@ -1,4 +1,4 @@
-//! Running a set of migrations.
+//! Runs a set of migrations.
 
 use sqlx::Connection;
 use sqlx::migrate::{AppliedMigration, Migrate, MigrateError, Migrator};
@@ -7,11 +7,13 @@ use sqlx::sqlite::SqliteConnection;
 use super::super::StoreError;
 use super::error::failed;
 
-/// What errors say that storied was doing.
+/// Operation named in errors.
 pub(super) const MIGRATING: &str = "preparing storied's tables";
 
-/// Runs migrations and remembers them in `table`. SQLite's write lock keeps others out meanwhile: sqlx's own lock does
-/// nothing on SQLite, hence not `Migrator::run`.
+/// Runs migrations and records them in `table`.
+///
+/// SQLite's write lock keeps other processes out meanwhile. `Migrator::run` is not used, because
+/// its own lock does nothing on SQLite.
 pub(super) async fn migrate(
     connection: &mut SqliteConnection,
     migrations: &Migrator,
@@ -34,10 +36,10 @@ pub(super) async fn migrate(
     transaction.commit().await.map_err(|error| failed(MIGRATING, error))
 }
 
-/// Checks that all of them were run, and changes nothing.
+/// Checks that all migrations were run, and changes nothing.
 ///
 /// # Errors
-/// `Incompatible` when some were not, or others were.
+/// `Incompatible` if migrations are missing, or others were run.
 pub(super) async fn check(
     connection: &mut SqliteConnection,
     migrations: &Migrator,
@@ -65,20 +67,21 @@ pub(super) async fn check(
     Ok(())
 }
 
-/// Checks that what was run is of these.
+/// Checks that the applied migrations belong to `migrations`.
 fn suit(migrations: &Migrator, applied: &[AppliedMigration], table: &str) -> Result<(), StoreError> {
     for applied in applied {
         match migrations.iter().find(|migration| migration.version == applied.version) {
             Some(migration) if applied.checksum == migration.checksum => {}
             Some(_) => {
                 let found = format!("another version {}", applied.version);
-                let advice = "its tables were not made by a released storied: use another database";
+                let advice =
+                    "the tables were not created by a released version of storied: use another database";
                 return Err(incompatible(migrations, table, found, advice));
             }
             None => {
                 let found = format!("version {}", applied.version);
                 let advice =
-                    "a newer program has used this database: update this one, or use another database";
+                    "a newer program has used this database: update this program, or use another database";
                 return Err(incompatible(migrations, table, found, advice));
             }
         }

@@ -1,5 +1,7 @@
-//! Checkpoints and parked events. They are functions over a connection because a projection keeps them in the database
-//! of its read model, within the read model's transaction; the store uses them on its own file.
+//! Checkpoints and parked events, as functions over a connection.
+//!
+//! A projection stores them in the database of its read model, in the read model's transaction. The
+//! store uses the same functions on its own file.
 
 use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
@@ -11,27 +13,27 @@ use super::error::failed;
 use super::{now, to_sql};
 use crate::event::{EventName, Position, StreamId, Version};
 
-/// Their table of migrations.
+/// Table that records the migrations of these tables.
 const TABLE: &str = "storied_read_model_migrations";
 
 fn migrations() -> Migrator {
     sqlx::migrate!("migrations/sqlite-read-model")
 }
 
-/// Creates the tables if need be, in a database that may be anybody's.
+/// Creates the tables if needed, in any database.
 pub(crate) async fn migrate(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     super::migrate::migrate(connection, &migrations(), TABLE).await
 }
 
-/// Checks that the tables are there.
+/// Checks that the tables exist in the current version.
 ///
 /// # Errors
-/// `Incompatible` when they are not, or others.
+/// `Incompatible` if they are missing or have another version.
 pub(crate) async fn check(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     super::migrate::check(connection, &migrations(), TABLE).await
 }
 
-/// The checkpoint of `name`, and of which store's log it is.
+/// Loads the checkpoint of `name` and the id of the store that it belongs to.
 pub(crate) async fn load(
     connection: &mut SqliteConnection,
     name: &str,
@@ -55,7 +57,7 @@ pub(crate) async fn load(
     columns().map(Some).map_err(|error| failed(&doing(), error))
 }
 
-/// All checkpoints, by name.
+/// Loads all checkpoints, ordered by name.
 pub(crate) async fn records(connection: &mut SqliteConnection) -> Result<Vec<CheckpointRecord>, StoreError> {
     const DOING: &str = "reading the checkpoints";
     let record = |row: &SqliteRow| -> Result<_, sqlx::Error> {
@@ -81,10 +83,10 @@ pub(crate) async fn records(connection: &mut SqliteConnection) -> Result<Vec<Che
     rows.and_then(|rows| rows.iter().map(record).collect()).map_err(|error| failed(DOING, error))
 }
 
-/// The checkpoint of `name` in the log of `store`; the default one if there is none yet.
+/// Loads the checkpoint of `name` in the log of `store`; the default one if none was saved.
 ///
 /// # Errors
-/// `Incompatible` when the checkpoint belongs to another store.
+/// `Incompatible` if the checkpoint belongs to another store.
 pub(crate) async fn checkpoint(
     connection: &mut SqliteConnection,
     name: &str,
@@ -95,13 +97,13 @@ pub(crate) async fn checkpoint(
         Some((checkpoint, found)) if found == store => Ok(checkpoint),
         Some((_, found)) => Err(StoreError::Incompatible {
             expected: format!("a checkpoint of {name} in event store {store}"),
-            found: format!("one in event store {found}"),
-            advice: "the event store or the read model was exchanged or restored: connect the right pair, or reset the projection so that it is built anew".into(),
+            found: format!("a checkpoint in event store {found}"),
+            advice: "the event store or the read model was replaced or restored: connect the right pair, or reset the projection to rebuild it".into(),
         }),
     }
 }
 
-/// The checkpoint of `name`, which is one in the log of `store` from now on.
+/// Makes the checkpoint of `name` one in the log of `store`.
 pub(crate) async fn adopt(
     connection: &mut SqliteConnection,
     name: &str,
@@ -128,7 +130,8 @@ pub(crate) async fn save(
     if to.epoch < from.epoch {
         return Err(stale(checkpoint(connection, name, store).await?));
     }
-    // What was never saved is at the default checkpoint, so only from there a row may be made.
+    // A name that was never saved is at the default checkpoint, so only from there a row is
+    // created.
     let sql = if from == Checkpoint::default() {
         "INSERT INTO storied_checkpoints (name, position, epoch, mark, store_id, updated_at)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6)
@@ -159,7 +162,7 @@ pub(crate) async fn save(
     Err(stale(checkpoint(connection, name, store).await?))
 }
 
-/// Puts an event aside; parked before, it is replaced.
+/// Parks an event; replaces an earlier record of the same event.
 pub(crate) async fn park(
     connection: &mut SqliteConnection,
     name: &str,
@@ -186,7 +189,7 @@ pub(crate) async fn park(
     Ok(())
 }
 
-/// The events that `name` has put aside, oldest first.
+/// Returns the parked events of `name`, oldest first.
 pub(crate) async fn parked(
     connection: &mut SqliteConnection,
     name: &str,
@@ -223,7 +226,7 @@ fn parked_event(row: &SqliteRow) -> Result<ParkedEvent, sqlx::Error> {
     })
 }
 
-/// Forgets a parked event; whether there was one.
+/// Removes a parked event; returns whether there was one.
 pub(crate) async fn unpark(
     connection: &mut SqliteConnection,
     name: &str,
@@ -238,7 +241,7 @@ pub(crate) async fn unpark(
     Ok(removed.rows_affected() > 0)
 }
 
-/// Forgets all parked events of `name`.
+/// Removes all parked events of `name`.
 pub(crate) async fn unpark_all(connection: &mut SqliteConnection, name: &str) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM storied_parked WHERE name = ?")
         .bind(name)
@@ -259,7 +262,8 @@ mod tests {
         Checkpoint { position: Position::new(position), epoch: 1, mark: 0 }
     }
 
-    /// A read model's database is the user's: with tables and migrations of its own, and with the user's transactions.
+    /// A read model's database belongs to the application, with its own tables, migrations and
+    /// transactions.
     #[tokio::test]
     async fn lives_in_a_users_database() {
         let directory = tempfile::tempdir().unwrap();
@@ -286,7 +290,7 @@ mod tests {
         transaction.commit().await.unwrap();
         assert_eq!(load(&mut connection, "p").await.unwrap(), Some((at(1), store)));
 
-        // Refused in a transaction of the user's, it leaves the rest of it to the user.
+        // A refused save leaves the rest of the transaction to the application.
         let mut transaction = connection.begin().await.unwrap();
         let refused = save(&mut transaction, "p", store, at(7), at(8)).await;
         assert!(

@@ -1,4 +1,4 @@
-//! Reading events. Every page is one statement, hence one snapshot.
+//! Reading events. Every page is one statement and so one snapshot.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,14 +19,15 @@ use crate::codec::Codec;
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 
 const READING_LOG: &str = "reading the log";
-/// The table of the log.
+/// Table of the log.
 const EVENTS: &str = "storied_events";
 const READING_STREAM: &str = "reading a stream";
 
-/// One page of the log.
+/// Reads one page of the log.
 ///
-/// The scan goes by position, whatever the filter (`NOT INDEXED` leaves only the primary key): then each page starts
-/// where the last one ended and all of them together are one pass over the log, however long the lists are.
+/// The scan follows the position, whatever the filter (`NOT INDEXED` leaves only the primary key).
+/// Each page starts at the end of the previous one, so all pages together are one pass over the
+/// log, however long the lists are.
 pub(super) async fn log(
     readers: &Readers,
     paging: &Paging,
@@ -38,7 +39,7 @@ pub(super) async fn log(
     let categories =
         read.filter.wanted_categories().map(|categories| json_list(categories.iter().map(Category::as_str)));
     let streams = read.filter.wanted_streams().map(json_streams);
-    // The first row tells where the log ends, and where the scan does: it is the one without a category.
+    // The first row, which has no category, contains the end of the log and the end of the scan.
     let sql = format!(
         "SELECT coalesce(max(position), 0), NULL, NULL,
              (SELECT coalesce(max(position), 0) FROM storied_events WHERE position <= ?2),
@@ -81,7 +82,7 @@ pub(super) async fn log(
                 end = Position::new(decoder.number(&row, 3)?);
             }
             Some(category) => {
-                // SQLite keeps the order of an inner query, but does not promise it.
+                // SQLite keeps the order of an inner query, but does not guarantee it.
                 if position <= last {
                     return Err(decoder.corrupt(&format!("position {position} came after {last}")));
                 }
@@ -107,7 +108,7 @@ pub(super) async fn log(
     Ok(page)
 }
 
-/// One page of a stream.
+/// Reads one page of a stream.
 pub(super) async fn stream(
     readers: &Readers,
     codec: Codec,
@@ -136,13 +137,15 @@ pub(super) async fn stream(
     Ok(events)
 }
 
-/// Where the events of a command are in a stream. `INDEXED BY` leaves one plan, whatever the statistics say.
+/// Finds the events of a command in a stream.
+///
+/// `INDEXED BY` leaves one plan, whatever the statistics say.
 pub(super) async fn command_events(
     readers: &Readers,
     stream: &StreamId,
     command: Uuid,
 ) -> Result<Option<CommandEvents>, StoreError> {
-    const DOING: &str = "looking for the events of a command";
+    const DOING: &str = "looking up the events of a command";
     let mut reader = readers.get(DOING).await?;
     let row = sqlx::query(
         "SELECT min(version), max(version), (
@@ -174,9 +177,11 @@ pub(super) async fn command_events(
     }))
 }
 
-/// The last event of the log. SQLite commits in the order of positions, so nothing appears below it.
+/// Returns the last event of the log, which is the high-water mark (I1).
+///
+/// SQLite commits in the order of positions, so no event appears below it.
 pub(super) async fn frontier(readers: &Readers) -> Result<Position, StoreError> {
-    const DOING: &str = "reading the end of the log";
+    const DOING: &str = "reading the high-water mark";
     let mut reader = readers.get(DOING).await?;
     let last: i64 = sqlx::query_scalar("SELECT coalesce(max(position), 0) FROM storied_events")
         .fetch_one(&mut reader.connection)
@@ -186,9 +191,9 @@ pub(super) async fn frontier(readers: &Readers) -> Result<Position, StoreError> 
     Ok(Position::new(from_sql(last)))
 }
 
-/// Whether the event `id` is at `position`.
+/// Returns whether the event `id` is at `position`.
 pub(super) async fn is_at(readers: &Readers, position: Position, id: Uuid) -> Result<bool, StoreError> {
-    const DOING: &str = "looking for an event";
+    const DOING: &str = "looking up an event";
     let mut reader = readers.get(DOING).await?;
     let found: Option<Uuid> = sqlx::query_scalar("SELECT id FROM storied_events WHERE position = ?")
         .bind(to_sql(position.get()))
@@ -199,7 +204,9 @@ pub(super) async fn is_at(readers: &Readers, position: Position, id: Uuid) -> Re
     Ok(found == Some(id))
 }
 
-/// Makes events of rows. A page has few names and categories and many events: each name is allocated and checked once.
+/// Decodes rows into events.
+///
+/// A page has few names and categories and many events, so each name is allocated and checked once.
 struct Decoder {
     doing: &'static str,
     codec: Codec,
@@ -238,7 +245,7 @@ impl Decoder {
         StoreError::Corrupt { reason: format!("{}: {reason}", self.doing) }
     }
 
-    /// The event whose columns from version to time begin at `first`.
+    /// Decodes the event with the columns from version to time, which begin at `first`.
     fn event(
         &mut self,
         row: &SqliteRow,

@@ -1,4 +1,4 @@
-//! From a path to a database that is ours: created, migrated, and known by its identity.
+//! Prepares a file for a store: creation, migrations and identity.
 
 use std::path::Path;
 
@@ -13,10 +13,12 @@ use crate::codec::Codec;
 
 pub(super) const ADOPTING: &str = "adopting the event store";
 
-/// The log's own table of migrations.
+/// Table that records the migrations of the log.
 const TABLE: &str = "storied_migrations";
 
-/// Makes the file an event store if it is none yet, and it may; its identity, and whether the file is the one that it belongs to.
+/// Makes the file an event store if it is not one yet, if allowed.
+///
+/// Returns the identity of the store, and whether the file is its home.
 pub(super) async fn prepare(
     connection: &mut SqliteConnection,
     path: &Path,
@@ -32,8 +34,8 @@ pub(super) async fn prepare(
         .fetch_one(&mut *connection)
         .await
         .map_err(|error| failed(MIGRATING, error))?;
-    // A backup made by VACUUM INTO has lost its write-ahead log. Opened to read it stays as it is; a program that may migrate
-    // turns it back.
+    // A backup made by VACUUM INTO has no write-ahead log. Opened for reading it stays unchanged; a
+    // program that may migrate turns the log on again.
     let readable = !may_migrate && ["delete", "truncate", "persist"].contains(&&*mode);
     if readable {
         tracing::warn!(
@@ -44,7 +46,7 @@ pub(super) async fn prepare(
         return Err(StoreError::Incompatible {
             expected: "a database that can keep a write-ahead log".into(),
             found: format!("journal mode {mode}"),
-            advice: "put the file on a local disk, or use MemoryStore if nothing is to be kept".into(),
+            advice: "put the file on a local disk, or use MemoryStore if no data has to be kept".into(),
         });
     }
     if may_migrate {
@@ -60,10 +62,14 @@ pub(super) async fn prepare(
     Ok((id, Adoption::of(recorded, home(path)?)))
 }
 
-/// A file, which a copy is not: by its number in the file system and the time of its creation. Both survive a renaming. Where the
-/// file system has no such time, by its number alone; where it has neither, no copy is noticed.
+/// Returns the identity of a file, which a copy does not share.
+///
+/// It is the number in the file system and the time of creation. Both survive a renaming. If the
+/// file system has no creation time, it is the number alone. If it has neither, copies are not
+/// detected.
 pub(crate) fn home(path: &Path) -> Result<Home, StoreError> {
-    let reading = |error| StoreError::storage(format!("looking at {}: {error}", path.display()), error);
+    let reading =
+        |error| StoreError::storage(format!("reading the metadata of {}: {error}", path.display()), error);
     let file = std::fs::metadata(path).map_err(reading)?;
     #[cfg(unix)]
     let number = std::os::unix::fs::MetadataExt::ino(&file);
@@ -74,7 +80,7 @@ pub(crate) fn home(path: &Path) -> Result<Home, StoreError> {
     Ok(Home { identity: format!("{number} {created}"), shown: format!("file {}", shown.display()) })
 }
 
-/// Makes the file at `path` the store's own; the store's id from now on.
+/// Makes the file at `path` the store's own, and returns the store's id from now on.
 pub(super) async fn adopt(
     connection: &mut SqliteConnection,
     path: &Path,
@@ -97,7 +103,7 @@ pub(super) async fn adopt(
             .map_err(adopting)?;
     }
     if adopt == Adopt::Copy {
-        // What the copy's publisher knows of the original's bus is of no use to it.
+        // The publisher of the copy cannot use the checkpoint of the original's bus.
         sqlx::query("DELETE FROM storied_checkpoints WHERE name = 'publisher' AND store_id = ?")
             .bind(old)
             .execute(&mut *connection)
@@ -109,7 +115,7 @@ pub(super) async fn adopt(
             .execute(&mut *connection)
             .await
             .map_err(adopting)?;
-        // Their epochs stay: checkpoints hold them.
+        // The epochs stay, because checkpoints contain them.
         sqlx::query("UPDATE storied_leases SET expires_at = 0")
             .execute(connection)
             .await
@@ -118,7 +124,7 @@ pub(super) async fn adopt(
     Ok(new)
 }
 
-/// Gives a new store its identity.
+/// Creates the identity of a new store.
 async fn found(connection: &mut SqliteConnection, home: &Home, codec: Codec) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT OR IGNORE INTO storied_meta (key, value) VALUES ('store_id', ?), ('codec', ?), ('file', ?), ('path', ?)",
@@ -133,16 +139,15 @@ async fn found(connection: &mut SqliteConnection, home: &Home, codec: Codec) -> 
         .map_err(|error| failed(MIGRATING, error))
 }
 
-/// The identity of a store, which must have been made with this codec.
+/// Returns the identity of a store, which must have been created with this codec.
 async fn identity(connection: &mut SqliteConnection, codec: Codec) -> Result<Uuid, StoreError> {
     let found = meta(connection, "codec").await?;
     if Codec::from_name(&found) != Some(codec) {
         return Err(StoreError::Incompatible {
             expected: format!("an event store with {codec} payloads"),
-            found: format!("one with {found} payloads"),
-            advice:
-                "open it with the codec that it was created with (SqliteOptions::codec), or use another file"
-                    .into(),
+            found: format!("an event store with {found} payloads"),
+            advice: "open it with the codec of its creation (SqliteOptions::codec), or use another file"
+                .into(),
         });
     }
     let id = meta(connection, "store_id").await?;

@@ -1,4 +1,4 @@
-//! The small state beside the log: leases, who is paused, snapshots, what became of commands.
+//! Leases, pauses, snapshots and command records.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -15,13 +15,15 @@ use crate::event::{StreamId, Version};
 
 const LEASES: &str = "reading the leases";
 
-/// `ttl` from now. All users of the file are on one machine, so its clock is the store's.
+/// Returns the time `ttl` from now.
+///
+/// All processes with the file open run on one machine, so its clock is the store's.
 fn later(ttl: Duration) -> i64 {
     now().saturating_add(micros(ttl))
 }
 
 fn micros(ttl: Duration) -> i64 {
-    // 1,000 years, so that no sum leaves the range of a time.
+    // The limit of 1,000 years keeps every sum in the range of a time.
     const LONGEST: i64 = 1_000 * 366 * 86_400 * 1_000_000;
     i64::try_from(ttl.as_micros()).unwrap_or(LONGEST).min(LONGEST)
 }
@@ -72,7 +74,7 @@ pub(super) async fn take_over_lease(
     .map_err(|error| failed(&format!("taking over the lease {}", seen.lease.name), error))
 }
 
-/// The lease `name` of `owner`, with the epoch that a statement returned.
+/// Returns the lease `name` of `owner` with the epoch that a statement returned.
 fn lease(row: &SqliteRow, name: &str, owner: Uuid) -> Result<Lease, sqlx::Error> {
     Ok(Lease { name: name.to_owned(), owner, epoch: Columns::of("storied_leases", row).number(0)? })
 }
@@ -92,7 +94,7 @@ pub(super) async fn release_lease(
     set_expiry(connection, lease, 0, None, "releasing").await.map(drop)
 }
 
-/// Changes a lease that is still `lease`'s and was not given back.
+/// Changes the expiry of a lease that `lease` still describes and that was not released.
 async fn set_expiry(
     connection: &mut SqliteConnection,
     lease: &Lease,
@@ -135,7 +137,7 @@ pub(super) async fn paused(connection: &mut SqliteConnection) -> Result<BTreeSet
     let names: Vec<String> = sqlx::query_scalar("SELECT name FROM storied_paused")
         .fetch_all(connection)
         .await
-        .map_err(|error| failed("reading who is paused", error))?;
+        .map_err(|error| failed("reading the paused projections", error))?;
     Ok(names.into_iter().collect())
 }
 
@@ -217,14 +219,14 @@ pub(super) async fn command(
         .fetch_optional(connection)
         .await
         .and_then(|row| row.map(record).transpose())
-        .map_err(|error| failed("reading what became of a command", error))
+        .map_err(|error| failed("reading a command record", error))
 }
 
 pub(super) async fn record_command(
     connection: &mut SqliteConnection,
     record: CommandRecord,
 ) -> Result<CommandRecord, StoreError> {
-    const DOING: &str = "recording what became of a command";
+    const DOING: &str = "recording a command";
     sqlx::query(
         "INSERT OR IGNORE INTO storied_commands (id, name, fingerprint, outcome, recorded_at) VALUES (?, ?, ?, ?, ?)",
     )
@@ -237,7 +239,7 @@ pub(super) async fn record_command(
     .await
     .map_err(|error| failed(DOING, error))?;
     let recorded = command(connection, record.id).await?;
-    recorded.ok_or_else(|| StoreError::Corrupt { reason: format!("{DOING}: the record is not there") })
+    recorded.ok_or_else(|| StoreError::Corrupt { reason: format!("{DOING}: the record is missing") })
 }
 
 pub(super) async fn forget_commands(
@@ -254,6 +256,6 @@ pub(super) async fn forget_commands(
     .bind(i64::try_from(limit).unwrap_or(i64::MAX))
     .execute(connection)
     .await
-    .map_err(|error| failed("forgetting what became of old commands", error))?;
+    .map_err(|error| failed("deleting old command records", error))?;
     Ok(usize::try_from(forgotten.rows_affected()).unwrap_or(usize::MAX))
 }
