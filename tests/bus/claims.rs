@@ -382,9 +382,9 @@ async fn a_restored_store_with_a_checkpoint_does_not_continue_the_mirror() {
         })
         .await;
     };
-    says("the log only to 10").await;
+    says("but the log at 10").await;
     write(&restored, 0, 23).await;
-    says("where the log has").await;
+    says("but the log has").await;
     node.node.stop(PATIENCE).await.unwrap();
     scene.is_the_log().await;
 }
