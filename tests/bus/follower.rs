@@ -175,14 +175,14 @@ async fn what_was_not_asked_for_is_no_gap() {
         let torn = press.events(1, &[Note::Torn]).await;
         follower.reaches(last(&torn)).await;
     }
-    assert_eq!(follower.gaps, ["it begins to listen"]);
+    assert_eq!(follower.gaps, ["the follower starts"]);
 }
 
 /// It catches up from the store, so that there is room on the server's side, and takes none of the items, until no more can wait for
 /// it. What is lost from then on is told of when it reads, and so is a connection that was lost meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_does_not_read_is_told_of_what_it_lost() {
-    for (cut, why) in [(false, "the follower did not read"), (true, "it begins to listen")] {
+    for (cut, why) in [(false, "the follower was too slow"), (true, "the follower starts")] {
         let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let mut press = Press::new(&options(Kind::JetStream, &server).bus()).await;
         let stream = stream(&server).await;

@@ -61,7 +61,7 @@ async fn an_event_that_the_server_refuses_is_never_counted_as_published() {
             let status = node.node.publisher();
             assert_eq!(status.published, Some(before), "{status:?}");
             let expected =
-                if borrowed { "did not carry a message to shop.events.note.written" } else { sentence };
+                if borrowed { "did not deliver a message to shop.events.note.written" } else { sentence };
             let error = status.last_error.unwrap();
             assert!(error.contains(expected), "{error}");
             pause(20).await;

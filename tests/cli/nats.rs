@@ -332,7 +332,7 @@ async fn nats_that_is_not_there_or_refuses_is_told_without_secrets() {
         &check(&[("NATS_USER", "shop"), ("NATS_PASSWORD", "hunter2")])
             .await
             .code(4)
-            .complains(&["refuses to let us in"]),
+            .complains(&["refuses the login"]),
     );
     silent(&check(&[("NATS_TOKEN", "hunter2")]).await.code(4));
     silent(&check(&[("NATS_NKEY", "hunter2")]).await);

@@ -102,11 +102,11 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
     let of = |n: usize| -> Vec<_> {
         outcomes.iter().filter(|(at, _)| *at == printed[n].position).map(|(_, outcome)| *outcome).collect()
     };
-    let again = "it is tried again";
+    let again = "retrying";
     assert_eq!(of(1), [again, again]);
-    assert_eq!(of(2), [again, again, again, "it is a dead letter now"]);
-    assert_eq!(of(3), ["it is a dead letter now"]);
-    assert_eq!(of(4), ["it is a dead letter now"], "it would never decode");
+    assert_eq!(of(2), [again, again, again, "given up as a dead letter"]);
+    assert_eq!(of(3), ["given up as a dead letter"]);
+    assert_eq!(of(4), ["given up as a dead letter"], "it would never decode");
     eventually("the last attempt", || attempts.lock().unwrap().get(&1).is_some_and(|all| all.len() == 3))
         .await;
     assert_eq!(attempts.lock().unwrap()[&2], [1, 2, 3, 4]);
@@ -251,7 +251,7 @@ async fn a_stop_waits_for_handlers_and_not_for_ever() {
     eventually("started", || started.load(Ordering::SeqCst) == 2).await;
     let begun = Instant::now();
     let error = handling.stop(Duration::from_millis(200)).await.unwrap_err();
-    assert!(begun.elapsed() < Duration::from_secs(5) && error.what.contains("at work"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5) && error.what.contains("still running"), "{error}");
 
     // Nothing is lost: what was torn down and what was given back comes again.
     let mut rest = listen(&bus, &["note.written"], options()).await;

@@ -99,5 +99,5 @@ async fn begins_at_a_time_or_with_the_last_of_each_name() {
     }
     let far = StartFrom::Time(chrono::DateTime::<Utc>::MAX_UTC);
     let error = bus.subscribe(["*"], consumer(ConsumerOptions::ephemeral().start(far))).await.unwrap_err();
-    assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("begin at")), "{error}");
+    assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("start at")), "{error}");
 }
