@@ -136,8 +136,8 @@ pub struct PublisherStatus {
     /// State of the publisher.
     pub state: PublisherState,
     /// Position up to which every event is on the bus. `None` before this node has published.
-    /// After an outage of a bus that keeps nothing, publishing continues at the end of the log: the
-    /// position then includes events that followers read from the store.
+    /// After an outage of a bus that keeps nothing, publishing continues at the end of the log.
+    /// The position then includes events that followers read from the store.
     pub published: Option<Position>,
     /// High-water mark of the log at the last read of this node; `None` before that.
     pub head: Option<Position>,

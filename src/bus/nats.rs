@@ -1,10 +1,10 @@
 //! The bus over NATS: Core (keeps nothing) or JetStream (keeps an exact copy of the log).
 //!
 //! Both drivers publish every event to `{namespace}.events.{event name}`, in log order. Followers
-//! use a plain subscription with both drivers, unless they [follow
-//! durably](crate::projection::FollowMode). A durable consumer is slower and no safer: a live
-//! follower detects gaps by the positions in the messages and reads the missing events from the
-//! store. `docs/wire-format.md` describes the message format.
+//! use a plain subscription with both drivers, unless they
+//! [follow durably](crate::projection::FollowMode). A durable consumer is slower and no safer: a
+//! live follower detects gaps by the positions in the messages. It then reads the missing events
+//! from the store. `docs/wire-format.md` describes the message format.
 
 mod connection;
 mod core_nats;

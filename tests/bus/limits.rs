@@ -1,4 +1,5 @@
-//! Every option of the NATS bus at 0, 1 and its type's largest value: refused with its name and range, or it works.
+//! Every option of the NATS bus at 0, 1 and its maximum: refused with its name and range, or it
+//! works.
 
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::support::*;
 
 const TIMES: [Duration; 4] = [Duration::ZERO, Duration::from_nanos(1), Duration::from_secs(1), Duration::MAX];
 
-/// What is refused is refused by name before anything starts; what is not refused works.
+/// Checks that a value is refused by name before anything starts, or works.
 async fn refused_or_works(server: &NatsServer, name: &str, options: NatsOptions) -> bool {
     let options = options.url(server.url());
     let runtime = Runtime::builder().store(MemoryStore::new()).bus(options.clone().bus());
@@ -38,7 +39,7 @@ async fn refused_or_works(server: &NatsServer, name: &str, options: NatsOptions)
             let bus = options.bus();
             timeout(PATIENCE, bus.connect()).await.unwrap().unwrap();
             if bus.is_durable() {
-                // It is the mirror of that runtime's store.
+                // The stream belongs to the store of that runtime.
                 let jetstream = async_nats::jetstream::new(bus.client().await.unwrap());
                 let _ = jetstream.delete_stream("STORIED_EVENTS").await;
             }
@@ -141,7 +142,7 @@ async fn every_option_of_a_subscription_is_refused_or_works() {
                 take(&mut subscription, printed.len()).await;
                 subscription.close(PATIENCE).await.unwrap();
                 let stream = jetstream.get_stream("STORIED_EVENTS").await.unwrap();
-                // An ephemeral one is gone.
+                // An ephemeral consumer is gone.
                 let _ = stream.delete_consumer("x:$noqueue:$all").await;
             }
             Err(BusError::Incompatible { reason }) => {
@@ -159,7 +160,7 @@ async fn every_option_of_a_subscription_is_refused_or_works() {
     }
 }
 
-/// The longest waits are long, and not none; and what needs a stream says so over Core.
+/// The longest waits are long, not zero. An option that needs a stream is refused over Core.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_retry_without_end_waits_and_dead_letters_need_a_stream() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;

@@ -47,7 +47,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 pub(in super::super) struct Consumer {
     target: Target,
     attached: Option<Attached>,
-    /// Position of the ack floor in the stream, as last read; `None` before the first read.
+    /// Stream sequence number of the ack floor, as last read; `None` before the first read.
     /// A replacement of a lost consumer starts after it.
     floor: Option<u64>,
 }

@@ -284,7 +284,7 @@ impl ConsumerOptions {
 
     /// Uses a push consumer in place of pull.
     ///
-    /// Only [`max_ack_pending`](Self::max_ack_pending) limits the push rate.
+    /// Only [`max_ack_pending`](Self::max_ack_pending) limits its deliveries in flight.
     #[must_use]
     pub fn push(mut self) -> Self {
         self.push = true;
