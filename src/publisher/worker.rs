@@ -66,10 +66,10 @@ enum Interruption {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(
-        "the log stream ends at position {mirror}, but the log at {log}: the store was restored from \
-         an older state, and new events would contradict events that others have read; give the \
-         restored store its own log stream (another namespace, or delete the old stream); if the \
-         messages from {first} on were forged, delete them from the stream"
+        "the log stream ends at position {mirror}, but the log at {log}: the store was restored \
+         from an older state, and new events would contradict events that others have read; give \
+         the restored store its own log stream (another namespace, or delete the old stream); if \
+         the messages from {first} on were forged, delete them from the stream"
     )]
     Ahead { mirror: Position, log: Position, first: u64 },
     #[error(

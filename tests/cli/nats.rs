@@ -207,7 +207,7 @@ async fn a_mirror_of_another_store_is_found() {
     let other = &both[1].0;
     let url = server.url();
     let run = other.run(&["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url]).await.code(1);
-    run.shows(&["mirror: message 1 is not of this log: it is of the store"]);
+    run.shows(&["mirror: message 1 is not of this log: belongs to the store"]);
     other
         .run(&["nats", "check", "--nats-url", &url])
         .await

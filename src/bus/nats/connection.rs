@@ -344,7 +344,8 @@ impl Connection {
             Ok(sentence) => refused(what, &sentence),
             Err(_) => BusError::Incompatible {
                 reason: format!(
-                    "{what}: the NATS server did not deliver a message to {}; grant this login publish and subscribe on it",
+                    "{what}: the NATS server did not deliver a message to {}; grant this login \
+                     publish and subscribe on it",
                     subjects[0]
                 ),
             },
@@ -410,7 +411,8 @@ fn check_version(info: &ServerInfo, to: &str) -> Result<(), BusError> {
         (Some(major), Some(minor)) if (major, minor) >= OLDEST_SERVER && info.headers => Ok(()),
         _ => Err(BusError::Incompatible {
             reason: format!(
-                "the NATS server at {to} has version {:?}{}; storied needs nats-server 2.10 or newer",
+                "the NATS server at {to} has version {:?}{}; storied needs nats-server 2.10 or \
+                 newer",
                 info.version,
                 if info.headers { "" } else { " and no headers" },
             ),

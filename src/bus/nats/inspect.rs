@@ -320,7 +320,7 @@ fn read(
             }
             Ok(Incoming::Large(position)) => MirrorItem::Omitted { sequence, position },
             Err(Reject::OtherStore(store)) => {
-                MirrorItem::Foreign { sequence, what: format!("the message is of the store {store}") }
+                MirrorItem::Foreign { sequence, what: format!("belongs to the store {store}") }
             }
             Err(Reject::Malformed(what)) => MirrorItem::Foreign { sequence, what },
         }))

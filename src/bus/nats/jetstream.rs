@@ -189,7 +189,8 @@ impl JetStreamOptions {
             within("JetStreamOptions::max_age (None for no limit)", &age, &KEPT)?;
             if self.duplicate_window > age {
                 return incompatible(format!(
-                    "JetStreamOptions::duplicate_window is {:?}; it must not exceed max_age ({age:?})",
+                    "JetStreamOptions::duplicate_window is {:?}; it must not exceed max_age \
+                     ({age:?})",
                     self.duplicate_window
                 ));
             }
@@ -199,7 +200,8 @@ impl JetStreamOptions {
         }
         match &self.name {
             Some(name) if !is_stream_name(name) => incompatible(format!(
-                "invalid stream name {:?}; use 1 to 200 printable ASCII characters without spaces and . * > / \\",
+                "invalid stream name {:?}; use 1 to 200 printable ASCII characters without spaces \
+                 and . * > / \\",
                 name.chars().take(80).collect::<String>()
             )),
             _ => Ok(()),

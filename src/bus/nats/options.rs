@@ -341,9 +341,9 @@ impl NatsOptions {
         let unreadable = |reason: &str| BusError::Incompatible { reason: reason.into() };
         if !logins_are_plain(&url) {
             return Err(unreadable(
-                "ambiguous login in the URL of the NATS server; percent-escape special characters of a \
-                 password (%2C for a comma, %2F for a slash), and start every server with a login with \
-                 its scheme",
+                "ambiguous login in the URL of the NATS server; percent-escape special characters \
+                 of a password (%2C for a comma, %2F for a slash), and start every server with a \
+                 login with its scheme",
             ));
         }
         let servers = url.split(',').map(|server| server.trim().parse());

@@ -190,8 +190,8 @@ impl Names {
             if Pattern::new(subject).is_ok_and(|pattern| pattern.matches(own)) {
                 return Err(BusError::Incompatible {
                     reason: format!(
-                        "the event subjects {subject:?} contain {own:?}, which is reserved; choose another \
-                         namespace, or narrower Subjects"
+                        "the event subjects {subject:?} contain {own:?}, which is reserved; choose \
+                         another namespace, or narrower Subjects"
                     ),
                 });
             }
@@ -246,8 +246,8 @@ impl Mapping {
         let covering: Vec<_> = covering.iter().map(Pattern::as_str).collect();
         Err(BusError::Incompatible {
             reason: format!(
-                "no pattern of {covering:?} covers {mapped:?}, the subject of the event {name}; add a \
-                 pattern to the Subjects of the bus"
+                "no pattern of {covering:?} covers {mapped:?}, the subject of the event {name}; \
+                 add a pattern to the Subjects of the bus"
             ),
         })
     }

@@ -160,7 +160,8 @@ impl NatsBus {
             let source = match &self.inner.options.driver {
                 Driver::Core if options.consumer.is_some() => {
                     return Err(incompatible(
-                        "NATS Core has no consumers; use the JetStream driver, or omit ConsumerOptions"
+                        "NATS Core has no consumers; use the JetStream driver, or omit \
+                         ConsumerOptions"
                             .into(),
                     ));
                 }
@@ -189,8 +190,8 @@ impl NatsBus {
         names.sort_unstable();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(incompatible(format!(
-                "two queue groups share the consumer {}; derive its name from event and group, with \
-                 ConsumerOptions::durable_with",
+                "two queue groups share the consumer {}; derive its name from event and group, \
+                 with ConsumerOptions::durable_with",
                 pair[0]
             ))),
             None => Ok(()),

@@ -227,7 +227,7 @@ impl Consumer {
                 error = left(&mut attached.link, session) => return Err(error),
                 error = connection.refused("reading from a consumer", since, &rights) => return Err(error),
                 () = sleep_until(silent_at), if waits => {
-                    return Err(silent(format!("the server lost the request for messages of the consumer {}", spec.name)));
+                    return Err(silent(format!("the server lost the message request of {}", spec.name)));
                 }
                 () = sleep_until(look_at), if !looks => {
                     let (jetstream, connection) = (jetstream.clone(), connection.clone());
@@ -247,8 +247,8 @@ impl Consumer {
                     let passed = attached.passed.take();
                     if let (Some(first), Some(passed)) = (first, passed) && first > passed {
                         return Ok(ConsumerItem::Gap(format!(
-                            "the stream {stream} starts at message {first}, and {} has not received message \
-                             {passed}: the stream reached its limits first",
+                            "the stream {stream} starts at message {first}, and {} has not \
+                             received message {passed}: the stream reached its limits first",
                             spec.name
                         )));
                     }

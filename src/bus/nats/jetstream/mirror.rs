@@ -136,9 +136,9 @@ impl MirrorPublisher {
             }
             (None, _) if from > first && foreign => {
                 return Err(incompatible(format!(
-                    "the last {PAGE} messages of the stream {} are no events of storied, and no checkpoint \
-                     states the end of the log: another program publishes to {:?}; stop that program \
-                     and delete the stream, which is then recreated",
+                    "the last {PAGE} messages of the stream {} are no events of storied, and no \
+                     checkpoint states the end of the log: another program publishes to {:?}; stop \
+                     that program and delete the stream, which is then recreated",
                     self.name,
                     self.wire.events(),
                 )));
@@ -327,7 +327,8 @@ impl Sending<'_> {
         let sent = self.jetstream.send_publish(subject, message).await;
         sent.map_err(|error| match error.kind() {
             PublishErrorKind::MaxPayloadExceeded => incompatible(format!(
-                "the message limit of the NATS server ({} bytes) is too small for the headers of one event",
+                "the message limit of the NATS server ({} bytes) is too small for the headers of \
+                 one event",
                 self.largest
             )),
             _ => unavailable(format!("publishing to the stream {}", self.stream), error),
@@ -381,7 +382,7 @@ impl Sending<'_> {
         let Some(event) = batch.events.get(index) else { return Ok(()) };
         let end = MirrorEnd { position: event.position, sequence: self.turn.end.sequence + 1 };
         let (position, id) = (event.position, event.id);
-        tracing::info!(%position, %id, "publishing an event under another message id, because the server has its id");
+        tracing::info!(%position, %id, "publishing an event under another message id: its id is taken");
         let previous = previous(batch, index);
         let ack = self.send(event, previous, self.turn.end.sequence, MessageId::AtPosition).await?;
         let (sequence, _) = self.ack(ack).await?;

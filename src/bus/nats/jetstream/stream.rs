@@ -44,13 +44,14 @@ pub(super) async fn ensure(
     if found.is_none() {
         if options.policy == StreamPolicy::RequireExisting {
             return Err(incompatible(format!(
-                "there is no JetStream stream {name}; create it with the subjects {:?}, or choose StreamPolicy::CreateOrVerify",
+                "there is no JetStream stream {name}; create it with the subjects {:?}, or choose \
+                 StreamPolicy::CreateOrVerify",
                 content.subjects
             )));
         }
         found = match api::<Info>(jetstream, client, format!("STREAM.CREATE.{name}"), &wanted).await? {
             Ok(info) => {
-                tracing::info!(stream = name, "created the log stream");
+                tracing::info!(stream = name, "created a JetStream stream");
                 Some(info)
             }
             // Another node was first, perhaps with other options: the comparison below reports
@@ -79,8 +80,8 @@ pub(super) async fn ensure(
     }
     if options.policy != StreamPolicy::CreateOrUpdate {
         return Err(incompatible(format!(
-            "the JetStream stream {name} differs from the options: {}; change the options or the stream, \
-             or choose StreamPolicy::CreateOrUpdate",
+            "the JetStream stream {name} differs from the options: {}; change the options or the \
+             stream, or choose StreamPolicy::CreateOrUpdate",
             different.join(", ")
         )));
     }
@@ -128,7 +129,7 @@ async fn update(
             different.join(", ")
         )));
     }
-    tracing::info!(stream = name, "updated the log stream");
+    tracing::info!(stream = name, "updated a JetStream stream");
     Ok(info)
 }
 
@@ -185,8 +186,8 @@ pub(super) fn is_marked(config: &Config, store: Uuid) -> bool {
 
 pub(super) fn other_store(name: &str, store: &str, own: &str) -> BusError {
     incompatible(format!(
-        "the stream {name} is the log stream of another store ({store}, expected {own}); give each store \
-         its own namespace, or delete the stream if its store is gone"
+        "the stream {name} is the log stream of another store ({store}, expected {own}); give each \
+         store its own namespace, or delete the stream if its store is gone"
     ))
 }
 
@@ -246,8 +247,8 @@ async fn overlap(
         names.extend(found.ok().and_then(|found| found.streams).unwrap_or_default());
     }
     Ok(incompatible(format!(
-        "cannot create the stream {name}: its subjects {subjects:?} overlap with those of {}; choose \
-         another namespace, or set the stream name to an older name of the log stream",
+        "cannot create the stream {name}: its subjects {subjects:?} overlap with those of {}; \
+         choose another namespace, or set the stream name to an older name of the log stream",
         if names.is_empty() { "another stream".to_owned() } else { names.join(", ") },
     )))
 }
@@ -274,7 +275,8 @@ pub(super) async fn api<T: DeserializeOwned>(
                 Err(unavailable(reason.into(), error))
             } else {
                 Err(incompatible(
-                    "JetStream is not enabled on the NATS server; start it with -js, or use the Core driver"
+                    "JetStream is not enabled on the NATS server; start it with -js, or use the \
+                     Core driver"
                         .into(),
                 ))
             }
@@ -299,7 +301,8 @@ pub(super) fn refused(what: &str, error: Error) -> BusError {
     match error.error_code() {
         ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
             incompatible(format!(
-                "{what}: JetStream is not enabled ({error}); start the server with -js, or use the Core driver"
+                "{what}: JetStream is not enabled ({error}); start the server with -js, or use the \
+                 Core driver"
             ))
         }
         // In the server's error class (500), but permanent.

@@ -9,8 +9,8 @@ pub(in super::super) struct Pattern(String);
 /// The error for an invalid pattern.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "invalid pattern {pattern:?}: {reason}; use dotted tokens of printable ASCII, '*' for exactly one \
-     token, '>' at the end for one or more"
+    "invalid pattern {pattern:?}: {reason}; use dotted tokens of printable ASCII, '*' for exactly \
+     one token, '>' at the end for one or more"
 )]
 pub struct InvalidPattern {
     pattern: String,

@@ -41,7 +41,8 @@ pub enum SubscriptionError {
     Interrupted(#[source] BusError),
     /// A handler failed.
     #[error(
-        "the handler failed on the event {event} at position {position}, attempt {attempt}; {outcome}: {reason}"
+        "the handler failed on the event {event} at position {position}, attempt {attempt}; \
+         {outcome}: {reason}"
     )]
     Handler {
         /// Name of the event.

@@ -248,7 +248,7 @@ impl Lane {
         };
         let (store, incoming) = read_any(message).map_err(|reject| match reject {
             Reject::Malformed(reason) => malformed(reason),
-            Reject::OtherStore(store) => malformed(format!("the message is of the store {store}")),
+            Reject::OtherStore(store) => malformed(format!("belongs to the store {store}")),
         })?;
         let (previous, event) = match incoming {
             Incoming::Event { previous, event } => (previous, event),

@@ -331,7 +331,8 @@ impl ConsumerOptions {
             if self.backoff.len() >= times as usize {
                 return Err(BusError::Incompatible {
                     reason: format!(
-                        "ConsumerOptions::max_deliver is {times}; it must exceed the number of waits in backoff ({})",
+                        "ConsumerOptions::max_deliver is {times}; it must exceed the number of \
+                         waits in backoff ({})",
                         self.backoff.len()
                     ),
                 });

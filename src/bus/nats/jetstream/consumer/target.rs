@@ -48,7 +48,8 @@ impl Target {
 
     fn truncated(&self, first: u64) -> String {
         format!(
-            "the stream {} starts at message {first}: it reached its limits before {} had read the messages",
+            "the stream {} starts at message {first}: it reached its limits before {} had read the \
+             messages",
             self.stream, self.spec.name
         )
     }
@@ -64,16 +65,17 @@ impl Target {
             // Later, the old subscription of this process may still count as bound.
             if alone && first && info.push_bound {
                 return Err(incompatible(format!(
-                    "the push consumer {name} has another reader, and allows one only; give both a queue \
-                     group, or each its own name"
+                    "the push consumer {name} has another reader, and allows one only; give both a \
+                     queue group, or each its own name"
                 )));
             }
             return Ok(info);
         }
         if self.spec.policy != ConsumerPolicy::CreateOrUpdate {
             return Err(incompatible(format!(
-                "the consumer {name} of the stream {} differs from the options: {}; change the options, \
-                 choose another name, delete the consumer, or choose ConsumerPolicy::CreateOrUpdate",
+                "the consumer {name} of the stream {} differs from the options: {}; change the \
+                 options, choose another name, delete the consumer, or choose \
+                 ConsumerPolicy::CreateOrUpdate",
                 self.stream,
                 different.join(", ")
             )));
@@ -91,7 +93,8 @@ impl Target {
         let name = &self.spec.name;
         if self.spec.policy == ConsumerPolicy::RequireExisting {
             return Err(incompatible(format!(
-                "the stream {} has no consumer {name}; create it, or choose ConsumerPolicy::CreateOrVerify",
+                "the stream {} has no consumer {name}; create it, or choose \
+                 ConsumerPolicy::CreateOrVerify",
                 self.stream
             )));
         }
@@ -108,7 +111,8 @@ impl Target {
                     (self.spec.start, Some(gap))
                 } else {
                     let gap = format!(
-                        "the consumer {name} was deleted, and continues after the last known ack floor"
+                        "the consumer {name} was deleted, and continues after the last known ack \
+                         floor"
                     );
                     (DeliverPolicy::ByStartSequence { start_sequence: floor + 1 }, Some(gap))
                 }
