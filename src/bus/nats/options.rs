@@ -411,7 +411,7 @@ impl NatsOptions {
             Login::NKey(seed) => options.nkey(seed.clone()),
             Login::Credentials(path) => {
                 options.credentials_file(path).await.map_err(|error| BusError::Incompatible {
-                    reason: format!("cannot read the credentials file {}: {}", path.display(), error.kind()),
+                    reason: format!("cannot use the credentials file {}: {}", path.display(), error.kind()),
                 })?
             }
         })
