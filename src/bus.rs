@@ -1,9 +1,13 @@
-//! The port to the event bus: how what was committed reaches others, in log order.
+//! The port to the event bus, which carries committed events to other processes in log order.
 //!
-//! The store is the truth, a bus a hint. A bus may be late, lose something, or carry what another program published.
-//! Everything travels as a [`LogBatch`], which says *between which positions it is complete*. Inside one process the
-//! [`feed`](crate::feed) takes batches as they are, and reads holes from the store. From a bus that other processes publish to, it
-//! takes only the positions, as a reason to read the store: no message reaches a read model.
+//! The store is the source of truth. A bus may delay messages, lose them, or carry messages of
+//! other programs.
+//! Every message is a [`LogBatch`], which states the positions between which it is complete.
+//!
+//! - Inside one process, the [`feed`](crate::feed) takes batches as they are and reads missing
+//!   events from the store.
+//! - From a bus that other processes publish to, the feed takes only the positions, as a reason to
+//!   read the store. No message reaches a read model.
 
 mod local;
 #[cfg(feature = "nats")]
@@ -31,285 +35,310 @@ use crate::future::BoxFuture;
 #[cfg(feature = "otel")]
 use crate::telemetry::Telemetry;
 
-/// A piece of the log: every event in `(after, upto]`, in log order. Cheap to clone.
+/// A section of the log: every event in `(after, upto]`, in log order. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct LogBatch {
-    /// The position before the piece.
+    /// Position before the section.
     pub after: Position,
-    /// The last position of the piece.
+    /// Last position of the section.
     pub upto: Position,
-    /// All events in between; positions may have holes, so their number says nothing.
+    /// All events of the section. Positions have gaps, so the count of events says nothing about
+    /// them.
     pub events: Arc<[RecordedEvent]>,
 }
 
-/// What a subscription yields.
+/// An item of a subscription.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum BusItem {
-    /// The next piece, not necessarily adjacent to the one before.
+    /// The next section of the log. It need not be adjacent to the previous one.
     Batch(LogBatch),
-    /// A heartbeat: the publisher has come to this position. Shows a lost tail when no event follows it.
+    /// Heartbeat with the position that the publisher has reached.
+    /// Reveals a lost tail if no event follows it.
     Head(Position),
-    /// Something may have been lost since the last item (a reconnect, an overflow).
+    /// Events may have been lost since the last item, for example by a reconnect or an overflow.
     Gap,
 }
 
-/// Whom a bus reaches, which decides who publishes.
+/// The processes that a bus reaches. Decides which node publishes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BusScope {
-    /// This process only: every node publishes to its own.
+    /// This process only. Every node publishes to its own bus.
     Process,
-    /// All nodes: one of them publishes, under the lease `publisher`.
+    /// All nodes. The holder of the lease `publisher` publishes.
     Shared,
 }
 
-/// Where a bus that keeps what it was given ends.
+/// The end of a log stream: the copy of the log that a durable bus keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MirrorEnd {
-    /// The position of its last event.
+    /// Position of its last event.
     pub position: Position,
-    /// The bus's own number of that event.
+    /// Sequence number that the bus gave that event.
     pub sequence: u64,
 }
 
-/// Where publishing goes on.
+/// The point from which publishing continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
-    /// Behind this position: the bus is a mirror of the log and ends here.
+    /// After this position, where the log stream of the bus ends.
     After(MirrorEnd),
-    /// At the frontier of the log: the bus keeps nothing, and followers read the past from the store.
+    /// At the high-water mark of the log.
+    /// The bus keeps nothing, and followers read the past from the store.
     AtFrontier,
 }
 
-/// A message of a mirror, as it describes itself. Only the log can confirm it.
+/// A message of a log stream, as it describes itself. Only the log can confirm it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim {
-    /// The bus's own number of the message.
+    /// Sequence number that the bus gave the message.
     pub sequence: u64,
-    /// The event that it claims to be.
+    /// The event that the message claims to be.
     pub event: ClaimedEvent,
 }
 
-/// The event that a message of a mirror claims to be.
+/// The event that a message of a log stream claims to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClaimedEvent {
     /// An event of this log.
     Event {
-        /// The position of the event before it.
+        /// Position of the event before it.
         previous: Position,
-        /// Its position.
+        /// Position of the event.
         position: Position,
-        /// Its id.
+        /// Id of the event.
         id: Uuid,
     },
-    /// None of this log.
+    /// Not an event of this log.
     Foreign,
     /// Unknown: the bus no longer keeps the message.
     Missing,
 }
 
-/// How a bus is doing.
+/// The state of a bus.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BusState {
-    /// It connects when it is first used.
+    /// Not connected yet. The bus connects on first use.
     Idle,
-    /// It works, as far as is known.
+    /// Connected, and no failure is known.
     Connected {
-        /// With what.
+        /// Server that the bus is connected to.
         to: String,
-        /// Last error that the server reported beside its answers on this connection, for example what this login may not
-        /// do. `None` after a reconnect.
+        /// Last error that the server reported asynchronously on this connection.
+        /// For example a denied permission. `None` after a reconnect.
         last_error: Option<String>,
     },
-    /// It does not work at the moment, and comes back by itself.
+    /// Disconnected. The bus reconnects by itself.
     Disconnected {
-        /// What happened last.
+        /// Last failure.
         reason: String,
     },
-    /// Its owner has shut it down.
+    /// Closed by its owner.
     Closed,
 }
 
-/// What somebody follows durably: what the bus keeps for it until it is applied.
+/// A durable subscription to the log. The bus keeps its events until they are applied.
 #[derive(Debug, Clone)]
 pub struct Follow {
-    /// Who follows; the bus remembers by this name how far that is.
+    /// Name of the follower. The bus stores its progress under this name.
     pub name: String,
-    /// The log of the store with this id.
+    /// Id of the store with the log.
     pub store: Uuid,
-    /// Only events with these names, if given.
+    /// If given, only events with these names.
     pub names: Option<Vec<EventName>>,
-    /// Only events of these categories, if given.
+    /// If given, only events of these categories.
     pub categories: Option<Vec<Category>>,
 }
 
-/// What a durable subscription yields.
+/// An item of a durable subscription.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum DurableItem {
-    /// The log may have an event that was asked for at this position. Anything may have published that: only the store knows.
+    /// The log may have a matching event at this position.
+    /// Any program may have published the message: only the store is authoritative.
     Wake(Position),
-    /// Something may be missing before the next item, and why. The first item is one.
+    /// Reason why events may be missing before the next item. The first item is a gap.
     Gap(String),
 }
 
 /// An event bus.
 pub trait EventBus: Send + Sync + 'static {
-    /// `local`, `nats-core`, `nats-jetstream`, …
+    /// The name of the bus: `local`, `nats-core`, `nats-jetstream`, …
     fn name(&self) -> &'static str;
 
-    /// Checks its options, without reaching anything: [`Builder::start`](crate::runtime::Builder::start) does it first.
+    /// Checks the options without any I/O.
+    ///
+    /// [`Builder::start`](crate::runtime::Builder::start) calls it first.
     ///
     /// # Errors
-    /// `Incompatible` when the bus could never work with them.
+    /// `Incompatible` if the bus can never work with these options.
     fn check(&self) -> Result<(), BusError> {
         Ok(())
     }
 
-    /// What events are published to, for those who watch: a stream, or what its subjects begin with. The
-    /// [name](Self::name) by default.
+    /// The destination of events, for metrics and traces: a stream or a subject prefix.
+    /// Default: the [name](Self::name).
     fn destination(&self) -> Cow<'static, str> {
         Cow::Borrowed(self.name())
     }
 
-    /// Whom it reaches.
+    /// The processes that the bus reaches.
     fn scope(&self) -> BusScope;
 
-    /// How it is doing.
+    /// The current state.
     fn state(&self) -> BusState;
 
-    /// Where its metrics go, unless it was told before. Does nothing by default.
+    /// Sets the destination of metrics, unless it is set already. Does nothing by default.
     #[cfg(feature = "otel")]
     fn observe(&self, _telemetry: &Telemetry) {}
 
-    /// Opens the writing side, for the log of the store with this id. One at a time publishes; a second one must be refused
-    /// by the bus or be harmless (I7), and a mirror of another store's log must be refused.
+    /// Opens the publishing side for the log of the store with this id.
+    ///
+    /// At most one publisher works at a time. The bus must refuse a second publisher, or the second
+    /// publisher must be harmless (I7). The bus must refuse the log stream of another store.
     fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>>;
 
-    /// Tells the publisher of the log, on whatever node it is, that there is something new. Nobody relies on it: it may be
-    /// lost, and an error changes nothing. Does nothing by default.
+    /// Notifies the publisher of the log, on any node, that the log has new events.
+    ///
+    /// A hint is best effort: it may be lost, and an error changes nothing. Does nothing by
+    /// default.
     fn hint(&self, _store: Uuid) -> BoxFuture<'_, Result<(), BusError>> {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Subscribes to the live continuation of the log of the store with this id, and of no other. What is published after
-    /// this returns is delivered, or reported as [`BusItem::Gap`]. Nothing proves who published it: on a bus of
-    /// [`BusScope::Shared`], believe the store, not the message.
+    /// Subscribes to the live tail of the log of the store with this id, and of no other store.
+    ///
+    /// Every event published after this call returns is delivered or reported as [`BusItem::Gap`].
+    /// The publisher is not authenticated: on a bus of [`BusScope::Shared`], trust the store, not
+    /// the message.
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
 
-    /// Whether it keeps events for those who [follow](Self::follow) it.
+    /// Whether the bus keeps events for durable subscriptions (see [`follow`](Self::follow)).
     fn is_durable(&self) -> bool {
         false
     }
 
-    /// Follows the log as the bus keeps it, with what is asked for picked out by the bus. Reaches the bus in the background,
-    /// for as long as it takes; must be called within a tokio runtime.
+    /// Subscribes durably to the log. The bus filters the events.
+    ///
+    /// Connects in the background, with unlimited retries. Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// `Incompatible` when this bus keeps nothing, which is what it does unless it says otherwise.
+    /// `Incompatible` if the bus keeps no events, which is the default.
     fn follow(&self, follow: Follow) -> Result<Box<dyn DurableSubscription>, BusError> {
         let _ = follow;
         Err(BusError::Incompatible {
-            reason: format!("{} keeps no events for those who follow it", self.name()),
+            reason: format!("{} keeps no events for durable subscriptions", self.name()),
         })
     }
 }
 
-/// The reading side of a bus that keeps what was not applied yet.
+/// The receiving side of a durable subscription.
 pub trait DurableSubscription: Send {
-    /// The next item; `Closed` is the end. Cancel-safe: a dropped call loses nothing.
+    /// Returns the next item; `Closed` is the end. Cancel-safe: a dropped call loses nothing.
     fn next(&mut self) -> BoxFuture<'_, Result<DurableItem, BusError>>;
 
-    /// Everything up to here is applied for good, and need not be kept any longer. What is not is kept for as long as this
-    /// lives, and given to the next one who follows under that name.
+    /// Marks every event up to this position as applied: the bus need not keep it.
+    /// The bus keeps later events while the subscription lives, and delivers them to the next
+    /// subscription with the same name.
     fn applied(&mut self, upto: Position);
 
-    /// The log ended at `head` when it was read, after everything that [`next`](Self::next) has returned. A message of those that
-    /// claims a later position is of no event, and is not kept.
+    /// Reports that the log ended at `head` when it was read.
+    ///
+    /// The read followed the items that [`next`](Self::next) has returned. A message among them
+    /// with a later position belongs to no event, and is not kept.
     fn ended(&mut self, head: Position);
 }
 
-/// The writing side of a bus.
+/// The publishing side of a bus.
 pub trait BusPublisher: Send {
-    /// Waits until there may be somebody to publish for; nothing is read from the store before. At once by default. A bus
-    /// that makes the publisher wait here must give late subscribers a [`BusItem::Gap`] or nothing: they read the past from
-    /// the store. Cancel-safe.
+    /// Waits until a subscriber may exist; the publisher reads nothing from the store before.
+    /// Cancel-safe.
+    ///
+    /// Returns at once by default. A bus that waits here must give late subscribers a
+    /// [`BusItem::Gap`] or nothing: they read the past from the store.
     fn wanted(&mut self) -> BoxFuture<'_, ()> {
         Box::pin(std::future::ready(()))
     }
 
-    /// Where to go on. `known` is what the publisher remembers in the store of its last confirmed publish, for a mirror
-    /// that was emptied since.
+    /// Returns the point from which publishing continues.
+    /// `known` is the last confirmed publish that the publisher saved in the store, for a log
+    /// stream that was emptied since.
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;
 
-    /// After [`resume`](Self::resume): the next messages that the log has to confirm; none at the end, and none by default.
+    /// Returns the next messages that the log has to confirm, after [`resume`](Self::resume).
     ///
-    /// If the mirror still has the number of `known`, they begin with that message. Otherwise they are its last messages.
+    /// Returns no messages at the end, and none by default. If the log stream still has the
+    /// sequence number of `known`, the messages begin with that one. Otherwise they are its last
+    /// messages.
     fn claims(&mut self) -> BoxFuture<'_, Result<Vec<Claim>, BusError>> {
         Box::pin(std::future::ready(Ok(Vec::new())))
     }
 
-    /// After [`claims`](Self::claims): the last position that the log confirmed. `is_exact` unless a missing message may have
-    /// been a later event. Does nothing by default.
+    /// Sets the last position that the log confirmed, after [`claims`](Self::claims).
+    /// `is_exact` is false if a missing message may have been a later event. Does nothing by
+    /// default.
     fn confirm(&mut self, _position: Position, _is_exact: bool) {}
 
-    /// The end of the mirror that the bus has confirmed, also after an error of [`publish`](Self::publish). `None` by default:
-    /// only an answer of `publish` says.
+    /// The end of the log stream that the bus has confirmed.
+    ///
+    /// Also valid after an error of [`publish`](Self::publish). `None` by default: only the result
+    /// of `publish` states the end.
     fn confirmed(&self) -> Option<MirrorEnd> {
         None
     }
 
-    /// Publishes the next piece; answers when the bus has confirmed all of it, with where the mirror ends now.
+    /// Publishes the next section, and returns the new end of the log stream once the bus confirmed
+    /// it all.
     fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>>;
 
-    /// Waits until [`EventBus::hint`] was called, on whatever node. Cancel-safe. By default that is never heard of.
+    /// Waits for a call of [`EventBus::hint`] on any node. Cancel-safe. Never returns by default.
     fn hinted(&mut self) -> BoxFuture<'_, ()> {
         Box::pin(std::future::pending())
     }
 
-    /// Tells followers how far the log goes, when nothing was published for a while.
+    /// Publishes the end of the log to followers while there is nothing else to publish.
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>>;
 }
 
-/// The reading side of a bus. Its buffer is bounded; a reader that is too slow gets [`BusItem::Gap`].
+/// The receiving side of a bus. Its buffer is bounded; a slow reader gets [`BusItem::Gap`].
 pub trait BusSubscription: Send {
-    /// The next item. Cancel-safe: a dropped call loses nothing.
+    /// Returns the next item. Cancel-safe: a dropped call loses nothing.
     fn next(&mut self) -> BoxFuture<'_, Result<BusItem, BusError>>;
 }
 
-/// A failure of the bus. Events are safe in the store whatever happens here.
+/// A failure of the bus. Events are safe in the store in every case.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum BusError {
-    /// Not connected, or no answer in time; going on later may help.
+    /// Not connected, or no answer in time. A retry may help.
     #[error("the event bus is unavailable: {reason}")]
     Unavailable {
-        /// What was tried and what happened.
+        /// The failed operation and its cause.
         reason: String,
-        /// The driver's error.
+        /// Error of the driver.
         #[source]
         source: Option<Arc<dyn Error + Send + Sync>>,
     },
-    /// Another publisher is at work: the mirror does not end where this one left it.
-    #[error("somebody else publishes to the bus: {reason}")]
+    /// Another publisher is active: the log stream does not end where this publisher left it.
+    #[error("the publisher is fenced: {reason}")]
     Fenced {
-        /// What was expected and what was found.
+        /// Expected and actual state.
         reason: String,
     },
-    /// The bus is not configured as this program needs it; a person has to act.
-    #[error("the event bus does not fit this program: {reason}")]
+    /// The configuration of the bus does not match this program. An operator has to act.
+    #[error("incompatible event bus: {reason}")]
     Incompatible {
-        /// What differs and what to do.
+        /// The difference, and what to do.
         reason: String,
     },
-    /// The bus was shut down by its owner.
+    /// The bus was closed by its owner.
     #[error("the event bus is closed")]
     Closed,
 }
 
 impl BusError {
-    /// What kind of failure it is, in one word.
+    /// The kind of failure, in one word.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Unavailable { .. } => "unavailable",
@@ -320,9 +349,9 @@ impl BusError {
     }
 }
 
-/// What [`Builder::bus`](crate::runtime::Builder::bus) takes: a bus, or one that is shared already.
+/// Types that [`Builder::bus`](crate::runtime::Builder::bus) accepts: a bus, or a shared bus.
 pub trait IntoEventBus {
-    /// The bus, shared.
+    /// Converts into a shared bus.
     fn into_event_bus(self) -> Arc<dyn EventBus>;
 }
 

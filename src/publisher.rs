@@ -1,10 +1,12 @@
-//! The bus actor: moves what is new in the log to the bus, in log order.
+//! The bus actor: publishes new events of the log to the bus, in log order.
 //!
-//! It follows the store, not the appends: an append never waits for it, and what a crash left unpublished is published
-//! after the restart. On a [shared](crate::bus::BusScope::Shared) bus the lease `publisher` says which node publishes, and
-//! the checkpoint `publisher` where to go on when the bus has forgotten; what keeps two publishers at once harmless is the
-//! bus itself, which refuses the one that did not see the other's last message (I7). On a bus inside the process every node
-//! publishes for itself.
+//! It reads the store, not the appends. An append never waits for it, and a restart after a crash
+//! publishes the remaining events.
+//!
+//! On a [shared](crate::bus::BusScope::Shared) bus, the holder of the lease `publisher` publishes.
+//! The checkpoint `publisher` says where to continue if the bus has lost its state. Two publishers
+//! at once are harmless, because the bus refuses the publisher that missed the other's last message
+//! (I7). On a bus inside the process, every node publishes for itself.
 
 mod worker;
 
@@ -24,7 +26,7 @@ use crate::store::EventStore;
 use crate::supervised::{StopError, Supervised};
 use crate::telemetry::Metrics;
 
-/// How the publisher works.
+/// Options of the publisher.
 #[derive(Debug, Clone)]
 pub struct PublisherOptions {
     busy_poll: Duration,
@@ -45,38 +47,44 @@ impl Default for PublisherOptions {
 }
 
 impl PublisherOptions {
-    /// The defaults.
+    /// Creates the default options.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How soon the store is asked again after there was something to publish: what other processes append is published no
-    /// later than that. This process's own appends wake the publisher at once. Default: 5 ms. Range: at least 1 ms.
+    /// Sets the initial poll interval after events were published.
+    ///
+    /// Appends of other processes are published within this time. Appends of this process wake the
+    /// publisher at once. Default: 5 ms. Minimum: 1 ms.
     #[must_use]
     pub fn busy_poll(mut self, every: Duration) -> Self {
         self.busy_poll = every;
         self
     }
 
-    /// The pause between two looks at the store doubles up to this while nothing happens. Default: 250 ms. Range: at least
-    /// 10 ms.
+    /// Sets the maximum poll interval. The interval doubles up to it while the log is idle.
+    ///
+    /// Default: 250 ms. Minimum: 10 ms.
     #[must_use]
     pub fn idle_poll(mut self, every: Duration) -> Self {
         self.idle_poll = every;
         self
     }
 
-    /// Interval between two messages that carry the end of the log while nothing is published. Default: 1 s. Range: at least
-    /// 10 ms.
+    /// Sets the interval of heartbeats while nothing is published.
+    ///
+    /// A heartbeat carries the end of the log. Default: 1 s. Minimum: 10 ms.
     #[must_use]
     pub fn heartbeat(mut self, every: Duration) -> Self {
         self.heartbeat = every;
         self
     }
 
-    /// On a shared bus: how long after the death of the publishing node another one takes over. Default: 6 s. Range: 50 ms
-    /// to 1 day.
+    /// Sets the TTL of the lease on a shared bus.
+    ///
+    /// If the publishing node dies, another node takes over after this time. Default: 6 s. Range:
+    /// 50 ms to 1 day.
     #[must_use]
     pub fn lease(mut self, ttl: Duration) -> Self {
         self.lease = ttl;
@@ -92,50 +100,52 @@ impl PublisherOptions {
     }
 }
 
-/// What the publisher is doing.
+/// The state of the publisher.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PublisherState {
-    /// Finding out where to go on.
+    /// Determining where to continue.
     Starting,
-    /// Another node publishes to the shared bus.
+    /// Another node holds the lease and publishes to the shared bus.
     Standby,
-    /// Nobody follows the bus yet, and it keeps nothing: there is nothing to publish for.
+    /// Waiting for the first subscriber of a bus that keeps nothing.
     Unheard,
-    /// At work, or waiting for events.
+    /// Publishing, or waiting for events.
     Publishing,
-    /// The store [does not belong](crate::store::Adoption) to the database that it is in: nothing is published to others.
+    /// The store [does not belong](crate::store::Adoption) to its database.
+    /// Nothing is published to other nodes.
     Incompatible {
-        /// Why, and what to do.
+        /// The cause, and what to do.
         reason: String,
     },
-    /// Something failed and is tried again.
+    /// Retrying after a failure.
     Retrying {
-        /// What failed.
+        /// The failure.
         error: String,
     },
-    /// Ended.
+    /// Stopped.
     Stopped,
 }
 
-/// How the publisher is doing.
+/// The status of the publisher.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PublisherStatus {
-    /// The bus.
+    /// Name of the bus.
     pub bus: &'static str,
-    /// What it is doing.
+    /// State of the publisher.
     pub state: PublisherState,
-    /// Everything up to here is on the bus, or was left to those who follow one that keeps nothing: behind an outage of such a bus
-    /// publishing goes on at the end of the log. `None` before this node has published for the first time.
+    /// Position up to which every event is on the bus. `None` before this node has published.
+    /// After an outage of a bus that keeps nothing, publishing continues at the end of the log.
+    /// The position then includes events that followers read from the store.
     pub published: Option<Position>,
-    /// The high-water mark of the log when this node last read it to publish; `None` before that.
+    /// High-water mark of the log at the last read of this node; `None` before that.
     pub head: Option<Position>,
-    /// What last went wrong, and when there was nothing, `None`. Stays when it goes well again.
+    /// Last failure; `None` if there was none. A later success does not clear it.
     pub last_error: Option<String>,
 }
 
-/// The handle of the publisher. Cheap to clone; dropping it changes nothing.
+/// A handle to the publisher. Cheap to clone; dropping it has no effect.
 #[derive(Debug, Clone)]
 pub(crate) struct Publisher {
     actor: Supervised<()>,
@@ -143,7 +153,8 @@ pub(crate) struct Publisher {
 }
 
 impl Publisher {
-    /// Starts publishing from `store` to `bus`, as the node `node`. Connects in the background, for as long as it takes.
+    /// Starts publishing from `store` to `bus`, as the node `node`.
+    /// Connects in the background, with unlimited retries.
     pub(crate) async fn spawn(
         store: Arc<dyn EventStore>,
         bus: Arc<dyn EventBus>,
@@ -156,17 +167,17 @@ impl Publisher {
         Ok(Self { actor: Supervised::spawn(work, supervisor).await?, status })
     }
 
-    /// How it is doing, now and whenever that changes. Closed when it was torn down.
+    /// Watches the status. The channel closes when the publisher is torn down.
     pub(crate) fn status(&self) -> watch::Receiver<PublisherStatus> {
         self.status.clone()
     }
 
-    /// Publishes what is committed by now and ends; or ends without, when `patience` is over.
+    /// Publishes every committed event and stops; stops without that once `patience` is over.
     pub(crate) async fn stop(&self, patience: Duration) -> Result<(), StopError> {
         self.actor.stop(patience).await
     }
 
-    /// Ends as a crash of the process would end it.
+    /// Stops as a crash of the process would.
     #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         self.actor.kill();

@@ -1,37 +1,37 @@
-//! A rate limit for what messages from other processes cause: store reads, log lines.
+//! Rate limits for work that messages of other processes cause: store reads and log lines.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A token bucket, kept as the time at which it would be full.
+/// A token bucket, stored as the time at which it is full.
 #[derive(Debug)]
 pub(crate) struct RateLimit {
     interval: Duration,
-    /// Time that the tokens of a full bucket take to come back.
+    /// Time to refill an empty bucket.
     burst: Duration,
     full_at: Instant,
 }
 
 impl RateLimit {
-    /// Allows `burst` at once (at least 1), and one more each `interval`.
+    /// Creates a limit of `burst` tokens at once (minimum 1), and one more per `interval`.
     pub(crate) fn new(burst: u32, interval: Duration) -> Self {
         Self { interval, burst: interval * burst.max(1), full_at: Instant::now() }
     }
 
-    /// Limits store reads that find nothing: 10 at once, then 20 a second.
+    /// Creates the limit of store reads that find nothing: 10 at once, then 20 per second.
     pub(crate) fn of_reads() -> Self {
         Self::new(10, Duration::from_millis(50))
     }
 
-    /// Takes a token, in advance if there is none; returns when it may be used.
+    /// Takes a token, in advance if there is none; returns the time at which it may be used.
     pub(crate) fn take(&mut self) -> Instant {
         let now = Instant::now();
         self.full_at = self.full_at.max(now) + self.interval;
         self.full_at.checked_sub(self.burst).map_or(now, |due| due.max(now))
     }
 
-    /// Takes a token if there is one.
+    /// Takes a token if one is available.
     pub(crate) fn try_take(&mut self) -> bool {
         let now = Instant::now();
         let full_at = self.full_at.max(now) + self.interval;
@@ -42,7 +42,7 @@ impl RateLimit {
         allowed
     }
 
-    /// Gives a token back: what it was used for was worth it.
+    /// Returns a token, because its use was productive.
     pub(crate) fn refund(&mut self) {
         if let Some(full_at) = self.full_at.checked_sub(self.interval) {
             self.full_at = full_at;
@@ -50,7 +50,7 @@ impl RateLimit {
     }
 }
 
-/// Counts log lines that were left out, so that the next one can say how many.
+/// A counter of suppressed log lines, so that the next line can report their number.
 #[derive(Debug)]
 pub(crate) struct LogLimit {
     limit: RateLimit,
@@ -58,18 +58,18 @@ pub(crate) struct LogLimit {
 }
 
 impl LogLimit {
-    /// One line a minute.
+    /// Creates a limit of one line per minute.
     pub(crate) fn each_minute() -> Self {
         Self { limit: RateLimit::new(1, Duration::from_secs(60)), count: 0 }
     }
 
-    /// Counts an occurrence; if a line may be written, returns how many there were since the last line.
+    /// Counts an occurrence. If a line may be written, returns the count since the last line.
     #[cfg(feature = "nats")]
     pub(crate) fn count(&mut self) -> Option<u64> {
         self.add(1)
     }
 
-    /// Counts `more` occurrences; if a line may be written, returns how many there were since the last line.
+    /// Counts `more` occurrences. If a line may be written, returns the count since the last line.
     pub(crate) fn add(&mut self, more: u64) -> Option<u64> {
         self.count += more;
         self.limit.try_take().then(|| std::mem::take(&mut self.count))
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_then_a_rate_and_what_was_worth_it_costs_nothing() {
+    async fn a_limit_allows_a_burst_then_a_rate_and_refunds_tokens() {
         let mut limit = RateLimit::new(3, Duration::from_millis(50));
         let start = Instant::now();
         let waits: Vec<_> = (0..5).map(|_| (limit.take() - start).as_millis()).collect();
@@ -95,7 +95,7 @@ mod tests {
 
     #[cfg(feature = "nats")]
     #[tokio::test(start_paused = true)]
-    async fn a_line_a_minute_says_how_many_there_were() {
+    async fn a_line_per_minute_reports_the_count() {
         let mut limit = LogLimit::each_minute();
         let lines: Vec<_> = (0..100).filter_map(|_| limit.count()).collect();
         assert_eq!(lines, [1]);

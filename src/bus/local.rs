@@ -11,24 +11,25 @@ use super::{
 use crate::event::Position;
 use crate::future::BoxFuture;
 
-/// How many batches a slow subscriber may be behind, unless [`LocalBus::with_capacity`] says otherwise.
+/// Default capacity of the ring, in batches. See [`LocalBus::with_capacity`].
 const CAPACITY: usize = 128;
 
-/// The bus inside one process: a bounded ring that subscribers read at their own pace. Clones are handles to the same bus.
+/// The bus inside one process: a bounded ring that each subscriber reads at its own pace.
 ///
-/// It keeps nothing: who subscribes sees what is published from then on, and who is more than the ring's capacity behind
-/// gets a [`BusItem::Gap`] instead of what was overwritten. Publishing never waits for a subscriber.
+/// Clones are handles to the same bus. The bus keeps nothing: a subscriber receives what is
+/// published after it subscribed. A subscriber that lags by more than the capacity gets a
+/// [`BusItem::Gap`] in place of the overwritten batches. Publishing never waits for a subscriber.
 ///
-/// Runtimes of different stores may share it, and see their own store's log only.
+/// Runtimes of different stores may share a bus. Each sees only the log of its own store.
 #[derive(Clone)]
 pub struct LocalBus {
     ring: broadcast::Sender<Sent>,
-    /// Whether anybody has ever subscribed. Until then there is nothing to publish for: a node without projections does not
-    /// read back what it appends.
+    /// Whether a subscriber has ever existed.
+    /// Until then nothing is published: a node without projections does not read back its appends.
     heard: watch::Sender<bool>,
 }
 
-/// An item, and of which store's log it is: positions of two stores have nothing to do with each other.
+/// An item and the id of its store. Positions of different stores are not comparable.
 type Sent = (Uuid, BusItem);
 
 impl Default for LocalBus {
@@ -38,16 +39,18 @@ impl Default for LocalBus {
 }
 
 impl LocalBus {
-    /// A bus whose ring holds 128 batches.
+    /// Creates a bus whose ring holds 128 batches.
     #[must_use]
     pub fn new() -> Self {
         Self::with_capacity(CAPACITY)
     }
 
-    /// A bus whose ring holds this many batches (and heartbeats), rounded up to a power of two; at least 1.
+    /// Creates a bus whose ring holds this many batches and heartbeats.
+    ///
+    /// The capacity is rounded up to a power of two. Minimum: 1.
     #[must_use]
     pub fn with_capacity(batches: usize) -> Self {
-        // tokio refuses more than this, by panicking.
+        // tokio panics above this capacity.
         let ring = broadcast::Sender::new(batches.clamp(1, usize::MAX / 4));
         Self { ring, heard: watch::Sender::new(false) }
     }
@@ -88,13 +91,13 @@ impl EventBus for LocalBus {
 struct LocalPublisher {
     bus: LocalBus,
     store: Uuid,
-    /// How many batches went out; the ring has no numbers of its own.
+    /// Number of batches sent. The ring has no sequence numbers of its own.
     sequence: u64,
 }
 
 impl LocalPublisher {
     fn send(&self, item: BusItem) {
-        // The only failure is that nobody has subscribed, and then nobody misses anything.
+        // Sending fails only without subscribers, and then no event is missed.
         let _ = self.bus.ring.send((self.store, item));
     }
 }
@@ -102,7 +105,7 @@ impl LocalPublisher {
 impl BusPublisher for LocalPublisher {
     fn wanted(&mut self) -> BoxFuture<'_, ()> {
         Box::pin(async {
-            // It cannot fail: the sender is in this bus.
+            // Never fails: this bus holds the sender.
             let _ = self.bus.heard.subscribe().wait_for(|heard| *heard).await;
         })
     }

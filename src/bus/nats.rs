@@ -1,9 +1,10 @@
-//! The bus over NATS: Core (nothing is kept) or JetStream (an exact mirror of the log).
+//! The bus over NATS: Core (keeps nothing) or JetStream (keeps an exact copy of the log).
 //!
-//! Both publish every event to `{namespace}.events.{event name}`, in log order, and both are followed through a plain
-//! subscription, except by those who [follow durably](crate::projection::FollowMode): what comes from JetStream's stream would come later and no more surely, since whoever follows at the tip
-//! finds holes by the positions in the messages and reads them from the store anyway. The format of the messages is in
-//! `docs/wire-format.md`.
+//! Both drivers publish every event to `{namespace}.events.{event name}`, in log order. Followers
+//! use a plain subscription with both drivers, unless they
+//! [follow durably](crate::projection::FollowMode). A durable consumer is slower and no safer: a
+//! live follower detects gaps by the positions in the messages. It then reads the missing events
+//! from the store. `docs/wire-format.md` describes the message format.
 
 mod connection;
 mod core_nats;
@@ -60,17 +61,19 @@ use crate::telemetry::Metrics;
 #[cfg(feature = "otel")]
 use crate::telemetry::Telemetry;
 
-/// How long [`NatsBus::disconnect`] waits for what is on its way.
+/// Time limit of [`NatsBus::disconnect`] for sending pending messages.
 const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The bus over NATS. Clones are handles to the same bus and its one connection.
+/// The event bus over NATS. Clones are handles to the same bus and its one connection.
 ///
-/// It connects when it is first used, and again whenever that failed; once connected it comes back by itself after every
-/// outage, without end. Nothing is handed to a connection that is down: publishing fails at once, and goes on from the
-/// store later. Needs nats-server 2.10 or newer, checked on every connect.
+/// The bus connects on first use and retries a failed connect on the next use. Once connected, it
+/// reconnects after every outage, without a limit. It queues nothing while disconnected: publishing
+/// fails at once and continues from the store later. Requires nats-server 2.10 or newer, checked on
+/// every connect.
 ///
-/// Core keeps nothing: who is not there misses it, notices, and reads the store. JetStream keeps an exact mirror of the log
-/// in a stream, for programs without access to the store.
+/// Core keeps nothing: a subscriber that was disconnected detects the gap and reads the store.
+/// JetStream keeps an exact copy of the log in a stream (the log stream), for programs without
+/// access to the store.
 ///
 /// ```no_run
 /// use storied::bus::NatsBus;
@@ -94,25 +97,25 @@ pub struct NatsBus {
 struct Inner {
     options: NatsOptions,
     names: Names,
-    /// What events are in, for those who watch: the stream, or the namespace.
+    /// Destination of events for metrics: the name of the stream, or the namespace.
     place: String,
     slot: Mutex<Slot>,
     state: watch::Sender<BusState>,
-    /// What the connection is for.
+    /// Purpose of the connection, for metrics.
     role: &'static str,
     metrics: Recorder,
 }
 
-/// Where the connection is.
+/// State of the connection.
 enum Slot {
-    /// Not made yet, or not successfully.
+    /// No connection yet, or the last attempt failed.
     Empty,
     Open(Arc<Connection>),
-    /// Given up by the owner: only [`NatsBus::connect`] makes another.
+    /// Closed by the owner. Only [`NatsBus::connect`] opens a new connection.
     Closed,
 }
 
-/// What keeps the messages.
+/// The NATS driver.
 #[derive(Debug, Clone)]
 enum Driver {
     Core,
@@ -120,14 +123,13 @@ enum Driver {
 }
 
 impl NatsBus {
-    /// A bus that keeps nothing, with everything but the server as it is by default. For more see [`NatsOptions::core`].
+    /// Creates a Core bus with default options. See [`NatsOptions::core`] for more.
     #[must_use]
     pub fn core(url: impl Into<String>) -> Self {
         NatsOptions::core().url(url).bus()
     }
 
-    /// A bus that mirrors the log in JetStream, with everything but the server as it is by default. For more see
-    /// [`NatsOptions::jetstream`].
+    /// Creates a JetStream bus with default options. See [`NatsOptions::jetstream`] for more.
     #[must_use]
     pub fn jetstream(url: impl Into<String>) -> Self {
         NatsOptions::jetstream(JetStreamOptions::new()).url(url).bus()
@@ -145,7 +147,7 @@ impl NatsBus {
         Self { inner: Arc::new(Inner { options, names, place, slot, state, role, metrics }) }
     }
 
-    /// Where its metrics go.
+    /// The destination of metrics.
     fn metrics(&self) -> &Metrics {
         &self.inner.metrics
     }
@@ -154,12 +156,12 @@ impl NatsBus {
         &self.inner.place
     }
 
-    /// Connects now instead of at the first use; also after [`disconnect`](Self::disconnect). Nothing happens when there is
-    /// a connection.
+    /// Connects now, also after [`disconnect`](Self::disconnect). Does nothing if connected.
     ///
     /// # Errors
-    /// [`BusError::Unavailable`] when no server could be reached, and trying again may help; [`BusError::Incompatible`] when
-    /// the server is too old, refuses the login, or the options cannot be used.
+    /// [`BusError::Unavailable`] if no server was reached; a retry may help.
+    /// [`BusError::Incompatible`] if the server is too old or refuses the login, or if the options
+    /// are invalid.
     pub async fn connect(&self) -> Result<(), BusError> {
         let mut slot = self.inner.slot.lock().await;
         if matches!(*slot, Slot::Closed) {
@@ -168,8 +170,10 @@ impl NatsBus {
         self.inner.open(&mut slot).await.map(drop)
     }
 
-    /// Ends the connection, if it is ours: what was published goes out first (within 5 s), subscriptions end with
-    /// [`BusError::Closed`], and so does everything else until [`connect`](Self::connect).
+    /// Closes the connection, if the bus owns it.
+    ///
+    /// Sends published messages first (within 5 s). Subscriptions end with [`BusError::Closed`],
+    /// and every other call returns it until [`connect`](Self::connect).
     pub async fn disconnect(&self) {
         let slot = std::mem::replace(&mut *self.inner.slot.lock().await, Slot::Closed);
         if let Slot::Open(connection) = slot {
@@ -178,16 +182,19 @@ impl NatsBus {
         self.inner.state.send_replace(BusState::Closed);
     }
 
-    /// The connection itself, connecting if need be: for requests, key-value buckets, and whatever else NATS has. It is the
-    /// bus's own; do not drain it.
+    /// Returns the NATS client, and connects if necessary.
+    ///
+    /// Use it for requests, key-value buckets and other NATS features. The bus shares this
+    /// connection: do not drain it.
     ///
     /// # Errors
-    /// As [`connect`](Self::connect), and [`BusError::Closed`] after [`disconnect`](Self::disconnect).
+    /// As [`connect`](Self::connect), and [`BusError::Closed`] after
+    /// [`disconnect`](Self::disconnect).
     pub async fn client(&self) -> Result<Client, BusError> {
         Ok(self.connection().await?.client.clone())
     }
 
-    /// How the connection is doing, now and whenever that changes.
+    /// Watches the state of the connection.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<BusState> {
         self.inner.state.subscribe()
@@ -197,7 +204,7 @@ impl NatsBus {
         &self.inner.names
     }
 
-    /// The stream that keeps the log, and what is said about it.
+    /// The name and the options of the log stream.
     fn stream_of(&self) -> Result<(String, &JetStreamOptions), BusError> {
         match &self.inner.options.driver {
             Driver::JetStream(options) => Ok((options.name(self.names().namespace()), options)),
@@ -211,7 +218,7 @@ impl NatsBus {
 }
 
 impl Inner {
-    /// Refuses options that no connection could work with.
+    /// Checks options that no connection could work with.
     fn check(&self) -> Result<(), BusError> {
         self.options.check()?;
         self.names.check()

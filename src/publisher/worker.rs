@@ -24,23 +24,25 @@ use crate::telemetry::trace::{self, Destination, Publishing};
 use crate::telemetry::{Metrics, Timer};
 use crate::time::after;
 
-/// The name of both the lease and the checkpoint.
+/// Name of the lease and of the checkpoint.
 const NAME: &str = "publisher";
 
-/// How often at most the checkpoint is written, while few events are published. After a crash, what the mirror has got since is
-/// compared with the log.
+/// Minimum interval between two checkpoint writes while few events are published.
+/// After a crash, the messages that the log stream got since are compared with the log.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 
-/// Number of messages after which it is written in any case: the most that are compared after a crash, but for one read of the log.
+/// Number of messages after which the checkpoint is written in any case.
+/// At most this many messages plus one read of the log are compared after a crash.
 const SAVE_AFTER: u64 = 16_384;
 
-/// How often a standby looks whether the lease is free: how long after an orderly stop nobody publishes.
+/// Poll interval of a standby for a free lease.
+/// This is the time without a publisher after an orderly stop.
 const STANDBY_POLL: Duration = Duration::from_millis(500);
 
-/// How often at most a node hints at what it has committed.
+/// Minimum interval between two hints of a node about its commits.
 const HINT_EVERY: Duration = Duration::from_millis(2);
 
-/// What the actor supervises.
+/// The work that the actor supervises.
 pub(super) struct PublisherWork {
     shared: Arc<Shared>,
 }
@@ -55,7 +57,7 @@ struct Shared {
     status: watch::Sender<PublisherStatus>,
 }
 
-/// Why publishing was interrupted.
+/// The reason why publishing was interrupted.
 #[derive(Debug, thiserror::Error)]
 enum Interruption {
     #[error(transparent)]
@@ -65,28 +67,31 @@ enum Interruption {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(
-        "the mirror goes to position {mirror}, the log only to {log}: the store was restored from an older state, and what \
-         comes next would contradict what others have read; give the restored store a mirror of its own (another \
-         namespace, or delete the old mirror); if the messages from {first} on were forged, delete them from the stream"
+        "the log stream ends at position {mirror}, but the log at {log}: the store was restored \
+         from an older state, and new events would contradict events that others have read; give \
+         the restored store its own log stream (another namespace, or delete the old stream); if \
+         the messages from {first} on were forged, delete them from the stream"
     )]
     Ahead { mirror: Position, log: Position, first: u64 },
     #[error(
-        "the last event of the mirror is {mirror} at position {position}, where the log has {}: the store was restored from an \
-         older state and has gone on since, or it is a copy; give it a mirror of its own (another namespace, or delete the old \
-         mirror); if the messages from {first} on were forged, delete them from the stream",
+        "the last event of the log stream is {mirror} at position {position}, but the log has {} \
+         there: the store was restored from an older state and has new events since, or it is a \
+         copy; give it its own log stream (another namespace, or delete the old stream); if the \
+         messages from {first} on were forged, delete them from the stream",
         log.map_or_else(|| "none".to_owned(), |id| id.to_string())
     )]
     Diverged { position: Position, mirror: Uuid, log: Option<Uuid>, first: u64 },
     #[error(
-        "the mirror goes on at position {position}, up to which the log is not stable in this process as yet"
+        "the log stream continues at position {position}: the high-water mark of this process is \
+         lower; the publisher retries"
     )]
     Unstable { position: Position },
-    #[error("the lease {NAME:?} was lost, or could not be renewed in time")]
+    #[error("the lease {NAME:?} was lost, or was not renewed in time")]
     LeaseLost,
 }
 
 impl Interruption {
-    /// In one word.
+    /// The kind of interruption, in one word.
     fn kind(&self) -> &'static str {
         match self {
             Self::Bus(error) => error.kind(),
@@ -100,7 +105,7 @@ impl Interruption {
     }
 }
 
-/// A batch on its way to the bus.
+/// A batch that is being published.
 struct Sending {
     name: Cow<'static, str>,
     events: usize,
@@ -158,7 +163,7 @@ impl Shared {
         });
     }
 
-    /// Tells those who watch that a batch is on its way.
+    /// Starts the span and the timer of a batch.
     fn begin(&self, batch: &LogBatch) -> Sending {
         let (name, events) = (self.bus.destination(), batch.events.len());
         let to = Destination { system: trace::system(self.bus.name()), name: &name };
@@ -166,7 +171,7 @@ impl Shared {
         Sending { name, events, spans, timer: Timer::start() }
     }
 
-    /// … and that it is not any more.
+    /// Ends the span and records the metrics of a batch.
     fn ended(&self, sending: Sending, error: Option<&Interruption>) {
         let Sending { name, events, spans, timer } = sending;
         let error = error.map(Interruption::kind);
@@ -184,11 +189,12 @@ impl Shared {
 }
 
 async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
-    // A copy would publish its own events among those of the original, at the same positions.
+    // A copied store would publish its own events among those of the original, at the same
+    // positions.
     if shared.bus.scope() == BusScope::Shared
         && let Some(reason) = shared.store.info().adoption.problem()
     {
-        tracing::error!(bus = shared.bus.name(), reason, "nothing is published");
+        tracing::error!(bus = shared.bus.name(), reason, "publishing nothing to other nodes");
         shared.status.send_modify(|status| status.last_error = Some(reason.clone()));
         shared.set(PublisherState::Incompatible { reason });
         return inbox.stopping().await;
@@ -209,12 +215,13 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
             foreign: &mut foreign,
         };
         let interruption = turn.publish_all(&mut inbox).await;
-        // Given back whatever happened: another node may fare better, and this one can take it again.
+        // Release the lease after every outcome: another node may succeed, and this node can
+        // reacquire it.
         if let Some(lease) = turn.lease.take() {
             lease.release().await;
         }
         let Err(error) = interruption else { return };
-        tracing::warn!(bus = shared.bus.name(), %error, "publishing was interrupted and goes on");
+        tracing::warn!(bus = shared.bus.name(), %error, "retrying interrupted publishing");
         shared.failed(error.to_string());
         let for_others = shared.bus.scope() == BusScope::Shared;
         let hopeless = matches!(
@@ -226,16 +233,18 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         if inbox.is_stopping() && (!for_others || hopeless) {
             return;
         }
-        // While stopping too: until the deadline there is still a chance to publish what other nodes wait for.
+        // While stopping, too: until the deadline, a retry may publish events that other nodes wait
+        // for.
         pause(&mut inbox, backoff.next()).await;
-        // A bus that a person has to change is not tried again at the end: the answer may take as long as the stop may.
+        // While stopping, do not retry a failure that needs an operator: the answer may take as
+        // long as the stop may.
         if hopeless && inbox.is_stopping() {
             return;
         }
     }
 }
 
-/// Waits, but not when it is to stop: then the next attempt is due at once.
+/// Sleeps, but at most until the stop request: the next attempt is then due at once.
 async fn pause(inbox: &mut Inbox<()>, wait: Duration) {
     let stopping = inbox.is_stopping();
     tokio::select! {
@@ -244,7 +253,8 @@ async fn pause(inbox: &mut Inbox<()>, wait: Duration) {
     }
 }
 
-/// Waits until this node is to publish: with the lease, on a bus that needs one. `None` when there is nothing to do any more.
+/// Waits until this node may publish: under the lease, if the bus needs one.
+/// Returns `None` if nothing remains to be done.
 async fn stand_by(
     shared: &Shared,
     inbox: &mut Inbox<()>,
@@ -261,7 +271,7 @@ async fn stand_by(
             HeldLease::take(&shared.renewer, NAME, shared.node, ttl, abandoned.as_ref(), metrics).await;
         match taken {
             Ok(Some(lease)) => return Some(Some(lease)),
-            // The owner publishes what is committed.
+            // The lease holder publishes the committed events.
             Ok(None) if inbox.is_stopping() => return None,
             Ok(None) => {
                 shared.set(PublisherState::Standby);
@@ -274,7 +284,7 @@ async fn stand_by(
             }
             Err(_) if inbox.is_stopping() => return None,
             Err(error) => {
-                tracing::warn!(%error, "the publisher could not ask for its lease");
+                tracing::warn!(%error, "could not acquire the publisher lease");
                 shared.failed(error.to_string());
                 pause(inbox, backoff.next()).await;
             }
@@ -282,19 +292,19 @@ async fn stand_by(
     }
 }
 
-/// The lease as it is now, if it was not renewed for its TTL.
+/// Returns the current lease if its holder has not renewed it for its TTL.
 async fn unrenewed(shared: &Shared, renewals: &mut Renewals) -> Option<LeaseInfo> {
-    // A store that cannot be reached is noticed where the lease is asked for.
+    // Acquiring the lease reports an unavailable store.
     let leases = shared.store.leases().await.ok()?;
     leases.into_iter().find(|info| info.lease.name == NAME && renewals.is_abandoned(info))
 }
 
-/// Tells the node that publishes what this one has committed, for as long as this one stands by.
+/// Sends hints about the commits of this node to the publishing node, while this node stands by.
 async fn hint_at(shared: &Shared, appended: &mut watch::Receiver<Position>) {
     while appended.changed().await.is_ok() {
         if let Err(error) = shared.bus.hint(shared.store.info().id).await {
-            // The publisher looks by itself.
-            tracing::debug!(%error, "nobody could be told of an append");
+            // The publisher polls the store as well.
+            tracing::debug!(%error, "could not send a hint about an append");
         }
         sleep(HINT_EVERY).await;
     }
@@ -302,38 +312,40 @@ async fn hint_at(shared: &Shared, appended: &mut watch::Receiver<Position>) {
     std::future::pending().await
 }
 
-/// One time of being the publisher.
+/// One term as the publisher.
 struct Turn<'a> {
     shared: &'a Shared,
-    /// On a shared bus.
+    /// The lease, on a shared bus.
     lease: Option<HeldLease>,
-    /// Under which the checkpoint is written.
+    /// Epoch under which the checkpoint is written.
     epoch: u64,
-    /// The checkpoint as it is in the store.
+    /// The checkpoint in the store.
     saved: Checkpoint,
-    /// The last confirmed publish.
+    /// End of the last confirmed publish.
     end: MirrorEnd,
-    /// Not before this is the checkpoint saved again.
+    /// Earliest time of the next checkpoint write.
     save_at: Instant,
     backoff: &'a mut Backoff,
-    /// The checkpoint that this process wrote when a message of another program fenced it: exactly the end of the mirror.
+    /// Checkpoint that this process wrote when a message of another program fenced it.
+    /// It is exactly the end of the log stream.
     fenced: &'a mut Option<Checkpoint>,
-    /// Messages that are no events of the log.
+    /// Counter of messages that are not events of the log.
     foreign: &'a mut LogLimit,
 }
 
 impl Turn<'_> {
-    /// Publishes until it is to stop (and everything committed by then is published) or something fails.
+    /// Publishes until a failure or a stop. A stop publishes every event committed by then.
     async fn publish_all(&mut self, inbox: &mut Inbox<()>) -> Result<(), Interruption> {
         let shared = self.shared;
         let mut publisher = shared.bus.publisher(shared.store.info().id).await?;
         tokio::select! {
             biased;
             () = publisher.wanted() => {}
-            // The first to subscribe finds all of it in the store.
+            // The first subscriber finds every event in the store.
             () = self.unheard(inbox) => return Ok(()),
         }
-        // From before the first look at the store: an append in between is not slept through.
+        // Subscribe before the first read of the store, so that an append in between wakes the
+        // publisher.
         let appended = shared.store.appended();
         self.resume(&mut *publisher).await?;
         shared.set(PublisherState::Publishing);
@@ -351,15 +363,17 @@ impl Turn<'_> {
         inbox: &mut Inbox<()>,
     ) -> Result<(), Interruption> {
         let shared = self.shared;
-        // Where the log ended when the end was asked for.
+        // End of the log at the time of the stop request.
         let mut last = None;
         let mut poll = shared.options.busy_poll;
         let mut beat_at = Instant::now();
-        // What was announced is read without asking how far the log goes by now, which is half of the time that it takes.
+        // An announced position is read without a query for the end of the log. This query is half
+        // of the read time.
         let mut announced = None;
-        // Anything can publish hints: reads that find nothing are limited.
+        // Any program can publish hints, so reads that find nothing are rate limited.
         let (mut reads, mut hint_at, mut hinted) = (RateLimit::of_reads(), None::<Instant>, false);
-        // While there is more than one stretch, the next one is read while one is published.
+        // If the log has more than one chunk to publish, the next one is read while one is
+        // published.
         let mut ahead = None;
         loop {
             if last.is_none() && inbox.is_stopping() {
@@ -387,7 +401,7 @@ impl Turn<'_> {
                         true => read_stretch(&*shared.store, upto, Some(head)).await.map(Some),
                         false => Ok(None),
                     };
-                    // What is under way is not broken off for it.
+                    // A failed read must not cancel the publish in flight.
                     Ok::<_, Interruption>(next)
                 };
                 let ((), next) = tokio::try_join!(self.publish(publisher, stretch), next)?;
@@ -411,7 +425,7 @@ impl Turn<'_> {
                     biased;
                     () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
                     () = inbox.stopping(), if last.is_none() => {}
-                    // An error says that the store is being dropped; the poll will tell.
+                    // An error means that the store is being dropped; the poll reports it.
                     Ok(()) = appended.changed() => announced = Some(*appended.borrow_and_update()),
                     () = sleep_until(hint_at.unwrap_or(beat_at)), if hint_at.is_some() => {
                         (hint_at, hinted) = (None, true);
@@ -425,9 +439,9 @@ impl Turn<'_> {
                         }
                         beat_at = after(shared.options.heartbeat);
                     }
-                    // Last: a flood of hints delays nothing else.
+                    // Last branch: a flood of hints delays nothing else.
                     () = publisher.hinted() => {
-                        // Any number of hints until then are one read.
+                        // All hints until then cause one read.
                         let due = *hint_at.get_or_insert_with(|| reads.take());
                         if due > Instant::now() {
                             continue;
@@ -440,13 +454,13 @@ impl Turn<'_> {
         }
     }
 
-    /// Ends when it is to stop.
+    /// Waits for the stop request.
     async fn unheard(&self, inbox: &mut Inbox<()>) {
         self.shared.set(PublisherState::Unheard);
         inbox.stopping().await;
     }
 
-    /// Finds out where to go on.
+    /// Determines where to continue.
     async fn resume(&mut self, publisher: &mut dyn BusPublisher) -> Result<(), Interruption> {
         let shared = self.shared;
         if let Some(lease) = &self.lease {
@@ -458,7 +472,8 @@ impl Turn<'_> {
             Resume::After(end) => self.confirm(publisher, known, end).await?,
             Resume::AtFrontier => MirrorEnd { position: shared.store.frontier().await?, sequence: 0 },
         };
-        // Another process may have published more than the mark of this one allows. Only the event decides whether the log lost it.
+        // Another process may have published beyond the high-water mark of this process. Only the
+        // event shows whether the log has lost it.
         let MirrorEnd { position: end, sequence } = self.end;
         if end > Position::START && shared.store.event_id_at(end).await?.is_none() {
             let log = shared.store.frontier().await?;
@@ -466,7 +481,8 @@ impl Turn<'_> {
                 return Err(Interruption::Ahead { mirror: end, log, first: sequence });
             }
         }
-        // Claims the checkpoint: whoever published under an older lease is refused from here on.
+        // I7: this save claims the checkpoint. From here on, the store refuses a publisher with an
+        // older lease.
         self.save().await?;
         *self.fenced = None;
         shared.status.send_modify(|status| {
@@ -475,7 +491,7 @@ impl Turn<'_> {
         Ok(())
     }
 
-    /// Finds the end of the mirror: the last message that the log confirms.
+    /// Finds the end of the log stream: the last message that the log confirms.
     async fn confirm(
         &mut self,
         publisher: &mut dyn BusPublisher,
@@ -485,7 +501,7 @@ impl Turn<'_> {
         let store = &*self.shared.store;
         let mut claims = publisher.claims().await?;
         let Some(first) = claims.first().copied() else { return Ok(end) };
-        // Nothing of this process comes after the end that fenced it.
+        // This process published nothing after the end at which it was fenced.
         let fenced = *self.fenced == Some(self.saved);
         let mut walk = if known.sequence > 0 && first.sequence == known.sequence {
             self.check_checkpoint(known, first).await?;
@@ -500,7 +516,8 @@ impl Turn<'_> {
             claims.drain(..=index);
             Walk::new(store, position, true)
         } else {
-            // Of this log there is nothing; of another one under its id, there may be.
+            // The log stream has nothing of this log. It may have events of another log under the
+            // same store id.
             for claim in claims.iter().rev() {
                 if let ClaimedEvent::Event { position, id, .. } = claim.event {
                     return Err(self.lost(position, id, claim.sequence).await?);
@@ -522,17 +539,17 @@ impl Turn<'_> {
             && let Some(messages) = self.foreign.add(ignored)
         {
             let bus = self.shared.bus.name();
-            tracing::warn!(bus, messages, "ignoring messages of another program in the mirror");
+            tracing::warn!(bus, messages, "ignoring messages of another program in the log stream");
         }
         publisher.confirm(position, walk.is_exact);
         Ok(MirrorEnd { position, ..end })
     }
 
-    /// Checks that the log still has the event of the checkpoint, if the mirror has it there.
+    /// Checks that the log still has the event of the checkpoint, if the log stream has it there.
     async fn check_checkpoint(&self, known: MirrorEnd, claim: Claim) -> Result<(), Interruption> {
         if let ClaimedEvent::Event { position, id, .. } = claim.event
             && position == known.position
-            // Another id proves nothing: the last message then may have been of another program.
+            // A different id proves nothing: the last message may have been of another program.
             && self.shared.store.event_id_at(position).await?.is_none()
         {
             return Err(self.lost(position, id, claim.sequence).await?);
@@ -540,7 +557,7 @@ impl Turn<'_> {
         Ok(())
     }
 
-    /// Why the log does not have an event of the mirror.
+    /// Determines why the log does not have an event of the log stream.
     async fn lost(&self, position: Position, id: Uuid, first: u64) -> Result<Interruption, StoreError> {
         let store = &self.shared.store;
         let (log, head) = (store.event_id_at(position).await?, store.frontier().await?);
@@ -550,13 +567,13 @@ impl Turn<'_> {
         })
     }
 
-    /// Writes the checkpoint after an error of the bus: the next attempt begins there.
+    /// Writes the checkpoint after an error of the bus. The next attempt starts there.
     async fn keep(&mut self, confirmed: Option<MirrorEnd>, error: &BusError) {
         self.end = confirmed.unwrap_or(self.end);
         match self.save().await {
             Ok(()) if matches!(error, BusError::Fenced { .. }) => *self.fenced = Some(self.saved),
             Ok(()) => {}
-            Err(error) => tracing::debug!(%error, "the checkpoint of the publisher was not written"),
+            Err(error) => tracing::debug!(%error, "could not write the publisher checkpoint"),
         }
     }
 
@@ -570,7 +587,7 @@ impl Turn<'_> {
             let sending = self.shared.begin(&batch);
             let end = tokio::select! {
                 biased;
-                // What was under way may be on the bus or not: the next turn asks the bus.
+                // The outcome of the publish in flight is unknown: the next term asks the bus.
                 () = lost(&mut self.lease) => Err(Interruption::LeaseLost),
                 end = publisher.publish(batch) => end.map_err(Interruption::Bus),
             };
@@ -582,7 +599,7 @@ impl Turn<'_> {
         Ok(())
     }
 
-    /// Remembers how far publishing got, for a bus that others publish to as well.
+    /// Saves the checkpoint, if the bus is shared.
     async fn save(&mut self) -> Result<(), Interruption> {
         self.save_at = Instant::now() + SAVE_EVERY;
         if self.lease.is_none() {
@@ -597,7 +614,7 @@ impl Turn<'_> {
     }
 }
 
-/// Waits until the lease is lost; for ever if none is needed. Cancel-safe.
+/// Waits until the lease is lost; never returns without a lease. Cancel-safe.
 async fn lost(lease: &mut Option<HeldLease>) {
     match lease {
         Some(lease) => lease.lost().await,

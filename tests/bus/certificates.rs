@@ -9,7 +9,7 @@ use storied::bus::{BusError, NatsOptions};
 use crate::harness::{self, Certificates, NatsServer};
 use crate::login::works;
 
-/// A server with these certificates.
+/// Starts a server with these certificates.
 async fn server(certificates: &Certificates, more: &str) -> NatsServer {
     let file = |name| certificates.path(name).display().to_string();
     let (cert, key, ca) = (file("server.pem"), file("server.key"), file("ca.pem"));
@@ -36,7 +36,7 @@ async fn tls_and_mutual_tls_carry_the_data() {
     works(known(&mutual)).await.unwrap();
     works(trusting(&first).tls_first()).await.unwrap();
     for wrong in [
-        // Not trusted; not known; a server without TLS where it is required.
+        // Untrusted; without a client certificate; and a server without TLS where TLS is required.
         core(&plain).require_tls(true),
         trusting(&mutual),
         core(&NatsServer::start(harness::NatsOptions::core()).await).require_tls(true),
@@ -47,7 +47,7 @@ async fn tls_and_mutual_tls_carry_the_data() {
     }
 }
 
-/// A server that says that TLS is not needed, and what it is sent.
+/// Starts a server that reports TLS as not required. Returns the bytes that it receives.
 async fn plain_server() -> (u16, tokio::task::JoinHandle<Vec<u8>>) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -64,7 +64,7 @@ async fn plain_server() -> (u16, tokio::task::JoinHandle<Vec<u8>>) {
     (port, received)
 }
 
-/// A program that names certificates wants TLS: the password never goes out in clear.
+/// A program with certificates requires TLS: the password is never sent in clear.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_login_with_certificates_is_never_sent_in_clear() {
     let certificates = Certificates::make();
@@ -78,7 +78,7 @@ async fn a_login_with_certificates_is_never_sent_in_clear() {
         ("nats://", Box::new(|options| options.root_certificates(ca()).require_tls(false)), true),
         ("nats://", Box::new(|options| options.client_certificate(client().0, client().1)), true),
         ("nats://", Box::new(|options| options.tls_first()), true),
-        // The others of a list are servers of the same kind.
+        // The other servers of a list are of the same kind.
         ("tls://127.0.0.1:1,nats://", Box::new(|options| options), true),
     ];
     for (scheme, with, secret) in ways {
@@ -102,7 +102,7 @@ async fn a_login_with_certificates_is_never_sent_in_clear() {
     assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("wss://")), "{error}");
 }
 
-/// A JWT as nats-server has it: claims of `subject`, signed by `issuer`.
+/// Creates a JWT in the format of nats-server: claims of `subject`, signed by `issuer`.
 fn jwt(issuer: &KeyPair, subject: &KeyPair, name: &str, nats: serde_json::Value) -> String {
     let claims = serde_json::json!({
         "jti": name, "iat": 1_700_000_000, "iss": issuer.public_key(), "name": name, "sub": subject.public_key(), "nats": nats,
@@ -169,7 +169,7 @@ async fn a_credentials_file_of_an_account() {
     credentials(&right, &of("ann", &account, &user), &user);
     works(core().credentials_file(&right)).await.unwrap();
 
-    // Of an account that this server does not know; with the key of somebody else; without.
+    // An account that this server does not know; the key of another user; no credentials.
     let stranger = KeyPair::new_account();
     let wrong = dir.path().join("wrong.creds");
     credentials(&wrong, &of("eve", &stranger, &user), &user);

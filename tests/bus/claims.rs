@@ -1,4 +1,4 @@
-//! Messages of another program in the mirror's stream: they neither move its end nor stop the publisher.
+//! Messages of another program in the log stream: they neither move its end nor stop the publisher.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +16,9 @@ use crate::support::*;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A message that was published, once more.
+    /// A published message, sent again.
     Replayed,
-    /// A real message under another position.
+    /// A real message with another position.
     Renumbered,
     /// An event of the log before its turn.
     Ahead,
@@ -26,7 +26,7 @@ enum Kind {
     MadeUpId,
     /// A message of another store.
     OtherStore,
-    /// 300 of all kinds.
+    /// 300 messages of all kinds.
     Many,
 }
 
@@ -40,7 +40,7 @@ struct Scene {
     server: NatsServer,
     store: Arc<dyn EventStore>,
     window: Duration,
-    /// Numbers of messages that are not the publisher's.
+    /// Sequence numbers of the forged messages.
     forged: Vec<u64>,
 }
 
@@ -102,7 +102,7 @@ impl Scene {
         let id = |id: Uuid| vec![("Nats-Msg-Id", id.to_string())];
         match kind {
             Kind::Replayed => {
-                // Until the server has forgotten its id.
+                // Until the server's deduplication window has passed.
                 pause(3 * self.window.as_millis() as u64).await;
                 self.forge(&[]).await;
             }
@@ -131,7 +131,7 @@ impl Scene {
         }
     }
 
-    /// The messages of the publisher are the log: each event once, in order.
+    /// Checks that the messages of the publisher are the log: each event once, in order.
     async fn is_the_log(&self) {
         self.is_the_log_without(&[]).await;
     }
@@ -249,15 +249,15 @@ async fn many_while_stopped() {
     scene(Kind::Many, When::Stopped).await;
 }
 
-/// As after a crash: the mirror has got more than the checkpoint says, and some of it is deleted.
+/// As after a crash: the log stream is ahead of the checkpoint, and some messages are deleted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_came_after_the_checkpoint_is_found() {
-    // Where the checkpoint is, which messages are deleted, and which kinds of foreign messages there are.
+async fn messages_after_the_checkpoint_are_found() {
+    // Position of the checkpoint, deleted messages, and kinds of foreign messages.
     let cases: [(u64, &[u64], &[Kind]); 4] = [
         (5, &[], &[Kind::Replayed, Kind::MadeUpId]),
         (15, &[16, 17, 18], &[]),
         (15, &[15, 19, 20], &[]),
-        // No checkpoint at all.
+        // Without a checkpoint.
         (0, &[], &[Kind::Replayed, Kind::OtherStore, Kind::MadeUpId]),
     ];
     for (at, deleted, kinds) in cases {
@@ -286,7 +286,8 @@ async fn what_came_after_the_checkpoint_is_found() {
     }
 }
 
-/// Exactly what the next event would look like: the publisher knows that it did not publish it, also before its first event.
+/// An exact imitation of the next event: the publisher knows that it did not publish it, also
+/// before its first event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_imitation_of_the_next_event() {
     for before in [0, 5] {
@@ -317,7 +318,7 @@ fn imitation(scene: &Scene, position: u64) -> Vec<(&'static str, String)> {
 }
 
 impl Scene {
-    /// Publishes a message of these headers alone.
+    /// Publishes a message with only these headers.
     async fn forge_or_make(&mut self, headers: &[(&'static str, String)]) {
         let context = async_nats::jetstream::new(async_nats::connect(self.server.url()).await.unwrap());
         let mut forged = HeaderMap::new();
@@ -329,7 +330,8 @@ impl Scene {
     }
 }
 
-/// After a restart nothing tells it from an event that the log has lost. Deleting the message is enough.
+/// After a restart, the imitation looks like an event that the log has lost.
+/// Deleting the message suffices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_imitation_while_stopped_can_be_deleted() {
     let mut scene = Scene::start(Duration::from_millis(100)).await;
@@ -382,21 +384,21 @@ async fn a_restored_store_with_a_checkpoint_does_not_continue_the_mirror() {
         })
         .await;
     };
-    says("the log only to 10").await;
+    says("but the log at 10").await;
     write(&restored, 0, 23).await;
-    says("where the log has").await;
+    says("but the log has").await;
     node.node.stop(PATIENCE).await.unwrap();
     scene.is_the_log().await;
 }
 
-/// A9: the server takes the second one for a duplicate of the first.
+/// A9: the server takes the second event for a duplicate of the first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_with_one_id_are_all_published() {
     let mut scene = Scene::start(Duration::from_secs(120)).await;
     let node = scene.node().await;
     write(&scene.store, 0, 3).await;
     scene.published(&node).await;
-    // In one batch, in another one, and a third time.
+    // In one batch, in another batch, and a third time.
     let mut events: Vec<_> = (0..400).map(|n| note(&scene.store, n, 40)).collect();
     events[7].id = events[2].id;
     events[8].id = events[2].id;

@@ -1,4 +1,4 @@
-//! Three servers: the mirror has three replicas, and its leader dies.
+//! Three servers: the log stream has three replicas, and its leader dies.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ async fn cluster() -> Vec<NatsServer> {
             format!("server_name: n{n}"),
             format!("cluster {{ name: three, listen: \"{listen}\", routes: [{}] }}", routes.join(", ")),
         ];
-        // None of them answers before two are there.
+        // No server answers before two are up.
         NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::jetstream() })
     });
     futures_util::future::join_all(servers).await
@@ -66,7 +66,7 @@ async fn the_leader_dies_while_it_is_published_to() {
     one.reaches("without the leader", &store).await;
     two.reaches("without the leader", &store).await;
 
-    // The mirror is exact, and the durable reader has everything at least once.
+    // The log stream is exact, and the durable reader has every event at least once.
     let log = log(&store).await;
     one.node.stop(PATIENCE).await.unwrap();
     two.node.stop(PATIENCE).await.unwrap();
@@ -78,7 +78,7 @@ async fn the_leader_dies_while_it_is_published_to() {
     let mut seen: std::collections::BTreeSet<_> = log[..100].iter().copied().collect();
     while seen.len() < log.len() {
         if let Some(storied::bus::Received::Event(delivery)) = durable.next().await {
-            // A leader that is being elected cannot be told; it delivers again.
+            // During a leader election the ack may be lost; the server then redelivers.
             if delivery.ack().await.is_ok() {
                 seen.insert(delivery.event().position);
             }

@@ -1,19 +1,20 @@
-//! compose.yaml without Docker: its nats service, with the command and the health check that stand there, run with the nats-server
-//! of this machine.
+//! The nats service of compose.yaml without Docker.
+//!
+//! Runs the command and the health check of the file with the nats-server of this machine.
 
 use std::time::Duration;
 
 use crate::harness::{self, NatsServer};
 use crate::support::*;
 
-/// The lines of one service.
+/// Returns the lines of one service.
 fn service(name: &str) -> String {
     let compose = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/compose.yaml")).unwrap();
     let lines = compose.lines().skip_while(|line| *line != format!("  {name}:")).skip(1);
     lines.take_while(|line| line.starts_with("    ")).map(|line| format!("{line}\n")).collect()
 }
 
-/// What stands behind `key:` in brackets and quotes.
+/// Returns the bracketed, quoted list after `key:`.
 fn list(service: &str, key: &str) -> Vec<String> {
     let line = service.lines().find(|line| line.trim_start().starts_with(&format!("{key}: [")));
     let line = line.unwrap_or_else(|| panic!("no {key} in\n{service}"));
@@ -26,7 +27,7 @@ async fn the_nats_service_is_healthy_and_keeps_a_mirror() {
     let nats = service("nats");
     let monitoring = harness::Port::claim();
     let port = monitoring.number();
-    // Where it listens and keeps its files is the container's business; everything else is as it stands there.
+    // The container sets the address and the storage directory. The test keeps everything else.
     let mut command = list(&nats, "command").into_iter();
     let mut config = Vec::new();
     while let Some(flag) = command.next() {
@@ -53,7 +54,7 @@ async fn the_nats_service_is_healthy_and_keeps_a_mirror() {
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     recording.node.stop(PATIENCE).await.unwrap();
 
-    // A server that hangs is not healthy.
+    // A hanging server is not healthy.
     server.pause();
     let asked = tokio::time::timeout(Duration::from_millis(500), crate::nats_md::monitored(port, &path));
     assert!(asked.await.is_err());
@@ -61,9 +62,9 @@ async fn the_nats_service_is_healthy_and_keeps_a_mirror() {
     server.stop().await;
 }
 
-/// The version that is tested is the one that people get.
+/// The tested version is the published one.
 #[test]
-fn both_have_one_version_of_nats() {
+fn compose_and_tests_use_one_nats_version() {
     let scripts = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/servers")).unwrap();
     let tested = scripts.lines().find_map(|line| line.strip_prefix("nats_version=")).unwrap();
     let image = service("nats");

@@ -1,4 +1,4 @@
-//! What every bus promises, and what only buses over NATS can break.
+//! Promises of every bus, and failures that only a bus over NATS can have.
 
 use storied::bus::{BusError, BusItem, BusState, NatsBus, NatsOptions};
 use storied::{EventBus, LocalBus, Position};
@@ -8,7 +8,7 @@ use crate::harness::{self, NatsServer};
 use crate::support::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn carries_the_log_in_order_in_adjacent_pieces_to_everybody() {
+async fn every_subscriber_receives_the_log_in_order_without_gaps() {
     for (kind, bus, _server) in buses().await {
         let store = store();
         let mut subscriptions = vec![subscribe(&*bus, &store).await, subscribe(&*bus, &store).await];
@@ -38,7 +38,7 @@ async fn carries_the_log_in_order_in_adjacent_pieces_to_everybody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_published_after_subscribing_is_never_missed() {
+async fn subscribers_miss_no_event_after_subscribing() {
     for (_, bus, _server) in buses().await {
         let store = store();
         write(&store, 0, 40).await;
@@ -53,7 +53,7 @@ async fn what_is_published_after_subscribing_is_never_missed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_that_is_too_slow_is_told_and_holds_nobody_up() {
+async fn a_slow_reader_gets_a_gap_and_blocks_no_other() {
     let store = store();
     write(&store, 0, 3_000).await;
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
@@ -100,7 +100,7 @@ async fn the_first_start_of_many_nodes_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn events_too_large_to_travel_are_announced() {
+async fn oversized_events_are_announced() {
     for kind in NATS {
         let config = vec!["max_payload: 8192".into()];
         let server =
@@ -124,7 +124,7 @@ async fn events_too_large_to_travel_are_announced() {
         }
         assert_eq!(items, [("events", 0, 1), ("head", 0, large.get()), ("events", large.get(), head.get())]);
 
-        // And a projection gets them, from the store.
+        // A projection receives the oversized events from the store.
         let recording = Recording::start(&store, options(kind, &server).bus(), blind()).await;
         append(&store, 0, vec![note(&store, 1, 20_000)]).await;
         recording.reaches("large events", &store).await;
@@ -133,7 +133,7 @@ async fn events_too_large_to_travel_are_announced() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nonsense_and_other_stores_are_passed_over() {
+async fn malformed_and_foreign_messages_are_ignored() {
     for (kind, bus, server) in nats().await {
         let (mine, theirs) = (store(), store());
         let mut subscription = subscribe(&bus, &mine).await;
@@ -151,7 +151,7 @@ async fn nonsense_and_other_stores_are_passed_over() {
             raw.flush().await.unwrap();
         };
         if kind == Kind::Core {
-            // A mirror would refuse its publisher.
+            // The publisher would refuse a log stream with these messages.
             nonsense().await;
             write(&theirs, 0, 10).await;
             let mut publisher = publisher(&bus, &theirs).await;
@@ -166,7 +166,7 @@ async fn nonsense_and_other_stores_are_passed_over() {
         }
         same(&collect(&mut subscription, Position::START, head).await, &events(&mine, Position::START).await);
 
-        // A running node survives nonsense, also in its mirror.
+        // A running node survives malformed messages, also in its log stream.
         let recording = Recording::start(&mine, options(kind, &server).bus(), blind()).await;
         write(&mine, 0, 10).await;
         recording.reaches("before", &mine).await;
@@ -178,7 +178,7 @@ async fn nonsense_and_other_stores_are_passed_over() {
             }
         }
         write(&mine, 0, 10).await;
-        recording.reaches("after nonsense", &mine).await;
+        recording.reaches("after malformed messages", &mine).await;
         let published = mine.frontier().await.unwrap();
         eventually("published", || recording.node.publisher().published == Some(published)).await;
         recording.node.stop(PATIENCE).await.unwrap();
@@ -186,7 +186,7 @@ async fn nonsense_and_other_stores_are_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connects_when_first_used_and_a_failure_poisons_nothing() {
+async fn connects_on_first_use_and_recovers_from_a_failure() {
     for (kind, _, mut server) in nats().await {
         let bus = options(kind, &server).bus();
         assert_eq!(bus.state(), BusState::Idle);
@@ -214,7 +214,7 @@ async fn connects_when_first_used_and_a_failure_poisons_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_borrowed_connection_is_not_ours_to_close() {
+async fn a_borrowed_connection_is_never_closed() {
     for (kind, _, server) in nats().await {
         let client = async_nats::connect(server.url()).await.unwrap();
         let bus = options(kind, &server).url("nats://127.0.0.1:1").client(client.clone()).bus();

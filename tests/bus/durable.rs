@@ -1,4 +1,4 @@
-//! Projections that follow a consumer of their own.
+//! Projections that follow their own durable consumer.
 
 use std::future::ready;
 use std::sync::{Arc, Mutex};
@@ -16,7 +16,7 @@ use storied::{
 use crate::harness::{self, NatsServer};
 use crate::support::*;
 
-/// What is rare.
+/// A projection of the rare torn notes.
 struct Torn(Arc<Mutex<Vec<Position>>>);
 
 impl Projection for Torn {
@@ -64,7 +64,7 @@ impl Following {
     }
 }
 
-/// Many notes, and one that is torn; where that one is.
+/// Appends many notes and one torn note; returns the position of the latter.
 async fn tear(store: &Arc<dyn EventStore>, n: u64) -> Position {
     write(store, n % 5, 10).await;
     let torn = NewEvent::encode(&Note::Torn, store.info().codec, &Metadata::default()).unwrap();
@@ -79,7 +79,7 @@ async fn torn(store: &Arc<dyn EventStore>) -> Vec<Position> {
 
 type Consumer = async_nats::jetstream::consumer::PullConsumer;
 
-/// The projection's consumer on the server, once it is there.
+/// Waits for the projection's consumer on the server.
 async fn consumer(server: &NatsServer) -> (async_nats::jetstream::stream::Stream, Consumer) {
     let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let give_up = tokio::time::Instant::now() + PATIENCE;
@@ -95,7 +95,7 @@ async fn consumer(server: &NatsServer) -> (async_nats::jetstream::stream::Stream
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_server_picks_out_what_is_asked_for_and_keeps_it_until_it_is_applied() {
+async fn the_server_filters_events_and_keeps_them_until_applied() {
     let (store, server) = (store(), NatsServer::start(harness::NatsOptions::jetstream()).await);
     let before = tear(&store, 0).await;
     let one = Following::start(&store, &server).await;
@@ -110,7 +110,7 @@ async fn the_server_picks_out_what_is_asked_for_and_keeps_it_until_it_is_applied
     assert_eq!(one.seen(), torn(&store).await);
     let config = &consumer.cached_info().config;
     assert_eq!((&*config.filter_subject, config.durable_name.is_some()), ("storied.events.note.torn", true));
-    // It was the server that brought them, and it knows that they are applied.
+    // The server delivered the events, and knows that they are applied.
     let give_up = tokio::time::Instant::now() + PATIENCE;
     loop {
         let info = consumer.info().await.unwrap();
@@ -120,11 +120,11 @@ async fn the_server_picks_out_what_is_asked_for_and_keeps_it_until_it_is_applied
         assert!(tokio::time::Instant::now() < give_up, "{info:?}");
         pause(20).await;
     }
-    // Nothing for it, and still it is at the head.
+    // Without matching events, the projection still reaches the head.
     let head = write(&store, 9, 100).await;
     one.reaches(head).await;
 
-    // Another node goes on from there.
+    // Another node continues there.
     one.node.stop(PATIENCE).await.unwrap();
     let missed = tear(&store, 1).await;
     let two = Following::start(&store, &server).await;
@@ -136,7 +136,7 @@ async fn the_server_picks_out_what_is_asked_for_and_keeps_it_until_it_is_applied
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_lost_on_the_server_is_read_from_the_store() {
+async fn events_lost_on_the_server_are_read_from_the_store() {
     let (store, mut server) = (store(), NatsServer::start(harness::NatsOptions::jetstream()).await);
     let one = Following::start(&store, &server).await;
     let (mut last, mut stolen) = (tear(&store, 0).await, 0);
@@ -158,7 +158,7 @@ async fn what_is_lost_on_the_server_is_read_from_the_store() {
                         server.wipe();
                         server.restart().await;
                     }
-                    // Another reader takes some of what was meant for the projection, and says nothing.
+                    // Another reader takes some of the projection's deliveries without an ack.
                     _ => {
                         let (_, consumer) = consumer(&server).await;
                         let theft = consumer.fetch().max_messages(3).expires(Duration::from_secs(2));

@@ -1,4 +1,4 @@
-//! What the user hears of the connection, and what `status()` shows of it.
+//! Connection events for the user, and the connection in `status()`.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -32,7 +32,7 @@ impl Heard {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_transition_is_heard_once_and_shown() {
+async fn each_transition_is_reported_once() {
     let mut server = NatsServer::start(harness::NatsOptions::core()).await;
     let heard = Heard::default();
     let bus = heard.by(options(Kind::Core, &server)).bus();
@@ -42,10 +42,10 @@ async fn each_transition_is_heard_once_and_shown() {
     for round in 0..5 {
         server.kill();
         let away = 2 * round + 2;
-        eventually("heard that it is away", || heard.names().len() == away).await;
+        eventually("the disconnect is reported", || heard.names().len() == away).await;
         assert!(matches!(bus.state(), BusState::Disconnected { .. }));
         server.restart().await;
-        eventually("heard that it is back", || heard.names().len() == away + 1).await;
+        eventually("the reconnect is reported", || heard.names().len() == away + 1).await;
         assert!(matches!(bus.state(), BusState::Connected { .. }));
     }
     bus.disconnect().await;
@@ -60,7 +60,7 @@ async fn each_transition_is_heard_once_and_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_too_short_to_be_seen_is_heard_as_well() {
+async fn an_outage_shorter_than_the_poll_is_reported() {
     let mut server = NatsServer::start(harness::NatsOptions::core()).await;
     let heard = Heard::default();
     let bus = heard.by(options(Kind::Core, &server).reconnect_wait(Duration::from_millis(1))).bus();
@@ -86,7 +86,8 @@ async fn slow_consumers_and_lame_ducks() {
     let bus = options(Kind::Core, &server).subscription_capacity(10).on_event(handler).bus();
     let store = store();
     let _slow = subscribe(&bus, &store).await;
-    // Beside a flood of overflows async-nats may lose a word: the duck is heard by another one.
+    // In a flood of overflows async-nats may lose an event: another connection receives the lame
+    // duck event.
     let duck = Heard::default();
     let other = duck.by(options(Kind::Core, &server)).bus();
     write(&store, 0, 500).await;
@@ -102,7 +103,7 @@ async fn slow_consumers_and_lame_ducks() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_borrowed_connection_says_when_it_comes_and_goes() {
+async fn a_borrowed_connection_reports_connects_and_disconnects() {
     let mut server = NatsServer::start(harness::NatsOptions::core()).await;
     let connect = async_nats::ConnectOptions::new().reconnect_delay_callback(|_| Duration::from_millis(50));
     let client = connect.connect(server.url()).await.unwrap();

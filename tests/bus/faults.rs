@@ -10,8 +10,9 @@ use uuid::Uuid;
 use crate::harness::NatsServer;
 use crate::support::*;
 
-/// Two nodes over one store, as two processes: their followers must see the whole log, whatever happens to the server.
-/// Their feeds do not look into the store by themselves: the bus has to say what it lost.
+/// Two nodes over one store, as two processes: their followers must get the whole log after any
+/// fault.
+/// Their feeds do not poll the store: the bus has to report its losses.
 async fn two_nodes_survive(what: &str, fault: impl AsyncFn(&mut NatsServer)) {
     for (kind, bus, mut server) in nats().await {
         let store = store();
@@ -81,7 +82,7 @@ async fn a_server_that_is_not_there_yet() {
         let start = Instant::now();
         write(&store, 0, 100).await;
         assert!(start.elapsed() < Duration::from_secs(1));
-        // Without the bus it is only later.
+        // Without the bus, events only arrive later.
         recording.reaches("without a server", &store).await;
         eventually("retrying", || {
             matches!(recording.node.publisher().state, PublisherState::Retrying { .. })
@@ -101,7 +102,7 @@ async fn a_server_that_is_not_there_yet() {
 async fn a_lost_last_event_is_found_by_the_heartbeat() {
     for (kind, bus, _server) in nats().await {
         let store = store();
-        // Nobody publishes but this test, and it publishes nothing.
+        // Only this test publishes, and it publishes nothing.
         store.acquire_lease("publisher", Uuid::now_v7(), PATIENCE).await.unwrap().unwrap();
         let recording = Recording::start(&store, bus.clone(), blind()).await;
         let mut publisher = publisher(&bus, &store).await;
@@ -134,7 +135,7 @@ async fn a_node_whose_buffer_overflows_misses_and_repeats_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_publisher_behind_a_dead_connection_fails_at_once_and_sends_nothing_late() {
+async fn a_publisher_on_a_dead_connection_fails_at_once_and_sends_nothing_late() {
     for (kind, bus, mut server) in nats().await {
         let store = store();
         write(&store, 0, 20).await;

@@ -1,4 +1,4 @@
-//! What projections follow durably, by itself: whatever was lost on the way, nothing comes behind a hole that was not told of.
+//! The durable follower alone: after every loss it gets a gap before the next item.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,17 +15,17 @@ use crate::link::Link;
 use crate::raw::Press;
 use crate::support::*;
 
-/// How many events a follower may have without having applied them. Twice as many items wait for it.
+/// Maximum number of unapplied events of a follower. Twice as many items are buffered.
 const ROOM: u64 = 512;
 
-/// Reads as a projection does: takes what comes next for the next, and the store's word behind a gap.
+/// A reader like a projection: takes each item as the next event, and reads the store after a gap.
 struct Follower {
     subscription: Box<dyn DurableSubscription>,
     store: Arc<dyn EventStore>,
     filter: Filter,
-    /// Everything up to here was given, or is known from the store.
+    /// Position up to which every event was delivered or is known from the store.
     upto: Position,
-    /// Why the store was read.
+    /// Reasons of the gaps.
     gaps: Vec<String>,
 }
 
@@ -41,7 +41,7 @@ impl Follower {
         Self { subscription, store: store.clone(), filter, upto: Position::START, gaps: Vec::new() }
     }
 
-    /// Takes the next item; the position, if it was an event.
+    /// Takes the next item; returns the position if it was an event.
     async fn take(&mut self) -> Option<Position> {
         match timeout(PATIENCE, self.subscription.next()).await.unwrap().unwrap() {
             DurableItem::Wake(at) => {
@@ -49,7 +49,7 @@ impl Follower {
                     let between = ReadLog::after(self.upto).upto(at).filter(self.filter.clone());
                     let between = self.store.read_log(between).await.unwrap().events;
                     let position = between.first().map(|first| first.position);
-                    assert_eq!(position, Some(at), "not told of, behind {:?}", self.gaps);
+                    assert_eq!(position, Some(at), "no gap was reported after {:?}", self.gaps);
                     self.upto = at;
                 }
                 Some(at)
@@ -63,12 +63,12 @@ impl Follower {
         }
     }
 
-    /// Takes what comes up to that event.
+    /// Takes items up to that event.
     async fn reaches(&mut self, position: Position) {
         while self.take().await != Some(position) {}
     }
 
-    /// Takes the next item, which is a gap.
+    /// Takes the next item, which must be a gap.
     async fn gap(&mut self) {
         assert_eq!(self.take().await, None);
     }
@@ -83,7 +83,7 @@ async fn stream(server: &NatsServer) -> Stream {
     context.get_stream("STORIED_EVENTS").await.unwrap()
 }
 
-/// Waits until the follower's consumer is so.
+/// Waits until the follower's consumer meets the condition.
 async fn consumer(stream: &Stream, what: &str, is_so: impl Fn(&Info) -> bool) -> PullConsumer {
     let give_up = Instant::now() + PATIENCE;
     loop {
@@ -98,9 +98,10 @@ async fn consumer(stream: &Stream, what: &str, is_so: impl Fn(&Info) -> bool) ->
     }
 }
 
-/// What it has not asked for is gone when it asks again, and its deliveries are numbered as if that had never been.
+/// Unrequested messages are removed before the next request.
+/// The consumer sequence numbers of the deliveries show no gap.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_was_full_is_told_of_what_was_removed() {
+async fn a_full_follower_gets_a_gap_for_removed_messages() {
     for purged in [true, false] {
         let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let bus = options(Kind::JetStream, &server).bus();
@@ -108,34 +109,34 @@ async fn one_that_was_full_is_told_of_what_was_removed() {
         let stream = stream(&server).await;
         let mut follower = Follower::start(&bus, &press.store);
         follower.gap().await;
-        consumer(&stream, "it listens", |info| info.num_waiting > 0).await;
+        consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;
         let full = last(&press.written(ROOM).await);
         follower.reaches(full).await;
         press.written(10).await;
-        consumer(&stream, "it is full", |info| info.num_pending == 10).await;
+        consumer(&stream, "the follower is full", |info| info.num_pending == 10).await;
         if purged {
             stream.purge().await.unwrap();
         } else {
             stream.delete_message(ROOM + 5).await.unwrap();
         }
         follower.subscription.applied(full);
-        // From now on it listens again.
-        consumer(&stream, "it listens", |info| info.num_waiting > 0).await;
+        // From now on it requests again.
+        consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;
         follower.reaches(last(&press.written(1).await)).await;
         assert!(follower.gaps.iter().any(|why| why.contains("has lost messages")), "{:?}", follower.gaps);
     }
 }
 
-/// Whatever is on its way then: the server delivers what is left as if nothing else had ever been.
+/// With any messages in flight: the server delivers the rest without a missing number.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_purged_at_any_moment_is_told_of() {
+async fn a_purge_at_any_moment_is_a_gap() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let bus = options(Kind::JetStream, &server).bus();
     let mut press = Press::new(&bus).await;
     let stream = stream(&server).await;
     let mut follower = Follower::start(&bus, &press.store);
     follower.gap().await;
-    consumer(&stream, "it listens", |info| info.num_waiting > 0).await;
+    consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;
     let writer = tokio::spawn(async move {
         loop {
             press.written(300).await;
@@ -159,9 +160,9 @@ async fn what_is_purged_at_any_moment_is_told_of() {
     purger.abort();
 }
 
-/// The server picks out what is asked for: what was passed over is only what was not.
+/// The server filters: only filtered messages were skipped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_not_asked_for_is_no_gap() {
+async fn filtered_events_are_no_gap() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let bus = options(Kind::JetStream, &server).bus();
     let mut press = Press::new(&bus).await;
@@ -169,20 +170,21 @@ async fn what_was_not_asked_for_is_no_gap() {
     let torn = Filter::variants::<Note>(&["torn"]).unwrap();
     let mut follower = Follower::of(&bus, &press.store, torn);
     follower.gap().await;
-    consumer(&stream, "it listens", |info| info.num_waiting > 0).await;
+    consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;
     for _ in 0..20 {
         press.written(5).await;
         let torn = press.events(1, &[Note::Torn]).await;
         follower.reaches(last(&torn)).await;
     }
-    assert_eq!(follower.gaps, ["it begins to listen"]);
+    assert_eq!(follower.gaps, ["the follower starts"]);
 }
 
-/// It catches up from the store, so that there is room on the server's side, and takes none of the items, until no more can wait for
-/// it. What is lost from then on is told of when it reads, and so is a connection that was lost meanwhile.
+/// The follower catches up from the store, which frees the server's side.
+/// It then takes no items until its buffer is full. Its next read gets a gap for later losses, and
+/// for a connection that was lost meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_does_not_read_is_told_of_what_it_lost() {
-    for (cut, why) in [(false, "the follower did not read"), (true, "it begins to listen")] {
+async fn a_slow_follower_gets_a_gap_for_lost_events() {
+    for (cut, why) in [(false, "the follower was too slow"), (true, "the follower starts")] {
         let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let mut press = Press::new(&options(Kind::JetStream, &server).bus()).await;
         let stream = stream(&server).await;
@@ -190,42 +192,43 @@ async fn one_that_does_not_read_is_told_of_what_it_lost() {
         let linked = quick(NatsOptions::jetstream(mirror()).url(link.url())).bus();
         let mut follower = Follower::start(&linked, &press.store);
         follower.gap().await;
-        consumer(&stream, "it listens", |info| info.num_waiting > 0).await;
+        consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;
         let mut settled = 0;
         while settled <= 2 * ROOM {
-            // Never so many that it would ask for no more.
+            // Never so many that it stops requesting.
             settled += ROOM - 12;
             follower.upto = last(&press.written(ROOM - 12).await);
             follower.subscription.applied(follower.upto);
-            consumer(&stream, "all is settled", |info| info.ack_floor.consumer_sequence == settled).await;
+            consumer(&stream, "all is acknowledged", |info| info.ack_floor.consumer_sequence == settled)
+                .await;
         }
         press.written(10).await;
         consumer(&stream, "all is delivered", |info| info.num_ack_pending == 10).await;
         pause(300).await;
         if cut {
             link.cut();
-            consumer(&stream, "it is gone", |info| info.num_waiting == 0).await;
+            consumer(&stream, "the follower is disconnected", |info| info.num_waiting == 0).await;
             link.mend();
-            consumer(&stream, "it is back", |info| info.num_waiting > 0).await;
+            consumer(&stream, "the follower requests again", |info| info.num_waiting > 0).await;
         }
-        // Everything that waits.
+        // Take every buffered item.
         while timeout(Duration::from_millis(300), follower.take()).await.is_ok() {}
         follower.reaches(last(&press.written(1).await)).await;
         assert_eq!(follower.gaps.last().map(String::as_str), Some(why));
     }
 }
 
-/// Another reader asks for one message, and has it as soon as there is one.
+/// Another reader, which requests one message and gets it as soon as it exists.
 async fn thief(consumer: &PullConsumer) -> pull::Batch {
     consumer.fetch().max_messages(1).expires(PATIENCE).messages().await.unwrap()
 }
 
-/// The number of the first delivery says whether others had any since the store was read: of those that were delivered by then, under
-/// this connection or an earlier one, the next one follows, and a consumer that was made anew counts from the beginning.
+/// The first consumer sequence number shows whether other readers had deliveries since the read.
+/// It follows the last delivery of this or an earlier connection. A recreated consumer starts at 1.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_another_reader_had_before_the_first_delivery_is_told_of() {
+async fn deliveries_to_another_reader_before_the_first_are_a_gap() {
     for (before, anew) in [(0, false), (3, false), (1, true)] {
-        let what = format!("{before} before, made anew: {anew}");
+        let what = format!("{before} before, recreated: {anew}");
         let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let mut press = Press::new(&options(Kind::JetStream, &server).bus()).await;
         let stream = stream(&server).await;
@@ -233,27 +236,29 @@ async fn what_another_reader_had_before_the_first_delivery_is_told_of() {
         let linked = quick(NatsOptions::jetstream(mirror()).url(link.url())).bus();
         let mut follower = Follower::start(&linked, &press.store);
         follower.gap().await;
-        consumer(&stream, "it listens", |info| info.num_waiting > 0).await;
+        consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;
         for _ in 0..before {
             let at = last(&press.written(1).await);
             follower.reaches(at).await;
             follower.subscription.applied(at);
         }
         let settled = |info: &Info| info.ack_floor.consumer_sequence == before && info.num_ack_pending == 0;
-        consumer(&stream, "all is settled", settled).await;
+        consumer(&stream, "all is acknowledged", settled).await;
         link.cut();
-        let mut away = consumer(&stream, "it is gone", |info| info.num_waiting == 0).await;
+        let mut away = consumer(&stream, "the follower is disconnected", |info| info.num_waiting == 0).await;
         if anew {
             let config = away.cached_info().config.clone();
             stream.delete_consumer("x").await.unwrap();
             stream.create_consumer(config).await.unwrap();
-            away = consumer(&stream, "it is made anew", |info| info.delivered.consumer_sequence == 0).await;
+            away =
+                consumer(&stream, "the consumer is recreated", |info| info.delivered.consumer_sequence == 0)
+                    .await;
         }
         let mut thief = thief(&away).await;
-        consumer(&stream, "the other one listens", |info| info.num_waiting == 1).await;
+        consumer(&stream, "the other reader requests", |info| info.num_waiting == 1).await;
         link.mend();
         follower.gap().await;
-        consumer(&stream, "both listen", |info| info.num_waiting == 2).await;
+        consumer(&stream, "both request", |info| info.num_waiting == 2).await;
         let stolen = press.written(1).await;
         let had = timeout(PATIENCE, thief.next()).await.unwrap().unwrap().unwrap();
         assert_eq!(had.info().unwrap().consumer_sequence, if anew { 1 } else { before + 1 });

@@ -1,4 +1,4 @@
-//! The example that reads the wire without storied.
+//! The example that reads the wire format without storied.
 
 use ciborium::Value;
 use storied::bus::NatsBus;
@@ -12,7 +12,7 @@ use crate::support::*;
 mod foreign_subscriber;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reads_events_and_sees_holes() {
+async fn the_foreign_reader_reads_events_and_detects_gaps() {
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let bus: NatsBus = options(Kind::Core, &server).bus();
     let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
@@ -26,7 +26,8 @@ async fn reads_events_and_sees_holes() {
         .await
     });
     let mut press = Press::new(&bus).await;
-    // It says nothing when it listens; the server does, to whoever asks for an answer there. What is no event is passed over.
+    // The example does not report that it is subscribed. Requests do: without a subscription they
+    // fail with NoResponders. The example ignores the requests, because they are no events.
     let client = bus.client().await.unwrap();
     let asked = || async_nats::Request::new().timeout(Some(std::time::Duration::from_millis(50)));
     while matches!(
@@ -34,7 +35,7 @@ async fn reads_events_and_sees_holes() {
         Err(error) if error.kind() == async_nats::RequestErrorKind::NoResponders
     ) {}
     press.events(1, &[Note::Torn, Note::Written { n: 7, text: "für alle".into() }, Note::Torn]).await;
-    // One that nobody publishes.
+    // An event that is not published.
     let lost = append(&press.store, 1, vec![note(&press.store, 1, 3)]).await;
     press.skip(lost);
     press.events(1, &[Note::Torn, Note::Torn]).await;

@@ -1,4 +1,5 @@
-//! The store is the truth, the bus a hint: what a plain client publishes moves no read model, and costs little.
+//! The store is the source of truth: messages of a plain client move no read model, and cost
+//! little.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -94,9 +95,10 @@ async fn sqlite_rows(pool: &SqlitePool, name: &str) -> Rows {
     rows(sqlx::query_as(read).bind(name).fetch_all(pool).await.unwrap())
 }
 
-/// A message that was really published, with other headers and another payload.
+/// A copy of a published message, with other headers and another payload.
 fn forged(from: &Message, headers: &[(&'static str, String)], body: &Bytes) -> (HeaderMap, Bytes) {
-    // JetStream refuses a message that expects another end of the stream: no forger would say so.
+    // JetStream refuses a message that expects another end of the stream. A forger would omit this
+    // header.
     let mut forged = HeaderMap::new();
     for (name, values) in from.headers.as_ref().unwrap().iter() {
         if AsRef::<str>::as_ref(name) != "Nats-Expected-Last-Sequence" {
@@ -132,7 +134,7 @@ async fn forge(client: &Client, genuine: &Message, other: &Message, head: u64) {
     kinds.push([at(head, head + 1), vec![(store, uuid::Uuid::now_v7().to_string())]].concat());
     kinds.push([at(head, head + 1), vec![("Storied-Body", "omitted".into())]].concat());
     for kind in &kinds {
-        // Another event's payload under this one's headers, and with nonsense instead.
+        // Payload of another event under the headers of this one, and an invalid payload.
         for body in [&other.payload, &Bytes::from_static(b"\xffnonsense")] {
             let (headers, body) = forged(genuine, kind, body);
             for subject in [genuine.subject.as_str(), "storied.head"] {
@@ -140,7 +142,7 @@ async fn forge(client: &Client, genuine: &Message, other: &Message, head: u64) {
             }
         }
     }
-    // Replayed as it was.
+    // An exact replay.
     let headers = genuine.headers.clone().unwrap();
     let replayed = client.publish_with_headers(genuine.subject.clone(), headers, genuine.payload.clone());
     replayed.await.unwrap();
@@ -148,7 +150,7 @@ async fn forge(client: &Client, genuine: &Message, other: &Message, head: u64) {
     client.flush().await.unwrap();
 }
 
-/// Waits until a consumer has acknowledged every message: what stays in flight keeps later ones out.
+/// Waits until a consumer has acknowledged every message. Unacknowledged messages block later ones.
 async fn acknowledged(server: &NatsServer, consumer: &str) {
     let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
@@ -214,12 +216,12 @@ async fn no_message_moves_a_read_model() {
         for _ in 0..3 {
             let head = store.frontier().await.unwrap();
             forge(&client, &genuine, &other, head.get()).await;
-            // What is real takes the positions that were forged.
+            // Real events take the forged positions.
             let last = write(&store, 1, 2).await;
             forge(&client, &genuine, &other, last.get()).await;
             reaches(&handles, last).await;
         }
-        // Also when nothing real follows.
+        // Also without later real events.
         pause(300).await;
         let log: Rows = events(&store, Position::START)
             .await
@@ -231,7 +233,7 @@ async fn no_message_moves_a_read_model() {
         assert_eq!(sqlite_rows(&sqlite, "feed").await, log, "{kind:?} SQLite");
         if kind == Kind::JetStream {
             assert_eq!(pg_rows(&pg, "kept").await, log, "durable");
-            // Forged positions beyond the log as well.
+            // Includes forged positions beyond the log.
             acknowledged(&server, "projection=2Fkept").await;
         }
         for handle in &handles {
@@ -244,15 +246,16 @@ async fn no_message_moves_a_read_model() {
     }
 }
 
-/// F3: the bus is away, so that nothing wakes a node. The feed still receives the appends of its own
-/// store, and a durable follower finds those of another process.
+/// F3: without the bus, nothing wakes a node.
+/// The feed still receives the appends of its own store, and a durable follower finds those of
+/// another process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_message_the_store_is_read() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let dir = tempfile::TempDir::new().unwrap();
     let path = dir.path().join("events.db");
     let store: Arc<dyn EventStore> = Arc::new(SqliteStore::open(&path).await.unwrap());
-    // As in another process: it has no signal of the appends of the first.
+    // As in another process: this handle gets no signal for the appends of the first.
     let other: Arc<dyn EventStore> = Arc::new(SqliteStore::open(&path).await.unwrap());
     let file = format!("sqlite://{}?mode=rwc", dir.path().join("model.db").display());
     let model = SqlitePool::connect(&file).await.unwrap();
@@ -279,7 +282,7 @@ async fn without_a_message_the_store_is_read() {
     node.kill();
 }
 
-/// F23: transactions that a flood of messages causes.
+/// F23: number of transactions that a flood of messages causes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_heartbeats_and_hints_costs_few_queries() {
     let postgres = PostgresServer::shared().await;
@@ -295,7 +298,7 @@ async fn a_flood_of_heartbeats_and_hints_costs_few_queries() {
     let headers = heads.next().await.unwrap().headers.unwrap();
     let watcher = PgPool::connect(&postgres.url()).await.unwrap();
     let count = async || -> i64 {
-        // Statistics of a session arrive a second later.
+        // The statistics of a session arrive one second later.
         pause(1_200).await;
         let counted = sqlx::query_scalar("SELECT xact_commit FROM pg_stat_database WHERE datname = $1");
         let name = url.rsplit('/').next().unwrap();
@@ -307,7 +310,7 @@ async fn a_flood_of_heartbeats_and_hints_costs_few_queries() {
         if let Some(position) = position {
             headers.insert("Storied-Position", position.to_string());
         }
-        // One after the other: what comes during a read is one read afterwards.
+        // Sequentially: hints during a read cause one read afterwards.
         for _ in 0..3_000 {
             client.publish_with_headers(subject, headers.clone(), Bytes::new()).await.unwrap();
             pause(1).await;
@@ -334,16 +337,18 @@ async fn a_sealed_stream_delays_no_shutdown() {
     config.sealed = true;
     context.update_stream(config).await.unwrap();
     write(&store, 0, 3).await;
-    eventually("it fails", || matches!(recording.node.publisher().state, PublisherState::Retrying { .. }))
-        .await;
+    eventually("publishing fails", || {
+        matches!(recording.node.publisher().state, PublisherState::Retrying { .. })
+    })
+    .await;
     recording.reaches("without the bus", &store).await;
     let start = Instant::now();
-    // Publishing ends by itself: it is not ended at the limit.
+    // Publishing ends by itself, before the limit.
     recording.node.stop(Duration::from_secs(20)).await.unwrap();
     assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
 }
 
-/// Refuses every publisher; once `silent`, it does not answer any more.
+/// A bus that refuses every publisher. With `silent`, it does not answer any more.
 #[derive(Default)]
 struct Refusing {
     attempts: AtomicUsize,
@@ -378,12 +383,12 @@ impl EventBus for Refusing {
     }
 }
 
-/// F20: the stop begins no attempt that may take as long as the stop.
+/// F20: a stop starts no attempt that may take as long as the stop.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_does_not_ask_a_refusing_bus_again() {
     let bus = Arc::new(Refusing::default());
     let node = Node::start(store(), bus.clone(), blind(), publishing()).await;
-    // The pause before the next attempt is more than a second by then.
+    // By then, the pause before the next attempt is longer than one second.
     eventually("some attempts", || bus.attempts.load(Ordering::SeqCst) >= 7).await;
     bus.silent.store(true, Ordering::SeqCst);
     let start = Instant::now();

@@ -1,6 +1,7 @@
-//! Hazards of NATS that were measured before this was built, as far as they concern the publisher, the mirror and raw
-//! subscriptions: each with a real server that is killed, paused, wiped and restarted on its port. The table of all of them is in
-//! docs/guarantees.md.
+//! Measured hazards of NATS for the publisher, the log stream and raw subscriptions.
+//!
+//! Each test uses a real server that is killed, paused, wiped and restarted on its port.
+//! docs/guarantees.md has the table of all hazards.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,21 +24,21 @@ async fn positions(store: &Arc<dyn EventStore>) -> Vec<u64> {
     log(store).await.iter().map(|position| position.get()).collect()
 }
 
-/// Waits until the whole log is published, and looks whether the stream is exactly that.
+/// Waits until the whole log is published, and checks that the stream is exact.
 async fn exact(recording: &Recording, store: &Arc<dyn EventStore>, server: &NatsServer) {
     let head = store.frontier().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     assert_eq!(mirrored(&server.url()).await.0, positions(store).await);
 }
 
-/// The mirror is the log up to there, also behind the rest of what was refused.
+/// Checks that the log stream is the log up to `upto`, also after the rest of the refused batch.
 async fn unchanged(server: &NatsServer, store: &Arc<dyn EventStore>, upto: Position) {
     pause(100).await;
     let log = positions(store).await.into_iter().filter(|&position| position <= upto.get());
     assert_eq!(mirrored(&server.url()).await.0, log.collect::<Vec<_>>());
 }
 
-/// With the times that nobody has changed.
+/// With the default timeouts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hazard_05_a_server_that_hangs_is_noticed_and_nothing_counts_as_published() {
     let hangs = async |kind| {
@@ -56,7 +57,7 @@ async fn hazard_05_a_server_that_hangs_is_noticed_and_nothing_counts_as_publishe
         let paused = Instant::now();
         let head = write(&store, 0, 100).await;
         eventually("noticed", || matches!(bus.state(), BusState::Disconnected { .. })).await;
-        // Three unanswered pings of 5 s each, and what a busy machine needs.
+        // Three unanswered pings of 5 s each, plus a reserve for a busy machine.
         assert!(paused.elapsed() < Duration::from_secs(25), "{kind:?}: {:?}", paused.elapsed());
         assert_eq!(published(), Some(before), "{kind:?}");
         server.resume();
@@ -84,7 +85,7 @@ async fn hazard_07_a_server_that_is_killed_in_the_middle_of_a_window() {
             head = write(&store, 0, 1_000).await;
         }
         let published = || recording.node.publisher().published.unwrap_or_default();
-        eventually("it publishes", || published() > before).await;
+        eventually("the node publishes", || published() > before).await;
         server.kill();
         assert!(published() < head, "killed too late: {}", published());
         server.restart().await;
@@ -94,10 +95,10 @@ async fn hazard_07_a_server_that_is_killed_in_the_middle_of_a_window() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_08_what_a_hanging_server_took_without_saying_so_is_not_published_twice() {
+async fn hazard_08_unconfirmed_messages_of_a_hanging_server_are_not_published_twice() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
-    // The connection is not what notices: it stays.
+    // The connection stays, so it does not reveal the hang.
     let bus = quick(NatsOptions::jetstream(mirror()).url(server.url()))
         .ping_interval(Duration::from_secs(3_600))
         .answer_timeout(Duration::from_millis(500))
@@ -107,9 +108,9 @@ async fn hazard_08_what_a_hanging_server_took_without_saying_so_is_not_published
         exact(&recording, &store, &server).await;
         server.pause();
         let before = store.frontier().await.unwrap();
-        // It is in the server's socket, and taken when the server goes on.
+        // The batch is in the server's socket, and stored when the server resumes.
         write(&store, 0, 200).await;
-        eventually("it tries again", || {
+        eventually("the publisher retries", || {
             matches!(recording.node.publisher().state, PublisherState::Retrying { .. })
         })
         .await;
@@ -121,17 +122,18 @@ async fn hazard_08_what_a_hanging_server_took_without_saying_so_is_not_published
     recording.node.stop(PATIENCE).await.unwrap();
 }
 
-/// As of a process that is stopped behind its publish: what it has sent is on its way for as long as the server remembers ids, and
-/// comes when another publisher has had its turn. Only the sequence that each message names is left to say so.
+/// The messages of a stopped process stay in flight beyond the deduplication window.
+/// They arrive after another publisher's messages. Only the expected sequence of each message can
+/// reject them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_08_what_a_publisher_sent_comes_behind_another_one() {
+async fn hazard_08_delayed_messages_of_a_publisher_arrive_after_another_one() {
     for binary in [None, Some(oldest_nats_server())] {
         let options = harness::NatsOptions { binary, ..harness::NatsOptions::jetstream() };
         let server = NatsServer::start(options).await;
         let store = store();
         write(&store, 0, 600).await;
         let link = Link::to(&server).await;
-        // Its connection is not what notices: it stays, and so does its patience.
+        // The connection and the timeouts stay, so they do not reveal the delay.
         let bus = |url| {
             let options = mirror().duplicate_window(Duration::from_millis(100));
             let options = quick(NatsOptions::jetstream(options).url(url));
@@ -147,7 +149,7 @@ async fn hazard_08_what_a_publisher_sent_comes_behind_another_one() {
             let late = tokio::spawn(async move { zombie.publish(late).await });
             link.holds_something().await;
             let mut other = publisher(&present, &store).await;
-            // As far as the first one wanted to go, or further.
+            // As far as the first publisher's batch, or further.
             let (before, behind) = batches[1..3].split_at(1 + round as usize);
             for batch in before {
                 other.publish(batch.clone()).await.unwrap();
@@ -165,9 +167,9 @@ async fn hazard_08_what_a_publisher_sent_comes_behind_another_one() {
     }
 }
 
-/// The server's own net against doubles lasts for some time only; the sequence that each message names has no end.
+/// The server's deduplication window is finite. The expected sequence of each message always holds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_09_behind_the_duplicate_window_nothing_is_stored_twice() {
+async fn hazard_09_after_the_deduplication_window_nothing_is_stored_twice() {
     for binary in [None, Some(oldest_nats_server())] {
         let options = harness::NatsOptions { binary, ..harness::NatsOptions::jetstream() };
         let mut server = NatsServer::start(options).await;
@@ -183,9 +185,9 @@ async fn hazard_09_behind_the_duplicate_window_nothing_is_stored_twice() {
         pause(300).await;
         let error = slow.publish(batch.clone()).await.unwrap_err();
         assert!(matches!(error, BusError::Fenced { .. }), "{error}");
-        // A server that is killed at once forgets what it has just taken.
+        // A server that is killed at once loses the last stored messages.
         unchanged(&server, &store, batch.upto).await;
-        // Nor by one who slept through a restart.
+        // A publisher that missed a restart stores nothing twice either.
         server.kill();
         server.restart().await;
         let mut late = open(&bus(&server)).await;
@@ -204,7 +206,7 @@ async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
     write(&store, 0, 2_000).await;
     let recording = Recording::start(&store, options(Kind::JetStream, &server).bus(), blind()).await;
     exact(&recording, &store, &server).await;
-    // What the store remembers of the mirror is of a stream that is no more.
+    // The checkpoint in the store refers to a stream that no longer exists.
     let give_up = Instant::now() + PATIENCE;
     while store.checkpoint("publisher").await.unwrap().mark < 2_000 {
         assert!(Instant::now() < give_up, "the end of the mirror is not remembered");
@@ -218,7 +220,7 @@ async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
     eventually("published", || status().published == Some(last)).await;
     exact(&recording, &store, &server).await;
     recording.reaches("wiped", &store).await;
-    // It is over: nothing goes wrong any more.
+    // Recovered: no further failures.
     let error = status().last_error;
     let head = write(&store, 0, 10).await;
     eventually("published", || status().published == Some(head)).await;
@@ -226,9 +228,9 @@ async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
     recording.node.stop(PATIENCE).await.unwrap();
 }
 
-/// While its reader reads. (Behind the back of one that is away, the server moves the consumer and leaves no trace of it.)
+/// While the reader reads. (If the reader is away, the server moves the consumer without a trace.)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_12_what_is_purged_before_it_was_read_is_a_gap() {
+async fn hazard_12_messages_purged_before_the_read_are_a_gap() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let bus = options(Kind::JetStream, &server).bus();
     let mut press = Press::new(&bus).await;
@@ -253,7 +255,7 @@ async fn hazard_12_what_is_purged_before_it_was_read_is_a_gap() {
     assert!(matches!(&gaps[..], [Gap::Consumer { .. }]), "{gaps:?}");
 }
 
-/// Many wait in the buffer, and the server hears for as long that they do.
+/// Many events are buffered, and the server receives progress for the whole time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hazard_17_a_handler_slower_than_ack_wait_with_a_full_buffer() {
     let handles = async |push| {
@@ -287,7 +289,7 @@ async fn hazard_17_a_handler_slower_than_ack_wait_with_a_full_buffer() {
     tokio::join!(handles(false), handles(true));
 }
 
-/// Whether the one that is too large is announced before the one that comes behind it.
+/// Whether the oversized event is announced before the next event.
 async fn announced(raw: &mut Subscription, large: Position, small: Position) -> bool {
     let mut omitted = false;
     loop {
@@ -324,7 +326,7 @@ async fn hazard_29_an_event_too_large_for_the_server_is_appended_and_announced()
                 let large = append(&store, 1, vec![note(&store, 1, 20_000)]).await;
                 let small = write(&store, 1, 1).await;
                 recording.reaches("both", &store).await;
-                // Over Core, what is appended before everybody is back is for the store alone.
+                // Over Core, events appended before every node is back are in the store only.
                 let patience = if kind == Kind::Core { Duration::from_secs(2) } else { PATIENCE };
                 if let Ok(true) = timeout(patience, announced(&mut raw, large, small)).await {
                     break;

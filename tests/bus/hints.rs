@@ -1,4 +1,4 @@
-//! What one node commits, another one publishes: at once, although it looks only now and then.
+//! A commit of one node is published by another node at once, although it polls rarely.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,13 +11,14 @@ use crate::harness::{self, NatsServer};
 use crate::support::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_commit_on_another_node_is_published_long_before_the_next_look() {
+async fn a_commit_on_another_node_is_published_long_before_the_next_poll() {
     for kind in NATS {
         let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let dir = tempfile::TempDir::new().unwrap();
         let long = Duration::from_secs(600);
         let start = async || {
-            // Two handles on one file, as two processes have: neither sees what the other appends.
+            // Two handles on one file, as in two processes: neither receives the append signals of
+            // the other.
             let store: Arc<dyn EventStore> =
                 Arc::new(SqliteStore::open(dir.path().join("events.db")).await.unwrap());
             let looks = publishing().idle_poll(long).busy_poll(long).heartbeat(long);
@@ -40,7 +41,7 @@ async fn a_commit_on_another_node_is_published_long_before_the_next_look() {
         }
         waits.sort_unstable();
         assert!(waits[10] < Duration::from_millis(500), "{kind:?}: {waits:?}");
-        // Many at once are few hints, and none is needed twice.
+        // Many commits at once cause few hints, and each is needed only once.
         let head = write(&there, 99, 300).await;
         collect(&mut subscription, at, head).await;
         one.stop(PATIENCE).await.unwrap();

@@ -1,4 +1,4 @@
-//! A way to a server on which what the client says can be kept back, and which can be cut.
+//! A proxy to a server that can hold back the client's data, and cut connections.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -11,11 +11,11 @@ use crate::support::eventually;
 pub struct Link {
     port: u16,
     server: String,
-    /// Whether anybody gets through.
+    /// Whether connections are accepted.
     up: watch::Sender<bool>,
-    /// Whether what the client says is kept back.
+    /// Whether data of the client is held back.
     holds: watch::Sender<bool>,
-    /// How many pieces of it were.
+    /// Number of held chunks.
     held: watch::Sender<usize>,
 }
 
@@ -50,7 +50,7 @@ impl Link {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
-    /// Ends all connections, and lets nobody through.
+    /// Closes all connections, and accepts none.
     pub fn cut(&self) {
         self.up.send_replace(false);
     }
@@ -59,18 +59,18 @@ impl Link {
         self.up.send_replace(true);
     }
 
-    /// What the client says does not arrive from now on; it hears what the server says.
+    /// Holds back the client's data. The client still receives the server's data.
     pub fn hold(&self) {
         self.held.send_replace(0);
         self.holds.send_replace(true);
     }
 
-    /// Waits until the client has said something that did not arrive.
+    /// Waits until data of the client is held back.
     pub async fn holds_something(&self) {
         eventually("the client says something", || *self.held.borrow() > 0).await;
     }
 
-    /// Everything that was kept back arrives.
+    /// Delivers all held data.
     pub fn release(&self) {
         self.holds.send_replace(false);
     }

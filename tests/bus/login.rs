@@ -1,4 +1,4 @@
-//! Who we say that we are reaches the connection that carries the data.
+//! The login reaches the connection that carries the data.
 
 use storied::Position;
 use storied::bus::{BusError, NatsOptions};
@@ -27,7 +27,7 @@ async fn server(authorization: &str) -> NatsServer {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn logins_are_used_and_wrong_ones_refused_without_being_told() {
+async fn logins_are_used_and_wrong_ones_refused_without_leaking() {
     let seed = "SUACSSL3UAHUDXKFSNVUZRF5UHPMWZ6BFDTJ7M6USDXIEDNPPQYYYCU3VY";
     let public = "UDXU4RCSJNZOIQHZNWXHXORDPRTGNJAHAHFRGZNEEJCPQTT2M7NLCNF4";
     let core = |server: &NatsServer| NatsOptions::core().url(server.url());
@@ -56,7 +56,7 @@ async fn logins_are_used_and_wrong_ones_refused_without_being_told() {
     }
 }
 
-/// What is special in a URL makes the beginning of a password look like a host.
+/// Special characters of a URL make the start of a password look like a host.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_part_of_a_password_is_taken_for_a_server() {
     let users = server("user: ann, password: \"r,i@g/h?t#%\"").await;
@@ -86,10 +86,10 @@ async fn no_part_of_a_password_is_taken_for_a_server() {
     }
 }
 
-/// Says where it is connected, with `NATS_URL` as this process has it.
+/// Prints where it is connected, with the `NATS_URL` of this process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "for the order of URLs"]
-async fn connect_and_tell() {
+async fn connect_and_print() {
     let options = NatsOptions::core();
     let bus = match std::env::var("TEST_OPTION") {
         Ok(url) => options.url(url),
@@ -105,7 +105,7 @@ async fn the_option_comes_before_the_environment_and_that_before_the_default() {
     let servers = [server("").await, server("").await];
     let told = |option: Option<&str>, environment: &str| {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "login::connect_and_tell", "--ignored", "--nocapture"]);
+        command.args(["--exact", "login::connect_and_print", "--ignored", "--nocapture"]);
         command.env("NATS_URL", environment);
         if let Some(option) = option {
             command.env("TEST_OPTION", option);

@@ -1,4 +1,5 @@
-//! Every bus: what the port promises, against real servers that are killed, paused, restarted and wiped.
+//! Tests of every bus: the promises of the port, against real servers that are killed, paused,
+//! restarted and wiped.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]

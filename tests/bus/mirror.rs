@@ -1,4 +1,5 @@
-//! The stream behind the JetStream driver: made, compared, lost, emptied, tampered with; and servers that will not do.
+//! The log stream of the JetStream driver: created, compared, lost, emptied, tampered with; and
+//! unsupported servers.
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -36,7 +37,7 @@ async fn resume(
     }
 }
 
-/// What it takes to be refused, and what the refusal says.
+/// Starts a publisher that must be refused, and returns the error.
 async fn refused(bus: &NatsBus, store: &Arc<dyn EventStore>) -> String {
     match resume(bus, store, MirrorEnd::default()).await {
         Err(error @ BusError::Incompatible { .. }) => error.to_string(),
@@ -45,7 +46,7 @@ async fn refused(bus: &NatsBus, store: &Arc<dyn EventStore>) -> String {
     }
 }
 
-/// Publishes the log from where the mirror ends.
+/// Publishes the log from the end of the log stream.
 async fn fill(bus: &NatsBus, store: &Arc<dyn EventStore>) {
     let (mut publisher, end) = resume(bus, store, MirrorEnd::default()).await.unwrap();
     for batch in batches(store, end.position, 100).await {
@@ -75,14 +76,14 @@ async fn a_stream_that_differs_is_named_and_left_alone() {
     assert!(error.contains("max_bytes: is 104857600, should be 52428800"), "{error}");
     assert_eq!(stream().await, made);
 
-    // An operator may have reasons of his own, as long as it can be a mirror.
+    // An operator may choose other options, as long as the stream is exact.
     fill(&bus(&server, changed.clone().policy(StreamPolicy::RequireExisting)), &store).await;
     assert_eq!(stream().await, made);
 
     fill(&bus(&server, changed.clone().policy(StreamPolicy::CreateOrUpdate)), &store).await;
     let now = stream().await;
     assert_eq!((now.max_age, now.max_bytes), (Duration::from_secs(3_600), 50 << 20));
-    // What no server changes.
+    // Options that no server can change.
     let error = refused(
         &bus(&server, changed.storage(StreamStorage::Memory).policy(StreamPolicy::CreateOrUpdate)),
         &store,
@@ -114,7 +115,7 @@ async fn missing_overlapping_and_foreign_streams_are_named() {
     let error = refused(&bus(&server, mirror().stream("MINE")), &mine).await;
     assert!(error.contains("overlap with those of STORIED_EVENTS"), "{error}");
 
-    // Also where only the messages tell: the stream was made by an operator.
+    // Also if only the messages show the store: an operator created the stream.
     let context = jetstream(&server).await;
     context.delete_stream("STORIED_EVENTS").await.unwrap();
     let config = Config {
@@ -131,7 +132,7 @@ async fn missing_overlapping_and_foreign_streams_are_named() {
 }
 
 #[tokio::test]
-async fn a_server_without_jetstream_says_so_and_core_works() {
+async fn a_server_without_jetstream_is_reported_and_core_works() {
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let store = store();
     let error = refused(&bus(&server, mirror()), &store).await;
@@ -139,7 +140,7 @@ async fn a_server_without_jetstream_says_so_and_core_works() {
     publisher(&options(Kind::Core, &server).bus(), &store).await;
 }
 
-/// Says that it is a nats-server of this version, to whoever asks.
+/// Acts as a nats-server of this version.
 fn stand_in(version: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("nats://{}", listener.local_addr().unwrap());
@@ -204,7 +205,7 @@ async fn a_server_that_becomes_too_old_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_oldest_server_that_will_do() {
+async fn the_oldest_supported_server_works() {
     let options =
         harness::NatsOptions { binary: Some(oldest_nats_server()), ..harness::NatsOptions::jetstream() };
     let mut server = NatsServer::start(options).await;
@@ -228,7 +229,7 @@ async fn the_oldest_server_that_will_do() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_that_vanishes_under_an_idle_publisher_is_made_anew() {
+async fn a_stream_that_vanishes_under_an_idle_publisher_is_recreated() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 700).await;
@@ -237,7 +238,7 @@ async fn a_stream_that_vanishes_under_an_idle_publisher_is_made_anew() {
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     let context = jetstream(&server).await;
     context.delete_stream("STORIED_EVENTS").await.unwrap();
-    // Nothing is appended: the heartbeat finds out.
+    // Without appends, the heartbeat detects it.
     let mut found = Vec::new();
     for _ in 0..200 {
         pause(50).await;
@@ -253,7 +254,7 @@ async fn a_stream_that_vanishes_under_an_idle_publisher_is_made_anew() {
 }
 
 #[tokio::test]
-async fn an_emptied_stream_goes_on_where_it_was() {
+async fn an_emptied_stream_continues_at_its_end() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     let bus = bus(&server, mirror());
@@ -262,16 +263,17 @@ async fn an_emptied_stream_goes_on_where_it_was() {
     let stream = jetstream(&server).await.get_stream("STORIED_EVENTS").await.unwrap();
     stream.purge().await.unwrap();
 
-    // Exactly known.
+    // With the exact end known.
     let known = |position, sequence| MirrorEnd { position: Position::new(position), sequence };
     let (_, end) = resume(&bus, &store, known(20, 20)).await.unwrap();
     assert_eq!(end, known(20, 20));
-    // Not known at all, or from another life of the stream: from the beginning, behind the old numbers.
+    // With the end unknown, or from a previous stream: starts at the beginning, with higher
+    // sequence numbers.
     for unknown in [MirrorEnd::default(), known(40, 40)] {
         let (_, end) = resume(&bus, &store, unknown).await.unwrap();
         assert_eq!(end, known(0, 20));
     }
-    // Known from a while ago: what the stream had since is recognised, and not published again.
+    // With an older end known: later messages are recognised, and not published again.
     write(&store, 0, 10).await;
     let (mut publisher, end) = resume(&bus, &store, known(15, 15)).await.unwrap();
     assert_eq!(end, known(15, 20));
@@ -280,7 +282,7 @@ async fn an_emptied_stream_goes_on_where_it_was() {
     }
     assert_eq!(mirrored(&server.url()).await, ((21..=30).collect(), 30));
 
-    // The same when only the end is gone.
+    // The same if only the end was deleted.
     stream.delete_message(30).await.unwrap();
     stream.delete_message(29).await.unwrap();
     let (mut publisher, end) = resume(&bus, &store, MirrorEnd::default()).await.unwrap();
@@ -301,30 +303,30 @@ async fn a_second_publisher_is_refused_without_waiting() {
     let (mut two, _) = resume(&bus, &store, MirrorEnd::default()).await.unwrap();
     let batches = batches(&store, end.position, 300).await;
     one.publish(batches[0].clone()).await.unwrap();
-    // The same once more: older servers recognise the events by their ids before they look at the sequence.
+    // The same batch again: older servers check the ids before the sequence.
     match two.publish(batches[0].clone()).await {
         Ok(end) => assert_eq!(end.sequence, 300),
         Err(error) => assert!(matches!(error, BusError::Fenced { .. }), "{error}"),
     }
     two.resume(MirrorEnd::default()).await.unwrap();
     two.publish(batches[1].clone()).await.unwrap();
-    // Other events at the same place are refused.
+    // Other events with the same sequence numbers are refused.
     write(&store, 0, 300).await;
     let later = crate::support::batches(&store, Position::new(600), 300).await;
     let start = std::time::Instant::now();
     let Err(BusError::Fenced { reason }) = one.publish(later[0].clone()).await else { panic!("not refused") };
     assert!(reason.contains("does not end at message 300"), "{reason}");
     assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
-    // It has to look again, and may go on then.
+    // The publisher has to find the end again, and may then continue.
     assert!(matches!(one.publish(later[0].clone()).await, Err(BusError::Unavailable { .. })));
     assert!(matches!(one.resume(MirrorEnd::default()).await, Ok(Resume::After(end)) if end.sequence == 600));
     one.publish(later[0].clone()).await.unwrap();
     assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
 }
 
-/// The number of its last message may be that of a stream that was made anew, which has something else there.
+/// The last sequence number may be of a recreated stream, with another message.
 #[tokio::test]
-async fn a_publisher_that_was_cut_off_looks_for_the_end_before_it_goes_on() {
+async fn a_publisher_finds_the_end_again_after_a_disconnect() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 20).await;
@@ -399,7 +401,7 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
     write(&store, 0, 10).await;
     fill(&bus(&server, mirror()), &store).await;
 
-    // A file of its own, which an operator has adopted.
+    // A separate file, which an operator has adopted.
     open(backup.clone()).await.unwrap().adopt(storied::store::Adopt::Moved).await.unwrap();
     let restored: Arc<dyn EventStore> = Arc::new(open(backup).await.unwrap());
     assert_eq!(restored.info().id, store.info().id);
@@ -408,7 +410,7 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
         matches!(recording.node.publisher().state, PublisherState::Retrying { error } if error.contains("restored"))
     })
     .await;
-    // Also when it has become longer than the mirror.
+    // Also after the log has become longer than the log stream.
     write(&restored, 0, 23).await;
     eventually("stopped", || {
         matches!(recording.node.publisher().state, PublisherState::Retrying { error } if error.contains("the log has"))
@@ -416,7 +418,7 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
     .await;
     assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
     assert_eq!(restored.checkpoint("publisher").await.unwrap(), Checkpoint::default());
-    // No time will mend that: its end is not put off until the deadline.
+    // Permanent: the stop does not wait until the deadline.
     let start = std::time::Instant::now();
     recording.node.stop(PATIENCE).await.unwrap();
     assert!(start.elapsed() < PATIENCE / 4, "{:?}", start.elapsed());

@@ -1,4 +1,4 @@
-//! What docs/nats.md claims, beside what the documentation tests compile.
+//! Claims of docs/nats.md that the documentation tests do not compile.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::raw::{Press, listen, take};
 use crate::support::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_and_buckets_through_the_client_that_is_handed_out() {
+async fn requests_and_buckets_work_through_the_client() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let bus = options(Kind::JetStream, &server).bus();
     let client = bus.client().await.unwrap();
@@ -67,7 +67,7 @@ async fn buckets_made_opened_listed_limited_and_forgetting() {
         ..Default::default()
     };
     context.create_key_value(config).await.unwrap();
-    // Opened by somebody else.
+    // Opened by another program.
     let other = options(Kind::Core, &server).bus();
     let settings = jetstream::new(other.client().await.unwrap()).get_key_value("settings").await.unwrap();
     settings.create("app.name", "shop".into()).await.unwrap();
@@ -81,15 +81,15 @@ async fn buckets_made_opened_listed_limited_and_forgetting() {
         keys
     };
     assert_eq!(keys().await, ["app.name", "app.port"]);
-    // What a handle knows is from when it was opened.
+    // A handle has the state of the time when it was opened.
     let status = context.get_key_value("settings").await.unwrap().status().await.unwrap();
-    // Every revision counts, up to `history` of a key.
+    // Every revision counts, up to `history` per key.
     assert_eq!((status.bucket(), status.values(), status.history()), ("settings", 3, 3));
     settings.delete("app.name").await.unwrap();
     assert_eq!(settings.get("app.name").await.unwrap(), None);
     assert_eq!(keys().await, ["app.port"]);
 
-    // The limits of a value and of the bucket.
+    // Limits of a value and of the bucket.
     let message = server_limit(&other).await;
     assert!(message > 1_001, "the value's limit is the one that counts: {message}");
     assert!(settings.put("large", vec![0; 1_001].into()).await.is_err());
@@ -100,7 +100,7 @@ async fn buckets_made_opened_listed_limited_and_forgetting() {
     }
     assert!(refused, "a full bucket takes no more");
 
-    // A bucket that forgets.
+    // A bucket with a TTL.
     let config = jetstream::kv::Config {
         bucket: "sessions".into(),
         max_age: Duration::from_millis(500),
@@ -116,13 +116,13 @@ async fn buckets_made_opened_listed_limited_and_forgetting() {
     }
 }
 
-/// How long a message may be here.
+/// Returns the maximum message size of the server.
 async fn server_limit(bus: &storied::NatsBus) -> usize {
     bus.client().await.unwrap().server_info().max_payload
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stream_and_consumer_tell_how_they_are() {
+async fn stream_and_consumer_report_their_state() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let bus = options(Kind::JetStream, &server).namespace("shop").unwrap().bus();
     let mut press = Press::new(&bus).await;
@@ -140,14 +140,14 @@ async fn stream_and_consumer_tell_how_they_are() {
     let info = stream.consumer_info("shipping:shipping=3Anote_written:note_written").await.unwrap();
     assert_eq!(info.ack_floor.stream_sequence, 2);
     assert!(info.num_ack_pending <= 8 && info.num_pending <= 8, "{info:?}");
-    // A durable one stays behind, until it is deleted.
+    // A durable consumer stays until it is deleted.
     subscriber.close(PATIENCE).await.unwrap();
     assert_eq!(stream.info().await.unwrap().state.consumer_count, 1);
     stream.delete_consumer("shipping:shipping=3Anote_written:note_written").await.unwrap();
     assert_eq!(stream.info().await.unwrap().state.consumer_count, 0);
 }
 
-/// What the server's monitoring port answers.
+/// Returns the answer of the server's monitoring port.
 pub async fn monitored(port: u16, path: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut connection = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();

@@ -1,4 +1,4 @@
-//! The mirror oracle: whatever dies, sleeps or is wiped, at the end the stream's messages are the log, in order, each once.
+//! The oracle of the log stream: after any faults, its messages are the log, in order, each once.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout};
 use crate::harness::{NatsOptions, NatsServer};
 use crate::support::*;
 
-/// Small numbers that look random and are the same for the same seed.
+/// Deterministic pseudo-random numbers for a seed.
 struct Dice(AtomicU64);
 
 impl Dice {
@@ -29,7 +29,7 @@ impl Dice {
     }
 }
 
-/// Another process that publishes, until somebody ends it.
+/// Another process that publishes until it is killed.
 struct Publisher(Child);
 
 impl Publisher {
@@ -56,7 +56,7 @@ impl Drop for Publisher {
     }
 }
 
-/// Next to no duplicate window: the sequence check has to hold by itself, without the ids as a second net.
+/// Almost without a deduplication window: the sequence check must suffice without the ids.
 fn bus(url: &str) -> NatsBus {
     let mirror = mirror().window(64).duplicate_window(Duration::from_millis(100));
     quick(storied::bus::NatsOptions::jetstream(mirror).url(url)).bus()
@@ -74,7 +74,7 @@ async fn a_publisher_process() {
     }
 }
 
-/// Publishes with neither lease nor checkpoint, as a node would that slept through the loss of both.
+/// Publishes without a lease or a checkpoint, like a node that has missed the loss of both.
 fn zombie(store: &Arc<dyn EventStore>, server: &NatsServer, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
     let (store, bus, stop) = (store.clone(), bus(&server.url()), stop.clone());
     tokio::spawn(async move {
@@ -97,7 +97,7 @@ fn zombie(store: &Arc<dyn EventStore>, server: &NatsServer, stop: &Arc<AtomicBoo
     })
 }
 
-/// What the stream has: positions in order, and the last sequence number.
+/// Returns the positions in the stream, in order, and the last sequence number.
 pub async fn mirrored(url: &str) -> (Vec<u64>, u64) {
     let context = async_nats::jetstream::new(async_nats::connect(url).await.unwrap());
     let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
@@ -132,7 +132,7 @@ async fn round(seed: u64) {
     let mut deeds = Vec::new();
     for turn in 0..7 {
         pause(100 + dice.roll(400)).await;
-        // Each kind comes up in every run, in an order of its own.
+        // Each kind of fault occurs in every run, in a different order.
         let deed = (turn + seed) % 7;
         deeds.push(deed);
         let victim = dice.roll(2) as usize;
@@ -154,7 +154,7 @@ async fn round(seed: u64) {
                 server.restart().await;
             }
             4 => publishers[victim] = Publisher::start(&database, &server),
-            // Longer than the lease: another one takes over, and this one wakes up behind it.
+            // Longer than the lease: another publisher takes over before this one resumes.
             5 => {
                 publishers[victim].signal(Signal::SIGSTOP);
                 pause(1_600 + dice.roll(500)).await;
@@ -177,7 +177,7 @@ async fn round(seed: u64) {
     for writer in writers {
         longest = longest.max(writer.done().await.1);
     }
-    // Outages are longer than this together; one busy machine alone has been seen to take two seconds.
+    // Outages together are longer than this. A busy machine alone has taken two seconds.
     assert!(longest < Duration::from_secs(4), "seed {seed}: an append took {longest:?}");
     stop.store(true, Ordering::SeqCst);
     let refusals = zombie.await.unwrap();
@@ -199,7 +199,7 @@ async fn round(seed: u64) {
     follower.node.kill();
 }
 
-/// One run, or as many as `ORACLE_RUNS` says.
+/// One run, or `ORACLE_RUNS` runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_mirror_is_the_log() {
     let runs = std::env::var("ORACLE_RUNS").map_or(1, |runs| runs.parse().unwrap());

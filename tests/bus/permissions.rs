@@ -1,4 +1,4 @@
-//! docs/nats-permissions.conf: each role works with exactly these rights, and has no other ones.
+//! docs/nats-permissions.conf: each role works with exactly these permissions.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::support::*;
 
 const PASSWORD: &str = "change-me";
 
-/// The server of the document, and an operator beside its roles.
+/// Starts the server of the document, with an operator in addition to its roles.
 async fn server() -> NatsServer {
     let config = include_str!("../../docs/nats-permissions.conf");
     let operator = "users: [\n{ user: operator, password: change-me }\n";
@@ -97,7 +97,7 @@ async fn readers_work_with_their_rights() {
             last = told.recv().await.unwrap();
         }
         handling.unwrap().stop(Duration::from_secs(10)).await.unwrap();
-        // The next one has a stream and a consumer of its own.
+        // The next role has its own stream and consumer.
         let jetstream = async_nats::jetstream::new(operator.client().await.unwrap());
         jetstream.get_stream("SHOP_EVENTS").await.unwrap().delete_consumer("shipping").await.unwrap();
         jetstream.get_stream("SHOP_EVENTS").await.unwrap().purge().await.unwrap();
@@ -189,7 +189,7 @@ async fn the_tool_works_with_its_rights() {
     no_violation(&server);
 }
 
-/// What an attacker with the login of a role tries beside what the role needs.
+/// Attempts of an attacker with the login of a role, beyond the needs of the role.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_role_has_no_other_rights() {
     let server = server().await;
@@ -230,7 +230,7 @@ async fn a_role_has_no_other_rights() {
     ];
     let nodes = ["shop.events.order.placed", "shop.head", "shop.hint"];
     let commands = ["shop.commands.presence", "shop.commands.node.0190a000-0000-7000-8000-000000000000"];
-    // What the role may publish of the above, and subscribe to.
+    // Subjects of the above that the role may publish and subscribe to.
     type Subjects<'a> = &'a [&'a [&'a str]];
     let roles: [(&str, Subjects<'_>, Subjects<'_>); 9] = [
         ("core_node", &[&nodes], &[&nodes]),
@@ -294,7 +294,7 @@ async fn a_role_has_no_other_rights() {
     }
 }
 
-/// A reader of another login's inboxes is what a common prefix makes of everybody.
+/// With a common prefix, every login can read the inboxes of the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inboxes_have_the_prefix_that_was_chosen() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;

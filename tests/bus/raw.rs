@@ -1,4 +1,4 @@
-//! Raw subscriptions: what users get who want events as they come over the bus.
+//! Raw subscriptions: events for users as they arrive over the bus.
 
 mod common;
 mod core;
@@ -36,7 +36,7 @@ impl Press {
         Self { store, publisher, at: Position::START }
     }
 
-    /// Everything that is appended and not published yet.
+    /// Publishes everything that is appended and unpublished.
     pub async fn print(&mut self) -> Vec<RecordedEvent> {
         let printed = events(&self.store, self.at).await;
         for batch in batches(&self.store, self.at, 300).await {
@@ -51,13 +51,13 @@ impl Press {
         self.at = upto;
     }
 
-    /// `count` notes that are written.
+    /// Publishes `count` written notes.
     pub async fn written(&mut self, count: u64) -> Vec<RecordedEvent> {
         write(&self.store, 0, count).await;
         self.print().await
     }
 
-    /// Any events of one stream, in one append.
+    /// Publishes any events of one stream, in one append.
     pub async fn events<E: Event>(&mut self, stream: u64, events: &[E]) -> Vec<RecordedEvent> {
         let codec = self.store.info().codec;
         let encoded =
@@ -84,7 +84,7 @@ pub async fn delivery(subscription: &mut Subscription) -> Delivery {
     }
 }
 
-/// The next events, each settled.
+/// Takes the next events, and acknowledges each.
 pub async fn take(subscription: &mut Subscription, count: usize) -> Vec<RecordedEvent> {
     let mut events = Vec::new();
     while events.len() < count {

@@ -1,4 +1,5 @@
-//! What the server says beside its answers: it reaches status, events and errors, and nothing refused counts as published.
+//! Asynchronous errors of the server: they reach status, events and errors, and no refused event
+//! counts as published.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use tokio::time::Instant;
 use crate::harness::{self, NatsServer};
 use crate::support::*;
 
-/// A server with a login `node` that has these rights.
+/// Starts a server with a login `node` that has these permissions.
 async fn server(publish: &[&str], subscribe: &[&str]) -> NatsServer {
     let list = |subjects: &[&str]| format!("{subjects:?}");
     let config = vec![format!(
@@ -35,7 +36,7 @@ fn refused(error: &BusError, sentence: &str) {
     assert!(matches!(error, BusError::Incompatible { reason } if reason.contains(sentence)), "{error}");
 }
 
-/// A node over Core that may not publish events, over a connection of its own or a borrowed one.
+/// A node over Core that may not publish events, over an own or a borrowed connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_event_that_the_server_refuses_is_never_counted_as_published() {
     let sentence = "Permissions Violation for Publish to \"shop.events.note.written\"";
@@ -61,7 +62,7 @@ async fn an_event_that_the_server_refuses_is_never_counted_as_published() {
             let status = node.node.publisher();
             assert_eq!(status.published, Some(before), "{status:?}");
             let expected =
-                if borrowed { "did not carry a message to shop.events.note.written" } else { sentence };
+                if borrowed { "did not deliver a message to shop.events.note.written" } else { sentence };
             let error = status.last_error.unwrap();
             assert!(error.contains(expected), "{error}");
             pause(20).await;
@@ -77,7 +78,8 @@ async fn an_event_that_the_server_refuses_is_never_counted_as_published() {
     }
 }
 
-/// Some events may be published and others not: what is before the first refused one is out, once.
+/// Some events may be published and others not: events before the first refused one are published
+/// once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn publishing_stops_before_the_first_event_that_is_refused() {
     let server = server(&[&REST[..], &["shop.events.note.written"]].concat(), &ALL).await;
@@ -111,9 +113,10 @@ async fn publishing_stops_before_the_first_event_that_is_refused() {
     assert_eq!(received, 2, "each of them once");
 }
 
-/// A login that may do nothing: every request ends with the server's sentence, long before its time is over.
+/// A login without permissions: every request ends with the server's error, well before its
+/// timeout.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_that_the_server_refuses_ends_with_its_sentence() {
+async fn a_refused_request_ends_with_the_servers_error() {
     let may_nothing = server(&["nothing"], &["nothing"]).await;
     let may_not_publish = server(&["nothing"], &ALL).await;
     let may_not_subscribe = server(&ALL, &["nothing"]).await;
@@ -124,7 +127,7 @@ async fn a_request_that_the_server_refuses_ends_with_its_sentence() {
         for bus in [bus(NatsOptions::core()), bus(NatsOptions::jetstream(stream()))] {
             let core = !bus.is_durable();
             if core {
-                // With an inbox that works, a subscription is all that Core takes.
+                // With a permitted inbox, Core only needs a subscription.
                 let error = bus.subscribe(["*"], SubscribeOptions::new()).await.unwrap_err();
                 refused(&error, "Permissions Violation");
                 refused(
@@ -151,9 +154,9 @@ async fn a_request_that_the_server_refuses_ends_with_its_sentence() {
     }
 }
 
-/// The mirror's events are refused, and the questions about the stream are not.
+/// Events of the log stream are refused, but requests about the stream are not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_is_refused_on_its_way_to_the_mirror_says_so() {
+async fn a_refused_event_of_the_log_stream_is_reported() {
     let server = server(&["$JS.API.>", "shop.hint", "_INBOX.>"], &ALL).await;
     let bus = login(NatsOptions::jetstream(mirror()), &server).answer_timeout(PATIENCE).bus();
     let store = store();
@@ -164,7 +167,7 @@ async fn an_event_that_is_refused_on_its_way_to_the_mirror_says_so() {
     refused(&error, "Permissions Violation for Publish to \"shop.events.note.written\"");
 }
 
-/// A program of the user's that does something forbidden a thousand times.
+/// A program of the user that does something forbidden a thousand times.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_errors_is_reported_at_a_bounded_rate() {
     let server = server(&REST, &ALL).await;

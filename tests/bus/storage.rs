@@ -1,4 +1,4 @@
-//! Where the mirror is kept: in memory, and in streams that NATS itself makes of it.
+//! Storage of the log stream: in memory, and in streams that NATS derives from it.
 
 use async_nats::jetstream::stream::{Config, Source, StorageType};
 use futures_util::StreamExt;
@@ -13,9 +13,9 @@ async fn positions(store: &std::sync::Arc<dyn EventStore>) -> Vec<u64> {
     log(store).await.iter().map(|position| position.get()).collect()
 }
 
-/// Gone with the server, and rebuilt from the log.
+/// The log stream is lost with the server, and rebuilt from the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mirror_in_memory_is_rebuilt_behind_a_restart() {
+async fn a_mirror_in_memory_is_rebuilt_after_a_restart() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 700).await;
@@ -39,8 +39,8 @@ async fn a_mirror_in_memory_is_rebuilt_behind_a_restart() {
     recording.node.stop(PATIENCE).await.unwrap();
 }
 
-/// A mirror of the mirror, and a stream that has it as a source, both NATS' own: each message with its headers, in order, also
-/// behind a restart.
+/// A NATS mirror of the log stream, and a stream with it as a source.
+/// Both have each message with its headers, in order, also after a restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nats_may_copy_the_stream() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;

@@ -1,4 +1,4 @@
-//! What subjects events have: in the publisher, the stream, the feed and raw subscriptions alike.
+//! Subjects of events in the publisher, the stream, the feed and raw subscriptions.
 
 use std::num::NonZeroU16;
 
@@ -11,7 +11,7 @@ use crate::harness::{self, NatsServer};
 use crate::raw::{Press, listen, take};
 use crate::support::*;
 
-/// A second category, so that there is an order between categories to be kept.
+/// A second category, to test the order between categories.
 #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Line {
@@ -87,7 +87,7 @@ async fn each_mapping_from_publisher_to_feed_and_subscribers() {
                 let mut subjects = stream.info().await.unwrap().config.subjects.clone();
                 subjects.sort_unstable();
                 assert_eq!(subjects, all);
-                // The mirror's end is found again.
+                // The publisher finds the end of the log stream again.
                 let mut publisher = publisher(&bus, &press.store).await;
                 assert!(matches!(
                     publisher.resume(storied::bus::MirrorEnd::default()).await.unwrap(),
@@ -117,7 +117,7 @@ async fn nodes_follow_over_a_mapping() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_would_land_elsewhere_is_not_published_and_said() {
+async fn an_uncovered_event_is_refused_and_reported() {
     for kind in NATS {
         let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let bus = options(kind, &server).subjects(Subjects::identity(["shop.>"]).unwrap()).bus();
@@ -130,7 +130,7 @@ async fn an_event_that_would_land_elsewhere_is_not_published_and_said() {
             matches!(&error, BusError::Incompatible { reason } if reason.contains("note.written")),
             "{error}"
         );
-        // Heartbeats would be events of the mirror.
+        // Heartbeats would be events of the log stream.
         let bus = options(kind, &server).subjects(Subjects::identity(["storied.*"]).unwrap()).bus();
         let error = bus.connect().await.unwrap_err();
         assert!(
@@ -141,7 +141,7 @@ async fn an_event_that_would_land_elsewhere_is_not_published_and_said() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_partition_is_a_filter_of_the_servers() {
+async fn one_partition_is_filtered_by_the_server() {
     // As a program without storied would do it.
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let partitions = NonZeroU16::new(4).unwrap();

@@ -1,4 +1,4 @@
-//! Buses over servers, stores with events in them, and nodes that record what they were given.
+//! Buses over servers, stores with events, and nodes that record their events.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::harness::{self, NatsServer};
 
-/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+/// Time limit above any duration here, also on a busy machine. Only a failing test reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -61,11 +61,11 @@ pub fn quick(options: NatsOptions) -> NatsOptions {
     options
         .reconnect_wait(Duration::from_millis(100))
         .ping_interval(Duration::from_millis(300))
-        // Long enough for a machine on which much else goes on.
+        // Long enough for a busy machine.
         .answer_timeout(Duration::from_secs(3))
 }
 
-/// A bus of each kind, and what it runs on.
+/// One bus of each kind, and its server.
 pub async fn buses() -> Vec<(Kind, Arc<dyn EventBus>, NatsServer)> {
     let mut buses = Vec::new();
     for kind in ALL {
@@ -79,7 +79,7 @@ pub async fn buses() -> Vec<(Kind, Arc<dyn EventBus>, NatsServer)> {
     buses
 }
 
-/// A NATS bus of each kind, and what it runs on.
+/// One NATS bus of each kind, and its server.
 pub async fn nats() -> Vec<(Kind, NatsBus, NatsServer)> {
     let mut buses = Vec::new();
     for kind in NATS {
@@ -127,7 +127,7 @@ pub async fn log(store: &Arc<dyn EventStore>) -> Vec<Position> {
     events(store, Position::START).await.iter().map(|event| event.position).collect()
 }
 
-/// The log behind `after`, as the publisher would cut it.
+/// The log after `after`, in batches as the publisher makes them.
 pub async fn batches(store: &Arc<dyn EventStore>, after: Position, size: usize) -> Vec<LogBatch> {
     let mut after = after;
     let events = events(store, after).await;
@@ -138,7 +138,7 @@ pub async fn batches(store: &Arc<dyn EventStore>, after: Position, size: usize) 
     cut.collect()
 }
 
-/// A publisher that knows where to go on: from the beginning, on a bus that was not used before.
+/// A publisher at the start of the log, on an unused bus.
 pub async fn publisher(bus: &dyn EventBus, store: &Arc<dyn EventStore>) -> Box<dyn BusPublisher> {
     let mut publisher = bus.publisher(store.info().id).await.unwrap();
     publisher.resume(MirrorEnd::default()).await.unwrap();
@@ -213,7 +213,7 @@ pub fn publishing() -> PublisherOptions {
     PublisherOptions::new().heartbeat(Duration::from_millis(200)).lease(Duration::from_millis(1_500))
 }
 
-/// A feed that never looks by itself: what the bus does not bring or announce is not found.
+/// A feed that never polls: it finds only what the bus delivers or announces.
 pub fn blind() -> FeedOptions {
     FeedOptions::new().idle_poll(Duration::from_secs(3_600))
 }
@@ -230,7 +230,7 @@ impl Recording {
         self.seen.lock().unwrap().clone()
     }
 
-    /// Waits until it has seen the whole log: each event once, in order.
+    /// Waits until the projection has the whole log: each event once, in order.
     pub async fn reaches(&self, what: &str, store: &Arc<dyn EventStore>) {
         let log = log(store).await;
         eventually(what, || self.seen().len() >= log.len()).await;
@@ -238,7 +238,7 @@ impl Recording {
     }
 }
 
-/// Appends until it is told to stop; every append must be quick, whatever the bus does.
+/// Appends until a stop. Every append must be quick, whatever the bus does.
 pub struct Writer {
     stop: Arc<AtomicBool>,
     task: tokio::task::JoinHandle<(u64, Duration)>,
@@ -262,7 +262,7 @@ impl Writer {
         Self { stop, task }
     }
 
-    /// How many appends there were, and how long the longest took.
+    /// Returns the number of appends, and the longest duration.
     pub async fn done(self) -> (u64, Duration) {
         self.stop.store(true, Ordering::SeqCst);
         self.task.await.unwrap()

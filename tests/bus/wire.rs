@@ -1,4 +1,4 @@
-//! The wire format, as a foreign subscriber sees it: `docs/wire-format.md` says the same in words.
+//! The wire format as a foreign subscriber sees it. `docs/wire-format.md` describes the same.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -50,7 +50,7 @@ fn log() -> Vec<RecordedEvent> {
     ]
 }
 
-/// Everything about a message but the order of its headers, which says nothing.
+/// Formats a message except for the order of its headers, which has no meaning.
 fn show(message: &async_nats::Message) -> String {
     let mut text = format!("{}\n", message.subject);
     let headers = message.headers.as_ref().unwrap().iter();
@@ -65,7 +65,7 @@ fn show(message: &async_nats::Message) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn messages_are_what_they_always_were() {
+async fn messages_match_the_golden_files() {
     let store = Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_5000);
     for kind in NATS {
         let config = vec!["max_payload: 8192".into()];
@@ -87,7 +87,8 @@ async fn messages_are_what_they_always_were() {
         for _ in 0..5 {
             found += &show(&timeout(PATIENCE, seen.next()).await.unwrap().unwrap());
         }
-        // The mirror says in each message which one it expects before it, and by its id if it is in flight; nothing else differs.
+        // The log stream adds the expected previous sequence, and the previous id while it is in
+        // flight. Nothing else differs.
         let expected: String =
             found.lines().filter(|line| line.contains("Nats-Expected-Last-Sequence")).collect();
         let numbers = if kind == Kind::JetStream { "0123" } else { "" };
@@ -99,7 +100,7 @@ async fn messages_are_what_they_always_were() {
         let rest: String = rest.flat_map(|line| [line, "\n"]).collect();
         assert_eq!(rest, include_str!("../golden/wire.txt"), "{kind:?}:\n{rest}");
 
-        // And it is the same in the mirror.
+        // The message in the log stream is the same.
         if kind == Kind::JetStream {
             let context = async_nats::jetstream::new(raw);
             let stream = context.get_stream("SHOP_EVENTS").await.unwrap();
@@ -109,7 +110,7 @@ async fn messages_are_what_they_always_were() {
     }
 }
 
-/// What any language can do with an envelope: a CBOR reader and nothing of storied.
+/// Decodes an envelope as any language can: with a CBOR reader and without storied.
 #[test]
 fn the_body_is_plain_cbor() {
     use storied::ciborium::Value;

@@ -207,7 +207,7 @@ async fn a_mirror_of_another_store_is_found() {
     let other = &both[1].0;
     let url = server.url();
     let run = other.run(&["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url]).await.code(1);
-    run.shows(&["mirror: message 1 is not of this log: it is of the store"]);
+    run.shows(&["mirror: message 1 is not of this log: belongs to the store"]);
     other
         .run(&["nats", "check", "--nats-url", &url])
         .await
@@ -332,7 +332,7 @@ async fn nats_that_is_not_there_or_refuses_is_told_without_secrets() {
         &check(&[("NATS_USER", "shop"), ("NATS_PASSWORD", "hunter2")])
             .await
             .code(4)
-            .complains(&["refuses to let us in"]),
+            .complains(&["refuses the login"]),
     );
     silent(&check(&[("NATS_TOKEN", "hunter2")]).await.code(4));
     silent(&check(&[("NATS_NKEY", "hunter2")]).await);

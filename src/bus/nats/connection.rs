@@ -1,4 +1,4 @@
-//! The one connection that carries everything, and what is known about it.
+//! The one connection of a bus, and its state.
 
 mod echo;
 mod server_errors;
@@ -28,48 +28,50 @@ use crate::supervised::Task;
 use crate::telemetry::{Metrics, Timer};
 use crate::time::FAR;
 
-/// The oldest server that does what we ask of it; older ones ignore in silence what they do not know.
+/// The oldest supported server. Older servers ignore unknown fields silently.
 const OLDEST_SERVER: (u64, u64) = (2, 10);
 
-/// How long async-nats may take to pass on an error that the server sent before an answer: it comes through another task.
+/// Time that async-nats may take to forward an error that the server sent before an answer.
+/// The error arrives through another task.
 const LAG: Duration = Duration::from_millis(10);
 
-/// How long the sentence about a refused message is waited for.
+/// Time limit for the server's error about a refused message.
 const SENTENCE: Duration = Duration::from_millis(500);
 
-/// What a connection has been through. Whoever reads from it compares with what it saw last: another session or more
-/// overflows, and something may be missing.
+/// Session and overflow counters of a connection.
+/// A reader compares them with the last seen values: after a new session or overflow, messages may
+/// be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Link {
     pub(super) up: bool,
-    /// How often it was (re-)established.
+    /// Number of times that the connection was established.
     pub(super) sessions: u64,
-    /// How often a subscription's buffer was full.
+    /// Number of times that the buffer of a subscription was full.
     pub(super) overflows: u64,
-    /// Its owner has shut it down.
+    /// Whether the owner has closed the connection.
     pub(super) closed: bool,
 }
 
-/// Who is told of a connection's life, and as what.
+/// The metrics of a connection, and its role in them.
 #[derive(Debug, Clone)]
 pub(super) struct Watch {
     pub(super) role: &'static str,
     pub(super) metrics: Recorder,
 }
 
-/// A connection to NATS, ours or borrowed.
+/// A connection to NATS, owned or borrowed.
 pub(super) struct Connection {
     pub(super) client: Client,
-    /// Whether it is ours to close.
+    /// Whether the bus owns the connection and closes it.
     owned: bool,
-    /// The server, as it was given to us, without secrets.
+    /// Addresses of the servers, as configured, without secrets.
     to: String,
     signals: Arc<Signals>,
     link: watch::Sender<Link>,
     answer_timeout: Duration,
     handler: Handler,
     watch: Watch,
-    /// The session whose server is known to be new enough.
+    /// Session whose server version was checked.
     checked: AtomicU64,
     /// Position before the first event that the server refused to publish over Core.
     refused_after: Mutex<Option<Position>>,
@@ -77,7 +79,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Connects, in one attempt for each server. `state` is told how it goes on.
+    /// Connects, with one attempt per server. `state` receives the later state changes.
     pub(super) async fn open(
         options: &NatsOptions,
         state: &watch::Sender<BusState>,
@@ -120,7 +122,7 @@ impl Connection {
             teller.tell(event);
         };
         let connect = options.connect_options(&servers, &watch, tell).await?;
-        // A name may stand for several addresses, and looking it up has no limit of its own.
+        // A name may resolve to several addresses, and the resolution has no timeout of its own.
         let patience = options
             .connection_timeout
             .saturating_mul(2)
@@ -131,7 +133,7 @@ impl Connection {
                 return Err(match error.kind() {
                     ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
                         BusError::Incompatible {
-                            reason: format!("the NATS server at {to} refuses to let us in: {error}"),
+                            reason: format!("the NATS server at {to} refuses the login: {error}"),
                         }
                     }
                     _ => unavailable(format!("no connection to NATS at {to}"), error),
@@ -167,7 +169,7 @@ impl Connection {
             watch: watch.clone(),
             told: Told::default(),
         };
-        // Whoever has connected finds the state to say so.
+        // After connecting, the caller must see the connected state.
         watcher.look();
         Ok(Self {
             client,
@@ -188,8 +190,8 @@ impl Connection {
         self.link.subscribe()
     }
 
-    /// Whether it is worth handing anything to async-nats now: while it is not connected it would keep what it is given,
-    /// and send it whenever it comes back.
+    /// Checks that the connection is up.
+    /// While disconnected, async-nats would queue a message and send it after the reconnect.
     pub(super) fn check(&self) -> Result<(), BusError> {
         let Link { sessions, closed, .. } = *self.link.borrow();
         if closed {
@@ -198,7 +200,7 @@ impl Connection {
         if self.client.connection_state() != State::Connected {
             return Err(silent(disconnected(&self.to, self.signals.error())));
         }
-        // Not for each message: what the server says of itself has to be copied for it.
+        // Not for each message: reading the server info copies it.
         if self.checked.load(Ordering::Relaxed) != sessions {
             check_version(&self.client.server_info(), &self.to)?;
             self.checked.store(sessions, Ordering::Relaxed);
@@ -206,31 +208,34 @@ impl Connection {
         Ok(())
     }
 
-    /// Where what happens over it is counted.
+    /// The metrics of the connection.
     pub(super) fn metrics(&self) -> &Metrics {
         &self.watch.metrics
     }
 
-    /// How long the server may take to answer.
+    /// Time limit for an answer of the server.
     pub(super) fn answer_timeout(&self) -> Duration {
         self.answer_timeout
     }
 
-    /// Which session of the connection this is.
+    /// Number of the current session.
     pub(super) fn session(&self) -> u64 {
         self.link.borrow().sessions
     }
 
-    /// Whether it is still that session, and up.
+    /// Checks that the connection is up and in this session.
     pub(super) fn check_session(&self, session: u64) -> Result<(), BusError> {
         self.check()?;
         if self.session() != session {
-            return Err(silent(format!("the connection to NATS at {} was lost and is back", self.to)));
+            return Err(silent(format!("the connection to NATS at {} was lost and reestablished", self.to)));
         }
         Ok(())
     }
 
-    /// Does something for as long as the connection lasts and the server refuses none of `subjects` (patterns) or an inbox.
+    /// Runs `work` while the connection lasts and the server refuses no inbox and none of
+    /// `subjects`.
+    ///
+    /// `subjects` are patterns.
     pub(super) async fn while_permitted<T>(
         &self,
         what: &str,
@@ -263,7 +268,7 @@ impl Connection {
         }
     }
 
-    /// Does something that the server answers: for as long as the connection lasts and an answer may take.
+    /// Runs a request while the connection lasts, within the answer timeout.
     pub(super) async fn ask<T>(
         &self,
         what: &str,
@@ -272,7 +277,7 @@ impl Connection {
         self.ask_permitted(what, &[], work).await
     }
 
-    /// As [`ask`](Self::ask), for as long as the server refuses none of `subjects` (patterns) or an inbox.
+    /// As [`ask`](Self::ask), while the server refuses no inbox and none of `subjects` (patterns).
     pub(super) async fn ask_permitted<T>(
         &self,
         what: &str,
@@ -287,16 +292,18 @@ impl Connection {
         })
     }
 
-    /// With what the server said about it: the inbox of requests is refused once in a session, before `since`.
+    /// Adds the server's errors to `error`.
+    /// The server refuses the inbox of requests once per session, before `since`.
     fn explained(&self, what: &str, subjects: &[String], since: u64, error: BusError) -> BusError {
         let errors = &self.signals.server_errors;
         match error {
             BusError::Unavailable { reason, source } => match errors.refusal(0, subjects) {
                 Some(sentence) => refused(what, &sentence),
                 None => match errors.after(since).last() {
-                    Some(said) => {
-                        BusError::Unavailable { reason: format!("{reason}; the server said: {said}"), source }
-                    }
+                    Some(said) => BusError::Unavailable {
+                        reason: format!("{reason}; the server reported: {said}"),
+                        source,
+                    },
                     None => BusError::Unavailable { reason, source },
                 },
             },
@@ -304,8 +311,9 @@ impl Connection {
         }
     }
 
-    /// After an answer: waits until the errors that the server sent before it are known, and refuses with the one that
-    /// concerns `subjects` since error number `since`.
+    /// Returns the refusal of one of `subjects` after error number `since`, if there is one.
+    ///
+    /// Call it after an answer: it waits for the errors that the server sent before the answer.
     pub(super) async fn check_refusals(
         &self,
         what: &str,
@@ -318,31 +326,33 @@ impl Connection {
         }
     }
 
-    /// Number of errors that the server has reported beside its answers.
+    /// Number of errors that the server has reported asynchronously.
     pub(super) fn errors(&self) -> u64 {
         self.signals.server_errors.count()
     }
 
-    /// Waits until the server refuses one of `subjects` (patterns), after error number `since`. Cancel-safe.
+    /// Waits until the server refuses one of `subjects` (patterns), after error number `since`.
+    /// Cancel-safe.
     pub(super) async fn refused(&self, what: &str, since: u64, subjects: &[String]) -> BusError {
         refused(what, &self.signals.server_errors.refused(since, subjects).await)
     }
 
-    /// Why a message to this subject did not come back.
+    /// Determines why a message to this subject did not return.
     pub(super) async fn not_carried(&self, what: &str, since: u64, subject: String) -> BusError {
         let subjects = [subject];
         match timeout(SENTENCE, self.signals.server_errors.refused(since, &subjects)).await {
             Ok(sentence) => refused(what, &sentence),
             Err(_) => BusError::Incompatible {
                 reason: format!(
-                    "{what}: the NATS server did not carry a message to {}; grant this login publish and subscribe on it",
+                    "{what}: the NATS server did not deliver a message to {}; grant this login \
+                     publish and subscribe on it",
                     subjects[0]
                 ),
             },
         }
     }
 
-    /// Position before the first event that was refused, if no later one was published.
+    /// Position before the first refused event, if no later event was published.
     pub(super) fn refused_after(&self) -> Option<Position> {
         *self.refused_after.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -351,7 +361,7 @@ impl Connection {
         *self.refused_after.lock().unwrap_or_else(PoisonError::into_inner) = position;
     }
 
-    /// Ends it: what was given to it goes out first, if that is possible within `patience`.
+    /// Closes the connection, and sends pending messages first, within `patience`.
     pub(super) async fn close(&self, patience: Duration) {
         let mut was_closed = false;
         self.link.send_modify(|link| {
@@ -365,7 +375,7 @@ impl Connection {
             return;
         }
         let drained = async {
-            // An error says that it is gone already.
+            // An error means that the connection is closed already.
             if self.client.drain().await.is_ok() {
                 while !self.signals.closed.load(Ordering::Relaxed) {
                     sleep(Duration::from_millis(5)).await;
@@ -377,7 +387,7 @@ impl Connection {
             self.client.connection_state() == State::Connected && timeout(patience, drained).await.is_err();
         metrics.closed(role, timer, late.then_some("timeout"));
         if late {
-            tracing::warn!(to = self.to, "the connection to NATS did not end in order within {patience:?}");
+            tracing::warn!(to = self.to, "aborting the connection to NATS: not drained within {patience:?}");
         }
     }
 }
@@ -388,19 +398,21 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// What tells one session from the next.
+/// Identity of a session.
 fn session(info: &ServerInfo) -> (String, u64) {
     (info.server_id.clone(), info.client_id)
 }
 
-/// Refuses a server that does not know what we rely on. Again after every reconnect: it may be another one.
+/// Refuses a server without the required features.
+/// Runs after every reconnect, which may reach another server.
 fn check_version(info: &ServerInfo, to: &str) -> Result<(), BusError> {
     let mut numbers = info.version.split(['.', '-']).map_while(|number| number.parse().ok());
     match (numbers.next(), numbers.next()) {
         (Some(major), Some(minor)) if (major, minor) >= OLDEST_SERVER && info.headers => Ok(()),
         _ => Err(BusError::Incompatible {
             reason: format!(
-                "the NATS server at {to} has version {:?}{}; storied needs nats-server 2.10 or newer",
+                "the NATS server at {to} has version {:?}{}; storied needs nats-server 2.10 or \
+                 newer",
                 info.version,
                 if info.headers { "" } else { " and no headers" },
             ),
@@ -410,24 +422,24 @@ fn check_version(info: &ServerInfo, to: &str) -> Result<(), BusError> {
 
 fn disconnected(to: &str, error: Option<String>) -> String {
     match error {
-        Some(error) => format!("not connected to NATS at {to} ({error}); it is being tried"),
-        None => format!("not connected to NATS at {to}; it is being tried"),
+        Some(error) => format!("not connected to NATS at {to} ({error}); retrying"),
+        None => format!("not connected to NATS at {to}; retrying"),
     }
 }
 
-/// Something that may work later, without an error of the driver behind it.
+/// Creates an `Unavailable` error without a driver error as its source.
 pub(super) fn silent(reason: String) -> BusError {
     BusError::Unavailable { reason, source: None }
 }
 
-/// The server refuses it: a person has to grant the right.
+/// Creates the error for a missing permission. An operator has to grant it.
 fn refused(what: &str, sentence: &str) -> BusError {
     BusError::Incompatible {
         reason: format!("{what}: the NATS server refuses: {sentence}; grant this login the right"),
     }
 }
 
-/// Something that may work later, because of `source`.
+/// Creates an `Unavailable` error with `source`.
 pub(super) fn unavailable(what: String, source: impl std::error::Error + Send + Sync + 'static) -> BusError {
     BusError::Unavailable { reason: format!("{what}: {source}"), source: Some(Arc::new(source)) }
 }

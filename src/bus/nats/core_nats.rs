@@ -10,8 +10,10 @@ use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
 use crate::event::Position;
 use crate::future::BoxFuture;
 
-/// Publishes to whoever listens. Each batch is confirmed by a round trip, so that a server that hangs is noticed; what a
-/// server loses behind that, followers find out by themselves.
+/// The publisher over NATS Core.
+///
+/// A round trip confirms each batch, so that a server that hangs is detected. Followers detect
+/// messages that a server loses after that.
 pub(super) struct CorePublisher {
     connection: Arc<Connection>,
     wire: Wire,
@@ -20,7 +22,7 @@ pub(super) struct CorePublisher {
     hints: Hints,
 }
 
-/// Why messages were not published: the number of the first that the server refused, if it was that.
+/// The error of a send, and the index of the first message that the server refused, if it did.
 type Unsent = (Option<usize>, BusError);
 
 impl CorePublisher {
@@ -53,7 +55,7 @@ impl CorePublisher {
                 sent.map_err(|error| unavailable("publishing".into(), error))?;
                 let Some(witness) = witness else { continue };
                 self.echo.round_trip(client).await?;
-                // Nothing goes out after a message that was refused.
+                // Nothing is sent after a refused message.
                 if let Some(subject) = self.proof.check(witness) {
                     return Ok(Some((index, subject)));
                 }
@@ -74,10 +76,11 @@ impl CorePublisher {
 impl BusPublisher for CorePublisher {
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async move {
-            // Not behind a server that hangs: what is skipped would count as published.
+            // Requires a server that answers: skipped events would count as published.
             let client = &self.connection.client;
             self.connection.ask("beginning to publish", self.echo.round_trip(client)).await?;
-            // What the server refused counts as published only if another node got further since.
+            // Refused events count as published only if another node has published beyond them
+            // since.
             match self.connection.refused_after().filter(|position| known.position <= *position) {
                 Some(position) => Ok(Resume::After(MirrorEnd { position, sequence: 0 })),
                 None => Ok(Resume::AtFrontier),
@@ -103,7 +106,7 @@ impl BusPublisher for CorePublisher {
                 return Err(error);
             }
             self.connection.set_refused_after(None);
-            // Nothing is kept, so nothing has a number.
+            // Core keeps no messages, so there are no sequence numbers.
             Ok(MirrorEnd { position: batch.upto, sequence: 0 })
         })
     }

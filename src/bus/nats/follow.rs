@@ -1,5 +1,6 @@
-//! Following durably: a consumer of the mirror for one follower, which has picked out what is asked for and keeps it until it is
-//! applied.
+//! Durable following: one consumer of the log stream per follower.
+//!
+//! The consumer filters the events and keeps them until they are applied.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -23,40 +24,41 @@ use crate::rate_limit::LogLimit;
 use crate::supervised::Task;
 use crate::time::after;
 
-/// How many events may be out without being applied.
+/// Maximum number of delivered and unapplied events.
 const ROOM: usize = 512;
 
-/// How long the server waits before it delivers again; it is told long before that somebody is at work.
+/// Time until the server redelivers. The follower reports progress well before.
 const ACK_WAIT: Duration = Duration::from_secs(30);
 
-/// How far the follower is.
+/// The progress of the follower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Read {
-    /// Everything up to here is applied.
+    /// Position up to which every event is applied.
     applied: Position,
-    /// Number of the last item that was returned before the log was read, and where the log ended then.
+    /// Number of the last item returned before the log was read, and the end of the log at that
+    /// read.
     seen: u64,
     head: Position,
 }
 
 impl Read {
-    /// Whether the message of an item need not be kept: it is applied, or the log has no such event.
+    /// Whether a message need not be kept: its event is applied, or the log has no such event.
     fn is_done(&self, unsettled: &Unsettled) -> bool {
         unsettled.position <= self.applied || (unsettled.item <= self.seen && unsettled.position > self.head)
     }
 }
 
-/// A message that is not acknowledged yet.
+/// An unacknowledged message.
 struct Unsettled {
     item: u64,
     position: Position,
     settle: Settle,
 }
 
-/// A consumer, and the task that reads from it.
+/// A durable follower: its consumer and the task that reads from it.
 pub(super) struct NatsFollower {
     items: mpsc::Receiver<(u64, DurableItem)>,
-    /// Number of the last item that was returned.
+    /// Number of the last returned item.
     seen: u64,
     read: watch::Sender<Read>,
     _task: Task,
@@ -70,7 +72,8 @@ impl NatsFollower {
             (None, Some(categories)) => categories.iter().map(|category| format!("{category}.*")).collect(),
             (None, None) => vec![">".to_owned()],
         };
-        // What lists nothing matches nothing; then nothing is kept, and what else there is comes from the store.
+        // An empty list of names matches no event. The consumer then keeps nothing, and the
+        // follower reads the store.
         let given = if given.is_empty() { vec!["storied.nothing".to_owned()] } else { given };
         let patterns =
             patterns(given).map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
@@ -105,7 +108,8 @@ pub(super) fn follower_spec(name: String, filters: Vec<String>) -> ConsumerSpec 
         durable: true,
         shared: false,
         filters,
-        // What was there before comes from the store, which is read behind every gap, and the first item is one.
+        // Earlier events come from the store. It is read after every gap, and the first item is a
+        // gap.
         start: DeliverPolicy::New,
         ack_wait: ACK_WAIT,
         max_deliver: None,
@@ -113,7 +117,7 @@ pub(super) fn follower_spec(name: String, filters: Vec<String>) -> ConsumerSpec 
         max_ack_pending: 2 * ROOM,
         push: None,
         inactive: Duration::ZERO,
-        // A program that asks for other names by now goes on from where it was.
+        // A program that now asks for other names continues from its progress.
         policy: ConsumerPolicy::CreateOrUpdate,
     }
 }
@@ -150,21 +154,21 @@ struct Reading {
     wire: Wire,
     items: mpsc::Sender<(u64, DurableItem)>,
     read: watch::Receiver<Read>,
-    /// Survives the end of a session: it knows how far it was when the server does not any more.
+    /// Kept across sessions: it has the progress even if the server has lost it.
     consumer: Option<Consumer>,
-    /// In the order in which they came.
+    /// Unacknowledged messages, in order of arrival.
     unsettled: VecDeque<Unsettled>,
     /// Number of the last item.
     item: u64,
-    /// Messages that are of no event of this store.
+    /// Counter of messages that are no events of this store.
     ignored: LogLimit,
-    /// Of the last delivery: its number among them, …
+    /// Consumer sequence number of the last delivery.
     number: u64,
-    /// … and the highest in the stream.
+    /// Highest stream sequence number so far.
     sequence: u64,
-    /// How many messages were removed from the midst of the stream, when it was last asked.
+    /// Number of messages deleted inside the stream, as last read.
     removed: u64,
-    /// Why something is missing that the follower has not been told of: it does not read.
+    /// Reason of a gap that was not reported yet, because the follower does not read.
     missing: Option<String>,
 }
 
@@ -175,7 +179,8 @@ impl Reading {
             let error = match self.attach().await {
                 Ok(why) => {
                     backoff.succeeded();
-                    // Known from before the gap is told of: what others are given from then on shows as a missing number.
+                    // Read before the gap is reported: a later delivery to another reader then
+                    // shows as a missing number.
                     let delivered = self.consumer.as_ref().and_then(Consumer::delivered);
                     (self.number, self.sequence) = delivered.unwrap_or_default();
                     self.removed = 0;
@@ -188,7 +193,7 @@ impl Reading {
                 }
                 Err(error) => error,
             };
-            tracing::warn!(consumer = self.spec.name, %error, "a durable follower has lost its consumer");
+            tracing::warn!(consumer = self.spec.name, %error, "lost the consumer of a durable follower");
             if matches!(error, BusError::Closed) {
                 return;
             }
@@ -196,7 +201,7 @@ impl Reading {
         }
     }
 
-    /// Why something may be missing: at least because nobody has listened before.
+    /// Attaches, and returns why messages may be missing. A first attach always has a reason.
     async fn attach(&mut self) -> Result<String, BusError> {
         let connection = self.bus.connection().await?;
         let (stream, options) = self.bus.stream_of()?;
@@ -205,10 +210,10 @@ impl Reading {
             Some(consumer) if consumer.is_over(&connection) => consumer,
             consumer => consumer.insert(Consumer::new(connection, stream, self.spec.clone())),
         };
-        Ok(consumer.attach().await?.unwrap_or_else(|| "it begins to listen".into()))
+        Ok(consumer.attach().await?.unwrap_or_else(|| "the follower starts".into()))
     }
 
-    /// Passes on what the consumer brings, until the follower is gone.
+    /// Forwards the items of the consumer until the follower is dropped.
     async fn pass(&mut self) -> Result<(), BusError> {
         let mut tell_at = after(ACK_WAIT / 3);
         loop {
@@ -227,7 +232,7 @@ impl Reading {
                 },
                 () = sleep_until(tell_at) => {
                     for Unsettled { settle, .. } in &self.unsettled {
-                        // Where the server cannot be told, it delivers again.
+                        // If the server receives no progress, it redelivers.
                         let _ = settle.progress().await;
                     }
                     tell_at = Instant::now() + ACK_WAIT / 3;
@@ -236,8 +241,10 @@ impl Reading {
         }
     }
 
-    /// Takes a message, and with it what is there already: one question says for all of it whether what was passed over is only
-    /// what was not asked for. What the stream loses before its consumer has come to it leaves no other trace.
+    /// Takes a message and those already received.
+    ///
+    /// One query decides for all of them whether the skipped messages were filtered out or lost.
+    /// Messages that the stream loses before delivery leave no other trace.
     async fn bring(&mut self, taken: Taken, room: usize) -> Result<(), BusError> {
         let mut come = vec![taken];
         let Some(consumer) = &mut self.consumer else { return Ok(()) };
@@ -260,7 +267,7 @@ impl Reading {
         if let Some(passed) = passed {
             let (first, removed) = consumer.kept().await?;
             if first > passed || removed != self.removed {
-                lost = Some(format!("the stream has lost messages, and {passed} was not seen"));
+                lost = Some(format!("the stream has lost messages, and message {passed} was not received"));
             }
             self.removed = removed;
         }
@@ -276,7 +283,7 @@ impl Reading {
     async fn take(&mut self, taken: Taken) {
         let Taken { message, settle, number, .. } = taken;
         if std::mem::replace(&mut self.number, number).wrapping_add(1) != number {
-            self.gap("a delivery was lost, or somebody else has had it".into());
+            self.gap("a delivery was lost, or went to another reader".into());
         }
         match self.wire.read_position(message.headers.as_ref()) {
             Ok(position) => {
@@ -305,7 +312,8 @@ impl Reading {
         }
     }
 
-    /// Acknowledges what is done. If the server does not receive it, the message comes again, and is done at once.
+    /// Acknowledges the applied messages.
+    /// After a lost ack, the redelivered message is acknowledged at once.
     async fn settle(&mut self) {
         let read = *self.read.borrow_and_update();
         let (done, unsettled): (Vec<_>, _) =
@@ -317,7 +325,11 @@ impl Reading {
     }
 
     fn gap(&mut self, why: String) {
-        tracing::debug!(consumer = self.spec.name, why, "a durable follower reads the store");
+        tracing::debug!(
+            consumer = self.spec.name,
+            why,
+            "reading the store after a gap in a durable follower"
+        );
         self.missing = Some(why);
         self.tell_of_gap();
     }
@@ -333,7 +345,7 @@ impl Reading {
     fn give(&mut self, item: DurableItem) {
         self.tell_of_gap();
         if self.missing.is_none() && self.items.try_send((self.item, item)).is_err() {
-            self.missing = Some("the follower did not read".into());
+            self.missing = Some("the follower was too slow".into());
         }
     }
 }

@@ -6,7 +6,7 @@ use super::merged::subscribe;
 use super::wire::{Outgoing, Wire};
 use crate::bus::BusError;
 
-/// What other nodes say when they have committed something. Droppable: whoever listens looks by itself, too.
+/// Wake-up hints of nodes that have committed. Best effort: the publisher polls the store as well.
 pub(super) struct Hints {
     messages: Subscriber,
     wire: Wire,
@@ -17,7 +17,7 @@ impl Hints {
         Ok(Self { messages: subscribe(client, wire.hints(), None).await?, wire: wire.clone() })
     }
 
-    /// Waits for a hint; several that are here already are one. Cancel-safe.
+    /// Waits for a hint. Several received hints count as one. Cancel-safe.
     pub(super) async fn next(&mut self) {
         while let Some(message) = self.messages.next().await {
             if self.wire.is_ours(message.headers.as_ref()) {
@@ -25,14 +25,14 @@ impl Hints {
                 return;
             }
         }
-        // The connection is closed, which whoever publishes finds out by publishing.
+        // The connection is closed. The publisher detects that with its next publish.
         std::future::pending().await
     }
 }
 
-/// Says it.
+/// Sends a hint.
 pub(super) async fn hint(client: &Client, wire: &Wire) -> Result<(), BusError> {
     let Outgoing { subject, headers, body } = wire.hint();
     let sent = client.publish_with_headers(subject, headers, body).await;
-    sent.map_err(|error| unavailable("hinting at something new".into(), error))
+    sent.map_err(|error| unavailable("sending a hint".into(), error))
 }

@@ -1,5 +1,7 @@
-//! Looking at what the server has, without changing anything there: the stream and its consumers beside what this bus wants,
-//! and the messages of the mirror one by one.
+//! Read-only inspection of the server.
+//!
+//! Compares the streams and consumers with what this bus expects, and reads the log stream message
+//! by message.
 
 use std::fmt;
 use std::sync::Arc;
@@ -23,80 +25,81 @@ use crate::bus::BusError;
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
 
-/// How many messages are asked for at the same time.
+/// Number of concurrent message reads.
 const WINDOW: usize = 64;
 
-/// What [`NatsBus::inspect`] found.
+/// The result of [`NatsBus::inspect`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NatsReport {
-    /// The server's version.
+    /// Version of the server.
     pub version: String,
-    /// The mirror of the log, and the stream of dead letters.
+    /// The log stream and the stream of dead letters.
     pub streams: Vec<StreamReport>,
-    /// The consumers of the mirror, by name.
+    /// Consumers of the log stream, by name.
     pub consumers: Vec<ConsumerReport>,
 }
 
-/// A stream that this bus has a use for.
+/// A stream that this bus uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamReport {
-    /// Its name.
+    /// Name of the stream.
     pub name: String,
-    /// Whether something is wrong if it is not there. The one of dead letters is made with the first handler that has such.
+    /// Whether the stream must exist. The first handler with dead letters creates their stream.
     pub required: bool,
-    /// How it is; `None` if it is not there.
+    /// State of the stream; `None` if it does not exist.
     pub found: Option<StreamFound>,
 }
 
-/// A stream that is there.
+/// The state of an existing stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamFound {
-    /// What was compared.
+    /// The compared fields.
     pub fields: Vec<Field>,
-    /// How many messages it has.
+    /// Number of messages.
     pub messages: u64,
-    /// How many bytes they take.
+    /// Size in bytes.
     pub bytes: u64,
-    /// The number of the first message.
+    /// Sequence number of the first message.
     pub first_sequence: u64,
-    /// The number of the last message that it ever had.
+    /// Sequence number of the last message that the stream ever had.
     pub last_sequence: u64,
 }
 
-/// A consumer of the mirror.
+/// A consumer of the log stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConsumerReport {
-    /// Its name.
+    /// Name of the consumer.
     pub name: String,
-    /// Whether it is one that a projection follows. Of others, only the programs that made them know what they should be.
+    /// Whether a projection follows it.
+    /// Only the creating program knows the expected state of others.
     pub follower: bool,
-    /// What was compared: nothing of a consumer that is no follower's.
+    /// The compared fields; empty unless the consumer is a follower's.
     pub fields: Vec<Field>,
-    /// The subjects that it lets through.
+    /// Filter subjects.
     pub filters: Vec<String>,
-    /// How many messages it has not delivered yet.
+    /// Number of undelivered messages.
     pub pending: u64,
-    /// How many it has delivered that were not settled.
+    /// Number of delivered and unacknowledged messages.
     pub ack_pending: u64,
-    /// How many of those it has delivered more than once.
+    /// Number of unacknowledged messages that were redelivered.
     pub redelivered: u64,
 }
 
-/// One field of a configuration, as it is and as it should be.
+/// A field of a configuration: actual and expected value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Field {
-    /// Its name.
+    /// Name of the field.
     pub name: &'static str,
-    /// What the server has.
+    /// Actual value on the server.
     pub is: String,
-    /// What this program wants.
+    /// Value that this program expects.
     pub should_be: String,
-    /// Whether that is the same.
+    /// Whether the values are equal.
     pub same: bool,
 }
 
@@ -106,60 +109,62 @@ impl fmt::Display for Field {
     }
 }
 
-/// A message of the mirror.
+/// A message of the log stream.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum MirrorItem {
     /// An event.
     Event {
-        /// Its number in the stream.
+        /// Stream sequence number.
         sequence: u64,
-        /// The position of the event before it in the log.
+        /// Position of the previous event in the log.
         previous: Position,
-        /// The event itself.
+        /// The event.
         event: Box<RecordedEvent>,
     },
-    /// The place of an event that was too large to travel.
+    /// A message in place of an event that was too large.
     Omitted {
-        /// Its number in the stream.
+        /// Stream sequence number.
         sequence: u64,
-        /// Its position in the log.
+        /// Position of the event in the log.
         position: Position,
     },
-    /// Somebody has deleted a message here.
+    /// A deleted message.
     Missing {
-        /// Its number in the stream.
+        /// Stream sequence number.
         sequence: u64,
     },
     /// A message that is not of this log.
     Foreign {
-        /// Its number in the stream.
+        /// Stream sequence number.
         sequence: u64,
-        /// What is wrong with it.
+        /// The reason why it is not of this log.
         what: String,
     },
 }
 
-/// The messages of the mirror, one after the other: see [`NatsBus::read_mirror`].
+/// A reader of the messages of the log stream. See [`NatsBus::read_mirror`].
 pub struct MirrorReader {
     connection: Arc<Connection>,
     jetstream: Context,
     stream: Stream<()>,
     name: String,
     wire: Wire,
-    /// The next one to ask for.
+    /// Sequence number of the next message to request.
     next: u64,
-    /// The last one there is, as far as is known.
+    /// Last known sequence number of the stream.
     last: u64,
     asked: FuturesOrdered<BoxFuture<'static, Result<Option<MirrorItem>, BusError>>>,
 }
 
 impl NatsBus {
-    /// Compares the streams and consumers on the server with what this bus wants there, for the log of the store with this id.
-    /// Changes nothing.
+    /// Compares the streams and consumers of the server with what this bus expects.
+    ///
+    /// Covers the log of the store with this id. Changes nothing.
     ///
     /// # Errors
-    /// `Incompatible` for NATS Core, which has no streams; `Unavailable` when the server does not answer.
+    /// `Incompatible` for NATS Core, which has no streams; `Unavailable` if the server does not
+    /// answer.
     pub async fn inspect(&self, store: Uuid) -> Result<NatsReport, BusError> {
         let connection = self.connection().await?;
         let (name, options) = self.stream_of()?;
@@ -192,20 +197,20 @@ impl NatsBus {
             Ok(NatsReport { version: client.server_info().version, streams, consumers })
         };
         let subjects = ["$JS.API.>".to_owned()];
-        connection.while_permitted("looking at streams and consumers", &subjects, look).await
+        connection.while_permitted("inspecting streams and consumers", &subjects, look).await
     }
 
-    /// Reads the mirror of the log of the store with this id from its beginning, message by message, without a consumer.
+    /// Reads the log stream of the store with this id from its start, without a consumer.
     ///
     /// # Errors
-    /// `Incompatible` for NATS Core, which keeps none, and when there is no mirror; `Unavailable` when the server does not
-    /// answer.
+    /// `Incompatible` for NATS Core, which has no streams, and if the log stream does not exist.
+    /// `Unavailable` if the server does not answer.
     pub async fn read_mirror(&self, store: Uuid) -> Result<MirrorReader, BusError> {
         let connection = self.connection().await?;
         let (name, _) = self.stream_of()?;
         let client = &connection.client;
         let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
-        let what = || format!("looking for the stream {name}");
+        let what = || format!("looking up the stream {name}");
         let found = stream_info(&jetstream, client, &name);
         let found = connection.ask_permitted(&what(), &stream_rights(&name), found).await?;
         let missing = || BusError::Incompatible { reason: format!("there is no JetStream stream {name}") };
@@ -228,16 +233,17 @@ impl NatsBus {
 }
 
 impl MirrorReader {
-    /// The number of the last message that the stream ever had, as far as is known.
+    /// The last known sequence number of the stream.
     pub fn last_sequence(&self) -> u64 {
         self.last
     }
 
-    /// The next message; `None` at the end, behind which more may come later. What the stream's limits have removed
-    /// meanwhile is passed over.
+    /// Returns the next message; `None` at the end, where more messages may appear later.
+    ///
+    /// Skips messages that the limits of the stream have deleted meanwhile.
     ///
     /// # Errors
-    /// `Unavailable` when the server does not answer.
+    /// `Unavailable` if the server does not answer.
     pub async fn next(&mut self) -> Result<Option<MirrorItem>, BusError> {
         loop {
             if self.asked.is_empty() && self.next > self.last {
@@ -262,10 +268,10 @@ impl MirrorReader {
         }
     }
 
-    /// The stream's first and last number.
+    /// Reads the first and last sequence number of the stream.
     async fn look(&self) -> Result<(u64, u64), BusError> {
         let info = stream_info(&self.jetstream, &self.connection.client, &self.name);
-        let (what, rights) = ("looking for the end of the mirror", stream_rights(&self.name));
+        let (what, rights) = ("finding the end of the log stream", stream_rights(&self.name));
         let found = self.connection.ask_permitted(what, &rights, info).await?;
         let missing =
             || BusError::Incompatible { reason: format!("the JetStream stream {} is gone", self.name) };
@@ -314,14 +320,14 @@ fn read(
             }
             Ok(Incoming::Large(position)) => MirrorItem::Omitted { sequence, position },
             Err(Reject::OtherStore(store)) => {
-                MirrorItem::Foreign { sequence, what: format!("it is of the store {store}") }
+                MirrorItem::Foreign { sequence, what: format!("belongs to the store {store}") }
             }
             Err(Reject::Malformed(what)) => MirrorItem::Foreign { sequence, what },
         }))
     })
 }
 
-/// All consumers of a stream, by name.
+/// Lists all consumers of a stream, by name.
 async fn consumers(
     jetstream: &Context,
     connection: &Connection,
@@ -354,7 +360,7 @@ fn report(info: ConsumerInfo) -> ConsumerReport {
     let filters: Vec<_> = one.into_iter().chain(info.config.filter_subjects.clone()).collect();
     let follower = naming::is_follower(&info.name);
     let fields = if follower {
-        // Which events it lets through is the projection's business.
+        // The projection chooses the filters, so they are not compared.
         compared_consumer(&info.config, &follower_spec(info.name.clone(), filters.clone()))
     } else {
         Vec::new()

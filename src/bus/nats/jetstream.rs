@@ -1,7 +1,10 @@
-//! An exact mirror of the log in a JetStream stream: every event once, in log order, without a hole.
+//! The log stream: an exact copy of the log in a JetStream stream, in log order, without gaps.
 //!
-//! Its own end says how far publishing got. Each message states the sequence number of the one before it, and the server
-//! refuses it when that is not the last one: a publisher that was paused, and wakes up behind another, changes nothing.
+//! Identifiers still call it the mirror. It is not a mirror in the sense of NATS.
+//!
+//! The last message of the stream states how far publishing got. Each message states the sequence
+//! number of the message before it. The server refuses a message if that number is not the last
+//! one. A paused publisher that resumes after another publisher therefore changes nothing.
 
 mod consumer;
 mod mirror;
@@ -24,15 +27,15 @@ use super::subjects::Names;
 use crate::bus::BusError;
 use crate::event::Position;
 
-/// How long dead letters are kept, and how many bytes of them.
+/// Limits of the stream of dead letters: age, and size in bytes.
 const DEAD_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 const DEAD_BYTES: u64 = 256 << 20;
 
-/// What the mirror of the log looks like. Everything not said is as the methods document it; limits are finite by default.
+/// Options of the log stream. All limits are finite by default.
 #[derive(Debug, Clone)]
 pub struct JetStreamOptions {
     policy: StreamPolicy,
-    /// Made from the namespace if not given.
+    /// Name of the stream. Default: derived from the namespace.
     name: Option<String>,
     storage: StreamStorage,
     replicas: usize,
@@ -43,39 +46,39 @@ pub struct JetStreamOptions {
     mirror_from: MirrorFrom,
 }
 
-/// What to do about the stream on the server.
+/// The handling of the stream on the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum StreamPolicy {
-    /// It must be there; an operator decides about its limits, storage and replicas. Only what an exact mirror cannot do
-    /// without is checked.
+    /// The stream must exist. An operator decides about its limits, storage and replicas.
+    /// Only the properties that an exact log stream requires are checked.
     RequireExisting,
-    /// It is made if it is not there; else it must be exactly as described, and is left alone if it is not.
+    /// Creates a missing stream. An existing stream must match exactly, and is never changed.
     #[default]
     CreateOrVerify,
-    /// It is made if it is not there, and changed if it is not as described, as far as the server agrees.
+    /// Creates a missing stream. Updates a different stream, as far as the server allows.
     CreateOrUpdate,
 }
 
-/// Where a stream keeps its messages.
+/// The storage of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum StreamStorage {
     /// On disk.
     #[default]
     File,
-    /// In the server's memory; gone with the server, and rebuilt then.
+    /// In the memory of the server. Lost when the server stops, and refilled afterwards.
     Memory,
 }
 
-/// Where a new mirror begins, also one that is made anew because the old one was lost.
+/// The start of a new log stream, also of one that replaces a lost log stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum MirrorFrom {
     /// With the first event of the log.
     #[default]
     Beginning,
-    /// Behind this position.
+    /// After this position.
     After(Position),
 }
 
@@ -96,78 +99,87 @@ impl Default for JetStreamOptions {
 }
 
 impl JetStreamOptions {
-    /// The defaults.
+    /// Creates the default options.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// What to do about the stream. [`StreamPolicy::CreateOrVerify`] by default.
+    /// Sets the handling of the stream. Default: [`StreamPolicy::CreateOrVerify`].
     #[must_use]
     pub fn policy(mut self, policy: StreamPolicy) -> Self {
         self.policy = policy;
         self
     }
 
-    /// The stream's name. By default made from the namespace: `STORIED_EVENTS` from `storied`, with `_` for dots.
+    /// Sets the name of the stream.
+    ///
+    /// Default: derived from the namespace, with `_` for dots. `storied` gives `STORIED_EVENTS`.
     #[must_use]
     pub fn stream(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Where it keeps its messages. On disk by default.
+    /// Sets the storage. Default: on disk.
     #[must_use]
     pub fn storage(mut self, storage: StreamStorage) -> Self {
         self.storage = storage;
         self
     }
 
-    /// How many servers of a cluster keep it. 1 by default, at most 5; 3 is for production.
+    /// Sets the number of replicas in a cluster. Default: 1. Maximum: 5. Use 3 in production.
     #[must_use]
     pub fn replicas(mut self, replicas: usize) -> Self {
         self.replicas = replicas;
         self
     }
 
-    /// How long a message stays. 7 days by default, 100 ms to 100 years; `None` for as long as there is room.
+    /// Sets how long a message is kept; `None` without a limit.
+    ///
+    /// Default: 7 days. Range: 100 ms to 100 years.
     #[must_use]
     pub fn max_age(mut self, age: impl Into<Option<Duration>>) -> Self {
         self.max_age = age.into();
         self
     }
 
-    /// How large the stream may become, in bytes; the oldest messages make room. The server sets this much aside when the
-    /// stream is made. 1 GiB by default, at least 1; `None` for as much as there is.
+    /// Sets the maximum size of the stream in bytes; `None` without a limit.
+    ///
+    /// The oldest messages are deleted first. The server reserves this size when the stream is
+    /// created. Default: 1 GiB. Minimum: 1.
     #[must_use]
     pub fn max_bytes(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.max_bytes = bytes.into();
         self
     }
 
-    /// How long the server recognises an event that it has already, by its id: a second net below the sequence check. 2
-    /// minutes by default, 100 ms to 100 years, and no longer than [`max_age`](Self::max_age).
+    /// Sets the deduplication window, in which the server detects a duplicate event by its id.
+    ///
+    /// The window supplements the sequence check. Default: 2 minutes. Range: 100 ms to 100 years,
+    /// and at most [`max_age`](Self::max_age).
     #[must_use]
     pub fn duplicate_window(mut self, window: Duration) -> Self {
         self.duplicate_window = window;
         self
     }
 
-    /// How many messages may be on their way without a confirmation. 256 by default, 1 to 65,536.
+    /// Sets the maximum number of unconfirmed messages in flight. Default: 256. Range: 1 to 65,536.
     #[must_use]
     pub fn window(mut self, messages: usize) -> Self {
         self.window = messages;
         self
     }
 
-    /// Where a new mirror begins. [`MirrorFrom::Beginning`] by default.
+    /// Sets the start of a new log stream. Default: [`MirrorFrom::Beginning`].
     #[must_use]
     pub fn mirror_from(mut self, from: MirrorFrom) -> Self {
         self.mirror_from = from;
         self
     }
 
-    /// Refuses what no server could keep to. To the server, zero means something else: its default, or no limit.
+    /// Refuses values that no server supports.
+    /// For the server, zero means its default or no limit.
     pub(super) fn check(&self) -> Result<(), BusError> {
         let incompatible = |reason: String| Err(BusError::Incompatible { reason });
         within("JetStreamOptions::replicas", &self.replicas, &(1..=5))?;
@@ -177,7 +189,8 @@ impl JetStreamOptions {
             within("JetStreamOptions::max_age (None for no limit)", &age, &KEPT)?;
             if self.duplicate_window > age {
                 return incompatible(format!(
-                    "JetStreamOptions::duplicate_window is {:?}, and must not be longer than max_age, {age:?}",
+                    "JetStreamOptions::duplicate_window is {:?}; it must not exceed max_age \
+                     ({age:?})",
                     self.duplicate_window
                 ));
             }
@@ -187,47 +200,49 @@ impl JetStreamOptions {
         }
         match &self.name {
             Some(name) if !is_stream_name(name) => incompatible(format!(
-                "{:?} cannot be the name of a stream: use 1 to 200 printable ASCII characters without spaces and . * > / \\",
+                "invalid stream name {:?}; use 1 to 200 printable ASCII characters without spaces \
+                 and . * > / \\",
                 name.chars().take(80).collect::<String>()
             )),
             _ => Ok(()),
         }
     }
 
-    /// The stream's name under a namespace.
+    /// The name of the stream under a namespace.
     pub(super) fn name(&self, namespace: &str) -> String {
         let made = || format!("{}_EVENTS", namespace.to_uppercase().replace('.', "_"));
         self.name.clone().unwrap_or_else(made)
     }
 
-    /// What the mirror of a store's log is to be like.
+    /// The expected configuration of the log stream of a store.
     pub(super) fn wanted_mirror(&self, names: &Names, store: Uuid) -> Wanted {
         let content = Content { subjects: names.mapping.all(), store: Some(store) };
         config(content, &self.name(names.namespace()), self)
     }
 
-    /// What the stream of dead letters is to be like.
+    /// The expected configuration of the stream of dead letters.
     pub(super) fn wanted_dead(&self, names: &Names) -> Wanted {
         let (subjects, name) = dead(names);
         config(Content { subjects: &subjects, store: None }, &name, &self.of_dead())
     }
 
-    /// As this, for dead letters.
+    /// These options with the limits of dead letters.
     fn of_dead(&self) -> Self {
         Self { max_age: Some(DEAD_AGE), max_bytes: Some(DEAD_BYTES), ..self.clone() }
     }
 
-    /// Sees to it that a subscriber finds the stream there. Whose log it is, its publisher will say.
+    /// Ensures that the log stream exists, for a subscriber.
+    /// Its publisher marks later whose log it is.
     pub(super) async fn provide(&self, connection: &Connection, names: &Names) -> Result<(), BusError> {
         let client = &connection.client;
         let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
         let content = Content { subjects: names.mapping.all(), store: None };
         let name = self.name(names.namespace());
         let ensured = ensure(&jetstream, client, content, &name, self);
-        connection.while_permitted("looking for the stream", &stream_rights(&name), ensured).await.map(drop)
+        connection.while_permitted("checking the stream", &stream_rights(&name), ensured).await.map(drop)
     }
 
-    /// Sees to it that there is a stream for dead letters, as the policy says.
+    /// Ensures that the stream of dead letters exists, as the policy requires.
     pub(super) async fn provide_dead(&self, connection: &Connection, names: &Names) -> Result<(), BusError> {
         let client = &connection.client;
         let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
@@ -235,7 +250,7 @@ impl JetStreamOptions {
         let content = Content { subjects: &subjects, store: None };
         let options = self.of_dead();
         let ensured = ensure(&jetstream, client, content, &name, &options);
-        let what = "looking for the stream of dead letters";
+        let what = "checking the stream of dead letters";
         connection.while_permitted(what, &stream_rights(&name), ensured).await.map(drop)
     }
 }
@@ -245,7 +260,7 @@ fn is_stream_name(name: &str) -> bool {
         && name.bytes().all(|byte| byte.is_ascii_graphic() && !b".*>/\\".contains(&byte))
 }
 
-/// Subjects of questions about a stream.
+/// Subjects of the requests about a stream.
 pub(super) fn stream_rights(stream: &str) -> [String; 3] {
     [
         format!("$JS.API.STREAM.*.{stream}"),
@@ -254,7 +269,7 @@ pub(super) fn stream_rights(stream: &str) -> [String; 3] {
     ]
 }
 
-/// Subjects of questions about a consumer.
+/// Subjects of the requests about a consumer.
 fn consumer_rights(stream: &str, consumer: &str) -> [String; 4] {
     [
         format!("$JS.API.CONSUMER.*.{stream}.{consumer}"),
@@ -264,7 +279,7 @@ fn consumer_rights(stream: &str, consumer: &str) -> [String; 4] {
     ]
 }
 
-/// The subjects and the name of the stream of dead letters.
+/// Subjects and name of the stream of dead letters.
 fn dead(names: &Names) -> ([String; 1], String) {
     let name = format!("{}_DEAD", names.namespace().to_uppercase().replace('.', "_"));
     ([format!("{}.dead.>", names.namespace())], name)

@@ -9,24 +9,24 @@ use crate::bus::BusError;
 const MILLISECOND: Duration = Duration::from_millis(1);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Waits and time limits of this process.
+/// Range of waits and timeouts in this process.
 pub(super) const WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY;
 
-/// Pauses between two attempts.
+/// Range of pauses between two attempts.
 pub(super) const PAUSE: RangeInclusive<Duration> = MILLISECOND..=DAY;
 
-/// Times that the server keeps.
+/// Range of retention times of the server.
 pub(super) const KEPT: RangeInclusive<Duration> = Duration::from_millis(100)..=DAY.saturating_mul(36_500);
 
-/// Waits that the server keeps.
+/// Range of waits of the server.
 pub(super) const SERVER_WAIT: RangeInclusive<Duration> = Duration::from_millis(10)..=DAY.saturating_mul(365);
 
-/// A wait before something is delivered again, within what the server can keep.
+/// Limits a redelivery wait to the maximum of the server.
 pub(super) fn redelivery(wait: Duration) -> Duration {
     wait.min(*SERVER_WAIT.end())
 }
 
-/// Refuses a value outside of its range.
+/// Refuses a value outside its range.
 pub(super) fn within<T: PartialOrd + Debug>(
     option: &str,
     value: &T,
@@ -37,6 +37,6 @@ pub(super) fn within<T: PartialOrd + Debug>(
     }
     let (least, most) = (range.start(), range.end());
     Err(BusError::Incompatible {
-        reason: format!("{option} is {value:?}, and must be between {least:?} and {most:?}"),
+        reason: format!("{option} is {value:?}; it must be between {least:?} and {most:?}"),
     })
 }

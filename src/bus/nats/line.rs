@@ -1,4 +1,4 @@
-//! A connection for something else than events: the same logins, versions and comings back, and none of the subjects.
+//! The connection for commands: the options of a bus connection, without its subjects.
 
 use std::sync::Arc;
 
@@ -10,20 +10,20 @@ use super::{NatsBus, NatsOptions};
 use crate::bus::{BusError, BusState, EventBus};
 use crate::telemetry::Metrics;
 
-/// A connection of its own, which is made when it is wanted.
+/// A separate connection, opened on first use.
 #[derive(Debug)]
 pub(crate) struct Line(NatsBus);
 
-/// A connection that was made. It comes back by itself after every outage.
+/// An open connection. It reconnects by itself after every outage.
 #[derive(Debug, Clone)]
 pub(crate) struct OpenLine(Arc<Connection>);
 
-/// How a connection is doing: up or not, and the how-manieth since it was made.
+/// The state of a connection: up or down, and its session number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LineState {
     pub(crate) up: bool,
     pub(crate) session: u64,
-    /// Shut down by its owner.
+    /// Closed by its owner.
     pub(crate) closed: bool,
 }
 
@@ -33,7 +33,7 @@ impl From<Link> for LineState {
     }
 }
 
-/// Tells how a connection is doing.
+/// A watch on the state of a connection.
 #[derive(Debug)]
 pub(crate) struct LineWatch(watch::Receiver<Link>);
 
@@ -48,18 +48,18 @@ impl LineWatch {
 }
 
 impl Line {
-    /// `metrics`: unless the options say otherwise.
+    /// Creates a connection. `metrics` applies unless the options have their own.
     pub(crate) fn new(mut options: NatsOptions, metrics: Metrics) -> Self {
         options.metrics.get_or_insert(metrics);
         Self(NatsBus::new(options, "commands"))
     }
 
-    /// Connects, unless that was done.
+    /// Connects, unless connected already.
     pub(crate) async fn open(&self) -> Result<OpenLine, BusError> {
         Ok(OpenLine(self.0.connection().await?))
     }
 
-    /// The last error that the server reported beside its answers.
+    /// The last asynchronous error of the server.
     pub(crate) fn last_error(&self) -> Option<String> {
         match self.0.state() {
             BusState::Connected { last_error, .. } => last_error,
@@ -77,7 +77,7 @@ impl OpenLine {
         &self.0.client
     }
 
-    /// Whether it is worth handing anything to it now: while it is down, it would be kept and sent later.
+    /// Checks that the connection is up. While down, a message would be queued and sent later.
     pub(crate) fn check(&self) -> Result<(), BusError> {
         self.0.check()
     }
@@ -86,8 +86,8 @@ impl OpenLine {
         LineWatch(self.0.link())
     }
 
-    /// Waits until the server has everything that was sent before, after error number `since`, and has refused none of
-    /// `subjects`.
+    /// Waits until the server has everything sent before.
+    /// Fails if the server refused one of `subjects` after error number `since`.
     pub(crate) async fn confirm(&self, what: &str, since: u64, subjects: &[String]) -> Result<(), BusError> {
         let client = &self.0.client;
         let echoed = async { Echo::new(client).await?.round_trip(client).await };
@@ -95,7 +95,7 @@ impl OpenLine {
         self.0.check_refusals(what, subjects, since).await
     }
 
-    /// Number of errors that the server has reported beside its answers.
+    /// Number of errors that the server has reported asynchronously.
     pub(crate) fn errors(&self) -> u64 {
         self.0.errors()
     }

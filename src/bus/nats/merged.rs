@@ -9,24 +9,25 @@ use super::connection::unavailable;
 use super::wire::position_of;
 use crate::bus::BusError;
 
-/// Several subscriptions of one connection as one, in log order.
+/// Several subscriptions of one connection, merged in log order.
 ///
-/// The connection puts messages into the subscriptions' buffers in the order in which the server sent them. So when one has
-/// a message, whatever was sent before it is in the others' buffers already: among the first of each, the one with the
-/// smallest position is next.
+/// The connection fills the buffers of its subscriptions in the order in which the server sent the
+/// messages. If one buffer has a message, the other buffers have every message sent before it.
+/// Therefore the next message is the first message with the smallest position.
 pub(super) struct Merged {
     parts: Vec<Part>,
 }
 
 struct Part {
     subscriber: Subscriber,
-    /// The first message, taken out to be compared.
+    /// First message of the buffer, taken out for the comparison.
     first: Option<(u64, Message)>,
     ended: bool,
 }
 
 impl Merged {
-    /// Subscribes to all of `subjects`; with a queue group, the server gives each message to one member of it.
+    /// Subscribes to all of `subjects`.
+    /// With a queue group, the server gives each message to one member.
     pub(super) async fn subscribe(
         client: &Client,
         subjects: &[String],
@@ -40,13 +41,13 @@ impl Merged {
         Ok(Self { parts })
     }
 
-    /// Takes out what is first where nothing was. `all`: also when this task has had its turn, as tokio counts it.
+    /// Takes the first message of each buffer without one. `all` ignores the coop budget of tokio.
     fn poll_firsts(&mut self, cx: &mut Context<'_>, all: bool) -> bool {
         for part in self.parts.iter_mut().filter(|part| part.first.is_none() && !part.ended) {
             let mut next = part.subscriber.next();
             let polled = if all { unconstrained(next).poll_unpin(cx) } else { next.poll_unpin(cx) };
             match polled {
-                // What has no position is nothing of ours, and waits for nobody.
+                // A message without a position is not of storied and needs no order.
                 Poll::Ready(Some(message)) => {
                     part.first = Some((position_of(&message).unwrap_or(0), message))
                 }
@@ -68,7 +69,7 @@ impl Stream for Merged {
         if !self.poll_firsts(cx, false) {
             return if self.parts.iter().all(|part| part.ended) { Poll::Ready(None) } else { Poll::Pending };
         }
-        // Again: what came before the ones that are there now may have come behind our first look.
+        // Poll again: an earlier message may have arrived after the first poll of its buffer.
         self.poll_firsts(cx, true);
         let firsts = self.parts.iter_mut().map(|part| &mut part.first).filter(|first| first.is_some());
         let next = firsts.min_by_key(|first| first.as_ref().map(|(position, _)| *position));

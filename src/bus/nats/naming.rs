@@ -1,30 +1,32 @@
-//! Names of consumers: made from several parts, readable, and never the same for different parts.
+//! Names of consumers: readable, made from several parts, and distinct for distinct parts.
 
 use std::fmt::Write;
 
 use uuid::Uuid;
 
-/// What stands for every event, and for no queue group.
+/// Names for every event, and for no queue group.
 const EVERYTHING: &str = "$all";
 const NO_QUEUE: &str = "$noqueue";
 
-/// The longest name that a server takes is 255 bytes.
+/// Maximum length of a name. The server allows 255 bytes.
 const LONGEST: usize = 240;
 
-/// `prefix:queue:event`, for several events with `,` between them.
+/// Returns `prefix:queue:event`, with `,` between several events.
 pub(super) fn durable(prefix: &str, queue: Option<&str>, events: &[&str]) -> String {
     let queue = queue.map_or_else(|| NO_QUEUE.to_owned(), sanitised);
     let events: Vec<_> = events.iter().map(|event| sanitised(event)).collect();
     shortened(format!("{}:{queue}:{}", sanitised(prefix), events.join(",")))
 }
 
-/// A name of the user's own.
+/// Encodes a name of the user.
 pub(super) fn custom(name: &str) -> String {
     shortened(sanitised(name))
 }
 
-/// Whether a consumer is one that a projection, or a partition of one, follows: see [`custom`], and what their checkpoints are
-/// called. Those of subscriptions have colons in their names, or are what the user calls them.
+/// Whether a consumer is one that a projection or a partition of a projection follows.
+///
+/// Its name is the [`custom`] form of a checkpoint name. Names of subscriptions have colons, or are
+/// chosen by the user.
 pub(super) fn is_follower(name: &str) -> bool {
     ["projection", "partition"].iter().any(|kind| {
         let rest = name.strip_prefix(kind).unwrap_or_default();
@@ -34,8 +36,10 @@ pub(super) fn is_follower(name: &str) -> bool {
     })
 }
 
-/// As a name may have it: letters, digits and `-` stay, a dot becomes `_`, everything else `=` and two hexadecimal digits
-/// for each byte (an underscore, too). So no two texts become the same.
+/// Encodes a text as a consumer name. Distinct texts get distinct names.
+///
+/// Letters, digits and `-` stay, and a dot becomes `_`. Every other byte, including an underscore,
+/// becomes `=` and two hexadecimal digits.
 fn sanitised(text: &str) -> String {
     if text == ">" {
         return EVERYTHING.into();
@@ -52,7 +56,7 @@ fn sanitised(text: &str) -> String {
     name
 }
 
-/// What is too long ends in a hash of the whole.
+/// Shortens a long name, with a hash of the whole at the end.
 fn shortened(mut name: String) -> String {
     if name.len() > LONGEST {
         let hash = Uuid::new_v5(&Uuid::NAMESPACE_OID, name.as_bytes()).simple().to_string();
@@ -70,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn are_readable() {
+    fn durable_names_are_readable() {
         for (queue, events, name) in [
             (
                 Some("shipping:order.placed"),
@@ -86,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn followers_are_told_from_subscriptions() {
+    fn follower_names_differ_from_subscription_names() {
         for name in
             ["projection/revenue", "projection@2/revenue", "partition/0/revenue", "partition@10/3/a/b"]
         {
@@ -100,7 +104,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn do_not_collide(
+        fn distinct_parts_give_distinct_names(
             one in ("[a._:,$> -]{0,6}", proptest::option::of("[a._:,$-]{0,4}"), "[a._:,$>-]{1,6}"),
             other in ("[a._:,$> -]{0,6}", proptest::option::of("[a._:,$-]{0,4}"), "[a._:,$>-]{1,6}"),
         ) {
@@ -109,7 +113,7 @@ mod tests {
         }
 
         #[test]
-        fn fit_the_server(text in ".{0,400}") {
+        fn names_fit_the_server(text in ".{0,400}") {
             let name = durable(&text, Some(&text), &[&text]);
             prop_assert!(name.len() <= 255 && name.bytes().all(|byte| byte.is_ascii_graphic() && !b".*>/\\".contains(&byte)));
         }

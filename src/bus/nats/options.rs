@@ -15,10 +15,10 @@ use crate::bus::BusError;
 use crate::event::{InvalidName, check_name};
 use crate::telemetry::Metrics;
 
-/// Where a server is looked for when nobody says anything else.
+/// Default server, if neither the option nor the environment names one.
 const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 
-/// How a [`NatsBus`] connects and what its subjects are called. Ends in [`bus`](Self::bus).
+/// Options of the connection and the subjects of a [`NatsBus`]. Ends in [`bus`](Self::bus).
 ///
 /// ```
 /// use storied::bus::{JetStreamOptions, NatsOptions};
@@ -36,11 +36,11 @@ const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 #[derive(Clone)]
 pub struct NatsOptions {
     pub(super) driver: Driver,
-    /// Before everything that the bus does on the wire: `{namespace}.events.…`.
+    /// Prefix of every subject of the bus: `{namespace}.events.…`.
     pub(crate) namespace: String,
     subjects: Subjects,
     url: Option<String>,
-    /// The connection of somebody else, instead of one of our own.
+    /// Borrowed connection, in place of an own connection.
     pub(super) client: Option<Client>,
     name: String,
     pub(super) inbox_prefix: String,
@@ -52,11 +52,11 @@ pub struct NatsOptions {
     pub(super) answer_timeout: Duration,
     subscription_capacity: usize,
     pub(super) handler: Handler,
-    /// Where metrics go, if it was said.
+    /// Destination of metrics, if it was set.
     pub(super) metrics: Option<Metrics>,
 }
 
-/// Who we say that we are.
+/// The credentials.
 #[derive(Clone)]
 enum Login {
     Nobody,
@@ -69,21 +69,23 @@ enum Login {
 #[derive(Debug, Clone, Default)]
 struct Tls {
     required: bool,
-    /// Before the server's greeting.
+    /// Whether TLS starts before the server's greeting.
     first: bool,
     roots: Vec<PathBuf>,
-    /// Certificate and key.
+    /// Certificate and key of the client.
     client: Option<(PathBuf, PathBuf)>,
 }
 
 impl NatsOptions {
-    /// For a bus that keeps nothing: at most once on the wire, and what was lost is read from the store.
+    /// Creates options for a bus that keeps nothing.
+    ///
+    /// Delivery on the wire is at most once. Followers read lost events from the store.
     #[must_use]
     pub fn core() -> Self {
         Self::new(Driver::Core)
     }
 
-    /// For a bus that keeps an exact mirror of the log in a JetStream stream.
+    /// Creates options for a bus that keeps an exact copy of the log in a JetStream stream.
     #[must_use]
     pub fn jetstream(options: JetStreamOptions) -> Self {
         Self::new(Driver::JetStream(options))
@@ -110,61 +112,69 @@ impl NatsOptions {
         }
     }
 
-    /// The server, or several separated by commas. By default what the environment variable `NATS_URL` says when the
-    /// connection is made, and `nats://127.0.0.1:4222` if it says nothing. An empty text is as good as none. A login in it
-    /// (`nats://user:password@host`, `nats://token@host`) is used unless another one is given. Of what a password may have in it,
-    /// `@ , / ? # %` must be percent-escaped (`%2C` for a comma), and behind the first server one with a login begins with its scheme.
+    /// Sets the server, or several servers separated by commas.
+    ///
+    /// Default: the environment variable `NATS_URL` at the time of the connect, then
+    /// `nats://127.0.0.1:4222`. An empty text counts as not set. A login in the URL
+    /// (`nats://user:password@host`, `nats://token@host`) applies unless another login is set. In a
+    /// password, `@ , / ? # %` must be percent-escaped (`%2C` for a comma). After the first server,
+    /// a server with a login must start with its scheme.
     #[must_use]
     pub fn url(mut self, url: impl Into<String>) -> Self {
         self.url = Some(url.into());
         self
     }
 
-    /// What subjects begin with: `{namespace}.events.{event name}` and `{namespace}.head`. `storied` by default. Systems
-    /// that share NATS servers need different ones.
+    /// Sets the prefix of all subjects: `{namespace}.events.{event name}` and `{namespace}.head`.
+    ///
+    /// Systems that share NATS servers need different namespaces. Default: `storied`.
     ///
     /// # Errors
-    /// When it is more than dotted tokens of ASCII letters, digits, `_` and `-`.
+    /// If it is not made of dotted tokens of ASCII letters, digits, `_` and `-`.
     pub fn namespace(mut self, namespace: impl Into<String>) -> Result<Self, InvalidName> {
         self.namespace = namespace.into();
         check_name("namespace", &self.namespace)?;
         Ok(self)
     }
 
-    /// How events' names become subjects. `{namespace}.events.{event name}` by default.
+    /// Sets the mapping from event names to subjects. Default: `{namespace}.events.{event name}`.
     #[must_use]
     pub fn subjects(mut self, subjects: Subjects) -> Self {
         self.subjects = subjects;
         self
     }
 
-    /// Uses this connection, which stays the caller's: it is never closed by the bus, and what is said here about
-    /// connecting does not concern it. It must have been made without `no_echo`.
+    /// Uses a borrowed connection.
+    ///
+    /// The bus never closes it, and the connection settings here do not apply to it. It must have
+    /// been made without `no_echo`.
     #[must_use]
     pub fn client(mut self, client: Client) -> Self {
         self.client = Some(client);
         self
     }
 
-    /// What the server calls this connection in its monitoring. `storied` by default.
+    /// Sets the name of the connection in the server's monitoring. Default: `storied`.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
     }
 
-    /// First tokens of the subjects on which this connection receives answers. Default: `_INBOX`. A login that may subscribe
-    /// to `_INBOX.>` reads the answers to every other login: give each login its own prefix and rights on that only.
+    /// Sets the first tokens of the subjects that receive answers. Default: `_INBOX`.
+    ///
+    /// A login that may subscribe to `_INBOX.>` can read the answers to every other login. Give
+    /// each login its own prefix, and permissions on that prefix only.
     ///
     /// # Errors
-    /// When it is more than dotted tokens of ASCII letters, digits, `_` and `-`.
+    /// If it is not made of dotted tokens of ASCII letters, digits, `_` and `-`.
     pub fn inbox_prefix(mut self, prefix: impl Into<String>) -> Result<Self, InvalidName> {
         self.inbox_prefix = prefix.into();
         check_name("inbox prefix", &self.inbox_prefix)?;
         Ok(self)
     }
 
-    /// Logs in with a user's name and password. Of several ways to log in the last one said counts.
+    /// Logs in with a user name and a password. The last login method set applies.
     #[must_use]
     pub fn user_and_password(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
         self.login = Login::User { name: name.into(), password: password.into() };
@@ -185,93 +195,108 @@ impl NatsOptions {
         self
     }
 
-    /// Logs in with the JWT and seed in a credentials file, which is read when the connection is made.
+    /// Logs in with the JWT and seed in a credentials file, read at the time of the connect.
     #[must_use]
     pub fn credentials_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.login = Login::Credentials(path.into());
         self
     }
 
-    /// Whether a connection without TLS is refused. By default that is so if certificates are named, with
-    /// [`tls_first`](Self::tls_first), and for a `tls://` URL; else the server decides. False does not take that back.
+    /// Requires TLS.
+    ///
+    /// Default: required if certificates are set, with [`tls_first`](Self::tls_first), and for a
+    /// `tls://` URL; otherwise the server decides. `false` does not override these cases.
     #[must_use]
     pub fn require_tls(mut self, required: bool) -> Self {
         self.tls.required = required;
         self
     }
 
-    /// Begins TLS before the server's greeting, for servers with `handshake_first`. Not by default.
+    /// Starts TLS before the server's greeting, for servers with `handshake_first`. Default: off.
     #[must_use]
     pub fn tls_first(mut self) -> Self {
         self.tls.first = true;
         self
     }
 
-    /// Trusts the certificates in this PEM file, in place of the system's, and requires TLS. Can be said several times.
+    /// Trusts the certificates in this PEM file in place of the system's, and requires TLS.
+    /// May be called several times.
     #[must_use]
     pub fn root_certificates(mut self, path: impl Into<PathBuf>) -> Self {
         self.tls.roots.push(path.into());
         self
     }
 
-    /// Shows this certificate to the server (mutual TLS), and requires TLS: PEM files of certificate and key.
+    /// Sets the client certificate and key (PEM files, mutual TLS), and requires TLS.
     #[must_use]
     pub fn client_certificate(mut self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
         self.tls.client = Some((certificate.into(), key.into()));
         self
     }
 
-    /// How long to wait between two attempts to come back to a server, give or take a fifth; the first follows at once,
-    /// and there is no last one. 2 s by default, 1 ms to a day.
+    /// Sets the wait between two reconnect attempts, with a jitter of 20 %.
+    ///
+    /// The first attempt follows at once, and the number of attempts is unlimited. Default: 2 s.
+    /// Range: 1 ms to 1 day.
     #[must_use]
     pub fn reconnect_wait(mut self, wait: Duration) -> Self {
         self.reconnect_wait = wait;
         self
     }
 
-    /// How often a silent server is asked whether it is still there; one that leaves two such questions open counts as
-    /// lost. 5 s by default, 10 ms to a day. Every option of this type is checked when the runtime starts and when the bus
-    /// connects: what is outside of its range is [`BusError::Incompatible`].
+    /// Sets the interval of pings to a silent server.
+    /// After two unanswered pings, the server is lost.
+    ///
+    /// Default: 5 s. Range: 10 ms to 1 day. The runtime checks every option of this type at its
+    /// start, and the bus checks it when it connects. A value outside its range is
+    /// [`BusError::Incompatible`].
     #[must_use]
     pub fn ping_interval(mut self, every: Duration) -> Self {
         self.ping_interval = every;
         self
     }
 
-    /// How long one attempt to connect to one server may take. 2 s by default, 10 ms to a day.
+    /// Sets the timeout of one attempt to connect to one server.
+    /// Default: 2 s. Range: 10 ms to 1 day.
     #[must_use]
     pub fn connection_timeout(mut self, timeout: Duration) -> Self {
         self.connection_timeout = timeout;
         self
     }
 
-    /// How long the server may take to answer anything: a confirmation of what was published, a question about a stream.
-    /// 5 s by default, 10 ms to a day.
+    /// Sets the timeout of every answer of the server, such as a publish confirmation.
+    ///
+    /// Default: 5 s. Range: 10 ms to 1 day.
     #[must_use]
     pub fn answer_timeout(mut self, timeout: Duration) -> Self {
         self.answer_timeout = timeout;
         self
     }
 
-    /// How many messages a subscription holds that nobody has read yet; what comes on top is lost, noticed, and read from
-    /// the store. 65,536 by default, 1 to 16,777,216.
+    /// Sets the buffer size of a subscription, in messages.
+    ///
+    /// Messages above it are lost, detected, and read from the store. Default: 65,536. Range: 1 to
+    /// 16,777,216.
     #[must_use]
     pub fn subscription_capacity(mut self, messages: usize) -> Self {
         self.subscription_capacity = messages;
         self
     }
 
-    /// Calls this with everything that happens to the connection, each once: it must not block. A borrowed connection only
-    /// tells when it comes and goes. What counts without being told is [`NatsBus::watch_state`], and
-    /// [`RuntimeStatus::bus`](crate::runtime::RuntimeStatus::bus).
+    /// Sets a handler that receives each event of the connection once. It must not block.
+    ///
+    /// A borrowed connection only reports connects and disconnects. [`NatsBus::watch_state`] and
+    /// [`RuntimeStatus::bus`](crate::runtime::RuntimeStatus::bus) show the state without a handler.
     #[must_use]
     pub fn on_event(mut self, handler: impl Fn(NatsEvent) + Send + Sync + 'static) -> Self {
         self.handler = Handler::new(handler);
         self
     }
 
-    /// Where the metrics of this connection go. By default where those of the runtime go that the bus is given to; without
-    /// one, to the global meter provider. What was counted before there was a runtime stays where it went.
+    /// Sets the destination of the metrics of this connection.
+    ///
+    /// Default: the telemetry of the runtime that uses the bus, or the global meter provider
+    /// without a runtime. Metrics recorded before the runtime starts stay at the global provider.
     #[cfg(feature = "otel")]
     #[must_use]
     pub fn telemetry(mut self, telemetry: &crate::Telemetry) -> Self {
@@ -279,18 +304,18 @@ impl NatsOptions {
         self
     }
 
-    /// The bus. It connects when it is first used.
+    /// Creates the bus. It connects on first use.
     #[must_use]
     pub fn bus(self) -> NatsBus {
         NatsBus::new(self, "events")
     }
 
-    /// What everything is called.
+    /// The subject names of the bus.
     pub(super) fn names(&self) -> Names {
         Names::new(&self.namespace, &self.subjects)
     }
 
-    /// Refuses what no connection could work with.
+    /// Refuses options that no connection could work with.
     pub(crate) fn check(&self) -> Result<(), BusError> {
         within("NatsOptions::reconnect_wait", &self.reconnect_wait, &PAUSE)?;
         within("NatsOptions::ping_interval", &self.ping_interval, &WAIT)?;
@@ -306,38 +331,42 @@ impl NatsOptions {
         Ok(())
     }
 
-    /// Where to connect to, as of now.
+    /// The servers to connect to at this time.
     pub(super) fn servers(&self) -> Result<Vec<ServerAddr>, BusError> {
         let said = |url: &String| !url.trim().is_empty();
         let url = self.url.clone().filter(said).or_else(|| std::env::var("NATS_URL").ok().filter(said));
         let url = url.unwrap_or_else(|| DEFAULT_URL.into());
-        // Neither the text nor what the parser says of it: a URL may have a password in it.
+        // The error includes neither the text nor the parser's error: a URL may have a password in
+        // it.
         let unreadable = |reason: &str| BusError::Incompatible { reason: reason.into() };
         if !logins_are_plain(&url) {
             return Err(unreadable(
-                "the URL of the NATS server cannot be told from the login in it; percent-escape what is special in a password \
-                 (%2C for a comma, %2F for a slash), and of several servers begin each that has a login with its scheme",
+                "ambiguous login in the URL of the NATS server; percent-escape special characters \
+                 of a password (%2C for a comma, %2F for a slash), and start every server with a \
+                 login with its scheme",
             ));
         }
         let servers = url.split(',').map(|server| server.trim().parse());
-        let servers: Vec<ServerAddr> = servers.collect::<Result<_, _>>().map_err(|_| {
-            unreadable("the URL of the NATS server cannot be read; it should look like nats://host:4222")
-        })?;
+        let servers: Vec<ServerAddr> = servers
+            .collect::<Result<_, _>>()
+            .map_err(|_| unreadable("invalid URL of the NATS server; use the form nats://host:4222"))?;
         if self.requires_tls(&servers) && servers.iter().any(|server| server.scheme() == "ws") {
-            return Err(unreadable("TLS is required, and a ws:// URL goes without; use wss://"));
+            return Err(unreadable("TLS is required, but a ws:// URL has none; use wss://"));
         }
         Ok(servers)
     }
 
-    /// Whether a login may be sent over TLS only. Named certificates ask for it, and so does one URL for all servers: the
-    /// others that a server names have no scheme.
+    /// Whether a login may be sent over TLS only.
+    /// Certificates require TLS. A TLS URL requires it for all servers: the servers that a server
+    /// names have no scheme.
     fn requires_tls(&self, servers: &[ServerAddr]) -> bool {
         let Tls { required, first, roots, client } = &self.tls;
         let asked = *required || *first || !roots.is_empty() || client.is_some();
         asked || servers.iter().any(|server| matches!(server.scheme(), "tls" | "wss"))
     }
 
-    /// What async-nats needs to know. `tell` hears everything that happens to the connection, and must not block.
+    /// The options for async-nats.
+    /// `tell` receives every event of the connection, and must not block.
     pub(super) async fn connect_options(
         &self,
         servers: &[ServerAddr],
@@ -354,7 +383,7 @@ impl NatsOptions {
             .subscription_capacity(self.subscription_capacity)
             .max_reconnects(None)
             .reconnect_delay_callback(move |attempt| {
-                // Asked before every attempt, the very first included.
+                // Called before every attempt, including the first.
                 again.metrics.connecting(again.role);
                 match attempt {
                     0 | 1 => Duration::ZERO,
@@ -382,19 +411,17 @@ impl NatsOptions {
             Login::NKey(seed) => options.nkey(seed.clone()),
             Login::Credentials(path) => {
                 options.credentials_file(path).await.map_err(|error| BusError::Incompatible {
-                    reason: format!(
-                        "the credentials file {} cannot be used: {}",
-                        path.display(),
-                        error.kind()
-                    ),
+                    reason: format!("cannot use the credentials file {}: {}", path.display(), error.kind()),
                 })?
             }
         })
     }
 }
 
-/// Whether every login in a list of servers stands where one belongs. A comma, slash or the like in a password makes its
-/// first part look like a host, which would be connected to, and told in errors.
+/// Whether every login in a list of servers is at its proper position.
+///
+/// A comma, slash or similar in a password makes its first part look like a host. The bus would
+/// connect to it, and errors would reveal it.
 fn logins_are_plain(servers: &str) -> bool {
     servers.split(',').enumerate().all(|(index, server)| {
         let scheme = server.split_once("://");
@@ -405,7 +432,7 @@ fn logins_are_plain(servers: &str) -> bool {
     })
 }
 
-/// Logs in with what a URL says (`user:password@` or `token@`), which async-nats itself takes no notice of.
+/// Logs in with the login of a URL (`user:password@` or `token@`), which async-nats ignores.
 fn url_login(options: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
     let Some((name, password)) =
         servers.iter().find_map(|server| Some((server.username()?, server.password())))
@@ -420,7 +447,7 @@ fn url_login(options: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions 
 }
 
 impl fmt::Debug for NatsOptions {
-    /// Without anything secret: neither the URL, which may have a password in it, nor how we log in.
+    /// Omits secrets: the URL, which may have a password in it, and the login.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("NatsOptions")
             .field("driver", &self.driver)

@@ -1,4 +1,4 @@
-//! Where the metrics of a connection go.
+//! The destination of the metrics of a connection.
 
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
@@ -7,8 +7,10 @@ use crate::telemetry::Metrics;
 #[cfg(feature = "otel")]
 use crate::telemetry::Telemetry;
 
-/// The metrics of a bus: where the options say, else where those of the first runtime go that has the bus, and until there is
-/// one to the global provider. A bus may connect long before a runtime starts.
+/// The metrics of a bus.
+///
+/// The options decide first, then the first runtime with the bus. Before a runtime exists, the
+/// global provider is used: a bus may connect long before a runtime starts.
 #[derive(Debug, Clone)]
 pub(super) struct Recorder(Arc<Choice>);
 
@@ -23,7 +25,7 @@ impl Recorder {
         Self(Arc::new(Choice { told: told.map(OnceLock::from).unwrap_or_default(), usual: OnceLock::new() }))
     }
 
-    /// A runtime says where they go from now on, unless that was said before.
+    /// Sets the destination to that of a runtime, unless it is set already.
     #[cfg(feature = "otel")]
     pub(super) fn tell(&self, telemetry: &Telemetry) {
         self.0.told.get_or_init(|| Metrics::of(telemetry));

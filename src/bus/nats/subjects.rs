@@ -1,4 +1,4 @@
-//! What the subjects of events are called.
+//! The subjects of events.
 
 mod pattern;
 
@@ -13,10 +13,11 @@ use crate::bus::BusError;
 use crate::event::{EventName, StreamId};
 use crate::partition::Partition;
 
-/// How the names of events become subjects. Publishers and subscribers of one system must say the same.
+/// The mapping from event names to subjects.
+/// All publishers and subscribers of a system need the same.
 ///
-/// By default `{namespace}.events.{event name}`, for example `storied.events.order.placed`. Behind a prefix,
-/// [`partitions`](Self::partitions) can put one token more in front of the name.
+/// Default: `{namespace}.events.{event name}`, for example `storied.events.order.placed`. After a
+/// prefix, [`partitions`](Self::partitions) can add one token before the name.
 ///
 /// ```
 /// use storied::bus::{NatsOptions, Subjects};
@@ -32,10 +33,10 @@ use crate::partition::Partition;
 /// ```
 #[derive(Clone, Default)]
 pub struct Subjects {
-    /// In front of everything; the namespace's if there is none.
+    /// Prefix of every subject; the namespace's prefix if `None`.
     prefix: Option<String>,
     map: Option<Arc<NameMap>>,
-    /// What all mapped names are found under.
+    /// Patterns that cover all mapped names.
     covering: Vec<Pattern>,
     partitions: Option<NonZeroU16>,
 }
@@ -43,39 +44,45 @@ pub struct Subjects {
 type NameMap = dyn Fn(&str) -> String + Send + Sync;
 
 impl Subjects {
-    /// `{namespace}.events.{event name}`.
+    /// Creates the default mapping, `{namespace}.events.{event name}`.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The event's name alone: `order.placed`. `covering` are patterns under which all events are found (`order.*`): what
-    /// the feed subscribes to and the stream keeps, in an account in which others have subjects, too.
+    /// Creates a mapping to the event name alone: `order.placed`.
+    ///
+    /// `covering` are patterns that match all events (`order.*`). The feed subscribes to them and
+    /// the stream keeps them, in an account that may have other subjects, too.
     ///
     /// # Errors
-    /// When there is no pattern, or one is not a pattern.
+    /// If there is no pattern, or an invalid one.
     pub fn identity<P: AsRef<str>>(covering: impl IntoIterator<Item = P>) -> Result<Self, InvalidPattern> {
         Ok(Self { prefix: Some(String::new()), covering: patterns(covering)?, ..Self::default() })
     }
 
-    /// The event's name behind a prefix of one or more tokens: `events.` (or `events`) makes `events.order.placed`.
+    /// Creates a mapping to a prefix of one or more tokens and the event name.
+    ///
+    /// `events.` (or `events`) gives `events.order.placed`.
     ///
     /// # Errors
-    /// When it is more than dotted tokens of printable ASCII.
+    /// If the prefix is not made of dotted tokens of printable ASCII.
     pub fn prefix(prefix: &str) -> Result<Self, InvalidPattern> {
         let tokens = prefix.strip_suffix('.').unwrap_or(prefix);
         if Pattern::new(tokens)?.is_wild() {
-            return Err(InvalidPattern::new(prefix, "a prefix has no '*' and no '>'"));
+            return Err(InvalidPattern::new(prefix, "a prefix must not contain '*' or '>'"));
         }
         Ok(Self { prefix: Some(format!("{tokens}.")), ..Self::default() })
     }
 
-    /// Whatever `map` makes of the event's name. `covering` are patterns under which all that it makes are found; an event
-    /// that lands elsewhere is not published, and the publisher says so. `map` must always say the same of a name, and
-    /// something else of each.
+    /// Creates a mapping by the function `map` of the event name.
+    ///
+    /// `covering` are patterns that match every result of `map`. An event with another subject is
+    /// not published, and the publisher reports an error. `map` must be deterministic, and give
+    /// distinct results for distinct names.
     ///
     /// # Errors
-    /// When there is no pattern, or one is not a pattern.
+    /// If there is no pattern, or an invalid one.
     pub fn custom<P: AsRef<str>>(
         covering: impl IntoIterator<Item = P>,
         map: impl Fn(&str) -> String + Send + Sync + 'static,
@@ -84,23 +91,25 @@ impl Subjects {
         Ok(Self { prefix: Some(String::new()), map: Some(Arc::new(map)), covering, partitions: None })
     }
 
-    /// Puts the number of the event's partition in front of its name (behind the prefix): `storied.events.3.order.placed`.
-    /// For subscribers that share the log out by aggregate: the number is the same for all events of a stream, from 0,
-    /// see [`Partition`](crate::Partition). None by default. Must not change as long as a mirror is in use.
+    /// Adds the partition number before the event name: `storied.events.3.order.placed`.
+    ///
+    /// For subscribers that share the log by aggregate. The number starts at 0 and is the same for
+    /// all events of a stream, see [`Partition`](crate::Partition). Default: no partitions. Must
+    /// not change while a log stream is in use.
     ///
     /// # Errors
-    /// Of [`identity`](Self::identity) and [`custom`](Self::custom): without a prefix, the server could not tell such
-    /// subjects from its own.
+    /// With [`identity`](Self::identity) and [`custom`](Self::custom): without a prefix, the server
+    /// could not distinguish such subjects from its own.
     pub fn partitions(mut self, partitions: NonZeroU16) -> Result<Self, InvalidPattern> {
         if !self.covering.is_empty() {
             let pattern = format!("*.{}", self.covering[0]);
-            return Err(InvalidPattern::new(&pattern, "partitions need a prefix in front of them"));
+            return Err(InvalidPattern::new(&pattern, "partitions need a prefix"));
         }
         self.partitions = Some(partitions);
         Ok(self)
     }
 
-    /// With everything that depends on the namespace.
+    /// Applies the namespace.
     pub(super) fn resolve(&self, namespace: &str) -> Mapping {
         let prefix = self.prefix.clone().unwrap_or_else(|| format!("{namespace}.events."));
         let any = if self.partitions.is_some() { "*." } else { "" };
@@ -123,7 +132,7 @@ impl fmt::Debug for Subjects {
     }
 }
 
-/// Checked patterns without those that others cover.
+/// Checks patterns, and removes those that others cover.
 pub(super) fn patterns<P: AsRef<str>>(
     given: impl IntoIterator<Item = P>,
 ) -> Result<Vec<Pattern>, InvalidPattern> {
@@ -135,21 +144,18 @@ pub(super) fn patterns<P: AsRef<str>>(
         }
         patterns.retain(|other| !pattern.covers(other.as_str()));
         if patterns.iter().any(|other| other.overlaps(&pattern)) {
-            return Err(InvalidPattern::new(
-                pattern.as_str(),
-                "it shares a part of its names with another one of the patterns",
-            ));
+            return Err(InvalidPattern::new(pattern.as_str(), "overlaps with another pattern"));
         }
         patterns.push(pattern);
     }
     if patterns.is_empty() {
-        return Err(InvalidPattern::new("", "there is none"));
+        return Err(InvalidPattern::new("", "no pattern given"));
     }
     patterns.sort_unstable();
     Ok(patterns)
 }
 
-/// Everything that has a name in one namespace.
+/// The subject names of one namespace.
 #[derive(Debug, Clone)]
 pub(super) struct Names {
     namespace: String,
@@ -165,17 +171,18 @@ impl Names {
         &self.namespace
     }
 
-    /// Where the end of the log is announced.
+    /// Subject of heartbeats, which carry the end of the log.
     pub(super) fn head(&self) -> String {
         format!("{}.head", self.namespace)
     }
 
-    /// Where nodes say that they have committed something.
+    /// Subject of hints about commits.
     pub(super) fn hints(&self) -> String {
         format!("{}.hint", self.namespace)
     }
 
-    /// Refuses subjects of events that are those of something else, too: in the stream, a heartbeat would count as an event.
+    /// Refuses event subjects that contain other subjects.
+    /// In the stream, a heartbeat would count as an event.
     pub(super) fn check(&self) -> Result<(), BusError> {
         let own = [self.head(), self.hints(), format!("{}.dead.x", self.namespace)];
         for (subject, own) in self.mapping.all().iter().flat_map(|all| own.iter().map(move |own| (all, own)))
@@ -183,8 +190,8 @@ impl Names {
             if Pattern::new(subject).is_ok_and(|pattern| pattern.matches(own)) {
                 return Err(BusError::Incompatible {
                     reason: format!(
-                        "the subjects of events, {subject:?}, contain {own:?}, which is for something else; choose another \
-                         namespace, or narrower Subjects"
+                        "the event subjects {subject:?} contain {own:?}, which is reserved; choose \
+                         another namespace, or narrower Subjects"
                     ),
                 });
             }
@@ -198,13 +205,13 @@ impl Names {
 pub(super) struct Mapping {
     subjects: Subjects,
     prefix: String,
-    /// What stands for any partition.
+    /// Wildcard token for any partition.
     any: &'static str,
     all: Vec<String>,
 }
 
 impl Mapping {
-    /// What all events are found under.
+    /// The subjects that match all events.
     pub(super) fn all(&self) -> &[String] {
         &self.all
     }
@@ -229,7 +236,7 @@ impl Mapping {
         Ok(subject)
     }
 
-    /// Nothing that is published may land where nobody looks for it.
+    /// Refuses a subject that no subscriber or stream receives.
     fn check(&self, name: &str, mapped: &str) -> Result<(), BusError> {
         let covering = &self.subjects.covering;
         let plain = Pattern::new(mapped).is_ok_and(|pattern| !pattern.is_wild());
@@ -239,13 +246,14 @@ impl Mapping {
         let covering: Vec<_> = covering.iter().map(Pattern::as_str).collect();
         Err(BusError::Incompatible {
             reason: format!(
-                "the event {name} would have the subject {mapped:?}, which none of {covering:?} covers; add a pattern for it \
-                 to the Subjects of the bus"
+                "no pattern of {covering:?} covers {mapped:?}, the subject of the event {name}; \
+                 add a pattern to the Subjects of the bus"
             ),
         })
     }
 
-    /// What to ask the server for, so that events with such names come. The second says whether others may come as well.
+    /// The filter subjects for events with such names.
+    /// The flag says whether other events match, too.
     pub(super) fn filters(&self, names: &[Pattern]) -> (Vec<String>, bool) {
         if names.iter().any(Pattern::is_everything) {
             return (self.all.clone(), false);
@@ -254,7 +262,7 @@ impl Mapping {
             let filter = |name: &Pattern| format!("{}{}{name}", self.prefix, self.any);
             return (names.iter().map(filter).collect(), false);
         };
-        // Nobody knows what becomes of names that are not known.
+        // A custom mapping of unknown names is unknown.
         if names.iter().any(Pattern::is_wild) {
             return (self.all.clone(), true);
         }
@@ -270,7 +278,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_mapping_and_what_is_found_under_it() {
+    fn each_mapping_gives_its_subjects_and_filters() {
         let name = EventName::new("shop.order.placed").unwrap();
         let stream = StreamId::new("shop.order", "foobar").unwrap();
         let sixteen = NonZeroU16::new(16).unwrap();
@@ -308,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lands_elsewhere_is_refused() {
+    fn uncovered_subjects_are_refused() {
         let name = EventName::new("order.placed").unwrap();
         let stream = StreamId::new("order", "1").unwrap();
         for mapped in ["v2.x", "v1", "", "v1.*", "v1.a b", "v1..x"] {

@@ -1,7 +1,8 @@
-//! Raw subscriptions, for programs that want events as they come over the bus, without a store and without projections.
+//! Raw subscriptions, for programs that read events from the bus without a store or projections.
 //!
-//! What was not read in time, could not be decoded or went wrong otherwise is an error beside the events, and holds nothing
-//! up, read or not. Between subscribers nothing is shared: one that does not read is its own loss alone.
+//! Events that are not read in time, fail to decode or fail otherwise become errors in a separate
+//! stream. Unread errors block nothing. Subscribers share nothing: a subscriber that does not read
+//! loses only its own events.
 
 mod dead;
 mod delivery;
@@ -41,37 +42,40 @@ use super::{Driver, NatsBus, naming};
 use crate::bus::BusError;
 use crate::time::{FAR, after};
 
-/// Events of some names, as they come over a [`NatsBus`]. A [`Stream`] of [`Received`].
+/// A subscription to events by name over a [`NatsBus`]. A [`Stream`] of [`Received`].
 ///
-/// Dropping it ends it; what JetStream delivered and nobody took is given back.
+/// Dropping it ends the subscription, and returns unread JetStream deliveries to the server.
 pub struct Subscription {
     bus: NatsBus,
-    /// How soon JetStream delivers again what was not settled.
+    /// Time until JetStream redelivers an unacknowledged message.
     ack_wait: Duration,
     queue: Arc<Queue>,
     stop: watch::Sender<bool>,
     lanes: Vec<JoinHandle<()>>,
 }
 
-/// What did not end in time when a subscription was closed.
+/// The error of a subscription that did not end in time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the subscription did not end within {patience:?}: {what}")]
 pub struct CloseError {
-    /// The time there was.
+    /// The time limit.
     pub patience: Duration,
-    /// What was unfinished.
+    /// The unfinished work.
     pub what: String,
 }
 
-/// Where events come from, and the names to keep of them if the server lets others through.
+/// A source of events, and the names to keep if the server cannot filter exactly.
 type Way = (Source, Option<Vec<Pattern>>);
 
 impl NatsBus {
-    /// Subscribes to events by name: `order.placed`, `order.*` (one token), `order.>` (one or more), `*` (everything).
+    /// Subscribes to events by name.
     ///
-    /// Over Core this brings what is published while it listens. With the JetStream driver it reads from a consumer of the
-    /// mirror, see [`ConsumerOptions`]. Events of one log come in log order, whatever their names, except over queue groups
-    /// and when JetStream delivers something again.
+    /// Names: `order.placed`, `order.*` (one token), `order.>` (one or more), `*` (everything).
+    ///
+    /// Over Core, the subscription receives events published while it is connected. With the
+    /// JetStream driver, it reads from a consumer of the log stream, see [`ConsumerOptions`].
+    /// Events of one log arrive in log order, whatever their names, except with queue groups and
+    /// redeliveries.
     ///
     /// ```no_run
     /// use storied::bus::{ConsumerOptions, NatsBus, Received, SubscribeOptions};
@@ -94,9 +98,10 @@ impl NatsBus {
     /// ```
     ///
     /// # Errors
-    /// [`BusError::Incompatible`] when the names are no patterns or the options do not fit the driver or the server;
-    /// [`BusError::Unavailable`] when no server is there, unless the options are [`lazy`](SubscribeOptions::lazy). From
-    /// then on it comes back by itself after every outage.
+    /// [`BusError::Incompatible`] if a name is an invalid pattern, or the options do not fit the
+    /// driver or the server. [`BusError::Unavailable`] if no server is reachable, unless the
+    /// options are [`lazy`](SubscribeOptions::lazy). Afterwards, the subscription reconnects after
+    /// every outage.
     pub async fn subscribe<N: AsRef<str>>(
         &self,
         names: impl IntoIterator<Item = N>,
@@ -128,14 +133,14 @@ impl NatsBus {
         }
         if !options.lazy {
             for told in join_all(ready).await {
-                // A lane that says nothing has been stopped, with the runtime.
+                // A receiver without a report was stopped with the runtime.
                 told.unwrap_or(Err(BusError::Closed))?;
             }
         }
         Ok(subscription)
     }
 
-    /// The ways on which the events come in: one for each queue group, since the server shares out by group.
+    /// The sources of the events: one per queue group, because the server balances per group.
     fn lanes(&self, names: &[Pattern], options: &SubscribeOptions) -> Result<Vec<Way>, BusError> {
         let mut groups: BTreeMap<Option<String>, Vec<Pattern>> = BTreeMap::new();
         for name in names {
@@ -143,19 +148,21 @@ impl NatsBus {
         }
         let mut lanes = Vec::with_capacity(groups.len());
         for (group, names) in groups {
-            // What NATS' protocol and its tools could not tell from something else.
+            // Characters with a meaning in the NATS protocol or its tools are refused.
             if let Some(group) =
                 group.as_ref().filter(|group| !group.bytes().all(|byte| byte.is_ascii_graphic()))
             {
                 return Err(incompatible(format!(
-                    "{group:?} cannot be a queue group; use printable ASCII without spaces"
+                    "invalid queue group {group:?}; use printable ASCII without spaces"
                 )));
             }
             let (subjects, sieve) = self.names().mapping.filters(&names);
             let source = match &self.inner.options.driver {
                 Driver::Core if options.consumer.is_some() => {
                     return Err(incompatible(
-                        "NATS Core has no consumers; use the JetStream driver, or no ConsumerOptions".into(),
+                        "NATS Core has no consumers; use the JetStream driver, or omit \
+                         ConsumerOptions"
+                            .into(),
                     ));
                 }
                 Driver::Core => Source::Core { subjects, group },
@@ -171,7 +178,7 @@ impl NatsBus {
         Ok(lanes)
     }
 
-    /// Two consumers of one subscription must not be the same.
+    /// Refuses two equal consumers in one subscription.
     fn distinct(&self, lanes: &[Way]) -> Result<(), BusError> {
         let mut names: Vec<_> = lanes
             .iter()
@@ -183,8 +190,8 @@ impl NatsBus {
         names.sort_unstable();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(incompatible(format!(
-                "two queue groups would share the consumer {}; make its name from event and group, with \
-                 ConsumerOptions::durable_with",
+                "two queue groups share the consumer {}; derive its name from event and group, \
+                 with ConsumerOptions::durable_with",
                 pair[0]
             ))),
             None => Ok(()),
@@ -200,9 +207,9 @@ impl NatsBus {
     ) -> Result<ConsumerSpec, BusError> {
         let events: Vec<_> = names.iter().map(Pattern::as_str).collect();
         let given = |name: &str| match name.trim() {
-            "" => {
-                Err(incompatible("the name of a durable consumer is empty; ConsumerOptions needs one".into()))
-            }
+            "" => Err(incompatible(
+                "the name of a durable consumer is empty; set one in ConsumerOptions".into(),
+            )),
             _ => Ok(()),
         };
         let name = match (&options.life, group) {
@@ -217,7 +224,7 @@ impl NatsBus {
                 naming::custom(&name)
             }
             (Life::Ephemeral, None) => format!("ephemeral-{}", Uuid::new_v4().simple()),
-            // Members must find each other.
+            // Members of a group must derive the same name.
             (Life::Ephemeral, group) => naming::durable("ephemeral", group, &events),
         };
         let push = options.push.then(|| Push {
@@ -241,7 +248,7 @@ impl NatsBus {
     }
 }
 
-/// As the user would write it.
+/// The pattern as the user writes it.
 fn shown(pattern: &Pattern) -> &str {
     if pattern.is_everything() { "*" } else { pattern.as_str() }
 }
@@ -251,14 +258,16 @@ fn incompatible(reason: String) -> BusError {
 }
 
 impl Subscription {
-    /// The next event or gap; `None` when the subscription has ended. Cancel-safe.
+    /// Returns the next event or gap; `None` if the subscription has ended. Cancel-safe.
     pub async fn next(&mut self) -> Option<Received> {
         poll_fn(|cx| self.queue.poll_next(cx)).await
     }
 
-    /// Up to `most` events, as many as come within `wait`, and at least one if there is one by then. Gaps in between are
-    /// among the [errors](Self::errors) only. Dropping the future loses what it has gathered; JetStream delivers that
-    /// again.
+    /// Returns up to `most` events that arrive within `wait`.
+    ///
+    /// Returns at least one event if one arrives in time. Gaps are reported by
+    /// [`errors`](Self::errors) only. Not cancel-safe: a dropped future loses the gathered events,
+    /// and JetStream redelivers them.
     pub async fn fetch(&mut self, most: usize, wait: Duration) -> Vec<Delivery> {
         let mut fetched = Vec::new();
         let end = after(wait);
@@ -276,28 +285,30 @@ impl Subscription {
         fetched
     }
 
-    /// What goes wrong. Each error is said once, to whichever of its readers is first; the last 256 are kept until then.
+    /// Returns the errors of the subscription.
+    ///
+    /// Each error is delivered once, to the first reader. The last 256 unread errors are kept.
     #[must_use]
     pub fn errors(&self) -> SubscriptionErrors {
         SubscriptionErrors { queue: self.queue.clone() }
     }
 
-    /// How it is doing.
+    /// Returns the counters of the subscription.
     #[must_use]
     pub fn stats(&self) -> SubscriptionStats {
         self.queue.stats()
     }
 
-    /// Ends it in order: nothing more comes in, and what JetStream delivered and nobody took is given back.
+    /// Ends the subscription, and returns unread JetStream deliveries to the server.
     ///
     /// # Errors
-    /// When that took longer than `patience`; it is not waited for any more then.
+    /// If it does not end within `patience`. It then ends in the background.
     pub async fn close(mut self, patience: Duration) -> Result<(), CloseError> {
         self.stop.send_replace(true);
         let lanes = std::mem::take(&mut self.lanes);
         match timeout(patience, join_all(lanes)).await {
             Ok(_) => Ok(()),
-            Err(_) => Err(CloseError { patience, what: "the server was not told".into() }),
+            Err(_) => Err(CloseError { patience, what: "the server did not confirm the end".into() }),
         }
     }
 }
@@ -312,7 +323,7 @@ impl Stream for Subscription {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        // The lanes end by themselves: they have something to give back.
+        // The receivers end by themselves, because they return deliveries.
         self.stop.send_replace(true);
     }
 }
@@ -323,13 +334,13 @@ impl fmt::Debug for Subscription {
     }
 }
 
-/// The errors of a [`Subscription`]: a [`Stream`], which ends with it.
+/// The errors of a [`Subscription`]: a [`Stream`] that ends with it.
 pub struct SubscriptionErrors {
     queue: Arc<Queue>,
 }
 
 impl SubscriptionErrors {
-    /// The next error; `None` when the subscription has ended. Cancel-safe.
+    /// Returns the next error; `None` if the subscription has ended. Cancel-safe.
     pub async fn next(&mut self) -> Option<SubscriptionError> {
         poll_fn(|cx| self.queue.poll_error(cx)).await
     }

@@ -14,28 +14,28 @@ use crate::bus::{BusError, BusItem, BusSubscription, LogBatch};
 use crate::event::RecordedEvent;
 use crate::future::BoxFuture;
 
-/// How many messages at most become one batch, and how many bytes, roughly: as the publisher cuts them.
+/// Approximate limits of one batch, in messages and bytes. The publisher uses the same limits.
 const EVENTS: usize = 512;
 const BYTES: usize = 1 << 20;
 
-/// How many strangers are named in the log at most.
+/// Maximum number of foreign stores named in the log.
 const STRANGERS: usize = 16;
 
 /// A plain subscription to all events and heartbeats of a namespace.
 pub(super) struct NatsSubscription {
-    /// Held, so that it lives and is watched as long as somebody listens.
+    /// Keeps the connection and its watcher alive while the subscription lives.
     _connection: Arc<Connection>,
     link: watch::Receiver<Link>,
-    /// The link as of the last item.
+    /// Link state as of the last item.
     seen: Link,
     events: Merged,
     heads: Subscriber,
     wire: Wire,
-    /// Read, but not adjacent to the batch that was given out last.
+    /// Received event that is not adjacent to the last returned batch.
     held: Option<Incoming>,
-    /// How many messages were not what this program would have sent.
+    /// Number of malformed messages.
     malformed: u64,
-    /// Other stores that publish to the same subjects.
+    /// Ids of other stores that publish to the same subjects.
     strangers: HashSet<String>,
 }
 
@@ -55,7 +55,8 @@ impl NatsSubscription {
                 let seen = *link.borrow();
                 let events = Merged::subscribe(client, wire.events(), None).await?;
                 let heads = subscribe(client, wire.head(), None).await?;
-                // The server takes what we send in that order: with the answer, it has the subscriptions.
+                // The server processes requests in order. After the reply, it has the
+                // subscriptions.
                 Echo::new(client).await?.round_trip(client).await?;
                 Ok((seen, events, heads))
             })
@@ -70,7 +71,7 @@ impl NatsSubscription {
             if let Some(first) = self.held.take() {
                 return Ok(self.gather(first));
             }
-            // Events before heads: a head that was sent behind an event is never taken before it.
+            // Events before heads: a head that was sent after an event is never taken before it.
             tokio::select! {
                 biased;
                 changed = self.link.changed() => {
@@ -106,7 +107,7 @@ impl NatsSubscription {
         }
     }
 
-    /// Puts together what follows `first` without a hole and is there already.
+    /// Gathers the received events that follow `first` without a gap.
     fn gather(&mut self, first: Incoming) -> BusItem {
         let (after, event) = match first {
             Incoming::Large(position) => return BusItem::Head(position),
@@ -116,7 +117,7 @@ impl NatsSubscription {
         let mut upto = event.position;
         let mut events = vec![event];
         while events.len() < EVENTS && bytes < BYTES {
-            // Not counted against this task's turn: that would cut batches short.
+            // Outside the coop budget of tokio, which would cut batches short.
             let waiting = tokio::task::unconstrained(self.events.next()).now_or_never();
             let Some(message) = waiting.flatten() else { break };
             match self.read(message) {
@@ -139,21 +140,17 @@ impl NatsSubscription {
         self.wire.read(&message).map_err(|reject| self.report(&message, reject)).ok()
     }
 
-    /// Says what is passed over. If it was an event of ours that arrived broken, the next one shows the hole.
+    /// Logs an ignored message.
+    /// If it was a damaged event of this store, the next event reveals the gap.
     fn report(&mut self, message: &Message, reject: Reject) {
         let subject = message.subject.as_str();
         match reject {
             Reject::Malformed(what) => {
                 self.malformed += 1;
-                // Whoever sends nonsense may send much of it.
+                // A faulty program may send many such messages.
                 if self.malformed.is_power_of_two() {
                     let so_far = self.malformed;
-                    tracing::warn!(
-                        subject,
-                        what,
-                        so_far,
-                        "passed over a message that is no event of storied"
-                    );
+                    tracing::warn!(subject, what, so_far, "ignoring a message that is no event of storied");
                 }
             }
             Reject::OtherStore(store) => {
@@ -162,7 +159,7 @@ impl NatsSubscription {
                         subject,
                         other = store,
                         own = %self.wire.store_id(),
-                        "another store publishes under the same namespace; its events are passed over"
+                        "ignoring the events of another store in the same namespace"
                     );
                 }
             }

@@ -1,4 +1,6 @@
-//! What a message looks like: `docs/wire-format.md`, byte by byte. A change here needs a new number in `Storied-Wire`.
+//! The wire format of messages, as `docs/wire-format.md` specifies it byte by byte.
+//!
+//! A change here needs a new number in `Storied-Wire`.
 
 use std::fmt::Write;
 
@@ -28,28 +30,30 @@ const BODY: HeaderName = HeaderName::from_static("Storied-Body");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// The number of this format.
+/// Number of this format.
 const FORMAT: &str = "1";
 
-/// The value of `Storied-Body` when an event is too large to travel.
+/// Value of `Storied-Body` if an event is too large for a message.
 const OMITTED: &str = "omitted";
 
-/// More than the headers and the frame of any message take, whatever is in them.
+/// Upper bound of the headers and the frame of any message, in bytes.
 const HEADROOM: usize = 4_096;
 
-/// The longest trace context that travels as a header; the standard's has 55 bytes. Longer ones are in the metadata alone.
+/// Maximum length of a `traceparent` header; the standard's has 55 bytes.
+/// A longer one is in the metadata only.
 const LONGEST_TRACEPARENT: usize = 256;
 
-/// Likewise, of the vendors' part, which the standard asks everybody to pass on up to this length.
+/// Maximum length of a `tracestate` header. The standard asks to forward up to this length.
 const LONGEST_TRACESTATE: usize = 512;
 
-/// CBOR: a map of two entries, and the keys with the tag "encoded CBOR data item" (24) or "embedded JSON" (262) behind them.
+/// CBOR: a map of two entries, and the keys with the tag of their value.
+/// The tag is "encoded CBOR data item" (24) or "embedded JSON" (262).
 const MAP: &[u8] = &[0xa2];
 const PAYLOAD_CBOR: &[u8] = b"\x67payload\xd8\x18";
 const PAYLOAD_JSON: &[u8] = b"\x67payload\xd9\x01\x06";
 const METADATA: &[u8] = b"\x68metadata\xd8\x18";
 
-/// What carries the log of one store.
+/// The encoder and decoder of the messages of one store's log.
 #[derive(Debug, Clone)]
 pub(super) struct Wire {
     mapping: Mapping,
@@ -59,31 +63,31 @@ pub(super) struct Wire {
     store_id: Uuid,
 }
 
-/// A message as it goes out.
+/// A message to be sent.
 pub(super) struct Outgoing {
     pub(super) subject: String,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
 }
 
-/// A message as it came in.
+/// A received message.
 #[derive(Debug)]
 pub(super) enum Incoming {
     Event {
-        /// The position of the event before it in the log, whatever its name.
+        /// Position of the previous event in the log, whatever its name.
         previous: Position,
         event: RecordedEvent,
     },
-    /// There is an event at this position, but it was too large to travel.
+    /// An event at this position that was too large for a message.
     Large(Position),
 }
 
-/// Why a message is not for us.
+/// The reason why a message is not accepted.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Reject {
-    /// It is of the log of another store.
+    /// The message is of the log of another store.
     OtherStore(String),
-    /// It is not what this program would have sent.
+    /// The message does not have the format of storied.
     Malformed(String),
 }
 
@@ -98,17 +102,17 @@ impl Wire {
         }
     }
 
-    /// What all events are found under.
+    /// The subjects that match all events.
     pub(super) fn events(&self) -> &[String] {
         self.mapping.all()
     }
 
-    /// Where the end of the log is announced.
+    /// Subject of heartbeats, which carry the end of the log.
     pub(super) fn head(&self) -> &str {
         &self.head
     }
 
-    /// Where nodes say that they have committed something.
+    /// Subject of hints about commits.
     pub(super) fn hints(&self) -> &str {
         &self.hints
     }
@@ -117,8 +121,8 @@ impl Wire {
         self.store_id
     }
 
-    /// The message of `event`, which stands behind `previous` in the log; without its content if that does not fit into
-    /// messages of `largest` bytes.
+    /// Encodes `event`, which follows `previous` in the log.
+    /// Omits the content if the message would exceed `largest` bytes.
     pub(super) fn event(
         &self,
         event: &RecordedEvent,
@@ -144,17 +148,17 @@ impl Wire {
         Ok(Outgoing { subject: self.mapping.subject(&event.name, &event.stream)?, headers, body })
     }
 
-    /// The message that says how far the log goes.
+    /// Encodes a heartbeat with the end of the log.
     pub(super) fn heartbeat(&self, head: Position) -> Outgoing {
         Outgoing { subject: self.head.clone(), headers: self.headers(head), body: Bytes::new() }
     }
 
-    /// The message that says that there is something new.
+    /// Encodes a hint about new events.
     pub(super) fn hint(&self) -> Outgoing {
         Outgoing { subject: self.hints.clone(), headers: self.own_headers(), body: Bytes::new() }
     }
 
-    /// Whether a message is of this store's, whatever it says.
+    /// Whether a message is of this store, whatever its content.
     pub(super) fn is_ours(&self, headers: Option<&HeaderMap>) -> bool {
         self.accept(headers).is_ok()
     }
@@ -172,14 +176,14 @@ impl Wire {
         headers
     }
 
-    /// What ties the event to others, for those who only look at headers.
+    /// Adds correlation and trace context to the headers, for programs that read only headers.
     fn context(&self, event: &RecordedEvent, headers: &mut HeaderMap) {
         /// An empty map: most events have no metadata of their own.
         const NOTHING: &[u8] = &[0xa0];
         if event.metadata == NOTHING {
             return;
         }
-        // Metadata that does not decode travels as it is; whoever asks for it gets the error.
+        // Metadata that does not decode is sent unchanged. A reader that decodes it gets the error.
         let Ok(metadata) = event.decode_metadata() else { return };
         if let Some(correlation) = metadata.correlation_id {
             headers.insert(CORRELATION, correlation.hyphenated().to_string());
@@ -196,17 +200,17 @@ impl Wire {
         }
     }
 
-    /// Reads the message of an event.
+    /// Decodes the message of an event.
     pub(super) fn read(&self, message: &Message) -> Result<Incoming, Reject> {
         read(message, self.accept(message.headers.as_ref())?)
     }
 
-    /// Reads the position in the headers of an event or a heartbeat.
+    /// Decodes the position in the headers of an event or a heartbeat.
     pub(super) fn read_position(&self, headers: Option<&HeaderMap>) -> Result<Position, Reject> {
         Headers(self.accept(headers)?).number(&POSITION).map(Position::new)
     }
 
-    /// Reads which event the headers of a message claim.
+    /// Decodes which event the headers of a message claim.
     pub(super) fn read_claim(&self, headers: &HeaderMap) -> Result<ClaimedEvent, Reject> {
         let headers = Headers(self.accept(Some(headers))?);
         let position = Position::new(headers.number(&POSITION)?);
@@ -214,40 +218,40 @@ impl Wire {
         Ok(ClaimedEvent::Event { previous, position, id: headers.event_id(position)? })
     }
 
-    /// The message id of an event, where the server has the event's own id already.
+    /// The message id of an event if the server has the event's own id already.
     pub(super) fn message_id_at_position(event: &RecordedEvent) -> String {
         format!("{}@{}", event.id.hyphenated(), event.position)
     }
 
-    /// The headers, if they are ours.
+    /// Returns the headers if they are of this format and store.
     fn accept<'a>(&self, headers: Option<&'a HeaderMap>) -> Result<&'a HeaderMap, Reject> {
         let headers = in_format(headers)?;
         match headers.get(STORE) {
             Some(store) if *store == self.store => Ok(headers),
             Some(store) => Err(Reject::OtherStore(store.as_str().to_owned())),
-            None => Err(malformed("no header Storied-Store".into())),
+            None => Err(malformed("missing header Storied-Store".into())),
         }
     }
 }
 
-/// Reads the message of an event of whatever store, and says of which.
+/// Decodes the message of an event of any store, and returns the id of the store.
 pub(super) fn read_any(message: &Message) -> Result<(Uuid, Incoming), Reject> {
     let headers = in_format(message.headers.as_ref())?;
     Ok((Headers(headers).uuid(&STORE)?, read(message, headers)?))
 }
 
-/// The position in a message's headers, if there is one: enough to put messages in order.
+/// The position in a message's headers, if there is one. Used to order messages.
 pub(super) fn position_of(message: &Message) -> Option<u64> {
     message.headers.as_ref()?.get(POSITION)?.as_str().parse().ok()
 }
 
-/// The headers, if they are in this format.
+/// Returns the headers if they are of this format.
 fn in_format(headers: Option<&HeaderMap>) -> Result<&HeaderMap, Reject> {
-    let headers = headers.ok_or_else(|| malformed("no headers".into()))?;
+    let headers = headers.ok_or_else(|| malformed("missing headers".into()))?;
     match headers.get(WIRE) {
         Some(format) if format.as_str() == FORMAT => Ok(headers),
-        Some(format) => Err(malformed(format!("the wire format {:?}", format.as_str()))),
-        None => Err(malformed("no header Storied-Wire".into())),
+        Some(format) => Err(malformed(format!("unknown wire format {:?}", format.as_str()))),
+        None => Err(malformed("missing header Storied-Wire".into())),
     }
 }
 
@@ -259,15 +263,15 @@ fn read(message: &Message, headers: &HeaderMap) -> Result<Incoming, Reject> {
     }
     let previous = Position::new(headers.number(&PREVIOUS)?);
     if previous >= position {
-        return Err(malformed(format!("position {position} behind position {previous}")));
+        return Err(malformed(format!("position {position} is not after its previous position {previous}")));
     }
     let codec = headers.text(&CODEC)?;
-    let codec = Codec::from_name(codec).ok_or_else(|| malformed(format!("the codec {codec:?}")))?;
+    let codec = Codec::from_name(codec).ok_or_else(|| malformed(format!("unknown codec {codec:?}")))?;
     let (payload, metadata) = read_body(&message.payload, codec)
-        .ok_or_else(|| malformed(format!("the body of position {position}")))?;
+        .ok_or_else(|| malformed(format!("invalid body of position {position}")))?;
     let event = RecordedEvent {
         id: headers.event_id(position)?,
-        stream: read_stream(headers.text(&STREAM)?).ok_or_else(|| malformed("the stream".into()))?,
+        stream: read_stream(headers.text(&STREAM)?).ok_or_else(|| malformed("invalid stream".into()))?,
         version: Version::new(headers.number(&VERSION)?),
         position,
         name: EventName::new(headers.text(&EVENT)?).map_err(|error| malformed(error.to_string()))?,
@@ -276,7 +280,7 @@ fn read(message: &Message, headers: &HeaderMap) -> Result<Incoming, Reject> {
         command_id: headers.uuid(&COMMAND)?,
         metadata,
         recorded_at: DateTime::parse_from_rfc3339(headers.text(&TIME)?)
-            .map_err(|error| malformed(format!("the time: {error}")))?
+            .map_err(|error| malformed(format!("invalid time: {error}")))?
             .with_timezone(&Utc),
     };
     Ok(Incoming::Event { previous, event })
@@ -291,7 +295,7 @@ struct Headers<'a>(&'a HeaderMap);
 impl<'a> Headers<'a> {
     fn text(&self, name: &HeaderName) -> Result<&'a str, Reject> {
         let value = self.0.get(name.clone()).map(HeaderValue::as_str);
-        value.ok_or_else(|| malformed(format!("no header {name}")))
+        value.ok_or_else(|| malformed(format!("missing header {name}")))
     }
 
     fn number(&self, name: &HeaderName) -> Result<u64, Reject> {
@@ -302,7 +306,8 @@ impl<'a> Headers<'a> {
         Uuid::try_parse(self.text(name)?).map_err(|error| malformed(format!("{name}: {error}")))
     }
 
-    /// The id of the event at `position`: the message id is `ID`, or `ID@POSITION` where the log has the id twice.
+    /// The id of the event at `position`.
+    /// The message id is `ID`, or `ID@POSITION` if the log has the id twice.
     fn event_id(&self, position: Position) -> Result<Uuid, Reject> {
         let text = self.text(&NATS_MESSAGE_ID)?;
         let id = match text.split_once('@') {
@@ -314,7 +319,8 @@ impl<'a> Headers<'a> {
     }
 }
 
-/// `category/id`, where what a header cannot carry or would not keep is written as `%` and two hexadecimal digits.
+/// Encodes `category/id`.
+/// A byte that a header cannot carry or would not preserve becomes `%` and two hexadecimal digits.
 fn stream_header(stream: &StreamId) -> String {
     let mut text = String::with_capacity(stream.category().len() + 1 + stream.id().len());
     text.push_str(stream.category());
@@ -335,7 +341,7 @@ fn read_stream(header: &str) -> Option<StreamId> {
     StreamId::new(category, percent_decoded(id)?).ok()
 }
 
-/// The text in which `%` and two hexadecimal digits stand for a byte.
+/// Decodes `%` and two hexadecimal digits to a byte.
 pub(super) fn percent_decoded(text: &str) -> Option<String> {
     if !text.contains('%') {
         return Some(text.to_owned());
@@ -372,7 +378,7 @@ fn body(event: &RecordedEvent) -> Bytes {
     body.freeze()
 }
 
-/// Payload and metadata, which share the body's memory.
+/// Reads payload and metadata, which share the body's memory.
 fn read_body(body: &Bytes, codec: Codec) -> Option<(Bytes, Bytes)> {
     let mut rest = body.clone();
     take(&mut rest, MAP)?;
@@ -383,7 +389,7 @@ fn read_body(body: &Bytes, codec: Codec) -> Option<(Bytes, Bytes)> {
     rest.is_empty().then_some((payload, metadata))
 }
 
-/// A byte string as RFC 8949 has it, its length in as few bytes as possible.
+/// Writes a byte string as in RFC 8949, with the shortest length encoding.
 fn put_byte_string(body: &mut BytesMut, value: &[u8]) {
     const BYTE_STRING: u8 = 0x40;
     match value.len() {
@@ -475,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn trace_context_is_in_the_headers_as_far_as_it_fits_there() {
+    fn headers_have_the_trace_context_within_their_limits() {
         let wire = wire("shop", Uuid::now_v7());
         let sent = |state: &str| {
             let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned();
@@ -489,12 +495,12 @@ mod tests {
         assert_eq!(sent("vendor=value").as_deref(), Some("vendor=value"));
         assert_eq!(sent(&"v".repeat(512)).map(|state| state.len()), Some(512));
         assert_eq!(sent(&"v".repeat(513)), None);
-        assert_eq!(sent("a\r\nStored: by somebody else"), None);
+        assert_eq!(sent("a\r\nStored: by another program"), None);
     }
 
     proptest! {
         #[test]
-        fn what_is_sent_is_what_is_read(
+        fn encoded_events_decode_unchanged(
             id in "[ -~éß→%/]{1,40}",
             payload in proptest::collection::vec(any::<u8>(), 0..70_000),
             metadata in proptest::collection::vec(any::<u8>(), 0..300),
@@ -509,7 +515,7 @@ mod tests {
         }
 
         #[test]
-        fn no_body_makes_the_reader_panic(body in proptest::collection::vec(any::<u8>(), 0..64), keep in 0_usize..64) {
+        fn decoding_never_panics_on_any_body(body in proptest::collection::vec(any::<u8>(), 0..64), keep in 0_usize..64) {
             let wire = wire("shop", Uuid::now_v7());
             let mut message = incoming(wire.event(&event("1", Codec::Cbor, vec![1; 30], vec![0xa0]), Position::START, 1 << 20).unwrap());
             let kept = message.payload.slice(..keep.min(message.payload.len()));
@@ -519,7 +525,7 @@ mod tests {
     }
 
     #[test]
-    fn other_stores_formats_and_nonsense_are_told_apart() {
+    fn other_stores_formats_and_malformed_messages_are_distinguished() {
         let wire = wire("shop", Uuid::now_v7());
         let sent = || event("1", Codec::Cbor, vec![1], vec![0xa0]);
         let other = Uuid::now_v7();
@@ -545,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_event_leaves_its_content_behind() {
+    fn a_large_event_travels_without_its_content() {
         let wire = wire("shop", Uuid::now_v7());
         let sent = event("1", Codec::Cbor, vec![1; 2_000], vec![0xa0]);
         let outgoing = wire.event(&sent, Position::START, 6_000).unwrap();
@@ -555,7 +561,7 @@ mod tests {
         );
     }
 
-    /// Headers a line each, an empty line, the body.
+    /// One header per line, an empty line, the body.
     fn message(bytes: &[u8]) -> Message {
         let end = bytes.windows(2).position(|two| two == b"\n\n").unwrap_or(bytes.len());
         let (head, body) = bytes.split_at(end);
@@ -572,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn no_message_makes_the_reader_panic() {
+    fn decoding_never_panics_on_any_message() {
         let (store, mut seeds) = (Uuid::now_v7(), Vec::new());
         let wire = wire("shop", store);
         for (codec, limit) in [(Codec::Cbor, 1 << 20), (Codec::Json, 1 << 20), (Codec::Cbor, 0)] {

@@ -1,4 +1,6 @@
-//! The end of a mirror, as the log confirms it: messages describe themselves, and another program may have published them.
+//! Determines the end of a log stream that the log confirms.
+//!
+//! Messages describe themselves, and another program may have published them.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
@@ -10,41 +12,41 @@ use crate::bus::{Claim, ClaimedEvent};
 use crate::event::Position;
 use crate::store::{EventStore, ReadLog, StoreError};
 
-/// Number of events that are read from the log at a time.
+/// Number of events per read of the log.
 const EVENTS: usize = 2_048;
 
-/// Number of missing messages that may have been events.
+/// Maximum number of missing messages that count as possible events.
 const MISSING: usize = 65_536;
 
-/// Compares messages with the log, from a position on.
+/// A comparison of messages with the log, from a position on.
 pub(super) struct Walk<'a> {
     store: &'a dyn EventStore,
     /// Last position that the log has confirmed.
     pub(super) position: Position,
-    /// No message is missing since then.
+    /// Whether no message is missing since then.
     pub(super) is_exact: bool,
-    /// Number of messages that are no events of the log, or are not where the log has them.
+    /// Number of messages that are not events of the log, or not at their position in the log.
     pub(super) foreign: u64,
-    /// Messages that go on where the confirmed ones end, with events that the log does not have.
+    /// Messages that continue after the confirmed ones with events that the log does not have.
     pub(super) lost: Option<Lost>,
-    /// Number of missing messages since the last confirmed one.
+    /// Number of missing messages since the last confirmed message.
     missing: usize,
     /// Events of the log after `position`.
     next: VecDeque<(Position, Uuid)>,
-    /// Where they end.
+    /// Position up to which the log was read.
     read_to: Position,
-    /// The log had no later event.
+    /// Whether the last read reached the end of the log.
     ended: bool,
 }
 
-/// The last of them.
+/// The last of the messages that the log does not have.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lost {
-    /// Number of the first message.
+    /// Sequence number of the first such message.
     pub(super) first: u64,
     pub(super) position: Position,
     pub(super) id: Uuid,
-    /// Number of messages.
+    /// Number of such messages.
     count: u64,
 }
 
@@ -55,7 +57,7 @@ impl<'a> Walk<'a> {
         Self { store, position, is_exact, foreign: 0, lost, missing: 0, next, read_to, ended: false }
     }
 
-    /// Compares the next message. It moves the end only if it is exactly the next event of the log.
+    /// Compares the next message. Only the exact next event of the log moves the end.
     pub(super) async fn take(&mut self, claim: Claim) -> Result<(), Interruption> {
         match claim.event {
             ClaimedEvent::Missing => {
@@ -77,7 +79,8 @@ impl<'a> Walk<'a> {
                         self.lost = Some(Lost { first, position, id, count: count + 1 });
                         return Ok(());
                     }
-                    // Another process published it: the high-water mark of this one is lower as yet.
+                    // Another process published the event: the high-water mark of this process is
+                    // still lower.
                     if self.ended && position > self.read_to {
                         return Err(Interruption::Unstable { position });
                     }
@@ -89,12 +92,13 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// Number of messages that are not counted as the mirror's if the log has lost nothing.
+    /// Number of messages that do not belong to the log stream, if the log has lost nothing.
     pub(super) fn ignored(&self) -> u64 {
         self.foreign + self.lost.map_or(0, |lost| lost.count)
     }
 
-    /// Whether the log has this event next. As many events as messages are missing may come before it.
+    /// Whether the log has this event next.
+    /// As many other events may precede it as messages are missing.
     async fn is_next(&mut self, position: Position, id: Uuid) -> Result<bool, StoreError> {
         let reach = self.missing.min(MISSING) + 1;
         while self.next.len() < reach && position > self.read_to && !self.ended {
@@ -111,8 +115,10 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// Finds the end among the last messages, where no checkpoint says where it was: of the events that follow each other without a
-/// gap, in the mirror and in the log, the last of the longest run. Returns its index.
+/// Finds the end among the last messages if no checkpoint states it. Returns the index.
+///
+/// A run is a series of events that follow each other without a gap, in the log stream and in the
+/// log. The end is the last event of the longest run.
 pub(super) async fn find_end(store: &dyn EventStore, claims: &[Claim]) -> Result<Option<usize>, StoreError> {
     let mut runs = HashMap::<Position, usize>::new();
     let mut best = None;
@@ -124,13 +130,14 @@ pub(super) async fn find_end(store: &dyn EventStore, claims: &[Claim]) -> Result
         let length = 1 + runs.get(&previous).copied().unwrap_or_default();
         let run = runs.entry(position).or_default();
         *run = length.max(*run);
-        // Of two that are equally long, the earlier end: an event that comes twice does less harm than a missing one.
+        // If two runs are equally long, take the earlier end: a duplicate event does less harm
+        // than a missing event.
         best = best.max(Some((length, Reverse(position), index)));
     }
     Ok(best.map(|(_, _, index)| index))
 }
 
-/// Whether the log has this event, and `previous` before it.
+/// Whether the log has this event, with `previous` directly before it.
 async fn follows(
     store: &dyn EventStore,
     previous: Position,
@@ -140,7 +147,7 @@ async fn follows(
     let read = ReadLog::after(previous).upto(position).limit(1);
     match store.read_log(read).await?.events.first() {
         Some(event) => Ok(event.position == position && event.id == id),
-        // Above the high-water mark of this process.
+        // The event is above the high-water mark of this process.
         None => Ok(store.event_id_at(position).await? == Some(id)),
     }
 }

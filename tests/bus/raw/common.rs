@@ -1,4 +1,4 @@
-//! The ways to subscribe, each of which must pass the same suite.
+//! The ways to subscribe. Each must pass the same suite.
 
 use storied::bus::{ConsumerOptions, NatsBus, SubscribeOptions};
 
@@ -33,12 +33,12 @@ impl Way {
         if matches!(self, Way::Core | Way::CoreQueue) { Kind::Core } else { Kind::JetStream }
     }
 
-    /// How the subscriber of that name gets its events: for a queue, all subscribers of one name share.
+    /// Options of the subscriber with that name. With a queue, all subscribers of a name share.
     pub fn options(self, name: &str) -> SubscribeOptions {
         self.options_with(name, |consumer| consumer)
     }
 
-    /// With a consumer that is different.
+    /// The same with changed consumer options.
     pub fn options_with(
         self,
         name: &str,

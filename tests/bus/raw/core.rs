@@ -1,4 +1,4 @@
-//! Over Core: at most once, and what was lost is said.
+//! Over Core: at most once, with reported losses.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::common::*;
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_nobody_takes_in_time_is_dropped_with_an_error_and_the_next_arrives() {
+async fn unread_events_expire_with_an_error_and_the_next_arrives() {
     let (bus, _server) = Way::Core.start().await;
     let mut press = Press::new(&bus).await;
     let options = SubscribeOptions::new().pull_timeout(Duration::from_millis(100));
@@ -32,7 +32,7 @@ async fn what_nobody_takes_in_time_is_dropped_with_an_error_and_the_next_arrives
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn errors_that_nobody_reads_hold_nothing_up() {
+async fn unread_errors_block_nothing() {
     for eat in [false, true] {
         let (bus, server) = Way::Core.start().await;
         let mut press = Press::new(&bus).await;
@@ -46,7 +46,7 @@ async fn errors_that_nobody_reads_hold_nothing_up() {
         raw.flush().await.unwrap();
         let good = press.written(10).await;
         same(&take(&mut subscriber, 10).await, &good);
-        // They came over another connection, perhaps later.
+        // The events came over another connection, perhaps later.
         eventually("garbage", || subscriber.stats().errors == 1_000).await;
         let mut errors = subscriber.errors();
         if eat {
@@ -60,9 +60,9 @@ async fn errors_that_nobody_reads_hold_nothing_up() {
     }
 }
 
-/// A gap in front of it has no time of its own.
+/// A gap before an event does not expire.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_waits_behind_a_gap_is_dropped_in_time_as_well() {
+async fn events_after_a_gap_expire_in_time() {
     let (bus, mut server) = Way::Core.start().await;
     let mut press = Press::new(&bus).await;
     let options = SubscribeOptions::new().pull_timeout(Duration::from_millis(100));
@@ -80,7 +80,7 @@ async fn what_waits_behind_a_gap_is_dropped_in_time_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reader_that_is_too_slow_is_told_how_much_it_lost() {
+async fn a_slow_reader_gets_a_gap_with_the_lost_count() {
     let (bus, _server) = Way::Core.start().await;
     let mut press = Press::new(&bus).await;
     let mut subscriber = listen(&bus, &["note.written"], SubscribeOptions::new().capacity(100)).await;
@@ -94,7 +94,7 @@ async fn a_reader_that_is_too_slow_is_told_how_much_it_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_is_a_gap_and_nothing_has_to_be_done() {
+async fn an_outage_is_a_gap_and_recovers_by_itself() {
     let (bus, mut server) = Way::Core.start().await;
     let mut press = Press::new(&bus).await;
     let mut subscriber = listen(&bus, &["*"], SubscribeOptions::new()).await;
@@ -117,7 +117,7 @@ async fn subscribed_before_the_server_is_there() {
         let mut errors = subscriber.errors();
         let SubscriptionError::Interrupted(_) = error(&mut errors).await else { panic!("no server") };
         server.restart().await;
-        // A lazy subscription says by its silence that it is there; one that is not lazy knows.
+        // A lazy subscription reports only failures; one that is not lazy confirms its start.
         let other = options(way.kind(), &server).bus();
         let start = Instant::now();
         let mut press = Press::new(&other).await;

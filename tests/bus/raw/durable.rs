@@ -1,4 +1,4 @@
-//! From the mirror: at least once, whoever dies.
+//! Over the log stream: at least once, after the death of any process.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ fn durable(options: ConsumerOptions) -> SubscribeOptions {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn durable_gets_all_and_ephemeral_only_what_is_new() {
+async fn durable_gets_all_events_and_ephemeral_only_new_ones() {
     for way in [Way::Ephemeral, Way::Queue, Way::Durable, Way::DurableQueue, Way::Push, Way::PushQueue] {
         let (bus, server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -27,16 +27,16 @@ async fn durable_gets_all_and_ephemeral_only_what_is_new() {
         subscriber.close(PATIENCE).await.unwrap();
         let raw = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
         let mut stream = raw.get_stream("STORIED_EVENTS").await.unwrap();
-        // Of a shared ephemeral one nobody knows that they are the last: it goes by itself.
+        // No reader of a shared ephemeral consumer knows that it is the last: the consumer expires.
         let left = if way == Way::Ephemeral { 0 } else { 1 };
         assert_eq!(stream.info().await.unwrap().state.consumer_count, left, "{way:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn goes_on_where_it_was_also_after_both_sides_were_away() {
+async fn a_consumer_continues_after_both_sides_were_away() {
     for way in [Way::Durable, Way::DurableQueue, Way::Push, Way::PushQueue] {
-        // A server that is restarted forgets what was given back, and waits for it as if it were being worked on.
+        // A restarted server forgets naks, and waits until `ack_wait` is over.
         let soon = |consumer: ConsumerOptions| consumer.ack_wait(Duration::from_millis(500));
         let (bus, mut server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -54,14 +54,14 @@ async fn goes_on_where_it_was_also_after_both_sides_were_away() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_word_about_a_delivery() {
+async fn each_acknowledgement_has_its_effect() {
     let (bus, _server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     let wait = Duration::from_millis(600);
     let options = durable(ConsumerOptions::durable("x").ack_wait(wait));
     let mut subscriber = listen(&bus, &["note.written"], options).await;
 
-    // Nothing said: again after ack_wait.
+    // No acknowledgement: redelivered after ack_wait.
     let printed = press.written(1).await;
     let start = Instant::now();
     let first = delivery(&mut subscriber).await;
@@ -69,28 +69,28 @@ async fn each_word_about_a_delivery() {
     let second = delivery(&mut subscriber).await;
     assert!(start.elapsed() >= wait - Duration::from_millis(50), "{:?}", start.elapsed());
     assert_eq!((second.attempt(), second.stream_sequence()), (2, Some(1)));
-    // nak: at once.
+    // nak: redelivered at once.
     let start = Instant::now();
     second.nak().await.unwrap();
     assert!(matches!(second.ack().await, Err(AckError::Settled)), "once");
     let third = delivery(&mut subscriber).await;
     assert!(start.elapsed() < wait / 2, "{:?}", start.elapsed());
-    // nak_with_delay: after that.
+    // nak_with_delay: redelivered after the delay.
     let start = Instant::now();
     third.nak_with_delay(Duration::from_millis(300)).await.unwrap();
     let fourth = delivery(&mut subscriber).await;
     assert!(start.elapsed() >= Duration::from_millis(290), "{:?}", start.elapsed());
     assert_eq!(fourth.attempt(), 4);
-    // in_progress: not while it is said.
+    // in_progress: not redelivered while it is repeated.
     for _ in 0..5 {
         pause(250).await;
         fourth.in_progress().await.unwrap();
     }
     assert_eq!(subscriber.stats().received, 4);
-    // ack: never.
+    // ack: never redelivered.
     fourth.ack().await.unwrap();
     same(&[fourth.into_event()], &printed);
-    // term: never, either.
+    // term: never redelivered either.
     press.written(1).await;
     delivery(&mut subscriber).await.term().await.unwrap();
     nothing(&mut subscriber, 900).await;
@@ -98,7 +98,7 @@ async fn each_word_about_a_delivery() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn batches_of_at_most_so_many() {
+async fn batches_have_a_maximum_size() {
     for way in WAYS {
         let (bus, _server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -118,7 +118,7 @@ async fn batches_of_at_most_so_many() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_decoded_is_not_delivered_again() {
+async fn undecodable_messages_are_not_redelivered() {
     let (bus, server) = Way::Durable.start().await;
     let options = durable(ConsumerOptions::durable("x").ack_wait(Duration::from_millis(100)));
     let _press = Press::new(&bus).await;
@@ -134,9 +134,9 @@ async fn what_cannot_be_decoded_is_not_delivered_again() {
     assert_eq!(subscriber.stats().errors, 1);
 }
 
-/// Foreign messages in the mirror, each an error. A publisher has to look again behind them.
+/// Foreign messages in the log stream are errors. A publisher has to find its end again after them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn errors_that_nobody_reads_hold_no_consumer_up() {
+async fn unread_errors_block_no_consumer() {
     for way in [Way::Ephemeral, Way::Durable, Way::Push, Way::DurableQueue] {
         let (bus, server) = way.start().await;
         let press = Press::new(&bus).await;
@@ -162,7 +162,7 @@ async fn errors_that_nobody_reads_hold_no_consumer_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_ack_that_is_waited_for_says_when_the_server_hangs() {
+async fn a_confirmed_ack_fails_when_the_server_hangs() {
     let (bus, mut server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     let with = |name: &str| ConsumerOptions::durable(name).ack_wait(Duration::from_millis(500));
@@ -174,14 +174,14 @@ async fn an_ack_that_is_waited_for_says_when_the_server_hangs() {
     hurrying.ack().await.unwrap();
     assert!(matches!(waiting.ack().await, Err(AckError::Bus(_))));
     server.resume();
-    // It was not settled, as far as anybody knew: it can be said again, or comes again.
+    // The ack was not confirmed: it can be repeated, or the event is redelivered.
     while waiting.ack().await.is_err() {
         pause(20).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn begins_where_it_is_told_to() {
+async fn consumers_start_where_configured() {
     let (bus, _server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     let printed = press.written(10).await;

@@ -1,4 +1,4 @@
-//! Queue groups over several names: one group for each, or none for some.
+//! Queue groups over several names: one group per name, or none for some.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,8 @@ use super::common::*;
 use super::*;
 use crate::harness::NatsServer;
 
-/// Several subscribers, each on a connection of its own as instances of a service have it, that count what they get by name.
+/// Several subscribers that count their events by name.
+/// Each has its own connection, like the instances of a service.
 async fn counted(
     way: Way,
     server: &NatsServer,
@@ -19,7 +20,8 @@ async fn counted(
     let mut subscribers = Vec::new();
     for _ in 0..3 {
         let bus = options(way.kind(), server).bus();
-        // One subscriber must not take everything before the others are there to ask for it.
+        // The capacity is limited, so that one subscriber does not take everything before the
+        // others request.
         subscribers.push(listen(&bus, names, group(way.options("all")).capacity(1_000)).await);
     }
     let events: Vec<_> = (0..120)
@@ -43,9 +45,9 @@ fn total(counts: &[BTreeMap<String, usize>], name: &str) -> usize {
 
 const NAMES: [&str; 2] = ["note.written", "note.torn"];
 
-/// The load balancer makes a group of each name: `service:note.written` and `service:note.torn`.
+/// The load balancer makes one group per name: `service:note.written` and `service:note.torn`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_name_has_a_group_of_its_own() {
+async fn each_name_has_its_own_group() {
     for way in [Way::Core, Way::Ephemeral, Way::Durable, Way::Push] {
         let (bus, server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -57,9 +59,9 @@ async fn each_name_has_a_group_of_its_own() {
     }
 }
 
-/// Of a name without a group, or with an empty one, everybody gets all.
+/// All subscribers get every event of a name without a group, or with an empty one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_name_without_a_group_goes_to_everybody() {
+async fn a_name_without_a_group_goes_to_all_subscribers() {
     for way in [Way::Core, Way::Ephemeral] {
         for none in [None, Some(String::new())] {
             let (bus, server) = way.start().await;

@@ -1,4 +1,4 @@
-//! Handlers: so many at a time, settled behind them, and what becomes of their failures.
+//! Handlers: bounded concurrency, acknowledgement after success, and the outcome of failures.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ fn soon() -> RetryPolicy {
     RetryPolicy::new().backoff(Duration::from_millis(20), Duration::from_millis(100))
 }
 
-/// What somebody makes of `note.written` who has not read its definition.
+/// A wrong definition of `note.written`, as by another program.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Misread {
@@ -32,7 +32,7 @@ fn durable(options: ConsumerOptions) -> SubscribeOptions {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn so_many_at_a_time_and_each_event_once() {
+async fn concurrency_is_bounded_and_each_event_handled_once() {
     for way in WAYS {
         let (bus, _server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -65,7 +65,7 @@ async fn so_many_at_a_time_and_each_event_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
+async fn failures_are_retried_and_rejected_events_become_dead_letters() {
     let (bus, server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     let subscription = listen(&bus, &["note.written"], durable(ConsumerOptions::durable("shop"))).await;
@@ -80,7 +80,7 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
                     let Note::Written { n, .. } = delivery.decode()? else { return Ok(()) };
                     attempts.lock().unwrap().entry(n).or_default().push(delivery.attempt());
                     match n {
-                        // Twice, then well.
+                        // Twice, then success.
                         1 if delivery.attempt() < 3 => Err(std::io::Error::other("not yet").into()),
                         // Always.
                         2 => panic!("on purpose"),
@@ -102,11 +102,11 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
     let of = |n: usize| -> Vec<_> {
         outcomes.iter().filter(|(at, _)| *at == printed[n].position).map(|(_, outcome)| *outcome).collect()
     };
-    let again = "it is tried again";
+    let again = "retrying";
     assert_eq!(of(1), [again, again]);
-    assert_eq!(of(2), [again, again, again, "it is a dead letter now"]);
-    assert_eq!(of(3), ["it is a dead letter now"]);
-    assert_eq!(of(4), ["it is a dead letter now"], "it would never decode");
+    assert_eq!(of(2), [again, again, again, "given up as a dead letter"]);
+    assert_eq!(of(3), ["given up as a dead letter"]);
+    assert_eq!(of(4), ["given up as a dead letter"], "it would never decode");
     eventually("the last attempt", || attempts.lock().unwrap().get(&1).is_some_and(|all| all.len() == 3))
         .await;
     assert_eq!(attempts.lock().unwrap()[&2], [1, 2, 3, 4]);
@@ -117,7 +117,7 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
     let letter = dead.get_raw_message(1).await.unwrap();
     let header = |name: &str| letter.headers.get(name).unwrap().as_str().to_owned();
     assert_eq!(letter.subject.as_str(), "storied.dead.note.written");
-    // The rejected one is first: the other was tried four times.
+    // The rejected event is first: the other was tried four times.
     assert_eq!(header("Storied-Dead-Event"), printed[3].id.to_string());
     assert_eq!(header("Storied-Dead-Attempts"), "1");
     assert_eq!(header("Storied-Dead-Reason"), "n?ver");
@@ -125,7 +125,7 @@ async fn failures_are_tried_again_and_rejected_ones_become_dead_letters() {
     assert_eq!(header("Storied-Position"), printed[3].position.to_string());
     assert!(letter.payload.len() > 40);
     handling.stop(PATIENCE).await.unwrap();
-    // Nothing is left to be delivered.
+    // Nothing remains to be delivered.
     let stream = jetstream.get_stream("STORIED_EVENTS").await.unwrap();
     let info = stream.consumer_info("shop:$noqueue:note_written").await.unwrap();
     assert_eq!((info.num_pending, info.num_ack_pending, info.ack_floor.stream_sequence), (0, 0, 5));
@@ -152,7 +152,7 @@ async fn a_handler_slower_than_ack_wait_is_not_disturbed() {
                 }
             })
             .unwrap();
-        // The second and third wait longer than that, in our buffer.
+        // The second and third event stay longer than that in the local buffer.
         press.written(3).await;
         eventually("handled", || handled.load(Ordering::SeqCst) == 3).await;
         pause(400).await;
@@ -163,14 +163,14 @@ async fn a_handler_slower_than_ack_wait_is_not_disturbed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_nobody_reads_is_given_to_others() {
+async fn unread_deliveries_go_to_other_readers() {
     let (bus, _server) = Way::DurableQueue.start().await;
     let mut press = Press::new(&bus).await;
     let options =
         || Way::DurableQueue.options_with("x", |consumer| consumer.ack_wait(Duration::from_millis(300)));
     let deaf = listen(&bus, &["note.written"], options()).await;
     let printed = press.written(20).await;
-    eventually("the deaf one has them", || deaf.stats().received == 20).await;
+    eventually("the stalled reader has them", || deaf.stats().received == 20).await;
     let mut other = listen(&bus, &["note.written"], options()).await;
     let mut taken = take(&mut other, 20).await;
     taken.sort_by_key(|event| event.position);
@@ -179,7 +179,7 @@ async fn what_nobody_reads_is_given_to_others() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn manual_leaves_it_to_the_handler_and_nothing_is_settled_twice() {
+async fn manual_handlers_acknowledge_themselves_and_only_once() {
     let (bus, _server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     for manual in [true, false] {
@@ -197,7 +197,7 @@ async fn manual_leaves_it_to_the_handler_and_nothing_is_settled_twice() {
                     async move {
                         attempts.lock().unwrap().push(delivery.attempt());
                         match delivery.attempt() {
-                            // Forgotten: acknowledged for the handler, or delivered again.
+                            // Without an ack by the handler: automatic ack, or redelivery.
                             1 => {}
                             2 => delivery.nak().await?,
                             _ => delivery.ack().await?,
@@ -220,7 +220,7 @@ async fn manual_leaves_it_to_the_handler_and_nothing_is_settled_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_waits_for_handlers_and_not_for_ever() {
+async fn a_stop_waits_for_handlers_within_its_limit() {
     let (bus, server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     let options = || durable(ConsumerOptions::durable("x").ack_wait(Duration::from_millis(500)));
@@ -251,9 +251,9 @@ async fn a_stop_waits_for_handlers_and_not_for_ever() {
     eventually("started", || started.load(Ordering::SeqCst) == 2).await;
     let begun = Instant::now();
     let error = handling.stop(Duration::from_millis(200)).await.unwrap_err();
-    assert!(begun.elapsed() < Duration::from_secs(5) && error.what.contains("at work"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5) && error.what.contains("still running"), "{error}");
 
-    // Nothing is lost: what was torn down and what was given back comes again.
+    // Nothing is lost: aborted and returned deliveries are redelivered.
     let mut rest = listen(&bus, &["note.written"], options()).await;
     assert_eq!(take(&mut rest, 2).await.len(), 2);
     nothing(&mut rest, 50).await;
@@ -272,7 +272,7 @@ async fn max_deliver_and_backoff_are_the_servers() {
     press.written(1).await;
     let mut at = Vec::new();
     for attempt in 1..=3 {
-        // Taken and forgotten.
+        // Taken without an acknowledgement.
         assert_eq!(delivery(&mut subscriber).await.attempt(), attempt);
         at.push(Instant::now());
     }

@@ -1,5 +1,7 @@
-//! What each way to subscribe guarantees when the subscriber's process is killed: what it had in hand, what is published while it is
-//! away, and what is published after it is back.
+//! The guarantee of each way to subscribe when the subscriber's process is killed.
+//!
+//! Covers current deliveries, events published while it is away, and events published after its
+//! return.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -14,7 +16,7 @@ use super::common::*;
 use super::*;
 use crate::harness::{self, NatsServer};
 
-/// A subscriber, when a test starts it: writes down what it gets, and settles it then.
+/// The subscriber process of a test: writes down each event, then acknowledges it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "for the tests of modes"]
 async fn subscriber_process() {
@@ -35,7 +37,7 @@ async fn subscriber_process() {
         let Ok(Some(next)) = timeout(Duration::from_millis(100), subscriber.next()).await else { continue };
         if let Received::Event(delivery) = next {
             writeln!(seen, "{}", delivery.event().position.get()).unwrap();
-            // So that there is something in hand whenever it is killed.
+            // Slow, so that deliveries are in flight whenever it is killed.
             pause(2).await;
             let _ = delivery.ack().await;
         }
@@ -56,7 +58,7 @@ impl Subscriber {
             .unwrap();
         let ready = PathBuf::from(format!("{}-ready-{}", file.display(), child.id()));
         let this = Self(child);
-        eventually("it listens", || ready.exists()).await;
+        eventually("the subscription listens", || ready.exists()).await;
         this
     }
 }
@@ -69,7 +71,7 @@ impl Drop for Subscriber {
     }
 }
 
-/// How often it has seen each position.
+/// Returns the number of deliveries per position.
 fn seen(file: &Path) -> BTreeMap<u64, usize> {
     let mut seen = BTreeMap::new();
     for line in fs::read_to_string(file).unwrap_or_default().lines() {
@@ -79,7 +81,7 @@ fn seen(file: &Path) -> BTreeMap<u64, usize> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_each_mode_guarantees_to_a_subscriber_that_is_killed() {
+async fn each_mode_keeps_its_guarantee_for_a_killed_subscriber() {
     for (number, way) in WAYS.into_iter().enumerate() {
         let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let bus = options(way.kind(), &server).bus();
@@ -88,7 +90,7 @@ async fn what_each_mode_guarantees_to_a_subscriber_that_is_killed() {
         let file = directory.path().join("seen");
         let first = Subscriber::start(number, &server, &file).await;
         let before: Vec<_> = press.written(200).await.iter().map(|event| event.position.get()).collect();
-        eventually("it is at work", || seen(&file).len() >= 30).await;
+        eventually("the handler is running", || seen(&file).len() >= 30).await;
         drop(first);
         let in_time = seen(&file);
         let away: Vec<_> = press.written(50).await.iter().map(|event| event.position.get()).collect();
@@ -104,13 +106,14 @@ async fn what_each_mode_guarantees_to_a_subscriber_that_is_killed() {
             positions.iter().filter(|position| seen.contains_key(position)).count()
         };
         match way {
-            // At most once, and nothing of what it could not hear: also what it had received and not looked at.
+            // At most once: events are lost that it received without reading, or could not receive.
             Way::Core | Way::CoreQueue | Way::Ephemeral => {
                 assert_eq!((has(&before), has(&away)), (in_time.len(), 0), "{way:?}");
                 assert!(seen(&file).values().all(|times| *times == 1), "{way:?}");
             }
-            // At least once: only what was out when it was killed may come twice. A shared ephemeral consumer outlives its
-            // readers for a while, and is as good as a durable one for that long.
+            // At least once: only events in flight at the kill may be redelivered. A shared
+            // ephemeral consumer outlives its readers for a while, and has the guarantee of a
+            // durable one for that time.
             Way::Durable | Way::Push | Way::DurableQueue | Way::PushQueue | Way::Queue => {
                 eventually("all", || has(&before) + has(&away) == 250).await;
                 let twice = seen(&file).values().filter(|times| **times > 1).count();

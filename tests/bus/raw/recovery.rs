@@ -1,4 +1,4 @@
-//! Consumers whose server, stream or self goes away, and consumers that are not as they should be.
+//! Consumers after the loss of their server, their stream or themselves, and consumers that differ.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -15,8 +15,9 @@ fn durable(options: ConsumerOptions) -> SubscribeOptions {
     SubscribeOptions::new().consumer(options.ack_wait(Duration::from_millis(500)))
 }
 
-/// Reads and settles until every one of these has come; says what gaps there were. Of what came before an outage the server may
-/// never hear, or its answer be lost: that it came is what counts.
+/// Reads and acknowledges until every given event has arrived; returns the gaps.
+/// The server may never receive an ack before an outage, or its answer may be lost. Only the
+/// arrival counts.
 async fn until_all(subscription: &mut Subscription, printed: &[RecordedEvent]) -> Vec<Gap> {
     let mut missing: BTreeSet<_> = printed.iter().map(|event| event.position).collect();
     let mut gaps = Vec::new();
@@ -34,19 +35,20 @@ async fn until_all(subscription: &mut Subscription, printed: &[RecordedEvent]) -
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_killed_under_a_reader_loses_it_nothing() {
+async fn a_reader_loses_nothing_when_its_server_is_killed() {
     for way in [Way::Ephemeral, Way::Durable, Way::Push, Way::DurableQueue, Way::PushQueue, Way::Queue] {
         let (bus, mut server) = way.start().await;
         let mut press = Press::new(&bus).await;
         let soon = |consumer: ConsumerOptions| consumer.ack_wait(Duration::from_millis(500));
         let mut subscriber = listen(&bus, &["*"], way.options_with("x", soon)).await;
         let mut printed = press.written(300).await;
-        // Not always the first hundred: what waited for this reader for too long was given back, and comes behind the rest.
+        // Not always the first hundred: deliveries that waited too long were returned, and arrive
+        // after the rest.
         let taken: BTreeSet<_> =
             take(&mut subscriber, 100).await.iter().map(|event| event.position).collect();
         server.kill();
         server.restart().await;
-        // The publisher asks where the mirror ends, as it always does after an outage.
+        // The publisher finds the end of the log stream, as after every outage.
         let mut again = loop {
             let other = options(Kind::JetStream, &server).bus();
             if let Ok(mut publisher) = other.publisher_of(&press).await
@@ -78,7 +80,7 @@ impl PublisherOf for NatsBus {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deleted_consumer_is_made_again_and_goes_on() {
+async fn a_deleted_consumer_is_recreated_and_continues() {
     for way in [Way::Ephemeral, Way::Durable, Way::Push, Way::DurableQueue, Way::PushQueue, Way::Queue] {
         let (bus, server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -101,7 +103,7 @@ async fn a_deleted_consumer_is_made_again_and_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wiped_stream_is_followed_anew() {
+async fn a_wiped_stream_is_followed_from_its_new_start() {
     let (bus, mut server) = Way::Durable.start().await;
     let store = store();
     let node = Recording::start(&store, bus.clone(), blind()).await;
@@ -118,9 +120,9 @@ async fn a_wiped_stream_is_followed_anew() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_stream_no_longer_has_is_a_gap() {
+async fn messages_deleted_by_the_stream_are_a_gap() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
-    // Room for some 100 events.
+    // Room for about 100 events.
     let small = JetStreamOptions::new().max_bytes(60_000);
     let bus = quick(NatsOptions::jetstream(small).url(server.url())).bus();
     let mut press = Press::new(&bus).await;
@@ -129,7 +131,7 @@ async fn what_the_stream_no_longer_has_is_a_gap() {
     press.written(10).await;
     take(&mut subscriber, 10).await;
     subscriber.close(PATIENCE).await.unwrap();
-    // While nobody reads.
+    // While no reader is active.
     press.written(1_000).await;
     let mut subscriber = listen(&bus, &["*"], options()).await;
     let Received::Gap(Gap::Consumer { reason }) = received(&mut subscriber).await else { panic!("a gap") };
@@ -138,7 +140,7 @@ async fn what_the_stream_no_longer_has_is_a_gap() {
     assert!(next.previous() > Position::new(10), "{}", next.previous());
     next.ack().await.unwrap();
 
-    // And under a reader that is too slow for the stream.
+    // With a reader that is too slow for the stream.
     let small = durable(ConsumerOptions::durable("slow").max_ack_pending(1));
     let mut slow = listen(&bus, &["*"], small).await;
     let first = delivery(&mut slow).await;
@@ -157,7 +159,7 @@ async fn what_the_stream_no_longer_has_is_a_gap() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_consumer_that_is_different_is_left_alone_unless_told_otherwise() {
+async fn a_different_consumer_is_left_alone_unless_configured() {
     let (bus, server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     press.written(5).await;
@@ -171,7 +173,7 @@ async fn a_consumer_that_is_different_is_left_alone_unless_told_otherwise() {
     let first = listen(&bus, &["note.written"], with(ConsumerPolicy::CreateOrVerify, 30)).await;
     drop(first);
     listen(&bus, &["note.written"], with(ConsumerPolicy::RequireExisting, 30)).await;
-    // Another filter, another wait: named, and nothing changed.
+    // Another filter and another wait: named in the error, and left unchanged.
     for (names, wait, field) in [("note.torn", 30, "filter_subjects"), ("note.written", 7, "ack_wait")] {
         let error = bus.subscribe([names], with(ConsumerPolicy::CreateOrVerify, wait)).await.unwrap_err();
         assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains(field)), "{error}");
@@ -204,13 +206,13 @@ async fn many_start_one_consumer_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_subscriber_that_comes_first_makes_a_stream_for_whichever_store_publishes() {
+async fn an_early_subscriber_creates_the_stream_for_any_store() {
     let (bus, _server) = Way::Durable.start().await;
     let mut early = listen(&bus, &["*"], durable(ConsumerOptions::durable("x"))).await;
     let mut press = Press::new(&bus).await;
     let printed = press.written(3).await;
     same(&take(&mut early, 3).await, &printed);
-    // From then on it is that store's.
+    // From then on, the stream belongs to that store.
     let other = store();
     let mut publisher = storied::EventBus::publisher(&bus, other.info().id).await.unwrap();
     let error = publisher.resume(storied::bus::MirrorEnd::default()).await.unwrap_err();

@@ -1,4 +1,4 @@
-//! What single settings of a consumer do.
+//! Effects of single consumer settings.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ fn consumer(options: ConsumerOptions) -> SubscribeOptions {
     SubscribeOptions::new().consumer(options)
 }
 
-/// Settled without waiting: the server knows soon, and what it does not hear it delivers again.
+/// Acknowledged without a confirmation: the server redelivers an event whose ack is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledging_without_waiting() {
     let (bus, mut server) = Way::Durable.start().await;
@@ -32,19 +32,19 @@ async fn acknowledging_without_waiting() {
         pause(10).await;
     }
     assert_eq!(subscriber.stats().redelivered, 0);
-    // Said into a connection that dies: it comes again.
+    // An ack on a connection that dies: the event is redelivered.
     let last = press.written(1).await;
     let unheard = delivery(&mut subscriber).await;
     server.pause();
     unheard.ack().await.unwrap();
     server.kill();
     server.restart().await;
-    // With others, perhaps: a server that is killed forgets what it was told last.
+    // Perhaps with other events: a killed server loses its last acks.
     while delivery(&mut subscriber).await.event().position != last[0].position {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn so_many_may_be_out_unsettled() {
+async fn unacknowledged_deliveries_are_bounded() {
     for push in [false, true] {
         let (bus, server) = Way::Durable.start().await;
         let mut press = Press::new(&bus).await;
@@ -60,7 +60,7 @@ async fn so_many_may_be_out_unsettled() {
         let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
         let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
         assert_eq!(stream.consumer_info("few").await.unwrap().num_ack_pending, 3, "push: {push}");
-        // Each that is settled makes room for one.
+        // Each acknowledgement frees one slot.
         out.remove(0).ack().await.unwrap();
         let fourth = delivery(&mut subscriber).await;
         same(&[fourth.event().clone()], &printed[3..4]);
@@ -73,7 +73,7 @@ async fn so_many_may_be_out_unsettled() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn begins_at_a_time_or_with_the_last_of_each_name() {
+async fn starts_at_a_time_or_with_the_last_of_each_name() {
     let (bus, _server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
     press.written(10).await;
@@ -99,5 +99,5 @@ async fn begins_at_a_time_or_with_the_last_of_each_name() {
     }
     let far = StartFrom::Time(chrono::DateTime::<Utc>::MAX_UTC);
     let error = bus.subscribe(["*"], consumer(ConsumerOptions::ephemeral().start(far))).await.unwrap_err();
-    assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("begin at")), "{error}");
+    assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("start at")), "{error}");
 }

@@ -1,4 +1,4 @@
-//! What every way to subscribe promises.
+//! Promises of every way to subscribe.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use super::common::*;
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_of_many_subscribers_gets_what_it_asked_for_and_nothing_else() {
+async fn each_subscriber_gets_exactly_its_events() {
     for way in WAYS {
         let (bus, _server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -39,7 +39,7 @@ async fn several_names_and_wildcards_in_log_order() {
             .iter()
             .enumerate()
         {
-            // Over several queue groups there is no order between names.
+            // Over several queue groups, names have no common order.
             if shared && n == 0 {
                 continue;
             }
@@ -69,7 +69,7 @@ async fn members_of_a_group_share_and_each_event_reaches_one() {
         let mut press = Press::new(&bus).await;
         let mut members = Vec::new();
         for _ in 0..5 {
-            // As five instances of a service have it: each its own connection.
+            // As five instances of a service: each with its own connection.
             let bus = options(way.kind(), &server).bus();
             let options = way.options("shipping").capacity(if way == Way::CoreQueue { 4_000 } else { 64 });
             members.push(tokio::spawn(async move {
@@ -99,7 +99,7 @@ async fn members_of_a_group_share_and_each_event_reaches_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_goes_or_never_reads_is_its_own_loss() {
+async fn a_subscriber_that_stops_or_never_reads_harms_no_other() {
     for way in WAYS {
         let (bus, _server) = way.start().await;
         let mut press = Press::new(&bus).await;
@@ -115,8 +115,8 @@ async fn one_that_goes_or_never_reads_is_its_own_loss() {
             press = printing.await.unwrap();
             assert_eq!(take(&mut healthy, 50).await.len(), 50, "{way:?}");
         }
-        // Over Core what has no room is lost; a consumer is not asked for more than there is room for, and what it pushes is
-        // limited by what may be out unsettled.
+        // Over Core, events above the capacity are lost. A pull consumer requests no more than the
+        // capacity; a push consumer is limited by max_ack_pending.
         let (room, lost) = match way {
             Way::Core | Way::CoreQueue => (10, 490),
             Way::Push | Way::PushQueue => (500, 0),
@@ -125,13 +125,13 @@ async fn one_that_goes_or_never_reads_is_its_own_loss() {
         eventually("full", || deaf.stats().waiting == room && deaf.stats().dropped == lost).await;
         pause(50).await;
         assert_eq!((deaf.stats().waiting, deaf.stats().dropped), (room, lost), "{way:?}");
-        // It ends in order although nobody ever read.
+        // It ends in order, although it never read.
         deaf.close(PATIENCE).await.unwrap();
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_is_said_at_once() {
+async fn invalid_subscriptions_are_refused_at_once() {
     let nowhere = NatsOptions::core().url("nats://127.0.0.1:1").bus();
     let error = nowhere.subscribe(["note.*"], SubscribeOptions::new()).await.unwrap_err();
     assert!(matches!(error, BusError::Unavailable { .. }), "{error}");

@@ -1,4 +1,4 @@
-//! What proves that the server has what was sent: an echo, and the messages themselves.
+//! Proof that the server has received the sent messages: an echo, or the messages themselves.
 
 use std::collections::HashSet;
 
@@ -10,11 +10,13 @@ use super::{silent, unavailable};
 use crate::bus::BusError;
 use crate::bus::nats::wire::Outgoing;
 
-/// How many proved subjects are remembered; beyond that they are proved again.
+/// Number of proved subjects that are kept. Above it, all are proved again.
 const PROVED: usize = 10_000;
 
-/// A question to ourselves, through the server: when its answer is here, the server has everything that we sent before.
-/// Neither publishing nor flushing says so much: both only hand over to the socket.
+/// A round trip to the connection's own inbox.
+///
+/// Its reply proves that the server received everything sent before. Publish and flush prove less:
+/// both only write to the socket.
 pub(in crate::bus::nats) struct Echo {
     inbox: String,
     answers: Subscriber,
@@ -29,7 +31,7 @@ impl Echo {
         Ok(Self { inbox, answers, asked: 0 })
     }
 
-    /// Waits for the answer, without a limit: within [`Connection::ask`].
+    /// Waits for the reply without a limit. Call it within [`Connection::ask`].
     pub(in crate::bus::nats) async fn round_trip(&mut self, client: &Client) -> Result<(), BusError> {
         self.asked += 1;
         let question = self.asked.to_string();
@@ -38,7 +40,7 @@ impl Echo {
             .await
             .map_err(|error| unavailable("publishing to an inbox".into(), error))?;
         while let Some(answer) = self.answers.next().await {
-            // Those to earlier questions without a waiting caller come first.
+            // Replies to earlier, cancelled round trips come first.
             if answer.payload == question {
                 return Ok(());
             }
@@ -47,17 +49,18 @@ impl Echo {
     }
 }
 
-/// The subjects to which a session may publish, as seen by receiving the first message to each.
+/// The subjects to which a session may publish, proved by receiving the first message to each.
 ///
-/// The server answers a forbidden publish with an error that names a subject and no message, and a borrowed connection does
-/// not report it at all. So the first message to a subject has to come back.
+/// The server answers a forbidden publish with an error that names a subject and no message. A
+/// borrowed connection does not report it at all. Therefore the first message to a subject has to
+/// return.
 #[derive(Debug, Default)]
 pub(in crate::bus::nats) struct PublishProof {
     session: u64,
     proved: HashSet<String>,
 }
 
-/// A message that has to come back.
+/// A message that has to return.
 pub(in crate::bus::nats) struct Witness {
     subject: String,
     headers: HeaderMap,
@@ -65,7 +68,7 @@ pub(in crate::bus::nats) struct Witness {
 }
 
 impl PublishProof {
-    /// Forgets what another session proved: another server, another login or other rights.
+    /// Clears the proofs of another session, which may have another server, login or permissions.
     pub(in crate::bus::nats) fn enter(&mut self, session: u64) {
         if self.session != session || self.proved.len() > PROVED {
             self.proved.clear();
@@ -73,7 +76,7 @@ impl PublishProof {
         }
     }
 
-    /// Listens for a message that is about to be sent, unless its subject is proved.
+    /// Subscribes to a message that is about to be sent, unless its subject is proved.
     pub(in crate::bus::nats) async fn listen(
         &self,
         client: &Client,
@@ -85,17 +88,18 @@ impl PublishProof {
         }
         let failed = |error| unavailable(format!("subscribing to {subject}"), error);
         let mut messages = client.subscribe(subject.clone()).await.map_err(failed)?;
-        // One is enough, and more would count as an overflow without a reader.
+        // One message suffices. More would count as an overflow without a reader.
         let limited = messages.unsubscribe_after(1).await;
         limited.map_err(|error| unavailable(format!("subscribing to {subject}"), error))?;
         Ok(Some(Witness { subject: subject.clone(), headers: headers.clone(), messages }))
     }
 
-    /// After an echo: the message is back, or is not going to be; then this is its subject.
+    /// Returns the subject if its message did not return. Call it after an echo.
     pub(in crate::bus::nats) fn check(&mut self, mut witness: Witness) -> Option<String> {
         match unconstrained(witness.messages.next()).now_or_never().flatten() {
             Some(message) => {
-                // That of another publisher proves nothing: the next one has to come back.
+                // A message of another publisher proves nothing: the next message has to return,
+                // too.
                 if message.headers.as_ref() == Some(&witness.headers) {
                     self.proved.insert(witness.subject);
                 }

@@ -1,4 +1,4 @@
-//! Errors that the server sends beside its answers: kept, and matched with the work that they concern.
+//! Asynchronous errors of the server, matched with the work that they concern.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,10 +7,10 @@ use tokio::sync::watch;
 
 use crate::bus::nats::subjects::Pattern;
 
-/// How many errors of a session are kept; the oldest go first.
+/// Number of errors that are kept per session. The oldest are dropped first.
 const KEPT: usize = 64;
 
-/// The longest sentence that is kept, in characters.
+/// Maximum length of a kept error text, in characters.
 const LONGEST: usize = 500;
 
 /// The server's errors in the current session of a connection.
@@ -30,10 +30,10 @@ struct State {
 
 #[derive(Debug)]
 struct Kept {
-    /// Its number, from 1.
+    /// Number of the error, from 1.
     number: u64,
     sentence: String,
-    /// The subject that the login may not use, if the error is about one.
+    /// Subject that the login may not use, if the error names one.
     subject: Option<String>,
 }
 
@@ -59,7 +59,7 @@ impl ServerErrors {
         self.count.send_replace(number);
     }
 
-    /// Forgets the errors of the last session.
+    /// Removes the errors of the last session.
     pub(super) fn clear(&self) {
         self.state().kept.clear();
     }
@@ -80,7 +80,7 @@ impl ServerErrors {
         state.kept.iter().filter(|kept| kept.number > since).map(|kept| kept.sentence.clone()).collect()
     }
 
-    /// The first refusal after number `since` of one of `subjects` (patterns), or of an inbox of this connection.
+    /// The first refusal after number `since` of one of `subjects` (patterns) or of an own inbox.
     pub(super) fn refusal(&self, since: u64, subjects: &[String]) -> Option<String> {
         let state = self.state();
         let concerns = |kept: &&Kept| {
@@ -93,8 +93,8 @@ impl ServerErrors {
         state.kept.iter().find(concerns).map(|kept| kept.sentence.clone())
     }
 
-    /// The refusal of the inbox on which async-nats receives the answers to all requests of a session: it is subscribed to
-    /// once, so that no later request is answered.
+    /// The refusal of the inbox for the answers to all requests of a session.
+    /// async-nats subscribes to it once, so no later request is answered either.
     pub(super) fn no_answers(&self) -> Option<String> {
         let state = self.state();
         let all = |subject: &String| subject.starts_with(&self.inboxes) && subject.ends_with(".*");
@@ -121,7 +121,7 @@ impl ServerErrors {
     }
 }
 
-/// The subject in `Permissions Violation for Publish to "subject"`, and in the same for a subscription.
+/// The subject in `Permissions Violation for Publish to "subject"`, or the same for a subscription.
 fn refused_subject(sentence: &str) -> Option<&str> {
     let start = sentence.get(.."permissions violation".len())?;
     if !start.eq_ignore_ascii_case("permissions violation") {

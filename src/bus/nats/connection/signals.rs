@@ -1,4 +1,4 @@
-//! What async-nats tells us of a connection, and what we tell the user.
+//! Events of a connection: from async-nats, and to the user's handler.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,38 +10,41 @@ use tokio::sync::Notify;
 
 use super::server_errors::ServerErrors;
 
-/// Something that happened to the connection of a [`NatsBus`](crate::bus::NatsBus).
+/// An event of the connection of a [`NatsBus`](crate::bus::NatsBus).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum NatsEvent {
-    /// It is there: for the first time, or again.
+    /// The connection was established, for the first time or again.
     Connected {
-        /// With what.
+        /// Server that the bus is connected to.
         to: String,
     },
-    /// It is gone, and comes back by itself.
+    /// The connection was lost. The bus reconnects by itself.
     Disconnected {
-        /// What happened last.
+        /// Last failure.
         reason: String,
     },
-    /// Subscriptions of this process did not take what came, and lost some of it. Said at most five times a second.
+    /// Subscriptions of this process were too slow and lost messages.
+    /// Reported at most five times per second.
     SlowConsumer {
-        /// How often so far.
+        /// Number of overflows so far.
         overflows: u64,
     },
-    /// The server reported an error beside its answers: what this login may not do, or why it ends the connection. The same
-    /// one is reported at most five times a second.
+    /// The server reported an asynchronous error, such as a denied permission or a disconnect
+    /// reason.
+    /// The same error is reported at most five times per second.
     ServerError {
-        /// The server's sentence.
+        /// Error text of the server.
         error: String,
     },
-    /// The server is about to shut down, and asks its clients to go elsewhere. May go unheard beside a flood of overflows.
+    /// The server is about to shut down, and asks its clients to connect to another server.
+    /// May be lost in a flood of overflows.
     LameDuck,
-    /// It was closed, and does not come back.
+    /// The connection was closed permanently.
     Closed,
 }
 
-/// What is called with them.
+/// The user's event handler.
 #[derive(Clone, Default)]
 pub(in super::super) struct Handler(Option<Arc<dyn Fn(NatsEvent) + Send + Sync>>);
 
@@ -52,9 +55,9 @@ impl Handler {
 
     pub(super) fn tell(&self, event: NatsEvent) {
         let Some(handler) = &self.0 else { return };
-        // What the user's code does must not end the watch over the connection.
+        // A panic of the user's code must not end the connection watcher.
         if catch_unwind(AssertUnwindSafe(|| handler(event))).is_err() {
-            tracing::error!("the handler of events of the connection to NATS panicked");
+            tracing::error!("the NATS event handler panicked");
         }
     }
 }
@@ -65,13 +68,13 @@ impl fmt::Debug for Handler {
     }
 }
 
-/// What async-nats has told.
+/// State collected from the events of async-nats.
 pub(super) struct Signals {
     pub(super) server_errors: ServerErrors,
     pub(super) overflows: AtomicU64,
     pub(super) lame_ducks: AtomicU64,
     pub(super) closed: AtomicBool,
-    /// The last thing that went wrong.
+    /// Last failure.
     error: Mutex<Option<String>>,
     pub(super) news: Notify,
 }
@@ -105,7 +108,7 @@ impl Signals {
                 self.failed(error.to_string());
             }
             Event::ClientError(error) => self.failed(error.to_string()),
-            // What follows is of the new session.
+            // Later errors belong to the new session.
             Event::Connected => self.server_errors.clear(),
             Event::Disconnected | Event::Draining => {}
         }

@@ -1,4 +1,4 @@
-//! Keeps what is known of a connection up to date, and reports what happens to it.
+//! Updates the state of a connection and reports changes.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,37 +14,37 @@ use super::signals::{Handler, NatsEvent, Signals};
 use super::{Link, Watch, check_version, disconnected, session};
 use crate::bus::BusState;
 
-/// How often the connection is looked at, beside being told of its events: async-nats drops events that come too fast.
+/// Poll interval of the connection state. Needed because async-nats drops events under load.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// How often the server's errors are logged at most.
+/// Minimum interval between two log lines about the server's errors.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
-/// Keeps the link and the state up to date.
+/// A task that updates the link and the state of a connection.
 pub(super) struct Watcher {
     pub(super) client: Client,
     pub(super) to: String,
     pub(super) signals: Arc<Signals>,
     pub(super) link: watch::Sender<Link>,
     pub(super) state: watch::Sender<BusState>,
-    /// The one that was seen last.
+    /// Identity of the last seen session.
     pub(super) session: (String, u64),
     pub(super) handler: Handler,
     pub(super) watch: Watch,
     pub(super) told: Told,
 }
 
-/// What the user's handler knows.
+/// Values last reported to the user's handler.
 #[derive(Default)]
 pub(super) struct Told {
     up: bool,
     ever: bool,
     overflows: u64,
     lame_ducks: u64,
-    /// Number of the last server error that was reported, and when that was.
+    /// Number of the last reported server error, and the time of the report.
     server_errors: u64,
     reported_at: Option<Instant>,
-    /// Number of server errors that were not logged yet, the last of them, and when a line was written.
+    /// Number of server errors not logged yet, the last of them, and the time of the last log line.
     unlogged: u64,
     last_error: String,
     logged_at: Option<Instant>,
@@ -90,7 +90,7 @@ impl Watcher {
             BusState::Connected { to, .. } => to.clone(),
             _ => self.to.clone(),
         };
-        // It may have been away and back since the last look.
+        // The connection may have been lost and reestablished since the last poll.
         if self.told.up && (!up || another) {
             self.handler.tell(NatsEvent::Disconnected { reason: lost() });
             self.watch.metrics.connection_lost(self.watch.role);
@@ -114,14 +114,14 @@ impl Watcher {
         self.state.send_if_modified(|known| {
             let news = *known != state;
             if news && up != matches!(known, BusState::Connected { .. }) {
-                tracing::info!(?state, "the connection to NATS");
+                tracing::info!(?state, "changed the state of the connection to NATS");
             }
             *known = state;
             news
         });
     }
 
-    /// Reports what the server said beside its answers: each sentence once at a time, at a bounded rate.
+    /// Reports the server's asynchronous errors: each text once per report, at a bounded rate.
     fn report_server_errors(&mut self) {
         let now = Instant::now();
         let due = |last: Option<Instant>, every| last.is_none_or(|last| now.duration_since(last) >= every);
@@ -144,7 +144,7 @@ impl Watcher {
                 to = self.to,
                 error = last_error,
                 errors = *unlogged,
-                "the NATS server reports errors"
+                "received errors from the NATS server"
             );
             *unlogged = 0;
             *logged_at = Some(now);

@@ -1,7 +1,7 @@
-//! One consumer of the stream: found or made, pulled from (or pushed to us), and made again when it is gone.
+//! A consumer of the log stream: found or created, read by pull or push, and recreated if lost.
 //!
-//! Whoever reads from one gets every message that its filters let through until it is settled, in order as long as nothing
-//! is delivered a second time. What could not be had, because the stream or the consumer was lost, is said.
+//! A reader receives every message of the filters until it is acknowledged, in order except for
+//! redeliveries. A gap reports messages that were lost with the stream or the consumer.
 
 mod settle;
 mod spec;
@@ -33,83 +33,83 @@ use crate::future::BoxFuture;
 use crate::telemetry::trace::Destination;
 use crate::time::after;
 
-/// How long the server keeps a request for messages, and how often it says meanwhile that it does.
+/// Lifetime of a request for messages, and interval of the server's idle heartbeats.
 const EXPIRES: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(2);
 
-/// How long the server may say nothing about a request before it counts as forgotten.
+/// Maximum silence of the server about a request, before the request counts as lost.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// How often the consumer and the stream are looked at: whether they are there, and have lost anything.
+/// Poll interval of the consumer and the stream, to detect their loss and lost messages.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// A consumer, and our end of it.
+/// A consumer on the server, and its local reader.
 pub(in super::super) struct Consumer {
     target: Target,
     attached: Option<Attached>,
-    /// Everything up to this message was settled when the server was last asked: where another consumer begins when this
-    /// one is gone. `None` before the first time.
+    /// Stream sequence number of the ack floor, as last read; `None` before the first read.
+    /// A replacement of a lost consumer starts after it.
     floor: Option<u64>,
 }
 
-/// One session of reading from it.
+/// One session of reading from the consumer.
 struct Attached {
     messages: Subscriber,
-    /// Where they come to.
+    /// Subject that receives the messages.
     inbox: String,
     link: watch::Receiver<Link>,
     session: u64,
-    /// How many messages the server has been asked for and has not sent yet.
+    /// Number of requested messages that the server has not sent yet.
     asked: usize,
-    /// When it was last heard of.
+    /// Time of the last message from the server.
     heard: Instant,
     look_at: Instant,
     looking: Option<BoxFuture<'static, Result<Look, BusError>>>,
-    /// The last message, by its number in the stream.
+    /// Stream sequence number of the last message.
     last: u64,
-    /// The first message that was passed over since the last look: not for us, or no longer there.
+    /// First message skipped since the last poll: filtered out, or deleted.
     passed: Option<u64>,
-    /// The number of the consumer's last delivery when this began.
+    /// Consumer sequence number of the last delivery before this session.
     delivered: u64,
-    /// Number of the last server error before it began.
+    /// Number of the last server error before this session.
     since: u64,
-    /// The subjects that reading from it takes.
+    /// Subjects that reading from the consumer requires.
     rights: Arc<[String]>,
 }
 
-/// What a look shows.
+/// The result of a poll.
 struct Look {
     floor: u64,
-    /// How many messages it has still to deliver, and how many are delivered and not settled.
+    /// Number of undelivered messages, and number of delivered and unacknowledged messages.
     pending: u64,
     unsettled: u64,
-    /// The first message that the stream still has.
+    /// First message that the stream still has.
     first: Option<u64>,
 }
 
-/// What comes out of a consumer.
+/// An item of a consumer.
 #[allow(clippy::large_enum_variant, reason = "almost all are messages")]
 pub(in super::super) enum ConsumerItem {
     Message(Taken),
-    /// Something may be missing before the next message, and why.
+    /// Reason why messages may be missing before the next one.
     Gap(String),
 }
 
-/// A message, to be settled.
+/// A message that must be acknowledged.
 pub(in super::super) struct Taken {
     pub(in super::super) message: Message,
     pub(in super::super) settle: Settle,
-    /// Its number in the stream.
+    /// Stream sequence number of the message.
     pub(in super::super) sequence: u64,
-    /// How often it has been delivered, this time included, as the server remembers: after a crash it may say less.
+    /// Number of deliveries including this one. The server may count less after a crash.
     pub(in super::super) attempt: u64,
-    /// Its number among what the consumer has ever delivered, to whomever: one that is not the next shows that something was
-    /// delivered elsewhere, or to nobody.
+    /// Consumer sequence number of the delivery, over all readers.
+    /// A skipped number shows a delivery that was lost or went to another reader.
     pub(in super::super) number: u64,
 }
 
 impl Consumer {
-    /// Describes one; nothing happens before [`attach`](Self::attach).
+    /// Describes a consumer. Does nothing before [`attach`](Self::attach).
     pub(in super::super) fn new(connection: Arc<Connection>, stream: String, spec: ConsumerSpec) -> Self {
         let jetstream =
             ContextBuilder::new().timeout(connection.answer_timeout()).build(connection.client.clone());
@@ -117,13 +117,14 @@ impl Consumer {
         Self { target, attached: None, floor: None }
     }
 
-    /// Whether it is of this connection: of another one, it has to be made anew.
+    /// Whether the consumer uses this connection. On another connection it must be recreated.
     pub(in super::super) fn is_over(&self, connection: &Arc<Connection>) -> bool {
         Arc::ptr_eq(&self.target.connection, connection)
     }
 
-    /// Finds the consumer or makes it, as its policy says, and begins to read: at first, and again after every error. Says
-    /// what may be missing, if so.
+    /// Finds or creates the consumer, as its policy requires, and starts to read.
+    ///
+    /// Call it first, and again after every error. Returns why messages may be missing, if so.
     pub(in super::super) async fn attach(&mut self) -> Result<Option<String>, BusError> {
         self.attached = None;
         let connection = self.target.connection.clone();
@@ -152,7 +153,7 @@ impl Consumer {
             Some(push) => push.subject.clone(),
             None => client.new_inbox(),
         };
-        // The server pushes nothing before somebody listens.
+        // The server pushes nothing before a subscription exists.
         let subscribed = match spec.push.as_ref().and_then(|push| push.group.clone()) {
             Some(group) => client.queue_subscribe(inbox.clone(), group).await,
             None => client.subscribe(inbox.clone()).await,
@@ -177,22 +178,23 @@ impl Consumer {
         Ok(gap)
     }
 
-    /// The numbers of its last delivery, to whomever, when it was attached: among its deliveries, and in the stream.
+    /// Sequence numbers of the last delivery to any reader before the attach: consumer and stream.
     pub(in super::super) fn delivered(&self) -> Option<(u64, u64)> {
         self.attached.as_ref().map(|attached| (attached.delivered, attached.last))
     }
 
-    /// The first message that the stream still has, and how many behind it were removed.
+    /// The first message that the stream still has, and the number of deleted messages after it.
     pub(in super::super) async fn kept(&mut self) -> Result<(u64, u64), BusError> {
         let Target { connection, jetstream, stream, .. } = &self.target;
         let asked = stream_info(jetstream, &connection.client, stream);
-        let found = connection.ask("asking what the stream has", asked).await?;
+        let found = connection.ask("reading the state of the stream", asked).await?;
         let state = found.ok_or_else(|| silent(format!("there is no JetStream stream {stream}")))?.state;
         Ok((state.first_sequence, state.deleted_count.unwrap_or_default()))
     }
 
-    /// The next item, when there is room for that many messages (those on the way included). After an error there is
-    /// nothing more before it is [attached](Self::attach) again. Cancel-safe.
+    /// Returns the next item. `room` limits the number of messages, including requested ones.
+    ///
+    /// After an error, returns nothing until the next [`attach`](Self::attach). Cancel-safe.
     pub(in super::super) async fn next(&mut self, room: usize) -> Result<ConsumerItem, BusError> {
         let item = self.next_item(room).await;
         if item.is_err() {
@@ -225,7 +227,7 @@ impl Consumer {
                 error = left(&mut attached.link, session) => return Err(error),
                 error = connection.refused("reading from a consumer", since, &rights) => return Err(error),
                 () = sleep_until(silent_at), if waits => {
-                    return Err(silent(format!("the server has forgotten that {} waits for messages", spec.name)));
+                    return Err(silent(format!("the server lost the message request of {}", spec.name)));
                 }
                 () = sleep_until(look_at), if !looks => {
                     let (jetstream, connection) = (jetstream.clone(), connection.clone());
@@ -235,7 +237,8 @@ impl Consumer {
                 }
                 looked = looking(&mut attached.looking) => {
                     let Look { floor: settled, first, pending, unsettled } = looked?;
-                    // The names of those who stay are chosen by people; there is no end of the others.
+                    // Operators choose the few names of durable consumers. Names of ephemeral
+                    // consumers are unbounded.
                     let name = if spec.durable { &spec.name } else { "ephemeral" };
                     let from = Destination { system: "nats", name: stream };
                     connection.metrics().consumer(from, name, pending, unsettled);
@@ -244,8 +247,8 @@ impl Consumer {
                     let passed = attached.passed.take();
                     if let (Some(first), Some(passed)) = (first, passed) && first > passed {
                         return Ok(ConsumerItem::Gap(format!(
-                            "the stream {stream} begins with message {first} by now, and {} has not seen message {passed}: \
-                             the stream's limits were reached before it was read",
+                            "the stream {stream} starts at message {first}, and {} has not \
+                             received message {passed}: the stream reached its limits first",
                             spec.name
                         )));
                     }
@@ -254,7 +257,7 @@ impl Consumer {
         }
     }
 
-    /// What has come and was not taken, when nothing more is to be read. Nothing comes after that.
+    /// Stops reading, and returns the received messages that were not taken.
     pub(in super::super) fn leave(&mut self) -> Vec<Settle> {
         let Some(mut attached) = self.attached.take() else { return Vec::new() };
         let mut left = Vec::new();
@@ -266,7 +269,7 @@ impl Consumer {
         left
     }
 
-    /// Removes it from the server, if it is there for one reader only and goes with it.
+    /// Deletes the consumer from the server, if it is ephemeral and has a single reader.
     pub(in super::super) async fn discard(&mut self) -> Result<(), BusError> {
         self.attached = None;
         let Target { connection, jetstream, stream, spec } = &self.target;
@@ -275,7 +278,7 @@ impl Consumer {
         }
         let subject = format!("CONSUMER.DELETE.{stream}.{}", spec.name);
         let deleted = api::<serde::de::IgnoredAny>(jetstream, &connection.client, subject, &NOTHING);
-        // What the server says against it is that it is gone already.
+        // An error of the server means that the consumer is gone already.
         connection.ask("deleting a consumer", deleted).await.map(drop)
     }
 }
@@ -305,11 +308,11 @@ async fn look(
     let client = &connection.client;
     let subject = format!("CONSUMER.INFO.{stream}.{name}");
     let info = api::<Info>(&jetstream, client, subject, &NOTHING).await?;
-    let info = info.map_err(|error| refused(&format!("asking for the consumer {name}"), error));
+    let info = info.map_err(|error| refused(&format!("looking up the consumer {name}"), error));
     let info = match info {
         Ok(info) => info,
-        // Whatever JetStream has against it: it is looked for again, and made again if it is gone.
-        Err(error) => return Err(silent(format!("the consumer {name} is not there any more: {error}"))),
+        // After any error, the consumer is looked up again, and recreated if it is gone.
+        Err(error) => return Err(silent(format!("the consumer {name} is gone: {error}"))),
     };
     let first = match first {
         true => stream_info(&jetstream, client, &stream).await?.map(|info| info.state.first_sequence),
@@ -327,7 +330,7 @@ struct Request {
 }
 
 impl Attached {
-    /// Asks for more messages. Cancel-safe: what was not sent is not counted.
+    /// Requests more messages. Cancel-safe: counts only sent requests.
     async fn ask(
         &mut self,
         connection: &Connection,
@@ -338,16 +341,16 @@ impl Attached {
         let nanos = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let request = Request { batch: more, expires: nanos(EXPIRES), idle_heartbeat: nanos(HEARTBEAT) };
         let request = serde_json::to_vec(&request)
-            .map_err(|error| silent(format!("a request for messages cannot be written: {error}")))?;
+            .map_err(|error| silent(format!("cannot encode a request for messages: {error}")))?;
         let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}");
         let sent = connection.client.publish_with_reply(subject, self.inbox.clone(), request.into()).await;
-        sent.map_err(|error| unavailable("asking for messages".into(), error))?;
+        sent.map_err(|error| unavailable("requesting messages".into(), error))?;
         self.asked += more;
         self.heard = Instant::now();
         Ok(())
     }
 
-    /// What a message is: one of the stream's, or a word of the server's about our request.
+    /// Interprets a message: a message of the stream, or a status of a request.
     fn take(&mut self, message: Message, connection: &Arc<Connection>) -> Result<Option<Taken>, BusError> {
         let said = message.description.as_deref().unwrap_or("");
         match message.status {
@@ -362,15 +365,12 @@ impl Attached {
                 return Ok(None);
             }
             Some(status) => {
-                return Err(silent(format!("the server ends a consumer: {status} {said}")));
+                return Err(silent(format!("the server ended the consumer: {status} {said}")));
             }
         }
         self.asked = self.asked.saturating_sub(1);
         let Some((settle, place)) = Settle::of(&message, connection) else {
-            tracing::warn!(
-                subject = message.subject.as_str(),
-                "a message that is not of JetStream was passed over"
-            );
+            tracing::warn!(subject = message.subject.as_str(), "ignoring a message that is not of JetStream");
             return Ok(None);
         };
         if place.sequence > self.last {
@@ -388,7 +388,7 @@ impl Attached {
         }))
     }
 
-    /// A request is over, and the server says how much of it.
+    /// Ends a request. The status states how many messages remain unsent.
     fn unasked(&mut self, message: &Message) {
         let left = message.headers.as_ref().and_then(|headers| headers.get("Nats-Pending-Messages"));
         let left = left.and_then(|left| left.as_str().parse().ok()).unwrap_or(self.asked);

@@ -22,49 +22,50 @@ use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
 use crate::telemetry::trace::Destination;
 
-/// Number of last messages that are read where no checkpoint says where the mirror ended, and of messages in a page of claims.
+/// Number of last messages that are read if no checkpoint states the end, and page size of claims.
 const PAGE: u64 = 256;
 
-/// Number of messages that are read at the same time.
+/// Number of concurrent message reads.
 const READS: usize = 64;
 
-/// Publishes into the stream.
+/// The publisher of the log stream.
 pub(in super::super) struct MirrorPublisher {
     connection: Arc<Connection>,
     jetstream: Context,
     wire: Wire,
-    /// The stream's name.
+    /// Name of the stream.
     name: String,
     options: JetStreamOptions,
     hints: Option<Hints>,
-    /// Of [`resume`](BusPublisher::resume), and everything behind it.
+    /// State since [`resume`](BusPublisher::resume).
     turn: Option<Turn>,
-    /// The end that the server has confirmed.
+    /// End of the log stream that the server has confirmed.
     confirmed: Option<MirrorEnd>,
 }
 
-/// What was found, and what became of it.
+/// State of one publisher term: the end found, and the progress since.
 struct Turn {
-    /// The session of the connection in which the mirror's end was looked up. Another one may have another server behind
-    /// it, or the same one with less in it.
+    /// Connection session in which the end was read.
+    /// Another session may reach another server, or a server that has lost messages.
     session: u64,
     end: MirrorEnd,
     /// Messages that the log has to confirm.
     unread: Unread,
-    /// The stream's own limit of a message, if it has one.
+    /// Message size limit of the stream, if it has one.
     largest: usize,
-    /// The messages before the end are gone, and with them the knowledge whether the next events are among them: they go
-    /// out one by one, until the server takes the first that it has not had.
+    /// Whether the publisher is probing.
+    /// The messages before the end are gone, so the next events may have been among them.
+    /// They are published one by one until the server stores the first new event.
     feeling: bool,
 }
 
-/// Messages after the one that the checkpoint names, or the last ones.
+/// Messages after the one of the checkpoint, or the last messages.
 struct Unread {
-    /// Those that were read already.
+    /// Messages already read.
     read: Vec<Claim>,
-    /// The first message that the stream keeps.
+    /// Sequence number of the first message that the stream keeps.
     first: u64,
-    /// Those that were not.
+    /// Sequence numbers of the messages to read.
     sequences: Range<u64>,
 }
 
@@ -89,7 +90,7 @@ impl MirrorPublisher {
         Self { connection, jetstream, wire, name, options, hints: None, turn: None, confirmed: None }
     }
 
-    /// Finds the mirror's end.
+    /// Finds the end of the log stream.
     async fn look(&self, known: MirrorEnd) -> Result<Turn, BusError> {
         let session = self.connection.session();
         let client = &self.connection.client;
@@ -102,13 +103,14 @@ impl MirrorPublisher {
             MirrorFrom::After(position) => position,
         };
         if last == 0 {
-            tracing::info!(stream = self.name, after = %beginning, "the mirror of the log is new and is filled");
+            tracing::info!(stream = self.name, after = %beginning, "filling the new log stream");
             let end = MirrorEnd { position: beginning, sequence: 0 };
             let unread = Unread::none();
             return Ok(Turn { session, end, unread, largest, feeling: false });
         }
         let first = found.state.first_sequence;
-        // A number from another life of the stream may be too high; one that was never noted is 0.
+        // The number may exceed the last one if the stream was recreated since. A number that was
+        // never saved is 0.
         if (1..=last).contains(&known.sequence) {
             let end = MirrorEnd { position: known.position, sequence: last };
             let unread = Unread { read: Vec::new(), first, sequences: known.sequence..last + 1 };
@@ -134,14 +136,15 @@ impl MirrorPublisher {
             }
             (None, _) if from > first && foreign => {
                 return Err(incompatible(format!(
-                    "the last {PAGE} messages of the stream {} are not storied's, and no checkpoint says where the mirror ended: \
-                     another program publishes to {:?}; stop it, and delete the stream, which is then created again",
+                    "the last {PAGE} messages of the stream {} are no events of storied, and no \
+                     checkpoint states the end of the log: another program publishes to {:?}; stop \
+                     that program and delete the stream, which is then recreated",
                     self.name,
                     self.wire.events(),
                 )));
             }
             (None, _) => {
-                tracing::warn!(stream = self.name, after = %beginning, "the mirror of the log was emptied and is filled again");
+                tracing::warn!(stream = self.name, after = %beginning, "refilling the emptied log stream");
                 beginning
             }
         };
@@ -155,10 +158,10 @@ impl MirrorPublisher {
         Ok(Turn { session, end, unread, largest, feeling })
     }
 
-    /// The number of the last message that the stream keeps; 0 if it keeps none.
+    /// The sequence number of the last message that the stream keeps; 0 if it keeps none.
     async fn newest(&self) -> Result<u64, BusError> {
         let what = || format!("reading the end of the stream {}", self.name);
-        // Nothing else is in the stream.
+        // The stream has no other subjects.
         let subject = match self.wire.events() {
             [subject] => subject,
             _ => ">",
@@ -177,7 +180,7 @@ impl MirrorPublisher {
         stream_of(&self.jetstream, &self.name).await
     }
 
-    /// Reads messages, with the other store that they name; those before `first` are gone.
+    /// Reads messages, with the other store that they name. Messages before `first` are gone.
     async fn read(
         &self,
         first: u64,
@@ -203,7 +206,7 @@ async fn stream_of(jetstream: &Context, name: &str) -> Result<Stream<()>, BusErr
     stream.map_err(|error| unavailable(format!("reading the stream {name}"), error))
 }
 
-/// Reads which event a message claims, and the other store that it names.
+/// Reads the event that a message claims to be, and the other store that it names.
 async fn read_claim(
     stream: &Stream<()>,
     wire: &Wire,
@@ -224,7 +227,7 @@ async fn read_claim(
                 _ if error.source().is_none_or(|source| source.is::<RequestError>()) => {
                     return Err(unavailable(what(), error));
                 }
-                // An answer came, and the message in it is not readable: none of ours.
+                // The answer has an unreadable message, which cannot be of storied.
                 _ => Reject::Malformed(error.to_string()),
             }
         }
@@ -233,7 +236,7 @@ async fn read_claim(
         stream = name,
         sequence,
         ?reject,
-        "the mirror has a message that is no event of this log"
+        "found a message in the log stream that is no event of this log"
     );
     match reject {
         Reject::OtherStore(store) => Ok((ClaimedEvent::Foreign, Some(store))),
@@ -241,24 +244,24 @@ async fn read_claim(
     }
 }
 
-/// One batch on its way.
+/// A batch that is being published.
 struct Sending<'a> {
     jetstream: &'a Context,
     wire: &'a Wire,
     stream: &'a str,
     turn: &'a mut Turn,
     largest: usize,
-    /// Sent and not confirmed, in order.
+    /// Sent and unconfirmed events, in order.
     window: VecDeque<InFlight>,
 }
 
-/// An event that was sent and is not confirmed.
+/// A sent and unconfirmed event.
 struct InFlight {
-    /// Its index in the batch.
+    /// Index of the event in the batch.
     index: usize,
-    /// Its message id.
+    /// Message id of the event.
     id: Uuid,
-    /// The end of the mirror once it is confirmed.
+    /// End of the log stream once the event is confirmed.
     end: MirrorEnd,
     ack: PublishAckFuture,
 }
@@ -266,16 +269,16 @@ struct InFlight {
 /// The message id of an event.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum MessageId {
-    /// The event's id.
+    /// The id of the event.
     Own,
-    /// The same with its position, where the server has the id already.
+    /// The id of the event and its position, if the server has the id already.
     AtPosition,
 }
 
 impl Sending<'_> {
     async fn publish(&mut self, batch: &LogBatch, window: usize) -> Result<(), BusError> {
         let mut next = 0;
-        // Where the mirror ends when everything sent is confirmed.
+        // End of the log stream once everything sent is confirmed.
         let mut sequence = self.turn.end.sequence;
         loop {
             let event = batch.events.get(next);
@@ -314,8 +317,9 @@ impl Sending<'_> {
         if id == MessageId::AtPosition {
             headers.insert(NATS_MESSAGE_ID, Wire::message_id_at_position(event));
         }
-        // I5: between this one and the one in flight before it, another program's message can take the number of the latter.
-        // The server then refuses both: without its id, this one would be stored without the one before it.
+        // I5: between this message and the one in flight before it, a message of another program
+        // can take the latter's number. The server then refuses both. Without the id of the latter,
+        // the server would store this message without it.
         if let Some(InFlight { id, .. }) = self.window.back() {
             headers.insert(NATS_EXPECTED_LAST_MESSAGE_ID, id.hyphenated().to_string());
         }
@@ -323,15 +327,16 @@ impl Sending<'_> {
         let sent = self.jetstream.send_publish(subject, message).await;
         sent.map_err(|error| match error.kind() {
             PublishErrorKind::MaxPayloadExceeded => incompatible(format!(
-                "the NATS server takes messages of {} bytes at most, which is too little for the headers of one event",
+                "the message limit of the NATS server ({} bytes) is too small for the headers of \
+                 one event",
                 self.largest
             )),
             _ => unavailable(format!("publishing to the stream {}", self.stream), error),
         })
     }
 
-    /// Waits for the server's answer to the oldest message in flight. Returns its index if the server took it for a duplicate
-    /// of a message before the end of the mirror.
+    /// Waits for the server's answer to the oldest message in flight.
+    /// Returns its index if the server took it for a duplicate of a message before the end.
     async fn confirm_oldest(&mut self, oldest: InFlight) -> Result<Option<usize>, BusError> {
         let InFlight { index, end, ack, .. } = oldest;
         let (sequence, duplicate) = self.ack(ack).await?;
@@ -339,13 +344,13 @@ impl Sending<'_> {
             self.turn.end = end;
             return Ok(None);
         }
-        // I5: the mirror has all events up to its end, and this is a later one. The log has the id twice, or another program
-        // has published the event ahead of its turn.
+        // I5: the log stream has all events up to its end, and this event is later. The log has the
+        // id twice, or another program published the event before its turn.
         if duplicate && sequence <= self.turn.end.sequence {
             return Ok(Some(index));
         }
         Err(self.fenced(format!(
-            "position {} is its message {sequence} already, and should have become {}",
+            "position {} is already message {sequence}, expected {}",
             end.position, end.sequence
         )))
     }
@@ -357,7 +362,8 @@ impl Sending<'_> {
         Ok(event != ClaimedEvent::Missing)
     }
 
-    /// Waits for the answers to everything in flight after a message that was not stored: the server refuses it.
+    /// Waits for all answers in flight after a message was not stored.
+    /// The server refuses these messages.
     async fn drain(&mut self) -> Result<(), BusError> {
         while let Some(InFlight { end, ack, .. }) = self.window.pop_front() {
             match self.ack(ack).await {
@@ -371,28 +377,31 @@ impl Sending<'_> {
         Ok(())
     }
 
-    /// Publishes an event under its id and position: the server has the id already.
+    /// Publishes an event under its id and position, because the server has the id already.
     async fn repeat(&mut self, batch: &LogBatch, index: usize) -> Result<(), BusError> {
         let Some(event) = batch.events.get(index) else { return Ok(()) };
         let end = MirrorEnd { position: event.position, sequence: self.turn.end.sequence + 1 };
         let (position, id) = (event.position, event.id);
-        tracing::info!(%position, %id, "publishing an event under another message id: the server has its id already");
+        tracing::info!(%position, %id, "publishing an event under another message id: its id is taken");
         let previous = previous(batch, index);
         let ack = self.send(event, previous, self.turn.end.sequence, MessageId::AtPosition).await?;
         let (sequence, _) = self.ack(ack).await?;
         if sequence != end.sequence {
-            return Err(self.fenced(format!("the server made it message {sequence}, not {}", end.sequence)));
+            return Err(
+                self.fenced(format!("the event became message {sequence}, expected {}", end.sequence))
+            );
         }
         self.turn.end = end;
         Ok(())
     }
 
-    /// Publishes one event that may have been in the stream before the stream lost it.
+    /// Probes with one event that the stream may have had before it lost messages.
     async fn feel(&mut self, event: &RecordedEvent, previous: Position) -> Result<(), BusError> {
         let last = self.turn.end.sequence;
         let ack = self.send(event, previous, last, MessageId::Own).await?;
         let (mut sequence, mut duplicate) = self.ack(ack).await?;
-        // What the stream keeps was compared with the log. Only what it lost may have been this event.
+        // The kept messages were compared with the log. Only a lost message may have been this
+        // event.
         if duplicate && sequence <= last && self.keeps(sequence).await? {
             let ack = self.send(event, previous, last, MessageId::AtPosition).await?;
             (sequence, duplicate) = self.ack(ack).await?;
@@ -400,13 +409,13 @@ impl Sending<'_> {
         if sequence == last + 1 {
             self.turn.feeling = false;
         } else if !duplicate || sequence > last {
-            return Err(self.fenced(format!("the server made it message {sequence}, not {}", last + 1)));
+            return Err(self.fenced(format!("the event became message {sequence}, expected {}", last + 1)));
         }
         self.turn.end = MirrorEnd { position: event.position, sequence: sequence.max(last) };
         Ok(())
     }
 
-    /// The number that the server gave a message, and whether it had it before.
+    /// Returns the message's sequence number, and whether the message is a duplicate.
     async fn ack(&self, ack: PublishAckFuture) -> Result<(u64, bool), BusError> {
         let stream = self.stream;
         match ack.await {
@@ -416,12 +425,12 @@ impl Sending<'_> {
                     self.fenced(error.to_string())
                 }
                 PublishErrorKind::StreamNotFound => {
-                    silent(format!("the stream {stream} is gone, or JetStream is"))
+                    silent(format!("the stream {stream} or JetStream is gone"))
                 }
                 PublishErrorKind::TimedOut => {
                     unavailable(format!("no confirmation from the stream {stream}"), error)
                 }
-                _ => unavailable(format!("the stream {stream} did not take an event"), error),
+                _ => unavailable(format!("the stream {stream} did not store an event"), error),
             }),
         }
     }
@@ -443,8 +452,8 @@ impl BusPublisher for MirrorPublisher {
         Box::pin(async move {
             (self.turn, self.confirmed) = (None, None);
             let (client, wire) = (&self.connection.client, &self.wire);
-            self.hints = Some(self.connection.ask("listening for hints", Hints::new(client, wire)).await?);
-            let (what, rights) = ("looking for the end of the mirror", stream_rights(&self.name));
+            self.hints = Some(self.connection.ask("subscribing to hints", Hints::new(client, wire)).await?);
+            let (what, rights) = ("finding the end of the log stream", stream_rights(&self.name));
             let turn = self.connection.while_permitted(what, &rights, self.look(known)).await?;
             let end = turn.end;
             self.turn = Some(turn);
@@ -455,7 +464,7 @@ impl BusPublisher for MirrorPublisher {
     fn claims(&mut self) -> BoxFuture<'_, Result<Vec<Claim>, BusError>> {
         Box::pin(async move {
             let Some(turn) = &mut self.turn else {
-                return Err(silent("the mirror's end is not known".into()));
+                return Err(silent("the end of the log stream is unknown".into()));
             };
             self.connection.check_session(turn.session)?;
             let Unread { read, first, sequences } = &mut turn.unread;
@@ -464,7 +473,7 @@ impl BusPublisher for MirrorPublisher {
             }
             let (first, from, end) = (*first, sequences.start, sequences.end);
             let upto = end.min(from.saturating_add(PAGE));
-            let (what, rights) = ("reading the end of the mirror", stream_rights(&self.name));
+            let (what, rights) = ("reading the end of the log stream", stream_rights(&self.name));
             let claims = self.connection.while_permitted(what, &rights, self.read(first, from..upto)).await?;
             if let Some(turn) = &mut self.turn {
                 turn.unread.sequences = upto..end;
@@ -488,8 +497,9 @@ impl BusPublisher for MirrorPublisher {
 
     fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
         Box::pin(async move {
-            // Taken: whoever drops this future half-way has to resume again.
-            let mut turn = self.turn.take().ok_or_else(|| silent("the mirror's end is not known".into()))?;
+            // Taken: a caller that drops this future early has to resume again.
+            let mut turn =
+                self.turn.take().ok_or_else(|| silent("the end of the log stream is unknown".into()))?;
             self.connection.check_session(turn.session)?;
             let mut sending = Sending {
                 jetstream: &self.jetstream,
@@ -519,7 +529,8 @@ impl BusPublisher for MirrorPublisher {
 
     fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {
         Box::pin(async move {
-            let turn = self.turn.take().ok_or_else(|| silent("the mirror's end is not known".into()))?;
+            let turn =
+                self.turn.take().ok_or_else(|| silent("the end of the log stream is unknown".into()))?;
             self.connection.check_session(turn.session)?;
             let client = &self.connection.client;
             let look = async {
@@ -532,7 +543,7 @@ impl BusPublisher for MirrorPublisher {
                 let last = found.map(|found| found.state.last_sequence);
                 if last != Some(turn.end.sequence) {
                     let reason = format!(
-                        "the stream {} ended at message {} and now at {last:?}",
+                        "the stream {} ended at message {}, and now ends at {last:?}",
                         self.name, turn.end.sequence
                     );
                     return Err(BusError::Fenced { reason });

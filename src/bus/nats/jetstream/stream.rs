@@ -1,4 +1,4 @@
-//! The stream on the server: found, made, compared, and marked as one store's.
+//! Operations on a stream of the server: lookup, creation, comparison, and the mark of its store.
 
 use std::fmt::Debug;
 
@@ -16,21 +16,22 @@ use super::super::inspect::Field;
 use super::{JetStreamOptions, StreamPolicy, StreamStorage};
 use crate::bus::BusError;
 
-/// The key in a stream's metadata that says whose log it mirrors.
+/// Metadata key of a stream for the id of the store whose log it keeps.
 const STORE_ID: &str = "storied.store_id";
 
-/// What a stream is to be like.
+/// The expected configuration of a stream.
 pub(in super::super) type Wanted = Config;
 
-/// Whose events a stream keeps.
+/// The content of a stream.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Content<'a> {
     pub(super) subjects: &'a [String],
-    /// The store, as its publisher knows it. A subscriber does not, and only needs the stream to be an exact mirror.
+    /// Id of the store, known to its publisher only.
+    /// A subscriber only needs an exact log stream.
     pub(super) store: Option<Uuid>,
 }
 
-/// Sees to it that the stream is there and fit to be the mirror, as the policy says, and tells how it is.
+/// Ensures that the log stream exists and matches, as the policy requires. Returns its state.
 pub(super) async fn ensure(
     jetstream: &Context,
     client: &Client,
@@ -43,16 +44,18 @@ pub(super) async fn ensure(
     if found.is_none() {
         if options.policy == StreamPolicy::RequireExisting {
             return Err(incompatible(format!(
-                "there is no JetStream stream {name}; create it with the subjects {:?}, or choose StreamPolicy::CreateOrVerify",
+                "there is no JetStream stream {name}; create it with the subjects {:?}, or choose \
+                 StreamPolicy::CreateOrVerify",
                 content.subjects
             )));
         }
         found = match api::<Info>(jetstream, client, format!("STREAM.CREATE.{name}"), &wanted).await? {
             Ok(info) => {
-                tracing::info!(stream = name, "created the mirror of the log");
+                tracing::info!(stream = name, "created a JetStream stream");
                 Some(info)
             }
-            // Another node was first, with something else: the comparison below says what.
+            // Another node was first, perhaps with other options: the comparison below reports
+            // differences.
             Err(error) if error.error_code() == ErrorCode::STREAM_NAME_EXIST => {
                 info(jetstream, client, name).await?
             }
@@ -63,22 +66,22 @@ pub(super) async fn ensure(
         };
     }
     let found =
-        found.ok_or_else(|| silent(format!("the stream {name} was deleted as soon as it was made")))?;
+        found.ok_or_else(|| silent(format!("the stream {name} was deleted right after its creation")))?;
     check_store(content, name, &found.config)?;
     let essential = options.policy == StreamPolicy::RequireExisting || content.store.is_none();
     let different = differences(&found.config, &wanted, essential);
     if different.is_empty() {
         return Ok(found);
     }
-    // A subscriber was here first, and made the stream without knowing whose it would be.
+    // A subscriber was first, and created the stream without knowing its store.
     if found.state.last_sequence == 0 && !found.config.metadata.contains_key(STORE_ID) && different.len() == 1
     {
         return update(jetstream, client, found.config, &wanted, &different).await;
     }
     if options.policy != StreamPolicy::CreateOrUpdate {
         return Err(incompatible(format!(
-            "the JetStream stream {name} is not as this program needs it, and was left alone: {}; change the options or \
-             the stream, or choose StreamPolicy::CreateOrUpdate",
+            "the JetStream stream {name} differs from the options: {}; change the options or the \
+             stream, or choose StreamPolicy::CreateOrUpdate",
             different.join(", ")
         )));
     }
@@ -94,7 +97,7 @@ async fn update(
 ) -> Result<Info, BusError> {
     let name = wanted.name.clone();
     config.metadata.extend(wanted.metadata.clone());
-    // What the server wrote there itself is not for us to write.
+    // The server's own metadata must not be written back.
     config.metadata.retain(|key, _| !key.starts_with("_nats."));
     let config = Config {
         subjects: wanted.subjects.clone(),
@@ -117,20 +120,20 @@ async fn update(
     };
     let changed = api::<Info>(jetstream, client, format!("STREAM.UPDATE.{name}"), &config).await?;
     let info = changed
-        .map_err(|error| refused(&format!("changing the stream {name} ({})", different.join(", ")), error))?;
-    // Old servers drop in silence what they do not know.
+        .map_err(|error| refused(&format!("updating the stream {name} ({})", different.join(", ")), error))?;
+    // Old servers drop unknown fields silently.
     let different = differences(&info.config, wanted, false);
     if !different.is_empty() {
         return Err(incompatible(format!(
-            "the server did not change the stream {name} as it was told: {}",
+            "the server did not update the stream {name} as requested: {}",
             different.join(", ")
         )));
     }
-    tracing::info!(stream = name, "changed the mirror of the log");
+    tracing::info!(stream = name, "updated a JetStream stream");
     Ok(info)
 }
 
-/// The stream as it is, if there is one.
+/// Returns the state of a stream, if it exists.
 pub(in super::super) async fn info(
     jetstream: &Context,
     client: &Client,
@@ -139,7 +142,7 @@ pub(in super::super) async fn info(
     match api(jetstream, client, format!("STREAM.INFO.{name}"), &NOTHING).await? {
         Ok(info) => Ok(Some(info)),
         Err(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
-        Err(error) => Err(refused(&format!("asking for the stream {name}"), error)),
+        Err(error) => Err(refused(&format!("looking up the stream {name}"), error)),
     }
 }
 
@@ -176,30 +179,30 @@ fn check_store(content: Content<'_>, name: &str, config: &Config) -> Result<(), 
     }
 }
 
-/// Whether the stream says that it mirrors the log of this store.
+/// Whether the stream is marked with this store.
 pub(super) fn is_marked(config: &Config, store: Uuid) -> bool {
     config.metadata.get(STORE_ID).is_some_and(|marked| *marked == store.to_string())
 }
 
 pub(super) fn other_store(name: &str, store: &str, own: &str) -> BusError {
     incompatible(format!(
-        "the stream {name} is the mirror of another store ({store}, this one is {own}); give each store a namespace of its \
-         own, or delete the stream if its store is gone"
+        "the stream {name} is the log stream of another store ({store}, expected {own}); give each \
+         store its own namespace, or delete the stream if its store is gone"
     ))
 }
 
-/// What is not as it should be, each as `field: is X, should be Y`.
+/// The differences, each as `field: is X, should be Y`.
 fn differences(have: &Config, want: &Config, essential_only: bool) -> Vec<String> {
     let fields = compared(have, want, essential_only);
     fields.iter().filter(|field| !field.same).map(Field::to_string).collect()
 }
 
-/// How the stream of a publisher with these options is, and how it should be.
+/// Compares a stream with the expected configuration of a publisher with these options.
 pub(in super::super) fn fields(have: &Config, want: &Config, options: &JetStreamOptions) -> Vec<Field> {
     compared(have, want, options.policy == StreamPolicy::RequireExisting)
 }
 
-/// Field by field. What the server adds by itself is none of our business.
+/// Compares field by field. Ignores fields that the server adds.
 fn compared(have: &Config, want: &Config, essential_only: bool) -> Vec<Field> {
     let mut fields = Vec::new();
     let mut compare = |name: &'static str, is: &dyn Debug, should_be: &dyn Debug, same: bool| {
@@ -208,7 +211,7 @@ fn compared(have: &Config, want: &Config, essential_only: bool) -> Vec<Field> {
     macro_rules! compare {
         ($($field:ident),*) => { $( compare(stringify!($field), &have.$field, &want.$field, have.$field == want.$field); )* };
     }
-    // Without these it is no exact mirror of the log.
+    // An exact log stream requires these fields.
     let sorted = |subjects: &[String]| {
         let mut subjects = subjects.to_vec();
         subjects.sort_unstable();
@@ -226,7 +229,7 @@ fn compared(have: &Config, want: &Config, essential_only: bool) -> Vec<Field> {
     fields
 }
 
-/// Names the stream that has our subjects.
+/// Finds the streams that have these subjects.
 async fn overlap(
     jetstream: &Context,
     client: &Client,
@@ -244,19 +247,19 @@ async fn overlap(
         names.extend(found.ok().and_then(|found| found.streams).unwrap_or_default());
     }
     Ok(incompatible(format!(
-        "the stream {name} cannot be made, because its subjects {subjects:?} overlap with those of {}; choose another namespace, \
-         or another stream name if that is the mirror under an older name",
+        "cannot create the stream {name}: its subjects {subjects:?} overlap with those of {}; \
+         choose another namespace, or set the stream name to an older name of the log stream",
         if names.is_empty() { "another stream".to_owned() } else { names.join(", ") },
     )))
 }
 
-/// What questions have to say that have nothing to say.
+/// An empty request body.
 pub(super) const NOTHING: Nothing = Nothing {};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Nothing {}
 
-/// One question to JetStream, with its answer or what it says against it.
+/// Sends a request to JetStream; returns its answer or its error.
 pub(super) async fn api<T: DeserializeOwned>(
     jetstream: &Context,
     client: &Client,
@@ -272,7 +275,8 @@ pub(super) async fn api<T: DeserializeOwned>(
                 Err(unavailable(reason.into(), error))
             } else {
                 Err(incompatible(
-                    "JetStream is not enabled on the NATS server; start it with -js, or use the Core driver"
+                    "JetStream is not enabled on the NATS server; start it with -js, or use the \
+                     Core driver"
                         .into(),
                 ))
             }
@@ -281,7 +285,7 @@ pub(super) async fn api<T: DeserializeOwned>(
     }
 }
 
-/// As [`api`], when whatever it says against it is an error.
+/// As [`api`], but an error of JetStream becomes a bus error.
 pub(in super::super) async fn ask<T: DeserializeOwned>(
     jetstream: &Context,
     client: &Client,
@@ -292,17 +296,18 @@ pub(in super::super) async fn ask<T: DeserializeOwned>(
     api(jetstream, client, subject, payload).await?.map_err(|error| refused(what, error))
 }
 
-/// What JetStream says against something: it may change its mind, or somebody has to act.
+/// Converts an error of JetStream: temporary, or in need of an operator.
 pub(super) fn refused(what: &str, error: Error) -> BusError {
     match error.error_code() {
         ErrorCode::JETSTREAM_NOT_ENABLED | ErrorCode::JETSTREAM_NOT_ENABLED_FOR_ACCOUNT => {
             incompatible(format!(
-                "{what}: JetStream is not enabled ({error}); start the server with -js, or use the Core driver"
+                "{what}: JetStream is not enabled ({error}); start the server with -js, or use the \
+                 Core driver"
             ))
         }
-        // Of the server's own class (500), but nothing that passes.
+        // In the server's error class (500), but permanent.
         ErrorCode::STREAM_INVALID_CONFIG => incompatible(format!("{what}: JetStream refuses: {error}")),
-        _ if error.code() >= 500 => unavailable(format!("{what}: JetStream cannot"), error),
+        _ if error.code() >= 500 => unavailable(format!("{what}: JetStream failed"), error),
         _ => incompatible(format!("{what}: JetStream refuses: {error}")),
     }
 }

@@ -1,13 +1,15 @@
 use std::fmt;
 
-/// Event names that somebody asks for, or subjects: dotted tokens, `*` for exactly one, `>` at the end for one or more.
+/// A pattern of event names or subjects.
+///
+/// Dotted tokens, `*` for exactly one token, `>` at the end for one or more.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(in super::super) struct Pattern(String);
 
-/// Not a name, and not a pattern of names.
+/// The error for an invalid pattern.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{pattern:?} cannot be subscribed to or published to: {reason}; use tokens of printable ASCII separated by dots, '*' for any \
+    "invalid pattern {pattern:?}: {reason}; use dotted tokens of printable ASCII, '*' for exactly \
      one token, '>' at the end for one or more"
 )]
 pub struct InvalidPattern {
@@ -17,29 +19,31 @@ pub struct InvalidPattern {
 
 impl InvalidPattern {
     pub(super) fn new(pattern: &str, reason: &'static str) -> Self {
-        // A hostile pattern may be megabytes long; the error need not be.
+        // A hostile pattern may be megabytes long. The error must not be.
         Self { pattern: pattern.chars().take(80).collect(), reason }
     }
 }
 
-/// The longest pattern, in bytes.
+/// Maximum length of a pattern, in bytes.
 const LONGEST: usize = 400;
 
 impl Pattern {
-    /// Checks it. `*` alone is everything, as `>` is: there are no names of one token.
+    /// Checks a pattern. `*` alone matches everything, as `>` does: no name has one token.
     pub(in super::super) fn new(text: &str) -> Result<Self, InvalidPattern> {
         let token = |(last, token): (bool, &str)| match token {
-            "" => Some("it has an empty token"),
+            "" => Some("empty token"),
             ">" if last => None,
-            ">" => Some("'>' stands before its end"),
+            ">" => Some("'>' before the end"),
             "*" => None,
-            token if token.contains(['*', '>']) => Some("a token has '*' or '>' beside something else"),
-            token if !token.bytes().all(|byte| byte.is_ascii_graphic()) => Some("it has other characters"),
+            token if token.contains(['*', '>']) => Some("'*' or '>' inside a token"),
+            token if !token.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                Some("character outside printable ASCII")
+            }
             _ => None,
         };
         let tokens = text.split('.').count();
         let wrong = if text.len() > LONGEST {
-            Some("it is too long")
+            Some("longer than 400 bytes")
         } else {
             text.split('.').enumerate().map(|(at, token)| (at + 1 == tokens, token)).find_map(token)
         };
@@ -50,18 +54,16 @@ impl Pattern {
         }
     }
 
-    /// Whether a name of an event can match it: names have two tokens or more, of ASCII letters, digits, `_` and `-`.
+    /// Checks that an event name can match.
+    /// Names have two or more tokens of ASCII letters, digits, `_` and `-`.
     pub(in super::super) fn check_names(&self) -> Result<(), InvalidPattern> {
         let reason = if self.is_everything() {
             None
         } else if !self.0.contains('.') {
-            Some("no event has a name of one token; append '.*' or '.>' for the events of a category")
+            Some("event names have two or more tokens; append '.*' or '.>' for the events of a category")
         } else {
             let other = |byte: u8| !byte.is_ascii_alphanumeric() && !b"_-.*>".contains(&byte);
-            self.0
-                .bytes()
-                .any(other)
-                .then_some("no event has a name with other characters than letters, digits, '_' and '-'")
+            self.0.bytes().any(other).then_some("event names have only letters, digits, '_' and '-'")
         };
         reason.map_or(Ok(()), |reason| Err(InvalidPattern::new(&self.0, reason)))
     }
@@ -74,17 +76,17 @@ impl Pattern {
         self.0 == ">"
     }
 
-    /// Whether it stands for more than itself.
+    /// Whether the pattern has wildcards.
     pub(in super::super) fn is_wild(&self) -> bool {
         self.0.split('.').any(|token| matches!(token, "*" | ">"))
     }
 
-    /// Whether a name or a subject is among what it stands for.
+    /// Whether the pattern matches a name or a subject.
     pub(in super::super) fn matches(&self, text: &str) -> bool {
         self.covers(text)
     }
 
-    /// Whether everything that `other` stands for is among what it stands for.
+    /// Whether the pattern matches everything that `other` matches.
     pub(in super::super) fn covers(&self, other: &str) -> bool {
         let (mut own, mut others) = (self.0.split('.'), other.split('.'));
         loop {
@@ -97,7 +99,7 @@ impl Pattern {
         }
     }
 
-    /// Whether something is among what both stand for.
+    /// Whether both patterns match a common subject.
     pub(in super::super) fn overlaps(&self, other: &Self) -> bool {
         let (mut own, mut others) = (self.0.split('.'), other.0.split('.'));
         loop {
@@ -126,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn one_token_several_tokens_and_exactly_these() {
+    fn patterns_match_one_several_or_exact_tokens() {
         for (text, yes, no) in [
             ("order.placed", &["order.placed"][..], &["order.placed.late", "order", "order.paid"][..]),
             (
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn covering_and_overlapping() {
+    fn patterns_cover_and_overlap() {
         for (one, other, covers, overlaps) in [
             ("a.>", "a.*", true, true),
             ("a.*", "a.>", false, true),
@@ -164,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pattern() {
+    fn invalid_patterns_are_refused() {
         for text in ["", ".", "a.", "a..b", "a b", "a.>.b", "a*", "a.b>", "tab\t", "ümlaut", &"x".repeat(500)]
         {
             let error = Pattern::new(text).unwrap_err();

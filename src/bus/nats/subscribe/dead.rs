@@ -1,4 +1,4 @@
-//! Events that a handler has given up, kept for people to look at.
+//! Dead letters: events that a handler has given up, kept for operators.
 
 use async_nats::header::{HeaderValue, NATS_MESSAGE_ID};
 use async_nats::jetstream::context::ContextBuilder;
@@ -10,16 +10,16 @@ use super::super::wire::{Outgoing, Wire};
 use super::Delivery;
 use crate::bus::BusError;
 
-/// The longest reason that travels, in characters.
+/// Maximum length of the reason header, in characters.
 const LONGEST_REASON: usize = 1_000;
 
-/// An event, and why nobody wants it.
+/// An event that was given up, and the reason.
 pub(super) struct DeadLetter<'a> {
     pub(super) delivery: &'a Delivery,
     pub(super) reason: String,
 }
 
-/// Puts it into the stream of dead letters; answers when the server has it.
+/// Publishes a dead letter to its stream, and waits for the confirmation of the server.
 pub(super) async fn post(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(), BusError> {
     let connection = bus.connection().await?;
     let (names, client) = (bus.names(), &connection.client);
@@ -29,7 +29,7 @@ pub(super) async fn post(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(), Bu
     let Outgoing { mut headers, body, .. } =
         Wire::new(names, *store).event(event, *previous, client.max_payload())?;
     let consumer = letter.delivery.settle.as_ref().map_or("", |settle| settle.consumer());
-    // Of each consumer, each event is a letter once, as far as the duplicate window reaches.
+    // Within the deduplication window, each consumer has at most one dead letter per event.
     headers.insert(NATS_MESSAGE_ID, format!("{consumer}/{}", event.id));
     headers.insert("Storied-Dead-Event", event.id.hyphenated().to_string());
     headers.insert("Storied-Dead-Consumer", consumer);
@@ -37,17 +37,17 @@ pub(super) async fn post(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(), Bu
     headers.insert("Storied-Dead-Reason", printable(&letter.reason));
     let subject = format!("{}.dead.{}", names.namespace(), event.name);
     let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
-    let what = || format!("posting a dead letter to {subject}");
+    let what = || format!("publishing a dead letter to {subject}");
     let posting = async {
         let message = PublishMessage::build().headers(headers).payload(body);
         let sent = jetstream.send_publish(subject.clone(), message).await;
         let ack = sent.map_err(|error| unavailable(what(), error))?;
         ack.await.map(drop).map_err(|error| unavailable(what(), error))
     };
-    connection.while_permitted("posting a dead letter", std::slice::from_ref(&subject), posting).await
+    connection.while_permitted("publishing a dead letter", std::slice::from_ref(&subject), posting).await
 }
 
-/// As a header may have it.
+/// Replaces characters that a header cannot carry.
 fn printable(reason: &str) -> String {
     let plain = |character: char| if matches!(character, ' '..='~') { character } else { '?' };
     reason.chars().take(LONGEST_REASON).map(plain).collect()

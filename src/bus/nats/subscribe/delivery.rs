@@ -10,49 +10,49 @@ use super::super::limits::redelivery;
 use crate::event::{DecodeError, Event, Position, RecordedEvent};
 use crate::telemetry::trace::{self, Destination};
 
-/// What a subscription yields.
+/// An item of a subscription.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "almost all are events")]
 #[non_exhaustive]
 pub enum Received {
     /// An event.
     Event(Delivery),
-    /// Something may be missing between what came before and what comes next.
+    /// Events may be missing between the previous and the next item.
     Gap(Gap),
 }
 
-/// Why something may be missing.
+/// The reason why events may be missing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Gap {
-    /// The connection was lost and is back; NATS Core keeps nothing meanwhile.
-    #[error("the connection to NATS was lost and is back, and what was published meanwhile is not")]
+    /// The connection was lost and reestablished. NATS Core keeps nothing meanwhile.
+    #[error("events may be lost: the connection to NATS was lost and reestablished")]
     Reconnected,
-    /// So many events had no room: their reader was too slow.
-    #[error("{lost} events were lost, because their reader was too slow")]
+    /// Events were lost because the reader was too slow.
+    #[error("{lost} events were lost: the reader was too slow")]
     Overflow {
-        /// How many; 0 when only the driver knows.
+        /// Number of lost events; 0 if only the driver knows it.
         lost: u64,
     },
-    /// An event that does not fit into a message: it is in the store only.
-    #[error("the event at position {position} is too large to travel, and is in the store only")]
+    /// An event that is too large for a message. It is in the store only.
+    #[error("the event at position {position} is too large for a message; read it from the store")]
     Omitted {
-        /// Where it is in the log.
+        /// Position of the event in the log.
         position: Position,
     },
-    /// The stream's limits were reached, or the consumer or the stream was deleted and made again.
+    /// The stream reached its limits, or the consumer or the stream was recreated.
     #[error("{reason}")]
     Consumer {
-        /// What happened.
+        /// Description of the loss.
         reason: String,
     },
 }
 
-/// An event as it came over the bus.
+/// An event received over the bus.
 ///
-/// From JetStream it comes again until it is settled by one of [`ack`](Self::ack), [`nak`](Self::nak),
-/// [`nak_with_delay`](Self::nak_with_delay) or [`term`](Self::term), once. One that is dropped unsettled comes again after
-/// the consumer's `ack_wait`.
+/// JetStream redelivers it until it is acknowledged, once, by [`ack`](Self::ack),
+/// [`nak`](Self::nak), [`nak_with_delay`](Self::nak_with_delay) or [`term`](Self::term). After a
+/// drop without an acknowledgement, JetStream redelivers it after the consumer's `ack_wait`.
 pub struct Delivery {
     pub(super) event: RecordedEvent,
     pub(super) previous: Position,
@@ -61,19 +61,21 @@ pub struct Delivery {
     pub(super) stream_sequence: Option<u64>,
     pub(super) attempt: u64,
     pub(super) settle: Option<Arc<Settle>>,
-    /// Whether to wait until the server knows.
+    /// Whether an acknowledgement waits for the confirmation of the server.
     pub(super) confirm: bool,
 }
 
 impl Delivery {
-    /// The event as it is in the log.
+    /// The event as in the log.
     #[must_use]
     pub fn event(&self) -> &RecordedEvent {
         &self.event
     }
 
-    /// A span for the work on this event, with a trace of its own that is linked to the producer's. Enter it, or instrument
-    /// a future with it; [`for_each`](super::Subscription::for_each) does. Disabled where nobody listens.
+    /// Creates a span for the work on this event, in a new trace that links to the producer's.
+    ///
+    /// Enter it, or instrument a future with it; [`for_each`](super::Subscription::for_each) does
+    /// so. Disabled without a subscriber.
     #[must_use]
     pub fn span(&self) -> tracing::Span {
         let name = match &self.settle {
@@ -84,13 +86,13 @@ impl Delivery {
         trace::process(Destination { system: "nats", name }, group, &self.event)
     }
 
-    /// The event alone; the delivery is not settled by that.
+    /// Returns the event. Does not acknowledge the delivery.
     #[must_use]
     pub fn into_event(self) -> RecordedEvent {
         self.event
     }
 
-    /// The event as `E`, after upcasting.
+    /// Decodes the event as `E`, after upcasting.
     ///
     /// # Errors
     /// As [`RecordedEvent::decode`].
@@ -98,7 +100,7 @@ impl Delivery {
         self.event.decode()
     }
 
-    /// The event as `E`, or `None` when it belongs to another category.
+    /// Decodes the event as `E`; `None` if it belongs to another category.
     ///
     /// # Errors
     /// As [`RecordedEvent::decode_if`].
@@ -106,42 +108,46 @@ impl Delivery {
         self.event.decode_if()
     }
 
-    /// The position of the event before it in the log, whatever its name: who subscribes to everything sees by it whether
-    /// something is missing.
+    /// Position of the previous event in the log, whatever its name.
+    ///
+    /// A subscriber to all events detects missing events by it.
     #[must_use]
     pub fn previous(&self) -> Position {
         self.previous
     }
 
-    /// The store whose log it is from.
+    /// Id of the store whose log has the event.
     #[must_use]
     pub fn store(&self) -> Uuid {
         self.store
     }
 
-    /// The subject that it was published to.
+    /// Subject of the message.
     #[must_use]
     pub fn subject(&self) -> &str {
         self.subject.as_str()
     }
 
-    /// Its number in the JetStream stream.
+    /// Sequence number of the message in the JetStream stream.
     #[must_use]
     pub fn stream_sequence(&self) -> Option<u64> {
         self.stream_sequence
     }
 
-    /// How often it has been delivered to this consumer, this time included, as far as the server remembers: after a crash
-    /// of the server it may be 1 again.
+    /// Number of deliveries to this consumer, including this one.
+    ///
+    /// The server may lose the count: after a crash of the server it may be 1 again.
     #[must_use]
     pub fn attempt(&self) -> u64 {
         self.attempt
     }
 
-    /// It is processed, and not delivered again. Over NATS Core there is nothing to do.
+    /// Acknowledges the event as processed, so that it is not redelivered.
+    /// No effect over NATS Core.
     ///
     /// # Errors
-    /// When it was settled before, or the server could not be told: then it is delivered again.
+    /// If it was acknowledged before, or the server did not receive the acknowledgement. The server
+    /// then redelivers the event.
     pub async fn ack(&self) -> Result<(), AckError> {
         match &self.settle {
             Some(settle) => settle.settle(AckKind::Ack, self.confirm).await,
@@ -149,7 +155,7 @@ impl Delivery {
         }
     }
 
-    /// It is to be delivered again, at once.
+    /// Requests an immediate redelivery.
     ///
     /// # Errors
     /// As [`ack`](Self::ack), and over NATS Core.
@@ -157,7 +163,7 @@ impl Delivery {
         self.settle_as(AckKind::Nak(None)).await
     }
 
-    /// It is to be delivered again, after this wait, at most a year.
+    /// Requests a redelivery after this wait. Maximum: 1 year.
     ///
     /// # Errors
     /// As [`nak`](Self::nak).
@@ -165,7 +171,7 @@ impl Delivery {
         self.settle_as(AckKind::Nak(Some(redelivery(wait)))).await
     }
 
-    /// It is not to be delivered again, although it was not processed.
+    /// Stops redeliveries of an event that was not processed.
     ///
     /// # Errors
     /// As [`nak`](Self::nak).
@@ -173,10 +179,10 @@ impl Delivery {
         self.settle_as(AckKind::Term).await
     }
 
-    /// It is still being processed: the consumer's `ack_wait` begins anew. Nothing to do over NATS Core.
+    /// Reports progress, which restarts the consumer's `ack_wait`. No effect over NATS Core.
     ///
     /// # Errors
-    /// When it was settled before, or the server could not be told.
+    /// If the event was acknowledged before, or the server did not receive the report.
     pub async fn in_progress(&self) -> Result<(), AckError> {
         match &self.settle {
             Some(settle) => settle.progress().await,

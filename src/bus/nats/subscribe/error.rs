@@ -4,65 +4,66 @@ use super::Gap;
 use crate::bus::BusError;
 use crate::event::{EventName, Position};
 
-/// What went wrong in a subscription. Nothing waits for these to be read.
+/// An error of a subscription. Unread errors block nothing.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum SubscriptionError {
-    /// A message is no event of storied's. JetStream does not deliver it again.
-    #[error("a message with the subject {subject:?} is no event of storied: {reason}")]
+    /// A message is no event of storied. JetStream does not redeliver it.
+    #[error("the message on subject {subject:?} is no event of storied: {reason}")]
     Malformed {
-        /// Where it was published to.
+        /// Subject of the message.
         subject: String,
-        /// What is wrong with it.
+        /// The defect.
         reason: String,
     },
-    /// Nobody took an event in time; this subscriber has lost it, or it is delivered again by JetStream.
-    #[error("nobody took the event {event} at position {position} within {timeout:?}")]
+    /// An event was not read in time. This subscriber has lost it, or JetStream redelivers it.
+    #[error("the event {event} at position {position} was not read within {timeout:?}")]
     PullTimeout {
-        /// Its name.
+        /// Name of the event.
         event: EventName,
-        /// Where it is in the log.
+        /// Position of the event in the log.
         position: Position,
-        /// How long it waited.
+        /// The time limit.
         timeout: Duration,
     },
-    /// Something may be missing; the same as among the events, for those who do not look there.
+    /// Events may be missing. The same gap is also an item of the subscription.
     #[error("{0}")]
     Gap(Gap),
-    /// For a whole `ack_wait` nobody took what a JetStream consumer had delivered: it was given back to the server, for
-    /// other readers, and more is asked for when somebody reads.
-    #[error("nobody reads: {events} deliveries were given back to the server")]
+    /// Deliveries of a JetStream consumer were not read for a whole `ack_wait`.
+    /// They were returned to the server for other readers. The next read requests more.
+    #[error("the reader is stalled: {events} deliveries were returned to the server")]
     Stalled {
-        /// How many.
+        /// Number of returned deliveries.
         events: usize,
     },
-    /// There is no subscription at the moment, for this reason; it is being tried again.
+    /// The subscription is interrupted for this reason, and is being retried.
     #[error("the subscription is interrupted: {0}")]
     Interrupted(#[source] BusError),
     /// A handler failed.
     #[error(
-        "the handler failed on the event {event} at position {position}, attempt {attempt}; {outcome}: {reason}"
+        "the handler failed on the event {event} at position {position}, attempt {attempt}; \
+         {outcome}: {reason}"
     )]
     Handler {
-        /// Its name.
+        /// Name of the event.
         event: EventName,
-        /// Where it is in the log.
+        /// Position of the event in the log.
         position: Position,
-        /// How often it has been delivered, this time included.
+        /// Number of deliveries, including this one.
         attempt: u64,
-        /// What it said.
+        /// Error of the handler.
         reason: String,
-        /// What became of the event.
+        /// Outcome for the event.
         outcome: &'static str,
     },
-    /// The server could not be told what became of a delivery, which it will make again.
-    #[error("the delivery of the event {event} at position {position} could not be settled: {reason}")]
+    /// The server did not receive an acknowledgement, and will redeliver the event.
+    #[error("could not acknowledge the event {event} at position {position}: {reason}")]
     Unsettled {
-        /// Its name.
+        /// Name of the event.
         event: EventName,
-        /// Where it is in the log.
+        /// Position of the event in the log.
         position: Position,
-        /// Why.
+        /// The cause.
         reason: String,
     },
 }

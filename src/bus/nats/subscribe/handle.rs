@@ -1,4 +1,4 @@
-//! A handler for each event, so many at a time, and what becomes of those that it fails on.
+//! Event handlers with a bounded concurrency, and the outcome of failed events.
 
 use std::fmt;
 use std::panic::AssertUnwindSafe;
@@ -25,7 +25,7 @@ use crate::telemetry::Timer;
 use crate::telemetry::trace::{self, Destination};
 use crate::time::{FAR, after};
 
-/// A handler at work. Dropping it stops it at once; what was being handled is delivered again by JetStream.
+/// A running handler. Dropping it stops it at once, and JetStream redelivers the current events.
 #[must_use = "dropping it stops the handler"]
 pub struct Handling {
     queue: Arc<Queue>,
@@ -34,12 +34,14 @@ pub struct Handling {
 }
 
 impl Subscription {
-    /// Runs `handler` for each event, in the background: at most so many at a time as the options say. What it succeeds on
-    /// is acknowledged; while it runs the server is told so. Gaps are among the [errors](Handling::errors), as is what the
-    /// handler fails on. A panic of the handler is a failure.
+    /// Runs `handler` for each event in the background, with the concurrency of the options.
+    ///
+    /// An event is acknowledged if the handler succeeds. A running handler reports progress to the
+    /// server. Gaps and failures of the handler are reported by [`errors`](Handling::errors). A
+    /// panic of the handler is a failure.
     ///
     /// # Errors
-    /// [`BusError::Incompatible`] when the options need JetStream, and the bus is over Core.
+    /// [`BusError::Incompatible`] if the options need JetStream and the bus uses Core.
     pub fn for_each<H, F>(self, options: HandleOptions, handler: H) -> Result<Handling, BusError>
     where
         H: Fn(Arc<Delivery>) -> F + Send + Sync + 'static,
@@ -47,8 +49,8 @@ impl Subscription {
     {
         if options.dead_letters && !self.bus.is_durable() {
             return Err(BusError::Incompatible {
-                reason: "HandleOptions::dead_letters keeps events in a stream, and NATS Core has none; use the JetStream \
-                         driver"
+                reason: "HandleOptions::dead_letters needs a stream, and NATS Core has none; use the \
+                         JetStream driver"
                     .into(),
             });
         }
@@ -62,38 +64,39 @@ impl Subscription {
 }
 
 impl Handling {
-    /// What goes wrong; see [`Subscription::errors`].
+    /// Returns the errors; see [`Subscription::errors`].
     #[must_use]
     pub fn errors(&self) -> SubscriptionErrors {
         SubscriptionErrors { queue: self.queue.clone() }
     }
 
-    /// How the subscription is doing.
+    /// Returns the counters of the subscription.
     #[must_use]
     pub fn stats(&self) -> SubscriptionStats {
         self.queue.stats()
     }
 
-    /// Waits until the subscription has ended by itself: its bus was closed. Cancel-safe.
+    /// Waits until the subscription ends because its bus was closed. Cancel-safe.
     pub async fn ended(&mut self) {
-        // The task does not panic: the handler's panics end with the handler.
+        // The task does not panic: a panic of the handler ends only the handler.
         let _ = (&mut self.task).await;
     }
 
-    /// Ends it in order: nothing more is handled, what waits is given back, and what is being handled ends within
-    /// `patience`.
+    /// Stops handling, and returns unread deliveries to the server.
+    ///
+    /// Current events finish within `patience`.
     ///
     /// # Errors
-    /// When a handler was still at work then. It was torn down, and its event is delivered again by JetStream.
+    /// If a handler did not finish in time. It is aborted, and JetStream redelivers its event.
     pub async fn stop(mut self, patience: Duration) -> Result<(), CloseError> {
         self.stop.send_replace(true);
         if timeout(patience, &mut self.task).await.is_ok() {
             return Ok(());
         }
         self.task.abort();
-        // What was torn down leaves at once.
+        // An aborted task ends at once.
         let _ = (&mut self.task).await;
-        Err(CloseError { patience, what: "a handler was still at work".into() })
+        Err(CloseError { patience, what: "a handler is still running".into() })
     }
 }
 
@@ -111,7 +114,7 @@ impl Drop for Handling {
 
 struct Runner<H> {
     bus: NatsBus,
-    /// How soon the server delivers again what it hears nothing of.
+    /// Time until the server redelivers without a progress report.
     wait: Duration,
     queue: Arc<Queue>,
     options: HandleOptions,
@@ -130,14 +133,14 @@ async fn run<H, F>(
     let mut running = JoinSet::new();
     loop {
         let next = async {
-            // A place first: what is taken out is handled at once.
+            // Acquire a permit first, so that a taken event is handled at once.
             let place = places.clone().acquire_owned().await;
             (subscription.next().await, place)
         };
         let (received, place) = tokio::select! {
             biased;
             _ = stopping.wait_for(|stop| *stop) => break,
-            // What has ended makes room in the set; how it ended is known.
+            // Removes a finished task from the set. Its result was handled already.
             Some(_) = running.join_next() => continue,
             next = next => next,
         };
@@ -149,16 +152,17 @@ async fn run<H, F>(
                     drop(place);
                 });
             }
-            // It is among the errors as well.
+            // The gap is reported as an error as well.
             Some(Received::Gap(_)) => {}
             None => break,
         }
     }
-    // Others may have what waits. What is being handled is settled before its consumer may go.
+    // Return unread deliveries for other readers. Current events are acknowledged before their
+    // consumer ends.
     give_back(runner.queue.retire()).await;
     while running.join_next().await.is_some() {}
     if let Err(error) = subscription.close(FAR).await {
-        tracing::warn!(%error, "a subscription did not end in order");
+        tracing::warn!(%error, "could not close a subscription");
     }
 }
 
@@ -181,7 +185,11 @@ where
             Ok(()) if self.options.manual || settled => Ok(()),
             Ok(()) => delivery.ack().await,
             Err(error) if self.options.manual || settled => {
-                self.failed(&delivery, &error, if settled { "it is settled" } else { "it is left as it is" });
+                self.failed(
+                    &delivery,
+                    &error,
+                    if settled { "already acknowledged" } else { "not acknowledged" },
+                );
                 Ok(())
             }
             Err(error) => self.give_up_or_try_again(&delivery, &error).await,
@@ -192,7 +200,7 @@ where
         }
     }
 
-    /// Runs the handler, and tells the server meanwhile that it does.
+    /// Runs the handler, and reports progress to the server meanwhile.
     async fn run(&self, delivery: &Arc<Delivery>) -> Result<(), HandleError> {
         let handler = AssertUnwindSafe(async { (self.handler)(delivery.clone()).await }).catch_unwind();
         let every = (self.wait / 3).max(Duration::from_millis(1));
@@ -203,12 +211,13 @@ where
                 biased;
                 handled = &mut handler => {
                     return handled.unwrap_or_else(|panic| {
-                        Err(HandleError::retry(format!("it panicked: {}", panic_text(&*panic))))
+                        Err(HandleError::retry(format!("the handler panicked: {}", panic_text(&*panic))))
                     });
                 }
                 _ = tell.tick() => {
                     self.queue.busy();
-                    // When the server cannot be told, it delivers again; and when it was settled, there is nothing to tell.
+                    // If the server receives no progress, it redelivers. After an acknowledgement,
+                    // there is nothing to report.
                     let _ = delivery.in_progress().await;
                 }
             }
@@ -221,17 +230,17 @@ where
         error: &HandleError,
     ) -> Result<(), super::AckError> {
         if delivery.settle.is_none() {
-            self.failed(delivery, error, "NATS Core does not deliver again");
+            self.failed(delivery, error, "NATS Core does not redeliver");
             return Ok(());
         }
         let wait = self.options.retry.wait_after(error, delivery.attempt);
         match wait {
             Some(wait) => {
-                self.failed(delivery, error, "it is tried again");
+                self.failed(delivery, error, "retrying");
                 delivery.nak_with_delay(wait).await
             }
             None if !self.options.dead_letters => {
-                self.failed(delivery, error, "it is given up");
+                self.failed(delivery, error, "given up");
                 delivery.term().await
             }
             None => {
@@ -240,13 +249,14 @@ where
                     Ok(()) => {
                         let from = Destination { system: "nats", name: self.bus.place() };
                         self.bus.metrics().dead_letter(from);
-                        self.failed(delivery, error, "it is a dead letter now");
+                        self.failed(delivery, error, "given up as a dead letter");
                         delivery.term().await
                     }
-                    // Never given up without a trace: it comes again, and fails again.
+                    // Never give up without a dead letter: the event is redelivered, and fails
+                    // again.
                     Err(unposted) => {
-                        self.failed(delivery, error, "it could not become a dead letter and is tried again");
-                        tracing::error!(error = %unposted, "a dead letter could not be posted");
+                        self.failed(delivery, error, "could not publish a dead letter, retrying");
+                        tracing::error!(error = %unposted, "could not publish a dead letter");
                         delivery.nak_with_delay(self.options.retry.max).await
                     }
                 }

@@ -1,4 +1,6 @@
-//! One way on which events come in: a subscription of Core's, or a consumer. It attaches, passes on, and attaches again.
+//! The receiver of one source of events: a Core subscription or a consumer.
+//!
+//! It attaches, forwards events, and reattaches after errors.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,11 +24,11 @@ use crate::bus::BusError;
 use crate::telemetry::trace::Destination;
 use crate::time::after;
 
-/// What comes in on a lane.
+/// A receiver that forwards the events of one source to the queue.
 pub(super) struct Lane {
     pub(super) bus: NatsBus,
     pub(super) source: Source,
-    /// The names that were asked for, where the server lets others through.
+    /// The subscribed names, if the server cannot filter exactly.
     pub(super) names: Option<Vec<Pattern>>,
     pub(super) queue: Arc<Queue>,
     pub(super) stop: watch::Receiver<bool>,
@@ -37,17 +39,17 @@ pub(super) enum Source {
     Consumer { spec: ConsumerSpec, confirm: bool },
 }
 
-/// What is told how the first attempt went.
+/// Receives the result of the first attempt.
 pub(super) type Ready = oneshot::Sender<Result<(), BusError>>;
 
 impl Lane {
-    /// Receives until it is told to stop, or the connection is closed for good.
+    /// Receives until a stop, or until the connection is closed permanently.
     pub(super) async fn run(mut self, ready: Option<Ready>) {
         let mut stop = self.stop.clone();
         let mut end = Ending { queue: self.queue.clone(), consumer: None };
         tokio::select! {
             biased;
-            // An error says that the subscription is gone.
+            // An error means that the subscription was dropped.
             _ = stop.wait_for(|stop| *stop) => {}
             () = self.receive(ready, &mut end) => {}
         }
@@ -63,7 +65,7 @@ impl Lane {
                     backoff.succeeded();
                     again = true;
                     if let Some(ready) = ready.take() {
-                        // Who does not wait for it any more stops this anyway.
+                        // A caller that no longer waits stops the receiver anyway.
                         let _ = ready.send(Ok(()));
                     }
                     match attached {
@@ -100,7 +102,8 @@ impl Lane {
                 let opening = async {
                     let seen = *link.borrow();
                     let messages = Merged::subscribe(client, subjects, group.as_deref()).await?;
-                    // The server takes what we send in that order: with the answer, it has the subscriptions.
+                    // The server processes requests in order. After the reply, it has the
+                    // subscriptions.
                     Echo::new(client).await?.round_trip(client).await?;
                     Ok((messages, seen))
                 };
@@ -126,8 +129,9 @@ impl Lane {
         }
     }
 
-    /// Passes on what a plain subscription brings, until that ends. Never stops reading: a buffer of the driver's that is
-    /// full would be the whole connection's loss.
+    /// Forwards the messages of a plain subscription until it ends.
+    /// Never stops reading: a full buffer of the driver would be an overflow of the whole
+    /// connection.
     async fn pass_core(
         &self,
         connection: &Connection,
@@ -164,22 +168,22 @@ impl Lane {
                         self.queue.gap(Gap::Overflow { lost: 0 });
                     }
                 }
-                // After a reconnect, or because rights were taken away.
+                // The server refuses after a reconnect, or when a permission is revoked.
                 error = &mut refused => return error,
                 () = at(due) => drop(self.queue.expire()),
             }
         }
     }
 
-    /// Passes on what a consumer brings, until that ends.
+    /// Forwards the messages of a consumer until it ends.
     async fn pass_consumer(&self, end: &mut Ending) -> BusError {
         let Source::Consumer { spec, .. } = &self.source else { return BusError::Closed };
         let Some(consumer) = &mut end.consumer else { return BusError::Closed };
-        // While something waits here, the server is told so.
+        // While messages are queued here, progress is reported to the server.
         let tell_every = spec.shortest_wait() / 3;
         let mut tell_at = after(tell_every);
         loop {
-            // Before the room is counted: what becomes free behind that is not missed.
+            // Register before the free capacity is read, so that a later release is not missed.
             let more_room = self.queue.room.notified();
             let room = self.queue.free();
             let due = self.queue.due();
@@ -191,7 +195,7 @@ impl Lane {
                 },
                 () = more_room => {}
                 () = at(due) => for delivery in self.queue.expire() {
-                    // Where the server cannot be told, it delivers again by itself.
+                    // If the server does not receive the nak, it redelivers by itself.
                     let _ = delivery.nak().await;
                 },
                 () = sleep_until(tell_at) => {
@@ -219,10 +223,11 @@ impl Lane {
                 confirm,
                 ..delivery
             }),
-            // Not asked for, or said to be in the store only. If the server does not hear it, it comes again.
+            // Filtered out, or reported as a gap. If the server does not receive the ack, it
+            // redelivers.
             Ok(None) => _ = settle.settle(AckKind::Ack, false).await,
             Err(error) => {
-                // It will not read any better the next time.
+                // A redelivery would fail to decode, too.
                 self.queue.error(error);
                 let _ = settle.settle(AckKind::Term, false).await;
             }
@@ -235,7 +240,7 @@ impl Lane {
         self.queue.push(delivery);
     }
 
-    /// The event in a message, if it is one that was asked for.
+    /// Decodes the event of a message, if it matches the subscribed names.
     fn read(&self, message: &Message) -> Result<Option<Delivery>, SubscriptionError> {
         let malformed = |reason| {
             let subject = message.subject.to_string();
@@ -243,7 +248,7 @@ impl Lane {
         };
         let (store, incoming) = read_any(message).map_err(|reject| match reject {
             Reject::Malformed(reason) => malformed(reason),
-            Reject::OtherStore(store) => malformed(format!("it is of the store {store}")),
+            Reject::OtherStore(store) => malformed(format!("belongs to the store {store}")),
         })?;
         let (previous, event) = match incoming {
             Incoming::Event { previous, event } => (previous, event),
@@ -274,27 +279,27 @@ enum Attached {
         messages: Merged,
         link: watch::Receiver<Link>,
         seen: Link,
-        /// Number of the last server error before it subscribed.
+        /// Number of the last server error before the subscription.
         since: u64,
     },
-    /// In [`Ending::consumer`].
+    /// The consumer is in [`Ending::consumer`].
     Consumer,
 }
 
-/// What has to be done when a lane ends, however it does.
+/// The guard that cleans up when a receiver ends in any way.
 struct Ending {
     queue: Arc<Queue>,
     consumer: Option<Consumer>,
 }
 
 impl Ending {
-    /// Gives back what was delivered and never read, so that others need not wait for it.
+    /// Returns unread deliveries to the server, so that other readers need not wait for them.
     async fn tidy_up(mut self) {
         if let Some(consumer) = &mut self.consumer {
             let left = consumer.leave().into_iter().map(Arc::new);
             give_back(left.chain(self.queue.clear()).collect()).await;
             if let Err(error) = consumer.discard().await {
-                tracing::debug!(%error, "a consumer was left to go by itself");
+                tracing::debug!(%error, "leaving a consumer to expire");
             }
         }
     }
@@ -306,10 +311,10 @@ impl Drop for Ending {
     }
 }
 
-/// Says that what was delivered is for others.
+/// Returns deliveries to the server for other readers.
 pub(super) async fn give_back(held: Vec<Arc<Settle>>) {
     for settle in held {
-        // Where the server cannot be told, it delivers again by itself.
+        // If the server does not receive the nak, it redelivers by itself.
         let _ = settle.settle(AckKind::Nak(None), false).await;
     }
 }

@@ -9,7 +9,7 @@ use super::super::jetstream::ConsumerPolicy;
 use super::super::limits::{KEPT, PAUSE, SERVER_WAIT, within};
 use crate::bus::BusError;
 
-/// How a [`Subscription`](super::Subscription) gets its events.
+/// Options of a [`Subscription`](super::Subscription).
 #[derive(Clone)]
 pub struct SubscribeOptions {
     group: Option<Arc<GroupOf>>,
@@ -36,75 +36,84 @@ impl Default for SubscribeOptions {
 }
 
 impl SubscribeOptions {
-    /// The defaults: every subscriber gets every event from now on.
+    /// Creates the default options: every subscriber receives every event from now on.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Of all subscribers in this queue group, one gets each event. Their order over several subscribers is nobody's.
+    /// Joins a queue group: one subscriber of the group receives each event.
+    ///
+    /// The order across subscribers of a group is undefined.
     #[must_use]
     pub fn queue_group(self, group: impl Into<String>) -> Self {
         let group = group.into();
         self.queue_groups(move |_| Some(group.clone()))
     }
 
-    /// A queue group for each name (or pattern) that is subscribed to; `None` for those of which everybody gets all.
+    /// Sets the queue group per subscribed name or pattern; `None` for names without a group.
     #[must_use]
     pub fn queue_groups(mut self, group: impl Fn(&str) -> Option<String> + Send + Sync + 'static) -> Self {
         self.group = Some(Arc::new(group));
         self
     }
 
-    /// Shares the events out among the instances of a service: the queue group of `order.placed` is
-    /// `{service}:order.placed`.
+    /// Balances events among the instances of a service.
+    ///
+    /// The queue group of `order.placed` is `{service}:order.placed`.
     #[must_use]
     pub fn load_balancer(self, service: impl Into<String>) -> Self {
         let service = service.into();
         self.queue_groups(move |name| Some(format!("{service}:{name}")))
     }
 
-    /// How many events wait for their reader in this process. Over Core what comes on top is lost, and said
-    /// ([`Gap::Overflow`](super::Gap::Overflow)); from a JetStream consumer no more are asked for. 1,024 by default, 1 to
-    /// 1,048,576. This and all that follows is checked by [`subscribe`](super::super::NatsBus::subscribe).
+    /// Sets the number of unread events that this process buffers.
+    ///
+    /// Over Core, further events are lost and reported as [`Gap::Overflow`](super::Gap::Overflow).
+    /// A JetStream consumer requests no further events. Default: 1,024. Range: 1 to 1,048,576.
+    /// [`subscribe`](super::super::NatsBus::subscribe) checks this and all following options.
     #[must_use]
     pub fn capacity(mut self, events: usize) -> Self {
         self.capacity = events;
         self
     }
 
-    /// How long an event may wait for its reader. Then this subscriber loses it, and gets a
-    /// [`SubscriptionError::PullTimeout`](super::SubscriptionError::PullTimeout); a JetStream consumer delivers it again.
-    /// Without limit by default; 1 ms to a day.
+    /// Sets how long an event may stay unread.
+    ///
+    /// After it, the subscriber loses the event and gets a
+    /// [`SubscriptionError::PullTimeout`](super::SubscriptionError::PullTimeout). A JetStream
+    /// consumer redelivers the event. Default: no limit. Range: 1 ms to 1 day.
     #[must_use]
     pub fn pull_timeout(mut self, timeout: Duration) -> Self {
         self.pull_timeout = Some(timeout);
         self
     }
 
-    /// Counts errors and keeps none of them. They never hold anything up in either case.
+    /// Counts errors without keeping them. Errors block nothing in either case.
     #[must_use]
     pub fn eat_errors(mut self) -> Self {
         self.eat_errors = true;
         self
     }
 
-    /// Does not wait for a server: the subscription begins when there is one, and why there is none is among its errors.
-    /// By default the first attempt must succeed.
+    /// Does not wait for a server.
+    ///
+    /// The subscription starts when a server is reachable, and reports failures in its errors. By
+    /// default, the first attempt must succeed.
     #[must_use]
     pub fn lazy(mut self) -> Self {
         self.lazy = true;
         self
     }
 
-    /// How the consumer is, with the JetStream driver. [`ConsumerOptions::ephemeral`] by default.
+    /// Sets the consumer options of the JetStream driver. Default: [`ConsumerOptions::ephemeral`].
     #[must_use]
     pub fn consumer(mut self, options: ConsumerOptions) -> Self {
         self.consumer = Some(options);
         self
     }
 
-    /// Refuses what could not work.
+    /// Refuses invalid options.
     pub(super) fn check(&self) -> Result<(), BusError> {
         within("SubscribeOptions::capacity", &self.capacity, &(1..=1 << 20))?;
         if let Some(timeout) = self.pull_timeout {
@@ -113,7 +122,7 @@ impl SubscribeOptions {
         self.consumer.as_ref().map_or(Ok(()), ConsumerOptions::check)
     }
 
-    /// The queue group of a name; none if it is empty.
+    /// The queue group of a name; `None` if it is empty.
     pub(super) fn group_of(&self, name: &str) -> Option<String> {
         self.group.as_ref().and_then(|group| group(name)).filter(|group| !group.is_empty())
     }
@@ -131,7 +140,7 @@ impl fmt::Debug for SubscribeOptions {
     }
 }
 
-/// How a consumer of the mirror is.
+/// Options of a consumer of the log stream.
 #[derive(Clone)]
 pub struct ConsumerOptions {
     pub(super) life: Life,
@@ -146,31 +155,31 @@ pub struct ConsumerOptions {
     pub(super) policy: ConsumerPolicy,
 }
 
-/// How long a consumer lives, and what it is called.
+/// The lifetime and the name of a consumer.
 #[derive(Clone)]
 pub(super) enum Life {
     Ephemeral,
-    /// `prefix:queue:event`.
+    /// Durable, named `prefix:queue:event`.
     Durable(String),
     Named(Arc<NameOf>),
 }
 
 type NameOf = dyn Fn(&str, &str) -> String + Send + Sync;
 
-/// Where a consumer begins that is made for the first time.
+/// The start of a new consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StartFrom {
-    /// With the oldest event that the mirror has.
+    /// With the oldest event of the log stream.
     Beginning,
-    /// With what is published from now on.
+    /// With events published from now on.
     New,
-    /// With this message of the stream.
+    /// With this sequence number of the stream.
     Sequence(u64),
-    /// With the first event that was published at this time or later.
+    /// With the first event published at this time or later.
     Time(DateTime<Utc>),
-    /// With the last event of each name that is subscribed to (of each subject, if names are mapped to several), and then with
-    /// what is published from now on.
+    /// With the last event of each subscribed name, and then with events published from now on.
+    /// If a mapping gives a name several subjects, the last event of each subject.
     LastOfEach,
 }
 
@@ -190,106 +199,125 @@ impl ConsumerOptions {
         }
     }
 
-    /// It goes with its subscription, and delivers what is published from now on.
+    /// An ephemeral consumer. It ends with its subscription, and delivers events from now on.
     #[must_use]
     pub fn ephemeral() -> Self {
         Self::new(Life::Ephemeral)
     }
 
-    /// It stays on the server, goes on where it was, and begins with the oldest event that the mirror has. Called
-    /// `prefix:queue:event`, where a dot is written `_`, everything but letters, digits and `-` as `=` and two hexadecimal
-    /// digits, no queue group as `$noqueue` and every event as `$all`; several events have `,` between them. Another set of
-    /// events is another consumer.
+    /// A durable consumer.
+    /// It stays on the server, and starts with the oldest event of the log stream.
+    ///
+    /// A later subscription continues where the consumer stopped. The name is `prefix:queue:event`.
+    /// A dot becomes `_`, and every other byte except letters, digits and `-` becomes `=` and two
+    /// hexadecimal digits. `$noqueue` stands for no queue group and `$all` for every event; several
+    /// events have `,` between them. A different set of events is a different consumer.
     #[must_use]
     pub fn durable(prefix: impl Into<String>) -> Self {
         Self::new(Life::Durable(prefix.into()))
     }
 
-    /// As [`durable`](Self::durable), under this name (written in the same way).
+    /// As [`durable`](Self::durable), with this name (encoded in the same way).
     #[must_use]
     pub fn durable_as(name: impl Into<String>) -> Self {
         let name = name.into();
         Self::durable_with(move |_, _| name.clone())
     }
 
-    /// As [`durable`](Self::durable), under a name made from event (several with `,` between them) and queue group (empty
-    /// if there is none), written in the same way.
+    /// As [`durable`](Self::durable), with a name derived from the event and the queue group.
+    ///
+    /// Several events have `,` between them. The queue group is empty if there is none. The name is
+    /// encoded in the same way.
     #[must_use]
     pub fn durable_with(name: impl Fn(&str, &str) -> String + Send + Sync + 'static) -> Self {
         Self::new(Life::Named(Arc::new(name)))
     }
 
-    /// Where it begins. [`New`](StartFrom::New) for an ephemeral one, [`Beginning`](StartFrom::Beginning) for a durable one.
+    /// Sets the start of a new consumer.
+    ///
+    /// Default: [`New`](StartFrom::New) for an ephemeral one, [`Beginning`](StartFrom::Beginning)
+    /// for a durable one.
     #[must_use]
     pub fn start(mut self, from: StartFrom) -> Self {
         self.start = Some(from);
         self
     }
 
-    /// How long the server waits for a delivery to be settled before it delivers again. While a handler runs it is told
-    /// that it does. 30 s by default, 10 ms to a year.
+    /// Sets the time until the server redelivers an unacknowledged event.
+    ///
+    /// A running handler reports progress, which restarts it. Default: 30 s. Range: 10 ms to 1
+    /// year.
     #[must_use]
     pub fn ack_wait(mut self, wait: Duration) -> Self {
         self.ack_wait = wait;
         self
     }
 
-    /// How often the server delivers an event at most; then it stays in the mirror, and the consumer passes it over. No
-    /// limit by default, at least 1: [`HandleOptions`](super::HandleOptions) has one of its own, which leaves a dead letter.
+    /// Sets the maximum number of deliveries of an event. Default: no limit. Minimum: 1.
+    ///
+    /// After it, the event stays in the log stream, and the consumer skips it. The retry limit of
+    /// [`HandleOptions`](super::HandleOptions) leaves a dead letter instead.
     #[must_use]
     pub fn max_deliver(mut self, times: u32) -> Self {
         self.max_deliver = Some(times);
         self
     }
 
-    /// Waits between one delivery and the next that take the place of `ack_wait`, the last of them for all that follow. The
-    /// server does not apply them to what is given back with `nak`. [`max_deliver`](Self::max_deliver), if there is one,
-    /// must be greater than their number. None by default, at most 1,000, each 10 ms to a year.
+    /// Sets the waits between deliveries, in place of `ack_wait`. The last wait repeats.
+    ///
+    /// The server does not apply them after a `nak`. [`max_deliver`](Self::max_deliver), if set,
+    /// must exceed their number. Default: none. Maximum: 1,000 waits, each 10 ms to 1 year.
     #[must_use]
     pub fn backoff(mut self, waits: impl IntoIterator<Item = Duration>) -> Self {
         self.backoff = waits.into_iter().collect();
         self
     }
 
-    /// How many events of this consumer may be out at a time without being settled, with all its readers. 1,000 by default,
-    /// 1 to 1,000,000; 1 keeps strict order also when something is delivered again.
+    /// Sets the maximum number of delivered and unacknowledged events, over all readers.
+    ///
+    /// Default: 1,000. Range: 1 to 1,000,000. With 1, redeliveries keep strict order, too.
     #[must_use]
     pub fn max_ack_pending(mut self, events: usize) -> Self {
         self.max_ack_pending = events;
         self
     }
 
-    /// The server pushes, in place of being asked. It is limited by [`max_ack_pending`](Self::max_ack_pending) alone.
+    /// Uses a push consumer in place of pull.
+    ///
+    /// Only [`max_ack_pending`](Self::max_ack_pending) limits its deliveries in flight.
     #[must_use]
     pub fn push(mut self) -> Self {
         self.push = true;
         self
     }
 
-    /// Does not wait until the server knows that a delivery is settled. Quicker, and what is lost on the way is delivered
-    /// again. By default it waits.
+    /// Does not wait for the server to confirm an acknowledgement.
+    ///
+    /// Faster, but the server redelivers an event whose acknowledgement is lost. By default, it
+    /// waits.
     #[must_use]
     pub fn ack_async(mut self) -> Self {
         self.confirm = false;
         self
     }
 
-    /// How long an ephemeral consumer outlives its readers, if they could not say goodbye. 60 s by default, 100 ms to 100
-    /// years.
+    /// Sets how long an ephemeral consumer outlives readers that could not delete it.
+    ///
+    /// Default: 60 s. Range: 100 ms to 100 years.
     #[must_use]
     pub fn inactive(mut self, wait: Duration) -> Self {
         self.inactive = wait;
         self
     }
 
-    /// What to do about a consumer that is there, or not. [`ConsumerPolicy::CreateOrVerify`] by default.
+    /// Sets the handling of the consumer. Default: [`ConsumerPolicy::CreateOrVerify`].
     #[must_use]
     pub fn policy(mut self, policy: ConsumerPolicy) -> Self {
         self.policy = policy;
         self
     }
 
-    /// Refuses what no server could keep to.
+    /// Refuses values that no server supports.
     fn check(&self) -> Result<(), BusError> {
         within("ConsumerOptions::ack_wait", &self.ack_wait, &SERVER_WAIT)?;
         within("ConsumerOptions::max_ack_pending", &self.max_ack_pending, &(1..=1_000_000))?;
@@ -303,7 +331,8 @@ impl ConsumerOptions {
             if self.backoff.len() >= times as usize {
                 return Err(BusError::Incompatible {
                     reason: format!(
-                        "ConsumerOptions::max_deliver is {times}, and must be greater than the number of waits in backoff, {}",
+                        "ConsumerOptions::max_deliver is {times}; it must exceed the number of \
+                         waits in backoff ({})",
                         self.backoff.len()
                     ),
                 });
@@ -311,7 +340,7 @@ impl ConsumerOptions {
         }
         match self.start {
             Some(StartFrom::Sequence(0)) => Err(BusError::Incompatible {
-                reason: "StartFrom::Sequence is 0, and messages of a stream are counted from 1".into(),
+                reason: "StartFrom::Sequence is 0; sequence numbers of a stream start at 1".into(),
             }),
             _ => Ok(()),
         }
@@ -334,11 +363,11 @@ impl ConsumerOptions {
     }
 }
 
-/// As async-nats has it, whichever of its kinds of time that is in this build.
+/// Converts a time to async-nats' type, which depends on its features.
 fn instant(time: DateTime<Utc>) -> Result<async_nats::datetime::DateTime, BusError> {
     let nanos = i128::from(time.timestamp()) * 1_000_000_000 + i128::from(time.timestamp_subsec_nanos());
     async_nats::datetime::from_nanos(nanos).map_err(|error| BusError::Incompatible {
-        reason: format!("a consumer cannot begin at {time}: {error}"),
+        reason: format!("a consumer cannot start at {time}: {error}"),
     })
 }
 

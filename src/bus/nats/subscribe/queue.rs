@@ -1,4 +1,4 @@
-//! What is between those who receive and the one who reads: bounded, and nobody waits in it for anybody.
+//! The bounded queue between receivers and reader. Neither side blocks the other.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,26 +11,26 @@ use tokio::time::Instant;
 use super::super::jetstream::Settle;
 use super::{Delivery, Gap, Received, SubscriptionError};
 
-/// How many errors are kept for whoever wants to read them; the oldest go first.
+/// Number of unread errors that are kept. The oldest are dropped first.
 const ERRORS: usize = 256;
 
-/// How a subscription is doing.
+/// The counters of a subscription.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SubscriptionStats {
-    /// How many events came from the server, those that came again included.
+    /// Number of received events, including redeliveries.
     pub received: u64,
-    /// How many of them had come before.
+    /// Number of redelivered events.
     pub redelivered: u64,
-    /// How many events the reader took.
+    /// Number of events that the reader took.
     pub taken: u64,
-    /// How many wait for it.
+    /// Number of queued events.
     pub waiting: usize,
-    /// How many were lost or given back because it was too slow.
+    /// Number of events lost or returned because the reader was too slow.
     pub dropped: u64,
-    /// How many errors there were.
+    /// Number of errors.
     pub errors: u64,
-    /// How many of them nobody read in time.
+    /// Number of errors that were dropped unread.
     pub errors_lost: u64,
 }
 
@@ -40,7 +40,7 @@ pub(super) struct Queue {
     capacity: usize,
     pull_timeout: Option<Duration>,
     eat_errors: bool,
-    /// Whoever receives may receive more.
+    /// Notifies receivers about free capacity.
     pub(super) room: Notify,
 }
 
@@ -50,17 +50,17 @@ struct State {
     errors: VecDeque<SubscriptionError>,
     error_reader: Option<Waker>,
     stats: SubscriptionStats,
-    /// How many still receive.
+    /// Number of active receivers.
     receiving: usize,
-    /// When the reader last took something, or was last known to be at work.
+    /// Time of the reader's last take or last report of work.
     taken_at: Instant,
-    /// Nobody has read for too long: no more is asked for until somebody does.
+    /// Whether the reader is stalled. Nothing is requested until the next read.
     stalled: bool,
 }
 
 struct Item {
     received: Received,
-    /// When it is to go if nobody takes it.
+    /// Time at which the item expires if it is not taken.
     due: Option<Instant>,
 }
 
@@ -85,17 +85,17 @@ impl Queue {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Whoever panicked while holding it left whole items.
+        // A panic while locked leaves complete items.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many more events there is room for; none while nobody reads.
+    /// Number of events that may be received; 0 while the reader is stalled.
     pub(super) fn free(&self) -> usize {
         let state = self.state();
         if state.stalled { 0 } else { self.capacity.saturating_sub(state.items.len()) }
     }
 
-    /// Takes an event in, or drops it when there is no room.
+    /// Queues an event, or drops it if the queue is full.
     pub(super) fn push(&self, delivery: Delivery) {
         let mut state = self.state();
         state.stats.received += 1;
@@ -112,7 +112,7 @@ impl Queue {
             return;
         }
         if state.items.is_empty() {
-            // Nobody could take anything before.
+            // The queue was empty, so the reader could not take anything before.
             state.taken_at = Instant::now();
         }
         let due = self.pull_timeout.map(crate::time::after);
@@ -122,13 +122,13 @@ impl Queue {
         }
     }
 
-    /// Says that something may be missing here. One gap after the other is one.
+    /// Queues a gap. Consecutive gaps are merged.
     pub(super) fn gap(&self, gap: Gap) {
         let mut state = self.state();
         if !matches!(state.items.back(), Some(Item { received: Received::Gap(last), .. }) if *last == gap) {
             state.items.push_back(Item { received: Received::Gap(gap.clone()), due: None });
         }
-        // Gaps without a reader are as good as one.
+        // Gaps without a reader in between are equivalent to one.
         if state.items.len() > self.capacity.saturating_mul(2) + 8 {
             state.items.retain(|item| matches!(item.received, Received::Event(_)));
             state.items.push_back(Item { received: Received::Gap(gap.clone()), due: None });
@@ -151,9 +151,9 @@ impl Queue {
             state.errors.pop_front();
             state.stats.errors_lost += 1;
         }
-        // Whatever causes errors may cause many.
+        // A repeated cause may produce many errors.
         if so_far.is_power_of_two() {
-            tracing::warn!(%error, so_far, "an error in a subscription to NATS");
+            tracing::warn!(%error, so_far, "reporting an error of a NATS subscription");
         }
         state.errors.push_back(error);
         if let Some(reader) = state.error_reader.take() {
@@ -186,7 +186,7 @@ impl Queue {
         Poll::Ready(Some(item.received))
     }
 
-    /// Takes an error out. `None` when there will be none any more.
+    /// Takes an error; `None` after the last error.
     pub(super) fn poll_error(&self, cx: &Context<'_>) -> Poll<Option<SubscriptionError>> {
         let mut state = self.state();
         match state.errors.pop_front() {
@@ -199,19 +199,19 @@ impl Queue {
         }
     }
 
-    /// When the oldest event is to go.
+    /// Expiry time of the oldest event.
     pub(super) fn due(&self) -> Option<Instant> {
         self.pull_timeout?;
         self.state().items.iter().find_map(|item| item.due)
     }
 
-    /// Removes what nobody took in time. What JetStream delivered is to be given back.
+    /// Removes expired events. JetStream deliveries among them have to be returned.
     pub(super) fn expire(&self) -> Vec<Delivery> {
         let Some(timeout) = self.pull_timeout else { return Vec::new() };
         let now = Instant::now();
         let mut state = self.state();
         let mut expired = Vec::new();
-        // A gap has no time of its own, and stays: there may be one in front.
+        // Gaps do not expire, and a gap may precede an expired event.
         for item in std::mem::take(&mut state.items) {
             match item {
                 Item { received: Received::Event(delivery), due: Some(due), .. } if due <= now => {
@@ -232,8 +232,8 @@ impl Queue {
         expired
     }
 
-    /// What is to be settled of that which waits here, for telling the server that it does. When nobody has read for
-    /// `patience`, it is taken out, for others, and no more is asked for.
+    /// The queued JetStream deliveries, for progress reports.
+    /// If the reader is stalled for `patience`, removes and returns them, and requests stop.
     pub(super) fn held(&self, patience: Duration) -> Held {
         let mut state = self.state();
         let settles = |item: &Item| match &item.received {
@@ -254,18 +254,18 @@ impl Queue {
         Held::Stalled(held)
     }
 
-    /// The reader is at work, although it takes nothing.
+    /// Records that the reader is working, although it takes nothing.
     pub(super) fn busy(&self) {
         self.state().taken_at = Instant::now();
     }
 
-    /// No more is asked for, and nothing of what waits will be read.
+    /// Stops requests, and returns the queued deliveries.
     pub(super) fn retire(&self) -> Vec<Arc<Settle>> {
         self.state().stalled = true;
         self.clear()
     }
 
-    /// Takes everything out that nobody will read any more.
+    /// Removes the items that no reader will take.
     pub(super) fn clear(&self) -> Vec<Arc<Settle>> {
         let items = std::mem::take(&mut self.state().items);
         let settles = items.into_iter().filter_map(|item| match item.received {
@@ -275,7 +275,7 @@ impl Queue {
         settles.collect()
     }
 
-    /// One of those who received has ended.
+    /// Records that a receiver has ended.
     pub(super) fn ended(&self) {
         let mut state = self.state();
         state.receiving = state.receiving.saturating_sub(1);
@@ -291,10 +291,10 @@ impl Queue {
     }
 }
 
-/// What [`Queue::held`] found.
+/// The result of [`Queue::held`].
 pub(super) enum Held {
-    /// It waits, and that is fine.
+    /// The deliveries stay queued.
     Waiting(Vec<Arc<Settle>>),
-    /// Nobody reads; these are to be given back.
+    /// The reader is stalled: the deliveries have to be returned.
     Stalled(Vec<Arc<Settle>>),
 }

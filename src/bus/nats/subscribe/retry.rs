@@ -1,4 +1,4 @@
-//! How often an event is handled, and when no more.
+//! Retry policy of event handlers.
 
 use std::any::Any;
 use std::error::Error;
@@ -9,7 +9,7 @@ use super::super::limits::redelivery;
 use crate::event::DecodeError;
 use crate::outage::is_outage;
 
-/// How a handler is run.
+/// Options of a handler.
 #[derive(Debug, Clone)]
 pub struct HandleOptions {
     pub(super) concurrency: usize,
@@ -25,37 +25,44 @@ impl Default for HandleOptions {
 }
 
 impl HandleOptions {
-    /// The defaults: one event after the other.
+    /// Creates the default options: one event at a time.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many events are handled at a time. 1 by default, which keeps their order; at least 1 and at most 65,536.
+    /// Sets the number of events handled concurrently.
+    ///
+    /// Default: 1, which keeps their order. Range: 1 to 65,536.
     #[must_use]
     pub fn concurrency(mut self, handlers: usize) -> Self {
         self.concurrency = handlers.clamp(1, 65_536);
         self
     }
 
-    /// Leaves it to the handler to settle each delivery. By default it is acknowledged when the handler has succeeded, and
-    /// the [retry policy](Self::retry) says what becomes of it when it has not, unless the handler has settled it itself.
+    /// Leaves the acknowledgement of each delivery to the handler.
+    ///
+    /// By default, a success acknowledges the delivery, and the [retry policy](Self::retry) decides
+    /// after a failure. A delivery that the handler has acknowledged itself is left unchanged.
     #[must_use]
     pub fn manual(mut self) -> Self {
         self.manual = true;
         self
     }
 
-    /// What becomes of an event on which the handler fails, with the JetStream driver; over Core it is only an error.
+    /// Sets the retry policy of the JetStream driver. Over Core, a failure is an error only.
     #[must_use]
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = policy;
         self
     }
 
-    /// Keeps the events that are given up, in the stream `{NAMESPACE}_DEAD` under `{namespace}.dead.{event name}`: as they
-    /// were, with headers that say why. Needs the JetStream driver, or [`for_each`](super::Subscription::for_each) refuses
-    /// it. Not by default: then they are an error only.
+    /// Keeps given-up events as dead letters.
+    ///
+    /// The stream is `{NAMESPACE}_DEAD`, the subject `{namespace}.dead.{event name}`. A dead letter
+    /// has the unchanged event and headers with the reason. Needs the JetStream driver;
+    /// [`for_each`](super::Subscription::for_each) refuses it over Core. Default: off, and a
+    /// given-up event is an error only.
     #[must_use]
     pub fn dead_letters(mut self) -> Self {
         self.dead_letters = true;
@@ -63,7 +70,7 @@ impl HandleOptions {
     }
 }
 
-/// How often, and how late, an event comes again on which a handler failed.
+/// The number and the delay of retries after a handler fails.
 #[derive(Debug, Clone)]
 pub struct RetryPolicy {
     attempts: u64,
@@ -78,27 +85,30 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// The defaults.
+    /// Creates the default policy.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// No event is handled twice because its handler failed.
+    /// Creates a policy without retries: a failed event is not handled again.
     #[must_use]
     pub fn never() -> Self {
         Self::new().attempts(1)
     }
 
-    /// How often an event is handled before it is given up, as the server counts. 10 by default, at least 1.
+    /// Sets the number of attempts before an event is given up, as the server counts them.
+    ///
+    /// Default: 10. Minimum: 1.
     #[must_use]
     pub fn attempts(mut self, attempts: u64) -> Self {
         self.attempts = attempts.max(1);
         self
     }
 
-    /// How long to wait before the second attempt, doubled for each that follows up to `max`. 200 ms and 30 s by default;
-    /// both at least 1 ms and at most a year, which is as long as a server is asked to wait.
+    /// Sets the wait before the second attempt, which doubles per further attempt up to `max`.
+    ///
+    /// Default: 200 ms and 30 s. Range of both: 1 ms to 1 year.
     #[must_use]
     pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
         let bounded = |wait: Duration| redelivery(wait.max(Duration::from_millis(1)));
@@ -106,10 +116,10 @@ impl RetryPolicy {
         self
     }
 
-    /// The wait behind this attempt; `None` when it was the last.
-    /// How long to wait after a handler failed; `None` to give the event up. A transient error never gives an event up.
+    /// The wait after a failed attempt; `None` to give the event up.
+    /// A transient error never gives an event up.
     pub(super) fn wait_after(&self, error: &HandleError, attempt: u64) -> Option<Duration> {
-        // One attempt means that no event is handled twice, whatever the reason.
+        // With one attempt, no event is handled twice, whatever the reason.
         let outage = || (self.attempts > 1 && is_outage(&*error.source)).then_some(self.max);
         if error.retry { self.wait(attempt).or_else(outage) } else { None }
     }
@@ -120,8 +130,11 @@ impl RetryPolicy {
     }
 }
 
-/// Why a handler failed. Made from any error by `?`, and then it is tried again; but a [`DecodeError`] would come every time,
-/// and gives the event up at once. A transient error, as an outage of a store, or one with such a cause, is retried without a limit.
+/// The failure of a handler. `?` converts any error.
+///
+/// By default, a failure is retried. A [`DecodeError`] is permanent and gives the event up at once.
+/// A transient error, such as an outage of a store or an error with such a cause, is retried
+/// without a limit.
 #[derive(Debug)]
 pub struct HandleError {
     pub(super) retry: bool,
@@ -129,12 +142,12 @@ pub struct HandleError {
 }
 
 impl HandleError {
-    /// It may go well the next time.
+    /// Creates a failure that may succeed when retried.
     pub fn retry(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { retry: true, source: error.into() }
     }
 
-    /// It would fail every time: the event is given up at once.
+    /// Creates a permanent failure: the event is given up at once.
     pub fn reject(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { retry: false, source: error.into() }
     }

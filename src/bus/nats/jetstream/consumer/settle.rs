@@ -10,42 +10,41 @@ use crate::bus::BusError;
 use crate::telemetry::Timer;
 use crate::telemetry::trace::Destination;
 
-/// Why a delivery was not settled.
+/// The reason why a delivery was not acknowledged.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum AckError {
-    /// It was settled before, by whichever of the methods.
-    #[error("this delivery has been settled before; each is settled once")]
+    /// The delivery was acknowledged before, by any of the methods.
+    #[error("the delivery was acknowledged before; acknowledge each delivery once")]
     Settled,
-    /// NATS Core delivers once and never again.
-    #[error(
-        "NATS Core does not deliver anything twice; use the JetStream driver where events must not be lost"
-    )]
+    /// NATS Core delivers once and never redelivers.
+    #[error("NATS Core does not redeliver; use the JetStream driver for events that must not be lost")]
     NotAgain,
-    /// The server was not told, or did not confirm. The event is delivered again, unless this is tried again with success.
-    #[error("the server was not told what became of a delivery: {0}")]
+    /// The server did not receive or confirm the acknowledgement.
+    /// It redelivers the event unless a retry succeeds.
+    #[error("the server did not receive the acknowledgement of a delivery: {0}")]
     Bus(#[source] BusError),
 }
 
-/// What is to be said of one delivered message. Once.
+/// The acknowledgement of a delivered message, sent once.
 pub(in crate::bus::nats) struct Settle {
     connection: Arc<Connection>,
     reply: Subject,
     settled: AtomicBool,
 }
 
-/// Where a message stands.
+/// The metadata of a delivery.
 pub(super) struct Place {
     pub(super) sequence: u64,
     pub(super) attempt: u64,
-    /// Its number among what the consumer has ever delivered.
+    /// Consumer sequence number of the delivery.
     pub(super) number: u64,
 }
 
-/// `stream.consumer.delivered.sequence.…`, as the subject to answer to says it.
+/// `stream.consumer.delivered.sequence.…` from the reply subject.
 fn place_in(reply: &Subject) -> Option<std::str::Split<'_, char>> {
     let mut tokens = reply.as_str().strip_prefix("$JS.ACK.")?.split('.');
-    // Newer servers put domain and account in front.
+    // Newer servers put the domain and the account first.
     if tokens.clone().count() >= 9 {
         tokens.nth(1);
     }
@@ -63,7 +62,7 @@ fn word(kind: &AckKind) -> &'static str {
 }
 
 impl Settle {
-    /// `None` when it was not JetStream that sent the message.
+    /// Reads the reply subject; `None` if JetStream did not send the message.
     pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, Place)> {
         let reply = message.reply.clone()?;
         let mut tokens = place_in(&reply)?.skip(2).map(|token| token.parse::<u64>().ok());
@@ -72,12 +71,12 @@ impl Settle {
         Some((settle, Place { sequence, attempt, number }))
     }
 
-    /// The stream that it is in.
+    /// The stream of the message.
     pub(in crate::bus::nats) fn stream(&self) -> &str {
         place_in(&self.reply).and_then(|mut tokens| tokens.next()).unwrap_or_default()
     }
 
-    /// The consumer that delivered it.
+    /// The consumer that delivered the message.
     pub(in crate::bus::nats) fn consumer(&self) -> &str {
         place_in(&self.reply).and_then(|mut tokens| tokens.nth(1)).unwrap_or_default()
     }
@@ -86,9 +85,9 @@ impl Settle {
         self.settled.load(Ordering::Relaxed)
     }
 
-    /// Says what became of it. `confirmed`: and waits until the server knows.
+    /// Sends an acknowledgement. With `confirmed`, waits until the server confirms it.
     ///
-    /// Dropped half-way, it may have been said or not.
+    /// Not cancel-safe: a dropped call may have sent it or not.
     pub(in crate::bus::nats) async fn settle(&self, kind: AckKind, confirmed: bool) -> Result<(), AckError> {
         if self.settled.swap(true, Ordering::Relaxed) {
             return Err(AckError::Settled);
@@ -104,7 +103,7 @@ impl Settle {
         said.map_err(AckError::Bus)
     }
 
-    /// Says that it is being worked on: the time to settle it begins anew.
+    /// Reports progress, which restarts the `ack_wait` of the server.
     pub(in crate::bus::nats) async fn progress(&self) -> Result<(), AckError> {
         if self.is_settled() {
             return Err(AckError::Settled);
@@ -117,15 +116,15 @@ impl Settle {
         let client = &self.connection.client;
         if !confirmed {
             let sent = client.publish(self.reply.clone(), kind.into()).await;
-            return sent.map_err(|error| unavailable("settling a delivery".into(), error));
+            return sent.map_err(|error| unavailable("acknowledging a delivery".into(), error));
         }
         let request = Request::new().payload(kind.into()).timeout(Some(self.connection.answer_timeout()));
         let answer = async {
             let answer = client.send_request(self.reply.clone(), request).await;
-            answer.map(drop).map_err(|error| unavailable("settling a delivery".into(), error))
+            answer.map(drop).map_err(|error| unavailable("acknowledging a delivery".into(), error))
         };
         let subject = [self.reply.to_string()];
-        self.connection.while_permitted("settling a delivery", &subject, answer).await
+        self.connection.while_permitted("acknowledging a delivery", &subject, answer).await
     }
 }
 

@@ -4,54 +4,55 @@ use std::time::Duration;
 use super::super::super::inspect::Field;
 use async_nats::jetstream::consumer::{AckPolicy, Config, DeliverPolicy, ReplayPolicy};
 
-/// What to do about a consumer on the server.
+/// The handling of a consumer on the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum ConsumerPolicy {
-    /// It must be there, as described; an operator makes it. For logins that may not create anything.
+    /// The consumer must exist and match; an operator creates it.
+    /// For logins that may not create consumers.
     RequireExisting,
-    /// It is made if it is not there; else it must be as described, and is left alone if it is not.
+    /// Creates a missing consumer. An existing consumer must match, and is never changed.
     #[default]
     CreateOrVerify,
-    /// It is made if it is not there, and changed if it is not as described, as far as the server agrees.
+    /// Creates a missing consumer. Updates a different consumer, as far as the server allows.
     CreateOrUpdate,
 }
 
-/// What a consumer should be like.
+/// The expected configuration of a consumer.
 #[derive(Debug, Clone)]
 pub(in crate::bus::nats) struct ConsumerSpec {
     pub(in crate::bus::nats) name: String,
-    /// Whether it stays when nobody reads from it.
+    /// Whether the consumer stays without a reader.
     pub(in crate::bus::nats) durable: bool,
-    /// Whether others read from it as well.
+    /// Whether other readers share the consumer.
     pub(in crate::bus::nats) shared: bool,
-    /// Subjects; none overlaps with another.
+    /// Subjects, without overlaps.
     pub(in crate::bus::nats) filters: Vec<String>,
-    /// Where it begins. Not compared with one that is there: that has begun.
+    /// Start of a new consumer. Not compared with an existing consumer, which has started already.
     pub(in crate::bus::nats) start: DeliverPolicy,
     pub(in crate::bus::nats) ack_wait: Duration,
-    /// How often a message is delivered at most; `None` without limit.
+    /// Maximum number of deliveries of a message; `None` without a limit.
     pub(in crate::bus::nats) max_deliver: Option<u32>,
-    /// Waits in place of `ack_wait`, one after the other.
+    /// Successive waits in place of `ack_wait`.
     pub(in crate::bus::nats) backoff: Vec<Duration>,
     pub(in crate::bus::nats) max_ack_pending: usize,
-    /// Pushed by the server, in place of pulled.
+    /// Push settings, in place of pull.
     pub(in crate::bus::nats) push: Option<Push>,
-    /// When nobody has read from one that is not durable for this long, it goes.
+    /// Time without a reader after which the server deletes an ephemeral consumer.
     pub(in crate::bus::nats) inactive: Duration,
     pub(in crate::bus::nats) policy: ConsumerPolicy,
 }
 
-/// Where the server pushes messages to.
+/// The destination of a push consumer.
 #[derive(Debug, Clone)]
 pub(in crate::bus::nats) struct Push {
     pub(in crate::bus::nats) subject: String,
-    /// Whose members share them.
+    /// Queue group that shares the messages.
     pub(in crate::bus::nats) group: Option<String>,
 }
 
 impl ConsumerSpec {
-    /// How soon the server may deliver something again that was not settled.
+    /// The shortest time after which the server may redeliver an unacknowledged message.
     pub(in crate::bus::nats) fn shortest_wait(&self) -> Duration {
         self.backoff.iter().copied().min().unwrap_or(self.ack_wait)
     }
@@ -68,7 +69,7 @@ impl ConsumerSpec {
             deliver_group: self.push.as_ref().and_then(|push| push.group.clone()),
             deliver_policy: start,
             ack_policy: AckPolicy::Explicit,
-            // With a backoff the server takes its first wait in any case.
+            // With a backoff, the server uses its first wait as `ack_wait` in any case.
             ack_wait: self.backoff.first().copied().unwrap_or(self.ack_wait),
             max_deliver: self.max_deliver.map_or(-1, i64::from),
             backoff: self.backoff.clone(),
@@ -84,12 +85,12 @@ impl ConsumerSpec {
     }
 }
 
-/// What is not as it should be, each as `field: is X, should be Y`.
+/// The differences, each as `field: is X, should be Y`.
 pub(super) fn differences(have: &Config, want: &Config) -> Vec<String> {
     compared(have, want).iter().filter(|field| !field.same).map(Field::to_string).collect()
 }
 
-/// How a consumer is, and how it should be.
+/// Compares a consumer with its expected configuration.
 pub(in crate::bus::nats) fn compared_consumer(have: &Config, want: &ConsumerSpec) -> Vec<Field> {
     compared(have, &want.config(want.start))
 }
@@ -118,7 +119,7 @@ fn compared(have: &Config, want: &Config) -> Vec<Field> {
     fields
 }
 
-/// Sorted, whichever of the two fields they stand in.
+/// The filter subjects of either field, sorted.
 fn filters(config: &Config) -> Vec<&str> {
     let one = Some(config.filter_subject.as_str()).filter(|subject| !subject.is_empty());
     let mut filters: Vec<_> =

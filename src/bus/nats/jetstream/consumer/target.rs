@@ -1,4 +1,4 @@
-//! The consumer on the server: found, made, compared.
+//! Operations on a consumer of the server: lookup, creation and comparison.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use super::spec::differences;
 use super::{ConsumerPolicy, ConsumerSpec};
 use crate::bus::BusError;
 
-/// Which consumer, of which stream, over which connection.
+/// A consumer, its stream and its connection.
 pub(super) struct Target {
     pub(super) connection: Arc<Connection>,
     pub(super) jetstream: Context,
@@ -20,14 +20,14 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// The consumer as it is, if there is one.
+    /// Returns the state of the consumer, if it exists.
     pub(super) async fn find(&self) -> Result<Option<Info>, BusError> {
         let subject = format!("CONSUMER.INFO.{}.{}", self.stream, self.spec.name);
         match api(&self.jetstream, &self.connection.client, subject, &NOTHING).await? {
             Ok(info) => Ok(Some(info)),
             Err(error) if error.error_code() == ErrorCode::CONSUMER_NOT_FOUND => Ok(None),
             Err(error) if error.error_code() == ErrorCode::STREAM_NOT_FOUND => Err(self.no_stream()),
-            Err(error) => Err(refused(&format!("asking for the consumer {}", self.spec.name), error)),
+            Err(error) => Err(refused(&format!("looking up the consumer {}", self.spec.name), error)),
         }
     }
 
@@ -35,7 +35,8 @@ impl Target {
         silent(format!("there is no JetStream stream {}", self.stream))
     }
 
-    /// What the consumer has not delivered, or was not told that it was processed, and the stream no longer has.
+    /// Reports messages that the stream lost before the consumer delivered them or their ack
+    /// arrived.
     pub(super) async fn lost(&self, info: &Info) -> Result<Option<String>, BusError> {
         let found = stream_info(&self.jetstream, &self.connection.client, &self.stream).await?;
         let first = found.ok_or_else(|| self.no_stream())?.state.first_sequence;
@@ -47,49 +48,53 @@ impl Target {
 
     fn truncated(&self, first: u64) -> String {
         format!(
-            "the stream {} begins with message {first} by now: its limits were reached before {} had read it",
+            "the stream {} starts at message {first}: it reached its limits before {} had read the \
+             messages",
             self.stream, self.spec.name
         )
     }
 
-    /// Whether one that was there already is the one that we need. `first`: and we have not read from it before.
+    /// Checks that an existing consumer matches, and updates it if the policy allows.
+    /// `first` means that this process has not read from it before.
     pub(super) async fn compare(&self, info: Info, first: bool) -> Result<Info, BusError> {
         let name = &self.spec.name;
         let wanted = self.spec.config(self.spec.start);
         let different = differences(&info.config, &wanted);
         if different.is_empty() {
             let alone = self.spec.push.as_ref().is_some_and(|push| push.group.is_none());
-            // Later, it may be ourselves who still count as listening.
+            // Later, the old subscription of this process may still count as bound.
             if alone && first && info.push_bound {
                 return Err(incompatible(format!(
-                    "somebody else reads from the consumer {name}, and what it pushes can have one reader only; give both \
-                     a queue group, or each a name of its own"
+                    "the push consumer {name} has another reader, and allows one only; give both a \
+                     queue group, or each its own name"
                 )));
             }
             return Ok(info);
         }
         if self.spec.policy != ConsumerPolicy::CreateOrUpdate {
             return Err(incompatible(format!(
-                "the consumer {name} of the stream {} is not as this program needs it, and was left alone: {}; change the \
-                 options, give it another name, delete it, or choose ConsumerPolicy::CreateOrUpdate",
+                "the consumer {name} of the stream {} differs from the options: {}; change the \
+                 options, choose another name, delete the consumer, or choose \
+                 ConsumerPolicy::CreateOrUpdate",
                 self.stream,
                 different.join(", ")
             )));
         }
-        // Where it began cannot be changed, and does not matter any more.
+        // The start of an existing consumer cannot be changed, and has no effect any more.
         let changed = self.create(&self.spec.config(info.config.deliver_policy), "update").await?;
         let changed = changed.map_err(|error| {
-            refused(&format!("changing the consumer {name} ({})", different.join(", ")), error)
+            refused(&format!("updating the consumer {name} ({})", different.join(", ")), error)
         })?;
         self.echoed(changed)
     }
 
-    /// Makes it: from where it was asked for, or behind the last message known to be settled by one that was lost.
+    /// Creates the consumer: at the requested start, or after the ack floor of a lost consumer.
     pub(super) async fn make(&self, floor: Option<u64>) -> Result<(Info, Option<String>), BusError> {
         let name = &self.spec.name;
         if self.spec.policy == ConsumerPolicy::RequireExisting {
             return Err(incompatible(format!(
-                "the stream {} has no consumer {name}; create it, or choose ConsumerPolicy::CreateOrVerify",
+                "the stream {} has no consumer {name}; create it, or choose \
+                 ConsumerPolicy::CreateOrVerify",
                 self.stream
             )));
         }
@@ -99,12 +104,15 @@ impl Target {
                 let found = stream_info(&self.jetstream, &self.connection.client, &self.stream).await?;
                 let state = found.ok_or_else(|| self.no_stream())?.state;
                 if state.last_sequence < floor {
-                    let gap =
-                        format!("the stream {} was made anew; {name} begins as it did at first", self.stream);
+                    let gap = format!(
+                        "the stream {} was recreated; {name} starts again at its initial start",
+                        self.stream
+                    );
                     (self.spec.start, Some(gap))
                 } else {
                     let gap = format!(
-                        "the consumer {name} was deleted, and goes on behind the last message known to be settled"
+                        "the consumer {name} was deleted, and continues after the last known ack \
+                         floor"
                     );
                     (DeliverPolicy::ByStartSequence { start_sequence: floor + 1 }, Some(gap))
                 }
@@ -112,11 +120,13 @@ impl Target {
         };
         let info = match self.create(&self.spec.config(start), "create").await? {
             Ok(info) => self.echoed(info)?,
-            // Another node was first, perhaps with something else.
+            // Another node was first, perhaps with other options.
             Err(error) if error.error_code() == ErrorCode::CONSUMER_ALREADY_EXISTS => {
                 let found = self.find().await?;
                 self.compare(
-                    found.ok_or_else(|| silent(format!("the consumer {name} comes and goes")))?,
+                    found.ok_or_else(|| {
+                        silent(format!("the consumer {name} was deleted right after its creation"))
+                    })?,
                     floor.is_none(),
                 )
                 .await?
@@ -133,14 +143,14 @@ impl Target {
         api(&self.jetstream, &self.connection.client, subject, &request).await
     }
 
-    /// Old servers drop in silence what they do not know.
+    /// Checks the server's copy: old servers drop unknown fields silently.
     fn echoed(&self, info: Info) -> Result<Info, BusError> {
         let different = differences(&info.config, &self.spec.config(self.spec.start));
         if different.is_empty() {
             return Ok(info);
         }
         Err(incompatible(format!(
-            "the server did not make the consumer {} as it was told: {}",
+            "the server did not create the consumer {} as requested: {}",
             self.spec.name,
             different.join(", ")
         )))
