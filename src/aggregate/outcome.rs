@@ -279,7 +279,7 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
     }
 }
 
-/// A transient error has [`Transient`] among its causes.
+/// A transient error has `Transient` among its causes.
 ///
 /// Callers cannot always downcast to this type: it depends on the aggregate, and a transparent
 /// error forwards only the causes.
