@@ -346,8 +346,8 @@ impl<A: Aggregate> AggregateActor<A> {
 
     /// Encodes the events and the reply of a decision.
     ///
-    /// Returns the events for the store, the events in the form that a reader will decode, and the
-    /// reply in the form that a repeated command will get.
+    /// Returns the events for the store, and the events in the form that a reader will decode. The
+    /// reply has the form that a repeated command will get.
     #[allow(clippy::type_complexity, reason = "three parts with three destinations")]
     fn encode(
         &self,

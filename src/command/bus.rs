@@ -203,7 +203,7 @@ type Sent<'a> = BoxFuture<'a, Result<BoxFuture<'static, (Outcome, Duration)>, Fa
 pub(crate) struct Commands {
     policy: Policy,
     metrics: Metrics,
-    /// Set before the runtime has started.
+    /// Aggregates and handlers of this node. Set before the runtime has started.
     registry: OnceLock<Registry>,
     follow: OnceLock<Box<dyn Follow>>,
     /// Set at the start of a shutdown. Only handlers in flight may then send commands.
@@ -257,7 +257,7 @@ impl Commands {
         let Some(options) = bus.nats else { return };
         // A copied store would answer commands that are meant for the original.
         if let Some(reason) = store.adoption.problem() {
-            tracing::error!(reason, "commands stay within this process");
+            tracing::error!(reason, "not joining other nodes, commands stay within this process");
             let _ = self.incompatible.set(reason);
             return;
         }

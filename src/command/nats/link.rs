@@ -237,7 +237,7 @@ fn heard(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
     let bytes = message.payload.len();
     let decoded = match bytes <= BYTES {
         true => from_cbor::<Presence>(&message.payload).map_err(|error| error.to_string()),
-        false => Err(format!("{bytes} bytes (limit {BYTES})")),
+        false => Err(format!("{bytes} bytes (limit {BYTES} bytes)")),
     };
     match decoded {
         Ok(presence) if !presence.fits() => false,

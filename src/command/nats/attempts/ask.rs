@@ -46,7 +46,7 @@ impl Pursuit {
                 }
                 link = self.link.wait_for(|link| link.session().is_some_and(|now| now != session)) => {
                     drop(link);
-                    let reason = format!("the connection was lost while {} had it", candidate.node);
+                    let reason = format!("connection lost while {} had the command", candidate.node);
                     self.unanswered.insert(attempt, reason);
                     return Ok(Attempt::Again);
                 }
