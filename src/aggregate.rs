@@ -1,14 +1,16 @@
 //! Aggregates: decide on commands, fold events.
 //!
-//! An [`Aggregate`] is plain, synchronous code of the user's. storied gives each live one an actor: it folds the stream
-//! (snapshot and rest), decides, hands the events to the group-commit writer and goes on deciding on the speculated state
-//! while the append is on its way; the reply goes out when *its* append is durable. When somebody else wrote to the stream,
-//! the speculation is thrown away, what was missed is read, and the commands are decided again.
+//! An [`Aggregate`] is plain, synchronous user code. Each aggregate in memory has an actor. The
+//! actor folds the stream (snapshot and later events), decides, and submits the events to the
+//! group-commit writer. While an append is in flight, the actor decides further commands on the
+//! speculative state. It sends each reply when the append of that command is durable. If another
+//! node wrote to the stream, the actor drops the speculative state, reads the missing events, and
+//! decides again.
 //!
 //! ```text
-//! execute ──► router (id → actor, bounded) ──► actor (fold, decide) ──► writer (many appends, one transaction) ──► store
-//!                                                 ▲                                  │
-//!                                                 └──────────── durable ─────────────┘──► receipt
+//! execute ─► router (id → actor, bounded) ─► actor (fold, decide) ─► writer (groups) ─► store
+//!                                              ▲                       │
+//!                                              └─────── durable ───────┘──► receipt
 //! ```
 
 mod actor;
@@ -32,8 +34,10 @@ pub use self::router::RouterStatus;
 pub(crate) use self::router::{Order, Router, SHUTDOWN, StartRouterError};
 use crate::event::Event;
 
-/// A consistency boundary: its state, how it decides and how it folds. Pure code: no I/O, no clock and no randomness but
-/// the [`Context`]'s, because a command may be decided more than once before it is stored.
+/// A consistency boundary: its state, its decisions and its fold.
+///
+/// The code is pure: no I/O, and no clock or randomness except those of [`Context`]. A command may
+/// be decided more than once before its events are stored.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
@@ -86,26 +90,28 @@ use crate::event::Event;
 /// }
 /// ```
 pub trait Aggregate: Default + Send + Sync + 'static {
-    /// What happens to it. The event's category is the aggregate's.
+    /// Events of the aggregate. Their category is the category of the aggregate.
     type Event: Event;
-    /// What can be asked of it. A serde type, because the aggregate that owns an id may live on another node.
+    /// Commands of the aggregate. A serde type, because another node may own the aggregate.
     type Command: Serialize + DeserializeOwned + Send + Sync + 'static;
-    /// What a command is answered with beside the receipt; `()` if nothing. Stored with the command's last event, so that
-    /// a repeated command gets the first answer.
+    /// Reply to a command in addition to the receipt; `()` for none.
+    ///
+    /// The store keeps it with the command's last event, so that a repeated command gets the first
+    /// reply.
     type Reply: Serialize + DeserializeOwned + Send + 'static;
-    /// Why a command is refused.
+    /// Reason for rejecting a command.
     type Error: std::error::Error + Serialize + DeserializeOwned + Send + Sync + 'static;
 
-    /// Decides on a command: events (and a reply), or a refusal. Must not have effects of its own.
+    /// Decides on a command: events and a reply, or a rejection. Must have no side effects.
     ///
     /// # Errors
-    /// The aggregate's own reasons to refuse.
+    /// The reason for which the aggregate rejects the command.
     fn handle(
         &self,
         command: &Self::Command,
         context: &Context<'_>,
     ) -> Result<Decision<Self::Event, Self::Reply>, Self::Error>;
 
-    /// Folds an event into the state. What happened has happened: this cannot refuse.
+    /// Folds an event into the state. It cannot reject the event, which has already happened.
     fn apply(&mut self, event: &Self::Event);
 }

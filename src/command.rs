@@ -1,20 +1,20 @@
-//! Commands: an intent with an id, brought to the one actor that owns it, once.
+//! Commands: requests with an idempotency key, each executed once by the actor that owns it.
 //!
-//! A command is for an [aggregate](crate::Aggregate), or for a [`Handler`] of the user's. Within one process it goes straight
-//! to its actor; over a [`CommandBus`] that reaches other nodes, to the node that owns it. Its id, deadline, receipt and
-//! errors are the same either way.
+//! A command addresses an [aggregate](crate::Aggregate) or a [`Handler`]. Within one process it
+//! goes directly to the actor. Over a [`CommandBus`] that reaches other nodes it goes to the node
+//! that owns it. Its id, deadline, receipt and errors are the same in both cases.
 //!
 //! ```text
-//! execute ──► owner? ── this node ─────────────────────────────► router or handler ──► answer
-//!               └────── another ──► its own subject ──► accepted … alive … executed ──► answer
-//!                          ▲   nobody there, refused: the next one at once
-//!                          └── silence: the same command, same id, to the next one
+//! execute ──► owner? ── this node ──────────────────────────► router or handler ──► answer
+//!               └────── other node ──► its subject ──► accepted … alive … executed ──► answer
+//!                          ▲   no responder, refused: next node at once
+//!                          └── silence: same command, same id, to the next node
 //! ```
 
-#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod bus;
 mod dispatched;
-#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod envelope;
 mod execute;
 mod follow;
@@ -22,9 +22,9 @@ mod handler;
 #[cfg(feature = "nats")]
 mod nats;
 mod policy;
-#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod registry;
-#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts of it are for other nodes"))]
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod wire;
 
 pub(crate) use self::bus::Commands;

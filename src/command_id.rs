@@ -1,19 +1,21 @@
-//! Ids of commands: how they are made, and what the time in a UUIDv7 says.
+//! Command ids (idempotency keys): generation, derivation, and the time in a UUIDv7.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use uuid::{NoContext, Timestamp, Uuid, Variant};
 
-/// How far the time in an id may be ahead of the clock of the node that executes the command.
+/// Maximum lead of the time in an id over the clock of the node that executes the command.
 const MAX_AHEAD: TimeDelta = TimeDelta::minutes(1);
 
-/// An id whose time is too far ahead.
+/// An id whose time is more than [`MAX_AHEAD`] ahead of the clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct IdAhead {
     pub(crate) claimed: DateTime<Utc>,
     pub(crate) now: DateTime<Utc>,
 }
 
-/// Makes an id that is greater than those made before, unless the clock was set back: then it has the time of the clock.
+/// Generates an id that is greater than all ids generated before.
+///
+/// After the clock was set back, the id has the time of the clock instead.
 pub(crate) fn new() -> Uuid {
     let id = Uuid::now_v7();
     if time(id).is_some_and(|time| time - Utc::now() > TimeDelta::seconds(1)) {
@@ -22,8 +24,10 @@ pub(crate) fn new() -> Uuid {
     id
 }
 
-/// Derives an id: the same for the same parent and name. It has the time of its parent if that has one, so that it counts as
-/// new where its parent does.
+/// Derives an id that is a function of the parent and the name.
+///
+/// The id has the time of its parent, if the parent has a time. A deduplication window therefore
+/// treats both alike.
 pub(crate) fn derived(parent: Uuid, name: &str) -> Uuid {
     let hash = Uuid::new_v5(&parent, name.as_bytes());
     if time(parent).is_none() {
@@ -31,12 +35,12 @@ pub(crate) fn derived(parent: Uuid, name: &str) -> Uuid {
     }
     let mut bytes = hash.into_bytes();
     bytes[..6].copy_from_slice(&parent.as_bytes()[..6]);
-    // The variant of a UUIDv5 is that of a UUIDv7.
+    // UUIDv5 and UUIDv7 have the same variant bits.
     bytes[6] = 0x70 | bytes[6] & 0x0f;
     Uuid::from_bytes(bytes)
 }
 
-/// The time in a UUIDv7; other ids have none.
+/// Returns the time in a UUIDv7, or `None` for other ids.
 pub(crate) fn time(id: Uuid) -> Option<DateTime<Utc>> {
     if id.get_version_num() != 7 || id.get_variant() != Variant::RFC4122 {
         return None;
@@ -45,12 +49,13 @@ pub(crate) fn time(id: Uuid) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp_millis(millis)
 }
 
-/// Refuses an id whose time is more than [`MAX_AHEAD`] ahead of this machine's clock: it would look newer than every later
-/// command.
+/// Rejects an id whose time is more than [`MAX_AHEAD`] ahead of this machine's clock.
+///
+/// Such an id would look newer than every later command.
 pub(crate) fn check(id: Uuid) -> Result<(), IdAhead> {
     let Some(claimed) = time(id) else { return Ok(()) };
     let now = Utc::now();
-    // If the clock was set back, ids that this process makes with `Uuid::now_v7` go on from where it was.
+    // If the clock was set back, `Uuid::now_v7` in this process continues from the old time.
     if claimed - now <= MAX_AHEAD || time(Uuid::now_v7()).is_some_and(|own| claimed - own <= MAX_AHEAD) {
         return Ok(());
     }
@@ -63,7 +68,7 @@ mod tests {
 
     use super::*;
 
-    /// A UUIDv7 of so many seconds from now.
+    /// Returns a UUIDv7 whose time is `seconds` from now.
     fn v7(seconds: i64) -> Uuid {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
         Uuid::new_v7(Timestamp::from_unix(NoContext, since.saturating_add_signed(seconds), 0))
@@ -83,7 +88,7 @@ mod tests {
         ] {
             assert_eq!(check(id), Ok(()), "{id}");
         }
-        // The first and the last UUIDv7 that there are.
+        // The smallest and the greatest UUIDv7.
         assert_eq!(check(Uuid::from_u128(0x7000_8000_0000_0000_0000)), Ok(()));
         let last = Uuid::from_u128(0xffff_ffff_ffff_7fff_bfff_ffff_ffff_ffff);
         for id in [v7(70), v7(1_000_000_000), last] {

@@ -1,4 +1,4 @@
-//! One classification of errors: whether trying again may help, and no event, command or input is to blame.
+//! Classification of errors: outages, where a retry may succeed, and faults of the input.
 
 use std::error::Error;
 use std::io::{self, ErrorKind};
@@ -7,8 +7,10 @@ use crate::bus::BusError;
 use crate::store::{AppendError, CheckpointError, StoreError};
 use crate::transient::{Transient, causes};
 
-/// Whether the error, or one of its causes, is transient: an outage, an overload, an unknown outcome, a shutdown. Everything of
-/// storied's own is known here, and the errors of the SQL drivers and of the network.
+/// Returns whether the error, or one of its causes, is transient.
+///
+/// Transient errors are outages, overloads, unknown outcomes and shutdowns. No event, command or
+/// input causes them. The function covers all errors of storied, the SQL drivers and the network.
 pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
     causes(error).any(one)
 }
@@ -21,7 +23,7 @@ fn one(error: &(dyn Error + 'static)) -> bool {
         return is_store_outage(error);
     }
     match error.downcast_ref::<CheckpointError>() {
-        // Another node was faster; the next attempt starts from what it wrote.
+        // Another node saved its checkpoint first. The next attempt starts from that checkpoint.
         Some(CheckpointError::Stale { .. }) => return true,
         Some(CheckpointError::Store(error)) => return is_store_outage(error),
         None => {}
@@ -47,7 +49,7 @@ fn one(error: &(dyn Error + 'static)) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(is_network_failure)
 }
 
-/// Whether async-nats reports an outage, and not a mistake in what was asked of it.
+/// Returns whether async-nats reports an outage, as opposed to an invalid request.
 #[cfg(feature = "nats")]
 fn is_nats_failure(error: &(dyn Error + 'static)) -> bool {
     use async_nats::client::{
@@ -84,16 +86,19 @@ fn is_nats_failure(error: &(dyn Error + 'static)) -> bool {
     error.is::<FlushError>()
 }
 
-/// How the standard library begins the error of a name that was not resolved. It has no kind of its own.
+/// Start of the standard library's error text for an unresolved host name, which has no kind.
 const NOT_RESOLVED: &str = "failed to lookup address information";
 
-/// A full disk needs a person, but no event is to blame for it.
+/// Returns whether a store error is an outage.
+///
+/// A full disk (`Storage`) counts as an outage: an operator must act, but no event causes it.
 pub(crate) fn is_store_outage(error: &StoreError) -> bool {
     error.is_transient() || matches!(error, StoreError::Storage { .. })
 }
 
-/// Whether a connection failed, or ended in the middle of an answer. Other errors of this type, as a missing file, may well be an
-/// event's.
+/// Returns whether a connection failed, or ended in the middle of an answer.
+///
+/// An event may cause other errors of this type, for example a missing file.
 fn is_network_failure(error: &io::Error) -> bool {
     use ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, NetworkDown,

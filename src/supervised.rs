@@ -1,8 +1,9 @@
-//! Actors around one long-running task.
+//! Actors that supervise one long-running task.
 //!
-//! What follows the log spends its life awaiting: the store, the bus, the user's code. A ractor actor that awaited in its
-//! handler would answer nobody meanwhile. So the actor only takes messages and supervises, and a task of its own does the
-//! work: it is started again (with backoff) when it panics, stopped within a deadline, and torn down with its actor.
+//! Tasks that read the log mostly await the store, the bus and user code. A ractor actor that
+//! awaits in its handler answers no messages meanwhile. Therefore the actor only receives messages
+//! and supervises, and a separate task does the work. The actor restarts the task (with backoff)
+//! after a panic, stops it within a deadline, and aborts it when the actor itself ends.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -20,13 +21,13 @@ use crate::backoff::Backoff;
 use crate::future::BoxFuture;
 use crate::panic::panic_text;
 
-/// How many control messages may be under way to one task.
+/// Maximum number of control messages in flight to one task.
 const CONTROLS: usize = 16;
 
-/// A task that has run this long was healthy: the next panic is not held against it as a repetition.
+/// Run time after which a task is healthy: the next panic restarts the backoff from its minimum.
 const HEALTHY: Duration = Duration::from_secs(60);
 
-/// A tokio task that ends with its handle.
+/// A tokio task that is aborted when its handle is dropped.
 #[derive(Debug)]
 pub(crate) struct Task(JoinHandle<()>);
 
@@ -35,7 +36,7 @@ impl Task {
         Self(tokio::spawn(future))
     }
 
-    /// Whether it has ended: by itself, or with its tokio runtime.
+    /// Returns whether the task has ended: by itself, or with its tokio runtime.
     pub(crate) fn is_finished(&self) -> bool {
         self.0.is_finished()
     }
@@ -49,54 +50,56 @@ impl Drop for Task {
 
 /// The work of one task.
 pub(crate) trait Work: Send + Sync + 'static {
-    /// What it may be told while it runs.
+    /// Control messages that the work accepts while it runs.
     type Control: Send + 'static;
 
-    /// For log lines and errors.
+    /// Returns the name for log lines and errors.
     fn name(&self) -> String;
 
-    /// The work itself. Ends soon after [`Inbox::stopping`] says so, and not before; called again after a panic.
+    /// Does the work. Ends soon after [`Inbox::stopping`] resolves, and not before.
+    ///
+    /// The actor calls it again after a panic.
     fn run(&self, inbox: Inbox<Self::Control>) -> BoxFuture<'static, ()>;
 
-    /// The work panicked, and is started again after a while.
+    /// Reports a panic of the work. The actor restarts the work after the backoff.
     fn panicked(&self, panic: &str);
 
-    /// The work has ended for good.
+    /// Reports that the work has ended and is not restarted.
     fn ended(&self);
 }
 
-/// What a task hears.
+/// The control messages and the stop signal of a task.
 pub(crate) struct Inbox<C> {
     orders: OwnedMutexGuard<mpsc::Receiver<Order<C>>>,
     stop: watch::Receiver<bool>,
 }
 
-/// A control message, and its place among the few that may be under way.
+/// A control message with its permit: at most [`CONTROLS`] are in flight.
 type Order<C> = (C, OwnedSemaphorePermit);
 
 impl<C> Inbox<C> {
-    /// The next control message; `None` when the work is to end. Cancel-safe.
+    /// Receives the next control message, or `None` when the work must end. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Option<C> {
         let Self { orders, stop } = self;
         tokio::select! {
             biased;
-            // An error says that the actor is gone, which is as good a reason.
+            // An error means that the actor has ended, which also ends the work.
             _ = stop.wait_for(|stop| *stop) => None,
             order = orders.recv() => order.map(|(control, _)| control),
         }
     }
 
-    /// Whether the work is to end.
+    /// Returns whether the work must end.
     pub(crate) fn is_stopping(&self) -> bool {
         *self.stop.borrow() || self.stop.has_changed().is_err()
     }
 
-    /// Whether the work is to end, for others; closed when the actor is gone.
+    /// Returns a watch on the stop signal for other tasks. It closes when the actor ends.
     pub(crate) fn stop_watch(&self) -> watch::Receiver<bool> {
         self.stop.clone()
     }
 
-    /// Waits until the work is to end, apart from what else the task hears.
+    /// Returns a future that resolves when the work must end, independent of this inbox.
     pub(crate) fn stop_signal(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut stop = self.stop.clone();
         async move {
@@ -104,13 +107,13 @@ impl<C> Inbox<C> {
         }
     }
 
-    /// Waits until the work is to end. Cancel-safe.
+    /// Waits until the work must end. Cancel-safe.
     pub(crate) async fn stopping(&mut self) {
         let _ = self.stop.wait_for(|stop| *stop).await;
     }
 }
 
-/// The handle of a supervised task; cheap to clone. Dropping it changes nothing.
+/// A handle to a supervised task. Cloning is cheap; dropping has no effect on the task.
 pub(crate) struct Supervised<C: Send + 'static> {
     name: Arc<str>,
     actor: ActorRef<Message<C>>,
@@ -129,24 +132,24 @@ impl<C: Send + 'static> fmt::Debug for Supervised<C> {
     }
 }
 
-/// Why a task gave no answer.
+/// A control message that got no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AskError {
-    /// Too many questions are under way.
+    /// Too many control messages are in flight.
     Overloaded,
-    /// It did not answer in time; what was asked may still happen.
+    /// The task did not answer in time. It may still act on the message.
     TimedOut,
-    /// It ended, or panicked over the question.
+    /// The task ended, or panicked on the message.
     Gone,
 }
 
-/// Something that did not end as it should when it was stopped. It does not run any more.
+/// A component that did not stop in order. It no longer runs.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{name} did not end in order: {reason}")]
+#[error("unclean stop of {name}: {reason}")]
 pub struct StopError {
-    /// What was to be stopped.
+    /// Name of the component.
     pub name: String,
-    /// What happened instead.
+    /// Cause.
     pub reason: String,
 }
 
@@ -165,7 +168,7 @@ impl<C: Send + 'static> Supervised<C> {
         Ok(Self { name, actor, slots: Arc::new(Semaphore::new(CONTROLS)) })
     }
 
-    /// Tells the task something and waits for the answer.
+    /// Sends a control message to the task and waits at most `patience` for the answer.
     pub(crate) async fn ask<T: Send + 'static>(
         &self,
         control: impl FnOnce(RpcReplyPort<T>) -> C,
@@ -180,51 +183,51 @@ impl<C: Send + 'static> Supervised<C> {
         }
     }
 
-    /// Ends the work in order, or without it when `patience` is over.
+    /// Stops the work in order. Aborts it when `patience` is over.
     pub(crate) async fn stop(&self, patience: Duration) -> Result<(), StopError> {
         let asked = self.actor.call(|done| Message::Stop(patience, done), None).await;
         match asked {
             Ok(ractor::rpc::CallResult::Success(result)) => result,
-            // It was stopped before, or is gone with its supervisor.
+            // The task was stopped before, or ended with its supervisor.
             Ok(_) | Err(_) => Ok(()),
         }
     }
 
-    /// Tears everything down at once, as the end of the process would.
+    /// Aborts the task at once, as the end of the process would.
     #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         self.actor.kill();
     }
 }
 
-/// The actor.
+/// The actor that supervises the task.
 struct Shell<W>(PhantomData<fn() -> W>);
 
 enum Message<C> {
-    /// For the task.
+    /// Forward a control message to the task.
     Control(C, OwnedSemaphorePermit),
-    /// The task is to be started, again.
+    /// Restart the task.
     Start,
-    /// The task has ended; how it panicked, if it did.
+    /// The task has ended, with the message of its panic, if it panicked.
     Ended(Option<String>),
-    /// The task is to end within this time.
+    /// Stop the task within this time.
     Stop(Duration, RpcReplyPort<Result<(), StopError>>),
-    /// That time is over.
+    /// The time for the stop is over.
     GiveUp(Duration),
 }
 
 struct State<W: Work> {
     work: Arc<W>,
-    /// `None` while a panicked task waits for its restart.
+    /// Running task. `None` while a panicked task waits for its restart.
     task: Option<Task>,
-    /// When it was started, to tell repeated panics from rare ones.
+    /// Time of the last start, to distinguish repeated panics from rare ones.
     started: Instant,
     restarts: Backoff,
     orders: mpsc::Sender<Order<W::Control>>,
-    /// Outlives the task, so that what was asked of it waits for the next one.
+    /// Queued control messages. They outlive the task and wait for the next one.
     inbox: Arc<Mutex<mpsc::Receiver<Order<W::Control>>>>,
     stop: watch::Sender<bool>,
-    /// Who waits for the end.
+    /// Reply ports of the callers that wait for the end.
     stopping: Vec<RpcReplyPort<Result<(), StopError>>>,
 }
 
@@ -235,12 +238,12 @@ impl<W: Work> State<W> {
         self.task = Some(Task::spawn(async move {
             let run = async { work.run(Inbox { orders: inbox.lock_owned().await, stop }).await };
             let panic = AssertUnwindSafe(run).catch_unwind().await.err();
-            // Without an actor there is nobody to tell, and this task is being torn down.
+            // If the cast fails, the actor has ended and this task is being aborted.
             let _ = myself.cast(Message::Ended(panic.as_deref().map(panic_text)));
         }));
     }
 
-    /// The end: everybody who waits for it hears how it went.
+    /// Ends the task and reports the result to all waiting callers.
     fn end(&mut self, myself: &ActorRef<Message<W::Control>>, reason: Option<String>) {
         self.task = None;
         self.work.ended();
@@ -252,7 +255,7 @@ impl<W: Work> State<W> {
             tracing::error!("{error}");
         }
         for done in self.stopping.drain(..) {
-            // Who went away meanwhile does not want to know.
+            // A failed send means that the caller has stopped waiting.
             let _ = done.send(result.clone());
         }
         myself.stop(None);
@@ -289,27 +292,21 @@ impl<W: Work> Actor for Shell<W> {
         let stopping = *state.stop.borrow();
         match message {
             Message::Control(control, slot) => {
-                // There are as many places as slots. What is dropped here answers its caller by that.
+                // The channel has as many slots as there are permits. Dropping a message
+                // reports `Gone` to its caller.
                 let _ = state.orders.try_send((control, slot));
             }
             Message::Start if stopping => {}
             Message::Start => state.start(myself),
             Message::Ended(None) => state.end(&myself, None),
-            Message::Ended(Some(panic)) if stopping => {
-                state.end(&myself, Some(format!("it panicked: {panic}")))
-            }
+            Message::Ended(Some(panic)) if stopping => state.end(&myself, Some(format!("panic: {panic}"))),
             Message::Ended(Some(panic)) => {
                 state.task = None;
                 if state.started.elapsed() > HEALTHY {
                     state.restarts.succeeded();
                 }
                 let wait = state.restarts.next();
-                tracing::error!(
-                    task = state.work.name(),
-                    panic,
-                    ?wait,
-                    "a task panicked and is started again"
-                );
+                tracing::error!(task = state.work.name(), panic, ?wait, "restarting task after panic");
                 state.work.panicked(&panic);
                 myself.send_after(wait, || Message::Start);
             }
@@ -317,13 +314,14 @@ impl<W: Work> Actor for Shell<W> {
                 state.stopping.push(done);
                 state.stop.send_replace(true);
                 if state.task.is_none() {
-                    // It panicked, and waits for its restart: that is now, since it has not ended in order yet.
+                    // A panicked task waits for its restart. Restart it now, so that it ends in
+                    // order.
                     state.start(myself.clone());
                 }
                 myself.send_after(patience, move || Message::GiveUp(patience));
             }
             Message::GiveUp(patience) => {
-                state.end(&myself, Some(format!("it was still at work after {patience:?}")))
+                state.end(&myself, Some(format!("still running after {patience:?}")))
             }
         }
         Ok(())

@@ -1,16 +1,16 @@
-//! Chains of causes, and the mark of errors that do not last.
+//! Chains of error causes, and the marker of transient errors.
 
 use std::error::Error;
 
-/// The cause of an error that says nothing about what was asked: trying again may help.
+/// A marker in the chain of causes of a transient error: a retry may succeed.
 ///
-/// It stands in the chain of causes because an error's own type may not be known where that matters: it may be generic, or hidden by
-/// `#[error(transparent)]`, which hands on the causes only.
+/// The marker is a cause because the error's own type may be unknown to the classifying code. The
+/// type may be generic, or hidden by `#[error(transparent)]`, which forwards only the causes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this is transient: trying again later may help")]
+#[error("transient error: retry later")]
 pub(crate) struct Transient;
 
-/// An error and its causes, down to the first one.
+/// Returns an error and its causes, from the outermost to the root cause.
 pub(crate) fn causes<'a>(
     error: &'a (dyn Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn Error + 'static)> {

@@ -1,4 +1,4 @@
-//! Aggregates through a runtime: what a caller is promised, whatever goes on around the command.
+//! Aggregates through a runtime: the guarantees for callers under conflicts and failures.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are no product")]
@@ -28,7 +28,7 @@ struct Counter {
 #[derive(Debug, Serialize, Deserialize)]
 enum CounterCommand {
     Add(u64),
-    /// Only when the total is exactly this.
+    /// Adds only if the total has exactly this value.
     AddIf {
         total: u64,
         add: u64,
@@ -105,16 +105,16 @@ fn added(n: u64) -> NewEvent {
     NewEvent::encode(&CounterEvent::Added { n }, Codec::Cbor, &Metadata::default()).unwrap()
 }
 
-/// Somebody else's append, past the runtime.
+/// Appends events of another writer, without the runtime.
 async fn foreign(store: &dyn EventStore, id: &str, expected: ExpectedVersion, events: Vec<NewEvent>) {
     store.append(vec![Append::one(stream(id), expected, events)]).await.remove(0).unwrap();
 }
 
-/// The sum and the number of a counter's stored events, and that its versions have no holes.
+/// Returns the sum and number of a counter's stored events. Checks that its versions have no gaps.
 async fn stored(store: &dyn EventStore, id: &str) -> (u64, u64) {
     let events = store.read_stream(&stream(id), Version::NONE, usize::MAX).await.unwrap();
     for (index, event) in events.iter().enumerate() {
-        assert_eq!(event.version, Version::new(index as u64 + 1), "versions have no holes");
+        assert_eq!(event.version, Version::new(index as u64 + 1), "versions have no gaps");
     }
     let sum = events
         .iter()
@@ -139,7 +139,7 @@ fn decisions_are_tested_without_a_runtime() {
 }
 
 #[tokio::test]
-async fn a_receipt_says_what_is_durable() {
+async fn a_receipt_matches_the_durable_events() {
     let store = MemoryStore::new();
     let runtime = runtime(store.clone()).await;
     let first = runtime.execute::<Counter>("a", Add(3)).await.unwrap();
@@ -180,7 +180,7 @@ async fn the_caller_can_expect_a_version() {
 }
 
 #[tokio::test]
-async fn what_cannot_work_is_said_before_anything_happens() {
+async fn invalid_calls_are_rejected_before_any_effect() {
     let runtime = runtime(MemoryStore::new()).await;
     let empty = runtime.execute::<Counter>("", Add(1)).await.unwrap_err();
     assert!(matches!(empty, ExecuteError::InvalidId { .. }), "{empty}");
@@ -194,7 +194,7 @@ async fn what_cannot_work_is_said_before_anything_happens() {
     assert!(!error.is_transient());
 }
 
-/// Commands are decided one upon the other while the store stands still, and somebody else writes meanwhile.
+/// Commands are decided on speculative state while the store hangs and another writer appends.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_conflict_under_a_speculated_pipeline_decides_all_again() {
     for foreign_events in [1, 2, 5] {
@@ -213,7 +213,7 @@ async fn a_conflict_under_a_speculated_pipeline_decides_all_again() {
         store.held(1).await; // what follows hangs on this one
         commands.extend((0..20).map(|n| spawn(n % 3 == 2)));
         tokio::time::sleep(Duration::from_millis(20)).await; // let the rest be decided ahead
-        // As many events as make a later expected version come out right by accident.
+        // The number of events makes a later expected version correct by coincidence.
         let events = (0..foreign_events).map(|_| added(1_000)).collect();
         foreign(&store.inner, "a", ExpectedVersion::Exact(Version::new(1)), events).await;
         store.release();
@@ -221,7 +221,7 @@ async fn a_conflict_under_a_speculated_pipeline_decides_all_again() {
         for command in commands {
             let (nothing, receipt) = command.await.unwrap();
             let receipt = receipt.unwrap();
-            assert!(receipt.reply > 1_000 * foreign_events, "decided on what really happened: {receipt:?}");
+            assert!(receipt.reply > 1_000 * foreign_events, "decided on the stored events: {receipt:?}");
             assert_eq!(receipt.events, u64::from(!nothing));
             if !nothing {
                 replies.push(receipt.reply);
@@ -237,7 +237,7 @@ async fn a_conflict_under_a_speculated_pipeline_decides_all_again() {
     }
 }
 
-/// Two nodes on one store, both writing to the same few aggregates all the time.
+/// Two nodes on one store continuously write to the same few aggregates.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_nodes_on_one_aggregate_lose_and_double_nothing() {
     let store = MemoryStore::new();
@@ -321,7 +321,7 @@ async fn idle_aggregates_leave_memory_after(idle: Duration) {
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_stays_flat_over_100_000_ids() {
     let options = AggregateOptions::<Counter>::new().max_live(1_000);
-    // The store must not be what grows.
+    // The memory of the store itself must not grow.
     let store = FaultyStore::forgetful(MemoryStore::new());
     let runtime = Runtime::builder().store(store).aggregate_with(options).start().await.unwrap();
     let touch = async |ids: std::ops::Range<u32>| {
@@ -355,11 +355,11 @@ fn resident_kib() -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_panic_fails_its_command_and_hurts_nobody_else() {
+async fn a_panic_fails_only_its_command() {
     let store = FaultyStore::new(MemoryStore::new());
     let runtime = runtime(store.clone()).await;
     runtime.execute::<Counter>("a", Add(1)).await.unwrap();
-    // With commands decided ahead of it and behind it.
+    // Commands are decided before and after it.
     store.hold();
     let spawn = |id: &'static str, command| {
         let runtime = runtime.clone();
@@ -382,7 +382,9 @@ async fn a_panic_fails_its_command_and_hurts_nobody_else() {
     assert_eq!(stored(&store.inner, "a").await, (111, 3));
 }
 
-/// F49: events that the state cannot take are refused before they are durable, and the aggregate goes on.
+/// F49: events that the state cannot fold are rejected before the append.
+///
+/// The aggregate continues with the next command.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_that_cannot_be_applied_are_refused_before_the_append() {
     let store = FaultyStore::new(MemoryStore::new());
@@ -396,7 +398,7 @@ async fn events_that_cannot_be_applied_are_refused_before_the_append() {
     };
     panics().await;
     assert_eq!(runtime.execute::<Counter>("a", Add(1)).await.unwrap().reply, 1);
-    // With a command ahead of it whose append is under way, and one after it.
+    // A command before it has an append in flight, and another command follows it.
     store.hold();
     let spawn = |command| {
         let runtime = runtime.clone();
@@ -413,7 +415,9 @@ async fn events_that_cannot_be_applied_are_refused_before_the_append() {
     assert_eq!(runtime.execute::<Counter>("b", Add(1)).await.unwrap().reply, 1);
 }
 
-/// F7: the state holds what a reader of the log will have, and what cannot be read again is not stored.
+/// F7: the state equals the state of a reader of the log.
+///
+/// Events that do not decode are not stored.
 mod readable {
     use std::collections::BTreeMap;
 
@@ -421,7 +425,7 @@ mod readable {
 
     use super::*;
 
-    /// Remembers what it was told, as it was told.
+    /// An aggregate that records its notes unchanged.
     #[derive(Default)]
     struct Memo {
         notes: Vec<Note>,
@@ -448,7 +452,7 @@ mod readable {
         Show,
     }
 
-    /// JSON-like: a reply that is not a number is written and not read.
+    /// A reply like in JSON: a value that is not a number encodes, but does not decode.
     #[derive(Debug, Clone, Copy, PartialEq)]
     struct Rate(f64);
 
@@ -494,7 +498,7 @@ mod readable {
     }
 
     #[tokio::test]
-    async fn a_live_state_is_what_a_reader_of_the_log_has() {
+    async fn the_state_in_memory_matches_the_log() {
         for codec in [Codec::Cbor, Codec::Json] {
             let store = MemoryStore::with_codec(codec);
             let start =
@@ -509,13 +513,13 @@ mod readable {
             let take = |note, reply| MemoCommand::Take { note, reply };
             let first = runtime.execute::<Memo>("a", take(note(1, "k"), 0.5)).await.unwrap();
             assert_eq!(first.reply.1, Rate(0.5));
-            // The data has the name of a field.
+            // The field name is part of the data.
             let error = runtime.execute::<Memo>("a", take(note(2, "id"), 0.5)).await.unwrap_err();
             assert!(
                 matches!(&error, ExecuteError::Unwritable(EncodeError::NotReadable { what, .. }) if what == "memo.Noted"),
                 "{error}"
             );
-            // A reply that a repetition could not get.
+            // A reply that a repetition could not decode.
             let error = runtime.execute::<Memo>("a", take(note(3, "k"), f64::NAN)).await.unwrap_err();
             assert!(matches!(&error, ExecuteError::Unwritable(EncodeError::NotReadable { .. })), "{error}");
             runtime.execute::<Memo>("a", take(note(4, "k"), 1.0)).await.unwrap();
@@ -532,7 +536,7 @@ mod readable {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn too_many_commands_are_told_so() {
+async fn too_many_commands_are_an_overload() {
     let store = FaultyStore::new(MemoryStore::new());
     let options = AggregateOptions::<Counter>::new()
         .max_in_flight(4)
@@ -550,7 +554,7 @@ async fn too_many_commands_are_told_so() {
     let error = spawn("hot").await.unwrap().unwrap_err();
     assert!(
         matches!(error, ExecuteError::Overloaded { limit: 2, .. }),
-        "one aggregate cannot take all: {error}"
+        "one aggregate cannot take all permits: {error}"
     );
     let others = [spawn("b"), spawn("c")];
     in_flight(&runtime, 4).await;
@@ -571,7 +575,7 @@ async fn in_flight(runtime: &Runtime, commands: usize) {
 }
 
 #[tokio::test]
-async fn all_live_aggregates_busy_is_an_overload_too() {
+async fn busy_aggregates_at_the_limit_are_an_overload() {
     let store = FaultyStore::new(MemoryStore::new());
     let options = AggregateOptions::<Counter>::new().max_live(2);
     let runtime = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
@@ -597,7 +601,7 @@ async fn a_repeated_command_gets_the_first_receipt() {
     let store = FaultyStore::new(MemoryStore::new());
     let id = Uuid::now_v7();
     let first_node = runtime(store.clone()).await;
-    // At the same time, before the first is durable.
+    // Concurrently, before the first command is durable.
     store.hold();
     let both: Vec<_> = (0..3)
         .map(|_| {
@@ -615,7 +619,7 @@ async fn a_repeated_command_gets_the_first_receipt() {
     }
     assert_eq!(receipts.iter().filter(|receipt| !receipt.duplicate).count(), 1);
     let first = receipts.iter().find(|receipt| !receipt.duplicate).unwrap().clone();
-    // Later, in another life of the actor, and on another node.
+    // Later, with a new actor and on another node.
     first_node.execute::<Counter>("a", Add(1)).await.unwrap();
     receipts.push(first_node.execute::<Counter>("a", AddTwice(5)).command_id(id).await.unwrap());
     first_node.shutdown().await.unwrap();
@@ -632,7 +636,7 @@ async fn a_repeated_command_gets_the_first_receipt() {
 }
 
 #[tokio::test]
-async fn a_store_that_is_away_is_told_and_comes_back() {
+async fn a_store_outage_is_reported_and_ends() {
     let store = FaultyStore::new(MemoryStore::new());
     let runtime = runtime(store.clone()).await;
     runtime.execute::<Counter>("a", Add(1)).await.unwrap();
@@ -644,7 +648,7 @@ async fn a_store_that_is_away_is_told_and_comes_back() {
     assert_eq!(stored(&store.inner, "a").await, (101, 2));
 }
 
-/// The store does not know whether its commit happened; it did. The same command id finds out.
+/// The commit happened, but the store cannot report it. A retry with the same id gets the receipt.
 #[tokio::test]
 async fn an_unknown_outcome_is_resolved_by_the_command_id() {
     let store = FaultyStore::new(MemoryStore::new());
@@ -670,7 +674,7 @@ async fn no_answer_in_time_is_an_unknown_outcome_and_an_undecided_command_is_dro
     assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error}");
     store.release();
     assert!(runtime.execute::<Counter>("a", Add(1)).command_id(id).await.unwrap().duplicate);
-    // Behind a stream that cannot be read yet, past its deadline when its turn comes.
+    // The stream of this command is not readable until after the command's deadline.
     store.hold_reads();
     let late = runtime.execute::<Counter>("b", Add(1)).timeout(timeout).await.unwrap_err();
     assert!(matches!(late, ExecuteError::OutcomeUnknown { .. }), "{late}");
@@ -682,7 +686,7 @@ async fn no_answer_in_time_is_an_unknown_outcome_and_an_undecided_command_is_dro
 }
 
 #[tokio::test]
-async fn a_timeout_may_be_without_end() {
+async fn a_timeout_can_be_unlimited() {
     let runtime = runtime(MemoryStore::new()).await;
     runtime.execute::<Counter>("a", Add(1)).timeout(Duration::MAX).await.unwrap();
     runtime.shutdown_within(Duration::MAX).await.unwrap();
@@ -701,7 +705,7 @@ async fn contention_without_end_gives_up() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_is_named() {
+async fn an_unreadable_event_is_named() {
     let store = MemoryStore::new();
     let runtime = runtime(store.clone()).await;
     let odd = |name: &str, payload: &'static [u8]| NewEvent {
@@ -737,7 +741,7 @@ async fn a_snapshot_saves_reading_and_an_unusable_one_is_ignored() {
             command.await.unwrap()
         };
     }
-    // Taken off the path of the commands: wait for it.
+    // The snapshot is written in a separate task: wait for it.
     let snapshot = loop {
         match store.snapshot(&stream("a")).await.unwrap() {
             Some(snapshot) if snapshot.version == Version::new(200) => break snapshot,
@@ -749,7 +753,7 @@ async fn a_snapshot_saves_reading_and_an_unusable_one_is_ignored() {
     let node = start(1).await;
     store.count_reads();
     assert_eq!(node.execute::<Counter>("a", Nothing).await.unwrap().reply, 250);
-    assert_eq!(store.events_read(), 50, "only what came after the snapshot");
+    assert_eq!(store.events_read(), 50, "only the events after the snapshot");
     let repeated = node.execute::<Counter>("a", Add(1)).command_id(id).await.unwrap();
     assert_eq!((repeated.duplicate, repeated.version, repeated.reply), (true, Version::new(200), 200));
     node.shutdown().await.unwrap();
@@ -801,7 +805,7 @@ async fn snapshots_under_a_busy_pipeline_hold_what_is_durable() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn shutdown_answers_what_is_under_way_and_refuses_what_comes() {
+async fn shutdown_answers_commands_in_flight_and_refuses_new_ones() {
     for round in 0..20 {
         let store = FaultyStore::new(MemoryStore::new());
         let runtime = runtime(store.clone()).await;
@@ -832,13 +836,13 @@ async fn shutdown_answers_what_is_under_way_and_refuses_what_comes() {
         assert_eq!(
             sum,
             acknowledged.load(std::sync::atomic::Ordering::Relaxed),
-            "exactly what was acknowledged"
+            "exactly the acknowledged commands"
         );
     }
 }
 
 #[tokio::test]
-async fn shutdown_says_what_did_not_end() {
+async fn shutdown_reports_unfinished_commands() {
     let store = FaultyStore::new(MemoryStore::new());
     let runtime = runtime(store.clone()).await;
     store.hold();
@@ -908,9 +912,9 @@ async fn events_must_be_an_enum_and_categories_unique() {
     assert!(Runtime::builder().aggregate::<Counter>().start().await.is_err());
 }
 
-/// Everything that is appended through the runtime is in the log, in the order of its positions.
+/// Every event appended through the runtime is in the log, ordered by position.
 #[tokio::test]
-async fn the_log_has_it_all() {
+async fn the_log_has_every_event_in_order() {
     let store = MemoryStore::new();
     let runtime = runtime(store.clone()).await;
     for n in 0..100 {
@@ -921,7 +925,7 @@ async fn the_log_has_it_all() {
     assert!(page.events.windows(2).all(|pair| pair[0].position < pair[1].position));
 }
 
-/// Another node has executed it: whatever the limit of attempts says, it took effect.
+/// Another node has executed the command. It took effect, regardless of the limit of attempts.
 #[tokio::test]
 async fn the_last_attempt_still_finds_the_first_receipt() {
     let store = MemoryStore::new();
@@ -937,14 +941,14 @@ async fn the_last_attempt_still_finds_the_first_receipt() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_stored_fails_alone() {
+async fn an_unstorable_command_fails_alone() {
     let store = FaultyStore::new(MemoryStore::new());
     let runtime = runtime(store.clone()).await;
     store.poison(added(666).payload.to_vec());
     store.hold();
     let head = runtime.execute::<Counter>("a", Add(1)).dispatch().await.unwrap();
     store.held(1).await;
-    // Decided while the first is on its way, and sent as one append.
+    // These are decided while the first append is in flight, and sent as one append.
     let ahead = runtime.execute::<Counter>("a", Add(10)).dispatch().await.unwrap();
     let poison = runtime.execute::<Counter>("a", Add(666)).dispatch().await.unwrap();
     let behind = runtime.execute::<Counter>("a", Add(100)).dispatch().await.unwrap();
@@ -954,7 +958,7 @@ async fn what_cannot_be_stored_fails_alone() {
     assert_eq!(ahead.await.unwrap().reply, 11);
     let error = poison.await.unwrap_err();
     assert!(matches!(error, ExecuteError::Store(StoreError::Invalid { .. })), "{error}");
-    assert_eq!(behind.await.unwrap().reply, 111, "decided again, without what was refused");
+    assert_eq!(behind.await.unwrap().reply, 111, "decided again, without the rejected command");
     assert_eq!(stored(&store.inner, "a").await, (111, 3));
 }
 
@@ -969,11 +973,11 @@ async fn a_slow_store_does_not_pile_up_snapshots() {
         runtime.execute::<Counter>("a", Add(1)).await.unwrap();
     }
     let waiting = waiting.load(std::sync::atomic::Ordering::SeqCst);
-    assert!((1..=4).contains(&waiting), "{waiting} snapshots under way");
+    assert!((1..=4).contains(&waiting), "{waiting} snapshots in flight");
 }
 
 #[tokio::test]
-async fn shutdown_counts_what_had_no_answer() {
+async fn shutdown_counts_unanswered_commands() {
     let store = FaultyStore::new(MemoryStore::new());
     let runtime = runtime(store.clone()).await;
     store.hold();
@@ -987,7 +991,7 @@ async fn shutdown_counts_what_had_no_answer() {
 }
 
 mod unlucky {
-    //! Code of the user's that panics where nobody thinks of it.
+    //! Panics of user code outside of its main functions.
 
     use super::*;
 

@@ -1,8 +1,11 @@
-//! The chaos oracle: three nodes share a projection in eight partitions while they are killed, and paused past their leases
-//! and continued, and while NATS and PostgreSQL are restarted, at random. At the end the read model, which records the order in
-//! which it saw the events, is what one thread makes of the log: none missing, none twice, each aggregate in order.
+//! The chaos oracle: a partitioned projection survives random faults without loss.
 //!
-//! `STORIED_CHAOS_SECONDS=300` makes it five minutes, `STORIED_CHAOS_SEED` repeats what happened.
+//! Three nodes share a projection in eight partitions. Random faults kill nodes, pause them past
+//! their leases, and restart NATS and PostgreSQL. The read model records the events in the order of
+//! their application. At the end it must equal a sequential replay of the log: no event is missing
+//! or applied twice, and the events of each aggregate are in order.
+//!
+//! `STORIED_CHAOS_SECONDS=300` sets a run of 5 minutes. `STORIED_CHAOS_SEED` repeats a run.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are no product")]
@@ -37,7 +40,7 @@ use uuid::Uuid;
 
 const PARTITIONS: u16 = 8;
 const LEASE: Duration = Duration::from_secs(1);
-/// Only a failing test waits for it.
+/// Upper limit for a step. Only a failing test waits for it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,7 +53,7 @@ impl Event for Tick {
     const CATEGORY: &'static str = "tick";
 }
 
-/// Records what it sees in the order in which it sees it.
+/// A projection that records events in the order of their application.
 struct Seen(Target);
 
 impl Projection for Seen {
@@ -72,13 +75,13 @@ impl Projection for Seen {
             .bind(n as i64)
             .execute(tx)
             .await?;
-        // So that most pauses come in the middle of a transaction.
+        // This delay makes most pauses fall into a transaction.
         tokio::time::sleep(Duration::from_millis(2)).await;
         Ok(())
     }
 }
 
-/// A node, when the oracle starts it.
+/// The entry point of a node process, which the oracle starts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "for the oracle"]
 async fn a_node_process() {
@@ -108,7 +111,7 @@ async fn a_node_process() {
 struct Node {
     process: Child,
     id_file: PathBuf,
-    /// What it said, for who wants to know why it ended.
+    /// Returns the log of the node, which shows why it ended.
     log: PathBuf,
 }
 
@@ -129,7 +132,7 @@ impl Node {
         Self { process, id_file, log }
     }
 
-    /// By which leases name it; `None` while it is starting.
+    /// Returns the id of the node in its leases, or `None` while it is starting.
     fn id(&self) -> Option<Uuid> {
         std::fs::read_to_string(&self.id_file).ok()?.parse().ok()
     }
@@ -146,7 +149,7 @@ impl Drop for Node {
     }
 }
 
-/// Small numbers that look random and are the same for the same seed.
+/// A pseudo-random number generator with a fixed seed.
 struct Dice(AtomicU64);
 
 impl Dice {
@@ -157,7 +160,7 @@ impl Dice {
     }
 }
 
-/// Everything that the oracle looks at.
+/// The nodes and servers under test.
 struct Scene {
     dir: TempDir,
     postgres: PostgresServer,
@@ -168,13 +171,15 @@ struct Scene {
 }
 
 impl Scene {
-    /// Starts again who met a dead server while it started: such a node says so and ends, and whoever runs nodes does as much.
-    /// Once it runs, nothing that happens here may end it.
+    /// Restarts nodes that met a dead server during their start.
+    ///
+    /// Such a node reports the error and ends, and an operator restarts it. No fault in this test
+    /// may end a node that runs.
     fn start_again(&mut self) {
         self.start_again_but(None);
     }
 
-    /// All but this one, which was killed on purpose.
+    /// Restarts such nodes, except the one that the test killed.
     fn start_again_but(&mut self, killed: Option<Uuid>) {
         for node in self.nodes.iter_mut().filter(|node| killed.is_none() || node.id() != killed) {
             if let Some(status) = node.process.try_wait().unwrap() {
@@ -189,7 +194,7 @@ impl Scene {
         }
     }
 
-    /// Who owns each partition; `None` when nobody does, or it cannot be known.
+    /// Returns the owner of each partition, or `None` if it has no owner or the owner is unknown.
     async fn owners(&self) -> Vec<Option<Uuid>> {
         let leases = self.store.leases().await.unwrap_or_default();
         let live: BTreeMap<_, _> = leases
@@ -200,7 +205,7 @@ impl Scene {
         (0..PARTITIONS).map(|index| live.get(&format!("partition/{index}/seen")).copied()).collect()
     }
 
-    /// Waits until three nodes have 3, 3 and 2 of them.
+    /// Waits until the three nodes own 3, 3 and 2 partitions.
     async fn balanced(&mut self) -> Duration {
         let began = Instant::now();
         loop {
@@ -220,7 +225,9 @@ impl Scene {
         }
     }
 
-    /// Waits until what `node` owned is others'; how long that took, if it owned anything.
+    /// Waits until other nodes own the partitions of `node`.
+    ///
+    /// Returns the time that this took, or `None` if the node owned no partition.
     async fn taken_over(&mut self, node: Option<Uuid>, owners: &[Option<Uuid>]) -> Option<Duration> {
         let began = Instant::now();
         let owned: Vec<_> =
@@ -231,13 +238,15 @@ impl Scene {
             if owned.iter().all(|&index| owners[index].is_some_and(|owner| Some(owner) != node)) {
                 return (!owned.is_empty()).then(|| began.elapsed());
             }
-            assert!(began.elapsed() < PATIENCE, "nobody took {owned:?} over: {owners:?}");
+            assert!(began.elapsed() < PATIENCE, "no takeover of {owned:?}: {owners:?}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 }
 
-/// Appends to some streams until it is told to stop. What fails may or may not be in the log; the log is what counts.
+/// Appends to several streams until the stop signal.
+///
+/// A failed append may or may not be in the log. The oracle compares with the log.
 fn load(store: &PostgresStore, task: u64, stop: &Arc<AtomicBool>) -> JoinHandle<()> {
     let (store, stop) = (store.clone(), stop.clone());
     tokio::spawn(async move {
@@ -255,7 +264,7 @@ fn load(store: &PostgresStore, task: u64, stop: &Arc<AtomicBool>) -> JoinHandle<
     })
 }
 
-/// What the log has in each partition.
+/// Returns the log's events of each partition.
 async fn fold(store: &PostgresStore) -> BTreeMap<u16, Vec<i64>> {
     let mut partitions: BTreeMap<u16, Vec<i64>> = BTreeMap::new();
     let mut after = Position::START;
@@ -272,7 +281,7 @@ async fn fold(store: &PostgresStore) -> BTreeMap<u16, Vec<i64>> {
     }
 }
 
-/// What the read model saw in each partition, in that order.
+/// Returns the read model's events of each partition, in order.
 async fn seen(url: &str) -> BTreeMap<u16, Vec<i64>> {
     let pool = PgPool::connect(url).await.unwrap();
     let rows: Vec<(i32, i64)> =
@@ -285,7 +294,7 @@ async fn seen(url: &str) -> BTreeMap<u16, Vec<i64>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_read_model_is_what_one_thread_makes_of_the_log() {
+async fn the_read_model_matches_a_sequential_replay() {
     let seconds = std::env::var("STORIED_CHAOS_SECONDS").map_or(12, |seconds| seconds.parse().unwrap());
     let seed = std::env::var("STORIED_CHAOS_SEED")
         .map_or_else(|_| Uuid::new_v4().as_u64_pair().0 >> 32, |seed| seed.parse().unwrap());
@@ -318,10 +327,10 @@ async fn the_read_model_is_what_one_thread_makes_of_the_log() {
         tokio::time::sleep(Duration::from_millis(dice.roll(500))).await;
         let (owners, first) = (scene.owners().await, dice.roll(3) as usize);
         let owns = |node: &Node| owners.iter().flatten().any(|owner| Some(*owner) == node.id());
-        // One that has something to lose, if there is one.
+        // Choose a node that owns a partition, if there is one.
         let victim = (0..3).map(|n| (first + n) % 3).find(|&n| owns(&scene.nodes[n])).unwrap_or(first);
         let node = scene.nodes[victim].id();
-        // All of them in the shortest run, in whatever order after that.
+        // The shortest run has every fault. Later faults have a random order.
         let what = if turn < 4 { turn } else { dice.roll(4) };
         turn += 1;
         match what {
@@ -334,7 +343,7 @@ async fn the_read_model_is_what_one_thread_makes_of_the_log() {
                 scene.nodes[victim].signal(Signal::SIGSTOP);
                 pauses.extend(scene.taken_over(node, &owners).await);
                 tokio::time::sleep(Duration::from_millis(dice.roll(500))).await;
-                // It wakes up in the middle of whatever it did, and does not know yet.
+                // The node resumes in the middle of its work, without knowledge of the takeover.
                 scene.nodes[victim].signal(Signal::SIGCONT);
             }
             2 => {

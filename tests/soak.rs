@@ -1,9 +1,11 @@
-//! The soak: three nodes under mixed load for a long time, while nodes, NATS and PostgreSQL are killed, paused and restarted
-//! now and then. Nothing may grow that should not: memory and open files of those who live through it, and how far projections
-//! are behind. At the end both read models, and what callers were told, are what one thread makes of the log.
+//! The soak: three nodes under mixed load for a long time, with faults.
 //!
-//! `scripts/soak 20` makes it twenty minutes, with builds as users run them. Without `STORIED_SOAK_SECONDS` it takes a quarter of
-//! a minute, which is no soak, but keeps it working.
+//! From time to time, the test kills, pauses and restarts nodes, NATS and PostgreSQL. The memory
+//! and open files of surviving processes and the lag of projections must not grow. At the end, both
+//! read models and the receipts of callers must equal a sequential replay of the log.
+//!
+//! `scripts/soak 20` runs for 20 minutes with release builds. Without `STORIED_SOAK_SECONDS`, the
+//! test takes 15 s, which only checks that the soak itself works.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are no product")]
@@ -37,12 +39,14 @@ use uuid::Uuid;
 
 const METERS: u64 = 300;
 const CALLERS: u64 = 8;
-/// How many commands a meter remembers: so few that all of them do soon, and what they take does not look like something that
-/// grows; and some minutes' worth, much longer than anybody asks again.
+/// Number of commands in the deduplication window of a meter.
+///
+/// It is small enough that all windows are full soon, so that their memory does not look like
+/// growth. It covers some minutes, much longer than any retry.
 const COMMAND_WINDOW: usize = 100;
-/// Only a failing soak waits for it.
+/// Upper limit for a step. Only a failing soak waits for it.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Shorter runs say nothing of what grows.
+/// Minimum duration for a check of growth.
 const LONG: Duration = Duration::from_secs(240);
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,7 +59,7 @@ impl Event for MeterEvent {
     const CATEGORY: &'static str = "meter";
 }
 
-/// Nothing is refused.
+/// The error of an aggregate that rejects nothing.
 #[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
 enum Never {}
 
@@ -82,7 +86,7 @@ impl Aggregate for Meter {
     }
 }
 
-/// Counts on two meters.
+/// A handler that counts on two meters.
 struct Both;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -109,7 +113,7 @@ impl Handler for Both {
     }
 }
 
-/// What each meter counted; shared out in partitions.
+/// A partitioned projection of the total of each meter.
 struct Totals;
 
 impl Projection for Totals {
@@ -136,7 +140,7 @@ impl Projection for Totals {
     }
 }
 
-/// How much was counted in all; of one node, over a durable consumer.
+/// A projection of the overall total, on one node over a durable consumer.
 struct Sum;
 
 impl Projection for Sum {
@@ -157,7 +161,7 @@ impl Projection for Sum {
     }
 }
 
-/// A node, when the soak starts it.
+/// The entry point of a node process, which the soak starts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "for the soak"]
 async fn a_node_process() {
@@ -207,16 +211,16 @@ impl Drop for Node {
     }
 }
 
-/// What callers share.
+/// The shared state of the callers.
 struct Load {
     stop: AtomicBool,
     commands: AtomicU64,
-    /// Told at first that it is not known whether they happened.
+    /// Number of commands whose outcome was unknown at first.
     unknown: AtomicU64,
     units: [AtomicU64; METERS as usize],
 }
 
-/// Gives commands, each until it is certain that it took effect. A third of them are for the handler.
+/// Sends commands, and retries each one until its effect is certain. A third go to the handler.
 async fn call(runtime: Runtime, load: Arc<Load>, caller: u64) {
     let mut n = caller;
     while !load.stop.load(Ordering::SeqCst) {
@@ -234,7 +238,7 @@ async fn call(runtime: Runtime, load: Arc<Load>, caller: u64) {
                 runtime.execute::<Meter>(meters[0], Count(units)).command_id(id).await.err()
             };
             let Some(error) = failed else { break };
-            assert!(Instant::now() < patience, "a command has come to nothing for {PATIENCE:?}: {error}");
+            assert!(Instant::now() < patience, "a command failed for {PATIENCE:?}: {error}");
             unknown |= matches!(error, ExecuteError::OutcomeUnknown { .. });
             sleep(Duration::from_millis(50)).await;
         }
@@ -247,12 +251,12 @@ async fn call(runtime: Runtime, load: Arc<Load>, caller: u64) {
     }
 }
 
-/// What was seen at one moment.
+/// The measurements at one point in time.
 #[derive(Debug, Clone, Copy)]
 struct Sample {
-    /// Resident memory in KiB and open files: of the caller, and of the two nodes that live through it all.
+    /// Resident memory in KiB and open files of the caller and of the two surviving nodes.
     processes: [(u64, usize); 3],
-    /// How many positions the projection that is furthest behind is behind.
+    /// Maximum lag of a projection in positions.
     lag: i64,
 }
 
@@ -273,7 +277,7 @@ async fn sample(url: &str, nodes: &[Node]) -> Option<Sample> {
     Some(Sample { processes, lag })
 }
 
-/// The median of a figure over the samples of a quarter of the time, counted from 0.
+/// Returns the median of a figure over the samples of one quarter of the time, counted from 0.
 fn median<T: Ord + Copy>(samples: &[Sample], quarter: usize, figure: impl Fn(&Sample) -> T) -> T {
     let length = samples.len() / 4;
     let mut values: Vec<_> = samples[quarter * length..(quarter + 1) * length].iter().map(figure).collect();
@@ -291,7 +295,7 @@ fn assert_flat(samples: &[Sample]) {
     }
     let lag = [1, 3].map(|quarter| median(samples, quarter, |sample| sample.lag));
     println!("lag: {lag:?} positions, in the second and the last quarter");
-    assert!(lag[1] <= lag[0] * 2 + 1_000, "projections fall behind");
+    assert!(lag[1] <= lag[0] * 2 + 1_000, "the lag of projections grows");
 }
 
 async fn fold(store: &PostgresStore) -> BTreeMap<String, u64> {
@@ -309,7 +313,7 @@ async fn fold(store: &PostgresStore) -> BTreeMap<String, u64> {
     }
 }
 
-/// What the two read models have.
+/// Returns the contents of the two read models.
 async fn read_models(url: &str) -> (BTreeMap<String, u64>, u64) {
     let mut connection = PgConnection::connect(url).await.unwrap();
     let rows: Vec<(String, i64)> =
@@ -322,7 +326,7 @@ async fn read_models(url: &str) -> (BTreeMap<String, u64>, u64) {
 async fn nothing_grows_and_nothing_is_lost() {
     let seconds = std::env::var("STORIED_SOAK_SECONDS").map_or(12, |seconds| seconds.parse().unwrap());
     let length = Duration::from_secs(seconds);
-    // As often as a patient person would bear, and often enough that all of it comes in a short run.
+    // Rare enough for a realistic load, and frequent enough that a short run has every fault.
     let pause = (length / 24).clamp(Duration::from_millis(500), Duration::from_secs(15));
     let mut postgres = PostgresServer::start().await;
     let mut nats = NatsServer::start(support::NatsOptions::jetstream()).await;
@@ -381,7 +385,7 @@ async fn nothing_grows_and_nothing_is_lost() {
                 postgres.restart().await;
             }
             other => {
-                // Past its leases.
+                // The pause is longer than its leases.
                 let node = &nodes[other / 2 % 2];
                 node.signal(Signal::SIGSTOP);
                 sleep((pause / 3).max(Duration::from_secs(3))).await;
@@ -389,7 +393,8 @@ async fn nothing_grows_and_nothing_is_lost() {
             }
         }
         faults += 1;
-        // One that met a dead server while it started said so and ended: whoever runs nodes starts it again.
+        // A node that met a dead server during its start has reported it and ended: restart it, as
+        // an operator would.
         for (number, node) in nodes.iter_mut().enumerate() {
             if node.0.try_wait().unwrap().is_some() {
                 assert!(number == 2 || faults < 3, "node {} ended by itself", number + 1);
@@ -407,12 +412,12 @@ async fn nothing_grows_and_nothing_is_lost() {
         let units = units.load(Ordering::Relaxed);
         (units > 0).then(|| (meter.to_string(), units))
     });
-    assert_eq!(expected, told.collect(), "the log, and what callers were told");
+    assert_eq!(expected, told.collect(), "the log equals the receipts of callers");
     let patience = Instant::now() + PATIENCE;
     while read_models(&url).await != (expected.clone(), sum) {
         if Instant::now() > patience {
             let found = read_models(&url).await;
-            assert_eq!(found, (expected, sum), "the read models are not what the log makes of them");
+            assert_eq!(found, (expected, sum), "the read models equal a replay of the log");
             break;
         }
         sleep(Duration::from_millis(100)).await;

@@ -1,4 +1,4 @@
-//! The actor of one live aggregate: folds, decides ahead of the disk, replies when durable.
+//! The actor of one aggregate: folds, decides on speculative state, replies when durable.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,35 +22,37 @@ use crate::store::{
 };
 use crate::telemetry::trace::CommandSpan;
 
-/// CBOR's null: a reply without content (`()`), which is not stored.
+/// CBOR's null: a reply without content (`()`). It is not stored.
 const NO_REPLY: [u8; 1] = [0xf6];
 
-/// A receipt, or why there is none.
+/// A receipt, or the error of a command without one.
 pub(crate) type Answer<A> = Result<Receipt<<A as Aggregate>::Reply>, ExecuteError<<A as Aggregate>::Error>>;
 
-/// A command on its way, with everything that has to survive being decided again.
+/// A command request, with everything that a further attempt needs.
 pub(crate) struct Order<A: Aggregate> {
     pub(crate) command: A::Command,
     pub(crate) command_id: Uuid,
-    /// Tells the command's content from another's: an id belongs to one command.
+    /// Fingerprint of the content. It detects the reuse of an id for another command.
     pub(crate) content: u64,
     pub(crate) metadata: Metadata,
-    /// What the caller expects of the aggregate's version.
+    /// Version of the aggregate that the caller expects.
     pub(crate) expected: ExpectedVersion,
-    /// When the caller stops waiting: a command that was not decided by then is dropped, and never takes effect.
+    /// Time until which the caller waits. An undecided command is then dropped for good.
     pub(crate) deadline: Instant,
-    /// When it arrived: the clock of its decisions.
+    /// Arrival time. It is the clock of the decisions.
     pub(crate) now: DateTime<Utc>,
-    /// How often it was decided.
+    /// Number of decisions so far.
     pub(crate) attempts: u32,
     pub(crate) span: CommandSpan,
-    /// Its place in the router's limit of commands under way; given back with the answer.
+    /// Permit within the router's limit of commands in flight. The answer releases it.
     pub(crate) _permit: OwnedSemaphorePermit,
     pub(crate) reply: RpcReplyPort<Answer<A>>,
 }
 
-/// Counts a command as under way on its aggregate until it is dropped, which is with its answer. An aggregate with none
-/// has nothing queued and nothing speculated: it can leave memory without anybody losing anything.
+/// A guard that counts a command as in flight for its aggregate. The answer drops it.
+///
+/// An aggregate without guards has no queued commands and no speculative state. It can be evicted
+/// without loss.
 pub(super) struct Load(Arc<AtomicUsize>);
 
 impl Load {
@@ -66,20 +68,20 @@ impl Drop for Load {
     }
 }
 
-/// What the actors of one kind of aggregate share.
+/// The shared state of all actors of one kind of aggregate.
 pub(super) struct Shared<A: Aggregate> {
     pub(super) store: Arc<dyn EventStore>,
     pub(super) writer: Writer,
     pub(super) options: AggregateOptions<A>,
     pub(super) types: Arc<EventTypes>,
-    /// Places for snapshots that are being written.
+    /// Permits for snapshot writes.
     pub(super) snapshots: Arc<Semaphore>,
 }
 
 pub(super) enum AggregateMessage<A: Aggregate> {
-    /// Decide on a command. `Load` counts it as under way on this aggregate until it is dropped.
+    /// Decide on a command. `Load` counts it as in flight until it is dropped.
     Execute(Box<Order<A>>, Load),
-    /// The writer answered the oldest append that it has of this actor.
+    /// The writer answered the oldest append of this actor.
     Written(Outcome),
 }
 
@@ -89,41 +91,49 @@ pub(super) struct AggregateActor<A: Aggregate> {
 }
 
 pub(super) struct AggregateState<A: Aggregate> {
-    /// The state, with the speculation of `pending` folded in. `None` before the first command and after something made it
-    /// useless: the next decision folds the stream.
+    /// Folded state, including the speculative events of `pending`.
+    ///
+    /// `None` before the first command and after a failure that invalidated the state. The next
+    /// decision then folds the stream.
     folded: Option<Folded<A>>,
-    /// Decided and not yet answered, in order. Their appends are with the writer.
+    /// Decided commands without an answer, in order. The writer has their appends.
     pending: VecDeque<Pending<A>>,
-    /// What the appends in `pending` have in common: when one fails, the writer refuses the rest.
+    /// Link between the appends in `pending`: if one fails, the writer rejects the rest.
     chain: Chain,
-    /// Something in `pending` failed, or the user's code panicked: nothing is decided until the rest is answered.
+    /// Whether an append in `pending` failed or user code panicked.
+    ///
+    /// The actor decides no command until the remaining appends are answered.
     broken: bool,
-    /// To be decided again, because the speculation under them was wrong.
+    /// Commands to decide again, because their speculative state was wrong.
     again: VecDeque<(Box<Order<A>>, Load)>,
-    /// Arrived while `broken`; decided after `again`.
+    /// Commands that arrived while `broken`. The actor decides them after `again`.
     waiting: VecDeque<(Box<Order<A>>, Load)>,
-    /// An encoded state, waiting for its version to become durable.
+    /// Encoded state that waits until its version is durable.
     staged: Option<(Version, Vec<u8>)>,
 }
 
-/// How many snapshots of one kind of aggregate are written at a time. Further ones are left out: the next will do.
+/// Maximum number of concurrent snapshot writes for one kind of aggregate.
+///
+/// The actor skips further ones.
 pub(super) const SNAPSHOTS_UNDER_WAY: usize = 4;
 
-/// A decided command.
+/// A decided command without an answer.
 struct Pending<A: Aggregate> {
     order: Box<Order<A>>,
     load: Load,
     decided: Decided<A>,
-    /// From here to the end of its append.
+    /// Span from the decision to the end of the append.
     _append: Option<Box<tracing::Span>>,
-    /// The same command dispatched again meanwhile: gets the same answer.
+    /// Repetitions of the command that arrived meanwhile. They get the same answer.
     repeated: Vec<(Box<Order<A>>, Load)>,
 }
 
 enum Decided<A: Aggregate> {
-    /// Events, in the state and on their way into the store.
+    /// Events that are folded into the state and whose append is in flight.
     Events { first: Version, last: Version, reply: A::Reply },
-    /// No events: answered when everything that the decision was made on, up to `version`, is durable.
+    /// No events.
+    ///
+    /// The answer waits until all events up to `version`, the base of the decision, are durable.
     Answer { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
 }
 
@@ -155,7 +165,8 @@ impl<A: Aggregate> Actor for AggregateActor<A> {
             AggregateMessage::Execute(order, load) => self.execute(&myself, order, load, state).await,
             AggregateMessage::Written(outcome) => self.written(outcome, state),
         }
-        // Also after `execute`: a panic with nothing under way leaves nobody to wait for.
+        // Also check after `execute`: after a panic with no append in flight, no further message
+        // triggers the recovery.
         while state.broken && state.pending.is_empty() {
             Box::pin(self.mend(&myself, state)).await;
         }
@@ -172,7 +183,7 @@ impl<A: Aggregate> AggregateActor<A> {
         state: &mut AggregateState<A>,
     ) {
         if order.deadline <= Instant::now() {
-            let reason = "it was not decided before its deadline and has been dropped".to_owned();
+            let reason = "dropped because it was not decided before its deadline".to_owned();
             return answer(
                 order.reply,
                 Err(ExecuteError::OutcomeUnknown { command_id: order.command_id, reason }),
@@ -194,7 +205,7 @@ impl<A: Aggregate> AggregateActor<A> {
                 match Box::pin(Folded::load(&*self.shared.store, &self.stream, &self.shared.options)).await {
                     Ok(loaded) => {
                         let folded = none.insert(loaded);
-                        // A long stream was folded from far back: the next time need not.
+                        // A snapshot now keeps the next fold of a long stream short.
                         stage_snapshot(&self.shared.options, &mut state.staged, folded);
                         self.take_snapshot(folded, &mut state.staged);
                         folded
@@ -206,7 +217,8 @@ impl<A: Aggregate> AggregateActor<A> {
         let earlier = match folded.commands.find(order.command_id) {
             Recollection::Known(events) => Some(events),
             Recollection::New => None,
-            // I8: what another node appends after this look-up is a conflict of versions, and then looked up again.
+            // I8: if another node appends the command after this look-up, the append gets a version
+            // conflict, and the look-up runs again.
             Recollection::Uncertain => {
                 match self.shared.store.command_events(&self.stream, order.command_id).await {
                     Ok(found) => found,
@@ -218,12 +230,13 @@ impl<A: Aggregate> AggregateActor<A> {
             let repeated = Box::pin(self.repeat(&order, events)).await;
             return answer(order.reply, repeated);
         }
-        // Only now: one of the rivals may have been the same command, on another node.
+        // Check the attempts after the duplicate look-up: a competing append may be this very
+        // command on another node.
         if order.attempts >= self.shared.options.attempts {
             let (stream, attempts) = (self.stream.clone(), order.attempts);
             return answer(order.reply, Err(ExecuteError::Contended { stream, attempts }));
         }
-        // The decision is made on everything decided so far, durable or not: all of it is in the state.
+        // The decision is based on all earlier decisions, durable or not: all are in the state.
         order.attempts += 1;
         if order.attempts > 1 {
             self.shared.writer.metrics().decided_again(A::Event::CATEGORY);
@@ -233,14 +246,14 @@ impl<A: Aggregate> AggregateActor<A> {
                 Err(ExecuteError::Panicked { stream: self.stream.clone(), message: panic_text(&*panic) })
             });
         let expected = folded.version;
-        // Before the append: events that the state cannot take must not become durable.
+        // Fold before the append: events that the state cannot fold must not become durable.
         let decision = decision.and_then(|(decided, events, read)| {
             folded.fold(read.iter()).map_err(|error| error.into_execute(&self.stream))?;
             Ok((decided, events))
         });
         let (decided, events) = match decision {
             Ok(decided) => decided,
-            // The user's code is at fault, whatever becomes of the speculation.
+            // User code caused the error, whether or not the speculative events become durable.
             Err(error) => {
                 if matches!(error, ExecuteError::Panicked { .. }) {
                     state.folded = None;
@@ -261,7 +274,8 @@ impl<A: Aggregate> AggregateActor<A> {
             if fresh {
                 return self.settle(pending, folded);
             }
-            // Only an append would notice that another node has written since; an answer without one has to look.
+            // An append would detect a newer event of another node. An answer without an append
+            // must read the stream.
             match Box::pin(folded.catch_up(&*self.shared.store, &self.stream)).await {
                 Ok(()) if folded.version == expected => self.settle(pending, folded),
                 Ok(()) => {
@@ -284,7 +298,8 @@ impl<A: Aggregate> AggregateActor<A> {
             chain: state.chain.clone(),
             alone: false,
             done: Box::new(move |outcome| {
-                // An actor that is gone was killed at the end of a shutdown; its callers have their answer.
+                // A failed cast means that a shutdown has killed the actor. Its callers have
+                // their answers.
                 let _ = actor.cast(AggregateMessage::Written(outcome));
             }),
         };
@@ -295,9 +310,13 @@ impl<A: Aggregate> AggregateActor<A> {
         }
     }
 
-    /// Lets the user's code decide, and encodes what it decided; the events also as a reader will have them. Panics when that
-    /// code does.
-    #[allow(clippy::type_complexity, reason = "three parts that go three ways")]
+    /// Calls the aggregate's `handle` and encodes the decision.
+    ///
+    /// Also returns the events in the form that a reader will decode.
+    ///
+    /// # Panics
+    /// If user code panics.
+    #[allow(clippy::type_complexity, reason = "three parts with three destinations")]
     fn decide(
         &self,
         order: &Order<A>,
@@ -325,8 +344,11 @@ impl<A: Aggregate> AggregateActor<A> {
         Ok((Decided::Events { first: version.next(), last, reply }, encoded, read))
     }
 
-    /// The events for the store, the events as a reader will have them, and the reply as a repetition will get it.
-    #[allow(clippy::type_complexity, reason = "three parts that go three ways")]
+    /// Encodes the events and the reply of a decision.
+    ///
+    /// Returns the events for the store, and the events in the form that a reader will decode. The
+    /// reply has the form that a repeated command will get.
+    #[allow(clippy::type_complexity, reason = "three parts with three destinations")]
     fn encode(
         &self,
         order: &Order<A>,
@@ -355,7 +377,7 @@ impl<A: Aggregate> AggregateActor<A> {
                 what: format!("the reply {}", std::any::type_name::<A::Reply>()),
                 field: "its content".into(),
                 reason,
-                remedy: "change the type of the reply to one that serde reads as it writes it",
+                remedy: "change the reply type so that serde can read the form that it writes",
             })?;
             (stored, again)
         };
@@ -366,9 +388,9 @@ impl<A: Aggregate> AggregateActor<A> {
         Ok((encoded, read, reply))
     }
 
-    /// Takes the writer's answer to the oldest append.
+    /// Handles the writer's answer to the oldest append.
     fn written(&self, outcome: Outcome, state: &mut AggregateState<A>) {
-        // Whatever is ahead of the append was decided without events, and is settled by the append before it.
+        // No entry without events is in front of the append: the preceding append settled them.
         let Some(pending) = state.pending.pop_front() else { return };
         match outcome {
             Ok(written) => {
@@ -395,7 +417,8 @@ impl<A: Aggregate> AggregateActor<A> {
                 }
             }
         }
-        // What was decided without events behind the append is as durable as the append, or as wrong.
+        // Entries without events after the append share its fate: they are valid only if the append
+        // is durable.
         while let Some(Pending { decided: Decided::Answer { .. }, .. }) = state.pending.front() {
             let Some(next) = state.pending.pop_front() else { break };
             match &state.folded {
@@ -405,7 +428,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }
     }
 
-    /// Answers a command that was decided without events, on a state that is durable.
+    /// Answers a command that was decided without events on a durable state.
     fn settle(&self, pending: Pending<A>, folded: &Folded<A>) {
         let Pending { order, decided, .. } = pending;
         let Decided::Answer { version, result } = decided else { return };
@@ -421,7 +444,7 @@ impl<A: Aggregate> AggregateActor<A> {
         answer(order.reply, result);
     }
 
-    /// Answers a command whose events are durable, and whoever asked for the same one.
+    /// Answers a command whose events are durable, and its repetitions.
     fn receipt(&self, pending: Pending<A>, record: CommandEvents) {
         let Pending { order, decided, repeated, .. } = pending;
         let Decided::Events { reply, .. } = decided else { return };
@@ -435,7 +458,7 @@ impl<A: Aggregate> AggregateActor<A> {
                     order.reply,
                     receipt.map_err(|reason| ExecuteError::OutcomeUnknown {
                         command_id: order.command_id,
-                        reason: format!("it did take effect, but its reply cannot be copied: {reason}"),
+                        reason: format!("it took effect, but its reply cannot be copied: {reason}"),
                     }),
                 );
             }
@@ -445,14 +468,16 @@ impl<A: Aggregate> AggregateActor<A> {
         answer(order.reply, Ok(receipt));
     }
 
-    /// The first receipt of a command that took effect before: its reply is with its last event.
+    /// Rebuilds the first receipt of a durable command from the reply in its last event.
     async fn repeat(&self, order: &Order<A>, record: CommandEvents) -> Answer<A> {
-        // It took effect: whatever is wrong here, nobody may be told that nothing happened.
+        // I8: the command is durable. From here on, every error is `OutcomeUnknown`, except a
+        // different content.
         let unknown = |reason| ExecuteError::OutcomeUnknown {
             command_id: order.command_id,
-            reason: format!("it did take effect, but its first receipt cannot be read: {reason}"),
+            reason: format!("it took effect, but its first receipt cannot be read: {reason}"),
         };
-        // I3: its events were read. Perhaps they are visible only because the wait for a standby was cut short.
+        // I3: the events may be visible only because the wait for a standby was cancelled. Confirm
+        // that they are durable before the answer.
         let durable = self.shared.store.confirm_durable().await;
         durable.map_err(|error| unknown(error.to_string()))?;
         let before = Version::new(record.last.get() - 1);
@@ -461,10 +486,10 @@ impl<A: Aggregate> AggregateActor<A> {
             Some(event) if event.command_id == order.command_id => {
                 event.decode_metadata().map_err(|error| unknown(error.to_string()))?
             }
-            // A standby that lacked it took over, or the store was restored.
-            _ => return Err(unknown("the log does not have its last event any more".into())),
+            // A standby without the event took over, or the store was restored.
+            _ => return Err(unknown("its last event is no longer in the log".into())),
         };
-        // Events of others, and of older programs, do not say.
+        // Events of other programs and of older versions have no fingerprint.
         if metadata.content.is_some_and(|content| content != order.content) {
             return Err(ExecuteError::SameId { command_id: order.command_id });
         }
@@ -472,15 +497,19 @@ impl<A: Aggregate> AggregateActor<A> {
         reply.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply)).map_err(unknown)
     }
 
-    /// Nothing is under way any more: throws away what was speculated, and decides what waits on what really happened.
+    /// Recovers after a conflict or a panic, once no append is in flight.
+    ///
+    /// Drops speculative state, reads the newer events of the stream, then decides the queued
+    /// commands.
     async fn mend(&self, myself: &ActorRef<AggregateMessage<A>>, state: &mut AggregateState<A>) {
         state.broken = false;
         state.chain = Chain::new();
         state.staged = None;
-        // Where nothing was folded ahead of the disk, only what others wrote is missing.
+        // Without speculative events, only the events of other writers are missing.
         let clean = state.folded.take().filter(|folded| !folded.speculated());
         if let Some(mut folded) = clean {
-            // On an error the next decision folds the stream, and reports the error if it still is one.
+            // After an error, the next decision folds the stream and reports the error if it
+            // persists.
             if folded.catch_up(&*self.shared.store, &self.stream).await.is_ok() {
                 state.folded = Some(folded);
             }
@@ -496,16 +525,17 @@ impl<A: Aggregate> AggregateActor<A> {
         }
     }
 
-    /// Writes the staged snapshot, off the actor's path.
+    /// Writes the staged snapshot in a separate task.
     fn take_snapshot(&self, folded: &mut Folded<A>, staged: &mut Option<(Version, Vec<u8>)>) {
         let (Some((version, bytes)), Some(snapshots)) = (staged.take(), &self.shared.options.snapshots)
         else {
             return;
         };
-        // Also when it is left out, or the state would be encoded with every event until there is a place.
+        // Also advance after a skipped snapshot. Otherwise every event would encode the state until
+        // a permit is free.
         folded.snapshot = version;
         let Ok(place) = self.shared.snapshots.clone().try_acquire_owned() else {
-            return tracing::debug!(stream = %self.stream, %version, "a snapshot is left out, because others are being written");
+            return tracing::debug!(stream = %self.stream, %version, "skipping snapshot, other snapshots are being written");
         };
         let (store, stream) = (self.shared.store.clone(), self.stream.clone());
         match folded.pack(version, snapshots.revision, bytes) {
@@ -513,16 +543,18 @@ impl<A: Aggregate> AggregateActor<A> {
                 tokio::spawn(async move {
                     let _place = place;
                     if let Err(error) = store.save_snapshot(&stream, snapshot).await {
-                        tracing::warn!(%stream, %version, %error, "a snapshot was not saved; the next one will be");
+                        tracing::warn!(%stream, %version, %error, "cannot save snapshot, trying the next one");
                     }
                 });
             }
-            Err(error) => tracing::warn!(%stream, %version, %error, "a snapshot cannot be encoded"),
+            Err(error) => tracing::warn!(%stream, %version, %error, "cannot encode snapshot"),
         }
     }
 }
 
-/// Encodes the state when it is far enough from its last snapshot. It may be speculated: it is kept until durable.
+/// Encodes the state if a snapshot is due.
+///
+/// The state may be speculative. The encoded form waits until its version is durable.
 fn stage_snapshot<A: Aggregate>(
     options: &AggregateOptions<A>,
     staged: &mut Option<(Version, Vec<u8>)>,
@@ -537,14 +569,14 @@ fn stage_snapshot<A: Aggregate>(
     match encoded {
         Ok(bytes) => *staged = Some((folded.version, bytes)),
         Err(error) => {
-            tracing::warn!(%error, "the state of an aggregate cannot be encoded; no snapshot");
-            // Not again with every event.
+            tracing::warn!(%error, "cannot encode aggregate state, skipping snapshot");
+            // Do not retry with every event.
             folded.snapshot = folded.version;
         }
     }
 }
 
-/// A caller that has gone away needs no answer, but what it does not hear of leaves a line.
+/// Answers a caller. Logs an error that the caller no longer waits for.
 fn answer<R, E: std::fmt::Display>(port: RpcReplyPort<Result<R, E>>, answer: Result<R, E>) {
     if let Err(MessagingErr::SendErr(Err(error))) = port.send(answer) {
         let error = text_of(&error);

@@ -5,7 +5,9 @@ use uuid::Uuid;
 
 use crate::event::{Metadata, StreamId, Version};
 
-/// What a decision may know beside the state: who asks, and the only clock and randomness that it may use.
+/// The inputs of a decision beside the state: the command's metadata, a clock and new ids.
+///
+/// A decision uses no other clock and no other randomness.
 #[derive(Debug)]
 pub struct Context<'a> {
     stream: &'a StreamId,
@@ -13,7 +15,7 @@ pub struct Context<'a> {
     command_id: Uuid,
     metadata: &'a Metadata,
     now: DateTime<Utc>,
-    /// How many ids were made: each is another one, and the same ones come when the command is decided again.
+    /// Number of ids generated so far. It makes each id distinct and the sequence repeatable.
     ids: Cell<u64>,
 }
 
@@ -28,38 +30,40 @@ impl<'a> Context<'a> {
         Self { stream, version, command_id, metadata, now, ids: Cell::new(0) }
     }
 
-    /// The id of the aggregate.
+    /// Returns the id of the aggregate.
     pub fn id(&self) -> &str {
         self.stream.id()
     }
 
-    /// The stream of the aggregate.
+    /// Returns the stream of the aggregate.
     pub fn stream(&self) -> &StreamId {
         self.stream
     }
 
-    /// The version that the decision is made on; [`Version::NONE`] if nothing has happened yet.
+    /// Returns the version that the decision is based on, or [`Version::NONE`] without events.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The id of the command.
+    /// Returns the id of the command.
     pub fn command_id(&self) -> Uuid {
         self.command_id
     }
 
-    /// What came with the command: correlation, trace context, the user's map.
+    /// Returns the metadata of the command: correlation, trace context and the user's map.
     pub fn metadata(&self) -> &Metadata {
         self.metadata
     }
 
-    /// When the command arrived. The same when it is decided again.
+    /// Returns the arrival time of the command. It is the same in every attempt.
     pub fn now(&self) -> DateTime<Utc> {
         self.now
     }
 
-    /// A new id, derived from the command's and the aggregate's: the same sequence when the command is decided again, and
-    /// another one when another aggregate gets the same command id.
+    /// Generates an id from the command id and the aggregate.
+    ///
+    /// Every attempt at the command gets the same sequence of ids. Another aggregate that gets the
+    /// same command id gets another sequence.
     pub fn new_id(&self) -> Uuid {
         let count = self.ids.get();
         self.ids.set(count + 1);

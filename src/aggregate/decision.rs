@@ -1,4 +1,4 @@
-/// What an aggregate decided: the events that happen, and the reply.
+/// A decision of an aggregate: the new events and the reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision<E, R = ()> {
     pub(crate) events: Vec<E>,
@@ -6,19 +6,19 @@ pub struct Decision<E, R = ()> {
 }
 
 impl<E> Decision<E> {
-    /// Nothing happens: the command is already fulfilled.
+    /// Creates a decision without events: the command is already fulfilled.
     #[must_use]
     pub fn none() -> Self {
         Self::events([])
     }
 
-    /// One event.
+    /// Creates a decision with one event.
     #[must_use]
     pub fn event(event: E) -> Self {
         Self::events([event])
     }
 
-    /// Several events, in order; they are stored together or not at all.
+    /// Creates a decision with several events in order. The store appends all of them or none.
     #[must_use]
     pub fn events(events: impl IntoIterator<Item = E>) -> Self {
         Self { events: events.into_iter().collect(), reply: () }
@@ -26,7 +26,7 @@ impl<E> Decision<E> {
 }
 
 impl<E, R> Decision<E, R> {
-    /// Answers the command with `reply` (in place of the reply so far).
+    /// Sets the reply to the command. It replaces an earlier reply.
     #[must_use]
     pub fn reply<S>(self, reply: S) -> Decision<E, S> {
         Decision { events: self.events, reply }

@@ -1,4 +1,4 @@
-//! An aggregate's folded state: the user's state, its version, and the commands that led there lately.
+//! The folded state of an aggregate: the user's state, its version and its recent commands.
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,28 +16,30 @@ use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
 use crate::store::{CommandEvents, EventStore, Snapshot, StoreError};
 
-/// How many events of a stream are read first while it is folded; how many at most, and about how many bytes, after that.
+/// Number of events in the first page of a fold.
 const FIRST_PAGE: usize = 500;
+/// Maximum number of events in a later page.
 const PAGE: usize = 2_000;
+/// Approximate maximum size of a later page, in bytes.
 const PAGE_BYTES: usize = 4 << 20;
 
 /// The state of an aggregate as of a version.
 pub(super) struct Folded<A> {
     pub(super) state: A,
-    /// The last event folded into `state`.
+    /// Version of the last event folded into `state`.
     pub(super) version: Version,
-    /// The last event in `state` that is durable; what is beyond is speculation.
+    /// Version of the last durable event in `state`. Later events are speculative.
     durable: Version,
-    /// The position of that event.
+    /// Position of the last durable event.
     pub(super) position: Position,
-    /// Durable commands only.
+    /// Deduplication window. It holds durable commands only.
     pub(super) commands: RecentCommands,
-    /// The version of the newest snapshot that was read or taken.
+    /// Version of the newest snapshot that was read or taken.
     pub(super) snapshot: Version,
 }
 
 impl<A: Aggregate> Folded<A> {
-    /// Folds a stream: its snapshot if there is a usable one, then the rest.
+    /// Folds a stream: the snapshot if it is usable, then the later events.
     pub(super) async fn load(
         store: &dyn EventStore,
         stream: &StreamId,
@@ -68,11 +70,11 @@ impl<A: Aggregate> Folded<A> {
         snapshots: &Snapshotting<A>,
         window: usize,
     ) -> Option<Self> {
-        // A snapshot is a cache: whatever is wrong with it, the stream is the truth and is folded from its start.
+        // A snapshot is a cache. If it is unusable, the stream is folded from its start.
         let snapshot = match store.snapshot(stream).await {
             Ok(snapshot) => snapshot?,
             Err(error) => {
-                tracing::warn!(%stream, %error, "the snapshot cannot be read; folding the whole stream");
+                tracing::warn!(%stream, %error, "cannot read snapshot, folding the whole stream");
                 return None;
             }
         };
@@ -97,7 +99,9 @@ impl<A: Aggregate> Folded<A> {
         }
     }
 
-    /// Folds what the stream has beyond the state. On an error the state may hold a part of it, and is of no use.
+    /// Folds the events of the stream that are newer than the state.
+    ///
+    /// After an error, the state may hold part of them and must be dropped.
     pub(super) async fn catch_up(
         &mut self,
         store: &dyn EventStore,
@@ -120,7 +124,8 @@ impl<A: Aggregate> Folded<A> {
 
     fn fold_recorded(&mut self, stream: &StreamId, event: &RecordedEvent) -> Result<(), FoldError> {
         if event.version != self.version.next() {
-            let reason = format!("{stream} goes from version {} to {}", self.version, event.version);
+            let reason =
+                format!("gap in {stream}: version {} is followed by {}", self.version, event.version);
             return Err(StoreError::Corrupt { reason }.into());
         }
         contained(|| {
@@ -132,19 +137,21 @@ impl<A: Aggregate> Folded<A> {
         Ok(())
     }
 
-    /// The events `first..=last`, of one command, are durable (and folded).
+    /// Marks the folded events `first..=last` of one command as durable.
     pub(super) fn durable(&mut self, command_id: Uuid, first: Version, last: Version, position: Position) {
         self.durable = last;
         self.position = position;
         self.commands.record(command_id, first, last, position);
     }
 
-    /// Whether the state holds events that may never happen.
+    /// Returns whether the state holds speculative events, which may never become durable.
     pub(super) fn speculated(&self) -> bool {
         self.version > self.durable
     }
 
-    /// Folds events that were decided here, as a reader will have them. A panic of the user's leaves a state of no use.
+    /// Folds events of a decision, in the form that a reader will decode.
+    ///
+    /// After a panic of user code, the state must be dropped.
     pub(super) fn fold<'e>(
         &mut self,
         events: impl ExactSizeIterator<Item = &'e A::Event>,
@@ -155,7 +162,7 @@ impl<A: Aggregate> Folded<A> {
         Ok(())
     }
 
-    /// What a snapshot at the durable version `version` has to remember beside the encoded state.
+    /// Creates the snapshot at the durable version `version` from the encoded state.
     pub(super) fn pack(&self, version: Version, revision: u32, state: Vec<u8>) -> Result<Snapshot, String> {
         let packed = Packed {
             state,
@@ -168,31 +175,34 @@ impl<A: Aggregate> Folded<A> {
     }
 }
 
-/// Runs the user's code.
+/// Runs user code and catches a panic.
 fn contained<T>(user: impl FnOnce() -> T) -> Result<T, FoldError> {
     catch_unwind(AssertUnwindSafe(user)).map_err(|panic| FoldError::Panicked(panic_text(&*panic)))
 }
 
-/// The last commands that took effect, by id (I8). Bounded; for those before them the store has an index.
+/// The deduplication window: the latest durable commands, by id (I8).
+///
+/// The window is bounded. For older commands the store has an index.
 #[derive(Debug)]
 pub(super) struct RecentCommands {
     by_id: HashMap<Uuid, CommandEvents>,
-    /// Oldest first.
+    /// Ids, oldest first.
     order: VecDeque<Uuid>,
     window: usize,
-    /// The greatest id with a time among the commands that are in the stream and no longer here, nil if none of them has a time;
-    /// `None` if all commands of the stream are here.
+    /// Greatest id with a time among the commands of the stream that left the window.
+    ///
+    /// Nil if none of them has a time; `None` if the window holds all commands of the stream.
     forgotten: Option<Uuid>,
 }
 
-/// What the window says about a command.
+/// The result of a look-up in the deduplication window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Recollection {
-    /// It took effect.
+    /// The command is durable.
     Known(CommandEvents),
-    /// It did not take effect.
+    /// The command is not durable.
     New,
-    /// It is not among the last ones.
+    /// The window does not cover the command.
     Uncertain,
 }
 
@@ -205,8 +215,8 @@ impl RecentCommands {
         if let Some(events) = self.by_id.get(&command_id) {
             return Recollection::Known(*events);
         }
-        // I8: compares ids with ids and no clock with another, so that no clock makes it wrong: an id that is greater than all
-        // that are forgotten is none of them.
+        // I8: ids are compared only with ids, never with a clock, so clock skew cannot cause an
+        // error. An id greater than every id that left the window is none of them.
         match self.forgotten {
             None => Recollection::New,
             Some(forgotten) if command_id::time(command_id).is_some() && command_id > forgotten => {
@@ -216,7 +226,7 @@ impl RecentCommands {
         }
     }
 
-    /// Records the durable events `first..=last` of a command, or further ones of it.
+    /// Records the durable events `first..=last` of a command, or further events of it.
     pub(super) fn record(&mut self, command_id: Uuid, first: Version, last: Version, position: Position) {
         let record = self.by_id.entry(command_id).or_insert_with(|| {
             self.order.push_back(command_id);
@@ -233,7 +243,9 @@ impl RecentCommands {
         }
     }
 
-    /// Ids and numbers one behind the other: forty bytes a command, where CBOR would take sixty and be slower.
+    /// Packs ids and numbers without separators.
+    ///
+    /// A command takes 40 bytes; CBOR would take 60 and be slower.
     fn pack(&self) -> Vec<u8> {
         let mut packed = Vec::with_capacity(self.order.len() * PACKED_COMMAND);
         for (id, record) in self.order.iter().filter_map(|id| Some((id, self.by_id.get(id)?))) {
@@ -248,7 +260,7 @@ impl RecentCommands {
 
 const PACKED_COMMAND: usize = 16 + 3 * 8;
 
-/// A snapshot's bytes: CBOR map with the keys `state`, `position`, `commands`, `forgotten`.
+/// The bytes of a snapshot: a CBOR map with `state`, `position`, `commands` and `forgotten`.
 #[derive(Serialize, Deserialize)]
 struct Packed {
     #[serde(with = "crate::codec::byte_string")]
@@ -257,7 +269,7 @@ struct Packed {
     position: Position,
     #[serde(with = "crate::codec::byte_string")]
     commands: Vec<u8>,
-    /// As in [`RecentCommands`].
+    /// See [`RecentCommands`].
     forgotten: Option<Uuid>,
 }
 
@@ -265,7 +277,7 @@ impl Packed {
     fn commands(&self, window: usize) -> Result<RecentCommands, String> {
         let (records, rest) = self.commands.as_chunks::<PACKED_COMMAND>();
         if !rest.is_empty() {
-            return Err("the list of commands has a broken end".into());
+            return Err("truncated list of commands".into());
         }
         let number = |bytes: &[u8]| bytes.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
         let mut commands = RecentCommands { forgotten: self.forgotten, ..RecentCommands::new(window) };

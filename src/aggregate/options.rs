@@ -8,13 +8,15 @@ use serde::de::DeserializeOwned;
 use super::Aggregate;
 use crate::invalid_option::{InvalidOption, at_least, within};
 
-/// Most commands of one kind that may be under way: each takes memory.
+/// Upper limit for commands in flight of one kind: each takes memory.
 pub(crate) const MOST_IN_FLIGHT: usize = 1_000_000;
 
-/// Number of commands that may be under way for one aggregate, unless set.
+/// Default limit for commands in flight for one aggregate.
 const IN_FLIGHT_EACH: usize = 1_024;
 
-/// How the actors of one kind of aggregate are kept. The defaults suit a service with many small aggregates.
+/// Options for the actors of one kind of aggregate.
+///
+/// The defaults suit a service with many small aggregates.
 pub struct AggregateOptions<A> {
     pub(crate) live: usize,
     pub(crate) idle: Duration,
@@ -44,13 +46,15 @@ impl<A> Default for AggregateOptions<A> {
 }
 
 impl<A: Aggregate> AggregateOptions<A> {
-    /// The defaults.
+    /// Creates options with the defaults.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many aggregates may be live at a time; the least recently used one leaves memory for a new one. Default: 10,000.
+    /// Sets the maximum number of aggregates in memory.
+    ///
+    /// At the limit, a new aggregate evicts the least recently used idle one. Default: 10,000.
     /// Range: at least 1.
     #[must_use]
     pub fn max_live(mut self, aggregates: usize) -> Self {
@@ -58,62 +62,79 @@ impl<A: Aggregate> AggregateOptions<A> {
         self
     }
 
-    /// How long an aggregate stays in memory without a command. Default: 5 minutes. Range: any. It is looked for such aggregates every
-    /// quarter of that, but not more often than every 10 ms: zero means that one goes about as soon as it has nothing to do, and is
-    /// folded again for the next command.
+    /// Sets how long an aggregate stays in memory without a command.
+    ///
+    /// Default: 5 minutes. Range: any. The router checks every quarter of this time, but at most
+    /// every 10 ms and at least every 30 s. Zero evicts an aggregate as soon as it is idle; the
+    /// next command folds its stream again.
     #[must_use]
     pub fn idle_timeout(mut self, idle: Duration) -> Self {
         self.idle = idle;
         self
     }
 
-    /// How many commands of this kind may be under way at a time; further callers wait for
-    /// [`admission_timeout`](Self::admission_timeout). Default: 4,096. Range: 1 to 1,000,000.
+    /// Sets the maximum number of commands in flight for this kind of aggregate.
+    ///
+    /// Further callers wait for [`admission_timeout`](Self::admission_timeout). Default: 4,096.
+    /// Range: 1 to 1,000,000.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
         self.in_flight = commands;
         self
     }
 
-    /// How many of them may be for one aggregate; the next is answered `Overloaded` at once, so that a hot aggregate
-    /// cannot rob the others. Default: 1,024, or [`max_in_flight`](Self::max_in_flight) if that is less. Range: 1 to
-    /// 1,000,000.
+    /// Sets the maximum number of commands in flight for one aggregate.
+    ///
+    /// The next command fails with `Overloaded` at once, so that a hot aggregate cannot starve the
+    /// others. Default: 1,024, or [`max_in_flight`](Self::max_in_flight) if that is less. Range: 1
+    /// to 1,000,000.
     #[must_use]
     pub fn max_in_flight_each(mut self, commands: usize) -> Self {
         self.in_flight_each = Some(commands);
         self
     }
 
-    /// How long a command waits for its turn at [`max_in_flight`](Self::max_in_flight) before it is answered
-    /// `Overloaded`. Default: 1 s. Range: any; with zero it does not wait.
+    /// Sets how long a command waits for a permit before it fails with `Overloaded`.
+    ///
+    /// [`max_in_flight`](Self::max_in_flight) limits the permits. Default: 1 s. Range: any; zero
+    /// does not wait.
     #[must_use]
     pub fn admission_timeout(mut self, timeout: Duration) -> Self {
         self.admission = timeout;
         self
     }
 
-    /// How often a command is decided when others keep writing to the stream. Default: 10. Range: at least 1.
+    /// Sets how many times a command is decided while other writers change the stream.
+    ///
+    /// Default: 10. Range: at least 1.
     #[must_use]
     pub fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts;
         self
     }
 
-    /// How many of its last effective commands an aggregate keeps in memory, about 100 bytes each. Earlier ones are looked up
-    /// in the store, so a repeated command is recognised either way. Default: 1,000. Range: any; with zero each command is
-    /// looked up. A new command with a UUIDv7 as its id is not looked up unless it is older than what fell out of the window:
-    /// for an aggregate whose commands come from clients with different clocks, choose as many as it gets in the difference.
+    /// Sets how many of its latest durable commands an aggregate keeps in memory.
+    ///
+    /// This is the deduplication window; an entry takes about 100 bytes. The actor looks up earlier
+    /// commands in the store, so every repeated command is recognised. Default: 1,000. Range: any;
+    /// with zero, the actor looks up each command.
+    ///
+    /// A command with a UUIDv7 needs a look-up only if its id is older than an id that left the
+    /// window. If clients have different clocks, choose the number of commands that arrive within
+    /// the difference.
     #[must_use]
     pub fn command_window(mut self, commands: usize) -> Self {
         self.command_window = commands;
         self
     }
 
-    /// Keeps a snapshot every `events` events, so that a long stream is not folded from its start. Default: off. Range of
-    /// `events`: at least 1.
+    /// Takes a snapshot every `events` events, so that folding starts from the snapshot.
     ///
-    /// `revision` names the shape of the state: raise it with every change of the struct or of `apply`. A snapshot of
-    /// another revision, or one that does not decode, is ignored and the stream folded from its start.
+    /// Default: off. Range of `events`: at least 1.
+    ///
+    /// `revision` identifies the structure of the state. Increase it with every change of the
+    /// struct or of `apply`. The actor ignores a snapshot of another revision, or one that does not
+    /// decode, and folds the stream from its start.
     #[must_use]
     pub fn snapshot_every(mut self, events: u64, revision: u32) -> Self
     where
@@ -130,7 +151,7 @@ impl<A: Aggregate> AggregateOptions<A> {
 }
 
 impl<A> AggregateOptions<A> {
-    /// How many commands may be under way for one aggregate.
+    /// Returns the maximum number of commands in flight for one aggregate.
     pub(crate) fn in_flight_each(&self) -> usize {
         self.in_flight_each.unwrap_or(IN_FLIGHT_EACH.min(self.in_flight))
     }
@@ -161,8 +182,10 @@ impl<A> fmt::Debug for AggregateOptions<A> {
     }
 }
 
-/// When and how snapshots are taken. Holds the two functions that need the aggregate to be a serde type, so that only
-/// aggregates with snapshots have to be one.
+/// The snapshot policy of one kind of aggregate.
+///
+/// It holds the two functions that need a serde type. Therefore only aggregates with snapshots
+/// must be serde types.
 pub(crate) struct Snapshotting<A> {
     pub(crate) every: u64,
     pub(crate) revision: u32,

@@ -12,29 +12,31 @@ use crate::event::{DecodeError, EncodeError, Position, StreamId, Version};
 use crate::store::{CommandEvents, ExpectedVersion, StoreError};
 use crate::transient::Transient;
 
-/// The answer to a command that took effect: what it says is durable.
+/// The receipt of a durable command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Receipt<R = ()> {
-    /// The command.
+    /// Id of the command.
     pub command_id: Uuid,
-    /// The aggregate's stream.
+    /// Stream of the aggregate.
     pub stream: StreamId,
-    /// The version of the aggregate after the command.
+    /// Version of the aggregate after the command.
     pub version: Version,
-    /// The position of the command's last event: a projection that has caught up to it knows of the command. When the
-    /// command caused no events, of the last event before it that the aggregate knows.
+    /// Position of the command's last event. A projection at this position has applied the command.
+    ///
+    /// If the command caused no events, this is the position of the last event that the aggregate
+    /// had folded.
     pub position: Position,
-    /// How many events the command caused: versions `version - events + 1` to `version` of the stream.
+    /// Number of events of the command: versions `version - events + 1` to `version` of the stream.
     pub events: u64,
-    /// The aggregate's reply.
+    /// Reply of the aggregate.
     pub reply: R,
-    /// The command had taken effect before; this is its first receipt.
+    /// Whether the command was durable before this call. The receipt is then its first receipt.
     pub duplicate: bool,
 }
 
 impl<R> Receipt<R> {
-    /// The receipt of a command that took effect before.
+    /// Creates the receipt of a command that was durable before.
     pub(crate) fn repeated(command_id: Uuid, stream: &StreamId, events: CommandEvents, reply: R) -> Self {
         Self {
             command_id,
@@ -55,141 +57,159 @@ impl Receipt {
     }
 }
 
-/// Why a command got no receipt.
+/// An error of a command without a receipt.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ExecuteError<E> {
-    /// The aggregate refused; nothing happened.
+    /// The aggregate rejected the command; nothing happened.
     Rejected(E),
-    /// The aggregate was not at the version that the caller asked for; nothing happened.
+    /// The aggregate was not at the expected version; nothing happened.
     ExpectedVersion {
-        /// Which aggregate.
+        /// Stream of the aggregate.
         stream: StreamId,
-        /// What the caller expected.
+        /// Version that the caller expected.
         expected: ExpectedVersion,
-        /// Where it is.
+        /// Version of the aggregate.
         actual: Version,
     },
-    /// Others wrote to the aggregate's stream each time before this command could; nothing happened.
+    /// Other writers changed the stream before each attempt of this command; nothing happened.
     Contended {
-        /// Which aggregate.
+        /// Stream of the aggregate.
         stream: StreamId,
-        /// How often the command was decided.
+        /// Number of decisions on the command.
         attempts: u32,
     },
     /// A limit is reached; nothing happened.
     Overloaded {
-        /// Of what there are too many.
+        /// Limited items.
         what: Cow<'static, str>,
-        /// The limit.
+        /// Limit.
         limit: usize,
     },
-    /// The user's code panicked. If it did so while deciding, nothing happened.
+    /// User code panicked. If it panicked in a decision, nothing happened.
     Panicked {
-        /// Which aggregate.
+        /// Stream of the aggregate.
         stream: StreamId,
-        /// The panic's message.
+        /// Message of the panic.
         message: String,
     },
-    /// The aggregate cannot be folded: a stored event does not decode. Nothing happened.
+    /// A stored event does not decode, so the aggregate cannot be folded; nothing happened.
     Unreadable(DecodeError),
-    /// An event or reply that the aggregate produced cannot be stored; nothing happened.
+    /// An event or reply of the aggregate cannot be stored; nothing happened.
     Unwritable(EncodeError),
-    /// The id cannot name a stream; nothing happened.
+    /// The id is invalid in a stream name; nothing happened.
     InvalidId {
-        /// What is wrong with it.
+        /// Cause.
         reason: String,
     },
     /// The store failed; nothing happened.
     Store(StoreError),
-    /// There was no answer in time, or the store could not say whether its commit happened. The command may have taken
-    /// effect, or may still: dispatch it again with the same id, and it is answered with the first receipt if it had.
+    /// No answer arrived in time, or the store could not determine whether its commit happened.
+    ///
+    /// The command may be durable, or may still become durable. Retry it with the same id: if it is
+    /// durable, the answer is its first receipt.
     OutcomeUnknown {
-        /// The command.
+        /// Id of the command.
         command_id: Uuid,
-        /// What happened.
+        /// Cause.
         reason: String,
     },
-    /// The command took effect on another node, and its reply does not fit into a NATS message. Repeating it gives the same
-    /// answer: read the result from a read model, make replies smaller, or raise the server's `max_payload`.
+    /// The command took effect on another node, but its reply exceeds a NATS message.
+    ///
+    /// A retry gives the same answer. Read the result from a read model, make replies smaller, or
+    /// raise the server's `max_payload`.
     ReplyTooLarge {
-        /// The command.
+        /// Id of the command.
         command_id: Uuid,
-        /// Of an aggregate's command: its receipt without the reply.
+        /// Receipt without the reply, for a command of an aggregate.
         receipt: Option<Box<Receipt>>,
-        /// Bytes of the reply.
+        /// Size of the reply in bytes.
         size: usize,
-        /// Bytes of a message on the NATS server of the node that executed the command.
+        /// Maximum message size, in bytes, of the NATS server of the executing node.
         limit: usize,
     },
-    /// The command was handled, but no program with this type of reply can read the reply. Repeating the command gives the same
-    /// answer: change the type so that serde reads what it writes.
+    /// The command was handled, but its reply does not decode as this reply type.
+    ///
+    /// A retry gives the same answer. Change the type so that serde can read the form that it
+    /// writes.
     ReplyUnreadable {
-        /// The command.
+        /// Id of the command.
         command_id: Uuid,
-        /// Of an aggregate's command: its receipt without the reply.
+        /// Receipt without the reply, for a command of an aggregate.
         receipt: Option<Box<Receipt>>,
-        /// What the decoder or encoder reports.
+        /// Error of the decoder or encoder.
         reason: String,
     },
-    /// The command does not fit into a NATS message, and this node cannot execute it itself; it was not sent, and nothing
-    /// happened.
+    /// The command exceeds a NATS message, and this node cannot execute it; nothing happened.
+    ///
+    /// The command was not sent.
     CommandTooLarge {
-        /// Bytes of the command with its metadata.
+        /// Size of the command with its metadata, in bytes.
         size: usize,
-        /// Bytes of a message on this node's NATS server.
+        /// Maximum message size of this node's NATS server, in bytes.
         limit: usize,
     },
-    /// No node that can be reached handles such commands; nothing happened. Right behind an outage of NATS it may also be that
-    /// those that do are not back yet.
+    /// No reachable node handles such commands; nothing happened.
+    ///
+    /// Shortly after an outage of NATS, nodes that handle them may not be back yet.
     NoHandler {
-        /// The aggregate's category, or the handler's name.
+        /// Category of the aggregate, or name of the handler.
         name: &'static str,
-        /// Whether somebody who does may still come: commands go to other nodes, and these come and go. Without such a bus
-        /// nobody will.
+        /// Whether a node that handles the command may still join.
+        ///
+        /// It is true if the bus reaches other nodes, which join and leave, and false otherwise.
         may_come: bool,
     },
-    /// The command bus is not connected, or the nodes that it reaches were shutting down, and this node cannot execute the
-    /// command itself; nothing happened, and nothing is kept to happen later.
+    /// No node is available that can execute the command; nothing happened.
+    ///
+    /// The command bus is not connected, or the reachable nodes are shutting down, and this node
+    /// cannot execute the command. The bus keeps nothing for later.
     Unavailable {
-        /// What is missing.
+        /// Cause.
         reason: String,
     },
-    /// Whoever could have executed the command would not (a filter, a hook, no place, no time left); nothing happened.
+    /// A node that handles the command did not accept it; nothing happened.
+    ///
+    /// A filter or a hook refused it, or no permit or no time was left.
     Refused {
-        /// Who refused, and why.
+        /// The refusing component and its cause.
         reason: String,
     },
-    /// The command was to wait for a projection that this node does not run; nothing happened.
+    /// The command should wait for a projection that this node does not run; nothing happened.
     UnknownProjection {
-        /// The name asked for.
+        /// Requested name.
         name: String,
-        /// The names of the projections of this node.
+        /// Names of the projections on this node.
         known: Vec<String>,
     },
-    /// Another command has this id; nothing happened because of this one. An id belongs to one command with one content.
+    /// Another command has this id; nothing happened because of this command.
+    ///
+    /// An id belongs to one command with one content.
     SameId {
-        /// The id.
+        /// Id of both commands.
         command_id: Uuid,
     },
-    /// The time in the command's id, a UUIDv7, is more than a minute ahead of the clock of the node that was to execute it;
-    /// nothing happened.
+    /// The time in the command's id is too far in the future; nothing happened.
+    ///
+    /// The id is a UUIDv7 that is more than 1 minute ahead of the clock of the executing node.
     IdAhead {
-        /// The id.
+        /// Id of the command.
         command_id: Uuid,
-        /// The time in the id.
+        /// Time in the id.
         claimed: DateTime<Utc>,
-        /// The time on the node.
+        /// Time on the node.
         now: DateTime<Utc>,
     },
     /// The node that owns the aggregate or handler could not execute the command; nothing happened.
     Failed {
-        /// What that node said.
+        /// Error that the node reported.
         reason: String,
     },
-    /// This runtime is shutting down and takes no commands; nothing happened. Another one may.
+    /// This runtime is shutting down and accepts no commands; nothing happened.
+    ///
+    /// Another node may accept the command.
     ShuttingDown,
-    /// The tokio runtime in which this node was started has ended, and the node with it; nothing happened.
+    /// The tokio runtime of this node has ended, and with it the node; nothing happened.
     ExecutorEnded,
 }
 
@@ -198,66 +218,71 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
         match self {
             Self::Rejected(error) => error.fmt(f),
             Self::ExpectedVersion { stream, expected, actual } => {
-                write!(f, "{stream} was expected at {expected}, and is at version {actual}")
+                write!(f, "wrong version of {stream}: expected {expected}, found version {actual}")
             }
-            Self::Contended { stream, attempts } => write!(
-                f,
-                "gave up after {attempts} attempts, because others kept writing to {stream}; try again later"
-            ),
+            Self::Contended { stream, attempts } => {
+                write!(f, "too many conflicts on {stream}: gave up after {attempts} attempts; retry later")
+            }
             Self::Overloaded { what, limit } => {
-                write!(f, "overloaded: {limit} {what} are the limit; try again later")
+                write!(f, "overloaded: too many {what} (limit {limit}); retry later")
             }
-            Self::Panicked { stream, message } => write!(f, "the aggregate {stream} panicked: {message}"),
+            Self::Panicked { stream, message } => write!(f, "aggregate {stream} panicked: {message}"),
             Self::Unreadable(error) => error.fmt(f),
             Self::Unwritable(error) => error.fmt(f),
             Self::InvalidId { reason } => f.write_str(reason),
             Self::Store(error) => error.fmt(f),
-            Self::OutcomeUnknown { command_id, reason } => write!(
-                f,
-                "it is unknown whether command {command_id} took effect: {reason}; dispatch it again with the same id to find out"
-            ),
+            Self::OutcomeUnknown { command_id, reason } => {
+                write!(f, "outcome of command {command_id} unknown: {reason}; retry with the same command id")
+            }
             Self::ReplyTooLarge { command_id, size, limit, .. } => write!(
                 f,
-                "command {command_id} took effect, but its reply of {size} bytes does not fit into a NATS message (limit {limit} \
-                 bytes); read the result from a read model"
+                "reply too large: command {command_id} took effect, but its reply of {size} bytes exceeds a NATS \
+                message (limit {limit} bytes); read the result from a read model"
             ),
             Self::ReplyUnreadable { command_id, reason, .. } => write!(
                 f,
-                "command {command_id} was handled, but its reply cannot be read: {reason}; change the type of the reply so that serde reads what it writes"
+                "unreadable reply: command {command_id} was handled, but its reply does not decode: {reason}; \
+                change the reply type so that serde can read the form that it writes"
             ),
             Self::CommandTooLarge { size, limit } => write!(
                 f,
-                "the command has {size} bytes and does not fit into a NATS message (limit {limit} bytes); make it smaller, or raise \
-                 the server's max_payload"
+                "command too large: {size} bytes exceed a NATS message (limit {limit} bytes); reduce the command, \
+                or raise the server's max_payload"
             ),
             Self::NoHandler { name, .. } => write!(
                 f,
-                "no node handles commands for {name:?}; register the aggregate or handler with Runtime::builder() on a node that runs"
+                "no node handles commands for {name:?}; register the aggregate or handler with Runtime::builder() \
+                on a running node"
             ),
-            Self::Unavailable { reason } => write!(f, "the command bus is unavailable: {reason}"),
-            Self::Refused { reason } => write!(f, "the command was refused: {reason}"),
+            Self::Unavailable { reason } => write!(f, "command bus unavailable: {reason}"),
+            Self::Refused { reason } => write!(f, "command not accepted: {reason}"),
             Self::UnknownProjection { name, known } => {
                 write!(f, "there is no projection {name:?}; {}", node_runs(known))
             }
             Self::IdAhead { command_id, claimed, now } => write!(
                 f,
-                "invalid command id {command_id}: its time, {claimed}, is more than 1 minute ahead of the clock of the node that executes it, {now}; make a new id, or correct the clock that is wrong"
+                "invalid command id {command_id}: its time {claimed} is more than 1 minute ahead of the executing \
+                node's clock {now}; generate a new id, or correct the wrong clock"
             ),
             Self::SameId { command_id } => write!(
                 f,
-                "command id {command_id} belongs to a command with another content; give every command an id of its own"
+                "command id reused: {command_id} belongs to a command with another content; use a unique id for \
+                every command"
             ),
-            Self::Failed { reason } => write!(f, "the command failed on its node: {reason}"),
+            Self::Failed { reason } => write!(f, "command failed on its node: {reason}"),
             Self::ExecutorEnded => f.write_str(
-                "the tokio runtime in which this node was started has ended; start a new node with Runtime::builder() in a tokio runtime that lives as long",
+                "node has ended: the tokio runtime in which it was started has ended; start a new node with \
+            Runtime::builder() in a tokio runtime that outlives it",
             ),
-            Self::ShuttingDown => f.write_str("the runtime is shutting down and takes no more commands"),
+            Self::ShuttingDown => f.write_str("command not accepted: this runtime is shutting down"),
         }
     }
 }
 
-/// The cause of a transient error says that it is one: the type of this error depends on the aggregate, and is hidden by an error that
-/// hands on only the causes.
+/// A transient error has `Transient` among its causes.
+///
+/// Callers cannot always downcast to this type: it depends on the aggregate, and a transparent
+/// error forwards only the causes.
 impl<E: Error + 'static> Error for ExecuteError<E> {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
@@ -287,7 +312,7 @@ impl<E> From<EncodeError> for ExecuteError<E> {
 }
 
 impl<E> ExecuteError<E> {
-    /// The aggregate's own error, if that is what it is.
+    /// Returns the aggregate's own error if the aggregate rejected the command.
     pub fn rejection(&self) -> Option<&E> {
         match self {
             ExecuteError::Rejected(error) => Some(error),
@@ -295,13 +320,15 @@ impl<E> ExecuteError<E> {
         }
     }
 
-    /// Whether this runtime may carry out the same command later without anybody doing anything to it. Safe to repeat only
-    /// with the same command id.
+    /// Returns whether this runtime may succeed with the same command later, without intervention.
     ///
-    /// [`NoHandler`](Self::NoHandler) is transient where commands go to other nodes: one that handles them may start, or come
-    /// back. That nobody ever will, because no program registers it, looks the same from here: whoever repeats a command
-    /// should stop at some time, or say so. [`ShuttingDown`](Self::ShuttingDown) is not: this runtime takes no command any
-    /// more. When another node was, the error is [`Unavailable`](Self::Unavailable).
+    /// A retry is safe only with the same command id.
+    ///
+    /// [`NoHandler`](Self::NoHandler) is transient if commands go to other nodes: a node that
+    /// handles them may start or come back. A handler that no program registers looks the same from
+    /// this node. Callers should therefore limit or report retries.
+    /// [`ShuttingDown`](Self::ShuttingDown) is not transient: this runtime accepts no further
+    /// commands. If another node is shutting down, the error is [`Unavailable`](Self::Unavailable).
     pub fn is_transient(&self) -> bool {
         match self {
             ExecuteError::NoHandler { may_come, .. } => *may_come,
@@ -314,7 +341,7 @@ impl<E> ExecuteError<E> {
         }
     }
 
-    /// What kind of error it is, in one word.
+    /// Returns the kind of the error as a word for metrics and spans.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             ExecuteError::Rejected(_) => "rejected",
@@ -348,7 +375,7 @@ impl<E> ExecuteError<E> {
         Self::OutcomeUnknown { command_id, reason: format!("no answer within {waited:?}") }
     }
 
-    /// Refuses a command whose id is from the future.
+    /// Rejects a command with an id that is too far in the future.
     pub(crate) fn check_id(command_id: Uuid) -> Result<(), Self> {
         command_id::check(command_id).map_err(|IdAhead { claimed, now }| Self::IdAhead {
             command_id,
@@ -365,7 +392,7 @@ impl<E> ExecuteError<E> {
     }
 }
 
-/// The projections of this node, for an error that names another one.
+/// Lists the projections of this node, for an error about an unknown projection.
 pub(crate) fn node_runs(projections: &[String]) -> String {
     match projections {
         [] => "this node runs no projection, register it with Runtime::builder()".into(),
@@ -373,7 +400,7 @@ pub(crate) fn node_runs(projections: &[String]) -> String {
     }
 }
 
-/// Why a stream could not be folded. Shared by all commands that wait for it.
+/// An error while folding a stream. All commands that wait for the stream share it.
 #[derive(Debug, Clone)]
 pub(crate) enum FoldError {
     Store(StoreError),

@@ -1,5 +1,7 @@
-//! The router of one kind of aggregate: id → actor. Holds the map, admits what fits, and decides who leaves memory; never
-//! awaits I/O, because every command of the kind passes through it.
+//! Routing of one kind of aggregate: id → actor.
+//!
+//! The router holds the map of actors, admits commands up to the limit, and evicts aggregates from
+//! memory. It never awaits I/O, because every command of the kind passes through it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -24,42 +26,42 @@ use crate::event::{EncodeError, Event, EventTypes, StreamId};
 use crate::store::{EventStore, StoreError, Writer};
 use crate::time::after;
 
-/// How many idle aggregates at most are looked at to make room for a new one.
+/// Maximum number of aggregates that the router checks when it evicts one for a new one.
 const EVICTION_SCAN: usize = 64;
 
-/// How a kind of aggregate is doing.
+/// The status of one kind of aggregate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RouterStatus {
-    /// The category of its streams.
+    /// Category of the streams.
     pub category: String,
-    /// Aggregates in memory.
+    /// Number of aggregates in memory.
     pub live: usize,
-    /// Commands under way.
+    /// Number of commands in flight.
     pub in_flight: usize,
 }
 
-/// The handle of a router; cheap to clone.
+/// A handle to a router. Cloning is cheap.
 pub(crate) struct Router<A: Aggregate> {
-    /// The actor of the moment: another one after a restart.
+    /// Current actor. A restart replaces it.
     actor: Arc<RwLock<ActorRef<RouterMessage<A>>>>,
     admission: Arc<Semaphore>,
     shared: Arc<Shared<A>>,
     live: Arc<AtomicUsize>,
-    /// Set when the end begins: nobody is admitted any more.
+    /// Set at the start of a shutdown. No command is admitted afterwards.
     closing: Arc<AtomicBool>,
 }
 
-/// Why a router does not start.
+/// An error at the start of a router.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartRouterError {
     #[error(transparent)]
     Events(#[from] EncodeError),
-    #[error("the router's actor cannot be started: {0}")]
+    #[error("cannot start router actor: {0}")]
     Spawn(#[from] SpawnErr),
 }
 
-/// The reason of a stop that nobody is to be started again after.
+/// Stop reason after which the supervisor does not restart the actor.
 pub(crate) const SHUTDOWN: &str = "shutdown";
 
 fn spawn<A: Aggregate>(
@@ -107,7 +109,9 @@ impl<A: Aggregate> Router<A> {
         Ok(Self { actor: Arc::new(RwLock::new(actor)), admission, shared, live, closing })
     }
 
-    /// Replaces the actor by a new one, when the old one is gone. Aggregates are folded anew by the first command.
+    /// Replaces an ended actor by a new one.
+    ///
+    /// The first command to each aggregate folds its stream again.
     pub(crate) fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, SpawnErr> {
         let actor = spawn(&self.shared, &self.live, supervisor)?;
         let id = actor.get_id();
@@ -115,19 +119,20 @@ impl<A: Aggregate> Router<A> {
         Ok(id)
     }
 
-    /// The actor of the moment.
+    /// Returns the current actor.
     pub(crate) fn actor(&self) -> ActorRef<RouterMessage<A>> {
         self.actor.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The stream of an aggregate of this kind.
+    /// Returns the stream of an aggregate of this kind.
     pub(crate) fn stream(&self, id: &dyn fmt::Display) -> Result<StreamId, ExecuteError<A::Error>> {
         StreamId::of(self.shared.types.category(), id)
             .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })
     }
 
-    /// A place among the commands under way, for the command `id`. Waits for one as long as the options say (or until
-    /// `deadline`).
+    /// Acquires a permit for the command `id` within the limit of commands in flight.
+    ///
+    /// Waits for the admission timeout of the options, or until `deadline` if that is earlier.
     pub(crate) async fn admit(
         &self,
         id: Uuid,
@@ -146,19 +151,19 @@ impl<A: Aggregate> Router<A> {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
             Err(_elapsed) => Err(ExecuteError::Overloaded {
-                what: "commands under way on this kind of aggregate".into(),
+                what: "commands in flight for this kind of aggregate".into(),
                 limit: options.in_flight,
             }),
         }
     }
 
-    /// Hands an admitted command over; the answer comes through its reply port.
+    /// Sends an admitted command to the actor. The answer arrives at its reply port.
     pub(crate) fn route(&self, stream: StreamId, order: Box<Order<A>>) -> Result<(), ExecuteError<A::Error>> {
         self.actor().cast(RouterMessage::Execute(stream, order)).map_err(|_| {
             if self.closing.load(Ordering::Acquire) {
                 ExecuteError::ShuttingDown
             } else {
-                let reason = "the router is being started again".into();
+                let reason = "router is restarting".into();
                 ExecuteError::Store(StoreError::Unavailable { reason, source: None })
             }
         })
@@ -172,46 +177,49 @@ impl<A: Aggregate> Router<A> {
         }
     }
 
-    /// Takes no more commands, waits until those under way are answered (or until `deadline`), and stops the actors. How
-    /// many were not answered.
+    /// Stops admission, waits for the commands in flight, and stops the actors.
+    ///
+    /// Waits until all commands are answered, or until `deadline`. Returns the number of unanswered
+    /// commands.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
         self.closing.store(true, Ordering::Release);
-        // All places taken means that nothing is under way; closing then refuses whoever still waits.
+        // Holding all permits means that no command is in flight. Closing then rejects waiting
+        // callers.
         let all = u32::try_from(self.shared.options.in_flight).unwrap_or(u32::MAX);
         let drained = tokio::time::timeout_at(deadline, self.admission.acquire_many(all)).await;
         let unanswered = if drained.is_ok() { 0 } else { self.status().in_flight };
         self.admission.close();
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
         if let Err(error) = self.actor().stop_and_wait(Some(SHUTDOWN.into()), Some(left)).await {
-            tracing::warn!(category = A::Event::CATEGORY, %error, "the router did not stop in time");
+            tracing::warn!(category = A::Event::CATEGORY, %error, "router did not stop in time");
         }
         unanswered
     }
 }
 
 pub(crate) enum RouterMessage<A: Aggregate> {
-    /// A command for the aggregate of a stream. Boxed, as it moves from actor to actor.
+    /// Execute a command on the aggregate of a stream. Boxed, because it moves between actors.
     Execute(StreamId, Box<Order<A>>),
-    /// Time to see who has been idle for too long.
+    /// Evict aggregates that have been idle for too long.
     Sweep,
 }
 
 struct RouterActor<A: Aggregate> {
     shared: Arc<Shared<A>>,
-    /// For the status, which must not queue behind commands.
+    /// Number of aggregates in memory, for the status, which must not queue after commands.
     live: Arc<AtomicUsize>,
 }
 
 struct RouterState<A: Aggregate> {
-    /// The live aggregates, least recently used last. Never more than `max_live`.
+    /// Aggregates in memory, least recently used last. At most `max_live`.
     entries: LruCache<StreamId, Entry<A>>,
-    /// Sends [`RouterMessage::Sweep`]; ends with the router.
+    /// Task that sends [`RouterMessage::Sweep`]. It ends with the router.
     sweeper: JoinHandle<()>,
 }
 
 struct Entry<A: Aggregate> {
     actor: ActorRef<AggregateMessage<A>>,
-    /// Commands under way, see [`Load`].
+    /// Number of commands in flight, see [`Load`].
     load: Arc<AtomicUsize>,
     last_used: Instant,
 }
@@ -243,7 +251,8 @@ impl<A: Aggregate> Actor for RouterActor<A> {
                 }
             }
         });
-        // Unbounded as far as the cache goes, which would drop whoever is last; who leaves is decided here.
+        // The cache is unbounded, because a bounded one would drop busy entries. The router itself
+        // evicts entries.
         Ok(RouterState { entries: LruCache::unbounded(), sweeper })
     }
 
@@ -270,17 +279,17 @@ impl<A: Aggregate> Actor for RouterActor<A> {
         Ok(())
     }
 
-    /// An aggregate's actor that ends is no reason to end, which would be ractor's default.
+    /// Keeps the router alive when the actor of an aggregate ends. Ractor's default ends it.
     async fn handle_supervisor_evt(
         &self,
         _: ActorRef<Self::Msg>,
         event: SupervisionEvent,
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
-        // Who was sent away is not in the map any more. User code's panics are caught in the actor, so a failure is a bug
-        // of ours; rare enough to search for the entry.
+        // The map no longer holds evicted actors. Actors catch panics of user code, so a failure is
+        // a bug in storied. It is rare enough for a linear search.
         if let SupervisionEvent::ActorFailed(actor, error) = event {
-            tracing::error!(category = A::Event::CATEGORY, %error, "the actor of an aggregate failed");
+            tracing::error!(category = A::Event::CATEGORY, %error, "aggregate actor failed");
             let failed = state.entries.iter().find(|(_, entry)| entry.actor.get_id() == actor.get_id());
             if let Some(stream) = failed.map(|(stream, _)| stream.clone()) {
                 state.entries.pop(&stream);
@@ -305,12 +314,13 @@ impl<A: Aggregate> RouterActor<A> {
             let limit = self.shared.options.in_flight_each();
             if entry.load.load(Ordering::Relaxed) >= limit {
                 let error =
-                    ExecuteError::Overloaded { what: "commands under way on one aggregate".into(), limit };
+                    ExecuteError::Overloaded { what: "commands in flight for one aggregate".into(), limit };
                 return refuse(*message, error);
             }
             match entry.actor.cast(AggregateMessage::Execute(message, Load::new(&entry.load))) {
                 Ok(()) => return,
-                // The actor has died since: the message comes back, and goes to its successor.
+                // The actor has ended meanwhile. The cast returns the message, which goes to a new
+                // actor.
                 Err(MessagingErr::SendErr(AggregateMessage::Execute(order, _))) => {
                     state.entries.pop(&stream);
                     message = order;
@@ -320,16 +330,11 @@ impl<A: Aggregate> RouterActor<A> {
         }
         if state.entries.len() >= self.shared.options.live && !make_room(&mut state.entries) {
             let limit = self.shared.options.live;
-            return refuse(
-                *message,
-                ExecuteError::Overloaded {
-                    what: "live aggregates, the least recently used ones busy,".into(),
-                    limit,
-                },
-            );
+            return refuse(*message, ExecuteError::Overloaded { what: "active aggregates".into(), limit });
         }
         let actor = AggregateActor { shared: self.shared.clone(), stream: stream.clone() };
-        // Instant: the actor folds its stream when it takes its first message, and the router goes on.
+        // An instant spawn does not block the router: the actor folds its stream at its first
+        // message.
         match ActorRuntime::spawn_linked_instant(None, actor, (), myself.get_cell()) {
             Ok((actor, _)) => {
                 let load = Arc::new(AtomicUsize::new(0));
@@ -338,7 +343,7 @@ impl<A: Aggregate> RouterActor<A> {
                 }
             }
             Err(error) => {
-                tracing::error!(%stream, %error, "the actor of an aggregate cannot be started");
+                tracing::error!(%stream, %error, "cannot start aggregate actor");
                 refuse(*message, ExecuteError::ShuttingDown);
             }
         }
@@ -346,7 +351,8 @@ impl<A: Aggregate> RouterActor<A> {
 
     fn sweep(&self, state: &mut RouterState<A>) {
         let Some(cutoff) = Instant::now().checked_sub(self.shared.options.idle) else { return };
-        // From the least recently used on, until the first that was used lately; busy ones are kept and moved on.
+        // Start at the least recently used entry and stop at the first recently used one. Busy
+        // entries stay and move to the front.
         for _ in 0..state.entries.len() {
             match state.entries.peek_lru() {
                 Some((_, entry)) if entry.last_used <= cutoff => {}
@@ -362,7 +368,9 @@ impl<A: Aggregate> RouterActor<A> {
     }
 }
 
-/// Sends the least recently used idle aggregate away. Whether there was one among the first few.
+/// Evicts the least recently used idle aggregate.
+///
+/// Returns whether one of the [`EVICTION_SCAN`] least recently used aggregates was idle.
 fn make_room<A: Aggregate>(entries: &mut LruCache<StreamId, Entry<A>>) -> bool {
     for _ in 0..EVICTION_SCAN.min(entries.len()) {
         let Some((stream, entry)) = entries.pop_lru() else { return false };
@@ -375,12 +383,14 @@ fn make_room<A: Aggregate>(entries: &mut LruCache<StreamId, Entry<A>>) -> bool {
     false
 }
 
-/// Nothing is under way on the aggregate, and only the router could send it something: it can just stop.
+/// Stops the actor of an idle aggregate.
+///
+/// No command is in flight there, and only the router could send one.
 fn passivate<A: Aggregate>(entry: &Entry<A>) {
     entry.actor.stop(Some("passivated".into()));
 }
 
 fn refuse<A: Aggregate>(order: Order<A>, error: ExecuteError<A::Error>) {
-    // A caller that has gone away needs no answer.
+    // A failed send means that the caller has stopped waiting.
     let _ = order.reply.send(Err(error));
 }

@@ -1,4 +1,4 @@
-//! The way from whoever gives a command to whoever handles it.
+//! Dispatch of commands from callers to the actors that execute them.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,14 +29,14 @@ use crate::telemetry::Metrics;
 #[cfg(feature = "nats")]
 use super::nats::{NatsCommands, NatsNode};
 
-/// How long what became of a handler's command is remembered unless somebody says otherwise.
+/// Default retention of the records of handlers' commands.
 const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// How commands find whoever handles them: within this process ([`local`](Self::local)), or on any node.
+/// The transport of commands: within this process ([`local`](Self::local)) or between nodes.
 ///
-/// A command bus is not an event bus: its connection and subjects are its own, and every command goes to the one node that
-/// owns it. There is no way to share its messages out over a queue group, since that would take commands to nodes that do
-/// not own them:
+/// A command bus is not an event bus. It has its own connection and subjects, and sends every
+/// command to the node that owns it. It has no queue groups, because they would send commands to
+/// nodes that do not own them:
 ///
 /// ```compile_fail,E0599
 /// # use storied::command::CommandBus;
@@ -49,7 +49,7 @@ const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// let builder = Runtime::builder().commands(bus);
 /// ```
 ///
-/// Filters and hooks run on the node that executes a command, whoever gave it.
+/// Filters and hooks run on the node that executes a command, on every caller's behalf.
 #[derive(Debug, Clone)]
 pub struct CommandBus {
     pub(super) policy: Policy,
@@ -65,7 +65,7 @@ impl Default for CommandBus {
 }
 
 impl CommandBus {
-    /// Commands stay within this process. The default.
+    /// Creates a bus whose commands stay within this process. This is the default.
     #[must_use]
     pub fn local() -> Self {
         Self {
@@ -76,15 +76,18 @@ impl CommandBus {
         }
     }
 
-    /// Takes only commands for which `filter` says yes; with several filters, all must. A command that this node does not
-    /// take goes to another one.
+    /// Adds a filter: this node accepts only commands for which all filters return `true`.
+    ///
+    /// A command that this node does not accept goes to another node.
     #[must_use]
     pub fn filter(mut self, filter: impl Fn(&CommandInfo<'_>) -> bool + Send + Sync + 'static) -> Self {
         self.policy.add_filter(Arc::new(filter));
         self
     }
 
-    /// Runs `hook` before every command. An error refuses the command, here and everywhere. Must not block.
+    /// Adds a hook that runs before every command. It must not block.
+    ///
+    /// An error of the hook refuses the command on every node.
     #[must_use]
     pub fn before_all(
         mut self,
@@ -94,7 +97,7 @@ impl CommandBus {
         self
     }
 
-    /// Runs `hook` before every command for the aggregates of this category, or the handler of this name.
+    /// Adds a hook that runs before every command of one aggregate category or handler name.
     #[must_use]
     pub fn before(
         mut self,
@@ -105,14 +108,14 @@ impl CommandBus {
         self
     }
 
-    /// Runs `hook` after every command that was accepted, however it ended. Must not block.
+    /// Adds a hook that runs after every accepted command, for every result. It must not block.
     #[must_use]
     pub fn after_all(mut self, hook: impl Fn(&CommandInfo<'_>, &CommandEnd) + Send + Sync + 'static) -> Self {
         self.policy.add_after(None, Arc::new(hook));
         self
     }
 
-    /// Runs `hook` after every command for the aggregates of this category, or the handler of this name.
+    /// Adds a hook that runs after every command of one aggregate category or handler name.
     #[must_use]
     pub fn after(
         mut self,
@@ -123,15 +126,17 @@ impl CommandBus {
         self
     }
 
-    /// How long the store remembers what became of a handler's command: as long as that, the same command id takes effect
-    /// once. What is older is forgotten within the hour. Default: 7 days. Range: 1 min to 36,500 days.
+    /// Sets how long the store keeps the records of handlers' commands.
+    ///
+    /// A handler's command id takes effect once within this time. The store deletes older records
+    /// within 1 hour. Default: 7 days. Range: 1 min to 36,500 days.
     #[must_use]
     pub fn keep_records(mut self, age: Duration) -> Self {
         self.keep_records = age;
         self
     }
 
-    /// Refuses options out of their range.
+    /// Rejects options that are out of range.
     pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
         let range = Duration::from_secs(60)..=DAY.saturating_mul(36_500);
         within("CommandBus::keep_records", self.keep_records, range)?;
@@ -142,7 +147,7 @@ impl CommandBus {
         Ok(())
     }
 
-    /// Refuses options that no connection could work with.
+    /// Rejects options with which no connection can work.
     pub(crate) fn check(&self) -> Result<(), BusError> {
         #[cfg(feature = "nats")]
         if let Some(nats) = &self.nats {
@@ -160,7 +165,7 @@ impl CommandBus {
     }
 }
 
-/// How a node gets at the other ones.
+/// The status of a node's command bus.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CommandBusStatus {
@@ -168,51 +173,56 @@ pub enum CommandBusStatus {
     Local,
     /// Commands reach these other nodes.
     Connected {
-        /// What they are called, by name; those among them that were not heard lately are asked last.
+        /// Names of the other nodes, sorted.
+        ///
+        /// Nodes without a recent heartbeat are candidates of last resort.
         nodes: Vec<String>,
-        /// Last error that the NATS server reported beside its answers, for example what this login may not do. `None` after
-        /// a reconnect.
+        /// Last asynchronous error of the NATS server, for example a missing permission.
+        ///
+        /// `None` after a reconnect.
         last_error: Option<String>,
     },
-    /// The store [does not belong](crate::store::Adoption) to the database that it is in: commands stay within this process.
+    /// The store [does not belong](crate::store::Adoption) to its database.
+    ///
+    /// Commands stay within this process.
     Incompatible {
-        /// Why, and what to do.
+        /// Cause and remedy.
         reason: String,
     },
-    /// There is no connection. It is being tried, without end.
+    /// There is no connection. The node retries without limit.
     Disconnected {
-        /// Why not.
+        /// Cause.
         reason: String,
     },
 }
 
-/// A command on its way to other nodes: what becomes of it, later.
+/// A command in flight to other nodes. The inner future resolves to its result.
 type Sent<'a> = BoxFuture<'a, Result<BoxFuture<'static, (Outcome, Duration)>, Failure>>;
 
-/// What gives commands holds this.
+/// The dispatcher of commands. Every sender of commands holds it.
 pub(crate) struct Commands {
     policy: Policy,
     metrics: Metrics,
-    /// Set before the runtime has started.
+    /// Aggregates and handlers of this node. Set before the runtime has started.
     registry: OnceLock<Registry>,
     follow: OnceLock<Box<dyn Follow>>,
-    /// Set when the end begins: only what handlers have begun may give commands.
+    /// Set at the start of a shutdown. Only handlers in flight may then send commands.
     closing: AtomicBool,
-    /// Ends with the tokio runtime in which the node was started.
+    /// Task that ends with the tokio runtime in which the node was started.
     executor: Task,
     #[cfg(feature = "nats")]
     nats: OnceLock<NatsNode>,
-    /// Why this node must not join the others.
+    /// Reason why this node must not join the other nodes.
     #[cfg(feature = "nats")]
     incompatible: OnceLock<String>,
 }
 
-/// Where a command goes first.
+/// The first destination of a command.
 #[derive(Debug)]
 pub(super) enum Way {
-    /// To an actor of this process. Whether there are other nodes that could take it.
+    /// An actor of this process. `others`: whether other nodes can execute the command too.
     Here { others: bool },
-    /// To other nodes.
+    /// Other nodes.
     There,
 }
 
@@ -232,20 +242,22 @@ impl Commands {
         })
     }
 
-    /// Opens the intake.
+    /// Starts to accept commands.
     pub(crate) fn open(&self, registry: Registry, follow: Box<dyn Follow>) {
-        // There is one runtime, which does this once.
+        // The runtime calls this once, so the cells are empty.
         let _ = self.registry.set(registry);
         let _ = self.follow.set(follow);
     }
 
-    /// Joins the other nodes, if the bus reaches any. Without a server this goes on in the background.
+    /// Joins the other nodes, if the bus reaches any.
+    ///
+    /// Without a server it retries in the background.
     #[cfg(feature = "nats")]
     pub(crate) async fn connect(self: &Arc<Self>, bus: CommandBus, store: &StoreInfo, incarnation: Uuid) {
         let Some(options) = bus.nats else { return };
-        // A copy would answer commands that are meant for the original.
+        // A copied store would answer commands that are meant for the original.
         if let Some(reason) = store.adoption.problem() {
-            tracing::error!(reason, "commands stay within this process");
+            tracing::error!(reason, "not joining other nodes, commands stay within this process");
             let _ = self.incompatible.set(reason);
             return;
         }
@@ -253,7 +265,9 @@ impl Commands {
         let _ = self.nats.set(node);
     }
 
-    /// Takes no more commands and waits for those under way. How many had no answer at the deadline.
+    /// Stops admission and waits for the commands in flight.
+    ///
+    /// Returns the number of commands without an answer at the deadline.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
         self.closing.store(true, Ordering::Release);
         #[cfg(feature = "nats")]
@@ -293,7 +307,7 @@ impl Commands {
         self.registry.get().unwrap_or_else(|| NOBODY.get_or_init(Registry::default))
     }
 
-    /// The names of the projections of this node.
+    /// Returns the names of the projections on this node.
     pub(super) fn projections(&self) -> Vec<String> {
         self.follow.get().map_or_else(Vec::new, |follow| follow.names())
     }
@@ -306,11 +320,11 @@ impl Commands {
     ) -> BoxFuture<'a, Result<(), String>> {
         match self.follow.get() {
             Some(follow) => follow.caught_up(name, position, patience),
-            None => Box::pin(std::future::ready(Err("the runtime has not started".into()))),
+            None => Box::pin(std::future::ready(Err("runtime has not started".into()))),
         }
     }
 
-    /// Where a command goes; `able` says whether this node takes it.
+    /// Routes a command. `able`: whether this node accepts it.
     pub(super) fn way<E>(
         &self,
         kind: Kind,
@@ -331,7 +345,8 @@ impl Commands {
             let spread = match info.key {
                 Some(key) => key,
                 None => {
-                    // Without a key any node will do: the same one for every attempt at a command.
+                    // Without a key, any node may execute the command. Every attempt chooses the
+                    // same.
                     id = info.id.to_string();
                     &id
                 }
@@ -342,7 +357,7 @@ impl Commands {
             return Ok(Way::Here { others: false });
         }
         if self.registry().endpoint(kind, name).is_some() {
-            let reason = format!("a filter of this node does not take command {}", info.id);
+            let reason = format!("a filter of this node does not accept command {}", info.id);
             return Err(ExecuteError::Refused { reason });
         }
         #[cfg(feature = "nats")]
@@ -377,15 +392,18 @@ impl Commands {
         })
     }
 
-    /// Sends a command to other nodes. With `prompt`, once somebody has accepted it: what becomes of it, later.
+    /// Sends a command to other nodes.
+    ///
+    /// With `prompt`, the outer future resolves when a node has accepted the command, and the inner
+    /// one with its result.
     pub(super) fn send(&self, frame: CommandFrame, envelope: &Envelope, deadline: Deadline) -> Sent<'_> {
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
-            // What stays in this process need not carry all that this does.
+            // Boxed, so that futures of local commands stay small.
             return Box::pin(nats.send(frame, envelope.assign_deadline(), deadline));
         }
         let _ = (frame, envelope, deadline);
-        let failure = Failure::new(super::wire::Code::Unavailable, "this node has no way to others");
+        let failure = Failure::new(super::wire::Code::Unavailable, "no command bus to other nodes");
         Box::pin(std::future::ready(Err(failure)))
     }
 }
@@ -396,7 +414,7 @@ impl fmt::Debug for Commands {
     }
 }
 
-/// Somebody who wants to know how a command of this process ends.
+/// The after-hooks of a command of this process, if there are any.
 pub(super) struct Watch(Option<Watched>);
 
 struct Watched {
@@ -406,7 +424,7 @@ struct Watched {
     metadata: Metadata,
 }
 
-/// Whether hooks run after a command of this process.
+/// Prepares the after-hooks of a command of this process.
 pub(super) fn watched(
     commands: &Arc<Commands>,
     metadata: &Metadata,
@@ -422,7 +440,7 @@ pub(super) fn watched(
 }
 
 impl Watch {
-    /// Runs the hooks when the command ends, also when nobody waits for it any more.
+    /// Runs the hooks when the command ends, even if its caller has stopped waiting.
     pub(super) fn over<T, E>(self, dispatched: Dispatched<T, E>) -> Dispatched<T, E>
     where
         T: Send + 'static,
@@ -435,12 +453,12 @@ impl Watch {
             let report = dispatched.report().await;
             let info = CommandInfo { name, key: key.as_deref(), id, metadata: &metadata };
             commands.policy.end(&info, report.runtime, &report.result);
-            // Who has gone away does not want to know.
+            // A failed send means that the caller has stopped waiting.
             let _ = sender.send((report.result, report.runtime));
         });
         Dispatched::new(id, async move {
             receiver.await.unwrap_or_else(|_| {
-                let reason = "a hook that ran after it panicked".to_owned();
+                let reason = "a hook after the command panicked".to_owned();
                 (Err(ExecuteError::OutcomeUnknown { command_id: id, reason }), Duration::ZERO)
             })
         })

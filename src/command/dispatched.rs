@@ -13,17 +13,19 @@ use crate::future::BoxFuture;
 use crate::telemetry::Metrics;
 use crate::telemetry::trace::CommandSpan;
 
-/// A command that was accepted: await it for the receipt. Dropping it does not take the command back.
-#[must_use = "await it for the receipt; a refusal that nobody hears only leaves a log line"]
+/// An accepted command. Await it for the receipt.
+///
+/// Dropping it does not cancel the command.
+#[must_use = "await it for the receipt; an error that is not awaited only leaves a log line"]
 pub struct Dispatched<T, E> {
     command_id: Uuid,
     answer: BoxFuture<'static, (Result<T, ExecuteError<E>>, Duration)>,
-    /// The worker's place of the handler that gave the command.
+    /// Worker slot of the handler that sent the command.
     place: Option<Arc<dyn GiveWay>>,
     watched: Option<Watched>,
 }
 
-/// What is told of a command to whoever watches: its span, and how long it took.
+/// The telemetry of a command: its span and its duration.
 pub(super) struct Watched {
     name: &'static str,
     span: CommandSpan,
@@ -32,7 +34,7 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    /// Begins the span. What travels with the command names it from now on.
+    /// Starts the span. The command's metadata carries it from here on.
     pub(super) fn new(
         commands: &Commands,
         name: &'static str,
@@ -47,7 +49,7 @@ impl Watched {
         self.span.clone()
     }
 
-    /// It was handed over, or not; in the one case it ends with its answer.
+    /// Attaches the telemetry to an accepted command, or ends it after an error.
     pub(super) fn over<T, E>(
         self,
         given: Result<Dispatched<T, E>, ExecuteError<E>>,
@@ -67,15 +69,15 @@ impl Watched {
     }
 }
 
-/// How a command ended.
+/// The result of a command and its duration.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Report<T, E> {
-    /// The command.
+    /// Id of the command.
     pub command_id: Uuid,
-    /// How long it took where it was executed; where nobody said so, until its answer was here.
+    /// Duration on the executing node. If that is unknown, the time until the answer arrived.
     pub runtime: Duration,
-    /// The receipt, or why there is none.
+    /// Receipt, or the error of a command without one.
     pub result: Result<T, ExecuteError<E>>,
 }
 
@@ -92,7 +94,7 @@ impl<T, E> Dispatched<T, E> {
         self
     }
 
-    /// A command that an actor of this process has.
+    /// Creates the handle of a command that an actor of this process executes.
     pub(super) fn here<S: Send>(
         envelope: &Envelope,
         deadline: Deadline,
@@ -108,19 +110,19 @@ impl<T, E> Dispatched<T, E> {
             let unknown = |reason| Err(ExecuteError::OutcomeUnknown { command_id: id, reason });
             let result = match tokio::time::timeout_at(deadline.instant(), answer).await {
                 Ok(Ok(answer)) => answer,
-                Ok(Err(_dropped)) => unknown("its actor was stopped before it answered".into()),
+                Ok(Err(_dropped)) => unknown("the actor stopped before it answered".into()),
                 Err(_elapsed) => Err(ExecuteError::timed_out(id, deadline.instant() - started)),
             };
             (result, started.elapsed())
         })
     }
 
-    /// The id under which the command takes effect.
+    /// Returns the id of the command.
     pub fn command_id(&self) -> Uuid {
         self.command_id
     }
 
-    /// Waits for the end, and says how long it took as well.
+    /// Waits for the result, and returns it with the duration.
     pub async fn report(self) -> Report<T, E> {
         let (result, runtime) = give_way(self.place, self.answer).await;
         if let Some(watched) = self.watched {

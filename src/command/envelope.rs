@@ -1,4 +1,4 @@
-//! What every command travels with, whoever handles it.
+//! The envelope of a command: id, metadata and deadlines.
 
 use std::time::Duration;
 
@@ -9,20 +9,20 @@ use crate::command_id;
 use crate::event::Metadata;
 use crate::time::{FAR, after};
 
-/// How long a dispatcher waits for somebody to take its command unless it says otherwise.
+/// Default time that a caller waits until a node accepts its command: 5 s.
 pub const ASSIGN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a caller waits for its answer unless it says otherwise.
+/// Default time that a caller waits for the answer: 10 s.
 pub const RECEIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Who a command is, what came with it, and how long it has.
+/// The id, metadata and deadlines of a command.
 #[derive(Debug, Clone)]
 pub(crate) struct Envelope {
     pub(crate) id: Uuid,
     pub(crate) metadata: Metadata,
     assign: Duration,
     receive: Duration,
-    /// No command that another one gives outlives it.
+    /// Deadline of the handler that sends the command. A nested command does not outlive it.
     until: Option<Instant>,
 }
 
@@ -37,12 +37,12 @@ impl Envelope {
         }
     }
 
-    /// For a command that is given while another one is handled.
+    /// Creates the envelope of a nested command, which a handler sends.
     pub(super) fn within(id: Uuid, metadata: Metadata, until: Instant) -> Self {
         Self { id, metadata, until: Some(until), ..Self::new() }
     }
 
-    /// Whether another command is being handled that needs this one.
+    /// Returns whether a handler sent this command.
     pub(super) fn is_nested(&self) -> bool {
         self.until.is_some()
     }
@@ -55,13 +55,13 @@ impl Envelope {
         self.receive = timeout;
     }
 
-    /// When the caller stops waiting, if it does.
+    /// Returns the time until which the caller waits, if it is limited.
     pub(super) fn deadline(&self) -> Deadline {
         let own = (!self.receive.is_zero() && self.receive < FAR).then(|| Instant::now() + self.receive);
         Deadline(own.into_iter().chain(self.until).min())
     }
 
-    /// When somebody must have taken the command, if ever.
+    /// Returns the time until which a node must accept the command, if it is limited.
     pub(super) fn assign_deadline(&self) -> Deadline {
         Deadline((!self.assign.is_zero() && self.assign < FAR).then(|| Instant::now() + self.assign))
     }
@@ -84,17 +84,17 @@ impl Deadline {
         Self(None)
     }
 
-    /// The point in time, or one that nobody lives to see.
+    /// Returns the point in time, or one in the far future.
     pub(crate) fn instant(self) -> Instant {
         self.0.unwrap_or_else(|| Instant::now() + FAR)
     }
 
-    /// How much time is left; `None` if there is no end to it.
+    /// Returns the time left, or `None` without a deadline.
     pub(crate) fn left(self) -> Option<Duration> {
         self.0.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
-    /// As it travels to other nodes.
+    /// Returns the time left in milliseconds, as the wire format carries it.
     pub(crate) fn left_millis(self) -> Option<u64> {
         self.left().map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
     }
@@ -106,49 +106,58 @@ impl Deadline {
 
 macro_rules! envelope_setters {
     () => {
-        /// The id under which the command takes effect at most once. Default: a new UUIDv7. Give it one that is derived from
-        /// the request, and the request can be repeated safely. Any UUID will do. A UUIDv7 must not be more than a minute
-        /// ahead of the clock of the node that executes the command; it is also the cheapest: for other ids an aggregate with
-        /// many commands asks the store first.
+        /// Sets the command id: the idempotency key under which the command takes effect once.
+        ///
+        /// Default: a new UUIDv7. If the id is derived from a request, the request can be retried
+        /// safely. Any UUID is valid. A UUIDv7 must not be more than 1 minute ahead of the clock of
+        /// the executing node. It is also the cheapest id: for other ids, an aggregate with many
+        /// commands queries the store first.
         pub fn command_id(mut self, id: uuid::Uuid) -> Self {
             self.envelope.id = id;
             self
         }
 
-        /// Ties the events to what set the command off; the command's own id by default.
+        /// Sets the correlation id of the events. Default: the command id.
         pub fn correlation_id(mut self, id: uuid::Uuid) -> Self {
             self.envelope.metadata.correlation_id = Some(id);
             self
         }
 
-        /// The command or event that made somebody give this command. Set already where a handler gives it.
+        /// Sets the id of the command or event that caused this command.
+        ///
+        /// A handler's context sets it for the commands that the handler sends.
         pub fn causation_id(mut self, id: uuid::Uuid) -> Self {
             self.envelope.metadata.causation_id = Some(id);
             self
         }
 
-        /// The W3C `traceparent` of the caller: the command's span belongs under it. Not needed where the caller's span is the
-        /// current one.
+        /// Sets the W3C `traceparent` of the caller, the parent of the command's span.
+        ///
+        /// It is not needed if the caller's span is the current span.
         pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
             self.envelope.metadata.traceparent = Some(traceparent.into());
             self
         }
 
-        /// An entry for the metadata.
+        /// Adds an entry to the user's map in the metadata.
         pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
             self.envelope.metadata.user.insert(key.into(), value.into());
             self
         }
 
-        /// How long to wait for the answer; 10 seconds by default, zero for as long as it takes. A command that nobody has
-        /// begun by then is dropped; one that is under way is answered `OutcomeUnknown`.
+        /// Sets how long to wait for the answer.
+        ///
+        /// Default: 10 s. Zero waits without limit. After the timeout, a command that has not
+        /// started is dropped, and a command in flight is answered with `OutcomeUnknown`.
         pub fn timeout(mut self, timeout: std::time::Duration) -> Self {
             self.envelope.set_receive(timeout);
             self
         }
 
-        /// How long to wait for a node that takes the command; 5 seconds by default, zero for as long as
-        /// [`timeout`](Self::timeout) says. Of no concern in one process.
+        /// Sets how long to wait until a node accepts the command.
+        ///
+        /// Default: 5 s. Zero waits as long as [`timeout`](Self::timeout). It has no effect within
+        /// one process.
         pub fn assign_timeout(mut self, timeout: std::time::Duration) -> Self {
             self.envelope.set_assign(timeout);
             self

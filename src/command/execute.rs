@@ -19,10 +19,10 @@ use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
 use crate::telemetry::trace::CommandSpan;
 
-/// A command that is about to be executed: await it for the receipt, or set more before.
+/// A command for an aggregate. Set its options, then await it for the receipt.
 ///
-/// Made by [`Runtime::execute`](crate::Runtime::execute). Nothing happens before it is awaited or
-/// [dispatched](Self::dispatch). Dropping the future while it waits does not take the command back.
+/// [`Runtime::execute`](crate::Runtime::execute) creates it. The command starts when it is awaited
+/// or [dispatched](Self::dispatch). Dropping the waiting future does not cancel the command.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct Execute<A: Aggregate> {
     commands: Arc<Commands>,
@@ -30,7 +30,7 @@ pub struct Execute<A: Aggregate> {
     command: A::Command,
     envelope: Envelope,
     expected: ExpectedVersion,
-    /// The worker's place of the handler that gives this command.
+    /// Worker slot of the handler that sends this command.
     place: Option<Arc<dyn GiveWay>>,
 }
 
@@ -48,29 +48,34 @@ impl<A: Aggregate> Execute<A> {
 
     envelope_setters!();
 
-    /// Refuses the command unless the aggregate is at this version when it is decided. Anything by default.
+    /// Sets the version that the aggregate must have when the command is decided. Default: any.
     pub fn expect_version(mut self, expected: ExpectedVersion) -> Self {
         self.expected = expected;
         self
     }
 
-    /// Also waits until the projection `name` of this node has applied what the command caused, within
-    /// [`timeout`](Self::timeout) once more. The answer says the one and the other: that a projection was late never looks
-    /// as if the command had failed. If this node runs no such projection, the command is not executed
+    /// Also waits until the projection `name` of this node has applied the command's events.
+    ///
+    /// The wait for the projection has the same [`timeout`](Self::timeout), from the receipt on.
+    /// The result reports the receipt and the projection separately: a slow projection never looks
+    /// like a failed command. If this node runs no such projection, the command is not executed
     /// ([`ExecuteError::UnknownProjection`]).
     pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndFollow<A> {
         let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
-        // None at all means as long as it takes, for both.
+        // A zero timeout means no limit, for the receipt and for the projection.
         let timeout = if timeout.is_zero() { crate::time::FAR } else { timeout };
         ExecuteAndFollow::new(self, commands, name.into(), timeout)
     }
 
-    /// Hands the command over, and returns as soon as its aggregate has accepted it. Commands that are dispatched one after
-    /// the other to one aggregate are decided in that order, without waiting for each other's disk, as long as no node
-    /// comes or goes. Await what this returns for the receipt; dropping it does not take the command back.
+    /// Sends the command, and returns as soon as its aggregate has accepted it.
+    ///
+    /// Commands that are dispatched in sequence to one aggregate are decided in that order while no
+    /// node joins or leaves. They do not wait for each other's append. Await the returned handle
+    /// for the receipt. Dropping it does not cancel the command.
     ///
     /// # Errors
-    /// When nobody took the command; then nothing happened, unless the error says that the outcome is unknown.
+    /// If no node accepted the command. Nothing happened then, unless the error is
+    /// `OutcomeUnknown`.
     pub async fn dispatch(mut self) -> Result<Pending<A>, ExecuteError<A::Error>> {
         let place = self.place.take();
         Ok(give_way(place.clone(), self.hand_over(true)).await?.within(place))

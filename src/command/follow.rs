@@ -1,4 +1,4 @@
-//! Commands whose caller also waits for a projection.
+//! Commands that also wait until a projection has applied them.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use crate::aggregate::Aggregate;
 use crate::event::Position;
 use crate::future::BoxFuture;
 
-/// What waits for projections: above this module, as the projections are beside it.
+/// Waits for projections. The runtime implements it: this module does not depend on projections.
 pub(crate) trait Follow: Send + Sync {
-    /// The names of the projections of this node.
+    /// Returns the names of the projections on this node.
     fn names(&self) -> Vec<String>;
-    /// Waits until the projection `name` has come to `position`.
+    /// Waits until the projection `name` has reached `position`.
     fn caught_up<'a>(
         &'a self,
         name: &'a str,
@@ -23,7 +23,9 @@ pub(crate) trait Follow: Send + Sync {
     ) -> BoxFuture<'a, Result<(), String>>;
 }
 
-/// A command whose caller also waits for a projection. Made by [`Execute::wait_for`].
+/// A command that also waits for a projection.
+///
+/// [`Execute::wait_for`] creates it.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct ExecuteAndFollow<A: Aggregate> {
     execute: Execute<A>,
@@ -32,23 +34,23 @@ pub struct ExecuteAndFollow<A: Aggregate> {
     patience: Duration,
 }
 
-/// What became of a command, and whether a projection knows of it.
+/// The receipt of a command, and whether a projection has applied it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Followed<R = ()> {
-    /// The command took effect: what this says is durable.
+    /// Receipt of the command. The command is durable.
     pub receipt: Receipt<R>,
-    /// Whether the projection has applied it, or why that is not known.
+    /// Whether the projection has applied the command, or why this is unknown.
     pub applied: Result<(), NotApplied>,
 }
 
-/// A projection did not come to a position in time. Of the command this says nothing.
+/// A projection did not reach a position in time. The command itself is durable.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the command took effect at position {position}, but it is not known to be applied: {reason}")]
+#[error("projection has not confirmed position {position}: {reason}; the command itself is durable")]
 pub struct NotApplied {
-    /// The position to come to.
+    /// Position that the projection had to reach.
     pub position: Position,
-    /// What was in the way.
+    /// Cause.
     pub reason: String,
 }
 
@@ -62,7 +64,9 @@ impl<A: Aggregate> ExecuteAndFollow<A> {
         Self { execute, commands, name, patience }
     }
 
-    /// How long to wait for the projection once the command has its receipt; as long as for the receipt by default.
+    /// Sets how long to wait for the projection after the receipt.
+    ///
+    /// Default: the timeout of the command.
     pub fn within(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
@@ -75,7 +79,8 @@ impl<A: Aggregate> IntoFuture for ExecuteAndFollow<A> {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            // Before the command: after it, the caller could not tell a wrong name from a slow projection.
+            // Check the name before the command runs: afterwards, a wrong name and a slow
+            // projection look the same to the caller.
             let known = self.commands.projections();
             if !known.contains(&self.name) {
                 return Err(ExecuteError::UnknownProjection { name: self.name, known });

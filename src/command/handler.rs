@@ -1,4 +1,4 @@
-//! Commands that are no aggregate's: a transfer between two accounts, an order that spans several services.
+//! Commands across aggregates, for example a transfer between two accounts.
 
 mod actor;
 mod context;
@@ -19,16 +19,22 @@ pub use self::options::HandlerOptions;
 pub use self::request::Request;
 use super::ExecuteError;
 
-/// Handles commands that are no aggregate's: usually by giving others, to aggregates and handlers wherever they live.
+/// A handler of commands across aggregates.
 ///
-/// A command id takes effect once: what became of a command is recorded in the store, and the same id is answered with the
-/// record. A node can die while it handles a command, though, before anything is recorded; the command is then handled
-/// again, here or elsewhere, by a new attempt that starts from the beginning. So `handle` must bear to be repeated. The
-/// commands that it gives through its [context](HandlerContext) do: in every attempt they have the same ids, and take
-/// effect once. What decides the way that it goes on must be the same in every attempt, too: the reply of a command that
-/// caused events is, since it is stored with them. A clock, chance, or a look into a read model are not. Nor is an
-/// aggregate's refusal: it leaves no trace, and the same command may be accepted a moment later. Where a *no* decides
-/// something, let the aggregate make an event of it and say so in its reply.
+/// A handler usually sends commands to aggregates and other handlers, on any node.
+///
+/// A command id takes effect once: the store records the outcome of the command, and a repeated id
+/// gets the recorded outcome. A node can fail while it handles a command, before the outcome is
+/// recorded. A new attempt, on any node, then handles the command from the beginning. Therefore
+/// `handle` must be repeatable:
+///
+/// - Commands that it sends through its [context](HandlerContext) are repeatable. They have the
+///   same ids in every attempt, and take effect once.
+/// - Its control flow must depend only on values that are the same in every attempt. The reply of a
+///   command that caused events qualifies, because it is stored with them.
+/// - A clock, randomness and a read model do not qualify. A rejection by an aggregate does not
+///   qualify either: it leaves no trace, and the aggregate may accept the same command later. If a
+///   rejection decides the flow, let the aggregate record it as an event and return it as a reply.
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
@@ -74,42 +80,50 @@ use super::ExecuteError;
 /// }
 /// ```
 pub trait Handler: Send + Sync + 'static {
-    /// What the command is called on the bus and in the store's records: dotted tokens of ASCII letters, digits, `_`, `-`.
+    /// Name of the command on the bus and in the store's records.
+    ///
+    /// It consists of dotted tokens of ASCII letters, digits, `_` and `-`.
     const NAME: &'static str;
-    /// What is asked.
+    /// Command of the handler.
     type Command: Serialize + DeserializeOwned + Send + Sync + 'static;
-    /// What it is answered with.
+    /// Reply to the command.
     type Reply: Serialize + DeserializeOwned + Send + 'static;
-    /// Why it is refused. Its variants and fields arrive wherever the command came from.
+    /// Reason for rejecting the command. The bus transfers its variants and fields to the caller.
     type Error: std::error::Error + Serialize + DeserializeOwned + Send + Sync + 'static;
 
-    /// Handles a command; again, from the start, when an attempt ended without a record. An attempt does not end with its
-    /// callers, and a repetition joins it; after [`HandlerOptions::time_limit`] its future is dropped.
+    /// Handles a command.
+    ///
+    /// If an attempt ends without a record, a repetition of the command starts a new attempt from
+    /// the beginning. An attempt continues after its callers stop waiting, and a repetition joins
+    /// it. After [`HandlerOptions::time_limit`] its future is dropped.
     ///
     /// # Errors
-    /// [`HandleError::Rejected`] refuses the command for good, and is recorded. [`HandleError::Failed`] ends this attempt
-    /// only: nothing is recorded, the caller gets `OutcomeUnknown`, and the same command id may be tried again.
+    /// [`HandleError::Rejected`] rejects the command permanently, and is recorded.
+    /// [`HandleError::Failed`] ends this attempt only: nothing is recorded, the caller gets
+    /// `OutcomeUnknown`, and the same command id can be retried.
     fn handle(
         &self,
         command: &Self::Command,
         context: &HandlerContext,
     ) -> impl Future<Output = Result<Self::Reply, HandleError<Self::Error>>> + Send;
 
-    /// What commands have in common that must not be handled at the same time. Commands with the same key go to the same
-    /// node, and there one at a time, in order (as long as no node comes or goes). None by default: any node, any order.
+    /// Returns the key of a command. Commands with the same key do not run concurrently.
+    ///
+    /// They go to the same node and run there one at a time, in order, while no node joins or
+    /// leaves. Default: no key, so any node handles the command in any order.
     fn key(command: &Self::Command) -> Option<String> {
         let _ = command;
         None
     }
 }
 
-/// Why a handler did not do what it was asked.
+/// An error of a handler.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum HandleError<E> {
-    /// It will not, ever. Recorded: the same command id is refused again.
+    /// A permanent rejection. It is recorded: the same command id is rejected again.
     #[error(transparent)]
     Rejected(E),
-    /// It could not, this time. Every error of a command that the handler gave becomes this by `?`.
+    /// A failure of this attempt. `?` converts every error of a nested command to it.
     #[error("{0}")]
     Failed(String),
 }
@@ -120,29 +134,29 @@ impl<E, N: fmt::Display> From<ExecuteError<N>> for HandleError<E> {
     }
 }
 
-/// The answer to a command that a handler handled. What became of it is durable.
+/// The answer of a handler. The outcome of the command is durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Handled<R = ()> {
-    /// The command.
+    /// Id of the command.
     pub command_id: Uuid,
-    /// The handler's reply.
+    /// Reply of the handler.
     pub reply: R,
-    /// The command had been handled before; this is the answer that was recorded then.
+    /// Whether the command was handled before this call. The answer is then the recorded one.
     pub duplicate: bool,
 }
 
-/// How a handler is doing.
+/// The status of a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HandlerStatus {
-    /// The handler's name.
+    /// Name of the handler.
     pub name: &'static str,
-    /// Commands under way, those that wait for their turn among them.
+    /// Number of commands in flight, including queued ones.
     pub in_flight: usize,
 }
 
-/// The key of a command. I10: a panic in [`Handler::key`] refuses this command, and ends no task.
+/// Returns the key of a command. I10: a panic in [`Handler::key`] refuses only this command.
 pub(super) fn key_of<H: Handler>(command: &H::Command) -> Result<Option<String>, String> {
     crate::panic::caught(|| H::key(command)).map_err(|panic| format!("Handler::key panicked: {panic}"))
 }

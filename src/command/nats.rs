@@ -1,9 +1,10 @@
 //! Commands between nodes, over NATS Core.
 //!
-//! Every node has a subject of its own and says once a second what it handles. A command goes to the first live candidate
-//! in an order that every node computes alike from the aggregate's id (rendezvous hashing), and to the next ones when that
-//! one is gone, refuses or falls silent. Ownership is affinity only: that a command takes effect once is the business of
-//! the store. The frames are described in `docs/wire-format.md`.
+//! Every node has its own subject and announces once a second which commands it handles. Rendezvous
+//! hashing of the aggregate's id gives the same order of candidates on every node. A command goes
+//! to the first live candidate. If that node has left, refuses the command or is silent, the
+//! command goes to the next one. Ownership is affinity only: the store ensures that a command takes
+//! effect once. `docs/wire-format.md` describes the frames.
 
 mod attempts;
 mod calls;
@@ -34,14 +35,16 @@ use crate::future::BoxFuture;
 use crate::invalid_option::{InvalidOption, within};
 use crate::supervised::Task;
 
-/// How long a command waits for a place among those that this node has sent.
+/// Time that a command waits for a permit within the limit of commands to other nodes.
 const ADMISSION: Duration = Duration::from_secs(1);
 
-/// How long a runtime that starts waits to hear of other nodes.
+/// Time that a starting runtime waits for the presence of other nodes.
 const FIRST_CONTACT: Duration = Duration::from_secs(2);
 
-/// How commands travel over NATS. Made from a URL, or from [`NatsOptions`] for logins, TLS and the namespace; what these say
-/// about events and streams is of no concern here.
+/// Options of commands over NATS.
+///
+/// Create them from a URL, or from [`NatsOptions`] for logins, TLS and the namespace. Options about
+/// events and streams have no effect here.
 ///
 /// ```
 /// use std::time::Duration;
@@ -64,46 +67,53 @@ pub struct NatsCommands {
 }
 
 impl NatsCommands {
-    /// Connects as `options` say.
+    /// Creates options with this connection and the defaults.
     #[must_use]
     pub fn new(options: NatsOptions) -> Self {
         Self { options, node: None, beat: Duration::from_secs(1), in_flight: 4_096 }
     }
 
-    /// What this node is called. A node that comes back under its name owns what it owned before. A new name with every
-    /// start by default. Of two nodes with one name the one that was started later counts. 1 to 200 characters, checked when
-    /// the runtime starts.
+    /// Sets the name of this node.
+    ///
+    /// A node that comes back under its name owns the same aggregates as before. If two nodes have
+    /// the same name, the one with the later start counts. Default: a new name with every start.
+    /// Range: 1 to 200 characters, checked at the start of the runtime.
     #[must_use]
     pub fn node(mut self, name: impl Into<String>) -> Self {
         self.node = Some(name.into());
         self
     }
 
-    /// How often a node says that it is there, and that it is still at work on a command. Whoever is silent for three and a
-    /// half times as long counts as lost. A command of another node waits no longer than this for a place in a full aggregate or
-    /// handler. The same on all nodes. Default: 1 s. Range: 10 ms to 1 h.
+    /// Sets the heartbeat interval, for the presence of a node and for commands in flight.
+    ///
+    /// A node that is silent for 3.5 intervals counts as lost. A command of another node waits at
+    /// most one interval for a permit of a full aggregate or handler. The interval must be the same
+    /// on all nodes. Default: 1 s. Range: 10 ms to 1 h.
     #[must_use]
     pub fn heartbeat(mut self, every: Duration) -> Self {
         self.beat = every;
         self
     }
 
-    /// How many commands of this node may be under way to others, and how many of others here. Further ones wait for a second
-    /// and are answered `Overloaded`; those of others go to the next node at once. Default: 4,096. Range: 1 to 1,048,576.
+    /// Sets the maximum number of commands in flight to other nodes, and from other nodes.
+    ///
+    /// A further command of this node waits for 1 s, then fails with `Overloaded`. A further
+    /// command of another node goes to the next node at once. Default: 4,096. Range: 1 to
+    /// 1,048,576.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
         self.in_flight = commands;
         self
     }
 
-    /// Refuses options out of their range.
+    /// Rejects options that are out of range.
     pub(super) fn validate(&self) -> Result<(), InvalidOption> {
         let beat = Duration::from_millis(10)..=Duration::from_secs(3_600);
         within("NatsCommands::heartbeat", self.beat, beat)?;
         within("NatsCommands::max_in_flight", self.in_flight, 1..=1 << 20)
     }
 
-    /// Refuses options that no connection could work with.
+    /// Rejects options with which no connection can work.
     pub(super) fn check(&self) -> Result<(), BusError> {
         self.options.check()?;
         match &self.node {
@@ -113,8 +123,7 @@ impl NatsCommands {
                     || name.contains(char::is_control) =>
             {
                 let shown: String = name.chars().take(80).collect();
-                let reason =
-                    format!("{shown:?} cannot be the name of a node: use 1 to 200 printable characters");
+                let reason = format!("invalid node name {shown:?}: use 1 to 200 printable characters");
                 Err(BusError::Incompatible { reason })
             }
             _ => Ok(()),
@@ -141,18 +150,18 @@ impl From<String> for NatsCommands {
 }
 
 impl CommandBus {
-    /// Commands reach every node that is connected to the same NATS servers, has the same namespace, and the same event
-    /// store. Takes a URL or [`NatsCommands`].
+    /// Creates a bus that reaches all nodes with the same NATS servers, namespace and event store.
     ///
-    /// While NATS is away, commands that this node can execute itself are executed here; others fail at once with
-    /// `Unavailable`, and are not kept. Deadlines travel as the time that is left, so the nodes' clocks may differ.
+    /// Accepts a URL or [`NatsCommands`]. During an outage of NATS, this node executes the commands
+    /// that it handles. Other commands fail at once with `Unavailable` and are not kept. Deadlines
+    /// travel as the time left, so the clocks of the nodes may differ.
     #[must_use]
     pub fn nats(options: impl Into<NatsCommands>) -> Self {
         Self { nats: Some(options.into()), ..Self::local() }
     }
 }
 
-/// A node among others.
+/// The membership of this node in the command bus.
 pub(crate) struct NatsNode {
     shared: Arc<Shared>,
     line: Arc<Line>,
@@ -160,32 +169,32 @@ pub(crate) struct NatsNode {
     _run: Task,
 }
 
-/// What everything that runs on behalf of the node shares.
+/// The shared state of all tasks of the node.
 struct Shared {
     commands: Weak<Commands>,
     subjects: Subjects,
-    /// Another one with every start.
+    /// New with every start.
     incarnation: Uuid,
     store: Uuid,
-    /// What the node is called.
+    /// Name of the node.
     name: String,
     beat: Duration,
     table: Table,
     clocks: PeerClocks,
-    /// When this node's clock was 0.
+    /// Time at which this node's clock was 0.
     started: Instant,
-    /// The commands of this node that are under way to others.
+    /// Commands of this node in flight to other nodes.
     calls: Calls,
-    /// Places for commands of others, and how many there are.
+    /// Permits for commands of other nodes, and their number.
     places: Arc<Semaphore>,
     limit: usize,
     link: watch::Sender<Link>,
     draining: watch::Sender<bool>,
-    /// Nobody answers any more.
+    /// Set after the end of the node. No further reply is sent or received.
     ended: AtomicBool,
 }
 
-/// What the subjects are called.
+/// The subjects of the command bus.
 struct Subjects {
     namespace: String,
 }
@@ -201,19 +210,19 @@ impl Subjects {
 }
 
 impl Shared {
-    /// How long somebody may be silent.
+    /// Returns the time after which a silent node counts as lost: 3.5 heartbeats.
     fn silence(&self) -> Duration {
         self.beat * 7 / 2
     }
 
-    /// Milliseconds since this node's start.
+    /// Returns the milliseconds since this node's start.
     fn clock(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
 impl NatsNode {
-    /// Joins the others. A server that is away is tried in the background, without end.
+    /// Joins the other nodes. If the server is down, it retries in the background without limit.
     pub(super) async fn start(
         options: NatsCommands,
         commands: Weak<Commands>,
@@ -234,7 +243,7 @@ impl NatsNode {
             calls: Calls::new(),
             places: Arc::new(Semaphore::new(limit)),
             limit,
-            link: watch::Sender::new(Link::Down { reason: "it has not been tried yet".into() }),
+            link: watch::Sender::new(Link::Down { reason: "not connected to NATS yet".into() }),
             draining: watch::Sender::new(false),
             ended: AtomicBool::new(false),
         });
@@ -242,10 +251,10 @@ impl NatsNode {
         let line = Arc::new(Line::new(options, metrics.unwrap_or_default()));
         let task = Task::spawn(run(shared.clone(), line.clone()));
         let mut link = shared.link.subscribe();
-        // Commands that come right behind the start find the others, if there is a server at all.
+        // Wait for the other nodes, so that commands right after the start find them.
         let settled = link.wait_for(|link| link.is_settled());
         if tokio::time::timeout(FIRST_CONTACT, settled).await.is_err() {
-            tracing::warn!(link = ?*shared.link.borrow(), "starting without the other nodes; they are looked for in the background");
+            tracing::warn!(link = ?*shared.link.borrow(), "starting without the other nodes, retrying in the background");
         }
         Self { shared, line, in_flight: Arc::new(Semaphore::new(limit)), _run: task }
     }
@@ -260,7 +269,7 @@ impl NatsNode {
         }
     }
 
-    /// Where a command goes first; why not anywhere.
+    /// Routes a command to its first destination, or returns the reason why there is none.
     pub(super) fn way(&self, kind: Kind, name: &str, spread: &str, able: bool) -> Result<Way, String> {
         let shared = &self.shared;
         if let Link::Down { reason } = &*shared.link.borrow() {
@@ -271,8 +280,11 @@ impl NatsNode {
         Ok(if owner == Some(shared.incarnation) { Way::Here { others: candidates > 1 } } else { Way::There })
     }
 
-    /// Sends a command to whoever takes it. Answers when somebody has accepted it if the frame asks for that, and goes on
-    /// without anybody who waits then; else at once, and the command is sent when the answer is awaited.
+    /// Sends a command to the nodes that handle it.
+    ///
+    /// If the frame is prompt, it returns when a node has accepted the command, which then runs in
+    /// a task of its own. Otherwise it returns at once, and polling the inner future sends the
+    /// command.
     pub(super) async fn send(
         &self,
         frame: CommandFrame,
@@ -281,7 +293,7 @@ impl NatsNode {
     ) -> Result<BoxFuture<'static, (Outcome, Duration)>, Failure> {
         let overloaded = || Failure {
             number: self.shared.limit as u64,
-            ..Failure::new(Code::Overloaded, "commands under way to other nodes")
+            ..Failure::new(Code::Overloaded, "commands in flight to other nodes")
         };
         let place = tokio::time::timeout(ADMISSION, self.in_flight.clone().acquire_owned());
         let Ok(Ok(place)) = place.await else { return Err(overloaded()) };
@@ -297,27 +309,26 @@ impl NatsNode {
         Ok(Box::pin(async move {
             done.await.unwrap_or_else(|_| {
                 let failure =
-                    Failure::new(Code::OutcomeUnknown, "the runtime ended before there was an answer");
+                    Failure::new(Code::OutcomeUnknown, "the runtime ended before an answer arrived");
                 (Outcome::Error(failure), Duration::ZERO)
             })
         }))
     }
 
-    /// Tells the others to send nothing more.
+    /// Announces to the other nodes that this node accepts no more commands.
     pub(super) async fn leave(&self) {
         self.shared.draining.send_replace(true);
     }
 
-    /// Ends the connection, after every command of others, and every one to others, has its answer (or at `deadline`) and
-    /// all has gone out.
+    /// Closes the connection after all commands from and to other nodes are answered and sent.
+    ///
+    /// At `deadline` it stops waiting.
     pub(super) async fn stop(&self, deadline: Instant) {
         let all = u32::try_from(self.shared.limit).unwrap_or(u32::MAX);
         let answered =
             async { tokio::join!(self.shared.places.acquire_many(all), self.in_flight.acquire_many(all)) };
         if tokio::time::timeout_at(deadline, answered).await.is_err() {
-            tracing::warn!(
-                "commands from or to other nodes are still under way: nobody hears what became of them"
-            );
+            tracing::warn!("closing connection with unanswered commands from or to other nodes");
         }
         self.shared.ended.store(true, Ordering::Release);
         self.line.close().await;

@@ -1,4 +1,4 @@
-//! Which commands a node takes, and what it does around each.
+//! Filters and hooks of the command bus.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,27 +10,27 @@ use super::ExecuteError;
 use crate::event::Metadata;
 use crate::panic::{caught, text_of};
 
-/// A command, as filters and hooks see it.
+/// The view of a command that filters and hooks get.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct CommandInfo<'a> {
-    /// The aggregate's category, or the handler's name.
+    /// Category of the aggregate, or name of the handler.
     pub name: &'a str,
-    /// The aggregate's id, or the key that the handler gave the command.
+    /// Id of the aggregate, or key from the handler.
     pub key: Option<&'a str>,
-    /// The command's id.
+    /// Id of the command.
     pub id: Uuid,
-    /// What came with it.
+    /// Metadata of the command.
     pub metadata: &'a Metadata,
 }
 
-/// How a command ended, as hooks see it.
+/// The end of a command, as hooks get it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CommandEnd {
-    /// How long it took where it was executed.
+    /// Duration on the executing node.
     pub runtime: Duration,
-    /// Why there is no receipt, if there is none.
+    /// Error, if the command has no receipt.
     pub error: Option<String>,
 }
 
@@ -38,11 +38,11 @@ type Before = dyn Fn(&CommandInfo<'_>) -> Result<(), String> + Send + Sync;
 type After = dyn Fn(&CommandInfo<'_>, &CommandEnd) + Send + Sync;
 type Filter = dyn Fn(&CommandInfo<'_>) -> bool + Send + Sync;
 
-/// The filters and hooks of a node. They run where the command is executed, whoever sent it.
+/// The filters and hooks of a node. They run on the node that executes the command.
 #[derive(Clone, Default)]
 pub(crate) struct Policy {
     filters: Vec<Arc<Filter>>,
-    /// For commands of one name, or for all.
+    /// Hooks for commands of one name, or for all commands.
     before: Vec<(Option<String>, Arc<Before>)>,
     after: Vec<(Option<String>, Arc<After>)>,
 }
@@ -60,28 +60,28 @@ impl Policy {
         self.after.push((name, hook));
     }
 
-    /// Whether this node takes the command.
+    /// Returns whether this node accepts the command.
     ///
     /// # Errors
-    /// When a filter panics.
+    /// If a filter panics.
     pub(super) fn takes(&self, info: &CommandInfo<'_>) -> Result<bool, String> {
         caught(|| self.filters.iter().all(|filter| filter(info)))
             .map_err(|panic| format!("a filter of the command bus panicked: {panic}"))
     }
 
-    /// Runs the hooks before a command. The first that refuses ends it.
+    /// Runs the hooks before a command. The first error refuses the command.
     pub(super) fn begin(&self, info: &CommandInfo<'_>) -> Result<(), String> {
         let mut hooks = self.before.iter().filter(|(name, _)| concerns(name, info));
         caught(|| hooks.try_for_each(|(_, hook)| hook(info)))
             .unwrap_or_else(|panic| Err(format!("a hook before the command panicked: {panic}")))
     }
 
-    /// Whether somebody wants to know how the command ends.
+    /// Returns whether a hook runs after commands of this name.
     pub(super) fn watches(&self, name: &str) -> bool {
         self.after.iter().any(|(concerned, _)| concerned.as_deref().is_none_or(|concerned| concerned == name))
     }
 
-    /// Runs the hooks after a command. Their panics change nothing: the command has ended.
+    /// Runs the hooks after a command. A panic in a hook does not change the result.
     pub(super) fn end<T, E: std::error::Error>(
         &self,
         info: &CommandInfo<'_>,
@@ -91,7 +91,7 @@ impl Policy {
         let end = CommandEnd { runtime, error: result.as_ref().err().map(text_of) };
         for (_, hook) in self.after.iter().filter(|(name, _)| concerns(name, info)) {
             if let Err(panic) = caught(|| hook(info, &end)) {
-                tracing::error!(command = %info.id, name = info.name, panic, "a hook after a command panicked");
+                tracing::error!(command = %info.id, name = info.name, panic, "hook after command panicked");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Who handles which kind of command in this process. Fixed when the runtime has started.
+//! The aggregates and handlers of this process. They are fixed after the start of the runtime.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
@@ -22,12 +22,12 @@ use crate::event::{Event, Metadata};
 use crate::future::BoxFuture;
 use crate::telemetry::trace::CommandSpan;
 
-/// A part of the runtime that can be started again.
+/// A component of the runtime that the supervisor can restart.
 pub(crate) trait Respawn: Send + Sync {
     fn name(&self) -> &'static str;
-    /// The actor that runs now.
+    /// Returns the current actor.
     fn actor(&self) -> Option<ActorId>;
-    /// Starts a new one in its place.
+    /// Replaces the actor by a new one.
     fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String>;
 }
 
@@ -52,16 +52,16 @@ pub(crate) struct Registry {
     endpoints: HashMap<(Kind, &'static str), Box<dyn Endpoint>>,
 }
 
-/// What a command became, as soon as that is known.
+/// The future outcome of a command.
 pub(super) type Answering = BoxFuture<'static, Outcome>;
 
-/// Whoever handles commands of one name, without its types.
+/// An aggregate or handler for commands of one name, without its types.
 pub(super) trait Endpoint: Send + Sync {
     fn as_any(&self) -> &dyn Any;
     fn aggregate(&self) -> Option<RouterStatus>;
     fn handler(&self) -> Option<HandlerStatus>;
     fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize>;
-    /// Takes a command, or says why not: for lack of a place no later than `admit_by`.
+    /// Accepts a command, or refuses it. Waits for a permit until `admit_by` at most.
     fn accept<'a>(
         &'a self,
         commands: &'a Commands,
@@ -98,12 +98,12 @@ impl Registry {
     }
 
     pub(super) fn endpoint(&self, kind: Kind, name: &str) -> Option<&dyn Endpoint> {
-        // Names are compared as text: those of other nodes are not ours.
+        // Names from other nodes are not `'static`, so they are compared as text.
         let found = self.endpoints.iter().find(|((of, called), _)| *of == kind && *called == name);
         found.map(|(_, endpoint)| &**endpoint)
     }
 
-    /// The names of one kind that this node handles.
+    /// Returns the names of one kind that this node handles.
     pub(super) fn names(&self, kind: Kind) -> impl Iterator<Item = &'static str> {
         self.endpoints.keys().filter(move |(of, _)| *of == kind).map(|(_, name)| *name)
     }
@@ -121,9 +121,11 @@ impl Registry {
         status
     }
 
-    /// Stops the intake of all, waits for what is under way. The number of commands that had no answer at the deadline.
+    /// Stops admission of all endpoints, and waits for the commands in flight.
+    ///
+    /// Returns the number of commands without an answer at the deadline.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
-        // Handlers first: what they have begun needs the aggregates.
+        // Stop handlers first: their running attempts need the aggregates.
         let mut unanswered = 0;
         for kind in [Kind::Handler, Kind::Aggregate] {
             let all = self.endpoints.iter().filter(|((of, _), _)| *of == kind);
@@ -140,21 +142,21 @@ impl fmt::Debug for Registry {
     }
 }
 
-/// What travelled with a command.
+/// Decodes the command and the metadata of a frame.
 fn contents<C: serde::de::DeserializeOwned>(frame: &CommandFrame) -> Result<(C, Metadata), Failure> {
-    let unreadable = |error| Failure::new(Code::Refused, format!("the command cannot be read: {error}"));
+    let unreadable = |error| Failure::new(Code::Refused, format!("the command does not decode: {error}"));
     if frame.metadata.len() > Metadata::MAX_BYTES {
         let (bytes, limit) = (frame.metadata.len(), Metadata::MAX_BYTES);
         return Err(Failure::new(
             Code::Refused,
-            format!("the metadata is too large: {bytes} bytes (limit {limit})"),
+            format!("metadata too large: {bytes} bytes (limit {limit} bytes)"),
         ));
     }
     let command = from_cbor(&frame.payload).map_err(unreadable)?;
     Ok((command, Metadata::decode(&frame.metadata).map_err(unreadable)?))
 }
 
-/// The command's span says that it is refused here.
+/// Marks the command's span as refused.
 fn marked(span: &CommandSpan) -> impl Fn(Failure) -> Failure + use<'_> {
     move |failure| {
         span.ended(Some("refused"));
@@ -162,21 +164,23 @@ fn marked(span: &CommandSpan) -> impl Fn(Failure) -> Failure + use<'_> {
     }
 }
 
-/// The fingerprint of what was sent, not of what this program makes of it: another version may know more fields.
+/// Computes the fingerprint of the command as sent.
+///
+/// The decoded command is not used: another version of the program may know more fields.
 fn content(frame: &CommandFrame) -> Result<u128, Failure> {
     let unreadable = |error: String| Failure::new(Code::Refused, error);
     let sent: ciborium::Value = from_cbor(&frame.payload).map_err(|error| unreadable(error.to_string()))?;
     fingerprint(&sent).map_err(|error| unreadable(error.to_string()))
 }
 
-/// Whether this node takes the command at all.
+/// Applies the filters of this node to a command.
 fn filtered(commands: &Commands, info: &CommandInfo<'_>) -> Result<(), Failure> {
-    let refused = || Failure::new(Code::Refused, format!("a filter does not take command {}", info.id));
+    let refused = || Failure::new(Code::Refused, format!("a filter does not accept command {}", info.id));
     let takes = commands.policy().takes(info).map_err(|reason| Failure::new(Code::Refused, reason))?;
     takes.then_some(()).ok_or_else(refused)
 }
 
-/// A command that no node would execute is answered; one that another node might is refused.
+/// Answers an error that every node would give; refuses a command that another node may execute.
 fn refused<E: std::error::Error + serde::Serialize>(
     span: &CommandSpan,
     error: ExecuteError<E>,
@@ -194,7 +198,7 @@ fn answered(outcome: Outcome) -> Result<Answering, Failure> {
     Ok(Box::pin(std::future::ready(outcome)))
 }
 
-const STOPPED: &str = "its actor was stopped before it answered";
+const STOPPED: &str = "the actor stopped before it answered";
 
 impl<A: Aggregate> Endpoint for Router<A> {
     fn as_any(&self) -> &dyn Any {
@@ -319,7 +323,8 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
             };
             let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
             Ok(Box::pin(async move {
-                // The attempt goes on without its caller, whose place becomes free.
+                // After the deadline, the attempt continues without its caller and the caller's
+                // permit is released.
                 let answer = match timeout_at(deadline.instant(), answer).await {
                     Ok(Ok(answer)) => answer,
                     Ok(Err(_stopped)) => {
@@ -336,7 +341,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
     }
 }
 
-/// The answer of a handler, for another node.
+/// Encodes the answer of a handler for another node.
 fn tell_handled<R: serde::Serialize, E: std::error::Error + serde::Serialize>(
     answer: Result<Handled<R>, ExecuteError<E>>,
 ) -> Outcome {

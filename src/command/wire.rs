@@ -1,5 +1,6 @@
-//! What a command and its answer look like outside of this process: CBOR maps, described in `docs/wire-format.md`. The same
-//! forms are kept as the record of a handler's command.
+//! The wire format of commands and replies: CBOR maps, described in `docs/wire-format.md`.
+//!
+//! The record of a handler's command has the same form.
 
 use chrono::DateTime;
 use serde::de::DeserializeOwned;
@@ -14,10 +15,10 @@ use crate::store::{ExpectedVersion, StoreError};
 
 use super::{ExecuteError, Receipt};
 
-/// The number of this format.
+/// Version number of this format.
 pub(super) const FORMAT: u32 = 1;
 
-/// What a command is for.
+/// The kind of a command's target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Kind {
@@ -25,16 +26,16 @@ pub(crate) enum Kind {
     Handler,
 }
 
-/// A command on its way to another node.
+/// A command in flight to another node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct CommandFrame {
     #[serde(rename = "wire")]
     pub(crate) format: u32,
     pub(crate) id: Uuid,
     pub(crate) kind: Kind,
-    /// The aggregate's category or the handler's name.
+    /// Category of the aggregate, or name of the handler.
     pub(crate) name: String,
-    /// The aggregate's id, or the key that the handler gave the command.
+    /// Id of the aggregate, or key from the handler.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) key: Option<String>,
     #[serde(with = "byte_string")]
@@ -43,24 +44,27 @@ pub(crate) struct CommandFrame {
     pub(crate) metadata: Vec<u8>,
     #[serde(default, skip_serializing_if = "Expected::is_any")]
     pub(crate) expected: Expected,
-    /// Time left when it was sent, in milliseconds; absent: no limit. No two clocks are compared.
+    /// Time left at the time of sending, in milliseconds. Absent: no limit.
+    ///
+    /// The format compares no two clocks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) left: Option<u64>,
-    /// The node that sends it and the time on that node's clock, as in its presence messages: they show how long the command
-    /// was on its way.
+    /// Sending node and the time on its clock, as in its presence messages.
+    ///
+    /// The receiver derives the transit time of the command from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) sent: Option<Sent>,
-    /// Which attempt this is: 1, 2, 3 …
+    /// Number of the attempt: 1, 2, 3 …
     pub(crate) attempt: u32,
-    /// Whether the dispatcher waits for the command to be accepted, and not only for its end.
+    /// Whether the caller waits for the acceptance of the command, and not only for its end.
     #[serde(default)]
     pub(crate) prompt: bool,
 }
 
-/// When a node sent something.
+/// The sending node and time of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Sent {
-    /// The node, by its start.
+    /// Incarnation of the node: new with every start.
     pub(crate) node: Uuid,
     /// Milliseconds since that start.
     pub(crate) clock: u64,
@@ -104,12 +108,12 @@ impl From<Expected> for ExpectedVersion {
     }
 }
 
-/// What a node says about a command that it was sent.
+/// A reply of a node to a command that it received.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Reply {
     #[serde(rename = "wire")]
     pub(crate) format: u32,
-    /// Who says it: new with every start of a node.
+    /// Incarnation of the replying node: new with every start.
     pub(crate) incarnation: Uuid,
     pub(crate) says: Says,
 }
@@ -117,21 +121,23 @@ pub(crate) struct Reply {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Says {
-    /// The command has its place and will be executed.
+    /// The command has its permit and will be executed.
     Accepted,
-    /// It is still under way.
+    /// The command is still in flight.
     Alive,
-    /// It will not be executed here, and nothing happened.
+    /// This node does not execute the command; nothing happened.
     Refused(Failure),
-    /// This became of it.
+    /// The command has ended with this answer.
     Executed(Answered),
 }
 
-/// The longest message of an error that is shortened to fit, in characters.
+/// Maximum length of the message of a shortened error, in characters.
 const SHORTENED: usize = 1_000;
 
 impl Says {
-    /// As it fits into a message of `limit` bytes, of which it has `size` as it is: what happened stays, the content goes.
+    /// Shortens a reply of `size` bytes to fit into a message of `limit` bytes.
+    ///
+    /// The result of the command stays; its content is dropped.
     pub(crate) fn shortened(self, size: usize, limit: usize) -> Self {
         match self {
             Says::Refused(failure) => Says::Refused(failure.shortened(size, limit)),
@@ -156,7 +162,7 @@ impl Says {
         }
     }
 
-    /// Another node said it: that one is shutting down, not this one.
+    /// Converts the shutdown of another node to `Unavailable`: this node is not shutting down.
     pub(crate) fn of_another(&mut self) {
         if let Says::Refused(failure) | Says::Executed(Answered { outcome: Outcome::Error(failure), .. }) =
             self
@@ -167,10 +173,10 @@ impl Says {
     }
 }
 
-/// How a command ended, and how long that took where it was executed.
+/// The outcome of a command, and its duration on the executing node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Answered {
-    /// Microseconds.
+    /// Duration in microseconds.
     pub(crate) runtime: u64,
     pub(crate) outcome: Outcome,
 }
@@ -182,49 +188,53 @@ pub(crate) enum Outcome {
     Error(Failure),
 }
 
-/// A command that took effect.
+/// The result of a command that took effect.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Done {
     #[serde(with = "byte_string")]
     pub(crate) reply: Vec<u8>,
-    /// Whether it had taken effect before.
+    /// Whether the command had taken effect before.
     #[serde(default)]
     pub(crate) duplicate: bool,
-    /// Of an aggregate: its version now, the position of the last event, and how many events there were.
+    /// Version of the aggregate after the command; for aggregates only.
     #[serde(default)]
     pub(crate) version: u64,
+    /// Position of the last event; for aggregates only.
     #[serde(default)]
     pub(crate) position: u64,
+    /// Number of events; for aggregates only.
     #[serde(default)]
     pub(crate) events: u64,
-    /// The reply did not fit into a message and was left out.
+    /// Set if the reply did not fit into a message and was omitted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) omitted: Option<Omitted>,
 }
 
-/// Sizes of a reply that was left out, in bytes.
+/// The sizes of an omitted reply, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Omitted {
     pub(crate) size: u64,
-    /// Of a message.
+    /// Maximum size of a message.
     pub(crate) limit: u64,
 }
 
-/// A command that got no receipt.
+/// The error of a command without a receipt.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Failure {
-    /// Which [`ExecuteError`]; see there.
+    /// Kind of [`ExecuteError`]; see there.
     pub(crate) code: Code,
-    /// For people.
+    /// Message for people.
     pub(crate) message: String,
-    /// The user's own error, of `rejected`.
+    /// The user's own error, for `rejected`.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "byte_string")]
     pub(crate) details: Vec<u8>,
-    /// The version found, the number of attempts, the limit, or the time on the node (in milliseconds since 1970), as the
-    /// code has it.
+    /// Number that belongs to the code.
+    ///
+    /// It is the found version, the number of attempts, the limit, or the time on the node (in
+    /// milliseconds since 1970).
     #[serde(default)]
     pub(crate) number: u64,
-    /// The size that is over the limit, in bytes.
+    /// Size that exceeds the limit, in bytes.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(crate) size: u64,
 }
@@ -251,11 +261,13 @@ pub(crate) enum Code {
     SameId,
     IdAhead,
     ShuttingDown,
-    /// It does not fit into a message: `number` is the limit in bytes, `size` what it has. Never sent.
+    /// The command does not fit into a message. It is never sent.
+    ///
+    /// `number` is the limit, and `size` the size of the command, both in bytes.
     CommandTooLarge,
-    /// The command was handled, and its reply cannot be encoded or decoded.
+    /// The command was handled, but its reply cannot be encoded or decoded.
     ReplyUnreadable,
-    /// Anything else after which nothing happened.
+    /// Any other error after which nothing happened.
     Failed,
 }
 
@@ -264,21 +276,27 @@ impl Failure {
         Self { code, message: message.into(), ..Self::default() }
     }
 
-    /// As it fits into a message. The user's error is lost, and that it was one is not.
+    /// Shortens the error to fit into a message.
+    ///
+    /// The user's error is dropped. A rejection becomes `Failed`, which still means that nothing
+    /// happened.
     fn shortened(self, size: usize, limit: usize) -> Self {
         let mut message: String = self.message.chars().take(SHORTENED).collect();
-        message
-            .push_str(&format!(" (shortened: the answer has {size} bytes, limit {limit} of a NATS message)"));
+        message.push_str(&format!(
+            " (shortened: the answer has {size} bytes, NATS message limit {limit} bytes)"
+        ));
         let code = if self.code == Code::Rejected { Code::Failed } else { self.code };
         Self { code, message, details: Vec::new(), ..self }
     }
 
-    /// Whether the command may have taken effect all the same.
+    /// Returns whether the command may have taken effect.
     pub(crate) fn is_unknown(&self) -> bool {
         self.code == Code::OutcomeUnknown
     }
 
-    /// Whether somebody who had the command says this, and not only that nobody could have it.
+    /// Returns whether a node that had the command reports the error.
+    ///
+    /// Otherwise no node has accepted the command.
     pub(crate) fn is_answer(&self) -> bool {
         !matches!(
             self.code,
@@ -291,14 +309,14 @@ impl Failure {
         )
     }
 
-    /// An error that is to be told elsewhere.
+    /// Encodes an error for another node or for a record.
     pub(crate) fn of<E: std::error::Error + Serialize>(error: &ExecuteError<E>) -> Self {
         let said = text_of(error);
         let with = |code, message: &str, number| Self { number, ..Self::new(code, message) };
         match error {
             ExecuteError::Rejected(rejection) => match to_cbor(rejection) {
                 Ok(details) => Self { details, ..Self::new(Code::Rejected, said) },
-                Err(error) => Self::new(Code::Failed, format!("{said} (whose details are lost: {error})")),
+                Err(error) => Self::new(Code::Failed, format!("{said} (details cannot be encoded: {error})")),
             },
             ExecuteError::ExpectedVersion { actual, .. } => with(Code::ExpectedVersion, &said, actual.get()),
             ExecuteError::Contended { attempts, .. } => with(Code::Contended, &said, u64::from(*attempts)),
@@ -323,16 +341,16 @@ impl Failure {
         }
     }
 
-    /// An error that was told, as the caller is to see it.
+    /// Decodes an error of another node or of a record for the caller.
     pub(crate) fn into_error<E: DeserializeOwned>(self, about: &About<'_>) -> ExecuteError<E> {
         let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: about.id, reason };
         let stream = || about.stream.cloned();
         match (self.code, stream()) {
-            // It was refused; only the reasons cannot be read.
+            // The rejection stands, even if its details do not decode.
             (Code::Rejected, _) => match from_cbor(&self.details) {
                 Ok(rejection) => ExecuteError::Rejected(rejection),
                 Err(error) => {
-                    let reason = format!("{} (whose details cannot be read: {error})", self.message);
+                    let reason = format!("{} (details do not decode: {error})", self.message);
                     ExecuteError::Failed { reason }
                 }
             },
@@ -381,7 +399,7 @@ impl Failure {
     }
 }
 
-/// What the dispatcher of a command knows and an answer need not repeat.
+/// The facts about a command that its caller knows and an answer does not repeat.
 #[derive(Debug)]
 pub(crate) struct About<'a> {
     pub(crate) id: Uuid,
@@ -390,7 +408,7 @@ pub(crate) struct About<'a> {
     pub(crate) expected: ExpectedVersion,
 }
 
-/// The answer of an aggregate, for another node.
+/// Encodes the answer of an aggregate for another node.
 pub(crate) fn tell_receipt<R: Serialize, E: std::error::Error + Serialize>(
     answer: Result<Receipt<R>, ExecuteError<E>>,
 ) -> Outcome {
@@ -403,7 +421,7 @@ pub(crate) fn tell_receipt<R: Serialize, E: std::error::Error + Serialize>(
     told.map_or_else(Outcome::Error, Outcome::Done)
 }
 
-/// The outcome of a command that was handled and whose reply cannot be encoded.
+/// Creates the outcome of a handled command with a reply that cannot be encoded.
 pub(crate) fn lost_reply(error: SerializeError) -> Failure {
     Failure::new(Code::ReplyUnreadable, error.to_string())
 }

@@ -231,7 +231,7 @@ async fn every_option_of_the_command_bus_is_refused_or_works() {
     for name in ["", " ", "a\nb", &"x".repeat(201)] {
         let error = start(commands().node(name)).await.unwrap_err();
         assert!(
-            matches!(&error, StartError::Bus(error) if error.to_string().contains("name of a node")),
+            matches!(&error, StartError::Bus(error) if error.to_string().contains("node name")),
             "{error}"
         );
     }

@@ -1,4 +1,4 @@
-//! What a node makes of others that answer late, are full, ask often or do not take anything in.
+//! Remote dispatch to nodes that answer late, are full, request presence often or hang.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::harness::NatsServer;
 use crate::support::*;
 use crate::wire::{Elsewhere, map, publish, store_id};
 
-/// A node that is no program of ours, and says what a test tells it to.
+/// A node without storied that sends the replies of a test.
 struct Stranger {
     client: Client,
     commands: Subscriber,
@@ -72,7 +72,7 @@ async fn sees(caller: &Runtime, nodes: &[&str]) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_answer_that_comes_late_counts_although_nobody_is_left_to_ask() {
+async fn a_late_answer_counts_after_the_last_attempt() {
     let server = server().await;
     let caller = caller(&server).await;
     let mut stranger = Stranger::new(&server, &caller).await;
@@ -84,7 +84,7 @@ async fn an_answer_that_comes_late_counts_although_nobody_is_left_to_ask() {
     let reply = message.reply.unwrap();
     stranger.say(&reply, "accepted".into()).await;
     let dispatched = dispatch.await.unwrap().unwrap();
-    // It says nothing more, and counts as lost.
+    // The node sends nothing more, and counts as lost.
     sees(&caller, &[]).await;
     tokio::time::sleep(BEAT * 5).await;
     let done = map(vec![("reply", Value::Bytes(vec![0x18, 0x2a]))]);
@@ -95,9 +95,11 @@ async fn an_answer_that_comes_late_counts_although_nobody_is_left_to_ask() {
     caller.shutdown().await.unwrap();
 }
 
-/// What it says is about itself: the caller's runtime takes commands, and somebody else may carry this one out.
+/// The other node's shutdown concerns only that node.
+///
+/// The caller's runtime accepts commands, and another node may execute this one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn that_another_node_is_shutting_down_is_not_said_of_the_callers() {
+async fn the_shutdown_of_another_node_is_not_the_callers() {
     let server = server().await;
     let caller = caller(&server).await;
     let mut stranger = Stranger::new(&server, &caller).await;
@@ -111,7 +113,7 @@ async fn that_another_node_is_shutting_down_is_not_said_of_the_callers() {
     let give_up = Instant::now() + PATIENCE;
     while let Some(says) = answers.pop() {
         let mut command = caller.command::<Elsewhere>("hello".to_owned()).into_future();
-        // While the caller does not know of all the others yet, it asks again.
+        // While the caller does not know all other nodes yet, it tries again.
         let error = loop {
             tokio::select! {
                 answer = &mut command => break answer.unwrap_err(),
@@ -120,7 +122,8 @@ async fn that_another_node_is_shutting_down_is_not_said_of_the_callers() {
                 }
             }
         };
-        // On a busy machine its answer may come so late that it counts as silent, and may have done it.
+        // On a busy machine its answer may be so late that the node counts as silent, and the
+        // outcome is unknown.
         if matches!(error, ExecuteError::OutcomeUnknown { .. }) && Instant::now() < give_up {
             answers.push(says);
             continue;
@@ -132,9 +135,9 @@ async fn that_another_node_is_shutting_down_is_not_said_of_the_callers() {
     caller.shutdown().await.unwrap();
 }
 
-/// What it said of one of them says nothing of the other, which it has, too, and may carry out yet.
+/// A failure of one attempt says nothing about the other attempt, which the node may still execute.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_who_was_sent_it_twice_and_failed_once_may_still_do_it() {
+async fn one_failed_attempt_does_not_resolve_the_other() {
     let server = server().await;
     let caller = caller(&server).await;
     let mut stranger = Stranger::new(&server, &caller).await;
@@ -154,7 +157,7 @@ async fn one_who_was_sent_it_twice_and_failed_once_may_still_do_it() {
         };
         timeout(PATIENCE, sent_twice).await.unwrap();
         if answered == 0 {
-            // So long that the second one counts as silent, and nobody is left to ask.
+            // Wait until the second attempt counts as silent and no node is left.
             for _ in 0..5 {
                 tokio::time::sleep(BEAT / 2).await;
                 stranger.beat(false).await;
@@ -165,19 +168,19 @@ async fn one_who_was_sent_it_twice_and_failed_once_may_still_do_it() {
         stranger.say(&sent[answered], map(vec![("executed", executed)])).await;
         let error = timeout(PATIENCE / 4, command).await.expect("at once").unwrap().unwrap_err();
         assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{answered}: {error:?}");
-        // What was sent a third time is not the next command's.
+        // Ignore the third attempt, which does not belong to the next command.
         while timeout(BEAT, stranger.commands.next()).await.is_ok() {}
         stranger.beat(false).await;
     }
     caller.shutdown().await.unwrap();
 }
 
-/// The way to the server is full, and whoever wants to send something stands in front of it.
+/// The buffer to the server is full, and every sender waits for space.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn behind_a_server_that_hangs_commands_end_at_their_deadline() {
+async fn commands_end_at_their_deadline_if_the_server_hangs() {
     let mut server = server().await;
     let store = MemoryStore::new();
-    // Neither the pings nor the beats notice.
+    // Neither pings nor heartbeats detect the hang.
     let bus = |name: &str| {
         let options = NatsOptions::core().url(server.url()).ping_interval(Duration::from_secs(3_600));
         CommandBus::nats(NatsCommands::new(options).node(name).heartbeat(Duration::from_secs(60)))
@@ -208,7 +211,7 @@ async fn behind_a_server_that_hangs_commands_end_at_their_deadline() {
     node.shutdown().await.unwrap();
 }
 
-/// A node that has no place says so before it is taken for dead, however long its own callers would wait.
+/// A full node refuses a command before its silence counts, regardless of its admission timeout.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_node_refuses_before_its_silence_counts() {
     let options = HandlerOptions::new().max_in_flight(1).admission_timeout(PATIENCE);
@@ -229,13 +232,13 @@ async fn a_full_node_refuses_before_its_silence_counts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn however_many_ask_who_is_there_a_node_says_so() {
+async fn presence_requests_do_not_delay_heartbeats() {
     let server = server().await;
     let node = caller(&server).await;
     let stranger = Stranger::new(&server, &node).await;
     let mut presence = stranger.client.subscribe("storied.commands.presence").await.unwrap();
     let of = node.status().await.node;
-    // Much sooner than it answers.
+    // Much earlier than the delayed answer.
     let asking = tokio::spawn(async move {
         loop {
             stranger.beat(true).await;
@@ -260,9 +263,9 @@ async fn however_many_ask_who_is_there_a_node_says_so() {
     node.shutdown().await.unwrap();
 }
 
-/// Nobody answers for it any more, so nobody pursues what it has given to others.
+/// After the end of a node, the dispatch of its commands ends too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_node_pursues_ends_with_it() {
+async fn remote_dispatch_ends_with_its_node() {
     let cluster = Setup::new(Kind::Nats).start().await;
     let builder = Runtime::builder().store(cluster.store.clone());
     let asks = builder.commands(nats(cluster.server.as_ref().unwrap(), "asks")).start().await.unwrap();

@@ -1,4 +1,4 @@
-//! What is promised of every command, wherever it is executed: each behaviour in one process and over NATS.
+//! The guarantees of commands: each behaviour runs in one process and over NATS.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -35,35 +35,35 @@ macro_rules! suite {
 suite! {
     a_dispatch_returns_when_the_command_is_accepted,
     typed_refusals_arrive_with_their_details,
-    a_report_says_how_long_it_took,
-    what_is_not_begun_before_its_deadline_is_never_executed,
-    without_a_timeout_it_takes_as_long_as_it_takes,
+    a_report_has_the_duration,
+    a_command_past_its_deadline_is_never_executed,
+    without_a_timeout_a_caller_waits_without_limit,
     every_command_is_executed_once,
-    a_command_that_a_filter_does_not_take_goes_elsewhere,
+    a_filtered_command_goes_to_another_node,
     workers_bound_what_runs_at_a_time,
     commands_with_a_key_run_one_at_a_time_in_order,
     hooks_run_around_commands,
     nested_commands_do_not_wait_for_their_parent,
-    nested_commands_say_what_caused_them,
+    nested_commands_carry_their_cause,
     a_command_id_takes_effect_once,
     the_same_id_at_once_is_one_command,
     the_same_id_with_another_content_is_refused,
-    a_refusal_is_remembered,
-    a_failed_attempt_is_no_record,
+    a_rejection_is_recorded,
+    a_failed_attempt_leaves_no_record,
     an_id_from_the_future_is_refused,
     a_handler_may_work_for_longer_than_its_callers_wait,
-    callers_that_went_away_hold_no_place,
-    a_command_that_is_repeated_while_it_waits_is_not_dropped,
+    dropped_callers_hold_no_permit,
+    a_repeated_queued_command_is_not_dropped,
     an_attempt_ends_at_the_handlers_time_limit,
-    a_panic_is_one_commands_business,
-    a_panic_around_a_handler_is_one_commands_business,
-    nobody_to_handle_it_is_said_at_once,
-    a_full_handler_says_so,
-    what_came_with_the_command_is_with_its_events,
+    a_panic_affects_only_its_command,
+    a_panic_around_a_handler_affects_only_its_command,
+    a_missing_handler_is_reported_at_once,
+    a_full_handler_reports_overload,
+    events_carry_the_metadata_of_their_command,
     an_expected_version_is_checked_where_the_aggregate_is,
-    one_may_wait_for_a_projection,
+    a_caller_can_wait_for_a_projection,
     metadata_is_limited,
-    what_was_accepted_is_finished_before_a_node_ends,
+    accepted_commands_finish_before_a_node_ends,
 }
 
 fn note(n: u64) -> Work {
@@ -95,7 +95,7 @@ async fn typed_refusals_arrive_with_their_details(kind: Kind) {
     assert_eq!(error.rejection(), Some(&WorkError::Refused { code: 42, text: "näh".into() }));
     let panicked = cluster.caller.execute::<Counter>("a", CounterCommand::Panic).await.unwrap_err();
     assert!(
-        matches!(&panicked, ExecuteError::Panicked { message, .. } if message == "as told"),
+        matches!(&panicked, ExecuteError::Panicked { message, .. } if message == "as requested"),
         "{panicked}"
     );
     let bad = cluster.caller.execute::<Counter>("", Add(1)).await.unwrap_err();
@@ -103,7 +103,7 @@ async fn typed_refusals_arrive_with_their_details(kind: Kind) {
     cluster.stop().await;
 }
 
-async fn a_report_says_how_long_it_took(kind: Kind) {
+async fn a_report_has_the_duration(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let work = Work::Note { n: 1, wait: true };
     let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
@@ -117,8 +117,8 @@ async fn a_report_says_how_long_it_took(kind: Kind) {
     cluster.stop().await;
 }
 
-/// Accepted is not executed, and what has run out of time while it waited never is.
-async fn what_is_not_begun_before_its_deadline_is_never_executed(kind: Kind) {
+/// A queued command that passes its deadline is never executed, although it was accepted.
+async fn a_command_past_its_deadline_is_never_executed(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new()).start().await;
     let key = || "k".to_owned();
     let first = Work::Keyed { key: key(), n: 1, wait: true };
@@ -134,18 +134,18 @@ async fn what_is_not_begun_before_its_deadline_is_never_executed(kind: Kind) {
     let last = Work::Keyed { key: key(), n: 3, wait: false };
     cluster.caller.command::<Worker>(last).await.unwrap();
     assert_eq!(cluster.seen(), [1, 3]);
-    // The id is free for another attempt, which says what became of it.
+    // The id is free for another attempt, whose answer shows the outcome.
     let again = Work::Keyed { key: key(), n: 2, wait: false };
     let again = cluster.caller.command::<Worker>(again).command_id(id).await.unwrap();
     assert!(!again.duplicate);
     cluster.stop().await;
 }
 
-async fn without_a_timeout_it_takes_as_long_as_it_takes(kind: Kind) {
+async fn without_a_timeout_a_caller_waits_without_limit(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true });
     let work = work.timeout(Duration::ZERO).assign_timeout(Duration::ZERO).dispatch().await.unwrap();
-    // Longer than anybody may be silent.
+    // Longer than the permitted silence.
     tokio::time::sleep(BEAT * 6).await;
     cluster.open();
     assert_eq!(work.await.unwrap().reply, 1);
@@ -174,18 +174,19 @@ async fn every_command_is_executed_once(kind: Kind) {
     cluster.stop().await;
 }
 
-/// Over NATS one of the nodes takes nothing of an aggregate, and the other one executes it all. Where nobody takes a
-/// command its caller is told.
-async fn a_command_that_a_filter_does_not_take_goes_elsewhere(kind: Kind) {
+/// Over NATS, one node filters out all commands of an aggregate; the other node executes them.
+///
+/// If no node accepts a command, its caller gets an error.
+async fn a_filtered_command_goes_to_another_node(kind: Kind) {
     let bus = |bus: storied::command::CommandBus, number| {
-        bus.filter(move |info| info.key != Some("nobody's") && (number == 0 || info.name != "counter"))
+        bus.filter(move |info| info.key != Some("filtered") && (number == 0 || info.name != "counter"))
     };
     let cluster = Setup::new(kind).bus(bus).start().await;
     for id in 0..20 {
         cluster.caller.execute::<Counter>(id, Add(1)).await.unwrap();
     }
     let started = Instant::now();
-    let error = cluster.caller.execute::<Counter>("nobody's", Add(1)).await.unwrap_err();
+    let error = cluster.caller.execute::<Counter>("filtered", Add(1)).await.unwrap_err();
     assert!(matches!(&error, ExecuteError::Refused { reason } if reason.contains("filter")), "{error}");
     assert!(started.elapsed() < Duration::from_secs(4));
     assert_eq!(cluster.events().await.len(), 20);
@@ -222,7 +223,7 @@ async fn commands_with_a_key_run_one_at_a_time_in_order(kind: Kind) {
         all.push(cluster.caller.command::<Worker>(work).dispatch().await.unwrap());
     }
     eventually("begun", || cluster.shared.begun() == 1).await;
-    // Another key does not wait.
+    // A command with another key does not wait.
     let other = Work::Keyed { key: "other".into(), n: 100, wait: false };
     cluster.caller.command::<Worker>(other).await.unwrap();
     assert_eq!((cluster.shared.begun(), cluster.seen()), (2, vec![100]));
@@ -278,7 +279,7 @@ async fn hooks_run_around_commands(kind: Kind) {
     cluster.stop().await;
 }
 
-/// Deeper than there are workers, on its own handler.
+/// The nesting on one handler is deeper than its number of workers.
 async fn nested_commands_do_not_wait_for_their_parent(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new().workers(1)).start().await;
     let all = (0..4).map(|_| {
@@ -291,7 +292,7 @@ async fn nested_commands_do_not_wait_for_their_parent(kind: Kind) {
     cluster.stop().await;
 }
 
-async fn nested_commands_say_what_caused_them(kind: Kind) {
+async fn nested_commands_carry_their_cause(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let count = Work::Count { id: "a".into(), add: 2, limit: 10, wait: false };
     let (id, request) = (Uuid::now_v7(), Uuid::now_v7());
@@ -350,7 +351,7 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     cluster.caller.command::<Worker>(note(1)).command_id(id).await.unwrap();
     let error = cluster.caller.command::<Worker>(note(2)).command_id(id).await.unwrap_err();
     assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
-    // Also while the first is under way.
+    // Also while the first command is in flight.
     let id = Uuid::now_v7();
     let waiting = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
     let waiting = waiting.dispatch().await.unwrap();
@@ -359,19 +360,19 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     cluster.open();
     waiting.await.unwrap();
     assert_eq!(cluster.seen(), [1, 1]);
-    // An aggregate has it in its stream.
+    // An aggregate finds the id in its stream.
     let id = Uuid::now_v7();
     let add = |n, from: &str| cluster.caller.execute::<Counter>(from, Add(n)).command_id(id);
     assert_eq!(add(1, "a").await.unwrap().reply, 1);
     let error = add(2, "a").await.unwrap_err();
     assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
     assert_eq!(add(1, "a").await.unwrap().reply, 1);
-    // To another aggregate it is another command.
+    // For another aggregate it is another command.
     assert_eq!(add(2, "b").await.unwrap().reply, 2);
     cluster.stop().await;
 }
 
-async fn a_refusal_is_remembered(kind: Kind) {
+async fn a_rejection_is_recorded(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let id = Uuid::now_v7();
     cluster.caller.execute::<Counter>("a", Add(5)).await.unwrap();
@@ -384,8 +385,8 @@ async fn a_refusal_is_remembered(kind: Kind) {
     cluster.stop().await;
 }
 
-/// An attempt that fails half-way is made again, with the same commands.
-async fn a_failed_attempt_is_no_record(kind: Kind) {
+/// After a failed attempt, the next attempt sends the same commands.
+async fn a_failed_attempt_leaves_no_record(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     cluster.shared.failures.store(2, Ordering::SeqCst);
     let id = Uuid::now_v7();
@@ -403,12 +404,12 @@ async fn a_failed_attempt_is_no_record(kind: Kind) {
     cluster.stop().await;
 }
 
-async fn a_panic_is_one_commands_business(kind: Kind) {
+async fn a_panic_affects_only_its_command(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new()).start().await;
     for _ in 0..3 {
         let error = cluster.caller.command::<Worker>(Work::Panic).await.unwrap_err();
         assert!(
-            matches!(&error, ExecuteError::OutcomeUnknown { reason, .. } if reason.contains("as told")),
+            matches!(&error, ExecuteError::OutcomeUnknown { reason, .. } if reason.contains("as requested")),
             "{error}"
         );
         cluster.caller.command::<Worker>(note(1)).await.unwrap();
@@ -433,7 +434,7 @@ impl Handler for Elsewhere {
     }
 }
 
-async fn nobody_to_handle_it_is_said_at_once(kind: Kind) {
+async fn a_missing_handler_is_reported_at_once(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let started = Instant::now();
     let error = cluster.caller.command::<Elsewhere>(()).await.unwrap_err();
@@ -443,8 +444,8 @@ async fn nobody_to_handle_it_is_said_at_once(kind: Kind) {
     cluster.stop().await;
 }
 
-/// Hooks are the user's code, too.
-async fn a_panic_around_a_handler_is_one_commands_business(kind: Kind) {
+/// Hooks are user code too.
+async fn a_panic_around_a_handler_affects_only_its_command(kind: Kind) {
     let panics = Arc::new(AtomicBool::new(true));
     let hook = panics.clone();
     let hooked = move |bus: CommandBus, _| {
@@ -467,12 +468,12 @@ async fn a_panic_around_a_handler_is_one_commands_business(kind: Kind) {
     cluster.stop().await;
 }
 
-async fn a_full_handler_says_so(kind: Kind) {
+async fn a_full_handler_reports_overload(kind: Kind) {
     let options = HandlerOptions::new().max_in_flight(2).admission_timeout(Duration::from_millis(20));
     let cluster = Setup::new(kind).options(options).start().await;
     let places = 2 * cluster.workers.len().max(1);
     let mut all = Vec::new();
-    // Over NATS a node that is full sends the command to the other one.
+    // Over NATS, a command to a full node goes to the other node.
     for n in 0..places as u64 {
         let work = cluster.caller.command::<Worker>(Work::Note { n, wait: true });
         all.push(work.dispatch().await.unwrap());
@@ -488,7 +489,7 @@ async fn a_full_handler_says_so(kind: Kind) {
     cluster.stop().await;
 }
 
-async fn what_came_with_the_command_is_with_its_events(kind: Kind) {
+async fn events_carry_the_metadata_of_their_command(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let (id, request, cause) = (Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7());
     let command = cluster.caller.execute::<Counter>("a", Add(1)).command_id(id).correlation_id(request);
@@ -514,7 +515,7 @@ async fn an_expected_version_is_checked_where_the_aggregate_is(kind: Kind) {
     cluster.stop().await;
 }
 
-/// Applies nothing until it may.
+/// A projection that applies no event until its gate opens.
 struct Slow(tokio::sync::watch::Receiver<bool>);
 
 impl Projection for Slow {
@@ -538,7 +539,7 @@ impl Projection for Slow {
     }
 }
 
-async fn one_may_wait_for_a_projection(kind: Kind) {
+async fn a_caller_can_wait_for_a_projection(kind: Kind) {
     let open = tokio::sync::watch::Sender::new(false);
     let receiver = open.subscribe();
     let with = move |builder: storied::runtime::Builder| {
@@ -552,7 +553,7 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     assert_eq!(followed.receipt.reply, 1);
     let late = followed.applied.unwrap_err();
     assert_eq!(late.position, followed.receipt.position);
-    // No time-out at all means none for the projection, either.
+    // Without a timeout for the command there is none for the projection.
     let command = cluster.caller.execute::<Counter>("a", Add(1)).timeout(Duration::ZERO).wait_for("slow");
     let waiting = tokio::spawn(command.into_future());
     while cluster.events().await.len() < 2 {
@@ -564,7 +565,7 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     assert_eq!(waiting.await.unwrap().unwrap().applied, Ok(()));
     let followed = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("slow").await.unwrap();
     assert_eq!((followed.receipt.reply, followed.applied), (3, Ok(())));
-    // F36: a name that no projection has is refused before anything is executed.
+    // F36: an unknown projection name is an error before any execution.
     let before = cluster.events().await.len();
     let refused = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap_err();
     assert!(
@@ -575,7 +576,9 @@ async fn one_may_wait_for_a_projection(kind: Kind) {
     cluster.stop().await;
 }
 
-/// F54: every event carries the metadata, so its size is limited, for aggregates and handlers, here and on other nodes.
+/// F54: every event carries the metadata, so its size is limited.
+///
+/// The limit is the same for aggregates and handlers, on this node and on others.
 async fn metadata_is_limited(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let large = "x".repeat(storied::Metadata::MAX_BYTES);
@@ -587,7 +590,7 @@ async fn metadata_is_limited(kind: Kind) {
     let error = cluster.caller.command::<Worker>(work).metadata("note", large).await.unwrap_err();
     assert!(matches!(error, ExecuteError::Unwritable(EncodeError::MetadataTooLarge { .. })), "{error}");
     assert_eq!((cluster.events().await.len(), cluster.shared.begun()), (0, 0), "nothing was executed");
-    // Nearly as much is allowed, and arrives.
+    // Metadata just below the limit is accepted and arrives.
     let fits = "x".repeat(storied::Metadata::MAX_BYTES - 1024);
     cluster.caller.execute::<Counter>("a", Add(1)).metadata("note", fits.clone()).await.unwrap();
     let events = cluster.events().await;
@@ -595,8 +598,8 @@ async fn metadata_is_limited(kind: Kind) {
     cluster.stop().await;
 }
 
-/// With the commands that it gives itself, while nobody else's are taken any more.
-async fn what_was_accepted_is_finished_before_a_node_ends(kind: Kind) {
+/// The accepted handler's nested commands still run, while the node refuses all other commands.
+async fn accepted_commands_finish_before_a_node_ends(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let work = Work::CountLater { id: "a".into(), add: 2 };
     let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
@@ -615,13 +618,13 @@ async fn what_was_accepted_is_finished_before_a_node_ends(kind: Kind) {
     }
 }
 
-/// A UUIDv7 of so many seconds from now.
+/// Returns a UUIDv7 whose time is the given number of seconds from now.
 fn v7(seconds: i64) -> Uuid {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     Uuid::new_v7(Timestamp::from_unix(NoContext, now.checked_add_signed(seconds).unwrap(), 0))
 }
 
-/// It would look newer than every later command. How old an id claims to be does not matter.
+/// Such an id would look newer than every later command. An old time in an id is valid.
 async fn an_id_from_the_future_is_refused(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let add = |id| cluster.caller.execute::<Counter>("a", Add(1)).command_id(id);
@@ -648,7 +651,7 @@ async fn an_id_from_the_future_is_refused(kind: Kind) {
     cluster.stop().await;
 }
 
-/// How long callers wait is their business: the attempt goes on, and a repetition joins it.
+/// The attempt continues after the timeout of its callers, and a repetition joins it.
 async fn a_handler_may_work_for_longer_than_its_callers_wait(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let id = Uuid::now_v7();
@@ -674,7 +677,7 @@ async fn a_handler_may_work_for_longer_than_its_callers_wait(kind: Kind) {
     cluster.stop().await;
 }
 
-async fn callers_that_went_away_hold_no_place(kind: Kind) {
+async fn dropped_callers_hold_no_permit(kind: Kind) {
     let options = HandlerOptions::new().workers(16).max_in_flight(2);
     let cluster = Setup::new(kind).options(options).start().await;
     let id = Uuid::now_v7();
@@ -694,8 +697,8 @@ async fn callers_that_went_away_hold_no_place(kind: Kind) {
     cluster.stop().await;
 }
 
-/// The first caller has gone away before a worker was free; the second has not.
-async fn a_command_that_is_repeated_while_it_waits_is_not_dropped(kind: Kind) {
+/// The first caller stops waiting before a worker is free; the second caller still waits.
+async fn a_repeated_queued_command_is_not_dropped(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new().workers(1)).start().await;
     let keyed = |n, wait| Work::Keyed { key: "k".into(), n, wait };
     let first = cluster.caller.command::<Worker>(keyed(1, true)).timeout(PATIENCE).dispatch().await.unwrap();
@@ -721,7 +724,7 @@ async fn an_attempt_ends_at_the_handlers_time_limit(kind: Kind) {
     assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error}");
     assert!(error.to_string().contains("100ms") && error.to_string().contains("time_limit"), "{error}");
     assert_eq!(cluster.shared.running.load(Ordering::SeqCst), 0, "its future is dropped");
-    // Its worker is free again, and the command may be tried again.
+    // Its worker is free again, and the command can be retried.
     cluster.open();
     assert_eq!(work().await.unwrap().reply, 1);
     assert_eq!((cluster.shared.begun(), cluster.seen()), (2, vec![1]));

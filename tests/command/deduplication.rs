@@ -1,4 +1,4 @@
-//! A command takes effect once for as long as the log lives, however many others came after it.
+//! A command takes effect once for the life of the log, after any number of later commands.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +12,7 @@ use uuid::{NoContext, Timestamp, Uuid};
 use crate::domain::{Add, Counter, Look, Shared, Work, Worker};
 use crate::faults::FaultyStore;
 
-/// Ids of every kind, the ones that claim a time of long ago among them.
+/// Returns ids of every kind, including ids with an old time.
 fn ids() -> [Uuid; 7] {
     [
         Uuid::now_v7(),
@@ -41,7 +41,7 @@ async fn total(runtime: &Runtime) -> u64 {
     runtime.execute::<Counter>("a", Look).await.unwrap().reply
 }
 
-/// Repeats the commands of `first`, each of which added 100.
+/// Repeats the commands of `first`. Each of them added 100.
 async fn repeat(runtime: &Runtime, first: &[(Uuid, Receipt<u64>)], what: &str) {
     for (id, receipt) in first {
         let again = add(runtime, *id, 100).await;
@@ -65,21 +65,21 @@ async fn a_command_beyond_the_window_gets_its_first_receipt() {
         }
         repeat(&runtime, &first, &format!("window {commands}")).await;
         assert_eq!(total(&runtime).await, 728);
-        // On another node, with another window.
+        // Also on another node with another window.
         for other in [0, 2, 1_000] {
             let other = node(store.clone(), window(other)).await;
             repeat(&other, &first, &format!("window {commands}, another node")).await;
             assert_eq!(total(&other).await, 728);
         }
-        // Another content is refused, however old the id is.
+        // Another content is refused for an id of any age.
         let error = runtime.execute::<Counter>("a", Add(7)).command_id(first[0].0).await.unwrap_err();
         assert!(matches!(error, ExecuteError::SameId { .. }), "{error}");
     }
 }
 
-/// A snapshot keeps what its window had forgotten, also for a node with a larger window.
+/// A snapshot records the greatest id that left its window, also for a node with a larger window.
 #[tokio::test]
-async fn a_snapshot_remembers_that_commands_are_forgotten() {
+async fn a_snapshot_records_that_commands_left_the_window() {
     let store = MemoryStore::new();
     let (old, stream) = (Uuid::now_v7(), storied::StreamId::new("counter", "a").unwrap());
     let first = {
@@ -112,26 +112,26 @@ async fn a_new_command_costs_no_look_up() {
         runtime.execute::<Counter>("a", Add(1)).await.unwrap();
     }
     assert_eq!(store.looked_up(), 0);
-    // Any id is new to an aggregate whose commands are all remembered.
+    // While the window holds all commands of an aggregate, it recognises any id as new.
     for id in ids() {
         runtime.execute::<Counter>("b", Look).command_id(id).await.unwrap();
     }
     assert_eq!(store.looked_up(), 0);
-    // Otherwise an id without a time, and one of the past, cost one each.
+    // Otherwise an id without a time and an id with an old time cost one look-up each.
     for (count, id) in (1..).zip([Uuid::new_v4(), Uuid::new_v7(Timestamp::from_unix(NoContext, 0, 0))]) {
         add(&runtime, id, 1).await;
         assert_eq!(store.looked_up(), count);
     }
-    // An id of the past that is forgotten later makes no other one cost something.
+    // An old id that leaves the window later causes no look-up for other ids.
     for _ in 0..10 {
         add(&runtime, Uuid::now_v7(), 1).await;
     }
     assert_eq!(store.looked_up(), 2);
 }
 
-/// Of two nodes that look the same command up at the same time, one is first.
+/// If two nodes look up the same command concurrently, one of them executes it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_nodes_that_are_uncertain_carry_a_command_out_once() {
+async fn two_nodes_that_look_up_a_command_execute_it_once() {
     let store = MemoryStore::new();
     let nodes = [node(store.clone(), window(1)).await, node(store.clone(), window(0)).await];
     for _ in 0..3 {
@@ -147,10 +147,11 @@ async fn two_nodes_that_are_uncertain_carry_a_command_out_once() {
     }
 }
 
-/// The handler's node dies after its command took effect and before that is recorded; many other commands come before the
-/// repetition.
+/// The handler's node fails between the effect of its command and the record.
+///
+/// Many other commands arrive before the repetition.
 #[tokio::test]
-async fn a_command_of_a_handler_takes_effect_once_however_many_come_after_it() {
+async fn a_handlers_command_takes_effect_once_after_many_others() {
     for id in ids() {
         let (store, shared) = (MemoryStore::new(), Arc::new(Shared::default()));
         let start = async |store: MemoryStore| {
@@ -171,7 +172,7 @@ async fn a_command_of_a_handler_takes_effect_once_however_many_come_after_it() {
     }
 }
 
-/// The ids of a handler's commands are as new as the handler's own.
+/// The ids of a handler's commands have the time of the handler's own id.
 #[tokio::test]
 async fn a_new_command_of_a_handler_costs_no_look_up() {
     let (store, shared) = (FaultyStore::new(MemoryStore::new()), Arc::new(Shared::default()));

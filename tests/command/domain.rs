@@ -1,4 +1,4 @@
-//! A counter, and handlers that can be held up, counted and made to fail.
+//! A counter, and handlers that tests can delay, count and fail.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,12 +16,12 @@ pub struct Counter {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum CounterCommand {
     Add(u64),
-    /// Only up to a limit.
+    /// Adds only up to a limit.
     AddUpTo {
         add: u64,
         limit: u64,
     },
-    /// Changes nothing.
+    /// Decides without events.
     Look,
     Panic,
 }
@@ -61,7 +61,7 @@ impl Aggregate for Counter {
             }
             AddUpTo { limit, .. } => Err(CounterError::TooMuch { total: self.total, limit }),
             Look => Ok(Decision::none().reply(self.total)),
-            CounterCommand::Panic => panic!("as told"),
+            CounterCommand::Panic => panic!("as requested"),
         }
     }
 
@@ -70,17 +70,17 @@ impl Aggregate for Counter {
     }
 }
 
-/// What the handlers of all nodes of a test have in common.
+/// The shared state of the handlers of all nodes of a test.
 pub struct Shared {
-    /// How often a handler began, and how many are at work now and were at most.
+    /// Number of started handlers, of running handlers, and the maximum of the latter.
     pub begun: AtomicU64,
     pub running: AtomicUsize,
     pub most: AtomicUsize,
-    /// What was handled, in order.
+    /// Handled numbers, in order.
     pub seen: Mutex<Vec<u64>>,
-    /// Handlers that are told to wait do so until this is true.
+    /// Gate: handlers with a wait continue when this is true.
     pub open: watch::Sender<bool>,
-    /// How many of the next attempts fail.
+    /// Number of the next attempts that fail.
     pub failures: AtomicU64,
 }
 
@@ -103,35 +103,35 @@ impl Shared {
     }
 }
 
-/// Does one thing after the other, as told.
+/// A handler that executes the commands of a test sequentially.
 pub struct Worker(pub Arc<Shared>);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Work {
-    /// Remembers a number; waits first if told to.
+    /// Records a number, after an optional wait.
     Note {
         n: u64,
         wait: bool,
     },
-    /// As `Note`, one at a time for each key.
+    /// Records a number as `Note` does, one at a time for each key.
     Keyed {
         key: String,
         n: u64,
         wait: bool,
     },
-    /// Adds to a counter, through a command, and says what it is then. Waits afterwards, if told to.
+    /// Adds to a counter through a command, and replies with the total. Then waits optionally.
     Count {
         id: String,
         add: u64,
         limit: u64,
         wait: bool,
     },
-    /// Waits, and adds to a counter then.
+    /// Waits, then adds to a counter.
     CountLater {
         id: String,
         add: u64,
     },
-    /// Commands this handler itself, so many levels deep.
+    /// Sends commands to this handler itself, nested to the given depth.
     Nest(u64),
     Refuse {
         code: u32,
@@ -177,7 +177,7 @@ impl Handler for Worker {
                     opened().await;
                 }
                 if fail.is_ok() {
-                    return Err(HandleError::Failed("as told".into()));
+                    return Err(HandleError::Failed("as requested".into()));
                 }
                 shared.seen.lock().unwrap().push(*n);
                 Ok(*n)
@@ -195,7 +195,7 @@ impl Handler for Worker {
                     opened().await;
                 }
                 if fail.is_ok() {
-                    return Err(HandleError::Failed("as told".into()));
+                    return Err(HandleError::Failed("as requested".into()));
                 }
                 Ok(total)
             }
@@ -208,7 +208,7 @@ impl Handler for Worker {
             Work::Refuse { code, text } => {
                 Err(HandleError::Rejected(WorkError::Refused { code: *code, text: text.clone() }))
             }
-            Work::Panic => panic!("as told"),
+            Work::Panic => panic!("as requested"),
         }
     }
 

@@ -1,5 +1,6 @@
-//! Node processes that are killed and paused, and NATS with them, in the middle of a command: hazards 22 to 27 of the table in
-//! docs/guarantees.md.
+//! Node processes and NATS are killed and paused during a command.
+//!
+//! The tests cover hazards 22 to 27 of the table in docs/guarantees.md.
 
 use std::fs;
 use std::time::Duration;
@@ -19,7 +20,7 @@ fn pass(stop: &str) -> Pass {
     Pass { stop: stop.into() }
 }
 
-/// Gives this command until somebody takes it, behind an outage.
+/// Retries this command after an outage until a node executes it.
 async fn add_soon(caller: &Runtime, id: &str, n: u64) -> u64 {
     let give_up = Instant::now() + PATIENCE;
     loop {
@@ -36,7 +37,7 @@ async fn a_node_that_is_killed_before_it_accepts() {
     let setting = Setting::new().await;
     let one = Node::spawn(&setting, "one").ready().await;
     let two = Node::spawn(&setting, "two");
-    // Both know the first by its beats, so it gets the command, and cannot take it.
+    // Both know the first node by its heartbeats, so it gets the command, and cannot accept it.
     one.pause().await;
     let command = setting.caller.command::<Gated>(pass("nowhere")).timeout(PATIENCE);
     let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
@@ -59,7 +60,7 @@ async fn a_node_that_is_killed_between_commit_and_answer() {
     Setting::new().await.survives("after", async |_, one| one.signal(Signal::SIGKILL)).await;
 }
 
-/// The other node does it; the one that wakes up finds it done.
+/// The other node executes the command; the resumed node finds it executed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_paused_in_the_middle_changes_nothing_when_it_wakes() {
     for stop in ["before", "after"] {
@@ -74,10 +75,10 @@ async fn a_node_that_is_paused_in_the_middle_changes_nothing_when_it_wakes() {
     }
 }
 
-/// That nothing happened is no answer while another node has the command, too, and may yet decide otherwise.
+/// A rejection is not certain while another node has the command and may decide otherwise.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_no_is_not_certain_while_another_node_may_have_the_command() {
-    for (no, said) in [(AddUpTo { add: 1, limit: 1 }, "the total is 1"), (Look, "nothing to do")] {
+async fn a_rejection_is_unknown_while_another_node_may_have_the_command() {
+    for (no, said) in [(AddUpTo { add: 1, limit: 1 }, "the total is 1"), (Look, "no events")] {
         let setting = Setting::new().await;
         let one = Node::spawn(&setting, "one").ready().await;
         setting.caller.execute::<Counter>("a", Add(1)).await.unwrap();
@@ -87,16 +88,16 @@ async fn a_no_is_not_certain_while_another_node_may_have_the_command() {
         raw.flush().await.unwrap();
         let command = setting.caller.execute::<Counter>("a", no.clone()).timeout(PATIENCE);
         let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
-        // It is on its way to the one, and only then there is another.
+        // The second node joins only after the command was sent to the first.
         timeout(PATIENCE, commands.next()).await.unwrap().unwrap();
         let two = Node::spawn(&setting, "two").ready().await;
         let error = answer.await.unwrap().unwrap_err();
         let ExecuteError::OutcomeUnknown { reason, .. } = &error else { panic!("{error}") };
-        assert!(reason.contains("one fell silent") && reason.contains(said), "{reason}");
-        // With nobody else to have it, it is.
+        assert!(reason.contains("one stopped replying") && reason.contains(said), "{reason}");
+        // Without another node, the rejection is certain.
         drop(one);
         match setting.caller.execute::<Counter>("a", no).await {
-            Ok(receipt) => assert_eq!((receipt.reply, said), (1, "nothing to do")),
+            Ok(receipt) => assert_eq!((receipt.reply, said), (1, "no events")),
             Err(error) => assert!(error.rejection().is_some(), "{error}"),
         }
         drop(two);
@@ -104,7 +105,7 @@ async fn a_no_is_not_certain_while_another_node_may_have_the_command() {
     }
 }
 
-/// What NATS delivers after the deadline is dropped.
+/// A command that NATS delivers after its deadline is dropped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_that_comes_late_is_never_executed() {
     let setting = Setting::new().await;
@@ -127,14 +128,14 @@ async fn a_command_that_comes_late_is_never_executed() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
     assert_eq!(reply, 11, "the late one has not happened");
-    // And its id still says so: it takes effect now, for the first time.
+    // The id is unused: the command takes effect now for the first time.
     let receipt = setting.caller.execute::<Counter>("a", Add(1)).command_id(id).await.unwrap();
     assert_eq!((receipt.reply, receipt.duplicate), (12, false));
     drop(one);
     setting.caller.shutdown().await.unwrap();
 }
 
-/// Hazard 24, with a node that sleeps over it all: nothing of what could not be sent happens later.
+/// Hazard 24, with a paused node: a command that could not be sent never takes effect later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hazard_24_without_nats_a_command_fails_at_once_and_never_happens() {
     let mut setting = Setting::new().await;
@@ -161,9 +162,9 @@ async fn hazard_24_without_nats_a_command_fails_at_once_and_never_happens() {
     setting.caller.shutdown().await.unwrap();
 }
 
-/// Hazard 25: the answer goes with the server; whoever waits for it asks again and gets what was recorded.
+/// Hazard 25: the answer is lost with the server; the caller retries and gets the recorded answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_25_an_answer_that_was_lost_with_the_server_is_asked_for_again() {
+async fn hazard_25_a_lost_answer_is_requested_again() {
     for stop in ["before", "after"] {
         let mut setting = Setting::new().await;
         let one = Node::spawn(&setting, "one").ready().await;
@@ -171,7 +172,7 @@ async fn hazard_25_an_answer_that_was_lost_with_the_server_is_asked_for_again() 
         let dispatched = command.dispatch().await.unwrap();
         setting.exists(&format!("one-{stop}")).await;
         setting.server.kill();
-        // It ends while nobody can be told.
+        // The handler ends while no connection can carry its answer.
         setting.open();
         setting.exists("one-ended").await;
         setting.server.restart().await;
@@ -182,7 +183,7 @@ async fn hazard_25_an_answer_that_was_lost_with_the_server_is_asked_for_again() 
     }
 }
 
-/// Hazard 26: two processes give commands with the same ids at the same time, and two execute them.
+/// Hazard 26: two processes send commands with the same ids concurrently, and two execute them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hazard_26_one_id_from_two_processes_is_one_command() {
     let setting = Setting::new().await;
@@ -214,16 +215,18 @@ async fn hazard_26_one_id_from_two_processes_is_one_command() {
     setting.caller.shutdown().await.unwrap();
 }
 
-/// Hazard 27: a node that is killed and started again under its name is another one, and is asked anew.
+/// Hazard 27: a node that is restarted under its name is a new incarnation.
+///
+/// The command is sent to it again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_27_a_node_that_comes_back_under_its_name_is_another_one() {
+async fn hazard_27_a_restarted_node_is_a_new_incarnation() {
     let setting = Setting::new().await;
     for round in 1..=3 {
         let node = Node::spawn(&setting, "one").ready().await;
         assert_eq!(add_soon(&setting.caller, "b", 1).await, round);
         node.signal(Signal::SIGKILL);
     }
-    // This one only sleeps, with a command.
+    // This node is only paused, during a command.
     let old = Node::spawn(&setting, "one").ready().await;
     let dispatched =
         setting.caller.command::<Gated>(pass("before")).timeout(PATIENCE).dispatch().await.unwrap();
@@ -236,7 +239,7 @@ async fn hazard_27_a_node_that_comes_back_under_its_name_is_another_one() {
     assert_eq!(dispatched.await.unwrap().reply, 1);
     setting.exists("one-ended").await;
     fs::remove_file(setting.file("one-ended")).unwrap();
-    // It wakes up, ends what it had, and says so to nobody who listens.
+    // It resumes and finishes its command. No caller receives the answer.
     old.signal(Signal::SIGCONT);
     setting.exists("one-ended").await;
     assert_eq!(setting.events().await, 4);
@@ -245,7 +248,7 @@ async fn hazard_27_a_node_that_comes_back_under_its_name_is_another_one() {
         setting.caller.status().await.commands,
         CommandBusStatus::Connected { nodes, last_error: None }
     );
-    // The one that was started later counts: without the other everything goes on at once.
+    // The node with the later start counts. Without the other node, commands continue at once.
     drop(old);
     let started = Instant::now();
     assert_eq!(setting.caller.execute::<Counter>("b", Add(1)).await.unwrap().reply, 4);

@@ -1,4 +1,4 @@
-//! Commands: the same behaviours in one process and over NATS, and what happens when processes and servers die.
+//! Commands: one process and NATS have the same behaviour; failures of processes and servers.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]

@@ -1,4 +1,4 @@
-//! Nodes that come, go, and lose their connection, over NATS.
+//! Nodes that join, leave, and lose their connection, over NATS.
 
 use std::time::Duration;
 
@@ -24,7 +24,9 @@ async fn live(node: &Runtime) -> usize {
     node.status().await.aggregates[0].live
 }
 
-/// Each aggregate lives on one node; a node that joins takes its share over, and what a node that leaves had goes to others.
+/// Each aggregate lives on one node.
+///
+/// A joining node takes over its share, and the aggregates of a leaving node move to others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ownership_moves_with_the_nodes() {
     let (server, store) = (server().await, MemoryStore::new());
@@ -52,7 +54,7 @@ async fn ownership_moves_with_the_nodes() {
     one.shutdown().await.unwrap();
     add_all().await;
     assert_eq!(live(&two).await, 60);
-    // Every node came to the same state, each from the log.
+    // Every node has folded the same state from the log.
     for id in 0..60 {
         assert_eq!(caller.execute::<Counter>(id, Add(1)).await.unwrap().reply, 5);
     }
@@ -62,9 +64,9 @@ async fn ownership_moves_with_the_nodes() {
     caller.shutdown().await.unwrap();
 }
 
-/// A node that ends waits for the answers to what it has asked others for.
+/// A stopping node waits for the answers to its commands on other nodes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_ends_hears_the_answers_that_are_still_to_come() {
+async fn a_stopping_node_receives_outstanding_answers() {
     let cluster = Setup::new(Kind::Nats).start().await;
     let asks = caller(&cluster.store, cluster.server.as_ref().unwrap()).await;
     let work = Work::Note { n: 1, wait: true };
@@ -78,7 +80,7 @@ async fn a_node_that_ends_hears_the_answers_that_are_still_to_come() {
     cluster.stop().await;
 }
 
-/// Commands that are given from anywhere, to whoever owns the aggregate, while nodes come and go.
+/// All nodes send commands to the owners of the aggregates, while nodes join and leave.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_lost_or_done_twice_while_nodes_come_and_go() {
     let (server, store) = (server().await, MemoryStore::new());
@@ -106,7 +108,9 @@ async fn nothing_is_lost_or_done_twice_while_nodes_come_and_go() {
     stays.shutdown().await.unwrap();
 }
 
-/// Hazard 24: what could not be sent fails at once, and is not sent later. What a node can do itself, it does.
+/// Hazard 24: a command that cannot be sent fails at once, and is not sent later.
+///
+/// A node executes the commands that it handles itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_nats_a_command_fails_at_once_and_never_happens() {
     let (mut server, store) = (server().await, MemoryStore::new());
@@ -124,20 +128,20 @@ async fn without_nats_a_command_fails_at_once_and_never_happens() {
                 assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
                 unavailable += 1;
             }
-            // The first one may be on its way when the connection goes.
+            // The first command may be in flight when the connection is lost.
             ExecuteError::OutcomeUnknown { .. } => assert!(unavailable == 0 && Instant::now() < give_up),
             other => panic!("{other}"),
         }
     }
     assert!(matches!(caller.status().await.commands, CommandBusStatus::Disconnected { .. }));
     assert_eq!(worker.execute::<Counter>("c", Add(1)).await.unwrap().reply, 1);
-    // Behind the deadline of whatever was on its way.
+    // Wait until the deadline of every command in flight is over.
     tokio::time::sleep(Duration::from_secs(2)).await;
     server.restart().await;
     let (give_up, id) = (Instant::now() + PATIENCE, Uuid::now_v7());
     let reply = loop {
         match caller.execute::<Counter>("b", Add(1)).command_id(id).await {
-            // The worker may be back later than the caller waits for it.
+            // The worker may come back after the caller's timeout.
             Ok(receipt) => break receipt.reply,
             Err(error) => assert!(error.is_transient() && Instant::now() < give_up, "{error}"),
         }
@@ -148,9 +152,9 @@ async fn without_nats_a_command_fails_at_once_and_never_happens() {
     worker.shutdown().await.unwrap();
 }
 
-/// Behind an outage nodes come back one by one: whoever gives commands meanwhile is told that trying again makes sense.
+/// After an outage nodes come back one by one. Commands sent meanwhile fail with a transient error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_comes_back_long_after_the_caller_is_waited_for_by_trying_again() {
+async fn callers_can_retry_until_a_node_is_back() {
     let (mut server, store) = (server().await, MemoryStore::new());
     let late = NatsOptions::core().url(server.url()).reconnect_wait(Duration::from_secs(2));
     let bus = storied::command::CommandBus::nats(NatsCommands::new(late).node("worker").heartbeat(BEAT));
@@ -164,13 +168,13 @@ async fn a_node_that_comes_back_long_after_the_caller_is_waited_for_by_trying_ag
         }
     };
     let (mut nobody, mut given) = (0, 1);
-    // On a busy machine the worker may be back as soon as the caller.
+    // On a busy machine the worker may be back at the same time as the caller.
     while nobody == 0 {
         assert!(given < 10, "the worker was always back before the caller gave up");
         server.kill();
         away(&caller).await;
         away(&worker).await;
-        // It tries twice at once; then it waits.
+        // It makes two attempts at once; then it waits.
         tokio::time::sleep(Duration::from_millis(100)).await;
         server.restart().await;
         let (give_up, id) = (Instant::now() + PATIENCE, Uuid::now_v7());
@@ -186,9 +190,9 @@ async fn a_node_that_comes_back_long_after_the_caller_is_waited_for_by_trying_ag
     worker.shutdown().await.unwrap();
 }
 
-/// Hazard 25: the server goes between accepted and executed, and the answer with it.
+/// Hazard 25: the server fails between acceptance and execution, and the answer is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_answer_that_was_lost_with_the_server_is_asked_for_again() {
+async fn a_lost_answer_is_requested_again() {
     let mut cluster = Setup::new(Kind::Nats).start().await;
     let mut server = cluster.server.take().unwrap();
     let work = Work::Count { id: "a".into(), add: 1, limit: 5, wait: true };
@@ -198,7 +202,7 @@ async fn an_answer_that_was_lost_with_the_server_is_asked_for_again() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     server.kill();
-    // The handler ends while nobody can be told.
+    // The handler ends while no connection can carry its answer.
     cluster.open();
     eventually("ended", || cluster.shared.running.load(std::sync::atomic::Ordering::SeqCst) == 0).await;
     server.restart().await;
@@ -207,7 +211,7 @@ async fn an_answer_that_was_lost_with_the_server_is_asked_for_again() {
     cluster.stop().await;
 }
 
-/// Hazard 26: the same id from two nodes at once is one command; with another content it is refused.
+/// Hazard 26: one id from two nodes at once is one command; with another content it is refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_dispatchers_with_one_id_get_one_answer() {
     let cluster = Setup::new(Kind::Nats).start().await;
@@ -228,9 +232,11 @@ async fn two_dispatchers_with_one_id_get_one_answer() {
     cluster.stop().await;
 }
 
-/// Hazard 27: a node that comes back under its name is another incarnation. What its predecessor had is asked for anew.
+/// Hazard 27: a node that comes back under its name is a new incarnation.
+///
+/// The commands of its predecessor are sent again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_comes_back_under_its_name_is_another_one() {
+async fn a_restarted_node_is_a_new_incarnation() {
     let (server, store) = (server().await, MemoryStore::new());
     let caller = caller(&store, &server).await;
     for round in 1..=4 {
@@ -239,13 +245,13 @@ async fn a_node_that_comes_back_under_its_name_is_another_one() {
         let receipt = caller.execute::<Counter>("a", Add(1)).await.unwrap();
         assert_eq!(receipt.reply, round);
         assert!(started.elapsed() < Duration::from_secs(5));
-        // It does not say that it goes.
+        // It leaves without an announcement.
         drop(node);
     }
     caller.shutdown().await.unwrap();
 }
 
-/// The server is not there when the nodes start.
+/// The server is down when the nodes start.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nodes_that_start_without_a_server_find_each_other_later() {
     let (mut server, store) = (server().await, MemoryStore::new());
@@ -265,9 +271,9 @@ async fn nodes_that_start_without_a_server_find_each_other_later() {
     worker.shutdown().await.unwrap();
 }
 
-/// Different namespaces and different stores have nothing to do with each other.
+/// Nodes of different namespaces or stores do not exchange commands.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn strangers_get_no_commands() {
+async fn nodes_of_other_namespaces_and_stores_get_no_commands() {
     let (server, store) = (server().await, MemoryStore::new());
     let stranger = node(&MemoryStore::new(), &server, "stranger").await;
     let options = NatsOptions::core().url(server.url()).namespace("other").unwrap();
@@ -282,7 +288,7 @@ async fn strangers_get_no_commands() {
     }
 }
 
-/// What does not fit into a message is said before it is sent, and what was done is not taken back for its answer.
+/// A command that exceeds a message fails before it is sent; an oversized answer undoes no effect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_that_is_too_large_is_refused() {
     let cluster = Setup::new(Kind::Nats).start().await;
@@ -292,9 +298,9 @@ async fn a_command_that_is_too_large_is_refused() {
     cluster.stop().await;
 }
 
-/// Bytes of anybody's on our subjects do no harm.
+/// Arbitrary bytes on the bus subjects do no harm.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn garbage_on_the_subjects_is_passed_over() {
+async fn malformed_messages_are_ignored() {
     let cluster = Setup::new(Kind::Nats).start().await;
     let client = async_nats::connect(cluster.server.as_ref().unwrap().url()).await.unwrap();
     let node = cluster.workers[0].status().await.node;
@@ -311,7 +317,7 @@ async fn garbage_on_the_subjects_is_passed_over() {
     cluster.stop().await;
 }
 
-/// F23: presences that are too large are not decoded, let alone kept.
+/// F23: presence messages over the limit are neither decoded nor stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_presences_take_no_memory() {
     use ciborium::Value;
@@ -323,7 +329,7 @@ async fn large_presences_take_no_memory() {
         statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4_096
     };
     let before = resident();
-    // Each limit by itself: a large message with few names, and one with many names that is small.
+    // Test each limit alone: a large message with few names, and a small one with many names.
     let long = vec![Value::Text("x".repeat(100_000))];
     let many = vec![Value::Text("x".into()); 3_000];
     let huge = vec![Value::Text("x".into()); 400_000];
@@ -346,7 +352,7 @@ async fn large_presences_take_no_memory() {
         client.publish("storied.commands.presence", frame.into()).await.unwrap();
         client.flush().await.unwrap();
     }
-    // A real node that joins later comes after all of them.
+    // The presence of a real node that joins later arrives after all of them.
     let one = node(&store, &server, "one").await;
     let give_up = Instant::now() + PATIENCE;
     let expected = CommandBusStatus::Connected { nodes: vec!["one".into()], last_error: None };
@@ -355,7 +361,7 @@ async fn large_presences_take_no_memory() {
         if commands == expected {
             break;
         }
-        // Also for a moment: what is remembered is forgotten after a while.
+        // Check repeatedly: the table evicts silent nodes after a while.
         let nodes = format!("{commands:?}");
         assert!(Instant::now() < give_up && !nodes.contains("large"), "{nodes}");
         tokio::time::sleep(Duration::from_millis(10)).await;

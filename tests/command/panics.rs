@@ -1,4 +1,4 @@
-//! Panics of the user's code around a command: in serde's implementations, in `Display`, in filters and hooks.
+//! Panics of user code around a command: in serde, in `Display`, in filters and hooks.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,10 +12,10 @@ use tokio::time::{Instant, timeout};
 
 use crate::support::*;
 
-/// Whether a `Part` of 2 panics when it is read.
+/// Whether a `Part` of 2 panics when it is decoded.
 static READING: AtomicBool = AtomicBool::new(false);
 
-/// Panics when it is written (1), read (2) or shown (3).
+/// A value that panics when it is encoded (1), decoded (2) or displayed (3).
 #[derive(Debug, Clone)]
 struct Part(u8);
 
@@ -109,10 +109,10 @@ impl Handler for Desk {
     }
 }
 
-/// Longer than any answer takes, and shorter than the time that a command has.
+/// Upper limit for an answer, and less than the timeout of a command.
 const SOON: Duration = Duration::from_secs(10);
 
-/// Each panic is answered at once, as one command's own, in one process and over NATS; the next command is executed.
+/// Each panic is answered at once, in one process and over NATS, and affects only its command.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_panic_around_a_command_is_answered_at_once() {
     let server = server().await;
@@ -142,7 +142,8 @@ async fn a_panic_around_a_command_is_answered_at_once() {
             let begun = Instant::now();
             READING.store(true, Ordering::SeqCst);
             let command = caller.command::<Desk>(give.clone()).timeout(PATIENCE);
-            // A refusal that is never written down reaches its caller as it is; so does what stays in the process.
+            // A rejection that is not encoded reaches its caller unchanged. So does any answer
+            // within the process.
             let handled =
                 tokio::spawn(async move { command.await.map(drop).map_err(|error| format!("{error:?}")) });
             let handled = timeout(SOON, handled).await.unwrap_or_else(|_| panic!("{give:?}: silence"));
@@ -162,7 +163,7 @@ async fn a_panic_around_a_command_is_answered_at_once() {
                 }
                 _ => assert!(handled.is_err() && executed.is_err(), "{said}"),
             }
-            // Nothing is being started again, and no other command notices.
+            // No component restarts, and other commands are not affected.
             caller.command::<Desk>(Give::Nothing).timeout(SOON).await.unwrap();
             caller.execute::<Fragile>("a", Give::Nothing).timeout(SOON).await.unwrap();
             assert!(begun.elapsed() < PATIENCE, "{said}");
@@ -173,7 +174,7 @@ async fn a_panic_around_a_command_is_answered_at_once() {
     }
 }
 
-/// A filter or a hook before a command that panics refuses it; the command stands if a hook after it panics.
+/// A panic in a filter or a before-hook refuses the command; one in an after-hook has no effect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_panic_of_a_filter_or_a_hook_reaches_no_task() {
     fn no<T>(_: &CommandInfo<'_>) -> T {

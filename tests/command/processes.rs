@@ -1,4 +1,4 @@
-//! Nodes and callers in processes of their own, which can be killed and paused in the middle of a command.
+//! Node and caller processes that tests kill and pause during a command.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,9 @@ use crate::domain::{Add, Counter, WorkError};
 use crate::harness::NatsServer;
 use crate::support::*;
 
-/// Adds to a counter through a command, and stands still where it is told to until it may go on. Where it is can be seen in
-/// the files of a directory.
+/// A handler that adds to a counter through a command, and stops at a given point.
+///
+/// It continues when the test permits it. Files in a directory show its point.
 pub struct Gated {
     directory: PathBuf,
     name: String,
@@ -26,7 +27,7 @@ pub struct Gated {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Pass {
-    /// `before` or `after` the counter has been added to; anything else is nowhere.
+    /// Stop point: `before` or `after` the addition to the counter. Any other value does not stop.
     pub stop: String,
 }
 
@@ -66,7 +67,7 @@ fn args(directory: &Path, server: &NatsServer, name: &str) -> String {
     format!("{}\n{}\n{name}", directory.display(), server.url())
 }
 
-/// Not a test: what the processes that the tests start run, until their standard input ends.
+/// The entry point of a node process, not a test. It runs until its standard input ends.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn node_process() {
     let Ok(node) = std::env::var(NODE) else { return };
@@ -89,7 +90,10 @@ async fn node_process() {
 
 const CALLER: &str = "STORIED_TEST_CALLER";
 
-/// Not a test: gives a command for each id in the file `ids` as soon as there is one, and leaves the answers in a file.
+/// The entry point of a caller process, not a test.
+///
+/// It waits for the file `ids`, sends a command for each id in it, and writes the answers to a
+/// file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn caller_process() {
     let Ok(caller) = std::env::var(CALLER) else { return };
@@ -112,7 +116,7 @@ async fn caller_process() {
     runtime.shutdown().await.unwrap();
 }
 
-/// A node in a process of its own. Killed when it is dropped.
+/// A node in a separate process. Dropping it kills the process.
 pub struct Node {
     process: Child,
     ready: PathBuf,
@@ -123,14 +127,14 @@ impl Node {
         Self::run(setting, name, "processes::node_process", NODE)
     }
 
-    /// A [`caller_process`].
+    /// A process that runs [`caller_process`].
     pub fn caller(setting: &Setting, name: &str) -> Self {
         Self::run(setting, name, "processes::caller_process", CALLER)
     }
 
     fn run(setting: &Setting, name: &str, main: &str, variable: &str) -> Self {
         let ready = setting.file(&format!("{name}-ready"));
-        // Of one that was called so before.
+        // Remove the files of an earlier process of this name.
         let _ = fs::remove_file(&ready);
         let process = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", main, "--nocapture"])
@@ -151,7 +155,9 @@ impl Node {
         kill(Pid::from_raw(self.process.id().cast_signed()), signal).unwrap();
     }
 
-    /// Stops it, and returns when none of its threads runs any more: on a busy machine that takes a while.
+    /// Pauses the process, and returns when all its threads have stopped.
+    ///
+    /// This takes a while on a busy machine.
     pub async fn pause(&self) {
         self.signal(Signal::SIGSTOP);
         let threads = format!("/proc/{}/task", self.process.id());
@@ -170,7 +176,7 @@ impl Drop for Node {
     }
 }
 
-/// A dispatcher in this process, over the same store as the nodes.
+/// Starts a caller in this process, over the same store as the nodes.
 pub struct Setting {
     directory: tempfile::TempDir,
     pub server: NatsServer,
@@ -203,7 +209,10 @@ impl Setting {
         self.store.read_log(ReadLog::after(Position::START)).await.unwrap().events.len()
     }
 
-    /// Lets the first node begin a command, the second join, `fault` happen to the first, and looks at what came of it.
+    /// Runs a command with a fault on its node.
+    ///
+    /// The first node starts the command, the second node joins, then `fault` hits the first node.
+    /// The function checks the result.
     pub async fn survives(self, stop: &str, fault: impl AsyncFn(&Self, &Node)) {
         let one = Node::spawn(&self, "one").ready().await;
         let id = Uuid::now_v7();
@@ -216,7 +225,7 @@ impl Setting {
         self.open();
         assert_eq!(dispatched.await.unwrap().reply, 1, "stopped {stop}");
         assert_eq!(self.events().await, 1, "stopped {stop}");
-        // Whoever asks again, by the id, gets the same.
+        // A repetition with the same id gets the same answer.
         let again = self.caller.command::<Gated>(pass).command_id(id).await.unwrap();
         assert_eq!((again.reply, again.duplicate), (1, true));
         drop(two);

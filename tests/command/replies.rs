@@ -1,4 +1,4 @@
-//! Replies that serde writes and cannot read: the outcome is known, and a repetition does not wait for a better answer.
+//! Replies that serde writes but cannot read: the outcome is known, and a repetition gets the same.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::support::{nats, server};
 
-/// Is written without its field if that is `None`, and is not read then.
+/// A reply that is encoded without its field if that is `None`, and then does not decode.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Half {
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "present")]
@@ -91,10 +91,10 @@ async fn a_reply_that_cannot_be_read_has_a_known_outcome() {
             assert!(command_id == id && reason.contains("whole"), "{reason}");
         }
         assert_eq!(handled.load(Ordering::SeqCst), 1);
-        // With events the reply would be stored, and is refused before.
+        // With events the reply would be stored. The command fails before.
         let refused = caller.execute::<Lamp>("a", true).await.unwrap_err();
         assert!(!refused.is_transient() && refused.to_string().contains("whole"), "{refused}");
-        // Without events it is only sent.
+        // Without events the reply is only sent.
         match caller.execute::<Lamp>("a", false).await {
             Ok(receipt) => assert!(!remote && receipt.reply.whole.is_none()),
             Err(ExecuteError::ReplyUnreadable { receipt: Some(receipt), .. }) => {
@@ -106,7 +106,7 @@ async fn a_reply_that_cannot_be_read_has_a_known_outcome() {
     }
 }
 
-/// A caller that keeps what `dispatch` gave it and never awaits it delays no shutdown.
+/// A caller that holds a dispatched command without awaiting it does not delay a shutdown.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_that_is_not_awaited_does_not_delay_the_end() {
     let handled = Arc::new(AtomicU64::new(0));

@@ -1,4 +1,4 @@
-//! Commands, replies and refusals that do not fit into a NATS message: what happened is known, and said.
+//! Commands, replies and rejections that exceed a NATS message have a known outcome.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,7 +74,7 @@ fn reply(ballast: usize, size: usize) -> Write {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_does_not_fit_into_a_message_has_a_known_outcome() {
+async fn oversized_messages_have_a_known_outcome() {
     let config = vec![format!("max_payload: {LIMIT}")];
     let server = NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::core() }).await;
     let (store, printed) = (MemoryStore::new(), Arc::new(AtomicU64::new(0)));
@@ -85,11 +85,11 @@ async fn what_does_not_fit_into_a_message_has_a_known_outcome() {
     let caller = caller.start().await.unwrap();
     let events = async || store.read_log(ReadLog::after(Position::START)).await.unwrap().events.len();
 
-    // The largest that fits, with what is around it.
+    // The largest command that fits together with its frame.
     let receipt = caller.execute::<Essay>("a", reply(LIMIT - 500, LIMIT - 500)).await.unwrap();
     assert_eq!((receipt.reply.len(), receipt.version), (LIMIT - 500, Version::new(1)));
 
-    // A reply: the receipt says what happened, and a repetition says the same.
+    // For a reply, the receipt reports the outcome, and a repetition gets the same.
     let id = Uuid::now_v7();
     for duplicate in [false, true] {
         let error = caller.execute::<Essay>("a", reply(0, 20_000)).command_id(id).await.unwrap_err();
@@ -105,7 +105,7 @@ async fn what_does_not_fit_into_a_message_has_a_known_outcome() {
     }
     assert_eq!(events().await, 2);
 
-    // Of a handler: it ran once.
+    // For a handler's reply, the handler ran once.
     let id = Uuid::now_v7();
     for _ in 0..2 {
         let error = caller.command::<Printer>(20_000_usize).command_id(id).await.unwrap_err();
@@ -113,12 +113,12 @@ async fn what_does_not_fit_into_a_message_has_a_known_outcome() {
     }
     assert_eq!(printed.load(Ordering::SeqCst), 1);
 
-    // A refusal: nothing happened, and that is certain.
+    // After a rejection, it is certain that nothing happened.
     let error = caller.execute::<Essay>("a", Write::Refuse { size: 20_000 }).await.unwrap_err();
     assert!(matches!(&error, ExecuteError::Failed { reason } if reason.contains("refused: yyy")), "{error}");
     assert!(error.to_string().len() < 2_000 && error.to_string().contains("8192"), "{error}");
 
-    // A command: it never left.
+    // A command that is too large is never sent.
     for size in [LIMIT, 100_000] {
         let error = caller.execute::<Essay>("a", reply(size, 0)).await.unwrap_err();
         assert!(!error.is_transient(), "{error}");
@@ -128,7 +128,7 @@ async fn what_does_not_fit_into_a_message_has_a_known_outcome() {
         assert!(matches!(dispatched, ExecuteError::CommandTooLarge { .. }), "{dispatched}");
     }
     assert_eq!(events().await, 2);
-    // On the node that has the aggregate nothing has to fit.
+    // On the node that owns the aggregate there is no limit.
     assert_eq!(worker.execute::<Essay>("a", reply(100_000, 100_000)).await.unwrap().reply.len(), 100_000);
     caller.shutdown().await.unwrap();
     worker.shutdown().await.unwrap();

@@ -12,20 +12,20 @@ use tokio::time::Instant;
 use crate::domain::{Counter, Shared, Worker};
 use crate::harness::{self, NatsServer};
 
-/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+/// Upper limit for a step on a busy machine. Only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// One runtime has everything.
+    /// One runtime sends and executes commands.
     Local,
-    /// One runtime gives commands, two others execute them.
+    /// One runtime sends commands, and two others execute them.
     Nats,
 }
 
 pub const BEAT: Duration = Duration::from_millis(200);
 
-/// A command bus with short pauses, so that tests are quick.
+/// Creates a command bus with short intervals, so that tests are fast.
 pub fn nats(server: &NatsServer, name: &str) -> CommandBus {
     CommandBus::nats(nats_commands(&server.url(), name))
 }
@@ -43,10 +43,10 @@ pub async fn server() -> NatsServer {
     NatsServer::start(harness::NatsOptions::default()).await
 }
 
-/// Whoever gives commands, and whoever executes them.
+/// The caller of commands and the nodes that execute them.
 pub struct Cluster {
     pub caller: Runtime,
-    /// Empty where the caller does it all.
+    /// Executing nodes. Empty if the caller executes the commands.
     pub workers: Vec<Runtime>,
     pub store: MemoryStore,
     pub shared: Arc<Shared>,
@@ -71,13 +71,13 @@ impl Setup {
         self
     }
 
-    /// What else the command buses of those that execute have; they are numbered.
+    /// Further options of the command buses of executing nodes, by node number.
     pub fn bus(mut self, bus: impl Fn(CommandBus, usize) -> CommandBus + Send + Sync + 'static) -> Self {
         self.bus = Box::new(bus);
         self
     }
 
-    /// What else the runtime that gives commands has.
+    /// Further options of the caller's runtime.
     pub fn caller(mut self, more: impl Fn(Builder) -> Builder + Send + Sync + 'static) -> Self {
         self.more = Box::new(more);
         self

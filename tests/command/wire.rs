@@ -1,4 +1,4 @@
-//! The frames of the command bus, as another program sees them: `docs/wire-format.md` says the same in words.
+//! The frames of the command bus, as another program sees them; see `docs/wire-format.md`.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -16,14 +16,14 @@ use crate::domain::{Add, AddUpTo, Counter, Shared, Work, Worker};
 use crate::harness::NatsServer;
 use crate::support::*;
 
-/// A frame with what differs from run to run replaced, so that the rest can be compared byte by byte.
+/// Replaces the parts of a frame that differ between runs, so that the bytes can be compared.
 fn fixed(payload: &[u8]) -> (Value, Vec<u8>) {
     fn fix(value: &mut Value) {
         let Value::Map(entries) = value else { return };
         for (key, value) in entries {
             match key.as_text() {
                 Some("incarnation" | "store") => *value = Value::Bytes(vec![0; 16]),
-                // In `sent` it is the node; in a presence, its name.
+                // In `sent`, `node` is the incarnation; in a presence, it is the name.
                 Some("node") if value.is_bytes() => *value = Value::Bytes(vec![0; 16]),
                 Some("runtime" | "clock") => *value = 7.into(),
                 _ => fix(value),
@@ -50,7 +50,7 @@ async fn next(subscriber: &mut Subscriber) -> async_nats::Message {
 
 fn bus(server: &NatsServer, name: &str) -> CommandBus {
     let options = NatsOptions::core().url(server.url()).namespace("shop").unwrap();
-    // Nobody beats while the test looks.
+    // No heartbeat occurs during the test.
     CommandBus::nats(NatsCommands::new(options).node(name).heartbeat(Duration::from_secs(60)))
 }
 
@@ -64,9 +64,9 @@ pub async fn publish(client: &Client, subject: impl AsRef<str>, frame: &Value) {
     client.publish(subject.as_ref().to_owned(), bytes.into()).await.unwrap();
 }
 
-/// A program that is not storied takes a command, and gives one.
+/// A program without storied accepts a command, and sends one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn frames_are_what_they_always_were() {
+async fn command_frames_keep_their_format() {
     let server = server().await;
     let store = MemoryStore::new();
     let raw = async_nats::connect(server.url()).await.unwrap();
@@ -83,7 +83,7 @@ async fn frames_are_what_they_always_were() {
     let caller = Runtime::builder().store(store.clone()).commands(bus(&server, "caller"));
     let caller = caller.start().await.unwrap();
 
-    // Another program says that it handles orders, and gets a command.
+    // Another program announces a handler, and gets a command.
     let incarnation = Uuid::now_v7();
     let mut commands = raw.subscribe(format!("shop.commands.node.{incarnation}")).await.unwrap();
     let uuid = |id: Uuid| Value::Bytes(id.as_bytes().to_vec());
@@ -103,7 +103,7 @@ async fn frames_are_what_they_always_were() {
         let request = caller.command::<Elsewhere>("hello".to_owned()).command_id(id);
         request.correlation_id(Uuid::from_u128(7)).metadata("tenant", "acme").timeout(Duration::ZERO)
     };
-    // Given before anybody has heard of the other program, it waits until somebody has.
+    // If the command is sent before the presence arrives, it waits for the presence.
     let dispatch = tokio::spawn(request(&caller).dispatch());
     let message = next(&mut commands).await;
     show(&mut text, "command, for a handler, dispatched", &message.payload);
@@ -119,7 +119,7 @@ async fn frames_are_what_they_always_were() {
     let report = dispatched.report().await;
     assert_eq!((report.result.unwrap().reply, report.runtime), (42, Duration::from_millis(5)));
 
-    // And it gives commands to the node, as they are above.
+    // The other program sends commands to the node in the same format.
     let subject = format!("shop.commands.node.{}", node.status().await.node);
     let mut inbox = raw.subscribe("answers").await.unwrap();
     let command = |kind: &str, name: &str, key: Option<&str>, payload: &dyn erased::Payload, more| {
@@ -169,7 +169,9 @@ async fn frames_are_what_they_always_were() {
     node.shutdown().await.unwrap();
 }
 
-/// Another program's clock says anything, and it is in a hurry: what counts is the time that is left, less the time on the way.
+/// Another program has an arbitrary clock and short deadlines.
+///
+/// Only the time left minus the transit time counts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nodes_whose_clocks_differ_execute_each_others_commands() {
     let server = server().await;
@@ -209,7 +211,8 @@ async fn nodes_whose_clocks_differ_execute_each_others_commands() {
         .unwrap();
         let mut payload = Vec::new();
         ciborium::into_writer(&Add(1), &mut payload).unwrap();
-        // Sent now; and before the presence message by more than there was time, which shows that it is late.
+        // One command is sent now. The other was sent before the presence message, by more than its
+        // time left, so it is late.
         for (sent, late) in [(clock + 30_000, false), (clock.saturating_sub(30_000), clock >= 30_000)] {
             let command = map(vec![
                 ("wire", 1.into()),
@@ -241,7 +244,7 @@ pub async fn store_id(runtime: &Runtime) -> Uuid {
     runtime.status().await.store.id
 }
 
-/// A handler that only another program has.
+/// A handler that exists only in another program.
 pub struct Elsewhere;
 
 impl Handler for Elsewhere {
@@ -260,7 +263,7 @@ impl Handler for Elsewhere {
 }
 
 mod erased {
-    /// Anything as CBOR.
+    /// A value that encodes as CBOR.
     pub trait Payload {
         fn cbor(&self) -> Vec<u8>;
     }

@@ -1,4 +1,6 @@
-//! The actor of a handler: whose turn it is. It never awaits; the work is done by tasks.
+//! The actor of a handler: it schedules commands on worker slots.
+//!
+//! The actor never awaits. Tasks run the attempts.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -29,43 +31,47 @@ use crate::time::after;
 /// The answer to a handler's command.
 pub(crate) type Answer<H> = Result<Handled<<H as Handler>::Reply>, ExecuteError<<H as Handler>::Error>>;
 
-/// A command on its way.
+/// A command for a handler.
 pub(crate) struct Job<H: Handler> {
     pub(crate) command: H::Command,
     pub(crate) id: Uuid,
     pub(crate) metadata: Metadata,
     pub(crate) fingerprint: Uuid,
     pub(crate) key: Option<String>,
-    /// When its caller stops waiting: a command that was not begun before all its callers had is dropped.
+    /// Time until which its caller waits.
+    ///
+    /// A command that has not started by the latest deadline of its callers is dropped.
     pub(crate) deadline: Instant,
     pub(crate) span: CommandSpan,
 }
 
-/// A command that waits or runs. It does not end with its callers, and a repetition joins it.
+/// A queued or running command. It outlives its callers, and a repetition joins it.
 struct Current<H: Handler> {
     fingerprint: Uuid,
-    /// When the last caller stops waiting.
+    /// Time at which the last caller stops waiting.
     deadline: Instant,
     callers: Vec<Caller<H>>,
-    /// Permit of the attempt in the handler's limit, independent of its callers; the first caller shares it.
+    /// Permit of the attempt within the handler's limit, independent of its callers.
+    ///
+    /// The first caller shares it.
     _permit: Arc<OwnedSemaphorePermit>,
 }
 
-/// A caller that waits for a command.
+/// A caller that waits for the answer to a command.
 pub(super) struct Caller<H: Handler> {
     reply: OneshotSender<Answer<H>>,
     permit: CallerPermit,
 }
 
 impl<H: Handler> Caller<H> {
-    /// Answers the caller; its permit is free before it can give the next command.
+    /// Answers the caller. Releases its permit first, so that its next command can get it.
     fn answer(self, answer: Answer<H>) -> Result<(), Answer<H>> {
         self.permit.release();
         self.reply.send(answer)
     }
 }
 
-/// Permit of a caller in the handler's limit, until it is answered or gone.
+/// The permit of a caller within the handler's limit, held until the answer or a drop.
 #[derive(Clone)]
 struct CallerPermit(Arc<Mutex<Option<Arc<OwnedSemaphorePermit>>>>);
 
@@ -79,7 +85,7 @@ impl CallerPermit {
     }
 }
 
-/// Releases the permit of a caller that goes away, also if it never awaited its answer.
+/// A guard that releases the permit of a dropped caller, even one that never awaited its answer.
 struct ReleaseOnDrop(CallerPermit);
 
 impl Drop for ReleaseOnDrop {
@@ -88,22 +94,22 @@ impl Drop for ReleaseOnDrop {
     }
 }
 
-/// What the attempts of one handler share.
+/// The shared state of all attempts of one handler.
 pub(super) struct Shared<H> {
     pub(super) handler: H,
     pub(super) options: HandlerOptions,
     pub(super) store: Arc<dyn EventStore>,
-    /// The way to other commands. It holds this handler, hence not the other way round.
+    /// Dispatcher for nested commands. It owns this handler, so this reference is weak.
     pub(super) commands: Weak<Commands>,
 }
 
-/// The handle of a handler's actor; cheap to clone.
+/// A handle to a handler's actor. Cloning is cheap.
 pub(crate) struct HandlerRouter<H: Handler> {
-    /// The actor of the moment: another one after a restart.
+    /// Current actor. A restart replaces it.
     actor: Arc<RwLock<ActorRef<Message<H>>>>,
     shared: Arc<Shared<H>>,
     admission: Arc<Semaphore>,
-    /// Set when the end begins: nobody is admitted any more.
+    /// Set at the start of a shutdown. No command is admitted afterwards.
     closing: Arc<AtomicBool>,
 }
 
@@ -156,8 +162,9 @@ impl<H: Handler> HandlerRouter<H> {
         HandlerStatus { name: H::NAME, in_flight: limit.saturating_sub(self.admission.available_permits()) }
     }
 
-    /// A place among the commands under way, for the command `id`. Waits for one as long as the options say (or until
-    /// `deadline`).
+    /// Acquires a permit for the command `id` within the limit of commands in flight.
+    ///
+    /// Waits for the admission timeout of the options, or until `deadline` if that is earlier.
     pub(crate) async fn admit(
         &self,
         id: Uuid,
@@ -172,13 +179,13 @@ impl<H: Handler> HandlerRouter<H> {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
             Err(_elapsed) => Err(ExecuteError::Overloaded {
-                what: "commands under way on this handler".into(),
+                what: "commands in flight for this handler".into(),
                 limit: self.shared.options.in_flight,
             }),
         }
     }
 
-    /// Hands an admitted command over. Its answer fails only if the actor was stopped.
+    /// Sends an admitted command to the actor. The answer fails only if the actor stopped.
     pub(crate) fn hand_over(
         &self,
         job: Job<H>,
@@ -196,14 +203,16 @@ impl<H: Handler> HandlerRouter<H> {
             }),
             Err(_) if self.closing.load(Ordering::Acquire) => Err(ExecuteError::ShuttingDown),
             Err(_) => {
-                let reason = "the handler is being started again".into();
+                let reason = "handler is restarting".into();
                 Err(ExecuteError::Store(StoreError::Unavailable { reason, source: None }))
             }
         }
     }
 
-    /// Takes no more commands, waits until those under way are answered (or until `deadline`), and stops the actor with its
-    /// tasks. How many were not answered.
+    /// Stops admission, waits for the commands in flight, and stops the actor with its tasks.
+    ///
+    /// Waits until all commands are answered, or until `deadline`. Returns the number of unanswered
+    /// commands.
     pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
         self.closing.store(true, Ordering::Release);
         let all = u32::try_from(self.shared.options.in_flight).unwrap_or(u32::MAX);
@@ -212,7 +221,7 @@ impl<H: Handler> HandlerRouter<H> {
         self.admission.close();
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
         if let Err(error) = self.actor().stop_and_wait(Some(SHUTDOWN.into()), Some(left)).await {
-            tracing::warn!(handler = H::NAME, %error, "the handler did not stop in time");
+            tracing::warn!(handler = H::NAME, %error, "handler did not stop in time");
         }
         unanswered
     }
@@ -235,25 +244,25 @@ impl<H: Handler> Respawn for HandlerRouter<H> {
     }
 }
 
-/// The actor was stopped before it answered.
+/// The actor stopped before it answered.
 #[derive(Debug)]
 pub(crate) struct Stopped;
 
 pub(super) enum Message<H: Handler> {
-    /// A command, and its caller.
+    /// Run a command for a caller.
     Run(Job<H>, Caller<H>, Arc<OwnedSemaphorePermit>),
-    /// An attempt is over; `freed` with its worker's place.
+    /// An attempt has ended. `freed`: whether it returned its worker slot.
     Ended { id: Uuid, key: Option<String>, ran: Ran, freed: bool },
-    /// A worker's place is free.
+    /// A worker slot is free.
     Freed,
-    /// An attempt that gave its place away wants one again.
+    /// An attempt that released its worker slot needs one again.
     Enter(OneshotSender<Worker<H>>),
 }
 
-/// A worker's place. Free again when it is dropped.
+/// A worker slot. Dropping it frees the slot.
 pub(super) struct Worker<H: Handler> {
     actor: ActorRef<Message<H>>,
-    /// Whether somebody else says that it is free.
+    /// Whether another message reports that the slot is free.
     told: bool,
 }
 
@@ -266,7 +275,7 @@ impl<H: Handler> Worker<H> {
         self.actor.clone()
     }
 
-    /// Gives the place back without a message of its own: the attempt's end says so.
+    /// Returns the slot without a separate message: the message about the attempt's end reports it.
     pub(super) fn end(mut self) {
         self.told = true;
     }
@@ -275,7 +284,7 @@ impl<H: Handler> Worker<H> {
 impl<H: Handler> Drop for Worker<H> {
     fn drop(&mut self) {
         if !self.told {
-            // Without the actor there are no places.
+            // Without the actor there are no slots.
             let _ = self.actor.cast(Message::Freed);
         }
     }
@@ -284,17 +293,19 @@ impl<H: Handler> Drop for Worker<H> {
 struct HandlerActor<H>(Arc<Shared<H>>);
 
 struct HandlerState<H: Handler> {
-    /// Places that nobody has.
+    /// Number of free worker slots.
     free: usize,
-    /// Attempts that want a place again. They come first: what has begun is to end.
+    /// Attempts that need a slot again. They go first, so that started commands finish.
     resuming: VecDeque<OneshotSender<Worker<H>>>,
     /// Commands that wait for a worker, in order.
     ready: VecDeque<Job<H>>,
-    /// Commands that wait for others with the same key, in order. An entry for every key that has its turn.
+    /// Commands that wait for others with the same key, in order.
+    ///
+    /// Every key with a ready or running command has an entry.
     turns: HashMap<String, VecDeque<Job<H>>>,
-    /// Every command that waits or runs.
+    /// Queued and running commands.
     current: HashMap<Uuid, Current<H>>,
-    /// The attempts; they end with the actor.
+    /// Tasks of the attempts. They end with the actor.
     attempts: JoinSet<()>,
 }
 
@@ -329,7 +340,7 @@ impl<H: Handler> Actor for HandlerActor<H> {
             Message::Freed => state.free += 1,
             Message::Enter(place) => state.resuming.push_back(place),
         }
-        // Attempts that are over leave a result behind.
+        // Remove the results of ended attempts from the set.
         while state.attempts.try_join_next().is_some() {}
         self.work(&myself, state);
         Ok(())
@@ -337,18 +348,18 @@ impl<H: Handler> Actor for HandlerActor<H> {
 }
 
 impl<H: Handler> HandlerActor<H> {
-    /// Gives away the places that are free.
+    /// Assigns the free worker slots.
     fn work(&self, myself: &ActorRef<Message<H>>, state: &mut HandlerState<H>) {
         while state.free > 0 {
             if let Some(resuming) = state.resuming.pop_front() {
                 state.free -= 1;
-                // Who does not wait any more drops the place, which frees it.
+                // If the attempt no longer waits, the send drops the slot, which frees it.
                 let _ = resuming.send(Worker::new(myself.clone()));
                 continue;
             }
             let Some(job) = state.ready.pop_front() else { return };
             if state.current.get(&job.id).is_some_and(|current| current.deadline <= Instant::now()) {
-                let reason = "it was not begun before its deadline and has been dropped".to_owned();
+                let reason = "dropped because it did not start before its deadline".to_owned();
                 state.end(job.id, job.key, &Ran::Unknown(reason));
                 continue;
             }
@@ -356,13 +367,13 @@ impl<H: Handler> HandlerActor<H> {
             let (id, key) = (job.id, job.key.clone());
             let (shared, worker, actor) = (self.0.clone(), Worker::new(myself.clone()), myself.clone());
             state.attempts.spawn(async move {
-                // Beside the handler itself, hooks and encoders are the user's code.
+                // Hooks and encoders are user code too, beside the handler itself.
                 let ran = AssertUnwindSafe(run(shared, job, worker)).catch_unwind().await;
                 let (ran, freed) = ran.unwrap_or_else(|panic| {
-                    let reason = format!("something around its handler panicked: {}", panic_text(&*panic));
+                    let reason = format!("user code around the handler panicked: {}", panic_text(&*panic));
                     (Ran::Unknown(reason), false)
                 });
-                // An actor that is gone took its waiters with it.
+                // A failed cast means that the actor has ended together with its callers' ports.
                 let _ = actor.cast(Message::Ended { id, key, ran, freed });
             });
         }
@@ -373,12 +384,13 @@ impl<H: Handler> HandlerState<H> {
     fn take(&mut self, job: Job<H>, caller: Caller<H>, permit: Arc<OwnedSemaphorePermit>) {
         if let Some(current) = self.current.get_mut(&job.id) {
             if current.fingerprint != job.fingerprint {
-                // A caller that has gone away needs no answer.
+                // A failed send means that the caller has stopped waiting.
                 let _ = caller.answer(Err(ExecuteError::SameId { command_id: job.id }));
                 return;
             }
             current.deadline = current.deadline.max(job.deadline);
-            // However often a command is repeated while it runs, only callers that still wait are kept.
+            // Keep only callers that still wait, so that repetitions of a running command do not
+            // accumulate.
             current.callers.retain(|caller| !caller.reply.is_closed());
             return current.callers.push(caller);
         }
@@ -397,7 +409,7 @@ impl<H: Handler> HandlerState<H> {
         }
     }
 
-    /// Answers everybody who waits for a command, and lets the next one with its key have its turn.
+    /// Answers all callers of a command, and makes the next command with its key ready.
     fn end(&mut self, id: Uuid, key: Option<String>, ran: &Ran) {
         let callers = self.current.remove(&id).map(|current| current.callers).unwrap_or_default();
         for (count, caller) in callers.into_iter().enumerate() {

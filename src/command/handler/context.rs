@@ -19,37 +19,37 @@ use crate::command_id;
 use crate::event::{Event, Metadata};
 use crate::future::BoxFuture;
 
-/// What a handler has while it handles a command: who asks, and the way to further commands.
+/// The context of an attempt: the command's metadata, and the means to send nested commands.
 pub struct HandlerContext {
     commands: Arc<Commands>,
     id: Uuid,
     metadata: Metadata,
     now: DateTime<Utc>,
-    /// When the attempt is over.
+    /// End of the attempt's time limit.
     deadline: Instant,
-    /// How many commands were given to whom, so that each has an id that is the same in every attempt.
+    /// Number of commands sent to each target. It makes their ids the same in every attempt.
     given: Mutex<HashMap<String, u64>>,
     place: Arc<dyn GiveWay>,
 }
 
-/// A worker's place, as far as a command that another one waits for is concerned.
+/// A worker slot that an attempt releases while it waits for a nested command.
 pub(in crate::command) trait GiveWay: Send + Sync {
-    /// Lets the next one have the place.
+    /// Releases the slot for another command.
     fn leave(&self);
-    /// Has a place again.
+    /// Reacquires a slot.
     fn enter(&self) -> BoxFuture<'_, ()>;
-    /// Does not wait any more, without wanting a place.
+    /// Ends the wait without reacquiring a slot.
     fn abandon(&self);
-    /// The attempt is over: takes the place, if there is one, without telling anybody.
+    /// Ends the attempt. Takes the slot without a message, and returns whether there was one.
     fn end(&self) -> bool;
 }
 
-/// Waits for something without keeping others from working meanwhile.
+/// Releases the worker slot, if there is one, while `wait` runs.
 pub(in crate::command) fn give_way<T>(
     place: Option<Arc<dyn GiveWay>>,
     wait: impl Future<Output = T>,
 ) -> impl Future<Output = T> {
-    // Most commands are not given by a handler: they need not carry what these do.
+    // Most commands do not come from a handler. Their future stays small.
     match place {
         None => Either::Left(wait),
         Some(place) => Either::Right(Box::pin(leave_and_wait(place, wait))),
@@ -82,7 +82,9 @@ struct Place<H: Handler> {
 
 struct Held<H: Handler> {
     worker: Option<Worker<H>>,
-    /// Commands that are being waited for. The place is given away with the first and wanted again after the last.
+    /// Number of nested commands that the attempt waits for.
+    ///
+    /// The first wait releases the slot, and the end of the last one reacquires it.
     waits: usize,
 }
 
@@ -119,12 +121,13 @@ impl<H: Handler> GiveWay for Place<H> {
                     return;
                 }
             }
-            // An actor that is gone ends this attempt, too.
+            // If the actor has ended, this attempt ends too.
             if self.actor.cast(Message::Enter(place)).is_ok()
                 && let Ok(worker) = granted.await
             {
                 let mut held = self.held();
-                // Whoever has begun to wait meanwhile may need the very place.
+                // If another wait has started meanwhile, return the slot: the command of that
+                // wait may need it.
                 let needless = if held.waits == 0 { held.worker.replace(worker) } else { Some(worker) };
                 drop(held);
                 drop(needless);
@@ -153,39 +156,43 @@ impl HandlerContext {
         }
     }
 
-    /// The id of the command that is being handled.
+    /// Returns the id of the command.
     pub fn command_id(&self) -> Uuid {
         self.id
     }
 
-    /// What came with it: correlation, trace context, the user's map.
+    /// Returns the metadata of the command: correlation, trace context and the user's map.
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
     }
 
-    /// When this attempt began. Another attempt has another time.
+    /// Returns the start of this attempt. Every attempt has its own time.
     pub fn now(&self) -> DateTime<Utc> {
         self.now
     }
 
-    /// Gives a command to an aggregate, wherever it lives: as [`Runtime::execute`](crate::Runtime::execute), with this
-    /// command as its cause and an id that is derived from this command's, the aggregate, and how many commands were given
-    /// to it before. It has no more time than this attempt has ([`HandlerOptions::time_limit`](super::HandlerOptions::time_limit)).
+    /// Sends a command to an aggregate on any node.
+    ///
+    /// It works as [`Runtime::execute`](crate::Runtime::execute), with this command as the cause.
+    /// The id is derived from this command's id, the aggregate, and the number of earlier commands
+    /// to it. The command has at most the time that is left to this attempt
+    /// ([`HandlerOptions::time_limit`](super::HandlerOptions::time_limit)).
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
         let id = id.to_string();
         let envelope = self.envelope(Kind::Aggregate, <A::Event as Event>::CATEGORY, &id);
         Execute::new(self.commands.clone(), id, command.into(), envelope).within(self.place.clone())
     }
 
-    /// Gives a command to a handler, likewise. One that has the same key as the command that is being handled would wait
-    /// for it until its time is over.
+    /// Sends a command to a handler on any node, as [`execute`](Self::execute) does.
+    ///
+    /// A command with the key of the current command waits for it until the time limit.
     pub fn command<H: Handler>(&self, command: H::Command) -> Request<H> {
         let key = H::key(&command).unwrap_or_default();
         let envelope = self.envelope(Kind::Handler, H::NAME, &key);
         Request::new(self.commands.clone(), command, envelope).within(self.place.clone())
     }
 
-    /// The attempt is over. Whether that frees a worker's place.
+    /// Ends the attempt. Returns whether that frees a worker slot.
     pub(super) fn end(self) -> bool {
         self.place.end()
     }

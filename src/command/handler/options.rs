@@ -3,7 +3,7 @@ use std::time::Duration;
 use crate::aggregate::MOST_IN_FLIGHT;
 use crate::invalid_option::{DAY, InvalidOption, within};
 
-/// How a handler is run on a node.
+/// Options of a handler on a node.
 #[derive(Debug, Clone)]
 pub struct HandlerOptions {
     pub(crate) workers: usize,
@@ -12,7 +12,7 @@ pub struct HandlerOptions {
     pub(crate) time_limit: Duration,
 }
 
-/// How long an attempt may take unless set.
+/// Default time limit of an attempt.
 const TIME_LIMIT: Duration = Duration::from_secs(5 * 60);
 
 impl Default for HandlerOptions {
@@ -22,39 +22,47 @@ impl Default for HandlerOptions {
 }
 
 impl HandlerOptions {
-    /// The defaults.
+    /// Creates options with the defaults.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many commands are handled at the same time on this node. Default: 1, which is one after the other, in the order in
-    /// which they came. Range: 1 to 1,000,000. A handler that waits for a command of its own gives its place to the next one meanwhile.
+    /// Sets the number of commands that run concurrently on this node.
+    ///
+    /// Default: 1, which handles commands sequentially in the order of their arrival. Range: 1 to
+    /// 1,000,000. A handler that waits for a nested command releases its worker slot meanwhile.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
         self
     }
 
-    /// How many commands may be under way or wait for a worker; further callers wait for
-    /// [`admission_timeout`](Self::admission_timeout). Default: 1,024. Range: 1 to 1,000,000.
+    /// Sets the maximum number of queued and running commands.
+    ///
+    /// Further callers wait for [`admission_timeout`](Self::admission_timeout). Default: 1,024.
+    /// Range: 1 to 1,000,000.
     #[must_use]
     pub fn max_in_flight(mut self, commands: usize) -> Self {
         self.in_flight = commands;
         self
     }
 
-    /// How long a command waits for its turn at [`max_in_flight`](Self::max_in_flight) before it is answered
-    /// `Overloaded`. Default: 1 s. Range: any; with zero it does not wait.
+    /// Sets how long a command waits for a permit before it fails with `Overloaded`.
+    ///
+    /// [`max_in_flight`](Self::max_in_flight) limits the permits. Default: 1 s. Range: any; zero
+    /// does not wait.
     #[must_use]
     pub fn admission_timeout(mut self, timeout: Duration) -> Self {
         self.admission = timeout;
         self
     }
 
-    /// How long one attempt at a command may take, the commands that it gives included, however long its callers wait. An
-    /// attempt that takes longer is dropped without a record, and its callers get `OutcomeUnknown`. Default: 5 minutes.
-    /// Range: 1 ms to 1 day.
+    /// Sets the time limit of one attempt at a command, including its nested commands.
+    ///
+    /// The limit is independent of the callers' timeouts. An attempt that exceeds it is dropped
+    /// without a record, and its callers get `OutcomeUnknown`. Default: 5 minutes. Range: 1 ms to 1
+    /// day.
     #[must_use]
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.time_limit = limit;

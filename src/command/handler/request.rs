@@ -17,16 +17,16 @@ use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
 use crate::telemetry::trace::CommandSpan;
 
-/// A command for a handler that is about to be executed: await it for the answer, or set more before.
+/// A command for a handler. Set its options, then await it for the answer.
 ///
-/// Made by [`Runtime::command`](crate::Runtime::command). Nothing happens before it is awaited or
-/// [dispatched](Self::dispatch). Dropping the future while it waits does not take the command back.
+/// [`Runtime::command`](crate::Runtime::command) creates it. The command starts when it is awaited
+/// or [dispatched](Self::dispatch). Dropping the waiting future does not cancel the command.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct Request<H: Handler> {
     commands: Arc<Commands>,
     command: H::Command,
     envelope: Envelope,
-    /// The worker's place of the handler that gives this command.
+    /// Worker slot of the handler that sends this command.
     place: Option<Arc<dyn GiveWay>>,
 }
 
@@ -44,11 +44,14 @@ impl<H: Handler> Request<H> {
 
     envelope_setters!();
 
-    /// Hands the command over, and returns as soon as a handler has accepted it: it has its place there, and will be
-    /// handled. Await what this returns for the answer.
+    /// Sends the command, and returns as soon as a handler has accepted it.
+    ///
+    /// The handler has admitted the command then, and will handle it. Await the returned handle for
+    /// the answer.
     ///
     /// # Errors
-    /// When nobody took the command; then nothing happened, unless the error says that the outcome is unknown.
+    /// If no node accepted the command. Nothing happened then, unless the error is
+    /// `OutcomeUnknown`.
     pub async fn dispatch(mut self) -> Result<Pending<H>, ExecuteError<H::Error>> {
         let place = self.place.take();
         Ok(give_way(place.clone(), self.hand_over(true)).await?.within(place))
@@ -69,7 +72,8 @@ impl<H: Handler> Request<H> {
     ) -> Result<Pending<H>, ExecuteError<H::Error>> {
         let Self { commands, command, envelope, place: _ } = self;
         let (started, deadline) = (Instant::now(), envelope.deadline());
-        // A command within this process is not encoded: the limit is the same.
+        // Commands within this process are not encoded. Encode the metadata to apply the same
+        // limit.
         envelope.metadata.encode()?;
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };

@@ -1,4 +1,4 @@
-//! One attempt at a command: look whether it was handled before, handle it, record what became of it.
+//! One attempt at a command: check for a record, handle the command, record the outcome.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -21,25 +21,25 @@ use crate::panic::panic_text;
 use crate::store::{CommandRecord, ExpectedVersion, StoreError};
 use crate::time::after;
 
-/// How an attempt went. Everybody who waits for the command is told the same.
+/// The result of an attempt. All callers of the command get it.
 #[derive(Debug)]
 pub(super) enum Ran {
-    /// What became of the command is recorded, by this attempt or before it.
+    /// The outcome is recorded, by this attempt or before it.
     Recorded { outcome: Outcome, before: bool },
-    /// It is recorded, and the record cannot be read.
+    /// The outcome is recorded, but the record does not decode.
     Unreadable(String),
-    /// A hook refused; nothing happened.
+    /// A hook refused the command; nothing happened.
     Refused(String),
-    /// The id is another command's.
+    /// The id belongs to another command.
     SameId,
-    /// The store could not say whether the command was handled before; nothing happened.
+    /// The store could not look up an earlier record; nothing happened.
     Store(StoreError),
     /// The attempt ended without a record.
     Unknown(String),
 }
 
 impl Ran {
-    /// For one of those who wait; `repeated` if not the first.
+    /// Creates the answer for one caller. `repeated`: whether it is not the first caller.
     pub(super) fn answer<H: Handler>(&self, id: Uuid, repeated: bool) -> Answer<H> {
         let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: id, reason };
         match self {
@@ -52,7 +52,7 @@ impl Ran {
                 Err(failure.clone().into_error(&About { id, name: H::NAME, stream: None, expected }))
             }
             Ran::Unreadable(error) => {
-                Err(unknown(format!("it was handled, but its record cannot be read: {error}")))
+                Err(unknown(format!("it was handled, but its record does not decode: {error}")))
             }
             Ran::Refused(reason) => Err(ExecuteError::Refused { reason: reason.clone() }),
             Ran::SameId => Err(ExecuteError::SameId { command_id: id }),
@@ -62,7 +62,7 @@ impl Ran {
     }
 }
 
-/// Whether a record is of this command: with what became of it, if so.
+/// Reads a record, and checks that it belongs to this command.
 fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> Ran {
     if record.name != H::NAME || record.fingerprint != fingerprint {
         return Ran::SameId;
@@ -73,10 +73,10 @@ fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> Ran {
     }
 }
 
-/// How it went, and whether a worker's place became free with it.
+/// Runs an attempt. Returns its result, and whether it freed a worker slot.
 pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker: Worker<H>) -> (Ran, bool) {
     let Some(commands) = shared.commands.upgrade() else {
-        return (Ran::Unknown("the runtime has ended".into()), false);
+        return (Ran::Unknown("runtime has ended".into()), false);
     };
     let deadline = after(shared.options.time_limit);
     let context = HandlerContext::new(commands.clone(), worker, &job, deadline);
@@ -102,12 +102,12 @@ async fn attempt<H: Handler>(
         return Ran::Refused(reason);
     }
     let handling = AssertUnwindSafe(shared.handler.handle(&job.command, context)).catch_unwind();
-    // What the handler does belongs under its command.
+    // Spans of the handler are children of the command's span.
     let handled = timeout_at(deadline, handling.instrument(job.span.span())).await;
     let Ok(handled) = handled else {
         let limit = shared.options.time_limit;
         return Ran::Unknown(format!(
-            "its handler did not end within {limit:?}, which is its time limit (HandlerOptions::time_limit)"
+            "handler exceeded its time limit of {limit:?} (HandlerOptions::time_limit)"
         ));
     };
     let outcome = match handled {
@@ -116,9 +116,9 @@ async fn attempt<H: Handler>(
             .unwrap_or_else(|error| Outcome::Error(lost_reply(error))),
         Ok(Err(HandleError::Rejected(error))) => Outcome::Error(Failure::of(&ExecuteError::Rejected(error))),
         Ok(Err(HandleError::Failed(reason))) => {
-            return Ran::Unknown(format!("its handler could not finish: {reason}"));
+            return Ran::Unknown(format!("handler failed: {reason}"));
         }
-        Err(panic) => return Ran::Unknown(format!("its handler panicked: {}", panic_text(&*panic))),
+        Err(panic) => return Ran::Unknown(format!("handler panicked: {}", panic_text(&*panic))),
     };
     let encoded = match to_cbor(&outcome) {
         Ok(encoded) => Bytes::from(encoded),
@@ -135,8 +135,8 @@ async fn attempt<H: Handler>(
         Ok(ours) if ours.name == H::NAME && ours.fingerprint == fingerprint && ours.outcome == encoded => {
             Ran::Recorded { outcome, before: false }
         }
-        // Another attempt, on another node, was quicker: its record counts.
+        // An attempt on another node recorded its outcome first. That record counts.
         Ok(other) => recorded::<H>(&other, fingerprint),
-        Err(error) => Ran::Unknown(format!("what became of it could not be recorded: {error}")),
+        Err(error) => Ran::Unknown(format!("cannot record its outcome: {error}")),
     }
 }

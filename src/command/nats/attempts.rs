@@ -1,4 +1,4 @@
-//! One command on its way to other nodes: whom to ask next, and what may be said to its caller.
+//! Remote dispatch of one command: the choice of nodes, and the answer to the caller.
 
 mod ask;
 
@@ -23,7 +23,7 @@ use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome,
 type Accepted = Result<(), Failure>;
 type Ended = (Outcome, Duration);
 
-/// A command that is sent around until somebody has answered it.
+/// The dispatch of a command to one node after another until one has answered it.
 pub(super) struct Attempts {
     inner: Pursuit,
     place: OwnedSemaphorePermit,
@@ -54,7 +54,7 @@ impl Attempts {
         Self { inner, place }
     }
 
-    /// Sends it around for as long as somebody waits.
+    /// Dispatches the command. Dropping the future ends the dispatch.
     pub(super) async fn run(mut self) -> Ended {
         let started = Instant::now();
         let (outcome, runtime) = self.inner.run().await;
@@ -62,7 +62,10 @@ impl Attempts {
         (outcome, runtime.unwrap_or(started.elapsed()))
     }
 
-    /// Sends it around on its own: told when somebody has accepted it, or nobody will, and when it is over.
+    /// Dispatches the command in a task of its own.
+    ///
+    /// The first receiver resolves when a node has accepted the command, or when none will; the
+    /// second one resolves at the end.
     pub(super) fn spawn(mut self) -> (OneshotReceiver<Accepted>, OneshotReceiver<Ended>) {
         let (tell, is_accepted) = oneshot();
         let (done, is_done) = oneshot();
@@ -90,33 +93,35 @@ impl Attempts {
 struct Pursuit {
     shared: Arc<Shared>,
     frame: CommandFrame,
-    /// Until when somebody must have accepted it.
+    /// Time until which a node must accept the command.
     assign: Deadline,
     deadline: Deadline,
     ear: Ear,
     link: watch::Receiver<Link>,
-    /// Who was asked in this round and is of no use.
+    /// Nodes excluded in this round.
     tried: HashSet<Uuid>,
-    /// Who was asked, by attempt.
+    /// Node of each attempt, in order.
     asked: Vec<Candidate>,
-    /// Which attempts may be under way with nobody having said what became of them, by number (this node's own: 0), and why that
-    /// is so. Also of one node: it works on several at once, and what it says of one says nothing of the others.
+    /// Unresolved attempts and their causes, by number. This node's own attempt has number 0.
+    ///
+    /// These attempts may still execute the command. One node can have several of them: a reply to
+    /// one says nothing about the others.
     unanswered: BTreeMap<u32, String>,
-    /// What was said by the last one that did not take it.
+    /// Refusal of the last node that did not accept the command.
     refusal: Option<Failure>,
-    /// Whether somebody has accepted it.
+    /// Whether a node has accepted the command.
     accepted: bool,
-    /// Who wants to know that, once.
+    /// Channel that reports the acceptance once.
     tell: Option<OneshotSender<Accepted>>,
 }
 
-/// How an attempt ended.
+/// The end of an attempt.
 enum Attempt {
-    /// With an answer.
+    /// The node answered.
     Answered(Answered),
-    /// Another one may do better.
+    /// The node did not answer: try the next one.
     Next,
-    /// The connection was lost and is back: the same one is asked again.
+    /// The connection was lost and is back: send the command to the same node again.
     Again,
 }
 
@@ -124,13 +129,13 @@ impl Pursuit {
     async fn run(&mut self) -> (Outcome, Option<Duration>) {
         let answered = loop {
             if self.shared.ended.load(Ordering::Acquire) {
-                break Err(self.give_up("this node has ended"));
+                break Err(self.give_up("this node has stopped"));
             }
             if self.deadline.is_over() {
-                break Err(self.give_up("there was no answer in time"));
+                break Err(self.give_up("no answer before the deadline"));
             }
             if !self.accepted && self.assign.is_over() {
-                break Err(self.give_up("nobody took it in time"));
+                break Err(self.give_up("no node accepted the command in time"));
             }
             let link = self.link.borrow_and_update().clone();
             let candidate =
@@ -143,7 +148,8 @@ impl Pursuit {
                         Err(failure) => break Err(failure),
                     }
                 }
-                // Nothing is kept for later: what was not sent is over, what was is asked for when there is a way.
+                // Keep nothing for later. A command that was not sent fails now. For a sent
+                // command, wait for the reconnect and ask again.
                 (_, Link::Down { reason }) if self.unanswered.is_empty() => {
                     break Err(Failure::new(Code::Unavailable, reason));
                 }
@@ -151,7 +157,7 @@ impl Pursuit {
                     break Err(self
                         .refusal
                         .take()
-                        .unwrap_or_else(|| Failure::new(Code::NoHandler, "no node handles it")));
+                        .unwrap_or_else(|| Failure::new(Code::NoHandler, "no node handles the command")));
                 }
                 _ => {
                     self.tried.clear();
@@ -196,7 +202,10 @@ impl Pursuit {
         }
     }
 
-    /// Nobody to ask right now: waits until something is different, or one who was asked before answers, for a while.
+    /// Waits while there is no candidate.
+    ///
+    /// Ends after a change of the nodes or of the connection, an answer to an earlier attempt, or
+    /// one heartbeat.
     async fn wait(&mut self) -> Attempt {
         let mut news = self.shared.table.watch();
         let until = self.deadline.instant().min(Instant::now() + self.shared.beat);
@@ -214,18 +223,18 @@ impl Pursuit {
             _ = self.link.changed() => {}
             () = sleep_until(until) => {}
         }
-        // Others may have waited for the same.
+        // Other commands may have waited for the same change: pause before the next attempt.
         sleep(Duration::from_millis(5)).await;
         Attempt::Next
     }
 
-    /// Whether that attempt was that node's: only whoever was asked may answer.
+    /// Returns whether the attempt was sent to this node. Only its reply counts.
     fn was_asked(&self, attempt: u32, incarnation: Uuid) -> bool {
         let asked = usize::try_from(attempt).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
         asked.is_some_and(|asked| asked.incarnation == incarnation)
     }
 
-    /// Until when one attempt may last.
+    /// Returns the time until which the current attempt may last.
     fn until(&self) -> Instant {
         match self.accepted {
             false => self.assign.instant().min(self.deadline.instant()),
@@ -233,7 +242,7 @@ impl Pursuit {
         }
     }
 
-    /// This node's turn.
+    /// Runs the command on this node.
     async fn here(&mut self, own: Candidate) -> Attempt {
         self.tried.insert(own.incarnation);
         let (deadline, started) = (self.deadline, Instant::now());
@@ -247,7 +256,7 @@ impl Pursuit {
                         Attempt::Answered(Answered { runtime, outcome })
                     }
                     Err(_) => {
-                        self.unanswered.insert(0, "this node did not finish in time".into());
+                        self.unanswered.insert(0, "this node did not finish before the deadline".into());
                         Attempt::Next
                     }
                 }
@@ -262,17 +271,17 @@ impl Pursuit {
     fn is_accepted(&mut self) {
         self.accepted = true;
         if let Some(tell) = self.tell.take() {
-            // Who has gone away does not want to know.
+            // A failed send means that the caller has stopped waiting.
             let _ = tell.send(Ok(()));
         }
     }
 
-    /// No more attempts.
+    /// Ends the dispatch, with `OutcomeUnknown` if an attempt is unresolved.
     fn give_up(&mut self, reason: &str) -> Failure {
         if self.unanswered.is_empty() {
             let said = self.refusal.take().map(|refusal| refusal.message);
             let reason =
-                said.map_or_else(|| reason.to_owned(), |said| format!("{reason}; the last said: {said}"));
+                said.map_or_else(|| reason.to_owned(), |said| format!("{reason}; last refusal: {said}"));
             return Failure::new(Code::Unavailable, reason);
         }
         Failure::new(Code::OutcomeUnknown, format!("{reason}: {}", self.who_is_silent()))
@@ -282,23 +291,23 @@ impl Pursuit {
         self.unanswered.values().map(String::as_str).collect::<Vec<_>>().join(", ")
     }
 
-    /// What may be said of an answer. That nothing happened is not certain while somebody else has the command, too: neither
-    /// an aggregate's refusal nor its having nothing to do leaves a trace that would stop them. What a handler answers is
-    /// recorded and binds everybody, but not its other failures.
+    /// Downgrades an answer to `OutcomeUnknown` while an attempt on another node is unresolved.
+    ///
+    /// A rejection by an aggregate and a decision without events leave no trace. The other node may
+    /// therefore still execute the command. The recorded outcome of a handler binds all nodes; its
+    /// other failures do not.
     fn certain(&self, outcome: Outcome) -> Outcome {
         let aggregate = self.frame.kind == Kind::Aggregate;
         let said = match &outcome {
             _ if self.unanswered.is_empty() => None,
-            Outcome::Done(done) => {
-                (aggregate && done.events == 0).then(|| "there was nothing to do".to_owned())
-            }
+            Outcome::Done(done) => (aggregate && done.events == 0).then(|| "no events".to_owned()),
             Outcome::Error(failure) if failure.is_unknown() => None,
             Outcome::Error(failure) if !aggregate && failure.code == Code::Rejected => None,
             Outcome::Error(failure) => Some(failure.message.clone()),
         };
         match said {
             Some(said) => {
-                let reason = format!("{}, and another node answered: {said}", self.who_is_silent());
+                let reason = format!("{}; another node answered: {said}", self.who_is_silent());
                 Outcome::Error(Failure::new(Code::OutcomeUnknown, reason))
             }
             None => outcome,

@@ -1,4 +1,4 @@
-//! The commands of this node that wait for an answer of another.
+//! Pending replies: the commands of this node that wait for an answer of another node.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,19 +7,21 @@ use tokio::sync::mpsc;
 
 use crate::command::wire::Reply;
 
-/// How many replies to one command may wait to be looked at. More than this only come when nobody looks any more.
+/// Maximum number of queued replies to one command.
+///
+/// More arrive only after the caller stops reading.
 const REPLIES: usize = 32;
 
-/// What came back for an attempt.
+/// A message that arrived for an attempt.
 #[derive(Debug)]
 pub(super) enum Heard {
-    /// Nobody listens there: nothing was delivered.
+    /// No responder at the subject: the command was not delivered.
     Nobody,
-    /// Boxed: a channel has room for many from the start.
+    /// A reply. Boxed, because a channel allocates its slots at its creation.
     Reply(Box<Reply>),
 }
 
-/// Who waits for which reply. Bounded by the commands that may be under way.
+/// The map from reply tokens to waiting commands. The limit of commands in flight bounds it.
 #[derive(Debug, Clone)]
 pub(super) struct Calls(Arc<Mutex<Waiting>>);
 
@@ -29,7 +31,7 @@ struct Waiting {
     by_token: HashMap<u64, (u32, mpsc::Sender<(u32, Heard)>)>,
 }
 
-/// One command's ear: hears what comes back for any of its attempts.
+/// The receiver of the replies to all attempts of one command.
 #[derive(Debug)]
 pub(super) struct Ear {
     calls: Calls,
@@ -52,17 +54,17 @@ impl Calls {
         Ear { calls: self.clone(), sender, receiver, tokens: Vec::new() }
     }
 
-    /// Passes on what came for `token`; what nobody waits for any more is dropped.
+    /// Delivers a message for `token`. Drops it if no command waits for it.
     pub(super) fn deliver(&self, token: u64, heard: Heard) {
         if let Some((attempt, sender)) = self.waiting().by_token.get(&token) {
-            // Full only when the answer is among what waits, or nobody looks any more.
+            // The channel is full only if it holds the answer, or if the receiver no longer reads.
             let _ = sender.try_send((*attempt, heard));
         }
     }
 }
 
 impl Ear {
-    /// A new token, for the replies to an attempt.
+    /// Creates a token for the replies to an attempt.
     pub(super) fn token(&mut self, attempt: u32) -> u64 {
         let mut waiting = self.calls.waiting();
         waiting.last += 1;
@@ -72,11 +74,11 @@ impl Ear {
         token
     }
 
-    /// What came next, and for which attempt. Cancel-safe.
+    /// Receives the next message and the number of its attempt. Cancel-safe.
     pub(super) async fn hear(&mut self) -> (u32, Heard) {
         match self.receiver.recv().await {
             Some(heard) => heard,
-            // There is a sender in `self`.
+            // `self` holds a sender, so the channel does not close.
             None => std::future::pending().await,
         }
     }

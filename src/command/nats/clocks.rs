@@ -1,7 +1,8 @@
-//! How long messages of other nodes take, without comparing two clocks.
+//! Transit times of messages from other nodes, independent of clock skew.
 //!
-//! Every node counts milliseconds since its own start. The smallest difference between its count and ours, over its presence
-//! messages, is that of the quickest message; a command with a larger one was on its way for longer.
+//! Every node counts milliseconds since its own start. The fastest presence message of a node has
+//! the smallest difference between its count and this node's count. A larger difference of a
+//! command shows how much longer the command took.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,20 +11,20 @@ use uuid::Uuid;
 
 use crate::command::wire::Sent;
 
-/// How many nodes are remembered; the one that was silent for longest goes first.
+/// Maximum number of nodes. At the limit, a new node replaces the one that was silent for longest.
 const NODES: usize = 1_000;
 
-/// The differences between other nodes' clocks and ours.
+/// The differences between the clocks of other nodes and this node's clock.
 #[derive(Debug, Default)]
 pub(super) struct PeerClocks(Mutex<HashMap<Uuid, Differences>>);
 
-/// Of one node, in milliseconds.
+/// The clock differences of one node, in milliseconds.
 #[derive(Debug, Clone, Copy)]
 struct Differences {
-    /// The smallest one in this period, and in the one before.
+    /// Smallest difference in this period, and in the previous period.
     current: i128,
     previous: i128,
-    /// Begin of the period, and the last message, on our clock.
+    /// Start of the period, and time of the last message, on this node's clock.
     began: u64,
     seen: u64,
 }
@@ -37,8 +38,10 @@ impl PeerClocks {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of a presence message. After a `period` (milliseconds) old messages no longer count, but one: after a
-    /// pause of this process many late ones come at once.
+    /// Records a presence message.
+    ///
+    /// A `period` is in milliseconds. Older messages count until the end of the next period: after
+    /// a pause of this process, many late messages arrive at once.
     pub(super) fn observe(&self, sent: Sent, now: u64, period: u64) {
         let mut nodes = self.nodes();
         let found = difference(sent.clock, now);
@@ -58,7 +61,7 @@ impl PeerClocks {
         nodes.insert(sent.node, Differences { current: found, previous: found, began: now, seen: now });
     }
 
-    /// How much longer than the quickest message this one took; nothing if the node is not known.
+    /// Returns how much longer a message took than the fastest one. Zero for an unknown node.
     pub(super) fn delay(&self, sent: Sent, now: u64) -> std::time::Duration {
         let quickest = self.nodes().get(&sent.node).map(|known| known.current.min(known.previous));
         let delay = quickest.map_or(0, |quickest| difference(sent.clock, now) - quickest);
@@ -77,12 +80,12 @@ mod tests {
         let (clocks, node) = (PeerClocks::default(), Uuid::now_v7());
         let sent = |clock| Sent { node, clock };
         for skew in [0, 15_000, u64::MAX / 2] {
-            // The quickest took 3 ms.
+            // The fastest message took 3 ms.
             for (at, took) in [(0, 5), (1_000, 3), (2_000, 40)] {
                 clocks.observe(sent(skew + at), at + took, 10_000);
             }
             assert_eq!(clocks.delay(sent(skew + 3_000), 3_010), Duration::from_millis(7));
-            // A pause of 60 s: late presences come first, and the command between them is late.
+            // During a pause of 60 s, presences and a command queue up. The command is late.
             (3..63).for_each(|beat| clocks.observe(sent(skew + beat * 1_000), 63_000, 10_000));
             assert_eq!(clocks.delay(sent(skew + 4_000), 63_000), Duration::from_millis(58_997));
             clocks.nodes().clear();

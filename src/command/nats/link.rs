@@ -1,4 +1,4 @@
-//! The node's own part of the conversation: connect, listen, say who we are, hear who the others are.
+//! Membership: connects, subscribes, announces this node and receives the presence of others.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,13 +18,13 @@ use crate::command::wire::{FORMAT, Kind, Reply, Sent};
 use crate::rate_limit::LogLimit;
 use crate::supervised::Task;
 
-/// How long after a connect the others have answered as a rule.
+/// Usual time after a connect until the other nodes have answered.
 const GREETING: Duration = Duration::from_millis(250);
 
-/// Whoever asks who is there is answered at once, but not more often than this.
+/// Minimum delay before the answer to a request for presence. It merges several requests.
 const ANSWER: Duration = Duration::from_millis(20);
 
-/// The connection, as whoever sends a command needs to know it.
+/// The state of the connection for senders of commands.
 #[derive(Debug, Clone)]
 pub(super) enum Link {
     Down {
@@ -32,33 +32,33 @@ pub(super) enum Link {
     },
     Up {
         line: OpenLine,
-        /// What the subjects of replies begin with.
+        /// Prefix of the reply subjects.
         inbox: Arc<str>,
-        /// The how-manieth connection: replies may have been lost with the one before.
+        /// Connection generation. Replies of an earlier generation may be lost.
         session: u64,
-        /// What is known of the others.
+        /// Knowledge about the other nodes.
         others: Others,
     },
 }
 
-/// What is known of the other nodes since there is a connection.
+/// The knowledge about the other nodes since the connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Others {
-    /// They were asked who they are.
+    /// This node has requested their presence.
     Asked,
-    /// They have had the time to answer, if they are as quick as usual.
+    /// The usual time for their answers is over.
     Greeted,
-    /// Whoever was not heard by now is not there.
+    /// All present nodes have announced themselves.
     Known,
 }
 
 impl Link {
-    /// Whether it is worth giving commands to others.
+    /// Returns whether commands to other nodes are likely to find them.
     pub(super) fn is_settled(&self) -> bool {
         matches!(self, Link::Up { others: Others::Greeted | Others::Known, .. })
     }
 
-    /// The session, if there is one.
+    /// Returns the connection generation, or `None` while the connection is down.
     pub(super) fn session(&self) -> Option<u64> {
         match self {
             Link::Up { session, .. } => Some(*session),
@@ -67,7 +67,7 @@ impl Link {
     }
 }
 
-/// What a node listens to, for as long as it lives: async-nats subscribes again after an outage.
+/// The subscriptions of the node. async-nats restores them after an outage.
 struct Ears {
     presence: Subscriber,
     _commands: Task,
@@ -75,10 +75,10 @@ struct Ears {
     inbox: Arc<str>,
 }
 
-/// Keeps the node in touch with the others, until its connection is closed.
+/// Runs the membership of the node until its connection is closed.
 pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
     let down = |error: BusError| _ = shared.link.send_replace(Link::Down { reason: error.to_string() });
-    // Everybody is back before the others give up looking for them.
+    // The backoff is short enough that a node reconnects before the others count it as lost.
     let longest = (shared.beat * 2).min(Duration::from_secs(2));
     let mut backoff = Backoff::new(longest.min(Duration::from_millis(100)), longest);
     let mut outage = false;
@@ -111,7 +111,8 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                 down(error);
                 sleep(backoff.next()).await;
                 if refused {
-                    // The server has forgotten a subscription that it refused, also if it would accept it now.
+                    // The server drops a refused subscription, even if it would accept it now:
+                    // subscribe again.
                     since = line.errors();
                     match listen(&shared, &line).await {
                         Ok(subscribed) => ears = subscribed,
@@ -129,7 +130,8 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         up(Others::Asked);
         announce(&shared, line.client(), true).await;
         let connected = Instant::now();
-        // At a start the others are there, or are not; behind an outage they come back one by one.
+        // At a start, the other nodes are either present or not. After an outage, they come back
+        // one by one.
         let known = if outage { shared.silence() } else { shared.beat * 3 / 2 }.max(GREETING * 2);
         outage = true;
         let mut next = Some((connected + GREETING, Others::Greeted));
@@ -137,13 +139,13 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         beats.reset();
         let mut malformed = LogLimit::each_minute();
-        // Beside the beats: many who ask must not put them off.
+        // Separate timer: frequent requests must not delay heartbeats.
         let mut answer_at = None;
         let mut draining = shared.draining.subscribe();
         loop {
             tokio::select! {
                 now = watch.until(|now| now != state) => {
-                    // Whatever else has changed, this session is over.
+                    // Any change of the state ends this session.
                     let _ = now;
                     break;
                 }
@@ -171,9 +173,9 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                 }
             }
         }
-        // Errors of a session end with it.
+        // Errors belong to one session: start from zero in the next.
         since = 0;
-        let reason = "the connection to NATS was lost; it is being tried".into();
+        let reason = "connection to NATS lost; reconnecting".into();
         shared.link.send_replace(Link::Down { reason });
     }
 }
@@ -199,7 +201,7 @@ async fn listen(shared: &Arc<Shared>, line: &OpenLine) -> Result<Ears, BusError>
     })
 }
 
-/// Says who we are. A beat that is lost is made up for by the next.
+/// Publishes the presence of this node. The next heartbeat replaces a lost one.
 async fn announce(shared: &Shared, client: &Client, ask: bool) {
     let Some(commands) = shared.commands.upgrade() else { return };
     let names = |kind| commands.registry().names(kind).map(str::to_owned).collect();
@@ -226,21 +228,21 @@ async fn announce(shared: &Shared, client: &Client, ask: bool) {
         Err(error) => Err(error.to_string()),
     };
     if let Err(error) = sent {
-        tracing::warn!(error, "the other nodes cannot be told that this one is here");
+        tracing::warn!(error, "cannot publish the presence of this node");
     }
 }
 
-/// Hears who somebody is; whether they want to know who we are.
+/// Handles a presence message. Returns whether its sender requests this node's presence.
 fn heard(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
     let bytes = message.payload.len();
     let decoded = match bytes <= BYTES {
         true => from_cbor::<Presence>(&message.payload).map_err(|error| error.to_string()),
-        false => Err(format!("{bytes} bytes (limit {BYTES})")),
+        false => Err(format!("{bytes} bytes (limit {BYTES} bytes)")),
     };
     match decoded {
         Ok(presence) if !presence.fits() => false,
         Ok(presence) if presence.incarnation == shared.incarnation => false,
-        // Another store's aggregates are other aggregates.
+        // Nodes of another store have other aggregates.
         Ok(presence) if presence.store != shared.store || presence.format != FORMAT => false,
         Ok(presence) => {
             let ask = presence.ask;
@@ -260,7 +262,7 @@ fn heard(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
     }
 }
 
-/// Passes replies on to whoever waits for them.
+/// Delivers replies to the commands that wait for them.
 async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
     let mut malformed = LogLimit::each_minute();
     while let Some(message) = replies.next().await {

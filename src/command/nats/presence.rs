@@ -1,4 +1,4 @@
-//! Who is there, and who owns what.
+//! The peer table: the present nodes, and the ownership of aggregates and handlers.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::command::wire::Kind;
 use crate::rate_limit::{LogLimit, RateLimit};
 
-/// How many nodes are remembered; further ones are ignored.
+/// Maximum number of nodes in the table. Further nodes are ignored.
 const NODES: usize = 1_000;
 
 /// Maximum size of a presence message in bytes; a larger one is not decoded.
@@ -21,10 +21,10 @@ pub(super) const BYTES: usize = 64 << 10;
 /// Maximum number of aggregates and handlers of a node together.
 const ENTRIES: usize = 2_048;
 
-/// Maximum size of everything that is remembered of other nodes, in bytes.
+/// Maximum size of the table in bytes.
 const ALL_BYTES: usize = 8 << 20;
 
-/// What a node says of itself.
+/// A presence message: a node's announcement of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Presence {
     #[serde(rename = "wire")]
@@ -32,30 +32,30 @@ pub(super) struct Presence {
     pub(super) node: String,
     /// New with every start.
     pub(super) incarnation: Uuid,
-    /// Whose events it has.
+    /// Id of its event store.
     pub(super) store: Uuid,
-    /// The categories of its aggregates.
+    /// Categories of its aggregates.
     pub(super) aggregates: Vec<String>,
-    /// The names of its handlers.
+    /// Names of its handlers.
     pub(super) handlers: Vec<String>,
-    /// It takes no more commands.
+    /// Whether the node is shutting down and accepts no more commands.
     #[serde(default)]
     pub(super) draining: bool,
-    /// The others are to say at once who they are.
+    /// Whether the other nodes should announce themselves at once.
     #[serde(default)]
     pub(super) ask: bool,
-    /// Milliseconds since its start.
+    /// Milliseconds since the start of the node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) clock: Option<u64>,
 }
 
 impl Presence {
-    /// Whether others remember it.
+    /// Returns whether the message is within the limit of entries, so that other nodes store it.
     pub(super) fn fits(&self) -> bool {
         self.aggregates.len() + self.handlers.len() <= ENTRIES
     }
 
-    /// Bytes that remembering it takes, roughly.
+    /// Returns the approximate size of its table entry in bytes.
     fn size(&self) -> usize {
         let names = self.aggregates.iter().chain(&self.handlers);
         let each = |name: &String| name.len() + size_of::<String>();
@@ -63,22 +63,22 @@ impl Presence {
     }
 }
 
-/// The other nodes, by incarnation.
+/// The table of the other nodes, by incarnation.
 #[derive(Debug)]
 pub(super) struct Table {
     peers: RwLock<Peers>,
-    /// Counts what has changed.
+    /// Counter of changes.
     news: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
 struct Peers {
     by_incarnation: HashMap<Uuid, Peer>,
-    /// Size of all of them.
+    /// Size of all entries in bytes.
     bytes: usize,
     joined: RateLimit,
     refused: LogLimit,
-    /// Since when we could hear them: nobody is silent for longer.
+    /// Time since which this node receives presence. Silence counts from here at the earliest.
     listening: Instant,
 }
 
@@ -89,7 +89,7 @@ struct Peer {
     seen: Instant,
 }
 
-/// A node that may take a command.
+/// A node that can execute a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Candidate {
     pub(super) node: String,
@@ -112,17 +112,17 @@ impl Table {
         self.peers.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells when somebody comes or goes.
+    /// Returns a watch that reports when a node joins or leaves.
     pub(super) fn watch(&self) -> watch::Receiver<u64> {
         self.news.subscribe()
     }
 
-    /// We can hear the others from now on (again).
+    /// Records that this node receives presence from now on, after a connect or reconnect.
     pub(super) fn listening(&self) {
         self.peers.write().unwrap_or_else(PoisonError::into_inner).listening = Instant::now();
     }
 
-    /// Hears what a node says of itself.
+    /// Adds or updates a node after its presence message.
     pub(super) fn heard(&self, presence: Presence) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         let peers = &mut *peers;
@@ -141,7 +141,8 @@ impl Table {
             }
             return;
         }
-        // Incarnations are ordered by time: of two with one name the later counts, and an earlier one is not heard again.
+        // Incarnations are ordered by time. If two have the same name, the later one counts and the
+        // earlier one is ignored from then on.
         let same = |peer: &&Peer| peer.presence.node == presence.node;
         if let Some(other) = all.values().find(same).map(|peer| peer.presence.incarnation) {
             if other > presence.incarnation {
@@ -153,24 +154,24 @@ impl Table {
             return refuse(&mut peers.refused, &presence.node);
         }
         if peers.joined.try_take() {
-            tracing::info!(node = presence.node, incarnation = %presence.incarnation, "a node takes part in commands");
+            tracing::info!(node = presence.node, incarnation = %presence.incarnation, "node joined the command bus");
         }
         peers.bytes += size;
         all.insert(presence.incarnation, Peer { presence, size, seen: now });
         self.news.send_modify(|count| *count += 1);
     }
 
-    /// Nobody is at that node's subject. It is heard again when it speaks.
+    /// Removes a node whose subject has no responder. Its next presence message adds it again.
     pub(super) fn gone(&self, incarnation: Uuid) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(peer) = peers.by_incarnation.remove(&incarnation) {
             peers.bytes -= peer.size;
-            tracing::info!(node = peer.presence.node, %incarnation, "a node is gone");
+            tracing::info!(node = peer.presence.node, %incarnation, "node left the command bus");
             self.news.send_modify(|count| *count += 1);
         }
     }
 
-    /// Forgets who has been silent for much longer than `silence`.
+    /// Evicts nodes that have been silent for 4 times `silence`.
     pub(super) fn sweep(&self, silence: Duration) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         let listening = peers.listening;
@@ -178,7 +179,7 @@ impl Table {
         peers.bytes = peers.by_incarnation.values().map(|peer| peer.size).sum();
     }
 
-    /// What the others are called.
+    /// Returns the names of the other nodes, sorted.
     pub(super) fn names(&self) -> Vec<String> {
         let mut names: Vec<_> =
             self.read().by_incarnation.values().map(|peer| peer.presence.node.clone()).collect();
@@ -186,7 +187,7 @@ impl Table {
         names
     }
 
-    /// Who may take a command, the owner first. `own` is this node, if it may.
+    /// Returns the nodes that can execute a command, the owner first. `own`: this node, if it can.
     pub(super) fn candidates(
         &self,
         kind: Kind,
@@ -203,7 +204,7 @@ impl Table {
         ranked.into_iter().map(candidate).collect()
     }
 
-    /// The first of the [`candidates`](Self::candidates), and how many there are.
+    /// Returns the first of the [`candidates`](Self::candidates), and their number.
     pub(super) fn owner(
         &self,
         kind: Kind,
@@ -222,12 +223,13 @@ impl Table {
 fn refuse(limit: &mut LogLimit, node: &str) {
     if let Some(so_far) = limit.count() {
         let (limit, bytes) = (NODES, ALL_BYTES);
-        tracing::warn!(node, so_far, limit, bytes, "ignoring nodes: there are more than are remembered");
+        tracing::warn!(node, so_far, limit, bytes, "ignoring nodes beyond the limit");
     }
 }
 
-/// A candidate: whether it was heard lately, its weight, and who it is. Who was not heard is asked when nobody else is left:
-/// that nobody listens there, NATS knows better.
+/// A candidate: whether it is live, its weight, its name and its incarnation.
+///
+/// Silent nodes are candidates of last resort: NATS reports reliably if no node listens there.
 type Ranked<'a> = (bool, u64, &'a str, Uuid);
 
 impl Peers {
@@ -255,14 +257,16 @@ impl Peers {
     }
 }
 
-/// How much a node is an aggregate's: every node computes the same, and when one goes, only what it owned moves.
+/// Computes the rendezvous weight of a node for an aggregate.
+///
+/// Every node computes the same weight. If a node leaves, only the aggregates that it owned move.
 fn weight(node: &str, name: &str, key: &str) -> u64 {
-    // FNV-1a over the three texts, which cannot have the byte in between, …
+    // FNV-1a over the three texts. The separator byte occurs in none of them.
     let bytes = [node, name, key].into_iter().flat_map(|text| text.bytes().chain([0xff]));
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     });
-    // … and splitmix64's finish, since its last bytes hardly reach the high bits.
+    // splitmix64's finalizer follows, because the last bytes of FNV-1a hardly reach the high bits.
     let hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     hash ^ (hash >> 31)
@@ -289,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_of_other_nodes_has_a_limit() {
+    fn the_peer_table_has_a_limit() {
         let table = Table::new();
         let large = |n: usize| {
             let aggregates = (0..1_000).map(|m| format!("{m:0>40}")).collect();
@@ -313,9 +317,9 @@ mod tests {
     }
 
     #[test]
-    fn ownership_is_even_the_same_everywhere_and_moves_only_from_who_leaves() {
+    fn ownership_is_even_and_moves_only_from_nodes_that_leave() {
         let [a, b, c] = ["a", "b", "c"].map(presence);
-        // Seen from a, and from b.
+        // The views of a and of b.
         let (one, other) = (Table::new(), Table::new());
         [&b, &c].into_iter().for_each(|peer| one.heard(peer.clone()));
         [&a, &c].into_iter().for_each(|peer| other.heard(peer.clone()));
@@ -344,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn who_drains_or_handles_something_else_is_no_candidate_and_who_is_silent_the_last() {
+    fn draining_nodes_are_no_candidates_and_silent_nodes_come_last() {
         let table = Table::new();
         table.heard(Presence { draining: true, ..presence("a") });
         table.heard(Presence { aggregates: Vec::new(), handlers: vec!["order".into()], ..presence("b") });

@@ -1,4 +1,4 @@
-//! Commands of other nodes.
+//! The server side: executes commands of other nodes.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -20,10 +20,10 @@ use crate::panic::panic_text;
 use crate::rate_limit::LogLimit;
 use crate::time::after;
 
-/// How soon a dispatcher that did not ask for it hears that its command was accepted, unless the answer comes first.
+/// Delay of the acceptance reply to a non-prompt command. An earlier answer replaces it.
 const ACCEPTED: Duration = Duration::from_millis(50);
 
-/// Takes commands until the connection ends.
+/// Receives commands until the connection ends.
 pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Subscriber) {
     let mut malformed = LogLimit::each_minute();
     while let Some(message) = commands.next().await {
@@ -37,13 +37,13 @@ pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Sub
         let frame: CommandFrame = match from_cbor(&payload) {
             Ok(frame) => frame,
             Err(error) => {
-                let reason = format!("the command cannot be read: {error}");
+                let reason = format!("the command does not decode: {error}");
                 answerer.refuse(Failure::new(Code::Refused, reason)).await;
                 continue;
             }
         };
         let deadline = deadline(&shared, &frame);
-        // Whoever has no place is told so; nothing waits here, since every other command waits behind it.
+        // Refuse a command without a permit at once: waiting here would block all later commands.
         match shared.places.clone().try_acquire_owned() {
             Ok(place) => _ = tokio::spawn(execute(answerer, frame, deadline, place)),
             Err(_) => {
@@ -55,7 +55,7 @@ pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Sub
     }
 }
 
-/// Where the answers to one command go.
+/// The sender of replies to one command.
 struct Answerer {
     shared: Arc<Shared>,
     line: OpenLine,
@@ -63,9 +63,9 @@ struct Answerer {
 }
 
 impl Answerer {
-    /// Says something. What is lost is asked for again by whoever waits for it.
+    /// Sends a reply. If it is lost, the waiting node sends the command again.
     async fn say(&self, says: Says) {
-        // async-nats would keep it for after the outage.
+        // async-nats would queue the reply until after the outage.
         if self.line.check().is_err() {
             return;
         }
@@ -85,7 +85,7 @@ impl Answerer {
             Err(error) => Err(error.to_string()),
         };
         if let Err(error) = sent {
-            tracing::warn!(error, "a command of another node cannot be answered");
+            tracing::warn!(error, "cannot reply to a command of another node");
         }
     }
 
@@ -95,14 +95,16 @@ impl Answerer {
     }
 }
 
-/// The deadline of a frame that has just come, on this machine: what was left when it was sent, less what it took to come.
+/// Computes the local deadline of a received frame.
+///
+/// It is the time left at sending, minus the transit time.
 fn deadline(shared: &Shared, frame: &CommandFrame) -> Deadline {
     let Some(left) = frame.left else { return Deadline::never() };
     let delay = frame.sent.map_or(Duration::ZERO, |sent| shared.clocks.delay(sent, shared.clock()));
     Deadline::after(Duration::from_millis(left).saturating_sub(delay))
 }
 
-/// Hands a command to whoever handles it here, if it may be; why not.
+/// Passes a command to the endpoint that handles it on this node, or refuses it.
 pub(super) async fn take(
     shared: &Shared,
     frame: CommandFrame,
@@ -110,39 +112,44 @@ pub(super) async fn take(
     admit_by: Instant,
 ) -> Result<Answering, Failure> {
     if frame.format != FORMAT {
-        let reason = format!("it speaks format {FORMAT}, and the command has {}", frame.format);
+        let reason = format!("unsupported wire format {}: supported format {FORMAT}", frame.format);
         return Err(Failure::new(Code::Refused, reason));
     }
-    // NATS may deliver late: nobody waits for this any more.
+    // NATS may deliver late. The caller no longer waits then.
     if deadline.is_over() {
         return Err(Failure::new(
             Code::Refused,
-            "the command came after its deadline, by the time that it took from its node to this one",
+            "the command arrived after its deadline, according to its transit time",
         ));
     }
     let Some(commands) = shared.commands.upgrade() else {
-        return Err(Failure::new(Code::ShuttingDown, "it has ended"));
+        return Err(Failure::new(Code::ShuttingDown, "node has ended"));
     };
     let Some(endpoint) = commands.registry().endpoint(frame.kind, &frame.name) else {
-        return Err(Failure::new(Code::NoHandler, format!("it does not handle {:?}", frame.name)));
+        return Err(Failure::new(Code::NoHandler, format!("no handler for {:?}", frame.name)));
     };
     endpoint.accept(&commands, frame, deadline, admit_by).await
 }
 
-/// A panic around a command. Whether the command took effect is unknown.
+/// Creates the failure after a panic around a command, whose outcome is unknown.
 fn panicked(panic: &(dyn Any + Send)) -> Failure {
-    Failure::new(Code::OutcomeUnknown, format!("code around the command panicked: {}", panic_text(panic)))
+    Failure::new(
+        Code::OutcomeUnknown,
+        format!("user code around the command panicked: {}", panic_text(panic)),
+    )
 }
 
 async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _place: OwnedSemaphorePermit) {
     if *answerer.shared.draining.borrow() {
-        let failure = Failure::new(Code::ShuttingDown, "it is shutting down");
+        let failure = Failure::new(Code::ShuttingDown, "node is shutting down");
         return answerer.refuse(failure).await;
     }
     let (prompt, started) = (frame.prompt, Instant::now());
-    // Nothing is said meanwhile, and whoever hears nothing for two beats takes this node for dead.
+    // No reply goes out during admission. The caller counts this node as lost after 2 heartbeats of
+    // silence.
     let admit_by = after(answerer.shared.beat);
-    // Code of the user's runs in both: whatever panics there is answered at once.
+    // I10: user code runs in the acceptance and in the answer. A panic in either is answered at
+    // once.
     let taken = AssertUnwindSafe(take(&answerer.shared, frame, deadline, admit_by)).catch_unwind().await;
     let mut answer = match taken.unwrap_or_else(|panic| Err(panicked(&*panic))) {
         Ok(answer) => AssertUnwindSafe(answer)
@@ -158,7 +165,7 @@ async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _p
     let mut say_at = started + if prompt { beat } else { ACCEPTED.min(beat) };
     let outcome = loop {
         let Ok(outcome) = timeout_at(say_at, &mut answer).await else {
-            // After the deadline nobody listens.
+            // After the deadline, no caller waits.
             if !deadline.is_over() {
                 answerer.say(if accepted { Says::Alive } else { Says::Accepted }).await;
                 accepted = true;

@@ -1,4 +1,4 @@
-//! One attempt: a node is sent the command, and says what it makes of it.
+//! One attempt: sends the command to a node and receives its replies.
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 
@@ -9,7 +9,7 @@ use crate::command::nats::calls::Heard;
 use crate::command::wire::{Code, Failure, Reply, Says, Sent};
 
 impl Pursuit {
-    /// Asks another node, and waits for what it says.
+    /// Sends the command to another node and waits for the end of the attempt.
     pub(super) async fn ask(
         &mut self,
         candidate: Candidate,
@@ -17,7 +17,7 @@ impl Pursuit {
         inbox: &str,
         session: u64,
     ) -> Result<Attempt, Failure> {
-        // While it is down, async-nats would keep the command and send it whenever it comes back.
+        // While the connection is down, async-nats would queue the command until the reconnect.
         if let Err(error) = line.check() {
             if self.unanswered.is_empty() {
                 return Err(Failure::new(Code::Unavailable, error.to_string()));
@@ -33,20 +33,20 @@ impl Pursuit {
             let (of, heard) = tokio::select! {
                 heard = self.ear.hear() => heard,
                 error = line.refused("sending a command to another node", since, &subject) => {
-                    // The server did not carry it: nothing happened there.
+                    // The server did not deliver the command: nothing happened on that node.
                     self.refusal = Some(Failure::new(Code::Unavailable, error.to_string()));
                     self.tried.insert(candidate.incarnation);
                     return Ok(Attempt::Next);
                 }
                 () = sleep_until(silent_at.min(until)) => {
                     self.tried.insert(candidate.incarnation);
-                    let reason = format!("{} fell silent", candidate.node);
+                    let reason = format!("{} stopped replying", candidate.node);
                     self.unanswered.insert(attempt, reason);
                     return Ok(Attempt::Next);
                 }
                 link = self.link.wait_for(|link| link.session().is_some_and(|now| now != session)) => {
                     drop(link);
-                    let reason = format!("the connection was lost while {} had it", candidate.node);
+                    let reason = format!("connection lost while {} had the command", candidate.node);
                     self.unanswered.insert(attempt, reason);
                     return Ok(Attempt::Again);
                 }
@@ -68,7 +68,7 @@ impl Pursuit {
                         Says::Executed(answered) => {
                             self.unanswered.remove(&of);
                             if !current {
-                                let reason = format!("{} was sent it, too", candidate.node);
+                                let reason = format!("{} received the command too", candidate.node);
                                 self.unanswered.insert(attempt, reason);
                             }
                             return Ok(Attempt::Answered(answered));
@@ -89,7 +89,7 @@ impl Pursuit {
         }
     }
 
-    /// Sends the command. Its number, if it was handed over at all.
+    /// Sends the command. Returns the number of the attempt if the connection took the message.
     async fn send(
         &mut self,
         candidate: &Candidate,
@@ -104,7 +104,7 @@ impl Pursuit {
         let (size, limit) = (encoded.len(), line.client().max_payload());
         if size > limit {
             let reason =
-                format!("the command has {size} bytes, and a message on this NATS server at most {limit}");
+                format!("command too large: {size} bytes exceed a NATS message (limit {limit} bytes)");
             if !self.unanswered.is_empty() {
                 return Err(self.give_up(&reason));
             }
@@ -114,12 +114,12 @@ impl Pursuit {
         self.asked.push(candidate.clone());
         let reply = format!("{inbox}.{}", self.ear.token(attempt));
         let subject = self.shared.subjects.node(candidate.incarnation);
-        // Behind a server that takes nothing in, the way there is full.
+        // If the server stops reading, the connection's buffer fills and publishing blocks.
         let publishing = line.client().publish_with_reply(subject, reply, encoded.into());
         let error = match timeout_at(self.until(), publishing).await {
             Ok(Ok(())) => return Ok(Some(attempt)),
             Ok(Err(error)) => error.to_string(),
-            Err(_) => "it could not be handed to the connection in time".to_owned(),
+            Err(_) => "publishing the command timed out".to_owned(),
         };
         self.refusal = Some(Failure::new(Code::Unavailable, error));
         self.tried.insert(candidate.incarnation);
