@@ -181,7 +181,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         let whole = local_node(&store).await;
         let one = whole.projection(table("table"), model().await, options()).await;
         reach(&one, ProjectionState::Failed).await;
-        assert!(one.status().last_error.unwrap().contains("in one piece"), "{kind}");
+        assert!(one.status().last_error.unwrap().contains("without partitions"), "{kind}");
         let error = one.caught_up_to(head).await.unwrap_err().to_string();
         assert!(error.contains("8 partitions"), "{kind}: {error}");
         balanced(&handle, &[8]).await;

@@ -330,7 +330,7 @@ async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
 
         let (four, handle) = start(&store, &database, &slow, Some(4), options()).await;
         let error = handle.reset().await.unwrap_err().to_string();
-        assert!(error.contains("version 1 of it being rebuilt"), "{kind}: {error}");
+        assert!(error.contains("a rebuild of version 1 in progress"), "{kind}: {error}");
         four.stop(PATIENCE).await.unwrap();
 
         shut.store(false, Ordering::SeqCst);
