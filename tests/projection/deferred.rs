@@ -61,7 +61,7 @@ where
     let status = handle.status();
     assert_eq!(status.position, Position::new(2));
     let error = status.last_error.unwrap();
-    assert!(error.contains("at position 3") && error.contains("could not be applied"), "{error}");
+    assert!(error.contains("at position 3") && error.contains("failed"), "{error}");
     node.stop(PATIENCE).await.unwrap();
 }
 

@@ -523,7 +523,7 @@ async fn goes_on_meanwhile(store: &Arc<dyn EventStore>, handle: &ProjectionHandl
     }
     assert_eq!(handle.status().version, 0);
     let error = handle.rebuilding().unwrap().last_error.unwrap();
-    assert!(error.contains("could not take the place"), "{error}");
+    assert!(error.contains("could not be cut over"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

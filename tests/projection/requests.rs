@@ -139,7 +139,10 @@ async fn what_cannot_be_done_for_now_holds_nothing_up() {
     faults.away.store(true, Ordering::SeqCst);
     let asked = operator.ask("asked", Request::Reset).await.unwrap();
     eventually("it says why", || {
-        handle.status().last_error.is_some_and(|error| error.contains("could not be done yet"))
+        handle
+            .status()
+            .last_error
+            .is_some_and(|error| error.contains("completing an operator request failed"))
     })
     .await;
     let tried = faults.resets.load(Ordering::SeqCst);
@@ -200,7 +203,9 @@ async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
     seen_to(&operator).await;
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     let Answer::Refused(reason) = operator.answer(&asked).await.unwrap() else { panic!("not refused") };
-    for part in ["the rebuild is cancelled", "still there", "could not be dropped", "cancel it again"] {
+    for part in
+        ["the rebuild is cancelled", "dropping its data failed", "could not be dropped", "cancel it again"]
+    {
         assert!(reason.contains(part), "{reason}");
     }
     let record = operator.projection("asked").await.unwrap().unwrap();
