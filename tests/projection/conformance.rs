@@ -1,8 +1,10 @@
-//! The same behaviours on every combination of store and bus, with the read model that belongs to the store: in a table of SQLite or
-//! PostgreSQL, and for the store in memory one outside, told apart by its key.
+//! Conformance suite of projections on every combination of store and bus.
 //!
-//! Durable following is a way to follow JetStream and nothing else: over the local bus and Core a runtime that is asked for it does not
-//! start (`tests/bus/durable.rs`).
+//! The read model matches the store: a table of SQLite or PostgreSQL, or, for the store in memory,
+//! an external system that deduplicates by its key.
+//!
+//! Durable following exists on JetStream only: over the local bus and Core, a runtime with this
+//! option does not start (`tests/bus/durable.rs`).
 
 mod failing;
 mod following;
@@ -39,7 +41,7 @@ enum Bus {
     Durable,
 }
 
-/// What a behaviour has to itself: a log, a place for read models, a name on the bus.
+/// Resources of one test case: a log, a database for read models, a namespace on the bus.
 struct Scene<P> {
     store: Arc<dyn EventStore>,
     place: P,
@@ -85,7 +87,8 @@ impl<P: Place> Scene<P> {
         node.projection(writes, self.place.model().await, options).await
     }
 
-    /// In versions, and partitions if it has any, that do the same before they write.
+    /// Starts a projection with versions and, if requested, partitions, which all run the same
+    /// hook.
     async fn start_made(
         &self,
         node: &Node,
@@ -112,12 +115,12 @@ impl<P: Place> Scene<P> {
         self.store.frontier().await.unwrap()
     }
 
-    /// What the place has of the projection must be what the log has for the filter, in that order.
+    /// The read model must equal the log for the filter, in order.
     async fn assert_exact(&self, name: &str, filter: &Filter) {
         assert_eq!(self.place.seen(name).await, support::log(&self.store, filter).await, "{name}");
     }
 
-    /// The same of each partition.
+    /// The same for each partition.
     async fn assert_partitions_exact(&self, name: &str, partitions: u16) {
         let (seen, mut log) = (self.place.seen(name).await, Vec::new());
         let mut after = Position::START;
@@ -139,7 +142,7 @@ impl<P: Place> Scene<P> {
     }
 }
 
-/// How many behaviours are looked at side by side.
+/// Number of test cases that run concurrently.
 const SIDE_BY_SIDE: usize = 5;
 
 async fn all<P: Place>(bus: Bus) {
@@ -192,7 +195,7 @@ async fn all<P: Place>(bus: Bus) {
     while !running.is_empty() {
         ended(running.join_next().await);
     }
-    // By itself: nobody else has a bus meanwhile.
+    // Last and alone: no other case uses the bus meanwhile.
     if server.is_some() {
         let (name, case) =
             ("a_bus_that_is_gone_comes_back", following::a_bus_that_is_gone_comes_back(scene().await));

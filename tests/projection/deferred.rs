@@ -1,4 +1,4 @@
-//! What a database checks only at the commit, which names no event.
+//! Constraints that a database checks only at the commit, without naming an event.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ const TABLES: &str = "CREATE TABLE allowed (position bigint PRIMARY KEY);
     CREATE TABLE written (position bigint REFERENCES allowed DEFERRABLE INITIALLY DEFERRED);
     INSERT INTO allowed VALUES (1), (2), (4), (5), (6)";
 
-/// Writes positions, one of which the database refuses.
+/// Writes positions, one of which the database rejects.
 struct Deferred<T> {
     name: &'static str,
     transaction: PhantomData<fn(T)>,

@@ -1,4 +1,4 @@
-//! Projections that nodes share out in partitions.
+//! Projections with partitions that nodes share.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -29,7 +29,7 @@ async fn join(
     (node, handle)
 }
 
-/// How many partitions each node owns, the most first; what nobody owns is not counted.
+/// Number of partitions of each owner, in descending order; unowned partitions are not counted.
 fn balance(handle: &ProjectionHandle) -> Vec<usize> {
     let mut owned: BTreeMap<Uuid, usize> = BTreeMap::new();
     for owner in handle.status().partitions.iter().filter_map(|partition| partition.owner) {
@@ -44,7 +44,7 @@ async fn balanced(handle: &ProjectionHandle, expected: &[usize]) {
     eventually(&format!("{expected:?}"), || balance(handle) == expected).await;
 }
 
-/// The positions that the table has, by partition, must be those of the log in that order.
+/// The positions in the table must equal those of the log, by partition and in order.
 async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, name: &str) {
     let mut streams = BTreeMap::new();
     let mut after = Position::START;
@@ -71,7 +71,7 @@ async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, name: &s
 async fn nodes_share_the_partitions_evenly_as_they_come_and_go() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
-        // So long that only giving leases back can explain what follows.
+        // So long that only the release of leases can explain the result.
         let options = options().lease(Duration::from_secs(600));
         let (one, first) = join(&store, &database, options.clone()).await;
         balanced(&first, &[8]).await;
@@ -188,7 +188,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         assert_exact(&database, &store, "table").await;
         whole.stop(PATIENCE).await.unwrap();
 
-        // The others do not know yet that they are of the past.
+        // The other nodes do not know yet that their layout is outdated.
         four.reset().await.unwrap();
         catch_up(&four, head).await;
         reach(&handle, ProjectionState::Failed).await;
@@ -196,7 +196,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         node.stop(PATIENCE).await.unwrap();
         other.stop(PATIENCE).await.unwrap();
 
-        // A whole one cannot be cut either, but anew.
+        // An unpartitioned projection can be partitioned only by a reset.
         let node = local_node(&store).await;
         let whole = node.projection(table("other"), model().await, options()).await;
         catch_up(&whole, head).await;
@@ -238,7 +238,7 @@ async fn everything_can_be_told_from_any_node() {
         let applied = first.status().events_applied + second.status().events_applied;
         assert_eq!((parked, applied), (1, 19), "{kind}");
 
-        // One of the two does not own it.
+        // One of the two nodes does not own it.
         broken.store(false, Ordering::SeqCst);
         let position = Position::new(3);
         first.retry_parked(position).await.unwrap();
@@ -288,7 +288,7 @@ async fn a_reset_in_full_flight_leaves_nothing_of_before() {
     }
 }
 
-/// What fails in one partition does not stop the others.
+/// A failure in one partition does not stop the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_partition_that_failed_robs_no_other() {
     for (kind, store, _dir) in stores().await {

@@ -1,4 +1,4 @@
-//! Where a projection begins that has no checkpoint.
+//! Start position of a projection without a checkpoint.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ async fn done(node: Node, handle: &ProjectionHandle) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The positions of the log after this one.
+/// Returns the positions of the log after this one.
 async fn after(store: &Arc<dyn EventStore>, position: Position) -> Vec<Position> {
     let mut positions = log(store, &Filter::all()).await;
     positions.retain(|other| *other > position);
@@ -59,7 +59,8 @@ async fn begins_where_it_is_told<P: Place>() {
         done(node, &handle).await;
         assert_eq!(place.seen(name).await, after(&store, floor).await, "{name}");
     }
-    // What comes later, whatever a later program says; and after a reset, which does not go before the start.
+    // Later events are applied, whatever option a later program sets; a reset does not go before
+    // the start.
     append(&store, 1, 5..10).await;
     for (name, start, floor) in [
         ("at", Start::Now, before),
@@ -156,7 +157,7 @@ async fn since_a_time_leaves_no_later_event_out() {
     }
     let pool = sqlx::SqlitePool::connect(path.to_str().unwrap()).await.unwrap();
     sqlx::query("DROP TRIGGER storied_events_no_update").execute(&pool).await.unwrap();
-    // One event a minute, and up to 50 minutes the wrong way round.
+    // One event per minute, out of order by up to 50 minutes.
     let disorder =
         "UPDATE storied_events SET recorded_at = (position * 60 - (position * 7919) % 3000) * 1000000";
     sqlx::query(disorder).execute(&pool).await.unwrap();
@@ -207,7 +208,7 @@ async fn at_least_once_on_a_log_with_events_is_told_where_to_begin() {
             runtime.shutdown().await.unwrap();
             Ok::<_, StartError>(seen.positions())
         };
-        // While the log is empty there is nothing to tell apart.
+        // While the log is empty, there is no difference.
         assert_eq!(start("early", options()).await.unwrap(), []);
         append(&store, 0, 0..3).await;
         assert_eq!(start("early", options()).await.unwrap().len(), 3, "{kind}");
@@ -222,13 +223,14 @@ async fn at_least_once_on_a_log_with_events_is_told_where_to_begin() {
         assert!(matches!(refused, StartError::NoStartPosition { .. }), "{refused}");
         assert_eq!(start("mails", options().start(Start::Now)).await.unwrap(), []);
         append(&store, 0, 0..1).await;
-        // It has begun.
+        // It has a checkpoint.
         assert_eq!(start("mails", options()).await.unwrap().len(), 1, "{kind}");
         assert_eq!(start("all", options().start(Start::Beginning)).await.unwrap().len(), 4, "{kind}");
     }
 }
 
-/// Whatever is appended after the start returned is applied, however late the projection first runs.
+/// Every event appended after the start returned is applied, however late the projection first
+/// runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn now_is_when_the_runtime_started() {
     for (kind, store, _dir) in stores().await {

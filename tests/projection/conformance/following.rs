@@ -1,4 +1,4 @@
-//! From the store to the tip of the log, and along it.
+//! Catch-up from the store, and live operation.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ pub async fn catches_up_and_follows<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// From the store to what it follows, again and again, while events are appended all the time.
+/// Between catch-up and live, repeatedly, while events are appended all the time.
 pub async fn is_handed_over_under_load<P: Place>(scene: Scene<P>) {
     let writers = Writers::start(&scene.store, 3, 120, 5);
     for _ in 0..5 {
@@ -68,7 +68,7 @@ pub async fn reaches_the_head_for_what_never_occurs<P: Place>(scene: Scene<P>) {
     let head = scene.head().await;
     assert_eq!((handle.status().position, handle.status().events_applied), (head, 0));
     node.stop(PATIENCE).await.unwrap();
-    // It was saved, and nothing is read again.
+    // The checkpoint was saved, and nothing is read again.
     let node = scene.node().await;
     let never = Filter::variants::<Thing>(&["never"]).unwrap();
     let handle = scene.start(&node, scene.writes("never").filter(never), scene.options()).await;
@@ -92,7 +92,7 @@ pub async fn goes_on_where_it_was<P: Place>(scene: Scene<P>) {
     scene.assert_exact("goes on", &Filter::all()).await;
     node.stop(PATIENCE).await.unwrap();
 
-    // And where nobody said goodbye.
+    // The same after a kill.
     let node = scene.node().await;
     let handle = scene.start(&node, scene.writes("goes on"), short_lived()).await;
     catch_up(&handle, scene.append(0, 0..10).await).await;
@@ -105,7 +105,7 @@ pub async fn goes_on_where_it_was<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// Everything arrives while there is no bus, and through it when there is one again.
+/// Events arrive without a bus, and through it once it is back.
 pub async fn a_bus_that_is_gone_comes_back<P: Place>(scene: Scene<P>) {
     let Some(server) = &*scene.server else { return };
     let mut server = server.lock().await;
@@ -115,7 +115,7 @@ pub async fn a_bus_that_is_gone_comes_back<P: Place>(scene: Scene<P>) {
     for _ in 0..2 {
         server.kill();
         for n in 0..10 {
-            // The store is looked at now and then.
+            // The store is polled.
             catch_up(&handle, scene.append(0, [n]).await).await;
         }
         server.restart().await;

@@ -11,7 +11,7 @@ use super::Scene;
 use super::place::Place;
 use crate::support::*;
 
-/// So long that only giving a lease back can explain what follows.
+/// So long that only the release of a lease can explain the result.
 const LONG: Duration = Duration::from_secs(600);
 
 pub async fn one_of_two_nodes_owns_it<P: Place>(scene: Scene<P>) {

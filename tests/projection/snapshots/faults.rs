@@ -1,4 +1,4 @@
-//! Stores that do not take a snapshot, events that cannot be applied, tasks that panic.
+//! Stores that refuse snapshots, events that cannot be applied, tasks that panic.
 
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
@@ -103,7 +103,7 @@ async fn what_is_parked_stays_parked() {
             (&again.error, again.event_id, again.version) == (&before.error, before.event_id, before.version)
         }));
         assert_eq!(running.seen(), 0, "{store}");
-        // One comes after all, the other never.
+        // One event is applied in the end, the other never.
         broken.store(false, Ordering::SeqCst);
         running.handle.retry_parked(one).await.unwrap();
         let state = running.state();
@@ -210,7 +210,7 @@ async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot()
     }
 }
 
-/// Cannot be saved.
+/// A state that cannot be saved.
 struct Unsaved(Shared, Mutex<u64>);
 
 impl SnapshotState for Unsaved {

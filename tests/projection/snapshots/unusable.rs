@@ -1,4 +1,4 @@
-//! Snapshots that nobody may start from: the log is applied from its start, and the next snapshot takes their place.
+//! Unusable snapshots: the log is applied from its start, and the next snapshot replaces them.
 
 use std::sync::atomic::Ordering;
 
@@ -9,8 +9,9 @@ use storied::store::Snapshot;
 
 use super::*;
 
-/// Starts as `trial` says over a log of 100 events and something else than the snapshot that `trial` would have: it must apply
-/// all of them, and leave a snapshot that the next one starts from.
+/// Starts `trial` over a log of 100 events and an unusable snapshot.
+///
+/// It must apply all events, and leave a snapshot that the next start uses.
 async fn assert_built_anew(store: &str, trial: &Trial, link: &Link) {
     let all = log(&(Arc::new(link.clone()) as _), &trial.filter).await.len() as u64;
     let running = trial.start(link).await;
@@ -39,7 +40,7 @@ async fn of_another_revision_or_filter() {
         with_snapshot(&link, &trial).await;
         let raised = Trial { revision: 2, ..trial.clone() };
         assert_built_anew(store, &raised, &link).await;
-        // As after a deployment that was undone.
+        // As after a deployment that was rolled back.
         assert_built_anew(store, &trial, &link).await;
         let filtered = Trial { filter: evens(), ..trial };
         assert_built_anew(store, &filtered, &link).await;
@@ -68,7 +69,7 @@ async fn of_a_log_that_was_longer() {
         link.save_snapshot(&stream, beyond.clone()).await.unwrap();
         assert_built_anew(store, &trial, &link).await;
 
-        // Nor when the log has come as far by then.
+        // Nor after the log has reached that position.
         link.save_snapshot(&stream, beyond).await.unwrap();
         let running = trial.caught_up(&link).await;
         more(&link, 2, 0..100).await;
@@ -78,7 +79,7 @@ async fn of_a_log_that_was_longer() {
     }
 }
 
-/// Does not load.
+/// A state that refuses to load.
 struct Refuses(Shared, bool);
 
 impl SnapshotState for Refuses {
@@ -147,11 +148,11 @@ async fn of_before_a_reset_but_still_on_its_way() {
         more(&link, 1, 0..100).await;
         let running = trial.caught_up(&link).await;
         eventually("it is on its way", || link.shelf.asked.load(Ordering::SeqCst) == 1).await;
-        // So that no other one is taken.
+        // So that no other snapshot is taken.
         running.handle.pause().await.unwrap();
         let handle = running.handle.clone();
         let reset = tokio::spawn(async move { handle.reset().await });
-        // Time for it to go wrong.
+        // Time for a faulty implementation to fail.
         tokio::time::sleep(Duration::from_millis(50)).await;
         link.shelf.stuck.store(false, Ordering::SeqCst);
         reset.await.unwrap().unwrap();
