@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_no_member_wants_nothing_and_is_not_robbed() {
+    fn a_non_member_wants_nothing_and_keeps_its_partitions() {
         let members = members(2);
         let owners = vec![Some(node(7)); 4];
         assert!(wanted(&owners, &members, node(7), "p").is_empty());
@@ -129,7 +129,7 @@ mod tests {
     proptest! {
         /// From any start, with owners that are members, leaving nodes, or absent.
         #[test]
-        fn it_settles_at_equal_shares_and_moves_no_more_than_it_must(
+        fn assignment_converges_with_minimal_moves(
             count in 1_usize..8,
             owners in prop::collection::vec(prop::option::of(0_usize..10), 1..40),
         ) {

@@ -367,7 +367,7 @@ mod tests {
     }
     /// If it stops between two moves, every row of the new layout is at the start.
     #[tokio::test]
-    async fn where_nothing_is_rolled_back_the_shape_changes_behind_the_checkpoints() {
+    async fn without_rollback_the_layout_changes_after_the_checkpoints() {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let outside = External::new();
         outside.prepare(&store, "x").await.unwrap();

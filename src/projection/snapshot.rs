@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn comes_back_as_it_was() {
+    fn a_snapshot_round_trips() {
         let (state, snapshots) = snapshots();
         let bytes = snapshots.pack(&filter(), Position::START, &[parked()]).unwrap();
         *state.write().unwrap() = Vec::new();
@@ -272,7 +272,7 @@ mod tests {
     );
 
     #[test]
-    fn filters_are_told_apart() {
+    fn filters_are_distinguished() {
         let (order, placed) = (Category::new("order").unwrap(), EventName::new("order").unwrap());
         let filters = [
             Filter::all(),
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_saved_that_a_panic_may_have_left_half_changed() {
+    fn a_poisoned_state_is_not_saved() {
         let (state, snapshots) = snapshots();
         let bytes = snapshots.pack(&filter(), Position::START, &[]).unwrap();
         let panicked = catch_unwind(AssertUnwindSafe(|| {
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_bytes_are_there_is_no_panic_and_what_is_refused_changes_nothing() {
+    fn arbitrary_bytes_never_panic_and_refused_ones_change_nothing() {
         let (state, snapshots) = snapshots();
         let seed = snapshots.pack(&filter(), Position::START, &[parked()]).unwrap();
         crate::fuzz::fuzz("a projection's snapshot", vec![seed], |bytes| {
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn no_stream_of_a_user_is_where_a_snapshot_is() {
+    fn snapshot_streams_are_no_user_streams() {
         let place = place("revenue").unwrap();
         assert!(Category::new(place.category()).is_err());
         assert_eq!(place.id(), "revenue");

@@ -169,21 +169,21 @@ async fn all<P: Place>(bus: Bus) {
     cases![
         following::catches_up_and_follows,
         following::is_handed_over_under_load,
-        following::reaches_the_head_for_what_never_occurs,
-        following::goes_on_where_it_was,
-        failing::stops_before_what_it_cannot_apply,
+        following::reaches_the_head_for_a_filter_without_matches,
+        following::resumes_from_its_checkpoint,
+        failing::stops_before_a_poison_event,
         failing::parks_retries_and_discards,
-        failing::passes_over_names_it_did_not_ask_for,
-        failing::robs_nobody,
-        operating::stands_still_while_it_is_paused,
-        operating::begins_anew_after_a_reset,
+        failing::skips_unknown_names,
+        failing::does_not_affect_other_projections,
+        operating::applies_nothing_while_paused,
+        operating::replays_after_a_reset,
         operating::is_rebuilt_beside_the_live_one,
-        operating::is_not_rebuilt_after_all,
-        operating::goes_where_it_was_triggered_to_and_no_farther,
-        operating::shares_out_what_it_was_triggered_for,
+        operating::a_rebuild_can_be_cancelled,
+        operating::applies_up_to_the_trigger_target,
+        operating::applies_up_to_the_trigger_target_in_partitions,
         sharing::one_of_two_nodes_owns_it,
-        sharing::shares_its_partitions_out,
-        status::tells_how_far_behind_it_is,
+        sharing::nodes_share_its_partitions,
+        status::reports_its_lag,
     ];
     let mut running = tokio::task::JoinSet::new();
     for (name, case) in cases {
@@ -197,8 +197,7 @@ async fn all<P: Place>(bus: Bus) {
     }
     // Last and alone: no other case uses the bus meanwhile.
     if server.is_some() {
-        let (name, case) =
-            ("a_bus_that_is_gone_comes_back", following::a_bus_that_is_gone_comes_back(scene().await));
+        let (name, case) = ("survives_a_bus_outage", following::survives_a_bus_outage(scene().await));
         run(name, Box::pin(case)).await;
     }
 }

@@ -259,7 +259,7 @@ async fn with_indexes<F: Future<Output = ()>>(test: impl Fn(String, Arc<dyn Even
 
 /// The user's code fails half-way, and the remaining data is unknown.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_that_fails_half_way_loses_nothing() {
+async fn an_external_reset_that_fails_half_way_loses_nothing() {
     with_indexes(async |what, store, partitions| {
         let node = local_node(&store).await;
         let failing: Ending = Arc::new(|| Box::pin(async { Err("the second half is locked".into()) }));
@@ -275,7 +275,7 @@ async fn a_reset_outside_that_fails_half_way_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_that_is_cut_off_from_its_store_loses_nothing() {
+async fn an_external_reset_cut_off_from_its_store_loses_nothing() {
     with_indexes(async |what, store, partitions| {
         let link = Link::new(&store);
         let linked: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -304,7 +304,7 @@ async fn a_reset_outside_that_is_cut_off_from_its_store_loses_nothing() {
 /// The owner is another node that receives no notification: it writes nothing into the index before
 /// it is emptied.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_that_is_killed_loses_nothing() {
+async fn a_killed_external_reset_loses_nothing() {
     with_indexes(async |what, store, partitions| {
         let link = Link::new(&store);
         let linked: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -341,7 +341,7 @@ async fn a_reset_outside_that_is_killed_loses_nothing() {
 
 /// Longer than an order lease lasts without renewal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_goes_on_while_something_outside_is_emptied_for_a_long_time() {
+async fn owners_wait_during_a_long_external_reset() {
     with_indexes(async |what, store, partitions| {
         let (one, two) = (local_node(&store).await, local_node(&store).await);
         let index = Index::new();
@@ -373,7 +373,7 @@ async fn nobody_goes_on_while_something_outside_is_emptied_for_a_long_time() {
 ///
 /// A node of an earlier version is such a node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_takes_back_what_went_on_meanwhile() {
+async fn an_external_reset_undoes_concurrent_progress() {
     with_indexes(async |what, store, partitions| {
         let node = local_node(&store).await;
         let rival: Ending = {
@@ -403,7 +403,7 @@ async fn a_reset_outside_takes_back_what_went_on_meanwhile() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_applied_before_it_is_known_that_it_may() {
+async fn nothing_is_applied_before_the_pause_state_is_known() {
     for (kind, store, _dir) in stores().await {
         store.set_paused("memory", true).await.unwrap();
         append(&store, 0, 0..5).await;
@@ -424,7 +424,7 @@ async fn nothing_is_applied_before_it_is_known_that_it_may() {
 
 /// The error messages advise: "… or reset the projection".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
+async fn a_reset_repairs_a_checkpoint_that_does_not_fit_the_log() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let before: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -524,7 +524,7 @@ impl Projection for Refusing {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_projection_can_be_asked_what_it_parked_from_the_first_moment_on() {
+async fn parked_events_can_be_listed_from_the_start() {
     for (kind, store, _dir) in stores().await {
         let node = local_node(&store).await;
         let database = Database::new().await;
@@ -583,7 +583,7 @@ impl Projection for Mails {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replay_says_so_and_nothing_is_sent_again() {
+async fn a_replay_is_marked_and_sends_nothing_again() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let (sent, seen) =

@@ -82,7 +82,7 @@ where
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_is_refused_at_the_commit_is_found() {
+async fn an_event_rejected_at_the_commit_is_identified() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..6).await;
 

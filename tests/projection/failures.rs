@@ -17,7 +17,7 @@ fn positions(numbers: impl IntoIterator<Item = u64>) -> Vec<Position> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stops_before_a_poison_event_and_says_so() {
+async fn stops_before_a_poison_event_and_reports_it() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 1..=10).await;
         let database = Database::new().await;
@@ -121,7 +121,7 @@ async fn parks_poison_events_retries_and_discards_them() {
 
 /// Every third event fails twice, by an error or a panic.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_succeeds_in_the_end_is_applied_once() {
+async fn an_event_that_succeeds_after_retries_is_applied_once() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 1..=30).await;
         let flaky = || {
@@ -159,7 +159,7 @@ async fn what_succeeds_in_the_end_is_applied_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_does_not_decode_is_tried_once() {
+async fn an_undecodable_event_is_tried_once() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, [1]).await;
         append_raw(&store, 0, vec![garbage(&store)]).await;
@@ -191,7 +191,7 @@ async fn what_does_not_decode_is_tried_once() {
 
 /// A decode error of another event that the projection read does not count for this event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_is_not_passed_over_for_the_name_of_another() {
+async fn an_event_is_not_skipped_for_the_name_of_another() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let known = NewEvent::encode(&Thing::Never, store.info().codec, &Metadata::default()).unwrap();
     let unknown = NewEvent { name: EventName::new("thing.unheard_of").unwrap(), ..known };
@@ -220,7 +220,7 @@ async fn an_event_is_not_passed_over_for_the_name_of_another() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_store_that_is_away_is_waited_for_and_no_event_is_blamed() {
+async fn an_unavailable_store_blames_no_event() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..20).await;
         let link = Link::new(&store);
@@ -246,7 +246,7 @@ async fn a_store_that_is_away_is_waited_for_and_no_event_is_blamed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_read_model_that_is_away_is_waited_for_and_no_event_is_blamed() {
+async fn an_unavailable_read_model_blames_no_event() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..20).await;
     let database = Database::new().await;
@@ -282,7 +282,7 @@ enum Wrapped {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_inside_an_error_of_the_users_is_blamed_on_no_event() {
+async fn an_outage_inside_a_user_error_blames_no_event() {
     for (kind, store, _dir) in stores().await {
         let head = append(&store, 0, 1..=10).await;
         let database = Database::new().await;
@@ -372,7 +372,7 @@ async fn a_read_model_of_another_or_a_younger_log_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hanging_apply_does_not_hold_up_the_shutdown() {
+async fn a_hung_apply_does_not_delay_the_shutdown() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..3).await;
     let gate = Gate::closed();
@@ -387,7 +387,7 @@ async fn a_hanging_apply_does_not_hold_up_the_shutdown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn panics_of_buses_and_read_models_cost_nothing_but_time() {
+async fn panics_of_buses_and_read_models_cost_only_time() {
     for (kind, store, _dir) in stores().await {
         let node = node(&store, Lossy::new(Loss::Panics, 5)).await;
         let recorder = recorder("memory");

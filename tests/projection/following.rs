@@ -43,7 +43,7 @@ async fn applies_exactly_once_over_kills_at_any_moment() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_loses_doubles_and_shuffles_changes_nothing() {
+async fn a_bus_that_loses_duplicates_and_reorders_changes_nothing() {
     for (kind, store, _dir) in stores().await {
         for seed in 0..3 {
             let node = node(&store, Lossy::new(Loss::Chaos, seed)).await;
@@ -89,7 +89,7 @@ async fn the_last_event_is_found_even_if_the_bus_lost_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_projection_robs_nobody_and_misses_nothing() {
+async fn a_slow_projection_delays_no_other_and_misses_no_event() {
     for (kind, store, _dir) in stores().await {
         let feed = FeedOptions::new().capacity(2).idle_poll(Duration::from_millis(50));
         let bus = std::sync::Arc::new(LocalBus::with_capacity(2));
@@ -173,7 +173,7 @@ async fn fifty_projections_live_in_one_process() {
 
 /// Two services in one process, on clones of one bus.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_log_of_another_store_on_the_same_bus_is_none_of_ours() {
+async fn events_of_another_store_on_the_same_bus_are_ignored() {
     for ((kind, store, _dir), (_, other, _other_dir)) in stores().await.into_iter().zip(stores().await) {
         let bus = LocalBus::new();
         // No polling: an event that is not on the bus does not arrive in time.
@@ -213,7 +213,7 @@ async fn the_log_of_another_store_on_the_same_bus_is_none_of_ours() {
 ///
 /// Each page ends in bounded time, and matching events after it are found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_scan_for_what_is_rare_hears_and_saves_its_progress() {
+async fn a_scan_for_rare_events_handles_messages_and_saves_progress() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..300).await;
         // One position in a thousand is used.
@@ -239,7 +239,7 @@ async fn a_scan_for_what_is_rare_hears_and_saves_its_progress() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn holes_in_the_log_are_no_end_of_it() {
+async fn gaps_in_the_log_are_crossed() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..20).await;
         let sparse: Arc<dyn EventStore> = Arc::new(Link::new(&store).sparse(1_000_000_000));
@@ -260,7 +260,7 @@ async fn holes_in_the_log_are_no_end_of_it() {
 
 /// Unlimited durations, as a way to configure "never".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn durations_may_be_as_long_as_they_get() {
+async fn durations_have_no_upper_limit() {
     let never = Duration::MAX;
     let longest = Duration::from_secs(24 * 60 * 60);
     for (kind, store, _dir) in stores().await {
@@ -285,7 +285,7 @@ async fn durations_may_be_as_long_as_they_get() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_backoff_without_end_waits_and_does_not_panic() {
+async fn an_unlimited_backoff_does_not_panic() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, [1]).await;
     let node = local_node(&store).await;

@@ -76,7 +76,7 @@ async fn hazard_03_a_subscriber_that_reconnects_later_than_the_publisher() {
 
 /// Acknowledged messages are delivered again, as if for the first time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_10_a_server_killed_behind_settled_deliveries() {
+async fn hazard_10_a_server_killed_after_acknowledged_deliveries() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let mut server = NatsServer::start(Server::jetstream()).await;
     let database = Database::new().await;
@@ -104,7 +104,7 @@ async fn hazard_10_a_server_killed_behind_settled_deliveries() {
 ///
 /// The numbers of its deliveries do not show the gap.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_12_a_stream_that_forgets_under_a_follower_that_is_full() {
+async fn hazard_12_a_stream_that_discards_under_a_full_follower() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let server = NatsServer::start(Server::jetstream()).await;
     let bus = Arc::new(jetstream(&server, 50 << 10));

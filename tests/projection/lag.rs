@@ -47,7 +47,7 @@ async fn never_says_live(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_lag_is_told_before_the_checkpoint_and_the_log_were_read() {
+async fn no_lag_is_reported_before_checkpoint_and_log_are_read() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let mut head = Position::START;
@@ -110,7 +110,7 @@ async fn no_lag_is_told_before_the_checkpoint_and_the_log_were_read() {
 }
 
 #[tokio::test]
-async fn an_empty_log_is_told_from_one_that_was_not_read() {
+async fn an_empty_log_is_distinguished_from_an_unread_log() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as Arc<dyn EventStore>));
     let store: Arc<dyn EventStore> = Arc::new(link.clone());
     let node = node(&store, LocalBus::new()).await;
@@ -127,7 +127,7 @@ async fn an_empty_log_is_told_from_one_that_was_not_read() {
 
 /// Readiness of a whole service: all of 20,000 events are in the index.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lookup_is_ready_when_it_knows_the_log() {
+async fn a_lookup_is_ready_when_it_contains_the_log() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     for stream in 0..20 {
         append(&store, stream, 0..1_000).await;

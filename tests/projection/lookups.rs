@@ -24,7 +24,7 @@ fn counts(name: &str) -> Lookup<Counts> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_node_knows_what_is_in_the_log_when_it_is_ready() {
+async fn a_ready_lookup_contains_the_whole_log() {
     let dir = tempfile::TempDir::new().unwrap();
     let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
     let log: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store.clone());

@@ -30,7 +30,7 @@ async fn the_death_of_an_owner_costs_no_more_than_its_lease() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_owner_that_was_replaced_without_noticing_is_refused() {
+async fn a_stale_owner_is_fenced() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 1..=3).await;
         let link = Link::new(&store);

@@ -127,7 +127,7 @@ async fn transient_errors_are_retried_without_a_limit_and_park_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn faults_are_the_events() {
+async fn faults_count_against_the_event() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let count = 3 * faults().len() as u64;
     let head = append(&store, 0, 1..=count).await;
@@ -140,7 +140,7 @@ async fn faults_are_the_events() {
 
 /// An `apply` that hangs is aborted at its limit: the status reports it, and the event is retried.
 #[tokio::test]
-async fn a_call_that_hangs_is_given_up_and_retried() {
+async fn a_hung_call_is_aborted_and_retried() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let head = append(&store, 0, 1..=3).await;
     let node = local_node(&store).await;
@@ -195,7 +195,7 @@ async fn a_batch_of_slow_events_is_committed_before_the_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_hangs_does_not_hold_up_the_end() {
+async fn a_hung_call_does_not_delay_the_shutdown() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 1..=3).await;
     let node = local_node(&store).await;
@@ -276,7 +276,7 @@ impl Projection for Reaction {
 ///
 /// In the middle of a backlog, while a command is in flight.
 #[tokio::test(start_paused = true)]
-async fn an_orderly_end_parks_nothing() {
+async fn an_orderly_shutdown_parks_nothing() {
     let memory = MemoryStore::new();
     let store: Arc<dyn EventStore> = Arc::new(memory.clone());
     append(&store, 0, 1..=20).await;
@@ -343,7 +343,7 @@ async fn a_lease_that_is_renewed_is_not_taken_over() {
 }
 
 #[tokio::test]
-async fn a_wait_for_a_paused_projection_says_so() {
+async fn a_wait_for_a_paused_projection_reports_the_pause() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let node = local_node(&store).await;
     let handle = node.projection(recorder("memory"), InMemory::new(), options()).await;
@@ -359,7 +359,7 @@ async fn a_wait_for_a_paused_projection_says_so() {
 
 /// The error of a wait names the trigger that the projection waits for.
 #[tokio::test]
-async fn a_wait_for_a_projection_without_a_trigger_says_so() {
+async fn a_wait_for_an_untriggered_projection_reports_it() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let head = append(&store, 0, 1..=3).await;
     let node = local_node(&store).await;

@@ -94,7 +94,7 @@ fn small_pages() -> ProjectionOptions {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failed_partition_holds_up_no_other_and_catches_up() {
+async fn a_failed_partition_blocks_no_other_and_catches_up() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let head = fill(&store, 2).await;
@@ -127,7 +127,7 @@ async fn a_failed_partition_holds_up_no_other_and_catches_up() {
 
 /// Partitions that begin at positions of their own, while the log grows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn partitions_go_on_from_where_each_of_them_was() {
+async fn partitions_resume_from_their_own_positions() {
     for (_, store, _dir) in stores().await {
         let database = Database::new().await;
         fill(&store, 2).await;

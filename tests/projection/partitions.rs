@@ -105,7 +105,7 @@ async fn nodes_share_the_partitions_evenly_as_they_come_and_go() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_dead_node_owned_is_taken_over_within_its_lease() {
+async fn partitions_of_a_dead_node_are_taken_over_within_the_lease() {
     for (_, store, _dir) in stores().await {
         let database = Database::new().await;
         let (one, first) = join(&store, &database, short_lived()).await;
@@ -212,7 +212,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn everything_can_be_told_from_any_node() {
+async fn control_calls_work_from_any_node() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
@@ -266,7 +266,7 @@ async fn everything_can_be_told_from_any_node() {
 
 /// While owners are in the middle of batches.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_in_full_flight_leaves_nothing_of_before() {
+async fn a_reset_under_load_leaves_no_old_rows() {
     for (_, store, _dir) in stores().await {
         let database = Database::new().await;
         let (one, first) = join(&store, &database, options().batch_size(2)).await;
@@ -290,7 +290,7 @@ async fn a_reset_in_full_flight_leaves_nothing_of_before() {
 
 /// A failure in one partition does not stop the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_partition_that_failed_robs_no_other() {
+async fn a_failed_partition_does_not_stop_the_others() {
     for (kind, store, _dir) in stores().await {
         let broken = Arc::new(AtomicBool::new(true));
         let node = local_node(&store).await;
@@ -327,7 +327,7 @@ async fn a_partition_that_failed_robs_no_other() {
 }
 
 #[tokio::test]
-async fn partitions_that_cannot_be_are_refused_at_the_start() {
+async fn invalid_partition_counts_are_refused_at_the_start() {
     let database = Database::new().await;
     for count in [0, 257] {
         let model = database.open().await;

@@ -87,7 +87,7 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_hangs_or_fails_is_visible_and_holds_nobody_up() {
+async fn a_hung_or_failed_bus_is_reported_and_blocks_no_append() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let mirror = Mirror::default();
     let node = node(&store, mirror.clone()).await;
@@ -128,7 +128,7 @@ async fn stuck_in_the_first_stretch(link: &Link, mirror: &Mirror) -> Node {
 ///
 /// Also during the publish of one chunk, after the read of the next one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_append_while_it_publishes_is_not_slept_through() {
+async fn an_append_during_a_publish_wakes_the_publisher() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
     let mirror = Mirror::default();
     let node = stuck_in_the_first_stretch(&link, &mirror).await;
@@ -140,7 +140,7 @@ async fn an_append_while_it_publishes_is_not_slept_through() {
 
 /// A store that hangs while the next chunk is read does not delay the report of a failed bus.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_fails_is_noticed_while_the_store_hangs() {
+async fn a_failed_bus_is_reported_while_the_store_hangs() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
     let mirror = Mirror::default();
     link.wall(1);
@@ -160,7 +160,7 @@ async fn a_bus_that_fails_is_noticed_while_the_store_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
+async fn the_local_bus_delivers_appends_and_reports_gaps() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..10).await;
     let bus = LocalBus::with_capacity(1);
@@ -212,7 +212,7 @@ async fn foreign_appends_are_found_by_polling() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_while_a_panicked_publisher_waits_for_its_restart_publishes_or_says_that_it_did_not() {
+async fn a_stop_during_a_publisher_restart_publishes_or_reports_it() {
     for (kind, store, _dir) in stores().await {
         for mends in [true, false] {
             let mirror = Mirror::default();

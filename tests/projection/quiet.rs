@@ -26,7 +26,7 @@ async fn assert_quiet(what: &str) {
 
 /// A node regains the ownership after another node has applied its held-back events.
 #[tokio::test]
-async fn what_was_held_back_is_forgotten_with_the_ownership() {
+async fn held_back_events_are_dropped_with_the_ownership() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let link = Link::new(&store);
     let linked: Arc<dyn EventStore> = Arc::new(link.clone());

@@ -107,7 +107,7 @@ fn sorted(mut positions: Vec<Position>) -> Vec<Position> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
+async fn a_rebuild_cuts_over_under_traffic() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
@@ -175,7 +175,7 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_is_killed_in_the_middle_goes_on_from_there() {
+async fn a_killed_rebuild_resumes() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
@@ -205,7 +205,7 @@ async fn a_rebuild_that_is_killed_in_the_middle_goes_on_from_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
+async fn a_failed_rebuild_does_not_affect_the_live_version() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
@@ -248,7 +248,7 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_rebuilt_is_projected_once_and_says_so() {
+async fn a_projection_that_cannot_be_rebuilt_refuses_a_rebuild() {
     for (kind, store, _dir) in stores().await {
         let node = local_node(&store).await;
         let (memory, delivered) = (Seen::default(), Seen::default());
@@ -288,7 +288,7 @@ fn recording<T: Send + 'static>(
 
 /// Near the end, but not advancing: neither the live version nor an operator waits for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_does_not_get_on_holds_nobody_up() {
+async fn a_stalled_rebuild_does_not_block_the_live_version() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(2)] {
             let database = Database::new().await;
@@ -321,7 +321,7 @@ async fn a_rebuild_that_does_not_get_on_holds_nobody_up() {
 ///
 /// Otherwise events would be doubled or lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
+async fn a_rebuild_keeps_the_number_of_partitions() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         append(&store, 0, 0..100).await;
@@ -351,7 +351,7 @@ async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
 ///
 /// The cancellation survives restarts, and a new rebuild is possible.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cancelled_rebuild_is_over_on_every_node_and_after_a_restart() {
+async fn a_cancelled_rebuild_ends_on_every_node_and_survives_restarts() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
@@ -432,7 +432,7 @@ async fn a_rebuild_in_other_partitions_can_be_cancelled() {
 
 /// Parked events of a version that is not live any more are ignored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_has_not_heard_of_the_switch_retries_and_discards_in_the_version_that_is_live() {
+async fn parked_events_are_those_of_the_live_version_after_a_cut_over() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
@@ -532,7 +532,7 @@ async fn goes_on_meanwhile(store: &Arc<dyn EventStore>, handle: &ProjectionHandl
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_switch_that_waits_for_a_lock_lets_the_live_one_go_on() {
+async fn a_cut_over_waiting_for_a_lock_lets_the_live_version_continue() {
     for (kind, store, _dir) in stores().await {
         let (database, lock) = (Database::new().await, Lock::default());
         lock.held.store(true, Ordering::SeqCst);
@@ -596,7 +596,7 @@ mod on_a_server {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_switch_that_waits_for_a_reader_lets_the_live_one_go_on() {
+    async fn a_cut_over_waiting_for_a_reader_lets_the_live_version_continue() {
         let url = PostgresServer::shared().await.create_database().await;
         let pool = PgPool::connect(&url).await.unwrap();
         for sql in ["CREATE TABLE seen_0 (position bigint)", "CREATE VIEW seen AS SELECT * FROM seen_0"] {

@@ -133,7 +133,7 @@ async fn seen_to(operator: &Operator) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_done_for_now_holds_nothing_up() {
+async fn a_delayed_request_blocks_nothing() {
     let faults = Faults::default();
     let (store, _database, operator, node, handle) = begun(10, &faults, 0).await;
     faults.away.store(true, Ordering::SeqCst);
@@ -168,7 +168,7 @@ async fn what_cannot_be_done_for_now_holds_nothing_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_asked_for_again_meanwhile_is_done_again() {
+async fn a_repeated_request_is_executed_again() {
     let faults = Faults::default();
     let (_store, _database, operator, node, handle) = begun(3, &faults, 0).await;
     for request in [Request::CancelRebuild, Request::Rebuild] {
@@ -194,7 +194,7 @@ async fn what_is_asked_for_again_meanwhile_is_done_again() {
 ///
 /// No call waits longer than 10 s for a lock on its tables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
+async fn a_failed_drop_after_a_cancelled_rebuild_is_reported() {
     let faults = Faults::default();
     let (store, _database, operator, node, handle) = begun(10, &faults, 0).await;
     faults.slow.store(true, Ordering::SeqCst);
@@ -225,7 +225,7 @@ async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
 
 /// Losing the lease aborts the apply, but not a concurrent control call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() {
+async fn a_control_call_during_a_retry_survives_the_loss_of_the_lease() {
     let faults = Faults::default();
     let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let link = Link::new(&inner);
@@ -259,7 +259,7 @@ async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() 
     }
     // Long enough for the node to notice.
     tokio::time::sleep(lease).await;
-    assert!(!reset.is_finished(), "nobody takes it out of the node's hands");
+    assert!(!reset.is_finished(), "the reset still waits for the tables");
     faults.poison.store(false, Ordering::SeqCst);
     faults.held.store(false, Ordering::SeqCst);
     reset.await.unwrap().unwrap();
@@ -299,7 +299,7 @@ async fn one_connection_is_enough_for_a_rebuild_and_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_that_stands_before_the_start_makes_fit_what_does_not() {
+async fn a_waiting_reset_repairs_a_read_model_that_does_not_fit() {
     let faults = Faults::default();
     let (store, database, operator, node, _) = begun(10, &faults, 2).await;
     node.stop(PATIENCE).await.unwrap();
@@ -315,7 +315,7 @@ async fn a_reset_that_stands_before_the_start_makes_fit_what_does_not() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_was_cancelled_before_a_node_took_it_is_not_begun() {
+async fn a_rebuild_cancelled_before_it_began_never_begins() {
     let faults = Faults::default();
     let (store, database, operator, node, _) = begun(3, &faults, 0).await;
     node.stop(PATIENCE).await.unwrap();
@@ -336,7 +336,7 @@ async fn a_rebuild_that_was_cancelled_before_a_node_took_it_is_not_begun() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_retry_behind_a_thousand_refused_ones_is_done() {
+async fn a_retry_after_a_thousand_refused_ones_is_executed() {
     let faults = Faults::default();
     let (store, database, operator, node, handle) = begun(1_200, &faults, 0).await;
     faults.poison.store(true, Ordering::SeqCst);

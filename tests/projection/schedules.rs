@@ -74,7 +74,7 @@ async fn a_debounce_is_capped_under_steady_traffic() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_period_is_kept_and_a_full_batch_is_not_waited_with() {
+async fn a_period_is_kept_and_a_full_batch_is_applied_at_once() {
     for (kind, store, _dir) in stores().await {
         let times = Times::default();
         let node = local_node(&store).await;
@@ -99,7 +99,7 @@ async fn a_period_is_kept_and_a_full_batch_is_not_waited_with() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_it_goes_as_far_as_the_log_did_and_waits_again() {
+async fn a_trigger_applies_the_log_and_the_projection_waits_again() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let options = options().schedule(Schedule::Manual);
@@ -133,7 +133,7 @@ async fn by_hand_it_goes_as_far_as_the_log_did_and_waits_again() {
 
 /// An event that was acknowledged just before may be hidden by an append that is still in flight.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_it_goes_as_far_as_the_log_does_when_its_owner_hears_of_it() {
+async fn a_trigger_covers_the_log_at_the_time_the_owner_notices() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let options = options().schedule(Schedule::Manual);
@@ -159,7 +159,7 @@ async fn by_hand_it_goes_as_far_as_the_log_does_when_its_owner_hears_of_it() {
 ///
 /// A reset affects one node, which then waits for the next trigger.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_every_node_goes_as_far_in_memory() {
+async fn a_trigger_reaches_every_in_memory_node() {
     for (kind, store, _dir) in stores().await {
         let start = async || {
             let node = local_node(&store).await;
@@ -201,7 +201,7 @@ async fn by_hand_every_node_goes_as_far_in_memory() {
 
 /// From a node that does not own it, and after a restart of both.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_it_goes_if_something_waits_that_is_asked_for() {
+async fn a_conditional_trigger_fires_if_a_matching_event_waits() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let options = options().schedule(Schedule::Manual);

@@ -219,7 +219,7 @@ async fn more(link: &Link, stream: u64, numbers: impl IntoIterator<Item = u64>) 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restart_reads_only_what_is_behind_the_snapshot() {
+async fn a_restart_reads_only_events_after_the_snapshot() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         more(&link, 1, 0..1_000).await;
@@ -241,7 +241,7 @@ async fn a_restart_reads_only_what_is_behind_the_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_is_kept_every_so_many_events() {
+async fn a_snapshot_is_taken_every_n_events() {
     for (store, link, _dir) in links().await {
         let trial = Trial { options: options().batch_size(10), filter: evens(), ..Trial::every(100) };
         let running = trial.start(&link).await;
@@ -294,7 +294,7 @@ async fn a_lookup_starts_from_its_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_at_any_moment_it_has_what_the_log_makes() {
+async fn after_a_kill_at_any_moment_the_state_equals_the_log() {
     let dice = Dice::new(17);
     for (_, link, _dir) in links().await {
         let store: Arc<dyn EventStore> = Arc::new(link.clone());

@@ -103,22 +103,22 @@ async fn begins_where_it_is_told<P: Place>() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn outside_it_begins_where_it_is_told() {
+async fn an_external_projection_begins_at_its_start_position() {
     begins_where_it_is_told::<Outside>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_sqlite_it_begins_where_it_is_told() {
+async fn a_sqlite_projection_begins_at_its_start_position() {
     begins_where_it_is_told::<InSqlite>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_postgres_it_begins_where_it_is_told() {
+async fn a_postgres_projection_begins_at_its_start_position() {
     begins_where_it_is_told::<InPostgres>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_memory_every_start_of_the_node_finds_it_again() {
+async fn an_in_memory_start_position_is_resolved_at_every_start() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..10).await;
         let run = async |start| {
@@ -196,7 +196,7 @@ async fn a_start_beyond_the_log_waits_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn at_least_once_on_a_log_with_events_is_told_where_to_begin() {
+async fn at_least_once_on_a_log_with_events_needs_a_start_position() {
     for (kind, store, _dir) in stores().await {
         let start = async |name: &str, options: ProjectionOptions| {
             let recorder = recorder::<Delivery>(name);

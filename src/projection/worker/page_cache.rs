@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pages_are_few_and_go_when_they_are_not_used() {
+    async fn pages_are_limited_and_removed_when_unused() {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let cache = PageCache::new(4, &ProjectionOptions::new());
         for after in 0..10 {

@@ -10,7 +10,7 @@ use super::Scene;
 use super::place::Place;
 use crate::support::*;
 
-pub async fn stops_before_what_it_cannot_apply<P: Place>(scene: Scene<P>) {
+pub async fn stops_before_a_poison_event<P: Place>(scene: Scene<P>) {
     scene.append(0, 1..=10).await;
     let all = log(&scene.store, &Filter::all()).await;
     let broken = Arc::new(AtomicBool::new(true));
@@ -78,7 +78,7 @@ pub async fn parks_retries_and_discards<P: Place>(scene: Scene<P>) {
 /// A filter by names receives no other names.
 ///
 /// A filter by category receives all names, and unknown names are tried once.
-pub async fn passes_over_names_it_did_not_ask_for<P: Place>(scene: Scene<P>) {
+pub async fn skips_unknown_names<P: Place>(scene: Scene<P>) {
     scene.append(0, [1]).await;
     let thing = NewEvent::encode(&Thing::Never, scene.store.info().codec, &Metadata::default()).unwrap();
     let unknown = NewEvent { name: EventName::new("thing.unheard_of").unwrap(), ..thing };
@@ -114,7 +114,7 @@ pub async fn passes_over_names_it_did_not_ask_for<P: Place>(scene: Scene<P>) {
 }
 
 /// One projection has failed, one hangs; the others are not affected.
-pub async fn robs_nobody<P: Place>(scene: Scene<P>) {
+pub async fn does_not_affect_other_projections<P: Place>(scene: Scene<P>) {
     let node = scene.node().await;
     let first = scene.append(0, [1]).await;
     let broken = Arc::new(AtomicBool::new(true));

@@ -56,7 +56,7 @@ pub async fn is_handed_over_under_load<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-pub async fn reaches_the_head_for_what_never_occurs<P: Place>(scene: Scene<P>) {
+pub async fn reaches_the_head_for_a_filter_without_matches<P: Place>(scene: Scene<P>) {
     scene.append(0, 0..1_200).await;
     let node = scene.node().await;
     let never = Filter::variants::<Thing>(&["never"]).unwrap();
@@ -79,7 +79,7 @@ pub async fn reaches_the_head_for_what_never_occurs<P: Place>(scene: Scene<P>) {
     assert!(scene.place.seen("never").await.is_empty());
 }
 
-pub async fn goes_on_where_it_was<P: Place>(scene: Scene<P>) {
+pub async fn resumes_from_its_checkpoint<P: Place>(scene: Scene<P>) {
     let node = scene.node().await;
     let handle = scene.start(&node, scene.writes("goes on"), scene.options()).await;
     catch_up(&handle, scene.append(0, 0..30).await).await;
@@ -106,7 +106,7 @@ pub async fn goes_on_where_it_was<P: Place>(scene: Scene<P>) {
 }
 
 /// Events arrive without a bus, and through it once it is back.
-pub async fn a_bus_that_is_gone_comes_back<P: Place>(scene: Scene<P>) {
+pub async fn survives_a_bus_outage<P: Place>(scene: Scene<P>) {
     let Some(server) = &*scene.server else { return };
     let mut server = server.lock().await;
     let node = scene.node().await;

@@ -12,7 +12,7 @@ use super::Scene;
 use super::place::Place;
 use crate::support::*;
 
-pub async fn stands_still_while_it_is_paused<P: Place>(scene: Scene<P>) {
+pub async fn applies_nothing_while_paused<P: Place>(scene: Scene<P>) {
     let (one, two) = (scene.node().await, scene.node().await);
     let first = scene.start(&one, scene.writes("paused"), scene.options()).await;
     let before = scene.append(0, 0..5).await;
@@ -42,7 +42,7 @@ pub async fn stands_still_while_it_is_paused<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-pub async fn begins_anew_after_a_reset<P: Place>(scene: Scene<P>) {
+pub async fn replays_after_a_reset<P: Place>(scene: Scene<P>) {
     scene.append(0, 1..=10).await;
     let third = log(&scene.store, &Filter::all()).await[2];
     let broken = Arc::new(AtomicBool::new(true));
@@ -110,7 +110,7 @@ pub async fn is_rebuilt_beside_the_live_one<P: Place>(scene: Scene<P>) {
 }
 
 /// Also while another node is in the middle of the rebuild.
-pub async fn is_not_rebuilt_after_all<P: Place>(scene: Scene<P>) {
+pub async fn a_rebuild_can_be_cancelled<P: Place>(scene: Scene<P>) {
     for n in 0..10 {
         scene.append(n, 0..20).await;
     }
@@ -155,11 +155,11 @@ pub async fn is_not_rebuilt_after_all<P: Place>(scene: Scene<P>) {
     two.stop(PATIENCE).await.unwrap();
 }
 
-pub async fn goes_where_it_was_triggered_to_and_no_farther<P: Place>(scene: Scene<P>) {
+pub async fn applies_up_to_the_trigger_target<P: Place>(scene: Scene<P>) {
     triggered(scene, "triggered", None).await;
 }
 
-pub async fn shares_out_what_it_was_triggered_for<P: Place>(scene: Scene<P>) {
+pub async fn applies_up_to_the_trigger_target_in_partitions<P: Place>(scene: Scene<P>) {
     triggered(scene, "triggers", Some(3)).await;
 }
 

@@ -52,7 +52,7 @@ async fn balanced(handle: &ProjectionHandle, expected: &[usize]) {
     .await;
 }
 
-pub async fn shares_its_partitions_out<P: Place>(scene: Scene<P>) {
+pub async fn nodes_share_its_partitions<P: Place>(scene: Scene<P>) {
     let options = scene.options().lease(LONG);
     let free = hook(|_| Ok(()));
     let start = async |node| scene.start_made(node, "shared", Some(4), free.clone(), options.clone()).await;

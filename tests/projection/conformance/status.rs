@@ -35,7 +35,7 @@ fn up_to(limit: &watch::Sender<u64>) -> Hook {
     })
 }
 
-pub async fn tells_how_far_behind_it_is<P: Place>(scene: Scene<P>) {
+pub async fn reports_its_lag<P: Place>(scene: Scene<P>) {
     let limit = watch::Sender::new(0);
     let writes = || scene.writes("behind").hook(up_to(&limit));
     let live = |handle: &storied::ProjectionHandle| {

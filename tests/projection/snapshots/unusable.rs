@@ -34,7 +34,7 @@ async fn with_snapshot(link: &Link, trial: &Trial) -> (StreamId, Snapshot) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_another_revision_or_filter() {
+async fn a_snapshot_of_another_revision_or_filter_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         with_snapshot(&link, &trial).await;
@@ -48,7 +48,7 @@ async fn of_another_revision_or_filter() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_bytes_that_cannot_be_read() {
+async fn an_undecodable_snapshot_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         let (stream, whole) = with_snapshot(&link, &trial).await;
@@ -61,7 +61,7 @@ async fn of_bytes_that_cannot_be_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_a_log_that_was_longer() {
+async fn a_snapshot_beyond_the_log_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         let (stream, whole) = with_snapshot(&link, &trial).await;
@@ -94,7 +94,7 @@ impl SnapshotState for Refuses {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn that_the_users_code_refuses_or_panics_over() {
+async fn a_snapshot_that_user_code_rejects_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         with_snapshot(&link, &trial).await;
@@ -110,7 +110,7 @@ async fn that_the_users_code_refuses_or_panics_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_before_a_reset() {
+async fn a_snapshot_from_before_a_reset_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         with_snapshot(&link, &trial).await;
@@ -124,7 +124,7 @@ async fn of_before_a_reset() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_that_was_refused_costs_nothing_but_the_snapshot() {
+async fn a_refused_reset_costs_only_the_snapshot() {
     for (store, link, _dir) in links().await {
         let trial = Trial { firm: true, ..Trial::every(NEVER) };
         with_snapshot(&link, &trial).await;
@@ -141,7 +141,7 @@ async fn a_reset_that_was_refused_costs_nothing_but_the_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_before_a_reset_but_still_on_its_way() {
+async fn a_snapshot_in_flight_during_a_reset_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(100);
         link.shelf.stuck.store(true, Ordering::SeqCst);
