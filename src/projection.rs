@@ -281,7 +281,7 @@ pub trait ReadModel: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// Returns the checkpoint for a reset, whichever store's log it belongs to.
+    /// Returns the checkpoint for a reset, even if it belongs to the log of another store.
     ///
     /// The commit of this transaction continues from that checkpoint and binds the progress to this
     /// store. The default suits read models with progress that cannot belong to another store.

@@ -413,7 +413,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Some(pending) => {
                 let events = pending.events.iter().take(self.size.get());
                 let span = trace::apply(&self.context.name, events.len(), events);
-                // If the database hangs longer than the other nodes wait for this one, give up.
+                // If the database hangs longer than the other nodes wait for this one, abort.
                 let loss = self.lease.as_ref().map(HeldLease::loss);
                 let limit = self.context.options.transaction_timeout;
                 tokio::select! {

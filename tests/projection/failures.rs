@@ -335,7 +335,7 @@ async fn an_outage_inside_a_user_error_blames_no_event() {
         let all = log(&store, &Filter::all()).await;
         assert_eq!(models.seen("table").await, all, "{kind}");
         for seen in &seen {
-            assert_eq!(seen.positions(), all, "{kind}: what went before is not applied again");
+            assert_eq!(seen.positions(), all, "{kind}: earlier events are not applied again");
         }
         lock.rollback().await.unwrap();
         node.stop(PATIENCE).await.unwrap();

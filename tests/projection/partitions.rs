@@ -311,7 +311,7 @@ async fn a_failed_partition_does_not_stop_the_others() {
         let failed = handle.caught_up_to(head).await.unwrap_err();
         assert!(failed.to_string().contains("poison"), "{kind}: {failed}");
         reach(&handle, ProjectionState::Failed).await;
-        eventually("the others go on", || {
+        eventually("the others continue", || {
             let healthy = handle.status().partitions;
             let healthy = healthy.iter().filter(|one| one.status.state != ProjectionState::Failed);
             healthy.filter(|one| one.status.position == head).count() == usize::from(PARTITIONS) - 1

@@ -72,7 +72,7 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
         assert_eq!(
             mirror.kept().last(),
             Some(&head),
-            "{kind}: what was committed is published before the end"
+            "{kind}: committed events are published before the stop"
         );
         let checkpoint = store.checkpoint("publisher").await.unwrap();
         assert_eq!((checkpoint.position, checkpoint.mark, checkpoint.epoch), (head, 1_000, 1), "{kind}");

@@ -389,7 +389,7 @@ async fn a_cancelled_rebuild_ends_on_every_node_and_survives_restarts() {
                 }
                 two.stop(PATIENCE).await.unwrap();
             }
-            // Nor does a node that starts later.
+            // A node that starts later does not rebuild either.
             shut.store(false, Ordering::SeqCst);
             let (node, handle) = begin().await;
             catch_up(&handle, append(&store, 0, [1]).await).await;

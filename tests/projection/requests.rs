@@ -177,7 +177,7 @@ async fn a_repeated_request_is_executed_again() {
         faults.waiting.store(false, Ordering::SeqCst);
         faults.shut.store(true, Ordering::SeqCst);
         operator.ask("asked", request).await.unwrap();
-        eventually("it is under way", || faults.waiting.load(Ordering::SeqCst)).await;
+        eventually("the request is in progress", || faults.waiting.load(Ordering::SeqCst)).await;
         let again = operator.ask("asked", request).await.unwrap();
         faults.shut.store(false, Ordering::SeqCst);
         seen_to(&operator).await;

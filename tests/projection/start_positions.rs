@@ -59,8 +59,8 @@ async fn begins_where_it_is_told<P: Place>() {
         done(node, &handle).await;
         assert_eq!(place.seen(name).await, after(&store, floor).await, "{name}");
     }
-    // Later events are applied, whatever option a later program sets; a reset does not go before
-    // the start.
+    // Later events are applied, regardless of the option in a later program; a reset does not go
+    // before the start.
     append(&store, 1, 5..10).await;
     for (name, start, floor) in [
         ("at", Start::Now, before),

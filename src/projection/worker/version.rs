@@ -206,9 +206,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         let Some(version) = versions.rebuilt else { return Ok(true) };
         let ended = Versions { rebuilt: None, ..versions }.record(found);
-        // The rebuild has as many parts as it began with, whatever this program's setting. That
-        // number is constant during a rebuild. It is read outside the transaction, because inside
-        // it needed a second connection.
+        // The rebuild has as many parts as it began with, independent of this program's setting.
+        // That number is constant during a rebuild. It is read outside the transaction: inside, it
+        // would need a second connection.
         let parts: Vec<_> = shape.as_recorded(read_model).await?.parts().collect();
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {

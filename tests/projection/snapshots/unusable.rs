@@ -69,7 +69,7 @@ async fn a_snapshot_beyond_the_log_is_ignored() {
         link.save_snapshot(&stream, beyond.clone()).await.unwrap();
         assert_built_anew(store, &trial, &link).await;
 
-        // Nor after the log has reached that position.
+        // It is ignored also after the log has reached that position.
         link.save_snapshot(&stream, beyond).await.unwrap();
         let running = trial.caught_up(&link).await;
         more(&link, 2, 0..100).await;
