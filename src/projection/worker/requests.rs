@@ -100,7 +100,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) fn put_off(&self, error: &StoreError) -> Instant {
         let (projection, again) = (&self.context.name, REQUESTS_AGAIN);
         tracing::warn!(projection, %error, ?again, "could not complete an operator request; retrying");
-        let error = format!("completing an operator request failed: {error}; it is retried");
+        let error = format!("completing an operator request failed: {error}; retrying");
         self.context.status.send_modify(|status| status.last_error = Some(error));
         Instant::now() + REQUESTS_AGAIN
     }

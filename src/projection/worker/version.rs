@@ -282,7 +282,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// The transaction is dropped and not rolled back here, because the rollback would wait for the
     /// same lock. If the database continues to wait, its own [limit](ReadModel::bound) ends that.
     pub(super) fn locked(&self, limit: Duration, what: &str) -> ControlError {
-        let reason = format!("the tables of the rebuilt version {what} within {limit:?}");
+        let reason = format!("within {limit:?}, the tables of the rebuilt version {what}");
         ControlError::Refused { name: self.context.name.clone(), reason }
     }
 }

@@ -122,8 +122,10 @@ pub async fn survives_a_bus_outage<P: Place>(scene: Scene<P>) {
         let head = scene.append(0, 0..50).await;
         catch_up(&handle, head).await;
         if scene.bus != Bus::Core {
-            eventually("the mirror continues", || node.publisher().published.is_some_and(|upto| upto >= head))
-                .await;
+            eventually("the mirror continues", || {
+                node.publisher().published.is_some_and(|upto| upto >= head)
+            })
+            .await;
         }
     }
     reach(&handle, ProjectionState::Following).await;
