@@ -1,9 +1,10 @@
-//! The feed: the live continuation of the log inside one process, in order and without holes.
+//! The feed: the live tail of the log inside one process, in order and without gaps.
 //!
-//! One subscription to the bus serves all followers. A bus inside the process hands batches over; what it lost is read from the
-//! store, and what it says twice is said once. A bus that other processes publish to only wakes the feed, which then reads the
-//! store: no message decides what followers get. Followers read from a bounded ring at their own pace: none waits for the slowest, which is told
-//! that it lagged and goes back to reading the store by itself.
+//! One subscription to the bus serves all followers. A bus inside the process delivers batches: the
+//! feed reads lost batches from the store and drops duplicates. A bus that other processes publish
+//! to only wakes the feed, which then reads the store: no message decides what followers receive.
+//! Followers read from a bounded ring at their own pace and never wait for the slowest. A slow
+//! follower receives `Lagged` and returns to reading the store.
 
 mod stretch;
 
@@ -29,7 +30,7 @@ use crate::store::{BoxFuture, EventStore, StoreError};
 use crate::supervised::Task;
 use crate::time::after;
 
-/// How the feed works.
+/// Options of the feed.
 #[derive(Debug, Clone)]
 pub struct FeedOptions {
     capacity: usize,
@@ -43,22 +44,26 @@ impl Default for FeedOptions {
 }
 
 impl FeedOptions {
-    /// The defaults.
+    /// Returns the defaults.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Number of batches (of at most 2,048 events or about 1 MiB) that a follower may lag before it has to read the store,
-    /// rounded up to a power of two. Default: 128. Range: 1 to 65,536.
+    /// Sets the number of batches that a follower may lag before it has to read the store.
+    ///
+    /// A batch has at most 2,048 events or about 1 MiB. Rounded up to a power of two. Default: 128.
+    /// Range: 1 to 65,536.
     #[must_use]
     pub fn capacity(mut self, batches: usize) -> Self {
         self.capacity = batches;
         self
     }
 
-    /// When the bus has brought nothing for this long, the store is asked whether there is something: how late the last
-    /// event can be if the bus lost it. Default: 1 s. Range: at least 10 ms.
+    /// Sets the interval at which the feed polls the store while the bus is silent.
+    ///
+    /// It bounds the delay of the last event if the bus lost it. Default: 1 s. Range: at least 10
+    /// ms.
     #[must_use]
     pub fn idle_poll(mut self, every: Duration) -> Self {
         self.idle_poll = every;
@@ -72,19 +77,23 @@ impl FeedOptions {
     }
 }
 
-/// How the feed is doing.
+/// Status of the feed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FeedStatus {
-    /// How far followers have been given the log; `None` until there was a follower and the store was reached for it.
+    /// Position up to which followers have received the log.
+    ///
+    /// `None` before the first follower and the first successful read of the store.
     pub position: Option<Position>,
-    /// How often the bus lost something, or did not bring it in time, so that it was looked for in the store.
+    /// Number of reads from the store because the bus lost an event or was late.
     pub repairs: u64,
-    /// What last went wrong with the bus or the store, until it goes well again.
+    /// Last error of the bus or the store; cleared by the next success.
     pub last_error: Option<String>,
 }
 
-/// The feed of one process. Cheap to clone; it ends with the last clone, or with [`stop`](Self::stop).
+/// The feed of one process. Cheap to clone.
+///
+/// It ends with the last clone, or with [`stop`](Self::stop).
 #[derive(Clone)]
 pub(crate) struct Feed {
     inner: Arc<Inner>,
@@ -94,21 +103,23 @@ struct Inner {
     /// The task owns the ring, so that followers see its end.
     ring: broadcast::WeakSender<FeedItem>,
     status: watch::Receiver<FeedStatus>,
-    /// Whether anybody has followed yet: before that, neither store nor bus is asked for anything.
+    /// Whether there was a follower. Before that, the feed queries neither the store nor the bus.
     wanted: watch::Sender<bool>,
     stop: watch::Sender<bool>,
     _task: Task,
 }
 
-/// What a follower sees next.
+/// Next item for a follower.
 #[derive(Debug, Clone)]
 pub(crate) enum FeedItem {
-    /// The next piece of the log: it begins where the one before ended, unless there was [`Lagged`](Self::Lagged) between.
-    /// Without events it only says how far the log is followed.
+    /// The next part of the log.
+    ///
+    /// It begins at the end of the previous one, except after [`Lagged`](Self::Lagged). Without
+    /// events, it only reports the position.
     Batch(LogBatch),
     /// The follower was too slow, and a batch was overwritten.
     Lagged,
-    /// The feed met a permanent error: the follower has to ask the store itself.
+    /// The feed met a permanent error: the follower has to query the store itself.
     Failed,
     /// The feed has ended.
     Closed,
@@ -121,8 +132,10 @@ pub(crate) struct FeedFollower {
 }
 
 impl Feed {
-    /// Follows the log from its frontier on, as soon as there is a follower. Must be called within a tokio runtime; connects
-    /// to store and bus in the background, for as long as it takes.
+    /// Starts the feed; it follows the log from the high-water mark once there is a follower.
+    ///
+    /// Must be called within a tokio runtime. Connects to store and bus in the background, without
+    /// a time limit.
     pub(crate) fn start(store: Arc<dyn EventStore>, bus: Arc<dyn EventBus>, options: FeedOptions) -> Self {
         let ring = broadcast::Sender::new(options.capacity);
         let (status_sender, status) = watch::channel(FeedStatus::default());
@@ -142,7 +155,7 @@ impl Feed {
         let task = Task::spawn(async move {
             tokio::select! {
                 biased;
-                // An error says that nobody is left who could stop it, or follow it.
+                // An error means that no handle is left that could stop or follow the feed.
                 _ = stopping.wait_for(|stop| *stop) => {}
                 () = async {
                     if waiting.wait_for(|wanted| *wanted).await.is_ok() {
@@ -154,29 +167,29 @@ impl Feed {
         Self { inner: Arc::new(Inner { ring: weak, status, wanted, stop, _task: task }) }
     }
 
-    /// Follows the log from where the feed is now.
+    /// Follows the log from the current position of the feed.
     pub(crate) fn follow(&self) -> FeedFollower {
         let ring = self.inner.ring.upgrade().map(|ring| ring.subscribe());
         self.begin();
         FeedFollower { ring }
     }
 
-    /// Begins to follow the log, though perhaps nobody takes what it brings: how far the log goes is of use by itself.
+    /// Starts to follow the log even without a follower: the position alone is useful.
     pub(crate) fn begin(&self) {
         self.inner.wanted.send_replace(true);
     }
 
-    /// How it is doing.
+    /// Returns the status.
     pub(crate) fn status(&self) -> FeedStatus {
         self.inner.status.borrow().clone()
     }
 
-    /// How far the log is known to go.
+    /// Returns the known end of the log.
     pub(crate) fn position(&self) -> Position {
         self.inner.status.borrow().position.unwrap_or_default()
     }
 
-    /// Ends it: followers get [`FeedItem::Closed`] behind what they have not read yet.
+    /// Ends the feed: followers receive [`FeedItem::Closed`] after the items not yet read.
     pub(crate) fn stop(&self) {
         self.inner.stop.send_replace(true);
     }
@@ -189,7 +202,7 @@ impl fmt::Debug for Feed {
 }
 
 impl FeedFollower {
-    /// The next item; after `Closed` there is only `Closed`. Cancel-safe.
+    /// Returns the next item; after `Closed` always `Closed`. Cancel-safe.
     pub(crate) async fn next(&mut self) -> FeedItem {
         let Some(ring) = &mut self.ring else { return FeedItem::Closed };
         match ring.recv().await {
@@ -199,7 +212,7 @@ impl FeedFollower {
         }
     }
 
-    /// The next item, if there is one already.
+    /// Returns the next item if it is available now.
     pub(crate) fn try_next(&mut self) -> Option<FeedItem> {
         let Some(ring) = &mut self.ring else { return Some(FeedItem::Closed) };
         match ring.try_recv() {
@@ -211,7 +224,7 @@ impl FeedFollower {
     }
 }
 
-/// What is left of `batch` for somebody who has read up to `position`; `None` when it begins behind that.
+/// Returns the part of `batch` after `position`; `None` if there is a gap between them.
 pub(crate) fn adjacent(batch: LogBatch, position: Position) -> Option<LogBatch> {
     if batch.after > position {
         return None;
@@ -235,14 +248,16 @@ struct FeedTask {
     bus_backoff: Backoff,
 }
 
-/// The feed's end of the bus.
+/// The bus side of the feed.
 enum Source {
-    /// On the way, perhaps after a pause. The store is polled meanwhile: followers only get things later.
+    /// Subscribing, perhaps after a pause.
+    ///
+    /// The store is polled meanwhile: followers only receive events later.
     Subscribing(BoxFuture<'static, Result<Box<dyn BusSubscription>, BusError>>),
     Listening(Box<dyn BusSubscription>),
 }
 
-/// What comes out of it.
+/// Result of waiting for the bus.
 enum Sign {
     Subscribed(Box<dyn BusSubscription>),
     Item(BusItem),
@@ -256,7 +271,7 @@ impl Source {
         }))
     }
 
-    /// Cancel-safe.
+    /// Waits for the subscription or its next item. Cancel-safe.
     async fn next(&mut self) -> Result<Sign, BusError> {
         match self {
             Source::Subscribing(subscription) => subscription.await.map(Sign::Subscribed),
@@ -266,7 +281,9 @@ impl Source {
 }
 
 impl FeedTask {
-    /// A panic (of a bus or a store) costs followers a hole, which they read from the store.
+    /// Runs the feed and restarts it after a panic of a bus or a store.
+    ///
+    /// A panic leaves a gap, which followers read from the store.
     async fn run_for_ever(&mut self) {
         let mut restarts = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         loop {
@@ -286,12 +303,13 @@ impl FeedTask {
         let mut poll_at = after(self.idle_poll);
         let only_wakes = self.bus.scope() == BusScope::Shared;
         let mut appended = self.store.appended();
-        // When the store is read for what the bus said.
+        // Time of the delayed read that a bus message caused.
         let mut read_at: Option<Instant> = None;
         loop {
             let sign = tokio::select! {
                 sign = source.next() => Some(sign),
-                // What this process commits comes without a message. An error says that the store is being dropped.
+                // Commits of this process arrive without a message. An error means that the store
+                // is being dropped.
                 Ok(()) = appended.changed(), if only_wakes => {
                     let upto = *appended.borrow_and_update();
                     if upto > position {
@@ -311,13 +329,13 @@ impl FeedTask {
             match sign {
                 Some(Ok(Sign::Subscribed(subscription))) => {
                     source = Source::Listening(subscription);
-                    // Whatever was published before somebody listened.
+                    // Read the events that were published before the subscription.
                     position = self.repair(position, None).await;
                     self.succeeded();
                 }
                 Some(Ok(Sign::Item(item))) if only_wakes => {
                     self.bus_backoff.succeeded();
-                    // Any number of messages until then are one read.
+                    // All messages until then share one read.
                     if read_at.is_none() && self.wakes(&item, position) {
                         let due = self.reads.take();
                         if due > Instant::now() {
@@ -333,7 +351,7 @@ impl FeedTask {
                     position = self.take(item, position).await;
                 }
                 Some(Err(error)) => {
-                    self.failed("the feed has no subscription to the bus", &error);
+                    self.failed("could not subscribe the feed to the bus", &error);
                     source = Source::subscribe(self.bus.clone(), store, self.bus_backoff.next());
                 }
                 None => {
@@ -343,7 +361,7 @@ impl FeedTask {
                         Ok(_) if matches!(source, Source::Listening(_)) => self.succeeded(),
                         Ok(_) => {}
                         Err(error) => {
-                            self.failed("the feed could not look for the end of the log", &error);
+                            self.failed("the feed could not read the high-water mark", &error);
                             self.send_back(&error);
                         }
                     }
@@ -355,22 +373,25 @@ impl FeedTask {
         }
     }
 
-    /// Where the log ends now: what comes behind is given to the followers.
+    /// Returns the current end of the log; followers receive all later events.
     async fn begin(&mut self) -> Position {
         loop {
             match self.store.frontier().await {
                 Ok(position) => {
                     self.store_backoff.succeeded();
-                    // Whoever follows already, and has read the store before this, learns how far the log goes by now.
+                    // A follower that read the store before this point receives the current
+                    // position.
                     self.forward(LogBatch { after: position, upto: position, events: Arc::new([]) });
                     return position;
                 }
-                Err(error) => self.store_failed("the feed could not find the end of the log", &error).await,
+                Err(error) => self.store_failed("the feed could not read the high-water mark", &error).await,
             }
         }
     }
 
-    /// Reads the store because of a message. A read that finds something does not count against the limit.
+    /// Reads the store because of a message.
+    ///
+    /// A read that finds events does not count against the limit.
     async fn read_for_a_message(&mut self, position: Position, poll_at: &mut Instant) -> Position {
         let read = self.read_on(position, None).await;
         if read > position {
@@ -380,7 +401,9 @@ impl FeedTask {
         read
     }
 
-    /// Whether the store is to be read for what a shared bus said. Anything may have published that: it is a hint, no more.
+    /// Returns whether an item from a shared bus requires a read of the store.
+    ///
+    /// Any process may have published the item: it is only a hint.
     fn wakes(&self, item: &BusItem, position: Position) -> bool {
         match item {
             BusItem::Batch(batch) => batch.upto > position,
@@ -392,14 +415,14 @@ impl FeedTask {
         }
     }
 
-    /// Gives the followers what an item from a bus inside this process says; the position that they have then.
+    /// Forwards an item from a bus inside this process to the followers; returns the new position.
     async fn take(&mut self, item: BusItem, mut position: Position) -> Position {
         match item {
             BusItem::Batch(batch) => {
                 if batch.after > position {
                     position = self.repair(position, Some(batch.after)).await;
                 }
-                // A batch that is still ahead is not of this log, and not passed on.
+                // A batch that is still ahead belongs to another log and is not forwarded.
                 if let Some(batch) = adjacent(batch, position).filter(|batch| batch.upto > position) {
                     position = batch.upto;
                     self.forward(batch);
@@ -411,7 +434,7 @@ impl FeedTask {
         }
     }
 
-    /// Reads what the bus did not bring.
+    /// Reads the events that the bus did not deliver.
     async fn repair(&mut self, after: Position, upto: Option<Position>) -> Position {
         let position = self.read_on(after, upto).await;
         if position > after {
@@ -421,7 +444,7 @@ impl FeedTask {
         position
     }
 
-    /// Reads the store, up to `upto` or the end of the log, however long the store cannot be reached.
+    /// Reads the store up to `upto` or the end of the log; retries without a limit.
     async fn read_on(&mut self, after: Position, upto: Option<Position>) -> Position {
         let mut position = after;
         loop {
@@ -442,9 +465,10 @@ impl FeedTask {
     }
 
     fn forward(&self, batch: LogBatch) {
-        // Before the batch is sent: a follower that begins between the two reads the store up to this position.
+        // Before the batch is sent: a follower that begins between the two steps reads the store up
+        // to this position.
         self.status.send_modify(|status| status.position = Some(batch.upto));
-        // An error says that there is no follower.
+        // An error means that there is no follower.
         let _ = self.ring.send(FeedItem::Batch(batch));
     }
 
@@ -462,11 +486,12 @@ impl FeedTask {
         self.send_back(error);
         sleep(self.store_backoff.next()).await;
     }
-    /// Makes followers read the store themselves after a permanent error: a projection that has applied events which a
-    /// failover lost must stop (I3).
+    /// Makes followers read the store themselves after a permanent error.
+    ///
+    /// A projection that has applied events which a failover lost must stop (I3).
     fn send_back(&self, error: &StoreError) {
         if !error.is_transient() {
-            // An error says that there is no follower.
+            // An error means that there is no follower.
             let _ = self.ring.send(FeedItem::Failed);
         }
     }

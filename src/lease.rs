@@ -1,4 +1,6 @@
-//! Holding a lease: taking it, renewing it in the background, noticing its loss, giving it back; and seeing all of them.
+//! Lease handling of a holder: acquire, renew in the background, detect a loss, release.
+//!
+//! Also the view of all leases.
 
 mod board;
 mod renewals;
@@ -20,27 +22,33 @@ use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::store::{EventStore, Lease, LeaseInfo, StoreError};
 use crate::telemetry::Metrics;
 
-/// Checks the duration of a lease. A shorter one is lost when a renewal is a little late; a longer one keeps a successor
-/// waiting for days after its holder has died.
+/// Checks the duration of a lease.
+///
+/// A shorter lease is lost if a renewal is a little late. A longer one makes a successor wait for
+/// days after the death of the holder.
 pub(crate) fn check(option: &'static str, ttl: Duration) -> Result<(), InvalidOption> {
     within(option, ttl, Duration::from_millis(50)..=DAY)
 }
 
-/// A lease that this process holds, as far as it knows. Dropped without [`release`](Self::release) it runs out by itself.
+/// A lease held by this process, as far as it knows.
+///
+/// If dropped without [`release`](Self::release), the lease expires.
 pub(crate) struct HeldLease {
     lease: Lease,
     ttl: Duration,
     store: Arc<dyn EventStore>,
     end: End,
-    /// Until when nobody else can have it, by this process's clock: counted from before the store was asked. `None` when
-    /// the store said that it is another's.
+    /// Time until which no other owner can have the lease, by this process's clock.
+    ///
+    /// Counted from before the call to the store. `None` after the store reported another owner.
     sure: watch::Receiver<Option<Instant>>,
     renewal: Renewal,
 }
 
 impl HeldLease {
-    /// Takes the lease `name` for `owner`, if it is free or `owner`'s already; or if it is still as it was when it was found to be
-    /// `abandoned`.
+    /// Acquires the lease `name` for `owner`, if it is free or `owner` already holds it.
+    ///
+    /// Also takes it over if it still equals the `abandoned` observation.
     pub(crate) async fn take(
         renewer: &LeaseRenewer,
         name: &str,
@@ -58,19 +66,21 @@ impl HeldLease {
         Ok(Some(Self { lease, ttl, store: store.clone(), end, sure, renewal }))
     }
 
-    /// Grows with every new owner.
+    /// Returns the fencing token; it grows with every new owner.
     pub(crate) fn epoch(&self) -> u64 {
         self.lease.epoch
     }
 
-    /// The epoch under which its owner claims what was last written under the epoch `found`; `None` when it is another's by
-    /// now. Mostly its own, but leases can be lost, or restored from a backup, and count from 1 again while checkpoints
-    /// elsewhere do not: then it is one above `found`, so that those who wrote before are still refused.
+    /// Returns the epoch for claiming a checkpoint that was written under the epoch `found`.
+    ///
+    /// `None` if the lease has another owner by now. Usually the epoch of the lease. If leases were
+    /// lost or restored from a backup, they count from 1 again while checkpoints in other databases
+    /// do not. Then the result is `found` + 1, so that earlier owners stay fenced (I7).
     pub(crate) async fn epoch_above(&self, found: u64) -> Result<Option<u64>, StoreError> {
         if self.lease.epoch >= found {
             return Ok(Some(self.lease.epoch));
         }
-        // Usually somebody else has taken it over and claimed already.
+        // Usually another owner has taken the lease over and claimed the checkpoint already.
         if !self.store.renew_lease(&self.lease, self.ttl).await? {
             return Ok(None);
         }
@@ -78,35 +88,35 @@ impl HeldLease {
             lease = self.lease.name,
             epoch = self.lease.epoch,
             found,
-            "the epoch of a lease is below that of the checkpoint: leases were lost or restored; it is raised above it"
+            "raising the epoch of a lease above that of the checkpoint: leases were lost or restored"
         );
         Ok(Some(found.saturating_add(1)))
     }
 
-    /// Waits until it is lost, or may be. Cancel-safe.
+    /// Waits until the lease is lost, or may be. Cancel-safe.
     pub(crate) async fn lost(&mut self) {
         lost(&mut self.sure).await;
     }
 
-    /// The same, for whoever uses this meanwhile.
+    /// Returns a future that waits for the loss without borrowing the lease.
     pub(crate) fn loss(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut sure = self.sure.clone();
         async move { lost(&mut sure).await }
     }
 
-    /// Gives it back, so that somebody else can have it at once.
+    /// Releases the lease, so that another owner can acquire it at once.
     pub(crate) async fn release(self) {
         let Self { lease, store, mut end, renewal, .. } = self;
-        // First: otherwise a renewal would find it given back, and report a loss.
+        // First: otherwise a renewal would find the lease released and report a loss.
         drop(renewal);
         end.change = "released";
         if let Err(error) = store.release_lease(&lease).await {
-            tracing::warn!(lease = lease.name, %error, "a lease could not be given back; it runs out by itself");
+            tracing::warn!(lease = lease.name, %error, "could not release a lease; it expires");
         }
     }
 }
 
-/// Acquires the lease `name`, or takes it over if it is still as it was when it was found to be `abandoned`.
+/// Acquires the lease `name`, or takes it over if it still equals the `abandoned` observation.
 pub(crate) async fn acquire(
     store: &dyn EventStore,
     name: &str,
@@ -122,13 +132,13 @@ pub(crate) async fn acquire(
     if taken.is_some() {
         tracing::warn!(
             lease = name, holder = %seen.lease.owner, expires_at = %seen.expires_at, ttl = ?seen.ttl,
-            "took over a lease that was not renewed for its TTL: the clock that wrote its expiry was ahead"
+            "took over a lease that was not renewed for its TTL: the clock of its last writer was ahead"
         );
     }
     Ok(taken)
 }
 
-/// Counts the end: a lease that was not given back is lost, whoever has it next.
+/// Counts the end of a lease: a lease that was not released counts as lost.
 struct End {
     name: String,
     change: &'static str,
@@ -146,7 +156,7 @@ async fn lost(sure: &mut watch::Receiver<Option<Instant>>) {
         let Some(until) = *sure.borrow_and_update() else { return };
         tokio::select! {
             () = sleep_until(until) => {
-                // A renewal may have come in at the last moment.
+                // A renewal may have arrived at the last moment.
                 if sure.borrow().is_none_or(|until| until <= Instant::now()) {
                     return;
                 }

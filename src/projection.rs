@@ -1,18 +1,19 @@
-//! Projections: fold the log into a read model, remember how far.
+//! Projections: fold the log into a read model and keep a checkpoint.
 //!
-//! A [`Projection`] is the user's part: a name, a filter, and what to do with an event. Where its read model and its
-//! checkpoint live together is a [`ReadModel`]:
+//! A [`Projection`] is user code: a name, a filter, and the handling of an event. A [`ReadModel`]
+//! is the storage that holds the projection's data and its checkpoint together:
 //!
 //! | read model | transaction | guarantee |
 //! |---|---|---|
-//! | `SqliteReadModel` | `SqliteConnection` | exactly once: what `apply` writes and the checkpoint commit together (I6) |
+//! | `SqliteReadModel` | `SqliteConnection` | exactly once: writes of `apply` and the checkpoint commit together (I6) |
 //! | `PostgresReadModel` | `PgConnection` | the same |
 //! | [`InMemory`] | `()` | on every node, rebuilt at every start: from the start of the log, or from its [snapshot](InMemory::snapshot_every) |
 //! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 //!
-//! Where nodes share a read model, one of them at a time owns it; or, [partitioned](crate::runtime::Builder::partitioned), each of
-//! them a share of its partitions. Owners hold leases, by which others know when to take over; that an owner who was replaced
-//! changes nothing any more is up to the checkpoint, which only moves from where its owner left it, in its epoch (I7).
+//! If nodes share a read model, one node at a time owns it. If the projection is
+//! [partitioned](crate::runtime::Builder::partitioned), each node owns a share of the partitions.
+//! Owners hold leases, which show the other nodes when to take over. Stale owners are fenced: the
+//! checkpoint moves only from the position that its owner last wrote, in the owner's epoch (I7).
 
 mod balance;
 mod control;
@@ -77,145 +78,177 @@ use crate::store::{
 
 /// Folds events into a read model.
 ///
-/// Events arrive one at a time, in log order. An error (or a panic) is retried, then handled as [`ProjectionOptions`] say;
-/// whatever the failing call, and those before it in the same transaction, had written is rolled back first where the read
-/// model [can](ReadModel::rolls_back), and what went before is applied again. So `apply` keeps what it writes in the
-/// transaction; what it keeps in `self` is a cache at most.
+/// Events arrive one at a time, in log order. The projection retries after an error or a panic,
+/// then follows [`ProjectionOptions`]. First, if the read model [can roll
+/// back](ReadModel::rolls_back), all writes of the transaction are rolled back: those of the
+/// failing call and of the calls before it. The earlier events are then applied again. So `apply`
+/// must keep its writes in the transaction; state in `self` is a cache only.
 ///
-/// A transient error says nothing about the event: the projection retries without a limit, and its status shows the error. Transient
-/// are a database that is away or busy, a failed network connection, storied's own transient errors (as
-/// [`ExecuteError::is_transient`](crate::ExecuteError::is_transient), or a runtime that shuts down), and a [`TargetUnavailable`]: itself, or as
-/// the [source](Error::source) of an error of the user's own.
+/// A transient error does not count against the event: the projection retries without a limit, and
+/// its status shows the error. Transient errors are: an unavailable or busy database, a failed
+/// network connection, storied's own transient errors (see
+/// [`ExecuteError::is_transient`](crate::ExecuteError::is_transient); also a runtime that shuts
+/// down), and a [`TargetUnavailable`], directly or as the [source](Error::source) of a user's
+/// error.
 pub trait Projection: Send + 'static {
-    /// What `apply` writes through: see the table of the [module](self).
+    /// Handle that `apply` writes through; see the table of the [module](self).
     type Transaction: Send;
 
-    /// The name of the checkpoint: unique in the store, and kept while the program evolves. A new name starts over. 1 to 200 bytes,
-    /// without control characters and without spaces at its ends; the runtime does not start otherwise.
+    /// Returns the name of the checkpoint.
+    ///
+    /// The name is unique in the store and must stay the same while the program evolves. A new name
+    /// starts over. Limit: 1 to 200 bytes, no control characters, no leading or trailing spaces;
+    /// otherwise the runtime does not start.
     fn name(&self) -> &str;
 
-    /// Which events. Asked once, when the projection is registered; `Filter::of::<OrderEvent>()` and
-    /// `Filter::variants::<OrderEvent>(&["placed"])` are the usual answers.
+    /// Returns the filter of the events to apply. Called once, at registration.
+    ///
+    /// Usual values are `Filter::of::<OrderEvent>()` and
+    /// `Filter::variants::<OrderEvent>(&["placed"])`.
     ///
     /// # Errors
-    /// When a filter names events that there are not; the runtime does not start then.
+    /// If a filter names unknown events. The runtime then does not start.
     fn filter(&self) -> Result<Filter, EncodeError>;
 
-    /// Folds one event in. Dropped in the middle of it, and what it wrote rolled back where that can be, when its node loses the
-    /// read model to another one or ends.
+    /// Applies one event.
+    ///
+    /// If the node loses the read model to another node or stops, the future is dropped, and the
+    /// writes are rolled back if the read model can roll back.
     fn apply(
         &mut self,
         event: &RecordedEvent,
         tx: &mut Self::Transaction,
     ) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
-    /// Empties the read model; the log is then applied from its start. Before a rebuild it is called on the new version, whose
-    /// tables it creates then: once, however many partitions there are. The default refuses, so that a reset never doubles what
-    /// is already there.
+    /// Empties the read model; the projection then applies the log from its start.
     ///
-    /// A reset has as long as it takes, since emptying a large table may take long: the projection stands still meanwhile, also
-    /// while this waits for a lock that somebody else holds. To bound that, let the database do it: in PostgreSQL
-    /// `SET LOCAL lock_timeout = '5s'` first. Before a rebuild it has 10 s.
+    /// Before a rebuild, it is called on the new version and creates the tables of that version:
+    /// once for all partitions. The default returns an error, so that a reset never duplicates
+    /// existing data.
     ///
-    /// Where nothing is [rolled back](ReadModel::rolls_back), what an error or a crash leaves half empty has to become whole again.
-    /// So the checkpoints of an [`External`] read model are at the start of the log before this is called, and stay there when it
-    /// does not succeed: the log is applied once more to whatever is left. It is dropped in the middle of it when its node may not
-    /// keep the others waiting any more, as one that is cut off from the store.
+    /// `reset` has no time limit, because emptying a large table may take long. The projection is
+    /// stopped while it runs, including while it waits for a lock of another session. To limit that
+    /// wait in PostgreSQL, first run `SET LOCAL lock_timeout = '5s'`. Before a rebuild, the limit
+    /// is 10 s.
+    ///
+    /// Without [rollback](ReadModel::rolls_back), an error or a crash can leave the read model half
+    /// empty, and replay must repair it. Therefore the checkpoints of an [`External`] read model
+    /// move to the start of the log before this call, and stay there if the call fails: the log is
+    /// applied once more to the remaining data. If the node can no longer hold up the other nodes,
+    /// for example because it is cut off from the store, the future is dropped.
     fn reset(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Err(error::NoReset.into()) }
     }
 
-    /// Drops what this version has written: called when its [rebuild was cancelled](ProjectionHandle::cancel_rebuild), behind the
-    /// last of those who built it; also when there is nothing to drop. The default leaves it where it is, out of use: the next
-    /// rebuild writes to the same version, and its [`reset`](Self::reset) finds it.
+    /// Drops the data of this version.
+    ///
+    /// Called after a [cancelled rebuild](ProjectionHandle::cancel_rebuild), once its last task has
+    /// stopped, also if there is no data. The default keeps the data, unused: the next rebuild
+    /// writes to the same version, and its [`reset`](Self::reset) finds it.
     fn discard(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Ok(()) }
     }
 
-    /// Makes the version that this one writes to the one that readers see: called when a rebuild has caught up, in the
-    /// transaction of the switch. Replacing a view is a usual way. The default leaves it to readers to ask for the
+    /// Makes this version the one that readers see.
+    ///
+    /// Called when a rebuild has caught up, in the transaction of the cut-over. A usual
+    /// implementation replaces a view. With the default, readers ask for the
     /// [version](ProjectionStatus::version).
     ///
-    /// It has 2 s, since the live version stands still meanwhile, also while this waits for a lock that somebody else holds. Then,
-    /// or when it fails, the live version goes on, what was rebuilt keeps up with it, and the switch is tried again some seconds
-    /// later, or up to a minute if that happens again; [`RebuildStatus::last_error`] says why. So what takes long belongs elsewhere.
+    /// Time limit: 2 s, because the live version is stopped meanwhile, including while this waits
+    /// for a lock of another session. If it fails or exceeds the limit, the live version continues,
+    /// the rebuilt version keeps up with it, and the cut-over is retried after 5 s to 60 s.
+    /// [`RebuildStatus::last_error`] gives the cause. Do slow work elsewhere.
     fn go_live(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Ok(()) }
     }
 }
 
-/// What a projection is made for.
+/// Partition and version that a projection is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Target {
-    /// The partition whose events it gets; of one, if it is not partitioned.
+    /// Partition of the events; the only one if the projection is not partitioned.
     pub partition: Partition,
-    /// The version of the read model that it writes to: 0, and one more with every rebuild.
+    /// Version of the read model to write to: 0, plus 1 for each rebuild.
     pub version: u64,
 }
 
-/// Where a read model and its checkpoint live together.
+/// Storage of a read model together with its checkpoint.
 ///
-/// The `name` that its methods get is `projection/` and the projection's name: the checkpoints of an event store may be in the
-/// same place, and are not called so.
+/// The `name` argument of the methods is `projection/` followed by the name of the projection. The
+/// event store may keep its own checkpoints in the same database; their names differ.
 pub trait ReadModel: Send + Sync + 'static {
-    /// What a projection writes through.
+    /// Handle that a projection writes through.
     type Transaction: Send;
     /// An open transaction.
     type Open: Send;
 
-    /// Whether every node has its own (in memory) or all nodes share one, which then has one owner at a time.
+    /// Returns whether all nodes share one read model, which then has one owner at a time.
+    ///
+    /// Otherwise every node has its own (in memory).
     fn shared(&self) -> bool;
 
-    /// Whether a rollback undoes what was written. Where it does not, the events before a failing one stay applied.
+    /// Returns whether a rollback undoes the writes.
+    ///
+    /// Otherwise the events before a failing event stay applied.
     fn rolls_back(&self) -> bool;
 
-    /// Whether `apply` failed for a reason that does not last and that the event is not to blame for. It is retried without a limit
-    /// then. Users wrap errors, so the causes count as well.
+    /// Returns whether `apply` failed for a transient reason that the event did not cause.
     ///
-    /// The default knows the transient errors of storied, of sqlx and of the network. Those count on every read model, as a
-    /// [`TargetUnavailable`] does: an implementation adds those of its own driver.
+    /// The projection then retries without a limit. Users wrap errors, so the sources count as
+    /// well.
+    ///
+    /// The default knows the transient errors of storied, of sqlx and of the network. Those and
+    /// [`TargetUnavailable`] count on every read model: an implementation adds those of its own
+    /// driver.
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
         outage::is_outage(error)
     }
 
-    /// The snapshots that it keeps of what it holds in memory, on a read model that every node has [for itself](Self::shared). None
-    /// by default.
+    /// Returns the snapshot settings of a read model that every node keeps [for
+    /// itself](Self::shared).
+    ///
+    /// Default: none.
     fn snapshots(&self) -> Option<&Snapshots> {
         None
     }
 
-    /// Called before anything else, and again until it succeeds: creates what is missing.
+    /// Creates missing tables. Called before all other methods, repeatedly until it succeeds.
     fn prepare<'a>(
         &'a self,
         store: &'a Arc<dyn EventStore>,
         name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>>;
 
-    /// How far the read model is.
+    /// Returns the checkpoint of the read model.
     ///
     /// # Errors
-    /// Also when its progress is in the log of another event store than it was [prepared](Self::prepare) for.
+    /// Includes: the progress belongs to the log of another event store than that of
+    /// [`prepare`](Self::prepare).
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
 
-    /// Every checkpoint that is kept here, whosever it is, also before it was [prepared](Self::prepare): for an
-    /// [`Operator`]. By default none are told.
+    /// Returns all stored checkpoints of all projections, for an [`Operator`].
+    ///
+    /// Works before [`prepare`](Self::prepare). The default returns an error.
     ///
     /// # Errors
-    /// `Invalid` when they are not told, `Incompatible` when nobody has kept anything here yet.
+    /// `Invalid` if the read model does not list checkpoints, `Incompatible` if it was never used.
     fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
-        let reason = "this read model does not list the checkpoints that it keeps".into();
+        let reason = "listing checkpoints failed: this read model does not support it".into();
         Box::pin(async { Err(StoreError::Invalid { reason }) })
     }
 
-    /// Opens a transaction. `from` is the checkpoint, with the epoch of the owner who asks.
+    /// Opens a transaction. `from` is the checkpoint, with the epoch of the calling owner.
     fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Self::Open, StoreError>>;
 
-    /// As [`begin`](Self::begin), for a transaction that is given up after `limit`: the database ends it by itself then, also when it
-    /// is cut off from this process. The default [bounds](Self::bound) its statements.
+    /// Opens a transaction with a time limit.
+    ///
+    /// As [`begin`](Self::begin), but the database ends the transaction after `limit`, also if it
+    /// is cut off from this process. The default [limits](Self::bound) its statements.
     fn begin_within<'a>(
         &'a self,
         name: &'a str,
@@ -229,14 +262,16 @@ pub trait ReadModel: Send + Sync + 'static {
         })
     }
 
-    /// What the user writes through.
+    /// Returns the handle that the user writes through.
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Self::Transaction;
 
-    /// From now on no statement of this transaction is to take longer than `limit`, also one that nobody waits for any more: what
-    /// the transaction has locked, others wait for. By default a statement takes as long as it does.
+    /// Limits each later statement of this transaction to `limit`.
+    ///
+    /// The limit holds also if no caller waits for the statement any more, because other sessions
+    /// wait for the locks of the transaction. The default sets no limit.
     ///
     /// # Errors
-    /// When that cannot be asked for.
+    /// If the limit cannot be set.
     fn bound<'a>(
         &'a self,
         open: &'a mut Self::Open,
@@ -246,8 +281,10 @@ pub trait ReadModel: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
-    /// How far the read model is, in whichever store's log; with the commit of this transaction, which leads on from there, the
-    /// progress is in this store's. For a reset. The default is for read models whose progress cannot be another store's.
+    /// Returns the checkpoint for a reset, even if it belongs to the log of another store.
+    ///
+    /// The commit of this transaction continues from that checkpoint and binds the progress to this
+    /// store. The default suits read models with progress that cannot belong to another store.
     fn adopt<'a>(
         &'a self,
         open: &'a mut Self::Open,
@@ -257,8 +294,10 @@ pub trait ReadModel: Send + Sync + 'static {
         self.checkpoint(name)
     }
 
-    /// Moves another checkpoint from exactly `from` to `to` with the commit of this transaction, or at once where there is
-    /// nothing to [roll back](Self::rolls_back). For what concerns all partitions of a projection; the default refuses.
+    /// Moves another checkpoint from exactly `from` to `to` with the commit of this transaction.
+    ///
+    /// Without [rollback](Self::rolls_back), it moves at once. Used for changes to all partitions
+    /// of a projection. The default returns an error.
     fn save<'a>(
         &'a self,
         open: &'a mut Self::Open,
@@ -267,13 +306,13 @@ pub trait ReadModel: Send + Sync + 'static {
         to: Checkpoint,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
         let _ = (open, from, to);
-        let reason = format!(
-            "{name}: this read model keeps one checkpoint a transaction, so it cannot be partitioned"
-        );
+        let reason =
+            format!("partitioning {name} failed: this read model keeps one checkpoint per transaction");
         Box::pin(async { Err(CheckpointError::Store(StoreError::Invalid { reason })) })
     }
 
-    /// Commits together: what was written, the checkpoint from exactly `from` to `to`, the parked event.
+    /// Commits the writes, the checkpoint from exactly `from` to `to`, and the parked event
+    /// together.
     fn commit<'a>(
         &'a self,
         open: Self::Open,
@@ -283,17 +322,17 @@ pub trait ReadModel: Send + Sync + 'static {
         parked: Option<ParkedEvent>,
     ) -> BoxFuture<'a, Result<(), CheckpointError>>;
 
-    /// Undoes what was written. Dropping an open transaction does the same, later.
+    /// Undoes the writes. Dropping an open transaction does the same, later.
     fn rollback(&self, open: Self::Open) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// The parked events of a projection, oldest first.
+    /// Returns at most `limit` parked events of a projection, oldest first.
     fn parked<'a>(
         &'a self,
         name: &'a str,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
 
-    /// Forgets a parked event with the commit of this transaction; whether there is one.
+    /// Deletes a parked event with the commit of this transaction; returns whether it existed.
     fn unpark<'a>(
         &'a self,
         open: &'a mut Self::Open,
@@ -301,14 +340,14 @@ pub trait ReadModel: Send + Sync + 'static {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
-    /// Forgets all parked events of `name` with the commit of this transaction.
+    /// Deletes all parked events of `name` with the commit of this transaction.
     fn unpark_all<'a>(
         &'a self,
         open: &'a mut Self::Open,
         name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>>;
 
-    /// Forgets a parked event at once; whether there was one.
+    /// Deletes a parked event at once; returns whether it existed.
     fn remove_parked<'a>(
         &'a self,
         name: &'a str,

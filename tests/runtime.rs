@@ -163,7 +163,7 @@ fn a_node_without_its_tokio_runtime_says_so() {
         other.execute::<Account>(1, Deposit(5)).await.unwrap();
         other.shutdown().await.unwrap();
         let error = lookup.ready(Duration::from_secs(10)).await.unwrap_err();
-        assert!(error.to_string().contains("has ended"), "{error}");
+        assert!(error.to_string().contains("has stopped"), "{error}");
         let began = std::time::Instant::now();
         // Whatever it says: it has an end.
         let _ = node.shutdown_within(Duration::from_secs(5)).await;

@@ -1,27 +1,31 @@
-//! The one way in which the whole log is read on: by the publisher, and by the feed where the bus lost something.
+//! The log reader of the publisher, and of the feed after the bus lost events.
 
 use crate::bus::LogBatch;
 use crate::event::{Position, RecordedEvent};
 use crate::store::{EventStore, LogPage, ReadLog, StoreError};
 
-/// How many events are read at a time.
+/// Maximum number of events in a read.
 const EVENTS: usize = 2_048;
 
-/// How many bytes a batch has, roughly: this, or one event that is larger. Bounds what buffers of batches can hold.
+/// Approximate size of a batch in bytes; one larger event also makes a batch.
+///
+/// Bounds the buffers of batches.
 const BYTES: usize = 1 << 20;
 
-/// A stretch of the log.
+/// A chunk of the log.
 #[derive(Debug)]
 pub(crate) struct Stretch {
-    /// In log order, each adjacent to the one before.
+    /// In log order, each adjacent to the previous one.
     pub(crate) batches: Vec<LogBatch>,
-    /// Where it ends.
+    /// Position of its end.
     pub(crate) upto: Position,
-    /// The last stable event of the log when it was read.
+    /// High-water mark at the time of the read.
     pub(crate) head: Position,
 }
 
-/// Reads the stretch behind `after`, at most to `upto`: up to 2,048 events in batches of about 1 MiB. Cancel-safe.
+/// Reads the chunk after `after`, at most to `upto`. Cancel-safe.
+///
+/// Limit: 2,048 events, in batches of about 1 MiB.
 pub(crate) async fn read(
     store: &dyn EventStore,
     after: Position,

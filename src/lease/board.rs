@@ -1,4 +1,4 @@
-//! What a node knows of all leases, and of who is paused: one watcher looks for everybody.
+//! The node's view of all leases and pauses: one watcher polls for all tasks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,49 +15,51 @@ use crate::backoff::Backoff;
 use crate::store::{EventStore, LeaseInfo, StoreError};
 use crate::supervised::Task;
 
-/// How often it looks at most.
+/// Minimum interval between two polls.
 const FASTEST: Duration = Duration::from_millis(10);
 
-/// How often it looks at least: how long after an orderly end nobody owns what was given back.
+/// Maximum interval between two polls: the time without an owner after a release.
 const SLOWEST: Duration = Duration::from_millis(250);
 
-/// What one more who watches costs the others in patience: 40 questions a second in all.
+/// Increase of the poll interval for each watcher: 40 queries per second in total.
 const EACH: Duration = Duration::from_millis(25);
 
 /// Maximum number of leases of partitions that a node acquires at the same time.
 ///
-/// A lease runs from before the call. 256 calls in the queue of a SQLite store take longer than a TTL, and a renewal waits after them.
+/// A lease runs from before the call. 256 calls in the queue of a SQLite store take longer than a
+/// TTL, and a renewal waits after them.
 const ACQUIRING: usize = 4;
 
-/// A lease as the board has it.
+/// A lease in the view.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Posted {
     pub(crate) owner: Uuid,
     pub(crate) epoch: u64,
-    /// Whether it is held: live by the store's clock, and renewed.
+    /// Whether the lease is held: live by the store's clock, and renewed.
     pub(crate) live: bool,
-    /// The lease as it was seen, if it is live by the store's clock but nothing renews it: then it can be taken over.
+    /// The observed lease, if it is live by the store's clock but not renewed: it can be taken
+    /// over.
     pub(crate) abandoned: Option<LeaseInfo>,
 }
 
-/// What the watcher saw last.
+/// Result of the last poll.
 #[derive(Debug, Clone)]
 pub(crate) struct View {
-    /// When it began to look: what happened later may be missing here.
+    /// Start of the poll: later changes may be missing.
     pub(crate) asked: Instant,
     /// All leases, by name.
     pub(crate) leases: BTreeMap<String, Posted>,
-    /// Who is to stand still.
+    /// Names of the paused projections.
     pub(crate) paused: BTreeSet<String>,
 }
 
 impl View {
-    /// Who holds the lease, if anybody.
+    /// Returns the holder of the lease, if there is one.
     pub(crate) fn owner(&self, lease: &str) -> Option<Uuid> {
         self.leases.get(lease).filter(|posted| posted.live).map(|posted| posted.owner)
     }
 
-    /// The lease as it was seen, if it can be taken over although the store's clock says that it is live.
+    /// Returns the observed lease if it can be taken over although it is live by the store's clock.
     pub(crate) fn abandoned(&self, lease: &str) -> Option<&LeaseInfo> {
         self.leases.get(lease)?.abandoned.as_ref()
     }
@@ -67,15 +69,16 @@ impl View {
     }
 }
 
-/// The last view, if there was one; and why there is no newer one.
+/// The last view, if there is one, and the reason why there is no newer one.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Sight {
     pub(crate) view: Option<Arc<View>>,
     pub(crate) error: Option<StoreError>,
 }
 
-/// The board of one node. Cheap to clone; it ends with the last clone. Nothing is asked of the store before somebody
-/// [watches](Self::watch).
+/// The lease watcher of one node. Cheap to clone; it ends with the last clone.
+///
+/// It queries the store only after the first call of [`watch`](Self::watch).
 #[derive(Debug, Clone)]
 pub(crate) struct Board {
     inner: Arc<Inner>,
@@ -84,10 +87,10 @@ pub(crate) struct Board {
 #[derive(Debug)]
 struct Inner {
     sight: watch::Receiver<Sight>,
-    /// How often to look; `None` while nobody wants to know.
+    /// Poll interval; `None` while there is no watcher.
     every: watch::Sender<Option<Duration>>,
     hint: Arc<Notify>,
-    /// How many watch.
+    /// Number of watchers.
     watchers: AtomicU32,
     renewer: LeaseRenewer,
     acquiring: Semaphore,
@@ -95,7 +98,7 @@ struct Inner {
 }
 
 impl Board {
-    /// Must be called within a tokio runtime.
+    /// Starts the watcher. Must be called within a tokio runtime.
     pub(crate) fn start(store: Arc<dyn EventStore>) -> Self {
         let (sender, sight) = watch::channel(Sight::default());
         let every = watch::Sender::new(None);
@@ -106,7 +109,7 @@ impl Board {
         Self { inner: Arc::new(Inner { sight, every, hint, watchers, renewer, acquiring, _task: task }) }
     }
 
-    /// What it shows from now on, looked at often enough for leases of `ttl`.
+    /// Returns the views from now on, polled often enough for leases of `ttl`.
     pub(crate) fn watch(&self, ttl: Duration) -> watch::Receiver<Sight> {
         let wanted = (ttl / 6).clamp(FASTEST, SLOWEST);
         self.inner.every.send_if_modified(|every| {
@@ -120,12 +123,14 @@ impl Board {
         self.inner.sight.clone()
     }
 
-    /// How often each of those who watch may ask for something of its own, so that all of them together do not ask too much.
+    /// Returns the interval at which each watcher may send its own queries.
+    ///
+    /// It grows with the number of watchers, so that their total load stays bounded.
     pub(crate) fn pace(&self) -> Duration {
         (EACH * self.inner.watchers.load(Ordering::Relaxed)).max(SLOWEST)
     }
 
-    /// Renews the leases of the node's projections together.
+    /// Returns the renewer, which renews the leases of the node's projections together.
     pub(crate) fn renewer(&self) -> &LeaseRenewer {
         &self.inner.renewer
     }
@@ -136,12 +141,12 @@ impl Board {
         self.inner.acquiring.acquire().await.ok()
     }
 
-    /// What it shows now.
+    /// Returns the current view.
     pub(crate) fn view(&self) -> Option<Arc<View>> {
         self.inner.sight.borrow().view.clone()
     }
 
-    /// Somebody here has changed something: worth a look.
+    /// Requests a poll, because a task of this node has changed something.
     pub(crate) fn hint(&self) {
         self.inner.hint.notify_one();
     }
@@ -157,7 +162,7 @@ async fn look(
     let mut renewals = Renewals::default();
     loop {
         let Some(wait) = *every.borrow_and_update() else {
-            // An error says that nobody is left who could want to know.
+            // An error means that no watcher is left.
             if every.changed().await.is_err() {
                 return;
             }
@@ -169,7 +174,7 @@ async fn look(
                 sight.send_if_modified(|sight| {
                     let news = sight.error.take().is_some()
                         || !sight.view.as_ref().is_some_and(|known| known.same(&view));
-                    // Also when it only is more recent.
+                    // Also if the view differs only by its time.
                     sight.view = Some(Arc::new(view));
                     news
                 });
@@ -182,7 +187,7 @@ async fn look(
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "could not look who owns what");
+                tracing::warn!(%error, "could not poll leases and pauses");
                 sight.send_modify(|sight| sight.error = Some(error));
                 sleep(backoff.next()).await;
             }

@@ -1,4 +1,4 @@
-//! Whether the holders of leases renew them, by this process's own clock.
+//! Detection of leases that their holders do not renew, by this process's own clock.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,19 +8,20 @@ use tokio::time::Instant;
 
 use crate::store::LeaseInfo;
 
-/// When each lease was first seen as it is now.
+/// Time at which each lease was first seen in its current state.
 ///
-/// `expires_at` comes from a clock that may have been wrong: a lease written by one that was ahead looks live for as long as it was
-/// ahead. A holder renews its lease several times within the lease's TTL, and each renewal changes the row. If the row stays the
-/// same for longer than the TTL, by a clock that never jumps, nothing renews it. That a holder that only sleeps may return is
-/// harmless: it is fenced (I7).
+/// `expires_at` comes from a clock that may have been wrong: a lease written by a clock that was
+/// ahead looks live for that much longer. A holder renews its lease several times within the TTL,
+/// and each renewal changes the row. If the row stays the same for longer than the TTL, by a
+/// monotonic clock, nothing renews it. A holder that was only suspended may return; it is fenced
+/// (I7).
 #[derive(Debug, Default)]
 pub(crate) struct Renewals {
     seen: HashMap<String, (u64, DateTime<Utc>, Instant)>,
 }
 
 impl Renewals {
-    /// Remembers how the lease is now; whether it was so for longer than its holder may leave it.
+    /// Records the current state of the lease; returns whether it was unchanged for too long.
     pub(crate) fn is_abandoned(&mut self, info: &LeaseInfo) -> bool {
         let now = Instant::now();
         let as_now = (info.lease.epoch, info.expires_at);
@@ -32,7 +33,7 @@ impl Renewals {
             (*epoch, *expires_at, *since) = (as_now.0, as_now.1, now);
             return false;
         }
-        // A renewal may be under way: one more of the intervals between them.
+        // A renewal may be in flight: allow one more renewal interval.
         let patience = info.ttl.saturating_add(info.ttl / 3).max(Duration::from_millis(100));
         info.live && now.duration_since(*since) > patience
     }
@@ -53,7 +54,7 @@ mod tests {
         let mut info = LeaseInfo { lease, expires_at: far(1), ttl, live: true };
         let mut renewals = Renewals::default();
         for step in 0..20 {
-            assert!(!renewals.is_abandoned(&info), "it is renewed, whatever its clock says");
+            assert!(!renewals.is_abandoned(&info), "it is renewed, although its clock is wrong");
             tokio::time::sleep(ttl / 2).await;
             info.expires_at = far(step % 3 - 1);
         }
@@ -62,7 +63,7 @@ mod tests {
         assert!(!renewals.is_abandoned(&info));
         tokio::time::sleep(ttl / 2).await;
         assert!(renewals.is_abandoned(&info));
-        // Another holder, or the same one in time.
+        // Another holder, or the same holder in time.
         info.lease.epoch += 1;
         assert!(!renewals.is_abandoned(&info));
     }

@@ -39,7 +39,9 @@ struct Leases {
 /// A lease to be renewed.
 struct Renewed {
     lease: Lease,
-    /// End of the lease by this process's clock, counted from before the last successful call. `None` after a loss.
+    /// End of the lease by this process's clock, counted from before the last successful call.
+    ///
+    /// `None` after a loss.
     until: watch::Sender<Option<Instant>>,
 }
 
@@ -58,9 +60,10 @@ impl LeaseRenewer {
         &self.store
     }
 
-    /// Renews a lease that was taken at `taken_at`, at least every third of its TTL. Must be called within a tokio runtime.
+    /// Renews a lease that was taken at `taken_at`, at least every third of its TTL.
     ///
-    /// The receiver has the end of the lease by this process's clock, or `None` after a loss.
+    /// Must be called within a tokio runtime. The receiver has the end of the lease by this
+    /// process's clock, or `None` after a loss.
     pub(super) fn renew(
         &self,
         lease: Lease,
@@ -112,7 +115,9 @@ impl Held {
         self.leases().by_id.iter().map(|(id, renewed)| (*id, renewed.lease.clone())).unzip()
     }
 
-    /// The store has renewed the lease, or another owner has it. Ignores one that is not renewed any more.
+    /// Applies the answer of the store: the lease is renewed, or has another owner.
+    ///
+    /// Ignores a lease that is not renewed any more.
     fn answered(&self, id: u64, renewed: bool, until: Instant) {
         let mut leases = self.leases();
         let Some(held) = leases.by_id.get(&id) else { return };
@@ -121,12 +126,12 @@ impl Held {
             return;
         }
         let Lease { name, epoch, .. } = &held.lease;
-        tracing::warn!(lease = name, epoch, "a lease was taken over by another node");
+        tracing::warn!(lease = name, epoch, "lost a lease: another node took it over");
         held.until.send_replace(None);
         leases.by_id.remove(&id);
     }
 
-    /// Removes the leases that have run out.
+    /// Removes the expired leases.
     fn expire(&self, now: Instant) {
         self.leases().by_id.retain(|_, held| {
             let live = held.until.borrow().is_some_and(|until| now < until);
@@ -143,8 +148,8 @@ async fn renew(store: Arc<dyn EventStore>, held: Arc<Held>, ttl: Duration, mut n
         sleep_until(next).await;
         let (ids, leases) = held.list();
         let asked = Instant::now();
-        // All of them, also those that are not due yet: they are then due together.
-        // An answer that takes longer is worth as little as none: better ask again.
+        // Renew all leases, also those that are not due yet: they are then due together. An answer
+        // after this timeout is worth as little as none, so the next call is better.
         let answer = match leases.is_empty() {
             true => Ok(Ok(Vec::new())),
             false => timeout(ttl / 3, store.renew_leases(&leases, ttl)).await,
@@ -157,13 +162,13 @@ async fn renew(store: Arc<dyn EventStore>, held: Arc<Held>, ttl: Duration, mut n
                 asked + ttl / 3
             }
             Ok(Err(error)) => {
-                tracing::warn!(leases = leases.len(), %error, "leases could not be renewed");
+                tracing::warn!(leases = leases.len(), %error, "could not renew leases");
                 Instant::now() + ttl / 10
             }
             Err(_) => {
                 tracing::warn!(
                     leases = leases.len(),
-                    "the store did not answer when leases were to be renewed"
+                    "could not renew leases: the store did not answer in time"
                 );
                 Instant::now() + ttl / 10
             }

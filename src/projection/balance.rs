@@ -1,4 +1,4 @@
-//! Who should own which partition: a pure function, which every node works out for itself from the same board.
+//! Partition assignment: a pure function that every node computes from the same lease view.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -7,13 +7,16 @@ use uuid::Uuid;
 
 use crate::partition::fnv1a_32;
 
-/// The partitions that `me` should own, of those whose owners are given.
+/// Returns the partitions that `me` should own, given the owner of each partition.
 ///
-/// Every member gets its share, rounded down or up; who holds most keeps the larger shares, so that no partition moves but
-/// those that must. What is free goes to those who have less than their share, and what a member has above it is given up.
-/// A partition of somebody who is no member (who is leaving, or dead and not yet known to be) is waited for.
+/// Each member has an equal share, rounded down or up. The members that hold the most partitions
+/// keep the larger shares, so that as few partitions as possible move. Free partitions go to
+/// members below their share, and a member above its share releases the surplus. If a partition
+/// belongs to a node that is not a member (it is leaving, or dead but not yet detected), the
+/// members wait for it.
 ///
-/// Two nodes never want the same partition if they see the same; if they do not, the lease decides.
+/// Two nodes with the same view never want the same partition. With different views, the lease
+/// decides.
 pub(super) fn wanted(
     owners: &[Option<Uuid>],
     members: &BTreeSet<Uuid>,
@@ -25,7 +28,7 @@ pub(super) fn wanted(
     }
     let held = |node: Uuid| (0..owners.len()).filter(move |&index| owners[index] == Some(node));
     let mut ranked: Vec<Uuid> = members.iter().copied().collect();
-    // Equals are told apart differently for each projection: not always the same node has the larger shares.
+    // The tie-break differs for each projection, so that the larger shares go to different nodes.
     ranked.sort_by_cached_key(|&node| (Reverse(held(node).count()), tie(projection, node)));
     let mut free = (0..owners.len()).filter(|&index| owners[index].is_none());
     for (rank, &node) in ranked.iter().enumerate() {
@@ -58,7 +61,8 @@ mod tests {
         (0..count).map(node).collect()
     }
 
-    /// Everybody does at once what it should; how many partitions were given up or taken.
+    /// Applies one round of assignments on all members; returns how many were released and
+    /// acquired.
     fn step(owners: &mut [Option<Uuid>], members: &BTreeSet<Uuid>) -> (usize, usize) {
         let before = owners.to_vec();
         let (mut given, mut taken) = (0, 0);
@@ -69,7 +73,7 @@ mod tests {
                     *owner = None;
                     given += 1;
                 } else if before[index] != Some(member) && wanted.contains(&index) {
-                    assert_eq!((before[index], *owner), (None, None), "nobody else has or wants it");
+                    assert_eq!((before[index], *owner), (None, None), "no other member has or wants it");
                     *owner = Some(member);
                     taken += 1;
                 }
@@ -100,7 +104,7 @@ mod tests {
             step(&mut owners, &members);
             step(&mut owners, &members);
             assert_eq!(sizes(&owners, &members), expected);
-            assert_eq!(step(&mut owners, &members), (0, 0), "and stay there");
+            assert_eq!(step(&mut owners, &members), (0, 0), "the assignment is stable");
         }
     }
 
@@ -115,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_no_member_wants_nothing_and_is_not_robbed() {
+    fn a_non_member_wants_nothing_and_keeps_its_partitions() {
         let members = members(2);
         let owners = vec![Some(node(7)); 4];
         assert!(wanted(&owners, &members, node(7), "p").is_empty());
@@ -123,16 +127,17 @@ mod tests {
     }
 
     proptest! {
-        /// From anywhere, with owners that are members, leaving, or nobody.
+        /// From any start, with owners that are members, leaving nodes, or absent.
         #[test]
-        fn it_settles_at_equal_shares_and_moves_no_more_than_it_must(
+        fn assignment_converges_with_minimal_moves(
             count in 1_usize..8,
             owners in prop::collection::vec(prop::option::of(0_usize..10), 1..40),
         ) {
             let members = members(count);
             let mut owners: Vec<_> = owners.into_iter().map(|owner| owner.map(node)).collect();
             let (low, high) = (owners.len() / count, owners.len().div_ceil(count));
-            // What nobody could keep: all above the larger shares, of which there are so many.
+            // Number of partitions above any allowed share: `larger` members may keep the larger
+            // share.
             let mut larger = owners.len() % count;
             let mut must: usize = 0;
             for size in sizes(&owners, &members) {
@@ -140,7 +145,7 @@ mod tests {
                 larger = larger.saturating_sub(1);
             }
             let mut given = step(&mut owners, &members).0;
-            // Those that were leaving have left.
+            // Leaving nodes have left.
             for owner in &mut owners {
                 *owner = owner.filter(|owner| members.contains(owner));
             }

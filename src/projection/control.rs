@@ -6,71 +6,73 @@ use crate::event::{Position, RecordedEvent};
 use crate::outage::is_store_outage;
 use crate::store::StoreError;
 
-/// What a projection is told.
+/// A control message to a projection.
 pub(super) enum Control {
     Pause(Reply),
     Resume(Reply),
-    /// It was paused or resumed through another partition of this node.
+    /// The projection was paused or resumed through another partition of this node.
     Paused(bool, Reply),
     Reset(Reply),
-    /// It was reset through another partition of this node.
+    /// The projection was reset through another partition of this node.
     BeginAnew(Reply),
     Trigger(Reply),
     /// Builds the next version beside the live one.
     Rebuild(Reply),
-    /// Gives that up.
+    /// Cancels the rebuild.
     CancelRebuild(Reply),
     RetryParked(Box<RecordedEvent>, Reply),
 }
 
 pub(super) type Reply = RpcReplyPort<Result<(), ControlError>>;
 
-/// Why a projection did not do what it was told.
+/// Error of a control call to a projection.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    /// There is no such parked event.
+    /// There is no parked event at this position.
     #[error("projection {name} has no parked event at position {position}")]
     NotParked {
-        /// The projection.
+        /// Name of the projection.
         name: String,
-        /// Where it was looked for.
+        /// Requested position.
         position: Position,
     },
     /// The projection's own code failed; nothing was changed.
     #[error("projection {name} refused: {reason}")]
     Refused {
-        /// The projection.
+        /// Name of the projection.
         name: String,
-        /// What it said.
+        /// Error of the projection's code.
         reason: String,
     },
-    /// The projection writes to one place, or to one that cannot be switched in a transaction.
-    #[error("projection {name} cannot be rebuilt beside the live one: {reason}")]
+    /// The projection has a single version, or its read model cannot be cut over in a transaction.
+    #[error("projection {name} cannot be rebuilt: {reason}")]
     NotRebuildable {
-        /// The projection.
+        /// Name of the projection.
         name: String,
-        /// Why not, and what to do.
+        /// Cause, and the remedy.
         reason: &'static str,
     },
-    /// Too much is asked of the projection at the same time.
-    #[error("too many control calls to projection {name} are under way; try again later")]
+    /// Too many control calls to the projection are in flight.
+    #[error("control call to projection {name} failed: too many calls are in flight; retry later")]
     Overloaded {
-        /// The projection.
+        /// Name of the projection.
         name: String,
     },
-    /// The projection did not come to it in time; it may still do so.
-    #[error("projection {name} has not answered within {waited:?}; what was asked may still happen")]
+    /// The projection did not answer in time; the call may still take effect.
+    #[error(
+        "control call to projection {name} timed out: no answer within {waited:?}; it may still take effect"
+    )]
     TimedOut {
-        /// The projection.
+        /// Name of the projection.
         name: String,
-        /// How long was waited.
+        /// Duration of the wait.
         waited: Duration,
     },
-    /// It was stopped, or panicked meanwhile.
-    #[error("projection {name} ended before it answered")]
+    /// The projection stopped or panicked before it answered.
+    #[error("control call to projection {name} failed: the projection stopped before it answered")]
     Stopped {
-        /// The projection.
+        /// Name of the projection.
         name: String,
     },
     /// The store or the read model failed.
@@ -79,7 +81,7 @@ pub enum ControlError {
 }
 
 impl ControlError {
-    /// Whether the same call may succeed later without an operator's help.
+    /// Returns whether the same call may succeed later without an operator's help.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(error) => is_store_outage(error),

@@ -5,12 +5,17 @@ use crate::event::Position;
 use crate::outage::is_store_outage;
 use crate::store::StoreError;
 
-/// What a failing [`Projection::apply`](super::Projection::apply) says; boxed, so that `?` works on every error.
+/// Error of [`Projection::apply`](super::Projection::apply).
+///
+/// Boxed, so that `?` works on every error.
 pub type ApplyError = Box<dyn Error + Send + Sync>;
 
-/// What `apply` says when what it writes to cannot be reached: no event is to blame, and the projection tries again for as
-/// long as it takes, whatever [`attempts`](super::ProjectionOptions::attempts) say. On every read model, and also as the
-/// [source](Error::source) of another error (which `#[error(transparent)]` hides: that hands on only what is below).
+/// Error of `apply` if the target of its writes is unavailable.
+///
+/// The error does not count against the event: the projection retries without a limit, regardless
+/// of [`attempts`](super::ProjectionOptions::attempts). It works on every read model, also as the
+/// [source](Error::source) of another error. `#[error(transparent)]` hides it, because that
+/// forwards only the inner source.
 ///
 /// ```
 /// # use storied::projection::{ApplyError, TargetUnavailable};
@@ -21,99 +26,107 @@ pub type ApplyError = Box<dyn Error + Send + Sync>;
 /// # index().unwrap();
 /// ```
 #[derive(Debug, thiserror::Error)]
-#[error("what the projection writes to is unavailable: {0}")]
+#[error("the write target of the projection is unavailable: {0}")]
 pub struct TargetUnavailable(#[source] ApplyError);
 
 impl TargetUnavailable {
-    /// Because of this.
+    /// Creates the error with its cause.
     pub fn new(source: impl Into<ApplyError>) -> Self {
         Self(source.into())
     }
 }
 
-/// What [`Projection::reset`](super::Projection::reset) says where there is none: for sure, nothing was emptied.
+/// Error of the default [`Projection::reset`](super::Projection::reset): nothing was emptied.
 #[derive(Debug, thiserror::Error)]
 #[error("this projection does not implement reset")]
 pub(super) struct NoReset;
 
-/// Why a projection has not applied what somebody waits for.
+/// Error of a wait for a projection.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {
-    /// It may still do so. This says nothing about the command that wrote the event.
-    #[error("projection {name} has not come to position {wanted} within {waited:?}; it is at {reached}")]
+    /// The projection may still reach the position.
+    ///
+    /// Says nothing about the command that wrote the event.
+    #[error(
+        "projection {name} did not reach position {wanted} within {waited:?}; it is at position {reached}"
+    )]
     TimedOut {
-        /// The projection.
-        name: String,
-        /// What was waited for.
-        wanted: Position,
-        /// How far it was.
-        reached: Position,
-        /// How long was waited.
-        waited: Duration,
-    },
-    /// It is paused, and was not resumed within the time of the wait. This says nothing about the command that wrote the event.
-    #[error(
-        "projection {name} is paused at position {reached} and has not come to position {wanted} within {waited:?}; resume it"
-    )]
-    Paused {
-        /// The projection.
-        name: String,
-        /// What was waited for.
-        wanted: Position,
-        /// How far it was.
-        reached: Position,
-        /// How long was waited.
-        waited: Duration,
-    },
-    /// It waits for a [trigger](super::ProjectionHandle::trigger), and none came within the time of the wait: see
-    /// [`Schedule::Manual`](super::Schedule::Manual).
-    #[error(
-        "projection {name} waits for a trigger at position {reached} and has not come to position {wanted} within {waited:?}; call trigger"
-    )]
-    NotTriggered {
-        /// The projection.
+        /// Name of the projection.
         name: String,
         /// Position of the wait.
         wanted: Position,
         /// Position of the projection.
         reached: Position,
-        /// Length of the wait.
+        /// Duration of the wait.
         waited: Duration,
     },
-    /// It stands still before it, on this node, until somebody acts.
+    /// The projection is paused, and was not resumed during the wait.
+    ///
+    /// Says nothing about the command that wrote the event.
+    #[error(
+        "projection {name} is paused at position {reached} and did not reach position {wanted} within {waited:?}; resume it"
+    )]
+    Paused {
+        /// Name of the projection.
+        name: String,
+        /// Position of the wait.
+        wanted: Position,
+        /// Position of the projection.
+        reached: Position,
+        /// Duration of the wait.
+        waited: Duration,
+    },
+    /// The projection waits for a [trigger](super::ProjectionHandle::trigger), and none came in
+    /// time.
+    ///
+    /// See [`Schedule::Manual`](super::Schedule::Manual).
+    #[error(
+        "projection {name} waits for a trigger at position {reached} and did not reach position {wanted} within {waited:?}; call trigger"
+    )]
+    NotTriggered {
+        /// Name of the projection.
+        name: String,
+        /// Position of the wait.
+        wanted: Position,
+        /// Position of the projection.
+        reached: Position,
+        /// Duration of the wait.
+        waited: Duration,
+    },
+    /// The projection stopped before the position, on this node, until an operator acts.
     #[error("projection {name} failed at position {reached}: {error}")]
     Failed {
-        /// The projection.
+        /// Name of the projection.
         name: String,
-        /// How far it was.
+        /// Position of the projection.
         reached: Position,
-        /// What went wrong.
+        /// Error of the projection.
         error: String,
     },
-    /// No runtime of this process has started it.
+    /// No runtime of this process has started the lookup.
     #[error(
         "lookup {name} did not start within {waited:?}; register it with Runtime::builder().lookup(…) and start the runtime"
     )]
     NotStarted {
-        /// The lookup.
+        /// Name of the lookup.
         name: String,
-        /// How long the caller waited.
+        /// Duration of the wait.
         waited: Duration,
     },
-    /// It was stopped, and the runtime with it.
-    #[error("projection {name} has ended")]
+    /// The projection was stopped, together with its runtime.
+    #[error("projection {name} has stopped")]
     Stopped {
-        /// The projection.
+        /// Name of the projection.
         name: String,
     },
-    /// The end of the log could not be found out.
+    /// The end of the log could not be read.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 impl WaitError {
-    /// Whether the same wait may succeed later without an operator's help.
+    /// Returns whether the same wait may succeed later without an operator's help.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(error) => is_store_outage(error),

@@ -7,36 +7,46 @@ use super::shape::delivered;
 use crate::event::{Position, RecordedEvent};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
 
-/// A read model elsewhere: a search index, a mailbox, another service. The checkpoint is kept in the event store.
+/// A read model in another system: a search index, a mailbox, another service.
 ///
-/// Every event is applied at least once: again, when the process dies between `apply` and the checkpoint, or another node
-/// takes over. The position of the event is the key to recognise that by, together with the [`Delivery`]'s epoch.
+/// The checkpoint is kept in the event store. Every event is applied at least once: again if the
+/// process dies between `apply` and the checkpoint, or if another node takes over. The position of
+/// the event, together with the [`Delivery`]'s epoch, is the idempotency key.
 #[derive(Default)]
 pub struct External {
-    /// Known from the first call on.
+    /// Set by the first call.
     store: OnceLock<Arc<dyn EventStore>>,
-    /// How far each checkpoint was before its last reset, and which that was; never held across an await.
+    /// Position of each checkpoint before its last reset, and the number of that reset.
+    ///
+    /// Never locked across an await.
     replayed: Mutex<HashMap<String, (u64, Position)>>,
 }
 
-/// What `apply` gets for an [`External`] read model.
+/// Context of `apply` for an [`External`] read model.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Delivery {
-    /// Which ownership of the projection this is. Another system that remembers the highest one can refuse a node that was
-    /// replaced and does not know it yet: its deliveries have a lower epoch.
+    /// Fencing token: the epoch of the owner.
+    ///
+    /// A system that remembers the highest epoch can reject stale owners: their deliveries have a
+    /// lower epoch.
     pub epoch: u64,
-    /// Everything up to here was applied for good when this batch began; what comes behind may come again.
+    /// Position up to which all events were durably applied at the start of this batch.
+    ///
+    /// Later events may be delivered again.
     pub confirmed: Position,
-    /// Everything up to here was delivered before the projection was reset, so what comes now is a [replay](Self::is_replay).
+    /// Position up to which all events were delivered before the last reset.
+    ///
+    /// Up to here, deliveries are a [replay](Self::is_replay).
     pub replayed: Position,
-    /// What to forget behind the commit: of which name, one parked event or all.
+    /// Parked events to delete after the commit: by name, one event or all.
     unpark: Vec<(String, Option<Position>)>,
 }
 
 impl Delivery {
-    /// Whether the event was delivered before, and only comes again because the projection was reset: what it led to outside,
-    /// as a mail, is not to happen again.
+    /// Returns whether the event was delivered before and is replayed only because of a reset.
+    ///
+    /// Its external effects, such as a mail, must not happen again.
     #[must_use]
     pub fn is_replay(&self, event: &RecordedEvent) -> bool {
         event.position <= self.replayed
@@ -44,7 +54,7 @@ impl Delivery {
 }
 
 impl External {
-    /// For one projection or several.
+    /// Creates a read model for one or more projections.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -65,7 +75,7 @@ impl External {
     fn store(&self) -> Result<&Arc<dyn EventStore>, StoreError> {
         self.store
             .get()
-            .ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
+            .ok_or_else(|| StoreError::Invalid { reason: "using a read model failed: not prepared".into() })
     }
 }
 
@@ -108,7 +118,7 @@ impl ReadModel for External {
             let known = self.store.get_or_init(|| store.clone());
             if known.info().id != store.info().id {
                 let reason =
-                    "one External cannot keep checkpoints in two event stores; make one for each".into();
+                    "preparing an External failed: already in use for another event store; create one per store".into();
                 return Err(StoreError::Invalid { reason });
             }
             Ok(())
@@ -192,7 +202,8 @@ impl ReadModel for External {
                 if parked.iter().any(|event| event.position == position) {
                     return Ok(true);
                 }
-                // They are listed oldest first, so whoever is behind it is proof enough.
+                // Parked events are listed oldest first: a later one proves that there is none at
+                // `position`.
                 if parked.len() < limit || parked.last().is_some_and(|last| last.position > position) {
                     return Ok(false);
                 }

@@ -1,4 +1,4 @@
-//! The partitions of a projection on one node: which of them it should own, and how all of them are doing.
+//! The partitions of a projection on one node: their assignment and their total status.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,27 +18,27 @@ use crate::partition::Partition;
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
-/// How often at most the sum of the partitions' states is told.
+/// Minimum interval between two updates of the total status.
 const SUM: Duration = Duration::from_millis(10);
 
-/// What each partition adds to that: the sum of many costs more.
+/// Increase of that interval for each partition, because the total of many costs more.
 const SUM_SHARE: Duration = Duration::from_micros(200);
 
-/// A partition, as its group sees it.
+/// A partition, as seen by its group.
 #[derive(Debug)]
 pub(super) struct Seat {
     pub(super) partition: Partition,
-    /// The name of its lease.
+    /// Name of its lease.
     pub(super) lease: String,
-    /// Whether this node is to own it.
+    /// Whether this node should own the partition.
     pub(super) permit: watch::Sender<bool>,
     pub(super) status: watch::Receiver<ProjectionStatus>,
 }
 
-/// Nothing is ever told to a group.
+/// The message type of a group, which receives no messages.
 pub(super) enum Never {}
 
-/// What the actor supervises.
+/// The partition group, supervised as one actor.
 pub(super) struct Group {
     pub(super) name: String,
     pub(super) shape: Shape,
@@ -54,7 +54,7 @@ impl Work for Arc<Group> {
     type Control = Never;
 
     fn name(&self) -> String {
-        format!("balance of projection {}", self.name)
+        format!("partition group of projection {}", self.name)
     }
 
     fn run(&self, inbox: Inbox<Never>) -> BoxFuture<'static, ()> {
@@ -76,7 +76,7 @@ impl Group {
         let mut statuses: Vec<_> = self.seats.iter().map(|seat| seat.status.clone()).collect();
         let pause = SUM.max(SUM_SHARE * u32::try_from(statuses.len()).unwrap_or(u32::MAX));
         let mut membership: Option<HeldLease> = None;
-        // After a failure of the store, or when somebody else was quicker.
+        // Time of the next attempt to join, after a failure of the store or a lost race.
         let mut ask_at = Instant::now();
         while !inbox.is_stopping() {
             let Sight { view, .. } = sight.borrow_and_update().clone();
@@ -100,13 +100,14 @@ impl Group {
             tokio::select! {
                 () = inbox.stopping() => {}
                 () = lost(&mut membership) => {
-                    tracing::warn!(projection = self.name, "this node does not count for the partitions any more");
+                    tracing::warn!(projection = self.name, "lost the membership for sharing the partitions");
                     membership = None;
                 }
                 _ = sight.changed() => {}
                 () = sleep_until(ask_at), if membership.is_none() && self.fits() => {}
                 () = async {
-                    // An error says that a partition has ended: nothing changes there any more.
+                    // An error means that a partition has ended: its status does not change any
+                    // more.
                     let changed = statuses.iter_mut().map(|status| Box::pin(async {
                         if status.changed().await.is_err() {
                             std::future::pending::<()>().await;
@@ -117,18 +118,19 @@ impl Group {
                 } => {}
             }
         }
-        // At once, and before the partitions are given back: others then take them without waiting.
+        // Release at once, before the partitions: other nodes then acquire the partitions without
+        // waiting.
         if let Some(membership) = membership {
             membership.release().await;
         }
     }
 
-    /// Whether every partition could work here, as far as is known.
+    /// Returns whether every partition fits this node, as far as is known.
     fn fits(&self) -> bool {
         self.seats.iter().all(|seat| seat.status.borrow().fits)
     }
 
-    /// Makes this node one of those that share the partitions: takes the first membership that nobody holds.
+    /// Makes this node a member: acquires the first free membership lease.
     async fn join(&self, view: &View) -> Option<HeldLease> {
         for slot in 0.. {
             let name = self.shape.member(slot);
@@ -144,15 +146,15 @@ impl Group {
                     tracing::info!(
                         projection = self.name,
                         slot,
-                        "this node takes its share of the partitions"
+                        "joined the members that share the partitions"
                     );
                     self.board.hint();
                     return Some(lease);
                 }
-                // Somebody else was quicker.
+                // Another node was faster.
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(projection = self.name, %error, "could not say that this node takes partitions");
+                    tracing::warn!(projection = self.name, %error, "could not acquire a membership for the partitions");
                     return None;
                 }
             }
@@ -160,7 +162,7 @@ impl Group {
         None
     }
 
-    /// Says which partitions this node is to own.
+    /// Sets the partitions that this node should own.
     fn share_out(&self, view: &View, member: bool) {
         let owners: Vec<_> = self.owners(view).collect();
         let mut members: BTreeSet<Uuid> = (0..)
@@ -168,7 +170,7 @@ impl Group {
             .filter(|posted| posted.live)
             .map(|posted| posted.owner)
             .collect();
-        // What the board shows may be a little older.
+        // The lease view may be a little older.
         if member {
             members.insert(self.node);
         } else {
@@ -185,7 +187,7 @@ impl Group {
         self.seats.iter().map(|seat| view.owner(&seat.lease))
     }
 
-    /// Tells how all of them are doing.
+    /// Publishes the total status.
     fn tell(&self, view: Option<&View>) {
         let sum = sum(&self.seats, view);
         self.status.send_if_modified(|status| {
@@ -196,7 +198,7 @@ impl Group {
     }
 }
 
-/// How all partitions are doing.
+/// Returns the total status of all partitions.
 pub(super) fn sum(seats: &[Seat], view: Option<&View>) -> ProjectionStatus {
     let partitions = seats.iter().map(|seat| PartitionStatus {
         partition: seat.partition,
@@ -206,7 +208,7 @@ pub(super) fn sum(seats: &[Seat], view: Option<&View>) -> ProjectionStatus {
     ProjectionStatus::sum(partitions.collect())
 }
 
-/// Waits until it is lost; for ever if there is none. Cancel-safe.
+/// Waits until the lease is lost; never returns if there is none. Cancel-safe.
 async fn lost(lease: &mut Option<HeldLease>) {
     match lease {
         Some(lease) => lease.lost().await,

@@ -17,67 +17,67 @@ use crate::store::{EventStore, Filter, ParkedEvent, ReadLog, StoreError};
 use crate::supervised::{AskError, StopError, Supervised};
 use crate::time::after;
 
-/// How long [`ProjectionHandle::caught_up_to`] waits.
+/// Timeout of [`ProjectionHandle::caught_up_to`].
 const CAUGHT_UP: Duration = Duration::from_secs(10);
 
-/// How long a control call waits for the projection to come to it.
+/// Timeout of a control call.
 const CONTROL: Duration = Duration::from_secs(30);
 
-/// How often somebody who waits on a node that does not own the projection looks at the shared checkpoint.
+/// First poll interval of the shared checkpoint on a node that does not own the projection.
 const SHARED_POLL: Duration = Duration::from_millis(25);
 
-/// How often after a while.
+/// Maximum poll interval, reached after a while.
 const SLOWEST_POLL: Duration = Duration::from_millis(200);
 
-/// A running projection. Cheap to clone; dropping it changes nothing.
+/// A handle of a running projection. Cheap to clone; dropping it has no effect.
 #[derive(Clone)]
 pub struct ProjectionHandle {
     pub(super) name: Arc<str>,
     pub(super) shape: Shape,
-    /// One, or one for each partition, in order.
+    /// One task, or one for each partition, in order.
     pub(super) parts: Arc<[Working]>,
-    /// As many, or none if it cannot be rebuilt beside the live one.
+    /// As many tasks, or none if the projection cannot be rebuilt.
     pub(super) rebuilds: Arc<[Working]>,
     pub(super) group: Option<Grouped>,
     pub(super) progress: Arc<dyn Progress>,
     pub(super) store: Arc<dyn EventStore>,
 }
 
-/// What works on a projection, or on a partition of one.
+/// A task of a projection or of a partition.
 pub(super) struct Working {
     pub(super) actor: Supervised<Control>,
     pub(super) status: watch::Receiver<ProjectionStatus>,
 }
 
-/// What holds the partitions together.
+/// The group of the partitions.
 #[derive(Clone)]
 pub(super) struct Grouped {
     pub(super) group: Arc<Group>,
     pub(super) actor: Supervised<Never>,
-    /// Of all partitions.
+    /// Total status of all partitions.
     pub(super) status: watch::Receiver<ProjectionStatus>,
 }
 
 impl ProjectionHandle {
-    /// The projection's name.
+    /// Returns the projection's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// How it is doing on this node.
+    /// Returns the status on this node.
     pub fn status(&self) -> ProjectionStatus {
         let mut status = match &self.group {
             Some(Grouped { group, .. }) => sum(&group.seats, group.board.view().as_deref()),
             None => self.of_all().borrow().clone(),
         };
-        // Torn down: it had no chance to say so.
+        // The task was torn down before it could report the end.
         if self.of_all().has_changed().is_err() {
             status.state = ProjectionState::Stopped;
         }
         status
     }
 
-    /// Of the whole.
+    /// Returns the total status.
     fn of_all(&self) -> &watch::Receiver<ProjectionStatus> {
         match &self.group {
             Some(group) => &group.status,
@@ -85,13 +85,14 @@ impl ProjectionHandle {
         }
     }
 
-    /// How it is doing on this node, whenever that changes. Closed when it was torn down.
+    /// Returns a receiver of the status on this node. Closed after the projection was torn down.
     pub fn watch(&self) -> watch::Receiver<ProjectionStatus> {
         self.of_all().clone()
     }
 
-    /// Waits until everything up to `position` is applied, for at most 10 s: read your own writes with the position of a
-    /// receipt. Cancel-safe.
+    /// Waits until everything up to `position` is applied.
+    ///
+    /// To read your own writes, use the position of a receipt. Timeout: 10 s. Cancel-safe.
     ///
     /// # Errors
     /// As [`caught_up_to_within`](Self::caught_up_to_within).
@@ -99,10 +100,10 @@ impl ProjectionHandle {
         self.caught_up_to_within(position, CAUGHT_UP).await
     }
 
-    /// As [`caught_up_to`](Self::caught_up_to), for at most `patience`.
+    /// Waits as [`caught_up_to`](Self::caught_up_to), with the timeout `patience`. Cancel-safe.
     ///
     /// # Errors
-    /// When the time is over, or at once when the projection stands still before `position` because it failed or ended.
+    /// After the timeout, or at once if the projection failed or stopped before `position`.
     pub async fn caught_up_to_within(&self, position: Position, patience: Duration) -> Result<(), WaitError> {
         let name = || self.name.to_string();
         let reached = try_join_all((0..self.count()).map(|part| self.reached(part, position)));
@@ -110,7 +111,7 @@ impl ProjectionHandle {
         waited.map(|reached| reached.map(drop)).unwrap_or_else(|_| {
             let status = self.status();
             let (name, wanted, reached, waited) = (name(), position, status.position, patience);
-            // In partitions, one that is paused is enough to wait for.
+            // One paused partition makes the whole wait fail.
             let any = |state| {
                 self.parts.iter().any(|part| {
                     let part = part.status.borrow();
@@ -127,12 +128,12 @@ impl ProjectionHandle {
         })
     }
 
-    /// Which part of the projection it is.
+    /// Returns the partition with this index.
     fn partition(&self, part: u16) -> Option<Partition> {
         self.group.as_ref().map(|group| group.group.seats[usize::from(part)].partition)
     }
 
-    /// What the checkpoint of a part is called.
+    /// Returns the checkpoint name of a partition.
     fn row(&self, part: u16) -> String {
         self.shape.row(self.partition(part), self.parts[usize::from(part)].status.borrow().version)
     }
@@ -160,10 +161,10 @@ impl ProjectionHandle {
                 changed = status.changed() => if changed.is_err() {
                     return Err(WaitError::Stopped { name: self.name.to_string() });
                 },
-                // The owner's progress reaches this node through the checkpoint only.
+                // The owner's progress reaches this node only through the checkpoint.
                 () = sleep(poll), if state == ProjectionState::Standby => {
                     poll = (poll * 5 / 4).min(SLOWEST_POLL);
-                    // What cannot be read now is read later: the wait has an end.
+                    // A failed read is repeated: the wait has a timeout.
                     if self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.position >= position) {
                         return Ok(());
                     }
@@ -172,26 +173,32 @@ impl ProjectionHandle {
         }
     }
 
-    /// Waits until everything is applied that is in the log now, for at most `patience`. Cancel-safe.
+    /// Waits until everything that is in the log now is applied.
+    ///
+    /// Timeout: `patience`. Cancel-safe.
     ///
     /// # Errors
-    /// As [`caught_up_to_within`](Self::caught_up_to_within), and when the store cannot be asked.
+    /// As [`caught_up_to_within`](Self::caught_up_to_within), and if the store cannot be read.
     pub async fn wait_until_live(&self, patience: Duration) -> Result<(), WaitError> {
         let deadline = after(patience);
         let head = self.store.frontier().await?;
         self.caught_up_to_within(head, deadline.saturating_duration_since(Instant::now())).await
     }
 
-    /// Stands still from now on: on all nodes (others notice within a second), also after a restart, until it is resumed.
+    /// Pauses the projection until it is resumed, on all nodes, also after a restart.
+    ///
+    /// Other nodes notice within 1 s.
     ///
     /// # Errors
-    /// When the store cannot remember it, or the projection does not answer within 30 s.
+    /// If the store cannot record the pause, or the projection does not answer within 30 s.
     pub async fn pause(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Pause).await?;
         self.tell_others(|reply| Control::Paused(true, reply)).await
     }
 
-    /// Goes on, on all nodes (others notice within a second). A projection that failed tries again.
+    /// Resumes the projection on all nodes. A failed projection retries.
+    ///
+    /// Other nodes notice within 1 s.
     ///
     /// # Errors
     /// As [`pause`](Self::pause).
@@ -200,27 +207,33 @@ impl ProjectionHandle {
         self.tell_others(|reply| Control::Paused(false, reply)).await
     }
 
-    /// Empties the read model (see [`Projection::reset`](super::Projection::reset)), forgets what is parked, and applies the log from its start: all
-    /// in one transaction where the read model has them, from any node. Also when the read model belongs to another event
-    /// store, is ahead of the log, or was built in another number of partitions. A failed projection tries again; a paused one
-    /// stays paused; one that is [triggered](super::Schedule::Manual) waits for the next trigger. The owners, if others, notice within
-    /// a second; until then their status is of before.
+    /// Empties the read model, deletes parked events, and applies the log from its start.
+    ///
+    /// See [`Projection::reset`](super::Projection::reset). Works from any node, in one transaction
+    /// if the read model has transactions. Works also if the read model belongs to another event
+    /// store, is ahead of the log, or has another number of partitions. A failed projection
+    /// retries, a paused one stays paused, and a [triggered](super::Schedule::Manual) one waits for
+    /// the next trigger. Owners on other nodes notice within 1 s; until then, their status is old.
     ///
     /// # Errors
-    /// When the projection has no reset, or another node is at it: then nothing was changed. Nor when its reset fails, where the
-    /// read model has transactions; to an [`External`](super::External) one, of which nobody knows then what is left, the log is applied
-    /// once more. Otherwise as [`pause`](Self::pause).
+    /// If the projection has no reset, or another node resets it: nothing was changed. If the reset
+    /// fails on a read model with transactions, nothing was changed either. On an
+    /// [`External`](super::External) read model, the remaining data is then unknown, and the log is
+    /// applied once more. Otherwise as [`pause`](Self::pause).
     pub async fn reset(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Reset).await?;
         self.tell_others(Control::BeginAnew).await
     }
 
-    /// Applies now what its [schedule](super::Schedule) would have wait: everything that is in the log by the time that its owners
-    /// hear of it, which is within a second. To begin from the start of the log, [`reset`](Self::reset) it before.
+    /// Applies the events that the [schedule](super::Schedule) holds back, without waiting for it.
     ///
-    /// How far the log goes now is kept in the event store, and with [`Schedule::Manual`](super::Schedule::Manual) so far it goes,
-    /// whatever becomes of its owners, until it is reset. In memory every node goes so far, also one that starts later; but not the
-    /// one that was reset since.
+    /// Covers everything in the log at the time when its owners notice, which is within 1 s. To
+    /// begin from the start of the log, call [`reset`](Self::reset) first.
+    ///
+    /// The end of the log is recorded in the event store as the target. With
+    /// [`Schedule::Manual`](super::Schedule::Manual), the projection reaches this target even if
+    /// its owners change, unless it is reset. In memory, every node applies up to the target, also
+    /// a node that starts later; a node that was reset since does not.
     ///
     /// # Errors
     /// As [`pause`](Self::pause).
@@ -228,11 +241,13 @@ impl ProjectionHandle {
         self.ask(0, Control::Trigger).await
     }
 
-    /// [Triggers](Self::trigger) it if something waits for it that matches `filter`; whether that is so. The filter decides whether,
-    /// and not what: what lies between is applied as well, since what is passed over would never be.
+    /// [Triggers](Self::trigger) the projection if a waiting event matches `filter`.
+    ///
+    /// Returns whether an event matched. The filter decides only whether to trigger: events in
+    /// between are applied as well, because they could not be applied later.
     ///
     /// # Errors
-    /// As [`trigger`](Self::trigger), and when the read model or the log cannot be read.
+    /// As [`trigger`](Self::trigger), and if the read model or the log cannot be read.
     pub async fn trigger_for(&self, filter: Filter) -> Result<bool, ControlError> {
         self.prepared().await?;
         let mut after = None;
@@ -255,44 +270,52 @@ impl ProjectionHandle {
         }
     }
 
-    /// Builds the read model anew beside the live one, in its next [version](super::Target::version): from any node, also after
-    /// the node that does it has died. When it has caught up it takes the place of the live one at once (see
-    /// [`Projection::go_live`](super::Projection::go_live)); the tables of the old one stay, and are yours to drop. Nothing happens if one is being built
-    /// already; [`rebuilding`](Self::rebuilding) tells how it is getting on.
+    /// Rebuilds the read model beside the live one, in its next [version](super::Target::version).
+    ///
+    /// Works from any node, and continues after the death of the node that builds. After catch-up,
+    /// the new version replaces the live one in one step (see
+    /// [`Projection::go_live`](super::Projection::go_live)). The application drops the old tables.
+    /// If a rebuild is already in progress, the call has no effect.
+    /// [`rebuilding`](Self::rebuilding) reports the progress.
     ///
     /// # Errors
-    /// When the projection was not registered as rebuildable or partitioned, or cannot create the new version's tables
-    /// ([`Projection::reset`](super::Projection::reset)). Otherwise as [`pause`](Self::pause).
+    /// If the projection was not registered as rebuildable or partitioned, or cannot create the new
+    /// version's tables ([`Projection::reset`](super::Projection::reset)). Otherwise as
+    /// [`pause`](Self::pause).
     pub async fn rebuild(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Rebuild).await
     }
 
-    /// Gives up a rebuild beside the live read model: from any node, whichever one does it, and whether that one lives. Nobody
-    /// writes to the version that was being built any more, and what it has is dropped ([`Projection::discard`](super::Projection::discard)); a
-    /// later [`rebuild`](Self::rebuild) builds that version from the start of the log. Nothing else happens if none is being built: a
-    /// rebuild that was put in place at the same moment stays there.
+    /// Cancels a rebuild beside the live read model.
+    ///
+    /// Works from any node, regardless of the node that builds and whether it lives. All tasks stop
+    /// writing to the version, and its data is dropped
+    /// ([`Projection::discard`](super::Projection::discard)). A later [`rebuild`](Self::rebuild)
+    /// builds that version from the start of the log. Without a rebuild, the call only drops
+    /// left-over data. A version that was cut over at the same moment stays live.
     ///
     /// # Errors
-    /// As [`rebuild`](Self::rebuild). When only the dropping failed, the rebuild is over nevertheless; a second call drops it.
+    /// As [`rebuild`](Self::rebuild). If only the drop failed, the rebuild is cancelled
+    /// nevertheless; a second call drops the data.
     pub async fn cancel_rebuild(&self) -> Result<(), ControlError> {
         self.ask(0, Control::CancelRebuild).await
     }
 
-    /// How a rebuild beside the live read model is getting on, as far as this node knows; `None` when there is none.
+    /// Returns the progress of a rebuild, as far as this node knows; `None` if there is none.
     pub fn rebuilding(&self) -> Option<RebuildStatus> {
         let parts: Vec<_> = self.rebuilds.iter().map(|part| part.status.borrow().clone()).collect();
         RebuildStatus::of(&parts)
     }
 
-    /// Everything that works on it.
+    /// Returns all tasks of the projection.
     fn all(&self) -> impl Iterator<Item = &Working> {
         self.parts.iter().chain(&*self.rebuilds)
     }
 
-    /// The parked events, oldest first, at most `limit`. From any node.
+    /// Returns at most `limit` parked events, oldest first. Works from any node.
     ///
     /// # Errors
-    /// When the read model cannot be read.
+    /// If the read model cannot be read.
     pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
         self.prepared().await?;
         let mut parked = Vec::new();
@@ -304,10 +327,13 @@ impl ProjectionHandle {
         Ok(parked)
     }
 
-    /// Applies a parked event after all, and forgets that it was parked in the same transaction. From any node.
+    /// Applies a parked event and deletes it from the parked events in the same transaction.
+    ///
+    /// Works from any node.
     ///
     /// # Errors
-    /// When there is none, or the event still fails: it stays parked then. Otherwise as [`pause`](Self::pause).
+    /// If there is no such event, or it still fails: it then stays parked. Otherwise as
+    /// [`pause`](Self::pause).
     pub async fn retry_parked(&self, position: Position) -> Result<(), ControlError> {
         let event = self.event(position).await?;
         let part = match &self.group {
@@ -324,7 +350,7 @@ impl ProjectionHandle {
         page.events.into_iter().find(|event| event.position == position).ok_or_else(not_parked)
     }
 
-    /// The checkpoints of the version that is live, which this node may not have heard of yet.
+    /// Returns the checkpoints of the live version, of which this node may not know yet.
     async fn live_rows(&self) -> Result<Vec<String>, StoreError> {
         let live = self.progress.versions(&self.shape).await?.live;
         Ok(self.shape.parts().map(|part| self.shape.row(part, live)).collect())
@@ -334,10 +360,10 @@ impl ProjectionHandle {
         u16::try_from(self.parts.len()).unwrap_or(u16::MAX)
     }
 
-    /// Forgets a parked event for good. From any node.
+    /// Deletes a parked event permanently. Works from any node.
     ///
     /// # Errors
-    /// When there is none, or the read model cannot be written.
+    /// If there is no such event, or the read model cannot be written.
     pub async fn discard_parked(&self, position: Position) -> Result<(), ControlError> {
         self.prepared().await?;
         for row in self.live_rows().await? {
@@ -361,14 +387,14 @@ impl ProjectionHandle {
         }
         let error = self.status().last_error;
         let reason = format!(
-            "the read model of projection {} is not prepared: {}",
+            "reading the read model of projection {} failed: not prepared: {}",
             self.name,
-            error.as_deref().unwrap_or("it does not answer")
+            error.as_deref().unwrap_or("no answer")
         );
         Err(StoreError::Unavailable { reason, source: None })
     }
 
-    /// Saves the checkpoint, gives the lease back and ends; or ends without, when `patience` is over.
+    /// Saves the checkpoint, releases the lease and stops; without saving after `patience`.
     pub(crate) async fn stop(&self, patience: Duration) -> Result<(), StopError> {
         let group = async {
             match &self.group {
@@ -381,7 +407,7 @@ impl ProjectionHandle {
         parts.into_iter().chain([group]).collect()
     }
 
-    /// Ends as a crash of the process would end it.
+    /// Stops as a crash of the process would.
     #[cfg(feature = "testing")]
     pub(crate) fn kill(&self) {
         for part in self.all() {
@@ -392,7 +418,7 @@ impl ProjectionHandle {
         }
     }
 
-    /// Tells all partitions but the first, which has done what was to be done for all.
+    /// Sends a control message to all partitions except the first, which has done the shared work.
     async fn tell_others(&self, control: impl Fn(Reply) -> Control) -> Result<(), ControlError> {
         try_join_all((1..self.count()).map(|part| self.ask(part, &control))).await.map(drop)
     }

@@ -16,11 +16,13 @@ use crate::time::after;
 
 type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync;
 
-/// What events say, held in memory on this node for quick answers: which customer has this e-mail address, how many are left.
+/// An in-memory index over events for fast queries on this node.
 ///
-/// Register it with [`Builder::lookup`](crate::runtime::Builder::lookup), keep a clone to read from. Every runtime that starts
-/// with it empties the index first and builds it from the log; one runtime at a time can run it. It follows the log like
-/// every projection, so it may be a moment behind: it answers questions, it does not keep a promise that something is unique.
+/// Examples: the customer with a given e-mail address, or the number of remaining items. Register
+/// it with [`Builder::lookup`](crate::runtime::Builder::lookup), and keep a clone to read from.
+/// Every runtime that starts with it empties the index and builds it from the log; one runtime at a
+/// time can run it. It follows the log as every projection does, so it may lag: it cannot guarantee
+/// that a value is unique.
 ///
 /// ```
 /// # use serde::{Deserialize, Serialize};
@@ -53,9 +55,9 @@ struct Inner<T> {
     name: String,
     filter: Filter,
     fold: Box<Fold<T>>,
-    /// Never held across an await. Readers do not wait for each other.
+    /// Never locked across an await. Readers do not wait for each other.
     index: Arc<RwLock<T>>,
-    /// Once it runs.
+    /// Set once the lookup runs.
     handle: watch::Sender<Option<ProjectionHandle>>,
 }
 
@@ -66,8 +68,10 @@ impl<T> Clone for Lookup<T> {
 }
 
 impl<T: Default + Send + Sync + 'static> Lookup<T> {
-    /// Describes it. `fold` gets the events of `filter` in log order; if it fails, or panics, it should do so before it has
-    /// changed anything, since it gets the event again.
+    /// Creates a lookup.
+    ///
+    /// `fold` receives the events of `filter` in log order. If it fails or panics, it should do so
+    /// before it changes anything, because it receives the event again.
     pub fn new(
         name: impl Into<String>,
         filter: Filter,
@@ -78,9 +82,10 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
         Self { inner: Arc::new(inner), snapshots: None }
     }
 
-    /// Keeps a snapshot of the index every `events` events, so that it is not built from the start of the log at every start: as
-    /// [`InMemory::snapshot_every`], and with the same meaning of `revision`: raise it with every change of `T` or of the fold.
-    /// Default: off. Range of `events`: at least 1.
+    /// Keeps a snapshot of the index every `events` events, for a faster start.
+    ///
+    /// Works as [`InMemory::snapshot_every`], with the same meaning of `revision`: raise it with
+    /// every change of `T` or of the fold. Default: off. Range of `events`: at least 1.
     #[must_use]
     pub fn snapshot_every(self, events: u64, revision: u32) -> Self
     where
@@ -90,34 +95,38 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
         Self { snapshots: Some(Snapshots::new(events, revision, index)), ..self }
     }
 
-    /// Looks something up. Events wait meanwhile, other readers do not; `look` should be short.
+    /// Reads from the index.
+    ///
+    /// `look` should be short: the fold waits meanwhile, other readers do not.
     pub fn read<A>(&self, look: impl FnOnce(&T) -> A) -> A {
-        // After a panic there is what the fold had left there.
+        // After a panic, the index is as the fold left it.
         look(&self.inner.index.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Waits until it knows everything that is in the log now, for at most `patience`. Cancel-safe.
+    /// Waits until everything that is in the log now is in the index.
+    ///
+    /// Timeout: `patience`. Cancel-safe.
     ///
     /// # Errors
-    /// As [`ProjectionHandle::wait_until_live`]; and [`NotStarted`](WaitError::NotStarted) if no runtime of this process has
-    /// started it by then.
+    /// As [`ProjectionHandle::wait_until_live`]; and [`NotStarted`](WaitError::NotStarted) if no
+    /// runtime of this process has started the lookup by then.
     pub async fn ready(&self, patience: Duration) -> Result<(), WaitError> {
         let deadline = after(patience);
         let mut handle = self.inner.handle.subscribe();
         let running = timeout_at(deadline, handle.wait_for(Option::is_some)).await;
-        // The sender is here, so that there is no other error.
+        // The sender is in `self`, so there is no other error.
         let Some(handle) = running.ok().and_then(Result::ok).and_then(|handle| handle.clone()) else {
             return Err(WaitError::NotStarted { name: self.inner.name.clone(), waited: patience });
         };
         handle.wait_until_live(deadline.saturating_duration_since(Instant::now())).await
     }
 
-    /// It runs, as this projection.
+    /// Records the handle of the running projection.
     pub(crate) fn runs(&self, handle: &ProjectionHandle) {
         self.inner.handle.send_replace(Some(handle.clone()));
     }
 
-    /// The index, which one runtime at a time may fold into.
+    /// Returns the index; one runtime at a time may fold into it.
     pub(crate) fn shared_state(&self) -> SharedState {
         SharedState::of(&self.inner)
     }

@@ -5,15 +5,18 @@ use super::{ReadModel, SnapshotState, Snapshots};
 use crate::event::Position;
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
 
-/// A read model in the projection's own memory: every node builds its own at every start, from the start of the log, or from
-/// where its last [snapshot](Self::snapshot_every) was taken.
+/// A read model in the projection's own memory.
 ///
-/// The projection must implement [`reset`](super::Projection::reset): it is called at every start before the first event, so that
-/// a state which outlives its runtime, as one behind an [`Arc`], is empty again. A projection without it stands still. Two runtimes
-/// of one process need a state each; storied notices a shared one only with snapshots.
+/// Every node builds its own at every start, from the start of the log or from its last
+/// [snapshot](Self::snapshot_every).
 ///
-/// Nothing can be rolled back there, so an `apply` or `reset` that may fail should do so before it changes anything. With snapshots it must:
-/// what it has changed is saved, and there after a restart.
+/// The projection must implement [`reset`](super::Projection::reset). It is called at every start
+/// before the first event, so that state that outlives its runtime, for example in an [`Arc`], is
+/// empty again. A projection without it stops. Two runtimes of one process need separate states;
+/// storied detects a shared state only with snapshots.
+///
+/// Nothing can be rolled back, so an `apply` or `reset` that may fail should do so before it
+/// changes anything. With snapshots it must: its changes are saved and remain after a restart.
 #[derive(Debug, Default)]
 pub struct InMemory {
     progress: Mutex<Progress>,
@@ -27,30 +30,34 @@ struct Progress {
 }
 
 impl InMemory {
-    /// For one projection.
+    /// Creates a read model for one projection.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Keeps a snapshot of `state` in the event store every `events` events that are applied, and at an orderly end, so that the
-    /// next start goes on from there and not from the beginning of the log. What passes the filter counts: with a rare one, a
-    /// start looks through what came since. Default: off. Range of `events`: at least 1.
+    /// Keeps a snapshot of `state` in the event store, for a faster start.
     ///
-    /// `state` is what the projection and its readers share, and all that `apply` changes. One runtime of a process at a time
-    /// folds into it; a second one does not start. An `Arc<RwLock<T>>` of a serde type
-    /// will do. `revision` names its shape: raise it with every change of the type, or of what `apply` makes of an event, also
-    /// of one that it did not know before and passed over. A
-    /// snapshot of another revision, or of another filter, or one that cannot be loaded or is ahead of the log, is of no use: a
-    /// warning says so, and the log is applied from its start.
+    /// A snapshot is taken every `events` applied events and at an orderly stop. The next start
+    /// continues from the snapshot. Only events that pass the filter count: with a rare filter, a
+    /// start scans the log since the snapshot. Default: off. Range of `events`: at least 1.
     ///
-    /// A snapshot is what the log up to its position makes, so there is one for all nodes, under the name of the projection: the
-    /// newest of them that the nodes have taken, and any node starts from it. Events parked by then are in it. A
-    /// [reset](super::ProjectionHandle::reset) discards it; other nodes, which were not reset, go on taking theirs.
+    /// `state` is shared by the projection and its readers, and contains everything that `apply`
+    /// changes. One runtime of a process at a time folds into it; a second one does not start. An
+    /// `Arc<RwLock<T>>` of a serde type suffices. `revision` identifies the format: raise it with
+    /// every change of the type, or of the effect of `apply`, also for events that it ignored
+    /// before. If a snapshot has another revision or another filter, cannot be loaded, or is ahead
+    /// of the log, it is unusable: a warning is logged, and the log is applied from its start.
     ///
-    /// While the state is encoded no event is applied, and none of it can be changed; for a large one choose `events`
-    /// accordingly. While it is written, the projection goes on. One that cannot be taken or written is logged and counted
-    /// (`storied.projection.snapshots`), and stops nothing.
+    /// A snapshot depends only on the log up to its position. All nodes share one, under the name
+    /// of the projection: the newest that any node has taken. It includes the events parked by
+    /// then. A [reset](super::ProjectionHandle::reset) discards it; other nodes, which were not
+    /// reset, continue to take theirs.
+    ///
+    /// While the state is encoded, no event is applied and the state cannot change; for a large
+    /// state, choose `events` accordingly. While the snapshot is written, the projection continues.
+    /// A failed snapshot is logged and counted (`storied.projection.snapshots`); the projection
+    /// continues.
     ///
     /// ```
     /// # use std::collections::BTreeMap;
@@ -92,20 +99,20 @@ impl InMemory {
         Self { snapshots: Some(Snapshots::new(events, revision, state)), ..self }
     }
 
-    /// With these snapshots, if any.
+    /// Creates a read model with these snapshots, if any.
     pub(super) fn with(snapshots: Option<Snapshots>) -> Self {
         Self { snapshots, ..Self::default() }
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
-        // Nothing below can panic half-way through a change.
+        // No code below can panic half-way through a change.
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ReadModel for InMemory {
     type Transaction = ();
-    /// The parked events to forget at the commit, and what `apply` is given.
+    /// The parked events to delete at the commit, and the handle of `apply`.
     type Open = (BTreeSet<Position>, ());
 
     fn shared(&self) -> bool {

@@ -1,7 +1,8 @@
-//! The runs of projections in memory that this process has not finished.
+//! Unfinished runs of in-memory projections in this process.
 //!
-//! A runtime that is dropped, or whose shutdown ran out of time, cannot interrupt an `apply` that blocks its thread. The next
-//! run of the same projection may share the memory with it, so it waits.
+//! A runtime that is dropped, or exceeds its shutdown timeout, cannot interrupt an `apply` that
+//! blocks its thread. The next run of the same projection may share the memory with it, so it
+//! waits.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
@@ -18,12 +19,12 @@ struct Running {
     store: Uuid,
     projection: String,
     stop: watch::Receiver<bool>,
-    /// Gone as soon as the runtime is dropped.
+    /// Dropped together with the runtime.
     alive: Weak<()>,
 }
 
 impl Running {
-    /// Whether the run has to end and its task is still there.
+    /// Returns whether the run must end but its task still exists.
     fn is_ending(&self) -> bool {
         *self.stop.borrow() || self.stop.has_changed().is_err() || self.alive.strong_count() == 0
     }
@@ -39,7 +40,7 @@ impl MemoryRun {
         Self(number)
     }
 
-    /// Whether a run of the same projection over the same store has to end and has not.
+    /// Returns whether an earlier run of the same projection over the same store is still ending.
     pub(super) fn is_ending(store: Uuid, projection: &str) -> bool {
         let same = |run: &&Running| run.store == store && run.projection == projection;
         running().iter().filter(same).any(Running::is_ending)
@@ -53,6 +54,6 @@ impl Drop for MemoryRun {
 }
 
 fn running() -> MutexGuard<'static, Vec<Running>> {
-    // A push or a retain is whole after a panic.
+    // A push or a retain is complete even after a panic.
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }

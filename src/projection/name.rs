@@ -1,18 +1,20 @@
-//! Which names a projection can have.
+//! Validation of projection names.
 
-/// The longest name, in bytes. A checkpoint's key stays well below what PostgreSQL can index.
+/// Maximum length of a name in bytes. A checkpoint's key stays well below PostgreSQL's index limit.
 const MAX_NAME: usize = 200;
 
-/// Why a projection cannot have this name: operators have to see it, type it, and find it in logs.
+/// Returns the reason why a projection cannot have this name.
+///
+/// Operators must be able to see it, to type it, and to find it in logs.
 pub(crate) fn problem(name: &str) -> Option<&'static str> {
     if name.trim().is_empty() {
-        Some("it is empty; give it a name such as \"revenue\"")
+        Some("the name is empty; choose a name such as \"revenue\"")
     } else if name.trim() != name {
-        Some("it begins or ends with a space")
+        Some("the name begins or ends with a space")
     } else if name.len() > MAX_NAME {
-        Some("it is longer than 200 bytes")
+        Some("the name is longer than 200 bytes")
     } else if name.chars().any(|c| c.is_control() || (!c.is_ascii() && !c.is_alphanumeric())) {
-        Some("it has a character that cannot be seen; use letters, digits and ASCII punctuation")
+        Some("the name has an invisible character; use letters, digits and ASCII punctuation")
     } else {
         None
     }

@@ -1,4 +1,4 @@
-//! Looking at projections and acting on them without their code: what an operator's tool needs.
+//! Inspection and control of projections without their code, for an operator's tool.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,17 +19,18 @@ use crate::lease::{self, Renewals};
 use crate::partition::Partition;
 use crate::store::{EventStore, LeaseInfo, ParkedEvent, StoreError};
 
-/// How long a node is kept waiting while it is told that there is something for it.
+/// Maximum time that a node is held up by the notification of a request.
 const ORDER: Duration = Duration::from_secs(10);
 
-/// How many requests of a projection are looked at.
+/// Maximum number of requests that are read for a projection.
 const REQUESTS: usize = 1_000;
 
-/// The projections that keep their checkpoints in one place, seen and told from outside: by a program that has neither their
-/// code nor their events' types.
+/// External view and control of the projections that share one checkpoint database.
 ///
-/// What needs their code is asked of the nodes that run them ([`ask`](Self::ask)); the rest is done at once. A projection in
-/// memory keeps nothing anywhere: it can be paused and resumed, and is not seen otherwise.
+/// The calling program needs neither the code of the projections nor the types of their events.
+/// Actions that need this code are requests to the nodes that run it ([`ask`](Self::ask)); all
+/// others take effect at once. A projection in memory stores no checkpoint: it can be paused and
+/// resumed, and is otherwise invisible.
 ///
 /// ```no_run
 /// use std::sync::Arc;
@@ -53,27 +54,29 @@ pub struct Operator {
     progress: Arc<dyn Progress>,
 }
 
-/// A projection, as what it keeps tells.
+/// A projection, as stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProjectionRecord {
-    /// Its name.
+    /// Name of the projection.
     pub name: String,
-    /// Everything up to here is applied, by all of its parts.
+    /// Position up to which all of its parts have applied everything.
     pub position: Position,
-    /// The version of the read model that is live: 0 before the first rebuild.
+    /// Live version of the read model: 0 before the first rebuild.
     pub version: u64,
-    /// The projection, or each of its partitions, in order. Empty if it keeps nothing here and is only known to be paused.
+    /// The projection, or each of its partitions, in order.
+    ///
+    /// Empty if it has no checkpoint here and is only known to be paused.
     pub parts: Vec<PartRecord>,
-    /// Whether it was told to stand still.
+    /// Whether the projection is paused.
     pub paused: bool,
-    /// How many events it has put aside.
+    /// Number of parked events.
     pub parked: u64,
     /// The version that is being built beside the live one, if there is one.
     pub rebuild: Option<RebuildRecord>,
-    /// What was asked of its nodes, and was not done yet or refused.
+    /// Requests to its nodes that are waiting or refused.
     pub requests: Vec<(Request, Answer)>,
-    /// Whether it is of another event store than the one it is looked at with.
+    /// Whether the progress belongs to another event store than the operator's.
     pub foreign: bool,
 }
 
@@ -81,13 +84,13 @@ pub struct ProjectionRecord {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PartRecord {
-    /// Which one; `None` is all.
+    /// The partition; `None` if the projection is not partitioned.
     pub partition: Option<Partition>,
-    /// Everything up to here is applied.
+    /// Position up to which everything is applied.
     pub position: Position,
-    /// When that was last written. It is not while there is nothing new in the log.
+    /// Time of the last write of the position. Not written while the log has no new events.
     pub updated_at: DateTime<Utc>,
-    /// The node that owns it at this moment.
+    /// The node that owns it now.
     pub owner: Option<Uuid>,
 }
 
@@ -95,9 +98,9 @@ pub struct PartRecord {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RebuildRecord {
-    /// Which one.
+    /// The version.
     pub version: u64,
-    /// Where each of its parts is, in order.
+    /// Position of each of its parts, in order.
     pub positions: Vec<Position>,
 }
 
@@ -109,24 +112,27 @@ pub struct Asked {
 }
 
 impl Operator {
-    /// For the projections of `store` that keep their checkpoints in `read_model`, or in the store's own database, if it is one
-    /// for that. Nothing is created there.
+    /// Creates an operator for the projections of `store` that keep their checkpoints in
+    /// `read_model`.
+    ///
+    /// An [`External`](super::External) read model stands for the store's own database. Creates no
+    /// tables.
     ///
     /// # Errors
-    /// `Incompatible` when nobody has kept anything there yet; `Invalid` for a read model that does not list what it
-    /// [keeps](ReadModel::records); otherwise when it cannot be read.
+    /// `Incompatible` if the database was never used, `Invalid` if the read model does not
+    /// [list](ReadModel::records) its checkpoints; otherwise if it cannot be read.
     pub async fn new(store: Arc<dyn EventStore>, read_model: impl ReadModel) -> Result<Self, StoreError> {
         let progress: Arc<dyn Progress> = Arc::new(read_model);
-        // First: preparing a read model would create what is missing.
+        // First: preparing a read model would create missing tables.
         progress.records().await?;
         progress.prepare(&store).await?;
         Ok(Self { store, progress })
     }
 
-    /// All projections that keep anything here or are paused, by name.
+    /// Returns all projections that have a checkpoint here or are paused, by name.
     ///
     /// # Errors
-    /// When the store or the read model cannot be read.
+    /// If the store or the read model cannot be read.
     pub async fn projections(&self) -> Result<Vec<ProjectionRecord>, StoreError> {
         let records = self.progress.records().await?;
         let leases: BTreeMap<String, LeaseInfo> =
@@ -179,7 +185,7 @@ impl Operator {
             let begun = parts.len() == usize::from(cut.max(1));
             found.push(ProjectionRecord {
                 name: name.to_owned(),
-                // A partition that has never done anything has no row.
+                // A partition that has never applied anything has no row.
                 position: parts.iter().map(|part| part.position).min().filter(|_| begun).unwrap_or_default(),
                 version: versions.live,
                 parts,
@@ -201,7 +207,7 @@ impl Operator {
         Ok(found)
     }
 
-    /// The projection of that name, if there is one.
+    /// Returns the projection of that name, if there is one.
     ///
     /// # Errors
     /// As [`projections`](Self::projections).
@@ -209,32 +215,36 @@ impl Operator {
         Ok(self.projections().await?.into_iter().find(|projection| projection.name == name))
     }
 
-    /// Makes it stand still from now on, on all nodes (they notice within a second), also after a restart.
+    /// Pauses the projection on all nodes, also after a restart.
+    ///
+    /// Nodes notice within 1 s.
     ///
     /// # Errors
-    /// When the store cannot be written.
+    /// If the store cannot be written.
     pub async fn pause(&self, name: &str) -> Result<(), StoreError> {
         self.store.set_paused(name, true).await
     }
 
-    /// Makes it go on, on all nodes. One that failed tries again.
+    /// Resumes the projection on all nodes. A failed projection retries.
     ///
     /// # Errors
-    /// When the store cannot be written, or others act on the projection all the time.
+    /// If the store cannot be written, or concurrent actions on the projection do not end.
     pub async fn resume(&self, name: &str) -> Result<(), StoreError> {
         self.store.set_paused(name, false).await?;
         self.call(name).await
     }
 
-    /// Asks the nodes that run the projection to do something, and returns: [`answer`](Self::answer) tells whether one has. If
-    /// none runs, the next one that starts does it. The same request, made before and not done yet, is replaced; to cancel a
-    /// rebuild withdraws the request for one, too.
+    /// Records a request to the nodes that run the projection, and returns.
+    ///
+    /// [`answer`](Self::answer) reports the result. If no node runs the projection, the next one
+    /// that starts acts on the request. An equal request that still waits is replaced. A request to
+    /// cancel a rebuild also withdraws a waiting request for a rebuild.
     ///
     /// # Errors
-    /// When store or read model cannot be written. The request may stand then.
+    /// If the store or the read model cannot be written. The request may be recorded nevertheless.
     pub async fn ask(&self, name: &str, request: Request) -> Result<Asked, StoreError> {
         if request == Request::CancelRebuild {
-            // Nodes cancel before they rebuild, which is right for the other order only.
+            // Nodes cancel before they rebuild, which is right only for the other order.
             let row = Shape::whole(name).request(Request::Rebuild.kind());
             let stand = self.progress.parked(&row, 1).await?;
             if stand.iter().any(|kept| Answer::of(kept) == Answer::Waiting) {
@@ -247,10 +257,12 @@ impl Operator {
         Ok(Asked { projection: name.to_owned(), request })
     }
 
-    /// What became of a request. A refusal is told until it is [withdrawn](Self::withdraw) or asked for again.
+    /// Returns the result of a request.
+    ///
+    /// A refusal is kept until the request is [withdrawn](Self::withdraw) or made again.
     ///
     /// # Errors
-    /// When the read model cannot be read.
+    /// If the read model cannot be read.
     pub async fn answer(&self, asked: &Asked) -> Result<Answer, StoreError> {
         let row = Shape::whole(&asked.projection).request(asked.request.kind());
         let kept = self.progress.parked(&row, usize::MAX).await?;
@@ -258,19 +270,21 @@ impl Operator {
         Ok(kept.map_or(Answer::Taken, Answer::of))
     }
 
-    /// Takes a request back, or forgets that it was refused; whether there was one. A node that has begun finishes.
+    /// Withdraws a request, or deletes its refusal; returns whether there was one.
+    ///
+    /// A node that has begun with it finishes.
     ///
     /// # Errors
-    /// When the read model cannot be written.
+    /// If the read model cannot be written.
     pub async fn withdraw(&self, name: &str, request: Request) -> Result<bool, StoreError> {
         let row = Shape::whole(name).request(request.kind());
         self.progress.remove_parked(&row, request.position()).await
     }
 
-    /// The parked events of a projection, oldest first, at most `limit`.
+    /// Returns at most `limit` parked events of a projection, oldest first.
     ///
     /// # Errors
-    /// When the read model cannot be read.
+    /// If the read model cannot be read.
     pub async fn parked(&self, name: &str, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
         let mut parked = Vec::new();
         for row in self.rows(name).await? {
@@ -281,10 +295,10 @@ impl Operator {
         Ok(parked)
     }
 
-    /// Forgets a parked event for good; whether there was one.
+    /// Deletes a parked event permanently; returns whether it existed.
     ///
     /// # Errors
-    /// When the read model cannot be written.
+    /// If the read model cannot be written.
     pub async fn discard_parked(&self, name: &str, position: Position) -> Result<bool, StoreError> {
         for row in self.rows(name).await? {
             if self.progress.remove_parked(&row, position).await? {
@@ -294,7 +308,7 @@ impl Operator {
         Ok(false)
     }
 
-    /// Where the live version keeps its checkpoints.
+    /// Returns the checkpoint names of the live version.
     async fn rows(&self, name: &str) -> Result<Vec<String>, StoreError> {
         let shape = Shape::whole(name);
         let live = Versions::from(self.progress.checkpoint(&shape.version()).await?).live;
@@ -305,10 +319,10 @@ impl Operator {
         })
     }
 
-    /// Makes the nodes look again at everything that concerns the projection.
+    /// Makes the nodes re-read all state of the projection.
     async fn call(&self, name: &str) -> Result<(), StoreError> {
         let order = Shape::whole(name).order();
-        // Long enough to see that nothing renews a lease of this kind.
+        // Long enough to detect that a lease of this kind is not renewed.
         let patience = ORDER * 3 / 2;
         let give_up = Instant::now() + patience;
         let mut renewals = Renewals::default();
@@ -322,8 +336,9 @@ impl Operator {
                 return self.store.release_lease(&lease).await;
             }
             if Instant::now() >= give_up {
-                let reason =
-                    format!("others have acted on projection {name} for {patience:?}; try again later");
+                let reason = format!(
+                    "notifying the nodes of projection {name} failed: concurrent actions for {patience:?}; retry later"
+                );
                 return Err(StoreError::Unavailable { reason, source: None });
             }
             sleep(Duration::from_millis(100)).await;

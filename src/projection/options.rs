@@ -4,70 +4,85 @@ use super::Start;
 use crate::invalid_option::{DAY, InvalidOption, at_least, within};
 use crate::lease;
 
-/// What becomes of an event that cannot be applied.
+/// Handling of an event that cannot be applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum FailurePolicy {
-    /// The projection stands still before the event, and says so, until it is resumed or restarted. Nothing is skipped.
+    /// The projection stops before the event and reports it, until it is resumed or restarted.
+    ///
+    /// No event is skipped.
     #[default]
     Stop,
-    /// The event is put aside, in one transaction with the checkpoint, and the projection goes on behind it. Parked events
-    /// are listed, retried and discarded through the [`ProjectionHandle`](super::ProjectionHandle).
+    /// The event is parked in one transaction with the checkpoint, and the projection continues
+    /// after it.
+    ///
+    /// The [`ProjectionHandle`](super::ProjectionHandle) lists, retries and discards parked events.
     Park,
 }
 
-/// What becomes of an event whose name the event type does not know that the projection [decodes](crate::RecordedEvent::decode):
-/// one that asks for a whole category also gets what newer programs write there.
+/// Handling of an event name that is unknown to the event type used to decode.
+///
+/// [`decode`](crate::RecordedEvent::decode) fails for such an event. A projection of a whole
+/// category also receives the events of newer programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum UnknownNames {
-    /// It fails as what else does not decode: [`on_failure`](ProjectionOptions::on_failure) decides at once.
+    /// The event fails at once, as any undecodable event.
+    ///
+    /// [`on_failure`](ProjectionOptions::on_failure) then decides.
     #[default]
     Fail,
-    /// The projection goes on behind it, and counts it as [passed over](super::ProjectionStatus::events_passed_over). It costs a
-    /// transaction of its own; to ask for names in the [filter](super::Projection::filter) is cheaper.
+    /// The projection skips the event and [counts](super::ProjectionStatus::events_passed_over) it.
+    ///
+    /// Each skip costs a transaction; names in the [filter](super::Projection::filter) are cheaper.
     PassOver,
 }
 
-/// What a projection follows at the tip of the log; it catches up from the store in any case, and reads there what the other
-/// way has lost.
+/// Source of live events.
+///
+/// Catch-up always reads the store, as does the recovery of events that the live source lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum FollowMode {
-    /// What its node sees of the log, which all projections of the node share.
+    /// The node's feed, which all projections of the node share.
     #[default]
     Feed,
-    /// A consumer of its own, on a bus that keeps events (`NatsBus` over JetStream): the server picks out the names that it asks
-    /// for, and keeps each event until it is committed. For projections of which few events are, on a log of which most are not:
-    /// without this, every node gets all of them. A read model that every node has for itself, and one that is being rebuilt,
-    /// follow the feed.
+    /// A consumer of its own, on a bus that keeps events (`NatsBus` over JetStream).
+    ///
+    /// The server selects the wanted event names, and keeps each event until its commit. Suits
+    /// projections with few events on a log with many: otherwise every node receives all events. A
+    /// read model that every node keeps for itself and a rebuild follow the feed.
     Durable,
 }
 
-/// When a projection applies what has come. Behind the tip of the log it always catches up at once, and a full
-/// [batch](ProjectionOptions::batch_size) is never waited with.
+/// When a projection applies waiting events.
+///
+/// Catch-up always applies at once, and so does a full [batch](ProjectionOptions::batch_size).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Schedule {
     /// At once.
     #[default]
     Immediate,
-    /// When no more has come for a while: many events that follow each other become one transaction.
+    /// After a quiet period: many consecutive events become one transaction.
     Debounced {
-        /// How long nothing has to have come.
+        /// Duration without new events.
         quiet: Duration,
-        /// How long the first event waits at most, however many follow it.
+        /// Maximum wait of the first event, regardless of later ones.
         cap: Duration,
     },
-    /// At most once in this time.
+    /// At most once in this interval.
     Every(Duration),
-    /// When it is [triggered](super::ProjectionHandle::trigger), up to what is in the log then, and no farther; also when it is
-    /// paused, moved to another node or started again meanwhile. In between it is [waiting](super::ProjectionState::Waiting), also
-    /// behind the tip of the log. What is [rebuilt](super::ProjectionHandle::rebuild) goes to the tip without being triggered.
+    /// Only when [triggered](super::ProjectionHandle::trigger), up to the end of the log at that
+    /// time.
+    ///
+    /// A trigger survives a pause, a move to another node, and a restart. Between triggers, the
+    /// projection is [waiting](super::ProjectionState::Waiting), also during catch-up. A
+    /// [rebuild](super::ProjectionHandle::rebuild) needs no trigger and runs to the end of the log.
     Manual,
 }
 
-/// How a projection is run.
+/// Options of a projection.
 #[derive(Debug, Clone)]
 pub struct ProjectionOptions {
     pub(super) batch: usize,
@@ -102,103 +117,123 @@ impl Default for ProjectionOptions {
 }
 
 impl ProjectionOptions {
-    /// The defaults.
+    /// Returns the defaults.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many events at most are applied in one transaction, and read at a time. Default: 500. Range: 1 to 100,000. How many
-    /// they are adapts to [`batch_time`](Self::batch_time), from 50 on; at the tip of the log it is whatever has gathered.
+    /// Sets the maximum number of events in a transaction, and in a read.
+    ///
+    /// Default: 500. Range: 1 to 100,000. The number adapts to [`batch_time`](Self::batch_time),
+    /// starting at 50. A live projection applies the events that have arrived.
     #[must_use]
     pub fn batch_size(mut self, events: usize) -> Self {
         self.batch = events;
         self
     }
 
-    /// How long a transaction is to take: a full batch that took less than half of that makes the next one twice as large (up to
-    /// [`batch_size`](Self::batch_size)), one that took longer makes it half as large (down to one event). So what is slow to
-    /// apply commits often, holds no lock for long and repeats little after a failure, and what is quick pays for few commits.
-    /// Default: 250 ms. Range: any; with zero, one event a transaction.
+    /// Sets the target duration of a transaction.
+    ///
+    /// If a full batch takes less than half of it, the next batch is twice as large, up to
+    /// [`batch_size`](Self::batch_size). If a batch takes longer than the target, the next one is
+    /// half as large, down to 1 event. So slow applies commit often, hold no lock for long and
+    /// repeat little after a failure, and fast applies need few commits. Default: 250 ms. Range:
+    /// any; with zero, one event per transaction.
     #[must_use]
     pub fn batch_time(mut self, target: Duration) -> Self {
         self.batch_time = target;
         self
     }
 
-    /// Time limit of one transaction: of its begin, the calls of `apply` in it, and its commit. Also of any other call to the read model.
+    /// Sets the time limit of one transaction: its begin, its calls of `apply`, and its commit.
     ///
-    /// At the limit the transaction is given up and its connection closed; the status shows the error, and the projection retries. No
-    /// event is to blame. A full batch is committed after half of the limit at the latest, so in effect this limits one call of
-    /// [`apply`](super::Projection::apply), which is dropped then. On PostgreSQL the server has the same limit (`statement_timeout` and
-    /// `idle_in_transaction_session_timeout`), and ends a transaction whose connection was cut off. Default: 30 s. Range: 100 ms to 1 day.
+    /// Also limits any other call to the read model.
+    ///
+    /// At the limit, the transaction is aborted and its connection closed; the status shows the
+    /// error, and the projection retries. The timeout does not count against an event. A full batch
+    /// is committed after half of the limit at the latest, so in effect the limit applies to one
+    /// call of [`apply`](super::Projection::apply), which is then dropped. On PostgreSQL, the
+    /// server has the same limit (`statement_timeout` and `idle_in_transaction_session_timeout`),
+    /// and ends a transaction if its connection was cut off. Default: 30 s. Range: 100 ms to 1 day.
     #[must_use]
     pub fn transaction_timeout(mut self, limit: Duration) -> Self {
         self.transaction_timeout = limit;
         self
     }
 
-    /// How often a failing event is tried in all before [`on_failure`](Self::on_failure) decides. Bytes that do not decode
-    /// are tried once: they never will. Default: 5. Range: at least 1.
+    /// Sets the total number of attempts for a failing event.
+    ///
+    /// After the last one, [`on_failure`](Self::on_failure) decides. Undecodable bytes are tried
+    /// once, because a retry cannot succeed. Default: 5. Range: at least 1.
     #[must_use]
     pub fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts;
         self
     }
 
-    /// How long to wait after the first failure, and at most after many: the wait doubles, with jitter. Failures of the store
-    /// or the read model wait as long, but never give up. Default: 50 ms and 5 s. Range: at least 1 ms, and `max` not less than
-    /// `first`; more than 30 years counts as 30 years.
+    /// Sets the first and the maximum backoff after a failure. The backoff doubles, with jitter.
+    ///
+    /// Failures of the store or the read model use the same backoff, without a limit of attempts.
+    /// Default: 50 ms and 5 s. Range: at least 1 ms, and `max` not less than `first`; more than 30
+    /// years counts as 30 years.
     #[must_use]
     pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
         self.backoff = (first, max);
         self
     }
 
-    /// What becomes of an event that cannot be applied. [`FailurePolicy::Stop`] by default.
+    /// Sets the handling of an event that cannot be applied. Default: [`FailurePolicy::Stop`].
     #[must_use]
     pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
         self.on_failure = policy;
         self
     }
 
-    /// What becomes of events with a name that the projection's event type does not know. [`UnknownNames::Fail`] by default.
+    /// Sets the handling of unknown event names. Default: [`UnknownNames::Fail`].
     #[must_use]
     pub fn unknown_names(mut self, policy: UnknownNames) -> Self {
         self.unknown_names = policy;
         self
     }
 
-    /// What it follows. [`FollowMode::Feed`] by default. With [`FollowMode::Durable`] on a bus that keeps nothing, the runtime does
-    /// not start.
+    /// Sets the source of live events. Default: [`FollowMode::Feed`].
+    ///
+    /// With [`FollowMode::Durable`] on a bus that keeps no events, the runtime does not start.
     #[must_use]
     pub fn follow(mut self, mode: FollowMode) -> Self {
         self.follow = mode;
         self
     }
 
-    /// When it applies what has come. Default: [`Schedule::Immediate`]. Range of its times: any; more than 30 years counts as
-    /// 30 years.
+    /// Sets when waiting events are applied. Default: [`Schedule::Immediate`].
+    ///
+    /// Range of its times: any; more than 30 years counts as 30 years.
     #[must_use]
     pub fn schedule(mut self, schedule: Schedule) -> Self {
         self.schedule = schedule;
         self
     }
 
-    /// For a read model that all nodes share: how long after the death of the owning node another one takes over. Default:
-    /// 6 s. Range: 50 ms to 1 day.
+    /// Sets the time between the death of the owning node and the takeover by another one.
+    ///
+    /// Applies to a shared read model. Default: 6 s. Range: 50 ms to 1 day.
     #[must_use]
     pub fn lease(mut self, ttl: Duration) -> Self {
         self.lease = ttl;
         self
     }
 
-    /// Where in the log the projection begins. It counts when a projection of this name runs for the first time, and is kept
-    /// beside its checkpoints: from then on no reset, rebuild, other partition or later value of this option applies an event
-    /// before it. Where nothing is kept ([`InMemory`](super::InMemory)), it is found again at every start of the node.
+    /// Sets the start position of the projection in the log.
     ///
-    /// Default: [`Start::Beginning`]. [`External`](super::External) has no default on a log that has events: they may have been
-    /// acted upon in another way, so the runtime does not start without this option.
+    /// It takes effect at the first run of a projection of this name, and is stored beside its
+    /// checkpoints. From then on, no reset, rebuild, other partition or later value of this option
+    /// applies an earlier event. A read model without stored checkpoints
+    /// ([`InMemory`](super::InMemory)) resolves it at every start of the node.
+    ///
+    /// Default: [`Start::Beginning`]. [`External`](super::External) has no default on a log with
+    /// events, because those may have had their effects already: the runtime does not start without
+    /// this option.
     #[must_use]
     pub fn start(mut self, start: Start) -> Self {
         self.start = Some(start);

@@ -15,15 +15,16 @@ use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
 
-/// Tables in a PostgreSQL database, written in the transaction that also moves the checkpoint: exactly once.
+/// Tables in a PostgreSQL database, written together with the checkpoint: exactly once.
 ///
-/// Clones are handles to the same pool; any number of projections may share it, and each takes one of its connections for
-/// the time of a transaction. All nodes share the read model: one of them owns each projection. An owner that was replaced
-/// without knowing it is refused when it commits, since the checkpoint is no longer where it left it. The database may be
-/// the event store's own; the application's tables and migrations stay its own affair.
+/// Clones are handles to the same pool. Any number of projections may share it; each uses one of
+/// its connections during a transaction. All nodes share the read model: one node owns each
+/// projection. A stale owner is fenced at its commit, because the checkpoint has moved since its
+/// last write. The database may be that of the event store; the application manages its own tables
+/// and migrations.
 ///
-/// Checkpoints and parked events live in the schema `storied`, or [another](Self::schema), which is created by the first
-/// projection that starts.
+/// Checkpoints and parked events are in the schema `storied`, or [another](Self::schema), which the
+/// first starting projection creates.
 #[derive(Clone)]
 pub struct PostgresReadModel {
     shared: Arc<Shared>,
@@ -33,26 +34,31 @@ struct Shared {
     pool: PgPool,
     schema: Schema,
     progress: Progress,
-    /// The event store whose log is folded here; known from the first `prepare` on.
+    /// The event store of the log; set by the first `prepare`.
     store: OnceLock<Uuid>,
 }
 
-/// An open transaction on a [`PostgresReadModel`]. Dropped without a commit it closes its connection, so that the application's
-/// pool never gets one back inside a transaction.
+/// An open transaction on a [`PostgresReadModel`].
+///
+/// If dropped without a commit, it closes its connection, so that the application's pool never
+/// receives a connection inside a transaction.
 #[derive(Debug)]
 pub struct PostgresOpen(BorrowedTransaction);
 
 impl PostgresReadModel {
-    /// Uses the connections of a pool, directly on the server or through a pooler in session mode.
+    /// Uses the connections of a pool, direct or through a pooler in session mode.
     pub fn new(pool: PgPool) -> Self {
         Self::within(pool, Schema::standard())
     }
 
-    /// Keeps checkpoints and parked events in another schema than `storied`, as that of an event store's own. For before the
-    /// first use: what was kept elsewhere is not moved.
+    /// Keeps checkpoints and parked events in another schema than `storied`.
+    ///
+    /// Use this for the read model of an event store with its own schema, before the first use:
+    /// existing data is not moved.
     ///
     /// # Errors
-    /// `Invalid` for a name that cannot be a schema's, see [`PostgresOptions::schema`](crate::PostgresOptions::schema).
+    /// `Invalid` for an invalid schema name, see
+    /// [`PostgresOptions::schema`](crate::PostgresOptions::schema).
     pub fn schema(self, name: &str) -> Result<Self, StoreError> {
         Ok(Self::within(self.shared.pool.clone(), Schema::new(name)?))
     }
@@ -62,7 +68,7 @@ impl PostgresReadModel {
         Self { shared: Arc::new(Shared { pool, schema, progress, store: OnceLock::new() }) }
     }
 
-    /// The connections, for queries.
+    /// Returns the pool, for queries.
     pub fn pool(&self) -> &PgPool {
         &self.shared.pool
     }
@@ -73,7 +79,7 @@ impl PostgresReadModel {
 
     fn store(&self) -> Result<Uuid, StoreError> {
         let store = self.shared.store.get().copied();
-        store.ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
+        store.ok_or_else(|| StoreError::Invalid { reason: "using a read model failed: not prepared".into() })
     }
 }
 
@@ -103,13 +109,14 @@ impl ReadModel for PostgresReadModel {
         Box::pin(async move {
             let id = *self.shared.store.get_or_init(|| store.info().id);
             if id != store.info().id {
-                let reason = "one PostgresReadModel cannot follow two event stores; make one for each".into();
+                let reason = "preparing a PostgresReadModel failed: already in use for another event store; create one per store".into();
                 return Err(StoreError::Invalid { reason });
             }
             let doing = "preparing the read model's database";
             let mut connection = self.connection(doing).await?;
-            // I6: a copy with the configuration of its original would write into the original's read models. A copied
-            // database brought its read models along. A copied schema did not: the application's tables are shared.
+            // I6: a copy with the configuration of its original would write into the original's
+            // read models. A copied database includes its read models. A copied schema does not:
+            // the application's tables are shared.
             if let Adoption::Unadopted { found, recorded } = &store.info().adoption {
                 let database = database_of(&mut connection).await?;
                 if database.holds(recorded) || !database.holds(found) {
@@ -158,8 +165,9 @@ impl ReadModel for PostgresReadModel {
         limit: Duration,
     ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
         Box::pin(async move {
-            // One round trip. The server ends what this process cannot end any more: a statement that waits for a lock, and a
-            // transaction whose client was cut off. A shorter limit of the application's own stays.
+            // One round trip. The server ends a transaction that this process cannot end: its
+            // statement waits for a lock, or its client was cut off. A shorter limit of the
+            // application stays.
             let millis = limit.as_millis().clamp(1, i32::MAX as u128);
             let shorter = |setting: &str| {
                 format!(
@@ -189,10 +197,11 @@ impl ReadModel for PostgresReadModel {
         limit: Duration,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
-            // The server goes on waiting for a lock, and keeps its own, also for a client that has gone.
+            // The server would wait for a lock and hold its own locks even after the client has
+            // disconnected.
             let set = sqlx::query("SELECT set_config('statement_timeout', $1, true)");
             let set = set.bind(limit.as_millis().max(1).to_string()).execute(open.0.connection()).await;
-            set.map(drop).map_err(|error| failed("bounding a transaction", error))
+            set.map(drop).map_err(|error| failed("limiting the time of a transaction", error))
         })
     }
 

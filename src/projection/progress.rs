@@ -1,4 +1,4 @@
-//! What those need of a read model who do not write to it, whatever its transactions are.
+//! Access to checkpoints without writing to the read model, independent of its transaction type.
 
 use super::ReadModel;
 use super::shape::{Shape, Versions, fenced};
@@ -8,7 +8,7 @@ use crate::store::{
 };
 use std::sync::Arc;
 
-/// How often something is written anew while others move the same checkpoint.
+/// Maximum number of attempts while other writers move the same checkpoint.
 const ATTEMPTS: u32 = 20;
 
 pub(super) trait Progress: Send + Sync {
@@ -26,7 +26,7 @@ pub(super) trait Progress: Send + Sync {
         name: &'a str,
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
-    /// Puts something aside, beside a checkpoint that has no other purpose.
+    /// Stores a parked event beside a checkpoint that has no other purpose.
     fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<(), StoreError>>;
 }
 
@@ -67,7 +67,7 @@ impl<R: ReadModel> Progress for R {
         Box::pin(async move {
             for _ in 0..ATTEMPTS {
                 let mut open = self.begin(name, Checkpoint::default()).await?;
-                // Also in a read model of another store's, which is to be reset.
+                // Also in a read model of another store that is to be reset.
                 let found = self.adopt(&mut open, name).await?;
                 match self.commit(open, name, found, fenced(found), Some(what.clone())).await {
                     Ok(()) => return Ok(()),
@@ -75,7 +75,9 @@ impl<R: ReadModel> Progress for R {
                     Err(CheckpointError::Store(error)) => return Err(error),
                 }
             }
-            let reason = format!("{name}: others write to it all the time");
+            let reason = format!(
+                "storing a request in {name} failed: concurrent writes in all {ATTEMPTS} attempts; retry later"
+            );
             Err(StoreError::Unavailable { reason, source: None })
         })
     }

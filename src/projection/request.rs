@@ -1,8 +1,9 @@
-//! What nodes are asked to do by those who do not have the projection's code: an operator's tool.
+//! Operator requests to nodes, from programs without the projection's code.
 //!
-//! A request is kept where the read model is, in the form of a parked event: so it is removed in the transaction that does what
-//! it asks for, whatever dies meanwhile, and one that was refused can say why. The owner of the projection looks for requests
-//! when it takes over, and whenever somebody has held the lease `order/…`.
+//! A request is stored in the database of the read model, in the form of a parked event. The
+//! transaction that acts on the request also deletes it, so a crash loses nothing, and a refused
+//! request keeps its reason. The owner of the projection checks for requests at takeover, and after
+//! each hold of the lease `order/…`.
 
 use std::fmt;
 
@@ -12,32 +13,36 @@ use uuid::Uuid;
 use crate::event::{EventName, Position, StreamId, Version};
 use crate::store::{ParkedEvent, StoreError};
 
-/// What a node is asked to do.
+/// A request to the nodes of a projection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Request {
-    /// To empty the read model and to apply the log from its start, as [`ProjectionHandle::reset`](super::ProjectionHandle::reset) does.
+    /// Resets the read model, as [`ProjectionHandle::reset`](super::ProjectionHandle::reset).
     Reset,
-    /// To build the next version of the read model beside the live one, as
-    /// [`ProjectionHandle::rebuild`](super::ProjectionHandle::rebuild) does.
+    /// Rebuilds the read model, as [`ProjectionHandle::rebuild`](super::ProjectionHandle::rebuild).
     Rebuild,
-    /// To give up what is being built, as [`ProjectionHandle::cancel_rebuild`](super::ProjectionHandle::cancel_rebuild) does.
+    /// Cancels a rebuild, as
+    /// [`ProjectionHandle::cancel_rebuild`](super::ProjectionHandle::cancel_rebuild).
     CancelRebuild,
-    /// To apply the parked event at this position after all, as
-    /// [`ProjectionHandle::retry_parked`](super::ProjectionHandle::retry_parked) does.
+    /// Retries the parked event at this position.
+    ///
+    /// As [`ProjectionHandle::retry_parked`](super::ProjectionHandle::retry_parked).
     Retry(Position),
 }
 
-/// What became of a [`Request`].
+/// Result of a [`Request`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Answer {
-    /// No node has taken it yet. It stands until one does, or until it is [withdrawn](super::Operator::withdraw).
+    /// No node has acted on it yet.
+    ///
+    /// It waits until one does, or until it is [withdrawn](super::Operator::withdraw).
     Waiting,
-    /// A node has done it (of a rebuild: has begun it), or somebody has withdrawn it.
+    /// A node has completed it (a rebuild: has begun it), or it was withdrawn.
     Taken,
-    /// A node could not do it: why. Nothing was changed; but a rebuild may be cancelled and what it had built still be there, and
-    /// then the reason says so.
+    /// A node refused it, with the reason. Nothing was changed.
+    ///
+    /// Exception: a rebuild may be cancelled while its data still exists; the reason then says so.
     Refused(String),
 }
 
@@ -53,7 +58,7 @@ impl Request {
         }
     }
 
-    /// Where it is kept among those of its kind.
+    /// Returns the position under which the request is stored among those of its kind.
     pub(super) fn position(self) -> Position {
         match self {
             Self::Reset | Self::CancelRebuild | Self::Rebuild => Position::START,
@@ -61,7 +66,7 @@ impl Request {
         }
     }
 
-    /// What was kept under this kind.
+    /// Decodes a stored request of this kind.
     pub(super) fn of(kind: &str, kept: &ParkedEvent) -> Option<Self> {
         match kind {
             "reset" => Some(Self::Reset),
@@ -72,7 +77,7 @@ impl Request {
         }
     }
 
-    /// As it is kept.
+    /// Encodes the request for storage.
     pub(super) fn to_keep(self) -> Result<ParkedEvent, StoreError> {
         let invalid = |error: &dyn fmt::Display| StoreError::Invalid { reason: error.to_string() };
         let id = Uuid::now_v7();
@@ -91,7 +96,7 @@ impl Request {
 }
 
 impl Answer {
-    /// Of what is kept.
+    /// Decodes the result of a stored request.
     pub(super) fn of(kept: &ParkedEvent) -> Self {
         if kept.attempts == 0 { Self::Waiting } else { Self::Refused(kept.error.clone()) }
     }

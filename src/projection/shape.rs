@@ -1,5 +1,6 @@
-//! How a projection is cut into partitions, and what its rows and leases are called: nothing of the runtime's own, and no
-//! two projections, have the same.
+//! Layout: the partitions of a projection and the names of its rows and leases.
+//!
+//! No two projections share a name, and no name equals one of the runtime's own.
 
 use super::ReadModel;
 use super::worker::Role;
@@ -7,17 +8,19 @@ use crate::event::Position;
 use crate::partition::Partition;
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
-/// As `found`, but so that whoever knows only `found` is refused, even at the start of the log.
+/// I7: returns `found` with a new mark.
+///
+/// Writers that know only `found` are fenced, also at the start of the log.
 pub(super) fn fenced(found: Checkpoint) -> Checkpoint {
     Checkpoint { mark: found.mark + 1, ..found }
 }
 
-/// Where a read model that cannot be rolled back remembers how far a row was delivered before its resets.
+/// Returns the row that records the position delivered before a reset, without rollback.
 pub(super) fn delivered(row: &str) -> String {
     format!("delivered/{row}")
 }
 
-/// Which version of a read model is live, and which is being built beside it.
+/// The live version of a read model and the version that is being built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Versions {
     pub(super) live: u64,
@@ -31,17 +34,17 @@ impl From<Checkpoint> for Versions {
 }
 
 impl Versions {
-    /// What the record of them is.
+    /// Encodes the versions as a checkpoint.
     pub(super) fn record(self, found: Checkpoint) -> Checkpoint {
         Checkpoint { epoch: self.live, mark: self.rebuilt.unwrap_or(0), ..found }
     }
 
-    /// The one that is built when somebody wants that.
+    /// Returns the version of the next rebuild.
     pub(super) fn next(self) -> u64 {
         self.live + 1
     }
 
-    /// The one to work on.
+    /// Returns the version for a role.
     pub(super) fn of(self, role: Role) -> Option<u64> {
         match role {
             Role::Live => Some(self.live),
@@ -50,17 +53,17 @@ impl Versions {
     }
 }
 
-/// What the name of a checkpoint says.
+/// The parts of a checkpoint name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Row<'a> {
     pub(super) name: &'a str,
-    /// The index of the partition, if it is one's.
+    /// Index of the partition, if there is one.
     pub(super) partition: Option<u16>,
     pub(super) version: u64,
 }
 
 impl<'a> Row<'a> {
-    /// Reads what [`Shape::row`] has made; `None` for other checkpoints.
+    /// Parses a name made by [`Shape::row`]; `None` for other checkpoints.
     pub(super) fn parse(row: &'a str) -> Option<Self> {
         let (kind, rest) = row.split_once('/')?;
         let (kind, version) = match kind.split_once('@') {
@@ -78,7 +81,7 @@ impl<'a> Row<'a> {
     }
 }
 
-/// A projection's name, and its number of partitions if it is cut.
+/// A projection's name, and its number of partitions if it is partitioned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shape {
     name: String,
@@ -94,7 +97,7 @@ impl Shape {
         Self { name: name.to_owned(), partitions: Some(partitions) }
     }
 
-    /// What a checkpoint of a version is called.
+    /// Returns the checkpoint name of a version.
     pub(super) fn row(&self, partition: Option<Partition>, version: u64) -> String {
         let version = if version == 0 { String::new() } else { format!("@{version}") };
         match partition {
@@ -103,7 +106,7 @@ impl Shape {
         }
     }
 
-    /// What the lease is called of who may move it.
+    /// Returns the name of the lease that permits to move the checkpoint.
     pub(super) fn lease(&self, partition: Option<Partition>, role: Role) -> String {
         let row = self.row(partition, 0);
         match role {
@@ -112,12 +115,14 @@ impl Shape {
         }
     }
 
-    /// A checkpoint whose epoch is the version that is live, and whose mark is the one that is being built, or 0.
+    /// Returns the checkpoint of the versions.
+    ///
+    /// Its epoch is the live version, its mark the version being built, or 0.
     pub(super) fn version(&self) -> String {
         format!("version/{}", self.name)
     }
 
-    /// The parts that there are in this shape.
+    /// Returns the parts of this layout.
     pub(super) fn parts(&self) -> impl Iterator<Item = Option<Partition>> {
         let whole = self.partitions.is_none().then_some(None);
         Partition::all(self.partitions.unwrap_or(0)).map(Some).chain(whole)
@@ -130,7 +135,7 @@ impl Shape {
         Ok(Versions::from(read_model.checkpoint(&self.version()).await?))
     }
 
-    /// The version that is live, also in a read model of another store's, whose it is then no more.
+    /// Returns the live version, also in a read model that still belongs to another store.
     pub(super) async fn live<R: ReadModel>(
         &self,
         read_model: &R,
@@ -142,37 +147,43 @@ impl Shape {
         Ok(Versions::from(read_model.adopt(open, &self.version()).await?).live)
     }
 
-    /// Where requests of a kind are kept: a checkpoint that means nothing, with what is put aside beside it.
+    /// Returns the row of the requests of a kind: a checkpoint without meaning, with parked events.
     pub(super) fn request(&self, kind: &str) -> String {
         format!("request/{kind}/{}", self.name)
     }
 
-    /// The lease under which one node at a time changes what all of them own; its end tells them to look again.
+    /// Returns the lease for changes that affect all owners, held by one node at a time.
+    ///
+    /// Its release makes all owners re-read their state.
     pub(super) fn order(&self) -> String {
         format!("order/{}", self.name)
     }
 
-    /// A checkpoint whose position is the last that is never applied; its mark is 1 once that is found.
+    /// Returns the checkpoint of the start position: the last position that is never applied.
+    ///
+    /// Its mark is 1 once the position is known.
     pub(super) fn start(&self) -> String {
         format!("start/{}", self.name)
     }
 
-    /// The checkpoint, in the event store, of how far it is to go when it is triggered by hand; whose mark counts how often it was.
+    /// Returns the checkpoint, in the event store, of the target of manual triggers.
+    ///
+    /// Its mark is the number of triggers.
     pub(super) fn goal(&self) -> String {
         format!("goal/{}", self.name)
     }
 
-    /// The lease whose epoch says that it was triggered once more.
+    /// Returns the lease with the epoch that counts the triggers.
     pub(super) fn trigger(&self) -> String {
         format!("trigger/{}", self.name)
     }
 
-    /// One of the leases that say which nodes share the partitions.
+    /// Returns a membership lease: its holder shares the partitions.
     pub(super) fn member(&self, slot: usize) -> String {
         format!("member/{slot}/{}", self.name)
     }
 
-    /// A checkpoint whose mark is the number of partitions, 0 if it was never cut.
+    /// Returns the checkpoint of the layout: its mark is the number of partitions, or 0.
     pub(super) fn record(&self) -> String {
         format!("partitions/{}", self.name)
     }
@@ -181,10 +192,11 @@ impl Shape {
         self.partitions.map_or(0, u64::from)
     }
 
-    /// Checks that the read model was built in this shape, or begins it.
+    /// Checks that the read model has this layout, or records it.
     ///
     /// # Errors
-    /// `Incompatible` when it was cut otherwise: its checkpoints say nothing about these partitions.
+    /// `Incompatible` if it has another number of partitions: its checkpoints do not fit these
+    /// partitions.
     pub(super) async fn check(&self, read_model: &impl ReadModel) -> Result<(), StoreError> {
         let found = read_model.checkpoint(&self.record()).await?.mark;
         if found == self.mark() {
@@ -201,7 +213,7 @@ impl Shape {
         let ours = Checkpoint { mark: self.mark(), ..none };
         match read_model.commit(open, &self.record(), none, ours, None).await {
             Ok(()) => Ok(()),
-            // Another node was quicker.
+            // Another node was faster.
             Err(CheckpointError::Stale { found, .. }) if found.mark == self.mark() => Ok(()),
             Err(CheckpointError::Stale { found, .. }) => Err(self.mismatch(found.mark)),
             Err(CheckpointError::Store(error)) => Err(error),
@@ -213,12 +225,12 @@ impl Shape {
         Self { name: name.to_owned(), partitions }
     }
 
-    /// As the read model was cut when it was begun.
+    /// Returns the layout that is recorded in the read model.
     pub(super) async fn as_recorded(&self, read_model: &impl ReadModel) -> Result<Self, StoreError> {
         Ok(Self::of(read_model.checkpoint(&self.record()).await?.mark, &self.name))
     }
 
-    /// What is recorded of how far a row was delivered, and how far it was.
+    /// Returns the record of delivered positions of a row, and its delivered position.
     async fn delivered<R: ReadModel>(
         &self,
         read_model: &R,
@@ -232,17 +244,17 @@ impl Shape {
 
     fn pieces(&self, partitions: u64) -> String {
         match partitions {
-            0 => format!("the read model of projection {} in one piece", self.name),
+            0 => format!("the read model of projection {} without partitions", self.name),
             _ => format!("the read model of projection {} in {partitions} partitions", self.name),
         }
     }
 
-    /// What is rebuilt has rows of its own, and knows of no other number of partitions.
+    /// A rebuild has rows of its own, of one number of partitions only.
     fn being_rebuilt(&self, found: u64, version: u64) -> StoreError {
         StoreError::Incompatible {
             expected: self.pieces(self.mark()),
-            found: format!("{}, and version {version} of it being rebuilt", self.pieces(found)),
-            advice: "cancel the rebuild, or go back to that number of partitions until it is done, and reset the projection then".into(),
+            found: format!("{}, and a rebuild of version {version} in progress", self.pieces(found)),
+            advice: "cancel the rebuild, or restore that number of partitions until the cut-over; then reset the projection".into(),
         }
     }
 
@@ -250,12 +262,14 @@ impl Shape {
         StoreError::Incompatible {
             expected: self.pieces(self.mark()),
             found: self.pieces(found),
-            advice: "the number of partitions is fixed when a projection is first started: go back to it, or reset the projection so that it is built anew".into(),
+            advice: "the first start fixes the number of partitions: restore that number, or reset the projection to rebuild it".into(),
         }
     }
 
-    /// Where everything begins anew in this shape, whatever it was before: every row that there may be, with where it is to
-    /// be put, from where it is. Within a transaction that is to empty the read model; the last one is left to its commit.
+    /// Returns the moves that reset all rows to the start in this layout, from any other layout.
+    ///
+    /// Each move has the row, its checkpoint and its target. Runs in a transaction that empties the
+    /// read model; the commit of that transaction makes the last move.
     pub(super) async fn begin_anew<R: ReadModel>(
         &self,
         read_model: &R,
@@ -279,7 +293,8 @@ impl Shape {
             }
             rows.push((record, found, Checkpoint { mark: self.mark(), ..found }));
         }
-        // Of another shape, nothing is known to be delivered but what every part of it had.
+        // If the layout changes, only the position that all old parts delivered is known to be
+        // delivered.
         let mut floor = None;
         if found.mark != self.mark() && !read_model.rolls_back() {
             for part in Self::of(found.mark, &self.name).parts() {
@@ -295,7 +310,7 @@ impl Shape {
                 None => self.partitions.is_none(),
             };
             if used && !read_model.rolls_back() {
-                // First: where this is not one transaction, it must not be forgotten what was delivered.
+                // First: without one common transaction, the delivered positions must not be lost.
                 let (known, upto) = self.delivered(read_model, open, &row).await?;
                 let to = Checkpoint { position: floor.unwrap_or(upto), ..known };
                 rows.push((delivered(&row), known, to));
@@ -305,7 +320,8 @@ impl Shape {
             }
         }
         if found.mark != self.mark() && !read_model.rolls_back() {
-            // Its own last: in another shape, a row that is not at the start yet would stand for what it never had.
+            // The layout record comes last: in another layout, a row that is not at the start yet
+            // would claim events that it never applied.
             rows.rotate_left(1);
         }
         Ok(rows)
@@ -349,9 +365,9 @@ mod tests {
             }
         }
     }
-    /// Dying between two of them, nothing is in another shape that is not at the start.
+    /// If it stops between two moves, every row of the new layout is at the start.
     #[tokio::test]
-    async fn where_nothing_is_rolled_back_the_shape_changes_behind_the_checkpoints() {
+    async fn without_rollback_the_layout_changes_after_the_checkpoints() {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let outside = External::new();
         outside.prepare(&store, "x").await.unwrap();

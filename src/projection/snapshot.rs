@@ -1,4 +1,4 @@
-//! What a read model in memory is saved as, so that it need not be built from the start of the log at every start.
+//! Snapshots of an in-memory read model, for a start without applying the whole log.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,26 +16,32 @@ use crate::event::{EventName, Position, StreamId, Version};
 use crate::panic::panic_text;
 use crate::store::{Filter, ParkedEvent};
 
-/// What a projection holds in memory, and can be saved and loaded as a whole: see
-/// [`InMemory::snapshot_every`](super::InMemory::snapshot_every).
+/// State of an in-memory projection that can be saved and loaded as a whole.
 ///
-/// A [`RwLock`] or a [`Mutex`] over any serde type is one, as CBOR. One that was poisoned is not saved: whoever panicked may have
-/// left it half changed. (Loading it clears that, since all of it is replaced.)
+/// See [`InMemory::snapshot_every`](super::InMemory::snapshot_every).
+///
+/// Implemented for a [`RwLock`] or a [`Mutex`] over any serde type, as CBOR. A poisoned lock is not
+/// saved, because a panic may have left its state half changed. Loading clears the poison, because
+/// it replaces the whole state.
 pub trait SnapshotState: Send + Sync + 'static {
-    /// The state as bytes, which may be of any format. Called between two events; no event is applied meanwhile.
+    /// Encodes the state, in any format. Called between two events; no event is applied meanwhile.
     ///
     /// # Errors
-    /// When there is no snapshot to be had of it now. It is logged, and tried again when the next one is due.
+    /// If no snapshot of the state is possible now. The error is logged, and retried when the next
+    /// snapshot is due.
     fn save(&self) -> Result<Vec<u8>, ApplyError>;
 
-    /// Puts what [`save`](Self::save) has made in the place of all that is there. Called before the first event.
+    /// Replaces the whole state by the result of [`save`](Self::save).
+    ///
+    /// Called before the first event.
     ///
     /// # Errors
-    /// When these bytes are of no use. Everything must still be as it was then, since the log is applied from its start.
+    /// If these bytes are unusable. The state must then be unchanged, because the log is applied
+    /// from its start.
     fn load(&self, snapshot: &[u8]) -> Result<(), ApplyError>;
 }
 
-const POISONED: &str = "its lock is poisoned: it may have been left half changed by a panic";
+const POISONED: &str = "the lock of the state is poisoned: a panic may have left the state half changed";
 
 impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> SnapshotState for RwLock<T> {
     fn save(&self) -> Result<Vec<u8>, ApplyError> {
@@ -63,7 +69,7 @@ impl<T: Serialize + DeserializeOwned + Send + 'static> SnapshotState for Mutex<T
     }
 }
 
-/// When and of what a read model keeps snapshots: see [`InMemory::snapshot_every`](super::InMemory::snapshot_every).
+/// Snapshot settings; see [`InMemory::snapshot_every`](super::InMemory::snapshot_every).
 #[derive(Clone)]
 pub struct Snapshots {
     pub(super) every: u64,
@@ -81,12 +87,12 @@ impl Snapshots {
         self.every
     }
 
-    /// The state, which one projection at a time may fold into.
+    /// Returns the state; one projection at a time may fold into it.
     pub(crate) fn shared_state(&self) -> SharedState {
         SharedState::of(&self.state)
     }
 
-    /// The state as it is, with what it is a state of.
+    /// Encodes the current state together with its filter, start position and parked events.
     pub(super) fn pack(
         &self,
         filter: &Filter,
@@ -99,7 +105,7 @@ impl Snapshots {
         to_cbor(&packed).map_err(|error| error.to_string())
     }
 
-    /// Loads the state; the events that are parked in it.
+    /// Loads the state; returns the events that are parked in it.
     pub(super) fn unpack(
         &self,
         snapshot: &[u8],
@@ -108,10 +114,10 @@ impl Snapshots {
     ) -> Result<Vec<ParkedEvent>, String> {
         let packed: Packed = from_cbor(snapshot)?;
         if packed.filter != fingerprint_of(filter, floor)? {
-            return Err("the projection had another filter, or another start".into());
+            return Err("the snapshot has another filter or another start position".into());
         }
         let parked = packed.parked.into_iter().map(ParkedEvent::try_from).collect::<Result<_, _>>()?;
-        // Last: whatever else is wrong with it, the state is as it was.
+        // Last: after any other error, the state is unchanged.
         contained(|| self.state.load(&packed.state))?;
         Ok(parked)
     }
@@ -130,16 +136,16 @@ impl fmt::Debug for Snapshots {
 fn contained<T>(user: impl FnOnce() -> Result<T, ApplyError>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(user)) {
         Ok(result) => result.map_err(|error| error.to_string()),
-        Err(panic) => Err(format!("it panicked: {}", panic_text(&*panic))),
+        Err(panic) => Err(format!("the snapshot state panicked: {}", panic_text(&*panic))),
     }
 }
 
-/// Where a projection's snapshot is kept: `None` if no stream could have the name as its id.
+/// Returns the stream of a projection's snapshot; `None` if the name is no valid stream id.
 pub(super) fn place(projection: &str) -> Option<StreamId> {
     StreamId::reserved("@projection", projection).ok()
 }
 
-/// What tells filters and start positions apart.
+/// Returns a fingerprint of a filter and a start position.
 fn fingerprint_of(filter: &Filter, floor: Position) -> Result<Vec<u8>, String> {
     let names = filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect::<Vec<_>>());
     let categories = filter
@@ -148,7 +154,7 @@ fn fingerprint_of(filter: &Filter, floor: Position) -> Result<Vec<u8>, String> {
     let streams =
         filter.wanted_streams().map(|streams| streams.iter().map(ToString::to_string).collect::<Vec<_>>());
     let streams = streams.as_ref().map(|streams| streams.iter().map(String::as_str).collect::<Vec<_>>());
-    // By name: the order of a list does not count.
+    // Sorted by name: the order of a list does not matter.
     let mut all = BTreeMap::from([("names", names), ("categories", categories), ("streams", streams)]);
     let floor = (floor > Position::START).then(|| floor.to_string());
     if let Some(floor) = &floor {
@@ -158,8 +164,9 @@ fn fingerprint_of(filter: &Filter, floor: Position) -> Result<Vec<u8>, String> {
     Ok(fingerprint.to_be_bytes().into())
 }
 
-/// A snapshot's bytes: CBOR map with the keys `state`, `filter`, `parked`. Its version is the position up to which the log is
-/// folded in.
+/// A snapshot's bytes: CBOR map with the keys `state`, `filter`, `parked`.
+///
+/// Its version is the position up to which the log is folded in.
 #[derive(Serialize, Deserialize)]
 struct Packed {
     #[serde(with = "crate::codec::byte_string")]
@@ -212,7 +219,7 @@ impl TryFrom<PackedEvent> for ParkedEvent {
             name: EventName::new(event.name).map_err(|error| error.to_string())?,
             error: event.error,
             attempts: event.attempts,
-            parked_at: at.ok_or("no such time")?,
+            parked_at: at.ok_or("the time of a parked event is out of range")?,
         })
     }
 }
@@ -246,13 +253,13 @@ mod tests {
     }
 
     #[test]
-    fn comes_back_as_it_was() {
+    fn a_snapshot_round_trips() {
         let (state, snapshots) = snapshots();
         let bytes = snapshots.pack(&filter(), Position::START, &[parked()]).unwrap();
         *state.write().unwrap() = Vec::new();
         assert_eq!(snapshots.unpack(&bytes, &filter(), Position::START).unwrap(), [parked()]);
         assert_eq!(*state.read().unwrap(), [1, 2, 300]);
-        // On people's disks.
+        // Stored on users' disks.
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, PINNED);
     }
@@ -265,7 +272,7 @@ mod tests {
     );
 
     #[test]
-    fn filters_are_told_apart() {
+    fn filters_are_distinguished() {
         let (order, placed) = (Category::new("order").unwrap(), EventName::new("order").unwrap());
         let filters = [
             Filter::all(),
@@ -289,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_saved_that_a_panic_may_have_left_half_changed() {
+    fn a_poisoned_state_is_not_saved() {
         let (state, snapshots) = snapshots();
         let bytes = snapshots.pack(&filter(), Position::START, &[]).unwrap();
         let panicked = catch_unwind(AssertUnwindSafe(|| {
@@ -304,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_bytes_are_there_is_no_panic_and_what_is_refused_changes_nothing() {
+    fn arbitrary_bytes_never_panic_and_refused_ones_change_nothing() {
         let (state, snapshots) = snapshots();
         let seed = snapshots.pack(&filter(), Position::START, &[parked()]).unwrap();
         crate::fuzz::fuzz("a projection's snapshot", vec![seed], |bytes| {
@@ -316,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn no_stream_of_a_user_is_where_a_snapshot_is() {
+    fn snapshot_streams_are_no_user_streams() {
         let place = place("revenue").unwrap();
         assert!(Category::new(place.category()).is_err());
         assert_eq!(place.id(), "revenue");

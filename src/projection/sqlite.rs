@@ -20,15 +20,16 @@ use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
 
-/// How long a transaction waits for those of other projections, and of other processes, on the same database.
+/// Maximum wait for transactions of other projections and other processes on the same database.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Tables in a SQLite database, written in the transaction that also moves the checkpoint: exactly once.
+/// Tables in a SQLite database, written together with the checkpoint: exactly once.
 ///
-/// Clones are handles to the same database; several projections may share it, and take turns then, because SQLite lets one
-/// transaction write at a time. All nodes that use a file on one machine share the read model: one of them owns each
-/// projection. The database may be the event store's own file, but then a transaction keeps appends waiting: an `apply` that
-/// takes its time there, as one that asks another service does, stalls the event store.
+/// Clones are handles to the same database. Several projections may share it and then take turns,
+/// because SQLite allows one write transaction at a time. All nodes that use a file on one machine
+/// share the read model: one node owns each projection. The database may be the event store's own
+/// file, but then a transaction blocks appends: a slow `apply`, for example one that calls another
+/// service, stalls the event store.
 #[derive(Clone)]
 pub struct SqliteReadModel {
     shared: Arc<Shared>,
@@ -36,32 +37,34 @@ pub struct SqliteReadModel {
 
 struct Shared {
     pool: SqlitePool,
-    /// Lets the projections of this process write in the order in which they asked; SQLite would let them try and fail.
+    /// Serializes the writes of this process's projections in request order.
+    ///
+    /// SQLite would let them try and fail.
     turn: Arc<Mutex<()>>,
-    /// Number of turns that were taken.
+    /// Number of completed waits for a turn.
     turns: AtomicU64,
-    /// The event store whose log is folded here; known from the first `prepare` on.
+    /// The event store of the log; set by the first `prepare`.
     store: OnceLock<Uuid>,
-    /// Whether the tables for checkpoints are known to be there; projections and partitions share them.
+    /// Whether the checkpoint tables are known to exist; projections and partitions share them.
     migrated: AtomicBool,
 }
 
 /// An open transaction on a [`SqliteReadModel`].
 #[derive(Debug)]
 pub struct SqliteOpen {
-    /// Before the turn, so that it is over when the next one begins.
+    /// Declared before the turn, so that it ends before the next turn begins.
     transaction: sqlx::Transaction<'static, Sqlite>,
     _turn: OwnedMutexGuard<()>,
 }
 
 impl SqliteReadModel {
-    /// Opens the database at `path`, and creates the file if it is not there; its directory must exist.
+    /// Opens the database at `path`; creates the file, but not its directory.
     ///
-    /// In WAL mode with `synchronous = NORMAL`: after a power failure the last transactions may be gone, but then their
-    /// checkpoint is too, and they are applied again.
+    /// In WAL mode with `synchronous = NORMAL`: a power failure may lose the last transactions, but
+    /// with them their checkpoints, so they are applied again.
     ///
     /// # Errors
-    /// `Storage` when it cannot be opened, `Incompatible` when it is no database.
+    /// `Storage` if it cannot be opened, `Incompatible` if it is not a database.
     pub async fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
         let doing = format!("opening {}", path.as_ref().display());
         let options = SqliteConnectOptions::new()
@@ -80,7 +83,9 @@ impl SqliteReadModel {
         Ok(Self::new(pool))
     }
 
-    /// Uses a pool that is there already. Projections take one of its connections at a time, others are free for queries.
+    /// Uses an existing pool.
+    ///
+    /// Projections use one of its connections at a time; the others are free for queries.
     pub fn new(pool: SqlitePool) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -93,14 +98,14 @@ impl SqliteReadModel {
         }
     }
 
-    /// The connections, for queries.
+    /// Returns the pool, for queries.
     pub fn pool(&self) -> &SqlitePool {
         &self.shared.pool
     }
 
     fn store(&self) -> Result<Uuid, StoreError> {
         let store = self.shared.store.get().copied();
-        store.ok_or_else(|| StoreError::Invalid { reason: "this read model was not prepared".into() })
+        store.ok_or_else(|| StoreError::Invalid { reason: "using a read model failed: not prepared".into() })
     }
 
     async fn turn(&self, doing: &str) -> Result<OwnedMutexGuard<()>, StoreError> {
@@ -112,11 +117,12 @@ impl SqliteReadModel {
                 turns.fetch_add(1, Ordering::Relaxed);
                 return Ok(turn);
             }
-            // Many partitions make a long queue. As long as it moves, no transaction is to blame.
+            // Many partitions make a long queue. While it moves, no transaction is too slow.
             let now = turns.load(Ordering::Relaxed);
             if now == seen {
-                let reason =
-                    format!("{doing}: another projection's transaction took longer than {PATIENCE:?}");
+                let reason = format!(
+                    "{doing} failed: the transaction of another projection took longer than {PATIENCE:?}"
+                );
                 return Err(StoreError::Unavailable { reason, source: None });
             }
             seen = now;
@@ -125,7 +131,8 @@ impl SqliteReadModel {
 
     async fn open_transaction(&self, doing: &str) -> Result<SqliteOpen, StoreError> {
         let turn = self.turn(doing).await?;
-        // The lock is taken now and not with the first write: the checkpoint that is read stays true until the commit.
+        // Acquires the lock now and not at the first write: the checkpoint stays valid until the
+        // commit.
         let transaction = self.shared.pool.begin_with("BEGIN IMMEDIATE").await;
         Ok(SqliteOpen { transaction: transaction.map_err(|error| failed(doing, error))?, _turn: turn })
     }
@@ -157,24 +164,25 @@ impl ReadModel for SqliteReadModel {
         Box::pin(async move {
             let id = *self.shared.store.get_or_init(|| store.info().id);
             if id != store.info().id {
-                let reason = "one SqliteReadModel cannot follow two event stores; open one for each".into();
+                let reason = "preparing a SqliteReadModel failed: already in use for another event store; open one per store".into();
                 return Err(StoreError::Invalid { reason });
             }
             let doing = "preparing the read model's database";
-            // One at a time, so that they do not fail each other by trying at once.
+            // One at a time: concurrent migrations would fail each other.
             let _turn = self.turn(doing).await?;
             if self.shared.migrated.load(Ordering::Acquire) {
                 return Ok(());
             }
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
-            // A copy with the configuration of its original would write into the original's read models.
+            // I6: a copy with the configuration of its original would write into the original's
+            // read models.
             if let Adoption::Unadopted { found, .. } = &store.info().adoption {
                 let file: String =
                     sqlx::query_scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
                         .fetch_one(&mut *connection)
                         .await
                         .map_err(|error| failed(doing, error))?;
-                // A database in memory has no file and belongs to this process.
+                // An in-memory database has no file and belongs to this process only.
                 let home = if file.is_empty() { None } else { Some(home(Path::new(&file))?) };
                 if let Some(home) = home.filter(|home| home.identity != found.identity) {
                     return Err(store.info().adoption.refuses(&home));

@@ -1,4 +1,4 @@
-//! Starting a projection: one task, or one for each partition and each version that is to be built.
+//! Start of a projection: one task, or one for each partition and each version to build.
 
 use std::sync::Arc;
 
@@ -15,20 +15,20 @@ use crate::partition::Partition;
 use crate::store::Filter;
 use crate::supervised::Supervised;
 
-/// How a projection comes to be.
+/// The factory of a projection.
 pub(crate) enum Made<P> {
-    /// It is there, and writes to one place.
+    /// An instance that writes to a single version.
     Once(P),
-    /// One for each version of its read model.
+    /// Creates an instance for each version of the read model.
     Versioned(Maker<P>),
-    /// One for each partition as well, of so many.
+    /// Creates an instance for each version and each of so many partitions.
     Partitioned(u16, Maker<P>),
 }
 
 pub(crate) type Maker<P> = Arc<dyn Fn(Target) -> P + Send + Sync>;
 
 impl<P: Projection> Made<P> {
-    /// A projection as all of them are.
+    /// Calls `look` with a sample of the projection.
     pub(crate) fn with_one<T>(&self, look: impl FnOnce(&P) -> T) -> T {
         match self {
             Self::Once(projection) => look(projection),
@@ -46,7 +46,7 @@ fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> Instance<P>
     Instance::made(move |version| make(Target { partition, version }))
 }
 
-/// Starts a projection. Reaches store and read model in the background, for as long as it takes.
+/// Starts a projection. Connects to store and read model in the background, without a time limit.
 pub(crate) async fn spawn<P, R>(
     made: Made<P>,
     filter: Filter,
@@ -80,7 +80,8 @@ where
         Made::Partitioned(count, _) => Shape::cut(&name, *count),
     };
     let part = |role, partition| Part { shape: shape.clone(), role, partition, pages: None };
-    // Elsewhere a rebuild is refused; and in memory, what waits for one would apply the log a second time.
+    // Other read models refuse a rebuild; in memory, an idle rebuild task would apply the log a
+    // second time.
     let switches = read_model.shared() && read_model.rolls_back();
     let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
     match made {

@@ -1,4 +1,4 @@
-//! Where in the log a projection begins that has applied nothing yet.
+//! Start position of a projection that has applied nothing yet.
 
 use chrono::{DateTime, Utc};
 
@@ -9,35 +9,39 @@ use super::shape::Shape;
 use crate::event::Position;
 use crate::store::{Checkpoint, CheckpointError, EventStore, Filter, ReadLog, StoreError};
 
-/// How far apart the recorded times of two events in log order may be the wrong way round.
+/// Maximum time by which a later event in log order may carry an earlier recorded time.
 const SKEW: chrono::Duration = chrono::Duration::hours(1);
 
 /// Number of events in a page of the scan.
 const PAGE: usize = 500;
 
-/// Where in the log a projection begins that has no checkpoint yet.
+/// Start position in the log of a projection without a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Start {
-    /// At the first event of the log.
+    /// The first event of the log.
     Beginning,
-    /// After the last event that is in the log when the runtime starts that first runs the projection: whatever is appended
-    /// after [`start()`](crate::runtime::Builder::start) returned is applied. An append that is under way at that moment may
-    /// make it begin a few events earlier.
-    Now,
-    /// At the event with this position, which is included. While the log ends before the position in front of it, the
-    /// projection waits and reports that in its status.
-    At(Position),
-    /// At the first event in log order that was recorded at this time or later.
+    /// After the last event that is in the log when the runtime first starts the projection.
     ///
-    /// The log is not sorted by time: where writers overlap, a later event may carry an earlier time. So events before this
-    /// time can follow, and are applied; none of this time or later is left out, as long as the times of the log go back
-    /// by less than an hour. If there is no such event, this is [`Now`](Self::Now).
+    /// Every append after [`start()`](crate::runtime::Builder::start) returned is applied. An
+    /// append in flight at that moment may move the start a few events back.
+    Now,
+    /// The event with this position, inclusive.
+    ///
+    /// While the log ends before the preceding position, the projection waits and reports that in
+    /// its status.
+    At(Position),
+    /// The first event in log order that was recorded at this time or later.
+    ///
+    /// The log is not sorted by time: if writers overlap, a later event may carry an earlier time.
+    /// So events from before this time can follow, and are applied. No event of this time or later
+    /// is skipped, if the times of the log go back by less than an hour. If there is no such event,
+    /// this is [`Now`](Self::Now).
     Since(DateTime<Utc>),
 }
 
 impl Start {
-    /// The last position that is not applied, in the log as it is now; `now` is that of [`Now`](Self::Now).
+    /// Returns the last position that is not applied; `now` is that of [`Now`](Self::Now).
     pub(super) async fn resolve(self, store: &dyn EventStore, now: Position) -> Result<Position, StoreError> {
         match self {
             Self::Beginning => Ok(Position::START),
@@ -57,8 +61,10 @@ impl Start {
     }
 }
 
-/// Records where a projection outside the event store begins, if nothing is recorded yet: at `start`, if that is certain by now,
-/// or with the log if it is empty. Whether that is known now.
+/// Records the start position of a projection outside the event store, if none is recorded yet.
+///
+/// Records `start` if it is known by now, or the start of an empty log. Returns whether it is known
+/// now.
 pub(crate) async fn record_start(
     read_model: &impl ReadModel,
     store: &Arc<dyn EventStore>,
@@ -68,7 +74,7 @@ pub(crate) async fn record_start(
 ) -> Result<bool, StoreError> {
     let floor = match start {
         Some(Start::Now) => Some(head),
-        // The worker finds it.
+        // The worker finds the position.
         Some(_) => return Ok(true),
         None => (head == Position::START).then_some(head),
     };
@@ -82,7 +88,7 @@ pub(crate) async fn record_start(
     }
 }
 
-/// Records a start position, unless another task or node is quicker: then that one counts.
+/// Records a start position; if another task or node was faster, its position counts.
 pub(super) async fn record_floor(
     read_model: &impl ReadModel,
     record: &str,
@@ -97,7 +103,7 @@ pub(super) async fn record_floor(
     }
 }
 
-/// The record of a start position.
+/// Encodes the record of a start position.
 pub(super) fn recorded(found: Checkpoint, floor: Position) -> Checkpoint {
     Checkpoint { position: floor, mark: 1, ..found }
 }
@@ -106,7 +112,9 @@ fn before(position: Position) -> Position {
     Position::new(position.get().saturating_sub(1))
 }
 
-/// The position of the last event up to `position`: a checkpoint is always at an event, or at the start of the log.
+/// Returns the position of the last event up to `position`.
+///
+/// A checkpoint is always at an event, or at the start of the log.
 async fn last_event(store: &dyn EventStore, position: Position) -> Result<Position, StoreError> {
     let mut width = 1_000;
     loop {
@@ -120,8 +128,9 @@ async fn last_event(store: &dyn EventStore, position: Position) -> Result<Positi
     }
 }
 
-/// The last position before the first event that was recorded at `time` or later. Some tens of single events are read, and
-/// the events of the [`SKEW`] before `time`.
+/// Returns the last position before the first event that was recorded at `time` or later.
+///
+/// Reads some tens of single events, and the events of the [`SKEW`] before `time`.
 async fn before_time(store: &dyn EventStore, time: DateTime<Utc>) -> Result<Position, StoreError> {
     let certain = time.checked_sub_signed(SKEW).unwrap_or(DateTime::<Utc>::MIN_UTC);
     let head = store.frontier().await?;

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-/// The addresses of all states that a running projection folds into.
+/// Addresses of all states that a running projection folds into.
 static CLAIMED: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 
-/// How long a start waits for the previous run: a dropped runtime tears its tasks down in the background.
+/// Maximum wait for the previous run: a dropped runtime tears its tasks down in the background.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The pause between two attempts.
+/// Pause between two attempts.
 const RETRY: Duration = Duration::from_millis(10);
 
 /// A state in memory that may outlive the runtime that folds into it.
@@ -33,7 +33,7 @@ impl SharedState {
         Self { address, _state: Box::new(state.clone()) }
     }
 
-    /// Claims the state, or gives it back if another projection of this process folds into it.
+    /// Claims the state; returns it if another projection of this process folds into it.
     pub(crate) async fn claim(self) -> Result<StateClaim, Self> {
         let deadline = Instant::now() + PATIENCE;
         while !claimed().insert(self.address) {
@@ -59,7 +59,7 @@ impl Drop for StateClaim {
 }
 
 fn claimed() -> MutexGuard<'static, BTreeSet<usize>> {
-    // A set of numbers is whole after a panic.
+    // A set of numbers is complete even after a panic.
     CLAIMED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -7,33 +7,38 @@ use uuid::Uuid;
 use crate::event::Position;
 use crate::partition::Partition;
 
-/// What a projection is doing on this node.
+/// State of a projection on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ProjectionState {
-    /// Preparing the read model, or finding out who owns it.
+    /// Preparing the read model, or finding its owner.
     Starting,
-    /// Another node owns the read model; this one would take over.
+    /// Another node owns the read model; this node can take over.
     Standby,
-    /// Reading what it has not applied yet from the store.
+    /// Catch-up: reading unapplied events from the store.
     CatchingUp,
-    /// At the tip of the log.
+    /// Live: at the end of the log.
     Following,
-    /// Something failed, and is tried again.
+    /// Retrying after a failure.
     Retrying,
-    /// Behind the tip of the log, until it is triggered: see [`Schedule::Manual`](super::Schedule::Manual).
+    /// Before the end of the log, waiting for a trigger: see
+    /// [`Schedule::Manual`](super::Schedule::Manual).
     Waiting,
-    /// Told to stand still; on all nodes, also after a restart, until it is resumed.
+    /// Paused on all nodes, also after a restart, until it is resumed.
     Paused,
-    /// An event cannot be applied, or the read model does not fit. Stands still until it is resumed, reset or restarted.
+    /// Stopped because an event cannot be applied or the read model does not fit.
+    ///
+    /// Ends with a resume, a reset or a restart.
     Failed,
-    /// Ended.
+    /// Stopped.
     Stopped,
 }
 
 impl ProjectionState {
-    /// What a whole is when its parts differ: what somebody has to know first, and as long as a part works, not that others
-    /// are elsewhere.
+    /// Returns the rank of a state in the total status: the highest rank wins.
+    ///
+    /// A state that needs attention comes first. While a part works on this node, parts on other
+    /// nodes do not count.
     fn severity(self) -> u8 {
         match self {
             Self::Standby => 0,
@@ -49,62 +54,72 @@ impl ProjectionState {
     }
 }
 
-/// How a projection is doing on this node.
+/// Status of a projection on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProjectionStatus {
-    /// What it is doing.
+    /// State of the projection.
     pub state: ProjectionState,
-    /// Everything up to here is applied. [`Position::START`] until the checkpoint is read.
+    /// Position up to which everything is applied.
+    ///
+    /// [`Position::START`] until the checkpoint is read.
     pub position: Position,
-    /// The high-water mark of the log as this node last read it; `None` until this node has read it since the start.
-    /// `Some(Position::START)` is an empty log.
+    /// High-water mark of the log at this node's last read.
+    ///
+    /// `None` until the first read since the start. `Some(Position::START)` is an empty log.
     pub head: Option<Position>,
-    /// When the oldest event was recorded that is not applied yet, by the clock of the store; `None` at the head. Between two
-    /// reads it is that of the last event that was applied, and right after the node noticed that it is behind, that moment: the
-    /// node looks within a second, or where it is on standby, whenever it looks how far the owner is.
+    /// Recorded time of the oldest unapplied event, by the store's clock; `None` at the head.
+    ///
+    /// Between two reads, it is the recorded time of the last applied event. Right after the node
+    /// notices the lag, it is that moment. The node checks within 1 s; on standby, whenever it
+    /// reads the owner's checkpoint.
     pub behind_since: Option<DateTime<Utc>>,
-    /// Which ownership of a shared read model this is; 0 on a node that does not own it, or if nobody has to.
+    /// Epoch of the owner of a shared read model; 0 on other nodes, or if the read model is not
+    /// shared.
     pub epoch: u64,
-    /// Events applied on this node since the start, those of a transaction that was rolled back not counted.
+    /// Number of events applied on this node since the start, without those that were rolled back.
     pub events_applied: u64,
-    /// Events parked on this node since the start.
+    /// Number of events parked on this node since the start.
     pub events_parked: u64,
-    /// Events passed over on this node since the start because of their name: see [`UnknownNames`](super::UnknownNames).
+    /// Number of events skipped on this node since the start because of their name.
+    ///
+    /// See [`UnknownNames`](super::UnknownNames).
     pub events_passed_over: u64,
-    /// What last went wrong. Stays when it goes well again.
+    /// Last error. Stays after recovery.
     pub last_error: Option<String>,
-    /// The version of the read model that it writes to: 0 before the first rebuild.
+    /// Version of the read model to write to: 0 before the first rebuild.
     pub version: u64,
-    /// The same of each partition, in order; empty if it is not partitioned. Otherwise what stands above is of all of them: the
-    /// worst state, the lowest position, sums.
+    /// Status of each partition, in order; empty if the projection is not partitioned.
+    ///
+    /// For a partitioned projection, the fields above are totals: the worst state, the lowest
+    /// position, sums.
     pub partitions: Vec<PartitionStatus>,
     /// Whether the read model can be read, as far as this node knows.
     pub(super) prepared: bool,
-    /// Whether it was found to be in the shape that this program wants.
+    /// Whether the read model has the layout that this program wants.
     pub(super) fits: bool,
-    /// Whether nobody wants what it would do.
+    /// Whether the task has nothing to build.
     pub(super) dormant: bool,
-    /// Whether the checkpoint was read, so that the position means something.
+    /// Whether the checkpoint was read, so that the position is valid.
     pub(super) located: bool,
-    /// Since when, and from where, this node sees it move.
+    /// Start time and start position of the speed measurement on this node.
     pub(super) measured: Option<(Instant, Position)>,
 }
 
-/// How one partition of a projection is doing on this node.
+/// Status of one partition of a projection on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PartitionStatus {
-    /// Which one.
+    /// The partition.
     pub partition: Partition,
-    /// The node that owns it, as far as this one knows.
+    /// The node that owns the partition, as far as this node knows.
     pub owner: Option<Uuid>,
-    /// How it is doing.
+    /// Status of the partition.
     pub status: ProjectionStatus,
 }
 
 impl ProjectionStatus {
-    /// Of a whole, from its parts; there is at least one.
+    /// Returns the total of the parts; there is at least one.
     pub(super) fn sum(partitions: Vec<PartitionStatus>) -> Self {
         let all = || partitions.iter().map(|partition| &partition.status);
         let state = all().map(|status| status.state).max_by_key(|state| state.severity());
@@ -152,30 +167,33 @@ impl ProjectionStatus {
         }
     }
 
-    /// How far it is from the head, in positions of the log; `None` until this node has read both its checkpoint and the
-    /// high-water mark since the start.
+    /// Returns the distance to the head in log positions.
     ///
-    /// Some positions are empty, and some events are not for this projection. `Some(0)` is exact: everything up to
-    /// [`head`](Self::head) is applied. More is an upper bound of the events.
+    /// `None` until this node has read both the checkpoint and the high-water mark since the start.
+    /// Some positions are empty, and some events are not for this projection. `Some(0)` is exact:
+    /// everything up to [`head`](Self::head) is applied. A higher value is an upper bound of the
+    /// number of events.
     pub fn lag(&self) -> Option<u64> {
         let head = self.head.filter(|_| self.located)?;
         Some(head.get().saturating_sub(self.position.get()))
     }
 
-    /// How far it is from the head in time: the age of the oldest event that is not applied yet, zero at the head; `None` as
-    /// long as [`lag`](Self::lag) is. As good as [`behind_since`](Self::behind_since), and as the clocks of the store and of
-    /// this node agree.
+    /// Returns the lag in time: the age of the oldest unapplied event, zero at the head.
+    ///
+    /// `None` as long as [`lag`](Self::lag) is `None`. Its accuracy is that of
+    /// [`behind_since`](Self::behind_since) and of the clocks of the store and this node.
     pub fn lag_time(&self) -> Option<Duration> {
         self.lag()?;
         let age = |since: DateTime<Utc>| (Utc::now() - since).to_std().unwrap_or_default();
         Some(self.behind_since.map_or(Duration::ZERO, age))
     }
 
-    /// It is at `position`, and `oldest` is when the first event behind that was recorded, or one before it, where that is known.
+    /// Records `position`, and `oldest`, the recorded time of the next event or of one before it,
+    /// if known.
     pub(super) fn moved_to(&mut self, position: Position, oldest: Option<DateTime<Utc>>) {
         self.position = position;
         self.located = true;
-        // A head that was read is never below what is applied.
+        // A head that was read is never below the applied position.
         self.head = self.head.map(|head| head.max(position));
         if oldest.is_some() {
             self.behind_since = oldest;
@@ -183,7 +201,7 @@ impl ProjectionStatus {
         self.tell_behind();
     }
 
-    /// The log goes as far as `head`.
+    /// Records that the log reaches `head`.
     pub(super) fn knows_of(&mut self, head: Position) {
         self.head = self.head.max(Some(head));
         self.tell_behind();
@@ -193,32 +211,32 @@ impl ProjectionStatus {
         if self.lag().is_none_or(|lag| lag == 0) {
             self.behind_since = None;
         } else {
-            // Until it is looked for.
+            // Until the recorded time is read.
             self.behind_since.get_or_insert_with(Utc::now);
         }
     }
 }
 
-/// How a rebuild beside the live read model is getting on.
+/// Progress of a rebuild beside the live read model.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct RebuildStatus {
     /// The version that is being built.
     pub version: u64,
-    /// How many positions of the log are done, of all partitions together.
+    /// Number of log positions done, of all partitions together.
     pub done: u64,
-    /// … of how many.
+    /// Total number of log positions.
     pub of: u64,
-    /// How many a second, as this node sees it; 0 until it has seen it move.
+    /// Positions per second, measured on this node; 0 before the first measurement.
     pub per_second: f64,
-    /// How long it takes at that pace; `None` when there is none.
+    /// Remaining time at that speed; `None` without a speed.
     pub left: Option<Duration>,
-    /// What last went wrong.
+    /// Last error.
     pub last_error: Option<String>,
 }
 
 impl RebuildStatus {
-    /// Of parts that build the same version; `None` if nothing is being built.
+    /// Returns the progress of parts that build the same version; `None` if there is no rebuild.
     pub(super) fn of(parts: &[ProjectionStatus]) -> Option<Self> {
         let parts = || parts.iter().filter(|status| !status.dormant && status.version > 0);
         let version = parts().map(|status| status.version).max()?;

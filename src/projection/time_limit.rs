@@ -1,4 +1,4 @@
-//! A read model every call of which has an end.
+//! A read model with a time limit on every call.
 
 use std::error::Error;
 use std::future::Future;
@@ -13,8 +13,10 @@ use crate::store::{
     BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
 
-/// A read model whose calls fail when they take longer than the limit: a connection that died silently, or a disk that hangs,
-/// answers none of them. What the user's code does between them is bounded by the worker.
+/// A read model with calls that fail after the limit.
+///
+/// Without it, a call never returns on a silently dead connection or a hung disk. The worker limits
+/// the user's code between the calls.
 pub(super) struct TimeLimited<R> {
     inner: R,
     limit: Duration,
@@ -33,14 +35,15 @@ impl<R: ReadModel> TimeLimited<R> {
     ) -> Result<T, E> {
         let called = timeout(self.limit, call).await;
         let called = called.unwrap_or_else(|_| Err(overrun(self.limit, doing, name).into()));
-        // Only a database has transactions that can be rolled back: other read models keep their checkpoints in the event store.
+        // Only a database has transactions that can be rolled back: other read models keep their
+        // checkpoints in the event store.
         if self.inner.rolls_back() { called.map_err(Failure::of_read_model) } else { called }
     }
 }
 
 /// The error of a call to a read model.
 trait Failure: From<StoreError> {
-    /// With the read model as its subject.
+    /// Marks the error as one of the read model.
     fn of_read_model(self) -> Self;
 }
 
@@ -59,10 +62,11 @@ impl Failure for CheckpointError {
     }
 }
 
-/// The error of a call that took longer than the limit.
+/// Returns the error of a call that took longer than the limit.
 fn overrun(limit: Duration, doing: &str, name: &str) -> StoreError {
-    let reason =
-        format!("{doing} of {name}: no answer within {limit:?} (ProjectionOptions::transaction_timeout)");
+    let reason = format!(
+        "{doing} of {name} failed: no answer within {limit:?} (ProjectionOptions::transaction_timeout)"
+    );
     StoreError::Unavailable { reason, source: None }
 }
 
@@ -120,7 +124,11 @@ impl<R: ReadModel> ReadModel for TimeLimited<R> {
     }
 
     fn bound<'a>(&'a self, open: &'a mut R::Open, limit: Duration) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(self.limited(self.inner.bound(open, limit), "bounding a transaction", "a projection"))
+        Box::pin(self.limited(
+            self.inner.bound(open, limit),
+            "limiting the time of a transaction",
+            "a projection",
+        ))
     }
 
     fn adopt<'a>(

@@ -1,4 +1,4 @@
-//! The work of one projection: whose it is, where its next events come from.
+//! The task of one projection: ownership of the read model, and the source of its events.
 
 mod apply;
 mod batch;
@@ -46,37 +46,43 @@ use crate::store::{Checkpoint, StoreError};
 use crate::supervised::Inbox;
 use crate::telemetry::trace;
 
-/// How often a projection writes a checkpoint that only moved over what is not for it.
+/// Interval of saving a checkpoint that moved only over events of other projections.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often a partition does: on other nodes somebody may wait for all partitions, most of which have nothing to do with what
-/// happened.
+/// The same interval for a partition.
+///
+/// Shorter, because another node may wait for all partitions, most of which the events do not
+/// concern.
 const PARTITION_TICK: Duration = Duration::from_millis(200);
 
-/// Minimum interval between two such checkpoints for each partition of a projection: the partitions of a node share one database.
+/// Minimum of that interval for each partition of a projection.
+///
+/// The partitions of a node share one database.
 const PARTITION_SHARE: Duration = Duration::from_millis(4);
 
-/// Interval between two looks at the head of the log until it is known.
+/// Poll interval of the head of the log until it is known.
 const HEAD_TICK: Duration = Duration::from_millis(50);
 
-/// How long what was asked of the nodes is left alone after it could not be done for now: the projection goes on meanwhile.
+/// Pause before the retry of an operator request; the projection continues meanwhile.
 const REQUESTS_AGAIN: Duration = Duration::from_secs(30);
 
-/// How long what is under way may take once the task is to end: a transaction, or an operator's request.
+/// Time limit at the shutdown for the current transaction or operator request.
 const STOPPING: Duration = Duration::from_secs(5);
 
-/// How far a page of the store reaches in positions, whatever matches: a scan for events that are rare is made of pieces,
-/// between which the projection hears, sees to what is due, and saves its checkpoint.
+/// Maximum number of positions in a page of the store, regardless of matches.
+///
+/// A scan for rare events is split into pieces. Between them, the projection receives messages,
+/// does due work and saves its checkpoint.
 const SCAN: u64 = 50_000;
 
-/// Where the next events come from.
+/// Source of the next events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Store,
     Feed,
 }
 
-/// Events to be applied: everything for this projection between where it is and `upto`.
+/// Events to be applied: all events for this projection between its position and `upto`.
 #[derive(Debug)]
 struct Pending {
     events: VecDeque<RecordedEvent>,
@@ -87,15 +93,15 @@ struct Pending {
 #[derive(Debug)]
 struct Suspect {
     position: Position,
-    /// How often it was tried.
+    /// Number of attempts.
     attempts: u32,
-    /// How it failed the last time.
+    /// Error of the last attempt.
     error: String,
-    /// Whether trying again is of no use.
+    /// Whether a retry cannot succeed.
     hopeless: bool,
-    /// Whether only its name is not known, and that is no failure here.
+    /// Whether only its name is unknown, which is no failure here.
     strange: bool,
-    /// When it is tried again.
+    /// Time of the next attempt.
     due: Instant,
 }
 
@@ -103,88 +109,94 @@ struct Suspect {
 struct Run<'a, P, R> {
     context: &'a Context,
     instance: &'a mut Instance<P>,
-    /// What its checkpoint is called, which is that of its version.
+    /// Name of its checkpoint, which is that of its version.
     row: String,
     read_model: &'a R,
     inbox: Inbox<Control>,
-    /// On a shared read model: says that this node is its owner.
+    /// The lease of this node as the owner of a shared read model.
     lease: Option<HeldLease>,
     news: News,
     prepared: bool,
-    /// If the read model keeps snapshots.
+    /// Set if the read model keeps snapshots.
     snapshotting: Option<Snapshotting<'a>>,
-    /// Whether the read model was found to be in the shape, and the version, that this works on.
+    /// Whether the read model has the layout and the version of this task.
     fits: bool,
-    /// Nobody wants what this would do: there is nothing to rebuild.
+    /// Whether there is nothing to rebuild.
     dormant: bool,
-    /// While what was rebuilt takes the place of what is live.
+    /// Set during a cut-over.
     switch: Option<Switch>,
-    /// How long it is left alone when that has failed.
+    /// Backoff after a failed cut-over.
     switch_again: Backoff,
-    /// How the parts of what is rebuilt get on.
+    /// Progress of the parts of the rebuild.
     paces: Vec<Pace>,
-    /// As persisted, when it was last looked at; nothing is applied before that is known.
+    /// The persisted pause at the last check; nothing is applied before it is known.
     paused: Option<bool>,
-    /// When this was last told to pause or to resume: what the board saw before is older than that.
+    /// Time of the last pause or resume call: earlier lease views are older than that.
     paused_at: Option<Instant>,
-    /// Somebody changes something for all who work on this projection; nothing is applied meanwhile.
+    /// Whether a node changes shared state of the projection; nothing is applied meanwhile.
     held_up: bool,
-    /// The last such change that was heeded; `None` before the first look.
+    /// Epoch of the last processed change of that kind; `None` before the first check.
     heeded: Option<u64>,
-    /// Somebody without the projection's code may have asked for something: for a reset or a rebuild …
+    /// Whether there may be operator requests for a reset or a rebuild.
     requests_due: bool,
-    /// … or for parked events to be tried again.
+    /// Whether there may be operator requests to retry parked events.
     retries_due: bool,
-    /// Not before this what was asked for is tried (again), …
+    /// Earliest time of the next attempt at resets and rebuilds.
     requests_at: Instant,
-    /// … nor parked events.
+    /// Earliest time of the next attempt at retries of parked events.
     retries_at: Instant,
-    /// The changes for all that this made itself, and has not heeded yet.
+    /// Epochs of this task's own changes that it has not processed yet.
     ours: Vec<u64>,
-    /// Stands still until somebody acts. In memory only: a restart is such an act.
+    /// Whether the projection stopped until an operator acts. In memory only: a restart clears it.
     failed: bool,
-    /// What failed is this node, as far as is known: another one may do better, so the lease is given back.
+    /// Whether to release the lease: the failure may be this node's only, so another node may
+    /// succeed.
     surrender: bool,
-    /// The checkpoint of the read model; `None` when it has to be read (again).
+    /// The checkpoint of the read model; `None` if it must be read (again).
     saved: Option<Checkpoint>,
-    /// Everything up to here is applied. Ahead of `saved` by events that were none of this projection's business.
+    /// Position up to which everything is applied.
+    ///
+    /// Ahead of `saved` only by events of other projections.
     applied: Position,
     source: Source,
-    /// How many positions the next page of the store reaches: more than [`SCAN`] only to get across a hole in the log.
+    /// Maximum number of positions in the next page: above [`SCAN`] only to cross a gap in the log.
     scan: u64,
-    /// The page that comes after the one that is being applied: while this decodes and applies, the database works ahead.
+    /// The page after the current one: the database reads ahead while the task applies.
     ahead: Option<PageAhead>,
-    /// The store is read up to here before the follower, which may have lost or skipped what is up to here.
+    /// Position up to which the store is read before the follower, which may have lost earlier
+    /// events.
     live_after: Position,
-    /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
+    /// The follower, subscribed before the store is read, so that no event is lost in between.
+    ///
+    /// `None` while nothing is read.
     follower: Option<Follower>,
     pending: Option<Pending>,
-    /// The event that the user's code has at the moment, if any.
+    /// Position of the event in the user's code, if any.
     applying: Option<Position>,
-    /// When what is pending is applied, and whether to read on.
+    /// Schedule state: when pending events are applied, and whether to read on.
     timing: Timing,
     suspect: Option<Suspect>,
-    /// How many events a page of the store has, …
+    /// Number of events in a page of the store.
     page: PageSize,
-    /// … and how many go into a transaction.
+    /// Number of events in a transaction.
     size: BatchSize,
-    /// For failures of the store and the read model, which no event is to blame for.
+    /// Backoff for failures of the store and the read model, which no event caused.
     backoff: Backoff,
-    /// Nothing is tried before this, after such a failure.
+    /// Earliest time of the next attempt after such a failure.
     wait_until: Instant,
-    /// When [`tick`](Self::tick) is due.
+    /// Time of the next [`tick`](Self::tick).
     tick_at: Instant,
-    /// Not before this the lease is tried for: somebody else was quicker, or it was just lost.
+    /// Earliest time of the next attempt to acquire the lease, after a lost race or a loss.
     take_at: Instant,
-    /// When a standby looks how far the owner is.
+    /// Time of the next read of the owner's checkpoint, on standby.
     look_at: Instant,
-    /// Where it was when it last looked how old what comes next is.
+    /// Position at the last check for the age of the next event.
     dated: Option<Position>,
 }
 
-const LOST: &str = "the lease was lost, or could not be renewed in time";
+const LOST: &str = "the lease was lost, or was not renewed in time";
 
-/// Waits for it; for ever if there is none. Cancel-safe.
+/// Waits for the loss; never returns if there is no lease. Cancel-safe.
 async fn lost(loss: Option<impl Future<Output = ()>>) {
     match loss {
         Some(loss) => loss.await,
@@ -192,9 +204,9 @@ async fn lost(loss: Option<impl Future<Output = ()>>) {
     }
 }
 
-/// What ended a wait.
+/// Result of a wait.
 enum Heard<T> {
-    /// The time is over, or something happened that is dealt with at the start of the next round.
+    /// The time is over, or an event occurred that the next round handles.
     Round,
     Control(Control),
     LeaseLost,
@@ -202,7 +214,7 @@ enum Heard<T> {
     Input(T),
 }
 
-/// Waits for `input`, or for something that comes before it. Cancel-safe if `input` is.
+/// Waits for `input`, or for an earlier message, loss or timeout. Cancel-safe if `input` is.
 async fn hear<T>(
     inbox: &mut Inbox<Control>,
     lease: &mut Option<HeldLease>,
@@ -303,19 +315,16 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             } => false,
         };
         if in_order {
-            // As for any transaction: a read model that hangs does not hold up the end of its node.
+            // As for any transaction: a hung read model must not delay the shutdown of its node.
             let flushed = timeout(STOPPING, self.flush()).await;
             if flushed.is_err() {
-                tracing::warn!(
-                    projection = self.context.name,
-                    "the last checkpoint could not be written in time"
-                );
+                tracing::warn!(projection = self.context.name, "could not write the last checkpoint in time");
             }
             self.last_snapshot().await;
         } else {
             tracing::warn!(
                 projection = self.context.name, limit = ?STOPPING,
-                "what was under way at the shutdown took too long and was given up; it is done again after the next start"
+                "aborted the work in progress at the shutdown: time limit exceeded; it is repeated after the next start"
             );
         }
         self.give_up_switching().await;
@@ -325,7 +334,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
     }
 
-    /// Works until the task is to end.
+    /// Works until the task must end.
     async fn work(&mut self) {
         while !self.inbox.is_stopping() {
             if self.news.has_changed() {
@@ -338,7 +347,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
     }
 
-    /// One step of whatever is due. Short, except for the user's own code.
+    /// Does the next due step. Short, except for the user's own code.
     async fn round(&mut self) {
         if self.wait_until > Instant::now() {
             return self.idle(self.wait_until).await;
@@ -351,7 +360,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if self.held_up && self.context.role == Role::Live {
             return self.idle(self.tick_at).await;
         }
-        // Before it is looked whether the read model fits, and also if it does not: a reset may be what makes it fit.
+        // Before the check whether the read model fits, and also if it does not: a reset may make
+        // it fit.
         if self.requests_due
             && self.requests_at <= Instant::now()
             && let Err(error) = self.see_to_requests().await
@@ -394,7 +404,8 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if self.holds() {
             return self.follow().await;
         }
-        // Not below: who loses the lease there drops what is under way, which is not to be an order.
+        // Not below: if the lease is lost there, the work in progress is dropped, which must not be
+        // a control call.
         if let Some(due) = self.left_alone() {
             return self.idle(due).await;
         }
@@ -402,7 +413,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Some(pending) => {
                 let events = pending.events.iter().take(self.size.get());
                 let span = trace::apply(&self.context.name, events.len(), events);
-                // Nobody waits for a database that hangs longer than another node waits for this one.
+                // If the database hangs longer than the other nodes wait for this one, abort.
                 let loss = self.lease.as_ref().map(HeldLease::loss);
                 let limit = self.context.options.transaction_timeout;
                 tokio::select! {
@@ -420,7 +431,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         }
     }
 
-    /// Makes sure that the read model is there, and in the right shape.
+    /// Ensures that the read model exists and has the right layout.
     async fn prepare(&mut self) -> Result<(), StoreError> {
         self.create().await?;
         if !self.fits && self.read_model.shared() {
@@ -445,7 +456,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         Ok(())
     }
 
-    /// Waits for what may come at any time.
+    /// Waits for control messages, a loss of the lease and news, until a deadline.
     async fn idle(&mut self, until: Instant) {
         let until = until.min(self.tick_at);
         let heard = hear(
@@ -459,7 +470,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         self.attend(heard).await;
     }
 
-    /// Deals with what came before the input; the input otherwise.
+    /// Handles any result other than the input; returns the input.
     async fn attend<T>(&mut self, heard: Heard<T>) -> Option<T> {
         match heard {
             Heard::Input(input) => return Some(input),
@@ -471,11 +482,11 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         None
     }
 
-    /// What is due now and then.
+    /// Does the periodic work.
     async fn tick(&mut self) {
         let others_wait = self.context.partition.is_some() || self.context.role == Role::Rebuild;
         let every = match self.context.status.borrow().head {
-            // The lag is unknown until then, though nothing may have to be read.
+            // The lag is unknown until then, although there may be nothing to read.
             None => HEAD_TICK,
             Some(_) if others_wait => {
                 let partitions = self.context.partition.map_or(1, Partition::count);
@@ -484,7 +495,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             Some(_) => TICK,
         };
         self.tick_at = Instant::now() + every;
-        // What the board showed when this was last told something may have been passed over as too old.
+        // The task may have ignored the lease view as too old after its last control call.
         self.look().await;
         let loss = self.lease.as_ref().map(HeldLease::loss);
         tokio::select! {
@@ -503,7 +514,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let quiet = self.source == Source::Feed && self.pending.is_none();
         let durable = self.follower.as_ref().is_some_and(Follower::is_durable);
         if durable && quiet && self.context.feed.position() > self.applied {
-            // What the bus has picked out does not say how far the rest goes.
+            // The selected events of the bus do not show the end of the log.
             self.source = Source::Store;
         }
         if self.context.role == Role::Rebuild {
@@ -527,7 +538,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         });
     }
 
-    /// What is pending is the oldest that is not applied.
+    /// Records the age of the first pending event, which is the oldest unapplied one.
     fn waits_since(&self, pending: &Pending) {
         let Some(first) = pending.events.front() else { return };
         self.context.status.send_if_modified(|status| {
@@ -537,7 +548,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         });
     }
 
-    /// Looks how old what comes next is, if it stays unread for a while.
+    /// Reads the age of the next event, if it stays unread for a while.
     async fn date(&mut self) {
         let (position, behind) = {
             let status = self.context.status.borrow();
@@ -556,12 +567,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             }
             Ok(None) => {}
             Err(error) => {
-                tracing::debug!(projection = self.context.name, %error, "how long it is behind could not be looked up");
+                tracing::debug!(projection = self.context.name, %error, "could not read the age of the next event");
             }
         }
     }
 
-    /// Writes a checkpoint that has moved over nothing but events of others.
+    /// Writes a checkpoint that has moved only over events of other projections.
     async fn flush(&mut self) {
         let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
         let to = Checkpoint { position: self.applied, ..saved };

@@ -283,7 +283,7 @@ async fn an_order_that_nobody_could_be_told_of_stands_and_says_so() {
     node.stop(PATIENCE).await.unwrap();
     let others = store.acquire_lease("order/seen", Uuid::new_v4(), 2 * PATIENCE).await.unwrap().unwrap();
     fixture.run(&["projection", "reset", "seen"]).await.code(5).complains(&[
-        "others have acted on projection seen",
+        "notifying the nodes of projection seen failed",
         "It stands",
         "`storied projection withdraw seen` takes it back",
     ]);

@@ -1,4 +1,4 @@
-//! How many events share a transaction.
+//! Number of events in a transaction.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,12 +11,12 @@ use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection
 
 use crate::support::*;
 
-/// Where the batches began, and how many events were in them.
+/// First position and number of events of each batch.
 type Batches = Arc<Mutex<Vec<(Position, usize)>>>;
 
 struct Paced {
     batches: Batches,
-    /// How long an event takes, in milliseconds.
+    /// Duration of an event, in milliseconds.
     pace: Arc<AtomicU64>,
 }
 
@@ -58,11 +58,11 @@ async fn batches_are_as_large_as_their_time_allows() {
     let paced = Paced { batches: batches.clone(), pace: pace.clone() };
     let handle = node.projection(paced, External::new(), options).await;
     catch_up(&handle, store.frontier().await.unwrap()).await;
-    // An event takes 10 ms or more, so 20 of them are too many, or nearly.
+    // An event takes 10 ms or more, so 20 of them are (nearly) too many.
     let slow = sizes();
     assert_eq!(slow[..2], [50, 25], "{slow:?}");
     assert!(slow[2..].iter().all(|&events| events <= 25) && slow.len() > 10, "{slow:?}");
-    // Quick again: the whole room is used within a few batches.
+    // Quick again: the batches reach the maximum size within a few transactions.
     pace.store(0, Ordering::SeqCst);
     handle.pause().await.unwrap();
     append(&store, 0, 0..6_000).await;
@@ -74,7 +74,7 @@ async fn batches_are_as_large_as_their_time_allows() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The same in a database: the checkpoint tells one transaction from the next.
+/// The same in a database: the checkpoint separates one transaction from the next.
 struct Written(Batches);
 
 impl Projection for Written {
@@ -101,7 +101,7 @@ impl Projection for Written {
     }
 }
 
-/// A smaller batch would wait for it as long.
+/// A smaller batch would wait for a connection as long.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiting_for_a_connection_makes_no_batch_smaller() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -112,7 +112,7 @@ async fn waiting_for_a_connection_makes_no_batch_smaller() {
     let node = local_node(&store).await;
     let batches = Batches::default();
     let time = Duration::from_millis(400);
-    // Others want it all the time, and have it for longer than a batch may take.
+    // Other tasks use the only connection all the time, each for longer than a batch may take.
     let others = tokio::spawn({
         let pool = pool.clone();
         async move {

@@ -1,8 +1,10 @@
-//! The same behaviours on every combination of store and bus, with the read model that belongs to the store: in a table of SQLite or
-//! PostgreSQL, and for the store in memory one outside, told apart by its key.
+//! Conformance suite of projections on every combination of store and bus.
 //!
-//! Durable following is a way to follow JetStream and nothing else: over the local bus and Core a runtime that is asked for it does not
-//! start (`tests/bus/durable.rs`).
+//! The read model matches the store: a table of SQLite or PostgreSQL, or, for the store in memory,
+//! an external system that deduplicates by its key.
+//!
+//! Durable following exists on JetStream only: over the local bus and Core, a runtime with this
+//! option does not start (`tests/bus/durable.rs`).
 
 mod failing;
 mod following;
@@ -39,7 +41,7 @@ enum Bus {
     Durable,
 }
 
-/// What a behaviour has to itself: a log, a place for read models, a name on the bus.
+/// Resources of one test case: a log, a database for read models, a namespace on the bus.
 struct Scene<P> {
     store: Arc<dyn EventStore>,
     place: P,
@@ -85,7 +87,8 @@ impl<P: Place> Scene<P> {
         node.projection(writes, self.place.model().await, options).await
     }
 
-    /// In versions, and partitions if it has any, that do the same before they write.
+    /// Starts a projection with versions and, if requested, partitions, which all run the same
+    /// hook.
     async fn start_made(
         &self,
         node: &Node,
@@ -112,12 +115,12 @@ impl<P: Place> Scene<P> {
         self.store.frontier().await.unwrap()
     }
 
-    /// What the place has of the projection must be what the log has for the filter, in that order.
+    /// The read model must equal the log for the filter, in order.
     async fn assert_exact(&self, name: &str, filter: &Filter) {
         assert_eq!(self.place.seen(name).await, support::log(&self.store, filter).await, "{name}");
     }
 
-    /// The same of each partition.
+    /// The same for each partition.
     async fn assert_partitions_exact(&self, name: &str, partitions: u16) {
         let (seen, mut log) = (self.place.seen(name).await, Vec::new());
         let mut after = Position::START;
@@ -139,7 +142,7 @@ impl<P: Place> Scene<P> {
     }
 }
 
-/// How many behaviours are looked at side by side.
+/// Number of test cases that run concurrently.
 const SIDE_BY_SIDE: usize = 5;
 
 async fn all<P: Place>(bus: Bus) {
@@ -166,21 +169,21 @@ async fn all<P: Place>(bus: Bus) {
     cases![
         following::catches_up_and_follows,
         following::is_handed_over_under_load,
-        following::reaches_the_head_for_what_never_occurs,
-        following::goes_on_where_it_was,
-        failing::stops_before_what_it_cannot_apply,
+        following::reaches_the_head_for_a_filter_without_matches,
+        following::resumes_from_its_checkpoint,
+        failing::stops_before_a_poison_event,
         failing::parks_retries_and_discards,
-        failing::passes_over_names_it_did_not_ask_for,
-        failing::robs_nobody,
-        operating::stands_still_while_it_is_paused,
-        operating::begins_anew_after_a_reset,
+        failing::skips_unknown_names,
+        failing::does_not_affect_other_projections,
+        operating::applies_nothing_while_paused,
+        operating::replays_after_a_reset,
         operating::is_rebuilt_beside_the_live_one,
-        operating::is_not_rebuilt_after_all,
-        operating::goes_where_it_was_triggered_to_and_no_farther,
-        operating::shares_out_what_it_was_triggered_for,
+        operating::a_rebuild_can_be_cancelled,
+        operating::applies_up_to_the_trigger_target,
+        operating::applies_up_to_the_trigger_target_in_partitions,
         sharing::one_of_two_nodes_owns_it,
-        sharing::shares_its_partitions_out,
-        status::tells_how_far_behind_it_is,
+        sharing::nodes_share_its_partitions,
+        status::reports_its_lag,
     ];
     let mut running = tokio::task::JoinSet::new();
     for (name, case) in cases {
@@ -192,10 +195,9 @@ async fn all<P: Place>(bus: Bus) {
     while !running.is_empty() {
         ended(running.join_next().await);
     }
-    // By itself: nobody else has a bus meanwhile.
+    // Last and alone: no other case uses the bus meanwhile.
     if server.is_some() {
-        let (name, case) =
-            ("a_bus_that_is_gone_comes_back", following::a_bus_that_is_gone_comes_back(scene().await));
+        let (name, case) = ("survives_a_bus_outage", following::survives_a_bus_outage(scene().await));
         run(name, Box::pin(case)).await;
     }
 }

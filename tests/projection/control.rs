@@ -72,7 +72,7 @@ async fn a_reset_applies_the_log_from_its_start() {
         assert_eq!(delivered_seen.positions(), all, "{kind}");
         node.stop(PATIENCE).await.unwrap();
 
-        // A paused one stays paused, and is empty.
+        // A paused projection stays paused, and is empty.
         let node = local_node(&store).await;
         let handle = node.projection(table("table"), database.open().await, options()).await;
         catch_up(&handle, head).await;
@@ -88,7 +88,7 @@ async fn a_reset_applies_the_log_from_its_start() {
     }
 }
 
-/// Knows what it was given.
+/// Records events, and cannot be reset.
 struct NoReset<T> {
     name: &'static str,
     seen: Arc<Mutex<Vec<Position>>>,
@@ -152,7 +152,7 @@ async fn a_reset_that_is_refused_changes_nothing() {
         for handle in &handles {
             catch_up(handle, head).await;
         }
-        // What comes while a checkpoint goes back to where it was may come twice.
+        // Events that arrive while a checkpoint moves back to its former position may come twice.
         let old = |seen: &Arc<Mutex<Vec<Position>>>| {
             seen.lock().unwrap().iter().filter(|position| **position <= before).count()
         };
@@ -161,7 +161,7 @@ async fn a_reset_that_is_refused_changes_nothing() {
         let error = handles[0].pause().await.unwrap_err();
         assert!(matches!(error, ControlError::Stopped { .. }), "{error}");
 
-        // Nor where it would change the number of partitions.
+        // A reset that would change the number of partitions changes nothing either.
         let node = local_node(&store).await;
         let two = node.partitioned(2, cut(), External::new(), options()).await;
         reach(&two, ProjectionState::Failed).await;
@@ -179,13 +179,15 @@ async fn a_reset_that_is_refused_changes_nothing() {
 
 type Ending = Arc<dyn Fn() -> BoxFuture<'static, Result<(), ApplyError>> + Send + Sync>;
 
-/// Something outside that has what it was told of, and can be emptied. What happens then, and when that is, says the test.
+/// An external index that can be emptied.
+///
+/// The test defines the outcome of emptying, and when it happens.
 #[derive(Clone)]
 struct Index {
     has: Arc<Mutex<BTreeSet<Position>>>,
-    /// Before it is emptied.
+    /// Runs before the index is emptied.
     before: Ending,
-    /// Behind that.
+    /// Runs after the index is emptied.
     behind: Ending,
 }
 
@@ -209,7 +211,7 @@ impl Index {
         }
     }
 
-    /// Sooner or later it has everything, whatever became of a reset.
+    /// Eventually the index has everything, regardless of the outcome of a reset.
     async fn is_whole(&self, what: &str, store: &Arc<dyn EventStore>, handle: &ProjectionHandle) {
         catch_up(handle, append(store, 0, [0]).await).await;
         let all = log(store, &Filter::all()).await;
@@ -240,8 +242,9 @@ impl Projection for Index {
     }
 }
 
-/// Each store with something outside that is whole, in one piece and in partitions; all at the same time, since what an order
-/// holds up it does for some seconds.
+/// Each store with an external index, unpartitioned and partitioned.
+///
+/// All cases run concurrently, because an order lease holds up the others for some seconds.
 async fn with_indexes<F: Future<Output = ()>>(test: impl Fn(String, Arc<dyn EventStore>, Option<u16>) -> F) {
     let (one, other) = (stores().await, stores().await);
     let cases = one.iter().map(|store| (store, None)).chain(other.iter().map(|store| (store, Some(4))));
@@ -254,9 +257,9 @@ async fn with_indexes<F: Future<Output = ()>>(test: impl Fn(String, Arc<dyn Even
     futures_util::future::join_all(tests).await;
 }
 
-/// The code of the user fails half-way, and nobody knows what is left: not what was there before.
+/// The user's code fails half-way, and the remaining data is unknown.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_that_fails_half_way_loses_nothing() {
+async fn an_external_reset_that_fails_half_way_loses_nothing() {
     with_indexes(async |what, store, partitions| {
         let node = local_node(&store).await;
         let failing: Ending = Arc::new(|| Box::pin(async { Err("the second half is locked".into()) }));
@@ -272,7 +275,7 @@ async fn a_reset_outside_that_fails_half_way_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_that_is_cut_off_from_its_store_loses_nothing() {
+async fn an_external_reset_cut_off_from_its_store_loses_nothing() {
     with_indexes(async |what, store, partitions| {
         let link = Link::new(&store);
         let linked: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -296,10 +299,12 @@ async fn a_reset_outside_that_is_cut_off_from_its_store_loses_nothing() {
     .await;
 }
 
-/// A node dies in a reset. Another one owned the read model, and does not hear of any of this: it puts nothing into what is
-/// still to be emptied.
+/// A node dies in a reset.
+///
+/// The owner is another node that receives no notification: it writes nothing into the index before
+/// it is emptied.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_that_is_killed_loses_nothing() {
+async fn a_killed_external_reset_loses_nothing() {
     with_indexes(async |what, store, partitions| {
         let link = Link::new(&store);
         let linked: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -334,9 +339,9 @@ async fn a_reset_outside_that_is_killed_loses_nothing() {
     .await;
 }
 
-/// Longer than any order lasts that is not kept up.
+/// Longer than an order lease lasts without renewal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_goes_on_while_something_outside_is_emptied_for_a_long_time() {
+async fn owners_wait_during_a_long_external_reset() {
     with_indexes(async |what, store, partitions| {
         let (one, two) = (local_node(&store).await, local_node(&store).await);
         let index = Index::new();
@@ -364,9 +369,11 @@ async fn nobody_goes_on_while_something_outside_is_emptied_for_a_long_time() {
     .await;
 }
 
-/// Whoever could not be kept from it, as a node of before this was looked at, does not have the last word.
+/// A node that is not held up cannot leave stale events in the index.
+///
+/// A node of an earlier version is such a node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_outside_takes_back_what_went_on_meanwhile() {
+async fn an_external_reset_undoes_concurrent_progress() {
     with_indexes(async |what, store, partitions| {
         let node = local_node(&store).await;
         let rival: Ending = {
@@ -376,7 +383,7 @@ async fn a_reset_outside_takes_back_what_went_on_meanwhile() {
                 let store = store.clone();
                 Box::pin(async move {
                     let found = store.checkpoint(row).await?;
-                    // Once: before, it was somewhere.
+                    // Once only: before, the position was elsewhere.
                     if found.position == Position::START && found.mark == 1 {
                         let went_on = Checkpoint { position: Position::new(30), ..found };
                         store.save_checkpoint(row, found, went_on, None).await?;
@@ -396,7 +403,7 @@ async fn a_reset_outside_takes_back_what_went_on_meanwhile() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_applied_before_it_is_known_that_it_may() {
+async fn nothing_is_applied_before_the_pause_state_is_known() {
     for (kind, store, _dir) in stores().await {
         store.set_paused("memory", true).await.unwrap();
         append(&store, 0, 0..5).await;
@@ -415,9 +422,9 @@ async fn nothing_is_applied_before_it_is_known_that_it_may() {
     }
 }
 
-/// "… or reset the projection", say the errors.
+/// The error messages advise: "… or reset the projection".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
+async fn a_reset_repairs_a_checkpoint_that_does_not_fit_the_log() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let before: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -432,7 +439,8 @@ async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
         }
         node.stop(PATIENCE).await.unwrap();
 
-        // Another store, with less in it: the checkpoint is neither of this store nor within its log.
+        // Another store with fewer events: the checkpoint is neither of this store nor within its
+        // log.
         let head = append(&store, 0, 1..=10).await;
         let (one, two) = (local_node(&store).await, local_node(&store).await);
         let handle = one.projection(table("table"), database.open().await, options()).await;
@@ -440,12 +448,13 @@ async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
         let advice = handle.status().last_error.unwrap();
         assert!(advice.contains("reset"), "{kind}: {advice}");
         let standby = two.projection(table("table"), database.open().await, options()).await;
-        // It takes over what the first one cannot do, and cannot do it either.
+        // The standby takes over after the failure of the first node, and fails as well.
         reach(&standby, ProjectionState::Failed).await;
         assert_eq!(database.seen("table").await.len(), 19, "{kind}: nothing was changed");
         assert_eq!(handle.parked(10).await.unwrap().len(), 1, "{kind}");
 
-        // From any node: both try again, the other one when it hears of it. Who waits there before is told of the failure.
+        // From any node: both nodes retry, the other one when it is notified. A wait that began
+        // earlier fails.
         standby.reset().await.unwrap();
         catch_up(&standby, head).await;
         leave(&handle, ProjectionState::Failed).await;
@@ -454,7 +463,7 @@ async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
         assert_eq!(database.seen("table").await, all, "{kind}");
         assert!(handle.parked(10).await.unwrap().is_empty(), "{kind}");
 
-        // One that refuses is as before.
+        // After a refused reset, the projection is unchanged.
         let model = database.open().await;
         let handle = one.projection(Refusing("refusing"), model, options()).await;
         reach(&handle, ProjectionState::Failed).await;
@@ -480,7 +489,7 @@ async fn a_reset_helps_where_the_checkpoint_does_not_fit_the_log() {
         one.stop(PATIENCE).await.unwrap();
         two.stop(PATIENCE).await.unwrap();
 
-        // The same with a read model of its own.
+        // The same with a separate read model.
         sqlx::query("UPDATE storied_checkpoints SET position = 99")
             .execute(database.open().await.pool())
             .await
@@ -515,12 +524,13 @@ impl Projection for Refusing {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_projection_can_be_asked_what_it_parked_from_the_first_moment_on() {
+async fn parked_events_can_be_listed_from_the_start() {
     for (kind, store, _dir) in stores().await {
         let node = local_node(&store).await;
         let database = Database::new().await;
         let model = database.open().await;
-        // Nobody waits in between, and the first is to be prepared while somebody else has the database.
+        // No call waits in between, and the first call must be prepared while another connection
+        // has locked the database.
         let lock = model.pool().begin_with("BEGIN IMMEDIATE").await.unwrap();
         let handles = [
             node.projection(table("table"), model.clone(), options()).await,
@@ -542,7 +552,7 @@ async fn a_projection_can_be_asked_what_it_parked_from_the_first_moment_on() {
     }
 }
 
-/// Tells others of events, and knows what they were told before a reset.
+/// Sends a mail for each event, except for events that were sent before a reset.
 struct Mails {
     sent: Arc<Mutex<Vec<Position>>>,
     seen: Arc<Mutex<Vec<Position>>>,
@@ -573,7 +583,7 @@ impl Projection for Mails {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_replay_says_so_and_nothing_is_sent_again() {
+async fn a_replay_is_marked_and_sends_nothing_again() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let (sent, seen) =
@@ -585,7 +595,7 @@ async fn a_replay_says_so_and_nothing_is_sent_again() {
             let node = local_node(&store).await;
             let handle = match partitions {
                 None => node.projection(mails(), External::new(), options()).await,
-                // It was whole before, so that it has to be reset; and nothing that was sent is sent again.
+                // It was unpartitioned before, so it must be reset; no mail is sent again.
                 Some(count) => node.partitioned(count, move |_| mails(), External::new(), options()).await,
             };
             if partitions.is_some() {

@@ -1,4 +1,4 @@
-//! A copied event store, opened with the configuration of its original: it writes no read model that may be the original's.
+//! Copied event stores with the configuration of the original: they do not write its read models.
 
 use std::fs;
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use tokio::time::{sleep, timeout};
 use crate::harness::PostgresServer;
 use crate::support::*;
 
-/// Runs `recorder` over a copied store until it stops, and checks that it said why and applied nothing.
+/// Runs `recorder` over a copied store until it stops; checks the reason and that nothing was
+/// applied.
 async fn is_refused<T: Send + 'static, R: ReadModel<Transaction = T>>(store: Arc<dyn EventStore>, model: R)
 where
     Recorder<T>: Projection<Transaction = T>,
@@ -43,7 +44,7 @@ async fn a_copied_file_writes_no_read_model_of_its_original() {
     let copy: Arc<dyn EventStore> = Arc::new(SqliteStore::open(&copy).await.unwrap());
     append(&copy, 0, 5..10).await;
     is_refused::<SqliteConnection, _>(copy.clone(), SqliteReadModel::open(&read).await.unwrap()).await;
-    // One that came with the copy is its own, and so is one in memory.
+    // A read model that came with the copy belongs to it, and so does one in memory.
     let within = SqliteReadModel::open(dir.path().join("copy.db")).await.unwrap();
     let memory = SqliteReadModel::new(sqlx::SqlitePool::connect("sqlite::memory:").await.unwrap());
     for (name, model) in [("within", within), ("memory", memory)] {
@@ -52,7 +53,7 @@ async fn a_copied_file_writes_no_read_model_of_its_original() {
         handle.wait_until_live(PATIENCE).await.unwrap();
         node.stop(PATIENCE).await.unwrap();
     }
-    // The original goes on.
+    // The original continues.
     let node = local_node(&original).await;
     let recorder = recorder::<SqliteConnection>("orders");
     let seen = recorder.seen.clone();

@@ -1,4 +1,4 @@
-//! What a database checks only at the commit, which names no event.
+//! Constraints that a database checks only at the commit, without naming an event.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ const TABLES: &str = "CREATE TABLE allowed (position bigint PRIMARY KEY);
     CREATE TABLE written (position bigint REFERENCES allowed DEFERRABLE INITIALLY DEFERRED);
     INSERT INTO allowed VALUES (1), (2), (4), (5), (6)";
 
-/// Writes positions, one of which the database refuses.
+/// Writes positions, one of which the database rejects.
 struct Deferred<T> {
     name: &'static str,
     transaction: PhantomData<fn(T)>,
@@ -61,7 +61,7 @@ where
     let status = handle.status();
     assert_eq!(status.position, Position::new(2));
     let error = status.last_error.unwrap();
-    assert!(error.contains("at position 3") && error.contains("could not be applied"), "{error}");
+    assert!(error.contains("at position 3") && error.contains("failed"), "{error}");
     node.stop(PATIENCE).await.unwrap();
 }
 
@@ -82,7 +82,7 @@ where
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_that_is_refused_at_the_commit_is_found() {
+async fn an_event_rejected_at_the_commit_is_identified() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..6).await;
 

@@ -1,4 +1,4 @@
-//! Events that cannot be applied, stores that cannot be reached, read models that do not fit.
+//! Poison events, unavailable stores, and read models that do not fit.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -17,7 +17,7 @@ fn positions(numbers: impl IntoIterator<Item = u64>) -> Vec<Position> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stops_before_a_poison_event_and_says_so() {
+async fn stops_before_a_poison_event_and_reports_it() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 1..=10).await;
         let database = Database::new().await;
@@ -39,7 +39,7 @@ async fn stops_before_a_poison_event_and_says_so() {
                 (ProjectionState::Failed, Position::new(5)),
                 "{kind}"
             );
-            // What lies before it is there.
+            // The events before it are applied.
             handle.caught_up_to(Position::new(5)).await.unwrap();
         }
         catch_up(&sibling, Position::new(10)).await;
@@ -121,7 +121,7 @@ async fn parks_poison_events_retries_and_discards_them() {
 
 /// Every third event fails twice, by an error or a panic.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_succeeds_in_the_end_is_applied_once() {
+async fn an_event_that_succeeds_after_retries_is_applied_once() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 1..=30).await;
         let flaky = || {
@@ -159,7 +159,7 @@ async fn what_succeeds_in_the_end_is_applied_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_does_not_decode_is_tried_once() {
+async fn an_undecodable_event_is_tried_once() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, [1]).await;
         append_raw(&store, 0, vec![garbage(&store)]).await;
@@ -189,9 +189,9 @@ async fn what_does_not_decode_is_tried_once() {
     }
 }
 
-/// What a projection looked up, and could not read, is not what it was given.
+/// A decode error of another event that the projection read does not count for this event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_event_is_not_passed_over_for_the_name_of_another() {
+async fn an_event_is_not_skipped_for_the_name_of_another() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let known = NewEvent::encode(&Thing::Never, store.info().codec, &Metadata::default()).unwrap();
     let unknown = NewEvent { name: EventName::new("thing.unheard_of").unwrap(), ..known };
@@ -220,7 +220,7 @@ async fn an_event_is_not_passed_over_for_the_name_of_another() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_store_that_is_away_is_waited_for_and_no_event_is_blamed() {
+async fn an_unavailable_store_blames_no_event() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..20).await;
         let link = Link::new(&store);
@@ -229,7 +229,7 @@ async fn a_store_that_is_away_is_waited_for_and_no_event_is_blamed() {
         let cut: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&cut).await;
         let handle = node.projection(table("table"), database.open().await, short_lived().attempts(1)).await;
-        // While nothing is to be done only the lease tells that the store is away.
+        // While there is nothing to apply, only the lease shows that the store is unavailable.
         for _ in 0..3 {
             reach(&handle, ProjectionState::Retrying).await;
             link.down.store(false, Ordering::SeqCst);
@@ -246,11 +246,11 @@ async fn a_store_that_is_away_is_waited_for_and_no_event_is_blamed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_read_model_that_is_away_is_waited_for_and_no_event_is_blamed() {
+async fn an_unavailable_read_model_blames_no_event() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..20).await;
     let database = Database::new().await;
-    // Somebody else holds the write lock for longer than storied waits for it.
+    // Another connection holds the write lock for longer than storied waits for it.
     let other = database.open().await;
     let lock = other.pool().begin_with("BEGIN IMMEDIATE").await.unwrap();
     let pool = sqlx::SqlitePool::connect_with(
@@ -270,7 +270,7 @@ async fn a_read_model_that_is_away_is_waited_for_and_no_event_is_blamed() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// As every application has one.
+/// A typical application error.
 #[derive(Debug, thiserror::Error)]
 enum Wrapped {
     #[error("my read model: {0}")]
@@ -282,18 +282,19 @@ enum Wrapped {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_inside_an_error_of_the_users_is_blamed_on_no_event() {
+async fn an_outage_inside_a_user_error_blames_no_event() {
     for (kind, store, _dir) in stores().await {
         let head = append(&store, 0, 1..=10).await;
         let database = Database::new().await;
-        // SQLITE_BUSY, as sqlx says it.
+        // SQLITE_BUSY, as sqlx reports it.
         let lock = database.open().await.pool().begin_with("BEGIN IMMEDIATE").await.unwrap();
         let connect = sqlx::sqlite::SqliteConnectOptions::new().filename(database.path());
         let busy =
             sqlx::SqlitePool::connect_with(connect.busy_timeout(Duration::from_millis(1))).await.unwrap();
         let io = || sqlx::Error::Io(std::io::Error::other("disk away"));
         let away = || storied::projection::TargetUnavailable::new("index away");
-        // Event 5 fails much more often than attempts are allowed, each time in another way; the ones before it do not.
+        // Event 5 fails much more often than the maximum number of attempts, each time differently;
+        // the earlier events do not fail.
         let failing = |sql: bool| {
             let (failures, busy) = (Arc::new(AtomicU32::new(0)), busy.clone());
             let failing: Hook = Arc::new(move |event| {
@@ -334,7 +335,7 @@ async fn an_outage_inside_an_error_of_the_users_is_blamed_on_no_event() {
         let all = log(&store, &Filter::all()).await;
         assert_eq!(models.seen("table").await, all, "{kind}");
         for seen in &seen {
-            assert_eq!(seen.positions(), all, "{kind}: what went before is not applied again");
+            assert_eq!(seen.positions(), all, "{kind}: earlier events are not applied again");
         }
         lock.rollback().await.unwrap();
         node.stop(PATIENCE).await.unwrap();
@@ -371,7 +372,7 @@ async fn a_read_model_of_another_or_a_younger_log_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hanging_apply_does_not_hold_up_the_shutdown() {
+async fn a_hung_apply_does_not_delay_the_shutdown() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..3).await;
     let gate = Gate::closed();
@@ -386,7 +387,7 @@ async fn a_hanging_apply_does_not_hold_up_the_shutdown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn panics_of_buses_and_read_models_cost_nothing_but_time() {
+async fn panics_of_buses_and_read_models_cost_only_time() {
     for (kind, store, _dir) in stores().await {
         let node = node(&store, Lossy::new(Loss::Panics, 5)).await;
         let recorder = recorder("memory");
@@ -394,7 +395,7 @@ async fn panics_of_buses_and_read_models_cost_nothing_but_time() {
         let model = Panicky { inner: InMemory::new(), panics: Arc::new(AtomicU64::new(2)) };
         let panics = model.panics.clone();
         let handle = node.projection(recorder, model, options()).await;
-        // Asked while the task waits for its restart, and answered by the next one.
+        // Requested while the task waits for its restart, and answered by the next task.
         append(&store, 0, 1..=3).await;
         eventually("it panicked twice", || panics.load(Ordering::SeqCst) == 0).await;
         handle.pause().await.unwrap();

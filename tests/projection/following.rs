@@ -1,4 +1,4 @@
-//! Every event exactly once and in order, whatever the bus, the timing and the process do.
+//! Every event exactly once and in order, under any faults of the bus, the timing and the process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ async fn applies_exactly_once_over_kills_at_any_moment() {
             let node = local_node(&store).await;
             let handle = node.projection(table("table"), database.open().await, options.clone()).await;
             let moved = handle.status().position;
-            // Long enough to take the dead node's lease over, most of the time.
+            // Usually long enough to take over the dead node's lease.
             let _ = tokio::time::timeout(
                 Duration::from_millis(200),
                 handle.watch().wait_for(|status| status.position > moved),
@@ -43,7 +43,7 @@ async fn applies_exactly_once_over_kills_at_any_moment() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_loses_doubles_and_shuffles_changes_nothing() {
+async fn a_bus_that_loses_duplicates_and_reorders_changes_nothing() {
     for (kind, store, _dir) in stores().await {
         for seed in 0..3 {
             let node = node(&store, Lossy::new(Loss::Chaos, seed)).await;
@@ -65,7 +65,7 @@ async fn a_bus_that_loses_doubles_and_shuffles_changes_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_event_is_found_even_if_the_bus_lost_it() {
-    // By the heartbeat, by the look at the store, and without a bus at all.
+    // By the heartbeat, by polling the store, and without a bus.
     let never = Duration::from_secs(3_600);
     let soon = Duration::from_millis(50);
     for (loss, idle_poll) in [(Loss::Batches, never), (Loss::Silence, soon), (Loss::Refused, soon)] {
@@ -81,7 +81,7 @@ async fn the_last_event_is_found_even_if_the_bus_lost_it() {
             catch_up(&handle, last).await;
             assert_eq!(seen.positions(), [last], "{kind} {loss:?}");
             if loss == Loss::Refused {
-                eventually("the feed says so", || node.feed().last_error.is_some()).await;
+                eventually("the feed reports it", || node.feed().last_error.is_some()).await;
             }
             node.stop(PATIENCE).await.unwrap();
         }
@@ -89,7 +89,7 @@ async fn the_last_event_is_found_even_if_the_bus_lost_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_projection_robs_nobody_and_misses_nothing() {
+async fn a_slow_projection_delays_no_other_and_misses_no_event() {
     for (kind, store, _dir) in stores().await {
         let feed = FeedOptions::new().capacity(2).idle_poll(Duration::from_millis(50));
         let bus = std::sync::Arc::new(LocalBus::with_capacity(2));
@@ -173,10 +173,10 @@ async fn fifty_projections_live_in_one_process() {
 
 /// Two services in one process, on clones of one bus.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_log_of_another_store_on_the_same_bus_is_none_of_ours() {
+async fn events_of_another_store_on_the_same_bus_are_ignored() {
     for ((kind, store, _dir), (_, other, _other_dir)) in stores().await.into_iter().zip(stores().await) {
         let bus = LocalBus::new();
-        // No polling: what is not on the bus does not arrive in time.
+        // No polling: an event that is not on the bus does not arrive in time.
         let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
         let publishing = publishing().idle_poll(Duration::from_secs(3_600));
         let start = |store: &Arc<dyn EventStore>| {
@@ -195,7 +195,7 @@ async fn the_log_of_another_store_on_the_same_bus_is_none_of_ours() {
         })
         .await;
         for n in 0..10 {
-            // Its positions are ahead of ours, so that it would be ours that are skipped.
+            // Its positions are ahead, so events of the first log would be the skipped ones.
             let ahead = append(&other, 0, [n, n, n]).await;
             catch_up(&theirs, ahead).await;
             let head = append(&store, 0, [n]).await;
@@ -209,12 +209,14 @@ async fn the_log_of_another_store_on_the_same_bus_is_none_of_ours() {
     }
 }
 
-/// A filter that matches nothing, over a log of many positions: no page of it takes for ever, and what it has behind it counts.
+/// A filter without matches, over a log of many positions.
+///
+/// Each page ends in bounded time, and matching events after it are found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_scan_for_what_is_rare_hears_and_saves_its_progress() {
+async fn a_scan_for_rare_events_handles_messages_and_saves_progress() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..300).await;
-        // A position in a thousand.
+        // One position in a thousand is used.
         let link = Link::new(&store).sparse(1_000);
         link.wall(100_000);
         let sparse: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -237,7 +239,7 @@ async fn a_scan_for_what_is_rare_hears_and_saves_its_progress() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn holes_in_the_log_are_no_end_of_it() {
+async fn gaps_in_the_log_are_crossed() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..20).await;
         let sparse: Arc<dyn EventStore> = Arc::new(Link::new(&store).sparse(1_000_000_000));
@@ -256,9 +258,9 @@ async fn holes_in_the_log_are_no_end_of_it() {
     }
 }
 
-/// Durations without end, for those who mean "never".
+/// Unlimited durations, as a way to configure "never".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn durations_may_be_as_long_as_they_get() {
+async fn durations_have_no_upper_limit() {
     let never = Duration::MAX;
     let longest = Duration::from_secs(24 * 60 * 60);
     for (kind, store, _dir) in stores().await {
@@ -271,7 +273,7 @@ async fn durations_may_be_as_long_as_they_get() {
             let options = ProjectionOptions::new().lease(longest).backoff(Duration::from_millis(1), never);
             let delivered = node.projection(recorder("delivered"), External::new(), options.clone()).await;
             let head = append(&store, 0, [1]).await;
-            // The mirror tells nobody what it has, and the feed never asks.
+            // The mirror sends no notifications, and the feed never polls.
             if node.publisher().bus == "local" {
                 delivered.caught_up_to_within(head, never).await.unwrap();
                 delivered.wait_until_live(never).await.unwrap();
@@ -283,7 +285,7 @@ async fn durations_may_be_as_long_as_they_get() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_backoff_without_end_waits_and_does_not_panic() {
+async fn an_unlimited_backoff_does_not_panic() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, [1]).await;
     let node = local_node(&store).await;

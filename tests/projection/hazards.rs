@@ -1,5 +1,7 @@
-//! What NATS and PostgreSQL do to projections when they are killed, paused, purged and slow, by the number that it has in
-//! `docs/guarantees.md`, which also says where the other numbers are shown.
+//! Hazards of NATS and PostgreSQL for projections: kills, pauses, purges and slowness.
+//!
+//! The numbers are those of `docs/guarantees.md`, which also lists where the other numbers are
+//! tested.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -16,7 +18,7 @@ use crate::conformance::place::{InPostgres, Place, Writes};
 use crate::harness::{NatsOptions as Server, NatsServer, PostgresServer};
 use crate::support::*;
 
-/// A feed that never looks by itself.
+/// Options of a feed that never polls.
 fn blind() -> FeedOptions {
     FeedOptions::new().idle_poll(Duration::from_secs(3_600))
 }
@@ -60,11 +62,11 @@ async fn hazard_03_a_subscriber_that_reconnects_later_than_the_publisher() {
     server.kill();
     append(&store, 0, 0..5).await;
     server.restart().await;
-    // Published while the other node is not there.
+    // Published while the other node is disconnected.
     let publishes = |node: &Node, upto| node.publisher().published.is_some_and(|at| at >= upto);
     for n in 0..50 {
         let head = append(&store, 0, [n]).await;
-        eventually("somebody publishes", || publishes(&one, head) || publishes(&two, head)).await;
+        eventually("a node publishes", || publishes(&one, head) || publishes(&two, head)).await;
     }
     catch_up(&late, store.frontier().await.unwrap()).await;
     assert_eq!(seen.positions(), log(&store, &Filter::all()).await);
@@ -72,9 +74,9 @@ async fn hazard_03_a_subscriber_that_reconnects_later_than_the_publisher() {
     two.stop(PATIENCE).await.unwrap();
 }
 
-/// What was settled is delivered again, as if it were the first time.
+/// Acknowledged messages are delivered again, as if for the first time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_10_a_server_killed_behind_settled_deliveries() {
+async fn hazard_10_a_server_killed_after_acknowledged_deliveries() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let mut server = NatsServer::start(Server::jetstream()).await;
     let database = Database::new().await;
@@ -97,22 +99,24 @@ async fn hazard_10_a_server_killed_behind_settled_deliveries() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// It has taken as much as it may, and the limits of the stream remove what it has not asked for yet: its deliveries are numbered as
-/// if that had never been.
+/// The follower is full, and the limits of the stream remove messages that it has not requested
+/// yet.
+///
+/// The numbers of its deliveries do not show the gap.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hazard_12_a_stream_that_forgets_under_a_follower_that_is_full() {
+async fn hazard_12_a_stream_that_discards_under_a_full_follower() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let server = NatsServer::start(Server::jetstream()).await;
     let bus = Arc::new(jetstream(&server, 50 << 10));
     let node = Node::start(store.clone(), bus, blind(), publishing()).await;
     let gate = Gate::closed();
-    // Of a part of the log, so that a step in the stream's numbers says nothing.
+    // Only part of the log, so that a step in the stream's numbers proves nothing.
     let slow = recorder("slow").filter(evens()).hook(gate.hook());
     let seen = slow.seen.clone();
     let slow = node.projection(slow, External::new(), durable()).await;
     reach(&slow, ProjectionState::Following).await;
     let mut consumer = consumer(&server, "slow").await;
-    // One at a time, so that all of it is delivered until the follower is full.
+    // One at a time, so that each event is delivered until the follower is full.
     let mut appended = 0;
     while appended < 2_500 {
         let head = append(&store, appended % 7, [appended]).await;
@@ -134,7 +138,7 @@ async fn hazard_12_a_stream_that_forgets_under_a_follower_that_is_full() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The server would deliver again after 30 s; it is told before that somebody is at work.
+/// The server would redeliver after 30 s; before that, the node reports work in progress.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hazard_17_a_projection_slower_than_the_wait_for_its_ack() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -155,7 +159,7 @@ async fn hazard_17_a_projection_slower_than_the_wait_for_its_ack() {
     gate.open();
     catch_up(&slow, append(&store, 0, [1]).await).await;
     assert_eq!(seen.positions(), log(&store, &Filter::all()).await);
-    // It comes to an end: everything that was delivered is settled.
+    // Finally every delivered message is acknowledged.
     let give_up = tokio::time::Instant::now() + PATIENCE;
     loop {
         let info = consumer.info().await.unwrap();
@@ -213,7 +217,8 @@ async fn hazard_18_a_poison_event_is_parked_and_its_partition_goes_on_in_order()
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The owner stops by itself before anybody else could own the read model; when the database is there again everything goes on.
+/// The owner stops before another node could own the read model; after the outage everything
+/// continues.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hazard_21_a_database_that_hangs_for_longer_than_the_lease() {
     let mut server = PostgresServer::start().await;
@@ -240,9 +245,9 @@ async fn hazard_21_a_database_that_hangs_for_longer_than_the_lease() {
     join_all(nodes.iter().map(|(_, handle)| catch_up(handle, head))).await;
     for _ in 0..2 {
         let owns = |handle: &storied::ProjectionHandle| handle.status().epoch > 0;
-        eventually("somebody owns it", || nodes.iter().any(|(_, handle)| owns(handle))).await;
+        eventually("a node owns it", || nodes.iter().any(|(_, handle)| owns(handle))).await;
         server.pause();
-        eventually("nobody takes it for its own any more", || nodes.iter().all(|(_, handle)| !owns(handle)))
+        eventually("no node claims the ownership any more", || nodes.iter().all(|(_, handle)| !owns(handle)))
             .await;
         server.resume();
     }

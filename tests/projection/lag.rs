@@ -1,4 +1,4 @@
-//! The lag is unknown until it is known.
+//! The lag is `None` until it is known.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::support::*;
 
-/// Looks at every status from the start on: none may say that there is nothing to apply while there is.
+/// Checks every status from the start: none may report a lag of 0 while there are unapplied events.
 async fn never_says_live(
     what: &str,
     handle: &ProjectionHandle,
@@ -47,7 +47,7 @@ async fn never_says_live(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_lag_is_told_before_the_checkpoint_and_the_log_were_read() {
+async fn no_lag_is_reported_before_checkpoint_and_log_are_read() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let mut head = Position::START;
@@ -64,14 +64,14 @@ async fn no_lag_is_told_before_the_checkpoint_and_the_log_were_read() {
         never_says_live(&format!("{kind}, at work"), &handle, head, some(all)).await;
         gate.open();
         never_says_live(&format!("{kind}, done"), &handle, head, some(0)).await;
-        // A schedule that applies nothing by itself.
+        // A schedule that applies nothing without a trigger.
         let manual = options().schedule(Schedule::Manual);
         let handle = node.projection(table("manual"), database.open().await, manual.clone()).await;
         never_says_live(&format!("{kind}, manual"), &handle, head, some(all)).await;
         handle.wait_until_live(Duration::from_millis(100)).await.unwrap_err();
         handle.trigger().await.unwrap();
         never_says_live(&format!("{kind}, triggered"), &handle, head, some(0)).await;
-        // Paused before it ever ran.
+        // Paused before the first run.
         store.set_paused("paused", true).await.unwrap();
         let handle = node.projection(table("paused"), database.open().await, options()).await;
         let paused =
@@ -84,7 +84,7 @@ async fn no_lag_is_told_before_the_checkpoint_and_the_log_were_read() {
             status.state == ProjectionState::Failed && status.lag() == Some(all - 4)
         };
         never_says_live(&format!("{kind}, failed"), &handle, head, failed).await;
-        // In partitions, and looked at from a node that owns none.
+        // In partitions, seen from a node that owns none.
         let (open, wait) = watch::channel(false);
         let pass: Hook = Arc::new(move |_| {
             let mut wait = wait.clone();
@@ -110,7 +110,7 @@ async fn no_lag_is_told_before_the_checkpoint_and_the_log_were_read() {
 }
 
 #[tokio::test]
-async fn an_empty_log_is_told_from_one_that_was_not_read() {
+async fn an_empty_log_is_distinguished_from_an_unread_log() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as Arc<dyn EventStore>));
     let store: Arc<dyn EventStore> = Arc::new(link.clone());
     let node = node(&store, LocalBus::new()).await;
@@ -125,9 +125,9 @@ async fn an_empty_log_is_told_from_one_that_was_not_read() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The readiness of a whole service: of 20,000 events, all are there.
+/// Readiness of a whole service: all of 20,000 events are in the index.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lookup_is_ready_when_it_knows_the_log() {
+async fn a_lookup_is_ready_when_it_contains_the_log() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     for stream in 0..20 {
         append(&store, stream, 0..1_000).await;

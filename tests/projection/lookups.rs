@@ -8,14 +8,14 @@ use storied::{EventStore, FeedOptions, Filter, Runtime, SqliteStore};
 
 use crate::support::*;
 
-/// How often each number was there, by stream.
+/// Number of occurrences of each number, by stream.
 type Counts = BTreeMap<(String, u64), u64>;
 
 fn counts(name: &str) -> Lookup<Counts> {
     Lookup::new(name, Filter::of::<Thing>().unwrap(), |counts: &mut Counts, event| {
         let (Thing::Even { n } | Thing::Odd { n }) = event.decode()? else { return Ok(()) };
         if n == 1_000_000 {
-            // Before anything is changed.
+            // Before the first change.
             panic!("on purpose");
         }
         *counts.entry((event.stream.id().to_owned(), n)).or_default() += 1;
@@ -24,7 +24,7 @@ fn counts(name: &str) -> Lookup<Counts> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_node_knows_what_is_in_the_log_when_it_is_ready() {
+async fn a_ready_lookup_contains_the_whole_log() {
     let dir = tempfile::TempDir::new().unwrap();
     let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
     let log: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store.clone());
@@ -40,7 +40,7 @@ async fn every_node_knows_what_is_in_the_log_when_it_is_ready() {
         lookup.ready(PATIENCE).await.unwrap();
         assert_eq!(lookup.read(Counts::len), 2_000);
     }
-    // Read by many at a time while it changes.
+    // Many readers at a time while the index changes.
     let readers: Vec<_> = (0..4)
         .map(|_| {
             let lookup = lookups[0].clone();
@@ -66,7 +66,7 @@ async fn every_node_knows_what_is_in_the_log_when_it_is_ready() {
     nodes[0].projection("counts").unwrap().reset().await.unwrap();
     lookups[0].ready(PATIENCE).await.unwrap();
     assert_eq!(lookups[0].read(Counts::len), 2_100);
-    // It stands still before what it cannot fold, and can be read.
+    // It stops before the event that it cannot fold, and remains readable.
     append(&log, 3, [1_000_000]).await;
     let failed = lookups[0].ready(PATIENCE).await.unwrap_err();
     assert!(matches!(failed, WaitError::Failed { .. }), "{failed}");

@@ -1,4 +1,4 @@
-//! From the log to read models: publisher, bus, feed and projections, under everything that may go wrong between them.
+//! From the log to read models: publisher, bus, feed and projections, with faults between them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]

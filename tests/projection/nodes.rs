@@ -1,4 +1,4 @@
-//! Several nodes that share a read model: one owner, quick takeover, and zombies that are refused.
+//! Nodes that share a read model: one owner, quick takeover, and fenced stale owners.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,7 +30,7 @@ async fn the_death_of_an_owner_costs_no_more_than_its_lease() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_owner_that_was_replaced_without_noticing_is_refused() {
+async fn a_stale_owner_is_fenced() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 1..=3).await;
         let link = Link::new(&store);
@@ -42,10 +42,11 @@ async fn an_owner_that_was_replaced_without_noticing_is_refused() {
         let heir_seen = heir.seen.clone();
         let first = one.projection(zombie, External::new(), short_lived()).await;
         gate.reached().await;
-        // From here on it is in the middle of a batch, and cannot renew its lease.
+        // From here on, the first node is in the middle of a batch and cannot renew its lease.
         link.mute.store(true, Ordering::SeqCst);
         let second = two.projection(heir, External::new(), options()).await;
-        // The heir has claimed the checkpoint, and not moved it yet: only the epoch can tell the two apart.
+        // The heir has claimed the checkpoint, and not moved it yet: only the epoch distinguishes
+        // the two owners.
         heirs_gate.reached().await;
         assert_eq!(second.status().epoch, 2, "{kind}");
         let claimed = store.checkpoint("projection/delivered").await.unwrap();
@@ -68,7 +69,8 @@ async fn an_owner_that_was_replaced_without_noticing_is_refused() {
     }
 }
 
-/// Nodes come, go, die and lose their leases, with the read model and the checkpoint in one database.
+/// Nodes come, go, die and lose their leases, with the read model and the checkpoint in one
+/// database.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exactly_once_while_owners_come_and_go() {
     for (kind, store, _dir) in stores().await {
@@ -109,7 +111,9 @@ async fn exactly_once_while_owners_come_and_go() {
     }
 }
 
-/// Leases start from 1 again while checkpoints do not: the event store's were lost, or restored from a backup.
+/// Leases start from 1 again while checkpoints do not.
+///
+/// The event store's leases were lost, or restored from a backup.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
     for (kind, store, _dir) in stores().await {

@@ -1,4 +1,6 @@
-//! What is transient is retried, and is no event's fault: errors of storied's own, calls that hang, and the end of a node.
+//! Transient errors: storied's own errors, hung calls, the end of a node.
+//!
+//! They are retried without counting against an event.
 
 use std::error::Error;
 use std::io;
@@ -26,7 +28,7 @@ use crate::support::*;
 #[error("no")]
 struct No;
 
-/// As every application has one.
+/// A typical application error.
 #[derive(Debug, thiserror::Error)]
 enum Mine {
     #[error(transparent)]
@@ -94,7 +96,7 @@ fn quick() -> ProjectionOptions {
         .backoff(Duration::from_millis(1), Duration::from_millis(1))
 }
 
-/// A hook that fails with each of the errors in turn, three times; how often it was called.
+/// A hook that fails three times with each of the errors in turn, and the number of its calls.
 fn failing(make: fn() -> Vec<ApplyError>) -> (Hook, Arc<AtomicUsize>) {
     let calls = Arc::new(AtomicUsize::new(0));
     let count = calls.clone();
@@ -125,7 +127,7 @@ async fn transient_errors_are_retried_without_a_limit_and_park_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn faults_are_the_events() {
+async fn faults_count_against_the_event() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let count = 3 * faults().len() as u64;
     let head = append(&store, 0, 1..=count).await;
@@ -136,9 +138,9 @@ async fn faults_are_the_events() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// An `apply` that hangs is given up at its limit: the status says so, and the event comes again.
+/// An `apply` that hangs is aborted at its limit: the status reports it, and the event is retried.
 #[tokio::test]
-async fn a_call_that_hangs_is_given_up_and_retried() {
+async fn a_hung_call_is_aborted_and_retried() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let head = append(&store, 0, 1..=3).await;
     let node = local_node(&store).await;
@@ -170,7 +172,7 @@ async fn a_call_that_hangs_is_given_up_and_retried() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// One that takes long, and no batch of which would fit into the limit.
+/// Slow events: a full batch of them would exceed the limit.
 #[tokio::test(start_paused = true)]
 async fn a_batch_of_slow_events_is_committed_before_the_limit() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -193,7 +195,7 @@ async fn a_batch_of_slow_events_is_committed_before_the_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_call_that_hangs_does_not_hold_up_the_end() {
+async fn a_hung_call_does_not_delay_the_shutdown() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 1..=3).await;
     let node = local_node(&store).await;
@@ -207,7 +209,8 @@ async fn a_call_that_hangs_does_not_hold_up_the_end() {
     assert!(store.parked("projection/outside", 10).await.unwrap().is_empty());
 }
 
-/// A node stops in a long batch: the event under way is the last one, and what was applied is kept.
+/// A node stops in a long batch: the current event is the last one, and the applied events are
+/// kept.
 #[tokio::test(start_paused = true)]
 async fn a_stop_begins_no_further_event_of_a_batch() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -248,7 +251,7 @@ impl Handler for Slow {
     }
 }
 
-/// Gives a command for every event.
+/// Sends a command for every event.
 struct Reaction(Arc<OnceLock<Runtime>>);
 
 impl Projection for Reaction {
@@ -269,9 +272,11 @@ impl Projection for Reaction {
     }
 }
 
-/// In the middle of a backlog, while a command is under way: what the node does not do any more is no event's fault.
+/// The shutdown does not count against an event.
+///
+/// In the middle of a backlog, while a command is in flight.
 #[tokio::test(start_paused = true)]
-async fn an_orderly_end_parks_nothing() {
+async fn an_orderly_shutdown_parks_nothing() {
     let memory = MemoryStore::new();
     let store: Arc<dyn EventStore> = Arc::new(memory.clone());
     append(&store, 0, 1..=20).await;
@@ -292,7 +297,7 @@ async fn an_orderly_end_parks_nothing() {
     assert!(store.checkpoint("projection/reaction").await.unwrap().position < Position::new(20));
 }
 
-/// Leases whose holder died, written by a clock that was a day ahead.
+/// Leases of a dead holder, written by a clock that was a day ahead.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_of_a_clock_that_was_ahead_is_taken_over() {
     let dir = tempfile::TempDir::new().unwrap();
@@ -310,14 +315,14 @@ async fn a_lease_of_a_clock_that_was_ahead_is_taken_over() {
     let node = local_node(&store).await;
     let handle = node.projection(recorder("outside"), External::new(), options()).await;
     catch_up(&handle, head).await;
-    // An order as well: others may not be held up by the old one, and this one is possible.
+    // An order lease as well: the old one may not hold up others, and a new one can be acquired.
     handle.resume().await.unwrap();
     let leases = store.leases().await.unwrap();
     assert!(leases.iter().all(|info| info.lease.epoch >= 2), "{leases:?}");
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// A holder that renews keeps its lease, wherever its clock is.
+/// A holder that renews keeps its lease, even with a wrong clock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_that_is_renewed_is_not_taken_over() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
@@ -338,7 +343,7 @@ async fn a_lease_that_is_renewed_is_not_taken_over() {
 }
 
 #[tokio::test]
-async fn a_wait_for_a_paused_projection_says_so() {
+async fn a_wait_for_a_paused_projection_reports_the_pause() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let node = local_node(&store).await;
     let handle = node.projection(recorder("memory"), InMemory::new(), options()).await;
@@ -352,9 +357,9 @@ async fn a_wait_for_a_paused_projection_says_so() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// A wait names the trigger that the projection waits for.
+/// The error of a wait names the trigger that the projection waits for.
 #[tokio::test]
-async fn a_wait_for_a_projection_without_a_trigger_says_so() {
+async fn a_wait_for_an_untriggered_projection_reports_it() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let head = append(&store, 0, 1..=3).await;
     let node = local_node(&store).await;
@@ -369,7 +374,7 @@ async fn a_wait_for_a_projection_without_a_trigger_says_so() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The subject of the error is the read model, where the read model is what failed.
+/// If the read model failed, it is the subject of the error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_locked_read_model_is_the_subject_of_its_error() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());

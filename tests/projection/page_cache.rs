@@ -1,4 +1,4 @@
-//! Partitions that share the pages of the log: what they read, what they cost, and that none waits for another.
+//! Partitions that share the pages of the log: their reads, their cost, and their independence.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +13,7 @@ use crate::partitions::assert_exact;
 use crate::support::*;
 
 const PARTITIONS: u16 = 256;
-/// In tests that make a transaction of nearly every event.
+/// Number of partitions in tests that make a transaction of nearly every event.
 const FEWER: u16 = 64;
 const STREAMS: u64 = 500;
 
@@ -22,7 +22,9 @@ async fn fill(store: &Arc<dyn EventStore>, events_each: u64) -> Position {
     store.frontier().await.unwrap()
 }
 
-/// 256 partitions read about as many pages as one projection, and renew their leases in few calls (20,000 events on SQLite).
+/// 256 partitions read about as many pages as one projection, and renew their leases in few calls.
+///
+/// 20,000 events on SQLite.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_partitions_of_a_node_read_the_log_once() {
     for (kind, store, _dir) in stores().await {
@@ -56,19 +58,20 @@ async fn the_partitions_of_a_node_read_the_log_once() {
         assert_exact(&database, &store, "parts", PARTITIONS).await;
         assert_eq!(database.seen("whole").await, log(&store, &Filter::all()).await);
         assert!(parts_reads <= whole_reads + 20, "{kind}: {parts_reads} pages, unpartitioned {whole_reads}");
-        // The start of 256 tasks takes 5 to 11 s here: each commits its lease, its claim and its checkpoint (left open in F50).
+        // The start of 256 tasks takes 5 to 11 s here: each commits its lease, its claim and its
+        // checkpoint (left open in F50).
         let start = Duration::from_secs(10);
         assert!(!long || parts <= whole * 4 + start, "{kind}: {parts:?}, unpartitioned {whole:?}");
     }
 }
 
-/// With pages of 128 events, so that the pages of the others are gone.
+/// With pages of 128 events, so that the pages of the other partitions are gone.
 fn small_pages() -> ProjectionOptions {
     options().batch_size(4).attempts(1)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failed_partition_holds_up_no_other_and_catches_up() {
+async fn a_failed_partition_blocks_no_other_and_catches_up() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let head = fill(&store, 2).await;
@@ -101,7 +104,7 @@ async fn a_failed_partition_holds_up_no_other_and_catches_up() {
 
 /// Partitions that begin at positions of their own, while the log grows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn partitions_go_on_from_where_each_of_them_was() {
+async fn partitions_resume_from_their_own_positions() {
     for (_, store, _dir) in stores().await {
         let database = Database::new().await;
         fill(&store, 2).await;
@@ -116,7 +119,7 @@ async fn partitions_go_on_from_where_each_of_them_was() {
                     > 20
             })
             .await;
-            // Gives the leases back; the partitions are wherever they are.
+            // Releases the leases; the positions of the partitions differ.
             node.stop(PATIENCE).await.unwrap();
             writers.done().await;
         }

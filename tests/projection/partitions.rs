@@ -1,4 +1,4 @@
-//! Projections that nodes share out in partitions.
+//! Projections with partitions that nodes share.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -29,7 +29,7 @@ async fn join(
     (node, handle)
 }
 
-/// How many partitions each node owns, the most first; what nobody owns is not counted.
+/// Number of partitions of each owner, in descending order; unowned partitions are not counted.
 fn balance(handle: &ProjectionHandle) -> Vec<usize> {
     let mut owned: BTreeMap<Uuid, usize> = BTreeMap::new();
     for owner in handle.status().partitions.iter().filter_map(|partition| partition.owner) {
@@ -44,7 +44,7 @@ async fn balanced(handle: &ProjectionHandle, expected: &[usize]) {
     eventually(&format!("{expected:?}"), || balance(handle) == expected).await;
 }
 
-/// The positions that the table has, by partition, must be those of the log in that order.
+/// The positions in the table must equal those of the log, by partition and in order.
 pub async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, name: &str, partitions: u16) {
     let mut streams = BTreeMap::new();
     let mut after = Position::START;
@@ -71,7 +71,7 @@ pub async fn assert_exact(database: &Database, store: &Arc<dyn EventStore>, name
 async fn nodes_share_the_partitions_evenly_as_they_come_and_go() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
-        // So long that only giving leases back can explain what follows.
+        // So long that only the release of leases can explain the result.
         let options = options().lease(Duration::from_secs(600));
         let (one, first) = join(&store, &database, options.clone()).await;
         balanced(&first, &[8]).await;
@@ -105,7 +105,7 @@ async fn nodes_share_the_partitions_evenly_as_they_come_and_go() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_dead_node_owned_is_taken_over_within_its_lease() {
+async fn partitions_of_a_dead_node_are_taken_over_within_the_lease() {
     for (_, store, _dir) in stores().await {
         let database = Database::new().await;
         let (one, first) = join(&store, &database, short_lived()).await;
@@ -181,14 +181,14 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         let whole = local_node(&store).await;
         let one = whole.projection(table("table"), model().await, options()).await;
         reach(&one, ProjectionState::Failed).await;
-        assert!(one.status().last_error.unwrap().contains("in one piece"), "{kind}");
+        assert!(one.status().last_error.unwrap().contains("without partitions"), "{kind}");
         let error = one.caught_up_to(head).await.unwrap_err().to_string();
         assert!(error.contains("8 partitions"), "{kind}: {error}");
         balanced(&handle, &[8]).await;
         assert_exact(&database, &store, "table", PARTITIONS).await;
         whole.stop(PATIENCE).await.unwrap();
 
-        // The others do not know yet that they are of the past.
+        // The other nodes do not know yet that their layout is outdated.
         four.reset().await.unwrap();
         catch_up(&four, head).await;
         reach(&handle, ProjectionState::Failed).await;
@@ -196,7 +196,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         node.stop(PATIENCE).await.unwrap();
         other.stop(PATIENCE).await.unwrap();
 
-        // A whole one cannot be cut either, but anew.
+        // An unpartitioned projection can be partitioned only by a reset.
         let node = local_node(&store).await;
         let whole = node.projection(table("other"), model().await, options()).await;
         catch_up(&whole, head).await;
@@ -212,7 +212,7 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn everything_can_be_told_from_any_node() {
+async fn control_calls_work_from_any_node() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
@@ -238,7 +238,7 @@ async fn everything_can_be_told_from_any_node() {
         let applied = first.status().events_applied + second.status().events_applied;
         assert_eq!((parked, applied), (1, 19), "{kind}");
 
-        // One of the two does not own it.
+        // One of the two nodes does not own it.
         broken.store(false, Ordering::SeqCst);
         let position = Position::new(3);
         first.retry_parked(position).await.unwrap();
@@ -266,7 +266,7 @@ async fn everything_can_be_told_from_any_node() {
 
 /// While owners are in the middle of batches.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_in_full_flight_leaves_nothing_of_before() {
+async fn a_reset_under_load_leaves_no_old_rows() {
     for (_, store, _dir) in stores().await {
         let database = Database::new().await;
         let (one, first) = join(&store, &database, options().batch_size(2)).await;
@@ -288,9 +288,9 @@ async fn a_reset_in_full_flight_leaves_nothing_of_before() {
     }
 }
 
-/// What fails in one partition does not stop the others.
+/// A failure in one partition does not stop the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_partition_that_failed_robs_no_other() {
+async fn a_failed_partition_does_not_stop_the_others() {
     for (kind, store, _dir) in stores().await {
         let broken = Arc::new(AtomicBool::new(true));
         let node = local_node(&store).await;
@@ -311,7 +311,7 @@ async fn a_partition_that_failed_robs_no_other() {
         let failed = handle.caught_up_to(head).await.unwrap_err();
         assert!(failed.to_string().contains("poison"), "{kind}: {failed}");
         reach(&handle, ProjectionState::Failed).await;
-        eventually("the others go on", || {
+        eventually("the others continue", || {
             let healthy = handle.status().partitions;
             let healthy = healthy.iter().filter(|one| one.status.state != ProjectionState::Failed);
             healthy.filter(|one| one.status.position == head).count() == usize::from(PARTITIONS) - 1
@@ -327,7 +327,7 @@ async fn a_partition_that_failed_robs_no_other() {
 }
 
 #[tokio::test]
-async fn partitions_that_cannot_be_are_refused_at_the_start() {
+async fn invalid_partition_counts_are_refused_at_the_start() {
     let database = Database::new().await;
     for count in [0, 257] {
         let model = database.open().await;

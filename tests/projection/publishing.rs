@@ -1,4 +1,4 @@
-//! The publisher: an exact mirror on a shared bus, whatever happens to it.
+//! The publisher: an exact mirror on a shared bus, under any faults.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -72,7 +72,7 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
         assert_eq!(
             mirror.kept().last(),
             Some(&head),
-            "{kind}: what was committed is published before the end"
+            "{kind}: committed events are published before the stop"
         );
         let checkpoint = store.checkpoint("publisher").await.unwrap();
         assert_eq!((checkpoint.position, checkpoint.mark, checkpoint.epoch), (head, 1_000, 1), "{kind}");
@@ -87,7 +87,7 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_hangs_or_fails_is_visible_and_holds_nobody_up() {
+async fn a_hung_or_failed_bus_is_reported_and_blocks_no_append() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let mirror = Mirror::default();
     let node = node(&store, mirror.clone()).await;
@@ -111,7 +111,7 @@ async fn a_bus_that_hangs_or_fails_is_visible_and_holds_nobody_up() {
     assert_eq!(error.name, "publisher", "{error}");
 }
 
-/// More than one stretch of the log, the first of which is on its way to the bus and goes no further.
+/// More than one chunk of the log; the first one hangs on its way to the bus.
 async fn stuck_in_the_first_stretch(link: &Link, mirror: &Mirror) -> Node {
     let store: Arc<dyn EventStore> = Arc::new(link.clone());
     let head = append(&store, 0, 0..3_000).await;
@@ -124,9 +124,11 @@ async fn stuck_in_the_first_stretch(link: &Link, mirror: &Mirror) -> Node {
     node
 }
 
-/// What comes while one stretch is published, and the next one has been read, wakes the publisher all the same.
+/// An append always wakes the publisher.
+///
+/// Also during the publish of one chunk, after the read of the next one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_append_while_it_publishes_is_not_slept_through() {
+async fn an_append_during_a_publish_wakes_the_publisher() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
     let mirror = Mirror::default();
     let node = stuck_in_the_first_stretch(&link, &mirror).await;
@@ -136,9 +138,9 @@ async fn an_append_while_it_publishes_is_not_slept_through() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// A store that hangs while the next stretch is read keeps nobody from hearing that the bus has failed.
+/// A store that hangs while the next chunk is read does not delay the report of a failed bus.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_fails_is_noticed_while_the_store_hangs() {
+async fn a_failed_bus_is_reported_while_the_store_hangs() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
     let mirror = Mirror::default();
     link.wall(1);
@@ -158,7 +160,7 @@ async fn a_bus_that_fails_is_noticed_while_the_store_hangs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
+async fn the_local_bus_delivers_appends_and_reports_gaps() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, 0..10).await;
     let bus = LocalBus::with_capacity(1);
@@ -168,7 +170,7 @@ async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
     reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
     let head = append(&store, 0, 0..8_000).await;
     let mut next = None;
-    // From the frontier on, adjacent, in batches of at most 2,048.
+    // From the high-water mark on, adjacent, in batches of at most 2,048.
     let mut seen = 0;
     while next != Some(head) {
         match timeout(PATIENCE, prompt.next()).await.unwrap().unwrap() {
@@ -179,7 +181,7 @@ async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
                 next = Some(batch.upto);
             }
             BusItem::Head(_) => {}
-            // The ring has one place only: this reader may be late as well.
+            // The ring has one slot: this reader may be late as well.
             _ => {
                 seen = 0;
                 next = None;
@@ -192,7 +194,8 @@ async fn the_local_bus_carries_what_is_appended_and_says_what_it_lost() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn foreign_appends_are_found_by_polling() {
-    // Two handles on one file, as two processes have: the second one's appends wake nobody here.
+    // Two handles on one file, like two processes: appends through the second one wake no task
+    // here.
     let dir = tempfile::TempDir::new().unwrap();
     let open = || storied::SqliteStore::open(dir.path().join("events.db"));
     let here: Arc<dyn EventStore> = Arc::new(open().await.unwrap());
@@ -209,7 +212,7 @@ async fn foreign_appends_are_found_by_polling() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_while_a_panicked_publisher_waits_for_its_restart_publishes_or_says_that_it_did_not() {
+async fn a_stop_during_a_publisher_restart_publishes_or_reports_it() {
     for (kind, store, _dir) in stores().await {
         for mends in [true, false] {
             let mirror = Mirror::default();
@@ -217,7 +220,7 @@ async fn a_stop_while_a_panicked_publisher_waits_for_its_restart_publishes_or_sa
             reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
             mirror.panics.store(true, Ordering::SeqCst);
             append(&store, 0, 0..10).await;
-            // So often that the next restart is seconds away.
+            // So many times that the next restart is seconds away.
             eventually("it panics", || mirror.panicked.load(Ordering::SeqCst) >= 5).await;
             reach(&node, "it waits", |state| matches!(state, PublisherState::Retrying { .. })).await;
             mirror.panics.store(!mends, Ordering::SeqCst);

@@ -1,4 +1,4 @@
-//! Who has nothing to do does nothing. All of a test is on one thread, whose time is what it costs.
+//! Idle tasks use no CPU time. Each test runs on one thread and measures its CPU time.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,13 +9,13 @@ use storied::{EventStore, MemoryStore};
 
 use crate::support::*;
 
-/// What this thread has run for.
+/// Returns the CPU time of this thread.
 fn run_for() -> Duration {
     let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     Duration::from_nanos(schedstat.split(' ').next().unwrap().parse().unwrap())
 }
 
-/// Whoever spins gets more than this in a second, on whatever machine.
+/// A busy loop uses more than this in a second, on any machine.
 async fn assert_quiet(what: &str) {
     let before = run_for();
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -24,9 +24,9 @@ async fn assert_quiet(what: &str) {
     assert!(took < Duration::from_millis(60), "{what}: {took:?}");
 }
 
-/// It held events back; another node has applied them, and this one owns the read model again.
+/// A node regains the ownership after another node has applied its held-back events.
 #[tokio::test]
-async fn what_was_held_back_is_forgotten_with_the_ownership() {
+async fn held_back_events_are_dropped_with_the_ownership() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let link = Link::new(&store);
     let linked: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -45,7 +45,7 @@ async fn what_was_held_back_is_forgotten_with_the_ownership() {
     link.mute.store(false, Ordering::SeqCst);
     two.stop(PATIENCE).await.unwrap();
     reach(&first, ProjectionState::Following).await;
-    // The time of what was held back is over.
+    // The wait of the held-back events is over.
     tokio::time::sleep_until(appended + Duration::from_millis(3_500)).await;
     assert_quiet("an owner with nothing to do").await;
     one.stop(PATIENCE).await.unwrap();

@@ -17,10 +17,10 @@ use storied::{
 
 use crate::support::*;
 
-/// Writes to a table of its version; and to `live` when it became that.
+/// Writes to a table of its version; and to `live` after its cut-over.
 struct Versioned {
     version: u64,
-    /// Heeded from this version on.
+    /// The hook runs from this version on.
     from: u64,
     hook: Hook,
 }
@@ -63,13 +63,13 @@ impl Projection for Versioned {
     }
 }
 
-/// What happens before an event of a rebuild is recorded.
+/// Runs the hook before an event of a rebuild is recorded.
 fn make(hook: &Hook) -> impl Fn(Target) -> Versioned + Send + Sync + 'static {
     let hook = hook.clone();
     move |target| Versioned { version: target.version, from: 1, hook: hook.clone() }
 }
 
-/// Does not get beyond this position, and keeps nobody else from the database, as long as it is shut.
+/// Stops at this position while shut, without holding the database.
 fn behind(position: u64, shut: &Arc<AtomicBool>) -> Hook {
     let shut = shut.clone();
     hook(move |event| {
@@ -107,11 +107,11 @@ fn sorted(mut positions: Vec<Position>) -> Vec<Position> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
+async fn a_rebuild_cuts_over_under_traffic() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
-            // So that it is looked at in the middle.
+            // So that the progress is read in the middle.
             let shut = Arc::new(AtomicBool::new(true));
             let slow = behind(150, &shut);
             let options = options().batch_size(20);
@@ -122,18 +122,18 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
             first.wait_until_live(PATIENCE).await.unwrap();
             let (two, second) = start(&store, &database, &slow, partitions, options).await;
             assert_eq!(first.rebuilding(), None);
-            // From whichever node; and a second time, which changes nothing.
+            // From any node; a second call changes nothing.
             second.rebuild().await.unwrap();
             second.rebuild().await.unwrap();
             let progress = |handle: &ProjectionHandle| handle.rebuilding();
-            eventually("somebody tells how it is getting on", || {
+            eventually("a node reports the progress", || {
                 let told = |status: RebuildStatus| {
                     status.version == 1 && status.done > 0 && status.done < status.of && status.left.is_some()
                 };
                 [&first, &second].into_iter().any(|handle| progress(handle).is_some_and(told))
             })
             .await;
-            // The live one goes on meanwhile.
+            // The live version continues meanwhile.
             let writers = Writers::start(&store, 2, 30, 10);
             let position = append(&store, 7, [7]).await;
             catch_up(&first, position).await;
@@ -153,7 +153,8 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
             let old = database.seen("v0").await;
             assert_eq!(old.iter().collect::<BTreeSet<_>>().len(), old.len(), "{kind}");
 
-            // A restart finds the version that is live; a reset empties that one; and there is a next one.
+            // A restart finds the live version, a reset empties it, and another rebuild makes a
+            // next one.
             one.stop(PATIENCE).await.unwrap();
             two.stop(PATIENCE).await.unwrap();
             let (node, handle) = start(&store, &database, &slow, partitions, crate::support::options()).await;
@@ -161,7 +162,7 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
             assert_eq!(handle.status().version, 1, "{kind}");
             handle.reset().await.unwrap();
             catch_up(&handle, head).await;
-            assert_eq!(database.seen("v0").await, old, "{kind}: nobody touches it any more");
+            assert_eq!(database.seen("v0").await, old, "{kind}: it does not change any more");
             handle.rebuild().await.unwrap();
             switched(&handle, 2).await;
             let all = log(&store, &Filter::all()).await;
@@ -174,7 +175,7 @@ async fn what_is_rebuilt_takes_the_place_of_what_is_live_under_traffic() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_is_killed_in_the_middle_goes_on_from_there() {
+async fn a_killed_rebuild_resumes() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
@@ -204,7 +205,7 @@ async fn a_rebuild_that_is_killed_in_the_middle_goes_on_from_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
+async fn a_failed_rebuild_does_not_affect_the_live_version() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
@@ -212,7 +213,7 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
         let head = append(&store, 0, 0..10).await;
         catch_up(&handle, head).await;
         handle.rebuild().await.unwrap();
-        eventually("the rebuild says why it stands still", || {
+        eventually("the rebuild reports why it has stopped", || {
             let error = handle.rebuilding().and_then(|status| status.last_error);
             error.is_some_and(|error| error.contains("poison"))
         })
@@ -229,7 +230,7 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
         switched(&handle, 1).await;
         node.stop(PATIENCE).await.unwrap();
 
-        // Whoever knows one version only does not write to another one's tables.
+        // A projection with a single version does not write to another version's tables.
         let node = local_node(&store).await;
         let hook = hook(|_| Ok(()));
         let fixed = Versioned { version: 0, from: 1, hook };
@@ -247,7 +248,7 @@ async fn a_rebuild_that_fails_leaves_the_live_one_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_rebuilt_is_projected_once_and_says_so() {
+async fn a_projection_that_cannot_be_rebuilt_refuses_a_rebuild() {
     for (kind, store, _dir) in stores().await {
         let node = local_node(&store).await;
         let (memory, delivered) = (Seen::default(), Seen::default());
@@ -285,9 +286,9 @@ fn recording<T: Send + 'static>(
     }
 }
 
-/// Near the end, but not getting there: nobody waits for that, neither the live one nor an operator.
+/// Near the end, but not advancing: neither the live version nor an operator waits for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_does_not_get_on_holds_nobody_up() {
+async fn a_stalled_rebuild_does_not_block_the_live_version() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(2)] {
             let database = Database::new().await;
@@ -296,7 +297,7 @@ async fn a_rebuild_that_does_not_get_on_holds_nobody_up() {
             let head = append(&store, 0, 0..10).await;
             catch_up(&handle, head).await;
             handle.rebuild().await.unwrap();
-            eventually("the rebuild says why it does not get on", || {
+            eventually("the rebuild reports why it does not advance", || {
                 let error = handle.rebuilding().and_then(|status| status.last_error);
                 error.is_some_and(|error| error.contains("not yet"))
             })
@@ -316,9 +317,11 @@ async fn a_rebuild_that_does_not_get_on_holds_nobody_up() {
     }
 }
 
-/// The rows of what is rebuilt belong to the old number of partitions: it would have events twice, or lack some.
+/// The rows of the rebuild belong to the old number of partitions.
+///
+/// Otherwise events would be doubled or lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
+async fn a_rebuild_keeps_the_number_of_partitions() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         append(&store, 0, 0..100).await;
@@ -330,7 +333,7 @@ async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
 
         let (four, handle) = start(&store, &database, &slow, Some(4), options()).await;
         let error = handle.reset().await.unwrap_err().to_string();
-        assert!(error.contains("version 1 of it being rebuilt"), "{kind}: {error}");
+        assert!(error.contains("a rebuild of version 1 in progress"), "{kind}: {error}");
         four.stop(PATIENCE).await.unwrap();
 
         shut.store(false, Ordering::SeqCst);
@@ -344,9 +347,11 @@ async fn a_rebuild_under_way_keeps_the_number_of_partitions() {
     }
 }
 
-/// In the middle, from a node that does not do it, after the death of those who did; for good, and not for ever.
+/// In the middle, from a node that does not build, after the death of the nodes that did.
+///
+/// The cancellation survives restarts, and a new rebuild is possible.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cancelled_rebuild_is_over_on_every_node_and_after_a_restart() {
+async fn a_cancelled_rebuild_ends_on_every_node_and_survives_restarts() {
     for (kind, store, _dir) in stores().await {
         for partitions in [None, Some(4)] {
             let database = Database::new().await;
@@ -374,7 +379,7 @@ async fn a_cancelled_rebuild_is_over_on_every_node_and_after_a_restart() {
                 let (two, second) = begin().await;
                 eventually("the other node knows of it", || second.rebuilding().is_some()).await;
                 second.cancel_rebuild().await.unwrap();
-                eventually("nobody rebuilds", || {
+                eventually("no node rebuilds", || {
                     (dies || first.rebuilding().is_none()) && second.rebuilding().is_none()
                 })
                 .await;
@@ -384,13 +389,13 @@ async fn a_cancelled_rebuild_is_over_on_every_node_and_after_a_restart() {
                 }
                 two.stop(PATIENCE).await.unwrap();
             }
-            // Nor does anybody who comes later.
+            // A node that starts later does not rebuild either.
             shut.store(false, Ordering::SeqCst);
             let (node, handle) = begin().await;
             catch_up(&handle, append(&store, 0, [1]).await).await;
             assert_eq!((handle.rebuilding(), handle.status().version), (None, 0), "{kind}");
             assert!(database.seen("v1").await.is_empty(), "{kind}");
-            // Until somebody wants it again: from the start.
+            // Until a new rebuild: from the start.
             handle.rebuild().await.unwrap();
             switched(&handle, 1).await;
             assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
@@ -425,9 +430,9 @@ async fn a_rebuild_in_other_partitions_can_be_cancelled() {
     }
 }
 
-/// What is parked of a version that is not live any more is nobody's business.
+/// Parked events of a version that is not live any more are ignored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_has_not_heard_of_the_switch_retries_and_discards_in_the_version_that_is_live() {
+async fn parked_events_are_those_of_the_live_version_after_a_cut_over() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
@@ -455,12 +460,12 @@ async fn who_has_not_heard_of_the_switch_retries_and_discards_in_the_version_tha
         first.rebuild().await.unwrap();
         switched(&first, 1).await;
         broken.store(false, Ordering::SeqCst);
-        assert_eq!(second.status().version, 0, "{kind}: it has not heard of it");
+        assert_eq!(second.status().version, 0, "{kind}: it does not know yet");
 
         second.discard_parked(Position::new(4)).await.unwrap();
         assert_eq!(first.parked(10).await.unwrap().len(), 1, "{kind}");
         assert_eq!(second.parked(10).await.unwrap().len(), 1, "{kind}");
-        assert_eq!(second.status().version, 0, "{kind}: it still has not");
+        assert_eq!(second.status().version, 0, "{kind}: it still does not know");
         second.retry_parked(Position::new(3)).await.unwrap();
         assert!(first.parked(10).await.unwrap().is_empty(), "{kind}");
         let [old, new] = [database.seen("v0").await, database.seen("v1").await];
@@ -472,7 +477,7 @@ async fn who_has_not_heard_of_the_switch_retries_and_discards_in_the_version_tha
     }
 }
 
-/// What somebody else has locked when it is to go live, and how often it has tried.
+/// A lock held by another session at the cut-over, and the number of attempts.
 #[derive(Clone, Default)]
 struct Lock {
     held: Arc<AtomicBool>,
@@ -509,25 +514,25 @@ impl Projection for Locked {
     }
 }
 
-/// Follows what is appended until the switch is tried for the second time.
+/// Follows appends until the second attempt of the cut-over.
 async fn goes_on_meanwhile(store: &Arc<dyn EventStore>, handle: &ProjectionHandle, tries: &AtomicU64) {
     let give_up = Instant::now() + PATIENCE;
     while tries.load(Ordering::SeqCst) < 2 {
         let position = append(store, 0, [0]).await;
         let stall = Instant::now();
         catch_up(handle, position).await;
-        // 2 s are for the switch, and the rest is for a machine that is busy with other tests.
-        assert!(stall.elapsed() < Duration::from_secs(8), "it stood still for {:?}", stall.elapsed());
-        assert!(Instant::now() < give_up, "it is not tried again: {:?}", handle.rebuilding());
+        // 2 s are for the cut-over; the rest is for a machine that is busy with other tests.
+        assert!(stall.elapsed() < Duration::from_secs(8), "it was stopped for {:?}", stall.elapsed());
+        assert!(Instant::now() < give_up, "it is not retried: {:?}", handle.rebuilding());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(handle.status().version, 0);
     let error = handle.rebuilding().unwrap().last_error.unwrap();
-    assert!(error.contains("could not take the place"), "{error}");
+    assert!(error.contains("could not be cut over"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_switch_that_waits_for_a_lock_lets_the_live_one_go_on() {
+async fn a_cut_over_waiting_for_a_lock_lets_the_live_version_continue() {
     for (kind, store, _dir) in stores().await {
         let (database, lock) = (Database::new().await, Lock::default());
         lock.held.store(true, Ordering::SeqCst);
@@ -547,7 +552,7 @@ async fn a_switch_that_waits_for_a_lock_lets_the_live_one_go_on() {
     }
 }
 
-/// On a server, which waits on for who has given up.
+/// On a server, which continues to wait for a lock after its client has given up.
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod on_a_server {
     use sqlx::{AssertSqlSafe, PgConnection, PgPool};
@@ -556,7 +561,7 @@ mod on_a_server {
     use super::*;
     use crate::harness::PostgresServer;
 
-    /// What readers see is a view.
+    /// Readers see a view.
     struct Viewed(u64, Lock);
 
     async fn execute(tx: &mut PgConnection, sql: String) -> Result<(), ApplyError> {
@@ -591,7 +596,7 @@ mod on_a_server {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_switch_that_waits_for_a_reader_lets_the_live_one_go_on() {
+    async fn a_cut_over_waiting_for_a_reader_lets_the_live_version_continue() {
         let url = PostgresServer::shared().await.create_database().await;
         let pool = PgPool::connect(&url).await.unwrap();
         for sql in ["CREATE TABLE seen_0 (position bigint)", "CREATE VIEW seen AS SELECT * FROM seen_0"] {

@@ -1,4 +1,4 @@
-//! What nodes are asked to do by programs without the projection's code.
+//! Operator requests from programs without the projection's code.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -14,25 +14,25 @@ use storied::{EncodeError, EventStore, Filter, MemoryStore, Projection, Projecti
 
 use crate::support::*;
 
-/// What goes wrong, and how often the user's code was called.
+/// Faults, and the number of calls of the user's code.
 #[derive(Clone, Default)]
 struct Faults {
     /// An event cannot be applied.
     poison: Arc<AtomicBool>,
-    /// A reset finds no database.
+    /// A reset fails because its database is unavailable.
     away: Arc<AtomicBool>,
-    /// So many resets refuse.
+    /// Number of resets that are refused.
     refusals: Arc<AtomicUsize>,
-    /// Whoever makes the projection for a version beside the live one waits.
+    /// The creation of a version beside the live one waits.
     shut: Arc<AtomicBool>,
     waiting: Arc<AtomicBool>,
     resets: Arc<AtomicUsize>,
     discards: Arc<AtomicUsize>,
-    /// A version beside the live one does not get on.
+    /// A version beside the live one does not advance.
     slow: Arc<AtomicBool>,
-    /// Somebody else holds the tables: of what is dropped …
+    /// Another session holds the tables during a drop.
     locked: Arc<AtomicBool>,
-    /// … and of what is reset.
+    /// Another session holds the tables during a reset.
     held: Arc<AtomicBool>,
 }
 
@@ -119,7 +119,7 @@ async fn begun(
     (store, database, operator, node, handle)
 }
 
-/// Until no request of this projection waits.
+/// Waits until no request of this projection is waiting.
 async fn seen_to(operator: &Operator) {
     let give_up = tokio::time::Instant::now() + PATIENCE;
     loop {
@@ -127,33 +127,36 @@ async fn seen_to(operator: &Operator) {
         if !requests.iter().any(|(_, answer)| *answer == Answer::Waiting) {
             return;
         }
-        assert!(tokio::time::Instant::now() < give_up, "never seen to: {requests:?}");
+        assert!(tokio::time::Instant::now() < give_up, "never completed: {requests:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_done_for_now_holds_nothing_up() {
+async fn a_delayed_request_blocks_nothing() {
     let faults = Faults::default();
     let (store, _database, operator, node, handle) = begun(10, &faults, 0).await;
     faults.away.store(true, Ordering::SeqCst);
     let asked = operator.ask("asked", Request::Reset).await.unwrap();
-    eventually("it says why", || {
-        handle.status().last_error.is_some_and(|error| error.contains("could not be done yet"))
+    eventually("it reports why", || {
+        handle
+            .status()
+            .last_error
+            .is_some_and(|error| error.contains("completing an operator request failed"))
     })
     .await;
     let tried = faults.resets.load(Ordering::SeqCst);
     let head = append(&store, 0, 0..10).await;
     catch_up(&handle, head).await;
     assert_eq!(operator.answer(&asked).await.unwrap(), Answer::Waiting);
-    // The order that it gave itself is none of an operator's, so it is not tried at once again.
+    // The node's own order lease announces no operator request, so it does not retry at once.
     let heeded = tokio::time::Instant::now() + Duration::from_millis(2_500);
     while tokio::time::Instant::now() < heeded {
         let head = append(&store, 0, [0]).await;
         catch_up(&handle, head).await;
     }
     assert_eq!(faults.resets.load(Ordering::SeqCst), tried);
-    // That of an operator is.
+    // An operator's order lease does.
     faults.away.store(false, Ordering::SeqCst);
     let again = tokio::time::Instant::now();
     operator.ask("asked", Request::Reset).await.unwrap();
@@ -165,16 +168,16 @@ async fn what_cannot_be_done_for_now_holds_nothing_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_asked_for_again_meanwhile_is_done_again() {
+async fn a_repeated_request_is_executed_again() {
     let faults = Faults::default();
     let (_store, _database, operator, node, handle) = begun(3, &faults, 0).await;
     for request in [Request::CancelRebuild, Request::Rebuild] {
-        // A rebuild is refused the first time, which says nothing about the second.
+        // A first refused rebuild says nothing about the second one.
         faults.refusals.store(usize::from(request == Request::Rebuild), Ordering::SeqCst);
         faults.waiting.store(false, Ordering::SeqCst);
         faults.shut.store(true, Ordering::SeqCst);
         operator.ask("asked", request).await.unwrap();
-        eventually("it is under way", || faults.waiting.load(Ordering::SeqCst)).await;
+        eventually("the request is in progress", || faults.waiting.load(Ordering::SeqCst)).await;
         let again = operator.ask("asked", request).await.unwrap();
         faults.shut.store(false, Ordering::SeqCst);
         seen_to(&operator).await;
@@ -187,9 +190,11 @@ async fn what_is_asked_for_again_meanwhile_is_done_again() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The rebuild is over, nobody waits longer than 10 s for who holds its tables, and it is not as if all had been done.
+/// The rebuild is over, and the error reports the incomplete drop.
+///
+/// No call waits longer than 10 s for a lock on its tables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
+async fn a_failed_drop_after_a_cancelled_rebuild_is_reported() {
     let faults = Faults::default();
     let (store, _database, operator, node, handle) = begun(10, &faults, 0).await;
     faults.slow.store(true, Ordering::SeqCst);
@@ -200,13 +205,15 @@ async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
     seen_to(&operator).await;
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     let Answer::Refused(reason) = operator.answer(&asked).await.unwrap() else { panic!("not refused") };
-    for part in ["the rebuild is cancelled", "still there", "could not be dropped", "cancel it again"] {
+    for part in
+        ["the rebuild is cancelled", "dropping its data failed", "could not be dropped", "cancel it again"]
+    {
         assert!(reason.contains(part), "{reason}");
     }
     let record = operator.projection("asked").await.unwrap().unwrap();
     assert_eq!((record.rebuild, record.version), (None, 0));
     assert_eq!(record.requests, [(Request::CancelRebuild, Answer::Refused(reason))]);
-    // The live one goes on, and once nobody holds the tables any more they are dropped.
+    // The live version continues, and after the lock is released the tables are dropped.
     catch_up(&handle, append(&store, 0, [0]).await).await;
     faults.locked.store(false, Ordering::SeqCst);
     let asked = operator.ask("asked", Request::CancelRebuild).await.unwrap();
@@ -216,9 +223,9 @@ async fn what_a_cancelled_rebuild_could_not_drop_is_said() {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// What is applied is dropped then, and not what somebody was told to do meanwhile.
+/// Losing the lease aborts the apply, but not a concurrent control call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() {
+async fn a_control_call_during_a_retry_survives_the_loss_of_the_lease() {
     let faults = Faults::default();
     let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let link = Link::new(&inner);
@@ -232,7 +239,7 @@ async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() 
     let options = options().attempts(10).backoff(long, long).lease(lease);
     let handle = node.rebuildable(make(&faults), database.open().await, options).await;
     eventually("an event has failed", || handle.status().state == ProjectionState::Retrying).await;
-    // While the node waits to try it again.
+    // While the node waits for the next attempt.
     faults.held.store(true, Ordering::SeqCst);
     let reset = tokio::spawn({
         let handle = handle.clone();
@@ -252,7 +259,7 @@ async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() 
     }
     // Long enough for the node to notice.
     tokio::time::sleep(lease).await;
-    assert!(!reset.is_finished(), "nobody takes it out of the node's hands");
+    assert!(!reset.is_finished(), "the reset still waits for the tables");
     faults.poison.store(false, Ordering::SeqCst);
     faults.held.store(false, Ordering::SeqCst);
     reset.await.unwrap().unwrap();
@@ -262,7 +269,7 @@ async fn an_order_while_an_event_is_tried_again_survives_the_end_of_the_lease() 
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The database lets one in at a time: nothing that is done in a transaction waits for a second connection.
+/// A database with one connection: no transaction waits for a second one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_connection_is_enough_for_a_rebuild_and_its_end() {
     for partitions in [0, 2] {
@@ -292,12 +299,12 @@ async fn one_connection_is_enough_for_a_rebuild_and_its_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_that_stands_before_the_start_makes_fit_what_does_not() {
+async fn a_waiting_reset_repairs_a_read_model_that_does_not_fit() {
     let faults = Faults::default();
     let (store, database, operator, node, _) = begun(10, &faults, 2).await;
     node.stop(PATIENCE).await.unwrap();
     operator.ask("asked", Request::Reset).await.unwrap();
-    // Somebody who is gone seems to own it still, so that it fails first.
+    // A dead owner still holds a lease, so that the first attempt fails.
     let lease = store.acquire_lease("partition/0/asked", uuid::Uuid::new_v4(), PATIENCE * 10).await.unwrap();
     let (node, handle) = start(&store, &database, &faults, 3).await;
     reach(&handle, ProjectionState::Failed).await;
@@ -308,7 +315,7 @@ async fn a_reset_that_stands_before_the_start_makes_fit_what_does_not() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rebuild_that_was_cancelled_before_a_node_took_it_is_not_begun() {
+async fn a_rebuild_cancelled_before_it_began_never_begins() {
     let faults = Faults::default();
     let (store, database, operator, node, _) = begun(3, &faults, 0).await;
     node.stop(PATIENCE).await.unwrap();
@@ -320,7 +327,7 @@ async fn a_rebuild_that_was_cancelled_before_a_node_took_it_is_not_begun() {
     seen_to(&operator).await;
     assert_eq!(handle.status().version, 0);
     node.stop(PATIENCE).await.unwrap();
-    // The other way round, both are done.
+    // In the other order, both take effect.
     operator.ask("asked", Request::CancelRebuild).await.unwrap();
     operator.ask("asked", Request::Rebuild).await.unwrap();
     let (node, handle) = start(&store, &database, &faults, 0).await;
@@ -329,7 +336,7 @@ async fn a_rebuild_that_was_cancelled_before_a_node_took_it_is_not_begun() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_retry_behind_a_thousand_refused_ones_is_done() {
+async fn a_retry_after_a_thousand_refused_ones_is_executed() {
     let faults = Faults::default();
     let (store, database, operator, node, handle) = begun(1_200, &faults, 0).await;
     faults.poison.store(true, Ordering::SeqCst);

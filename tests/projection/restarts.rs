@@ -25,7 +25,7 @@ fn numbers() -> Lookup<Numbers> {
     })
 }
 
-/// A user's own projection, whose readers share its memory.
+/// A user's own projection that shares its memory with readers.
 #[derive(Clone, Default)]
 struct Shared(Arc<RwLock<Numbers>>);
 
@@ -51,7 +51,7 @@ impl Projection for Shared {
     }
 }
 
-/// One that cannot be emptied.
+/// A projection that cannot be emptied.
 struct Endless(Arc<Mutex<Numbers>>);
 
 impl Projection for Endless {
@@ -103,7 +103,7 @@ async fn every_runtime_begins_with_empty_memory() {
                     _ => runtime.shutdown().await.unwrap(),
                 }
             }
-            // What was saved is right, too.
+            // The saved snapshot is correct, too.
             let other = match every {
                 None => numbers(),
                 Some(events) => numbers().snapshot_every(events, 1),
@@ -141,7 +141,7 @@ async fn one_runtime_at_a_time_folds_into_a_memory() {
     second.projection("shared").unwrap().wait_until_live(PATIENCE).await.unwrap();
     assert_eq!(*shared.0.read().unwrap(), [1, 2]);
     second.shutdown().await.unwrap();
-    // A start that failed holds nothing.
+    // A failed start holds no claim.
     let invalid = ProjectionOptions::new().attempts(0);
     let builder = on(&store).lookup(&lookup).projection_with(Shared::default(), InMemory::new(), invalid);
     builder.start().await.unwrap_err();

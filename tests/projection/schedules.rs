@@ -1,4 +1,4 @@
-//! When projections apply what has come.
+//! Schedules: when projections apply waiting events.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::support::*;
 
-/// When each event was applied.
+/// Time at which each event was applied.
 #[derive(Clone, Default)]
 struct Times(Arc<Mutex<Vec<Instant>>>);
 
@@ -23,7 +23,7 @@ impl Times {
         })
     }
 
-    /// How many times something was applied together: with less than `gap` in between.
+    /// Number of groups of events that were applied with less than `gap` in between.
     fn runs(&self, gap: Duration) -> usize {
         let times = self.0.lock().unwrap();
         times.windows(2).filter(|pair| pair[1] - pair[0] >= gap).count() + usize::from(!times.is_empty())
@@ -34,7 +34,7 @@ const fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// The case for which a cap is there: events that never leave it quiet.
+/// The purpose of the cap: a steady stream of events without a quiet period.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_debounce_is_capped_under_steady_traffic() {
     for (kind, store, _dir) in stores().await {
@@ -60,7 +60,7 @@ async fn a_debounce_is_capped_under_steady_traffic() {
         let runs = times.runs(millis(30));
         assert!(runs >= 3 && runs < appended.len() / 3, "{kind}: {runs} runs for {} events", appended.len());
 
-        // And quiet is quiet.
+        // A quiet period is respected.
         times.0.lock().unwrap().clear();
         let began = Instant::now();
         for _ in 0..5 {
@@ -74,7 +74,7 @@ async fn a_debounce_is_capped_under_steady_traffic() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_period_is_kept_and_a_full_batch_is_not_waited_with() {
+async fn a_period_is_kept_and_a_full_batch_is_applied_at_once() {
     for (kind, store, _dir) in stores().await {
         let times = Times::default();
         let node = local_node(&store).await;
@@ -99,7 +99,7 @@ async fn a_period_is_kept_and_a_full_batch_is_not_waited_with() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_it_goes_as_far_as_the_log_did_and_waits_again() {
+async fn a_trigger_applies_the_log_and_the_projection_waits_again() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let options = options().schedule(Schedule::Manual);
@@ -131,9 +131,9 @@ async fn by_hand_it_goes_as_far_as_the_log_did_and_waits_again() {
     }
 }
 
-/// What was acknowledged just before may be behind an append that is still under way.
+/// An event that was acknowledged just before may be hidden by an append that is still in flight.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_it_goes_as_far_as_the_log_does_when_its_owner_hears_of_it() {
+async fn a_trigger_covers_the_log_at_the_time_the_owner_notices() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let options = options().schedule(Schedule::Manual);
@@ -155,9 +155,11 @@ async fn by_hand_it_goes_as_far_as_the_log_does_when_its_owner_hears_of_it() {
     }
 }
 
-/// A trigger is for every node, now and after its next start; a reset is for one, which then waits for the next trigger.
+/// A trigger affects every node, now and after its next start.
+///
+/// A reset affects one node, which then waits for the next trigger.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_every_node_goes_as_far_in_memory() {
+async fn a_trigger_reaches_every_in_memory_node() {
     for (kind, store, _dir) in stores().await {
         let start = async || {
             let node = local_node(&store).await;
@@ -199,7 +201,7 @@ async fn by_hand_every_node_goes_as_far_in_memory() {
 
 /// From a node that does not own it, and after a restart of both.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn by_hand_it_goes_if_something_waits_that_is_asked_for() {
+async fn a_conditional_trigger_fires_if_a_matching_event_waits() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let options = options().schedule(Schedule::Manual);
@@ -216,7 +218,7 @@ async fn by_hand_it_goes_if_something_waits_that_is_asked_for() {
             let head = append(&store, 0, [2]).await;
             assert!(second.trigger_for(evens()).await.unwrap(), "{kind}");
             catch_up(&second, head).await;
-            // Those in between as well.
+            // The events in between as well.
             assert_eq!(database.seen("table").await.len(), 4 * round, "{kind}");
             assert!(!second.trigger_for(evens()).await.unwrap(), "{kind}: it is applied");
             one.stop(PATIENCE).await.unwrap();

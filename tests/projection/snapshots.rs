@@ -1,5 +1,6 @@
-//! Snapshots of read models in memory, on every store: who starts from one has what the whole log makes, and reads only what
-//! is behind it.
+//! Snapshots of in-memory read models, on every store.
+//!
+//! A start from a snapshot has the result of the whole log, and reads only the events after it.
 
 mod faults;
 mod sharing;
@@ -23,10 +24,10 @@ use tempfile::TempDir;
 use crate::harness::PostgresServer;
 use crate::support::*;
 
-/// So many that only an orderly end takes one.
+/// So many that only an orderly stop takes a snapshot.
 const NEVER: u64 = 1_000_000;
 
-/// What is held in memory. The order of the events matters.
+/// State in memory. It depends on the order of the events.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct State {
     sums: BTreeMap<String, u64>,
@@ -50,7 +51,7 @@ struct Sums {
     firm: bool,
     resets: u32,
     state: Shared,
-    /// How many events it was given.
+    /// Number of events received.
     seen: Arc<AtomicU64>,
 }
 
@@ -72,7 +73,7 @@ impl Projection for Sums {
     }
 
     async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
-        // The first one is that of the start.
+        // The first reset is that of the start.
         self.resets += 1;
         if self.firm && self.resets > 1 {
             return Err("no".into());
@@ -82,14 +83,14 @@ impl Projection for Sums {
     }
 }
 
-/// How it is run.
+/// Setup of a run.
 #[derive(Clone)]
 struct Trial {
     every: u64,
     revision: u32,
     filter: Filter,
     hook: Hook,
-    /// It refuses to be reset.
+    /// Whether it refuses to be reset.
     firm: bool,
     options: ProjectionOptions,
 }
@@ -105,14 +106,14 @@ impl Trial {
         self.start_with(link, state.clone(), state).await
     }
 
-    /// Runs it until it is at the end of the log, where it must have what the log makes.
+    /// Runs until the end of the log; the state must then equal the fold of the log.
     async fn caught_up(&self, link: &Link) -> Running {
         let running = self.start(link).await;
         running.assert_exact(link).await;
         running
     }
 
-    /// It starts with everything, and applies nothing again.
+    /// A start has the whole state and applies nothing again.
     async fn assert_kept(&self, link: &Link, store: &str) {
         let running = self.caught_up(link).await;
         assert_eq!(running.seen(), 0, "{store}");
@@ -149,7 +150,7 @@ impl Running {
         self.state.read().unwrap().clone()
     }
 
-    /// Catches up with the log, and must have what it makes.
+    /// Catches up; the state must then equal the fold of the log.
     async fn assert_exact(&self, link: &Link) {
         catch_up(&self.handle, link.frontier().await.unwrap()).await;
         assert_eq!(self.state(), fold(link, &self.filter, None).await);
@@ -160,7 +161,7 @@ impl Running {
     }
 }
 
-/// What the log up to there makes.
+/// Returns the fold of the log up to a position.
 async fn fold(store: &Link, filter: &Filter, upto: Option<u64>) -> State {
     let (mut state, mut after) = (State::default(), Position::START);
     loop {
@@ -177,7 +178,7 @@ async fn fold(store: &Link, filter: &Filter, upto: Option<u64>) -> State {
     }
 }
 
-/// What every snapshot that went through this link must be: what the log up to its position makes.
+/// Every snapshot through this link must equal the fold of the log up to its position.
 async fn assert_true(link: &Link, filter: &Filter) {
     let saved = std::mem::take(&mut *link.shelf.saved.lock().unwrap());
     for (_, snapshot) in saved {
@@ -193,14 +194,14 @@ fn state_in(snapshot: &Snapshot) -> State {
     ciborium::from_reader(&**packed["state"].as_bytes().unwrap()).unwrap()
 }
 
-/// The snapshot that is kept, as the link saw it: where, and what.
+/// Returns the stored snapshot, as the link saw it: its stream and its content.
 async fn kept(link: &Link) -> Option<(StreamId, Snapshot)> {
     let stream = link.shelf.saved.lock().unwrap().last()?.0.clone();
     let snapshot = link.snapshot(&stream).await.unwrap()?;
     Some((stream, snapshot))
 }
 
-/// The stores that everything runs on.
+/// Returns all kinds of stores.
 async fn links() -> Vec<(&'static str, Link, Option<TempDir>)> {
     let dir = TempDir::new().unwrap();
     let sqlite = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
@@ -218,7 +219,7 @@ async fn more(link: &Link, stream: u64, numbers: impl IntoIterator<Item = u64>) 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restart_reads_only_what_is_behind_the_snapshot() {
+async fn a_restart_reads_only_events_after_the_snapshot() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         more(&link, 1, 0..1_000).await;
@@ -232,7 +233,7 @@ async fn a_restart_reads_only_what_is_behind_the_snapshot() {
         assert_eq!(running.seen(), 50, "{store}");
         running.stop().await;
 
-        // Nothing has come, and nothing is written.
+        // Without new events, nothing is written.
         trial.assert_kept(&link, store).await;
         assert_eq!(link.shelf.saved.lock().unwrap().len(), 2, "{store}");
         assert_true(&link, &trial.filter).await;
@@ -240,14 +241,14 @@ async fn a_restart_reads_only_what_is_behind_the_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_is_kept_every_so_many_events() {
+async fn a_snapshot_is_taken_every_n_events() {
     for (store, link, _dir) in links().await {
         let trial = Trial { options: options().batch_size(10), filter: evens(), ..Trial::every(100) };
         let running = trial.start(&link).await;
         for n in 0..10 {
             let head = more(&link, n, 0..100).await;
             catch_up(&running.handle, head).await;
-            // Half of them are none of its business.
+            // Half of the events do not match the filter.
             let due = (n + 1) * 50 / 100;
             eventually("it is kept", || link.shelf.saved.lock().unwrap().len() as u64 == due).await;
         }
@@ -293,7 +294,7 @@ async fn a_lookup_starts_from_its_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_at_any_moment_it_has_what_the_log_makes() {
+async fn after_a_kill_at_any_moment_the_state_equals_the_log() {
     let dice = Dice::new(17);
     for (_, link, _dir) in links().await {
         let store: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -323,7 +324,7 @@ async fn killed_at_any_moment_it_has_what_the_log_makes() {
 }
 
 impl Running {
-    /// While events come: paused, it must have what the log up to there makes.
+    /// During appends: while paused, the state must equal the fold of the log up to the position.
     async fn assert_exact_at(&self, link: &Link) {
         self.handle.pause().await.unwrap();
         let upto = self.handle.status().position.get();

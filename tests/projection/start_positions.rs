@@ -1,4 +1,4 @@
-//! Where a projection begins that has no checkpoint.
+//! Start position of a projection without a checkpoint.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ async fn done(node: Node, handle: &ProjectionHandle) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// The positions of the log after this one.
+/// Returns the positions of the log after this one.
 async fn after(store: &Arc<dyn EventStore>, position: Position) -> Vec<Position> {
     let mut positions = log(store, &Filter::all()).await;
     positions.retain(|other| *other > position);
@@ -59,7 +59,8 @@ async fn begins_where_it_is_told<P: Place>() {
         done(node, &handle).await;
         assert_eq!(place.seen(name).await, after(&store, floor).await, "{name}");
     }
-    // What comes later, whatever a later program says; and after a reset, which does not go before the start.
+    // Later events are applied, regardless of the option in a later program; a reset does not go
+    // before the start.
     append(&store, 1, 5..10).await;
     for (name, start, floor) in [
         ("at", Start::Now, before),
@@ -102,22 +103,22 @@ async fn begins_where_it_is_told<P: Place>() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn outside_it_begins_where_it_is_told() {
+async fn an_external_projection_begins_at_its_start_position() {
     begins_where_it_is_told::<Outside>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_sqlite_it_begins_where_it_is_told() {
+async fn a_sqlite_projection_begins_at_its_start_position() {
     begins_where_it_is_told::<InSqlite>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_postgres_it_begins_where_it_is_told() {
+async fn a_postgres_projection_begins_at_its_start_position() {
     begins_where_it_is_told::<InPostgres>().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_memory_every_start_of_the_node_finds_it_again() {
+async fn an_in_memory_start_position_is_resolved_at_every_start() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..10).await;
         let run = async |start| {
@@ -156,7 +157,7 @@ async fn since_a_time_leaves_no_later_event_out() {
     }
     let pool = sqlx::SqlitePool::connect(path.to_str().unwrap()).await.unwrap();
     sqlx::query("DROP TRIGGER storied_events_no_update").execute(&pool).await.unwrap();
-    // One event a minute, and up to 50 minutes the wrong way round.
+    // One event per minute, out of order by up to 50 minutes.
     let disorder =
         "UPDATE storied_events SET recorded_at = (position * 60 - (position * 7919) % 3000) * 1000000";
     sqlx::query(disorder).execute(&pool).await.unwrap();
@@ -195,7 +196,7 @@ async fn a_start_beyond_the_log_waits_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn at_least_once_on_a_log_with_events_is_told_where_to_begin() {
+async fn at_least_once_on_a_log_with_events_needs_a_start_position() {
     for (kind, store, _dir) in stores().await {
         let start = async |name: &str, options: ProjectionOptions| {
             let recorder = recorder::<Delivery>(name);
@@ -207,7 +208,7 @@ async fn at_least_once_on_a_log_with_events_is_told_where_to_begin() {
             runtime.shutdown().await.unwrap();
             Ok::<_, StartError>(seen.positions())
         };
-        // While the log is empty there is nothing to tell apart.
+        // While the log is empty, there is no difference.
         assert_eq!(start("early", options()).await.unwrap(), []);
         append(&store, 0, 0..3).await;
         assert_eq!(start("early", options()).await.unwrap().len(), 3, "{kind}");
@@ -222,13 +223,14 @@ async fn at_least_once_on_a_log_with_events_is_told_where_to_begin() {
         assert!(matches!(refused, StartError::NoStartPosition { .. }), "{refused}");
         assert_eq!(start("mails", options().start(Start::Now)).await.unwrap(), []);
         append(&store, 0, 0..1).await;
-        // It has begun.
+        // It has a checkpoint.
         assert_eq!(start("mails", options()).await.unwrap().len(), 1, "{kind}");
         assert_eq!(start("all", options().start(Start::Beginning)).await.unwrap().len(), 4, "{kind}");
     }
 }
 
-/// Whatever is appended after the start returned is applied, however late the projection first runs.
+/// Every event appended after the start returned is applied, however late the projection first
+/// runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn now_is_when_the_runtime_started() {
     for (kind, store, _dir) in stores().await {

@@ -1,4 +1,4 @@
-//! Events, projections that record what they saw, and a store and buses with faults.
+//! Events, projections that record what they received, and a store and buses with faults.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::marker::PhantomData;
@@ -29,7 +29,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
-/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+/// Longer than any step takes on a busy machine; only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -50,7 +50,7 @@ impl Thing {
     }
 }
 
-/// The stores that everything runs on.
+/// Returns all kinds of stores.
 pub async fn stores() -> Vec<(&'static str, Arc<dyn EventStore>, TempDir)> {
     let dir = TempDir::new().unwrap();
     let sqlite = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
@@ -78,13 +78,13 @@ pub async fn append_raw(store: &Arc<dyn EventStore>, stream: u64, events: Vec<Ne
     *appended.positions.last().unwrap()
 }
 
-/// An event whose bytes are no `Thing`.
+/// An event with bytes that are not a `Thing`.
 pub fn garbage(store: &Arc<dyn EventStore>) -> NewEvent {
     let event = NewEvent::encode(&Thing::Even { n: 0 }, store.info().codec, &Metadata::default()).unwrap();
     NewEvent { payload: Bytes::from_static(&[0xff, 0x00]), ..event }
 }
 
-/// What the log has for a filter.
+/// Returns the log for a filter.
 pub async fn log(store: &Arc<dyn EventStore>, filter: &Filter) -> Vec<Position> {
     let mut positions = Vec::new();
     let mut after = Position::START;
@@ -102,7 +102,7 @@ pub fn evens() -> Filter {
     Filter::variants::<Thing>(&["even"]).unwrap()
 }
 
-/// What a test does with an event before it is recorded.
+/// A test's action on an event before it is recorded.
 pub type Hook = Arc<dyn Fn(&RecordedEvent) -> BoxFuture<'static, Result<(), ApplyError>> + Send + Sync>;
 
 pub fn hook(f: impl Fn(&RecordedEvent) -> Result<(), ApplyError> + Send + Sync + 'static) -> Hook {
@@ -112,7 +112,7 @@ pub fn hook(f: impl Fn(&RecordedEvent) -> Result<(), ApplyError> + Send + Sync +
     })
 }
 
-/// Fails for the event at this position for as long as `broken` is set.
+/// Fails for the event at this position while `broken` is set.
 pub fn poison(position: u64, broken: &Arc<AtomicBool>) -> Hook {
     let broken = broken.clone();
     hook(move |event| {
@@ -121,7 +121,7 @@ pub fn poison(position: u64, broken: &Arc<AtomicBool>) -> Hook {
     })
 }
 
-/// Waits before every event while it is closed.
+/// Blocks every event while it is closed.
 #[derive(Clone)]
 pub struct Gate(watch::Sender<bool>);
 
@@ -134,7 +134,7 @@ impl Gate {
         self.0.send_replace(false);
     }
 
-    /// Waits until somebody waits.
+    /// Waits until an event is blocked.
     pub async fn reached(&self) {
         timeout(PATIENCE, async {
             while self.0.receiver_count() == 0 {
@@ -159,7 +159,7 @@ impl Gate {
     }
 }
 
-/// What a [`Recorder`] was given.
+/// The events that a [`Recorder`] received.
 #[derive(Clone, Default)]
 pub struct Seen(Arc<Mutex<Vec<Position>>>);
 
@@ -169,7 +169,7 @@ impl Seen {
     }
 }
 
-/// Records the positions that it was given, in this process's memory: what was given twice is there twice.
+/// Records the received positions in memory, including duplicates.
 pub struct Recorder<T> {
     name: String,
     filter: Filter,
@@ -197,7 +197,7 @@ impl<T> Recorder<T> {
         Self { hook, ..self }
     }
 
-    /// Records there what several of them are given.
+    /// Records the events of several recorders in one list.
     pub fn into(self, seen: &Seen) -> Self {
         Self { seen: seen.clone(), ..self }
     }
@@ -226,7 +226,7 @@ impl<T: Send + 'static> Projection for Recorder<T> {
     }
 }
 
-/// Records the positions that it was given in a table, in the transaction of its checkpoint.
+/// Records the received positions in a table, in the transaction of its checkpoint.
 pub struct Table {
     name: String,
     hook: Hook,
@@ -259,7 +259,7 @@ impl Projection for Table {
             .bind(event.position.get() as i64)
             .execute(tx)
             .await?;
-        // Behind the write, so that a failure has something to roll back.
+        // After the write, so that a failure has something to roll back.
         (self.hook)(event).await
     }
 
@@ -269,7 +269,7 @@ impl Projection for Table {
     }
 }
 
-/// A read model whose `begin` panics as often as it is told to.
+/// A read model with a configurable number of panics in `begin`.
 pub struct Panicky {
     pub inner: InMemory,
     pub panics: Arc<AtomicU64>,
@@ -386,7 +386,7 @@ impl Database {
         SqliteReadModel::open(self.path()).await.unwrap()
     }
 
-    /// What a table was given, in that order.
+    /// Returns the positions in a table, in order of arrival.
     pub async fn seen(&self, name: &str) -> Vec<Position> {
         let model = self.open().await;
         let rows: Vec<i64> = sqlx::query_scalar("SELECT position FROM seen WHERE name = ? ORDER BY id")
@@ -420,7 +420,7 @@ pub fn options() -> ProjectionOptions {
     ProjectionOptions::new().backoff(Duration::from_millis(1), Duration::from_millis(10))
 }
 
-/// A short lease, for those who are to lose it. On a busy machine that can happen at any time.
+/// A short lease, for tests that lose it. On a busy machine that can happen at any time.
 pub fn short_lived() -> ProjectionOptions {
     options().lease(Duration::from_secs(1))
 }
@@ -431,7 +431,7 @@ pub async fn reach(handle: &ProjectionHandle, state: ProjectionState) {
     assert!(matches!(reached, Ok(Ok(_))), "{} never became {state:?}: {:?}", handle.name(), handle.status());
 }
 
-/// What was done on another node reaches this one within a second.
+/// Waits for a change by another node, which reaches this one within a second.
 pub async fn leave(handle: &ProjectionHandle, state: ProjectionState) {
     let mut watch = handle.watch();
     let left = timeout(PATIENCE, watch.wait_for(|status| status.state != state)).await;
@@ -453,7 +453,7 @@ impl Dice {
         Self(AtomicU64::new(seed))
     }
 
-    /// Below `sides`.
+    /// Returns a number below `sides`.
     pub fn roll(&self, sides: u64) -> u64 {
         // https://prng.di.unimi.it/splitmix64.c
         let mut z =
@@ -468,14 +468,14 @@ impl Dice {
     }
 }
 
-/// What happens to what subscribers of a [`Lossy`] bus would get.
+/// Faults of the items for subscribers of a [`Lossy`] bus.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
     /// Everything: dropped, doubled, delayed, out of order, and broken subscriptions.
     Chaos,
     /// Only heartbeats arrive.
     Batches,
-    /// Nothing arrives, and nobody says so.
+    /// Nothing arrives, without an error.
     Silence,
     /// Subscribing fails.
     Refused,
@@ -483,7 +483,7 @@ pub enum Loss {
     Panics,
 }
 
-/// A local bus that loses things.
+/// A local bus that loses items.
 pub struct Lossy {
     inner: LocalBus,
     loss: Loss,
@@ -566,8 +566,9 @@ impl BusSubscription for LossySubscription {
     }
 }
 
-/// A bus that all nodes share, keeps everything, and refuses what does not follow its end: as JetStream with an expected
-/// last sequence does.
+/// A shared bus that keeps everything and rejects a batch that does not follow its end.
+///
+/// JetStream with an expected last sequence does the same.
 #[derive(Clone, Default)]
 pub struct Mirror {
     kept: Arc<Mutex<Vec<Position>>>,
@@ -577,7 +578,7 @@ pub struct Mirror {
     pub hangs: Arc<AtomicBool>,
     /// Publishing panics.
     pub panics: Arc<AtomicBool>,
-    /// How often it did.
+    /// Number of panics.
     pub panicked: Arc<AtomicU64>,
 }
 
@@ -656,21 +657,21 @@ impl BusPublisher for MirrorPublisher {
     }
 }
 
-/// One node's way to a store that others use as well.
+/// One node's connection to a store that other nodes use as well.
 #[derive(Clone)]
 pub struct Link {
     inner: Arc<dyn EventStore>,
     /// Every call fails.
     pub down: Arc<AtomicBool>,
-    /// Leases are not renewed: no answer.
+    /// Renewals of leases do not return.
     pub mute: Arc<AtomicBool>,
-    /// Nor listed: this node does not hear what others are told.
+    /// Lists of leases do not return either: this node receives no notifications of others.
     pub blind: Arc<AtomicBool>,
-    /// The positions that this node sees are so many times those of the store: the log has holes.
+    /// Factor between this node's positions and those of the store: the log has gaps.
     sparse: u64,
-    /// The log is not read from here on, for as long as it stays so: no answer.
+    /// Reads of the log from this position on do not return.
     wall: Arc<AtomicU64>,
-    /// So many positions at the end of the log are not seen to be stable yet.
+    /// Number of positions at the end of the log that do not look stable yet.
     pub unstable: Arc<AtomicU64>,
     /// Number of pages with events that were read from the log.
     pub reads: Arc<AtomicU64>,
@@ -679,16 +680,16 @@ pub struct Link {
     pub shelf: Shelf,
 }
 
-/// What becomes of snapshots on their way through a [`Link`].
+/// Faults of snapshots on their way through a [`Link`].
 #[derive(Clone, Default)]
 pub struct Shelf {
-    /// They are refused.
+    /// Saves are refused.
     pub full: Arc<AtomicBool>,
-    /// They are not saved for as long as it is so: no answer. Not those that say that there is none.
+    /// Saves do not return while set, except saves of an empty snapshot.
     pub stuck: Arc<AtomicBool>,
-    /// How many were to be saved.
+    /// Number of attempted saves.
     pub asked: Arc<AtomicU64>,
-    /// Those that were.
+    /// The saved snapshots.
     pub saved: Arc<Mutex<Vec<(StreamId, Snapshot)>>>,
 }
 
@@ -708,7 +709,7 @@ impl Link {
         }
     }
 
-    /// Another node's way, as far as snapshots are concerned.
+    /// Another node's connection, with its own snapshot faults.
     pub fn beside(&self) -> Self {
         Self { shelf: Shelf::default(), ..self.clone() }
     }
@@ -943,7 +944,7 @@ impl EventStore for Link {
     }
 }
 
-/// Appends from several tasks at once until dropped, `n` events in all at most.
+/// Appends from several tasks at once until dropped, at most `n` events in total.
 pub struct Writers {
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }

@@ -1,4 +1,4 @@
-//! Applying what is pending: transactions, the event that fails, and what becomes of it.
+//! Application of pending events: transactions, and the handling of a failing event.
 
 use std::error::Error;
 use std::future::Future;
@@ -21,7 +21,7 @@ use crate::projection::{
 use crate::store::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
 use crate::transient::causes;
 
-/// Applies one event; a panic is an error like another.
+/// Applies one event; a panic becomes an error.
 pub(super) async fn apply<P: Projection>(
     projection: &mut P,
     event: &RecordedEvent,
@@ -33,12 +33,14 @@ pub(super) async fn apply<P: Projection>(
 pub(super) async fn contained(user: impl Future<Output = Result<(), ApplyError>>) -> Result<(), ApplyError> {
     match AssertUnwindSafe(user).catch_unwind().await {
         Ok(result) => result,
-        Err(panic) => Err(format!("it panicked: {}", panic_text(&*panic)).into()),
+        Err(panic) => Err(format!("the projection panicked: {}", panic_text(&*panic)).into()),
     }
 }
 
-/// What the error, or what caused it, says about the event's bytes if they cannot be read: they never will. Of another event,
-/// which the projection may have looked up, it says nothing about this one.
+/// Returns why this event's bytes cannot be decoded, if the error or one of its causes says so.
+///
+/// A retry cannot succeed then. A decode error of another event, which the projection may have
+/// read, does not count.
 fn undecodable<'e>(error: &'e ApplyError, event: &RecordedEvent) -> Option<&'e DecodeErrorKind> {
     causes(&**error)
         .filter_map(|cause| cause.downcast_ref::<DecodeError>())
@@ -46,7 +48,7 @@ fn undecodable<'e>(error: &'e ApplyError, event: &RecordedEvent) -> Option<&'e D
         .map(|error| &error.kind)
 }
 
-/// Whether the error, or one of its causes, is transient: no event is to blame for that.
+/// Returns whether the error, or one of its causes, is transient and no fault of the event.
 pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
     let transient = |cause: &(dyn Error + 'static)| {
         let control = cause.downcast_ref::<ControlError>().is_some_and(ControlError::is_transient);
@@ -58,14 +60,14 @@ pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Until when the first pending event, which has failed, is left alone.
+    /// Returns the time of the next attempt, if the first pending event has failed and must wait.
     pub(super) fn left_alone(&self) -> Option<Instant> {
         let (suspect, first) = (self.suspect.as_ref()?, self.pending.as_ref()?.events.front()?);
         let again = !suspect.hopeless && suspect.attempts < self.context.options.attempts;
         (again && first.position >= suspect.position && suspect.due > Instant::now()).then_some(suspect.due)
     }
 
-    /// Applies as many of the pending events as go into one transaction.
+    /// Applies as many of the pending events as fit into one transaction.
     pub(super) async fn apply_pending(&mut self, saved: Checkpoint, pending: Pending) {
         let suspected = self.suspect.as_ref().map_or(pending.events.len(), |suspect| {
             pending.events.partition_point(|event| event.position < suspect.position)
@@ -75,7 +77,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 if suspect.hopeless || suspect.attempts >= self.context.options.attempts {
                     return self.give_up(saved, pending).await;
                 }
-                // Alone, so that it takes nobody with it.
+                // Alone, so that its failure rolls back no other event.
                 1
             }
             _ => suspected.min(self.size.get()),
@@ -90,11 +92,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 return self.outage(&error);
             }
         };
-        // Not before: a smaller batch would wait for a connection as long.
+        // Not earlier: a smaller batch would wait for a connection as long.
         let began = Instant::now();
         let mut applied = 0;
         let mut failure = None;
-        // A batch that takes too long is committed as far as it goes, long before its transaction is given up.
+        // A slow batch is committed early, long before the time limit of its transaction.
         let enough = transaction_timeout / 2;
         for event in pending.events.iter().take(count) {
             if applied > 0 && (began.elapsed() >= enough || self.inbox.is_stopping()) {
@@ -118,7 +120,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         if applied > 0 && !self.read_model.rolls_back() {
             self.commit(open, saved, pending, applied, began).await;
-            // Otherwise the commit has failed, and that is what is waited for.
+            // Otherwise the commit has failed, and its error decides about the retry.
             if self.saved.is_none() {
                 return;
             }
@@ -131,7 +133,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Whether the database refused at the commit what an `apply` wrote, so that nothing of the transaction happened.
+    /// Returns whether the database rejected the writes at the commit, so that all were rolled
+    /// back.
     fn is_refusal(&self, error: &StoreError) -> bool {
         let definite = matches!(error, StoreError::Invalid { .. } | StoreError::Storage { .. });
         definite
@@ -140,7 +143,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             && !outage::is_outage(error)
     }
 
-    /// Remembers which event failed, and how often.
+    /// Records which event failed, and the number of attempts.
     fn suspect_of(&mut self, pending: &Pending, index: usize, error: &ApplyError) {
         let Some(event) = pending.events.get(index) else { return };
         let options = &self.context.options;
@@ -150,13 +153,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut backoff = Backoff::new(first.saturating_mul(2_u32.saturating_pow(attempts - 1)), max);
         tracing::warn!(
             projection = self.context.name, position = %event.position, stream = %event.stream, event = %event.name, attempts,
-            %error, "an event could not be applied"
+            %error, "could not apply an event"
         );
         let undecodable = undecodable(error, event);
         let strange = options.unknown_names == UnknownNames::PassOver
             && undecodable == Some(&DecodeErrorKind::UnknownName);
         let text = format!(
-            "{} at position {} (version {} of {}) could not be applied: {error}",
+            "applying {} at position {} (version {} of {}) failed: {error}",
             event.name, event.position, event.version, event.stream
         );
         self.context.fail(ProjectionState::Retrying, text);
@@ -170,7 +173,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         });
     }
 
-    /// Commits the first `count` pending events, in a transaction that began then.
+    /// Commits the first `count` pending events in a transaction that began at `began`.
     async fn commit(
         &mut self,
         open: R::Open,
@@ -185,7 +188,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         match self.read_model.commit(open, &self.row, saved, to, None).await {
             Ok(()) => {}
             Err(CheckpointError::Store(error)) if self.is_refusal(&error) => {
-                // The database checks some constraints only now, and does not say which event broke one.
+                // The database checks some constraints only at the commit, and does not report
+                // which event broke one.
                 match count {
                     1 => self.suspect_of(&pending, 0, &ApplyError::from(error)),
                     _ => self.size.one(),
@@ -205,7 +209,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.snapshot_behind(count as u64).await;
     }
 
-    /// The checkpoint is at `to`, behind an event of `last`; goes on with what is left.
+    /// Records the checkpoint `to`, with the recorded time `last`; continues with the remaining
+    /// events.
     fn committed(
         &mut self,
         to: Checkpoint,
@@ -229,14 +234,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
         });
         if left.events.is_empty() {
-            // Behind the last event there may have been some that are none of this projection's business.
+            // After the last event, there may have been events of other projections.
             self.enqueue(left.events, left.upto);
         } else {
             self.pending = Some(left);
         }
     }
 
-    /// The first pending event will not be applied: what then, says the policy.
+    /// Stops before the first pending event, or skips or parks it, as the options say.
     async fn give_up(&mut self, saved: Checkpoint, mut pending: Pending) {
         let (Some(suspect), Some(event)) = (&self.suspect, pending.events.front()) else { return };
         let context = self.context;
@@ -248,7 +253,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         } else {
             tracing::error!(
                 projection = name, position = %event.position, stream = %event.stream, event = %event.name, attempts, error,
-                "the projection stands still before this event"
+                "stopped the projection before this event"
             );
             return self.stand_still();
         };
@@ -267,12 +272,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if parks {
             tracing::error!(
                 projection = name, position = %event.position, stream = %event.stream, event = %event.name, attempts, error,
-                "the event was parked, and the projection goes on"
+                "parked the event; the projection continues"
             );
         } else {
             tracing::info!(
                 projection = name, position = %event.position, stream = %event.stream, event = %event.name,
-                "the event has a name that is not known here, and is passed over"
+                "skipped an event with an unknown name"
             );
         }
         self.backoff.succeeded();

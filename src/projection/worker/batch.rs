@@ -1,15 +1,18 @@
-//! How many events are read at once, and how many go into one transaction.
+//! Adaptive sizes: the events of a read and of a transaction.
 
 use std::time::Duration;
 
 use crate::event::RecordedEvent;
 use crate::projection::ProjectionOptions;
 
-/// With how many it begins.
+/// Initial size.
 const FIRST: usize = 50;
 
-/// The size of a batch: twice as large when a full one took less than half of what it may, half as large when one took longer than
-/// that. So what is slow to apply holds its database for about as long as it may, and what is quick pays for few commits.
+/// Adaptive size of a batch.
+///
+/// It doubles after a full batch that took at most half of the target time, and halves after one
+/// that took longer than the target. So slow applies hold their database for about the target time,
+/// and fast applies need few commits.
 #[derive(Debug)]
 pub(super) struct BatchSize {
     now: usize,
@@ -26,15 +29,16 @@ impl BatchSize {
         self.now
     }
 
-    /// The next transaction has one event: this one was refused at its commit, which names none.
+    /// Limits the next transaction to one event, after a commit was rejected without naming an
+    /// event.
     pub(super) fn one(&mut self) {
         self.now = 1;
     }
 
-    /// So many were applied and committed, in that time.
+    /// Adapts to a committed batch of so many events in that time.
     pub(super) fn took(&mut self, events: usize, time: Duration) {
         if time > self.target {
-            // Of what it was, not of what it might have been.
+            // Half of the actual size, not of the allowed one.
             self.now = (events.min(self.now) / 2).max(1);
         } else if events >= self.now && time <= self.target / 2 {
             self.now = self.now.saturating_mul(2).min(self.most);
@@ -42,14 +46,18 @@ impl BatchSize {
     }
 }
 
-/// How much a page of the log may have, roughly: one is applied while the next one is read.
+/// Approximate maximum size of a page in bytes: one page is applied while the next one is read.
 const PAGE_BYTES: usize = 1 << 20;
 
-/// How many transactions' worth a page has at most, if nothing is passed over. Pages that partitions share are larger.
+/// Maximum size of a page in transactions, if every event matches.
+///
+/// Pages that partitions share are larger.
 const BATCHES: usize = 4;
 
-/// The size of a page: some transactions of small events, so that the time on the way to the store and back is shared; few of large
-/// ones.
+/// Adaptive size of a page.
+///
+/// Several transactions of small events share one round trip to the store; large events make small
+/// pages.
 #[derive(Debug)]
 pub(super) struct PageSize {
     now: usize,
@@ -65,11 +73,11 @@ impl PageSize {
         self.now
     }
 
-    /// What was read last says how large events are.
+    /// Adapts to the size of the events that were read last.
     pub(super) fn saw(&mut self, events: &[RecordedEvent]) {
         let bytes: usize = events.iter().map(RecordedEvent::size).sum();
         if let Some(one) = bytes.checked_div(events.len()) {
-            // Small steps up: what comes next may be larger than what came before.
+            // Small steps up: the next events may be larger than the previous ones.
             self.now = (PAGE_BYTES / one).min(self.now.saturating_mul(2)).clamp(1, self.most);
         }
     }
@@ -117,15 +125,15 @@ mod tests {
         let options = ProjectionOptions::new().batch_size(400).batch_time(Duration::from_millis(100));
         let [zero, one, three, slow] = [0, 1, 3, 150].map(Duration::from_millis);
         assert_eq!(sizes(&options, zero, 1_200), [50, 100, 200, 400, 400, 50]);
-        // Full batches of half the time or more are left as they are.
+        // Full batches of half the time or more keep their size.
         assert_eq!(sizes(&options, one, 300), [50, 100, 100, 50]);
         assert_eq!(sizes(&options, three, 125), [50, 25, 25, 25]);
         assert_eq!(sizes(&options, slow, 100), [50, 25, 12, 6, 3, 1, 1, 1, 1]);
-        // One that was not full and still too slow.
+        // A batch that was not full and still too slow.
         let mut size = BatchSize::new(&options);
         size.took(10, slow);
         assert_eq!(size.get(), 5);
-        // Never less than one; a time without end is a fixed size in the end.
+        // Never less than one; without a time limit, the size stays constant in the end.
         size.took(1, slow);
         assert_eq!(size.get(), 1);
         let fixed = ProjectionOptions::new().batch_size(100).batch_time(Duration::MAX);

@@ -1,4 +1,4 @@
-//! What does not change about a task, and how it is started.
+//! The constant part of a task, and its start.
 
 use std::sync::{Arc, Weak};
 
@@ -23,7 +23,7 @@ use crate::store::{BoxFuture, EventStore, Filter, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
-/// What the projections of a node share.
+/// Services that the projections of a node share.
 #[derive(Clone)]
 pub(crate) struct Surroundings {
     pub(crate) store: Arc<dyn EventStore>,
@@ -33,16 +33,16 @@ pub(crate) struct Surroundings {
     pub(crate) board: Board,
     pub(crate) metrics: Metrics,
     pub(crate) supervisor: Option<ActorCell>,
-    /// Gone as soon as the runtime is dropped.
+    /// Dropped together with the runtime.
     pub(crate) alive: Weak<()>,
     /// End of the log when the runtime started.
     pub(crate) log_end: Position,
 }
 
-/// What the actor supervises.
+/// The work of a projection's task, supervised by its actor.
 pub(in crate::projection) struct ProjectionWork<P, R> {
     context: Arc<Context>,
-    /// Outlives a task that panics; one task at a time has it.
+    /// Outlives a task that panics; one task at a time locks it.
     subject: Arc<Mutex<Subject<P, R>>>,
 }
 
@@ -50,16 +50,17 @@ pub(in crate::projection) struct ProjectionWork<P, R> {
 struct Subject<P, R> {
     instance: Instance<P>,
     read_model: Arc<R>,
-    /// On the memory that it folds into.
+    /// Claim on the memory that it folds into.
     claim: Option<StateClaim>,
 }
 
 /// A projection that writes to one version of its read model.
 pub(in crate::projection) struct Instance<P> {
     pub(super) projection: P,
-    /// Which version.
+    /// The version.
     pub(super) version: u64,
-    /// Makes one that writes to another version, if it is [rebuildable](crate::runtime::Builder::rebuildable).
+    /// Creates an instance for another version, if
+    /// [rebuildable](crate::runtime::Builder::rebuildable).
     pub(super) make: Option<Box<dyn Fn(u64) -> P + Send + Sync>>,
 }
 
@@ -73,23 +74,23 @@ impl<P> Instance<P> {
     }
 }
 
-/// What a task does for its projection.
+/// Role of a task for its projection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::projection) enum Role {
-    /// Keeps the version that readers see up to date.
+    /// Keeps the live version up to date.
     Live,
-    /// Builds the next one beside it, when somebody wants that.
+    /// Builds the next version beside the live one, during a rebuild.
     Rebuild,
 }
 
-/// What does not change.
+/// The constant part of a task.
 pub(super) struct Context {
     pub(super) name: String,
     pub(super) shape: Shape,
-    /// Which part of it this is; `None` is all.
+    /// The partition of the task; `None` if the projection is not partitioned.
     pub(super) partition: Option<Partition>,
     pub(super) role: Role,
-    /// The lease of who owns it.
+    /// Name of the owner's lease.
     pub(super) lease: String,
     pub(super) filter: Filter,
     pub(super) options: ProjectionOptions,
@@ -101,24 +102,24 @@ pub(super) struct Context {
     pub(super) bus: Arc<dyn EventBus>,
     pub(super) board: Board,
     pub(super) metrics: Metrics,
-    /// What the board shows.
+    /// Lease views.
     pub(super) sight: watch::Receiver<Sight>,
-    /// Whether this node is to own the partition.
+    /// Whether this node should own the partition.
     pub(super) permit: Option<watch::Receiver<bool>>,
     pub(super) status: watch::Sender<ProjectionStatus>,
-    /// The start position of a read model that this node keeps for itself.
+    /// Start position of a read model that this node keeps for itself.
     pub(super) floor: OnceCell<Position>,
     /// End of the log when the runtime started.
     pub(super) log_end: Position,
-    /// Gone as soon as the runtime is dropped.
+    /// Dropped together with the runtime.
     alive: Weak<()>,
 }
 
-/// What of a projection is to be worked on.
+/// The part of a projection that a task works on.
 pub(in crate::projection) struct Part {
     pub(in crate::projection) shape: Shape,
     pub(in crate::projection) role: Role,
-    /// A partition, and whether this node is to own it; `None` is all, which every node would own.
+    /// The partition, and whether this node should own it; `None` if every node may own the whole.
     pub(in crate::projection) partition: Option<(Partition, watch::Receiver<bool>)>,
     /// The pages that the partitions of this node share.
     pub(in crate::projection) pages: Option<PageCache>,
@@ -136,12 +137,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
         let Surroundings { store, feed, node, bus, board, metrics, alive, log_end, .. } = surroundings;
-        // Whoever does not follow it (yet) learns from it how far the log goes.
+        // A task that does not follow the feed (yet) reads the end of the log from it.
         feed.begin();
         let (partition, permit) = part.partition.unzip();
         let mut options = options;
         if !store.info().adoption.is_adopted() {
-            // A durable consumer is the original's: this node would take its messages away.
+            // A durable consumer belongs to the original: this node would take its messages away.
             options.follow = FollowMode::Feed;
         }
         let context = Arc::new(Context {
@@ -190,7 +191,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
         Box::pin(async move {
             let mut subject = subject.lock_owned().await;
             let Subject { instance, read_model, .. } = &mut *subject;
-            // Held until the task has ended: an `apply` that blocks its thread outlives its runtime.
+            // Held until the task has ended: an `apply` that blocks its thread outlives its
+            // runtime.
             let _running = (!read_model.shared()).then(|| {
                 MemoryRun::begin(
                     context.store.info().id,
@@ -204,12 +206,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
     }
 
     fn panicked(&self, panic: &str) {
-        self.context.fail(ProjectionState::Retrying, format!("the projection's task panicked: {panic}"));
+        self.context.fail(ProjectionState::Retrying, format!("the task of the projection panicked: {panic}"));
     }
 
     fn ended(&self) {
         self.context.set(ProjectionState::Stopped);
-        // A task that was torn down may still be in the user's code: then the claim ends with the task.
+        // A task that was torn down may still run the user's code: then the claim ends with the
+        // task.
         if let Ok(mut subject) = self.subject.try_lock() {
             subject.claim = None;
         }
@@ -217,7 +220,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
 }
 
 impl Context {
-    /// Whether the event is for this projection, and this part of it.
+    /// Returns whether the event is for this projection and this partition.
     pub(super) fn wants(&self, event: &RecordedEvent) -> bool {
         self.filter.matches(event) && self.is_here(event)
     }
@@ -226,12 +229,12 @@ impl Context {
         self.partition.is_none_or(|partition| partition.contains(&event.stream))
     }
 
-    /// The version that is to be worked on by now, if any is.
+    /// Returns the version to work on now, if there is one.
     pub(super) async fn version(&self, read_model: &impl ReadModel) -> Result<Option<u64>, StoreError> {
         Ok(self.shape.versions(read_model).await?.of(self.role))
     }
 
-    /// Whether somebody changes something for all just now, as the store knows it.
+    /// Returns whether a node holds the order lease now, by the store's clock.
     pub(super) async fn ordered(&self) -> Result<bool, StoreError> {
         let order = self.shape.order();
         let leases = self.store.leases().await?;

@@ -1,4 +1,4 @@
-//! The start position of a projection: found once, kept beside its checkpoints, and never gone below.
+//! Start position of a projection: resolved once, stored beside its checkpoints, never undercut.
 
 use super::Run;
 use crate::event::Position;
@@ -11,7 +11,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.context.options.start.unwrap_or(Start::Beginning)
     }
 
-    /// The last position that is never applied. On a shared read model the first owner finds and records it.
+    /// Returns the last position that is never applied.
+    ///
+    /// On a shared read model, the first owner resolves and records it.
     pub(super) async fn floor(&mut self) -> Result<Position, StoreError> {
         let (context, read_model) = (self.context, self.read_model);
         let start = self.start();
@@ -29,8 +31,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         record_floor(read_model, &record, known, floor).await
     }
 
-    /// Where a reset moves the record of the start position: one of another store means nothing in this log, nor does one
-    /// that this log does not reach, as after a restored backup. `None` if it stays.
+    /// Returns the new start position for a reset; `None` if the recorded one stays.
+    ///
+    /// A start position of another store, or beyond the end of the log, for example after a
+    /// restore, is invalid in this log.
     pub(super) async fn floor_after_reset(&mut self) -> Result<Option<Position>, StoreError> {
         let (context, read_model) = (self.context, self.read_model);
         if !read_model.shared() {
@@ -48,7 +52,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Err(error) => return Err(error),
         }
         let head = context.store.frontier().await?;
-        // A reset does not wait for a log that may never get there.
+        // A reset does not wait for a log that may never reach the position.
         let start = match start {
             Start::At(position) if position > head => Start::Now,
             start => start,

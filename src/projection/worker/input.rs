@@ -1,4 +1,4 @@
-//! Where events come from at the tip of the log.
+//! Live sources of events.
 
 use std::time::Duration;
 
@@ -12,17 +12,17 @@ use crate::feed::{FeedFollower, FeedItem};
 use crate::rate_limit::RateLimit;
 use crate::store::{BoxFuture, Filter, LogPage, ReadLog, StoreError};
 
-/// How often a durable follower reads the store without a message: when the bus is down, or the publisher is.
+/// Poll interval of a durable follower without messages: the bus or the publisher may be down.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// Reached by no page: what is there now is read from the store.
+/// A position that no page reaches: forces a read from the store.
 const UNKNOWN: Position = Position::new(u64::MAX);
 
-/// One that is read from.
+/// A live source.
 pub(super) enum Follower {
-    /// What the node sees of the log.
+    /// The feed of the node.
     Feed(FeedFollower),
-    /// What the bus keeps for this projection.
+    /// The durable consumer of this projection.
     Durable(Box<DurableFollower>),
 }
 
@@ -31,7 +31,7 @@ impl Follower {
         matches!(self, Self::Durable(_))
     }
 
-    /// The next item for a projection that has everything up to `after`. Cancel-safe.
+    /// Returns the next item for a projection that has everything up to `after`. Cancel-safe.
     pub(super) async fn next(&mut self, after: Position) -> FeedItem {
         match self {
             Self::Feed(follower) => follower.next().await,
@@ -39,7 +39,7 @@ impl Follower {
         }
     }
 
-    /// The next item, if there is one already.
+    /// Returns the next item if it is available now.
     pub(super) fn try_next(&mut self, after: Position) -> Option<FeedItem> {
         match self {
             Self::Feed(follower) => follower.try_next(),
@@ -47,7 +47,7 @@ impl Follower {
         }
     }
 
-    /// Everything up to here is applied for good.
+    /// Acknowledges that everything up to `upto` is durably applied.
     pub(super) fn applied(&mut self, upto: Position) {
         if let Self::Durable(follower) = self {
             follower.subscription.applied(upto);
@@ -55,20 +55,21 @@ impl Follower {
     }
 }
 
-/// Reads the store when the bus says that there may be an event.
+/// A reader of the store that the bus wakes.
 pub(super) struct DurableFollower {
     subscription: Box<dyn DurableSubscription>,
     log: LogSource,
     filter: Filter,
     /// Number of events in a page.
     limit: usize,
-    /// When the store is read next for a message, …
+    /// Time of the next read for a message.
     due: Option<Instant>,
-    /// … and without one.
+    /// Time of the next read without a message.
     look_at: Instant,
-    /// The position that the next page must reach; without one, the page is read after that is known.
+    /// Position that the next page must reach; if unset, the page is read after the position is
+    /// known.
     reach: Position,
-    /// A page after that position.
+    /// The read in progress: a page after that position.
     reading: Option<(Position, BoxFuture<'static, Result<LogPage, StoreError>>)>,
     /// Limits reads that find nothing.
     reads: RateLimit,
@@ -94,14 +95,14 @@ impl DurableFollower {
         }
     }
 
-    /// Cancel-safe: a page that is being read is kept.
+    /// Returns the next item. Cancel-safe: keeps a page that is being read.
     async fn next(&mut self, after: Position) -> FeedItem {
         loop {
             if let Some((from, reading)) = &mut self.reading {
                 let (from, page) = (*from, reading.await);
                 self.reading = None;
                 let Ok(LogPage { events, scanned_to, head }) = page else {
-                    // The projection reads itself, and deals with the failure.
+                    // The projection reads the store itself and handles the failure.
                     return FeedItem::Lagged;
                 };
                 if !events.is_empty() {
@@ -118,7 +119,7 @@ impl DurableFollower {
             let (due, at) = (self.due, self.due.unwrap_or(self.look_at).min(self.look_at));
             tokio::select! {
                 item = self.subscription.next() => match item {
-                    // What the projection has already is no news.
+                    // The projection has this event already.
                     Ok(DurableItem::Wake(position)) if position <= after => {}
                     Ok(item @ (DurableItem::Wake(_) | DurableItem::Gap(_))) if due.is_some() => self.must_reach(&item),
                     Ok(item @ (DurableItem::Wake(_) | DurableItem::Gap(_))) => {
@@ -142,7 +143,7 @@ impl DurableFollower {
         }
     }
 
-    /// What the next page must have.
+    /// Records the position that the next page must reach.
     fn must_reach(&mut self, item: &DurableItem) {
         self.reach = match item {
             DurableItem::Wake(position) => self.reach.max(*position),
@@ -153,20 +154,20 @@ impl DurableFollower {
     fn read(&mut self, after: Position) {
         self.due = None;
         self.look_at = Instant::now() + LOOK_EVERY;
-        // What has come until now is answered by the same page.
+        // The same page answers all messages that have arrived so far.
         while let Some(Ok(item)) = self.subscription.next().now_or_never() {
             self.must_reach(&item);
         }
         let read = ReadLog::after(after).filter(self.filter.clone()).limit(self.limit);
-        // A task of its own: while the projection applies what it has, nothing polls this, and a read that stood still would keep
-        // a connection, and others that share its question, waiting.
+        // In a separate task: while the projection applies events, nothing polls this future. A
+        // stalled read would hold a connection and block other readers that share its query.
         let page = tokio::spawn(self.log.read(read, self.reach));
         self.reading = Some((
             after,
             Box::pin(async move {
                 page.await.unwrap_or_else(|error| {
                     Err(StoreError::Unavailable {
-                        reason: format!("reading the log ended: {error}"),
+                        reason: format!("reading the log failed: the task ended: {error}"),
                         source: None,
                     })
                 })

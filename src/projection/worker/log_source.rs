@@ -1,4 +1,4 @@
-//! Where a task reads the log: the store, or what the partitions of its node share.
+//! Log source of a task: the store, or the pages that the partitions of its node share.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -25,7 +25,8 @@ impl LogSource {
 
     /// Reads a page, of which a partition receives its own part.
     ///
-    /// A shared page may be older than the call. If it ended at the head of the log, it reaches `reach`.
+    /// A shared page may be older than the call. If it ended at the head of the log, it reaches
+    /// `reach`.
     pub(super) fn read(
         &self,
         read: ReadLog,

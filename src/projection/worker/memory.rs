@@ -1,4 +1,4 @@
-//! A read model that this node keeps for itself, in memory.
+//! In-memory read models, which this node keeps for itself.
 
 use std::time::Duration;
 
@@ -9,14 +9,15 @@ use crate::projection::error::NoReset;
 use crate::projection::{MemoryRun, Projection, ReadModel};
 use crate::store::{Checkpoint, StoreError};
 
-/// Time that a start waits for the previous run before it reports that and tries again.
+/// Maximum wait of a start for the previous run before it reports that and retries.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// The pause between two looks.
+/// Pause between two checks.
 const RETRY: Duration = Duration::from_millis(5);
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Empties the read model of this node before its first event: the memory may hold what an earlier run folded.
+    /// Empties the read model before its first event: the memory may hold the state of an earlier
+    /// run.
     pub(super) async fn empty_memory(&mut self) -> Result<(), StoreError> {
         let none = Checkpoint::default();
         if self.read_model.shared() || self.read_model.checkpoint(&self.row).await? != none {
@@ -33,24 +34,24 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let name = &context.name;
             if error.is::<NoReset>() {
                 let reason = format!(
-                    "projection {name} keeps its state in memory and has no reset, so the state of an earlier run would stay; implement Projection::reset so that it empties the state"
+                    "starting in-memory projection {name} failed: it has no reset, so the state of an earlier run would stay; implement Projection::reset to empty the state"
                 );
                 return StoreError::Invalid { reason };
             }
-            let reason = format!("emptying the memory of projection {name}: {error}");
+            let reason = format!("emptying the memory of projection {name} failed: {error}");
             StoreError::Unavailable { reason, source: None }
         })
     }
 }
 
-/// Waits for an `apply` of the previous run of this projection in this process: it may fold into the same memory.
+/// Waits for an `apply` of the previous run in this process: it may fold into the same memory.
 async fn previous_run_ended(context: &Context) -> Result<(), StoreError> {
     let Context { name, store, .. } = context;
     let deadline = Instant::now() + PATIENCE;
     while MemoryRun::is_ending(store.info().id, name) {
         if Instant::now() >= deadline {
             let reason = format!(
-                "the previous run of projection {name} in this process is still in its apply; a runtime that is dropped cannot interrupt an apply that blocks its thread"
+                "starting projection {name} failed: the apply of its previous run in this process has not returned; a dropped runtime cannot interrupt an apply that blocks its thread"
             );
             return Err(StoreError::Unavailable { reason, source: None });
         }

@@ -1,7 +1,7 @@
-//! What a projection is told: pause, resume, reset, retry what was parked.
+//! Control calls: pause, resume, reset, retry of parked events.
 //!
-//! On any node: whether it owns the read model or not, checkpoints are moved by compare and set, and who does not know of it
-//! is refused (I7).
+//! They work on any node, owner or not. Checkpoints move by compare-and-set, and a stale owner is
+//! fenced (I7).
 
 use std::future::Future;
 use std::time::Duration;
@@ -21,19 +21,23 @@ use crate::projection::start_position::recorded;
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
 
-/// How long one node may keep all others from going on.
+/// Maximum time for which one node may hold up all others.
 pub(super) const ORDER: Duration = Duration::from_secs(10);
 
-/// So much later the database gives up, too, what nobody here waits for any more; later, so that it is this who says why.
+/// Additional time after which the database aborts the transaction.
+///
+/// Later than the local timeout, so that this process reports the cause.
 pub(super) const GRACE: Duration = Duration::from_millis(500);
 
-/// How often something is tried while others move the same checkpoints.
+/// Maximum number of attempts while other nodes move the same checkpoints.
 pub(super) const ATTEMPTS: u32 = 20;
 
-/// A checkpoint's name, where it is, and where it is to be put.
+/// A checkpoint name, its current value and its target.
 type Move = (String, Checkpoint, Checkpoint);
 
-/// A transaction that concerns all who work on the projection. What was `requested` there happens only if it is still.
+/// A transaction that affects all tasks of the projection.
+///
+/// It takes effect only if the operator request `requested`, if any, still exists.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Change<'r> {
     Empty {
@@ -45,7 +49,7 @@ pub(super) enum Change<'r> {
     EndRebuild {
         requested: Option<&'r str>,
     },
-    /// What was `asked` for goes with it, unless it was asked for again since its row was so.
+    /// Deletes the request `asked`, unless it was made again after its row had this checkpoint.
     Discard {
         asked: Option<(&'r str, Checkpoint)>,
     },
@@ -67,7 +71,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Control::CancelRebuild(reply) => (reply, self.cancel_rebuild(None).await),
             Control::RetryParked(event, reply) => (reply, self.retry_parked(&event, None).await),
         };
-        // Who went away meanwhile does not want to know.
+        // The caller may have dropped its future.
         let _ = reply.send(result);
     }
 
@@ -75,7 +79,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let Context { store, name, board, .. } = self.context;
         store.set_paused(name, paused).await?;
         if !paused && self.read_model.shared() {
-            // What failed on another node is to be tried again there.
+            // Other nodes must retry what failed there.
             let order = self.order().await?;
             store.release_lease(&order).await?;
         }
@@ -98,14 +102,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.restart();
             self.flush().await;
         }
-        // What is still starting, or failed, says so itself.
+        // A starting or failed task reports its own state.
         let standby = self.read_model.shared() && self.lease.is_none();
         if self.prepared && !self.failed && (self.saved.is_some() || standby) {
             self.context.set(if paused { ProjectionState::Paused } else { ProjectionState::Starting });
         }
     }
 
-    /// Somebody acted: what failed for good may work now.
+    /// Retries after an operator's action: a permanent failure may be resolved.
     pub(super) fn try_again(&mut self) {
         self.wait_until = Instant::now();
         self.backoff.succeeded();
@@ -115,9 +119,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Tells all who work on the projection, and a rebuild of it.
+    /// Triggers all tasks of the projection.
     async fn trigger(&mut self) -> Result<(), ControlError> {
-        // First: they look it up when they are told.
+        // First: the tasks read the target when they are notified.
         self.context.set_goal().await?;
         let lease = self.hold(&self.context.shape.trigger()).await?;
         self.context.store.release_lease(&lease).await?;
@@ -125,14 +129,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    /// Holds up all who work on the projection, one node at a time.
+    /// Acquires the order lease, which holds up all tasks of the projection; one node at a time.
     pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
         let order = self.hold(&self.context.shape.order()).await?;
         self.ours.push(order.epoch);
         Ok(order)
     }
 
-    /// They look again at what they work on, wherever they are.
+    /// Makes all tasks on all nodes re-read their state.
     pub(super) async fn tell_all(&mut self) -> Result<(), ControlError> {
         let order = self.order().await?;
         self.context.store.release_lease(&order).await?;
@@ -146,7 +150,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         loop {
             let view = board.view();
             let abandoned = view.as_ref().and_then(|view| view.abandoned(lease));
-            // An owner of its own each time, so that the epoch tells how many there were.
+            // A new owner each time, so that the epoch counts the holds.
             if let Some(order) = lease::acquire(&**store, lease, Uuid::new_v4(), ORDER, abandoned).await? {
                 return Ok(order);
             }
@@ -157,8 +161,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Whatever the checkpoint is: also another store's, or one that the log does not reach, or in other partitions. If
-    /// `requested` there, only if it is still.
+    /// Resets the projection, regardless of its checkpoint.
+    ///
+    /// The checkpoint may belong to another store or another number of partitions, or be beyond the
+    /// end of the log. With `requested`, only if that request still exists.
     pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         let context = self.context;
@@ -182,25 +188,27 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if let Some(order) = order
             && let Err(error) = store.release_lease(&order).await
         {
-            tracing::warn!(projection = name, %error, "who works on the projection is held up for some seconds");
+            tracing::warn!(projection = name, %error, "could not release the order lease; the projection is held up until it expires");
         }
         board.hint();
         if !emptied? {
             return Ok(());
         }
-        tracing::info!(projection = name, "the projection was reset and applies the log from its start");
+        tracing::info!(projection = name, "reset the projection; applying the log from its start");
         self.begin_anew();
         Ok(())
     }
 
-    /// It is empty.
+    /// Restarts from the emptied read model.
     fn begin_anew(&mut self) {
         self.reload();
         self.moved_to(Position::START);
         self.try_again();
     }
 
-    /// Others may move the same checkpoints meanwhile. Whether it was still wanted.
+    /// Makes a change; retries while other nodes move the same checkpoints.
+    ///
+    /// Returns whether the request still existed.
     pub(super) async fn patiently(&mut self, change: Change<'_>) -> Result<bool, ControlError> {
         let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(500));
         let mut attempt = 1;
@@ -214,7 +222,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             match changed {
                 Err(ControlError::Store(StoreError::Unavailable { reason, .. })) if attempt < ATTEMPTS => {
                     let projection = &self.context.name;
-                    tracing::info!(projection, reason, attempt, ?change, "it is tried again");
+                    tracing::info!(
+                        projection,
+                        reason,
+                        attempt,
+                        ?change,
+                        "retrying a change of the projection"
+                    );
                     attempt += 1;
                     sleep(backoff.next()).await;
                 }
@@ -223,17 +237,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Whether what all nodes share is changed by every single call, and by none of them together.
+    /// Returns whether each call changes the shared read model at once, without a common
+    /// transaction.
     pub(super) fn outside(&self) -> bool {
         self.read_model.shared() && !self.read_model.rolls_back()
     }
 
-    /// Empties the read model, and puts every checkpoint to the start of the log, in one transaction where it has them; whether
-    /// that is still wanted.
+    /// Empties the read model and moves every checkpoint to the start of the log.
+    ///
+    /// Runs in one transaction, if the read model has transactions. Returns whether the request
+    /// still existed.
     async fn empty(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let Context { shape, .. } = self.context;
         let row = &self.row.clone();
-        // What cannot be read here is another store's, or cannot be read below either.
+        // An unreadable checkpoint belongs to another store, or is unreadable below as well.
         let known = self.read_model.checkpoint(row).await.unwrap_or_default();
         let floor = self.floor_after_reset().await?;
         let mut open = self.read_model.begin(row, known).await?;
@@ -255,7 +272,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.empty_outside(&mut open, &mut rows).await?;
             }
             let last = rows.pop();
-            // Before the user's part, so that owners wait for it instead of being waited for in vain.
+            // Before the user's part: owners then wait for this transaction, instead of blocking it
+            // in vain.
             for (row, found, to) in &rows {
                 self.read_model.save(&mut open, row, *found, *to).await.map_err(refused)?;
             }
@@ -289,8 +307,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         contained(async { self.instance.projection.reset(transaction).await }).await
     }
 
-    /// The checkpoints go to the start before anything is emptied: whenever this ends, events come again, and none is missing.
-    /// Leaves the rows of events to be moved once more: whoever could not be kept from going on has put events into what was emptied then.
+    /// Moves the checkpoints to the start first, then empties the read model.
+    ///
+    /// If this stops at any step, events are repeated and none is lost. Leaves the event rows in
+    /// `rows` for a second move: an owner that was not held up in time may have written events into
+    /// the emptied read model.
     async fn empty_outside(&mut self, open: &mut R::Open, rows: &mut Vec<Move>) -> Result<(), ControlError> {
         for (index, (row, found, to)) in rows.iter().enumerate() {
             if let Err(error) = self.read_model.save(open, row, *found, *to).await {
@@ -299,7 +320,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
         }
         if let Err(error) = self.users_reset(open).await {
-            // Of any other error nobody knows what was emptied before it.
+            // After any other error, the remaining data is unknown.
             if error.is::<NoReset>() {
                 self.put_back(open, rows).await;
             }
@@ -313,15 +334,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    /// Nothing was emptied: what was moved is where it was.
+    /// Moves the checkpoints back after a reset that emptied nothing.
     async fn put_back(&mut self, open: &mut R::Open, moved: &[Move]) {
         for (row, found, to) in moved.iter().rev() {
-            // No mark comes twice: it says which replay this is.
+            // No mark repeats: the mark identifies the replay.
             let back = Row::parse(row).map_or(*found, |_| Checkpoint { mark: fenced(*to).mark, ..*found });
             if let Err(error) = self.read_model.save(open, row, *to, back).await {
                 tracing::warn!(
                     projection = self.context.name, %error,
-                    "a reset came to nothing, and the log is applied from its start all the same"
+                    "could not undo a failed reset; applying the log from its start"
                 );
                 return;
             }
@@ -337,7 +358,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut attempt = 1;
         loop {
             match self.apply_parked(event, requested).await {
-                // Its owner has moved the checkpoint meanwhile.
+                // The owner has moved the checkpoint meanwhile.
                 Err(ControlError::Store(StoreError::Unavailable { .. })) if attempt < ATTEMPTS => {
                     attempt += 1
                 }
@@ -353,11 +374,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     ) -> Result<(), ControlError> {
         let Context { name, .. } = self.context;
         let found = self.read_model.checkpoint(&self.row).await?;
-        // Behind the checkpoint: the switch moves that, so that this one could not be kept.
+        // After reading the checkpoint: a cut-over moves it, so that the compare-and-set below
+        // would fail.
         if self.context.version(self.read_model).await? != Some(self.instance.version) {
             self.reload();
             self.find_version().await?;
-            let reason = format!("another version of projection {name} is live by now");
+            let reason =
+                format!("retrying a parked event failed: another version of projection {name} became live");
             return Err(StoreError::Unavailable { reason, source: None }.into());
         }
         let row = &self.row;
@@ -377,7 +400,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.roll_back(open).await;
             return Err(blame(self.context, self.read_model, &error));
         }
-        // The checkpoint stays where it is, but who moves it at the same time is waited for.
+        // The checkpoint stays unchanged, but this commit conflicts with a concurrent move of it.
         self.read_model.commit(open, row, found, found, None).await.map_err(refused)?;
         self.context.status.send_modify(|status| status.events_applied += 1);
         self.snapshot_behind(1).await;
@@ -385,7 +408,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 }
 
-/// Keeps all who work on the projection from going on for as long as that takes; breaks it off when that cannot be done any more.
+/// Runs a change while the order lease holds up all tasks; aborts it if the lease is lost.
 async fn while_held(
     context: &Context,
     order: Lease,
@@ -400,7 +423,7 @@ async fn while_held(
     let changed = tokio::select! {
         changed = change => changed,
         () = order.loss() => {
-            let reason = "the others could not be kept waiting any longer".into();
+            let reason = "changing the projection failed: the order lease was lost".into();
             Err(StoreError::Unavailable { reason, source: None }.into())
         }
     };
@@ -408,7 +431,7 @@ async fn while_held(
     changed
 }
 
-/// Says whose fault it was that the user's code failed.
+/// Converts an error of the user's code: transient, or refused.
 pub(super) fn blame(context: &Context, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
     if super::apply::is_outage(read_model, error) {
         return StoreError::not_now(error.to_string()).into();
@@ -416,7 +439,7 @@ pub(super) fn blame(context: &Context, read_model: &impl ReadModel, error: &Appl
     ControlError::Refused { name: context.name.clone(), reason: error.to_string() }
 }
 
-/// Somebody else moved a checkpoint at the same time: worth another try.
+/// Converts an error; a conflict on a checkpoint becomes a transient error, to be retried.
 pub(super) fn refused(error: CheckpointError) -> ControlError {
     ControlError::Store(match error {
         CheckpointError::Stale { .. } => StoreError::Unavailable { reason: error.to_string(), source: None },

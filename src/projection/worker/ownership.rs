@@ -1,4 +1,4 @@
-//! Whose the read model is: standing by, taking over, handing over, noticing that somebody else was quicker.
+//! Lease handling: standby, takeover, handover, loss.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use crate::lease::{HeldLease, Sight, View};
 use crate::projection::{Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
-/// How long at most somebody who found the lease taken, or has lost it, leaves it alone.
+/// Maximum pause before the next attempt to acquire a lease that is taken or was lost.
 const LEAVE_ALONE: Duration = Duration::from_millis(250);
 
-/// What a projection hears of beside its input.
+/// Notifications to a task, besides its input.
 pub(super) struct News {
     sight: watch::Receiver<Sight>,
     permit: Option<watch::Receiver<bool>>,
@@ -23,18 +23,18 @@ pub(super) struct News {
 impl News {
     pub(super) fn new(sight: &watch::Receiver<Sight>, permit: Option<&watch::Receiver<bool>>) -> Self {
         let mut news = Self { sight: sight.clone(), permit: permit.cloned() };
-        // Whatever is known already has not been heard of here.
+        // The initial state counts as a change.
         news.sight.mark_changed();
         news
     }
 
     pub(super) fn has_changed(&self) -> bool {
-        // An error says that the node comes to its end.
+        // An error means that the node is stopping.
         self.sight.has_changed().unwrap_or(false)
             || self.permit.as_ref().is_some_and(|permit| permit.has_changed().unwrap_or(false))
     }
 
-    /// Waits until it has. Cancel-safe.
+    /// Waits for a change. Cancel-safe.
     pub(super) async fn changed(&mut self) {
         let Self { sight, permit } = self;
         let permit = async {
@@ -48,19 +48,19 @@ impl News {
             changed = permit => changed,
         };
         if changed.is_err() {
-            // The node comes to its end, and this with it.
+            // The node is stopping, and this task with it.
             std::future::pending::<()>().await;
         }
     }
 
-    /// Whether this node may own it.
+    /// Returns whether this node may own the partition.
     fn permits(&self) -> bool {
         self.permit.as_ref().is_none_or(|permit| *permit.borrow())
     }
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Looks at the board: who is paused, who owns what, whether somebody has changed something for all.
+    /// Processes the lease view: pauses, owners, and changes by other nodes.
     pub(super) async fn look(&mut self) {
         let Sight { view, error } = self.news.sight.borrow_and_update().clone();
         if let Some(permit) = &mut self.news.permit {
@@ -70,7 +70,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             if self.paused.is_none() {
                 return self.try_later(&error);
             }
-            let error = format!("could not look whether the projection is paused: {error}");
+            let error = format!("reading the pauses failed: {error}");
             self.context.status.send_modify(|status| status.last_error = Some(error));
         }
         if self.lease.is_some() && !self.news.permits() {
@@ -87,7 +87,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.heed_triggers(&view).await;
     }
 
-    /// Somebody on any node resumed or reset the projection: what it remembers may be wrong, and what failed may work.
+    /// Processes a resume or reset on any node: re-reads the state and retries failures.
     fn heed(&mut self, view: &View) {
         let order = view.leases.get(&self.context.shape.order());
         self.held_up = order.is_some_and(|order| order.live);
@@ -95,7 +95,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let ours = self.ours.extract_if(.., |epoch| *epoch <= done).count() as u64;
         if self.heeded.is_some_and(|heeded| heeded < done) {
             if self.heeded.is_some_and(|heeded| done - heeded > ours) {
-                // Somebody else: perhaps they have asked for something just now.
+                // Another node made the change: there may be new operator requests.
                 self.requests_at = Instant::now();
                 self.retries_at = Instant::now();
             }
@@ -107,9 +107,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.heeded = Some(done);
     }
 
-    /// Goes on from the checkpoint as it is now.
+    /// Continues from the stored checkpoint.
     pub(super) fn reload(&mut self) {
-        // Whatever is there by now: the lag is unknown until the checkpoint is read.
+        // The lag is unknown until the checkpoint is read.
         self.context.status.send_if_modified(|status| std::mem::take(&mut status.located));
         self.fits = false;
         self.saved = None;
@@ -117,7 +117,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.restart();
     }
 
-    /// Another node owns the read model, or is to, until it does not any more.
+    /// Waits while another node owns, or should own, the read model.
     pub(super) async fn stand_by(&mut self) {
         let context = self.context;
         let mut free = self.news.permits() && self.looks_free();
@@ -140,7 +140,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                         projection = context.name,
                         lease = context.lease,
                         epoch = lease.epoch(),
-                        "this node is the owner now"
+                        "became the owner"
                     );
                     self.lease = Some(lease);
                     self.saved = None;
@@ -157,7 +157,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     self.measures_from(checkpoint.position);
                     self.date().await;
                 }
-                // Whatever it is: the owner may put it right, as by a reset.
+                // After any error: the owner may fix the cause, for example with a reset.
                 Err(error) => return self.try_later(&error),
             }
             self.look_at = Instant::now() + context.board.pace();
@@ -171,7 +171,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.idle(if free { self.take_at.min(self.look_at) } else { self.look_at }).await;
     }
 
-    /// Whether nobody holds the lease but this node, perhaps from before it panicked.
+    /// Returns whether no other node holds the lease; this node may hold it since before a panic.
     pub(super) fn looks_free(&self) -> bool {
         let view = self.context.board.view();
         view.is_some_and(|view| {
@@ -183,7 +183,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.take_at = Instant::now() + LEAVE_ALONE.min(self.context.options.lease / 6);
     }
 
-    /// Another node is to own it: it can do so at once.
+    /// Releases the lease, because another node should own the read model.
     async fn hand_over(&mut self) {
         self.flush().await;
         let Some(lease) = self.lease.take() else { return };
@@ -193,7 +193,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         tracing::info!(
             projection = self.context.name,
             lease = self.context.lease,
-            "this node gave it to another one"
+            "handed the ownership over to another node"
         );
         self.context.board.hint();
         self.forget();
@@ -203,13 +203,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         });
     }
 
-    /// Somebody else is or may be the owner.
+    /// Stops as the owner, because another node is or may be the owner.
     pub(super) fn step_down(&mut self, reason: &str) {
         tracing::warn!(
             projection = self.context.name,
             lease = self.context.lease,
             reason,
-            "this node is not the owner any more"
+            "lost the ownership"
         );
         self.lease = None;
         self.forget();
@@ -227,7 +227,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.look_at = Instant::now();
     }
 
-    /// Reads the checkpoint and, as a new owner, claims it: who owned it before cannot commit any more.
+    /// Reads the checkpoint and, as a new owner, claims it: this fences the previous owner.
     pub(super) async fn load(&mut self) {
         match self.claim().await {
             Ok(Some(checkpoint)) => self.begin_at(checkpoint),
@@ -239,7 +239,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// The read model is this node's, and here.
+    /// Starts from the claimed checkpoint.
     fn begin_at(&mut self, checkpoint: Checkpoint) {
         self.saved = Some(checkpoint);
         self.applied = checkpoint.position;
@@ -251,32 +251,36 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.restart();
     }
 
-    /// `None` when somebody empties the read model, of which the board does not know yet.
+    /// Claims the checkpoint; `None` if a node is emptying the read model, unknown to the view so
+    /// far.
     async fn claim(&mut self) -> Result<Option<Checkpoint>, CheckpointError> {
         let Context { name, shape, store, .. } = self.context;
         let row = &self.row.clone();
         let found = self.read_model.checkpoint(row).await?;
         if self.read_model.shared() {
-            // Behind the checkpoint: whoever changes the shape changes that with it, so that this one could not be moved.
+            // After reading the checkpoint: a change of the layout moves it too, so that the
+            // compare-and-set below fails.
             shape.check(self.read_model).await?;
             if self.context.version(self.read_model).await? != Some(self.instance.version) {
                 let expected = Checkpoint { mark: found.mark + 1, ..found };
                 return Err(CheckpointError::Stale { name: name.clone(), expected, found });
             }
         }
-        // What goes outside while that is emptied would be lost. Behind the checkpoint, which is moved under the order.
+        // Events written to an external read model during a reset would be lost. After reading the
+        // checkpoint, which moves under the order lease.
         if self.outside() && self.context.ordered().await? {
             return Ok(None);
         }
-        // I1: another process may have applied more than the mark of this one allows. Only the event decides whether the log
-        // lost it. (A start position is an event's, too.)
+        // I1: another process may have applied events beyond this process's high-water mark. Only a
+        // missing event proves that the log lost it. (A start position is an event's position,
+        // too.)
         let position = found.position;
         if position > Position::START && store.event_id_at(position).await?.is_none() {
             let head = store.frontier().await?;
             return Err(CheckpointError::Store(StoreError::Incompatible {
-                expected: format!("a log with an event at position {position}, where projection {name} is"),
-                found: format!("none there, and the end of the log at {head}"),
-                advice: "the event store lost events, or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
+                expected: format!("a log with an event at position {position}, the checkpoint of projection {name}"),
+                found: format!("none there, and the end of the log at position {head}"),
+                advice: "the event store lost events or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
             }));
         }
         let epoch = match &self.lease {
@@ -289,11 +293,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 }
             },
         };
-        // A new version, a reset and a first start begin where the projection does.
+        // A new version, a reset and a first start begin at the start position.
         let position = found.position.max(self.floor().await?);
         let claimed = Checkpoint { epoch, position, ..found };
-        // Also when nothing changes: the checkpoint may be visible only because its wait for a standby was cut short. Once this
-        // commit is durable, so is what it follows (I3).
+        // I3: also without a change: the checkpoint may be visible only because its wait for a
+        // standby was cut short. Once this commit is durable, so is the earlier one.
         let open = self.read_model.begin(row, found).await?;
         self.read_model.commit(open, row, found, claimed, None).await?;
         Ok(Some(claimed))

@@ -1,8 +1,8 @@
-//! Pages of the log that the partitions of a projection share on a node: each page is read once, not once a partition.
+//! Pages of the log that the partitions of a projection share on a node: each page is read once.
 //!
-//! Partitions keep positions of their own. A page serves every partition that is somewhere in it, also one that began in the
-//! middle; from its end on, the two are at the same position. A partition for which no page is kept reads one, so no partition
-//! waits for the progress of another.
+//! Partitions keep positions of their own. A page serves every partition with a position inside it,
+//! also one that began in the middle; at its end, the two are at the same position. A partition
+//! without a cached page reads one, so no partition waits for the progress of another.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -19,16 +19,18 @@ use crate::projection::ProjectionOptions;
 use crate::store::{EventStore, LogPage, ReadLog, StoreError};
 use crate::supervised::Task;
 
-/// Maximum number of pages that are kept; the store limits each to about 4 MiB.
+/// Maximum number of cached pages; the store limits each to about 4 MiB.
 const PAGES: usize = 4;
 
-/// Time after its last use that a page is kept.
+/// Time for which a page is kept after its last use.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// Maximum size of a page in batches: each partition finds only its own part of a page, and makes a transaction of it.
+/// Maximum size of a page in batches.
+///
+/// Each partition finds only its own part of a page, and makes a transaction of it.
 const BATCHES: usize = 32;
 
-/// Maximum number of remembered answers to the question how old the next event is.
+/// Maximum number of cached answers for the age of the next event.
 const AGES: usize = 8;
 
 /// The pages of one projection on one node. Cheap to clone.
@@ -52,7 +54,7 @@ struct State {
     pages: VecDeque<KeptPage>,
     /// Reads in progress. A read ends with the last partition that waits for it.
     reads: Vec<Weak<PageRead>>,
-    /// Whether a task removes pages that are not used any more.
+    /// Whether a task removes unused pages.
     sweeping: bool,
 }
 
@@ -67,11 +69,11 @@ struct Page {
     scanned_to: Position,
     head: Position,
     events: Vec<RecordedEvent>,
-    /// The indices of a partition's events, by its index.
+    /// Indices of the events of each partition, by partition index.
     parts: Vec<Vec<u32>>,
 }
 
-/// A page that is being read, in a task that is aborted when this is dropped.
+/// A page that is being read, in a task that is aborted on drop.
 struct PageRead {
     after: Position,
     began_at: Instant,
@@ -86,7 +88,7 @@ struct NextEvent {
     recorded_at: DateTime<Utc>,
 }
 
-/// Where a page comes from.
+/// Source of a page.
 enum Found {
     Page(Arc<Page>),
     Read(Arc<PageRead>),
@@ -99,10 +101,11 @@ impl PageCache {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Reads the part of `partition` in the page after `read.after`; `read.limit` is replaced by the limit of shared pages.
+    /// Reads the part of `partition` in the page after `read.after`.
     ///
-    /// A page that ended at the head of the log is used only if it reaches `reach`: otherwise the answer is from a read that
-    /// began after this call. Cancel-safe.
+    /// `read.limit` is replaced by the limit of shared pages. A page that ended at the head of the
+    /// log is used only if it reaches `reach`: otherwise the answer is from a read that began after
+    /// this call. Cancel-safe.
     pub(super) async fn read(
         &self,
         store: &Arc<dyn EventStore>,
@@ -122,7 +125,8 @@ impl PageCache {
             if fresh || page.serves(after, reach) {
                 return Ok(page.part(partition, after));
             }
-            // One page of a partition that is behind is worth waiting for, a second one is not.
+            // Waiting for one page of a partition that lags is worthwhile, waiting for a second one
+            // is not.
             joined |= page_read.after != after;
         }
     }
@@ -132,7 +136,9 @@ impl PageCache {
         self.inner.state().pages.clear();
     }
 
-    /// Finds a page, or a read to wait for: one in progress, or a new one. `join` allows one that began at a lower position.
+    /// Returns a page, or a read to wait for: in progress, or new.
+    ///
+    /// `join` allows a read that began at a lower position.
     fn find(&self, store: &Arc<dyn EventStore>, read: &ReadLog, reach: Position, join: bool) -> Found {
         let after = read.after;
         let mut state = self.inner.state();
@@ -164,7 +170,7 @@ impl PageCache {
             let page = match store.read_log(read).await {
                 Ok(page) => Ok(inner.keep(Page::new(after, page, inner.partitions))),
                 Err(error) => {
-                    // The store may come back as another one, which has lost events.
+                    // After a failover, the store may have lost events.
                     inner.state().pages.clear();
                     Err(error)
                 }
@@ -207,7 +213,7 @@ impl Inner {
     fn keep(self: &Arc<Self>, page: Page) -> Arc<Page> {
         let page = Arc::new(page);
         let mut state = self.state();
-        // At the head of the log, the newest page replaces those before it.
+        // At the head of the log, the newest page replaces the earlier ones.
         state.pages.retain(|kept| kept.page.after != page.after);
         if state.pages.len() == PAGES {
             state.pages.pop_front();
@@ -220,7 +226,7 @@ impl Inner {
     }
 }
 
-/// Removes pages that are not used any more, until there are none.
+/// Removes unused pages, until there are none.
 async fn sweep(inner: Weak<Inner>) {
     loop {
         sleep(IDLE).await;
@@ -244,7 +250,7 @@ impl Page {
         Self { after, scanned_to, head, events, parts }
     }
 
-    /// Whether it says what comes after a position: see [`PageCache::read`].
+    /// Returns whether the page answers a read after a position: see [`PageCache::read`].
     fn serves(&self, after: Position, reach: Position) -> bool {
         self.after <= after
             && if self.scanned_to < self.head {
@@ -275,7 +281,7 @@ impl PageRead {
         self.result.borrow().is_none()
     }
 
-    /// Whether the page may reach beyond a position.
+    /// Returns whether the page may reach beyond a position.
     fn may_reach(&self, position: Position, read: &ReadLog) -> bool {
         let scan = read.upto.map_or(u64::MAX, |upto| upto.get().saturating_sub(read.after.get()));
         position.get() < self.after.get().saturating_add(scan)
@@ -286,7 +292,7 @@ impl PageRead {
         let mut result = self.result.clone();
         let result = result.wait_for(Option::is_some).await;
         result.ok().and_then(|result| result.clone()).unwrap_or_else(|| {
-            let reason = "reading the log ended without a result".into();
+            let reason = "reading the log failed: the task ended without a result".into();
             Err(StoreError::Unavailable { reason, source: None })
         })
     }
@@ -348,7 +354,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pages_are_few_and_go_when_they_are_not_used() {
+    async fn pages_are_limited_and_removed_when_unused() {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let cache = PageCache::new(4, &ProjectionOptions::new());
         for after in 0..10 {
@@ -357,7 +363,7 @@ mod tests {
         assert_eq!(cache.inner.state().pages.len(), PAGES);
         let kept = cache.inner.state().pages.iter().map(|kept| kept.page.after.get()).collect::<Vec<_>>();
         assert_eq!(kept, [6, 7, 8, 9]);
-        // The one that is used stays longest.
+        // A page in use stays longest.
         let partition = Partition::of(&recorded(1, 8).stream, 4);
         let read = ReadLog::after(Position::new(6));
         let part: BoxFuture<'_, _> = Box::pin(cache.read(&store, read, partition, Position::START));

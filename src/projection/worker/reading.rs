@@ -1,4 +1,4 @@
-//! Where the next events come from: the store, and at the tip of the log a follower.
+//! Sources of the next events: the store during catch-up, and a follower when live.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,19 +13,19 @@ use crate::feed::{FeedItem, adjacent};
 use crate::projection::{FollowMode, Projection, ProjectionState, ReadModel};
 use crate::store::{LogPage, ReadLog, StoreError};
 
-/// A page of the log that is being read; given up when this is dropped.
+/// A page of the log that is being read; aborted on drop.
 pub(super) struct PageAhead {
     after: Position,
     reading: JoinSet<Result<LogPage, StoreError>>,
 }
 
 impl PageAhead {
-    /// The page. Cancel-safe.
+    /// Waits for the page. Cancel-safe.
     async fn page(&mut self) -> Result<LogPage, StoreError> {
         match self.reading.join_next().await {
             Some(Ok(page)) => page,
             ended => {
-                let reason = format!("reading the log ended without an answer: {ended:?}");
+                let reason = format!("reading the log failed: the task ended without an answer: {ended:?}");
                 Err(StoreError::Unavailable { reason, source: None })
             }
         }
@@ -33,7 +33,7 @@ impl PageAhead {
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Drops what is under way; goes on from what is applied, when it goes on.
+    /// Drops the work in progress; the next round continues from the applied position.
     pub(super) fn restart(&mut self) {
         self.pending = None;
         self.suspect = None;
@@ -56,14 +56,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         let ahead = self.ahead.take().filter(|ahead| ahead.after == self.applied);
         let mut ahead = ahead.unwrap_or_else(|| self.begin_to_read(self.applied));
-        // No time limit but the store's own: a page that takes longer than a tick would never be read.
+        // No time limit except the store's own: a page that takes longer than a tick would never be
+        // read.
         let heard = hear(&mut self.inbox, &mut self.lease, None, None, ahead.page()).await;
         match self.attend(heard).await {
             Some(Ok(page)) => {
                 let hole = page.scanned_to == self.applied && page.has_more();
                 self.scan = if hole { self.scan.saturating_mul(2) } else { SCAN };
                 if page.events.is_empty() {
-                    // Otherwise only when they are committed: a database that can be read may still refuse that.
+                    // Otherwise only after the commit: a readable database may still reject writes.
                     self.backoff.succeeded();
                 }
                 self.source = if page.has_more() { Source::Store } else { Source::Feed };
@@ -95,15 +96,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         PageAhead { after, reading }
     }
 
-    /// Reads the store, not the follower, up to where the feed is now.
+    /// Switches to the store, up to the current position of the feed.
     fn read_to_feed(&mut self) {
         self.source = Source::Store;
-        // I1: a page that the partitions share may be older than the subscription. If it ends here or later, it lacks nothing
-        // that the feed sent before this began to follow.
+        // I1: a page that the partitions share may be older than the subscription. If it ends here
+        // or later, it contains everything that the feed sent before the subscription.
         self.live_after = self.context.feed.position();
     }
 
-    /// From now on.
+    /// Subscribes to the live source from now on.
     pub(super) fn listen(&self) -> Result<Follower, StoreError> {
         let Context { feed, bus, store, log, filter, options, role, .. } = self.context;
         let own = *role == Role::Live && self.read_model.shared();
@@ -116,7 +117,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             names: filter.wanted_names().map(|names| names.iter().cloned().collect()),
             categories: filter.wanted_categories().map(|categories| categories.iter().cloned().collect()),
         });
-        // The runtime has looked whether this bus can; so it is one that was taken down.
+        // The runtime has checked that the bus supports this; so the bus was shut down.
         let durable = |followed| DurableFollower::new(followed, log.clone(), filter.clone(), self.page.get());
         followed.map(|followed| Follower::Durable(Box::new(durable(followed)))).map_err(|error| {
             StoreError::Unavailable {
@@ -126,7 +127,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         })
     }
 
-    /// Takes what the feed has.
+    /// Processes the next items of the live source.
     pub(super) async fn follow(&mut self) {
         let Some(follower) = &mut self.follower else { return self.restart() };
         self.context.set(ProjectionState::Following);
@@ -136,7 +137,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let until = held.map_or(self.tick_at, |until| until.min(self.tick_at));
         let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next(after)).await;
         let Some(mut item) = self.attend(heard).await else { return };
-        // What is held back already, and what comes now.
+        // The events that wait already, and the new ones.
         let held = self.pending.take().unwrap_or(Pending { events: VecDeque::new(), upto: self.applied });
         let before = held.events.len();
         let Pending { mut events, mut upto } = held;
@@ -154,10 +155,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     }
                 }
                 FeedItem::Lagged => {
-                    tracing::debug!(
-                        projection = self.context.name,
-                        "fell behind the feed and reads the store"
-                    );
+                    tracing::debug!(projection = self.context.name, "lagged the feed; reading the store");
                     self.read_to_feed();
                 }
                 FeedItem::Failed => {
@@ -166,14 +164,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     self.source = Source::Store;
                 }
                 FeedItem::Closed => {
-                    // Only at the end of the runtime, which ends this as well, or of the bus.
-                    let error = StoreError::Unavailable { reason: "the feed has ended".into(), source: None };
+                    // Only if the runtime stops, which stops this task as well, or the bus is
+                    // closed.
+                    let error = StoreError::Unavailable {
+                        reason: "following the feed failed: the feed has ended".into(),
+                        source: None,
+                    };
                     self.source = Source::Store;
                     self.follower = None;
                     self.outage(&error);
                 }
             }
-            // What has gathered meanwhile shares the transaction.
+            // Events that have arrived meanwhile share the transaction.
             if self.source == Source::Store || events.len() >= self.context.options.batch {
                 break;
             }
@@ -194,7 +196,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.waits_since(&pending);
             self.pending = Some(pending);
         } else if upto > self.applied {
-            // Nothing to write but the checkpoint, and that can wait for the next tick.
+            // Only the checkpoint is left to write, which can wait for the next tick.
             self.applied = upto;
             self.moved_to(upto);
             self.tell_applied();

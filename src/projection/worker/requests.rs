@@ -1,4 +1,4 @@
-//! What was asked of the nodes by those who do not have the projection's code: see [`Request`].
+//! Operator requests to the nodes, from programs without the projection's code: see [`Request`].
 
 use tokio::time::Instant;
 
@@ -9,12 +9,13 @@ use crate::projection::shape::fenced;
 use crate::projection::{ControlError, Projection, ReadModel, Request};
 use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 
-/// How many requests are looked at in one go, unless so many stay where they are.
+/// Number of requests in the first read; doubled while no request can be completed.
 const PAGE: usize = 1_000;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Resets, rebuilds or gives a rebuild up, if that was asked for and this node is the one to do it: the owner, or any while
-    /// nobody can own a read model that does not fit.
+    /// Acts on requests for a reset, a rebuild or its cancellation, if this node is responsible.
+    ///
+    /// The owner is responsible, or any node if the read model does not fit and so has no owner.
     pub(super) async fn see_to_requests(&mut self) -> Result<(), StoreError> {
         let context = self.context;
         let first = context.partition.is_none_or(|partition| partition.index() == 0);
@@ -32,7 +33,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 if kept.attempts > 0 {
                     continue;
                 }
-                tracing::info!(projection = context.name, %request, "an operator has asked for this");
+                tracing::info!(projection = context.name, %request, "executing an operator request");
                 let done = match request {
                     Request::Reset => self.reset(Some(&row)).await,
                     Request::CancelRebuild => self.cancel_rebuild(Some(&row)).await,
@@ -45,7 +46,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    /// Applies the parked events of this part that somebody has asked for. As the owner.
+    /// Retries the parked events of this partition that operators requested. Called as the owner.
     pub(super) async fn see_to_retries(&mut self) -> Result<(), StoreError> {
         let context = self.context;
         if context.role != Role::Live || !self.read_model.shared() {
@@ -67,7 +68,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 let page = context.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
                 let event = page.events.into_iter().find(|event| event.position == position);
                 let ours = |partition: Partition| {
-                    // What is nobody's the first one answers for.
+                    // The first partition answers for events that do not exist.
                     event.as_ref().map_or(partition.index() == 0, |event| partition.contains(&event.stream))
                 };
                 if !context.partition.is_none_or(ours) {
@@ -84,7 +85,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 break;
             }
             if !more {
-                // Refused ones, and those of other parts, stay where they are: what is behind them was not seen yet.
+                // Refused requests and those of other partitions stay: read further to see the ones
+                // after them.
                 limit = limit.saturating_mul(2);
             }
         }
@@ -92,16 +94,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    /// What was asked for could not be done for now, which holds up nothing else: until when it is left alone.
+    /// Records that a request cannot be completed yet; returns the time of the next attempt.
+    ///
+    /// Other work continues meanwhile.
     pub(super) fn put_off(&self, error: &StoreError) -> Instant {
         let (projection, again) = (&self.context.name, REQUESTS_AGAIN);
-        tracing::warn!(projection, %error, ?again, "what an operator has asked for could not be done, and is tried again");
-        let error = format!("what an operator has asked for could not be done yet: {error}");
+        tracing::warn!(projection, %error, ?again, "could not complete an operator request; retrying");
+        let error = format!("completing an operator request failed: {error}; retrying");
         self.context.status.send_modify(|status| status.last_error = Some(error));
         Instant::now() + REQUESTS_AGAIN
     }
 
-    /// Says what became of a request: it has gone, or says why it was refused, if it stands there still.
+    /// Records a refusal with its reason, if the request still exists.
     async fn answer(
         &mut self,
         row: &str,
@@ -109,17 +113,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         done: Result<(), ControlError>,
     ) -> Result<(), StoreError> {
         let error = match done {
-            // It is gone, with what was done; what stands there now was asked for since.
+            // The request was deleted with the change; a request that exists now is a new one.
             Ok(()) => return Ok(()),
-            // Later, it may work.
+            // A later attempt may succeed.
             Err(ControlError::Store(error)) if error.is_transient() => return Err(error),
             Err(error @ (ControlError::Overloaded { .. } | ControlError::TimedOut { .. })) => {
                 return Err(StoreError::Unavailable { reason: error.to_string(), source: None });
             }
             Err(error) => error,
         };
-        tracing::warn!(projection = self.context.name, request = %kept.name, %error, "what an operator has asked for was refused");
-        // Before it is looked whether it is still the same: another one moves this.
+        tracing::warn!(projection = self.context.name, request = %kept.name, %error, "refused an operator request");
+        // Before the check whether the request is still the same: a new request moves this
+        // checkpoint.
         let found = ReadModel::checkpoint(self.read_model, row).await?;
         let stand = ReadModel::parked(self.read_model, row, usize::MAX).await?;
         if !stand.iter().any(|request| request.event_id == kept.event_id) {
@@ -128,7 +133,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let refusal = ParkedEvent { attempts: 1, error: error.to_string(), ..kept };
         let open = self.read_model.begin(row, found).await?;
         match self.read_model.commit(open, row, found, fenced(found), Some(refusal)).await {
-            // What was asked for meanwhile is seen to in its turn.
+            // A request that was made meanwhile has its own turn.
             Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
             Err(CheckpointError::Store(error)) => Err(error),
         }

@@ -1,4 +1,4 @@
-//! When what has come is applied.
+//! Schedule: when waiting events are applied.
 
 use tokio::time::Instant;
 
@@ -11,31 +11,31 @@ use crate::projection::{ControlError, Projection, ProjectionState, ReadModel, Sc
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 use crate::time::after;
 
-/// What a schedule has to remember.
+/// State of a schedule.
 #[derive(Debug, Default)]
 pub(super) struct Timing {
-    /// What is pending waits since, and until.
+    /// Start and end of the wait of the pending events.
     hold: Option<(Instant, Instant)>,
-    /// When something was last applied.
+    /// Time of the last apply.
     last: Option<Instant>,
-    /// What was last told of triggers; `None` before the first look.
+    /// Epoch of the last known trigger; `None` before the first lease view.
     triggers: Option<u64>,
-    /// How far it goes when it is triggered by hand; `None` when that is to be looked up (again).
+    /// Target of manual triggers; `None` if it must be read (again).
     goal: Option<Position>,
-    /// Where the log ended when this, at work on it, heard that it was triggered.
+    /// End of the log when this task, at work, noticed the trigger.
     heard: Position,
-    /// How often it had been triggered when this node's own read model was reset: for those it does not go any more.
+    /// Number of triggers at the last reset of this node's own read model: these no longer count.
     over: u64,
 }
 
 impl Timing {
-    /// Something has come at the tip of the log.
+    /// Records the arrival of live events.
     pub(super) fn arrived(&mut self, schedule: Schedule) {
         let now = Instant::now();
         let first = self.hold.map_or(now, |(first, _)| first);
         self.hold = match schedule {
             Schedule::Immediate | Schedule::Manual => None,
-            // Whatever follows, the first one's time does not begin anew.
+            // Later events do not extend the wait of the first one.
             Schedule::Debounced { quiet, cap } => {
                 Some((first, after(quiet).min(first + cap.min(crate::time::FAR))))
             }
@@ -45,18 +45,18 @@ impl Timing {
         };
     }
 
-    /// Not beyond this it goes, if it is triggered by hand.
+    /// Returns the target of manual triggers, beyond which nothing is applied.
     pub(super) fn goal(&self) -> Option<Position> {
         self.goal
     }
 
-    /// How far it goes when it is triggered by hand is looked up again.
+    /// Forces a new read of the target.
     pub(super) fn forget(&mut self) {
         self.goal = None;
         self.heard = Position::START;
     }
 
-    /// Nothing is pending any more.
+    /// Records that no event is pending.
     pub(super) fn let_go(&mut self) {
         self.hold = None;
     }
@@ -66,15 +66,17 @@ impl Timing {
         self.last = Some(Instant::now());
     }
 
-    /// Until when what is pending waits.
+    /// Returns the end of the wait of the pending events.
     pub(super) fn until(&self) -> Option<Instant> {
         self.hold.map(|(_, until)| until)
     }
 }
 
 impl Context {
-    /// It is to go as far as the log goes now. That is kept in the event store: whoever works on it later knows of it, too, and
-    /// what was reached is not gone for twice.
+    /// Records the current end of the log as the target of a trigger.
+    ///
+    /// The target is in the event store: later owners know it too, and a target that was reached is
+    /// not pursued twice.
     pub(super) async fn set_goal(&self) -> Result<(), ControlError> {
         let Self { name, store, shape, .. } = self;
         let (row, head) = (shape.goal(), store.frontier().await?);
@@ -83,7 +85,7 @@ impl Context {
             let goal = Checkpoint { position: head.max(found.position), ..fenced(found) };
             match store.save_checkpoint(&row, found, goal, None).await {
                 Ok(()) => return Ok(()),
-                // Somebody else has triggered it just now, which is as good.
+                // A concurrent trigger has set the same target or a later one.
                 Err(CheckpointError::Stale { found, .. }) if found.position >= head => return Ok(()),
                 Err(CheckpointError::Stale { found: now, .. }) => found = now,
                 Err(CheckpointError::Store(error)) => return Err(error.into()),
@@ -92,29 +94,30 @@ impl Context {
         Err(ControlError::Overloaded { name: name.clone() })
     }
 
-    /// How far, and how often, it was triggered to go.
+    /// Returns the target and the number of triggers.
     pub(super) async fn goal(&self) -> Result<Checkpoint, StoreError> {
         self.store.checkpoint(&self.shape.goal()).await
     }
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Somebody on any node has triggered it.
+    /// Processes a trigger on any node.
     pub(super) async fn heed_triggers(&mut self, view: &View) {
         let triggers = view.leases.get(&self.context.shape.trigger()).map_or(0, |posted| posted.epoch);
         if self.timing.triggers.is_some_and(|known| known != triggers) {
             self.timing.forget();
             self.timing.hold = None;
             if self.goes_by_hand() && self.saved.is_some() {
-                // What had its receipt when it was triggered may have been behind an append that was still under way. It is a
-                // service only: without an answer it goes as far as it has to.
+                // Race: an append was in flight when the trigger read the end of the log, and hid
+                // an event that already had its receipt. Reading the end again is best effort:
+                // without an answer, the recorded target suffices.
                 self.timing.heard = self.context.store.frontier().await.unwrap_or_default();
             }
         }
         self.timing.triggers = Some(triggers);
     }
 
-    /// It was reset: it waits for a trigger that comes behind those that led to `goal`.
+    /// Withdraws the target `goal` after a reset: the projection waits for a later trigger.
     pub(super) async fn give_up_goal(&mut self, goal: Checkpoint) -> Result<(), StoreError> {
         let Context { store, shape, .. } = self.context;
         if !self.read_model.shared() {
@@ -126,13 +129,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         let none = Checkpoint { position: Position::START, ..goal };
         match store.save_checkpoint(&shape.goal(), goal, none, None).await {
-            // It was triggered meanwhile.
+            // A concurrent trigger has set a new target.
             Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
             Err(CheckpointError::Store(error)) => Err(error),
         }
     }
 
-    /// Whether what is pending is to wait for more.
+    /// Returns whether the pending events wait for more.
     pub(super) fn holds(&self) -> bool {
         let Some(pending) = &self.pending else { return false };
         self.source == Source::Feed
@@ -145,7 +148,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.context.options.schedule == Schedule::Manual && self.context.role == Role::Live
     }
 
-    /// Whether it is to go on at all.
+    /// Returns whether the projection may continue.
     pub(super) async fn is_due(&mut self) -> Result<bool, StoreError> {
         if !self.goes_by_hand() {
             return Ok(true);
@@ -156,7 +159,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 let kept = self.context.goal().await?;
                 let ours = kept.mark > self.timing.over;
                 let goal = if ours { kept.position.max(self.timing.heard) } else { Position::START };
-                // What it follows might lead it beyond.
+                // The live source might lead beyond the target.
                 self.source = Source::Store;
                 *self.timing.goal.insert(goal)
             }

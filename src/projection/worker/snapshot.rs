@@ -1,5 +1,6 @@
-//! Snapshots of what a projection holds in memory: loaded before the first event, taken behind a commit, when the state is what
-//! the log up to the checkpoint makes of it, and nothing else.
+//! Snapshots of in-memory state: loaded before the first event, taken after a commit.
+//!
+//! Only then is the state exactly the result of the log up to the checkpoint.
 
 use std::sync::Arc;
 
@@ -12,26 +13,26 @@ use crate::projection::snapshot::{Snapshots, place};
 use crate::projection::{Projection, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, EventStore, ParkedEvent, Snapshot, StoreError};
 
-/// A task's part in it.
+/// The snapshot state of a task.
 pub(super) struct Snapshotting<'a> {
     snapshots: &'a Snapshots,
     stream: StreamId,
-    /// How many events are in the state, and in no snapshot.
+    /// Number of events in the state that are in no snapshot.
     unsaved: u64,
-    /// How many events were parked in the last snapshot.
+    /// Number of parked events in the last snapshot.
     parked: usize,
-    /// The one that is being written, if any; whether it was. Given up with the task.
+    /// The write in progress, if any; its result is whether it succeeded. Aborted with the task.
     saving: JoinSet<bool>,
 }
 
 impl<'a> Snapshotting<'a> {
-    /// If the read model keeps any.
+    /// Creates the state, if the read model keeps snapshots.
     pub(super) fn new(context: &Context, read_model: &'a impl ReadModel) -> Option<Self> {
         let snapshots = read_model.snapshots().filter(|_| !read_model.shared())?;
         let Some(stream) = place(&context.name) else {
             tracing::warn!(
                 projection = context.name,
-                "no snapshot can be kept under this name: it is to have 1 to 400 bytes, and no control characters"
+                "disabling snapshots: the name must have 1 to 400 bytes and no control characters"
             );
             return None;
         };
@@ -45,19 +46,20 @@ impl<'a> Snapshotting<'a> {
         }
     }
 
-    /// Waits for the one that is being written.
+    /// Waits for the write in progress.
     async fn settle(&mut self) {
         while let Some(written) = self.saving.join_next().await {
             self.written(written);
         }
     }
 
-    /// Nobody starts from what is there, and it is in nobody's way.
+    /// Replaces the stored snapshot by an empty one, which no start uses and any snapshot replaces.
     async fn discard(&mut self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
-        // It would come behind this one.
+        // The write in progress would come after this one.
         self.settle().await;
         self.unsaved = self.unsaved.max(1);
-        // Of another revision, since a newer one of its own would not be replaced; nor does this one keep another from its place.
+        // With another revision: a newer snapshot of the same revision would not be replaced. The
+        // empty one does not block later snapshots either.
         let revision = self.snapshots.revision.wrapping_add(1);
         let nothing = Snapshot { version: Version::NONE, revision, state: Bytes::new() };
         store.save_snapshot(&self.stream, nothing).await
@@ -65,7 +67,9 @@ impl<'a> Snapshotting<'a> {
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Starts from the snapshot, if there is one. Whatever is wrong with it, the log is the truth, and applied from its start.
+    /// Starts from the snapshot, if there is one.
+    ///
+    /// If it is unusable for any reason, the log is applied from its start.
     pub(super) async fn load_snapshot(&mut self) -> Result<(), StoreError> {
         if self.snapshotting.is_none() {
             return Ok(());
@@ -74,26 +78,26 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let Some(ours) = &mut self.snapshotting else { return Ok(()) };
         let (Context { name, filter, store, .. }, snapshots) = (self.context, ours.snapshots);
         if self.read_model.checkpoint(&self.row).await? != Checkpoint::default() {
-            // The task panicked; what was applied before is still there.
+            // The task panicked; the state still has the applied events.
             ours.unsaved = 1;
             return Ok(());
         }
         let unusable = match store.snapshot(&ours.stream).await {
             Ok(None) => return Ok(()),
-            // It was discarded.
+            // The snapshot was discarded.
             Ok(Some(snapshot)) if snapshot.state.is_empty() => return Ok(()),
             Ok(Some(Snapshot { revision, .. })) if revision != snapshots.revision => {
                 tracing::warn!(
                     projection = name,
                     revision,
-                    "the snapshot is of another revision; applying the log from its start"
+                    "ignoring a snapshot of another revision; applying the log from its start"
                 );
                 return Ok(());
             }
             Ok(Some(Snapshot { version, state, .. })) => {
                 let position = Position::new(version.get());
                 if position > Position::START && store.event_id_at(position).await?.is_none() {
-                    format!("it is at position {position}, where the log has no event")
+                    format!("the snapshot is at position {position}, where the log has no event")
                 } else {
                     let (snapshots, filter) = (snapshots.clone(), filter.clone());
                     let unpacked = spawn_blocking(move || snapshots.unpack(&state, &filter, floor)).await;
@@ -113,16 +117,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         tracing::warn!(
             projection = name,
             unusable,
-            "the snapshot is of no use; applying the log from its start"
+            "ignoring an unusable snapshot; applying the log from its start"
         );
-        // Also so that it is not taken for a newer one than those of this log, with this filter.
+        // Also so that it does not count as newer than the snapshots of this log with this filter.
         ours.discard(store).await
     }
 
     async fn start_at(&mut self, position: Position, parked: Vec<ParkedEvent>) -> Result<(), StoreError> {
         let none = Checkpoint::default();
         let to = Checkpoint { position, ..none };
-        // Last of all the checkpoint: it says that everything is there.
+        // The checkpoint last: it marks the parked events as complete.
         let steps = parked.into_iter().map(|event| (none, Some(event))).chain([(to, None)]);
         for (to, parked) in steps {
             let open = self.read_model.begin(&self.row, none).await?;
@@ -137,8 +141,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    /// So many events more are in the state: takes a snapshot if it is time for one. Nothing waits for it to be written; while it
-    /// is, there is no other.
+    /// Counts applied events and takes a snapshot if it is due.
+    ///
+    /// The write runs in the background, one at a time.
     pub(super) async fn snapshot_behind(&mut self, events: u64) {
         let Some(ours) = &mut self.snapshotting else { return };
         ours.unsaved = ours.unsaved.saturating_add(events);
@@ -155,7 +160,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// At the end: takes one if something has changed since the last one, and waits for it to be written.
+    /// Takes a last snapshot if the state has changed, and waits for its write.
     pub(super) async fn last_snapshot(&mut self) {
         let Some(ours) = &mut self.snapshotting else { return };
         ours.settle().await;
@@ -163,7 +168,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return;
         }
         let parked = self.read_model.parked(&self.row, usize::MAX).await.map_or(0, |parked| parked.len());
-        // Also when one was discarded meanwhile: it would be parked again.
+        // Also if a parked event was discarded meanwhile: the old snapshot would restore it.
         if (ours.unsaved > 0 || ours.parked != parked)
             && let Some(writing) = self.take_snapshot().await
         {
@@ -171,7 +176,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// The read model is to be empty, and nobody to start from what it was.
+    /// Discards the snapshot, because the read model is reset.
     pub(super) async fn discard_snapshot(&mut self) -> Result<(), StoreError> {
         match &mut self.snapshotting {
             Some(ours) => ours.discard(&self.context.store).await,
@@ -179,11 +184,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Between two transactions. What is left is to write it; whether that was done.
+    /// Encodes a snapshot between two transactions; returns the write, which reports success.
     async fn take_snapshot(&mut self) -> Option<impl Future<Output = bool> + Send + 'static> {
         let floor = self.context.floor.get().copied().unwrap_or_default();
         let ours = self.snapshotting.as_mut()?;
-        // Also if that fails: not again with every event.
+        // Also after a failure: no attempt with every event.
         ours.unsaved = 0;
         let Context { name, filter, store, metrics, .. } = self.context;
         let taken = async {
@@ -192,18 +197,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let parked =
                 self.read_model.parked(&self.row, usize::MAX).await.map_err(|error| error.to_string())?;
             let (snapshots, filter, count) = (ours.snapshots.clone(), filter.clone(), parked.len());
-            // A large state takes its time, and others have the thread to themselves meanwhile.
+            // Encoding a large state takes long; other tasks keep this thread meanwhile.
             let packing = spawn_blocking(move || snapshots.pack(&filter, floor, &parked)).await;
             Ok::<_, String>((position, count, packing.map_err(|error| error.to_string())??))
         };
         let (position, parked, state) = match taken.await {
             Ok(taken) => taken,
             Err(error) => {
-                tracing::warn!(
-                    projection = name,
-                    error,
-                    "no snapshot can be taken of what it holds in memory"
-                );
+                tracing::warn!(projection = name, error, "could not take a snapshot of the state in memory");
                 metrics.snapshot(name, Some("not_taken"));
                 return None;
             }
@@ -220,7 +221,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     true
                 }
                 Err(error) => {
-                    tracing::warn!(projection = name, %position, %error, "a snapshot was not saved; the next one will be");
+                    tracing::warn!(projection = name, %position, %error, "could not save a snapshot; retrying with the next one");
                     metrics.snapshot(&name, Some(error.kind()));
                     false
                 }

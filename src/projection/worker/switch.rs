@@ -1,4 +1,4 @@
-//! The switch: what was rebuilt takes the place of what is live, while those who keep the live one up to date wait for it.
+//! The cut-over: the rebuilt version becomes the live one, while the tasks of the live one wait.
 
 use std::time::Duration;
 
@@ -12,36 +12,37 @@ use crate::projection::shape::{Versions, fenced};
 use crate::projection::{ControlError, Projection, ReadModel};
 use crate::store::{Checkpoint, Lease, StoreError};
 
-/// How far behind the live one the other may be when the live one begins to wait for it.
+/// Maximum distance in positions between the versions at which the live one begins to wait.
 const NEAR: u64 = 10_000;
 
-/// How long the live one waits at most.
+/// Maximum wait of the live version.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// A part that is behind gets on while it is seen to move within that time. Nobody waits for one that does not.
+/// Time within which a lagging part must advance; the live version waits for no other part.
 const GETS_ON: Duration = Duration::from_secs(2);
 
-/// How long after a switch that came to nothing the next one is tried.
+/// Pause after a failed cut-over.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// How long the switch itself may wait for what somebody else has locked. Until then those wait who keep the live one up to date,
-/// and behind its own locks whoever reads the tables.
+/// Maximum wait of the cut-over transaction for locks of other sessions.
+///
+/// Meanwhile the tasks of the live version wait, and readers of the tables wait for its own locks.
 const SWITCH: Duration = Duration::from_secs(2);
 
-/// … and how far apart the next ones are at most if it goes on like that.
+/// First and maximum pause between repeated cut-over attempts.
 pub(super) const SWITCH_AGAIN: (Duration, Duration) = (AGAIN, Duration::from_secs(60));
 
-/// How often it is looked whether what was rebuilt is where the live one is.
+/// Interval of checking whether the rebuilt version has reached the live one.
 const SWITCHING: Duration = Duration::from_millis(20);
 
 pub(super) enum Switch {
-    /// The live one waits.
+    /// The live version waits.
     Waits { order: Lease, since: Instant },
-    /// It did so in vain; not before this it does again.
+    /// The wait was in vain; earliest time of the next one.
     Later(Instant),
 }
 
-/// Where a part of what is rebuilt was when that was last looked up, and when it was seen to move.
+/// Last known position of a part of the rebuild, and the time when it last advanced.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Pace {
     position: Option<Position>,
@@ -55,14 +56,14 @@ impl Pace {
         }
     }
 
-    /// Whether it was seen to move lately. One that is waited for has its time from then on.
+    /// Returns whether the part advanced lately. During a wait, the time counts from its start.
     fn gets_on(&self, since: Option<Instant>) -> bool {
         self.moved.max(since).is_some_and(|moved| moved.elapsed() < GETS_ON)
     }
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Puts what was rebuilt in the place of what is live, if it has come as far. One partition sees to it for all.
+    /// Cuts over if the rebuilt version has caught up. One partition acts for all.
     pub(super) async fn consider_switching(&mut self) {
         let first = self.context.partition.is_none_or(|partition| partition.index() == 0);
         let ready = first
@@ -74,7 +75,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return self.give_up_switching().await;
         }
         if let Err(error) = self.go_on_switching().await {
-            tracing::warn!(projection = self.context.name, %error, "what was rebuilt could not be put in place, and is tried again");
+            tracing::warn!(projection = self.context.name, %error, "could not cut over to the rebuilt version; retrying");
             self.context.status.send_modify(|status| status.last_error = Some(error.to_string()));
             let wait = self.switch_again.next();
             self.switch_later(wait).await;
@@ -121,13 +122,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn give_up_switching(&mut self) {
         if let Some(Switch::Waits { order, .. }) = self.switch.take() {
             if let Err(error) = self.context.store.release_lease(&order).await {
-                tracing::warn!(projection = self.context.name, %error, "who works on the projection is held up for some seconds");
+                tracing::warn!(projection = self.context.name, %error, "could not release the order lease; the projection is held up until it expires");
             }
             self.context.board.hint();
         }
     }
 
-    /// How far the furthest of all partitions is behind the live one, and whether all that are behind get on.
+    /// Returns the largest lag of a partition, and whether all lagging partitions advance.
     async fn behind(&mut self, since: Option<Instant>) -> Result<(u64, bool), StoreError> {
         let shape = &self.context.shape;
         let Versions { live, .. } = shape.versions(self.read_model).await?;
@@ -158,17 +159,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let result = async {
             self.read_model.bound(&mut open, SWITCH + GRACE).await?;
             if rebuilt != Some(version) {
-                return Err(late("the versions have changed"));
+                return Err(late("cutting over failed: the versions have changed"));
             }
             for part in shape.parts() {
-                // Both are held until the end, and whoever knows them as they were is refused.
+                // I7: both are locked until the commit, and owners that know the old values are
+                // fenced.
                 let (old_row, new_row) = (shape.row(part, live), shape.row(part, version));
                 let old = self.read_model.adopt(&mut open, &old_row).await?;
                 let new = self.read_model.adopt(&mut open, &new_row).await?;
                 self.read_model.save(&mut open, &old_row, old, fenced(old)).await.map_err(refused)?;
                 self.read_model.save(&mut open, &new_row, new, fenced(new)).await.map_err(refused)?;
                 if new.position < old.position {
-                    return Err(late("it is behind the live one again"));
+                    return Err(late("cutting over failed: the rebuilt version lags the live one again"));
                 }
             }
             let transaction = self.read_model.transaction(&mut open);
@@ -181,11 +183,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.roll_back(open).await;
                 return Err(error);
             }
-            Err(_) => return Err(self.locked(SWITCH, "could not take the place of what is live")),
+            Err(_) => return Err(self.locked(SWITCH, "could not be cut over")),
         }
         let switched: Checkpoint = Versions { live: version, rebuilt: None }.record(found);
         self.read_model.commit(open, &record, found, switched, None).await.map_err(refused)?;
-        tracing::info!(projection = context.name, version, "what was rebuilt is live");
+        tracing::info!(projection = context.name, version, "cut over to the rebuilt version");
         Ok(())
     }
 }

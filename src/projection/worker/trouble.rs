@@ -1,4 +1,4 @@
-//! What becomes of a projection whose store or read model fails.
+//! Handling of failures of the store and the read model.
 
 use std::error::Error;
 use std::time::Duration;
@@ -17,18 +17,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     pub(super) async fn roll_back(&mut self, open: R::Open) {
-        // It happens anyway when the connection goes; only later.
+        // The rollback happens with the end of the connection anyway, only later.
         if let Err(error) = self.read_model.rollback(open).await {
-            tracing::warn!(projection = self.context.name, %error, "a transaction could not be rolled back at once");
+            tracing::warn!(projection = self.context.name, %error, "could not roll back a transaction at once");
         }
     }
 
-    /// The checkpoint could not be moved.
+    /// Handles a failed move of the checkpoint.
     pub(super) fn refused(&mut self, error: &CheckpointError) {
         match error {
             CheckpointError::Stale { .. } => self.step_down(&error.to_string()),
             CheckpointError::Store(error) => {
-                // Whether it was moved is found out by reading it.
+                // Reading the checkpoint shows whether it was moved.
                 self.saved = None;
                 self.restart();
                 self.outage(error);
@@ -36,7 +36,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// The store or the read model failed: tried again later, unless that cannot help.
+    /// Handles a failure of the store or the read model: retries later, unless a retry cannot
+    /// succeed.
     pub(super) fn outage(&mut self, error: &(dyn Error + 'static)) {
         let lasting = matches!(
             error.downcast_ref(),
@@ -45,7 +46,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if !lasting {
             return self.try_later(error);
         }
-        tracing::error!(projection = self.context.name, %error, "the projection stands still");
+        tracing::error!(projection = self.context.name, %error, "stopped the projection");
         self.context.fail(ProjectionState::Failed, error.to_string());
         self.context.status.send_modify(|status| status.fits = false);
         self.reload();
@@ -53,16 +54,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.surrender = true;
     }
 
-    /// What is pending took too long and was dropped in the middle of it: with its connection, where there is one.
+    /// Handles pending work that exceeded its time limit and was dropped, with its connection, if
+    /// any.
     pub(super) fn overran(&mut self, limit: Duration) {
         let doing = match self.applying.take() {
             Some(position) => format!("applying the event at position {position}"),
             None => "beginning or committing a transaction".to_owned(),
         };
         let reason = format!(
-            "{doing}: not done within {limit:?}; the transaction was given up and is tried again (ProjectionOptions::transaction_timeout)"
+            "{doing} failed: not done within {limit:?}; the transaction was aborted and is retried (ProjectionOptions::transaction_timeout)"
         );
-        // Whether it was committed is found out by reading the checkpoint.
+        // Reading the checkpoint shows whether it was committed.
         self.saved = None;
         self.restart();
         self.outage(&StoreError::not_now(reason));
@@ -72,7 +74,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let wait = self.backoff.next();
         self.wait_until = Instant::now() + wait;
         let projection = &self.context.name;
-        tracing::warn!(projection, %error, ?wait, "the store or the read model failed and is tried again");
+        tracing::warn!(projection, %error, ?wait, "retrying after a failure of the store or the read model");
         self.context.fail(ProjectionState::Retrying, error.to_string());
     }
 }

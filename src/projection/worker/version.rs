@@ -1,8 +1,9 @@
-//! Versions of a read model: the one that is live, and the one that is built beside it until it takes its place.
+//! Versions of a read model: the live one, and the one that is built until the cut-over.
 //!
-//! Each version has tables and checkpoints of its own. Those who build it are tasks beside those who keep the live one up to
-//! date, with leases of their own; so both survive the death of any node. The switch is one transaction, under which the tasks
-//! exchange nothing: all of them look up which version is theirs, and go on from its checkpoint.
+//! Each version has tables and checkpoints of its own. The tasks that build a version run beside
+//! the tasks of the live one, with leases of their own, so both survive the death of any node. The
+//! cut-over is one transaction, in which the tasks exchange nothing: each task looks up its version
+//! and continues from its checkpoint.
 
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    /// Works on the version that is this task's by now.
+    /// Switches to the current version for this task's role.
     pub(super) async fn find_version(&mut self) -> Result<(), StoreError> {
         let context = self.context;
         let version = context.version(self.read_model).await?;
@@ -40,13 +41,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let Some(make) = &instance.make else {
                 return Err(StoreError::Incompatible {
                     expected: format!("the read model of projection {} in version 0", context.name),
-                    found: format!("version {version}: it was rebuilt"),
-                    advice: "register the projection as rebuildable, so that it writes to the version that is live".into(),
+                    found: format!("version {version}, made by a rebuild"),
+                    advice: "register the projection as rebuildable, so that it writes to the live version"
+                        .into(),
                 });
             };
             instance.projection = make(version);
             instance.version = version;
-            // How another version got on says nothing of this one.
+            // The progress of another version does not apply to this one.
             self.paces.clear();
             self.switch_again.succeeded();
             context.status.send_modify(|status| status.measured = None);
@@ -56,7 +58,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         Ok(())
     }
 
-    /// There is nothing to do until somebody says so.
+    /// Waits on standby, because there is nothing to build.
     pub(super) async fn sleep(&mut self) {
         if let Some(lease) = self.lease.take() {
             lease.release().await;
@@ -65,14 +67,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.idle(self.tick_at).await;
     }
 
-    /// For the pace that this node sees.
+    /// Starts the speed measurement of this node.
     pub(super) fn measures_from(&mut self, position: Position) {
         self.context.status.send_modify(|status| {
             status.measured.get_or_insert((Instant::now(), position));
         });
     }
 
-    /// Begins to build the next version, unless one is being built already. If `requested` there, only if it is still.
+    /// Begins to build the next version, unless a rebuild is in progress.
+    ///
+    /// With `requested`, only if that request still exists.
     pub(super) async fn rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         self.rebuildable()?;
@@ -82,18 +86,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Makes the projection that writes to a version.
+    /// Returns the factory of instances by version.
     fn rebuildable(&self) -> Result<&(dyn Fn(u64) -> P + Send + Sync), ControlError> {
         let not = |reason| ControlError::NotRebuildable { name: self.context.name.clone(), reason };
         if !self.read_model.rolls_back() || !self.read_model.shared() {
-            return Err(not("what it writes cannot be switched in a transaction; reset it instead"));
+            return Err(not("its read model cannot be cut over in a transaction; reset it instead"));
         }
         self.instance.make.as_deref().ok_or_else(|| {
-            not("it was registered with one place to write to; register it with Builder::rebuildable")
+            not("it was registered with a single version; register it with Builder::rebuildable")
         })
     }
 
-    /// Whether that is still wanted.
+    /// Begins a rebuild; returns whether the request still existed.
     pub(super) async fn begin_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let (context, read_model) = (self.context, self.read_model);
         let record = context.shape.version();
@@ -108,12 +112,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
             read_model.bound(&mut open, ORDER + GRACE).await?;
-            // First, and held until the end: what was built before may be discarded just now.
+            // First, and held until the end: an earlier build may be discarded concurrently.
             read_model.save(&mut open, &record, found, wanted).await.map_err(refused)?;
             let transaction = read_model.transaction(&mut open);
             let created = contained(async { projection.reset(transaction).await }).await;
             created.map_err(|error| blame(context, read_model, &error))?;
-            // Last: who waits in vain above does not hold the request, and can still refuse it.
+            // Last: during a vain wait above, the request is not locked and can still be refused.
             match requested {
                 Some(request) => Ok(read_model.unpark(&mut open, request, Position::START).await?),
                 None => Ok(true),
@@ -125,18 +129,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.roll_back(open).await;
                 return other;
             }
-            Err(_) => return Err(self.locked(ORDER, "could not be made yet; ask for the rebuild again")),
+            Err(_) => return Err(self.locked(ORDER, "could not be created; request the rebuild again")),
         }
         self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused)?;
         tracing::info!(
             projection = context.name,
             version = next,
-            "the read model is rebuilt beside the live one"
+            "began to rebuild the read model beside the live one"
         );
         Ok(true)
     }
 
-    /// What was asked for is so already: the request goes, if that is still so. Whether it was still wanted.
+    /// Deletes a request that is already fulfilled; returns whether it still existed.
     async fn nothing_to_do(
         &mut self,
         requested: Option<&str>,
@@ -157,12 +161,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
     }
 
-    /// Gives up what is being built, if anything is. If `requested` there, only if it is still.
+    /// Cancels the rebuild, if there is one. With `requested`, only if that request still exists.
     pub(super) async fn cancel_rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         self.rebuildable()?;
         let asked = match requested {
-            // Whoever asks again while this is under way moves it.
+            // A repeated request moves this checkpoint.
             Some(row) => Some((row, self.read_model.checkpoint(row).await?)),
             None => None,
         };
@@ -171,7 +175,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         let dropped = async {
             self.tell_all().await?;
-            // Those who were in the middle of it cannot commit any more, and have let go of its tables or are about to.
+            // Tasks in the middle of a transaction can no longer commit, and have released the
+            // tables or are about to.
             self.patiently(Change::Discard { asked }).await
         };
         dropped.await.map(drop).map_err(|error| {
@@ -180,14 +185,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 error => error.to_string(),
             };
             let reason = format!(
-                "the rebuild is cancelled, but what it had built is still there: {reason}; cancel it again to drop that"
+                "the rebuild is cancelled, but dropping its data failed: {reason}; cancel it again to drop the data"
             );
             ControlError::Refused { name: self.context.name.clone(), reason }
         })
     }
 
-    /// Nobody builds a version any more; its checkpoints are where the next one to be built begins. Whether that is still wanted;
-    /// the request stands until what was built is dropped, too.
+    /// Ends the rebuild and moves its checkpoints to the start of the next one.
+    ///
+    /// Returns whether the request still existed. The request stays until the data is dropped, too.
     pub(super) async fn end_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let (Context { shape, name, .. }, read_model) = (self.context, self.read_model);
         let record = shape.version();
@@ -200,8 +206,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         let Some(version) = versions.rebuilt else { return Ok(true) };
         let ended = Versions { rebuilt: None, ..versions }.record(found);
-        // In as many parts as it was begun with, however many this program wants. That number stays while a version is being
-        // built, and is looked up outside of the transaction, which would need a second connection for it.
+        // The rebuild has as many parts as it began with, independent of this program's setting.
+        // That number is constant during a rebuild. It is read outside the transaction: inside, it
+        // would need a second connection.
         let parts: Vec<_> = shape.as_recorded(read_model).await?.parts().collect();
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
@@ -223,11 +230,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
         }
         self.read_model.commit(open, &record, ended, ended, None).await.map_err(refused)?;
-        tracing::info!(projection = name, version, "the rebuild was cancelled");
+        tracing::info!(projection = name, version, "cancelled the rebuild");
         Ok(true)
     }
 
-    /// Drops what was built of the version that would be the next, unless somebody begins to build it again.
+    /// Drops the data of the next version, unless a new rebuild writes to it.
     pub(super) async fn discard(&mut self, asked: Option<(&str, Checkpoint)>) -> Result<(), ControlError> {
         let (context, read_model) = (self.context, self.read_model);
         let record = context.shape.version();
@@ -238,7 +245,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(());
         }
         let mut projection = self.rebuildable()?(versions.next());
-        // Nothing that anybody reads, but who knows it as it was is refused, and waits for the end of this.
+        // I7: no reader uses this position, but writers that know the old value are fenced and wait
+        // for this commit.
         let to = Checkpoint { position: Position::new(found.position.get() + 1), ..found };
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
@@ -252,7 +260,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             let Some((request, found)) = asked else { return Ok(()) };
             match read_model.save(&mut open, request, found, fenced(found)).await {
                 Ok(()) => read_model.unpark(&mut open, request, Position::START).await.map(drop)?,
-                // It was asked for again meanwhile, and is done again.
+                // The request was made again meanwhile, and is executed again.
                 Err(CheckpointError::Stale { .. }) => {}
                 Err(CheckpointError::Store(error)) => return Err(error.into()),
             }
@@ -269,10 +277,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.read_model.commit(open, &record, to, to, None).await.map_err(refused)
     }
 
-    /// Somebody else holds the tables for longer than this waits. The transaction is dropped and not rolled back here: that would
-    /// wait for the same. Where the database waits on, it is [bound](ReadModel::bound).
+    /// Returns the error for a wait for locked tables beyond the limit.
+    ///
+    /// The transaction is dropped and not rolled back here, because the rollback would wait for the
+    /// same lock. If the database continues to wait, its own [limit](ReadModel::bound) ends that.
     pub(super) fn locked(&self, limit: Duration, what: &str) -> ControlError {
-        let reason = format!("within {limit:?}, the tables of the version that is rebuilt {what}");
+        let reason = format!("within {limit:?}, the tables of the rebuilt version {what}");
         ControlError::Refused { name: self.context.name.clone(), reason }
     }
 }

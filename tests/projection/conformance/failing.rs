@@ -1,4 +1,4 @@
-//! What cannot be applied.
+//! Events that cannot be applied.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use super::Scene;
 use super::place::Place;
 use crate::support::*;
 
-pub async fn stops_before_what_it_cannot_apply<P: Place>(scene: Scene<P>) {
+pub async fn stops_before_a_poison_event<P: Place>(scene: Scene<P>) {
     scene.append(0, 1..=10).await;
     let all = log(&scene.store, &Filter::all()).await;
     let broken = Arc::new(AtomicBool::new(true));
@@ -21,7 +21,7 @@ pub async fn stops_before_what_it_cannot_apply<P: Place>(scene: Scene<P>) {
     assert!(matches!(&error, WaitError::Failed { error, .. } if error.contains("poison")), "{error}");
     let status = handle.status();
     assert_eq!((status.state, status.position), (ProjectionState::Failed, all[4]));
-    // What lies before it is there.
+    // The events before it are applied.
     handle.caught_up_to(all[4]).await.unwrap();
     assert_eq!(scene.place.seen("stops").await, all[..5]);
     handle.resume().await.unwrap();
@@ -75,8 +75,10 @@ pub async fn parks_retries_and_discards<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// Who asks for names gets no other; who asks for a category gets whatever is in it, and what it does not know is tried once.
-pub async fn passes_over_names_it_did_not_ask_for<P: Place>(scene: Scene<P>) {
+/// A filter by names receives no other names.
+///
+/// A filter by category receives all names, and unknown names are tried once.
+pub async fn skips_unknown_names<P: Place>(scene: Scene<P>) {
     scene.append(0, [1]).await;
     let thing = NewEvent::encode(&Thing::Never, scene.store.info().codec, &Metadata::default()).unwrap();
     let unknown = NewEvent { name: EventName::new("thing.unheard_of").unwrap(), ..thing };
@@ -111,8 +113,8 @@ pub async fn passes_over_names_it_did_not_ask_for<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// One has failed, one hangs; nobody else notices.
-pub async fn robs_nobody<P: Place>(scene: Scene<P>) {
+/// One projection has failed, one hangs; the others are not affected.
+pub async fn does_not_affect_other_projections<P: Place>(scene: Scene<P>) {
     let node = scene.node().await;
     let first = scene.append(0, [1]).await;
     let broken = Arc::new(AtomicBool::new(true));
@@ -131,7 +133,7 @@ pub async fn robs_nobody<P: Place>(scene: Scene<P>) {
         last = scene.append(n % 3, [n]).await;
         catch_up(&well, last).await;
     }
-    // Projections read the store: the publisher may come later than they do.
+    // Projections read the store: the publisher may lag.
     eventually("it publishes", || node.publisher().state == PublisherState::Publishing).await;
     assert!(scene.place.seen("failed").await.is_empty() && hung.positions().is_empty());
     gate.open();

@@ -1,4 +1,4 @@
-//! From the store to the tip of the log, and along it.
+//! Catch-up from the store, and live operation.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ pub async fn catches_up_and_follows<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// From the store to what it follows, again and again, while events are appended all the time.
+/// Between catch-up and live, repeatedly, while events are appended all the time.
 pub async fn is_handed_over_under_load<P: Place>(scene: Scene<P>) {
     let writers = Writers::start(&scene.store, 3, 120, 5);
     for _ in 0..5 {
@@ -56,7 +56,7 @@ pub async fn is_handed_over_under_load<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-pub async fn reaches_the_head_for_what_never_occurs<P: Place>(scene: Scene<P>) {
+pub async fn reaches_the_head_for_a_filter_without_matches<P: Place>(scene: Scene<P>) {
     scene.append(0, 0..1_200).await;
     let node = scene.node().await;
     let never = Filter::variants::<Thing>(&["never"]).unwrap();
@@ -68,7 +68,7 @@ pub async fn reaches_the_head_for_what_never_occurs<P: Place>(scene: Scene<P>) {
     let head = scene.head().await;
     assert_eq!((handle.status().position, handle.status().events_applied), (head, 0));
     node.stop(PATIENCE).await.unwrap();
-    // It was saved, and nothing is read again.
+    // The checkpoint was saved, and nothing is read again.
     let node = scene.node().await;
     let never = Filter::variants::<Thing>(&["never"]).unwrap();
     let handle = scene.start(&node, scene.writes("never").filter(never), scene.options()).await;
@@ -79,7 +79,7 @@ pub async fn reaches_the_head_for_what_never_occurs<P: Place>(scene: Scene<P>) {
     assert!(scene.place.seen("never").await.is_empty());
 }
 
-pub async fn goes_on_where_it_was<P: Place>(scene: Scene<P>) {
+pub async fn resumes_from_its_checkpoint<P: Place>(scene: Scene<P>) {
     let node = scene.node().await;
     let handle = scene.start(&node, scene.writes("goes on"), scene.options()).await;
     catch_up(&handle, scene.append(0, 0..30).await).await;
@@ -92,7 +92,7 @@ pub async fn goes_on_where_it_was<P: Place>(scene: Scene<P>) {
     scene.assert_exact("goes on", &Filter::all()).await;
     node.stop(PATIENCE).await.unwrap();
 
-    // And where nobody said goodbye.
+    // The same after a kill.
     let node = scene.node().await;
     let handle = scene.start(&node, scene.writes("goes on"), short_lived()).await;
     catch_up(&handle, scene.append(0, 0..10).await).await;
@@ -105,8 +105,8 @@ pub async fn goes_on_where_it_was<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-/// Everything arrives while there is no bus, and through it when there is one again.
-pub async fn a_bus_that_is_gone_comes_back<P: Place>(scene: Scene<P>) {
+/// Events arrive without a bus, and through it once it is back.
+pub async fn survives_a_bus_outage<P: Place>(scene: Scene<P>) {
     let Some(server) = &*scene.server else { return };
     let mut server = server.lock().await;
     let node = scene.node().await;
@@ -115,15 +115,17 @@ pub async fn a_bus_that_is_gone_comes_back<P: Place>(scene: Scene<P>) {
     for _ in 0..2 {
         server.kill();
         for n in 0..10 {
-            // The store is looked at now and then.
+            // The store is polled.
             catch_up(&handle, scene.append(0, [n]).await).await;
         }
         server.restart().await;
         let head = scene.append(0, 0..50).await;
         catch_up(&handle, head).await;
         if scene.bus != Bus::Core {
-            eventually("the mirror goes on", || node.publisher().published.is_some_and(|upto| upto >= head))
-                .await;
+            eventually("the mirror continues", || {
+                node.publisher().published.is_some_and(|upto| upto >= head)
+            })
+            .await;
         }
     }
     reach(&handle, ProjectionState::Following).await;

@@ -1,4 +1,4 @@
-//! What operators do, from any node.
+//! Operator actions, from any node.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use super::Scene;
 use super::place::Place;
 use crate::support::*;
 
-pub async fn stands_still_while_it_is_paused<P: Place>(scene: Scene<P>) {
+pub async fn applies_nothing_while_paused<P: Place>(scene: Scene<P>) {
     let (one, two) = (scene.node().await, scene.node().await);
     let first = scene.start(&one, scene.writes("paused"), scene.options()).await;
     let before = scene.append(0, 0..5).await;
@@ -32,7 +32,7 @@ pub async fn stands_still_while_it_is_paused<P: Place>(scene: Scene<P>) {
     reach(&handle, ProjectionState::Paused).await;
     let other = node.projection(recorder("other"), InMemory::new(), options()).await;
     let head = scene.append(0, 0..5).await;
-    // The sibling has had the events: so would this one, if it did not stand still.
+    // The other projection has received the events: so would this one, unless paused.
     catch_up(&other, head).await;
     assert_eq!(handle.status().position, before);
     assert_eq!(scene.place.seen("paused").await.len(), 5);
@@ -42,7 +42,7 @@ pub async fn stands_still_while_it_is_paused<P: Place>(scene: Scene<P>) {
     node.stop(PATIENCE).await.unwrap();
 }
 
-pub async fn begins_anew_after_a_reset<P: Place>(scene: Scene<P>) {
+pub async fn replays_after_a_reset<P: Place>(scene: Scene<P>) {
     scene.append(0, 1..=10).await;
     let third = log(&scene.store, &Filter::all()).await[2];
     let broken = Arc::new(AtomicBool::new(true));
@@ -62,12 +62,12 @@ pub async fn begins_anew_after_a_reset<P: Place>(scene: Scene<P>) {
     assert!(second.parked(10).await.unwrap().is_empty());
     let mut seen = scene.place.seen("reset").await;
     if !P::TOGETHER {
-        // Its owner may deliver some more before it hears of it, and again afterwards.
+        // The owner may deliver some more events before it is notified, and again afterwards.
         seen.sort_unstable();
     }
     assert_eq!(seen, log(&scene.store, &Filter::all()).await);
 
-    // A paused one stays paused, and is empty.
+    // A paused projection stays paused, and is empty.
     first.pause().await.unwrap();
     first.reset().await.unwrap();
     assert_eq!(first.status().position, Position::START);
@@ -80,7 +80,7 @@ pub async fn begins_anew_after_a_reset<P: Place>(scene: Scene<P>) {
     two.stop(PATIENCE).await.unwrap();
 }
 
-/// Where the switch can be one transaction; elsewhere it is refused, and says what to do instead.
+/// If the cut-over can be one transaction; otherwise the rebuild is refused with advice.
 pub async fn is_rebuilt_beside_the_live_one<P: Place>(scene: Scene<P>) {
     for n in 0..10 {
         scene.append(n, 0..20).await;
@@ -109,8 +109,8 @@ pub async fn is_rebuilt_beside_the_live_one<P: Place>(scene: Scene<P>) {
     two.stop(PATIENCE).await.unwrap();
 }
 
-/// Also while those who do it are in the middle of it, on another node.
-pub async fn is_not_rebuilt_after_all<P: Place>(scene: Scene<P>) {
+/// Also while another node is in the middle of the rebuild.
+pub async fn a_rebuild_can_be_cancelled<P: Place>(scene: Scene<P>) {
     for n in 0..10 {
         scene.append(n, 0..20).await;
     }
@@ -123,13 +123,14 @@ pub async fn is_not_rebuilt_after_all<P: Place>(scene: Scene<P>) {
         let refused = second.cancel_rebuild().await.unwrap_err();
         assert!(matches!(refused, ControlError::NotRebuildable { .. }), "{refused}");
     } else {
-        // Nothing to cancel.
+        // There is nothing to cancel.
         second.cancel_rebuild().await.unwrap();
         let writers = Writers::start(&scene.store, 2, 30, 5);
         for _ in 0..5 {
             first.rebuild().await.unwrap();
             second.cancel_rebuild().await.unwrap();
-            // Either it had been put in place before, of which the nodes may still have to hear, or nothing is left of it.
+            // Either the cut-over came first, which the nodes may not know yet, or nothing is left
+            // of the rebuild.
             let give_up = tokio::time::Instant::now() + PATIENCE;
             loop {
                 let version = first.status().version.max(second.status().version) + 1;
@@ -154,15 +155,15 @@ pub async fn is_not_rebuilt_after_all<P: Place>(scene: Scene<P>) {
     two.stop(PATIENCE).await.unwrap();
 }
 
-pub async fn goes_where_it_was_triggered_to_and_no_farther<P: Place>(scene: Scene<P>) {
+pub async fn applies_up_to_the_trigger_target<P: Place>(scene: Scene<P>) {
     triggered(scene, "triggered", None).await;
 }
 
-pub async fn shares_out_what_it_was_triggered_for<P: Place>(scene: Scene<P>) {
+pub async fn applies_up_to_the_trigger_target_in_partitions<P: Place>(scene: Scene<P>) {
     triggered(scene, "triggers", Some(3)).await;
 }
 
-/// By hand, whoever dies and whatever it is told meanwhile.
+/// Manual triggers, with dead owners and control calls in between.
 async fn triggered<P: Place>(scene: Scene<P>, name: &'static str, partitions: Option<u16>) {
     let slow: Hook = Arc::new(|_| {
         Box::pin(async {
@@ -184,7 +185,7 @@ async fn triggered<P: Place>(scene: Scene<P>, name: &'static str, partitions: Op
         last
     };
     let seen = async || scene.place.seen(name).await.len();
-    // Nobody else has it any more, and this one does nothing.
+    // No other node owns it any more, and this one is idle.
     let waits = async |handle: &ProjectionHandle| {
         reach(handle, ProjectionState::Waiting).await;
         let sole = |handle: &ProjectionHandle| {
@@ -208,13 +209,13 @@ async fn triggered<P: Place>(scene: Scene<P>, name: &'static str, partitions: Op
     let (two, second) = start().await;
     second.trigger().await.unwrap();
     begins(0).await;
-    // Whoever works on it looks again at where it is.
+    // All owners re-read their position.
     second.pause().await.unwrap();
     second.resume().await.unwrap();
     catch_up(&second, head).await;
     assert_eq!(seen().await, 20);
 
-    // Who takes it over knows that it is done, …
+    // After a takeover, the new owner knows that the target is reached, …
     let head = append().await;
     one.stop(PATIENCE).await.unwrap();
     waits(&second).await;
@@ -227,7 +228,7 @@ async fn triggered<P: Place>(scene: Scene<P>, name: &'static str, partitions: Op
     catch_up(&third, head).await;
     assert_eq!(seen().await, 40);
 
-    // What was reset begins anew when it is triggered, and not before.
+    // After a reset, it starts again at the next trigger, and not before.
     third.reset().await.unwrap();
     three.stop(PATIENCE).await.unwrap();
     let (four, fourth) = start().await;

@@ -1,4 +1,4 @@
-//! Where read models are, and a projection that writes down there what it was given.
+//! Locations of read models, and a projection that records the received events there.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex};
@@ -15,14 +15,14 @@ use tempfile::TempDir;
 use crate::harness::PostgresServer;
 use crate::support::{Hook, hook};
 
-/// A read model is in the place that its store's users would choose.
+/// A read model in the location that users of its store would choose.
 pub trait Place: Clone + Send + Sync + 'static {
     type Tx: Send + 'static;
     type Model: ReadModel<Transaction = Self::Tx>;
-    /// Whether what is written and the checkpoint commit together.
+    /// Whether the writes and the checkpoint commit together.
     const TOGETHER: bool;
 
-    /// A new store, and a place that belongs to it.
+    /// Creates a new store and a location for its read models.
     fn open() -> impl Future<Output = (Arc<dyn EventStore>, Self)> + Send;
 
     fn model(&self) -> impl Future<Output = Self::Model> + Send;
@@ -36,7 +36,7 @@ pub trait Place: Clone + Send + Sync + 'static {
 
     fn clear(&self, name: &str, tx: &mut Self::Tx) -> impl Future<Output = Result<(), ApplyError>> + Send;
 
-    /// As `clear`, but as who drops a table: when nobody is at it any more.
+    /// As `clear`, but with an exclusive lock, as a drop of a table.
     fn clear_alone(
         &self,
         name: &str,
@@ -45,11 +45,11 @@ pub trait Place: Clone + Send + Sync + 'static {
         self.clear(name, tx)
     }
 
-    /// What was written under a name, in that order.
+    /// Returns the positions written under a name, in order.
     fn seen(&self, name: &str) -> impl Future<Output = Vec<Position>> + Send;
 }
 
-/// In another system, which heeds the key.
+/// In another system, which deduplicates by the key.
 #[derive(Clone, Default)]
 pub struct Outside(Arc<Mutex<Vec<(String, Position)>>>);
 
@@ -159,7 +159,7 @@ impl Place for InPostgres {
 }
 
 impl InPostgres {
-    /// In an empty database.
+    /// Opens both in an empty database.
     pub async fn at(url: &str) -> (Arc<dyn EventStore>, Self) {
         let store = PostgresStore::connect(url).await.unwrap();
         let pool = PgPoolOptions::new().max_connections(4).connect(url).await.unwrap();
@@ -169,7 +169,7 @@ impl InPostgres {
     }
 }
 
-/// Writes down what it is given, under its name, and behind a rebuild under its name and version.
+/// Records events under its name, and after a rebuild under its name and version.
 pub struct Writes<P> {
     place: P,
     name: String,

@@ -11,7 +11,7 @@ use super::Scene;
 use super::place::Place;
 use crate::support::*;
 
-/// So long that only giving a lease back can explain what follows.
+/// So long that only the release of a lease can explain the result.
 const LONG: Duration = Duration::from_secs(600);
 
 pub async fn one_of_two_nodes_owns_it<P: Place>(scene: Scene<P>) {
@@ -52,7 +52,7 @@ async fn balanced(handle: &ProjectionHandle, expected: &[usize]) {
     .await;
 }
 
-pub async fn shares_its_partitions_out<P: Place>(scene: Scene<P>) {
+pub async fn nodes_share_its_partitions<P: Place>(scene: Scene<P>) {
     let options = scene.options().lease(LONG);
     let free = hook(|_| Ok(()));
     let start = async |node| scene.start_made(node, "shared", Some(4), free.clone(), options.clone()).await;

@@ -1,4 +1,4 @@
-//! How far behind it is.
+//! The reported lag.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use super::Scene;
 use super::place::Place;
 use crate::support::*;
 
-/// For the clocks of the store and of this node, which are of one machine here, and round differently.
+/// Tolerance for the clocks of the store and of this node, which round differently on one machine.
 const ROUNDING: Duration = Duration::from_millis(2);
 
-/// In the end, the age is that of an event that was appended between these two moments.
+/// Eventually the age is that of an event that was appended between these two moments.
 async fn ages(what: &str, status: impl Fn() -> ProjectionStatus, from: Instant, to: Instant) {
-    // Long enough to tell it from the time since somebody noticed.
+    // Long enough to distinguish it from the time since a node noticed.
     let long = to.elapsed() + Duration::from_millis(100);
     eventually(what, || {
         let least = to.elapsed();
@@ -26,7 +26,7 @@ async fn ages(what: &str, status: impl Fn() -> ProjectionStatus, from: Instant, 
     .await;
 }
 
-/// Fails, without blame, for everything behind a position: it is tried again, and holds no database meanwhile.
+/// Fails with a transient error for every event after a position, without holding a database.
 fn up_to(limit: &watch::Sender<u64>) -> Hook {
     let limit = limit.subscribe();
     hook(move |event| {
@@ -35,14 +35,14 @@ fn up_to(limit: &watch::Sender<u64>) -> Hook {
     })
 }
 
-pub async fn tells_how_far_behind_it_is<P: Place>(scene: Scene<P>) {
+pub async fn reports_its_lag<P: Place>(scene: Scene<P>) {
     let limit = watch::Sender::new(0);
     let writes = || scene.writes("behind").hook(up_to(&limit));
     let live = |handle: &storied::ProjectionHandle| {
         let status = handle.status();
         status.lag() == Some(0) && status.lag_time() == Some(Duration::ZERO) && status.behind_since.is_none()
     };
-    // What is there before the projection is.
+    // Events from before the projection.
     let from = Instant::now();
     let first = scene.append(0, [1]).await;
     let to = Instant::now();
@@ -52,7 +52,7 @@ pub async fn tells_how_far_behind_it_is<P: Place>(scene: Scene<P>) {
     let second_to = Instant::now();
 
     let node = scene.node().await;
-    // What commits by itself is not undone by what comes behind it.
+    // Each event commits by itself, so a later failure does not undo it.
     let handle = scene.start(&node, writes(), scene.options().batch_size(1)).await;
     ages("catching up", || handle.status(), from, to).await;
     limit.send_replace(first.get());
@@ -62,7 +62,7 @@ pub async fn tells_how_far_behind_it_is<P: Place>(scene: Scene<P>) {
     catch_up(&handle, scene.head().await).await;
     eventually("it is live", || live(&handle)).await;
 
-    // At the tip.
+    // Live.
     let position = scene.append(0, [3]).await;
     catch_up(&handle, position).await;
     eventually("it is live again", || live(&handle)).await;
@@ -74,7 +74,8 @@ pub async fn tells_how_far_behind_it_is<P: Place>(scene: Scene<P>) {
     scene.append(0, [5]).await;
     ages("following", || handle.status(), from, to).await;
 
-    // Nobody reads what comes next: it stands still, on this node and the next one; and on one that only looks on.
+    // The next event stays unread: the projection is paused, on this node, on the next one, and on
+    // an idle one.
     handle.pause().await.unwrap();
     ages("paused", || handle.status(), from, to).await;
     let other = scene.node().await;

@@ -1,4 +1,4 @@
-//! Stores that do not take a snapshot, events that cannot be applied, tasks that panic.
+//! Stores that refuse snapshots, events that cannot be applied, tasks that panic.
 
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
@@ -8,7 +8,7 @@ use storied::projection::{FailurePolicy, ProjectionState};
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_saved_stops_nothing_and_is_saved_later() {
+async fn a_failed_save_stops_nothing_and_is_retried_later() {
     for (store, link, _dir) in links().await {
         let trial = Trial { options: options().batch_size(10), ..Trial::every(100) };
         link.shelf.full.store(true, Ordering::SeqCst);
@@ -27,7 +27,7 @@ async fn what_cannot_be_saved_stops_nothing_and_is_saved_later() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_failed_is_saved_at_the_end_without_another_event() {
+async fn a_failed_snapshot_is_saved_at_the_stop() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(100);
         link.shelf.full.store(true, Ordering::SeqCst);
@@ -41,7 +41,7 @@ async fn one_that_failed_is_saved_at_the_end_without_another_event() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_waits_for_one_that_is_being_written() {
+async fn applying_does_not_wait_for_a_snapshot_write() {
     for (store, link, _dir) in links().await {
         let trial = Trial { options: options().batch_size(5), ..Trial::every(1) };
         link.shelf.stuck.store(true, Ordering::SeqCst);
@@ -56,7 +56,7 @@ async fn nothing_waits_for_one_that_is_being_written() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_store_that_cannot_be_reached_at_the_start_is_waited_for() {
+async fn an_unavailable_store_at_the_start_is_waited_for() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         more(&link, 1, 0..100).await;
@@ -73,7 +73,7 @@ async fn a_store_that_cannot_be_reached_at_the_start_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_parked_stays_parked() {
+async fn parked_events_stay_parked() {
     for (store, link, _dir) in links().await {
         let broken = Arc::new(AtomicBool::new(true));
         let last = more(&link, 1, 1..=100).await;
@@ -103,7 +103,7 @@ async fn what_is_parked_stays_parked() {
             (&again.error, again.event_id, again.version) == (&before.error, before.event_id, before.version)
         }));
         assert_eq!(running.seen(), 0, "{store}");
-        // One comes after all, the other never.
+        // One event is applied in the end, the other never.
         broken.store(false, Ordering::SeqCst);
         running.handle.retry_parked(one).await.unwrap();
         let state = running.state();
@@ -123,7 +123,7 @@ async fn what_is_parked_stays_parked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_retried_is_in_the_next_one() {
+async fn a_retried_event_is_in_the_next_snapshot() {
     for (store, link, _dir) in links().await {
         let broken = Arc::new(AtomicBool::new(true));
         let last = more(&link, 1, 1..=10).await;
@@ -151,7 +151,7 @@ async fn what_was_retried_is_in_the_next_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_stands_still_goes_on_there_after_a_restart() {
+async fn a_stopped_projection_resumes_there_after_a_restart() {
     for (store, link, _dir) in links().await {
         let broken = Arc::new(AtomicBool::new(true));
         more(&link, 1, 1..=100).await;
@@ -176,7 +176,7 @@ async fn one_that_stands_still_goes_on_there_after_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot() {
+async fn a_panicked_task_continues_with_its_state_not_the_snapshot() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         more(&link, 1, 0..100).await;
@@ -210,7 +210,7 @@ async fn a_task_that_panics_goes_on_with_what_it_has_and_not_with_the_snapshot()
     }
 }
 
-/// Cannot be saved.
+/// A state that cannot be saved.
 struct Unsaved(Shared, Mutex<u64>);
 
 impl SnapshotState for Unsaved {
@@ -227,7 +227,7 @@ impl SnapshotState for Unsaved {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_be_encoded_or_panics_meanwhile_stops_nothing() {
+async fn an_encoding_error_or_panic_stops_nothing() {
     let (_, link, _) = links().await.remove(0);
     let trial = Trial { options: options().batch_size(10), ..Trial::every(10) };
     more(&link, 1, 0..200).await;

@@ -12,7 +12,7 @@ async fn two_nodes_take_snapshots_of_one_projection() {
         let writers = Writers::start(&log, 3, 100, 3);
         let mut newest = 0;
         while newest < 300 {
-            // What is kept never gets older.
+            // The stored snapshot never becomes older.
             if let Some((_, snapshot)) = kept(&link).await {
                 assert!(snapshot.version.get() >= newest, "{store}: {} after {newest}", snapshot.version);
                 newest = snapshot.version.get();
@@ -36,7 +36,7 @@ async fn two_nodes_take_snapshots_of_one_projection() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_was_held_up_replaces_no_newer_one() {
+async fn a_delayed_snapshot_replaces_no_newer_one() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(50);
         let slow = link.beside();

@@ -1,4 +1,4 @@
-//! Snapshots that nobody may start from: the log is applied from its start, and the next snapshot takes their place.
+//! Unusable snapshots: the log is applied from its start, and the next snapshot replaces them.
 
 use std::sync::atomic::Ordering;
 
@@ -9,8 +9,9 @@ use storied::store::Snapshot;
 
 use super::*;
 
-/// Starts as `trial` says over a log of 100 events and something else than the snapshot that `trial` would have: it must apply
-/// all of them, and leave a snapshot that the next one starts from.
+/// Starts `trial` over a log of 100 events and an unusable snapshot.
+///
+/// It must apply all events, and leave a snapshot that the next start uses.
 async fn assert_built_anew(store: &str, trial: &Trial, link: &Link) {
     let all = log(&(Arc::new(link.clone()) as _), &trial.filter).await.len() as u64;
     let running = trial.start(link).await;
@@ -33,13 +34,13 @@ async fn with_snapshot(link: &Link, trial: &Trial) -> (StreamId, Snapshot) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_another_revision_or_filter() {
+async fn a_snapshot_of_another_revision_or_filter_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         with_snapshot(&link, &trial).await;
         let raised = Trial { revision: 2, ..trial.clone() };
         assert_built_anew(store, &raised, &link).await;
-        // As after a deployment that was undone.
+        // As after a deployment that was rolled back.
         assert_built_anew(store, &trial, &link).await;
         let filtered = Trial { filter: evens(), ..trial };
         assert_built_anew(store, &filtered, &link).await;
@@ -47,7 +48,7 @@ async fn of_another_revision_or_filter() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_bytes_that_cannot_be_read() {
+async fn an_undecodable_snapshot_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         let (stream, whole) = with_snapshot(&link, &trial).await;
@@ -60,7 +61,7 @@ async fn of_bytes_that_cannot_be_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_a_log_that_was_longer() {
+async fn a_snapshot_beyond_the_log_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         let (stream, whole) = with_snapshot(&link, &trial).await;
@@ -68,7 +69,7 @@ async fn of_a_log_that_was_longer() {
         link.save_snapshot(&stream, beyond.clone()).await.unwrap();
         assert_built_anew(store, &trial, &link).await;
 
-        // Nor when the log has come as far by then.
+        // It is ignored also after the log has reached that position.
         link.save_snapshot(&stream, beyond).await.unwrap();
         let running = trial.caught_up(&link).await;
         more(&link, 2, 0..100).await;
@@ -78,7 +79,7 @@ async fn of_a_log_that_was_longer() {
     }
 }
 
-/// Does not load.
+/// A state that refuses to load.
 struct Refuses(Shared, bool);
 
 impl SnapshotState for Refuses {
@@ -93,7 +94,7 @@ impl SnapshotState for Refuses {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn that_the_users_code_refuses_or_panics_over() {
+async fn a_snapshot_that_user_code_rejects_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         with_snapshot(&link, &trial).await;
@@ -109,7 +110,7 @@ async fn that_the_users_code_refuses_or_panics_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_before_a_reset() {
+async fn a_snapshot_from_before_a_reset_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(NEVER);
         with_snapshot(&link, &trial).await;
@@ -123,7 +124,7 @@ async fn of_before_a_reset() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_reset_that_was_refused_costs_nothing_but_the_snapshot() {
+async fn a_refused_reset_costs_only_the_snapshot() {
     for (store, link, _dir) in links().await {
         let trial = Trial { firm: true, ..Trial::every(NEVER) };
         with_snapshot(&link, &trial).await;
@@ -140,18 +141,18 @@ async fn a_reset_that_was_refused_costs_nothing_but_the_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_before_a_reset_but_still_on_its_way() {
+async fn a_snapshot_in_flight_during_a_reset_is_ignored() {
     for (store, link, _dir) in links().await {
         let trial = Trial::every(100);
         link.shelf.stuck.store(true, Ordering::SeqCst);
         more(&link, 1, 0..100).await;
         let running = trial.caught_up(&link).await;
         eventually("it is on its way", || link.shelf.asked.load(Ordering::SeqCst) == 1).await;
-        // So that no other one is taken.
+        // So that no other snapshot is taken.
         running.handle.pause().await.unwrap();
         let handle = running.handle.clone();
         let reset = tokio::spawn(async move { handle.reset().await });
-        // Time for it to go wrong.
+        // Time for a faulty implementation to fail.
         tokio::time::sleep(Duration::from_millis(50)).await;
         link.shelf.stuck.store(false, Ordering::SeqCst);
         reset.await.unwrap().unwrap();
