@@ -409,7 +409,7 @@ async fn what_contradicts_itself_does_not_start() {
         .store(MemoryStore::new())
         .projection(Count(tokio::sync::watch::Sender::new(0)), InMemory::new())
         .projection(Count(tokio::sync::watch::Sender::new(0)), InMemory::new());
-    assert!(twice.start().await.unwrap_err().to_string().contains("two projections are called \"count\""));
+    assert!(twice.start().await.unwrap_err().to_string().contains("duplicate projection name \"count\""));
 }
 
 #[test]
