@@ -68,7 +68,7 @@ async fn what_was_tampered_with_is_found() {
             "position 3: the payload of order.placed in order/2 does not decode",
         ),
         ("UPDATE {events} SET metadata = {garbage} WHERE position = 5", "position 5: "),
-        ("UPDATE {events} SET name = 'a b' WHERE position = 4", "the log cannot be read beyond position 3"),
+        ("UPDATE {events} SET name = 'a b' WHERE position = 4", "reading the log after position 3 failed"),
     ] {
         for (fixture, store) in filled().await {
             drop(store);
@@ -101,14 +101,14 @@ async fn an_equal_mirror_is_equal() {
         let url = server.url();
         let verify = ["verify", "--mirror", "--mirror-within", "1", "--nats-url", &url];
         fixture.run(&verify).await.code(4).complains(&["there is no JetStream stream STORIED_EVENTS"]);
-        fixture.run(&["publisher", "status"]).await.code(0).shows(&["nobody has published"]);
+        fixture.run(&["publisher", "status"]).await.code(0).shows(&["no node has published"]);
 
         publish(&store, &server).await;
         fixture
             .run(&verify)
             .await
             .code(0)
-            .shows(&["5 events were compared with the mirror; it keeps all of them"]);
+            .shows(&["5 events were compared with the mirror; the mirror keeps all of them"]);
         fixture
             .run(&["publisher", "status"])
             .await
@@ -127,7 +127,7 @@ async fn an_equal_mirror_is_equal() {
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: it ends at position 5, 1 events before the log's 6"]);
+            .shows(&["mirror: ends at position 5, 1 events before the log's 6"]);
         let patient = ["verify", "--mirror", "--mirror-within", "60", "--nats-url", &url, "--json"];
         let (run, ()) = tokio::join!(fixture.run(&patient), publish(&store, &server));
         assert_eq!(
@@ -138,9 +138,13 @@ async fn an_equal_mirror_is_equal() {
         // What its limits remove is no problem, also if that is everything.
         let stream = context(&server).await.get_stream("STORIED_EVENTS").await.unwrap();
         stream.purge().sequence(4).await.unwrap();
-        fixture.run(&verify).await.code(0).shows(&["it begins at position 4, 3 events later than the log"]);
+        fixture
+            .run(&verify)
+            .await
+            .code(0)
+            .shows(&["the mirror begins at position 4, 3 events later than the log"]);
         stream.purge().await.unwrap();
-        fixture.run(&verify).await.code(0).shows(&["it keeps none of them any more"]);
+        fixture.run(&verify).await.code(0).shows(&["the mirror keeps none of them"]);
     }
 }
 
@@ -188,13 +192,9 @@ async fn a_mirror_that_differs_is_found() {
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: it has an event at position 4, where the log has none"]);
+            .shows(&["mirror: has an event at position 4, where the log has none"]);
         fixture.tamper("DELETE FROM {events} WHERE position = 5").await;
-        fixture
-            .run(&verify)
-            .await
-            .code(1)
-            .shows(&["mirror: it goes on at position 4, and the log ends at 3"]);
+        fixture.run(&verify).await.code(1).shows(&["mirror: continues at position 4, but the log ends at 3"]);
     }
 }
 
@@ -243,7 +243,7 @@ async fn streams_and_consumers_are_compared_and_left_alone() {
         .run(&check)
         .await
         .code(1)
-        .shows(&["STORIED_EVENTS: MISSING", "STORIED_DEAD: not there, and not needed yet"]);
+        .shows(&["STORIED_EVENTS: MISSING", "STORIED_DEAD: missing, and not needed yet"]);
     let context = context(&server).await;
     assert!(context.get_stream("STORIED_EVENTS").await.is_err(), "looking made it");
 

@@ -146,7 +146,7 @@ async fn seen(fixture: &Fixture, version: i64) -> Vec<i64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_running_projection_is_seen_paused_and_resumed() {
     for (fixture, store) in filled().await {
-        fixture.run(&["projection", "list"]).await.code(0).shows(&["no projection keeps anything here"]);
+        fixture.run(&["projection", "list"]).await.code(0).shows(&["no projection has a checkpoint here"]);
         fixture
             .run(&["projection", "pause", "seen"])
             .await
@@ -172,7 +172,7 @@ async fn a_running_projection_is_seen_paused_and_resumed() {
             .run(&["projection", "pause", "seen"])
             .await
             .code(0)
-            .shows(&["seen is paused; its nodes heed it"]);
+            .shows(&["seen is paused; its nodes follow within 1 s"]);
         eventually("it stands still", async || {
             handle.status().state == storied::projection::ProjectionState::Paused
         })
@@ -212,7 +212,7 @@ async fn a_node_resets_what_it_is_asked_to() {
 
             // Paused, it stays so.
             handle.pause().await.unwrap();
-            fixture.run(&["projection", "reset", "seen"]).await.code(0).shows(&["begins when it is resumed"]);
+            fixture.run(&["projection", "reset", "seen"]).await.code(0).shows(&["starts when it is resumed"]);
             assert_eq!(seen(&fixture, 0).await, [] as [i64; 0]);
             handle.resume().await.unwrap();
             handle.wait_until_live(PATIENCE).await.unwrap();
@@ -250,16 +250,12 @@ async fn without_a_node_an_order_stands_and_says_so() {
             .run(&["projection", "list"])
             .await
             .code(0)
-            .shows(&["seen: reset was asked for, and no node has taken it yet"]);
+            .shows(&["seen: reset is requested; no node has taken it yet"]);
         let run = fixture.run(&[&reset[..], &["--json"]].concat()).await.code(5);
         assert!(run.err.starts_with("{\"error\":{\"kind\":\"pending\""), "{}", run.err);
 
         // Withdrawn, a node that starts does nothing.
-        fixture
-            .run(&["projection", "withdraw", "seen"])
-            .await
-            .code(0)
-            .shows(&["the reset of seen is withdrawn"]);
+        fixture.run(&["projection", "withdraw", "seen"]).await.code(0).shows(&["withdrew the reset of seen"]);
         fixture.run(&["projection", "withdraw", "seen"]).await.code(4);
         let (node, handle) = start(&fixture, &store, &faults, 0).await;
         append(&store, "1", &[placed(4)]).await;
@@ -284,11 +280,11 @@ async fn an_order_that_nobody_could_be_told_of_stands_and_says_so() {
     let others = store.acquire_lease("order/seen", Uuid::new_v4(), 2 * PATIENCE).await.unwrap().unwrap();
     fixture.run(&["projection", "reset", "seen"]).await.code(5).complains(&[
         "others have acted on projection seen",
-        "It stands",
-        "`storied projection withdraw seen` takes it back",
+        "the request stands",
+        "withdraw it with `storied projection withdraw seen`",
     ]);
     let list = fixture.run(&["projection", "list"]).await.code(0);
-    list.shows(&["seen: reset was asked for, and no node has taken it yet"]);
+    list.shows(&["seen: reset is requested; no node has taken it yet"]);
     store.release_lease(&others).await.unwrap();
 }
 
@@ -331,7 +327,7 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             }
             assert_eq!(last, "error: the rebuild of seen was cancelled; version 2 stays live");
             Run::of(child.wait_with_output().await.unwrap()).code(1);
-            cancelled.shows(&["seen is not rebuilt any more"]);
+            cancelled.shows(&["the rebuild of seen is cancelled"]);
             let list = fixture.run(&["projection", "list"]).await.code(0);
             assert!(!list.out.contains("is being built"), "{}", list.out);
             // What is live is so still; and there is nothing left to be given up, which is no mistake.
@@ -350,7 +346,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
             let faults = Faults::default();
             faults.thirteen.store(true, Ordering::SeqCst);
             let (node, handle) = start(&fixture, &store, &faults, partitions).await;
-            fixture.run(&["parked", "list"]).await.code(0).shows(&["nothing is parked"]);
+            fixture.run(&["parked", "list"]).await.code(0).shows(&["no parked events"]);
             for stream in ["1", "2", "3"] {
                 append(&store, stream, &[placed(13)]).await;
             }
@@ -395,9 +391,9 @@ async fn parked_events_are_shown_retried_and_discarded() {
             let json = fixture.run(&["parked", "retry", "seen", "8", "--json"]).await.code(0).json();
             assert_eq!(json, json!({ "projection": "seen", "position": 8, "applied": true }));
             assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 8]);
-            fixture.run(&["parked", "discard", "seen", "7"]).await.code(0).shows(&["for good"]);
+            fixture.run(&["parked", "discard", "seen", "7"]).await.code(0).shows(&["has discarded"]);
             fixture.run(&["parked", "discard", "seen", "7"]).await.code(4);
-            fixture.run(&["parked", "list"]).await.code(0).shows(&["nothing is parked"]);
+            fixture.run(&["parked", "list"]).await.code(0).shows(&["no parked events"]);
             assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 8]);
 
             // Without a node it stands, and can be taken back.
@@ -441,7 +437,7 @@ async fn the_read_model_may_be_elsewhere() {
     let other = &other[1];
     let (node, _) = start(other, &store, &Faults::default(), 0).await;
     let list = ["projection", "list"];
-    fixture.run(&list).await.code(0).shows(&["no projection keeps anything here"]);
+    fixture.run(&list).await.code(0).shows(&["no projection has a checkpoint here"]);
     fixture
         .run(&[&list[..], &["--read-model-url", &other.url]].concat())
         .await

@@ -22,13 +22,13 @@ async fn a_store_is_made_once_and_never_by_the_way() {
             assert!(!std::path::Path::new(path).exists());
         }
         fixture.run(&["migrate"]).await.code(0).shows(&["is migrated", "cbor payloads"]);
-        fixture.run(&["migrate"]).await.code(0).shows(&["was up to date already"]);
+        fixture.run(&["migrate"]).await.code(0).shows(&["is up to date"]);
         let json = fixture.run(&["migrate", "--json"]).await.code(0).json();
         assert_eq!((&json["migrated"], &json["backend"]), (&json!(false), &json!(fixture.kind)));
         let indexing = fixture.run(&["migrate", "--index-by-name"]).await;
         if fixture.kind == "postgres" {
             indexing.code(0).shows(&["is migrated"]);
-            fixture.run(&["migrate", "--index-by-name"]).await.code(0).shows(&["was up to date already"]);
+            fixture.run(&["migrate", "--index-by-name"]).await.code(0).shows(&["is up to date"]);
         } else {
             indexing.code(2).complains(&["PostgreSQL"]);
         }
@@ -123,11 +123,7 @@ async fn a_stream_is_shown_by_version() {
             .await
             .code(0)
             .shows(&["the stream goes on: --from 2"]);
-        fixture
-            .run(&["stream", "show", "order/none"])
-            .await
-            .code(4)
-            .complains(&["there is no stream order/none"]);
+        fixture.run(&["stream", "show", "order/none"]).await.code(4).complains(&["no stream order/none"]);
         fixture.run(&["stream", "show", "order"]).await.code(2);
     }
 }

@@ -20,11 +20,7 @@ async fn ranges_end_where_they_are_told() {
         assert_eq!(versions(&["--from", "2", "--to", "3"]).await, [2, 3]);
         assert_eq!(versions(&["--to", "0"]).await, [] as [u64; 0]);
         assert_eq!(versions(&["--from", "3", "--to", "900"]).await, [3, 4]);
-        fixture
-            .run(&["stream", "show", "order/none", "--to", "3"])
-            .await
-            .code(4)
-            .complains(&["there is no stream"]);
+        fixture.run(&["stream", "show", "order/none", "--to", "3"]).await.code(4).complains(&["no stream"]);
 
         let tail = fixture.run(&["log", "tail", "--from", "2", "--limit", "3", "--json"]).await.code(0);
         let positions: Vec<_> =
@@ -40,12 +36,12 @@ async fn what_matches_nothing_is_said() {
         let none = fixture.run(&["log", "show", "--category", "invoice"]).await.code(0);
         assert_eq!(none.out, "");
         none.complains(&["no event up to position 5 matches the filter"]);
-        fixture.run(&["log", "show", "--from", "9"]).await.code(0).complains(&["no event is in that part"]);
+        fixture.run(&["log", "show", "--from", "9"]).await.code(0).complains(&["no event in that part"]);
         fixture
             .run(&["stream", "show", "order/1", "--from", "9"])
             .await
             .code(0)
-            .complains(&["order/1 has no event of these versions"]);
+            .complains(&["order/1 has no event in this range of versions"]);
         // Programs get JSON and nothing else on standard output.
         let json = fixture.run(&["log", "show", "--json", "--name", "order.shipped"]).await.code(0);
         assert_eq!(json.out, "");
@@ -59,7 +55,7 @@ async fn a_full_disk_is_no_fault_of_the_database() {
             let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
             let child = fixture.command(args).stdout(Stdio::from(full)).spawn().unwrap();
             let run = Run::of(timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap());
-            run.code(6).complains(&["standard output cannot be written", "No space left on device"]);
+            run.code(6).complains(&["writing to standard output failed", "No space left on device"]);
         }
     }
 }
