@@ -18,7 +18,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_without_end_is_a_time_far_away() {
+    fn an_unlimited_wait_is_thirty_years() {
         let day = Duration::from_secs(24 * 60 * 60);
         assert!(after(Duration::MAX) + day > Instant::now() + FAR);
         let (before, tomorrow) = (Instant::now(), after(day));

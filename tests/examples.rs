@@ -1,7 +1,8 @@
-//! What the examples do with bad input: one readable sentence within seconds, a failing exit code, and nothing left behind.
+//! The examples with bad input: one readable sentence within seconds, a failing exit code, and no
+//! files left.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, unreachable_pub, reason = "tests are no product")]
+#![allow(missing_docs, unreachable_pub, reason = "tests are not part of the API")]
 
 #[path = "support/example.rs"]
 mod example;
@@ -13,14 +14,14 @@ use std::time::{Duration, Instant};
 use example::example;
 use tempfile::TempDir;
 
-/// A person waits no longer: 2 s on a quiet machine.
+/// Maximum time that a person waits: 2 s on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 10 } else { 2 });
 
-/// Nothing listens there.
+/// A URL without a server.
 const NO_POSTGRES: &str = "postgres://storied:storied@127.0.0.1:9/storied";
 const NO_NATS: &str = "nats://127.0.0.1:9";
 
-/// What the example said, and what it left in its directory.
+/// The output of an example, and its files.
 struct Said {
     output: Output,
     took: Duration,

@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_router_that_ends_is_started_again() {
+    async fn a_router_that_ends_is_restarted() {
         let runtime =
             Runtime::builder().store(MemoryStore::new()).aggregate::<Light>().start().await.unwrap();
         for round in 1..=3 {

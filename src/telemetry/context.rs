@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn no_other_span_is_linked_than_the_one_that_was_meant() {
+    fn only_the_given_span_is_linked() {
         let exporter = InMemorySpanExporter::default();
         let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
         let exported =
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_what_the_standard_says_and_nothing_else() {
+    fn reads_only_valid_trace_context() {
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         let context = of(&with(good)).unwrap();
         assert_eq!(context.trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");

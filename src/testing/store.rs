@@ -101,17 +101,17 @@ macro_rules! event_store_suite {
         $crate::event_store_suite! { @topics $make;
             append:
                 expected_versions_decide,
-                conflicts_tell_expected_and_actual,
+                conflicts_report_expected_and_actual,
                 refused_appends_leave_no_trace,
                 several_streams_are_all_or_nothing,
                 batches_are_refused_piecewise,
                 a_stream_may_come_twice_in_a_batch,
                 invalid_appends_are_refused_alone,
-                versions_have_no_holes_and_positions_increase,
+                versions_have_no_gaps_and_positions_increase,
                 everything_of_an_event_comes_back,
                 streams_with_odd_ids_are_kept_apart,
                 large_batches_arrive_whole,
-                what_was_appended_survives_reopening;
+                appended_events_survive_reopening;
             read:
                 an_empty_store_is_empty,
                 streams_are_read_in_pages,
@@ -120,7 +120,7 @@ macro_rules! event_store_suite {
                 empty_filter_lists_match_nothing,
                 long_filter_lists_work,
                 large_events_come_in_small_pages,
-                the_scan_passes_what_does_not_match,
+                the_scan_skips_other_events,
                 the_scan_stops_at_its_upper_end,
                 the_scan_never_passes_the_head,
                 the_frontier_is_the_last_event,
@@ -140,7 +140,7 @@ macro_rules! event_store_suite {
                 an_expired_lease_changes_hands,
                 a_released_lease_is_free_at_once,
                 a_lease_is_renewed,
-                zombies_cannot_renew_or_release,
+                stale_holders_cannot_renew_or_release,
                 leases_are_listed,
                 one_of_many_rivals_gets_a_lease;
             command:
@@ -150,7 +150,7 @@ macro_rules! event_store_suite {
                 old_records_are_forgotten,
                 events_of_a_command_are_found;
             oracle:
-                rivals_on_one_stream_leave_no_hole,
+                rivals_on_one_stream_leave_no_gap,
                 followers_see_exactly_the_log,
                 cancelled_appends_do_no_harm;
         }

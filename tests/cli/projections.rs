@@ -1,4 +1,4 @@
-//! `projection …` and `parked …`, against nodes that run, and without any.
+//! `projection …` and `parked …`, with and without running nodes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +22,8 @@ use uuid::Uuid;
 
 use crate::support::*;
 
-/// Whether an order of 13 pence cannot be applied, a reset fails, and a rebuild does not get on.
+/// Faults of the projection: it fails on 13 pence, fails to reset, or makes no progress in a
+/// rebuild.
 #[derive(Clone, Default)]
 struct Faults {
     thirteen: Arc<AtomicBool>,
@@ -30,7 +31,7 @@ struct Faults {
     slow: Arc<AtomicBool>,
 }
 
-/// Writes down the positions that it was given, in a table for all versions.
+/// Stores the positions of its events, in a table for all versions.
 struct Seen<T> {
     version: u64,
     faults: Faults,
@@ -87,7 +88,7 @@ fn make<T>(faults: &Faults) -> impl Fn(Target) -> Seen<T> + Send + Sync + 'stati
     }
 }
 
-/// A node with the projection, whose read model is in the store's own database.
+/// Starts a node with the projection; the read model is in the database of the store.
 async fn start(
     fixture: &Fixture,
     store: &Arc<dyn EventStore>,
@@ -123,12 +124,12 @@ async fn start(
             }
         }
     };
-    // One that does not fit has failed, until somebody resets it.
+    // A projection that does not fit fails until an operator resets it.
     eventually("it is live", async || handle.wait_until_live(PATIENCE).await.is_ok()).await;
     (node, handle)
 }
 
-/// What is in the table, as often as it is there.
+/// Returns the stored positions, with repetitions.
 async fn seen(fixture: &Fixture, version: i64) -> Vec<i64> {
     const SQL: &str = "SELECT position FROM seen WHERE version = $1 ORDER BY position";
     match fixture.url.strip_prefix("sqlite:") {
@@ -193,13 +194,13 @@ async fn a_running_projection_is_seen_paused_and_resumed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_resets_what_it_is_asked_to() {
+async fn a_node_executes_a_requested_reset() {
     for partitions in [0, 3] {
         for (fixture, store) in filled().await {
             let faults = Faults::default();
             let (node, handle) = start(&fixture, &store, &faults, partitions).await;
             let (other, _) = start(&fixture, &store, &faults, partitions).await;
-            // What the projection forgets, it applies again: once.
+            // The projection applies removed positions again, once.
             fixture.run_sql("INSERT INTO seen VALUES (0, 99)").await;
             fixture
                 .run(&["projection", "reset", "seen"])
@@ -210,14 +211,14 @@ async fn a_node_resets_what_it_is_asked_to() {
             let json = fixture.run(&["projection", "reset", "seen", "--json"]).await.code(0).json();
             assert_eq!((&json["taken"], &json["done"]), (&json!(true), &json!(true)));
 
-            // Paused, it stays so.
+            // A paused projection stays paused.
             handle.pause().await.unwrap();
             fixture.run(&["projection", "reset", "seen"]).await.code(0).shows(&["starts when it is resumed"]);
             assert_eq!(seen(&fixture, 0).await, [] as [i64; 0]);
             handle.resume().await.unwrap();
             handle.wait_until_live(PATIENCE).await.unwrap();
 
-            // Refused by the projection's own code, nothing has changed.
+            // If the code of the projection refuses, nothing changes.
             faults.reset.store(true, Ordering::SeqCst);
             fixture
                 .run(&["projection", "reset", "seen"])
@@ -234,7 +235,7 @@ async fn a_node_resets_what_it_is_asked_to() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_a_node_an_order_stands_and_says_so() {
+async fn without_a_node_a_request_stays_pending() {
     for (fixture, store) in filled().await {
         let faults = Faults::default();
         let (node, _) = start(&fixture, &store, &faults, 0).await;
@@ -254,7 +255,7 @@ async fn without_a_node_an_order_stands_and_says_so() {
         let run = fixture.run(&[&reset[..], &["--json"]].concat()).await.code(5);
         assert!(run.err.starts_with("{\"error\":{\"kind\":\"pending\""), "{}", run.err);
 
-        // Withdrawn, a node that starts does nothing.
+        // After a withdrawal, a starting node does nothing.
         fixture.run(&["projection", "withdraw", "seen"]).await.code(0).shows(&["withdrew the reset of seen"]);
         fixture.run(&["projection", "withdraw", "seen"]).await.code(4);
         let (node, handle) = start(&fixture, &store, &faults, 0).await;
@@ -263,7 +264,7 @@ async fn without_a_node_an_order_stands_and_says_so() {
         assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 99]);
         node.stop(PATIENCE).await.unwrap();
 
-        // Not withdrawn, it resets.
+        // Without a withdrawal, it resets.
         fixture.run(&reset).await.code(5);
         let (node, _) = start(&fixture, &store, &faults, 0).await;
         eventually("the reset", async || seen(&fixture, 0).await == [1, 2, 3, 4, 5, 6]).await;
@@ -271,9 +272,9 @@ async fn without_a_node_an_order_stands_and_says_so() {
     }
 }
 
-/// Others hold up the projection's nodes for longer than the tool tries to tell them.
+/// Other writers block the nodes of the projection for longer than the tool tries to notify them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_order_that_nobody_could_be_told_of_stands_and_says_so() {
+async fn a_request_without_notification_stays_pending() {
     let (fixture, store) = filled().await.remove(0);
     let (node, _) = start(&fixture, &store, &Faults::default(), 0).await;
     node.stop(PATIENCE).await.unwrap();
@@ -298,7 +299,7 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             let detached = fixture.run(&["projection", "rebuild", "seen", "--detach"]).await.code(0);
             detached.shows(&["a node has taken the rebuild of seen"]);
             fixture.run(&["projection", "list"]).await.code(0).shows(&["seen: version 1 is being built"]);
-            // Asked for again, the one under way is watched.
+            // A repeated request watches the running rebuild.
             let mut child = fixture.command(&["projection", "rebuild", "seen"]).spawn().unwrap();
             let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
             let line = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap().unwrap();
@@ -316,7 +317,7 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             faults.slow.store(true, Ordering::SeqCst);
             fixture.run(&["projection", "rebuild", "seen", "--detach"]).await.code(0);
             fixture.run(&["projection", "list"]).await.code(0).shows(&["seen: version 3 is being built"]);
-            // Who watches it is told.
+            // The watching tool reports the cancellation.
             let mut child = fixture.command(&["projection", "rebuild", "seen"]).spawn().unwrap();
             let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
             timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap().unwrap();
@@ -330,7 +331,8 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             cancelled.shows(&["the rebuild of seen is cancelled"]);
             let list = fixture.run(&["projection", "list"]).await.code(0);
             assert!(!list.out.contains("is being built"), "{}", list.out);
-            // What is live is so still; and there is nothing left to be given up, which is no mistake.
+            // The live version stays live. A second cancellation has nothing to do, and is no
+            // error.
             let json = fixture.run(&["projection", "cancel-rebuild", "seen", "--json"]).await.code(0).json();
             assert_eq!(json["done"], json!(true));
             assert_eq!(seen(&fixture, 2).await, [1, 2, 3, 4, 5]);
@@ -357,7 +359,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
                 .await
                 .code(0)
                 .shows(&["seen        6         order.placed  order/1 v3"]);
-            // What others wrote does not steer the terminal.
+            // Foreign text does not control the terminal.
             assert!(!run.out.contains('\x1b') && run.out.lines().count() == 4, "{}", run.out);
             let list = fixture.run(&["parked", "list", "seen", "--json"]).await.code(0).json();
             let positions: Vec<_> =

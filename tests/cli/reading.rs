@@ -41,7 +41,7 @@ async fn a_store_is_made_once_and_never_by_the_way() {
 
 /// A file that is somebody else's stays as it is.
 #[tokio::test]
-async fn a_database_of_others_is_left_alone() {
+async fn a_foreign_database_is_not_changed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("theirs.db");
     {
@@ -129,7 +129,7 @@ async fn a_stream_is_shown_by_version() {
 }
 
 #[tokio::test]
-async fn what_does_not_decode_is_shown_and_told() {
+async fn undecodable_events_are_shown_and_reported() {
     for (fixture, store) in filled().await {
         let garbled = NewEvent::encode(&placed(1), store.info().codec, &Default::default()).unwrap();
         append_raw(&store, "3", vec![NewEvent { payload: vec![0xff, 0].into(), ..garbled }]).await;
@@ -178,7 +178,7 @@ async fn the_log_is_followed() {
 
 /// `storied log show | head`.
 #[tokio::test]
-async fn a_reader_that_goes_away_is_no_error() {
+async fn a_closed_pipe_is_no_error() {
     for (fixture, store) in filled().await {
         for n in 0..20 {
             append(&store, "1", &vec![placed(n); 100]).await;
@@ -235,7 +235,7 @@ fn assert_silent(run: &Run) {
 }
 
 #[tokio::test]
-async fn a_database_that_is_not_there_is_unavailable() {
+async fn an_unreachable_database_is_unavailable() {
     for json in [&[][..], &["--json"]] {
         let url = format!("postgres://shop:{ENCODED}@127.0.0.1:9/shop");
         let run = bare(&[&["status", "--timeout", "1", "--database-url", &url], json].concat()).await.code(3);

@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_cbor_has_becomes_json() {
+    fn every_cbor_value_becomes_json() {
         for (value, shown) in [
             (Cbor::Null, json!(null)),
             (Cbor::Integer(u64::MAX.into()), json!(u64::MAX)),
@@ -126,7 +126,7 @@ mod tests {
         assert!(cbor(&[0xff, 0]).is_err() && cbor(&[]).is_err());
     }
     #[test]
-    fn what_is_nested_deeply_takes_no_longer_than_it_is_long() {
+    fn deep_nesting_takes_linear_time() {
         let deep = |wrap: fn(Cbor) -> Cbor| {
             let value = (0..200).fold(Cbor::Null, |value, _| wrap(value));
             let mut bytes = Vec::new();

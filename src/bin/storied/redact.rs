@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn the_url_of_a_database_loses_its_passwords_whatever_they_are() {
+    fn a_database_url_loses_any_password() {
         for (text, shown) in [
             ("postgres://db/shop", "postgres://db/shop"),
             ("postgres://shop@db/shop", "postgres://***@db/shop"),
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_with_commas_is_hidden_from_what_others_say() {
+    fn a_password_with_commas_is_hidden_in_foreign_text() {
         for (given, said) in [
             ("postgres://shop:a1,b2@db/shop", "a1,b2 is wrong"),
             ("postgres://shop:a1'b2 c3@d4@db/shop", "postgres://shop:a1'b2 c3@d4@db/shop is wrong"),
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn own_sentences_are_not_touched() {
+    fn own_texts_are_not_redacted() {
         #[derive(Debug, thiserror::Error)]
         #[error("the store storied has another shape: {0}")]
         struct Own(#[source] std::io::Error);
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_hidden_as_written_and_as_meant() {
+    fn secrets_are_hidden_as_written_and_as_decoded() {
         let secrets =
             Secrets::of(&[Given::Urls("postgres://u:p%40ss@h/d,nats://t0ken@h"), Given::Secret("SUSEED")]);
         assert_eq!(secrets.hide("p@ss p%40ss t0ken SUSEED"), "*** *** *** ***");

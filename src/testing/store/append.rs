@@ -49,7 +49,7 @@ pub async fn expected_versions_decide(database: Database) {
 }
 
 /// Checks that a conflict is typed, and has what a new decision needs.
-pub async fn conflicts_tell_expected_and_actual(database: Database) {
+pub async fn conflicts_report_expected_and_actual(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("a"), 2).await;
     let expected = ExpectedVersion::Exact(Version::new(1));
@@ -210,7 +210,7 @@ pub async fn invalid_appends_are_refused_alone(database: Database) {
 
 /// Checks that versions are 1, 2, 3 …, and that positions increase along the log and match the
 /// answers.
-pub async fn versions_have_no_holes_and_positions_increase(database: Database) {
+pub async fn versions_have_no_gaps_and_positions_increase(database: Database) {
     let store = database.open().await;
     let mut positions = Vec::new();
     for round in 0..20 {
@@ -349,7 +349,7 @@ pub async fn large_batches_arrive_whole(database: Database) {
 }
 
 /// Checks that a reopened store is the same store, with all its content.
-pub async fn what_was_appended_survives_reopening(database: Database) {
+pub async fn appended_events_survive_reopening(database: Database) {
     let store = database.open().await;
     let info = store.info().clone();
     fill(&*store, &stream("a"), 3).await;

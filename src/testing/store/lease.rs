@@ -99,7 +99,7 @@ pub async fn a_lease_is_renewed(database: Database) {
 }
 
 /// Checks that a stale lease holder can neither renew nor release.
-pub async fn zombies_cannot_renew_or_release(database: Database) {
+pub async fn stale_holders_cannot_renew_or_release(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
     let old = store.acquire_lease("l", a, SHORT).await.unwrap().unwrap();

@@ -19,7 +19,7 @@ use crate::store::{
 ///
 /// In each round one append succeeds, and the others receive a conflict. No version is lost or
 /// duplicated.
-pub async fn rivals_on_one_stream_leave_no_hole(database: Database) {
+pub async fn rivals_on_one_stream_leave_no_gap(database: Database) {
     const RIVALS: usize = 16;
     const EACH: usize = 5;
     let stores = [database.open().await, database.open().await];

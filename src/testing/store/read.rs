@@ -149,7 +149,7 @@ pub async fn long_filter_lists_work(database: Database) {
 }
 
 /// Checks that a checkpoint moves over events that do not match, and stays at existing events.
-pub async fn the_scan_passes_what_does_not_match(database: Database) {
+pub async fn the_scan_skips_other_events(database: Database) {
     let store = database.open().await;
     let first =
         append_to(&*store, &stream("a"), ExpectedVersion::Any, vec![event("order.rare")]).await.unwrap();
