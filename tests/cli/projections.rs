@@ -398,7 +398,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
             fixture.run(&["parked", "list"]).await.code(0).shows(&["no parked events"]);
             assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 8]);
 
-            // Without a node it stands, and can be taken back.
+            // Without a node the retry stands, and can be withdrawn.
             faults.thirteen.store(true, Ordering::SeqCst);
             append(&store, "1", &[placed(13)]).await;
             handle.wait_until_live(PATIENCE).await.unwrap();
@@ -414,7 +414,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
     }
 }
 
-/// A read model that was cut into another number of partitions is nobody's until it is reset.
+/// Checks that a read model with another number of partitions is unused until it is reset.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reset_makes_fit_what_does_not() {
     for (fixture, store) in filled().await {
@@ -431,7 +431,7 @@ async fn a_reset_makes_fit_what_does_not() {
     }
 }
 
-/// A database of its own for the read model.
+/// Uses a separate database for the read model.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_read_model_may_be_elsewhere() {
     let (mut filled, other) = (filled().await, databases().await);
@@ -447,7 +447,7 @@ async fn the_read_model_may_be_elsewhere() {
         .shows(&["seen        owned  5"]);
     fixture.run(&["projection", "reset", "seen", "--read-model-url", &other.url]).await.code(0);
     node.stop(PATIENCE).await.unwrap();
-    // Nothing is made where nothing is, and no secret said.
+    // The tool creates nothing in an empty database, and prints no secret.
     let empty = &databases().await[1];
     fixture.run(&[&list[..], &["--read-model-url", &empty.url]].concat()).await.code(4);
     empty.run(&["status"]).await.code(4);

@@ -1,4 +1,5 @@
-//! Migrating and reading: `migrate`, `status`, `log`, `stream`, `completions`; exit codes, and that no secret is printed.
+//! Migrating and reading: `migrate`, `status`, `log`, `stream`, `completions`; exit codes and
+//! redaction.
 
 use std::process::Stdio;
 
@@ -13,7 +14,7 @@ use crate::support::*;
 #[tokio::test]
 async fn a_store_is_made_once_and_never_by_the_way() {
     for fixture in databases().await {
-        // Nothing but `migrate` makes anything.
+        // Only `migrate` creates anything.
         for args in [&["status"][..], &["log", "show"], &["stream", "show", "order/1"]] {
             let run = fixture.run(args).await.code(4);
             assert_eq!(run.out, "", "{args:?}");
@@ -32,14 +33,14 @@ async fn a_store_is_made_once_and_never_by_the_way() {
         } else {
             indexing.code(2).complains(&["PostgreSQL"]);
         }
-        // What it was made with stays.
+        // The codec of an existing store stays.
         fixture.run(&["migrate", "--codec", "json"]).await.code(4).complains(&["cbor payloads"]);
         fixture.run(&["status"]).await.code(0).shows(&["up to position 0", "none holds a lease"]);
         fixture.run(&["log", "show"]).await.code(0);
     }
 }
 
-/// A file that is somebody else's stays as it is.
+/// Checks that a foreign file stays unchanged.
 #[tokio::test]
 async fn a_foreign_database_is_not_changed() {
     let dir = tempfile::tempdir().unwrap();
@@ -142,7 +143,7 @@ async fn undecodable_events_are_shown_and_reported() {
     }
 }
 
-/// Whatever the codec: the tool finds out.
+/// Checks that the tool finds the codec of the store.
 #[tokio::test]
 async fn a_store_with_json_payloads_is_read_as_well() {
     for fixture in databases().await {
@@ -163,7 +164,8 @@ async fn the_log_is_followed() {
             let line = timeout(PATIENCE, lines.next_line()).await.expect("a line").unwrap().expect("a line");
             serde_json::from_str::<serde_json::Value>(&line).unwrap()["position"].as_u64().unwrap()
         };
-        // The last two that match, and then what comes, another process's as this one is.
+        // The last two matching events, and then new ones of this process, which is another one for
+        // the tool.
         assert_eq!([next().await, next().await], [3, 5]);
         append(&store, "1", &[OrderEvent::Cancelled, placed(2)]).await;
         assert_eq!(next().await, 7);
@@ -217,7 +219,7 @@ async fn the_command_line_is_explained() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         bare(&["completions", shell]).await.code(0).shows(&["storied", "migrate"]);
     }
-    // It is a script that bash takes.
+    // bash accepts the script.
     let script = bare(&["completions", "bash"]).await.out;
     let checked =
         std::process::Command::new("bash").args(["-n", "-c", &script]).stderr(Stdio::inherit()).status();
@@ -245,7 +247,7 @@ async fn an_unreachable_database_is_unavailable() {
             assert_eq!(error["error"]["kind"], "unavailable");
         }
     }
-    // Whatever it has in it.
+    // With any characters in the password.
     for (url, shown) in [
         ("postgres://shop:hunter1,hunter2'hunter3 x@127.0.0.1:9/shop", "postgres://***@127.0.0.1:9/shop: "),
         ("postgres:shop:hunter1,hunter2@127.0.0.1/shop?port=9", "postgres:***@127.0.0.1/shop?port=9: "),
@@ -271,7 +273,7 @@ async fn no_secret_is_printed() {
         connection.execute("SELECT pg_reload_conf()").await.unwrap();
     }
     let url = database.replace("storied@", &format!("shop:{ENCODED}@"));
-    // A reload takes its time.
+    // A reload takes some time.
     timeout(PATIENCE, async {
         while run(program().env("DATABASE_URL", &url).arg("status")).await.code != 4 {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -300,7 +302,7 @@ async fn no_secret_is_printed() {
         .code(0)
         .shows(&["postgres://***@127.0.0.1"]);
     assert!(!shown.out.contains("another"), "{}", shown.out);
-    // Where it does not belong, or is not understood.
+    // In an unexpected argument, or an invalid one.
     for args in
         [&["status", &url][..], &["--database-url", &format!("postgres://shop:{ENCODED}@[/shop"), "status"]]
     {
