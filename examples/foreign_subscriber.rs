@@ -1,5 +1,4 @@
-//! Reads storied's events with a NATS client, a CBOR library and `docs/wire-format.md`, without
-//! storied.
+//! Reads storied's events without storied: a NATS client, a CBOR library and `docs/wire-format.md`.
 //!
 //! Any language can do the same.
 //!

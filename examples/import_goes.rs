@@ -1,5 +1,4 @@
-//! Imports the event table of a Go service on goes into storied: the program of
-//! `docs/migration.md`.
+//! Imports the event table of a Go service on goes. This is the program of `docs/migration.md`.
 //!
 //! ```sh
 //! cargo run --example import_goes -- postgres://localhost/old postgres://localhost/new
@@ -91,6 +90,7 @@ pub fn imported(old: &Old, store: &dyn EventStore) -> Result<Append, Failure> {
 }
 
 /// Imports all new events one after the other, because the log has the order of the appends.
+///
 /// Returns their number.
 pub async fn import(from: &PgPool, to: &PostgresStore) -> Result<u64, Failure> {
     let mut appended = 0;

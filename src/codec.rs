@@ -1,5 +1,4 @@
-//! Encoding of values: CBOR or JSON payloads, variant names as serde writes them, upcasting of old
-//! payloads.
+//! Encoding of values: CBOR or JSON payloads, serde's variant names, upcasting of old payloads.
 //!
 //! Knows nothing of events and streams.
 

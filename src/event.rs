@@ -61,8 +61,9 @@ pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
     }
 }
 
-/// A position in the log of a store: strictly increasing, possibly with gaps, above
-/// [`Position::START`].
+/// A position in the log of a store.
+///
+/// Positions increase strictly, may have gaps, and are above [`Position::START`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Position(u64);
 
@@ -119,15 +120,17 @@ number!(Version);
 /// An encoded and named event that has no position and version yet.
 #[derive(Debug, Clone)]
 pub struct NewEvent {
-    /// Identity of the event (UUIDv7). The store uses it to resolve an append of unknown outcome
-    /// (I4).
+    /// Identity of the event (UUIDv7).
+    ///
+    /// The store uses it to resolve an append of unknown outcome (I4).
     pub id: Uuid,
     /// `category.variant`.
     pub name: EventName,
     /// The encoded payload, see [`Codec`].
     pub payload: Bytes,
-    /// Id of the command that caused the event. Stored beside the metadata, so that folding does
-    /// not decode these.
+    /// Id of the command that caused the event.
+    ///
+    /// Stored beside the metadata, so that folding does not decode these.
     pub command_id: Uuid,
     /// Encoded [`Metadata`].
     pub metadata: Bytes,

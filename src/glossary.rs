@@ -1,5 +1,6 @@
-//! The terms of storied, in the order of the data flow. The documentation uses each in this meaning
-//! only.
+//! The terms of storied, in the order of the data flow.
+//!
+//! The documentation uses each term in this meaning only.
 //!
 //! # Writing
 //!

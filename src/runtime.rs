@@ -156,8 +156,7 @@ pub enum StartError {
         /// The cause.
         reason: &'static str,
     },
-    /// The events of an aggregate cannot be stored, or the filter of a projection names unknown
-    /// events.
+    /// The events of an aggregate cannot be stored, or a filter of a projection has unknown names.
     #[error(transparent)]
     Events(#[from] EncodeError),
     /// The store failed.
@@ -251,8 +250,7 @@ pub struct RuntimeStatus {
     pub store: StoreInfo,
     /// The high-water mark of the log, or the error of reading it.
     pub frontier: Result<Position, StoreError>,
-    /// The transaction that holds back the high-water mark, if any. A running append is no reason
-    /// for concern.
+    /// The transaction that holds back the high-water mark, if any. A running append is harmless.
     pub stall: Result<Option<Stall>, StoreError>,
     /// The group-commit writer.
     pub writer: WriterStatus,
@@ -283,8 +281,7 @@ impl Builder {
         self
     }
 
-    /// Sets the bus that carries the log to the projections of this node, and of the nodes that it
-    /// reaches.
+    /// Sets the bus that carries the log to the projections of all nodes that it reaches.
     ///
     /// Default: [`LocalBus`].
     pub fn bus(mut self, bus: impl IntoEventBus) -> Self {
@@ -456,18 +453,17 @@ impl Builder {
         self
     }
 
-    /// Sets how long [`start`](Self::start) waits for an unreachable store, as during a restart of
-    /// its server.
+    /// Sets how long [`start`](Self::start) waits for an unreachable store.
     ///
-    /// Each failed attempt is a log line. A permanent error ends the start at once. Default: 30 s.
-    /// Range: at most 1 day; zero is one attempt.
+    /// The store may be unreachable while its server restarts. Each failed attempt is a log line. A
+    /// permanent error ends the start at once. Default: 30 s. Range: at most 1 day; zero is one
+    /// attempt.
     pub fn start_timeout(mut self, limit: Duration) -> Self {
         self.start_timeout = limit;
         self
     }
 
-    /// Starts everything in order: store, bus, publisher, projections, and the intake of commands
-    /// last.
+    /// Starts everything in order: store, bus, publisher, projections, and finally commands.
     ///
     /// Must be called within a tokio runtime.
     ///
@@ -505,8 +501,7 @@ impl Builder {
         self.commands.validate()?;
         self.commands.check()?;
         let log_end =
-            startup::wait_for("reading how far the log goes", self.start_timeout, || store.frontier())
-                .await?;
+            startup::wait_for("reading the high-water mark", self.start_timeout, || store.frontier()).await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, &*self.bus, log_end).await?);
@@ -614,8 +609,7 @@ impl Runtime {
         Request::new(self.inner.commands.clone(), command.into(), Envelope::new())
     }
 
-    /// Returns the handle of a projection: to wait for it, pause it, reset it or list its parked
-    /// events.
+    /// Returns the handle of a projection, which waits, pauses, resets and lists parked events.
     ///
     /// # Errors
     /// If no projection of that name is registered on this node.

@@ -1,5 +1,6 @@
-//! Telemetry: spans through `tracing`, metrics and trace context through OpenTelemetry (feature
-//! `otel`).
+//! Telemetry: spans through `tracing`, metrics and trace context through OpenTelemetry.
+//!
+//! The latter two need the feature `otel`.
 //!
 //! `docs/observability.md` lists all of it.
 //!

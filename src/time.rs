@@ -7,8 +7,9 @@ use tokio::time::Instant;
 /// A wait in place of "no limit": 30 years, which every clock can represent.
 pub(crate) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
-/// Returns the time `wait` from now, at most 30 years ahead. `Instant + Duration` would panic
-/// instead.
+/// Returns the time `wait` from now, at most 30 years ahead.
+///
+/// `Instant + Duration` would panic instead.
 pub(crate) fn after(wait: Duration) -> Instant {
     Instant::now() + wait.min(FAR)
 }

@@ -1,5 +1,4 @@
-//! Names, payloads and metadata: the stored bytes, and their readability after changes of the
-//! types.
+//! The stored bytes of names, payloads and metadata, and their reading after changes of the types.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are not part of the API")]
@@ -76,8 +75,9 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The stored form of every kind of variant. Existing stores have these bytes: a change needs a
-/// migration.
+/// The stored form of every kind of variant.
+///
+/// Existing stores have these bytes: a change needs a migration.
 #[test]
 fn payload_bytes_are_frozen() {
     let events = [
@@ -201,8 +201,9 @@ fn errors_are_in_words() {
     }
 }
 
-/// F7: every shape is read as written, read as the list says, or refused. The list is in
-/// `testing::shapes`.
+/// F7: every shape is read as written, read as the list says, or refused.
+///
+/// The list is in `testing::shapes`.
 #[test]
 fn every_shape_is_read_or_refused() {
     let (mut checked, mut wrong) = (0, Vec::new());

@@ -27,8 +27,9 @@ const PERMITTED: [&str; 11] = [
     "Zlib",
 ];
 
-/// Returns whether the permitted licences satisfy an SPDX expression. Parentheses enclose only
-/// alternatives.
+/// Returns whether the permitted licences satisfy an SPDX expression.
+///
+/// Parentheses enclose only alternatives.
 fn is_permitted(expression: &str) -> bool {
     let flat = expression.replace(['(', ')'], "").replace('/', " OR ");
     flat.split(" AND ").all(|part| part.split(" OR ").any(|one| PERMITTED.contains(&one.trim())))

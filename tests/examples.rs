@@ -1,5 +1,6 @@
-//! The examples with bad input: one readable sentence within seconds, a failing exit code, and no
-//! files left.
+//! The examples with bad input.
+//!
+//! Each prints a readable sentence within seconds, fails and leaves no files.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, unreachable_pub, reason = "tests are not part of the API")]

@@ -1,5 +1,6 @@
-//! Every option of every type, set to zero, one and its maximum: it works, or is refused with its
-//! range.
+//! Every option of every type, set to zero, one and its maximum.
+//!
+//! It works, or is refused with its range.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are not part of the API")]
@@ -398,8 +399,9 @@ async fn postgres_options_are_in_their_range_or_refused() {
     }
 }
 
-/// Checks that the order of two options does not matter: each aggregate has its default, or the
-/// whole limit.
+/// Checks that the order of two options does not matter.
+///
+/// Each aggregate has its default, or the whole limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_limit_counts_for_each_aggregate_too() {
     let options = AggregateOptions::<Counter>::new().max_in_flight(10).max_in_flight(5_000);

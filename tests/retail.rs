@@ -1,5 +1,6 @@
-//! examples/retail as a user runs it: as a process, on the real file, killed, repeated, and with
-//! invalid input.
+//! examples/retail as a user runs it: a process on the real file.
+//!
+//! It is killed, repeated, and gets invalid input.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are not part of the API")]
@@ -250,8 +251,9 @@ async fn totals_are_exact_after_kills_on_postgres() {
     killed(6, Shop::on_postgres).await;
 }
 
-/// Three processes share the read models; the test kills the others while the first one works, and
-/// then the first.
+/// Three processes share the read models.
+///
+/// The test kills the others while the first works, and then the first.
 #[tokio::test]
 async fn any_node_may_be_killed() {
     let shop = Shop::on_postgres().await;

@@ -1,5 +1,4 @@
-//! The decisions of the invoices of examples/retail, and the reported places of malformed rows; no
-//! runtime.
+//! The decisions of the invoices of examples/retail, and the places of malformed rows. No runtime.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are not part of the API")]

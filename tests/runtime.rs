@@ -1,5 +1,6 @@
-//! The whole path through a runtime: commands, events and read models, and recovery after every
-//! kind of end.
+//! The whole path through a runtime: commands, events and read models.
+//!
+//! Also recovery after every kind of end.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(missing_docs, reason = "tests are not part of the API")]
@@ -267,8 +268,9 @@ async fn waiting_for_an_unknown_projection_executes_nothing() {
     runtime.shutdown().await.unwrap();
 }
 
-/// Checks that a reply without events is confirmed against the log, because the state of the node
-/// may be stale.
+/// Checks that a reply without events is confirmed against the log.
+///
+/// The state of the node may be stale.
 #[tokio::test]
 async fn a_stale_node_answers_from_the_log() {
     let store = MemoryStore::new();
@@ -285,8 +287,7 @@ async fn a_stale_node_answers_from_the_log() {
     other.shutdown().await.unwrap();
 }
 
-/// Checks that a node with commands only does not read its appends, and that a later reader misses
-/// none.
+/// Checks that a node with commands only does not read its appends. A later reader misses none.
 #[tokio::test]
 async fn without_projections_nothing_is_published_until_a_reader_follows() {
     let bus = LocalBus::new();
@@ -347,8 +348,9 @@ async fn a_restart_continues_and_a_new_projection_starts_from_the_beginning() {
     runtime.shutdown().await.unwrap();
 }
 
-/// Drops the runtime at any moment, many times. Each caller repeats unanswered commands with the
-/// same id.
+/// Drops the runtime at any moment, many times.
+///
+/// Each caller repeats unanswered commands with the same id.
 #[tokio::test(flavor = "multi_thread")]
 async fn dropping_a_runtime_loses_and_duplicates_nothing() {
     let shop = Shop::new();
@@ -427,8 +429,9 @@ fn public_handles_can_be_shared() {
     shared::<storied::StoreError>();
 }
 
-/// A future that holds a lock across an await could not be spawned, and could block a whole
-/// runtime.
+/// Checks that no public future holds a lock across an await.
+///
+/// Such a future could not be spawned, and could block a runtime.
 #[tokio::test]
 async fn public_futures_can_be_spawned() {
     fn spawnable<F: Future + Send>(_: &F) {}

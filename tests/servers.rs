@@ -1,5 +1,6 @@
-//! Tests of the harness: servers start, crash, recover durable data, freeze, and never outlive
-//! their test.
+//! Tests of the harness.
+//!
+//! Servers start, crash, recover durable data, freeze, and never outlive their test.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
 mod support;

@@ -20,8 +20,7 @@ pub enum Workload {
     AcksAwaited,
     /// Publishes messages into JetStream with ids for its deduplication.
     AcksDedup,
-    /// Time from an append to the handler of a projection, or to a subscriber over NATS, 200 times
-    /// a second.
+    /// Latency from an append to a projection, or over NATS to a subscriber, 200 times a second.
     Latency,
     /// Commands over NATS to an empty handler, on this many nodes.
     Dispatch(usize),

@@ -13,8 +13,9 @@ use crate::nats::{EVENTS, Nats, subscribe};
 use crate::stores::Store;
 use crate::workloads::AGGREGATES;
 
-/// Publishes a full log into a new log stream until all is confirmed. The limit is async-nats with
-/// equal messages.
+/// Publishes a full log into a new log stream until all is confirmed.
+///
+/// The limit is async-nats with equal messages.
 pub async fn mirror(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let bus = nats.events(plan.bus);
@@ -28,8 +29,9 @@ pub async fn mirror(plan: &Plan) -> Comparison {
     }
 }
 
-/// As [`mirror`], with each message confirmed before the next one. The limit is the normal window
-/// of storied.
+/// As [`mirror`], with each message confirmed before the next one.
+///
+/// The limit is the normal window of storied.
 pub async fn awaited(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = full(plan).await;
@@ -163,8 +165,9 @@ impl Scene {
         Self { nats, store, node, subscription, messages }
     }
 
-    /// Returns the first published message, which the limit copies. This subscriber receives no
-    /// other.
+    /// Returns the first published message, which the limit copies.
+    ///
+    /// This subscriber receives no other.
     pub async fn message(&mut self) -> async_nats::Message {
         self.messages.next().await.unwrap()
     }

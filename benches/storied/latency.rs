@@ -20,8 +20,7 @@ use crate::nats::subscribe;
 use crate::stores::Store;
 use crate::workloads::AGGREGATES;
 
-/// Measures the time from an append to the handler of a projection in the same process, 200 times a
-/// second.
+/// Measures the latency from an append to a projection of the same process, 200 times a second.
 ///
 /// The limit commits a single row and reads it on another connection. On the memory store, the
 /// limit is that store itself.
@@ -142,7 +141,7 @@ impl Projection for Seen {
 
     async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
         let AccountEvent::Entered { .. } = event.decode()?;
-        self.0.send(event.id).map_err(|_| "nobody waits".into())
+        self.0.send(event.id).map_err(|_| "no receiver waits".into())
     }
 
     async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {

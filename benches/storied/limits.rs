@@ -14,8 +14,9 @@ use crate::stores::{POSTGRES_SCHEMA, directory, postgres};
 
 const ROW: &str = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
-/// Inserts rows like storied's into SQLite through sqlx, `per_transaction` in one INSERT and
-/// commit, synced.
+/// Inserts rows like storied's into SQLite through sqlx.
+///
+/// Each INSERT and synced commit has `per_transaction` rows.
 pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
     let directory = directory();
     let mut connection = open(&directory).await;
@@ -50,8 +51,9 @@ pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
     Run::new(transactions * per_transaction, start.elapsed(), latencies)
 }
 
-/// Reads all rows from SQLite through sqlx in order, with the columns of an event, without decoding
-/// them.
+/// Reads all rows from SQLite through sqlx, in order.
+///
+/// It takes the columns of an event without decoding them.
 pub async fn sqlite_read(expected: usize, filled: &std::path::Path) -> Run {
     use futures_util::TryStreamExt;
     let mut connection = SqliteConnectOptions::new()
@@ -145,8 +147,9 @@ pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usiz
     run
 }
 
-/// Reads all rows from PostgreSQL through sqlx in order, with the columns of an event, without
-/// decoding them.
+/// Reads all rows from PostgreSQL through sqlx, in order.
+///
+/// It takes the columns of an event without decoding them.
 pub async fn postgres_read(expected: usize) -> Run {
     use futures_util::TryStreamExt;
     let mut connection = postgres().await;

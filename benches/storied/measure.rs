@@ -30,8 +30,9 @@ impl Run {
         Self::new(operations, elapsed, vec![elapsed])
     }
 
-    /// Returns the run of sequential operations with their latencies. The rate is the inverse of
-    /// the mean.
+    /// Returns the run of sequential operations with their latencies.
+    ///
+    /// The rate is the inverse of the mean.
     pub fn each(latencies: Vec<Duration>) -> Self {
         Self::new(latencies.len(), latencies.iter().sum(), latencies)
     }
@@ -104,8 +105,9 @@ impl Report {
         }
     }
 
-    /// Returns the result as JSON. In memory workloads `per_second` is bytes, and the percentiles
-    /// are null.
+    /// Returns the result as JSON.
+    ///
+    /// In memory workloads `per_second` is bytes, and the percentiles are null.
     pub fn json(&self) -> Value {
         let side = |side: Side| json!({"per_second": side.figure, "p50_us": side.p50, "p99_us": side.p99});
         json!({

@@ -1,5 +1,6 @@
-//! Memory use, measured in separate processes, because one workload could reuse memory that another
-//! has freed.
+//! Memory use, measured in separate processes.
+//!
+//! One workload could reuse memory that another has freed.
 
 use std::time::Duration;
 
@@ -133,8 +134,9 @@ async fn projection(store: Store, events: usize) -> u64 {
     resident("VmHWM:")
 }
 
-/// Returns the memory of this process as Linux counts it, in bytes: `VmRSS:` now, `VmHWM:` at its
-/// peak.
+/// Returns the memory of this process in bytes, as Linux counts it.
+///
+/// `VmRSS:` is the current value, `VmHWM:` the peak.
 fn resident(line: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("memory is measured on Linux");
     let found = status.lines().find_map(|text| text.strip_prefix(line)).unwrap();

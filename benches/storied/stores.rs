@@ -34,8 +34,7 @@ impl Store {
         }
     }
 
-    /// Opens a filled store that another process of the same environment has created, at its
-    /// [`place`](Self::place).
+    /// Opens a filled store of another process, at its [`place`](Self::place).
     pub async fn existing(kind: StoreKind, place: &str) -> Self {
         match kind {
             StoreKind::Memory => Self::fresh(kind).await,
@@ -91,8 +90,9 @@ impl Store {
         }
     }
 
-    /// Does the deferred work of the server after a load like [`fill`](Self::fill), which would
-    /// slow down the first run.
+    /// Does the deferred work of the server after [`fill`](Self::fill).
+    ///
+    /// It would slow down the first run.
     pub async fn settle(&self) {
         if let Store::Postgres(_) = self {
             for statement in [format!("VACUUM ANALYZE {POSTGRES_SCHEMA}.events"), "CHECKPOINT".to_owned()] {

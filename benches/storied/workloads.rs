@@ -31,9 +31,9 @@ pub async fn hot(plan: &Plan) -> Comparison {
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
 }
 
-/// Appends `each` events at a time to separate streams from `callers` callers, directly to the
-/// store.
+/// Appends `each` events at a time to separate streams, from `callers` callers.
 ///
+/// The appends go directly to the store.
 /// The limit inserts as many rows per commit on as many connections; SQLite has one writing
 /// connection.
 pub async fn append(plan: &Plan, each: usize) -> Comparison {
@@ -60,8 +60,9 @@ pub async fn append(plan: &Plan, each: usize) -> Comparison {
     Comparison { ours, limit, note: "latencies are of an append".into() }
 }
 
-/// Executes the first command on an aggregate with a long stream and no snapshot. The limit reads
-/// the rows.
+/// Executes the first command on an aggregate with a long stream and no snapshot.
+///
+/// The limit reads the rows.
 pub async fn rehydrate(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, 1).await;
@@ -138,8 +139,9 @@ pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
     (run, (writer.events / writer.transactions).max(1) as usize)
 }
 
-/// Inserts rows; `writers` is the number of connections, if a store has more than one writing
-/// connection.
+/// Inserts rows.
+///
+/// `writers` is the number of connections, if a store has more than one writing connection.
 async fn inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: usize) -> Run {
     match plan.store {
         StoreKind::Sqlite => limits::sqlite_inserts(plan, per_transaction).await,

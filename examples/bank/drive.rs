@@ -1,5 +1,6 @@
-//! Executes transfers until all are settled. An unknown outcome is resolved by a retry with the
-//! same id.
+//! Executes transfers until all are settled.
+//!
+//! An unknown outcome is resolved by a retry with the same id.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

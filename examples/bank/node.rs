@@ -21,8 +21,7 @@ const SCHEMA: &str = "storied_bank";
 /// Maximum number of concurrent transfers on a node.
 const WORKERS: usize = 64;
 
-/// Command window of an account: far more commands than an account gets within the life of a
-/// transfer.
+/// Command window of an account. An account gets far fewer commands within the life of a transfer.
 const COMMAND_WINDOW: usize = 20_000;
 
 fn nats(args: &Args, options: NatsOptions) -> Result<NatsOptions, Failure> {

@@ -18,8 +18,7 @@ pub(crate) struct Report {
     transfers: u64,
     committed: u64,
     refused: u64,
-    /// Transfers with an outcome that was unknown for some time, and those of them that were
-    /// resolved.
+    /// Transfers with a temporarily unknown outcome, and those of them that were resolved.
     unknown: u64,
     resolved: u64,
     total_before: u64,

@@ -47,8 +47,9 @@ pub(crate) enum InvoiceCommand {
     AddLine { header: Header, line: Line },
 }
 
-/// The events of an invoice. The serde name of a variant is its name in the log:
-/// `invoice.line_sold`.
+/// The events of an invoice.
+///
+/// The serde name of a variant is its name in the log: `invoice.line_sold`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum InvoiceEvent {
@@ -221,8 +222,9 @@ impl Invoice {
         }))
     }
 
-    /// Checks that a line with this header belongs to this invoice. The minute may differ: long
-    /// invoices take some.
+    /// Checks that a line with this header belongs to this invoice.
+    ///
+    /// The minute may differ: long invoices take some.
     fn belongs(&self, found: &Header, line: u32) -> Result<(), InvoiceError> {
         let Some(expected) = &self.header else { return Err(InvoiceError::NotOpened { line }) };
         if found.country != expected.country {

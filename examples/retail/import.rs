@@ -63,8 +63,9 @@ struct Answers {
 
 type Answer = Result<Receipt, ExecuteError<InvoiceError>>;
 
-/// Sends every row to its invoice and counts the answers: many invoices concurrently, each in file
-/// order.
+/// Sends every row to its invoice and counts the answers.
+///
+/// Invoices run concurrently, each in file order.
 pub(crate) async fn import(
     runtime: &Runtime,
     rows: Rows,

@@ -177,8 +177,9 @@ fn malformed(file: &Path, record: &Position, field: usize, problem: Problem) -> 
     RowError::Malformed { file: file.to_owned(), line: record.line() + lines, column, problem }
 }
 
-/// Finds a field of the record at `start`: the number of lines after it, and the column in its
-/// line.
+/// Finds a field of the record at `start`.
+///
+/// Returns the number of lines after `start`, and the column in its line.
 ///
 /// With `field` one past the last, finds the end of the record.
 fn locate(file: &Path, start: u64, field: usize) -> std::io::Result<(u64, usize)> {

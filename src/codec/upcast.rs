@@ -6,8 +6,9 @@ use ciborium::Value;
 /// Converts one stored payload to the next shape.
 type Upcast = dyn Fn(Value) -> Result<Value, String> + Send + Sync;
 
-/// Rules that convert stored events of older program versions, as CBOR values, before serde reads
-/// them.
+/// Rules that convert stored events of older program versions.
+///
+/// They work on CBOR values, before serde reads them.
 ///
 /// Rules are chained: the result of a rule for `placed` may itself be upcast. Prefer the `default`
 /// and `alias` of serde where they suffice: they have no cost.
@@ -62,8 +63,7 @@ impl Upcasters {
         self.with(from.into(), to.into(), None)
     }
 
-    /// Reads events stored as variant `from` as variant `to`, after `upcast` has converted the
-    /// payload.
+    /// Reads events of variant `from` as variant `to`, after `upcast` has converted the payload.
     ///
     /// An error of `upcast` is reported as an undecodable event, with its text.
     #[must_use]

@@ -1,5 +1,4 @@
-//! Splits a variant of a serde enum into name and payload, joins them, and lists the names that an
-//! enum reads.
+//! Variants of a serde enum: splitting into name and payload, joining, and listing the names.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};

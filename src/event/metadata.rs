@@ -18,12 +18,12 @@ pub struct Metadata {
     /// Id shared by all effects of one external request. Default: the id of the command.
     #[serde(rename = "correlation", default, skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<Uuid>,
-    /// Id of the command or event that led to the command of this event. Absent for external
-    /// commands.
+    /// Id of the command or event that led to the command of this event.
+    ///
+    /// Absent for external commands.
     #[serde(rename = "causation", default, skip_serializing_if = "Option::is_none")]
     pub causation_id: Option<Uuid>,
-    /// W3C trace context: the `traceparent` header of the command span, else the value of the
-    /// caller.
+    /// W3C trace context: the `traceparent` header of the command span, else that of the caller.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
     /// W3C trace context: the `tracestate` header, from the same source.
@@ -32,8 +32,9 @@ pub struct Metadata {
     /// Entries of the user: client, tenant, origin.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub user: BTreeMap<String, String>,
-    /// I8: encoded reply of the command, on its last event; answers a repeated command. Empty:
-    /// none.
+    /// I8: encoded reply of the command, on its last event.
+    ///
+    /// It answers a repeated command. Empty: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "crate::codec::byte_string")]
     pub(crate) reply: Vec<u8>,
     /// Fingerprint of the command, on its last event; rejects the same id with other content.

@@ -16,8 +16,9 @@ pub struct InvalidName {
     reason: &'static str,
 }
 
-/// Checks that `name` is dotted tokens of ASCII letters, digits, `_` and `-`. The error calls it a
-/// `what`.
+/// Checks that `name` is dotted tokens of ASCII letters, digits, `_` and `-`.
+///
+/// The error calls it a `what`.
 pub(crate) fn check(what: &'static str, name: &str) -> Result<(), InvalidName> {
     let reason = if name.is_empty() {
         "empty name"

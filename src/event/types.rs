@@ -1,5 +1,4 @@
-//! Names and variants of an event enum: the names that it reads, and the names that share a
-//! variant.
+//! Names and variants of an event enum. Several names may share a variant.
 
 use std::any::{TypeId, type_name};
 use std::collections::{BTreeSet, HashMap};
@@ -26,8 +25,9 @@ pub(crate) struct EventTypes {
     upcasters: Upcasters,
 }
 
-/// Cache of the derived types, with one entry per event enum; never evicted, because types never
-/// change.
+/// Cache of the derived types, with one entry per event enum.
+///
+/// Never evicted, because types never change.
 static TYPES: LazyLock<RwLock<HashMap<TypeId, Arc<EventTypes>>>> = LazyLock::new(RwLock::default);
 
 impl EventTypes {
@@ -83,8 +83,7 @@ impl EventTypes {
         &self.category
     }
 
-    /// Returns all stored names of the events of `variant`: its name, its aliases and the names
-    /// upcast to it.
+    /// Returns all stored names of `variant`: its name, its aliases and the names upcast to it.
     pub(crate) fn stored_names(&self, variant: &str) -> Option<&BTreeSet<EventName>> {
         let name = self.names.get(variant)?;
         self.groups.iter().find(|group| group.contains(name))

@@ -1,5 +1,4 @@
-//! The runtime's part of commands: starting handlers, waiting for projections, deleting old
-//! records.
+//! The runtime's part of commands: handlers, waiting for projections, expired records.
 
 use std::sync::Arc;
 use std::time::Duration;

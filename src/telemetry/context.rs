@@ -1,5 +1,4 @@
-//! W3C trace context: the conversion between the current span and the metadata of commands and
-//! events.
+//! W3C trace context: from the current span to the metadata of commands and events, and back.
 
 use std::str::FromStr;
 
@@ -40,7 +39,7 @@ pub(super) fn enter(metadata: &Metadata) -> Option<ContextGuard> {
 /// Without a tracer for `span`, it writes the current context.
 pub(super) fn inject(span: &Span, metadata: &mut Metadata) {
     let Some(context) = span.in_scope(current) else { return };
-    // A tracestate belongs to its traceparent only: invalid or foreign context is removed.
+    // A valid context of another trace stays. An invalid one belongs to no trace and is replaced.
     if of(metadata).is_some_and(|came| came.trace_id() != context.trace_id()) {
         return;
     }
@@ -59,7 +58,8 @@ fn current() -> Option<SpanContext> {
 
 /// Links `span` to the spans that caused it and are not its parents.
 ///
-/// Does not link the current span instead, if no layer passes `span` to OpenTelemetry.
+/// Does nothing if no layer passes `span` to OpenTelemetry; the current span would be linked
+/// instead.
 pub(super) fn link<'a>(span: &Span, causes: impl Iterator<Item = &'a Metadata>) {
     let mut last = None;
     let surrounding = current();
@@ -105,8 +105,8 @@ mod tests {
         let exporter = InMemorySpanExporter::default();
         let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
         let exported =
-            filter_fn(|span| span.name() != "seen by others only" && span.name() != "seen by nobody");
-        let others = filter_fn(|span| span.name() != "seen by nobody");
+            filter_fn(|span| span.name() != "seen by other layers only" && span.name() != "seen by no layer");
+        let others = filter_fn(|span| span.name() != "seen by no layer");
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test")).with_filter(exported);
         let text = tracing_subscriber::fmt::layer().with_writer(std::io::sink).with_filter(others);
         let cause = with("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
@@ -114,8 +114,8 @@ mod tests {
             tracing::info_span!("foreign").in_scope(|| {
                 for span in [
                     tracing::info_span!(parent: None, "exported"),
-                    tracing::info_span!(parent: None, "seen by others only"),
-                    tracing::info_span!(parent: None, "seen by nobody"),
+                    tracing::info_span!(parent: None, "seen by other layers only"),
+                    tracing::info_span!(parent: None, "seen by no layer"),
                 ] {
                     link(&span, [&cause, &cause].into_iter());
                 }

@@ -1,5 +1,6 @@
-//! Metrics that are recorded where the work happens. The runtime observes those that are part of a
-//! status.
+//! Metrics that are recorded where the work happens.
+//!
+//! The runtime observes those that are part of a status.
 //!
 //! Attributes are bounded: kinds, names of types and of configuration, never ids.
 

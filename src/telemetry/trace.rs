@@ -1,5 +1,4 @@
-//! Spans: command → decide → append → publish in one trace, and the spans linked to it: process,
-//! apply.
+//! Spans: command → decide → append → publish in one trace, and process and apply linked to it.
 //!
 //! All have the target `storied::trace` and the level `DEBUG`. If a subscriber passes spans to
 //! OpenTelemetry, the span of the command goes into the metadata of its events, and with them over
@@ -23,8 +22,9 @@ fn is_wanted() -> bool {
     span_enabled!(target: TARGET, Level::DEBUG)
 }
 
-/// The span of a command; ends with its last clone. Eight bytes, mostly `None`, because commands
-/// move often.
+/// The span of a command, which ends with its last clone.
+///
+/// Eight bytes, mostly `None`, because commands move often.
 #[derive(Debug, Clone)]
 pub(crate) struct CommandSpan(Option<Box<Span>>);
 
@@ -115,8 +115,7 @@ pub(crate) struct Destination<'a> {
     pub(crate) name: &'a str,
 }
 
-/// The spans of events on their way to the bus, each in the trace of its command if that is
-/// sampled.
+/// The spans of events that are being published, in the sampled traces of their commands.
 pub(crate) struct Publishing(Vec<Span>);
 
 impl Publishing {
@@ -152,8 +151,9 @@ impl Publishing {
     }
 }
 
-/// Starts the span of a subscriber that handles one event: a new trace, linked to that of the
-/// command.
+/// Starts the span of a subscriber that handles one event.
+///
+/// It is a new trace, linked to that of the command.
 #[cfg(feature = "nats")]
 pub(crate) fn process(destination: Destination<'_>, group: Option<&str>, event: &RecordedEvent) -> Span {
     if !is_wanted() {
@@ -187,8 +187,9 @@ pub(crate) fn processed(span: &Span, error: Option<&'static str>) {
     failed(span, error);
 }
 
-/// Starts the span of a projection's transaction: a new trace, linked to the commands of its
-/// events.
+/// Starts the span of a projection's transaction.
+///
+/// It is a new trace, linked to the commands of its events.
 pub(crate) fn apply<'a>(
     projection: &str,
     count: usize,

@@ -1,5 +1,4 @@
-//! The conformance list of serde shapes: values in events, and the result of storing them in each
-//! codec.
+//! The conformance list of serde shapes in events, with the result of storing each in each codec.
 //!
 //! Each shape is stored as the content of a newtype, a struct and a tuple variant. A store reads
 //! the value that was written, reads the value that the list names (serde loses the rest), or
@@ -18,8 +17,7 @@ use super::roundtrip::{ReadBack, read_back};
 use crate::codec::Codec;
 use crate::event::Event;
 
-/// Stores and reads all values of every shape in both codecs, and reports each shape by its Rust
-/// name.
+/// Stores and reads all values of every shape in both codecs. Reports each shape by its Rust name.
 ///
 /// An error names the value and the result. The function is generic, so that its many types are
 /// compiled only where it is used.

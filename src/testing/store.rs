@@ -263,8 +263,9 @@ async fn whole_log(store: &dyn EventStore) -> Vec<RecordedEvent> {
     scan(store, ReadLog::after(Position::START)).await.0
 }
 
-/// Checks the invariants of a log: positions increase, versions of a stream are 1, 2, 3 …, ids are
-/// unique.
+/// Checks the invariants of a log.
+///
+/// Positions increase, versions of a stream are 1, 2, 3 …, ids are unique.
 fn assert_sound(log: &[RecordedEvent]) {
     assert!(log.is_sorted_by(|a, b| a.position < b.position), "positions do not increase");
     let mut streams: HashMap<&StreamId, Version> = HashMap::new();

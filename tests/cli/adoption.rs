@@ -24,8 +24,9 @@ use uuid::Uuid;
 use crate::harness::{NatsOptions, NatsServer, PostgresServer};
 use crate::support::*;
 
-/// Copies the PostgreSQL database at `url`, which no store may have open; returns the URL of the
-/// copy.
+/// Copies the PostgreSQL database at `url`, and returns the new URL.
+///
+/// No store may have the database open.
 pub async fn copy_database(url: &str) -> String {
     let (server, name) = url.rsplit_once('/').unwrap();
     let copy = format!("{name}_copy_{}", Uuid::new_v4().simple());
@@ -201,8 +202,9 @@ async fn a_copy_leaves_consumers_and_read_models_to_its_original() {
     original.shutdown().await.unwrap();
 }
 
-/// Checks a schema that was copied within a database (`pg_dump -n storied`, restored under another
-/// name).
+/// Checks a schema that was copied within a database.
+///
+/// For example: `pg_dump -n storied`, restored under another name.
 ///
 /// It is a copy, and its tables are those of the original.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -302,8 +304,9 @@ async fn an_operator_adopts_a_copy() {
     }
 }
 
-/// Checks that a renamed file is the same store, and a copy is not, even under the name of the
-/// original.
+/// Checks that a renamed file is the same store.
+///
+/// A copy is not, even under the name of the original.
 #[tokio::test]
 async fn a_file_that_was_renamed_is_the_same() {
     let dir = tempfile::tempdir().unwrap();

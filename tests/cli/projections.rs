@@ -22,8 +22,9 @@ use uuid::Uuid;
 
 use crate::support::*;
 
-/// Faults of the projection: it fails on 13 pence, fails to reset, or makes no progress in a
-/// rebuild.
+/// Faults of the projection.
+///
+/// It fails on 13 pence, fails to reset, or makes no progress in a rebuild.
 #[derive(Clone, Default)]
 struct Faults {
     thirteen: Arc<AtomicBool>,

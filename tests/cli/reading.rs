@@ -1,5 +1,6 @@
-//! Migrating and reading: `migrate`, `status`, `log`, `stream`, `completions`; exit codes and
-//! redaction.
+//! Migrating and reading: `migrate`, `status`, `log`, `stream`, `completions`.
+//!
+//! Also exit codes and redaction.
 
 use std::process::Stdio;
 
@@ -123,7 +124,7 @@ async fn a_stream_is_shown_by_version() {
             .run(&["stream", "show", "order/1", "--limit", "1"])
             .await
             .code(0)
-            .shows(&["the stream goes on: --from 2"]);
+            .shows(&["the stream continues: --from 2"]);
         fixture.run(&["stream", "show", "order/none"]).await.code(4).complains(&["no stream order/none"]);
         fixture.run(&["stream", "show", "order"]).await.code(2);
     }

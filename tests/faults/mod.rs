@@ -1,5 +1,4 @@
-//! A store with faults: it blocks, fails, loses answers and counts. All other calls go to the inner
-//! store.
+//! A store that blocks, fails, loses answers and counts. All other calls go to the inner store.
 
 #![allow(dead_code, unreachable_pub, reason = "a module of several test binaries, each of which uses a part")]
 

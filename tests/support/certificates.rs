@@ -7,8 +7,9 @@ use std::process::Command;
 
 use super::postgres::unprivileged;
 
-/// Certificates: `ca.pem`, a private authority; `server.pem` for 127.0.0.1 and `client.pem`, with
-/// their keys.
+/// Certificates and their keys.
+///
+/// `ca.pem` is a private authority, `server.pem` is for 127.0.0.1, `client.pem` for clients.
 #[derive(Debug)]
 pub struct Certificates {
     dir: tempfile::TempDir,

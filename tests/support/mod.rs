@@ -1,5 +1,6 @@
-//! Private PostgreSQL and NATS servers for tests, each with its own port and directory, removed
-//! with the test.
+//! Private PostgreSQL and NATS servers for tests.
+//!
+//! Each has its own port and directory, and ends with the test.
 //!
 //! ```ignore
 //! mod support;

@@ -16,8 +16,9 @@ use super::ports::Port;
 use super::process::{Process, find, on_path, run_as};
 use super::workdir::Workdir;
 
-/// A private PostgreSQL server, which ends with this value. Durable as in production: fsync stays
-/// on.
+/// A private PostgreSQL server, which ends with this value.
+///
+/// Durable as in production: fsync stays on.
 #[derive(Debug)]
 pub struct PostgresServer {
     process: Process,
@@ -41,8 +42,9 @@ impl PostgresServer {
         server
     }
 
-    /// Starts a streaming standby, which reaches this server at a local `port`: its own, or that of
-    /// a proxy.
+    /// Starts a streaming standby.
+    ///
+    /// It reaches this server at a local `port`: its own, or that of a proxy.
     pub async fn start_standby(&self, port: u16) -> Self {
         let user = unprivileged();
         let workdir = Workdir::create(user.as_ref());
@@ -81,8 +83,9 @@ impl PostgresServer {
         self.url_of(url.rsplit('/').next().expect("a database"))
     }
 
-    /// Returns the server that all tests of this process share, each in its own database. It cannot
-    /// be stopped.
+    /// Returns the server that all tests of this process share, each in its own database.
+    ///
+    /// It cannot be stopped.
     pub async fn shared() -> &'static Self {
         static SHARED: OnceCell<PostgresServer> = OnceCell::const_new();
         // Concurrent tests have one or more pools each. With PostgreSQL's default of 100 they would
@@ -128,8 +131,7 @@ impl PostgresServer {
         self.process.kill();
     }
 
-    /// Ends it without a checkpoint (SIGQUIT, `pg_ctl stop -m immediate`), so that the next start
-    /// recovers.
+    /// Ends it without a checkpoint (SIGQUIT, `pg_ctl stop -m immediate`). The next start recovers.
     pub async fn stop_immediately(&mut self) {
         self.process.end(Signal::SIGQUIT).await;
     }
@@ -139,8 +141,9 @@ impl PostgresServer {
         self.process.end(Signal::SIGINT).await;
     }
 
-    /// Freezes the postmaster and all back ends (SIGSTOP): connections stay open and nothing
-    /// answers.
+    /// Freezes the postmaster and all back ends (SIGSTOP).
+    ///
+    /// Connections stay open and nothing answers.
     pub fn pause(&mut self) {
         self.process.pause();
     }
@@ -200,8 +203,9 @@ fn program(name: &str) -> Command {
     Command::new(find("PostgreSQL", candidates.chain(on_path(name))))
 }
 
-/// Returns a data directory of initdb, created once because initdb takes longer than the rest of a
-/// start.
+/// Returns a data directory of initdb.
+///
+/// It is created once, because initdb takes longer than the rest of a start.
 fn template() -> PathBuf {
     let user = unprivileged();
     let version = program("postgres").arg("--version").output().expect("PostgreSQL's version").stdout;

@@ -30,8 +30,9 @@ impl Process {
         self.workdir.path()
     }
 
-    /// Starts `command` in the directory and polls `ready`. Panics with the log if it does not
-    /// start.
+    /// Starts `command` in the directory and polls `ready`.
+    ///
+    /// Panics with the log if it does not start.
     pub(super) async fn launch<F>(&mut self, command: &mut Command, ready: impl Fn() -> F)
     where
         F: Future<Output = bool>,

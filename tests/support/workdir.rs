@@ -91,7 +91,7 @@ impl Workdir {
             }
             assert!(Instant::now() < deadline, "{signal} had no effect on {rest:?}");
             for pid in rest {
-                let _ = kill(pid, signal); // it may be gone by now
+                let _ = kill(pid, signal); // it may have ended
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -124,8 +124,7 @@ fn state(pid: Pid) -> Option<char> {
     stat.rsplit(')').next()?.trim_start().chars().next()
 }
 
-/// Returns the temporary directory, or another one if `user` cannot enter it (that of root may be
-/// private).
+/// Returns a temporary directory that `user` can enter. That of root may be private.
 fn parent(user: Option<&User>) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let open = |path: &Path| -> io::Result<bool> {

@@ -11,8 +11,10 @@ use storied::{EncodeError, Filter, Projection, RecordedEvent};
 use super::{REVENUE, UNITS, to_sql};
 use crate::domain::InvoiceEvent;
 
-/// The tables. Money is a whole number of the smallest unit of a price; SQLite would add decimals
-/// as floats.
+/// The tables.
+///
+/// Money is a whole number of the smallest unit of a price, because SQLite would add decimals as
+/// floats.
 const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS invoices (
         number TEXT PRIMARY KEY, credit_note INTEGER NOT NULL, country TEXT NOT NULL

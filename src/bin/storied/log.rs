@@ -107,7 +107,7 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
     }
     if printer.printed == limit && after < end && !out.json {
         out.line(format!(
-            "… the limit of {limit} events; the log goes on up to {end}: --from {}",
+            "… the limit of {limit} events; the log continues up to {end}: --from {}",
             after.get() + 1
         ))?;
     }
@@ -232,6 +232,8 @@ impl Printer {
         Ok(())
     }
 
+    /// Reports the undecodable events.
+    ///
     /// # Errors
     /// If an event did not decode.
     pub(crate) fn end(self) -> Result<(), Failure> {

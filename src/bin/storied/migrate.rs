@@ -13,8 +13,7 @@ pub(crate) struct Args {
     #[arg(long, value_parser = codec, value_name = "cbor|json")]
     codec: Option<Codec>,
 
-    /// Indexes the log by event name, for selective readers; appends wait until the index is
-    /// created
+    /// Indexes the log by event name, for selective readers; appends wait meanwhile
     #[arg(long)]
     index_by_name: bool,
 }

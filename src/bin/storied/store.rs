@@ -15,12 +15,11 @@ pub(crate) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct AdoptArgs {
-    /// Declares that the original does not exist any more: the store keeps its id
+    /// The original does not exist any more: the store keeps its id
     #[arg(long, required_unless_present = "copy", conflicts_with = "copy")]
     moved: bool,
 
-    /// Declares that the original still exists: the store gets a new id, and its publisher starts
-    /// empty
+    /// The original still exists: the store gets a new id, and its publisher starts empty
     #[arg(long)]
     copy: bool,
 

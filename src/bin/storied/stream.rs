@@ -63,7 +63,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         let rest = store.read_stream(&args.stream, after, 1).await?;
         if !rest.is_empty() {
             out.line(format!(
-                "… the limit of {limit} events; the stream goes on: --from {}",
+                "… the limit of {limit} events; the stream continues: --from {}",
                 after.get() + 1
             ))?;
         }

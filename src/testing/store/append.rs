@@ -77,8 +77,9 @@ pub async fn refused_appends_leave_no_trace(database: Database) {
     assert_sound(&whole_log(&*store).await);
 }
 
-/// Checks that an append to several streams is atomic: a conflict in its second part undoes the
-/// first.
+/// Checks that an append to several streams is atomic.
+///
+/// A conflict in its second part undoes the first.
 pub async fn several_streams_are_all_or_nothing(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("b"), 1).await;
@@ -110,8 +111,7 @@ pub async fn several_streams_are_all_or_nothing(database: Database) {
     assert_eq!(appended.positions, positions);
 }
 
-/// Checks that each append of a batch is decided alone, and that answers have the order of the
-/// appends.
+/// Checks that each append of a batch is decided alone. Answers have the order of the appends.
 pub async fn batches_are_refused_piecewise(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("taken"), 1).await;
@@ -176,8 +176,7 @@ pub async fn a_stream_may_come_twice_in_a_batch(database: Database) {
     assert_eq!(log.len(), 6);
 }
 
-/// Checks that an invalid append is rejected before anything happens, without affecting other
-/// appends.
+/// Checks that an invalid append is rejected before anything happens. Other appends are unaffected.
 pub async fn invalid_appends_are_refused_alone(database: Database) {
     let store = database.open().await;
     let part = |id: &str, count| StreamAppend {
@@ -208,8 +207,7 @@ pub async fn invalid_appends_are_refused_alone(database: Database) {
     assert!(store.append(vec![]).await.is_empty(), "no appends, no answers");
 }
 
-/// Checks that versions are 1, 2, 3 …, and that positions increase along the log and match the
-/// answers.
+/// Checks that versions are 1, 2, 3 …. Positions increase along the log and match the answers.
 pub async fn versions_have_no_gaps_and_positions_increase(database: Database) {
     let store = database.open().await;
     let mut positions = Vec::new();
@@ -268,8 +266,9 @@ pub async fn everything_of_an_event_comes_back(database: Database) {
     }
 }
 
-/// Checks that ids are text of any kind, compared byte by byte, and that the category is part of
-/// the identity.
+/// Checks that ids are text of any kind, compared byte by byte.
+///
+/// The category is part of the identity.
 pub async fn streams_with_odd_ids_are_kept_apart(database: Database) {
     let store = database.open().await;
     let long = "x".repeat(400);

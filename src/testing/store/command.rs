@@ -20,8 +20,9 @@ fn record(id: Uuid, outcome: &'static [u8]) -> CommandRecord {
     }
 }
 
-/// Checks that the first record stays unchanged, is found from everywhere, and has the time of the
-/// store.
+/// Checks that the first record stays unchanged.
+///
+/// It is found from everywhere, and has the time of the store.
 pub async fn the_first_record_of_a_command_counts(database: Database) {
     let store = database.open().await;
     let id = Uuid::now_v7();
@@ -109,8 +110,9 @@ async fn commanded(store: &dyn EventStore, stream: &StreamId, command: Uuid, cou
     CommandEvents { first, last, position: *appended.positions.last().unwrap() }
 }
 
-/// Checks that the events of a command are found by its id of any kind, in exactly the streams that
-/// have some.
+/// Checks that the events of a command are found by its id.
+///
+/// Ids may be of any kind; only streams with such events have a result.
 pub async fn events_of_a_command_are_found(database: Database) {
     let store = database.open().await;
     let ids = [

@@ -16,8 +16,9 @@ async fn until_expired() {
     tokio::time::sleep(SHORT * 2).await;
 }
 
-/// Checks that a live lease is taken over only if it is unchanged since it was read, and that the
-/// old holder is fenced.
+/// Checks the takeover of a live lease.
+///
+/// It needs the lease unchanged since it was read, and fences the old holder.
 pub async fn a_lease_is_taken_over_as_it_was_seen(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
@@ -42,8 +43,7 @@ pub async fn a_lease_is_taken_over_as_it_was_seen(database: Database) {
     assert_eq!(store.take_over_lease(&missing, b, LONG).await.unwrap(), None);
 }
 
-/// Checks that the first node gets the lease, others do not, and that acquiring it again changes
-/// nothing.
+/// Checks that only the first node gets the lease. Acquiring it again changes nothing.
 pub async fn a_lease_has_one_owner(database: Database) {
     let store = database.open().await;
     let other = database.open().await;
@@ -55,8 +55,9 @@ pub async fn a_lease_has_one_owner(database: Database) {
     assert_eq!(other.acquire_lease("m", b, LONG).await.unwrap().unwrap().epoch, 1);
 }
 
-/// Checks that an expired lease may be acquired by any node, in a higher epoch; by its holder, in
-/// the same epoch.
+/// Checks that any node may acquire an expired lease, in a higher epoch.
+///
+/// Its holder may acquire it in the same epoch, unless another node has acquired it.
 pub async fn an_expired_lease_changes_hands(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
@@ -83,8 +84,9 @@ pub async fn a_released_lease_is_free_at_once(database: Database) {
     assert_eq!(store.acquire_lease("l", a, LONG).await.unwrap().unwrap().epoch, 3);
 }
 
-/// Checks that a renewed lease lasts longer, and that an expired one may be renewed until another
-/// node acquires it.
+/// Checks that a renewed lease lasts longer.
+///
+/// An expired lease may be renewed until another node acquires it.
 pub async fn a_lease_is_renewed(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());

@@ -56,8 +56,9 @@ pub async fn rivals_on_one_stream_leave_no_gap(database: Database) {
     assert_eq!(log.len(), RIVALS * EACH);
 }
 
-/// I1: runs random writers over two openings, and followers with pages of 3, 7 and 100 events and a
-/// filter.
+/// I1: runs random writers and followers over two openings.
+///
+/// Followers have pages of 3, 7 and 100 events, and a filter.
 ///
 /// Followers restart from their checkpoint at random. In the end each has seen the content of the
 /// log, in its order, once.
@@ -176,8 +177,9 @@ async fn follow(
     }
 }
 
-/// Drops append futures at any moment: each append is applied completely or not at all, and the
-/// store stays usable.
+/// Drops append futures at any moment.
+///
+/// Each append is applied completely or not at all, and the store stays usable.
 pub async fn cancelled_appends_do_no_harm(database: Database) {
     let store = database.open().await;
     let mut dice = Dice::new();

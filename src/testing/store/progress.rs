@@ -34,8 +34,9 @@ pub async fn a_checkpoint_starts_at_the_default(database: Database) {
     assert_eq!(database.open().await.checkpoint("p").await.unwrap(), at(5, 1, 7));
 }
 
-/// Checks compare and set: position, epoch and mark must be unchanged. Moving back is allowed (a
-/// reset).
+/// Checks compare and set: position, epoch and mark must be unchanged.
+///
+/// A move back is allowed (a reset).
 pub async fn a_checkpoint_moves_only_from_where_it_is(database: Database) {
     let store = database.open().await;
     store.save_checkpoint("p", Checkpoint::default(), at(5, 1, 7), None).await.unwrap();
@@ -47,8 +48,9 @@ pub async fn a_checkpoint_moves_only_from_where_it_is(database: Database) {
     assert_eq!(store.checkpoint("p").await.unwrap(), at(0, 1, 0));
 }
 
-/// I7: checks that a new lease holder raises the epoch with its first save, which fences the old
-/// one.
+/// I7: checks that a new lease holder raises the epoch with its first save.
+///
+/// This fences the old holder.
 pub async fn the_epoch_of_a_checkpoint_never_falls(database: Database) {
     let store = database.open().await;
     store.save_checkpoint("p", Checkpoint::default(), at(5, 3, 0), None).await.unwrap();

@@ -167,8 +167,7 @@ pub async fn the_scan_skips_other_events(database: Database) {
     assert!(page.scanned_to >= first.positions[0] && page.scanned_to <= rest[49]);
 }
 
-/// Checks that pages of 1 MiB events stay small at any limit, and that small events still share a
-/// page.
+/// Checks that pages of 1 MiB events stay small at any limit. Small events still share a page.
 pub async fn large_events_come_in_small_pages(database: Database) {
     let store = database.open().await;
     let mut sent = Vec::new();

@@ -51,8 +51,9 @@ impl Mirror {
         })
     }
 
-    /// Returns the next message with a position in the log, within the time limit; reports others
-    /// as problems.
+    /// Returns the next message with a position in the log, within the time limit.
+    ///
+    /// Reports others as problems.
     async fn peek(&mut self, problems: &mut Problems, wait: bool) -> Result<Option<&MirrorItem>, Failure> {
         while self.next.is_none() {
             match self.reader.next().await? {
