@@ -8,8 +8,8 @@
 //!   on commands and folds its own events into its state. In code: [`Aggregate`](crate::Aggregate).
 //! - **command**: A request to an aggregate or a [`Handler`](crate::Handler) to do something. It is
 //!   accepted or rejected as a whole. Every command has an id.
-//! - **idempotency key**: A value by which a repeated command is recognized. storied uses the
-//!   command id, or a key from which it derives the id. The first result answers the repetitions.
+//! - **idempotency key**: The value by which a repeated command is recognized: the command id. The
+//!   first result answers the repetitions.
 //! - **event**: A fact about one aggregate, recorded in the log and never changed. In code: a
 //!   variant of an enum that implements [`Event`](crate::Event).
 //! - **stream**: The events of one aggregate, in order. Identified by a
@@ -17,9 +17,9 @@
 //! - **version**: The number of an event in its stream: 1, 2, 3 … without gaps. In code:
 //!   [`Version`](crate::Version).
 //! - **in flight**: Accepted and not yet answered, confirmed or acknowledged.
-//! - **queue**: Work that is accepted and has not started. Every queue has a limit.
-//! - **backpressure**: The reaction of a full queue: the producer waits or receives an overload
-//!   error. Work is never dropped silently.
+//! - **queue**: Work that is accepted and has not started.
+//! - **backpressure**: The reaction of a full queue. The producer waits, or receives an overload
+//!   error.
 //! - **permit, slot**: The right to run one unit of limited work. A task holds it while it runs,
 //!   and returns it at its end.
 //!
