@@ -1,5 +1,6 @@
-//! Reads storied's events without storied: with a NATS client, a CBOR library and `docs/wire-format.md`. What it does here
-//! in Rust can be done so in any language.
+//! Reads storied's events without storied: a NATS client, a CBOR library and `docs/wire-format.md`.
+//!
+//! Any language can do the same.
 //!
 //! ```sh
 //! cargo run --example foreign_subscriber -- nats://127.0.0.1:4222 storied
@@ -13,24 +14,24 @@ use async_nats::{HeaderMap, Message};
 use ciborium::Value;
 use futures_util::StreamExt;
 
-/// An event, as far as somebody from outside wants to know it.
+/// An event, with the parts that a foreign reader needs.
 #[derive(Debug)]
 pub struct Seen {
-    /// Where it is in the log.
+    /// Position in the log.
     pub position: u64,
     /// `category.variant`.
     pub name: String,
     /// `category/id`.
     pub stream: String,
-    /// Its number in the stream.
+    /// Version in the stream.
     pub version: u64,
-    /// The payload; `None` when it was too large to travel.
+    /// The payload; `None` if it was too large for a message.
     pub payload: Option<Value>,
-    /// Whether something is missing before it.
+    /// Whether events are missing before it.
     pub hole: bool,
 }
 
-/// Follows everything under a namespace, and gives each event to `each` until that says that it is enough.
+/// Follows all events of a namespace, and passes each to `each` until it returns false.
 pub async fn follow(
     url: &str,
     namespace: &str,
@@ -39,7 +40,7 @@ pub async fn follow(
     let client = async_nats::connect(url).await?;
     let mut messages = client.subscribe(format!("{namespace}.events.>")).await?;
     client.flush().await?;
-    // The position of the last event that was seen.
+    // The position of the last received event.
     let mut last: Option<u64> = None;
     while let Some(message) = messages.next().await {
         let Some(mut seen) = read(&message)? else { continue };
@@ -56,7 +57,7 @@ pub async fn follow(
     Ok(())
 }
 
-/// The event in a message; `None` when it is no event, or in a format that we do not know.
+/// Decodes the event of a message; `None` if it is no event, or has an unknown format.
 fn read(message: &Message) -> Result<Option<Seen>, Box<dyn Error + Send + Sync>> {
     if header(message, "Storied-Wire").ok() != Some("1") {
         return Ok(None);
@@ -73,7 +74,7 @@ fn read(message: &Message) -> Result<Option<Seen>, Box<dyn Error + Send + Sync>>
     }))
 }
 
-/// The body is a map of `payload` and `metadata`, each a tagged byte string with another item in it.
+/// Extracts the payload: the body is a map of `payload` and `metadata`, each a tagged byte string.
 fn payload(message: &Message) -> Result<Value, Box<dyn Error + Send + Sync>> {
     let body: Value = ciborium::from_reader(message.payload.as_ref())?;
     let entries = body.as_map().ok_or("the body is no map")?;
@@ -84,7 +85,7 @@ fn payload(message: &Message) -> Result<Value, Box<dyn Error + Send + Sync>> {
         Value::Tag(24, bytes) => {
             Ok(ciborium::from_reader(bytes.as_bytes().ok_or("no bytes in tag 24")?.as_slice())?)
         }
-        // An embedded JSON text: shown as the text that it is.
+        // An embedded JSON text, shown as text.
         Value::Tag(262, bytes) => {
             let bytes = bytes.as_bytes().ok_or("no bytes in tag 262")?;
             Ok(Value::Text(String::from_utf8(bytes.clone())?))
@@ -135,10 +136,7 @@ async fn run() -> Result<(), Box<dyn Error + Send + Sync>> {
 
 fn print(seen: &Seen) -> std::io::Result<()> {
     if seen.hole {
-        writeln!(
-            stdout(),
-            "--- events are missing here; the store has them, and JetStream's stream if there is one"
-        )?;
+        writeln!(stdout(), "--- missing events: read them from the store, or from the stream in JetStream")?;
     }
     writeln!(stdout(), "{} {} {}#{} {:?}", seen.position, seen.name, seen.stream, seen.version, seen.payload)
 }

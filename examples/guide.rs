@@ -2,12 +2,14 @@
 //!
 //! ```sh
 //! cargo run --example guide             # one process, SQLite, in a temporary directory
-//! cargo run --example guide -- migrate  # the tables of the read model, in PostgreSQL ($DATABASE_URL)
-//! cargo run --example guide -- node     # one of many: PostgreSQL and NATS ($NATS_URL); ends with Ctrl-C
-//! cargo run --example guide -- sell     # asks the nodes for 100 tickets
+//! cargo run --example guide -- migrate  # creates the tables of the read model in PostgreSQL
+//! ($DATABASE_URL)
+//! cargo run --example guide -- node     # one of several nodes: PostgreSQL and NATS ($NATS_URL);
+//! ends with Ctrl-C
+//! cargo run --example guide -- sell     # buys 100 tickets from the nodes
 //! ```
 
-#![allow(missing_docs, missing_debug_implementations, reason = "docs/guide.md says what everything is for")]
+#![allow(missing_docs, missing_debug_implementations, reason = "docs/guide.md explains everything")]
 
 use std::error::Error;
 use std::io::{Write, stdout};
@@ -99,7 +101,7 @@ impl Aggregate for Show {
     }
 }
 
-/// Commands, in one process.
+/// Executes commands in one process.
 pub async fn commands(directory: &Path) -> Result<(), Failure> {
     let store = SqliteStore::open(directory.join("shows.db")).await?;
     let runtime = Runtime::builder().store(store).aggregate::<Show>().start().await?;
@@ -108,12 +110,12 @@ pub async fn commands(directory: &Path) -> Result<(), Failure> {
     runtime.execute::<Show>("hamlet", announce).await?;
 
     let ada = || ShowCommand::Sell { buyer: "Ada".into(), seats: 2 };
-    let order = Uuid::now_v7(); // made where the order is made, sent again with it
+    let order = Uuid::now_v7(); // created with the order; a retry sends the same id
     let receipt = runtime.execute::<Show>("hamlet", ada()).command_id(order).await?;
     assert_eq!((receipt.version.get(), receipt.reply), (2, 1));
 
     let again = runtime.execute::<Show>("hamlet", ada()).command_id(order).await?;
-    assert!(again.duplicate && again.reply == 1); // the first receipt: two seats were sold, not four
+    assert!(again.duplicate && again.reply == 1); // the first receipt: two seats are sold, not four
 
     match runtime.execute::<Show>("hamlet", ada()).await {
         Err(ExecuteError::Rejected(ShowError::TooFew { left })) => assert_eq!(left, 1),
@@ -154,7 +156,7 @@ impl Projection for Sales {
     }
 }
 
-/// A read model beside the log.
+/// Keeps a read model in its own database.
 pub async fn projections(directory: &Path) -> Result<(), Failure> {
     let read =
         SqlitePool::connect(&format!("sqlite:{}?mode=rwc", directory.join("read.db").display())).await?;
@@ -242,19 +244,19 @@ async fn shared(database: &str, nats: &str) -> Result<Builder, Failure> {
         .commands(CommandBus::nats(NatsCommands::new(nats(NatsOptions::core())?))))
 }
 
-/// One of the nodes that keep shows.
+/// Starts a node that runs the shows.
 pub async fn node(database: &str, nats: &str) -> Result<Runtime, Failure> {
     let builder = shared(database, nats).await?.aggregate::<Show>();
     let read = PgPool::connect(database).await?;
     Ok(builder.projection(SharedSales, PostgresReadModel::new(read)).start().await?)
 }
 
-/// A node that keeps no shows, and asks those that do.
+/// Starts a node without shows, which sends commands to the nodes that run them.
 pub async fn box_office(database: &str, nats: &str) -> Result<Runtime, Failure> {
     Ok(shared(database, nats).await?.start().await?)
 }
 
-/// Sells seats one by one, whatever happens to the nodes meanwhile. Returns how many were sold.
+/// Sells seats one by one, also while nodes stop. Returns the number of sold seats.
 pub async fn sell(runtime: &Runtime, show: &str, seats: u32) -> Result<u32, Failure> {
     let mut sold = 0;
     for _ in 0..seats {
@@ -265,9 +267,9 @@ pub async fn sell(runtime: &Runtime, show: &str, seats: u32) -> Result<u32, Fail
                 Ok(_) => sold += 1,
                 Err(ExecuteError::Rejected(ShowError::TooFew { .. })) => {}
                 Err(error) if error.is_transient() => {
-                    eprintln!("{error}; trying again");
+                    eprintln!("{error}; retrying");
                     tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue; // with the same id: it takes effect once, whatever had become of it
+                    continue; // with the same id, so it takes effect once
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -277,7 +279,7 @@ pub async fn sell(runtime: &Runtime, show: &str, seats: u32) -> Result<u32, Fail
     Ok(sold)
 }
 
-/// How a node is doing, a line for each thing that somebody should look at.
+/// Returns one line for each problem of a node.
 pub async fn trouble(runtime: &Runtime) -> Vec<String> {
     let status = runtime.status().await;
     let mut trouble = Vec::new();
@@ -287,10 +289,10 @@ pub async fn trouble(runtime: &Runtime) -> Vec<String> {
         trouble.push(format!("the log is held back by {:?} for {:?}", stall.pid, stall.open_for));
     }
     if let Err(error) = &status.frontier {
-        trouble.push(format!("the store: {error}"));
+        trouble.push(format!("reading the store failed: {error}"));
     }
     if let PublisherState::Retrying { error } = &status.publisher.state {
-        trouble.push(format!("nothing is published: {error}"));
+        trouble.push(format!("publishing failed: {error}"));
     }
     for (name, projection) in &status.projections {
         if matches!(projection.state, ProjectionState::Failed | ProjectionState::Retrying) {
@@ -312,7 +314,7 @@ async fn serve(runtime: Runtime) -> Result<(), Failure> {
             _ = every.tick() => trouble(&runtime).await.iter().for_each(|line| eprintln!("{line}")),
             ended = tokio::signal::ctrl_c() => {
                 ended?;
-                return Ok(runtime.shutdown().await?); // answers what is under way, gives leases back
+                return Ok(runtime.shutdown().await?); // answers commands in flight, releases leases
             }
         }
     }

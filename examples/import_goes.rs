@@ -1,16 +1,12 @@
-//! Imports the event table of a Go service on goes into storied: the program of `docs/migration.md`.
+//! Imports the event table of a Go service on goes. This is the program of `docs/migration.md`.
 //!
 //! ```sh
 //! cargo run --example import_goes -- postgres://localhost/old postgres://localhost/new
 //! ```
 //!
-//! Run it again and it goes on where it was; nothing is imported twice.
+//! A second run continues after the last imported event; nothing is imported twice.
 
-#![allow(
-    missing_docs,
-    missing_debug_implementations,
-    reason = "docs/migration.md says what everything is for"
-)]
+#![allow(missing_docs, missing_debug_implementations, reason = "docs/migration.md explains everything")]
 
 use std::error::Error;
 use std::io::{Write, stdout};
@@ -29,7 +25,7 @@ use uuid::Uuid;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// The events of today. Of yesterday's they keep what counts.
+/// The current events, with the relevant parts of the old ones.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OrderEvent {
@@ -52,7 +48,7 @@ pub struct Old {
     pub data: String,
 }
 
-/// In an order in which they may have happened: by time, but each aggregate's by version.
+/// Reads in a possible order: by time, but the events of an aggregate by version.
 const READ: &str = "
     SELECT id, name, time, aggregate_name, aggregate_id, data::text,
            row_number() OVER aggregate AS version
@@ -61,7 +57,7 @@ const READ: &str = "
     WINDOW aggregate AS (PARTITION BY aggregate_name, aggregate_id ORDER BY aggregate_version)
     ORDER BY max(time) OVER aggregate, aggregate_name, aggregate_id, aggregate_version";
 
-/// What an event of the old log is here.
+/// Translates an event of the old log.
 pub fn translate(old: &Old) -> Result<OrderEvent, Failure> {
     #[derive(Deserialize)]
     struct Placed {
@@ -75,13 +71,13 @@ pub fn translate(old: &Old) -> Result<OrderEvent, Failure> {
             let Placed { customer, pence } = serde_json::from_str(&old.data)?;
             Ok(OrderEvent::Placed { customer, pence })
         }
-        // Its data was a plain string.
+        // Its data is a plain string.
         "shop.order.cancelled" => Ok(OrderEvent::Cancelled { reason: serde_json::from_str(&old.data)? }),
-        other => Err(format!("nobody has said what becomes of {other}").into()),
+        other => Err(format!("no translation of {other}").into()),
     }
 }
 
-/// As it is to be appended: with the id that it always had, and the time in the metadata.
+/// Returns the append of an old event, with its old id, and its time in the metadata.
 pub fn imported(old: &Old, store: &dyn EventStore) -> Result<Append, Failure> {
     let mut metadata = Metadata::default();
     metadata.user.insert("occurred_at".into(), old.at.to_rfc3339());
@@ -93,8 +89,9 @@ pub fn imported(old: &Old, store: &dyn EventStore) -> Result<Append, Failure> {
     Ok(Append::one(stream, ExpectedVersion::Exact(before), vec![event]))
 }
 
-/// Imports everything that is not there yet, one event after the other: the log has the order in which it was appended.
-/// Returns how much that was.
+/// Imports all new events one after the other, because the log has the order of the appends.
+///
+/// Returns their number.
 pub async fn import(from: &PgPool, to: &PostgresStore) -> Result<u64, Failure> {
     let mut appended = 0;
     let mut rows = sqlx::query(READ).fetch(from);
@@ -112,11 +109,11 @@ pub async fn import(from: &PgPool, to: &PostgresStore) -> Result<u64, Failure> {
         match to.append(vec![append]).await.pop().ok_or("an append got no answer")? {
             Ok(_) => appended += 1,
             Err(AppendError::Conflict(conflict)) => {
-                // An earlier run has appended it, or somebody something else.
+                // An earlier run has appended it, or another writer another event.
                 let before = Version::new(u64::try_from(old.version)? - 1);
                 let there = to.read_stream(&conflict.stream, before, 1).await?;
                 if there.first().map(|event| event.id) != Some(old.id) {
-                    return Err(format!("{} is not what is there already: {conflict}", old.id).into());
+                    return Err(format!("{} differs from the existing event: {conflict}", old.id).into());
                 }
             }
             Err(error) => return Err(error.into()),
@@ -145,10 +142,10 @@ async fn run() -> Result<(), Failure> {
         [from, to] => (from, to),
         _ => return Err(USAGE.into()),
     };
-    // One connection first: a pool would go on trying without a word.
+    // A single connection first, because a pool would keep retrying silently.
     PgConnection::connect(from)
         .await
-        .map_err(|error| format!("FROM cannot be opened: {error}"))?
+        .map_err(|error| format!("opening FROM failed: {error}"))?
         .close()
         .await?;
     let from = PgPool::connect(from).await?;
@@ -156,6 +153,6 @@ async fn run() -> Result<(), Failure> {
         .url(to)
         .acquire_timeout(Duration::from_secs(2))
         .connect_timeout(Duration::from_secs(2));
-    let to = options.connect().await.map_err(|error| format!("TO cannot be opened: {error}"))?;
+    let to = options.connect().await.map_err(|error| format!("opening TO failed: {error}"))?;
     Ok(writeln!(stdout(), "{} events imported", import(&from, &to).await?)?)
 }

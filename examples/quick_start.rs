@@ -1,10 +1,10 @@
-//! The quick start of README.md, as it stands there.
+//! The quick start of README.md.
 //!
 //! ```sh
-//! cargo run --example quick_start   # makes shop.db and read.db in the current directory
+//! cargo run --example quick_start   # creates shop.db and read.db in the current directory
 //! ```
 
-#![allow(missing_docs, missing_debug_implementations, reason = "README.md says what everything is for")]
+#![allow(missing_docs, missing_debug_implementations, reason = "README.md explains everything")]
 #![cfg_attr(rustfmt, rustfmt_skip)]
 
 use std::io::{Write, stdout};
@@ -26,7 +26,7 @@ struct AlreadyPlaced;
 
 #[derive(Default)]
 struct Order { placed: bool }
-impl Aggregate for Order {                                 // plain code: decides and folds, and nothing else
+impl Aggregate for Order {                                 // plain code: only decides and folds
     type Event = OrderEvent; type Command = Place; type Reply = (); type Error = AlreadyPlaced;
     fn handle(&self, place: &Place, _: &Context<'_>) -> Result<Decision<OrderEvent>, AlreadyPlaced> {
         if self.placed { Err(AlreadyPlaced) } else { Ok(Decision::event(OrderEvent::Placed { pence: place.pence })) }
@@ -55,9 +55,9 @@ async fn main() -> anyhow::Result<()> {
 
     match runtime.execute::<Order>("17", Place { pence: 1_299 }).await {
         Ok(receipt) => runtime.projection("revenue")?.caught_up_to(receipt.position).await?,   // read your own writes
-        Err(refused) => writeln!(stdout(), "{refused}")?,  // run it again: the first receipt was durable
+        Err(refused) => writeln!(stdout(), "{refused}")?,  // second run: the first receipt is durable
     }
     let revenue: i64 = sqlx::query_scalar("SELECT sum(pence) FROM revenue").fetch_one(&read).await?;
-    writeln!(stdout(), "{revenue} pence")?;                // 1299 pence, however often
+    writeln!(stdout(), "{revenue} pence")?;                // 1299 pence in every run
     Ok(runtime.shutdown().await?)
 }

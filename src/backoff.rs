@@ -1,4 +1,4 @@
-//! How long to wait before trying again.
+//! Waiting times between retries.
 
 use std::time::Duration;
 
@@ -6,45 +6,47 @@ use uuid::Uuid;
 
 use crate::time::FAR;
 
-/// Doubles from `first` to `max`. Each wait is drawn from its upper half, so that those who failed together do not all come
-/// back together.
+/// Exponential backoff from `first` to `max`, with jitter.
+///
+/// Each wait is drawn from the upper half of its range, so that callers that failed together do not
+/// retry together.
 #[derive(Debug, Clone)]
 pub(crate) struct Backoff {
     first: Duration,
     max: Duration,
-    /// How many waits there were since the last success.
+    /// Number of waits since the last success.
     failures: u32,
 }
 
 impl Backoff {
     pub(crate) const fn new(first: Duration, max: Duration) -> Self {
-        // Nobody waits longer, and no clock ends before.
+        // A longer wait has no use, and `FAR` stays within the range of every clock.
         let max = if max.as_secs() < FAR.as_secs() { max } else { FAR };
         Self { first, max, failures: 0 }
     }
 
-    /// How long to wait after one more failure.
+    /// Returns the wait after one more failure.
     pub(crate) fn next(&mut self) -> Duration {
         let wait = self.first.saturating_mul(2_u32.saturating_pow(self.failures)).min(self.max);
         self.failures = self.failures.saturating_add(1);
         wait.mul_f64(0.5 + random() / 2.0)
     }
 
-    /// Forgets the failures.
+    /// Resets the backoff.
     pub(crate) fn succeeded(&mut self) {
         self.failures = 0;
     }
 }
 
-/// `wait`, give or take up to the part `by` of it.
+/// Returns `wait`, changed randomly by at most the fraction `by` of it.
 #[cfg(feature = "nats")]
 pub(crate) fn jitter(wait: Duration, by: f64) -> Duration {
     wait.mul_f64(1.0 - by + 2.0 * by * random())
 }
 
-/// From 0 to 1.
+/// Returns a random number from 0 to 1.
 fn random() -> f64 {
-    // 32 random bits; a UUID is where this crate gets randomness from.
+    // 32 random bits. UUIDs are this crate's source of randomness.
     (Uuid::new_v4().as_u128() & u128::from(u32::MAX)) as f64 / f64::from(u32::MAX)
 }
 

@@ -1,5 +1,6 @@
-//! How values become bytes and come back: CBOR (or JSON) payloads, the names that serde gives to variants, upcasting of old
-//! shapes. Knows nothing of events and streams.
+//! Encoding of values: CBOR or JSON payloads, serde's variant names, upcasting of old payloads.
+//!
+//! Knows nothing of events and streams.
 
 mod depth;
 #[cfg(test)]
@@ -20,19 +21,21 @@ pub use self::upcast::Upcasters;
 pub(crate) use self::variant::{decode_variant, encode_variant, failing_field, variants_of};
 use crate::panic::caught;
 
-/// How a store keeps payloads. Chosen when the store is created and remembered by it; metadata is always CBOR.
+/// The encoding of the payloads in a store.
+///
+/// Chosen when the store is created, and recorded in it. Metadata is always CBOR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Codec {
-    /// RFC 8949, the default: compact, and readable by tools without the types.
+    /// RFC 8949, the default: compact, and readable by tools that do not have the types.
     #[default]
     Cbor,
-    /// RFC 8259, for stores whose payloads people want to query with SQL.
+    /// RFC 8259, for stores whose payloads are queried with SQL.
     Json,
 }
 
 impl Codec {
-    /// The name that a store remembers.
+    /// Returns the name that a store records.
     pub const fn name(self) -> &'static str {
         match self {
             Codec::Cbor => "cbor",
@@ -40,15 +43,16 @@ impl Codec {
         }
     }
 
-    /// Decodes a payload to a CBOR value, without the event's type.
+    /// Decodes a payload to a CBOR value, without the type of the event.
     ///
     /// # Errors
-    /// When the bytes are malformed, nested too deeply, or more than one value. The text names the cause.
+    /// If the bytes are malformed, nested too deeply, or more than one value. The text states the
+    /// cause.
     pub fn decode_value(self, payload: &[u8]) -> Result<ciborium::Value, String> {
         decode_value(payload, self)
     }
 
-    /// The codec of that name.
+    /// Returns the codec of that name.
     pub fn from_name(name: &str) -> Option<Self> {
         [Codec::Cbor, Codec::Json].into_iter().find(|codec| codec.name() == name)
     }
@@ -60,19 +64,19 @@ impl fmt::Display for Codec {
     }
 }
 
-/// serde refused to write a value.
+/// A value that serde cannot serialize.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("a value of type {type_name} does not serialize: {reason}")]
+#[error("serializing a value of type {type_name} failed: {reason}")]
 pub struct SerializeError {
     /// The Rust type.
     pub type_name: &'static str,
-    /// What serde said.
+    /// The error of serde.
     pub reason: String,
 }
 
-/// Any value as CBOR: snapshots, replies, metadata.
+/// Encodes any value as CBOR: snapshots, replies, metadata.
 pub(crate) fn to_cbor<T: Serialize>(value: &T) -> Result<Vec<u8>, SerializeError> {
-    // Most of what is written is between 60 and 250 bytes.
+    // Most values take between 60 and 250 bytes.
     let mut bytes = Vec::with_capacity(128);
     serialize::<T, _, _>(
         || ciborium::into_writer(&Bounded::new(value), &mut bytes),
@@ -84,7 +88,9 @@ pub(crate) fn to_cbor<T: Serialize>(value: &T) -> Result<Vec<u8>, SerializeError
     Ok(bytes)
 }
 
-/// Runs the `Serialize` of a `T`. I10: its panic is an error of this value, and ends no task.
+/// Runs the `Serialize` of a `T`.
+///
+/// I10: a panic becomes an error of this value, and ends no task.
 fn serialize<T, R, E>(
     write: impl FnOnce() -> Result<R, E>,
     explain: impl FnOnce(E) -> String,
@@ -97,24 +103,27 @@ fn serialize<T, R, E>(
     Err(SerializeError { type_name: std::any::type_name::<T>(), reason })
 }
 
-/// Runs the `Deserialize` of a `T`. I10: its panic is an error of these bytes, and ends no task.
+/// Runs the `Deserialize` of a `T`.
+///
+/// I10: a panic becomes an error of these bytes, and ends no task.
 fn deserialize<T>(read: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     caught(read).unwrap_or_else(|panic| Err(format!("Deserialize panicked: {panic}")))
 }
 
-/// Reads one CBOR value and insists that nothing follows it.
+/// Decodes one CBOR value and rejects trailing bytes.
 pub(crate) fn from_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     match read_cbor(bytes)? {
         (value, []) => Ok(value),
-        (_, rest) => Err(format!("{} bytes too many", rest.len())),
+        (_, rest) => Err(format!("{} trailing bytes", rest.len())),
     }
 }
 
-/// Reads one CBOR value; what follows it.
+/// Decodes one CBOR value, and returns the bytes after it.
 ///
-/// cbor4ii takes a quarter of ciborium's time for most types, but does not read all that ciborium writes: no number in a shorter
-/// form than its type (0.5 as `f64`), no `()`, no tags. So whatever it refuses is ciborium's to judge. What it reads, it reads
-/// the same, except that it does not look into what nobody asked for.
+/// cbor4ii takes a quarter of the time of ciborium for most types, but does not read all that
+/// ciborium writes: no number in a shorter form than its type (0.5 as `f64`), no `()`, no tags. If
+/// cbor4ii fails, ciborium decides. Values that cbor4ii reads are equal to those of ciborium, but
+/// cbor4ii does not validate fields that the type ignores.
 fn read_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8]), String> {
     deserialize(|| {
         if let Some(read) = quickly(bytes) {
@@ -126,9 +135,10 @@ fn read_cbor<T: DeserializeOwned>(bytes: &[u8]) -> Result<(T, &[u8]), String> {
     })
 }
 
-/// The cause of a decoder's error in words: ciborium's own text is Rust's `Debug`.
+/// Describes the cause of a decoding error; the text of ciborium is the `Debug` of Rust.
 ///
-/// Counts from the end, because a caller may have put a variant's name before the `length` bytes' payload.
+/// Offsets count from the end, because a caller may have put the name of a variant before the
+/// payload of `length` bytes.
 #[cold]
 fn explain(error: ciborium::de::Error<std::io::Error>, length: usize) -> String {
     use ciborium::de::Error;
@@ -154,7 +164,7 @@ fn quickly<T: DeserializeOwned>(bytes: &[u8]) -> Option<(T, &[u8])> {
     Some((value, bytes.get(bytes.len() - left..)?))
 }
 
-/// A payload as CBOR value, whatever it is encoded in.
+/// Decodes a payload of either codec to a CBOR value.
 pub(crate) fn decode_value(payload: &[u8], codec: Codec) -> Result<ciborium::Value, String> {
     match codec {
         Codec::Cbor => from_cbor(payload),
@@ -162,8 +172,10 @@ pub(crate) fn decode_value(payload: &[u8], codec: Codec) -> Result<ciborium::Val
     }
 }
 
-/// A CBOR value as payload. Payloads of a JSON store stay JSON: types may read both differently (a UUID is text in one, bytes
-/// in the other).
+/// Encodes a CBOR value as payload.
+///
+/// Payloads of a JSON store stay JSON, because types may read the formats differently: a UUID is
+/// text in JSON and bytes in CBOR.
 pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<u8>, String> {
     match codec {
         Codec::Cbor => to_cbor(value).map_err(|error| error.to_string()),
@@ -171,9 +183,12 @@ pub(crate) fn encode_value(value: &ciborium::Value, codec: Codec) -> Result<Vec<
     }
 }
 
-/// What tells one content from another: the same for the same content, also when a map or a set gives what is in it in another
-/// order, as a `HashMap` or `HashSet` does that was made anew. A set is written as any list is, so a list in another order counts
-/// as the same. Against mistakes, not against malice. Kept on disk: it must stay what it is.
+/// Returns the fingerprint of a value, which is equal for equal content.
+///
+/// The order of the entries of a map or a set has no influence, because a new `HashMap` or
+/// `HashSet` may iterate in another order. serde writes a set as a list, so lists in another order
+/// have the same fingerprint. It detects mistakes, and is no protection against an attacker. Stores
+/// keep fingerprints: the function must not change.
 pub(crate) fn fingerprint<T: Serialize>(value: &T) -> Result<u128, SerializeError> {
     let value = serialize::<T, _, _>(
         || ciborium::Value::serialized(&Bounded::new(value)),
@@ -201,7 +216,7 @@ fn hash(value: &ciborium::Value) -> u128 {
         Value::Bool(truth) => of(5, &[u8::from(*truth)]),
         Value::Null => of(6, &[]),
         Value::Tag(tag, value) => then(of(7, &tag.to_be_bytes()), hash(value)),
-        // A sum does not know in which order its parts came.
+        // A sum is independent of the order of the items.
         Value::Array(items) => {
             let length = of(8, &(items.len() as u64).to_be_bytes());
             then(length, items.iter().map(hash).fold(0, u128::wrapping_add))
@@ -214,7 +229,7 @@ fn hash(value: &ciborium::Value) -> u128 {
     }
 }
 
-/// A `Vec<u8>` field as a CBOR byte string; serde alone would write an array of numbers.
+/// Encodes a `Vec<u8>` field as a CBOR byte string; serde alone writes an array of numbers.
 pub(crate) mod byte_string {
     use std::fmt;
 
@@ -257,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fingerprint_tells_contents_apart_and_not_the_order_of_maps_and_sets() {
+    fn a_fingerprint_depends_on_content_and_not_on_the_order_of_maps_and_sets() {
         let map = |entries: &[(&str, i32)]| {
             Value::Map(entries.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect())
         };
@@ -290,12 +305,12 @@ mod tests {
                 assert_eq!(of(one) == of(other), n == m, "{one:?} and {other:?}");
             }
         }
-        // Kept on disk: it must stay what it is.
+        // Stores keep fingerprints: this value must not change.
         let known = BTreeMap::from([("amount", 200_u64), ("to", 17)]);
         assert_eq!(fingerprint(&known).unwrap(), 5_334_932_053_074_692_741_925_981_755_865_334_704);
     }
 
-    /// The node that is given a command and the one that gets it over the wire must come to the same.
+    /// The node that sends a command and the node that receives it compute the same fingerprint.
     #[test]
     fn a_fingerprint_survives_the_wire() {
         #[derive(serde::Serialize)]

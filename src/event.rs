@@ -1,8 +1,9 @@
-//! Events: what happened to one aggregate, and what everything else speaks about.
+//! Events: facts about one aggregate, recorded in the log.
 //!
-//! A user's events are one serde enum per aggregate. The serde name of a variant, under the enum's category, *is* the
-//! event's name everywhere: in the store, on the bus, in filters and in tools. `#[serde(rename)]` pins a name,
-//! `#[serde(alias)]` keeps an old one readable, [`Upcasters`] turn old shapes into new ones.
+//! The events of an aggregate are one serde enum. The serde name of a variant, prefixed by the
+//! category of the enum, *is* the name of the event: in the store, on the bus, in filters and in
+//! tools. `#[serde(rename)]` fixes a name, `#[serde(alias)]` keeps an old name readable, and
+//! [`Upcasters`] convert old payloads.
 //!
 //! ```
 //! use serde::{Deserialize, Serialize};
@@ -13,7 +14,7 @@
 //! enum OrderEvent {
 //!     Placed { customer: String },          // order.placed
 //!     #[serde(alias = "shipped")]
-//!     Dispatched,                           // order.dispatched, and order.shipped of old
+//!     Dispatched,                           // order.dispatched; also reads order.shipped
 //! }
 //!
 //! impl Event for OrderEvent {
@@ -43,45 +44,49 @@ pub use self::stream::StreamId;
 pub(crate) use self::types::EventTypes;
 use crate::codec::{Codec, Upcasters};
 
-/// The events of one kind of aggregate: a serde enum in serde's default (externally tagged) form.
+/// The events of one aggregate type: an enum in the default (externally tagged) form of serde.
 ///
-/// The enum's *variants* name the events, see the [module](self). What is not such an enum is refused with a typed
-/// error where the aggregate is registered, before anything is written.
+/// The *variants* of the enum name the events, see the [module](self). If a type is no such enum,
+/// registering the aggregate returns a typed error, before anything is written.
 pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
-    /// The category of the streams that these events live in: one or more tokens of ASCII letters, digits, `_` and `-`,
-    /// separated by dots (`order`, `shop.order`). It is part of every stored event: changing it starts a new category.
+    /// The category of the streams of these events.
+    ///
+    /// One or more tokens of ASCII letters, digits, `_` and `-`, separated by dots (`order`,
+    /// `shop.order`). It is part of every stored event: a changed category is a new category.
     const CATEGORY: &'static str;
 
-    /// How events that older versions of the program wrote become today's. None by default.
+    /// Returns the rules that convert events of older program versions. Default: none.
     fn upcasters() -> Upcasters {
         Upcasters::new()
     }
 }
 
-/// A place in the log of one store. Strictly increasing, may have holes, starts above [`Position::START`].
+/// A position in the log of a store.
+///
+/// Positions increase strictly, may have gaps, and are above [`Position::START`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Position(u64);
 
-/// A place in one stream: 1, 2, 3 … without holes; [`Version::NONE`] is a stream without events.
+/// A position in a stream: 1, 2, 3 … without gaps. [`Version::NONE`] is an empty stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Version(u64);
 
 impl Position {
-    /// Before the first event.
+    /// The position before the first event.
     pub const START: Position = Position(0);
 }
 
 impl Version {
-    /// The version of a stream that has no events.
+    /// The version of a stream without events.
     pub const NONE: Version = Version(0);
 
-    /// The version of the event that follows this one.
+    /// Returns the version of the following event.
     #[must_use]
     pub const fn next(self) -> Version {
         Version(self.0 + 1)
     }
 
-    /// The version `events` further on.
+    /// Returns the version `events` later.
     #[must_use]
     pub const fn plus(self, events: u64) -> Version {
         Version(self.0 + events)
@@ -91,12 +96,12 @@ impl Version {
 macro_rules! number {
     ($type:ident) => {
         impl $type {
-            /// Wraps a number that was read from somewhere.
+            /// Wraps a number.
             pub const fn new(value: u64) -> Self {
                 Self(value)
             }
 
-            /// The plain number.
+            /// Returns the number.
             pub const fn get(self) -> u64 {
                 self.0
             }
@@ -112,26 +117,30 @@ macro_rules! number {
 number!(Position);
 number!(Version);
 
-/// An event on its way into the log: encoded, named, but without position and version yet.
+/// An encoded and named event that has no position and version yet.
 #[derive(Debug, Clone)]
 pub struct NewEvent {
-    /// Identity of the event (UUIDv7). The store finds out by it whether an append of unknown outcome happened (I4).
+    /// Identity of the event (UUIDv7).
+    ///
+    /// The store uses it to resolve an append of unknown outcome (I4).
     pub id: Uuid,
     /// `category.variant`.
     pub name: EventName,
     /// The encoded payload, see [`Codec`].
     pub payload: Bytes,
-    /// The command that caused the event. Kept beside the metadata so that folding a stream needs no decoding of it.
+    /// Id of the command that caused the event.
+    ///
+    /// Stored beside the metadata, so that folding does not decode these.
     pub command_id: Uuid,
     /// Encoded [`Metadata`].
     pub metadata: Bytes,
 }
 
 impl NewEvent {
-    /// Encodes `event` for a store that keeps payloads in `codec`, with a fresh id and command id.
+    /// Encodes `event` for a store that keeps payloads in `codec`, with a new id and command id.
     ///
     /// # Errors
-    /// When the event does not serialize, could not be read again, or is no externally tagged enum.
+    /// If the event does not serialize, cannot be read back, or is no externally tagged enum.
     pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, EncodeError> {
         let (name, payload, _) = EventTypes::of::<E>()?.encode(event, codec)?;
         Ok(Self {
@@ -149,56 +158,60 @@ impl NewEvent {
 pub struct RecordedEvent {
     /// Identity of the event (UUIDv7).
     pub id: Uuid,
-    /// The stream that it belongs to.
+    /// Stream of the event.
     pub stream: StreamId,
-    /// Its place in the stream.
+    /// Version of the event in its stream.
     pub version: Version,
-    /// Its place in the log.
+    /// Position of the event in the log.
     pub position: Position,
-    /// `category.variant`, as it was written (an alias is not translated here, only in [`decode`](Self::decode)).
+    /// `category.variant` as written. Only [`decode`](Self::decode) translates an alias.
     pub name: EventName,
-    /// How `payload` is encoded.
+    /// Encoding of `payload`.
     pub codec: Codec,
     /// The encoded payload.
     pub payload: Bytes,
-    /// The command that caused the event (causation).
+    /// Id of the command that caused the event (causation).
     pub command_id: Uuid,
-    /// Encoded [`Metadata`], decoded on demand because most readers never look.
+    /// Encoded [`Metadata`]; decoded on demand, because most readers do not use it.
     pub metadata: Bytes,
-    /// When the store took it, by the store's clock. Need not follow log order across streams: order by `position`.
+    /// Time of the append by the clock of the store.
+    ///
+    /// Not necessarily in log order across streams; order by `position`.
     pub recorded_at: DateTime<Utc>,
 }
 
 impl RecordedEvent {
-    /// How many bytes it takes in memory, roughly.
+    /// Returns the approximate size in memory, in bytes.
     pub(crate) fn size(&self) -> usize {
         const ALL_BUT_CONTENT: usize = 256;
         self.payload.len() + self.metadata.len() + ALL_BUT_CONTENT
     }
 
-    /// The event as `E`, after upcasting.
+    /// Decodes the event as `E`, after upcasting.
     ///
     /// # Errors
-    /// When the event is of another category, its name is unknown to `E`, or its bytes do not decode. The error names
-    /// stream, version and event.
+    /// If the event is of another category, `E` has no such name, or the bytes do not decode. The
+    /// error names stream, version and event.
     pub fn decode<E: Event>(&self) -> Result<E, DecodeError> {
         EventTypes::of::<E>()
             .map_err(|error| DecodeError::payload(self, error.to_string()))
             .and_then(|types| types.decode(self))
     }
 
-    /// The event as `E`, or `None` when it belongs to another category: for projections over several aggregates.
+    /// Decodes the event as `E`, or returns `None` if it belongs to another category.
+    ///
+    /// For projections over several aggregates.
     ///
     /// # Errors
-    /// As [`decode`](Self::decode), but for the category.
+    /// As [`decode`](Self::decode), except for the category.
     pub fn decode_if<E: Event>(&self) -> Result<Option<E>, DecodeError> {
         if self.stream.category() == E::CATEGORY { self.decode().map(Some) } else { Ok(None) }
     }
 
-    /// Correlation, trace context and the user's own map.
+    /// Decodes correlation, trace context and the entries of the user.
     ///
     /// # Errors
-    /// When the stored bytes are no metadata.
+    /// If the stored bytes are no metadata.
     pub fn decode_metadata(&self) -> Result<Metadata, DecodeError> {
         Metadata::decode(&self.metadata).map_err(|error| DecodeError::metadata(self, error))
     }
@@ -236,7 +249,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Some event at `position` with a payload of `size` bytes, in one of two streams.
+    /// Returns an event at `position` with a payload of `size` bytes, in one of two streams.
     pub(crate) fn recorded(position: u64, size: usize) -> RecordedEvent {
         RecordedEvent {
             id: Uuid::nil(),
@@ -252,7 +265,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// The codec, the name, a line end and the payload.
+    /// Parses the codec, the name, a line end and the payload.
     fn read(bytes: &[u8]) -> Option<RecordedEvent> {
         let (codec, rest) = bytes.split_first()?;
         let (name, payload) = rest.split_at(rest.iter().position(|byte| *byte == b'\n')?);

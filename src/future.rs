@@ -1,7 +1,7 @@
-//! What the ports' methods return.
+//! The return type of the methods of the ports.
 
 use std::future::Future;
 use std::pin::Pin;
 
-/// A future that can be boxed, sent and held in a trait object: beside a commit or a message, what that costs is nothing.
+/// A boxed future that can be sent. Its allocation costs little next to a commit or a message.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

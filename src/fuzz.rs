@@ -1,19 +1,22 @@
-//! Fuzzing of what reads bytes from outside, as unit tests of each reader: bytes are changed at random, and whatever makes a
-//! reader say something that it has not said before is kept and changed further. No instrumentation, so any toolchain can run it.
+//! Fuzzing of the decoders of foreign bytes, as unit tests of each decoder.
 //!
-//! One second for each reader, or `STORIED_FUZZ_SECONDS`; `STORIED_FUZZ_SEED` repeats a run.
+//! Inputs are mutated at random. An input that leads to a new answer of the decoder joins the
+//! corpus. It needs no instrumentation, so any toolchain can run it.
+//!
+//! Runs 1 s for each decoder, or `STORIED_FUZZ_SECONDS`. `STORIED_FUZZ_SEED` repeats a run.
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-/// Inputs that are kept.
+/// Maximum number of inputs in the corpus.
 const CORPUS: usize = 4_096;
-/// Longer ones are cut off.
+/// Maximum length of an input in bytes; longer inputs are cut off.
 const LONGEST: usize = 4_096;
 
-/// Bytes that readers of CBOR, JSON and text take for something special: heads of endless, huge and nested things, breaks,
-/// tags, quotes, signs.
+/// Bytes that are special in CBOR, JSON or text.
+///
+/// Heads of indefinite, huge and nested items, breaks, tags, quotes, signs.
 const SPECIAL: [&[u8]; 24] = [
     b"\x00",
     b"\x7f",
@@ -54,7 +57,12 @@ impl Dice {
     }
 }
 
-/// Lets `read` read what becomes of `seeds`. It says what it made of the bytes, in a few words; a panic fails the test.
+/// Runs `read` on mutations of `seeds`.
+///
+/// `read` describes its result in a few words.
+///
+/// # Panics
+/// If `read` panics, or gives the same answer to every input.
 pub(crate) fn fuzz(name: &str, seeds: Vec<Vec<u8>>, read: impl Fn(&[u8]) -> String) {
     let number = |key: &str| std::env::var(key).ok().and_then(|text| text.parse::<u64>().ok());
     let seed = number("STORIED_FUZZ_SEED").unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
@@ -65,7 +73,7 @@ pub(crate) fn fuzz(name: &str, seeds: Vec<Vec<u8>>, read: impl Fn(&[u8]) -> Stri
     let mut runs = 0_u64;
     let mut next = 0;
     while next < corpus.len() || Instant::now() < until {
-        // First as they are.
+        // The seeds run first, unchanged.
         let input = match corpus.get(next) {
             Some(seed) => seed.clone(),
             None => change(&corpus, &mut dice),
@@ -74,7 +82,7 @@ pub(crate) fn fuzz(name: &str, seeds: Vec<Vec<u8>>, read: impl Fn(&[u8]) -> Stri
         let told = catch_unwind(AssertUnwindSafe(|| read(&input)));
         let told = told.unwrap_or_else(|_| panic!("{name} panicked; STORIED_FUZZ_SEED={seed}; {input:02x?}"));
         runs += 1;
-        // Numbers in what it says are not news.
+        // Digits do not make an answer new.
         let told: String = told.chars().filter(|c| !c.is_ascii_digit()).take(80).collect();
         if corpus.len() < CORPUS && said.insert(told) && next > corpus.len() {
             corpus.push(input);
@@ -82,7 +90,7 @@ pub(crate) fn fuzz(name: &str, seeds: Vec<Vec<u8>>, read: impl Fn(&[u8]) -> Stri
         }
     }
     println!("{name}: {runs} inputs, {} different answers", said.len());
-    assert!(said.len() > 1, "{name} says the same to everything");
+    assert!(said.len() > 1, "{name} gives the same answer to every input");
 }
 
 fn change(corpus: &[Vec<u8>], dice: &mut Dice) -> Vec<u8> {

@@ -1,10 +1,10 @@
-//! Options with a value out of their range, and how they are checked.
+//! Options out of their range, and their validation.
 
 use std::fmt::Debug;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// The longest lease, poll or timeout where one has an upper limit.
+/// Maximum lease, poll interval or timeout of options with an upper limit.
 pub(crate) const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// An option with a value out of its range.

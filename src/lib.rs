@@ -1,11 +1,13 @@
-//! An event-sourcing runtime for domain services: ledgers, order systems, inventories, workflow back ends.
+//! An event-sourcing runtime for domain services: ledgers, order systems, inventories, workflows.
 //!
-//! You write an [`Aggregate`] (state, commands, events) as plain Rust, and storied gives you the rest: an actor for each
-//! live aggregate, a durable log, a bus that carries it in order, and projections that apply every event exactly once.
-//! The promise: *nothing acknowledged is ever lost, skipped, reordered within its stream or applied twice to a read
-//! model; whatever dies, whenever.*
+//! You write an [`Aggregate`] (state, commands, events) in plain Rust. storied provides an actor
+//! for each active aggregate, a durable log, a bus that carries the log in order, and projections
+//! that apply every event exactly once.
 //!
-//! # The way of a command
+//! The guarantee: *no acknowledged event is lost, skipped, reordered within its stream or applied
+//! twice to a read model, whichever process fails, at any time.*
+//!
+//! # The path of a command
 //!
 //! ```text
 //!  runtime.execute ─► command ─► aggregate ─► store ─► publisher ─► bus ─► feed ─► projection
@@ -13,24 +15,30 @@
 //!        └── receipt ── one actor  decides     durable   order              view     a read model
 //! ```
 //!
-//! Each station is a module, and knows only those to its right that it needs:
+//! Each stage is a module. A module depends only on the modules to its right:
 //!
-//! - [`event`]: what happened, and what it is called; [`codec`]: how it becomes bytes, and how old shapes are read;
-//! - [`store`]: the port to the log (append, read, frontier, checkpoints, leases, snapshots), with [`MemoryStore`],
-//!   [`SqliteStore`] and [`PostgresStore`];
-//! - [`bus`]: the port that carries the log to others, with [`LocalBus`] and [`NatsBus`]; [`publisher`] moves the log to it,
-//!   the [`feed`] is a process's repaired view of it;
-//! - [`aggregate`]: decide and fold, pipelined ahead of the disk; [`command`]: to the one actor that owns it, here or on another
-//!   node, and handlers for what is no aggregate's;
-//! - [`projection`]: catch up, follow, checkpoint together with the read model;
-//! - [`runtime`]: puts them together, supervises them, takes them down in order;
-//! - `telemetry`: the spans and metrics of all of them;
-//! - [`testing`](https://docs.rs/storied) (feature `testing`): `given(events).when(command).then(events)`, and the suite
-//!   that every store passes.
+//! - [`event`]: events and their names; [`codec`]: their encoding, and the upcasting of old
+//!   payloads;
+//! - [`store`]: the port to the log (append, read, high-water mark, checkpoints, leases,
+//!   snapshots), with [`MemoryStore`], [`SqliteStore`] and [`PostgresStore`];
+//! - [`bus`]: the port that carries the log to other processes, with [`LocalBus`] and [`NatsBus`];
+//! - [`publisher`]: publishes the log to the bus; the [`feed`] is the live tail of the log in a
+//!   process;
+//! - [`aggregate`]: decides and folds, pipelined ahead of the disk;
+//! - [`command`]: routes a command to the actor of its aggregate, on this node or on another one,
+//!   and runs handlers for commands that belong to no aggregate;
+//! - [`projection`]: catch-up, live events, and a checkpoint that commits together with the read
+//!   model;
+//! - [`runtime`]: assembles and supervises these components, and shuts them down in order;
+//! - `telemetry`: their spans and metrics;
+//! - [`testing`](https://docs.rs/storied) (feature `testing`):
+//!   `given(events).when(command).then(events)`, and the conformance suite of stores.
+//!
+//! The [`glossary`] defines the terms.
 //!
 //! # Features
 //!
-//! | feature | default | what |
+//! | feature | default | provides |
 //! |---|---|---|
 //! | `sqlite` | yes | [`SqliteStore`] and SQLite read models |
 //! | `postgres` | yes | [`PostgresStore`] and PostgreSQL read models, with TLS |
@@ -41,8 +49,8 @@
 //!
 //! # Quick start
 //!
-//! See the README, whose example is a program that runs as a test, `docs/guide.md` for the way from there to several nodes, and
-//! `examples/retail` for a whole program.
+//! See the README: its example is a program that runs as a test. `docs/guide.md` leads from there
+//! to several nodes, and `examples/retail` is a complete program.
 
 pub mod aggregate;
 mod backoff;
@@ -55,6 +63,7 @@ pub mod feed;
 mod future;
 #[cfg(test)]
 mod fuzz;
+pub mod glossary;
 mod invalid_option;
 mod lease;
 mod outage;
@@ -105,8 +114,9 @@ pub use self::supervised::StopError;
 #[cfg(feature = "otel")]
 pub use self::telemetry::Telemetry;
 
-/// The pieces of code in these documents are documentation tests. Those of README.md and docs/guide.md are in programs that run,
-/// which tests/docs sees to.
+/// Compiles the code of these documents as documentation tests.
+///
+/// The code of README.md and docs/guide.md comes from programs that run; tests/docs checks that.
 #[cfg(all(doctest, feature = "sqlite", feature = "postgres", feature = "nats"))]
 mod documents {
     #[doc = include_str!("../docs/nats.md")]

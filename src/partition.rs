@@ -1,14 +1,15 @@
-//! Which part of a log a stream belongs to, when work is shared out by streams.
+//! Assignment of streams to partitions.
 //!
-//! The partition of a stream is the FNV-1a hash (32 bits) of the UTF-8 bytes of its [id](StreamId::id), modulo the number of
-//! partitions. The category is not part of it: what is about order 17 in two categories is in one partition. This is frozen:
-//! checkpoints, and programs in other languages, rely on it.
+//! The partition of a stream is the FNV-1a hash (32 bits) of the UTF-8 bytes of its
+//! [id](StreamId::id), modulo the number of partitions. The category is not part of the hash:
+//! streams with id 17 in two categories are in the same partition. This function is frozen:
+//! checkpoints and programs in other languages rely on it.
 
 use std::fmt;
 
 use crate::event::StreamId;
 
-/// The most partitions that there can be: each is an actor and a lease.
+/// Maximum number of partitions: each is an actor and a lease.
 pub(crate) const MOST: u16 = 256;
 
 /// One of the partitions of a projection.
@@ -19,35 +20,35 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// The partition of a stream, of `count` in all; 0 counts as 1.
+    /// Returns the partition of a stream, of `count` in all. A count of 0 means 1.
     pub fn of(stream: &StreamId, count: u16) -> Self {
         let count = count.max(1);
-        // Less than `count`, so nothing is cut off.
+        // Less than `count`, so the cast does not truncate.
         let index = (fnv1a_32(stream.id().as_bytes()) % u32::from(count)) as u16;
         Self { index, count }
     }
 
-    /// What is not partitioned.
+    /// Returns the only partition of an unpartitioned projection.
     pub(crate) const fn whole() -> Self {
         Self { index: 0, count: 1 }
     }
 
-    /// All of them, in order.
+    /// Iterates over all partitions in order.
     pub(crate) fn all(count: u16) -> impl ExactSizeIterator<Item = Self> {
         (0..count).map(move |index| Self { index, count })
     }
 
-    /// Which one: from 0.
+    /// Returns the index of the partition, from 0.
     pub fn index(self) -> u16 {
         self.index
     }
 
-    /// Of how many.
+    /// Returns the number of partitions.
     pub fn count(self) -> u16 {
         self.count
     }
 
-    /// Whether the stream is in this partition.
+    /// Returns whether the stream is in this partition.
     pub fn contains(self, stream: &StreamId) -> bool {
         Self::of(stream, self.count) == self
     }
@@ -59,7 +60,7 @@ impl fmt::Display for Partition {
     }
 }
 
-/// The hash of <http://www.isthe.com/chongo/tech/comp/fnv/>, as NATS' own `partition` mapping uses it.
+/// The hash of <http://www.isthe.com/chongo/tech/comp/fnv/>, as in the `partition` mapping of NATS.
 pub(crate) fn fnv1a_32(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, &byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
@@ -68,7 +69,7 @@ pub(crate) fn fnv1a_32(bytes: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// From the authors' own test vectors.
+    /// Test vectors of the authors of the hash.
     #[test]
     fn the_hash_is_fnv_1a() {
         for (text, hash) in
@@ -78,7 +79,7 @@ mod tests {
         }
     }
 
-    /// Never change these: checkpoints on people's disks belong to them.
+    /// Never change these values: checkpoints in existing stores depend on them.
     #[test]
     fn partitions_are_frozen() {
         let of = |category, id, count| Partition::of(&StreamId::new(category, id).unwrap(), count).index();
@@ -86,7 +87,7 @@ mod tests {
             ["1", "17", "536365", "C536379", "a7c9b6de-6f0c-4a3b-8f6e-2b1f0a9d3c11", "Zürich/3", "訂單"];
         let eight = [4, 1, 3, 5, 7, 2, 4];
         assert_eq!(ids.map(|id| of("order", id, 8)), eight);
-        assert_eq!(ids.map(|id| of("invoice", id, 8)), eight, "whatever the category");
+        assert_eq!(ids.map(|id| of("invoice", id, 8)), eight, "independent of the category");
         assert_eq!(ids.map(|id| of("order", id, 1)), [0; 7]);
         assert_eq!(ids.map(|id| of("order", id, 0)), [0; 7]);
     }

@@ -1,4 +1,4 @@
-//! The runtime: puts store, bus, aggregates and projections together, supervises them, and takes them down in order.
+//! The runtime: assembles and supervises the components of a node, and shuts them down in order.
 
 mod commands;
 #[cfg(feature = "otel")]
@@ -45,14 +45,16 @@ use crate::telemetry::Metrics;
 use crate::telemetry::Telemetry;
 use crate::time::after;
 
-/// How long [`Runtime::shutdown`] waits for what is under way.
+/// Time that [`Runtime::shutdown`] waits for work in progress.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How much of that time is kept for the publisher, and how much for the projections.
+/// Upper limit of the time that a shutdown reserves for the publisher, and for the projections.
 const SHUTDOWN_RESERVE: Duration = Duration::from_secs(2);
 
-/// A running node; cheap to clone. End it with [`shutdown`](Self::shutdown): dropping the last clone stops everything at
-/// once, which loses nothing that was acknowledged, but leaves callers without answers.
+/// A running node. Cheap to clone.
+///
+/// End it with [`shutdown`](Self::shutdown). Dropping the last clone stops everything at once. This
+/// loses no acknowledged event, but callers in progress receive no answer.
 #[derive(Clone)]
 pub struct Runtime {
     inner: Arc<Inner>,
@@ -65,16 +67,16 @@ struct Inner {
     writer: Writer,
     publisher: Publisher,
     feed: Feed,
-    /// In the order in which they were registered.
+    /// Projections, in the order of their registration.
     projections: Vec<ProjectionHandle>,
     commands: Arc<Commands>,
-    /// Forgets old records of commands; ends with the runtime.
+    /// Task that deletes expired records of commands; ends with the runtime.
     _forgetting: Option<Task>,
-    /// Above everything that runs; stopping it stops all.
+    /// Root of the supervision tree; stopping it stops everything.
     supervisor: Supervisor,
 }
 
-/// Puts a [`Runtime`] together. See [`Runtime::builder`].
+/// Assembles a [`Runtime`]. See [`Runtime::builder`].
 #[must_use = "nothing runs before start()"]
 pub struct Builder {
     store: Option<Arc<dyn EventStore>>,
@@ -90,11 +92,11 @@ pub struct Builder {
     telemetry: Option<Telemetry>,
 }
 
-/// What is known of an aggregate's type until the runtime starts.
+/// A registered aggregate type, until the runtime starts.
 struct Registration {
     category: &'static str,
     type_name: &'static str,
-    /// Whether the events can be stored at all.
+    /// Checks that the events can be stored.
     check: fn() -> Result<(), EncodeError>,
     options: Result<(), InvalidOption>,
     start: Box<StartAggregate>,
@@ -103,40 +105,40 @@ struct Registration {
 type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
     + Send;
 
-/// Why a runtime does not start.
+/// A reason why a runtime does not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// No store was given.
-    #[error("no event store was given; choose one with Runtime::builder().store(…)")]
+    /// The builder has no store.
+    #[error("no event store; choose one with Runtime::builder().store(…)")]
     NoStore,
-    /// Two aggregates have the same category: their streams would mix.
-    #[error("{first} and {second} both have the category {category:?}; a category belongs to one aggregate")]
+    /// Two aggregates have the same category, so their streams would mix.
+    #[error("duplicate category: {first} and {second} both have {category:?}; give each aggregate its own")]
     SameCategory {
         /// The category.
         category: &'static str,
-        /// A Rust type.
+        /// The Rust type of the first aggregate.
         first: &'static str,
-        /// Another.
+        /// The Rust type of the second aggregate.
         second: &'static str,
     },
-    /// A projection has a name that operators could not type or see.
-    #[error("{name:?} cannot be the name of a projection: {reason}")]
+    /// The name of a projection has characters that operators cannot type or see.
+    #[error("invalid projection name {name:?}: {reason}")]
     ProjectionName {
-        /// The name, the first 80 characters.
+        /// The first 80 characters of the name.
         name: String,
-        /// Why not.
+        /// The cause.
         reason: &'static str,
     },
-    /// Two projections have the same name: they would share a checkpoint.
-    #[error("two projections are called {name:?}; a checkpoint belongs to one projection")]
+    /// Two projections have the same name, so they would share a checkpoint.
+    #[error("duplicate projection name {name:?}: a checkpoint belongs to one projection; rename one of them")]
     SameProjection {
         /// The name.
         name: String,
     },
-    /// A projection is to follow the bus durably, and this one keeps nothing.
+    /// A projection would follow the bus durably, but this bus stores no events.
     #[error(
-        "projection {name:?} is to follow the bus durably, but {bus} keeps no events; use NATS JetStream, or FollowMode::Feed"
+        "projection {name:?} cannot follow the bus durably: {bus} stores no events; use NATS JetStream, or FollowMode::Feed"
     )]
     NotDurable {
         /// The projection.
@@ -144,39 +146,42 @@ pub enum StartError {
         /// The bus.
         bus: &'static str,
     },
-    /// A projection cannot be partitioned so.
-    #[error("projection {name:?} cannot be in {partitions} partitions: {reason}")]
+    /// The projection cannot have this number of partitions.
+    #[error("projection {name:?} cannot have {partitions} partitions: {reason}")]
     Partitions {
         /// The projection.
         name: String,
-        /// How many were asked for.
+        /// The number of partitions that was set.
         partitions: u16,
-        /// Why not.
+        /// The cause.
         reason: &'static str,
     },
-    /// An aggregate's events cannot be stored, or a projection's filter names events that there are not.
+    /// The events of an aggregate cannot be stored, or a filter of a projection has unknown names.
     #[error(transparent)]
     Events(#[from] EncodeError),
-    /// The store does not work.
+    /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// An option of the event bus or of the command bus cannot be used.
+    /// An option of the event bus or of the command bus is invalid.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// Two handlers have the same name: their commands and records would mix.
-    #[error("two handlers are called {name:?}; a name belongs to one handler")]
+    /// Two handlers have the same name, so their commands and records would mix.
+    #[error(
+        "duplicate handler name {name:?}: commands and records belong to one handler; rename one of them"
+    )]
     SameHandler {
         /// The name.
         name: &'static str,
     },
-    /// A handler has a name that no command can have.
+    /// The name of a handler is not a valid name of a command.
     #[error(transparent)]
     HandlerName(#[from] InvalidName),
-    /// An option has a value out of its range.
+    /// An option is out of its range.
     #[error(transparent)]
     Option(#[from] InvalidOption),
-    /// A projection delivers to another system, has never run, and the log has events: whether they are to be delivered is
-    /// not said.
+    /// A projection that delivers to another system has no start position.
+    ///
+    /// It has never run, and the log has events. The options must state whether to deliver these.
     #[error(
         "projection {name:?} has no start position: it delivers at least once, has no checkpoint, and the log has events; choose ProjectionOptions::start(Start::Beginning), Start::Now, Start::At(position) or Start::Since(time)"
     )]
@@ -186,14 +191,14 @@ pub enum StartError {
     },
     /// Another runtime of this process folds into the same memory.
     #[error(
-        "the in-memory state of projection {name:?} is in use by another runtime of this process; shut that down first, or make a state for each runtime"
+        "the in-memory state of projection {name:?} is in use by another runtime of this process; shut down that runtime first, or create a state for each runtime"
     )]
     StateInUse {
         /// The projection.
         name: String,
     },
-    /// An actor could not be started.
-    #[error("an actor could not be started: {0}")]
+    /// An actor did not start.
+    #[error("starting an actor failed: {0}")]
     Actor(String),
 }
 
@@ -203,13 +208,13 @@ impl From<SpawnErr> for StartError {
     }
 }
 
-/// There is no projection of that name on this node.
+/// A projection name that this node does not run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("there is no projection {name:?}; {}", node_runs(known))]
 pub struct UnknownProjection {
-    /// The name asked for.
+    /// The requested name.
     pub name: String,
-    /// The names that there are.
+    /// The names of the projections of this node.
     pub known: Vec<String>,
 }
 
@@ -222,77 +227,81 @@ impl From<StartRouterError> for StartError {
     }
 }
 
-/// What did not end in time when a runtime was shut down. Nothing acknowledged is lost: what is named here had not been
-/// acknowledged, and goes on from its checkpoint at the next start.
+/// The components that did not end in time when a runtime was shut down.
+///
+/// No acknowledged event is lost. The unfinished work was not acknowledged; it continues from its
+/// checkpoint at the next start.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not everything ended within {timeout:?}: {}", unfinished.join(", "))]
+#[error("shutdown incomplete after {timeout:?}: {}", unfinished.join(", "))]
 pub struct ShutdownError {
-    /// The time there was.
+    /// The time limit.
     pub timeout: Duration,
-    /// What was unfinished.
+    /// The unfinished components and work.
     pub unfinished: Vec<String>,
 }
 
-/// How a node is doing.
+/// The status of a node.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct RuntimeStatus {
-    /// The node's id, new with every start.
+    /// The id of the node, new at every start.
     pub node: Uuid,
     /// The store.
     pub store: StoreInfo,
-    /// The frontier of the log, or why it could not be read.
+    /// The high-water mark of the log, or the error of reading it.
     pub frontier: Result<Position, StoreError>,
-    /// Who holds the frontier back, if anybody does; an append that is just under way is no reason to worry.
+    /// The transaction that holds back the high-water mark, if any. A running append is harmless.
     pub stall: Result<Option<Stall>, StoreError>,
     /// The group-commit writer.
     pub writer: WriterStatus,
-    /// The kinds of aggregates, by category.
+    /// The aggregate types, by category.
     pub aggregates: Vec<RouterStatus>,
     /// The handlers, by name.
     pub handlers: Vec<HandlerStatus>,
-    /// How commands get at other nodes.
+    /// The connection to the other nodes, for commands.
     pub commands: CommandBusStatus,
     /// The connection to the bus.
     pub bus: BusState,
     /// The publisher.
     pub publisher: PublisherStatus,
-    /// The live view of the log.
+    /// The live tail of the log in this process.
     pub feed: FeedStatus,
     /// The projections, by name.
     pub projections: BTreeMap<String, ProjectionStatus>,
-    /// Who holds which lease, or why it could not be read.
+    /// The leases and their holders, or the error of reading them.
     pub leases: Result<Vec<LeaseInfo>, StoreError>,
 }
 
 impl Builder {
-    /// The event store. Required.
-    /// Also one that is shared already: what [`Runtime::store`] returns.
+    /// Sets the event store. Required.
+    ///
+    /// Also accepts a shared store, as [`Runtime::store`] returns it.
     pub fn store(mut self, store: impl IntoEventStore) -> Self {
         self.store = Some(store.into_event_store());
         self
     }
 
-    /// The bus that carries the log to the projections of this node, and of others if it reaches them. [`LocalBus`] by
-    /// default.
+    /// Sets the bus that carries the log to the projections of all nodes that it reaches.
+    ///
+    /// Default: [`LocalBus`].
     pub fn bus(mut self, bus: impl IntoEventBus) -> Self {
         self.bus = bus.into_event_bus();
         self
     }
 
-    /// How the log is published to the bus.
+    /// Sets how the log is published to the bus.
     pub fn publisher(mut self, options: PublisherOptions) -> Self {
         self.publisher = options;
         self
     }
 
-    /// How this node follows the log.
+    /// Sets how this node follows the log.
     pub fn feed(mut self, options: FeedOptions) -> Self {
         self.feed = options;
         self
     }
 
-    /// Where metrics go, those of the bus included. [`Telemetry::global`] by default.
+    /// Sets where metrics go, those of the bus included. Default: [`Telemetry::global`].
     #[cfg(feature = "otel")]
     pub fn telemetry(mut self, telemetry: Telemetry) -> Self {
         self.telemetry = Some(telemetry);
@@ -317,10 +326,12 @@ impl Builder {
         self.project(Made::Once(projection), None, read_model, options)
     }
 
-    /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) beside the live one. `make` makes it for each
-    /// version of its read model, in tables of their own. On a read model that cannot be switched in a transaction
-    /// ([`InMemory`](crate::projection::InMemory), [`External`](crate::projection::External)) it runs as any other, and a rebuild is
-    /// [refused](crate::projection::ControlError::NotRebuildable).
+    /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) next to the live version.
+    ///
+    /// `make` creates the projection for each version of its read model, in tables of its own. Some
+    /// read models cannot cut over in a transaction: [`InMemory`](crate::projection::InMemory) and
+    /// [`External`](crate::projection::External). On these the projection runs as any other, and a
+    /// rebuild is [refused](crate::projection::ControlError::NotRebuildable).
     pub fn rebuildable<P, R>(
         self,
         make: impl Fn(Target) -> P + Send + Sync + 'static,
@@ -334,15 +345,20 @@ impl Builder {
         self.project(Made::Versioned(Arc::new(make)), None, read_model, options)
     }
 
-    /// Runs a projection in `partitions` partitions, which all nodes that do so share evenly, with the default options: each
-    /// applies the events of [its](crate::Partition) streams, in their order. `make` makes the projection for each of them, and
-    /// for each version if it is ever [rebuilt](ProjectionHandle::rebuild); all have the same name and filter.
+    /// Runs a projection in `partitions` partitions, with the default options.
     ///
-    /// The number, from 1 to 256, is fixed with the first start: more nodes than partitions are of no use, so choose as many
-    /// as there may ever be nodes. Another number needs a [reset](ProjectionHandle::reset).
+    /// All nodes that register it share the partitions evenly. A partition applies the events of
+    /// [its](crate::Partition) streams, in their order. `make` creates the projection for each
+    /// partition, and for each version of a [rebuild](ProjectionHandle::rebuild); all have the same
+    /// name and filter.
     ///
-    /// The partitions of a node share the pages that they read: at most 4 of about 4 MiB each are kept (and as many for a
-    /// rebuild), and a page that no partition has used for 5 s is dropped.
+    /// Range: 1 to 256. The first start fixes the number. Nodes beyond the number of partitions
+    /// stay idle, so choose the largest number of nodes that you expect. Changing it needs a
+    /// [reset](ProjectionHandle::reset).
+    ///
+    /// The partitions of a node share the pages that they read. A node keeps at most 4 pages of
+    /// about 4 MiB each, and as many for a rebuild; it drops a page that no partition has used for
+    /// 5 s.
     pub fn partitioned<P, R>(
         self,
         partitions: u16,
@@ -356,7 +372,7 @@ impl Builder {
         self.partitioned_with(partitions, make, read_model, ProjectionOptions::new())
     }
 
-    /// As [`partitioned`](Self::partitioned), with options, which are those of each partition.
+    /// As [`partitioned`](Self::partitioned), with options that apply to each partition.
     pub fn partitioned_with<P, R>(
         self,
         partitions: u16,
@@ -368,12 +384,12 @@ impl Builder {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        // What cannot be is refused when the runtime starts.
+        // start() reports a number out of range; the clamp only bounds the work until then.
         let count = partitions.clamp(1, partition::MOST);
         self.project(Made::Partitioned(count, Arc::new(make)), Some(partitions), read_model, options)
     }
 
-    /// Keeps an index over events in memory, on this node: see [`Lookup`].
+    /// Keeps an in-memory index of events on this node: see [`Lookup`].
     pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
         let (lookup, made, read_model) =
             (lookup.clone(), Made::Once(lookup.projection()), lookup.read_model());
@@ -400,12 +416,12 @@ impl Builder {
         self
     }
 
-    /// Handles commands for aggregates of type `A`, with the default options.
+    /// Executes commands of aggregates of type `A`, with the default options.
     pub fn aggregate<A: Aggregate>(self) -> Self {
         self.aggregate_with(AggregateOptions::<A>::new())
     }
 
-    /// Handles commands for aggregates of type `A`.
+    /// Executes commands of aggregates of type `A`.
     pub fn aggregate_with<A: Aggregate>(mut self, options: AggregateOptions<A>) -> Self {
         self.aggregates.push(Registration {
             category: <A::Event as Event>::CATEGORY,
@@ -422,40 +438,45 @@ impl Builder {
         self
     }
 
-    /// Handles commands that are no aggregate's, with the default options.
+    /// Executes commands that belong to no aggregate, with the default options.
     pub fn handler<H: Handler>(self, handler: H) -> Self {
         self.handler_with(handler, HandlerOptions::new())
     }
 
-    /// Handles commands that are no aggregate's.
+    /// Executes commands that belong to no aggregate.
     pub fn handler_with<H: Handler>(mut self, handler: H, options: HandlerOptions) -> Self {
         self.handlers.push(HandlerRegistration::new(handler, options));
         self
     }
 
-    /// How commands find whoever handles them. [`CommandBus::local`] by default: within this process.
+    /// Sets how commands reach their aggregate or handler.
+    ///
+    /// Default: [`CommandBus::local`], within this process.
     pub fn commands(mut self, bus: CommandBus) -> Self {
         self.commands = bus;
         self
     }
 
-    /// How long [`start`](Self::start) waits for a store that cannot be reached, as while its server restarts. Each attempt that fails is
-    /// a log line; an error that lasts ends the start at once. Default: 30 s. Range: at most
-    /// 1 day; zero is one attempt.
+    /// Sets how long [`start`](Self::start) waits for an unreachable store.
+    ///
+    /// The store may be unreachable while its server restarts. Each failed attempt is a log line. A
+    /// permanent error ends the start at once. Default: 30 s. Range: at most 1 day; zero is one
+    /// attempt.
     pub fn start_timeout(mut self, limit: Duration) -> Self {
         self.start_timeout = limit;
         self
     }
 
-    /// Starts everything, in order: store, bus, publisher, projections, and the intake of commands last. Must be called
-    /// within a tokio runtime.
+    /// Starts everything in order: store, bus, publisher, projections, and finally commands.
+    ///
+    /// Must be called within a tokio runtime.
     ///
     /// # Errors
-    /// When something is missing or contradictory, or the store cannot be used, or not be reached within
-    /// [`start_timeout`](Self::start_timeout). Nothing runs then.
+    /// If a part is missing or contradicts another one, if the store fails, or if it stays
+    /// unreachable for [`start_timeout`](Self::start_timeout). Nothing runs after an error.
     pub async fn start(self) -> Result<Runtime, StartError> {
         let store = self.store.ok_or(StartError::NoStore)?;
-        // Everything that can be wrong with what was registered, before anything runs.
+        // Checks every registration before anything runs.
         for (index, registration) in self.aggregates.iter().enumerate() {
             let same = |other: &&Registration| other.category == registration.category;
             if let Some(other) = self.aggregates[..index].iter().find(same) {
@@ -484,8 +505,7 @@ impl Builder {
         self.commands.validate()?;
         self.commands.check()?;
         let log_end =
-            startup::wait_for("reading how far the log goes", self.start_timeout, || store.frontier())
-                .await?;
+            startup::wait_for("reading the high-water mark", self.start_timeout, || store.frontier()).await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, &*self.bus, log_end).await?);
@@ -500,7 +520,7 @@ impl Builder {
         self.bus.observe(&telemetry);
         let node = Uuid::now_v7();
         let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
-        // The feed listens before anything is published.
+        // The feed subscribes before the publisher publishes anything.
         let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
         let (bus, root) = (self.bus.clone(), Some(supervisor.cell()));
         let publisher =
@@ -554,7 +574,7 @@ impl Builder {
 }
 
 impl Runtime {
-    /// Starts putting a runtime together.
+    /// Returns an empty builder of a runtime.
     pub fn builder() -> Builder {
         Builder {
             store: None,
@@ -571,30 +591,32 @@ impl Runtime {
         }
     }
 
-    /// Executes a command on the aggregate `id` of type `A`: await it for the [`Receipt`](crate::Receipt), or say more
-    /// first, see [`Execute`].
+    /// Executes a command on the aggregate `id` of type `A`.
+    ///
+    /// Await the result for the [`Receipt`](crate::Receipt), or set options first, see [`Execute`].
     ///
     /// # Errors
-    /// When awaited: the aggregate's own refusal, or what else kept the command from taking effect, see
-    /// [`ExecuteError`](crate::ExecuteError).
+    /// When awaited: the rejection of the aggregate, or another cause that kept the command from
+    /// taking effect, see [`ExecuteError`](crate::ExecuteError).
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
         Execute::new(self.inner.commands.clone(), id.to_string(), command.into(), Envelope::new())
     }
 
-    /// Executes a command on the handler `H`, wherever it runs: await it for the answer, or say more first, see
-    /// [`Request`].
+    /// Executes a command on the handler `H`, on any node that runs it.
+    ///
+    /// Await the result for the reply, or set options first, see [`Request`].
     ///
     /// # Errors
-    /// When awaited: the handler's own refusal, or what else kept the command from being handled, see
-    /// [`ExecuteError`](crate::ExecuteError).
+    /// When awaited: the rejection of the handler, or another cause that kept the command from
+    /// being handled, see [`ExecuteError`](crate::ExecuteError).
     pub fn command<H: Handler>(&self, command: impl Into<H::Command>) -> Request<H> {
         Request::new(self.inner.commands.clone(), command.into(), Envelope::new())
     }
 
-    /// The projection of that name: to wait for it, pause it, reset it, look at what it parked.
+    /// Returns the handle of a projection, which waits, pauses, resets and lists parked events.
     ///
     /// # Errors
-    /// When it was not registered.
+    /// If no projection of that name is registered on this node.
     pub fn projection(&self, name: &str) -> Result<&ProjectionHandle, UnknownProjection> {
         let projections = &self.inner.projections;
         projections.iter().find(|projection| projection.name() == name).ok_or_else(|| UnknownProjection {
@@ -603,14 +625,14 @@ impl Runtime {
         })
     }
 
-    /// The event store.
+    /// Returns the event store.
     pub fn store(&self) -> &Arc<dyn EventStore> {
         &self.inner.store
     }
 
-    /// How everything is doing.
+    /// Returns the status of all components.
     pub async fn status(&self) -> RuntimeStatus {
-        // Looked at first: a borrowed status must not be held while the store is asked.
+        // Reads the watch channel first: its borrow must not span the await of the store.
         let publisher = self.inner.publisher.status().borrow().clone();
         let projections = self.inner.projections.iter();
         let projections = projections.map(|one| (one.name().to_owned(), one.status())).collect();
@@ -631,23 +653,25 @@ impl Runtime {
         }
     }
 
-    /// Ends the node in order: no more commands are taken, those under way are answered, the publisher publishes what was
-    /// committed, projections checkpoint, leases are given back. Within 30 seconds; see
-    /// [`shutdown_within`](Self::shutdown_within).
+    /// Shuts the node down in order, within 30 s.
+    ///
+    /// The node accepts no new commands and answers those in progress. The publisher publishes all
+    /// committed events, the projections store their checkpoints, and the leases are released. See
+    /// [`shutdown_within`](Self::shutdown_within) for another time limit.
     ///
     /// # Errors
-    /// When something did not end in time; it was stopped then.
+    /// If a component did not end in time; it was stopped then.
     pub async fn shutdown(self) -> Result<(), ShutdownError> {
         self.shutdown_within(SHUTDOWN_TIMEOUT).await
     }
 
-    /// As [`shutdown`](Self::shutdown), with this much time.
+    /// As [`shutdown`](Self::shutdown), with a time limit.
     ///
     /// # Errors
     /// As [`shutdown`](Self::shutdown).
     pub async fn shutdown_within(self, timeout: Duration) -> Result<(), ShutdownError> {
-        // A part of the time is kept for each that comes after: a stuck command must not cost the projections their
-        // orderly end, nor a bus that is away.
+        // Reserves a part of the time for each later stage. A stuck command or an unreachable bus
+        // must not take away the time in which the projections store their checkpoints.
         let reserve = (timeout / 6).min(SHUTDOWN_RESERVE);
         let deadline = after(timeout);
         let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());

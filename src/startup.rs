@@ -1,4 +1,4 @@
-//! Waiting for a store that is not there yet.
+//! Waiting for a store that is unreachable at startup.
 
 use std::future::Future;
 use std::time::Duration;
@@ -9,14 +9,15 @@ use crate::backoff::Backoff;
 use crate::store::StoreError;
 use crate::time::after;
 
-/// How long a start waits unless told otherwise.
+/// Default time limit of a start.
 pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Repeats `attempt` until it succeeds, fails for a reason that lasts, or `limit` is over. Each failure is a log line. Zero: one
-/// attempt.
+/// Repeats `attempt` until it succeeds, fails permanently, or `limit` is over.
+///
+/// Each failure is a log line. A limit of zero means one attempt.
 ///
 /// # Errors
-/// That of the last attempt.
+/// The error of the last attempt.
 pub(crate) async fn wait_for<T, F>(
     what: &'static str,
     limit: Duration,

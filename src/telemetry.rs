@@ -1,8 +1,12 @@
-//! What is told to whoever watches: spans through `tracing`, metrics and trace context through OpenTelemetry (feature
-//! `otel`). All of it is listed in `docs/observability.md`.
+//! Telemetry: spans through `tracing`, metrics and trace context through OpenTelemetry.
 //!
-//! At the bottom of the house: it knows events and nothing above. Without the feature, metrics and trace context are empty
-//! functions; without a subscriber that wants them, spans are a look at an atomic number each.
+//! The latter two need the feature `otel`.
+//!
+//! `docs/observability.md` lists all of it.
+//!
+//! This module is the lowest layer: it depends on events only. Without the feature, metrics and
+//! trace context are empty functions. Without an interested subscriber, a span costs one atomic
+//! load.
 
 #[cfg(feature = "otel")]
 mod context;

@@ -1,13 +1,15 @@
-//! Points in time, from durations that a caller may have chosen as large as they get.
+//! Deadlines from durations of any size.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// As good as never, and far enough from every clock's end that the little that is added to it does not get there.
+/// A wait in place of "no limit": 30 years, which every clock can represent.
 pub(crate) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
-/// The time in `wait` from now. `Instant + Duration` panics where this answers with thirty years.
+/// Returns the time `wait` from now, at most 30 years ahead.
+///
+/// `Instant + Duration` would panic instead.
 pub(crate) fn after(wait: Duration) -> Instant {
     Instant::now() + wait.min(FAR)
 }
@@ -17,7 +19,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_without_end_is_a_time_far_away() {
+    fn an_unlimited_wait_is_thirty_years() {
         let day = Duration::from_secs(24 * 60 * 60);
         assert!(after(Duration::MAX) + day > Instant::now() + FAR);
         let (before, tomorrow) = (Instant::now(), after(day));

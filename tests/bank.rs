@@ -1,10 +1,11 @@
-//! examples/bank as a person runs it, and the oracle: money moves between accounts on three processes while these, NATS and
-//! PostgreSQL are killed, paused and restarted, and all of it must still be there.
+//! examples/bank as a user runs it, and the oracle.
 //!
-//! `STORIED_BANK_SECONDS` says how long, 15 by default.
+//! Money moves between accounts on three processes. The test kills, pauses and restarts the
+//! processes, NATS and PostgreSQL; no money may be lost. `STORIED_BANK_SECONDS` sets the duration,
+//! 15 by default.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 mod support;
 
@@ -57,7 +58,7 @@ fn bank(args: &[&str]) -> Command {
     command
 }
 
-/// Waits for the end of a run, and what it came to.
+/// Waits for the end of a run, and returns its report.
 fn report(run: Child) -> Report {
     let output = run.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
@@ -65,7 +66,7 @@ fn report(run: Child) -> Report {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// In one process, and on three over SQLite; with nodes of its own killed and paused.
+/// Runs in one process, and in three over SQLite, with nodes killed and paused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn money_is_conserved_on_one_node_and_on_several() {
     report(bank(&["--transfers", "500", "--json"]).spawn().unwrap()).check(100);
@@ -79,7 +80,7 @@ async fn money_is_conserved_on_one_node_and_on_several() {
         tokio::task::spawn_blocking(move || report(child))
     };
     run(&["--transfers", "300", "--json"]).await.unwrap().check(20);
-    // On the same accounts once more, now with faults.
+    // Runs on the same accounts again, with faults.
     run(&["--transfers", "0", "--seconds", "5", "--faults", "--json"]).await.unwrap().check(20);
 }
 
@@ -102,7 +103,7 @@ fn nonsense_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_lost_whatever_dies() {
+async fn no_crash_loses_money() {
     const ACCOUNTS: u64 = 100;
     let seconds = std::env::var("STORIED_BANK_SECONDS").map_or(15, |text| text.parse().unwrap());
     let mut postgres = PostgresServer::start().await;
@@ -118,7 +119,7 @@ async fn nothing_is_lost_whatever_dies() {
         .unwrap();
     let run = tokio::task::spawn_blocking(move || report(run));
 
-    // The accounts are opened, and then it goes round: NATS and PostgreSQL, killed and paused.
+    // After the accounts are opened: NATS and PostgreSQL, killed and paused in turn.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let end = Instant::now() + Duration::from_secs(u64::saturating_sub(seconds, 4));
     for fault in (0..4).cycle() {
@@ -174,8 +175,10 @@ async fn log(store: &dyn EventStore) -> Vec<RecordedEvent> {
     }
 }
 
-/// What the example checks itself, without its help: every balance at every moment, every command once, and every transfer
-/// as its caller was told.
+/// Repeats the checks of the example independently.
+///
+/// Checks every balance at every moment, every command once, and every transfer against the answer
+/// of its caller.
 fn check_log(log: &[RecordedEvent], journal: &str, accounts: u64) {
     let mut balances: HashMap<&str, i64> = HashMap::new();
     let mut commands = HashSet::new();
@@ -217,5 +220,5 @@ fn check_log(log: &[RecordedEvent], journal: &str, accounts: u64) {
             _ => assert!(found == [("refused", from, 0)] || found == refunded, "{line}: {found:?}"),
         }
     }
-    assert!(transfers.is_empty(), "transfers that nobody was told of: {transfers:?}");
+    assert!(transfers.is_empty(), "transfers without an answer: {transfers:?}");
 }

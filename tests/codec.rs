@@ -1,7 +1,7 @@
-//! Names, payloads and metadata: what is stored, byte by byte, and what of it can still be read when types change.
+//! The stored bytes of names, payloads and metadata, and their reading after changes of the types.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ use storied::{
 };
 use uuid::Uuid;
 
-/// One variant of every form that serde has.
+/// Has one variant of every form of serde.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum OrderEvent {
@@ -56,7 +56,7 @@ fn encode<E: Event>(event: &E, codec: Codec) -> RecordedEvent {
     recorded(E::CATEGORY, NewEvent::encode(event, codec, &Metadata::default()).unwrap(), codec)
 }
 
-/// An event as another program (or an older version of this one) stored it.
+/// Returns an event as another program or an older version stored it.
 fn stored(category: &str, name: &str, payload: &[u8]) -> RecordedEvent {
     let mut event = encode(&OrderEvent::Dispatched, Codec::Cbor);
     event.stream = StreamId::new(category, "17").unwrap();
@@ -75,9 +75,11 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The stored form of every kind of variant. These bytes are on people's disks: a change here needs a migration.
+/// The stored form of every kind of variant.
+///
+/// Existing stores have these bytes: a change needs a migration.
 #[test]
-fn payloads_are_what_they_always_were() {
+fn payload_bytes_are_frozen() {
     let events = [
         OrderEvent::Placed { customer: "Ada".into(), lines: vec![("pen".into(), 2)], note: None },
         OrderEvent::Paid(-1_234),
@@ -101,7 +103,7 @@ fn payloads_are_what_they_always_were() {
 }
 
 #[test]
-fn metadata_is_what_it_always_was() {
+fn metadata_bytes_are_frozen() {
     let mut full = Metadata::default();
     full.correlation_id = Some(Uuid::from_u128(7));
     full.traceparent = Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into());
@@ -113,7 +115,7 @@ fn metadata_is_what_it_always_was() {
     let mut event = encode(&OrderEvent::Dispatched, Codec::Cbor);
     event.metadata = full.encode().unwrap();
     assert_eq!(event.decode_metadata().unwrap(), full);
-    // Written by a later version, which knows more.
+    // Written by a later version with more fields.
     event.metadata = cbor(&BTreeMap::from([("later", "x"), ("traceparent", "t")])).into();
     assert_eq!(event.decode_metadata().unwrap().traceparent.as_deref(), Some("t"));
     event.metadata = Bytes::from_static(b"\xff");
@@ -177,7 +179,7 @@ fn errors_are_in_words() {
             "invalid type: sequence, expected string",
             "invalid type: break, expected integer",
             "malformed CBOR, 3 bytes before the end",
-            "2 bytes too many",
+            "2 trailing bytes",
         ]
     );
     let deep = Codec::Cbor.decode_value(&[0x81; 1000]).unwrap_err();
@@ -195,11 +197,13 @@ fn errors_are_in_words() {
     }
     for codec in [Codec::Cbor, Codec::Json] {
         let error = NewEvent::encode(&Odd::Failing(1), codec, &Metadata::default()).unwrap_err().to_string();
-        assert!(error.ends_with("does not serialize: it is secret"), "{error}");
+        assert!(error.ends_with("failed: it is secret"), "{error}");
     }
 }
 
-/// F7: every shape is read as it was written, as the list says, or refused. `testing::shapes` has the list.
+/// F7: every shape is read as written, read as the list says, or refused.
+///
+/// The list is in `testing::shapes`.
 #[test]
 fn every_shape_is_read_or_refused() {
     let (mut checked, mut wrong) = (0, Vec::new());
@@ -223,7 +227,7 @@ impl Event for Tree {
     const CATEGORY: &'static str = "tree";
 }
 
-/// F7: a value that one codec refuses for its depth, the other refuses as well, and what is written can be read.
+/// F7: both codecs refuse the same depth, and every written value can be read.
 #[test]
 fn nesting_has_one_limit() {
     let grow: [fn(Tree) -> Tree; 3] = [
@@ -248,7 +252,7 @@ fn nesting_has_one_limit() {
     }
 }
 
-/// Bytes from outside end neither the process nor the stack, however deep they are.
+/// Checks that foreign bytes of any depth end neither the process nor the stack.
 #[test]
 fn bytes_of_any_depth_are_refused() {
     let cbor: [&[u8]; 9] = [
@@ -304,7 +308,7 @@ fn an_alias_reads_and_finds_what_is_stored_under_the_old_name() {
 }
 
 #[test]
-fn what_cannot_be_read_says_where_and_why() {
+fn decode_errors_name_the_event_and_the_cause() {
     let unknown = stored("shop.order", "shop.order.refunded", &[0xf6]).decode::<OrderEvent>().unwrap_err();
     assert_eq!(unknown.kind, DecodeErrorKind::UnknownName);
     let text = unknown.to_string();
@@ -318,12 +322,12 @@ fn what_cannot_be_read_says_where_and_why() {
     let other = stored("stock", "stock.moved", &[0xf6]);
     assert!(matches!(other.decode::<OrderEvent>().unwrap_err().kind, DecodeErrorKind::OtherCategory { .. }));
     assert_eq!(other.decode_if::<OrderEvent>().unwrap(), None);
-    // A category that begins like ours is another one.
+    // A category that only begins like this one is another category.
     let longer = stored("shop.orders", "shop.orders.paid", &cbor(&1));
     assert_eq!(longer.decode_if::<OrderEvent>().unwrap(), None);
 }
 
-/// Today's type, and what three older versions of the program stored.
+/// The current type, and payloads of three older versions of the program.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum LedgerEvent {
@@ -374,7 +378,7 @@ fn upcasters_are_chained_and_old_names_are_found() {
     assert_eq!(error.kind, DecodeErrorKind::UnknownName);
 }
 
-/// F10: a rule for a name of today would change new events, which the live state folds as they were written.
+/// F10: a rule for a current name would change new events, which the live state folds as written.
 #[test]
 fn upcasters_that_change_new_events_are_refused() {
     macro_rules! refused {
@@ -399,15 +403,15 @@ fn upcasters_that_change_new_events_are_refused() {
             assert!(matches!(encoded, Err(EncodeError::Upcasters { .. })), "{encoded:?}");
         }};
     }
-    refused!(Upcasters::new().upcast("paid", "paid", Ok), "\"paid\" is a name of today");
-    refused!(Upcasters::new().upcast("paid", "refunded", Ok), "\"paid\" is a name of today");
+    refused!(Upcasters::new().upcast("paid", "paid", Ok), "the enum still reads \"paid\"");
+    refused!(Upcasters::new().upcast("paid", "refunded", Ok), "the enum still reads \"paid\"");
     refused!(Upcasters::new().upcast("settled", "paid", Ok), "remove its alias");
-    refused!(Upcasters::new().rename("old", "older").rename("older", "old"), "come back");
-    refused!(Upcasters::new().rename("old", "old"), "come back");
-    refused!(Upcasters::new().rename("old", "paid").rename("old", "refunded"), "two rules are for \"old\"");
+    refused!(Upcasters::new().rename("old", "older").rename("older", "old"), "form a cycle");
+    refused!(Upcasters::new().rename("old", "old"), "form a cycle");
+    refused!(Upcasters::new().rename("old", "paid").rename("old", "refunded"), "two rules for \"old\"");
 }
 
-/// F30: a variant may gain its first fields or lose its last; nothing else becomes empty by this.
+/// F30: a variant may gain its first fields or lose its last; nothing else may become empty.
 #[test]
 fn a_variant_gains_its_first_fields_and_loses_its_last() {
     mod before {
@@ -455,7 +459,7 @@ fn a_variant_gains_its_first_fields_and_loses_its_last() {
         let read = |event: &Before| encode(event, codec).decode::<after::DoorEvent>();
         assert_eq!(read(&Before::Closed).unwrap(), after::DoorEvent::Closed { by: String::new() }, "{codec}");
         assert_eq!(read(&Before::Locked {}).unwrap(), after::DoorEvent::Locked, "{codec}");
-        // A field that is missing stays an error, and is never read as nothing.
+        // A missing field stays an error, and is never read as nothing.
         assert!(read(&Before::Keyed(None)).is_err(), "{codec}");
         assert!(read(&Before::Named(before::Name { name: None })).is_err(), "{codec}");
         let back = |event: &after::DoorEvent| encode(event, codec).decode::<Before>();
@@ -467,7 +471,7 @@ fn a_variant_gains_its_first_fields_and_loses_its_last() {
 
 /// F31.
 #[test]
-fn a_variant_for_others_is_refused() {
+fn a_serde_other_variant_is_refused() {
     #[derive(Debug, Serialize, Deserialize)]
     enum ThingEvent {
         Known,
@@ -484,9 +488,9 @@ fn a_variant_for_others_is_refused() {
     }
 }
 
-/// F7: what serde writes and does not read is refused, with the event and the field.
+/// F7: a value that serde writes and does not read is refused, with the event and the field.
 #[test]
-fn what_cannot_be_read_again_is_refused_with_its_field() {
+fn values_that_do_not_round_trip_are_refused_with_their_field() {
     #[derive(Debug, Serialize, Deserialize)]
     #[serde(rename_all = "snake_case")]
     enum ReadingEvent {
@@ -548,7 +552,7 @@ fn what_cannot_be_read_again_is_refused_with_its_field() {
         other => panic!("{codec} {event:?}: {other}"),
     };
     for codec in [Codec::Cbor, Codec::Json] {
-        // The input decides.
+        // The value decides.
         encode(&ReadingEvent::Tagged { id: 1, tags: tags("colour") }, codec)
             .decode::<ReadingEvent>()
             .unwrap();
@@ -581,7 +585,7 @@ fn what_cannot_be_read_again_is_refused_with_its_field() {
 }
 
 #[test]
-fn what_is_no_enum_of_events_is_refused() {
+fn types_that_are_no_event_enum_are_refused() {
     macro_rules! refused {
         ($type:ty) => {{
             impl Event for $type {
@@ -704,9 +708,9 @@ impl Event for BillEvent {
     }
 }
 
-/// A UUID is text in JSON and bytes in CBOR: what is upcast stays in the store's codec.
+/// A UUID is text in JSON and bytes in CBOR: an upcast payload stays in the codec of the store.
 #[test]
-fn upcasting_keeps_to_the_codec() {
+fn upcasting_keeps_the_codec() {
     let by = Uuid::from_u128(5);
     for codec in [Codec::Cbor, Codec::Json] {
         let mut event = encode(&BillEvent::Settled { by }, codec);
@@ -716,7 +720,7 @@ fn upcasting_keeps_to_the_codec() {
 }
 
 #[test]
-fn bytes_behind_a_payload_are_noticed() {
+fn trailing_bytes_are_refused() {
     for (name, payload) in [("shop.order.paid", cbor(&1)), ("shop.order.dispatched", vec![0xf6])] {
         let mut longer = payload.clone();
         longer.push(0x01);

@@ -1,8 +1,10 @@
-//! Every dependency has its reason and a permissive licence. The test needs no network and no package that building the tests did
-//! not download; other platforms, sources and advisories are checked by cargo-deny (`scripts/deny`).
+//! Every dependency has a reason and a permissive licence.
+//!
+//! The test needs no network and only packages that building the tests has downloaded. cargo-deny
+//! checks other platforms, sources and advisories (`scripts/deny`).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 use std::process::Command;
 
@@ -10,7 +12,7 @@ use serde_json::Value;
 
 const MANIFEST: &str = include_str!("../Cargo.toml");
 
-/// What asks no more of our users than to keep a notice.
+/// Licences that require no more than keeping a notice.
 const PERMITTED: [&str; 11] = [
     "MIT",
     "Apache-2.0",
@@ -25,13 +27,15 @@ const PERMITTED: [&str; 11] = [
     "Zlib",
 ];
 
-/// Whether an SPDX expression can be met with what is permitted. Parentheses are only ever around alternatives.
+/// Returns whether the permitted licences satisfy an SPDX expression.
+///
+/// Parentheses enclose only alternatives.
 fn is_permitted(expression: &str) -> bool {
     let flat = expression.replace(['(', ')'], "").replace('/', " OR ");
     flat.split(" AND ").all(|part| part.split(" OR ").any(|one| PERMITTED.contains(&one.trim())))
 }
 
-/// The platform that this test was built for.
+/// Returns the platform of this test.
 fn host() -> String {
     let output = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
         .arg("-vV")

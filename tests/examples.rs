@@ -1,7 +1,9 @@
-//! What the examples do with bad input: one readable sentence within seconds, a failing exit code, and nothing left behind.
+//! The examples with bad input.
+//!
+//! Each prints a readable sentence within seconds, fails and leaves no files.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, unreachable_pub, reason = "tests are no product")]
+#![allow(missing_docs, unreachable_pub, reason = "tests are not part of the API")]
 
 #[path = "support/example.rs"]
 mod example;
@@ -13,14 +15,14 @@ use std::time::{Duration, Instant};
 use example::example;
 use tempfile::TempDir;
 
-/// A person waits no longer: 2 s on a quiet machine.
+/// Maximum time that a person waits: 2 s on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(debug_assertions) { 10 } else { 2 });
 
-/// Nothing listens there.
+/// A URL without a server.
 const NO_POSTGRES: &str = "postgres://storied:storied@127.0.0.1:9/storied";
 const NO_NATS: &str = "nats://127.0.0.1:9";
 
-/// What the example said, and what it left in its directory.
+/// The output of an example, and its files.
 struct Said {
     output: Output,
     took: Duration,
@@ -55,16 +57,16 @@ fn bad_input_is_answered_with_a_sentence() {
         ("guide", &["migrate"], "refused"),
         ("import_goes", &[], "usage: import_goes FROM TO"),
         ("import_goes", &["--help", "x", "y"], "usage: import_goes FROM TO"),
-        ("import_goes", &["a", "b"], "FROM cannot be opened"),
-        ("import_goes", &[NO_POSTGRES, NO_POSTGRES], "FROM cannot be opened"),
+        ("import_goes", &["a", "b"], "opening FROM failed"),
+        ("import_goes", &[NO_POSTGRES, NO_POSTGRES], "opening FROM failed"),
         ("foreign_subscriber", &["--nonsense"], "usage: foreign_subscriber"),
         ("foreign_subscriber", &[NO_NATS], "refused"),
         ("foreign_subscriber", &["a", "b", "c"], "usage: foreign_subscriber"),
-        ("retail", &["--nonsense"], "there is no option --nonsense"),
+        ("retail", &["--nonsense"], "unknown option --nonsense"),
         ("retail", &["--input", "none.csv"], "none.csv"),
         ("retail", &["--bus", "core"], "127.0.0.1:9"),
         ("retail", &["--bus", "jetstream", "--reset"], "127.0.0.1:9"),
-        ("bank", &["--nonsense"], "there is no option --nonsense"),
+        ("bank", &["--nonsense"], "unknown option --nonsense"),
         ("bank", &["--transfers", "10", "--journal", "missing/journal"], "missing/journal"),
     ] {
         let Said { output, took, left } = run(name, args, Stdio::piped());

@@ -1,10 +1,10 @@
-//! What docs/guide.md shows, run: alone, and on several nodes with real servers.
+//! The program of docs/guide.md, run alone and on several nodes with real servers.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 #[path = "../examples/guide.rs"]
-#[allow(dead_code, unreachable_pub, reason = "it is a program of its own")]
+#[allow(dead_code, unreachable_pub, reason = "a separate program")]
 mod guide;
 mod support;
 
@@ -35,7 +35,7 @@ async fn one_process_keeps_the_log_and_builds_a_read_model_from_its_start() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nodes_share_the_shows_and_one_may_go_at_any_time() {
+async fn nodes_share_the_shows_and_may_stop_at_any_time() {
     let postgres = PostgresServer::shared().await;
     let database = postgres.create_database().await;
     let nats = NatsServer::start(NatsOptions::core()).await;
@@ -47,7 +47,7 @@ async fn nodes_share_the_shows_and_one_may_go_at_any_time() {
     let announce = ShowCommand::Announce { title: "Macbeth".into(), seats: 50 };
     office.execute::<Show>("macbeth", announce).await.unwrap();
     assert_eq!(guide::sell(&office, "macbeth", 10).await.unwrap(), 10);
-    // Whoever owns the show: one of them goes while it is asked.
+    // One of the nodes stops while the other sells; each may own the show.
     let (sold, ended) = tokio::join!(guide::sell(&office, "macbeth", 45), first.shutdown());
     ended.unwrap();
     assert_eq!(sold.unwrap(), 40);

@@ -1,10 +1,10 @@
-//! The import of docs/migration.md, from a table as goes makes it.
+//! The import of docs/migration.md, from a table in the format of goes.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 #[path = "../examples/import_goes.rs"]
-#[allow(dead_code, unreachable_pub, reason = "it is a program of its own")]
+#[allow(dead_code, unreachable_pub, reason = "a separate program")]
 mod import_goes;
 mod support;
 
@@ -18,7 +18,7 @@ const TABLE: &str = "CREATE TABLE events (
     id UUID PRIMARY KEY NOT NULL, name VARCHAR(255) NOT NULL, time BIGINT NOT NULL,
     aggregate_id UUID, aggregate_name VARCHAR(255), aggregate_version INTEGER, data JSONB)";
 
-/// An event of the old log: its aggregate, version there, time, and what is in it.
+/// Inserts an event of the old log: its aggregate, old version, time and content.
 async fn old(from: &PgPool, aggregate: u128, version: i32, time: i64, name: &str, data: &str) -> Uuid {
     let id = Uuid::now_v7();
     sqlx::query("INSERT INTO events VALUES ($1, $2, $3, $4, 'shop.order', $5, $6::jsonb)")
@@ -45,7 +45,8 @@ async fn a_log_is_imported_in_order_with_its_ids_and_times_and_once() {
     let to = PostgresStore::connect(&server.create_database().await).await.unwrap();
     from.execute(TABLE).await.unwrap();
     let placed = format!(r#"{{"Customer": "{}", "Total": 1299}}"#, Uuid::from_u128(7));
-    // The second aggregate's clock went back, and its versions have a hole: both happen there.
+    // The clock of the second aggregate went back, and its versions have a gap: both occur in old
+    // logs.
     let first = old(&from, 1, 1, 1_000_000_000_000_000_001, "shop.order.placed", &placed).await;
     let second = old(&from, 2, 1, 1_000_000_000_000_000_005, "shop.order.placed", &placed).await;
     let third = old(&from, 2, 3, 1_000_000_000_000_000_003, "shop.order.cancelled", r#""too late""#).await;
@@ -64,13 +65,13 @@ async fn a_log_is_imported_in_order_with_its_ids_and_times_and_once() {
     let metadata = events[2].decode_metadata().unwrap();
     assert_eq!(metadata.user["occurred_at"], "2001-09-09T01:46:40.000000003+00:00");
 
-    // Again, after the old service has gone on.
+    // Imports again, after the old service has continued.
     old(&from, 3, 1, 1_000_000_000_000_000_011, "shop.order.placed", &placed).await;
     assert_eq!(import(&from, &to).await.unwrap(), 1);
     assert_eq!(import(&from, &to).await.unwrap(), 0);
     assert_eq!(log(&to).await.len(), 5);
 
-    // What nobody has translated stops it, and so does a stream that is not the old one's.
+    // An untranslated event stops the import, and so does a foreign stream.
     old(&from, 4, 1, 1_000_000_000_000_000_012, "shop.order.lost", "null").await;
     assert!(import(&from, &to).await.unwrap_err().to_string().contains("shop.order.lost"));
     from.execute(

@@ -1,7 +1,9 @@
-//! Every option of every type, set to nothing, to one and to as much as there is: refused with its range, or it works.
+//! Every option of every type, set to zero, one and its maximum.
+//!
+//! It works, or is refused with its range.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 #![cfg(all(feature = "sqlite", feature = "postgres"))]
 
 mod support;
@@ -19,7 +21,7 @@ use storied::{
 };
 use tokio::time::timeout;
 
-/// Longer than anything here takes on a busy machine.
+/// Longer than any step takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Default, Serialize, Deserialize)]
@@ -89,7 +91,7 @@ impl Projection for Nothing {
     }
 }
 
-/// What the options of one run are, beside the defaults.
+/// The options of one run; the others have their defaults.
 #[derive(Default)]
 struct Options {
     feed: FeedOptions,
@@ -127,12 +129,12 @@ impl Options {
     }
 }
 
-/// A small runtime: it starts and works, or its start is refused.
+/// Runs a small runtime: it starts and works, or its start is refused.
 async fn run(builder: Builder) -> Result<(), StartError> {
     let runtime = timeout(PATIENCE, builder.start()).await.unwrap()?;
     let mut position = storied::Position::START;
     for n in 1..=5 {
-        // A limit of one frees its slot a moment after the answer.
+        // With a limit of 1, the permit is free only a moment after the answer.
         let receipt = loop {
             match runtime.execute::<Counter>("one", ()).await {
                 Err(ExecuteError::Overloaded { limit: 1, .. }) => tokio::task::yield_now().await,
@@ -150,14 +152,14 @@ async fn run(builder: Builder) -> Result<(), StartError> {
     Ok(())
 }
 
-/// The message names the option, its value and its range.
+/// Checks that the message names the option, its value and its range.
 fn assert_named(error: &str, option: &str) {
     assert!(error.contains(option) && error.contains("value ") && error.contains("allowed: "), "{error}");
 }
 
 type Set<T> = fn(Options, T) -> Options;
 
-/// Runs with each value; `refused` are those that must be.
+/// Runs with each value; exactly the values in `refused` must be refused.
 async fn try_each<T: Copy + PartialEq + std::fmt::Debug>(
     option: &str,
     set: Set<T>,
@@ -167,7 +169,7 @@ async fn try_each<T: Copy + PartialEq + std::fmt::Debug>(
     for &value in values {
         let builder = set(Options::default(), value).builder().store(MemoryStore::new());
         match run(builder).await {
-            Ok(()) => assert!(!refused.contains(&value), "{option} = {value:?} was taken"),
+            Ok(()) => assert!(!refused.contains(&value), "{option} = {value:?} was accepted"),
             Err(StartError::Option(error)) => {
                 assert!(refused.contains(&value), "{option} = {value:?}: {error}");
                 assert_named(&error.to_string(), option);
@@ -309,7 +311,7 @@ async fn counts_are_in_their_range_or_refused() {
     }
     let every: Set<u64> = |o, v| Options { aggregate: o.aggregate.snapshot_every(v, 1), ..o };
     try_each("AggregateOptions::snapshot_every", every, &[0, 1, u64::MAX], &[0]).await;
-    // Backwards.
+    // The wrong order.
     let backoff = ProjectionOptions::new().backoff(Duration::from_secs(2), Duration::from_secs(1));
     let builder = Options { projection: backoff, ..Options::default() }.builder().store(MemoryStore::new());
     assert_named(&run(builder).await.unwrap_err().to_string(), "ProjectionOptions::backoff");
@@ -319,7 +321,7 @@ fn assert_refused<T>(result: Result<T, StoreError>, option: &str) {
     match result {
         Err(StoreError::Invalid { reason }) => assert_named(&reason, option),
         Err(error) => panic!("{option}: {error}"),
-        Ok(_) => panic!("{option} was taken"),
+        Ok(_) => panic!("{option} was accepted"),
     }
 }
 
@@ -397,7 +399,9 @@ async fn postgres_options_are_in_their_range_or_refused() {
     }
 }
 
-/// The order of two options does not matter: each aggregate has its default, or all that there is.
+/// Checks that the order of two options does not matter.
+///
+/// Each aggregate has its default, or the whole limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_limit_counts_for_each_aggregate_too() {
     let options = AggregateOptions::<Counter>::new().max_in_flight(10).max_in_flight(5_000);

@@ -1,7 +1,9 @@
-//! examples/retail as a person runs it: as a process, on the real file, killed, repeated, and given nonsense.
+//! examples/retail as a user runs it: a process on the real file.
+//!
+//! It is killed, repeated, and gets invalid input.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 mod support;
 
@@ -26,10 +28,10 @@ use tempfile::TempDir;
 
 const CSV: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/retail/online-retail-10k.csv");
 
-/// A directory with databases and what the runs on them say.
+/// A directory with databases, and the output of its runs.
 struct Shop {
     directory: TempDir,
-    /// Where the log is, if not there.
+    /// Options of the location of the log, if it is elsewhere.
     store: Vec<String>,
 }
 
@@ -38,7 +40,7 @@ impl Shop {
         Self { directory: tempfile::tempdir().unwrap(), store: Vec::new() }
     }
 
-    /// With the log in a database of its own, on a PostgreSQL that all tests share.
+    /// Keeps the log in its own database, on a PostgreSQL that all tests share.
     async fn on_postgres() -> Self {
         let url = support::PostgresServer::shared().await.create_database().await;
         let store = ["--store", "postgres", "--database-url", &url].map(Into::into).into();
@@ -76,7 +78,7 @@ impl Shop {
         self.run(&[&["--json"], args].concat()).report()
     }
 
-    /// The log; looked up in a copy, so that the next run finds what the last one left.
+    /// Reads the log from a copy, so that the next run finds the files of the last one unchanged.
     async fn log(&self) -> Vec<RecordedEvent> {
         let copy = Shop::new();
         for file in ["shop.db", "shop.db-wal"] {
@@ -116,7 +118,7 @@ struct Report {
     commands_per_second: f64,
 }
 
-/// What a file comes to. The money is compared as text: to the penny, as it is written.
+/// The totals of a file. Money is compared as text, to the penny.
 #[derive(Debug, PartialEq, Deserialize)]
 struct Totals {
     invoices: usize,
@@ -126,7 +128,7 @@ struct Totals {
     units_by_stock_code: BTreeMap<String, i64>,
 }
 
-/// The totals straight from the file, with nothing of storied or of the example.
+/// Computes the totals from the file, without code of storied or of the example.
 fn totals_of(file: impl AsRef<Path>) -> Totals {
     let (mut numbers, mut revenue, mut units) = (BTreeSet::new(), BTreeMap::new(), BTreeMap::new());
     for row in csv::Reader::from_path(file).unwrap().deserialize() {
@@ -151,7 +153,7 @@ fn totals_of(file: impl AsRef<Path>) -> Totals {
 }
 
 #[test]
-fn the_file_comes_to_what_is_known_of_it() {
+fn the_file_has_its_known_totals() {
     let totals = totals_of(CSV);
     assert_eq!((totals.invoices, totals.cancellations, &*totals.total), (469, 43, "180667.75"));
     assert_eq!((totals.revenue_by_country.len(), totals.units_by_stock_code.len()), (15, 2015));
@@ -205,9 +207,9 @@ async fn totals_are_exact_and_a_second_run_changes_nothing() {
     assert_eq!((again.duplicates, again.new_events, again.totals), (0, 10_512, first.totals));
 }
 
-/// The same over NATS, and the mirror has the whole log, also after a reset and a second run.
+/// Runs over NATS: the mirror has the whole log, also after a reset and a second run.
 #[tokio::test]
-async fn over_nats_it_comes_to_the_same() {
+async fn totals_are_exact_over_nats() {
     let server = NatsServer::start(NatsOptions::jetstream()).await;
     for bus in ["core", "jetstream"] {
         let shop = Shop::new();
@@ -240,16 +242,18 @@ async fn totals_are_exact_on_postgres() {
 }
 
 #[tokio::test]
-async fn killed_at_any_moment_it_goes_on_and_comes_to_the_same() {
+async fn totals_are_exact_after_kills() {
     killed(12, async || Shop::new()).await;
 }
 
 #[tokio::test]
-async fn killed_at_any_moment_on_postgres_as_well() {
+async fn totals_are_exact_after_kills_on_postgres() {
     killed(6, Shop::on_postgres).await;
 }
 
-/// Three processes share the read models; each of the others is killed while the first one works, and then the first.
+/// Three processes share the read models.
+///
+/// The test kills the others while the first works, and then the first.
 #[tokio::test]
 async fn any_node_may_be_killed() {
     let shop = Shop::on_postgres().await;
@@ -271,7 +275,7 @@ async fn any_node_may_be_killed() {
         let report = shop.said(status).report();
         assert_eq!((report.totals, report.events), (totals_of(CSV), 10_512));
     }
-    assert!(killed >= 2, "they were faster than the kills");
+    assert!(killed >= 2, "the runs ended before the kills");
 
     let mut run = shop.start(&[&nodes[..], &["--reset"]].concat());
     let mut others = children(run.id());
@@ -283,7 +287,7 @@ async fn any_node_may_be_killed() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     run.kill().unwrap();
     run.wait().unwrap();
-    // Who is left goes on with what there is, and ends.
+    // The remaining process completes the work and ends.
     let ended = Instant::now();
     while others.iter().any(|other| is_running(*other)) {
         assert!(ended.elapsed() < Duration::from_secs(30), "{others:?} are still there");
@@ -298,13 +302,13 @@ fn children(of: u32) -> Vec<Pid> {
     children.split_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect()
 }
 
-/// A process that nobody has waited for is one no more.
+/// Returns whether a process runs; a zombie does not.
 fn is_running(process: Pid) -> bool {
     let status = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     status.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
 }
 
-/// Killed again and again, wherever it happens to be, on databases that get fuller from run to run.
+/// Kills runs at random moments, on databases that grow from run to run.
 async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
     let seed = match std::env::var("RETAIL_SEED") {
         Ok(seed) => seed.parse().unwrap(),
@@ -320,9 +324,9 @@ async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
     let mut kills = 0;
     while kills < times {
         let shop = open().await;
-        // A few on each database, so that many kills find one that is still getting fuller.
+        // Few kills on each database, so that many find one that still grows.
         for round in 0..3 {
-            // After a kill, the read models are first waited for.
+            // After a kill, a run first waits for the read models.
             let span = if round == 0 { a_run.mul_f64(0.8) } else { a_run + Duration::from_secs(1) };
             let delay = span.mul_f64(random.below_one());
             let mut run = shop.start(&["--json"]);
@@ -333,7 +337,7 @@ async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
             run.kill().unwrap(); // SIGKILL
             let status = run.wait().unwrap();
             if status.code().is_some() {
-                assert_eq!(shop.said(status).report().totals, expected, "it was faster than the kill");
+                assert_eq!(shop.said(status).report().totals, expected, "the run ended before the kill");
                 break;
             }
             kills += 1;
@@ -347,7 +351,7 @@ async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
     }
 }
 
-/// xorshift64: enough to choose moments.
+/// xorshift64, sufficient for random moments.
 struct Random(u64);
 
 impl Random {
@@ -360,10 +364,10 @@ impl Random {
 }
 
 #[test]
-fn a_malformed_row_is_reported_and_what_was_done_is_kept() {
+fn a_malformed_row_is_reported_and_earlier_rows_are_kept() {
     let content = fs::read_to_string(CSV).unwrap();
     let lines: Vec<_> = content.lines().collect();
-    // Row 2000 of the file is in its line 2001.
+    // Row 2000 of the file is on its line 2001.
     let good = lines[2000];
     let mut fields: Vec<_> = good.split(',').collect();
     assert_eq!(fields.len(), 8, "no commas within: {good}");
@@ -405,7 +409,7 @@ fn a_malformed_row_is_reported_and_what_was_done_is_kept() {
     }
 }
 
-/// The same rows, but one says something else than before: the invoice refuses it, and stays as it was.
+/// Imports the file again with one changed row: the invoice refuses that row, and stays unchanged.
 #[test]
 fn a_changed_row_is_rejected() {
     let shop = Shop::new();
@@ -428,9 +432,9 @@ fn a_changed_row_is_rejected() {
     assert_eq!(second.totals, first.totals);
 }
 
-/// An invoice whose rows do not follow each other is still one invoice.
+/// Checks that separated rows of one invoice belong to one invoice.
 #[test]
-fn the_file_may_come_back_to_an_invoice() {
+fn rows_of_an_invoice_may_be_apart() {
     let shop = Shop::new();
     let content = fs::read_to_string(CSV).unwrap();
     let mut lines: Vec<_> = content.lines().take(1_001).collect();
@@ -449,8 +453,8 @@ fn the_file_may_come_back_to_an_invoice() {
 fn the_command_line_is_checked() {
     let shop = Shop::new();
     for (args, what) in [
-        (&["--speed", "fast"][..], "there is no option --speed"),
-        (&["retail.csv"], "there is no option retail.csv"),
+        (&["--speed", "fast"][..], "unknown option --speed"),
+        (&["retail.csv"], "unknown option retail.csv"),
         (&["--input"], "--input needs a value"),
         (&["--store", "mysql"], "--store cannot be mysql"),
         (&["--bus", "omnibus"], "--bus cannot be omnibus"),

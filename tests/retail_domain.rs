@@ -1,10 +1,10 @@
-//! What the invoices of examples/retail decide, and where its reader says that a row is malformed, without a runtime.
+//! The decisions of the invoices of examples/retail, and the places of malformed rows. No runtime.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 #[path = "../examples/retail/domain.rs"]
-#[allow(dead_code, reason = "what only the projections use")]
+#[allow(dead_code, reason = "some items are for the projections only")]
 mod domain;
 #[path = "../examples/retail/rows.rs"]
 mod rows;
@@ -71,7 +71,7 @@ fn a_credit_note_needs_no_invoice_that_it_is_for() {
 }
 
 #[test]
-fn opening_twice_is_once_and_opening_for_somebody_else_is_refused() {
+fn opening_is_idempotent_and_another_customer_is_refused() {
     let opened = [Opened { header: header() }];
     invoice(opened.clone()).when(Open { header: header() }).then_nothing();
     invoice(opened)
@@ -106,7 +106,7 @@ fn a_line_is_taken_once_and_not_changed() {
     sold()
         .when(AddLine { header: header(), line: line(7, "2.55") })
         .then_error(InvoiceError::OtherLine { before: line(6, "2.55") });
-    // The same article once more is another line.
+    // The same article again is another line.
     let second = Line { number: 2, ..line(6, "2.55") };
     sold().when(AddLine { header: header(), line: second.clone() }).then([LineSold { line: second }]);
 }
@@ -137,7 +137,7 @@ fn a_line_must_be_the_invoices_own() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn invalid_values_are_refused() {
     let add = |line| AddLine { header: header(), line };
     let opened = || invoice([Opened { header: header() }]);
     opened().when(add(line(0, "2.55"))).then_error(InvoiceError::NoQuantity { line: 1 });
@@ -168,7 +168,7 @@ fn events_keep_their_names() {
 const HEAD: &str = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country";
 const GOOD: &str = "536365,71053,WHITE METAL LANTERN,6,2010-12-01 08:26:00,3.39,17850.0,United Kingdom";
 
-/// The rows before the first malformed one, and what is said about that one, without the name of the file.
+/// Returns the rows before the first malformed one, and its error without the file name.
 fn read(content: impl AsRef<[u8]>) -> (Vec<Row>, Option<String>) {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("rows.csv");

@@ -1,7 +1,9 @@
-//! The whole path through a runtime: commands in, read models out, and back again after every kind of end.
+//! The whole path through a runtime: commands, events and read models.
+//!
+//! Also recovery after every kind of end.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, reason = "tests are no product")]
+#![allow(missing_docs, reason = "tests are not part of the API")]
 
 use std::time::Duration;
 
@@ -60,7 +62,7 @@ impl Aggregate for Account {
     }
 }
 
-/// Writes down every event that it applies, with its place in the log: a second time would show.
+/// Stores every applied event with its position, so that a repetition shows.
 struct Ledger;
 
 impl Projection for Ledger {
@@ -110,7 +112,7 @@ impl Projection for Count {
     }
 }
 
-/// What a runtime hands out can be given to the next one; a bus that is shared, too.
+/// Checks that the store of a runtime, or a shared bus, can be passed to the next runtime.
 #[tokio::test]
 async fn a_shared_store_and_bus_are_taken_as_they_are() {
     let bus: std::sync::Arc<dyn EventBus> = std::sync::Arc::new(LocalBus::new());
@@ -129,9 +131,9 @@ async fn a_shared_store_and_bus_are_taken_as_they_are() {
     builder.start().await.unwrap().shutdown().await.unwrap();
 }
 
-/// A node ends with the tokio runtime that it was started in, and says so to its remaining holders.
+/// Checks that a node ends with the tokio runtime that started it, and that its clones report that.
 #[test]
-fn a_node_without_its_tokio_runtime_says_so() {
+fn a_node_without_its_tokio_runtime_reports_it() {
     let dir = TempDir::new().unwrap();
     let executor =
         || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -157,7 +159,7 @@ fn a_node_without_its_tokio_runtime_says_so() {
         }
         let status = node.projection("count").unwrap().status();
         assert_eq!(status.state, ProjectionState::Stopped);
-        // It may have had everything when it ended; what comes after that it never gets.
+        // The node may have received all earlier events; it never receives later ones.
         let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
         let other = Runtime::builder().store(store).aggregate::<Account>().start().await.unwrap();
         other.execute::<Account>(1, Deposit(5)).await.unwrap();
@@ -165,7 +167,7 @@ fn a_node_without_its_tokio_runtime_says_so() {
         let error = lookup.ready(Duration::from_secs(10)).await.unwrap_err();
         assert!(error.to_string().contains("has stopped"), "{error}");
         let began = std::time::Instant::now();
-        // Whatever it says: it has an end.
+        // Its result does not matter; the call must end.
         let _ = node.shutdown_within(Duration::from_secs(5)).await;
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
         // The lookup is free for the next node.
@@ -177,7 +179,7 @@ fn a_node_without_its_tokio_runtime_says_so() {
     });
 }
 
-/// A shop's files.
+/// The files of a shop.
 struct Shop {
     directory: TempDir,
 }
@@ -231,7 +233,7 @@ async fn log(store: &dyn EventStore) -> Vec<(u64, i64)> {
 }
 
 #[tokio::test]
-async fn what_was_executed_can_be_read() {
+async fn executed_commands_can_be_read() {
     let shop = Shop::new();
     let (runtime, read) = shop.open().await;
     for n in 1..=50 {
@@ -251,7 +253,7 @@ async fn what_was_executed_can_be_read() {
     runtime.shutdown().await.unwrap();
 }
 
-/// F36: the error says so where a node runs no projection at all, and the command is not executed.
+/// F36: on a node without projections the error says so, and the command is not executed.
 #[tokio::test]
 async fn waiting_for_an_unknown_projection_executes_nothing() {
     let store = MemoryStore::new();
@@ -266,9 +268,11 @@ async fn waiting_for_an_unknown_projection_executes_nothing() {
     runtime.shutdown().await.unwrap();
 }
 
-/// An answer that writes nothing is not contradicted by the store either: the node's own state may be old.
+/// Checks that a reply without events is confirmed against the log.
+///
+/// The state of the node may be stale.
 #[tokio::test]
-async fn a_node_that_another_has_overtaken_answers_from_the_log() {
+async fn a_stale_node_answers_from_the_log() {
     let store = MemoryStore::new();
     let start = || Runtime::builder().store(store.clone()).aggregate::<Account>().start();
     let (one, other) = (start().await.unwrap(), start().await.unwrap());
@@ -283,9 +287,9 @@ async fn a_node_that_another_has_overtaken_answers_from_the_log() {
     other.shutdown().await.unwrap();
 }
 
-/// A node that only takes commands does not read back what it appends. Who comes later misses nothing.
+/// Checks that a node with commands only does not read its appends. A later reader misses none.
 #[tokio::test]
-async fn without_projections_nobody_publishes_until_somebody_follows() {
+async fn without_projections_nothing_is_published_until_a_reader_follows() {
     let bus = LocalBus::new();
     let store = MemoryStore::new();
     let deposits = async |node: &Runtime| {
@@ -315,7 +319,7 @@ async fn without_projections_nobody_publishes_until_somebody_follows() {
 }
 
 #[tokio::test]
-async fn a_restart_goes_on_and_a_new_projection_starts_from_the_beginning() {
+async fn a_restart_continues_and_a_new_projection_starts_from_the_beginning() {
     let shop = Shop::new();
     let (runtime, _) = shop.open().await;
     for n in 1..=20 {
@@ -344,10 +348,11 @@ async fn a_restart_goes_on_and_a_new_projection_starts_from_the_beginning() {
     runtime.shutdown().await.unwrap();
 }
 
-/// The runtime is dropped without a word, at any moment, again and again. Each caller repeats what got no answer, with the
-/// same id.
+/// Drops the runtime at any moment, many times.
+///
+/// Each caller repeats unanswered commands with the same id.
 #[tokio::test(flavor = "multi_thread")]
-async fn dropped_at_any_moment_nothing_is_lost_or_doubled() {
+async fn dropping_a_runtime_loses_and_duplicates_nothing() {
     let shop = Shop::new();
     let mut acknowledged = 0;
     let commands: Vec<(u64, Uuid)> = (0..600).map(|n| (n % 7, Uuid::now_v7())).collect();
@@ -364,7 +369,7 @@ async fn dropped_at_any_moment_nothing_is_lost_or_doubled() {
         }
         if round < 11 {
             tokio::time::sleep(Duration::from_millis(1 + round * 2)).await;
-            // What is left of the tasks lets go of its clone; the last one stops everything at once.
+            // The remaining tasks drop their clones; the last drop stops everything at once.
             drop(runtime);
             tasks.abort_all();
         }
@@ -386,7 +391,7 @@ async fn dropped_at_any_moment_nothing_is_lost_or_doubled() {
             }
         }
         acknowledged += answered.len();
-        // Some repeat what had an answer: that changes nothing.
+        // Repeating answered commands changes nothing.
         left = commands
             .iter()
             .copied()
@@ -404,12 +409,12 @@ async fn dropped_at_any_moment_nothing_is_lost_or_doubled() {
 }
 
 #[tokio::test]
-async fn what_contradicts_itself_does_not_start() {
+async fn contradictory_registrations_do_not_start() {
     let twice = Runtime::builder()
         .store(MemoryStore::new())
         .projection(Count(tokio::sync::watch::Sender::new(0)), InMemory::new())
         .projection(Count(tokio::sync::watch::Sender::new(0)), InMemory::new());
-    assert!(twice.start().await.unwrap_err().to_string().contains("two projections are called \"count\""));
+    assert!(twice.start().await.unwrap_err().to_string().contains("duplicate projection name \"count\""));
 }
 
 #[test]
@@ -424,7 +429,9 @@ fn public_handles_can_be_shared() {
     shared::<storied::StoreError>();
 }
 
-/// A future that holds a lock while it waits would not be: it could not be spawned, and could stop a whole runtime.
+/// Checks that no public future holds a lock across an await.
+///
+/// Such a future could not be spawned, and could block a runtime.
 #[tokio::test]
 async fn public_futures_can_be_spawned() {
     fn spawnable<F: Future + Send>(_: &F) {}

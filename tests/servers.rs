@@ -1,4 +1,6 @@
-//! The harness itself: its servers come up, crash, come back with what was durable, freeze, and never outlive their test.
+//! Tests of the harness.
+//!
+//! Servers start, crash, recover durable data, freeze, and never outlive their test.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests are tests")]
 
 mod support;
@@ -28,7 +30,7 @@ async fn jetstream(server: &NatsServer) -> jetstream::Context {
     jetstream::new(async_nats::connect(server.url()).await.unwrap())
 }
 
-/// A stream `notes` over `notes.>` with one message.
+/// Creates a stream `notes` over `notes.>` with one message.
 async fn note(server: &NatsServer) {
     let context = jetstream(server).await;
     let config = jetstream::stream::Config {
@@ -142,7 +144,7 @@ fn ports_are_claimed_once() {
     assert_eq!(numbers.len(), ports.len());
 }
 
-/// Starts both servers and makes connections, so that PostgreSQL has back ends.
+/// Starts both servers and connects to them, so that PostgreSQL has back ends.
 async fn both() -> (PostgresServer, NatsServer, PgConnection) {
     let postgres = PostgresServer::start().await;
     let nats = NatsServer::start(NatsOptions::jetstream()).await;
@@ -155,7 +157,7 @@ fn port(url: &str) -> u16 {
     rest.split('/').next().unwrap().parse().unwrap()
 }
 
-/// Asserts that no process, directory or listener is left, at once or within a few seconds.
+/// Checks that no process, directory or listener is left after `within`.
 fn assert_gone(dir: &Path, port: u16, within: Duration) {
     let deadline = Instant::now() + within;
     loop {
@@ -194,7 +196,7 @@ async fn a_panicking_test_leaves_nothing() {
     }
 }
 
-/// Runs this very program once more, to be killed: what a Ctrl-C or a test runner's timeout does.
+/// Starts this program again and kills it, as Ctrl-C or the timeout of a test runner does.
 fn kill_a_test_process(body: &str) {
     let mut program = Command::new(std::env::current_exe().unwrap());
     program.args(["--exact", body, "--ignored", "--nocapture"]).stdout(Stdio::piped()).process_group(0);

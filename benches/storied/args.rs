@@ -1,36 +1,36 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
-/// A number is part of the name: `append-100`.
+/// A workload. A number is part of its name: `append-100`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Workload {
     /// Commands over 1,000 aggregates.
     Commands,
     /// Commands on one aggregate.
     Hot,
-    /// Appends of so many events each, straight into the store.
+    /// Appends of this many events each, directly to the store.
     Append(usize),
     /// A new projection over a full log.
     Catchup,
     /// The first command on an aggregate with a long stream.
     Rehydrate,
-    /// A log over NATS: into a new mirror in JetStream, or over Core to a subscriber.
+    /// Publishes a log over NATS: into a new log stream in JetStream, or over Core to a subscriber.
     Publish,
-    /// A log into a new mirror in JetStream, one message after the other.
+    /// Publishes a log into a new log stream in JetStream, one message after the other.
     AcksAwaited,
-    /// Messages into JetStream with ids, by which it knows those that it has.
+    /// Publishes messages into JetStream with ids for its deduplication.
     AcksDedup,
-    /// From an append to the handler of a projection, or over NATS to a subscriber, 200 times a second.
+    /// Latency from an append to a projection, or over NATS to a subscriber, 200 times a second.
     Latency,
-    /// Commands over NATS to a handler that does nothing, on so many nodes.
+    /// Commands over NATS to an empty handler, on this many nodes.
     Dispatch(usize),
-    /// Commands over NATS to the aggregates of so many other nodes.
+    /// Commands over NATS to the aggregates of this many other nodes.
     Remote(usize),
-    /// Bytes of an aggregate that is live and has nothing to do.
+    /// Bytes of an idle live aggregate.
     MemoryIdle,
-    /// The most that a process needs while a new projection reads a full log.
+    /// Peak memory of a process in which a new projection reads a full log.
     MemoryCatchup,
-    /// Commands on so many node processes.
+    /// Commands on this many node processes.
     Scale(usize),
 }
 
@@ -61,7 +61,7 @@ pub struct Plan {
 }
 
 pub struct Args {
-    /// `append` is `append-1` and `append-100`.
+    /// The selected workload; `append` selects `append-1` and `append-100`.
     workload: Option<String>,
     store: Option<StoreKind>,
     bus: Option<BusKind>,
@@ -124,14 +124,15 @@ impl Workload {
         }
     }
 
-    /// Whether this is what was asked for, or one of several.
+    /// Returns whether this workload is selected, directly or by the name of its family.
     fn is(self, wanted: &str) -> bool {
         let name = self.name();
         name.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
     }
 
-    /// Where there is something to compare it with. The memory store is its own limit, and keeps the log in memory. `acks` is
-    /// about NATS alone.
+    /// Returns the stores with a limit to compare.
+    ///
+    /// The memory store is its own limit, and keeps the log in memory. `acks` measures NATS only.
     fn stores(self) -> &'static [StoreKind] {
         match self {
             Workload::AcksAwaited | Workload::AcksDedup => &[StoreKind::Memory],
@@ -228,12 +229,12 @@ impl Args {
                 "--store" => {
                     let name = value()?;
                     let store = StoreKind::parse(&name);
-                    parsed.store = Some(store.ok_or_else(|| format!("there is no store {name:?}\n{USAGE}"))?);
+                    parsed.store = Some(store.ok_or_else(|| format!("unknown store {name:?}\n{USAGE}"))?);
                 }
                 "--bus" => {
                     let name = value()?;
                     let bus = BusKind::ALL.into_iter().find(|kind| kind.name() == name);
-                    parsed.bus = Some(bus.ok_or_else(|| format!("there is no bus {name:?}\n{USAGE}"))?);
+                    parsed.bus = Some(bus.ok_or_else(|| format!("unknown bus {name:?}\n{USAGE}"))?);
                 }
                 "--callers" => parsed.callers = Some(number(&value()?)?),
                 "--events" => parsed.events = Some(number(&value()?)?),
@@ -243,13 +244,13 @@ impl Args {
                 name if Workload::ALL.into_iter().any(|workload| workload.is(name)) => {
                     parsed.workload = Some(name.into());
                 }
-                name => return Err(format!("{name:?} is unknown\n{USAGE}")),
+                name => return Err(format!("unknown workload {name:?}\n{USAGE}")),
             }
         }
         Ok(parsed)
     }
 
-    /// What to run: everything that was asked for, where it can run.
+    /// Returns the selected runs that are possible.
     pub fn plans(&self) -> Result<Vec<Plan>, String> {
         let mut plans = Vec::new();
         let wanted = |workload: Workload| self.workload.as_ref().is_none_or(|name| workload.is(name));
@@ -277,7 +278,7 @@ impl Args {
         Ok(plans)
     }
 
-    /// Says what would run.
+    /// Returns an error with the possible runs.
     fn nothing(&self, wanted: impl Fn(Workload) -> bool) -> String {
         let asked = |name: Option<&str>| name.unwrap_or("any").to_owned();
         let mut message = format!(
@@ -298,6 +299,6 @@ impl Args {
 fn number(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(number) if number > 0 => Ok(number),
-        _ => Err(format!("{text:?} is no number above 0\n{USAGE}")),
+        _ => Err(format!("{text:?} is not a number above 0\n{USAGE}")),
     }
 }

@@ -11,7 +11,7 @@ use crate::nats::{Nats, subscribe};
 use crate::stores::Store;
 use crate::workloads::{AGGREGATES, execute};
 
-/// Does nothing; what became of the command is recorded all the same.
+/// An empty handler; the record of the command is stored all the same.
 struct Nothing;
 
 impl Handler for Nothing {
@@ -25,8 +25,9 @@ impl Handler for Nothing {
     }
 }
 
-/// A command from one node to a handler on any of `nodes` others, all in this process. The limit is a bare request and its
-/// reply between the same two ends, with one that answers.
+/// Measures commands from one node to a handler on any of `nodes` others, all in this process.
+///
+/// The limit is a bare request and its reply between the same two ends, with one responder.
 pub async fn dispatch(plan: &Plan, nodes: usize) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = Store::fresh(plan.store).await;
@@ -50,8 +51,9 @@ pub async fn dispatch(plan: &Plan, nodes: usize) -> Comparison {
     Comparison { ours, limit, note: "a record for each of ours".into() }
 }
 
-/// A command from one node to the aggregates of `nodes` others, all in this process. The limit is the same command where the
-/// aggregates are, on one node.
+/// Measures commands from one node to the aggregates of `nodes` others, all in this process.
+///
+/// The limit is the same command on the node of the aggregates.
 pub async fn remote(plan: &Plan, nodes: usize) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = Store::fresh(plan.store).await;

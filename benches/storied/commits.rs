@@ -9,7 +9,7 @@ use crate::domain::AccountEvent;
 use crate::limits::sqlite;
 use crate::stores::{directory, postgres};
 
-/// One row and commit after the other, and a second connection that reads the last row.
+/// Single-row commits, one after the other, and a second connection that reads the last row.
 pub enum SingleCommits {
     Memory(MemoryStore),
     Sqlite { connections: Box<[SqliteConnection; 2]>, _directory: TempDir },

@@ -1,4 +1,4 @@
-//! From the store over NATS to a subscriber on another connection, or into the mirror.
+//! Delivery from the store over NATS to a subscriber on another connection, or into the log stream.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,9 @@ use crate::nats::{EVENTS, Nats, subscribe};
 use crate::stores::Store;
 use crate::workloads::AGGREGATES;
 
-/// A full log into a new mirror in JetStream, until all of it is confirmed. The limit is async-nats with messages alike.
+/// Publishes a full log into a new log stream until all is confirmed.
+///
+/// The limit is async-nats with equal messages.
 pub async fn mirror(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let bus = nats.events(plan.bus);
@@ -27,7 +29,9 @@ pub async fn mirror(plan: &Plan) -> Comparison {
     }
 }
 
-/// The same, each message confirmed before the next one is sent. The limit is storied's own window.
+/// As [`mirror`], with each message confirmed before the next one.
+///
+/// The limit is the normal window of storied.
 pub async fn awaited(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = full(plan).await;
@@ -38,11 +42,13 @@ pub async fn awaited(plan: &Plan) -> Comparison {
     Comparison { ours, limit, note: "both are storied: 1 in flight, and 256".into() }
 }
 
-/// Messages as in a mirror. The limit is the same without an id for each; storied never goes without, so async-nats is both.
+/// Publishes messages as in a log stream, with ids.
+///
+/// The limit is the same without ids. storied always sends ids, so both sides are async-nats.
 pub async fn deduplicated(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = full(plan).await;
-    // Each behind as much as the other.
+    // Both sides start with the same backlog.
     let publish = async |with_ids| {
         let bus = nats.events(plan.bus);
         fill_mirror(plan, &store, &bus).await;
@@ -77,8 +83,9 @@ async fn fill_mirror(plan: &Plan, store: &Store, bus: &NatsBus) -> Run {
     run
 }
 
-/// Appends as fast as the store takes them, published and received by a subscriber, until it has the last. The limit is
-/// async-nats with messages alike, without a store behind it.
+/// Appends at full speed, until a subscriber has received the last event.
+///
+/// The limit is async-nats with equal messages, without a store.
 pub async fn deliver(plan: &Plan) -> Comparison {
     let mut scene = Scene::open(plan).await;
     let filled = {
@@ -116,7 +123,7 @@ pub async fn deliver(plan: &Plan) -> Comparison {
         publisher.flush().await.unwrap();
     });
     let mut arrived = 0;
-    // What async-nats had to drop does not come.
+    // Messages that async-nats dropped never arrive.
     while let Ok(Some(_)) = tokio::time::timeout(Duration::from_secs(1), messages.next()).await {
         arrived += 1;
         if arrived == count {
@@ -132,7 +139,7 @@ pub async fn deliver(plan: &Plan) -> Comparison {
     }
 }
 
-/// A node that publishes, and a subscriber on another connection.
+/// A publishing node, and a subscriber on another connection.
 pub struct Scene {
     nats: Nats,
     pub store: Store,
@@ -147,7 +154,7 @@ impl Scene {
         let store = Store::fresh(plan.store).await;
         let raw = nats.connect().await;
         let mut messages = subscribe(&raw, EVENTS.into()).await;
-        // All others would be parsed only to be dropped, at the cost of what is measured.
+        // Parsing the others only to drop them would distort the measurement.
         messages.unsubscribe_after(1).await.unwrap();
         let bus = nats.events(plan.bus);
         let subscription = EventBus::subscribe(&bus, store.port().info().id).await.unwrap();
@@ -158,12 +165,14 @@ impl Scene {
         Self { nats, store, node, subscription, messages }
     }
 
-    /// The first message that was published, for the limit to copy. It is the only one that this subscriber takes.
+    /// Returns the first published message, which the limit copies.
+    ///
+    /// This subscriber receives no other.
     pub async fn message(&mut self) -> async_nats::Message {
         self.messages.next().await.unwrap()
     }
 
-    /// Ends all but the server.
+    /// Ends everything except the server.
     pub async fn close(self) -> Nats {
         self.node.shutdown().await.unwrap();
         self.nats

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 use storied::{Aggregate, Context, Decision, Event};
 
-/// An aggregate that costs nothing: what is measured is what is around it.
+/// An aggregate without cost: the benchmark measures its surroundings.
 #[derive(Default)]
 pub struct Account {
     pub entries: u64,

@@ -1,4 +1,4 @@
-//! From an append to whoever waits for the event.
+//! Latency from an append to the receiver of the event.
 
 use std::time::{Duration, Instant};
 
@@ -20,8 +20,10 @@ use crate::nats::subscribe;
 use crate::stores::Store;
 use crate::workloads::AGGREGATES;
 
-/// From before an append to the handler of a projection in the same process, 200 times a second. The limit commits one row by
-/// itself and reads it on another connection; on the memory store, it is that store itself.
+/// Measures the latency from an append to a projection of the same process, 200 times a second.
+///
+/// The limit commits a single row and reads it on another connection. On the memory store, the
+/// limit is that store itself.
 pub async fn to_projection(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     let (sender, mut seen) = mpsc::unbounded_channel();
@@ -52,13 +54,14 @@ pub async fn to_projection(plan: &Plan) -> Comparison {
     Comparison { ours, limit: Run::each(latencies), note: NOTE.into() }
 }
 
-/// From before an append to its arrival at a subscriber on another connection, 200 times a second. The limit commits one row by
-/// itself, then publishes one message and receives it; with JetStream, to a subject that a stream listens to, without waiting for
-/// its answer.
+/// Measures the time from an append to a subscriber on another connection, 200 times a second.
+///
+/// The limit commits a single row, then publishes one message and receives it. With JetStream, a
+/// stream listens to the subject, and the limit does not wait for its answer.
 pub async fn to_subscriber(plan: &Plan) -> Comparison {
     let mut scene = Scene::open(plan).await;
     let mut ticks = ticks();
-    // What is published before the server knows of the subscription never comes.
+    // Messages published before the server knows the subscription never arrive.
     let mut tries = 0;
     while !arrives(&mut scene, plan, tries, Duration::from_secs(1)).await.1 {
         tries += 1;
@@ -75,7 +78,7 @@ pub async fn to_subscriber(plan: &Plan) -> Comparison {
     let mut message = scene.message().await;
     let nats = scene.close().await;
 
-    // The stream would refuse copies.
+    // The stream would reject copies.
     message.headers = message.headers.map(|headers| {
         let kept = headers.iter().filter(|(name, _)| !AsRef::<str>::as_ref(*name).starts_with("Nats-"));
         kept.flat_map(|(name, values)| values.iter().map(move |value| (name.clone(), value.clone())))
@@ -105,7 +108,7 @@ pub async fn to_subscriber(plan: &Plan) -> Comparison {
     Comparison { ours, limit: Run::each(latencies), note: NOTE.into() }
 }
 
-/// How long an event took from before its append, and whether it came at all.
+/// Returns the time from before an append to the arrival of its event, and whether it arrived.
 async fn arrives(scene: &mut Scene, plan: &Plan, n: usize, patience: Duration) -> (Duration, bool) {
     let (start, id) = append(&scene.store, plan, n).await;
     let coming = async {
@@ -138,7 +141,7 @@ impl Projection for Seen {
 
     async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
         let AccountEvent::Entered { .. } = event.decode()?;
-        self.0.send(event.id).map_err(|_| "nobody waits".into())
+        self.0.send(event.id).map_err(|_| "no receiver waits".into())
     }
 
     async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
@@ -160,7 +163,7 @@ async fn append(store: &Store, plan: &Plan, n: usize) -> (Instant, Uuid) {
     (start, id)
 }
 
-/// How often an event is appended while latencies are taken.
+/// Returns the interval of the appends.
 fn ticks() -> Interval {
     let mut ticks = interval(Duration::from_millis(5));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -1,4 +1,4 @@
-//! What there is to be had without storied, on the same machine in the same minute.
+//! The limits without storied, on the same machine in the same minute.
 
 use std::time::Instant;
 
@@ -14,7 +14,9 @@ use crate::stores::{POSTGRES_SCHEMA, directory, postgres};
 
 const ROW: &str = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
-/// SQLite through sqlx with nothing above: rows like storied's, `per_transaction` of them in one INSERT and commit, synced.
+/// Inserts rows like storied's into SQLite through sqlx.
+///
+/// Each INSERT and synced commit has `per_transaction` rows.
 pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
     let directory = directory();
     let mut connection = open(&directory).await;
@@ -49,7 +51,9 @@ pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
     Run::new(transactions * per_transaction, start.elapsed(), latencies)
 }
 
-/// SQLite through sqlx: all rows in order, with the columns that an event is made of, taken but not decoded.
+/// Reads all rows from SQLite through sqlx, in order.
+///
+/// It takes the columns of an event without decoding them.
 pub async fn sqlite_read(expected: usize, filled: &std::path::Path) -> Run {
     use futures_util::TryStreamExt;
     let mut connection = SqliteConnectOptions::new()
@@ -77,8 +81,10 @@ pub async fn sqlite_read(expected: usize, filled: &std::path::Path) -> Run {
     Run::whole(events, start.elapsed())
 }
 
-/// PostgreSQL through sqlx with nothing above: rows like storied's, `per_transaction` of them in one INSERT … unnest and
-/// commit, from `writers` connections at a time, and of `streams` streams in turns. With 1, 1 and 1 it is one single-row commit
+/// Inserts rows like storied's into PostgreSQL through sqlx.
+///
+/// Each INSERT … unnest and commit has `per_transaction` rows. It uses `writers` connections
+/// concurrently, and `streams` streams in turn. With 1, 1 and 1 it measures single-row commits, one
 /// after the other.
 pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: usize) -> Run {
     let mut setup = postgres().await;
@@ -102,7 +108,7 @@ pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usiz
     for mut connection in connections {
         let payload = text(plan.payload).into_bytes();
         tasks.spawn(async move {
-            // Random, as storied's keys are.
+            // Random, as the keys of storied are.
             let own = (streams / writers).max(per_transaction);
             let streams: Vec<Uuid> = (0..own).map(|_| Uuid::new_v4()).collect();
             let mut latencies = Vec::with_capacity(transactions);
@@ -141,7 +147,9 @@ pub async fn postgres_inserts(plan: &Plan, per_transaction: usize, writers: usiz
     run
 }
 
-/// PostgreSQL through sqlx: all rows in order, with the columns that an event is made of, taken but not decoded.
+/// Reads all rows from PostgreSQL through sqlx, in order.
+///
+/// It takes the columns of an event without decoding them.
 pub async fn postgres_read(expected: usize) -> Run {
     use futures_util::TryStreamExt;
     let mut connection = postgres().await;
@@ -165,8 +173,10 @@ pub async fn postgres_read(expected: usize) -> Run {
     Run::whole(events, start.elapsed())
 }
 
-/// async-nats publishing into the mirror that ours has filled, behind it: messages copied from there once, so that they have
-/// the same headers and bodies, each with the expected last sequence, and with an id of its own if so wished, 256 in flight.
+/// Publishes with async-nats into the log stream that storied has filled, after its messages.
+///
+/// The messages are copies, with the same headers and bodies. Each has the expected last sequence
+/// and optionally a new id, 256 in flight.
 pub async fn jetstream_publishes(plan: &Plan, client: &async_nats::Client, with_ids: bool) -> Run {
     use async_nats::jetstream::message::PublishMessage;
     const WINDOW: usize = 256;

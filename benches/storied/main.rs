@@ -1,4 +1,4 @@
-//! How fast storied is, beside the raw limit of what it stands on, measured in the same run.
+//! The speed of storied and the raw limit of its base, measured in the same run.
 //!
 //! ```text
 //! cargo bench --bench storied -- <workload> [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N]
@@ -6,13 +6,15 @@
 //! cargo bench --bench storied -- table FILE.json...
 //! ```
 //!
-//! Workloads: `commands`, `hot`, `append`, `catchup`, `rehydrate`, `publish`, `acks`, `latency`, `dispatch`, `remote`, `memory`,
-//! `scale`, or `all` (the default), on every store and over every bus that was not excluded.
-//! Ours and the limit take turns, `runs` times; the medians are printed, with their ratio and its spread. What each limit is
-//! stands beside its workload's function. How to read the numbers: `docs/performance.md`.
+//! Workloads: `commands`, `hot`, `append`, `catchup`, `rehydrate`, `publish`, `acks`, `latency`,
+//! `dispatch`, `remote`, `memory`, `scale`, or `all` (the default), on every store and every bus
+//! that is not excluded. storied and the limit run in turns, `runs` times. The report has the
+//! medians, and their ratio with its spread. The function of a workload describes its limit. To
+//! interpret the numbers: `docs/performance.md`.
 //!
-//! PostgreSQL is the one of `DATABASE_URL` (a schema of its own, dropped afterwards) and NATS the one of `NATS_URL` (a namespace
-//! of its own), or else private ones. `scale` always has a private PostgreSQL: it sets `commit_delay`.
+//! PostgreSQL is that of `DATABASE_URL` (in its own schema, dropped afterwards), NATS that of
+//! `NATS_URL` (in its own namespace), or else private servers. `scale` always uses a private
+//! PostgreSQL, because it sets `commit_delay`.
 
 #![allow(
     clippy::unwrap_used,
@@ -20,7 +22,7 @@
     clippy::panic,
     reason = "a benchmark reports by panicking"
 )]
-#![allow(missing_docs, unreachable_pub, reason = "a benchmark is no library")]
+#![allow(missing_docs, unreachable_pub, reason = "a benchmark is not an API")]
 
 mod args;
 mod commands;
@@ -66,7 +68,7 @@ fn main() {
         let report = Report::new(&plan, &comparisons);
         println!("{report}");
         reports.push(report);
-        // After each: who ends it early keeps what there is.
+        // Written after each workload, so that an interrupted run keeps its results.
         if let Some(file) = &args.json {
             let json = match &reports[..] {
                 [report] => report.json(),

@@ -5,11 +5,11 @@ use serde_json::{Value, json};
 
 use crate::args::Plan;
 
-/// What one side did in one run.
+/// The result of one side in one run.
 pub struct Run {
-    /// Operations a second; or bytes, where memory is measured.
+    /// Operations per second; bytes in memory workloads.
     figure: f64,
-    /// One for each operation that somebody waited for.
+    /// Latency of each operation with a waiting caller.
     latencies: Vec<Duration>,
 }
 
@@ -25,17 +25,19 @@ impl Run {
         Self { figure: operations as f64 / elapsed.as_secs_f64(), latencies }
     }
 
-    /// A run of one long operation over `operations` things.
+    /// Returns the run of one long operation over `operations` items.
     pub fn whole(operations: usize, elapsed: Duration) -> Self {
         Self::new(operations, elapsed, vec![elapsed])
     }
 
-    /// One operation after the other, each with what it took. The rate is the inverse of the mean.
+    /// Returns the run of sequential operations with their latencies.
+    ///
+    /// The rate is the inverse of the mean.
     pub fn each(latencies: Vec<Duration>) -> Self {
         Self::new(latencies.len(), latencies.iter().sum(), latencies)
     }
 
-    /// Of operations with so many events each; the rate is that of the events.
+    /// Converts the rate to events, for operations with this many events each.
     pub fn of(self, events: usize) -> Self {
         Self { figure: self.figure * events as f64, ..self }
     }
@@ -45,7 +47,7 @@ impl Run {
     }
 }
 
-/// `callers` tasks share `operations` between them; each waits for one before it begins the next.
+/// Runs `operations` in `callers` tasks; each task waits for one operation before the next.
 pub async fn closed_loop<F>(callers: usize, operations: usize, operation: impl Fn(usize) -> F) -> Run
 where
     F: Future<Output = ()> + Send + 'static,
@@ -72,7 +74,7 @@ where
 struct Side {
     /// As in [`Run`].
     figure: f64,
-    /// In microseconds; none where nobody waited.
+    /// In microseconds; none without waiting callers.
     p50: Option<f64>,
     p99: Option<f64>,
 }
@@ -81,7 +83,7 @@ pub struct Report {
     plan: Plan,
     ours: Side,
     limit: Side,
-    /// Median of the runs' ratios of ours to the limit.
+    /// Median of the ratios of storied to the limit.
     ratio: f64,
     spread: [f64; 2],
     note: String,
@@ -103,7 +105,9 @@ impl Report {
         }
     }
 
-    /// `per_second` is bytes where memory is measured, and the percentiles are null there.
+    /// Returns the result as JSON.
+    ///
+    /// In memory workloads `per_second` is bytes, and the percentiles are null.
     pub fn json(&self) -> Value {
         let side = |side: Side| json!({"per_second": side.figure, "p50_us": side.p50, "p99_us": side.p99});
         json!({
@@ -140,7 +144,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// What `--json` wrote into these files, as a table in Markdown.
+/// Returns the results of `--json` files as a table in Markdown.
 pub fn table(files: &[String]) -> String {
     let mut table = String::from(
         "| workload | store | bus | callers | ours | limit | ratio [runs] | p50 ours / limit | p99 ours / limit |\n\

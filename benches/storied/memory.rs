@@ -1,4 +1,6 @@
-//! Memory, in processes of its own: what one has freed before is not what another needs.
+//! Memory use, measured in separate processes.
+//!
+//! One workload could reuse memory that another has freed.
 
 use std::time::Duration;
 
@@ -14,11 +16,12 @@ use crate::measure::{Comparison, Run, closed_loop};
 use crate::stores::Store;
 use crate::workloads::{AGGREGATES, Bytes};
 
-/// The first argument of a process that measures itself.
+/// First argument of a measured process.
 pub const CHILD: &str = "memory-child";
 
-/// Bytes of a live aggregate whose state is a number and whose stream has one event; on the memory store, none. The limit is an
-/// actor of ractor's with a number.
+/// Measures the bytes of a live aggregate with a number as state and a stream of one event.
+///
+/// On the memory store, the stream has no event. The limit is an actor of ractor with a number.
 pub async fn idle(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     if plan.store != StoreKind::Memory {
@@ -29,8 +32,9 @@ pub async fn idle(plan: &Plan) -> Comparison {
     Comparison { ours: Run::bytes(ours), limit: Run::bytes(limit), note: "bytes each; less is better".into() }
 }
 
-/// The most memory that a process ever had resident in which a new projection reads a full log. The limit is one that reads the
-/// rows.
+/// Measures the peak resident memory of a process in which a new projection reads a full log.
+///
+/// The limit is a process that reads the rows.
 pub async fn catchup(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, AGGREGATES).await;
@@ -41,7 +45,7 @@ pub async fn catchup(plan: &Plan) -> Comparison {
     Comparison { ours: Run::bytes(ours), limit: Run::bytes(limit), note: "peak; less is better".into() }
 }
 
-/// What a process of its own says.
+/// Runs a measured process and returns its result.
 async fn measure(what: &str, plan: &Plan, place: &str) -> f64 {
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args([CHILD, what, plan.store.name(), place, &plan.events.to_string()]);
@@ -53,7 +57,7 @@ async fn measure(what: &str, plan: &Plan, place: &str) -> f64 {
     String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
 }
 
-/// What such a process does.
+/// Runs the measurement in such a process.
 pub async fn child(args: &[String]) {
     let [what, store, place, events] = args else { panic!("{CHILD} needs four arguments") };
     let store = StoreKind::parse(store).unwrap();
@@ -69,15 +73,15 @@ pub async fn child(args: &[String]) {
             };
             resident("VmHWM:") as f64
         }
-        other => panic!("{other:?} is unknown"),
+        other => panic!("unknown measurement {other:?}"),
     };
     println!("{bytes}");
 }
 
-/// Threads, connections and the first pages are there before the rest is counted.
+/// Number of warm-up items: threads, connections and the first pages exist before the measurement.
 const FIRST: usize = 64;
 
-/// Bytes each.
+/// Returns the bytes of each aggregate.
 async fn aggregates(store: Store, count: usize) -> f64 {
     let options = AggregateOptions::new().max_live(count).idle_timeout(Duration::from_secs(3_600));
     let runtime = store.builder().aggregate_with::<Account>(options).start().await.unwrap();
@@ -107,7 +111,7 @@ impl Actor for Number {
     }
 }
 
-/// Bytes each.
+/// Returns the bytes of each actor.
 async fn actors(count: usize) -> f64 {
     let first = FIRST.min(count / 2);
     let mut actors = Vec::with_capacity(count);
@@ -130,7 +134,9 @@ async fn projection(store: Store, events: usize) -> u64 {
     resident("VmHWM:")
 }
 
-/// Bytes of this process, as Linux counts them: `VmRSS:` now, `VmHWM:` at most.
+/// Returns the memory of this process in bytes, as Linux counts it.
+///
+/// `VmRSS:` is the current value, `VmHWM:` the peak.
 fn resident(line: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("memory is measured on Linux");
     let found = status.lines().find_map(|text| text.strip_prefix(line)).unwrap();

@@ -6,23 +6,23 @@ use storied::command::{CommandBus, NatsCommands};
 use crate::args::BusKind;
 use crate::support::{NatsOptions, NatsServer};
 
-/// On a server that others may use as well.
+/// Namespace on a server that may be shared.
 const NAMESPACE: &str = "storied_bench";
 
-/// The mirror in JetStream.
+/// The log stream in JetStream.
 pub const STREAM: &str = "STORIED_BENCH_EVENTS";
 
 /// All subjects of events.
 pub const EVENTS: &str = "storied_bench.events.>";
 
-/// The server that the environment names, or a private one that goes with this value.
+/// The server of the environment, or a private one that ends with this value.
 pub struct Nats {
     url: String,
     _private: Option<NatsServer>,
 }
 
 impl Nats {
-    /// Without the mirror of an earlier run.
+    /// Connects, and deletes the log stream of an earlier run.
     pub async fn start(bus: BusKind) -> Self {
         let nats = match std::env::var("NATS_URL") {
             Ok(url) if !url.is_empty() => Self { url, _private: None },
@@ -65,21 +65,23 @@ impl Nats {
         CommandBus::nats(NatsCommands::new(options))
     }
 
-    /// Leaves nothing on a server that is not ours.
+    /// Deletes the log stream, so that nothing stays on a shared server.
     pub async fn drop_mirror(&self) {
         let context = async_nats::jetstream::new(self.connect().await);
-        // There may be none.
+        // The stream may not exist.
         drop(context.delete_stream(STREAM).await);
     }
 }
 
-/// Subscribed when it returns. `flush` awaits no answer: what another connection publishes meanwhile would be missed.
+/// Returns an active subscription.
+///
+/// `flush` awaits no answer, so messages that another connection publishes at once would be missed.
 pub async fn subscribe(client: &async_nats::Client, subject: async_nats::Subject) -> async_nats::Subscriber {
     let messages = client.subscribe(subject).await.unwrap();
     let inbox = client.new_inbox();
     let mut echo = client.subscribe(inbox.clone()).await.unwrap();
     client.publish(inbox, "".into()).await.unwrap();
-    // The server takes what comes over one connection in order.
+    // The server processes the messages of one connection in order.
     echo.next().await.unwrap();
     messages
 }

@@ -12,13 +12,15 @@ use crate::domain::{Account, AccountCommand, text};
 use crate::measure::{Comparison, Run, closed_loop};
 use crate::support::PostgresServer;
 
-/// The first argument of a node process.
+/// First argument of a node process.
 pub const NODE: &str = "scale-node";
 
 const AGGREGATES: usize = 250;
 
-/// `nodes` processes, each with its own aggregates and `callers` callers, on a server whose every commit takes 2 ms longer, as
-/// on a slow disk or with a replica to wait for. The limit is one such process.
+/// Runs `nodes` processes, each with its own aggregates and `callers` callers.
+///
+/// Every commit of the server takes 2 ms longer, as on a slow disk or with a synchronous replica.
+/// The limit is one such process.
 pub async fn scale(plan: &Plan, nodes: usize) -> Comparison {
     let server = PostgresServer::start_with(&["commit_delay=2000", "commit_siblings=0"]).await;
     let limit = processes(plan, &server, 1).await;
@@ -53,7 +55,7 @@ struct Node {
 }
 
 impl Node {
-    /// Returns when it is ready.
+    /// Starts a process and returns when it is ready.
     async fn start(url: &str, plan: &Plan, node: usize) -> Self {
         let numbers = [node, plan.callers, plan.events, plan.payload].map(|number| number.to_string());
         let mut process = Command::new(std::env::current_exe().unwrap())
@@ -81,7 +83,7 @@ impl Node {
     }
 }
 
-/// What a node process does.
+/// Runs a node process.
 pub async fn node(args: &[String]) {
     let [url, numbers @ ..] = args else { panic!("a node needs a database") };
     let numbers: Vec<usize> = numbers.iter().map(|number| number.parse().unwrap()).collect();
@@ -97,7 +99,7 @@ pub async fn node(args: &[String]) {
     closed_loop(callers, AGGREGATES, |n| execute(n, AccountCommand::Look)).await;
     println!("ready");
     let mut line = String::new();
-    // Nothing else is to be done meanwhile.
+    // The process has no other work during the wait.
     std::io::stdin().read_line(&mut line).unwrap();
     let text = text(payload);
     closed_loop(callers, events, |n| execute(n, AccountCommand::Enter(text.clone()))).await;

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use crate::args::{Plan, StoreKind};
 use crate::domain::{AccountEvent, text};
 
-/// A fresh store, and where it lives.
+/// A new store, and its location.
 #[derive(Clone)]
 pub enum Store {
     Memory(MemoryStore),
@@ -34,7 +34,7 @@ impl Store {
         }
     }
 
-    /// A full one that another process of the same environment has made, as [`place`](Self::place) says.
+    /// Opens a filled store of another process, at its [`place`](Self::place).
     pub async fn existing(kind: StoreKind, place: &str) -> Self {
         match kind {
             StoreKind::Memory => Self::fresh(kind).await,
@@ -49,7 +49,7 @@ impl Store {
         }
     }
 
-    /// Where another process finds it.
+    /// Returns the location for another process.
     pub async fn place(&self) -> String {
         match self {
             Store::Memory(_) => String::new(),
@@ -74,7 +74,7 @@ impl Store {
         }
     }
 
-    /// Puts `plan.events` events into it, over `streams` streams in turn.
+    /// Appends `plan.events` events, over `streams` streams in turn.
     pub async fn fill(&self, plan: &Plan, streams: usize) {
         let event = AccountEvent::Entered { text: text(plan.payload) };
         let codec = self.port().info().codec;
@@ -90,7 +90,9 @@ impl Store {
         }
     }
 
-    /// Does what the server would do behind a load like [`fill`](Self::fill): whoever comes first would pay for that.
+    /// Does the deferred work of the server after [`fill`](Self::fill).
+    ///
+    /// It would slow down the first run.
     pub async fn settle(&self) {
         if let Store::Postgres(_) = self {
             for statement in [format!("VACUUM ANALYZE {POSTGRES_SCHEMA}.events"), "CHECKPOINT".to_owned()] {
@@ -102,7 +104,7 @@ impl Store {
 
 pub const POSTGRES_SCHEMA: &str = "storied_bench";
 
-/// The server that the environment names, or a private one with the durability of any other.
+/// Returns the server of the environment, or a private one with default durability.
 async fn postgres_url() -> String {
     match std::env::var("DATABASE_URL") {
         Ok(url) if !url.is_empty() => url,
@@ -114,12 +116,12 @@ pub async fn postgres() -> PgConnection {
     PgConnection::connect(&postgres_url().await).await.unwrap()
 }
 
-/// In the build directory, not in /tmp: that may be memory.
+/// Creates a directory in the build directory, because /tmp may be in memory.
 pub fn directory() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// Leaves nothing on a server that is not ours.
+/// Drops the schema, so that nothing stays on a shared server.
 pub async fn clean() {
     if std::env::var("DATABASE_URL").is_ok_and(|url| !url.is_empty()) {
         let drop = format!("DROP SCHEMA IF EXISTS {POSTGRES_SCHEMA} CASCADE");

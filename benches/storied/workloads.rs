@@ -12,26 +12,30 @@ use crate::stores::Store;
 
 pub const AGGREGATES: usize = 1_000;
 
-/// How many each caller of `append` has.
+/// Number of streams of each caller of `append`.
 const STREAMS: usize = 100;
 
-/// `callers` callers over 1,000 live aggregates, one event a command.
+/// Runs `callers` callers over 1,000 live aggregates, one event per command.
 pub async fn commands(plan: &Plan) -> Comparison {
     let (ours, per_transaction) = execute(plan, AGGREGATES).await;
     let limit = inserts(plan, per_transaction, 2, AGGREGATES).await;
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's as well") }
 }
 
-/// `callers` callers on one aggregate. The limit is one commit after the other: what an aggregate without a pipeline could
-/// do at best.
+/// Runs `callers` callers on one aggregate.
+///
+/// The limit is one commit after the other: the best case of an aggregate without a pipeline.
 pub async fn hot(plan: &Plan) -> Comparison {
     let (ours, per_transaction) = execute(plan, 1).await;
     let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1, 1, 1).await;
     Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
 }
 
-/// `callers` callers append `each` events at a time to streams of their own, straight into the store. The limit inserts as
-/// many rows a commit on as many connections; SQLite has one that writes.
+/// Appends `each` events at a time to separate streams, from `callers` callers.
+///
+/// The appends go directly to the store.
+/// The limit inserts as many rows per commit on as many connections; SQLite has one writing
+/// connection.
 pub async fn append(plan: &Plan, each: usize) -> Comparison {
     let store = Store::fresh(plan.store).await;
     let event = AccountEvent::Entered { text: text(plan.payload) };
@@ -56,7 +60,9 @@ pub async fn append(plan: &Plan, each: usize) -> Comparison {
     Comparison { ours, limit, note: "latencies are of an append".into() }
 }
 
-/// The first command on an aggregate with a long stream and no snapshot. The limit reads the rows.
+/// Executes the first command on an aggregate with a long stream and no snapshot.
+///
+/// The limit reads the rows.
 pub async fn rehydrate(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, 1).await;
@@ -70,7 +76,7 @@ pub async fn rehydrate(plan: &Plan) -> Comparison {
     Comparison { ours, limit: read(plan, &store).await, note: String::new() }
 }
 
-/// A new projection in memory over a full log, decoding every event, until it is at the head. The limit reads the rows.
+/// Runs a new in-memory projection over a full log, decoding every event. The limit reads the rows.
 pub async fn catchup(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, AGGREGATES).await;
@@ -133,7 +139,9 @@ pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
     (run, (writer.events / writer.transactions).max(1) as usize)
 }
 
-/// `writers`: connections at a time, where a store has more than one that writes.
+/// Inserts rows.
+///
+/// `writers` is the number of connections, if a store has more than one writing connection.
 async fn inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: usize) -> Run {
     match plan.store {
         StoreKind::Sqlite => limits::sqlite_inserts(plan, per_transaction).await,
@@ -142,7 +150,7 @@ async fn inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: u
     }
 }
 
-/// The limit on memory is the store itself, called directly.
+/// Calls the memory store directly, which is its limit.
 async fn memory_appends(plan: &Plan, per_transaction: usize) -> Run {
     let store = Store::fresh(StoreKind::Memory).await;
     let event = AccountEvent::Entered { text: text(plan.payload) };

@@ -1,38 +1,38 @@
-//! The command line, by hand: there is too little of it for a library.
+//! The command line, parsed by hand because it is small.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub(crate) const USAGE: &str = "\
-Moves money between accounts on several nodes, and reports whether all of it is still there.
+Moves money between accounts on several nodes, and checks that none is lost.
 
 Usage: bank [OPTIONS]
 
-  --nodes N      how many processes keep accounts and make transfers [default: 1, which with --bus local is
-                 this process itself]
-  --store KIND   memory [default], sqlite or postgres; several processes cannot share a memory
-  --db PATH      the file of --store sqlite [default: bank.db, in the current directory]
+  --nodes N      number of processes that run accounts and transfers [default: 1; with --bus local,
+                 this process]
+  --store KIND   memory [default], sqlite or postgres; several processes need sqlite or postgres
+  --db PATH      file of --store sqlite [default: bank.db, in the current directory]
   --database-url URL
-                 which PostgreSQL [default: the environment's DATABASE_URL]; the schema is storied_bank
-  --bus BUS      what carries commands and events: local, core or jetstream (NATS) [default: local];
+                 URL of PostgreSQL [default: $DATABASE_URL]; the schema is storied_bank
+  --bus BUS      bus of commands and events: local, core or jetstream (NATS) [default: local];
                  several processes need NATS, where commands always travel over NATS Core
-  --nats-url URL the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
+  --nats-url URL URL of the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
   --namespace NAME
-                 what subjects begin with, for systems that share a NATS server [default: storied-bank]
-  --accounts N   how many accounts there are [default: 100]
-  --transfers N  how many transfers to make; 0: as many as there is time for [default: 1000]
-  --seconds N    how long to begin transfers at most; 0: no limit, --transfers ends it [default: 0]
-  --callers N    how many transfers are under way at a time [default: 32]
-  --faults       kills and pauses node processes at random meanwhile
+                 prefix of all subjects, for systems that share a NATS server [default: storied-bank]
+  --accounts N   number of accounts [default: 100]
+  --transfers N  number of transfers; 0: as many as --seconds allows [default: 1000]
+  --seconds N    maximum time in which transfers begin; 0: no limit, --transfers ends it [default: 0]
+  --callers N    number of concurrent transfers [default: 32]
+  --faults       kills and pauses node processes at random
   --journal FILE writes a line for every transfer: its id, and whether it was committed or refused
   --json         prints the report as one JSON object
-  --help         prints this
+  --help         prints this help
 
-A run adds to what earlier runs left in a database.
+A run continues on the accounts of earlier runs in the database.
 ";
 
-/// What was asked for.
+/// The parsed options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) nodes: usize,
@@ -50,11 +50,11 @@ pub(crate) struct Args {
     pub(crate) journal: Option<PathBuf>,
     pub(crate) json: bool,
     pub(crate) help: bool,
-    /// Set in the processes that this program starts: what the node is called.
+    /// Name of the node, set in the processes that this program starts.
     pub(crate) node: Option<String>,
 }
 
-/// Where the log is.
+/// The store of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StoreKind {
     Memory,
@@ -62,7 +62,7 @@ pub(crate) enum StoreKind {
     Postgres,
 }
 
-/// What carries commands and events.
+/// The bus of commands and events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bus {
     Local,
@@ -70,10 +70,10 @@ pub(crate) enum Bus {
     JetStream,
 }
 
-/// What is wrong with the command line.
+/// An error of the command line.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UsageError {
-    #[error("there is no option {}", .0.display())]
+    #[error("unknown option {}", .0.display())]
     Unknown(OsString),
     #[error("{0} needs a value")]
     NoValue(String),
@@ -133,7 +133,7 @@ impl Args {
             return Ok(());
         }
         let bad = |found: String| {
-            // A URL is not shown: it may hold a password.
+            // The error hides a URL, which may contain a password.
             let found = if option.ends_with("-url") { "such a text".to_owned() } else { found };
             UsageError::BadValue { option: option.to_owned(), found }
         };
@@ -172,7 +172,7 @@ impl Args {
 
     fn check(&self) -> Result<(), UsageError> {
         let wrong = [
-            (self.nodes == 0, "nobody would do it without --nodes"),
+            (self.nodes == 0, "--nodes must be at least 1"),
             (
                 self.nodes > 1 && self.bus == Bus::Local,
                 "several processes need --bus core or --bus jetstream",
@@ -182,9 +182,9 @@ impl Args {
                 "several processes cannot share --store memory",
             ),
             (self.faults && self.bus == Bus::Local, "--faults needs other processes to kill and pause"),
-            (self.accounts < 2, "a transfer needs two --accounts"),
-            (self.callers == 0, "without --callers nothing happens"),
-            (self.transfers == 0 && self.seconds.is_zero(), "say how long: --transfers, --seconds, or both"),
+            (self.accounts < 2, "--accounts must be at least 2"),
+            (self.callers == 0, "--callers must be at least 1"),
+            (self.transfers == 0 && self.seconds.is_zero(), "--transfers, --seconds or both must be above 0"),
         ];
         match wrong.into_iter().find(|(wrong, _)| *wrong && !self.help) {
             Some((_, why)) => Err(UsageError::Contradiction(why)),
@@ -192,7 +192,7 @@ impl Args {
         }
     }
 
-    /// What a node process is started with.
+    /// Returns the arguments of a node process.
     pub(crate) fn for_node(&self, name: &str) -> Vec<OsString> {
         let store = match self.store {
             StoreKind::Memory => "memory",

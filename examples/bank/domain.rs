@@ -1,23 +1,24 @@
 //! Accounts, and transfers between them.
 //!
-//! A transfer withdraws from one account and deposits on the other; when the deposit is declined, it refunds. It may be cut
-//! off anywhere, and be tried again from the start, here or on another node, also while an earlier attempt that everybody
-//! took for dead still runs. Two things make that safe:
+//! A transfer withdraws from one account and deposits on the other. If the deposit is declined, it
+//! refunds. A transfer may be interrupted at any step and retried from the start, on this node or
+//! another one, even while an earlier attempt still runs. Two rules make that safe:
 //!
 //! - the commands to the accounts have the same ids in every attempt, so each takes effect once;
-//! - what decides how the transfer goes on is a fact in an account's stream. A withdrawal or deposit that is declined is an
-//!   event, not an error: an error leaves nothing behind, and another attempt, a moment later, would find money or room
-//!   where the first one found none, and move what the first one has said is not moved.
+//! - every decision on the rest of the transfer is an event in the stream of an account. A declined
+//!   withdrawal or deposit is an event, not an error. An error would leave no trace: a later
+//!   attempt could find money or room that the first attempt did not find, and move money that the
+//!   first attempt reported as not moved.
 
 use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext};
 use storied::{Aggregate, Context, Decision, Event};
 use uuid::Uuid;
 
-/// What every account is opened with.
+/// Balance of a new account.
 pub(crate) const OPENING: u64 = 1_000;
 
-/// More than this no account takes, so that deposits are declined now and then.
+/// Maximum balance of an account, so that some deposits are declined.
 pub(crate) const LIMIT: u64 = 1_500;
 
 #[derive(Debug, Default)]
@@ -44,7 +45,7 @@ pub(crate) enum AccountEvent {
         transfer: Uuid,
         amount: u64,
     },
-    /// There was not enough on the account.
+    /// The balance was too small.
     Refused {
         transfer: Uuid,
         amount: u64,
@@ -53,7 +54,7 @@ pub(crate) enum AccountEvent {
         transfer: Uuid,
         amount: u64,
     },
-    /// There would have been too much.
+    /// The balance would have exceeded the limit.
     Declined {
         transfer: Uuid,
         amount: u64,
@@ -70,11 +71,11 @@ impl Event for AccountEvent {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
 pub(crate) enum AccountError {
-    #[error("there is no such account")]
+    #[error("no such account")]
     NotOpen,
 }
 
-/// Whether money was taken, from the account or onto it.
+/// The effect of a step on its account: money moved, or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Taken {
     Yes,
@@ -110,7 +111,7 @@ impl Aggregate for Account {
             AccountCommand::Deposit { transfer, amount } => {
                 (AccountEvent::Deposited { transfer, amount }, Taken::Yes)
             }
-            // It was here before: there is no limit for what comes back.
+            // A refund returns money of this account, so the limit does not apply.
             AccountCommand::Refund { transfer, amount } => {
                 (AccountEvent::Refunded { transfer, amount }, Taken::Yes)
             }
@@ -130,7 +131,7 @@ impl Aggregate for Account {
     }
 }
 
-/// Makes transfers.
+/// Executes transfers.
 #[derive(Debug)]
 pub(crate) struct Transfers;
 
@@ -145,9 +146,9 @@ pub(crate) struct Transfer {
 pub(crate) enum TransferError {
     #[error("account {account} has less than {amount}")]
     NotEnough { account: u64, amount: u64 },
-    #[error("account {account} takes no more; the money is back")]
+    #[error("account {account} is at its limit; the money is refunded")]
     Declined { account: u64 },
-    #[error("there is no account {account}")]
+    #[error("no account {account}")]
     NoAccount { account: u64 },
 }
 
@@ -170,14 +171,14 @@ impl Handler for Transfers {
             Err(error) if error.rejection() == Some(&AccountError::NotOpen) => {
                 return Err(HandleError::Rejected(TransferError::NoAccount { account: from }));
             }
-            // It is not known whether the money is gone: the next attempt will find out.
+            // The withdrawal may have taken effect: the next attempt finds out.
             Err(error) => return Err(error.into()),
         }
         let deposit = AccountCommand::Deposit { transfer, amount };
         let refused = match context.execute::<Account>(to, deposit).await {
             Ok(receipt) if receipt.reply == Taken::Yes => return Ok(()),
             Ok(_) => TransferError::Declined { account: to },
-            // Accounts are never closed, so this stays as it is, in every attempt.
+            // Accounts are never closed, so every attempt gets this answer.
             Err(error) if error.rejection() == Some(&AccountError::NotOpen) => {
                 TransferError::NoAccount { account: to }
             }

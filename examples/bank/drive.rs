@@ -1,4 +1,6 @@
-//! Makes transfers until all are settled: an unknown outcome is asked for again, under the same id.
+//! Executes transfers until all are settled.
+//!
+//! An unknown outcome is resolved by a retry with the same id.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -15,26 +17,26 @@ use crate::Failure;
 use crate::args::Args;
 use crate::domain::{Account, AccountCommand, Transfer, TransferError, Transfers};
 
-/// How long an outcome may stay open after the last transfer was begun.
+/// Maximum time of an open outcome after the last transfer has begun.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How long to wait before something is tried again.
+/// Wait before a retry.
 const AGAIN: Duration = Duration::from_millis(50);
 
-/// How a transfer ended.
+/// The result of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     Committed,
     Refused,
 }
 
-/// A transfer, and how it ended.
+/// A transfer, and its result.
 #[derive(Debug)]
 pub(crate) struct Settled {
     pub(crate) id: Uuid,
     pub(crate) transfer: Transfer,
     pub(crate) end: End,
-    /// Whether its outcome was unknown for a while.
+    /// Whether its outcome was unknown for some time.
     pub(crate) unknown: bool,
 }
 
@@ -42,7 +44,7 @@ pub(crate) struct Settled {
 pub(crate) async fn open(runtime: &Runtime, accounts: u64) -> Result<(), Failure> {
     let give_up = Instant::now() + PATIENCE;
     for account in 0..accounts {
-        // The same for everybody who opens it.
+        // The same id in every run.
         let id = Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("open {account}").as_bytes());
         loop {
             let opened = runtime.execute::<Account>(account, AccountCommand::Open).command_id(id).await;
@@ -90,7 +92,7 @@ struct Shared {
     settled: Mutex<Vec<Settled>>,
 }
 
-/// Makes transfers; how each ended, and how long it all took.
+/// Executes transfers; returns their results and the total time.
 pub(crate) async fn transfers(
     runtime: &Runtime,
     args: &Args,
@@ -132,7 +134,7 @@ async fn call(shared: Arc<Shared>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes one transfer, whatever it takes.
+/// Executes one transfer, with retries until it is settled.
 async fn settle(shared: &Shared, transfer: Transfer) -> Result<Settled, Failure> {
     let id = Uuid::now_v7();
     let mut give_up = Instant::now() + PATIENCE;
@@ -144,7 +146,7 @@ async fn settle(shared: &Shared, transfer: Transfer) -> Result<Settled, Failure>
         let end = match shared.runtime.command::<Transfers>(transfer.clone()).command_id(id).await {
             Ok(_) => Some(End::Committed),
             Err(ExecuteError::Rejected(TransferError::NoAccount { .. })) => {
-                return Err(Failure::Bug("there is no such account"));
+                return Err(Failure::Bug("no such account"));
             }
             Err(ExecuteError::Rejected(_)) => Some(End::Refused),
             Err(ExecuteError::SameId { .. }) => return Err(Failure::Bug("an id was used twice")),
@@ -156,9 +158,9 @@ async fn settle(shared: &Shared, transfer: Transfer) -> Result<Settled, Failure>
                 unknown = true;
                 None
             }
-            // Nothing happened; sooner or later it will.
+            // Nothing happened; a retry will succeed.
             Err(error) => {
-                tracing::info!(%id, %error, "not yet");
+                tracing::info!(%id, %error, "retrying a transfer");
                 None
             }
         };

@@ -1,5 +1,7 @@
-//! A bank on several nodes: accounts are aggregates, a transfer is a command of a handler that commands two accounts, and
-//! nothing may be lost whatever is killed. `--help` says how to run it, README.md where to begin reading.
+//! A bank on several nodes, which must not lose money whichever process is killed.
+//!
+//! Accounts are aggregates. A transfer is a command of a handler that sends commands to two
+//! accounts. See `--help` for the options, and README.md for the order of reading.
 
 mod args;
 mod domain;
@@ -33,7 +35,7 @@ async fn main() -> ExitCode {
             return match write!(io::stdout(), "{USAGE}") {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
-                    eprintln!("error: the output cannot be written: {error}");
+                    eprintln!("error: writing the output failed: {error}");
                     ExitCode::FAILURE
                 }
             };
@@ -57,7 +59,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Why a run fails.
+/// The cause of a failed run.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error(transparent)]
@@ -74,28 +76,28 @@ enum Failure {
     Event(#[from] storied::DecodeError),
     #[error("node {name}: {reason}")]
     Node { name: String, reason: String },
-    #[error("an account cannot be opened: {0}")]
+    #[error("opening an account failed: {0}")]
     Open(String),
-    #[error("transfer {id} could not be settled: {reason}")]
+    #[error("settling transfer {id} failed: {reason}")]
     Unsettled { id: Uuid, reason: String },
-    #[error("the log is not as it should be: {}", wrong.join("; "))]
+    #[error("the check of the log failed: {}", wrong.join("; "))]
     Wrong { wrong: Vec<String> },
-    #[error("the journal {} cannot be written: {error}", path.display())]
+    #[error("writing the journal {} failed: {error}", path.display())]
     Journal { path: PathBuf, error: io::Error },
-    #[error("this cannot be: {0}")]
+    #[error("internal error: {0}")]
     Bug(&'static str),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
 async fn run(args: &Args) -> Result<(), Failure> {
-    // Before anything is moved, so that a journal that cannot be written costs nothing.
+    // Created before any transfer, so that an unwritable journal has no cost.
     let journal = args.journal.as_deref().map(Journal::create).transpose()?;
     let mut nodes = Vec::new();
     let runtime = if args.bus == args::Bus::Local {
         node::keeping(args, "bank").await?
     } else {
-        // First this one, which prepares the database.
+        // This node first, because it prepares the database.
         let runtime = node::giving(args).await?;
         for number in 1..=args.nodes {
             let mut node = Node::new(args, number);
@@ -116,7 +118,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let nodes = faults.await.map_err(io::Error::other)??;
     let (settled, took) = transferred?;
 
-    // A node that was paused may have something left that it should not do any more: that, too, is to be seen.
+    // A node that was paused may still have stale work, which the check must see.
     for node in nodes {
         node.stop().await?;
     }
@@ -130,8 +132,9 @@ async fn run(args: &Args) -> Result<(), Failure> {
     report.check()
 }
 
-/// Keeps the nodes running until it is told to stop, or kills and pauses one after the other meanwhile. All of them run when
-/// it returns.
+/// Runs the nodes until `stop`; with faults, kills and pauses one after the other.
+///
+/// All nodes run when it returns.
 async fn faults(
     mut nodes: Vec<Node>,
     wanted: bool,
@@ -154,7 +157,10 @@ async fn faults(
         let index = usize::try_from(dice % nodes.len() as u128).unwrap_or(0);
         let node = &mut nodes[index];
         if node.has_ended() {
-            return Err(Failure::Node { name: node.name.clone(), reason: "it ended by itself".into() });
+            return Err(Failure::Node {
+                name: node.name.clone(),
+                reason: "the process ended by itself".into(),
+            });
         }
         if (dice >> 64).is_multiple_of(2) {
             tracing::info!(node = node.name, "kill");
@@ -171,7 +177,7 @@ async fn faults(
     Ok(nodes)
 }
 
-/// Starts a node that was killed. What it needs may be away just then.
+/// Starts a killed node. Its servers may be unreachable at that time.
 async fn restart(node: &mut Node, stop: &tokio::sync::watch::Receiver<bool>) -> Result<(), Failure> {
     let mut attempts = 0;
     loop {

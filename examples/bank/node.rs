@@ -1,4 +1,4 @@
-//! Runtimes: one that keeps accounts, one that only gives commands; and the processes that keep accounts for another.
+//! Runtimes with accounts and without, and the processes that run accounts for another one.
 
 use std::io::{self, Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -18,10 +18,10 @@ use crate::domain::{Account, Transfers};
 /// The schema of the log in PostgreSQL.
 const SCHEMA: &str = "storied_bank";
 
-/// How many transfers a node has under way at a time.
+/// Maximum number of concurrent transfers on a node.
 const WORKERS: usize = 64;
 
-/// How many commands an account recognises by their ids: many more than there are within the life of a transfer.
+/// Command window of an account. An account gets far fewer commands within the life of a transfer.
 const COMMAND_WINDOW: usize = 20_000;
 
 fn nats(args: &Args, options: NatsOptions) -> Result<NatsOptions, Failure> {
@@ -32,7 +32,7 @@ fn nats(args: &Args, options: NatsOptions) -> Result<NatsOptions, Failure> {
     })
 }
 
-/// A runtime without accounts.
+/// Returns a builder of a runtime without accounts.
 async fn builder(args: &Args, name: &str) -> Result<Builder, Failure> {
     let builder = match args.store {
         StoreKind::Memory => Runtime::builder().store(MemoryStore::new()),
@@ -55,7 +55,7 @@ async fn builder(args: &Args, name: &str) -> Result<Builder, Failure> {
     Ok(builder.bus(nats(args, options)?.bus()).commands(CommandBus::nats(commands)))
 }
 
-/// A runtime that keeps accounts and makes transfers.
+/// Starts a runtime that runs accounts and transfers.
 pub(crate) async fn keeping(args: &Args, name: &str) -> Result<Runtime, Failure> {
     let accounts = AggregateOptions::<Account>::new().command_window(COMMAND_WINDOW);
     let builder = builder(args, name).await?.aggregate_with(accounts);
@@ -63,12 +63,12 @@ pub(crate) async fn keeping(args: &Args, name: &str) -> Result<Runtime, Failure>
     Ok(builder.start().await?)
 }
 
-/// A runtime that gives commands to others.
+/// Starts a runtime that sends commands to other nodes.
 pub(crate) async fn giving(args: &Args) -> Result<Runtime, Failure> {
     Ok(builder(args, "teller").await?.start().await?)
 }
 
-/// Keeps accounts until the standard input ends, which it does with the process that started this one.
+/// Runs accounts until standard input ends, at the latest with the parent process.
 pub(crate) async fn serve(args: &Args, name: &str) -> Result<(), Failure> {
     let runtime = keeping(args, name).await?;
     writeln!(io::stdout(), "ready")?;
@@ -78,7 +78,7 @@ pub(crate) async fn serve(args: &Args, name: &str) -> Result<(), Failure> {
     Ok(runtime.shutdown().await?)
 }
 
-/// A process that keeps accounts. Killed when it is dropped.
+/// A process that runs accounts. Killed when it is dropped.
 pub(crate) struct Node {
     pub(crate) name: String,
     args: Args,
@@ -90,7 +90,7 @@ impl Node {
         Self { name: format!("bank-{number}"), args: args.clone(), running: None }
     }
 
-    /// Starts the process; it says `ready` when it is.
+    /// Starts the process; it prints `ready` when it is ready.
     pub(crate) fn start(&mut self) -> Result<(), Failure> {
         let mut child = Command::new(std::env::current_exe()?)
             .args(self.args.for_node(&self.name))
@@ -116,20 +116,20 @@ impl Node {
         }
     }
 
-    /// Whether it has ended by itself, which is nothing that it should do.
+    /// Returns whether it has ended by itself, which is an error.
     pub(crate) fn has_ended(&mut self) -> bool {
         self.running.as_mut().is_some_and(|(child, _)| child.try_wait().is_ok_and(|status| status.is_some()))
     }
 
     pub(crate) fn kill(&mut self) {
         if let Some((mut child, _)) = self.running.take() {
-            // An error says that it is gone already.
+            // Fails only if the process has ended already.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 
-    /// Stops it in its tracks, or lets it go on.
+    /// Stops or continues the process.
     pub(crate) fn pause(&self, pause: bool) {
         if let Some((child, _)) = &self.running {
             let signal = if pause { Signal::SIGSTOP } else { Signal::SIGCONT };

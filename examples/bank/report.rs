@@ -1,4 +1,4 @@
-//! What a run came to, checked against the log.
+//! The report of a run, checked against the log.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,28 +11,28 @@ use crate::Failure;
 use crate::domain::{AccountEvent, OPENING, Transfer};
 use crate::drive::{End, Settled};
 
-/// What a run came to.
+/// The report of a run.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Report {
     accounts: u64,
     transfers: u64,
     committed: u64,
     refused: u64,
-    /// Transfers whose outcome was unknown for a while, and how many of them were found out.
+    /// Transfers with a temporarily unknown outcome, and those of them that were resolved.
     unknown: u64,
     resolved: u64,
     total_before: u64,
     total_after: i128,
-    /// How often an account had less than nothing.
+    /// Number of negative balances.
     overdrafts: u64,
-    /// How often a step of a transfer happened once too often.
+    /// Number of repeated steps.
     duplicates: u64,
     per_second: f64,
-    /// Transfers that are in the log otherwise than their callers were told.
+    /// Transfers whose log differs from the answer to their caller.
     wrong: Vec<String>,
 }
 
-/// What the log says of a transfer: the accounts that were debited, credited, and so on.
+/// The steps of a transfer in the log: the accounts that were debited, credited, and so on.
 #[derive(Debug, Default)]
 struct Steps {
     withdrawn: Vec<(String, u64)>,
@@ -43,7 +43,7 @@ struct Steps {
 }
 
 impl Report {
-    /// Looks at what callers were told, and at the log.
+    /// Compares the answers to the callers with the log.
     pub(crate) async fn of(
         store: &dyn EventStore,
         settled: &[Settled],
@@ -51,7 +51,7 @@ impl Report {
     ) -> Result<Self, Failure> {
         let ended = |end| settled.iter().filter(|one| one.end == end).count() as u64;
         let (committed, refused) = (ended(End::Committed), ended(End::Refused));
-        // Every one of them is settled, or there is no report.
+        // Every transfer is settled, or there is no report.
         let unknown = settled.iter().filter(|one| one.unknown).count() as u64;
         let per_second = committed as f64 / took.as_secs_f64().max(0.001);
         let transfers = settled.len() as u64;
@@ -111,7 +111,7 @@ impl Report {
         Ok(report)
     }
 
-    /// Whether everything is as it should be.
+    /// Checks the report.
     pub(crate) fn check(&self) -> Result<(), Failure> {
         let mut wrong = self.wrong.clone();
         if i128::from(self.total_before) != self.total_after {
@@ -124,7 +124,7 @@ impl Report {
             wrong.push(format!("{} overdrafts", self.overdrafts));
         }
         if self.duplicates > 0 {
-            wrong.push(format!("{} steps that happened twice", self.duplicates));
+            wrong.push(format!("{} repeated steps", self.duplicates));
         }
         if wrong.is_empty() { Ok(()) } else { Err(Failure::Wrong { wrong }) }
     }
@@ -148,7 +148,7 @@ impl Report {
 }
 
 impl Steps {
-    /// Whether these are the steps of a transfer that ended like that.
+    /// Returns whether these steps match the result of the transfer.
     fn fits(&self, Transfer { from, to, amount }: &Transfer, end: End) -> bool {
         let (from, to) = ([(from.to_string(), *amount)], [(to.to_string(), *amount)]);
         let nothing_came = self.deposited.is_empty() && self.declined == 0 && self.refunded.is_empty();
@@ -179,8 +179,8 @@ impl fmt::Display for Report {
             "{} committed, {} refused, {:.0} a second",
             self.committed, self.refused, self.per_second
         )?;
-        writeln!(f, "{} had an unknown outcome, {} of these were found out", self.unknown, self.resolved)?;
+        writeln!(f, "{} had an unknown outcome, {} of these were resolved", self.unknown, self.resolved)?;
         writeln!(f, "{} before, {} after", self.total_before, self.total_after)?;
-        write!(f, "{} overdrafts, {} steps that happened twice", self.overdrafts, self.duplicates)
+        write!(f, "{} overdrafts, {} repeated steps", self.overdrafts, self.duplicates)
     }
 }

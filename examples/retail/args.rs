@@ -1,31 +1,31 @@
-//! The command line, by hand: there is too little of it for a library.
+//! The command line, parsed by hand because it is small.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 pub(crate) const USAGE: &str = "\
-Replays the invoices of a real business through storied, and reports what they came to.
+Replays the invoices of a real business through storied, and reports the totals.
 
 Usage: retail [OPTIONS]
 
-  --db PATH      the event store, created if need be [default: retail.db, in the current directory];
+  --db PATH      event store, created if missing [default: retail.db, in the current directory];
                  the read models of shop.db are in shop-read.db beside it
   --store KIND   sqlite [default], or postgres: then the log is in PostgreSQL (schema storied_retail) and the
-                 read models beside it (schema retail), in partitions
+                 read models in the same database (schema retail), in partitions
   --database-url URL
-                 which PostgreSQL [default: the environment's DATABASE_URL]
-  --input FILE   the invoice lines [default: online-retail-10k.csv, beside the source of this example]
-  --bus BUS      what carries events to the read models: local, core or jetstream (NATS) [default: local]
-  --nats-url URL the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
+                 URL of PostgreSQL [default: $DATABASE_URL]
+  --input FILE   invoice lines [default: online-retail-10k.csv, next to the source of this example]
+  --bus BUS      bus of the events for the read models: local, core or jetstream (NATS) [default: local]
+  --nats-url URL URL of the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
   --nodes N      with --store postgres: N processes share the read models; kill any of them [default: 1]
   --reset        deletes the log and the read models first, and with --bus jetstream the old mirror
   --json         prints the report as one JSON object
-  --help         prints this
+  --help         prints this help
 
-Run it again on the same database and it changes nothing; kill it at any moment and run it again, and it goes on.
+A second run on the same database changes nothing. After a kill at any moment, the next run continues.
 ";
 
-/// What was asked for.
+/// The parsed options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Args {
     pub(crate) db: PathBuf,
@@ -34,16 +34,16 @@ pub(crate) struct Args {
     pub(crate) input: PathBuf,
     pub(crate) bus: Bus,
     pub(crate) nats_url: Option<String>,
-    /// How many processes share the read models.
+    /// Number of processes that share the read models.
     pub(crate) nodes: u16,
-    /// Whether this is one of those that the first one has started.
+    /// Set in the processes that the first one starts.
     pub(crate) node: bool,
     pub(crate) reset: bool,
     pub(crate) json: bool,
     pub(crate) help: bool,
 }
 
-/// What carries events to the read models.
+/// The bus of the events for the read models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bus {
     Local,
@@ -51,17 +51,17 @@ pub(crate) enum Bus {
     JetStream,
 }
 
-/// Where the log is.
+/// The store of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StoreKind {
     Sqlite,
     Postgres,
 }
 
-/// What is wrong with the command line.
+/// An error of the command line.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UsageError {
-    #[error("there is no option {}", .0.display())]
+    #[error("unknown option {}", .0.display())]
     Unknown(OsString),
     #[error("{0} needs a value")]
     NoValue(&'static str),
@@ -101,7 +101,7 @@ impl Args {
                 }
                 Some("--database-url") => {
                     let url = value("--database-url")?.into_string();
-                    // Not shown: it may hold a password.
+                    // The error hides the value, which may contain a password.
                     let option = "--database-url";
                     let url = url.map_err(|_| UsageError::BadValue { option, found: "no text".into() })?;
                     parsed.database_url = Some(url);
@@ -125,7 +125,7 @@ impl Args {
                     let nodes = nodes.filter(|nodes| (1..=64).contains(nodes));
                     parsed.nodes = nodes.ok_or(UsageError::BadValue { option: "--nodes", found })?;
                 }
-                // Only from `nodes.rs`.
+                // Passed by `nodes.rs` only.
                 Some("--node") => parsed.node = true,
                 Some("--reset") => parsed.reset = true,
                 Some("--json") => parsed.json = true,
@@ -139,7 +139,7 @@ impl Args {
         Ok(parsed)
     }
 
-    /// The file of the read models: `shop.db` has `shop-read.db` beside it.
+    /// Returns the file of the read models: `shop-read.db` for `shop.db`.
     pub(crate) fn read_models(&self) -> PathBuf {
         let mut name = self.db.file_stem().unwrap_or_default().to_owned();
         name.push("-read.db");

@@ -1,4 +1,4 @@
-//! What an invoice is and what it decides. Everything odd about the real data is judged here, and nowhere else.
+//! Invoices and their decisions. All oddities of the real data are handled here, and only here.
 
 use std::collections::HashMap;
 
@@ -7,30 +7,30 @@ use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
 use storied::{Aggregate, Context, Decision, Event};
 
-/// Beyond these a line is a typing error, not a sale. They also keep every amount far away from overflow.
+/// Above this a line is a typing error. The limit also keeps every amount far from an overflow.
 const MOST_UNITS: u64 = 1_000_000;
 const HIGHEST_PRICE: Decimal = Decimal::from_parts(1_000_000, 0, 0, false, 0);
-/// How many decimals a price may have. The read models count in units of the last one.
+/// Maximum number of decimals of a price. The read models count in units of the last decimal.
 pub(crate) const PRICE_DECIMALS: u32 = 4;
 
-/// The head of an invoice: who is billed, where, when. Each of its lines repeats it.
+/// The head of an invoice: customer, country and date. Each of its lines repeats it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Header {
-    /// Nobody known for guests.
+    /// None for guests.
     pub(crate) customer: Option<String>,
     pub(crate) country: String,
     pub(crate) date: NaiveDateTime,
 }
 
-/// One line, signed as it is on paper: what comes back has a negative quantity.
+/// One line, with the sign of the paper: returned goods have a negative quantity.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Line {
-    /// 1, 2, 3 … on its invoice.
+    /// 1, 2, 3 … within its invoice.
     pub(crate) number: u32,
     pub(crate) stock_code: String,
     pub(crate) description: String,
     pub(crate) quantity: i64,
-    /// serde writes decimals as text, so the log has them exactly.
+    /// serde writes decimals as text, so the log has the exact values.
     pub(crate) unit_price: Decimal,
 }
 
@@ -40,33 +40,37 @@ impl Line {
     }
 }
 
-/// What can be asked of an invoice.
+/// The commands of an invoice.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum InvoiceCommand {
     Open { header: Header },
     AddLine { header: Header, line: Line },
 }
 
-/// What happens to an invoice. A variant's serde name is the event's name in the log: `invoice.line_sold`.
+/// The events of an invoice.
+///
+/// The serde name of a variant is its name in the log: `invoice.line_sold`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum InvoiceEvent {
-    /// A customer is going to be billed.
+    /// The invoice bills a customer.
     Opened { header: Header },
-    /// Somebody without an account is going to be billed, or nobody at all: stock is corrected by invoice, too.
+    /// The invoice bills a guest without an account, or corrects the stock.
     OpenedForGuest { header: Header },
-    /// Goods are going to be taken back. The note does not say which invoice sold them, and often that invoice is older
-    /// than the file: so it stands for itself, and its effect is that of its own lines.
+    /// The credit note takes goods back.
+    ///
+    /// It does not name the invoice that sold them, which is often older than the file. So it
+    /// stands for itself, and its effect is that of its own lines.
     CreditNoteOpened { header: Header },
     /// Goods leave for money.
     LineSold { line: Line },
-    /// Goods leave for nothing.
+    /// Goods leave without payment.
     LineGivenAway { line: Line },
-    /// Goods come back on a sales invoice, deducted from it.
+    /// Goods come back on a sales invoice, and are deducted from it.
     LineReturned { line: Line },
     /// Goods come back on a credit note.
     LineCredited { line: Line },
-    /// Goods are lost, damaged or were never there: taken out of the books, without money.
+    /// Goods are lost, damaged or never existed: removed from the books, without money.
     LineWrittenOff { line: Line },
 }
 
@@ -75,11 +79,11 @@ impl Event for InvoiceEvent {
 }
 
 impl InvoiceEvent {
-    /// The variants that are about a line.
+    /// The variants about a line.
     pub(crate) const LINES: [&str; 5] =
         ["line_sold", "line_given_away", "line_returned", "line_credited", "line_written_off"];
 
-    /// The head of the invoice, if the event opens it.
+    /// Returns the head of the invoice, if the event opens it.
     pub(crate) fn header(&self) -> Option<&Header> {
         match self {
             Self::Opened { header } | Self::OpenedForGuest { header } | Self::CreditNoteOpened { header } => {
@@ -89,7 +93,7 @@ impl InvoiceEvent {
         }
     }
 
-    /// The line, if the event is about one. Revenue and units follow from it, whatever kind of line it is.
+    /// Returns the line, if the event is about one. Revenue and units follow from any kind of line.
     pub(crate) fn line(&self) -> Option<&Line> {
         match self {
             Self::LineSold { line }
@@ -102,12 +106,12 @@ impl InvoiceEvent {
     }
 }
 
-/// Why an invoice refuses: what makes no sense in any reading.
+/// A rejection of an invoice: the command makes no sense in any reading.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
 pub(crate) enum InvoiceError {
-    #[error("it was opened before, for {} in {}", customer(&.before.customer), .before.country)]
+    #[error("the invoice is already open, for {} in {}", customer(&.before.customer), .before.country)]
     OpenedBefore { before: Header },
-    #[error("line {line} is for an invoice that was not opened")]
+    #[error("line {line} is for an invoice that is not open")]
     NotOpened { line: u32 },
     #[error("line {line} is for {}, but the invoice is for {}", customer(.found), customer(.expected))]
     OtherCustomer { line: u32, found: Option<String>, expected: Option<String> },
@@ -115,17 +119,17 @@ pub(crate) enum InvoiceError {
     OtherCountry { line: u32, found: String, expected: String },
     #[error("line {line} is of {found}, but the invoice is of {expected}")]
     OtherDay { line: u32, found: NaiveDateTime, expected: NaiveDateTime },
-    #[error("line {} is on the invoice already, and is {} × {} at {}", .before.number, .before.quantity, .before.stock_code, .before.unit_price)]
+    #[error("line {} is on the invoice already, as {} × {} at {}", .before.number, .before.quantity, .before.stock_code, .before.unit_price)]
     OtherLine { before: Line },
-    #[error("line {line} has nothing on it: its quantity is 0")]
+    #[error("line {line} has the quantity 0")]
     NoQuantity { line: u32 },
-    #[error("line {line} of a credit note takes nothing back: its quantity is {quantity}")]
+    #[error("line {line} of a credit note must have a negative quantity, not {quantity}")]
     NothingCredited { line: u32, quantity: i64 },
     #[error(
         "line {line} has the price {price}; a price is 0 to {HIGHEST_PRICE} with at most {PRICE_DECIMALS} decimals"
     )]
     OddPrice { line: u32, price: Decimal },
-    #[error("line {line} has the quantity {quantity}; {MOST_UNITS} is the most")]
+    #[error("line {line} has the quantity {quantity} (limit {MOST_UNITS})")]
     OddQuantity { line: u32, quantity: i64 },
 }
 
@@ -193,7 +197,8 @@ impl Invoice {
     ) -> Result<Decision<InvoiceEvent>, InvoiceError> {
         self.belongs(header, line.number)?;
         match self.lines.get(&line.number) {
-            // storied recognises a repeated command by its id, as far back as its window goes; an invoice knows for ever.
+            // storied recognizes a repeated command within its window; the state of an invoice has
+            // no limit.
             Some(before) if before == line => return Ok(Decision::none()),
             Some(before) => return Err(InvoiceError::OtherLine { before: before.clone() }),
             None => {}
@@ -217,7 +222,9 @@ impl Invoice {
         }))
     }
 
-    /// Whether a line with this header is one of this invoice's. Not to the minute: a long invoice takes some to write.
+    /// Checks that a line with this header belongs to this invoice.
+    ///
+    /// The minute may differ: long invoices take some.
     fn belongs(&self, found: &Header, line: u32) -> Result<(), InvoiceError> {
         let Some(expected) = &self.header else { return Err(InvoiceError::NotOpened { line }) };
         if found.country != expected.country {

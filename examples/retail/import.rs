@@ -1,4 +1,4 @@
-//! Turns rows into commands and keeps many of them under way, so that the store commits them in groups.
+//! Converts rows to commands, with many in flight, so that the store commits them in groups.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,33 +11,33 @@ use crate::domain::{Header, Invoice, InvoiceCommand, InvoiceError, Line};
 use crate::report::Progress;
 use crate::rows::{Row, RowError, Rows};
 
-/// How many rows are under way at a time, in full invoices. All that the importer holds of the file.
+/// Maximum number of rows in flight, in full invoices. The importer holds no more of the file.
 const ROWS_UNDER_WAY: usize = 1_000;
-/// How many of them may be of one invoice.
+/// Maximum number of rows of one invoice among them.
 const LINES_UNDER_WAY: usize = 100;
-/// How often a command is sent when something is in its way that may pass by itself.
+/// Maximum number of attempts of a command after transient errors.
 const ATTEMPTS: u32 = 10;
-/// Command ids are UUIDs of version 5 in this namespace of ours.
+/// Namespace of the command ids, which are UUIDs of version 5.
 const COMMANDS: Uuid = Uuid::from_u128(0x2d43_77e5_0f3c_4c0f_9c66_51c1_39a0_5d1e);
 
-/// What became of the rows so far.
+/// The counts of the import so far.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Tally {
     /// Rows read.
     pub(crate) lines: u64,
-    /// Commands answered: one for each row, and one more for each invoice.
+    /// Answered commands: one for each row, and one more for each invoice.
     pub(crate) commands: u64,
-    /// … of which an invoice refused.
+    /// Commands that an invoice rejected.
     pub(crate) rejected: u64,
-    /// … of which had taken effect in an earlier run.
+    /// Commands that took effect in an earlier run.
     pub(crate) duplicates: u64,
     /// Events that this run added to the log.
     pub(crate) new_events: u64,
-    /// The last event that a command caused, in this run or an earlier one.
+    /// The last event of a command, in this run or an earlier one.
     pub(crate) position: Position,
 }
 
-/// Why the import ended before the file did. Whatever was answered by then stays done.
+/// The cause of an early end of the import. Answered commands stay done.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ImportError {
     #[error(transparent)]
@@ -46,15 +46,15 @@ pub(crate) enum ImportError {
     Command { invoice: String, error: Box<ExecuteError<InvoiceError>> },
 }
 
-/// Rows of one invoice that follow each other in the file.
+/// Consecutive rows of one invoice.
 struct Batch {
     invoice: String,
-    /// How many lines of the invoice came before.
+    /// Number of earlier lines of the invoice.
     before: u32,
     rows: Vec<Row>,
 }
 
-/// What an invoice said to them.
+/// The answers of an invoice to these rows.
 struct Answers {
     invoice: String,
     rows: usize,
@@ -63,18 +63,20 @@ struct Answers {
 
 type Answer = Result<Receipt, ExecuteError<InvoiceError>>;
 
-/// Sends every row to its invoice, and counts the answers: many invoices at a time, each in the order of the file.
+/// Sends every row to its invoice and counts the answers.
+///
+/// Invoices run concurrently, each in file order.
 pub(crate) async fn import(
     runtime: &Runtime,
     rows: Rows,
     progress: &mut Progress,
 ) -> (Tally, Result<(), ImportError>) {
     let (mut tally, mut result) = (Tally::default(), Ok(()));
-    // One number for each invoice: nothing else grows with the file.
+    // One number for each invoice; nothing else grows with the file.
     let mut lines: HashMap<String, u32> = HashMap::new();
     let mut under_way = FuturesUnordered::new();
     let mut rows_under_way = 0;
-    // The file is local and read through a buffer: waiting for it is not worth a thread of its own.
+    // The file is local and buffered, so reading it needs no thread of its own.
     let mut rows = rows.peekable();
     while let (Ok(()), Some(row)) = (&result, rows.next()) {
         let mut batch = match row {
@@ -92,7 +94,7 @@ pub(crate) async fn import(
         let seen = lines.entry(invoice.clone()).or_default();
         let batch = Batch { invoice, before: *seen, rows: batch };
         *seen += batch.rows.len() as u32;
-        // An invoice that the file comes back to has to wait for its earlier rows, which may still be under way.
+        // Later rows of an invoice wait for its earlier rows, which may be in flight.
         let room = if batch.before > 0 { 0 } else { ROWS_UNDER_WAY };
         while rows_under_way > 0 && rows_under_way + batch.rows.len() > room {
             let Some::<Answers>(answers) = under_way.next().await else { break };
@@ -104,7 +106,7 @@ pub(crate) async fn import(
         rows_under_way += batch.rows.len();
         under_way.push(record(runtime, batch));
     }
-    // Whatever happened, what was sent is waited for.
+    // Waits for all commands in flight, also after an error.
     while let Some(answers) = under_way.next().await {
         result = result.and(tally.count(answers));
         progress.show(&tally);
@@ -112,8 +114,10 @@ pub(crate) async fn import(
     (tally, result)
 }
 
-/// Opens an invoice and adds its lines. They are dispatched in their order, without waiting for one before the next:
-/// storied decides on them in this order, and stores what it decided together.
+/// Opens an invoice and adds its lines.
+///
+/// It dispatches the commands in order, without waiting for the answers. storied decides on them in
+/// this order, and stores decisions together.
 async fn record(runtime: &Runtime, batch: Batch) -> Answers {
     let Batch { invoice, before, rows } = batch;
     let (count, mut answers) = (rows.len(), Vec::with_capacity(rows.len() + 1));
@@ -150,13 +154,13 @@ async fn record(runtime: &Runtime, batch: Batch) -> Answers {
     Answers { invoice, rows: count, answers }
 }
 
-/// Sends a command until it is answered. Its id stays the same, so that it takes effect once, however often it is sent.
+/// Sends a command until it is answered. The id stays the same, so the command takes effect once.
 async fn send(runtime: &Runtime, invoice: &str, id: Uuid, command: InvoiceCommand) -> Answer {
     let mut attempt = 1;
     loop {
         match runtime.execute::<Invoice>(invoice, command.clone()).command_id(id).await {
             Err(error) if error.is_transient() && attempt < ATTEMPTS => {
-                tracing::warn!(%invoice, %error, attempt, "trying again");
+                tracing::warn!(%invoice, %error, attempt, "retrying a command");
                 tokio::time::sleep(Duration::from_millis(50) * attempt).await;
                 attempt += 1;
             }
@@ -169,8 +173,10 @@ fn header(row: &Row) -> Header {
     Header { customer: row.customer.clone(), country: row.country.clone(), date: row.date }
 }
 
-/// The same row has the same id in every run. A changed row has another one: it is for the invoice to refuse it, where a
-/// repeated id would be answered with the receipt of what the row said before.
+/// Returns the command id of a row: equal in every run, different for a changed row.
+///
+/// The invoice rejects a changed row. An equal id would return the receipt of the old content
+/// instead.
 fn command_id(row: &Row, line: u32, kind: &str) -> Uuid {
     let Row { invoice, stock_code, description, quantity, date, unit_price, customer, country } = row;
     let what = format!("{invoice:?} {line} {kind}");
@@ -180,7 +186,7 @@ fn command_id(row: &Row, line: u32, kind: &str) -> Uuid {
 }
 
 impl Tally {
-    /// Counts all of them, also behind one that says that something is broken.
+    /// Counts all answers, also after a failure.
     fn count(&mut self, Answers { invoice, answers, .. }: Answers) -> Result<(), ImportError> {
         let mut result = Ok(());
         for answer in answers {
@@ -191,7 +197,7 @@ impl Tally {
                     self.duplicates += u64::from(receipt.duplicate || receipt.events == 0);
                 }
                 Err(ExecuteError::Rejected(reason)) => {
-                    tracing::warn!("invoice {invoice} refused: {reason}");
+                    tracing::warn!("invoice {invoice} rejected a command: {reason}");
                     self.rejected += 1;
                 }
                 Err(error) => {

@@ -1,5 +1,7 @@
-//! Replays the invoices of a real business through storied: every invoice is an aggregate, every row of the file a command,
-//! and two projections keep revenue and units. `--help` says how to run it, README.md where to begin reading.
+//! Replays the invoices of a real business through storied.
+//!
+//! Every invoice is an aggregate, every row of the file a command, and two projections keep revenue
+//! and units. See `--help` for the options, and README.md for the order of reading.
 
 mod args;
 mod domain;
@@ -35,11 +37,11 @@ use self::rows::{RowError, Rows};
 
 /// The schema of the log in PostgreSQL.
 const SCHEMA: &str = "storied_retail";
-/// How many commands an invoice recognises by their ids. A longer one still takes no line twice, see `domain.rs`.
+/// Command window of an invoice. A longer invoice still takes no line twice, see `domain.rs`.
 const COMMAND_WINDOW: usize = 1_000;
-/// How long a run that was killed keeps the read models from the next one.
+/// Time for which a killed run keeps the read models from the next run.
 const LEASE: Duration = Duration::from_secs(1);
-/// How long the read models may take to catch up after the last command.
+/// Maximum time of the read models to catch up after the last command.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[tokio::main]
@@ -55,7 +57,7 @@ async fn main() -> ExitCode {
             return match write!(io::stdout(), "{USAGE}") {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
-                    eprintln!("error: the output cannot be written: {error}");
+                    eprintln!("error: writing the output failed: {error}");
                     ExitCode::FAILURE
                 }
             };
@@ -76,7 +78,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Why a run fails. What it had done by then stays done.
+/// The cause of a failed run. Its finished work stays done.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error(transparent)]
@@ -97,9 +99,9 @@ enum Failure {
     Filter(#[from] storied::EncodeError),
     #[error(transparent)]
     NoProjection(#[from] storied::runtime::UnknownProjection),
-    #[error("the read model {0} is paused; `storied projection resume {0}` lets it go on")]
+    #[error("the read model {0} is paused; resume it with `storied projection resume {0}`")]
     Paused(&'static str),
-    #[error("{0}; run it again to go on")]
+    #[error("{0}; run it again to continue")]
     Behind(#[from] storied::projection::WaitError),
     #[error(transparent)]
     Shutdown(#[from] storied::runtime::ShutdownError),
@@ -109,7 +111,7 @@ enum Failure {
     NoDatabaseUrl,
     #[error("starting or ending another node: {0}")]
     Nodes(io::Error),
-    #[error("{} is no SQLite database, and not for --reset to delete", .0.display())]
+    #[error("{} is no SQLite database; --reset does not delete it", .0.display())]
     NoDatabase(PathBuf),
     #[error("{}: {error}", path.display())]
     Reset { path: PathBuf, error: io::Error },
@@ -128,7 +130,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
             StoreKind::Postgres => drop_schema(args).await?,
         }
     }
-    // Before any file is created: a bus that cannot be reached leaves nothing.
+    // Before any file is created, so that an unreachable bus leaves none.
     let builder = match nats(args)? {
         Some(bus) => {
             bus.connect().await?;
@@ -146,7 +148,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
         .aggregate_with(AggregateOptions::<Invoice>::new().command_window(COMMAND_WINDOW))
         .start()
         .await?;
-    // Only now, so that they find everything prepared.
+    // Only now, because the other nodes need a prepared database.
     let nodes = Nodes::start(args)?;
 
     let mut progress = Progress::new();
@@ -157,7 +159,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let events = count_events(&**runtime.store()).await;
     nodes.end().await?;
     let ended = runtime.shutdown().await;
-    // Only now: whatever went wrong, the node was taken down in order. The first trouble is the one to tell.
+    // Only after the orderly shutdown of the node. The first error is reported.
     imported?;
     caught_up?;
     ended?;
@@ -168,13 +170,13 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     let written = if args.json { report.write_json(&mut out) } else { report.write_text(&mut out) };
     match written.and_then(|()| out.flush()) {
-        // Whoever reads has seen enough.
+        // The reader of the pipe has enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => Ok(written?),
     }
 }
 
-/// One of the other nodes: keeps its share of the read models until the first one ends.
+/// Runs another node: it keeps its share of the read models until the first one ends.
 async fn serve(args: &Args) -> Result<(), Failure> {
     let read_models = read_models(args).await?;
     let builder = match nats(args)? {
@@ -188,7 +190,7 @@ async fn serve(args: &Args) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What every node has.
+/// Adds the parts that every node has.
 async fn node(builder: Builder, args: &Args, read_models: &ReadModels) -> Result<Builder, Failure> {
     let builder = match args.store {
         StoreKind::Sqlite => builder.store(SqliteStore::open(&args.db).await?),
@@ -201,7 +203,7 @@ async fn read_models(args: &Args) -> Result<ReadModels, Failure> {
     Ok(match args.store {
         StoreKind::Sqlite => ReadModels::Sqlite(SqliteReadModel::open(args.read_models()).await?),
         StoreKind::Postgres => {
-            // As the store has them: from there come the errors that say what is wrong.
+            // After the store has connected, because its errors name the cause.
             let pool = PgPoolOptions::new().acquire_timeout(PATIENCE);
             let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok());
             let pool = pool.connect_lazy(&url.ok_or(Failure::NoDatabaseUrl)?)?;
@@ -210,19 +212,19 @@ async fn read_models(args: &Args) -> Result<ReadModels, Failure> {
     })
 }
 
-/// The log in PostgreSQL, apart from whatever else is in that database.
+/// Returns the options of the log in PostgreSQL, in a schema of its own.
 fn postgres(args: &Args) -> PostgresOptions {
-    // Other nodes hear of it at once.
+    // Notifies other nodes at once.
     let options = PostgresOptions::new().schema(SCHEMA).application_name("retail").notify(args.nodes > 1);
     match &args.database_url {
         Some(url) => options.url(url),
-        None => options, // the environment's DATABASE_URL
+        None => options, // $DATABASE_URL
     }
 }
 
 async fn drop_schema(args: &Args) -> Result<(), Failure> {
     let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok());
-    // Without one, connecting says what is missing.
+    // Without a URL, connecting reports the missing option.
     let Some(url) = url else { return Ok(()) };
     let mut connection = sqlx::PgConnection::connect(&url).await?;
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!("DROP SCHEMA IF EXISTS {SCHEMA}, retail CASCADE")))
@@ -231,7 +233,7 @@ async fn drop_schema(args: &Args) -> Result<(), Failure> {
     Ok(connection.close().await?)
 }
 
-/// Waits until the read models know of everything that the import did.
+/// Waits until the read models have applied everything of the import.
 async fn caught_up(runtime: &Runtime, position: Position) -> Result<(), Failure> {
     for name in [REVENUE, UNITS] {
         let projection = runtime.projection(name)?;
@@ -248,7 +250,7 @@ async fn caught_up(runtime: &Runtime, position: Position) -> Result<(), Failure>
     Ok(())
 }
 
-/// The bus over NATS, if that was asked for.
+/// Returns the bus over NATS, if selected.
 fn nats(args: &Args) -> Result<Option<NatsBus>, Failure> {
     let options = match args.bus {
         Bus::Local => return Ok(None),
@@ -262,7 +264,7 @@ fn nats(args: &Args) -> Result<Option<NatsBus>, Failure> {
     }))
 }
 
-/// Deletes the mirror of a store that is about to be replaced: another store may not continue it.
+/// Deletes the mirror of a store that is replaced; another store cannot continue it.
 async fn delete_mirror(bus: &NatsBus) -> Result<(), Failure> {
     let jetstream = async_nats::jetstream::new(bus.client().await?);
     if jetstream.get_stream("RETAIL_EVENTS").await.is_ok() {
@@ -271,7 +273,7 @@ async fn delete_mirror(bus: &NatsBus) -> Result<(), Failure> {
     Ok(())
 }
 
-/// How many events the log has, as anybody would find out who reads it.
+/// Counts the events of the log by reading it.
 async fn count_events(store: &dyn EventStore) -> Result<u64, StoreError> {
     let (mut events, mut read) = (0, Position::START);
     loop {
@@ -284,7 +286,7 @@ async fn count_events(store: &dyn EventStore) -> Result<u64, StoreError> {
     }
 }
 
-/// Deletes a SQLite database with what SQLite keeps beside it, and nothing that is something else.
+/// Deletes a SQLite database with the files of SQLite next to it, and no other file.
 fn delete_database(path: &Path) -> Result<(), Failure> {
     let failed = |error| Failure::Reset { path: path.to_owned(), error };
     let mut magic = Vec::new();

@@ -10,16 +10,16 @@ use tokio::time::timeout;
 use crate::Failure;
 use crate::args::{Args, Bus};
 
-/// How long they may take to end.
+/// Maximum time of their shutdown.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// They end when their standard input does, as it also does when this process is killed.
+/// The processes; they end with their standard input, and so with this process.
 pub(crate) struct Nodes {
     children: Vec<Child>,
 }
 
 impl Nodes {
-    /// Starts all but the first, which is this process.
+    /// Starts all but the first one, which is this process.
     pub(crate) fn start(args: &Args) -> Result<Self, Failure> {
         let mut children = Vec::new();
         for _ in 1..args.nodes {
@@ -43,7 +43,7 @@ impl Nodes {
         Ok(Self { children })
     }
 
-    /// Ends them. One that was killed meanwhile is no failure: the others have done its work.
+    /// Ends them. A killed process is no failure, because the others have done its work.
     pub(crate) async fn end(self) -> Result<(), Failure> {
         for mut child in self.children {
             drop(child.stdin.take());
@@ -61,8 +61,8 @@ impl Nodes {
     }
 }
 
-/// In another node: waits for the end of the first one.
+/// Waits in another node for the end of the first one.
 pub(crate) async fn until_the_first_ends() {
-    // Nobody writes anything; an error is as good an end.
+    // Nothing is ever written; an error ends the wait too.
     let _ = tokio::task::spawn_blocking(|| std::io::stdin().read(&mut [0])).await;
 }

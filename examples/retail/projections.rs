@@ -1,4 +1,4 @@
-//! The read models: revenue by country and units by stock code, where the log is.
+//! The read models: revenue by country and units by stock code, in the kind of database of the log.
 
 mod postgres;
 mod sqlite;
@@ -16,10 +16,10 @@ use crate::domain::PRICE_DECIMALS;
 pub(crate) const REVENUE: &str = "revenue_by_country";
 pub(crate) const UNITS: &str = "units_by_stock_code";
 
-/// In how many partitions they are, where several nodes can share them.
+/// Number of partitions, if several nodes can share them.
 const PARTITIONS: u16 = 8;
 
-/// Where the read models live.
+/// The location of the read models.
 #[derive(Debug, Clone)]
 pub(crate) enum ReadModels {
     Sqlite(SqliteReadModel),
@@ -34,7 +34,7 @@ impl ReadModels {
         }
     }
 
-    /// Has the node keep them.
+    /// Registers the projections on a node.
     pub(crate) fn keep(&self, builder: Builder, options: &ProjectionOptions) -> Builder {
         match self {
             Self::Sqlite(model) => builder
@@ -46,7 +46,7 @@ impl ReadModels {
         }
     }
 
-    /// What they say.
+    /// Reads the totals.
     pub(crate) async fn totals(&self) -> Result<Totals, sqlx::Error> {
         let ((invoices, cancellations), revenue, units): ((i64, i64), Vec<_>, Vec<_>) = match self {
             Self::Sqlite(model) => {
@@ -103,7 +103,7 @@ impl ReadModels {
     }
 }
 
-/// What the read models say.
+/// The totals of the read models.
 #[derive(Debug)]
 pub(crate) struct Totals {
     pub(crate) invoices: i64,
@@ -120,7 +120,7 @@ fn to_sql(amount: Decimal) -> Result<i64, ApplyError> {
     Ok(parts.try_into()?)
 }
 
-/// At least to the penny.
+/// Returns the amount with at least two decimals.
 fn from_sql(parts: i64) -> Decimal {
     let mut amount = Decimal::new(parts, PRICE_DECIMALS).normalize();
     amount.rescale(amount.scale().max(2));

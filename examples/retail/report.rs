@@ -1,4 +1,4 @@
-//! What the run came to, for people and for programs; and how it is getting on meanwhile.
+//! The report of a run, as text and as JSON, and the progress during the run.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -10,15 +10,15 @@ use serde::Serialize;
 use crate::import::Tally;
 use crate::projections::Totals;
 
-/// The report. With `--json` exactly this; decimals are strings.
+/// The report. `--json` prints exactly this; decimals are strings.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    /// Of this run: rows read, commands answered, of which refused, of which had been done before.
+    /// Of this run: rows read, commands answered, and of these rejected and done before.
     lines: u64,
     commands: u64,
     rejected: u64,
     duplicates: u64,
-    /// Events that this run added, and how many the log has now.
+    /// Events added by this run, and all events of the log.
     new_events: u64,
     events: u64,
     /// From the read models: of all runs on this database.
@@ -27,7 +27,7 @@ pub(crate) struct Report {
     total: Decimal,
     revenue_by_country: BTreeMap<String, Decimal>,
     units_by_stock_code: BTreeMap<String, i64>,
-    /// Until the last command was answered *and* the read models had caught up.
+    /// Time until the last answer *and* the catch-up of the read models.
     seconds: f64,
     commands_per_second: f64,
 }
@@ -64,7 +64,7 @@ impl Report {
             "{lines} lines, {commands} commands: {rejected} rejected, {duplicates} done before, {new_events} new events"
         )?;
         if *new_events == 0 {
-            writeln!(out, "Nothing changed: all of it had been done before.")?;
+            writeln!(out, "Nothing changed: all commands were done before.")?;
         }
         writeln!(out, "{:.2} s, {:.0} commands a second", self.seconds, self.commands_per_second)?;
         writeln!(
@@ -91,7 +91,7 @@ fn by_size<T: Copy + Ord>(map: &BTreeMap<String, T>) -> Vec<(&str, T)> {
     entries
 }
 
-/// Tells on stderr how far the run is: a line that is rewritten, or, when nobody watches, a line now and then.
+/// Progress on standard error: a line that is rewritten on a terminal, or a line at an interval.
 #[derive(Debug)]
 pub(crate) struct Progress {
     watched: bool,
@@ -115,7 +115,7 @@ impl Progress {
         self.shown = Instant::now();
         let rate = tally.commands as f64 / self.started.elapsed().as_secs_f64();
         let (begin, end) = if self.watched { ("\r\x1b[K", "") } else { ("", "\n") };
-        // A closed stderr is no reason to stop.
+        // A closed standard error does not stop the run.
         let _ = write!(
             std::io::stderr(),
             "{begin}{} lines, {} commands answered, {rate:.0} a second{end}",
@@ -124,7 +124,7 @@ impl Progress {
         );
     }
 
-    /// Leaves a watched terminal as it was.
+    /// Clears the progress line on a terminal.
     pub(crate) fn done(self) -> Duration {
         if self.watched {
             let _ = write!(std::io::stderr(), "\r\x1b[K");

@@ -1,4 +1,4 @@
-//! Reads the CSV file row by row, and says exactly where a row is malformed: file, line and column.
+//! Reads the CSV file row by row, and reports malformed rows with file, line and column.
 
 use std::fmt;
 use std::fs::File;
@@ -9,7 +9,7 @@ use chrono::NaiveDateTime;
 use csv::{ByteRecord, Position};
 use rust_decimal::Decimal;
 
-/// The columns, by the names in the header of the file; they may come in any order.
+/// The columns, by their names in the header of the file, in any order.
 const COLUMNS: [&str; 8] = [
     "InvoiceNo",
     "StockCode",
@@ -21,7 +21,7 @@ const COLUMNS: [&str; 8] = [
     "Country",
 ];
 
-/// A row, understood as text, numbers and dates, and not judged.
+/// A row, parsed to text, numbers and dates, and not validated.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Row {
     pub(crate) invoice: String,
@@ -34,7 +34,7 @@ pub(crate) struct Row {
     pub(crate) country: String,
 }
 
-/// Why there is no (next) row. Lines and columns count from 1, columns in characters.
+/// The cause of a missing row. Lines and columns count from 1, columns in characters.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RowError {
     #[error("{}: {error}", file.display())]
@@ -43,7 +43,7 @@ pub(crate) enum RowError {
     Malformed { file: PathBuf, line: u64, column: usize, problem: Problem },
 }
 
-/// What is wrong with a row.
+/// The error of a row.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Problem {
     #[error("the file has no column {0}")]
@@ -61,9 +61,9 @@ pub(crate) struct Rows {
     file: PathBuf,
     reader: csv::Reader<File>,
     record: ByteRecord,
-    /// How many columns the header has.
+    /// Number of columns of the header.
     width: usize,
-    /// Where in a row each of [`COLUMNS`] is.
+    /// Index of each of [`COLUMNS`] in a row.
     order: [usize; COLUMNS.len()],
     ended: bool,
 }
@@ -73,7 +73,7 @@ impl Rows {
     pub(crate) fn open(file: impl Into<PathBuf>) -> Result<Self, RowError> {
         let file = file.into();
         let unreadable = |error| RowError::Unreadable { file: file.clone(), error };
-        // Flexible: a row of another length is ours to report, with its place.
+        // Flexible, because this program reports a row of another length, with its place.
         let mut reader = csv::ReaderBuilder::new().flexible(true).from_path(&file).map_err(unreadable)?;
         let header = reader.byte_headers().map_err(unreadable)?.clone();
         let mut order = [0; COLUMNS.len()];
@@ -101,7 +101,7 @@ impl Rows {
         self.row().map(Some).map_err(|(column, problem)| malformed(&self.file, &before, column, problem))
     }
 
-    /// The row in the record, or what is wrong with which of its columns.
+    /// Parses the record, or returns the column and its error.
     fn row(&self) -> Result<Row, (usize, Problem)> {
         let customer = self.text(6)?;
         Ok(Row {
@@ -113,7 +113,7 @@ impl Rows {
                 NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S").ok()
             })?,
             unit_price: self.parsed(5, "a decimal number", |text| Decimal::from_str_exact(text).ok())?,
-            // The tool that made the file took the numbers of customers for floats.
+            // The tool that made the file wrote the numbers of customers as floats.
             customer: Some(customer.trim_end_matches(".0").to_owned()).filter(|id| !id.is_empty()),
             country: self.filled(7)?.to_owned(),
         })
@@ -168,26 +168,31 @@ impl fmt::Debug for Rows {
     }
 }
 
-/// The CSV reader knows where a record starts, but not where its fields do. So the place is looked up in the file, which
-/// costs something only when it is needed.
+/// Returns an error with its place.
+///
+/// The CSV reader knows the start of a record, but not those of its fields. So this searches the
+/// file, which has a cost only for an error.
 fn malformed(file: &Path, record: &Position, field: usize, problem: Problem) -> RowError {
     let (lines, column) = locate(file, record.byte(), field).unwrap_or((0, 1));
     RowError::Malformed { file: file.to_owned(), line: record.line() + lines, column, problem }
 }
 
-/// How many lines after `start` a field of the record there begins, and in which column of its line. With `field` one past
-/// the last: where the record ends.
+/// Finds a field of the record at `start`.
+///
+/// Returns the number of lines after `start`, and the column in its line.
+///
+/// With `field` one past the last, finds the end of the record.
 fn locate(file: &Path, start: u64, field: usize) -> std::io::Result<(u64, usize)> {
     let mut file = BufReader::new(File::open(file)?);
     file.seek(SeekFrom::Start(start))?;
-    // A record of sane length; whatever is longer is reported at its beginning.
+    // Limits the search to 1 MiB; the error of a longer record names its start.
     let mut file = file.take(1 << 20);
     let (mut lines, mut fields, mut quoted, mut begun) = (0, 0, false, None);
     let mut line = Vec::new();
     while file.read_until(b'\n', &mut line)? > 0 {
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end_matches(['\r', '\n']);
-        // Empty lines between records are skipped by the CSV reader as well.
+        // The CSV reader skips empty lines between records too.
         if !text.is_empty() {
             begun.get_or_insert(lines);
         }

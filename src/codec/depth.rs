@@ -1,4 +1,6 @@
-//! The limit of nesting in what is written: no value overflows the stack, and none is nested deeper than its readers go.
+//! The nesting limit of encoded values.
+//!
+//! No value overflows the stack, and no value is nested deeper than its decoders read.
 
 use std::fmt::Display;
 
@@ -7,14 +9,16 @@ use serde::ser::{
     SerializeTupleStruct, SerializeTupleVariant, Serializer,
 };
 
-/// Maximum number of arrays and maps around one value. serde_json reads no more than this; CBOR has the same limit, so that
-/// an event does not depend on the codec.
+/// Maximum number of arrays and maps around one value.
+///
+/// serde_json reads no deeper nesting. CBOR has the same limit, so that events do not depend on the
+/// codec.
 pub(crate) const MAX_DEPTH: u16 = 127;
 
-/// Maximum number of nested `Some` and newtypes around one value. They leave no trace in the bytes, only on the stack.
+/// Maximum number of nested `Some` and newtypes around one value. They take stack, but no bytes.
 const MAX_WRAPPERS: u16 = 256;
 
-/// A value that refuses to serialize if it is nested too deeply.
+/// A value that fails to serialize if it is nested too deeply.
 pub(super) struct Bounded<'a, T: ?Sized>(&'a T, Depth);
 
 impl<'a, T: ?Sized> Bounded<'a, T> {
@@ -23,7 +27,7 @@ impl<'a, T: ?Sized> Bounded<'a, T> {
     }
 }
 
-/// What a value is nested in.
+/// The nesting of a value.
 #[derive(Clone, Copy)]
 struct Depth {
     containers: u16,
@@ -31,7 +35,7 @@ struct Depth {
 }
 
 impl Depth {
-    /// Within `levels` more arrays or maps.
+    /// Enters `levels` more arrays or maps.
     #[inline]
     fn container<E: Error>(mut self, levels: u16) -> Result<Self, E> {
         self.containers += levels;
@@ -47,7 +51,7 @@ impl Depth {
 
 #[cold]
 fn too_deep<E: Error>() -> E {
-    E::custom(format_args!("it is nested too deeply (limit {MAX_DEPTH} levels of lists and maps)"))
+    E::custom(format_args!("nested too deeply (limit {MAX_DEPTH} levels of lists and maps)"))
 }
 
 impl<T: Serialize + ?Sized> Serialize for Bounded<'_, T> {
@@ -57,7 +61,7 @@ impl<T: Serialize + ?Sized> Serialize for Bounded<'_, T> {
     }
 }
 
-/// A serializer, or a part of one, that counts how deep it is.
+/// A serializer, or a part of one, that counts the nesting.
 struct Limiter<S> {
     inner: S,
     depth: Depth,
@@ -179,7 +183,7 @@ impl<S: Serializer> Serializer for Limiter<S> {
         variant: &'static str,
         length: usize,
     ) -> Result<Self::SerializeTupleVariant, S::Error> {
-        // The map that names the variant, and the list in it.
+        // Counts the map that names the variant, and the list in it.
         let depth = self.depth.container(2)?;
         Ok(Limiter { inner: self.inner.serialize_tuple_variant(name, index, variant, length)?, depth })
     }
@@ -321,7 +325,7 @@ mod tests {
         next: Option<Box<Nested>>,
     }
 
-    /// Commands, replies, snapshots and records as well as events.
+    /// Covers commands, replies, snapshots and records as well as events.
     #[test]
     fn no_value_overflows_the_stack() {
         let node = |depth| (0..depth).fold(Node(None), |next, _| Node(Some(Box::new(next))));
@@ -332,7 +336,7 @@ mod tests {
         assert!(to_cbor(&nested(127)).is_ok() && fingerprint(&nested(127)).is_ok());
         for depth in [128, 5_000] {
             let error = to_cbor(&nested(depth)).unwrap_err();
-            assert_eq!(error.reason, "it is nested too deeply (limit 127 levels of lists and maps)");
+            assert_eq!(error.reason, "nested too deeply (limit 127 levels of lists and maps)");
             assert!(fingerprint(&nested(depth)).is_err());
         }
     }

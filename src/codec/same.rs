@@ -1,5 +1,6 @@
-//! Whatever cbor4ii reads, ciborium reads the same: of all sorts of types, over bytes that ciborium wrote and that were changed
-//! at random.
+//! Equivalence of cbor4ii and ciborium: every value that cbor4ii reads, ciborium reads equally.
+//!
+//! Runs over many types, with bytes that ciborium wrote and random mutations of them.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use uuid::Uuid;
 use super::{byte_string, quickly, to_cbor};
 use crate::fuzz::fuzz;
 
-/// As serde writes an enum by default, as events are.
+/// The default enum form of serde, which events use.
 #[derive(Debug, Serialize, Deserialize)]
 enum External {
     Unit,
@@ -80,12 +81,12 @@ fn agree<T: Serialize + DeserializeOwned + Debug>(values: &[T]) {
         let mut left = bytes;
         match ciborium::from_reader::<T, _>(&mut left) {
             Ok(value) => assert_eq!((&quick, rest), (&format!("{value:?}"), left)),
-            // In what nobody asked for.
+            // An error in a field that the type ignores.
             Err(error) => return error.to_string(),
         }
         quick
     });
-    assert!(read.get() > values.len(), "{name}: {} values were read quickly", read.get());
+    assert!(read.get() > values.len(), "{name}: {} values were read by cbor4ii", read.get());
 }
 
 #[test]

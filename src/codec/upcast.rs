@@ -3,17 +3,20 @@ use std::sync::Arc;
 
 use ciborium::Value;
 
-/// Turns one stored payload into the next shape.
+/// Converts one stored payload to the next shape.
 type Upcast = dyn Fn(Value) -> Result<Value, String> + Send + Sync;
 
-/// How events that older versions of a program wrote become today's, on CBOR values, before serde sees them.
+/// Rules that convert stored events of older program versions.
 ///
-/// Rules are chained: what `placed` becomes may itself be upcast further. Where serde's `default` and `alias` are enough,
-/// prefer them: they cost nothing.
+/// They work on CBOR values, before serde reads them.
 ///
-/// A rule is for a name that is not written any more. If the enum still reads that name, if two rules have it, or if the chain comes
-/// back to it, the runtime does not start: the rule would change new events as well. To change the shape of `paid`, give the
-/// variant a new name (`#[serde(rename = "paid_v2")]`).
+/// Rules are chained: the result of a rule for `placed` may itself be upcast. Prefer the `default`
+/// and `alias` of serde where they suffice: they have no cost.
+///
+/// A rule applies to a name that new events do not use. The runtime does not start if the enum
+/// still reads the name, if two rules have it, or if the chain returns to it: such a rule would
+/// change new events too. To change the shape of `paid`, give the variant a new name
+/// (`#[serde(rename = "paid_v2")]`).
 ///
 /// ```
 /// use storied::Upcasters;
@@ -22,7 +25,7 @@ type Upcast = dyn Fn(Value) -> Result<Value, String> + Send + Sync;
 /// let upcasters = Upcasters::new()
 ///     // renamed only
 ///     .rename("ordered", "placed")
-///     // another shape: amounts were pounds, and are pence
+///     // new shape: amounts were in pounds, and are in pence
 ///     .upcast("paid", "paid_v2", |payload| {
 ///         let Value::Map(mut fields) = payload else { return Err("no map".into()) };
 ///         for (key, value) in &mut fields {
@@ -48,20 +51,21 @@ struct Rule {
 }
 
 impl Upcasters {
-    /// None.
+    /// Returns an empty set of rules.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Events stored as variant `from` are events of variant `to`, with the same payload.
+    /// Reads events stored as variant `from` as variant `to`, with the same payload.
     #[must_use]
     pub fn rename(self, from: impl Into<String>, to: impl Into<String>) -> Self {
         self.with(from.into(), to.into(), None)
     }
 
-    /// Events stored as variant `from` are events of variant `to`, after `upcast` changed their payload. An error of
-    /// `upcast` is reported as undecodable event, with the text that it gives.
+    /// Reads events of variant `from` as variant `to`, after `upcast` has converted the payload.
+    ///
+    /// An error of `upcast` is reported as an undecodable event, with its text.
     #[must_use]
     pub fn upcast(
         self,
@@ -89,7 +93,7 @@ impl Upcasters {
         self.rules.iter().map(|rule| &*rule.from)
     }
 
-    /// Where the chain from `variant` ends.
+    /// Returns the end of the chain from `variant`.
     pub(crate) fn today<'a>(&'a self, variant: &'a str) -> &'a str {
         self.chain(variant).last().map_or(variant, |rule| &rule.to)
     }
@@ -104,27 +108,25 @@ impl Upcasters {
         })
     }
 
-    /// Why these rules cannot be used for an enum that reads `names`.
+    /// Returns the reason why these rules are invalid for an enum that reads `names`.
     pub(crate) fn problem(&self, reads: impl Fn(&str) -> bool) -> Option<String> {
         for (index, Rule { from, to, .. }) in self.rules.iter().enumerate() {
             if reads(from) {
                 return Some(format!(
-                    "the rule {from:?} -> {to:?} would change new events, because {from:?} is a name of today; give the variant a new name with #[serde(rename)], or remove its alias"
+                    "the rule {from:?} -> {to:?} would change new events, because the enum still reads {from:?}; give the variant a new name with #[serde(rename)], or remove its alias"
                 ));
             }
             if self.rules.iter().take(index).any(|other| other.from == *from) {
-                return Some(format!("two rules are for {from:?}; put them together"));
+                return Some(format!("two rules for {from:?}; merge them"));
             }
             if self.today(from) == from {
-                return Some(format!(
-                    "the rules from {from:?} come back to it; they must end in a variant of today"
-                ));
+                return Some(format!("the rules from {from:?} form a cycle; end them in a current variant"));
             }
         }
         None
     }
 
-    /// Each rule is taken once at most, so that a circle ends.
+    /// Applies each rule at most once, so that a cycle ends.
     fn chain<'a>(&'a self, variant: &'a str) -> impl Iterator<Item = &'a Rule> {
         let mut taken = vec![false; self.rules.len()];
         let mut name = variant;

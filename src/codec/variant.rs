@@ -1,4 +1,4 @@
-//! One variant of a serde enum, taken apart into name and payload and put together again; and which names an enum reads.
+//! Variants of a serde enum: splitting into name and payload, joining, and listing the names.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{Codec, SerializeError};
 
-/// A variant without fields, in the map form that every variant is stored in.
+/// The payload of a variant without fields, in the map form of stored variants.
 const CBOR_NULL: u8 = 0xf6;
-/// A map of one entry: serde's externally tagged form in CBOR.
+/// A map of one entry: the externally tagged form of serde in CBOR.
 const CBOR_MAP_OF_ONE: u8 = 0xa1;
 
-/// The name and the payload of a variant; `None` when the value does not serialize as one.
+/// Returns the name and the payload of a variant; `None` if the value does not serialize as one.
 pub(crate) fn encode_variant<E: Serialize>(
     event: &E,
     codec: Codec,
@@ -30,9 +30,9 @@ pub(crate) fn encode_variant<E: Serialize>(
     })
 }
 
-/// The variant's name inside an encoded event.
+/// The name of the variant inside an encoded event.
 pub(crate) enum Variant {
-    /// At most this many bytes stay where they are: the common case allocates nothing.
+    /// An inline copy of a name of at most 64 bytes, so that the common case does not allocate.
     Short([u8; 64], usize),
     Long(String),
 }
@@ -59,13 +59,14 @@ impl AsRef<str> for Variant {
     }
 }
 
-/// `{name: payload}` or `name`, as serde writes a variant, into its two parts.
+/// Splits `{name: payload}` or `name`, as serde writes a variant.
 fn split_cbor(bytes: Vec<u8>) -> Option<(Variant, Bytes)> {
     let (tagged, text) = match bytes.split_first()? {
         (&CBOR_MAP_OF_ONE, rest) => (true, rest),
         _ => (false, &bytes[..]),
     };
-    // Text of up to 23 bytes has its length in the first byte, of up to 255 in the second.
+    // Text of up to 23 bytes has its length in the first byte, text of up to 255 bytes in the
+    // second.
     let (start, length) = match *text.first()? {
         head @ 0x60..=0x77 => (1, usize::from(head - 0x60)),
         0x78 => (2, usize::from(*text.get(1)?)),
@@ -82,7 +83,8 @@ fn split_cbor(bytes: Vec<u8>) -> Option<(Variant, Bytes)> {
 
 fn split_json(bytes: Vec<u8>) -> Option<(Variant, Bytes)> {
     let text = std::str::from_utf8(&bytes).ok()?;
-    // Names have no characters that JSON escapes; whatever has is no name and fails the look-up.
+    // Names have no characters that JSON escapes. Text with an escape is no name, and the lookup
+    // fails.
     if let Some(rest) = text.strip_prefix("{\"") {
         let (name, payload) = rest.split_once("\":")?;
         let name = Variant::new(name);
@@ -95,9 +97,10 @@ fn split_json(bytes: Vec<u8>) -> Option<(Variant, Bytes)> {
     }
 }
 
-/// Puts name and payload together again, in serde's own form, and reads that.
+/// Joins name and payload in the form of serde, and decodes the result.
 ///
-/// A variant may gain its first fields, or lose its last: then nothing is read as no fields, and no fields as nothing.
+/// A variant may gain its first fields or lose its last. A missing payload then reads as no fields,
+/// and empty fields read as a missing payload.
 pub(crate) fn decode_variant<E: DeserializeOwned>(
     variant: &str,
     payload: &[u8],
@@ -113,7 +116,7 @@ pub(crate) fn decode_variant<E: DeserializeOwned>(
     }
 }
 
-/// `{name: payload}`.
+/// Returns `{name: payload}`.
 fn join(variant: &str, payload: &[u8], codec: Codec) -> Result<Vec<u8>, String> {
     let mut whole = Vec::with_capacity(variant.len() + payload.len() + 8);
     match codec {
@@ -140,9 +143,9 @@ fn join(variant: &str, payload: &[u8], codec: Codec) -> Result<Vec<u8>, String> 
 fn read_whole<E: DeserializeOwned>(whole: &[u8], codec: Codec) -> Result<E, String> {
     match codec {
         Codec::Cbor => match super::read_cbor(whole)? {
-            // The null of a variant without fields is not read.
+            // The decoder does not read the null of a variant without fields.
             (event, [] | [CBOR_NULL]) => Ok(event),
-            (_, rest) => Err(format!("{} bytes too many", rest.len())),
+            (_, rest) => Err(format!("{} trailing bytes", rest.len())),
         },
         Codec::Json => {
             super::deserialize(|| serde_json::from_slice(whole).map_err(|error| error.to_string()))
@@ -150,7 +153,7 @@ fn read_whole<E: DeserializeOwned>(whole: &[u8], codec: Codec) -> Result<E, Stri
     }
 }
 
-/// For a payload without content, how the variant's shape of today writes that.
+/// Returns the other form of a payload without content, as the current variant writes it.
 #[cold]
 fn other_empty_form<E: DeserializeOwned>(
     variant: &str,
@@ -172,10 +175,10 @@ fn other_empty_form<E: DeserializeOwned>(
     }
 }
 
-/// The longest path that an error shows, in characters.
+/// Maximum length of the path in an error, in characters.
 const MAX_PATH: usize = 100;
 
-/// Where in an event a decoder stops, as far as serde says.
+/// Returns the path at which a decoder stops, as far as serde reports it.
 #[cold]
 pub(crate) fn failing_field<E: DeserializeOwned>(variant: &str, payload: &[u8], codec: Codec) -> String {
     let whole = join(variant, payload, codec).unwrap_or_default();
@@ -190,12 +193,12 @@ pub(crate) fn failing_field<E: DeserializeOwned>(variant: &str, payload: &[u8], 
     let path = path.as_deref().and_then(|path| path.strip_prefix(variant)).unwrap_or_default();
     match path.trim_start_matches('.') {
         "" | "?" => "its content".into(),
-        // Deep nesting has a deep path.
+        // Deep nesting has a long path.
         path => path.chars().take(MAX_PATH).collect(),
     }
 }
 
-/// Where an `E` stops to be read; reads no `E`.
+/// Reads an `E` to find where decoding stops, and drops the value.
 struct Stop<E> {
     path: Option<String>,
     event: PhantomData<E>,
@@ -210,32 +213,33 @@ impl<'de, E: Deserialize<'de>> Deserialize<'de> for Stop<E> {
     }
 }
 
-/// The names that `E` reads, each with something that is equal for names of the same variant.
+/// Returns the names that `E` reads, each with an identity that names of the same variant share.
 ///
-/// serde tells a deserializer the names (aliases included), and turns each into a value of a private enum, one for each
-/// variant. Its discriminant is all that is needed to see which names belong together: no derive macro of ours.
+/// serde passes the names to a deserializer, aliases included. It converts each name to a value of
+/// a private enum with one value per variant. The discriminant of that value shows which names
+/// belong together, so that no derive macro is needed.
 pub(crate) fn variants_of<E: DeserializeOwned>() -> Result<Vec<(String, u64)>, String> {
     if let Err(Found::Identity(_)) = E::deserialize(Probe::Identity("no variant has this name")) {
-        return Err("it has a variant with #[serde(other)], which would take the place of events that are not known; \
-            remove it: a projection ignores names that its type does not know with UnknownNames"
+        return Err("a variant with #[serde(other)] would replace unknown events; \
+            remove that variant, and let projections ignore unknown names with UnknownNames"
             .into());
     }
     let names = match E::deserialize(Probe::Names) {
         Err(Found::Names(names)) => names,
         Err(found) => return Err(found.to_string()),
-        Ok(_) => return Err("it deserializes from nothing".into()),
+        Ok(_) => return Err("the type deserializes from nothing".into()),
     };
     names
         .iter()
         .map(|&name| match E::deserialize(Probe::Identity(name)) {
             Err(Found::Identity(identity)) => Ok((name.to_owned(), identity)),
             Err(found) => Err(found.to_string()),
-            Ok(_) => Err("it deserializes from nothing".into()),
+            Ok(_) => Err("the type deserializes from nothing".into()),
         })
         .collect()
 }
 
-/// A deserializer that only finds out what it is asked for; it answers through its error.
+/// A deserializer that records the request of the type, and returns it as its error.
 enum Probe<'n> {
     Names,
     Identity(&'n str),
@@ -250,7 +254,7 @@ enum Found {
     Other(String),
 }
 
-/// How a variant is declared.
+/// The declared form of a variant.
 #[derive(Debug)]
 enum Shape {
     Unit,
@@ -264,7 +268,7 @@ impl fmt::Display for Found {
         match self {
             Found::Other(what) => f.write_str(what),
             Found::Names(_) | Found::Identity(_) | Found::Shape(_) => {
-                f.write_str("it asks for an enum within an enum")
+                f.write_str("the type asks for an enum within an enum")
             }
         }
     }
@@ -294,7 +298,7 @@ impl<'de> de::Deserializer<'de> for Probe<'_> {
     }
 
     fn deserialize_any<V: Visitor<'de>>(self, _visitor: V) -> Result<V::Value, Found> {
-        Err(Found::Other("it is not read as an enum".into()))
+        Err(Found::Other("the type is not deserialized as an enum".into()))
     }
 
     forward_to_deserialize_any! {
@@ -310,7 +314,7 @@ impl<'de> EnumAccess<'de> for Probe<'_> {
     fn variant_seed<V: DeserializeSeed<'de>>(self, seed: V) -> Result<(V::Value, Self), Found> {
         let name = match self {
             Probe::Identity(name) | Probe::Shape(name) => name,
-            Probe::Names => return Err(Found::Other("it is not read as an enum".into())),
+            Probe::Names => return Err(Found::Other("the type is not deserialized as an enum".into())),
         };
         let variant = seed.deserialize(IntoDeserializer::<Found>::into_deserializer(name))?;
         if let Probe::Shape(_) = self {

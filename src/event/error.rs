@@ -1,90 +1,93 @@
 use super::{EventName, InvalidName, RecordedEvent, StreamId, Version};
 use crate::codec::SerializeError;
 
-/// A value that cannot be written.
+/// A value that cannot be encoded.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum EncodeError {
-    /// `E` is no enum in serde's default form, so its events have no names.
+    /// The type is no enum in the default form of serde, so its events have no names.
     #[error(
         "{type_name} cannot be an event: {reason}; an event is a serde enum in the default, externally tagged form (no #[serde(tag)], #[serde(untagged)] or #[serde(from)] on it)"
     )]
     NoEnum {
         /// The Rust type.
         type_name: &'static str,
-        /// What was found instead.
+        /// The form that was found instead.
         reason: String,
     },
-    /// What was encoded cannot be read again, so it is not stored: a reader would meet the same bytes.
-    #[error("{what} would be stored in a form that cannot be read again, at {field}: {reason}; {remedy}")]
+    /// The encoded value cannot be read back. It is not stored, because every reader would fail.
+    #[error("encoding {what} failed: reading it back stops at {field}: {reason}; {remedy}")]
     NotReadable {
-        /// The event's name, or the type of a reply.
+        /// The name of the event, or the type of a reply.
         what: String,
-        /// Where in it, as `line.prices[2]`; as far as serde says.
+        /// Path of the failing field, as `line.prices[2]`, as far as serde reports it.
         field: String,
-        /// What the decoder says.
+        /// The error of the decoder.
         reason: String,
-        /// What to change.
+        /// The required change.
         remedy: &'static str,
     },
-    /// An upcaster would change events that are written today, or has no end.
-    #[error("the upcasters of category {category:?} cannot be used: {reason}")]
+    /// An upcaster would change new events, or the chain has no end.
+    #[error("invalid upcasters of category {category:?}: {reason}")]
     Upcasters {
         /// The category.
         category: &'static str,
-        /// Which rule, why, and what to do.
+        /// The rule, the cause and the remedy.
         reason: String,
     },
-    /// The category or a variant has a name that no event can have.
+    /// The category or a variant has an invalid name.
     #[error(transparent)]
     Name(#[from] InvalidName),
     /// The metadata is larger than [`Metadata::MAX_BYTES`](super::Metadata::MAX_BYTES).
     #[error(
-        "the metadata is too large: {bytes} bytes encoded (limit {limit}), {largest} is the largest part; keep large values in the event and references to them in the metadata"
+        "metadata too large: {bytes} bytes encoded (limit {limit}), {largest} is the largest part; keep large values in the event and references to them in the metadata"
     )]
     MetadataTooLarge {
-        /// Its size in bytes, encoded.
+        /// Encoded size in bytes.
         bytes: usize,
-        /// The limit in bytes.
+        /// Limit in bytes.
         limit: usize,
-        /// The largest field, or the key of the largest of the user's entries.
+        /// The largest field, or the key of the largest entry of the user.
         largest: String,
     },
-    /// serde refused.
+    /// serde failed.
     #[error(transparent)]
     Serialize(#[from] SerializeError),
 }
 
-/// Why stored bytes are not what the reader asked for.
+/// The cause of a decoding error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DecodeErrorKind {
     /// The event type has no such variant, alias or upcaster.
     UnknownName,
-    /// The event belongs to another category than the type asked for.
+    /// The event belongs to another category than the type.
     OtherCategory {
         /// The category of the type.
         expected: &'static str,
     },
-    /// The payload does not have the shape of the variant; says what the decoder said.
+    /// The payload does not match the variant; holds the error of the decoder.
     Payload(String),
-    /// An upcaster refused the payload; says what it said.
+    /// An upcaster failed; holds its error.
     Upcast(String),
     /// The metadata does not decode.
     Metadata(String),
 }
 
-/// A recorded event that cannot be read. Never dropped: an aggregate refuses the command, a projection stops or parks.
+/// A recorded event that cannot be decoded.
+///
+/// Such an event is never dropped: an aggregate rejects the command, a projection stops or parks
+/// the event.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("event {name} (version {version} of {stream}) cannot be read: {}", self.reason())]
+#[error("reading event {name} (version {version} of {stream}) failed: {}", self.reason())]
 pub struct DecodeError {
-    /// What is wrong.
+    /// The cause.
     pub kind: DecodeErrorKind,
     /// The stream of the event.
     pub stream: StreamId,
-    /// Its version.
+    /// The version of the event.
     pub version: Version,
-    /// Its stored name.
+    /// The stored name of the event.
     pub name: EventName,
 }
 
@@ -104,12 +107,12 @@ impl DecodeError {
     fn reason(&self) -> String {
         match &self.kind {
             DecodeErrorKind::UnknownName => {
-                "the event type has no variant of that name; keep a renamed variant's old name with #[serde(alias)], a removed one with an upcaster".into()
+                "the event type has no variant of that name; keep the old name of a renamed variant with #[serde(alias)], that of a removed variant with an upcaster".into()
             }
-            DecodeErrorKind::OtherCategory { expected } => format!("the type asked for has category {expected:?}"),
-            DecodeErrorKind::Payload(reason) => format!("its payload does not decode: {reason}"),
-            DecodeErrorKind::Upcast(reason) => format!("its upcaster refused: {reason}"),
-            DecodeErrorKind::Metadata(reason) => format!("its metadata does not decode: {reason}"),
+            DecodeErrorKind::OtherCategory { expected } => format!("the requested type has category {expected:?}"),
+            DecodeErrorKind::Payload(reason) => format!("the payload does not decode: {reason}"),
+            DecodeErrorKind::Upcast(reason) => format!("the upcaster failed: {reason}"),
+            DecodeErrorKind::Metadata(reason) => format!("the metadata does not decode: {reason}"),
         }
     }
 }

@@ -6,45 +6,50 @@ use uuid::Uuid;
 
 use super::EncodeError;
 
-/// What travels with every event beside its payload.
+/// The metadata of an event: correlation, causation, trace context and entries of the user.
 ///
-/// The command that caused an event stands beside the metadata, as
-/// [`RecordedEvent::command_id`](super::RecordedEvent::command_id). Stored as a CBOR map with the keys `correlation`,
-/// `causation`, `traceparent`, `tracestate`, `user`, `reply` and `content`; absent values take no space, unknown keys are ignored.
-/// Every event of a command carries it, so its size is limited: [`MAX_BYTES`](Self::MAX_BYTES).
+/// The command that caused the event is beside the metadata, as
+/// [`RecordedEvent::command_id`](super::RecordedEvent::command_id). Stored as a CBOR map with the
+/// keys `correlation`, `causation`, `traceparent`, `tracestate`, `user`, `reply` and `content`.
+/// Absent values take no space; unknown keys are ignored. Every event of a command carries the
+/// metadata, so its size is limited: [`MAX_BYTES`](Self::MAX_BYTES).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Metadata {
-    /// What ties together everything that one request from outside set off. Absent: the command's own id.
+    /// Id shared by all effects of one external request. Default: the id of the command.
     #[serde(rename = "correlation", default, skip_serializing_if = "Option::is_none")]
     pub correlation_id: Option<Uuid>,
-    /// The command or event that made somebody give the command that caused this event. Absent: it came from outside.
+    /// Id of the command or event that led to the command of this event.
+    ///
+    /// Absent for external commands.
     #[serde(rename = "causation", default, skip_serializing_if = "Option::is_none")]
     pub causation_id: Option<Uuid>,
-    /// W3C trace context: the `traceparent` header of the command's span; without one, as the caller gave it.
+    /// W3C trace context: the `traceparent` header of the command span, else that of the caller.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
-    /// W3C trace context: the `tracestate` header, likewise.
+    /// W3C trace context: the `tracestate` header, from the same source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tracestate: Option<String>,
-    /// The user's own entries: who asked, for which tenant, from where.
+    /// Entries of the user: client, tenant, origin.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub user: BTreeMap<String, String>,
-    /// The encoded reply of the command, on its last event: a repeated command is answered with it (I8). Empty: none.
+    /// I8: encoded reply of the command, on its last event.
+    ///
+    /// It answers a repeated command. Empty: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "crate::codec::byte_string")]
     pub(crate) reply: Vec<u8>,
-    /// A fingerprint of the command's content, on its last event: the same id with another content is refused.
+    /// Fingerprint of the command, on its last event; rejects the same id with other content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<u64>,
 }
 
 impl Metadata {
-    /// Limit of the encoded size in bytes: 64 KiB. The reply of a command, which is stored beside it, does not count.
+    /// Limit of the encoded size: 64 KiB. The stored reply of a command does not count.
     pub const MAX_BYTES: usize = 64 * 1024;
 
-    /// The bytes that a store keeps.
+    /// Encodes the metadata as a store keeps it.
     ///
     /// # Errors
-    /// When it is larger than [`MAX_BYTES`](Self::MAX_BYTES).
+    /// If it is larger than [`MAX_BYTES`](Self::MAX_BYTES).
     pub fn encode(&self) -> Result<Bytes, EncodeError> {
         let bytes = crate::codec::to_cbor(self)?;
         if bytes.len() - self.reply.len() > Self::MAX_BYTES {
@@ -69,7 +74,7 @@ impl Metadata {
         EncodeError::MetadataTooLarge { bytes, limit: Self::MAX_BYTES, largest }
     }
 
-    /// Reads what [`encode`](Self::encode) wrote, or an older version of it.
+    /// Decodes the output of [`encode`](Self::encode), of this version or an older one.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         crate::codec::from_cbor(bytes)
     }

@@ -2,13 +2,13 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
-/// The longest category or event name, in bytes. NATS subjects and PostgreSQL indexes both live well with it.
+/// Maximum length of a category or event name in bytes; fits NATS subjects and PostgreSQL indexes.
 const MAX_NAME: usize = 200;
 
-/// A name that cannot be a category or an event name.
+/// A text that is no valid category or event name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{name:?} is not a valid {what}: {reason}; use 1 to 200 ASCII letters, digits, '_' or '-', in tokens separated by single dots"
+    "invalid {what} {name:?}: {reason}; use 1 to 200 ASCII letters, digits, '_' or '-', in tokens separated by single dots"
 )]
 pub struct InvalidName {
     what: &'static str,
@@ -16,20 +16,22 @@ pub struct InvalidName {
     reason: &'static str,
 }
 
-/// Whether `name` is dotted tokens of ASCII letters, digits, `_` and `-`; `what` it would be is said in the error.
+/// Checks that `name` is dotted tokens of ASCII letters, digits, `_` and `-`.
+///
+/// The error calls it a `what`.
 pub(crate) fn check(what: &'static str, name: &str) -> Result<(), InvalidName> {
     let reason = if name.is_empty() {
-        "it is empty"
+        "empty name"
     } else if name.len() > MAX_NAME {
-        "it is too long"
+        "too long"
     } else if name.split('.').any(str::is_empty) {
-        "it has an empty token"
+        "empty token"
     } else if !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.')) {
-        "it has other characters"
+        "invalid character"
     } else {
         return Ok(());
     };
-    // A hostile name may be megabytes long; the error need not be.
+    // The error quotes 80 characters only, because a hostile name may have megabytes.
     Err(InvalidName { what, name: name.chars().take(80).collect(), reason })
 }
 
@@ -43,14 +45,14 @@ macro_rules! name {
             /// Checks and wraps a name.
             ///
             /// # Errors
-            /// When it is empty, longer than 200 bytes, or has other characters than dotted tokens of ASCII letters,
+            /// If the name is empty, longer than 200 bytes, or not dotted tokens of ASCII letters,
             /// digits, `_` and `-`.
             pub fn new(name: impl AsRef<str>) -> Result<Self, InvalidName> {
                 check($what, name.as_ref())?;
                 Ok(Self(name.as_ref().into()))
             }
 
-            /// The name as text.
+            /// Returns the name as text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -89,11 +91,11 @@ macro_rules! name {
 }
 
 name! {
-    /// The kind of a stream (`order`); cheap to clone.
+    /// The kind of a stream (`order`). Cheap to clone.
     Category, "category"
 }
 impl Category {
-    /// One that no user's is, nor can be: it has a character that [`new`](Self::new) refuses.
+    /// Returns a category that [`new`](Self::new) rejects, so that no user can have it.
     pub(super) fn reserved(name: &'static str) -> Self {
         debug_assert!(check("category", name).is_err(), "{name} may be a user's");
         Self(name.into())
@@ -101,6 +103,6 @@ impl Category {
 }
 
 name! {
-    /// The full name of an event, `category.variant` (`order.placed`); cheap to clone.
+    /// The full name of an event, `category.variant` (`order.placed`). Cheap to clone.
     EventName, "event name"
 }

@@ -3,35 +3,35 @@ use std::sync::Arc;
 
 use super::name::{Category, InvalidName};
 
-/// The longest id of a stream, in bytes.
+/// Maximum length of a stream id in bytes.
 const MAX_ID: usize = 400;
 
-/// The stream of one aggregate instance: its category and its id. Cheap to clone.
+/// The stream of one aggregate: its category and its id. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StreamId {
     category: Category,
     id: Arc<str>,
 }
 
-/// An id or a category that no stream can have.
+/// An invalid id or category of a stream.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidStream {
     /// The category is no valid name.
     #[error(transparent)]
     Category(#[from] InvalidName),
     /// The id is empty.
-    #[error("the id of an aggregate is empty; give it 1 to 400 bytes of text")]
+    #[error("empty aggregate id; use 1 to 400 bytes of text")]
     EmptyId,
     /// The id is too long.
-    #[error("the id of an aggregate has {length} bytes; at most 400 fit an index on every store")]
+    #[error("aggregate id too long: {length} bytes (limit 400); use a shorter id")]
     LongId {
-        /// How long it was, in bytes.
+        /// Length of the id in bytes.
         length: usize,
     },
-    /// The id has a control character; PostgreSQL cannot store NUL and no person can read the others.
-    #[error("the id of an aggregate has a control character at byte {at}; use printable text")]
+    /// The id has a control character: PostgreSQL cannot store NUL, and the others are unreadable.
+    #[error("invalid aggregate id: control character at byte {at}; use printable text")]
     ControlCharacter {
-        /// Where, in bytes.
+        /// Offset in bytes.
         at: usize,
     },
 }
@@ -40,12 +40,13 @@ impl StreamId {
     /// Checks and joins a category and an id.
     ///
     /// # Errors
-    /// When the category is no name, or the id is empty, longer than 400 bytes or has control characters.
+    /// If the category is no valid name, or the id is empty, longer than 400 bytes or has control
+    /// characters.
     pub fn new(category: impl AsRef<str>, id: impl fmt::Display) -> Result<Self, InvalidStream> {
         Self::of(&Category::new(category)?, id)
     }
 
-    /// As [`new`](Self::new), with a category that was checked before.
+    /// As [`new`](Self::new), with a category that is already checked.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -63,23 +64,23 @@ impl StreamId {
         Ok(Self { category: category.clone(), id: id.into() })
     }
 
-    /// Where the runtime keeps something that is no stream's, in a category that no user's stream has.
+    /// Returns a stream for data of the runtime, in a category that no user can have.
     pub(crate) fn reserved(category: &'static str, id: &str) -> Result<Self, InvalidStream> {
         Self::of(&Category::reserved(category), id)
     }
 
-    /// Rebuilds what a store wrote after [`new`](Self::new) had checked it.
+    /// Rebuilds a stored id that [`new`](Self::new) has checked before.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
     pub(crate) fn stored(category: Category, id: Arc<str>) -> Self {
         Self { category, id }
     }
 
-    /// The kind of aggregate.
+    /// Returns the category.
     pub fn category(&self) -> &str {
         self.category.as_str()
     }
 
-    /// Which aggregate of its kind.
+    /// Returns the id within the category.
     pub fn id(&self) -> &str {
         &self.id
     }

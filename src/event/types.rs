@@ -1,4 +1,4 @@
-//! What storied knows about a user's event enum: which names it reads, which of them mean the same variant.
+//! Names and variants of an event enum. Several names may share a variant.
 
 use std::any::{TypeId, type_name};
 use std::collections::{BTreeSet, HashMap};
@@ -12,24 +12,26 @@ use crate::codec::{
     Codec, Upcasters, decode_value, decode_variant, encode_value, encode_variant, failing_field, variants_of,
 };
 
-/// What helps where serde writes what it does not read.
-const REMEDY: &str = "change the type (no flatten over maps with foreign keys, default beside skip_serializing_if, a string for large numbers), or refuse such values in handle";
+/// The remedy if serde writes a value that it does not read.
+const REMEDY: &str = "change the type (no flatten over maps with foreign keys, default beside skip_serializing_if, a string for large numbers), or reject such values in handle";
 
-/// Everything about one event enum that does not change while the program runs.
+/// The properties of one event enum; constant while the program runs.
 pub(crate) struct EventTypes {
     category: Category,
-    /// Variant (or alias, or upcast old name) as serde says it → full name. Saves building a string per event.
+    /// Full name of each variant, alias and upcast old name; saves building a string per event.
     names: HashMap<String, EventName>,
-    /// The names under which one variant's events may be stored, per variant.
+    /// The stored names of each variant.
     groups: Vec<BTreeSet<EventName>>,
     upcasters: Upcasters,
 }
 
-/// Types never change, so what was derived from one is kept for good; there are as many entries as event enums.
+/// Cache of the derived types, with one entry per event enum.
+///
+/// Never evicted, because types never change.
 static TYPES: LazyLock<RwLock<HashMap<TypeId, Arc<EventTypes>>>> = LazyLock::new(RwLock::default);
 
 impl EventTypes {
-    /// What is known of `E`, looked up or derived.
+    /// Returns the properties of `E` from the cache, or derives them.
     pub(crate) fn of<E: Event>() -> Result<Arc<Self>, EncodeError> {
         if let Some(types) = TYPES.read().unwrap_or_else(PoisonError::into_inner).get(&TypeId::of::<E>()) {
             return Ok(types.clone());
@@ -61,7 +63,8 @@ impl EventTypes {
         }
         let mut groups: Vec<_> = groups.into_iter().map(|(_, group)| group).collect();
         for old in upcasters.old_names() {
-            // A chain that ends in no variant is an old event that nobody reads; decoding it says so.
+            // A chain that ends in no variant is an old event without a reader; decoding it reports
+            // that.
             let today = upcasters.today(old);
             if let Some(group) = names
                 .get(today)
@@ -80,16 +83,17 @@ impl EventTypes {
         &self.category
     }
 
-    /// All the names under which `variant`'s events may be stored: its own, its aliases, what is upcast to it.
+    /// Returns all stored names of `variant`: its name, its aliases and the names upcast to it.
     pub(crate) fn stored_names(&self, variant: &str) -> Option<&BTreeSet<EventName>> {
         let name = self.names.get(variant)?;
         self.groups.iter().find(|group| group.contains(name))
     }
 
-    /// The name and payload of an event, and the event as readers will have it.
+    /// Returns the name and payload of an event, and the event as readers decode it.
     ///
-    /// Reading it back is the only test that cannot miss data that serde writes and does not read: whether a flattened map has a
-    /// field's own name, or a float is not a number, depends on the value and not on the type.
+    /// Only reading the payload back finds all values that serde writes and does not read. Some
+    /// depend on the value and not on the type: a key of a flattened map that equals a field name,
+    /// or a float that is not a number.
     pub(crate) fn encode<E: Event>(
         &self,
         event: &E,
@@ -97,12 +101,12 @@ impl EventTypes {
     ) -> Result<(EventName, Bytes, E), EncodeError> {
         let no_enum = |reason| EncodeError::NoEnum { type_name: type_name::<E>(), reason };
         let (variant, payload) = encode_variant(event, codec)?
-            .ok_or_else(|| no_enum("it serializes to something else than a variant".into()))?;
-        // A variant that is only written (`rename(serialize = …)`) is no name that could be read back.
+            .ok_or_else(|| no_enum("the value does not serialize to a variant".into()))?;
+        // A name that is only written (`rename(serialize = …)`) cannot be read back.
         let variant: &str = variant.as_ref();
         let name = self.names.get(variant);
         let name =
-            name.ok_or_else(|| no_enum(format!("it writes a variant {variant:?} that it does not read")))?;
+            name.ok_or_else(|| no_enum(format!("the type writes variant {variant:?} but does not read it")))?;
         let read = decode_variant(variant, &payload, codec).map_err(|reason| EncodeError::NotReadable {
             what: name.to_string(),
             field: failing_field::<E>(variant, &payload, codec),
@@ -112,7 +116,7 @@ impl EventTypes {
         Ok((name.clone(), payload, read))
     }
 
-    /// The event as `E`, after upcasting.
+    /// Decodes the event as `E`, after upcasting.
     pub(crate) fn decode<E: Event>(&self, event: &RecordedEvent) -> Result<E, DecodeError> {
         let Some(variant) = event
             .name

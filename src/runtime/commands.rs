@@ -1,4 +1,4 @@
-//! What the runtime does for commands: start handlers, wait for projections, forget old records.
+//! The runtime's part of commands: handlers, waiting for projections, expired records.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,13 +14,13 @@ use crate::invalid_option::InvalidOption;
 use crate::projection::ProjectionHandle;
 use crate::store::EventStore;
 
-/// How often old records are looked for.
+/// Interval between deletions of expired records.
 const FORGET_EVERY: Duration = Duration::from_secs(30 * 60);
 
-/// How many are forgotten in one call.
+/// Maximum number of records that one call deletes.
 const FORGET: usize = 1_000;
 
-/// What is known of a handler until the runtime starts.
+/// A registered handler, until the runtime starts.
 pub(super) struct HandlerRegistration {
     name: &'static str,
     options: Result<(), InvalidOption>,
@@ -55,7 +55,7 @@ impl HandlerRegistration {
     }
 }
 
-/// Refuses handlers that commands could not be told apart for.
+/// Rejects invalid and duplicate names of handlers.
 pub(super) fn check(handlers: &[HandlerRegistration]) -> Result<(), StartError> {
     for (index, HandlerRegistration { name, options, .. }) in handlers.iter().enumerate() {
         check_name("handler name", name).map_err(|error: InvalidName| StartError::HandlerName(error))?;
@@ -67,7 +67,7 @@ pub(super) fn check(handlers: &[HandlerRegistration]) -> Result<(), StartError> 
     Ok(())
 }
 
-/// The projections of this node, for commands whose caller waits for one.
+/// The projections of this node, for callers that wait until one has applied their events.
 pub(super) struct Following(pub(super) Vec<ProjectionHandle>);
 
 impl Follow for Following {
@@ -90,7 +90,7 @@ impl Follow for Following {
     }
 }
 
-/// Forgets what became of commands longer ago than `age`, for as long as it is polled.
+/// Deletes records of commands that are older than `age`, for as long as it is polled.
 pub(super) async fn forgetting(store: Arc<dyn EventStore>, age: Duration) {
     loop {
         loop {
@@ -98,7 +98,7 @@ pub(super) async fn forgetting(store: Arc<dyn EventStore>, age: Duration) {
                 Ok(forgotten) if forgotten == FORGET => {}
                 Ok(_) => break,
                 Err(error) => {
-                    tracing::warn!(%error, "old records of commands are kept for longer; they are looked for again");
+                    tracing::warn!(%error, "deleting expired records of commands failed; retrying at the next interval");
                     break;
                 }
             }

@@ -1,4 +1,4 @@
-//! Metrics that are read off the status of a node whenever somebody collects them, and cost nothing else.
+//! Metrics that are read from the status of a node at collection time. They have no other cost.
 
 use std::sync::{Arc, Weak};
 
@@ -9,10 +9,10 @@ use super::Inner;
 use crate::publisher::PublisherState;
 use crate::telemetry::Telemetry;
 
-/// A name, a unit and what it is.
+/// A name, a unit and a description.
 type Named = (&'static str, &'static str, &'static str);
 
-/// Registers what is read. A node that is gone is not kept alive by that, and says nothing any more.
+/// Registers the metrics. Holds the node weakly: after it is dropped, they report nothing.
 pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
     let meter = telemetry.meter();
     let node = Arc::downgrade(inner);
@@ -36,21 +36,18 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
         let gauge = meter.u64_observable_gauge(name).with_unit(unit).with_description(what);
         gauge.with_callback(move |observer| of(&node, observer, read)).build();
     };
-    counter(
-        ("storied.append.count", "{append}", "Appends to streams, by what became of them"),
-        |inner, observer| {
-            let status = inner.writer.status();
-            let ends =
-                [("committed", status.appends), ("conflict", status.conflicts), ("failed", status.failures)];
-            for (outcome, count) in ends {
-                observer.observe(count, &[KeyValue::new("storied.outcome", outcome)]);
-            }
-        },
-    );
+    counter(("storied.append.count", "{append}", "Appends to streams, by outcome"), |inner, observer| {
+        let status = inner.writer.status();
+        let ends =
+            [("committed", status.appends), ("conflict", status.conflicts), ("failed", status.failures)];
+        for (outcome, count) in ends {
+            observer.observe(count, &[KeyValue::new("storied.outcome", outcome)]);
+        }
+    });
     counter(("storied.append.events", "{event}", "Events that became durable"), |inner, observer| {
         observer.observe(inner.writer.status().events, &[]);
     });
-    level(("storied.append.queue", "{append}", "Appends that wait for a transaction"), |inner, observer| {
+    level(("storied.append.queue", "{append}", "Appends queued for a transaction"), |inner, observer| {
         observer.observe(signed(inner.writer.status().queued), &[]);
     });
     level(("storied.aggregate.live", "{aggregate}", "Aggregates in memory"), |inner, observer| {
@@ -59,7 +56,7 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
             observer.observe(signed(status.live), &[category]);
         }
     });
-    level(("storied.command.active", "{command}", "Commands under way on this node"), |inner, observer| {
+    level(("storied.command.active", "{command}", "Commands in flight on this node"), |inner, observer| {
         let registry = inner.commands.registry();
         for status in registry.aggregates() {
             let name = KeyValue::new("storied.command.name", status.category);
@@ -70,7 +67,7 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
             observer.observe(signed(status.in_flight), &[name]);
         }
     });
-    let lag = "Positions of the log that the publisher has still to publish; from the node that publishes";
+    let lag = "Positions of the log not yet published; reported by the publishing node";
     gauge(("storied.publisher.lag", "{position}", lag), |inner, observer| {
         let status = inner.publisher.status().borrow().clone();
         let publishes = matches!(status.state, PublisherState::Publishing | PublisherState::Retrying { .. });
@@ -80,13 +77,13 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
         }
     });
     counter(
-        ("storied.feed.repairs", "{repair}", "Times that the bus lost something or was late"),
+        ("storied.feed.repairs", "{repair}", "Reads of the store after a gap or delay of the bus"),
         |inner, observer| {
             observer.observe(inner.feed.status().repairs, &[]);
         },
     );
     seconds(
-        ("storied.projection.lag.time", "s", "Age of the oldest event that a projection has still to apply"),
+        ("storied.projection.lag.time", "s", "Age of the oldest event not yet applied by a projection"),
         |inner, observer| {
             for (name, status) in projections(inner) {
                 if let Some(lag) = status.lag_time() {
@@ -95,7 +92,7 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
             }
         },
     );
-    let lag = "Positions of the log that a projection has still to apply; an upper bound of the events";
+    let lag = "Positions of the log not yet applied by a projection; an upper bound of the events";
     gauge(("storied.projection.lag", "{position}", lag), |inner, observer| {
         for (name, status) in projections(inner) {
             if let Some(lag) = status.lag() {

@@ -1,4 +1,4 @@
-//! Projections that are registered, until the runtime starts.
+//! Registered projections, until the runtime starts.
 
 use std::sync::Arc;
 
@@ -22,18 +22,18 @@ pub(super) struct ProjectionRegistration {
     pending: Box<dyn PendingStart>,
 }
 
-/// A projection that was checked and can be started.
+/// A projection that passed the checks and can start.
 pub(super) struct CheckedProjection {
     filter: Filter,
     pending: Box<dyn PendingStart>,
 }
 
-/// Called when a projection was started.
+/// Runs after a projection has started.
 type OnStart = Box<dyn FnOnce(&ProjectionHandle) + Send>;
 
-/// A projection whose types are erased.
+/// A registered projection without its types.
 trait PendingStart: Send {
-    /// Checks everything that can be wrong, and claims the memory that the projection folds into.
+    /// Checks the registration, and claims the memory that the projection folds into.
     fn check<'a>(
         &'a mut self,
         name: &'a str,
@@ -53,9 +53,9 @@ struct Pending<P, R> {
     made: Made<P>,
     read_model: R,
     options: ProjectionOptions,
-    /// Number of partitions that was asked for.
+    /// Number of partitions, if the projection is partitioned.
     partitions: Option<u16>,
-    /// The memory that may outlive the runtime.
+    /// In-memory state that may outlive the runtime.
     state: Option<SharedState>,
     claim: Option<StateClaim>,
     on_start: OnStart,
@@ -76,7 +76,7 @@ impl ProjectionRegistration {
         Self::over(state, made, partitions, read_model, options, Box::new(|_| {}))
     }
 
-    /// Over a state that is in memory and may outlive the runtime.
+    /// Registers a projection over an in-memory state that may outlive the runtime.
     pub(super) fn over<P, R>(
         state: Option<SharedState>,
         made: Made<P>,
@@ -94,7 +94,7 @@ impl ProjectionRegistration {
         Self { name, filter, pending: Box::new(pending) }
     }
 
-    /// Checks everything that can be wrong, before anything runs.
+    /// Checks all registrations before anything runs.
     pub(super) async fn check(
         mut self,
         store: &Arc<dyn EventStore>,
@@ -137,7 +137,8 @@ where
             if let Some(snapshots) = read_model.snapshots() {
                 at_least("InMemory::snapshot_every", snapshots.every(), 1)?;
                 if options.start == Some(Start::Now) {
-                    let range = "Beginning, At or Since where snapshots are kept: Now is another position at each start";
+                    let range =
+                        "Beginning, At or Since for projections with snapshots: Now differs at each start";
                     return Err(InvalidOption::new("ProjectionOptions::start", Start::Now, range).into());
                 }
             }
@@ -170,9 +171,9 @@ where
 
 fn check_partitions(name: &str, partitions: u16, shared: bool) -> Result<(), StartError> {
     let reason = match shared {
-        false => "every node has its own read model, and no use for a part of it",
-        true if partitions == 0 => "there must be at least one",
-        true if partitions > partition::MOST => "there may be 256 at most",
+        false => "every node has its own read model and needs all of it",
+        true if partitions == 0 => "at least 1 is required",
+        true if partitions > partition::MOST => "at most 256 are allowed",
         true => return Ok(()),
     };
     Err(StartError::Partitions { name: name.to_owned(), partitions, reason })

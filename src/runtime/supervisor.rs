@@ -1,8 +1,9 @@
 //! The root of the supervision tree.
 //!
-//! Below it: a router for each kind of aggregate (which supervises its aggregates), the publisher and the projections
-//! (which supervise their own work). What ends by itself is started again, after a wait that doubles from 10 ms up to 5 s
-//! and is forgotten after a minute without a failure; there is no number of failures after which it gives up.
+//! Its children are a router for each aggregate type (which supervises its aggregates), the
+//! publisher and the projections (which supervise their own tasks). The supervisor restarts a child
+//! that ends by itself. The backoff doubles from 10 ms up to 5 s, and resets after a minute without
+//! a failure. The number of restarts has no limit.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -14,19 +15,19 @@ use crate::command::Respawn;
 
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
-/// A child that has run this long was healthy.
+/// Run time after which a child counts as healthy.
 const HEALTHY: Duration = Duration::from_secs(60);
 
-/// The root actor; stops its children with it.
+/// The root actor. Stopping it stops its children.
 pub(super) struct Supervisor {
     root: ActorRef<Message>,
     alive: Arc<()>,
 }
 
 enum Message {
-    /// Starts a child, and again whenever it ends by itself.
+    /// Restarts a child whenever it ends by itself.
     Adopt(Box<dyn Respawn>),
-    /// The child with this number has waited long enough.
+    /// The backoff of the child with this index is over.
     Restart(usize),
 }
 
@@ -48,11 +49,7 @@ impl Child {
                 true
             }
             Err(error) => {
-                tracing::error!(
-                    child = self.respawn.name(),
-                    error,
-                    "a part of the runtime cannot be started"
-                );
+                tracing::error!(child = self.respawn.name(), error, "restarting a component failed");
                 false
             }
         }
@@ -91,7 +88,7 @@ impl Actor for Root {
         Ok(())
     }
 
-    /// ractor's default would end the root with the first child that ends.
+    /// Replaces the default of ractor, which ends the root with the first child that ends.
     async fn handle_supervisor_evt(
         &self,
         myself: ActorRef<Message>,
@@ -101,7 +98,7 @@ impl Actor for Root {
         let (actor, reason) = match event {
             SupervisionEvent::ActorFailed(actor, error) => (actor, error.to_string()),
             SupervisionEvent::ActorTerminated(actor, _, reason) => {
-                (actor, reason.unwrap_or_else(|| "it ended".into()))
+                (actor, reason.unwrap_or_else(|| "no reason given".into()))
             }
             _ => return Ok(()),
         };
@@ -110,7 +107,7 @@ impl Actor for Root {
             && reason != crate::command::SHUTDOWN
         {
             child.actor = None;
-            tracing::error!(child = child.respawn.name(), reason, wait = ?child.wait, "a part of the runtime ended and is started again");
+            tracing::error!(child = child.respawn.name(), reason, wait = ?child.wait, "restarting a component that ended");
             restart_later(&myself, number, child);
         }
         Ok(())
@@ -131,7 +128,7 @@ impl Supervisor {
         Ok(Self { root, alive: Arc::new(()) })
     }
 
-    /// Gone as soon as the runtime is dropped: its actors end later.
+    /// Becomes dead as soon as the runtime is dropped; the actors end later.
     pub(super) fn alive(&self) -> Weak<()> {
         Arc::downgrade(&self.alive)
     }
@@ -140,9 +137,9 @@ impl Supervisor {
         self.root.get_cell()
     }
 
-    /// Starts a running child again whenever it ends by itself.
+    /// Restarts a running child whenever it ends by itself.
     pub(super) fn adopt(&self, child: Box<dyn Respawn>) {
-        // Fails only when the root has been stopped, and then nothing is to be started.
+        // Fails only if the root has stopped; then the child must not start.
         let _ = self.root.cast(Message::Adopt(child));
     }
 
@@ -197,14 +194,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_router_that_ends_is_started_again() {
+    async fn a_router_that_ends_is_restarted() {
         let runtime =
             Runtime::builder().store(MemoryStore::new()).aggregate::<Light>().start().await.unwrap();
         for round in 1..=3 {
             loop {
                 match runtime.execute::<Light>("hall", ()).await {
                     Ok(receipt) => break assert_eq!(receipt.reply, round),
-                    // Between the end of one and the start of the next.
+                    // Between the end of one router and the start of the next.
                     Err(ExecuteError::Store(error)) if error.is_transient() => tokio::task::yield_now().await,
                     Err(error) => panic!("{error}"),
                 }

@@ -1,4 +1,4 @@
-//! W3C trace context: between the span of the moment and what travels with commands and events.
+//! W3C trace context: from the current span to the metadata of commands and events, and back.
 
 use std::str::FromStr;
 
@@ -8,11 +8,11 @@ use tracing::Span;
 
 use crate::event::Metadata;
 
-/// The context that came with something, if it can be read.
+/// Returns the context in the metadata, if it is valid.
 pub(super) fn of(metadata: &Metadata) -> Option<SpanContext> {
     let mut parts = metadata.traceparent.as_deref()?.split('-');
     let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-    // Version 0 has four parts, ff is forbidden, others may have more.
+    // Version 00 has four parts, ff is forbidden, later versions may have more parts.
     let whole = version.len() == 2 && version != "ff" && (version != "00" || parts.next().is_none());
     let sized = trace.len() == 32 && span.len() == 16 && flags.len() == 2;
     let hex = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
@@ -25,19 +25,21 @@ pub(super) fn of(metadata: &Metadata) -> Option<SpanContext> {
     Some(SpanContext::new(trace, span, flags, true, state.unwrap_or_default())).filter(SpanContext::is_valid)
 }
 
-/// Makes what came with a command the parent of spans that begin now. Not where the span of the moment belongs to the same
-/// trace already, and is nearer.
+/// Makes the context of a command the parent of the spans that begin now.
+///
+/// Does nothing if the current span belongs to the same trace, because it is the nearer parent.
 pub(super) fn enter(metadata: &Metadata) -> Option<ContextGuard> {
     let came = of(metadata)?;
     let near = current().is_some_and(|current| current.trace_id() == came.trace_id());
     (!near).then(|| Context::new().with_remote_span_context(came).attach())
 }
 
-/// Puts `span` into what travels on: in place of its parent, where that came along. Without a tracer behind `span` it is
-/// what surrounds it.
+/// Writes `span` into the metadata, in place of its parent.
+///
+/// Without a tracer for `span`, it writes the current context.
 pub(super) fn inject(span: &Span, metadata: &mut Metadata) {
     let Some(context) = span.in_scope(current) else { return };
-    // What cannot be read is of no trace, and goes.
+    // A valid context of another trace stays. An invalid one belongs to no trace and is replaced.
     if of(metadata).is_some_and(|came| came.trace_id() != context.trace_id()) {
         return;
     }
@@ -48,14 +50,16 @@ pub(super) fn inject(span: &Span, metadata: &mut Metadata) {
     metadata.tracestate = (!state.is_empty()).then_some(state);
 }
 
-/// The context of the moment, if there is a trace.
+/// Returns the current context, if there is a trace.
 fn current() -> Option<SpanContext> {
     Context::map_current(|context| context.has_active_span().then(|| context.span().span_context().clone()))
         .filter(SpanContext::is_valid)
 }
 
-/// Links `span` to others, which have caused it and are not its parents. Not what surrounds it, where nobody hands `span`
-/// itself to OpenTelemetry.
+/// Links `span` to the spans that caused it and are not its parents.
+///
+/// Does nothing if no layer passes `span` to OpenTelemetry; the current span would be linked
+/// instead.
 pub(super) fn link<'a>(span: &Span, causes: impl Iterator<Item = &'a Metadata>) {
     let mut last = None;
     let surrounding = current();
@@ -66,7 +70,7 @@ pub(super) fn link<'a>(span: &Span, causes: impl Iterator<Item = &'a Metadata>) 
         let context = Context::current();
         let span = context.span();
         for cause in causes.filter_map(of) {
-            // All events of one command have the same.
+            // All events of one command have the same context.
             if last.as_ref() != Some(&cause) {
                 span.add_link(cause.clone(), Vec::new());
                 last = Some(cause);
@@ -75,7 +79,7 @@ pub(super) fn link<'a>(span: &Span, causes: impl Iterator<Item = &'a Metadata>) 
     });
 }
 
-/// Whether somebody keeps the trace that it belongs to.
+/// Returns whether the trace of the metadata is sampled.
 pub(super) fn is_sampled(metadata: &Metadata) -> bool {
     of(metadata).is_some_and(|context| context.is_sampled())
 }
@@ -97,12 +101,12 @@ mod tests {
     }
 
     #[test]
-    fn no_other_span_is_linked_than_the_one_that_was_meant() {
+    fn only_the_given_span_is_linked() {
         let exporter = InMemorySpanExporter::default();
         let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
         let exported =
-            filter_fn(|span| span.name() != "seen by others only" && span.name() != "seen by nobody");
-        let others = filter_fn(|span| span.name() != "seen by nobody");
+            filter_fn(|span| span.name() != "seen by other layers only" && span.name() != "seen by no layer");
+        let others = filter_fn(|span| span.name() != "seen by no layer");
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test")).with_filter(exported);
         let text = tracing_subscriber::fmt::layer().with_writer(std::io::sink).with_filter(others);
         let cause = with("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
@@ -110,8 +114,8 @@ mod tests {
             tracing::info_span!("foreign").in_scope(|| {
                 for span in [
                     tracing::info_span!(parent: None, "exported"),
-                    tracing::info_span!(parent: None, "seen by others only"),
-                    tracing::info_span!(parent: None, "seen by nobody"),
+                    tracing::info_span!(parent: None, "seen by other layers only"),
+                    tracing::info_span!(parent: None, "seen by no layer"),
                 ] {
                     link(&span, [&cause, &cause].into_iter());
                 }
@@ -124,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_what_the_standard_says_and_nothing_else() {
+    fn reads_only_valid_trace_context() {
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         let context = of(&with(good)).unwrap();
         assert_eq!(context.trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");

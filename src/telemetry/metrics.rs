@@ -1,4 +1,6 @@
-//! What is counted and measured where it happens. What can be read off a status at any time is observed by the runtime.
+//! Metrics that are recorded where the work happens.
+//!
+//! The runtime observes those that are part of a status.
 //!
 //! Attributes are bounded: kinds, names of types and of configuration, never ids.
 
@@ -12,14 +14,14 @@ use opentelemetry::metrics::{Counter, Histogram, Meter};
 use super::Telemetry;
 use super::trace::Destination;
 
-/// Limits of the buckets of durations, in seconds: a commit on a fast disk to an outage.
+/// Bucket limits of durations in seconds: from a commit on a fast disk to an outage.
 const SECONDS: [f64; 15] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
-/// Limits of the buckets of numbers of events.
+/// Bucket limits of numbers of events.
 const EVENTS: [f64; 10] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0];
 
-/// The instruments; none by default. Cheap to clone.
+/// The instruments. Default: none. Cheap to clone.
 #[derive(Clone, Default)]
 pub(crate) struct Metrics(Option<Arc<Instruments>>);
 
@@ -56,7 +58,7 @@ struct Nats {
     stream_bytes: opentelemetry::metrics::Gauge<u64>,
 }
 
-/// Since when something goes on.
+/// The start of an operation.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timer(Instant);
 
@@ -86,18 +88,18 @@ impl Metrics {
             command_duration: seconds(
                 meter,
                 "storied.command.duration",
-                "From giving a command to its answer, for those who wait for it",
+                "Time from the submission of a command to its answer, if the caller waits",
             ),
             command_retries: counter(
                 meter,
                 "storied.command.retries",
                 "{retry}",
-                "Commands decided again, because others wrote to the stream first",
+                "Commands decided again after a conflict",
             ),
             append_duration: seconds(
                 meter,
                 "storied.append.duration",
-                "Transactions of the event store, which take as many appends as wait",
+                "Transactions of the event store; each takes all queued appends",
             ),
             append_batch: meter
                 .u64_histogram("storied.append.batch.size")
@@ -109,36 +111,31 @@ impl Metrics {
                 meter,
                 "storied.lease.changes",
                 "{change}",
-                "Leases that this node took, lost or gave back",
+                "Leases that this node acquired, lost or released",
             ),
             projection_duration: seconds(
                 meter,
                 "storied.projection.duration",
-                "Transactions of projections: events applied, checkpoint moved",
+                "Transactions of projections: apply events, move the checkpoint",
             ),
             snapshots: counter(
                 meter,
                 "storied.projection.snapshots",
                 "{snapshot}",
-                "Snapshots of what projections hold in memory",
+                "Snapshots of in-memory projections",
             ),
-            sent: counter(
-                meter,
-                "messaging.client.sent.messages",
-                "{message}",
-                "Events that were to be published to the bus",
-            ),
+            sent: counter(meter, "messaging.client.sent.messages", "{message}", "Events handed to the bus"),
             operation_duration: seconds(
                 meter,
                 "messaging.client.operation.duration",
-                "Publishing a batch of events until the bus has confirmed it, and settling deliveries",
+                "Publishing a batch of events until its confirmation, and acknowledging deliveries",
             ),
             #[cfg(feature = "nats")]
             nats: Nats::of(meter),
         })))
     }
 
-    /// A command was answered.
+    /// Records the answer of a command.
     pub(crate) fn command(&self, name: &'static str, took: Duration, error: Option<&'static str>) {
         let Some(instruments) = &self.0 else { return };
         let name = KeyValue::new("storied.command.name", name);
@@ -147,13 +144,13 @@ impl Metrics {
         });
     }
 
-    /// A command is decided again.
+    /// Counts a command that is decided again.
     pub(crate) fn decided_again(&self, name: &'static str) {
         let Some(instruments) = &self.0 else { return };
         instruments.command_retries.add(1, &[KeyValue::new("storied.command.name", name)]);
     }
 
-    /// A transaction with so many events is over. The error is one of all of it.
+    /// Records a transaction of `events` events. The error applies to the whole transaction.
     pub(crate) fn appended(&self, timer: Timer, events: usize, error: Option<&'static str>) {
         let Some(instruments) = &self.0 else { return };
         with_error(error, [], |attributes| {
@@ -162,7 +159,7 @@ impl Metrics {
         instruments.append_batch.record(events as u64, &[]);
     }
 
-    /// A lease was taken (`acquired`), `lost` or given back (`released`).
+    /// Counts a lease change: `acquired`, `lost` or `released`.
     pub(crate) fn lease(&self, name: &str, change: &'static str) {
         let Some(instruments) = &self.0 else { return };
         let kind = match name.split(['/', '-', '@']).next() {
@@ -177,21 +174,21 @@ impl Metrics {
         instruments.lease_changes.add(1, &attributes);
     }
 
-    /// A transaction of a projection is over.
+    /// Records a transaction of a projection.
     pub(crate) fn applied(&self, projection: &str, took: Duration) {
         let Some(instruments) = &self.0 else { return };
         let attributes = [KeyValue::new("storied.projection", projection.to_owned())];
         instruments.projection_duration.record(took.as_secs_f64(), &attributes);
     }
 
-    /// A snapshot of what a projection holds in memory was saved, or not.
+    /// Counts a snapshot of an in-memory projection, or its failure.
     pub(crate) fn snapshot(&self, projection: &str, error: Option<&'static str>) {
         let Some(instruments) = &self.0 else { return };
         let attributes = [KeyValue::new("storied.projection", projection.to_owned())];
         with_error(error, attributes, |attributes| instruments.snapshots.add(1, attributes));
     }
 
-    /// A batch of so many events was published, or not.
+    /// Records a published batch, or its failure.
     pub(crate) fn published(
         &self,
         to: Destination<'_>,
@@ -224,7 +221,7 @@ impl Instruments {
     }
 }
 
-/// What all metrics of messaging carry.
+/// Returns the attributes of all messaging metrics.
 fn operation(on: Destination<'_>, name: &'static str) -> [KeyValue; 3] {
     [
         KeyValue::new("messaging.system", on.system),
@@ -259,69 +256,69 @@ impl Nats {
                 meter,
                 "storied.nats.connection.attempts",
                 "{attempt}",
-                "Attempts to connect to NATS, also to come back",
+                "Attempts to connect to NATS, reconnects included",
             ),
             connection_errors: counter(
                 meter,
                 "storied.nats.connection.errors",
                 "{error}",
-                "Connections that could not be made, and errors that a server or the driver told of",
+                "Failed connections, and errors reported by a server or the driver",
             ),
-            connection_losses: counter(
-                meter,
-                "storied.nats.connection.losses",
-                "{loss}",
-                "Connections that were lost",
-            ),
+            connection_losses: counter(meter, "storied.nats.connection.losses", "{loss}", "Connections lost"),
             reconnections: counter(
                 meter,
                 "storied.nats.connection.reconnections",
                 "{reconnection}",
-                "Connections that came back after a loss",
+                "Connections restored after a loss",
             ),
             start_duration: seconds(
                 meter,
                 "storied.nats.connection.start.duration",
-                "Making a connection, or failing to",
+                "Time to connect, or to fail",
             ),
             close_duration: seconds(
                 meter,
                 "storied.nats.connection.close.duration",
-                "Ending a connection in order, or giving that up",
+                "Time to close a connection in order, or to give up",
             ),
             consumed: counter(
                 meter,
                 "messaging.client.consumed.messages",
                 "{message}",
-                "Events that raw subscriptions received, those that came again included",
+                "Events that raw subscriptions received, redeliveries included",
             ),
             redelivered: counter(
                 meter,
                 "storied.consumer.redeliveries",
                 "{message}",
-                "Events among them that had been delivered before",
+                "Redelivered events among them",
             ),
-            settled: counter(meter, "storied.consumer.settled", "{message}", "Deliveries that were settled"),
+            settled: counter(
+                meter,
+                "storied.consumer.settled",
+                "{message}",
+                "Deliveries ended by ack, nak or term",
+            ),
             process_duration: seconds(
                 meter,
                 "messaging.process.duration",
-                "Handling one event of a raw subscription",
+                "Time to handle one event of a raw subscription",
             ),
             dead_letters: counter(
                 meter,
                 "storied.consumer.dead_letters",
                 "{message}",
-                "Events that became dead letters",
+                "Events published as dead letters",
             ),
             consumer_pending: gauge(
                 "storied.consumer.pending",
                 "{message}",
-                "Messages of the stream that a consumer has still to deliver",
+                "Messages of the stream not yet delivered by a consumer",
             ),
             consumer_unsettled: gauge(
                 "storied.consumer.unsettled",
                 "{message}",
-                "Messages that a consumer has delivered and that are not settled",
+                "Messages delivered by a consumer and not acknowledged",
             ),
             stream_messages: gauge(
                 "storied.nats.stream.messages",
@@ -333,7 +330,7 @@ impl Nats {
     }
 }
 
-/// Of a connection to NATS: `events` or `commands`.
+/// Returns the attribute of a connection to NATS: `events` or `commands`.
 #[cfg(feature = "nats")]
 fn line(connection: &'static str) -> KeyValue {
     KeyValue::new("storied.connection", connection)
@@ -346,7 +343,7 @@ impl Metrics {
         nats.connection_attempts.add(1, &[line(connection)]);
     }
 
-    /// The first attempt is over.
+    /// Records the end of the first connection attempt.
     pub(crate) fn connected(&self, connection: &'static str, timer: Timer, error: Option<&'static str>) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         with_error(error, [line(connection)], |attributes| {
@@ -357,7 +354,7 @@ impl Metrics {
         });
     }
 
-    /// A server or the driver told of an error.
+    /// Counts an error reported by a server or the driver.
     pub(crate) fn connection_failed(&self, connection: &'static str, error: &'static str) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         nats.connection_errors.add(1, &[line(connection), KeyValue::new("error.type", error)]);
@@ -380,7 +377,7 @@ impl Metrics {
         });
     }
 
-    /// An event came in on a raw subscription; `again` if it had come before.
+    /// Counts an event of a raw subscription; `again` marks a redelivery.
     pub(crate) fn consumed(&self, from: Destination<'_>, again: bool) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         let attributes = operation(from, "receive");
@@ -390,7 +387,7 @@ impl Metrics {
         }
     }
 
-    /// A delivery was settled by `ack`, `nak` or `term`, or could not be.
+    /// Records the end of a delivery by `ack`, `nak` or `term`, or the failure to end it.
     pub(crate) fn settled(
         &self,
         from: Destination<'_>,
@@ -405,7 +402,7 @@ impl Metrics {
         instruments.operation(from, how, "settle", timer, error);
     }
 
-    /// A handler is done with an event.
+    /// Records the end of a handler.
     pub(crate) fn processed(&self, from: Destination<'_>, timer: Timer, error: Option<&'static str>) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         with_error(error, operation(from, "process"), |attributes| {
@@ -418,7 +415,7 @@ impl Metrics {
         nats.dead_letters.add(1, &operation(from, "process")[..2]);
     }
 
-    /// What the server says of a consumer.
+    /// Records the counts that the server reports for a consumer.
     pub(crate) fn consumer(&self, from: Destination<'_>, name: &str, pending: u64, unsettled: u64) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         let [system, destination, _] = operation(from, "receive");
@@ -428,7 +425,7 @@ impl Metrics {
         nats.consumer_unsettled.record(unsettled, &attributes);
     }
 
-    /// What the server says of the mirror.
+    /// Records the size that the server reports for the log stream.
     pub(crate) fn mirror(&self, stream: Destination<'_>, messages: u64, bytes: u64) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         let attributes = &operation(stream, "publish")[..2];

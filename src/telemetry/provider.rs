@@ -3,12 +3,12 @@ use std::fmt;
 use opentelemetry::metrics::{Meter, MeterProvider};
 use opentelemetry::{InstrumentationScope, global};
 
-/// Where metrics go: into a meter provider of OpenTelemetry. The global one by default.
+/// The OpenTelemetry meter provider of the metrics. Default: the global provider.
 ///
-/// Given to [`Builder::telemetry`](crate::runtime::Builder::telemetry) it is that of the whole runtime: aggregates,
-/// projections, publisher, the event bus and the command bus. A [`NatsBus`](crate::NatsBus) without a runtime has
-/// `NatsOptions::telemetry`. Spans go through `tracing`: which tracer provider they end in is said where the program sets
-/// up its subscriber.
+/// [`Builder::telemetry`](crate::runtime::Builder::telemetry) sets it for the whole runtime:
+/// aggregates, projections, publisher, event bus and command bus. A [`NatsBus`](crate::NatsBus)
+/// without a runtime has `NatsOptions::telemetry`. Spans go through `tracing`; the subscriber of
+/// the program selects their tracer provider.
 ///
 /// ```
 /// use storied::{MemoryStore, Runtime, Telemetry};
@@ -30,13 +30,13 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Metrics go to this provider.
+    /// Sends metrics to this provider.
     #[must_use]
     pub fn of(provider: &dyn MeterProvider) -> Self {
         Self { meter: provider.meter_with_scope(scope()) }
     }
 
-    /// Metrics go to the provider that is the global one now; set it before. The default.
+    /// Sends metrics to the current global provider, which must be set before. The default.
     #[must_use]
     pub fn global() -> Self {
         Self { meter: global::meter_with_scope(scope()) }

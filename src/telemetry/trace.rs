@@ -1,7 +1,8 @@
-//! The spans: command → decide → append → publish of one trace, and those that are linked to it: process, apply.
+//! Spans: command → decide → append → publish in one trace, and process and apply linked to it.
 //!
-//! All have the target `storied::trace` and the level `DEBUG`. Where a subscriber listens that hands spans to OpenTelemetry,
-//! the command's span goes into the metadata of its events, and from there over the bus.
+//! All have the target `storied::trace` and the level `DEBUG`. If a subscriber passes spans to
+//! OpenTelemetry, the span of the command goes into the metadata of its events, and with them over
+//! the bus.
 
 use tracing::field::Empty;
 use tracing::span::EnteredSpan;
@@ -11,34 +12,37 @@ use uuid::Uuid;
 use super::context;
 use crate::event::{Metadata, RecordedEvent};
 
-/// The target of all spans, so that a filter can ask for them alone.
+/// The target of all spans, for filters.
 const TARGET: &str = "storied::trace";
 
-/// How many links a span gets at most, which is what an SDK keeps by default.
+/// Maximum number of links of a span, which is the default limit of an SDK.
 const LINKS: usize = 128;
 
 fn is_wanted() -> bool {
     span_enabled!(target: TARGET, Level::DEBUG)
 }
 
-/// The span of a command. It ends with the last of its clones. Commands are moved often: nothing, mostly, in eight bytes.
+/// The span of a command, which ends with its last clone.
+///
+/// Eight bytes, mostly `None`, because commands move often.
 #[derive(Debug, Clone)]
 pub(crate) struct CommandSpan(Option<Box<Span>>);
 
 impl CommandSpan {
-    /// Of a command that is given here. What travels with it names this span from now on.
+    /// Starts the span of a command submitted here. The metadata refers to this span from now on.
     pub(crate) fn given(name: &str, key: Option<&str>, id: Uuid, metadata: &mut Metadata) -> Self {
         Self::begin("internal", name, key, id, metadata)
     }
 
-    /// Of a command of another node.
+    /// Starts the span of a command from another node.
     pub(crate) fn taken(name: &str, key: Option<&str>, id: Uuid, metadata: &mut Metadata) -> Self {
         Self::begin("server", name, key, id, metadata)
     }
 
     fn begin(kind: &'static str, name: &str, key: Option<&str>, id: Uuid, metadata: &mut Metadata) -> Self {
         if !is_wanted() {
-            // Who traces without a subscriber of ours still has a span around the command.
+            // A program that traces without `tracing` still has a current context around the
+            // command.
             context::inject(&Span::none(), metadata);
             return Self(None);
         }
@@ -60,25 +64,25 @@ impl CommandSpan {
         Self(Some(Box::new(span)))
     }
 
-    /// The span that what is done for the command belongs under.
+    /// Returns the parent span of the work for this command.
     pub(crate) fn span(&self) -> Span {
         self.0.as_deref().cloned().unwrap_or(Span::none())
     }
 
-    /// Around the user's decision.
+    /// Enters the span of a decision of the aggregate.
     pub(crate) fn decide(&self, attempt: u32) -> EnteredSpan {
         let decide = |command: &Span| debug_span!(target: TARGET, parent: command, "decide", storied.attempt = attempt);
         self.0.as_deref().map_or(Span::none(), decide).entered()
     }
 
-    /// From a decision until its events are durable, or are not going to be.
+    /// Starts the span from a decision until its events are durable or the append has failed.
     pub(crate) fn append(&self, events: usize) -> Option<Box<Span>> {
         let append =
             |command: &Span| debug_span!(target: TARGET, parent: command, "append", storied.events = events);
         self.0.as_deref().map(|command| Box::new(append(command)))
     }
 
-    /// How it ended: without an error, or with one of this kind.
+    /// Records the end of the command: success, or a kind of error.
     pub(crate) fn ended(&self, error: Option<&'static str>) {
         if let Some(span) = &self.0 {
             failed(span, error);
@@ -89,7 +93,7 @@ impl CommandSpan {
 impl Drop for CommandSpan {
     fn drop(&mut self) {
         if let Some(span) = &self.0 {
-            // What turns spans into OpenTelemetry's takes the last exit for the end.
+            // The layer that converts spans for OpenTelemetry takes the last exit as the end.
             span.in_scope(|| ());
         }
     }
@@ -102,16 +106,16 @@ fn failed(span: &Span, error: Option<&'static str>) {
     }
 }
 
-/// What events are published to, or came from.
+/// The target or the source of published events.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Destination<'a> {
-    /// `nats`, or `storied` inside the process.
+    /// `nats`, or `storied` within the process.
     pub(crate) system: &'static str,
-    /// The stream, or what all subjects begin with.
+    /// The stream, or the common prefix of all subjects.
     pub(crate) name: &'a str,
 }
 
-/// The spans of events on their way to the bus: each belongs to the trace of its command, as far as somebody keeps that.
+/// The spans of events that are being published, in the sampled traces of their commands.
 pub(crate) struct Publishing(Vec<Span>);
 
 impl Publishing {
@@ -147,7 +151,9 @@ impl Publishing {
     }
 }
 
-/// Around a subscriber's work on one event: a trace of its own, linked to the command's.
+/// Starts the span of a subscriber that handles one event.
+///
+/// It is a new trace, linked to that of the command.
 #[cfg(feature = "nats")]
 pub(crate) fn process(destination: Destination<'_>, group: Option<&str>, event: &RecordedEvent) -> Span {
     if !is_wanted() {
@@ -175,13 +181,15 @@ pub(crate) fn process(destination: Destination<'_>, group: Option<&str>, event: 
     span
 }
 
-/// Says how the work under `span` ended.
+/// Records the end of the work in `span`.
 #[cfg(feature = "nats")]
 pub(crate) fn processed(span: &Span, error: Option<&'static str>) {
     failed(span, error);
 }
 
-/// Around the transaction of a projection: a trace of its own, linked to those of the commands whose events it applies.
+/// Starts the span of a projection's transaction.
+///
+/// It is a new trace, linked to the commands of its events.
 pub(crate) fn apply<'a>(
     projection: &str,
     count: usize,
@@ -205,7 +213,7 @@ pub(crate) fn apply<'a>(
     span
 }
 
-/// What a bus is in the words of OpenTelemetry.
+/// Returns the OpenTelemetry name of a bus.
 pub(crate) fn system(bus: &str) -> &'static str {
     if bus.starts_with("nats") { "nats" } else { "storied" }
 }

@@ -8,7 +8,7 @@ use crate::aggregate::{Aggregate, Context, Decision};
 use crate::codec::Codec;
 use crate::event::{Event, Metadata, StreamId, Version};
 
-/// Starts a test of an aggregate without a runtime: what has happened to it.
+/// Starts a test of an aggregate without a runtime, from its past events.
 ///
 /// ```
 /// use storied::testing::given;
@@ -31,10 +31,11 @@ use crate::event::{Event, Metadata, StreamId, Version};
 /// given::<Door>([DoorEvent::Opened]).when(DoorCommand::Open).then_error(DoorError::AlreadyOpen);
 /// ```
 ///
-/// Every event, given or decided, goes through the codec and back, so that a test also shows that it can be stored.
+/// Every past and every new event is encoded and decoded, so the test also shows that it can be
+/// stored.
 ///
 /// # Panics
-/// When an event cannot be stored: this is a test kit.
+/// If an event cannot be stored.
 pub fn given<A: Aggregate>(events: impl IntoIterator<Item = A::Event>) -> Given<A> {
     let mut given = Given {
         state: A::default(),
@@ -63,37 +64,37 @@ pub struct Given<A> {
 }
 
 impl<A: Aggregate> Given<A> {
-    /// The id of the aggregate; `test` by default.
+    /// Sets the id of the aggregate. Default: `test`.
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = id.into();
         self
     }
 
-    /// What [`Context::now`] says; the start of 1970 by default.
+    /// Sets the time of [`Context::now`]. Default: the start of 1970.
     #[must_use]
     pub fn now(mut self, now: DateTime<Utc>) -> Self {
         self.now = now;
         self
     }
 
-    /// What [`Context::metadata`] has for `key`.
+    /// Sets the value of `key` in [`Context::metadata`].
     #[must_use]
     pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
         self.metadata.user.insert(key.into(), value.into());
         self
     }
 
-    /// The folded state, for tests of `apply` alone.
+    /// Returns the folded state, for tests of `apply` alone.
     pub fn state(&self) -> &A {
         &self.state
     }
 
-    /// Lets the aggregate decide on a command.
+    /// Runs the decision of the aggregate on a command.
     ///
     /// # Panics
-    /// When the aggregate does, or the id is none.
-    #[must_use = "say what is expected with then(), then_nothing() or then_error()"]
+    /// If the aggregate panics, or the id is invalid.
+    #[must_use = "state the expectation with then(), then_nothing() or then_error()"]
     pub fn when(self, command: A::Command) -> When<A> {
         let stream = StreamId::new(A::Event::CATEGORY, &self.id).expect("a valid category and id");
         let context = Context::new(&stream, self.version, self.command_id, &self.metadata, self.now);
@@ -102,7 +103,7 @@ impl<A: Aggregate> Given<A> {
     }
 }
 
-/// A decision to be checked. See [`given`].
+/// A decision to check. See [`given`].
 #[derive(Debug)]
 pub struct When<A: Aggregate> {
     state: A,
@@ -113,28 +114,29 @@ impl<A: Aggregate> When<A> {
     /// Expects these events, and returns the aggregate after them for a next step.
     ///
     /// # Panics
-    /// When the decision is another one.
+    /// If the decision differs.
     pub fn then(self, expected: impl IntoIterator<Item = A::Event>) -> Then<A>
     where
         A::Event: PartialEq + Debug,
     {
         let expected: Vec<_> = expected.into_iter().collect();
         let Self { mut state, decision } = self;
-        let decision =
-            decision.unwrap_or_else(|error| panic!("expected {expected:?}, but it was refused: {error}"));
-        assert_eq!(decision.events, expected, "the aggregate decided otherwise than expected");
+        let decision = decision.unwrap_or_else(|error| {
+            panic!("expected {expected:?}, but the aggregate rejected the command: {error}")
+        });
+        assert_eq!(decision.events, expected, "the decision differs from the expected one");
         for event in &decision.events {
             let stored = stored(event);
-            assert_eq!(&stored, event, "the event comes out of the store differently from how it went in");
+            assert_eq!(&stored, event, "the store returns another event than was written");
             state.apply(&stored);
         }
         Then { state, reply: decision.reply }
     }
 
-    /// Expects that the command is fulfilled without events.
+    /// Expects a successful decision without events.
     ///
     /// # Panics
-    /// When the decision is another one.
+    /// If the decision differs.
     pub fn then_nothing(self) -> Then<A>
     where
         A::Event: PartialEq + Debug,
@@ -142,10 +144,10 @@ impl<A: Aggregate> When<A> {
         self.then([])
     }
 
-    /// Expects this refusal.
+    /// Expects this rejection.
     ///
     /// # Panics
-    /// When the decision is another one.
+    /// If the decision differs.
     pub fn then_error(self, expected: A::Error)
     where
         A::Event: Debug,
@@ -153,19 +155,22 @@ impl<A: Aggregate> When<A> {
     {
         match self.decision {
             Ok(decision) => {
-                panic!("expected the refusal \"{expected}\", but it decided {:?}", decision.events)
+                panic!(
+                    "expected the rejection \"{expected}\", but the aggregate decided {:?}",
+                    decision.events
+                )
             }
-            Err(error) => assert_eq!(error, expected, "the aggregate refused for another reason"),
+            Err(error) => assert_eq!(error, expected, "the rejection differs from the expected one"),
         }
     }
 }
 
-/// An aggregate after a decision that was as expected. See [`given`].
+/// An aggregate after the expected decision. See [`given`].
 #[derive(Debug)]
 pub struct Then<A: Aggregate> {
-    /// The state after the decision's events.
+    /// The state after the events of the decision.
     pub state: A,
-    /// What the command was answered with.
+    /// The reply to the command.
     pub reply: A::Reply,
 }
 

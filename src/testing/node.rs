@@ -15,8 +15,9 @@ use crate::store::EventStore;
 use crate::supervised::StopError;
 use crate::telemetry::Metrics;
 
-/// A node without commands: publisher, feed and projections over a store and a bus. For tests of stores, buses and read
-/// models that write to the store directly, and that need a node to die.
+/// A node without commands: publisher, feed and projections over a store and a bus.
+///
+/// For tests of stores, buses and read models that write to the store directly and crash a node.
 pub struct Node {
     id: Uuid,
     store: Arc<dyn EventStore>,
@@ -25,7 +26,7 @@ pub struct Node {
     board: Board,
     publisher: Publisher,
     projections: Mutex<Vec<ProjectionHandle>>,
-    /// Gone as soon as the node is dropped.
+    /// Dropped together with the node.
     alive: Arc<()>,
 }
 
@@ -33,7 +34,7 @@ impl Node {
     /// Starts publisher and feed.
     ///
     /// # Panics
-    /// When the publisher's actor cannot be started.
+    /// If the actor of the publisher does not start.
     pub async fn start(
         store: Arc<dyn EventStore>,
         bus: Arc<dyn EventBus>,
@@ -52,7 +53,7 @@ impl Node {
     /// Starts a projection.
     ///
     /// # Panics
-    /// When its actor cannot be started.
+    /// If its actor does not start.
     pub async fn projection<P, R>(
         &self,
         projection: P,
@@ -69,7 +70,7 @@ impl Node {
     /// Starts a projection that can be rebuilt.
     ///
     /// # Panics
-    /// When its actors cannot be started.
+    /// If its actors do not start.
     pub async fn rebuildable<P, R>(
         &self,
         make: impl Fn(Target) -> P + Send + Sync + 'static,
@@ -83,10 +84,10 @@ impl Node {
         self.start_projection(Made::Versioned(Arc::new(make)), read_model, options).await
     }
 
-    /// Starts a projection in as many partitions.
+    /// Starts a projection in `partitions` partitions.
     ///
     /// # Panics
-    /// When its actors cannot be started.
+    /// If its actors do not start.
     pub async fn partitioned<P, R>(
         &self,
         partitions: u16,
@@ -111,7 +112,7 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let filter = made.with_one(Projection::filter).expect("the filter names events that there are");
+        let filter = made.with_one(Projection::filter).expect("the filter names existing events");
         let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
         let bus = self.bus.clone();
         let metrics = Metrics::default();
@@ -134,25 +135,25 @@ impl Node {
         handle
     }
 
-    /// Its id, by which leases name it.
+    /// Returns the id of the node, as in its leases.
     pub fn id(&self) -> Uuid {
         self.id
     }
 
-    /// How the feed is doing.
+    /// Returns the status of the feed.
     pub fn feed(&self) -> FeedStatus {
         self.feed.status()
     }
 
-    /// How the publisher is doing.
+    /// Returns the status of the publisher.
     pub fn publisher(&self) -> PublisherStatus {
         self.publisher.status().borrow().clone()
     }
 
-    /// Ends everything in order: what is committed is published, checkpoints are saved, leases given back.
+    /// Ends everything in order: publishes committed events, saves checkpoints, releases leases.
     ///
     /// # Errors
-    /// The first thing that did not end within `patience`.
+    /// The first component that did not end within `patience`.
     pub async fn stop(self, patience: Duration) -> Result<(), StopError> {
         let published = self.publisher.stop(patience).await;
         let projections =
@@ -163,7 +164,7 @@ impl Node {
         published.and(ended.into_iter().collect())
     }
 
-    /// Ends everything as a crash of the process would: nothing is saved or given back.
+    /// Ends everything as a crash of the process would: saves no checkpoint and releases no lease.
     pub fn kill(self) {
         self.publisher.kill();
         for projection in &*self.projections.lock().unwrap_or_else(PoisonError::into_inner) {

@@ -6,7 +6,7 @@ use uuid::Uuid;
 use crate::codec::Codec;
 use crate::event::{Event, Metadata, NewEvent, Position, RecordedEvent, StreamId, Version};
 
-/// Checks that events of your own come out of a store as they went in, in both codecs.
+/// Checks that a store returns your events as they were written, in both codecs.
 ///
 /// ```
 /// # use serde::{Deserialize, Serialize};
@@ -17,34 +17,31 @@ use crate::event::{Event, Metadata, NewEvent, Position, RecordedEvent, StreamId,
 /// ```
 ///
 /// # Panics
-/// When a store refuses an event, cannot read it, or reads another event than was written.
+/// If a store rejects an event, cannot read it, or returns another event than was written.
 pub fn roundtrip<E: Event + Debug + PartialEq>(events: impl IntoIterator<Item = E>) {
     for event in events {
         for codec in [Codec::Cbor, Codec::Json] {
             match read_back(&event, codec) {
                 ReadBack::Event(read) => {
-                    assert_eq!(
-                        read, event,
-                        "a store that keeps {codec} reads another event than was written"
-                    );
+                    assert_eq!(read, event, "a {codec} store returns another event than was written");
                 }
-                ReadBack::Refused(reason) => panic!("a store that keeps {codec} refuses {event:?}: {reason}"),
+                ReadBack::Refused(reason) => panic!("a {codec} store rejects {event:?}: {reason}"),
                 ReadBack::Unreadable(reason) => {
-                    panic!("a store that keeps {codec} cannot read {event:?}: {reason}")
+                    panic!("a {codec} store cannot read {event:?}: {reason}")
                 }
             }
         }
     }
 }
 
-/// What comes of storing an event.
+/// The result of storing an event and reading it.
 #[derive(Debug)]
 pub(super) enum ReadBack<E> {
-    /// What a reader gets.
+    /// The event as a reader decodes it.
     Event(E),
-    /// It is not stored.
+    /// The event is not stored.
     Refused(String),
-    /// It is stored, and no reader gets it.
+    /// The event is stored, but no reader can decode it.
     Unreadable(String),
 }
 

@@ -1,8 +1,8 @@
-//! The conformance list of serde shapes: what an event may hold, and what a store makes of it in each codec.
+//! The conformance list of serde shapes in events, with the result of storing each in each codec.
 //!
-//! Each shape is stored as the content of a newtype, a struct and a tuple variant. A store either reads the value that
-//! was written, reads the value that the list names (serde loses the rest), or refuses to store it. It never stores a value
-//! that cannot be read.
+//! Each shape is stored as the content of a newtype, a struct and a tuple variant. A store reads
+//! the value that was written, reads the value that the list names (serde loses the rest), or
+//! rejects the event. It never stores a value that cannot be read.
 
 mod attributes;
 mod standard;
@@ -17,9 +17,10 @@ use super::roundtrip::{ReadBack, read_back};
 use crate::codec::Codec;
 use crate::event::Event;
 
-/// Stores and reads all values of every shape in both codecs, and reports each shape by its name in Rust's terms.
+/// Stores and reads all values of every shape in both codecs. Reports each shape by its Rust name.
 ///
-/// An error names the value and what happened to it. Generic, so that the many types are compiled only where this runs.
+/// An error names the value and the result. The function is generic, so that its many types are
+/// compiled only where it is used.
 ///
 /// ```ignore
 /// storied::testing::shapes::check(|name, codec, result| {
@@ -33,7 +34,7 @@ pub fn check(report: impl FnMut(&'static str, Codec, Result<(), String>)) {
     tagged::add(&mut list);
 }
 
-/// An event that holds a value, in each form that a variant can have.
+/// An event that holds a value, in each form of a variant.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Held<T> {
@@ -50,38 +51,38 @@ trait Content: Debug + Serialize + DeserializeOwned + Send + Sync + 'static {}
 
 impl<T: Debug + Serialize + DeserializeOwned + Send + Sync + 'static> Content for T {}
 
-/// What comes of the values of a shape.
+/// The expected result for the values of a shape.
 enum Expected<T> {
-    /// Each is read as it was written.
+    /// Each value is read as it was written.
     Same,
-    /// These are read instead: serde loses the rest.
+    /// These values are read instead, because serde loses the rest.
     As(fn() -> Vec<T>),
-    /// None is stored.
+    /// No value is stored.
     Refused,
 }
 
 use Expected::{As, Refused, Same};
 
-/// Receives what came of each shape.
+/// Receives the result of each shape.
 trait Report: FnMut(&'static str, Codec, Result<(), String>) {}
 
 impl<F: FnMut(&'static str, Codec, Result<(), String>)> Report for F {}
 
-/// Where each shape is reported to.
+/// The receiver of the results.
 struct List<R>(R);
 
 impl<R: Report> List<R> {
-    /// A shape that is read as it was written in both codecs.
+    /// Expects a shape that both codecs read as it was written.
     fn same<T: Content>(&mut self, name: &'static str, values: fn() -> Vec<T>) {
         self.shape(name, values, Same, Same);
     }
 
-    /// A shape that no codec stores.
+    /// Expects a shape that no codec stores.
     fn refused<T: Content>(&mut self, name: &'static str, values: fn() -> Vec<T>) {
         self.shape(name, values, Refused, Refused);
     }
 
-    /// A shape that both codecs read as `read`.
+    /// Expects a shape that both codecs read as `read`.
     fn reads_as<T: Content>(&mut self, name: &'static str, values: fn() -> Vec<T>, read: fn() -> Vec<T>) {
         self.shape(name, values, As(read), As(read));
     }
@@ -106,7 +107,7 @@ fn check_shape<T: Content>(
     let forms: [fn(T) -> Held<T>; 3] =
         [Held::Newtype, |value| Held::Struct { value }, |value| Held::Tuple(7, value)];
     for form in forms {
-        // Values are made for each form: they need not be `Clone`.
+        // Makes new values for each form, because they need not be `Clone`.
         let wanted = match expected {
             As(read) => read(),
             Same | Refused => values(),
@@ -118,7 +119,7 @@ fn check_shape<T: Content>(
     Ok(())
 }
 
-/// Compares by `Debug`: NaN is not equal to itself.
+/// Compares by `Debug`, because NaN is not equal to itself.
 fn judge<E: Event + Debug>(event: &E, wanted: &E, codec: Codec, refused: bool) -> Result<(), String> {
     let brief = |text: String| text.chars().take(200).collect::<String>();
     let event_text = || brief(format!("{event:?}"));
@@ -127,9 +128,9 @@ fn judge<E: Event + Debug>(event: &E, wanted: &E, codec: Codec, refused: bool) -
             Err(format!("{} was stored and cannot be read: {}", event_text(), brief(reason)))
         }
         ReadBack::Refused(_) if refused => Ok(()),
-        ReadBack::Refused(reason) => Err(format!("{} was refused: {}", event_text(), brief(reason))),
+        ReadBack::Refused(reason) => Err(format!("{} was rejected: {}", event_text(), brief(reason))),
         ReadBack::Event(read) if refused => {
-            Err(format!("{} should be refused and was read as {}", event_text(), brief(format!("{read:?}"))))
+            Err(format!("{} should be rejected and was read as {}", event_text(), brief(format!("{read:?}"))))
         }
         ReadBack::Event(read) => {
             let (read, wanted) = (format!("{read:?}"), format!("{wanted:?}"));

@@ -1,6 +1,7 @@
-//! The conformance suite of event stores: what [`EventStore`] promises, as tests.
+//! The conformance suite of event stores: the contract of [`EventStore`], as tests.
 //!
-//! A back end runs all of it, one named test per behaviour, by saying how to get an empty database:
+//! A back end runs all of it, one named test per behaviour. It supplies the way to get an empty
+//! database:
 //!
 //! ```
 //! use storied::MemoryStore;
@@ -17,7 +18,7 @@
 //! storied::event_store_suite!(memory());
 //! ```
 //!
-//! The behaviours are public functions in the modules below, for whoever needs a single one.
+//! The behaviours are public functions in the modules below, for tests of a single one.
 
 pub mod append;
 pub mod command;
@@ -41,10 +42,10 @@ use crate::store::{
     Append, AppendError, Appended, BoxFuture, Conflict, EventStore, ExpectedVersion, ReadLog,
 };
 
-/// How long one behaviour may take before it counts as hanging.
+/// Time limit of one behaviour; after it, the test fails as hanging.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// A database for one test: empty at first, the same one however often it is opened, gone when the test ends.
+/// A database for one test: empty at first, shared by all openings, and dropped when the test ends.
 pub struct Database {
     open: Box<dyn Fn() -> BoxFuture<'static, Arc<dyn EventStore>> + Send + Sync>,
     guards: Vec<Box<dyn Any + Send + Sync>>,
@@ -57,8 +58,9 @@ impl fmt::Debug for Database {
 }
 
 impl Database {
-    /// A database that `open` opens. Where the back end can, every opening should have connections of its own, as if
-    /// another process did it.
+    /// Wraps a database that `open` opens.
+    ///
+    /// If possible, every opening has its own connections, as another process would.
     pub fn new<S, F>(open: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         S: EventStore,
@@ -71,7 +73,7 @@ impl Database {
         Self { open: Box::new(open), guards: Vec::new() }
     }
 
-    /// Keeps something (a temporary directory, a server) until the test is over.
+    /// Keeps a guard (a temporary directory, a server) until the test is over.
     #[must_use]
     pub fn keeping(mut self, guard: impl Any + Send + Sync) -> Self {
         self.guards.push(Box::new(guard));
@@ -84,30 +86,32 @@ impl Database {
     }
 }
 
-/// Runs one behaviour; one that hangs fails.
+/// Runs one behaviour, and fails if it hangs.
 pub async fn run(behaviour: impl Future<Output = ()>) {
     tokio::time::timeout(LIMIT, behaviour).await.expect("the behaviour should end, and not hang");
 }
 
-/// Makes one `#[tokio::test]` per behaviour of an event store. Takes an expression for a future of a [`Database`], which
-/// is evaluated for every test. The calling crate needs `tokio` with `macros` and `rt-multi-thread`.
+/// Creates one `#[tokio::test]` per behaviour of an event store.
+///
+/// Takes an expression for a future of a [`Database`], which each test evaluates. The calling crate
+/// needs `tokio` with `macros` and `rt-multi-thread`.
 #[macro_export]
 macro_rules! event_store_suite {
     ($make:expr) => {
         $crate::event_store_suite! { @topics $make;
             append:
                 expected_versions_decide,
-                conflicts_tell_expected_and_actual,
+                conflicts_report_expected_and_actual,
                 refused_appends_leave_no_trace,
                 several_streams_are_all_or_nothing,
                 batches_are_refused_piecewise,
                 a_stream_may_come_twice_in_a_batch,
                 invalid_appends_are_refused_alone,
-                versions_have_no_holes_and_positions_increase,
+                versions_have_no_gaps_and_positions_increase,
                 everything_of_an_event_comes_back,
                 streams_with_odd_ids_are_kept_apart,
                 large_batches_arrive_whole,
-                what_was_appended_survives_reopening;
+                appended_events_survive_reopening;
             read:
                 an_empty_store_is_empty,
                 streams_are_read_in_pages,
@@ -116,7 +120,7 @@ macro_rules! event_store_suite {
                 empty_filter_lists_match_nothing,
                 long_filter_lists_work,
                 large_events_come_in_small_pages,
-                the_scan_passes_what_does_not_match,
+                the_scan_skips_other_events,
                 the_scan_stops_at_its_upper_end,
                 the_scan_never_passes_the_head,
                 the_frontier_is_the_last_event,
@@ -137,7 +141,7 @@ macro_rules! event_store_suite {
                 a_released_lease_is_free_at_once,
                 a_lease_is_renewed,
                 leases_are_renewed_together,
-                zombies_cannot_renew_or_release,
+                stale_holders_cannot_renew_or_release,
                 leases_are_listed,
                 one_of_many_rivals_gets_a_lease;
             command:
@@ -147,7 +151,7 @@ macro_rules! event_store_suite {
                 old_records_are_forgotten,
                 events_of_a_command_are_found;
             oracle:
-                rivals_on_one_stream_leave_no_hole,
+                rivals_on_one_stream_leave_no_gap,
                 followers_see_exactly_the_log,
                 cancelled_appends_do_no_harm;
         }
@@ -163,7 +167,7 @@ macro_rules! event_store_suite {
     };
 }
 
-/// The stream `order/id`.
+/// Returns the stream `order/id`.
 fn stream(id: impl fmt::Display) -> StreamId {
     StreamId::new("order", id).unwrap()
 }
@@ -172,7 +176,7 @@ fn name(name: &str) -> EventName {
     EventName::new(name).unwrap()
 }
 
-/// An event unlike any other.
+/// Returns a unique event.
 fn event(event_name: &str) -> NewEvent {
     let id = Uuid::now_v7();
     NewEvent {
@@ -196,7 +200,7 @@ fn recorded_ids(events: &[RecordedEvent]) -> Vec<Uuid> {
     events.iter().map(|event| event.id).collect()
 }
 
-/// Appends one batch of one.
+/// Appends a batch of one.
 async fn append_one(store: &dyn EventStore, append: Append) -> Result<Appended, AppendError> {
     let mut answers = store.append(vec![append]).await;
     assert_eq!(answers.len(), 1, "one answer for one append");
@@ -213,7 +217,7 @@ async fn append_to(
     append_one(store, Append::one(stream.clone(), expected, events)).await
 }
 
-/// Appends `count` events to `stream`, whatever is there; their positions.
+/// Appends `count` events to `stream`, at any version; returns their positions.
 async fn fill(store: &dyn EventStore, stream: &StreamId, count: usize) -> Vec<Position> {
     append_to(store, stream, ExpectedVersion::Any, events(count)).await.unwrap().positions
 }
@@ -225,26 +229,27 @@ fn conflict(answer: Result<Appended, AppendError>) -> Conflict {
     }
 }
 
-/// How many events `stream` has.
+/// Returns the number of events in `stream`.
 async fn version(store: &dyn EventStore, stream: &StreamId) -> Version {
     let events = store.read_stream(stream, Version::NONE, usize::MAX).await.unwrap();
     events.last().map_or(Version::NONE, |event| event.version)
 }
 
-/// Reads pages until the scan has reached the end that the first page saw, or `upto`; everything that matched, and how
-/// far the scan got.
+/// Reads pages until the scan has reached the end that the first page saw, or `upto`.
+///
+/// Returns all matching events, and the end of the scan.
 async fn scan(store: &dyn EventStore, mut read: ReadLog) -> (Vec<RecordedEvent>, Position) {
     let mut found = Vec::new();
     loop {
         let page = store.read_log(read.clone()).await.unwrap();
-        assert!(page.events.len() <= read.limit, "a page has at most as many events as were asked for");
+        assert!(page.events.len() <= read.limit, "a page has at most the requested number of events");
         assert!(page.scanned_to >= read.after, "a scan never goes back");
         for event in &page.events {
             assert!(
                 event.position > read.after && event.position <= page.scanned_to,
                 "an event outside its page"
             );
-            assert!(read.filter.matches(event), "an event that was not asked for");
+            assert!(read.filter.matches(event), "an event that does not match the filter");
         }
         let moved = page.scanned_to > read.after;
         read.after = page.scanned_to;
@@ -259,13 +264,15 @@ async fn whole_log(store: &dyn EventStore) -> Vec<RecordedEvent> {
     scan(store, ReadLog::after(Position::START)).await.0
 }
 
-/// What must hold in any log: positions increase, versions of every stream are 1, 2, 3 …, ids occur once.
+/// Checks the invariants of a log.
+///
+/// Positions increase, versions of a stream are 1, 2, 3 …, ids are unique.
 fn assert_sound(log: &[RecordedEvent]) {
     assert!(log.is_sorted_by(|a, b| a.position < b.position), "positions do not increase");
     let mut streams: HashMap<&StreamId, Version> = HashMap::new();
     for event in log {
         let version = streams.entry(&event.stream).or_default();
-        assert_eq!(event.version, version.next(), "a hole or a double in {}", event.stream);
+        assert_eq!(event.version, version.next(), "a gap or a duplicate in {}", event.stream);
         *version = event.version;
     }
     let mut ids = recorded_ids(log);
@@ -282,7 +289,7 @@ impl Dice {
         Self(Uuid::new_v4().as_u64_pair().0 | 1)
     }
 
-    /// A number below `limit`.
+    /// Returns a number below `limit`.
     fn below(&mut self, limit: u64) -> u64 {
         // xorshift64
         self.0 ^= self.0 << 13;
@@ -291,7 +298,7 @@ impl Dice {
         (self.0 >> 11) % limit
     }
 
-    /// Waits for up to `limit`, often not at all.
+    /// Waits up to `limit`, often not at all.
     async fn pause(&mut self, limit: Duration) {
         match self.below(4) {
             0 => {}

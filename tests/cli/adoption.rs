@@ -1,5 +1,6 @@
-//! A copy of a database, with the configuration of its original: it neither publishes nor joins the command bus until an operator
-//! says what it is.
+//! Copies of a database that have the configuration of their original.
+//!
+//! A copy neither publishes nor joins the command bus until an operator adopts it.
 
 use std::fs;
 use std::path::PathBuf;
@@ -24,7 +25,9 @@ use uuid::Uuid;
 use crate::harness::{NatsOptions, NatsServer, PostgresServer};
 use crate::support::*;
 
-/// A copy of the PostgreSQL database at `url`, which no store may have open; its URL.
+/// Copies the PostgreSQL database at `url`, and returns the new URL.
+///
+/// No store may have the database open.
 pub async fn copy_database(url: &str) -> String {
     let (server, name) = url.rsplit_once('/').unwrap();
     let copy = format!("{name}_copy_{}", Uuid::new_v4().simple());
@@ -37,7 +40,7 @@ pub async fn copy_database(url: &str) -> String {
     format!("{server}/{copy}")
 }
 
-/// A node as the program starts it, wherever its store is.
+/// Starts a node as the program does, over any store.
 async fn node(
     store: impl EventStore,
     server: &NatsServer,
@@ -67,7 +70,7 @@ fn positions() -> Lookup<Vec<u64>> {
     })
 }
 
-/// The ids of the events that were published, in the order of their arrival, up to one.
+/// Returns the ids of the published events in order of arrival, up to one.
 async fn published(subscriber: &mut Subscriber, upto: Uuid) -> Vec<Uuid> {
     let mut ids: Vec<Uuid> = Vec::new();
     while ids.last() != Some(&upto) {
@@ -79,7 +82,7 @@ async fn published(subscriber: &mut Subscriber, upto: Uuid) -> Vec<Uuid> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copy_does_not_speak_for_its_original() {
+async fn a_copy_does_not_publish_for_its_original() {
     for jetstream in [false, true] {
         let options = if jetstream { NatsOptions::jetstream() } else { NatsOptions::default() };
         let server = NatsServer::start(options).await;
@@ -101,12 +104,12 @@ async fn a_copy_does_not_speak_for_its_original() {
         assert!(!copied.info().adoption.is_adopted());
         let copy = node(copied, &server, jetstream, &of_copy).await;
 
-        // It works for itself …
+        // The copy works for itself …
         for number in 0..10 {
             append(copy.store(), &format!("staging-{number}"), &[placed(number)]).await;
         }
         eventually("the copy follows its own log", async || of_copy.read(|seen| seen.len() == 15)).await;
-        // … and does not report what happened there.
+        // … and does not publish its events.
         append(original.store(), "real", &[placed(1)]).await;
         let log = original.store().read_log(storied::ReadLog::after(Position::START)).await.unwrap().events;
         let ids: Vec<_> = log.iter().map(|event| event.id).collect();
@@ -160,7 +163,7 @@ async fn a_copy_leaves_consumers_and_read_models_to_its_original() {
     fill(&open).await;
     drop(open);
     let staging = copy_database(&url).await;
-    // The original makes the stream.
+    // The original creates the stream.
     let original = node(PostgresStore::connect(&url).await.unwrap(), &server, true, &positions()).await;
     eventually("the original publishes", async || {
         original.status().await.publisher.state == PublisherState::Publishing
@@ -177,19 +180,19 @@ async fn a_copy_leaves_consumers_and_read_models_to_its_original() {
             .await
             .unwrap()
     };
-    // Beside its own database: over the feed.
+    // In its own database, over the feed.
     let own = copy(&staging).await;
     append(own.store(), "staging", &[placed(1)]).await;
     let projection = own.projection("orders").unwrap();
     projection.caught_up_to_within(own.store().frontier().await.unwrap(), PATIENCE).await.unwrap();
     let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
-    // Long enough to make a consumer.
+    // Long enough to create a consumer.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let consumers: Vec<_> = stream.consumer_names().map(Result::unwrap).collect().await;
     assert!(consumers.is_empty(), "{consumers:?}");
     own.shutdown().await.unwrap();
-    // In the original's database.
+    // In the database of the original.
     let other = copy(&url).await;
     let projection = other.projection("orders").unwrap();
     eventually("the read model is refused", async || projection.status().state == ProjectionState::Failed)
@@ -200,8 +203,11 @@ async fn a_copy_leaves_consumers_and_read_models_to_its_original() {
     original.shutdown().await.unwrap();
 }
 
-/// A schema that was copied within a database (`pg_dump -n storied`, restored under another name) is a copy, and its tables are
-/// those of the original.
+/// Checks a schema that was copied within a database.
+///
+/// For example: `pg_dump -n storied`, restored under another name.
+///
+/// It is a copy, and its tables are those of the original.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_schema_copied_within_a_database_is_a_copy() {
     let url = PostgresServer::shared().await.create_database().await;
@@ -233,7 +239,7 @@ async fn a_schema_copied_within_a_database_is_a_copy() {
         assert!(matches!(error, StoreError::Incompatible { .. }), "{error}");
     }
 
-    // A database that was copied as a whole brought its read models along.
+    // A database that was copied as a whole has its own read models.
     connection.close().await.unwrap();
     drop((original, copy));
     let whole = copy_database(&url).await;
@@ -249,9 +255,9 @@ async fn a_schema_copied_within_a_database_is_a_copy() {
     assert_ne!(original.info().id, copy.info().id);
 }
 
-/// What an operator says, and what becomes of the checkpoints, leases and the publisher's memory.
+/// Checks both adoptions, and their effect on checkpoints, leases and the state of the publisher.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_operator_says_what_a_copy_is() {
+async fn an_operator_adopts_a_copy() {
     for fixture in databases().await {
         let open = fixture.open().await;
         fill(&open).await;
@@ -264,7 +270,7 @@ async fn an_operator_says_what_a_copy_is() {
             .await
             .unwrap()
             .unwrap();
-        // The one that it belongs to needs nothing.
+        // The original needs no adoption.
         assert!(open.info().adoption.is_adopted());
         drop(open);
         fixture.run(&["store", "adopt"]).await.code(2);
@@ -291,7 +297,7 @@ async fn an_operator_says_what_a_copy_is() {
         assert_eq!(store.checkpoint("orders").await.unwrap(), at(3));
         let leases = store.leases().await.unwrap();
         assert_eq!((leases.len(), leases[0].live, leases[0].lease.epoch), (1, false, 1));
-        // One that looks like its original, as after pg_basebackup.
+        // A copy that looks like its original, as after pg_basebackup.
         drop(store);
         copy.run(&["store", "adopt", "--copy", "--force"]).await.code(0);
         assert_ne!(copy.open().await.info().id.to_string(), json["store_id"].as_str().unwrap());
@@ -299,7 +305,9 @@ async fn an_operator_says_what_a_copy_is() {
     }
 }
 
-/// A file that was given another name is the same; a copy of it is not, also one that takes the name of the original.
+/// Checks that a renamed file is the same store.
+///
+/// A copy is not, even under the name of the original.
 #[tokio::test]
 async fn a_file_that_was_renamed_is_the_same() {
     let dir = tempfile::tempdir().unwrap();

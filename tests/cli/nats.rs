@@ -1,4 +1,4 @@
-//! `verify`, `nats check`, `publisher status`: against a log and a mirror that somebody has been at.
+//! `verify`, `nats check`, `publisher status`, against a damaged log and a damaged mirror.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::harness::{NatsOptions, NatsServer};
 use crate::support::*;
 
 #[tokio::test]
-async fn a_sound_log_is_said_to_be_sound() {
+async fn a_sound_log_verifies() {
     for (fixture, _store) in filled().await {
         fixture
             .run(&["verify"])
@@ -31,16 +31,16 @@ async fn a_sound_log_is_said_to_be_sound() {
             json!({ "ok": true, "head": 5, "events": 5, "streams": 3, "mirror": null, "problems": [], "problem_count": 0 })
         );
     }
-    // An empty one is, too.
+    // An empty log is sound, too.
     for fixture in databases().await {
         fixture.run(&["migrate"]).await.code(0);
         fixture.run(&["verify"]).await.code(0);
     }
 }
 
-/// Whoever asks for the exit code alone, or reads the first line, is not told that all is well.
+/// Checks that the exit code reports problems even if the output is closed or read in part.
 #[tokio::test]
-async fn problems_that_nobody_reads_are_problems() {
+async fn problems_with_closed_output_set_the_exit_code() {
     for (fixture, store) in filled().await {
         append(&store, "3", &std::array::from_fn::<_, 300, _>(|_| placed(1))).await;
         drop(store);
@@ -55,7 +55,7 @@ async fn problems_that_nobody_reads_are_problems() {
 }
 
 #[tokio::test]
-async fn what_was_tampered_with_is_found() {
+async fn tampering_with_the_log_is_found() {
     let garbage = |kind| if kind == "sqlite" { "x'ff00'" } else { "'\\xff00'" };
     for (sql, said) in [
         ("DELETE FROM {events} WHERE position = 1", "position 2: version 2 of order/1 follows version 0"),
@@ -68,7 +68,7 @@ async fn what_was_tampered_with_is_found() {
             "position 3: the payload of order.placed in order/2 does not decode",
         ),
         ("UPDATE {events} SET metadata = {garbage} WHERE position = 5", "position 5: "),
-        ("UPDATE {events} SET name = 'a b' WHERE position = 4", "the log cannot be read beyond position 3"),
+        ("UPDATE {events} SET name = 'a b' WHERE position = 4", "reading the log after position 3 failed"),
     ] {
         for (fixture, store) in filled().await {
             drop(store);
@@ -95,20 +95,20 @@ async fn context(server: &NatsServer) -> jetstream::Context {
 }
 
 #[tokio::test]
-async fn an_equal_mirror_is_equal() {
+async fn an_equal_mirror_verifies() {
     for (fixture, store) in filled().await {
         let server = NatsServer::start(NatsOptions::jetstream()).await;
         let url = server.url();
         let verify = ["verify", "--mirror", "--mirror-within", "1", "--nats-url", &url];
         fixture.run(&verify).await.code(4).complains(&["there is no JetStream stream STORIED_EVENTS"]);
-        fixture.run(&["publisher", "status"]).await.code(0).shows(&["nobody has published"]);
+        fixture.run(&["publisher", "status"]).await.code(0).shows(&["no node has published"]);
 
         publish(&store, &server).await;
         fixture
             .run(&verify)
             .await
             .code(0)
-            .shows(&["5 events were compared with the mirror; it keeps all of them"]);
+            .shows(&["5 events were compared with the mirror; the mirror keeps all of them"]);
         fixture
             .run(&["publisher", "status"])
             .await
@@ -121,13 +121,13 @@ async fn an_equal_mirror_is_equal() {
         );
         fixture.run(&["status"]).await.code(0).shows(&["publisher  no live node, published up to 5 of 5"]);
 
-        // It may come to where the log is while it is compared, but not too late.
+        // The mirror may reach the end of the log during the comparison, within its time limit.
         append(&store, "1", &[placed(3)]).await;
         fixture
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: it ends at position 5, 1 events before the log's 6"]);
+            .shows(&["mirror: ends at position 5, 1 events before the log's 6"]);
         let patient = ["verify", "--mirror", "--mirror-within", "60", "--nats-url", &url, "--json"];
         let (run, ()) = tokio::join!(fixture.run(&patient), publish(&store, &server));
         assert_eq!(
@@ -135,12 +135,16 @@ async fn an_equal_mirror_is_equal() {
             json!({ "compared": 6, "first": 1, "last": 6, "not_kept": 0, "behind": 0 })
         );
 
-        // What its limits remove is no problem, also if that is everything.
+        // Events removed by its limits are no problem, even if no event is left.
         let stream = context(&server).await.get_stream("STORIED_EVENTS").await.unwrap();
         stream.purge().sequence(4).await.unwrap();
-        fixture.run(&verify).await.code(0).shows(&["it begins at position 4, 3 events later than the log"]);
+        fixture
+            .run(&verify)
+            .await
+            .code(0)
+            .shows(&["the mirror begins at position 4, 3 events later than the log"]);
         stream.purge().await.unwrap();
-        fixture.run(&verify).await.code(0).shows(&["it keeps none of them any more"]);
+        fixture.run(&verify).await.code(0).shows(&["the mirror keeps none of them"]);
     }
 }
 
@@ -154,10 +158,10 @@ async fn a_mirror_that_differs_is_found() {
         let context = context(&server).await;
         let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
 
-        // A message of somebody else's behind it, and one less in it.
+        // A foreign message after the last one, and a deleted message in between.
         context.publish("storied.events.order.placed", "not ours".into()).await.unwrap().await.unwrap();
         fixture.run(&verify).await.code(1).shows(&["mirror: message 6 is not of this log: no "]);
-        // One of its own once more.
+        // A message of the mirror, published again.
         let genuine = stream.get_raw_message(2).await.unwrap();
         let mut headers = genuine.headers.clone();
         headers.insert("Nats-Expected-Last-Sequence", "6");
@@ -175,7 +179,7 @@ async fn a_mirror_that_differs_is_found() {
             .code(1)
             .shows(&["mirror: message 3 was deleted", "mirror: the event at position 3 is missing"]);
 
-        // The log says something else by now: in a payload, and in having less.
+        // The log changes afterwards: another payload, and fewer events.
         let null = if fixture.kind == "sqlite" { "x'f6'" } else { "'\\xf6'" };
         fixture.tamper(&format!("UPDATE {{events}} SET payload = {null} WHERE position = 2")).await;
         fixture
@@ -188,17 +192,13 @@ async fn a_mirror_that_differs_is_found() {
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: it has an event at position 4, where the log has none"]);
+            .shows(&["mirror: has an event at position 4, where the log has none"]);
         fixture.tamper("DELETE FROM {events} WHERE position = 5").await;
-        fixture
-            .run(&verify)
-            .await
-            .code(1)
-            .shows(&["mirror: it goes on at position 4, and the log ends at 3"]);
+        fixture.run(&verify).await.code(1).shows(&["mirror: continues at position 4, but the log ends at 3"]);
     }
 }
 
-/// A mirror of another store has nothing of this log.
+/// Checks that the mirror of another store has nothing of this log.
 #[tokio::test]
 async fn a_mirror_of_another_store_is_found() {
     let server = NatsServer::start(NatsOptions::jetstream()).await;
@@ -234,7 +234,7 @@ impl Projection for Nothing {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_and_consumers_are_compared_and_left_alone() {
+async fn streams_and_consumers_are_compared_and_not_changed() {
     let (fixture, store) = filled().await.remove(0);
     let server = NatsServer::start(NatsOptions::jetstream()).await;
     let url = server.url();
@@ -243,11 +243,11 @@ async fn streams_and_consumers_are_compared_and_left_alone() {
         .run(&check)
         .await
         .code(1)
-        .shows(&["STORIED_EVENTS: MISSING", "STORIED_DEAD: not there, and not needed yet"]);
+        .shows(&["STORIED_EVENTS: MISSING", "STORIED_DEAD: missing, and not needed yet"]);
     let context = context(&server).await;
     assert!(context.get_stream("STORIED_EVENTS").await.is_err(), "looking made it");
 
-    // What the code makes is what it wants, consumers included.
+    // The objects that the code creates match its options, consumers included.
     let bus = NatsBus::jetstream(&url);
     let node =
         Node::start(store.clone(), Arc::new(bus.clone()), FeedOptions::new(), PublisherOptions::new()).await;
@@ -284,7 +284,7 @@ async fn streams_and_consumers_are_compared_and_left_alone() {
     drop(subscription);
     node.stop(PATIENCE).await.unwrap();
 
-    // What somebody has changed is told, and stays as it is.
+    // A changed option is reported, and stays as it is.
     let mut config = stream.cached_info().config.clone();
     config.max_age = Duration::from_secs(3_600);
     context.update_stream(&config).await.unwrap();
@@ -307,7 +307,7 @@ async fn streams_and_consumers_are_compared_and_left_alone() {
 }
 
 #[tokio::test]
-async fn nats_that_is_not_there_or_refuses_is_told_without_secrets() {
+async fn unreachable_or_refusing_nats_is_reported_without_secrets() {
     let (fixture, store) = filled().await.remove(0);
     let node =
         Node::start(store, Arc::new(LocalBus::new()), FeedOptions::new(), PublisherOptions::new()).await;

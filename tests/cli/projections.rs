@@ -1,4 +1,4 @@
-//! `projection …` and `parked …`, against nodes that run, and without any.
+//! `projection …` and `parked …`, with and without running nodes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +22,9 @@ use uuid::Uuid;
 
 use crate::support::*;
 
-/// Whether an order of 13 pence cannot be applied, a reset fails, and a rebuild does not get on.
+/// Faults of the projection.
+///
+/// It fails on 13 pence, fails to reset, or makes no progress in a rebuild.
 #[derive(Clone, Default)]
 struct Faults {
     thirteen: Arc<AtomicBool>,
@@ -30,7 +32,7 @@ struct Faults {
     slow: Arc<AtomicBool>,
 }
 
-/// Writes down the positions that it was given, in a table for all versions.
+/// Stores the positions of its events, in a table for all versions.
 struct Seen<T> {
     version: u64,
     faults: Faults,
@@ -87,7 +89,7 @@ fn make<T>(faults: &Faults) -> impl Fn(Target) -> Seen<T> + Send + Sync + 'stati
     }
 }
 
-/// A node with the projection, whose read model is in the store's own database.
+/// Starts a node with the projection; the read model is in the database of the store.
 async fn start(
     fixture: &Fixture,
     store: &Arc<dyn EventStore>,
@@ -123,12 +125,12 @@ async fn start(
             }
         }
     };
-    // One that does not fit has failed, until somebody resets it.
+    // A projection that does not fit fails until an operator resets it.
     eventually("it is live", async || handle.wait_until_live(PATIENCE).await.is_ok()).await;
     (node, handle)
 }
 
-/// What is in the table, as often as it is there.
+/// Returns the stored positions, with repetitions.
 async fn seen(fixture: &Fixture, version: i64) -> Vec<i64> {
     const SQL: &str = "SELECT position FROM seen WHERE version = $1 ORDER BY position";
     match fixture.url.strip_prefix("sqlite:") {
@@ -146,7 +148,7 @@ async fn seen(fixture: &Fixture, version: i64) -> Vec<i64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_running_projection_is_seen_paused_and_resumed() {
     for (fixture, store) in filled().await {
-        fixture.run(&["projection", "list"]).await.code(0).shows(&["no projection keeps anything here"]);
+        fixture.run(&["projection", "list"]).await.code(0).shows(&["no projection has a checkpoint here"]);
         fixture
             .run(&["projection", "pause", "seen"])
             .await
@@ -172,7 +174,7 @@ async fn a_running_projection_is_seen_paused_and_resumed() {
             .run(&["projection", "pause", "seen"])
             .await
             .code(0)
-            .shows(&["seen is paused; its nodes heed it"]);
+            .shows(&["seen is paused; its nodes follow within 1 s"]);
         eventually("it stands still", async || {
             handle.status().state == storied::projection::ProjectionState::Paused
         })
@@ -193,13 +195,13 @@ async fn a_running_projection_is_seen_paused_and_resumed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_resets_what_it_is_asked_to() {
+async fn a_node_executes_a_requested_reset() {
     for partitions in [0, 3] {
         for (fixture, store) in filled().await {
             let faults = Faults::default();
             let (node, handle) = start(&fixture, &store, &faults, partitions).await;
             let (other, _) = start(&fixture, &store, &faults, partitions).await;
-            // What the projection forgets, it applies again: once.
+            // The projection applies removed positions again, once.
             fixture.run_sql("INSERT INTO seen VALUES (0, 99)").await;
             fixture
                 .run(&["projection", "reset", "seen"])
@@ -210,14 +212,14 @@ async fn a_node_resets_what_it_is_asked_to() {
             let json = fixture.run(&["projection", "reset", "seen", "--json"]).await.code(0).json();
             assert_eq!((&json["taken"], &json["done"]), (&json!(true), &json!(true)));
 
-            // Paused, it stays so.
+            // A paused projection stays paused.
             handle.pause().await.unwrap();
-            fixture.run(&["projection", "reset", "seen"]).await.code(0).shows(&["begins when it is resumed"]);
+            fixture.run(&["projection", "reset", "seen"]).await.code(0).shows(&["starts when it is resumed"]);
             assert_eq!(seen(&fixture, 0).await, [] as [i64; 0]);
             handle.resume().await.unwrap();
             handle.wait_until_live(PATIENCE).await.unwrap();
 
-            // Refused by the projection's own code, nothing has changed.
+            // If the code of the projection refuses, nothing changes.
             faults.reset.store(true, Ordering::SeqCst);
             fixture
                 .run(&["projection", "reset", "seen"])
@@ -234,7 +236,7 @@ async fn a_node_resets_what_it_is_asked_to() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_a_node_an_order_stands_and_says_so() {
+async fn without_a_node_a_request_stays_pending() {
     for (fixture, store) in filled().await {
         let faults = Faults::default();
         let (node, _) = start(&fixture, &store, &faults, 0).await;
@@ -250,16 +252,12 @@ async fn without_a_node_an_order_stands_and_says_so() {
             .run(&["projection", "list"])
             .await
             .code(0)
-            .shows(&["seen: reset was asked for, and no node has taken it yet"]);
+            .shows(&["seen: reset is requested; no node has taken it yet"]);
         let run = fixture.run(&[&reset[..], &["--json"]].concat()).await.code(5);
         assert!(run.err.starts_with("{\"error\":{\"kind\":\"pending\""), "{}", run.err);
 
-        // Withdrawn, a node that starts does nothing.
-        fixture
-            .run(&["projection", "withdraw", "seen"])
-            .await
-            .code(0)
-            .shows(&["the reset of seen is withdrawn"]);
+        // After a withdrawal, a starting node does nothing.
+        fixture.run(&["projection", "withdraw", "seen"]).await.code(0).shows(&["withdrew the reset of seen"]);
         fixture.run(&["projection", "withdraw", "seen"]).await.code(4);
         let (node, handle) = start(&fixture, &store, &faults, 0).await;
         append(&store, "1", &[placed(4)]).await;
@@ -267,7 +265,7 @@ async fn without_a_node_an_order_stands_and_says_so() {
         assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 99]);
         node.stop(PATIENCE).await.unwrap();
 
-        // Not withdrawn, it resets.
+        // Without a withdrawal, it resets.
         fixture.run(&reset).await.code(5);
         let (node, _) = start(&fixture, &store, &faults, 0).await;
         eventually("the reset", async || seen(&fixture, 0).await == [1, 2, 3, 4, 5, 6]).await;
@@ -275,20 +273,20 @@ async fn without_a_node_an_order_stands_and_says_so() {
     }
 }
 
-/// Others hold up the projection's nodes for longer than the tool tries to tell them.
+/// Other writers block the nodes of the projection for longer than the tool tries to notify them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_order_that_nobody_could_be_told_of_stands_and_says_so() {
+async fn a_request_without_notification_stays_pending() {
     let (fixture, store) = filled().await.remove(0);
     let (node, _) = start(&fixture, &store, &Faults::default(), 0).await;
     node.stop(PATIENCE).await.unwrap();
     let others = store.acquire_lease("order/seen", Uuid::new_v4(), 2 * PATIENCE).await.unwrap().unwrap();
     fixture.run(&["projection", "reset", "seen"]).await.code(5).complains(&[
         "notifying the nodes of projection seen failed",
-        "It stands",
-        "`storied projection withdraw seen` takes it back",
+        "the request stands",
+        "withdraw it with `storied projection withdraw seen`",
     ]);
     let list = fixture.run(&["projection", "list"]).await.code(0);
-    list.shows(&["seen: reset was asked for, and no node has taken it yet"]);
+    list.shows(&["seen: reset is requested; no node has taken it yet"]);
     store.release_lease(&others).await.unwrap();
 }
 
@@ -302,7 +300,7 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             let detached = fixture.run(&["projection", "rebuild", "seen", "--detach"]).await.code(0);
             detached.shows(&["a node has taken the rebuild of seen"]);
             fixture.run(&["projection", "list"]).await.code(0).shows(&["seen: version 1 is being built"]);
-            // Asked for again, the one under way is watched.
+            // A repeated request watches the running rebuild.
             let mut child = fixture.command(&["projection", "rebuild", "seen"]).spawn().unwrap();
             let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
             let line = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap().unwrap();
@@ -320,7 +318,7 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             faults.slow.store(true, Ordering::SeqCst);
             fixture.run(&["projection", "rebuild", "seen", "--detach"]).await.code(0);
             fixture.run(&["projection", "list"]).await.code(0).shows(&["seen: version 3 is being built"]);
-            // Who watches it is told.
+            // The watching tool reports the cancellation.
             let mut child = fixture.command(&["projection", "rebuild", "seen"]).spawn().unwrap();
             let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
             timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap().unwrap();
@@ -331,10 +329,11 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             }
             assert_eq!(last, "error: the rebuild of seen was cancelled; version 2 stays live");
             Run::of(child.wait_with_output().await.unwrap()).code(1);
-            cancelled.shows(&["seen is not rebuilt any more"]);
+            cancelled.shows(&["the rebuild of seen is cancelled"]);
             let list = fixture.run(&["projection", "list"]).await.code(0);
             assert!(!list.out.contains("is being built"), "{}", list.out);
-            // What is live is so still; and there is nothing left to be given up, which is no mistake.
+            // The live version stays live. A second cancellation has nothing to do, and is no
+            // error.
             let json = fixture.run(&["projection", "cancel-rebuild", "seen", "--json"]).await.code(0).json();
             assert_eq!(json["done"], json!(true));
             assert_eq!(seen(&fixture, 2).await, [1, 2, 3, 4, 5]);
@@ -350,7 +349,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
             let faults = Faults::default();
             faults.thirteen.store(true, Ordering::SeqCst);
             let (node, handle) = start(&fixture, &store, &faults, partitions).await;
-            fixture.run(&["parked", "list"]).await.code(0).shows(&["nothing is parked"]);
+            fixture.run(&["parked", "list"]).await.code(0).shows(&["no parked events"]);
             for stream in ["1", "2", "3"] {
                 append(&store, stream, &[placed(13)]).await;
             }
@@ -361,7 +360,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
                 .await
                 .code(0)
                 .shows(&["seen        6         order.placed  order/1 v3"]);
-            // What others wrote does not steer the terminal.
+            // Foreign text does not control the terminal.
             assert!(!run.out.contains('\x1b') && run.out.lines().count() == 4, "{}", run.out);
             let list = fixture.run(&["parked", "list", "seen", "--json"]).await.code(0).json();
             let positions: Vec<_> =
@@ -395,12 +394,12 @@ async fn parked_events_are_shown_retried_and_discarded() {
             let json = fixture.run(&["parked", "retry", "seen", "8", "--json"]).await.code(0).json();
             assert_eq!(json, json!({ "projection": "seen", "position": 8, "applied": true }));
             assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 8]);
-            fixture.run(&["parked", "discard", "seen", "7"]).await.code(0).shows(&["for good"]);
+            fixture.run(&["parked", "discard", "seen", "7"]).await.code(0).shows(&["has discarded"]);
             fixture.run(&["parked", "discard", "seen", "7"]).await.code(4);
-            fixture.run(&["parked", "list"]).await.code(0).shows(&["nothing is parked"]);
+            fixture.run(&["parked", "list"]).await.code(0).shows(&["no parked events"]);
             assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 8]);
 
-            // Without a node it stands, and can be taken back.
+            // Without a node the retry stands, and can be withdrawn.
             faults.thirteen.store(true, Ordering::SeqCst);
             append(&store, "1", &[placed(13)]).await;
             handle.wait_until_live(PATIENCE).await.unwrap();
@@ -416,7 +415,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
     }
 }
 
-/// A read model that was cut into another number of partitions is nobody's until it is reset.
+/// Checks that a read model with another number of partitions is unused until it is reset.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reset_makes_fit_what_does_not() {
     for (fixture, store) in filled().await {
@@ -433,7 +432,7 @@ async fn a_reset_makes_fit_what_does_not() {
     }
 }
 
-/// A database of its own for the read model.
+/// Uses a separate database for the read model.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_read_model_may_be_elsewhere() {
     let (mut filled, other) = (filled().await, databases().await);
@@ -441,7 +440,7 @@ async fn the_read_model_may_be_elsewhere() {
     let other = &other[1];
     let (node, _) = start(other, &store, &Faults::default(), 0).await;
     let list = ["projection", "list"];
-    fixture.run(&list).await.code(0).shows(&["no projection keeps anything here"]);
+    fixture.run(&list).await.code(0).shows(&["no projection has a checkpoint here"]);
     fixture
         .run(&[&list[..], &["--read-model-url", &other.url]].concat())
         .await
@@ -449,7 +448,7 @@ async fn the_read_model_may_be_elsewhere() {
         .shows(&["seen        owned  5"]);
     fixture.run(&["projection", "reset", "seen", "--read-model-url", &other.url]).await.code(0);
     node.stop(PATIENCE).await.unwrap();
-    // Nothing is made where nothing is, and no secret said.
+    // The tool creates nothing in an empty database, and prints no secret.
     let empty = &databases().await[1];
     fixture.run(&[&list[..], &["--read-model-url", &empty.url]].concat()).await.code(4);
     empty.run(&["status"]).await.code(4);

@@ -1,4 +1,6 @@
-//! Migrating and reading: `migrate`, `status`, `log`, `stream`, `completions`; exit codes, and that no secret is printed.
+//! Migrating and reading: `migrate`, `status`, `log`, `stream`, `completions`.
+//!
+//! Also exit codes and redaction.
 
 use std::process::Stdio;
 
@@ -13,7 +15,7 @@ use crate::support::*;
 #[tokio::test]
 async fn a_store_is_made_once_and_never_by_the_way() {
     for fixture in databases().await {
-        // Nothing but `migrate` makes anything.
+        // Only `migrate` creates anything.
         for args in [&["status"][..], &["log", "show"], &["stream", "show", "order/1"]] {
             let run = fixture.run(args).await.code(4);
             assert_eq!(run.out, "", "{args:?}");
@@ -22,26 +24,26 @@ async fn a_store_is_made_once_and_never_by_the_way() {
             assert!(!std::path::Path::new(path).exists());
         }
         fixture.run(&["migrate"]).await.code(0).shows(&["is migrated", "cbor payloads"]);
-        fixture.run(&["migrate"]).await.code(0).shows(&["was up to date already"]);
+        fixture.run(&["migrate"]).await.code(0).shows(&["is up to date"]);
         let json = fixture.run(&["migrate", "--json"]).await.code(0).json();
         assert_eq!((&json["migrated"], &json["backend"]), (&json!(false), &json!(fixture.kind)));
         let indexing = fixture.run(&["migrate", "--index-by-name"]).await;
         if fixture.kind == "postgres" {
             indexing.code(0).shows(&["is migrated"]);
-            fixture.run(&["migrate", "--index-by-name"]).await.code(0).shows(&["was up to date already"]);
+            fixture.run(&["migrate", "--index-by-name"]).await.code(0).shows(&["is up to date"]);
         } else {
             indexing.code(2).complains(&["PostgreSQL"]);
         }
-        // What it was made with stays.
+        // The codec of an existing store stays.
         fixture.run(&["migrate", "--codec", "json"]).await.code(4).complains(&["cbor payloads"]);
         fixture.run(&["status"]).await.code(0).shows(&["up to position 0", "none holds a lease"]);
         fixture.run(&["log", "show"]).await.code(0);
     }
 }
 
-/// A file that is somebody else's stays as it is.
+/// Checks that a foreign file stays unchanged.
 #[tokio::test]
-async fn a_database_of_others_is_left_alone() {
+async fn a_foreign_database_is_not_changed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("theirs.db");
     {
@@ -122,18 +124,14 @@ async fn a_stream_is_shown_by_version() {
             .run(&["stream", "show", "order/1", "--limit", "1"])
             .await
             .code(0)
-            .shows(&["the stream goes on: --from 2"]);
-        fixture
-            .run(&["stream", "show", "order/none"])
-            .await
-            .code(4)
-            .complains(&["there is no stream order/none"]);
+            .shows(&["the stream continues: --from 2"]);
+        fixture.run(&["stream", "show", "order/none"]).await.code(4).complains(&["no stream order/none"]);
         fixture.run(&["stream", "show", "order"]).await.code(2);
     }
 }
 
 #[tokio::test]
-async fn what_does_not_decode_is_shown_and_told() {
+async fn undecodable_events_are_shown_and_reported() {
     for (fixture, store) in filled().await {
         let garbled = NewEvent::encode(&placed(1), store.info().codec, &Default::default()).unwrap();
         append_raw(&store, "3", vec![NewEvent { payload: vec![0xff, 0].into(), ..garbled }]).await;
@@ -146,7 +144,7 @@ async fn what_does_not_decode_is_shown_and_told() {
     }
 }
 
-/// Whatever the codec: the tool finds out.
+/// Checks that the tool finds the codec of the store.
 #[tokio::test]
 async fn a_store_with_json_payloads_is_read_as_well() {
     for fixture in databases().await {
@@ -167,7 +165,8 @@ async fn the_log_is_followed() {
             let line = timeout(PATIENCE, lines.next_line()).await.expect("a line").unwrap().expect("a line");
             serde_json::from_str::<serde_json::Value>(&line).unwrap()["position"].as_u64().unwrap()
         };
-        // The last two that match, and then what comes, another process's as this one is.
+        // The last two matching events, and then new ones of this process, which is another one for
+        // the tool.
         assert_eq!([next().await, next().await], [3, 5]);
         append(&store, "1", &[OrderEvent::Cancelled, placed(2)]).await;
         assert_eq!(next().await, 7);
@@ -182,7 +181,7 @@ async fn the_log_is_followed() {
 
 /// `storied log show | head`.
 #[tokio::test]
-async fn a_reader_that_goes_away_is_no_error() {
+async fn a_closed_pipe_is_no_error() {
     for (fixture, store) in filled().await {
         for n in 0..20 {
             append(&store, "1", &vec![placed(n); 100]).await;
@@ -221,7 +220,7 @@ async fn the_command_line_is_explained() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         bare(&["completions", shell]).await.code(0).shows(&["storied", "migrate"]);
     }
-    // It is a script that bash takes.
+    // bash accepts the script.
     let script = bare(&["completions", "bash"]).await.out;
     let checked =
         std::process::Command::new("bash").args(["-n", "-c", &script]).stderr(Stdio::inherit()).status();
@@ -239,7 +238,7 @@ fn assert_silent(run: &Run) {
 }
 
 #[tokio::test]
-async fn a_database_that_is_not_there_is_unavailable() {
+async fn an_unreachable_database_is_unavailable() {
     for json in [&[][..], &["--json"]] {
         let url = format!("postgres://shop:{ENCODED}@127.0.0.1:9/shop");
         let run = bare(&[&["status", "--timeout", "1", "--database-url", &url], json].concat()).await.code(3);
@@ -249,7 +248,7 @@ async fn a_database_that_is_not_there_is_unavailable() {
             assert_eq!(error["error"]["kind"], "unavailable");
         }
     }
-    // Whatever it has in it.
+    // With any characters in the password.
     for (url, shown) in [
         ("postgres://shop:hunter1,hunter2'hunter3 x@127.0.0.1:9/shop", "postgres://***@127.0.0.1:9/shop: "),
         ("postgres:shop:hunter1,hunter2@127.0.0.1/shop?port=9", "postgres:***@127.0.0.1/shop?port=9: "),
@@ -275,7 +274,7 @@ async fn no_secret_is_printed() {
         connection.execute("SELECT pg_reload_conf()").await.unwrap();
     }
     let url = database.replace("storied@", &format!("shop:{ENCODED}@"));
-    // A reload takes its time.
+    // A reload takes some time.
     timeout(PATIENCE, async {
         while run(program().env("DATABASE_URL", &url).arg("status")).await.code != 4 {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -304,7 +303,7 @@ async fn no_secret_is_printed() {
         .code(0)
         .shows(&["postgres://***@127.0.0.1"]);
     assert!(!shown.out.contains("another"), "{}", shown.out);
-    // Where it does not belong, or is not understood.
+    // In an unexpected argument, or an invalid one.
     for args in
         [&["status", &url][..], &["--database-url", &format!("postgres://shop:{ENCODED}@[/shop"), "status"]]
     {

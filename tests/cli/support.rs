@@ -1,4 +1,4 @@
-//! Running the tool, and stores to run it on.
+//! Running the tool, and stores for it.
 
 use std::process::{Output, Stdio};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use crate::harness::PostgresServer;
 
-/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+/// Longer than any step takes on a busy machine; only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -30,7 +30,7 @@ impl Event for OrderEvent {
     const CATEGORY: &'static str = "order";
 }
 
-/// The tool's program.
+/// Returns the program.
 pub fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_storied"));
     for variable in [
@@ -48,7 +48,7 @@ pub fn program() -> Command {
     command
 }
 
-/// What a run printed.
+/// The output of a run.
 pub struct Run {
     pub code: i32,
     pub out: String,
@@ -64,14 +64,14 @@ impl Run {
         }
     }
 
-    /// Insists on an exit code.
+    /// Expects an exit code.
     #[track_caller]
     pub fn code(self, code: i32) -> Self {
         assert_eq!(self.code, code, "stdout:\n{}\nstderr:\n{}", self.out, self.err);
         self
     }
 
-    /// Insists on what stands in the output.
+    /// Expects parts of the standard output.
     #[track_caller]
     pub fn shows(self, parts: &[&str]) -> Self {
         for part in parts {
@@ -80,7 +80,7 @@ impl Run {
         self
     }
 
-    /// Insists on what stands in the error.
+    /// Expects parts of the standard error.
     #[track_caller]
     pub fn complains(self, parts: &[&str]) -> Self {
         for part in parts {
@@ -89,13 +89,13 @@ impl Run {
         self
     }
 
-    /// The one JSON document.
+    /// Parses the only JSON document.
     #[track_caller]
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {}", self.out))
     }
 
-    /// One JSON document on each line.
+    /// Parses one JSON document per line.
     #[track_caller]
     pub fn lines(&self) -> Vec<Value> {
         self.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -111,14 +111,14 @@ pub async fn run(command: &mut Command) -> Run {
     Run::of(timeout(PATIENCE, command.output()).await.expect("it ends").unwrap())
 }
 
-/// A store of one kind, to run the tool on.
+/// A store of one kind for the tool.
 pub struct Fixture {
     pub url: String,
     pub kind: &'static str,
     _dir: TempDir,
 }
 
-/// An empty database of each kind.
+/// Returns an empty database of each kind.
 pub async fn databases() -> Vec<Fixture> {
     let dir = TempDir::new().unwrap();
     let sqlite = format!("sqlite:{}", dir.path().join("events.db").display());
@@ -129,7 +129,7 @@ pub async fn databases() -> Vec<Fixture> {
     ]
 }
 
-/// A store of each kind with five events of three streams.
+/// Returns a store of each kind with five events of three streams.
 pub async fn filled() -> Vec<(Fixture, Arc<dyn EventStore>)> {
     let mut filled = Vec::new();
     for fixture in databases().await {
@@ -173,7 +173,7 @@ impl Fixture {
         }
     }
 
-    /// A copy of the database, which must not be open.
+    /// Copies the database, which must not be open.
     pub async fn copy(&self) -> Self {
         let dir = TempDir::new().unwrap();
         let url = match self.url.strip_prefix("sqlite:") {
@@ -187,7 +187,7 @@ impl Fixture {
         Self { url, kind: self.kind, _dir: dir }
     }
 
-    /// The tool with this database.
+    /// Returns the tool with this database.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = program();
         command.env("DATABASE_URL", &self.url).args(args);
@@ -198,7 +198,7 @@ impl Fixture {
         run(&mut self.command(args)).await
     }
 
-    /// What nobody should do: SQL past every guard, with `{events}` for the table of the log.
+    /// Runs forbidden SQL past every guard, with `{events}` for the table of the log.
     pub async fn tamper(&self, sql: &str) {
         match self.url.strip_prefix("sqlite:") {
             Some(path) => {
@@ -221,7 +221,7 @@ impl Fixture {
         }
     }
 
-    /// SQL on it.
+    /// Runs SQL on the database.
     pub async fn run_sql(&self, sql: &str) {
         match self.url.strip_prefix("sqlite:") {
             Some(path) => {

@@ -1,4 +1,4 @@
-//! What a terminal, a full disk and a person with a backup see of the tool.
+//! The tool on a terminal, on a full disk, and on a backup.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use crate::support::*;
 
 #[tokio::test]
-async fn ranges_end_where_they_are_told() {
+async fn ranges_end_at_their_limit() {
     for (fixture, store) in filled().await {
         let versions = async |args: &[&str]| {
             let run = fixture.run(&[&["stream", "show", "order/1", "--json"], args].concat()).await.code(0);
@@ -20,11 +20,7 @@ async fn ranges_end_where_they_are_told() {
         assert_eq!(versions(&["--from", "2", "--to", "3"]).await, [2, 3]);
         assert_eq!(versions(&["--to", "0"]).await, [] as [u64; 0]);
         assert_eq!(versions(&["--from", "3", "--to", "900"]).await, [3, 4]);
-        fixture
-            .run(&["stream", "show", "order/none", "--to", "3"])
-            .await
-            .code(4)
-            .complains(&["there is no stream"]);
+        fixture.run(&["stream", "show", "order/none", "--to", "3"]).await.code(4).complains(&["no stream"]);
 
         let tail = fixture.run(&["log", "tail", "--from", "2", "--limit", "3", "--json"]).await.code(0);
         let positions: Vec<_> =
@@ -35,18 +31,18 @@ async fn ranges_end_where_they_are_told() {
 }
 
 #[tokio::test]
-async fn what_matches_nothing_is_said() {
+async fn an_empty_result_is_reported() {
     for (fixture, _store) in filled().await {
         let none = fixture.run(&["log", "show", "--category", "invoice"]).await.code(0);
         assert_eq!(none.out, "");
         none.complains(&["no event up to position 5 matches the filter"]);
-        fixture.run(&["log", "show", "--from", "9"]).await.code(0).complains(&["no event is in that part"]);
+        fixture.run(&["log", "show", "--from", "9"]).await.code(0).complains(&["no event in that part"]);
         fixture
             .run(&["stream", "show", "order/1", "--from", "9"])
             .await
             .code(0)
-            .complains(&["order/1 has no event of these versions"]);
-        // Programs get JSON and nothing else on standard output.
+            .complains(&["order/1 has no event in this range of versions"]);
+        // Programs get only JSON on standard output.
         let json = fixture.run(&["log", "show", "--json", "--name", "order.shipped"]).await.code(0);
         assert_eq!(json.out, "");
     }
@@ -59,13 +55,13 @@ async fn a_full_disk_is_no_fault_of_the_database() {
             let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
             let child = fixture.command(args).stdout(Stdio::from(full)).spawn().unwrap();
             let run = Run::of(timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap());
-            run.code(6).complains(&["standard output cannot be written", "No space left on device"]);
+            run.code(6).complains(&["writing to standard output failed", "No space left on device"]);
         }
     }
 }
 
 #[tokio::test]
-async fn text_of_others_cannot_steer_the_terminal() {
+async fn foreign_text_cannot_control_the_terminal() {
     for fixture in databases().await {
         let store = fixture.open().await;
         let hidden = "a\u{202e}b\u{2028}c\u{200b}d\u{1b}[2Je\u{feff}";
@@ -114,7 +110,7 @@ async fn a_new_file_is_for_its_user_alone() {
         assert_eq!(mode, 0o600, "{}", file.display());
     }
     drop(store);
-    // A file that is there keeps its rights.
+    // An existing file keeps its rights.
     let shared = dir.path().join("shared.db");
     std::fs::write(&shared, "").unwrap();
     std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o640)).unwrap();
@@ -144,7 +140,7 @@ async fn a_backup_is_read_as_it_is_and_restored_by_a_program() {
     std::fs::set_permissions(&backup, std::fs::Permissions::from_mode(0o400)).unwrap();
     bare(&["status", "--database-url", &url]).await.code(0);
     std::fs::set_permissions(&backup, std::fs::Permissions::from_mode(0o600)).unwrap();
-    // A program of the store's gives it its write-ahead log back.
+    // A program of the store restores its write-ahead log.
     let _restored = SqliteOptions::new(&backup).open().await.unwrap();
     assert!(dir.path().join("backup.db-wal").exists());
 }

@@ -1,4 +1,4 @@
-//! Shell commands: whether what they name exists, and whether the program knows the options.
+//! Shell commands: their files exist, and their programs know the options.
 
 use std::fs;
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::example::example;
 use crate::markdown::root;
 
-/// Programs that are not ours to check.
+/// Foreign programs, which are not checked.
 const FOREIGN: [&str; 8] = ["cd", "docker", "echo", "export", "git", "nats", "pg_dump", "psql"];
 
 pub fn check_all(lines: &[String]) -> Result<(), String> {
@@ -17,7 +17,7 @@ pub fn check_all(lines: &[String]) -> Result<(), String> {
 pub fn check(line: &str) -> Result<(), String> {
     let line = line.split(" #").next().unwrap_or_default();
     let line = line.trim_start_matches('#').trim();
-    // `eval "$(scripts/servers)"` runs what is within.
+    // `eval "$(scripts/servers)"` runs the inner command.
     let line = line.strip_prefix("eval \"$(").and_then(|line| line.strip_suffix(")\"")).unwrap_or(line);
     let words = line.split_whitespace().skip_while(|word| is_assignment(word)).collect::<Vec<_>>();
     match words.as_slice() {
@@ -25,15 +25,15 @@ pub fn check(line: &str) -> Result<(), String> {
         ["cargo", rest @ ..] => cargo(rest),
         ["storied", rest @ ..] => tool(rest),
         [first, rest @ ..] if first.starts_with("scripts/") => script(first, rest),
-        // It hands its words on to a program of its own, which is not built here.
+        // It passes its arguments to its own program, which is not built here.
         ["benches/peers/run", ..] => there(&["benches/peers/run"]),
         [first, ..] if FOREIGN.contains(first) => Ok(()),
-        [first, ..] => Err(format!("nobody checks what {first} does")),
+        [first, ..] => Err(format!("no check for the program {first}")),
     }
     .map_err(|reason| format!("{line}: {reason}"))
 }
 
-/// `STORIED_CHAOS_SECONDS=300`.
+/// Returns whether the word is like `STORIED_CHAOS_SECONDS=300`.
 fn is_assignment(word: &str) -> bool {
     word.split_once('=').is_some_and(|(name, _)| name.chars().all(|c| c.is_ascii_uppercase() || c == '_'))
 }
@@ -67,7 +67,7 @@ fn cargo(words: &[&str]) -> Result<(), String> {
             };
             let (usage, main) = (read(&args)?, read(&main)?);
             options(rest, &usage)?;
-            // A workload, or what is no measurement.
+            // A workload, or another mode.
             let word = rest.first().filter(|word| !word.starts_with('-'));
             let known = |word: &str| {
                 usage.contains(&format!("\"{word}\"")) || main.contains(&format!("first == \"{word}\""))
@@ -82,12 +82,12 @@ fn cargo(words: &[&str]) -> Result<(), String> {
             None => Ok(()),
         },
         Some("add" | "build" | "check" | "clippy" | "doc" | "fmt" | "install" | "new") => Ok(()),
-        Some(other) => Err(format!("nobody checks what cargo {other} does")),
+        Some(other) => Err(format!("no check for cargo {other}")),
         None => Ok(()),
     }
 }
 
-/// The command-line tool: what it says to `--help` behind the same words.
+/// Checks options of the command-line tool against its `--help` for the same subcommand.
 fn tool(words: &[&str]) -> Result<(), String> {
     let program =
         option_env!("CARGO_BIN_EXE_storied").ok_or("the tool is not built; test with --all-features")?;
@@ -103,17 +103,17 @@ fn there(paths: &[&str]) -> Result<(), String> {
     if paths.iter().any(|path| root().join(path).exists()) {
         return Ok(());
     }
-    Err(format!("there is no {}", paths.join(", nor ")))
+    Err(format!("missing {}", paths.join(", nor ")))
 }
 
-/// `usage` knows every option that is given, whole.
+/// Checks that `usage` knows every option.
 fn options(words: &[&str], usage: &str) -> Result<(), String> {
     let known = |option: &str| {
         let option = option.split('=').next();
         usage.split(|c: char| !(c.is_alphanumeric() || c == '-' || c == '_')).any(|word| Some(word) == option)
     };
     match words.iter().filter(|word| word.starts_with('-')).find(|option| !known(option)) {
-        Some(option) => Err(format!("it knows no option {option}")),
+        Some(option) => Err(format!("unknown option {option}")),
         None => Ok(()),
     }
 }
@@ -121,21 +121,21 @@ fn options(words: &[&str], usage: &str) -> Result<(), String> {
 fn script(path: &str, words: &[&str]) -> Result<(), String> {
     let text = fs::read_to_string(root().join(path)).map_err(|error| format!("{path}: {error}"))?;
     let [first, ..] = words else { return Ok(()) };
-    // What goes on to cargo test is checked as that.
+    // Arguments passed to cargo test are checked as such.
     if text.contains("cargo test") && text.contains("\"$@\"") {
         return cargo(&[&["test"], words].concat());
     }
-    // A number that it takes.
+    // A number of minutes.
     let number = first.chars().all(|c| c.is_ascii_digit());
     if number && text.contains(&format!("{path} [MINUTES]")) {
         return Ok(());
     }
     // A branch of its `case`.
     let known = text.lines().any(|line| line.trim_start().starts_with(&format!("{first})")));
-    if known { Ok(()) } else { Err(format!("it knows no {first}")) }
+    if known { Ok(()) } else { Err(format!("unknown argument {first}")) }
 }
 
-/// What an example prints when it is asked for help.
+/// Returns the help of an example.
 fn help(name: &str) -> Result<String, String> {
     let output = Command::new(example(name)).arg("--help").output().unwrap();
     if !output.status.success() {

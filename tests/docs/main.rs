@@ -1,8 +1,10 @@
-//! What the documents say of the repository is so: links lead somewhere, and the tests, files, types, options and commands that
-//! they name exist. Their pieces of Rust are documentation tests, see src/lib.rs.
+//! Checks of the documents against the repository.
+//!
+//! Links have targets. Named tests, files, types, options and commands exist. Code in Rust is a
+//! documentation test, see src/lib.rs.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, unreachable_pub, reason = "tests are no product")]
+#![allow(missing_docs, unreachable_pub, reason = "tests are not part of the API")]
 
 mod commands;
 #[path = "../support/example.rs"]
@@ -16,7 +18,7 @@ use std::process::Command;
 
 use self::markdown::{Document, Piece, documents, files, root};
 
-/// Calls `check` with every piece of every document, and fails with all that it says.
+/// Calls `check` with every piece of every document, and fails with all errors.
 fn all(pieces: impl Fn(&Document) -> &[Piece], check: impl Fn(&Document, &str) -> Result<(), String>) {
     let (mut wrong, mut seen) = (Vec::new(), 0);
     for document in documents() {
@@ -31,7 +33,7 @@ fn all(pieces: impl Fn(&Document) -> &[Piece], check: impl Fn(&Document, &str) -
     assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
 }
 
-/// `a/b/../c` is `a/c`.
+/// Normalizes a path: `a/b/../c` is `a/c`.
 fn plain(path: &Path) -> PathBuf {
     path.components().fold(PathBuf::new(), |mut plain, component| {
         match component {
@@ -73,7 +75,7 @@ fn links_lead_somewhere() {
     );
 }
 
-/// `tests/bus/mirror.rs::a_full_stream_stops_the_publisher_and_no_append`.
+/// Checks names like `tests/bus/mirror.rs::a_full_stream_stops_the_publisher_and_no_append`.
 #[test]
 fn tests_that_are_named_exist() {
     all(
@@ -84,12 +86,12 @@ fn tests_that_are_named_exist() {
             let source =
                 fs::read_to_string(root().join(&file)).map_err(|error| format!("{file}: {error}"))?;
             if file.starts_with("benches/") {
-                // What measures is a function, and CI runs each once.
+                // A benchmark is a plain function; CI runs each once.
                 let there = has_word(&source, &format!("fn {test}"));
                 return if there { Ok(()) } else { Err(format!("{file} has no {test}")) };
             }
-            // Suites that run on several back ends are functions; a list makes tests of them, in the same file or in the one
-            // that its directory belongs to, or it calls one by itself.
+            // A suite for several back ends has plain functions. A list in the same file, or in the
+            // parent file of its directory, turns them into tests, or a test calls one directly.
             let path = Path::new(&file);
             let above = path.parent().map(|directory| root().join(directory).with_extension("rs"));
             let above = above.and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
@@ -106,8 +108,10 @@ fn tests_that_are_named_exist() {
     );
 }
 
-/// In the contributors' tables, every test is code with its path, so `tests_that_are_named_exist` finds it,
-/// and every promise has a test or the file that makes it true.
+/// Checks that every promise has a test, or the file that implements it.
+///
+/// In the tables for contributors, every test is code with its path, so
+/// `tests_that_are_named_exist` finds it.
 #[test]
 fn every_promise_has_a_test_or_code() {
     let mut wrong = Vec::new();
@@ -130,7 +134,7 @@ fn every_promise_has_a_test_or_code() {
     assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
 }
 
-/// Whether `source` has a function of this name under an attribute that makes it a test.
+/// Returns whether `source` has a function of this name under a test attribute.
 fn is_test(source: &str, name: &str) -> bool {
     let lines: Vec<&str> = source.lines().map(str::trim).collect();
     let heads = [format!("fn {name}("), format!("async fn {name}(")];
@@ -156,17 +160,17 @@ fn files_that_are_named_exist() {
             if !concerns || path.contains(['*', '…', '{']) || exists(path) {
                 return Ok(());
             }
-            Err(format!("there is no {path}"))
+            Err(format!("missing {path}"))
         },
     );
 }
 
-/// With or without the ending, as in `examples/retail` and `src/store`.
+/// Returns whether a path exists, with or without extension, as `examples/retail` and `src/store`.
 fn exists(path: &str) -> bool {
     root().join(path).exists() || root().join(format!("{path}.rs")).exists()
 }
 
-/// What is named as `Type::item`, if the type is one of ours.
+/// Checks names like `Type::item`, if the type is ours.
 #[test]
 fn items_that_are_named_exist() {
     let mut sources = Vec::new();
@@ -176,7 +180,7 @@ fn items_that_are_named_exist() {
         let heads = ["struct", "enum", "trait", "type"].map(|kind| format!("pub {kind} {name}"));
         sources.iter().any(|source| heads.iter().any(|head| has_word(source, head)))
     };
-    // Also what a macro of ours says, since that may be anybody's.
+    // Covers macros too, because their types are unknown here.
     let about = |name: &str| {
         let heads = ["struct ", "enum ", "trait ", "for ", "impl ", "> "].map(|head| format!("{head}{name}"));
         let sources = sources.iter();
@@ -209,13 +213,13 @@ fn items_that_are_named_exist() {
     );
 }
 
-/// Whether `text` has `words`, and not as a part of longer ones.
+/// Returns whether `text` contains `words` as whole words.
 fn has_word(text: &str, words: &str) -> bool {
     let part = |c: char| c.is_alphanumeric() || c == '_';
     text.match_indices(words).any(|(at, _)| !text[at + words.len()..].starts_with(part))
 }
 
-/// Every block of code is of a language that somebody checks, and Rust is a documentation test.
+/// Checks that every code block has a checked language, and that Rust code is a documentation test.
 #[test]
 fn every_block_of_code_is_checked() {
     let lib = fs::read_to_string(root().join("src/lib.rs")).unwrap();
@@ -237,12 +241,12 @@ fn every_block_of_code_is_checked() {
                     Ok(()) => continue,
                     Err(reason) => reason,
                 },
-                // Run by the test that reads it from there.
+                // A test reads it from this document and runs it.
                 "sql" if is_read_by_a_test(&document.path) => continue,
                 "sql" => "no test includes this document to run its SQL".into(),
-                // Pictures, protocols, output.
+                // Diagrams, protocols, output.
                 "text" => continue,
-                other => format!("nobody checks {other:?}; call it text if it is none"),
+                other => format!("no check for {other:?}; use text for other content"),
             };
             wrong.push(format!("{path}:{}: {reason}", block.line));
         }
@@ -250,7 +254,7 @@ fn every_block_of_code_is_checked() {
     assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
 }
 
-/// Commands in the text, as `scripts/services up`.
+/// Checks commands in the text, as `scripts/services up`.
 #[test]
 fn commands_that_are_named_work() {
     all(
@@ -262,7 +266,7 @@ fn commands_that_are_named_work() {
     );
 }
 
-/// Whether an example or a test has these lines, indented as it likes.
+/// Returns whether an example or a test contains these lines, at any indentation.
 fn is_verbatim(lines: &[String]) -> bool {
     let mut programs = Vec::new();
     for directory in ["examples", "tests"] {
@@ -285,7 +289,7 @@ fn is_read_by_a_test(document: &Path) -> bool {
         .any(|source| source.lines().any(|line| line.contains("include_str!(\"") && line.contains(&include)))
 }
 
-/// What a reader is told to depend on is what the examples and tests are built with.
+/// Checks that the documented dependencies match those of the examples and tests.
 fn dependencies_fit(lines: &[String]) -> Result<(), String> {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
     let version = |line: &str| {
@@ -302,7 +306,7 @@ fn dependencies_fit(lines: &[String]) -> Result<(), String> {
     strange.map_or(Ok(()), |(name, version)| Err(format!("Cargo.toml has no {name} {version}")))
 }
 
-/// As somebody does who has copied it: in an empty directory, and again.
+/// Runs the example as a new user does: in an empty directory, and once more.
 #[test]
 fn the_quick_start_runs_and_remembers() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,17 +1,17 @@
-//! As much of Markdown as the documents use.
+//! A parser for the subset of Markdown in the documents.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// A document of the repository.
 pub struct Document {
-    /// From the root of the repository.
+    /// Path from the root of the repository.
     pub path: PathBuf,
-    /// Where its headings can be linked to.
+    /// Anchors of its headings.
     pub anchors: Vec<String>,
     /// `[…](target)`.
     pub links: Vec<Piece>,
-    /// What stands between backticks in the text.
+    /// Code spans in the text.
     pub codes: Vec<Piece>,
     pub blocks: Vec<Block>,
 }
@@ -24,9 +24,9 @@ pub struct Piece {
 
 /// A block of code.
 pub struct Block {
-    /// Of its first line.
+    /// Number of its first line.
     pub line: usize,
-    /// What stands behind the fence: `rust,no_run`.
+    /// Info string of the fence: `rust,no_run`.
     pub info: String,
     pub lines: Vec<String>,
 }
@@ -41,7 +41,7 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every document: those at the root, and all below docs/ and examples/.
+/// Returns every document: at the root, and below docs/ and examples/.
 pub fn documents() -> Vec<Document> {
     let mut found = Vec::new();
     files(root(), false, &mut found);
@@ -53,7 +53,7 @@ pub fn documents() -> Vec<Document> {
     found.iter().map(|path| read(path)).collect()
 }
 
-/// The files of a directory, and of those in it.
+/// Collects the files of a directory, and of its subdirectories if `deep`.
 pub fn files(directory: &Path, deep: bool, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).unwrap_or_else(|error| panic!("{}: {error}", directory.display())) {
         let path = entry.unwrap().path();
@@ -95,14 +95,14 @@ fn read(path: &Path) -> Document {
     Document { path, anchors, links, codes, blocks }
 }
 
-/// What GitHub makes of a heading.
+/// Returns the anchor that GitHub derives from a heading.
 fn anchor(heading: &str) -> String {
     let lower = heading.to_lowercase();
     let kept = lower.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
     kept.map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
-/// A line without its pieces of code, and these.
+/// Splits a line into its text and its code spans.
 fn apart(line: &str) -> (String, Vec<String>) {
     let (mut plain, mut codes) = (String::new(), Vec::new());
     for (index, part) in line.split('`').enumerate() {

@@ -1,4 +1,4 @@
-//! A store with faults: stands still, fails, forgets, counts. Everything else goes to the real one behind it.
+//! A store that blocks, fails, loses answers and counts. All other calls go to the inner store.
 
 #![allow(dead_code, unreachable_pub, reason = "a module of several test binaries, each of which uses a part")]
 
@@ -20,15 +20,15 @@ type Rival = Arc<dyn Fn() -> NewEvent + Send + Sync>;
 #[derive(Clone)]
 enum Fault {
     None,
-    /// Every append fails with this, and nothing is written.
+    /// Every append fails with this error, and nothing is written.
     Fail(StoreError),
-    /// Every append is written, and answered as unknown.
+    /// Every append is written, and its outcome is reported as unknown.
     Forget,
-    /// Somebody else always writes to this stream first.
+    /// A rival always writes to this stream first.
     Rival(StreamId, Rival),
-    /// Every append is answered, and nothing is written.
+    /// Every append is confirmed, and nothing is written.
     Discard,
-    /// An append with an event of this payload is refused alone.
+    /// An append with an event of this payload is rejected alone.
     Poison(Vec<u8>),
 }
 
@@ -62,7 +62,7 @@ impl FaultyStore {
         }
     }
 
-    /// Answers appends without keeping anything.
+    /// Confirms appends without storing them.
     pub fn forgetful(inner: MemoryStore) -> Self {
         let store = Self::new(inner);
         store.set(Fault::Discard);
@@ -99,7 +99,7 @@ impl FaultyStore {
         *self.delay.lock().unwrap() = delay;
     }
 
-    /// Appends wait from now on.
+    /// Blocks appends from now on.
     pub fn hold(&self) {
         self.held.store(0, Ordering::SeqCst);
         self.holding.send_replace(true);
@@ -113,7 +113,7 @@ impl FaultyStore {
         self.holding.send_replace(false);
     }
 
-    /// Waits until `appends` calls are held.
+    /// Waits until `appends` calls are blocked.
     pub async fn held(&self, appends: usize) {
         while self.held.load(Ordering::SeqCst) < appends {
             tokio::task::yield_now().await;
@@ -124,7 +124,7 @@ impl FaultyStore {
         self.events_read.store(0, Ordering::SeqCst);
     }
 
-    /// Number of look-ups of a command's events so far.
+    /// Returns the number of lookups of the events of a command.
     pub fn looked_up(&self) -> usize {
         self.looked_up.load(Ordering::SeqCst)
     }

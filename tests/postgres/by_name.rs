@@ -37,7 +37,7 @@ async fn readers_find_the_same() {
     read::empty_filter_lists_match_nothing(database().await).await;
     read::long_filter_lists_work(database().await).await;
     read::large_events_come_in_small_pages(database().await).await;
-    read::the_scan_passes_what_does_not_match(database().await).await;
+    read::the_scan_skips_other_events(database().await).await;
     read::the_scan_stops_at_its_upper_end(database().await).await;
     read::the_scan_never_passes_the_head(database().await).await;
     oracle::followers_see_exactly_the_log(database().await).await;

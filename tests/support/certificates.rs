@@ -7,7 +7,9 @@ use std::process::Command;
 
 use super::postgres::unprivileged;
 
-/// `ca.pem`, a certificate authority of the test's own; `server.pem` for 127.0.0.1 and `client.pem` with it, and their keys.
+/// Certificates and their keys.
+///
+/// `ca.pem` is a private authority, `server.pem` is for 127.0.0.1, `client.pem` for clients.
 #[derive(Debug)]
 pub struct Certificates {
     dir: tempfile::TempDir,
@@ -28,7 +30,7 @@ impl Certificates {
                 "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 30 -extfile extensions -out {name}.pem"
             ));
         }
-        // PostgreSQL reads them as the user that it runs as, and no key that others can.
+        // PostgreSQL reads the keys as its own user, and rejects keys that others can read.
         fs::set_permissions(made.path("server.key"), PermissionsExt::from_mode(0o600)).unwrap();
         if let Some(user) = unprivileged() {
             for name in ["", "ca.pem", "server.pem", "server.key"] {

@@ -1,4 +1,4 @@
-//! The examples, as programs.
+//! The examples as programs.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
-/// The program of an example, built as this test was built. Cargo knows whether there is anything to do.
+/// Returns the program of an example, built like this test. Cargo decides whether to rebuild.
 pub fn example(name: &str) -> PathBuf {
     static BUILT: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
@@ -23,8 +23,8 @@ fn build(name: &str) -> PathBuf {
     };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(cargo);
-    // What cargo tells the tests that it runs: ring's build script looks at it, and would be run again, with all that stands on
-    // ring to be compiled again, here and in the next call of cargo outside.
+    // Variables that cargo sets for its tests. The build script of ring reads them, so that it
+    // would run again with a rebuild of all dependents of ring, here and in the next cargo call.
     let told = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(told)) {
         command.env_remove(name);
@@ -33,7 +33,7 @@ fn build(name: &str) -> PathBuf {
         .args(["build", "--quiet", "--example", name, "--profile", profile, "--target-dir"])
         .arg(profile_dir.parent().unwrap())
         .current_dir(env!("CARGO_MANIFEST_DIR"));
-    // With the features of this test, or storied would be compiled once more, without them.
+    // With the features of this test; otherwise cargo would compile storied again without them.
     for (feature, on) in [("cli", cfg!(feature = "cli")), ("otel", cfg!(feature = "otel"))] {
         command.args(on.then_some(["--features", feature]).into_iter().flatten());
     }

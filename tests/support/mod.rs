@@ -1,4 +1,6 @@
-//! Private PostgreSQL and NATS servers for tests: each on a port of its own, in a directory of its own, gone with the test.
+//! Private PostgreSQL and NATS servers for tests.
+//!
+//! Each has its own port and directory, and ends with the test.
 //!
 //! ```ignore
 //! mod support;
@@ -8,8 +10,9 @@
 //! postgres.restart().await;   // same port, same data
 //! ```
 //!
-//! A server goes when its value is dropped (by a panic, too) and when the test process dies, however it dies: see [`workdir`].
-//! `scripts/test` provides the programs; a missing one fails the test, it never skips it.
+//! A server ends when its value is dropped (also by a panic), and when the test process dies in any
+//! way: see [`workdir`]. `scripts/test` provides the programs. A missing program fails the test;
+//! tests are never skipped.
 #![allow(
     dead_code,
     unused_imports,

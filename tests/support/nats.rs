@@ -12,30 +12,30 @@ use super::ports::Port;
 use super::process::{Process, find, on_path};
 use super::workdir::Workdir;
 
-/// What kind of nats-server to start.
+/// The kind of nats-server.
 #[derive(Debug, Clone, Default)]
 pub struct NatsOptions {
-    /// Whether it has JetStream, with its store in the server's directory.
+    /// Enables JetStream, with its store in the directory of the server.
     pub jetstream: bool,
-    /// Lines of its configuration file.
+    /// Lines of the configuration file.
     pub config: Vec<String>,
-    /// The program, when it is not to be the one that `scripts/servers` found: another version.
+    /// Program of another version, instead of that of `scripts/servers`.
     pub binary: Option<PathBuf>,
 }
 
 impl NatsOptions {
-    /// Core NATS alone.
+    /// Core NATS only.
     pub fn core() -> Self {
         Self::default()
     }
 
-    /// With JetStream.
+    /// Core NATS and JetStream.
     pub fn jetstream() -> Self {
         Self { jetstream: true, ..Self::default() }
     }
 }
 
-/// A nats-server of the test's own, which goes with this value.
+/// A private nats-server, which ends with this value.
 #[derive(Debug)]
 pub struct NatsServer {
     process: Process,
@@ -44,39 +44,39 @@ pub struct NatsServer {
 }
 
 impl NatsServer {
-    /// Starts one and returns when it answers.
+    /// Starts a server and returns when it answers.
     pub async fn start(options: NatsOptions) -> Self {
         let mut server = Self { process: Process::new(Workdir::create(None)), port: Port::claim(), options };
         server.launch().await;
         server
     }
 
-    /// Where it listens, also while it is down.
+    /// Returns the address, also while the server is down.
     pub fn url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port.number())
     }
 
-    /// Its directory.
+    /// Returns the directory.
     pub fn dir(&self) -> &Path {
         self.process.path()
     }
 
-    /// What it has logged.
+    /// Returns the log.
     pub fn log(&self) -> String {
         self.process.log()
     }
 
-    /// kill -9.
+    /// Kills it with SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Ends it as an operator would (SIGTERM).
+    /// Ends it with SIGTERM, as an operator does.
     pub async fn stop(&mut self) {
         self.process.end(Signal::SIGTERM).await;
     }
 
-    /// Sends it another signal: SIGUSR2 makes it a lame duck.
+    /// Sends another signal; SIGUSR2 starts lame-duck mode.
     pub fn signal(&self, signal: Signal) {
         self.process.signal(signal);
     }
@@ -91,7 +91,7 @@ impl NatsServer {
         self.process.resume();
     }
 
-    /// Stops it if it runs, and starts it on the same port over the same store.
+    /// Restarts it on the same port over the same store.
     pub async fn restart(&mut self) {
         if self.process.is_running() {
             self.stop().await;
@@ -99,12 +99,12 @@ impl NatsServer {
         self.launch().await;
     }
 
-    /// Uses another program from the next start on; `None` for the usual one.
+    /// Uses another program from the next start on; `None` for the default.
     pub fn use_binary(&mut self, binary: Option<PathBuf>) {
         self.options.binary = binary;
     }
 
-    /// Removes what JetStream has stored; the server must be down.
+    /// Deletes the JetStream store; the server must be down.
     pub fn wipe(&mut self) {
         assert!(!self.process.is_running(), "wiping the store of a running server");
         fs::remove_dir_all(self.store()).expect("a store to wipe");
@@ -127,7 +127,7 @@ impl NatsServer {
         }
         let (url, jetstream) = (self.url(), self.options.jetstream);
         if self.options.config.iter().any(|line| line.starts_with("tls")) {
-            // What it answers is for those who have certificates.
+            // Its answer needs a certificate.
             let address = ("127.0.0.1", self.port.number());
             let listens = || async move { tokio::net::TcpStream::connect(address).await.is_ok() };
             return self.process.launch(&mut command, listens).await;
@@ -137,12 +137,13 @@ impl NatsServer {
 }
 
 async fn answers(url: String, jetstream: bool) -> bool {
-    // The client says nothing of a connection refused that it tries again: one attempt, and the caller polls.
+    // The client does not report refused connections that it retries: one attempt, and the caller
+    // polls.
     let options =
         async_nats::ConnectOptions::new().max_reconnects(1).connection_timeout(Duration::from_secs(1));
     let client = match options.connect(url).await {
         Ok(client) => client,
-        // It wants a login that is the test's business.
+        // The server needs a login that only the test has.
         Err(error) => {
             use async_nats::ConnectErrorKind::{Authentication, AuthorizationViolation};
             return matches!(error.kind(), Authentication | AuthorizationViolation);
@@ -159,17 +160,17 @@ fn nats_server() -> PathBuf {
     find("nats-server", cached("STORIED_NATS_SERVER", "nats-server").chain(on_path("nats-server")))
 }
 
-/// The oldest nats-server that storied works with.
+/// Returns the oldest supported nats-server.
 pub fn oldest_nats_server() -> PathBuf {
     find("nats-server 2.10", cached("STORIED_NATS_SERVER_2_10", "nats-server-2.10.26"))
 }
 
-/// One that is too old, where there is one.
+/// Returns an unsupported old version, if installed.
 pub fn too_old_nats_server() -> Option<PathBuf> {
     cached("STORIED_NATS_SERVER_2_9", "nats-server-2.9").find(|path| path.is_file())
 }
 
-/// Where `scripts/servers` may have put it.
+/// Returns the location that `scripts/servers` uses.
 fn cached(variable: &str, name: &str) -> impl Iterator<Item = PathBuf> {
     let cache =
         env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cache")));

@@ -13,7 +13,7 @@ use super::postgres::{PostgresServer, unprivileged};
 use super::process::{Process, find, on_path, run_as};
 use super::workdir::Workdir;
 
-/// A PgBouncer of the test's own in front of all databases of a server, which goes with this value.
+/// A private PgBouncer in front of all databases of a server, which ends with this value.
 #[derive(Debug)]
 pub struct PgBouncer {
     process: Process,
@@ -21,7 +21,7 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts one that makes do with `connections` to each database, whatever the number of its clients.
+    /// Starts a PgBouncer with `connections` to each database, for any number of clients.
     pub async fn start(server: &PostgresServer, connections: u32) -> Self {
         let user = unprivileged();
         let workdir = Workdir::create(user.as_ref());
@@ -47,12 +47,12 @@ impl PgBouncer {
         bouncer
     }
 
-    /// Where it listens.
+    /// Returns the port.
     pub fn port(&self) -> u16 {
         self.port.number()
     }
 
-    /// The database of `url`, through this.
+    /// Returns `url` through this PgBouncer.
     pub fn through(&self, url: &str) -> String {
         let database = url.rsplit('/').next().expect("a database");
         format!("postgres://storied@127.0.0.1:{}/{database}", self.port.number())
@@ -61,14 +61,14 @@ impl PgBouncer {
 
 async fn answers(url: String) -> bool {
     let Ok(options) = url.parse::<PgConnectOptions>() else { return false };
-    // PgBouncer refuses start-up parameters that it does not know.
+    // PgBouncer rejects unknown start-up parameters.
     let Ok(mut connection) = options.extra_float_digits(None).connect().await else { return false };
     connection.execute("select 1").await.is_ok()
 }
 
 fn program() -> Command {
     let chosen = env::var_os("STORIED_PGBOUNCER").map(PathBuf::from).into_iter();
-    // Debian puts it where only root looks.
+    // Debian installs it where only the PATH of root looks.
     let candidates = chosen.chain(["/usr/sbin/pgbouncer".into()]).chain(on_path("pgbouncer"));
     Command::new(find("PgBouncer", candidates))
 }

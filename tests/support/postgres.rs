@@ -16,7 +16,9 @@ use super::ports::Port;
 use super::process::{Process, find, on_path, run_as};
 use super::workdir::Workdir;
 
-/// A PostgreSQL server of the test's own, which goes with this value. Durable as production is: fsync stays on.
+/// A private PostgreSQL server, which ends with this value.
+///
+/// Durable as in production: fsync stays on.
 #[derive(Debug)]
 pub struct PostgresServer {
     process: Process,
@@ -25,12 +27,12 @@ pub struct PostgresServer {
 }
 
 impl PostgresServer {
-    /// Starts one and returns when it answers.
+    /// Starts a server and returns when it answers.
     pub async fn start() -> Self {
         Self::start_with(&[]).await
     }
 
-    /// Starts one with settings of its own, each as `name=value`.
+    /// Starts a server with settings, each as `name=value`.
     pub async fn start_with(settings: &[&str]) -> Self {
         let workdir = Workdir::create(unprivileged().as_ref());
         copy(&template(), &workdir.path().join("data"));
@@ -40,7 +42,9 @@ impl PostgresServer {
         server
     }
 
-    /// Starts a streaming standby of this server, which reaches it at `port` of this machine: its own, or that of a proxy.
+    /// Starts a streaming standby.
+    ///
+    /// It reaches this server at a local `port`: its own, or that of a proxy.
     pub async fn start_standby(&self, port: u16) -> Self {
         let user = unprivileged();
         let workdir = Workdir::create(user.as_ref());
@@ -68,25 +72,28 @@ impl PostgresServer {
         standby
     }
 
-    /// Makes a standby a primary, and returns when it is one.
+    /// Promotes a standby, and returns when it is a primary.
     pub async fn promote(&self) {
         let mut connection = PgConnection::connect(&self.url()).await.expect("a connection");
         connection.execute("select pg_promote(true, 60)").await.expect("a promotion");
     }
 
-    /// Where the database of `url`, which names another server, is on this one.
+    /// Returns the URL of the same database on this server, for a `url` of another server.
     pub fn url_like(&self, url: &str) -> String {
         self.url_of(url.rsplit('/').next().expect("a database"))
     }
 
-    /// The one server that all tests of this process share, each in a database of its own; nobody can stop it.
+    /// Returns the server that all tests of this process share, each in its own database.
+    ///
+    /// It cannot be stopped.
     pub async fn shared() -> &'static Self {
         static SHARED: OnceCell<PostgresServer> = OnceCell::const_new();
-        // Tests run at the same time, and each has a pool or several: with PostgreSQL's 100 they wait for each other.
+        // Concurrent tests have one or more pools each. With PostgreSQL's default of 100 they would
+        // wait for each other.
         SHARED.get_or_init(|| Self::start_with(&["max_connections=500"])).await
     }
 
-    /// Makes an empty database and returns its URL.
+    /// Creates an empty database and returns its URL.
     pub async fn create_database(&self) -> String {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -95,7 +102,7 @@ impl PostgresServer {
         self.url_of(&name)
     }
 
-    /// Where its default database is, also while the server is down.
+    /// Returns the URL of its default database, also while the server is down.
     pub fn url(&self) -> String {
         self.url_of("postgres")
     }
@@ -104,37 +111,39 @@ impl PostgresServer {
         format!("postgres://storied@127.0.0.1:{}/{database}", self.port.number())
     }
 
-    /// Where it listens, also while the server is down.
+    /// Returns the port, also while the server is down.
     pub fn port(&self) -> u16 {
         self.port.number()
     }
 
-    /// Its directory.
+    /// Returns the directory.
     pub fn dir(&self) -> &Path {
         self.process.path()
     }
 
-    /// What it has logged.
+    /// Returns the log.
     pub fn log(&self) -> String {
         self.process.log()
     }
 
-    /// kill -9 of the postmaster and all back ends.
+    /// Kills the postmaster and all back ends with SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Ends it without a checkpoint (SIGQUIT, `pg_ctl stop -m immediate`): the next start recovers.
+    /// Ends it without a checkpoint (SIGQUIT, `pg_ctl stop -m immediate`). The next start recovers.
     pub async fn stop_immediately(&mut self) {
         self.process.end(Signal::SIGQUIT).await;
     }
 
-    /// Ends it as an operator would (SIGINT, `pg_ctl stop -m fast`).
+    /// Ends it as an operator does (SIGINT, `pg_ctl stop -m fast`).
     pub async fn stop(&mut self) {
         self.process.end(Signal::SIGINT).await;
     }
 
-    /// Freezes the postmaster and all back ends (SIGSTOP): connections stay open and nothing answers.
+    /// Freezes the postmaster and all back ends (SIGSTOP).
+    ///
+    /// Connections stay open and nothing answers.
     pub fn pause(&mut self) {
         self.process.pause();
     }
@@ -144,7 +153,7 @@ impl PostgresServer {
         self.process.resume();
     }
 
-    /// Stops it if it runs, and starts it on the same port over the same data.
+    /// Restarts it on the same port over the same data.
     pub async fn restart(&mut self) {
         if self.process.is_running() {
             self.stop().await;
@@ -155,7 +164,7 @@ impl PostgresServer {
     async fn launch(&mut self) {
         let mut command = program("postgres");
         command.arg("-D").arg(self.dir().join("data")).args(["-p", &self.port.number().to_string()]);
-        // No socket: its path has a length limit that a deep temporary directory breaks.
+        // No socket: the length limit of its path breaks in a deep temporary directory.
         for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories="] {
             command.args(["-c", setting]);
         }
@@ -173,7 +182,7 @@ async fn answers(url: String) -> bool {
     connection.execute("select 1").await.is_ok()
 }
 
-/// PostgreSQL refuses to run as root, who therefore lends it another user.
+/// Returns an unprivileged user if this process is root, because PostgreSQL refuses to run as root.
 pub(super) fn unprivileged() -> Option<User> {
     let named = |name| User::from_name(name).ok().flatten();
     nix::unistd::geteuid()
@@ -194,7 +203,9 @@ fn program(name: &str) -> Command {
     Command::new(find("PostgreSQL", candidates.chain(on_path(name))))
 }
 
-/// A data directory as initdb makes it: made once, as that takes longer than the rest of a start.
+/// Returns a data directory of initdb.
+///
+/// It is created once, because initdb takes longer than the rest of a start.
 fn template() -> PathBuf {
     let user = unprivileged();
     let version = program("postgres").arg("--version").output().expect("PostgreSQL's version").stdout;
@@ -208,7 +219,8 @@ fn template() -> PathBuf {
     let lock = File::create(name(".lock")).expect("a lock file");
     lock.lock().expect("the lock");
     if !template.exists() {
-        // Not made in place: PostgreSQL's user may be unable to go there, and half a template must never be seen.
+        // Created elsewhere: PostgreSQL's user may be unable to enter the cache, and no test may
+        // see a partial template.
         let workdir = Workdir::create(user.as_ref());
         let data = workdir.path().join("data");
         let mut initdb = program("initdb");

@@ -1,4 +1,4 @@
-//! One server process, or none, over one directory; and where the programs are.
+//! A server process over one directory, and the locations of the programs.
 
 use std::env;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use nix::unistd::{Pid, User};
 
 use super::workdir::Workdir;
 
-/// How long a server may take to come up or go down, on a machine that compiles meanwhile.
+/// Maximum time of a start or a stop, on a machine that compiles at the same time.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
@@ -30,7 +30,9 @@ impl Process {
         self.workdir.path()
     }
 
-    /// Starts `command` in the directory and polls `ready` until it says yes. Panics with the log when it does not come up.
+    /// Starts `command` in the directory and polls `ready`.
+    ///
+    /// Panics with the log if it does not start.
     pub(super) async fn launch<F>(&mut self, command: &mut Command, ready: impl Fn() -> F)
     where
         F: Future<Output = bool>,
@@ -42,7 +44,7 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("the log"))
             .stderr(log);
-        // A Ctrl-C is the guard's business: PostgreSQL would answer it with a slow and orderly end.
+        // The guard handles Ctrl-C: PostgreSQL would answer it with a slow, orderly shutdown.
         let child = command.process_group(0).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let child = self.child.insert(child);
         let deadline = Instant::now() + PATIENCE;
@@ -59,12 +61,12 @@ impl Process {
         panic!("{command:?} {problem}; its log:\n{}", self.log());
     }
 
-    /// Whether it was started and not ended by us.
+    /// Returns whether it was started and not ended by the test.
     pub(super) fn is_running(&self) -> bool {
         self.child.is_some()
     }
 
-    /// kill -9 of all its processes.
+    /// Kills all its processes with SIGKILL.
     pub(super) fn kill(&mut self) {
         self.workdir.kill();
         if let Some(mut child) = self.child.take() {
@@ -72,7 +74,7 @@ impl Process {
         }
     }
 
-    /// Sends `signal` to the main process and waits for the end of all.
+    /// Sends `signal` to the main process and waits for the end of all processes.
     pub(super) async fn end(&mut self, signal: Signal) {
         let child = self.child.as_mut().expect("it is not running");
         kill(Pid::from_raw(child.id().cast_signed()), signal).expect("a process to signal");
@@ -84,7 +86,7 @@ impl Process {
         self.kill();
     }
 
-    /// Sends `signal` to the main process, which is to go on.
+    /// Sends `signal` to the main process, which keeps running.
     pub(super) fn signal(&self, signal: Signal) {
         let child = self.child.as_ref().expect("it is not running");
         kill(Pid::from_raw(child.id().cast_signed()), signal).expect("a process to signal");
@@ -102,7 +104,7 @@ impl Process {
         self.path().join("log")
     }
 
-    /// What it has logged since it was first started.
+    /// Returns the log since the first start.
     pub(super) fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_else(|error| format!("(no log: {error})"))
     }
@@ -110,7 +112,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // The directory's guard ends the rest; here nothing may panic, as a panic may be what brought us here.
+        // The guard of the directory ends the rest. Nothing may panic here, because a panic may
+        // have led here.
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
             let _ = child.wait();
@@ -118,7 +121,7 @@ impl Drop for Process {
     }
 }
 
-/// Makes `command` run as `user`, if any.
+/// Runs `command` as `user`, if any.
 pub(super) fn run_as<'a>(command: &'a mut Command, user: Option<&User>) -> &'a mut Command {
     match user {
         Some(user) => command.uid(user.uid.as_raw()).gid(user.gid.as_raw()),
@@ -126,14 +129,14 @@ pub(super) fn run_as<'a>(command: &'a mut Command, user: Option<&User>) -> &'a m
     }
 }
 
-/// The first of `candidates` that is a file.
+/// Returns the first of `candidates` that is a file.
 pub(super) fn find(what: &str, candidates: impl IntoIterator<Item = PathBuf>) -> PathBuf {
     candidates.into_iter().find(|path| path.is_file()).unwrap_or_else(|| {
         panic!("{what} not found: run scripts/test, or eval \"$(scripts/servers)\" before cargo test")
     })
 }
 
-/// `name` in each directory of PATH.
+/// Returns `name` in each directory of PATH.
 pub(super) fn on_path(name: &str) -> Vec<PathBuf> {
     env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|directory| directory.join(name)).collect()
 }

@@ -1,10 +1,11 @@
-//! A server's directory, and the guard that ends what runs in it.
+//! The directory of a server, and the guard that ends the processes in it.
 //!
-//! The guard is a small shell process that waits for the end of its standard input, which the kernel brings about when the test
-//! process closes it or dies. It then kills every process whose working directory lies in the directory and removes it. That
-//! finds PostgreSQL's back ends, too, which are no members of the postmaster's process group, outlive it when they are stopped,
-//! and have no parent to be found by when it is dead. (A parent-death signal would miss them, and would kill a server as soon
-//! as the *thread* ends that started it, which is a test's.)
+//! The guard is a small shell process that waits for the end of its standard input. The kernel
+//! closes the input when the test process closes it or dies. The guard then kills every process
+//! with a working directory in the directory, and removes it. This includes the back ends of
+//! PostgreSQL: they are in other process groups than the postmaster, survive it while they are
+//! stopped, and have no parent after its death. (A parent-death signal would miss them, and would
+//! kill a server when the *thread* that started it ends, which is that of a test.)
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -15,9 +16,11 @@ use std::{fs, io, thread};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 
-/// $1 is the directory. All are stopped before any is killed: a postmaster that sees a back end die begins to start over.
-/// PostgreSQL's shared memory segment (the last word of line 7 of its pid file) survives a SIGKILL and would be left to fill the
-/// system's table.
+/// The script of the guard; $1 is the directory.
+///
+/// It stops all processes before it kills any, because a postmaster restarts when a back end dies.
+/// The shared memory segment of PostgreSQL (the last word of line 7 of its pid file) survives a
+/// SIGKILL, and would fill the table of the system.
 const GUARD: &str = r#"
 cat >/dev/null
 while found=$(find /proc -maxdepth 2 -path '/proc/[0-9]*/cwd' -lname "$1*" -printf '%h\n' 2>/dev/null); [ -n "$found" ]; do
@@ -37,7 +40,7 @@ pub(super) struct Workdir {
 }
 
 impl Workdir {
-    /// Makes a directory for `user`, or for ourselves.
+    /// Creates a directory for `user`, or for the current user.
     pub(super) fn create(user: Option<&User>) -> Self {
         let path =
             tempfile::Builder::new().prefix("storied-").tempdir_in(parent(user)).expect("a directory").keep();
@@ -62,23 +65,23 @@ impl Workdir {
         &self.path
     }
 
-    /// Kills whatever runs here and returns when nothing does.
+    /// Kills all processes and returns when none is left.
     pub(super) fn kill(&self) {
         self.pause(); // as the guard does
         self.signal_until(Signal::SIGKILL, |_| false);
     }
 
-    /// Stops whatever runs here and returns when it stands still.
+    /// Stops all processes and returns when all are stopped.
     pub(super) fn pause(&self) {
         self.signal_until(Signal::SIGSTOP, |pid| state(pid).is_none_or(|state| state == 'T'));
     }
 
-    /// Lets what was stopped go on.
+    /// Continues the stopped processes.
     pub(super) fn resume(&self) {
         self.signal_until(Signal::SIGCONT, |pid| state(pid) != Some('T'));
     }
 
-    /// Signals every process that is not `done`, and those born meanwhile, until none is left.
+    /// Signals every process that is not `done`, new ones included, until none is left.
     fn signal_until(&self, signal: Signal, done: impl Fn(Pid) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
@@ -88,7 +91,7 @@ impl Workdir {
             }
             assert!(Instant::now() < deadline, "{signal} had no effect on {rest:?}");
             for pid in rest {
-                let _ = kill(pid, signal); // it may be gone by now
+                let _ = kill(pid, signal); // it may have ended
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -102,7 +105,7 @@ impl Drop for Workdir {
     }
 }
 
-/// The processes whose working directory is `path` or below it, or was before it was removed.
+/// Returns the processes whose working directory is, or was before its removal, `path` or below it.
 pub fn processes_in(path: &Path) -> Vec<Pid> {
     let prefix = path.as_os_str().as_encoded_bytes();
     let entries = fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
@@ -115,13 +118,13 @@ pub fn processes_in(path: &Path) -> Vec<Pid> {
         .collect()
 }
 
-/// The letter of its state, as in ps; none when it is gone.
+/// Returns the state letter of ps; none if the process has ended.
 fn state(pid: Pid) -> Option<char> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit(')').next()?.trim_start().chars().next()
 }
 
-/// The temporary directory, or another one if `user` cannot get there (root's own may be closed to others).
+/// Returns a temporary directory that `user` can enter. That of root may be private.
 fn parent(user: Option<&User>) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let open = |path: &Path| -> io::Result<bool> {

@@ -1,4 +1,4 @@
-//! The tables of `docs/observability.md` are what there is.
+//! The tables of `docs/observability.md` list exactly the existing metrics.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ fn words(cell: &str) -> impl Iterator<Item = String> {
     cell.split('`').skip(1).step_by(2).map(str::to_owned)
 }
 
-/// The rows of the table of metrics.
+/// Parses the rows of the table of metrics.
 fn documented() -> BTreeMap<String, Shape> {
     let rows = DOCUMENT.lines().map(|line| line.split('|').map(str::trim).collect::<Vec<_>>());
     let rows = rows.filter(|cells| {
@@ -39,7 +39,7 @@ async fn every_metric_is_in_the_table_and_every_row_is_a_metric() {
     for (name, shape) in &seen {
         let row = &documented[name];
         assert_eq!((&shape.kind, &shape.unit), (&row.kind, &row.unit), "{name}");
-        // Not every error happens here.
+        // Not every error occurs in this test.
         let unsaid: Vec<_> = shape.attributes.difference(&row.attributes).collect();
         assert!(unsaid.is_empty(), "{name} has {unsaid:?}");
         let mut never: Vec<_> = row.attributes.difference(&shape.attributes).collect();

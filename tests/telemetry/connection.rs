@@ -20,7 +20,7 @@ pub async fn scenario(meters: &Meters) {
     let (starts, closes) = (before(start).1, before(close).1);
     let bus = quick(NatsOptions::core().url(server.url())).telemetry(&meters.telemetry()).bus();
 
-    // Nobody is there.
+    // No server is running.
     server.kill();
     bus.connect().await.unwrap_err();
     assert_eq!(meters.sum(attempts, &EVENTS) - a, 1.0);
@@ -37,7 +37,7 @@ pub async fn scenario(meters: &Meters) {
 
     server.kill();
     meters.until(losses, &EVENTS, |losses| losses - l == 1.0).await;
-    // It keeps trying.
+    // The bus keeps retrying.
     meters.until(attempts, &EVENTS, |attempts| attempts - a >= 5.0).await;
     assert_eq!(meters.sum(reconnections, &EVENTS) - r, 0.0);
     server.restart().await;
@@ -54,7 +54,7 @@ async fn counts_attempts_errors_losses_and_returns() {
     scenario(&Meters::new()).await;
 }
 
-/// Who says nothing has the global provider, as it is when the bus connects.
+/// Checks that the default is the global provider at the time of the connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_global_provider_is_the_default_and_an_option_comes_first() {
     let _turn = TURN.read().await;
@@ -67,13 +67,13 @@ async fn the_global_provider_is_the_default_and_an_option_comes_first() {
     told.connect().await.unwrap();
     let attempts = "storied.nats.connection.attempts";
     assert_eq!(own.sum(attempts, &EVENTS), 1.0);
-    // Other tests of this process may be there as well.
+    // Other tests of this process may use the global provider too.
     assert!(global.sum(attempts, &EVENTS) >= 1.0);
 }
 
-/// What a program says to its runtime holds for a bus that it has connected before.
+/// Checks that the provider of a runtime applies to a bus that has connected before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bus_that_connected_before_the_start_counts_where_the_runtime_does() {
+async fn a_bus_connected_before_the_start_uses_the_provider_of_the_runtime() {
     let _turn = TURN.read().await;
     let (meters, own) = (Meters::new(), Meters::new());
     let mut server = NatsServer::start(harness::NatsOptions::core()).await;
@@ -90,7 +90,7 @@ async fn a_bus_that_connected_before_the_start_counts_where_the_runtime_does() {
     let losses = "storied.nats.connection.losses";
     server.kill();
     meters.until(losses, &EVENTS, |losses| losses == 1.0).await;
-    // What the options say comes first, whoever else says something.
+    // An explicit option takes precedence.
     own.until(losses, &EVENTS, |losses| losses == 1.0).await;
     assert_eq!(meters.sum(losses, &EVENTS), 1.0);
     server.restart().await;

@@ -1,8 +1,13 @@
-//! What is told to whoever watches: every metric and span, read from exporters in memory, over real servers.
+//! Every metric and span, read from in-memory exporters, over real servers.
 
 #![cfg(feature = "otel")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
-#![allow(missing_docs, missing_debug_implementations, unreachable_pub, reason = "tests are no product")]
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    unreachable_pub,
+    reason = "tests are not part of the API"
+)]
 
 mod catalogue;
 mod connection;

@@ -1,4 +1,4 @@
-//! The metrics of a node: PostgreSQL, JetStream, a projection, and another node that gets in its way.
+//! The metrics of a node: PostgreSQL, JetStream, a projection, and a competing node.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,7 @@ async fn store(url: &str) -> Result<(PostgresStore, PostgresReadModel), StoreErr
     Ok((store, PostgresReadModel::new(pool)))
 }
 
-/// Can be saved but for the first time.
+/// Fails to encode its first snapshot.
 #[derive(Default)]
 struct Fickle(AtomicU64);
 
@@ -34,7 +34,7 @@ impl SnapshotState for Fickle {
     }
 }
 
-/// Works through all that a node counts.
+/// Runs through all metrics of a node.
 pub async fn scenario(meters: &Meters) {
     let url = PostgresServer::shared().await.create_database().await;
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
@@ -56,7 +56,7 @@ pub async fn scenario(meters: &Meters) {
         .start()
         .await
         .unwrap();
-    // What this one counts goes nowhere.
+    // The metrics of this node go nowhere.
     let other = Runtime::builder().store(other_log).aggregate::<Counter>().start().await.unwrap();
 
     let of = [("storied.command.name", "counter")];
@@ -66,7 +66,7 @@ pub async fn scenario(meters: &Meters) {
     assert_eq!(meters.count("storied.command.duration", &of), 3);
     assert_eq!(meters.count("storied.command.duration", &[of[0], ("error.type", "rejected")]), 1);
     assert_eq!(meters.value("storied.command.retries", &of), None);
-    // The other node is a step ahead.
+    // The other node appends first.
     other.execute::<Counter>("a", Add(2)).await.unwrap();
     assert_eq!(node.execute::<Counter>("a", Add(3)).await.unwrap().reply, 6);
     assert_eq!(meters.sum("storied.command.retries", &of), 1.0);
@@ -75,7 +75,7 @@ pub async fn scenario(meters: &Meters) {
     }
     assert_eq!(meters.sum("storied.append.events", &[]), 3.0);
     assert_eq!(meters.sum("storied.append.queue", &[]), 0.0);
-    // One for each, as they came one by one, the refused one included.
+    // One transaction each, because they came one by one; the conflict counts too.
     assert_eq!(meters.count("storied.append.duration", &[]), 4);
     assert_eq!(meters.value("storied.append.batch.size", &[]), Some((4.0, 4)));
     assert_eq!(meters.sum("storied.aggregate.live", &of), 2.0);
@@ -126,12 +126,12 @@ pub async fn scenario(meters: &Meters) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn counts_what_it_does() {
+async fn counts_the_work_of_a_node() {
     let _turn = TURN.read().await;
     scenario(&Meters::new()).await;
 }
 
-/// The store goes away for longer than a lease lasts.
+/// The store is unreachable for longer than a lease lasts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counts_a_lost_lease_and_appends_that_fail() {
     let _turn = TURN.read().await;
@@ -148,7 +148,7 @@ async fn counts_a_lost_lease_and_appends_that_fail() {
         .unwrap();
     let position = node.execute::<Counter>("a", Add(1)).await.unwrap().position;
     node.projection("sums").unwrap().caught_up_to_within(position, PATIENCE).await.unwrap();
-    // On a busy machine it may be lost before that.
+    // On a busy machine the lease may be lost earlier.
     let lost = [("storied.lease.kind", "projection"), ("storied.lease.change", "lost")];
     let before = meters.sum("storied.lease.changes", &lost);
     server.kill();
@@ -171,9 +171,9 @@ async fn counts_a_lost_lease_and_appends_that_fail() {
     node.shutdown().await.unwrap();
 }
 
-/// What is observed does not keep a node, nor its store, alive.
+/// Checks that observed metrics keep neither a node nor its store alive.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_is_gone_says_nothing() {
+async fn a_dropped_node_reports_nothing() {
     let _turn = TURN.read().await;
     let meters = Meters::new();
     let builder = Runtime::builder().store(storied::MemoryStore::new()).aggregate::<Counter>();

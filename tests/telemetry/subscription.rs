@@ -49,7 +49,7 @@ pub async fn scenario(meters: &Meters) {
         assert_eq!(meters.sum("storied.consumer.settled", &with(how)), 1.0, "{how}");
         assert_eq!(meters.count("messaging.client.operation.duration", &with(how)), 1, "{how}");
     }
-    // As the server counts: nothing to deliver, two without a settlement.
+    // The counts of the server: nothing to deliver, two without an acknowledgement.
     let group = [stream[0], stream[1], ("messaging.consumer.group.name", "reader")];
     meters.until("storied.consumer.unsettled", &group, |unsettled| unsettled == 2.0).await;
     assert_eq!(meters.sum("storied.consumer.pending", &group), 0.0);
@@ -78,7 +78,7 @@ pub async fn scenario(meters: &Meters) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn counts_what_comes_and_what_becomes_of_it() {
+async fn counts_deliveries_and_their_outcomes() {
     let _turn = TURN.read().await;
     scenario(&Meters::new()).await;
 }

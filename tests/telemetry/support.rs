@@ -1,4 +1,4 @@
-//! A counter, and exporters in memory.
+//! A counter aggregate, and in-memory exporters.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -19,11 +19,14 @@ use tokio::time::{Instant, sleep};
 
 use crate::harness::NatsServer;
 
-/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+/// Longer than any step takes on a busy machine; only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Who listens to spans is alone, all others share: `tracing` may take a span that one thread meets for the first time, while
-/// another thread begins to listen, for one that nobody wants. A program has one subscriber, and from the start.
+/// Exclusive for tests with a span subscriber, shared for all others.
+///
+/// `tracing` caches the interest in a span at its first use. If another thread installs a
+/// subscriber at that time, the span may stay disabled. A program has one subscriber, from its
+/// start.
 pub static TURN: RwLock<()> = RwLock::const_new(());
 
 #[derive(Default)]
@@ -64,7 +67,7 @@ impl Aggregate for Counter {
     }
 }
 
-/// Applies everything but what adds 13.
+/// Applies every event except 13.
 pub struct Sums<T>(pub &'static str, pub std::marker::PhantomData<fn(T)>);
 
 impl<T: Send + 'static> Projection for Sums<T> {
@@ -92,7 +95,7 @@ pub fn sums<T>(name: &'static str) -> Sums<T> {
     Sums(name, std::marker::PhantomData)
 }
 
-/// Options with short pauses, so that tests are quick.
+/// Returns options with short intervals, to keep tests fast.
 pub fn mirror(server: &NatsServer) -> NatsOptions {
     quick(NatsOptions::jetstream(JetStreamOptions::new().max_bytes(100 << 20)).url(server.url()))
 }
@@ -108,20 +111,20 @@ pub fn publishing() -> PublisherOptions {
     PublisherOptions::new().heartbeat(Duration::from_millis(200))
 }
 
-/// One stream of values of one metric.
+/// One data stream of a metric.
 #[derive(Debug, Clone)]
 pub struct Point {
     pub name: String,
     pub unit: String,
     pub kind: &'static str,
     pub attributes: BTreeMap<String, String>,
-    /// The value; of a histogram the sum of what was recorded.
+    /// The value; the sum of a histogram.
     pub value: f64,
-    /// Of a histogram: how often something was recorded.
+    /// The number of records of a histogram.
     pub count: u64,
 }
 
-/// A meter provider, and what it has exported.
+/// A meter provider, and its exports.
 pub struct Meters {
     provider: SdkMeterProvider,
     exporter: InMemoryMetricExporter,
@@ -147,7 +150,7 @@ impl Meters {
         &self.provider
     }
 
-    /// Everything, as of now.
+    /// Returns all current points.
     pub fn points(&self) -> Vec<Point> {
         self.exporter.reset();
         self.provider.force_flush().unwrap();
@@ -159,12 +162,12 @@ impl Meters {
         points
     }
 
-    /// Everything that was there at any time that somebody looked.
+    /// Returns all points of all exports so far.
     pub fn seen(&self) -> Vec<Point> {
         self.seen.lock().unwrap().clone()
     }
 
-    /// What there is of a metric with these attributes, among others: the sum of the values, and of the counts.
+    /// Sums the values and the counts of a metric over points with these attributes.
     pub fn value(&self, name: &str, attributes: &[(&str, &str)]) -> Option<(f64, u64)> {
         let fits = |point: &&Point| {
             let has = |(key, value): &(&str, &str)| point.attributes.get(*key).is_some_and(|v| v == value);
@@ -184,7 +187,7 @@ impl Meters {
         self.value(name, attributes).map_or(0, |(_, count)| count)
     }
 
-    /// Waits until the value is one that is wanted.
+    /// Waits until the value satisfies a condition.
     pub async fn until(&self, name: &str, attributes: &[(&str, &str)], wanted: impl Fn(f64) -> bool) {
         let give_up = Instant::now() + PATIENCE;
         loop {
@@ -238,7 +241,7 @@ fn points(metric: &Metric) -> Vec<Point> {
     }
 }
 
-/// What a metric is, without its values.
+/// The properties of a metric, without its values.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Shape {
     pub name: String,
@@ -248,7 +251,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Of all metrics among these.
+    /// Returns the properties of all metrics of these points.
     pub fn of(points: &[Point]) -> BTreeMap<String, Self> {
         let mut shapes: BTreeMap<String, Self> = BTreeMap::new();
         for point in points {

@@ -1,4 +1,4 @@
-//! Traces, as a user gets them who hands spans to OpenTelemetry with tracing-opentelemetry.
+//! Traces of a program that passes spans to OpenTelemetry with tracing-opentelemetry.
 
 use std::str::FromStr;
 
@@ -27,7 +27,7 @@ use crate::support::*;
 
 const CAME: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
-/// The spans of this thread, on which everything of a test runs.
+/// The spans of this thread, which runs everything of a test.
 struct Spans {
     exporter: InMemorySpanExporter,
     _guard: DefaultGuard,
@@ -49,7 +49,7 @@ impl Spans {
         spans.into_iter().filter(|span| span.name == name).collect()
     }
 
-    /// The only one of that name, as soon as it has ended.
+    /// Waits for the only span of that name.
     async fn one(&self, name: &str) -> SpanData {
         let give_up = Instant::now() + PATIENCE;
         while self.named(name).is_empty() {
@@ -75,7 +75,7 @@ fn assert_child(child: &SpanData, parent: &SpanData) {
     assert_eq!(child.parent_span_id, parent.span_context.span_id(), "{}", child.name);
 }
 
-/// A trace of its own, with one link.
+/// Expects a separate trace with one link.
 fn assert_linked(span: &SpanData, to: &SpanData) {
     assert_ne!(span.span_context.trace_id(), to.span_context.trace_id(), "{}", span.name);
     assert_eq!(span.parent_span_id, SpanId::INVALID, "{}", span.name);
@@ -204,7 +204,7 @@ impl Handler for Doubler {
 }
 
 #[tokio::test]
-async fn a_command_of_another_node_and_what_it_gives_stay_in_the_trace() {
+async fn commands_across_nodes_stay_in_the_trace() {
     let _turn = TURN.write().await;
     let spans = Spans::listen();
     let server = NatsServer::start(harness::NatsOptions::core()).await;
@@ -230,9 +230,9 @@ async fn a_command_of_another_node_and_what_it_gives_stay_in_the_trace() {
     worker.shutdown().await.unwrap();
 }
 
-/// Also where somebody else may still carry the command out: this one did not.
+/// Checks a refused command that another node may still execute.
 #[tokio::test]
-async fn a_node_that_refuses_a_command_says_so_in_its_span() {
+async fn a_refused_command_is_an_error_of_its_span() {
     let _turn = TURN.write().await;
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let commands = |name: &str| {
@@ -258,7 +258,7 @@ async fn a_node_that_refuses_a_command_says_so_in_its_span() {
 }
 
 #[tokio::test]
-async fn what_the_caller_says_is_the_parent_and_errors_are_marked() {
+async fn the_callers_context_is_the_parent_and_errors_are_marked() {
     let _turn = TURN.write().await;
     let spans = Spans::listen();
     let store = MemoryStore::new();
@@ -277,7 +277,7 @@ async fn what_the_caller_says_is_the_parent_and_errors_are_marked() {
 }
 
 #[tokio::test]
-async fn without_a_subscriber_nothing_is_carried_but_what_the_caller_says() {
+async fn without_a_subscriber_only_the_callers_context_travels() {
     let _turn = TURN.write().await;
     let store = MemoryStore::new();
     let node = Runtime::builder().store(store.clone()).aggregate::<Counter>().start().await.unwrap();
@@ -286,7 +286,7 @@ async fn without_a_subscriber_nothing_is_carried_but_what_the_caller_says() {
     assert_eq!((carried.traceparent, carried.tracestate), (None, None));
     node.execute::<Counter>("a", Add(2)).traceparent(CAME).await.unwrap();
     assert_eq!(metadata(&store).await.traceparent.as_deref(), Some(CAME));
-    // Who traces by other means is found out of the context.
+    // Other tracers are found through the current context.
     let span = SpanContext::new(
         TraceId::from_hex("0af7651916cd43dd8448eb211c80319c").unwrap(),
         SpanId::from_hex("00f067aa0ba902b7").unwrap(),

@@ -1,7 +1,7 @@
-//! In a schema of their own in the event store's database, shared out in partitions over all nodes.
+//! Read models in their own schema of the database of the event store, partitioned over all nodes.
 //!
-//! What the partitions add up to is kept apart and added up when it is read. In one row they would wait for each other at every
-//! invoice from the United Kingdom.
+//! Each partition keeps its own sums, and reading adds them up. In a shared row, partitions would
+//! wait for each other at every invoice from the United Kingdom.
 
 use sqlx::postgres::{PgConnection, PgPool};
 use storied::projection::{ApplyError, Target};
@@ -10,7 +10,7 @@ use storied::{EncodeError, Filter, Projection, RecordedEvent};
 use super::{REVENUE, UNITS, to_sql};
 use crate::domain::InvoiceEvent;
 
-/// Money is kept as a whole number of the smallest part that a price can have, as in SQLite.
+/// The tables. Money is a whole number of the smallest unit of a price, as in SQLite.
 const TABLES: &str = "
     CREATE SCHEMA IF NOT EXISTS retail;
     CREATE TABLE IF NOT EXISTS retail.invoices (
@@ -28,7 +28,7 @@ pub(crate) async fn create_tables(pool: &PgPool) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(TABLES).execute(pool).await.map(drop)
 }
 
-/// Which invoices there are, and what each country brought in.
+/// The invoices, and the revenue of each country.
 #[derive(Debug)]
 pub(crate) struct RevenueByCountry(pub(crate) Target);
 
@@ -80,7 +80,7 @@ impl Projection for RevenueByCountry {
     }
 }
 
-/// What left the shop less what came back, of each article.
+/// The number of sold units minus the returned ones, of each article.
 #[derive(Debug)]
 pub(crate) struct UnitsByStockCode(pub(crate) Target);
 

@@ -1,6 +1,8 @@
-//! In a SQLite file of their own, beside the event store's: SQLite lets one transaction write to a file at a time, so that in
-//! one file the projections and the appends would wait for each other. Nothing is lost by it, because what must be in step is
-//! a read model and its checkpoint, and these commit together.
+//! Read models in their own SQLite file, next to that of the event store.
+//!
+//! SQLite allows one writing transaction per file, so in one file the projections and the appends
+//! would wait for each other. Two files lose nothing: only a read model and its checkpoint must
+//! agree, and these commit together.
 
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 use storied::projection::ApplyError;
@@ -9,7 +11,10 @@ use storied::{EncodeError, Filter, Projection, RecordedEvent};
 use super::{REVENUE, UNITS, to_sql};
 use crate::domain::InvoiceEvent;
 
-/// Money is kept as a whole number of the smallest part that a price can have: SQLite would add decimals as floats.
+/// The tables.
+///
+/// Money is a whole number of the smallest unit of a price, because SQLite would add decimals as
+/// floats.
 const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS invoices (
         number TEXT PRIMARY KEY, credit_note INTEGER NOT NULL, country TEXT NOT NULL
@@ -26,7 +31,7 @@ pub(crate) async fn create_tables(pool: &SqlitePool) -> Result<(), sqlx::Error> 
     sqlx::raw_sql(TABLES).execute(pool).await.map(drop)
 }
 
-/// Which invoices there are, and what each country brought in.
+/// The invoices, and the revenue of each country.
 #[derive(Debug)]
 pub(crate) struct RevenueByCountry;
 
@@ -74,7 +79,7 @@ impl Projection for RevenueByCountry {
     }
 }
 
-/// What left the shop less what came back, of each article.
+/// The number of sold units minus the returned ones, of each article.
 #[derive(Debug)]
 pub(crate) struct UnitsByStockCode;
 

@@ -1,4 +1,4 @@
-//! From the command line to NATS.
+//! Connecting to NATS from the command line.
 
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use crate::failure::Failure;
 use crate::open::DatabaseArgs;
 use crate::redact::Given;
 
-/// Which NATS, and what the program that publishes has said of it.
+/// The NATS server, and the options of the publishing program.
 #[derive(Debug, clap::Args)]
 pub(crate) struct NatsArgs {
-    /// The NATS server, or several separated by commas
+    /// NATS server, or several separated by commas
     #[arg(
         long,
         env = "NATS_URL",
@@ -24,83 +24,83 @@ pub(crate) struct NatsArgs {
     )]
     nats_url: String,
 
-    /// A credentials file to log in with
+    /// Credentials file
     #[arg(long, env = "NATS_CREDS", value_name = "FILE")]
     nats_creds: Option<PathBuf>,
 
-    /// A user to log in as, with --nats-password
+    /// User name, with --nats-password
     #[arg(long, env = "NATS_USER", value_name = "NAME", requires = "nats_password")]
     nats_user: Option<String>,
 
-    /// That user's password
+    /// Password of that user
     #[arg(long, env = "NATS_PASSWORD", hide_env_values = true, value_name = "PASSWORD")]
     nats_password: Option<String>,
 
-    /// A token to log in with
+    /// Token
     #[arg(long, env = "NATS_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     nats_token: Option<String>,
 
-    /// The seed of an NKey to log in with
+    /// Seed of an NKey
     #[arg(long, env = "NATS_NKEY", hide_env_values = true, value_name = "SEED")]
     nats_nkey: Option<String>,
 
-    /// Trusts the certificates in this PEM file in place of the system's, and requires TLS
+    /// Trusts the certificates in this PEM file instead of the system's, and requires TLS
     #[arg(long, env = "NATS_CA", value_name = "FILE")]
     nats_ca: Option<PathBuf>,
 
-    /// Shows this certificate to the server, and requires TLS
+    /// Client certificate; requires TLS
     #[arg(long, env = "NATS_CERT", value_name = "FILE", requires = "nats_key")]
     nats_cert: Option<PathBuf>,
 
-    /// The key of that certificate
+    /// Key of that certificate
     #[arg(long, env = "NATS_KEY", value_name = "FILE")]
     nats_key: Option<PathBuf>,
 
-    /// First tokens of the subjects on which answers come (NatsOptions::inbox_prefix)
+    /// First tokens of the reply subjects (NatsOptions::inbox_prefix)
     #[arg(long, env = "NATS_INBOX_PREFIX", default_value = "_INBOX", value_name = "PREFIX")]
     nats_inbox_prefix: String,
 
-    /// What subjects begin with
+    /// First tokens of all subjects
     #[arg(long, env = "STORIED_NAMESPACE", default_value = "storied", value_name = "NAME")]
     namespace: String,
 
-    /// The prefix of events' subjects, where the program has set one (Subjects::prefix)
+    /// Prefix of event subjects, if the program sets one (Subjects::prefix)
     #[arg(long, value_name = "PREFIX")]
     subject_prefix: Option<String>,
 
-    /// The number of partitions in events' subjects, where the program has set one (Subjects::partitions)
+    /// Number of partitions in event subjects, if the program sets one (Subjects::partitions)
     #[arg(long, value_name = "PARTITIONS")]
     subject_partitions: Option<NonZeroU16>,
 
-    /// The mirror's stream, where the program has named it (JetStreamOptions::stream)
+    /// Stream of the mirror, if the program names it (JetStreamOptions::stream)
     #[arg(long, value_name = "NAME")]
     stream: Option<String>,
 }
 
-/// What a stream should be like, where the program has said other than the defaults.
+/// Expected properties of a stream, if the program sets other than the defaults.
 #[derive(Debug, clap::Args)]
 pub(crate) struct StreamArgs {
-    /// How many servers keep the streams
+    /// Number of servers that keep the streams
     #[arg(long, default_value_t = 1, value_name = "SERVERS")]
     replicas: usize,
 
-    /// Streams are kept in memory
+    /// Keeps streams in memory
     #[arg(long)]
     memory_storage: bool,
 
-    /// How long the mirror keeps a message, in seconds; 0 is for ever
+    /// Maximum age of a message in the mirror, in seconds; 0 is unlimited
     #[arg(long, default_value_t = 604_800, value_name = "SECONDS")]
     max_age: u64,
 
-    /// How large the mirror may become, in bytes; 0 is without limit
+    /// Maximum size of the mirror, in bytes; 0 is unlimited
     #[arg(long, default_value_t = 1 << 30, value_name = "BYTES")]
     max_bytes: u64,
 
-    /// How long the server recognises an event that it has already, in seconds
+    /// Deduplication window of the server, in seconds
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     duplicate_window: u64,
 
-    /// Only what an exact mirror cannot do without (StreamPolicy::RequireExisting)
+    /// Checks only the requirements of an exact mirror (StreamPolicy::RequireExisting)
     #[arg(long)]
     essential: bool,
 }
@@ -121,14 +121,14 @@ impl StreamArgs {
 }
 
 impl NatsArgs {
-    /// What must not be printed.
+    /// Returns the secrets that must not be printed.
     pub(crate) fn secrets(&self) -> Vec<Given<'_>> {
         let secrets = [&self.nats_password, &self.nats_token, &self.nats_nkey];
         let secrets = secrets.into_iter().flatten().map(|secret| Given::Secret(secret));
         secrets.chain([Given::Urls(&self.nats_url)]).collect()
     }
 
-    /// The bus, connected.
+    /// Connects to the bus.
     pub(crate) async fn bus(
         &self,
         stream: Option<&StreamArgs>,

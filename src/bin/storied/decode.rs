@@ -1,4 +1,4 @@
-//! What is stored, as JSON, without anybody's types.
+//! Conversion of stored data to JSON, without the types.
 
 use std::collections::HashSet;
 
@@ -6,7 +6,7 @@ use ciborium::Value as Cbor;
 use serde_json::{Map, Value, json};
 use storied::{Codec, RecordedEvent};
 
-/// An event as JSON, and why a part of it does not decode.
+/// Returns an event as JSON, and the cause if a part does not decode.
 pub(crate) fn event(event: &RecordedEvent) -> (Value, Option<String>) {
     let (payload, unread) = part("payload", payload(event), &event.payload);
     let (metadata, unread_too) = part("metadata", cbor(&event.metadata), &event.metadata);
@@ -34,7 +34,7 @@ fn part(what: &str, decoded: Result<Value, String>, bytes: &[u8]) -> (Value, Opt
     }
 }
 
-/// The payload, in whatever codec.
+/// Returns the payload of either codec.
 pub(crate) fn payload(event: &RecordedEvent) -> Result<Value, String> {
     match event.codec {
         Codec::Json => serde_json::from_slice(&event.payload).map_err(|error| error.to_string()),
@@ -42,12 +42,12 @@ pub(crate) fn payload(event: &RecordedEvent) -> Result<Value, String> {
     }
 }
 
-/// One CBOR value, and nothing behind it.
+/// Decodes one CBOR value without trailing bytes.
 pub(crate) fn cbor(bytes: &[u8]) -> Result<Value, String> {
     Codec::Cbor.decode_value(bytes).map(|value| value_of(&value))
 }
 
-/// What JSON has no form for becomes an object with one key that begins with `$`.
+/// Converts a value; types without a JSON form become an object with one key that begins with `$`.
 fn value_of(value: &Cbor) -> Value {
     match value {
         Cbor::Null => Value::Null,
@@ -74,8 +74,9 @@ fn value_of(value: &Cbor) -> Value {
     }
 }
 
-/// With keys that JSON can have, and none of them twice, an object; otherwise its entries. What is within is looked at once:
-/// twice on each level would be for ever.
+/// Converts a map to an object if its keys are unique JSON keys, otherwise to its entries.
+///
+/// Converts each entry once: twice on each level would take exponential time.
 fn map(entries: &[(Cbor, Cbor)]) -> Value {
     let mut keys = HashSet::new();
     if entries.iter().all(|(key, _)| matches!(key, Cbor::Text(key) if keys.insert(key))) {
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_cbor_has_becomes_json() {
+    fn every_cbor_value_becomes_json() {
         for (value, shown) in [
             (Cbor::Null, json!(null)),
             (Cbor::Integer(u64::MAX.into()), json!(u64::MAX)),
@@ -125,7 +126,7 @@ mod tests {
         assert!(cbor(&[0xff, 0]).is_err() && cbor(&[]).is_err());
     }
     #[test]
-    fn what_is_nested_deeply_takes_no_longer_than_it_is_long() {
+    fn deep_nesting_takes_linear_time() {
         let deep = |wrap: fn(Cbor) -> Cbor| {
             let value = (0..200).fold(Cbor::Null, |value, _| wrap(value));
             let mut bytes = Vec::new();

@@ -1,4 +1,4 @@
-//! Why a command fails, and with which exit code.
+//! The causes of a failed command, and their exit codes.
 
 use std::io;
 use std::process::ExitCode;
@@ -9,29 +9,29 @@ use storied::bus::BusError;
 use crate::output;
 use crate::redact;
 
-/// The exit code for a wrong command line.
+/// Exit code of a wrong command line.
 pub(crate) const USAGE: u8 = 2;
 
-/// Why a command fails.
+/// The cause of a failed command.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
-    /// What was looked at is not as it should be.
+    /// The inspected data has a problem.
     #[error("{0}")]
     Problem(String),
     /// The command line is wrong.
     #[error("{0}")]
     Usage(String),
-    /// Something cannot be reached; later it may be.
+    /// A service is unreachable; a retry may succeed.
     #[error("{0}")]
     Unavailable(String),
-    /// Somebody has to do something first.
+    /// The command needs another action first.
     #[error("{0}")]
     Refused(String),
     /// A request stands, and no node has taken it.
     #[error("{0}")]
     Pending(String),
-    /// Standard output cannot be written.
-    #[error("standard output cannot be written: {0}")]
+    /// Writing to standard output failed.
+    #[error("writing to standard output failed: {0}")]
     Output(String),
     /// Standard output is a pipe that its reader has closed.
     #[error("standard output is closed")]
@@ -39,7 +39,7 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// Says what it is about.
+    /// Puts the subject before the text.
     pub(crate) fn about(self, what: &str) -> Self {
         let with = |text| format!("{what}: {text}");
         match self {
@@ -59,7 +59,7 @@ impl Failure {
             Self::Refused(_) => 4,
             Self::Pending(_) => 5,
             Self::Output(_) => 6,
-            // As of a program that a closed pipe ends.
+            // A program that a closed pipe ends does not fail.
             Self::Closed => 0,
         }
     }
@@ -76,7 +76,7 @@ impl Failure {
         }
     }
 
-    /// Says it, without secrets.
+    /// Prints the failure without secrets, and returns its exit code.
     pub(crate) fn tell(&self, json: bool) -> ExitCode {
         let text = redact::urls(&self.to_string());
         if !matches!(self, Self::Closed) {
@@ -113,7 +113,7 @@ impl From<BusError> for Failure {
     }
 }
 
-/// An error of standard output, which is all that commands write.
+/// Converts an error of standard output, the only destination of commands.
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.kind() {

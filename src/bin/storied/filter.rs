@@ -1,26 +1,26 @@
-//! Which events are wanted.
+//! The filter of events.
 
 use storied::event::Category;
 use storied::{EventName, Filter, StreamId};
 
-/// Conditions on events. Those of one kind are or-ed, kinds are and-ed.
+/// Conditions on events: joined by OR within a kind, by AND between kinds.
 #[derive(Debug, clap::Args)]
 pub(crate) struct FilterArgs {
-    /// Only events of this category; can be said several times
+    /// Only events of this category; repeatable
     #[arg(long, value_name = "CATEGORY", value_parser = category)]
     category: Vec<Category>,
 
-    /// Only events of this stream; can be said several times
+    /// Only events of this stream; repeatable
     #[arg(long, value_name = "CATEGORY/ID", value_parser = stream)]
     stream: Vec<StreamId>,
 
-    /// Only events with this name, as it is stored; can be said several times
+    /// Only events with this stored name; repeatable
     #[arg(long, value_name = "CATEGORY.EVENT", value_parser = name)]
     name: Vec<EventName>,
 }
 
 impl FilterArgs {
-    /// Whether nothing is asked for in particular.
+    /// Returns whether there is no condition.
     pub(crate) fn is_empty(&self) -> bool {
         self.category.is_empty() && self.stream.is_empty() && self.name.is_empty()
     }
@@ -48,8 +48,8 @@ fn name(text: &str) -> Result<EventName, String> {
     EventName::new(text).map_err(|error| error.to_string())
 }
 
-/// `category/id`; the id may have slashes of its own.
+/// Parses `category/id`; the id may contain slashes.
 pub(crate) fn stream(text: &str) -> Result<StreamId, String> {
-    let (category, id) = text.split_once('/').ok_or("it should look like order/17")?;
+    let (category, id) = text.split_once('/').ok_or("expected a form like order/17")?;
     StreamId::new(category, id).map_err(|error| error.to_string())
 }

@@ -12,17 +12,17 @@ use crate::filter::FilterArgs;
 use crate::open::DatabaseArgs;
 use crate::output::{self, Output};
 
-/// How many events are read at a time.
+/// Number of events per read.
 const PAGE: usize = 500;
 
-/// How often the log is looked at for what other processes append.
+/// Poll interval for events of other processes.
 const POLL: Duration = Duration::from_millis(200);
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     /// Prints events in log order
     Show(Show),
-    /// Prints the last events, and then those that come
+    /// Prints the last events, and then new ones
     Tail(Tail),
 }
 
@@ -31,11 +31,11 @@ pub(crate) struct Show {
     #[command(flatten)]
     filter: FilterArgs,
 
-    /// From this position on
+    /// First position
     #[arg(long, default_value_t = 1, value_name = "POSITION")]
     from: u64,
 
-    /// Up to this position
+    /// Last position
     #[arg(long, value_name = "POSITION")]
     to: Option<u64>,
 
@@ -48,31 +48,31 @@ pub(crate) struct Tail {
     #[command(flatten)]
     filter: FilterArgs,
 
-    /// How many of the events that are there already
+    /// Number of existing events
     #[arg(long, short = 'n', default_value_t = 10, value_name = "EVENTS", conflicts_with = "from")]
     last: usize,
 
-    /// From this position on, instead of the last events
+    /// First position, instead of the last events
     #[arg(long, value_name = "POSITION")]
     from: Option<u64>,
 
-    /// Ends after so many events, those that are there already included
+    /// Maximum number of events, existing ones included
     #[arg(long, value_name = "EVENTS")]
     limit: Option<usize>,
 
-    /// Prints metadata and ids as well
+    /// Also prints metadata and ids
     #[arg(long)]
     metadata: bool,
 }
 
-/// How events are printed.
+/// Options of printing events.
 #[derive(Debug, clap::Args)]
 pub(crate) struct EventArgs {
-    /// At most so many events; 0 is all
+    /// Maximum number of events; 0 is all
     #[arg(long, default_value_t = 100, value_name = "EVENTS")]
     pub(crate) limit: usize,
 
-    /// Prints metadata and ids as well
+    /// Also prints metadata and ids
     #[arg(long)]
     pub(crate) metadata: bool,
 }
@@ -99,7 +99,7 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
         for event in &page.events {
             printer.print(event, out)?;
         }
-        // Behind the last event there may be a hole up to the end.
+        // The log may end with a gap after the last event.
         if page.scanned_to == after {
             break;
         }
@@ -107,7 +107,7 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
     }
     if printer.printed == limit && after < end && !out.json {
         out.line(format!(
-            "… the limit of {limit} events; the log goes on up to {end}: --from {}",
+            "… the limit of {limit} events; the log continues up to {end}: --from {}",
             after.get() + 1
         ))?;
     }
@@ -117,10 +117,10 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
     printer.end()
 }
 
-/// Says on standard error why nothing is printed.
+/// Reports on standard error why no event is printed.
 fn note_no_match(filter: &FilterArgs, end: Position) {
     match filter.is_empty() {
-        true => output::complain("no event is in that part of the log\n"),
+        true => output::complain("no event in that part of the log\n"),
         false => output::complain(&format!("no event up to position {end} matches the filter\n")),
     }
 }
@@ -166,7 +166,7 @@ async fn tail(store: &dyn EventStore, args: Tail, out: &mut Output) -> Result<()
     printer.end()
 }
 
-/// The last `count` events up to `head` that match: looked for in stretches that double, from the end.
+/// Returns the last `count` matching events up to `head`; scans from the end in ranges that double.
 async fn last(
     store: &dyn EventStore,
     filter: &Filter,
@@ -199,7 +199,7 @@ async fn last(
     }
 }
 
-/// Prints events, and remembers those that do not decode.
+/// Prints events, and counts those that do not decode.
 pub(crate) struct Printer {
     metadata: bool,
     pub(crate) printed: usize,
@@ -232,8 +232,10 @@ impl Printer {
         Ok(())
     }
 
+    /// Reports the undecodable events.
+    ///
     /// # Errors
-    /// When something did not decode.
+    /// If an event did not decode.
     pub(crate) fn end(self) -> Result<(), Failure> {
         match self.unreadable {
             0 => Ok(()),

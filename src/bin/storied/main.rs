@@ -1,6 +1,6 @@
-//! `storied`: looks at an event store and its projections, and acts on them, without knowing anybody's event types.
+//! `storied`: inspects and operates an event store and its projections, without their event types.
 //!
-//! Everything goes through what is stored and through the library's own ports; see `docs/cli.md`.
+//! It uses the stored data and the ports of the library only; see `docs/cli.md`.
 
 mod connect;
 mod decode;
@@ -29,24 +29,24 @@ use self::open::DatabaseArgs;
 use self::output::Output;
 
 const EXIT_CODES: &str = "Exit codes:
-  0  done, and nothing is wrong
-  1  a problem was found: something does not decode, has a hole or differs, or a node refused
-  2  the command line is wrong
-  3  the database or NATS cannot be reached, or did not answer in time
-  4  the database or NATS refuses, or is not as needed: login, rights, tables, a name that is not there
-  5  an order stands, and no live node has taken it in time, or it does not get on
-  6  standard output cannot be written, as on a full disk
+  0  success: no problem found
+  1  problem: undecodable data, a gap, a difference, or a request that a node refused
+  2  usage: invalid command line
+  3  unavailable: the database or NATS is unreachable or timed out
+  4  refused: login, rights or tables of the database or NATS, or an unknown name
+  5  pending: a request stands, but no live node took it in time, or it makes no progress
+  6  output: writing to standard output failed, as on a full disk
 
-Passwords belong into DATABASE_URL, NATS_URL or files: others on the machine can read a command line.";
+Pass passwords in DATABASE_URL, NATS_URL or files: other users of the machine can read a command line.";
 
-/// Looks at an event store and its projections, and acts on them.
+/// Inspects and operates an event store and its projections.
 #[derive(Debug, Parser)]
 #[command(name = "storied", version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(flatten)]
     database: DatabaseArgs,
 
-    /// Prints JSON for programs; events one on a line
+    /// Prints JSON; events one per line
     #[arg(long, global = true)]
     json: bool,
 
@@ -56,9 +56,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Creates storied's tables, or brings them up to date
+    /// Creates or upgrades storied's tables
     Migrate(migrate::Args),
-    /// Tells how the store, its publisher, projections and nodes are doing
+    /// Shows the status of the store, its publisher, projections and nodes
     Status(open::ReadModelArgs),
     /// Reads the log
     #[command(subcommand)]
@@ -66,32 +66,32 @@ enum Command {
     /// Reads one stream
     #[command(subcommand)]
     Stream(stream::Command),
-    /// Looks at projections, and tells them what to do
+    /// Lists and operates projections
     #[command(subcommand)]
     Projection(projection::Command),
-    /// Looks at the events that projections have put aside, and settles them
+    /// Lists and resolves parked events
     #[command(subcommand)]
     Parked(parked::Command),
-    /// Looks at the publisher
+    /// Shows the status of the publisher
     #[command(subcommand)]
     Publisher(publisher::Command),
-    /// Acts on the store itself
+    /// Operates the store itself
     #[command(subcommand)]
     Store(store::Command),
-    /// Looks at NATS
+    /// Inspects NATS
     #[command(subcommand)]
     Nats(nats::Command),
-    /// Walks the whole log: versions without holes, everything decodes, and the mirror is equal
+    /// Checks the whole log: versions without gaps, decodable events, and an equal mirror
     Verify(verify::Args),
     /// Prints a script that completes this tool's commands in a shell
     Completions {
-        /// The shell
+        /// Shell
         shell: clap_complete::Shell,
     },
 }
 
 impl Cli {
-    /// What must not be printed.
+    /// Returns the secrets that must not be printed.
     fn secrets(&self) -> Vec<redact::Given<'_>> {
         let read_model = match &self.command {
             Command::Status(args) => Some(args),
@@ -124,7 +124,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What clap has to say. It repeats what was typed, in which there may be a URL.
+/// Prints a usage error of clap, without the URLs that it quotes.
 fn usage(error: &clap::Error) -> ExitCode {
     let text = redact::urls(&error.to_string());
     if error.use_stderr() {
@@ -147,7 +147,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Failure::Unavailable(format!("the runtime cannot be started: {error}")))?;
+        .map_err(|error| Failure::Unavailable(format!("starting the runtime failed: {error}")))?;
     runtime.block_on(async {
         let database = &cli.database;
         match cli.command {

@@ -9,17 +9,17 @@ use crate::output::Output;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// How a store that is new keeps payloads [default: cbor]
+    /// Codec of the payloads of a new store [default: cbor]
     #[arg(long, value_parser = codec, value_name = "cbor|json")]
     codec: Option<Codec>,
 
-    /// Index the log by event name, for those who ask for few events among many; appends wait until it is made
+    /// Indexes the log by event name, for selective readers; appends wait meanwhile
     #[arg(long)]
     index_by_name: bool,
 }
 
 fn codec(name: &str) -> Result<Codec, String> {
-    Codec::from_name(name).ok_or_else(|| "it should be cbor or json".into())
+    Codec::from_name(name).ok_or_else(|| "expected cbor or json".into())
 }
 
 pub(crate) async fn run(args: &Args, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
@@ -28,7 +28,7 @@ pub(crate) async fn run(args: &Args, from: &DatabaseArgs, out: &mut Output) -> R
     let (store, migrated) = match from.open(&database, tables).await {
         Ok(store) => (store, false),
         Err(error @ StoreError::Unavailable { .. }) => return Err(error.into()),
-        // Whatever it has against it: either migrating helps, or says the same.
+        // Migrating either fixes the cause, or fails with the same error.
         Err(_) => (from.open(&database, Tables { migrate: true, ..tables }).await?, true),
     };
     let info = store.info();
@@ -37,6 +37,6 @@ pub(crate) async fn run(args: &Args, from: &DatabaseArgs, out: &mut Output) -> R
             "database": database.shown(), "backend": info.backend, "store_id": info.id, "codec": info.codec.name(), "migrated": migrated,
         }));
     }
-    let what = if migrated { "is migrated" } else { "was up to date already" };
+    let what = if migrated { "is migrated" } else { "is up to date" };
     out.line(format!("{} {what}: store {}, {} payloads", database.shown(), info.id, info.codec))
 }

@@ -10,7 +10,7 @@ use crate::output::{Output, counted};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
-    /// Compares streams and consumers with what the code wants, field by field, and changes nothing
+    /// Compares streams and consumers with the options of the code, field by field; changes nothing
     Check(Check),
 }
 
@@ -39,7 +39,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     let told = if out.json { out.value(&value(&report, &problems)) } else { print(&report, out) };
     match problems.len() {
         0 => told,
-        // Also where nobody reads to the end what they are.
+        // Fails also if the reader closes standard output early.
         count => Err(Failure::Problem(format!("{}: {}", counted(count, "difference"), problems.join("; ")))),
     }
 }
@@ -58,7 +58,7 @@ fn problems(report: &NatsReport) -> Vec<String> {
         }
     }
     let missing = report.streams.iter().filter(|stream| stream.required && stream.found.is_none());
-    problems.extend(missing.map(|stream| format!("stream {}: there is none", stream.name)));
+    problems.extend(missing.map(|stream| format!("stream {}: missing", stream.name)));
     problems
 }
 
@@ -104,7 +104,7 @@ fn print(report: &NatsReport, out: &mut Output) -> Result<(), Failure> {
     for stream in &report.streams {
         match &stream.found {
             None if stream.required => out.line(format!("stream {}: MISSING", stream.name))?,
-            None => out.line(format!("stream {}: not there, and not needed yet", stream.name))?,
+            None => out.line(format!("stream {}: missing, and not needed yet", stream.name))?,
             Some(found) => {
                 let (first, last) = (found.first_sequence, found.last_sequence);
                 out.line(format!("stream {}: {} messages, {first} to {last}", stream.name, found.messages))?;
@@ -113,8 +113,7 @@ fn print(report: &NatsReport, out: &mut Output) -> Result<(), Failure> {
         }
     }
     for consumer in &report.consumers {
-        let whose =
-            if consumer.follower { "of a projection" } else { "of a program, which knows what it should be" };
+        let whose = if consumer.follower { "of a projection" } else { "of a program, not compared" };
         out.line(format!(
             "consumer {} {whose}: {} pending, {} unsettled, {} redelivered; {}",
             consumer.name,

@@ -1,4 +1,4 @@
-//! From the command line to a store.
+//! Opening a store from the command line.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -14,28 +14,28 @@ use storied::{Codec, EventStore, PostgresOptions, SqliteOptions, StoreError};
 use crate::failure::Failure;
 use crate::redact::{self, Given};
 
-/// Which database, and how long to wait for it.
+/// The database, and the time limit of its connections.
 #[derive(Debug, clap::Args)]
 pub(crate) struct DatabaseArgs {
-    /// The event store: postgres://HOST/DATABASE or sqlite:FILE
+    /// Event store: postgres://HOST/DATABASE or sqlite:FILE
     #[arg(long, global = true, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     database_url: Option<String>,
 
-    /// The PostgreSQL schema of storied's tables
+    /// PostgreSQL schema of storied's tables
     #[arg(long, global = true, env = "STORIED_SCHEMA", default_value = "storied", value_name = "NAME")]
     pub(crate) schema: String,
 
-    /// For a pooler in transaction mode, such as PgBouncer, in front of PostgreSQL
+    /// Supports a pooler in transaction mode, such as PgBouncer, in front of PostgreSQL
     #[arg(long, global = true)]
     transaction_pooler: bool,
 
-    /// How long to wait for a connection, and for an answer
+    /// Time limit of a connection, and of an answer
     #[arg(long, global = true, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
 }
 
 impl DatabaseArgs {
-    /// What must not be printed.
+    /// Returns the secrets that must not be printed.
     pub(crate) fn secrets(&self) -> Vec<Given<'_>> {
         self.database_url.iter().map(|url| Given::Url(url)).collect()
     }
@@ -46,26 +46,25 @@ impl DatabaseArgs {
 
     pub(crate) fn database(&self) -> Result<Database, Failure> {
         let url = self.database_url.as_deref().map(str::trim).filter(|url| !url.is_empty());
-        let missing =
-            || Failure::Usage("there is no database: pass --database-url, or set DATABASE_URL".into());
+        let missing = || Failure::Usage("no database: pass --database-url, or set DATABASE_URL".into());
         url.ok_or_else(missing)?.parse()
     }
 
-    /// Opens the store as it is.
+    /// Opens the store without changing its schema.
     pub(crate) async fn store(&self) -> Result<Arc<dyn EventStore>, Failure> {
         let database = self.database()?;
         let opened = self.open(&database, Tables::default()).await;
         opened.map_err(|error| Failure::from(error).about(&database.shown()))
     }
 
-    /// Opens the store; with a codec other than the one it remembers that is an error.
+    /// Opens the store; a codec other than the recorded one is an error.
     pub(crate) async fn open(
         &self,
         database: &Database,
         tables: Tables,
     ) -> Result<Arc<dyn EventStore>, StoreError> {
         match (self.open_with(database, tables).await, tables.codec) {
-            // The store remembers which one it was made with, and nobody has said one.
+            // The store has the other codec, and the command line names none.
             (Err(first @ StoreError::Incompatible { .. }), None) => {
                 let json = Tables { codec: Some(Codec::Json), ..tables };
                 self.open_with(database, json).await.map_err(|_| first)
@@ -95,9 +94,9 @@ impl DatabaseArgs {
                     .index_by_name(tables.index_by_name);
                 Ok(Arc::new(options.connect().await?))
             }
-            Database::Sqlite(_) if tables.index_by_name => Err(StoreError::Invalid {
-                reason: "only a store in PostgreSQL can have an index by name".into(),
-            }),
+            Database::Sqlite(_) if tables.index_by_name => {
+                Err(StoreError::Invalid { reason: "an index by name needs a PostgreSQL store".into() })
+            }
             Database::Sqlite(path) => {
                 let options = SqliteOptions::new(path)
                     .create_if_missing(tables.migrate)
@@ -111,29 +110,29 @@ impl DatabaseArgs {
     }
 }
 
-/// What a store is opened with. By default it is left as it is.
+/// Options of opening a store. Default: change nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Tables {
-    /// Whether to make what is missing.
+    /// Creates missing tables.
     pub(crate) migrate: bool,
-    /// How payloads must be kept; the way that the store remembers unless given.
+    /// Required codec of the payloads; default: the recorded one.
     pub(crate) codec: Option<Codec>,
     pub(crate) index_by_name: bool,
 }
 
-/// Where read models and their checkpoints are.
+/// The location of read models and their checkpoints.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ReadModelArgs {
-    /// The database of the read model, with its checkpoints [default: that of the event store]
+    /// Database of the read model and its checkpoints [default: that of the event store]
     #[arg(long, env = "STORIED_READ_MODEL_URL", hide_env_values = true, value_name = "URL")]
     read_model_url: Option<String>,
 
-    /// The PostgreSQL schema of its checkpoints [default: that of the event store]
+    /// PostgreSQL schema of its checkpoints [default: that of the event store]
     #[arg(long, value_name = "NAME")]
     read_model_schema: Option<String>,
 }
 
-/// A store, and the projections that keep their checkpoints in one place.
+/// A store, and the projections with checkpoints in one database.
 pub(crate) struct Models {
     pub(crate) store: Arc<dyn EventStore>,
     pub(crate) operator: Operator,
@@ -157,7 +156,7 @@ impl ReadModelArgs {
                 let options = PgConnectOptions::from_str(&url)
                     .map_err(|error| {
                         let said = redact::driver(&error.to_string());
-                        Failure::Usage(format!("the URL of the read model cannot be read: {said}"))
+                        Failure::Usage(format!("invalid URL of the read model: {said}"))
                     })?
                     .application_name("storied-cli")
                     .disable_statement_logging();
@@ -181,7 +180,7 @@ impl ReadModelArgs {
     }
 }
 
-/// A database that was named.
+/// The database of a URL.
 #[derive(Debug)]
 pub(crate) enum Database {
     Postgres(String),
@@ -189,7 +188,7 @@ pub(crate) enum Database {
 }
 
 impl Database {
-    /// Without secrets.
+    /// Returns the URL without secrets.
     pub(crate) fn shown(&self) -> String {
         match self {
             Self::Postgres(url) => redact::url(url),
@@ -212,13 +211,15 @@ impl FromStr for Database {
                 }
                 Ok(Self::Sqlite(path))
             }
-            _ => Err(Failure::Usage("the database URL should begin with postgres:// or sqlite:".into())),
+            _ => Err(Failure::Usage("invalid database URL: must begin with postgres:// or sqlite:".into())),
         }
     }
 }
 
-/// The file that `sqlite:FILE` or `sqlite://FILE` names, as it is written: the library takes a path and decodes nothing either. A
-/// `mode` at its end, which programs give to their own pools, means nothing here and is left out.
+/// Returns the file that `sqlite:FILE` or `sqlite://FILE` names, without decoding.
+///
+/// The library takes a path and does not decode it either. A trailing `mode`, which programs pass
+/// to their own pools, has no meaning here and is removed.
 fn sqlite_file(file: &str) -> &str {
     let file = file.strip_prefix("//").unwrap_or(file);
     match file.rsplit_once("?mode=") {

@@ -1,4 +1,4 @@
-//! What is printed: text for people, JSON for programs.
+//! Output: text for people, JSON for programs.
 
 use std::borrow::Cow;
 use std::io::{BufWriter, IsTerminal, Stdout, Write, stderr, stdout};
@@ -9,7 +9,7 @@ use crate::failure::Failure;
 
 /// Standard output.
 pub(crate) struct Output {
-    /// Whether programs read it.
+    /// Selects JSON.
     pub(crate) json: bool,
     writer: BufWriter<Stdout>,
 }
@@ -19,24 +19,24 @@ impl Output {
         Self { json, writer: BufWriter::new(stdout()) }
     }
 
-    /// Text of our own.
+    /// Writes text of this program.
     pub(crate) fn text(&mut self, text: &str) -> Result<(), Failure> {
         self.writer.write_all(text.as_bytes())?;
         self.flush()
     }
 
-    /// A line for people. What it has from elsewhere cannot move their cursor.
+    /// Writes a line of text; escapes foreign text, which could control the terminal.
     pub(crate) fn line(&mut self, line: impl AsRef<str>) -> Result<(), Failure> {
         Ok(writeln!(self.writer, "{}", clean(line.as_ref()))?)
     }
 
-    /// A line for programs.
+    /// Writes a line of JSON.
     pub(crate) fn value(&mut self, value: &impl Serialize) -> Result<(), Failure> {
         serde_json::to_writer(&mut self.writer, value).map_err(std::io::Error::from)?;
         Ok(self.writer.write_all(b"\n")?)
     }
 
-    /// Rows under a header, in columns. The last one is not padded.
+    /// Writes rows under a header, in columns. The last column is not padded.
     pub(crate) fn table<const N: usize>(
         &mut self,
         header: [&str; N],
@@ -68,13 +68,15 @@ impl Output {
     }
 }
 
-/// A number of things.
+/// Formats a count with its noun.
 pub(crate) fn counted(count: usize, thing: &str) -> String {
     format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Text with every character escaped that could steer a terminal or hide: controls, bidirectional overrides, line and
-/// paragraph separators, invisible and unassigned characters.
+/// Escapes every character that could control a terminal or is invisible.
+///
+/// These are controls, bidirectional overrides, line and paragraph separators, invisible and
+/// unassigned characters.
 pub(crate) fn clean(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_hidden) {
         return Cow::Borrowed(text);
@@ -89,23 +91,23 @@ pub(crate) fn clean(text: &str) -> Cow<'_, str> {
     }))
 }
 
-/// Whether a character is not visible by itself, by the tables of the standard library.
+/// Returns whether a character is invisible by itself, by the tables of the standard library.
 fn is_hidden(c: char) -> bool {
     if c.is_ascii() {
         return c.is_ascii_control();
     }
-    // After another character, so that a combining mark is not taken for one that stands alone.
+    // Follows another character, so that a combining mark does not count as standing alone.
     let mut text = String::from("x");
     text.push(c);
     text.escape_debug().count() > 2
 }
 
-/// Prints to standard error. A failure to do so cannot be reported.
+/// Writes to standard error. A failure cannot be reported.
 pub(crate) fn complain(text: &str) {
     let _ = stderr().write_all(text.as_bytes());
 }
 
-/// Whether somebody watches standard error.
+/// Returns whether standard error is a terminal.
 pub(crate) fn watched() -> bool {
     stderr().is_terminal()
 }

@@ -13,28 +13,28 @@ use crate::projection::{WaitArgs, ask, known, take};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
-    /// Lists the events that a projection has put aside, or those of all projections
+    /// Lists the parked events of a projection, or of all projections
     List {
         #[command(flatten)]
         read_model: ReadModelArgs,
-        /// The projection; all if there is none
+        /// Projection [default: all]
         name: Option<String>,
-        /// At most so many of each projection
+        /// Maximum number of events of each projection
         #[arg(long, default_value_t = 100, value_name = "EVENTS")]
         limit: usize,
     },
-    /// Shows a parked event, and why it was parked
+    /// Shows a parked event, and the reason
     Show(One),
-    /// Has a node apply a parked event after all
+    /// Requests that a node applies a parked event
     Retry {
         #[command(flatten)]
         one: One,
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Forgets a parked event for good
+    /// Deletes a parked event permanently
     Discard(One),
-    /// Takes back a retry that no node has taken
+    /// Withdraws a retry that no node has taken
     Withdraw(One),
 }
 
@@ -54,10 +54,10 @@ pub(crate) struct One {
     #[command(flatten)]
     read_model: ReadModelArgs,
 
-    /// The projection
+    /// Projection
     name: String,
 
-    /// The event's position in the log
+    /// Position of the event in the log
     position: u64,
 }
 
@@ -98,7 +98,7 @@ async fn list(models: &Models, name: Option<String>, limit: usize, out: &mut Out
         return out.value(&json!({ "parked": found }));
     }
     if found.is_empty() {
-        return out.line("nothing is parked");
+        return out.line("no parked events");
     }
     let rows: Vec<_> = found
         .into_iter()
@@ -162,7 +162,9 @@ async fn show(one: &One, from: &DatabaseArgs, out: &mut Output) -> Result<(), Fa
             out.line(format!("payload     {}", shown["payload"]))?;
             out.line(format!("metadata    {}", shown["metadata"]))
         }
-        None => out.line("payload     the log has no such event: it is another one, or was restored"),
+        None => {
+            out.line("payload     missing: this log has no such event; it is another log, or was restored")
+        }
     }
 }
 
@@ -187,7 +189,7 @@ async fn discard(one: &One, from: &DatabaseArgs, out: &mut Output) -> Result<(),
     if out.json {
         return out.value(&json!({ "projection": one.name, "position": one.position, "discarded": true }));
     }
-    out.line(format!("{} forgets the event at position {} for good", one.name, one.position))
+    out.line(format!("{} has discarded the event at position {}", one.name, one.position))
 }
 
 async fn withdraw(one: &One, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
@@ -196,11 +198,11 @@ async fn withdraw(one: &One, from: &DatabaseArgs, out: &mut Output) -> Result<()
     if !models.operator.withdraw(&one.name, request).await? {
         let (name, position) = (&one.name, one.position);
         return Err(Failure::Refused(format!(
-            "no retry of {position} was asked of {name}, or a node has taken it by now"
+            "no pending retry of {position} of {name}: none was requested, or a node has taken it"
         )));
     }
     if out.json {
         return out.value(&json!({ "projection": one.name, "position": one.position, "withdrawn": true }));
     }
-    out.line(format!("the {request} of {} is withdrawn", one.name))
+    out.line(format!("withdrew the {request} of {}", one.name))
 }

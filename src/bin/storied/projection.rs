@@ -14,34 +14,34 @@ use crate::failure::Failure;
 use crate::open::{DatabaseArgs, Models, ReadModelArgs};
 use crate::output::Output;
 
-/// How often it is looked how far something is.
+/// Poll interval of a request.
 const POLL: Duration = Duration::from_millis(100);
 
-/// How long something may stand still that is waited for.
+/// Maximum time without progress of a request.
 const STILL: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
-    /// Lists the projections that keep anything in the read model's database, or are paused
+    /// Lists the projections with checkpoints in the read model's database, and the paused ones
     List {
         #[command(flatten)]
         read_model: ReadModelArgs,
     },
-    /// Makes a projection stand still on all nodes, until it is resumed
+    /// Pauses a projection on all nodes until it is resumed
     Pause(Named),
-    /// Makes a projection go on; one that failed tries again
+    /// Resumes a projection; a failed one retries
     Resume(Named),
-    /// Has a node empty the read model and apply the log from its start
+    /// Requests that a node empties the read model and applies the log from its start
     Reset(Told),
-    /// Has the nodes build the read model anew beside the live one, which it then replaces
+    /// Requests that the nodes rebuild the read model beside the live version, and cut over
     Rebuild(Told),
-    /// Has a node give up a rebuild that is under way; what is live stays live
+    /// Requests that a node cancels a rebuild; the live version stays live
     CancelRebuild(Told),
-    /// Takes back a reset, rebuild or cancel-rebuild that no node has taken, or forgets that it was refused
+    /// Withdraws a reset, rebuild or cancel-rebuild that no node has taken, or deletes its refusal
     Withdraw {
         #[command(flatten)]
         read_model: ReadModelArgs,
-        /// The projection
+        /// Projection
         name: String,
     },
 }
@@ -61,10 +61,10 @@ pub(crate) struct Named {
     #[command(flatten)]
     read_model: ReadModelArgs,
 
-    /// The projection
+    /// Projection
     name: String,
 
-    /// Also if nothing is known of it, as of one in memory
+    /// Also if the projection has no records here, as an in-memory one
     #[arg(long)]
     force: bool,
 }
@@ -74,20 +74,20 @@ pub(crate) struct Told {
     #[command(flatten)]
     read_model: ReadModelArgs,
 
-    /// The projection
+    /// Projection
     name: String,
 
     #[command(flatten)]
     wait: WaitArgs,
 
-    /// Returns as soon as a node has taken it, and not when it is done
+    /// Returns as soon as a node has taken the request, before it is done
     #[arg(long)]
     detach: bool,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct WaitArgs {
-    /// How long to wait for a node to take it; it stands after that
+    /// Time limit for a node to take the request; the request stands after that
     #[arg(long, default_value_t = 15, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400))]
     take_within: u64,
 }
@@ -104,7 +104,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     }
 }
 
-/// What a projection is at, for programs.
+/// Returns the status of a projection as JSON.
 pub(crate) fn value(record: &ProjectionRecord, head: Position) -> Value {
     let parts: Vec<_> = record
         .parts
@@ -136,7 +136,7 @@ pub(crate) fn value(record: &ProjectionRecord, head: Position) -> Value {
     })
 }
 
-/// What can be seen from here: whether it failed, only its node knows.
+/// Returns the visible state; only its node knows whether a projection has failed.
 fn state(record: &ProjectionRecord) -> &'static str {
     let owned = record.parts.iter().filter(|part| part.owner.is_some()).count();
     match (record.paused, owned) {
@@ -151,7 +151,7 @@ fn lag(record: &ProjectionRecord, head: Position) -> Option<u64> {
     (!record.foreign && !record.parts.is_empty()).then(|| head.get().saturating_sub(record.position.get()))
 }
 
-/// The projections in columns, and what else is to be known of them below.
+/// Prints the projections in columns, and further facts below.
 pub(crate) fn print(records: &[ProjectionRecord], head: Position, out: &mut Output) -> Result<(), Failure> {
     let rows: Vec<_> = records
         .iter()
@@ -172,7 +172,7 @@ pub(crate) fn print(records: &[ProjectionRecord], head: Position, out: &mut Outp
         let name = &record.name;
         if record.foreign {
             out.line(format!(
-                "{name}: its read model is of another event store; reset it, or look at it with its own"
+                "{name}: the read model belongs to another event store; reset the projection, or use that store"
             ))?;
         }
         if let Some(rebuild) = &record.rebuild {
@@ -182,7 +182,7 @@ pub(crate) fn print(records: &[ProjectionRecord], head: Position, out: &mut Outp
         for (request, answer) in &record.requests {
             match answer {
                 Answer::Refused(reason) => out.line(format!("{name}: {request} was refused: {reason}"))?,
-                _ => out.line(format!("{name}: {request} was asked for, and no node has taken it yet"))?,
+                _ => out.line(format!("{name}: {request} is requested; no node has taken it yet"))?,
             }
         }
     }
@@ -197,17 +197,17 @@ async fn list(models: &Models, out: &mut Output) -> Result<(), Failure> {
         return out.value(&json!({ "head": head.get(), "projections": records }));
     }
     if records.is_empty() {
-        return out.line("no projection keeps anything here");
+        return out.line("no projection has a checkpoint here");
     }
     print(&records, head, out)
 }
 
-/// The projection of that name.
+/// Returns the record of a projection.
 pub(crate) async fn known(operator: &Operator, name: &str) -> Result<ProjectionRecord, Failure> {
     let found = operator.projection(name).await?.filter(|record| !record.parts.is_empty());
     found.ok_or_else(|| {
         Failure::Refused(format!(
-            "no projection {name} keeps anything in this database: look at `storied projection list`, or pass --read-model-url"
+            "no projection {name} in this database; see `storied projection list`, or pass --read-model-url"
         ))
     })
 }
@@ -218,7 +218,7 @@ async fn pause(args: &Named, from: &DatabaseArgs, out: &mut Output, pause: bool)
     let record = operator.projection(name).await?;
     if record.is_none() && !args.force {
         return Err(Failure::Refused(format!(
-            "no projection {name} is known here; if it keeps its read model in memory or elsewhere, pass --force"
+            "no projection {name} in this database; if its read model is in memory or elsewhere, pass --force"
         )));
     }
     if pause {
@@ -232,8 +232,8 @@ async fn pause(args: &Named, from: &DatabaseArgs, out: &mut Output, pause: bool)
     }
     let word = if pause { "paused" } else { "resumed" };
     match owners {
-        0 => out.line(format!("{name} is {word}; no live node owns it, those that start will heed it")),
-        _ => out.line(format!("{name} is {word}; its nodes heed it within a second")),
+        0 => out.line(format!("{name} is {word}; no live node owns it, nodes follow when they start")),
+        _ => out.line(format!("{name} is {word}; its nodes follow within 1 s")),
     }
 }
 
@@ -245,12 +245,14 @@ async fn withdraw(models: &Models, name: &str, out: &mut Output) -> Result<(), F
         }
     }
     if withdrawn.is_empty() {
-        return Err(Failure::Refused(format!("nothing was asked of {name}, or a node has taken it by now")));
+        return Err(Failure::Refused(format!(
+            "no pending request of {name}: none was made, or a node has taken it"
+        )));
     }
     if out.json {
         return out.value(&json!({ "projection": name, "withdrawn": withdrawn }));
     }
-    out.line(format!("the {} of {name} is withdrawn", withdrawn.join(" and the ")))
+    out.line(format!("withdrew the {} of {name}", withdrawn.join(" and the ")))
 }
 
 async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
@@ -277,9 +279,9 @@ async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Outp
             out.line(format!("{name} was reset, and has caught up in {seconds:.1} s"))
         }
         (Request::Reset, None) if before.paused => {
-            out.line(format!("{name} was reset; it is paused, and begins when it is resumed"))
+            out.line(format!("{name} was reset; it is paused, and starts when it is resumed"))
         }
-        (Request::CancelRebuild, _) => out.line(format!("{name} is not rebuilt any more")),
+        (Request::CancelRebuild, _) => out.line(format!("the rebuild of {name} is cancelled")),
         (_, Some((seconds, version))) => {
             out.line(format!("{name} was rebuilt in {seconds:.1} s, and version {version} is live"))
         }
@@ -287,27 +289,28 @@ async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Outp
     }
 }
 
-/// Asks the nodes; and when they cannot be told, says whether the request stands all the same.
+/// Sends a request to the nodes. If that fails, the error states whether the request stands.
 pub(crate) async fn ask(operator: &Operator, name: &str, request: Request) -> Result<Asked, Failure> {
     let error = match operator.ask(name, request).await {
         Ok(asked) => return Ok(asked),
         Err(error) => error,
     };
-    // It is kept first, and then they are told. Where that cannot be seen either, the first error says why.
+    // The request is stored before the nodes are notified. If this read fails too, the first error
+    // has the cause.
     let record = operator.projection(name).await.unwrap_or_default();
     let stands = record.is_some_and(|record| record.requests.contains(&(request, Answer::Waiting)));
     if !stands {
         return Err(match Failure::from(error) {
             Failure::Unavailable(text) => Failure::Unavailable(format!(
-                "{text}. Look at `storied projection list` before you ask again: the {request} of {name} may have been taken, or stand"
+                "{text}; check `storied projection list` before a new request: the {request} of {name} may stand or be taken"
             )),
             other => other,
         });
     }
     let back = take_back(name, request);
     Err(Failure::Pending(format!(
-        "the nodes could not be told of the {request} of {name}: {error}. It stands, and the next node that looks does it; \
-         `{back}` takes it back"
+        "notifying the nodes of the {request} of {name} failed: {error}; the request stands and the next node executes it; \
+         withdraw it with `{back}`"
     )))
 }
 
@@ -338,14 +341,14 @@ pub(crate) async fn take(
                 let owned = operator.projection(name).await?;
                 let owned = owned.is_some_and(|record| record.parts.iter().any(|part| part.owner.is_some()));
                 let why = if owned {
-                    "the node that owns the projection has not come to it"
+                    "the node that owns the projection has not reached it"
                 } else {
                     "no live node runs the projection"
                 };
                 let back = take_back(name, request);
                 return Err(Failure::Pending(format!(
-                    "nobody has taken the {request} of {name} within {} s: {why}. It stands, and the next node that can does it; \
-                     `{back}` takes it back",
+                    "no node has taken the {request} of {name} within {} s: {why}; the request stands and the next node executes it; \
+                     withdraw it with `{back}`",
                     wait.take_within
                 )));
             }
@@ -354,18 +357,21 @@ pub(crate) async fn take(
     }
 }
 
-/// How many positions are done, of all parts together, of how many.
+/// Returns the applied positions of all parts together, and their goal.
 fn progress(positions: &[Position], head: Position) -> (u64, u64) {
     let done = positions.iter().map(|position| position.get().min(head.get())).sum();
     (done, head.get().saturating_mul(u64::try_from(positions.len()).unwrap_or(u64::MAX)))
 }
 
-/// Shows the progress until it is done: what was in the log by now is applied, and of a rebuild the version is live. How long
-/// it took, and the version.
+/// Shows the progress until the request is done; returns its duration and the version.
+///
+/// A reset is done when the events of the log at its start are applied, a rebuild when its version
+/// is live.
 async fn follow(models: &Models, request: Request, version: u64, name: &str) -> Result<(f64, u64), Failure> {
     let head = models.store.frontier().await?;
     let mut bar = Bar::new();
-    // A reset begins anew, unless it has come far by now; a rebuild may have been under way.
+    // A reset starts again from the beginning, unless it has progressed already; a rebuild may be
+    // running.
     let mut start = None;
     let mut moved = (0, Instant::now());
     loop {
@@ -376,7 +382,7 @@ async fn follow(models: &Models, request: Request, version: u64, name: &str) -> 
                 bar.end();
                 return Ok((bar.seconds(), record.version));
             }
-            // What a node begins and gives up, it does in one transaction with the request.
+            // A node begins and cancels a rebuild in one transaction with the request.
             (None, Request::Rebuild) => {
                 bar.end();
                 return Err(Failure::Problem(format!(
@@ -398,8 +404,8 @@ async fn follow(models: &Models, request: Request, version: u64, name: &str) -> 
         if moved.1.elapsed() > STILL {
             bar.end();
             return Err(Failure::Pending(format!(
-                "the {request} of {name} has been at {done} of {of} positions for {} s: the log and the status of the node that \
-                 owns the projection say why. It goes on by itself when it can",
+                "the {request} of {name} makes no progress: {done} of {of} positions for {} s; see the log and the status of the node \
+                 that owns the projection; it continues by itself",
                 STILL.as_secs()
             )));
         }

@@ -8,16 +8,16 @@ use crate::failure::Failure;
 use crate::open::DatabaseArgs;
 use crate::output::Output;
 
-/// The name of both the publisher's lease and its checkpoint.
+/// Name of both the lease and the checkpoint of the publisher.
 const NAME: &str = "publisher";
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
-    /// Tells who publishes to the bus that nodes share, and how far that is
+    /// Shows the node that publishes to the shared bus, and its progress
     Status,
 }
 
-/// How the publisher is doing, as the store knows.
+/// The status of the publisher, as stored.
 pub(crate) struct Publisher {
     pub(crate) owner: Option<Uuid>,
     pub(crate) published: u64,
@@ -26,7 +26,7 @@ pub(crate) struct Publisher {
 }
 
 impl Publisher {
-    /// `None` if nobody has ever published to a shared bus.
+    /// Reads the status; `None` if no node has published to a shared bus.
     pub(crate) async fn of(store: &dyn EventStore) -> Result<Option<Self>, Failure> {
         let lease = store.leases().await?.into_iter().find(|info| info.lease.name == NAME);
         let Some(lease) = lease else { return Ok(None) };
@@ -62,14 +62,14 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         return out.value(&json!({ "publisher": found.map(|found| found.value()) }));
     }
     match found {
-        None => out.line("nobody has published to a bus that nodes share"),
+        None => out.line("no node has published to a shared bus"),
         Some(found) => {
             out.line(format!("publisher  {}", found.line()))?;
             if found.sequence > 0 {
                 out.line(format!("mirror     up to message {}", found.sequence))?;
             }
-            // It is written once a second.
-            out.line("           (as last written down, which is at most once a second)")
+            // The publisher writes it at most once a second.
+            out.line("           (as last stored, at most once a second)")
         }
     }
 }

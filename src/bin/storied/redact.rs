@@ -1,22 +1,23 @@
-//! Keeps secrets out of what is printed.
+//! Removal of secrets from the output.
 
 use std::error::Error;
 use std::sync::OnceLock;
 
-/// What stands in their place.
+/// The replacement of a secret.
 const HIDDEN: &str = "***";
 
 /// The secrets of this run.
 static SECRETS: OnceLock<Secrets> = OnceLock::new();
 
-/// Sets the secrets that [`error`] and [`driver`] hide. Called once, first.
+/// Sets the secrets that [`error`] and [`driver`] hide. Called once, before any output.
 pub(crate) fn set(secrets: Secrets) {
-    // A second call has nothing to add.
+    // A second call has the same secrets.
     let _ = SECRETS.set(secrets);
 }
 
-/// The text of an error, with secrets hidden in what a driver or a server says. What the error says itself is not touched:
-/// a password may be a word of it.
+/// Returns the text of an error, with secrets hidden in the parts of a driver or a server.
+///
+/// The text of this program stays unchanged, because a password may be a word of it.
 pub(crate) fn error(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -30,7 +31,7 @@ pub(crate) fn error(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// What a driver or a server says, with secrets hidden.
+/// Returns the text of a driver or a server, with secrets hidden.
 pub(crate) fn driver(text: &str) -> String {
     SECRETS.get().map_or_else(|| text.to_owned(), |secrets| secrets.hide(text))
 }
@@ -40,23 +41,23 @@ pub(crate) fn driver(text: &str) -> String {
 pub(crate) struct Secrets(Vec<String>);
 
 impl Secrets {
-    /// What is secret in these URLs and other texts.
+    /// Extracts the secrets of these URLs and texts.
     pub(crate) fn of(given: &[Given<'_>]) -> Self {
         let mut secrets: Vec<String> = given.iter().flat_map(Given::secrets).collect();
         secrets.retain(|secret| !secret.is_empty());
-        // A short one may be a part of a long one.
+        // A short secret may be a part of a long one.
         secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
         Self(secrets)
     }
 
-    /// `text` without them, and without what any other URL in it has in front of its host.
+    /// Returns `text` without the secrets, and without the login of any other URL in it.
     pub(crate) fn hide(&self, text: &str) -> String {
-        // They go first: what a secret has in it may make its URL look as if it ended there.
+        // Secrets go first: a character in a secret may look like the end of its URL.
         urls(&self.0.iter().fold(text.to_owned(), |text, secret| hide_word(&text, secret)))
     }
 }
 
-/// `text` without `secret` where it stands for itself, and not where it is a part of a longer word.
+/// Returns `text` without `secret` as a whole word; parts of longer words stay.
 fn hide_word(text: &str, secret: &str) -> String {
     let inner = |edge: Option<char>, outside: Option<char>| {
         edge.is_some_and(char::is_alphanumeric) && outside.is_some_and(char::is_alphanumeric)
@@ -67,7 +68,7 @@ fn hide_word(text: &str, secret: &str) -> String {
         let (head, tail) = (&rest[..at], &rest[at + secret.len()..]);
         let left = head.chars().next_back().or(before);
         if inner(secret.chars().next(), left) || inner(secret.chars().next_back(), tail.chars().next()) {
-            // Not here; perhaps one character further.
+            // No match here; continues one character later.
             let step = at + secret.chars().next().map_or(1, char::len_utf8);
             shown.push_str(&rest[..step]);
             before = rest[..step].chars().next_back();
@@ -83,14 +84,14 @@ fn hide_word(text: &str, secret: &str) -> String {
     shown
 }
 
-/// Something that was given to this run.
+/// An argument of this run that may contain secrets.
 #[derive(Debug)]
 pub(crate) enum Given<'a> {
     /// The URL of a database.
     Url(&'a str),
     /// URLs of NATS servers, separated by commas.
     Urls(&'a str),
-    /// A secret in itself.
+    /// A text that is a secret as a whole.
     Secret(&'a str),
 }
 
@@ -105,7 +106,7 @@ impl Given<'_> {
     }
 }
 
-/// The passwords in a URL. What stands alone before the host is a user for a database, and a `token` for NATS.
+/// Returns the passwords of a URL. A lone login is a user for a database, and a `token` for NATS.
 fn secrets_of(url: &str, token: bool) -> Vec<&str> {
     let mut found = Vec::new();
     let (_, rest) = split(url);
@@ -119,14 +120,14 @@ fn secrets_of(url: &str, token: bool) -> Vec<&str> {
     found
 }
 
-/// Behind the scheme, with the slashes there or without.
+/// Splits a URL after its scheme, with or without slashes.
 fn split(url: &str) -> (&str, &str) {
     let scheme = url.find(':').map_or(0, |at| at + 1);
     let slashes = url[scheme..].bytes().take_while(|byte| *byte == b'/').count();
     url.split_at(scheme + slashes)
 }
 
-/// Whether a parameter of this name is a password.
+/// Returns whether a parameter of this name is a password.
 fn is_secret(key: &str) -> bool {
     decoded(key).to_lowercase().contains("pass")
 }
@@ -144,13 +145,13 @@ fn decoded(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The URL of a database, whatever its password has in it.
+/// Returns the URL of a database without secrets, for any characters in its password.
 pub(crate) fn url(url: &str) -> String {
     let (scheme, rest) = split(url);
     format!("{scheme}{}", place(rest))
 }
 
-/// `text` without the logins of the URLs in it, as far as they can be told from the rest: up to the next space or URL.
+/// Returns `text` without the logins of its URLs, each up to the next space or URL.
 pub(crate) fn urls(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for word in text.split_inclusive(char::is_whitespace) {
@@ -167,14 +168,14 @@ pub(crate) fn urls(text: &str) -> String {
     shown
 }
 
-/// Where a URL's login or host begins.
+/// Returns the start of the login or host of a URL.
 fn behind_scheme(text: &str) -> Option<usize> {
     let marks = ["://", "postgres:", "postgresql:"];
     let start = marks.iter().filter_map(|mark| Some(text.find(mark)? + mark.len())).min()?;
     Some(start + text[start..].bytes().take_while(|byte| *byte == b'/').count())
 }
 
-/// Where the next URL of a list begins: behind a comma, a quote or the like.
+/// Returns the start of the next URL of a list: after a comma, a quote or a similar character.
 fn next_url(text: &str) -> usize {
     let separators = text.match_indices([',', '\'', '"', '`', ';', '(', ')']);
     let starts = separators.map(|(at, separator)| at + separator.len());
@@ -187,10 +188,10 @@ fn next_url(text: &str) -> usize {
     starts.into_iter().find(begins).unwrap_or(text.len())
 }
 
-/// What is behind a URL's login, without passwords among its parameters.
+/// Returns the part of a URL after its login, without passwords among its parameters.
 fn place(rest: &str) -> String {
     match rest.rsplit_once('@') {
-        // Then what is behind it may be the end of a password.
+        // The text after it may be the end of a password.
         Some((before, _)) if before.split(['?', '&']).skip(1).any(is_parameter) => HIDDEN.to_owned(),
         Some((_, place)) => format!("{HIDDEN}@{}", parameters(place)),
         None => parameters(rest),
@@ -237,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn the_url_of_a_database_loses_its_passwords_whatever_they_are() {
+    fn a_database_url_loses_any_password() {
         for (text, shown) in [
             ("postgres://db/shop", "postgres://db/shop"),
             ("postgres://shop@db/shop", "postgres://***@db/shop"),
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_with_commas_is_hidden_from_what_others_say() {
+    fn a_password_with_commas_is_hidden_in_foreign_text() {
         for (given, said) in [
             ("postgres://shop:a1,b2@db/shop", "a1,b2 is wrong"),
             ("postgres://shop:a1'b2 c3@d4@db/shop", "postgres://shop:a1'b2 c3@d4@db/shop is wrong"),
@@ -270,7 +271,7 @@ mod tests {
         assert_eq!(Secrets::of(&[Given::Url("sqlite:shop@home.db")]).hide("shop"), "shop");
     }
 
-    /// What a user types as a password may be any word.
+    /// Any word may be a password.
     #[test]
     fn a_secret_is_hidden_where_it_stands_for_itself() {
         for (secret, said, shown) in [
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn own_sentences_are_not_touched() {
+    fn own_texts_are_not_redacted() {
         #[derive(Debug, thiserror::Error)]
         #[error("the store storied has another shape: {0}")]
         struct Own(#[source] std::io::Error);
@@ -299,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_hidden_as_written_and_as_meant() {
+    fn secrets_are_hidden_as_written_and_as_decoded() {
         let secrets =
             Secrets::of(&[Given::Urls("postgres://u:p%40ss@h/d,nats://t0ken@h"), Given::Secret("SUSEED")]);
         assert_eq!(secrets.hide("p@ss p%40ss t0ken SUSEED"), "*** *** *** ***");

@@ -9,21 +9,21 @@ use crate::output::Output;
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
-    /// Tells a store that was moved or copied where it belongs now; stop its nodes first
+    /// Registers the new location of a moved or copied store; stop its nodes first
     Adopt(AdoptArgs),
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct AdoptArgs {
-    /// The original is gone: the store keeps its id
+    /// The original does not exist any more: the store keeps its id
     #[arg(long, required_unless_present = "copy", conflicts_with = "copy")]
     moved: bool,
 
-    /// The original lives on: the store gets a new id, and a publisher without a memory
+    /// The original still exists: the store gets a new id, and its publisher starts empty
     #[arg(long)]
     copy: bool,
 
-    /// Gives a new id also where the store looks like the original, as after pg_basebackup
+    /// Assigns a new id even if the store looks like the original, as after pg_basebackup
     #[arg(long, requires = "copy")]
     force: bool,
 }
@@ -35,7 +35,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     let before = store.info();
     if args.copy && before.adoption.is_adopted() && !args.force {
         return Err(Failure::Refused(format!(
-            "{shown} belongs to the store {}, and a new id would part it from its read models and its bus; if it is a physical copy, which looks like the original, add --force",
+            "{shown} belongs to the store {}: a new id would separate it from its read models and its bus; for a physical copy, which looks like the original, add --force",
             before.id
         )));
     }

@@ -8,7 +8,7 @@ use crate::log::{EventArgs, Printer};
 use crate::open::DatabaseArgs;
 use crate::output::{self, Output};
 
-/// How many events are read at a time.
+/// Number of events per read.
 const PAGE: usize = 500;
 
 #[derive(Debug, clap::Subcommand)]
@@ -19,15 +19,15 @@ pub(crate) enum Command {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Show {
-    /// Which one
+    /// Stream
     #[arg(value_name = "CATEGORY/ID", value_parser = stream)]
     stream: StreamId,
 
-    /// From this version on
+    /// First version
     #[arg(long, default_value_t = 1, value_name = "VERSION")]
     from: u64,
 
-    /// Up to this version
+    /// Last version
     #[arg(long, value_name = "VERSION")]
     to: Option<u64>,
 
@@ -55,15 +55,15 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     if printer.printed == 0 {
         let first = store.read_stream(&args.stream, Version::NONE, 1).await?;
         if first.is_empty() {
-            return Err(Failure::Refused(format!("there is no stream {}", args.stream)));
+            return Err(Failure::Refused(format!("no stream {}", args.stream)));
         }
-        output::complain(&format!("{} has no event of these versions\n", args.stream));
+        output::complain(&format!("{} has no event in this range of versions\n", args.stream));
     }
     if more && after < to && !out.json {
         let rest = store.read_stream(&args.stream, after, 1).await?;
         if !rest.is_empty() {
             out.line(format!(
-                "… the limit of {limit} events; the stream goes on: --from {}",
+                "… the limit of {limit} events; the stream continues: --from {}",
                 after.get() + 1
             ))?;
         }

@@ -15,22 +15,22 @@ use crate::failure::Failure;
 use crate::open::DatabaseArgs;
 use crate::output::{Output, counted};
 
-/// How many events are read at a time.
+/// Number of events per read.
 const PAGE: usize = 1_000;
 
-/// How many problems are said; the rest is counted.
+/// Maximum number of printed problems; the others are counted.
 const SAID: usize = 100;
 
-/// Under which streams get their keys here: less to remember than their names.
+/// Namespace of the keys of streams here, which take less memory than their names.
 const STREAMS: Uuid = Uuid::NAMESPACE_OID;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Compares the mirror in JetStream as well, message by message
+    /// Also compares the mirror in JetStream, message by message
     #[arg(long)]
     mirror: bool,
 
-    /// How long the mirror may take to come to where the log is now
+    /// Time limit for the mirror to reach the current end of the log
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400))]
     mirror_within: u64,
 
@@ -44,7 +44,7 @@ impl Args {
     }
 }
 
-/// What was found.
+/// The problems found.
 #[derive(Debug, Default)]
 pub(crate) struct Problems {
     said: Vec<String>,
@@ -79,7 +79,7 @@ pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Re
     let told = tell(events, versions.len(), head, &problems, mirror.as_ref(), out);
     match problems.count {
         0 => told,
-        // Also where nobody reads to the end what they are.
+        // Fails also if the reader closes standard output early.
         count => Err(Failure::Problem(format!("{} found", counted(count, "problem")))),
     }
 }
@@ -116,7 +116,7 @@ fn tell(
 
 /// One pass over the log.
 struct Walk {
-    /// The last version of every stream: 24 bytes each, and what the table takes.
+    /// The last version of every stream: 24 bytes each, plus the overhead of the table.
     versions: HashMap<Uuid, u64>,
     last: Position,
     events: u64,
@@ -135,13 +135,13 @@ impl Walk {
         while after < head {
             let page = match store.read_log(ReadLog::after(after).upto(head).limit(limit)).await {
                 Ok(page) => page,
-                // One by one up to the row that nobody can read.
+                // Reads single events up to the unreadable row.
                 Err(StoreError::Corrupt { .. }) if limit > 1 => {
                     limit = 1;
                     continue;
                 }
                 Err(error @ StoreError::Corrupt { .. }) => {
-                    self.problems.add(format!("the log cannot be read beyond position {after}: {error}"));
+                    self.problems.add(format!("reading the log after position {after} failed: {error}"));
                     return Ok(());
                 }
                 Err(error) => return Err(error.into()),

@@ -1,4 +1,4 @@
-//! Serde's attributes on structs and fields.
+//! Attributes of serde on structs and fields.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -143,7 +143,7 @@ fn fail<S: Serializer>(_: &u8, _: S) -> Result<S::Ok, S::Error> {
     Err(serde::ser::Error::custom("it is secret"))
 }
 
-/// As the crate `serde_bytes` does it.
+/// Serializes as the crate `serde_bytes` does.
 #[derive(Debug)]
 struct ByteString(Vec<u8>);
 
@@ -245,19 +245,19 @@ fn flatten<R: Report>(list: &mut List<R>) {
         vec![Flat { id: 1, rest: Choice::One(2) }, Flat { id: 1, rest: Choice::Other { text: "a".into() } }]
     });
     list.same("flatten, map", || vec![Flat { id: 1, rest: BTreeMap::from([("a".to_owned(), -1_i64)]) }]);
-    // Input decides whether this can be read.
+    // The keys of the map decide whether the value can be read.
     list.refused("flatten, map with a field's own name", || {
         vec![Flat { id: 1, rest: BTreeMap::from([("id".to_owned(), -1_i64)]) }]
     });
     list.refused("flatten, map with numbers as keys", || {
         vec![Flat { id: 1, rest: BTreeMap::from([(7_u64, 1_u8)]) }]
     });
-    // Serde's buffer has no numbers of 128 bits, not even small ones.
+    // The buffer of serde has no 128-bit numbers, not even small ones.
     list.refused("flatten, u128", || {
         [7, u128::MAX].map(|inner| Flat { id: 1, rest: Inner { inner } }).into()
     });
     list.refused("flatten, i128", || vec![Flat { id: 1, rest: Inner { inner: i128::MIN } }]);
-    // Behind flatten, serde reads CBOR as if it were text.
+    // Under flatten, serde reads CBOR as if it were text.
     let address = || vec![Flat { id: 1, rest: Inner { inner: IpAddr::V4(Ipv4Addr::LOCALHOST) } }];
     list.shape("flatten, IpAddr", address, Refused, Same);
     list.same("flatten, byte string", || vec![Flat { id: 1, rest: Inner { inner: ByteString(vec![1]) } }]);

@@ -70,7 +70,7 @@ fn numbers<R: Report>(list: &mut List<R>) {
     list.same("f64", || vec![0.0, -0.0, 0.1, 0.5, 1e300, f64::MIN_POSITIVE, f64::MIN, f64::MAX]);
     list.shape("f32, not finite", || vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY], Same, Refused);
     list.shape("f64, not finite", || vec![f64::NAN, f64::INFINITY, f64::NEG_INFINITY], Same, Refused);
-    // JSON writes null for NaN.
+    // JSON writes NaN as null.
     list.shape("Option<f64>, NaN", || vec![Some(f64::NAN)], Same, As(|| vec![None]));
     list.same("NonZero", || vec![(NonZeroU8::MIN, NonZeroI64::MIN), (NonZeroU8::MAX, NonZeroI64::MAX)]);
     list.same("Wrapping", || vec![Wrapping(u8::MAX)]);
@@ -82,7 +82,7 @@ fn containers<R: Report>(list: &mut List<R>) {
     list.same("()", || vec![()]);
     list.same("Option<u8>", || vec![None, Some(1)]);
     list.same("Option<Vec<u8>>", || vec![None, Some(vec![]), Some(vec![1])]);
-    // Serde writes null for each None, however deep it is.
+    // serde writes null for each None, at any depth.
     list.reads_as(
         "Option<Option<u8>>",
         || vec![None, Some(None), Some(Some(1))],
@@ -118,7 +118,7 @@ fn keys<R: Report>(list: &mut List<R>) {
     list.same("BTreeMap<char, _>", || vec![BTreeMap::from([('ü', 1_u8)])]);
     list.same("BTreeMap<enum, _>", || vec![BTreeMap::from([(Color::Red, 1_u8), (Color::DarkGreen, 2)])]);
     list.same("BTreeMap<Uuid, _>", || vec![BTreeMap::from([(Uuid::from_u128(7), 1_u8)])]);
-    // JSON has no keys but text.
+    // Keys in JSON are text only.
     list.shape("BTreeMap<tuple, _>", || vec![BTreeMap::from([((1_u8, 2_u8), 1_u8)])], Same, Refused);
     list.shape("BTreeMap<Vec, _>", || vec![BTreeMap::from([(vec![1_u8], 1_u8)])], Same, Refused);
 }
@@ -159,7 +159,7 @@ fn nesting<R: Report>(list: &mut List<R>) {
     list.refused("serde_json::Value, 300 deep", || json(300));
     list.same("recursive struct, 120 deep", || nodes(120));
     list.refused("recursive struct, 5,000 deep", || nodes(5_000));
-    // Nothing of it is in the bytes but the last null.
+    // Only the last null of it is in the bytes.
     list.reads_as("recursive newtype, 100 deep", || layers(100), || layers(1));
     list.refused("recursive newtype, 5,000 deep", || layers(5_000));
 }

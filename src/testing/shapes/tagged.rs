@@ -1,4 +1,4 @@
-//! Enums within events, in each of serde's representations.
+//! Enums within events, in each representation of serde.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -81,7 +81,7 @@ fn internal<T>(make: fn() -> T) -> Vec<Internal<T>> {
     vec![Internal::Unit, Internal::Newtype(Inner { value: make() }), Internal::Struct { value: make() }]
 }
 
-/// Without the variant that every codec stores.
+/// Returns the values without the variant that every codec stores.
 fn internal_only<T>(make: fn() -> T) -> Vec<Internal<T>> {
     internal(make).into_iter().skip(1).collect()
 }
@@ -125,7 +125,7 @@ pub(super) fn add<R: Report>(list: &mut List<R>) {
     list.same("internally tagged, Uuid, DateTime, char, Option", || internal(ids));
     list.same("internally tagged, nested", || internal(|| adjacent(|| 0.1_f64)));
     list.same("internally tagged, enum as key", || internal(|| BTreeMap::from([(Key::One, 1_u8)])));
-    // Serde buffers the content, and the buffer has no numbers of 128 bits and no null but None.
+    // serde buffers the content. The buffer has no 128-bit numbers, and no null but None.
     list.refused("internally tagged, u128", || internal_only(|| u128::MAX));
     list.shape("internally tagged, ()", || internal_only(|| ()), Refused, Same);
     list.shape("internally tagged, IpAddr", || internal_only(address), Refused, Same);
@@ -141,7 +141,7 @@ pub(super) fn add<R: Report>(list: &mut List<R>) {
     list.same("adjacently tagged, ids", || adjacent(ids));
 
     list.same("untagged", || untagged(|| vec![Some("a".to_owned()), None]));
-    list.same("untagged, whatever comes", || {
+    list.same("untagged, any value", || {
         let list = Plain::List(vec![Plain::Bool(true), Plain::Integer(-1), Plain::Float(1.0)]);
         vec![list, Plain::Text("a".into()), Plain::Float(0.1), Plain::Integer(i64::MAX)]
     });

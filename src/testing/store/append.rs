@@ -1,4 +1,4 @@
-//! Expected versions, atomicity, and that what goes in comes out.
+//! Expected versions, atomicity, and unchanged content.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use super::{
 use crate::event::{NewEvent, Position, StreamId, Version};
 use crate::store::{Append, AppendError, Conflict, ExpectedVersion, StoreError, StreamAppend};
 
-/// Every form of expectation, on streams with no, one and three events.
+/// Checks every expectation on streams with no, one and three events.
 pub async fn expected_versions_decide(database: Database) {
     let store = database.open().await;
     let forms = |version: u64| {
@@ -48,8 +48,8 @@ pub async fn expected_versions_decide(database: Database) {
     assert_sound(&whole_log(&*store).await);
 }
 
-/// A conflict is typed, and says enough to decide again.
-pub async fn conflicts_tell_expected_and_actual(database: Database) {
+/// Checks that a conflict is typed, and has what a new decision needs.
+pub async fn conflicts_report_expected_and_actual(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("a"), 2).await;
     let expected = ExpectedVersion::Exact(Version::new(1));
@@ -57,11 +57,11 @@ pub async fn conflicts_tell_expected_and_actual(database: Database) {
     assert_eq!(found.stream, stream("a"));
     assert_eq!(found.expected, expected);
     assert_eq!(found.actual, Version::new(2));
-    // And with that, the next attempt succeeds.
+    // With this version, the next attempt succeeds.
     append_to(&*store, &stream("a"), ExpectedVersion::Exact(found.actual), events(1)).await.unwrap();
 }
 
-/// Nothing of a refused append is ever seen, and it is in nobody's way.
+/// Checks that a rejected append leaves no visible trace and blocks no other append.
 pub async fn refused_appends_leave_no_trace(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("a"), 1).await;
@@ -77,7 +77,9 @@ pub async fn refused_appends_leave_no_trace(database: Database) {
     assert_sound(&whole_log(&*store).await);
 }
 
-/// An append to several streams happens as a whole; a conflict in its second part takes back the first.
+/// Checks that an append to several streams is atomic.
+///
+/// A conflict in its second part undoes the first.
 pub async fn several_streams_are_all_or_nothing(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("b"), 1).await;
@@ -109,7 +111,7 @@ pub async fn several_streams_are_all_or_nothing(database: Database) {
     assert_eq!(appended.positions, positions);
 }
 
-/// In a batch, each append is decided alone; answers come in the order of the appends.
+/// Checks that each append of a batch is decided alone. Answers have the order of the appends.
 pub async fn batches_are_refused_piecewise(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("taken"), 1).await;
@@ -141,7 +143,7 @@ pub async fn batches_are_refused_piecewise(database: Database) {
     assert_eq!(found, wanted);
 }
 
-/// Appends to the same stream in one batch are decided one after the other.
+/// Checks that appends to the same stream in one batch are decided one after the other.
 pub async fn a_stream_may_come_twice_in_a_batch(database: Database) {
     let store = database.open().await;
     let exact = |version| ExpectedVersion::Exact(Version::new(version));
@@ -174,7 +176,7 @@ pub async fn a_stream_may_come_twice_in_a_batch(database: Database) {
     assert_eq!(log.len(), 6);
 }
 
-/// What no store could write is refused before anything happens, and refuses nothing beside it.
+/// Checks that an invalid append is rejected before anything happens. Other appends are unaffected.
 pub async fn invalid_appends_are_refused_alone(database: Database) {
     let store = database.open().await;
     let part = |id: &str, count| StreamAppend {
@@ -205,8 +207,8 @@ pub async fn invalid_appends_are_refused_alone(database: Database) {
     assert!(store.append(vec![]).await.is_empty(), "no appends, no answers");
 }
 
-/// Versions are 1, 2, 3 …; positions increase along the log and agree with the answers.
-pub async fn versions_have_no_holes_and_positions_increase(database: Database) {
+/// Checks that versions are 1, 2, 3 …. Positions increase along the log and match the answers.
+pub async fn versions_have_no_gaps_and_positions_increase(database: Database) {
     let store = database.open().await;
     let mut positions = Vec::new();
     for round in 0..20 {
@@ -218,7 +220,7 @@ pub async fn versions_have_no_holes_and_positions_increase(database: Database) {
     assert!(positions[0] > Position::START);
 }
 
-/// Ids, names, bytes of any kind and size, time and codec.
+/// Checks ids, names, bytes of any kind and size, time and codec.
 pub async fn everything_of_an_event_comes_back(database: Database) {
     let store = database.open().await;
     let payloads = [
@@ -242,7 +244,7 @@ pub async fn everything_of_an_event_comes_back(database: Database) {
     let before = Utc::now();
     let appended = append_to(&*store, &stream("a"), ExpectedVersion::NoStream, sent.clone()).await.unwrap();
     let after = Utc::now();
-    // The store may be on a machine with another idea of the time, but not of the day.
+    // The clock of the store may differ from that of this machine, but not by a day.
     let slack = Duration::from_secs(60);
 
     let by_stream = store.read_stream(&stream("a"), Version::NONE, 100).await.unwrap();
@@ -264,7 +266,9 @@ pub async fn everything_of_an_event_comes_back(database: Database) {
     }
 }
 
-/// Ids are text of any kind, compared byte by byte; the category is part of the identity.
+/// Checks that ids are text of any kind, compared byte by byte.
+///
+/// The category is part of the identity.
 pub async fn streams_with_odd_ids_are_kept_apart(database: Database) {
     let store = database.open().await;
     let long = "x".repeat(400);
@@ -318,12 +322,12 @@ pub async fn streams_with_odd_ids_are_kept_apart(database: Database) {
     assert_eq!(log.iter().map(|event| event.stream.clone()).collect::<Vec<_>>(), streams);
 }
 
-/// Batches of any size, around the sizes at which a back end might split them.
+/// Checks batches around the sizes at which a back end may split them.
 pub async fn large_batches_arrive_whole(database: Database) {
     let store = database.open().await;
     let mut sent = Vec::new();
     for count in [1, 2, 3, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1_000, 2_500] {
-        // Half of them in one append, half in appends of their own.
+        // Half of them in one append, half in separate appends.
         let new = events(count);
         sent.extend(ids(&new));
         let mut batch =
@@ -343,8 +347,8 @@ pub async fn large_batches_arrive_whole(database: Database) {
     assert_eq!(found, sent);
 }
 
-/// A store that is opened again is the same store, with everything in it.
-pub async fn what_was_appended_survives_reopening(database: Database) {
+/// Checks that a reopened store is the same store, with all its content.
+pub async fn appended_events_survive_reopening(database: Database) {
     let store = database.open().await;
     let info = store.info().clone();
     fill(&*store, &stream("a"), 3).await;

@@ -1,4 +1,4 @@
-//! Records of what became of commands, and the events that they caused.
+//! Records of commands, and the events that commands caused.
 
 use std::time::Duration;
 
@@ -20,7 +20,9 @@ fn record(id: Uuid, outcome: &'static [u8]) -> CommandRecord {
     }
 }
 
-/// Recorded once, it stays as it is and is what everybody finds, wherever they ask. The time is the store's.
+/// Checks that the first record stays unchanged.
+///
+/// It is found from everywhere, and has the time of the store.
 pub async fn the_first_record_of_a_command_counts(database: Database) {
     let store = database.open().await;
     let id = Uuid::now_v7();
@@ -37,7 +39,7 @@ pub async fn the_first_record_of_a_command_counts(database: Database) {
     assert_eq!(other.record_command(record(empty, b"")).await.unwrap().outcome, Bytes::new());
 }
 
-/// Of many who record the same command at the same time one is first, and all are told who it was.
+/// Checks that concurrent records of one command have one winner, and that all callers receive it.
 pub async fn one_of_many_rivals_records_a_command(database: Database) {
     const OUTCOMES: [&[u8]; 8] = [b"0", b"1", b"2", b"3", b"4", b"5", b"6", b"7"];
     let stores = [database.open().await, database.open().await];
@@ -49,12 +51,13 @@ pub async fn one_of_many_rivals_records_a_command(database: Database) {
         });
         let told = futures_util::future::join_all(rivals).await;
         let winner = stores[0].command(id).await.unwrap().unwrap();
-        assert!(told.into_iter().all(|told| told.unwrap() == winner), "one first record, and one only");
+        assert!(told.into_iter().all(|told| told.unwrap() == winner), "exactly one first record");
     }
 }
 
-/// Whoever records at the same time, here or elsewhere and in whatever order, gets the record of the own command; so does who
-/// looks it up.
+/// Checks concurrent records and lookups.
+///
+/// Every caller receives the record of its own command, in any order and on any connection.
 pub async fn many_commands_are_recorded_at_once(database: Database) {
     let stores = [database.open().await, database.open().await];
     let ids: Vec<_> = (0..200).map(|_| Uuid::now_v7()).collect();
@@ -68,7 +71,7 @@ pub async fn many_commands_are_recorded_at_once(database: Database) {
         })
     });
     let mut firsts = std::collections::HashMap::new();
-    // The same one at the same time, too.
+    // The same command concurrently, too.
     let again = futures_util::future::join_all((0..10).map(|_| stores[0].command(known))).await;
     assert!(again.into_iter().all(|found| found.unwrap().is_some_and(|found| found.id == known)));
     for task in futures_util::future::join_all(tasks).await {
@@ -79,7 +82,7 @@ pub async fn many_commands_are_recorded_at_once(database: Database) {
     assert_eq!(firsts.len(), ids.len());
 }
 
-/// What is older than asked goes, a bounded number at a time, and may then be recorded anew.
+/// Checks that old records are deleted, a bounded number per call, and may be recorded again.
 pub async fn old_records_are_forgotten(database: Database) {
     let store = database.open().await;
     let ids: Vec<_> = (0..5).map(|_| Uuid::now_v7()).collect();
@@ -96,7 +99,7 @@ pub async fn old_records_are_forgotten(database: Database) {
     assert_eq!(store.record_command(record(ids[0], b"y")).await.unwrap().outcome, Bytes::from_static(b"y"));
 }
 
-/// Appends events of `command` to `stream`, and says where they are.
+/// Appends events of `command` to `stream`, and returns their range.
 async fn commanded(store: &dyn EventStore, stream: &StreamId, command: Uuid, count: usize) -> CommandEvents {
     let mut caused = events(count);
     caused.iter_mut().for_each(|event| event.command_id = command);
@@ -107,7 +110,9 @@ async fn commanded(store: &dyn EventStore, stream: &StreamId, command: Uuid, cou
     CommandEvents { first, last, position: *appended.positions.last().unwrap() }
 }
 
-/// Finds a command's events by its id in each stream that has some, whatever kind of id it is, and in no other stream.
+/// Checks that the events of a command are found by its id.
+///
+/// Ids may be of any kind; only streams with such events have a result.
 pub async fn events_of_a_command_are_found(database: Database) {
     let store = database.open().await;
     let ids = [
@@ -142,13 +147,13 @@ pub async fn events_of_a_command_are_found(database: Database) {
         assert_eq!(store.command_events(&streams[4], id).await.unwrap(), None);
         assert_eq!(store.command_events(&stream("never"), id).await.unwrap(), None);
     }
-    // Many at the same time get an answer each.
+    // Each of many concurrent lookups gets its answer.
     let found = expected.iter().map(|(stream, id, _)| store.command_events(stream, *id));
     let found = futures_util::future::join_all(found).await;
     for ((stream, id, events), found) in expected.iter().zip(found) {
         assert_eq!(found.unwrap(), Some(*events), "{stream} {id}");
     }
-    // Appended once more, as an import may do: from the first event to the last.
+    // Appended again, as an import may do: the range is from the first event to the last.
     let (stream, id, before) = &expected[0];
     let again = commanded(&*store, stream, *id, 2).await;
     let all = CommandEvents { first: before.first, ..again };

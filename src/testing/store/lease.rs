@@ -1,4 +1,4 @@
-//! Who owns what, until when.
+//! Leases: ownership, expiry, takeover.
 
 use std::time::Duration;
 
@@ -11,12 +11,14 @@ use crate::store::Lease;
 const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(100);
 
-/// Longer than [`SHORT`].
+/// Waits longer than [`SHORT`].
 async fn until_expired() {
     tokio::time::sleep(SHORT * 2).await;
 }
 
-/// One that the store's clock says is live is taken over by exactly what was seen of it, and its old owner is fenced.
+/// Checks the takeover of a live lease.
+///
+/// It needs the lease unchanged since it was read, and fences the old holder.
 pub async fn a_lease_is_taken_over_as_it_was_seen(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
@@ -25,19 +27,23 @@ pub async fn a_lease_is_taken_over_as_it_was_seen(database: Database) {
     let seen = store.leases().await.unwrap().remove(0);
     assert_eq!((seen.ttl, &seen.lease), (day, &old));
     assert!(store.renew_lease(&old, LONG).await.unwrap());
-    assert_eq!(store.take_over_lease(&seen, b, LONG).await.unwrap(), None, "it was renewed since");
+    assert_eq!(
+        store.take_over_lease(&seen, b, LONG).await.unwrap(),
+        None,
+        "the lease was renewed in the meantime"
+    );
     let seen = store.leases().await.unwrap().remove(0);
     assert_eq!(seen.ttl, LONG);
     let new = store.take_over_lease(&seen, b, LONG).await.unwrap().unwrap();
     assert_eq!(new, Lease { name: "l".into(), owner: b, epoch: 2 });
-    assert_eq!(store.take_over_lease(&seen, a, LONG).await.unwrap(), None, "one of two that try at once");
+    assert_eq!(store.take_over_lease(&seen, a, LONG).await.unwrap(), None, "one of two concurrent takeovers");
     assert!(!store.renew_lease(&old, LONG).await.unwrap());
     assert!(store.renew_lease(&new, LONG).await.unwrap());
     let missing = crate::store::LeaseInfo { lease: Lease { name: "m".into(), ..old }, ..seen };
     assert_eq!(store.take_over_lease(&missing, b, LONG).await.unwrap(), None);
 }
 
-/// The first gets it, others do not; taking one's own again changes nothing.
+/// Checks that only the first node gets the lease. Acquiring it again changes nothing.
 pub async fn a_lease_has_one_owner(database: Database) {
     let store = database.open().await;
     let other = database.open().await;
@@ -49,7 +55,9 @@ pub async fn a_lease_has_one_owner(database: Database) {
     assert_eq!(other.acquire_lease("m", b, LONG).await.unwrap().unwrap().epoch, 1);
 }
 
-/// After its time anybody may take it, in a higher epoch; its owner may too, in the same one, if nobody else did.
+/// Checks that any node may acquire an expired lease, in a higher epoch.
+///
+/// Its holder may acquire it in the same epoch, unless another node has acquired it.
 pub async fn an_expired_lease_changes_hands(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
@@ -62,7 +70,7 @@ pub async fn an_expired_lease_changes_hands(database: Database) {
     assert_eq!(store.acquire_lease("l", a, LONG).await.unwrap(), None);
 }
 
-/// Given back, it is free without waiting; and no longer one's own.
+/// Checks that a released lease is free without waiting, and that its former holder has lost it.
 pub async fn a_released_lease_is_free_at_once(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
@@ -76,7 +84,9 @@ pub async fn a_released_lease_is_free_at_once(database: Database) {
     assert_eq!(store.acquire_lease("l", a, LONG).await.unwrap().unwrap().epoch, 3);
 }
 
-/// A renewed lease lasts longer; one that ran out may still be renewed while nobody else wanted it.
+/// Checks that a renewed lease lasts longer.
+///
+/// An expired lease may be renewed until another node acquires it.
 pub async fn a_lease_is_renewed(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
@@ -90,7 +100,7 @@ pub async fn a_lease_is_renewed(database: Database) {
     assert_eq!(store.acquire_lease("l", b, LONG).await.unwrap(), None);
 }
 
-/// Each lease of a call is renewed or refused by itself, whatever became of the others.
+/// Checks that a call renews or refuses each lease independently of the others.
 pub async fn leases_are_renewed_together(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
@@ -122,8 +132,8 @@ pub async fn leases_are_renewed_together(database: Database) {
     assert_eq!(store.acquire_lease("released", b, LONG).await.unwrap().unwrap().epoch, 2);
 }
 
-/// Who lost a lease without knowing can do nothing with it.
-pub async fn zombies_cannot_renew_or_release(database: Database) {
+/// Checks that a stale lease holder can neither renew nor release.
+pub async fn stale_holders_cannot_renew_or_release(database: Database) {
     let store = database.open().await;
     let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
     let old = store.acquire_lease("l", a, SHORT).await.unwrap().unwrap();
@@ -133,7 +143,7 @@ pub async fn zombies_cannot_renew_or_release(database: Database) {
     store.release_lease(&old).await.unwrap();
     assert_eq!(store.acquire_lease("l", a, LONG).await.unwrap(), None);
     assert!(store.renew_lease(&new, LONG).await.unwrap());
-    // Nor with a later epoch of one's own in mind.
+    // A later epoch of the same node is fenced too.
     store.release_lease(&new).await.unwrap();
     let own = store.acquire_lease("l", a, LONG).await.unwrap().unwrap();
     assert!(own.epoch > old.epoch);
@@ -143,7 +153,7 @@ pub async fn zombies_cannot_renew_or_release(database: Database) {
     store.release_lease(&unknown).await.unwrap();
 }
 
-/// All of them, by name, with owner, epoch and end.
+/// Checks that all leases are listed by name, with owner, epoch and end.
 pub async fn leases_are_listed(database: Database) {
     let store = database.open().await;
     assert!(store.leases().await.unwrap().is_empty());
@@ -154,16 +164,16 @@ pub async fn leases_are_listed(database: Database) {
     store.release_lease(&b).await.unwrap();
     let found = database.open().await.leases().await.unwrap();
     assert_eq!(found.iter().map(|info| &info.lease).collect::<Vec<_>>(), [&a, &b]);
-    // Half of its time is slack for a store whose clock is not this machine's.
+    // Half of the time is slack for a store with another clock.
     assert!(found[0].expires_at > before + LONG / 2 && found[0].expires_at < Utc::now() + LONG * 2);
-    assert!(found[1].expires_at <= Utc::now(), "given back is free");
+    assert!(found[1].expires_at <= Utc::now(), "a released lease is free");
     assert_eq!(found.iter().map(|info| info.live).collect::<Vec<_>>(), [true, false]);
     store.acquire_lease("b", owner, SHORT).await.unwrap().unwrap();
     until_expired().await;
-    assert!(!store.leases().await.unwrap()[1].live, "it ran out");
+    assert!(!store.leases().await.unwrap()[1].live, "the lease has expired");
 }
 
-/// Of many who want it at the same time, one gets it.
+/// Checks that one of many concurrent callers gets the lease.
 pub async fn one_of_many_rivals_gets_a_lease(database: Database) {
     let stores = [database.open().await, database.open().await];
     for epoch in 1..=5 {

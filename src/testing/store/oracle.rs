@@ -1,4 +1,4 @@
-//! Many at once: whatever the timing, the log is sound and followers see exactly it.
+//! Concurrency: with any timing, the log is sound and followers see exactly its content.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -15,9 +15,11 @@ use crate::store::{
     Append, AppendError, Checkpoint, EventStore, ExpectedVersion, Filter, ReadLog, StreamAppend,
 };
 
-/// 16 appenders on one stream, each expecting the version that it read: one of each round succeeds, the others are told
-/// why not, and no version is lost or double.
-pub async fn rivals_on_one_stream_leave_no_hole(database: Database) {
+/// Runs 16 concurrent appenders on one stream, each expecting the version that it read.
+///
+/// In each round one append succeeds, and the others receive a conflict. No version is lost or
+/// duplicated.
+pub async fn rivals_on_one_stream_leave_no_gap(database: Database) {
     const RIVALS: usize = 16;
     const EACH: usize = 5;
     let stores = [database.open().await, database.open().await];
@@ -54,9 +56,12 @@ pub async fn rivals_on_one_stream_leave_no_hole(database: Database) {
     assert_eq!(log.len(), RIVALS * EACH);
 }
 
-/// Writers with random delays over two openings of the database, followers with pages of 3, 7 and 100 events and with a
-/// filter. Followers are restarted from their checkpoint at random. In the end each has seen what is in the log, in its
-/// order, once (I1).
+/// I1: runs random writers and followers over two openings.
+///
+/// Followers have pages of 3, 7 and 100 events, and a filter.
+///
+/// Followers restart from their checkpoint at random. In the end each has seen the content of the
+/// log, in its order, once.
 pub async fn followers_see_exactly_the_log(database: Database) {
     let mut writers = Vec::new();
     for writer in 0..8 {
@@ -85,7 +90,7 @@ pub async fn followers_see_exactly_the_log(database: Database) {
     let log = whole_log(&*store).await;
     assert_sound(&log);
     let written: HashSet<Uuid> = log.iter().map(|event| event.id).collect();
-    assert_eq!(written, acknowledged, "the log is what was acknowledged");
+    assert_eq!(written, acknowledged, "the log holds the acknowledged events");
     for (filter, follower) in followers {
         let wanted: Vec<_> = log.iter().filter(|event| filter.matches(event)).collect();
         let seen = follower.await.unwrap();
@@ -95,7 +100,7 @@ pub async fn followers_see_exactly_the_log(database: Database) {
     }
 }
 
-/// Appends batches of all kinds, some of them refused; the ids of the events that were acknowledged.
+/// Appends batches of all kinds, some of them rejected; returns the ids of the acknowledged events.
 async fn write(store: Arc<dyn EventStore>, writer: u64) -> Vec<Uuid> {
     let mut dice = Dice::new();
     let mut acknowledged = Vec::new();
@@ -130,8 +135,10 @@ async fn write(store: Arc<dyn EventStore>, writer: u64) -> Vec<Uuid> {
     acknowledged
 }
 
-/// Follows the log until it has all of it and nobody writes any more. What it has seen is taken back to the checkpoint
-/// whenever it "crashes", as a read model that commits with its checkpoint would be.
+/// Follows the log until it is complete and no writer runs.
+///
+/// A simulated crash resets the seen events to the checkpoint, as in a read model that commits with
+/// it.
 async fn follow(
     store: Arc<dyn EventStore>,
     name: String,
@@ -164,13 +171,15 @@ async fn follow(
             if finished {
                 return seen;
             }
-            // At the tip, where a reader meets the writers' commits: no rest there.
+            // No pause at the end of the log, where a reader meets the commits of the writers.
             dice.pause(Duration::from_micros(200)).await;
         }
     }
 }
 
-/// Append futures that are dropped at any moment: each has happened as a whole or not at all, and the store goes on.
+/// Drops append futures at any moment.
+///
+/// Each append is applied completely or not at all, and the store stays usable.
 pub async fn cancelled_appends_do_no_harm(database: Database) {
     let store = database.open().await;
     let mut dice = Dice::new();
@@ -214,14 +223,14 @@ pub async fn cancelled_appends_do_no_harm(database: Database) {
         }
         attempted.push(sent);
     }
-    // The store is as usable as ever.
+    // The store is still usable.
     for _ in 0..5 {
         append_to(&*store, &stream("a"), ExpectedVersion::Any, events(1)).await.unwrap();
     }
     let log = whole_log(&*store).await;
     assert_sound(&log);
     let found: HashSet<Uuid> = recorded_ids(&log).into_iter().collect();
-    assert!(acknowledged.iter().all(|id| found.contains(id)), "what was acknowledged is there");
+    assert!(acknowledged.iter().all(|id| found.contains(id)), "acknowledged events are in the log");
     for sent in attempted {
         let there = sent.iter().filter(|id| found.contains(id)).count();
         assert!(there == 0 || there == sent.len(), "half an append");

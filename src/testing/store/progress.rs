@@ -21,7 +21,7 @@ async fn assert_stale(store: &dyn EventStore, name: &str, from: Checkpoint, to: 
     assert_eq!(store.checkpoint(name).await.unwrap(), before);
 }
 
-/// Nothing saved is the start of the log, in epoch 0.
+/// Checks that a missing checkpoint is the start of the log, in epoch 0.
 pub async fn a_checkpoint_starts_at_the_default(database: Database) {
     let store = database.open().await;
     assert_eq!(store.checkpoint("p").await.unwrap(), Checkpoint::default());
@@ -34,7 +34,9 @@ pub async fn a_checkpoint_starts_at_the_default(database: Database) {
     assert_eq!(database.open().await.checkpoint("p").await.unwrap(), at(5, 1, 7));
 }
 
-/// Compare and set: position, epoch and mark must all be as the owner left them. Going back is allowed (a reset).
+/// Checks compare and set: position, epoch and mark must be unchanged.
+///
+/// A move back is allowed (a reset).
 pub async fn a_checkpoint_moves_only_from_where_it_is(database: Database) {
     let store = database.open().await;
     store.save_checkpoint("p", Checkpoint::default(), at(5, 1, 7), None).await.unwrap();
@@ -46,7 +48,9 @@ pub async fn a_checkpoint_moves_only_from_where_it_is(database: Database) {
     assert_eq!(store.checkpoint("p").await.unwrap(), at(0, 1, 0));
 }
 
-/// A new owner raises the epoch with its first save; the old one is refused from then on, whatever it believes.
+/// I7: checks that a new lease holder raises the epoch with its first save.
+///
+/// This fences the old holder.
 pub async fn the_epoch_of_a_checkpoint_never_falls(database: Database) {
     let store = database.open().await;
     store.save_checkpoint("p", Checkpoint::default(), at(5, 3, 0), None).await.unwrap();
@@ -56,7 +60,7 @@ pub async fn the_epoch_of_a_checkpoint_never_falls(database: Database) {
     store.save_checkpoint("p", at(5, 4, 0), at(6, 4, 0), None).await.unwrap();
 }
 
-/// Of many who move the same checkpoint at the same time, one succeeds.
+/// Checks that one of many concurrent moves of a checkpoint succeeds.
 pub async fn one_of_many_rivals_moves_a_checkpoint(database: Database) {
     let stores = [database.open().await, database.open().await];
     let mut from = Checkpoint::default();
@@ -82,7 +86,7 @@ pub async fn one_of_many_rivals_moves_a_checkpoint(database: Database) {
     }
 }
 
-/// Parked if and only if the checkpoint moved.
+/// Checks that an event is parked if and only if the checkpoint moved.
 pub async fn events_are_parked_with_the_checkpoint(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("it's 日本"), 2).await;
@@ -105,7 +109,7 @@ pub async fn events_are_parked_with_the_checkpoint(database: Database) {
     assert!(store.parked("q", 10).await.unwrap().is_empty());
 }
 
-/// Oldest first, up to a limit; parked again, an event is there once, as it was parked last.
+/// Checks the list of parked events: oldest first, limited, each event once with its last attempt.
 pub async fn parked_events_are_listed_and_removed(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("a"), 5).await;
@@ -130,7 +134,7 @@ pub async fn parked_events_are_listed_and_removed(database: Database) {
     assert_eq!(listed(10).await, [wanted[0], wanted[2], wanted[3]]);
 }
 
-/// The flag is the store's, hence every node's.
+/// Checks that the pause flag is in the store, and so is shared by all nodes.
 pub async fn projections_are_paused_and_resumed(database: Database) {
     let store = database.open().await;
     let other = database.open().await;
@@ -146,7 +150,7 @@ pub async fn projections_are_paused_and_resumed(database: Database) {
     }
 }
 
-/// The newest of a revision wins; another revision always replaces.
+/// Checks that the newest snapshot of a revision wins, and that another revision always replaces.
 pub async fn snapshots_are_kept_and_replaced(database: Database) {
     let store = database.open().await;
     assert!(store.snapshot(&stream("a")).await.unwrap().is_none());

@@ -1,4 +1,4 @@
-//! Pages, filters, and how far a scan got.
+//! Pages, filters, and the end of a scan.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use super::{Database, append_to, event, events, fill, ids, recorded_ids, scan, s
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 use crate::store::{EventStore, ExpectedVersion, Filter, ReadLog};
 
-/// Nothing anywhere, and no error either.
+/// Checks that an empty store returns nothing, without an error.
 pub async fn an_empty_store_is_empty(database: Database) {
     let store = database.open().await;
     assert_eq!(store.frontier().await.unwrap(), Position::START);
@@ -17,7 +17,7 @@ pub async fn an_empty_store_is_empty(database: Database) {
     assert_eq!(*store.appended().borrow(), Position::START);
 }
 
-/// After a version, up to a limit, to the end.
+/// Checks reads after a version, with a limit, to the end.
 pub async fn streams_are_read_in_pages(database: Database) {
     let store = database.open().await;
     fill(&*store, &stream("other"), 3).await;
@@ -41,7 +41,7 @@ pub async fn streams_are_read_in_pages(database: Database) {
     assert!(store.read_stream(&stream("a"), Version::new(u64::MAX), 5).await.unwrap().is_empty());
 }
 
-/// Events of three categories and four names, in a mixed order.
+/// Appends events of three categories and four names, in a mixed order.
 async fn mixed(store: &dyn EventStore) -> Vec<RecordedEvent> {
     for i in 0..40_usize {
         let category = ["order", "invoice", "shop.order"][i % 3];
@@ -52,7 +52,7 @@ async fn mixed(store: &dyn EventStore) -> Vec<RecordedEvent> {
     whole_log(store).await
 }
 
-/// Whatever the size of the pages, together they are the log.
+/// Checks that pages of any size make up the log.
 pub async fn the_log_is_read_in_pages(database: Database) {
     let store = database.open().await;
     let log = mixed(&*store).await;
@@ -67,9 +67,9 @@ pub async fn the_log_is_read_in_pages(database: Database) {
     assert_eq!((page.scanned_to, page.head), (log[14].position, log[39].position));
     assert!(page.has_more());
     let page = store.read_log(ReadLog::after(log[34].position).limit(5)).await.unwrap();
-    assert!(!page.has_more(), "the last page knows that it is the last");
+    assert!(!page.has_more(), "the last page reports no more events");
     let page = store.read_log(ReadLog { limit: 0, ..ReadLog::after(Position::START) }).await.unwrap();
-    assert_eq!(page.events.len(), 1, "a limit of nothing counts as one");
+    assert_eq!(page.events.len(), 1, "a limit of 0 means 1");
 }
 
 fn names(list: &[&str]) -> Vec<EventName> {
@@ -80,7 +80,7 @@ fn categories(list: &[&str]) -> Vec<Category> {
     list.iter().map(|name| Category::new(name).unwrap()).collect()
 }
 
-/// Every kind of condition, alone and together.
+/// Checks every kind of condition, alone and combined.
 pub async fn filters_select(database: Database) {
     let store = database.open().await;
     let log = mixed(&*store).await;
@@ -117,7 +117,7 @@ pub async fn filters_select(database: Database) {
     }
 }
 
-/// An empty list is never read as "everything".
+/// Checks that an empty list of a filter does not mean "everything".
 pub async fn empty_filter_lists_match_nothing(database: Database) {
     let store = database.open().await;
     let log = mixed(&*store).await;
@@ -134,7 +134,7 @@ pub async fn empty_filter_lists_match_nothing(database: Database) {
     }
 }
 
-/// More values than any database takes as parameters of one statement.
+/// Checks filters with more values than a database accepts as parameters of one statement.
 pub async fn long_filter_lists_work(database: Database) {
     let store = database.open().await;
     let log = mixed(&*store).await;
@@ -148,8 +148,8 @@ pub async fn long_filter_lists_work(database: Database) {
     assert_eq!(recorded_ids(&found), wanted);
 }
 
-/// A checkpoint moves over what did not match, and lands on events that exist.
-pub async fn the_scan_passes_what_does_not_match(database: Database) {
+/// Checks that a checkpoint moves over events that do not match, and stays at existing events.
+pub async fn the_scan_skips_other_events(database: Database) {
     let store = database.open().await;
     let first =
         append_to(&*store, &stream("a"), ExpectedVersion::Any, vec![event("order.rare")]).await.unwrap();
@@ -161,13 +161,13 @@ pub async fn the_scan_passes_what_does_not_match(database: Database) {
     let (found, scanned_to) = scan(&*store, ReadLog::after(first.positions[0]).filter(rare.clone())).await;
     assert!(found.is_empty());
     assert_eq!(scanned_to, rest[49]);
-    // A full page ends at its last event: what comes behind it was not looked at.
+    // A full page ends at its last event; the scan has not read beyond it.
     let page = store.read_log(ReadLog::after(Position::START).filter(rare).limit(1)).await.unwrap();
     assert_eq!(page.events.len(), 1);
     assert!(page.scanned_to >= first.positions[0] && page.scanned_to <= rest[49]);
 }
 
-/// Events of a mebibyte do not fill the memory, however many are asked for; nor do they keep small ones from coming together.
+/// Checks that pages of 1 MiB events stay small at any limit. Small events still share a page.
 pub async fn large_events_come_in_small_pages(database: Database) {
     let store = database.open().await;
     let mut sent = Vec::new();
@@ -206,7 +206,7 @@ pub async fn large_events_come_in_small_pages(database: Database) {
     }
 }
 
-/// With an upper end, neither events nor the scan go beyond it.
+/// Checks that neither events nor the scan go beyond an upper end.
 pub async fn the_scan_stops_at_its_upper_end(database: Database) {
     let store = database.open().await;
     let positions = fill(&*store, &stream("a"), 20).await;
@@ -226,7 +226,7 @@ pub async fn the_scan_stops_at_its_upper_end(database: Database) {
     assert_eq!((page.scanned_to, page.head), (positions[3], positions[19]));
 }
 
-/// Reading at and behind the end of the log gives nothing and moves nothing.
+/// Checks that reads at and after the end of the log return nothing and move nothing.
 pub async fn the_scan_never_passes_the_head(database: Database) {
     let store = database.open().await;
     let head = fill(&*store, &stream("a"), 3).await[2];
@@ -240,14 +240,14 @@ pub async fn the_scan_never_passes_the_head(database: Database) {
     assert_eq!((page.scanned_to, page.head), (head, head));
 }
 
-/// A refused append, which may burn positions where the back end cannot help it.
+/// Makes an append fail, which may use up positions in some back ends.
 async fn conflict_at_the_end(store: &dyn EventStore) {
     let refused =
         append_to(store, &stream("a"), ExpectedVersion::NoStream, vec![event("order.placed")]).await;
     super::conflict(refused);
 }
 
-/// With nothing in flight, the frontier is the last event.
+/// Checks that the high-water mark is the last event while nothing is in flight.
 pub async fn the_frontier_is_the_last_event(database: Database) {
     let store = database.open().await;
     let other = database.open().await;
@@ -260,7 +260,7 @@ pub async fn the_frontier_is_the_last_event(database: Database) {
     }
 }
 
-/// An append wakes who waits in the same process, and says how far the log goes.
+/// Checks that an append wakes waiting readers of the same process, with the new end of the log.
 pub async fn readers_are_woken(database: Database) {
     let store = database.open().await;
     let mut appended = store.appended();
@@ -271,5 +271,5 @@ pub async fn readers_are_woken(database: Database) {
         assert_eq!(*appended.borrow_and_update(), last);
     }
     conflict_at_the_end(&*store).await;
-    assert!(!appended.has_changed().unwrap(), "a refused append is no news");
+    assert!(!appended.has_changed().unwrap(), "a rejected append wakes no reader");
 }

@@ -1,4 +1,4 @@
-//! Showing how far something is.
+//! The progress display.
 
 use std::io::Write;
 use std::time::Duration;
@@ -7,10 +7,10 @@ use tokio::time::Instant;
 
 use crate::output;
 
-/// How often the progress is said to nobody who watches.
+/// Interval of progress lines if standard error is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// How far something is, on standard error: a line that changes for somebody who watches, now and then a line otherwise.
+/// Progress on standard error: one changing line on a terminal, a line at an interval otherwise.
 pub(crate) struct Bar {
     since: Instant,
     said: Option<Instant>,
@@ -39,7 +39,7 @@ impl Bar {
         let bar = format!("{:#<full$}{:.<empty$}", "", "", empty = 30 - full.min(30));
         let text = output::clean(name).into_owned();
         let text = format!("{text} [{bar}] {done} of {of} positions, {rate:.0}/s, {left} left");
-        // There is nobody to tell when that fails.
+        // A failure to write to standard error cannot be reported.
         let _ = if self.watched {
             write!(std::io::stderr(), "\r\x1b[K{text}")
         } else {

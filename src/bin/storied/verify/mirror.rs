@@ -1,4 +1,4 @@
-//! The mirror beside the log.
+//! Comparison of the mirror with the log.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,23 +11,23 @@ use tokio::time::{Instant, sleep};
 use super::Problems;
 use crate::failure::Failure;
 
-/// How often it is looked whether the mirror has come further.
+/// Poll interval of the mirror.
 const POLL: Duration = Duration::from_millis(100);
 
 pub(crate) struct Mirror {
     reader: MirrorReader,
     store: Arc<dyn EventStore>,
-    /// The next message, if it was read and not compared yet.
+    /// The next message, if it was read and is not compared yet.
     next: Option<MirrorItem>,
-    /// Until when it may come further.
+    /// Time limit for the mirror to progress.
     deadline: Instant,
-    /// The position of its first event.
+    /// Position of its first event.
     first: Option<Position>,
     last: Position,
     compared: u64,
-    /// Events of the log before its first one: its limits have removed them, or it was made to begin there.
+    /// Number of events before its first one: removed by its limits, or never published to it.
     before: u64,
-    /// Events of the log that it has not got yet.
+    /// Number of events of the log that are not in the mirror yet.
     behind: u64,
 }
 
@@ -51,7 +51,9 @@ impl Mirror {
         })
     }
 
-    /// The next message with a place in the log; what has none is a problem. Waits for it as long as there is time.
+    /// Returns the next message with a position in the log, within the time limit.
+    ///
+    /// Reports others as problems.
     async fn peek(&mut self, problems: &mut Problems, wait: bool) -> Result<Option<&MirrorItem>, Failure> {
         while self.next.is_none() {
             match self.reader.next().await? {
@@ -69,7 +71,7 @@ impl Mirror {
         Ok(self.next.as_ref())
     }
 
-    /// Compares the next event of the log, which stands behind `previous` there.
+    /// Compares the next event of the log, which follows `previous`.
     pub(crate) async fn check(
         &mut self,
         event: &RecordedEvent,
@@ -97,7 +99,7 @@ impl Mirror {
                 continue;
             }
             if place < event.position {
-                problems.add(format!("mirror: it has an event at position {place}, where the log has none"));
+                problems.add(format!("mirror: has an event at position {place}, where the log has none"));
                 continue;
             }
             self.compare(event, previous, &item, problems);
@@ -105,7 +107,7 @@ impl Mirror {
         }
     }
 
-    /// Whether it is worth waiting for an event: not if the mirror had it, and its limits have removed it since.
+    /// Returns whether the mirror may still get an event; false if its limits have removed it.
     async fn is_to_come(&self, position: Position) -> Result<bool, Failure> {
         if self.first.is_some() || self.next.is_some() {
             return Ok(true);
@@ -141,7 +143,7 @@ impl Mirror {
         compare("metadata", mirrored.metadata == event.metadata);
         compare("command id", mirrored.command_id == event.command_id);
         compare("time", mirrored.recorded_at == event.recorded_at);
-        // The first one says behind what the mirror was made to begin.
+        // The first message states the position after which the mirror begins.
         compare("previous position", !begun || *said == previous);
         if !different.is_empty() {
             problems.add(format!(
@@ -152,16 +154,16 @@ impl Mirror {
         }
     }
 
-    /// After the whole log up to `head`: what comes behind it must have been appended since.
+    /// Ends the comparison at `head`. Later messages of the mirror must be newer appends.
     pub(crate) async fn end(&mut self, head: Position, problems: &mut Problems) -> Result<(), Failure> {
         if self.behind > 0 && self.published(head).await? {
-            // Nothing is left of it, and all of it was there.
+            // The mirror had all events, and its limits have removed them.
             self.before += self.behind;
             self.behind = 0;
         }
         if self.behind > 0 {
             problems.add(format!(
-                "mirror: it ends at position {}, {} events before the log's {head}",
+                "mirror: ends at position {}, {} events before the log's {head}",
                 self.last, self.behind
             ));
         }
@@ -174,14 +176,14 @@ impl Mirror {
             }
             let end = self.store.frontier().await?;
             if place > end {
-                problems.add(format!("mirror: it goes on at position {place}, and the log ends at {end}"));
+                problems.add(format!("mirror: continues at position {place}, but the log ends at {end}"));
             }
             break;
         }
         Ok(())
     }
 
-    /// Whether the stream is empty and had everything up to `head`.
+    /// Returns whether the stream is empty and had all events up to `head`.
     async fn published(&self, head: Position) -> Result<bool, Failure> {
         Ok(self.first.is_none() && !self.is_to_come(head).await?)
     }
@@ -193,17 +195,17 @@ impl Mirror {
 
     pub(crate) fn line(&self) -> String {
         let kept = match (self.first, self.before) {
-            (None, _) => "it keeps none of them any more".to_owned(),
-            (Some(_), 0) => "it keeps all of them".to_owned(),
+            (None, _) => "the mirror keeps none of them".to_owned(),
+            (Some(_), 0) => "the mirror keeps all of them".to_owned(),
             (Some(first), before) => {
-                format!("it begins at position {first}, {before} events later than the log")
+                format!("the mirror begins at position {first}, {before} events later than the log")
             }
         };
         format!("{} events were compared with the mirror; {kept}", self.compared)
     }
 }
 
-/// The problem of a message with a position that the mirror had before.
+/// Returns the problem of a message with a repeated position.
 fn again(item: &MirrorItem) -> String {
     let sequence = match item {
         MirrorItem::Event { sequence, .. } | MirrorItem::Omitted { sequence, .. } => *sequence,
@@ -216,7 +218,7 @@ fn place(item: &MirrorItem) -> Position {
     match item {
         MirrorItem::Event { event, .. } => event.position,
         MirrorItem::Omitted { position, .. } => *position,
-        // They were told before.
+        // Reported before.
         _ => Position::START,
     }
 }
