@@ -7,6 +7,7 @@
 mod commands;
 #[path = "../support/example.rs"]
 mod example;
+mod language;
 mod markdown;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -241,7 +242,7 @@ fn every_block_of_code_is_checked() {
                 "sql" if is_read_by_a_test(&document.path) => continue,
                 "sql" => "no test includes this document to run its SQL".into(),
                 // Pictures, protocols, output.
-                "text" => continue,
+                "text" | "mermaid" => continue,
                 other => format!("nobody checks {other:?}; call it text if it is none"),
             };
             wrong.push(format!("{path}:{}: {reason}", block.line));
