@@ -13,9 +13,9 @@ pub struct Document {
     pub links: Vec<Piece>,
     /// What stands between backticks in the text.
     pub codes: Vec<Piece>,
-    /// The text of each line, without code and link targets.
-    pub prose: Vec<Piece>,
     pub blocks: Vec<Block>,
+    /// Text of each line, without code and link targets.
+    pub prose: Vec<Piece>,
 }
 
 /// A piece of a document.
@@ -95,7 +95,7 @@ fn read(path: &Path) -> Document {
         }
     }
     assert!(!open, "{}: a block of code is not closed", path.display());
-    Document { path, anchors, links, codes, prose, blocks }
+    Document { path, anchors, links, codes, blocks, prose }
 }
 
 /// What GitHub makes of a heading.
@@ -122,7 +122,7 @@ fn targets(line: &str) -> impl Iterator<Item = String> + '_ {
     line.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(target, _)| target.to_owned()))
 }
 
-/// A line without the targets of its links.
+/// Returns a line without the targets of its links.
 fn without_targets(line: &str) -> String {
     let mut parts = line.split("](");
     let first = parts.next().unwrap_or_default().to_owned();
