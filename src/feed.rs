@@ -106,8 +106,10 @@ pub(crate) enum FeedItem {
     /// The next piece of the log: it begins where the one before ended, unless there was [`Lagged`](Self::Lagged) between.
     /// Without events it only says how far the log is followed.
     Batch(LogBatch),
-    /// The follower has to read the store: it was too slow and a batch was overwritten, or the feed met a permanent error.
+    /// The follower was too slow, and a batch was overwritten.
     Lagged,
+    /// The feed met a permanent error: the follower has to ask the store itself.
+    Failed,
     /// The feed has ended.
     Closed,
 }
@@ -440,10 +442,10 @@ impl FeedTask {
     }
 
     fn forward(&self, batch: LogBatch) {
-        let position = batch.upto;
+        // Before the batch is sent: a follower that begins between the two reads the store up to this position.
+        self.status.send_modify(|status| status.position = Some(batch.upto));
         // An error says that there is no follower.
         let _ = self.ring.send(FeedItem::Batch(batch));
-        self.status.send_modify(|status| status.position = Some(position));
     }
 
     fn succeeded(&self) {
@@ -465,7 +467,7 @@ impl FeedTask {
     fn send_back(&self, error: &StoreError) {
         if !error.is_transient() {
             // An error says that there is no follower.
-            let _ = self.ring.send(FeedItem::Lagged);
+            let _ = self.ring.send(FeedItem::Failed);
         }
     }
 }

@@ -2,20 +2,22 @@
 
 mod board;
 mod renewals;
+mod renewer;
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 pub(crate) use self::board::{Board, Sight, View};
 pub(crate) use self::renewals::Renewals;
+pub(crate) use self::renewer::LeaseRenewer;
+use self::renewer::Renewal;
 use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::store::{EventStore, Lease, LeaseInfo, StoreError};
-use crate::supervised::Task;
 use crate::telemetry::Metrics;
 
 /// Checks the duration of a lease. A shorter one is lost when a renewal is a little late; a longer one keeps a successor
@@ -33,14 +35,14 @@ pub(crate) struct HeldLease {
     /// Until when nobody else can have it, by this process's clock: counted from before the store was asked. `None` when
     /// the store said that it is another's.
     sure: watch::Receiver<Option<Instant>>,
-    _renewal: Task,
+    renewal: Renewal,
 }
 
 impl HeldLease {
     /// Takes the lease `name` for `owner`, if it is free or `owner`'s already; or if it is still as it was when it was found to be
     /// `abandoned`.
     pub(crate) async fn take(
-        store: &Arc<dyn EventStore>,
+        renewer: &LeaseRenewer,
         name: &str,
         owner: Uuid,
         ttl: Duration,
@@ -48,12 +50,12 @@ impl HeldLease {
         metrics: &Metrics,
     ) -> Result<Option<Self>, StoreError> {
         let asked = Instant::now();
+        let store = renewer.store();
         let Some(lease) = acquire(&**store, name, owner, ttl, abandoned).await? else { return Ok(None) };
-        let (sender, sure) = watch::channel(Some(asked + ttl));
         metrics.lease(name, "acquired");
         let end = End { name: name.to_owned(), change: "lost", metrics: metrics.clone() };
-        let renewal = Task::spawn(renew(store.clone(), lease.clone(), ttl, asked + ttl, sender));
-        Ok(Some(Self { lease, ttl, store: store.clone(), end, sure, _renewal: renewal }))
+        let (renewal, sure) = renewer.renew(lease.clone(), ttl, asked);
+        Ok(Some(Self { lease, ttl, store: store.clone(), end, sure, renewal }))
     }
 
     /// Grows with every new owner.
@@ -94,7 +96,9 @@ impl HeldLease {
 
     /// Gives it back, so that somebody else can have it at once.
     pub(crate) async fn release(self) {
-        let Self { lease, store, mut end, .. } = self;
+        let Self { lease, store, mut end, renewal, .. } = self;
+        // First: otherwise a renewal would find it given back, and report a loss.
+        drop(renewal);
         end.change = "released";
         if let Err(error) = store.release_lease(&lease).await {
             tracing::warn!(lease = lease.name, %error, "a lease could not be given back; it runs out by itself");
@@ -153,46 +157,5 @@ async fn lost(sure: &mut watch::Receiver<Option<Instant>>) {
                 return;
             },
         }
-    }
-}
-
-async fn renew(
-    store: Arc<dyn EventStore>,
-    lease: Lease,
-    ttl: Duration,
-    mut until: Instant,
-    sure: watch::Sender<Option<Instant>>,
-) {
-    let mut next = until - ttl + ttl / 3;
-    loop {
-        sleep_until(next).await;
-        let asked = Instant::now();
-        // An answer that takes longer is worth as little as none: better ask again.
-        match timeout(ttl / 3, store.renew_lease(&lease, ttl)).await {
-            Ok(Ok(true)) => {
-                until = asked + ttl;
-                next = asked + ttl / 3;
-                sure.send_replace(Some(until));
-                continue;
-            }
-            Ok(Ok(false)) => {
-                tracing::warn!(
-                    lease = lease.name,
-                    epoch = lease.epoch,
-                    "a lease was taken over by another node"
-                );
-                sure.send_replace(None);
-                return;
-            }
-            Ok(Err(error)) => tracing::warn!(lease = lease.name, %error, "a lease could not be renewed"),
-            Err(_) => {
-                tracing::warn!(lease = lease.name, "the store did not answer when a lease was to be renewed")
-            }
-        }
-        if Instant::now() >= until {
-            sure.send_replace(None);
-            return;
-        }
-        next = Instant::now() + ttl / 10;
     }
 }

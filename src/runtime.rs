@@ -340,6 +340,9 @@ impl Builder {
     ///
     /// The number, from 1 to 256, is fixed with the first start: more nodes than partitions are of no use, so choose as many
     /// as there may ever be nodes. Another number needs a [reset](ProjectionHandle::reset).
+    ///
+    /// The partitions of a node share the pages that they read: at most 4 of about 4 MiB each are kept (and as many for a
+    /// rebuild), and a page that no partition has used for 5 s is dropped.
     pub fn partitioned<P, R>(
         self,
         partitions: u16,

@@ -306,6 +306,24 @@ pub trait EventStore: Send + Sync + 'static {
         ttl: std::time::Duration,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
+    /// Renews leases as [`renew_lease`](Self::renew_lease) does; returns in the same order whether each is still its owner's.
+    ///
+    /// A lost lease does not affect the others. A node calls this several times within a TTL, with all leases that it holds: a
+    /// back end renews them in one transaction. The default renews them one after the other.
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        Box::pin(async move {
+            let mut renewed = Vec::with_capacity(leases.len());
+            for lease in leases {
+                renewed.push(self.renew_lease(lease, ttl).await?);
+            }
+            Ok(renewed)
+        })
+    }
+
     /// Gives a lease back at once. Nothing happens if it is another's by now.
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>>;
 

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, watch};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::renewals::Renewals;
+use super::renewer::LeaseRenewer;
 use crate::backoff::Backoff;
 use crate::store::{EventStore, LeaseInfo, StoreError};
 use crate::supervised::Task;
@@ -22,6 +23,11 @@ const SLOWEST: Duration = Duration::from_millis(250);
 
 /// What one more who watches costs the others in patience: 40 questions a second in all.
 const EACH: Duration = Duration::from_millis(25);
+
+/// Maximum number of leases of partitions that a node acquires at the same time.
+///
+/// A lease runs from before the call. 256 calls in the queue of a SQLite store take longer than a TTL, and a renewal waits after them.
+const ACQUIRING: usize = 4;
 
 /// A lease as the board has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +89,8 @@ struct Inner {
     hint: Arc<Notify>,
     /// How many watch.
     watchers: AtomicU32,
+    renewer: LeaseRenewer,
+    acquiring: Semaphore,
     _task: Task,
 }
 
@@ -92,8 +100,10 @@ impl Board {
         let (sender, sight) = watch::channel(Sight::default());
         let every = watch::Sender::new(None);
         let hint = Arc::new(Notify::new());
+        let renewer = LeaseRenewer::new(store.clone());
         let task = Task::spawn(look(store, sender, every.subscribe(), hint.clone()));
-        Self { inner: Arc::new(Inner { sight, every, hint, watchers: AtomicU32::new(0), _task: task }) }
+        let (watchers, acquiring) = (AtomicU32::new(0), Semaphore::new(ACQUIRING));
+        Self { inner: Arc::new(Inner { sight, every, hint, watchers, renewer, acquiring, _task: task }) }
     }
 
     /// What it shows from now on, looked at often enough for leases of `ttl`.
@@ -113,6 +123,17 @@ impl Board {
     /// How often each of those who watch may ask for something of its own, so that all of them together do not ask too much.
     pub(crate) fn pace(&self) -> Duration {
         (EACH * self.inner.watchers.load(Ordering::Relaxed)).max(SLOWEST)
+    }
+
+    /// Renews the leases of the node's projections together.
+    pub(crate) fn renewer(&self) -> &LeaseRenewer {
+        &self.inner.renewer
+    }
+
+    /// Waits for a permit to acquire a lease. Cancel-safe.
+    pub(crate) async fn permit_to_acquire(&self) -> Option<SemaphorePermit<'_>> {
+        // The semaphore is never closed.
+        self.inner.acquiring.acquire().await.ok()
     }
 
     /// What it shows now.

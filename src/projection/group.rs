@@ -11,22 +11,25 @@ use uuid::Uuid;
 
 use super::balance::wanted;
 use super::shape::Shape;
-use super::worker::Role;
 use super::{PartitionStatus, ProjectionState, ProjectionStatus};
 use crate::future::BoxFuture;
 use crate::lease::{Board, HeldLease, Sight, View};
 use crate::partition::Partition;
-use crate::store::EventStore;
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
 /// How often at most the sum of the partitions' states is told.
 const SUM: Duration = Duration::from_millis(10);
 
+/// What each partition adds to that: the sum of many costs more.
+const SUM_SHARE: Duration = Duration::from_micros(200);
+
 /// A partition, as its group sees it.
 #[derive(Debug)]
 pub(super) struct Seat {
     pub(super) partition: Partition,
+    /// The name of its lease.
+    pub(super) lease: String,
     /// Whether this node is to own it.
     pub(super) permit: watch::Sender<bool>,
     pub(super) status: watch::Receiver<ProjectionStatus>,
@@ -40,7 +43,6 @@ pub(super) struct Group {
     pub(super) name: String,
     pub(super) shape: Shape,
     pub(super) seats: Arc<[Seat]>,
-    pub(super) store: Arc<dyn EventStore>,
     pub(super) board: Board,
     pub(super) node: Uuid,
     pub(super) lease: Duration,
@@ -72,6 +74,7 @@ impl Group {
         let mut sight = self.board.watch(self.lease);
         sight.mark_changed();
         let mut statuses: Vec<_> = self.seats.iter().map(|seat| seat.status.clone()).collect();
+        let pause = SUM.max(SUM_SHARE * u32::try_from(statuses.len()).unwrap_or(u32::MAX));
         let mut membership: Option<HeldLease> = None;
         // After a failure of the store, or when somebody else was quicker.
         let mut ask_at = Instant::now();
@@ -110,7 +113,7 @@ impl Group {
                         }
                     }));
                     select_all(changed).await;
-                    sleep_until(told + SUM).await;
+                    sleep_until(told + pause).await;
                 } => {}
             }
         }
@@ -133,8 +136,9 @@ impl Group {
                 continue;
             }
             let abandoned = view.abandoned(&name);
+            let renewer = self.board.renewer();
             let taken =
-                HeldLease::take(&self.store, &name, self.node, self.lease, abandoned, &self.metrics).await;
+                HeldLease::take(renewer, &name, self.node, self.lease, abandoned, &self.metrics).await;
             match taken {
                 Ok(Some(lease)) => {
                     tracing::info!(
@@ -178,12 +182,12 @@ impl Group {
     }
 
     fn owners(&self, view: &View) -> impl Iterator<Item = Option<Uuid>> {
-        self.seats.iter().map(|seat| view.owner(&self.shape.lease(Some(seat.partition), Role::Live)))
+        self.seats.iter().map(|seat| view.owner(&seat.lease))
     }
 
     /// Tells how all of them are doing.
     fn tell(&self, view: Option<&View>) {
-        let sum = sum(&self.seats, &self.shape, view);
+        let sum = sum(&self.seats, view);
         self.status.send_if_modified(|status| {
             let news = *status != sum;
             *status = sum;
@@ -193,10 +197,10 @@ impl Group {
 }
 
 /// How all partitions are doing.
-pub(super) fn sum(seats: &[Seat], shape: &Shape, view: Option<&View>) -> ProjectionStatus {
+pub(super) fn sum(seats: &[Seat], view: Option<&View>) -> ProjectionStatus {
     let partitions = seats.iter().map(|seat| PartitionStatus {
         partition: seat.partition,
-        owner: view.and_then(|view| view.owner(&shape.lease(Some(seat.partition), Role::Live))),
+        owner: view.and_then(|view| view.owner(&seat.lease)),
         status: seat.status.borrow().clone(),
     });
     ProjectionStatus::sum(partitions.collect())

@@ -67,7 +67,7 @@ impl ProjectionHandle {
     /// How it is doing on this node.
     pub fn status(&self) -> ProjectionStatus {
         let mut status = match &self.group {
-            Some(Grouped { group, .. }) => sum(&group.seats, &group.shape, group.board.view().as_deref()),
+            Some(Grouped { group, .. }) => sum(&group.seats, group.board.view().as_deref()),
             None => self.of_all().borrow().clone(),
         };
         // Torn down: it had no chance to say so.

@@ -1,5 +1,7 @@
 use std::fmt;
 use std::path::Path;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -36,8 +38,12 @@ struct Shared {
     pool: SqlitePool,
     /// Lets the projections of this process write in the order in which they asked; SQLite would let them try and fail.
     turn: Arc<Mutex<()>>,
+    /// Number of turns that were taken.
+    turns: AtomicU64,
     /// The event store whose log is folded here; known from the first `prepare` on.
     store: OnceLock<Uuid>,
+    /// Whether the tables for checkpoints are known to be there; projections and partitions share them.
+    migrated: AtomicBool,
 }
 
 /// An open transaction on a [`SqliteReadModel`].
@@ -76,7 +82,15 @@ impl SqliteReadModel {
 
     /// Uses a pool that is there already. Projections take one of its connections at a time, others are free for queries.
     pub fn new(pool: SqlitePool) -> Self {
-        Self { shared: Arc::new(Shared { pool, turn: Arc::default(), store: OnceLock::new() }) }
+        Self {
+            shared: Arc::new(Shared {
+                pool,
+                turn: Arc::default(),
+                turns: AtomicU64::new(0),
+                store: OnceLock::new(),
+                migrated: AtomicBool::new(false),
+            }),
+        }
     }
 
     /// The connections, for queries.
@@ -90,10 +104,23 @@ impl SqliteReadModel {
     }
 
     async fn turn(&self, doing: &str) -> Result<OwnedMutexGuard<()>, StoreError> {
-        timeout(PATIENCE, self.shared.turn.clone().lock_owned()).await.map_err(|_| {
-            let reason = format!("{doing}: another projection's transaction took longer than {PATIENCE:?}");
-            StoreError::Unavailable { reason, source: None }
-        })
+        let turns = &self.shared.turns;
+        let mut turn = pin!(self.shared.turn.clone().lock_owned());
+        let mut seen = turns.load(Ordering::Relaxed);
+        loop {
+            if let Ok(turn) = timeout(PATIENCE, &mut turn).await {
+                turns.fetch_add(1, Ordering::Relaxed);
+                return Ok(turn);
+            }
+            // Many partitions make a long queue. As long as it moves, no transaction is to blame.
+            let now = turns.load(Ordering::Relaxed);
+            if now == seen {
+                let reason =
+                    format!("{doing}: another projection's transaction took longer than {PATIENCE:?}");
+                return Err(StoreError::Unavailable { reason, source: None });
+            }
+            seen = now;
+        }
     }
 
     async fn open_transaction(&self, doing: &str) -> Result<SqliteOpen, StoreError> {
@@ -136,6 +163,9 @@ impl ReadModel for SqliteReadModel {
             let doing = "preparing the read model's database";
             // One at a time, so that they do not fail each other by trying at once.
             let _turn = self.turn(doing).await?;
+            if self.shared.migrated.load(Ordering::Acquire) {
+                return Ok(());
+            }
             let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
             // A copy with the configuration of its original would write into the original's read models.
             if let Adoption::Unadopted { found, .. } = &store.info().adoption {
@@ -150,7 +180,9 @@ impl ReadModel for SqliteReadModel {
                     return Err(store.info().adoption.refuses(&home));
                 }
             }
-            progress::migrate(&mut connection).await
+            progress::migrate(&mut connection).await?;
+            self.shared.migrated.store(true, Ordering::Release);
+            Ok(())
         })
     }
 

@@ -9,7 +9,7 @@ use super::group::{Group, Seat, sum};
 use super::handle::{Grouped, ProjectionHandle, Working};
 use super::shape::Shape;
 use super::time_limit::TimeLimited;
-use super::worker::{Instance, Part, ProjectionWork, Role, Surroundings};
+use super::worker::{Instance, PageCache, Part, ProjectionWork, Role, Surroundings};
 use super::{Projection, ProjectionOptions, ReadModel, StateClaim, Target};
 use crate::partition::Partition;
 use crate::store::Filter;
@@ -79,7 +79,7 @@ where
         Made::Once(_) | Made::Versioned(_) => Shape::whole(&name),
         Made::Partitioned(count, _) => Shape::cut(&name, *count),
     };
-    let part = |role, partition| Part { shape: shape.clone(), role, partition };
+    let part = |role, partition| Part { shape: shape.clone(), role, partition, pages: None };
     // Elsewhere a rebuild is refused; and in memory, what waits for one would apply the log a second time.
     let switches = read_model.shared() && read_model.rolls_back();
     let (mut parts, mut rebuilds, mut seats) = (Vec::new(), Vec::new(), Vec::new());
@@ -95,15 +95,20 @@ where
             }
         }
         Made::Partitioned(count, make) => {
+            let (live_pages, rebuild_pages) =
+                (PageCache::new(count, &options), PageCache::new(count, &options));
             for partition in Partition::all(count) {
                 let permit = watch::Sender::new(false);
                 let permitted = || Some((partition, permit.subscribe()));
                 let made = || instance(&make, partition);
-                let live = start(made(), part(Role::Live, permitted()), None).await?;
+                let shared =
+                    |role, pages: &PageCache| Part { pages: Some(pages.clone()), ..part(role, permitted()) };
+                let live = start(made(), shared(Role::Live, &live_pages), None).await?;
                 if switches {
-                    rebuilds.push(start(made(), part(Role::Rebuild, permitted()), None).await?);
+                    rebuilds.push(start(made(), shared(Role::Rebuild, &rebuild_pages), None).await?);
                 }
-                seats.push(Seat { partition, permit, status: live.status.clone() });
+                let lease = shape.lease(Some(partition), Role::Live);
+                seats.push(Seat { partition, lease, permit, status: live.status.clone() });
                 parts.push(live);
             }
         }
@@ -113,11 +118,10 @@ where
         None
     } else {
         let seats: Arc<[Seat]> = seats.into();
-        let (sender, status) = watch::channel(sum(&seats, &shape, None));
-        let (name, shape, store, lease) = (name.clone(), shape.clone(), store.clone(), options.lease);
+        let (sender, status) = watch::channel(sum(&seats, None));
+        let (name, shape, lease) = (name.clone(), shape.clone(), options.lease);
         let status_of = sender;
-        let group =
-            Arc::new(Group { name, shape, seats, store, board, node, lease, metrics, status: status_of });
+        let group = Arc::new(Group { name, shape, seats, board, node, lease, metrics, status: status_of });
         let actor = Supervised::spawn(group.clone(), supervisor).await?;
         Some(Grouped { group, actor, status })
     };

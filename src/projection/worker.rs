@@ -5,9 +5,11 @@ mod batch;
 mod context;
 mod floor;
 mod input;
+mod log_source;
 mod memory;
 mod orders;
 mod ownership;
+mod page_cache;
 mod reading;
 mod requests;
 mod schedule;
@@ -29,6 +31,7 @@ pub(crate) use self::context::Surroundings;
 pub(super) use self::context::{Instance, Part, ProjectionWork, Role};
 use self::input::Follower;
 use self::ownership::News;
+pub(super) use self::page_cache::PageCache;
 use self::reading::PageAhead;
 use self::schedule::Timing;
 use self::snapshot::Snapshotting;
@@ -38,7 +41,8 @@ use super::{Projection, ProjectionState, ReadModel};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
 use crate::lease::HeldLease;
-use crate::store::{Checkpoint, ReadLog, StoreError};
+use crate::partition::Partition;
+use crate::store::{Checkpoint, StoreError};
 use crate::supervised::Inbox;
 use crate::telemetry::trace;
 
@@ -48,6 +52,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often a partition does: on other nodes somebody may wait for all partitions, most of which have nothing to do with what
 /// happened.
 const PARTITION_TICK: Duration = Duration::from_millis(200);
+
+/// Minimum interval between two such checkpoints for each partition of a projection: the partitions of a node share one database.
+const PARTITION_SHARE: Duration = Duration::from_millis(4);
 
 /// Interval between two looks at the head of the log until it is known.
 const HEAD_TICK: Duration = Duration::from_millis(50);
@@ -147,6 +154,8 @@ struct Run<'a, P, R> {
     scan: u64,
     /// The page that comes after the one that is being applied: while this decodes and applies, the database works ahead.
     ahead: Option<PageAhead>,
+    /// The store is read up to here before the follower, which may have lost or skipped what is up to here.
+    live_after: Position,
     /// Subscribed before the store is read, so that nothing falls between the two; `None` while nothing is read.
     follower: Option<Follower>,
     pending: Option<Pending>,
@@ -266,12 +275,13 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             source: Source::Store,
             scan: SCAN,
             ahead: None,
+            live_after: Position::START,
             follower: None,
             pending: None,
             applying: None,
             timing: Timing::default(),
             suspect: None,
-            page: PageSize::new(&context.options, context.partition),
+            page: PageSize::new(&context.options),
             size: BatchSize::new(&context.options),
             backoff: Backoff::new(first, max),
             wait_until: now,
@@ -467,7 +477,10 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let every = match self.context.status.borrow().head {
             // The lag is unknown until then, though nothing may have to be read.
             None => HEAD_TICK,
-            Some(_) if others_wait => PARTITION_TICK,
+            Some(_) if others_wait => {
+                let partitions = self.context.partition.map_or(1, Partition::count);
+                (PARTITION_SHARE * u32::from(partitions)).clamp(PARTITION_TICK, TICK)
+            }
             Some(_) => TICK,
         };
         self.tick_at = Instant::now() + every;
@@ -533,16 +546,15 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         if !behind || self.pending.is_some() || self.dated == Some(position) || self.dormant {
             return;
         }
-        match self.context.store.read_log(ReadLog::after(position).limit(1)).await {
-            Ok(page) => {
-                if let Some(oldest) = page.events.first() {
-                    self.dated = Some(position);
-                    self.context.status.send_if_modified(|status| {
-                        status.moved_to(position, Some(oldest.recorded_at));
-                        false
-                    });
-                }
+        match self.context.log.next_recorded_at(position).await {
+            Ok(Some(recorded_at)) => {
+                self.dated = Some(position);
+                self.context.status.send_if_modified(|status| {
+                    status.moved_to(position, Some(recorded_at));
+                    false
+                });
             }
+            Ok(None) => {}
             Err(error) => {
                 tracing::debug!(projection = self.context.name, %error, "how long it is behind could not be looked up");
             }

@@ -16,7 +16,7 @@ use crate::bus::{
 };
 use crate::event::Position;
 use crate::feed::{Stretch, read_stretch};
-use crate::lease::{HeldLease, Renewals};
+use crate::lease::{HeldLease, LeaseRenewer, Renewals};
 use crate::rate_limit::{LogLimit, RateLimit};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
@@ -47,6 +47,7 @@ pub(super) struct PublisherWork {
 
 struct Shared {
     store: Arc<dyn EventStore>,
+    renewer: LeaseRenewer,
     bus: Arc<dyn EventBus>,
     options: PublisherOptions,
     node: Uuid,
@@ -122,7 +123,9 @@ impl PublisherWork {
             head: None,
             last_error: None,
         });
-        (Self { shared: Arc::new(Shared { store, bus, options, node, metrics, status }) }, receiver)
+        let renewer = LeaseRenewer::new(store.clone());
+        let shared = Shared { store, renewer, bus, options, node, metrics, status };
+        (Self { shared: Arc::new(shared) }, receiver)
     }
 }
 
@@ -254,7 +257,8 @@ async fn stand_by(
     let (mut renewals, mut abandoned) = (Renewals::default(), None);
     loop {
         let (ttl, metrics) = (shared.options.lease, &shared.metrics);
-        let taken = HeldLease::take(&shared.store, NAME, shared.node, ttl, abandoned.as_ref(), metrics).await;
+        let taken =
+            HeldLease::take(&shared.renewer, NAME, shared.node, ttl, abandoned.as_ref(), metrics).await;
         match taken {
             Ok(Some(lease)) => return Some(Some(lease)),
             // The owner publishes what is committed.

@@ -192,6 +192,13 @@ impl Data {
         Some(info.lease.clone())
     }
 
+    fn renew_lease(&mut self, lease: &Lease, ttl: Duration) -> bool {
+        let Some(info) = self.held(lease) else { return false };
+        info.expires_at = later(Utc::now(), ttl);
+        info.ttl = ttl;
+        true
+    }
+
     /// The lease as it is stored, if it is still `lease`'s and was not given back.
     fn held(&mut self, lease: &Lease) -> Option<&mut LeaseInfo> {
         self.leases
@@ -340,12 +347,17 @@ impl EventStore for MemoryStore {
     }
 
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
+        Box::pin(async move { Ok(self.data().renew_lease(lease, ttl)) })
+    }
+
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
         Box::pin(async move {
             let mut data = self.data();
-            let Some(info) = data.held(lease) else { return Ok(false) };
-            info.expires_at = later(Utc::now(), ttl);
-            info.ttl = ttl;
-            Ok(true)
+            Ok(leases.iter().map(|lease| data.renew_lease(lease, ttl)).collect())
         })
     }
 

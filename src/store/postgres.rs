@@ -359,6 +359,14 @@ impl EventStore for PostgresStore {
         self.commit("renewing a lease", state::renew_lease(&self.shared.core, lease, ttl))
     }
 
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        self.commit("renewing leases", state::renew_leases(&self.shared.core, leases, ttl))
+    }
+
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
         self.commit("releasing a lease", state::release_lease(&self.shared.core, lease))
     }

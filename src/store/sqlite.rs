@@ -490,6 +490,23 @@ impl EventStore for SqliteStore {
         }))
     }
 
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        let leases = leases.to_vec();
+        Box::pin(self.transaction("renewing leases", move |connection| {
+            Box::pin(async move {
+                let mut renewed = Vec::with_capacity(leases.len());
+                for lease in &leases {
+                    renewed.push(state::renew_lease(connection, lease, ttl).await?);
+                }
+                Ok(renewed)
+            })
+        }))
+    }
+
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
         let lease = lease.clone();
         Box::pin(self.transaction("releasing a lease", move |connection| {

@@ -136,6 +136,7 @@ macro_rules! event_store_suite {
                 an_expired_lease_changes_hands,
                 a_released_lease_is_free_at_once,
                 a_lease_is_renewed,
+                leases_are_renewed_together,
                 zombies_cannot_renew_or_release,
                 leases_are_listed,
                 one_of_many_rivals_gets_a_lease;

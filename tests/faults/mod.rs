@@ -272,6 +272,14 @@ impl EventStore for FaultyStore {
         self.inner.renew_lease(lease, ttl)
     }
 
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        self.inner.renew_leases(leases, ttl)
+    }
+
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
         self.inner.release_lease(lease)
     }

@@ -18,6 +18,7 @@ mod lag;
 mod lookups;
 mod nodes;
 mod outages;
+mod page_cache;
 mod partitions;
 mod publishing;
 #[cfg(target_os = "linux")]

@@ -672,6 +672,10 @@ pub struct Link {
     wall: Arc<AtomicU64>,
     /// So many positions at the end of the log are not seen to be stable yet.
     pub unstable: Arc<AtomicU64>,
+    /// Number of pages with events that were read from the log.
+    pub reads: Arc<AtomicU64>,
+    /// Number of calls that renewed leases.
+    pub renewals: Arc<AtomicU64>,
     pub shelf: Shelf,
 }
 
@@ -698,6 +702,8 @@ impl Link {
             sparse: 1,
             wall: Arc::new(AtomicU64::new(u64::MAX)),
             unstable: Arc::default(),
+            reads: Arc::default(),
+            renewals: Arc::default(),
             shelf: Shelf::default(),
         }
     }
@@ -768,6 +774,7 @@ impl EventStore for Link {
             let inside =
                 ReadLog { after: self.inside(after), upto: read.upto.map(|upto| self.inside(upto)), ..read };
             let mut page = self.inner.read_log(inside).await?;
+            self.reads.fetch_add(u64::from(!page.events.is_empty()), Ordering::SeqCst);
             page.head = self.outside(page.head);
             page.scanned_to = self.outside(page.scanned_to).max(after);
             for event in &mut page.events {
@@ -852,6 +859,21 @@ impl EventStore for Link {
                 std::future::pending::<()>().await;
             }
             self.inner.renew_lease(lease, ttl).await
+        })
+    }
+
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        Box::pin(async move {
+            self.check()?;
+            if self.mute.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
+            self.renewals.fetch_add(1, Ordering::SeqCst);
+            self.inner.renew_leases(leases, ttl).await
         })
     }
 

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use crate::event::RecordedEvent;
-use crate::partition::Partition;
 use crate::projection::ProjectionOptions;
 
 /// With how many it begins.
@@ -46,10 +45,7 @@ impl BatchSize {
 /// How much a page of the log may have, roughly: one is applied while the next one is read.
 const PAGE_BYTES: usize = 1 << 20;
 
-/// The largest partition of what is read that is of use: only a partition's part makes a transaction.
-const PARTS: usize = 8;
-
-/// How many transactions' worth a page has at most, if nothing is passed over.
+/// How many transactions' worth a page has at most, if nothing is passed over. Pages that partitions share are larger.
 const BATCHES: usize = 4;
 
 /// The size of a page: some transactions of small events, so that the time on the way to the store and back is shared; few of large
@@ -61,10 +57,8 @@ pub(super) struct PageSize {
 }
 
 impl PageSize {
-    pub(super) fn new(options: &ProjectionOptions, partition: Option<Partition>) -> Self {
-        let parts = partition.map_or(1, |partition| usize::from(partition.count()).min(PARTS));
-        let now = options.batch.saturating_mul(parts);
-        Self { now, most: now.max(options.batch.saturating_mul(BATCHES)) }
+    pub(super) fn new(options: &ProjectionOptions) -> Self {
+        Self { now: options.batch, most: options.batch.saturating_mul(BATCHES) }
     }
 
     pub(super) fn get(&self) -> usize {
@@ -88,7 +82,7 @@ mod tests {
 
     #[test]
     fn a_page_has_about_a_mebibyte() {
-        let mut page = PageSize::new(&ProjectionOptions::new().batch_size(500), None);
+        let mut page = PageSize::new(&ProjectionOptions::new().batch_size(500));
         assert_eq!(page.get(), 500);
         for (sizes, events) in [
             (&[10, 10][..], 1_000),

@@ -6,7 +6,8 @@ use ractor::ActorCell;
 use tokio::sync::{Mutex, OnceCell, watch};
 use uuid::Uuid;
 
-use super::Run;
+use super::log_source::LogSource;
+use super::{PageCache, Run};
 use crate::bus::EventBus;
 use crate::event::{Position, RecordedEvent};
 use crate::feed::Feed;
@@ -93,6 +94,8 @@ pub(super) struct Context {
     pub(super) filter: Filter,
     pub(super) options: ProjectionOptions,
     pub(super) store: Arc<dyn EventStore>,
+    /// The log of that store.
+    pub(super) log: LogSource,
     pub(super) feed: Feed,
     pub(super) node: Uuid,
     pub(super) bus: Arc<dyn EventBus>,
@@ -117,6 +120,8 @@ pub(in crate::projection) struct Part {
     pub(in crate::projection) role: Role,
     /// A partition, and whether this node is to own it; `None` is all, which every node would own.
     pub(in crate::projection) partition: Option<(Partition, watch::Receiver<bool>)>,
+    /// The pages that the partitions of this node share.
+    pub(in crate::projection) pages: Option<PageCache>,
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
@@ -148,6 +153,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             filter,
             sight: board.watch(options.lease),
             options,
+            log: LogSource::new(store.clone(), part.pages.zip(partition)),
             store,
             feed,
             node,

@@ -1,19 +1,22 @@
 //! Where events come from at the tip of the log.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::time::{Instant, sleep_until};
 
+use super::log_source::LogSource;
 use crate::bus::{DurableItem, DurableSubscription, LogBatch};
 use crate::event::Position;
 use crate::feed::{FeedFollower, FeedItem};
 use crate::rate_limit::RateLimit;
-use crate::store::{BoxFuture, EventStore, Filter, LogPage, ReadLog, StoreError};
+use crate::store::{BoxFuture, Filter, LogPage, ReadLog, StoreError};
 
 /// How often a durable follower reads the store without a message: when the bus is down, or the publisher is.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Reached by no page: what is there now is read from the store.
+const UNKNOWN: Position = Position::new(u64::MAX);
 
 /// One that is read from.
 pub(super) enum Follower {
@@ -55,7 +58,7 @@ impl Follower {
 /// Reads the store when the bus says that there may be an event.
 pub(super) struct DurableFollower {
     subscription: Box<dyn DurableSubscription>,
-    store: Arc<dyn EventStore>,
+    log: LogSource,
     filter: Filter,
     /// Number of events in a page.
     limit: usize,
@@ -63,6 +66,8 @@ pub(super) struct DurableFollower {
     due: Option<Instant>,
     /// … and without one.
     look_at: Instant,
+    /// The position that the next page must reach; without one, the page is read after that is known.
+    reach: Position,
     /// A page after that position.
     reading: Option<(Position, BoxFuture<'static, Result<LogPage, StoreError>>)>,
     /// Limits reads that find nothing.
@@ -72,17 +77,18 @@ pub(super) struct DurableFollower {
 impl DurableFollower {
     pub(super) fn new(
         subscription: Box<dyn DurableSubscription>,
-        store: Arc<dyn EventStore>,
+        log: LogSource,
         filter: Filter,
         limit: usize,
     ) -> Self {
         Self {
             subscription,
-            store,
+            log,
             filter,
             limit,
             due: None,
             look_at: Instant::now() + LOOK_EVERY,
+            reach: UNKNOWN,
             reading: None,
             reads: RateLimit::of_reads(),
         }
@@ -105,6 +111,7 @@ impl DurableFollower {
                     self.read(scanned_to);
                 } else {
                     self.subscription.ended(head);
+                    self.reach = Position::START;
                 }
                 return FeedItem::Batch(LogBatch { after: from, upto: scanned_to, events: events.into() });
             }
@@ -113,8 +120,9 @@ impl DurableFollower {
                 item = self.subscription.next() => match item {
                     // What the projection has already is no news.
                     Ok(DurableItem::Wake(position)) if position <= after => {}
-                    Ok(DurableItem::Wake(_) | DurableItem::Gap(_)) if due.is_some() => {}
-                    Ok(DurableItem::Wake(_) | DurableItem::Gap(_)) => {
+                    Ok(item @ (DurableItem::Wake(_) | DurableItem::Gap(_))) if due.is_some() => self.must_reach(&item),
+                    Ok(item @ (DurableItem::Wake(_) | DurableItem::Gap(_))) => {
+                        self.must_reach(&item);
                         let due = self.reads.take();
                         if due > Instant::now() {
                             self.due = Some(due);
@@ -124,21 +132,35 @@ impl DurableFollower {
                     }
                     Err(_) => return FeedItem::Closed,
                 },
-                () = sleep_until(at) => self.read(after),
+                () = sleep_until(at) => {
+                    if self.look_at <= at {
+                        self.reach = UNKNOWN;
+                    }
+                    self.read(after);
+                }
             }
         }
+    }
+
+    /// What the next page must have.
+    fn must_reach(&mut self, item: &DurableItem) {
+        self.reach = match item {
+            DurableItem::Wake(position) => self.reach.max(*position),
+            DurableItem::Gap(_) => UNKNOWN,
+        };
     }
 
     fn read(&mut self, after: Position) {
         self.due = None;
         self.look_at = Instant::now() + LOOK_EVERY;
         // What has come until now is answered by the same page.
-        while let Some(Ok(_)) = self.subscription.next().now_or_never() {}
+        while let Some(Ok(item)) = self.subscription.next().now_or_never() {
+            self.must_reach(&item);
+        }
         let read = ReadLog::after(after).filter(self.filter.clone()).limit(self.limit);
-        let store = self.store.clone();
         // A task of its own: while the projection applies what it has, nothing polls this, and a read that stood still would keep
         // a connection, and others that share its question, waiting.
-        let page = tokio::spawn(async move { store.read_log(read).await });
+        let page = tokio::spawn(self.log.read(read, self.reach));
         self.reading = Some((
             after,
             Box::pin(async move {

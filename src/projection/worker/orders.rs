@@ -391,8 +391,10 @@ async fn while_held(
     order: Lease,
     change: impl Future<Output = Result<bool, ControlError>>,
 ) -> Result<bool, ControlError> {
-    let Context { store, name, metrics, .. } = context;
-    let Some(order) = HeldLease::take(store, &order.name, order.owner, ORDER, None, metrics).await? else {
+    let Context { board, name, metrics, .. } = context;
+    let Some(order) =
+        HeldLease::take(board.renewer(), &order.name, order.owner, ORDER, None, metrics).await?
+    else {
         return Err(ControlError::Overloaded { name: name.clone() });
     };
     let changed = tokio::select! {

@@ -120,14 +120,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Another node owns the read model, or is to, until it does not any more.
     pub(super) async fn stand_by(&mut self) {
         let context = self.context;
-        let free = self.news.permits() && self.looks_free();
-        if free && self.take_at <= Instant::now() {
+        let mut free = self.news.permits() && self.looks_free();
+        let permit = match free && self.take_at <= Instant::now() {
+            true => context.board.permit_to_acquire().await,
+            false => None,
+        };
+        // The wait for the permit may have been long.
+        free = self.news.permits() && self.looks_free();
+        if let Some(_permit) = permit.filter(|_| free) {
             self.leave_alone();
             let (ttl, metrics) = (context.options.lease, &context.metrics);
             let view = context.board.view();
             let abandoned = view.as_ref().and_then(|view| view.abandoned(&context.lease));
-            let taken =
-                HeldLease::take(&context.store, &context.lease, context.node, ttl, abandoned, metrics).await;
+            let renewer = context.board.renewer();
+            let taken = HeldLease::take(renewer, &context.lease, context.node, ttl, abandoned, metrics).await;
             match taken {
                 Ok(Some(lease)) => {
                     tracing::info!(

@@ -47,7 +47,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn read(&mut self) {
         if self.follower.is_none() {
             match self.listen() {
-                Ok(follower) => self.follower = Some(follower),
+                Ok(follower) => {
+                    self.follower = Some(follower);
+                    self.read_to_feed();
+                }
                 Err(error) => return self.outage(&error),
             }
         }
@@ -84,18 +87,25 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     fn begin_to_read(&self, after: Position) -> PageAhead {
-        let Context { store, filter, .. } = self.context;
+        let Context { filter, .. } = self.context;
         let upto = Position::new(after.get().saturating_add(self.scan));
         let read = ReadLog::after(after).upto(upto).filter(filter.clone()).limit(self.page.get());
-        let store = store.clone();
         let mut reading = JoinSet::new();
-        reading.spawn(async move { store.read_log(read).await });
+        reading.spawn(self.context.log.read(read, self.live_after));
         PageAhead { after, reading }
+    }
+
+    /// Reads the store, not the follower, up to where the feed is now.
+    fn read_to_feed(&mut self) {
+        self.source = Source::Store;
+        // I1: a page that the partitions share may be older than the subscription. If it ends here or later, it lacks nothing
+        // that the feed sent before this began to follow.
+        self.live_after = self.context.feed.position();
     }
 
     /// From now on.
     pub(super) fn listen(&self) -> Result<Follower, StoreError> {
-        let Context { feed, bus, store, filter, options, role, .. } = self.context;
+        let Context { feed, bus, store, log, filter, options, role, .. } = self.context;
         let own = *role == Role::Live && self.read_model.shared();
         if options.follow == FollowMode::Feed || !own {
             return Ok(Follower::Feed(feed.follow()));
@@ -107,8 +117,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             categories: filter.wanted_categories().map(|categories| categories.iter().cloned().collect()),
         });
         // The runtime has looked whether this bus can; so it is one that was taken down.
-        let durable =
-            |followed| DurableFollower::new(followed, store.clone(), filter.clone(), self.page.get());
+        let durable = |followed| DurableFollower::new(followed, log.clone(), filter.clone(), self.page.get());
         followed.map(|followed| Follower::Durable(Box::new(durable(followed)))).map_err(|error| {
             StoreError::Unavailable {
                 reason: format!("{} cannot be followed", bus.name()),
@@ -141,7 +150,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                             events.extend(wanted.cloned());
                             upto = end;
                         }
-                        None => self.source = Source::Store,
+                        None => self.read_to_feed(),
                     }
                 }
                 FeedItem::Lagged => {
@@ -149,6 +158,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                         projection = self.context.name,
                         "fell behind the feed and reads the store"
                     );
+                    self.read_to_feed();
+                }
+                FeedItem::Failed => {
+                    // A shared page may have events that a failover lost.
+                    self.context.log.forget();
                     self.source = Source::Store;
                 }
                 FeedItem::Closed => {

@@ -179,6 +179,17 @@ statements! {
         renew_lease: "UPDATE storied.leases
             SET expires_at = clock_timestamp() + $4 * interval '1 microsecond', ttl = $4
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
+        // Sorted, so that calls with common leases wait in one order.
+        renew_leases: "WITH held AS (
+                SELECT l.name FROM storied.leases AS l
+                JOIN unnest($1::text[], $2::uuid[], $3::bigint[]) AS h (name, owner, epoch)
+                    ON l.name = h.name AND l.owner = h.owner AND l.epoch = h.epoch
+                WHERE l.expires_at > 'epoch' ORDER BY l.name FOR UPDATE OF l
+            )
+            UPDATE storied.leases AS l
+            SET expires_at = clock_timestamp() + $4 * interval '1 microsecond', ttl = $4
+            FROM held WHERE l.name = held.name
+            RETURNING l.name, l.owner, l.epoch",
         release_lease: "UPDATE storied.leases SET expires_at = 'epoch'
             WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
         leases: "SELECT name, owner, epoch, expires_at, expires_at > clock_timestamp(), ttl FROM storied.leases ORDER BY name",

@@ -1,6 +1,6 @@
 //! The small state beside the log: leases, who is paused, snapshots, what became of commands.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,6 +83,34 @@ pub(super) async fn renew_lease(core: &Arc<Core>, lease: &Lease, ttl: Duration) 
         .map_err(|error| failed(&doing, error))?;
     session.finish(&doing).await?;
     Ok(renewed.rows_affected() > 0)
+}
+
+pub(super) async fn renew_leases(
+    core: &Arc<Core>,
+    leases: &[Lease],
+    ttl: Duration,
+) -> Result<Vec<bool>, StoreError> {
+    const DOING: &str = "renewing leases";
+    let key = |lease: &Lease| (lease.name.clone(), lease.owner, to_sql(lease.epoch));
+    let (mut names, mut owners, mut epochs) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, owner, epoch) in leases.iter().map(key) {
+        names.push(name);
+        owners.push(owner);
+        epochs.push(epoch);
+    }
+    let mut session = core.connections.get(DOING).await?;
+    let renewed: Vec<(String, Uuid, i64)> = sqlx::query_as(core.sql.renew_leases.clone())
+        .bind(names)
+        .bind(owners)
+        .bind(epochs)
+        .bind(micros(ttl))
+        .persistent(core.connections.persistent())
+        .fetch_all(&mut *session)
+        .await
+        .map_err(|error| failed(DOING, error))?;
+    session.finish(DOING).await?;
+    let renewed: HashSet<_> = renewed.into_iter().collect();
+    Ok(leases.iter().map(|lease| renewed.contains(&key(lease))).collect())
 }
 
 pub(super) async fn release_lease(core: &Arc<Core>, lease: &Lease) -> Result<(), StoreError> {

@@ -90,6 +90,38 @@ pub async fn a_lease_is_renewed(database: Database) {
     assert_eq!(store.acquire_lease("l", b, LONG).await.unwrap(), None);
 }
 
+/// Each lease of a call is renewed or refused by itself, whatever became of the others.
+pub async fn leases_are_renewed_together(database: Database) {
+    let store = database.open().await;
+    let (a, b) = (Uuid::new_v4(), Uuid::new_v4());
+    assert!(store.renew_leases(&[], LONG).await.unwrap().is_empty());
+    let mut leases = Vec::new();
+    for name in ["taken", "idle", "released", "again", "kept"] {
+        leases.push(store.acquire_lease(name, a, SHORT).await.unwrap().unwrap());
+    }
+    until_expired().await;
+    let taken = store.acquire_lease("taken", b, LONG).await.unwrap().unwrap();
+    store.release_lease(&leases[2]).await.unwrap();
+    // The same owner in a later epoch: the lease of the earlier one is lost.
+    let other = store.acquire_lease("again", b, LONG).await.unwrap().unwrap();
+    store.release_lease(&other).await.unwrap();
+    let again = store.acquire_lease("again", a, LONG).await.unwrap().unwrap();
+    leases.push(Lease { name: "unknown".into(), owner: a, epoch: 1 });
+    leases.push(again.clone());
+    let before = Utc::now();
+    let renewed = store.renew_leases(&leases, LONG).await.unwrap();
+    assert_eq!(renewed, [false, true, false, false, true, false, true]);
+    let found = database.open().await.leases().await.unwrap();
+    let of = |name: &str| found.iter().find(|info| info.lease.name == name).unwrap();
+    assert_eq!((&of("taken").lease, &of("again").lease), (&taken, &again));
+    for name in ["idle", "kept", "again"] {
+        assert!(of(name).live && of(name).ttl == LONG && of(name).expires_at > before + LONG / 2, "{name}");
+        assert_eq!(store.acquire_lease(name, b, LONG).await.unwrap(), None);
+    }
+    assert!(!of("released").live);
+    assert_eq!(store.acquire_lease("released", b, LONG).await.unwrap().unwrap().epoch, 2);
+}
+
 /// Who lost a lease without knowing can do nothing with it.
 pub async fn zombies_cannot_renew_or_release(database: Database) {
     let store = database.open().await;
