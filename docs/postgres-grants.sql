@@ -1,8 +1,10 @@
--- The rights that suffice, for a schema called storied. Run them as the login that migrated, after the first migration, and
--- again after each later one. None of them allows to insert, change or delete events, draw or set positions, or change storied's tables.
+-- The smallest rights, for a schema called storied. Run them as the login that migrated, after the
+-- first migration, and again after each later one. They do not allow a login to insert, change or
+-- delete events, to draw or set positions, or to change storied's tables.
 
--- A program: runs a Runtime with PostgresOptions::migrate(false). Events go in through storied.append() and storied.append_one(),
--- which run with the rights of their owner and check what they are given.
+-- A program: runs a Runtime with PostgresOptions::migrate(false). It appends events through
+-- storied.append() and storied.append_one(), which run with the rights of their owner and check
+-- their arguments.
 GRANT USAGE ON SCHEMA storied TO shop;
 GRANT SELECT ON storied.events, storied.positions, storied.meta TO shop;
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
@@ -11,7 +13,7 @@ GRANT EXECUTE ON FUNCTION storied.frontier, storied.command_events, storied.stre
 GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.checkpoints TO shop;
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked TO shop;
 GRANT SELECT, INSERT, DELETE ON storied.paused, storied.commands TO shop;
-GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that are about to be forgotten
+GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that are about to expire
 
 -- A reader: the tool's commands that change nothing, and programs that read the log.
 GRANT USAGE ON SCHEMA storied TO shop_reader;
@@ -19,12 +21,12 @@ GRANT SELECT ON ALL TABLES IN SCHEMA storied TO shop_reader;
 GRANT SELECT ON storied.positions TO shop_reader;
 GRANT EXECUTE ON FUNCTION storied.frontier, storied.stream_key TO shop_reader;
 
--- A read model in another database: the login of PostgresReadModel, once the tables of that schema are there. The tables of the
--- read model itself are yours to grant.
+-- A read model in another database: the login of PostgresReadModel, after the tables of that schema
+-- exist. Grant the rights on the tables of the read model itself separately.
 GRANT USAGE ON SCHEMA storied TO shop_view;
 GRANT SELECT ON storied.read_model_migrations TO shop_view;
 GRANT SELECT, INSERT, UPDATE ON storied.checkpoints TO shop_view;
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked TO shop_view;
 
--- Optional, granted by a superuser: status().stall then says what logins of other names are doing.
+-- Optional, granted by a superuser: status().stall then describes the activity of other logins.
 GRANT pg_read_all_stats TO shop, shop_reader;

@@ -14,6 +14,8 @@ pub struct Document {
     /// Code spans in the text.
     pub codes: Vec<Piece>,
     pub blocks: Vec<Block>,
+    /// Text of each line, without code and link targets.
+    pub prose: Vec<Piece>,
 }
 
 /// A piece of a document.
@@ -68,7 +70,7 @@ pub fn files(directory: &Path, deep: bool, found: &mut Vec<PathBuf>) {
 fn read(path: &Path) -> Document {
     let path = path.strip_prefix(root()).unwrap().to_owned();
     let text = fs::read_to_string(root().join(&path)).unwrap();
-    let (mut anchors, mut links, mut codes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut anchors, mut links, mut codes, mut prose) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut blocks: Vec<Block> = Vec::new();
     let mut open = false;
     for (index, line) in text.lines().enumerate() {
@@ -89,10 +91,11 @@ fn read(path: &Path) -> Document {
             let (plain, code) = apart(line);
             codes.extend(code.into_iter().map(|text| Piece { line: number, text }));
             links.extend(targets(&plain).map(|text| Piece { line: number, text }));
+            prose.push(Piece { line: number, text: without_targets(&plain) });
         }
     }
     assert!(!open, "{}: a block of code is not closed", path.display());
-    Document { path, anchors, links, codes, blocks }
+    Document { path, anchors, links, codes, blocks, prose }
 }
 
 /// Returns the anchor that GitHub derives from a heading.
@@ -117,4 +120,11 @@ fn apart(line: &str) -> (String, Vec<String>) {
 
 fn targets(line: &str) -> impl Iterator<Item = String> + '_ {
     line.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(target, _)| target.to_owned()))
+}
+
+/// Returns a line without the targets of its links.
+fn without_targets(line: &str) -> String {
+    let mut parts = line.split("](");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| text + " " + part.split_once(')').map_or(part, |(_, rest)| rest))
 }
