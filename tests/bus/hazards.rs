@@ -1,7 +1,7 @@
 //! Measured hazards of NATS for the publisher, the log stream and raw subscriptions.
 //!
 //! Each test uses a real server that is killed, paused, wiped and restarted on its port.
-//! docs/guarantees.md has the table of all hazards.
+//! docs/dev/hazards.md has the table of all hazards.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,6 +1,6 @@
 //! Node processes and NATS are killed and paused during a command.
 //!
-//! The tests cover hazards 22 to 27 of the table in docs/guarantees.md.
+//! The tests cover hazards 22 to 27 of the table in docs/dev/hazards.md.
 
 use std::fs;
 use std::time::Duration;

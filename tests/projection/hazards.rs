@@ -1,6 +1,6 @@
 //! Hazards of NATS and PostgreSQL for projections: kills, pauses, purges and slowness.
 //!
-//! The numbers are those of `docs/guarantees.md`, which also lists where the other numbers are
+//! The numbers are those of `docs/dev/hazards.md`, which also lists where the other numbers are
 //! tested.
 
 use std::collections::BTreeSet;
