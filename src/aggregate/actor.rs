@@ -535,7 +535,7 @@ impl<A: Aggregate> AggregateActor<A> {
         // a permit is free.
         folded.snapshot = version;
         let Ok(place) = self.shared.snapshots.clone().try_acquire_owned() else {
-            return tracing::debug!(stream = %self.stream, %version, "skipping snapshot, other snapshots are being written");
+            return tracing::debug!(stream = %self.stream, %version, "skipping a snapshot; other snapshots are being written");
         };
         let (store, stream) = (self.shared.store.clone(), self.stream.clone());
         match folded.pack(version, snapshots.revision, bytes) {
@@ -543,11 +543,11 @@ impl<A: Aggregate> AggregateActor<A> {
                 tokio::spawn(async move {
                     let _place = place;
                     if let Err(error) = store.save_snapshot(&stream, snapshot).await {
-                        tracing::warn!(%stream, %version, %error, "cannot save snapshot, trying the next one");
+                        tracing::warn!(%stream, %version, %error, "could not save a snapshot; retrying with the next one");
                     }
                 });
             }
-            Err(error) => tracing::warn!(%stream, %version, %error, "cannot encode snapshot"),
+            Err(error) => tracing::warn!(%stream, %version, %error, "could not encode a snapshot"),
         }
     }
 }
@@ -569,7 +569,7 @@ fn stage_snapshot<A: Aggregate>(
     match encoded {
         Ok(bytes) => *staged = Some((folded.version, bytes)),
         Err(error) => {
-            tracing::warn!(%error, "cannot encode aggregate state, skipping snapshot");
+            tracing::warn!(%error, "could not encode the state of an aggregate; skipping the snapshot");
             // Do not retry with every event.
             folded.snapshot = folded.version;
         }

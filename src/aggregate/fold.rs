@@ -74,7 +74,7 @@ impl<A: Aggregate> Folded<A> {
         let snapshot = match store.snapshot(stream).await {
             Ok(snapshot) => snapshot?,
             Err(error) => {
-                tracing::warn!(%stream, %error, "cannot read snapshot, folding the whole stream");
+                tracing::warn!(%stream, %error, "could not read a snapshot; folding the whole stream");
                 return None;
             }
         };

@@ -289,7 +289,7 @@ impl<A: Aggregate> Actor for RouterActor<A> {
         // The map no longer holds evicted actors. Actors catch panics of user code, so a failure is
         // a bug in storied. It is rare enough for a linear search.
         if let SupervisionEvent::ActorFailed(actor, error) = event {
-            tracing::error!(category = A::Event::CATEGORY, %error, "aggregate actor failed");
+            tracing::error!(category = A::Event::CATEGORY, %error, "the actor of an aggregate failed");
             let failed = state.entries.iter().find(|(_, entry)| entry.actor.get_id() == actor.get_id());
             if let Some(stream) = failed.map(|(stream, _)| stream.clone()) {
                 state.entries.pop(&stream);
@@ -343,7 +343,7 @@ impl<A: Aggregate> RouterActor<A> {
                 }
             }
             Err(error) => {
-                tracing::error!(%stream, %error, "cannot start aggregate actor");
+                tracing::error!(%stream, %error, "could not start the actor of an aggregate");
                 refuse(*message, ExecuteError::ShuttingDown);
             }
         }

@@ -257,7 +257,7 @@ impl Commands {
         let Some(options) = bus.nats else { return };
         // A copied store would answer commands that are meant for the original.
         if let Some(reason) = store.adoption.problem() {
-            tracing::error!(reason, "not joining other nodes, commands stay within this process");
+            tracing::error!(reason, "not joining other nodes; commands stay within this process");
             let _ = self.incompatible.set(reason);
             return;
         }

@@ -254,7 +254,7 @@ impl NatsNode {
         // Wait for the other nodes, so that commands right after the start find them.
         let settled = link.wait_for(|link| link.is_settled());
         if tokio::time::timeout(FIRST_CONTACT, settled).await.is_err() {
-            tracing::warn!(link = ?*shared.link.borrow(), "starting without the other nodes, retrying in the background");
+            tracing::warn!(link = ?*shared.link.borrow(), "starting without the other nodes; retrying in the background");
         }
         Self { shared, line, in_flight: Arc::new(Semaphore::new(limit)), _run: task }
     }

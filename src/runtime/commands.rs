@@ -98,7 +98,7 @@ pub(super) async fn forgetting(store: Arc<dyn EventStore>, age: Duration) {
                 Ok(forgotten) if forgotten == FORGET => {}
                 Ok(_) => break,
                 Err(error) => {
-                    tracing::warn!(%error, "deleting expired records of commands failed; retrying at the next interval");
+                    tracing::warn!(%error, "could not delete expired records of commands; retrying at the next interval");
                     break;
                 }
             }

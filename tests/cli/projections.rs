@@ -409,7 +409,11 @@ async fn parked_events_are_shown_retried_and_discarded() {
                 .await
                 .code(5)
                 .complains(&["parked withdraw seen 9"]);
-            fixture.run(&["parked", "withdraw", "seen", "9"]).await.code(0).shows(&["withdrew the retry of 9"]);
+            fixture
+                .run(&["parked", "withdraw", "seen", "9"])
+                .await
+                .code(0)
+                .shows(&["withdrew the retry of 9"]);
             fixture.run(&["parked", "discard", "seen", "9", "--json"]).await.code(0);
         }
     }

@@ -175,7 +175,7 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         }
         // Errors belong to one session: start from zero in the next.
         since = 0;
-        let reason = "connection to NATS lost; reconnecting".into();
+        let reason = "the connection to NATS is lost; retrying".into();
         shared.link.send_replace(Link::Down { reason });
     }
 }
@@ -228,7 +228,7 @@ async fn announce(shared: &Shared, client: &Client, ask: bool) {
         Err(error) => Err(error.to_string()),
     };
     if let Err(error) = sent {
-        tracing::warn!(error, "cannot publish the presence of this node");
+        tracing::warn!(error, "could not publish the presence of this node");
     }
 }
 

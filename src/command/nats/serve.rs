@@ -85,7 +85,7 @@ impl Answerer {
             Err(error) => Err(error.to_string()),
         };
         if let Err(error) = sent {
-            tracing::warn!(error, "cannot reply to a command of another node");
+            tracing::warn!(error, "could not reply to a command of another node");
         }
     }
 

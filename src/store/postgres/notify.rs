@@ -55,7 +55,7 @@ impl Hints {
     pub(super) async fn listen(&self, hinted: impl Fn()) {
         loop {
             if let Err(error) = self.listen_until_broken(&hinted).await {
-                tracing::debug!(%error, "cannot receive hints of other processes; retrying");
+                tracing::debug!(%error, "could not receive hints of other processes; retrying");
             }
             tokio::time::sleep(BROKEN).await;
         }

@@ -55,6 +55,7 @@ impl Pattern {
     }
 
     /// Checks that an event name can match.
+    ///
     /// Names have two or more tokens of ASCII letters, digits, `_` and `-`.
     pub(in super::super) fn check_names(&self) -> Result<(), InvalidPattern> {
         let reason = if self.is_everything() {

@@ -255,7 +255,7 @@ where
                     // Never give up without a dead letter: the event is redelivered, and fails
                     // again.
                     Err(unposted) => {
-                        self.failed(delivery, error, "could not publish a dead letter, retrying");
+                        self.failed(delivery, error, "could not publish a dead letter; retrying");
                         tracing::error!(error = %unposted, "could not publish a dead letter");
                         delivery.nak_with_delay(self.options.retry.max).await
                     }
