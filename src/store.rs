@@ -353,10 +353,11 @@ pub trait EventStore: Send + Sync + 'static {
         ttl: std::time::Duration,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
 
-    /// Renews leases as [`renew_lease`](Self::renew_lease) does; returns in the same order whether each is still its owner's.
+    /// Renews several leases; returns, in the same order, whether each is still held.
     ///
-    /// A lost lease does not affect the others. A node calls this several times within a TTL, with all leases that it holds: a
-    /// back end renews them in one transaction. The default renews them one after the other.
+    /// Each lease is renewed as by [`renew_lease`](Self::renew_lease). A lost lease does not affect
+    /// the others. A node calls this several times within a TTL, with all leases that it holds. A
+    /// back end should renew them in one transaction. The default renews them one after the other.
     fn renew_leases<'a>(
         &'a self,
         leases: &'a [Lease],

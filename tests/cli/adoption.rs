@@ -315,7 +315,8 @@ async fn a_file_that_was_renamed_is_the_same() {
     let adopted = async |path: &PathBuf| {
         let adoption = SqliteStore::open(path).await.unwrap().info().adoption.clone();
         let log = path.with_extension("db-wal");
-        // Connections that close at the same moment leave the log in place. The last one that closes alone removes it.
+        // Connections that close at the same moment leave the WAL file in place. A connection that
+        // closes as the last one removes it.
         eventually("the file is closed", async || {
             let mut connection = SqliteConnection::connect(path.to_str().unwrap()).await.unwrap();
             let _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;

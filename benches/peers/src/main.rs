@@ -39,7 +39,7 @@ impl Workload {
         Self::ALL.into_iter().find(|one| one.name() == name)
     }
 
-    /// Who runs it, and in which way if in several.
+    /// The peer, and its variant if it has several.
     fn sides(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Workload::Commands => &[("storied", ""), ("cqrs-es", ""), ("disintegrate", ""), ("evento", "")],

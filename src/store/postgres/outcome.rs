@@ -189,7 +189,8 @@ async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State
         // The server process serves only this lost connection. It may still be at work, or may not
         // have received the append yet. Once terminated, it can do neither.
         Trace::Backend(backend) => {
-            // IS NULL, which is false: PostgreSQL folds `AND false` to false and then calls nothing.
+            // `IS NULL` yields false and keeps the call. PostgreSQL would fold `AND false` to false,
+            // and make no call.
             let waits: Option<bool> = sqlx::query_scalar(
                 "SELECT CASE WHEN wait_event IS DISTINCT FROM 'SyncRep' THEN pg_terminate_backend(pid) IS NULL ELSE true END
                  FROM pg_stat_activity
