@@ -87,7 +87,7 @@ impl CommandBus {
 
     /// Adds a hook that runs before every command. It must not block.
     ///
-    /// An error of the hook refuses the command on every node.
+    /// An error of the hook refuses the command, which then goes to no other node.
     #[must_use]
     pub fn before_all(
         mut self,
