@@ -656,7 +656,8 @@ impl Runtime {
     /// Shuts the node down in order, within 30 s.
     ///
     /// The node accepts no new commands and answers those in progress. The publisher publishes all
-    /// committed events, the projections store their checkpoints, and the leases are released. See
+    /// committed events, the projections store their checkpoints, and the leases are released. While
+    /// the bus is unavailable and events are unpublished, the publisher uses the whole time. See
     /// [`shutdown_within`](Self::shutdown_within) for another time limit.
     ///
     /// # Errors

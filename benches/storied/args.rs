@@ -1,9 +1,13 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
+use storied::Codec;
+
 /// A workload. A number is part of its name: `append-100`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Workload {
+    /// Events into payloads.
+    Codec(Codec),
     /// Commands over 1,000 aggregates.
     Commands,
     /// Commands on one aggregate.
@@ -22,6 +26,10 @@ pub enum Workload {
     AcksDedup,
     /// Latency from an append to a projection, or over NATS to a subscriber, 200 times a second.
     Latency,
+    /// Appends over NATS into a read model on another node.
+    Live,
+    /// Latency from an append over NATS to a read model on another node, 200 times a second.
+    LiveLatency,
     /// Commands over NATS to an empty handler, on this many nodes.
     Dispatch(usize),
     /// Commands over NATS to the aggregates of this many other nodes.
@@ -73,15 +81,18 @@ pub struct Args {
 }
 
 const USAGE: &str = "usage: cargo bench --bench storied -- \
-[all|commands|hot|append|catchup|rehydrate|publish|acks|latency|dispatch|remote|memory|scale]
+[all|codec|commands|hot|append|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
    or: cargo bench --bench storied -- table FILE.json...   (prints what --json wrote as a table in Markdown)
-append, acks, dispatch, remote, memory and scale are several: append-1, append-100; acks-awaited, acks-dedup; dispatch-1 to -3
-and remote-1 to -3 (nodes); memory-idle, memory-catchup; scale-2 to -4 (processes)";
+codec, append, acks, live, dispatch, remote, memory and scale are several: codec-cbor, codec-json; append-1, append-100;
+acks-awaited, acks-dedup; live, live-latency; dispatch-1 to -3 and remote-1 to -3 (nodes); memory-idle, memory-catchup; scale-2
+to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 21] = [
+    const ALL: [Workload; 25] = [
+        Workload::Codec(Codec::Cbor),
+        Workload::Codec(Codec::Json),
         Workload::Commands,
         Workload::Hot,
         Workload::Append(1),
@@ -92,6 +103,8 @@ impl Workload {
         Workload::AcksAwaited,
         Workload::AcksDedup,
         Workload::Latency,
+        Workload::Live,
+        Workload::LiveLatency,
         Workload::Dispatch(1),
         Workload::Dispatch(2),
         Workload::Dispatch(3),
@@ -107,6 +120,7 @@ impl Workload {
 
     pub fn name(self) -> Cow<'static, str> {
         match self {
+            Workload::Codec(codec) => format!("codec-{codec}").into(),
             Workload::Commands => "commands".into(),
             Workload::Hot => "hot".into(),
             Workload::Append(events) => format!("append-{events}").into(),
@@ -116,6 +130,8 @@ impl Workload {
             Workload::AcksAwaited => "acks-awaited".into(),
             Workload::AcksDedup => "acks-dedup".into(),
             Workload::Latency => "latency".into(),
+            Workload::Live => "live".into(),
+            Workload::LiveLatency => "live-latency".into(),
             Workload::Dispatch(nodes) => format!("dispatch-{nodes}").into(),
             Workload::Remote(nodes) => format!("remote-{nodes}").into(),
             Workload::MemoryIdle => "memory-idle".into(),
@@ -132,11 +148,12 @@ impl Workload {
 
     /// Returns the stores with a limit to compare.
     ///
-    /// The memory store is its own limit, and keeps the log in memory. `acks` measures NATS only.
+    /// The memory store is its own limit, and keeps the log in memory. `acks` measures NATS only,
+    /// `codec` no store.
     fn stores(self) -> &'static [StoreKind] {
         match self {
-            Workload::AcksAwaited | Workload::AcksDedup => &[StoreKind::Memory],
-            Workload::Scale(_) => &[StoreKind::Postgres],
+            Workload::Codec(_) | Workload::AcksAwaited | Workload::AcksDedup => &[StoreKind::Memory],
+            Workload::Scale(_) | Workload::Live | Workload::LiveLatency => &[StoreKind::Postgres],
             Workload::Append(_) | Workload::MemoryCatchup => &[StoreKind::Sqlite, StoreKind::Postgres],
             _ => &StoreKind::ALL,
         }
@@ -144,7 +161,9 @@ impl Workload {
 
     fn buses(self) -> &'static [BusKind] {
         match self {
-            Workload::Publish => &[BusKind::Core, BusKind::JetStream],
+            Workload::Publish | Workload::Live | Workload::LiveLatency => {
+                &[BusKind::Core, BusKind::JetStream]
+            }
             Workload::AcksAwaited | Workload::AcksDedup => &[BusKind::JetStream],
             Workload::Latency => &BusKind::ALL,
             Workload::Dispatch(_) | Workload::Remote(_) => &[BusKind::Core],
@@ -172,7 +191,9 @@ impl Workload {
             (Workload::Rehydrate, _) => 10_000,
             (Workload::AcksAwaited, _) => 20_000,
             (Workload::AcksDedup, _) => 100_000,
-            (Workload::Latency, _) => 500,
+            (Workload::Latency | Workload::LiveLatency, _) => 500,
+            (Workload::Live, _) => 50_000,
+            (Workload::Codec(_), _) => 1_000_000,
             (Workload::Scale(_), _) => 4_000,
             (Workload::MemoryIdle, _) => 100_000,
             (Workload::MemoryCatchup, _) => 1_000_000,

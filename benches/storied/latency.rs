@@ -149,7 +149,7 @@ impl Projection for Seen {
     }
 }
 
-async fn append(store: &Store, plan: &Plan, n: usize) -> (Instant, Uuid) {
+pub async fn append(store: &Store, plan: &Plan, n: usize) -> (Instant, Uuid) {
     let event = AccountEvent::Entered { text: text(plan.payload) };
     let new = NewEvent::encode(&event, store.port().info().codec, &Metadata::default()).unwrap();
     let id = new.id;
@@ -164,7 +164,7 @@ async fn append(store: &Store, plan: &Plan, n: usize) -> (Instant, Uuid) {
 }
 
 /// Returns the interval of the appends.
-fn ticks() -> Interval {
+pub fn ticks() -> Interval {
     let mut ticks = interval(Duration::from_millis(5));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks

@@ -6,11 +6,11 @@
 //! cargo bench --bench storied -- table FILE.json...
 //! ```
 //!
-//! Workloads: `commands`, `hot`, `append`, `catchup`, `rehydrate`, `publish`, `acks`, `latency`,
-//! `dispatch`, `remote`, `memory`, `scale`, or `all` (the default), on every store and every bus
-//! that is not excluded. storied and the limit run in turns, `runs` times. The report has the
-//! medians, and their ratio with its spread. The function of a workload describes its limit. To
-//! interpret the numbers: `docs/performance.md`.
+//! Workloads: `codec`, `commands`, `hot`, `append`, `catchup`, `rehydrate`, `publish`, `acks`,
+//! `latency`, `live`, `dispatch`, `remote`, `memory`, `scale`, or `all` (the default), on every store
+//! and every bus that is not excluded. storied and the limit run in turns, `runs` times. The report
+//! has the medians, and their ratio with its spread. The function of a workload describes its limit.
+//! To interpret the numbers: `docs/performance.md`.
 //!
 //! PostgreSQL is that of `DATABASE_URL` (in its own schema, dropped afterwards), NATS that of
 //! `NATS_URL` (in its own namespace), or else private servers. `scale` always uses a private
@@ -25,12 +25,14 @@
 #![allow(missing_docs, unreachable_pub, reason = "a benchmark is not an API")]
 
 mod args;
+mod codec;
 mod commands;
 mod commits;
 mod delivery;
 mod domain;
 mod latency;
 mod limits;
+mod live;
 mod measure;
 mod memory;
 mod nats;
@@ -94,6 +96,9 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::AcksDedup => delivery::deduplicated(plan).await,
         Workload::Latency if plan.bus == BusKind::Local => latency::to_projection(plan).await,
         Workload::Latency => latency::to_subscriber(plan).await,
+        Workload::Codec(codec) => codec::encode(plan, codec),
+        Workload::Live => live::throughput(plan).await,
+        Workload::LiveLatency => live::latency(plan).await,
         Workload::Dispatch(nodes) => commands::dispatch(plan, nodes).await,
         Workload::Remote(nodes) => commands::remote(plan, nodes).await,
         Workload::MemoryIdle => memory::idle(plan).await,

@@ -76,10 +76,15 @@ impl Store {
 
     /// Appends `plan.events` events, over `streams` streams in turn.
     pub async fn fill(&self, plan: &Plan, streams: usize) {
+        self.fill_in(plan, streams, 500).await;
+    }
+
+    /// Appends `plan.events` events over `streams` streams, `batch` events at a time.
+    pub async fn fill_in(&self, plan: &Plan, streams: usize, batch: usize) {
         let event = AccountEvent::Entered { text: text(plan.payload) };
         let codec = self.port().info().codec;
         let events: Vec<usize> = (0..plan.events).collect();
-        for batch in events.chunks(500) {
+        for batch in events.chunks(batch) {
             let append = |n: &usize| {
                 let new = NewEvent::encode(&event, codec, &Metadata::default()).unwrap();
                 Append::one(StreamId::new("account", n % streams).unwrap(), ExpectedVersion::Any, vec![new])

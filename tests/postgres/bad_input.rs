@@ -20,7 +20,7 @@ use storied::{
 };
 use uuid::Uuid;
 
-use crate::support::PostgresServer;
+use crate::support::{PostgresServer, ThreadSubscriber};
 use crate::tools::{append, as_user, assert_sound, connect, event, events, exact, run, stream, whole_log};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -289,7 +289,7 @@ async fn a_login_that_is_called_like_the_schema() {
     let log = Log::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    let _subscriber = ThreadSubscriber::set(subscriber);
     let warned = || String::from_utf8_lossy(&log.0.lock().unwrap()).contains("search_path");
     // The login of these tests is storied. Before the first start there is no such schema.
     PostgresStore::connect(&url).await.unwrap();

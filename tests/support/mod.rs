@@ -31,6 +31,7 @@ mod pgbouncer;
 mod ports;
 mod postgres;
 mod process;
+mod subscriber;
 mod workdir;
 
 pub use certificates::Certificates;
@@ -39,4 +40,5 @@ pub use nats::{NatsOptions, NatsServer, oldest_nats_server, too_old_nats_server}
 pub use pgbouncer::PgBouncer;
 pub use ports::Port;
 pub use postgres::PostgresServer;
+pub use subscriber::ThreadSubscriber;
 pub use workdir::processes_in;

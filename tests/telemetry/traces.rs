@@ -16,13 +16,12 @@ use storied::{
     PostgresReadModel, ReadLog, RecordedEvent, Runtime,
 };
 use tokio::time::{Instant, sleep};
-use tracing::subscriber::DefaultGuard;
 use tracing::{Instrument, Level, info_span};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 
-use crate::harness::{self, NatsServer, PostgresServer};
+use crate::harness::{self, NatsServer, PostgresServer, ThreadSubscriber};
 use crate::support::*;
 
 const CAME: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
@@ -30,7 +29,7 @@ const CAME: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 /// The spans of this thread, which runs everything of a test.
 struct Spans {
     exporter: InMemorySpanExporter,
-    _guard: DefaultGuard,
+    _subscriber: ThreadSubscriber,
 }
 
 impl Spans {
@@ -40,8 +39,8 @@ impl Spans {
         let wanted =
             Targets::new().with_target("storied::trace", Level::DEBUG).with_target("telemetry", Level::INFO);
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test")).with_filter(wanted);
-        let _guard = tracing::subscriber::set_default(tracing_subscriber::registry().with(layer));
-        Self { exporter, _guard }
+        let _subscriber = ThreadSubscriber::set(tracing_subscriber::registry().with(layer));
+        Self { exporter, _subscriber }
     }
 
     fn named(&self, name: &str) -> Vec<SpanData> {
