@@ -144,7 +144,9 @@ impl ProjectionHandle {
         loop {
             let state = {
                 let status = status.borrow_and_update();
-                if status.position >= position {
+                // Before the checkpoint is read, the position is START and says nothing.
+                let known = status.located || status.position > Position::START;
+                if known && status.position >= position {
                     return Ok(());
                 }
                 let name = self.name.to_string();

@@ -118,6 +118,7 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     assert_eq!(store.event_id_at(recorded.position).await.unwrap(), Some(recorded.id));
     let everything = ReadLog::after(Position::START);
     store.read_log(everything.clone()).await.unwrap();
+    store.read_log(ReadLog::after(head)).await.unwrap();
     let before_the_end = Position::new(head.get() - 1);
     for filter in [
         Filter::all().names([name("order.placed")]),

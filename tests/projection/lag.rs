@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use storied::projection::{Lookup, ProjectionState, ProjectionStatus, Schedule};
+use storied::projection::{Lookup, ProjectionState, ProjectionStatus, Schedule, WaitError};
 use storied::{EventStore, Filter, LocalBus, MemoryStore, Position, ProjectionHandle, Runtime};
 use tokio::sync::watch;
 
@@ -143,4 +143,27 @@ async fn a_lookup_is_ready_when_it_contains_the_log() {
     assert_eq!(count.read(|count| *count), 20_000);
     assert_eq!(runtime.projection("count").unwrap().status().lag(), Some(0));
     runtime.shutdown().await.unwrap();
+}
+
+/// The read model may belong to another event store: nobody knows before the checkpoint is read.
+#[tokio::test]
+async fn a_projection_on_an_empty_log_is_not_live_before_its_checkpoint_is_read() {
+    let database = Database::new().await;
+    let ours: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&ours, 0, 0..1).await;
+    let node = local_node(&ours).await;
+    let handle = node.projection(table("table"), database.open().await, options()).await;
+    handle.wait_until_live(PATIENCE).await.unwrap();
+    node.stop(PATIENCE).await.unwrap();
+
+    let empty: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let node = local_node(&empty).await;
+    let handle = node.projection(table("table"), database.open().await, options()).await;
+    let error = handle.wait_until_live(PATIENCE).await.unwrap_err();
+    assert!(matches!(error, WaitError::Failed { .. }), "{error}");
+    let handle = node.projection(table("new"), database.open().await, options()).await;
+    handle.wait_until_live(PATIENCE).await.unwrap();
+    // The status is of after the read of the checkpoint.
+    assert_ne!(handle.status().state, ProjectionState::Starting);
+    node.stop(PATIENCE).await.unwrap();
 }

@@ -133,8 +133,14 @@ impl Frontier {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner).read(server, read, end)
     }
 
+    /// Returns the id of the event at the mark, if the mark is at `position`.
+    pub(super) fn id_at(&self, position: Position) -> Option<Uuid> {
+        let known = *self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.filter(|(known, _)| *known == position).map(|(_, id)| id)
+    }
+
     /// Advances the mark to `head`, the position of the event `id`; never moves it backwards.
-    fn reached(&self, head: Position, id: Option<Uuid>) {
+    pub(super) fn reached(&self, head: Position, id: Option<Uuid>) {
         if let Some(id) = id {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             if known.is_none_or(|(position, _)| position < head) {

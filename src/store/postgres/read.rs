@@ -36,10 +36,14 @@ const LOOKED_UP: usize = 16;
 /// table of them.
 const FEW: usize = 64;
 
+/// Maximum number of events read beyond the mark without a query of the mark.
+const ADJACENT: usize = 64;
+
 /// Reads one page of the log.
 ///
 /// The page ends at a mark that an earlier statement determined, on whichever connection. Every
-/// event up to the mark is visible to any statement that begins later (I1).
+/// event up to the mark is visible to any statement that begins later (I1). Events that follow the
+/// mark without a hole need no new mark: see [`adjacent`].
 pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, StoreError> {
     // While the reader is below the cached mark, the cached mark suffices.
     let mut found = match core.frontier.known(read.after) {
@@ -48,6 +52,9 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
     };
     // If the request does not go beyond the cached mark, the current mark is not needed.
     if found.has_more() || read.upto.is_some_and(|upto| read.after < upto && upto <= found.head) {
+        return Ok(found);
+    }
+    if read.upto.is_none() && adjacent(core, read, &mut found).await? {
         return Ok(found);
     }
     found.head = core.frontier.refresh(core).await?;
@@ -59,6 +66,49 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
         found.events.extend(rest.events);
     }
     Ok(found)
+}
+
+/// Extends a page that ends at the mark by the events whose positions follow without a hole.
+///
+/// All these positions are taken, so no event can appear between them later (I1). Returns whether the
+/// page then reaches the last visible event. Otherwise the current mark decides how far it goes.
+async fn adjacent(core: &Arc<Core>, read: &ReadLog, page: &mut LogPage) -> Result<bool, StoreError> {
+    let Some(known) = core.frontier.id_at(page.scanned_to) else { return Ok(false) };
+    // For readers that follow the log, not for those that look up an event.
+    if read.limit < page.events.len() + ADJACENT {
+        return Ok(false);
+    }
+    let limit = core.paging.events(ADJACENT);
+    let mut session = core.connections.get(READING_LOG).await?;
+    let rows = sqlx::query(core.sql.adjacent.clone())
+        .bind(to_sql(page.scanned_to.get()))
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .persistent(core.connections.persistent())
+        .fetch_all(&mut *session)
+        .await
+        .map_err(|error| failed(READING_LOG, error))?;
+    session.finish(READING_LOG).await?;
+    let mut decoder = Decoder::new(READING_LOG, core.info.codec);
+    let mut room = core.paging.page(limit);
+    let (mut taken, mut last) = (0, None);
+    for row in &rows {
+        let there: Option<Uuid> = row.try_get(10).map_err(|error| failed(READING_LOG, error))?;
+        let event = decoder.of_log(row)?;
+        // Another server that took over may lack the event at the mark.
+        if there != Some(known) || event.position.get() != page.scanned_to.get() + 1 {
+            break;
+        }
+        room.take(&event);
+        page.scanned_to = event.position;
+        (taken, last) = (taken + 1, Some(event.id));
+        if read.filter.matches(&event) {
+            page.events.push(event);
+        }
+    }
+    let Some(id) = last else { return Ok(false) };
+    page.head = page.scanned_to;
+    core.frontier.reached(page.head, Some(id));
+    Ok(taken == rows.len() && taken < limit)
 }
 
 /// Returns the id of the event at `position`, also above the high-water mark.

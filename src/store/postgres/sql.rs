@@ -99,6 +99,11 @@ statements! {
         log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
             FROM storied.events WHERE position > $1 AND position <= $2 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $3",
+        // As `log`, with the id of the event at $1: NULL on a server without that event.
+        adjacent: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id,
+                (SELECT k.id FROM storied.events AS k WHERE k.position = $1)
+            FROM storied.events WHERE position > $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
+            ORDER BY position LIMIT $2",
         // A null filter passes everything. OFFSET 0: PostgreSQL cannot look streams or names up by
         // other indexes.
         filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
