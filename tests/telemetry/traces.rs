@@ -6,14 +6,17 @@ use opentelemetry::context::FutureExt;
 use opentelemetry::trace::{
     SpanContext, SpanId, SpanKind, Status, TraceContextExt, TraceFlags, TraceId, TraceState, TracerProvider,
 };
-use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider, SpanData};
+use opentelemetry_sdk::trace::{
+    InMemorySpanExporter, Sampler, SdkTracerProvider, SpanData, TracerProviderBuilder,
+};
 use sqlx::postgres::PgPoolOptions;
 use storied::bus::{ConsumerOptions, HandleOptions, SubscribeOptions};
 use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommands};
 use storied::projection::InMemory;
+use storied::store::Append;
 use storied::{
-    EventStore, ExecuteError, MemoryStore, Metadata, NatsOptions, Position, PostgresOptions,
-    PostgresReadModel, ReadLog, RecordedEvent, Runtime,
+    EventStore, ExecuteError, ExpectedVersion, MemoryStore, Metadata, NatsOptions, NewEvent, Position,
+    PostgresOptions, PostgresReadModel, ReadLog, RecordedEvent, Runtime, StreamId,
 };
 use tokio::time::{Instant, sleep};
 use tracing::subscriber::DefaultGuard;
@@ -26,6 +29,7 @@ use crate::harness::{self, NatsServer, PostgresServer};
 use crate::support::*;
 
 const CAME: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+const UNSAMPLED: &str = "00-1bf7651916cd43dd8448eb211c80319c-c7ad6b7169203331-00";
 
 /// The spans of this thread, on which everything of a test runs.
 struct Spans {
@@ -35,8 +39,14 @@ struct Spans {
 
 impl Spans {
     fn listen() -> Self {
+        Self::listen_with(|provider| provider)
+    }
+
+    /// With a provider that differs from the default.
+    fn listen_with(change: impl FnOnce(TracerProviderBuilder) -> TracerProviderBuilder) -> Self {
         let exporter = InMemorySpanExporter::default();
-        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone());
+        let provider = change(provider).build();
         let wanted =
             Targets::new().with_target("storied::trace", Level::DEBUG).with_target("telemetry", Level::INFO);
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test")).with_filter(wanted);
@@ -91,6 +101,19 @@ async fn log(store: &dyn EventStore) -> Vec<RecordedEvent> {
 
 async fn metadata(store: &dyn EventStore) -> Metadata {
     log(store).await.last().unwrap().decode_metadata().unwrap()
+}
+
+/// Appends an event with each of these contexts.
+async fn append(store: &dyn EventStore, contexts: impl IntoIterator<Item = Option<String>>) -> Position {
+    let encode = |traceparent| {
+        let mut metadata = Metadata::default();
+        metadata.traceparent = traceparent;
+        NewEvent::encode(&Counted::Added { n: 1 }, store.info().codec, &metadata).unwrap()
+    };
+    let events: Vec<_> = contexts.into_iter().map(encode).collect();
+    let append = Append::one(StreamId::new("counter", "a").unwrap(), ExpectedVersion::Any, events);
+    let appended = store.append(vec![append]).await.remove(0).unwrap();
+    *appended.positions.last().unwrap()
 }
 
 #[tokio::test]
@@ -187,6 +210,25 @@ async fn a_transaction_of_a_projection_is_linked_to_every_command_in_it() {
     let links: Vec<_> = apply.links.iter().map(|link| link.span_context.span_id()).collect();
     assert_eq!((links.len(), links), (3, commands));
     reader.shutdown().await.unwrap();
+}
+
+/// The sampler here keeps every span that begins. The publisher must not begin one.
+#[tokio::test]
+async fn an_event_that_is_not_sampled_has_no_publish_span() {
+    let _turn = TURN.write().await;
+    let spans = Spans::listen_with(|provider| provider.with_sampler(Sampler::AlwaysOn));
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let store = MemoryStore::new();
+    let builder = Runtime::builder().store(store.clone()).bus(mirror(&server).bus()).publisher(publishing());
+    let node = builder.start().await.unwrap();
+    // The sampled event is the last one: when its span ends, the spans of the others have ended.
+    let contexts = [None, Some(UNSAMPLED), Some("unreadable"), Some(CAME)];
+    let last = append(&store, contexts.map(|context| context.map(str::to_owned))).await;
+    let publish = spans.one("publish STORIED_EVENTS").await;
+    assert_eq!(attribute(&publish, "storied.position"), Some(last.to_string()));
+    assert_eq!(publish.span_context.trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");
+    assert_eq!(publish.parent_span_id.to_string(), "b7ad6b7169203331");
+    node.shutdown().await.unwrap();
 }
 
 struct Doubler;
