@@ -16,7 +16,7 @@ use storied::projection::InMemory;
 use storied::store::Append;
 use storied::{
     EventStore, ExecuteError, ExpectedVersion, MemoryStore, Metadata, NatsOptions, NewEvent, Position,
-    PostgresOptions, PostgresReadModel, ReadLog, RecordedEvent, Runtime, StreamId,
+    PostgresOptions, PostgresReadModel, ProjectionOptions, ReadLog, RecordedEvent, Runtime, StreamId,
 };
 use tokio::time::{Instant, sleep};
 use tracing::subscriber::DefaultGuard;
@@ -229,6 +229,31 @@ async fn an_event_that_is_not_sampled_has_no_publish_span() {
     assert_eq!(publish.span_context.trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");
     assert_eq!(publish.parent_span_id.to_string(), "b7ad6b7169203331");
     node.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_apply_span_has_at_most_128_links() {
+    const LINKS: usize = 128;
+    let _turn = TURN.write().await;
+    // By default an SDK keeps no more links than that, and would hide a longer list.
+    let spans = Spans::listen_with(|provider| provider.with_max_links_per_span(10_000));
+    let store = MemoryStore::new();
+    let trace = |n: u64| Some(format!("00-{n:032x}-{n:016x}-01"));
+    let last = append(&store, (1..=700).map(trace)).await;
+    // Batches grow from 50 events on. The time is so long that none is too slow for the next one to grow.
+    let options = ProjectionOptions::new().batch_time(std::time::Duration::from_secs(3_600));
+    let builder = Runtime::builder().store(store);
+    let builder = builder.projection_with(sums::<()>("sums"), InMemory::new(), options);
+    let reader = builder.start().await.unwrap();
+    reader.projection("sums").unwrap().caught_up_to_within(last, PATIENCE).await.unwrap();
+    reader.shutdown().await.unwrap();
+    let counts = |span: &SpanData| -> (usize, usize) {
+        let events = attribute(span, "storied.events").unwrap();
+        (events.parse().unwrap(), span.links.iter().count())
+    };
+    let counts: Vec<_> = spans.named("apply sums").iter().map(counts).collect();
+    assert!(counts.iter().all(|(events, links)| *links == LINKS.min(*events)), "{counts:?}");
+    assert!(counts.iter().any(|(events, _)| *events > LINKS), "{counts:?}");
 }
 
 struct Doubler;
