@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_nats::jetstream;
 use serde_json::json;
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
+use sqlx::{Connection, PgConnection};
 use storied::bus::{ConsumerOptions, SubscribeOptions};
 use storied::projection::{ApplyError, FollowMode, SqliteReadModel};
 use storied::testing::Node;
@@ -304,6 +305,99 @@ async fn streams_and_consumers_are_compared_and_not_changed() {
     }
     let json = fixture.run(&[&check[..], &["--json", "--max-age", "3600"]].concat()).await.code(1).json();
     assert_eq!(json["ok"], json!(false));
+}
+
+/// Everything that a database has beside what PostgreSQL itself has, or of a file its content and its neighbours.
+async fn content(url: &str) -> Vec<String> {
+    let Some(path) = url.strip_prefix("sqlite:") else {
+        let all = "SELECT 'schema ' || nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND oid >= 16384
+             UNION ALL SELECT 'relation ' || oid::regclass FROM pg_class WHERE oid >= 16384
+             UNION ALL SELECT 'function ' || oid::regprocedure FROM pg_proc WHERE oid >= 16384 ORDER BY 1";
+        let mut connection = PgConnection::connect(url).await.unwrap();
+        return sqlx::query_scalar(all).fetch_all(&mut connection).await.unwrap();
+    };
+    let files = std::fs::read_dir(std::path::Path::new(path).parent().unwrap()).unwrap();
+    let file = |file: std::io::Result<std::fs::DirEntry>| {
+        let path = file.unwrap().path();
+        format!("{} {:?}", path.display(), std::fs::read(&path).unwrap())
+    };
+    let mut files: Vec<_> = files.map(file).collect();
+    files.sort_unstable();
+    files
+}
+
+#[tokio::test]
+async fn no_command_but_migrate_creates_anything() {
+    let server = NatsServer::start(NatsOptions::jetstream()).await;
+    let url = server.url();
+    let nats = context(&server).await;
+    let has_nothing = async |what: &[&str]| {
+        let account = nats.query_account().await.unwrap();
+        assert_eq!((account.streams, account.consumers), (0, 0), "{what:?}");
+    };
+    let commands = [
+        &["status"][..],
+        &["log", "show"],
+        &["log", "tail", "--limit", "1"],
+        &["stream", "show", "order/1"],
+        &["projection", "list"],
+        &["projection", "pause", "seen", "--force"],
+        &["projection", "resume", "seen", "--force"],
+        &["projection", "reset", "seen", "--take-within", "0"],
+        &["projection", "rebuild", "seen", "--take-within", "0"],
+        &["projection", "cancel-rebuild", "seen", "--take-within", "0"],
+        &["projection", "withdraw", "seen"],
+        &["parked", "list"],
+        &["parked", "show", "seen", "1"],
+        &["parked", "retry", "seen", "1", "--take-within", "0"],
+        &["parked", "discard", "seen", "1"],
+        &["parked", "withdraw", "seen", "1"],
+        &["publisher", "status"],
+        &["store", "adopt", "--moved"],
+        &["store", "adopt", "--copy", "--force"],
+        &["verify"],
+        &["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url],
+        &["nats", "check", "--nats-url", &url],
+    ];
+    // A file that is not there, one that is empty, and an empty database.
+    let (missing, mut empty) = (databases().await.remove(0), databases().await);
+    std::fs::write(empty[0].url.strip_prefix("sqlite:").unwrap(), "").unwrap();
+    empty.push(missing);
+    for fixture in &empty {
+        let before = content(&fixture.url).await;
+        for command in commands {
+            let run = fixture.run(command).await.code(4);
+            assert_eq!(run.out, "", "{command:?}");
+            assert_eq!(content(&fixture.url).await, before, "{command:?} on {}", fixture.url);
+        }
+    }
+    has_nothing(&["anything"]).await;
+
+    // A store without anything in it, whose read models are to be elsewhere.
+    let stores = databases().await;
+    for fixture in &stores {
+        fixture.run(&["migrate"]).await.code(0);
+    }
+    for (fixture, elsewhere) in stores.iter().cycle().zip(&empty) {
+        let before = content(&elsewhere.url).await;
+        for command in commands {
+            if ["status", "projection", "parked"].contains(&command[0]) {
+                let model = ["--read-model-url", elsewhere.url.as_str()];
+                fixture.run(&[command, &model[..]].concat()).await.code(4);
+                assert_eq!(content(&elsewhere.url).await, before, "{command:?} on {}", elsewhere.url);
+            } else if command.contains(&url.as_str()) {
+                let run = fixture.run(command).await;
+                assert!(matches!(run.code, 1 | 4), "{command:?}: {} {}", run.code, run.err);
+                has_nothing(command).await;
+            }
+        }
+    }
+    // It is the one that does.
+    for fixture in &empty {
+        let before = content(&fixture.url).await;
+        fixture.run(&["migrate"]).await.code(0);
+        assert_ne!(content(&fixture.url).await, before);
+    }
 }
 
 #[tokio::test]

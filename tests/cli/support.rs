@@ -108,7 +108,9 @@ pub async fn bare(args: &[&str]) -> Run {
 }
 
 pub async fn run(command: &mut Command) -> Run {
-    Run::of(timeout(PATIENCE, command.output()).await.expect("it ends").unwrap())
+    // Not `Command::output` of tokio: it would replace the standard output that a test has chosen.
+    let child = command.spawn().unwrap();
+    Run::of(timeout(PATIENCE, child.wait_with_output()).await.expect("it ends").unwrap())
 }
 
 /// A store of one kind for the tool.

@@ -3,7 +3,10 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
-use storied::{EventStore, SqliteOptions, SqliteStore};
+use serde_json::{Value, json};
+use storied::store::Checkpoint;
+use storied::{EventStore, Metadata, NewEvent, Position, SqliteOptions, SqliteStore};
+use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::support::*;
@@ -56,6 +59,59 @@ async fn a_full_disk_is_no_fault_of_the_database() {
             let child = fixture.command(args).stdout(Stdio::from(full)).spawn().unwrap();
             let run = Run::of(timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap());
             run.code(6).complains(&["writing to standard output failed", "No space left on device"]);
+        }
+    }
+}
+
+/// Every exit code other than 0, as `docs/cli.md` has it: for programs, one JSON document on standard error.
+#[tokio::test]
+async fn an_error_is_json_for_programs() {
+    let document = include_str!("../../docs/cli.md");
+    let nowhere = "postgres://shop@127.0.0.1:9/shop";
+    let empty = databases().await;
+    for (fixture, store) in filled().await {
+        let garbled = NewEvent::encode(&placed(1), store.info().codec, &Metadata::default()).unwrap();
+        append_raw(&store, "3", vec![NewEvent { payload: vec![0xff, 0].into(), ..garbled }]).await;
+        // A projection that no node runs.
+        let there = Checkpoint { position: Position::new(1), epoch: 1, mark: 0 };
+        store.save_checkpoint("projection/seen", Checkpoint::default(), there, None).await.unwrap();
+        let empty = empty.iter().find(|empty| empty.kind == fixture.kind).unwrap();
+        let full = || Stdio::from(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+        let with = |args: &[&str]| fixture.command(args);
+        let cases: [(i32, &str, &dyn Fn() -> Command); 6] = [
+            (1, "problem", &|| with(&["log", "show"])),
+            (2, "usage", &|| with(&["status", "--database-url", "mysql://x"])),
+            (3, "unavailable", &|| with(&["status", "--timeout", "1", "--database-url", nowhere])),
+            (4, "refused", &|| empty.command(&["status"])),
+            (5, "pending", &|| with(&["projection", "reset", "seen", "--take-within", "0"])),
+            (6, "output", &|| {
+                let mut command = with(&["status"]);
+                command.stdout(full());
+                command
+            }),
+        ];
+        for (code, kind, command) in cases {
+            assert!(document.contains(&format!("\n| {code} | `{kind}` |")), "{kind}");
+            let people = run(&mut command()).await.code(code);
+            let programs = run(command().arg("--json")).await.code(code);
+            let error: Value = serde_json::from_str(&programs.err)
+                .unwrap_or_else(|error| panic!("{code}: {error}: {}", programs.err));
+            let message = error["error"]["message"].as_str().unwrap_or_default();
+            assert_eq!(error, json!({ "error": { "kind": kind, "message": message } }));
+            assert!(
+                !message.is_empty() && people.err.ends_with(&format!("error: {message}\n")),
+                "{}",
+                people.err
+            );
+        }
+        // Only what clap cannot read is answered as text.
+        for args in [&["status", "--nonsense", "--json"][..], &["stream", "show", "--json"]] {
+            let run = fixture.run(args).await.code(2);
+            assert!(
+                serde_json::from_str::<Value>(&run.err).is_err() && run.err.contains("Usage:"),
+                "{}",
+                run.err
+            );
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::oracle::stress;
 use crate::proxy::{Loss, Proxy};
 use crate::support::{PgBouncer, PostgresServer};
 use crate::tools::{
-    Dice, append, assert_sound, connect, event, events, eventually, exact, stream, whole_log,
+    Dice, append, assert_sound, connect, event, events, eventually, exact, run, stream, whole_log,
 };
 
 /// Whatever is lost, the event of each append is in the log once, at the position in the answer.
@@ -363,4 +363,68 @@ async fn the_cause_of_a_stall_is_reported() {
     assert_eq!(stall.low_water, head);
     transaction.rollback().await.unwrap();
     assert!(store.frontier().await.unwrap() > head);
+}
+
+/// Others hold transactions open that have appended, were refused, or are in the middle of a slow commit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writers_do_not_wait_for_each_other() {
+    const PATIENCE: Duration = Duration::from_secs(20);
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    // The commit of a transaction that has written to `slow` waits for the lock on `gate`.
+    run(
+        &url,
+        "CREATE TABLE gate (); CREATE TABLE slow ();
+         CREATE FUNCTION wait_for_gate() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN LOCK TABLE gate IN SHARE MODE; RETURN NULL; END $$;
+         CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION wait_for_gate()",
+    )
+    .await;
+    let mut gate = connect(&url).await;
+    gate.execute("BEGIN; LOCK TABLE gate").await.unwrap();
+    let begun = async |id: &str, expected: i64| {
+        let mut connection = connect(&url).await;
+        connection.execute("BEGIN").await.unwrap();
+        let append = "SELECT positions FROM storied.append(array[storied.stream_key('order', $1)], array['order'],
+                 array[$1], array[0], array[$2], array[1], true, array['order.placed'], array[gen_random_uuid()],
+                 array[gen_random_uuid()], array[''::bytea], array[''::bytea])";
+        let append = sqlx::query_scalar(append).bind(id).bind(expected);
+        let drawn: Option<Vec<i64>> = append.fetch_one(&mut connection).await.unwrap();
+        (connection, drawn.is_some())
+    };
+    let (mut slow, _) = begun("slow", 0).await;
+    slow.execute("INSERT INTO slow DEFAULT VALUES").await.unwrap();
+    let commit = tokio::spawn(async move { slow.execute("COMMIT").await.map(drop) });
+    let mut watcher = connect(&url).await;
+    eventually("the commit waits", async || {
+        let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND relation = 'gate'::regclass)";
+        sqlx::query_scalar(waits).fetch_one(&mut watcher).await.unwrap()
+    })
+    .await;
+    let (mut open, appended) = begun("open", 0).await;
+    // It draws no position: the next one takes its lock with the same key.
+    let (mut refused, drew) = begun("refused", 7).await;
+    assert_eq!((appended, drew), (true, false));
+
+    let steps = [
+        ("one", ExpectedVersion::NoStream, 1),
+        ("one", exact(1), 1),
+        ("several", ExpectedVersion::NoStream, 3),
+        ("several", ExpectedVersion::Any, 1),
+    ];
+    for (id, expected, count) in steps {
+        let to = stream(id);
+        let append = append(&store, &to, expected, events(count));
+        let appended = tokio::time::timeout(PATIENCE, append).await;
+        appended.unwrap_or_else(|_| panic!("{count} events to {id} wait for another writer")).unwrap();
+    }
+    assert!(!commit.is_finished());
+    gate.execute("COMMIT").await.unwrap();
+    commit.await.unwrap().unwrap();
+    open.execute("COMMIT").await.unwrap();
+    refused.execute("COMMIT").await.unwrap();
+    let log = whole_log(&store).await;
+    assert_sound(&log);
+    assert_eq!(log.len(), 8);
 }

@@ -6,16 +6,16 @@
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-use sqlx::{Executor, PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState};
 use storied::{
-    EncodeError, EventStore, Filter, LocalBus, Position, PostgresReadModel, PostgresStore, PublisherState,
-    RecordedEvent, Runtime,
+    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore,
+    PublisherState, ReadLog, RecordedEvent, Runtime,
 };
 
 use crate::support::{self, NatsServer, PostgresServer};
-use crate::tools::{append, connect, events, eventually, exact, run, stream};
+use crate::tools::{append, assert_sound, connect, events, eventually, exact, run, stream, whole_log};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -182,4 +182,92 @@ async fn a_mirror_goes_on_above_the_mark() {
     let last = append(&store, &stream(1), exact(3), events(1)).await.unwrap().positions[0];
     published(&runtime, last).await;
     runtime.shutdown().await.unwrap();
+}
+
+/// An application's own locks. Only the key of one `bigint` can look like storied's, and only in the same database.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn advisory_locks_of_others_delay_readers_at_most() {
+    let server = PostgresServer::shared().await;
+    let url = server.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    let grow = async |count| {
+        *append(&store, &stream(1), ExpectedVersion::Any, events(count))
+            .await
+            .unwrap()
+            .positions
+            .last()
+            .unwrap()
+    };
+    let head = grow(3).await;
+    let mut theirs = connect(&format!("{url}?application_name=theirs")).await;
+    let oid = "SELECT 'storied.positions'::regclass::oid::bigint & 1048575";
+    let oid: i64 = sqlx::query_scalar(oid).fetch_one(&mut theirs).await.unwrap();
+    let alike = |position: u64| (oid << 44) | position as i64;
+    let lock = async |connection: &mut PgConnection, call: &str| {
+        connection.execute(AssertSqlSafe(format!("SELECT {call}"))).await.unwrap();
+    };
+
+    // Nothing else than such a key is in the way.
+    let mut elsewhere = connect(&server.create_database().await).await;
+    lock(&mut elsewhere, &format!("pg_advisory_lock({})", alike(0))).await;
+    let another = ((oid ^ 1) << 44) | head.get() as i64;
+    for key in [0, 1, -1, head.get() as i64, i64::from(i32::MAX), i64::MAX, i64::MIN + 1, another] {
+        lock(&mut theirs, &format!("pg_advisory_lock({key})")).await;
+        lock(&mut theirs, &format!("pg_advisory_lock_shared({key})")).await;
+    }
+    for position in [0, head.get()] {
+        let (upper, lower) = (alike(position) >> 32, alike(position) & 0xffff_ffff);
+        lock(&mut theirs, &format!("pg_advisory_lock({upper}, {lower})")).await;
+    }
+    let head = grow(3).await;
+    assert_eq!(store.frontier().await.unwrap(), head);
+    assert_eq!(store.stall().await.unwrap(), None);
+    theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
+
+    // Behind the end of the log it moves nothing.
+    lock(&mut theirs, &format!("pg_advisory_lock({})", alike(head.get() + 100))).await;
+    assert_eq!(PostgresStore::connect(&url).await.unwrap().frontier().await.unwrap(), head);
+    let head = grow(2).await;
+    assert_eq!(store.frontier().await.unwrap(), head);
+    theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
+
+    // Within it, readers wait there. Nobody goes back, and nobody goes past what is still to come.
+    for (position, others) in [(head, head), (Position::START, Position::START)] {
+        let seen = whole_log(&store).await;
+        lock(&mut theirs, &format!("pg_advisory_lock_shared({})", alike(position.get()))).await;
+        let other = PostgresStore::connect(&url).await.unwrap();
+        assert_eq!(other.frontier().await.unwrap(), others);
+        let end = store.frontier().await.unwrap();
+        let last = grow(2).await;
+        assert_eq!(store.frontier().await.unwrap(), end);
+        let after = seen.last().unwrap().position;
+        let page = store.read_log(ReadLog::after(after)).await.unwrap();
+        assert_eq!((page.events.len(), page.scanned_to), (0, after));
+        let stall = store.stall().await.unwrap().expect("a culprit");
+        assert_eq!((stall.application_name.as_str(), stall.low_water), ("theirs", position));
+        theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
+        for store in [&store, &other] {
+            assert_eq!(store.frontier().await.unwrap(), last);
+            let log = whole_log(store).await;
+            assert_sound(&log);
+            assert_eq!(log.len(), seen.len() + 2);
+            assert!(log.iter().zip(&seen).all(|(now, before)| now.id == before.id));
+        }
+    }
+
+    // Who holds the very key of the next append alone delays that, too.
+    let head = store.frontier().await.unwrap();
+    lock(&mut theirs, &format!("pg_advisory_lock({})", alike(head.get()))).await;
+    let waiting = async {
+        let mut watcher = connect(&url).await;
+        eventually("the append waits", async || {
+            let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))";
+            sqlx::query_scalar(waits).fetch_one(&mut watcher).await.unwrap()
+        })
+        .await;
+        theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
+    };
+    let (last, ()) = tokio::join!(grow(1), waiting);
+    assert_eq!(store.frontier().await.unwrap(), last);
 }

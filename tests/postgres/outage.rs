@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use sqlx::postgres::PgPoolOptions;
-use sqlx::{PgConnection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool};
 use storied::projection::ApplyError;
 use storied::{
     EncodeError, ExpectedVersion, Filter, MemoryStore, PostgresOptions, PostgresReadModel, Projection,
@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::proxy::{Loss, Proxy};
 use crate::support::PostgresServer;
-use crate::tools::{append, events, eventually, run, stream};
+use crate::tools::{append, as_user, events, eventually, run, stream};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -214,4 +214,35 @@ async fn a_start_waits_for_a_server_that_restarts() {
     let missing = PostgresOptions::new().url(format!("{base}/nowhere")).connect().await.unwrap_err();
     assert!(matches!(missing, StoreError::Incompatible { .. }), "{missing}");
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
+
+/// The limits are longer than the patience here: a start that repeats its attempt until then does not end in time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_password_ends_a_start_at_once() {
+    const LIMIT: Duration = Duration::from_secs(3_600);
+    let server = PostgresServer::start().await;
+    let url = server.create_database().await;
+    run(&url, "CREATE ROLE careful LOGIN SUPERUSER PASSWORD 'right'").await;
+    let rules = server.dir().join("data/pg_hba.conf");
+    let others = std::fs::read_to_string(&rules).unwrap();
+    std::fs::write(&rules, format!("host all careful all scram-sha-256\n{others}")).unwrap();
+    run(&url, "SELECT pg_reload_conf()").await;
+    let wrong = as_user(&url, "careful:wrong");
+    eventually("the password counts", async || PgConnection::connect(&wrong).await.is_err()).await;
+
+    let options = |url: &str| PostgresOptions::new().url(url).connect_timeout(LIMIT);
+    let store = options(&as_user(&url, "careful:right")).connect().await.unwrap();
+    let failed = timeout(PATIENCE, options(&wrong).connect()).await.expect("it ends at once").unwrap_err();
+    assert!(matches!(failed, StoreError::Incompatible { .. }) && !failed.is_transient(), "{failed:?}");
+    for part in ["password authentication failed", "careful", "check user name and password"] {
+        assert!(failed.to_string().contains(part), "{part:?} is not in: {failed}");
+    }
+
+    // The same of a store that is open, and is refused when it connects again.
+    run(&url, "ALTER ROLE careful PASSWORD 'another'").await;
+    run(&url, "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE usename = 'careful'")
+        .await;
+    let start = Runtime::builder().store(store).start_timeout(LIMIT).start();
+    let failed = timeout(PATIENCE, start).await.expect("it ends at once").unwrap_err().to_string();
+    assert!(failed.contains("check user name and password"), "{failed}");
 }

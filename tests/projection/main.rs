@@ -17,6 +17,8 @@ mod hazards;
 mod lag;
 mod lookups;
 mod nodes;
+#[cfg(all(feature = "postgres", feature = "nats"))]
+mod orders;
 mod outages;
 mod page_cache;
 mod partitions;

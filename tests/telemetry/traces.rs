@@ -6,14 +6,17 @@ use opentelemetry::context::FutureExt;
 use opentelemetry::trace::{
     SpanContext, SpanId, SpanKind, Status, TraceContextExt, TraceFlags, TraceId, TraceState, TracerProvider,
 };
-use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider, SpanData};
+use opentelemetry_sdk::trace::{
+    InMemorySpanExporter, Sampler, SdkTracerProvider, SpanData, TracerProviderBuilder,
+};
 use sqlx::postgres::PgPoolOptions;
 use storied::bus::{ConsumerOptions, HandleOptions, SubscribeOptions};
 use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommands};
 use storied::projection::InMemory;
+use storied::store::Append;
 use storied::{
-    EventStore, ExecuteError, MemoryStore, Metadata, NatsOptions, Position, PostgresOptions,
-    PostgresReadModel, ReadLog, RecordedEvent, Runtime,
+    EventStore, ExecuteError, ExpectedVersion, MemoryStore, Metadata, NatsOptions, NewEvent, Position,
+    PostgresOptions, PostgresReadModel, ProjectionOptions, ReadLog, RecordedEvent, Runtime, StreamId,
 };
 use tokio::time::{Instant, sleep};
 use tracing::{Instrument, Level, info_span};
@@ -25,6 +28,7 @@ use crate::harness::{self, NatsServer, PostgresServer, ThreadSubscriber};
 use crate::support::*;
 
 const CAME: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+const UNSAMPLED: &str = "00-1bf7651916cd43dd8448eb211c80319c-c7ad6b7169203331-00";
 
 /// The spans of this thread, which runs everything of a test.
 struct Spans {
@@ -34,8 +38,14 @@ struct Spans {
 
 impl Spans {
     fn listen() -> Self {
+        Self::listen_with(|provider| provider)
+    }
+
+    /// With a provider that differs from the default.
+    fn listen_with(change: impl FnOnce(TracerProviderBuilder) -> TracerProviderBuilder) -> Self {
         let exporter = InMemorySpanExporter::default();
-        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone());
+        let provider = change(provider).build();
         let wanted =
             Targets::new().with_target("storied::trace", Level::DEBUG).with_target("telemetry", Level::INFO);
         let layer = tracing_opentelemetry::layer().with_tracer(provider.tracer("test")).with_filter(wanted);
@@ -90,6 +100,19 @@ async fn log(store: &dyn EventStore) -> Vec<RecordedEvent> {
 
 async fn metadata(store: &dyn EventStore) -> Metadata {
     log(store).await.last().unwrap().decode_metadata().unwrap()
+}
+
+/// Appends an event with each of these contexts.
+async fn append(store: &dyn EventStore, contexts: impl IntoIterator<Item = Option<String>>) -> Position {
+    let encode = |traceparent| {
+        let mut metadata = Metadata::default();
+        metadata.traceparent = traceparent;
+        NewEvent::encode(&Counted::Added { n: 1 }, store.info().codec, &metadata).unwrap()
+    };
+    let events: Vec<_> = contexts.into_iter().map(encode).collect();
+    let append = Append::one(StreamId::new("counter", "a").unwrap(), ExpectedVersion::Any, events);
+    let appended = store.append(vec![append]).await.remove(0).unwrap();
+    *appended.positions.last().unwrap()
 }
 
 #[tokio::test]
@@ -186,6 +209,50 @@ async fn a_transaction_of_a_projection_is_linked_to_every_command_in_it() {
     let links: Vec<_> = apply.links.iter().map(|link| link.span_context.span_id()).collect();
     assert_eq!((links.len(), links), (3, commands));
     reader.shutdown().await.unwrap();
+}
+
+/// The sampler here keeps every span that begins. The publisher must not begin one.
+#[tokio::test]
+async fn an_event_that_is_not_sampled_has_no_publish_span() {
+    let _turn = TURN.write().await;
+    let spans = Spans::listen_with(|provider| provider.with_sampler(Sampler::AlwaysOn));
+    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let store = MemoryStore::new();
+    let builder = Runtime::builder().store(store.clone()).bus(mirror(&server).bus()).publisher(publishing());
+    let node = builder.start().await.unwrap();
+    // The sampled event is the last one: when its span ends, the spans of the others have ended.
+    let contexts = [None, Some(UNSAMPLED), Some("unreadable"), Some(CAME)];
+    let last = append(&store, contexts.map(|context| context.map(str::to_owned))).await;
+    let publish = spans.one("publish STORIED_EVENTS").await;
+    assert_eq!(attribute(&publish, "storied.position"), Some(last.to_string()));
+    assert_eq!(publish.span_context.trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");
+    assert_eq!(publish.parent_span_id.to_string(), "b7ad6b7169203331");
+    node.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_apply_span_has_at_most_128_links() {
+    const LINKS: usize = 128;
+    let _turn = TURN.write().await;
+    // By default an SDK keeps no more links than that, and would hide a longer list.
+    let spans = Spans::listen_with(|provider| provider.with_max_links_per_span(10_000));
+    let store = MemoryStore::new();
+    let trace = |n: u64| Some(format!("00-{n:032x}-{n:016x}-01"));
+    let last = append(&store, (1..=700).map(trace)).await;
+    // Batches grow from 50 events on. The time is so long that none is too slow for the next one to grow.
+    let options = ProjectionOptions::new().batch_time(std::time::Duration::from_secs(3_600));
+    let builder = Runtime::builder().store(store);
+    let builder = builder.projection_with(sums::<()>("sums"), InMemory::new(), options);
+    let reader = builder.start().await.unwrap();
+    reader.projection("sums").unwrap().caught_up_to_within(last, PATIENCE).await.unwrap();
+    reader.shutdown().await.unwrap();
+    let counts = |span: &SpanData| -> (usize, usize) {
+        let events = attribute(span, "storied.events").unwrap();
+        (events.parse().unwrap(), span.links.iter().count())
+    };
+    let counts: Vec<_> = spans.named("apply sums").iter().map(counts).collect();
+    assert!(counts.iter().all(|(events, links)| *links == LINKS.min(*events)), "{counts:?}");
+    assert!(counts.iter().any(|(events, _)| *events > LINKS), "{counts:?}");
 }
 
 struct Doubler;

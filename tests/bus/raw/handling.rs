@@ -131,6 +131,51 @@ async fn failures_are_retried_and_rejected_events_become_dead_letters() {
     assert_eq!((info.num_pending, info.num_ack_pending, info.ack_floor.stream_sequence), (0, 0, 5));
 }
 
+/// Characters, not bytes: a text of which each character has two or four of them is not cut earlier.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_reason_of_a_dead_letter_has_at_most_1000_characters() {
+    let (bus, server) = Way::Durable.start().await;
+    let mut press = Press::new(&bus).await;
+    let reasons = [
+        ("x".repeat(1_000), "x".repeat(1_000)),
+        ("x".repeat(1_001), "x".repeat(1_000)),
+        ("ä".repeat(1_000), "?".repeat(1_000)),
+        ("ä".repeat(1_001), "?".repeat(1_000)),
+        ("\u{1f980}".repeat(100_000), "?".repeat(1_000)),
+        (format!("{}ä{}", "x".repeat(999), "y".repeat(9)), format!("{}?", "x".repeat(999))),
+    ];
+    let subscription = listen(&bus, &["note.written"], durable(ConsumerOptions::durable("shop"))).await;
+    let said = reasons.clone().map(|(said, _)| said);
+    let handling = subscription
+        .for_each(HandleOptions::new().dead_letters(), move |delivery| {
+            let said = said.clone();
+            async move {
+                let Note::Written { n, .. } = delivery.decode()? else { return Ok(()) };
+                Err(HandleError::reject(said[usize::try_from(n).unwrap()].clone()))
+            }
+        })
+        .unwrap();
+    let mut errors = handling.errors();
+    let printed = press.written(reasons.len() as u64).await;
+    for _ in &reasons {
+        let SubscriptionError::Handler { outcome, .. } = error(&mut errors).await else { panic!() };
+        assert_eq!(outcome, "it is a dead letter now");
+    }
+    let jetstream = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
+    let dead = jetstream.get_stream("STORIED_DEAD").await.unwrap();
+    let mut found = HashMap::new();
+    for sequence in 1..=reasons.len() as u64 {
+        let letter = dead.get_raw_message(sequence).await.unwrap();
+        let header = |name: &str| letter.headers.get(name).unwrap().as_str().to_owned();
+        found.insert(header("Storied-Dead-Event"), header("Storied-Dead-Reason"));
+    }
+    for (event, (said, kept)) in printed.iter().zip(&reasons) {
+        let start: String = said.chars().take(3).collect();
+        assert_eq!(&found[&event.id.to_string()], kept, "{start}…, {} characters", said.chars().count());
+    }
+    handling.stop(PATIENCE).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_handler_slower_than_ack_wait_is_not_disturbed() {
     for way in [Way::Durable, Way::Push] {
