@@ -161,7 +161,7 @@ async fn a_mirror_that_differs_is_found() {
 
         // A foreign message after the last one, and a deleted message in between.
         context.publish("storied.events.order.placed", "not ours".into()).await.unwrap().await.unwrap();
-        fixture.run(&verify).await.code(1).shows(&["mirror: message 6 is not of this log: no "]);
+        fixture.run(&verify).await.code(1).shows(&["mirror: message 6 is not of this log: missing header "]);
         // A message of the mirror, published again.
         let genuine = stream.get_raw_message(2).await.unwrap();
         let mut headers = genuine.headers.clone();

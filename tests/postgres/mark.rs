@@ -184,7 +184,9 @@ async fn a_mirror_goes_on_above_the_mark() {
     runtime.shutdown().await.unwrap();
 }
 
-/// An application's own locks. Only the key of one `bigint` can look like storied's, and only in the same database.
+/// Checks an application's own advisory locks.
+///
+/// Only the key of one `bigint` can look like storied's, and only in the same database.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn advisory_locks_of_others_delay_readers_at_most() {
     let server = PostgresServer::shared().await;
@@ -207,7 +209,7 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
         connection.execute(AssertSqlSafe(format!("SELECT {call}"))).await.unwrap();
     };
 
-    // Nothing else than such a key is in the way.
+    // Other keys have no effect.
     let mut elsewhere = connect(&server.create_database().await).await;
     lock(&mut elsewhere, &format!("pg_advisory_lock({})", alike(0))).await;
     let another = ((oid ^ 1) << 44) | head.get() as i64;
@@ -224,20 +226,22 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
     assert_eq!(store.stall().await.unwrap(), None);
     theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
 
-    // Behind the end of the log it moves nothing.
+    // Nor has a key beyond the end of the log.
     lock(&mut theirs, &format!("pg_advisory_lock({})", alike(head.get() + 100))).await;
     assert_eq!(PostgresStore::connect(&url).await.unwrap().frontier().await.unwrap(), head);
     let head = grow(2).await;
     assert_eq!(store.frontier().await.unwrap(), head);
     theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
 
-    // Within it, readers wait there. Nobody goes back, and nobody goes past what is still to come.
+    // A key within the log makes readers wait there. None goes back, none misses an event.
     for (position, others) in [(head, head), (Position::START, Position::START)] {
         let seen = whole_log(&store).await;
         lock(&mut theirs, &format!("pg_advisory_lock_shared({})", alike(position.get()))).await;
         let other = PostgresStore::connect(&url).await.unwrap();
         assert_eq!(other.frontier().await.unwrap(), others);
         let end = store.frontier().await.unwrap();
+        // A hole, as of a refused append: readers take consecutive events without the mark.
+        theirs.execute("SELECT nextval('storied.positions')").await.unwrap();
         let last = grow(2).await;
         assert_eq!(store.frontier().await.unwrap(), end);
         let after = seen.last().unwrap().position;
@@ -255,7 +259,7 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
         }
     }
 
-    // Who holds the very key of the next append alone delays that, too.
+    // An exclusive lock on the key of the next append delays the append as well.
     let head = store.frontier().await.unwrap();
     lock(&mut theirs, &format!("pg_advisory_lock({})", alike(head.get()))).await;
     let waiting = async {
