@@ -100,7 +100,6 @@ CREATE FUNCTION storied.append(
 )
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-SET storied_log.appending = 'on'
 -- Plans are made once per connection, perhaps while the table is empty; they must suit a large
 -- table.
 SET plan_cache_mode = force_generic_plan
@@ -114,6 +113,7 @@ DECLARE
     event_part integer[];              -- for each event: its part, from 1 …
     event_n    integer[];              -- … and 1, 2, 3 … within its part
     won        bigint;
+    guard      text;                   -- of events_are_appended
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         RAISE EXCEPTION 'synchronous_commit is off: events would be acknowledged before they are durable'
@@ -172,6 +172,10 @@ BEGIN
 
     positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, events));
 
+    -- Not SET in the head of the function: only a superuser may create a function that sets a custom
+    -- parameter.
+    guard := set_config('storied_log.appending', 'on', true);
+
     -- I2: the first event of each stream claims the next version. Sorted, so that transactions with
     -- common streams wait in the same order.
     INSERT INTO storied.events AS target
@@ -223,6 +227,7 @@ BEGIN
         WHERE i.n > 1 AND (accepted IS NULL OR accepted[i.part]) AND (lost IS NULL OR NOT lost[i.part])
         ORDER BY part_stream[i.part], i.n;
     END IF;
+    guard := set_config('storied_log.appending', 'off', true);
     transaction_id := pg_current_xact_id_if_assigned()::text;
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.append FROM PUBLIC;

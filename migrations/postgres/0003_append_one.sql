@@ -26,7 +26,6 @@ CREATE FUNCTION storied.append_one(
                                        -- microseconds since 1970
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-SET storied_log.appending = 'on'
 SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
 SET enable_bitmapscan = off
@@ -35,6 +34,7 @@ DECLARE
     drawn    bigint;
     recorded timestamptz;
     alone    boolean;
+    guard    text;                     -- as in storied.append
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         RAISE EXCEPTION 'synchronous_commit is off: events would be acknowledged before they are durable'
@@ -58,6 +58,8 @@ BEGIN
 
     drawn := nextval('storied.positions');
 
+    guard := set_config('storied_log.appending', 'on', true);
+
     INSERT INTO storied.events AS target
         (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
     SELECT drawn, event_expected + 1, event_stream,
@@ -69,6 +71,7 @@ BEGIN
         ORDER BY e.version LIMIT 1) -- a range with an order, which the index by command lacks
     ON CONFLICT (stream, version) DO NOTHING
     RETURNING target.recorded_at INTO recorded;
+    guard := set_config('storied_log.appending', 'off', true);
 
     IF recorded IS NULL THEN
         RETURN NULL;

@@ -454,13 +454,12 @@ impl<A: Aggregate> AggregateActor<A> {
                 let copy = copy.as_ref().map_err(Clone::clone).and_then(|bytes| from_cbor(bytes));
                 let receipt =
                     copy.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply));
-                answer(
-                    order.reply,
-                    receipt.map_err(|reason| ExecuteError::OutcomeUnknown {
-                        command_id: order.command_id,
-                        reason: format!("it took effect, but its reply cannot be copied: {reason}"),
-                    }),
-                );
+                let unreadable = |reason| ExecuteError::ReplyUnreadable {
+                    command_id: order.command_id,
+                    receipt: Some(Box::new(Receipt::repeated(order.command_id, &self.stream, record, ()))),
+                    reason,
+                };
+                answer(order.reply, receipt.map_err(unreadable));
             }
         }
         let mut receipt = Receipt::repeated(order.command_id, &self.stream, record, reply);
@@ -471,7 +470,7 @@ impl<A: Aggregate> AggregateActor<A> {
     /// Rebuilds the first receipt of a durable command from the reply in its last event.
     async fn repeat(&self, order: &Order<A>, record: CommandEvents) -> Answer<A> {
         // I8: the command is durable. From here on, every error is `OutcomeUnknown`, except a
-        // different content.
+        // different content and an unreadable reply.
         let unknown = |reason| ExecuteError::OutcomeUnknown {
             command_id: order.command_id,
             reason: format!("it took effect, but its first receipt cannot be read: {reason}"),
@@ -494,7 +493,17 @@ impl<A: Aggregate> AggregateActor<A> {
             return Err(ExecuteError::SameId { command_id: order.command_id });
         }
         let reply = from_cbor(if metadata.reply.is_empty() { &NO_REPLY } else { &metadata.reply });
-        reply.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply)).map_err(unknown)
+        // A retry reads the same bytes: the outcome is known, and only the reply is not.
+        reply.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply)).map_err(
+            |reason| {
+                let receipt = Receipt::repeated(order.command_id, &self.stream, record, ());
+                ExecuteError::ReplyUnreadable {
+                    command_id: order.command_id,
+                    receipt: Some(Box::new(receipt)),
+                    reason,
+                }
+            },
+        )
     }
 
     /// Recovers after a conflict or a panic, once no append is in flight.

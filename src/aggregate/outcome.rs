@@ -130,8 +130,8 @@ pub enum ExecuteError<E> {
     },
     /// The command was handled, but its reply does not decode as this reply type.
     ///
-    /// A retry gives the same answer. Change the type so that serde can read the form that it
-    /// writes.
+    /// A retry gives the same answer. Let the type read the form that it writes, and the form that
+    /// earlier versions of the program have stored.
     ReplyUnreadable {
         /// Id of the command.
         command_id: Uuid,
@@ -242,7 +242,7 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
             Self::ReplyUnreadable { command_id, reason, .. } => write!(
                 f,
                 "unreadable reply: command {command_id} was handled, but its reply does not decode: {reason}; \
-                change the reply type so that serde can read the form that it writes"
+                let the reply type read the form that was written"
             ),
             Self::CommandTooLarge { size, limit } => write!(
                 f,

@@ -1,9 +1,11 @@
 //! Replies that serde writes but cannot read: the outcome is known, and a repetition gets the same.
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 use storied::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, Runtime, Version};
@@ -118,4 +120,51 @@ async fn an_answer_that_is_not_awaited_does_not_delay_the_end() {
     runtime.shutdown().await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert!(matches!(kept.await, Err(ExecuteError::ReplyUnreadable { .. })));
+}
+
+/// An aggregate whose reply type differs between two versions of a program.
+struct Changed<R>(PhantomData<R>);
+
+impl<R> Default for Changed<R> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<R> Aggregate for Changed<R>
+where
+    R: From<u16> + Serialize + DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    type Event = LampEvent;
+    type Command = bool;
+    type Reply = R;
+    type Error = Never;
+
+    fn handle(&self, _: &bool, _: &Context<'_>) -> Result<Decision<LampEvent, R>, Never> {
+        Ok(Decision::event(LampEvent::Lit).reply(R::from(300)))
+    }
+
+    fn apply(&mut self, _: &LampEvent) {}
+}
+
+/// The new program repeats a command of the old one: the command took effect, and no retry helps.
+#[tokio::test]
+async fn a_reply_of_another_type_has_a_known_outcome() {
+    let store = MemoryStore::new();
+    let program = || Runtime::builder().store(store.clone());
+    let old = program().aggregate::<Changed<f64>>().start().await.unwrap();
+    let first = old.execute::<Changed<f64>>("a", true).await.unwrap();
+    old.shutdown().await.unwrap();
+    let new = program().aggregate::<Changed<u32>>().start().await.unwrap();
+    for _ in 0..2 {
+        let repeated = new.execute::<Changed<u32>>("a", true).command_id(first.command_id);
+        let error = repeated.await.unwrap_err();
+        assert!(!error.is_transient(), "{error}");
+        let ExecuteError::ReplyUnreadable { command_id, receipt: Some(receipt), .. } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(command_id, first.command_id);
+        assert_eq!((receipt.version, receipt.position, receipt.events), (first.version, first.position, 1));
+    }
+    new.shutdown().await.unwrap();
 }

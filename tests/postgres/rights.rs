@@ -42,6 +42,37 @@ fn the_grants_of_the_document_are_those_that_are_tested() {
     assert_eq!(shown, GRANTS);
 }
 
+/// A login that is no superuser, in a database of its own, as most applications have it.
+#[tokio::test]
+async fn the_owner_of_a_database_migrates_it_and_appends() {
+    let server = PostgresServer::shared().await;
+    let url = server.create_database().await;
+    let name = url.rsplit('/').next().unwrap();
+    // Roles belong to the server, which tests share.
+    let owner = format!("owner_of_{name}");
+    run(&url, &format!("CREATE ROLE {owner} LOGIN; ALTER DATABASE {name} OWNER TO {owner}")).await;
+    let own = as_user(&url, &owner);
+    let store = PostgresStore::connect(&own).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(1)).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::Any, events(3)).await.unwrap();
+    assert_sound(&whole_log(&store).await);
+    let read_model = PostgresReadModel::new(PgPool::connect(&own).await.unwrap());
+    let store: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store);
+    read_model.prepare(&store, "p").await.unwrap();
+    // The owner's own INSERT stays refused, also in the transaction of an append.
+    let mut connection = connect(&own).await;
+    let insert = "INSERT INTO storied.events SELECT 99, 9, now(), stream, id, id, category, stream_id, name, payload, metadata
+                  FROM storied.events LIMIT 1";
+    let one = "SELECT storied.append_one(stream, 4, category, stream_id, name, gen_random_uuid(), gen_random_uuid(), payload, metadata, true)
+               FROM storied.events LIMIT 1";
+    for before in ["SELECT 1", one] {
+        connection.execute(AssertSqlSafe(format!("BEGIN; {before}"))).await.unwrap();
+        let error = connection.execute(insert).await.unwrap_err().to_string();
+        assert!(error.contains("would be missed"), "{error}");
+        connection.execute("ROLLBACK").await.unwrap();
+    }
+}
+
 /// Compares the whole table of rights. A new table or function fails here and must be added to
 /// docs/postgres-grants.sql.
 #[tokio::test]
