@@ -88,6 +88,22 @@ pub(crate) fn to_cbor<T: Serialize>(value: &T) -> Result<Vec<u8>, SerializeError
     Ok(bytes)
 }
 
+/// Encodes a state that must be the same after it is decoded.
+///
+/// # Errors
+/// If the state does not decode, or decodes to other content. A field that serde skips in both
+/// directions goes unnoticed.
+pub(crate) fn snapshot<T: Serialize + DeserializeOwned>(state: &T) -> Result<Vec<u8>, String> {
+    let bytes = to_cbor(state).map_err(|error| error.to_string())?;
+    let read: T = from_cbor(&bytes)?;
+    let of = |state: &T| fingerprint(state).map_err(|error| error.to_string());
+    if of(state)? == of(&read)? {
+        return Ok(bytes);
+    }
+    let state = std::any::type_name::<T>();
+    Err(format!("a {state} has other content after decoding; let serde keep every field as it is"))
+}
+
 /// Runs the `Serialize` of a `T`.
 ///
 /// I10: a panic becomes an error of this value, and ends no task.

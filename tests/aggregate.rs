@@ -775,6 +775,46 @@ async fn a_snapshot_saves_reading_and_an_unusable_one_is_ignored() {
     }
 }
 
+/// A state that decodes to other content: serde omits an empty list, and reads it as `[9]`.
+#[derive(Default, Serialize, Deserialize)]
+struct Shelf {
+    #[serde(default = "nine", skip_serializing_if = "Vec::is_empty")]
+    books: Vec<u64>,
+}
+
+fn nine() -> Vec<u64> {
+    vec![9]
+}
+
+impl Aggregate for Shelf {
+    type Event = CounterEvent;
+    type Command = u64;
+    type Reply = Vec<u64>;
+    type Error = CounterError;
+
+    fn handle(&self, n: &u64, _: &Context<'_>) -> Result<Decision<CounterEvent, Vec<u64>>, CounterError> {
+        Ok(Decision::event(CounterEvent::Added { n: *n }).reply(self.books.clone()))
+    }
+
+    fn apply(&mut self, _: &CounterEvent) {
+        self.books.clear();
+    }
+}
+
+#[tokio::test]
+async fn a_state_that_decodes_to_other_content_has_no_snapshot() {
+    let store = MemoryStore::new();
+    for _ in 0..2 {
+        let options = AggregateOptions::<Shelf>::new().snapshot_every(5, 1);
+        let node = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
+        for _ in 0..12 {
+            assert!(node.execute::<Shelf>("a", 1_u64).await.unwrap().reply.is_empty());
+        }
+        node.shutdown().await.unwrap();
+    }
+    assert!(store.snapshot(&stream("a")).await.unwrap().is_none());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn snapshots_under_a_busy_pipeline_hold_what_is_durable() {
     let store = MemoryStore::new();

@@ -134,7 +134,9 @@ impl<A: Aggregate> AggregateOptions<A> {
     ///
     /// `revision` identifies the structure of the state. Increase it with every change of the
     /// struct or of `apply`. The actor ignores a snapshot of another revision, or one that does not
-    /// decode, and folds the stream from its start.
+    /// decode, and folds the stream from its start. The actor stores no snapshot that decodes to other
+    /// content. A field that serde skips (`#[serde(skip)]`) has its default after a load: such a state
+    /// has no use for snapshots.
     #[must_use]
     pub fn snapshot_every(mut self, events: u64, revision: u32) -> Self
     where
@@ -143,7 +145,7 @@ impl<A: Aggregate> AggregateOptions<A> {
         self.snapshots = Some(Snapshotting {
             every: events,
             revision,
-            encode: |state| crate::codec::to_cbor(state).map_err(|error| error.to_string()),
+            encode: crate::codec::snapshot,
             decode: crate::codec::from_cbor,
         });
         self
