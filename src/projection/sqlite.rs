@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::ReadModel;
 use crate::event::Position;
-use crate::store::sqlite::{failed, home, progress};
+use crate::store::sqlite::{failed, file, home, progress};
 use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
@@ -68,7 +68,7 @@ impl SqliteReadModel {
     pub async fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
         let doing = format!("opening {}", path.as_ref().display());
         let options = SqliteConnectOptions::new()
-            .filename(path)
+            .filename(file(path.as_ref()))
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Normal)

@@ -163,7 +163,7 @@ impl SqliteOptions {
         }
         self.create()?;
         let shared = SqliteConnectOptions::new()
-            .filename(&self.path)
+            .filename(file(&self.path))
             .busy_timeout(self.busy_timeout)
             .disable_statement_logging();
         let writing = shared
@@ -605,6 +605,14 @@ impl EventStore for SqliteStore {
 /// Converts a number: SQLite has no unsigned ones.
 ///
 /// Stored numbers are far below the signed maximum.
+/// Returns a path that SQLite takes as it is: it reads `file:…` as a URI.
+pub(crate) fn file(path: &Path) -> PathBuf {
+    match path.as_os_str().as_encoded_bytes().starts_with(b"file:") {
+        true => Path::new(".").join(path),
+        false => path.to_owned(),
+    }
+}
+
 fn to_sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

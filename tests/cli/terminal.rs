@@ -151,6 +151,13 @@ async fn a_file_is_opened_as_it_is_written() {
     }
     let error = SqliteStore::open("sqlite:a.db").await.unwrap_err().to_string();
     assert!(error.contains("the path of a file"), "{error}");
+    // SQLite itself reads this as a URI.
+    let alike = tempfile::tempdir().unwrap();
+    let migrate = ["migrate", "--database-url", "sqlite:file:a%20b.db"];
+    run(program().args(migrate).current_dir(alike.path())).await.code(0);
+    let files = std::fs::read_dir(alike.path()).unwrap().map(|file| file.unwrap().file_name());
+    let files: Vec<_> = files.filter(|name| !name.to_string_lossy().contains(".db-")).collect();
+    assert_eq!(files, ["file:a%20b.db"]);
     let missing = format!("sqlite:{}", dir.path().join("none.db").display());
     bare(&["status", "--database-url", &missing]).await.code(4).complains(&["no such file"]);
 }

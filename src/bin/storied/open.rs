@@ -204,7 +204,10 @@ impl FromStr for Database {
         match url.split_once(':') {
             Some(("postgres" | "postgresql", _)) => Ok(Self::Postgres(url.to_owned())),
             Some(("sqlite", file)) => {
-                let path = PathBuf::from(sqlite_file(file));
+                let name = sqlite_file(file);
+                // SQLite reads `file:…` as a URI.
+                let directory = if name.starts_with("file:") { "./" } else { "" };
+                let path = PathBuf::from(format!("{directory}{name}"));
                 if path.is_dir() {
                     let problem = format!("{} is a directory; name a file in it", path.display());
                     return Err(Failure::Usage(problem));
