@@ -21,7 +21,8 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 /// Examples: the customer with a given e-mail address, or the number of remaining items. Register
 /// it with [`Builder::lookup`](crate::runtime::Builder::lookup), and keep a clone to read from.
 /// Every runtime that starts with it empties the index and builds it from the log; one runtime at a
-/// time can run it. It follows the log as every projection does, so it may lag: it cannot guarantee
+/// time can run it. Until [`ready`](Lookup::ready) returns, the index may have the entries of the
+/// previous runtime, or only some of the log. It follows the log as every projection does, so it may lag: it cannot guarantee
 /// that a value is unique.
 ///
 /// ```
