@@ -159,7 +159,7 @@ async fn the_reason_of_a_dead_letter_has_at_most_1000_characters() {
     let printed = press.written(reasons.len() as u64).await;
     for _ in &reasons {
         let SubscriptionError::Handler { outcome, .. } = error(&mut errors).await else { panic!() };
-        assert_eq!(outcome, "it is a dead letter now");
+        assert_eq!(outcome, "given up as a dead letter");
     }
     let jetstream = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let dead = jetstream.get_stream("STORIED_DEAD").await.unwrap();
