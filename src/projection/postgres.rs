@@ -18,7 +18,7 @@ use crate::store::{
 /// Marks the transaction by a setting that ends with it, in the round trip of its `BEGIN`.
 ///
 /// Checkpoints move only in a marked transaction: `apply` may have ended it and begun another one.
-const MARK: &str = "set_config('storied.transaction', 'open', true)";
+const MARK: &str = "set_config('storied_transaction.state', 'open', true)";
 
 /// Tables in a PostgreSQL database, written together with the checkpoint: exactly once.
 ///

@@ -28,7 +28,7 @@ impl Progress {
         Self { sql: ProgressSql::new(schema), persistent, marked: false }
     }
 
-    /// Moves checkpoints only in a transaction with the setting `storied.transaction`.
+    /// Moves checkpoints only in a transaction with the setting `storied_transaction.state`.
     pub(crate) fn of_read_model(schema: &Schema) -> Self {
         Self { sql: ProgressSql::new(schema), persistent: true, marked: true }
     }
