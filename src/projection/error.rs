@@ -139,3 +139,16 @@ impl WaitError {
         }
     }
 }
+
+/// The error of a batch whose transaction was not open any more at its end.
+///
+/// It counts as a refusal of the commit, so that the event is found.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub(super) fn transaction_ended(name: &str) -> crate::store::StoreError {
+    let reason = format!(
+        "saving the checkpoint of {name} failed: the transaction has ended within the projection; in \
+         apply, use neither COMMIT nor ROLLBACK and return every error of the database; if apply has \
+         committed writes, they remain: reset the projection"
+    );
+    crate::store::StoreError::Invalid { reason }
+}

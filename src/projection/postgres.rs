@@ -6,7 +6,7 @@ use sqlx::postgres::{PgConnection, PgPool};
 use sqlx::{AssertSqlSafe, SqlSafeStr};
 use uuid::Uuid;
 
-use super::ReadModel;
+use super::{ReadModel, transaction_ended};
 use crate::event::Position;
 use crate::store::postgres::{
     Borrowed, BorrowedTransaction, Progress, Schema, database_of, failed, prepare_read_model,
@@ -15,6 +15,11 @@ use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
 
+/// Marks the transaction by a setting that ends with it, in the round trip of its `BEGIN`.
+///
+/// Checkpoints move only in a marked transaction: `apply` may have ended it and begun another one.
+const MARK: &str = "set_config('storied_transaction.state', 'open', true)";
+
 /// Tables in a PostgreSQL database, written together with the checkpoint: exactly once.
 ///
 /// Clones are handles to the same pool. Any number of projections may share it; each uses one of
@@ -22,6 +27,8 @@ use crate::store::{
 /// projection. A stale owner is fenced at its commit, because the checkpoint has moved since its
 /// last write. The database may be that of the event store; the application manages its own tables
 /// and migrations.
+///
+/// `apply` must not end the transaction. If it does, the batch fails.
 ///
 /// Checkpoints and parked events are in the schema `storied`, or [another](Self::schema), which the
 /// first starting projection creates.
@@ -64,7 +71,7 @@ impl PostgresReadModel {
     }
 
     fn within(pool: PgPool, schema: Schema) -> Self {
-        let progress = Progress::new(&schema, true);
+        let progress = Progress::of_read_model(&schema);
         Self { shared: Arc::new(Shared { pool, schema, progress, store: OnceLock::new() }) }
     }
 
@@ -75,6 +82,23 @@ impl PostgresReadModel {
 
     async fn connection(&self, doing: &str) -> Result<Borrowed, StoreError> {
         Borrowed::acquire(&self.shared.pool).await.map_err(|error| failed(doing, error))
+    }
+
+    /// Saves the checkpoint if the transaction is the one that storied has begun.
+    async fn save_within(
+        &self,
+        open: &mut BorrowedTransaction,
+        name: &str,
+        from: Checkpoint,
+        to: Checkpoint,
+    ) -> Result<(), CheckpointError> {
+        let progress = &self.shared.progress;
+        let saved = progress.save(open.connection(), name, self.store()?, from, to).await;
+        // `save` moves no checkpoint without the mark of the transaction.
+        if saved.is_err() && !progress.is_marked(open.connection()).await.unwrap_or(true) {
+            return Err(transaction_ended(name).into());
+        }
+        saved
     }
 
     fn store(&self) -> Result<Uuid, StoreError> {
@@ -153,7 +177,8 @@ impl ReadModel for PostgresReadModel {
         _from: Checkpoint,
     ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
         Box::pin(async move {
-            let begun = BorrowedTransaction::begin(&self.shared.pool, None).await;
+            let begin = AssertSqlSafe(format!("BEGIN; SELECT {MARK}")).into_sql_str();
+            let begun = BorrowedTransaction::begin(&self.shared.pool, Some(begin)).await;
             begun.map(PostgresOpen).map_err(|error| failed(&beginning(name), error))
         })
     }
@@ -177,7 +202,7 @@ impl ReadModel for PostgresReadModel {
                 )
             };
             let begin = format!(
-                "BEGIN; SELECT {}, {}",
+                "BEGIN; SELECT {MARK}, {}, {}",
                 shorter("statement_timeout"),
                 shorter("idle_in_transaction_session_timeout")
             );
@@ -220,9 +245,7 @@ impl ReadModel for PostgresReadModel {
         from: Checkpoint,
         to: Checkpoint,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move {
-            self.shared.progress.save(open.0.connection(), name, self.store()?, from, to).await
-        })
+        Box::pin(async move { self.save_within(&mut open.0, name, from, to).await })
     }
 
     fn commit<'a>(
@@ -234,7 +257,7 @@ impl ReadModel for PostgresReadModel {
         parked: Option<ParkedEvent>,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
         Box::pin(async move {
-            self.shared.progress.save(open.0.connection(), name, self.store()?, from, to).await?;
+            self.save_within(&mut open.0, name, from, to).await?;
             if let Some(event) = parked {
                 self.shared.progress.park(open.0.connection(), name, &event).await?;
             }

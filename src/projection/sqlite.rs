@@ -5,15 +5,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use sqlx::SqlSafeStr;
+use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{
     Sqlite, SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
 };
+use sqlx_core::transaction::TransactionManager;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::ReadModel;
+use super::{ReadModel, transaction_ended};
 use crate::event::Position;
 use crate::store::sqlite::{failed, file, home, progress};
 use crate::store::{
@@ -23,6 +26,16 @@ use crate::store::{
 /// Maximum wait for transactions of other projections and other processes on the same database.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+type Manager = <Sqlite as sqlx::Database>::TransactionManager;
+
+/// Acquires the lock now and not at the first write: the checkpoint stays valid until the commit.
+///
+/// The savepoint exists only in this transaction. SQLite drops it at every `COMMIT` and `ROLLBACK`.
+const BEGIN: &str = "BEGIN IMMEDIATE; SAVEPOINT storied_transaction";
+
+/// Fails outside the transaction that [`BEGIN`] has begun.
+const STILL_OPEN: &str = "RELEASE storied_transaction; SAVEPOINT storied_transaction";
+
 /// Tables in a SQLite database, written together with the checkpoint: exactly once.
 ///
 /// Clones are handles to the same database. Several projections may share it and then take turns,
@@ -30,6 +43,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// share the read model: one node owns each projection. The database may be the event store's own
 /// file, but then a transaction blocks appends: a slow `apply`, for example one that calls another
 /// service, stalls the event store.
+///
+/// `apply` must not end the transaction. If it does, or if SQLite does and `apply` ignores the
+/// error, the batch fails. A connection whose transaction did not end is closed; a database in
+/// memory ends with its connection.
 #[derive(Clone)]
 pub struct SqliteReadModel {
     shared: Arc<Shared>,
@@ -50,11 +67,67 @@ struct Shared {
 }
 
 /// An open transaction on a [`SqliteReadModel`].
+///
+/// Only a confirmed end returns the connection to the pool. SQLite ends a transaction by itself,
+/// for example if the disk is full. `COMMIT` and `ROLLBACK` then fail, and sqlx still counts the
+/// transaction as open: every later transaction on the connection would fail.
 #[derive(Debug)]
 pub struct SqliteOpen {
     /// Declared before the turn, so that it ends before the next turn begins.
-    transaction: sqlx::Transaction<'static, Sqlite>,
+    connection: PoolConnection<Sqlite>,
+    ended: bool,
     _turn: OwnedMutexGuard<()>,
+}
+
+impl SqliteOpen {
+    /// Checks that the transaction is the one that storied has begun.
+    ///
+    /// After a `ROLLBACK`, all later writes would commit one by one, the checkpoint included.
+    async fn check(&mut self, name: &str) -> Result<(), StoreError> {
+        let checked = sqlx::raw_sql(STILL_OPEN).execute(&mut *self.connection).await;
+        checked.map(drop).map_err(|error| {
+            let missing =
+                error.as_database_error().is_some_and(|error| error.message().contains("no such savepoint"));
+            if missing { transaction_ended(name) } else { failed(&saving(name), error) }
+        })
+    }
+
+    async fn commit(&mut self) -> Result<(), sqlx::Error> {
+        // More than one, if `apply` has forgotten a nested transaction.
+        while Manager::get_transaction_depth(&self.connection) > 0 {
+            Manager::commit(&mut self.connection).await?;
+        }
+        self.confirm();
+        Ok(())
+    }
+
+    /// Rolls back, or closes the connection.
+    async fn roll_back(mut self) {
+        if let Err(error) = Manager::rollback(&mut self.connection).await {
+            tracing::debug!(%error, "closing a connection whose transaction could not be rolled back");
+            return;
+        }
+        self.confirm();
+    }
+
+    /// Allows the connection to return to the pool, unless a nested transaction was ended instead.
+    fn confirm(&mut self) {
+        self.ended = Manager::get_transaction_depth(&self.connection) == 0;
+    }
+}
+
+impl Drop for SqliteOpen {
+    fn drop(&mut self) {
+        if !self.ended {
+            // Closing takes a while, and the next turn would wait for the lock.
+            Manager::start_rollback(&mut self.connection);
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+fn saving(name: &str) -> String {
+    format!("saving the checkpoint of {name}")
 }
 
 impl SqliteReadModel {
@@ -131,10 +204,11 @@ impl SqliteReadModel {
 
     async fn open_transaction(&self, doing: &str) -> Result<SqliteOpen, StoreError> {
         let turn = self.turn(doing).await?;
-        // Acquires the lock now and not at the first write: the checkpoint stays valid until the
-        // commit.
-        let transaction = self.shared.pool.begin_with("BEGIN IMMEDIATE").await;
-        Ok(SqliteOpen { transaction: transaction.map_err(|error| failed(doing, error))?, _turn: turn })
+        let connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
+        let mut open = SqliteOpen { connection, ended: false, _turn: turn };
+        let begun = Manager::begin(&mut open.connection, Some(BEGIN.into_sql_str())).await;
+        begun.map_err(|error| failed(doing, error))?;
+        Ok(open)
     }
 }
 
@@ -188,7 +262,11 @@ impl ReadModel for SqliteReadModel {
                     return Err(store.info().adoption.refuses(&home));
                 }
             }
-            progress::migrate(&mut connection).await?;
+            if let Err(error) = progress::migrate(&mut connection).await {
+                // Its transaction may still count as open.
+                connection.close_on_drop();
+                return Err(error);
+            }
             self.shared.migrated.store(true, Ordering::Release);
             Ok(())
         })
@@ -219,7 +297,7 @@ impl ReadModel for SqliteReadModel {
     }
 
     fn transaction<'a>(&self, open: &'a mut SqliteOpen) -> &'a mut SqliteConnection {
-        &mut open.transaction
+        &mut open.connection
     }
 
     fn adopt<'a>(
@@ -227,7 +305,7 @@ impl ReadModel for SqliteReadModel {
         open: &'a mut SqliteOpen,
         name: &'a str,
     ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move { progress::adopt(&mut open.transaction, name, self.store()?).await })
+        Box::pin(async move { progress::adopt(&mut open.connection, name, self.store()?).await })
     }
 
     fn save<'a>(
@@ -237,7 +315,10 @@ impl ReadModel for SqliteReadModel {
         from: Checkpoint,
         to: Checkpoint,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move { progress::save(&mut open.transaction, name, self.store()?, from, to).await })
+        Box::pin(async move {
+            open.check(name).await?;
+            progress::save(&mut open.connection, name, self.store()?, from, to).await
+        })
     }
 
     fn commit<'a>(
@@ -249,19 +330,29 @@ impl ReadModel for SqliteReadModel {
         parked: Option<ParkedEvent>,
     ) -> BoxFuture<'a, Result<(), CheckpointError>> {
         Box::pin(async move {
-            let transaction = &mut open.transaction;
-            progress::save(transaction, name, self.store()?, from, to).await?;
-            if let Some(event) = parked {
-                progress::park(transaction, name, &event).await?;
+            let committed = async {
+                open.check(name).await?;
+                progress::save(&mut open.connection, name, self.store()?, from, to).await?;
+                if let Some(event) = parked {
+                    progress::park(&mut open.connection, name, &event).await?;
+                }
+                let committed = open.commit().await;
+                committed
+                    .map_err(|error| failed(&format!("committing a transaction of {name}"), error).into())
+            };
+            let committed = committed.await;
+            if committed.is_err() {
+                open.roll_back().await;
             }
-            let committed = open.transaction.commit().await;
-            committed.map_err(|error| failed(&format!("committing a transaction of {name}"), error).into())
+            committed
         })
     }
 
     fn rollback(&self, open: SqliteOpen) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
-            open.transaction.rollback().await.map_err(|error| failed("rolling a transaction back", error))
+            // Closing the connection rolls back as well.
+            open.roll_back().await;
+            Ok(())
         })
     }
 
@@ -283,7 +374,7 @@ impl ReadModel for SqliteReadModel {
         name: &'a str,
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { progress::unpark(&mut open.transaction, name, position).await })
+        Box::pin(async move { progress::unpark(&mut open.connection, name, position).await })
     }
 
     fn unpark_all<'a>(
@@ -291,7 +382,7 @@ impl ReadModel for SqliteReadModel {
         open: &'a mut SqliteOpen,
         name: &'a str,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move { progress::unpark_all(&mut open.transaction, name).await })
+        Box::pin(async move { progress::unpark_all(&mut open.connection, name).await })
     }
 
     fn remove_parked<'a>(
@@ -302,8 +393,8 @@ impl ReadModel for SqliteReadModel {
         Box::pin(async move {
             let doing = format!("discarding a parked event of {name}");
             let mut open = self.open_transaction(&doing).await?;
-            let removed = progress::unpark(&mut open.transaction, name, position).await?;
-            open.transaction.commit().await.map_err(|error| failed(&doing, error))?;
+            let removed = progress::unpark(&mut open.connection, name, position).await?;
+            open.commit().await.map_err(|error| failed(&doing, error))?;
             Ok(removed)
         })
     }

@@ -34,6 +34,7 @@ mod snapshots;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod start_positions;
 mod support;
+mod transactions;
 
 #[cfg(all(feature = "postgres", feature = "nats"))]
 #[path = "../support/mod.rs"]

@@ -19,11 +19,23 @@ pub(crate) struct Progress {
     sql: ProgressSql,
     /// Whether statements may be prepared under a name; not with a pooler in transaction mode.
     persistent: bool,
+    /// Whether checkpoints move only in a transaction that the read model has marked.
+    marked: bool,
 }
 
 impl Progress {
     pub(crate) fn new(schema: &Schema, persistent: bool) -> Self {
-        Self { sql: ProgressSql::new(schema), persistent }
+        Self { sql: ProgressSql::new(schema), persistent, marked: false }
+    }
+
+    /// Moves checkpoints only in a transaction with the setting `storied_transaction.state`.
+    pub(crate) fn of_read_model(schema: &Schema) -> Self {
+        Self { sql: ProgressSql::new(schema), persistent: true, marked: true }
+    }
+
+    /// Returns whether the current transaction is marked.
+    pub(crate) async fn is_marked(&self, connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+        sqlx::query_scalar(self.sql.is_marked.clone()).persistent(self.persistent).fetch_one(connection).await
     }
 
     /// Loads the checkpoint of `name` and the id of the store that it belongs to.
@@ -131,7 +143,12 @@ impl Progress {
         if to.epoch < from.epoch {
             return Err(stale(self.checkpoint(connection, name, store).await?));
         }
-        let sql = if from == Checkpoint::default() { &self.sql.create } else { &self.sql.update };
+        let sql = match (from == Checkpoint::default(), self.marked) {
+            (true, false) => &self.sql.create,
+            (false, false) => &self.sql.update,
+            (true, true) => &self.sql.create_marked,
+            (false, true) => &self.sql.update_marked,
+        };
         let moved = sqlx::query(sql.clone())
             .bind(name)
             .bind(to_sql(to.position.get()))

@@ -244,6 +244,18 @@ statements! {
         update: "UPDATE storied.checkpoints
             SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
             WHERE name = $1 AND store_id = $5 AND position = $6 AND epoch = $7 AND mark = $8",
+        // A setting that ends with the transaction. After an end within `apply` it is empty or NULL.
+        is_marked: "SELECT pg_catalog.current_setting('storied_transaction.state', true) IS NOT DISTINCT FROM 'open'",
+        create_marked: "INSERT INTO storied.checkpoints AS c (name, position, epoch, mark, store_id)
+            SELECT $1::text, $2::bigint, $3::bigint, $4::bigint, $5::uuid
+            WHERE pg_catalog.current_setting('storied_transaction.state', true) = 'open'
+            ON CONFLICT (name) DO UPDATE
+            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
+            WHERE c.store_id = $5 AND c.position = $6 AND c.epoch = $7 AND c.mark = $8",
+        update_marked: "UPDATE storied.checkpoints
+            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
+            WHERE name = $1 AND store_id = $5 AND position = $6 AND epoch = $7 AND mark = $8
+                AND pg_catalog.current_setting('storied_transaction.state', true) = 'open'",
         park: "INSERT INTO storied.parked
                 (name, position, event_id, category, stream_id, version, event_name, error, attempts, parked_at)
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)

@@ -2,6 +2,8 @@
 //!
 //! A projection stores them in the database of its read model, in the read model's transaction. The
 //! store uses the same functions on its own file.
+//!
+//! All names are qualified: a temporary table of `apply` with the same name would replace ours.
 
 use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
@@ -39,11 +41,12 @@ pub(crate) async fn load(
     name: &str,
 ) -> Result<Option<(Checkpoint, Uuid)>, StoreError> {
     let doing = || format!("reading the checkpoint of {name}");
-    let row = sqlx::query("SELECT position, epoch, mark, store_id FROM storied_checkpoints WHERE name = ?")
-        .bind(name)
-        .fetch_optional(connection)
-        .await
-        .map_err(|error| failed(&doing(), error))?;
+    let row =
+        sqlx::query("SELECT position, epoch, mark, store_id FROM main.storied_checkpoints WHERE name = ?")
+            .bind(name)
+            .fetch_optional(connection)
+            .await
+            .map_err(|error| failed(&doing(), error))?;
     let Some(row) = row else { return Ok(None) };
     let row = Columns::of("storied_checkpoints", &row);
     let columns = || -> Result<_, sqlx::Error> {
@@ -76,8 +79,8 @@ pub(crate) async fn records(connection: &mut SqliteConnection) -> Result<Vec<Che
     };
     let rows = sqlx::query(
         "SELECT name, position, epoch, mark, store_id, updated_at,
-             (SELECT count(*) FROM storied_parked WHERE storied_parked.name = storied_checkpoints.name)
-         FROM storied_checkpoints ORDER BY name",
+             (SELECT count(*) FROM main.storied_parked WHERE storied_parked.name = storied_checkpoints.name)
+         FROM main.storied_checkpoints ORDER BY name",
     );
     let rows = rows.fetch_all(connection).await;
     rows.and_then(|rows| rows.iter().map(record).collect()).map_err(|error| failed(DOING, error))
@@ -109,7 +112,7 @@ pub(crate) async fn adopt(
     name: &str,
     store: Uuid,
 ) -> Result<Checkpoint, StoreError> {
-    sqlx::query("UPDATE storied_checkpoints SET store_id = ?2 WHERE name = ?1 AND store_id <> ?2")
+    sqlx::query("UPDATE main.storied_checkpoints SET store_id = ?2 WHERE name = ?1 AND store_id <> ?2")
         .bind(name)
         .bind(store)
         .execute(&mut *connection)
@@ -133,13 +136,13 @@ pub(crate) async fn save(
     // A name that was never saved is at the default checkpoint, so only from there a row is
     // created.
     let sql = if from == Checkpoint::default() {
-        "INSERT INTO storied_checkpoints (name, position, epoch, mark, store_id, updated_at)
+        "INSERT INTO main.storied_checkpoints (name, position, epoch, mark, store_id, updated_at)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6)
          ON CONFLICT (name) DO UPDATE
          SET position = ?2, epoch = ?3, mark = ?4, updated_at = ?6
          WHERE store_id = ?5 AND position = ?7 AND epoch = ?8 AND mark = ?9"
     } else {
-        "UPDATE storied_checkpoints
+        "UPDATE main.storied_checkpoints
          SET position = ?2, epoch = ?3, mark = ?4, updated_at = ?6
          WHERE name = ?1 AND store_id = ?5 AND position = ?7 AND epoch = ?8 AND mark = ?9"
     };
@@ -169,7 +172,7 @@ pub(crate) async fn park(
     event: &ParkedEvent,
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT OR REPLACE INTO storied_parked
+        "INSERT OR REPLACE INTO main.storied_parked
          (name, position, event_id, category, stream_id, version, event_name, error, attempts, parked_at)
          VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     )
@@ -198,7 +201,7 @@ pub(crate) async fn parked(
     let doing = || format!("reading the parked events of {name}");
     sqlx::query(
         "SELECT position, event_id, category, stream_id, version, event_name, error, attempts, parked_at
-         FROM storied_parked WHERE name = ? ORDER BY position LIMIT ?",
+         FROM main.storied_parked WHERE name = ? ORDER BY position LIMIT ?",
     )
     .bind(name)
     .bind(i64::try_from(limit).unwrap_or(i64::MAX))
@@ -232,7 +235,7 @@ pub(crate) async fn unpark(
     name: &str,
     position: Position,
 ) -> Result<bool, StoreError> {
-    let removed = sqlx::query("DELETE FROM storied_parked WHERE name = ? AND position = ?")
+    let removed = sqlx::query("DELETE FROM main.storied_parked WHERE name = ? AND position = ?")
         .bind(name)
         .bind(to_sql(position.get()))
         .execute(connection)
@@ -243,7 +246,7 @@ pub(crate) async fn unpark(
 
 /// Removes all parked events of `name`.
 pub(crate) async fn unpark_all(connection: &mut SqliteConnection, name: &str) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM storied_parked WHERE name = ?")
+    sqlx::query("DELETE FROM main.storied_parked WHERE name = ?")
         .bind(name)
         .execute(connection)
         .await
