@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use sqlx::Connection;
 use storied::projection::{Lookup, ProjectionState, ProjectionStatus, Schedule, WaitError};
 use storied::{EventStore, Filter, LocalBus, MemoryStore, Position, ProjectionHandle, Runtime};
 use tokio::sync::watch;
@@ -161,9 +162,51 @@ async fn a_projection_on_an_empty_log_is_not_live_before_its_checkpoint_is_read(
     let handle = node.projection(table("table"), database.open().await, options()).await;
     let error = handle.wait_until_live(PATIENCE).await.unwrap_err();
     assert!(matches!(error, WaitError::Failed { .. }), "{error}");
+    // Later, too, and on a node that stands by or takes over.
+    let second = local_node(&empty).await;
+    let other = second.projection(table("table"), database.open().await, options()).await;
+    for _ in 0..8 {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        for handle in [&handle, &other] {
+            handle.wait_until_live(Duration::from_millis(50)).await.unwrap_err();
+        }
+        // It stays refused after an attempt.
+        handle.resume().await.unwrap();
+    }
+    second.stop(PATIENCE).await.unwrap();
     let handle = node.projection(table("new"), database.open().await, options()).await;
     handle.wait_until_live(PATIENCE).await.unwrap();
-    // The status is of after the read of the checkpoint.
-    assert_ne!(handle.status().state, ProjectionState::Starting);
+    eventually("the lag is known", || handle.status().lag() == Some(0)).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// A checkpoint that is read first, and refused only when its owner claims it.
+#[tokio::test]
+async fn a_refused_checkpoint_is_no_position() {
+    let database = Database::new().await;
+    let ours = MemoryStore::new();
+    let store: Arc<dyn EventStore> = Arc::new(ours);
+    let head = append(&store, 0, 0..5).await;
+    let node = local_node(&store).await;
+    let handle = node.projection(table("table"), database.open().await, options()).await;
+    catch_up(&handle, head).await;
+    node.stop(PATIENCE).await.unwrap();
+    // The log lost all its events, as after a restore.
+    let url = format!("sqlite://{}", database.path().display());
+    let mut connection = sqlx::SqliteConnection::connect(&url).await.unwrap();
+    let empty: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    sqlx::query("UPDATE storied_checkpoints SET store_id = ?")
+        .bind(empty.info().id)
+        .execute(&mut connection)
+        .await
+        .unwrap();
+    let node = local_node(&empty).await;
+    let handle = node.projection(table("table"), database.open().await, options()).await;
+    reach(&handle, ProjectionState::Failed).await;
+    for _ in 0..8 {
+        let error = handle.wait_until_live(PATIENCE).await.unwrap_err();
+        assert!(matches!(error, WaitError::Failed { .. }), "{error}");
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
     node.stop(PATIENCE).await.unwrap();
 }
