@@ -238,6 +238,17 @@ async fn a_projection_survives_a_changed_login_or_schema() {
     let runtime =
         Runtime::builder().store(store.clone()).projection_with(Seen, model, quick).start().await.unwrap();
     let projection = runtime.projection("seen").unwrap();
+    let one = async || append(&store, &stream(1), ExpectedVersion::Any, events(1)).await;
+    // Other idle connections of the store may have been closed, too.
+    let retried = async || {
+        let began = Instant::now();
+        loop {
+            match one().await {
+                Ok(appended) => break appended.positions[0],
+                Err(error) => assert!(began.elapsed() < PATIENCE, "{error}"),
+            }
+        }
+    };
     for (change, undo, disconnects) in [
         ("ALTER ROLE careful PASSWORD 'another'", "ALTER ROLE careful PASSWORD 'right'", true),
         ("ALTER ROLE careful NOLOGIN", "ALTER ROLE careful LOGIN", true),
@@ -253,8 +264,7 @@ async fn a_projection_survives_a_changed_login_or_schema() {
             false,
         ),
     ] {
-        let one = async || append(&store, &stream(1), ExpectedVersion::Any, events(1)).await;
-        let position = one().await.unwrap().positions[0];
+        let position = retried().await;
         projection.caught_up_to_within(position, PATIENCE).await.unwrap();
         let kill = "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE usename = 'careful'";
         run(&url, change).await;
@@ -277,13 +287,7 @@ async fn a_projection_survives_a_changed_login_or_schema() {
         if disconnects {
             run(&url, kill).await;
         }
-        let began = Instant::now();
-        let position = loop {
-            match one().await {
-                Ok(appended) => break appended.positions[0],
-                Err(error) => assert!(began.elapsed() < PATIENCE, "{change}: {error}"),
-            }
-        };
+        let position = retried().await;
         projection.caught_up_to_within(position, PATIENCE).await.unwrap();
         let rows: i64 = {
             let mut other = PgConnection::connect(&url).await.unwrap();
