@@ -146,8 +146,7 @@ impl ProjectionHandle {
                 let status = status.borrow_and_update();
                 // Before the checkpoint is read, the position is START and says nothing. The
                 // position of a refused checkpoint (`fits` is false) says nothing either.
-                let known = (status.fits || std::env::var_os("OLD3").is_some())
-                    && (status.located || status.position > Position::START);
+                let known = status.fits && (status.located || status.position > Position::START);
                 let name = self.name.to_string();
                 let ended = match status.state {
                     ProjectionState::Failed => {
