@@ -91,9 +91,10 @@ const NOT_RESOLVED: &str = "failed to lookup address information";
 
 /// Returns whether a store error is an outage.
 ///
-/// A full disk (`Storage`) counts as an outage: an operator must act, but no event causes it.
+/// A full disk (`Storage`) and a refused login (`Misconfigured`) count as outages: an operator must
+/// act, but no event causes them.
 pub(crate) fn is_store_outage(error: &StoreError) -> bool {
-    error.is_transient() || matches!(error, StoreError::Storage { .. })
+    error.may_pass() || matches!(error, StoreError::Storage { .. })
 }
 
 /// Returns whether a connection failed, or ended in the middle of an answer.

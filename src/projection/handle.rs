@@ -142,37 +142,55 @@ impl ProjectionHandle {
         let mut status = self.parts[usize::from(part)].status.clone();
         let mut poll = SHARED_POLL;
         loop {
-            let state = {
+            let (state, cached, ended) = {
                 let status = status.borrow_and_update();
-                // Before the checkpoint is read, the position is START and says nothing.
-                let known = status.located || status.position > Position::START;
-                if known && status.position >= position {
-                    return Ok(());
-                }
+                // Before the checkpoint is read, the position is START and says nothing. The
+                // position of a refused checkpoint (`fits` is false) says nothing either.
+                let known = status.fits && (status.located || status.position > Position::START);
                 let name = self.name.to_string();
-                match status.state {
+                let ended = match status.state {
                     ProjectionState::Failed => {
                         let error = status.last_error.clone().unwrap_or_default();
-                        return Err(WaitError::Failed { name, reached: status.position, error });
+                        Some(WaitError::Failed { name, reached: status.position, error })
                     }
-                    ProjectionState::Stopped => return Err(WaitError::Stopped { name }),
-                    state => state,
-                }
+                    ProjectionState::Stopped => Some(WaitError::Stopped { name }),
+                    _ => None,
+                };
+                (status.state, (known && status.position >= position).then_some(status.mark), ended)
             };
+            if let Some(mark) = cached
+                && self.is_current(part, mark).await
+            {
+                return Ok(());
+            }
+            if let Some(error) = ended {
+                return Err(error);
+            }
             tokio::select! {
                 changed = status.changed() => if changed.is_err() {
                     return Err(WaitError::Stopped { name: self.name.to_string() });
                 },
                 // The owner's progress reaches this node only through the checkpoint.
-                () = sleep(poll), if state == ProjectionState::Standby => {
+                () = sleep(poll), if cached.is_some() || state == ProjectionState::Standby => {
                     poll = (poll * 5 / 4).min(SLOWEST_POLL);
                     // A failed read is repeated: the wait has a timeout.
-                    if self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.position >= position) {
+                    if state == ProjectionState::Standby
+                        && self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.position >= position)
+                    {
                         return Ok(());
                     }
                 }
             }
         }
+    }
+
+    /// Returns whether the read model was not reset since its checkpoint had this mark.
+    ///
+    /// Another node may have reset a shared read model; this node notices only within 1 s. The
+    /// stored position proves nothing: it is below the applied one until the checkpoint is written.
+    async fn is_current(&self, part: u16, mark: u64) -> bool {
+        !self.progress.shared()
+            || self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.mark == mark)
     }
 
     /// Waits until everything that is in the log now is applied.

@@ -9,11 +9,11 @@ use chrono::{DateTime, Utc};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::ReadModel;
 use super::progress::Progress;
 use super::request::{Answer, Request};
 use super::shape::{Row, Shape, Versions};
 use super::worker::Role;
+use super::{ReadModel, name_problem};
 use crate::event::Position;
 use crate::lease::{self, Renewals};
 use crate::partition::Partition;
@@ -220,8 +220,14 @@ impl Operator {
     /// Nodes notice within 1 s.
     ///
     /// # Errors
-    /// If the store cannot be written.
+    /// `Invalid` if no projection can have this name. If the store cannot be written.
     pub async fn pause(&self, name: &str) -> Result<(), StoreError> {
+        // Not in `resume`, which removes such a name.
+        if let Some(problem) = name_problem(name) {
+            return Err(StoreError::Invalid {
+                reason: format!("pausing projection {name:?} failed: {problem}"),
+            });
+        }
         self.store.set_paused(name, true).await
     }
 

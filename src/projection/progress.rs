@@ -13,6 +13,8 @@ const ATTEMPTS: u32 = 20;
 
 pub(super) trait Progress: Send + Sync {
     fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>>;
+    /// Returns whether nodes share the read model, so that another node may reset it.
+    fn shared(&self) -> bool;
     fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>>;
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
     fn versions<'a>(&'a self, shape: &'a Shape) -> BoxFuture<'a, Result<Versions, StoreError>>;
@@ -33,6 +35,10 @@ pub(super) trait Progress: Send + Sync {
 impl<R: ReadModel> Progress for R {
     fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>> {
         ReadModel::prepare(self, store, "operator")
+    }
+
+    fn shared(&self) -> bool {
+        ReadModel::shared(self)
     }
 
     fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {

@@ -42,6 +42,17 @@ pub enum StoreError {
         /// Remedy.
         advice: String,
     },
+    /// The server refuses the login, or its settings, database or tables are not the required ones.
+    ///
+    /// An operator has to act. A start ends at once; a running projection retries.
+    Misconfigured {
+        /// Expected value.
+        expected: String,
+        /// Found value.
+        found: String,
+        /// Remedy.
+        advice: String,
+    },
     /// The data read cannot have been written by storied.
     Corrupt {
         /// Location and cause.
@@ -70,7 +81,8 @@ impl fmt::Display for StoreError {
                 write!(f, "append outcome unknown: {reason}; repeat the command with the same id")
             }
             Self::Invalid { reason } => write!(f, "invalid request to the event store: {reason}"),
-            Self::Incompatible { expected, found, advice } => {
+            Self::Incompatible { expected, found, advice }
+            | Self::Misconfigured { expected, found, advice } => {
                 write!(f, "incompatible event store: expected {expected}, found {found}; {advice}")
             }
             Self::Corrupt { reason } => write!(f, "unreadable data in the event store: {reason}"),
@@ -95,7 +107,10 @@ impl Error for StoreError {
                 Some(source) => Some(&**source),
                 None => Some(&Transient),
             },
-            Self::Invalid { .. } | Self::Incompatible { .. } | Self::Corrupt { .. } => None,
+            Self::Invalid { .. }
+            | Self::Incompatible { .. }
+            | Self::Misconfigured { .. }
+            | Self::Corrupt { .. } => None,
         }
     }
 }
@@ -112,6 +127,11 @@ impl StoreError {
         matches!(self, StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. })
     }
 
+    /// Returns whether a running task retries: the error says nothing about data or request.
+    pub(crate) fn may_pass(&self) -> bool {
+        self.is_transient() || matches!(self, Self::Misconfigured { .. })
+    }
+
     /// Returns the kind of failure, as one word.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
@@ -119,6 +139,7 @@ impl StoreError {
             Self::OutcomeUnknown { .. } => "outcome_unknown",
             Self::Invalid { .. } => "invalid",
             Self::Incompatible { .. } => "incompatible",
+            Self::Misconfigured { .. } => "misconfigured",
             Self::Corrupt { .. } => "corrupt",
             Self::Storage { .. } => "storage",
         }

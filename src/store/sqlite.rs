@@ -161,6 +161,11 @@ impl SqliteOptions {
             let reason = format!("{} is a directory; name a file in it", self.path.display());
             return Err(StoreError::Invalid { reason });
         }
+        // A FIFO or a device: SQLite reports an I/O error.
+        if self.path.metadata().is_ok_and(|file| !file.is_file()) {
+            let reason = format!("{} is not a regular file; name a database", self.path.display());
+            return Err(StoreError::Invalid { reason });
+        }
         self.create()?;
         let shared = SqliteConnectOptions::new()
             .filename(file(&self.path))

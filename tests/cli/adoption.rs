@@ -275,6 +275,8 @@ async fn an_operator_adopts_a_copy() {
         drop(open);
         fixture.run(&["store", "adopt"]).await.code(2);
         fixture.run(&["store", "adopt", "--copy", "--moved"]).await.code(2);
+        fixture.run(&["store", "adopt"]).await.code(2).complains(&["--moved", "--copy"]);
+        fixture.run(&["store", "adopt", "--moved", "--copy"]).await.code(2).complains(&["cannot be used"]);
         fixture.run(&["store", "adopt", "--copy"]).await.code(4).complains(&["--force"]);
         fixture.run(&["store", "adopt", "--moved"]).await.code(0).shows(&[&id.to_string()]);
 

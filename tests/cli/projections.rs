@@ -189,6 +189,9 @@ async fn a_running_projection_is_seen_paused_and_resumed() {
         fixture.run(&["projection", "list"]).await.code(0).shows(&["seen        no node"]);
         fixture.run(&["projection", "pause", "seen"]).await.code(0).shows(&["no live node owns it"]);
         fixture.run(&["projection", "pause", "in_memory", "--force"]).await.code(0);
+        for name in ["", " seen", "a\nb", &"x".repeat(300)] {
+            fixture.run(&["projection", "pause", name, "--force"]).await.code(2).complains(&["the name"]);
+        }
         fixture.run(&["projection", "list"]).await.code(0).shows(&["in_memory"]);
         fixture.run(&["projection", "reset", "in_memory"]).await.code(4).complains(&["--read-model-url"]);
     }

@@ -59,6 +59,10 @@ async fn a_foreign_database_is_not_changed() {
     let directory = format!("sqlite:{}", path.parent().unwrap().display());
     bare(&["status", "--database-url", &directory]).await.code(2).complains(&["is a directory; name a file"]);
     assert_eq!(std::fs::read(&path).unwrap(), before);
+    let fifo = dir.path().join("fifo");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let fifo = format!("sqlite:{}", fifo.display());
+    bare(&["status", "--database-url", &fifo]).await.code(2).complains(&["is not a regular file"]);
 }
 
 #[tokio::test]

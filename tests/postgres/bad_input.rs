@@ -29,10 +29,10 @@ async fn refused(options: PostgresOptions) -> StoreError {
     options.connect().await.map(drop).expect_err("this must be refused")
 }
 
-/// Returns the texts of an `Incompatible` error, in order.
+/// Returns the text of a refusal for good: `Incompatible` or `Misconfigured`.
 fn incompatible(error: &StoreError) -> String {
     match error {
-        StoreError::Incompatible { .. } => error.to_string(),
+        StoreError::Incompatible { .. } | StoreError::Misconfigured { .. } => error.to_string(),
         error => panic!("{error:?}"),
     }
 }
@@ -171,7 +171,7 @@ async fn unsafe_settings() {
     run(&url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'storied'")
         .await;
     let error = append(&store, &stream("a"), exact(3), events(1)).await.unwrap_err();
-    assert!(matches!(error, AppendError::Store(StoreError::Incompatible { .. })), "{error:?}");
+    assert!(matches!(error, AppendError::Store(StoreError::Misconfigured { .. })), "{error:?}");
     run(&server.url(), &format!("ALTER DATABASE {database} RESET ALL")).await;
     drop((store, late));
 

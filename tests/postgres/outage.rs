@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, PgConnection, PgPool};
-use storied::projection::ApplyError;
+use storied::projection::{ApplyError, ProjectionState};
 use storied::{
     EncodeError, ExpectedVersion, Filter, MemoryStore, PostgresOptions, PostgresReadModel, Projection,
     ProjectionHandle, ProjectionOptions, RecordedEvent, Runtime, StoreError,
@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::proxy::{Loss, Proxy};
 use crate::support::PostgresServer;
-use crate::tools::{append, as_user, events, eventually, run, stream};
+use crate::tools::{append, as_user, events, eventually, run, stream, whole_log};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -212,8 +212,90 @@ async fn a_start_waits_for_a_server_that_restarts() {
     let began = Instant::now();
     let (base, _) = url.rsplit_once('/').unwrap();
     let missing = PostgresOptions::new().url(format!("{base}/nowhere")).connect().await.unwrap_err();
-    assert!(matches!(missing, StoreError::Incompatible { .. }), "{missing}");
+    assert!(matches!(missing, StoreError::Misconfigured { .. }), "{missing}");
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
+
+/// What ends without a restart of a program needs no `resume` either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_projection_survives_a_changed_login_or_schema() {
+    let server = PostgresServer::start().await;
+    let url = server.create_database().await;
+    run(&url, "CREATE TABLE seen (position bigint); CREATE TABLE notes (text text)").await;
+    run(&url, "CREATE ROLE careful LOGIN SUPERUSER PASSWORD 'right'").await;
+    let rules = server.dir().join("data/pg_hba.conf");
+    let others = std::fs::read_to_string(&rules).unwrap();
+    std::fs::write(&rules, format!("host all careful all scram-sha-256\n{others}")).unwrap();
+    run(&url, "SELECT pg_reload_conf()").await;
+    let wrong = as_user(&url, "careful:wrong");
+    eventually("the password counts", async || PgConnection::connect(&wrong).await.is_err()).await;
+
+    let login = as_user(&url, "careful:right");
+    let options = PostgresOptions::new().url(&login).acquire_timeout(Duration::from_millis(200));
+    let store = options.connect().await.unwrap();
+    let model = PostgresReadModel::new(PgPool::connect(&login).await.unwrap());
+    let quick = ProjectionOptions::new().backoff(Duration::from_millis(10), Duration::from_millis(100));
+    let runtime =
+        Runtime::builder().store(store.clone()).projection_with(Seen, model, quick).start().await.unwrap();
+    let projection = runtime.projection("seen").unwrap();
+    let one = async || append(&store, &stream(1), ExpectedVersion::Any, events(1)).await;
+    // Other idle connections of the store may have been closed, too.
+    let retried = async || {
+        let began = Instant::now();
+        loop {
+            match one().await {
+                Ok(appended) => break appended.positions[0],
+                Err(error) => assert!(began.elapsed() < PATIENCE, "{error}"),
+            }
+        }
+    };
+    for (change, undo, disconnects) in [
+        ("ALTER ROLE careful PASSWORD 'another'", "ALTER ROLE careful PASSWORD 'right'", true),
+        ("ALTER ROLE careful NOLOGIN", "ALTER ROLE careful LOGIN", true),
+        (
+            "ALTER ROLE careful SET default_transaction_isolation = 'serializable'",
+            "ALTER ROLE careful RESET default_transaction_isolation",
+            true,
+        ),
+        ("ALTER SCHEMA storied RENAME TO gone", "ALTER SCHEMA gone RENAME TO storied", false),
+        (
+            "ALTER TABLE storied.checkpoints RENAME TO others",
+            "ALTER TABLE storied.others RENAME TO checkpoints",
+            false,
+        ),
+    ] {
+        let position = retried().await;
+        projection.caught_up_to_within(position, PATIENCE).await.unwrap();
+        let kill = "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE usename = 'careful'";
+        run(&url, change).await;
+        if disconnects {
+            run(&url, kill).await;
+        }
+        // Only after a renamed table of checkpoints does it succeed.
+        let _ = one().await;
+        let mut failed = false;
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(2) {
+            let status = projection.status();
+            assert_ne!(status.state, ProjectionState::Failed, "{change}: {:?}", status.last_error);
+            failed |= status.state == ProjectionState::Retrying;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // The isolation level disturbs only the event store.
+        assert!(failed || change.contains("isolation"), "{change}: {:?}", projection.status());
+        run(&url, undo).await;
+        if disconnects {
+            run(&url, kill).await;
+        }
+        let position = retried().await;
+        projection.caught_up_to_within(position, PATIENCE).await.unwrap();
+        let rows: i64 = {
+            let mut other = PgConnection::connect(&url).await.unwrap();
+            sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&mut other).await.unwrap()
+        };
+        assert_eq!(rows, whole_log(&store).await.len() as i64, "{change}");
+    }
+    runtime.shutdown().await.unwrap();
 }
 
 /// The limits are longer than the patience here: a start that repeats its attempt until then does not end in time.
@@ -233,7 +315,7 @@ async fn a_wrong_password_ends_a_start_at_once() {
     let options = |url: &str| PostgresOptions::new().url(url).connect_timeout(LIMIT);
     let store = options(&as_user(&url, "careful:right")).connect().await.unwrap();
     let failed = timeout(PATIENCE, options(&wrong).connect()).await.expect("it ends at once").unwrap_err();
-    assert!(matches!(failed, StoreError::Incompatible { .. }) && !failed.is_transient(), "{failed:?}");
+    assert!(matches!(failed, StoreError::Misconfigured { .. }) && !failed.is_transient(), "{failed:?}");
     for part in ["password authentication failed", "careful", "check user name and password"] {
         assert!(failed.to_string().contains(part), "{part:?} is not in: {failed}");
     }

@@ -54,6 +54,6 @@ async fn many_clients_share_few_sessions() {
 async fn a_pooler_is_noticed() {
     let url = bouncer().await.through(&PostgresServer::shared().await.create_database().await);
     let error = PostgresStore::connect(url).await.unwrap_err();
-    assert!(matches!(error, StoreError::Incompatible { .. }), "{error:?}");
+    assert!(matches!(error, StoreError::Misconfigured { .. }), "{error:?}");
     assert!(error.to_string().contains("PostgresOptions::transaction_pooler"), "{error}");
 }

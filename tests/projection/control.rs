@@ -622,3 +622,38 @@ async fn a_replay_is_marked_and_sends_nothing_again() {
         }
     }
 }
+
+/// The other nodes notice the reset only later: until then, their last known position is old.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_on_another_node_sees_a_reset_at_once() {
+    for (kind, store, _dir) in stores().await {
+        let database = Database::new().await;
+        let nodes = [local_node(&store).await, local_node(&store).await, local_node(&store).await];
+        let head = append(&store, 0, 1..=200).await;
+        let mut handles = Vec::new();
+        for node in &nodes {
+            handles.push(node.projection(table("table"), database.open().await, options()).await);
+        }
+        for handle in &handles {
+            catch_up(handle, head).await;
+            eventually("the position is known", || handle.status().position == head).await;
+        }
+        let all = log(&store, &Filter::all()).await;
+        for round in 0..6 {
+            let (resets, waits) = (&handles[round % 3], &handles[(round + 1 + round / 3) % 3]);
+            resets.reset().await.unwrap();
+            if round % 2 == 0 {
+                waits.wait_until_live(PATIENCE).await.unwrap();
+            } else {
+                waits.caught_up_to(head).await.unwrap();
+            }
+            assert_eq!(database.seen("table").await, all, "{kind}, round {round}");
+            for handle in &handles {
+                eventually("the position is known", || handle.status().position == head).await;
+            }
+        }
+        for node in nodes {
+            node.stop(PATIENCE).await.unwrap();
+        }
+    }
+}

@@ -161,9 +161,44 @@ async fn a_projection_on_an_empty_log_is_not_live_before_its_checkpoint_is_read(
     let handle = node.projection(table("table"), database.open().await, options()).await;
     let error = handle.wait_until_live(PATIENCE).await.unwrap_err();
     assert!(matches!(error, WaitError::Failed { .. }), "{error}");
+    // Later, too, and on a node that stands by or takes over.
+    let second = local_node(&empty).await;
+    let other = second.projection(table("table"), database.open().await, options()).await;
+    for _ in 0..8 {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        for handle in [&handle, &other] {
+            handle.wait_until_live(Duration::from_millis(50)).await.unwrap_err();
+        }
+        // It stays refused after an attempt.
+        handle.resume().await.unwrap();
+    }
+    second.stop(PATIENCE).await.unwrap();
     let handle = node.projection(table("new"), database.open().await, options()).await;
     handle.wait_until_live(PATIENCE).await.unwrap();
-    // The status is of after the read of the checkpoint.
-    assert_ne!(handle.status().state, ProjectionState::Starting);
+    eventually("the lag is known", || handle.status().lag() == Some(0)).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// A checkpoint that a standby reads, and that is refused only when its owner claims it.
+#[tokio::test]
+async fn a_refused_checkpoint_is_no_position() {
+    let database = Database::new().await;
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let head = append(&store, 0, 0..5).await;
+    let node = local_node(&store).await;
+    let handle = node.projection(table("table"), database.open().await, options()).await;
+    catch_up(&handle, head).await;
+    // As of a log that lost events. The owner loses a race, stands by, and claims it.
+    sqlx::query("UPDATE storied_checkpoints SET position = 1000, mark = mark + 1 WHERE position > 0")
+        .execute(database.open().await.pool())
+        .await
+        .unwrap();
+    append(&store, 0, 5..6).await;
+    reach(&handle, ProjectionState::Failed).await;
+    for _ in 0..8 {
+        let error = handle.wait_until_live(PATIENCE).await.unwrap_err();
+        assert!(matches!(error, WaitError::Failed { .. }), "{error}");
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
     node.stop(PATIENCE).await.unwrap();
 }

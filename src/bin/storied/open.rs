@@ -212,6 +212,10 @@ impl FromStr for Database {
                     let problem = format!("{} is a directory; name a file in it", path.display());
                     return Err(Failure::Usage(problem));
                 }
+                if path.metadata().is_ok_and(|file| !file.is_file()) {
+                    let problem = format!("{} is not a regular file; name a database", path.display());
+                    return Err(Failure::Usage(problem));
+                }
                 Ok(Self::Sqlite(path))
             }
             _ => Err(Failure::Usage("invalid database URL: must begin with postgres:// or sqlite:".into())),

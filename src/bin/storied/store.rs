@@ -14,9 +14,10 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("original").required(true).args(["moved", "copy"])))]
 pub(crate) struct AdoptArgs {
     /// The original does not exist any more: the store keeps its id
-    #[arg(long, required_unless_present = "copy", conflicts_with = "copy")]
+    #[arg(long)]
     moved: bool,
 
     /// The original still exists: the store gets a new id, and its publisher starts empty

@@ -153,7 +153,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if self.look_at <= Instant::now() {
             match self.read_model.checkpoint(&self.row).await {
                 Ok(checkpoint) => {
-                    self.moved_to(checkpoint.position);
+                    self.context.status.send_if_modified(|status| {
+                        let known = (status.position, status.mark);
+                        status.mark = checkpoint.mark;
+                        status.moved_to(checkpoint.position, None);
+                        known != (checkpoint.position, checkpoint.mark)
+                    });
                     self.measures_from(checkpoint.position);
                     self.date().await;
                 }
@@ -245,6 +250,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.applied = checkpoint.position;
         self.context.status.send_modify(|status| {
             status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
+            status.mark = checkpoint.mark;
             status.moved_to(checkpoint.position, None);
         });
         self.measures_from(checkpoint.position);

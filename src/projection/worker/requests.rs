@@ -116,7 +116,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             // The request was deleted with the change; a request that exists now is a new one.
             Ok(()) => return Ok(()),
             // A later attempt may succeed.
-            Err(ControlError::Store(error)) if error.is_transient() => return Err(error),
+            Err(ControlError::Store(error)) if error.may_pass() => return Err(error),
             Err(error @ (ControlError::Overloaded { .. } | ControlError::TimedOut { .. })) => {
                 return Err(StoreError::Unavailable { reason: error.to_string(), source: None });
             }

@@ -111,7 +111,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     }
                 }
             }
-            Err(error) if error.is_transient() => return Err(error),
+            Err(error) if error.may_pass() => return Err(error),
             Err(error) => error.to_string(),
         };
         tracing::warn!(

@@ -39,6 +39,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Handles a failure of the store or the read model: retries later, unless a retry cannot
     /// succeed.
     pub(super) fn outage(&mut self, error: &(dyn Error + 'static)) {
+        // Only evidence about the data: a refused login or a changed setting (`Misconfigured`) ends
+        // without a restart, like any outage.
         let lasting = matches!(
             error.downcast_ref(),
             Some(StoreError::Incompatible { .. } | StoreError::Invalid { .. } | StoreError::Corrupt { .. })

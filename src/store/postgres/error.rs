@@ -146,7 +146,7 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
 }
 
 fn no_tls(doing: &str, error: &sqlx::Error) -> StoreError {
-    StoreError::Incompatible {
+    StoreError::Misconfigured {
         expected: "a TLS connection as the database URL requires".into(),
         found: format!("{error} ({doing})"),
         advice: "check sslmode, sslrootcert and the host name of the URL, and the server's certificate"
@@ -156,27 +156,29 @@ fn no_tls(doing: &str, error: &sqlx::Error) -> StoreError {
 
 // https://www.postgresql.org/docs/current/errcodes-appendix.html
 fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreError {
-    let incompatible = |expected: &str, advice: &str| StoreError::Incompatible {
+    let misconfigured = |expected: &str, advice: &str| StoreError::Misconfigured {
         expected: expected.into(),
         found: format!("{message} ({doing}, SQLSTATE {code})"),
         advice: advice.into(),
     };
     match code {
-        UNSAFE => incompatible(
+        UNSAFE => misconfigured(
             "a primary server and a session with synchronous_commit on and isolation level read committed",
             "change the setting, or connect to the primary",
         ),
-        "28P01" | "28000" => incompatible(
+        "28P01" | "28000" => misconfigured(
             "a login that PostgreSQL accepts",
             "check user name and password of the database URL, and pg_hba.conf on the server",
         ),
-        "08P01" if message.contains("unsupported startup parameter") => incompatible(
+        "08P01" if message.contains("unsupported startup parameter") => misconfigured(
             "a connection to PostgreSQL itself, or PostgresOptions::transaction_pooler",
             "set that option if the connection goes through a pooler such as PgBouncer",
         ),
-        "3D000" => incompatible("an existing database", "create it, or correct the name in the database URL"),
+        "3D000" => {
+            misconfigured("an existing database", "create it, or correct the name in the database URL")
+        }
         "42P01" | "42883" | "3F000" | "42703" | "42809" => {
-            incompatible("storied's tables and functions", "run storied's migrations on this database")
+            misconfigured("storied's tables and functions", "run storied's migrations on this database")
         }
         "42501" => StoreError::storage(
             format!(

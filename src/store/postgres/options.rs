@@ -258,8 +258,9 @@ impl PostgresOptions {
     ///
     /// # Errors
     /// - `Invalid` for an invalid URL or schema name, or an option out of its range;
-    /// - `Incompatible`, with a remedy, if the login, the server's version or settings, the tables,
-    ///   the sequence or the codec do not meet the requirements;
+    /// - `Misconfigured`, with a remedy, if the server refuses the login, or its version or settings
+    ///   do not meet the requirements;
+    /// - `Incompatible`, with a remedy, if the tables, the sequence or the codec do not;
     /// - `Storage` if rights are missing;
     /// - `Unavailable` if the server cannot be reached within
     ///   [`connect_timeout`](Self::connect_timeout).

@@ -301,40 +301,40 @@ async fn check_server(connection: &mut PgConnection) -> Result<(), StoreError> {
     .fetch_one(connection)
     .await
     .map_err(checking)?;
-    let incompatible = |expected: &str, found: String, advice: &str| {
-        Err(StoreError::Incompatible { expected: expected.into(), found, advice: advice.into() })
+    let misconfigured = |expected: &str, found: String, advice: &str| {
+        Err(StoreError::Misconfigured { expected: expected.into(), found, advice: advice.into() })
     };
     let text = |column: usize| row.try_get::<String, _>(column).map_err(checking);
     if row.try_get::<i32, _>(0).map_err(checking)? < OLDEST_SERVER {
-        return incompatible(
+        return misconfigured(
             "PostgreSQL 15 or newer",
             format!("PostgreSQL {}", text(1)?),
             "update the server",
         );
     }
     if row.try_get::<bool, _>(2).map_err(checking)? {
-        return incompatible(
+        return misconfigured(
             "a primary server",
             "a standby in recovery".into(),
             "connect to the primary: a standby accepts no events and does not know up to where the log is complete",
         );
     }
     if text(3)? == "off" {
-        return incompatible(
+        return misconfigured(
             "synchronous_commit on",
             "synchronous_commit off".into(),
             "remove the setting for this server, database and login: events would be acknowledged before they are durable",
         );
     }
     if text(4)? != "read committed" {
-        return incompatible(
+        return misconfigured(
             "default_transaction_isolation 'read committed'",
             format!("'{}'", text(4)?),
             "remove the setting for this server, database and login: readers would miss events under another isolation level",
         );
     }
     if text(5)? == "on" {
-        return incompatible(
+        return misconfigured(
             "default_transaction_read_only off",
             "default_transaction_read_only on".into(),
             "remove the setting for this server, database and login",

@@ -108,7 +108,7 @@ fn by_code(
             advice: "check the path".into(),
         }),
         _ if message.starts_with("no such table: storied_") || message.starts_with("no such column") => {
-            Ok(StoreError::Incompatible {
+            Ok(StoreError::Misconfigured {
                 expected: "storied's tables".into(),
                 found: message.to_owned(),
                 advice: "run storied's migrations on this database".into(),
