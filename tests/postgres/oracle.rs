@@ -557,13 +557,18 @@ async fn readers_miss_no_event() {
 /// The same for readers that are notified of the mark by a lone append.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn notified_readers_miss_no_event() {
-    let url = PostgresServer::shared().await.create_database().await;
-    PostgresStore::connect(&url).await.unwrap();
+    let server = PostgresServer::shared().await;
     let time = Duration::from_secs(4) * stress();
-    let findings = oracle(&url, Scene { time, kills: true, ..Scene::quiet(Reader::Told) }).await;
-    findings.print("notified, with kills");
-    assert_eq!(findings.faults(), 0);
-    assert!(findings.events > 300 && findings.rolled_back > 5, "{findings:?}");
+    // A busy machine gets less done in the time: until it was enough to prove something.
+    let (mut events, mut rolled_back) = (0, 0);
+    while events <= 300 || rolled_back <= 5 {
+        let url = server.create_database().await;
+        PostgresStore::connect(&url).await.unwrap();
+        let findings = oracle(&url, Scene { time, kills: true, ..Scene::quiet(Reader::Told) }).await;
+        findings.print("notified, with kills");
+        assert_eq!(findings.faults(), 0);
+        (events, rolled_back) = (events + findings.events, rolled_back + findings.rolled_back);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
