@@ -93,7 +93,7 @@ pub(crate) fn to_cbor<T: Serialize>(value: &T) -> Result<Vec<u8>, SerializeError
 /// # Errors
 /// If the state does not decode, or decodes to other content. A field that serde skips in both
 /// directions goes unnoticed.
-pub(crate) fn snapshot<T: Serialize + DeserializeOwned>(state: &T) -> Result<Vec<u8>, String> {
+pub(crate) fn encode_snapshot<T: Serialize + DeserializeOwned>(state: &T) -> Result<Vec<u8>, String> {
     let bytes = to_cbor(state).map_err(|error| error.to_string())?;
     let read: T = from_cbor(&bytes)?;
     let of = |state: &T| fingerprint(state).map_err(|error| error.to_string());

@@ -48,8 +48,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::control::ControlError;
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-use self::error::transaction_ended;
 pub use self::error::{ApplyError, TargetUnavailable, WaitError};
 pub use self::external::{Delivery, External};
 pub use self::handle::ProjectionHandle;

@@ -135,7 +135,7 @@ impl Projection for Seen {
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut PgConnection) -> Result<(), ApplyError> {
         let AccountEvent::Entered { .. } = event.decode()?;
-        self.0.send(event.id).map_err(|_| "nobody waits".into())
+        self.0.send(event.id).map_err(|_| "the receiver is closed".into())
     }
 
     async fn reset(&mut self, _: &mut PgConnection) -> Result<(), ApplyError> {

@@ -145,7 +145,7 @@ impl<A: Aggregate> AggregateOptions<A> {
         self.snapshots = Some(Snapshotting {
             every: events,
             revision,
-            encode: crate::codec::snapshot,
+            encode: crate::codec::encode_snapshot,
             decode: crate::codec::from_cbor,
         });
         self

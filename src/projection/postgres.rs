@@ -6,7 +6,8 @@ use sqlx::postgres::{PgConnection, PgPool};
 use sqlx::{AssertSqlSafe, SqlSafeStr};
 use uuid::Uuid;
 
-use super::{ReadModel, transaction_ended};
+use super::ReadModel;
+use super::error::transaction_ended;
 use crate::event::Position;
 use crate::store::postgres::{
     Borrowed, BorrowedTransaction, Progress, Schema, database_of, failed, prepare_read_model,

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{ApplyError, SharedState};
-use crate::codec::{fingerprint, from_cbor, snapshot, to_cbor};
+use crate::codec::{encode_snapshot, fingerprint, from_cbor, to_cbor};
 use crate::event::{EventName, Position, StreamId, Version};
 use crate::panic::panic_text;
 use crate::store::{Filter, ParkedEvent};
@@ -45,7 +45,7 @@ const POISONED: &str = "the lock of the state is poisoned: a panic may have left
 
 impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> SnapshotState for RwLock<T> {
     fn save(&self) -> Result<Vec<u8>, ApplyError> {
-        Ok(snapshot(&*self.read().map_err(|_| POISONED)?)?)
+        Ok(encode_snapshot(&*self.read().map_err(|_| POISONED)?)?)
     }
 
     fn load(&self, snapshot: &[u8]) -> Result<(), ApplyError> {
@@ -58,7 +58,7 @@ impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> SnapshotState for 
 
 impl<T: Serialize + DeserializeOwned + Send + 'static> SnapshotState for Mutex<T> {
     fn save(&self) -> Result<Vec<u8>, ApplyError> {
-        Ok(snapshot(&*self.lock().map_err(|_| POISONED)?)?)
+        Ok(encode_snapshot(&*self.lock().map_err(|_| POISONED)?)?)
     }
 
     fn load(&self, snapshot: &[u8]) -> Result<(), ApplyError> {

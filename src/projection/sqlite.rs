@@ -16,9 +16,10 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{ReadModel, transaction_ended};
+use super::ReadModel;
+use super::error::transaction_ended;
 use crate::event::Position;
-use crate::store::sqlite::{failed, file, home, progress};
+use crate::store::sqlite::{failed, home, literal_path, progress};
 use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
@@ -141,7 +142,7 @@ impl SqliteReadModel {
     pub async fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
         let doing = format!("opening {}", path.as_ref().display());
         let options = SqliteConnectOptions::new()
-            .filename(file(path.as_ref()))
+            .filename(literal_path(path.as_ref()))
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Normal)

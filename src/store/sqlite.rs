@@ -168,7 +168,7 @@ impl SqliteOptions {
         }
         self.create()?;
         let shared = SqliteConnectOptions::new()
-            .filename(file(&self.path))
+            .filename(literal_path(&self.path))
             .busy_timeout(self.busy_timeout)
             .disable_statement_logging();
         let writing = shared
@@ -611,7 +611,7 @@ impl EventStore for SqliteStore {
 ///
 /// Stored numbers are far below the signed maximum.
 /// Returns a path that SQLite takes as it is: it reads `file:…` as a URI.
-pub(crate) fn file(path: &Path) -> PathBuf {
+pub(crate) fn literal_path(path: &Path) -> PathBuf {
     match path.as_os_str().as_encoded_bytes().starts_with(b"file:") {
         true => Path::new(".").join(path),
         false => path.to_owned(),

@@ -216,19 +216,24 @@ async fn a_start_waits_for_a_server_that_restarts() {
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
-/// What ends without a restart of a program needs no `resume` either.
+/// Creates the login `careful` with the password `right`, which the server checks.
+async fn careful_login(server: &PostgresServer, url: &str) {
+    run(url, "CREATE ROLE careful LOGIN SUPERUSER PASSWORD 'right'").await;
+    let rules = server.dir().join("data/pg_hba.conf");
+    let others = std::fs::read_to_string(&rules).unwrap();
+    std::fs::write(&rules, format!("host all careful all scram-sha-256\n{others}")).unwrap();
+    run(url, "SELECT pg_reload_conf()").await;
+    let wrong = as_user(url, "careful:wrong");
+    eventually("the server checks passwords", async || PgConnection::connect(&wrong).await.is_err()).await;
+}
+
+/// A failure that ends without a restart needs no `resume` either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_projection_survives_a_changed_login_or_schema() {
     let server = PostgresServer::start().await;
     let url = server.create_database().await;
     run(&url, "CREATE TABLE seen (position bigint); CREATE TABLE notes (text text)").await;
-    run(&url, "CREATE ROLE careful LOGIN SUPERUSER PASSWORD 'right'").await;
-    let rules = server.dir().join("data/pg_hba.conf");
-    let others = std::fs::read_to_string(&rules).unwrap();
-    std::fs::write(&rules, format!("host all careful all scram-sha-256\n{others}")).unwrap();
-    run(&url, "SELECT pg_reload_conf()").await;
-    let wrong = as_user(&url, "careful:wrong");
-    eventually("the password counts", async || PgConnection::connect(&wrong).await.is_err()).await;
+    careful_login(&server, &url).await;
 
     let login = as_user(&url, "careful:right");
     let options = PostgresOptions::new().url(&login).acquire_timeout(Duration::from_millis(200));
@@ -304,14 +309,9 @@ async fn a_wrong_password_ends_a_start_at_once() {
     const LIMIT: Duration = Duration::from_secs(3_600);
     let server = PostgresServer::start().await;
     let url = server.create_database().await;
-    run(&url, "CREATE ROLE careful LOGIN SUPERUSER PASSWORD 'right'").await;
-    let rules = server.dir().join("data/pg_hba.conf");
-    let others = std::fs::read_to_string(&rules).unwrap();
-    std::fs::write(&rules, format!("host all careful all scram-sha-256\n{others}")).unwrap();
-    run(&url, "SELECT pg_reload_conf()").await;
-    let wrong = as_user(&url, "careful:wrong");
-    eventually("the password counts", async || PgConnection::connect(&wrong).await.is_err()).await;
+    careful_login(&server, &url).await;
 
+    let wrong = as_user(&url, "careful:wrong");
     let options = |url: &str| PostgresOptions::new().url(url).connect_timeout(LIMIT);
     let store = options(&as_user(&url, "careful:right")).connect().await.unwrap();
     let failed = timeout(PATIENCE, options(&wrong).connect()).await.expect("it ends at once").unwrap_err();

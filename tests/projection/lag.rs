@@ -145,7 +145,7 @@ async fn a_lookup_is_ready_when_it_contains_the_log() {
     runtime.shutdown().await.unwrap();
 }
 
-/// The read model may belong to another event store: nobody knows before the checkpoint is read.
+/// The read model may belong to another event store: only its checkpoint shows that.
 #[tokio::test]
 async fn a_projection_on_an_empty_log_is_not_live_before_its_checkpoint_is_read() {
     let database = Database::new().await;
