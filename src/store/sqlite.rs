@@ -607,9 +607,6 @@ impl EventStore for SqliteStore {
     }
 }
 
-/// Converts a number: SQLite has no unsigned ones.
-///
-/// Stored numbers are far below the signed maximum.
 /// Returns a path that SQLite takes as it is: it reads `file:…` as a URI.
 pub(crate) fn literal_path(path: &Path) -> PathBuf {
     match path.as_os_str().as_encoded_bytes().starts_with(b"file:") {
@@ -618,6 +615,9 @@ pub(crate) fn literal_path(path: &Path) -> PathBuf {
     }
 }
 
+/// Converts a number: SQLite has no unsigned ones.
+///
+/// Stored numbers are far below the signed maximum.
 fn to_sql(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

@@ -99,3 +99,42 @@ async fn events_missing_on_a_new_primary_are_not_cached() {
     assert_eq!(fresh.read_log(newest).await.unwrap().events.len(), 0);
     assert_eq!(fresh.frontier().await.unwrap(), next);
 }
+
+/// Events that follow the mark without a hole are read without a query of the mark, unless the
+/// server lacks the event at the mark.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn consecutive_events_are_read_without_the_mark() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let (writer, reader) =
+        (PostgresStore::connect(&url).await.unwrap(), PostgresStore::connect(&url).await.unwrap());
+    let write = async |version, count| {
+        let done = append(&writer, &stream(1), exact(version), events(count)).await.unwrap();
+        *done.positions.last().unwrap()
+    };
+    write(0, 1).await;
+    let mark = reader.frontier().await.unwrap();
+    run(&url, "ALTER FUNCTION storied.frontier() RENAME TO hidden_frontier").await;
+    let last = write(1, 3).await;
+    let page = reader.read_log(ReadLog::after(mark)).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned_to, page.head), (3, last, last));
+
+    // The position of a refused append is a hole, and could be that of an append in flight.
+    assert!(append(&writer, &stream(1), exact(0), events(1)).await.is_err());
+    let beyond = write(4, 1).await;
+    assert!(beyond.get() > last.get() + 1);
+    reader.read_log(ReadLog::after(last)).await.unwrap_err();
+    run(&url, "ALTER FUNCTION storied.hidden_frontier() RENAME TO frontier").await;
+    let page = reader.read_log(ReadLog::after(last)).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned_to), (1, beyond));
+
+    // As on a server that took over without that event, and gave its position to another one.
+    let lost = format!(
+        "ALTER TABLE storied.events DISABLE TRIGGER USER;
+         UPDATE storied.events SET id = gen_random_uuid() WHERE position = {beyond};
+         ALTER TABLE storied.events ENABLE TRIGGER USER"
+    );
+    run(&url, &lost).await;
+    write(5, 1).await;
+    let error = reader.read_log(ReadLog::after(beyond)).await.unwrap_err();
+    assert!(matches!(error, StoreError::Incompatible { .. }), "{error}");
+}

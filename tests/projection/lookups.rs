@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use storied::projection::{Lookup, WaitError};
-use storied::{EventStore, FeedOptions, Filter, Runtime, SqliteStore};
+use storied::{EventStore, FeedOptions, Filter, MemoryStore, Runtime, SqliteStore};
 
 use crate::support::*;
 
@@ -73,5 +73,24 @@ async fn a_ready_lookup_contains_the_whole_log() {
     assert_eq!(lookups[0].read(Counts::len), 2_100);
     for node in nodes {
         node.shutdown().await.unwrap();
+    }
+}
+
+/// A ready lookup has no entry of an earlier runtime, also if the log of the new one is empty.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lookup_on_an_empty_log_is_ready_once_it_is_empty() {
+    let lookup = counts("counts");
+    for round in 0..20 {
+        for events in [5, 0] {
+            let store = MemoryStore::new();
+            let log: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store.clone());
+            if events > 0 {
+                append(&log, 1, 0..events).await;
+            }
+            let node = Runtime::builder().store(store).lookup(&lookup).start().await.unwrap();
+            lookup.ready(PATIENCE).await.unwrap();
+            assert_eq!(lookup.read(Counts::len) as u64, events, "round {round}");
+            node.shutdown().await.unwrap();
+        }
     }
 }
