@@ -502,12 +502,17 @@ impl Turn<'_> {
         let mut claims = publisher.claims().await?;
         let Some(first) = claims.first().copied() else { return Ok(end) };
         // This process published nothing after the end at which it was fenced.
-        let fenced = *self.fenced == Some(self.saved);
+        let fenced = *self.fenced == Some(self.saved) && known.sequence == self.saved.mark;
         let mut walk = if known.sequence > 0 && first.sequence == known.sequence {
-            self.check_checkpoint(known, first).await?;
+            if self.is_recreated(known, first).await? {
+                let known = MirrorEnd::default();
+                let Resume::After(end) = publisher.resume(known).await? else { return Ok(end) };
+                return Box::pin(self.confirm(publisher, known, end)).await;
+            }
             claims.remove(0);
             Walk::new(store, known.position, first.event != ClaimedEvent::Missing)
-        } else if fenced && known.sequence == 0 {
+        // Else the claims are the last ones only: they do not follow the checkpoint.
+        } else if fenced && known.sequence == 0 && first.sequence == 1 {
             Walk::new(store, known.position, true)
         } else if let Some(index) = find_end(store, &claims).await?
             && let Some(Claim { event: ClaimedEvent::Event { position, .. }, .. }) = claims.get(index)
@@ -545,16 +550,20 @@ impl Turn<'_> {
         Ok(MirrorEnd { position, ..end })
     }
 
-    /// Checks that the log still has the event of the checkpoint, if the log stream has it there.
-    async fn check_checkpoint(&self, known: MirrorEnd, claim: Claim) -> Result<(), Interruption> {
-        if let ClaimedEvent::Event { position, id, .. } = claim.event
-            && position == known.position
-            // A different id proves nothing: the last message may have been of another program.
-            && self.shared.store.event_id_at(position).await?.is_none()
-        {
+    /// Whether the log stream was recreated since the checkpoint: it has a later event there.
+    /// Fails if the log has lost the event of the checkpoint.
+    async fn is_recreated(&self, known: MirrorEnd, claim: Claim) -> Result<bool, Interruption> {
+        let ClaimedEvent::Event { position, id, .. } = claim.event else { return Ok(false) };
+        // An earlier event or another id proves nothing: the last message may have been of another
+        // program.
+        if position < known.position {
+            return Ok(false);
+        }
+        let log = self.shared.store.event_id_at(position).await?;
+        if position == known.position && log.is_none() {
             return Err(self.lost(position, id, claim.sequence).await?);
         }
-        Ok(())
+        Ok(position > known.position && log == Some(id))
     }
 
     /// Determines why the log does not have an event of the log stream.

@@ -5,14 +5,20 @@ use std::time::Duration;
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::stream::Stream;
-use storied::bus::NatsOptions;
+use storied::bus::{NatsBus, NatsOptions};
 use storied::store::Checkpoint;
-use storied::{EventStore, FeedOptions, Position, PublisherState, RecordedEvent, SqliteStore};
+use storied::testing::Node;
+use storied::{
+    EventStore, FeedOptions, Position, PublisherOptions, PublisherState, RecordedEvent, SqliteStore,
+};
+use tempfile::TempDir;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::harness::{self, NatsServer};
 use crate::support::*;
+
+const HOUR: Duration = Duration::from_secs(3_600);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -55,8 +61,12 @@ impl Scene {
     }
 
     async fn node_of(&self, store: &Arc<dyn EventStore>) -> Recording {
+        Recording::start(store, self.bus(), FeedOptions::new()).await
+    }
+
+    fn bus(&self) -> NatsBus {
         let bus = NatsOptions::jetstream(mirror().duplicate_window(self.window)).url(self.server.url());
-        Recording::start(store, quick(bus).bus(), FeedOptions::new()).await
+        quick(bus).bus()
     }
 
     async fn stream(&self) -> Stream {
@@ -152,7 +162,8 @@ impl Scene {
         let log: Vec<_> = log.filter(|(position, _)| !deleted.contains(position)).collect();
         let same = found.iter().zip(&log).take_while(|(found, log)| found == log).count();
         let (found, log) = (&found[same..], &log[same..]);
-        assert!(found.is_empty() && log.is_empty(), "after {same}: {found:?} instead of {log:?}");
+        let (first, wanted) = (found.first(), log.first());
+        assert!(found.is_empty() && log.is_empty(), "after {same}: {first:?} instead of {wanted:?}");
     }
 }
 
@@ -305,6 +316,53 @@ async fn an_imitation_of_the_next_event() {
         scene.is_the_log().await;
         node.node.stop(PATIENCE).await.unwrap();
     }
+}
+
+/// Another publisher of the same log was first, and published more than one page.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_publisher_before_the_first_event() {
+    let mut scene = Scene::start(Duration::from_millis(100)).await;
+    let directory = TempDir::new().unwrap();
+    let open = async || {
+        let store = SqliteStore::open(directory.path().join("events.db")).await.unwrap();
+        Arc::new(store) as Arc<dyn EventStore>
+    };
+    scene.store = open().await;
+    // Sees only what its own store appends.
+    let publishing = PublisherOptions::new().idle_poll(HOUR).busy_poll(HOUR).heartbeat(HOUR);
+    let node = Node::start(scene.store.clone(), Arc::new(scene.bus()), FeedOptions::new(), publishing).await;
+    eventually("publishing", || node.publisher().state == PublisherState::Publishing).await;
+    let (other, bus) = (open().await, scene.bus());
+    let mut publisher = publisher(&bus, &other).await;
+    write(&other, 0, 300).await;
+    for batch in batches(&other, Position::START, 300).await {
+        publisher.publish(batch).await.unwrap();
+    }
+    pause(200).await;
+    write(&scene.store, 0, 3).await;
+    eventually("published", || node.publisher().published == Some(Position::new(303))).await;
+    assert!(node.publisher().last_error.is_some_and(|error| error.contains("does not end at message 0")));
+    scene.is_the_log().await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// The number of the checkpoint belongs to a later event of a recreated stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_of_a_stream_that_was_recreated() {
+    let scene = Scene::start(Duration::from_millis(100)).await;
+    write(&scene.store, 0, 20).await;
+    let node = scene.node().await;
+    scene.published(&node).await;
+    node.node.stop(PATIENCE).await.unwrap();
+    let saved = scene.store.checkpoint("publisher").await.unwrap();
+    let old = Checkpoint { position: Position::new(5), mark: 10, ..saved };
+    scene.store.save_checkpoint("publisher", saved, old, None).await.unwrap();
+    pause(200).await;
+    write(&scene.store, 0, 3).await;
+    let node = scene.node().await;
+    scene.published(&node).await;
+    scene.is_the_log().await;
+    node.node.stop(PATIENCE).await.unwrap();
 }
 
 fn imitation(scene: &Scene, position: u64) -> Vec<(&'static str, String)> {

@@ -192,7 +192,9 @@ async fn round(seed: u64) {
     let (mirror, last) = found;
     let (short, wanted) = (mirror.len(), log.len());
     let differs = mirror.iter().zip(&log).position(|(mirror, log)| mirror != log);
-    assert!(mirror == log, "seed {seed}, {deeds:?}: {short} of {wanted}, first difference at {differs:?}");
+    let from = differs.unwrap_or(short.min(wanted)).saturating_sub(2);
+    let around: Vec<&u64> = mirror.iter().skip(from).take(6).collect();
+    assert!(mirror == log, "seed {seed}, {deeds:?}: {short} of {wanted}, from message {from} on {around:?}");
     assert_eq!(last, log.len() as u64, "seed {seed}");
     follower.reaches(&format!("seed {seed}"), &store).await;
     println!("seed {seed}: {wanted} events, {refusals} refusals, longest append {longest:?}");
