@@ -278,16 +278,17 @@ async fn a_projection_survives_a_changed_login_or_schema() {
         }
         // Only after a renamed table of checkpoints does it succeed.
         let _ = one().await;
-        let mut failed = false;
+        // The isolation level disturbs only the event store.
+        let mut failed = change.contains("isolation");
         let since = Instant::now();
-        while since.elapsed() < Duration::from_secs(2) {
+        // Longer on a busy machine, where the first errors are those of a slow connection.
+        while since.elapsed() < Duration::from_secs(2) || (!failed && since.elapsed() < PATIENCE) {
             let status = projection.status();
             assert_ne!(status.state, ProjectionState::Failed, "{change}: {:?}", status.last_error);
             failed |= status.state == ProjectionState::Retrying;
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        // The isolation level disturbs only the event store.
-        assert!(failed || change.contains("isolation"), "{change}: {:?}", projection.status());
+        assert!(failed, "{change}: {:?}", projection.status());
         run(&url, undo).await;
         if disconnects {
             run(&url, kill).await;
