@@ -288,7 +288,7 @@ pub async fn trouble(runtime: &Runtime) -> Vec<String> {
     {
         trouble.push(format!("the log is held back by {:?} for {:?}", stall.pid, stall.open_for));
     }
-    if let Err(error) = &status.frontier {
+    if let Err(error) = &status.high_water_mark {
         trouble.push(format!("reading the store failed: {error}"));
     }
     if let PublisherState::Retrying { error } = &status.publisher.state {

@@ -85,7 +85,7 @@ pub enum Resume {
     After(MirrorEnd),
     /// At the high-water mark of the log.
     /// The bus keeps nothing, and followers read the past from the store.
-    AtFrontier,
+    AtHighWaterMark,
 }
 
 /// A message of a log stream, as it describes itself. Only the log can confirm it.

@@ -356,7 +356,7 @@ impl FeedTask {
                 }
                 None => {
                     poll_at = after(self.idle_poll);
-                    match self.store.frontier().await {
+                    match self.store.high_water_mark().await {
                         Ok(head) if head > position => position = self.repair(position, None).await,
                         Ok(_) if matches!(source, Source::Listening(_)) => self.succeeded(),
                         Ok(_) => {}
@@ -376,7 +376,7 @@ impl FeedTask {
     /// Returns the current end of the log; followers receive all later events.
     async fn begin(&mut self) -> Position {
         loop {
-            match self.store.frontier().await {
+            match self.store.high_water_mark().await {
                 Ok(position) => {
                     self.store_backoff.succeeded();
                     // A follower that read the store before this point receives the current

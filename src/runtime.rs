@@ -249,7 +249,7 @@ pub struct RuntimeStatus {
     /// The store.
     pub store: StoreInfo,
     /// The high-water mark of the log, or the error of reading it.
-    pub frontier: Result<Position, StoreError>,
+    pub high_water_mark: Result<Position, StoreError>,
     /// The transaction that holds back the high-water mark, if any. A running append is harmless.
     pub stall: Result<Option<Stall>, StoreError>,
     /// The group-commit writer.
@@ -506,7 +506,7 @@ impl Builder {
         self.commands.validate()?;
         self.commands.check()?;
         let log_end =
-            startup::wait_for("reading the high-water mark", self.start_timeout, || store.frontier()).await?;
+            startup::wait_for("reading the high-water mark", self.start_timeout, || store.high_water_mark()).await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, &*self.bus, log_end).await?);
@@ -640,7 +640,7 @@ impl Runtime {
         RuntimeStatus {
             node: self.inner.node,
             store: self.inner.store.info().clone(),
-            frontier: self.inner.store.frontier().await,
+            high_water_mark: self.inner.store.high_water_mark().await,
             stall: self.inner.store.stall().await,
             writer: self.inner.writer.status(),
             aggregates: self.inner.commands.registry().aggregates(),

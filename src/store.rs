@@ -162,7 +162,7 @@ pub struct LogPage {
     /// Every matching event up to here is in this page or an earlier one (I1). It is the position
     /// of an existing event, which need not match, or `after` if there was none.
     pub scanned_to: Position,
-    /// High-water mark of the log when the page was read (see [`EventStore::frontier`]).
+    /// High-water mark of the log when the page was read (see [`EventStore::high_water_mark`]).
     ///
     /// With [`upto`](ReadLog::upto) it can be slightly older, but not lower than `upto` requires.
     pub head: Position,
@@ -271,7 +271,7 @@ pub trait EventStore: Send + Sync + 'static {
     /// Returns the high-water mark: no new event can appear at or below it.
     ///
     /// It is [`Position::START`] in an empty log.
-    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
 
     /// Returns the transaction that holds back the high-water mark at this moment, if any.
     ///

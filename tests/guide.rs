@@ -52,7 +52,7 @@ async fn nodes_share_the_shows_and_may_stop_at_any_time() {
     ended.unwrap();
     assert_eq!(sold.unwrap(), 40);
 
-    let head = office.status().await.frontier.unwrap();
+    let head = office.status().await.high_water_mark.unwrap();
     let sales = second.projection("sales").unwrap();
     sales.caught_up_to_within(head, Duration::from_secs(30)).await.unwrap();
     let read = PgPool::connect(&database).await.unwrap();

@@ -242,7 +242,7 @@ async fn executed_commands_can_be_read() {
         assert_eq!(ledger(&read).await.last(), Some(&(receipt.position.get(), n)));
     }
     let status = runtime.status().await;
-    assert_eq!(status.frontier.unwrap(), Position::new(50));
+    assert_eq!(status.high_water_mark.unwrap(), Position::new(50));
     assert_eq!(status.projections["ledger"].state, ProjectionState::Following);
     assert_eq!(status.projections["ledger"].lag(), Some(0));
     assert_eq!(status.aggregates[0].live, 5);

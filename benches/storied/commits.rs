@@ -63,7 +63,7 @@ impl SingleCommits {
         const READ: &str = "SELECT body FROM raw_latency ORDER BY id DESC LIMIT 1";
         match self {
             Self::Memory(store) => {
-                let head = store.frontier().await.unwrap();
+                let head = store.high_water_mark().await.unwrap();
                 let after = Position::new(head.get() - 1);
                 let page = store.read_log(ReadLog::after(after).limit(1)).await.unwrap();
                 assert_eq!(page.events.len(), 1);

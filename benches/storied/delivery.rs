@@ -71,7 +71,7 @@ async fn full(plan: &Plan) -> Store {
 }
 
 async fn fill_mirror(plan: &Plan, store: &Store, bus: &NatsBus) -> Run {
-    let head = store.port().frontier().await.unwrap();
+    let head = store.port().high_water_mark().await.unwrap();
     bus.connect().await.unwrap();
     let start = Instant::now();
     let runtime = store.builder().bus(bus.clone()).start().await.unwrap();

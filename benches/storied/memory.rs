@@ -126,7 +126,7 @@ async fn actors(count: usize) -> f64 {
 }
 
 async fn projection(store: Store, events: usize) -> u64 {
-    let head = store.port().frontier().await.unwrap();
+    let head = store.port().high_water_mark().await.unwrap();
     let runtime = store.builder().projection(Bytes(0), InMemory::new()).start().await.unwrap();
     let projection = runtime.projection("bytes").unwrap();
     projection.caught_up_to_within(head, Duration::from_secs(600)).await.unwrap();

@@ -81,7 +81,7 @@ pub async fn catchup(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     store.fill(plan, AGGREGATES).await;
     store.settle().await;
-    let head = store.port().frontier().await.unwrap();
+    let head = store.port().high_water_mark().await.unwrap();
     let start = Instant::now();
     let runtime = store.builder().projection(Bytes(0), InMemory::new()).start().await.unwrap();
     let projection = runtime.projection("bytes").unwrap();

@@ -69,7 +69,7 @@ REVOKE EXECUTE ON FUNCTION storied.is_stream FROM PUBLIC;
 -- independently.
 --
 -- I1, the low-water lock: before a transaction draws a position, it takes a shared advisory lock
--- with the current value of the sequence in its key. While the lock is held, storied.frontier()
+-- with the current value of the sequence in its key. While the lock is held, storied.high_water_mark()
 -- stays below it, so no reader passes a position that is still to appear. The event before a new
 -- one must exist with a lower position, so positions grow along every stream.
 --
@@ -236,7 +236,7 @@ REVOKE EXECUTE ON FUNCTION storied.append FROM PUBLIC;
 --
 -- The function must stay VOLATILE and run at READ COMMITTED. Then each statement has a snapshot of
 -- its own, and the last one sees all transactions committed before the locks were read.
-CREATE FUNCTION storied.frontier(
+CREATE FUNCTION storied.high_water_mark(
     OUT last_value bigint,             -- last drawn position
     OUT low_water  bigint,             -- all positions up to here are decided: visible, or never to be
     OUT head       bigint,             -- position of the last event up to low_water
@@ -253,7 +253,7 @@ BEGIN
         RAISE EXCEPTION 'a standby does not see the locks of the primary' USING ERRCODE = 'read_only_sql_transaction';
     END IF;
     IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'reading the frontier needs the isolation level read committed, not %',
+        RAISE EXCEPTION 'reading the high-water mark needs the isolation level read committed, not %',
             current_setting('transaction_isolation') USING ERRCODE = 'ST002';
     END IF;
 
@@ -279,7 +279,7 @@ BEGIN
     WHERE e.position <= low_water ORDER BY e.position DESC LIMIT 1;
     head := coalesce(head, 0);
 END $$;
-REVOKE EXECUTE ON FUNCTION storied.frontier FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION storied.high_water_mark FROM PUBLIC;
 
 -- Finds the events of commands in streams. For each pair with events, it returns its number in the
 -- call, the versions of its first and last event, and the position of the last one. The form leaves

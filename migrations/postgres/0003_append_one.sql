@@ -6,7 +6,7 @@
 -- function returns null and changes nothing; storied.append() then reports the state of the stream.
 --
 -- If no other append is in flight, the function also returns how far the log is readable after its
--- commit, which saves waiting readers the call of storied.frontier(). A transaction with a lower
+-- commit, which saves waiting readers the call of storied.high_water_mark(). A transaction with a lower
 -- position has taken the low-water lock before its draw, and holds it until its end. So if no other
 -- transaction holds the lock after the draw, all lower positions are decided, and a later statement
 -- sees all of them.

@@ -111,7 +111,7 @@ impl BusPublisher for LocalPublisher {
     }
 
     fn resume(&mut self, _known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
-        Box::pin(async { Ok(Resume::AtFrontier) })
+        Box::pin(async { Ok(Resume::AtHighWaterMark) })
     }
 
     fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {

@@ -201,7 +201,7 @@ impl ProjectionHandle {
     /// As [`caught_up_to_within`](Self::caught_up_to_within), and if the store cannot be read.
     pub async fn wait_until_live(&self, patience: Duration) -> Result<(), WaitError> {
         let deadline = after(patience);
-        let head = self.store.frontier().await?;
+        let head = self.store.high_water_mark().await?;
         self.caught_up_to_within(head, deadline.saturating_duration_since(Instant::now())).await
     }
 

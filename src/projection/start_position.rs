@@ -48,7 +48,7 @@ impl Start {
             Self::Now => Ok(now),
             Self::At(position) => {
                 let before = before(position);
-                let head = store.frontier().await?;
+                let head = store.high_water_mark().await?;
                 if before > head {
                     return Err(StoreError::not_now(format!(
                         "waiting for start position {position}: the log ends at {head} (ProjectionOptions::start)"
@@ -133,7 +133,7 @@ async fn last_event(store: &dyn EventStore, position: Position) -> Result<Positi
 /// Reads some tens of single events, and the events of the [`SKEW`] before `time`.
 async fn before_time(store: &dyn EventStore, time: DateTime<Utc>) -> Result<Position, StoreError> {
     let certain = time.checked_sub_signed(SKEW).unwrap_or(DateTime::<Utc>::MIN_UTC);
-    let head = store.frontier().await?;
+    let head = store.high_water_mark().await?;
     let (mut low, mut high) = (Position::START, head);
     while low < high {
         let middle = Position::new(low.get() + (high.get() - low.get()) / 2);

@@ -377,7 +377,7 @@ impl Turn<'_> {
         let mut ahead = None;
         loop {
             if last.is_none() && inbox.is_stopping() {
-                last = Some(shared.store.frontier().await?);
+                last = Some(shared.store.high_water_mark().await?);
             }
             let stretch = match ahead.take() {
                 Some(stretch) => stretch,
@@ -470,13 +470,13 @@ impl Turn<'_> {
         let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => self.confirm(publisher, known, end).await?,
-            Resume::AtFrontier => MirrorEnd { position: shared.store.frontier().await?, sequence: 0 },
+            Resume::AtHighWaterMark => MirrorEnd { position: shared.store.high_water_mark().await?, sequence: 0 },
         };
         // Another process may have published beyond the high-water mark of this process. Only the
         // event shows whether the log has lost it.
         let MirrorEnd { position: end, sequence } = self.end;
         if end > Position::START && shared.store.event_id_at(end).await?.is_none() {
-            let log = shared.store.frontier().await?;
+            let log = shared.store.high_water_mark().await?;
             if end > log {
                 return Err(Interruption::Ahead { mirror: end, log, first: sequence });
             }
@@ -569,7 +569,7 @@ impl Turn<'_> {
     /// Determines why the log does not have an event of the log stream.
     async fn lost(&self, position: Position, id: Uuid, first: u64) -> Result<Interruption, StoreError> {
         let store = &self.shared.store;
-        let (log, head) = (store.event_id_at(position).await?, store.frontier().await?);
+        let (log, head) = (store.event_id_at(position).await?, store.high_water_mark().await?);
         Ok(match log {
             None if position > head => Interruption::Ahead { mirror: position, log: head, first },
             log => Interruption::Diverged { position, mirror: id, log, first },

@@ -265,7 +265,7 @@ impl EventStore for MemoryStore {
         Box::pin(async move { Ok(self.data().read_log(&read)) })
     }
 
-    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
         Box::pin(async move { Ok(self.data().head()) })
     }
 

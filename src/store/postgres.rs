@@ -17,7 +17,7 @@ mod commands;
 mod connection;
 mod durability;
 mod error;
-mod frontier;
+mod high_water_mark;
 mod notices;
 mod notify;
 mod options;
@@ -25,7 +25,7 @@ mod outcome;
 mod plan;
 mod progress;
 mod read;
-mod recent;
+mod tail_cache;
 mod schema;
 mod sql;
 mod state;
@@ -48,7 +48,7 @@ use uuid::Uuid;
 pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
 use self::connection::Connections;
 pub(crate) use self::error::{failed, is_outage};
-use self::frontier::Frontier;
+use self::high_water_mark::HighWaterMark;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
@@ -105,7 +105,7 @@ struct Core {
     sql: LogSql,
     progress: Progress,
     connections: Arc<Connections>,
-    frontier: Frontier,
+    high_water_mark: HighWaterMark,
     paging: Paging,
     commands: commands::Commands,
     stuck: outcome::Stuck,
@@ -124,7 +124,7 @@ impl Core {
     ///
     /// Returns its output and whether its wait for a synchronous standby was cancelled.
     async fn watched<T>(&self, call: impl Future<Output = T>) -> (T, bool) {
-        if self.frontier.has_standbys() { notices::watch(call).await } else { (call.await, false) }
+        if self.high_water_mark.has_standbys() { notices::watch(call).await } else { (call.await, false) }
     }
 
     /// Runs a call that commits, like [`timed_call`](Self::timed_call); its result is durable.
@@ -186,13 +186,13 @@ impl PostgresStore {
             sql: LogSql::new(schema),
             progress: Progress::new(schema, connections.persistent()),
             connections,
-            frontier: Frontier::new(hints.is_some()),
+            high_water_mark: HighWaterMark::new(hints.is_some()),
             paging: Paging::default(),
             commands: commands::Commands::default(),
             stuck: outcome::Stuck::default(),
         });
-        core.frontier.refresh(&core).await?;
-        let tailer = tokio::spawn(frontier::tail(core.clone(), hints)).abort_handle();
+        core.high_water_mark.refresh(&core).await?;
+        let tailer = tokio::spawn(high_water_mark::run_tailer(core.clone(), hints)).abort_handle();
         Ok(Self { shared: Arc::new(Shared { core, tailer }) })
     }
 
@@ -259,13 +259,13 @@ impl EventStore for PostgresStore {
         Box::pin(durability::confirm_all(&self.shared.core))
     }
 
-    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
         let core = &self.shared.core;
-        self.call("reading the high-water mark", core.frontier.refresh(core))
+        self.call("reading the high-water mark", core.high_water_mark.refresh(core))
     }
 
     fn appended(&self) -> watch::Receiver<Position> {
-        self.shared.core.frontier.subscribe()
+        self.shared.core.high_water_mark.subscribe()
     }
 
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
@@ -382,7 +382,7 @@ impl EventStore for PostgresStore {
 
     /// Returns the stall, if any; a lasting one is also logged as a warning.
     fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
-        self.call("looking for a stall", frontier::stall(&self.shared.core))
+        self.call("looking for a stall", high_water_mark::stall(&self.shared.core))
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {

@@ -184,7 +184,7 @@ impl SqliteOptions {
         let (connection, (id, adoption)) = self.prepare(&writing).await?;
         let reading = shared.pragma("query_only", "ON");
         let readers = Readers::new(reading, self.acquire_timeout, self.readers);
-        let head = read::frontier(&readers).await?;
+        let head = read::high_water_mark(&readers).await?;
         Ok(SqliteStore {
             shared: Arc::new(Shared {
                 info: StoreInfo::new("sqlite", id, self.codec).with_adoption(adoption),
@@ -410,8 +410,8 @@ impl EventStore for SqliteStore {
         })
     }
 
-    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
-        Box::pin(read::frontier(&self.shared.readers))
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        Box::pin(read::high_water_mark(&self.shared.readers))
     }
 
     fn appended(&self) -> watch::Receiver<Position> {

@@ -116,7 +116,7 @@ impl Node {
         let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
         let bus = self.bus.clone();
         let metrics = Metrics::default();
-        let log_end = self.store.frontier().await.unwrap_or_default();
+        let log_end = self.store.high_water_mark().await.unwrap_or_default();
         let alive = Arc::downgrade(&self.alive);
         let surroundings = Surroundings {
             store,

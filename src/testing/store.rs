@@ -123,7 +123,7 @@ macro_rules! event_store_suite {
                 the_scan_skips_other_events,
                 the_scan_stops_at_its_upper_end,
                 the_scan_never_passes_the_head,
-                the_frontier_is_the_last_event,
+                the_high_water_mark_is_the_last_event,
                 readers_are_woken;
             progress:
                 a_checkpoint_starts_at_the_default,

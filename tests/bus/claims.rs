@@ -75,7 +75,7 @@ impl Scene {
     }
 
     async fn published(&self, node: &Recording) {
-        let head = self.store.frontier().await.unwrap();
+        let head = self.store.high_water_mark().await.unwrap();
         let done = async {
             while node.node.publisher().published != Some(head) {
                 pause(5).await;

@@ -15,7 +15,7 @@ async fn every_subscriber_receives_the_log_in_order_without_gaps() {
         for stream in 0..20 {
             write(&store, stream, 1 + stream * 7).await;
         }
-        let head = store.frontier().await.unwrap();
+        let head = store.high_water_mark().await.unwrap();
         let mut publisher = publisher(&*bus, &store).await;
         for batch in batches(&store, Position::START, 300).await {
             let upto = batch.upto;
@@ -179,7 +179,7 @@ async fn malformed_and_foreign_messages_are_ignored() {
         }
         write(&mine, 0, 10).await;
         recording.reaches("after malformed messages", &mine).await;
-        let published = mine.frontier().await.unwrap();
+        let published = mine.high_water_mark().await.unwrap();
         eventually("published", || recording.node.publisher().published == Some(published)).await;
         recording.node.stop(PATIENCE).await.unwrap();
     }

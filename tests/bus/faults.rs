@@ -30,7 +30,7 @@ async fn two_nodes_survive(what: &str, fault: impl AsyncFn(&mut NatsServer)) {
         }
         one.reaches(what, &store).await;
         two.reaches(what, &store).await;
-        let head = store.frontier().await.unwrap();
+        let head = store.high_water_mark().await.unwrap();
         eventually("published", || {
             [&one, &two].iter().any(|recording| recording.node.publisher().published == Some(head))
         })

@@ -56,7 +56,7 @@ impl Follower {
             }
             DurableItem::Gap(why) => {
                 self.gaps.push(why);
-                self.upto = self.store.frontier().await.unwrap();
+                self.upto = self.store.high_water_mark().await.unwrap();
                 None
             }
             other => panic!("{other:?}"),

@@ -214,7 +214,7 @@ async fn no_message_moves_a_read_model() {
         let (genuine, other) = (raw.next().await.unwrap(), raw.next().await.unwrap());
         reaches(&handles, head).await;
         for _ in 0..3 {
-            let head = store.frontier().await.unwrap();
+            let head = store.high_water_mark().await.unwrap();
             forge(&client, &genuine, &other, head.get()).await;
             // Real events take the forged positions.
             let last = write(&store, 1, 2).await;

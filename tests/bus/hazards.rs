@@ -26,7 +26,7 @@ async fn positions(store: &Arc<dyn EventStore>) -> Vec<u64> {
 
 /// Waits until the whole log is published, and checks that the stream is exact.
 async fn exact(recording: &Recording, store: &Arc<dyn EventStore>, server: &NatsServer) {
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     assert_eq!(mirrored(&server.url()).await.0, positions(store).await);
 }
@@ -79,7 +79,7 @@ async fn hazard_07_a_server_that_is_killed_in_the_middle_of_a_window() {
     let recording = Recording::start(&store, bus, blind()).await;
     for _ in 0..3 {
         exact(&recording, &store, &server).await;
-        let before = store.frontier().await.unwrap();
+        let before = store.high_water_mark().await.unwrap();
         let mut head = before;
         for _ in 0..20 {
             head = write(&store, 0, 1_000).await;
@@ -107,7 +107,7 @@ async fn hazard_08_unconfirmed_messages_of_a_hanging_server_are_not_published_tw
     for _ in 0..3 {
         exact(&recording, &store, &server).await;
         server.pause();
-        let before = store.frontier().await.unwrap();
+        let before = store.high_water_mark().await.unwrap();
         // The batch is in the server's socket, and stored when the server resumes.
         write(&store, 0, 200).await;
         eventually("the publisher retries", || {

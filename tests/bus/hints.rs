@@ -30,7 +30,7 @@ async fn a_commit_on_another_node_is_published_long_before_the_next_poll() {
         let (two, there) = start().await;
         eventually("two stands by", || two.publisher().state == PublisherState::Standby).await;
         let mut subscription = subscribe(&options(kind, &server).bus(), &here).await;
-        let mut at = here.frontier().await.unwrap();
+        let mut at = here.high_water_mark().await.unwrap();
         let mut waits = Vec::new();
         for n in 0..20 {
             let start = Instant::now();

@@ -33,7 +33,7 @@ async fn resume(
     let mut publisher = bus.publisher(store.info().id).await?;
     match publisher.resume(known).await? {
         Resume::After(end) => Ok((publisher, end)),
-        Resume::AtFrontier => panic!("a mirror"),
+        Resume::AtHighWaterMark => panic!("a mirror"),
     }
 }
 
@@ -220,7 +220,7 @@ async fn the_oldest_supported_server_works() {
         server.restart().await;
         recording.reaches("2.10 after a crash", &store).await;
         if kind == Kind::JetStream {
-            let head = store.frontier().await.unwrap();
+            let head = store.high_water_mark().await.unwrap();
             eventually("published", || recording.node.publisher().published == Some(head)).await;
             assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
         }
@@ -234,7 +234,7 @@ async fn a_stream_that_vanishes_under_an_idle_publisher_is_recreated() {
     let store = store();
     write(&store, 0, 700).await;
     let recording = Recording::start(&store, bus(&server, mirror()), blind()).await;
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     let context = jetstream(&server).await;
     context.delete_stream("STORIED_EVENTS").await.unwrap();
@@ -378,7 +378,7 @@ async fn a_full_stream_stops_the_publisher_and_no_append() {
     })
     .await;
     context.update_stream(Config { max_messages: 100, ..config }).await.unwrap();
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
     recording.node.stop(PATIENCE).await.unwrap();

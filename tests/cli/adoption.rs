@@ -184,7 +184,7 @@ async fn a_copy_leaves_consumers_and_read_models_to_its_original() {
     let own = copy(&staging).await;
     append(own.store(), "staging", &[placed(1)]).await;
     let projection = own.projection("orders").unwrap();
-    projection.caught_up_to_within(own.store().frontier().await.unwrap(), PATIENCE).await.unwrap();
+    projection.caught_up_to_within(own.store().high_water_mark().await.unwrap(), PATIENCE).await.unwrap();
     let context = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
     // Long enough to create a consumer.

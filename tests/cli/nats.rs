@@ -86,7 +86,7 @@ async fn tampering_with_the_log_is_found() {
 async fn publish(store: &Arc<dyn EventStore>, server: &NatsServer) {
     let bus = Arc::new(NatsBus::jetstream(server.url()));
     let node = Node::start(store.clone(), bus, FeedOptions::new(), PublisherOptions::new()).await;
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     eventually("everything is published", async || node.publisher().published == Some(head)).await;
     node.stop(PATIENCE).await.unwrap();
 }

@@ -204,8 +204,8 @@ impl EventStore for FaultyStore {
         self.inner.read_log(read)
     }
 
-    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
-        self.inner.frontier()
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        self.inner.high_water_mark()
     }
 
     fn appended(&self) -> watch::Receiver<Position> {

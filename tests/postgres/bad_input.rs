@@ -199,7 +199,7 @@ async fn positions_have_an_end() {
     let mut other = connect(&url).await;
     let mut open = other.begin().await.unwrap();
     crate::oracle::append_one(&mut open, &stream("b"), &event()).await.unwrap();
-    assert_eq!(store.frontier().await.unwrap().get(), last - 1);
+    assert_eq!(store.high_water_mark().await.unwrap().get(), last - 1);
     open.commit().await.unwrap();
     assert_eq!(whole_log(&store).await.iter().map(|event| event.position.get()).max(), Some(last));
     for count in [1, 2] {
@@ -225,13 +225,13 @@ async fn a_moved_sequence_is_no_empty_log() {
         run(&url, moved).await;
         let fresh = PostgresStore::connect(&url).await.unwrap();
         for store in [&store, &fresh] {
-            assert_eq!(store.frontier().await.unwrap(), third);
+            assert_eq!(store.high_water_mark().await.unwrap(), third);
             assert_eq!(whole_log(store).await.len(), 3);
         }
         let next = append(&store, &stream("a"), exact(3), events(1)).await.unwrap().positions[0];
         assert_eq!(next.get(), 100);
         for store in [&store, &fresh] {
-            assert_eq!(store.frontier().await.unwrap(), next);
+            assert_eq!(store.high_water_mark().await.unwrap(), next);
             assert_eq!(whole_log(store).await.len(), 4);
         }
     }
@@ -258,7 +258,7 @@ async fn an_append_is_answered_after_the_commit() {
         assert!(error.to_string().contains("not at the commit"), "{error}");
     }
     assert!(*appended.borrow() <= first);
-    assert_eq!(store.frontier().await.unwrap(), first);
+    assert_eq!(store.high_water_mark().await.unwrap(), first);
     assert_eq!(whole_log(&store).await.len(), 1);
 }
 
@@ -330,7 +330,7 @@ async fn the_log_is_guarded() {
         ("UPDATE storied.events SET name = 'x'", "append-only"),
         ("DELETE FROM storied.events", "append-only"),
         ("TRUNCATE storied.events", "append-only"),
-        ("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT storied.frontier()", "read committed"),
+        ("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT storied.high_water_mark()", "read committed"),
     ] {
         let error = connection.execute(AssertSqlSafe(sql)).await.unwrap_err().to_string();
         assert!(error.contains(expected), "{sql}: {error}");

@@ -327,7 +327,7 @@ async fn a_frozen_server_blocks_no_caller() {
     }
     assert!(read.unwrap_err().is_transient());
     server.resume();
-    eventually("the store recovering", async || store.frontier().await.is_ok()).await;
+    eventually("the store recovering", async || store.high_water_mark().await.is_ok()).await;
     // The append may still take effect now, as reported; never partially, and never twice.
     append(&store, &stream("a"), ExpectedVersion::Any, events(1)).await.unwrap();
     let log = whole_log(&store).await;
@@ -341,7 +341,7 @@ async fn the_cause_of_a_stall_is_reported() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = PostgresStore::connect(&url).await.unwrap();
     append(&store, &stream("a"), ExpectedVersion::NoStream, events(2)).await.unwrap();
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     assert_eq!(store.stall().await.unwrap(), None);
 
     let mut culprit = connect(&format!("{url}?application_name=culprit")).await;
@@ -356,13 +356,13 @@ async fn the_cause_of_a_stall_is_reported() {
         .unwrap();
     // Other appends continue; no reader can pass the mark.
     append(&store, &stream("a"), exact(2), events(1)).await.unwrap();
-    assert_eq!(store.frontier().await.unwrap(), head);
+    assert_eq!(store.high_water_mark().await.unwrap(), head);
     let stall = store.stall().await.unwrap().expect("no stalled transaction");
     assert_eq!((stall.application_name.as_str(), stall.state.as_str()), ("culprit", "idle in transaction"));
     assert!(stall.query.contains("storied.append") && stall.pid.is_some(), "{stall:?}");
     assert_eq!(stall.low_water, head);
     transaction.rollback().await.unwrap();
-    assert!(store.frontier().await.unwrap() > head);
+    assert!(store.high_water_mark().await.unwrap() > head);
 }
 
 /// Others hold transactions open that have appended, were refused, or are in the middle of a slow commit.

@@ -102,7 +102,7 @@ async fn a_projection_is_claimed_below_its_checkpoint() {
 
     let mut slow = pull_back(&url).await;
     let (store, runtime) = node().await;
-    assert_eq!(store.frontier().await.unwrap(), Position::START);
+    assert_eq!(store.high_water_mark().await.unwrap(), Position::START);
     let mut status = runtime.projection("seen").unwrap().watch();
     let claimed = status.wait_for(|status| status.state == ProjectionState::Failed || status.epoch > 0);
     let claimed = tokio::time::timeout(PATIENCE, claimed).await.unwrap().unwrap().clone();
@@ -175,7 +175,7 @@ async fn a_mirror_goes_on_above_the_mark() {
 
     let mut slow = pull_back(&url).await;
     let (store, runtime) = node().await;
-    assert_eq!(store.frontier().await.unwrap(), Position::START);
+    assert_eq!(store.high_water_mark().await.unwrap(), Position::START);
     // The publisher continues at the end of the mirror, whatever the mark is.
     published(&runtime, last).await;
     slow.execute("COMMIT").await.unwrap();
@@ -222,15 +222,15 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
         lock(&mut theirs, &format!("pg_advisory_lock({upper}, {lower})")).await;
     }
     let head = grow(3).await;
-    assert_eq!(store.frontier().await.unwrap(), head);
+    assert_eq!(store.high_water_mark().await.unwrap(), head);
     assert_eq!(store.stall().await.unwrap(), None);
     theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
 
     // Nor has a key beyond the end of the log.
     lock(&mut theirs, &format!("pg_advisory_lock({})", alike(head.get() + 100))).await;
-    assert_eq!(PostgresStore::connect(&url).await.unwrap().frontier().await.unwrap(), head);
+    assert_eq!(PostgresStore::connect(&url).await.unwrap().high_water_mark().await.unwrap(), head);
     let head = grow(2).await;
-    assert_eq!(store.frontier().await.unwrap(), head);
+    assert_eq!(store.high_water_mark().await.unwrap(), head);
     theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
 
     // A key within the log makes readers wait there. None goes back, none misses an event.
@@ -238,12 +238,12 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
         let seen = whole_log(&store).await;
         lock(&mut theirs, &format!("pg_advisory_lock_shared({})", alike(position.get()))).await;
         let other = PostgresStore::connect(&url).await.unwrap();
-        assert_eq!(other.frontier().await.unwrap(), others);
-        let end = store.frontier().await.unwrap();
+        assert_eq!(other.high_water_mark().await.unwrap(), others);
+        let end = store.high_water_mark().await.unwrap();
         // A hole, as of a refused append: readers take consecutive events without the mark.
         theirs.execute("SELECT nextval('storied.positions')").await.unwrap();
         let last = grow(2).await;
-        assert_eq!(store.frontier().await.unwrap(), end);
+        assert_eq!(store.high_water_mark().await.unwrap(), end);
         let after = seen.last().unwrap().position;
         let page = store.read_log(ReadLog::after(after)).await.unwrap();
         assert_eq!((page.events.len(), page.scanned_to), (0, after));
@@ -251,7 +251,7 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
         assert_eq!((stall.application_name.as_str(), stall.low_water), ("theirs", position));
         theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
         for store in [&store, &other] {
-            assert_eq!(store.frontier().await.unwrap(), last);
+            assert_eq!(store.high_water_mark().await.unwrap(), last);
             let log = whole_log(store).await;
             assert_sound(&log);
             assert_eq!(log.len(), seen.len() + 2);
@@ -260,7 +260,7 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
     }
 
     // An exclusive lock on the key of the next append delays the append as well.
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     lock(&mut theirs, &format!("pg_advisory_lock({})", alike(head.get()))).await;
     let waiting = async {
         let mut watcher = connect(&url).await;
@@ -273,5 +273,5 @@ async fn advisory_locks_of_others_delay_readers_at_most() {
         theirs.execute("SELECT pg_advisory_unlock_all()").await.unwrap();
     };
     let (last, ()) = tokio::join!(grow(1), waiting);
-    assert_eq!(store.frontier().await.unwrap(), last);
+    assert_eq!(store.high_water_mark().await.unwrap(), last);
 }

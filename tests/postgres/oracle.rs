@@ -490,14 +490,14 @@ async fn read_by_hand(
             sqlx::query_as(events("9223372036854775807")).bind(after).bind(limit).fetch_all(connection).await
         }
         Reader::ByHand => {
-            let head: i64 = sqlx::query_scalar("SELECT head FROM storied.frontier()")
+            let head: i64 = sqlx::query_scalar("SELECT head FROM storied.high_water_mark()")
                 .fetch_one(&mut *connection)
                 .await
                 .unwrap();
             sqlx::query_as(events("$3")).bind(after).bind(limit).bind(head).fetch_all(connection).await
         }
         Reader::OneStatement => {
-            sqlx::query_as(events("(SELECT low_water FROM storied.frontier())"))
+            sqlx::query_as(events("(SELECT low_water FROM storied.high_water_mark())"))
                 .bind(after)
                 .bind(limit)
                 .fetch_all(connection)
@@ -508,14 +508,14 @@ async fn read_by_hand(
                 connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ").await.unwrap();
             // A first query fixes the snapshot of the transaction.
             transaction.execute("SELECT count(*) FROM storied.meta").await.unwrap();
-            let frontier: i64 = sqlx::query_scalar("SELECT low_water FROM storied.frontier()")
+            let high_water_mark: i64 = sqlx::query_scalar("SELECT low_water FROM storied.high_water_mark()")
                 .fetch_one(&mut *transaction)
                 .await
                 .unwrap();
             let rows = sqlx::query_as(events("$3"))
                 .bind(after)
                 .bind(limit)
-                .bind(frontier)
+                .bind(high_water_mark)
                 .fetch_all(&mut *transaction)
                 .await;
             transaction.commit().await.unwrap();
@@ -530,7 +530,7 @@ async fn read_by_hand(
 async fn database(server: &PostgresServer, mutate: &[(&str, &str)]) -> String {
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
-    for (name, migration) in [("append", MIGRATION), ("frontier", MIGRATION), ("append_one", APPEND_ONE)] {
+    for (name, migration) in [("append", MIGRATION), ("high_water_mark", MIGRATION), ("append_one", APPEND_ONE)] {
         let start = migration.find(&format!("CREATE FUNCTION storied.{name}(")).unwrap();
         let end = start + migration[start..].find("END $$;").unwrap() + "END $$;".len();
         let mut function = migration[start..end].replacen("CREATE", "CREATE OR REPLACE", 1);
@@ -634,10 +634,10 @@ async fn the_oracle_notices_mutations() {
     assert!(MIGRATION.contains(refusal));
 
     must_fail(server, "the naive reader", Reader::Naive, &[], "").await;
-    must_fail(server, "frontier and events in one statement", Reader::OneStatement, &[], "").await;
+    must_fail(server, "high-water mark and events in one statement", Reader::OneStatement, &[], "").await;
     must_fail(
         server,
-        "frontier and events in one snapshot",
+        "high-water mark and events in one snapshot",
         Reader::OneSnapshot,
         &[(refusal, "IF false THEN")],
         "",

@@ -113,7 +113,7 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
         appending.await.unwrap().unwrap();
     }
 
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     let recorded = store.read_stream(&stream("a"), Version::NONE, 10).await.unwrap().remove(0);
     assert_eq!(store.event_id_at(recorded.position).await.unwrap(), Some(recorded.id));
     let everything = ReadLog::after(Position::START);

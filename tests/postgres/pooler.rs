@@ -34,7 +34,7 @@ async fn many_clients_share_few_sessions() {
                 let store = options.connect().await.unwrap();
                 for _ in 0..20 {
                     append(&store, &stream(client % 3), ExpectedVersion::Any, events(2)).await.unwrap();
-                    store.frontier().await.unwrap();
+                    store.high_water_mark().await.unwrap();
                 }
                 store
             })

@@ -85,13 +85,13 @@ async fn nothing_else_is_granted() {
             "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, events SELECT, leases INSERT SELECT UPDATE, \
              meta SELECT, migrations SELECT, parked DELETE INSERT SELECT UPDATE, paused DELETE INSERT SELECT, \
              positions SELECT, read_model_migrations SELECT, snapshots INSERT SELECT UPDATE; \
-             append, append_one, command_events, frontier, stream_key",
+             append, append_one, command_events, high_water_mark, stream_key",
         ),
         (
             "shop_reader",
             "checkpoints SELECT, commands SELECT, events SELECT, leases SELECT, meta SELECT, migrations SELECT, \
              parked SELECT, paused SELECT, positions SELECT, read_model_migrations SELECT, snapshots SELECT; \
-             frontier, stream_key",
+             high_water_mark, stream_key",
         ),
         (
             "shop_view",
@@ -248,13 +248,13 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "DROP SCHEMA storied CASCADE",
         "ALTER SCHEMA storied RENAME TO stolen",
         "CREATE TABLE storied.mine (n int)",
-        "CREATE FUNCTION storied.frontier(int) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "CREATE FUNCTION storied.high_water_mark(int) RETURNS int LANGUAGE sql AS 'SELECT 1'",
         "REASSIGN OWNED BY storied TO shop",
         // The functions.
-        "CREATE OR REPLACE FUNCTION storied.frontier(OUT last_value bigint, OUT low_water bigint, OUT head bigint) LANGUAGE sql AS 'SELECT 1::bigint, 1::bigint, 1::bigint'",
+        "CREATE OR REPLACE FUNCTION storied.high_water_mark(OUT last_value bigint, OUT low_water bigint, OUT head bigint) LANGUAGE sql AS 'SELECT 1::bigint, 1::bigint, 1::bigint'",
         "ALTER FUNCTION storied.append_one RESET ALL",
         "ALTER FUNCTION storied.append SECURITY INVOKER",
-        "DROP FUNCTION storied.frontier",
+        "DROP FUNCTION storied.high_water_mark",
         "SELECT storied.is_name('x')",
         "SELECT storied.is_stream(gen_random_uuid(), 'x', 'y')",
         // Epochs and records never decrease by it.
@@ -448,7 +448,7 @@ async fn readers_and_read_models_have_less() {
     }
     let mut view = connect(&as_user(&url, "shop_view")).await;
     for sql in
-        ["TABLE storied.events", "TABLE storied.meta", "TABLE storied.leases", "SELECT storied.frontier()"]
+        ["TABLE storied.events", "TABLE storied.meta", "TABLE storied.leases", "SELECT storied.high_water_mark()"]
     {
         let error = view.execute(sql).await.unwrap_err();
         assert!(error.to_string().contains("permission denied"), "{sql}: {error}");

@@ -21,8 +21,8 @@ async fn a_lone_append_advances_the_mark() {
     let first = next(0).await;
     appended.wait_for(|head| *head == first).await.unwrap();
     // The server is queried once after the last connection was opened.
-    store.frontier().await.unwrap();
-    run(&url, "ALTER FUNCTION storied.frontier() RENAME TO hidden_frontier").await;
+    store.high_water_mark().await.unwrap();
+    run(&url, "ALTER FUNCTION storied.high_water_mark() RENAME TO hidden_high_water_mark").await;
     let second = next(1).await;
     assert_eq!(*appended.borrow_and_update(), second);
     let told = store.read_log(ReadLog::after(first).upto(second)).await.unwrap();
@@ -34,7 +34,7 @@ async fn a_lone_append_advances_the_mark() {
     let fourth = next(2).await;
     assert_eq!(*appended.borrow_and_update(), second);
     begun.commit().await.unwrap();
-    run(&url, "ALTER FUNCTION storied.hidden_frontier() RENAME TO frontier").await;
+    run(&url, "ALTER FUNCTION storied.hidden_high_water_mark() RENAME TO high_water_mark").await;
     appended.wait_for(|head| *head == fourth).await.unwrap();
 
     // Cached events are equal to those read from the server.
@@ -78,7 +78,7 @@ async fn events_missing_on_a_new_primary_are_not_cached() {
         ),
     )
     .await;
-    eventually("the loss is detected", async || match store.frontier().await {
+    eventually("the loss is detected", async || match store.high_water_mark().await {
         Err(StoreError::Incompatible { expected, found, .. }) => {
             assert!(
                 expected.contains(&format!("position {last}")) && found.contains("no event"),
@@ -97,7 +97,7 @@ async fn events_missing_on_a_new_primary_are_not_cached() {
     // Another process has not read the lost events.
     let fresh = PostgresStore::connect(&url).await.unwrap();
     assert_eq!(fresh.read_log(newest).await.unwrap().events.len(), 0);
-    assert_eq!(fresh.frontier().await.unwrap(), next);
+    assert_eq!(fresh.high_water_mark().await.unwrap(), next);
 }
 
 /// Events that follow the mark without a hole are read without a query of the mark, unless the
@@ -112,8 +112,8 @@ async fn consecutive_events_are_read_without_the_mark() {
         *done.positions.last().unwrap()
     };
     write(0, 1).await;
-    let mark = reader.frontier().await.unwrap();
-    run(&url, "ALTER FUNCTION storied.frontier() RENAME TO hidden_frontier").await;
+    let mark = reader.high_water_mark().await.unwrap();
+    run(&url, "ALTER FUNCTION storied.high_water_mark() RENAME TO hidden_high_water_mark").await;
     let last = write(1, 3).await;
     let page = reader.read_log(ReadLog::after(mark)).await.unwrap();
     assert_eq!((page.events.len(), page.scanned_to, page.head), (3, last, last));
@@ -123,7 +123,7 @@ async fn consecutive_events_are_read_without_the_mark() {
     let beyond = write(4, 1).await;
     assert!(beyond.get() > last.get() + 1);
     reader.read_log(ReadLog::after(last)).await.unwrap_err();
-    run(&url, "ALTER FUNCTION storied.hidden_frontier() RENAME TO frontier").await;
+    run(&url, "ALTER FUNCTION storied.hidden_high_water_mark() RENAME TO high_water_mark").await;
     let page = reader.read_log(ReadLog::after(last)).await.unwrap();
     assert_eq!((page.events.len(), page.scanned_to), (1, beyond));
 

@@ -278,7 +278,7 @@ async fn commits_that_wait_do_not_add_up() {
         other => panic!("{other:?}"),
     }
     // Readers are not blocked.
-    store.frontier().await.unwrap();
+    store.high_water_mark().await.unwrap();
     pair.heal().await;
     eventually("appends are accepted again", async || begin().await.unwrap().is_ok()).await;
 }
@@ -411,7 +411,7 @@ async fn a_failover_that_loses_events_is_noticed() {
     pair.standby.promote().await;
     proxy.connect_to(Some(pair.standby.port()));
 
-    eventually("the store detects the loss", async || match store.frontier().await {
+    eventually("the store detects the loss", async || match store.high_water_mark().await {
         Err(StoreError::Incompatible { found, .. }) => found.contains("no event there"),
         Err(error) if error.is_transient() => false,
         other => panic!("{other:?}"),
@@ -470,7 +470,7 @@ async fn nothing_is_read_on_a_standby() {
         let id = Uuid::now_v7();
         let last = append(&store, &stream(id), exact(0), events(3)).await.unwrap().positions[2];
         let filtered = Filter::all().names([storied::EventName::new("order.placed").unwrap()]);
-        assert_eq!(store.frontier().await.unwrap(), last);
+        assert_eq!(store.high_water_mark().await.unwrap(), last);
         proxy.connect_to(Some(to));
         let since = Instant::now();
         let mut refused = 0;
@@ -486,7 +486,7 @@ async fn nothing_is_read_on_a_standby() {
                 store.read_stream(&stream(id), Version::NONE, 10).await.err(),
                 store.command(id).await.err(),
                 store.event_id_at(last).await.err(),
-                store.frontier().await.err(),
+                store.high_water_mark().await.err(),
             ];
             let mut answers = Vec::from(answers);
             if !matches!(way, Way::Direct) {
@@ -503,7 +503,7 @@ async fn nothing_is_read_on_a_standby() {
             Way::Pooler => bouncers[0].port(),
             _ => pair.primary.port(),
         }));
-        eventually("back on the primary", async || store.frontier().await.is_ok()).await;
+        eventually("back on the primary", async || store.high_water_mark().await.is_ok()).await;
         assert_eq!(store.read_stream(&stream(id), Version::NONE, 10).await.unwrap().len(), 3);
     }
 }

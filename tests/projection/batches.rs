@@ -57,7 +57,7 @@ async fn batches_are_as_large_as_their_time_allows() {
     let options = options().batch_size(400).batch_time(Duration::from_millis(200));
     let paced = Paced { batches: batches.clone(), pace: pace.clone() };
     let handle = node.projection(paced, External::new(), options).await;
-    catch_up(&handle, store.frontier().await.unwrap()).await;
+    catch_up(&handle, store.high_water_mark().await.unwrap()).await;
     // An event takes 10 ms or more, so 20 of them are (nearly) too many.
     let slow = sizes();
     assert_eq!(slow[..2], [50, 25], "{slow:?}");
@@ -67,7 +67,7 @@ async fn batches_are_as_large_as_their_time_allows() {
     handle.pause().await.unwrap();
     append(&store, 0, 0..6_000).await;
     handle.resume().await.unwrap();
-    catch_up(&handle, store.frontier().await.unwrap()).await;
+    catch_up(&handle, store.high_water_mark().await.unwrap()).await;
     let quick = sizes();
     assert!(quick.contains(&400) && quick[0] <= 25, "{quick:?}");
     assert!(quick.iter().all(|&events| events <= 400), "{quick:?}");
@@ -124,7 +124,7 @@ async fn waiting_for_a_connection_makes_no_batch_smaller() {
     });
     let options = options().batch_size(400).batch_time(time);
     let handle = node.projection(Written(batches.clone()), SqliteReadModel::new(pool), options).await;
-    catch_up(&handle, store.frontier().await.unwrap()).await;
+    catch_up(&handle, store.high_water_mark().await.unwrap()).await;
     others.abort();
     let sizes: Vec<_> = batches.lock().unwrap().iter().map(|(_, events)| *events).collect();
     assert_eq!(sizes, [50, 100, 150], "a batch that was quick is followed by one of twice the size");

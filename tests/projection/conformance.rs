@@ -112,7 +112,7 @@ impl<P: Place> Scene<P> {
     }
 
     async fn head(&self) -> Position {
-        self.store.frontier().await.unwrap()
+        self.store.high_water_mark().await.unwrap()
     }
 
     /// The read model must equal the log for the filter, in order.

@@ -136,7 +136,7 @@ async fn a_reset_that_is_refused_changes_nothing() {
             for n in 0..10 {
                 append(&store, n, [n]).await;
             }
-            store.frontier().await.unwrap()
+            store.high_water_mark().await.unwrap()
         };
         let node = local_node(&store).await;
         let handles = [
@@ -265,7 +265,7 @@ async fn an_external_reset_that_fails_half_way_loses_nothing() {
         let failing: Ending = Arc::new(|| Box::pin(async { Err("the second half is locked".into()) }));
         let index = Index { behind: failing, ..Index::new() };
         let handle = index.on(&node, partitions).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         let error = handle.reset().await.unwrap_err();
         assert!(matches!(error, ControlError::Refused { .. }), "{what}: {error}");
         index.is_whole(&what, &store, &handle).await;
@@ -289,7 +289,7 @@ async fn an_external_reset_cut_off_from_its_store_loses_nothing() {
         };
         let index = Index { behind: cut, ..Index::new() };
         let handle = index.on(&node, partitions).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         let error = handle.reset().await.unwrap_err();
         assert!(matches!(error, ControlError::Store(_)), "{what}: {error}");
         link.down.store(false, Ordering::SeqCst);
@@ -311,7 +311,7 @@ async fn a_killed_external_reset_loses_nothing() {
         let (one, two) = (local_node(&linked).await, local_node(&store).await);
         let index = Index::new();
         let owner = index.on(&one, partitions).await;
-        catch_up(&owner, store.frontier().await.unwrap()).await;
+        catch_up(&owner, store.high_water_mark().await.unwrap()).await;
         let (begun, emptied) = (Gate::closed(), Gate::closed());
         let wait = |gate: &Gate| -> Ending {
             let gate = gate.clone();
@@ -319,7 +319,7 @@ async fn a_killed_external_reset_loses_nothing() {
         };
         let dying = Index { before: wait(&begun), behind: wait(&emptied), ..index.clone() };
         let other = dying.on(&two, partitions).await;
-        catch_up(&other, store.frontier().await.unwrap()).await;
+        catch_up(&other, store.high_water_mark().await.unwrap()).await;
         link.blind.store(true, Ordering::SeqCst);
         let reset = tokio::spawn(async move { other.reset().await });
         begun.reached().await;
@@ -346,7 +346,7 @@ async fn owners_wait_during_a_long_external_reset() {
         let (one, two) = (local_node(&store).await, local_node(&store).await);
         let index = Index::new();
         let owner = index.on(&one, partitions).await;
-        catch_up(&owner, store.frontier().await.unwrap()).await;
+        catch_up(&owner, store.high_water_mark().await.unwrap()).await;
         let (slow, emptied) = (Gate::closed(), Gate::closed());
         let (begun, behind) = (slow.clone(), emptied.clone());
         let dying = Index {
@@ -355,7 +355,7 @@ async fn owners_wait_during_a_long_external_reset() {
             ..index.clone()
         };
         let other = dying.on(&two, partitions).await;
-        catch_up(&other, store.frontier().await.unwrap()).await;
+        catch_up(&other, store.high_water_mark().await.unwrap()).await;
         let reset = tokio::spawn(async move { other.reset().await });
         slow.reached().await;
         tokio::time::sleep(Duration::from_secs(12)).await;
@@ -394,7 +394,7 @@ async fn an_external_reset_undoes_concurrent_progress() {
         };
         let index = Index { before: rival, ..Index::new() };
         let handle = index.on(&node, partitions).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         handle.reset().await.unwrap();
         index.is_whole(&what, &store, &handle).await;
         node.stop(PATIENCE).await.unwrap();
@@ -606,13 +606,13 @@ async fn a_replay_is_marked_and_sends_nothing_again() {
             for n in 0..10 {
                 append(&store, n, [n, n]).await;
             }
-            catch_up(&handle, store.frontier().await.unwrap()).await;
+            catch_up(&handle, store.high_water_mark().await.unwrap()).await;
             handle.reset().await.unwrap();
             handle.reset().await.unwrap();
             for n in 0..10 {
                 append(&store, n, [n]).await;
             }
-            catch_up(&handle, store.frontier().await.unwrap()).await;
+            catch_up(&handle, store.high_water_mark().await.unwrap()).await;
             let all = log(&store, &Filter::all()).await;
             let mut sent = sent.lock().unwrap().clone();
             sent.sort_unstable();

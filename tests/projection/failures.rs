@@ -233,12 +233,12 @@ async fn an_unavailable_store_blames_no_event() {
         for _ in 0..3 {
             reach(&handle, ProjectionState::Retrying).await;
             link.down.store(false, Ordering::SeqCst);
-            catch_up(&handle, store.frontier().await.unwrap()).await;
+            catch_up(&handle, store.high_water_mark().await.unwrap()).await;
             link.down.store(true, Ordering::SeqCst);
             append(&store, 0, 0..5).await;
         }
         link.down.store(false, Ordering::SeqCst);
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
         assert_eq!(handle.status().events_parked, 0);
         node.stop(PATIENCE).await.unwrap();
@@ -401,7 +401,7 @@ async fn panics_of_buses_and_read_models_cost_only_time() {
         handle.pause().await.unwrap();
         handle.resume().await.unwrap();
         Writers::start(&store, 2, 20, 5).done().await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_eq!(seen.positions(), log(&store, &Filter::all()).await, "{kind}");
         assert!(handle.status().last_error.is_some_and(|error| error.contains("on purpose")));
         node.stop(PATIENCE).await.unwrap();

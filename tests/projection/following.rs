@@ -36,7 +36,7 @@ async fn applies_exactly_once_over_kills_at_any_moment() {
         writers.done().await;
         let node = local_node(&store).await;
         let handle = node.projection(table("table"), database.open().await, options).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
         node.stop(PATIENCE).await.unwrap();
     }
@@ -52,7 +52,7 @@ async fn a_bus_that_loses_duplicates_and_reorders_changes_nothing() {
             let memory = node.projection(memory, InMemory::new(), options()).await;
             let even = node.projection(slow, InMemory::new(), options()).await;
             Writers::start(&store, 3, 60, 3).done().await;
-            let head = store.frontier().await.unwrap();
+            let head = store.high_water_mark().await.unwrap();
             catch_up(&memory, head).await;
             catch_up(&even, head).await;
             assert_eq!(seen.positions(), log(&store, &Filter::all()).await, "{kind} {seed}");
@@ -109,7 +109,7 @@ async fn a_slow_projection_delays_no_other_and_misses_no_event() {
         }
         assert!(slow_seen.positions().is_empty());
         gate.open();
-        catch_up(&slow, store.frontier().await.unwrap()).await;
+        catch_up(&slow, store.high_water_mark().await.unwrap()).await;
         let log = log(&store, &Filter::all()).await;
         assert_eq!(slow_seen.positions(), log, "{kind}");
         assert_eq!(fast_seen.positions(), log, "{kind}");
@@ -130,7 +130,7 @@ async fn reads_your_own_writes() {
         }
         handle.wait_until_live(PATIENCE).await.unwrap();
 
-        let beyond = Position::new(store.frontier().await.unwrap().get() + 1);
+        let beyond = Position::new(store.high_water_mark().await.unwrap().get() + 1);
         let error = handle.caught_up_to_within(beyond, Duration::from_millis(50)).await.unwrap_err();
         assert!(matches!(error, WaitError::TimedOut { wanted, .. } if wanted == beyond), "{error}");
 
@@ -159,7 +159,7 @@ async fn fifty_projections_live_in_one_process() {
             handles.push(node.projection(recorder(&name), InMemory::new(), ProjectionOptions::new()).await);
         }
         Writers::start(&store, 2, 20, 5).done().await;
-        let head = store.frontier().await.unwrap();
+        let head = store.high_water_mark().await.unwrap();
         for handle in &handles {
             catch_up(handle, head).await;
         }

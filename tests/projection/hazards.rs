@@ -68,7 +68,7 @@ async fn hazard_03_a_subscriber_that_reconnects_later_than_the_publisher() {
         let head = append(&store, 0, [n]).await;
         eventually("a node publishes", || publishes(&one, head) || publishes(&two, head)).await;
     }
-    catch_up(&late, store.frontier().await.unwrap()).await;
+    catch_up(&late, store.high_water_mark().await.unwrap()).await;
     assert_eq!(seen.positions(), log(&store, &Filter::all()).await);
     one.stop(PATIENCE).await.unwrap();
     two.stop(PATIENCE).await.unwrap();
@@ -253,7 +253,7 @@ async fn hazard_21_a_database_that_hangs_for_longer_than_the_lease() {
     }
     stop.store(true, Ordering::SeqCst);
     load.await.unwrap();
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     join_all(nodes.iter().map(|(_, handle)| catch_up(handle, head))).await;
     let seen = place.seen("hangs").await;
     assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), seen.len(), "twice");

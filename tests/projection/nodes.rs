@@ -23,7 +23,7 @@ async fn the_death_of_an_owner_costs_no_more_than_its_lease() {
         one.kill();
         reach(&second, ProjectionState::Following).await;
         writers.done().await;
-        catch_up(&second, store.frontier().await.unwrap()).await;
+        catch_up(&second, store.high_water_mark().await.unwrap()).await;
         assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
         two.stop(PATIENCE).await.unwrap();
     }
@@ -102,7 +102,7 @@ async fn exactly_once_while_owners_come_and_go() {
         writers.done().await;
         let node = local_node(&store).await;
         let handle = node.projection(table("table"), database.open().await, options).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
         for (node, _) in nodes {
             node.kill();

@@ -81,7 +81,7 @@ impl<P: Place> Scene<P> {
         let (shut, open) = (Gate::closed(), Gate::closed());
         open.open();
         let (dying, handle) = self.node(&shut).await;
-        catch_up(&handle, self.store.frontier().await.unwrap()).await;
+        catch_up(&handle, self.store.high_water_mark().await.unwrap()).await;
         // Not earlier: the first node has made the tables.
         let operator = Operator::new(self.store.clone(), orders.model().await).await.unwrap();
         let asked = operator.ask("noted", request).await.unwrap();

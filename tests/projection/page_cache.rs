@@ -19,7 +19,7 @@ const STREAMS: u64 = 500;
 
 async fn fill(store: &Arc<dyn EventStore>, events_each: u64) -> Position {
     join_all((0..STREAMS).map(|stream| append(store, stream, 0..events_each))).await;
-    store.frontier().await.unwrap()
+    store.high_water_mark().await.unwrap()
 }
 
 /// 256 partitions read about as many pages as one projection, and renew their leases in few calls.
@@ -125,7 +125,7 @@ async fn partitions_resume_from_their_own_positions() {
         }
         let node = local_node(&store).await;
         let handle = node.partitioned(FEWER, |_| table("parts"), database.open().await, small_pages()).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_exact(&database, &store, "parts", FEWER).await;
         node.stop(PATIENCE).await.unwrap();
     }

@@ -118,7 +118,7 @@ async fn partitions_of_a_dead_node_are_taken_over_within_the_lease() {
         one.kill();
         balanced(&third, &[8]).await;
         writers.done().await;
-        catch_up(&third, store.frontier().await.unwrap()).await;
+        catch_up(&third, store.high_water_mark().await.unwrap()).await;
         assert_exact(&database, &store, "table", PARTITIONS).await;
         three.stop(PATIENCE).await.unwrap();
     }
@@ -153,7 +153,7 @@ async fn every_event_once_and_in_order_while_nodes_come_and_go() {
         }
         writers.done().await;
         let (node, handle) = join(&store, &database, options).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_exact(&database, &store, "table", PARTITIONS).await;
         for (node, _) in nodes {
             node.kill();
@@ -278,7 +278,7 @@ async fn a_reset_under_load_leaves_no_old_rows() {
             handle.reset().await.unwrap();
         }
         writers.done().await;
-        let head = store.frontier().await.unwrap();
+        let head = store.high_water_mark().await.unwrap();
         for handle in [&first, &second] {
             catch_up(handle, head).await;
         }

@@ -143,7 +143,7 @@ async fn a_rebuild_cuts_over_under_traffic() {
                 switched(handle, 1).await;
             }
             writers.done().await;
-            let head = store.frontier().await.unwrap();
+            let head = store.high_water_mark().await.unwrap();
             for handle in [&first, &second] {
                 catch_up(handle, head).await;
             }
@@ -342,7 +342,7 @@ async fn a_rebuild_keeps_the_number_of_partitions() {
         two.stop(PATIENCE).await.unwrap();
         let (four, handle) = start(&store, &database, &slow, Some(4), options()).await;
         handle.reset().await.unwrap();
-        handle.caught_up_to(store.frontier().await.unwrap()).await.unwrap();
+        handle.caught_up_to(store.high_water_mark().await.unwrap()).await.unwrap();
         four.stop(PATIENCE).await.unwrap();
     }
 }
@@ -424,7 +424,7 @@ async fn a_rebuild_in_other_partitions_can_be_cancelled() {
         shut.store(false, Ordering::SeqCst);
         handle.rebuild().await.unwrap();
         switched(&handle, 1).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
         four.stop(PATIENCE).await.unwrap();
     }
@@ -545,7 +545,7 @@ async fn a_cut_over_waiting_for_a_lock_lets_the_live_version_continue() {
         goes_on_meanwhile(&store, &handle, &lock.tries).await;
         lock.held.store(false, Ordering::SeqCst);
         switched(&handle, 1).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_eq!(sorted(database.seen("v1").await), log(&store, &Filter::all()).await, "{kind}");
         assert_eq!(database.seen("live").await, [Position::new(1)], "{kind}: once");
         node.stop(PATIENCE).await.unwrap();
@@ -615,7 +615,7 @@ mod on_a_server {
         goes_on_meanwhile(&store, &handle, &lock.tries).await;
         report.rollback().await.unwrap();
         switched(&handle, 1).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         let seen: Vec<i64> =
             sqlx::query_scalar("SELECT position FROM seen ORDER BY 1").fetch_all(&pool).await.unwrap();
         let seen: Vec<_> = seen.into_iter().map(|position| Position::new(position as u64)).collect();

@@ -163,7 +163,7 @@ async fn a_delayed_request_blocks_nothing() {
     seen_to(&operator).await;
     assert!(again.elapsed() < Duration::from_secs(20), "{:?}", again.elapsed());
     assert_eq!(faults.resets.load(Ordering::SeqCst), tried + 1);
-    catch_up(&handle, store.frontier().await.unwrap()).await;
+    catch_up(&handle, store.high_water_mark().await.unwrap()).await;
     node.stop(PATIENCE).await.unwrap();
 }
 
@@ -310,7 +310,7 @@ async fn a_waiting_reset_repairs_a_read_model_that_does_not_fit() {
     reach(&handle, ProjectionState::Failed).await;
     store.release_lease(&lease.unwrap()).await.unwrap();
     reach(&handle, ProjectionState::Following).await;
-    catch_up(&handle, store.frontier().await.unwrap()).await;
+    catch_up(&handle, store.high_water_mark().await.unwrap()).await;
     node.stop(PATIENCE).await.unwrap();
 }
 

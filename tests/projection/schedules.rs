@@ -50,7 +50,7 @@ async fn a_debounce_is_capped_under_steady_traffic() {
             append(&store, 0, [1]).await;
             tokio::time::sleep(millis(50)).await;
         }
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         let applied = times.0.lock().unwrap().clone();
         assert_eq!(applied.len(), appended.len(), "{kind}");
         let waited =
@@ -66,7 +66,7 @@ async fn a_debounce_is_capped_under_steady_traffic() {
         for _ in 0..5 {
             append(&store, 0, [1]).await;
         }
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert!(began.elapsed() >= millis(200), "{kind}");
         assert_eq!(times.runs(millis(100)), 1, "{kind}");
         node.stop(PATIENCE).await.unwrap();
@@ -87,12 +87,12 @@ async fn a_period_is_kept_and_a_full_batch_is_applied_at_once() {
             append(&store, 0, [1]).await;
             tokio::time::sleep(millis(20)).await;
         }
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         let runs = times.runs(millis(100));
         assert!((2..=8).contains(&runs), "{kind}: {runs}");
         let began = Instant::now();
         append(&store, 0, 0..100).await;
-        catch_up(&handle, store.frontier().await.unwrap()).await;
+        catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         println!("{kind}: a full batch after {:?}", began.elapsed());
         node.stop(PATIENCE).await.unwrap();
     }
@@ -123,7 +123,7 @@ async fn a_trigger_applies_the_log_and_the_projection_waits_again() {
         assert!(second.caught_up_to_within(head, millis(300)).await.is_err(), "{kind}");
         assert!(database.seen("table").await.is_empty(), "{kind}");
         first.trigger().await.unwrap();
-        let head = store.frontier().await.unwrap();
+        let head = store.high_water_mark().await.unwrap();
         catch_up(&first, head).await;
         assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
         one.stop(PATIENCE).await.unwrap();
@@ -189,7 +189,7 @@ async fn a_trigger_reaches_every_in_memory_node() {
         assert_eq!(theirs.positions(), [], "{kind}");
         assert_eq!(ours.positions().len(), 10, "{kind}: no farther than it was triggered to");
         first.trigger().await.unwrap();
-        let head = store.frontier().await.unwrap();
+        let head = store.high_water_mark().await.unwrap();
         for (handle, seen) in [(&first, &ours), (&second, &theirs)] {
             catch_up(handle, head).await;
             assert_eq!(seen.positions(), log(&store, &Filter::all()).await, "{kind}");

@@ -152,7 +152,7 @@ impl Running {
 
     /// Catches up; the state must then equal the fold of the log.
     async fn assert_exact(&self, link: &Link) {
-        catch_up(&self.handle, link.frontier().await.unwrap()).await;
+        catch_up(&self.handle, link.high_water_mark().await.unwrap()).await;
         assert_eq!(self.state(), fold(link, &self.filter, None).await);
     }
 

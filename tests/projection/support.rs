@@ -785,10 +785,10 @@ impl EventStore for Link {
         })
     }
 
-    fn frontier(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
         through!(self, async {
             let stable =
-                self.inner.frontier().await?.get().saturating_sub(self.unstable.load(Ordering::SeqCst));
+                self.inner.high_water_mark().await?.get().saturating_sub(self.unstable.load(Ordering::SeqCst));
             Ok(self.outside(Position::new(stable)))
         })
     }

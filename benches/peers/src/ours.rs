@@ -170,7 +170,7 @@ async fn catchup(store: PostgresStore, kept: bool, url: &str, events: usize) -> 
         }
     }
     settle(url).await;
-    let head = store.frontier().await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
     let totals = Arc::new(Mutex::new(Totals::default()));
     let builder = Runtime::builder().store(store);
     let builder = match kept {

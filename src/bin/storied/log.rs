@@ -86,7 +86,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
 }
 
 async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<(), Failure> {
-    let end = store.frontier().await?;
+    let end = store.high_water_mark().await?;
     let end = args.to.map_or(end, |to| end.min(Position::new(to)));
     let filter = args.filter.filter();
     let mut printer = Printer::new(args.events.metadata);
@@ -130,7 +130,7 @@ async fn tail(store: &dyn EventStore, args: Tail, out: &mut Output) -> Result<()
     let filter = args.filter.filter();
     let mut printer = Printer::new(args.metadata);
     let limit = args.limit.unwrap_or(usize::MAX);
-    let head = store.frontier().await?;
+    let head = store.high_water_mark().await?;
     let mut after = match args.from {
         Some(from) => Position::new(from.saturating_sub(1)),
         None => {

@@ -190,7 +190,7 @@ pub(crate) fn print(records: &[ProjectionRecord], head: Position, out: &mut Outp
 }
 
 async fn list(models: &Models, out: &mut Output) -> Result<(), Failure> {
-    let head = models.store.frontier().await?;
+    let head = models.store.high_water_mark().await?;
     let records = models.operator.projections().await?;
     if out.json {
         let records: Vec<_> = records.iter().map(|record| value(record, head)).collect();
@@ -368,7 +368,7 @@ fn progress(positions: &[Position], head: Position) -> (u64, u64) {
 /// A reset is done when the events of the log at its start are applied, a rebuild when its version
 /// is live.
 async fn follow(models: &Models, request: Request, version: u64, name: &str) -> Result<(f64, u64), Failure> {
-    let head = models.store.frontier().await?;
+    let head = models.store.high_water_mark().await?;
     let mut bar = Bar::new();
     // A reset starts again from the beginning, unless it has progressed already; a rebuild may be
     // running.

@@ -35,7 +35,7 @@ impl Publisher {
             owner: lease.live.then_some(lease.lease.owner),
             published: checkpoint.position.get(),
             sequence: checkpoint.mark,
-            head: store.frontier().await?.get(),
+            head: store.high_water_mark().await?.get(),
         }))
     }
 

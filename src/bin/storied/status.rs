@@ -21,7 +21,7 @@ pub(crate) async fn run(
     let publisher = Publisher::of(&*store).await?;
     let projections = operator.projections().await?;
     let info = store.info();
-    let head = store.frontier().await?;
+    let head = store.high_water_mark().await?;
     let stall = store.stall().await?;
     let mut nodes: BTreeMap<Uuid, Vec<String>> = BTreeMap::new();
     for held in store.leases().await?.into_iter().filter(|held| held.live) {

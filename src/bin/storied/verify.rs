@@ -62,7 +62,7 @@ impl Problems {
 
 pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
     let store = from.store().await?;
-    let head = store.frontier().await?;
+    let head = store.high_water_mark().await?;
     let mut mirror = None;
     if args.mirror {
         let bus = args.nats.bus(None, from).await?;

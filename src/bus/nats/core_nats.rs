@@ -83,7 +83,7 @@ impl BusPublisher for CorePublisher {
             // since.
             match self.connection.refused_after().filter(|position| known.position <= *position) {
                 Some(position) => Ok(Resume::After(MirrorEnd { position, sequence: 0 })),
-                None => Ok(Resume::AtFrontier),
+                None => Ok(Resume::AtHighWaterMark),
             }
         })
     }

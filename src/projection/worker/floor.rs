@@ -51,7 +51,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Err(StoreError::Incompatible { .. }) => {}
             Err(error) => return Err(error),
         }
-        let head = context.store.frontier().await?;
+        let head = context.store.high_water_mark().await?;
         // A reset does not wait for a log that may never reach the position.
         let start = match start {
             Start::At(position) if position > head => Start::Now,

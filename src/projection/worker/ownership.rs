@@ -282,7 +282,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         // too.)
         let position = found.position;
         if position > Position::START && store.event_id_at(position).await?.is_none() {
-            let head = store.frontier().await?;
+            let head = store.high_water_mark().await?;
             return Err(CheckpointError::Store(StoreError::Incompatible {
                 expected: format!("a log with an event at position {position}, the checkpoint of projection {name}"),
                 found: format!("none there, and the end of the log at position {head}"),

@@ -79,7 +79,7 @@ impl Context {
     /// not pursued twice.
     pub(super) async fn set_goal(&self) -> Result<(), ControlError> {
         let Self { name, store, shape, .. } = self;
-        let (row, head) = (shape.goal(), store.frontier().await?);
+        let (row, head) = (shape.goal(), store.high_water_mark().await?);
         let mut found = store.checkpoint(&row).await?;
         for _ in 0..ATTEMPTS {
             let goal = Checkpoint { position: head.max(found.position), ..fenced(found) };
@@ -111,7 +111,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 // Race: an append was in flight when the trigger read the end of the log, and hid
                 // an event that already had its receipt. Reading the end again is best effort:
                 // without an answer, the recorded target suffices.
-                self.timing.heard = self.context.store.frontier().await.unwrap_or_default();
+                self.timing.heard = self.context.store.high_water_mark().await.unwrap_or_default();
             }
         }
         self.timing.triggers = Some(triggers);

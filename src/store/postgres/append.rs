@@ -41,7 +41,7 @@ pub(super) enum Fate {
 
 /// Appends a batch. Once polled, it must run to completion.
 pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<Appended, AppendError>> {
-    let _appending = core.frontier.appending();
+    let _appending = core.high_water_mark.appending();
     let mut answers: Vec<Option<Result<Appended, AppendError>>> = Vec::with_capacity(batch.len());
     let mut todo = Vec::with_capacity(batch.len());
     for (index, append) in batch.iter().enumerate() {
@@ -77,7 +77,7 @@ pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<App
         answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(missing().into()))).collect();
     let last = answers.iter().flatten().filter_map(|appended| appended.positions.last()).max();
     if let Some(&last) = last {
-        core.frontier.announce(last);
+        core.high_water_mark.announce(last);
     }
     answers
 }
@@ -333,7 +333,7 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             if let Some((previous, event)) = settled
                 && core.connections.begun() == server
             {
-                core.frontier.settled(server, previous, event);
+                core.high_water_mark.advance_locally(server, previous, event);
             }
             Ok(fates)
         }
@@ -394,7 +394,7 @@ async fn execute_one(
         .bind(event.command_id)
         .bind(&*event.payload)
         .bind(&*event.metadata)
-        .bind(core.frontier.may_tell())
+        .bind(core.high_water_mark.can_skip_query())
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
         .await?;

@@ -26,7 +26,7 @@ const DOING: &str = "confirming that a commit is durable";
 /// `Unavailable` if the server cannot be queried. The wait for a standby has no limit here; the
 /// caller limits it.
 pub(super) async fn confirm(core: &Arc<Core>, session: &mut Session) -> Result<(), StoreError> {
-    if !core.frontier.has_standbys() {
+    if !core.high_water_mark.has_standbys() {
         return Ok(());
     }
     let doubt = |error| failed(DOING, error);
@@ -55,7 +55,7 @@ pub(super) async fn uncancelled<T>(
     core: &Core,
     call: impl Future<Output = Result<T, StoreError>>,
 ) -> Result<T, StoreError> {
-    if !core.frontier.has_standbys() {
+    if !core.high_water_mark.has_standbys() {
         return call.await;
     }
     match notices::watch(call).await {
@@ -115,7 +115,7 @@ async fn end(core: &Arc<Core>, backend: Backend) -> Result<(), StoreError> {
 
 /// Confirms that all data visible before the call is durable.
 pub(super) async fn confirm_all(core: &Arc<Core>) -> Result<(), StoreError> {
-    if !core.frontier.has_standbys() {
+    if !core.high_water_mark.has_standbys() {
         return Ok(());
     }
     let limit = core.connections.patience.acquire * 2;

@@ -217,7 +217,7 @@ async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State
                 .map_err(|error| failed(DOING, error))?;
             // The commit was sent: without a standby to wait for, it takes no time.
             Ok(match status.as_deref() {
-                Some("in progress") if core.frontier.has_standbys() => State::WaitsForStandby,
+                Some("in progress") if core.high_water_mark.has_standbys() => State::WaitsForStandby,
                 Some("in progress") => State::Running,
                 _ => State::Over,
             })

@@ -46,7 +46,7 @@ const ADJACENT: usize = 64;
 /// mark without a hole need no new mark: see [`adjacent`].
 pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, StoreError> {
     // While the reader is below the cached mark, the cached mark suffices.
-    let mut found = match core.frontier.known(read.after) {
+    let mut found = match core.high_water_mark.cached(read.after) {
         Some(head) => page(core, read, head).await?,
         None => LogPage { events: Vec::new(), scanned_to: read.after, head: read.after },
     };
@@ -57,7 +57,7 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
     if read.upto.is_none() && adjacent(core, read, &mut found).await? {
         return Ok(found);
     }
-    found.head = core.frontier.refresh(core).await?;
+    found.head = core.high_water_mark.refresh(core).await?;
     let left = read.limit.max(1) - found.events.len();
     if left > 0 {
         let rest = ReadLog { after: found.scanned_to, limit: left, ..read.clone() };
@@ -73,7 +73,7 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
 /// All these positions are taken, so no event can appear between them later (I1). Returns whether the
 /// page then reaches the last visible event. Otherwise the current mark decides how far it goes.
 async fn adjacent(core: &Arc<Core>, read: &ReadLog, page: &mut LogPage) -> Result<bool, StoreError> {
-    let Some(known) = core.frontier.id_at(page.scanned_to) else { return Ok(false) };
+    let Some(known) = core.high_water_mark.id_at(page.scanned_to) else { return Ok(false) };
     // For readers that follow the log, not for those that look up an event.
     if read.limit < page.events.len() + ADJACENT {
         return Ok(false);
@@ -107,7 +107,7 @@ async fn adjacent(core: &Arc<Core>, read: &ReadLog, page: &mut LogPage) -> Resul
     }
     let Some(id) = last else { return Ok(false) };
     page.head = page.scanned_to;
-    core.frontier.reached(page.head, Some(id));
+    core.high_water_mark.advance(page.head, Some(id));
     Ok(taken == rows.len() && taken < limit)
 }
 
@@ -131,7 +131,7 @@ async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPag
     if end <= read.after {
         return Ok(page);
     }
-    if let Some((events, scanned_to)) = core.frontier.recent(core.connections.begun(), read, end) {
+    if let Some((events, scanned_to)) = core.high_water_mark.recent(core.connections.begun(), read, end) {
         return Ok(LogPage { events, scanned_to, head });
     }
     let filter = &read.filter;

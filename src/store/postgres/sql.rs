@@ -85,10 +85,10 @@ statements! {
                 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY version",
         // $1 is an event that an earlier query found. This statement sees its row, unless the
         // server lost it.
-        frontier: "SELECT f.last_value, f.low_water, f.head, f.head_id,
+        high_water_mark: "SELECT f.last_value, f.low_water, f.head, f.head_id,
                 (SELECT e.id FROM storied.events AS e WHERE e.position >= $1 AND e.position <= $1 ORDER BY e.position LIMIT 1),
                 current_setting('synchronous_standby_names') <> ''
-            FROM storied.frontier() AS f",
+            FROM storied.high_water_mark() AS f",
         event_at: "SELECT id FROM storied.events
             WHERE position >= $1 AND position <= $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY position LIMIT 1",
         stream: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at

@@ -180,7 +180,7 @@ pub(super) async fn command_events(
 /// Returns the last event of the log, which is the high-water mark (I1).
 ///
 /// SQLite commits in the order of positions, so no event appears below it.
-pub(super) async fn frontier(readers: &Readers) -> Result<Position, StoreError> {
+pub(super) async fn high_water_mark(readers: &Readers) -> Result<Position, StoreError> {
     const DOING: &str = "reading the high-water mark";
     let mut reader = readers.get(DOING).await?;
     let last: i64 = sqlx::query_scalar("SELECT coalesce(max(position), 0) FROM storied_events")

@@ -9,7 +9,7 @@ use crate::store::{EventStore, ExpectedVersion, Filter, ReadLog};
 /// Checks that an empty store returns nothing, without an error.
 pub async fn an_empty_store_is_empty(database: Database) {
     let store = database.open().await;
-    assert_eq!(store.frontier().await.unwrap(), Position::START);
+    assert_eq!(store.high_water_mark().await.unwrap(), Position::START);
     let page = store.read_log(ReadLog::after(Position::START)).await.unwrap();
     assert!(page.events.is_empty() && !page.has_more());
     assert_eq!((page.scanned_to, page.head), (Position::START, Position::START));
@@ -248,15 +248,15 @@ async fn conflict_at_the_end(store: &dyn EventStore) {
 }
 
 /// Checks that the high-water mark is the last event while nothing is in flight.
-pub async fn the_frontier_is_the_last_event(database: Database) {
+pub async fn the_high_water_mark_is_the_last_event(database: Database) {
     let store = database.open().await;
     let other = database.open().await;
     for _ in 0..5 {
         let last = *fill(&*store, &stream("a"), 3).await.last().unwrap();
-        assert_eq!(store.frontier().await.unwrap(), last);
-        assert_eq!(other.frontier().await.unwrap(), last);
+        assert_eq!(store.high_water_mark().await.unwrap(), last);
+        assert_eq!(other.high_water_mark().await.unwrap(), last);
         conflict_at_the_end(&*store).await;
-        assert_eq!(store.frontier().await.unwrap(), last);
+        assert_eq!(store.high_water_mark().await.unwrap(), last);
     }
 }
 

@@ -147,7 +147,7 @@ async fn unread_errors_block_no_consumer() {
                 raw.publish("storied.events.note.written", "garbage".into()).await.unwrap();
             }
             raw.flush().await.unwrap();
-            let before = press.store.frontier().await.unwrap();
+            let before = press.store.high_water_mark().await.unwrap();
             write(&press.store, 0, 10).await;
             eventually("garbage", || subscriber.stats().errors == 200 * round).await;
             let mut publisher = publisher(&bus, &press.store).await;

@@ -58,7 +58,7 @@ async fn a_reader_loses_nothing_when_its_server_is_killed() {
             }
             pause(50).await;
         };
-        let head = press.store.frontier().await.unwrap();
+        let head = press.store.high_water_mark().await.unwrap();
         write(&press.store, 0, 100).await;
         for batch in batches(&press.store, head, 300).await {
             printed.extend_from_slice(&batch.events);

@@ -174,7 +174,7 @@ impl Mirror {
                 self.next = None;
                 continue;
             }
-            let end = self.store.frontier().await?;
+            let end = self.store.high_water_mark().await?;
             if place > end {
                 problems.add(format!("mirror: continues at position {place}, but the log ends at {end}"));
             }

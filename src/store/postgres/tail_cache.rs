@@ -14,7 +14,7 @@ const BYTES: usize = 256 << 10;
 
 /// All events of the log after one position and up to another.
 #[derive(Debug, Default)]
-pub(super) struct Recent {
+pub(super) struct TailCache {
     /// Number of the server connection; a server that takes over may lack some of the events.
     server: u64,
     after: Position,
@@ -23,7 +23,7 @@ pub(super) struct Recent {
     bytes: usize,
 }
 
-impl Recent {
+impl TailCache {
     /// Adds an event that follows the event at `previous` in the log of `server`.
     pub(super) fn push(&mut self, server: u64, previous: Position, event: RecordedEvent) {
         if server < self.server || (server == self.server && event.position <= self.upto) {
@@ -83,7 +83,7 @@ mod tests {
     use crate::event::tests::recorded;
     use crate::store::Filter;
 
-    fn read(recent: &Recent, read: ReadLog, end: u64) -> Option<(Vec<u64>, u64)> {
+    fn read(recent: &TailCache, read: ReadLog, end: u64) -> Option<(Vec<u64>, u64)> {
         let (events, scanned_to) = recent.read(1, &read, Position::new(end))?;
         Some((events.iter().map(|event| event.position.get()).collect(), scanned_to.get()))
     }
@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn only_adjacent_reads_are_answered() {
-        let mut recent = Recent::default();
+        let mut recent = TailCache::default();
         assert_eq!(read(&recent, after(0), 9), None);
         for (previous, position) in [(3, 5), (5, 6), (6, 9)] {
             recent.push(1, Position::new(previous), recorded(position, 1));
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn another_server_starts_empty() {
-        let mut recent = Recent::default();
+        let mut recent = TailCache::default();
         recent.push(1, Position::new(3), recorded(5, 1));
         assert!(recent.read(2, &after(3), Position::new(9)).is_none());
         recent.push(2, Position::new(3), recorded(4, 1));
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn the_cache_has_a_size_limit() {
-        let mut recent = Recent::default();
+        let mut recent = TailCache::default();
         for position in 1..=200 {
             recent.push(1, Position::new(position - 1), recorded(position, 1));
         }

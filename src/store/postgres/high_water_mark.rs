@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::super::{ReadLog, Stall, StoreError};
 use super::error::failed;
 use super::notify::Hints;
-use super::recent::Recent;
+use super::tail_cache::TailCache;
 use super::{Core, from_sql, to_sql};
 use crate::event::{Position, RecordedEvent};
 
@@ -32,17 +32,17 @@ const STALLED: Duration = Duration::from_secs(5);
 
 /// The known end of the log.
 #[derive(Debug)]
-pub(super) struct Frontier {
+pub(super) struct HighWaterMark {
     /// Last event that readers may see; never decreases.
     head: watch::Sender<Position>,
     /// Whether the tailer notifies other processes of the appends of this process.
-    tells_others: bool,
+    notifies_others: bool,
     /// Last event that this process has appended.
-    own: AtomicU64,
+    last_local_append: AtomicU64,
     /// Wakes the tailer.
     wake: Notify,
     /// Number of queries started.
-    asked: AtomicU64,
+    query_count: AtomicU64,
     /// Last event known to be in the log, with its id; never decreases.
     known: Mutex<Option<(Position, Uuid)>>,
     /// [`Connections::begun`](super::connection::Connections::begun) when the server last confirmed
@@ -53,15 +53,15 @@ pub(super) struct Frontier {
     /// Number and result of the last answered query. Locked while a query is in flight.
     answered: tokio::sync::Mutex<(u64, Result<(), StoreError>)>,
     /// Position at which a transaction holds back the mark, and the time since it does.
-    held: Mutex<Option<(u64, Instant)>>,
+    stalled_since: Mutex<Option<(u64, Instant)>>,
     /// Number of appends of this process in flight.
     appending: AtomicUsize,
     /// Events appended by this process while no other process appended.
-    recent: Mutex<Recent>,
+    tail_cache: Mutex<TailCache>,
 }
 
 /// Counts an append in flight until it is dropped.
-pub(super) struct Appending<'a>(&'a Frontier);
+pub(super) struct Appending<'a>(&'a HighWaterMark);
 
 impl Drop for Appending<'_> {
     fn drop(&mut self) {
@@ -69,21 +69,21 @@ impl Drop for Appending<'_> {
     }
 }
 
-impl Frontier {
-    pub(super) fn new(tells_others: bool) -> Self {
+impl HighWaterMark {
+    pub(super) fn new(notifies_others: bool) -> Self {
         Self {
-            tells_others,
+            notifies_others,
             head: watch::Sender::new(Position::START),
-            own: AtomicU64::new(0),
+            last_local_append: AtomicU64::new(0),
             wake: Notify::new(),
-            asked: AtomicU64::new(0),
+            query_count: AtomicU64::new(0),
             known: Mutex::default(),
             checked: AtomicU64::new(0),
             standbys: AtomicBool::new(false),
             answered: tokio::sync::Mutex::new((0, Ok(()))),
-            held: Mutex::default(),
+            stalled_since: Mutex::default(),
             appending: AtomicUsize::new(0),
-            recent: Mutex::default(),
+            tail_cache: Mutex::default(),
         }
     }
 
@@ -96,22 +96,22 @@ impl Frontier {
     /// Returns whether a lone append should check that no other append is in flight.
     ///
     /// It should if a reader waits for the event and no other append of this process is in flight.
-    pub(super) fn may_tell(&self) -> bool {
+    pub(super) fn can_skip_query(&self) -> bool {
         self.head.receiver_count() > 0 && self.appending.load(Ordering::Acquire) == 1
     }
 
     /// Records an append committed on `server` after all lower positions were decided.
     ///
     /// `event` follows the event at `previous`.
-    pub(super) fn settled(&self, server: u64, previous: Position, event: RecordedEvent) {
+    pub(super) fn advance_locally(&self, server: u64, previous: Position, event: RecordedEvent) {
         // I1: another server that took over may lack events that were read here. A query checks it
         // first.
         if server != self.checked.load(Ordering::Acquire) {
             return;
         }
         let (position, id) = (event.position, event.id);
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).push(server, previous, event);
-        self.reached(position, Some(id));
+        self.tail_cache.lock().unwrap_or_else(PoisonError::into_inner).push(server, previous, event);
+        self.advance(position, Some(id));
     }
 
     /// Returns whether commits waited for synchronous standbys at the last query.
@@ -130,7 +130,7 @@ impl Frontier {
         read: &ReadLog,
         end: Position,
     ) -> Option<(Vec<RecordedEvent>, Position)> {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).read(server, read, end)
+        self.tail_cache.lock().unwrap_or_else(PoisonError::into_inner).read(server, read, end)
     }
 
     /// Returns the id of the event at the mark, if the mark is at `position`.
@@ -140,7 +140,7 @@ impl Frontier {
     }
 
     /// Advances the mark to `head`, the position of the event `id`; never moves it backwards.
-    pub(super) fn reached(&self, head: Position, id: Option<Uuid>) {
+    pub(super) fn advance(&self, head: Position, id: Option<Uuid>) {
         if let Some(id) = id {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             if known.is_none_or(|(position, _)| position < head) {
@@ -163,22 +163,22 @@ impl Frontier {
 
     /// Announces that this process has appended up to `position`.
     pub(super) fn announce(&self, position: Position) {
-        self.own.fetch_max(position.get(), Ordering::AcqRel);
+        self.last_local_append.fetch_max(position.get(), Ordering::AcqRel);
         // If the mark is already at the position, no query is needed.
-        if self.tells_others || position > *self.head.borrow() {
+        if self.notifies_others || position > *self.head.borrow() {
             self.wake.notify_one();
         }
     }
 
     /// Wakes the tailer after a hint of another process.
-    fn heard(&self) {
+    fn wake(&self) {
         self.wake.notify_one();
     }
 
     /// Returns the cached mark, if it is useful to a reader that has read up to `after`.
-    pub(super) fn known(&self, after: Position) -> Option<Position> {
+    pub(super) fn cached(&self, after: Position) -> Option<Position> {
         let head = *self.head.borrow();
-        (head > after && head.get() >= self.own.load(Ordering::Acquire)).then_some(head)
+        (head > after && head.get() >= self.last_local_append.load(Ordering::Acquire)).then_some(head)
     }
 
     /// Queries the current mark.
@@ -186,22 +186,22 @@ impl Frontier {
     /// All callers that arrive during a query share the next one. So the database answers one query
     /// at a time, however many readers there are.
     pub(super) async fn refresh(&self, core: &Arc<Core>) -> Result<Position, StoreError> {
-        let before = self.asked.load(Ordering::Acquire);
+        let before = self.query_count.load(Ordering::Acquire);
         let mut answered = self.answered.lock().await;
         if answered.0 <= before {
-            let number = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
-            *answered = (number, self.ask(core).await);
+            let number = self.query_count.fetch_add(1, Ordering::AcqRel) + 1;
+            *answered = (number, self.query(core).await);
         }
         answered.1.clone()?;
         Ok(*self.head.borrow())
     }
 
-    async fn ask(&self, core: &Arc<Core>) -> Result<(), StoreError> {
+    async fn query(&self, core: &Arc<Core>) -> Result<(), StoreError> {
         // Read before the query: meanwhile an append may settle and another server may take over.
         let known = *self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let server = core.connections.begun();
         let mut session = core.connections.get(DOING).await?;
-        let row = sqlx::query(core.sql.frontier.clone())
+        let row = sqlx::query(core.sql.high_water_mark.clone())
             .bind(to_sql(known.map_or(0, |(position, _)| position.get())))
             .persistent(core.connections.persistent())
             .fetch_one(&mut *session)
@@ -235,9 +235,9 @@ impl Frontier {
         self.checked.store(server, Ordering::Release);
         // The mark may be lower than before for a moment: a writer that takes its lock late lowers
         // it.
-        self.reached(Position::new(head), id);
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        *held = match *held {
+        self.advance(Position::new(head), id);
+        let mut stalled_since = self.stalled_since.lock().unwrap_or_else(PoisonError::into_inner);
+        *stalled_since = match *stalled_since {
             _ if low_water >= last_value => None,
             Some((at, since)) if at == low_water => Some((at, since)),
             _ => Some((low_water, Instant::now())),
@@ -245,10 +245,10 @@ impl Frontier {
         Ok(())
     }
 
-    /// Returns how long a transaction has held the mark at the same position.
-    fn held_for(&self) -> Option<Duration> {
-        let held = *self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.map(|(_, since)| since.elapsed())
+    /// Returns how long a transaction has stalled_since the mark at the same position.
+    fn stalled_for(&self) -> Option<Duration> {
+        let stalled_since = *self.stalled_since.lock().unwrap_or_else(PoisonError::into_inner);
+        stalled_since.map(|(_, since)| since.elapsed())
     }
 }
 
@@ -279,40 +279,40 @@ pub(super) async fn stall(core: &Arc<Core>) -> Result<Option<Stall>, StoreError>
 /// Keeps the mark current for its subscribers; one tailer per store, for any number of readers.
 ///
 /// It queries after every append of this process, and polls for the appends of other processes.
-pub(super) async fn tail(core: Arc<Core>, hints: Option<Hints>) {
+pub(super) async fn run_tailer(core: Arc<Core>, hints: Option<Hints>) {
     match &hints {
-        None => poll(&core, None).await,
+        None => poll_loop(&core, None).await,
         Some(hints) => {
-            let heard = || core.frontier.heard();
-            tokio::join!(poll(&core, Some(hints)), hints.listen(heard));
+            let wake = || core.high_water_mark.wake();
+            tokio::join!(poll_loop(&core, Some(hints)), hints.listen(wake));
         }
     }
 }
 
-async fn poll(core: &Arc<Core>, hints: Option<&Hints>) {
-    let frontier = &core.frontier;
+async fn poll_loop(core: &Arc<Core>, hints: Option<&Hints>) {
+    let high_water_mark = &core.high_water_mark;
     let mut hinted = None;
-    let mut told = 0;
+    let mut announced = 0;
     let mut pause = BUSY;
     let mut broken = false;
     let mut warned: Option<Instant> = None;
     loop {
-        let longest = if frontier.head.receiver_count() > 0 { pause } else { ALONE };
-        let woken = tokio::time::timeout(longest, frontier.wake.notified()).await.is_ok();
+        let longest = if high_water_mark.head.receiver_count() > 0 { pause } else { ALONE };
+        let woken = tokio::time::timeout(longest, high_water_mark.wake.notified()).await.is_ok();
         if let Some(hints) = hints {
-            let own = frontier.own.load(Ordering::Acquire);
-            if own > told
+            let last_local_append = high_water_mark.last_local_append.load(Ordering::Acquire);
+            if last_local_append > announced
                 && let Err(error) = core.timed_call(DOING, hints.send(core, &mut hinted)).await
             {
                 tracing::debug!(%error, "could not notify other processes of an append");
             }
-            told = own;
+            announced = last_local_append;
         }
-        if woken && frontier.head.receiver_count() == 0 {
+        if woken && high_water_mark.head.receiver_count() == 0 {
             continue; // A later reader starts a query itself.
         }
-        let before = *frontier.head.borrow();
-        match core.timed_call(DOING, frontier.refresh(core)).await {
+        let before = *high_water_mark.head.borrow();
+        match core.timed_call(DOING, high_water_mark.refresh(core)).await {
             Ok(head) => {
                 if broken {
                     tracing::info!(%head, "the event store is readable again");
@@ -329,7 +329,7 @@ async fn poll(core: &Arc<Core>, hints: Option<&Hints>) {
                 continue;
             }
         }
-        match frontier.held_for() {
+        match high_water_mark.stalled_for() {
             Some(time) if time >= STALLED && warned.is_none_or(|last| last.elapsed() > STALLED * 6) => {
                 warned = Some(Instant::now());
                 match core.timed_call(DOING, stall(core)).await {
