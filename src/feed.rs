@@ -6,7 +6,7 @@
 //! Followers read from a bounded ring at their own pace and never wait for the slowest. A slow
 //! follower receives `Lagged` and returns to reading the store.
 
-mod stretch;
+mod log_reader;
 
 use std::fmt;
 use std::panic::AssertUnwindSafe;
@@ -19,7 +19,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
-pub(crate) use self::stretch::{Stretch, read as read_stretch};
+pub(crate) use self::log_reader::{LogChunk, read as read_chunk};
 use crate::backoff::Backoff;
 use crate::bus::{BusError, BusItem, BusScope, BusSubscription, EventBus, LogBatch};
 use crate::event::Position;
@@ -448,8 +448,8 @@ impl FeedTask {
     async fn read_on(&mut self, after: Position, upto: Option<Position>) -> Position {
         let mut position = after;
         loop {
-            match stretch::read(&*self.store, position, upto).await {
-                Ok(Stretch { batches, upto: reached, head }) => {
+            match log_reader::read(&*self.store, position, upto).await {
+                Ok(LogChunk { batches, upto: reached, head }) => {
                     self.store_backoff.succeeded();
                     batches.into_iter().for_each(|batch| self.forward(batch));
                     let done = reached == position || reached >= upto.unwrap_or(head);

@@ -2,9 +2,9 @@
 //!
 //! Also the view of all leases.
 
-mod board;
 mod renewals;
 mod renewer;
+mod watcher;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
-pub(crate) use self::board::{Board, Sight, View};
 pub(crate) use self::renewals::Renewals;
 pub(crate) use self::renewer::LeaseRenewer;
 use self::renewer::Renewal;
+pub(crate) use self::watcher::{LeaseView, LeaseWatcher, Observation};
 use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::store::{EventStore, Lease, LeaseInfo, StoreError};
 use crate::telemetry::Metrics;

@@ -28,7 +28,7 @@ use crate::command::{
 use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::invalid_option::{DAY, InvalidOption, within};
-use crate::lease::Board;
+use crate::lease::LeaseWatcher;
 use crate::partition;
 use crate::projection::{
     self, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel,
@@ -37,7 +37,8 @@ use crate::projection::{
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::startup::{self, START_TIMEOUT};
 use crate::store::{
-    EventStore, IntoEventStore, LeaseInfo, Stall, StoreError, StoreInfo, Writer, WriterOptions, WriterStatus,
+    EventStore, GroupCommitter, IntoEventStore, LeaseInfo, Stall, StoreError, StoreInfo, WriterOptions,
+    WriterStatus,
 };
 use crate::supervised::Task;
 use crate::telemetry::Metrics;
@@ -64,7 +65,7 @@ struct Inner {
     node: Uuid,
     store: Arc<dyn EventStore>,
     bus: Arc<dyn EventBus>,
-    writer: Writer,
+    writer: GroupCommitter,
     publisher: Publisher,
     feed: Feed,
     /// Projections, in the order of their registration.
@@ -102,7 +103,7 @@ struct Registration {
     start: Box<StartAggregate>,
 }
 
-type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, Writer, &Supervisor) -> Result<(), StartRouterError>
+type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, GroupCommitter, &Supervisor) -> Result<(), StartRouterError>
     + Send;
 
 /// A reason why a runtime does not start.
@@ -506,7 +507,8 @@ impl Builder {
         self.commands.validate()?;
         self.commands.check()?;
         let log_end =
-            startup::wait_for("reading the high-water mark", self.start_timeout, || store.high_water_mark()).await?;
+            startup::wait_for("reading the high-water mark", self.start_timeout, || store.high_water_mark())
+                .await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, &*self.bus, log_end).await?);
@@ -531,7 +533,7 @@ impl Builder {
             feed: feed.clone(),
             node,
             bus: self.bus.clone(),
-            board: Board::start(store.clone()),
+            lease_watcher: LeaseWatcher::start(store.clone()),
             metrics: metrics.clone(),
             supervisor: Some(supervisor.cell()),
             alive: supervisor.alive(),
@@ -541,7 +543,7 @@ impl Builder {
         for projection in projections {
             handles.push(projection.start(surroundings.clone()).await?);
         }
-        let writer = Writer::start(store.clone(), WriterOptions::default(), metrics.clone());
+        let writer = GroupCommitter::start(store.clone(), WriterOptions::default(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.records_kept())));
         let commands = Commands::new(self.commands.policy(), metrics);

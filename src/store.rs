@@ -24,18 +24,18 @@ mod append;
 mod columns;
 mod command_events;
 mod command_record;
-mod decide;
 mod error;
 mod filter;
+mod group_commit;
 mod lease;
 mod memory;
-mod paging;
+mod page_size;
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
 mod progress;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
-mod writer;
+mod version_check;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -50,6 +50,10 @@ pub use self::command_events::CommandEvents;
 pub use self::command_record::CommandRecord;
 pub use self::error::{AppendError, StoreError};
 pub use self::filter::Filter;
+pub use self::group_commit::WriterStatus;
+pub(crate) use self::group_commit::{
+    AppendResult, GroupCommitter, PendingAppend, SpeculationChain, WriterOptions,
+};
 pub use self::lease::{Lease, LeaseInfo};
 pub use self::memory::MemoryStore;
 #[cfg(feature = "postgres")]
@@ -57,8 +61,6 @@ pub use self::postgres::{PostgresOptions, PostgresStore};
 pub use self::progress::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};
-pub use self::writer::WriterStatus;
-pub(crate) use self::writer::{Chain, Outcome, Submission, Writer, WriterOptions};
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 pub use crate::future::BoxFuture;

@@ -18,7 +18,8 @@ use crate::codec::{from_cbor, to_cbor};
 use crate::event::{EncodeError, Event, EventTypes, Metadata, NewEvent, StreamId, Version};
 use crate::panic::{panic_text, text_of};
 use crate::store::{
-    AppendError, Chain, CommandEvents, EventStore, ExpectedVersion, Outcome, Submission, Writer,
+    AppendError, AppendResult, CommandEvents, EventStore, ExpectedVersion, GroupCommitter, PendingAppend,
+    SpeculationChain,
 };
 use crate::telemetry::trace::CommandSpan;
 
@@ -71,7 +72,7 @@ impl Drop for Load {
 /// The shared state of all actors of one kind of aggregate.
 pub(super) struct Shared<A: Aggregate> {
     pub(super) store: Arc<dyn EventStore>,
-    pub(super) writer: Writer,
+    pub(super) writer: GroupCommitter,
     pub(super) options: AggregateOptions<A>,
     pub(super) types: Arc<EventTypes>,
     /// Permits for snapshot writes.
@@ -82,7 +83,7 @@ pub(super) enum AggregateMessage<A: Aggregate> {
     /// Decide on a command. `Load` counts it as in flight until it is dropped.
     Execute(Box<Order<A>>, Load),
     /// The writer answered the oldest append of this actor.
-    Written(Outcome),
+    Committed(AppendResult),
 }
 
 pub(super) struct AggregateActor<A: Aggregate> {
@@ -99,7 +100,7 @@ pub(super) struct AggregateState<A: Aggregate> {
     /// Decided commands without an answer, in order. The writer has their appends.
     pending: VecDeque<Pending<A>>,
     /// Link between the appends in `pending`: if one fails, the writer rejects the rest.
-    chain: Chain,
+    chain: SpeculationChain,
     /// Whether an append in `pending` failed or user code panicked.
     ///
     /// The actor decides no command until the remaining appends are answered.
@@ -146,7 +147,7 @@ impl<A: Aggregate> Actor for AggregateActor<A> {
         Ok(AggregateState {
             folded: None,
             pending: VecDeque::new(),
-            chain: Chain::new(),
+            chain: SpeculationChain::new(),
             broken: false,
             again: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -163,7 +164,7 @@ impl<A: Aggregate> Actor for AggregateActor<A> {
         match message {
             AggregateMessage::Execute(order, load) if state.broken => state.waiting.push_back((order, load)),
             AggregateMessage::Execute(order, load) => self.execute(&myself, order, load, state).await,
-            AggregateMessage::Written(outcome) => self.written(outcome, state),
+            AggregateMessage::Committed(outcome) => self.written(outcome, state),
         }
         // Also check after `execute`: after a panic with no append in flight, no further message
         // triggers the recovery.
@@ -291,7 +292,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }
         state.pending.push_back(pending);
         let actor = myself.clone();
-        let submission = Submission {
+        let submission = PendingAppend {
             stream: self.stream.clone(),
             expected,
             events,
@@ -300,7 +301,7 @@ impl<A: Aggregate> AggregateActor<A> {
             done: Box::new(move |outcome| {
                 // A failed cast means that a shutdown has killed the actor. Its callers have
                 // their answers.
-                let _ = actor.cast(AggregateMessage::Written(outcome));
+                let _ = actor.cast(AggregateMessage::Committed(outcome));
             }),
         };
         if self.shared.writer.submit(submission).await.is_err()
@@ -389,10 +390,10 @@ impl<A: Aggregate> AggregateActor<A> {
     }
 
     /// Handles the writer's answer to the oldest append.
-    fn written(&self, outcome: Outcome, state: &mut AggregateState<A>) {
+    fn written(&self, result: AppendResult, state: &mut AggregateState<A>) {
         // No entry without events is in front of the append: the preceding append settled them.
         let Some(pending) = state.pending.pop_front() else { return };
-        match outcome {
+        match result {
             Ok(written) => {
                 let Decided::Events { first, last, .. } = &pending.decided else { return };
                 let (id, first, last) = (pending.order.command_id, *first, *last);
@@ -512,7 +513,7 @@ impl<A: Aggregate> AggregateActor<A> {
     /// commands.
     async fn mend(&self, myself: &ActorRef<AggregateMessage<A>>, state: &mut AggregateState<A>) {
         state.broken = false;
-        state.chain = Chain::new();
+        state.chain = SpeculationChain::new();
         state.staged = None;
         // Without speculative events, only the events of other writers are missing.
         let clean = state.folded.take().filter(|folded| !folded.speculated());

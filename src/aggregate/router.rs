@@ -23,7 +23,7 @@ use super::actor::{AggregateActor, AggregateMessage, Load, SNAPSHOTS_UNDER_WAY, 
 use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
 use crate::event::{EncodeError, Event, EventTypes, StreamId};
-use crate::store::{EventStore, StoreError, Writer};
+use crate::store::{EventStore, GroupCommitter, StoreError};
 use crate::time::after;
 
 /// Maximum number of aggregates that the router checks when it evicts one for a new one.
@@ -95,7 +95,7 @@ impl<A: Aggregate> Router<A> {
     /// Starts a router under `supervisor`.
     pub(crate) fn start(
         store: Arc<dyn EventStore>,
-        writer: Writer,
+        writer: GroupCommitter,
         options: AggregateOptions<A>,
         supervisor: ActorCell,
     ) -> Result<Self, StartRouterError> {

@@ -13,7 +13,7 @@ use super::balance::wanted;
 use super::shape::Shape;
 use super::{PartitionStatus, ProjectionState, ProjectionStatus};
 use crate::future::BoxFuture;
-use crate::lease::{Board, HeldLease, Sight, View};
+use crate::lease::{HeldLease, LeaseView, LeaseWatcher, Observation};
 use crate::partition::Partition;
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
@@ -43,7 +43,7 @@ pub(super) struct Group {
     pub(super) name: String,
     pub(super) shape: Shape,
     pub(super) seats: Arc<[Seat]>,
-    pub(super) board: Board,
+    pub(super) lease_watcher: LeaseWatcher,
     pub(super) node: Uuid,
     pub(super) lease: Duration,
     pub(super) metrics: Metrics,
@@ -71,7 +71,7 @@ impl Work for Arc<Group> {
 
 impl Group {
     async fn balance(&self, mut inbox: Inbox<Never>) {
-        let mut sight = self.board.watch(self.lease);
+        let mut sight = self.lease_watcher.watch(self.lease);
         sight.mark_changed();
         let mut statuses: Vec<_> = self.seats.iter().map(|seat| seat.status.clone()).collect();
         let pause = SUM.max(SUM_SHARE * u32::try_from(statuses.len()).unwrap_or(u32::MAX));
@@ -79,7 +79,7 @@ impl Group {
         // Time of the next attempt to join, after a failure of the store or a lost race.
         let mut ask_at = Instant::now();
         while !inbox.is_stopping() {
-            let Sight { view, .. } = sight.borrow_and_update().clone();
+            let Observation { view, .. } = sight.borrow_and_update().clone();
             self.tell(view.as_deref());
             if !self.fits()
                 && let Some(membership) = membership.take()
@@ -91,7 +91,7 @@ impl Group {
                     Some(view) => self.join(view).await,
                     None => None,
                 };
-                ask_at = Instant::now() + self.board.pace();
+                ask_at = Instant::now() + self.lease_watcher.poll_interval();
             }
             if let Some(view) = &view {
                 self.share_out(view, membership.is_some());
@@ -131,14 +131,14 @@ impl Group {
     }
 
     /// Makes this node a member: acquires the first free membership lease.
-    async fn join(&self, view: &View) -> Option<HeldLease> {
+    async fn join(&self, view: &LeaseView) -> Option<HeldLease> {
         for slot in 0.. {
             let name = self.shape.member(slot);
             if view.owner(&name).is_some_and(|owner| owner != self.node) {
                 continue;
             }
             let abandoned = view.abandoned(&name);
-            let renewer = self.board.renewer();
+            let renewer = self.lease_watcher.renewer();
             let taken =
                 HeldLease::take(renewer, &name, self.node, self.lease, abandoned, &self.metrics).await;
             match taken {
@@ -148,7 +148,7 @@ impl Group {
                         slot,
                         "joined the members that share the partitions"
                     );
-                    self.board.hint();
+                    self.lease_watcher.hint();
                     return Some(lease);
                 }
                 // Another node was faster.
@@ -163,7 +163,7 @@ impl Group {
     }
 
     /// Sets the partitions that this node should own.
-    fn share_out(&self, view: &View, member: bool) {
+    fn share_out(&self, view: &LeaseView, member: bool) {
         let owners: Vec<_> = self.owners(view).collect();
         let mut members: BTreeSet<Uuid> = (0..)
             .map_while(|slot| view.leases.get(&self.shape.member(slot)))
@@ -183,12 +183,12 @@ impl Group {
         }
     }
 
-    fn owners(&self, view: &View) -> impl Iterator<Item = Option<Uuid>> {
+    fn owners(&self, view: &LeaseView) -> impl Iterator<Item = Option<Uuid>> {
         self.seats.iter().map(|seat| view.owner(&seat.lease))
     }
 
     /// Publishes the total status.
-    fn tell(&self, view: Option<&View>) {
+    fn tell(&self, view: Option<&LeaseView>) {
         let sum = sum(&self.seats, view);
         self.status.send_if_modified(|status| {
             let news = *status != sum;
@@ -199,7 +199,7 @@ impl Group {
 }
 
 /// Returns the total status of all partitions.
-pub(super) fn sum(seats: &[Seat], view: Option<&View>) -> ProjectionStatus {
+pub(super) fn sum(seats: &[Seat], view: Option<&LeaseView>) -> ProjectionStatus {
     let partitions = seats.iter().map(|seat| PartitionStatus {
         partition: seat.partition,
         owner: view.and_then(|view| view.owner(&seat.lease)),

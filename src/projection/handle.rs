@@ -67,7 +67,7 @@ impl ProjectionHandle {
     /// Returns the status on this node.
     pub fn status(&self) -> ProjectionStatus {
         let mut status = match &self.group {
-            Some(Grouped { group, .. }) => sum(&group.seats, group.board.view().as_deref()),
+            Some(Grouped { group, .. }) => sum(&group.seats, group.lease_watcher.view().as_deref()),
             None => self.of_all().borrow().clone(),
         };
         // The task was torn down before it could report the end.

@@ -114,7 +114,7 @@ where
             }
         }
     }
-    let Surroundings { store, supervisor, board, node, metrics, .. } = surroundings;
+    let Surroundings { store, supervisor, lease_watcher, node, metrics, .. } = surroundings;
     let group = if seats.is_empty() {
         None
     } else {
@@ -122,7 +122,8 @@ where
         let (sender, status) = watch::channel(sum(&seats, None));
         let (name, shape, lease) = (name.clone(), shape.clone(), options.lease);
         let status_of = sender;
-        let group = Arc::new(Group { name, shape, seats, board, node, lease, metrics, status: status_of });
+        let group =
+            Arc::new(Group { name, shape, seats, lease_watcher, node, lease, metrics, status: status_of });
         let actor = Supervised::spawn(group.clone(), supervisor).await?;
         Some(Grouped { group, actor, status })
     };

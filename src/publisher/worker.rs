@@ -15,7 +15,7 @@ use crate::bus::{
     BusError, BusPublisher, BusScope, Claim, ClaimedEvent, EventBus, LogBatch, MirrorEnd, Resume,
 };
 use crate::event::Position;
-use crate::feed::{Stretch, read_stretch};
+use crate::feed::{LogChunk, read_chunk};
 use crate::lease::{HeldLease, LeaseRenewer, Renewals};
 use crate::rate_limit::{LogLimit, RateLimit};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, LeaseInfo, StoreError};
@@ -379,14 +379,14 @@ impl Turn<'_> {
             if last.is_none() && inbox.is_stopping() {
                 last = Some(shared.store.high_water_mark().await?);
             }
-            let stretch = match ahead.take() {
-                Some(stretch) => stretch,
+            let chunk = match ahead.take() {
+                Some(chunk) => chunk,
                 None => {
                     appended.mark_unchanged();
-                    read_stretch(&*shared.store, self.end.position, announced.take()).await?
+                    read_chunk(&*shared.store, self.end.position, announced.take()).await?
                 }
             };
-            let (upto, head, something) = (stretch.upto, stretch.head, !stretch.batches.is_empty());
+            let (upto, head, something) = (chunk.upto, chunk.head, !chunk.batches.is_empty());
             if std::mem::take(&mut hinted) && something {
                 reads.refund();
             }
@@ -398,13 +398,13 @@ impl Turn<'_> {
                 }
                 let next = async {
                     let next = match more {
-                        true => read_stretch(&*shared.store, upto, Some(head)).await.map(Some),
+                        true => read_chunk(&*shared.store, upto, Some(head)).await.map(Some),
                         false => Ok(None),
                     };
                     // A failed read must not cancel the publish in flight.
                     Ok::<_, Interruption>(next)
                 };
-                let ((), next) = tokio::try_join!(self.publish(publisher, stretch), next)?;
+                let ((), next) = tokio::try_join!(self.publish(publisher, chunk), next)?;
                 ahead = next?;
                 beat_at = after(shared.options.heartbeat);
                 poll = shared.options.busy_poll;
@@ -470,7 +470,9 @@ impl Turn<'_> {
         let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => self.confirm(publisher, known, end).await?,
-            Resume::AtHighWaterMark => MirrorEnd { position: shared.store.high_water_mark().await?, sequence: 0 },
+            Resume::AtHighWaterMark => {
+                MirrorEnd { position: shared.store.high_water_mark().await?, sequence: 0 }
+            }
         };
         // Another process may have published beyond the high-water mark of this process. Only the
         // event shows whether the log has lost it.
@@ -589,10 +591,10 @@ impl Turn<'_> {
     async fn publish(
         &mut self,
         publisher: &mut dyn BusPublisher,
-        stretch: Stretch,
+        chunk: LogChunk,
     ) -> Result<(), Interruption> {
         let status = &self.shared.status;
-        for batch in stretch.batches {
+        for batch in chunk.batches {
             let sending = self.shared.begin(&batch);
             let end = tokio::select! {
                 biased;

@@ -8,8 +8,8 @@ use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::decide::Decider;
-use super::paging::Paging;
+use super::page_size::PageSizer;
+use super::version_check::StreamVersions;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord,
     EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
@@ -92,9 +92,9 @@ impl Data {
                 (part.stream.clone(), Version::new(events as u64))
             })
             .collect();
-        let mut decider = Decider::new(versions, self.head());
-        decider.check(&append)?;
-        let appended = decider.take(&append);
+        let mut versions = StreamVersions::new(versions, self.head());
+        versions.check(&append)?;
+        let appended = versions.assign(&append);
         let recorded_at = Utc::now();
         for part in append.streams {
             let stream = self.streams.entry(part.stream.clone()).or_default();
@@ -134,7 +134,7 @@ impl Data {
         let end = read.upto.map_or(head, |upto| upto.min(head));
         let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
         let range = index(read.after.get())..index(end.get());
-        let paging = Paging::default();
+        let paging = PageSizer::default();
         let mut room = paging.page(read.limit.max(1));
         for event in self.events.get(range).unwrap_or_default() {
             if room.is_full() {

@@ -12,25 +12,25 @@
 //! The SQL is in `migrations/postgres`, with the reasons beside it.
 
 mod append;
+mod append_batch;
 mod borrowed;
 mod commands;
+mod commit_recovery;
 mod connection;
+mod detach_on_drop;
 mod durability;
 mod error;
 mod high_water_mark;
 mod notices;
 mod notify;
 mod options;
-mod outcome;
-mod plan;
 mod progress;
 mod read;
-mod tail_cache;
+mod request_batcher;
 mod schema;
-mod sql;
 mod state;
-mod to_its_end;
-mod together;
+mod statements;
+mod tail_cache;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -47,16 +47,16 @@ use uuid::Uuid;
 
 pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
 use self::connection::Connections;
+use self::detach_on_drop::detach_on_drop;
 pub(crate) use self::error::{failed, is_outage};
 use self::high_water_mark::HighWaterMark;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
 pub(crate) use self::schema::{database_of, prepare_read_model};
-use self::sql::LogSql;
-pub(crate) use self::sql::Schema;
-use self::to_its_end::to_its_end;
-use super::paging::Paging;
+use self::statements::LogSql;
+pub(crate) use self::statements::Schema;
+use super::page_size::PageSizer;
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
     CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError,
@@ -87,7 +87,7 @@ pub struct PostgresStore {
 
 /// Ends the tailer when the last handle is dropped.
 struct Shared {
-    core: Arc<Core>,
+    core: Arc<PgInner>,
     tailer: AbortHandle,
 }
 
@@ -98,7 +98,7 @@ impl Drop for Shared {
 }
 
 /// The state shared by calls and the tailer.
-struct Core {
+struct PgInner {
     info: StoreInfo,
     /// Whether the log had an index by name when the store was opened.
     indexed_by_name: bool,
@@ -106,12 +106,12 @@ struct Core {
     progress: Progress,
     connections: Arc<Connections>,
     high_water_mark: HighWaterMark,
-    paging: Paging,
+    paging: PageSizer,
     commands: commands::Commands,
-    stuck: outcome::Stuck,
+    stuck: commit_recovery::Stuck,
 }
 
-impl Core {
+impl PgInner {
     /// Limits the wait for a server that does not answer at all; it limits its statements itself.
     async fn timed<T>(&self, call: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
         let Some(limit) = self.connections.patience.call else { return call.await };
@@ -180,16 +180,16 @@ impl PostgresStore {
         connections: Arc<Connections>,
         hints: Option<Hints>,
     ) -> Result<Self, StoreError> {
-        let core = Arc::new(Core {
+        let core = Arc::new(PgInner {
             info,
             indexed_by_name,
             sql: LogSql::new(schema),
             progress: Progress::new(schema, connections.persistent()),
             connections,
             high_water_mark: HighWaterMark::new(hints.is_some()),
-            paging: Paging::default(),
+            paging: PageSizer::default(),
             commands: commands::Commands::default(),
-            stuck: outcome::Stuck::default(),
+            stuck: commit_recovery::Stuck::default(),
         });
         core.high_water_mark.refresh(&core).await?;
         let tailer = tokio::spawn(high_water_mark::run_tailer(core.clone(), hints)).abort_handle();
@@ -229,7 +229,7 @@ impl EventStore for PostgresStore {
         let core = self.shared.core.clone();
         let appends = batch.len();
         // The append runs to completion even if the caller drops the future.
-        let append = AssertUnwindSafe(to_its_end(async move { append::append(&core, &batch).await }));
+        let append = AssertUnwindSafe(detach_on_drop(async move { append::append(&core, &batch).await }));
         Box::pin(append.catch_unwind().map(move |answers| {
             answers.unwrap_or_else(|panic| {
                 let reason = format!("{}: the append panicked: {}", append::DOING, panic_text(&*panic));

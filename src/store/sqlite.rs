@@ -31,7 +31,7 @@ use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::{failed, is_outage};
 pub(crate) use self::schema::home;
-use super::paging::Paging;
+use super::page_size::PageSizer;
 use super::{
     Adopt, Adoption, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
     CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError,
@@ -191,7 +191,7 @@ impl SqliteOptions {
                 path: self.path,
                 writer: Writer::new(writing, self.acquire_timeout, connection),
                 readers,
-                paging: Paging::default(),
+                paging: PageSizer::default(),
                 appended: watch::Sender::new(head),
             }),
         })
@@ -276,7 +276,7 @@ struct Shared {
     path: PathBuf,
     writer: Writer,
     readers: Readers,
-    paging: Paging,
+    paging: PageSizer,
     appended: watch::Sender<Position>,
 }
 

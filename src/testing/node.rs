@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
-use crate::lease::Board;
+use crate::lease::LeaseWatcher;
 use crate::projection::{
     Made, Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, Target, spawn,
 };
@@ -23,7 +23,7 @@ pub struct Node {
     store: Arc<dyn EventStore>,
     bus: Arc<dyn EventBus>,
     feed: Feed,
-    board: Board,
+    lease_watcher: LeaseWatcher,
     publisher: Publisher,
     projections: Mutex<Vec<ProjectionHandle>>,
     /// Dropped together with the node.
@@ -46,8 +46,17 @@ impl Node {
         let publisher =
             Publisher::spawn(store.clone(), bus.clone(), publisher, id, Metrics::default(), None).await;
         let publisher = publisher.expect("the publisher starts");
-        let board = Board::start(store.clone());
-        Self { id, store, bus, feed, board, publisher, projections: Mutex::default(), alive: Arc::new(()) }
+        let lease_watcher = LeaseWatcher::start(store.clone());
+        Self {
+            id,
+            store,
+            bus,
+            feed,
+            lease_watcher,
+            publisher,
+            projections: Mutex::default(),
+            alive: Arc::new(()),
+        }
     }
 
     /// Starts a projection.
@@ -113,7 +122,8 @@ impl Node {
         R: ReadModel<Transaction = P::Transaction>,
     {
         let filter = made.with_one(Projection::filter).expect("the filter names existing events");
-        let (store, feed, board) = (self.store.clone(), self.feed.clone(), self.board.clone());
+        let (store, feed, lease_watcher) =
+            (self.store.clone(), self.feed.clone(), self.lease_watcher.clone());
         let bus = self.bus.clone();
         let metrics = Metrics::default();
         let log_end = self.store.high_water_mark().await.unwrap_or_default();
@@ -123,7 +133,7 @@ impl Node {
             feed,
             node: self.id,
             bus,
-            board,
+            lease_watcher,
             metrics,
             supervisor: None,
             alive,

@@ -530,7 +530,9 @@ async fn read_by_hand(
 async fn database(server: &PostgresServer, mutate: &[(&str, &str)]) -> String {
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
-    for (name, migration) in [("append", MIGRATION), ("high_water_mark", MIGRATION), ("append_one", APPEND_ONE)] {
+    for (name, migration) in
+        [("append", MIGRATION), ("high_water_mark", MIGRATION), ("append_one", APPEND_ONE)]
+    {
         let start = migration.find(&format!("CREATE FUNCTION storied.{name}(")).unwrap();
         let end = start + migration[start..].find("END $$;").unwrap() + "END $$;".len();
         let mut function = migration[start..end].replacen("CREATE", "CREATE OR REPLACE", 1);

@@ -447,9 +447,12 @@ async fn readers_and_read_models_have_less() {
         assert!(matches!(change, Err(StoreError::Storage { .. })), "{change:?}");
     }
     let mut view = connect(&as_user(&url, "shop_view")).await;
-    for sql in
-        ["TABLE storied.events", "TABLE storied.meta", "TABLE storied.leases", "SELECT storied.high_water_mark()"]
-    {
+    for sql in [
+        "TABLE storied.events",
+        "TABLE storied.meta",
+        "TABLE storied.leases",
+        "SELECT storied.high_water_mark()",
+    ] {
         let error = view.execute(sql).await.unwrap_err();
         assert!(error.to_string().contains("permission denied"), "{sql}: {error}");
     }

@@ -787,8 +787,12 @@ impl EventStore for Link {
 
     fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
         through!(self, async {
-            let stable =
-                self.inner.high_water_mark().await?.get().saturating_sub(self.unstable.load(Ordering::SeqCst));
+            let stable = self
+                .inner
+                .high_water_mark()
+                .await?
+                .get()
+                .saturating_sub(self.unstable.load(Ordering::SeqCst));
             Ok(self.outside(Position::new(stable)))
         })
     }

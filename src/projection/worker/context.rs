@@ -11,7 +11,7 @@ use super::{PageCache, Run};
 use crate::bus::EventBus;
 use crate::event::{Position, RecordedEvent};
 use crate::feed::Feed;
-use crate::lease::{Board, Sight};
+use crate::lease::{LeaseWatcher, Observation};
 use crate::partition::Partition;
 use crate::projection::control::Control;
 use crate::projection::shape::Shape;
@@ -30,7 +30,7 @@ pub(crate) struct Surroundings {
     pub(crate) feed: Feed,
     pub(crate) node: Uuid,
     pub(crate) bus: Arc<dyn EventBus>,
-    pub(crate) board: Board,
+    pub(crate) lease_watcher: LeaseWatcher,
     pub(crate) metrics: Metrics,
     pub(crate) supervisor: Option<ActorCell>,
     /// Dropped together with the runtime.
@@ -100,10 +100,10 @@ pub(super) struct Context {
     pub(super) feed: Feed,
     pub(super) node: Uuid,
     pub(super) bus: Arc<dyn EventBus>,
-    pub(super) board: Board,
+    pub(super) lease_watcher: LeaseWatcher,
     pub(super) metrics: Metrics,
     /// Lease views.
-    pub(super) sight: watch::Receiver<Sight>,
+    pub(super) sight: watch::Receiver<Observation>,
     /// Whether this node should own the partition.
     pub(super) permit: Option<watch::Receiver<bool>>,
     pub(super) status: watch::Sender<ProjectionStatus>,
@@ -136,7 +136,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         surroundings: Surroundings,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let Surroundings { store, feed, node, bus, board, metrics, alive, log_end, .. } = surroundings;
+        let Surroundings { store, feed, node, bus, lease_watcher, metrics, alive, log_end, .. } =
+            surroundings;
         // A task that does not follow the feed (yet) reads the end of the log from it.
         feed.begin();
         let (partition, permit) = part.partition.unzip();
@@ -152,14 +153,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             shape: part.shape,
             partition,
             filter,
-            sight: board.watch(options.lease),
+            sight: lease_watcher.watch(options.lease),
             options,
             log: LogSource::new(store.clone(), part.pages.zip(partition)),
             store,
             feed,
             node,
             bus,
-            board,
+            lease_watcher,
             metrics,
             permit,
             status,
@@ -238,7 +239,7 @@ impl Context {
     pub(super) async fn ordered(&self) -> Result<bool, StoreError> {
         let order = self.shape.order();
         let leases = self.store.leases().await?;
-        let view = self.board.view();
+        let view = self.lease_watcher.view();
         let abandoned = view.as_ref().and_then(|view| view.abandoned(&order));
         let live =
             |info: &LeaseInfo| info.live && abandoned.is_none_or(|seen| seen.expires_at != info.expires_at);

@@ -76,14 +76,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     async fn persist_paused(&mut self, paused: bool) -> Result<(), ControlError> {
-        let Context { store, name, board, .. } = self.context;
+        let Context { store, name, lease_watcher, .. } = self.context;
         store.set_paused(name, paused).await?;
         if !paused && self.read_model.shared() {
             // Other nodes must retry what failed there.
             let order = self.order().await?;
             store.release_lease(&order).await?;
         }
-        board.hint();
+        lease_watcher.hint();
         self.take_paused(paused).await
     }
 
@@ -125,7 +125,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.context.set_goal().await?;
         let lease = self.hold(&self.context.shape.trigger()).await?;
         self.context.store.release_lease(&lease).await?;
-        self.context.board.hint();
+        self.context.lease_watcher.hint();
         Ok(())
     }
 
@@ -140,15 +140,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn tell_all(&mut self) -> Result<(), ControlError> {
         let order = self.order().await?;
         self.context.store.release_lease(&order).await?;
-        self.context.board.hint();
+        self.context.lease_watcher.hint();
         Ok(())
     }
 
     async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
-        let Context { store, name, board, .. } = self.context;
+        let Context { store, name, lease_watcher, .. } = self.context;
         let give_up = Instant::now() + ORDER;
         loop {
-            let view = board.view();
+            let view = lease_watcher.view();
             let abandoned = view.as_ref().and_then(|view| view.abandoned(lease));
             // A new owner each time, so that the epoch counts the holds.
             if let Some(order) = lease::acquire(&**store, lease, Uuid::new_v4(), ORDER, abandoned).await? {
@@ -168,10 +168,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         let context = self.context;
-        let Context { name, store, board, .. } = context;
+        let Context { name, store, lease_watcher, .. } = context;
         let goal = context.goal().await?;
         let mut order = if self.read_model.shared() { Some(self.order().await?) } else { None };
-        board.hint();
+        lease_watcher.hint();
         self.discard_snapshot().await?;
         let outside = self.outside();
         let change = async {
@@ -190,7 +190,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         {
             tracing::warn!(projection = name, %error, "could not release the order lease; the projection is held up until it expires");
         }
-        board.hint();
+        lease_watcher.hint();
         if !emptied? {
             return Ok(());
         }
@@ -414,9 +414,9 @@ async fn while_held(
     order: Lease,
     change: impl Future<Output = Result<bool, ControlError>>,
 ) -> Result<bool, ControlError> {
-    let Context { board, name, metrics, .. } = context;
+    let Context { lease_watcher, name, metrics, .. } = context;
     let Some(order) =
-        HeldLease::take(board.renewer(), &order.name, order.owner, ORDER, None, metrics).await?
+        HeldLease::take(lease_watcher.renewer(), &order.name, order.owner, ORDER, None, metrics).await?
     else {
         return Err(ControlError::Overloaded { name: name.clone() });
     };

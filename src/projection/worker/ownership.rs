@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{Context, Run};
 use crate::event::Position;
-use crate::lease::{HeldLease, Sight, View};
+use crate::lease::{HeldLease, LeaseView, Observation};
 use crate::projection::{Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
@@ -16,12 +16,12 @@ const LEAVE_ALONE: Duration = Duration::from_millis(250);
 
 /// Notifications to a task, besides its input.
 pub(super) struct News {
-    sight: watch::Receiver<Sight>,
+    sight: watch::Receiver<Observation>,
     permit: Option<watch::Receiver<bool>>,
 }
 
 impl News {
-    pub(super) fn new(sight: &watch::Receiver<Sight>, permit: Option<&watch::Receiver<bool>>) -> Self {
+    pub(super) fn new(sight: &watch::Receiver<Observation>, permit: Option<&watch::Receiver<bool>>) -> Self {
         let mut news = Self { sight: sight.clone(), permit: permit.cloned() };
         // The initial state counts as a change.
         news.sight.mark_changed();
@@ -62,7 +62,7 @@ impl News {
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Processes the lease view: pauses, owners, and changes by other nodes.
     pub(super) async fn look(&mut self) {
-        let Sight { view, error } = self.news.sight.borrow_and_update().clone();
+        let Observation { view, error } = self.news.sight.borrow_and_update().clone();
         if let Some(permit) = &mut self.news.permit {
             permit.mark_unchanged();
         }
@@ -88,7 +88,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// Processes a resume or reset on any node: re-reads the state and retries failures.
-    fn heed(&mut self, view: &View) {
+    fn heed(&mut self, view: &LeaseView) {
         let order = view.leases.get(&self.context.shape.order());
         self.held_up = order.is_some_and(|order| order.live);
         let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
@@ -122,7 +122,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let context = self.context;
         let mut free = self.news.permits() && self.looks_free();
         let permit = match free && self.take_at <= Instant::now() {
-            true => context.board.permit_to_acquire().await,
+            true => context.lease_watcher.permit_to_acquire().await,
             false => None,
         };
         // The wait for the permit may have been long.
@@ -130,9 +130,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         if let Some(_permit) = permit.filter(|_| free) {
             self.leave_alone();
             let (ttl, metrics) = (context.options.lease, &context.metrics);
-            let view = context.board.view();
+            let view = context.lease_watcher.view();
             let abandoned = view.as_ref().and_then(|view| view.abandoned(&context.lease));
-            let renewer = context.board.renewer();
+            let renewer = context.lease_watcher.renewer();
             let taken = HeldLease::take(renewer, &context.lease, context.node, ttl, abandoned, metrics).await;
             match taken {
                 Ok(Some(lease)) => {
@@ -144,9 +144,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     );
                     self.lease = Some(lease);
                     self.saved = None;
-                    return context.board.hint();
+                    return context.lease_watcher.hint();
                 }
-                Ok(None) => context.board.hint(),
+                Ok(None) => context.lease_watcher.hint(),
                 Err(error) => return self.outage(&error),
             }
         }
@@ -165,7 +165,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 // After any error: the owner may fix the cause, for example with a reset.
                 Err(error) => return self.try_later(&error),
             }
-            self.look_at = Instant::now() + context.board.pace();
+            self.look_at = Instant::now() + context.lease_watcher.poll_interval();
         }
         context.set(if self.paused == Some(true) {
             ProjectionState::Paused
@@ -178,7 +178,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Returns whether no other node holds the lease; this node may hold it since before a panic.
     pub(super) fn looks_free(&self) -> bool {
-        let view = self.context.board.view();
+        let view = self.context.lease_watcher.view();
         view.is_some_and(|view| {
             view.owner(&self.context.lease).is_none_or(|owner| owner == self.context.node)
         })
@@ -200,7 +200,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             lease = self.context.lease,
             "handed the ownership over to another node"
         );
-        self.context.board.hint();
+        self.context.lease_watcher.hint();
         self.forget();
         self.context.status.send_modify(|status| {
             status.epoch = 0;
@@ -219,7 +219,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         self.lease = None;
         self.forget();
         self.leave_alone();
-        self.context.board.hint();
+        self.context.lease_watcher.hint();
         self.context.status.send_modify(|status| {
             status.epoch = 0;
             status.state = ProjectionState::Standby;
@@ -238,7 +238,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Ok(Some(checkpoint)) => self.begin_at(checkpoint),
             Ok(None) => {
                 self.held_up = true;
-                self.context.board.hint();
+                self.context.lease_watcher.hint();
             }
             Err(error) => self.refused(&error),
         }

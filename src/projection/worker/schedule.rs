@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::orders::ATTEMPTS;
 use super::{Context, Role, Run, Source};
 use crate::event::Position;
-use crate::lease::View;
+use crate::lease::LeaseView;
 use crate::projection::shape::fenced;
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel, Schedule};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
@@ -102,7 +102,7 @@ impl Context {
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Processes a trigger on any node.
-    pub(super) async fn heed_triggers(&mut self, view: &View) {
+    pub(super) async fn heed_triggers(&mut self, view: &LeaseView) {
         let triggers = view.leases.get(&self.context.shape.trigger()).map_or(0, |posted| posted.epoch);
         if self.timing.triggers.is_some_and(|known| known != triggers) {
             self.timing.forget();

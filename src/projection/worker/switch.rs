@@ -105,7 +105,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             _ if behind == 0 || (behind <= NEAR && gets_on) => {
                 let order = self.order().await?;
-                self.context.board.hint();
+                self.context.lease_watcher.hint();
                 self.switch = Some(Switch::Waits { order, since: Instant::now() });
                 self.tick_at = Instant::now() + SWITCHING;
             }
@@ -124,7 +124,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             if let Err(error) = self.context.store.release_lease(&order).await {
                 tracing::warn!(projection = self.context.name, %error, "could not release the order lease; the projection is held up until it expires");
             }
-            self.context.board.hint();
+            self.context.lease_watcher.hint();
         }
     }
 

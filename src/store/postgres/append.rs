@@ -9,12 +9,12 @@ use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::super::{Append, AppendError, Appended, Conflict, ExpectedVersion, StoreError};
+use super::append_batch::{self, AppendGroup, StreamPart};
+use super::commit_recovery::{self, CommitHandle};
 use super::connection::Session;
 use super::durability;
-use super::error::{self, Verdict, failed, verdict};
-use super::outcome::{self, Trace};
-use super::plan::{self, Part, Unit};
-use super::{Core, from_sql, to_sql};
+use super::error::{self, ErrorClass, failed, verdict};
+use super::{PgInner, from_sql, to_sql};
 use crate::event::{NewEvent, Position, RecordedEvent, Version};
 
 pub(super) const DOING: &str = "appending events";
@@ -29,23 +29,23 @@ const OVERTAKEN: u32 = 1_000;
 
 /// The outcome of a unit.
 #[derive(Debug)]
-pub(super) enum Fate {
+pub(super) enum AppendOutcome {
     /// The events are in the log; for each part, the version before them and their positions.
     Appended(Vec<(Version, Vec<Position>)>),
     /// The part with this index found another version.
     Conflict(usize, Version),
     /// Another writer was faster, but the expected versions may still hold.
-    Overtaken,
+    VersionRace,
     Failed(StoreError),
 }
 
 /// Appends a batch. Once polled, it must run to completion.
-pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<Appended, AppendError>> {
+pub(super) async fn append(core: &Arc<PgInner>, batch: &[Append]) -> Vec<Result<Appended, AppendError>> {
     let _appending = core.high_water_mark.appending();
     let mut answers: Vec<Option<Result<Appended, AppendError>>> = Vec::with_capacity(batch.len());
     let mut todo = Vec::with_capacity(batch.len());
     for (index, append) in batch.iter().enumerate() {
-        answers.push(match plan::check(append) {
+        answers.push(match append_batch::check(append) {
             Ok(()) => {
                 todo.push(index);
                 None
@@ -53,17 +53,17 @@ pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<App
             Err(error) => Some(Err(error.into())),
         });
     }
-    let mut merge = true;
+    let mut coalesce = true;
     while !todo.is_empty() {
-        let plan = plan::plan(batch, &todo, merge);
-        todo = plan.later;
+        let plan = append_batch::plan(batch, &todo, coalesce);
+        todo = plan.deferred;
         for call in &plan.calls {
             for (unit, fate) in call.iter().zip(settle(core, call).await) {
-                if let Fate::Failed(StoreError::Invalid { .. }) = &fate
+                if let AppendOutcome::Failed(StoreError::Invalid { .. }) = &fate
                     && unit.appends.len() > 1
                 {
                     // Each append is sent alone, to find the one that cannot be stored.
-                    merge = false;
+                    coalesce = false;
                     todo.extend(&unit.appends);
                     continue;
                 }
@@ -85,8 +85,8 @@ pub(super) async fn append(core: &Arc<Core>, batch: &[Append]) -> Vec<Result<App
 /// Answers the appends of a unit; appends to be decided again go back to `todo`.
 fn tell(
     batch: &[Append],
-    unit: &Unit<'_>,
-    fate: Fate,
+    unit: &AppendGroup<'_>,
+    fate: AppendOutcome,
     answers: &mut [Option<Result<Appended, AppendError>>],
     todo: &mut Vec<usize>,
 ) {
@@ -96,7 +96,7 @@ fn tell(
         }
     };
     match fate {
-        Fate::Appended(places) => {
+        AppendOutcome::Appended(places) => {
             if let ([_, _, ..], [(base, positions)]) = (unit.appends.as_slice(), places.as_slice()) {
                 // Several appends to one stream share the versions and positions of the unit.
                 let (mut end, mut rest) = (*base, positions.as_slice());
@@ -116,7 +116,7 @@ fn tell(
                 answer(index, Ok(Appended { versions, positions }));
             }
         }
-        Fate::Conflict(part, actual) => {
+        AppendOutcome::Conflict(part, actual) => {
             let mut appends = unit.appends.iter().copied();
             let (Some(first), Some(part)) = (appends.next(), unit.parts.get(part)) else { return };
             let conflict = Conflict { stream: part.stream.clone(), expected: part.expected, actual };
@@ -124,13 +124,13 @@ fn tell(
             // They were merged with the first on the assumption that it succeeds.
             todo.extend(appends);
         }
-        Fate::Overtaken => {
+        AppendOutcome::VersionRace => {
             let reason = format!("{DOING}: other writers were faster in every attempt; retry later");
             for &index in &unit.appends {
                 answer(index, Err(StoreError::Unavailable { reason: reason.clone(), source: None }.into()));
             }
         }
-        Fate::Failed(error) => {
+        AppendOutcome::Failed(error) => {
             for &index in &unit.appends {
                 answer(index, Err(error.clone().into()));
             }
@@ -142,13 +142,13 @@ fn tell(
 ///
 /// A call that the server refuses as a whole is split, until each unit that cannot be stored is
 /// alone.
-async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
-    let mut fates: Vec<Option<Fate>> = units.iter().map(|_| None).collect();
+async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOutcome> {
+    let mut fates: Vec<Option<AppendOutcome>> = units.iter().map(|_| None).collect();
     let mut groups: Vec<Vec<usize>> = vec![(0..units.len()).collect()];
     while let Some(mut group) = groups.pop() {
         let (mut attempts, mut overtaken) = (0, 0);
         while !group.is_empty() {
-            let members: Vec<&Unit<'_>> = group.iter().filter_map(|&index| units.get(index)).collect();
+            let members: Vec<&AppendGroup<'_>> = group.iter().filter_map(|&index| units.get(index)).collect();
             let failure = match call(core, &members).await {
                 Ok(found) => {
                     group = file(group, found, &mut fates, overtaken >= OVERTAKEN);
@@ -167,23 +167,23 @@ async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
                     break;
                 }
                 Failure::Refused(error) | Failure::Failed(error) => error,
-                Failure::Overtaken if group.len() > 1 && overtaken > 0 => {
+                Failure::VersionRace if group.len() > 1 && overtaken > 0 => {
                     groups.push(group.split_off(group.len() / 2));
                     groups.push(group);
                     break;
                 }
-                Failure::Overtaken if overtaken < OVERTAKEN => {
+                Failure::VersionRace if overtaken < OVERTAKEN => {
                     overtaken += 1;
                     pause(overtaken).await;
                     continue;
                 }
-                Failure::Overtaken => {
+                Failure::VersionRace => {
                     for index in group {
-                        set(&mut fates, index, Fate::Overtaken);
+                        set(&mut fates, index, AppendOutcome::VersionRace);
                     }
                     break;
                 }
-                Failure::Retry(error) | Failure::Lost(error) => {
+                Failure::Retry(error) | Failure::NotSent(error) => {
                     attempts += 1;
                     if attempts < ATTEMPTS {
                         tracing::debug!(%error, attempts, "retrying append");
@@ -192,50 +192,60 @@ async fn settle(core: &Arc<Core>, units: &[Unit<'_>]) -> Vec<Fate> {
                     }
                     error
                 }
-                Failure::Unknown(error, trace) => match outcome::resolve(core, &members, trace).await {
-                    Ok(found) => {
-                        tracing::warn!(
-                            %error,
-                            happened = found.iter().filter(|fate| fate.is_some()).count(),
-                            of = members.len(),
-                            "append got no answer; looked up its events"
-                        );
-                        let found = found.into_iter().map(|fate| fate.unwrap_or(Fate::Overtaken)).collect();
-                        group = file(group, found, &mut fates, false);
-                        attempts += 1;
-                        if attempts < ATTEMPTS {
-                            continue;
+                Failure::Unknown(error, trace) => {
+                    match commit_recovery::resolve_unknown_commit(core, &members, trace).await {
+                        Ok(found) => {
+                            tracing::warn!(
+                                %error,
+                                happened = found.iter().filter(|fate| fate.is_some()).count(),
+                                of = members.len(),
+                                "append got no answer; looked up its events"
+                            );
+                            let found = found
+                                .into_iter()
+                                .map(|fate| fate.unwrap_or(AppendOutcome::VersionRace))
+                                .collect();
+                            group = file(group, found, &mut fates, false);
+                            attempts += 1;
+                            if attempts < ATTEMPTS {
+                                continue;
+                            }
+                            error
                         }
-                        error
+                        Err(lookup) => StoreError::OutcomeUnknown {
+                            reason: format!("{error}; looking up the events failed: {lookup}"),
+                            source: Some(Arc::new(error)),
+                        },
                     }
-                    Err(lookup) => StoreError::OutcomeUnknown {
-                        reason: format!("{error}; looking up the events failed: {lookup}"),
-                        source: Some(Arc::new(error)),
-                    },
-                },
+                }
             };
             for index in group {
-                set(&mut fates, index, Fate::Failed(error.clone()));
+                set(&mut fates, index, AppendOutcome::Failed(error.clone()));
             }
             break;
         }
     }
     let missing = || StoreError::Corrupt { reason: "an append received no outcome".into() };
-    fates.into_iter().map(|fate| fate.unwrap_or_else(|| Fate::Failed(missing()))).collect()
+    fates.into_iter().map(|fate| fate.unwrap_or_else(|| AppendOutcome::Failed(missing()))).collect()
 }
 
-fn set(fates: &mut [Option<Fate>], index: usize, fate: Fate) {
+fn set(fates: &mut [Option<AppendOutcome>], index: usize, fate: AppendOutcome) {
     if let Some(place) = fates.get_mut(index) {
         *place = Some(fate);
     }
 }
 
 /// Stores the outcomes of a group; returns the units to retry. With `all`, it returns none.
-fn file(group: Vec<usize>, found: Vec<Fate>, fates: &mut [Option<Fate>], all: bool) -> Vec<usize> {
+fn file(
+    group: Vec<usize>,
+    found: Vec<AppendOutcome>,
+    fates: &mut [Option<AppendOutcome>],
+    all: bool,
+) -> Vec<usize> {
     let mut rest = Vec::new();
     for (index, fate) in group.into_iter().zip(found) {
         match fate {
-            Fate::Overtaken if !all => rest.push(index),
+            AppendOutcome::VersionRace if !all => rest.push(index),
             fate => set(fates, index, fate),
         }
     }
@@ -259,30 +269,30 @@ pub(super) enum Failure {
     /// Nothing was written; the server asks for a retry.
     Retry(StoreError),
     /// Nothing was written: the connection broke before the commit.
-    Lost(StoreError),
+    NotSent(StoreError),
     /// Nothing was written: another writer was faster.
-    Overtaken,
+    VersionRace,
     /// The events may have been written.
-    Unknown(StoreError, Trace),
+    Unknown(StoreError, CommitHandle),
 }
 
 impl Failure {
     /// Classifies a definite answer of the server.
     fn answered(error: sqlx::Error) -> Self {
         if error::overtaken(&error) {
-            return Failure::Overtaken;
+            return Failure::VersionRace;
         }
         let verdict = verdict(&error);
         let error = failed(DOING, error);
         match verdict {
-            Verdict::Retry => Failure::Retry(error),
-            Verdict::Refused => Failure::Refused(error),
-            Verdict::Failed | Verdict::Unknown => Failure::Failed(error),
+            ErrorClass::Retry => Failure::Retry(error),
+            ErrorClass::Refused => Failure::Refused(error),
+            ErrorClass::Failed | ErrorClass::Unknown => Failure::Failed(error),
         }
     }
 }
 
-async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failure> {
+async fn call(core: &Arc<PgInner>, units: &[&AppendGroup<'_>]) -> Result<Vec<AppendOutcome>, Failure> {
     core.stuck.check()?;
     let explicit = core.connections.appends_in_transactions();
     let server = core.connections.begun();
@@ -292,15 +302,15 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
     let (reply, mut cancelled) = core.watched(core.timed(execute(core, &mut session, units))).await;
     let reply = match reply {
         Ok(reply) => reply,
-        Err(error) if verdict(&error) == Verdict::Unknown => {
+        Err(error) if verdict(&error) == ErrorClass::Unknown => {
             core.connections.purge();
             let backend = session.backend();
             drop(session);
             let error = failed(DOING, error);
             return Err(match backend {
                 // Without a commit, the server rolls back as soon as it notices the loss.
-                _ if explicit => Failure::Lost(error),
-                Some(backend) => Failure::Unknown(error, Trace::Backend(backend)),
+                _ if explicit => Failure::NotSent(error),
+                Some(backend) => Failure::Unknown(error, CommitHandle::Backend(backend)),
                 None => Failure::Failed(StoreError::OutcomeUnknown {
                     reason: format!(
                         "{error}; the server process is unknown, so the events cannot be looked up"
@@ -310,7 +320,7 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             });
         }
         Err(error) => {
-            if verdict(&error) == Verdict::Failed {
+            if verdict(&error) == ErrorClass::Failed {
                 // Another server may be the primary now: the next attempt opens a new connection.
                 core.connections.purge();
             } else {
@@ -327,7 +337,7 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
     }
     match done {
         // I3: the server reports success, but perhaps no standby has the commit.
-        Ok(()) if cancelled => Err(Failure::Unknown(durability::cancelled(), Trace::Committed)),
+        Ok(()) if cancelled => Err(Failure::Unknown(durability::cancelled(), CommitHandle::Committed)),
         Ok(()) => {
             // Not for a connection opened since, which may lead to another server.
             if let Some((previous, event)) = settled
@@ -337,19 +347,23 @@ async fn call(core: &Arc<Core>, units: &[&Unit<'_>]) -> Result<Vec<Fate>, Failur
             }
             Ok(fates)
         }
-        Err(error) if verdict(&error) == Verdict::Unknown => {
+        Err(error) if verdict(&error) == ErrorClass::Unknown => {
             core.connections.purge();
             let error = failed(DOING, error);
             Err(match transaction {
-                Some(transaction) => Failure::Unknown(error, Trace::Transaction(transaction)),
-                None => Failure::Lost(error),
+                Some(transaction) => Failure::Unknown(error, CommitHandle::Transaction(transaction)),
+                None => Failure::NotSent(error),
             })
         }
         Err(error) => Err(Failure::answered(error)),
     }
 }
 
-async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<Reply, sqlx::Error> {
+async fn execute(
+    core: &PgInner,
+    session: &mut Session,
+    units: &[&AppendGroup<'_>],
+) -> Result<Reply, sqlx::Error> {
     // Not in an explicit transaction: its end is looked up by its id, which only `append()`
     // returns.
     if !core.connections.appends_in_transactions()
@@ -368,7 +382,7 @@ async fn execute(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Res
 ///
 /// It needs no look-up: the previous event either is the last of the stream, or the next version is
 /// taken.
-fn exact(part: &Part<'_>) -> Option<i64> {
+fn exact(part: &StreamPart<'_>) -> Option<i64> {
     match part.expected {
         ExpectedVersion::Exact(version) => Some(to_sql(version.get())),
         ExpectedVersion::NoStream => Some(0),
@@ -378,9 +392,9 @@ fn exact(part: &Part<'_>) -> Option<i64> {
 
 /// Appends a single event; `None` if it cannot have the version after the expected one.
 async fn execute_one(
-    core: &Core,
+    core: &PgInner,
     session: &mut Session,
-    part: &Part<'_>,
+    part: &StreamPart<'_>,
     expected: i64,
     event: &NewEvent,
 ) -> Result<Option<Reply>, sqlx::Error> {
@@ -418,16 +432,20 @@ async fn execute_one(
         }),
         _ => None,
     };
-    let fates = vec![Fate::Appended(vec![(before, vec![position])])];
+    let fates = vec![AppendOutcome::Appended(vec![(before, vec![position])])];
     Ok(Some(Reply { fates, transaction: None, settled }))
 }
 
-async fn execute_many(core: &Core, session: &mut Session, units: &[&Unit<'_>]) -> Result<PgRow, sqlx::Error> {
+async fn execute_many(
+    core: &PgInner,
+    session: &mut Session,
+    units: &[&AppendGroup<'_>],
+) -> Result<PgRow, sqlx::Error> {
     let parts =
         || units.iter().enumerate().flat_map(|(unit, it)| it.parts.iter().map(move |part| (unit, part)));
     let events = || parts().flat_map(|(_, part)| part.events.iter());
     let look_up = !units.iter().all(|unit| matches!(unit.parts.as_slice(), [only] if exact(only).is_some()));
-    let expected = |part: &Part<'_>| {
+    let expected = |part: &StreamPart<'_>| {
         exact(part).unwrap_or(if part.expected == ExpectedVersion::StreamExists { -2 } else { -1 })
     };
     sqlx::query(core.sql.append.clone())
@@ -456,7 +474,7 @@ fn count(number: usize) -> i32 {
 ///
 /// The id is present if the transaction wrote events and a later look-up may need it.
 struct Reply {
-    fates: Vec<Fate>,
+    fates: Vec<AppendOutcome>,
     transaction: Option<String>,
     /// The only event and the position before it in the log, if every position up to there is
     /// decided.
@@ -465,7 +483,7 @@ struct Reply {
 
 impl Reply {
     /// Decodes the result of `storied.append()`; the migration describes it.
-    fn decode(row: &PgRow, units: &[&Unit<'_>]) -> Result<Self, sqlx::Error> {
+    fn decode(row: &PgRow, units: &[&AppendGroup<'_>]) -> Result<Self, sqlx::Error> {
         let versions: Vec<i64> = row.try_get(0)?;
         let lost: Option<Vec<bool>> = row.try_get(1)?;
         let positions: Option<Vec<i64>> = row.try_get(2)?;
@@ -482,13 +500,13 @@ impl Reply {
                 index += 1;
                 let own = positions.by_ref().take(part.events.len()).collect();
                 if lost && part.expected.allows(version) {
-                    refused.get_or_insert(Fate::Overtaken);
+                    refused.get_or_insert(AppendOutcome::VersionRace);
                 } else if lost || !part.expected.allows(version) {
-                    refused.get_or_insert(Fate::Conflict(number, version));
+                    refused.get_or_insert(AppendOutcome::Conflict(number, version));
                 }
                 places.push((version, own));
             }
-            fates.push(refused.unwrap_or(Fate::Appended(places)));
+            fates.push(refused.unwrap_or(AppendOutcome::Appended(places)));
         }
         Ok(Self { fates, transaction: row.try_get(3)?, settled: None })
     }

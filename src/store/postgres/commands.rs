@@ -13,9 +13,9 @@ use super::super::columns::Columns;
 use super::super::{CommandEvents, CommandRecord, StoreError};
 use super::durability;
 use super::error::failed;
+use super::request_batcher::RequestBatcher;
 use super::state::micros;
-use super::together::Together;
-use super::{Core, stream_key};
+use super::{PgInner, stream_key};
 use crate::event::{Position, StreamId, Version};
 
 const READING: &str = "reading a command record";
@@ -28,24 +28,24 @@ const LOOK_UP: usize = 16 << 10;
 
 #[derive(Debug, Default)]
 pub(super) struct Commands {
-    looked_up: Arc<Together<Uuid, Option<CommandRecord>>>,
-    recorded: Arc<Together<CommandRecord, CommandRecord>>,
+    looked_up: Arc<RequestBatcher<Uuid, Option<CommandRecord>>>,
+    recorded: Arc<RequestBatcher<CommandRecord, CommandRecord>>,
     /// Requests are pairs of stream key and command id.
-    events: Arc<Together<(Uuid, Uuid), Option<CommandEvents>>>,
+    events: Arc<RequestBatcher<(Uuid, Uuid), Option<CommandEvents>>>,
 }
 
 pub(super) async fn events(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     stream: &StreamId,
     command: Uuid,
 ) -> Result<Option<CommandEvents>, StoreError> {
     let store = core.clone();
     let find = move |commands| find(store.clone(), commands);
-    core.commands.events.ask((stream_key(stream), command), size_of::<CommandEvents>(), find).await
+    core.commands.events.submit((stream_key(stream), command), size_of::<CommandEvents>(), find).await
 }
 
 async fn find(
-    core: Arc<Core>,
+    core: Arc<PgInner>,
     commands: Vec<(Uuid, Uuid)>,
 ) -> Vec<Result<Option<CommandEvents>, StoreError>> {
     match core.timed_call(FINDING, find_events(&core, &commands)).await {
@@ -56,7 +56,7 @@ async fn find(
 
 /// Returns one result for each pair of stream and command.
 async fn find_events(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     commands: &[(Uuid, Uuid)],
 ) -> Result<Vec<Option<CommandEvents>>, StoreError> {
     let (streams, ids): (Vec<_>, Vec<_>) = commands.iter().copied().unzip();
@@ -86,13 +86,13 @@ async fn find_events(
     Ok(found)
 }
 
-pub(super) async fn command(core: &Arc<Core>, id: Uuid) -> Result<Option<CommandRecord>, StoreError> {
+pub(super) async fn command(core: &Arc<PgInner>, id: Uuid) -> Result<Option<CommandRecord>, StoreError> {
     let store = core.clone();
     let look_up = move |ids| look_up(store.clone(), ids);
-    core.commands.looked_up.ask(id, LOOK_UP, look_up).await
+    core.commands.looked_up.submit(id, LOOK_UP, look_up).await
 }
 
-async fn look_up(core: Arc<Core>, ids: Vec<Uuid>) -> Vec<Result<Option<CommandRecord>, StoreError>> {
+async fn look_up(core: Arc<PgInner>, ids: Vec<Uuid>) -> Vec<Result<Option<CommandRecord>, StoreError>> {
     match core.timed_call(READING, read(&core, &ids)).await {
         // One call may contain the same id twice.
         Ok(found) => ids.iter().map(|id| Ok(found.get(id).cloned())).collect(),
@@ -101,16 +101,19 @@ async fn look_up(core: Arc<Core>, ids: Vec<Uuid>) -> Vec<Result<Option<CommandRe
 }
 
 pub(super) async fn record_command(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     command: CommandRecord,
 ) -> Result<CommandRecord, StoreError> {
     let bytes = command.name.len() + command.outcome.len();
     let store = core.clone();
     let record = move |commands| record(store.clone(), commands);
-    core.commands.recorded.ask(command, bytes, record).await
+    core.commands.recorded.submit(command, bytes, record).await
 }
 
-async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result<CommandRecord, StoreError>> {
+async fn record(
+    core: Arc<PgInner>,
+    mut commands: Vec<CommandRecord>,
+) -> Vec<Result<CommandRecord, StoreError>> {
     let recorded = match core.commit_call(RECORDING, insert(&core, &commands)).await {
         Ok(recorded) => recorded,
         Err(StoreError::Invalid { .. }) if commands.len() > 1 => {
@@ -141,14 +144,14 @@ async fn record(core: Arc<Core>, mut commands: Vec<CommandRecord>) -> Vec<Result
 /// Reads the existing records of `ids`; they are durable.
 ///
 /// A command with a record is not handled again.
-async fn read(core: &Arc<Core>, ids: &[Uuid]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
+async fn read(core: &Arc<PgInner>, ids: &[Uuid]) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
     let fetched = fetch(core, READING, sqlx::query(core.sql.commands.clone()).bind(ids), true);
     durability::uncancelled(core, fetched).await
 }
 
 /// Inserts the records and returns those that were the first of their command.
 async fn insert(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     commands: &[CommandRecord],
 ) -> Result<HashMap<Uuid, CommandRecord>, StoreError> {
     let insert = sqlx::query(core.sql.record_commands.clone())
@@ -161,7 +164,7 @@ async fn insert(
 
 /// Runs a statement and returns its records by command id; with `confirm` they are durable.
 async fn fetch(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     doing: &str,
     statement: Query<'_, Postgres, PgArguments>,
     confirm: bool,
@@ -189,7 +192,7 @@ fn command_record(row: &PgRow) -> Result<CommandRecord, sqlx::Error> {
 }
 
 pub(super) async fn forget_commands(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     age: Duration,
     limit: usize,
 ) -> Result<usize, StoreError> {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::super::StoreError;
 use super::connection::{Backend, Session};
 use super::error::failed;
-use super::{Core, connection, notices};
+use super::{PgInner, connection, notices};
 
 const DOING: &str = "confirming that a commit is durable";
 
@@ -25,7 +25,7 @@ const DOING: &str = "confirming that a commit is durable";
 /// # Errors
 /// `Unavailable` if the server cannot be queried. The wait for a standby has no limit here; the
 /// caller limits it.
-pub(super) async fn confirm(core: &Arc<Core>, session: &mut Session) -> Result<(), StoreError> {
+pub(super) async fn confirm(core: &Arc<PgInner>, session: &mut Session) -> Result<(), StoreError> {
     if !core.high_water_mark.has_standbys() {
         return Ok(());
     }
@@ -52,7 +52,7 @@ pub(super) async fn confirm(core: &Arc<Core>, session: &mut Session) -> Result<(
 /// # Errors
 /// Those of `call`, and `Unavailable` if a wait was cancelled.
 pub(super) async fn uncancelled<T>(
-    core: &Core,
+    core: &PgInner,
     call: impl Future<Output = Result<T, StoreError>>,
 ) -> Result<T, StoreError> {
     if !core.high_water_mark.has_standbys() {
@@ -76,7 +76,7 @@ pub(super) fn cancelled() -> StoreError {
 /// written no data that could be lost. Without the termination, such processes would accumulate
 /// during an outage of the standby.
 struct Waiting {
-    core: Option<Arc<Core>>,
+    core: Option<Arc<PgInner>>,
     backend: Option<Backend>,
 }
 
@@ -98,7 +98,7 @@ impl Drop for Waiting {
     }
 }
 
-async fn end(core: &Arc<Core>, backend: Backend) -> Result<(), StoreError> {
+async fn end(core: &Arc<PgInner>, backend: Backend) -> Result<(), StoreError> {
     let mut session = core.connections.get(DOING).await?;
     sqlx::query(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -114,7 +114,7 @@ async fn end(core: &Arc<Core>, backend: Backend) -> Result<(), StoreError> {
 }
 
 /// Confirms that all data visible before the call is durable.
-pub(super) async fn confirm_all(core: &Arc<Core>) -> Result<(), StoreError> {
+pub(super) async fn confirm_all(core: &Arc<PgInner>) -> Result<(), StoreError> {
     if !core.high_water_mark.has_standbys() {
         return Ok(());
     }

@@ -9,7 +9,7 @@ use super::super::StoreError;
 
 /// The outcome of a failed statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum ErrorClass {
     /// Unknown, possibly committed: the connection broke, or the server ended the session.
     Unknown,
     /// Rolled back by the server because of concurrent transactions; a retry may succeed.
@@ -25,36 +25,36 @@ const OVERTAKEN: &str = "ST001";
 /// SQLSTATE of storied: the settings of the server or session make the log unsafe.
 const UNSAFE: &str = "ST002";
 
-pub(crate) fn verdict(error: &sqlx::Error) -> Verdict {
+pub(crate) fn verdict(error: &sqlx::Error) -> ErrorClass {
     let database = match error {
         sqlx::Error::Database(error) => error,
-        sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => return Verdict::Refused,
-        _ => return Verdict::Unknown,
+        sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => return ErrorClass::Refused,
+        _ => return ErrorClass::Unknown,
     };
     verdict_of(&**database)
 }
 
-fn verdict_of(database: &dyn DatabaseError) -> Verdict {
+fn verdict_of(database: &dyn DatabaseError) -> ErrorClass {
     let severity = database.try_downcast_ref::<PgDatabaseError>().map(PgDatabaseError::severity);
     if matches!(severity, Some(PgSeverity::Fatal | PgSeverity::Panic)) {
         // The session ended. The transaction may be committed: a session can end between commit and
         // answer.
-        return Verdict::Unknown;
+        return ErrorClass::Unknown;
     }
     match database.code().as_deref().unwrap_or_default() {
-        OVERTAKEN => Verdict::Retry,
-        UNSAFE => Verdict::Failed,
+        OVERTAKEN => ErrorClass::Retry,
+        UNSAFE => ErrorClass::Failed,
         // A pooler reports that it lost its own connection to the server.
-        code if code.starts_with("08") => Verdict::Unknown,
+        code if code.starts_with("08") => ErrorClass::Unknown,
         // Transaction rollbacks: serialization failure, deadlock.
-        code if code.starts_with("40") => Verdict::Retry,
+        code if code.starts_with("40") => ErrorClass::Retry,
         // An unavailable lock, a cancelled or timed-out statement, or a log without a free
         // position.
-        "55P03" | "57014" | "2200H" => Verdict::Failed,
+        "55P03" | "57014" | "2200H" => ErrorClass::Failed,
         code if ["28", "3D", "53", "57", "58", "25", "42"].iter().any(|class| code.starts_with(class)) => {
-            Verdict::Failed
+            ErrorClass::Failed
         }
-        _ => Verdict::Refused,
+        _ => ErrorClass::Refused,
     }
 }
 
@@ -77,7 +77,7 @@ pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
             sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::TypeNotFound { .. }
         ) || matches!(error, sqlx::Error::ColumnIndexOutOfBounds { .. } | sqlx::Error::ColumnDecode { .. })
             || matches!(error, sqlx::Error::Decode(_));
-    !mistake && verdict(error) != Verdict::Refused
+    !mistake && verdict(error) != ErrorClass::Refused
 }
 
 fn is_outage_of(database: &PgDatabaseError) -> bool {
@@ -88,7 +88,7 @@ fn is_outage_of(database: &PgDatabaseError) -> bool {
     }
     // A missing table or right stays missing: the error has to reach the author of the statement.
     let lasting = ["42", "25", "28", "3D"].iter().any(|class| code.starts_with(class));
-    !lasting && verdict_of(database) != Verdict::Refused
+    !lasting && verdict_of(database) != ErrorClass::Refused
 }
 
 /// Returns whether only this connection is affected: its plan or prepared statement is stale.

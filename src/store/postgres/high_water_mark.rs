@@ -13,7 +13,7 @@ use super::super::{ReadLog, Stall, StoreError};
 use super::error::failed;
 use super::notify::Hints;
 use super::tail_cache::TailCache;
-use super::{Core, from_sql, to_sql};
+use super::{PgInner, from_sql, to_sql};
 use crate::event::{Position, RecordedEvent};
 
 const DOING: &str = "reading the high-water mark";
@@ -185,7 +185,7 @@ impl HighWaterMark {
     ///
     /// All callers that arrive during a query share the next one. So the database answers one query
     /// at a time, however many readers there are.
-    pub(super) async fn refresh(&self, core: &Arc<Core>) -> Result<Position, StoreError> {
+    pub(super) async fn refresh(&self, core: &Arc<PgInner>) -> Result<Position, StoreError> {
         let before = self.query_count.load(Ordering::Acquire);
         let mut answered = self.answered.lock().await;
         if answered.0 <= before {
@@ -196,7 +196,7 @@ impl HighWaterMark {
         Ok(*self.head.borrow())
     }
 
-    async fn query(&self, core: &Arc<Core>) -> Result<(), StoreError> {
+    async fn query(&self, core: &Arc<PgInner>) -> Result<(), StoreError> {
         // Read before the query: meanwhile an append may settle and another server may take over.
         let known = *self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let server = core.connections.begun();
@@ -253,7 +253,7 @@ impl HighWaterMark {
 }
 
 /// Returns the transaction that holds back the mark at this moment, if any.
-pub(super) async fn stall(core: &Arc<Core>) -> Result<Option<Stall>, StoreError> {
+pub(super) async fn stall(core: &Arc<PgInner>) -> Result<Option<Stall>, StoreError> {
     const DOING: &str = "looking up the transaction that holds back the log";
     let mut session = core.connections.get(DOING).await?;
     let row = sqlx::query(core.sql.stall.clone())
@@ -279,7 +279,7 @@ pub(super) async fn stall(core: &Arc<Core>) -> Result<Option<Stall>, StoreError>
 /// Keeps the mark current for its subscribers; one tailer per store, for any number of readers.
 ///
 /// It queries after every append of this process, and polls for the appends of other processes.
-pub(super) async fn run_tailer(core: Arc<Core>, hints: Option<Hints>) {
+pub(super) async fn run_tailer(core: Arc<PgInner>, hints: Option<Hints>) {
     match &hints {
         None => poll_loop(&core, None).await,
         Some(hints) => {
@@ -289,7 +289,7 @@ pub(super) async fn run_tailer(core: Arc<Core>, hints: Option<Hints>) {
     }
 }
 
-async fn poll_loop(core: &Arc<Core>, hints: Option<&Hints>) {
+async fn poll_loop(core: &Arc<PgInner>, hints: Option<&Hints>) {
     let high_water_mark = &core.high_water_mark;
     let mut hinted = None;
     let mut announced = 0;

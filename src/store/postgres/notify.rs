@@ -10,9 +10,9 @@ use sqlx::postgres::{PgListener, PgPool};
 use tokio::time::Instant;
 
 use super::super::StoreError;
-use super::Core;
+use super::PgInner;
 use super::error::failed;
-use super::sql::Schema;
+use super::statements::Schema;
 
 const DOING: &str = "notifying other processes";
 
@@ -36,7 +36,11 @@ impl Hints {
     }
 
     /// Notifies other processes of an append of this one, unless it has just done so.
-    pub(super) async fn send(&self, core: &Arc<Core>, last: &mut Option<Instant>) -> Result<(), StoreError> {
+    pub(super) async fn send(
+        &self,
+        core: &Arc<PgInner>,
+        last: &mut Option<Instant>,
+    ) -> Result<(), StoreError> {
         if last.is_some_and(|last| last.elapsed() < SELDOM) {
             return Ok(());
         }

@@ -12,7 +12,7 @@ use super::super::{StoreError, StoreInfo};
 use super::connection::{Connections, Patience, Source};
 use super::error::failed;
 use super::notify::Hints;
-use super::sql::Schema;
+use super::statements::Schema;
 use super::{PostgresStore, schema};
 use crate::codec::Codec;
 use crate::invalid_option::{DAY, InvalidOption, within};

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::super::columns::Columns;
 use super::super::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent, StoreError};
 use super::error::failed;
-use super::sql::{ProgressSql, Schema};
+use super::statements::{ProgressSql, Schema};
 use super::to_sql;
 use crate::event::{EventName, Position, StreamId, Version};
 

@@ -13,7 +13,7 @@ use super::super::columns::Time;
 use super::super::{Filter, LogPage, ReadLog, StoreError};
 use super::connection::Session;
 use super::error::failed;
-use super::{Core, from_sql, stream_key, to_sql};
+use super::{PgInner, from_sql, stream_key, to_sql};
 use crate::codec::Codec;
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 
@@ -44,7 +44,7 @@ const ADJACENT: usize = 64;
 /// The page ends at a mark that an earlier statement determined, on whichever connection. Every
 /// event up to the mark is visible to any statement that begins later (I1). Events that follow the
 /// mark without a hole need no new mark: see [`adjacent`].
-pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, StoreError> {
+pub(super) async fn log(core: &Arc<PgInner>, read: &ReadLog) -> Result<LogPage, StoreError> {
     // While the reader is below the cached mark, the cached mark suffices.
     let mut found = match core.high_water_mark.cached(read.after) {
         Some(head) => page(core, read, head).await?,
@@ -72,7 +72,7 @@ pub(super) async fn log(core: &Arc<Core>, read: &ReadLog) -> Result<LogPage, Sto
 ///
 /// All these positions are taken, so no event can appear between them later (I1). Returns whether the
 /// page then reaches the last visible event. Otherwise the current mark decides how far it goes.
-async fn adjacent(core: &Arc<Core>, read: &ReadLog, page: &mut LogPage) -> Result<bool, StoreError> {
+async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Result<bool, StoreError> {
     let Some(known) = core.high_water_mark.id_at(page.scanned_to) else { return Ok(false) };
     // For readers that follow the log, not for those that look up an event.
     if read.limit < page.events.len() + ADJACENT {
@@ -112,7 +112,7 @@ async fn adjacent(core: &Arc<Core>, read: &ReadLog, page: &mut LogPage) -> Resul
 }
 
 /// Returns the id of the event at `position`, also above the high-water mark.
-pub(super) async fn event_id_at(core: &Arc<Core>, position: Position) -> Result<Option<Uuid>, StoreError> {
+pub(super) async fn event_id_at(core: &Arc<PgInner>, position: Position) -> Result<Option<Uuid>, StoreError> {
     const DOING: &str = "looking up an event";
     let mut session = core.connections.get(DOING).await?;
     let id = sqlx::query_scalar(core.sql.event_at.clone())
@@ -125,7 +125,7 @@ pub(super) async fn event_id_at(core: &Arc<Core>, position: Position) -> Result<
     Ok(id)
 }
 
-async fn page(core: &Arc<Core>, read: &ReadLog, head: Position) -> Result<LogPage, StoreError> {
+async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<LogPage, StoreError> {
     let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
     let end = read.upto.map_or(head, |upto| upto.min(head));
     if end <= read.after {
@@ -189,7 +189,7 @@ struct Found {
 /// Returns the names of `filter`, if the index by name is the better access path.
 ///
 /// The caller applies the other conditions of the filter.
-fn looked_up<'a>(core: &Core, filter: &'a Filter) -> Option<Vec<&'a str>> {
+fn looked_up<'a>(core: &PgInner, filter: &'a Filter) -> Option<Vec<&'a str>> {
     let names = filter.wanted_names()?;
     let looked_up = core.indexed_by_name && filter.wanted_streams().is_none() && names.len() <= LOOKED_UP;
     looked_up.then(|| names.iter().map(EventName::as_str).collect())
@@ -197,7 +197,7 @@ fn looked_up<'a>(core: &Core, filter: &'a Filter) -> Option<Vec<&'a str>> {
 
 /// Returns the last event at most `span` positions after the first one after `after`, up to `end`.
 async fn last_event(
-    core: &Core,
+    core: &PgInner,
     session: &mut Session,
     after: Position,
     end: Position,
@@ -225,7 +225,7 @@ enum Wanted<'a> {
 /// Reads up to `limit` events after the position of `read`, up to `end`, as far as the page has
 /// room.
 async fn query(
-    core: &Core,
+    core: &PgInner,
     session: &mut Session,
     read: &ReadLog,
     limit: usize,
@@ -276,7 +276,7 @@ async fn query(
 
 /// Reads one page of a stream.
 pub(super) async fn stream(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     stream: &StreamId,
     after: Version,
     limit: usize,

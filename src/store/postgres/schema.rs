@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::super::{Adoption, Home, StoreError};
 use super::connection::Connections;
 use super::error::failed;
-use super::sql::{LogSql, Schema};
+use super::statements::{LogSql, Schema};
 use crate::codec::Codec;
 
 const CHECKING: &str = "checking the database";

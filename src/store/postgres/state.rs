@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::super::columns::Columns;
 use super::super::{Adopt, Lease, LeaseInfo, Snapshot, StoreError};
 use super::error::failed;
-use super::{Core, to_sql};
+use super::{PgInner, to_sql};
 use crate::event::{StreamId, Version};
 
 /// Converts a duration to microseconds, which the database adds to its own clock.
@@ -22,7 +22,7 @@ pub(super) fn micros(ttl: Duration) -> i64 {
 }
 
 pub(super) async fn acquire_lease(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     name: &str,
     owner: Uuid,
     ttl: Duration,
@@ -42,7 +42,7 @@ pub(super) async fn acquire_lease(
 }
 
 pub(super) async fn take_over_lease(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     seen: &LeaseInfo,
     owner: Uuid,
     ttl: Duration,
@@ -69,7 +69,11 @@ fn lease(row: &PgRow, name: &str, owner: Uuid) -> Result<Lease, sqlx::Error> {
     Ok(Lease { name: name.to_owned(), owner, epoch: Columns::of("leases", row).number(0)? })
 }
 
-pub(super) async fn renew_lease(core: &Arc<Core>, lease: &Lease, ttl: Duration) -> Result<bool, StoreError> {
+pub(super) async fn renew_lease(
+    core: &Arc<PgInner>,
+    lease: &Lease,
+    ttl: Duration,
+) -> Result<bool, StoreError> {
     let doing = format!("renewing the lease {}", lease.name);
     let mut session = core.connections.get(&doing).await?;
     let renewed = sqlx::query(core.sql.renew_lease.clone())
@@ -86,7 +90,7 @@ pub(super) async fn renew_lease(core: &Arc<Core>, lease: &Lease, ttl: Duration) 
 }
 
 pub(super) async fn renew_leases(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     leases: &[Lease],
     ttl: Duration,
 ) -> Result<Vec<bool>, StoreError> {
@@ -113,7 +117,7 @@ pub(super) async fn renew_leases(
     Ok(leases.iter().map(|lease| renewed.contains(&key(lease))).collect())
 }
 
-pub(super) async fn release_lease(core: &Arc<Core>, lease: &Lease) -> Result<(), StoreError> {
+pub(super) async fn release_lease(core: &Arc<PgInner>, lease: &Lease) -> Result<(), StoreError> {
     let doing = format!("releasing the lease {}", lease.name);
     let mut session = core.connections.get(&doing).await?;
     sqlx::query(core.sql.release_lease.clone())
@@ -127,7 +131,7 @@ pub(super) async fn release_lease(core: &Arc<Core>, lease: &Lease) -> Result<(),
     session.finish(&doing).await
 }
 
-pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreError> {
+pub(super) async fn leases(core: &Arc<PgInner>) -> Result<Vec<LeaseInfo>, StoreError> {
     const DOING: &str = "reading the leases";
     let info = |row: PgRow| -> Result<_, sqlx::Error> {
         let row = Columns::of("leases", &row);
@@ -149,7 +153,7 @@ pub(super) async fn leases(core: &Arc<Core>) -> Result<Vec<LeaseInfo>, StoreErro
 pub(super) const ADOPTING: &str = "adopting the event store";
 
 /// Makes the current database the store's own.
-pub(super) async fn adopt(core: &Arc<Core>, adopt: Adopt) -> Result<Uuid, StoreError> {
+pub(super) async fn adopt(core: &Arc<PgInner>, adopt: Adopt) -> Result<Uuid, StoreError> {
     let adopting = |error| failed(ADOPTING, error);
     let persistent = core.connections.persistent();
     let mut session = core.connections.begin(ADOPTING).await?;
@@ -172,7 +176,7 @@ pub(super) async fn adopt(core: &Arc<Core>, adopt: Adopt) -> Result<Uuid, StoreE
     Ok(id)
 }
 
-pub(super) async fn paused(core: &Arc<Core>) -> Result<BTreeSet<String>, StoreError> {
+pub(super) async fn paused(core: &Arc<PgInner>) -> Result<BTreeSet<String>, StoreError> {
     const DOING: &str = "reading the paused projections";
     let mut session = core.connections.get(DOING).await?;
     let paused: Vec<String> = sqlx::query_scalar(core.sql.paused.clone())
@@ -184,7 +188,7 @@ pub(super) async fn paused(core: &Arc<Core>) -> Result<BTreeSet<String>, StoreEr
     Ok(paused.into_iter().collect())
 }
 
-pub(super) async fn set_paused(core: &Arc<Core>, name: &str, paused: bool) -> Result<(), StoreError> {
+pub(super) async fn set_paused(core: &Arc<PgInner>, name: &str, paused: bool) -> Result<(), StoreError> {
     let doing = format!("pausing or resuming {name}");
     let mut session = core.connections.get(&doing).await?;
     sqlx::query(if paused { core.sql.pause.clone() } else { core.sql.resume.clone() })
@@ -196,7 +200,7 @@ pub(super) async fn set_paused(core: &Arc<Core>, name: &str, paused: bool) -> Re
     session.finish(&doing).await
 }
 
-pub(super) async fn snapshot(core: &Arc<Core>, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {
+pub(super) async fn snapshot(core: &Arc<PgInner>, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {
     let doing = format!("reading the snapshot of {stream}");
     let snapshot = |row: PgRow| -> Result<_, sqlx::Error> {
         let row = Columns::of("snapshots", &row);
@@ -220,7 +224,7 @@ pub(super) async fn snapshot(core: &Arc<Core>, stream: &StreamId) -> Result<Opti
 }
 
 pub(super) async fn save_snapshot(
-    core: &Arc<Core>,
+    core: &Arc<PgInner>,
     stream: &StreamId,
     snapshot: &Snapshot,
 ) -> Result<(), StoreError> {

@@ -8,7 +8,7 @@ use sqlx::sqlite::{SqliteArguments, SqliteConnection};
 use sqlx::{Arguments, Executor, Row};
 use uuid::Uuid;
 
-use super::super::decide::Decider;
+use super::super::version_check::StreamVersions;
 use super::super::{Append, AppendError, Appended, StoreError};
 use super::error::failed;
 use super::{from_sql, json_streams, now, to_sql};
@@ -87,13 +87,13 @@ pub(super) async fn write(
 }
 
 async fn together(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Written, StoreError> {
-    let mut decider = load(connection, batch).await?;
+    let mut versions = load(connection, batch).await?;
     let mut rows = Vec::new();
     let mut answers = Vec::with_capacity(batch.len());
     for append in batch {
-        answers.push(match decider.check(append) {
+        answers.push(match versions.check(append) {
             Ok(()) => {
-                let appended = decider.take(append);
+                let appended = versions.assign(append);
                 add_rows(&mut rows, append, &appended);
                 Ok(appended)
             }
@@ -105,15 +105,15 @@ async fn together(connection: &mut SqliteConnection, batch: &[Append]) -> Result
 }
 
 async fn one_by_one(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Written, StoreError> {
-    let mut decider = load(connection, batch).await?;
+    let mut versions = load(connection, batch).await?;
     let mut written = Written { answers: Vec::with_capacity(batch.len()), proof: None };
     for append in batch {
-        if let Err(conflict) = decider.check(append) {
+        if let Err(conflict) = versions.check(append) {
             written.answers.push(Err(conflict.into()));
             continue;
         }
-        let before = decider.clone();
-        let appended = decider.take(append);
+        let before = versions.clone();
+        let appended = versions.assign(append);
         let mut rows = Vec::new();
         add_rows(&mut rows, append, &appended);
         execute(connection, "SAVEPOINT storied_append").await?;
@@ -124,7 +124,7 @@ async fn one_by_one(connection: &mut SqliteConnection, batch: &[Append]) -> Resu
             }
             Err(error @ StoreError::Invalid { .. }) => {
                 execute(connection, "ROLLBACK TO storied_append").await?;
-                decider = before;
+                versions = before;
                 Err(error.into())
             }
             Err(error) => return Err(error),
@@ -135,7 +135,7 @@ async fn one_by_one(connection: &mut SqliteConnection, batch: &[Append]) -> Resu
 }
 
 /// Loads the end of the log and of every stream in the batch, with one statement.
-async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Decider, StoreError> {
+async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<StreamVersions, StoreError> {
     let named: HashSet<&StreamId> =
         batch.iter().flat_map(|append| &append.streams).map(|part| &part.stream).collect();
     let streams: Vec<&StreamId> = named.into_iter().collect();
@@ -167,7 +167,7 @@ async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Dec
             }
         }
     }
-    Ok(Decider::new(versions, last))
+    Ok(StreamVersions::new(versions, last))
 }
 
 /// An event with its version and position.

@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
 use super::super::columns::Columns;
-use super::super::paging::Paging;
+use super::super::page_size::PageSizer;
 use super::super::{CommandEvents, LogPage, ReadLog, StoreError};
 use super::connection::Readers;
 use super::error::failed;
@@ -30,7 +30,7 @@ const READING_STREAM: &str = "reading a stream";
 /// log, however long the lists are.
 pub(super) async fn log(
     readers: &Readers,
-    paging: &Paging,
+    paging: &PageSizer,
     codec: Codec,
     read: &ReadLog,
 ) -> Result<LogPage, StoreError> {

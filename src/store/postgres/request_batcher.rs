@@ -25,7 +25,7 @@ const BYTES: usize = 1 << 20;
 
 /// A batcher for requests of one kind.
 #[derive(Debug)]
-pub(super) struct Together<Q, A> {
+pub(super) struct RequestBatcher<Q, A> {
     queue: Mutex<Queue<Q, A>>,
 }
 
@@ -49,13 +49,13 @@ struct Waiting<Q, A> {
 
 type Batch<Q, A> = (Vec<Q>, Vec<oneshot::Sender<Result<A, StoreError>>>);
 
-impl<Q, A> Default for Together<Q, A> {
+impl<Q, A> Default for RequestBatcher<Q, A> {
     fn default() -> Self {
         Self { queue: Mutex::new(Queue { waiting: VecDeque::new(), calling: 0 }) }
     }
 }
 
-impl<Q, A> Together<Q, A>
+impl<Q, A> RequestBatcher<Q, A>
 where
     Q: Send + 'static,
     A: Send + 'static,
@@ -65,7 +65,7 @@ where
     /// The request goes out with all other queued requests, in this caller's `call` or another's.
     /// The call must end, with one result for each request. If the future is dropped, the request
     /// may or may not be sent.
-    pub(super) async fn ask<F, C>(
+    pub(super) async fn submit<F, C>(
         self: &Arc<Self>,
         request: Q,
         bytes: usize,
@@ -81,7 +81,7 @@ where
             queue.waiting.push_back(Waiting { request, bytes, answer });
             (queue.calling < CALLS).then(|| {
                 queue.calling += 1;
-                Calling { together: self.clone(), counts: true }
+                Calling { batcher: self.clone(), counts: true }
             })
         };
         if let Some(task) = task {
@@ -94,7 +94,7 @@ where
     }
 }
 
-impl<Q, A> Together<Q, A> {
+impl<Q, A> RequestBatcher<Q, A> {
     fn queue(&self) -> MutexGuard<'_, Queue<Q, A>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -102,7 +102,7 @@ impl<Q, A> Together<Q, A> {
 
 /// A task that calls until the queue is empty.
 struct Calling<Q, A> {
-    together: Arc<Together<Q, A>>,
+    batcher: Arc<RequestBatcher<Q, A>>,
     /// Whether the task counts in [`Queue::calling`].
     counts: bool,
 }
@@ -111,7 +111,7 @@ impl<Q, A> Drop for Calling<Q, A> {
     fn drop(&mut self) {
         // The task is dropped with its runtime.
         if self.counts {
-            let mut queue = self.together.queue();
+            let mut queue = self.batcher.queue();
             queue.calling -= 1;
             if queue.calling == 0 {
                 queue.waiting.clear();
@@ -150,7 +150,7 @@ impl<Q, A> Calling<Q, A> {
     /// Returns `None` if the queue is empty; the task then no longer counts.
     fn take(&mut self) -> Option<Batch<Q, A>> {
         let (mut batch, mut size): (Batch<Q, A>, usize) = Default::default();
-        let mut queue = self.together.queue();
+        let mut queue = self.batcher.queue();
         while let Some(next) = queue.waiting.front() {
             if !batch.0.is_empty() && (batch.0.len() == REQUESTS || size.saturating_add(next.bytes) > BYTES) {
                 break;
@@ -183,7 +183,7 @@ mod tests {
 
     use super::*;
 
-    type Numbers = Together<usize, usize>;
+    type Numbers = RequestBatcher<usize, usize>;
 
     /// Returns a call that takes a while and answers with twice the number.
     fn twice(
@@ -203,47 +203,47 @@ mod tests {
         }
     }
 
-    fn idle(together: &Numbers) -> bool {
-        let queue = together.queue();
+    fn idle(batcher: &Numbers) -> bool {
+        let queue = batcher.queue();
         queue.calling == 0 && queue.waiting.is_empty()
     }
 
     #[tokio::test]
     async fn callers_get_their_own_answers_from_few_calls() {
-        let (together, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
+        let (batcher, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
         for _ in 0..3 {
             let before = calls.load(Ordering::Relaxed);
-            let answers = join_all((0..100).map(|number| together.ask(number, 1, twice(&calls)))).await;
+            let answers = join_all((0..100).map(|number| batcher.submit(number, 1, twice(&calls)))).await;
             for (number, answer) in answers.into_iter().enumerate() {
                 assert_eq!(answer.unwrap(), 2 * number);
             }
             // The first call, the second, and one for all requests that arrived meanwhile.
             assert!(calls.load(Ordering::Relaxed) <= before + 3, "{calls:?}");
             tokio::task::yield_now().await;
-            assert!(idle(&together));
+            assert!(idle(&batcher));
         }
     }
 
     #[tokio::test]
     async fn a_call_is_bounded() {
-        let together = Arc::new(Numbers::default());
+        let batcher = Arc::new(Numbers::default());
         let call = |numbers: Vec<usize>| async move {
             assert!(numbers.len() <= 4);
             sleep(Duration::from_millis(1)).await;
             numbers.into_iter().map(Ok).collect()
         };
-        let answers = join_all((0..30).map(|number| together.ask(number, BYTES / 4, call))).await;
+        let answers = join_all((0..30).map(|number| batcher.submit(number, BYTES / 4, call))).await;
         assert!(answers.iter().all(Result::is_ok), "{answers:?}");
-        assert!(together.ask(1, usize::MAX, call).await.is_ok());
+        assert!(batcher.submit(1, usize::MAX, call).await.is_ok());
     }
 
     #[tokio::test]
     async fn a_cancelled_caller_does_not_affect_others() {
-        let (together, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
+        let (batcher, calls) = (Arc::new(Numbers::default()), Arc::new(AtomicUsize::new(0)));
         let asking: Vec<_> = (0..200)
             .map(|number| {
-                let (together, call) = (together.clone(), twice(&calls));
-                tokio::spawn(async move { together.ask(number, 1, call).await })
+                let (batcher, call) = (batcher.clone(), twice(&calls));
+                tokio::spawn(async move { batcher.submit(number, 1, call).await })
             })
             .collect();
         for task in asking.iter().step_by(2) {
@@ -257,19 +257,19 @@ mod tests {
             }
         }
         sleep(Duration::from_millis(30)).await;
-        assert!(idle(&together));
+        assert!(idle(&batcher));
     }
 
     #[tokio::test]
     async fn a_panic_is_an_error_for_the_requests_of_the_call() {
-        let together = Arc::new(Numbers::default());
+        let batcher = Arc::new(Numbers::default());
         let call = |numbers: Vec<usize>| async move {
             assert!(numbers.iter().all(|number| *number < 10), "too much");
             numbers.into_iter().map(Ok).collect()
         };
-        let error = together.ask(10, 1, call).await.unwrap_err();
+        let error = batcher.submit(10, 1, call).await.unwrap_err();
         assert!(error.to_string().contains("too much"), "{error}");
-        assert_eq!(together.ask(9, 1, call).await.unwrap(), 9);
+        assert_eq!(batcher.submit(9, 1, call).await.unwrap(), 9);
     }
 
     /// Two tokio runtimes may share a store, and one of them may end.
@@ -278,29 +278,30 @@ mod tests {
         let start =
             || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (one, other) = (start(), start());
-        let together = Arc::new(Numbers::default());
+        let batcher = Arc::new(Numbers::default());
         let never = |_| std::future::pending();
         for number in 0..CALLS {
-            let together = together.clone();
-            one.spawn(async move { together.ask(number, 1, never).await });
+            let batcher = batcher.clone();
+            one.spawn(async move { batcher.submit(number, 1, never).await });
         }
-        while !(together.queue().calling == CALLS && together.queue().waiting.is_empty()) {
+        while !(batcher.queue().calling == CALLS && batcher.queue().waiting.is_empty()) {
             std::thread::sleep(Duration::from_millis(1));
         }
         let asking = {
-            let together = together.clone();
-            other.spawn(async move { together.ask(7, 1, never).await })
+            let batcher = batcher.clone();
+            other.spawn(async move { batcher.submit(7, 1, never).await })
         };
-        while together.queue().waiting.is_empty() {
+        while batcher.queue().waiting.is_empty() {
             std::thread::sleep(Duration::from_millis(1));
         }
         one.shutdown_timeout(Duration::from_secs(5));
         let told = other.block_on(async { tokio::time::timeout(Duration::from_secs(10), asking).await });
         let error = told.expect("an answer").unwrap().unwrap_err();
         assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
-        assert!(idle(&together));
-        let answer = other
-            .block_on(together.ask(8, 1, |numbers: Vec<_>| async { numbers.into_iter().map(Ok).collect() }));
+        assert!(idle(&batcher));
+        let answer = other.block_on(
+            batcher.submit(8, 1, |numbers: Vec<_>| async { numbers.into_iter().map(Ok).collect() }),
+        );
         assert_eq!(answer.unwrap(), 8);
     }
 }

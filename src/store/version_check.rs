@@ -7,14 +7,14 @@ use crate::event::{Position, StreamId, Version};
 ///
 /// All back ends that assign positions themselves share it, so their decisions agree.
 #[derive(Debug, Clone)]
-pub(super) struct Decider {
+pub(super) struct StreamVersions {
     /// Versions of all streams in the batch; a stream without an entry has no events.
     versions: HashMap<StreamId, Version>,
     /// Last assigned position.
     last: Position,
 }
 
-impl Decider {
+impl StreamVersions {
     pub(super) fn new(versions: HashMap<StreamId, Version>, last: Position) -> Self {
         Self { versions, last }
     }
@@ -35,7 +35,7 @@ impl Decider {
     }
 
     /// Assigns versions and positions to an append that passed [`check`](Self::check).
-    pub(super) fn take(&mut self, append: &Append) -> Appended {
+    pub(super) fn assign(&mut self, append: &Append) -> Appended {
         let mut versions = Vec::with_capacity(append.streams.len());
         let mut positions = Vec::new();
         for part in &append.streams {

@@ -53,28 +53,28 @@ fn size(event: &NewEvent) -> usize {
 /// A unit is one append, or several successive ones to one stream: if the first meets its expected
 /// version, all do.
 #[derive(Debug, Clone)]
-pub(super) struct Unit<'a> {
+pub(super) struct AppendGroup<'a> {
     /// Indexes of the appends in the batch, in order.
     pub(super) appends: Vec<usize>,
-    pub(super) parts: Vec<Part<'a>>,
+    pub(super) parts: Vec<StreamPart<'a>>,
     bytes: usize,
 }
 
 /// The events of a unit for one stream.
 #[derive(Debug, Clone)]
-pub(super) struct Part<'a> {
+pub(super) struct StreamPart<'a> {
     pub(super) stream: &'a StreamId,
     pub(super) key: Uuid,
     pub(super) expected: ExpectedVersion,
     pub(super) events: Vec<&'a NewEvent>,
 }
 
-impl<'a> Unit<'a> {
+impl<'a> AppendGroup<'a> {
     fn new(index: usize, append: &'a Append) -> Self {
-        let parts: Vec<Part<'_>> = append
+        let parts: Vec<StreamPart<'_>> = append
             .streams
             .iter()
-            .map(|part| Part {
+            .map(|part| StreamPart {
                 stream: &part.stream,
                 key: stream_key(&part.stream),
                 expected: part.expected,
@@ -90,7 +90,7 @@ impl<'a> Unit<'a> {
     }
 
     /// Merges an append to the same stream, if its expectation holds whenever this unit's does.
-    fn merge(&mut self, index: usize, append: &'a Append) -> bool {
+    fn coalesce(&mut self, index: usize, append: &'a Append) -> bool {
         let ([part], [next]) = (self.parts.as_mut_slice(), append.streams.as_slice()) else { return false };
         let length = part.events.len() as u64;
         let end = match part.expected {
@@ -115,37 +115,38 @@ impl<'a> Unit<'a> {
 
 /// The next calls of a batch.
 #[derive(Debug)]
-pub(super) struct Plan<'a> {
+pub(super) struct AppendBatch<'a> {
     /// Calls, each one transaction. A stream occurs only once in the whole plan.
-    pub(super) calls: Vec<Vec<Unit<'a>>>,
+    pub(super) calls: Vec<Vec<AppendGroup<'a>>>,
     /// Appends deferred until after these calls, because they share streams with them.
-    pub(super) later: Vec<usize>,
+    pub(super) deferred: Vec<usize>,
 }
 
-/// Plans the appends `todo` of a batch; with `merge`, appends may be merged.
-pub(super) fn plan<'a>(batch: &'a [Append], todo: &[usize], merge: bool) -> Plan<'a> {
-    let mut units: Vec<Unit<'a>> = Vec::with_capacity(todo.len());
-    let mut later = Vec::new();
+/// Plans the appends `todo` of a batch; with `coalesce`, appends may be merged.
+pub(super) fn plan<'a>(batch: &'a [Append], todo: &[usize], coalesce: bool) -> AppendBatch<'a> {
+    let mut units: Vec<AppendGroup<'a>> = Vec::with_capacity(todo.len());
+    let mut deferred = Vec::new();
     // The unit that holds a stream, or `None` after a deferred append, which defers all later ones.
     let mut taken: HashMap<&StreamId, Option<usize>> = HashMap::new();
     for &index in todo {
         let Some(append) = batch.get(index) else { continue };
         if append.streams.iter().all(|part| !taken.contains_key(&part.stream)) {
             taken.extend(append.streams.iter().map(|part| (&part.stream, Some(units.len()))));
-            units.push(Unit::new(index, append));
+            units.push(AppendGroup::new(index, append));
             continue;
         }
         let unit = match append.streams.as_slice() {
-            [only] if merge => taken.get(&only.stream).copied().flatten(),
+            [only] if coalesce => taken.get(&only.stream).copied().flatten(),
             _ => None,
         };
-        let merged = unit.and_then(|unit| units.get_mut(unit)).is_some_and(|unit| unit.merge(index, append));
+        let merged =
+            unit.and_then(|unit| units.get_mut(unit)).is_some_and(|unit| unit.coalesce(index, append));
         if !merged {
             taken.extend(append.streams.iter().map(|part| (&part.stream, None)));
-            later.push(index);
+            deferred.push(index);
         }
     }
-    let mut calls: Vec<Vec<Unit<'a>>> = Vec::new();
+    let mut calls: Vec<Vec<AppendGroup<'a>>> = Vec::new();
     let (mut bytes, mut events) = (0, 0);
     for unit in units {
         bytes += unit.bytes;
@@ -158,5 +159,5 @@ pub(super) fn plan<'a>(batch: &'a [Append], todo: &[usize], merge: bool) -> Plan
             }
         }
     }
-    Plan { calls, later }
+    AppendBatch { calls, deferred }
 }

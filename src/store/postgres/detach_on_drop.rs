@@ -10,22 +10,22 @@ use tokio::runtime::Handle;
 ///
 /// If the future is dropped, the rest of `work` runs in a task of its own. It does not start in a
 /// task, because that costs a scheduler hop there and back.
-pub(super) fn to_its_end<F>(work: F) -> ToItsEnd<F>
+pub(super) fn detach_on_drop<F>(work: F) -> DetachOnDrop<F>
 where
     F: Future<Output: Send> + Send + 'static,
 {
-    ToItsEnd { work: Some(Box::pin(work)), runtime: None }
+    DetachOnDrop { work: Some(Box::pin(work)), runtime: None }
 }
 
-/// The future that [`to_its_end`] returns.
-pub(super) struct ToItsEnd<F: Future<Output: Send> + Send + 'static> {
+/// The future that [`detach_on_drop`] returns.
+pub(super) struct DetachOnDrop<F: Future<Output: Send> + Send + 'static> {
     /// `None` after completion and during a poll.
     work: Option<Pin<Box<F>>>,
     /// Runtime of the first poll.
     runtime: Option<Handle>,
 }
 
-impl<F: Future<Output: Send> + Send + 'static> Future for ToItsEnd<F> {
+impl<F: Future<Output: Send> + Send + 'static> Future for DetachOnDrop<F> {
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
@@ -43,7 +43,7 @@ impl<F: Future<Output: Send> + Send + 'static> Future for ToItsEnd<F> {
     }
 }
 
-impl<F: Future<Output: Send> + Send + 'static> Drop for ToItsEnd<F> {
+impl<F: Future<Output: Send> + Send + 'static> Drop for DetachOnDrop<F> {
     fn drop(&mut self) {
         // If the runtime has ended, the work has ended too.
         if let (Some(work), Some(runtime)) = (self.work.take(), self.runtime.take()) {
@@ -77,7 +77,7 @@ mod tests {
     #[tokio::test]
     async fn polled_work_completes_after_a_drop() {
         let (work, go_on, told) = work();
-        let mut work = to_its_end(work);
+        let mut work = detach_on_drop(work);
         assert!(timeout(Duration::from_millis(1), &mut work).await.is_err());
         drop(work);
         go_on.send(()).unwrap();
@@ -87,13 +87,13 @@ mod tests {
     #[tokio::test]
     async fn unpolled_work_does_not_start() {
         let (work, go_on, told) = work();
-        drop(to_its_end(work));
+        drop(detach_on_drop(work));
         assert!(go_on.send(()).is_err() && told.await.is_err());
     }
 
     #[tokio::test]
     async fn panicked_work_does_not_continue() {
-        let mut panics = Box::pin(to_its_end(async { panic!("enough") }));
+        let mut panics = Box::pin(detach_on_drop(async { panic!("enough") }));
         let poll = AssertUnwindSafe(poll_fn(|cx| panics.as_mut().poll(cx))).catch_unwind().await;
         assert!(poll.is_err() && panics.work.is_none());
     }
@@ -102,7 +102,7 @@ mod tests {
     fn work_continues_in_its_first_runtime() {
         let (work, go_on, told) = work();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
-        let mut work = to_its_end(work);
+        let mut work = detach_on_drop(work);
         runtime.block_on(async { assert!(futures_util::poll!(&mut work).is_pending()) });
         drop(work);
         go_on.send(()).unwrap();
@@ -112,7 +112,7 @@ mod tests {
     #[test]
     fn without_a_runtime_work_is_dropped() {
         let (work, go_on, _told) = work();
-        let mut work = to_its_end(work);
+        let mut work = detach_on_drop(work);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(Pin::new(&mut work).poll(&mut cx).is_pending());
         drop(work);

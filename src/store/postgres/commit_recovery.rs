@@ -8,19 +8,19 @@ use sqlx::Row;
 use tokio::time::Instant;
 
 use super::super::{ExpectedVersion, StoreError};
-use super::append::{self, Failure, Fate};
+use super::append::{self, AppendOutcome, Failure};
+use super::append_batch::{AppendGroup, StreamPart};
 use super::connection::{Backend, Session};
 use super::durability;
 use super::error::failed;
-use super::plan::{Part, Unit};
-use super::{Core, from_sql, to_sql};
+use super::{PgInner, from_sql, to_sql};
 use crate::event::{Position, Version};
 
 const DOING: &str = "looking up an append without an answer";
 
 /// The means to look up an append without an answer.
 #[derive(Debug)]
-pub(super) enum Trace {
+pub(super) enum CommitHandle {
     /// The server process of the append, which serves no other client.
     Backend(Backend),
     /// The id of the transaction; its server process may serve other clients now.
@@ -57,12 +57,12 @@ impl Stuck {
 }
 
 /// Counts the append as stuck until its server process has ended.
-fn await_standby(core: &Arc<Core>, trace: Trace) {
+fn await_standby(core: &Arc<PgInner>, trace: CommitHandle) {
     core.stuck.0.fetch_add(1, Ordering::AcqRel);
     tokio::spawn(is_over(core.clone(), trace));
 }
 
-async fn is_over(core: Arc<Core>, trace: Trace) {
+async fn is_over(core: Arc<PgInner>, trace: CommitHandle) {
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let look = async {
@@ -84,11 +84,11 @@ async fn is_over(core: Arc<Core>, trace: Trace) {
 ///
 /// # Errors
 /// If the outcome cannot be determined in time.
-pub(super) async fn resolve(
-    core: &Arc<Core>,
-    units: &[&Unit<'_>],
-    trace: Trace,
-) -> Result<Vec<Option<Fate>>, StoreError> {
+pub(super) async fn resolve_unknown_commit(
+    core: &Arc<PgInner>,
+    units: &[&AppendGroup<'_>],
+    trace: CommitHandle,
+) -> Result<Vec<Option<AppendOutcome>>, StoreError> {
     // The limit is twice the usual one, because the answer is worth more.
     let limit = core.connections.patience.acquire * 2;
     let deadline = Instant::now() + limit;
@@ -97,10 +97,10 @@ pub(super) async fn resolve(
     loop {
         let attempt = async {
             let mut session = core.connections.get(DOING).await?;
-            end(core, &mut session, &trace, &mut waits_for).await?;
+            fence_backend(core, &mut session, &trace, &mut waits_for).await?;
             let mut found = Vec::with_capacity(units.len());
             for unit in units {
-                found.push(find(core, &mut session, unit).await?);
+                found.push(find_events(core, &mut session, unit).await?);
             }
             // I3: perhaps the commit became visible because its wait for a standby was cut short.
             if found.iter().any(Option::is_some) {
@@ -159,10 +159,10 @@ enum State {
 }
 
 /// Returns when the append has finished: if it has not happened by then, it never will.
-async fn end(
-    core: &Core,
+async fn fence_backend(
+    core: &PgInner,
     session: &mut Session,
-    trace: &Trace,
+    trace: &CommitHandle,
     waits_for: &mut WaitsFor,
 ) -> Result<(), StoreError> {
     let mut pause = Duration::from_millis(1);
@@ -183,12 +183,12 @@ async fn end(
 /// Terminates a server process of this store, unless it waits for a standby. Terminating a waiting
 /// process would make its commit visible before it is durable: readers would see events that a
 /// failover can lose.
-async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State, StoreError> {
+async fn look(core: &PgInner, session: &mut Session, trace: &CommitHandle) -> Result<State, StoreError> {
     match trace {
-        Trace::Committed => Ok(State::Over),
+        CommitHandle::Committed => Ok(State::Over),
         // The server process serves only this lost connection. It may still be at work, or may not
         // have received the append yet. Once terminated, it can do neither.
-        Trace::Backend(backend) => {
+        CommitHandle::Backend(backend) => {
             // `IS NULL` yields false and keeps the call. PostgreSQL would fold `AND false` to false,
             // and make no call.
             let waits: Option<bool> = sqlx::query_scalar(
@@ -208,7 +208,7 @@ async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State
                 Some(false) => State::Running,
             })
         }
-        Trace::Transaction(id) => {
+        CommitHandle::Transaction(id) => {
             let status: Option<String> = sqlx::query_scalar("SELECT pg_xact_status($1::text::xid8)")
                 .bind(id)
                 .persistent(core.connections.persistent())
@@ -228,19 +228,23 @@ async fn look(core: &Core, session: &mut Session, trace: &Trace) -> Result<State
 /// Looks up the events of a unit in the log, by stream, version and id.
 ///
 /// One transaction wrote them, so either all of them are present or none.
-async fn find(core: &Core, session: &mut Session, unit: &Unit<'_>) -> Result<Option<Fate>, StoreError> {
+async fn find_events(
+    core: &PgInner,
+    session: &mut Session,
+    unit: &AppendGroup<'_>,
+) -> Result<Option<AppendOutcome>, StoreError> {
     let mut places = Vec::with_capacity(unit.parts.len());
     for part in &unit.parts {
         let Some(place) = find_part(core, session, part).await? else { return Ok(None) };
         places.push(place);
     }
-    Ok(Some(Fate::Appended(places)))
+    Ok(Some(AppendOutcome::Appended(places)))
 }
 
 async fn find_part(
-    core: &Core,
+    core: &PgInner,
     session: &mut Session,
-    part: &Part<'_>,
+    part: &StreamPart<'_>,
 ) -> Result<Option<(Version, Vec<Position>)>, StoreError> {
     let events = part.events.len() as u64;
     // Without an expected version, the whole stream has to be searched.

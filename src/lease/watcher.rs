@@ -32,7 +32,7 @@ const ACQUIRING: usize = 4;
 
 /// A lease in the view.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Posted {
+pub(crate) struct LeaseEntry {
     pub(crate) owner: Uuid,
     pub(crate) epoch: u64,
     /// Whether the lease is held: live by the store's clock, and renewed.
@@ -44,16 +44,16 @@ pub(crate) struct Posted {
 
 /// Result of the last poll.
 #[derive(Debug, Clone)]
-pub(crate) struct View {
+pub(crate) struct LeaseView {
     /// Start of the poll: later changes may be missing.
     pub(crate) asked: Instant,
     /// All leases, by name.
-    pub(crate) leases: BTreeMap<String, Posted>,
+    pub(crate) leases: BTreeMap<String, LeaseEntry>,
     /// Names of the paused projections.
     pub(crate) paused: BTreeSet<String>,
 }
 
-impl View {
+impl LeaseView {
     /// Returns the holder of the lease, if there is one.
     pub(crate) fn owner(&self, lease: &str) -> Option<Uuid> {
         self.leases.get(lease).filter(|posted| posted.live).map(|posted| posted.owner)
@@ -71,8 +71,8 @@ impl View {
 
 /// The last view, if there is one, and the reason why there is no newer one.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Sight {
-    pub(crate) view: Option<Arc<View>>,
+pub(crate) struct Observation {
+    pub(crate) view: Option<Arc<LeaseView>>,
     pub(crate) error: Option<StoreError>,
 }
 
@@ -80,13 +80,13 @@ pub(crate) struct Sight {
 ///
 /// It queries the store only after the first call of [`watch`](Self::watch).
 #[derive(Debug, Clone)]
-pub(crate) struct Board {
+pub(crate) struct LeaseWatcher {
     inner: Arc<Inner>,
 }
 
 #[derive(Debug)]
 struct Inner {
-    sight: watch::Receiver<Sight>,
+    sight: watch::Receiver<Observation>,
     /// Poll interval; `None` while there is no watcher.
     every: watch::Sender<Option<Duration>>,
     hint: Arc<Notify>,
@@ -97,10 +97,10 @@ struct Inner {
     _task: Task,
 }
 
-impl Board {
+impl LeaseWatcher {
     /// Starts the watcher. Must be called within a tokio runtime.
     pub(crate) fn start(store: Arc<dyn EventStore>) -> Self {
-        let (sender, sight) = watch::channel(Sight::default());
+        let (sender, sight) = watch::channel(Observation::default());
         let every = watch::Sender::new(None);
         let hint = Arc::new(Notify::new());
         let renewer = LeaseRenewer::new(store.clone());
@@ -110,7 +110,7 @@ impl Board {
     }
 
     /// Returns the views from now on, polled often enough for leases of `ttl`.
-    pub(crate) fn watch(&self, ttl: Duration) -> watch::Receiver<Sight> {
+    pub(crate) fn watch(&self, ttl: Duration) -> watch::Receiver<Observation> {
         let wanted = (ttl / 6).clamp(FASTEST, SLOWEST);
         self.inner.every.send_if_modified(|every| {
             let faster = every.is_none_or(|every| wanted < every);
@@ -126,7 +126,7 @@ impl Board {
     /// Returns the interval at which each watcher may send its own queries.
     ///
     /// It grows with the number of watchers, so that their total load stays bounded.
-    pub(crate) fn pace(&self) -> Duration {
+    pub(crate) fn poll_interval(&self) -> Duration {
         (EACH * self.inner.watchers.load(Ordering::Relaxed)).max(SLOWEST)
     }
 
@@ -142,7 +142,7 @@ impl Board {
     }
 
     /// Returns the current view.
-    pub(crate) fn view(&self) -> Option<Arc<View>> {
+    pub(crate) fn view(&self) -> Option<Arc<LeaseView>> {
         self.inner.sight.borrow().view.clone()
     }
 
@@ -154,7 +154,7 @@ impl Board {
 
 async fn look(
     store: Arc<dyn EventStore>,
-    sight: watch::Sender<Sight>,
+    sight: watch::Sender<Observation>,
     mut every: watch::Receiver<Option<Duration>>,
     hint: Arc<Notify>,
 ) {
@@ -195,14 +195,14 @@ async fn look(
     }
 }
 
-async fn see(store: &dyn EventStore, renewals: &mut Renewals) -> Result<View, StoreError> {
+async fn see(store: &dyn EventStore, renewals: &mut Renewals) -> Result<LeaseView, StoreError> {
     let asked = Instant::now();
     let leases = store.leases().await?.into_iter().map(|info| {
         let abandoned = renewals.is_abandoned(&info);
         let (owner, epoch, live) = (info.lease.owner, info.lease.epoch, info.live && !abandoned);
         let name = info.lease.name.clone();
-        (name, Posted { owner, epoch, live, abandoned: abandoned.then_some(info) })
+        (name, LeaseEntry { owner, epoch, live, abandoned: abandoned.then_some(info) })
     });
     let leases = leases.collect();
-    Ok(View { asked, leases, paused: store.paused().await? })
+    Ok(LeaseView { asked, leases, paused: store.paused().await? })
 }

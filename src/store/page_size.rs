@@ -9,11 +9,11 @@ const BYTES: usize = 4 << 20;
 
 /// The size of recent events, which limits how many events a query requests.
 #[derive(Debug, Default)]
-pub(super) struct Paging {
+pub(super) struct PageSizer {
     bytes_an_event: AtomicUsize,
 }
 
-impl Paging {
+impl PageSizer {
     /// Returns the number of events to request from a database, at most `limit`.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     pub(super) fn events(&self, limit: usize) -> usize {
@@ -21,20 +21,20 @@ impl Paging {
     }
 
     /// Starts a page of at most `limit` events.
-    pub(super) fn page(&self, limit: usize) -> Room<'_> {
-        Room { paging: self, events: 0, limit, bytes: 0 }
+    pub(super) fn page(&self, limit: usize) -> PageBudget<'_> {
+        PageBudget { paging: self, events: 0, limit, bytes: 0 }
     }
 }
 
 /// The remaining room in a page that is being filled.
-pub(super) struct Room<'a> {
-    paging: &'a Paging,
+pub(super) struct PageBudget<'a> {
+    paging: &'a PageSizer,
     events: usize,
     limit: usize,
     bytes: usize,
 }
 
-impl Room<'_> {
+impl PageBudget<'_> {
     /// Counts an event.
     pub(super) fn take(&mut self, event: &RecordedEvent) {
         self.events += 1;
@@ -53,7 +53,7 @@ impl Room<'_> {
     }
 }
 
-impl Drop for Room<'_> {
+impl Drop for PageBudget<'_> {
     fn drop(&mut self) {
         if let Some(size) = self.bytes.checked_div(self.events) {
             self.paging.bytes_an_event.store(size, Ordering::Relaxed);
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn large_events_are_requested_a_few_at_a_time() {
-        let paging = Paging::default();
+        let paging = PageSizer::default();
         assert_eq!(paging.events(2_000), 2_000);
         let mut room = paging.page(2_000);
         for n in 1..=4 {

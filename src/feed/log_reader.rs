@@ -14,7 +14,7 @@ const BYTES: usize = 1 << 20;
 
 /// A chunk of the log.
 #[derive(Debug)]
-pub(crate) struct Stretch {
+pub(crate) struct LogChunk {
     /// In log order, each adjacent to the previous one.
     pub(crate) batches: Vec<LogBatch>,
     /// Position of its end.
@@ -30,10 +30,10 @@ pub(crate) async fn read(
     store: &dyn EventStore,
     after: Position,
     upto: Option<Position>,
-) -> Result<Stretch, StoreError> {
+) -> Result<LogChunk, StoreError> {
     let read = ReadLog { upto, ..ReadLog::after(after).limit(EVENTS) };
     let LogPage { events, scanned_to, head } = store.read_log(read).await?;
-    Ok(Stretch { batches: cut(after, events, BYTES), upto: scanned_to, head })
+    Ok(LogChunk { batches: cut(after, events, BYTES), upto: scanned_to, head })
 }
 
 fn cut(mut after: Position, events: Vec<RecordedEvent>, limit: usize) -> Vec<LogBatch> {

@@ -49,11 +49,11 @@ impl Default for WriterOptions {
 }
 
 /// The result of an append.
-pub(crate) type Outcome = Result<Written, AppendError>;
+pub(crate) type AppendResult = Result<Committed, AppendError>;
 
 /// A durable append.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Written {
+pub(crate) struct Committed {
     /// Position of the last event.
     pub(crate) position: Position,
 }
@@ -63,9 +63,9 @@ pub(crate) struct Written {
 /// If an append fails, the writer breaks the chain and refuses the rest of it, even if an expected
 /// version happens to match: the rest was decided on events that do not exist.
 #[derive(Debug, Clone)]
-pub(crate) struct Chain(Arc<AtomicBool>);
+pub(crate) struct SpeculationChain(Arc<AtomicBool>);
 
-impl Chain {
+impl SpeculationChain {
     pub(crate) fn new() -> Self {
         Self(Arc::new(AtomicBool::new(true)))
     }
@@ -80,18 +80,18 @@ impl Chain {
 }
 
 /// An append to one stream at exactly the version `expected`.
-pub(crate) struct Submission {
+pub(crate) struct PendingAppend {
     pub(crate) stream: StreamId,
     pub(crate) expected: Version,
     pub(crate) events: Vec<NewEvent>,
-    pub(crate) chain: Chain,
+    pub(crate) chain: SpeculationChain,
     /// Set if a merged append with this one was refused: it must be sent as an append of its own.
     pub(crate) alone: bool,
     /// Called once, from the writer's task; must not block.
-    pub(crate) done: Box<dyn FnOnce(Outcome) + Send>,
+    pub(crate) done: Box<dyn FnOnce(AppendResult) + Send>,
 }
 
-impl Submission {
+impl PendingAppend {
     fn bytes(&self) -> usize {
         self.events.iter().map(|event| event.payload.len() + event.metadata.len() + 64).sum()
     }
@@ -129,19 +129,19 @@ pub struct WriterStatus {
 ///
 /// The writer's task ends when the last handle is dropped and all submissions are answered.
 #[derive(Clone)]
-pub(crate) struct Writer {
-    submissions: mpsc::Sender<Submission>,
+pub(crate) struct GroupCommitter {
+    submissions: mpsc::Sender<PendingAppend>,
     counters: Arc<Counters>,
     metrics: Metrics,
 }
 
-impl fmt::Debug for Writer {
+impl fmt::Debug for GroupCommitter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Writer").field("status", &self.status()).finish_non_exhaustive()
+        f.debug_struct("GroupCommitter").field("status", &self.status()).finish_non_exhaustive()
     }
 }
 
-impl Writer {
+impl GroupCommitter {
     /// Starts the writer of a store.
     ///
     /// # Panics
@@ -150,7 +150,7 @@ impl Writer {
         let (submissions, receiver) = mpsc::channel(options.queue.max(1));
         let counters = Arc::new(Counters::default());
         let concurrency = store.info().append_concurrency.max(1);
-        let task = Task {
+        let task = Committer {
             store,
             options,
             concurrency,
@@ -175,7 +175,7 @@ impl Writer {
     /// Submits an append; waits while the queue is full.
     ///
     /// `done` is always called, unless the writer has ended and this returns the submission.
-    pub(crate) async fn submit(&self, submission: Submission) -> Result<(), Submission> {
+    pub(crate) async fn submit(&self, submission: PendingAppend) -> Result<(), PendingAppend> {
         self.submissions.send(submission).await.map_err(|error| error.0)
     }
 
@@ -195,15 +195,15 @@ impl Writer {
 /// The queued appends of a stream.
 #[derive(Default)]
 struct StreamQueue {
-    waiting: VecDeque<Submission>,
+    waiting: VecDeque<PendingAppend>,
     /// Whether a transaction with this stream is in flight; new appends wait for its end.
     in_flight: bool,
 }
 
 /// A finished transaction: its submissions and the store's results.
-type Finished = (Vec<Vec<Submission>>, Vec<Result<Appended, AppendError>>);
+type Finished = (Vec<Vec<PendingAppend>>, Vec<Result<Appended, AppendError>>);
 
-struct Task {
+struct Committer {
     store: Arc<dyn EventStore>,
     options: WriterOptions,
     /// Maximum number of transactions in flight.
@@ -227,8 +227,8 @@ struct Task {
     expected: usize,
 }
 
-impl Task {
-    async fn run(mut self, mut submissions: mpsc::Receiver<Submission>) {
+impl Committer {
+    async fn run(mut self, mut submissions: mpsc::Receiver<PendingAppend>) {
         let mut open = true;
         while open || self.waiting > 0 || !self.running.is_empty() {
             if self.turns == 0 || self.waiting >= self.expected {
@@ -261,14 +261,14 @@ impl Task {
     }
 
     /// Moves all submissions of the channel into the queues, so that they share a transaction.
-    fn take_up(&mut self, submissions: &mut mpsc::Receiver<Submission>) {
+    fn take_up(&mut self, submissions: &mut mpsc::Receiver<PendingAppend>) {
         while self.waiting < self.options.queue {
             let Ok(submission) = submissions.try_recv() else { return };
             self.enqueue(submission);
         }
     }
 
-    fn enqueue(&mut self, submission: Submission) {
+    fn enqueue(&mut self, submission: PendingAppend) {
         let queue = self.streams.entry(submission.stream.clone()).or_default();
         if queue.waiting.is_empty() && !queue.in_flight {
             self.ready.push_back(submission.stream.clone());
@@ -280,13 +280,13 @@ impl Task {
     fn start_transaction(&mut self) {
         let mut events = 0;
         let mut bytes = 0;
-        let mut batch: Vec<Vec<Submission>> = Vec::new();
+        let mut batch: Vec<Vec<PendingAppend>> = Vec::new();
         while let Some(stream) = self.ready.front() {
             let Some(queue) = self.streams.get_mut(stream) else {
                 self.ready.pop_front();
                 continue;
             };
-            let mut taken: Vec<Submission> = Vec::new();
+            let mut taken: Vec<PendingAppend> = Vec::new();
             while let Some(next) = queue.waiting.front() {
                 if !next.chain.holds() {
                     let Some(refused) = queue.waiting.pop_front() else { break };
@@ -330,7 +330,7 @@ impl Task {
         }
     }
 
-    fn finish(&mut self, batch: Vec<Vec<Submission>>, answers: Vec<Result<Appended, AppendError>>) {
+    fn finish(&mut self, batch: Vec<Vec<PendingAppend>>, answers: Vec<Result<Appended, AppendError>>) {
         for (submissions, answer) in batch.into_iter().zip(answers) {
             let Some(stream) = submissions.first().map(|first| first.stream.clone()) else { continue };
             let invalid = matches!(answer, Err(AppendError::Store(StoreError::Invalid { .. })));
@@ -355,7 +355,7 @@ impl Task {
         }
     }
 
-    fn answer(&self, submissions: Vec<Submission>, answer: Result<Appended, AppendError>) {
+    fn answer(&self, submissions: Vec<PendingAppend>, answer: Result<Appended, AppendError>) {
         match answer {
             Ok(appended) => {
                 let mut end = 0;
@@ -366,7 +366,7 @@ impl Task {
                     // The store returns a position for every event; a back end that does not is
                     // faulty.
                     let position = appended.positions.get(end - 1).copied();
-                    (submission.done)(position.map(|position| Written { position }).ok_or_else(|| {
+                    (submission.done)(position.map(|position| Committed { position }).ok_or_else(|| {
                         StoreError::Corrupt {
                             reason: "the store returned no position for an appended event".into(),
                         }
@@ -393,7 +393,7 @@ impl Task {
 }
 
 /// Answers an append whose chain was cut before the append was sent.
-fn refuse(submission: Submission, counters: &Counters) {
+fn refuse(submission: PendingAppend, counters: &Counters) {
     counters.conflicts.fetch_add(1, Ordering::Relaxed);
     let conflict = super::Conflict {
         stream: submission.stream,
@@ -404,7 +404,11 @@ fn refuse(submission: Submission, counters: &Counters) {
     (submission.done)(Err(conflict.into()));
 }
 
-async fn append_all(store: Arc<dyn EventStore>, batch: Vec<Vec<Submission>>, metrics: Metrics) -> Finished {
+async fn append_all(
+    store: Arc<dyn EventStore>,
+    batch: Vec<Vec<PendingAppend>>,
+    metrics: Metrics,
+) -> Finished {
     let mut appends = Vec::with_capacity(batch.len());
     for submissions in &batch {
         let Some(first) = submissions.first() else { continue };
@@ -435,9 +439,9 @@ fn failed(appends: usize, reason: String) -> Vec<Result<Appended, AppendError>> 
     vec![Err(StoreError::OutcomeUnknown { reason, source: None }.into()); appends]
 }
 
-impl fmt::Debug for Submission {
+impl fmt::Debug for PendingAppend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Submission")
+        f.debug_struct("PendingAppend")
             .field("stream", &self.stream)
             .field("expected", &self.expected)
             .field("events", &self.events.len())
