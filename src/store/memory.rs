@@ -134,15 +134,15 @@ impl Data {
         let end = read.upto.map_or(head, |upto| upto.min(head));
         let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
         let range = index(read.after.get())..index(end.get());
-        let paging = PageSizer::default();
-        let mut room = paging.page(read.limit.max(1));
+        let page_sizer = PageSizer::default();
+        let mut budget = page_sizer.page(read.limit.max(1));
         for event in self.events.get(range).unwrap_or_default() {
-            if room.is_full() {
+            if budget.is_full() {
                 return page;
             }
             page.scanned_to = event.position;
             if read.filter.matches(event) {
-                room.take(event);
+                budget.take(event);
                 page.events.push(event.clone());
             }
         }

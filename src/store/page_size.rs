@@ -22,13 +22,13 @@ impl PageSizer {
 
     /// Starts a page of at most `limit` events.
     pub(super) fn page(&self, limit: usize) -> PageBudget<'_> {
-        PageBudget { paging: self, events: 0, limit, bytes: 0 }
+        PageBudget { page_sizer: self, events: 0, limit, bytes: 0 }
     }
 }
 
-/// The remaining room in a page that is being filled.
+/// The remaining budget in a page that is being filled.
 pub(super) struct PageBudget<'a> {
-    paging: &'a PageSizer,
+    page_sizer: &'a PageSizer,
     events: usize,
     limit: usize,
     bytes: usize,
@@ -56,7 +56,7 @@ impl PageBudget<'_> {
 impl Drop for PageBudget<'_> {
     fn drop(&mut self) {
         if let Some(size) = self.bytes.checked_div(self.events) {
-            self.paging.bytes_an_event.store(size, Ordering::Relaxed);
+            self.page_sizer.bytes_an_event.store(size, Ordering::Relaxed);
         }
     }
 }
@@ -68,27 +68,27 @@ mod tests {
 
     #[test]
     fn large_events_are_requested_a_few_at_a_time() {
-        let paging = PageSizer::default();
-        assert_eq!(paging.events(2_000), 2_000);
-        let mut room = paging.page(2_000);
+        let page_sizer = PageSizer::default();
+        assert_eq!(page_sizer.events(2_000), 2_000);
+        let mut budget = page_sizer.page(2_000);
         for n in 1..=4 {
-            assert!(!room.is_full());
-            room.take(&recorded(n, 1 << 20));
+            assert!(!budget.is_full());
+            budget.take(&recorded(n, 1 << 20));
         }
-        assert!(room.is_full() && room.is_cut());
-        drop(room);
-        assert_eq!(paging.events(2_000), 3);
-        let mut room = paging.page(3);
+        assert!(budget.is_full() && budget.is_cut());
+        drop(budget);
+        assert_eq!(page_sizer.events(2_000), 3);
+        let mut budget = page_sizer.page(3);
         for n in 1..=3 {
-            room.take(&recorded(n, 0));
+            budget.take(&recorded(n, 0));
         }
-        assert!(room.is_full() && !room.is_cut());
-        drop(room);
-        assert_eq!(paging.events(2_000), 2_000);
+        assert!(budget.is_full() && !budget.is_cut());
+        drop(budget);
+        assert_eq!(page_sizer.events(2_000), 2_000);
         // An event larger than a page gets a page of its own.
-        paging.page(2_000).take(&recorded(1, 5 << 20));
-        assert_eq!(paging.events(2_000), 1);
-        drop(paging.page(2_000));
-        assert_eq!(paging.events(2_000), 1);
+        page_sizer.page(2_000).take(&recorded(1, 5 << 20));
+        assert_eq!(page_sizer.events(2_000), 1);
+        drop(page_sizer.page(2_000));
+        assert_eq!(page_sizer.events(2_000), 1);
     }
 }

@@ -11,6 +11,7 @@
 //!
 //! The SQL is in `migrations/postgres`, with the reasons beside it.
 
+mod adopt;
 mod append;
 mod append_batch;
 mod borrowed;
@@ -21,14 +22,16 @@ mod detach_on_drop;
 mod durability;
 mod error;
 mod high_water_mark;
+mod leases;
 mod notices;
 mod notify;
 mod options;
+mod pauses;
 mod progress;
 mod read;
 mod request_batcher;
 mod schema;
-mod state;
+mod snapshots;
 mod statements;
 mod tail_cache;
 
@@ -106,7 +109,7 @@ struct PgInner {
     progress: Progress,
     connections: Arc<Connections>,
     high_water_mark: HighWaterMark,
-    paging: PageSizer,
+    page_sizer: PageSizer,
     commands: commands::Commands,
     stuck: commit_recovery::Stuck,
 }
@@ -187,7 +190,7 @@ impl PostgresStore {
             progress: Progress::new(schema, connections.persistent()),
             connections,
             high_water_mark: HighWaterMark::new(hints.is_some()),
-            paging: PageSizer::default(),
+            page_sizer: PageSizer::default(),
             commands: commands::Commands::default(),
             stuck: commit_recovery::Stuck::default(),
         });
@@ -339,11 +342,11 @@ impl EventStore for PostgresStore {
     }
 
     fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
-        self.call("reading the paused projections", state::paused(&self.shared.core))
+        self.call("reading the paused projections", pauses::paused(&self.shared.core))
     }
 
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.commit("pausing or resuming", state::set_paused(&self.shared.core, name, paused))
+        self.commit("pausing or resuming", pauses::set_paused(&self.shared.core, name, paused))
     }
 
     fn acquire_lease<'a>(
@@ -352,7 +355,7 @@ impl EventStore for PostgresStore {
         owner: Uuid,
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
-        self.commit("acquiring a lease", state::acquire_lease(&self.shared.core, name, owner, ttl))
+        self.commit("acquiring a lease", leases::acquire_lease(&self.shared.core, name, owner, ttl))
     }
 
     fn take_over_lease<'a>(
@@ -361,11 +364,11 @@ impl EventStore for PostgresStore {
         owner: Uuid,
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
-        self.commit("taking a lease over", state::take_over_lease(&self.shared.core, seen, owner, ttl))
+        self.commit("taking a lease over", leases::take_over_lease(&self.shared.core, seen, owner, ttl))
     }
 
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.commit("renewing a lease", state::renew_lease(&self.shared.core, lease, ttl))
+        self.commit("renewing a lease", leases::renew_lease(&self.shared.core, lease, ttl))
     }
 
     fn renew_leases<'a>(
@@ -373,11 +376,11 @@ impl EventStore for PostgresStore {
         leases: &'a [Lease],
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
-        self.commit("renewing leases", state::renew_leases(&self.shared.core, leases, ttl))
+        self.commit("renewing leases", leases::renew_leases(&self.shared.core, leases, ttl))
     }
 
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.commit("releasing a lease", state::release_lease(&self.shared.core, lease))
+        self.commit("releasing a lease", leases::release_lease(&self.shared.core, lease))
     }
 
     /// Returns the stall, if any; a lasting one is also logged as a warning.
@@ -386,11 +389,11 @@ impl EventStore for PostgresStore {
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
-        self.call("reading the leases", state::leases(&self.shared.core))
+        self.call("reading the leases", leases::leases(&self.shared.core))
     }
 
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
-        self.call("reading a snapshot", state::snapshot(&self.shared.core, stream))
+        self.call("reading a snapshot", snapshots::snapshot(&self.shared.core, stream))
     }
 
     fn save_snapshot<'a>(
@@ -399,7 +402,7 @@ impl EventStore for PostgresStore {
         snapshot: Snapshot,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         self.call("saving a snapshot", async move {
-            state::save_snapshot(&self.shared.core, stream, &snapshot).await
+            snapshots::save_snapshot(&self.shared.core, stream, &snapshot).await
         })
     }
 
@@ -413,7 +416,7 @@ impl EventStore for PostgresStore {
     }
 
     fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
-        self.call(state::ADOPTING, state::adopt(&self.shared.core, adopt))
+        self.call(adopt::ADOPTING, adopt::adopt(&self.shared.core, adopt))
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {

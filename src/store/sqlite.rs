@@ -6,13 +6,16 @@
 //! at every commit (I3). It also keeps readers and the writer from blocking each other.
 
 mod append;
+mod command_records;
 mod connection;
 mod error;
+mod leases;
 mod migrate;
+mod pauses;
 pub(crate) mod progress;
 mod read;
 mod schema;
-mod state;
+mod snapshots;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -191,7 +194,7 @@ impl SqliteOptions {
                 path: self.path,
                 writer: Writer::new(writing, self.acquire_timeout, connection),
                 readers,
-                paging: PageSizer::default(),
+                page_sizer: PageSizer::default(),
                 appended: watch::Sender::new(head),
             }),
         })
@@ -276,7 +279,7 @@ struct Shared {
     path: PathBuf,
     writer: Writer,
     readers: Readers,
-    paging: PageSizer,
+    page_sizer: PageSizer,
     appended: watch::Sender<Position>,
 }
 
@@ -404,8 +407,8 @@ impl EventStore for SqliteStore {
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
         Box::pin(async move {
             {
-                let Shared { readers, paging, info, .. } = &*self.shared;
-                read::log(readers, paging, info.codec, &read).await
+                let Shared { readers, page_sizer, info, .. } = &*self.shared;
+                read::log(readers, page_sizer, info.codec, &read).await
             }
         })
     }
@@ -480,7 +483,7 @@ impl EventStore for SqliteStore {
     fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
         Box::pin(async move {
             let mut reader = self.shared.readers.get("reading the paused projections").await?;
-            let paused = state::paused(&mut reader.connection).await?;
+            let paused = pauses::paused(&mut reader.connection).await?;
             reader.give_back();
             Ok(paused)
         })
@@ -489,7 +492,7 @@ impl EventStore for SqliteStore {
     fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
         let name = name.to_owned();
         Box::pin(self.transaction("pausing or resuming", move |connection| {
-            Box::pin(async move { state::set_paused(connection, &name, paused).await })
+            Box::pin(async move { pauses::set_paused(connection, &name, paused).await })
         }))
     }
 
@@ -501,7 +504,7 @@ impl EventStore for SqliteStore {
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
         let name = name.to_owned();
         Box::pin(self.transaction("acquiring a lease", move |connection| {
-            Box::pin(state::acquire_lease(connection, name, owner, ttl))
+            Box::pin(leases::acquire_lease(connection, name, owner, ttl))
         }))
     }
 
@@ -513,14 +516,14 @@ impl EventStore for SqliteStore {
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
         let seen = seen.clone();
         Box::pin(self.transaction("taking a lease over", move |connection| {
-            Box::pin(state::take_over_lease(connection, seen, owner, ttl))
+            Box::pin(leases::take_over_lease(connection, seen, owner, ttl))
         }))
     }
 
     fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
         let lease = lease.clone();
         Box::pin(self.transaction("renewing a lease", move |connection| {
-            Box::pin(async move { state::renew_lease(connection, &lease, ttl).await })
+            Box::pin(async move { leases::renew_lease(connection, &lease, ttl).await })
         }))
     }
 
@@ -534,7 +537,7 @@ impl EventStore for SqliteStore {
             Box::pin(async move {
                 let mut renewed = Vec::with_capacity(leases.len());
                 for lease in &leases {
-                    renewed.push(state::renew_lease(connection, lease, ttl).await?);
+                    renewed.push(leases::renew_lease(connection, lease, ttl).await?);
                 }
                 Ok(renewed)
             })
@@ -544,14 +547,14 @@ impl EventStore for SqliteStore {
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
         let lease = lease.clone();
         Box::pin(self.transaction("releasing a lease", move |connection| {
-            Box::pin(async move { state::release_lease(connection, &lease).await })
+            Box::pin(async move { leases::release_lease(connection, &lease).await })
         }))
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
         Box::pin(async move {
             let mut reader = self.shared.readers.get("reading the leases").await?;
-            let leases = state::leases(&mut reader.connection).await?;
+            let leases = leases::leases(&mut reader.connection).await?;
             reader.give_back();
             Ok(leases)
         })
@@ -560,7 +563,7 @@ impl EventStore for SqliteStore {
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
         Box::pin(async move {
             let mut reader = self.shared.readers.get("reading a snapshot").await?;
-            let snapshot = state::snapshot(&mut reader.connection, stream).await?;
+            let snapshot = snapshots::snapshot(&mut reader.connection, stream).await?;
             reader.give_back();
             Ok(snapshot)
         })
@@ -573,7 +576,7 @@ impl EventStore for SqliteStore {
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         let stream = stream.clone();
         Box::pin(self.transaction("saving a snapshot", move |connection| {
-            Box::pin(async move { state::save_snapshot(connection, &stream, &snapshot).await })
+            Box::pin(async move { snapshots::save_snapshot(connection, &stream, &snapshot).await })
         }))
     }
 
@@ -588,7 +591,7 @@ impl EventStore for SqliteStore {
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
         Box::pin(async move {
             let mut reader = self.shared.readers.get("reading a command record").await?;
-            let record = state::command(&mut reader.connection, id).await?;
+            let record = command_records::command(&mut reader.connection, id).await?;
             reader.give_back();
             Ok(record)
         })
@@ -596,13 +599,13 @@ impl EventStore for SqliteStore {
 
     fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
         Box::pin(self.transaction("recording a command", move |connection| {
-            Box::pin(state::record_command(connection, record))
+            Box::pin(command_records::record_command(connection, record))
         }))
     }
 
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(self.transaction("deleting old command records", move |connection| {
-            Box::pin(state::forget_commands(connection, age, limit))
+            Box::pin(command_records::forget_commands(connection, age, limit))
         }))
     }
 }

@@ -13,7 +13,7 @@ use super::append_batch::{self, AppendGroup, StreamPart};
 use super::commit_recovery::{self, CommitHandle};
 use super::connection::Session;
 use super::durability;
-use super::error::{self, ErrorClass, failed, verdict};
+use super::error::{self, ErrorClass, class_of, failed};
 use super::{PgInner, from_sql, to_sql};
 use crate::event::{NewEvent, Position, RecordedEvent, Version};
 
@@ -25,7 +25,7 @@ const ATTEMPTS: u32 = 8;
 /// Maximum number of lost races of an append without an exact expected version.
 ///
 /// In each race another append succeeds.
-const OVERTAKEN: u32 = 1_000;
+const LOST_RACES: u32 = 1_000;
 
 /// The outcome of a unit.
 #[derive(Debug)]
@@ -58,8 +58,8 @@ pub(super) async fn append(core: &Arc<PgInner>, batch: &[Append]) -> Vec<Result<
         let plan = append_batch::plan(batch, &todo, coalesce);
         todo = plan.deferred;
         for call in &plan.calls {
-            for (unit, fate) in call.iter().zip(settle(core, call).await) {
-                if let AppendOutcome::Failed(StoreError::Invalid { .. }) = &fate
+            for (unit, outcome) in call.iter().zip(settle(core, call).await) {
+                if let AppendOutcome::Failed(StoreError::Invalid { .. }) = &outcome
                     && unit.appends.len() > 1
                 {
                     // Each append is sent alone, to find the one that cannot be stored.
@@ -67,7 +67,7 @@ pub(super) async fn append(core: &Arc<PgInner>, batch: &[Append]) -> Vec<Result<
                     todo.extend(&unit.appends);
                     continue;
                 }
-                tell(batch, unit, fate, &mut answers, &mut todo);
+                tell(batch, unit, outcome, &mut answers, &mut todo);
             }
         }
         todo.sort_unstable();
@@ -86,7 +86,7 @@ pub(super) async fn append(core: &Arc<PgInner>, batch: &[Append]) -> Vec<Result<
 fn tell(
     batch: &[Append],
     unit: &AppendGroup<'_>,
-    fate: AppendOutcome,
+    outcome: AppendOutcome,
     answers: &mut [Option<Result<Appended, AppendError>>],
     todo: &mut Vec<usize>,
 ) {
@@ -95,7 +95,7 @@ fn tell(
             *answer = Some(result);
         }
     };
-    match fate {
+    match outcome {
         AppendOutcome::Appended(places) => {
             if let ([_, _, ..], [(base, positions)]) = (unit.appends.as_slice(), places.as_slice()) {
                 // Several appends to one stream share the versions and positions of the unit.
@@ -143,18 +143,18 @@ fn tell(
 /// A call that the server refuses as a whole is split, until each unit that cannot be stored is
 /// alone.
 async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOutcome> {
-    let mut fates: Vec<Option<AppendOutcome>> = units.iter().map(|_| None).collect();
+    let mut outcomes: Vec<Option<AppendOutcome>> = units.iter().map(|_| None).collect();
     let mut groups: Vec<Vec<usize>> = vec![(0..units.len()).collect()];
     while let Some(mut group) = groups.pop() {
-        let (mut attempts, mut overtaken) = (0, 0);
+        let (mut attempts, mut lost_races) = (0, 0);
         while !group.is_empty() {
             let members: Vec<&AppendGroup<'_>> = group.iter().filter_map(|&index| units.get(index)).collect();
             let failure = match call(core, &members).await {
                 Ok(found) => {
-                    group = file(group, found, &mut fates, overtaken >= OVERTAKEN);
+                    group = file(group, found, &mut outcomes, lost_races >= LOST_RACES);
                     if !group.is_empty() {
-                        overtaken += 1;
-                        pause(overtaken).await;
+                        lost_races += 1;
+                        pause(lost_races).await;
                     }
                     continue;
                 }
@@ -167,19 +167,19 @@ async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOut
                     break;
                 }
                 Failure::Refused(error) | Failure::Failed(error) => error,
-                Failure::VersionRace if group.len() > 1 && overtaken > 0 => {
+                Failure::VersionRace if group.len() > 1 && lost_races > 0 => {
                     groups.push(group.split_off(group.len() / 2));
                     groups.push(group);
                     break;
                 }
-                Failure::VersionRace if overtaken < OVERTAKEN => {
-                    overtaken += 1;
-                    pause(overtaken).await;
+                Failure::VersionRace if lost_races < LOST_RACES => {
+                    lost_races += 1;
+                    pause(lost_races).await;
                     continue;
                 }
                 Failure::VersionRace => {
                     for index in group {
-                        set(&mut fates, index, AppendOutcome::VersionRace);
+                        set(&mut outcomes, index, AppendOutcome::VersionRace);
                     }
                     break;
                 }
@@ -192,20 +192,20 @@ async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOut
                     }
                     error
                 }
-                Failure::Unknown(error, trace) => {
-                    match commit_recovery::resolve_unknown_commit(core, &members, trace).await {
+                Failure::Unknown(error, handle) => {
+                    match commit_recovery::resolve_unknown_commit(core, &members, handle).await {
                         Ok(found) => {
                             tracing::warn!(
                                 %error,
-                                happened = found.iter().filter(|fate| fate.is_some()).count(),
+                                happened = found.iter().filter(|outcome| outcome.is_some()).count(),
                                 of = members.len(),
                                 "append got no answer; looked up its events"
                             );
                             let found = found
                                 .into_iter()
-                                .map(|fate| fate.unwrap_or(AppendOutcome::VersionRace))
+                                .map(|outcome| outcome.unwrap_or(AppendOutcome::VersionRace))
                                 .collect();
-                            group = file(group, found, &mut fates, false);
+                            group = file(group, found, &mut outcomes, false);
                             attempts += 1;
                             if attempts < ATTEMPTS {
                                 continue;
@@ -220,18 +220,18 @@ async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOut
                 }
             };
             for index in group {
-                set(&mut fates, index, AppendOutcome::Failed(error.clone()));
+                set(&mut outcomes, index, AppendOutcome::Failed(error.clone()));
             }
             break;
         }
     }
     let missing = || StoreError::Corrupt { reason: "an append received no outcome".into() };
-    fates.into_iter().map(|fate| fate.unwrap_or_else(|| AppendOutcome::Failed(missing()))).collect()
+    outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| AppendOutcome::Failed(missing()))).collect()
 }
 
-fn set(fates: &mut [Option<AppendOutcome>], index: usize, fate: AppendOutcome) {
-    if let Some(place) = fates.get_mut(index) {
-        *place = Some(fate);
+fn set(outcomes: &mut [Option<AppendOutcome>], index: usize, outcome: AppendOutcome) {
+    if let Some(place) = outcomes.get_mut(index) {
+        *place = Some(outcome);
     }
 }
 
@@ -239,14 +239,14 @@ fn set(fates: &mut [Option<AppendOutcome>], index: usize, fate: AppendOutcome) {
 fn file(
     group: Vec<usize>,
     found: Vec<AppendOutcome>,
-    fates: &mut [Option<AppendOutcome>],
+    outcomes: &mut [Option<AppendOutcome>],
     all: bool,
 ) -> Vec<usize> {
     let mut rest = Vec::new();
-    for (index, fate) in group.into_iter().zip(found) {
-        match fate {
+    for (index, outcome) in group.into_iter().zip(found) {
+        match outcome {
             AppendOutcome::VersionRace if !all => rest.push(index),
-            fate => set(fates, index, fate),
+            outcome => set(outcomes, index, outcome),
         }
     }
     rest
@@ -279,12 +279,12 @@ pub(super) enum Failure {
 impl Failure {
     /// Classifies a definite answer of the server.
     fn answered(error: sqlx::Error) -> Self {
-        if error::overtaken(&error) {
+        if error::is_version_race(&error) {
             return Failure::VersionRace;
         }
-        let verdict = verdict(&error);
+        let class_of = class_of(&error);
         let error = failed(DOING, error);
-        match verdict {
+        match class_of {
             ErrorClass::Retry => Failure::Retry(error),
             ErrorClass::Refused => Failure::Refused(error),
             ErrorClass::Failed | ErrorClass::Unknown => Failure::Failed(error),
@@ -302,7 +302,7 @@ async fn call(core: &Arc<PgInner>, units: &[&AppendGroup<'_>]) -> Result<Vec<App
     let (reply, mut cancelled) = core.watched(core.timed(execute(core, &mut session, units))).await;
     let reply = match reply {
         Ok(reply) => reply,
-        Err(error) if verdict(&error) == ErrorClass::Unknown => {
+        Err(error) if class_of(&error) == ErrorClass::Unknown => {
             core.connections.purge();
             let backend = session.backend();
             drop(session);
@@ -320,7 +320,7 @@ async fn call(core: &Arc<PgInner>, units: &[&AppendGroup<'_>]) -> Result<Vec<App
             });
         }
         Err(error) => {
-            if verdict(&error) == ErrorClass::Failed {
+            if class_of(&error) == ErrorClass::Failed {
                 // Another server may be the primary now: the next attempt opens a new connection.
                 core.connections.purge();
             } else {
@@ -329,7 +329,7 @@ async fn call(core: &Arc<PgInner>, units: &[&AppendGroup<'_>]) -> Result<Vec<App
             return Err(Failure::answered(error));
         }
     };
-    let Reply { fates, transaction, settled } = reply;
+    let Reply { outcomes, transaction, settled } = reply;
     let (done, cancelled_at_end) = core.watched(core.timed(session.done())).await;
     if explicit {
         // A warning before the commit does not concern the wait of the commit.
@@ -345,9 +345,9 @@ async fn call(core: &Arc<PgInner>, units: &[&AppendGroup<'_>]) -> Result<Vec<App
             {
                 core.high_water_mark.advance_locally(server, previous, event);
             }
-            Ok(fates)
+            Ok(outcomes)
         }
-        Err(error) if verdict(&error) == ErrorClass::Unknown => {
+        Err(error) if class_of(&error) == ErrorClass::Unknown => {
             core.connections.purge();
             let error = failed(DOING, error);
             Err(match transaction {
@@ -432,8 +432,8 @@ async fn execute_one(
         }),
         _ => None,
     };
-    let fates = vec![AppendOutcome::Appended(vec![(before, vec![position])])];
-    Ok(Some(Reply { fates, transaction: None, settled }))
+    let outcomes = vec![AppendOutcome::Appended(vec![(before, vec![position])])];
+    Ok(Some(Reply { outcomes, transaction: None, settled }))
 }
 
 async fn execute_many(
@@ -474,7 +474,7 @@ fn count(number: usize) -> i32 {
 ///
 /// The id is present if the transaction wrote events and a later look-up may need it.
 struct Reply {
-    fates: Vec<AppendOutcome>,
+    outcomes: Vec<AppendOutcome>,
     transaction: Option<String>,
     /// The only event and the position before it in the log, if every position up to there is
     /// decided.
@@ -490,7 +490,7 @@ impl Reply {
         let mut positions =
             positions.unwrap_or_default().into_iter().map(|position| Position::new(from_sql(position)));
         let mut index = 0;
-        let mut fates = Vec::with_capacity(units.len());
+        let mut outcomes = Vec::with_capacity(units.len());
         for unit in units {
             let mut places = Vec::with_capacity(unit.parts.len());
             let mut refused = None;
@@ -506,8 +506,8 @@ impl Reply {
                 }
                 places.push((version, own));
             }
-            fates.push(refused.unwrap_or(AppendOutcome::Appended(places)));
+            outcomes.push(refused.unwrap_or(AppendOutcome::Appended(places)));
         }
-        Ok(Self { fates, transaction: row.try_get(3)?, settled: None })
+        Ok(Self { outcomes, transaction: row.try_get(3)?, settled: None })
     }
 }

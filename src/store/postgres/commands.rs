@@ -13,8 +13,8 @@ use super::super::columns::Columns;
 use super::super::{CommandEvents, CommandRecord, StoreError};
 use super::durability;
 use super::error::failed;
+use super::leases::micros;
 use super::request_batcher::RequestBatcher;
-use super::state::micros;
 use super::{PgInner, stream_key};
 use crate::event::{Position, StreamId, Version};
 

@@ -57,17 +57,17 @@ impl Stuck {
 }
 
 /// Counts the append as stuck until its server process has ended.
-fn await_standby(core: &Arc<PgInner>, trace: CommitHandle) {
+fn await_standby(core: &Arc<PgInner>, handle: CommitHandle) {
     core.stuck.0.fetch_add(1, Ordering::AcqRel);
-    tokio::spawn(is_over(core.clone(), trace));
+    tokio::spawn(is_over(core.clone(), handle));
 }
 
-async fn is_over(core: Arc<PgInner>, trace: CommitHandle) {
+async fn is_over(core: Arc<PgInner>, handle: CommitHandle) {
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let look = async {
             let mut session = core.connections.get(DOING).await?;
-            let state = look(&core, &mut session, &trace).await?;
+            let state = look(&core, &mut session, &handle).await?;
             session.finish(DOING).await?;
             Ok::<_, StoreError>(state)
         };
@@ -87,7 +87,7 @@ async fn is_over(core: Arc<PgInner>, trace: CommitHandle) {
 pub(super) async fn resolve_unknown_commit(
     core: &Arc<PgInner>,
     units: &[&AppendGroup<'_>],
-    trace: CommitHandle,
+    handle: CommitHandle,
 ) -> Result<Vec<Option<AppendOutcome>>, StoreError> {
     // The limit is twice the usual one, because the answer is worth more.
     let limit = core.connections.patience.acquire * 2;
@@ -97,7 +97,7 @@ pub(super) async fn resolve_unknown_commit(
     loop {
         let attempt = async {
             let mut session = core.connections.get(DOING).await?;
-            fence_backend(core, &mut session, &trace, &mut waits_for).await?;
+            fence_backend(core, &mut session, &handle, &mut waits_for).await?;
             let mut found = Vec::with_capacity(units.len());
             for unit in units {
                 found.push(find_events(core, &mut session, unit).await?);
@@ -122,7 +122,7 @@ pub(super) async fn resolve_unknown_commit(
                     },
                     WaitsFor::Confirmation => durability::unconfirmed(limit),
                     WaitsFor::Standby => {
-                        await_standby(core, trace);
+                        await_standby(core, handle);
                         durability::unconfirmed(limit)
                     }
                 });
@@ -162,12 +162,12 @@ enum State {
 async fn fence_backend(
     core: &PgInner,
     session: &mut Session,
-    trace: &CommitHandle,
+    handle: &CommitHandle,
     waits_for: &mut WaitsFor,
 ) -> Result<(), StoreError> {
     let mut pause = Duration::from_millis(1);
     loop {
-        *waits_for = match look(core, session, trace).await? {
+        *waits_for = match look(core, session, handle).await? {
             State::Over => return Ok(()),
             State::WaitsForStandby => WaitsFor::Standby,
             State::Running => WaitsFor::Server,
@@ -183,8 +183,8 @@ async fn fence_backend(
 /// Terminates a server process of this store, unless it waits for a standby. Terminating a waiting
 /// process would make its commit visible before it is durable: readers would see events that a
 /// failover can lose.
-async fn look(core: &PgInner, session: &mut Session, trace: &CommitHandle) -> Result<State, StoreError> {
-    match trace {
+async fn look(core: &PgInner, session: &mut Session, handle: &CommitHandle) -> Result<State, StoreError> {
+    match handle {
         CommitHandle::Committed => Ok(State::Over),
         // The server process serves only this lost connection. It may still be at work, or may not
         // have received the append yet. Once terminated, it can do neither.

@@ -25,7 +25,7 @@ const OVERTAKEN: &str = "ST001";
 /// SQLSTATE of storied: the settings of the server or session make the log unsafe.
 const UNSAFE: &str = "ST002";
 
-pub(crate) fn verdict(error: &sqlx::Error) -> ErrorClass {
+pub(crate) fn class_of(error: &sqlx::Error) -> ErrorClass {
     let database = match error {
         sqlx::Error::Database(error) => error,
         sqlx::Error::Encode(_) | sqlx::Error::Configuration(_) => return ErrorClass::Refused,
@@ -77,7 +77,7 @@ pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
             sqlx::Error::RowNotFound | sqlx::Error::ColumnNotFound(_) | sqlx::Error::TypeNotFound { .. }
         ) || matches!(error, sqlx::Error::ColumnIndexOutOfBounds { .. } | sqlx::Error::ColumnDecode { .. })
             || matches!(error, sqlx::Error::Decode(_));
-    !mistake && verdict(error) != ErrorClass::Refused
+    !mistake && class_of(error) != ErrorClass::Refused
 }
 
 fn is_outage_of(database: &PgDatabaseError) -> bool {
@@ -106,7 +106,7 @@ fn is_stale_session(database: &PgDatabaseError) -> bool {
 }
 
 /// Returns whether the error is [`OVERTAKEN`], which is not a failure.
-pub(crate) fn overtaken(error: &sqlx::Error) -> bool {
+pub(crate) fn is_version_race(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(OVERTAKEN))
 }
 

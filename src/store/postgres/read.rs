@@ -78,7 +78,7 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
     if read.limit < page.events.len() + ADJACENT {
         return Ok(false);
     }
-    let limit = core.paging.events(ADJACENT);
+    let limit = core.page_sizer.events(ADJACENT);
     let mut session = core.connections.get(READING_LOG).await?;
     let rows = sqlx::query(core.sql.adjacent.clone())
         .bind(to_sql(page.scanned_to.get()))
@@ -89,7 +89,7 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
         .map_err(|error| failed(READING_LOG, error))?;
     session.finish(READING_LOG).await?;
     let mut decoder = Decoder::new(READING_LOG, core.info.codec);
-    let mut room = core.paging.page(limit);
+    let mut budget = core.page_sizer.page(limit);
     let (mut taken, mut last) = (0, None);
     for row in &rows {
         let there: Option<Uuid> = row.try_get(10).map_err(|error| failed(READING_LOG, error))?;
@@ -98,7 +98,7 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
         if there != Some(known) || event.position.get() != page.scanned_to.get() + 1 {
             break;
         }
-        room.take(&event);
+        budget.take(&event);
         page.scanned_to = event.position;
         (taken, last) = (taken + 1, Some(event.id));
         if read.filter.matches(&event) {
@@ -135,7 +135,7 @@ async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<Log
         return Ok(LogPage { events, scanned_to, head });
     }
     let filter = &read.filter;
-    let limit = core.paging.events(read.limit);
+    let limit = core.page_sizer.events(read.limit);
     let mut session = core.connections.get(READING_LOG).await?;
     let mut found;
     if *filter == Filter::all() {
@@ -223,7 +223,7 @@ enum Wanted<'a> {
 }
 
 /// Reads up to `limit` events after the position of `read`, up to `end`, as far as the page has
-/// room.
+/// budget.
 async fn query(
     core: &PgInner,
     session: &mut Session,
@@ -260,18 +260,18 @@ async fn query(
         }
     };
     let mut decoder = Decoder::new(READING_LOG, core.info.codec);
-    let mut room = core.paging.page(limit);
+    let mut budget = core.page_sizer.page(limit);
     let mut events: Vec<RecordedEvent> = Vec::new();
     let mut rows = query.fetch(&mut **session);
-    while !room.is_cut()
+    while !budget.is_cut()
         && let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))?
     {
         let event = decoder.of_log(&row)?;
-        room.take(&event);
+        budget.take(&event);
         events.push(event);
     }
-    let end = events.last().filter(|_| room.is_full()).map(|last| last.position);
-    Ok(Found { events, end, cut: room.is_cut() })
+    let end = events.last().filter(|_| budget.is_full()).map(|last| last.position);
+    Ok(Found { events, end, cut: budget.is_cut() })
 }
 
 /// Reads one page of a stream.

@@ -30,11 +30,11 @@ const READING_STREAM: &str = "reading a stream";
 /// log, however long the lists are.
 pub(super) async fn log(
     readers: &Readers,
-    paging: &PageSizer,
+    page_sizer: &PageSizer,
     codec: Codec,
     read: &ReadLog,
 ) -> Result<LogPage, StoreError> {
-    let limit = paging.events(read.limit);
+    let limit = page_sizer.events(read.limit);
     let names = read.filter.wanted_names().map(|names| json_list(names.iter().map(EventName::as_str)));
     let categories =
         read.filter.wanted_categories().map(|categories| json_list(categories.iter().map(Category::as_str)));
@@ -73,7 +73,7 @@ pub(super) async fn log(
     let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head: Position::START };
     let mut end = Position::START;
     let mut last = Position::START;
-    let mut room = paging.page(limit);
+    let mut budget = page_sizer.page(limit);
     while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))? {
         let position = Position::new(decoder.number(&row, 0)?);
         match row.try_get::<Option<&str>, _>(1).map_err(|error| failed(READING_LOG, error))? {
@@ -87,14 +87,14 @@ pub(super) async fn log(
                     return Err(decoder.corrupt(&format!("position {position} came after {last}")));
                 }
                 last = position;
-                if room.is_full() {
+                if budget.is_full() {
                     continue;
                 }
                 let category = decoder.category(category)?;
                 let id = row.try_get::<&str, _>(2).map_err(|error| failed(READING_LOG, error))?;
                 let stream = StreamId::stored(category, Arc::from(id));
                 let event = decoder.event(&row, 3, stream, position)?;
-                room.take(&event);
+                budget.take(&event);
                 page.events.push(event);
             }
         }
@@ -102,7 +102,7 @@ pub(super) async fn log(
     drop(rows);
     reader.give_back();
     page.scanned_to = match page.events.last() {
-        Some(last) if room.is_full() => last.position,
+        Some(last) if budget.is_full() => last.position,
         _ => end.max(read.after),
     };
     Ok(page)

@@ -1,18 +1,16 @@
-//! Leases, pauses and snapshots, and the adoption of the store.
+//! Leases.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use sqlx::postgres::PgRow;
 use uuid::Uuid;
 
 use super::super::columns::Columns;
-use super::super::{Adopt, Lease, LeaseInfo, Snapshot, StoreError};
+use super::super::{Lease, LeaseInfo, StoreError};
 use super::error::failed;
 use super::{PgInner, to_sql};
-use crate::event::{StreamId, Version};
 
 /// Converts a duration to microseconds, which the database adds to its own clock.
 pub(super) fn micros(ttl: Duration) -> i64 {
@@ -148,97 +146,4 @@ pub(super) async fn leases(core: &Arc<PgInner>) -> Result<Vec<LeaseInfo>, StoreE
         .map_err(|error| failed(DOING, error))?;
     session.finish(DOING).await?;
     Ok(leases)
-}
-
-pub(super) const ADOPTING: &str = "adopting the event store";
-
-/// Makes the current database the store's own.
-pub(super) async fn adopt(core: &Arc<PgInner>, adopt: Adopt) -> Result<Uuid, StoreError> {
-    let adopting = |error| failed(ADOPTING, error);
-    let persistent = core.connections.persistent();
-    let mut session = core.connections.begin(ADOPTING).await?;
-    let query = |sql: &sqlx::SqlStr| sqlx::query(sql.clone()).persistent(persistent);
-    let sql = &core.sql;
-    query(&sql.record_home).execute(&mut *session).await.map_err(adopting)?;
-    let old = core.info.id;
-    let id = match adopt {
-        Adopt::Moved => old,
-        Adopt::Copy => {
-            let new = Uuid::new_v4();
-            query(&sql.new_identity).bind(new.to_string()).execute(&mut *session).await.map_err(adopting)?;
-            query(&sql.disown_publisher).bind(old).execute(&mut *session).await.map_err(adopting)?;
-            query(&sql.own_checkpoints).bind(old).bind(new).execute(&mut *session).await.map_err(adopting)?;
-            query(&sql.free_leases).execute(&mut *session).await.map_err(adopting)?;
-            new
-        }
-    };
-    session.finish(ADOPTING).await?;
-    Ok(id)
-}
-
-pub(super) async fn paused(core: &Arc<PgInner>) -> Result<BTreeSet<String>, StoreError> {
-    const DOING: &str = "reading the paused projections";
-    let mut session = core.connections.get(DOING).await?;
-    let paused: Vec<String> = sqlx::query_scalar(core.sql.paused.clone())
-        .persistent(core.connections.persistent())
-        .fetch_all(&mut *session)
-        .await
-        .map_err(|error| failed(DOING, error))?;
-    session.finish(DOING).await?;
-    Ok(paused.into_iter().collect())
-}
-
-pub(super) async fn set_paused(core: &Arc<PgInner>, name: &str, paused: bool) -> Result<(), StoreError> {
-    let doing = format!("pausing or resuming {name}");
-    let mut session = core.connections.get(&doing).await?;
-    sqlx::query(if paused { core.sql.pause.clone() } else { core.sql.resume.clone() })
-        .bind(name)
-        .persistent(core.connections.persistent())
-        .execute(&mut *session)
-        .await
-        .map_err(|error| failed(&doing, error))?;
-    session.finish(&doing).await
-}
-
-pub(super) async fn snapshot(core: &Arc<PgInner>, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {
-    let doing = format!("reading the snapshot of {stream}");
-    let snapshot = |row: PgRow| -> Result<_, sqlx::Error> {
-        let row = Columns::of("snapshots", &row);
-        Ok(Snapshot {
-            version: Version::new(row.number(0)?),
-            revision: u32::try_from(row.number(1)?).unwrap_or(u32::MAX),
-            state: Bytes::from(row.get::<Vec<u8>>(2)?),
-        })
-    };
-    let mut session = core.connections.get(&doing).await?;
-    let snapshot = sqlx::query(core.sql.snapshot.clone())
-        .bind(stream.category())
-        .bind(stream.id())
-        .persistent(core.connections.persistent())
-        .fetch_optional(&mut *session)
-        .await
-        .and_then(|row| row.map(snapshot).transpose())
-        .map_err(|error| failed(&doing, error))?;
-    session.finish(&doing).await?;
-    Ok(snapshot)
-}
-
-pub(super) async fn save_snapshot(
-    core: &Arc<PgInner>,
-    stream: &StreamId,
-    snapshot: &Snapshot,
-) -> Result<(), StoreError> {
-    let doing = format!("saving the snapshot of {stream}");
-    let mut session = core.connections.get(&doing).await?;
-    sqlx::query(core.sql.save_snapshot.clone())
-        .bind(stream.category())
-        .bind(stream.id())
-        .bind(to_sql(snapshot.version.get()))
-        .bind(i64::from(snapshot.revision))
-        .bind(&*snapshot.state)
-        .persistent(core.connections.persistent())
-        .execute(&mut *session)
-        .await
-        .map_err(|error| failed(&doing, error))?;
-    session.finish(&doing).await
 }
