@@ -15,27 +15,26 @@
 //! Owners hold leases, which show the other nodes when to take over. Stale owners are fenced: the
 //! checkpoint moves only from the position that its owner last wrote, in the owner's epoch (I7).
 
-mod balance;
+mod checkpoint_store;
 mod control;
 mod error;
 mod external;
-mod group;
+mod factory;
 mod handle;
+mod layout;
 mod lookup;
 mod memory;
 mod memory_run;
 mod name;
 mod operator;
 mod options;
+mod partition;
 #[cfg(feature = "postgres")]
 mod postgres;
-mod progress;
 mod request;
-mod shape;
 mod snapshot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
-mod start;
 mod start_position;
 mod state_claim;
 mod status;
@@ -50,6 +49,7 @@ use std::time::Duration;
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable, WaitError};
 pub use self::external::{Delivery, External};
+pub(crate) use self::factory::{ProjectionFactory, spawn};
 pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
@@ -63,7 +63,6 @@ pub use self::request::{Answer, Request};
 pub use self::snapshot::{SnapshotState, Snapshots};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
-pub(crate) use self::start::{Made, spawn};
 pub use self::start_position::Start;
 pub(crate) use self::start_position::record_start;
 pub(crate) use self::state_claim::{SharedState, StateClaim};

@@ -31,8 +31,8 @@ use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::lease::LeaseWatcher;
 use crate::partition;
 use crate::projection::{
-    self, Lookup, Made, Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus, ReadModel,
-    Surroundings, Target,
+    self, Lookup, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ProjectionStatus,
+    ReadModel, Surroundings, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::startup::{self, START_TIMEOUT};
@@ -324,7 +324,7 @@ impl Builder {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        self.project(Made::Once(projection), None, read_model, options)
+        self.project(ProjectionFactory::Single(projection), None, read_model, options)
     }
 
     /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) next to the live version.
@@ -343,7 +343,7 @@ impl Builder {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        self.project(Made::Versioned(Arc::new(make)), None, read_model, options)
+        self.project(ProjectionFactory::Versioned(Arc::new(make)), None, read_model, options)
     }
 
     /// Runs a projection in `partitions` partitions, with the default options.
@@ -388,13 +388,18 @@ impl Builder {
     {
         // start() reports a number out of range; the clamp only bounds the work until then.
         let count = partitions.clamp(1, partition::MOST);
-        self.project(Made::Partitioned(count, Arc::new(make)), Some(partitions), read_model, options)
+        self.project(
+            ProjectionFactory::Partitioned(count, Arc::new(make)),
+            Some(partitions),
+            read_model,
+            options,
+        )
     }
 
     /// Keeps an in-memory index of events on this node: see [`Lookup`].
     pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
         let (lookup, made, read_model) =
-            (lookup.clone(), Made::Once(lookup.projection()), lookup.read_model());
+            (lookup.clone(), ProjectionFactory::Single(lookup.projection()), lookup.read_model());
         let state = Some(lookup.shared_state());
         let on_start = Box::new(move |handle: &ProjectionHandle| lookup.runs(handle));
         let options = ProjectionOptions::new();
@@ -405,7 +410,7 @@ impl Builder {
 
     fn project<P, R>(
         mut self,
-        made: Made<P>,
+        made: ProjectionFactory<P>,
         partitions: Option<u16>,
         read_model: R,
         options: ProjectionOptions,

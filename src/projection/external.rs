@@ -3,7 +3,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::ReadModel;
-use super::shape::delivered;
+use super::layout::delivered;
 use crate::event::{Position, RecordedEvent};
 use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
 

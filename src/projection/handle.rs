@@ -6,10 +6,10 @@ use futures_util::future::{join_all, try_join_all};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use super::checkpoint_store::DynCheckpointStore;
 use super::control::{Control, ControlError, Reply};
-use super::group::{Group, Never, sum};
-use super::progress::Progress;
-use super::shape::Shape;
+use super::layout::Layout;
+use super::partition::{Never, PartitionGroup, sum};
 use super::{ProjectionState, ProjectionStatus, RebuildStatus, WaitError};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
@@ -33,13 +33,13 @@ const SLOWEST_POLL: Duration = Duration::from_millis(200);
 #[derive(Clone)]
 pub struct ProjectionHandle {
     pub(super) name: Arc<str>,
-    pub(super) shape: Shape,
+    pub(super) layout: Layout,
     /// One task, or one for each partition, in order.
     pub(super) parts: Arc<[Working]>,
     /// As many tasks, or none if the projection cannot be rebuilt.
     pub(super) rebuilds: Arc<[Working]>,
     pub(super) group: Option<Grouped>,
-    pub(super) progress: Arc<dyn Progress>,
+    pub(super) progress: Arc<dyn DynCheckpointStore>,
     pub(super) store: Arc<dyn EventStore>,
 }
 
@@ -52,7 +52,7 @@ pub(super) struct Working {
 /// The group of the partitions.
 #[derive(Clone)]
 pub(super) struct Grouped {
-    pub(super) group: Arc<Group>,
+    pub(super) group: Arc<PartitionGroup>,
     pub(super) actor: Supervised<Never>,
     /// Total status of all partitions.
     pub(super) status: watch::Receiver<ProjectionStatus>,
@@ -67,7 +67,7 @@ impl ProjectionHandle {
     /// Returns the status on this node.
     pub fn status(&self) -> ProjectionStatus {
         let mut status = match &self.group {
-            Some(Grouped { group, .. }) => sum(&group.seats, group.lease_watcher.view().as_deref()),
+            Some(Grouped { group, .. }) => sum(&group.slots, group.lease_watcher.view().as_deref()),
             None => self.of_all().borrow().clone(),
         };
         // The task was torn down before it could report the end.
@@ -130,12 +130,12 @@ impl ProjectionHandle {
 
     /// Returns the partition with this index.
     fn partition(&self, part: u16) -> Option<Partition> {
-        self.group.as_ref().map(|group| group.group.seats[usize::from(part)].partition)
+        self.group.as_ref().map(|group| group.group.slots[usize::from(part)].partition)
     }
 
     /// Returns the checkpoint name of a partition.
     fn row(&self, part: u16) -> String {
-        self.shape.row(self.partition(part), self.parts[usize::from(part)].status.borrow().version)
+        self.layout.row(self.partition(part), self.parts[usize::from(part)].status.borrow().version)
     }
 
     async fn reached(&self, part: u16, position: Position) -> Result<(), WaitError> {
@@ -372,8 +372,8 @@ impl ProjectionHandle {
 
     /// Returns the checkpoints of the live version, of which this node may not know yet.
     async fn live_rows(&self) -> Result<Vec<String>, StoreError> {
-        let live = self.progress.versions(&self.shape).await?.live;
-        Ok(self.shape.parts().map(|part| self.shape.row(part, live)).collect())
+        let live = self.progress.versions(&self.layout).await?.live;
+        Ok(self.layout.parts().map(|part| self.layout.row(part, live)).collect())
     }
 
     fn count(&self) -> u16 {

@@ -9,9 +9,9 @@ use chrono::{DateTime, Utc};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::progress::Progress;
+use super::checkpoint_store::DynCheckpointStore;
+use super::layout::{CheckpointKey, Layout, Versions};
 use super::request::{Answer, Request};
-use super::shape::{Row, Shape, Versions};
 use super::worker::Role;
 use super::{ReadModel, name_problem};
 use crate::event::Position;
@@ -51,7 +51,7 @@ const REQUESTS: usize = 1_000;
 #[derive(Clone)]
 pub struct Operator {
     store: Arc<dyn EventStore>,
-    progress: Arc<dyn Progress>,
+    progress: Arc<dyn DynCheckpointStore>,
 }
 
 /// A projection, as stored.
@@ -122,7 +122,7 @@ impl Operator {
     /// `Incompatible` if the database was never used, `Invalid` if the read model does not
     /// [list](ReadModel::records) its checkpoints; otherwise if it cannot be read.
     pub async fn new(store: Arc<dyn EventStore>, read_model: impl ReadModel) -> Result<Self, StoreError> {
-        let progress: Arc<dyn Progress> = Arc::new(read_model);
+        let progress: Arc<dyn DynCheckpointStore> = Arc::new(read_model);
         // First: preparing a read model would create missing tables.
         progress.records().await?;
         progress.prepare(&store).await?;
@@ -139,19 +139,19 @@ impl Operator {
             self.store.leases().await?.into_iter().map(|info| (info.lease.name.clone(), info)).collect();
         let paused = self.store.paused().await?;
         let rows: Vec<_> =
-            records.iter().filter_map(|record| Some((Row::parse(&record.name)?, record))).collect();
+            records.iter().filter_map(|record| Some((CheckpointKey::parse(&record.name)?, record))).collect();
         let mut names: BTreeSet<&str> = paused.iter().map(String::as_str).collect();
         names.extend(rows.iter().map(|(row, _)| row.name));
         let mut found = Vec::with_capacity(names.len());
         for name in names {
-            let shape = Shape::whole(name);
-            let versions = records.iter().find(|record| record.name == shape.version());
+            let layout = Layout::single(name);
+            let versions = records.iter().find(|record| record.name == layout.version());
             let versions = Versions::from(versions.map(|record| record.checkpoint).unwrap_or_default());
-            let cut = records.iter().find(|record| record.name == shape.record());
+            let cut = records.iter().find(|record| record.name == layout.record());
             let cut = cut.map_or(0, |record| u16::try_from(record.checkpoint.mark).unwrap_or(u16::MAX));
             let of = |version: u64| {
                 // Rows of another number of partitions may be left over.
-                let ours = move |row: &Row<'_>| match row.partition {
+                let ours = move |row: &CheckpointKey<'_>| match row.partition {
                     Some(index) => index < cut,
                     None => cut == 0,
                 };
@@ -165,7 +165,7 @@ impl Operator {
             let mut parts = Vec::with_capacity(live.len());
             for (row, record) in &live {
                 let partition = row.partition.and_then(|index| Partition::all(cut).nth(usize::from(index)));
-                let owner = leases.get(&shape.lease(partition, Role::Live)).filter(|info| info.live);
+                let owner = leases.get(&layout.lease(partition, Role::Live)).filter(|info| info.live);
                 parts.push(PartRecord {
                     partition,
                     position: record.checkpoint.position,
@@ -175,7 +175,7 @@ impl Operator {
             }
             let mut requests = Vec::new();
             for kind in Request::KINDS {
-                let row = shape.request(kind);
+                let row = layout.request(kind);
                 if records.iter().any(|record| record.name == row && record.parked > 0) {
                     for kept in self.progress.parked(&row, REQUESTS).await? {
                         requests.extend(Request::of(kind, &kept).map(|request| (request, Answer::of(&kept))));
@@ -251,14 +251,14 @@ impl Operator {
     pub async fn ask(&self, name: &str, request: Request) -> Result<Asked, StoreError> {
         if request == Request::CancelRebuild {
             // Nodes cancel before they rebuild, which is right only for the other order.
-            let row = Shape::whole(name).request(Request::Rebuild.kind());
+            let row = Layout::single(name).request(Request::Rebuild.kind());
             let stand = self.progress.parked(&row, 1).await?;
             if stand.iter().any(|kept| Answer::of(kept) == Answer::Waiting) {
                 self.withdraw(name, Request::Rebuild).await?;
             }
         }
         let kept = request.to_keep()?;
-        self.progress.post(&Shape::whole(name).request(request.kind()), &kept).await?;
+        self.progress.post(&Layout::single(name).request(request.kind()), &kept).await?;
         self.call(name).await?;
         Ok(Asked { projection: name.to_owned(), request })
     }
@@ -270,7 +270,7 @@ impl Operator {
     /// # Errors
     /// If the read model cannot be read.
     pub async fn answer(&self, asked: &Asked) -> Result<Answer, StoreError> {
-        let row = Shape::whole(&asked.projection).request(asked.request.kind());
+        let row = Layout::single(&asked.projection).request(asked.request.kind());
         let kept = self.progress.parked(&row, usize::MAX).await?;
         let kept = kept.iter().find(|kept| kept.position == asked.request.position());
         Ok(kept.map_or(Answer::Taken, Answer::of))
@@ -283,7 +283,7 @@ impl Operator {
     /// # Errors
     /// If the read model cannot be written.
     pub async fn withdraw(&self, name: &str, request: Request) -> Result<bool, StoreError> {
-        let row = Shape::whole(name).request(request.kind());
+        let row = Layout::single(name).request(request.kind());
         self.progress.remove_parked(&row, request.position()).await
     }
 
@@ -316,18 +316,18 @@ impl Operator {
 
     /// Returns the checkpoint names of the live version.
     async fn rows(&self, name: &str) -> Result<Vec<String>, StoreError> {
-        let shape = Shape::whole(name);
-        let live = Versions::from(self.progress.checkpoint(&shape.version()).await?).live;
-        let cut = self.progress.checkpoint(&shape.record()).await?.mark;
+        let layout = Layout::single(name);
+        let live = Versions::from(self.progress.checkpoint(&layout.version()).await?).live;
+        let cut = self.progress.checkpoint(&layout.record()).await?.mark;
         Ok(match u16::try_from(cut).unwrap_or(u16::MAX) {
-            0 => vec![shape.row(None, live)],
-            cut => Partition::all(cut).map(|partition| shape.row(Some(partition), live)).collect(),
+            0 => vec![layout.row(None, live)],
+            cut => Partition::all(cut).map(|partition| layout.row(Some(partition), live)).collect(),
         })
     }
 
     /// Makes the nodes re-read all state of the projection.
     async fn call(&self, name: &str) -> Result<(), StoreError> {
-        let order = Shape::whole(name).order();
+        let order = Layout::single(name).order();
         // Long enough to detect that a lease of this kind is not renewed.
         let patience = ORDER * 3 / 2;
         let give_up = Instant::now() + patience;

@@ -5,7 +5,7 @@ use chrono::{DateTime, Utc};
 use std::sync::Arc;
 
 use super::ReadModel;
-use super::shape::Shape;
+use super::layout::Layout;
 use crate::event::Position;
 use crate::store::{Checkpoint, CheckpointError, EventStore, Filter, ReadLog, StoreError};
 
@@ -78,9 +78,9 @@ pub(crate) async fn record_start(
         Some(_) => return Ok(true),
         None => (head == Position::START).then_some(head),
     };
-    let shape = Shape::whole(projection);
-    read_model.prepare(store, &shape.row(None, 0)).await?;
-    let record = shape.start();
+    let layout = Layout::single(projection);
+    read_model.prepare(store, &layout.row(None, 0)).await?;
+    let record = layout.start();
     let known = read_model.checkpoint(&record).await?;
     match floor {
         Some(floor) if known.mark == 0 => record_floor(read_model, &record, known, floor).await.map(|_| true),

@@ -258,7 +258,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         let now = Instant::now();
         Self {
             context,
-            row: context.shape.row(context.partition, instance.version),
+            row: context.layout.row(context.partition, instance.version),
             instance,
             read_model,
             inbox,
@@ -435,7 +435,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
     async fn prepare(&mut self) -> Result<(), StoreError> {
         self.create().await?;
         if !self.fits && self.read_model.shared() {
-            self.context.shape.check(self.read_model).await?;
+            self.context.layout.check(self.read_model).await?;
             self.find_version().await?;
         }
         if !self.fits {

@@ -10,8 +10,8 @@ use crate::event::{EncodeError, Position};
 use crate::invalid_option::{InvalidOption, at_least};
 use crate::partition;
 use crate::projection::{
-    self, FollowMode, Made, Projection, ProjectionHandle, ProjectionOptions, ReadModel, SharedState, Start,
-    StateClaim, Surroundings, record_start,
+    self, FollowMode, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel,
+    SharedState, Start, StateClaim, Surroundings, record_start,
 };
 use crate::store::{BoxFuture, EventStore, Filter};
 
@@ -50,7 +50,7 @@ trait PendingStart: Send {
 }
 
 struct Pending<P, R> {
-    made: Made<P>,
+    made: ProjectionFactory<P>,
     read_model: R,
     options: ProjectionOptions,
     /// Number of partitions, if the projection is partitioned.
@@ -63,7 +63,7 @@ struct Pending<P, R> {
 
 impl ProjectionRegistration {
     pub(super) fn new<P, R>(
-        made: Made<P>,
+        made: ProjectionFactory<P>,
         partitions: Option<u16>,
         read_model: R,
         options: ProjectionOptions,
@@ -79,7 +79,7 @@ impl ProjectionRegistration {
     /// Registers a projection over an in-memory state that may outlive the runtime.
     pub(super) fn over<P, R>(
         state: Option<SharedState>,
-        made: Made<P>,
+        made: ProjectionFactory<P>,
         partitions: Option<u16>,
         read_model: R,
         options: ProjectionOptions,
@@ -89,7 +89,7 @@ impl ProjectionRegistration {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let (name, filter) = made.with_one(|one| (one.name().to_owned(), one.filter()));
+        let (name, filter) = made.with_sample(|one| (one.name().to_owned(), one.filter()));
         let pending = Pending { made, read_model, options, partitions, state, claim: None, on_start };
         Self { name, filter, pending: Box::new(pending) }
     }

@@ -8,7 +8,8 @@ use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::LeaseWatcher;
 use crate::projection::{
-    Made, Projection, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, Target, spawn,
+    Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, Target,
+    spawn,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::store::EventStore;
@@ -73,7 +74,7 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        self.start_projection(Made::Once(projection), read_model, options).await
+        self.start_projection(ProjectionFactory::Single(projection), read_model, options).await
     }
 
     /// Starts a projection that can be rebuilt.
@@ -90,7 +91,7 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        self.start_projection(Made::Versioned(Arc::new(make)), read_model, options).await
+        self.start_projection(ProjectionFactory::Versioned(Arc::new(make)), read_model, options).await
     }
 
     /// Starts a projection in `partitions` partitions.
@@ -108,12 +109,13 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        self.start_projection(Made::Partitioned(partitions, Arc::new(make)), read_model, options).await
+        self.start_projection(ProjectionFactory::Partitioned(partitions, Arc::new(make)), read_model, options)
+            .await
     }
 
     async fn start_projection<P, R>(
         &self,
-        made: Made<P>,
+        made: ProjectionFactory<P>,
         read_model: R,
         options: ProjectionOptions,
     ) -> ProjectionHandle
@@ -121,7 +123,7 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let filter = made.with_one(Projection::filter).expect("the filter names existing events");
+        let filter = made.with_sample(Projection::filter).expect("the filter names existing events");
         let (store, feed, lease_watcher) =
             (self.store.clone(), self.feed.clone(), self.lease_watcher.clone());
         let bus = self.bus.clone();

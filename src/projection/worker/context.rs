@@ -14,7 +14,7 @@ use crate::feed::Feed;
 use crate::lease::{LeaseWatcher, Observation};
 use crate::partition::Partition;
 use crate::projection::control::Control;
-use crate::projection::shape::Shape;
+use crate::projection::layout::Layout;
 use crate::projection::{
     FollowMode, MemoryRun, Projection, ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel,
     StateClaim,
@@ -86,7 +86,7 @@ pub(in crate::projection) enum Role {
 /// The constant part of a task.
 pub(super) struct Context {
     pub(super) name: String,
-    pub(super) shape: Shape,
+    pub(super) layout: Layout,
     /// The partition of the task; `None` if the projection is not partitioned.
     pub(super) partition: Option<Partition>,
     pub(super) role: Role,
@@ -117,7 +117,7 @@ pub(super) struct Context {
 
 /// The part of a projection that a task works on.
 pub(in crate::projection) struct Part {
-    pub(in crate::projection) shape: Shape,
+    pub(in crate::projection) layout: Layout,
     pub(in crate::projection) role: Role,
     /// The partition, and whether this node should own it; `None` if every node may own the whole.
     pub(in crate::projection) partition: Option<(Partition, watch::Receiver<bool>)>,
@@ -148,9 +148,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
         }
         let context = Arc::new(Context {
             name: instance.projection.name().to_owned(),
-            lease: part.shape.lease(partition, part.role),
+            lease: part.layout.lease(partition, part.role),
             role: part.role,
-            shape: part.shape,
+            layout: part.layout,
             partition,
             filter,
             sight: lease_watcher.watch(options.lease),
@@ -232,12 +232,12 @@ impl Context {
 
     /// Returns the version to work on now, if there is one.
     pub(super) async fn version(&self, read_model: &impl ReadModel) -> Result<Option<u64>, StoreError> {
-        Ok(self.shape.versions(read_model).await?.of(self.role))
+        Ok(self.layout.versions(read_model).await?.of(self.role))
     }
 
     /// Returns whether a node holds the order lease now, by the store's clock.
     pub(super) async fn ordered(&self) -> Result<bool, StoreError> {
-        let order = self.shape.order();
+        let order = self.layout.order();
         let leases = self.store.leases().await?;
         let view = self.lease_watcher.view();
         let abandoned = view.as_ref().and_then(|view| view.abandoned(&order));

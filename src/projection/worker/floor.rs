@@ -22,7 +22,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 context.floor.get_or_try_init(|| start.resolve(&*context.store, context.log_end)).await?;
             return Ok(*floor);
         }
-        let record = context.shape.start();
+        let record = context.layout.start();
         let known = read_model.checkpoint(&record).await?;
         if known.mark > 0 {
             return Ok(known.position);
@@ -41,7 +41,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(None);
         }
         let start = self.start();
-        match read_model.checkpoint(&context.shape.start()).await {
+        match read_model.checkpoint(&context.layout.start()).await {
             Ok(known) => {
                 let position = known.position;
                 if position == Position::START || context.store.event_id_at(position).await?.is_some() {

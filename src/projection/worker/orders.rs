@@ -16,7 +16,7 @@ use crate::event::{Position, RecordedEvent};
 use crate::lease::{self, HeldLease};
 use crate::projection::control::{Control, Reply};
 use crate::projection::error::NoReset;
-use crate::projection::shape::{Row, fenced};
+use crate::projection::layout::{CheckpointKey, bump};
 use crate::projection::start_position::recorded;
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
@@ -123,7 +123,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     async fn trigger(&mut self) -> Result<(), ControlError> {
         // First: the tasks read the target when they are notified.
         self.context.set_goal().await?;
-        let lease = self.hold(&self.context.shape.trigger()).await?;
+        let lease = self.hold(&self.context.layout.trigger()).await?;
         self.context.store.release_lease(&lease).await?;
         self.context.lease_watcher.hint();
         Ok(())
@@ -131,7 +131,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Acquires the order lease, which holds up all tasks of the projection; one node at a time.
     pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
-        let order = self.hold(&self.context.shape.order()).await?;
+        let order = self.hold(&self.context.layout.order()).await?;
         self.ours.push(order.epoch);
         Ok(order)
     }
@@ -248,7 +248,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Runs in one transaction, if the read model has transactions. Returns whether the request
     /// still existed.
     async fn empty(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
-        let Context { shape, .. } = self.context;
+        let Context { layout, .. } = self.context;
         let row = &self.row.clone();
         // An unreadable checkpoint belongs to another store, or is unreadable below as well.
         let known = self.read_model.checkpoint(row).await.unwrap_or_default();
@@ -260,11 +260,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             {
                 return Ok(None);
             }
-            let version = shape.live(self.read_model, &mut open).await?;
+            let version = layout.live(self.read_model, &mut open).await?;
             self.use_version(version)?;
-            let mut rows = shape.begin_anew(self.read_model, &mut open, version).await?;
+            let mut rows = layout.begin_anew(self.read_model, &mut open, version).await?;
             if let Some(floor) = floor {
-                let record = shape.start();
+                let record = layout.start();
                 let found = self.read_model.adopt(&mut open, &record).await?;
                 rows.insert(0, (record, found, recorded(found, floor)));
             }
@@ -326,10 +326,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             }
             return Err(blame(self.context, self.read_model, &error));
         }
-        rows.retain(|(row, ..)| Row::parse(row).is_some());
+        rows.retain(|(row, ..)| CheckpointKey::parse(row).is_some());
         for (_, found, to) in rows {
             *found = *to;
-            *to = fenced(*to);
+            *to = bump(*to);
         }
         Ok(())
     }
@@ -338,7 +338,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     async fn put_back(&mut self, open: &mut R::Open, moved: &[Move]) {
         for (row, found, to) in moved.iter().rev() {
             // No mark repeats: the mark identifies the replay.
-            let back = Row::parse(row).map_or(*found, |_| Checkpoint { mark: fenced(*to).mark, ..*found });
+            let back =
+                CheckpointKey::parse(row).map_or(*found, |_| Checkpoint { mark: bump(*to).mark, ..*found });
             if let Err(error) = self.read_model.save(open, row, *to, back).await {
                 tracing::warn!(
                     projection = self.context.name, %error,

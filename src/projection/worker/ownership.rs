@@ -89,7 +89,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Processes a resume or reset on any node: re-reads the state and retries failures.
     fn heed(&mut self, view: &LeaseView) {
-        let order = view.leases.get(&self.context.shape.order());
+        let order = view.leases.get(&self.context.layout.order());
         self.held_up = order.is_some_and(|order| order.live);
         let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
         let ours = self.ours.extract_if(.., |epoch| *epoch <= done).count() as u64;
@@ -260,13 +260,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Claims the checkpoint; `None` if a node is emptying the read model, unknown to the view so
     /// far.
     async fn claim(&mut self) -> Result<Option<Checkpoint>, CheckpointError> {
-        let Context { name, shape, store, .. } = self.context;
+        let Context { name, layout, store, .. } = self.context;
         let row = &self.row.clone();
         let found = self.read_model.checkpoint(row).await?;
         if self.read_model.shared() {
             // After reading the checkpoint: a change of the layout moves it too, so that the
             // compare-and-set below fails.
-            shape.check(self.read_model).await?;
+            layout.check(self.read_model).await?;
             if self.context.version(self.read_model).await? != Some(self.instance.version) {
                 let expected = Checkpoint { mark: found.mark + 1, ..found };
                 return Err(CheckpointError::Stale { name: name.clone(), expected, found });

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::{REQUESTS_AGAIN, Role, Run};
 use crate::event::Position;
 use crate::partition::Partition;
-use crate::projection::shape::fenced;
+use crate::projection::layout::bump;
 use crate::projection::{ControlError, Projection, ReadModel, Request};
 use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 
@@ -28,7 +28,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         self.create().await?;
         for request in [Request::Reset, Request::CancelRebuild, Request::Rebuild] {
-            let row = context.shape.request(request.kind());
+            let row = context.layout.request(request.kind());
             for kept in ReadModel::parked(self.read_model, &row, 1).await? {
                 if kept.attempts > 0 {
                     continue;
@@ -53,7 +53,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.retries_due = false;
             return Ok(());
         }
-        let row = context.shape.request(Request::Retry(Position::START).kind());
+        let row = context.layout.request(Request::Retry(Position::START).kind());
         let mut limit = PAGE;
         loop {
             let mut more = false;
@@ -132,7 +132,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         }
         let refusal = ParkedEvent { attempts: 1, error: error.to_string(), ..kept };
         let open = self.read_model.begin(row, found).await?;
-        match self.read_model.commit(open, row, found, fenced(found), Some(refusal)).await {
+        match self.read_model.commit(open, row, found, bump(found), Some(refusal)).await {
             // A request that was made meanwhile has its own turn.
             Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
             Err(CheckpointError::Store(error)) => Err(error),

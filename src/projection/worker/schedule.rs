@@ -6,7 +6,7 @@ use super::orders::ATTEMPTS;
 use super::{Context, Role, Run, Source};
 use crate::event::Position;
 use crate::lease::LeaseView;
-use crate::projection::shape::fenced;
+use crate::projection::layout::bump;
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel, Schedule};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 use crate::time::after;
@@ -78,11 +78,11 @@ impl Context {
     /// The target is in the event store: later owners know it too, and a target that was reached is
     /// not pursued twice.
     pub(super) async fn set_goal(&self) -> Result<(), ControlError> {
-        let Self { name, store, shape, .. } = self;
-        let (row, head) = (shape.goal(), store.high_water_mark().await?);
+        let Self { name, store, layout, .. } = self;
+        let (row, head) = (layout.goal(), store.high_water_mark().await?);
         let mut found = store.checkpoint(&row).await?;
         for _ in 0..ATTEMPTS {
-            let goal = Checkpoint { position: head.max(found.position), ..fenced(found) };
+            let goal = Checkpoint { position: head.max(found.position), ..bump(found) };
             match store.save_checkpoint(&row, found, goal, None).await {
                 Ok(()) => return Ok(()),
                 // A concurrent trigger has set the same target or a later one.
@@ -96,14 +96,14 @@ impl Context {
 
     /// Returns the target and the number of triggers.
     pub(super) async fn goal(&self) -> Result<Checkpoint, StoreError> {
-        self.store.checkpoint(&self.shape.goal()).await
+        self.store.checkpoint(&self.layout.goal()).await
     }
 }
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Processes a trigger on any node.
     pub(super) async fn heed_triggers(&mut self, view: &LeaseView) {
-        let triggers = view.leases.get(&self.context.shape.trigger()).map_or(0, |posted| posted.epoch);
+        let triggers = view.leases.get(&self.context.layout.trigger()).map_or(0, |posted| posted.epoch);
         if self.timing.triggers.is_some_and(|known| known != triggers) {
             self.timing.forget();
             self.timing.hold = None;
@@ -119,7 +119,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Withdraws the target `goal` after a reset: the projection waits for a later trigger.
     pub(super) async fn give_up_goal(&mut self, goal: Checkpoint) -> Result<(), StoreError> {
-        let Context { store, shape, .. } = self.context;
+        let Context { store, layout, .. } = self.context;
         if !self.read_model.shared() {
             self.timing.over = goal.mark;
             return Ok(());
@@ -128,7 +128,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(());
         }
         let none = Checkpoint { position: Position::START, ..goal };
-        match store.save_checkpoint(&shape.goal(), goal, none, None).await {
+        match store.save_checkpoint(&layout.goal(), goal, none, None).await {
             // A concurrent trigger has set a new target.
             Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
             Err(CheckpointError::Store(error)) => Err(error),

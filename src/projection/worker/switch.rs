@@ -8,7 +8,7 @@ use super::apply::contained;
 use super::orders::{GRACE, blame, refused};
 use super::{Run, Source};
 use crate::event::Position;
-use crate::projection::shape::{Versions, fenced};
+use crate::projection::layout::{Versions, bump};
 use crate::projection::{ControlError, Projection, ReadModel};
 use crate::store::{Checkpoint, Lease, StoreError};
 
@@ -130,12 +130,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Returns the largest lag of a partition, and whether all lagging partitions advance.
     async fn behind(&mut self, since: Option<Instant>) -> Result<(u64, bool), StoreError> {
-        let shape = &self.context.shape;
-        let Versions { live, .. } = shape.versions(self.read_model).await?;
+        let layout = &self.context.layout;
+        let Versions { live, .. } = layout.versions(self.read_model).await?;
         let (mut most, mut all_get_on) = (0, true);
-        for (index, part) in shape.parts().enumerate() {
-            let old = self.read_model.checkpoint(&shape.row(part, live)).await?.position;
-            let new = self.read_model.checkpoint(&shape.row(part, self.instance.version)).await?.position;
+        for (index, part) in layout.parts().enumerate() {
+            let old = self.read_model.checkpoint(&layout.row(part, live)).await?.position;
+            let new = self.read_model.checkpoint(&layout.row(part, self.instance.version)).await?.position;
             if self.paces.len() <= index {
                 self.paces.push(Pace::default());
             }
@@ -151,8 +151,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     async fn put_in_place(&mut self) -> Result<(), ControlError> {
         let context = self.context;
-        let (shape, version) = (&context.shape, self.instance.version);
-        let record = shape.version();
+        let (layout, version) = (&context.layout, self.instance.version);
+        let record = layout.version();
         let found = self.read_model.checkpoint(&record).await?;
         let mut open = self.read_model.begin(&record, found).await?;
         let Versions { live, rebuilt } = Versions::from(found);
@@ -161,14 +161,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             if rebuilt != Some(version) {
                 return Err(late("cutting over failed: the versions have changed"));
             }
-            for part in shape.parts() {
+            for part in layout.parts() {
                 // I7: both are locked until the commit, and owners that know the old values are
                 // fenced.
-                let (old_row, new_row) = (shape.row(part, live), shape.row(part, version));
+                let (old_row, new_row) = (layout.row(part, live), layout.row(part, version));
                 let old = self.read_model.adopt(&mut open, &old_row).await?;
                 let new = self.read_model.adopt(&mut open, &new_row).await?;
-                self.read_model.save(&mut open, &old_row, old, fenced(old)).await.map_err(refused)?;
-                self.read_model.save(&mut open, &new_row, new, fenced(new)).await.map_err(refused)?;
+                self.read_model.save(&mut open, &old_row, old, bump(old)).await.map_err(refused)?;
+                self.read_model.save(&mut open, &new_row, new, bump(new)).await.map_err(refused)?;
                 if new.position < old.position {
                     return Err(late("cutting over failed: the rebuilt version lags the live one again"));
                 }

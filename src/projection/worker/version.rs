@@ -13,7 +13,7 @@ use super::apply::contained;
 use super::orders::{Change, GRACE, ORDER, blame, refused};
 use super::{Context, Run};
 use crate::event::Position;
-use crate::projection::shape::{Versions, fenced};
+use crate::projection::layout::{Versions, bump};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
@@ -53,7 +53,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.switch_again.succeeded();
             context.status.send_modify(|status| status.measured = None);
         }
-        self.row = context.shape.row(context.partition, version);
+        self.row = context.layout.row(context.partition, version);
         context.status.send_modify(|status| status.version = version);
         Ok(())
     }
@@ -100,7 +100,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Begins a rebuild; returns whether the request still existed.
     pub(super) async fn begin_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
         let (context, read_model) = (self.context, self.read_model);
-        let record = context.shape.version();
+        let record = context.layout.version();
         let found = read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
         if versions.rebuilt.is_some() {
@@ -195,8 +195,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     ///
     /// Returns whether the request still existed. The request stays until the data is dropped, too.
     pub(super) async fn end_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
-        let (Context { shape, name, .. }, read_model) = (self.context, self.read_model);
-        let record = shape.version();
+        let (Context { layout, name, .. }, read_model) = (self.context, self.read_model);
+        let record = layout.version();
         let found = self.read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
         if let Some(request) = requested
@@ -209,14 +209,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         // The rebuild has as many parts as it began with, independent of this program's setting.
         // That number is constant during a rebuild. It is read outside the transaction: inside, it
         // would need a second connection.
-        let parts: Vec<_> = shape.as_recorded(read_model).await?.parts().collect();
+        let parts: Vec<_> = layout.as_recorded(read_model).await?.parts().collect();
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
             read_model.save(&mut open, &record, found, ended).await.map_err(refused)?;
             for part in parts {
-                let row = shape.row(part, version);
+                let row = layout.row(part, version);
                 let found = read_model.adopt(&mut open, &row).await?;
-                let anew = Checkpoint { position: Position::START, ..fenced(found) };
+                let anew = Checkpoint { position: Position::START, ..bump(found) };
                 self.read_model.save(&mut open, &row, found, anew).await.map_err(refused)?;
                 self.read_model.unpark_all(&mut open, &row).await?;
             }
@@ -237,7 +237,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Drops the data of the next version, unless a new rebuild writes to it.
     pub(super) async fn discard(&mut self, asked: Option<(&str, Checkpoint)>) -> Result<(), ControlError> {
         let (context, read_model) = (self.context, self.read_model);
-        let record = context.shape.version();
+        let record = context.layout.version();
         let found = read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
         let again = versions.rebuilt.is_some();
@@ -258,7 +258,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 discarded.map_err(|error| blame(context, read_model, &error))?;
             }
             let Some((request, found)) = asked else { return Ok(()) };
-            match read_model.save(&mut open, request, found, fenced(found)).await {
+            match read_model.save(&mut open, request, found, bump(found)).await {
                 Ok(()) => read_model.unpark(&mut open, request, Position::START).await.map(drop)?,
                 // The request was made again meanwhile, and is executed again.
                 Err(CheckpointError::Stale { .. }) => {}

@@ -9,12 +9,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
-use super::balance::wanted;
-use super::shape::Shape;
-use super::{PartitionStatus, ProjectionState, ProjectionStatus};
+use super::assignment::assign_partitions;
 use crate::future::BoxFuture;
 use crate::lease::{HeldLease, LeaseView, LeaseWatcher, Observation};
 use crate::partition::Partition;
+use crate::projection::layout::Layout;
+use crate::projection::{PartitionStatus, ProjectionState, ProjectionStatus};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
@@ -26,31 +26,31 @@ const SUM_SHARE: Duration = Duration::from_micros(200);
 
 /// A partition, as seen by its group.
 #[derive(Debug)]
-pub(super) struct Seat {
-    pub(super) partition: Partition,
+pub(in super::super) struct PartitionSlot {
+    pub(in super::super) partition: Partition,
     /// Name of its lease.
-    pub(super) lease: String,
+    pub(in super::super) lease: String,
     /// Whether this node should own the partition.
-    pub(super) permit: watch::Sender<bool>,
-    pub(super) status: watch::Receiver<ProjectionStatus>,
+    pub(in super::super) assigned: watch::Sender<bool>,
+    pub(in super::super) status: watch::Receiver<ProjectionStatus>,
 }
 
 /// The message type of a group, which receives no messages.
-pub(super) enum Never {}
+pub(in super::super) enum Never {}
 
 /// The partition group, supervised as one actor.
-pub(super) struct Group {
-    pub(super) name: String,
-    pub(super) shape: Shape,
-    pub(super) seats: Arc<[Seat]>,
-    pub(super) lease_watcher: LeaseWatcher,
-    pub(super) node: Uuid,
-    pub(super) lease: Duration,
-    pub(super) metrics: Metrics,
-    pub(super) status: watch::Sender<ProjectionStatus>,
+pub(in super::super) struct PartitionGroup {
+    pub(in super::super) name: String,
+    pub(in super::super) layout: Layout,
+    pub(in super::super) slots: Arc<[PartitionSlot]>,
+    pub(in super::super) lease_watcher: LeaseWatcher,
+    pub(in super::super) node: Uuid,
+    pub(in super::super) lease: Duration,
+    pub(in super::super) metrics: Metrics,
+    pub(in super::super) status: watch::Sender<ProjectionStatus>,
 }
 
-impl Work for Arc<Group> {
+impl Work for Arc<PartitionGroup> {
     type Control = Never;
 
     fn name(&self) -> String {
@@ -69,17 +69,17 @@ impl Work for Arc<Group> {
     }
 }
 
-impl Group {
+impl PartitionGroup {
     async fn balance(&self, mut inbox: Inbox<Never>) {
-        let mut sight = self.lease_watcher.watch(self.lease);
-        sight.mark_changed();
-        let mut statuses: Vec<_> = self.seats.iter().map(|seat| seat.status.clone()).collect();
+        let mut observations = self.lease_watcher.watch(self.lease);
+        observations.mark_changed();
+        let mut statuses: Vec<_> = self.slots.iter().map(|slot| slot.status.clone()).collect();
         let pause = SUM.max(SUM_SHARE * u32::try_from(statuses.len()).unwrap_or(u32::MAX));
         let mut membership: Option<HeldLease> = None;
         // Time of the next attempt to join, after a failure of the store or a lost race.
         let mut ask_at = Instant::now();
         while !inbox.is_stopping() {
-            let Observation { view, .. } = sight.borrow_and_update().clone();
+            let Observation { view, .. } = observations.borrow_and_update().clone();
             self.tell(view.as_deref());
             if !self.fits()
                 && let Some(membership) = membership.take()
@@ -103,7 +103,7 @@ impl Group {
                     tracing::warn!(projection = self.name, "lost the membership for sharing the partitions");
                     membership = None;
                 }
-                _ = sight.changed() => {}
+                _ = observations.changed() => {}
                 () = sleep_until(ask_at), if membership.is_none() && self.fits() => {}
                 () = async {
                     // An error means that a partition has ended: its status does not change any
@@ -127,13 +127,13 @@ impl Group {
 
     /// Returns whether every partition fits this node, as far as is known.
     fn fits(&self) -> bool {
-        self.seats.iter().all(|seat| seat.status.borrow().fits)
+        self.slots.iter().all(|slot| slot.status.borrow().fits)
     }
 
     /// Makes this node a member: acquires the first free membership lease.
     async fn join(&self, view: &LeaseView) -> Option<HeldLease> {
         for slot in 0.. {
-            let name = self.shape.member(slot);
+            let name = self.layout.member(slot);
             if view.owner(&name).is_some_and(|owner| owner != self.node) {
                 continue;
             }
@@ -166,7 +166,7 @@ impl Group {
     fn share_out(&self, view: &LeaseView, member: bool) {
         let owners: Vec<_> = self.owners(view).collect();
         let mut members: BTreeSet<Uuid> = (0..)
-            .map_while(|slot| view.leases.get(&self.shape.member(slot)))
+            .map_while(|slot| view.leases.get(&self.layout.member(slot)))
             .filter(|posted| posted.live)
             .map(|posted| posted.owner)
             .collect();
@@ -176,20 +176,20 @@ impl Group {
         } else {
             members.remove(&self.node);
         }
-        let wanted = wanted(&owners, &members, self.node, &self.name);
-        for (index, seat) in self.seats.iter().enumerate() {
-            let permit = wanted.contains(&index);
-            seat.permit.send_if_modified(|permitted| std::mem::replace(permitted, permit) != permit);
+        let wanted = assign_partitions(&owners, &members, self.node, &self.name);
+        for (index, slot) in self.slots.iter().enumerate() {
+            let assigned = wanted.contains(&index);
+            slot.assigned.send_if_modified(|permitted| std::mem::replace(permitted, assigned) != assigned);
         }
     }
 
     fn owners(&self, view: &LeaseView) -> impl Iterator<Item = Option<Uuid>> {
-        self.seats.iter().map(|seat| view.owner(&seat.lease))
+        self.slots.iter().map(|slot| view.owner(&slot.lease))
     }
 
     /// Publishes the total status.
     fn tell(&self, view: Option<&LeaseView>) {
-        let sum = sum(&self.seats, view);
+        let sum = sum(&self.slots, view);
         self.status.send_if_modified(|status| {
             let news = *status != sum;
             *status = sum;
@@ -199,11 +199,11 @@ impl Group {
 }
 
 /// Returns the total status of all partitions.
-pub(super) fn sum(seats: &[Seat], view: Option<&LeaseView>) -> ProjectionStatus {
-    let partitions = seats.iter().map(|seat| PartitionStatus {
-        partition: seat.partition,
-        owner: view.and_then(|view| view.owner(&seat.lease)),
-        status: seat.status.borrow().clone(),
+pub(in super::super) fn sum(slots: &[PartitionSlot], view: Option<&LeaseView>) -> ProjectionStatus {
+    let partitions = slots.iter().map(|slot| PartitionStatus {
+        partition: slot.partition,
+        owner: view.and_then(|view| view.owner(&slot.lease)),
+        status: slot.status.borrow().clone(),
     });
     ProjectionStatus::sum(partitions.collect())
 }

@@ -1,7 +1,7 @@
 //! Access to checkpoints without writing to the read model, independent of its transaction type.
 
 use super::ReadModel;
-use super::shape::{Shape, Versions, fenced};
+use super::layout::{Layout, Versions, bump};
 use crate::event::Position;
 use crate::store::{
     BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
@@ -11,13 +11,13 @@ use std::sync::Arc;
 /// Maximum number of attempts while other writers move the same checkpoint.
 const ATTEMPTS: u32 = 20;
 
-pub(super) trait Progress: Send + Sync {
+pub(super) trait DynCheckpointStore: Send + Sync {
     fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>>;
     /// Returns whether nodes share the read model, so that another node may reset it.
     fn shared(&self) -> bool;
     fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>>;
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
-    fn versions<'a>(&'a self, shape: &'a Shape) -> BoxFuture<'a, Result<Versions, StoreError>>;
+    fn versions<'a>(&'a self, layout: &'a Layout) -> BoxFuture<'a, Result<Versions, StoreError>>;
     fn parked<'a>(
         &'a self,
         name: &'a str,
@@ -32,7 +32,7 @@ pub(super) trait Progress: Send + Sync {
     fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<(), StoreError>>;
 }
 
-impl<R: ReadModel> Progress for R {
+impl<R: ReadModel> DynCheckpointStore for R {
     fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>> {
         ReadModel::prepare(self, store, "operator")
     }
@@ -49,8 +49,8 @@ impl<R: ReadModel> Progress for R {
         ReadModel::checkpoint(self, name)
     }
 
-    fn versions<'a>(&'a self, shape: &'a Shape) -> BoxFuture<'a, Result<Versions, StoreError>> {
-        Box::pin(shape.versions(self))
+    fn versions<'a>(&'a self, layout: &'a Layout) -> BoxFuture<'a, Result<Versions, StoreError>> {
+        Box::pin(layout.versions(self))
     }
 
     fn parked<'a>(
@@ -75,7 +75,7 @@ impl<R: ReadModel> Progress for R {
                 let mut open = self.begin(name, Checkpoint::default()).await?;
                 // Also in a read model of another store that is to be reset.
                 let found = self.adopt(&mut open, name).await?;
-                match self.commit(open, name, found, fenced(found), Some(what.clone())).await {
+                match self.commit(open, name, found, bump(found), Some(what.clone())).await {
                     Ok(()) => return Ok(()),
                     Err(CheckpointError::Stale { .. }) => {}
                     Err(CheckpointError::Store(error)) => return Err(error),

@@ -11,7 +11,7 @@ use crate::store::{Checkpoint, CheckpointError, StoreError};
 /// I7: returns `found` with a new mark.
 ///
 /// Writers that know only `found` are fenced, also at the start of the log.
-pub(super) fn fenced(found: Checkpoint) -> Checkpoint {
+pub(super) fn bump(found: Checkpoint) -> Checkpoint {
     Checkpoint { mark: found.mark + 1, ..found }
 }
 
@@ -55,15 +55,15 @@ impl Versions {
 
 /// The parts of a checkpoint name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Row<'a> {
+pub(super) struct CheckpointKey<'a> {
     pub(super) name: &'a str,
     /// Index of the partition, if there is one.
     pub(super) partition: Option<u16>,
     pub(super) version: u64,
 }
 
-impl<'a> Row<'a> {
-    /// Parses a name made by [`Shape::row`]; `None` for other checkpoints.
+impl<'a> CheckpointKey<'a> {
+    /// Parses a name made by [`Layout::row`]; `None` for other checkpoints.
     pub(super) fn parse(row: &'a str) -> Option<Self> {
         let (kind, rest) = row.split_once('/')?;
         let (kind, version) = match kind.split_once('@') {
@@ -83,17 +83,17 @@ impl<'a> Row<'a> {
 
 /// A projection's name, and its number of partitions if it is partitioned.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Shape {
+pub(super) struct Layout {
     name: String,
     partitions: Option<u16>,
 }
 
-impl Shape {
-    pub(super) fn whole(name: &str) -> Self {
+impl Layout {
+    pub(super) fn single(name: &str) -> Self {
         Self { name: name.to_owned(), partitions: None }
     }
 
-    pub(super) fn cut(name: &str, partitions: u16) -> Self {
+    pub(super) fn partitioned(name: &str, partitions: u16) -> Self {
         Self { name: name.to_owned(), partitions: Some(partitions) }
     }
 
@@ -276,7 +276,7 @@ impl Shape {
         open: &mut R::Open,
         version: u64,
     ) -> Result<Vec<(String, Checkpoint, Checkpoint)>, StoreError> {
-        let anew = |found: Checkpoint| Checkpoint { position: Position::START, ..fenced(found) };
+        let anew = |found: Checkpoint| Checkpoint { position: Position::START, ..bump(found) };
         if !read_model.shared() {
             let row = self.row(None, 0);
             let found = read_model.adopt(open, &row).await?;
@@ -341,27 +341,30 @@ mod tests {
     fn rows_are_read_as_they_are_named() {
         for name in ["revenue", "a/b", "x@2/0/y"] {
             for version in [0, 1, 12] {
-                let row = Shape::whole(name).row(None, version);
-                assert_eq!(Row::parse(&row), Some(Row { name, partition: None, version }));
+                let row = Layout::single(name).row(None, version);
+                assert_eq!(
+                    CheckpointKey::parse(&row),
+                    Some(CheckpointKey { name, partition: None, version })
+                );
                 for partition in Partition::all(11) {
-                    let row = Shape::cut(name, 11).row(Some(partition), version);
+                    let row = Layout::partitioned(name, 11).row(Some(partition), version);
                     assert_eq!(
-                        Row::parse(&row),
-                        Some(Row { name, partition: Some(partition.index()), version })
+                        CheckpointKey::parse(&row),
+                        Some(CheckpointKey { name, partition: Some(partition.index()), version })
                     );
                 }
             }
-            let shape = Shape::whole(name);
+            let layout = Layout::single(name);
             for other in [
-                shape.version(),
-                shape.record(),
-                shape.request("reset"),
-                shape.goal(),
-                shape.start(),
-                delivered(&shape.row(None, 0)),
+                layout.version(),
+                layout.record(),
+                layout.request("reset"),
+                layout.goal(),
+                layout.start(),
+                delivered(&layout.row(None, 0)),
                 "publisher".into(),
             ] {
-                assert_eq!(Row::parse(&other), None, "{other}");
+                assert_eq!(CheckpointKey::parse(&other), None, "{other}");
             }
         }
     }
@@ -371,9 +374,9 @@ mod tests {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let outside = External::new();
         outside.prepare(&store, "x").await.unwrap();
-        Shape::cut("x", 4).check(&outside).await.unwrap();
+        Layout::partitioned("x", 4).check(&outside).await.unwrap();
         let mut open = outside.begin("x", Checkpoint::default()).await.unwrap();
-        let two = Shape::cut("x", 2);
+        let two = Layout::partitioned("x", 2);
         let rows = two.begin_anew(&outside, &mut open, 0).await.unwrap();
         let names: Vec<_> = rows.iter().map(|(row, ..)| row.as_str()).collect();
         let [parts @ .., last] = &names[..] else { panic!("{names:?}") };

@@ -17,7 +17,7 @@ use crate::partition::fnv1a_32;
 ///
 /// Two nodes with the same view never want the same partition. With different views, the lease
 /// decides.
-pub(super) fn wanted(
+pub(super) fn assign_partitions(
     owners: &[Option<Uuid>],
     members: &BTreeSet<Uuid>,
     me: Uuid,
@@ -67,7 +67,7 @@ mod tests {
         let before = owners.to_vec();
         let (mut given, mut taken) = (0, 0);
         for &member in members {
-            let wanted = wanted(&before, members, member, "p");
+            let wanted = assign_partitions(&before, members, member, "p");
             for (index, owner) in owners.iter_mut().enumerate() {
                 if before[index] == Some(member) && !wanted.contains(&index) {
                     *owner = None;
@@ -112,7 +112,10 @@ mod tests {
     fn the_larger_shares_are_not_always_the_same_nodes() {
         let members = members(3);
         let first = |projection: &str| {
-            members.iter().copied().find(|&me| !wanted(&[None], &members, me, projection).is_empty())
+            members
+                .iter()
+                .copied()
+                .find(|&me| !assign_partitions(&[None], &members, me, projection).is_empty())
         };
         let firsts: BTreeSet<_> = (0..50).map(|n| first(&format!("p{n}"))).collect();
         assert_eq!(firsts.len(), 3);
@@ -122,8 +125,8 @@ mod tests {
     fn a_non_member_wants_nothing_and_keeps_its_partitions() {
         let members = members(2);
         let owners = vec![Some(node(7)); 4];
-        assert!(wanted(&owners, &members, node(7), "p").is_empty());
-        assert!(wanted(&owners, &members, node(0), "p").is_empty());
+        assert!(assign_partitions(&owners, &members, node(7), "p").is_empty());
+        assert!(assign_partitions(&owners, &members, node(0), "p").is_empty());
     }
 
     proptest! {
