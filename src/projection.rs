@@ -67,7 +67,7 @@ pub use self::start_position::Start;
 pub(crate) use self::start_position::record_start;
 pub(crate) use self::state_claim::{SharedState, StateClaim};
 pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
-pub(crate) use self::worker::Surroundings;
+pub(crate) use self::worker::NodeServices;
 use crate::event::{EncodeError, Position, RecordedEvent};
 use crate::outage;
 use crate::partition::Partition;

@@ -31,8 +31,8 @@ use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::lease::LeaseWatcher;
 use crate::partition;
 use crate::projection::{
-    self, Lookup, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ProjectionStatus,
-    ReadModel, Surroundings, Target,
+    self, Lookup, NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions,
+    ProjectionStatus, ReadModel, Target,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::startup::{self, START_TIMEOUT};
@@ -533,7 +533,7 @@ impl Builder {
         let (bus, root) = (self.bus.clone(), Some(supervisor.cell()));
         let publisher =
             Publisher::spawn(store.clone(), bus, self.publisher, node, metrics.clone(), root).await?;
-        let surroundings = Surroundings {
+        let services = NodeServices {
             store: store.clone(),
             feed: feed.clone(),
             node,
@@ -546,7 +546,7 @@ impl Builder {
         };
         let mut handles = Vec::with_capacity(projections.len());
         for projection in projections {
-            handles.push(projection.start(surroundings.clone()).await?);
+            handles.push(projection.start(services.clone()).await?);
         }
         let writer = GroupCommitter::start(store.clone(), WriterOptions::default(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())

@@ -9,7 +9,7 @@ use super::handle::{Grouped, ProjectionHandle, Working};
 use super::layout::Layout;
 use super::partition::{PartitionGroup, PartitionSlot, sum};
 use super::time_limit::TimeLimited;
-use super::worker::{Instance, PageCache, Part, ProjectionWork, Role, Surroundings};
+use super::worker::{NodeServices, PageCache, ProjectionWork, Role, TaskSpec, VersionedProjection};
 use super::{Projection, ProjectionOptions, ReadModel, StateClaim, Target};
 use crate::partition::Partition;
 use crate::store::Filter;
@@ -41,9 +41,9 @@ impl<P: Projection> ProjectionFactory<P> {
     }
 }
 
-fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> Instance<P> {
+fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> VersionedProjection<P> {
     let make = make.clone();
-    Instance::made(move |version| make(Target { partition, version }))
+    VersionedProjection::made(move |version| make(Target { partition, version }))
 }
 
 /// Starts a projection. Connects to store and read model in the background, without a time limit.
@@ -53,7 +53,7 @@ pub(crate) async fn spawn<P, R>(
     read_model: R,
     options: ProjectionOptions,
     claim: Option<StateClaim>,
-    surroundings: Surroundings,
+    services: NodeServices,
 ) -> Result<ProjectionHandle, SpawnErr>
 where
     P: Projection,
@@ -61,9 +61,9 @@ where
 {
     let name = made.with_sample(|projection| projection.name().to_owned());
     let read_model = Arc::new(TimeLimited::new(read_model, options.transaction_timeout));
-    let start = async |instance, part: Part, claim| {
-        let surroundings = surroundings.clone();
-        let supervisor = surroundings.supervisor.clone();
+    let start = async |instance, part: TaskSpec, claim| {
+        let services = services.clone();
+        let supervisor = services.supervisor.clone();
         let (work, status) = ProjectionWork::new(
             instance,
             filter.clone(),
@@ -71,7 +71,7 @@ where
             options.clone(),
             part,
             claim,
-            surroundings,
+            services,
         );
         Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
     };
@@ -79,14 +79,14 @@ where
         ProjectionFactory::Single(_) | ProjectionFactory::Versioned(_) => Layout::single(&name),
         ProjectionFactory::Partitioned(count, _) => Layout::partitioned(&name, *count),
     };
-    let part = |role, partition| Part { layout: layout.clone(), role, partition, pages: None };
+    let part = |role, partition| TaskSpec { layout: layout.clone(), role, partition, pages: None };
     // Other read models refuse a rebuild; in memory, an idle rebuild task would apply the log a
     // second time.
     let switches = read_model.shared() && read_model.rolls_back();
     let (mut parts, mut rebuilds, mut slots) = (Vec::new(), Vec::new(), Vec::new());
     match made {
         ProjectionFactory::Single(projection) => {
-            parts.push(start(Instance::fixed(projection), part(Role::Live, None), claim).await?);
+            parts.push(start(VersionedProjection::fixed(projection), part(Role::Live, None), claim).await?);
         }
         ProjectionFactory::Versioned(make) => {
             let made = || instance(&make, Partition::whole());
@@ -102,8 +102,10 @@ where
                 let assigned = watch::Sender::new(false);
                 let permitted = || Some((partition, assigned.subscribe()));
                 let made = || instance(&make, partition);
-                let shared =
-                    |role, pages: &PageCache| Part { pages: Some(pages.clone()), ..part(role, permitted()) };
+                let shared = |role, pages: &PageCache| TaskSpec {
+                    pages: Some(pages.clone()),
+                    ..part(role, permitted())
+                };
                 let live = start(made(), shared(Role::Live, &live_pages), None).await?;
                 if switches {
                     rebuilds.push(start(made(), shared(Role::Rebuild, &rebuild_pages), None).await?);
@@ -114,7 +116,7 @@ where
             }
         }
     }
-    let Surroundings { store, supervisor, lease_watcher, node, metrics, .. } = surroundings;
+    let NodeServices { store, supervisor, lease_watcher, node, metrics, .. } = services;
     let group = if slots.is_empty() {
         None
     } else {

@@ -2,20 +2,20 @@
 
 mod apply;
 mod batch;
+mod catch_up;
 mod context;
+mod control;
+mod cutover;
+mod failure;
 mod floor;
-mod input;
+mod live;
 mod log_source;
 mod memory;
-mod orders;
+mod operator_requests;
 mod ownership;
 mod page_cache;
-mod reading;
-mod requests;
 mod schedule;
 mod snapshot;
-mod switch;
-mod trouble;
 mod version;
 
 use std::collections::VecDeque;
@@ -26,16 +26,16 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::Instrument;
 
 use self::batch::{BatchSize, PageSize};
-use self::context::Context;
-pub(crate) use self::context::Surroundings;
-pub(super) use self::context::{Instance, Part, ProjectionWork, Role};
-use self::input::Follower;
+use self::catch_up::PageAhead;
+pub(crate) use self::context::NodeServices;
+use self::context::TaskConfig;
+pub(super) use self::context::{ProjectionWork, Role, TaskSpec, VersionedProjection};
+use self::cutover::{RebuildProgress, SWITCH_AGAIN, Switch};
+use self::live::Follower;
 use self::ownership::News;
 pub(super) use self::page_cache::PageCache;
-use self::reading::PageAhead;
 use self::schedule::Timing;
 use self::snapshot::Snapshotting;
-use self::switch::{Pace, SWITCH_AGAIN, Switch};
 use super::control::Control;
 use super::{Projection, ProjectionState, ReadModel};
 use crate::backoff::Backoff;
@@ -98,17 +98,17 @@ struct Suspect {
     /// Error of the last attempt.
     error: String,
     /// Whether a retry cannot succeed.
-    hopeless: bool,
+    permanent: bool,
     /// Whether only its name is unknown, which is no failure here.
-    strange: bool,
+    unknown_event: bool,
     /// Time of the next attempt.
-    due: Instant,
+    retry_at: Instant,
 }
 
 /// The state of a projection while its task runs.
-struct Run<'a, P, R> {
-    context: &'a Context,
-    instance: &'a mut Instance<P>,
+struct ProjectionTask<'a, P, R> {
+    context: &'a TaskConfig,
+    instance: &'a mut VersionedProjection<P>,
     /// Name of its checkpoint, which is that of its version.
     row: String,
     read_model: &'a R,
@@ -128,15 +128,15 @@ struct Run<'a, P, R> {
     /// Backoff after a failed cut-over.
     switch_again: Backoff,
     /// Progress of the parts of the rebuild.
-    paces: Vec<Pace>,
+    rebuild_progress: Vec<RebuildProgress>,
     /// The persisted pause at the last check; nothing is applied before it is known.
     paused: Option<bool>,
     /// Time of the last pause or resume call: earlier lease views are older than that.
     paused_at: Option<Instant>,
     /// Whether a node changes shared state of the projection; nothing is applied meanwhile.
-    held_up: bool,
+    change_in_progress: bool,
     /// Epoch of the last processed change of that kind; `None` before the first check.
-    heeded: Option<u64>,
+    seen_epoch: Option<u64>,
     /// Whether there may be operator requests for a reset or a rebuild.
     requests_due: bool,
     /// Whether there may be operator requests to retry parked events.
@@ -146,12 +146,12 @@ struct Run<'a, P, R> {
     /// Earliest time of the next attempt at retries of parked events.
     retries_at: Instant,
     /// Epochs of this task's own changes that it has not processed yet.
-    ours: Vec<u64>,
+    own_epochs: Vec<u64>,
     /// Whether the projection stopped until an operator acts. In memory only: a restart clears it.
     failed: bool,
     /// Whether to release the lease: the failure may be this node's only, so another node may
     /// succeed.
-    surrender: bool,
+    release_lease: bool,
     /// The checkpoint of the read model; `None` if it must be read (again).
     saved: Option<Checkpoint>,
     /// Position up to which everything is applied.
@@ -187,11 +187,11 @@ struct Run<'a, P, R> {
     /// Time of the next [`tick`](Self::tick).
     tick_at: Instant,
     /// Earliest time of the next attempt to acquire the lease, after a lost race or a loss.
-    take_at: Instant,
+    acquire_at: Instant,
     /// Time of the next read of the owner's checkpoint, on standby.
-    look_at: Instant,
+    read_owner_at: Instant,
     /// Position at the last check for the age of the next event.
-    dated: Option<Position>,
+    age_checked_at: Option<Position>,
 }
 
 const LOST: &str = "the lease was lost, or was not renewed in time";
@@ -247,10 +247,10 @@ async fn hear<T>(
     }
 }
 
-impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R> {
+impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'a, P, R> {
     fn new(
-        context: &'a Context,
-        instance: &'a mut Instance<P>,
+        context: &'a TaskConfig,
+        instance: &'a mut VersionedProjection<P>,
         read_model: &'a R,
         inbox: Inbox<Control>,
     ) -> Self {
@@ -263,25 +263,25 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             read_model,
             inbox,
             lease: None,
-            news: News::new(&context.sight, context.permit.as_ref()),
+            news: News::new(&context.observations, context.permit.as_ref()),
             prepared: false,
             snapshotting: Snapshotting::new(context, read_model),
             fits: false,
             dormant: false,
             switch: None,
             switch_again: Backoff::new(SWITCH_AGAIN.0, SWITCH_AGAIN.1),
-            paces: Vec::new(),
+            rebuild_progress: Vec::new(),
             paused: None,
             paused_at: None,
-            held_up: false,
-            heeded: None,
+            change_in_progress: false,
+            seen_epoch: None,
             requests_due: true,
             retries_due: true,
             requests_at: now,
             retries_at: now,
-            ours: Vec::new(),
+            own_epochs: Vec::new(),
             failed: false,
-            surrender: false,
+            release_lease: false,
             saved: None,
             applied: Position::START,
             source: Source::Store,
@@ -298,9 +298,9 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             backoff: Backoff::new(first, max),
             wait_until: now,
             tick_at: now,
-            take_at: now,
-            look_at: now,
-            dated: None,
+            acquire_at: now,
+            read_owner_at: now,
+            age_checked_at: None,
         }
     }
 
@@ -343,21 +343,21 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             if self.tick_at <= Instant::now() {
                 self.tick().await;
             }
-            self.round().await;
+            self.step().await;
         }
     }
 
     /// Does the next due step. Short, except for the user's own code.
-    async fn round(&mut self) {
+    async fn step(&mut self) {
         if self.wait_until > Instant::now() {
             return self.idle(self.wait_until).await;
         }
-        if std::mem::take(&mut self.surrender)
+        if std::mem::take(&mut self.release_lease)
             && let Some(lease) = self.lease.take()
         {
             lease.release().await;
         }
-        if self.held_up && self.context.role == Role::Live {
+        if self.change_in_progress && self.context.role == Role::Live {
             return self.idle(self.tick_at).await;
         }
         // Before the check whether the read model fits, and also if it does not: a reset may make
@@ -373,7 +373,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             return self.idle(self.tick_at).await;
         }
         if let Err(error) = self.prepare().await {
-            return self.outage(&error);
+            return self.on_unavailable(&error);
         }
         if self.dormant {
             return self.sleep().await;
@@ -399,7 +399,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         match self.is_due().await {
             Ok(true) => {}
             Ok(false) => return self.rest().await,
-            Err(error) => return self.outage(&error),
+            Err(error) => return self.on_unavailable(&error),
         }
         if self.holds() {
             return self.follow().await;
@@ -554,12 +554,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
             let status = self.context.status.borrow();
             (status.position, status.lag().is_some_and(|lag| lag > 0))
         };
-        if !behind || self.pending.is_some() || self.dated == Some(position) || self.dormant {
+        if !behind || self.pending.is_some() || self.age_checked_at == Some(position) || self.dormant {
             return;
         }
         match self.context.log.next_recorded_at(position).await {
             Ok(Some(recorded_at)) => {
-                self.dated = Some(position);
+                self.age_checked_at = Some(position);
                 self.context.status.send_if_modified(|status| {
                     status.moved_to(position, Some(recorded_at));
                     false
@@ -583,7 +583,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'a, P, R
         };
         match flushed {
             Ok(()) => self.saved = Some(to),
-            Err(error) => self.refused(&error),
+            Err(error) => self.on_checkpoint_error(&error),
         }
     }
 }

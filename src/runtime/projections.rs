@@ -10,8 +10,8 @@ use crate::event::{EncodeError, Position};
 use crate::invalid_option::{InvalidOption, at_least};
 use crate::partition;
 use crate::projection::{
-    self, FollowMode, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel,
-    SharedState, Start, StateClaim, Surroundings, record_start,
+    self, FollowMode, NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions,
+    ReadModel, SharedState, Start, StateClaim, record_start,
 };
 use crate::store::{BoxFuture, EventStore, Filter};
 
@@ -45,7 +45,7 @@ trait PendingStart: Send {
     fn start(
         self: Box<Self>,
         filter: Filter,
-        surroundings: Surroundings,
+        services: NodeServices,
     ) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>>;
 }
 
@@ -108,8 +108,8 @@ impl ProjectionRegistration {
 }
 
 impl CheckedProjection {
-    pub(super) async fn start(self, surroundings: Surroundings) -> Result<ProjectionHandle, SpawnErr> {
-        self.pending.start(self.filter, surroundings).await
+    pub(super) async fn start(self, services: NodeServices) -> Result<ProjectionHandle, SpawnErr> {
+        self.pending.start(self.filter, services).await
     }
 }
 
@@ -158,11 +158,11 @@ where
     fn start(
         self: Box<Self>,
         filter: Filter,
-        surroundings: Surroundings,
+        services: NodeServices,
     ) -> BoxFuture<'static, Result<ProjectionHandle, SpawnErr>> {
         let Self { made, read_model, options, claim, on_start, .. } = *self;
         Box::pin(async move {
-            let handle = projection::spawn(made, filter, read_model, options, claim, surroundings).await?;
+            let handle = projection::spawn(made, filter, read_model, options, claim, services).await?;
             on_start(&handle);
             Ok(handle)
         })

@@ -8,7 +8,7 @@ use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::LeaseWatcher;
 use crate::projection::{
-    Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel, Surroundings, Target,
+    NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel, Target,
     spawn,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
@@ -130,7 +130,7 @@ impl Node {
         let metrics = Metrics::default();
         let log_end = self.store.high_water_mark().await.unwrap_or_default();
         let alive = Arc::downgrade(&self.alive);
-        let surroundings = Surroundings {
+        let services = NodeServices {
             store,
             feed,
             node: self.id,
@@ -141,7 +141,7 @@ impl Node {
             alive,
             log_end,
         };
-        let handle = spawn(made, filter, read_model, options, None, surroundings).await;
+        let handle = spawn(made, filter, read_model, options, None, services).await;
         let handle = handle.expect("the projection starts");
         self.projections.lock().unwrap_or_else(PoisonError::into_inner).push(handle.clone());
         handle

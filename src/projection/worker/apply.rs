@@ -8,8 +8,8 @@ use chrono::{DateTime, Utc};
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::orders::GRACE;
-use super::{Pending, Run, Suspect};
+use super::control::GRACE;
+use super::{Pending, ProjectionTask, Suspect};
 use crate::backoff::Backoff;
 use crate::event::{DecodeError, DecodeErrorKind, RecordedEvent};
 use crate::outage;
@@ -59,12 +59,13 @@ pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool
     causes(&**error).any(transient) || outage::is_outage(&**error) || read_model.is_outage(&**error)
 }
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Returns the time of the next attempt, if the first pending event has failed and must wait.
     pub(super) fn left_alone(&self) -> Option<Instant> {
         let (suspect, first) = (self.suspect.as_ref()?, self.pending.as_ref()?.events.front()?);
-        let again = !suspect.hopeless && suspect.attempts < self.context.options.attempts;
-        (again && first.position >= suspect.position && suspect.due > Instant::now()).then_some(suspect.due)
+        let again = !suspect.permanent && suspect.attempts < self.context.options.attempts;
+        (again && first.position >= suspect.position && suspect.retry_at > Instant::now())
+            .then_some(suspect.retry_at)
     }
 
     /// Applies as many of the pending events as fit into one transaction.
@@ -74,7 +75,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         });
         let count = match &self.suspect {
             Some(suspect) if suspected == 0 => {
-                if suspect.hopeless || suspect.attempts >= self.context.options.attempts {
+                if suspect.permanent || suspect.attempts >= self.context.options.attempts {
                     return self.give_up(saved, pending).await;
                 }
                 // Alone, so that its failure rolls back no other event.
@@ -89,7 +90,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Ok(open) => open,
             Err(error) => {
                 self.pending = Some(pending);
-                return self.outage(&error);
+                return self.on_unavailable(&error);
             }
         };
         // Not earlier: a smaller batch would wait for a connection as long.
@@ -129,7 +130,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.roll_back(open).await;
         }
         if outage {
-            self.outage(&*error);
+            self.on_unavailable(&*error);
         }
     }
 
@@ -156,7 +157,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             %error, "could not apply an event"
         );
         let undecodable = undecodable(error, event);
-        let strange = options.unknown_names == UnknownNames::PassOver
+        let unknown_event = options.unknown_names == UnknownNames::PassOver
             && undecodable == Some(&DecodeErrorKind::UnknownName);
         let text = format!(
             "applying {} at position {} (version {} of {}) failed: {error}",
@@ -167,9 +168,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             position: event.position,
             attempts,
             error: error.to_string(),
-            hopeless: undecodable.is_some(),
-            strange,
-            due: Instant::now() + backoff.next(),
+            permanent: undecodable.is_some(),
+            unknown_event,
+            retry_at: Instant::now() + backoff.next(),
         });
     }
 
@@ -197,7 +198,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 self.pending = Some(pending);
                 return;
             }
-            Err(error) => return self.refused(&error),
+            Err(error) => return self.on_checkpoint_error(&error),
         }
         self.backoff.succeeded();
         let took = began.elapsed();
@@ -246,7 +247,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         let (Some(suspect), Some(event)) = (&self.suspect, pending.events.front()) else { return };
         let context = self.context;
         let (name, attempts, error) = (&context.name, suspect.attempts, &suspect.error);
-        let parked = if suspect.strange {
+        let parked = if suspect.unknown_event {
             None
         } else if context.options.on_failure == FailurePolicy::Park {
             Some(ParkedEvent::new(event, error.clone(), attempts))
@@ -255,19 +256,19 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 projection = name, position = %event.position, stream = %event.stream, event = %event.name, attempts, error,
                 "stopped the projection before this event"
             );
-            return self.stand_still();
+            return self.stop();
         };
         let to = Checkpoint { position: event.position, ..saved };
         let open = match self.read_model.begin(&self.row, saved).await {
             Ok(open) => open,
             Err(error) => {
                 self.pending = Some(pending);
-                return self.outage(&error);
+                return self.on_unavailable(&error);
             }
         };
         let (parks, row) = (parked.is_some(), &self.row);
         if let Err(error) = self.read_model.commit(open, row, saved, to, parked).await {
-            return self.refused(&error);
+            return self.on_checkpoint_error(&error);
         }
         if parks {
             tracing::error!(

@@ -7,7 +7,7 @@ use tokio::sync::{Mutex, OnceCell, watch};
 use uuid::Uuid;
 
 use super::log_source::LogSource;
-use super::{PageCache, Run};
+use super::{PageCache, ProjectionTask};
 use crate::bus::EventBus;
 use crate::event::{Position, RecordedEvent};
 use crate::feed::Feed;
@@ -25,7 +25,7 @@ use crate::telemetry::Metrics;
 
 /// Services that the projections of a node share.
 #[derive(Clone)]
-pub(crate) struct Surroundings {
+pub(crate) struct NodeServices {
     pub(crate) store: Arc<dyn EventStore>,
     pub(crate) feed: Feed,
     pub(crate) node: Uuid,
@@ -41,21 +41,21 @@ pub(crate) struct Surroundings {
 
 /// The work of a projection's task, supervised by its actor.
 pub(in crate::projection) struct ProjectionWork<P, R> {
-    context: Arc<Context>,
+    context: Arc<TaskConfig>,
     /// Outlives a task that panics; one task at a time locks it.
     subject: Arc<Mutex<Subject<P, R>>>,
 }
 
 /// The user's part.
 struct Subject<P, R> {
-    instance: Instance<P>,
+    instance: VersionedProjection<P>,
     read_model: Arc<R>,
     /// Claim on the memory that it folds into.
     claim: Option<StateClaim>,
 }
 
 /// A projection that writes to one version of its read model.
-pub(in crate::projection) struct Instance<P> {
+pub(in crate::projection) struct VersionedProjection<P> {
     pub(super) projection: P,
     /// The version.
     pub(super) version: u64,
@@ -64,7 +64,7 @@ pub(in crate::projection) struct Instance<P> {
     pub(super) make: Option<Box<dyn Fn(u64) -> P + Send + Sync>>,
 }
 
-impl<P> Instance<P> {
+impl<P> VersionedProjection<P> {
     pub(in crate::projection) fn fixed(projection: P) -> Self {
         Self { projection, version: 0, make: None }
     }
@@ -84,7 +84,7 @@ pub(in crate::projection) enum Role {
 }
 
 /// The constant part of a task.
-pub(super) struct Context {
+pub(super) struct TaskConfig {
     pub(super) name: String,
     pub(super) layout: Layout,
     /// The partition of the task; `None` if the projection is not partitioned.
@@ -103,7 +103,7 @@ pub(super) struct Context {
     pub(super) lease_watcher: LeaseWatcher,
     pub(super) metrics: Metrics,
     /// Lease views.
-    pub(super) sight: watch::Receiver<Observation>,
+    pub(super) observations: watch::Receiver<Observation>,
     /// Whether this node should own the partition.
     pub(super) permit: Option<watch::Receiver<bool>>,
     pub(super) status: watch::Sender<ProjectionStatus>,
@@ -116,7 +116,7 @@ pub(super) struct Context {
 }
 
 /// The part of a projection that a task works on.
-pub(in crate::projection) struct Part {
+pub(in crate::projection) struct TaskSpec {
     pub(in crate::projection) layout: Layout,
     pub(in crate::projection) role: Role,
     /// The partition, and whether this node should own it; `None` if every node may own the whole.
@@ -127,17 +127,16 @@ pub(in crate::projection) struct Part {
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P, R> {
     pub(in crate::projection) fn new(
-        instance: Instance<P>,
+        instance: VersionedProjection<P>,
         filter: Filter,
         read_model: Arc<R>,
         options: ProjectionOptions,
-        part: Part,
+        part: TaskSpec,
         claim: Option<StateClaim>,
-        surroundings: Surroundings,
+        services: NodeServices,
     ) -> (Self, watch::Receiver<ProjectionStatus>) {
         let (status, receiver) = watch::channel(ProjectionStatus::new());
-        let Surroundings { store, feed, node, bus, lease_watcher, metrics, alive, log_end, .. } =
-            surroundings;
+        let NodeServices { store, feed, node, bus, lease_watcher, metrics, alive, log_end, .. } = services;
         // A task that does not follow the feed (yet) reads the end of the log from it.
         feed.begin();
         let (partition, permit) = part.partition.unzip();
@@ -146,14 +145,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionWork<P
             // A durable consumer belongs to the original: this node would take its messages away.
             options.follow = FollowMode::Feed;
         }
-        let context = Arc::new(Context {
+        let context = Arc::new(TaskConfig {
             name: instance.projection.name().to_owned(),
             lease: part.layout.lease(partition, part.role),
             role: part.role,
             layout: part.layout,
             partition,
             filter,
-            sight: lease_watcher.watch(options.lease),
+            observations: lease_watcher.watch(options.lease),
             options,
             log: LogSource::new(store.clone(), part.pages.zip(partition)),
             store,
@@ -202,7 +201,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
                     context.alive.clone(),
                 )
             });
-            Run::new(&context, instance, &**read_model, inbox).run().await;
+            ProjectionTask::new(&context, instance, &**read_model, inbox).run().await;
         })
     }
 
@@ -220,7 +219,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Work for Project
     }
 }
 
-impl Context {
+impl TaskConfig {
     /// Returns whether the event is for this projection and this partition.
     pub(super) fn wants(&self, event: &RecordedEvent) -> bool {
         self.filter.matches(event) && self.is_here(event)

@@ -1,12 +1,12 @@
 //! Start position of a projection: resolved once, stored beside its checkpoints, never undercut.
 
-use super::Run;
+use super::ProjectionTask;
 use crate::event::Position;
 use crate::projection::start_position::record_floor;
 use crate::projection::{Projection, ReadModel, Start};
 use crate::store::StoreError;
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     fn start(&self) -> Start {
         self.context.options.start.unwrap_or(Start::Beginning)
     }

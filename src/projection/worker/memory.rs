@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{Context, Run};
+use super::{ProjectionTask, TaskConfig};
 use crate::projection::error::NoReset;
 use crate::projection::{MemoryRun, Projection, ReadModel};
 use crate::store::{Checkpoint, StoreError};
@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// Pause between two checks.
 const RETRY: Duration = Duration::from_millis(5);
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Empties the read model before its first event: the memory may hold the state of an earlier
     /// run.
     pub(super) async fn empty_memory(&mut self) -> Result<(), StoreError> {
@@ -45,8 +45,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 }
 
 /// Waits for an `apply` of the previous run in this process: it may fold into the same memory.
-async fn previous_run_ended(context: &Context) -> Result<(), StoreError> {
-    let Context { name, store, .. } = context;
+async fn previous_run_ended(context: &TaskConfig) -> Result<(), StoreError> {
+    let TaskConfig { name, store, .. } = context;
     let deadline = Instant::now() + PATIENCE;
     while MemoryRun::is_ending(store.info().id, name) {
         if Instant::now() >= deadline {

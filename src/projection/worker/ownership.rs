@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{Context, Run};
+use super::{ProjectionTask, TaskConfig};
 use crate::event::Position;
 use crate::lease::{HeldLease, LeaseView, Observation};
 use crate::projection::{Projection, ProjectionState, ReadModel};
@@ -16,27 +16,30 @@ const LEAVE_ALONE: Duration = Duration::from_millis(250);
 
 /// Notifications to a task, besides its input.
 pub(super) struct News {
-    sight: watch::Receiver<Observation>,
+    observations: watch::Receiver<Observation>,
     permit: Option<watch::Receiver<bool>>,
 }
 
 impl News {
-    pub(super) fn new(sight: &watch::Receiver<Observation>, permit: Option<&watch::Receiver<bool>>) -> Self {
-        let mut news = Self { sight: sight.clone(), permit: permit.cloned() };
+    pub(super) fn new(
+        observations: &watch::Receiver<Observation>,
+        permit: Option<&watch::Receiver<bool>>,
+    ) -> Self {
+        let mut news = Self { observations: observations.clone(), permit: permit.cloned() };
         // The initial state counts as a change.
-        news.sight.mark_changed();
+        news.observations.mark_changed();
         news
     }
 
     pub(super) fn has_changed(&self) -> bool {
         // An error means that the node is stopping.
-        self.sight.has_changed().unwrap_or(false)
+        self.observations.has_changed().unwrap_or(false)
             || self.permit.as_ref().is_some_and(|permit| permit.has_changed().unwrap_or(false))
     }
 
     /// Waits for a change. Cancel-safe.
     pub(super) async fn changed(&mut self) {
-        let Self { sight, permit } = self;
+        let Self { observations, permit } = self;
         let permit = async {
             match permit {
                 Some(permit) => permit.changed().await,
@@ -44,7 +47,7 @@ impl News {
             }
         };
         let changed = tokio::select! {
-            changed = sight.changed() => changed,
+            changed = observations.changed() => changed,
             changed = permit => changed,
         };
         if changed.is_err() {
@@ -59,16 +62,16 @@ impl News {
     }
 }
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Processes the lease view: pauses, owners, and changes by other nodes.
     pub(super) async fn look(&mut self) {
-        let Observation { view, error } = self.news.sight.borrow_and_update().clone();
+        let Observation { view, error } = self.news.observations.borrow_and_update().clone();
         if let Some(permit) = &mut self.news.permit {
             permit.mark_unchanged();
         }
         if let Some(error) = error {
             if self.paused.is_none() {
-                return self.try_later(&error);
+                return self.schedule_retry(&error);
             }
             let error = format!("reading the pauses failed: {error}");
             self.context.status.send_modify(|status| status.last_error = Some(error));
@@ -90,11 +93,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Processes a resume or reset on any node: re-reads the state and retries failures.
     fn heed(&mut self, view: &LeaseView) {
         let order = view.leases.get(&self.context.layout.order());
-        self.held_up = order.is_some_and(|order| order.live);
+        self.change_in_progress = order.is_some_and(|order| order.live);
         let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
-        let ours = self.ours.extract_if(.., |epoch| *epoch <= done).count() as u64;
-        if self.heeded.is_some_and(|heeded| heeded < done) {
-            if self.heeded.is_some_and(|heeded| done - heeded > ours) {
+        let own_epochs = self.own_epochs.extract_if(.., |epoch| *epoch <= done).count() as u64;
+        if self.seen_epoch.is_some_and(|seen_epoch| seen_epoch < done) {
+            if self.seen_epoch.is_some_and(|seen_epoch| done - seen_epoch > own_epochs) {
                 // Another node made the change: there may be new operator requests.
                 self.requests_at = Instant::now();
                 self.retries_at = Instant::now();
@@ -104,7 +107,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             self.requests_due = true;
             self.retries_due = true;
         }
-        self.heeded = Some(done);
+        self.seen_epoch = Some(done);
     }
 
     /// Continues from the stored checkpoint.
@@ -121,7 +124,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn stand_by(&mut self) {
         let context = self.context;
         let mut free = self.news.permits() && self.looks_free();
-        let permit = match free && self.take_at <= Instant::now() {
+        let permit = match free && self.acquire_at <= Instant::now() {
             true => context.lease_watcher.permit_to_acquire().await,
             false => None,
         };
@@ -147,10 +150,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     return context.lease_watcher.hint();
                 }
                 Ok(None) => context.lease_watcher.hint(),
-                Err(error) => return self.outage(&error),
+                Err(error) => return self.on_unavailable(&error),
             }
         }
-        if self.look_at <= Instant::now() {
+        if self.read_owner_at <= Instant::now() {
             match self.read_model.checkpoint(&self.row).await {
                 Ok(checkpoint) => {
                     self.context.status.send_if_modified(|status| {
@@ -163,9 +166,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     self.date().await;
                 }
                 // After any error: the owner may fix the cause, for example with a reset.
-                Err(error) => return self.try_later(&error),
+                Err(error) => return self.schedule_retry(&error),
             }
-            self.look_at = Instant::now() + context.lease_watcher.poll_interval();
+            self.read_owner_at = Instant::now() + context.lease_watcher.poll_interval();
         }
         context.set(if self.paused == Some(true) {
             ProjectionState::Paused
@@ -173,7 +176,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             ProjectionState::Standby
         });
         self.backoff.succeeded();
-        self.idle(if free { self.take_at.min(self.look_at) } else { self.look_at }).await;
+        self.idle(if free { self.acquire_at.min(self.read_owner_at) } else { self.read_owner_at }).await;
     }
 
     /// Returns whether no other node holds the lease; this node may hold it since before a panic.
@@ -185,7 +188,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     fn leave_alone(&mut self) {
-        self.take_at = Instant::now() + LEAVE_ALONE.min(self.context.options.lease / 6);
+        self.acquire_at = Instant::now() + LEAVE_ALONE.min(self.context.options.lease / 6);
     }
 
     /// Releases the lease, because another node should own the read model.
@@ -229,7 +232,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     fn forget(&mut self) {
         self.reload();
-        self.look_at = Instant::now();
+        self.read_owner_at = Instant::now();
     }
 
     /// Reads the checkpoint and, as a new owner, claims it: this fences the previous owner.
@@ -237,10 +240,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         match self.claim().await {
             Ok(Some(checkpoint)) => self.begin_at(checkpoint),
             Ok(None) => {
-                self.held_up = true;
+                self.change_in_progress = true;
                 self.context.lease_watcher.hint();
             }
-            Err(error) => self.refused(&error),
+            Err(error) => self.on_checkpoint_error(&error),
         }
     }
 
@@ -260,7 +263,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Claims the checkpoint; `None` if a node is emptying the read model, unknown to the view so
     /// far.
     async fn claim(&mut self) -> Result<Option<Checkpoint>, CheckpointError> {
-        let Context { name, layout, store, .. } = self.context;
+        let TaskConfig { name, layout, store, .. } = self.context;
         let row = &self.row.clone();
         let found = self.read_model.checkpoint(row).await?;
         if self.read_model.shared() {

@@ -2,8 +2,8 @@
 
 use tokio::time::Instant;
 
-use super::orders::ATTEMPTS;
-use super::{Context, Role, Run, Source};
+use super::control::ATTEMPTS;
+use super::{ProjectionTask, Role, Source, TaskConfig};
 use crate::event::Position;
 use crate::lease::LeaseView;
 use crate::projection::layout::bump;
@@ -72,7 +72,7 @@ impl Timing {
     }
 }
 
-impl Context {
+impl TaskConfig {
     /// Records the current end of the log as the target of a trigger.
     ///
     /// The target is in the event store: later owners know it too, and a target that was reached is
@@ -100,7 +100,7 @@ impl Context {
     }
 }
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Processes a trigger on any node.
     pub(super) async fn heed_triggers(&mut self, view: &LeaseView) {
         let triggers = view.leases.get(&self.context.layout.trigger()).map_or(0, |posted| posted.epoch);
@@ -119,7 +119,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Withdraws the target `goal` after a reset: the projection waits for a later trigger.
     pub(super) async fn give_up_goal(&mut self, goal: Checkpoint) -> Result<(), StoreError> {
-        let Context { store, layout, .. } = self.context;
+        let TaskConfig { store, layout, .. } = self.context;
         if !self.read_model.shared() {
             self.timing.over = goal.mark;
             return Ok(());
@@ -157,8 +157,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Some(goal) => goal,
             None => {
                 let kept = self.context.goal().await?;
-                let ours = kept.mark > self.timing.over;
-                let goal = if ours { kept.position.max(self.timing.heard) } else { Position::START };
+                let own_epochs = kept.mark > self.timing.over;
+                let goal = if own_epochs { kept.position.max(self.timing.heard) } else { Position::START };
                 // The live source might lead beyond the target.
                 self.source = Source::Store;
                 *self.timing.goal.insert(goal)

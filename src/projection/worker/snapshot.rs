@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::task::{JoinError, JoinSet, spawn_blocking};
 
-use super::{Context, Role, Run};
+use super::{ProjectionTask, Role, TaskConfig};
 use crate::event::{Position, StreamId, Version};
 use crate::projection::snapshot::{Snapshots, place};
 use crate::projection::{Projection, ReadModel};
@@ -27,7 +27,7 @@ pub(super) struct Snapshotting<'a> {
 
 impl<'a> Snapshotting<'a> {
     /// Creates the state, if the read model keeps snapshots.
-    pub(super) fn new(context: &Context, read_model: &'a impl ReadModel) -> Option<Self> {
+    pub(super) fn new(context: &TaskConfig, read_model: &'a impl ReadModel) -> Option<Self> {
         let snapshots = read_model.snapshots().filter(|_| !read_model.shared())?;
         let Some(stream) = place(&context.name) else {
             tracing::warn!(
@@ -66,7 +66,7 @@ impl<'a> Snapshotting<'a> {
     }
 }
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Starts from the snapshot, if there is one.
     ///
     /// If it is unusable for any reason, the log is applied from its start.
@@ -75,14 +75,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             return Ok(());
         }
         let floor = self.floor().await?;
-        let Some(ours) = &mut self.snapshotting else { return Ok(()) };
-        let (Context { name, filter, store, .. }, snapshots) = (self.context, ours.snapshots);
+        let Some(own_epochs) = &mut self.snapshotting else { return Ok(()) };
+        let (TaskConfig { name, filter, store, .. }, snapshots) = (self.context, own_epochs.snapshots);
         if self.read_model.checkpoint(&self.row).await? != Checkpoint::default() {
             // The task panicked; the state still has the applied events.
-            ours.unsaved = 1;
+            own_epochs.unsaved = 1;
             return Ok(());
         }
-        let unusable = match store.snapshot(&ours.stream).await {
+        let unusable = match store.snapshot(&own_epochs.stream).await {
             Ok(None) => return Ok(()),
             // The snapshot was discarded.
             Ok(Some(snapshot)) if snapshot.state.is_empty() => return Ok(()),
@@ -103,7 +103,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     let unpacked = spawn_blocking(move || snapshots.unpack(&state, &filter, floor)).await;
                     match unpacked.unwrap_or_else(|error| Err(error.to_string())) {
                         Ok(parked) => {
-                            ours.parked = parked.len();
+                            own_epochs.parked = parked.len();
                             tracing::info!(projection = name, %position, "starting from a snapshot");
                             return self.start_at(position, parked).await;
                         }
@@ -120,7 +120,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             "ignoring an unusable snapshot; applying the log from its start"
         );
         // Also so that it does not count as newer than the snapshots of this log with this filter.
-        ours.discard(store).await
+        own_epochs.discard(store).await
     }
 
     async fn start_at(&mut self, position: Position, parked: Vec<ParkedEvent>) -> Result<(), StoreError> {
@@ -145,31 +145,31 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     ///
     /// The write runs in the background, one at a time.
     pub(super) async fn snapshot_behind(&mut self, events: u64) {
-        let Some(ours) = &mut self.snapshotting else { return };
-        ours.unsaved = ours.unsaved.saturating_add(events);
-        while let Some(written) = ours.saving.try_join_next() {
-            ours.written(written);
+        let Some(own_epochs) = &mut self.snapshotting else { return };
+        own_epochs.unsaved = own_epochs.unsaved.saturating_add(events);
+        while let Some(written) = own_epochs.saving.try_join_next() {
+            own_epochs.written(written);
         }
-        if ours.unsaved < ours.snapshots.every || !ours.saving.is_empty() {
+        if own_epochs.unsaved < own_epochs.snapshots.every || !own_epochs.saving.is_empty() {
             return;
         }
         if let Some(writing) = self.take_snapshot().await
-            && let Some(ours) = &mut self.snapshotting
+            && let Some(own_epochs) = &mut self.snapshotting
         {
-            ours.saving.spawn(writing);
+            own_epochs.saving.spawn(writing);
         }
     }
 
     /// Takes a last snapshot if the state has changed, and waits for its write.
     pub(super) async fn last_snapshot(&mut self) {
-        let Some(ours) = &mut self.snapshotting else { return };
-        ours.settle().await;
+        let Some(own_epochs) = &mut self.snapshotting else { return };
+        own_epochs.settle().await;
         if !self.prepared {
             return;
         }
         let parked = self.read_model.parked(&self.row, usize::MAX).await.map_or(0, |parked| parked.len());
         // Also if a parked event was discarded meanwhile: the old snapshot would restore it.
-        if (ours.unsaved > 0 || ours.parked != parked)
+        if (own_epochs.unsaved > 0 || own_epochs.parked != parked)
             && let Some(writing) = self.take_snapshot().await
         {
             writing.await;
@@ -179,7 +179,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Discards the snapshot, because the read model is reset.
     pub(super) async fn discard_snapshot(&mut self) -> Result<(), StoreError> {
         match &mut self.snapshotting {
-            Some(ours) => ours.discard(&self.context.store).await,
+            Some(own_epochs) => own_epochs.discard(&self.context.store).await,
             None => Ok(()),
         }
     }
@@ -187,16 +187,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Encodes a snapshot between two transactions; returns the write, which reports success.
     async fn take_snapshot(&mut self) -> Option<impl Future<Output = bool> + Send + 'static> {
         let floor = self.context.floor.get().copied().unwrap_or_default();
-        let ours = self.snapshotting.as_mut()?;
+        let own_epochs = self.snapshotting.as_mut()?;
         // Also after a failure: no attempt with every event.
-        ours.unsaved = 0;
-        let Context { name, filter, store, metrics, .. } = self.context;
+        own_epochs.unsaved = 0;
+        let TaskConfig { name, filter, store, metrics, .. } = self.context;
         let taken = async {
             let position =
                 self.read_model.checkpoint(&self.row).await.map_err(|error| error.to_string())?.position;
             let parked =
                 self.read_model.parked(&self.row, usize::MAX).await.map_err(|error| error.to_string())?;
-            let (snapshots, filter, count) = (ours.snapshots.clone(), filter.clone(), parked.len());
+            let (snapshots, filter, count) = (own_epochs.snapshots.clone(), filter.clone(), parked.len());
             // Encoding a large state takes long; other tasks keep this thread meanwhile.
             let packing = spawn_blocking(move || snapshots.pack(&filter, floor, &parked)).await;
             Ok::<_, String>((position, count, packing.map_err(|error| error.to_string())??))
@@ -209,11 +209,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 return None;
             }
         };
-        ours.parked = parked;
-        let (version, revision) = (Version::new(position.get()), ours.snapshots.revision);
+        own_epochs.parked = parked;
+        let (version, revision) = (Version::new(position.get()), own_epochs.snapshots.revision);
         let snapshot = Snapshot { version, revision, state: state.into() };
         let (name, store, metrics, stream) =
-            (name.clone(), store.clone(), metrics.clone(), ours.stream.clone());
+            (name.clone(), store.clone(), metrics.clone(), own_epochs.stream.clone());
         Some(async move {
             match store.save_snapshot(&stream, snapshot).await {
                 Ok(()) => {

@@ -10,14 +10,14 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::apply::contained;
-use super::orders::{Change, GRACE, ORDER, blame, refused};
-use super::{Context, Run};
+use super::control::{Change, GRACE, ORDER, blame, refused};
+use super::{ProjectionTask, TaskConfig};
 use crate::event::Position;
 use crate::projection::layout::{Versions, bump};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Switches to the current version for this task's role.
     pub(super) async fn find_version(&mut self) -> Result<(), StoreError> {
         let context = self.context;
@@ -49,7 +49,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             instance.projection = make(version);
             instance.version = version;
             // The progress of another version does not apply to this one.
-            self.paces.clear();
+            self.rebuild_progress.clear();
             self.switch_again.succeeded();
             context.status.send_modify(|status| status.measured = None);
         }
@@ -195,7 +195,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     ///
     /// Returns whether the request still existed. The request stays until the data is dropped, too.
     pub(super) async fn end_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
-        let (Context { layout, name, .. }, read_model) = (self.context, self.read_model);
+        let (TaskConfig { layout, name, .. }, read_model) = (self.context, self.read_model);
         let record = layout.version();
         let found = self.read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::apply::contained;
-use super::orders::{GRACE, blame, refused};
-use super::{Run, Source};
+use super::control::{GRACE, blame, refused};
+use super::{ProjectionTask, Source};
 use crate::event::Position;
 use crate::projection::layout::{Versions, bump};
 use crate::projection::{ControlError, Projection, ReadModel};
@@ -44,12 +44,12 @@ pub(super) enum Switch {
 
 /// Last known position of a part of the rebuild, and the time when it last advanced.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Pace {
+pub(super) struct RebuildProgress {
     position: Option<Position>,
     moved: Option<Instant>,
 }
 
-impl Pace {
+impl RebuildProgress {
     fn at(&mut self, position: Position) {
         if self.position.replace(position).is_some_and(|before| before != position) {
             self.moved = Some(Instant::now());
@@ -57,12 +57,12 @@ impl Pace {
     }
 
     /// Returns whether the part advanced lately. During a wait, the time counts from its start.
-    fn gets_on(&self, since: Option<Instant>) -> bool {
+    fn is_advancing(&self, since: Option<Instant>) -> bool {
         self.moved.max(since).is_some_and(|moved| moved.elapsed() < GETS_ON)
     }
 }
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Cuts over if the rebuilt version has caught up. One partition acts for all.
     pub(super) async fn consider_switching(&mut self) {
         let first = self.context.partition.is_none_or(|partition| partition.index() == 0);
@@ -87,23 +87,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Some(Switch::Waits { since, .. }) => Some(*since),
             _ => None,
         };
-        let (behind, gets_on) = self.behind(since).await?;
+        let (behind, is_advancing) = self.behind(since).await?;
         match &self.switch {
             Some(Switch::Later(at)) if *at > Instant::now() => {}
             Some(Switch::Waits { since, .. }) => {
                 let waited = since.elapsed();
                 self.tick_at = Instant::now() + SWITCHING;
                 if behind == 0 {
-                    self.put_in_place().await?;
+                    self.cut_over().await?;
                     self.switch_again.succeeded();
                     self.give_up_switching().await;
                     self.reload();
                     self.tick_at = Instant::now();
-                } else if !gets_on || waited >= WAIT {
+                } else if !is_advancing || waited >= WAIT {
                     self.switch_later(AGAIN).await;
                 }
             }
-            _ if behind == 0 || (behind <= NEAR && gets_on) => {
+            _ if behind == 0 || (behind <= NEAR && is_advancing) => {
                 let order = self.order().await?;
                 self.context.lease_watcher.hint();
                 self.switch = Some(Switch::Waits { order, since: Instant::now() });
@@ -136,20 +136,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         for (index, part) in layout.parts().enumerate() {
             let old = self.read_model.checkpoint(&layout.row(part, live)).await?.position;
             let new = self.read_model.checkpoint(&layout.row(part, self.instance.version)).await?.position;
-            if self.paces.len() <= index {
-                self.paces.push(Pace::default());
+            if self.rebuild_progress.len() <= index {
+                self.rebuild_progress.push(RebuildProgress::default());
             }
-            let pace = &mut self.paces[index];
+            let pace = &mut self.rebuild_progress[index];
             pace.at(new);
             if new < old {
                 most = most.max(old.get() - new.get());
-                all_get_on &= pace.gets_on(since);
+                all_get_on &= pace.is_advancing(since);
             }
         }
         Ok((most, all_get_on))
     }
 
-    async fn put_in_place(&mut self) -> Result<(), ControlError> {
+    async fn cut_over(&mut self) -> Result<(), ControlError> {
         let context = self.context;
         let (layout, version) = (&context.layout, self.instance.version);
         let record = layout.version();

@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use super::{REQUESTS_AGAIN, Role, Run};
+use super::{ProjectionTask, REQUESTS_AGAIN, Role};
 use crate::event::Position;
 use crate::partition::Partition;
 use crate::projection::layout::bump;
@@ -12,7 +12,7 @@ use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 /// Number of requests in the first read; doubled while no request can be completed.
 const PAGE: usize = 1_000;
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Acts on requests for a reset, a rebuild or its cancellation, if this node is responsible.
     ///
     /// The owner is responsible, or any node if the read model does not fit and so has no owner.
@@ -67,11 +67,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 let before = Position::new(position.get().saturating_sub(1));
                 let page = context.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
                 let event = page.events.into_iter().find(|event| event.position == position);
-                let ours = |partition: Partition| {
+                let own_epochs = |partition: Partition| {
                     // The first partition answers for events that do not exist.
                     event.as_ref().map_or(partition.index() == 0, |event| partition.contains(&event.stream))
                 };
-                if !context.partition.is_none_or(ours) {
+                if !context.partition.is_none_or(own_epochs) {
                     continue;
                 }
                 let done = match &event {

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Run;
+use super::ProjectionTask;
 use crate::projection::{Projection, ProjectionState, ReadModel};
 use crate::store::{CheckpointError, StoreError};
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
-    pub(super) fn stand_still(&mut self) {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
+    pub(super) fn stop(&mut self) {
         self.failed = true;
         self.restart();
         self.context.set(ProjectionState::Failed);
@@ -24,21 +24,21 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     /// Handles a failed move of the checkpoint.
-    pub(super) fn refused(&mut self, error: &CheckpointError) {
+    pub(super) fn on_checkpoint_error(&mut self, error: &CheckpointError) {
         match error {
             CheckpointError::Stale { .. } => self.step_down(&error.to_string()),
             CheckpointError::Store(error) => {
                 // Reading the checkpoint shows whether it was moved.
                 self.saved = None;
                 self.restart();
-                self.outage(error);
+                self.on_unavailable(error);
             }
         }
     }
 
     /// Handles a failure of the store or the read model: retries later, unless a retry cannot
     /// succeed.
-    pub(super) fn outage(&mut self, error: &(dyn Error + 'static)) {
+    pub(super) fn on_unavailable(&mut self, error: &(dyn Error + 'static)) {
         // Only evidence about the data: a refused login or a changed setting (`Misconfigured`) ends
         // without a restart, like any outage.
         let lasting = matches!(
@@ -46,14 +46,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
             Some(StoreError::Incompatible { .. } | StoreError::Invalid { .. } | StoreError::Corrupt { .. })
         );
         if !lasting {
-            return self.try_later(error);
+            return self.schedule_retry(error);
         }
         tracing::error!(projection = self.context.name, %error, "stopped the projection");
         self.context.fail(ProjectionState::Failed, error.to_string());
         self.context.status.send_modify(|status| status.fits = false);
         self.reload();
-        self.stand_still();
-        self.surrender = true;
+        self.stop();
+        self.release_lease = true;
     }
 
     /// Handles pending work that exceeded its time limit and was dropped, with its connection, if
@@ -69,10 +69,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         // Reading the checkpoint shows whether it was committed.
         self.saved = None;
         self.restart();
-        self.outage(&StoreError::not_now(reason));
+        self.on_unavailable(&StoreError::not_now(reason));
     }
 
-    pub(super) fn try_later(&mut self, error: &(dyn Error + 'static)) {
+    pub(super) fn schedule_retry(&mut self, error: &(dyn Error + 'static)) {
         let wait = self.backoff.next();
         self.wait_until = Instant::now() + wait;
         let projection = &self.context.name;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use super::input::{DurableFollower, Follower};
-use super::{Context, Pending, Role, Run, SCAN, Source, hear};
+use super::live::{DurableFollower, Follower};
+use super::{Pending, ProjectionTask, Role, SCAN, Source, TaskConfig, hear};
 use crate::bus::{Follow, LogBatch};
 use crate::event::{Position, RecordedEvent};
 use crate::feed::{FeedItem, adjacent};
@@ -32,7 +32,7 @@ impl PageAhead {
     }
 }
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Drops the work in progress; the next round continues from the applied position.
     pub(super) fn restart(&mut self) {
         self.pending = None;
@@ -51,7 +51,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     self.follower = Some(follower);
                     self.read_to_feed();
                 }
-                Err(error) => return self.outage(&error),
+                Err(error) => return self.on_unavailable(&error),
             }
         }
         let ahead = self.ahead.take().filter(|ahead| ahead.after == self.applied);
@@ -82,13 +82,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                 }
                 self.enqueue(events.into(), upto);
             }
-            Some(Err(error)) => self.outage(&error),
+            Some(Err(error)) => self.on_unavailable(&error),
             None => {}
         }
     }
 
     fn begin_to_read(&self, after: Position) -> PageAhead {
-        let Context { filter, .. } = self.context;
+        let TaskConfig { filter, .. } = self.context;
         let upto = Position::new(after.get().saturating_add(self.scan));
         let read = ReadLog::after(after).upto(upto).filter(filter.clone()).limit(self.page.get());
         let mut reading = JoinSet::new();
@@ -106,7 +106,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
     /// Subscribes to the live source from now on.
     pub(super) fn listen(&self) -> Result<Follower, StoreError> {
-        let Context { feed, bus, store, log, filter, options, role, .. } = self.context;
+        let TaskConfig { feed, bus, store, log, filter, options, role, .. } = self.context;
         let own = *role == Role::Live && self.read_model.shared();
         if options.follow == FollowMode::Feed || !own {
             return Ok(Follower::Feed(feed.follow()));
@@ -172,7 +172,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
                     };
                     self.source = Source::Store;
                     self.follower = None;
-                    self.outage(&error);
+                    self.on_unavailable(&error);
                 }
             }
             // Events that have arrived meanwhile share the transaction.

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::apply::{apply, contained};
-use super::{Context, Run};
+use super::{ProjectionTask, TaskConfig};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
 use crate::lease::{self, HeldLease};
@@ -55,7 +55,7 @@ pub(super) enum Change<'r> {
     },
 }
 
-impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     pub(super) async fn control(&mut self, control: Control) {
         let (reply, result): (Reply, _) = match control {
             Control::Pause(reply) => (reply, self.persist_paused(true).await),
@@ -76,7 +76,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     async fn persist_paused(&mut self, paused: bool) -> Result<(), ControlError> {
-        let Context { store, name, lease_watcher, .. } = self.context;
+        let TaskConfig { store, name, lease_watcher, .. } = self.context;
         store.set_paused(name, paused).await?;
         if !paused && self.read_model.shared() {
             // Other nodes must retry what failed there.
@@ -132,7 +132,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Acquires the order lease, which holds up all tasks of the projection; one node at a time.
     pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
         let order = self.hold(&self.context.layout.order()).await?;
-        self.ours.push(order.epoch);
+        self.own_epochs.push(order.epoch);
         Ok(order)
     }
 
@@ -145,7 +145,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     }
 
     async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
-        let Context { store, name, lease_watcher, .. } = self.context;
+        let TaskConfig { store, name, lease_watcher, .. } = self.context;
         let give_up = Instant::now() + ORDER;
         loop {
             let view = lease_watcher.view();
@@ -168,7 +168,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
         self.create().await?;
         let context = self.context;
-        let Context { name, store, lease_watcher, .. } = context;
+        let TaskConfig { name, store, lease_watcher, .. } = context;
         let goal = context.goal().await?;
         let mut order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         lease_watcher.hint();
@@ -248,7 +248,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
     /// Runs in one transaction, if the read model has transactions. Returns whether the request
     /// still existed.
     async fn empty(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
-        let Context { layout, .. } = self.context;
+        let TaskConfig { layout, .. } = self.context;
         let row = &self.row.clone();
         // An unreadable checkpoint belongs to another store, or is unreadable below as well.
         let known = self.read_model.checkpoint(row).await.unwrap_or_default();
@@ -373,7 +373,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
         event: &RecordedEvent,
         requested: Option<&str>,
     ) -> Result<(), ControlError> {
-        let Context { name, .. } = self.context;
+        let TaskConfig { name, .. } = self.context;
         let found = self.read_model.checkpoint(&self.row).await?;
         // After reading the checkpoint: a cut-over moves it, so that the compare-and-set below
         // would fail.
@@ -411,11 +411,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> Run<'_, P, R> {
 
 /// Runs a change while the order lease holds up all tasks; aborts it if the lease is lost.
 async fn while_held(
-    context: &Context,
+    context: &TaskConfig,
     order: Lease,
     change: impl Future<Output = Result<bool, ControlError>>,
 ) -> Result<bool, ControlError> {
-    let Context { lease_watcher, name, metrics, .. } = context;
+    let TaskConfig { lease_watcher, name, metrics, .. } = context;
     let Some(order) =
         HeldLease::take(lease_watcher.renewer(), &order.name, order.owner, ORDER, None, metrics).await?
     else {
@@ -433,7 +433,7 @@ async fn while_held(
 }
 
 /// Converts an error of the user's code: transient, or refused.
-pub(super) fn blame(context: &Context, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
+pub(super) fn blame(context: &TaskConfig, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
     if super::apply::is_outage(read_model, error) {
         return StoreError::not_now(error.to_string()).into();
     }
