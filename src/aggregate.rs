@@ -31,7 +31,7 @@ pub(crate) use self::options::MOST_IN_FLIGHT;
 pub(crate) use self::outcome::node_runs;
 pub use self::outcome::{ExecuteError, Receipt};
 pub use self::router::RouterStatus;
-pub(crate) use self::router::{Order, Router, SHUTDOWN, StartRouterError};
+pub(crate) use self::router::{CommandRequest, Router, SHUTDOWN, StartRouterError};
 use crate::event::Event;
 
 /// A consistency boundary: its state, its decisions and its fold.

@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
-pub(crate) use self::nats::line::{Line, OpenLine};
+pub(crate) use self::nats::shared_connection::{CommandConnection, SharedConnection};
 #[cfg(feature = "nats")]
 pub use self::nats::{
     AckError, CloseError, ConsumerOptions, ConsumerPolicy, ConsumerReport, Delivery, Field, Gap, HandleError,

@@ -17,31 +17,31 @@ mod dispatched;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod envelope;
 mod execute;
-mod follow;
 mod handler;
+mod hooks;
 #[cfg(feature = "nats")]
 mod nats;
-mod policy;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod registry;
+mod wait;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod wire;
 
-pub(crate) use self::bus::Commands;
+pub(crate) use self::bus::Dispatcher;
 pub use self::bus::{CommandBus, CommandBusStatus};
 pub use self::dispatched::{Dispatched, Report};
 pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
 pub use self::execute::Execute;
-pub(crate) use self::follow::Follow;
-pub use self::follow::{ExecuteAndFollow, Followed, NotApplied};
 pub(crate) use self::handler::HandlerRouter;
 pub use self::handler::{
     HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus, Request,
 };
+pub use self::hooks::{CommandEnd, CommandInfo};
 #[cfg(feature = "nats")]
 pub use self::nats::NatsCommands;
-pub use self::policy::{CommandEnd, CommandInfo};
 pub(crate) use self::registry::{Registry, Respawn};
+pub(crate) use self::wait::ProjectionWaiter;
+pub use self::wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use crate::aggregate::{ExecuteError, Receipt};
 pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};

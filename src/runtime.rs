@@ -22,7 +22,7 @@ use self::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router, RouterStatus, node_runs};
 use crate::bus::{BusError, BusState, EventBus, IntoEventBus, LocalBus};
 use crate::command::{
-    CommandBus, CommandBusStatus, Commands, Envelope, Execute, Handler, HandlerOptions, HandlerStatus,
+    CommandBus, CommandBusStatus, Dispatcher, Envelope, Execute, Handler, HandlerOptions, HandlerStatus,
     Registry, Request, StartRouterError,
 };
 use crate::event::{EncodeError, Event, EventTypes, InvalidName, Position};
@@ -70,7 +70,7 @@ struct Inner {
     feed: Feed,
     /// Projections, in the order of their registration.
     projections: Vec<ProjectionHandle>,
-    commands: Arc<Commands>,
+    commands: Arc<Dispatcher>,
     /// Task that deletes expired records of commands; ends with the runtime.
     _forgetting: Option<Task>,
     /// Root of the supervision tree; stopping it stops everything.
@@ -551,7 +551,7 @@ impl Builder {
         let writer = GroupCommitter::start(store.clone(), WriterOptions::default(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.records_kept())));
-        let commands = Commands::new(self.commands.policy(), metrics);
+        let commands = Dispatcher::new(self.commands.hooks(), metrics);
         let mut registry = Registry::default();
         for registration in self.aggregates {
             (registration.start)(&mut registry, store.clone(), writer.clone(), &supervisor)?;

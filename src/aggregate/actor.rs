@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::fold::{Folded, Recollection};
+use super::fold::{HydratedState, Recollection};
 use super::options::AggregateOptions;
 use super::{Aggregate, Context, ExecuteError, Receipt};
 use crate::codec::{from_cbor, to_cbor};
@@ -27,10 +27,11 @@ use crate::telemetry::trace::CommandSpan;
 const NO_REPLY: [u8; 1] = [0xf6];
 
 /// A receipt, or the error of a command without one.
-pub(crate) type Answer<A> = Result<Receipt<<A as Aggregate>::Reply>, ExecuteError<<A as Aggregate>::Error>>;
+pub(crate) type CommandResult<A> =
+    Result<Receipt<<A as Aggregate>::Reply>, ExecuteError<<A as Aggregate>::Error>>;
 
 /// A command request, with everything that a further attempt needs.
-pub(crate) struct Order<A: Aggregate> {
+pub(crate) struct CommandRequest<A: Aggregate> {
     pub(crate) command: A::Command,
     pub(crate) command_id: Uuid,
     /// Fingerprint of the content. It detects the reuse of an id for another command.
@@ -47,23 +48,23 @@ pub(crate) struct Order<A: Aggregate> {
     pub(crate) span: CommandSpan,
     /// Permit within the router's limit of commands in flight. The answer releases it.
     pub(crate) _permit: OwnedSemaphorePermit,
-    pub(crate) reply: RpcReplyPort<Answer<A>>,
+    pub(crate) reply: RpcReplyPort<CommandResult<A>>,
 }
 
 /// A guard that counts a command as in flight for its aggregate. The answer drops it.
 ///
 /// An aggregate without guards has no queued commands and no speculative state. It can be evicted
 /// without loss.
-pub(super) struct Load(Arc<AtomicUsize>);
+pub(super) struct InFlightGuard(Arc<AtomicUsize>);
 
-impl Load {
+impl InFlightGuard {
     pub(super) fn new(counter: &Arc<AtomicUsize>) -> Self {
         counter.fetch_add(1, Ordering::Relaxed);
         Self(counter.clone())
     }
 }
 
-impl Drop for Load {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Release);
     }
@@ -80,8 +81,8 @@ pub(super) struct Shared<A: Aggregate> {
 }
 
 pub(super) enum AggregateMessage<A: Aggregate> {
-    /// Decide on a command. `Load` counts it as in flight until it is dropped.
-    Execute(Box<Order<A>>, Load),
+    /// Decide on a command. `InFlightGuard` counts it as in flight until it is dropped.
+    Execute(Box<CommandRequest<A>>, InFlightGuard),
     /// The writer answered the oldest append of this actor.
     Committed(AppendResult),
 }
@@ -92,11 +93,11 @@ pub(super) struct AggregateActor<A: Aggregate> {
 }
 
 pub(super) struct AggregateState<A: Aggregate> {
-    /// Folded state, including the speculative events of `pending`.
+    /// HydratedState state, including the speculative events of `pending`.
     ///
     /// `None` before the first command and after a failure that invalidated the state. The next
     /// decision then folds the stream.
-    folded: Option<Folded<A>>,
+    folded: Option<HydratedState<A>>,
     /// Decided commands without an answer, in order. The writer has their appends.
     pending: VecDeque<Pending<A>>,
     /// Link between the appends in `pending`: if one fails, the writer rejects the rest.
@@ -106,9 +107,9 @@ pub(super) struct AggregateState<A: Aggregate> {
     /// The actor decides no command until the remaining appends are answered.
     broken: bool,
     /// Commands to decide again, because their speculative state was wrong.
-    again: VecDeque<(Box<Order<A>>, Load)>,
-    /// Commands that arrived while `broken`. The actor decides them after `again`.
-    waiting: VecDeque<(Box<Order<A>>, Load)>,
+    retry_queue: VecDeque<(Box<CommandRequest<A>>, InFlightGuard)>,
+    /// Commands that arrived while `broken`. The actor decides them after `retry_queue`.
+    backlog: VecDeque<(Box<CommandRequest<A>>, InFlightGuard)>,
     /// Encoded state that waits until its version is durable.
     staged: Option<(Version, Vec<u8>)>,
 }
@@ -120,13 +121,13 @@ pub(super) const SNAPSHOTS_UNDER_WAY: usize = 4;
 
 /// A decided command without an answer.
 struct Pending<A: Aggregate> {
-    order: Box<Order<A>>,
-    load: Load,
+    order: Box<CommandRequest<A>>,
+    load: InFlightGuard,
     decided: Decided<A>,
     /// Span from the decision to the end of the append.
     _append: Option<Box<tracing::Span>>,
     /// Repetitions of the command that arrived meanwhile. They get the same answer.
-    repeated: Vec<(Box<Order<A>>, Load)>,
+    repeated: Vec<(Box<CommandRequest<A>>, InFlightGuard)>,
 }
 
 enum Decided<A: Aggregate> {
@@ -135,7 +136,7 @@ enum Decided<A: Aggregate> {
     /// No events.
     ///
     /// The answer waits until all events up to `version`, the base of the decision, are durable.
-    Answer { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
+    CommandResult { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
 }
 
 impl<A: Aggregate> Actor for AggregateActor<A> {
@@ -149,8 +150,8 @@ impl<A: Aggregate> Actor for AggregateActor<A> {
             pending: VecDeque::new(),
             chain: SpeculationChain::new(),
             broken: false,
-            again: VecDeque::new(),
-            waiting: VecDeque::new(),
+            retry_queue: VecDeque::new(),
+            backlog: VecDeque::new(),
             staged: None,
         })
     }
@@ -162,14 +163,14 @@ impl<A: Aggregate> Actor for AggregateActor<A> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            AggregateMessage::Execute(order, load) if state.broken => state.waiting.push_back((order, load)),
+            AggregateMessage::Execute(order, load) if state.broken => state.backlog.push_back((order, load)),
             AggregateMessage::Execute(order, load) => self.execute(&myself, order, load, state).await,
             AggregateMessage::Committed(outcome) => self.written(outcome, state),
         }
         // Also check after `execute`: after a panic with no append in flight, no further message
         // triggers the recovery.
         while state.broken && state.pending.is_empty() {
-            Box::pin(self.mend(&myself, state)).await;
+            Box::pin(self.recover_after_conflict(&myself, state)).await;
         }
         Ok(())
     }
@@ -179,8 +180,8 @@ impl<A: Aggregate> AggregateActor<A> {
     async fn execute(
         &self,
         myself: &ActorRef<AggregateMessage<A>>,
-        mut order: Box<Order<A>>,
-        load: Load,
+        mut order: Box<CommandRequest<A>>,
+        load: InFlightGuard,
         state: &mut AggregateState<A>,
     ) {
         if order.deadline <= Instant::now() {
@@ -203,7 +204,9 @@ impl<A: Aggregate> AggregateActor<A> {
         let folded = match &mut state.folded {
             Some(folded) => folded,
             none => {
-                match Box::pin(Folded::load(&*self.shared.store, &self.stream, &self.shared.options)).await {
+                match Box::pin(HydratedState::load(&*self.shared.store, &self.stream, &self.shared.options))
+                    .await
+                {
                     Ok(loaded) => {
                         let folded = none.insert(loaded);
                         // A snapshot now keeps the next fold of a long stream short.
@@ -320,11 +323,12 @@ impl<A: Aggregate> AggregateActor<A> {
     #[allow(clippy::type_complexity, reason = "three parts with three destinations")]
     fn decide(
         &self,
-        order: &Order<A>,
-        folded: &Folded<A>,
+        order: &CommandRequest<A>,
+        folded: &HydratedState<A>,
     ) -> Result<(Decided<A>, Vec<NewEvent>, Vec<A::Event>), ExecuteError<A::Error>> {
         let version = folded.version;
-        let without_events = |result| Ok((Decided::Answer { version, result }, Vec::new(), Vec::new()));
+        let without_events =
+            |result| Ok((Decided::CommandResult { version, result }, Vec::new(), Vec::new()));
         if !order.expected.allows(version) {
             return without_events(Err(ExecuteError::ExpectedVersion {
                 stream: self.stream.clone(),
@@ -352,7 +356,7 @@ impl<A: Aggregate> AggregateActor<A> {
     #[allow(clippy::type_complexity, reason = "three parts with three destinations")]
     fn encode(
         &self,
-        order: &Order<A>,
+        order: &CommandRequest<A>,
         events: &[A::Event],
         reply: A::Reply,
     ) -> Result<(Vec<NewEvent>, Vec<A::Event>, A::Reply), EncodeError> {
@@ -407,8 +411,8 @@ impl<A: Aggregate> AggregateActor<A> {
             }
             Err(AppendError::Conflict(_)) => {
                 state.broken = true;
-                state.again.push_back((pending.order, pending.load));
-                state.again.extend(pending.repeated);
+                state.retry_queue.push_back((pending.order, pending.load));
+                state.retry_queue.extend(pending.repeated);
             }
             Err(AppendError::Store(error)) => {
                 state.broken = true;
@@ -420,19 +424,19 @@ impl<A: Aggregate> AggregateActor<A> {
         }
         // Entries without events after the append share its fate: they are valid only if the append
         // is durable.
-        while let Some(Pending { decided: Decided::Answer { .. }, .. }) = state.pending.front() {
+        while let Some(Pending { decided: Decided::CommandResult { .. }, .. }) = state.pending.front() {
             let Some(next) = state.pending.pop_front() else { break };
             match &state.folded {
                 Some(folded) if !state.broken => self.settle(next, folded),
-                _ => state.again.push_back((next.order, next.load)),
+                _ => state.retry_queue.push_back((next.order, next.load)),
             }
         }
     }
 
     /// Answers a command that was decided without events on a durable state.
-    fn settle(&self, pending: Pending<A>, folded: &Folded<A>) {
+    fn settle(&self, pending: Pending<A>, folded: &HydratedState<A>) {
         let Pending { order, decided, .. } = pending;
-        let Decided::Answer { version, result } = decided else { return };
+        let Decided::CommandResult { version, result } = decided else { return };
         let result = result.map(|reply| Receipt {
             command_id: order.command_id,
             stream: self.stream.clone(),
@@ -469,7 +473,7 @@ impl<A: Aggregate> AggregateActor<A> {
     }
 
     /// Rebuilds the first receipt of a durable command from the reply in its last event.
-    async fn repeat(&self, order: &Order<A>, record: CommandEvents) -> Answer<A> {
+    async fn repeat(&self, order: &CommandRequest<A>, record: CommandEvents) -> CommandResult<A> {
         // I8: the command is durable. From here on, every error is `OutcomeUnknown`, except a
         // different content and an unreadable reply.
         let unknown = |reason| ExecuteError::OutcomeUnknown {
@@ -511,7 +515,11 @@ impl<A: Aggregate> AggregateActor<A> {
     ///
     /// Drops speculative state, reads the newer events of the stream, then decides the queued
     /// commands.
-    async fn mend(&self, myself: &ActorRef<AggregateMessage<A>>, state: &mut AggregateState<A>) {
+    async fn recover_after_conflict(
+        &self,
+        myself: &ActorRef<AggregateMessage<A>>,
+        state: &mut AggregateState<A>,
+    ) {
         state.broken = false;
         state.chain = SpeculationChain::new();
         state.staged = None;
@@ -524,11 +532,11 @@ impl<A: Aggregate> AggregateActor<A> {
                 state.folded = Some(folded);
             }
         }
-        let mut orders = std::mem::take(&mut state.again);
-        orders.append(&mut state.waiting);
+        let mut orders = std::mem::take(&mut state.retry_queue);
+        orders.append(&mut state.backlog);
         while let Some((order, load)) = orders.pop_front() {
             if state.broken {
-                state.waiting.push_back((order, load));
+                state.backlog.push_back((order, load));
             } else {
                 self.execute(myself, order, load, state).await;
             }
@@ -536,7 +544,7 @@ impl<A: Aggregate> AggregateActor<A> {
     }
 
     /// Writes the staged snapshot in a separate task.
-    fn take_snapshot(&self, folded: &mut Folded<A>, staged: &mut Option<(Version, Vec<u8>)>) {
+    fn take_snapshot(&self, folded: &mut HydratedState<A>, staged: &mut Option<(Version, Vec<u8>)>) {
         let (Some((version, bytes)), Some(snapshots)) = (staged.take(), &self.shared.options.snapshots)
         else {
             return;
@@ -568,7 +576,7 @@ impl<A: Aggregate> AggregateActor<A> {
 fn stage_snapshot<A: Aggregate>(
     options: &AggregateOptions<A>,
     staged: &mut Option<(Version, Vec<u8>)>,
-    folded: &mut Folded<A>,
+    folded: &mut HydratedState<A>,
 ) {
     let Some(snapshots) = &options.snapshots else { return };
     if staged.is_some() || folded.version.get() < folded.snapshot.get() + snapshots.every {

@@ -24,7 +24,7 @@ const PAGE: usize = 2_000;
 const PAGE_BYTES: usize = 4 << 20;
 
 /// The state of an aggregate as of a version.
-pub(super) struct Folded<A> {
+pub(super) struct HydratedState<A> {
     pub(super) state: A,
     /// Version of the last event folded into `state`.
     pub(super) version: Version,
@@ -38,7 +38,7 @@ pub(super) struct Folded<A> {
     pub(super) snapshot: Version,
 }
 
-impl<A: Aggregate> Folded<A> {
+impl<A: Aggregate> HydratedState<A> {
     /// Folds a stream: the snapshot if it is usable, then the later events.
     pub(super) async fn load(
         store: &dyn EventStore,
@@ -52,7 +52,7 @@ impl<A: Aggregate> Folded<A> {
         let mut folded = match snapshot {
             Some(folded) => folded,
             None => Self {
-                state: contained(A::default)?,
+                state: catch_panic(A::default)?,
                 version: Version::NONE,
                 durable: Version::NONE,
                 position: Position::START,
@@ -84,7 +84,7 @@ impl<A: Aggregate> Folded<A> {
         }
         let unpacked = from_cbor::<Packed>(&snapshot.state).and_then(|packed| {
             let state =
-                contained(|| (snapshots.decode)(&packed.state)).map_err(|panic| format!("{panic:?}"))??;
+                catch_panic(|| (snapshots.decode)(&packed.state)).map_err(|panic| format!("{panic:?}"))??;
             Ok((state, packed.position, packed.commands(window)?))
         });
         match unpacked {
@@ -128,7 +128,7 @@ impl<A: Aggregate> Folded<A> {
                 format!("gap in {stream}: version {} is followed by {}", self.version, event.version);
             return Err(StoreError::Corrupt { reason }.into());
         }
-        contained(|| {
+        catch_panic(|| {
             self.state.apply(&event.decode::<A::Event>()?);
             Ok::<_, FoldError>(())
         })??;
@@ -157,7 +157,7 @@ impl<A: Aggregate> Folded<A> {
         events: impl ExactSizeIterator<Item = &'e A::Event>,
     ) -> Result<(), FoldError> {
         let version = self.version.plus(events.len() as u64);
-        contained(|| events.for_each(|event| self.state.apply(event)))?;
+        catch_panic(|| events.for_each(|event| self.state.apply(event)))?;
         self.version = version;
         Ok(())
     }
@@ -176,7 +176,7 @@ impl<A: Aggregate> Folded<A> {
 }
 
 /// Runs user code and catches a panic.
-fn contained<T>(user: impl FnOnce() -> T) -> Result<T, FoldError> {
+fn catch_panic<T>(user: impl FnOnce() -> T) -> Result<T, FoldError> {
     catch_unwind(AssertUnwindSafe(user)).map_err(|panic| FoldError::Panicked(panic_text(&*panic)))
 }
 

@@ -18,8 +18,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-pub(crate) use super::actor::Order;
-use super::actor::{AggregateActor, AggregateMessage, Load, SNAPSHOTS_UNDER_WAY, Shared};
+pub(crate) use super::actor::CommandRequest;
+use super::actor::{AggregateActor, AggregateMessage, InFlightGuard, SNAPSHOTS_UNDER_WAY, Shared};
 use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
 use crate::event::{EncodeError, Event, EventTypes, StreamId};
@@ -158,7 +158,11 @@ impl<A: Aggregate> Router<A> {
     }
 
     /// Sends an admitted command to the actor. The answer arrives at its reply port.
-    pub(crate) fn route(&self, stream: StreamId, order: Box<Order<A>>) -> Result<(), ExecuteError<A::Error>> {
+    pub(crate) fn route(
+        &self,
+        stream: StreamId,
+        order: Box<CommandRequest<A>>,
+    ) -> Result<(), ExecuteError<A::Error>> {
         self.actor().cast(RouterMessage::Execute(stream, order)).map_err(|_| {
             if self.closing.load(Ordering::Acquire) {
                 ExecuteError::ShuttingDown
@@ -199,7 +203,7 @@ impl<A: Aggregate> Router<A> {
 
 pub(crate) enum RouterMessage<A: Aggregate> {
     /// Execute a command on the aggregate of a stream. Boxed, because it moves between actors.
-    Execute(StreamId, Box<Order<A>>),
+    Execute(StreamId, Box<CommandRequest<A>>),
     /// Evict aggregates that have been idle for too long.
     Sweep,
 }
@@ -219,7 +223,7 @@ struct RouterState<A: Aggregate> {
 
 struct Entry<A: Aggregate> {
     actor: ActorRef<AggregateMessage<A>>,
-    /// Number of commands in flight, see [`Load`].
+    /// Number of commands in flight, see [`InFlightGuard`].
     load: Arc<AtomicUsize>,
     last_used: Instant,
 }
@@ -304,7 +308,7 @@ impl<A: Aggregate> RouterActor<A> {
         &self,
         myself: &ActorRef<RouterMessage<A>>,
         stream: StreamId,
-        order: Box<Order<A>>,
+        order: Box<CommandRequest<A>>,
         state: &mut RouterState<A>,
     ) {
         let now = Instant::now();
@@ -317,7 +321,7 @@ impl<A: Aggregate> RouterActor<A> {
                     ExecuteError::Overloaded { what: "commands in flight for one aggregate".into(), limit };
                 return refuse(*message, error);
             }
-            match entry.actor.cast(AggregateMessage::Execute(message, Load::new(&entry.load))) {
+            match entry.actor.cast(AggregateMessage::Execute(message, InFlightGuard::new(&entry.load))) {
                 Ok(()) => return,
                 // The actor has ended meanwhile. The cast returns the message, which goes to a new
                 // actor.
@@ -338,7 +342,7 @@ impl<A: Aggregate> RouterActor<A> {
         match ActorRuntime::spawn_linked_instant(None, actor, (), myself.get_cell()) {
             Ok((actor, _)) => {
                 let load = Arc::new(AtomicUsize::new(0));
-                if actor.cast(AggregateMessage::Execute(message, Load::new(&load))).is_ok() {
+                if actor.cast(AggregateMessage::Execute(message, InFlightGuard::new(&load))).is_ok() {
                     state.entries.put(stream, Entry { actor, load, last_used: now });
                 }
             }
@@ -390,7 +394,7 @@ fn passivate<A: Aggregate>(entry: &Entry<A>) {
     entry.actor.stop(Some("passivated".into()));
 }
 
-fn refuse<A: Aggregate>(order: Order<A>, error: ExecuteError<A::Error>) {
+fn refuse<A: Aggregate>(order: CommandRequest<A>, error: ExecuteError<A::Error>) {
     // A failed send means that the caller has stopped waiting.
     let _ = order.reply.send(Err(error));
 }

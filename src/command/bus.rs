@@ -11,9 +11,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::envelope::{Deadline, Envelope};
-use super::follow::Follow;
-use super::policy::{CommandEnd, CommandInfo, Policy};
+use super::hooks::{CommandEnd, CommandHooks, CommandInfo};
 use super::registry::Registry;
+use super::wait::ProjectionWaiter;
 use super::wire::{CommandFrame, Expected, FORMAT, Failure, Kind, Outcome};
 use super::{Dispatched, ExecuteError};
 use crate::bus::BusError;
@@ -52,7 +52,7 @@ const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Filters and hooks run on the node that executes a command, on every caller's behalf.
 #[derive(Debug, Clone)]
 pub struct CommandBus {
-    pub(super) policy: Policy,
+    pub(super) hooks: CommandHooks,
     pub(super) keep_records: Duration,
     #[cfg(feature = "nats")]
     pub(super) nats: Option<NatsCommands>,
@@ -69,7 +69,7 @@ impl CommandBus {
     #[must_use]
     pub fn local() -> Self {
         Self {
-            policy: Policy::default(),
+            hooks: CommandHooks::default(),
             keep_records: KEEP_RECORDS,
             #[cfg(feature = "nats")]
             nats: None,
@@ -81,7 +81,7 @@ impl CommandBus {
     /// A command that this node does not accept goes to another node.
     #[must_use]
     pub fn filter(mut self, filter: impl Fn(&CommandInfo<'_>) -> bool + Send + Sync + 'static) -> Self {
-        self.policy.add_filter(Arc::new(filter));
+        self.hooks.add_filter(Arc::new(filter));
         self
     }
 
@@ -93,7 +93,7 @@ impl CommandBus {
         mut self,
         hook: impl Fn(&CommandInfo<'_>) -> Result<(), String> + Send + Sync + 'static,
     ) -> Self {
-        self.policy.add_before(None, Arc::new(hook));
+        self.hooks.add_before(None, Arc::new(hook));
         self
     }
 
@@ -104,14 +104,14 @@ impl CommandBus {
         name: impl Into<String>,
         hook: impl Fn(&CommandInfo<'_>) -> Result<(), String> + Send + Sync + 'static,
     ) -> Self {
-        self.policy.add_before(Some(name.into()), Arc::new(hook));
+        self.hooks.add_before(Some(name.into()), Arc::new(hook));
         self
     }
 
     /// Adds a hook that runs after every accepted command, for every result. It must not block.
     #[must_use]
     pub fn after_all(mut self, hook: impl Fn(&CommandInfo<'_>, &CommandEnd) + Send + Sync + 'static) -> Self {
-        self.policy.add_after(None, Arc::new(hook));
+        self.hooks.add_after(None, Arc::new(hook));
         self
     }
 
@@ -122,7 +122,7 @@ impl CommandBus {
         name: impl Into<String>,
         hook: impl Fn(&CommandInfo<'_>, &CommandEnd) + Send + Sync + 'static,
     ) -> Self {
-        self.policy.add_after(Some(name.into()), Arc::new(hook));
+        self.hooks.add_after(Some(name.into()), Arc::new(hook));
         self
     }
 
@@ -160,8 +160,8 @@ impl CommandBus {
         self.keep_records
     }
 
-    pub(crate) fn policy(&self) -> Policy {
-        self.policy.clone()
+    pub(crate) fn hooks(&self) -> CommandHooks {
+        self.hooks.clone()
     }
 }
 
@@ -200,12 +200,12 @@ pub enum CommandBusStatus {
 type Sent<'a> = BoxFuture<'a, Result<BoxFuture<'static, (Outcome, Duration)>, Failure>>;
 
 /// The dispatcher of commands. Every sender of commands holds it.
-pub(crate) struct Commands {
-    policy: Policy,
+pub(crate) struct Dispatcher {
+    hooks: CommandHooks,
     metrics: Metrics,
     /// Aggregates and handlers of this node. Set before the runtime has started.
     registry: OnceLock<Registry>,
-    follow: OnceLock<Box<dyn Follow>>,
+    follow: OnceLock<Box<dyn ProjectionWaiter>>,
     /// Set at the start of a shutdown. Only handlers in flight may then send commands.
     closing: AtomicBool,
     /// Task that ends with the tokio runtime in which the node was started.
@@ -219,17 +219,17 @@ pub(crate) struct Commands {
 
 /// The first destination of a command.
 #[derive(Debug)]
-pub(super) enum Way {
+pub(super) enum Route {
     /// An actor of this process. `others`: whether other nodes can execute the command too.
-    Here { others: bool },
+    Local { others: bool },
     /// Other nodes.
-    There,
+    Remote,
 }
 
-impl Commands {
-    pub(crate) fn new(policy: Policy, metrics: Metrics) -> Arc<Self> {
+impl Dispatcher {
+    pub(crate) fn new(hooks: CommandHooks, metrics: Metrics) -> Arc<Self> {
         Arc::new(Self {
-            policy,
+            hooks,
             metrics,
             registry: OnceLock::new(),
             follow: OnceLock::new(),
@@ -243,7 +243,7 @@ impl Commands {
     }
 
     /// Starts to accept commands.
-    pub(crate) fn open(&self, registry: Registry, follow: Box<dyn Follow>) {
+    pub(crate) fn open(&self, registry: Registry, follow: Box<dyn ProjectionWaiter>) {
         // The runtime calls this once, so the cells are empty.
         let _ = self.registry.set(registry);
         let _ = self.follow.set(follow);
@@ -282,8 +282,8 @@ impl Commands {
         unanswered
     }
 
-    pub(crate) fn policy(&self) -> &Policy {
-        &self.policy
+    pub(crate) fn hooks(&self) -> &CommandHooks {
+        &self.hooks
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {
@@ -332,7 +332,7 @@ impl Commands {
         info: &CommandInfo<'_>,
         envelope: &Envelope,
         able: bool,
-    ) -> Result<Way, ExecuteError<E>> {
+    ) -> Result<Route, ExecuteError<E>> {
         if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
             return Err(ExecuteError::ShuttingDown);
         }
@@ -354,7 +354,7 @@ impl Commands {
             return nats.way(kind, name, spread, able).map_err(|reason| ExecuteError::Unavailable { reason });
         }
         if able {
-            return Ok(Way::Here { others: false });
+            return Ok(Route::Local { others: false });
         }
         if self.registry().endpoint(kind, name).is_some() {
             let reason = format!("a filter of this node does not accept command {}", info.id);
@@ -408,9 +408,9 @@ impl Commands {
     }
 }
 
-impl fmt::Debug for Commands {
+impl fmt::Debug for Dispatcher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Commands").field("registry", &self.registry).finish_non_exhaustive()
+        f.debug_struct("Dispatcher").field("registry", &self.registry).finish_non_exhaustive()
     }
 }
 
@@ -418,7 +418,7 @@ impl fmt::Debug for Commands {
 pub(super) struct Watch(Option<Watched>);
 
 struct Watched {
-    commands: Arc<Commands>,
+    commands: Arc<Dispatcher>,
     name: &'static str,
     key: Option<String>,
     metadata: Metadata,
@@ -426,12 +426,12 @@ struct Watched {
 
 /// Prepares the after-hooks of a command of this process.
 pub(super) fn watched(
-    commands: &Arc<Commands>,
+    commands: &Arc<Dispatcher>,
     metadata: &Metadata,
     name: &'static str,
     key: Option<&str>,
 ) -> Watch {
-    Watch(commands.policy.watches(name).then(|| Watched {
+    Watch(commands.hooks.has_after(name).then(|| Watched {
         commands: commands.clone(),
         name,
         key: key.map(Into::into),
@@ -452,7 +452,7 @@ impl Watch {
         tokio::spawn(async move {
             let report = dispatched.report().await;
             let info = CommandInfo { name, key: key.as_deref(), id, metadata: &metadata };
-            commands.policy.end(&info, report.runtime, &report.result);
+            commands.hooks.after(&info, report.runtime, &report.result);
             // A failed send means that the caller has stopped waiting.
             let _ = sender.send((report.result, report.runtime));
         });

@@ -6,9 +6,9 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::ExecuteError;
-use super::bus::Commands;
+use super::bus::Dispatcher;
 use super::envelope::{Deadline, Envelope};
-use super::handler::{GiveWay, give_way};
+use super::handler::{YieldSlot, give_way};
 use crate::future::BoxFuture;
 use crate::telemetry::Metrics;
 use crate::telemetry::trace::CommandSpan;
@@ -20,8 +20,8 @@ use crate::telemetry::trace::CommandSpan;
 pub struct Dispatched<T, E> {
     command_id: Uuid,
     answer: BoxFuture<'static, (Result<T, ExecuteError<E>>, Duration)>,
-    /// Worker slot of the handler that sent the command.
-    place: Option<Arc<dyn GiveWay>>,
+    /// WorkerPermit slot of the handler that sent the command.
+    place: Option<Arc<dyn YieldSlot>>,
     watched: Option<Watched>,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct Watched {
 impl Watched {
     /// Starts the span. The command's metadata carries it from here on.
     pub(super) fn new(
-        commands: &Commands,
+        commands: &Dispatcher,
         name: &'static str,
         key: Option<&str>,
         envelope: &mut Envelope,
@@ -89,7 +89,7 @@ impl<T, E> Dispatched<T, E> {
         Self { command_id, answer: Box::pin(answer), place: None, watched: None }
     }
 
-    pub(super) fn within(mut self, place: Option<Arc<dyn GiveWay>>) -> Self {
+    pub(super) fn within(mut self, place: Option<Arc<dyn YieldSlot>>) -> Self {
         self.place = place;
         self
     }

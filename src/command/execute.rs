@@ -5,14 +5,14 @@ use chrono::Utc;
 use ractor::concurrency::oneshot;
 use tokio::time::Instant;
 
-use super::bus::{Commands, Way, watched};
+use super::bus::{Dispatcher, Route, watched};
 use super::dispatched::Watched;
 use super::envelope::{Envelope, envelope_setters};
-use super::follow::ExecuteAndFollow;
-use super::handler::{GiveWay, give_way};
+use super::handler::{YieldSlot, give_way};
+use super::wait::ExecuteAndWait;
 use super::wire::{About, Kind, Outcome};
 use super::{CommandInfo, Dispatched, ExecuteError, Receipt};
-use crate::aggregate::{Aggregate, Order};
+use crate::aggregate::{Aggregate, CommandRequest};
 use crate::codec::fingerprint;
 use crate::event::{EncodeError, Event, StreamId};
 use crate::future::BoxFuture;
@@ -25,23 +25,28 @@ use crate::telemetry::trace::CommandSpan;
 /// or [dispatched](Self::dispatch). Dropping the waiting future does not cancel the command.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct Execute<A: Aggregate> {
-    commands: Arc<Commands>,
+    commands: Arc<Dispatcher>,
     id: String,
     command: A::Command,
     envelope: Envelope,
     expected: ExpectedVersion,
-    /// Worker slot of the handler that sends this command.
-    place: Option<Arc<dyn GiveWay>>,
+    /// WorkerPermit slot of the handler that sends this command.
+    place: Option<Arc<dyn YieldSlot>>,
 }
 
 type Pending<A> = Dispatched<Receipt<<A as Aggregate>::Reply>, <A as Aggregate>::Error>;
 
 impl<A: Aggregate> Execute<A> {
-    pub(crate) fn new(commands: Arc<Commands>, id: String, command: A::Command, envelope: Envelope) -> Self {
+    pub(crate) fn new(
+        commands: Arc<Dispatcher>,
+        id: String,
+        command: A::Command,
+        envelope: Envelope,
+    ) -> Self {
         Self { commands, id, command, envelope, expected: ExpectedVersion::Any, place: None }
     }
 
-    pub(super) fn within(mut self, place: Arc<dyn GiveWay>) -> Self {
+    pub(super) fn within(mut self, place: Arc<dyn YieldSlot>) -> Self {
         self.place = Some(place);
         self
     }
@@ -60,11 +65,11 @@ impl<A: Aggregate> Execute<A> {
     /// The result reports the receipt and the projection separately: a slow projection never looks
     /// like a failed command. If this node runs no such projection, the command is not executed
     /// ([`ExecuteError::UnknownProjection`]).
-    pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndFollow<A> {
+    pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndWait<A> {
         let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
         // A zero timeout means no limit, for the receipt and for the projection.
         let timeout = if timeout.is_zero() { crate::time::FAR } else { timeout };
-        ExecuteAndFollow::new(self, commands, name.into(), timeout)
+        ExecuteAndWait::new(self, commands, name.into(), timeout)
     }
 
     /// Sends the command, and returns as soon as its aggregate has accepted it.
@@ -96,19 +101,19 @@ impl<A: Aggregate> Execute<A> {
             .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })?;
         let info =
             CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
-        let takes = || commands.policy().takes(&info).map_err(|reason| ExecuteError::Refused { reason });
+        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::Refused { reason });
         let local = match commands.registry().router::<A>() {
             Some(local) => takes()?.then_some(local),
             None => None,
         };
         let way = commands.way(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
-        if let (Way::Here { .. }, Some(router)) = (&way, local) {
+        if let (Route::Local { .. }, Some(router)) = (&way, local) {
             match router.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
-                    commands.policy().begin(&info).map_err(|reason| ExecuteError::Refused { reason })?;
+                    commands.hooks().before(&info).map_err(|reason| ExecuteError::Refused { reason })?;
                     let watch = watched(&commands, &envelope.metadata, category, Some(&key));
                     let (reply, answer) = oneshot();
-                    let order = Box::new(Order {
+                    let order = Box::new(CommandRequest {
                         content: fingerprint(&command).map_err(EncodeError::from)? as u64,
                         command,
                         command_id: envelope.id,
@@ -124,7 +129,7 @@ impl<A: Aggregate> Execute<A> {
                     router.route(stream, order)?;
                     return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
                 }
-                Err(busy) if matches!(way, Way::Here { others: false }) => return Err(busy),
+                Err(busy) if matches!(way, Route::Local { others: false }) => return Err(busy),
                 Err(_busy) => {}
             }
         }

@@ -12,9 +12,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-pub(crate) use self::actor::{HandlerRouter, Job};
+pub(crate) use self::actor::{HandlerJob, HandlerRouter};
 pub use self::context::HandlerContext;
-pub(super) use self::context::{GiveWay, give_way};
+pub(super) use self::context::{YieldSlot, give_way};
 pub use self::options::HandlerOptions;
 pub use self::request::Request;
 use super::ExecuteError;

@@ -6,12 +6,12 @@
 //! command goes to the next one. Ownership is affinity only: the store ensures that a command takes
 //! effect once. `docs/wire-format.md` describes the frames.
 
-mod attempts;
-mod calls;
 mod clocks;
-mod link;
-mod presence;
-mod serve;
+mod membership;
+mod peer_table;
+mod pending_replies;
+mod remote_dispatch;
+mod server;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,15 +22,15 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use self::attempts::Attempts;
-use self::calls::Calls;
 use self::clocks::PeerClocks;
-use self::link::{Link, run};
-use self::presence::Table;
-use super::bus::{CommandBus, CommandBusStatus, Commands, Way};
+use self::membership::{ClusterLink, run};
+use self::peer_table::PeerTable;
+use self::pending_replies::PendingReplies;
+use self::remote_dispatch::RemoteDispatch;
+use super::bus::{CommandBus, CommandBusStatus, Dispatcher, Route};
 use super::envelope::Deadline;
 use super::wire::{Code, CommandFrame, Failure, Kind, Outcome};
-use crate::bus::{BusError, Line, NatsOptions};
+use crate::bus::{BusError, NatsOptions, SharedConnection};
 use crate::future::BoxFuture;
 use crate::invalid_option::{InvalidOption, within};
 use crate::supervised::Task;
@@ -164,14 +164,14 @@ impl CommandBus {
 /// The membership of this node in the command bus.
 pub(crate) struct NatsNode {
     shared: Arc<Shared>,
-    line: Arc<Line>,
+    connection: Arc<SharedConnection>,
     in_flight: Arc<Semaphore>,
     _run: Task,
 }
 
 /// The shared state of all tasks of the node.
 struct Shared {
-    commands: Weak<Commands>,
+    commands: Weak<Dispatcher>,
     subjects: Subjects,
     /// New with every start.
     incarnation: Uuid,
@@ -179,16 +179,16 @@ struct Shared {
     /// Name of the node.
     name: String,
     beat: Duration,
-    table: Table,
+    table: PeerTable,
     clocks: PeerClocks,
     /// Time at which this node's clock was 0.
     started: Instant,
     /// Commands of this node in flight to other nodes.
-    calls: Calls,
+    calls: PendingReplies,
     /// Permits for commands of other nodes, and their number.
     places: Arc<Semaphore>,
     limit: usize,
-    link: watch::Sender<Link>,
+    link: watch::Sender<ClusterLink>,
     draining: watch::Sender<bool>,
     /// Set after the end of the node. No further reply is sent or received.
     ended: AtomicBool,
@@ -225,7 +225,7 @@ impl NatsNode {
     /// Joins the other nodes. If the server is down, it retries in the background without limit.
     pub(super) async fn start(
         options: NatsCommands,
-        commands: Weak<Commands>,
+        commands: Weak<Dispatcher>,
         store: Uuid,
         incarnation: Uuid,
     ) -> Self {
@@ -237,52 +237,56 @@ impl NatsNode {
             store,
             name: node.unwrap_or_else(|| incarnation.to_string()),
             beat,
-            table: Table::new(),
+            table: PeerTable::new(),
             clocks: PeerClocks::default(),
             started: Instant::now(),
-            calls: Calls::new(),
+            calls: PendingReplies::new(),
             places: Arc::new(Semaphore::new(limit)),
             limit,
-            link: watch::Sender::new(Link::Down { reason: "not connected to NATS yet".into() }),
+            link: watch::Sender::new(ClusterLink::Down { reason: "not connected to NATS yet".into() }),
             draining: watch::Sender::new(false),
             ended: AtomicBool::new(false),
         });
         let metrics = shared.commands.upgrade().map(|commands| commands.metrics().clone());
-        let line = Arc::new(Line::new(options, metrics.unwrap_or_default()));
-        let task = Task::spawn(run(shared.clone(), line.clone()));
+        let connection = Arc::new(SharedConnection::new(options, metrics.unwrap_or_default()));
+        let task = Task::spawn(run(shared.clone(), connection.clone()));
         let mut link = shared.link.subscribe();
         // Wait for the other nodes, so that commands right after the start find them.
         let settled = link.wait_for(|link| link.is_settled());
         if tokio::time::timeout(FIRST_CONTACT, settled).await.is_err() {
             tracing::warn!(link = ?*shared.link.borrow(), "starting without the other nodes; retrying in the background");
         }
-        Self { shared, line, in_flight: Arc::new(Semaphore::new(limit)), _run: task }
+        Self { shared, connection, in_flight: Arc::new(Semaphore::new(limit)), _run: task }
     }
 
     pub(super) fn status(&self) -> CommandBusStatus {
         match &*self.shared.link.borrow() {
-            Link::Up { .. } => CommandBusStatus::Connected {
+            ClusterLink::Up { .. } => CommandBusStatus::Connected {
                 nodes: self.shared.table.names(),
-                last_error: self.line.last_error(),
+                last_error: self.connection.last_error(),
             },
-            Link::Down { reason } => CommandBusStatus::Disconnected { reason: reason.clone() },
+            ClusterLink::Down { reason } => CommandBusStatus::Disconnected { reason: reason.clone() },
         }
     }
 
     /// Routes a command to its first destination, or returns the reason why there is none.
-    pub(super) fn way(&self, kind: Kind, name: &str, spread: &str, able: bool) -> Result<Way, String> {
+    pub(super) fn way(&self, kind: Kind, name: &str, spread: &str, able: bool) -> Result<Route, String> {
         let shared = &self.shared;
-        if let Link::Down { reason } = &*shared.link.borrow() {
-            return if able { Ok(Way::Here { others: false }) } else { Err(reason.clone()) };
+        if let ClusterLink::Down { reason } = &*shared.link.borrow() {
+            return if able { Ok(Route::Local { others: false }) } else { Err(reason.clone()) };
         }
         let own = able.then_some((shared.name.as_str(), shared.incarnation));
         let (owner, candidates) = shared.table.owner(kind, name, spread, own, shared.silence());
-        Ok(if owner == Some(shared.incarnation) { Way::Here { others: candidates > 1 } } else { Way::There })
+        Ok(if owner == Some(shared.incarnation) {
+            Route::Local { others: candidates > 1 }
+        } else {
+            Route::Remote
+        })
     }
 
     /// Sends a command to the nodes that handle it.
     ///
-    /// If the frame is prompt, it returns when a node has accepted the command, which then runs in
+    /// If the frame is ack_on_accept, it returns when a node has accepted the command, which then runs in
     /// a task of its own. Otherwise it returns at once, and polling the inner future sends the
     /// command.
     pub(super) async fn send(
@@ -297,9 +301,9 @@ impl NatsNode {
         };
         let place = tokio::time::timeout(ADMISSION, self.in_flight.clone().acquire_owned());
         let Ok(Ok(place)) = place.await else { return Err(overloaded()) };
-        let prompt = frame.prompt;
-        let attempts = Attempts::new(self.shared.clone(), frame, assign, deadline, place);
-        if !prompt {
+        let ack_on_accept = frame.prompt;
+        let attempts = RemoteDispatch::new(self.shared.clone(), frame, assign, deadline, place);
+        if !ack_on_accept {
             return Ok(Box::pin(attempts.run()));
         }
         let (accepted, done) = attempts.spawn();
@@ -328,10 +332,10 @@ impl NatsNode {
         let answered =
             async { tokio::join!(self.shared.places.acquire_many(all), self.in_flight.acquire_many(all)) };
         if tokio::time::timeout_at(deadline, answered).await.is_err() {
-            tracing::warn!("closing connection with unanswered commands from or to other nodes");
+            tracing::warn!("closing connection with unresolved commands from or to other nodes");
         }
         self.shared.ended.store(true, Ordering::Release);
-        self.line.close().await;
+        self.connection.close().await;
     }
 }
 

@@ -11,12 +11,12 @@ use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
 use super::ExecuteError;
-use super::bus::Commands;
+use super::bus::Dispatcher;
 use super::envelope::Deadline;
-use super::handler::{Handled, Handler, HandlerRouter, HandlerStatus, Job};
-use super::policy::CommandInfo;
+use super::handler::{Handled, Handler, HandlerJob, HandlerRouter, HandlerStatus};
+use super::hooks::CommandInfo;
 use super::wire::{Code, CommandFrame, Done, Failure, Kind, Outcome, lost_reply, tell_receipt};
-use crate::aggregate::{Aggregate, Order, Router, RouterStatus};
+use crate::aggregate::{Aggregate, CommandRequest, Router, RouterStatus};
 use crate::codec::{fingerprint, from_cbor, to_cbor};
 use crate::event::{Event, Metadata};
 use crate::future::BoxFuture;
@@ -64,7 +64,7 @@ pub(super) trait Endpoint: Send + Sync {
     /// Accepts a command, or refuses it. Waits for a permit until `admit_by` at most.
     fn accept<'a>(
         &'a self,
-        commands: &'a Commands,
+        commands: &'a Dispatcher,
         frame: CommandFrame,
         deadline: Deadline,
         admit_by: Instant,
@@ -174,9 +174,9 @@ fn content(frame: &CommandFrame) -> Result<u128, Failure> {
 }
 
 /// Applies the filters of this node to a command.
-fn filtered(commands: &Commands, info: &CommandInfo<'_>) -> Result<(), Failure> {
+fn filtered(commands: &Dispatcher, info: &CommandInfo<'_>) -> Result<(), Failure> {
     let refused = || Failure::new(Code::Refused, format!("a filter does not accept command {}", info.id));
-    let takes = commands.policy().takes(info).map_err(|reason| Failure::new(Code::Refused, reason))?;
+    let takes = commands.hooks().accepts(info).map_err(|reason| Failure::new(Code::Refused, reason))?;
     takes.then_some(()).ok_or_else(refused)
 }
 
@@ -219,7 +219,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
 
     fn accept<'a>(
         &'a self,
-        commands: &'a Commands,
+        commands: &'a Dispatcher,
         frame: CommandFrame,
         deadline: Deadline,
         admit_by: Instant,
@@ -238,11 +238,11 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 Ok(permit) => permit,
                 Err(error) => return refused(&span, error),
             };
-            if let Err(reason) = commands.policy().begin(&info) {
+            if let Err(reason) = commands.hooks().before(&info) {
                 return refused(&span, ExecuteError::<A::Error>::Refused { reason });
             }
             let (reply, answer) = oneshot();
-            let order = Box::new(Order {
+            let order = Box::new(CommandRequest {
                 content: content(&frame).map_err(marked(&span))? as u64,
                 command,
                 command_id: frame.id,
@@ -258,14 +258,14 @@ impl<A: Aggregate> Endpoint for Router<A> {
             if let Err(error) = self.route(stream, order) {
                 return refused(&span, error);
             }
-            let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
+            let (id, hooks, started) = (frame.id, commands.hooks().clone(), Instant::now());
             Ok(Box::pin(async move {
                 let answer = answer.await.unwrap_or_else(|_| {
                     Err(ExecuteError::OutcomeUnknown { command_id: id, reason: STOPPED.into() })
                 });
                 span.ended(answer.as_ref().err().map(ExecuteError::kind));
                 let info = CommandInfo { name: &frame.name, key: Some(&key), id, metadata: &metadata };
-                policy.end(&info, started.elapsed(), &answer);
+                hooks.after(&info, started.elapsed(), &answer);
                 tell_receipt(answer)
             }) as Answering)
         })
@@ -291,7 +291,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
 
     fn accept<'a>(
         &'a self,
-        commands: &'a Commands,
+        commands: &'a Dispatcher,
         frame: CommandFrame,
         deadline: Deadline,
         admit_by: Instant,
@@ -308,7 +308,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
                 Ok(permit) => permit,
                 Err(error) => return refused(&span, error),
             };
-            let job = Job {
+            let job = HandlerJob {
                 command,
                 id: frame.id,
                 metadata: metadata.clone(),
@@ -321,7 +321,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
                 Ok(answer) => answer,
                 Err(error) => return refused(&span, error),
             };
-            let (id, policy, started) = (frame.id, commands.policy().clone(), Instant::now());
+            let (id, hooks, started) = (frame.id, commands.hooks().clone(), Instant::now());
             Ok(Box::pin(async move {
                 // After the deadline, the attempt continues without its caller and the caller's
                 // permit is released.
@@ -334,7 +334,7 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
                 };
                 span.ended(answer.as_ref().err().map(ExecuteError::kind));
                 let info = CommandInfo { name: H::NAME, key: key.as_deref(), id, metadata: &metadata };
-                policy.end(&info, started.elapsed(), &answer);
+                hooks.after(&info, started.elapsed(), &answer);
                 tell_handled(answer)
             }) as Answering)
         })

@@ -115,12 +115,12 @@ pub(crate) struct Reply {
     pub(crate) format: u32,
     /// Incarnation of the replying node: new with every start.
     pub(crate) incarnation: Uuid,
-    pub(crate) says: Says,
+    pub(crate) says: ReplyKind,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Says {
+pub(crate) enum ReplyKind {
     /// The command has its permit and will be executed.
     Accepted,
     /// The command is still in flight.
@@ -134,14 +134,14 @@ pub(crate) enum Says {
 /// Maximum length of the message of a shortened error, in characters.
 const SHORTENED: usize = 1_000;
 
-impl Says {
+impl ReplyKind {
     /// Shortens a reply of `size` bytes to fit into a message of `limit` bytes.
     ///
     /// The result of the command stays; its content is dropped.
     pub(crate) fn shortened(self, size: usize, limit: usize) -> Self {
         match self {
-            Says::Refused(failure) => Says::Refused(failure.shortened(size, limit)),
-            Says::Executed(Answered { runtime, outcome }) => {
+            ReplyKind::Refused(failure) => ReplyKind::Refused(failure.shortened(size, limit)),
+            ReplyKind::Executed(Answered { runtime, outcome }) => {
                 let outcome = match outcome {
                     Outcome::Done(Done { reply, version, position, events, duplicate, .. }) => {
                         let omitted = Some(Omitted { size: reply.len() as u64, limit: limit as u64 });
@@ -156,16 +156,16 @@ impl Says {
                     }
                     Outcome::Error(failure) => Outcome::Error(failure.shortened(size, limit)),
                 };
-                Says::Executed(Answered { runtime, outcome })
+                ReplyKind::Executed(Answered { runtime, outcome })
             }
-            says @ (Says::Accepted | Says::Alive) => says,
+            says @ (ReplyKind::Accepted | ReplyKind::Alive) => says,
         }
     }
 
     /// Converts the shutdown of another node to `Unavailable`: this node is not shutting down.
     pub(crate) fn of_another(&mut self) {
-        if let Says::Refused(failure) | Says::Executed(Answered { outcome: Outcome::Error(failure), .. }) =
-            self
+        if let ReplyKind::Refused(failure)
+        | ReplyKind::Executed(Answered { outcome: Outcome::Error(failure), .. }) = self
             && failure.code == Code::ShuttingDown
         {
             failure.code = Code::Unavailable;
@@ -507,11 +507,11 @@ mod tests {
         let omitted = Some(Omitted { size: 9, limit: 8 });
         let done = Done { reply: vec![0xf6], duplicate: true, version: 1, position: 2, events: 3, omitted };
         let says = [
-            Says::Accepted,
-            Says::Alive,
-            Says::Refused(failure.clone()),
-            Says::Executed(Answered { runtime: 5, outcome: Outcome::Done(done) }),
-            Says::Executed(Answered { runtime: 5, outcome: Outcome::Error(failure) }),
+            ReplyKind::Accepted,
+            ReplyKind::Alive,
+            ReplyKind::Refused(failure.clone()),
+            ReplyKind::Executed(Answered { runtime: 5, outcome: Outcome::Done(done) }),
+            ReplyKind::Executed(Answered { runtime: 5, outcome: Outcome::Error(failure) }),
         ];
         let replies = says.map(|says| Reply { format: FORMAT, incarnation: Uuid::now_v7(), says });
         let frames = frames.iter().map(to_cbor);

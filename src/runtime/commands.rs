@@ -7,7 +7,7 @@ use ractor::SpawnErr;
 
 use super::StartError;
 use super::supervisor::Supervisor;
-use crate::command::{Commands, Follow, Handler, HandlerOptions, HandlerRouter, Registry};
+use crate::command::{Dispatcher, Handler, HandlerOptions, HandlerRouter, ProjectionWaiter, Registry};
 use crate::event::{InvalidName, Position, check_name};
 use crate::future::BoxFuture;
 use crate::invalid_option::InvalidOption;
@@ -27,14 +27,14 @@ pub(super) struct HandlerRegistration {
     start: Box<StartHandler>,
 }
 
-type StartHandler = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, &Arc<Commands>, &Supervisor) -> Result<(), SpawnErr>
+type StartHandler = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, &Arc<Dispatcher>, &Supervisor) -> Result<(), SpawnErr>
     + Send;
 
 impl HandlerRegistration {
     pub(super) fn new<H: Handler>(handler: H, options: HandlerOptions) -> Self {
         let checked = options.validate();
         let start =
-            move |registry: &mut Registry, store, commands: &Arc<Commands>, supervisor: &Supervisor| {
+            move |registry: &mut Registry, store, commands: &Arc<Dispatcher>, supervisor: &Supervisor| {
                 let (commands, root) = (Arc::downgrade(commands), supervisor.cell());
                 let router = HandlerRouter::start(handler, options, store, commands, root)?;
                 supervisor.adopt(Box::new(router.clone()));
@@ -48,7 +48,7 @@ impl HandlerRegistration {
         self,
         registry: &mut Registry,
         store: Arc<dyn EventStore>,
-        commands: &Arc<Commands>,
+        commands: &Arc<Dispatcher>,
         supervisor: &Supervisor,
     ) -> Result<(), SpawnErr> {
         (self.start)(registry, store, commands, supervisor)
@@ -70,7 +70,7 @@ pub(super) fn check(handlers: &[HandlerRegistration]) -> Result<(), StartError> 
 /// The projections of this node, for callers that wait until one has applied their events.
 pub(super) struct Following(pub(super) Vec<ProjectionHandle>);
 
-impl Follow for Following {
+impl ProjectionWaiter for Following {
     fn names(&self) -> Vec<String> {
         self.0.iter().map(|projection| projection.name().to_owned()).collect()
     }

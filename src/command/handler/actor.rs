@@ -17,10 +17,10 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::run::{Ran, run};
+use super::run::{AttemptResult, run};
 use super::{Handled, Handler, HandlerOptions, HandlerStatus};
 use crate::aggregate::SHUTDOWN;
-use crate::command::bus::Commands;
+use crate::command::bus::Dispatcher;
 use crate::command::{ExecuteError, Respawn};
 use crate::event::Metadata;
 use crate::panic::{panic_text, text_of};
@@ -32,7 +32,7 @@ use crate::time::after;
 pub(crate) type Answer<H> = Result<Handled<<H as Handler>::Reply>, ExecuteError<<H as Handler>::Error>>;
 
 /// A command for a handler.
-pub(crate) struct Job<H: Handler> {
+pub(crate) struct HandlerJob<H: Handler> {
     pub(crate) command: H::Command,
     pub(crate) id: Uuid,
     pub(crate) metadata: Metadata,
@@ -100,7 +100,7 @@ pub(super) struct Shared<H> {
     pub(super) options: HandlerOptions,
     pub(super) store: Arc<dyn EventStore>,
     /// Dispatcher for nested commands. It owns this handler, so this reference is weak.
-    pub(super) commands: Weak<Commands>,
+    pub(super) commands: Weak<Dispatcher>,
 }
 
 /// A handle to a handler's actor. Cloning is cheap.
@@ -144,7 +144,7 @@ impl<H: Handler> HandlerRouter<H> {
         handler: H,
         options: HandlerOptions,
         store: Arc<dyn EventStore>,
-        commands: Weak<Commands>,
+        commands: Weak<Dispatcher>,
         supervisor: ActorCell,
     ) -> Result<Self, SpawnErr> {
         let admission = Arc::new(Semaphore::new(options.in_flight));
@@ -188,7 +188,7 @@ impl<H: Handler> HandlerRouter<H> {
     /// Sends an admitted command to the actor. The answer fails only if the actor stopped.
     pub(crate) fn hand_over(
         &self,
-        job: Job<H>,
+        job: HandlerJob<H>,
         permit: OwnedSemaphorePermit,
     ) -> Result<impl Future<Output = Result<Answer<H>, Stopped>> + Send + use<H>, ExecuteError<H::Error>>
     {
@@ -250,23 +250,23 @@ pub(crate) struct Stopped;
 
 pub(super) enum Message<H: Handler> {
     /// Run a command for a caller.
-    Run(Job<H>, Caller<H>, Arc<OwnedSemaphorePermit>),
+    Run(HandlerJob<H>, Caller<H>, Arc<OwnedSemaphorePermit>),
     /// An attempt has ended. `freed`: whether it returned its worker slot.
-    Ended { id: Uuid, key: Option<String>, ran: Ran, freed: bool },
+    Ended { id: Uuid, key: Option<String>, ran: AttemptResult, freed: bool },
     /// A worker slot is free.
     Freed,
     /// An attempt that released its worker slot needs one again.
-    Enter(OneshotSender<Worker<H>>),
+    Enter(OneshotSender<WorkerPermit<H>>),
 }
 
 /// A worker slot. Dropping it frees the slot.
-pub(super) struct Worker<H: Handler> {
+pub(super) struct WorkerPermit<H: Handler> {
     actor: ActorRef<Message<H>>,
     /// Whether another message reports that the slot is free.
     told: bool,
 }
 
-impl<H: Handler> Worker<H> {
+impl<H: Handler> WorkerPermit<H> {
     fn new(actor: ActorRef<Message<H>>) -> Self {
         Self { actor, told: false }
     }
@@ -281,7 +281,7 @@ impl<H: Handler> Worker<H> {
     }
 }
 
-impl<H: Handler> Drop for Worker<H> {
+impl<H: Handler> Drop for WorkerPermit<H> {
     fn drop(&mut self) {
         if !self.told {
             // Without the actor there are no slots.
@@ -296,13 +296,13 @@ struct HandlerState<H: Handler> {
     /// Number of free worker slots.
     free: usize,
     /// Attempts that need a slot again. They go first, so that started commands finish.
-    resuming: VecDeque<OneshotSender<Worker<H>>>,
+    resuming: VecDeque<OneshotSender<WorkerPermit<H>>>,
     /// Commands that wait for a worker, in order.
-    ready: VecDeque<Job<H>>,
+    ready: VecDeque<HandlerJob<H>>,
     /// Commands that wait for others with the same key, in order.
     ///
     /// Every key with a ready or running command has an entry.
-    turns: HashMap<String, VecDeque<Job<H>>>,
+    turns: HashMap<String, VecDeque<HandlerJob<H>>>,
     /// Queued and running commands.
     current: HashMap<Uuid, Current<H>>,
     /// Tasks of the attempts. They end with the actor.
@@ -354,24 +354,24 @@ impl<H: Handler> HandlerActor<H> {
             if let Some(resuming) = state.resuming.pop_front() {
                 state.free -= 1;
                 // If the attempt no longer waits, the send drops the slot, which frees it.
-                let _ = resuming.send(Worker::new(myself.clone()));
+                let _ = resuming.send(WorkerPermit::new(myself.clone()));
                 continue;
             }
             let Some(job) = state.ready.pop_front() else { return };
             if state.current.get(&job.id).is_some_and(|current| current.deadline <= Instant::now()) {
                 let reason = "dropped because it did not start before its deadline".to_owned();
-                state.end(job.id, job.key, &Ran::Unknown(reason));
+                state.end(job.id, job.key, &AttemptResult::Unknown(reason));
                 continue;
             }
             state.free -= 1;
             let (id, key) = (job.id, job.key.clone());
-            let (shared, worker, actor) = (self.0.clone(), Worker::new(myself.clone()), myself.clone());
+            let (shared, worker, actor) = (self.0.clone(), WorkerPermit::new(myself.clone()), myself.clone());
             state.attempts.spawn(async move {
                 // Hooks and encoders are user code too, beside the handler itself.
                 let ran = AssertUnwindSafe(run(shared, job, worker)).catch_unwind().await;
                 let (ran, freed) = ran.unwrap_or_else(|panic| {
                     let reason = format!("user code around the handler panicked: {}", panic_text(&*panic));
-                    (Ran::Unknown(reason), false)
+                    (AttemptResult::Unknown(reason), false)
                 });
                 // A failed cast means that the actor has ended together with its callers' ports.
                 let _ = actor.cast(Message::Ended { id, key, ran, freed });
@@ -381,7 +381,7 @@ impl<H: Handler> HandlerActor<H> {
 }
 
 impl<H: Handler> HandlerState<H> {
-    fn take(&mut self, job: Job<H>, caller: Caller<H>, permit: Arc<OwnedSemaphorePermit>) {
+    fn take(&mut self, job: HandlerJob<H>, caller: Caller<H>, permit: Arc<OwnedSemaphorePermit>) {
         if let Some(current) = self.current.get_mut(&job.id) {
             if current.fingerprint != job.fingerprint {
                 // A failed send means that the caller has stopped waiting.
@@ -410,7 +410,7 @@ impl<H: Handler> HandlerState<H> {
     }
 
     /// Answers all callers of a command, and makes the next command with its key ready.
-    fn end(&mut self, id: Uuid, key: Option<String>, ran: &Ran) {
+    fn end(&mut self, id: Uuid, key: Option<String>, ran: &AttemptResult) {
         let callers = self.current.remove(&id).map(|current| current.callers).unwrap_or_default();
         for (count, caller) in callers.into_iter().enumerate() {
             let answer = ran.answer::<H>(id, count > 0);

@@ -8,11 +8,11 @@ use ractor::concurrency::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::actor::{Job, Message, Worker};
+use super::actor::{HandlerJob, Message, WorkerPermit};
 use super::{Handler, Request};
 use crate::aggregate::Aggregate;
 use crate::command::Execute;
-use crate::command::bus::Commands;
+use crate::command::bus::Dispatcher;
 use crate::command::envelope::Envelope;
 use crate::command::wire::Kind;
 use crate::command_id;
@@ -21,7 +21,7 @@ use crate::future::BoxFuture;
 
 /// The context of an attempt: the command's metadata, and the means to send nested commands.
 pub struct HandlerContext {
-    commands: Arc<Commands>,
+    commands: Arc<Dispatcher>,
     id: Uuid,
     metadata: Metadata,
     now: DateTime<Utc>,
@@ -29,15 +29,15 @@ pub struct HandlerContext {
     deadline: Instant,
     /// Number of commands sent to each target. It makes their ids the same in every attempt.
     given: Mutex<HashMap<String, u64>>,
-    place: Arc<dyn GiveWay>,
+    slot: Arc<dyn YieldSlot>,
 }
 
 /// A worker slot that an attempt releases while it waits for a nested command.
-pub(in crate::command) trait GiveWay: Send + Sync {
+pub(in crate::command) trait YieldSlot: Send + Sync {
     /// Releases the slot for another command.
-    fn leave(&self);
+    fn release(&self);
     /// Reacquires a slot.
-    fn enter(&self) -> BoxFuture<'_, ()>;
+    fn reacquire(&self) -> BoxFuture<'_, ()>;
     /// Ends the wait without reacquiring a slot.
     fn abandon(&self);
     /// Ends the attempt. Takes the slot without a message, and returns whether there was one.
@@ -46,56 +46,56 @@ pub(in crate::command) trait GiveWay: Send + Sync {
 
 /// Releases the worker slot, if there is one, while `wait` runs.
 pub(in crate::command) fn give_way<T>(
-    place: Option<Arc<dyn GiveWay>>,
+    slot: Option<Arc<dyn YieldSlot>>,
     wait: impl Future<Output = T>,
 ) -> impl Future<Output = T> {
     // Most commands do not come from a handler. Their future stays small.
-    match place {
+    match slot {
         None => Either::Left(wait),
-        Some(place) => Either::Right(Box::pin(leave_and_wait(place, wait))),
+        Some(slot) => Either::Right(Box::pin(leave_and_wait(slot, wait))),
     }
 }
 
-async fn leave_and_wait<T>(place: Arc<dyn GiveWay>, wait: impl Future<Output = T>) -> T {
-    struct Leave(Option<Arc<dyn GiveWay>>);
+async fn leave_and_wait<T>(slot: Arc<dyn YieldSlot>, wait: impl Future<Output = T>) -> T {
+    struct Leave(Option<Arc<dyn YieldSlot>>);
 
     impl Drop for Leave {
         fn drop(&mut self) {
-            if let Some(place) = self.0.take() {
-                place.abandon();
+            if let Some(slot) = self.0.take() {
+                slot.abandon();
             }
         }
     }
 
-    place.leave();
-    let mut left = Leave(Some(place.clone()));
+    slot.release();
+    let mut left = Leave(Some(slot.clone()));
     let result = wait.await;
     left.0 = None;
-    place.enter().await;
+    slot.reacquire().await;
     result
 }
 
-struct Place<H: Handler> {
+struct WorkerSlot<H: Handler> {
     actor: ractor::ActorRef<Message<H>>,
     held: Mutex<Held<H>>,
 }
 
 struct Held<H: Handler> {
-    worker: Option<Worker<H>>,
+    worker: Option<WorkerPermit<H>>,
     /// Number of nested commands that the attempt waits for.
     ///
     /// The first wait releases the slot, and the end of the last one reacquires it.
     waits: usize,
 }
 
-impl<H: Handler> Place<H> {
+impl<H: Handler> WorkerSlot<H> {
     fn held(&self) -> std::sync::MutexGuard<'_, Held<H>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<H: Handler> GiveWay for Place<H> {
-    fn leave(&self) {
+impl<H: Handler> YieldSlot for WorkerSlot<H> {
+    fn release(&self) {
         let mut held = self.held();
         held.waits += 1;
         held.worker = None;
@@ -108,12 +108,12 @@ impl<H: Handler> GiveWay for Place<H> {
 
     fn end(&self) -> bool {
         let worker = self.held().worker.take();
-        worker.map(Worker::end).is_some()
+        worker.map(WorkerPermit::end).is_some()
     }
 
-    fn enter(&self) -> BoxFuture<'_, ()> {
+    fn reacquire(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
-            let (place, granted) = oneshot();
+            let (slot, granted) = oneshot();
             {
                 let mut held = self.held();
                 held.waits = held.waits.saturating_sub(1);
@@ -122,7 +122,7 @@ impl<H: Handler> GiveWay for Place<H> {
                 }
             }
             // If the actor has ended, this attempt ends too.
-            if self.actor.cast(Message::Enter(place)).is_ok()
+            if self.actor.cast(Message::Enter(slot)).is_ok()
                 && let Ok(worker) = granted.await
             {
                 let mut held = self.held();
@@ -138,9 +138,9 @@ impl<H: Handler> GiveWay for Place<H> {
 
 impl HandlerContext {
     pub(super) fn new<H: Handler>(
-        commands: Arc<Commands>,
-        worker: Worker<H>,
-        job: &Job<H>,
+        commands: Arc<Dispatcher>,
+        worker: WorkerPermit<H>,
+        job: &HandlerJob<H>,
         deadline: Instant,
     ) -> Self {
         let actor = worker.actor();
@@ -152,7 +152,7 @@ impl HandlerContext {
             now: Utc::now(),
             deadline,
             given: Mutex::default(),
-            place: Arc::new(Place { actor, held }),
+            slot: Arc::new(WorkerSlot { actor, held }),
         }
     }
 
@@ -180,7 +180,7 @@ impl HandlerContext {
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
         let id = id.to_string();
         let envelope = self.envelope(Kind::Aggregate, <A::Event as Event>::CATEGORY, &id);
-        Execute::new(self.commands.clone(), id, command.into(), envelope).within(self.place.clone())
+        Execute::new(self.commands.clone(), id, command.into(), envelope).within(self.slot.clone())
     }
 
     /// Sends a command to a handler on any node, as [`execute`](Self::execute) does.
@@ -189,12 +189,12 @@ impl HandlerContext {
     pub fn command<H: Handler>(&self, command: H::Command) -> Request<H> {
         let key = H::key(&command).unwrap_or_default();
         let envelope = self.envelope(Kind::Handler, H::NAME, &key);
-        Request::new(self.commands.clone(), command, envelope).within(self.place.clone())
+        Request::new(self.commands.clone(), command, envelope).within(self.slot.clone())
     }
 
     /// Ends the attempt. Returns whether that frees a worker slot.
     pub(super) fn end(self) -> bool {
-        self.place.end()
+        self.slot.end()
     }
 
     fn envelope(&self, kind: Kind, name: &str, key: &str) -> Envelope {

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::actor::Job;
-use super::{GiveWay, Handled, Handler, give_way, key_of};
+use super::actor::HandlerJob;
+use super::{Handled, Handler, YieldSlot, give_way, key_of};
 use crate::codec::fingerprint;
-use crate::command::bus::{Commands, Way, watched};
+use crate::command::bus::{Dispatcher, Route, watched};
 use crate::command::dispatched::Watched;
 use crate::command::envelope::{Envelope, envelope_setters};
 use crate::command::wire::{About, Done, Kind, Outcome, read_reply};
@@ -23,21 +23,21 @@ use crate::telemetry::trace::CommandSpan;
 /// or [dispatched](Self::dispatch). Dropping the waiting future does not cancel the command.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct Request<H: Handler> {
-    commands: Arc<Commands>,
+    commands: Arc<Dispatcher>,
     command: H::Command,
     envelope: Envelope,
-    /// Worker slot of the handler that sends this command.
-    place: Option<Arc<dyn GiveWay>>,
+    /// WorkerPermit slot of the handler that sends this command.
+    place: Option<Arc<dyn YieldSlot>>,
 }
 
 type Pending<H> = Dispatched<Handled<<H as Handler>::Reply>, <H as Handler>::Error>;
 
 impl<H: Handler> Request<H> {
-    pub(crate) fn new(commands: Arc<Commands>, command: H::Command, envelope: Envelope) -> Self {
+    pub(crate) fn new(commands: Arc<Dispatcher>, command: H::Command, envelope: Envelope) -> Self {
         Self { commands, command, envelope, place: None }
     }
 
-    pub(super) fn within(mut self, place: Arc<dyn GiveWay>) -> Self {
+    pub(super) fn within(mut self, place: Arc<dyn YieldSlot>) -> Self {
         self.place = Some(place);
         self
     }
@@ -77,16 +77,16 @@ impl<H: Handler> Request<H> {
         envelope.metadata.encode()?;
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
-        let takes = || commands.policy().takes(&info).map_err(|reason| ExecuteError::Refused { reason });
+        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::Refused { reason });
         let local = match commands.registry().handler::<H>() {
             Some(local) => takes()?.then_some(local),
             None => None,
         };
         let way = commands.way(Kind::Handler, H::NAME, &info, &envelope, local.is_some())?;
-        if let (Way::Here { .. }, Some(local)) = (&way, local) {
+        if let (Route::Local { .. }, Some(local)) = (&way, local) {
             match local.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
-                    let job = Job {
+                    let job = HandlerJob {
                         fingerprint: Uuid::from_u128(fingerprint(&command).map_err(EncodeError::from)?),
                         command,
                         id: envelope.id,
@@ -99,7 +99,7 @@ impl<H: Handler> Request<H> {
                     let answer = local.hand_over(job, permit)?;
                     return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
                 }
-                Err(busy) if matches!(way, Way::Here { others: false }) => return Err(busy),
+                Err(busy) if matches!(way, Route::Local { others: false }) => return Err(busy),
                 Err(_busy) => {}
             }
         }

@@ -10,11 +10,11 @@ use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 use uuid::Uuid;
 
-use super::actor::{Answer, Job, Shared, Worker};
+use super::actor::{Answer, HandlerJob, Shared, WorkerPermit};
 use super::context::HandlerContext;
 use super::{HandleError, Handled, Handler};
 use crate::codec::{from_cbor, to_cbor};
-use crate::command::bus::Commands;
+use crate::command::bus::Dispatcher;
 use crate::command::wire::{About, Done, Failure, Outcome, lost_reply, read_reply};
 use crate::command::{CommandInfo, ExecuteError};
 use crate::panic::panic_text;
@@ -23,7 +23,7 @@ use crate::time::after;
 
 /// The result of an attempt. All callers of the command get it.
 #[derive(Debug)]
-pub(super) enum Ran {
+pub(super) enum AttemptResult {
     /// The outcome is recorded, by this attempt or before it.
     Recorded { outcome: Outcome, before: bool },
     /// The outcome is recorded, but the record does not decode.
@@ -38,45 +38,49 @@ pub(super) enum Ran {
     Unknown(String),
 }
 
-impl Ran {
+impl AttemptResult {
     /// Creates the answer for one caller. `repeated`: whether it is not the first caller.
     pub(super) fn answer<H: Handler>(&self, id: Uuid, repeated: bool) -> Answer<H> {
         let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: id, reason };
         match self {
-            Ran::Recorded { outcome: Outcome::Done(Done { reply, .. }), before } => {
+            AttemptResult::Recorded { outcome: Outcome::Done(Done { reply, .. }), before } => {
                 let reply = read_reply(reply, id)?;
                 Ok(Handled { command_id: id, reply, duplicate: *before || repeated })
             }
-            Ran::Recorded { outcome: Outcome::Error(failure), .. } => {
+            AttemptResult::Recorded { outcome: Outcome::Error(failure), .. } => {
                 let expected = ExpectedVersion::Any;
                 Err(failure.clone().into_error(&About { id, name: H::NAME, stream: None, expected }))
             }
-            Ran::Unreadable(error) => {
+            AttemptResult::Unreadable(error) => {
                 Err(unknown(format!("it was handled, but its record does not decode: {error}")))
             }
-            Ran::Refused(reason) => Err(ExecuteError::Refused { reason: reason.clone() }),
-            Ran::SameId => Err(ExecuteError::SameId { command_id: id }),
-            Ran::Store(error) => Err(ExecuteError::Store(error.clone())),
-            Ran::Unknown(reason) => Err(unknown(reason.clone())),
+            AttemptResult::Refused(reason) => Err(ExecuteError::Refused { reason: reason.clone() }),
+            AttemptResult::SameId => Err(ExecuteError::SameId { command_id: id }),
+            AttemptResult::Store(error) => Err(ExecuteError::Store(error.clone())),
+            AttemptResult::Unknown(reason) => Err(unknown(reason.clone())),
         }
     }
 }
 
 /// Reads a record, and checks that it belongs to this command.
-fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> Ran {
+fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> AttemptResult {
     if record.name != H::NAME || record.fingerprint != fingerprint {
-        return Ran::SameId;
+        return AttemptResult::SameId;
     }
     match from_cbor(&record.outcome) {
-        Ok(outcome) => Ran::Recorded { outcome, before: true },
-        Err(error) => Ran::Unreadable(error),
+        Ok(outcome) => AttemptResult::Recorded { outcome, before: true },
+        Err(error) => AttemptResult::Unreadable(error),
     }
 }
 
 /// Runs an attempt. Returns its result, and whether it freed a worker slot.
-pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker: Worker<H>) -> (Ran, bool) {
+pub(super) async fn run<H: Handler>(
+    shared: Arc<Shared<H>>,
+    job: HandlerJob<H>,
+    worker: WorkerPermit<H>,
+) -> (AttemptResult, bool) {
     let Some(commands) = shared.commands.upgrade() else {
-        return (Ran::Unknown("runtime has ended".into()), false);
+        return (AttemptResult::Unknown("runtime has ended".into()), false);
     };
     let deadline = after(shared.options.time_limit);
     let context = HandlerContext::new(commands.clone(), worker, &job, deadline);
@@ -86,27 +90,27 @@ pub(super) async fn run<H: Handler>(shared: Arc<Shared<H>>, job: Job<H>, worker:
 
 async fn attempt<H: Handler>(
     shared: &Shared<H>,
-    commands: &Commands,
-    job: &Job<H>,
+    commands: &Dispatcher,
+    job: &HandlerJob<H>,
     context: &HandlerContext,
     deadline: Instant,
-) -> Ran {
+) -> AttemptResult {
     let (id, fingerprint) = (job.id, job.fingerprint);
     match shared.store.command(id).await {
         Ok(None) => {}
         Ok(Some(record)) => return recorded::<H>(&record, fingerprint),
-        Err(error) => return Ran::Store(error),
+        Err(error) => return AttemptResult::Store(error),
     }
     let info = CommandInfo { name: H::NAME, key: job.key.as_deref(), id, metadata: &job.metadata };
-    if let Err(reason) = commands.policy().begin(&info) {
-        return Ran::Refused(reason);
+    if let Err(reason) = commands.hooks().before(&info) {
+        return AttemptResult::Refused(reason);
     }
     let handling = AssertUnwindSafe(shared.handler.handle(&job.command, context)).catch_unwind();
     // Spans of the handler are children of the command's span.
     let handled = timeout_at(deadline, handling.instrument(job.span.span())).await;
     let Ok(handled) = handled else {
         let limit = shared.options.time_limit;
-        return Ran::Unknown(format!(
+        return AttemptResult::Unknown(format!(
             "handler exceeded its time limit of {limit:?} (HandlerOptions::time_limit)"
         ));
     };
@@ -116,13 +120,13 @@ async fn attempt<H: Handler>(
             .unwrap_or_else(|error| Outcome::Error(lost_reply(error))),
         Ok(Err(HandleError::Rejected(error))) => Outcome::Error(Failure::of(&ExecuteError::Rejected(error))),
         Ok(Err(HandleError::Failed(reason))) => {
-            return Ran::Unknown(format!("handler failed: {reason}"));
+            return AttemptResult::Unknown(format!("handler failed: {reason}"));
         }
-        Err(panic) => return Ran::Unknown(format!("handler panicked: {}", panic_text(&*panic))),
+        Err(panic) => return AttemptResult::Unknown(format!("handler panicked: {}", panic_text(&*panic))),
     };
     let encoded = match to_cbor(&outcome) {
         Ok(encoded) => Bytes::from(encoded),
-        Err(error) => return Ran::Unknown(error.to_string()),
+        Err(error) => return AttemptResult::Unknown(error.to_string()),
     };
     let record = CommandRecord {
         id,
@@ -133,10 +137,10 @@ async fn attempt<H: Handler>(
     };
     match shared.store.record_command(record).await {
         Ok(ours) if ours.name == H::NAME && ours.fingerprint == fingerprint && ours.outcome == encoded => {
-            Ran::Recorded { outcome, before: false }
+            AttemptResult::Recorded { outcome, before: false }
         }
         // An attempt on another node recorded its outcome first. That record counts.
         Ok(other) => recorded::<H>(&other, fingerprint),
-        Err(error) => Ran::Unknown(format!("cannot record its outcome: {error}")),
+        Err(error) => AttemptResult::Unknown(format!("cannot record its outcome: {error}")),
     }
 }

@@ -27,10 +27,12 @@ pub(super) async fn apply<P: Projection>(
     event: &RecordedEvent,
     transaction: &mut P::Transaction,
 ) -> Result<(), ApplyError> {
-    contained(async { projection.apply(event, transaction).await }).await
+    catch_panic(async { projection.apply(event, transaction).await }).await
 }
 
-pub(super) async fn contained(user: impl Future<Output = Result<(), ApplyError>>) -> Result<(), ApplyError> {
+pub(super) async fn catch_panic(
+    user: impl Future<Output = Result<(), ApplyError>>,
+) -> Result<(), ApplyError> {
     match AssertUnwindSafe(user).catch_unwind().await {
         Ok(result) => result,
         Err(panic) => Err(format!("the projection panicked: {}", panic_text(&*panic)).into()),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::apply::{apply, contained};
+use super::apply::{apply, catch_panic};
 use super::{ProjectionTask, TaskConfig};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
@@ -304,7 +304,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     pub(super) async fn users_reset(&mut self, open: &mut R::Open) -> Result<(), ApplyError> {
         let transaction = self.read_model.transaction(open);
-        contained(async { self.instance.projection.reset(transaction).await }).await
+        catch_panic(async { self.instance.projection.reset(transaction).await }).await
     }
 
     /// Moves the checkpoints to the start first, then empties the read model.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::apply::contained;
+use super::apply::catch_panic;
 use super::control::{GRACE, blame, refused};
 use super::{ProjectionTask, Source};
 use crate::event::Position;
@@ -174,7 +174,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 }
             }
             let transaction = self.read_model.transaction(&mut open);
-            let live = contained(async { self.instance.projection.go_live(transaction).await }).await;
+            let live = catch_panic(async { self.instance.projection.go_live(transaction).await }).await;
             live.map_err(|error| blame(self.context, self.read_model, &error))
         };
         match timeout(SWITCH, result).await {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::apply::contained;
+use super::apply::catch_panic;
 use super::control::{Change, GRACE, ORDER, blame, refused};
 use super::{ProjectionTask, TaskConfig};
 use crate::event::Position;
@@ -115,7 +115,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             // First, and held until the end: an earlier build may be discarded concurrently.
             read_model.save(&mut open, &record, found, wanted).await.map_err(refused)?;
             let transaction = read_model.transaction(&mut open);
-            let created = contained(async { projection.reset(transaction).await }).await;
+            let created = catch_panic(async { projection.reset(transaction).await }).await;
             created.map_err(|error| blame(context, read_model, &error))?;
             // Last: during a vain wait above, the request is not locked and can still be refused.
             match requested {
@@ -254,7 +254,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             read_model.save(&mut open, &record, found, to).await.map_err(refused)?;
             if !again {
                 let transaction = read_model.transaction(&mut open);
-                let discarded = contained(async { projection.discard(transaction).await }).await;
+                let discarded = catch_panic(async { projection.discard(transaction).await }).await;
                 discarded.map_err(|error| blame(context, read_model, &error))?;
             }
             let Some((request, found)) = asked else { return Ok(()) };

@@ -4,14 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::bus::Commands;
+use super::bus::Dispatcher;
 use super::{Execute, ExecuteError, Receipt};
 use crate::aggregate::Aggregate;
 use crate::event::Position;
 use crate::future::BoxFuture;
 
 /// Waits for projections. The runtime implements it: this module does not depend on projections.
-pub(crate) trait Follow: Send + Sync {
+pub(crate) trait ProjectionWaiter: Send + Sync {
     /// Returns the names of the projections on this node.
     fn names(&self) -> Vec<String>;
     /// Waits until the projection `name` has reached `position`.
@@ -27,9 +27,9 @@ pub(crate) trait Follow: Send + Sync {
 ///
 /// [`Execute::wait_for`] creates it.
 #[must_use = "a command does nothing until it is awaited"]
-pub struct ExecuteAndFollow<A: Aggregate> {
+pub struct ExecuteAndWait<A: Aggregate> {
     execute: Execute<A>,
-    commands: Arc<Commands>,
+    commands: Arc<Dispatcher>,
     name: String,
     patience: Duration,
 }
@@ -37,27 +37,27 @@ pub struct ExecuteAndFollow<A: Aggregate> {
 /// The receipt of a command, and whether a projection has applied it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Followed<R = ()> {
+pub struct Applied<R = ()> {
     /// Receipt of the command. The command is durable.
     pub receipt: Receipt<R>,
     /// Whether the projection has applied the command, or why this is unknown.
-    pub applied: Result<(), NotApplied>,
+    pub applied: Result<(), ProjectionLag>,
 }
 
 /// A projection did not reach a position in time. The command itself is durable.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("projection has not confirmed position {position}: {reason}; the command itself is durable")]
-pub struct NotApplied {
+pub struct ProjectionLag {
     /// Position that the projection had to reach.
     pub position: Position,
     /// Cause.
     pub reason: String,
 }
 
-impl<A: Aggregate> ExecuteAndFollow<A> {
+impl<A: Aggregate> ExecuteAndWait<A> {
     pub(super) fn new(
         execute: Execute<A>,
-        commands: Arc<Commands>,
+        commands: Arc<Dispatcher>,
         name: String,
         patience: Duration,
     ) -> Self {
@@ -73,8 +73,8 @@ impl<A: Aggregate> ExecuteAndFollow<A> {
     }
 }
 
-impl<A: Aggregate> IntoFuture for ExecuteAndFollow<A> {
-    type Output = Result<Followed<A::Reply>, ExecuteError<A::Error>>;
+impl<A: Aggregate> IntoFuture for ExecuteAndWait<A> {
+    type Output = Result<Applied<A::Reply>, ExecuteError<A::Error>>;
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
@@ -88,14 +88,14 @@ impl<A: Aggregate> IntoFuture for ExecuteAndFollow<A> {
             let receipt = self.execute.await?;
             let position = receipt.position;
             let applied = self.commands.caught_up(&self.name, position, self.patience).await;
-            Ok(Followed { receipt, applied: applied.map_err(|reason| NotApplied { position, reason }) })
+            Ok(Applied { receipt, applied: applied.map_err(|reason| ProjectionLag { position, reason }) })
         })
     }
 }
 
-impl<A: Aggregate> fmt::Debug for ExecuteAndFollow<A> {
+impl<A: Aggregate> fmt::Debug for ExecuteAndWait<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ExecuteAndFollow")
+        f.debug_struct("ExecuteAndWait")
             .field("execute", &self.execute)
             .field("name", &self.name)
             .finish_non_exhaustive()

@@ -1,6 +1,6 @@
 //! Remote dispatch of one command: the choice of nodes, and the answer to the caller.
 
-mod ask;
+mod attempt;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -13,23 +13,23 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use uuid::Uuid;
 
 use super::Shared;
-use super::calls::{Ear, Heard};
-use super::link::{Link, Others};
-use super::presence::Candidate;
-use super::serve::take;
+use super::membership::{ClusterLink, PeerDiscovery};
+use super::peer_table::Candidate;
+use super::pending_replies::{ReplyEvent, ReplyReceiver};
+use super::server::take;
 use crate::command::envelope::Deadline;
-use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome, Reply, Says};
+use crate::command::wire::{Answered, Code, CommandFrame, Failure, Kind, Outcome, Reply, ReplyKind};
 
 type Accepted = Result<(), Failure>;
 type Ended = (Outcome, Duration);
 
 /// The dispatch of a command to one node after another until one has answered it.
-pub(super) struct Attempts {
-    inner: Pursuit,
+pub(super) struct RemoteDispatch {
+    inner: DispatchLoop,
     place: OwnedSemaphorePermit,
 }
 
-impl Attempts {
+impl RemoteDispatch {
     pub(super) fn new(
         shared: Arc<Shared>,
         frame: CommandFrame,
@@ -37,15 +37,15 @@ impl Attempts {
         deadline: Deadline,
         place: OwnedSemaphorePermit,
     ) -> Self {
-        let inner = Pursuit {
-            ear: shared.calls.ear(),
+        let inner = DispatchLoop {
+            replies: shared.calls.replies(),
             link: shared.link.subscribe(),
             frame,
             assign,
             deadline,
-            tried: HashSet::new(),
-            asked: Vec::new(),
-            unanswered: BTreeMap::new(),
+            excluded: HashSet::new(),
+            attempts: Vec::new(),
+            unresolved: BTreeMap::new(),
             refusal: None,
             accepted: false,
             tell: None,
@@ -90,23 +90,23 @@ impl Attempts {
     }
 }
 
-struct Pursuit {
+struct DispatchLoop {
     shared: Arc<Shared>,
     frame: CommandFrame,
     /// Time until which a node must accept the command.
     assign: Deadline,
     deadline: Deadline,
-    ear: Ear,
-    link: watch::Receiver<Link>,
+    replies: ReplyReceiver,
+    link: watch::Receiver<ClusterLink>,
     /// Nodes excluded in this round.
-    tried: HashSet<Uuid>,
+    excluded: HashSet<Uuid>,
     /// Node of each attempt, in order.
-    asked: Vec<Candidate>,
+    attempts: Vec<Candidate>,
     /// Unresolved attempts and their causes, by number. This node's own attempt has number 0.
     ///
     /// These attempts may still execute the command. One node can have several of them: a reply to
     /// one says nothing about the others.
-    unanswered: BTreeMap<u32, String>,
+    unresolved: BTreeMap<u32, String>,
     /// Refusal of the last node that did not accept the command.
     refusal: Option<Failure>,
     /// Whether a node has accepted the command.
@@ -125,7 +125,7 @@ enum Attempt {
     Again,
 }
 
-impl Pursuit {
+impl DispatchLoop {
     async fn run(&mut self) -> (Outcome, Option<Duration>) {
         let answered = loop {
             if self.shared.ended.load(Ordering::Acquire) {
@@ -139,28 +139,30 @@ impl Pursuit {
             }
             let link = self.link.borrow_and_update().clone();
             let candidate =
-                self.candidates(&link).into_iter().find(|one| !self.tried.contains(&one.incarnation));
+                self.candidates(&link).into_iter().find(|one| !self.excluded.contains(&one.incarnation));
             let attempt = match (candidate, link) {
                 (Some(own), _) if own.incarnation == self.shared.incarnation => self.here(own).await,
-                (Some(candidate), Link::Up { line, inbox, session, .. }) => {
-                    match self.ask(candidate, &line, &inbox, session).await {
+                (Some(candidate), ClusterLink::Up { connection, inbox, session, .. }) => {
+                    match self.ask(candidate, &connection, &inbox, session).await {
                         Ok(attempt) => attempt,
                         Err(failure) => break Err(failure),
                     }
                 }
                 // Keep nothing for later. A command that was not sent fails now. For a sent
                 // command, wait for the reconnect and ask again.
-                (_, Link::Down { reason }) if self.unanswered.is_empty() => {
+                (_, ClusterLink::Down { reason }) if self.unresolved.is_empty() => {
                     break Err(Failure::new(Code::Unavailable, reason));
                 }
-                (None, Link::Up { others: Others::Known, .. }) if self.unanswered.is_empty() => {
+                (None, ClusterLink::Up { others: PeerDiscovery::Known, .. })
+                    if self.unresolved.is_empty() =>
+                {
                     break Err(self
                         .refusal
                         .take()
                         .unwrap_or_else(|| Failure::new(Code::NoHandler, "no node handles the command")));
                 }
                 _ => {
-                    self.tried.clear();
+                    self.excluded.clear();
                     self.wait().await
                 }
             };
@@ -171,13 +173,13 @@ impl Pursuit {
         };
         match answered {
             Ok(Answered { outcome, runtime }) => {
-                (self.certain(outcome), Some(Duration::from_micros(runtime)))
+                (self.downgrade_if_uncertain(outcome), Some(Duration::from_micros(runtime)))
             }
             Err(failure) => (Outcome::Error(failure), None),
         }
     }
 
-    fn candidates(&self, link: &Link) -> Vec<Candidate> {
+    fn candidates(&self, link: &ClusterLink) -> Vec<Candidate> {
         let shared = &self.shared;
         let able = shared.commands.upgrade().is_some_and(|commands| {
             commands.registry().endpoint(self.frame.kind, &self.frame.name).is_some()
@@ -192,10 +194,10 @@ impl Pursuit {
             }
         };
         match link {
-            Link::Up { .. } => {
+            ClusterLink::Up { .. } => {
                 shared.table.candidates(self.frame.kind, &self.frame.name, key, own, shared.silence())
             }
-            Link::Down { .. } => own
+            ClusterLink::Down { .. } => own
                 .map(|(node, incarnation)| Candidate { node: node.into(), incarnation })
                 .into_iter()
                 .collect(),
@@ -210,12 +212,12 @@ impl Pursuit {
         let mut news = self.shared.table.watch();
         let until = self.deadline.instant().min(Instant::now() + self.shared.beat);
         tokio::select! {
-            (of, heard) = self.ear.hear() => {
-                if let Heard::Reply(reply) = heard
-                    && let Reply { incarnation, says: Says::Executed(answered), .. } = *reply
+            (of, heard) = self.replies.recv() => {
+                if let ReplyEvent::Reply(reply) = heard
+                    && let Reply { incarnation, says: ReplyKind::Executed(answered), .. } = *reply
                     && self.was_asked(of, incarnation)
                 {
-                    self.unanswered.remove(&of);
+                    self.unresolved.remove(&of);
                     return Attempt::Answered(answered);
                 }
             }
@@ -230,7 +232,7 @@ impl Pursuit {
 
     /// Returns whether the attempt was sent to this node. Only its reply counts.
     fn was_asked(&self, attempt: u32, incarnation: Uuid) -> bool {
-        let asked = usize::try_from(attempt).ok().and_then(|of| self.asked.get(of.checked_sub(1)?));
+        let asked = usize::try_from(attempt).ok().and_then(|of| self.attempts.get(of.checked_sub(1)?));
         asked.is_some_and(|asked| asked.incarnation == incarnation)
     }
 
@@ -244,19 +246,19 @@ impl Pursuit {
 
     /// Runs the command on this node.
     async fn here(&mut self, own: Candidate) -> Attempt {
-        self.tried.insert(own.incarnation);
+        self.excluded.insert(own.incarnation);
         let (deadline, started) = (self.deadline, Instant::now());
         match take(&self.shared, self.frame.clone(), deadline, deadline.instant()).await {
             Ok(answer) => {
                 self.is_accepted();
                 match timeout_at(self.deadline.instant(), answer).await {
                     Ok(outcome) => {
-                        self.unanswered.remove(&0);
+                        self.unresolved.remove(&0);
                         let runtime = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
                         Attempt::Answered(Answered { runtime, outcome })
                     }
                     Err(_) => {
-                        self.unanswered.insert(0, "this node did not finish before the deadline".into());
+                        self.unresolved.insert(0, "this node did not finish before the deadline".into());
                         Attempt::Next
                     }
                 }
@@ -278,7 +280,7 @@ impl Pursuit {
 
     /// Ends the dispatch, with `OutcomeUnknown` if an attempt is unresolved.
     fn give_up(&mut self, reason: &str) -> Failure {
-        if self.unanswered.is_empty() {
+        if self.unresolved.is_empty() {
             let said = self.refusal.take().map(|refusal| refusal.message);
             let reason =
                 said.map_or_else(|| reason.to_owned(), |said| format!("{reason}; last refusal: {said}"));
@@ -288,7 +290,7 @@ impl Pursuit {
     }
 
     fn who_is_silent(&self) -> String {
-        self.unanswered.values().map(String::as_str).collect::<Vec<_>>().join(", ")
+        self.unresolved.values().map(String::as_str).collect::<Vec<_>>().join(", ")
     }
 
     /// Downgrades an answer to `OutcomeUnknown` while an attempt on another node is unresolved.
@@ -296,10 +298,10 @@ impl Pursuit {
     /// A rejection by an aggregate and a decision without events leave no trace. The other node may
     /// therefore still execute the command. The recorded outcome of a handler binds all nodes; its
     /// other failures do not.
-    fn certain(&self, outcome: Outcome) -> Outcome {
+    fn downgrade_if_uncertain(&self, outcome: Outcome) -> Outcome {
         let aggregate = self.frame.kind == Kind::Aggregate;
         let said = match &outcome {
-            _ if self.unanswered.is_empty() => None,
+            _ if self.unresolved.is_empty() => None,
             Outcome::Done(done) => (aggregate && done.events == 0).then(|| "no events".to_owned()),
             Outcome::Error(failure) if failure.is_unknown() => None,
             Outcome::Error(failure) if !aggregate && failure.code == Code::Rejected => None,

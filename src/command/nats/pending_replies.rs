@@ -14,7 +14,7 @@ const REPLIES: usize = 32;
 
 /// A message that arrived for an attempt.
 #[derive(Debug)]
-pub(super) enum Heard {
+pub(super) enum ReplyEvent {
     /// No responder at the subject: the command was not delivered.
     Nobody,
     /// A reply. Boxed, because a channel allocates its slots at its creation.
@@ -23,24 +23,24 @@ pub(super) enum Heard {
 
 /// The map from reply tokens to waiting commands. The limit of commands in flight bounds it.
 #[derive(Debug, Clone)]
-pub(super) struct Calls(Arc<Mutex<Waiting>>);
+pub(super) struct PendingReplies(Arc<Mutex<Waiting>>);
 
 #[derive(Debug)]
 struct Waiting {
     last: u64,
-    by_token: HashMap<u64, (u32, mpsc::Sender<(u32, Heard)>)>,
+    by_token: HashMap<u64, (u32, mpsc::Sender<(u32, ReplyEvent)>)>,
 }
 
 /// The receiver of the replies to all attempts of one command.
 #[derive(Debug)]
-pub(super) struct Ear {
-    calls: Calls,
-    sender: mpsc::Sender<(u32, Heard)>,
-    receiver: mpsc::Receiver<(u32, Heard)>,
+pub(super) struct ReplyReceiver {
+    calls: PendingReplies,
+    sender: mpsc::Sender<(u32, ReplyEvent)>,
+    receiver: mpsc::Receiver<(u32, ReplyEvent)>,
     tokens: Vec<u64>,
 }
 
-impl Calls {
+impl PendingReplies {
     pub(super) fn new() -> Self {
         Self(Arc::new(Mutex::new(Waiting { last: 0, by_token: HashMap::new() })))
     }
@@ -49,13 +49,13 @@ impl Calls {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn ear(&self) -> Ear {
+    pub(super) fn replies(&self) -> ReplyReceiver {
         let (sender, receiver) = mpsc::channel(REPLIES);
-        Ear { calls: self.clone(), sender, receiver, tokens: Vec::new() }
+        ReplyReceiver { calls: self.clone(), sender, receiver, tokens: Vec::new() }
     }
 
     /// Delivers a message for `token`. Drops it if no command waits for it.
-    pub(super) fn deliver(&self, token: u64, heard: Heard) {
+    pub(super) fn deliver(&self, token: u64, heard: ReplyEvent) {
         if let Some((attempt, sender)) = self.waiting().by_token.get(&token) {
             // The channel is full only if it holds the answer, or if the receiver no longer reads.
             let _ = sender.try_send((*attempt, heard));
@@ -63,7 +63,7 @@ impl Calls {
     }
 }
 
-impl Ear {
+impl ReplyReceiver {
     /// Creates a token for the replies to an attempt.
     pub(super) fn token(&mut self, attempt: u32) -> u64 {
         let mut waiting = self.calls.waiting();
@@ -75,7 +75,7 @@ impl Ear {
     }
 
     /// Receives the next message and the number of its attempt. Cancel-safe.
-    pub(super) async fn hear(&mut self) -> (u32, Heard) {
+    pub(super) async fn recv(&mut self) -> (u32, ReplyEvent) {
         match self.receiver.recv().await {
             Some(heard) => heard,
             // `self` holds a sender, so the channel does not close.
@@ -84,7 +84,7 @@ impl Ear {
     }
 }
 
-impl Drop for Ear {
+impl Drop for ReplyReceiver {
     fn drop(&mut self) {
         let mut waiting = self.calls.waiting();
         for token in &self.tokens {

@@ -8,11 +8,11 @@ use futures_util::StreamExt;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Shared;
-use super::calls::Heard;
-use super::presence::{BYTES, Presence};
-use super::serve::serve;
+use super::peer_table::{BYTES, Presence};
+use super::pending_replies::ReplyEvent;
+use super::server::serve;
 use crate::backoff::Backoff;
-use crate::bus::{BusError, Line, OpenLine};
+use crate::bus::{BusError, CommandConnection, SharedConnection};
 use crate::codec::{from_cbor, to_cbor};
 use crate::command::wire::{FORMAT, Kind, Reply, Sent};
 use crate::rate_limit::LogLimit;
@@ -26,24 +26,24 @@ const ANSWER: Duration = Duration::from_millis(20);
 
 /// The state of the connection for senders of commands.
 #[derive(Debug, Clone)]
-pub(super) enum Link {
+pub(super) enum ClusterLink {
     Down {
         reason: String,
     },
     Up {
-        line: OpenLine,
+        connection: CommandConnection,
         /// Prefix of the reply subjects.
         inbox: Arc<str>,
         /// Connection generation. Replies of an earlier generation may be lost.
         session: u64,
         /// Knowledge about the other nodes.
-        others: Others,
+        others: PeerDiscovery,
     },
 }
 
 /// The knowledge about the other nodes since the connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Others {
+pub(super) enum PeerDiscovery {
     /// This node has requested their presence.
     Asked,
     /// The usual time for their answers is over.
@@ -52,23 +52,23 @@ pub(super) enum Others {
     Known,
 }
 
-impl Link {
+impl ClusterLink {
     /// Returns whether commands to other nodes are likely to find them.
     pub(super) fn is_settled(&self) -> bool {
-        matches!(self, Link::Up { others: Others::Greeted | Others::Known, .. })
+        matches!(self, ClusterLink::Up { others: PeerDiscovery::Greeted | PeerDiscovery::Known, .. })
     }
 
     /// Returns the connection generation, or `None` while the connection is down.
     pub(super) fn session(&self) -> Option<u64> {
         match self {
-            Link::Up { session, .. } => Some(*session),
-            Link::Down { .. } => None,
+            ClusterLink::Up { session, .. } => Some(*session),
+            ClusterLink::Down { .. } => None,
         }
     }
 }
 
 /// The subscriptions of the node. async-nats restores them after an outage.
-struct Ears {
+struct Subscriptions {
     presence: Subscriber,
     _commands: Task,
     _replies: Task,
@@ -76,18 +76,19 @@ struct Ears {
 }
 
 /// Runs the membership of the node until its connection is closed.
-pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
-    let down = |error: BusError| _ = shared.link.send_replace(Link::Down { reason: error.to_string() });
+pub(super) async fn run(shared: Arc<Shared>, connection: Arc<SharedConnection>) {
+    let down =
+        |error: BusError| _ = shared.link.send_replace(ClusterLink::Down { reason: error.to_string() });
     // The backoff is short enough that a node reconnects before the others count it as lost.
     let longest = (shared.beat * 2).min(Duration::from_secs(2));
     let mut backoff = Backoff::new(longest.min(Duration::from_millis(100)), longest);
     let mut outage = false;
-    let (line, mut ears, mut since) = loop {
+    let (connection, mut ears, mut since) = loop {
         let opened = async {
-            let line = line.open().await?;
-            let since = line.errors();
-            let ears = listen(&shared, &line).await?;
-            Ok((line, ears, since))
+            let connection = connection.open().await?;
+            let since = connection.errors();
+            let ears = listen(&shared, &connection).await?;
+            Ok((connection, ears, since))
         };
         match opened.await {
             Ok(open) => break open,
@@ -98,13 +99,13 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         sleep(backoff.next()).await;
     };
     loop {
-        let mut watch = line.watch();
+        let mut watch = connection.watch();
         let state = watch.until(|state| state.up || state.closed).await;
         if state.closed {
             return;
         }
         let own = [shared.subjects.presence(), shared.subjects.node(shared.incarnation)];
-        match line.confirm("joining the other nodes", since, &own).await {
+        match connection.confirm("joining the other nodes", since, &own).await {
             Ok(()) => backoff.succeeded(),
             Err(error) => {
                 let refused = matches!(error, BusError::Incompatible { .. });
@@ -113,8 +114,8 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                 if refused {
                     // The server drops a refused subscription, even if it would accept it now:
                     // subscribe again.
-                    since = line.errors();
-                    match listen(&shared, &line).await {
+                    since = connection.errors();
+                    match listen(&shared, &connection).await {
                         Ok(subscribed) => ears = subscribed,
                         Err(error) => down(error),
                     }
@@ -124,17 +125,17 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         }
         shared.table.listening();
         let up = |others| {
-            let (line, inbox, session) = (line.clone(), ears.inbox.clone(), state.session);
-            shared.link.send_replace(Link::Up { line, inbox, session, others })
+            let (connection, inbox, session) = (connection.clone(), ears.inbox.clone(), state.session);
+            shared.link.send_replace(ClusterLink::Up { connection, inbox, session, others })
         };
-        up(Others::Asked);
-        announce(&shared, line.client(), true).await;
+        up(PeerDiscovery::Asked);
+        broadcast_presence(&shared, connection.client(), true).await;
         let connected = Instant::now();
         // At a start, the other nodes are either present or not. After an outage, they come back
         // one by one.
         let known = if outage { shared.silence() } else { shared.beat * 3 / 2 }.max(GREETING * 2);
         outage = true;
-        let mut next = Some((connected + GREETING, Others::Greeted));
+        let mut next = Some((connected + GREETING, PeerDiscovery::Greeted));
         let mut beats = tokio::time::interval(shared.beat);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         beats.reset();
@@ -150,25 +151,25 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
                     break;
                 }
                 message = ears.presence.next() => match message {
-                    Some(message) => if heard(&shared, &message, &mut malformed) {
+                    Some(message) => if upsert(&shared, &message, &mut malformed) {
                         answer_at.get_or_insert_with(|| Instant::now() + ANSWER.min(shared.beat));
                     },
                     None => return,
                 },
                 () = sleep_until(answer_at.unwrap_or(connected)), if answer_at.is_some() => {
                     answer_at = None;
-                    announce(&shared, line.client(), false).await;
+                    broadcast_presence(&shared, connection.client(), false).await;
                 }
-                _ = draining.changed() => announce(&shared, line.client(), false).await,
+                _ = draining.changed() => broadcast_presence(&shared, connection.client(), false).await,
                 _ = beats.tick() => {
-                    announce(&shared, line.client(), false).await;
-                    shared.table.sweep(shared.silence());
+                    broadcast_presence(&shared, connection.client(), false).await;
+                    shared.table.evict_silent(shared.silence());
                 }
                 () = sleep_until(next.map_or(connected, |(at, _)| at)), if next.is_some() => {
                     if let Some((_, others)) = next {
                         up(others);
-                        let known = (connected + known, Others::Known);
-                        next = (others == Others::Greeted).then_some(known);
+                        let known = (connected + known, PeerDiscovery::Known);
+                        next = (others == PeerDiscovery::Greeted).then_some(known);
                     }
                 }
             }
@@ -176,12 +177,12 @@ pub(super) async fn run(shared: Arc<Shared>, line: Arc<Line>) {
         // Errors belong to one session: start from zero in the next.
         since = 0;
         let reason = "the connection to NATS is lost; retrying".into();
-        shared.link.send_replace(Link::Down { reason });
+        shared.link.send_replace(ClusterLink::Down { reason });
     }
 }
 
-async fn listen(shared: &Arc<Shared>, line: &OpenLine) -> Result<Ears, BusError> {
-    let client = line.client();
+async fn listen(shared: &Arc<Shared>, connection: &CommandConnection) -> Result<Subscriptions, BusError> {
+    let client = connection.client();
     let subscribe = async |subject: String| {
         let subscribed = client.subscribe(subject.clone()).await;
         subscribed.map_err(|error| BusError::Unavailable {
@@ -193,16 +194,16 @@ async fn listen(shared: &Arc<Shared>, line: &OpenLine) -> Result<Ears, BusError>
     let commands = subscribe(shared.subjects.node(shared.incarnation)).await?;
     let inbox: Arc<str> = client.new_inbox().into();
     let replies = subscribe(format!("{inbox}.*")).await?;
-    Ok(Ears {
+    Ok(Subscriptions {
         presence,
-        _commands: Task::spawn(serve(shared.clone(), line.clone(), commands)),
+        _commands: Task::spawn(serve(shared.clone(), connection.clone(), commands)),
         _replies: Task::spawn(hear(shared.clone(), replies)),
         inbox,
     })
 }
 
 /// Publishes the presence of this node. The next heartbeat replaces a lost one.
-async fn announce(shared: &Shared, client: &Client, ask: bool) {
+async fn broadcast_presence(shared: &Shared, client: &Client, ask: bool) {
     let Some(commands) = shared.commands.upgrade() else { return };
     let names = |kind| commands.registry().names(kind).map(str::to_owned).collect();
     let presence = Presence {
@@ -233,7 +234,7 @@ async fn announce(shared: &Shared, client: &Client, ask: bool) {
 }
 
 /// Handles a presence message. Returns whether its sender requests this node's presence.
-fn heard(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
+fn upsert(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
     let bytes = message.payload.len();
     let decoded = match bytes <= BYTES {
         true => from_cbor::<Presence>(&message.payload).map_err(|error| error.to_string()),
@@ -250,7 +251,7 @@ fn heard(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool {
                 let period = u64::try_from(shared.beat.as_millis()).unwrap_or(u64::MAX).saturating_mul(10);
                 shared.clocks.observe(Sent { node: presence.incarnation, clock }, shared.clock(), period);
             }
-            shared.table.heard(presence);
+            shared.table.upsert(presence);
             ask
         }
         Err(error) => {
@@ -270,13 +271,13 @@ async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
             continue;
         };
         if message.status == Some(StatusCode::NO_RESPONDERS) {
-            shared.calls.deliver(token, Heard::Nobody);
+            shared.calls.deliver(token, ReplyEvent::Nobody);
             continue;
         }
         match from_cbor::<Reply>(&message.payload) {
             Ok(mut reply) => {
                 reply.says.of_another();
-                shared.calls.deliver(token, Heard::Reply(Box::new(reply)));
+                shared.calls.deliver(token, ReplyEvent::Reply(Box::new(reply)));
             }
             Err(error) => {
                 if let Some(so_far) = malformed.count() {

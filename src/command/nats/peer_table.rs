@@ -65,7 +65,7 @@ impl Presence {
 
 /// The table of the other nodes, by incarnation.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct PeerTable {
     peers: RwLock<Peers>,
     /// Counter of changes.
     news: watch::Sender<u64>,
@@ -96,7 +96,7 @@ pub(super) struct Candidate {
     pub(super) incarnation: Uuid,
 }
 
-impl Table {
+impl PeerTable {
     pub(super) fn new() -> Self {
         let peers = Peers {
             by_incarnation: HashMap::new(),
@@ -123,7 +123,7 @@ impl Table {
     }
 
     /// Adds or updates a node after its presence message.
-    pub(super) fn heard(&self, presence: Presence) {
+    pub(super) fn upsert(&self, presence: Presence) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         let peers = &mut *peers;
         let all = &mut peers.by_incarnation;
@@ -162,7 +162,7 @@ impl Table {
     }
 
     /// Removes a node whose subject has no responder. Its next presence message adds it again.
-    pub(super) fn gone(&self, incarnation: Uuid) {
+    pub(super) fn remove(&self, incarnation: Uuid) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(peer) = peers.by_incarnation.remove(&incarnation) {
             peers.bytes -= peer.size;
@@ -172,7 +172,7 @@ impl Table {
     }
 
     /// Evicts nodes that have been silent for 4 times `silence`.
-    pub(super) fn sweep(&self, silence: Duration) {
+    pub(super) fn evict_silent(&self, silence: Duration) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         let listening = peers.listening;
         peers.by_incarnation.retain(|_, peer| peer.seen.max(listening).elapsed() < silence * 4);
@@ -251,16 +251,16 @@ impl Peers {
             (heard, peer.presence.node.as_str(), peer.presence.incarnation)
         });
         let own = own.map(|(node, incarnation)| (true, node, incarnation));
-        others
-            .chain(own)
-            .map(move |(heard, node, incarnation)| (heard, weight(node, name, key), node, incarnation))
+        others.chain(own).map(move |(heard, node, incarnation)| {
+            (heard, rendezvous_weight(node, name, key), node, incarnation)
+        })
     }
 }
 
 /// Computes the rendezvous weight of a node for an aggregate.
 ///
 /// Every node computes the same weight. If a node leaves, only the aggregates that it owned move.
-fn weight(node: &str, name: &str, key: &str) -> u64 {
+fn rendezvous_weight(node: &str, name: &str, key: &str) -> u64 {
     // FNV-1a over the three texts. The separator byte occurs in none of them.
     let bytes = [node, name, key].into_iter().flat_map(|text| text.bytes().chain([0xff]));
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
@@ -294,21 +294,21 @@ mod tests {
 
     #[test]
     fn the_peer_table_has_a_limit() {
-        let table = Table::new();
+        let table = PeerTable::new();
         let large = |n: usize| {
             let aggregates = (0..1_000).map(|m| format!("{m:0>40}")).collect();
             Presence { aggregates, ..presence(&n.to_string()) }
         };
-        (0..500).for_each(|n| table.heard(large(n)));
+        (0..500).for_each(|n| table.upsert(large(n)));
         let (nodes, bytes) = (table.names().len(), table.read().bytes);
         assert!(nodes > 50 && bytes <= ALL_BYTES, "{nodes} nodes, {bytes} bytes");
-        table.sweep(Duration::ZERO);
+        table.evict_silent(Duration::ZERO);
         assert_eq!((table.names().len(), table.read().bytes), (0, 0));
-        table.heard(presence("small"));
+        table.upsert(presence("small"));
         assert_eq!(table.names(), ["small"]);
     }
 
-    fn owners(table: &Table, own: Option<(&str, Uuid)>) -> Vec<String> {
+    fn owners(table: &PeerTable, own: Option<(&str, Uuid)>) -> Vec<String> {
         let owner = |key: u32| {
             let all = table.candidates(Kind::Aggregate, "order", &key.to_string(), own, SILENCE);
             all.first().map(|candidate| candidate.node.clone()).unwrap_or_default()
@@ -320,16 +320,16 @@ mod tests {
     fn ownership_is_even_and_moves_only_from_nodes_that_leave() {
         let [a, b, c] = ["a", "b", "c"].map(presence);
         // The views of a and of b.
-        let (one, other) = (Table::new(), Table::new());
-        [&b, &c].into_iter().for_each(|peer| one.heard(peer.clone()));
-        [&a, &c].into_iter().for_each(|peer| other.heard(peer.clone()));
+        let (one, other) = (PeerTable::new(), PeerTable::new());
+        [&b, &c].into_iter().for_each(|peer| one.upsert(peer.clone()));
+        [&a, &c].into_iter().for_each(|peer| other.upsert(peer.clone()));
         let before = owners(&one, Some(("a", a.incarnation)));
         assert_eq!(before, owners(&other, Some(("b", b.incarnation))));
         for node in ["a", "b", "c"] {
             let share = before.iter().filter(|owner| *owner == node).count();
             assert!((850..1_150).contains(&share), "{node} owns {share} of 3000");
         }
-        one.gone(c.incarnation);
+        one.remove(c.incarnation);
         let after = owners(&one, Some(("a", a.incarnation)));
         for (before, after) in before.iter().zip(&after) {
             assert!(before == after || before == "c", "{before} to {after}");
@@ -338,21 +338,21 @@ mod tests {
 
     #[test]
     fn a_later_incarnation_replaces_an_earlier_one_for_good() {
-        let table = Table::new();
+        let table = PeerTable::new();
         let (old, new) = (presence("a"), presence("a"));
-        table.heard(old.clone());
-        table.heard(new.clone());
-        table.heard(old);
+        table.upsert(old.clone());
+        table.upsert(new.clone());
+        table.upsert(old);
         let all = table.candidates(Kind::Aggregate, "order", "1", None, SILENCE);
         assert_eq!(all, [Candidate { node: "a".into(), incarnation: new.incarnation }]);
     }
 
     #[test]
     fn draining_nodes_are_no_candidates_and_silent_nodes_come_last() {
-        let table = Table::new();
-        table.heard(Presence { draining: true, ..presence("a") });
-        table.heard(Presence { aggregates: Vec::new(), handlers: vec!["order".into()], ..presence("b") });
-        table.heard(presence("c"));
+        let table = PeerTable::new();
+        table.upsert(Presence { draining: true, ..presence("a") });
+        table.upsert(Presence { aggregates: Vec::new(), handlers: vec!["order".into()], ..presence("b") });
+        table.upsert(presence("c"));
         let own = Uuid::now_v7();
         let found = |silence| {
             let all = (0..50).map(|key| {
@@ -370,8 +370,8 @@ mod tests {
         let seeds = vec![crate::codec::to_cbor(&presence("a")).unwrap()];
         crate::fuzz::fuzz("a presence", seeds, |bytes| match crate::codec::from_cbor::<Presence>(bytes) {
             Ok(presence) => {
-                let table = Table::new();
-                table.heard(presence);
+                let table = PeerTable::new();
+                table.upsert(presence);
                 let (owner, nodes) = table.owner(Kind::Aggregate, "order", "1", None, SILENCE);
                 format!("{nodes} nodes, owned: {}", owner.is_some())
             }

@@ -2,87 +2,87 @@
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::{Attempt, Candidate, Pursuit};
-use crate::bus::OpenLine;
+use super::{Attempt, Candidate, DispatchLoop};
+use crate::bus::CommandConnection;
 use crate::codec::to_cbor;
-use crate::command::nats::calls::Heard;
-use crate::command::wire::{Code, Failure, Reply, Says, Sent};
+use crate::command::nats::pending_replies::ReplyEvent;
+use crate::command::wire::{Code, Failure, Reply, ReplyKind, Sent};
 
-impl Pursuit {
+impl DispatchLoop {
     /// Sends the command to another node and waits for the end of the attempt.
     pub(super) async fn ask(
         &mut self,
         candidate: Candidate,
-        line: &OpenLine,
+        connection: &CommandConnection,
         inbox: &str,
         session: u64,
     ) -> Result<Attempt, Failure> {
         // While the connection is down, async-nats would queue the command until the reconnect.
-        if let Err(error) = line.check() {
-            if self.unanswered.is_empty() {
+        if let Err(error) = connection.check() {
+            if self.unresolved.is_empty() {
                 return Err(Failure::new(Code::Unavailable, error.to_string()));
             }
             return Ok(self.wait().await);
         }
-        let (since, subject) = (line.errors(), self.shared.subjects.node(candidate.incarnation));
-        let attempt = self.send(&candidate, line, inbox).await?;
+        let (since, subject) = (connection.errors(), self.shared.subjects.node(candidate.incarnation));
+        let attempt = self.send(&candidate, connection, inbox).await?;
         let Some(attempt) = attempt else { return Ok(Attempt::Next) };
         let mut silent_at = Instant::now() + self.shared.beat * 2;
         loop {
             let until = self.until();
             let (of, heard) = tokio::select! {
-                heard = self.ear.hear() => heard,
-                error = line.refused("sending a command to another node", since, &subject) => {
+                heard = self.replies.recv() => heard,
+                error = connection.refused("sending a command to another node", since, &subject) => {
                     // The server did not deliver the command: nothing happened on that node.
                     self.refusal = Some(Failure::new(Code::Unavailable, error.to_string()));
-                    self.tried.insert(candidate.incarnation);
+                    self.excluded.insert(candidate.incarnation);
                     return Ok(Attempt::Next);
                 }
                 () = sleep_until(silent_at.min(until)) => {
-                    self.tried.insert(candidate.incarnation);
+                    self.excluded.insert(candidate.incarnation);
                     let reason = format!("{} stopped replying", candidate.node);
-                    self.unanswered.insert(attempt, reason);
+                    self.unresolved.insert(attempt, reason);
                     return Ok(Attempt::Next);
                 }
                 link = self.link.wait_for(|link| link.session().is_some_and(|now| now != session)) => {
                     drop(link);
                     let reason = format!("connection lost while {} had the command", candidate.node);
-                    self.unanswered.insert(attempt, reason);
+                    self.unresolved.insert(attempt, reason);
                     return Ok(Attempt::Again);
                 }
             };
             let current = of == attempt;
             match heard {
-                Heard::Nobody if current => {
-                    self.shared.table.gone(candidate.incarnation);
-                    self.tried.insert(candidate.incarnation);
+                ReplyEvent::Nobody if current => {
+                    self.shared.table.remove(candidate.incarnation);
+                    self.excluded.insert(candidate.incarnation);
                     return Ok(Attempt::Next);
                 }
-                Heard::Nobody => {}
-                Heard::Reply(reply) => {
+                ReplyEvent::Nobody => {}
+                ReplyEvent::Reply(reply) => {
                     let Reply { incarnation, says, .. } = *reply;
                     if !self.was_asked(of, incarnation) {
                         continue;
                     }
                     match says {
-                        Says::Executed(answered) => {
-                            self.unanswered.remove(&of);
+                        ReplyKind::Executed(answered) => {
+                            self.unresolved.remove(&of);
                             if !current {
                                 let reason = format!("{} received the command too", candidate.node);
-                                self.unanswered.insert(attempt, reason);
+                                self.unresolved.insert(attempt, reason);
                             }
                             return Ok(Attempt::Answered(answered));
                         }
-                        Says::Refused(refusal) if current => {
-                            self.tried.insert(candidate.incarnation);
+                        ReplyKind::Refused(refusal) if current => {
+                            self.excluded.insert(candidate.incarnation);
                             self.refusal = Some(refusal);
                             return Ok(Attempt::Next);
                         }
-                        Says::Accepted | Says::Alive if current => {
+                        ReplyKind::Accepted | ReplyKind::Alive if current => {
                             self.is_accepted();
                             silent_at = Instant::now() + self.shared.silence();
                         }
-                        Says::Refused(_) | Says::Accepted | Says::Alive => {}
+                        ReplyKind::Refused(_) | ReplyKind::Accepted | ReplyKind::Alive => {}
                     }
                 }
             }
@@ -93,36 +93,36 @@ impl Pursuit {
     async fn send(
         &mut self,
         candidate: &Candidate,
-        line: &OpenLine,
+        connection: &CommandConnection,
         inbox: &str,
     ) -> Result<Option<u32>, Failure> {
-        let attempt = u32::try_from(self.asked.len() + 1).unwrap_or(u32::MAX);
+        let attempt = u32::try_from(self.attempts.len() + 1).unwrap_or(u32::MAX);
         self.frame.attempt = attempt;
         self.frame.left = self.deadline.left_millis();
         self.frame.sent = Some(Sent { node: self.shared.incarnation, clock: self.shared.clock() });
         let encoded = to_cbor(&self.frame).map_err(|error| Failure::new(Code::Failed, error.to_string()))?;
-        let (size, limit) = (encoded.len(), line.client().max_payload());
+        let (size, limit) = (encoded.len(), connection.client().max_payload());
         if size > limit {
             let reason =
                 format!("command too large: {size} bytes exceed a NATS message (limit {limit} bytes)");
-            if !self.unanswered.is_empty() {
+            if !self.unresolved.is_empty() {
                 return Err(self.give_up(&reason));
             }
             let (size, number) = (size as u64, limit as u64);
             return Err(Failure { size, number, ..Failure::new(Code::CommandTooLarge, reason) });
         }
-        self.asked.push(candidate.clone());
-        let reply = format!("{inbox}.{}", self.ear.token(attempt));
+        self.attempts.push(candidate.clone());
+        let reply = format!("{inbox}.{}", self.replies.token(attempt));
         let subject = self.shared.subjects.node(candidate.incarnation);
         // If the server stops reading, the connection's buffer fills and publishing blocks.
-        let publishing = line.client().publish_with_reply(subject, reply, encoded.into());
+        let publishing = connection.client().publish_with_reply(subject, reply, encoded.into());
         let error = match timeout_at(self.until(), publishing).await {
             Ok(Ok(())) => return Ok(Some(attempt)),
             Ok(Err(error)) => error.to_string(),
             Err(_) => "publishing the command timed out".to_owned(),
         };
         self.refusal = Some(Failure::new(Code::Unavailable, error));
-        self.tried.insert(candidate.incarnation);
+        self.excluded.insert(candidate.incarnation);
         Ok(None)
     }
 }

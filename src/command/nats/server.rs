@@ -11,20 +11,20 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
 use super::Shared;
-use crate::bus::OpenLine;
+use crate::bus::CommandConnection;
 use crate::codec::{from_cbor, to_cbor};
 use crate::command::envelope::Deadline;
 use crate::command::registry::Answering;
-use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Outcome, Reply, Says};
+use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Outcome, Reply, ReplyKind};
 use crate::panic::panic_text;
 use crate::rate_limit::LogLimit;
 use crate::time::after;
 
-/// Delay of the acceptance reply to a non-prompt command. An earlier answer replaces it.
+/// Delay of the acceptance reply to a non-ack_on_accept command. An earlier answer replaces it.
 const ACCEPTED: Duration = Duration::from_millis(50);
 
 /// Receives commands until the connection ends.
-pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Subscriber) {
+pub(super) async fn serve(shared: Arc<Shared>, connection: CommandConnection, mut commands: Subscriber) {
     let mut malformed = LogLimit::each_minute();
     while let Some(message) = commands.next().await {
         let Message { reply: Some(reply), payload, .. } = message else {
@@ -33,7 +33,7 @@ pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Sub
             }
             continue;
         };
-        let answerer = Answerer { shared: shared.clone(), line: line.clone(), to: reply };
+        let answerer = Answerer { shared: shared.clone(), connection: connection.clone(), to: reply };
         let frame: CommandFrame = match from_cbor(&payload) {
             Ok(frame) => frame,
             Err(error) => {
@@ -58,19 +58,19 @@ pub(super) async fn serve(shared: Arc<Shared>, line: OpenLine, mut commands: Sub
 /// The sender of replies to one command.
 struct Answerer {
     shared: Arc<Shared>,
-    line: OpenLine,
+    connection: CommandConnection,
     to: Subject,
 }
 
 impl Answerer {
     /// Sends a reply. If it is lost, the waiting node sends the command again.
-    async fn say(&self, says: Says) {
+    async fn say(&self, says: ReplyKind) {
         // async-nats would queue the reply until after the outage.
-        if self.line.check().is_err() {
+        if self.connection.check().is_err() {
             return;
         }
         let reply = Reply { format: FORMAT, incarnation: self.shared.incarnation, says };
-        let limit = self.line.client().max_payload();
+        let limit = self.connection.client().max_payload();
         let sent = match to_cbor(&reply) {
             Ok(frame) if frame.len() > limit => {
                 to_cbor(&Reply { says: reply.says.shortened(frame.len(), limit), ..reply })
@@ -79,7 +79,7 @@ impl Answerer {
         };
         let sent = match sent {
             Ok(frame) => {
-                let published = self.line.client().publish(self.to.clone(), frame.into()).await;
+                let published = self.connection.client().publish(self.to.clone(), frame.into()).await;
                 published.map_err(|error| error.to_string())
             }
             Err(error) => Err(error.to_string()),
@@ -91,7 +91,7 @@ impl Answerer {
 
     async fn refuse(&self, mut failure: Failure) {
         failure.message = format!("{} (on node {})", failure.message, self.shared.name);
-        self.say(Says::Refused(failure)).await;
+        self.say(ReplyKind::Refused(failure)).await;
     }
 }
 
@@ -144,7 +144,7 @@ async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _p
         let failure = Failure::new(Code::ShuttingDown, "node is shutting down");
         return answerer.refuse(failure).await;
     }
-    let (prompt, started) = (frame.prompt, Instant::now());
+    let (ack_on_accept, started) = (frame.prompt, Instant::now());
     // No reply goes out during admission. The caller counts this node as lost after 2 heartbeats of
     // silence.
     let admit_by = after(answerer.shared.beat);
@@ -157,17 +157,17 @@ async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _p
             .map(|outcome| outcome.unwrap_or_else(|panic| Outcome::Error(panicked(&*panic)))),
         Err(failure) => return answerer.refuse(failure).await,
     };
-    if prompt {
-        answerer.say(Says::Accepted).await;
+    if ack_on_accept {
+        answerer.say(ReplyKind::Accepted).await;
     }
     let beat = answerer.shared.beat;
-    let mut accepted = prompt;
-    let mut say_at = started + if prompt { beat } else { ACCEPTED.min(beat) };
+    let mut accepted = ack_on_accept;
+    let mut say_at = started + if ack_on_accept { beat } else { ACCEPTED.min(beat) };
     let outcome = loop {
         let Ok(outcome) = timeout_at(say_at, &mut answer).await else {
             // After the deadline, no caller waits.
             if !deadline.is_over() {
-                answerer.say(if accepted { Says::Alive } else { Says::Accepted }).await;
+                answerer.say(if accepted { ReplyKind::Alive } else { ReplyKind::Accepted }).await;
                 accepted = true;
             }
             say_at = Instant::now() + beat;
@@ -176,5 +176,5 @@ async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _p
         break outcome;
     };
     let runtime = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-    answerer.say(Says::Executed(Answered { runtime, outcome })).await;
+    answerer.say(ReplyKind::Executed(Answered { runtime, outcome })).await;
 }

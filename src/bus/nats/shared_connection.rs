@@ -12,11 +12,11 @@ use crate::telemetry::Metrics;
 
 /// A separate connection, opened on first use.
 #[derive(Debug)]
-pub(crate) struct Line(NatsBus);
+pub(crate) struct SharedConnection(NatsBus);
 
 /// An open connection. It reconnects by itself after every outage.
 #[derive(Debug, Clone)]
-pub(crate) struct OpenLine(Arc<Connection>);
+pub(crate) struct CommandConnection(Arc<Connection>);
 
 /// The state of a connection: up or down, and its session number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,9 +35,9 @@ impl From<Link> for LineState {
 
 /// A watch on the state of a connection.
 #[derive(Debug)]
-pub(crate) struct LineWatch(watch::Receiver<Link>);
+pub(crate) struct ConnectionWatch(watch::Receiver<Link>);
 
-impl LineWatch {
+impl ConnectionWatch {
     /// Waits until `condition` holds. Cancel-safe.
     pub(crate) async fn until(&mut self, condition: impl Fn(LineState) -> bool) -> LineState {
         match self.0.wait_for(|link| condition((*link).into())).await {
@@ -47,7 +47,7 @@ impl LineWatch {
     }
 }
 
-impl Line {
+impl SharedConnection {
     /// Creates a connection. `metrics` applies unless the options have their own.
     pub(crate) fn new(mut options: NatsOptions, metrics: Metrics) -> Self {
         options.metrics.get_or_insert(metrics);
@@ -55,8 +55,8 @@ impl Line {
     }
 
     /// Connects, unless connected already.
-    pub(crate) async fn open(&self) -> Result<OpenLine, BusError> {
-        Ok(OpenLine(self.0.connection().await?))
+    pub(crate) async fn open(&self) -> Result<CommandConnection, BusError> {
+        Ok(CommandConnection(self.0.connection().await?))
     }
 
     /// The last asynchronous error of the server.
@@ -72,7 +72,7 @@ impl Line {
     }
 }
 
-impl OpenLine {
+impl CommandConnection {
     pub(crate) fn client(&self) -> &Client {
         &self.0.client
     }
@@ -82,8 +82,8 @@ impl OpenLine {
         self.0.check()
     }
 
-    pub(crate) fn watch(&self) -> LineWatch {
-        LineWatch(self.0.link())
+    pub(crate) fn watch(&self) -> ConnectionWatch {
+        ConnectionWatch(self.0.link())
     }
 
     /// Waits until the server has everything sent before.

@@ -40,14 +40,14 @@ type Filter = dyn Fn(&CommandInfo<'_>) -> bool + Send + Sync;
 
 /// The filters and hooks of a node. They run on the node that executes the command.
 #[derive(Clone, Default)]
-pub(crate) struct Policy {
+pub(crate) struct CommandHooks {
     filters: Vec<Arc<Filter>>,
     /// Hooks for commands of one name, or for all commands.
     before: Vec<(Option<String>, Arc<Before>)>,
     after: Vec<(Option<String>, Arc<After>)>,
 }
 
-impl Policy {
+impl CommandHooks {
     pub(super) fn add_filter(&mut self, filter: Arc<Filter>) {
         self.filters.push(filter);
     }
@@ -64,25 +64,25 @@ impl Policy {
     ///
     /// # Errors
     /// If a filter panics.
-    pub(super) fn takes(&self, info: &CommandInfo<'_>) -> Result<bool, String> {
+    pub(super) fn accepts(&self, info: &CommandInfo<'_>) -> Result<bool, String> {
         caught(|| self.filters.iter().all(|filter| filter(info)))
             .map_err(|panic| format!("a filter of the command bus panicked: {panic}"))
     }
 
     /// Runs the hooks before a command. The first error refuses the command.
-    pub(super) fn begin(&self, info: &CommandInfo<'_>) -> Result<(), String> {
+    pub(super) fn before(&self, info: &CommandInfo<'_>) -> Result<(), String> {
         let mut hooks = self.before.iter().filter(|(name, _)| concerns(name, info));
         caught(|| hooks.try_for_each(|(_, hook)| hook(info)))
             .unwrap_or_else(|panic| Err(format!("a hook before the command panicked: {panic}")))
     }
 
     /// Returns whether a hook runs after commands of this name.
-    pub(super) fn watches(&self, name: &str) -> bool {
+    pub(super) fn has_after(&self, name: &str) -> bool {
         self.after.iter().any(|(concerned, _)| concerned.as_deref().is_none_or(|concerned| concerned == name))
     }
 
     /// Runs the hooks after a command. A panic in a hook does not change the result.
-    pub(super) fn end<T, E: std::error::Error>(
+    pub(super) fn after<T, E: std::error::Error>(
         &self,
         info: &CommandInfo<'_>,
         runtime: Duration,
@@ -101,9 +101,9 @@ fn concerns(name: &Option<String>, info: &CommandInfo<'_>) -> bool {
     name.as_deref().is_none_or(|name| name == info.name)
 }
 
-impl fmt::Debug for Policy {
+impl fmt::Debug for CommandHooks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Policy")
+        f.debug_struct("CommandHooks")
             .field("filters", &self.filters.len())
             .field("before", &self.before.len())
             .field("after", &self.after.len())
