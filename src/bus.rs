@@ -25,7 +25,7 @@ pub(crate) use self::nats::shared_connection::{CommandConnection, SharedConnecti
 #[cfg(feature = "nats")]
 pub use self::nats::{
     AckError, CloseError, ConsumerOptions, ConsumerPolicy, ConsumerReport, Delivery, Field, Gap, HandleError,
-    HandleOptions, Handling, InvalidPattern, JetStreamOptions, MirrorFrom, MirrorItem, MirrorReader, NatsBus,
+    HandleOptions, HandlerTask, InvalidPattern, JetStreamOptions, MirrorFrom, MirrorItem, MirrorReader, NatsBus,
     NatsEvent, NatsOptions, NatsReport, Received, RetryPolicy, StartFrom, StreamFound, StreamPolicy,
     StreamReport, StreamStorage, Subjects, SubscribeOptions, Subscription, SubscriptionError,
     SubscriptionErrors, SubscriptionStats,

@@ -4,7 +4,7 @@
 
 mod depth;
 #[cfg(test)]
-mod same;
+mod cbor_equivalence_tests;
 mod upcast;
 mod variant;
 

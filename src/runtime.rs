@@ -2,7 +2,7 @@
 
 mod commands;
 #[cfg(feature = "otel")]
-mod observed;
+mod status_metrics;
 mod projections;
 mod supervisor;
 
@@ -576,7 +576,7 @@ impl Builder {
         };
         let inner = Arc::new(inner);
         #[cfg(feature = "otel")]
-        observed::observe(&telemetry, &inner);
+        status_metrics::observe(&telemetry, &inner);
         Ok(Runtime { inner })
     }
 }

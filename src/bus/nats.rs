@@ -8,19 +8,19 @@
 
 mod connection;
 mod core_nats;
-mod follow;
-mod hints;
+mod durable_consumer;
+mod wakeup;
 mod inspect;
 mod jetstream;
 mod limits;
-mod merged;
-mod naming;
+mod merged_subscription;
+mod consumer_name;
 mod options;
-mod recorder;
+mod connection_metrics;
 pub(crate) mod shared_connection;
 mod subjects;
 mod subscribe;
-mod subscription;
+mod live_subscription;
 mod wire;
 
 use std::borrow::Cow;
@@ -35,23 +35,23 @@ use uuid::Uuid;
 pub use self::connection::NatsEvent;
 use self::connection::{Connection, Watch};
 use self::core_nats::CorePublisher;
-use self::follow::NatsFollower;
+use self::durable_consumer::NatsFollower;
 pub use self::inspect::{
     ConsumerReport, Field, MirrorItem, MirrorReader, NatsReport, StreamFound, StreamReport,
 };
-use self::jetstream::MirrorPublisher;
+use self::jetstream::LogPublisher;
 pub use self::jetstream::{
     AckError, ConsumerPolicy, JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage,
 };
 pub use self::options::NatsOptions;
-use self::recorder::Recorder;
+use self::connection_metrics::Recorder;
 use self::subjects::Names;
 pub use self::subjects::{InvalidPattern, Subjects};
 pub use self::subscribe::{
-    CloseError, ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, Handling, Received, RetryPolicy,
+    CloseError, ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, HandlerTask, Received, RetryPolicy,
     StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
-use self::subscription::NatsSubscription;
+use self::live_subscription::NatsSubscription;
 use self::wire::Wire;
 use super::{
     BusError, BusPublisher, BusScope, BusState, BusSubscription, DurableSubscription, EventBus, Follow,
@@ -282,7 +282,7 @@ impl EventBus for NatsBus {
             Ok(match &self.inner.options.driver {
                 Driver::Core => Box::new(CorePublisher::new(connection, names, store).await?) as _,
                 Driver::JetStream(options) => {
-                    Box::new(MirrorPublisher::new(connection, names, store, options.clone())) as _
+                    Box::new(LogPublisher::new(connection, names, store, options.clone())) as _
                 }
             })
         })
@@ -292,7 +292,7 @@ impl EventBus for NatsBus {
         Box::pin(async move {
             let connection = self.connection().await?;
             connection.check()?;
-            hints::hint(&connection.client, &Wire::new(self.names(), store)).await
+            wakeup::hint(&connection.client, &Wire::new(self.names(), store)).await
         })
     }
 

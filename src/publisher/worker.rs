@@ -203,7 +203,7 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
     let (mut fenced, mut foreign) = (None, LogLimit::each_minute());
     loop {
         let Some(lease) = stand_by(&shared, &mut inbox, &mut backoff).await else { return };
-        let mut turn = Turn {
+        let mut turn = PublisherTerm {
             shared: &shared,
             lease,
             epoch: 0,
@@ -313,7 +313,7 @@ async fn hint_at(shared: &Shared, appended: &mut watch::Receiver<Position>) {
 }
 
 /// One term as the publisher.
-struct Turn<'a> {
+struct PublisherTerm<'a> {
     shared: &'a Shared,
     /// The lease, on a shared bus.
     lease: Option<HeldLease>,
@@ -333,7 +333,7 @@ struct Turn<'a> {
     foreign: &'a mut LogLimit,
 }
 
-impl Turn<'_> {
+impl PublisherTerm<'_> {
     /// Publishes until a failure or a stop. A stop publishes every event committed by then.
     async fn publish_all(&mut self, inbox: &mut Inbox<()>) -> Result<(), Interruption> {
         let shared = self.shared;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use storied::NatsBus;
 use storied::bus::{JetStreamOptions, NatsOptions, StreamPolicy, StreamStorage, Subjects};
 
+use crate::database::DatabaseArgs;
 use crate::failure::Failure;
-use crate::open::DatabaseArgs;
 use crate::redact::Given;
 
 /// The NATS server, and the options of the publishing program.

@@ -77,14 +77,14 @@ impl Failure {
     }
 
     /// Prints the failure without secrets, and returns its exit code.
-    pub(crate) fn tell(&self, json: bool) -> ExitCode {
+    pub(crate) fn report(&self, json: bool) -> ExitCode {
         let text = redact::urls(&self.to_string());
         if !matches!(self, Self::Closed) {
             if json {
                 let error = serde_json::json!({ "error": { "kind": self.kind(), "message": text } });
-                output::complain(&format!("{error}\n"));
+                output::print_error(&format!("{error}\n"));
             } else {
-                output::complain(&format!("error: {}\n", output::clean(&text)));
+                output::print_error(&format!("error: {}\n", output::clean(&text)));
             }
         }
         ExitCode::from(self.code())

@@ -6,10 +6,10 @@ use std::time::Duration;
 use storied::{EventStore, Filter, Position, ReadLog, RecordedEvent};
 use tokio::time::sleep;
 
+use crate::database::DatabaseArgs;
 use crate::decode;
 use crate::failure::Failure;
 use crate::filter::FilterArgs;
-use crate::open::DatabaseArgs;
 use crate::output::{self, Output};
 
 /// Number of events per read.
@@ -120,8 +120,8 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
 /// Reports on standard error why no event is printed.
 fn note_no_match(filter: &FilterArgs, end: Position) {
     match filter.is_empty() {
-        true => output::complain("no event in that part of the log\n"),
-        false => output::complain(&format!("no event up to position {end} matches the filter\n")),
+        true => output::print_error("no event in that part of the log\n"),
+        false => output::print_error(&format!("no event up to position {end} matches the filter\n")),
     }
 }
 

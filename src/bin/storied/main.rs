@@ -3,13 +3,13 @@
 //! It uses the stored data and the ports of the library only; see `docs/cli.md`.
 
 mod connect;
+mod database;
 mod decode;
 mod failure;
 mod filter;
 mod log;
 mod migrate;
 mod nats;
-mod open;
 mod output;
 mod parked;
 mod projection;
@@ -24,8 +24,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use self::database::DatabaseArgs;
 use self::failure::Failure;
-use self::open::DatabaseArgs;
 use self::output::Output;
 
 const EXIT_CODES: &str = "Exit codes:
@@ -59,7 +59,7 @@ enum Command {
     /// Creates or upgrades storied's tables
     Migrate(migrate::Args),
     /// Shows the status of the store, its publisher, projections and nodes
-    Status(open::ReadModelArgs),
+    Status(database::ReadModelArgs),
     /// Reads the log
     #[command(subcommand)]
     Log(log::Command),
@@ -106,7 +106,7 @@ impl Cli {
         };
         let mut secrets = self.database.secrets();
         secrets.extend(nats.into_iter().flat_map(connect::NatsArgs::secrets));
-        secrets.extend(read_model.and_then(open::ReadModelArgs::secret));
+        secrets.extend(read_model.and_then(database::ReadModelArgs::secret));
         secrets
     }
 }
@@ -120,7 +120,7 @@ fn main() -> ExitCode {
     redact::set(redact::Secrets::of(&cli.secrets()));
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.tell(json),
+        Err(failure) => failure.report(json),
     }
 }
 
@@ -128,12 +128,12 @@ fn main() -> ExitCode {
 fn usage(error: &clap::Error) -> ExitCode {
     let text = redact::urls(&error.to_string());
     if error.use_stderr() {
-        output::complain(&text);
+        output::print_error(&text);
         return ExitCode::from(failure::USAGE);
     }
     match Output::new(false).text(&text) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.tell(false),
+        Err(failure) => failure.report(false),
     }
 }
 

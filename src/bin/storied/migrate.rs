@@ -3,8 +3,8 @@
 use serde_json::json;
 use storied::{Codec, StoreError};
 
+use crate::database::{DatabaseArgs, Tables};
 use crate::failure::Failure;
-use crate::open::{DatabaseArgs, Tables};
 use crate::output::Output;
 
 #[derive(Debug, clap::Args)]

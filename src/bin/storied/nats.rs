@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 use storied::bus::{Field, NatsReport};
 
 use crate::connect::{NatsArgs, StreamArgs};
+use crate::database::DatabaseArgs;
 use crate::failure::Failure;
-use crate::open::DatabaseArgs;
 use crate::output::{Output, counted};
 
 #[derive(Debug, clap::Subcommand)]

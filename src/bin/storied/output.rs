@@ -103,7 +103,7 @@ fn is_hidden(c: char) -> bool {
 }
 
 /// Writes to standard error. A failure cannot be reported.
-pub(crate) fn complain(text: &str) {
+pub(crate) fn print_error(text: &str) {
     let _ = stderr().write_all(text.as_bytes());
 }
 

@@ -5,9 +5,9 @@ use storied::projection::Request;
 use storied::store::ParkedEvent;
 use storied::{EventStore, Position, ReadLog, RecordedEvent};
 
+use crate::database::{DatabaseArgs, Models, ReadModelArgs};
 use crate::decode;
 use crate::failure::Failure;
-use crate::open::{DatabaseArgs, Models, ReadModelArgs};
 use crate::output::Output;
 use crate::projection::{WaitArgs, ask, known, take};
 

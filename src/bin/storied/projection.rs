@@ -1,6 +1,6 @@
 //! `storied projection`.
 
-mod bar;
+mod progress_bar;
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use storied::Position;
 use storied::projection::{Answer, Asked, Operator, ProjectionRecord, Request};
 use tokio::time::{Instant, sleep};
 
-use self::bar::Bar;
+use self::progress_bar::Bar;
+use crate::database::{DatabaseArgs, Models, ReadModelArgs};
 use crate::failure::Failure;
-use crate::open::{DatabaseArgs, Models, ReadModelArgs};
 use crate::output::Output;
 
 /// Poll interval of a request.
@@ -97,9 +97,9 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         Command::List { read_model } => list(&read_model.open(from).await?, out).await,
         Command::Pause(args) => pause(&args, from, out, true).await,
         Command::Resume(args) => pause(&args, from, out, false).await,
-        Command::Reset(args) => tell(&args, Request::Reset, from, out).await,
-        Command::Rebuild(args) => tell(&args, Request::Rebuild, from, out).await,
-        Command::CancelRebuild(args) => tell(&args, Request::CancelRebuild, from, out).await,
+        Command::Reset(args) => report(&args, Request::Reset, from, out).await,
+        Command::Rebuild(args) => report(&args, Request::Rebuild, from, out).await,
+        Command::CancelRebuild(args) => report(&args, Request::CancelRebuild, from, out).await,
         Command::Withdraw { read_model, name } => withdraw(&read_model.open(from).await?, &name, out).await,
     }
 }
@@ -255,7 +255,7 @@ async fn withdraw(models: &Models, name: &str, out: &mut Output) -> Result<(), F
     out.line(format!("withdrew the {} of {name}", withdrawn.join(" and the ")))
 }
 
-async fn tell(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+async fn report(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
     let models = args.read_model.open(from).await?;
     let (operator, name) = (&models.operator, &args.name);
     let before = known(operator, name).await?;

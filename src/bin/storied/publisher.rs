@@ -4,8 +4,8 @@ use serde_json::json;
 use storied::EventStore;
 use uuid::Uuid;
 
+use crate::database::DatabaseArgs;
 use crate::failure::Failure;
-use crate::open::DatabaseArgs;
 use crate::output::Output;
 
 /// Name of both the lease and the checkpoint of the publisher.

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use uuid::Uuid;
 
+use crate::database::{DatabaseArgs, Models, ReadModelArgs};
 use crate::failure::Failure;
-use crate::open::{DatabaseArgs, Models, ReadModelArgs};
 use crate::output::Output;
 use crate::projection;
 use crate::publisher::Publisher;

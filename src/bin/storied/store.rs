@@ -3,8 +3,8 @@
 use serde_json::json;
 use storied::store::Adopt;
 
+use crate::database::DatabaseArgs;
 use crate::failure::Failure;
-use crate::open::DatabaseArgs;
 use crate::output::Output;
 
 #[derive(Debug, clap::Subcommand)]

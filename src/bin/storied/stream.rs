@@ -2,10 +2,10 @@
 
 use storied::{StreamId, Version};
 
+use crate::database::DatabaseArgs;
 use crate::failure::Failure;
 use crate::filter::stream;
 use crate::log::{EventArgs, Printer};
-use crate::open::DatabaseArgs;
 use crate::output::{self, Output};
 
 /// Number of events per read.
@@ -57,7 +57,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         if first.is_empty() {
             return Err(Failure::Refused(format!("no stream {}", args.stream)));
         }
-        output::complain(&format!("{} has no event in this range of versions\n", args.stream));
+        output::print_error(&format!("{} has no event in this range of versions\n", args.stream));
     }
     if more && after < to && !out.json {
         let rest = store.read_stream(&args.stream, after, 1).await?;

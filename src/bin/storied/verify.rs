@@ -10,9 +10,9 @@ use uuid::Uuid;
 
 use self::mirror::Mirror;
 use crate::connect::NatsArgs;
+use crate::database::DatabaseArgs;
 use crate::decode;
 use crate::failure::Failure;
-use crate::open::DatabaseArgs;
 use crate::output::{Output, counted};
 
 /// Number of events per read.
@@ -76,7 +76,7 @@ pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Re
     if let Some(mirror) = &mut mirror {
         mirror.end(head, &mut problems).await?;
     }
-    let told = tell(events, versions.len(), head, &problems, mirror.as_ref(), out);
+    let told = report(events, versions.len(), head, &problems, mirror.as_ref(), out);
     match problems.count {
         0 => told,
         // Fails also if the reader closes standard output early.
@@ -84,7 +84,7 @@ pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Re
     }
 }
 
-fn tell(
+fn report(
     events: u64,
     streams: usize,
     head: Position,

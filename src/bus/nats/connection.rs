@@ -21,7 +21,7 @@ pub use self::signals::NatsEvent;
 use self::signals::Signals;
 use self::watcher::{Told, Watcher};
 use super::options::NatsOptions;
-use super::recorder::Recorder;
+use super::connection_metrics::Recorder;
 use crate::bus::{BusError, BusState};
 use crate::event::Position;
 use crate::supervised::Task;

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::connection::{Connection, Echo, PublishProof, unavailable};
-use super::hints::Hints;
+use super::wakeup::Hints;
 use super::subjects::Names;
 use super::wire::{Outgoing, Wire};
 use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};

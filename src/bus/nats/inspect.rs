@@ -17,10 +17,10 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use super::connection::{Connection, unavailable};
-use super::follow::follower_spec;
+use super::durable_consumer::follower_spec;
 use super::jetstream::{compared_consumer, compared_stream, stream_api, stream_info, stream_rights};
 use super::wire::{Incoming, Reject, Wire};
-use super::{NatsBus, naming};
+use super::{NatsBus, consumer_name};
 use crate::bus::BusError;
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
@@ -358,7 +358,7 @@ async fn consumers(
 fn report(info: ConsumerInfo) -> ConsumerReport {
     let one = Some(info.config.filter_subject.clone()).filter(|subject| !subject.is_empty());
     let filters: Vec<_> = one.into_iter().chain(info.config.filter_subjects.clone()).collect();
-    let follower = naming::is_follower(&info.name);
+    let follower = consumer_name::is_follower(&info.name);
     let fields = if follower {
         // The projection chooses the filters, so they are not compared.
         compared_consumer(&info.config, &follower_spec(info.name.clone(), filters.clone()))

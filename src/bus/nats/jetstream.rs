@@ -7,7 +7,7 @@
 //! one. A paused publisher that resumes after another publisher therefore changes nothing.
 
 mod consumer;
-mod mirror;
+mod log_publisher;
 mod stream;
 
 use std::time::Duration;
@@ -17,8 +17,8 @@ use uuid::Uuid;
 
 pub(super) use self::consumer::compared_consumer;
 pub use self::consumer::{AckError, ConsumerPolicy};
-pub(super) use self::consumer::{Consumer, ConsumerItem, ConsumerSpec, Push, Settle, Taken};
-pub(super) use self::mirror::MirrorPublisher;
+pub(super) use self::consumer::{Consumer, ConsumerItem, ConsumerSpec, Push, Acker, Taken};
+pub(super) use self::log_publisher::LogPublisher;
 use self::stream::{Content, Wanted, config, ensure};
 pub(super) use self::stream::{ask as stream_api, fields as compared_stream, info as stream_info};
 use super::connection::Connection;

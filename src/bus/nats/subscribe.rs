@@ -4,11 +4,11 @@
 //! stream. Unread errors block nothing. Subscribers share nothing: a subscriber that does not read
 //! loses only its own events.
 
-mod dead;
+mod dead_letter;
 mod delivery;
 mod error;
-mod handle;
-mod lane;
+mod handler_task;
+mod receiver;
 mod options;
 mod queue;
 mod retry;
@@ -29,8 +29,8 @@ use uuid::Uuid;
 
 pub use self::delivery::{Delivery, Gap, Received};
 pub use self::error::SubscriptionError;
-pub use self::handle::Handling;
-use self::lane::{Lane, Source};
+pub use self::handler_task::HandlerTask;
+use self::receiver::{EventReceiver, Source};
 use self::options::Life;
 pub use self::options::{ConsumerOptions, StartFrom, SubscribeOptions};
 use self::queue::Queue;
@@ -38,7 +38,7 @@ pub use self::queue::SubscriptionStats;
 pub use self::retry::{HandleError, HandleOptions, RetryPolicy};
 use super::jetstream::{AckError, ConsumerSpec, Push};
 use super::subjects::{Pattern, patterns};
-use super::{Driver, NatsBus, naming};
+use super::{Driver, NatsBus, consumer_name};
 use crate::bus::BusError;
 use crate::time::{FAR, after};
 
@@ -126,7 +126,7 @@ impl NatsBus {
         let mut ready = Vec::new();
         for (source, names) in lanes {
             let stop = subscription.stop.subscribe();
-            let lane = Lane { bus: self.clone(), source, names, queue: queue.clone(), stop };
+            let lane = EventReceiver { bus: self.clone(), source, names, queue: queue.clone(), stop };
             let (tell, told) = oneshot::channel();
             ready.push(told);
             subscription.lanes.push(tokio::spawn(lane.run((!options.lazy).then_some(tell))));
@@ -215,21 +215,21 @@ impl NatsBus {
         let name = match (&options.life, group) {
             (Life::Durable(prefix), group) => {
                 given(prefix)?;
-                naming::durable(prefix, group, &events)
+                consumer_name::durable(prefix, group, &events)
             }
             (Life::Named(name), group) => {
                 let events: Vec<_> = names.iter().map(shown).collect();
                 let name = name(&events.join(","), group.unwrap_or_default());
                 given(&name)?;
-                naming::custom(&name)
+                consumer_name::custom(&name)
             }
             (Life::Ephemeral, None) => format!("ephemeral-{}", Uuid::new_v4().simple()),
             // Members of a group must derive the same name.
-            (Life::Ephemeral, group) => naming::durable("ephemeral", group, &events),
+            (Life::Ephemeral, group) => consumer_name::durable("ephemeral", group, &events),
         };
         let push = options.push.then(|| Push {
             subject: format!("{}.deliver.{name}", self.names().namespace()),
-            group: group.map(naming::custom),
+            group: group.map(consumer_name::custom),
         });
         Ok(ConsumerSpec {
             name,

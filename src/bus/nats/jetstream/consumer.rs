@@ -3,9 +3,9 @@
 //! A reader receives every message of the filters until it is acknowledged, in order except for
 //! redeliveries. A gap reports messages that were lost with the stream or the consumer.
 
-mod settle;
+mod ack;
 mod spec;
-mod target;
+mod provision;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,11 +20,11 @@ use tokio::sync::watch;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, sleep_until};
 
-pub use self::settle::AckError;
-pub(in super::super) use self::settle::Settle;
+pub use self::ack::AckError;
+pub(in super::super) use self::ack::Acker;
 pub use self::spec::ConsumerPolicy;
 pub(in super::super) use self::spec::{ConsumerSpec, Push, compared_consumer};
-use self::target::Target;
+use self::provision::Target;
 use super::super::connection::{Connection, Link, silent, unavailable};
 use super::consumer_rights;
 use super::stream::{NOTHING, api, info as stream_info, refused};
@@ -98,7 +98,7 @@ pub(in super::super) enum ConsumerItem {
 /// A message that must be acknowledged.
 pub(in super::super) struct Taken {
     pub(in super::super) message: Message,
-    pub(in super::super) settle: Settle,
+    pub(in super::super) settle: Acker,
     /// Stream sequence number of the message.
     pub(in super::super) sequence: u64,
     /// Number of deliveries including this one. The server may count less after a crash.
@@ -258,7 +258,7 @@ impl Consumer {
     }
 
     /// Stops reading, and returns the received messages that were not taken.
-    pub(in super::super) fn leave(&mut self) -> Vec<Settle> {
+    pub(in super::super) fn leave(&mut self) -> Vec<Acker> {
         let Some(mut attached) = self.attached.take() else { return Vec::new() };
         let mut left = Vec::new();
         while let Some(message) = unconstrained(attached.messages.next()).now_or_never().flatten() {
@@ -369,7 +369,7 @@ impl Attached {
             }
         }
         self.asked = self.asked.saturating_sub(1);
-        let Some((settle, place)) = Settle::of(&message, connection) else {
+        let Some((settle, place)) = Acker::of(&message, connection) else {
             tracing::warn!(subject = message.subject.as_str(), "ignoring a message that is not of JetStream");
             return Ok(None);
         };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::jetstream::AckKind;
 use uuid::Uuid;
 
-use super::super::jetstream::{AckError, Settle};
+use super::super::jetstream::{AckError, Acker};
 use super::super::limits::redelivery;
 use crate::event::{DecodeError, Event, Position, RecordedEvent};
 use crate::telemetry::trace::{self, Destination};
@@ -60,7 +60,7 @@ pub struct Delivery {
     pub(super) subject: async_nats::Subject,
     pub(super) stream_sequence: Option<u64>,
     pub(super) attempt: u64,
-    pub(super) settle: Option<Arc<Settle>>,
+    pub(super) settle: Option<Arc<Acker>>,
     /// Whether an acknowledgement waits for the confirmation of the server.
     pub(super) confirm: bool,
 }

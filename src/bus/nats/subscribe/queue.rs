@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::super::jetstream::Settle;
+use super::super::jetstream::Acker;
 use super::{Delivery, Gap, Received, SubscriptionError};
 
 /// Number of unread errors that are kept. The oldest are dropped first.
@@ -260,13 +260,13 @@ impl Queue {
     }
 
     /// Stops requests, and returns the queued deliveries.
-    pub(super) fn retire(&self) -> Vec<Arc<Settle>> {
+    pub(super) fn retire(&self) -> Vec<Arc<Acker>> {
         self.state().stalled = true;
         self.clear()
     }
 
     /// Removes the items that no reader will take.
-    pub(super) fn clear(&self) -> Vec<Arc<Settle>> {
+    pub(super) fn clear(&self) -> Vec<Arc<Acker>> {
         let items = std::mem::take(&mut self.state().items);
         let settles = items.into_iter().filter_map(|item| match item.received {
             Received::Event(delivery) => delivery.settle,
@@ -294,7 +294,7 @@ impl Queue {
 /// The result of [`Queue::held`].
 pub(super) enum Held {
     /// The deliveries stay queued.
-    Waiting(Vec<Arc<Settle>>),
+    Waiting(Vec<Arc<Acker>>),
     /// The reader is stalled: the deliveries have to be returned.
-    Stalled(Vec<Arc<Settle>>),
+    Stalled(Vec<Arc<Acker>>),
 }

@@ -49,7 +49,7 @@ impl Bar {
 
     pub(crate) fn end(&self) {
         if self.watched && self.said.is_some() {
-            output::complain("\n");
+            output::print_error("\n");
         }
     }
 }

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::connection::{Connection, Echo, Link, silent};
-use super::merged::{Merged, subscribe};
+use super::merged_subscription::{Merged, subscribe};
 use super::subjects::Names;
 use super::wire::{Incoming, Reject, Wire};
 use crate::bus::{BusError, BusItem, BusSubscription, LogBatch};

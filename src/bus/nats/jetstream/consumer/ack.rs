@@ -27,7 +27,7 @@ pub enum AckError {
 }
 
 /// The acknowledgement of a delivered message, sent once.
-pub(in crate::bus::nats) struct Settle {
+pub(in crate::bus::nats) struct Acker {
     connection: Arc<Connection>,
     reply: Subject,
     settled: AtomicBool,
@@ -61,7 +61,7 @@ fn word(kind: &AckKind) -> &'static str {
     }
 }
 
-impl Settle {
+impl Acker {
     /// Reads the reply subject; `None` if JetStream did not send the message.
     pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, Place)> {
         let reply = message.reply.clone()?;
@@ -128,8 +128,8 @@ impl Settle {
     }
 }
 
-impl fmt::Debug for Settle {
+impl fmt::Debug for Acker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Settle").field("reply", &self.reply).field("settled", &self.is_settled()).finish()
+        f.debug_struct("Acker").field("reply", &self.reply).field("settled", &self.is_settled()).finish()
     }
 }

@@ -12,8 +12,8 @@ use tokio::time::{interval_at, timeout};
 use tracing::Instrument;
 
 use super::super::NatsBus;
-use super::dead::{self, DeadLetter};
-use super::lane::give_back;
+use super::dead_letter::{self, DeadLetter};
+use super::receiver::give_back;
 use super::queue::Queue;
 use super::retry::{HandleError, HandleOptions};
 use super::{
@@ -27,7 +27,7 @@ use crate::time::{FAR, after};
 
 /// A running handler. Dropping it stops it at once, and JetStream redelivers the current events.
 #[must_use = "dropping it stops the handler"]
-pub struct Handling {
+pub struct HandlerTask {
     queue: Arc<Queue>,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
@@ -37,12 +37,12 @@ impl Subscription {
     /// Runs `handler` for each event in the background, with the concurrency of the options.
     ///
     /// An event is acknowledged if the handler succeeds. A running handler reports progress to the
-    /// server. Gaps and failures of the handler are reported by [`errors`](Handling::errors). A
+    /// server. Gaps and failures of the handler are reported by [`errors`](HandlerTask::errors). A
     /// panic of the handler is a failure.
     ///
     /// # Errors
     /// [`BusError::Incompatible`] if the options need JetStream and the bus uses Core.
-    pub fn for_each<H, F>(self, options: HandleOptions, handler: H) -> Result<Handling, BusError>
+    pub fn for_each<H, F>(self, options: HandleOptions, handler: H) -> Result<HandlerTask, BusError>
     where
         H: Fn(Arc<Delivery>) -> F + Send + Sync + 'static,
         F: Future<Output = Result<(), HandleError>> + Send + 'static,
@@ -59,11 +59,11 @@ impl Subscription {
         let runner =
             Runner { bus: self.bus.clone(), wait: self.ack_wait, queue: queue.clone(), options, handler };
         let task = tokio::spawn(run(self, Arc::new(runner), stopping));
-        Ok(Handling { queue, stop, task })
+        Ok(HandlerTask { queue, stop, task })
     }
 }
 
-impl Handling {
+impl HandlerTask {
     /// Returns the errors; see [`Subscription::errors`].
     #[must_use]
     pub fn errors(&self) -> SubscriptionErrors {
@@ -100,13 +100,13 @@ impl Handling {
     }
 }
 
-impl fmt::Debug for Handling {
+impl fmt::Debug for HandlerTask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Handling").field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("HandlerTask").field("stats", &self.stats()).finish_non_exhaustive()
     }
 }
 
-impl Drop for Handling {
+impl Drop for HandlerTask {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -245,7 +245,7 @@ where
             }
             None => {
                 let letter = DeadLetter { delivery, reason: error.to_string() };
-                match dead::post(&self.bus, letter).await {
+                match dead_letter::publish(&self.bus, letter).await {
                     Ok(()) => {
                         let from = Destination { system: "nats", name: self.bus.place() };
                         self.bus.metrics().dead_letter(from);

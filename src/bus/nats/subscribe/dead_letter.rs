@@ -20,7 +20,7 @@ pub(super) struct DeadLetter<'a> {
 }
 
 /// Publishes a dead letter to its stream, and waits for the confirmation of the server.
-pub(super) async fn post(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(), BusError> {
+pub(super) async fn publish(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(), BusError> {
     let connection = bus.connection().await?;
     let (names, client) = (bus.names(), &connection.client);
     let (_, options) = bus.stream_of()?;

@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::super::NatsBus;
 use super::super::connection::{Connection, Echo, Link, silent};
-use super::super::jetstream::{Consumer, ConsumerItem, ConsumerSpec, Settle, Taken};
-use super::super::merged::Merged;
+use super::super::jetstream::{Consumer, ConsumerItem, ConsumerSpec, Acker, Taken};
+use super::super::merged_subscription::Merged;
 use super::super::subjects::Pattern;
 use super::super::wire::{Incoming, Reject, read_any};
 use super::queue::{Held, Queue};
@@ -25,7 +25,7 @@ use crate::telemetry::trace::Destination;
 use crate::time::after;
 
 /// A receiver that forwards the events of one source to the queue.
-pub(super) struct Lane {
+pub(super) struct EventReceiver {
     pub(super) bus: NatsBus,
     pub(super) source: Source,
     /// The subscribed names, if the server cannot filter exactly.
@@ -42,11 +42,11 @@ pub(super) enum Source {
 /// Receives the result of the first attempt.
 pub(super) type Ready = oneshot::Sender<Result<(), BusError>>;
 
-impl Lane {
+impl EventReceiver {
     /// Receives until a stop, or until the connection is closed permanently.
     pub(super) async fn run(mut self, ready: Option<Ready>) {
         let mut stop = self.stop.clone();
-        let mut end = Ending { queue: self.queue.clone(), consumer: None };
+        let mut end = ReceiverGuard { queue: self.queue.clone(), consumer: None };
         tokio::select! {
             biased;
             // An error means that the subscription was dropped.
@@ -56,7 +56,7 @@ impl Lane {
         end.tidy_up().await;
     }
 
-    async fn receive(&mut self, mut ready: Option<Ready>, end: &mut Ending) {
+    async fn receive(&mut self, mut ready: Option<Ready>, end: &mut ReceiverGuard) {
         let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(2));
         let mut again = false;
         loop {
@@ -93,7 +93,7 @@ impl Lane {
         }
     }
 
-    async fn attach(&self, end: &mut Ending, again: bool) -> Result<Attached, BusError> {
+    async fn attach(&self, end: &mut ReceiverGuard, again: bool) -> Result<Attached, BusError> {
         let connection = self.bus.connection().await?;
         match &self.source {
             Source::Core { subjects, group } => {
@@ -176,7 +176,7 @@ impl Lane {
     }
 
     /// Forwards the messages of a consumer until it ends.
-    async fn pass_consumer(&self, end: &mut Ending) -> BusError {
+    async fn pass_consumer(&self, end: &mut ReceiverGuard) -> BusError {
         let Source::Consumer { spec, .. } = &self.source else { return BusError::Closed };
         let Some(consumer) = &mut end.consumer else { return BusError::Closed };
         // While messages are queued here, progress is reported to the server.
@@ -282,17 +282,17 @@ enum Attached {
         /// Number of the last server error before the subscription.
         since: u64,
     },
-    /// The consumer is in [`Ending::consumer`].
+    /// The consumer is in [`ReceiverGuard::consumer`].
     Consumer,
 }
 
 /// The guard that cleans up when a receiver ends in any way.
-struct Ending {
+struct ReceiverGuard {
     queue: Arc<Queue>,
     consumer: Option<Consumer>,
 }
 
-impl Ending {
+impl ReceiverGuard {
     /// Returns unread deliveries to the server, so that other readers need not wait for them.
     async fn tidy_up(mut self) {
         if let Some(consumer) = &mut self.consumer {
@@ -305,14 +305,14 @@ impl Ending {
     }
 }
 
-impl Drop for Ending {
+impl Drop for ReceiverGuard {
     fn drop(&mut self) {
         self.queue.ended();
     }
 }
 
 /// Returns deliveries to the server for other readers.
-pub(super) async fn give_back(held: Vec<Arc<Settle>>) {
+pub(super) async fn give_back(held: Vec<Arc<Acker>>) {
     for settle in held {
         // If the server does not receive the nak, it redelivers by itself.
         let _ = settle.settle(AckKind::Nak(None), false).await;

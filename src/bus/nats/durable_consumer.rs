@@ -12,10 +12,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::unconstrained;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::jetstream::{Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Settle, Taken};
+use super::jetstream::{Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Acker, Taken};
 use super::subjects::patterns;
 use super::wire::{Reject, Wire};
-use super::{NatsBus, naming};
+use super::{NatsBus, consumer_name};
 use crate::backoff::Backoff;
 use crate::bus::{BusError, DurableItem, DurableSubscription, Follow};
 use crate::event::Position;
@@ -52,7 +52,7 @@ impl Read {
 struct Unsettled {
     item: u64,
     position: Position,
-    settle: Settle,
+    settle: Acker,
 }
 
 /// A durable follower: its consumer and the task that reads from it.
@@ -78,7 +78,7 @@ impl NatsFollower {
         let patterns =
             patterns(given).map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
         let (filters, _) = bus.names().mapping.filters(&patterns);
-        let spec = follower_spec(naming::custom(&name), filters);
+        let spec = follower_spec(consumer_name::custom(&name), filters);
         let (sender, items) = mpsc::channel(2 * ROOM);
         let (read, reader) = watch::channel(Read::default());
         let wire = Wire::new(bus.names(), store);

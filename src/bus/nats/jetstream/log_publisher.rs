@@ -12,7 +12,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use uuid::Uuid;
 
 use super::super::connection::{Connection, silent, unavailable};
-use super::super::hints::Hints;
+use super::super::wakeup::Hints;
 use super::super::subjects::Names;
 use super::super::wire::{Outgoing, Reject, Wire};
 use super::stream::{Content, ensure, incompatible, info, is_marked, other_store, refused};
@@ -29,7 +29,7 @@ const PAGE: u64 = 256;
 const READS: usize = 64;
 
 /// The publisher of the log stream.
-pub(in super::super) struct MirrorPublisher {
+pub(in super::super) struct LogPublisher {
     connection: Arc<Connection>,
     jetstream: Context,
     wire: Wire,
@@ -56,7 +56,7 @@ struct Turn {
     /// Whether the publisher is probing.
     /// The messages before the end are gone, so the next events may have been among them.
     /// They are published one by one until the server stores the first new event.
-    feeling: bool,
+    probing: bool,
 }
 
 /// Messages after the one of the checkpoint, or the last messages.
@@ -75,7 +75,7 @@ impl Unread {
     }
 }
 
-impl MirrorPublisher {
+impl LogPublisher {
     pub(in super::super) fn new(
         connection: Arc<Connection>,
         names: &Names,
@@ -106,7 +106,7 @@ impl MirrorPublisher {
             tracing::info!(stream = self.name, after = %beginning, "filling the new log stream");
             let end = MirrorEnd { position: beginning, sequence: 0 };
             let unread = Unread::none();
-            return Ok(Turn { session, end, unread, largest, feeling: false });
+            return Ok(Turn { session, end, unread, largest, probing: false });
         }
         let first = found.state.first_sequence;
         // The number may exceed the last one if the stream was recreated since. A number that was
@@ -114,7 +114,7 @@ impl MirrorPublisher {
         if (1..=last).contains(&known.sequence) {
             let end = MirrorEnd { position: known.position, sequence: last };
             let unread = Unread { read: Vec::new(), first, sequences: known.sequence..last + 1 };
-            return Ok(Turn { session, end, unread, largest, feeling: known.sequence < last });
+            return Ok(Turn { session, end, unread, largest, probing: known.sequence < last });
         }
         let newest = self.newest().await?;
         let from = newest.saturating_sub(PAGE - 1).max(first);
@@ -150,12 +150,12 @@ impl MirrorPublisher {
         };
         let sequence = newest.max(last);
         let end = MirrorEnd { position, sequence };
-        let feeling = ours.is_none() || newest < sequence;
+        let probing = ours.is_none() || newest < sequence;
         read.extend(
             (newest + 1..=sequence).take(1).map(|sequence| Claim { sequence, event: ClaimedEvent::Missing }),
         );
         let unread = Unread { read, ..Unread::none() };
-        Ok(Turn { session, end, unread, largest, feeling })
+        Ok(Turn { session, end, unread, largest, probing })
     }
 
     /// The sequence number of the last message that the stream keeps; 0 if it keeps none.
@@ -282,8 +282,8 @@ impl Sending<'_> {
         let mut sequence = self.turn.end.sequence;
         loop {
             let event = batch.events.get(next);
-            if let Some(event) = event.filter(|_| self.turn.feeling) {
-                self.feel(event, previous(batch, next)).await?;
+            if let Some(event) = event.filter(|_| self.turn.probing) {
+                self.probe(event, previous(batch, next)).await?;
                 sequence = self.turn.end.sequence;
                 next += 1;
             } else if let Some(event) = event.filter(|_| self.window.len() < window) {
@@ -396,7 +396,7 @@ impl Sending<'_> {
     }
 
     /// Probes with one event that the stream may have had before it lost messages.
-    async fn feel(&mut self, event: &RecordedEvent, previous: Position) -> Result<(), BusError> {
+    async fn probe(&mut self, event: &RecordedEvent, previous: Position) -> Result<(), BusError> {
         let last = self.turn.end.sequence;
         let ack = self.send(event, previous, last, MessageId::Own).await?;
         let (mut sequence, mut duplicate) = self.ack(ack).await?;
@@ -407,7 +407,7 @@ impl Sending<'_> {
             (sequence, duplicate) = self.ack(ack).await?;
         }
         if sequence == last + 1 {
-            self.turn.feeling = false;
+            self.turn.probing = false;
         } else if !duplicate || sequence > last {
             return Err(self.fenced(format!("the event became message {sequence}, expected {}", last + 1)));
         }
@@ -447,7 +447,7 @@ fn previous(batch: &LogBatch, index: usize) -> Position {
     before.map_or(batch.after, |event| event.position)
 }
 
-impl BusPublisher for MirrorPublisher {
+impl BusPublisher for LogPublisher {
     fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async move {
             (self.turn, self.confirmed) = (None, None);
@@ -485,7 +485,7 @@ impl BusPublisher for MirrorPublisher {
     fn confirm(&mut self, position: Position, is_exact: bool) {
         if let Some(turn) = &mut self.turn {
             turn.end.position = position;
-            turn.feeling = !is_exact;
+            turn.probing = !is_exact;
             turn.unread = Unread::none();
             self.confirmed = Some(turn.end);
         }
