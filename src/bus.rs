@@ -25,10 +25,10 @@ pub(crate) use self::nats::shared_connection::{CommandConnection, SharedConnecti
 #[cfg(feature = "nats")]
 pub use self::nats::{
     AckError, CloseError, ConsumerOptions, ConsumerPolicy, ConsumerReport, Delivery, Field, Gap, HandleError,
-    HandleOptions, HandlerTask, InvalidPattern, JetStreamOptions, MirrorFrom, MirrorItem, MirrorReader, NatsBus,
-    NatsEvent, NatsOptions, NatsReport, Received, RetryPolicy, StartFrom, StreamFound, StreamPolicy,
-    StreamReport, StreamStorage, Subjects, SubscribeOptions, Subscription, SubscriptionError,
-    SubscriptionErrors, SubscriptionStats,
+    HandleOptions, HandlerTask, InvalidPattern, JetStreamOptions, LogStreamFrom, LogStreamItem,
+    LogStreamReader, NatsBus, NatsEvent, NatsOptions, NatsReport, Received, RetryPolicy, StartFrom,
+    StreamFound, StreamPolicy, StreamReport, StreamStorage, Subjects, SubscribeOptions, Subscription,
+    SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use crate::event::{Category, EventName, Position, RecordedEvent};
 use crate::future::BoxFuture;
@@ -71,7 +71,7 @@ pub enum BusScope {
 
 /// The end of a log stream: the copy of the log that a durable bus keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct MirrorEnd {
+pub struct LogStreamEnd {
     /// Position of its last event.
     pub position: Position,
     /// Sequence number that the bus gave that event.
@@ -82,7 +82,7 @@ pub struct MirrorEnd {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
     /// After this position, where the log stream of the bus ends.
-    After(MirrorEnd),
+    After(LogStreamEnd),
     /// At the high-water mark of the log.
     /// The bus keeps nothing, and followers read the past from the store.
     AtHighWaterMark,
@@ -264,7 +264,7 @@ pub trait BusPublisher: Send {
     /// Returns the point from which publishing continues.
     /// `known` is the last confirmed publish that the publisher saved in the store, for a log
     /// stream that was emptied since.
-    fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>>;
+    fn resume(&mut self, known: LogStreamEnd) -> BoxFuture<'_, Result<Resume, BusError>>;
 
     /// Returns the next messages that the log has to confirm, after [`resume`](Self::resume).
     ///
@@ -284,13 +284,13 @@ pub trait BusPublisher: Send {
     ///
     /// Also valid after an error of [`publish`](Self::publish). `None` by default: only the result
     /// of `publish` states the end.
-    fn confirmed(&self) -> Option<MirrorEnd> {
+    fn confirmed(&self) -> Option<LogStreamEnd> {
         None
     }
 
     /// Publishes the next section, and returns the new end of the log stream once the bus confirmed
     /// it all.
-    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>>;
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<LogStreamEnd, BusError>>;
 
     /// Waits for a call of [`EventBus::hint`] on any node. Cancel-safe. Never returns by default.
     fn hinted(&mut self) -> BoxFuture<'_, ()> {

@@ -2,9 +2,9 @@
 //!
 //! Knows nothing of events and streams.
 
-mod depth;
 #[cfg(test)]
 mod cbor_equivalence_tests;
+mod depth;
 mod upcast;
 mod variant;
 

@@ -1,9 +1,9 @@
 //! The runtime: assembles and supervises the components of a node, and shuts them down in order.
 
 mod commands;
+mod projections;
 #[cfg(feature = "otel")]
 mod status_metrics;
-mod projections;
 mod supervisor;
 
 use std::any::type_name;

@@ -13,7 +13,7 @@ mod context;
 #[cfg(feature = "otel")]
 mod metrics;
 #[cfg(not(feature = "otel"))]
-#[path = "telemetry/off.rs"]
+#[path = "telemetry/noop.rs"]
 mod metrics;
 #[cfg(not(feature = "otel"))]
 use self::metrics as context;

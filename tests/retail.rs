@@ -207,7 +207,7 @@ async fn totals_are_exact_and_a_second_run_changes_nothing() {
     assert_eq!((again.duplicates, again.new_events, again.totals), (0, 10_512, first.totals));
 }
 
-/// Runs over NATS: the mirror has the whole log, also after a reset and a second run.
+/// Runs over NATS: the log stream has the whole log, also after a reset and a second run.
 #[tokio::test]
 async fn totals_are_exact_over_nats() {
     let server = NatsServer::start(NatsOptions::jetstream()).await;

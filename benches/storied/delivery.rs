@@ -16,12 +16,12 @@ use crate::workloads::AGGREGATES;
 /// Publishes a full log into a new log stream until all is confirmed.
 ///
 /// The limit is async-nats with equal messages.
-pub async fn mirror(plan: &Plan) -> Comparison {
+pub async fn log_stream(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let bus = nats.events(plan.bus);
-    let ours = fill_mirror(plan, &full(plan).await, &bus).await;
+    let ours = fill_log_stream(plan, &full(plan).await, &bus).await;
     let limit = limits::jetstream_publishes(plan, &bus.client().await.unwrap(), true).await;
-    nats.drop_mirror().await;
+    nats.drop_log_stream().await;
     Comparison {
         ours,
         limit,
@@ -29,16 +29,16 @@ pub async fn mirror(plan: &Plan) -> Comparison {
     }
 }
 
-/// As [`mirror`], with each message confirmed before the next one.
+/// As [`log_stream`], with each message confirmed before the next one.
 ///
 /// The limit is the normal window of storied.
 pub async fn awaited(plan: &Plan) -> Comparison {
     let nats = Nats::start(plan.bus).await;
     let store = full(plan).await;
-    let ours = fill_mirror(plan, &store, &nats.mirror(JetStreamOptions::new().window(1))).await;
-    nats.drop_mirror().await;
-    let limit = fill_mirror(plan, &store, &nats.mirror(JetStreamOptions::new())).await;
-    nats.drop_mirror().await;
+    let ours = fill_log_stream(plan, &store, &nats.log_stream(JetStreamOptions::new().window(1))).await;
+    nats.drop_log_stream().await;
+    let limit = fill_log_stream(plan, &store, &nats.log_stream(JetStreamOptions::new())).await;
+    nats.drop_log_stream().await;
     Comparison { ours, limit, note: "both are storied: 1 in flight, and 256".into() }
 }
 
@@ -51,9 +51,9 @@ pub async fn deduplicated(plan: &Plan) -> Comparison {
     // Both sides start with the same backlog.
     let publish = async |with_ids| {
         let bus = nats.events(plan.bus);
-        fill_mirror(plan, &store, &bus).await;
+        fill_log_stream(plan, &store, &bus).await;
         let run = limits::jetstream_publishes(plan, &bus.client().await.unwrap(), with_ids).await;
-        nats.drop_mirror().await;
+        nats.drop_log_stream().await;
         run
     };
     Comparison {
@@ -70,7 +70,7 @@ async fn full(plan: &Plan) -> Store {
     store
 }
 
-async fn fill_mirror(plan: &Plan, store: &Store, bus: &NatsBus) -> Run {
+async fn fill_log_stream(plan: &Plan, store: &Store, bus: &NatsBus) -> Run {
     let head = store.port().high_water_mark().await.unwrap();
     bus.connect().await.unwrap();
     let start = Instant::now();

@@ -103,7 +103,7 @@ pub async fn to_subscriber(plan: &Plan) -> Comparison {
     }
     table.close().await;
     if plan.bus == BusKind::JetStream {
-        nats.drop_mirror().await;
+        nats.drop_log_stream().await;
     }
     Comparison { ours, limit: Run::each(latencies), note: NOTE.into() }
 }

@@ -115,7 +115,7 @@ impl Scene {
             node.shutdown().await.unwrap();
         }
         if let Some(nats) = self.nats {
-            nats.drop_mirror().await;
+            nats.drop_log_stream().await;
         }
     }
 }

@@ -90,7 +90,7 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Append(events) => workloads::append(plan, events).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
-        Workload::Publish if plan.bus == BusKind::JetStream => delivery::mirror(plan).await,
+        Workload::Publish if plan.bus == BusKind::JetStream => delivery::log_stream(plan).await,
         Workload::Publish => delivery::deliver(plan).await,
         Workload::AcksAwaited => delivery::awaited(plan).await,
         Workload::AcksDedup => delivery::deduplicated(plan).await,

@@ -36,7 +36,7 @@ impl Nats {
             }
         };
         if bus == BusKind::JetStream {
-            nats.drop_mirror().await;
+            nats.drop_log_stream().await;
         }
         nats
     }
@@ -47,12 +47,12 @@ impl Nats {
 
     pub fn events(&self, bus: BusKind) -> NatsBus {
         match bus {
-            BusKind::JetStream => self.mirror(JetStreamOptions::new()),
+            BusKind::JetStream => self.log_stream(JetStreamOptions::new()),
             BusKind::Local | BusKind::Core => self.bus(storied::NatsOptions::core()),
         }
     }
 
-    pub fn mirror(&self, options: JetStreamOptions) -> NatsBus {
+    pub fn log_stream(&self, options: JetStreamOptions) -> NatsBus {
         self.bus(storied::NatsOptions::jetstream(options.stream(STREAM)))
     }
 
@@ -66,7 +66,7 @@ impl Nats {
     }
 
     /// Deletes the log stream, so that nothing stays on a shared server.
-    pub async fn drop_mirror(&self) {
+    pub async fn drop_log_stream(&self) {
         let context = async_nats::jetstream::new(self.connect().await);
         // The stream may not exist.
         drop(context.delete_stream(STREAM).await);

@@ -18,7 +18,7 @@ Usage: retail [OPTIONS]
   --bus BUS      bus of the events for the read models: local, core or jetstream (NATS) [default: local]
   --nats-url URL URL of the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
   --nodes N      with --store postgres: N processes share the read models; kill any of them [default: 1]
-  --reset        deletes the log and the read models first, and with --bus jetstream the old mirror
+  --reset        deletes the log and the read models first, and with --bus jetstream the old log_stream
   --json         prints the report as one JSON object
   --help         prints this help
 

@@ -91,8 +91,8 @@ enum Failure {
     Bus(#[from] storied::bus::BusError),
     #[error(transparent)]
     Namespace(#[from] storied::event::InvalidName),
-    #[error("deleting the mirror of the old database: {0}")]
-    Mirror(String),
+    #[error("deleting the log stream of the old database: {0}")]
+    LogStream(String),
     #[error(transparent)]
     Start(#[from] storied::runtime::StartError),
     #[error(transparent)]
@@ -135,7 +135,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
         Some(bus) => {
             bus.connect().await?;
             if args.reset && args.bus == Bus::JetStream {
-                delete_mirror(&bus).await?;
+                delete_log_stream(&bus).await?;
             }
             Runtime::builder().bus(bus)
         }
@@ -264,11 +264,14 @@ fn nats(args: &Args) -> Result<Option<NatsBus>, Failure> {
     }))
 }
 
-/// Deletes the mirror of a store that is replaced; another store cannot continue it.
-async fn delete_mirror(bus: &NatsBus) -> Result<(), Failure> {
+/// Deletes the log stream of a store that is replaced; another store cannot continue it.
+async fn delete_log_stream(bus: &NatsBus) -> Result<(), Failure> {
     let jetstream = async_nats::jetstream::new(bus.client().await?);
     if jetstream.get_stream("RETAIL_EVENTS").await.is_ok() {
-        jetstream.delete_stream("RETAIL_EVENTS").await.map_err(|error| Failure::Mirror(error.to_string()))?;
+        jetstream
+            .delete_stream("RETAIL_EVENTS")
+            .await
+            .map_err(|error| Failure::LogStream(error.to_string()))?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
 use super::{
-    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, EventBus, LogBatch, MirrorEnd,
+    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, EventBus, LogBatch, LogStreamEnd,
     Resume,
 };
 use crate::event::Position;
@@ -110,14 +110,14 @@ impl BusPublisher for LocalPublisher {
         })
     }
 
-    fn resume(&mut self, _known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+    fn resume(&mut self, _known: LogStreamEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async { Ok(Resume::AtHighWaterMark) })
     }
 
-    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<LogStreamEnd, BusError>> {
         Box::pin(async move {
             self.sequence += 1;
-            let end = MirrorEnd { position: batch.upto, sequence: self.sequence };
+            let end = LogStreamEnd { position: batch.upto, sequence: self.sequence };
             self.send(BusItem::Batch(batch));
             Ok(end)
         })

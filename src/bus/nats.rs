@@ -7,20 +7,20 @@
 //! from the store. `docs/wire-format.md` describes the message format.
 
 mod connection;
+mod connection_metrics;
+mod consumer_name;
 mod core_nats;
 mod durable_consumer;
-mod wakeup;
 mod inspect;
 mod jetstream;
 mod limits;
+mod live_subscription;
 mod merged_subscription;
-mod consumer_name;
 mod options;
-mod connection_metrics;
 pub(crate) mod shared_connection;
 mod subjects;
 mod subscribe;
-mod live_subscription;
+mod wakeup;
 mod wire;
 
 use std::borrow::Cow;
@@ -34,24 +34,25 @@ use uuid::Uuid;
 
 pub use self::connection::NatsEvent;
 use self::connection::{Connection, Watch};
+use self::connection_metrics::Recorder;
 use self::core_nats::CorePublisher;
 use self::durable_consumer::NatsFollower;
 pub use self::inspect::{
-    ConsumerReport, Field, MirrorItem, MirrorReader, NatsReport, StreamFound, StreamReport,
+    ConsumerReport, Field, LogStreamItem, LogStreamReader, NatsReport, StreamFound, StreamReport,
 };
 use self::jetstream::LogPublisher;
 pub use self::jetstream::{
-    AckError, ConsumerPolicy, JetStreamOptions, MirrorFrom, StreamPolicy, StreamStorage,
+    AckError, ConsumerPolicy, JetStreamOptions, LogStreamFrom, StreamPolicy, StreamStorage,
 };
+use self::live_subscription::NatsSubscription;
 pub use self::options::NatsOptions;
-use self::connection_metrics::Recorder;
 use self::subjects::Names;
 pub use self::subjects::{InvalidPattern, Subjects};
 pub use self::subscribe::{
-    CloseError, ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, HandlerTask, Received, RetryPolicy,
-    StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
+    CloseError, ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, HandlerTask, Received,
+    RetryPolicy, StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors,
+    SubscriptionStats,
 };
-use self::live_subscription::NatsSubscription;
 use self::wire::Wire;
 use super::{
     BusError, BusPublisher, BusScope, BusState, BusSubscription, DurableSubscription, EventBus, Follow,

@@ -12,7 +12,7 @@ use self::claims::{Walk, find_end};
 use super::{PublisherOptions, PublisherState, PublisherStatus};
 use crate::backoff::Backoff;
 use crate::bus::{
-    BusError, BusPublisher, BusScope, Claim, ClaimedEvent, EventBus, LogBatch, MirrorEnd, Resume,
+    BusError, BusPublisher, BusScope, Claim, ClaimedEvent, EventBus, LogBatch, LogStreamEnd, Resume,
 };
 use crate::event::Position;
 use crate::feed::{LogChunk, read_chunk};
@@ -67,20 +67,20 @@ enum Interruption {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(
-        "the log stream ends at position {mirror}, but the log at {log}: the store was restored \
+        "the log stream ends at position {log_stream}, but the log at {log}: the store was restored \
          from an older state, and new events would contradict events that others have read; give \
          the restored store its own log stream (another namespace, or delete the old stream); if \
          the messages from {first} on were forged, delete them from the stream"
     )]
-    Ahead { mirror: Position, log: Position, first: u64 },
+    Ahead { log_stream: Position, log: Position, first: u64 },
     #[error(
-        "the last event of the log stream is {mirror} at position {position}, but the log has {} \
+        "the last event of the log stream is {log_stream} at position {position}, but the log has {} \
          there: the store was restored from an older state and has new events since, or it is a \
          copy; give it its own log stream (another namespace, or delete the old stream); if the \
          messages from {first} on were forged, delete them from the stream",
         log.map_or_else(|| "none".to_owned(), |id| id.to_string())
     )]
-    Diverged { position: Position, mirror: Uuid, log: Option<Uuid>, first: u64 },
+    Diverged { position: Position, log_stream: Uuid, log: Option<Uuid>, first: u64 },
     #[error(
         "the log stream continues at position {position}: the high-water mark of this process is \
          lower; the publisher retries"
@@ -208,7 +208,7 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
             lease,
             epoch: 0,
             saved: Checkpoint::default(),
-            end: MirrorEnd::default(),
+            end: LogStreamEnd::default(),
             save_at: Instant::now(),
             backoff: &mut backoff,
             fenced: &mut fenced,
@@ -322,7 +322,7 @@ struct PublisherTerm<'a> {
     /// The checkpoint in the store.
     saved: Checkpoint,
     /// End of the last confirmed publish.
-    end: MirrorEnd,
+    end: LogStreamEnd,
     /// Earliest time of the next checkpoint write.
     save_at: Instant,
     backoff: &'a mut Backoff,
@@ -467,20 +467,20 @@ impl PublisherTerm<'_> {
             self.saved = shared.store.checkpoint(NAME).await?;
             self.epoch = lease.epoch_above(self.saved.epoch).await?.ok_or(Interruption::LeaseLost)?;
         }
-        let known = MirrorEnd { position: self.saved.position, sequence: self.saved.mark };
+        let known = LogStreamEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => self.confirm(publisher, known, end).await?,
             Resume::AtHighWaterMark => {
-                MirrorEnd { position: shared.store.high_water_mark().await?, sequence: 0 }
+                LogStreamEnd { position: shared.store.high_water_mark().await?, sequence: 0 }
             }
         };
         // Another process may have published beyond the high-water mark of this process. Only the
         // event shows whether the log has lost it.
-        let MirrorEnd { position: end, sequence } = self.end;
+        let LogStreamEnd { position: end, sequence } = self.end;
         if end > Position::START && shared.store.event_id_at(end).await?.is_none() {
             let log = shared.store.high_water_mark().await?;
             if end > log {
-                return Err(Interruption::Ahead { mirror: end, log, first: sequence });
+                return Err(Interruption::Ahead { log_stream: end, log, first: sequence });
             }
         }
         // I7: this save claims the checkpoint. From here on, the store refuses a publisher with an
@@ -497,9 +497,9 @@ impl PublisherTerm<'_> {
     async fn confirm(
         &mut self,
         publisher: &mut dyn BusPublisher,
-        known: MirrorEnd,
-        end: MirrorEnd,
-    ) -> Result<MirrorEnd, Interruption> {
+        known: LogStreamEnd,
+        end: LogStreamEnd,
+    ) -> Result<LogStreamEnd, Interruption> {
         let store = &*self.shared.store;
         let mut claims = publisher.claims().await?;
         let Some(first) = claims.first().copied() else { return Ok(end) };
@@ -507,7 +507,7 @@ impl PublisherTerm<'_> {
         let fenced = *self.fenced == Some(self.saved) && known.sequence == self.saved.mark;
         let mut walk = if known.sequence > 0 && first.sequence == known.sequence {
             if self.is_recreated(known, first).await? {
-                let known = MirrorEnd::default();
+                let known = LogStreamEnd::default();
                 let Resume::After(end) = publisher.resume(known).await? else { return Ok(end) };
                 return Box::pin(self.confirm(publisher, known, end)).await;
             }
@@ -549,12 +549,12 @@ impl PublisherTerm<'_> {
             tracing::warn!(bus, messages, "ignoring messages of another program in the log stream");
         }
         publisher.confirm(position, walk.is_exact);
-        Ok(MirrorEnd { position, ..end })
+        Ok(LogStreamEnd { position, ..end })
     }
 
     /// Whether the log stream was recreated since the checkpoint: it has a later event there.
     /// Fails if the log has lost the event of the checkpoint.
-    async fn is_recreated(&self, known: MirrorEnd, claim: Claim) -> Result<bool, Interruption> {
+    async fn is_recreated(&self, known: LogStreamEnd, claim: Claim) -> Result<bool, Interruption> {
         let ClaimedEvent::Event { position, id, .. } = claim.event else { return Ok(false) };
         // An earlier event or another id proves nothing: the last message may have been of another
         // program.
@@ -573,13 +573,13 @@ impl PublisherTerm<'_> {
         let store = &self.shared.store;
         let (log, head) = (store.event_id_at(position).await?, store.high_water_mark().await?);
         Ok(match log {
-            None if position > head => Interruption::Ahead { mirror: position, log: head, first },
-            log => Interruption::Diverged { position, mirror: id, log, first },
+            None if position > head => Interruption::Ahead { log_stream: position, log: head, first },
+            log => Interruption::Diverged { position, log_stream: id, log, first },
         })
     }
 
     /// Writes the checkpoint after an error of the bus. The next attempt starts there.
-    async fn keep(&mut self, confirmed: Option<MirrorEnd>, error: &BusError) {
+    async fn keep(&mut self, confirmed: Option<LogStreamEnd>, error: &BusError) {
         self.end = confirmed.unwrap_or(self.end);
         match self.save().await {
             Ok(()) if matches!(error, BusError::Fenced { .. }) => *self.fenced = Some(self.saved),

@@ -11,7 +11,7 @@ pub struct Checkpoint {
     pub position: Position,
     /// Lease epoch of the write; an owner with a lower epoch is fenced.
     pub epoch: u64,
-    /// Number that the reader stores with the position (the sequence of a mirror), else 0.
+    /// Number that the reader stores with the position (the sequence of a log stream), else 0.
     pub mark: u64,
 }
 

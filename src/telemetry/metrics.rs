@@ -320,12 +320,8 @@ impl Nats {
                 "{message}",
                 "Messages delivered by a consumer and not acknowledged",
             ),
-            stream_messages: gauge(
-                "storied.nats.stream.messages",
-                "{message}",
-                "Messages in the mirror of the log",
-            ),
-            stream_bytes: gauge("storied.nats.stream.size", "By", "Bytes in the mirror of the log"),
+            stream_messages: gauge("storied.nats.stream.messages", "{message}", "Messages in the log stream"),
+            stream_bytes: gauge("storied.nats.stream.size", "By", "Bytes in the log stream"),
         }
     }
 }
@@ -426,7 +422,7 @@ impl Metrics {
     }
 
     /// Records the size that the server reports for the log stream.
-    pub(crate) fn mirror(&self, stream: Destination<'_>, messages: u64, bytes: u64) {
+    pub(crate) fn log_stream(&self, stream: Destination<'_>, messages: u64, bytes: u64) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         let attributes = &operation(stream, "publish")[..2];
         nats.stream_messages.record(messages, attributes);

@@ -42,7 +42,7 @@ impl Metrics {
     pub(crate) fn processed(&self, _: Destination<'_>, _: Timer, _: Option<&'static str>) {}
     pub(crate) fn dead_letter(&self, _: Destination<'_>) {}
     pub(crate) fn consumer(&self, _: Destination<'_>, _: &str, _: u64, _: u64) {}
-    pub(crate) fn mirror(&self, _: Destination<'_>, _: u64, _: u64) {}
+    pub(crate) fn log_stream(&self, _: Destination<'_>, _: u64, _: u64) {}
 }
 
 pub(super) fn enter(_: &Metadata) -> Option<()> {

@@ -65,7 +65,7 @@ impl Scene {
     }
 
     fn bus(&self) -> NatsBus {
-        let bus = NatsOptions::jetstream(mirror().duplicate_window(self.window)).url(self.server.url());
+        let bus = NatsOptions::jetstream(log_stream().duplicate_window(self.window)).url(self.server.url());
         quick(bus).bus()
     }
 
@@ -414,7 +414,7 @@ async fn an_imitation_while_stopped_can_be_deleted() {
 
 /// The backup has a valid checkpoint of the publisher.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restored_store_with_a_checkpoint_does_not_continue_the_mirror() {
+async fn a_restored_store_with_a_checkpoint_does_not_continue_the_log_stream() {
     let mut scene = Scene::start(Duration::from_secs(120)).await;
     let dir = tempfile::TempDir::new().unwrap();
     let (live, backup) = (dir.path().join("events.db"), dir.path().join("backup.db"));
@@ -481,11 +481,11 @@ async fn events_with_one_id_are_all_published() {
     scene.published(&node).await;
     scene.is_the_log().await;
     // Readers get the event's own id.
-    let bus = quick(NatsOptions::jetstream(mirror()).url(scene.server.url())).bus();
-    let mut reader = bus.read_mirror(scene.store.info().id).await.unwrap();
+    let bus = quick(NatsOptions::jetstream(log_stream()).url(scene.server.url())).bus();
+    let mut reader = bus.read_log_stream(scene.store.info().id).await.unwrap();
     let mut read: Vec<RecordedEvent> = Vec::new();
     while let Some(item) = reader.next().await.unwrap() {
-        if let storied::bus::MirrorItem::Event { sequence, event, .. } = item
+        if let storied::bus::LogStreamItem::Event { sequence, event, .. } = item
             && !scene.forged.contains(&sequence)
         {
             read.push(*event);

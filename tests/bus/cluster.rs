@@ -71,7 +71,7 @@ async fn the_leader_dies_while_it_is_published_to() {
     one.node.stop(PATIENCE).await.unwrap();
     two.node.stop(PATIENCE).await.unwrap();
     let mut publisher = publisher(&bus, &store).await;
-    let end = publisher.resume(storied::bus::MirrorEnd::default()).await.unwrap();
+    let end = publisher.resume(storied::bus::LogStreamEnd::default()).await.unwrap();
     let last = *log.last().unwrap();
     let storied::bus::Resume::After(end) = end else { panic!("{end:?}") };
     assert_eq!((end.position, end.sequence), (last, log.len() as u64));

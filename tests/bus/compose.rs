@@ -23,7 +23,7 @@ fn list(service: &str, key: &str) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_nats_service_is_healthy_and_keeps_a_mirror() {
+async fn the_nats_service_is_healthy_and_keeps_a_log_stream() {
     let nats = service("nats");
     let monitoring = harness::Port::claim();
     let port = monitoring.number();

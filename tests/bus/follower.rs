@@ -189,7 +189,7 @@ async fn a_slow_follower_gets_a_gap_for_lost_events() {
         let mut press = Press::new(&options(Kind::JetStream, &server).bus()).await;
         let stream = stream(&server).await;
         let link = Link::to(&server).await;
-        let linked = quick(NatsOptions::jetstream(mirror()).url(link.url())).bus();
+        let linked = quick(NatsOptions::jetstream(log_stream()).url(link.url())).bus();
         let mut follower = Follower::start(&linked, &press.store);
         follower.gap().await;
         consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;
@@ -233,7 +233,7 @@ async fn deliveries_to_another_reader_before_the_first_are_a_gap() {
         let mut press = Press::new(&options(Kind::JetStream, &server).bus()).await;
         let stream = stream(&server).await;
         let link = Link::to(&server).await;
-        let linked = quick(NatsOptions::jetstream(mirror()).url(link.url())).bus();
+        let linked = quick(NatsOptions::jetstream(log_stream()).url(link.url())).bus();
         let mut follower = Follower::start(&linked, &press.store);
         follower.gap().await;
         consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::harness::{self, NatsServer, oldest_nats_server};
 use crate::link::Link;
-use crate::oracle::mirrored;
+use crate::oracle::positions_in_stream;
 use crate::raw::{Press, listen, received, take};
 use crate::support::*;
 
@@ -28,14 +28,14 @@ async fn positions(store: &Arc<dyn EventStore>) -> Vec<u64> {
 async fn exact(recording: &Recording, store: &Arc<dyn EventStore>, server: &NatsServer) {
     let head = store.high_water_mark().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
-    assert_eq!(mirrored(&server.url()).await.0, positions(store).await);
+    assert_eq!(positions_in_stream(&server.url()).await.0, positions(store).await);
 }
 
 /// Checks that the log stream is the log up to `upto`, also after the rest of the refused batch.
 async fn unchanged(server: &NatsServer, store: &Arc<dyn EventStore>, upto: Position) {
     pause(100).await;
     let log = positions(store).await.into_iter().filter(|&position| position <= upto.get());
-    assert_eq!(mirrored(&server.url()).await.0, log.collect::<Vec<_>>());
+    assert_eq!(positions_in_stream(&server.url()).await.0, log.collect::<Vec<_>>());
 }
 
 /// With the default timeouts.
@@ -45,7 +45,7 @@ async fn hazard_05_a_server_that_hangs_is_noticed_and_nothing_counts_as_publishe
         let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
         let options = match kind {
             Kind::Core => NatsOptions::core(),
-            _ => NatsOptions::jetstream(mirror()),
+            _ => NatsOptions::jetstream(log_stream()),
         };
         let bus = options.url(server.url()).bus();
         let store = store();
@@ -75,7 +75,7 @@ async fn hazard_05_a_server_that_hangs_is_noticed_and_nothing_counts_as_publishe
 async fn hazard_07_a_server_that_is_killed_in_the_middle_of_a_window() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
-    let bus = quick(NatsOptions::jetstream(mirror().window(2_000)).url(server.url())).bus();
+    let bus = quick(NatsOptions::jetstream(log_stream().window(2_000)).url(server.url())).bus();
     let recording = Recording::start(&store, bus, blind()).await;
     for _ in 0..3 {
         exact(&recording, &store, &server).await;
@@ -99,7 +99,7 @@ async fn hazard_08_unconfirmed_messages_of_a_hanging_server_are_not_published_tw
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     // The connection stays, so it does not reveal the hang.
-    let bus = quick(NatsOptions::jetstream(mirror()).url(server.url()))
+    let bus = quick(NatsOptions::jetstream(log_stream()).url(server.url()))
         .ping_interval(Duration::from_secs(3_600))
         .answer_timeout(Duration::from_millis(500))
         .bus();
@@ -135,7 +135,7 @@ async fn hazard_08_delayed_messages_of_a_publisher_arrive_after_another_one() {
         let link = Link::to(&server).await;
         // The connection and the timeouts stay, so they do not reveal the delay.
         let bus = |url| {
-            let options = mirror().duplicate_window(Duration::from_millis(100));
+            let options = log_stream().duplicate_window(Duration::from_millis(100));
             let options = quick(NatsOptions::jetstream(options).url(url));
             options.ping_interval(Duration::from_secs(3_600)).answer_timeout(PATIENCE).bus()
         };
@@ -163,7 +163,7 @@ async fn hazard_08_delayed_messages_of_a_publisher_arrive_after_another_one() {
                 other.publish(batch.clone()).await.unwrap();
             }
         }
-        assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+        assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
     }
 }
 
@@ -175,7 +175,7 @@ async fn hazard_09_after_the_deduplication_window_nothing_is_stored_twice() {
         let mut server = NatsServer::start(options).await;
         let store = store();
         write(&store, 0, 200).await;
-        let options = mirror().duplicate_window(Duration::from_millis(100));
+        let options = log_stream().duplicate_window(Duration::from_millis(100));
         let bus =
             |server: &NatsServer| quick(NatsOptions::jetstream(options.clone()).url(server.url())).bus();
         let open = async |bus: &NatsBus| publisher(bus, &store).await;
@@ -195,7 +195,7 @@ async fn hazard_09_after_the_deduplication_window_nothing_is_stored_twice() {
         let more = batches(&store, batch.upto, 200).await.remove(0);
         assert_eq!(late.publish(more).await.unwrap().sequence, 400);
         assert!(slow.publish(batch).await.is_err());
-        assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+        assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
     }
 }
 
@@ -209,7 +209,7 @@ async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
     // The checkpoint in the store refers to a stream that no longer exists.
     let give_up = Instant::now() + PATIENCE;
     while store.checkpoint("publisher").await.unwrap().mark < 2_000 {
-        assert!(Instant::now() < give_up, "the end of the mirror is not remembered");
+        assert!(Instant::now() < give_up, "the end of the log stream is not remembered");
         pause(10).await;
     }
     server.kill();

@@ -70,9 +70,9 @@ async fn every_option_of_the_bus_is_refused_or_works() {
             ("answer_timeout", NatsOptions::core().answer_timeout(time)),
             (
                 "max_age",
-                NatsOptions::jetstream(mirror().max_age(time).duplicate_window(Duration::from_secs(1))),
+                NatsOptions::jetstream(log_stream().max_age(time).duplicate_window(Duration::from_secs(1))),
             ),
-            ("duplicate_window", NatsOptions::jetstream(mirror().duplicate_window(time))),
+            ("duplicate_window", NatsOptions::jetstream(log_stream().duplicate_window(time))),
         ] {
             worked += usize::from(refused_or_works(&server, name, options).await);
         }
@@ -81,8 +81,8 @@ async fn every_option_of_the_bus_is_refused_or_works() {
     for count in [0, 1, usize::MAX] {
         for (name, options) in [
             ("subscription_capacity", NatsOptions::core().subscription_capacity(count)),
-            ("window", NatsOptions::jetstream(mirror().window(count))),
-            ("replicas", NatsOptions::jetstream(mirror().replicas(count))),
+            ("window", NatsOptions::jetstream(log_stream().window(count))),
+            ("replicas", NatsOptions::jetstream(log_stream().replicas(count))),
         ] {
             assert_eq!(refused_or_works(&server, name, options).await, count == 1, "{name} {count}");
         }
@@ -92,7 +92,7 @@ async fn every_option_of_the_bus_is_refused_or_works() {
         assert!(!refused_or_works(&server, "max_bytes", options).await);
     }
     for name in ["", " ", "a b", "a.b", "a/b", "a*", ">", &"x".repeat(300)] {
-        let bus = NatsOptions::jetstream(mirror().stream(name)).url(server.url()).bus();
+        let bus = NatsOptions::jetstream(log_stream().stream(name)).url(server.url()).bus();
         let error = bus.connect().await.unwrap_err();
         assert!(
             matches!(&error, BusError::Incompatible { reason } if reason.contains("stream name")),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getppid};
-use storied::bus::{MirrorEnd, NatsBus, Resume};
+use storied::bus::{LogStreamEnd, NatsBus, Resume};
 use storied::testing::Node;
 use storied::{EventBus, EventStore, FeedOptions, SqliteStore};
 use tempfile::TempDir;
@@ -58,8 +58,8 @@ impl Drop for Publisher {
 
 /// Almost without a deduplication window: the sequence check must suffice without the ids.
 fn bus(url: &str) -> NatsBus {
-    let mirror = mirror().window(64).duplicate_window(Duration::from_millis(100));
-    quick(storied::bus::NatsOptions::jetstream(mirror).url(url)).bus()
+    let log_stream = log_stream().window(64).duplicate_window(Duration::from_millis(100));
+    quick(storied::bus::NatsOptions::jetstream(log_stream).url(url)).bus()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -82,8 +82,8 @@ fn zombie(store: &Arc<dyn EventStore>, server: &NatsServer, stop: &Arc<AtomicBoo
         while !stop.load(Ordering::SeqCst) {
             let turn = async {
                 let mut publisher = bus.publisher(store.info().id).await?;
-                let Resume::After(end) = publisher.resume(MirrorEnd::default()).await? else {
-                    panic!("no mirror")
+                let Resume::After(end) = publisher.resume(LogStreamEnd::default()).await? else {
+                    panic!("no log stream")
                 };
                 for batch in batches(&store, end.position, 50).await {
                     publisher.publish(batch).await?;
@@ -98,7 +98,7 @@ fn zombie(store: &Arc<dyn EventStore>, server: &NatsServer, stop: &Arc<AtomicBoo
 }
 
 /// Returns the positions in the stream, in order, and the last sequence number.
-pub async fn mirrored(url: &str) -> (Vec<u64>, u64) {
+pub async fn positions_in_stream(url: &str) -> (Vec<u64>, u64) {
     let context = async_nats::jetstream::new(async_nats::connect(url).await.unwrap());
     let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
     let state = &stream.cached_info().state;
@@ -184,17 +184,20 @@ async fn round(seed: u64) {
 
     let log: Vec<u64> = log(&store).await.iter().map(|position| position.get()).collect();
     let give_up = Instant::now() + PATIENCE;
-    let mut found = mirrored(&server.url()).await;
+    let mut found = positions_in_stream(&server.url()).await;
     while found.0.len() < log.len() && Instant::now() < give_up {
         pause(100).await;
-        found = mirrored(&server.url()).await;
+        found = positions_in_stream(&server.url()).await;
     }
-    let (mirror, last) = found;
-    let (short, wanted) = (mirror.len(), log.len());
-    let differs = mirror.iter().zip(&log).position(|(mirror, log)| mirror != log);
+    let (log_stream, last) = found;
+    let (short, wanted) = (log_stream.len(), log.len());
+    let differs = log_stream.iter().zip(&log).position(|(log_stream, log)| log_stream != log);
     let from = differs.unwrap_or(short.min(wanted)).saturating_sub(2);
-    let around: Vec<&u64> = mirror.iter().skip(from).take(6).collect();
-    assert!(mirror == log, "seed {seed}, {deeds:?}: {short} of {wanted}, from message {from} on {around:?}");
+    let around: Vec<&u64> = log_stream.iter().skip(from).take(6).collect();
+    assert!(
+        log_stream == log,
+        "seed {seed}, {deeds:?}: {short} of {wanted}, from message {from} on {around:?}"
+    );
     assert_eq!(last, log.len() as u64, "seed {seed}");
     follower.reaches(&format!("seed {seed}"), &store).await;
     println!("seed {seed}: {wanted} events, {refusals} refusals, longest append {longest:?}");
@@ -203,7 +206,7 @@ async fn round(seed: u64) {
 
 /// One run, or `ORACLE_RUNS` runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_mirror_is_the_log() {
+async fn the_log_stream_is_the_log() {
     let runs = std::env::var("ORACLE_RUNS").map_or(1, |runs| runs.parse().unwrap());
     let first = std::env::var("ORACLE_SEED").ok().map(|seed| seed.parse().unwrap());
     let first = first.unwrap_or_else(|| u64::from(std::process::id()));

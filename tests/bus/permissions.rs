@@ -32,11 +32,11 @@ fn role(options: NatsOptions, server: &NatsServer, role: &str) -> NatsOptions {
 }
 
 fn existing() -> JetStreamOptions {
-    mirror().policy(StreamPolicy::RequireExisting)
+    log_stream().policy(StreamPolicy::RequireExisting)
 }
 
 fn operator(server: &NatsServer) -> NatsBus {
-    role(NatsOptions::jetstream(mirror()), server, "operator").bus()
+    role(NatsOptions::jetstream(log_stream()), server, "operator").bus()
 }
 
 fn no_violation(server: &NatsServer) {
@@ -48,7 +48,7 @@ async fn nodes_work_with_their_rights() {
     for (login, options) in [
         ("core_node", NatsOptions::core()),
         ("jetstream_node", NatsOptions::jetstream(existing())),
-        ("jetstream_owner", NatsOptions::jetstream(mirror())),
+        ("jetstream_owner", NatsOptions::jetstream(log_stream())),
     ] {
         let server = server().await;
         if login == "jetstream_node" {
@@ -175,12 +175,12 @@ async fn the_tool_works_with_its_rights() {
     let store = store();
     write(&store, 0, 10).await;
     let node = Recording::start(&store, operator(&server), blind()).await;
-    node.reaches("the mirror", &store).await;
+    node.reaches("the log stream", &store).await;
     node.node.stop(PATIENCE).await.unwrap();
-    let tool = role(NatsOptions::jetstream(mirror()), &server, "tool").bus();
+    let tool = role(NatsOptions::jetstream(log_stream()), &server, "tool").bus();
     let report = tool.inspect(store.info().id).await.unwrap();
     assert!(report.streams.iter().any(|stream| stream.found.is_some()), "{report:?}");
-    let mut reader = tool.read_mirror(store.info().id).await.unwrap();
+    let mut reader = tool.read_log_stream(store.info().id).await.unwrap();
     let mut messages = 0;
     while reader.next().await.unwrap().is_some() {
         messages += 1;

@@ -138,7 +138,10 @@ async fn a_refused_request_ends_with_the_servers_error() {
                 let durable = SubscribeOptions::new().consumer(ConsumerOptions::durable("x"));
                 refused(&bus.subscribe(["*"], durable).await.unwrap_err(), "Permissions Violation");
                 refused(&bus.inspect(store().info().id).await.unwrap_err(), "Permissions Violation");
-                refused(&bus.read_mirror(store().info().id).await.err().unwrap(), "Permissions Violation");
+                refused(
+                    &bus.read_log_stream(store().info().id).await.err().unwrap(),
+                    "Permissions Violation",
+                );
             }
             let store = store();
             write(&store, 0, 1).await;
@@ -158,7 +161,7 @@ async fn a_refused_request_ends_with_the_servers_error() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_event_of_the_log_stream_is_reported() {
     let server = server(&["$JS.API.>", "shop.hint", "_INBOX.>"], &ALL).await;
-    let bus = login(NatsOptions::jetstream(mirror()), &server).answer_timeout(PATIENCE).bus();
+    let bus = login(NatsOptions::jetstream(log_stream()), &server).answer_timeout(PATIENCE).bus();
     let store = store();
     write(&store, 0, 2).await;
     let mut publisher = publisher(&bus, &store).await;

@@ -6,7 +6,7 @@ use storied::bus::{NatsOptions, StreamStorage};
 use storied::{EventStore, Position};
 
 use crate::harness::{self, NatsServer};
-use crate::oracle::mirrored;
+use crate::oracle::positions_in_stream;
 use crate::support::*;
 
 async fn positions(store: &std::sync::Arc<dyn EventStore>) -> Vec<u64> {
@@ -15,11 +15,11 @@ async fn positions(store: &std::sync::Arc<dyn EventStore>) -> Vec<u64> {
 
 /// The log stream is lost with the server, and rebuilt from the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mirror_in_memory_is_rebuilt_after_a_restart() {
+async fn a_log_stream_in_memory_is_rebuilt_after_a_restart() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 700).await;
-    let options = NatsOptions::jetstream(mirror().storage(StreamStorage::Memory)).url(server.url());
+    let options = NatsOptions::jetstream(log_stream().storage(StreamStorage::Memory)).url(server.url());
     let recording = Recording::start(&store, quick(options).bus(), blind()).await;
     let published = || recording.node.publisher().published;
     let stored = async || {
@@ -28,18 +28,18 @@ async fn a_mirror_in_memory_is_rebuilt_after_a_restart() {
     };
     eventually("published", || published() == Some(Position::new(700))).await;
     assert_eq!(stored().await, StorageType::Memory);
-    assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+    assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
     for _ in 0..2 {
         server.kill();
         server.restart().await;
         let head = write(&store, 0, 10).await;
         eventually("published", || published() == Some(head)).await;
-        assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+        assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
     }
     recording.node.stop(PATIENCE).await.unwrap();
 }
 
-/// A NATS mirror of the log stream, and a stream with it as a source.
+/// A NATS log stream stream, and a stream with it as a source.
 /// Both have each message with its headers, in order, also after a restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nats_may_copy_the_stream() {

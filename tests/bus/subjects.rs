@@ -90,7 +90,7 @@ async fn each_mapping_from_publisher_to_feed_and_subscribers() {
                 // The publisher finds the end of the log stream again.
                 let mut publisher = publisher(&bus, &press.store).await;
                 assert!(matches!(
-                    publisher.resume(storied::bus::MirrorEnd::default()).await.unwrap(),
+                    publisher.resume(storied::bus::LogStreamEnd::default()).await.unwrap(),
                     storied::bus::Resume::After(end) if end.position == head
                 ));
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use storied::bus::{
-    BusItem, BusPublisher, BusSubscription, JetStreamOptions, LogBatch, MirrorEnd, NatsBus, NatsOptions,
+    BusItem, BusPublisher, BusSubscription, JetStreamOptions, LogBatch, LogStreamEnd, NatsBus, NatsOptions,
 };
 use storied::projection::{ApplyError, InMemory};
 use storied::store::{Append, ExpectedVersion};
@@ -48,12 +48,12 @@ pub fn options(kind: Kind, server: &NatsServer) -> NatsOptions {
     let options = match kind {
         Kind::Local => panic!("the local bus has no such options"),
         Kind::Core => NatsOptions::core(),
-        Kind::JetStream => NatsOptions::jetstream(mirror()),
+        Kind::JetStream => NatsOptions::jetstream(log_stream()),
     };
     quick(options.url(server.url()))
 }
 
-pub fn mirror() -> JetStreamOptions {
+pub fn log_stream() -> JetStreamOptions {
     JetStreamOptions::new().max_bytes(100 << 20)
 }
 
@@ -141,7 +141,7 @@ pub async fn batches(store: &Arc<dyn EventStore>, after: Position, size: usize) 
 /// A publisher at the start of the log, on an unused bus.
 pub async fn publisher(bus: &dyn EventBus, store: &Arc<dyn EventStore>) -> Box<dyn BusPublisher> {
     let mut publisher = bus.publisher(store.info().id).await.unwrap();
-    publisher.resume(MirrorEnd::default()).await.unwrap();
+    publisher.resume(LogStreamEnd::default()).await.unwrap();
     publisher
 }
 

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use bytes::Bytes;
 use chrono::{DateTime, TimeZone, Utc};
 use futures_util::StreamExt;
-use storied::bus::{LogBatch, MirrorEnd};
+use storied::bus::{LogBatch, LogStreamEnd};
 use storied::{Codec, EventBus, EventName, Metadata, Position, RecordedEvent, StreamId, Version};
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -77,7 +77,7 @@ async fn messages_match_the_golden_files() {
 
         let bus = options(kind, &server).namespace("shop").unwrap().bus();
         let mut publisher = bus.publisher(store).await.unwrap();
-        publisher.resume(MirrorEnd::default()).await.unwrap();
+        publisher.resume(LogStreamEnd::default()).await.unwrap();
         let events = log().into();
         let batch = LogBatch { after: Position::new(7), upto: Position::new(30), events };
         publisher.publish(batch).await.unwrap();

@@ -1,4 +1,4 @@
-//! `verify`, `nats check`, `publisher status`, against a damaged log and a damaged mirror.
+//! `verify`, `nats check`, `publisher status`, against a damaged log and a damaged log stream.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +29,7 @@ async fn a_sound_log_verifies() {
         let json = fixture.run(&["verify", "--json"]).await.code(0).json();
         assert_eq!(
             json,
-            json!({ "ok": true, "head": 5, "events": 5, "streams": 3, "mirror": null, "problems": [], "problem_count": 0 })
+            json!({ "ok": true, "head": 5, "events": 5, "streams": 3, "log_stream": null, "problems": [], "problem_count": 0 })
         );
     }
     // An empty log is sound, too.
@@ -96,11 +96,11 @@ async fn context(server: &NatsServer) -> jetstream::Context {
 }
 
 #[tokio::test]
-async fn an_equal_mirror_verifies() {
+async fn an_equal_log_stream_verifies() {
     for (fixture, store) in filled().await {
         let server = NatsServer::start(NatsOptions::jetstream()).await;
         let url = server.url();
-        let verify = ["verify", "--mirror", "--mirror-within", "1", "--nats-url", &url];
+        let verify = ["verify", "--log-stream", "--log-stream-within", "1", "--nats-url", &url];
         fixture.run(&verify).await.code(4).complains(&["there is no JetStream stream STORIED_EVENTS"]);
         fixture.run(&["publisher", "status"]).await.code(0).shows(&["no node has published"]);
 
@@ -109,7 +109,7 @@ async fn an_equal_mirror_verifies() {
             .run(&verify)
             .await
             .code(0)
-            .shows(&["5 events were compared with the mirror; the mirror keeps all of them"]);
+            .shows(&["5 events were compared with the log stream; the log stream keeps all of them"]);
         fixture
             .run(&["publisher", "status"])
             .await
@@ -122,17 +122,17 @@ async fn an_equal_mirror_verifies() {
         );
         fixture.run(&["status"]).await.code(0).shows(&["publisher  no live node, published up to 5 of 5"]);
 
-        // The mirror may reach the end of the log during the comparison, within its time limit.
+        // The log stream may reach the end of the log during the comparison, within its time limit.
         append(&store, "1", &[placed(3)]).await;
         fixture
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: ends at position 5, 1 events before the log's 6"]);
-        let patient = ["verify", "--mirror", "--mirror-within", "60", "--nats-url", &url, "--json"];
+            .shows(&["log stream: ends at position 5, 1 events before the log's 6"]);
+        let patient = ["verify", "--log-stream", "--log-stream-within", "60", "--nats-url", &url, "--json"];
         let (run, ()) = tokio::join!(fixture.run(&patient), publish(&store, &server));
         assert_eq!(
-            run.code(0).json()["mirror"],
+            run.code(0).json()["log_stream"],
             json!({ "compared": 6, "first": 1, "last": 6, "not_kept": 0, "behind": 0 })
         );
 
@@ -143,26 +143,30 @@ async fn an_equal_mirror_verifies() {
             .run(&verify)
             .await
             .code(0)
-            .shows(&["the mirror begins at position 4, 3 events later than the log"]);
+            .shows(&["the log stream begins at position 4, 3 events later than the log"]);
         stream.purge().await.unwrap();
-        fixture.run(&verify).await.code(0).shows(&["the mirror keeps none of them"]);
+        fixture.run(&verify).await.code(0).shows(&["the log stream keeps none of them"]);
     }
 }
 
 #[tokio::test]
-async fn a_mirror_that_differs_is_found() {
+async fn a_log_stream_that_differs_is_found() {
     for (fixture, store) in filled().await {
         let server = NatsServer::start(NatsOptions::jetstream()).await;
         publish(&store, &server).await;
         let url = server.url();
-        let verify = ["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url];
+        let verify = ["verify", "--log-stream", "--log-stream-within", "0", "--nats-url", &url];
         let context = context(&server).await;
         let stream = context.get_stream("STORIED_EVENTS").await.unwrap();
 
         // A foreign message after the last one, and a deleted message in between.
         context.publish("storied.events.order.placed", "not ours".into()).await.unwrap().await.unwrap();
-        fixture.run(&verify).await.code(1).shows(&["mirror: message 6 is not of this log: missing header "]);
-        // A message of the mirror, published again.
+        fixture
+            .run(&verify)
+            .await
+            .code(1)
+            .shows(&["log stream: message 6 is not of this log: missing header "]);
+        // A message of the log stream, published again.
         let genuine = stream.get_raw_message(2).await.unwrap();
         let mut headers = genuine.headers.clone();
         headers.insert("Nats-Expected-Last-Sequence", "6");
@@ -170,7 +174,7 @@ async fn a_mirror_that_differs_is_found() {
         headers.insert("Nats-Expected-Last-Msg-Id", "");
         let replayed = context.publish_with_headers(genuine.subject, headers, genuine.payload).await;
         replayed.unwrap().await.unwrap();
-        fixture.run(&verify).await.code(1).shows(&["mirror: message 7 has position 2 again"]);
+        fixture.run(&verify).await.code(1).shows(&["log stream: message 7 has position 2 again"]);
         stream.delete_message(7).await.unwrap();
         stream.delete_message(6).await.unwrap();
         stream.delete_message(3).await.unwrap();
@@ -178,7 +182,7 @@ async fn a_mirror_that_differs_is_found() {
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: message 3 was deleted", "mirror: the event at position 3 is missing"]);
+            .shows(&["log stream: message 3 was deleted", "log stream: the event at position 3 is missing"]);
 
         // The log changes afterwards: another payload, and fewer events.
         let null = if fixture.kind == "sqlite" { "x'f6'" } else { "'\\xf6'" };
@@ -187,28 +191,33 @@ async fn a_mirror_that_differs_is_found() {
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: message 2 differs from the event at position 2: payload"]);
+            .shows(&["log stream: message 2 differs from the event at position 2: payload"]);
         fixture.tamper("DELETE FROM {events} WHERE position = 4").await;
         fixture
             .run(&verify)
             .await
             .code(1)
-            .shows(&["mirror: has an event at position 4, where the log has none"]);
+            .shows(&["log stream: has an event at position 4, where the log has none"]);
         fixture.tamper("DELETE FROM {events} WHERE position = 5").await;
-        fixture.run(&verify).await.code(1).shows(&["mirror: continues at position 4, but the log ends at 3"]);
+        fixture
+            .run(&verify)
+            .await
+            .code(1)
+            .shows(&["log stream: continues at position 4, but the log ends at 3"]);
     }
 }
 
-/// Checks that the mirror of another store has nothing of this log.
+/// Checks that the log stream of another store has nothing of this log.
 #[tokio::test]
-async fn a_mirror_of_another_store_is_found() {
+async fn a_log_stream_of_another_store_is_found() {
     let server = NatsServer::start(NatsOptions::jetstream()).await;
     let both = filled().await;
     publish(&both[0].1, &server).await;
     let other = &both[1].0;
     let url = server.url();
-    let run = other.run(&["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url]).await.code(1);
-    run.shows(&["mirror: message 1 is not of this log: belongs to the store"]);
+    let run =
+        other.run(&["verify", "--log-stream", "--log-stream-within", "0", "--nats-url", &url]).await.code(1);
+    run.shows(&["log stream: message 1 is not of this log: belongs to the store"]);
     other
         .run(&["nats", "check", "--nats-url", &url])
         .await
@@ -356,7 +365,7 @@ async fn no_command_but_migrate_creates_anything() {
         &["store", "adopt", "--moved"],
         &["store", "adopt", "--copy", "--force"],
         &["verify"],
-        &["verify", "--mirror", "--mirror-within", "0", "--nats-url", &url],
+        &["verify", "--log-stream", "--log-stream-within", "0", "--nats-url", &url],
         &["nats", "check", "--nats-url", &url],
     ];
     // A file that is not there, one that is empty, and an empty database.
@@ -409,7 +418,7 @@ async fn unreachable_or_refusing_nats_is_reported_without_secrets() {
     let silent = |run: &Run| {
         assert!(!run.out.contains("hunter2") && !run.err.contains("hunter2"), "{}{}", run.out, run.err)
     };
-    for command in [&["nats", "check"][..], &["verify", "--mirror"]] {
+    for command in [&["nats", "check"][..], &["verify", "--log-stream"]] {
         for url in ["nats://u:hunter2@127.0.0.1:9", "nats://hunter2@127.0.0.1:9"] {
             silent(&fixture.run(&[command, &["--timeout", "1", "--nats-url", url]].concat()).await.code(3));
         }

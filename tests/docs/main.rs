@@ -76,7 +76,7 @@ fn links_lead_somewhere() {
     );
 }
 
-/// Checks names like `tests/bus/mirror.rs::a_full_stream_stops_the_publisher_and_no_append`.
+/// Checks names like `tests/bus/log stream.rs::a_full_stream_stops_the_publisher_and_no_append`.
 #[test]
 fn tests_that_are_named_exist() {
     all(

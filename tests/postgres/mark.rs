@@ -149,7 +149,7 @@ async fn a_snapshot_is_loaded_above_the_mark() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mirror_goes_on_above_the_mark() {
+async fn a_log_stream_goes_on_above_the_mark() {
     let url = PostgresServer::shared().await.create_database().await;
     let nats = NatsServer::start(support::NatsOptions::jetstream()).await;
     let node = async || {
@@ -176,7 +176,7 @@ async fn a_mirror_goes_on_above_the_mark() {
     let mut slow = pull_back(&url).await;
     let (store, runtime) = node().await;
     assert_eq!(store.high_water_mark().await.unwrap(), Position::START);
-    // The publisher continues at the end of the mirror, whatever the mark is.
+    // The publisher continues at the end of the log stream, whatever the mark is.
     published(&runtime, last).await;
     slow.execute("COMMIT").await.unwrap();
     let last = append(&store, &stream(1), exact(3), events(1)).await.unwrap().positions[0];

@@ -267,20 +267,20 @@ async fn durations_have_no_upper_limit() {
         let feed = FeedOptions::new().idle_poll(never);
         let publishing =
             PublisherOptions::new().busy_poll(never).idle_poll(never).heartbeat(never).lease(longest);
-        let mirror = Mirror::default();
-        for bus in [Arc::new(LocalBus::new()) as Arc<dyn EventBus>, Arc::new(mirror.clone())] {
+        let log_stream = LogStream::default();
+        for bus in [Arc::new(LocalBus::new()) as Arc<dyn EventBus>, Arc::new(log_stream.clone())] {
             let node = Node::start(store.clone(), bus, feed.clone(), publishing.clone()).await;
             let options = ProjectionOptions::new().lease(longest).backoff(Duration::from_millis(1), never);
             let delivered = node.projection(recorder("delivered"), External::new(), options.clone()).await;
             let head = append(&store, 0, [1]).await;
-            // The mirror sends no notifications, and the feed never polls.
+            // The log stream sends no notifications, and the feed never polls.
             if node.publisher().bus == "local" {
                 delivered.caught_up_to_within(head, never).await.unwrap();
                 delivered.wait_until_live(never).await.unwrap();
             }
             node.stop(never).await.unwrap();
         }
-        assert_eq!(mirror.kept().last(), log(&store, &Filter::all()).await.last(), "{kind}");
+        assert_eq!(log_stream.kept().last(), log(&store, &Filter::all()).await.last(), "{kind}");
     }
 }
 

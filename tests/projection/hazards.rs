@@ -24,8 +24,8 @@ fn blind() -> FeedOptions {
 }
 
 fn jetstream(server: &NatsServer, keeps: u64) -> NatsBus {
-    let mirror = JetStreamOptions::new().max_bytes(keeps);
-    NatsOptions::jetstream(mirror).url(server.url()).reconnect_wait(Duration::from_millis(100)).bus()
+    let log_stream = JetStreamOptions::new().max_bytes(keeps);
+    NatsOptions::jetstream(log_stream).url(server.url()).reconnect_wait(Duration::from_millis(100)).bus()
 }
 
 fn durable() -> ProjectionOptions {

@@ -130,8 +130,8 @@ async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
             store.save_checkpoint(name, Checkpoint::default(), at, None).await.unwrap();
         }
         for epoch in [100, 101] {
-            let mirror = Mirror::default();
-            let node = node(&store, mirror.clone()).await;
+            let log_stream = LogStream::default();
+            let node = node(&store, log_stream.clone()).await;
             let handles = [
                 node.projection(table("table"), database.open().await, options()).await,
                 node.projection(recorder("delivered"), External::new(), options()).await,
@@ -143,7 +143,7 @@ async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
             }
             eventually("it publishes", || {
                 node.publisher().state == PublisherState::Publishing
-                    && mirror.kept().last().is_some_and(|last| *last == head)
+                    && log_stream.kept().last().is_some_and(|last| *last == head)
             })
             .await;
             node.stop(PATIENCE).await.unwrap();
@@ -159,8 +159,8 @@ async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_projection_may_be_called_as_the_publisher_is() {
     for (kind, store, _dir) in stores().await {
-        let mirror = Mirror::default();
-        let node = node(&store, mirror.clone()).await;
+        let log_stream = LogStream::default();
+        let node = node(&store, log_stream.clone()).await;
         let recorder = recorder("publisher");
         let seen = recorder.seen.clone();
         let handle = node.projection(recorder, External::new(), options()).await;
@@ -170,6 +170,6 @@ async fn a_projection_may_be_called_as_the_publisher_is() {
         }
         node.stop(PATIENCE).await.unwrap();
         let all = log(&store, &Filter::all()).await;
-        assert_eq!((seen.positions(), mirror.kept()), (all.clone(), all), "{kind}");
+        assert_eq!((seen.positions(), log_stream.kept()), (all.clone(), all), "{kind}");
     }
 }

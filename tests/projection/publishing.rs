@@ -1,4 +1,4 @@
-//! The publisher: an exact mirror on a shared bus, under any faults.
+//! The publisher: an exact log stream on a shared bus, under any faults.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,19 +17,19 @@ async fn reach(node: &Node, what: &str, condition: impl Fn(&PublisherState) -> b
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mirrors_the_log_exactly_over_kills_zombies_and_outages() {
+async fn keeps_the_log_exactly_over_kills_zombies_and_outages() {
     for (kind, store, _dir) in stores().await {
         append(&store, 0, 0..600).await;
-        let mirror = Mirror::default();
+        let log_stream = LogStream::default();
         let dice = Dice::new(1);
         let writers = Writers::start(&store, 2, 80, 15);
         let mut nodes = Vec::new();
         for round in 0..12 {
             let link = Link::new(&store);
             let cut: Arc<dyn EventStore> = Arc::new(link.clone());
-            nodes.push((node(&cut, mirror.clone()).await, link));
+            nodes.push((node(&cut, log_stream.clone()).await, link));
             dice.pause(60).await;
-            mirror.down.store(round % 4 == 1, Ordering::SeqCst);
+            log_stream.down.store(round % 4 == 1, Ordering::SeqCst);
             if nodes.len() == 2 {
                 let (node, link) = nodes.remove(dice.roll(2) as usize);
                 match round % 3 {
@@ -43,12 +43,12 @@ async fn mirrors_the_log_exactly_over_kills_zombies_and_outages() {
                 }
             }
         }
-        mirror.down.store(false, Ordering::SeqCst);
+        log_stream.down.store(false, Ordering::SeqCst);
         writers.done().await;
-        let node = node(&store, mirror.clone()).await;
+        let node = node(&store, log_stream.clone()).await;
         let log = log(&store, &Filter::all()).await;
-        eventually("all is published", || mirror.kept().len() >= log.len()).await;
-        assert_eq!(mirror.kept(), log, "{kind}");
+        eventually("all is published", || log_stream.kept().len() >= log.len()).await;
+        assert_eq!(log_stream.kept(), log, "{kind}");
         for (node, _) in nodes {
             node.kill();
         }
@@ -59,10 +59,10 @@ async fn mirrors_the_log_exactly_over_kills_zombies_and_outages() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_node_publishes_and_hands_over_when_it_stops() {
     for (kind, store, _dir) in stores().await {
-        let mirror = Mirror::default();
+        let log_stream = LogStream::default();
         let options = publishing().lease(Duration::from_secs(600));
         let start =
-            || Node::start(store.clone(), Arc::new(mirror.clone()), FeedOptions::new(), options.clone());
+            || Node::start(store.clone(), Arc::new(log_stream.clone()), FeedOptions::new(), options.clone());
         let one = start().await;
         reach(&one, "the first publishes", |state| *state == PublisherState::Publishing).await;
         let two = start().await;
@@ -70,7 +70,7 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
         let head = append(&store, 0, 0..1_000).await;
         one.stop(PATIENCE).await.unwrap();
         assert_eq!(
-            mirror.kept().last(),
+            log_stream.kept().last(),
             Some(&head),
             "{kind}: committed events are published before the stop"
         );
@@ -82,17 +82,17 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
         assert!(stopped.elapsed() < Duration::from_secs(5));
         append(&store, 0, 0..10).await;
         two.stop(PATIENCE).await.unwrap();
-        assert_eq!(mirror.kept(), log(&store, &Filter::all()).await, "{kind}");
+        assert_eq!(log_stream.kept(), log(&store, &Filter::all()).await, "{kind}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hung_or_failed_bus_is_reported_and_blocks_no_append() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    let mirror = Mirror::default();
-    let node = node(&store, mirror.clone()).await;
+    let log_stream = LogStream::default();
+    let node = node(&store, log_stream.clone()).await;
     reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
-    mirror.down.store(true, Ordering::SeqCst);
+    log_stream.down.store(true, Ordering::SeqCst);
     // Appends do not wait for the publisher.
     append(&store, 0, 0..10).await;
     reach(
@@ -101,25 +101,25 @@ async fn a_hung_or_failed_bus_is_reported_and_blocks_no_append() {
         |state| matches!(state, PublisherState::Retrying { error } if error.contains("down")),
     )
     .await;
-    mirror.down.store(false, Ordering::SeqCst);
-    eventually("all is published", || mirror.kept().len() == 10).await;
+    log_stream.down.store(false, Ordering::SeqCst);
+    eventually("all is published", || log_stream.kept().len() == 10).await;
     reach(&node, "it publishes again", |state| *state == PublisherState::Publishing).await;
 
-    mirror.hangs.store(true, Ordering::SeqCst);
+    log_stream.hangs.store(true, Ordering::SeqCst);
     append(&store, 0, 0..10).await;
     let error = node.stop(Duration::from_millis(200)).await.unwrap_err();
     assert_eq!(error.name, "publisher", "{error}");
 }
 
 /// More than one chunk of the log; the first one hangs on its way to the bus.
-async fn stuck_in_the_first_stretch(link: &Link, mirror: &Mirror) -> Node {
+async fn stuck_in_the_first_stretch(link: &Link, log_stream: &Mirror) -> Node {
     let store: Arc<dyn EventStore> = Arc::new(link.clone());
     let head = append(&store, 0, 0..3_000).await;
-    mirror.hangs.store(true, Ordering::SeqCst);
+    log_stream.hangs.store(true, Ordering::SeqCst);
     let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
     let forever = Duration::from_secs(3_600);
     let options = publishing().busy_poll(forever).idle_poll(forever).heartbeat(forever);
-    let node = Node::start(store, Arc::new(mirror.clone()), feed, options).await;
+    let node = Node::start(store, Arc::new(log_stream.clone()), feed, options).await;
     eventually("it publishes", || node.publisher().head == Some(head)).await;
     node
 }
@@ -130,11 +130,11 @@ async fn stuck_in_the_first_stretch(link: &Link, mirror: &Mirror) -> Node {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_append_during_a_publish_wakes_the_publisher() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
-    let mirror = Mirror::default();
-    let node = stuck_in_the_first_stretch(&link, &mirror).await;
+    let log_stream = LogStream::default();
+    let node = stuck_in_the_first_stretch(&link, &log_stream).await;
     append(&(Arc::new(link.clone()) as _), 0, [3_000]).await;
-    mirror.hangs.store(false, Ordering::SeqCst);
-    eventually("all is published", || mirror.kept().len() == 3_001).await;
+    log_stream.hangs.store(false, Ordering::SeqCst);
+    eventually("all is published", || log_stream.kept().len() == 3_001).await;
     node.stop(PATIENCE).await.unwrap();
 }
 
@@ -142,20 +142,20 @@ async fn an_append_during_a_publish_wakes_the_publisher() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_bus_is_reported_while_the_store_hangs() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as _));
-    let mirror = Mirror::default();
+    let log_stream = LogStream::default();
     link.wall(1);
-    let node = stuck_in_the_first_stretch(&link, &mirror).await;
-    mirror.down.store(true, Ordering::SeqCst);
-    mirror.hangs.store(false, Ordering::SeqCst);
+    let node = stuck_in_the_first_stretch(&link, &log_stream).await;
+    log_stream.down.store(true, Ordering::SeqCst);
+    log_stream.hangs.store(false, Ordering::SeqCst);
     reach(
         &node,
         "it retries",
         |state| matches!(state, PublisherState::Retrying { error } if error.contains("down")),
     )
     .await;
-    mirror.down.store(false, Ordering::SeqCst);
+    log_stream.down.store(false, Ordering::SeqCst);
     link.wall(u64::MAX);
-    eventually("all is published", || mirror.kept().len() == 3_000).await;
+    eventually("all is published", || log_stream.kept().len() == 3_000).await;
     node.stop(PATIENCE).await.unwrap();
 }
 
@@ -215,19 +215,19 @@ async fn foreign_appends_are_found_by_polling() {
 async fn a_stop_during_a_publisher_restart_publishes_or_reports_it() {
     for (kind, store, _dir) in stores().await {
         for mends in [true, false] {
-            let mirror = Mirror::default();
-            let node = node(&store, mirror.clone()).await;
+            let log_stream = LogStream::default();
+            let node = node(&store, log_stream.clone()).await;
             reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
-            mirror.panics.store(true, Ordering::SeqCst);
+            log_stream.panics.store(true, Ordering::SeqCst);
             append(&store, 0, 0..10).await;
             // So many times that the next restart is seconds away.
-            eventually("it panics", || mirror.panicked.load(Ordering::SeqCst) >= 5).await;
+            eventually("it panics", || log_stream.panicked.load(Ordering::SeqCst) >= 5).await;
             reach(&node, "it waits", |state| matches!(state, PublisherState::Retrying { .. })).await;
-            mirror.panics.store(!mends, Ordering::SeqCst);
+            log_stream.panics.store(!mends, Ordering::SeqCst);
             let stopped = node.stop(PATIENCE).await;
             if mends {
                 stopped.unwrap();
-                assert_eq!(mirror.kept(), log(&store, &Filter::all()).await, "{kind}");
+                assert_eq!(log_stream.kept(), log(&store, &Filter::all()).await, "{kind}");
             } else {
                 let error = stopped.unwrap_err();
                 assert_eq!(error.name, "publisher", "{error}");

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteConnection;
 use storied::bus::{
-    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, LogBatch, MirrorEnd, Resume,
+    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, LogBatch, LogStreamEnd, Resume,
 };
 use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, Snapshots, SqliteReadModel};
 use storied::store::{
@@ -570,7 +570,7 @@ impl BusSubscription for LossySubscription {
 ///
 /// JetStream with an expected last sequence does the same.
 #[derive(Clone, Default)]
-pub struct Mirror {
+pub struct LogStream {
     kept: Arc<Mutex<Vec<Position>>>,
     /// Publishing fails.
     pub down: Arc<AtomicBool>,
@@ -582,20 +582,20 @@ pub struct Mirror {
     pub panicked: Arc<AtomicU64>,
 }
 
-impl Mirror {
+impl LogStream {
     pub fn kept(&self) -> Vec<Position> {
         self.kept.lock().unwrap().clone()
     }
 
-    fn end(&self) -> MirrorEnd {
+    fn end(&self) -> LogStreamEnd {
         let kept = self.kept.lock().unwrap();
-        MirrorEnd { position: kept.last().copied().unwrap_or_default(), sequence: kept.len() as u64 }
+        LogStreamEnd { position: kept.last().copied().unwrap_or_default(), sequence: kept.len() as u64 }
     }
 }
 
-impl EventBus for Mirror {
+impl EventBus for LogStream {
     fn name(&self) -> &'static str {
-        "mirror"
+        "log_stream"
     }
 
     fn scope(&self) -> BusScope {
@@ -603,11 +603,13 @@ impl EventBus for Mirror {
     }
 
     fn state(&self) -> BusState {
-        BusState::Connected { to: "the mirror".into(), last_error: None }
+        BusState::Connected { to: "the log stream".into(), last_error: None }
     }
 
     fn publisher(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
-        Box::pin(async { Ok(Box::new(MirrorPublisher { mirror: self.clone(), end: self.end() }) as _) })
+        Box::pin(async {
+            Ok(Box::new(LogStreamPublisher { log_stream: self.clone(), end: self.end() }) as _)
+        })
     }
 
     fn subscribe(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
@@ -615,38 +617,38 @@ impl EventBus for Mirror {
     }
 }
 
-struct MirrorPublisher {
-    mirror: Mirror,
-    end: MirrorEnd,
+struct LogStreamPublisher {
+    log_stream: LogStream,
+    end: LogStreamEnd,
 }
 
-impl BusPublisher for MirrorPublisher {
-    fn resume(&mut self, _: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
-        self.end = self.mirror.end();
+impl BusPublisher for LogStreamPublisher {
+    fn resume(&mut self, _: LogStreamEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+        self.end = self.log_stream.end();
         Box::pin(async { Ok(Resume::After(self.end)) })
     }
 
-    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<LogStreamEnd, BusError>> {
         Box::pin(async move {
-            while self.mirror.hangs.load(Ordering::SeqCst) {
+            while self.log_stream.hangs.load(Ordering::SeqCst) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            if self.mirror.panics.load(Ordering::SeqCst) {
-                self.mirror.panicked.fetch_add(1, Ordering::SeqCst);
+            if self.log_stream.panics.load(Ordering::SeqCst) {
+                self.log_stream.panicked.fetch_add(1, Ordering::SeqCst);
                 panic!("on purpose");
             }
             for event in batch.events.iter() {
                 tokio::task::yield_now().await;
-                if self.mirror.down.load(Ordering::SeqCst) {
+                if self.log_stream.down.load(Ordering::SeqCst) {
                     return Err(BusError::Unavailable { reason: "down".into(), source: None });
                 }
-                let mut kept = self.mirror.kept.lock().unwrap();
+                let mut kept = self.log_stream.kept.lock().unwrap();
                 if kept.len() as u64 != self.end.sequence {
                     let reason = format!("expected {}, found {}", self.end.sequence, kept.len());
                     return Err(BusError::Fenced { reason });
                 }
                 kept.push(event.position);
-                self.end = MirrorEnd { position: event.position, sequence: kept.len() as u64 };
+                self.end = LogStreamEnd { position: event.position, sequence: kept.len() as u64 };
             }
             Ok(self.end)
         })

@@ -42,7 +42,7 @@ pub async fn scenario(meters: &Meters) {
     let once = ProjectionOptions::new().attempts(1).on_failure(FailurePolicy::Park);
     let node = Runtime::builder()
         .store(log)
-        .bus(mirror(&server).bus())
+        .bus(log_stream(&server).bus())
         .publisher(publishing())
         .commands(CommandBus::nats(NatsCommands::new(quick(NatsOptions::core().url(server.url())))))
         .aggregate::<Counter>()

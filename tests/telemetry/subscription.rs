@@ -25,8 +25,8 @@ async fn subscribe(bus: &NatsBus, name: &str) -> Subscription {
 
 pub async fn scenario(meters: &Meters) {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
-    let bus = mirror(&server).telemetry(&meters.telemetry()).bus();
-    let builder = Runtime::builder().store(MemoryStore::new()).bus(mirror(&server).bus());
+    let bus = log_stream(&server).telemetry(&meters.telemetry()).bus();
+    let builder = Runtime::builder().store(MemoryStore::new()).bus(log_stream(&server).bus());
     let node = builder.aggregate::<Counter>().start().await.unwrap();
     for n in 1..=4 {
         node.execute::<Counter>("a", Add(n)).await.unwrap();

@@ -96,7 +96,7 @@ pub fn sums<T>(name: &'static str) -> Sums<T> {
 }
 
 /// Returns options with short intervals, to keep tests fast.
-pub fn mirror(server: &NatsServer) -> NatsOptions {
+pub fn log_stream(server: &NatsServer) -> NatsOptions {
     quick(NatsOptions::jetstream(JetStreamOptions::new().max_bytes(100 << 20)).url(server.url()))
 }
 

@@ -122,7 +122,7 @@ async fn a_command_is_one_trace_and_those_across_the_bus_are_linked_to_it() {
     let url = PostgresServer::shared().await.create_database().await;
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let pool = PgPoolOptions::new().max_connections(5).connect(&url).await.unwrap();
-    let bus = mirror(&server).bus();
+    let bus = log_stream(&server).bus();
     let node = Runtime::builder()
         .store(PostgresOptions::new().pool(pool.clone()).connect().await.unwrap())
         .bus(bus.clone())
@@ -218,7 +218,8 @@ async fn an_event_that_is_not_sampled_has_no_publish_span() {
     let spans = Spans::listen_with(|provider| provider.with_sampler(Sampler::AlwaysOn));
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = MemoryStore::new();
-    let builder = Runtime::builder().store(store.clone()).bus(mirror(&server).bus()).publisher(publishing());
+    let builder =
+        Runtime::builder().store(store.clone()).bus(log_stream(&server).bus()).publisher(publishing());
     let node = builder.start().await.unwrap();
     // The sampled event is the last one: when its span ends, the spans of the others have ended.
     let contexts = [None, Some(UNSAMPLED), Some("unreadable"), Some(CAME)];

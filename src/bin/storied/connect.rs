@@ -72,7 +72,7 @@ pub(crate) struct NatsArgs {
     #[arg(long, value_name = "PARTITIONS")]
     subject_partitions: Option<NonZeroU16>,
 
-    /// Stream of the mirror, if the program names it (JetStreamOptions::stream)
+    /// Stream of the log stream, if the program names it (JetStreamOptions::stream)
     #[arg(long, value_name = "NAME")]
     stream: Option<String>,
 }
@@ -88,11 +88,11 @@ pub(crate) struct StreamArgs {
     #[arg(long)]
     memory_storage: bool,
 
-    /// Maximum age of a message in the mirror, in seconds; 0 is unlimited
+    /// Maximum age of a message in the log stream, in seconds; 0 is unlimited
     #[arg(long, default_value_t = 604_800, value_name = "SECONDS")]
     max_age: u64,
 
-    /// Maximum size of the mirror, in bytes; 0 is unlimited
+    /// Maximum size of the log stream, in bytes; 0 is unlimited
     #[arg(long, default_value_t = 1 << 30, value_name = "BYTES")]
     max_bytes: u64,
 
@@ -100,7 +100,7 @@ pub(crate) struct StreamArgs {
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     duplicate_window: u64,
 
-    /// Checks only the requirements of an exact mirror (StreamPolicy::RequireExisting)
+    /// Checks only the requirements of an exact log stream (StreamPolicy::RequireExisting)
     #[arg(long)]
     essential: bool,
 }

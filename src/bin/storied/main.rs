@@ -81,7 +81,7 @@ enum Command {
     /// Inspects NATS
     #[command(subcommand)]
     Nats(nats::Command),
-    /// Checks the whole log: versions without gaps, decodable events, and an equal mirror
+    /// Checks the whole log: versions without gaps, decodable events, and an equal log stream
     Verify(verify::Args),
     /// Prints a script that completes this tool's commands in a shell
     Completions {

@@ -66,7 +66,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         Some(found) => {
             out.line(format!("publisher  {}", found.line()))?;
             if found.sequence > 0 {
-                out.line(format!("mirror     up to message {}", found.sequence))?;
+                out.line(format!("log stream up to message {}", found.sequence))?;
             }
             // The publisher writes it at most once a second.
             out.line("           (as last stored, at most once a second)")

@@ -1,6 +1,6 @@
 //! `storied verify`.
 
-mod mirror;
+mod log_stream;
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use serde_json::json;
 use storied::{EventStore, Position, ReadLog, RecordedEvent, StoreError};
 use uuid::Uuid;
 
-use self::mirror::Mirror;
+use self::log_stream::LogStream;
 use crate::connect::NatsArgs;
 use crate::database::DatabaseArgs;
 use crate::decode;
@@ -26,13 +26,13 @@ const STREAMS: Uuid = Uuid::NAMESPACE_OID;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Also compares the mirror in JetStream, message by message
+    /// Also compares the log stream in JetStream, message by message
     #[arg(long)]
-    mirror: bool,
+    log_stream: bool,
 
-    /// Time limit for the mirror to reach the current end of the log
+    /// Time limit for the log stream to reach the current end of the log
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400))]
-    mirror_within: u64,
+    log_stream_within: u64,
 
     #[command(flatten)]
     nats: NatsArgs,
@@ -63,20 +63,20 @@ impl Problems {
 pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
     let store = from.store().await?;
     let head = store.high_water_mark().await?;
-    let mut mirror = None;
-    if args.mirror {
+    let mut log_stream = None;
+    if args.log_stream {
         let bus = args.nats.bus(None, from).await?;
-        let within = std::time::Duration::from_secs(args.mirror_within);
-        mirror = Some(Mirror::open(&bus, store.clone(), within).await?);
+        let within = std::time::Duration::from_secs(args.log_stream_within);
+        log_stream = Some(LogStream::open(&bus, store.clone(), within).await?);
     }
     let mut walk =
         Walk { versions: HashMap::new(), last: Position::START, events: 0, problems: Problems::default() };
-    walk.all(&*store, head, mirror.as_mut()).await?;
+    walk.all(&*store, head, log_stream.as_mut()).await?;
     let Walk { versions, events, mut problems, .. } = walk;
-    if let Some(mirror) = &mut mirror {
-        mirror.end(head, &mut problems).await?;
+    if let Some(log_stream) = &mut log_stream {
+        log_stream.end(head, &mut problems).await?;
     }
-    let told = report(events, versions.len(), head, &problems, mirror.as_ref(), out);
+    let told = report(events, versions.len(), head, &problems, log_stream.as_ref(), out);
     match problems.count {
         0 => told,
         // Fails also if the reader closes standard output early.
@@ -89,13 +89,13 @@ fn report(
     streams: usize,
     head: Position,
     problems: &Problems,
-    mirror: Option<&Mirror>,
+    log_stream: Option<&LogStream>,
     out: &mut Output,
 ) -> Result<(), Failure> {
     if out.json {
         return out.value(&json!({
             "ok": problems.count == 0, "head": head.get(), "events": events, "streams": streams,
-            "mirror": mirror.map(Mirror::value), "problems": problems.said, "problem_count": problems.count,
+            "log_stream": log_stream.map(LogStream::value), "problems": problems.said, "problem_count": problems.count,
         }));
     }
     for problem in &problems.said {
@@ -105,8 +105,8 @@ fn report(
         out.line(format!("         … and {} more", problems.count - problems.said.len()))?;
     }
     out.line(format!("{events} events of {streams} streams were read, up to position {head}"))?;
-    if let Some(mirror) = mirror {
-        out.line(mirror.line())?;
+    if let Some(log_stream) = log_stream {
+        out.line(log_stream.line())?;
     }
     if problems.count == 0 {
         out.line("no problem was found")?;
@@ -128,7 +128,7 @@ impl Walk {
         &mut self,
         store: &dyn EventStore,
         head: Position,
-        mut mirror: Option<&mut Mirror>,
+        mut log_stream: Option<&mut LogStream>,
     ) -> Result<(), Failure> {
         let mut after = Position::START;
         let mut limit = PAGE;
@@ -148,8 +148,8 @@ impl Walk {
             };
             for event in &page.events {
                 self.check(event);
-                if let Some(mirror) = &mut mirror {
-                    mirror.check(event, self.last, &mut self.problems).await?;
+                if let Some(log_stream) = &mut log_stream {
+                    log_stream.check(event, self.last, &mut self.problems).await?;
                 }
                 self.last = event.position;
             }

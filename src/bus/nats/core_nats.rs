@@ -3,10 +3,10 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::connection::{Connection, Echo, PublishProof, unavailable};
-use super::wakeup::Hints;
 use super::subjects::Names;
+use super::wakeup::Hints;
 use super::wire::{Outgoing, Wire};
-use crate::bus::{BusError, BusPublisher, LogBatch, MirrorEnd, Resume};
+use crate::bus::{BusError, BusPublisher, LogBatch, LogStreamEnd, Resume};
 use crate::event::Position;
 use crate::future::BoxFuture;
 
@@ -74,7 +74,7 @@ impl CorePublisher {
 }
 
 impl BusPublisher for CorePublisher {
-    fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+    fn resume(&mut self, known: LogStreamEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async move {
             // Requires a server that answers: skipped events would count as published.
             let client = &self.connection.client;
@@ -82,13 +82,13 @@ impl BusPublisher for CorePublisher {
             // Refused events count as published only if another node has published beyond them
             // since.
             match self.connection.refused_after().filter(|position| known.position <= *position) {
-                Some(position) => Ok(Resume::After(MirrorEnd { position, sequence: 0 })),
+                Some(position) => Ok(Resume::After(LogStreamEnd { position, sequence: 0 })),
                 None => Ok(Resume::AtHighWaterMark),
             }
         })
     }
 
-    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<LogStreamEnd, BusError>> {
         Box::pin(async move {
             let largest = self.connection.client.max_payload();
             let wire = self.wire.clone();
@@ -107,7 +107,7 @@ impl BusPublisher for CorePublisher {
             }
             self.connection.set_refused_after(None);
             // Core keeps no messages, so there are no sequence numbers.
-            Ok(MirrorEnd { position: batch.upto, sequence: 0 })
+            Ok(LogStreamEnd { position: batch.upto, sequence: 0 })
         })
     }
 

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::unconstrained;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::jetstream::{Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Acker, Taken};
+use super::jetstream::{Acker, Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Taken};
 use super::subjects::patterns;
 use super::wire::{Reject, Wire};
 use super::{NatsBus, consumer_name};

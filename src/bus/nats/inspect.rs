@@ -112,7 +112,7 @@ impl fmt::Display for Field {
 /// A message of the log stream.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
-pub enum MirrorItem {
+pub enum LogStreamItem {
     /// An event.
     Event {
         /// Stream sequence number.
@@ -143,8 +143,8 @@ pub enum MirrorItem {
     },
 }
 
-/// A reader of the messages of the log stream. See [`NatsBus::read_mirror`].
-pub struct MirrorReader {
+/// A reader of the messages of the log stream. See [`NatsBus::read_log_stream`].
+pub struct LogStreamReader {
     connection: Arc<Connection>,
     jetstream: Context,
     stream: Stream<()>,
@@ -154,7 +154,7 @@ pub struct MirrorReader {
     next: u64,
     /// Last known sequence number of the stream.
     last: u64,
-    asked: FuturesOrdered<BoxFuture<'static, Result<Option<MirrorItem>, BusError>>>,
+    asked: FuturesOrdered<BoxFuture<'static, Result<Option<LogStreamItem>, BusError>>>,
 }
 
 impl NatsBus {
@@ -172,7 +172,7 @@ impl NatsBus {
         let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
         let look = async {
             let wanted = [
-                (true, options.wanted_mirror(self.names(), store)),
+                (true, options.wanted_log_stream(self.names(), store)),
                 (false, options.wanted_dead(self.names())),
             ];
             let mut streams = Vec::new();
@@ -205,7 +205,7 @@ impl NatsBus {
     /// # Errors
     /// `Incompatible` for NATS Core, which has no streams, and if the log stream does not exist.
     /// `Unavailable` if the server does not answer.
-    pub async fn read_mirror(&self, store: Uuid) -> Result<MirrorReader, BusError> {
+    pub async fn read_log_stream(&self, store: Uuid) -> Result<LogStreamReader, BusError> {
         let connection = self.connection().await?;
         let (name, _) = self.stream_of()?;
         let client = &connection.client;
@@ -219,7 +219,7 @@ impl NatsBus {
         let stream = stream.map_err(|error| unavailable(what(), error))?;
         let wire = Wire::new(self.names(), store);
         let (next, last) = (state.first_sequence.max(1), state.last_sequence);
-        Ok(MirrorReader {
+        Ok(LogStreamReader {
             connection,
             jetstream,
             stream,
@@ -232,7 +232,7 @@ impl NatsBus {
     }
 }
 
-impl MirrorReader {
+impl LogStreamReader {
     /// The last known sequence number of the stream.
     pub fn last_sequence(&self) -> u64 {
         self.last
@@ -244,7 +244,7 @@ impl MirrorReader {
     ///
     /// # Errors
     /// `Unavailable` if the server does not answer.
-    pub async fn next(&mut self) -> Result<Option<MirrorItem>, BusError> {
+    pub async fn next(&mut self) -> Result<Option<LogStreamItem>, BusError> {
         loop {
             if self.asked.is_empty() && self.next > self.last {
                 self.last = self.look().await?.1.max(self.last);
@@ -261,7 +261,7 @@ impl MirrorReader {
             match self.asked.next().await {
                 None => return Ok(None),
                 Some(item) => match item? {
-                    Some(MirrorItem::Missing { sequence }) if self.look().await?.0 > sequence => {}
+                    Some(LogStreamItem::Missing { sequence }) if self.look().await?.0 > sequence => {}
                     item => return Ok(item),
                 },
             }
@@ -280,9 +280,9 @@ impl MirrorReader {
     }
 }
 
-impl fmt::Debug for MirrorReader {
+impl fmt::Debug for LogStreamReader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MirrorReader")
+        f.debug_struct("LogStreamReader")
             .field("stream", &self.name)
             .field("next", &self.next)
             .finish_non_exhaustive()
@@ -294,12 +294,12 @@ fn read(
     wire: Wire,
     name: String,
     sequence: u64,
-) -> BoxFuture<'static, Result<Option<MirrorItem>, BusError>> {
+) -> BoxFuture<'static, Result<Option<LogStreamItem>, BusError>> {
     Box::pin(async move {
         let message = match stream.get_raw_message(sequence).await {
             Ok(message) => message,
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => {
-                return Ok(Some(MirrorItem::Missing { sequence }));
+                return Ok(Some(LogStreamItem::Missing { sequence }));
             }
             Err(error) => {
                 return Err(unavailable(format!("reading message {sequence} of the stream {name}"), error));
@@ -316,13 +316,13 @@ fn read(
         };
         Ok(Some(match wire.read(&message) {
             Ok(Incoming::Event { previous, event }) => {
-                MirrorItem::Event { sequence, previous, event: Box::new(event) }
+                LogStreamItem::Event { sequence, previous, event: Box::new(event) }
             }
-            Ok(Incoming::Large(position)) => MirrorItem::Omitted { sequence, position },
+            Ok(Incoming::Large(position)) => LogStreamItem::Omitted { sequence, position },
             Err(Reject::OtherStore(store)) => {
-                MirrorItem::Foreign { sequence, what: format!("belongs to the store {store}") }
+                LogStreamItem::Foreign { sequence, what: format!("belongs to the store {store}") }
             }
-            Err(Reject::Malformed(what)) => MirrorItem::Foreign { sequence, what },
+            Err(Reject::Malformed(what)) => LogStreamItem::Foreign { sequence, what },
         }))
     })
 }

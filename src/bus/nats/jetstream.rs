@@ -1,6 +1,6 @@
 //! The log stream: an exact copy of the log in a JetStream stream, in log order, without gaps.
 //!
-//! Identifiers still call it the mirror. It is not a mirror in the sense of NATS.
+//! Identifiers still call it the log stream. It is not a log stream in the sense of NATS.
 //!
 //! The last message of the stream states how far publishing got. Each message states the sequence
 //! number of the message before it. The server refuses a message if that number is not the last
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 pub(super) use self::consumer::compared_consumer;
 pub use self::consumer::{AckError, ConsumerPolicy};
-pub(super) use self::consumer::{Consumer, ConsumerItem, ConsumerSpec, Push, Acker, Taken};
+pub(super) use self::consumer::{Acker, Consumer, ConsumerItem, ConsumerSpec, Push, Taken};
 pub(super) use self::log_publisher::LogPublisher;
 use self::stream::{Content, Wanted, config, ensure};
 pub(super) use self::stream::{ask as stream_api, fields as compared_stream, info as stream_info};
@@ -43,7 +43,7 @@ pub struct JetStreamOptions {
     max_bytes: Option<u64>,
     duplicate_window: Duration,
     window: usize,
-    mirror_from: MirrorFrom,
+    log_stream_from: LogStreamFrom,
 }
 
 /// The handling of the stream on the server.
@@ -74,7 +74,7 @@ pub enum StreamStorage {
 /// The start of a new log stream, also of one that replaces a lost log stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
-pub enum MirrorFrom {
+pub enum LogStreamFrom {
     /// With the first event of the log.
     #[default]
     Beginning,
@@ -93,7 +93,7 @@ impl Default for JetStreamOptions {
             max_bytes: Some(1 << 30),
             duplicate_window: Duration::from_secs(120),
             window: 256,
-            mirror_from: MirrorFrom::default(),
+            log_stream_from: LogStreamFrom::default(),
         }
     }
 }
@@ -171,10 +171,10 @@ impl JetStreamOptions {
         self
     }
 
-    /// Sets the start of a new log stream. Default: [`MirrorFrom::Beginning`].
+    /// Sets the start of a new log stream. Default: [`LogStreamFrom::Beginning`].
     #[must_use]
-    pub fn mirror_from(mut self, from: MirrorFrom) -> Self {
-        self.mirror_from = from;
+    pub fn log_stream_from(mut self, from: LogStreamFrom) -> Self {
+        self.log_stream_from = from;
         self
     }
 
@@ -215,7 +215,7 @@ impl JetStreamOptions {
     }
 
     /// The expected configuration of the log stream of a store.
-    pub(super) fn wanted_mirror(&self, names: &Names, store: Uuid) -> Wanted {
+    pub(super) fn wanted_log_stream(&self, names: &Names, store: Uuid) -> Wanted {
         let content = Content { subjects: names.mapping.all(), store: Some(store) };
         config(content, &self.name(names.namespace()), self)
     }

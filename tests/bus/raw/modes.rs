@@ -26,7 +26,7 @@ async fn subscriber_process() {
     let way = WAYS[number.parse::<usize>().unwrap()];
     let options = match way.kind() {
         Kind::Core => storied::NatsOptions::core(),
-        _ => storied::NatsOptions::jetstream(mirror()),
+        _ => storied::NatsOptions::jetstream(log_stream()),
     };
     let bus = quick(options.url(url)).bus();
     let soon = |consumer: ConsumerOptions| consumer.ack_wait(Duration::from_secs(2)).max_ack_pending(20);

@@ -52,7 +52,7 @@ async fn a_reader_loses_nothing_when_its_server_is_killed() {
         let mut again = loop {
             let other = options(Kind::JetStream, &server).bus();
             if let Ok(mut publisher) = other.publisher_of(&press).await
-                && publisher.resume(storied::bus::MirrorEnd::default()).await.is_ok()
+                && publisher.resume(storied::bus::LogStreamEnd::default()).await.is_ok()
             {
                 break publisher;
             }
@@ -215,6 +215,6 @@ async fn an_early_subscriber_creates_the_stream_for_any_store() {
     // From then on, the stream belongs to that store.
     let other = store();
     let mut publisher = storied::EventBus::publisher(&bus, other.info().id).await.unwrap();
-    let error = publisher.resume(storied::bus::MirrorEnd::default()).await.unwrap_err();
+    let error = publisher.resume(storied::bus::LogStreamEnd::default()).await.unwrap_err();
     assert!(error.to_string().contains("another store"), "{error}");
 }

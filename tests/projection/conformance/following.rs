@@ -122,7 +122,7 @@ pub async fn survives_a_bus_outage<P: Place>(scene: Scene<P>) {
         let head = scene.append(0, 0..50).await;
         catch_up(&handle, head).await;
         if scene.bus != Bus::Core {
-            eventually("the mirror continues", || {
+            eventually("the log stream continues", || {
                 node.publisher().published.is_some_and(|upto| upto >= head)
             })
             .await;

@@ -4,8 +4,8 @@
 //! redeliveries. A gap reports messages that were lost with the stream or the consumer.
 
 mod ack;
-mod spec;
 mod provision;
+mod spec;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,9 +22,9 @@ use tokio::time::{Instant, sleep_until};
 
 pub use self::ack::AckError;
 pub(in super::super) use self::ack::Acker;
+use self::provision::Target;
 pub use self::spec::ConsumerPolicy;
 pub(in super::super) use self::spec::{ConsumerSpec, Push, compared_consumer};
-use self::provision::Target;
 use super::super::connection::{Connection, Link, silent, unavailable};
 use super::consumer_rights;
 use super::stream::{NOTHING, api, info as stream_info, refused};

@@ -12,12 +12,12 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use uuid::Uuid;
 
 use super::super::connection::{Connection, silent, unavailable};
-use super::super::wakeup::Hints;
 use super::super::subjects::Names;
+use super::super::wakeup::Hints;
 use super::super::wire::{Outgoing, Reject, Wire};
 use super::stream::{Content, ensure, incompatible, info, is_marked, other_store, refused};
-use super::{JetStreamOptions, MirrorFrom, stream_rights};
-use crate::bus::{BusError, BusPublisher, Claim, ClaimedEvent, LogBatch, MirrorEnd, Resume};
+use super::{JetStreamOptions, LogStreamFrom, stream_rights};
+use crate::bus::{BusError, BusPublisher, Claim, ClaimedEvent, LogBatch, LogStreamEnd, Resume};
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
 use crate::telemetry::trace::Destination;
@@ -40,7 +40,7 @@ pub(in super::super) struct LogPublisher {
     /// State since [`resume`](BusPublisher::resume).
     turn: Option<Turn>,
     /// End of the log stream that the server has confirmed.
-    confirmed: Option<MirrorEnd>,
+    confirmed: Option<LogStreamEnd>,
 }
 
 /// State of one publisher term: the end found, and the progress since.
@@ -48,7 +48,7 @@ struct Turn {
     /// Connection session in which the end was read.
     /// Another session may reach another server, or a server that has lost messages.
     session: u64,
-    end: MirrorEnd,
+    end: LogStreamEnd,
     /// Messages that the log has to confirm.
     unread: Unread,
     /// Message size limit of the stream, if it has one.
@@ -91,20 +91,20 @@ impl LogPublisher {
     }
 
     /// Finds the end of the log stream.
-    async fn look(&self, known: MirrorEnd) -> Result<Turn, BusError> {
+    async fn look(&self, known: LogStreamEnd) -> Result<Turn, BusError> {
         let session = self.connection.session();
         let client = &self.connection.client;
         let content = Content { subjects: self.wire.events(), store: Some(self.wire.store_id()) };
         let found = ensure(&self.jetstream, client, content, &self.name, &self.options).await?;
         let largest = usize::try_from(found.config.max_message_size).unwrap_or(usize::MAX);
         let last = found.state.last_sequence;
-        let beginning = match self.options.mirror_from {
-            MirrorFrom::Beginning => Position::START,
-            MirrorFrom::After(position) => position,
+        let beginning = match self.options.log_stream_from {
+            LogStreamFrom::Beginning => Position::START,
+            LogStreamFrom::After(position) => position,
         };
         if last == 0 {
             tracing::info!(stream = self.name, after = %beginning, "filling the new log stream");
-            let end = MirrorEnd { position: beginning, sequence: 0 };
+            let end = LogStreamEnd { position: beginning, sequence: 0 };
             let unread = Unread::none();
             return Ok(Turn { session, end, unread, largest, probing: false });
         }
@@ -112,7 +112,7 @@ impl LogPublisher {
         // The number may exceed the last one if the stream was recreated since. A number that was
         // never saved is 0.
         if (1..=last).contains(&known.sequence) {
-            let end = MirrorEnd { position: known.position, sequence: last };
+            let end = LogStreamEnd { position: known.position, sequence: last };
             let unread = Unread { read: Vec::new(), first, sequences: known.sequence..last + 1 };
             return Ok(Turn { session, end, unread, largest, probing: known.sequence < last });
         }
@@ -149,7 +149,7 @@ impl LogPublisher {
             }
         };
         let sequence = newest.max(last);
-        let end = MirrorEnd { position, sequence };
+        let end = LogStreamEnd { position, sequence };
         let probing = ours.is_none() || newest < sequence;
         read.extend(
             (newest + 1..=sequence).take(1).map(|sequence| Claim { sequence, event: ClaimedEvent::Missing }),
@@ -262,7 +262,7 @@ struct InFlight {
     /// Message id of the event.
     id: Uuid,
     /// End of the log stream once the event is confirmed.
-    end: MirrorEnd,
+    end: LogStreamEnd,
     ack: PublishAckFuture,
 }
 
@@ -289,7 +289,7 @@ impl Sending<'_> {
             } else if let Some(event) = event.filter(|_| self.window.len() < window) {
                 let ack = self.send(event, previous(batch, next), sequence, MessageId::Own).await?;
                 sequence += 1;
-                let end = MirrorEnd { position: event.position, sequence };
+                let end = LogStreamEnd { position: event.position, sequence };
                 self.window.push_back(InFlight { index: next, id: event.id, end, ack });
                 next += 1;
             } else if let Some(oldest) = self.window.pop_front() {
@@ -380,7 +380,7 @@ impl Sending<'_> {
     /// Publishes an event under its id and position, because the server has the id already.
     async fn repeat(&mut self, batch: &LogBatch, index: usize) -> Result<(), BusError> {
         let Some(event) = batch.events.get(index) else { return Ok(()) };
-        let end = MirrorEnd { position: event.position, sequence: self.turn.end.sequence + 1 };
+        let end = LogStreamEnd { position: event.position, sequence: self.turn.end.sequence + 1 };
         let (position, id) = (event.position, event.id);
         tracing::info!(%position, %id, "publishing an event under another message id: its id is taken");
         let previous = previous(batch, index);
@@ -411,7 +411,7 @@ impl Sending<'_> {
         } else if !duplicate || sequence > last {
             return Err(self.fenced(format!("the event became message {sequence}, expected {}", last + 1)));
         }
-        self.turn.end = MirrorEnd { position: event.position, sequence: sequence.max(last) };
+        self.turn.end = LogStreamEnd { position: event.position, sequence: sequence.max(last) };
         Ok(())
     }
 
@@ -448,7 +448,7 @@ fn previous(batch: &LogBatch, index: usize) -> Position {
 }
 
 impl BusPublisher for LogPublisher {
-    fn resume(&mut self, known: MirrorEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+    fn resume(&mut self, known: LogStreamEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
         Box::pin(async move {
             (self.turn, self.confirmed) = (None, None);
             let (client, wire) = (&self.connection.client, &self.wire);
@@ -491,11 +491,11 @@ impl BusPublisher for LogPublisher {
         }
     }
 
-    fn confirmed(&self) -> Option<MirrorEnd> {
+    fn confirmed(&self) -> Option<LogStreamEnd> {
         self.confirmed
     }
 
-    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<MirrorEnd, BusError>> {
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<LogStreamEnd, BusError>> {
         Box::pin(async move {
             // Taken: a caller that drops this future early has to resume again.
             let mut turn =
@@ -538,7 +538,7 @@ impl BusPublisher for LogPublisher {
                 if let Some(found) = &found {
                     let stream = Destination { system: "nats", name: &self.name };
                     let metrics = self.connection.metrics();
-                    metrics.mirror(stream, found.state.messages, found.state.bytes);
+                    metrics.log_stream(stream, found.state.messages, found.state.bytes);
                 }
                 let last = found.map(|found| found.state.last_sequence);
                 if last != Some(turn.end.sequence) {

@@ -13,8 +13,8 @@ use tracing::Instrument;
 
 use super::super::NatsBus;
 use super::dead_letter::{self, DeadLetter};
-use super::receiver::give_back;
 use super::queue::Queue;
+use super::receiver::give_back;
 use super::retry::{HandleError, HandleOptions};
 use super::{
     CloseError, Delivery, Received, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use super::super::NatsBus;
 use super::super::connection::{Connection, Echo, Link, silent};
-use super::super::jetstream::{Consumer, ConsumerItem, ConsumerSpec, Acker, Taken};
+use super::super::jetstream::{Acker, Consumer, ConsumerItem, ConsumerSpec, Taken};
 use super::super::merged_subscription::Merged;
 use super::super::subjects::Pattern;
 use super::super::wire::{Incoming, Reject, read_any};

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use storied::bus::{
-    BusError, BusState, JetStreamOptions, MirrorEnd, MirrorFrom, NatsBus, Resume, StreamPolicy, StreamStorage,
+    BusError, BusState, JetStreamOptions, LogStreamEnd, LogStreamFrom, NatsBus, Resume, StreamPolicy,
+    StreamStorage,
 };
 use storied::store::Checkpoint;
 use storied::{EventBus, EventStore, Position, PublisherState};
 
 use crate::harness::{self, NatsServer, oldest_nats_server, too_old_nats_server};
-use crate::oracle::mirrored;
+use crate::oracle::positions_in_stream;
 use crate::support::*;
 
 async fn jetstream(server: &NatsServer) -> async_nats::jetstream::Context {
@@ -28,18 +29,18 @@ fn bus(server: &NatsServer, options: JetStreamOptions) -> NatsBus {
 async fn resume(
     bus: &NatsBus,
     store: &Arc<dyn EventStore>,
-    known: MirrorEnd,
-) -> Result<(Box<dyn storied::bus::BusPublisher>, MirrorEnd), BusError> {
+    known: LogStreamEnd,
+) -> Result<(Box<dyn storied::bus::BusPublisher>, LogStreamEnd), BusError> {
     let mut publisher = bus.publisher(store.info().id).await?;
     match publisher.resume(known).await? {
         Resume::After(end) => Ok((publisher, end)),
-        Resume::AtHighWaterMark => panic!("a mirror"),
+        Resume::AtHighWaterMark => panic!("a log stream"),
     }
 }
 
 /// Starts a publisher that must be refused, and returns the error.
 async fn refused(bus: &NatsBus, store: &Arc<dyn EventStore>) -> String {
-    match resume(bus, store, MirrorEnd::default()).await {
+    match resume(bus, store, LogStreamEnd::default()).await {
         Err(error @ BusError::Incompatible { .. }) => error.to_string(),
         Err(error) => panic!("{error:?}"),
         Ok(_) => panic!("not refused"),
@@ -48,7 +49,7 @@ async fn refused(bus: &NatsBus, store: &Arc<dyn EventStore>) -> String {
 
 /// Publishes the log from the end of the log stream.
 async fn fill(bus: &NatsBus, store: &Arc<dyn EventStore>) {
-    let (mut publisher, end) = resume(bus, store, MirrorEnd::default()).await.unwrap();
+    let (mut publisher, end) = resume(bus, store, LogStreamEnd::default()).await.unwrap();
     for batch in batches(store, end.position, 100).await {
         publisher.publish(batch).await.unwrap();
     }
@@ -63,14 +64,14 @@ async fn a_stream_that_differs_is_named_and_left_alone() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     let context = jetstream(&server).await;
-    fill(&bus(&server, mirror()), &store).await;
+    fill(&bus(&server, log_stream()), &store).await;
     let stream = async || context.get_stream("STORIED_EVENTS").await.unwrap().cached_info().config.clone();
     let made = stream().await;
     assert_eq!(made.subjects, ["storied.events.>"]);
     assert_eq!(made.metadata["storied.store_id"], store.info().id.to_string());
-    fill(&bus(&server, mirror()), &store).await;
+    fill(&bus(&server, log_stream()), &store).await;
 
-    let changed = mirror().max_age(Duration::from_secs(3_600)).max_bytes(50 << 20);
+    let changed = log_stream().max_age(Duration::from_secs(3_600)).max_bytes(50 << 20);
     let error = refused(&bus(&server, changed.clone()), &store).await;
     assert!(error.contains("max_age: is 604800s, should be 3600s"), "{error}");
     assert!(error.contains("max_bytes: is 104857600, should be 52428800"), "{error}");
@@ -96,7 +97,7 @@ async fn a_stream_that_differs_is_named_and_left_alone() {
         let name = format!("OTHER_{}", policy as usize);
         let foreign = Config { name: name.clone(), subjects: vec!["other.>".into()], ..Config::default() };
         context.create_or_update_stream(foreign).await.unwrap();
-        let error = refused(&bus(&server, mirror().stream(&name).policy(policy)), &store).await;
+        let error = refused(&bus(&server, log_stream().stream(&name).policy(policy)), &store).await;
         assert!(error.contains("subjects: is [\"other.>\"], should be [\"storied.events.>\"]"), "{error}");
         context.delete_stream(name).await.unwrap();
     }
@@ -106,13 +107,13 @@ async fn a_stream_that_differs_is_named_and_left_alone() {
 async fn missing_overlapping_and_foreign_streams_are_named() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let (mine, theirs) = (store(), store());
-    let error = refused(&bus(&server, mirror().policy(StreamPolicy::RequireExisting)), &mine).await;
+    let error = refused(&bus(&server, log_stream().policy(StreamPolicy::RequireExisting)), &mine).await;
     assert!(error.contains("no JetStream stream STORIED_EVENTS"), "{error}");
 
-    fill(&bus(&server, mirror()), &theirs).await;
-    let error = refused(&bus(&server, mirror()), &mine).await;
+    fill(&bus(&server, log_stream()), &theirs).await;
+    let error = refused(&bus(&server, log_stream()), &mine).await;
     assert!(error.contains(&theirs.info().id.to_string()) && error.contains("another store"), "{error}");
-    let error = refused(&bus(&server, mirror().stream("MINE")), &mine).await;
+    let error = refused(&bus(&server, log_stream().stream("MINE")), &mine).await;
     assert!(error.contains("overlap with those of STORIED_EVENTS"), "{error}");
 
     // Also if only the messages show the store: an operator created the stream.
@@ -124,7 +125,7 @@ async fn missing_overlapping_and_foreign_streams_are_named() {
         ..Config::default()
     };
     context.create_stream(config).await.unwrap();
-    let require = mirror().policy(StreamPolicy::RequireExisting);
+    let require = log_stream().policy(StreamPolicy::RequireExisting);
     write(&theirs, 0, 3).await;
     fill(&bus(&server, require.clone()), &theirs).await;
     let error = refused(&bus(&server, require), &mine).await;
@@ -135,7 +136,7 @@ async fn missing_overlapping_and_foreign_streams_are_named() {
 async fn a_server_without_jetstream_is_reported_and_core_works() {
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let store = store();
-    let error = refused(&bus(&server, mirror()), &store).await;
+    let error = refused(&bus(&server, log_stream()), &store).await;
     assert!(error.contains("start it with -js"), "{error}");
     publisher(&options(Kind::Core, &server).bus(), &store).await;
 }
@@ -222,7 +223,7 @@ async fn the_oldest_supported_server_works() {
         if kind == Kind::JetStream {
             let head = store.high_water_mark().await.unwrap();
             eventually("published", || recording.node.publisher().published == Some(head)).await;
-            assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+            assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
         }
         recording.node.stop(PATIENCE).await.unwrap();
     }
@@ -233,7 +234,7 @@ async fn a_stream_that_vanishes_under_an_idle_publisher_is_recreated() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 700).await;
-    let recording = Recording::start(&store, bus(&server, mirror()), blind()).await;
+    let recording = Recording::start(&store, bus(&server, log_stream()), blind()).await;
     let head = store.high_water_mark().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
     let context = jetstream(&server).await;
@@ -243,7 +244,7 @@ async fn a_stream_that_vanishes_under_an_idle_publisher_is_recreated() {
     for _ in 0..200 {
         pause(50).await;
         if context.get_stream("STORIED_EVENTS").await.is_ok() {
-            found = mirrored(&server.url()).await.0;
+            found = positions_in_stream(&server.url()).await.0;
         }
         if found.len() == 700 {
             break;
@@ -257,19 +258,19 @@ async fn a_stream_that_vanishes_under_an_idle_publisher_is_recreated() {
 async fn an_emptied_stream_continues_at_its_end() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
-    let bus = bus(&server, mirror());
+    let bus = bus(&server, log_stream());
     write(&store, 0, 20).await;
     fill(&bus, &store).await;
     let stream = jetstream(&server).await.get_stream("STORIED_EVENTS").await.unwrap();
     stream.purge().await.unwrap();
 
     // With the exact end known.
-    let known = |position, sequence| MirrorEnd { position: Position::new(position), sequence };
+    let known = |position, sequence| LogStreamEnd { position: Position::new(position), sequence };
     let (_, end) = resume(&bus, &store, known(20, 20)).await.unwrap();
     assert_eq!(end, known(20, 20));
     // With the end unknown, or from a previous stream: starts at the beginning, with higher
     // sequence numbers.
-    for unknown in [MirrorEnd::default(), known(40, 40)] {
+    for unknown in [LogStreamEnd::default(), known(40, 40)] {
         let (_, end) = resume(&bus, &store, unknown).await.unwrap();
         assert_eq!(end, known(0, 20));
     }
@@ -280,12 +281,12 @@ async fn an_emptied_stream_continues_at_its_end() {
     for batch in batches(&store, end.position, 100).await {
         assert_eq!(publisher.publish(batch).await.unwrap(), known(30, 30));
     }
-    assert_eq!(mirrored(&server.url()).await, ((21..=30).collect(), 30));
+    assert_eq!(positions_in_stream(&server.url()).await, ((21..=30).collect(), 30));
 
     // The same if only the end was deleted.
     stream.delete_message(30).await.unwrap();
     stream.delete_message(29).await.unwrap();
-    let (mut publisher, end) = resume(&bus, &store, MirrorEnd::default()).await.unwrap();
+    let (mut publisher, end) = resume(&bus, &store, LogStreamEnd::default()).await.unwrap();
     assert_eq!(end, known(28, 30));
     write(&store, 0, 1).await;
     for batch in batches(&store, end.position, 100).await {
@@ -297,10 +298,10 @@ async fn an_emptied_stream_continues_at_its_end() {
 async fn a_second_publisher_is_refused_without_waiting() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
-    let bus = bus(&server, mirror());
+    let bus = bus(&server, log_stream());
     write(&store, 0, 600).await;
-    let (mut one, end) = resume(&bus, &store, MirrorEnd::default()).await.unwrap();
-    let (mut two, _) = resume(&bus, &store, MirrorEnd::default()).await.unwrap();
+    let (mut one, end) = resume(&bus, &store, LogStreamEnd::default()).await.unwrap();
+    let (mut two, _) = resume(&bus, &store, LogStreamEnd::default()).await.unwrap();
     let batches = batches(&store, end.position, 300).await;
     one.publish(batches[0].clone()).await.unwrap();
     // The same batch again: older servers check the ids before the sequence.
@@ -308,7 +309,7 @@ async fn a_second_publisher_is_refused_without_waiting() {
         Ok(end) => assert_eq!(end.sequence, 300),
         Err(error) => assert!(matches!(error, BusError::Fenced { .. }), "{error}"),
     }
-    two.resume(MirrorEnd::default()).await.unwrap();
+    two.resume(LogStreamEnd::default()).await.unwrap();
     two.publish(batches[1].clone()).await.unwrap();
     // Other events with the same sequence numbers are refused.
     write(&store, 0, 300).await;
@@ -319,9 +320,11 @@ async fn a_second_publisher_is_refused_without_waiting() {
     assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
     // The publisher has to find the end again, and may then continue.
     assert!(matches!(one.publish(later[0].clone()).await, Err(BusError::Unavailable { .. })));
-    assert!(matches!(one.resume(MirrorEnd::default()).await, Ok(Resume::After(end)) if end.sequence == 600));
+    assert!(
+        matches!(one.resume(LogStreamEnd::default()).await, Ok(Resume::After(end)) if end.sequence == 600)
+    );
     one.publish(later[0].clone()).await.unwrap();
-    assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+    assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
 }
 
 /// The last sequence number may be of a recreated stream, with another message.
@@ -330,29 +333,29 @@ async fn a_publisher_finds_the_end_again_after_a_disconnect() {
     let mut server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 20).await;
-    let later = bus(&server, mirror().mirror_from(MirrorFrom::After(Position::new(10))));
-    let (mut one, end) = resume(&later, &store, MirrorEnd::default()).await.unwrap();
+    let later = bus(&server, log_stream().log_stream_from(LogStreamFrom::After(Position::new(10))));
+    let (mut one, end) = resume(&later, &store, LogStreamEnd::default()).await.unwrap();
     one.publish(batches(&store, end.position, 10).await.remove(0)).await.unwrap();
     server.kill();
     eventually("cut off", || matches!(later.state(), BusState::Disconnected { .. })).await;
     server.wipe();
     server.restart().await;
     eventually("back", || matches!(later.state(), BusState::Connected { .. })).await;
-    let (mut two, end) = resume(&bus(&server, mirror()), &store, MirrorEnd::default()).await.unwrap();
+    let (mut two, end) = resume(&bus(&server, log_stream()), &store, LogStreamEnd::default()).await.unwrap();
     two.publish(batches(&store, end.position, 10).await.remove(0)).await.unwrap();
     write(&store, 0, 10).await;
     let more = batches(&store, Position::new(20), 10).await.remove(0);
     assert!(matches!(one.publish(more).await, Err(BusError::Unavailable { .. })));
-    assert_eq!(mirrored(&server.url()).await.0, positions(&store).await[..10]);
+    assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await[..10]);
 }
 
 #[tokio::test]
-async fn a_new_mirror_may_begin_later() {
+async fn a_new_log_stream_may_begin_later() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 20).await;
-    fill(&bus(&server, mirror().mirror_from(MirrorFrom::After(Position::new(15)))), &store).await;
-    assert_eq!(mirrored(&server.url()).await, ((16..=20).collect(), 5));
+    fill(&bus(&server, log_stream().log_stream_from(LogStreamFrom::After(Position::new(15)))), &store).await;
+    assert_eq!(positions_in_stream(&server.url()).await, ((16..=20).collect(), 5));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -369,7 +372,7 @@ async fn a_full_stream_stops_the_publisher_and_no_append() {
     context.create_stream(config.clone()).await.unwrap();
     let store = store();
     let feed = storied::FeedOptions::new().idle_poll(Duration::from_millis(50));
-    let options = mirror().policy(StreamPolicy::RequireExisting);
+    let options = log_stream().policy(StreamPolicy::RequireExisting);
     let recording = Recording::start(&store, bus(&server, options), feed).await;
     write(&store, 0, 15).await;
     recording.reaches("full", &store).await;
@@ -380,12 +383,12 @@ async fn a_full_stream_stops_the_publisher_and_no_append() {
     context.update_stream(Config { max_messages: 100, ..config }).await.unwrap();
     let head = store.high_water_mark().await.unwrap();
     eventually("published", || recording.node.publisher().published == Some(head)).await;
-    assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+    assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
     recording.node.stop(PATIENCE).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
+async fn a_store_restored_from_an_older_state_does_not_continue_the_log_stream() {
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let dir = tempfile::TempDir::new().unwrap();
     let (live, backup) = (dir.path().join("events.db"), dir.path().join("backup.db"));
@@ -399,13 +402,13 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
             .unwrap();
     sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
     write(&store, 0, 10).await;
-    fill(&bus(&server, mirror()), &store).await;
+    fill(&bus(&server, log_stream()), &store).await;
 
     // A separate file, which an operator has adopted.
     open(backup.clone()).await.unwrap().adopt(storied::store::Adopt::Moved).await.unwrap();
     let restored: Arc<dyn EventStore> = Arc::new(open(backup).await.unwrap());
     assert_eq!(restored.info().id, store.info().id);
-    let recording = Recording::start(&restored, bus(&server, mirror()), blind()).await;
+    let recording = Recording::start(&restored, bus(&server, log_stream()), blind()).await;
     eventually("stopped", || {
         matches!(recording.node.publisher().state, PublisherState::Retrying { error } if error.contains("restored"))
     })
@@ -416,7 +419,7 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_mirror() {
         matches!(recording.node.publisher().state, PublisherState::Retrying { error } if error.contains("the log has"))
     })
     .await;
-    assert_eq!(mirrored(&server.url()).await.0, positions(&store).await);
+    assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
     assert_eq!(restored.checkpoint("publisher").await.unwrap(), Checkpoint::default());
     // Permanent: the stop does not wait until the deadline.
     let start = std::time::Instant::now();

@@ -1,25 +1,25 @@
-//! Comparison of the mirror with the log.
+//! Comparison of the log stream with the log.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use storied::bus::{MirrorItem, MirrorReader};
+use storied::bus::{LogStreamItem, LogStreamReader};
 use storied::{EventStore, NatsBus, Position, RecordedEvent};
 use tokio::time::{Instant, sleep};
 
 use super::Problems;
 use crate::failure::Failure;
 
-/// Poll interval of the mirror.
+/// Poll interval of the log stream.
 const POLL: Duration = Duration::from_millis(100);
 
-pub(crate) struct Mirror {
-    reader: MirrorReader,
+pub(crate) struct LogStream {
+    reader: LogStreamReader,
     store: Arc<dyn EventStore>,
     /// The next message, if it was read and is not compared yet.
-    next: Option<MirrorItem>,
-    /// Time limit for the mirror to progress.
+    next: Option<LogStreamItem>,
+    /// Time limit for the log stream to progress.
     deadline: Instant,
     /// Position of its first event.
     first: Option<Position>,
@@ -27,17 +27,17 @@ pub(crate) struct Mirror {
     compared: u64,
     /// Number of events before its first one: removed by its limits, or never published to it.
     before: u64,
-    /// Number of events of the log that are not in the mirror yet.
+    /// Number of events of the log that are not in the log stream yet.
     behind: u64,
 }
 
-impl Mirror {
+impl LogStream {
     pub(crate) async fn open(
         bus: &NatsBus,
         store: Arc<dyn EventStore>,
         within: Duration,
     ) -> Result<Self, Failure> {
-        let reader = bus.read_mirror(store.info().id).await?;
+        let reader = bus.read_log_stream(store.info().id).await?;
         Ok(Self {
             reader,
             store,
@@ -54,14 +54,14 @@ impl Mirror {
     /// Returns the next message with a position in the log, within the time limit.
     ///
     /// Reports others as problems.
-    async fn peek(&mut self, problems: &mut Problems, wait: bool) -> Result<Option<&MirrorItem>, Failure> {
+    async fn peek(&mut self, problems: &mut Problems, wait: bool) -> Result<Option<&LogStreamItem>, Failure> {
         while self.next.is_none() {
             match self.reader.next().await? {
-                Some(MirrorItem::Missing { sequence }) => {
-                    problems.add(format!("mirror: message {sequence} was deleted"));
+                Some(LogStreamItem::Missing { sequence }) => {
+                    problems.add(format!("log stream: message {sequence} was deleted"));
                 }
-                Some(MirrorItem::Foreign { sequence, what }) => {
-                    problems.add(format!("mirror: message {sequence} is not of this log: {what}"));
+                Some(LogStreamItem::Foreign { sequence, what }) => {
+                    problems.add(format!("log stream: message {sequence} is not of this log: {what}"));
                 }
                 Some(item) => self.next = Some(item),
                 None if wait && Instant::now() < self.deadline => sleep(POLL).await,
@@ -89,7 +89,7 @@ impl Mirror {
                 if self.first.is_none() {
                     self.before += 1;
                 } else {
-                    problems.add(format!("mirror: the event at position {} is missing", event.position));
+                    problems.add(format!("log stream: the event at position {} is missing", event.position));
                 }
                 return Ok(());
             }
@@ -99,7 +99,7 @@ impl Mirror {
                 continue;
             }
             if place < event.position {
-                problems.add(format!("mirror: has an event at position {place}, where the log has none"));
+                problems.add(format!("log stream: has an event at position {place}, where the log has none"));
                 continue;
             }
             self.compare(event, previous, &item, problems);
@@ -107,7 +107,7 @@ impl Mirror {
         }
     }
 
-    /// Returns whether the mirror may still get an event; false if its limits have removed it.
+    /// Returns whether the log stream may still get an event; false if its limits have removed it.
     async fn is_to_come(&self, position: Position) -> Result<bool, Failure> {
         if self.first.is_some() || self.next.is_some() {
             return Ok(true);
@@ -120,50 +120,52 @@ impl Mirror {
         &mut self,
         event: &RecordedEvent,
         previous: Position,
-        item: &MirrorItem,
+        item: &LogStreamItem,
         problems: &mut Problems,
     ) {
         let begun = self.first.is_some();
         self.first.get_or_insert(event.position);
         self.last = event.position;
         self.compared += 1;
-        let MirrorItem::Event { sequence, previous: said, event: mirrored, .. } = item else { return };
+        let LogStreamItem::Event { sequence, previous: said, event: positions_in_stream, .. } = item else {
+            return;
+        };
         let mut different = Vec::new();
         let mut compare = |what: &'static str, same: bool| {
             if !same {
                 different.push(what);
             }
         };
-        compare("id", mirrored.id == event.id);
-        compare("stream", mirrored.stream == event.stream);
-        compare("version", mirrored.version == event.version);
-        compare("name", mirrored.name == event.name);
-        compare("codec", mirrored.codec == event.codec);
-        compare("payload", mirrored.payload == event.payload);
-        compare("metadata", mirrored.metadata == event.metadata);
-        compare("command id", mirrored.command_id == event.command_id);
-        compare("time", mirrored.recorded_at == event.recorded_at);
-        // The first message states the position after which the mirror begins.
+        compare("id", positions_in_stream.id == event.id);
+        compare("stream", positions_in_stream.stream == event.stream);
+        compare("version", positions_in_stream.version == event.version);
+        compare("name", positions_in_stream.name == event.name);
+        compare("codec", positions_in_stream.codec == event.codec);
+        compare("payload", positions_in_stream.payload == event.payload);
+        compare("metadata", positions_in_stream.metadata == event.metadata);
+        compare("command id", positions_in_stream.command_id == event.command_id);
+        compare("time", positions_in_stream.recorded_at == event.recorded_at);
+        // The first message states the position after which the log stream begins.
         compare("previous position", !begun || *said == previous);
         if !different.is_empty() {
             problems.add(format!(
-                "mirror: message {sequence} differs from the event at position {}: {}",
+                "log stream: message {sequence} differs from the event at position {}: {}",
                 event.position,
                 different.join(", ")
             ));
         }
     }
 
-    /// Ends the comparison at `head`. Later messages of the mirror must be newer appends.
+    /// Ends the comparison at `head`. Later messages of the log stream must be newer appends.
     pub(crate) async fn end(&mut self, head: Position, problems: &mut Problems) -> Result<(), Failure> {
         if self.behind > 0 && self.published(head).await? {
-            // The mirror had all events, and its limits have removed them.
+            // The log stream had all events, and its limits have removed them.
             self.before += self.behind;
             self.behind = 0;
         }
         if self.behind > 0 {
             problems.add(format!(
-                "mirror: ends at position {}, {} events before the log's {head}",
+                "log stream: ends at position {}, {} events before the log's {head}",
                 self.last, self.behind
             ));
         }
@@ -176,7 +178,7 @@ impl Mirror {
             }
             let end = self.store.high_water_mark().await?;
             if place > end {
-                problems.add(format!("mirror: continues at position {place}, but the log ends at {end}"));
+                problems.add(format!("log stream: continues at position {place}, but the log ends at {end}"));
             }
             break;
         }
@@ -195,29 +197,29 @@ impl Mirror {
 
     pub(crate) fn line(&self) -> String {
         let kept = match (self.first, self.before) {
-            (None, _) => "the mirror keeps none of them".to_owned(),
-            (Some(_), 0) => "the mirror keeps all of them".to_owned(),
+            (None, _) => "the log stream keeps none of them".to_owned(),
+            (Some(_), 0) => "the log stream keeps all of them".to_owned(),
             (Some(first), before) => {
-                format!("the mirror begins at position {first}, {before} events later than the log")
+                format!("the log stream begins at position {first}, {before} events later than the log")
             }
         };
-        format!("{} events were compared with the mirror; {kept}", self.compared)
+        format!("{} events were compared with the log stream; {kept}", self.compared)
     }
 }
 
 /// Returns the problem of a message with a repeated position.
-fn again(item: &MirrorItem) -> String {
+fn again(item: &LogStreamItem) -> String {
     let sequence = match item {
-        MirrorItem::Event { sequence, .. } | MirrorItem::Omitted { sequence, .. } => *sequence,
+        LogStreamItem::Event { sequence, .. } | LogStreamItem::Omitted { sequence, .. } => *sequence,
         _ => 0,
     };
-    format!("mirror: message {sequence} has position {} again", place(item))
+    format!("log stream: message {sequence} has position {} again", place(item))
 }
 
-fn place(item: &MirrorItem) -> Position {
+fn place(item: &LogStreamItem) -> Position {
     match item {
-        MirrorItem::Event { event, .. } => event.position,
-        MirrorItem::Omitted { position, .. } => *position,
+        LogStreamItem::Event { event, .. } => event.position,
+        LogStreamItem::Omitted { position, .. } => *position,
         // Reported before.
         _ => Position::START,
     }
