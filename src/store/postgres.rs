@@ -47,7 +47,7 @@ use uuid::Uuid;
 
 pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
 use self::connection::Connections;
-pub(crate) use self::error::{failed, is_outage};
+pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 use self::frontier::Frontier;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
