@@ -89,6 +89,28 @@ fn bad_input_is_answered_with_a_sentence() {
 }
 
 #[test]
+fn an_input_is_a_regular_file_with_rows_of_bounded_size() {
+    let dir = TempDir::new().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (fifo, endless) = (file("fifo"), file("endless.csv"));
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let header = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n";
+    std::fs::write(&endless, format!("{header}1,{}", "x".repeat(2 << 20))).unwrap();
+    for (path, problem) in [
+        (fifo.as_str(), "is not a regular file"),
+        ("/dev/null", "is not a regular file"),
+        (".", "is not a regular file"),
+        (&endless, "a row has more than 1048576 bytes"),
+    ] {
+        let Said { output, took, .. } = run("retail", &["--input", path], Stdio::piped());
+        let shown = format!("{path} after {took:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(1), "{shown}");
+        assert!(shown.contains(&format!("error: {path}")) && shown.contains(problem), "{shown}");
+        assert!(took < PATIENCE, "{shown}");
+    }
+}
+
+#[test]
 fn a_full_disk_is_no_panic() {
     for (name, args) in [
         ("quick_start", &[][..]),

@@ -440,3 +440,48 @@ async fn unreachable_or_refusing_nats_is_reported_without_secrets() {
         .code(4)
         .complains(&["JetStream is not enabled"]);
 }
+
+/// The tool checks the files before any connection, and opens none that has no end.
+#[tokio::test]
+async fn files_of_options_are_regular_and_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (fifo, large) = (file("fifo"), file("large"));
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    std::fs::write(&large, vec![b'x'; (1 << 20) + 1]).unwrap();
+    let files = [
+        (fifo.as_str(), "is not a regular file"),
+        ("/dev/null", "is not a regular file"),
+        (&large, "has 1048577 bytes (limit 1048576)"),
+        ("/no/such/file", "does not exist"),
+    ];
+    let nowhere = "postgres://storied@127.0.0.1:9/storied";
+    for (path, problem) in files {
+        for option in ["--nats-creds", "--nats-ca", "--nats-key"] {
+            for command in [&["nats", "check"][..], &["verify", "--mirror"]] {
+                let args = [command, &["--database-url", nowhere, option, path]].concat();
+                bare(&args).await.code(2).complains(&[&format!("{option}: {path} {problem}")]);
+            }
+        }
+        let args =
+            ["nats", "check", "--database-url", nowhere, "--nats-cert", path, "--nats-key", "Cargo.toml"];
+        bare(&args).await.code(2).complains(&[&format!("--nats-cert: {path} {problem}")]);
+        // The driver of PostgreSQL reads its files itself.
+        for key in ["sslrootcert", "sslcert", "sslkey"] {
+            let url = format!("{nowhere}?{key}={path}");
+            bare(&["status", "--database-url", &url])
+                .await
+                .code(2)
+                .complains(&[&format!("{key}: {path} {problem}")]);
+        }
+    }
+    let sqlite = file("events.db");
+    let sqlite = format!("sqlite:{sqlite}");
+    bare(&["migrate", "--database-url", &sqlite]).await.code(0);
+    let read_model = format!("{nowhere}?sslrootcert={fifo}");
+    for (database, read_model) in [(nowhere, nowhere), (sqlite.as_str(), read_model.as_str())] {
+        let mut command = program();
+        command.args(["status", "--database-url", database, "--read-model-url", read_model]);
+        run(command.env("PGPASSFILE", &fifo)).await.code(2).complains(&["is not a regular file"]);
+    }
+}

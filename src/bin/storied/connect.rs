@@ -8,6 +8,7 @@ use storied::NatsBus;
 use storied::bus::{JetStreamOptions, NatsOptions, StreamPolicy, StreamStorage, Subjects};
 
 use crate::failure::Failure;
+use crate::input_file;
 use crate::open::DatabaseArgs;
 use crate::redact::Given;
 
@@ -126,6 +127,22 @@ impl NatsArgs {
         let secrets = [&self.nats_password, &self.nats_token, &self.nats_nkey];
         let secrets = secrets.into_iter().flatten().map(|secret| Given::Secret(secret));
         secrets.chain([Given::Urls(&self.nats_url)]).collect()
+    }
+
+    /// Checks the files that the options name. Call it before the first connection of a command.
+    pub(crate) fn check_files(&self) -> Result<(), Failure> {
+        let files = [
+            ("--nats-creds", &self.nats_creds),
+            ("--nats-ca", &self.nats_ca),
+            ("--nats-cert", &self.nats_cert),
+            ("--nats-key", &self.nats_key),
+        ];
+        for (option, path) in files {
+            if let Some(problem) = path.as_deref().and_then(input_file::problem) {
+                return Err(Failure::Usage(format!("{option}: {problem}")));
+            }
+        }
+        Ok(())
     }
 
     /// Connects to the bus.

@@ -6,6 +6,8 @@ mod connect;
 mod decode;
 mod failure;
 mod filter;
+#[path = "../../input_file.rs"]
+mod input_file;
 mod log;
 mod migrate;
 mod nats;

@@ -12,6 +12,7 @@ use storied::projection::{Operator, PostgresReadModel, SqliteReadModel};
 use storied::{Codec, EventStore, PostgresOptions, SqliteOptions, StoreError};
 
 use crate::failure::Failure;
+use crate::input_file;
 use crate::redact::{self, Given};
 
 /// The database, and the time limit of its connections.
@@ -153,6 +154,9 @@ impl ReadModelArgs {
         let shown = database.shown();
         let operator = match database {
             Database::Postgres(url) => {
+                if let Some(problem) = input_file::postgres_problem(&url) {
+                    return Err(Failure::Usage(problem).about(&shown));
+                }
                 let options = PgConnectOptions::from_str(&url)
                     .map_err(|error| {
                         let said = redact::driver(&error.to_string());

@@ -61,6 +61,9 @@ impl Problems {
 }
 
 pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+    if args.mirror {
+        args.nats.check_files()?;
+    }
     let store = from.store().await?;
     let head = store.frontier().await?;
     let mut mirror = None;

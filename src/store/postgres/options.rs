@@ -15,6 +15,7 @@ use super::notify::Hints;
 use super::sql::Schema;
 use super::{PostgresStore, schema};
 use crate::codec::Codec;
+use crate::input_file;
 use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::startup::{self, START_TIMEOUT};
 
@@ -344,6 +345,9 @@ impl PostgresOptions {
         let url = self.url.clone().or_else(from_environment).ok_or_else(|| StoreError::Invalid {
             reason: "no database URL; pass one, or set DATABASE_URL".into(),
         })?;
+        if let Some(reason) = input_file::postgres_problem(&url) {
+            return Err(StoreError::Invalid { reason });
+        }
         let options =
             PgConnectOptions::from_str(&url).map_err(|error| failed("reading the database URL", error))?;
         let options = require_tls(options, &url);
