@@ -485,3 +485,29 @@ async fn files_of_options_are_regular_and_bounded() {
         run(command.env("PGPASSFILE", &fifo)).await.code(2).complains(&["is not a regular file"]);
     }
 }
+
+/// Every number has a range, which the help states.
+#[tokio::test]
+async fn numbers_are_in_their_range_or_refused() {
+    let most = u64::MAX.to_string();
+    for (command, option, range) in [
+        (&["nats", "check"][..], "--replicas", "1 to 5"),
+        (&["nats", "check"], "--max-age", "up to 3153600000"),
+        (&["nats", "check"], "--max-bytes", "up to 2^63-1"),
+        (&["nats", "check"], "--duplicate-window", "1 to 3153600000"),
+        (&["nats", "check"], "--subject-partitions", "1 to 65535"),
+        (&["nats", "check"], "--timeout", "1 to 86400"),
+        (&["verify"], "--mirror-within", "0 to 86400"),
+        (&["projection", "reset", "seen"], "--take-within", "0 to 86400"),
+        (&["log", "tail"], "--last", "up to 100000"),
+    ] {
+        bare(&[command, &["--database-url", "sqlite:none.db", option, &most]].concat())
+            .await
+            .code(2)
+            .complains(&[option, &most]);
+        let help = bare(&[command, &["--help"]].concat()).await.code(0);
+        let line = help.out.lines().find(|line| line.contains(option)).unwrap_or_default();
+        let line = format!("{line} {}", help.out.split(line).nth(1).unwrap_or_default());
+        assert!(line.split("--").nth(1).unwrap_or_default().contains(range), "{option}: {}", help.out);
+    }
+}

@@ -21,6 +21,7 @@ mod status;
 mod store;
 mod stream;
 mod verify;
+mod wait;
 
 use std::process::ExitCode;
 
@@ -119,6 +120,7 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let json = cli.json;
+    wait::set_json(json);
     redact::set(redact::Secrets::of(&cli.secrets()));
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -275,13 +275,15 @@ impl PostgresOptions {
         let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
         let Self { codec, migrate, index_by_name, connect_timeout, .. } = self;
         let prepare = || schema::prepare(&connections, &schema, codec, migrate, index_by_name);
-        let prepared = startup::wait_for("connecting to PostgreSQL", connect_timeout, prepare).await?;
+        let reason = || connections.refusal();
+        let prepared =
+            startup::wait_for("connecting to PostgreSQL", connect_timeout, reason, prepare).await?;
         let indexed = prepared.indexed_by_name;
         let info = StoreInfo::new("postgres", prepared.id, codec)
             .with_append_concurrency(self.append_concurrency)
             .with_adoption(prepared.adoption);
         let open = || PostgresStore::open(info.clone(), indexed, &schema, connections.clone(), hints.clone());
-        startup::wait_for("reading the high-water mark", connect_timeout, open).await
+        startup::wait_for("reading the high-water mark", connect_timeout, reason, open).await
     }
 
     fn validate(&self) -> Result<(), InvalidOption> {
