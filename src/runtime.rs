@@ -505,8 +505,13 @@ impl Builder {
         self.bus.check()?;
         self.commands.validate()?;
         self.commands.check()?;
-        let log_end =
-            startup::wait_for("reading the high-water mark", self.start_timeout, || store.frontier()).await?;
+        let log_end = startup::wait_for(
+            "reading the high-water mark",
+            self.start_timeout,
+            || None,
+            || store.frontier(),
+        )
+        .await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, &*self.bus, log_end).await?);

@@ -146,6 +146,12 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         // Waiting fixes neither a certificate nor a server without TLS.
         sqlx::Error::Tls(_) => no_tls(doing, &error),
         sqlx::Error::Io(io) if io.kind() == std::io::ErrorKind::InvalidData => no_tls(doing, &error),
+        // The first byte of the answer to the first message of a connection: no PostgreSQL answers so.
+        sqlx::Error::Protocol(text) if text.contains("SSLRequest") => StoreError::Misconfigured {
+            expected: "a PostgreSQL server".into(),
+            found: format!("a server with another protocol ({doing}: {text})"),
+            advice: "check host and port of the database URL".into(),
+        },
         sqlx::Error::PoolTimedOut => StoreError::unavailable(
             format!("{doing}: no connection became free or could be opened in time"),
             error,
