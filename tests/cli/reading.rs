@@ -102,14 +102,15 @@ async fn a_wait_for_a_server_is_reported() {
         ] {
             let args = [args, &["--timeout", "40"]].concat();
             assert_eq!(first_complaint(&args).await, expected);
-            let line = first_complaint(&[&args[..], &["--json"]].concat()).await;
-            let notice: serde_json::Value = serde_json::from_str(&line).unwrap();
-            assert_eq!(notice["notice"]["message"], expected);
         }
         bare(&["status", "--database-url", &url, "--timeout", "3"])
             .await
             .code(3)
             .complains(&[&notice("PostgreSQL", address, reason, 3), "\nerror: "]);
+        // A program reads one document.
+        let run = bare(&["status", "--database-url", &url, "--timeout", "2", "--json"]).await.code(3);
+        let error: serde_json::Value = serde_json::from_str(&run.err).unwrap();
+        assert_eq!(error["error"]["kind"], "unavailable");
     }
     let args = ["nats", "check", "--database-url", &sqlite, "--timeout", "20", "--nats-url", &silent];
     assert_eq!(first_complaint(&args).await, notice("NATS", &silent, "no answer yet", 40));

@@ -23,10 +23,10 @@ const QUIET: Duration = Duration::from_secs(1);
 /// Time limit for finding out why there is no result.
 const PROBE: Duration = Duration::from_millis(500);
 
-/// Whether notices are JSON.
+/// Whether the output is JSON, for a program: it gets the result alone.
 static JSON: OnceLock<bool> = OnceLock::new();
 
-/// Selects the form of the notices. Later calls have no effect.
+/// Chooses whether there are notices. Later calls have no effect.
 pub(crate) fn set_json(json: bool) {
     let _ = JSON.set(json);
 }
@@ -95,7 +95,8 @@ impl Server {
     }
 }
 
-/// Runs `work`, and reports on standard error if it takes longer than a second.
+/// Runs `work`, and reports on standard error if it takes longer than a second, unless the output is
+/// JSON.
 ///
 /// `limit` is the time limit of `work`.
 pub(crate) async fn with_notice<T>(
@@ -103,7 +104,7 @@ pub(crate) async fn with_notice<T>(
     limit: Duration,
     work: impl Future<Output = T>,
 ) -> T {
-    let Some(server) = server else { return work.await };
+    let Some(server) = server.filter(|_| !JSON.get().copied().unwrap_or(false)) else { return work.await };
     let mut work = pin!(work);
     if let Ok(done) = timeout(QUIET, &mut work).await {
         return done;
@@ -118,11 +119,6 @@ pub(crate) async fn with_notice<T>(
         server.address(),
         limit.as_secs()
     ));
-    if JSON.get().copied().unwrap_or(false) {
-        let notice = serde_json::json!({ "notice": { "kind": "waiting", "message": text } });
-        output::complain(&format!("{notice}\n"));
-    } else {
-        output::complain(&format!("{}\n", output::clean(&text)));
-    }
+    output::complain(&format!("{}\n", output::clean(&text)));
     work.await
 }
