@@ -9,8 +9,9 @@
 use std::error::Error;
 use std::io::{Write, stdout};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use async_nats::{HeaderMap, Message};
+use async_nats::{ConnectOptions, HeaderMap, Message};
 use ciborium::Value;
 use futures_util::StreamExt;
 
@@ -37,7 +38,8 @@ pub async fn follow(
     namespace: &str,
     mut each: impl FnMut(Seen) -> bool,
 ) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let client = async_nats::connect(url).await?;
+    let options = ConnectOptions::new().connection_timeout(Duration::from_secs(2));
+    let client = options.connect(url).await?;
     let mut messages = client.subscribe(format!("{namespace}.events.>")).await?;
     client.flush().await?;
     // The position of the last received event.

@@ -347,7 +347,9 @@ async fn run() -> Result<(), Failure> {
         .map_err(|_| "DATABASE_URL is not set; set it to the URL of a PostgreSQL database")?;
     let nats = std::env::var("NATS_URL").unwrap_or_else(|_| "nats://127.0.0.1:4222".into());
     match &*what {
-        "migrate" => migrate(&database).await,
+        "migrate" => tokio::time::timeout(Duration::from_secs(2), migrate(&database))
+            .await
+            .map_err(|_| "PostgreSQL did not answer within 2 s")?,
         "node" => serve(node(&database, &nats).await?).await,
         "sell" => {
             let runtime = box_office(&database, &nats).await?;

@@ -21,6 +21,7 @@ use storied::store::{Append, AppendError};
 use storied::{
     Event, EventStore, ExpectedVersion, Metadata, NewEvent, PostgresOptions, PostgresStore, StreamId, Version,
 };
+use tokio::time::timeout;
 use uuid::Uuid;
 
 type Failure = Box<dyn Error + Send + Sync>;
@@ -143,8 +144,9 @@ async fn run() -> Result<(), Failure> {
         _ => return Err(USAGE.into()),
     };
     // A single connection first, because a pool would keep retrying silently.
-    PgConnection::connect(from)
+    timeout(Duration::from_secs(2), PgConnection::connect(from))
         .await
+        .map_err(|_| "opening FROM failed: no answer within 2 s")?
         .map_err(|error| format!("opening FROM failed: {error}"))?
         .close()
         .await?;

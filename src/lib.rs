@@ -64,6 +64,8 @@ mod future;
 #[cfg(test)]
 mod fuzz;
 pub mod glossary;
+#[cfg(any(feature = "nats", feature = "postgres"))]
+mod input_file;
 mod invalid_option;
 mod lease;
 mod outage;

@@ -102,6 +102,9 @@ pub trait Projection: Send + 'static {
 
     /// Returns the filter of the events to apply. Called once, at registration.
     ///
+    /// A later version of the program may return another filter. It then applies to the events after
+    /// the checkpoint: reset or rebuild a projection that needs earlier ones.
+    ///
     /// Usual values are `Filter::of::<OrderEvent>()` and
     /// `Filter::variants::<OrderEvent>(&["placed"])`.
     ///
@@ -206,6 +209,16 @@ pub trait ReadModel: Send + Sync + 'static {
     /// driver.
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
         outage::is_outage(error)
+    }
+
+    /// Returns whether an earlier statement of the same transaction may have caused the error: it
+    /// failed and was ignored, or it changed the session.
+    ///
+    /// If a transaction without events succeeds meanwhile, such an error counts as a failure of the
+    /// event. Default: never.
+    fn may_be_of_event(&self, error: &(dyn Error + 'static)) -> bool {
+        let _ = error;
+        false
     }
 
     /// Returns the snapshot settings of a read model that every node keeps [for

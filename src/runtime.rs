@@ -511,9 +511,13 @@ impl Builder {
         self.bus.check()?;
         self.commands.validate()?;
         self.commands.check()?;
-        let log_end =
-            startup::wait_for("reading the high-water mark", self.start_timeout, || store.high_water_mark())
-                .await?;
+        let log_end = startup::wait_for(
+            "reading the high-water mark",
+            self.start_timeout,
+            || None,
+            || store.high_water_mark(),
+        )
+        .await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, &*self.bus, log_end).await?);

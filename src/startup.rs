@@ -1,9 +1,10 @@
 //! Waiting for a store that is unreachable at startup.
 
 use std::future::Future;
+use std::pin::pin;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backoff::Backoff;
 use crate::store::StoreError;
@@ -12,15 +13,38 @@ use crate::time::after;
 /// Default time limit of a start.
 pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Time without a result until a log line reports the wait.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// Runs `work`, and logs a warning if it takes longer than a second.
+///
+/// `reason` is what the work waits for, if that is known by then.
+pub(crate) async fn with_notice<T>(
+    what: &str,
+    limit: Duration,
+    reason: impl Fn() -> Option<String>,
+    work: impl Future<Output = T>,
+) -> T {
+    let mut work = pin!(work);
+    if let Ok(done) = timeout(QUIET, &mut work).await {
+        return done;
+    }
+    let reason = reason().unwrap_or_else(|| "no answer yet".into());
+    tracing::warn!("{what}: waiting ({reason}); giving up after {limit:?}");
+    work.await
+}
+
 /// Repeats `attempt` until it succeeds, fails permanently, or `limit` is over.
 ///
-/// Each failure is a log line. A limit of zero means one attempt.
+/// Each failure is a log line, and so is a first attempt of more than a second. Then `reason` is what
+/// it waits for. A limit of zero means one attempt.
 ///
 /// # Errors
 /// The error of the last attempt.
 pub(crate) async fn wait_for<T, F>(
     what: &'static str,
     limit: Duration,
+    reason: impl Fn() -> Option<String>,
     mut attempt: impl FnMut() -> F,
 ) -> Result<T, StoreError>
 where
@@ -33,7 +57,14 @@ where
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
     let mut last = None;
     loop {
-        match timeout_at(deadline, attempt()).await {
+        let attempt = async {
+            match last {
+                // Later attempts follow a log line.
+                Some(_) => attempt().await,
+                None => with_notice(what, limit, &reason, attempt()).await,
+            }
+        };
+        match timeout_at(deadline, attempt).await {
             Ok(Err(error @ (StoreError::Unavailable { .. } | StoreError::OutcomeUnknown { .. }))) => {
                 let wait = backoff.next();
                 if Instant::now() + wait >= deadline {

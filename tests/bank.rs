@@ -95,6 +95,17 @@ fn nonsense_is_refused() {
         &["--transfers", "0"],
         &["--wat"],
         &["--seconds"],
+        &["--seconds", "604801"],
+        &["--nodes", "65"],
+        &["--nodes", "18446744073709551615"],
+        &["--callers", "0"],
+        &["--callers", "10001"],
+        &["--callers", "4000000000"],
+        &["--callers", "18446744073709551615", "--transfers", "1"],
+        &["--accounts", "100001"],
+        &["--accounts", "18446744073709551615"],
+        &["--transfers", "10000001"],
+        &["--transfers", "-1"],
     ] {
         let output = bank(args).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{args:?}");

@@ -9,6 +9,8 @@
 mod example;
 
 use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -67,6 +69,12 @@ fn bad_input_is_answered_with_a_sentence() {
         ("retail", &["--bus", "core"], "127.0.0.1:9"),
         ("retail", &["--bus", "jetstream", "--reset"], "127.0.0.1:9"),
         ("bank", &["--nonsense"], "unknown option --nonsense"),
+        ("bank", &["--callers", "18446744073709551615"], "it is a number from 1 to 10000"),
+        ("bank", &["--accounts", "18446744073709551615"], "it is a number from 2 to 100000"),
+        ("bank", &["--transfers", "18446744073709551615"], "it is a number from 0 to 10000000"),
+        ("bank", &["--seconds", "18446744073709551615"], "it is a number from 0 to 604800"),
+        ("bank", &["--nodes", "18446744073709551615"], "it is a number from 1 to 64"),
+        ("retail", &["--nodes", "18446744073709551615"], "it is a number from 1 to 64"),
         ("bank", &["--transfers", "10", "--journal", "missing/journal"], "missing/journal"),
     ] {
         let Said { output, took, left } = run(name, args, Stdio::piped());
@@ -85,6 +93,87 @@ fn bad_input_is_answered_with_a_sentence() {
         );
         assert!(took < PATIENCE, "{shown}");
         assert_eq!(left, [] as [&str; 0], "{shown}");
+    }
+}
+
+/// A node waits for its server, which may start later, and reports that within 2 s.
+#[test]
+fn a_wait_for_a_server_is_reported() {
+    for (name, args) in [
+        ("guide", &["node"][..]),
+        ("guide", &["sell"]),
+        ("retail", &["--store", "postgres"]),
+        ("bank", &["--store", "postgres"]),
+    ] {
+        let dir = TempDir::new().unwrap();
+        let program = example(name);
+        let start = Instant::now();
+        let mut child = Command::new(program)
+            .args(args)
+            .current_dir(dir.path())
+            .env("DATABASE_URL", NO_POSTGRES)
+            .env("NATS_URL", NO_NATS)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+        let took = start.elapsed();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let shown = format!("{name} {args:?} after {took:?}: {line}");
+        assert!(took < PATIENCE, "{shown}");
+        for part in ["waiting (127.0.0.1:9: connection refused)", "giving up after 30s"] {
+            assert!(line.contains(part), "{shown}");
+        }
+    }
+}
+
+/// A server that accepts connections and never answers.
+#[test]
+fn a_server_that_does_not_answer_is_reported() {
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    let (postgres, nats) = (format!("postgres://storied@{address}/storied"), format!("nats://{address}"));
+    for (name, args, sentence) in [
+        ("guide", &["migrate"][..], "PostgreSQL did not answer within 2 s"),
+        ("import_goes", &[&postgres, NO_POSTGRES], "opening FROM failed: no answer within 2 s"),
+        ("retail", &["--store", "postgres", "--reset"], "PostgreSQL did not answer within 2s"),
+        ("foreign_subscriber", &[&nats], "timed out"),
+    ] {
+        let dir = TempDir::new().unwrap();
+        let mut command = Command::new(example(name));
+        command.args(args).current_dir(dir.path()).env("DATABASE_URL", &postgres).stdin(Stdio::null());
+        let start = Instant::now();
+        let output = command.output().unwrap();
+        let took = start.elapsed();
+        let shown = format!("{name} {args:?} after {took:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(1), "{shown}");
+        assert!(shown.contains(&format!("error: {sentence}")) && took < PATIENCE, "{shown}");
+    }
+}
+
+#[test]
+fn an_input_is_a_regular_file_with_rows_of_bounded_size() {
+    let dir = TempDir::new().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (fifo, endless) = (file("fifo"), file("endless.csv"));
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let header = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country\n";
+    std::fs::write(&endless, format!("{header}1,{}", "x".repeat(2 << 20))).unwrap();
+    for (path, problem) in [
+        (fifo.as_str(), "is not a regular file"),
+        ("/dev/null", "is not a regular file"),
+        (".", "is not a regular file"),
+        (&endless, "a row has more than 1048576 bytes"),
+    ] {
+        let Said { output, took, .. } = run("retail", &["--input", path], Stdio::piped());
+        let shown = format!("{path} after {took:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(1), "{shown}");
+        assert!(shown.contains(&format!("error: {path}")) && shown.contains(problem), "{shown}");
+        assert!(took < PATIENCE, "{shown}");
     }
 }
 

@@ -411,3 +411,70 @@ async fn the_last_limit_counts_for_each_aggregate_too() {
     let options = AggregateOptions::<Counter>::new().max_in_flight_each(3).max_in_flight(5_000);
     assert!(format!("{options:?}").contains("max_in_flight_each: 3"), "{options:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_capacity_of_a_local_bus_is_in_its_range_or_refused() {
+    use storied::bus::{BusError, EventBus};
+    use storied::{EventStore, LocalBus};
+
+    for capacity in [0, 65_537, usize::MAX / 4, usize::MAX] {
+        let store = MemoryStore::new();
+        let id = store.info().id;
+        let bus = LocalBus::with_capacity(capacity);
+        for used in [bus.publisher(id).await.err(), bus.subscribe(id).await.err()] {
+            let Some(BusError::Incompatible { reason }) = used else { panic!("{capacity}: {used:?}") };
+            assert!(reason.contains("LocalBus::with_capacity") && reason.contains("1 to 65536"), "{reason}");
+        }
+        let started = Runtime::builder().store(store).bus(bus).aggregate::<Counter>().start().await;
+        assert!(matches!(started, Err(StartError::Bus(BusError::Incompatible { .. }))), "{started:?}");
+    }
+    for capacity in [1, 65_536] {
+        let bus = LocalBus::with_capacity(capacity);
+        let builder = Runtime::builder().store(MemoryStore::new()).bus(bus).aggregate::<Counter>();
+        let runtime = builder.start().await.unwrap();
+        runtime.execute::<Counter>("one", ()).await.unwrap();
+        runtime.shutdown().await.unwrap();
+    }
+}
+
+/// A file of an option is checked before it is opened: a FIFO would wait for a writer, and a device
+/// has no end.
+#[cfg(feature = "nats")]
+#[tokio::test]
+async fn files_of_nats_options_are_regular_and_bounded() {
+    use storied::NatsOptions;
+    use storied::bus::BusError;
+
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (fifo, large, good) = (file("fifo"), file("large"), file("good"));
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    std::fs::write(&large, vec![b'x'; (1 << 20) + 1]).unwrap();
+    std::fs::write(&good, "x").unwrap();
+    let directory = dir.path().display().to_string();
+    type With<'a> = Box<dyn Fn(NatsOptions, &str) -> NatsOptions + 'a>;
+    let ways: [(&str, With<'_>); 4] = [
+        ("credentials_file", Box::new(|options, path| options.credentials_file(path))),
+        ("root_certificates", Box::new(|options, path| options.root_certificates(path))),
+        ("client_certificate", Box::new(|options, path| options.client_certificate(path, &good))),
+        ("client_certificate", Box::new(|options, path| options.client_certificate(&good, path))),
+    ];
+    for (option, with) in ways {
+        for (path, problem) in [
+            (fifo.as_str(), "is not a regular file"),
+            ("/dev/null", "is not a regular file"),
+            (&large, "has 1048577 bytes (limit 1048576)"),
+            (&directory, "is a directory"),
+            ("/no/such/file", "does not exist"),
+        ] {
+            let bus = with(NatsOptions::core().url("nats://127.0.0.1:9"), path).bus();
+            let error = timeout(PATIENCE, bus.connect()).await.expect("an answer").unwrap_err();
+            let BusError::Incompatible { reason } = &error else { panic!("{option} {path}: {error}") };
+            let expected = format!("NatsOptions::{option}: {path} {problem}");
+            assert!(reason.starts_with(&expected), "{expected}: {reason}");
+        }
+    }
+    let bus = NatsOptions::core().url("nats://127.0.0.1:9").credentials_file(&good).bus();
+    let error = bus.connect().await.unwrap_err().to_string();
+    assert!(error.contains("contains no JWT and seed"), "{error}");
+}

@@ -1,6 +1,7 @@
 //! The command line, parsed by hand because it is small.
 
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,8 +10,8 @@ Moves money between accounts on several nodes, and checks that none is lost.
 
 Usage: bank [OPTIONS]
 
-  --nodes N      number of processes that run accounts and transfers [default: 1; with --bus local,
-                 this process]
+  --nodes N      number of processes that run accounts and transfers, 1 to 64 [default: 1; with
+                 --bus local, this process]
   --store KIND   memory [default], sqlite or postgres; several processes need sqlite or postgres
   --db PATH      file of --store sqlite [default: bank.db, in the current directory]
   --database-url URL
@@ -20,22 +21,32 @@ Usage: bank [OPTIONS]
   --nats-url URL URL of the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
   --namespace NAME
                  prefix of all subjects, for systems that share a NATS server [default: storied-bank]
-  --accounts N   number of accounts [default: 100]
-  --transfers N  number of transfers; 0: as many as --seconds allows [default: 1000]
-  --seconds N    maximum time in which transfers begin; 0: no limit, --transfers ends it [default: 0]
-  --callers N    number of concurrent transfers [default: 32]
+  --accounts N   number of accounts, 2 to 100000 [default: 100]
+  --transfers N  number of transfers, up to 10000000; 0: as many as --seconds allows [default: 1000]
+  --seconds N    maximum time in which transfers begin, up to 604800; 0: no limit, --transfers ends it
+                 [default: 0]
+  --callers N    number of concurrent transfers, 1 to 10000 [default: 32]
   --faults       kills and pauses node processes at random
   --journal FILE writes a line for every transfer: its id, and whether it was committed or refused
   --json         prints the report as one JSON object
   --help         prints this help
 
 A run continues on the accounts of earlier runs in the database.
+
+Exit codes: 0 success, 1 the run failed, 2 the command line is invalid.
 ";
+
+/// Ranges of the numbers, as the help states them.
+const NODES: RangeInclusive<u64> = 1..=64;
+const ACCOUNTS: RangeInclusive<u64> = 2..=100_000;
+const TRANSFERS: RangeInclusive<u64> = 0..=10_000_000;
+const SECONDS: RangeInclusive<u64> = 0..=604_800;
+const CALLERS: RangeInclusive<u64> = 1..=10_000;
 
 /// The parsed options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Args {
-    pub(crate) nodes: usize,
+    pub(crate) nodes: u64,
     pub(crate) store: StoreKind,
     pub(crate) db: PathBuf,
     pub(crate) database_url: Option<String>,
@@ -45,7 +56,7 @@ pub(crate) struct Args {
     pub(crate) accounts: u64,
     pub(crate) transfers: u64,
     pub(crate) seconds: Duration,
-    pub(crate) callers: usize,
+    pub(crate) callers: u64,
     pub(crate) faults: bool,
     pub(crate) journal: Option<PathBuf>,
     pub(crate) json: bool,
@@ -79,6 +90,8 @@ pub(crate) enum UsageError {
     NoValue(String),
     #[error("{option} cannot be {found:?}")]
     BadValue { option: String, found: String },
+    #[error("{option} cannot be {found:?}: it is a number from {} to {}", range.start(), range.end())]
+    OutOfRange { option: String, found: String, range: RangeInclusive<u64> },
     #[error("{0}")]
     Contradiction(&'static str),
 }
@@ -138,14 +151,17 @@ impl Args {
             UsageError::BadValue { option: option.to_owned(), found }
         };
         let text = value.into_string().map_err(|value| bad(value.to_string_lossy().into_owned()))?;
-        let number = |text: &str| text.parse::<u64>().map_err(|_| bad(text.to_owned()));
-        let count = |text: &str| usize::try_from(number(text)?).map_err(|_| bad(text.to_owned()));
+        let number = |range: RangeInclusive<u64>| {
+            let number = text.parse().ok().filter(|number| range.contains(number));
+            let (option, found) = (option.to_owned(), text.clone());
+            number.ok_or(UsageError::OutOfRange { option, found, range })
+        };
         match option {
-            "--nodes" => self.nodes = count(&text)?,
-            "--accounts" => self.accounts = number(&text)?,
-            "--transfers" => self.transfers = number(&text)?,
-            "--seconds" => self.seconds = Duration::from_secs(number(&text)?),
-            "--callers" => self.callers = count(&text)?,
+            "--nodes" => self.nodes = number(NODES)?,
+            "--accounts" => self.accounts = number(ACCOUNTS)?,
+            "--transfers" => self.transfers = number(TRANSFERS)?,
+            "--seconds" => self.seconds = Duration::from_secs(number(SECONDS)?),
+            "--callers" => self.callers = number(CALLERS)?,
             "--store" => {
                 self.store = match &*text {
                     "memory" => StoreKind::Memory,
@@ -172,7 +188,6 @@ impl Args {
 
     fn check(&self) -> Result<(), UsageError> {
         let wrong = [
-            (self.nodes == 0, "--nodes must be at least 1"),
             (
                 self.nodes > 1 && self.bus == Bus::Local,
                 "several processes need --bus core or --bus jetstream",
@@ -182,8 +197,6 @@ impl Args {
                 "several processes cannot share --store memory",
             ),
             (self.faults && self.bus == Bus::Local, "--faults needs other processes to kill and pause"),
-            (self.accounts < 2, "--accounts must be at least 2"),
-            (self.callers == 0, "--callers must be at least 1"),
             (self.transfers == 0 && self.seconds.is_zero(), "--transfers, --seconds or both must be above 0"),
         ];
         match wrong.into_iter().find(|(wrong, _)| *wrong && !self.help) {

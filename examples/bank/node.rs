@@ -86,7 +86,7 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    pub(crate) fn new(args: &Args, number: usize) -> Self {
+    pub(crate) fn new(args: &Args, number: u64) -> Self {
         Self { name: format!("bank-{number}"), args: args.clone(), running: None }
     }
 

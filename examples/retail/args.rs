@@ -14,15 +14,18 @@ Usage: retail [OPTIONS]
                  read models in the same database (schema retail), in partitions
   --database-url URL
                  URL of PostgreSQL [default: $DATABASE_URL]
-  --input FILE   invoice lines [default: online-retail-10k.csv, next to the source of this example]
+  --input FILE   invoice lines, a regular file [default: online-retail-10k.csv, next to the source of this example]
   --bus BUS      bus of the events for the read models: local, core or jetstream (NATS) [default: local]
   --nats-url URL URL of the NATS server [default: $NATS_URL, or nats://127.0.0.1:4222]
-  --nodes N      with --store postgres: N processes share the read models; kill any of them [default: 1]
-  --reset        deletes the log and the read models first, and with --bus jetstream the old log_stream
+  --nodes N      with --store postgres: N processes, 1 to 64, share the read models; kill any of them
+                 [default: 1]
+  --reset        deletes the log and the read models first, and with --bus jetstream the old log stream
   --json         prints the report as one JSON object
   --help         prints this help
 
 A second run on the same database changes nothing. After a kill at any moment, the next run continues.
+
+Exit codes: 0 success, 1 the run failed, 2 the command line is invalid.
 ";
 
 /// The parsed options.
@@ -67,6 +70,8 @@ pub(crate) enum UsageError {
     NoValue(&'static str),
     #[error("--nodes needs --store postgres")]
     OneNode,
+    #[error("--nodes cannot be {}: it is a number from 1 to 64", .0.display())]
+    Nodes(OsString),
     #[error("{option} cannot be {}", found.display())]
     BadValue { option: &'static str, found: OsString },
 }
@@ -123,7 +128,7 @@ impl Args {
                     let found = value("--nodes")?;
                     let nodes = found.to_str().and_then(|nodes| nodes.parse().ok());
                     let nodes = nodes.filter(|nodes| (1..=64).contains(nodes));
-                    parsed.nodes = nodes.ok_or(UsageError::BadValue { option: "--nodes", found })?;
+                    parsed.nodes = nodes.ok_or(UsageError::Nodes(found))?;
                 }
                 // Passed by `nodes.rs` only.
                 Some("--node") => parsed.node = true,

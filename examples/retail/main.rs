@@ -41,6 +41,8 @@ const SCHEMA: &str = "storied_retail";
 const COMMAND_WINDOW: usize = 1_000;
 /// Time for which a killed run keeps the read models from the next run.
 const LEASE: Duration = Duration::from_secs(1);
+/// Maximum time of a first connection to PostgreSQL.
+const ANSWER: Duration = Duration::from_secs(2);
 /// Maximum time of the read models to catch up after the last command.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -107,6 +109,8 @@ enum Failure {
     Shutdown(#[from] storied::runtime::ShutdownError),
     #[error("a database failed: {0}")]
     Database(#[from] sqlx::Error),
+    #[error("PostgreSQL did not answer within {0:?}; check host and port of its URL")]
+    NoAnswer(Duration),
     #[error("--store postgres needs --database-url, or DATABASE_URL in the environment")]
     NoDatabaseUrl,
     #[error("starting or ending another node: {0}")]
@@ -226,7 +230,9 @@ async fn drop_schema(args: &Args) -> Result<(), Failure> {
     let url = args.database_url.clone().or_else(|| std::env::var("DATABASE_URL").ok());
     // Without a URL, connecting reports the missing option.
     let Some(url) = url else { return Ok(()) };
-    let mut connection = sqlx::PgConnection::connect(&url).await?;
+    let connecting = sqlx::PgConnection::connect(&url);
+    let mut connection =
+        tokio::time::timeout(ANSWER, connecting).await.map_err(|_| Failure::NoAnswer(ANSWER))??;
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!("DROP SCHEMA IF EXISTS {SCHEMA}, retail CASCADE")))
         .execute(&mut connection)
         .await?;

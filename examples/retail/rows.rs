@@ -34,11 +34,16 @@ pub(crate) struct Row {
     pub(crate) country: String,
 }
 
+/// Maximum size of a row in bytes, so that a file without line ends does not fill the memory.
+const MOST: u64 = 1 << 20;
+
 /// The cause of a missing row. Lines and columns count from 1, columns in characters.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RowError {
     #[error("{}: {error}", file.display())]
     Unreadable { file: PathBuf, error: csv::Error },
+    #[error("{} is not a regular file; name a CSV file", .0.display())]
+    NoFile(PathBuf),
     #[error("{}:{line}:{column}: {problem}", file.display())]
     Malformed { file: PathBuf, line: u64, column: usize, problem: Problem },
 }
@@ -56,10 +61,28 @@ pub(crate) enum Problem {
     Unlike { column: &'static str, found: String, expected: &'static str },
 }
 
+/// A file that limits the size of a row.
+struct Limited {
+    source: File,
+    /// Number of bytes read for the current row; the buffer of the CSV reader may hold its start.
+    of_row: u64,
+}
+
+impl Read for Limited {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.of_row > MOST {
+            return Err(std::io::Error::other(format!("a row has more than {MOST} bytes")));
+        }
+        let read = self.source.read(buffer)?;
+        self.of_row += read as u64;
+        Ok(read)
+    }
+}
+
 /// The rows of a file: an iterator that ends with the first malformed row. Holds one row in memory.
 pub(crate) struct Rows {
     file: PathBuf,
-    reader: csv::Reader<File>,
+    reader: csv::Reader<Limited>,
     record: ByteRecord,
     /// Number of columns of the header.
     width: usize,
@@ -73,8 +96,14 @@ impl Rows {
     pub(crate) fn open(file: impl Into<PathBuf>) -> Result<Self, RowError> {
         let file = file.into();
         let unreadable = |error| RowError::Unreadable { file: file.clone(), error };
+        // Before it is opened: opening a FIFO waits for a writer, and a device has no end.
+        if !file.metadata().map_err(|error| unreadable(error.into()))?.is_file() {
+            return Err(RowError::NoFile(file));
+        }
+        let source = File::open(&file).map_err(|error| unreadable(error.into()))?;
+        let source = Limited { source, of_row: 0 };
         // Flexible, because this program reports a row of another length, with its place.
-        let mut reader = csv::ReaderBuilder::new().flexible(true).from_path(&file).map_err(unreadable)?;
+        let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(source);
         let header = reader.byte_headers().map_err(unreadable)?.clone();
         let mut order = [0; COLUMNS.len()];
         for (place, name) in order.iter_mut().zip(COLUMNS) {
@@ -88,6 +117,7 @@ impl Rows {
 
     fn read(&mut self) -> Result<Option<Row>, RowError> {
         let before = self.reader.position().clone();
+        self.reader.get_mut().of_row = 0;
         match self.reader.read_byte_record(&mut self.record) {
             Ok(true) => {}
             Ok(false) => return Ok(None),

@@ -1,4 +1,5 @@
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, watch};
@@ -10,9 +11,13 @@ use super::{
 };
 use crate::event::Position;
 use crate::future::BoxFuture;
+use crate::invalid_option::within;
 
 /// Default capacity of the ring, in batches. See [`LocalBus::with_capacity`].
 const CAPACITY: usize = 128;
+
+/// Range of the capacity. The ring is allocated at once.
+const CAPACITIES: RangeInclusive<usize> = 1..=65_536;
 
 /// The bus inside one process: a bounded ring that each subscriber reads at its own pace.
 ///
@@ -24,6 +29,8 @@ const CAPACITY: usize = 128;
 #[derive(Clone)]
 pub struct LocalBus {
     ring: broadcast::Sender<Sent>,
+    /// Capacity as set, for the check.
+    capacity: usize,
     /// Whether a subscriber has ever existed.
     /// Until then nothing is published: a node without projections does not read back its appends.
     heard: watch::Sender<bool>,
@@ -47,12 +54,14 @@ impl LocalBus {
 
     /// Creates a bus whose ring holds this many batches and heartbeats.
     ///
-    /// The capacity is rounded up to a power of two. Minimum: 1.
+    /// The capacity is rounded up to a power of two. Default: 128. Range: 1 to 65,536. The runtime
+    /// checks it at its start, and the bus when it is used. A value outside its range is
+    /// [`BusError::Incompatible`].
     #[must_use]
     pub fn with_capacity(batches: usize) -> Self {
-        // tokio panics above this capacity.
-        let ring = broadcast::Sender::new(batches.clamp(1, usize::MAX / 4));
-        Self { ring, heard: watch::Sender::new(false) }
+        // A ring of a refused capacity carries nothing.
+        let ring = broadcast::Sender::new(batches.clamp(*CAPACITIES.start(), *CAPACITIES.end()));
+        Self { ring, capacity: batches, heard: watch::Sender::new(false) }
     }
 }
 
@@ -67,6 +76,11 @@ impl EventBus for LocalBus {
         "local"
     }
 
+    fn check(&self) -> Result<(), BusError> {
+        within("LocalBus::with_capacity", self.capacity, CAPACITIES)
+            .map_err(|error| BusError::Incompatible { reason: error.to_string() })
+    }
+
     fn scope(&self) -> BusScope {
         BusScope::Process
     }
@@ -76,11 +90,15 @@ impl EventBus for LocalBus {
     }
 
     fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
-        Box::pin(async move { Ok(Box::new(LocalPublisher { bus: self.clone(), store, sequence: 0 }) as _) })
+        Box::pin(async move {
+            self.check()?;
+            Ok(Box::new(LocalPublisher { bus: self.clone(), store, sequence: 0 }) as _)
+        })
     }
 
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
         Box::pin(async move {
+            self.check()?;
             let ring = self.ring.subscribe();
             self.heard.send_replace(true);
             Ok(Box::new(LocalSubscription { ring, store }) as _)

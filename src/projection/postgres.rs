@@ -1,3 +1,4 @@
+use std::error::Error;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -10,7 +11,8 @@ use super::ReadModel;
 use super::error::transaction_ended;
 use crate::event::Position;
 use crate::store::postgres::{
-    Borrowed, BorrowedTransaction, Progress, Schema, database_of, failed, prepare_read_model,
+    Borrowed, BorrowedTransaction, Progress, Schema, database_of, failed, may_be_of_transaction,
+    prepare_read_model,
 };
 use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
@@ -124,6 +126,10 @@ impl ReadModel for PostgresReadModel {
 
     fn rolls_back(&self) -> bool {
         true
+    }
+
+    fn may_be_of_event(&self, error: &(dyn Error + 'static)) -> bool {
+        may_be_of_transaction(error)
     }
 
     fn prepare<'a>(

@@ -1,3 +1,4 @@
+use std::error::Error;
 use std::fmt;
 use std::path::Path;
 use std::pin::pin;
@@ -19,7 +20,7 @@ use uuid::Uuid;
 use super::ReadModel;
 use super::error::transaction_ended;
 use crate::event::Position;
-use crate::store::sqlite::{failed, home, literal_path, progress};
+use crate::store::sqlite::{failed, home, literal_path, may_be_of_transaction, progress};
 use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
 };
@@ -229,6 +230,10 @@ impl ReadModel for SqliteReadModel {
 
     fn rolls_back(&self) -> bool {
         true
+    }
+
+    fn may_be_of_event(&self, error: &(dyn Error + 'static)) -> bool {
+        may_be_of_transaction(error)
     }
 
     fn prepare<'a>(

@@ -56,7 +56,7 @@ impl Start {
                 }
                 last_event(store, before).await
             }
-            Self::Since(time) => before_time(store, time).await,
+            Self::Since(time) => before_time(store, time, now).await,
         }
     }
 }
@@ -128,10 +128,15 @@ async fn last_event(store: &dyn EventStore, position: Position) -> Result<Positi
     }
 }
 
-/// Returns the last position before the first event that was recorded at `time` or later.
+/// Returns the last position before the first event that was recorded at `time` or later; `now` if
+/// there is none.
 ///
 /// Reads some tens of single events, and the events of the [`SKEW`] before `time`.
-async fn before_time(store: &dyn EventStore, time: DateTime<Utc>) -> Result<Position, StoreError> {
+async fn before_time(
+    store: &dyn EventStore,
+    time: DateTime<Utc>,
+    now: Position,
+) -> Result<Position, StoreError> {
     let certain = time.checked_sub_signed(SKEW).unwrap_or(DateTime::<Utc>::MIN_UTC);
     let head = store.high_water_mark().await?;
     let (mut low, mut high) = (Position::START, head);
@@ -149,7 +154,7 @@ async fn before_time(store: &dyn EventStore, time: DateTime<Utc>) -> Result<Posi
             return last_event(store, before(first.position)).await;
         }
         if page.scanned_to <= low || page.scanned_to >= head {
-            return Ok(head);
+            return Ok(now);
         }
         low = page.scanned_to;
     }

@@ -86,6 +86,10 @@ impl<R: ReadModel> ReadModel for TimeLimited<R> {
         self.inner.is_outage(error)
     }
 
+    fn may_be_of_event(&self, error: &(dyn Error + 'static)) -> bool {
+        self.inner.may_be_of_event(error)
+    }
+
     fn snapshots(&self) -> Option<&Snapshots> {
         self.inner.snapshots()
     }

@@ -50,8 +50,8 @@ use uuid::Uuid;
 
 pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
 use self::connection::Connections;
+pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 use self::detach_on_drop::detach_on_drop;
-pub(crate) use self::error::{failed, is_outage};
 use self::high_water_mark::HighWaterMark;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;

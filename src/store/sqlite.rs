@@ -32,7 +32,7 @@ use uuid::Uuid;
 
 use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
-pub(crate) use self::error::{failed, is_outage};
+pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 pub(crate) use self::schema::home;
 use super::page_size::PageSizer;
 use super::{

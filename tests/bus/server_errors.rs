@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use storied::PublisherState;
 use storied::bus::{BusError, BusState, ConsumerOptions, NatsEvent, NatsOptions, SubscribeOptions};
-use storied::{EventBus, Position};
+use storied::store::{Append, ExpectedVersion};
+use storied::{EventBus, Position, StreamId};
 use tokio::time::Instant;
 
 use crate::harness::{self, NatsServer};
@@ -195,4 +196,35 @@ async fn a_flood_of_errors_is_reported_at_a_bounded_rate() {
         heard.lock().unwrap().iter().filter(|event| matches!(event, NatsEvent::ServerError { .. })).count();
     let most = started.elapsed().as_millis() / 200 + 2;
     assert!((1..=most).contains(&(errors as u128)), "{errors} reports");
+}
+
+/// The headers of one event exceed the limit of the server: no later event is published.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_whose_headers_are_too_large_is_never_counted_as_published() {
+    let config = vec!["max_payload: 1024".into()];
+    let server =
+        NatsServer::start(harness::NatsOptions { config, ..harness::NatsOptions::jetstream() }).await;
+    for kind in NATS {
+        let store = store();
+        write(&store, 0, 3).await;
+        let before = *log(&store).await.last().unwrap();
+        let bus = options(kind, &server).namespace(if kind == Kind::Core { "a" } else { "b" }).unwrap().bus();
+        let node = Recording::start(&store, bus, storied::FeedOptions::new()).await;
+        eventually("published", || node.node.publisher().published == Some(before)).await;
+        let long = StreamId::new("note", "é".repeat(190)).unwrap();
+        let large = Append::one(long, ExpectedVersion::Any, vec![note(&store, 0, 10)]);
+        store.append(vec![large]).await.remove(0).unwrap();
+        write(&store, 0, 1).await;
+        for _ in 0..20 {
+            eventually("refused", || matches!(node.node.publisher().state, PublisherState::Retrying { .. }))
+                .await;
+            let status = node.node.publisher();
+            assert_eq!(status.published, Some(before), "{kind:?}: {status:?}");
+            let error = status.last_error.unwrap();
+            assert!(error.contains("too small for the headers of one event"), "{kind:?}: {error}");
+            pause(20).await;
+        }
+        node.reaches("the node itself", &store).await;
+        node.node.kill();
+    }
 }

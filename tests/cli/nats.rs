@@ -449,3 +449,74 @@ async fn unreachable_or_refusing_nats_is_reported_without_secrets() {
         .code(4)
         .complains(&["JetStream is not enabled"]);
 }
+
+/// The tool checks the files before any connection, and opens none that has no end.
+#[tokio::test]
+async fn files_of_options_are_regular_and_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (fifo, large) = (file("fifo"), file("large"));
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    std::fs::write(&large, vec![b'x'; (1 << 20) + 1]).unwrap();
+    let files = [
+        (fifo.as_str(), "is not a regular file"),
+        ("/dev/null", "is not a regular file"),
+        (&large, "has 1048577 bytes (limit 1048576)"),
+        ("/no/such/file", "does not exist"),
+    ];
+    let nowhere = "postgres://storied@127.0.0.1:9/storied";
+    for (path, problem) in files {
+        for option in ["--nats-creds", "--nats-ca", "--nats-key"] {
+            for command in [&["nats", "check"][..], &["verify", "--mirror"]] {
+                let args = [command, &["--database-url", nowhere, option, path]].concat();
+                bare(&args).await.code(2).complains(&[&format!("{option}: {path} {problem}")]);
+            }
+        }
+        let args =
+            ["nats", "check", "--database-url", nowhere, "--nats-cert", path, "--nats-key", "Cargo.toml"];
+        bare(&args).await.code(2).complains(&[&format!("--nats-cert: {path} {problem}")]);
+        // The driver of PostgreSQL reads its files itself.
+        for key in ["sslrootcert", "sslcert", "sslkey"] {
+            let url = format!("{nowhere}?{key}={path}");
+            bare(&["status", "--database-url", &url])
+                .await
+                .code(2)
+                .complains(&[&format!("{key}: {path} {problem}")]);
+        }
+    }
+    let sqlite = file("events.db");
+    let sqlite = format!("sqlite:{sqlite}");
+    bare(&["migrate", "--database-url", &sqlite]).await.code(0);
+    let read_model = format!("{nowhere}?sslrootcert={fifo}");
+    for (database, read_model) in [(nowhere, nowhere), (sqlite.as_str(), read_model.as_str())] {
+        let mut command = program();
+        command.args(["status", "--database-url", database, "--read-model-url", read_model]);
+        run(command.env("PGPASSFILE", &fifo)).await.code(2).complains(&["is not a regular file"]);
+    }
+}
+
+/// Every number has a range, which the help states.
+#[tokio::test]
+async fn numbers_are_in_their_range_or_refused() {
+    let most = u64::MAX.to_string();
+    for (command, option, range) in [
+        (&["nats", "check"][..], "--replicas", "1 to 5"),
+        (&["nats", "check"], "--max-age", "up to 3153600000"),
+        (&["nats", "check"], "--max-bytes", "up to 2^63-1"),
+        (&["nats", "check"], "--duplicate-window", "1 to 3153600000"),
+        (&["nats", "check"], "--subject-partitions", "1 to 65535"),
+        (&["nats", "check"], "--timeout", "1 to 86400"),
+        (&["verify"], "--mirror-within", "0 to 86400"),
+        (&["projection", "reset", "seen"], "--take-within", "0 to 86400"),
+        (&["log", "tail"], "--last", "up to 100000"),
+    ] {
+        bare(&[command, &["--database-url", "sqlite:none.db", option, &most]].concat())
+            .await
+            .code(2)
+            .complains(&[option, &most]);
+        let help = bare(&[command, &["--help"]].concat()).await.code(0);
+        let line = help.out.lines().find(|line| line.contains(option)).unwrap_or_default();
+        let line = format!("{line} {}", help.out.split(line).nth(1).unwrap_or_default());
+        assert!(line.split("--").nth(1).unwrap_or_default().contains(range), "{option}: {}", help.out);
+    }
+}

@@ -3,6 +3,7 @@
 //! Also exit codes and redaction.
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::json;
 use storied::{NewEvent, PostgresOptions};
@@ -63,6 +64,75 @@ async fn a_foreign_database_is_not_changed() {
     assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
     let fifo = format!("sqlite:{}", fifo.display());
     bare(&["status", "--database-url", &fifo]).await.code(2).complains(&["is not a regular file"]);
+}
+
+/// Returns the first line of standard error of a command that waits.
+async fn first_complaint(args: &[&str]) -> String {
+    use tokio::io::{AsyncBufReadExt, BufReader};
+
+    let mut child = program().args(args).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    // 1 s and a probe of 500 ms on an idle machine.
+    let line = timeout(Duration::from_secs(10), lines.next_line()).await.expect("a notice").unwrap();
+    child.kill().await.unwrap();
+    line.unwrap()
+}
+
+#[tokio::test]
+async fn a_wait_for_a_server_is_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let sqlite = format!("sqlite:{}", dir.path().join("events.db").display());
+    bare(&["migrate", "--database-url", &sqlite]).await.code(0);
+    // Accepts connections, and never answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = silent.local_addr().unwrap().to_string();
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let closed = server.local_addr().unwrap().to_string();
+    drop(server);
+    let url = |address: &str| format!("postgres://storied:hidden@{address}/storied");
+    let notice = |kind: &str, address: &str, reason: &str, limit: u8| {
+        format!("waiting for {kind} at {address}: {reason}; giving up within {limit} s (--timeout)")
+    };
+    for (address, reason) in [(&closed, "connection refused"), (&silent, "no answer yet")] {
+        let expected = notice("PostgreSQL", address, reason, 40);
+        let url = url(address);
+        for args in [
+            &["status", "--database-url", &url][..],
+            &["status", "--database-url", &sqlite, "--read-model-url", &url],
+        ] {
+            let args = [args, &["--timeout", "40"]].concat();
+            assert_eq!(first_complaint(&args).await, expected);
+        }
+        bare(&["status", "--database-url", &url, "--timeout", "3"])
+            .await
+            .code(3)
+            .complains(&[&notice("PostgreSQL", address, reason, 3), "\nerror: "]);
+        // A program reads one document.
+        let run = bare(&["status", "--database-url", &url, "--timeout", "2", "--json"]).await.code(3);
+        let error: serde_json::Value = serde_json::from_str(&run.err).unwrap();
+        assert_eq!(error["error"]["kind"], "unavailable");
+    }
+    let args = ["nats", "check", "--database-url", &sqlite, "--timeout", "20", "--nats-url", &silent];
+    assert_eq!(first_complaint(&args).await, notice("NATS", &silent, "no answer yet", 40));
+}
+
+#[tokio::test]
+async fn a_server_with_another_protocol_ends_the_wait() {
+    use std::io::{Read, Write};
+
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = server.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for client in server.incoming() {
+            let mut client = client.unwrap();
+            let _ = client.read(&mut [0; 64]);
+            let _ = client.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+        }
+    });
+    let url = format!("postgres://storied@{address}/storied");
+    let run = bare(&["status", "--database-url", &url, "--timeout", "60"]).await.code(4);
+    assert!(!run.err.contains("waiting for"), "{}", run.err);
+    run.complains(&["another protocol", "check host and port of the database URL"]);
 }
 
 #[tokio::test]

@@ -238,6 +238,7 @@ async fn a_projection_survives_a_changed_login_or_schema() {
     let login = as_user(&url, "careful:right");
     let options = PostgresOptions::new().url(&login).acquire_timeout(Duration::from_millis(200));
     let store = options.connect().await.unwrap();
+    let reader = PostgresOptions::new().url(&url).connect().await.unwrap();
     let model = PostgresReadModel::new(PgPool::connect(&login).await.unwrap());
     let quick = ProjectionOptions::new().backoff(Duration::from_millis(10), Duration::from_millis(100));
     let runtime =
@@ -299,7 +300,7 @@ async fn a_projection_survives_a_changed_login_or_schema() {
             let mut other = PgConnection::connect(&url).await.unwrap();
             sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&mut other).await.unwrap()
         };
-        assert_eq!(rows, whole_log(&store).await.len() as i64, "{change}");
+        assert_eq!(rows, whole_log(&reader).await.len() as i64, "{change}");
     }
     runtime.shutdown().await.unwrap();
 }

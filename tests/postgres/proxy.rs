@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -30,6 +31,23 @@ struct State {
     server: Mutex<Option<String>>,
     cut: broadcast::Sender<()>,
     silence: broadcast::Sender<()>,
+    /// Number of times that all connections were cut, and silenced.
+    cuts: AtomicU64,
+    silences: AtomicU64,
+}
+
+impl State {
+    fn now(&self) -> [u64; 2] {
+        [self.cuts.load(Ordering::SeqCst), self.silences.load(Ordering::SeqCst)]
+    }
+
+    /// Waits for ever if the connections of `began` are cut or silenced: its task does the rest, and
+    /// may be late on a busy machine.
+    async fn may_carry(&self, began: [u64; 2]) {
+        if self.now() != began {
+            std::future::pending().await
+        }
+    }
 }
 
 /// A proxy before a server; it ends with the runtime.
@@ -53,20 +71,24 @@ impl Proxy {
             server,
             cut: broadcast::channel(1).0,
             silence: broadcast::channel(1).0,
+            cuts: AtomicU64::new(0),
+            silences: AtomicU64::new(0),
         });
         let shared = state.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let state = shared.clone();
+                let (mut cut, mut silence) = (state.cut.subscribe(), state.silence.subscribe());
+                let began = state.now();
                 let Some(server) = state.server.lock().unwrap().clone() else { continue };
                 tokio::spawn(async move {
-                    let (mut cut, mut silence) = (state.cut.subscribe(), state.silence.subscribe());
                     // Kept beyond the silence, so that the connection stays open.
-                    let mut carrying = pin!(carry(client, &server, &state));
+                    let mut carrying = pin!(carry(client, &server, &state, began));
                     tokio::select! {
-                        () = &mut carrying => {}
+                        biased;
                         _ = cut.recv() => {}
                         _ = silence.recv() => std::future::pending().await,
+                        () = &mut carrying => {}
                     }
                 });
             }
@@ -101,16 +123,18 @@ impl Proxy {
 
     /// Silences all current connections and keeps them open. New ones work.
     pub fn silence_all(&self) {
+        self.state.silences.fetch_add(1, Ordering::SeqCst);
         _ = self.state.silence.send(());
     }
 
     /// Cuts all connections.
     pub fn cut_all(&self) {
+        self.state.cuts.fetch_add(1, Ordering::SeqCst);
         _ = self.state.cut.send(());
     }
 }
 
-async fn carry(client: TcpStream, server: &str, state: &State) {
+async fn carry(client: TcpStream, server: &str, state: &State, began: [u64; 2]) {
     let Ok(server) = TcpStream::connect(server).await else { return };
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
@@ -120,6 +144,7 @@ async fn carry(client: TcpStream, server: &str, state: &State) {
         tokio::select! {
             read = from_server.read(&mut answer) => match read {
                 Ok(length) if length > 0 => {
+                    state.may_carry(began).await;
                     if to_client.write_all(&answer[..length]).await.is_err() {
                         return;
                     }
@@ -129,6 +154,7 @@ async fn carry(client: TcpStream, server: &str, state: &State) {
             read = from_client.read(&mut message) => match read {
                 Ok(length) if length > 0 => match trapped(state, &message[..length]) {
                     None => {
+                        state.may_carry(began).await;
                         if to_server.write_all(&message[..length]).await.is_err() {
                             return;
                         }

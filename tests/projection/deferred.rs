@@ -1,4 +1,4 @@
-//! Constraints that a database checks only at the commit, without naming an event.
+//! Transactions that a database refuses only at the end, without naming an event.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -102,4 +102,100 @@ async fn an_event_rejected_at_the_commit_is_identified() {
     let written: Vec<i64> =
         sqlx::query_scalar("SELECT position FROM written ORDER BY 1").fetch_all(model.pool()).await.unwrap();
     assert_eq!(written, [1, 1, 2, 2, 4, 5, 6]);
+}
+
+/// Applies each event, and runs a statement whose error it ignores at position 3.
+struct Careless<T> {
+    name: String,
+    statement: &'static str,
+    transaction: PhantomData<fn(T)>,
+}
+
+macro_rules! runs_a_statement {
+    ($connection:ty, $insert:literal) => {
+        impl Projection for Careless<$connection> {
+            type Transaction = $connection;
+
+            fn name(&self) -> &str {
+                &self.name
+            }
+
+            fn filter(&self) -> Result<Filter, EncodeError> {
+                Ok(Filter::all())
+            }
+
+            async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
+                sqlx::query($insert).bind(event.position.get() as i64).execute(&mut *tx).await?;
+                if event.position.get() == 3 {
+                    let _ = tx.execute(self.statement).await;
+                }
+                Ok(())
+            }
+        }
+    };
+}
+
+runs_a_statement!(PgConnection, "INSERT INTO careless VALUES ($1)");
+runs_a_statement!(SqliteConnection, "INSERT INTO careless VALUES (?)");
+
+const CARELESS: &str = "CREATE TABLE careless (position bigint)";
+
+async fn parks_the_careless_event<T: Send + 'static, R>(
+    store: &Arc<dyn EventStore>,
+    model: R,
+    name: String,
+    statement: &'static str,
+) where
+    R: ReadModel<Transaction = T>,
+    Careless<T>: Projection<Transaction = T>,
+{
+    let node = local_node(store).await;
+    let projection = Careless { name, statement, transaction: PhantomData };
+    let options = options().attempts(2).on_failure(FailurePolicy::Park);
+    let handle = node.projection(projection, model, options).await;
+    catch_up(&handle, Position::new(6)).await;
+    let parked = handle.parked(10).await.unwrap();
+    let parked: Vec<_> = parked.iter().map(|event| event.position.get()).collect();
+    assert_eq!(parked, [3], "{statement}");
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// `apply` ignored an error, or changed the session: the other events are applied once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_makes_its_transaction_unusable_is_identified() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, 0..6).await;
+
+    let pool = PgPool::connect(&PostgresServer::shared().await.create_database().await).await.unwrap();
+    pool.execute(CARELESS).await.unwrap();
+    let statements =
+        ["SELECT * FROM missing", "SET TRANSACTION READ ONLY", "SET LOCAL ROLE pg_read_all_data"];
+    for (number, statement) in statements.into_iter().enumerate() {
+        let (model, name) = (PostgresReadModel::new(pool.clone()), format!("parks-{number}"));
+        parks_the_careless_event::<PgConnection, _>(&store, model, name, statement).await;
+    }
+    // This harms only later statements of the same transaction, so each event alone succeeds.
+    let node = local_node(&store).await;
+    let statement = "SET LOCAL search_path = pg_catalog";
+    let projection = Careless::<PgConnection> { name: "applies".into(), statement, transaction: PhantomData };
+    let handle =
+        node.projection(projection, PostgresReadModel::new(pool.clone()), options().attempts(2)).await;
+    catch_up(&handle, Position::new(6)).await;
+    node.stop(PATIENCE).await.unwrap();
+    let written: Vec<i64> =
+        sqlx::query_scalar("SELECT position FROM careless ORDER BY 1").fetch_all(&pool).await.unwrap();
+    let expected: Vec<i64> = [(1, 4), (2, 4), (3, 1), (4, 4), (5, 4), (6, 4)]
+        .into_iter()
+        .flat_map(|(position, times)| vec![position; times])
+        .collect();
+    assert_eq!(written, expected);
+
+    let dir = TempDir::new().unwrap();
+    let model = SqliteReadModel::open(dir.path().join("read.db")).await.unwrap();
+    model.pool().execute(CARELESS).await.unwrap();
+    let pragma = "PRAGMA query_only = ON";
+    parks_the_careless_event::<SqliteConnection, _>(&store, model.clone(), "lite".into(), pragma).await;
+    let written: Vec<i64> =
+        sqlx::query_scalar("SELECT position FROM careless ORDER BY 1").fetch_all(model.pool()).await.unwrap();
+    assert_eq!(written, [1, 2, 4, 5, 6]);
 }

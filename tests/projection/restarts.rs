@@ -1,9 +1,10 @@
 //! Memory that outlives the runtime that folds into it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
-use storied::projection::{ApplyError, InMemory, Lookup, ProjectionState};
+use storied::projection::{ApplyError, InMemory, Lookup, ProjectionState, TargetUnavailable};
 use storied::runtime::{Builder, StartError};
 use storied::{
     EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime,
@@ -68,6 +69,36 @@ impl Projection for Endless {
     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         self.0.lock().unwrap().push(number(event)?);
         Ok(())
+    }
+}
+
+/// A projection whose `reset` fails: for a moment, or by its own fault.
+struct FailingReset {
+    transient: bool,
+    attempts: Arc<AtomicU64>,
+}
+
+impl Projection for FailingReset {
+    type Transaction = ();
+
+    fn name(&self) -> &str {
+        "failing"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+        Ok(())
+    }
+
+    async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
+        match (self.attempts.fetch_add(1, Ordering::SeqCst), self.transient) {
+            (0, true) => Err(TargetUnavailable::new("not now").into()),
+            (_, true) => Ok(()),
+            (_, false) => Err("it is broken".into()),
+        }
     }
 }
 
@@ -159,6 +190,27 @@ async fn memory_that_cannot_be_emptied_is_not_folded_into() {
     let error = handle.wait_until_live(PATIENCE).await.unwrap_err().to_string();
     assert!(error.contains("endless") && error.contains("Projection::reset"), "{error}");
     assert_eq!(*seen.lock().unwrap(), Numbers::new());
+    runtime.shutdown().await.unwrap();
+}
+
+/// The event store is not the subject of such an error, and waiting does not mend it.
+#[tokio::test]
+async fn a_failing_reset_of_memory_is_the_projections_own_error() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, [1]).await;
+    let start = async |transient| {
+        let projection = FailingReset { transient, attempts: Arc::default() };
+        on(&store).projection(projection, InMemory::new()).start().await.unwrap()
+    };
+    let runtime = start(false).await;
+    let handle = runtime.projection("failing").unwrap();
+    reach(handle, ProjectionState::Failed).await;
+    let error = handle.status().last_error.unwrap();
+    assert!(error.contains("it is broken") && !error.contains("unavailable"), "{error}");
+    runtime.shutdown().await.unwrap();
+
+    let runtime = start(true).await;
+    runtime.projection("failing").unwrap().wait_until_live(PATIENCE).await.unwrap();
     runtime.shutdown().await.unwrap();
 }
 

@@ -242,7 +242,9 @@ async fn now_is_when_the_runtime_started() {
             let (whole_seen, parts_seen, memory_seen) =
                 (whole.seen.clone(), parts.clone(), memory.seen.clone());
             let make = move |_| recorder::<Delivery>(&name).into(&parts);
-            let now = || options().start(Start::Now);
+            // No event is as late, so this is `Now`.
+            let later = chrono::Utc::now() + chrono::Duration::days(1);
+            let now = || options().start(if round % 2 == 0 { Start::Now } else { Start::Since(later) });
             let runtime = Runtime::builder()
                 .store(store.clone())
                 .projection_with(whole, External::new(), now())

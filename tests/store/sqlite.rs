@@ -547,3 +547,24 @@ async fn numbers_that_storied_never_writes_are_errors() {
         other.execute(set("1")).await.unwrap();
     }
 }
+
+/// SQLite goes on writing to such a file, which is lost with its last close.
+#[tokio::test]
+async fn a_file_that_was_deleted_or_replaced_takes_no_more_events() {
+    for replaced in [false, true] {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("events.db");
+        let store = SqliteStore::open(&path).await.unwrap();
+        append(&store, one("a", "made")).await.unwrap();
+        let aside = dir.path().join("aside.db");
+        std::fs::rename(&path, &aside).unwrap();
+        if replaced {
+            std::fs::write(&path, "").unwrap();
+        }
+        let error = append(&store, one("a", "made")).await.unwrap_err();
+        let AppendError::Store(StoreError::Storage { reason, .. }) = &error else { panic!("{error:?}") };
+        assert!(reason.contains("was deleted, moved or replaced"), "{reason}");
+        std::fs::rename(&aside, &path).unwrap();
+        append(&store, one("a", "made")).await.unwrap();
+    }
+}

@@ -9,7 +9,9 @@ use storied::bus::{JetStreamOptions, NatsOptions, StreamPolicy, StreamStorage, S
 
 use crate::database::DatabaseArgs;
 use crate::failure::Failure;
+use crate::input_file;
 use crate::redact::Given;
+use crate::wait::{Server, with_notice};
 
 /// The NATS server, and the options of the publishing program.
 #[derive(Debug, clap::Args)]
@@ -68,7 +70,7 @@ pub(crate) struct NatsArgs {
     #[arg(long, value_name = "PREFIX")]
     subject_prefix: Option<String>,
 
-    /// Number of partitions in event subjects, if the program sets one (Subjects::partitions)
+    /// Number of partitions in event subjects, 1 to 65535, if the program sets one (Subjects::partitions)
     #[arg(long, value_name = "PARTITIONS")]
     subject_partitions: Option<NonZeroU16>,
 
@@ -77,27 +79,30 @@ pub(crate) struct NatsArgs {
     stream: Option<String>,
 }
 
+/// Maximum age of messages, in seconds: that of JetStreamOptions.
+const CENTURY: u64 = 36_500 * 86_400;
+
 /// Expected properties of a stream, if the program sets other than the defaults.
 #[derive(Debug, clap::Args)]
 pub(crate) struct StreamArgs {
-    /// Number of servers that keep the streams
-    #[arg(long, default_value_t = 1, value_name = "SERVERS")]
-    replicas: usize,
+    /// Number of servers that keep the streams, 1 to 5
+    #[arg(long, default_value_t = 1, value_name = "SERVERS", value_parser = clap::value_parser!(u8).range(1..=5))]
+    replicas: u8,
 
     /// Keeps streams in memory
     #[arg(long)]
     memory_storage: bool,
 
-    /// Maximum age of a message in the log stream, in seconds; 0 is unlimited
-    #[arg(long, default_value_t = 604_800, value_name = "SECONDS")]
+    /// Maximum age of a message in the log stream, in seconds, up to 3153600000; 0 is unlimited
+    #[arg(long, default_value_t = 604_800, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=CENTURY))]
     max_age: u64,
 
-    /// Maximum size of the log stream, in bytes; 0 is unlimited
-    #[arg(long, default_value_t = 1 << 30, value_name = "BYTES")]
+    /// Maximum size of the log stream, in bytes, up to 2^63-1; 0 is unlimited
+    #[arg(long, default_value_t = 1 << 30, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(0..=i64::MAX as u64))]
     max_bytes: u64,
 
-    /// Deduplication window of the server, in seconds
-    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    /// Deduplication window of the server, in seconds, 1 to 3153600000
+    #[arg(long, default_value_t = 120, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=CENTURY))]
     duplicate_window: u64,
 
     /// Checks only the requirements of an exact log stream (StreamPolicy::RequireExisting)
@@ -111,7 +116,7 @@ impl StreamArgs {
         let policy =
             if self.essential { StreamPolicy::RequireExisting } else { StreamPolicy::CreateOrVerify };
         JetStreamOptions::new()
-            .replicas(self.replicas)
+            .replicas(usize::from(self.replicas))
             .storage(storage)
             .max_age(Some(Duration::from_secs(self.max_age)).filter(|age| !age.is_zero()))
             .max_bytes(Some(self.max_bytes).filter(|bytes| *bytes > 0))
@@ -126,6 +131,22 @@ impl NatsArgs {
         let secrets = [&self.nats_password, &self.nats_token, &self.nats_nkey];
         let secrets = secrets.into_iter().flatten().map(|secret| Given::Secret(secret));
         secrets.chain([Given::Urls(&self.nats_url)]).collect()
+    }
+
+    /// Checks the files that the options name. Call it before the first connection of a command.
+    pub(crate) fn check_files(&self) -> Result<(), Failure> {
+        let files = [
+            ("--nats-creds", &self.nats_creds),
+            ("--nats-ca", &self.nats_ca),
+            ("--nats-cert", &self.nats_cert),
+            ("--nats-key", &self.nats_key),
+        ];
+        for (option, path) in files {
+            if let Some(problem) = path.as_deref().and_then(input_file::problem) {
+                return Err(Failure::Usage(format!("{option}: {problem}")));
+            }
+        }
+        Ok(())
     }
 
     /// Connects to the bus.
@@ -174,7 +195,11 @@ impl NatsArgs {
             options = options.client_certificate(certificate, key);
         }
         let bus = options.bus();
-        bus.connect().await?;
+        // The library gives every server two attempts of this length.
+        let servers = self.nats_url.split(',').count();
+        let limit =
+            from.timeout().saturating_mul(2).saturating_mul(u32::try_from(servers).unwrap_or(u32::MAX));
+        with_notice(Server::nats(&self.nats_url), limit, bus.connect()).await?;
         Ok(bus)
     }
 }

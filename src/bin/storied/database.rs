@@ -12,7 +12,9 @@ use storied::projection::{Operator, PostgresReadModel, SqliteReadModel};
 use storied::{Codec, EventStore, PostgresOptions, SqliteOptions, StoreError};
 
 use crate::failure::Failure;
+use crate::input_file;
 use crate::redact::{self, Given};
+use crate::wait::{Server, with_notice};
 
 /// The database, and the time limit of its connections.
 #[derive(Debug, clap::Args)]
@@ -29,7 +31,7 @@ pub(crate) struct DatabaseArgs {
     #[arg(long, global = true)]
     transaction_pooler: bool,
 
-    /// Time limit of a connection, and of an answer
+    /// Time limit of a connection, and of an answer, 1 to 86400
     #[arg(long, global = true, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
 }
@@ -92,7 +94,8 @@ impl DatabaseArgs {
                     .codec(codec)
                     .migrate(tables.migrate)
                     .index_by_name(tables.index_by_name);
-                Ok(Arc::new(options.connect().await?))
+                let connected = with_notice(Server::postgres(url), self.timeout(), options.connect());
+                Ok(Arc::new(connected.await?))
             }
             Database::Sqlite(_) if tables.index_by_name => {
                 Err(StoreError::Invalid { reason: "an index by name needs a PostgreSQL store".into() })
@@ -153,6 +156,9 @@ impl ReadModelArgs {
         let shown = database.shown();
         let operator = match database {
             Database::Postgres(url) => {
+                if let Some(problem) = input_file::postgres_problem(&url) {
+                    return Err(Failure::Usage(problem).about(&shown));
+                }
                 let options = PgConnectOptions::from_str(&url)
                     .map_err(|error| {
                         let said = redact::driver(&error.to_string());
@@ -161,9 +167,10 @@ impl ReadModelArgs {
                     .application_name("storied-cli")
                     .disable_statement_logging();
                 let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(from.timeout());
+                let server = Server::postgres(&url);
                 let schema = self.read_model_schema.as_deref().unwrap_or(&from.schema);
                 let model = PostgresReadModel::new(pool.connect_lazy_with(options)).schema(schema)?;
-                Operator::new(store.clone(), model).await
+                with_notice(server, from.timeout(), Operator::new(store.clone(), model)).await
             }
             Database::Sqlite(path) => {
                 let options = SqliteConnectOptions::new()

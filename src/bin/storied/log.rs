@@ -48,9 +48,9 @@ pub(crate) struct Tail {
     #[command(flatten)]
     filter: FilterArgs,
 
-    /// Number of existing events
-    #[arg(long, short = 'n', default_value_t = 10, value_name = "EVENTS", conflicts_with = "from")]
-    last: usize,
+    /// Number of existing events, up to 100000; to begin earlier, pass --from
+    #[arg(long, short = 'n', default_value_t = 10, value_name = "EVENTS", conflicts_with = "from", value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    last: u32,
 
     /// First position, instead of the last events
     #[arg(long, value_name = "POSITION")]
@@ -134,7 +134,7 @@ async fn tail(store: &dyn EventStore, args: Tail, out: &mut Output) -> Result<()
     let mut after = match args.from {
         Some(from) => Position::new(from.saturating_sub(1)),
         None => {
-            for event in last(store, &filter, head, args.last).await? {
+            for event in last(store, &filter, head, args.last as usize).await? {
                 if printer.printed < limit {
                     printer.print(&event, out)?;
                 }

@@ -7,6 +7,8 @@ mod database;
 mod decode;
 mod failure;
 mod filter;
+#[path = "../../input_file.rs"]
+mod input_file;
 mod log;
 mod migrate;
 mod nats;
@@ -19,6 +21,7 @@ mod status;
 mod store;
 mod stream;
 mod verify;
+mod wait;
 
 use std::process::ExitCode;
 
@@ -117,6 +120,7 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let json = cli.json;
+    wait::set_json(json);
     redact::set(redact::Secrets::of(&cli.secrets()));
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,

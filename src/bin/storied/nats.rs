@@ -32,6 +32,7 @@ impl Command {
 
 pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
     let Command::Check(args) = command;
+    args.nats.check_files()?;
     let store = from.store().await?;
     let bus = args.nats.bus(Some(&args.stream), from).await?;
     let report = bus.inspect(store.info().id).await?;

@@ -87,7 +87,7 @@ pub(crate) struct Told {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct WaitArgs {
-    /// Time limit for a node to take the request; the request stands after that
+    /// Time limit for a node to take the request, 0 to 86400; the request stands after that
     #[arg(long, default_value_t = 15, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400))]
     take_within: u64,
 }

@@ -30,7 +30,7 @@ pub(crate) struct Args {
     #[arg(long)]
     log_stream: bool,
 
-    /// Time limit for the log stream to reach the current end of the log
+    /// Time limit for the log stream to reach the current end of the log, 0 to 86400
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(0..=86_400))]
     log_stream_within: u64,
 
@@ -61,6 +61,9 @@ impl Problems {
 }
 
 pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+    if args.log_stream {
+        args.nats.check_files()?;
+    }
     let store = from.store().await?;
     let head = store.high_water_mark().await?;
     let mut log_stream = None;

@@ -24,6 +24,7 @@ use super::connection_metrics::Recorder;
 use super::options::NatsOptions;
 use crate::bus::{BusError, BusState};
 use crate::event::Position;
+use crate::startup::with_notice;
 use crate::supervised::Task;
 use crate::telemetry::{Metrics, Timer};
 use crate::time::FAR;
@@ -127,7 +128,9 @@ impl Connection {
             .connection_timeout
             .saturating_mul(2)
             .saturating_mul(u32::try_from(servers.len()).unwrap_or(u32::MAX));
-        let client = match timeout(patience.min(FAR), connect.connect(servers)).await {
+        let connecting = timeout(patience.min(FAR), connect.connect(servers));
+        let what = format!("connecting to NATS at {to}");
+        let client = match with_notice(&what, patience, || None, connecting).await {
             Ok(Ok(client)) => client,
             Ok(Err(error)) => {
                 return Err(match error.kind() {

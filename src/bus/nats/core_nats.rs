@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use async_nats::client::PublishErrorKind;
 use uuid::Uuid;
 
 use super::connection::{Connection, Echo, PublishProof, unavailable};
@@ -22,7 +23,15 @@ pub(super) struct CorePublisher {
     hints: Hints,
 }
 
-/// The error of a send, and the index of the first message that the server refused, if it did.
+/// The reason why a message was not sent, and no later one.
+enum Stopped {
+    /// The server refused its subject.
+    Refused(usize, String),
+    /// Its headers alone exceed the limit of the server.
+    TooLarge(usize),
+}
+
+/// The error of a send, and the index of the first message that cannot be sent, if there is one.
 type Unsent = (Option<usize>, BusError);
 
 impl CorePublisher {
@@ -52,12 +61,18 @@ impl CorePublisher {
                 let witness = self.proof.listen(client, &message).await?;
                 let Outgoing { subject, headers, body } = message;
                 let sent = client.publish_with_headers(subject, headers, body).await;
-                sent.map_err(|error| unavailable("publishing".into(), error))?;
+                match sent {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == PublishErrorKind::MaxPayloadExceeded => {
+                        return Ok(Some(Stopped::TooLarge(index)));
+                    }
+                    Err(error) => return Err(unavailable("publishing".into(), error)),
+                }
                 let Some(witness) = witness else { continue };
                 self.echo.round_trip(client).await?;
                 // Nothing is sent after a refused message.
                 if let Some(subject) = self.proof.check(witness) {
-                    return Ok(Some((index, subject)));
+                    return Ok(Some(Stopped::Refused(index, subject)));
                 }
             }
             self.echo.round_trip(client).await?;
@@ -65,8 +80,15 @@ impl CorePublisher {
         };
         match connection.ask(what, send).await {
             Ok(None) => Ok(()),
-            Ok(Some((index, subject))) => {
+            Ok(Some(Stopped::Refused(index, subject))) => {
                 Err((Some(index), connection.not_carried(what, since, subject).await))
+            }
+            Ok(Some(Stopped::TooLarge(index))) => {
+                let reason = format!(
+                    "the message limit of the NATS server ({} bytes) is too small for the headers of one event",
+                    client.max_payload()
+                );
+                Err((Some(index), BusError::Incompatible { reason }))
             }
             Err(error) => Err((None, error)),
         }

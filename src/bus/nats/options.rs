@@ -1,8 +1,11 @@
 use std::fmt;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
+use tokio::task::spawn_blocking;
 
 use super::connection::{Handler, NatsEvent, Watch};
 use super::jetstream::JetStreamOptions;
@@ -13,6 +16,7 @@ use super::{Driver, NatsBus};
 use crate::backoff::jitter;
 use crate::bus::BusError;
 use crate::event::{InvalidName, check_name};
+use crate::input_file;
 use crate::telemetry::Metrics;
 
 /// Default server, if neither the option nor the environment names one.
@@ -196,6 +200,9 @@ impl NatsOptions {
     }
 
     /// Logs in with the JWT and seed in a credentials file, read at the time of the connect.
+    ///
+    /// This file and those of certificates and keys must be regular files of at most 1 MiB. The bus
+    /// checks that when it connects; another file is [`BusError::Incompatible`].
     #[must_use]
     pub fn credentials_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.login = Login::Credentials(path.into());
@@ -398,10 +405,14 @@ impl NatsOptions {
         if self.tls.first {
             options = options.tls_first();
         }
+        // async-nats reads these files itself, without a limit.
         for roots in &self.tls.roots {
+            check_file("NatsOptions::root_certificates", roots)?;
             options = options.add_root_certificates(roots.clone());
         }
         if let Some((certificate, key)) = &self.tls.client {
+            check_file("NatsOptions::client_certificate", certificate)?;
+            check_file("NatsOptions::client_certificate", key)?;
             options = options.add_client_certificate(certificate.clone(), key.clone());
         }
         Ok(match &self.login {
@@ -410,12 +421,44 @@ impl NatsOptions {
             Login::Token(token) => options.token(token.clone()),
             Login::NKey(seed) => options.nkey(seed.clone()),
             Login::Credentials(path) => {
-                options.credentials_file(path).await.map_err(|error| BusError::Incompatible {
-                    reason: format!("cannot use the credentials file {}: {}", path.display(), error.kind()),
+                // The error of the parser is left out: it may quote the file.
+                options.credentials(&credentials(path).await?).map_err(|_| BusError::Incompatible {
+                    reason: format!(
+                        "{CREDENTIALS}: {} contains no JWT and seed; name a credentials file of NATS",
+                        path.display()
+                    ),
                 })?
             }
         })
     }
+}
+
+/// The option of the credentials file, in errors.
+const CREDENTIALS: &str = "NatsOptions::credentials_file";
+
+/// Refuses a file that async-nats would read without an end, or that it could not read.
+fn check_file(option: &str, path: &Path) -> Result<(), BusError> {
+    let refused = |problem| Err(BusError::Incompatible { reason: format!("{option}: {problem}") });
+    input_file::problem(path).map_or(Ok(()), refused)
+}
+
+/// Reads a credentials file.
+async fn credentials(path: &Path) -> Result<String, BusError> {
+    check_file(CREDENTIALS, path)?;
+    let file = path.to_owned();
+    let read = spawn_blocking(move || {
+        let mut text = String::new();
+        // Limited, because the file may have grown since the check.
+        File::open(file)?.take(input_file::MOST).read_to_string(&mut text)?;
+        Ok(text)
+    });
+    let read = read.await.map_err(std::io::Error::other).flatten();
+    read.map_err(|error: std::io::Error| BusError::Incompatible {
+        reason: format!(
+            "{CREDENTIALS}: reading {} failed: {error}; correct the path or its permissions",
+            path.display()
+        ),
+    })
 }
 
 /// Whether every login in a list of servers is at its proper position.

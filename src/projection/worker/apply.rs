@@ -61,6 +61,14 @@ pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool
     causes(&**error).any(transient) || outage::is_outage(&**error) || read_model.is_outage(&**error)
 }
 
+/// Returns whether a transaction without events succeeds.
+async fn commits_without_events<R: ReadModel>(read_model: &R, row: &str, saved: Checkpoint) -> bool {
+    match read_model.begin(row, saved).await {
+        Ok(open) => read_model.commit(open, row, saved, saved, None).await.is_ok(),
+        Err(_) => false,
+    }
+}
+
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Returns the time of the next attempt, if the first pending event has failed and must wait.
     pub(super) fn left_alone(&self) -> Option<Instant> {
@@ -117,19 +125,29 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
         self.applying = None;
         let Some(error) = failure else { return self.commit(open, saved, pending, applied, began).await };
-        let outage = is_outage(self.read_model, &error);
-        if !outage {
-            self.suspect_of(&pending, applied, &error);
-        }
-        if applied > 0 && !self.read_model.rolls_back() {
-            self.commit(open, saved, pending, applied, began).await;
-            // Otherwise the commit has failed, and its error decides about the retry.
-            if self.saved.is_none() {
-                return;
-            }
-        } else {
-            self.pending = Some(pending);
+        let mut outage = is_outage(self.read_model, &error);
+        if self.read_model.rolls_back() {
             self.roll_back(open).await;
+            outage &= !(self.read_model.may_be_of_event(&*error)
+                && commits_without_events(self.read_model, &self.row, saved).await);
+            if !outage {
+                self.suspect_of(&pending, applied, &error);
+            }
+            self.pending = Some(pending);
+        } else {
+            if !outage {
+                self.suspect_of(&pending, applied, &error);
+            }
+            if applied > 0 {
+                self.commit(open, saved, pending, applied, began).await;
+                // Otherwise the commit has failed, and its error decides about the retry.
+                if self.saved.is_none() {
+                    return;
+                }
+            } else {
+                self.pending = Some(pending);
+                self.roll_back(open).await;
+            }
         }
         if outage {
             self.on_unavailable(&*error);
@@ -190,9 +208,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
         match self.read_model.commit(open, &self.row, saved, to, None).await {
             Ok(()) => {}
-            Err(CheckpointError::Store(error)) if self.is_refusal(&error) => {
-                // The database checks some constraints only at the commit, and does not report
-                // which event broke one.
+            // The database checks some constraints only at the commit, and does not report which
+            // event broke one. Nor does it report who made the transaction unusable.
+            Err(CheckpointError::Store(error))
+                if self.is_refusal(&error)
+                    || (self.read_model.rolls_back()
+                        && self.read_model.may_be_of_event(&error)
+                        && commits_without_events(self.read_model, &self.row, saved).await) =>
+            {
                 match count {
                     1 => self.suspect_of(&pending, 0, &ApplyError::from(error)),
                     _ => self.size.one(),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use super::apply::is_outage;
 use super::{ProjectionTask, TaskConfig};
 use crate::projection::error::NoReset;
 use crate::projection::{MemoryRun, Projection, ReadModel};
@@ -39,7 +40,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 return StoreError::Invalid { reason };
             }
             let reason = format!("emptying the memory of projection {name} failed: {error}");
-            StoreError::Unavailable { reason, source: None }
+            // Its own error stays until the program or the reset changes.
+            match is_outage(self.read_model, &error) {
+                true => StoreError::not_now(reason),
+                false => StoreError::Invalid { reason },
+            }
         })
     }
 }

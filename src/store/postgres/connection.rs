@@ -60,6 +60,8 @@ pub(super) struct Connections {
     idle: Mutex<Vec<(Live, Instant)>>,
     /// See [`begun`](Self::begun).
     begun: AtomicU64,
+    /// See [`refusal`](Self::refusal).
+    refusal: Mutex<Option<String>>,
 }
 
 impl fmt::Debug for Connections {
@@ -108,8 +110,8 @@ impl Connections {
         limit: usize,
     ) -> Self {
         let permits = Arc::new(Semaphore::new(limit.max(1)));
-        let (idle, begun) = (Mutex::default(), AtomicU64::new(0));
-        Self { source, patience, transactional, begin, permits, idle, begun }
+        let (idle, begun, refusal) = (Mutex::default(), AtomicU64::new(0), Mutex::default());
+        Self { source, patience, transactional, begin, permits, idle, begun, refusal }
     }
 
     /// Returns whether statements may be prepared under a name.
@@ -175,9 +177,26 @@ impl Connections {
             if !for_now(&error) || Instant::now() + pause >= deadline {
                 return Err(failed(doing, error));
             }
+            self.set_refusal(&error);
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_millis(250));
         }
+    }
+
+    /// Returns the last answer of a server that may accept connections soon.
+    pub(super) fn refusal(&self) -> Option<String> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_refusal(&self, error: &sqlx::Error) {
+        let reason = match (error, &self.source) {
+            (sqlx::Error::Io(error), Source::Own(options)) if options.get_socket().is_none() => {
+                format!("{}:{}: {}", options.get_host(), options.get_port(), error.kind())
+            }
+            (sqlx::Error::Io(error), _) => error.kind().to_string(),
+            (error, _) => error.to_string(),
+        };
+        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
     }
 
     fn session(self: &Arc<Self>, live: Live, permit: OwnedSemaphorePermit) -> Session {

@@ -6,6 +6,7 @@ use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use super::super::StoreError;
+use crate::transient::causes;
 
 /// The outcome of a failed statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,6 +106,16 @@ fn is_stale_session(database: &PgDatabaseError) -> bool {
     }
 }
 
+/// Returns whether an earlier statement of the same transaction may have caused the error.
+pub(crate) fn may_be_of_transaction(error: &(dyn Error + 'static)) -> bool {
+    let code = causes(error).find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
+        Some(error) => error.as_database_error()?.code(),
+        None => cause.downcast_ref::<Box<dyn DatabaseError>>()?.code(),
+    });
+    // The transaction failed, or is read-only, or its role or its path is another.
+    matches!(code.as_deref(), Some("25P02" | "25006" | "42501" | "42P01"))
+}
+
 /// Returns whether the error is [`OVERTAKEN`], which is not a failure.
 pub(crate) fn is_version_race(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(OVERTAKEN))
@@ -135,6 +146,12 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         // Waiting fixes neither a certificate nor a server without TLS.
         sqlx::Error::Tls(_) => no_tls(doing, &error),
         sqlx::Error::Io(io) if io.kind() == std::io::ErrorKind::InvalidData => no_tls(doing, &error),
+        // The first byte of the answer to the first message of a connection: no PostgreSQL answers so.
+        sqlx::Error::Protocol(text) if text.contains("SSLRequest") => StoreError::Misconfigured {
+            expected: "a PostgreSQL server".into(),
+            found: format!("a server with another protocol ({doing}: {text})"),
+            advice: "check host and port of the database URL".into(),
+        },
         sqlx::Error::PoolTimedOut => StoreError::unavailable(
             format!("{doing}: no connection became free or could be opened in time"),
             error,

@@ -15,6 +15,7 @@ use super::notify::Hints;
 use super::statements::Schema;
 use super::{PostgresStore, schema};
 use crate::codec::Codec;
+use crate::input_file;
 use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::startup::{self, START_TIMEOUT};
 
@@ -274,13 +275,15 @@ impl PostgresOptions {
         let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
         let Self { codec, migrate, index_by_name, connect_timeout, .. } = self;
         let prepare = || schema::prepare(&connections, &schema, codec, migrate, index_by_name);
-        let prepared = startup::wait_for("connecting to PostgreSQL", connect_timeout, prepare).await?;
+        let reason = || connections.refusal();
+        let prepared =
+            startup::wait_for("connecting to PostgreSQL", connect_timeout, reason, prepare).await?;
         let indexed = prepared.indexed_by_name;
         let info = StoreInfo::new("postgres", prepared.id, codec)
             .with_append_concurrency(self.append_concurrency)
             .with_adoption(prepared.adoption);
         let open = || PostgresStore::open(info.clone(), indexed, &schema, connections.clone(), hints.clone());
-        startup::wait_for("reading the high-water mark", connect_timeout, open).await
+        startup::wait_for("reading the high-water mark", connect_timeout, reason, open).await
     }
 
     fn validate(&self) -> Result<(), InvalidOption> {
@@ -344,6 +347,9 @@ impl PostgresOptions {
         let url = self.url.clone().or_else(from_environment).ok_or_else(|| StoreError::Invalid {
             reason: "no database URL; pass one, or set DATABASE_URL".into(),
         })?;
+        if let Some(reason) = input_file::postgres_problem(&url) {
+            return Err(StoreError::Invalid { reason });
+        }
         let options =
             PgConnectOptions::from_str(&url).map_err(|error| failed("reading the database URL", error))?;
         let options = require_tls(options, &url);

@@ -5,6 +5,7 @@
 //! abandoned inside a transaction.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -26,7 +27,26 @@ pub(super) struct Writer {
     options: SqliteConnectOptions,
     /// Maximum wait of a transaction for earlier ones.
     patience: Duration,
+    /// The file at the path when it was opened.
+    file: Option<FileId>,
     connection: Arc<Mutex<Option<SqliteConnection>>>,
+}
+
+/// The identity of a file: device and number. `None` where the system has none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileId(u64, u64);
+
+impl FileId {
+    fn of(path: &Path) -> Option<Self> {
+        let file = std::fs::metadata(path).ok()?;
+        #[cfg(unix)]
+        return Some(Self(
+            std::os::unix::fs::MetadataExt::dev(&file),
+            std::os::unix::fs::MetadataExt::ino(&file),
+        ));
+        #[cfg(not(unix))]
+        return file.is_file().then_some(Self(0, 0));
+    }
 }
 
 /// The reason why a transaction has no result.
@@ -56,7 +76,22 @@ impl Writer {
         patience: Duration,
         connection: SqliteConnection,
     ) -> Self {
-        Self { options, patience, connection: Arc::new(Mutex::new(Some(connection))) }
+        let file = FileId::of(options.get_filename());
+        Self { options, patience, file, connection: Arc::new(Mutex::new(Some(connection))) }
+    }
+
+    /// Checks that the database is still the file at its path. SQLite keeps writing to a deleted
+    /// file, and its last close loses all of it.
+    fn check_file(&self, doing: &str) -> Result<(), StoreError> {
+        let path = self.options.get_filename();
+        if FileId::of(path) == self.file {
+            return Ok(());
+        }
+        let reason = format!(
+            "{doing}: {} was deleted, moved or replaced while it was open; put the file back, or restart the program",
+            path.display()
+        );
+        Err(StoreError::Storage { reason, source: None })
     }
 
     /// Runs `work` in a transaction that holds SQLite's write lock from its start.
@@ -77,6 +112,7 @@ impl Writer {
             let reason = format!("{doing}: other writes took longer than {:?}", self.patience);
             return Err(Failure::Refused(StoreError::Unavailable { reason, source: None }.into()));
         };
+        self.check_file(doing).map_err(|error| Failure::Refused(error.into()))?;
         let options = self.options.clone();
         let task = tokio::spawn(async move {
             let refused = |error| Failure::Refused(E::from(failed(doing, error)));
