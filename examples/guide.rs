@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection, PgPool, SqliteConnection, SqlitePool};
-use storied::command::{CommandBus, NatsCommands};
+use storied::command::{CommandBus, NatsCommandOptions};
 use storied::projection::{ApplyError, Lookup, Projection, ProjectionState};
 use storied::runtime::Builder;
 use storied::{
@@ -191,7 +191,7 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
 
     let sales = runtime.projection("sales")?;
     sales.reset().await?; // empties the table and applies the log from its start
-    sales.wait_until_live(Duration::from_secs(10)).await?;
+    sales.wait_until_caught_up(Duration::from_secs(10)).await?;
     let sold: i64 = sqlx::query_scalar("SELECT sum(seats) FROM sales").fetch_one(&read).await?;
     assert_eq!(sold, 3);
 
@@ -241,7 +241,7 @@ async fn shared(database: &str, nats: &str) -> Result<Builder, Failure> {
     Ok(Runtime::builder()
         .store(PostgresStore::connect(database).await?)
         .bus(nats(NatsOptions::core())?.bus())
-        .commands(CommandBus::nats(NatsCommands::new(nats(NatsOptions::core())?))))
+        .commands(CommandBus::nats(NatsCommandOptions::new(nats(NatsOptions::core())?))))
 }
 
 /// Starts a node that runs the shows.

@@ -39,7 +39,7 @@ pub use self::handler::{
 };
 pub use self::hooks::{CommandEnd, CommandInfo};
 #[cfg(feature = "nats")]
-pub use self::nats::NatsCommands;
+pub use self::nats::NatsCommandOptions;
 pub(crate) use self::registry::{Registry, Respawn};
 pub(crate) use self::wait::ProjectionWaiter;
 pub use self::wait::{Applied, ExecuteAndWait, ProjectionLag};

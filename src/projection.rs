@@ -8,7 +8,7 @@
 //! | `SqliteReadModel` | `SqliteConnection` | exactly once: writes of `apply` and the checkpoint commit together (I6) |
 //! | `PostgresReadModel` | `PgConnection` | the same |
 //! | [`InMemory`] | `()` | on every node, rebuilt at every start: from the start of the log, or from its [snapshot](InMemory::snapshot_every) |
-//! | [`External`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
+//! | [`AtLeastOnce`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 //!
 //! If nodes share a read model, one node at a time owns it. If the projection is
 //! [partitioned](crate::runtime::Builder::partitioned), each node owns a share of the partitions.
@@ -18,7 +18,7 @@
 mod checkpoint_store;
 mod control;
 mod error;
-mod external;
+mod at_least_once;
 mod factory;
 mod handle;
 mod layout;
@@ -48,14 +48,14 @@ use std::time::Duration;
 
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable, WaitError};
-pub use self::external::{Delivery, External};
+pub use self::at_least_once::{Delivery, AtLeastOnce};
 pub(crate) use self::factory::{ProjectionFactory, spawn};
 pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
 use self::memory_run::MemoryRun;
 pub(crate) use self::name::problem as name_problem;
-pub use self::operator::{Asked, Operator, PartRecord, ProjectionRecord, RebuildRecord};
+pub use self::operator::{RequestTicket, Operator, PartRecord, ProjectionRecord, RebuildRecord};
 pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
@@ -134,7 +134,7 @@ pub trait Projection: Send + 'static {
     /// is 10 s.
     ///
     /// Without [rollback](ReadModel::rolls_back), an error or a crash can leave the read model half
-    /// empty, and replay must repair it. Therefore the checkpoints of an [`External`] read model
+    /// empty, and replay must repair it. Therefore the checkpoints of an [`AtLeastOnce`] read model
     /// move to the start of the log before this call, and stay there if the call fails: the log is
     /// applied once more to the remaining data. If the node can no longer hold up the other nodes,
     /// for example because it is cut off from the store, the future is dropped.
@@ -148,7 +148,7 @@ pub trait Projection: Send + 'static {
     /// Called after a [cancelled rebuild](ProjectionHandle::cancel_rebuild), once its last task has
     /// stopped, also if there is no data. The default keeps the data, unused: the next rebuild
     /// writes to the same version, and its [`reset`](Self::reset) finds it.
-    fn discard(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+    fn drop_version(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Ok(()) }
     }
@@ -163,7 +163,7 @@ pub trait Projection: Send + 'static {
     /// for a lock of another session. If it fails or exceeds the limit, the live version continues,
     /// the rebuilt version keeps up with it, and the cut-over is retried after 5 s to 60 s.
     /// [`RebuildStatus::last_error`] gives the cause. Do slow work elsewhere.
-    fn go_live(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+    fn cut_over(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Ok(()) }
     }
@@ -172,7 +172,7 @@ pub trait Projection: Send + 'static {
 /// Partition and version that a projection is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Target {
+pub struct BuildTarget {
     /// Partition of the events; the only one if the projection is not partitioned.
     pub partition: Partition,
     /// Version of the read model to write to: 0, plus 1 for each rebuild.

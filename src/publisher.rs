@@ -86,7 +86,7 @@ impl PublisherOptions {
     /// If the publishing node dies, another node takes over after this time. Default: 6 s. Range:
     /// 50 ms to 1 day.
     #[must_use]
-    pub fn lease(mut self, ttl: Duration) -> Self {
+    pub fn lease_ttl(mut self, ttl: Duration) -> Self {
         self.lease = ttl;
         self
     }
@@ -96,7 +96,7 @@ impl PublisherOptions {
         at_least("PublisherOptions::busy_poll", self.busy_poll, Duration::from_millis(1))?;
         at_least("PublisherOptions::idle_poll", self.idle_poll, Duration::from_millis(10))?;
         at_least("PublisherOptions::heartbeat", self.heartbeat, Duration::from_millis(10))?;
-        lease::check("PublisherOptions::lease", self.lease)
+        lease::check("PublisherOptions::lease_ttl", self.lease)
     }
 }
 

@@ -32,12 +32,12 @@ use crate::lease::LeaseWatcher;
 use crate::partition;
 use crate::projection::{
     self, Lookup, NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions,
-    ProjectionStatus, ReadModel, Target,
+    ProjectionStatus, ReadModel, BuildTarget,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::startup::{self, START_TIMEOUT};
 use crate::store::{
-    EventStore, GroupCommitter, IntoEventStore, LeaseInfo, Stall, StoreError, StoreInfo, WriterOptions,
+    EventStore, GroupCommitter, IntoEventStore, LeaseInfo, HighWaterStall, StoreError, StoreInfo, WriterOptions,
     WriterStatus,
 };
 use crate::supervised::Task;
@@ -252,7 +252,7 @@ pub struct RuntimeStatus {
     /// The high-water mark of the log, or the error of reading it.
     pub high_water_mark: Result<Position, StoreError>,
     /// The transaction that holds back the high-water mark, if any. A running append is harmless.
-    pub stall: Result<Option<Stall>, StoreError>,
+    pub stall: Result<Option<HighWaterStall>, StoreError>,
     /// The group-commit writer.
     pub writer: WriterStatus,
     /// The aggregate types, by category.
@@ -331,11 +331,11 @@ impl Builder {
     ///
     /// `make` creates the projection for each version of its read model, in tables of its own. Some
     /// read models cannot cut over in a transaction: [`InMemory`](crate::projection::InMemory) and
-    /// [`External`](crate::projection::External). On these the projection runs as any other, and a
+    /// [`AtLeastOnce`](crate::projection::AtLeastOnce). On these the projection runs as any other, and a
     /// rebuild is [refused](crate::projection::ControlError::NotRebuildable).
     pub fn rebuildable<P, R>(
         self,
-        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
         read_model: R,
         options: ProjectionOptions,
     ) -> Self
@@ -364,7 +364,7 @@ impl Builder {
     pub fn partitioned<P, R>(
         self,
         partitions: u16,
-        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
         read_model: R,
     ) -> Self
     where
@@ -378,7 +378,7 @@ impl Builder {
     pub fn partitioned_with<P, R>(
         self,
         partitions: u16,
-        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
         read_model: R,
         options: ProjectionOptions,
     ) -> Self
@@ -554,7 +554,7 @@ impl Builder {
         }
         let writer = GroupCommitter::start(store.clone(), WriterOptions::default(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
-            .then(|| Task::spawn(forgetting(store.clone(), self.commands.records_kept())));
+            .then(|| Task::spawn(forgetting(store.clone(), self.commands.command_retention())));
         let commands = Dispatcher::new(self.commands.hooks(), metrics);
         let mut registry = Registry::default();
         for registration in self.aggregates {

@@ -182,7 +182,7 @@ impl LogPage {
 /// Readers do not see the events after the mark until that transaction ends.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
-pub struct Stall {
+pub struct HighWaterStall {
     /// Process id of the server process with the lowest low-water lock; `None` for a prepared
     /// transaction.
     pub pid: Option<i32>,
@@ -279,7 +279,7 @@ pub trait EventStore: Send + Sync + 'static {
     ///
     /// It is an append in flight, perhaps for a millisecond only, or a transaction left open after
     /// an append. The default is `None`, for stores that commit one transaction after the other.
-    fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
+    fn stall(&self) -> BoxFuture<'_, Result<Option<HighWaterStall>, StoreError>> {
         Box::pin(std::future::ready(Ok(None)))
     }
 

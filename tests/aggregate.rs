@@ -190,7 +190,7 @@ async fn invalid_calls_are_rejected_before_any_effect() {
     assert_eq!(odd.stream.id(), "O'Brien \u{1F980} \"quoted\"");
     let nobody = Runtime::builder().store(MemoryStore::new()).start().await.unwrap();
     let error = nobody.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", may_come: false }), "{error}");
+    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", retryable: false }), "{error}");
     assert!(!error.is_transient());
 }
 
@@ -516,12 +516,12 @@ mod readable {
             // The field name is part of the data.
             let error = runtime.execute::<Memo>("a", take(note(2, "id"), 0.5)).await.unwrap_err();
             assert!(
-                matches!(&error, ExecuteError::Unwritable(EncodeError::NotReadable { what, .. }) if what == "memo.Noted"),
+                matches!(&error, ExecuteError::Encode(EncodeError::NotReadable { what, .. }) if what == "memo.Noted"),
                 "{error}"
             );
             // A reply that a repetition could not decode.
             let error = runtime.execute::<Memo>("a", take(note(3, "k"), f64::NAN)).await.unwrap_err();
-            assert!(matches!(&error, ExecuteError::Unwritable(EncodeError::NotReadable { .. })), "{error}");
+            assert!(matches!(&error, ExecuteError::Encode(EncodeError::NotReadable { .. })), "{error}");
             runtime.execute::<Memo>("a", take(note(4, "k"), 1.0)).await.unwrap();
             let live = runtime.execute::<Memo>("a", MemoCommand::Show).await.unwrap().reply.0;
             runtime.shutdown().await.unwrap();
@@ -540,7 +540,7 @@ async fn too_many_commands_are_an_overload() {
     let store = FaultyStore::new(MemoryStore::new());
     let options = AggregateOptions::<Counter>::new()
         .max_in_flight(4)
-        .max_in_flight_each(2)
+        .max_in_flight_per_aggregate(2)
         .admission_timeout(Duration::from_millis(50));
     let runtime = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
     store.hold();
@@ -699,7 +699,7 @@ async fn contention_without_end_gives_up() {
     let runtime = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
     store.always_first(stream("a"), || added(1));
     let error = runtime.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Contended { attempts: 3, .. }), "{error}");
+    assert!(matches!(error, ExecuteError::RetriesExhausted { attempts: 3, .. }), "{error}");
     store.heal();
     assert_eq!(runtime.execute::<Counter>("a", Add(1)).await.unwrap().reply, 4);
 }
@@ -720,7 +720,7 @@ async fn an_unreadable_event_is_named() {
     }
     foreign(&store, "b", ExpectedVersion::Any, vec![odd("counter.added", &[0x1c, 0xff])]).await;
     let error = runtime.execute::<Counter>("b", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Unreadable(_)), "{error}");
+    assert!(matches!(error, ExecuteError::Decode(_)), "{error}");
     assert_eq!(runtime.execute::<Counter>("c", Add(1)).await.unwrap().reply, 1);
 }
 
@@ -1082,7 +1082,7 @@ mod unlucky {
         let good = runtime.execute::<Unlucky>("x", 1_u64).dispatch().await.unwrap();
         store.held(1).await;
         let error = runtime.execute::<Unlucky>("x", 13_u64).await.unwrap_err();
-        assert!(matches!(&error, ExecuteError::Unwritable(_)), "{error:?}");
+        assert!(matches!(&error, ExecuteError::Encode(_)), "{error:?}");
         assert!(error.to_string().contains("cannot write 13"), "{error}");
         store.release();
         good.await.unwrap();

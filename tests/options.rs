@@ -211,7 +211,7 @@ async fn times_are_in_their_range_or_refused() {
             |o, v| Options { publisher: o.publisher.clone().heartbeat(v), ..o },
             short,
         ),
-        ("PublisherOptions::lease", |o, v| Options { publisher: o.publisher.clone().lease(v), ..o }, lease),
+        ("PublisherOptions::lease_ttl", |o, v| Options { publisher: o.publisher.clone().lease_ttl(v), ..o }, lease),
         (
             "AggregateOptions::idle_timeout",
             |o, v| Options { aggregate: o.aggregate.idle_timeout(v), ..o },
@@ -281,8 +281,8 @@ async fn counts_are_in_their_range_or_refused() {
             ends,
         ),
         (
-            "AggregateOptions::max_in_flight_each",
-            |o, v| Options { aggregate: o.aggregate.max_in_flight_each(v), ..o },
+            "AggregateOptions::max_in_flight_per_aggregate",
+            |o, v| Options { aggregate: o.aggregate.max_in_flight_per_aggregate(v), ..o },
             ends,
         ),
         ("HandlerOptions::workers", |o, v| Options { handler: o.handler.clone().workers(v), ..o }, ends),
@@ -405,11 +405,11 @@ async fn postgres_options_are_in_their_range_or_refused() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_limit_counts_for_each_aggregate_too() {
     let options = AggregateOptions::<Counter>::new().max_in_flight(10).max_in_flight(5_000);
-    assert!(format!("{options:?}").contains("max_in_flight_each: 1024"), "{options:?}");
+    assert!(format!("{options:?}").contains("max_in_flight_per_aggregate: 1024"), "{options:?}");
     let options = AggregateOptions::<Counter>::new().max_in_flight(10);
-    assert!(format!("{options:?}").contains("max_in_flight_each: 10"), "{options:?}");
-    let options = AggregateOptions::<Counter>::new().max_in_flight_each(3).max_in_flight(5_000);
-    assert!(format!("{options:?}").contains("max_in_flight_each: 3"), "{options:?}");
+    assert!(format!("{options:?}").contains("max_in_flight_per_aggregate: 10"), "{options:?}");
+    let options = AggregateOptions::<Counter>::new().max_in_flight_per_aggregate(3).max_in_flight(5_000);
+    assert!(format!("{options:?}").contains("max_in_flight_per_aggregate: 3"), "{options:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

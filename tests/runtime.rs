@@ -400,7 +400,7 @@ async fn dropping_a_runtime_loses_and_duplicates_nothing() {
     }
     assert!(acknowledged >= commands.len());
     let (runtime, read) = shop.open().await;
-    runtime.projection("ledger").unwrap().wait_until_live(Duration::from_secs(20)).await.unwrap();
+    runtime.projection("ledger").unwrap().wait_until_caught_up(Duration::from_secs(20)).await.unwrap();
     let store = shop.store().await;
     let events = log(&store).await;
     assert_eq!(events.len(), commands.len(), "each command took effect once");
@@ -448,7 +448,7 @@ async fn public_futures_can_be_spawned() {
     spawnable(&runtime.execute::<Account>(1, Deposit(1)).into_future());
     let projection = runtime.projection("count").unwrap().clone();
     spawnable(&projection.caught_up_to(Position::START));
-    spawnable(&projection.wait_until_live(Duration::ZERO));
+    spawnable(&projection.wait_until_caught_up(Duration::ZERO));
     spawnable(&projection.pause());
     spawnable(&projection.resume());
     spawnable(&projection.reset());

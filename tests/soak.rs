@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::{Connection, Executor};
 use storied::bus::JetStreamOptions;
-use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommands};
+use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommandOptions};
 use storied::projection::{ApplyError, FollowMode};
 use storied::{
     Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter,
@@ -173,7 +173,7 @@ async fn a_node_process() {
     let runtime = Runtime::builder()
         .store(PostgresStore::connect(&url).await.unwrap())
         .bus(NatsOptions::jetstream(JetStreamOptions::new()).url(&nats).bus())
-        .commands(CommandBus::nats(NatsCommands::new(NatsOptions::core().url(&nats))))
+        .commands(CommandBus::nats(NatsCommandOptions::new(NatsOptions::core().url(&nats))))
         .aggregate_with(AggregateOptions::<Meter>::new().command_window(COMMAND_WINDOW))
         .handler(Both)
         .partitioned_with(8, |_| Totals, PostgresReadModel::new(pool.clone()), options.clone())
@@ -341,7 +341,7 @@ async fn nothing_grows_and_nothing_is_lost() {
     let mut nodes: Vec<_> = (0..3).map(|_| Node::start(&url, &nats.url())).collect();
     let caller = Runtime::builder()
         .store(store.clone())
-        .commands(CommandBus::nats(NatsCommands::new(NatsOptions::core().url(nats.url()))))
+        .commands(CommandBus::nats(NatsCommandOptions::new(NatsOptions::core().url(nats.url()))))
         .start()
         .await
         .unwrap();

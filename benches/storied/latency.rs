@@ -28,7 +28,7 @@ pub async fn to_projection(plan: &Plan) -> Comparison {
     let store = Store::fresh(plan.store).await;
     let (sender, mut seen) = mpsc::unbounded_channel();
     let runtime = store.builder().projection(Seen(sender), InMemory::new()).start().await.unwrap();
-    runtime.projection("seen").unwrap().wait_until_live(Duration::from_secs(10)).await.unwrap();
+    runtime.projection("seen").unwrap().wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
     let mut ticks = ticks();
     let mut latencies = Vec::with_capacity(plan.events);
     for n in 0..plan.events {

@@ -104,7 +104,7 @@ impl Scene {
             }
         };
         let follower = follower.start().await.unwrap();
-        follower.projection("seen").unwrap().wait_until_live(Duration::from_secs(30)).await.unwrap();
+        follower.projection("seen").unwrap().wait_until_caught_up(Duration::from_secs(30)).await.unwrap();
         nodes.push(follower);
         Self { store, nodes, seen, nats }
     }

@@ -1,7 +1,7 @@
 use futures_util::StreamExt;
 use storied::NatsBus;
 use storied::bus::JetStreamOptions;
-use storied::command::{CommandBus, NatsCommands};
+use storied::command::{CommandBus, NatsCommandOptions};
 
 use crate::args::BusKind;
 use crate::support::{NatsOptions, NatsServer};
@@ -62,7 +62,7 @@ impl Nats {
 
     pub fn commands(&self) -> CommandBus {
         let options = storied::NatsOptions::core().url(&self.url).namespace(NAMESPACE).unwrap();
-        CommandBus::nats(NatsCommands::new(options))
+        CommandBus::nats(NatsCommandOptions::new(options))
     }
 
     /// Deletes the log stream, so that nothing stays on a shared server.

@@ -149,7 +149,7 @@ async fn settle(shared: &Shared, transfer: Transfer) -> Result<Settled, Failure>
                 return Err(Failure::Bug("no such account"));
             }
             Err(ExecuteError::Rejected(_)) => Some(End::Refused),
-            Err(ExecuteError::SameId { .. }) => return Err(Failure::Bug("an id was used twice")),
+            Err(ExecuteError::CommandIdReused { .. }) => return Err(Failure::Bug("an id was used twice")),
             Err(error) if Instant::now() > give_up => {
                 return Err(Failure::Unsettled { id, reason: error.to_string() });
             }

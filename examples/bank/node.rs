@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use storied::bus::JetStreamOptions;
-use storied::command::{CommandBus, HandlerOptions, NatsCommands};
+use storied::command::{CommandBus, HandlerOptions, NatsCommandOptions};
 use storied::runtime::Builder;
 use storied::{AggregateOptions, MemoryStore, NatsOptions, PostgresOptions, Runtime, SqliteStore};
 
@@ -51,7 +51,7 @@ async fn builder(args: &Args, name: &str) -> Result<Builder, Failure> {
         Bus::Core => NatsOptions::core(),
         Bus::JetStream => NatsOptions::jetstream(JetStreamOptions::new()),
     };
-    let commands = NatsCommands::new(nats(args, NatsOptions::core())?).node(name);
+    let commands = NatsCommandOptions::new(nats(args, NatsOptions::core())?).node(name);
     Ok(builder.bus(nats(args, options)?.bus()).commands(CommandBus::nats(commands)))
 }
 

@@ -196,7 +196,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }) {
             if pending.order.content != order.content {
                 let command_id = order.command_id;
-                return answer(order.reply, Err(ExecuteError::SameId { command_id }));
+                return answer(order.reply, Err(ExecuteError::CommandIdReused { command_id }));
             }
             return pending.repeated.push((order, load));
         }
@@ -238,7 +238,7 @@ impl<A: Aggregate> AggregateActor<A> {
         // command on another node.
         if order.attempts >= self.shared.options.attempts {
             let (stream, attempts) = (self.stream.clone(), order.attempts);
-            return answer(order.reply, Err(ExecuteError::Contended { stream, attempts }));
+            return answer(order.reply, Err(ExecuteError::RetriesExhausted { stream, attempts }));
         }
         // The decision is based on all earlier decisions, durable or not: all are in the state.
         order.attempts += 1;
@@ -495,7 +495,7 @@ impl<A: Aggregate> AggregateActor<A> {
         };
         // Events of other programs and of older versions have no fingerprint.
         if metadata.content.is_some_and(|content| content != order.content) {
-            return Err(ExecuteError::SameId { command_id: order.command_id });
+            return Err(ExecuteError::CommandIdReused { command_id: order.command_id });
         }
         let reply = from_cbor(if metadata.reply.is_empty() { &NO_REPLY } else { &metadata.reply });
         // A retry reads the same bytes: the outcome is known, and only the reply is not.

@@ -89,7 +89,7 @@ impl<A: Aggregate> AggregateOptions<A> {
     /// others. Default: 1,024, or [`max_in_flight`](Self::max_in_flight) if that is less. Range: 1
     /// to 1,000,000.
     #[must_use]
-    pub fn max_in_flight_each(mut self, commands: usize) -> Self {
+    pub fn max_in_flight_per_aggregate(mut self, commands: usize) -> Self {
         self.in_flight_each = Some(commands);
         self
     }
@@ -162,7 +162,7 @@ impl<A> AggregateOptions<A> {
     pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
         at_least("AggregateOptions::max_live", self.live, 1)?;
         within("AggregateOptions::max_in_flight", self.in_flight, 1..=MOST_IN_FLIGHT)?;
-        within("AggregateOptions::max_in_flight_each", self.in_flight_each(), 1..=MOST_IN_FLIGHT)?;
+        within("AggregateOptions::max_in_flight_per_aggregate", self.in_flight_each(), 1..=MOST_IN_FLIGHT)?;
         at_least("AggregateOptions::attempts", self.attempts, 1)?;
         let every = self.snapshots.as_ref().map_or(1, |snapshots| snapshots.every);
         at_least("AggregateOptions::snapshot_every", every, 1)
@@ -175,7 +175,7 @@ impl<A> fmt::Debug for AggregateOptions<A> {
             .field("max_live", &self.live)
             .field("idle_timeout", &self.idle)
             .field("max_in_flight", &self.in_flight)
-            .field("max_in_flight_each", &self.in_flight_each())
+            .field("max_in_flight_per_aggregate", &self.in_flight_each())
             .field("admission_timeout", &self.admission)
             .field("attempts", &self.attempts)
             .field("command_window", &self.command_window)

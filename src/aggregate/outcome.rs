@@ -73,7 +73,7 @@ pub enum ExecuteError<E> {
         actual: Version,
     },
     /// Other writers changed the stream before each attempt of this command; nothing happened.
-    Contended {
+    RetriesExhausted {
         /// Stream of the aggregate.
         stream: StreamId,
         /// Number of decisions on the command.
@@ -94,9 +94,9 @@ pub enum ExecuteError<E> {
         message: String,
     },
     /// A stored event does not decode, so the aggregate cannot be folded; nothing happened.
-    Unreadable(DecodeError),
+    Decode(DecodeError),
     /// An event or reply of the aggregate cannot be stored; nothing happened.
-    Unwritable(EncodeError),
+    Encode(EncodeError),
     /// The id is invalid in a stream name; nothing happened.
     InvalidId {
         /// Cause.
@@ -158,7 +158,7 @@ pub enum ExecuteError<E> {
         /// Whether a node that handles the command may still join.
         ///
         /// It is true if the bus reaches other nodes, which join and leave, and false otherwise.
-        may_come: bool,
+        retryable: bool,
     },
     /// No node is available that can execute the command; nothing happened.
     ///
@@ -171,7 +171,7 @@ pub enum ExecuteError<E> {
     /// A node that handles the command did not accept it; nothing happened.
     ///
     /// A filter or a hook refused it, or no permit or no time was left.
-    Refused {
+    NotAccepted {
         /// The refusing component and its cause.
         reason: String,
     },
@@ -185,7 +185,7 @@ pub enum ExecuteError<E> {
     /// Another command has this id; nothing happened because of this command.
     ///
     /// An id belongs to one command with one content.
-    SameId {
+    CommandIdReused {
         /// Id of both commands.
         command_id: Uuid,
     },
@@ -220,15 +220,15 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
             Self::ExpectedVersion { stream, expected, actual } => {
                 write!(f, "wrong version of {stream}: expected {expected}, found version {actual}")
             }
-            Self::Contended { stream, attempts } => {
+            Self::RetriesExhausted { stream, attempts } => {
                 write!(f, "too many conflicts on {stream}: gave up after {attempts} attempts; retry later")
             }
             Self::Overloaded { what, limit } => {
                 write!(f, "overloaded: too many {what} (limit {limit}); retry later")
             }
             Self::Panicked { stream, message } => write!(f, "aggregate {stream} panicked: {message}"),
-            Self::Unreadable(error) => error.fmt(f),
-            Self::Unwritable(error) => error.fmt(f),
+            Self::Decode(error) => error.fmt(f),
+            Self::Encode(error) => error.fmt(f),
             Self::InvalidId { reason } => f.write_str(reason),
             Self::Store(error) => error.fmt(f),
             Self::OutcomeUnknown { command_id, reason } => {
@@ -255,7 +255,7 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
                 on a running node"
             ),
             Self::Unavailable { reason } => write!(f, "command bus unavailable: {reason}"),
-            Self::Refused { reason } => write!(f, "command not accepted: {reason}"),
+            Self::NotAccepted { reason } => write!(f, "command not accepted: {reason}"),
             Self::UnknownProjection { name, known } => {
                 write!(f, "there is no projection {name:?}; {}", node_runs(known))
             }
@@ -264,7 +264,7 @@ impl<E: fmt::Display> fmt::Display for ExecuteError<E> {
                 "invalid command id {command_id}: its time {claimed} is more than 1 minute ahead of the executing \
                 node's clock {now}; generate a new id, or correct the wrong clock"
             ),
-            Self::SameId { command_id } => write!(
+            Self::CommandIdReused { command_id } => write!(
                 f,
                 "command id reused: {command_id} belongs to a command with another content; use a unique id for \
                 every command"
@@ -287,8 +287,8 @@ impl<E: Error + 'static> Error for ExecuteError<E> {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Rejected(error) => error.source(),
-            Self::Unreadable(error) => error.source(),
-            Self::Unwritable(error) => error.source(),
+            Self::Decode(error) => error.source(),
+            Self::Encode(error) => error.source(),
             Self::Store(StoreError::Storage { .. }) | Self::ShuttingDown | Self::ExecutorEnded => {
                 Some(&Transient)
             }
@@ -301,13 +301,13 @@ impl<E: Error + 'static> Error for ExecuteError<E> {
 
 impl<E> From<DecodeError> for ExecuteError<E> {
     fn from(error: DecodeError) -> Self {
-        Self::Unreadable(error)
+        Self::Decode(error)
     }
 }
 
 impl<E> From<EncodeError> for ExecuteError<E> {
     fn from(error: EncodeError) -> Self {
-        Self::Unwritable(error)
+        Self::Encode(error)
     }
 }
 
@@ -331,8 +331,8 @@ impl<E> ExecuteError<E> {
     /// commands. If another node is shutting down, the error is [`Unavailable`](Self::Unavailable).
     pub fn is_transient(&self) -> bool {
         match self {
-            ExecuteError::NoHandler { may_come, .. } => *may_come,
-            ExecuteError::Contended { .. }
+            ExecuteError::NoHandler { retryable, .. } => *retryable,
+            ExecuteError::RetriesExhausted { .. }
             | ExecuteError::Overloaded { .. }
             | ExecuteError::Unavailable { .. }
             | ExecuteError::OutcomeUnknown { .. } => true,
@@ -346,11 +346,11 @@ impl<E> ExecuteError<E> {
         match self {
             ExecuteError::Rejected(_) => "rejected",
             ExecuteError::ExpectedVersion { .. } => "expected_version",
-            ExecuteError::Contended { .. } => "contended",
+            ExecuteError::RetriesExhausted { .. } => "retries_exhausted",
             ExecuteError::Overloaded { .. } => "overloaded",
             ExecuteError::Panicked { .. } => "panicked",
-            ExecuteError::Unreadable(_) => "unreadable",
-            ExecuteError::Unwritable(_) => "unwritable",
+            ExecuteError::Decode(_) => "decode",
+            ExecuteError::Encode(_) => "encode",
             ExecuteError::InvalidId { .. } => "invalid_id",
             ExecuteError::Store(error) => error.kind(),
             ExecuteError::OutcomeUnknown { .. } => "outcome_unknown",
@@ -359,9 +359,9 @@ impl<E> ExecuteError<E> {
             ExecuteError::CommandTooLarge { .. } => "command_too_large",
             ExecuteError::NoHandler { .. } => "no_handler",
             ExecuteError::Unavailable { .. } => "unavailable",
-            ExecuteError::Refused { .. } => "refused",
+            ExecuteError::NotAccepted { .. } => "not_accepted",
             ExecuteError::UnknownProjection { .. } => "unknown_projection",
-            ExecuteError::SameId { .. } => "same_id",
+            ExecuteError::CommandIdReused { .. } => "command_id_reused",
             ExecuteError::IdAhead { .. } => "id_ahead",
             ExecuteError::Failed { .. } => "failed",
             ExecuteError::ShuttingDown => "shutting_down",
@@ -412,7 +412,7 @@ impl FoldError {
     pub(crate) fn into_execute<E>(self, stream: &StreamId) -> ExecuteError<E> {
         match self {
             FoldError::Store(error) => ExecuteError::Store(error),
-            FoldError::Decode(error) => ExecuteError::Unreadable((*error).clone()),
+            FoldError::Decode(error) => ExecuteError::Decode((*error).clone()),
             FoldError::Panicked(message) => ExecuteError::Panicked { stream: stream.clone(), message },
         }
     }

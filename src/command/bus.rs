@@ -27,7 +27,7 @@ use crate::supervised::Task;
 use crate::telemetry::Metrics;
 
 #[cfg(feature = "nats")]
-use super::nats::{NatsCommands, NatsNode};
+use super::nats::{NatsCommandOptions, NatsNode};
 
 /// Default retention of the records of handlers' commands.
 const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -53,9 +53,9 @@ const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 #[derive(Debug, Clone)]
 pub struct CommandBus {
     pub(super) hooks: CommandHooks,
-    pub(super) keep_records: Duration,
+    pub(super) command_retention: Duration,
     #[cfg(feature = "nats")]
-    pub(super) nats: Option<NatsCommands>,
+    pub(super) nats: Option<NatsCommandOptions>,
 }
 
 impl Default for CommandBus {
@@ -70,7 +70,7 @@ impl CommandBus {
     pub fn local() -> Self {
         Self {
             hooks: CommandHooks::default(),
-            keep_records: KEEP_RECORDS,
+            command_retention: KEEP_RECORDS,
             #[cfg(feature = "nats")]
             nats: None,
         }
@@ -131,15 +131,15 @@ impl CommandBus {
     /// A handler's command id takes effect once within this time. The store deletes older records
     /// within 1 hour. Default: 7 days. Range: 1 min to 36,500 days.
     #[must_use]
-    pub fn keep_records(mut self, age: Duration) -> Self {
-        self.keep_records = age;
+    pub fn command_retention(mut self, age: Duration) -> Self {
+        self.command_retention = age;
         self
     }
 
     /// Rejects options that are out of range.
     pub(crate) fn validate(&self) -> Result<(), InvalidOption> {
         let range = Duration::from_secs(60)..=DAY.saturating_mul(36_500);
-        within("CommandBus::keep_records", self.keep_records, range)?;
+        within("CommandBus::command_retention", self.command_retention, range)?;
         #[cfg(feature = "nats")]
         if let Some(nats) = &self.nats {
             nats.validate()?;
@@ -156,8 +156,8 @@ impl CommandBus {
         Ok(())
     }
 
-    pub(crate) fn records_kept(&self) -> Duration {
-        self.keep_records
+    pub(crate) fn command_retention(&self) -> Duration {
+        self.command_retention
     }
 
     pub(crate) fn hooks(&self) -> CommandHooks {
@@ -358,13 +358,13 @@ impl Dispatcher {
         }
         if self.registry().endpoint(kind, name).is_some() {
             let reason = format!("a filter of this node does not accept command {}", info.id);
-            return Err(ExecuteError::Refused { reason });
+            return Err(ExecuteError::NotAccepted { reason });
         }
         #[cfg(feature = "nats")]
         if let Some(reason) = self.incompatible.get() {
             return Err(ExecuteError::Unavailable { reason: reason.clone() });
         }
-        Err(ExecuteError::NoHandler { name, may_come: false })
+        Err(ExecuteError::NoHandler { name, retryable: false })
     }
 
     pub(super) fn frame<C: Serialize>(

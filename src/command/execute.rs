@@ -101,7 +101,7 @@ impl<A: Aggregate> Execute<A> {
             .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })?;
         let info =
             CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
-        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::Refused { reason });
+        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::NotAccepted { reason });
         let local = match commands.registry().router::<A>() {
             Some(local) => takes()?.then_some(local),
             None => None,
@@ -110,7 +110,7 @@ impl<A: Aggregate> Execute<A> {
         if let (Route::Local { .. }, Some(router)) = (&way, local) {
             match router.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
-                    commands.hooks().before(&info).map_err(|reason| ExecuteError::Refused { reason })?;
+                    commands.hooks().before(&info).map_err(|reason| ExecuteError::NotAccepted { reason })?;
                     let watch = watched(&commands, &envelope.metadata, category, Some(&key));
                     let (reply, answer) = oneshot();
                     let order = Box::new(CommandRequest {

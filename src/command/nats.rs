@@ -49,24 +49,24 @@ const FIRST_CONTACT: Duration = Duration::from_secs(2);
 /// ```
 /// use std::time::Duration;
 /// use storied::NatsOptions;
-/// use storied::command::{CommandBus, NatsCommands};
+/// use storied::command::{CommandBus, NatsCommandOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let options = NatsOptions::core().url("nats://nats-1:4222,nats://nats-2:4222").namespace("shop")?;
-/// let bus = CommandBus::nats(NatsCommands::new(options).node("shop-1"));
+/// let bus = CommandBus::nats(NatsCommandOptions::new(options).node("shop-1"));
 /// # let _ = bus;
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Debug, Clone)]
-pub struct NatsCommands {
+pub struct NatsCommandOptions {
     options: NatsOptions,
     node: Option<String>,
     beat: Duration,
     in_flight: usize,
 }
 
-impl NatsCommands {
+impl NatsCommandOptions {
     /// Creates options with this connection and the defaults.
     #[must_use]
     pub fn new(options: NatsOptions) -> Self {
@@ -109,8 +109,8 @@ impl NatsCommands {
     /// Rejects options that are out of range.
     pub(super) fn validate(&self) -> Result<(), InvalidOption> {
         let beat = Duration::from_millis(10)..=Duration::from_secs(3_600);
-        within("NatsCommands::heartbeat", self.beat, beat)?;
-        within("NatsCommands::max_in_flight", self.in_flight, 1..=1 << 20)
+        within("NatsCommandOptions::heartbeat", self.beat, beat)?;
+        within("NatsCommandOptions::max_in_flight", self.in_flight, 1..=1 << 20)
     }
 
     /// Rejects options with which no connection can work.
@@ -131,19 +131,19 @@ impl NatsCommands {
     }
 }
 
-impl From<NatsOptions> for NatsCommands {
+impl From<NatsOptions> for NatsCommandOptions {
     fn from(options: NatsOptions) -> Self {
         Self::new(options)
     }
 }
 
-impl From<&str> for NatsCommands {
+impl From<&str> for NatsCommandOptions {
     fn from(url: &str) -> Self {
         Self::new(NatsOptions::core().url(url))
     }
 }
 
-impl From<String> for NatsCommands {
+impl From<String> for NatsCommandOptions {
     fn from(url: String) -> Self {
         Self::new(NatsOptions::core().url(url))
     }
@@ -152,11 +152,11 @@ impl From<String> for NatsCommands {
 impl CommandBus {
     /// Creates a bus that reaches all nodes with the same NATS servers, namespace and event store.
     ///
-    /// Accepts a URL or [`NatsCommands`]. During an outage of NATS, this node executes the commands
+    /// Accepts a URL or [`NatsCommandOptions`]. During an outage of NATS, this node executes the commands
     /// that it handles. Other commands fail at once with `Unavailable` and are not kept. Deadlines
     /// travel as the time left, so the clocks of the nodes may differ.
     #[must_use]
-    pub fn nats(options: impl Into<NatsCommands>) -> Self {
+    pub fn nats(options: impl Into<NatsCommandOptions>) -> Self {
         Self { nats: Some(options.into()), ..Self::local() }
     }
 }
@@ -224,12 +224,12 @@ impl Shared {
 impl NatsNode {
     /// Joins the other nodes. If the server is down, it retries in the background without limit.
     pub(super) async fn start(
-        options: NatsCommands,
+        options: NatsCommandOptions,
         commands: Weak<Dispatcher>,
         store: Uuid,
         incarnation: Uuid,
     ) -> Self {
-        let NatsCommands { options, node, beat, in_flight: limit } = options;
+        let NatsCommandOptions { options, node, beat, in_flight: limit } = options;
         let shared = Arc::new(Shared {
             commands,
             subjects: Subjects { namespace: options.namespace.clone() },

@@ -249,7 +249,7 @@ fn is_zero(number: &u64) -> bool {
 pub(crate) enum Code {
     Rejected,
     ExpectedVersion,
-    Contended,
+    RetriesExhausted,
     Overloaded,
     Panicked,
     StoreUnavailable,
@@ -258,7 +258,7 @@ pub(crate) enum Code {
     NoHandler,
     Unavailable,
     Refused,
-    SameId,
+    CommandIdReused,
     IdAhead,
     ShuttingDown,
     /// The command does not fit into a message. It is never sent.
@@ -319,7 +319,7 @@ impl Failure {
                 Err(error) => Self::new(Code::Failed, format!("{said} (details cannot be encoded: {error})")),
             },
             ExecuteError::ExpectedVersion { actual, .. } => with(Code::ExpectedVersion, &said, actual.get()),
-            ExecuteError::Contended { attempts, .. } => with(Code::Contended, &said, u64::from(*attempts)),
+            ExecuteError::RetriesExhausted { attempts, .. } => with(Code::RetriesExhausted, &said, u64::from(*attempts)),
             ExecuteError::Overloaded { what, limit } => with(Code::Overloaded, what, *limit as u64),
             ExecuteError::Panicked { message, .. } => Self::new(Code::Panicked, message),
             ExecuteError::Store(StoreError::Unavailable { reason, .. }) => {
@@ -330,8 +330,8 @@ impl Failure {
             ExecuteError::ReplyUnreadable { reason, .. } => Self::new(Code::ReplyUnreadable, reason),
             ExecuteError::NoHandler { .. } => Self::new(Code::NoHandler, said),
             ExecuteError::Unavailable { reason } => Self::new(Code::Unavailable, reason),
-            ExecuteError::Refused { reason } => Self::new(Code::Refused, reason),
-            ExecuteError::SameId { .. } => Self::new(Code::SameId, said),
+            ExecuteError::NotAccepted { reason } => Self::new(Code::Refused, reason),
+            ExecuteError::CommandIdReused { .. } => Self::new(Code::CommandIdReused, said),
             ExecuteError::IdAhead { now, .. } => {
                 with(Code::IdAhead, &said, u64::try_from(now.timestamp_millis()).unwrap_or(0))
             }
@@ -359,9 +359,9 @@ impl Failure {
                 expected: about.expected,
                 actual: Version::new(self.number),
             },
-            (Code::Contended, Some(stream)) => {
+            (Code::RetriesExhausted, Some(stream)) => {
                 let attempts = u32::try_from(self.number).unwrap_or(u32::MAX);
-                ExecuteError::Contended { stream, attempts }
+                ExecuteError::RetriesExhausted { stream, attempts }
             }
             (Code::Overloaded, _) => {
                 let limit = usize::try_from(self.number).unwrap_or(usize::MAX);
@@ -376,10 +376,10 @@ impl Failure {
                 let reason = self.message;
                 ExecuteError::ReplyUnreadable { command_id: about.id, receipt: None, reason }
             }
-            (Code::NoHandler, _) => ExecuteError::NoHandler { name: about.name, may_come: true },
+            (Code::NoHandler, _) => ExecuteError::NoHandler { name: about.name, retryable: true },
             (Code::Unavailable, _) => ExecuteError::Unavailable { reason: self.message },
-            (Code::Refused, _) => ExecuteError::Refused { reason: self.message },
-            (Code::SameId, _) => ExecuteError::SameId { command_id: about.id },
+            (Code::Refused, _) => ExecuteError::NotAccepted { reason: self.message },
+            (Code::CommandIdReused, _) => ExecuteError::CommandIdReused { command_id: about.id },
             (Code::IdAhead, _) => ExecuteError::IdAhead {
                 command_id: about.id,
                 claimed: command_id::time(about.id).unwrap_or_default(),
@@ -392,7 +392,7 @@ impl Failure {
             (Code::CommandTooLarge, _) => {
                 ExecuteError::CommandTooLarge { size: bytes(self.size), limit: bytes(self.number) }
             }
-            (Code::Failed | Code::ExpectedVersion | Code::Contended | Code::Panicked, _) => {
+            (Code::Failed | Code::ExpectedVersion | Code::RetriesExhausted | Code::Panicked, _) => {
                 ExecuteError::Failed { reason: self.message }
             }
         }

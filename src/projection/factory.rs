@@ -10,7 +10,7 @@ use super::layout::Layout;
 use super::partition::{PartitionGroup, PartitionSlot, sum};
 use super::time_limit::TimeLimited;
 use super::worker::{NodeServices, PageCache, ProjectionWork, Role, TaskSpec, VersionedProjection};
-use super::{Projection, ProjectionOptions, ReadModel, StateClaim, Target};
+use super::{Projection, ProjectionOptions, ReadModel, StateClaim, BuildTarget};
 use crate::partition::Partition;
 use crate::store::Filter;
 use crate::supervised::Supervised;
@@ -25,17 +25,17 @@ pub(crate) enum ProjectionFactory<P> {
     Partitioned(u16, Maker<P>),
 }
 
-pub(crate) type Maker<P> = Arc<dyn Fn(Target) -> P + Send + Sync>;
+pub(crate) type Maker<P> = Arc<dyn Fn(BuildTarget) -> P + Send + Sync>;
 
 impl<P: Projection> ProjectionFactory<P> {
     /// Calls `look` with a sample of the projection.
     pub(crate) fn with_sample<T>(&self, look: impl FnOnce(&P) -> T) -> T {
         match self {
             Self::Single(projection) => look(projection),
-            Self::Versioned(make) => look(&make(Target { partition: Partition::whole(), version: 0 })),
+            Self::Versioned(make) => look(&make(BuildTarget { partition: Partition::whole(), version: 0 })),
             Self::Partitioned(count, make) => {
                 let partition = Partition::all(*count).next().unwrap_or(Partition::whole());
-                look(&make(Target { partition, version: 0 }))
+                look(&make(BuildTarget { partition, version: 0 }))
             }
         }
     }
@@ -43,7 +43,7 @@ impl<P: Projection> ProjectionFactory<P> {
 
 fn instance<P: Projection>(make: &Maker<P>, partition: Partition) -> VersionedProjection<P> {
     let make = make.clone();
-    VersionedProjection::made(move |version| make(Target { partition, version }))
+    VersionedProjection::made(move |version| make(BuildTarget { partition, version }))
 }
 
 /// Starts a projection. Connects to store and read model in the background, without a time limit.

@@ -199,7 +199,7 @@ impl ProjectionHandle {
     ///
     /// # Errors
     /// As [`caught_up_to_within`](Self::caught_up_to_within), and if the store cannot be read.
-    pub async fn wait_until_live(&self, patience: Duration) -> Result<(), WaitError> {
+    pub async fn wait_until_caught_up(&self, patience: Duration) -> Result<(), WaitError> {
         let deadline = after(patience);
         let head = self.store.high_water_mark().await?;
         self.caught_up_to_within(head, deadline.saturating_duration_since(Instant::now())).await
@@ -238,7 +238,7 @@ impl ProjectionHandle {
     /// # Errors
     /// If the projection has no reset, or another node resets it: nothing was changed. If the reset
     /// fails on a read model with transactions, nothing was changed either. On an
-    /// [`External`](super::External) read model, the remaining data is then unknown, and the log is
+    /// [`AtLeastOnce`](super::AtLeastOnce) read model, the remaining data is then unknown, and the log is
     /// applied once more. Otherwise as [`pause`](Self::pause).
     pub async fn reset(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Reset).await?;
@@ -268,7 +268,7 @@ impl ProjectionHandle {
     ///
     /// # Errors
     /// As [`trigger`](Self::trigger), and if the read model or the log cannot be read.
-    pub async fn trigger_for(&self, filter: Filter) -> Result<bool, ControlError> {
+    pub async fn trigger_if(&self, filter: Filter) -> Result<bool, ControlError> {
         self.prepared().await?;
         let mut after = None;
         for part in 0..self.count() {
@@ -290,11 +290,11 @@ impl ProjectionHandle {
         }
     }
 
-    /// Rebuilds the read model beside the live one, in its next [version](super::Target::version).
+    /// Rebuilds the read model beside the live one, in its next [version](super::BuildTarget::version).
     ///
     /// Works from any node, and continues after the death of the node that builds. After catch-up,
     /// the new version replaces the live one in one step (see
-    /// [`Projection::go_live`](super::Projection::go_live)). The application drops the old tables.
+    /// [`Projection::cut_over`](super::Projection::cut_over)). The application drops the old tables.
     /// If a rebuild is already in progress, the call has no effect.
     /// [`rebuilding`](Self::rebuilding) reports the progress.
     ///
@@ -310,7 +310,7 @@ impl ProjectionHandle {
     ///
     /// Works from any node, regardless of the node that builds and whether it lives. All tasks stop
     /// writing to the version, and its data is dropped
-    /// ([`Projection::discard`](super::Projection::discard)). A later [`rebuild`](Self::rebuild)
+    /// ([`Projection::drop_version`](super::Projection::drop_version)). A later [`rebuild`](Self::rebuild)
     /// builds that version from the start of the log. Without a rebuild, the call only drops
     /// left-over data. A version that was cut over at the same moment stays live.
     ///

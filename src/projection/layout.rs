@@ -333,7 +333,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::projection::External;
+    use crate::projection::AtLeastOnce;
     use crate::store::EventStore;
     use crate::store::MemoryStore;
 
@@ -372,7 +372,7 @@ mod tests {
     #[tokio::test]
     async fn without_rollback_the_layout_changes_after_the_checkpoints() {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-        let outside = External::new();
+        let outside = AtLeastOnce::new();
         outside.prepare(&store, "x").await.unwrap();
         Layout::partitioned("x", 4).check(&outside).await.unwrap();
         let mut open = outside.begin("x", Checkpoint::default()).await.unwrap();

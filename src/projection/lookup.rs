@@ -109,7 +109,7 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
     /// Timeout: `patience`. Cancel-safe.
     ///
     /// # Errors
-    /// As [`ProjectionHandle::wait_until_live`]; and [`NotStarted`](WaitError::NotStarted) if no
+    /// As [`ProjectionHandle::wait_until_caught_up`]; and [`NotStarted`](WaitError::NotStarted) if no
     /// runtime of this process has started the lookup by then.
     pub async fn ready(&self, patience: Duration) -> Result<(), WaitError> {
         let deadline = after(patience);
@@ -119,7 +119,7 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
         let Some(handle) = running.ok().and_then(Result::ok).and_then(|handle| handle.clone()) else {
             return Err(WaitError::NotStarted { name: self.inner.name.clone(), waited: patience });
         };
-        handle.wait_until_live(deadline.saturating_duration_since(Instant::now())).await
+        handle.wait_until_caught_up(deadline.saturating_duration_since(Instant::now())).await
     }
 
     /// Records the handle of the running projection.

@@ -106,7 +106,7 @@ pub struct RebuildRecord {
 
 /// A [`Request`] that was made.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Asked {
+pub struct RequestTicket {
     projection: String,
     request: Request,
 }
@@ -115,7 +115,7 @@ impl Operator {
     /// Creates an operator for the projections of `store` that keep their checkpoints in
     /// `read_model`.
     ///
-    /// An [`External`](super::External) read model stands for the store's own database. Creates no
+    /// An [`AtLeastOnce`](super::AtLeastOnce) read model stands for the store's own database. Creates no
     /// tables.
     ///
     /// # Errors
@@ -248,7 +248,7 @@ impl Operator {
     ///
     /// # Errors
     /// If the store or the read model cannot be written. The request may be recorded nevertheless.
-    pub async fn ask(&self, name: &str, request: Request) -> Result<Asked, StoreError> {
+    pub async fn ask(&self, name: &str, request: Request) -> Result<RequestTicket, StoreError> {
         if request == Request::CancelRebuild {
             // Nodes cancel before they rebuild, which is right only for the other order.
             let row = Layout::single(name).request(Request::Rebuild.kind());
@@ -260,7 +260,7 @@ impl Operator {
         let kept = request.to_keep()?;
         self.progress.post(&Layout::single(name).request(request.kind()), &kept).await?;
         self.call(name).await?;
-        Ok(Asked { projection: name.to_owned(), request })
+        Ok(RequestTicket { projection: name.to_owned(), request })
     }
 
     /// Returns the result of a request.
@@ -269,7 +269,7 @@ impl Operator {
     ///
     /// # Errors
     /// If the read model cannot be read.
-    pub async fn answer(&self, asked: &Asked) -> Result<Answer, StoreError> {
+    pub async fn answer(&self, asked: &RequestTicket) -> Result<Answer, StoreError> {
         let row = Layout::single(&asked.projection).request(asked.request.kind());
         let kept = self.progress.parked(&row, usize::MAX).await?;
         let kept = kept.iter().find(|kept| kept.position == asked.request.position());

@@ -32,10 +32,10 @@ pub enum UnknownNames {
     /// [`on_failure`](ProjectionOptions::on_failure) then decides.
     #[default]
     Fail,
-    /// The projection skips the event and [counts](super::ProjectionStatus::events_passed_over) it.
+    /// The projection skips the event and [counts](super::ProjectionStatus::events_skipped) it.
     ///
     /// Each skip costs a transaction; names in the [filter](super::Projection::filter) are cheaper.
-    PassOver,
+    Skip,
 }
 
 /// Source of live events.
@@ -231,7 +231,7 @@ impl ProjectionOptions {
     /// applies an earlier event. A read model without stored checkpoints
     /// ([`InMemory`](super::InMemory)) resolves it at every start of the node.
     ///
-    /// Default: [`Start::Beginning`]. [`External`](super::External) has no default on a log with
+    /// Default: [`Start::Beginning`]. [`AtLeastOnce`](super::AtLeastOnce) has no default on a log with
     /// events, because those may have had their effects already: the runtime does not start without
     /// this option.
     #[must_use]

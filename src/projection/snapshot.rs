@@ -147,9 +147,9 @@ pub(super) fn place(projection: &str) -> Option<StreamId> {
 
 /// Returns a fingerprint of a filter and a start position.
 fn fingerprint_of(filter: &Filter, floor: Position) -> Result<Vec<u8>, String> {
-    let names = filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect::<Vec<_>>());
+    let names = filter.given_names().map(|names| names.iter().map(EventName::as_str).collect::<Vec<_>>());
     let categories = filter
-        .wanted_categories()
+        .given_categories()
         .map(|categories| categories.iter().map(|category| category.as_str()).collect::<Vec<_>>());
     let streams =
         filter.wanted_streams().map(|streams| streams.iter().map(ToString::to_string).collect::<Vec<_>>());

@@ -84,7 +84,7 @@ pub struct ProjectionStatus {
     /// Number of events skipped on this node since the start because of their name.
     ///
     /// See [`UnknownNames`](super::UnknownNames).
-    pub events_passed_over: u64,
+    pub events_skipped: u64,
     /// Last error. Stays after recovery.
     pub last_error: Option<String>,
     /// Version of the read model to write to: 0 before the first rebuild.
@@ -136,7 +136,7 @@ impl ProjectionStatus {
             epoch: 0,
             events_applied: all().map(|status| status.events_applied).sum(),
             events_parked: all().map(|status| status.events_parked).sum(),
-            events_passed_over: all().map(|status| status.events_passed_over).sum(),
+            events_skipped: all().map(|status| status.events_skipped).sum(),
             last_error: all().find_map(|status| status.last_error.clone()),
             prepared: all().all(|status| status.prepared),
             fits: all().all(|status| status.fits),
@@ -158,7 +158,7 @@ impl ProjectionStatus {
             epoch: 0,
             events_applied: 0,
             events_parked: 0,
-            events_passed_over: 0,
+            events_skipped: 0,
             last_error: None,
             partitions: Vec::new(),
             prepared: false,

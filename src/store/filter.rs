@@ -77,12 +77,12 @@ impl Filter {
     }
 
     /// Returns the requested names; `None` means all.
-    pub fn wanted_names(&self) -> Option<&BTreeSet<EventName>> {
+    pub fn given_names(&self) -> Option<&BTreeSet<EventName>> {
         self.names.as_ref()
     }
 
     /// Returns the requested categories; `None` means all.
-    pub fn wanted_categories(&self) -> Option<&BTreeSet<Category>> {
+    pub fn given_categories(&self) -> Option<&BTreeSet<Category>> {
         self.categories.as_ref()
     }
 

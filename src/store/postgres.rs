@@ -62,7 +62,7 @@ pub(crate) use self::statements::Schema;
 use super::page_size::PageSizer;
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
-    CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, Stall, StoreError,
+    CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, HighWaterStall, StoreError,
     StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
@@ -384,7 +384,7 @@ impl EventStore for PostgresStore {
     }
 
     /// Returns the stall, if any; a lasting one is also logged as a warning.
-    fn stall(&self) -> BoxFuture<'_, Result<Option<Stall>, StoreError>> {
+    fn stall(&self) -> BoxFuture<'_, Result<Option<HighWaterStall>, StoreError>> {
         self.call("looking for a stall", high_water_mark::stall(&self.shared.core))
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use storied::projection::{ApplyError, Delivery, External, FollowMode};
+use storied::projection::{ApplyError, Delivery, AtLeastOnce, FollowMode};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
@@ -51,7 +51,7 @@ impl Following {
         let bus = Arc::new(options(Kind::JetStream, server).bus());
         let node = Node::start(store.clone(), bus, blind(), publishing()).await;
         let seen = Arc::default();
-        let handle = node.projection(Torn(Arc::clone(&seen)), External::new(), durable()).await;
+        let handle = node.projection(Torn(Arc::clone(&seen)), AtLeastOnce::new(), durable()).await;
         Self { node, handle, seen }
     }
 
@@ -186,7 +186,7 @@ async fn a_bus_that_keeps_nothing_cannot_be_followed_durably() {
     async fn refused(bus: impl storied::EventBus) -> StartError {
         let torn = Torn(Arc::default());
         let builder = Runtime::builder().store(MemoryStore::new()).bus(bus);
-        builder.projection_with(torn, External::new(), durable()).start().await.unwrap_err()
+        builder.projection_with(torn, AtLeastOnce::new(), durable()).start().await.unwrap_err()
     }
     let core = NatsBus::core("nats://127.0.0.1:1");
     for (error, name) in [(refused(LocalBus::new()).await, "local"), (refused(core).await, "nats-core")] {

@@ -7,7 +7,7 @@ use storied::bus::{
     BusError, ConsumerOptions, HandleOptions, JetStreamOptions, NatsOptions, RetryPolicy, StartFrom,
     SubscribeOptions,
 };
-use storied::command::{CommandBus, NatsCommands};
+use storied::command::{CommandBus, NatsCommandOptions};
 use storied::runtime::StartError;
 use storied::{EventBus, MemoryStore, Runtime};
 use tokio::time::timeout;
@@ -117,7 +117,7 @@ async fn every_option_of_a_subscription_is_refused_or_works() {
         tried.push(("ack_wait", second, consumer(durable().ack_wait(time))));
         tried.push(("backoff", second, consumer(durable().max_deliver(3).backoff([time, time]))));
         let early = ConsumerOptions::ephemeral().start(StartFrom::Beginning);
-        tried.push(("inactive", second, consumer(early.inactive(time))));
+        tried.push(("inactive_threshold", second, consumer(early.inactive_threshold(time))));
     }
     for (count, fits) in [(0, false), (1, true), (usize::MAX, false)] {
         tried.push(("capacity", fits, plain().capacity(count)));
@@ -201,8 +201,8 @@ async fn a_retry_without_end_waits_and_dead_letters_need_a_stream() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_option_of_the_command_bus_is_refused_or_works() {
     let server = NatsServer::start(harness::NatsOptions::core()).await;
-    let commands = || NatsCommands::new(NatsOptions::core().url(server.url()));
-    let start = async |commands: NatsCommands| {
+    let commands = || NatsCommandOptions::new(NatsOptions::core().url(server.url()));
+    let start = async |commands: NatsCommandOptions| {
         let runtime = Runtime::builder().store(MemoryStore::new()).commands(CommandBus::nats(commands));
         timeout(PATIENCE, runtime.start()).await.unwrap()
     };
@@ -212,21 +212,21 @@ async fn every_option_of_the_command_bus_is_refused_or_works() {
     for time in TIMES {
         match start(commands().heartbeat(time)).await {
             Ok(runtime) if time == Duration::from_secs(1) => runtime.shutdown().await.unwrap(),
-            other => named(other.unwrap_err(), "NatsCommands::heartbeat"),
+            other => named(other.unwrap_err(), "NatsCommandOptions::heartbeat"),
         }
     }
     for count in [0, 1, usize::MAX] {
         match start(commands().max_in_flight(count)).await {
             Ok(runtime) if count == 1 => runtime.shutdown().await.unwrap(),
-            other => named(other.unwrap_err(), "NatsCommands::max_in_flight"),
+            other => named(other.unwrap_err(), "NatsCommandOptions::max_in_flight"),
         }
     }
     for age in TIMES {
-        let bus = CommandBus::local().keep_records(age);
+        let bus = CommandBus::local().command_retention(age);
         let error = Runtime::builder().store(MemoryStore::new()).commands(bus).start().await.unwrap_err();
-        named(error, "CommandBus::keep_records");
+        named(error, "CommandBus::command_retention");
     }
-    let bus = CommandBus::local().keep_records(Duration::from_secs(60));
+    let bus = CommandBus::local().command_retention(Duration::from_secs(60));
     Runtime::builder().store(MemoryStore::new()).commands(bus).start().await.unwrap();
     for name in ["", " ", "a\nb", &"x".repeat(201)] {
         let error = start(commands().node(name)).await.unwrap_err();
@@ -235,8 +235,8 @@ async fn every_option_of_the_command_bus_is_refused_or_works() {
             "{error}"
         );
     }
-    let wrong = NatsCommands::new(NatsOptions::core().url(server.url()).answer_timeout(Duration::MAX));
+    let wrong = NatsCommandOptions::new(NatsOptions::core().url(server.url()).answer_timeout(Duration::MAX));
     assert!(matches!(start(wrong).await.unwrap_err(), StartError::Bus(_)));
-    let wrong = NatsCommands::new(NatsOptions::core().url("http://x"));
+    let wrong = NatsCommandOptions::new(NatsOptions::core().url("http://x"));
     assert!(matches!(start(wrong).await.unwrap_err(), StartError::Bus(_)));
 }

@@ -8,7 +8,7 @@ use storied::bus::{
     ConsumerOptions, ConsumerPolicy, HandleOptions, JetStreamOptions, NatsBus, NatsOptions, StreamPolicy,
     SubscribeOptions,
 };
-use storied::projection::{ApplyError, Delivery, External, FollowMode};
+use storied::projection::{ApplyError, Delivery, AtLeastOnce, FollowMode};
 use storied::testing::Node;
 use storied::{EncodeError, EventBus, Filter, Position, Projection, ProjectionOptions, RecordedEvent};
 
@@ -128,8 +128,8 @@ async fn durable_projections_work_with_their_rights() {
         let bus = role(NatsOptions::jetstream(existing()), &server, "durable_node").bus();
         let node = Node::start(store.clone(), Arc::new(bus), blind(), publishing()).await;
         let options = ProjectionOptions::new().follow(FollowMode::Durable);
-        let handle = node.projection(Shipments(filter), External::new(), options).await;
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        let handle = node.projection(Shipments(filter), AtLeastOnce::new(), options).await;
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
         let context = async_nats::jetstream::new(operator(&server).client().await.unwrap());
         tokio::time::timeout(PATIENCE, async {
             let stream = context.get_stream("SHOP_EVENTS").await.unwrap();

@@ -210,7 +210,7 @@ impl Projection for Recorder {
 }
 
 pub fn publishing() -> PublisherOptions {
-    PublisherOptions::new().heartbeat(Duration::from_millis(200)).lease(Duration::from_millis(1_500))
+    PublisherOptions::new().heartbeat(Duration::from_millis(200)).lease_ttl(Duration::from_millis(1_500))
 }
 
 /// A feed that never polls: it finds only what the bus delivers or announces.

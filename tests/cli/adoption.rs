@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions as BusOptions};
-use storied::command::{CommandBus, CommandBusStatus, NatsCommands};
+use storied::command::{CommandBus, CommandBusStatus, NatsCommandOptions};
 use storied::projection::{ApplyError, FollowMode, Lookup, Projection, ProjectionState, ReadModel};
 use storied::store::{Adoption, Checkpoint};
 use storied::{
@@ -52,7 +52,7 @@ async fn node(
     } else {
         BusOptions::core()
     };
-    let commands = NatsCommands::new(BusOptions::core().url(server.url())).node(store.info().backend);
+    let commands = NatsCommandOptions::new(BusOptions::core().url(server.url())).node(store.info().backend);
     Runtime::builder()
         .store(store)
         .bus(bus.url(server.url()).bus())

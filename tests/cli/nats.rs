@@ -265,7 +265,7 @@ async fn streams_and_consumers_are_compared_and_not_changed() {
     let path = format!("sqlite:{}?mode=rwc", dir.path().join("read.db").display());
     let model = SqliteReadModel::new(SqlitePool::connect(&path).await.unwrap());
     let handle = node.projection(Nothing, model, ProjectionOptions::new().follow(FollowMode::Durable)).await;
-    handle.wait_until_live(PATIENCE).await.unwrap();
+    handle.wait_until_caught_up(PATIENCE).await.unwrap();
     let options = SubscribeOptions::new().consumer(ConsumerOptions::durable("shipping"));
     let subscription = bus.subscribe(["order.*"], options).await.unwrap();
     let follower = "projection=2Fnothing";

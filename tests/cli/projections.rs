@@ -126,7 +126,7 @@ async fn start(
         }
     };
     // A projection that does not fit fails until an operator resets it.
-    eventually("it is live", async || handle.wait_until_live(PATIENCE).await.is_ok()).await;
+    eventually("it is live", async || handle.wait_until_caught_up(PATIENCE).await.is_ok()).await;
     (node, handle)
 }
 
@@ -183,7 +183,7 @@ async fn a_running_projection_is_seen_paused_and_resumed() {
         fixture.run(&["projection", "list"]).await.code(0).shows(&["seen        paused  5         1"]);
         let json = fixture.run(&["projection", "resume", "seen", "--json"]).await.code(0).json();
         assert_eq!(json, json!({ "projection": "seen", "paused": false, "owned_parts": 1 }));
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
 
         node.stop(PATIENCE).await.unwrap();
         fixture.run(&["projection", "list"]).await.code(0).shows(&["seen        no node"]);
@@ -220,7 +220,7 @@ async fn a_node_executes_a_requested_reset() {
             fixture.run(&["projection", "reset", "seen"]).await.code(0).shows(&["starts when it is resumed"]);
             assert_eq!(seen(&fixture, 0).await, [] as [i64; 0]);
             handle.resume().await.unwrap();
-            handle.wait_until_live(PATIENCE).await.unwrap();
+            handle.wait_until_caught_up(PATIENCE).await.unwrap();
 
             // If the code of the projection refuses, nothing changes.
             faults.reset.store(true, Ordering::SeqCst);
@@ -264,7 +264,7 @@ async fn without_a_node_a_request_stays_pending() {
         fixture.run(&["projection", "withdraw", "seen"]).await.code(4);
         let (node, handle) = start(&fixture, &store, &faults, 0).await;
         append(&store, "1", &[placed(4)]).await;
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
         assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5, 6, 99]);
         node.stop(PATIENCE).await.unwrap();
 
@@ -312,7 +312,7 @@ async fn a_rebuild_is_watched_until_it_is_live() {
             faults.slow.store(false, Ordering::SeqCst);
             let run = Run::of(timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap());
             run.code(0).shows(&["seen was rebuilt in", "version 1 is live"]);
-            handle.wait_until_live(PATIENCE).await.unwrap();
+            handle.wait_until_caught_up(PATIENCE).await.unwrap();
             assert_eq!(seen(&fixture, 1).await, [1, 2, 3, 4, 5]);
             assert_eq!(seen(&fixture, 0).await, [1, 2, 3, 4, 5]);
             let json = fixture.run(&["projection", "rebuild", "seen", "--json"]).await.code(0).json();
@@ -356,7 +356,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
             for stream in ["1", "2", "3"] {
                 append(&store, stream, &[placed(13)]).await;
             }
-            handle.wait_until_live(PATIENCE).await.unwrap();
+            handle.wait_until_caught_up(PATIENCE).await.unwrap();
 
             let run = fixture
                 .run(&["parked", "list"])
@@ -405,7 +405,7 @@ async fn parked_events_are_shown_retried_and_discarded() {
             // Without a node the retry stands, and can be withdrawn.
             faults.thirteen.store(true, Ordering::SeqCst);
             append(&store, "1", &[placed(13)]).await;
-            handle.wait_until_live(PATIENCE).await.unwrap();
+            handle.wait_until_caught_up(PATIENCE).await.unwrap();
             node.stop(PATIENCE).await.unwrap();
             fixture
                 .run(&["parked", "retry", "seen", "9", "--take-within", "0"])

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::{Client, Subscriber};
 use futures_util::StreamExt;
 use storied::ciborium::Value;
-use storied::command::{CommandBus, CommandBusStatus, Handler, HandlerOptions, NatsCommands};
+use storied::command::{CommandBus, CommandBusStatus, Handler, HandlerOptions, NatsCommandOptions};
 use storied::{ExecuteError, MemoryStore, NatsOptions, Runtime};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
@@ -183,7 +183,7 @@ async fn commands_end_at_their_deadline_if_the_server_hangs() {
     // Neither pings nor heartbeats detect the hang.
     let bus = |name: &str| {
         let options = NatsOptions::core().url(server.url()).ping_interval(Duration::from_secs(3_600));
-        CommandBus::nats(NatsCommands::new(options).node(name).heartbeat(Duration::from_secs(60)))
+        CommandBus::nats(NatsCommandOptions::new(options).node(name).heartbeat(Duration::from_secs(60)))
     };
     let node = Runtime::builder().store(store.clone()).commands(bus("node")).aggregate::<Counter>();
     let node = node.start().await.unwrap();

@@ -187,7 +187,7 @@ async fn a_filtered_command_goes_to_another_node(kind: Kind) {
     }
     let started = Instant::now();
     let error = cluster.caller.execute::<Counter>("filtered", Add(1)).await.unwrap_err();
-    assert!(matches!(&error, ExecuteError::Refused { reason } if reason.contains("filter")), "{error}");
+    assert!(matches!(&error, ExecuteError::NotAccepted { reason } if reason.contains("filter")), "{error}");
     assert!(started.elapsed() < Duration::from_secs(4));
     assert_eq!(cluster.events().await.len(), 20);
     cluster.stop().await;
@@ -263,7 +263,7 @@ async fn hooks_run_around_commands(kind: Kind) {
     };
     let cluster = Setup::new(kind).bus(hooked).start().await;
     let error = cluster.caller.execute::<Counter>("forbidden", Add(1)).await.unwrap_err();
-    assert!(matches!(&error, ExecuteError::Refused { reason } if reason == "not this one"), "{error}");
+    assert!(matches!(&error, ExecuteError::NotAccepted { reason } if reason == "not this one"), "{error}");
     assert!(cluster.events().await.is_empty());
     cluster.caller.command::<Worker>(note(1)).metadata("who", "me").await.unwrap();
     let _ = cluster.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 0 }).await.unwrap_err();
@@ -350,13 +350,13 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     let id = Uuid::now_v7();
     cluster.caller.command::<Worker>(note(1)).command_id(id).await.unwrap();
     let error = cluster.caller.command::<Worker>(note(2)).command_id(id).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
+    assert!(matches!(error, ExecuteError::CommandIdReused { command_id } if command_id == id), "{error}");
     // Also while the first command is in flight.
     let id = Uuid::now_v7();
     let waiting = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
     let waiting = waiting.dispatch().await.unwrap();
     let error = cluster.caller.command::<Worker>(Work::Note { n: 2, wait: true }).command_id(id).await;
-    assert!(matches!(error, Err(ExecuteError::SameId { .. })), "{error:?}");
+    assert!(matches!(error, Err(ExecuteError::CommandIdReused { .. })), "{error:?}");
     cluster.open();
     waiting.await.unwrap();
     assert_eq!(cluster.seen(), [1, 1]);
@@ -365,7 +365,7 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     let add = |n, from: &str| cluster.caller.execute::<Counter>(from, Add(n)).command_id(id);
     assert_eq!(add(1, "a").await.unwrap().reply, 1);
     let error = add(2, "a").await.unwrap_err();
-    assert!(matches!(error, ExecuteError::SameId { command_id } if command_id == id), "{error}");
+    assert!(matches!(error, ExecuteError::CommandIdReused { command_id } if command_id == id), "{error}");
     assert_eq!(add(1, "a").await.unwrap().reply, 1);
     // For another aggregate it is another command.
     assert_eq!(add(2, "b").await.unwrap().reply, 2);
@@ -459,7 +459,7 @@ async fn a_panic_around_a_handler_affects_only_its_command(kind: Kind) {
     let cluster = Setup::new(kind).options(options).bus(hooked).start().await;
     for n in 0..3 {
         let error = cluster.caller.command::<Worker>(note(n)).await.unwrap_err();
-        let ExecuteError::Refused { reason } = &error else { panic!("{error}") };
+        let ExecuteError::NotAccepted { reason } = &error else { panic!("{error}") };
         assert!(reason.contains("on purpose"), "{reason}");
     }
     panics.store(false, Ordering::SeqCst);
@@ -584,11 +584,11 @@ async fn metadata_is_limited(kind: Kind) {
     let large = "x".repeat(storied::Metadata::MAX_BYTES);
     let add = cluster.caller.execute::<Counter>("a", Add(1)).metadata("note", large.clone());
     let error = add.await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Unwritable(EncodeError::MetadataTooLarge { .. })), "{error}");
+    assert!(matches!(error, ExecuteError::Encode(EncodeError::MetadataTooLarge { .. })), "{error}");
     assert!(error.to_string().contains("\"note\" is the largest part"), "{error}");
     let work = Work::Note { n: 1, wait: false };
     let error = cluster.caller.command::<Worker>(work).metadata("note", large).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Unwritable(EncodeError::MetadataTooLarge { .. })), "{error}");
+    assert!(matches!(error, ExecuteError::Encode(EncodeError::MetadataTooLarge { .. })), "{error}");
     assert_eq!((cluster.events().await.len(), cluster.shared.begun()), (0, 0), "nothing was executed");
     // Metadata just below the limit is accepted and arrives.
     let fits = "x".repeat(storied::Metadata::MAX_BYTES - 1024);

@@ -73,7 +73,7 @@ async fn a_command_beyond_the_window_gets_its_first_receipt() {
         }
         // Another content is refused for an id of any age.
         let error = runtime.execute::<Counter>("a", Add(7)).command_id(first[0].0).await.unwrap_err();
-        assert!(matches!(error, ExecuteError::SameId { .. }), "{error}");
+        assert!(matches!(error, ExecuteError::CommandIdReused { .. }), "{error}");
     }
 }
 

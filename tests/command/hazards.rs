@@ -210,7 +210,7 @@ async fn hazard_26_one_id_from_two_processes_is_one_command() {
     }
     assert_eq!(setting.events().await, 30);
     let another = setting.caller.command::<Gated>(pass("elsewhere")).command_id(ids[0]).await;
-    assert!(matches!(another, Err(ExecuteError::SameId { .. })), "{another:?}");
+    assert!(matches!(another, Err(ExecuteError::CommandIdReused { .. })), "{another:?}");
     drop((nodes, callers));
     setting.caller.shutdown().await.unwrap();
 }

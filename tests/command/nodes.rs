@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use storied::command::{CommandBusStatus, NatsCommands};
+use storied::command::{CommandBusStatus, NatsCommandOptions};
 use storied::{ExecuteError, MemoryStore, NatsOptions, Runtime};
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -60,7 +60,7 @@ async fn ownership_moves_with_the_nodes() {
     }
     two.shutdown().await.unwrap();
     let error = caller.execute::<Counter>(0, Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", may_come: true }), "{error}");
+    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", retryable: true }), "{error}");
     caller.shutdown().await.unwrap();
 }
 
@@ -157,7 +157,7 @@ async fn without_nats_a_command_fails_at_once_and_never_happens() {
 async fn callers_can_retry_until_a_node_is_back() {
     let (mut server, store) = (server().await, MemoryStore::new());
     let late = NatsOptions::core().url(server.url()).reconnect_wait(Duration::from_secs(2));
-    let bus = storied::command::CommandBus::nats(NatsCommands::new(late).node("worker").heartbeat(BEAT));
+    let bus = storied::command::CommandBus::nats(NatsCommandOptions::new(late).node("worker").heartbeat(BEAT));
     let builder = Runtime::builder().store(store.clone()).commands(bus);
     let worker = builder.aggregate::<Counter>().start().await.unwrap();
     let caller = caller(&store, &server).await;
@@ -225,7 +225,7 @@ async fn two_dispatchers_with_one_id_get_one_answer() {
         assert_eq!((one.reply, two.reply), (round + 1, round + 1));
         assert!(one.duplicate != two.duplicate);
         let another = other.command::<Worker>(Work::Note { n: 1, wait: false }).command_id(id).await;
-        assert!(matches!(another, Err(ExecuteError::SameId { .. })), "{another:?}");
+        assert!(matches!(another, Err(ExecuteError::CommandIdReused { .. })), "{another:?}");
     }
     assert_eq!(cluster.events().await.len(), 20);
     other.shutdown().await.unwrap();
@@ -277,7 +277,7 @@ async fn nodes_of_other_namespaces_and_stores_get_no_commands() {
     let (server, store) = (server().await, MemoryStore::new());
     let stranger = node(&MemoryStore::new(), &server, "stranger").await;
     let options = NatsOptions::core().url(server.url()).namespace("other").unwrap();
-    let bus = storied::command::CommandBus::nats(NatsCommands::new(options));
+    let bus = storied::command::CommandBus::nats(NatsCommandOptions::new(options));
     let builder = Runtime::builder().store(store.clone()).commands(bus);
     let elsewhere = builder.aggregate::<Counter>().start().await.unwrap();
     let caller = caller(&store, &server).await;

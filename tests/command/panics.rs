@@ -196,7 +196,7 @@ async fn a_panic_of_a_filter_or_a_hook_reaches_no_task() {
                 ("after", result) => result.unwrap(),
                 (_, result) => {
                     let error = result.unwrap_err();
-                    assert!(matches!(error, ExecuteError::Refused { .. }), "{what}: {error:?}");
+                    assert!(matches!(error, ExecuteError::NotAccepted { .. }), "{what}: {error:?}");
                     assert!(error.to_string().contains("on purpose"), "{error}");
                 }
             }

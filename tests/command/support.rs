@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use storied::command::{CommandBus, HandlerOptions, NatsCommands};
+use storied::command::{CommandBus, HandlerOptions, NatsCommandOptions};
 use storied::runtime::Builder;
 use storied::store::ReadLog;
 use storied::{EventStore, MemoryStore, NatsOptions, Position, RecordedEvent, Runtime};
@@ -30,13 +30,13 @@ pub fn nats(server: &NatsServer, name: &str) -> CommandBus {
     CommandBus::nats(nats_commands(&server.url(), name))
 }
 
-pub fn nats_commands(url: &str, name: &str) -> NatsCommands {
+pub fn nats_commands(url: &str, name: &str) -> NatsCommandOptions {
     let options = NatsOptions::core()
         .url(url)
         .reconnect_wait(Duration::from_millis(100))
         .ping_interval(Duration::from_millis(300))
         .answer_timeout(Duration::from_secs(1));
-    NatsCommands::new(options).node(name).heartbeat(BEAT)
+    NatsCommandOptions::new(options).node(name).heartbeat(BEAT)
 }
 
 pub async fn server() -> NatsServer {

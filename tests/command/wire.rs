@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_nats::{Client, Subscriber};
 use futures_util::StreamExt;
 use storied::ciborium::{self, Value};
-use storied::command::{CommandBus, Handler, HandlerOptions, NatsCommands};
+use storied::command::{CommandBus, Handler, HandlerOptions, NatsCommandOptions};
 use storied::{MemoryStore, NatsOptions, Runtime};
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -51,7 +51,7 @@ async fn next(subscriber: &mut Subscriber) -> async_nats::Message {
 fn bus(server: &NatsServer, name: &str) -> CommandBus {
     let options = NatsOptions::core().url(server.url()).namespace("shop").unwrap();
     // No heartbeat occurs during the test.
-    CommandBus::nats(NatsCommands::new(options).node(name).heartbeat(Duration::from_secs(60)))
+    CommandBus::nats(NatsCommandOptions::new(options).node(name).heartbeat(Duration::from_secs(60)))
 }
 
 pub fn map(entries: Vec<(&str, Value)>) -> Value {

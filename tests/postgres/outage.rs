@@ -183,7 +183,7 @@ async fn a_stale_plan_costs_a_connection_and_no_event() {
     run(&fixture.url, "ALTER TABLE notes ADD COLUMN written timestamptz").await;
     let position = fixture.append().await;
     fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
-    fixture.projection().wait_until_live(PATIENCE).await.unwrap();
+    fixture.projection().wait_until_caught_up(PATIENCE).await.unwrap();
     assert_eq!(fixture.count("seen").await, 2);
     fixture.runtime.clone().shutdown().await.unwrap();
 }

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::support::PostgresServer;
 use crate::tools::{append, connect, events, eventually, exact, run, stream};
 
-const STATEMENTS: &str = include_str!("../../src/store/postgres/sql.rs");
+const STATEMENTS: &str = include_str!("../../src/store/postgres/statements.rs");
 
 /// Tables that grow with the log. The others have a row for each projection or lease.
 const LARGE: [&str; 4] = ["events", "commands", "snapshots", "parked"];
@@ -245,7 +245,7 @@ fn meant(query: &str, scan: &str) -> bool {
     index("events_pkey")
 }
 
-/// The statements of src/store/postgres/sql.rs that read or change large tables, directly or by
+/// The statements of src/store/postgres/statements.rs that read or change large tables, directly or by
 /// calls.
 fn statements() -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();

@@ -198,7 +198,7 @@ async fn catch_up_uses_constant_memory_and_the_index_by_name() {
         .await
         .unwrap();
     let handle = runtime.projection("never").unwrap();
-    handle.wait_until_live(PATIENCE).await.unwrap();
+    handle.wait_until_caught_up(PATIENCE).await.unwrap();
     for n in 0..10 {
         let appended = append(&store, &stream(n), ExpectedVersion::Any, events(3)).await.unwrap();
         handle.caught_up_to_within(appended.positions[2], PATIENCE).await.unwrap();

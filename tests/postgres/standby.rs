@@ -441,7 +441,7 @@ async fn a_failover_that_loses_events_is_noticed() {
     let error = failed(&runtime).await;
     assert!(error.contains(&format!("position {lost}")) && error.contains("reset"), "{error}");
     runtime.projection("seen").unwrap().reset().await.unwrap();
-    runtime.projection("seen").unwrap().wait_until_live(Duration::from_secs(20)).await.unwrap();
+    runtime.projection("seen").unwrap().wait_until_caught_up(Duration::from_secs(20)).await.unwrap();
     let seen: i64 = sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&pool).await.unwrap();
     assert_eq!(seen, 4);
     runtime.shutdown().await.unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::SqliteConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
-use storied::projection::{ApplyError, Delivery, External, SqliteReadModel};
+use storied::projection::{ApplyError, Delivery, AtLeastOnce, SqliteReadModel};
 use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 
 use crate::support::*;
@@ -56,7 +56,7 @@ async fn batches_are_as_large_as_their_time_allows() {
     let node = local_node(&store).await;
     let options = options().batch_size(400).batch_time(Duration::from_millis(200));
     let paced = Paced { batches: batches.clone(), pace: pace.clone() };
-    let handle = node.projection(paced, External::new(), options).await;
+    let handle = node.projection(paced, AtLeastOnce::new(), options).await;
     catch_up(&handle, store.high_water_mark().await.unwrap()).await;
     // An event takes 10 ms or more, so 20 of them are (nearly) too many.
     let slow = sizes();

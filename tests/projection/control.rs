@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::projection::{
-    ApplyError, ControlError, Delivery, External, FailurePolicy, InMemory, ProjectionState,
+    ApplyError, ControlError, Delivery, AtLeastOnce, FailurePolicy, InMemory, ProjectionState,
 };
 use storied::store::{BoxFuture, Checkpoint};
 use storied::testing::Node;
@@ -49,7 +49,7 @@ async fn a_reset_applies_the_log_from_its_start() {
         let (memory_seen, delivered_seen) = (memory.seen.clone(), delivered.seen.clone());
         let handles = [
             node.projection(memory.hook(poison(3, &broken)), InMemory::new(), park.clone()).await,
-            node.projection(delivered.hook(poison(3, &broken)), External::new(), park.clone()).await,
+            node.projection(delivered.hook(poison(3, &broken)), AtLeastOnce::new(), park.clone()).await,
             node.projection(table("table").hook(poison(3, &broken)), database.open().await, park).await,
         ];
         let head = append(&store, 0, 1..=10).await;
@@ -140,8 +140,8 @@ async fn a_reset_that_is_refused_changes_nothing() {
         };
         let node = local_node(&store).await;
         let handles = [
-            node.projection(NoReset::new("whole", whole), External::new(), options()).await,
-            node.partitioned(4, cut(), External::new(), options()).await,
+            node.projection(NoReset::new("whole", whole), AtLeastOnce::new(), options()).await,
+            node.partitioned(4, cut(), AtLeastOnce::new(), options()).await,
         ];
         let before = more().await;
         for handle in &handles {
@@ -163,12 +163,12 @@ async fn a_reset_that_is_refused_changes_nothing() {
 
         // A reset that would change the number of partitions changes nothing either.
         let node = local_node(&store).await;
-        let two = node.partitioned(2, cut(), External::new(), options()).await;
+        let two = node.partitioned(2, cut(), AtLeastOnce::new(), options()).await;
         reach(&two, ProjectionState::Failed).await;
         is_refused(&two).await;
         node.stop(PATIENCE).await.unwrap();
         let node = local_node(&store).await;
-        let four = node.partitioned(4, cut(), External::new(), options()).await;
+        let four = node.partitioned(4, cut(), AtLeastOnce::new(), options()).await;
         catch_up(&four, more().await).await;
         assert_eq!(old(parts), 10, "{kind}: in as many partitions as before");
         let all = log(&store, &Filter::all()).await;
@@ -204,9 +204,9 @@ impl Index {
     async fn on(&self, node: &Node, partitions: Option<u16>) -> ProjectionHandle {
         let index = self.clone();
         match partitions {
-            None => node.projection(index, External::new(), short_lived()).await,
+            None => node.projection(index, AtLeastOnce::new(), short_lived()).await,
             Some(count) => {
-                node.partitioned(count, move |_| index.clone(), External::new(), short_lived()).await
+                node.partitioned(count, move |_| index.clone(), AtLeastOnce::new(), short_lived()).await
             }
         }
     }
@@ -478,7 +478,7 @@ async fn a_reset_repairs_a_checkpoint_that_does_not_fit_the_log() {
         store.save_checkpoint("projection/delivered", Checkpoint::default(), ahead, None).await.unwrap();
         let delivered = recorder("delivered");
         let seen = delivered.seen.clone();
-        let handle = one.projection(delivered, External::new(), options()).await;
+        let handle = one.projection(delivered, AtLeastOnce::new(), options()).await;
         reach(&handle, ProjectionState::Failed).await;
         assert!(handle.status().last_error.unwrap().contains("position 99"));
         handle.reset().await.unwrap();
@@ -534,7 +534,7 @@ async fn parked_events_can_be_listed_from_the_start() {
         let lock = model.pool().begin_with("BEGIN IMMEDIATE").await.unwrap();
         let handles = [
             node.projection(table("table"), model.clone(), options()).await,
-            node.projection(recorder("delivered"), External::new(), options()).await,
+            node.projection(recorder("delivered"), AtLeastOnce::new(), options()).await,
             node.projection(recorder("memory"), InMemory::new(), options()).await,
         ];
         let asked = handles.each_ref().map(|handle| async move {
@@ -594,9 +594,9 @@ async fn a_replay_is_marked_and_sends_nothing_again() {
             };
             let node = local_node(&store).await;
             let handle = match partitions {
-                None => node.projection(mails(), External::new(), options()).await,
+                None => node.projection(mails(), AtLeastOnce::new(), options()).await,
                 // It was unpartitioned before, so it must be reset; no mail is sent again.
-                Some(count) => node.partitioned(count, move |_| mails(), External::new(), options()).await,
+                Some(count) => node.partitioned(count, move |_| mails(), AtLeastOnce::new(), options()).await,
             };
             if partitions.is_some() {
                 reach(&handle, ProjectionState::Failed).await;
@@ -643,7 +643,7 @@ async fn a_wait_on_another_node_sees_a_reset_at_once() {
             let (resets, waits) = (&handles[round % 3], &handles[(round + 1 + round / 3) % 3]);
             resets.reset().await.unwrap();
             if round % 2 == 0 {
-                waits.wait_until_live(PATIENCE).await.unwrap();
+                waits.wait_until_caught_up(PATIENCE).await.unwrap();
             } else {
                 waits.caught_up_to(head).await.unwrap();
             }

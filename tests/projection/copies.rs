@@ -50,7 +50,7 @@ async fn a_copied_file_writes_no_read_model_of_its_original() {
     for (name, model) in [("within", within), ("memory", memory)] {
         let node = local_node(&copy).await;
         let handle = node.projection(recorder::<SqliteConnection>(name), model, options()).await;
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
         node.stop(PATIENCE).await.unwrap();
     }
     // The original continues.
@@ -58,7 +58,7 @@ async fn a_copied_file_writes_no_read_model_of_its_original() {
     let recorder = recorder::<SqliteConnection>("orders");
     let seen = recorder.seen.clone();
     let handle = node.projection(recorder, SqliteReadModel::open(&read).await.unwrap(), options()).await;
-    handle.wait_until_live(PATIENCE).await.unwrap();
+    handle.wait_until_caught_up(PATIENCE).await.unwrap();
     assert_eq!(seen.positions().len(), 5);
     node.stop(PATIENCE).await.unwrap();
 }

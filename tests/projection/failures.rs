@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use storied::projection::{
-    ControlError, External, FailurePolicy, InMemory, ProjectionState, UnknownNames, WaitError,
+    ControlError, AtLeastOnce, FailurePolicy, InMemory, ProjectionState, UnknownNames, WaitError,
 };
 use storied::{EventName, EventStore, Filter, MemoryStore, Metadata, NewEvent, Position, ReadLog};
 use tokio::time::Instant;
@@ -77,7 +77,7 @@ async fn parks_poison_events_retries_and_discards_them() {
         let seen = [memory.seen.clone(), delivered.seen.clone()];
         let handles = [
             node.projection(memory, InMemory::new(), options.clone()).await,
-            node.projection(delivered, External::new(), options.clone()).await,
+            node.projection(delivered, AtLeastOnce::new(), options.clone()).await,
             node.projection(table("table").hook(both), database.open().await, options).await,
         ];
         let rest = positions([1, 2, 4, 5, 6, 8, 9, 10]);
@@ -142,7 +142,7 @@ async fn an_event_that_succeeds_after_retries_is_applied_once() {
         let seen = [memory.seen.clone(), delivered.seen.clone()];
         let handles = [
             node.projection(memory, InMemory::new(), options()).await,
-            node.projection(delivered, External::new(), options()).await,
+            node.projection(delivered, AtLeastOnce::new(), options()).await,
             node.projection(table("table").hook(flaky()), database.open().await, options()).await,
         ];
         for handle in &handles {
@@ -211,7 +211,7 @@ async fn an_event_is_not_skipped_for_the_name_of_another() {
     let node = local_node(&store).await;
     let recorder = recorder("looking").hook(looking_up);
     let seen = recorder.seen.clone();
-    let options = options().unknown_names(UnknownNames::PassOver);
+    let options = options().unknown_names(UnknownNames::Skip);
     let handle = node.projection(recorder, InMemory::new(), options).await;
     catch_up(&handle, head).await;
     assert_eq!(seen.positions(), positions([2]));
@@ -324,7 +324,7 @@ async fn an_outage_inside_a_user_error_blames_no_event() {
         let options = options().attempts(1);
         let handles = [
             node.projection(memory, InMemory::new(), options.clone()).await,
-            node.projection(delivered, External::new(), options.clone()).await,
+            node.projection(delivered, AtLeastOnce::new(), options.clone()).await,
             node.projection(table("table").hook(failing(true)), models.open().await, options).await,
         ];
         for handle in &handles {
@@ -365,7 +365,7 @@ async fn a_read_model_of_another_or_a_younger_log_is_refused() {
     let ahead = storied::store::Checkpoint { position: Position::new(99), epoch: 0, mark: 0 };
     other.save_checkpoint("projection/delivered", Default::default(), ahead, None).await.unwrap();
     let node = local_node(&other).await;
-    let handle = node.projection(recorder("delivered"), External::new(), options()).await;
+    let handle = node.projection(recorder("delivered"), AtLeastOnce::new(), options()).await;
     reach(&handle, ProjectionState::Failed).await;
     assert!(handle.status().last_error.unwrap().contains("position 99"));
     node.stop(PATIENCE).await.unwrap();
@@ -377,7 +377,7 @@ async fn a_hung_apply_does_not_delay_the_shutdown() {
     append(&store, 0, 0..3).await;
     let gate = Gate::closed();
     let node = local_node(&store).await;
-    let handle = node.projection(recorder("stuck").hook(gate.hook()), External::new(), options()).await;
+    let handle = node.projection(recorder("stuck").hook(gate.hook()), AtLeastOnce::new(), options()).await;
     gate.reached().await;
     let started = Instant::now();
     let error = node.stop(Duration::from_millis(100)).await.unwrap_err();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use storied::projection::{External, InMemory, ProjectionState, WaitError};
+use storied::projection::{AtLeastOnce, InMemory, ProjectionState, WaitError};
 use storied::testing::Node;
 use storied::{
     EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Position, ProjectionOptions,
@@ -128,7 +128,7 @@ async fn reads_your_own_writes() {
             handle.caught_up_to(position).await.unwrap();
             assert_eq!(database.seen("table").await.last(), Some(&position));
         }
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
 
         let beyond = Position::new(store.high_water_mark().await.unwrap().get() + 1);
         let error = handle.caught_up_to_within(beyond, Duration::from_millis(50)).await.unwrap_err();
@@ -222,7 +222,7 @@ async fn a_scan_for_rare_events_handles_messages_and_saves_progress() {
         let sparse: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&sparse).await;
         let never = recorder("never").filter(Filter::variants::<Thing>(&["never"]).unwrap());
-        let handle = node.projection(never, External::new(), options()).await;
+        let handle = node.projection(never, AtLeastOnce::new(), options()).await;
         catch_up(&handle, Position::new(100_000)).await;
         let hears = async {
             handle.pause().await.unwrap();
@@ -266,17 +266,17 @@ async fn durations_have_no_upper_limit() {
     for (kind, store, _dir) in stores().await {
         let feed = FeedOptions::new().idle_poll(never);
         let publishing =
-            PublisherOptions::new().busy_poll(never).idle_poll(never).heartbeat(never).lease(longest);
+            PublisherOptions::new().busy_poll(never).idle_poll(never).heartbeat(never).lease_ttl(longest);
         let log_stream = LogStream::default();
         for bus in [Arc::new(LocalBus::new()) as Arc<dyn EventBus>, Arc::new(log_stream.clone())] {
             let node = Node::start(store.clone(), bus, feed.clone(), publishing.clone()).await;
-            let options = ProjectionOptions::new().lease(longest).backoff(Duration::from_millis(1), never);
-            let delivered = node.projection(recorder("delivered"), External::new(), options.clone()).await;
+            let options = ProjectionOptions::new().lease_ttl(longest).backoff(Duration::from_millis(1), never);
+            let delivered = node.projection(recorder("delivered"), AtLeastOnce::new(), options.clone()).await;
             let head = append(&store, 0, [1]).await;
             // The log stream sends no notifications, and the feed never polls.
             if node.publisher().bus == "local" {
                 delivered.caught_up_to_within(head, never).await.unwrap();
-                delivered.wait_until_live(never).await.unwrap();
+                delivered.wait_until_caught_up(never).await.unwrap();
             }
             node.stop(never).await.unwrap();
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use storied::bus::{JetStreamOptions, NatsBus, NatsOptions};
-use storied::projection::{External, FailurePolicy, FollowMode, InMemory, ProjectionState};
+use storied::projection::{AtLeastOnce, FailurePolicy, FollowMode, InMemory, ProjectionState};
 use storied::testing::Node;
 use storied::{EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Partition, ProjectionOptions};
 
@@ -113,7 +113,7 @@ async fn hazard_12_a_stream_that_discards_under_a_full_follower() {
     // Only part of the log, so that a step in the stream's numbers proves nothing.
     let slow = recorder("slow").filter(evens()).hook(gate.hook());
     let seen = slow.seen.clone();
-    let slow = node.projection(slow, External::new(), durable()).await;
+    let slow = node.projection(slow, AtLeastOnce::new(), durable()).await;
     reach(&slow, ProjectionState::Following).await;
     let mut consumer = consumer(&server, "slow").await;
     // One at a time, so that each event is delivered until the follower is full.
@@ -148,7 +148,7 @@ async fn hazard_17_a_projection_slower_than_the_wait_for_its_ack() {
     let gate = Gate::closed();
     let slow = recorder("slow").hook(gate.hook());
     let seen = slow.seen.clone();
-    let slow = node.projection(slow, External::new(), durable()).await;
+    let slow = node.projection(slow, AtLeastOnce::new(), durable()).await;
     reach(&slow, ProjectionState::Following).await;
     let mut consumer = consumer(&server, "slow").await;
     append(&store, 0, 0..800).await;

@@ -68,7 +68,7 @@ async fn no_lag_is_reported_before_checkpoint_and_log_are_read() {
         let manual = options().schedule(Schedule::Manual);
         let handle = node.projection(table("manual"), database.open().await, manual.clone()).await;
         never_says_live(&format!("{kind}, manual"), &handle, head, some(all)).await;
-        handle.wait_until_live(Duration::from_millis(100)).await.unwrap_err();
+        handle.wait_until_caught_up(Duration::from_millis(100)).await.unwrap_err();
         handle.trigger().await.unwrap();
         never_says_live(&format!("{kind}, triggered"), &handle, head, some(0)).await;
         // Paused before the first run.
@@ -153,13 +153,13 @@ async fn a_projection_on_an_empty_log_is_not_live_before_its_checkpoint_is_read(
     append(&ours, 0, 0..1).await;
     let node = local_node(&ours).await;
     let handle = node.projection(table("table"), database.open().await, options()).await;
-    handle.wait_until_live(PATIENCE).await.unwrap();
+    handle.wait_until_caught_up(PATIENCE).await.unwrap();
     node.stop(PATIENCE).await.unwrap();
 
     let empty: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let node = local_node(&empty).await;
     let handle = node.projection(table("table"), database.open().await, options()).await;
-    let error = handle.wait_until_live(PATIENCE).await.unwrap_err();
+    let error = handle.wait_until_caught_up(PATIENCE).await.unwrap_err();
     assert!(matches!(error, WaitError::Failed { .. }), "{error}");
     // Later, too, and on a node that stands by or takes over.
     let second = local_node(&empty).await;
@@ -167,14 +167,14 @@ async fn a_projection_on_an_empty_log_is_not_live_before_its_checkpoint_is_read(
     for _ in 0..8 {
         tokio::time::sleep(Duration::from_millis(250)).await;
         for handle in [&handle, &other] {
-            handle.wait_until_live(Duration::from_millis(50)).await.unwrap_err();
+            handle.wait_until_caught_up(Duration::from_millis(50)).await.unwrap_err();
         }
         // It stays refused after an attempt.
         handle.resume().await.unwrap();
     }
     second.stop(PATIENCE).await.unwrap();
     let handle = node.projection(table("new"), database.open().await, options()).await;
-    handle.wait_until_live(PATIENCE).await.unwrap();
+    handle.wait_until_caught_up(PATIENCE).await.unwrap();
     eventually("the lag is known", || handle.status().lag() == Some(0)).await;
     node.stop(PATIENCE).await.unwrap();
 }
@@ -196,7 +196,7 @@ async fn a_refused_checkpoint_is_no_position() {
     append(&store, 0, 5..6).await;
     reach(&handle, ProjectionState::Failed).await;
     for _ in 0..8 {
-        let error = handle.wait_until_live(PATIENCE).await.unwrap_err();
+        let error = handle.wait_until_caught_up(PATIENCE).await.unwrap_err();
         assert!(matches!(error, WaitError::Failed { .. }), "{error}");
         tokio::time::sleep(Duration::from_millis(150)).await;
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use storied::projection::{External, ProjectionState};
+use storied::projection::{AtLeastOnce, ProjectionState};
 use storied::store::Checkpoint;
 use storied::{EventStore, Filter, Position, PublisherState};
 
@@ -40,11 +40,11 @@ async fn a_stale_owner_is_fenced() {
         let zombie = recorder("delivered").hook(gate.hook());
         let heir = recorder("delivered").hook(heirs_gate.hook());
         let heir_seen = heir.seen.clone();
-        let first = one.projection(zombie, External::new(), short_lived()).await;
+        let first = one.projection(zombie, AtLeastOnce::new(), short_lived()).await;
         gate.reached().await;
         // From here on, the first node is in the middle of a batch and cannot renew its lease.
         link.mute.store(true, Ordering::SeqCst);
-        let second = two.projection(heir, External::new(), options()).await;
+        let second = two.projection(heir, AtLeastOnce::new(), options()).await;
         // The heir has claimed the checkpoint, and not moved it yet: only the epoch distinguishes
         // the two owners.
         heirs_gate.reached().await;
@@ -134,7 +134,7 @@ async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
             let node = node(&store, log_stream.clone()).await;
             let handles = [
                 node.projection(table("table"), database.open().await, options()).await,
-                node.projection(recorder("delivered"), External::new(), options()).await,
+                node.projection(recorder("delivered"), AtLeastOnce::new(), options()).await,
             ];
             let head = append(&store, 0, 1..=5).await;
             for handle in &handles {
@@ -163,7 +163,7 @@ async fn a_projection_may_be_called_as_the_publisher_is() {
         let node = node(&store, log_stream.clone()).await;
         let recorder = recorder("publisher");
         let seen = recorder.seen.clone();
-        let handle = node.projection(recorder, External::new(), options()).await;
+        let handle = node.projection(recorder, AtLeastOnce::new(), options()).await;
         for n in 0..20 {
             let head = append(&store, 0, [n]).await;
             catch_up(&handle, head).await;

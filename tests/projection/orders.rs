@@ -64,7 +64,7 @@ impl<P: Place> Scene<P> {
     async fn node(&self, gate: &Gate) -> (Node, ProjectionHandle) {
         let node = local_node(&self.store).await;
         let (place, resets, gate) = (self.place.clone(), self.resets.clone(), gate.clone());
-        let make = move |target: storied::projection::Target| Noted {
+        let make = move |target: storied::projection::BuildTarget| Noted {
             place: place.clone(),
             version: target.version,
             resets: resets.clone(),

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use storied::bus::BusError;
 use storied::command::{HandleError, Handler, HandlerContext};
 use storied::projection::{
-    ApplyError, ControlError, Delivery, External, FailurePolicy, InMemory, ProjectionState, Schedule, Start,
+    ApplyError, ControlError, Delivery, AtLeastOnce, FailurePolicy, InMemory, ProjectionState, Schedule, Start,
     TargetUnavailable, WaitError,
 };
 use storied::{
@@ -46,8 +46,8 @@ fn transient() -> Vec<ApplyError> {
         || ExecuteError::OutcomeUnknown { command_id: Uuid::nil(), reason: "test".into() },
         || ExecuteError::Overloaded { what: "test".into(), limit: 1 },
         || ExecuteError::Unavailable { reason: "test".into() },
-        || ExecuteError::Contended { stream: StreamId::new("thing", 1).unwrap(), attempts: 1 },
-        || ExecuteError::NoHandler { name: "test", may_come: true },
+        || ExecuteError::RetriesExhausted { stream: StreamId::new("thing", 1).unwrap(), attempts: 1 },
+        || ExecuteError::NoHandler { name: "test", retryable: true },
         || ExecuteError::ShuttingDown,
         || ExecuteError::Store(StoreError::Unavailable { reason: "test".into(), source: None }),
         || ExecuteError::Store(StoreError::storage("full", io::Error::other("full"))),
@@ -81,7 +81,7 @@ fn faults() -> Vec<ApplyError> {
         "mine".into(),
         ExecuteError::Rejected(No).into(),
         Mine::from(ExecuteError::<No>::InvalidId { reason: "test".into() }).into(),
-        ExecuteError::<No>::NoHandler { name: "test", may_come: false }.into(),
+        ExecuteError::<No>::NoHandler { name: "test", retryable: false }.into(),
         StoreError::Invalid { reason: "test".into() }.into(),
         io::Error::from(io::ErrorKind::NotFound).into(),
         sqlx::Error::RowNotFound.into(),
@@ -115,7 +115,7 @@ async fn transient_errors_are_retried_without_a_limit_and_park_nothing() {
     let node = local_node(&store).await;
     let ((outside, outside_calls), (memory, memory_calls)) = (failing(transient), failing(transient));
     let handles = [
-        node.projection(recorder("outside").hook(outside), External::new(), quick()).await,
+        node.projection(recorder("outside").hook(outside), AtLeastOnce::new(), quick()).await,
         node.projection(recorder("memory").hook(memory), InMemory::new(), quick()).await,
     ];
     for (handle, calls) in handles.iter().zip([outside_calls, memory_calls]) {
@@ -132,7 +132,7 @@ async fn faults_count_against_the_event() {
     let count = 3 * faults().len() as u64;
     let head = append(&store, 0, 1..=count).await;
     let node = local_node(&store).await;
-    let handle = node.projection(recorder("outside").hook(failing(faults).0), External::new(), quick()).await;
+    let handle = node.projection(recorder("outside").hook(failing(faults).0), AtLeastOnce::new(), quick()).await;
     catch_up(&handle, head).await;
     assert_eq!(handle.status().events_parked, count);
     node.stop(PATIENCE).await.unwrap();
@@ -155,7 +155,7 @@ async fn a_hung_call_is_aborted_and_retried() {
     let database = Database::new().await;
     let options = || quick().transaction_timeout(Duration::from_millis(300));
     let handles = [
-        node.projection(recorder("outside").hook(hanging()), External::new(), options()).await,
+        node.projection(recorder("outside").hook(hanging()), AtLeastOnce::new(), options()).await,
         node.projection(recorder("memory").hook(hanging()), InMemory::new(), options()).await,
         node.projection(table("table").hook(hanging()), database.open().await, options()).await,
     ];
@@ -190,7 +190,7 @@ async fn a_batch_of_slow_events_is_committed_before_the_limit() {
     let seen = projection.seen.clone();
     // Fifty of them in a row take longer than the limit.
     let options = quick().batch_time(Duration::MAX);
-    let handle = node.projection(projection, External::new(), options).await;
+    let handle = node.projection(projection, AtLeastOnce::new(), options).await;
     handle.caught_up_to_within(head, Duration::from_secs(300)).await.unwrap();
     assert_eq!(seen.positions(), (1..=100).map(Position::new).collect::<Vec<_>>(), "none came twice");
     node.stop(PATIENCE).await.unwrap();
@@ -202,7 +202,7 @@ async fn a_hung_call_does_not_delay_the_shutdown() {
     append(&store, 0, 1..=3).await;
     let node = local_node(&store).await;
     let gate = Gate::closed();
-    let handle = node.projection(recorder("outside").hook(gate.hook()), External::new(), quick()).await;
+    let handle = node.projection(recorder("outside").hook(gate.hook()), AtLeastOnce::new(), quick()).await;
     gate.reached().await;
     let began = Instant::now();
     node.stop(PATIENCE).await.unwrap();
@@ -227,7 +227,7 @@ async fn a_stop_begins_no_further_event_of_a_batch() {
     let projection = recorder("outside").hook(slow);
     let seen = projection.seen.clone();
     let options = quick().batch_time(Duration::MAX);
-    node.projection(projection, External::new(), options).await;
+    node.projection(projection, AtLeastOnce::new(), options).await;
     eventually("two are applied", || seen.positions().len() >= 2).await;
     let began = Instant::now();
     node.stop(PATIENCE).await.unwrap();
@@ -288,7 +288,7 @@ async fn an_orderly_shutdown_parks_nothing() {
         .on_failure(FailurePolicy::Park)
         .backoff(Duration::from_millis(1), Duration::from_millis(1));
     let builder = Runtime::builder().store(memory).handler(Slow);
-    let builder = builder.projection_with(Reaction(known.clone()), External::new(), options);
+    let builder = builder.projection_with(Reaction(known.clone()), AtLeastOnce::new(), options);
     let runtime = builder.start().await.unwrap();
     assert!(known.set(runtime.clone()).is_ok());
     let projection = runtime.projection("reaction").unwrap().clone();
@@ -315,7 +315,7 @@ async fn a_lease_of_a_clock_that_was_ahead_is_taken_over() {
     let ahead = "UPDATE storied_leases SET expires_at = expires_at + 86400000000";
     assert_eq!(sqlx::query(ahead).execute(&file).await.unwrap().rows_affected(), 2);
     let node = local_node(&store).await;
-    let handle = node.projection(recorder("outside"), External::new(), options()).await;
+    let handle = node.projection(recorder("outside"), AtLeastOnce::new(), options()).await;
     catch_up(&handle, head).await;
     // An order lease as well: the old one may not hold up others, and a new one can be acquired.
     handle.resume().await.unwrap();
@@ -330,9 +330,9 @@ async fn a_lease_that_is_renewed_is_not_taken_over() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let (first, second) = (local_node(&store).await, local_node(&store).await);
     let options = || options().lease(Duration::from_millis(600));
-    let owner = first.projection(recorder("outside"), External::new(), options()).await;
+    let owner = first.projection(recorder("outside"), AtLeastOnce::new(), options()).await;
     catch_up(&owner, append(&store, 0, 1..=3).await).await;
-    let other = second.projection(recorder("outside"), External::new(), options()).await;
+    let other = second.projection(recorder("outside"), AtLeastOnce::new(), options()).await;
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(2) {
         let leases = store.leases().await.unwrap();

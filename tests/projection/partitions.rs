@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use storied::projection::{External, FailurePolicy, InMemory, ProjectionState, Target};
+use storied::projection::{AtLeastOnce, FailurePolicy, InMemory, ProjectionState, Target};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
@@ -303,7 +303,7 @@ async fn a_failed_partition_does_not_stop_the_others() {
                 recorder
             }
         };
-        let handle = node.partitioned(PARTITIONS, make, External::new(), options().attempts(1)).await;
+        let handle = node.partitioned(PARTITIONS, make, AtLeastOnce::new(), options().attempts(1)).await;
         let mut head = Position::START;
         for n in 0..40 {
             head = append(&store, n, [n]).await;

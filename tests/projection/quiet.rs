@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use storied::projection::{External, ProjectionState, Schedule};
+use storied::projection::{AtLeastOnce, ProjectionState, Schedule};
 use storied::{EventStore, MemoryStore};
 
 use crate::support::*;
@@ -32,9 +32,9 @@ async fn held_back_events_are_dropped_with_the_ownership() {
     let linked: Arc<dyn EventStore> = Arc::new(link.clone());
     let (one, two) = (local_node(&linked).await, local_node(&store).await);
     let held = Schedule::Debounced { quiet: Duration::from_secs(3), cap: Duration::from_secs(60) };
-    let first = one.projection(recorder("held"), External::new(), short_lived().schedule(held)).await;
+    let first = one.projection(recorder("held"), AtLeastOnce::new(), short_lived().schedule(held)).await;
     reach(&first, ProjectionState::Following).await;
-    let second = two.projection(recorder("held"), External::new(), short_lived()).await;
+    let second = two.projection(recorder("held"), AtLeastOnce::new(), short_lived()).await;
     reach(&second, ProjectionState::Standby).await;
     let head = append(&store, 0, [1]).await;
     let appended = tokio::time::Instant::now();
@@ -55,11 +55,11 @@ async fn held_back_events_are_dropped_with_the_ownership() {
 async fn a_group_whose_read_model_does_not_fit_waits() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let node = local_node(&store).await;
-    let four = node.partitioned(4, |_| recorder("cut"), External::new(), options()).await;
+    let four = node.partitioned(4, |_| recorder("cut"), AtLeastOnce::new(), options()).await;
     catch_up(&four, append(&store, 0, [1]).await).await;
     node.stop(PATIENCE).await.unwrap();
     let node = local_node(&store).await;
-    let two = node.partitioned(2, |_| recorder("cut"), External::new(), options()).await;
+    let two = node.partitioned(2, |_| recorder("cut"), AtLeastOnce::new(), options()).await;
     reach(&two, ProjectionState::Failed).await;
     assert_quiet("two partitions of four").await;
     node.kill();

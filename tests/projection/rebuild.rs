@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
 use storied::projection::{
-    ApplyError, ControlError, External, FailurePolicy, InMemory, ProjectionState, RebuildStatus, Target,
+    ApplyError, ControlError, AtLeastOnce, FailurePolicy, InMemory, ProjectionState, RebuildStatus, BuildTarget,
     TargetUnavailable,
 };
 use storied::testing::Node;
@@ -50,11 +50,11 @@ impl Projection for Versioned {
         Ok(())
     }
 
-    async fn discard(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn drop_version(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
         self.reset(tx).await
     }
 
-    async fn go_live(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn cut_over(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
         sqlx::query("INSERT INTO seen (name, position) VALUES ('live', ?)")
             .bind(self.version as i64)
             .execute(tx)
@@ -64,7 +64,7 @@ impl Projection for Versioned {
 }
 
 /// Runs the hook before an event of a rebuild is recorded.
-fn make(hook: &Hook) -> impl Fn(Target) -> Versioned + Send + Sync + 'static {
+fn make(hook: &Hook) -> impl Fn(BuildTarget) -> Versioned + Send + Sync + 'static {
     let hook = hook.clone();
     move |target| Versioned { version: target.version, from: 1, hook: hook.clone() }
 }
@@ -119,7 +119,7 @@ async fn a_rebuild_cuts_over_under_traffic() {
             for n in 0..40 {
                 append(&store, n, [n, n, n, n, n]).await;
             }
-            first.wait_until_live(PATIENCE).await.unwrap();
+            first.wait_until_caught_up(PATIENCE).await.unwrap();
             let (two, second) = start(&store, &database, &slow, partitions, options).await;
             assert_eq!(first.rebuilding(), None);
             // From any node; a second call changes nothing.
@@ -188,7 +188,7 @@ async fn a_killed_rebuild_resumes() {
             for n in 0..40 {
                 append(&store, n, [n, n, n, n, n]).await;
             }
-            first.wait_until_live(PATIENCE).await.unwrap();
+            first.wait_until_caught_up(PATIENCE).await.unwrap();
             first.rebuild().await.unwrap();
             gate.reached().await;
             let done = first.rebuilding().unwrap();
@@ -238,7 +238,7 @@ async fn a_failed_rebuild_does_not_affect_the_live_version() {
         reach(&handle, ProjectionState::Failed).await;
         assert!(handle.status().last_error.unwrap().contains("rebuildable"), "{kind}");
         let whole = node.projection(table("whole"), database.open().await, options()).await;
-        let delivered = node.projection(recorder("delivered"), External::new(), options()).await;
+        let delivered = node.projection(recorder("delivered"), AtLeastOnce::new(), options()).await;
         for handle in [whole, delivered] {
             let error = handle.rebuild().await.unwrap_err();
             assert!(matches!(error, ControlError::NotRebuildable { .. }), "{kind}: {error}");
@@ -254,7 +254,7 @@ async fn a_projection_that_cannot_be_rebuilt_refuses_a_rebuild() {
         let (memory, delivered) = (Seen::default(), Seen::default());
         let handles = [
             node.rebuildable(recording("memory", &memory), InMemory::new(), options()).await,
-            node.rebuildable(recording("delivered", &delivered), External::new(), options()).await,
+            node.rebuildable(recording("delivered", &delivered), AtLeastOnce::new(), options()).await,
         ];
         for stream in 0..10 {
             let head = append(&store, stream, 1..=20).await;
@@ -277,7 +277,7 @@ async fn a_projection_that_cannot_be_rebuilt_refuses_a_rebuild() {
 fn recording<T: Send + 'static>(
     name: &'static str,
     seen: &Seen,
-) -> impl Fn(Target) -> Recorder<T> + Send + Sync + 'static {
+) -> impl Fn(BuildTarget) -> Recorder<T> + Send + Sync + 'static {
     let seen = seen.clone();
     move |_| {
         let mut recorder = recorder(name);
@@ -364,7 +364,7 @@ async fn a_cancelled_rebuild_ends_on_every_node_and_survives_restarts() {
             }
             for dies in [false, true] {
                 let (one, first) = begin().await;
-                first.wait_until_live(PATIENCE).await.unwrap();
+                first.wait_until_caught_up(PATIENCE).await.unwrap();
                 first.rebuild().await.unwrap();
                 eventually("it is in the middle of it", || {
                     first.rebuilding().is_some_and(|status| status.done > 0)
@@ -505,12 +505,12 @@ impl Projection for Locked {
         self.0.reset(tx).await
     }
 
-    async fn go_live(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn cut_over(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
         self.1.tries.fetch_add(1, Ordering::SeqCst);
         while self.1.held.load(Ordering::SeqCst) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        self.0.go_live(tx).await
+        self.0.cut_over(tx).await
     }
 }
 
@@ -588,7 +588,7 @@ mod on_a_server {
             execute(tx, format!("CREATE TABLE seen_{} (position bigint)", self.0)).await
         }
 
-        async fn go_live(&mut self, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        async fn cut_over(&mut self, tx: &mut PgConnection) -> Result<(), ApplyError> {
             self.1.tries.fetch_add(1, Ordering::SeqCst);
             execute(tx, "ALTER TABLE seen_0 RENAME TO old".into()).await?;
             execute(tx, format!("CREATE OR REPLACE VIEW seen AS SELECT * FROM seen_{}", self.0)).await

@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 use storied::projection::SqliteReadModel;
 use storied::projection::{
-    Answer, ApplyError, FailurePolicy, Operator, ProjectionState, Request, Target, TargetUnavailable,
+    Answer, ApplyError, FailurePolicy, Operator, ProjectionState, Request, BuildTarget, TargetUnavailable,
 };
 use storied::testing::Node;
 use storied::{EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionHandle, RecordedEvent};
@@ -36,9 +36,9 @@ struct Faults {
     held: Arc<AtomicBool>,
 }
 
-struct Asked(Faults, u64);
+struct RequestTicket(Faults, u64);
 
-impl Projection for Asked {
+impl Projection for RequestTicket {
     type Transaction = SqliteConnection;
 
     fn name(&self) -> &str {
@@ -69,7 +69,7 @@ impl Projection for Asked {
         if left.is_ok() { Err("there is no way back".into()) } else { Ok(()) }
     }
 
-    async fn discard(&mut self, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn drop_version(&mut self, _: &mut SqliteConnection) -> Result<(), ApplyError> {
         while self.0.locked.load(Ordering::SeqCst) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -78,14 +78,14 @@ impl Projection for Asked {
     }
 }
 
-fn make(faults: &Faults) -> impl Fn(Target) -> Asked + Send + Sync + 'static {
+fn make(faults: &Faults) -> impl Fn(BuildTarget) -> RequestTicket + Send + Sync + 'static {
     let faults = faults.clone();
     move |target| {
         while target.version > 0 && faults.shut.load(Ordering::SeqCst) {
             faults.waiting.store(true, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(1));
         }
-        Asked(faults.clone(), target.version)
+        RequestTicket(faults.clone(), target.version)
     }
 }
 

@@ -126,7 +126,7 @@ async fn every_runtime_begins_with_empty_memory() {
                 let expected: Numbers = (1..=run).collect();
                 lookup.ready(PATIENCE).await.unwrap();
                 assert_eq!(lookup.read(Numbers::clone), expected, "{kind}, {every:?}");
-                runtime.projection("shared").unwrap().wait_until_live(PATIENCE).await.unwrap();
+                runtime.projection("shared").unwrap().wait_until_caught_up(PATIENCE).await.unwrap();
                 assert_eq!(*shared.0.read().unwrap(), expected, "{kind}, {every:?}");
                 match run {
                     // Torn down in the background.
@@ -169,7 +169,7 @@ async fn one_runtime_at_a_time_folds_into_a_memory() {
     let kept = || InMemory::new().snapshot_every(1_000, 1, shared.0.clone());
     let second = on(&store).lookup(&lookup).projection(shared.clone(), kept()).start().await.unwrap();
     in_use(on(&store).projection(shared.clone(), kept()).start().await.unwrap_err(), "shared");
-    second.projection("shared").unwrap().wait_until_live(PATIENCE).await.unwrap();
+    second.projection("shared").unwrap().wait_until_caught_up(PATIENCE).await.unwrap();
     assert_eq!(*shared.0.read().unwrap(), [1, 2]);
     second.shutdown().await.unwrap();
     // A failed start holds no claim.
@@ -187,7 +187,7 @@ async fn memory_that_cannot_be_emptied_is_not_folded_into() {
     let runtime = on(&store).projection(Endless(seen.clone()), InMemory::new()).start().await.unwrap();
     let handle = runtime.projection("endless").unwrap();
     reach(handle, ProjectionState::Failed).await;
-    let error = handle.wait_until_live(PATIENCE).await.unwrap_err().to_string();
+    let error = handle.wait_until_caught_up(PATIENCE).await.unwrap_err().to_string();
     assert!(error.contains("endless") && error.contains("Projection::reset"), "{error}");
     assert_eq!(*seen.lock().unwrap(), Numbers::new());
     runtime.shutdown().await.unwrap();
@@ -210,7 +210,7 @@ async fn a_failing_reset_of_memory_is_the_projections_own_error() {
     runtime.shutdown().await.unwrap();
 
     let runtime = start(true).await;
-    runtime.projection("failing").unwrap().wait_until_live(PATIENCE).await.unwrap();
+    runtime.projection("failing").unwrap().wait_until_caught_up(PATIENCE).await.unwrap();
     runtime.shutdown().await.unwrap();
 }
 
@@ -237,7 +237,7 @@ async fn an_apply_of_the_previous_runtime_folds_nothing_into_the_next() {
                 false => drop(runtime.shutdown_within(Duration::from_millis(10)).await.unwrap_err()),
             }
             let runtime = start().await;
-            runtime.projection("slow").unwrap().wait_until_live(PATIENCE).await.unwrap();
+            runtime.projection("slow").unwrap().wait_until_caught_up(PATIENCE).await.unwrap();
             assert_eq!(seen.positions(), expected, "{kind}, dropped: {dropped}");
             runtime.shutdown().await.unwrap();
             assert_eq!(seen.positions(), expected, "{kind}, dropped: {dropped}");

@@ -213,14 +213,14 @@ async fn a_conditional_trigger_fires_if_a_matching_event_waits() {
             reach(&second, ProjectionState::Standby).await;
             let before = database.seen("table").await.len();
             append(&store, 0, [1, 3, 5]).await;
-            assert!(!second.trigger_for(evens()).await.unwrap(), "{kind}: no even one waits");
+            assert!(!second.trigger_if(evens()).await.unwrap(), "{kind}: no even one waits");
             assert_eq!(database.seen("table").await.len(), before, "{kind}");
             let head = append(&store, 0, [2]).await;
-            assert!(second.trigger_for(evens()).await.unwrap(), "{kind}");
+            assert!(second.trigger_if(evens()).await.unwrap(), "{kind}");
             catch_up(&second, head).await;
             // The events in between as well.
             assert_eq!(database.seen("table").await.len(), 4 * round, "{kind}");
-            assert!(!second.trigger_for(evens()).await.unwrap(), "{kind}: it is applied");
+            assert!(!second.trigger_if(evens()).await.unwrap(), "{kind}: it is applied");
             one.stop(PATIENCE).await.unwrap();
             two.stop(PATIENCE).await.unwrap();
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Duration, Utc};
-use storied::projection::{Delivery, External, InMemory, ProjectionState, Start};
+use storied::projection::{Delivery, AtLeastOnce, InMemory, ProjectionState, Start};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
@@ -27,7 +27,7 @@ async fn run<P: Place>(
 }
 
 async fn done(node: Node, handle: &ProjectionHandle) {
-    handle.wait_until_live(PATIENCE).await.unwrap();
+    handle.wait_until_caught_up(PATIENCE).await.unwrap();
     node.stop(PATIENCE).await.unwrap();
 }
 
@@ -69,7 +69,7 @@ async fn begins_where_it_is_told<P: Place>() {
         ("since-tomorrow", Start::At(Position::new(1)), head),
     ] {
         let (node, handle) = run(&store, &place, name, start).await;
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
         let expected = after(&store, floor).await;
         assert_eq!(place.seen(name).await, expected, "{name}");
         handle.reset().await.unwrap();
@@ -81,7 +81,7 @@ async fn begins_where_it_is_told<P: Place>() {
     let (parts, model) = (place.clone(), place.model().await);
     let make = move |_| Writes::new(parts.clone(), "parts");
     let handle = node.partitioned(4, make, model, options().start(Start::At(at))).await;
-    handle.wait_until_live(PATIENCE).await.unwrap();
+    handle.wait_until_caught_up(PATIENCE).await.unwrap();
     let mut seen = place.seen("parts").await;
     seen.sort();
     assert_eq!(seen, after(&store, before).await);
@@ -89,14 +89,14 @@ async fn begins_where_it_is_told<P: Place>() {
     if P::TOGETHER {
         let node = local_node(&store).await;
         let (built, model) = (place.clone(), place.model().await);
-        let make = move |target: storied::projection::Target| {
+        let make = move |target: storied::projection::BuildTarget| {
             Writes::new(built.clone(), "built").version(target.version)
         };
         let handle = node.rebuildable(make, model, options().start(Start::At(at))).await;
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
         handle.rebuild().await.unwrap();
         eventually("it is rebuilt", || handle.status().version == 1).await;
-        handle.wait_until_live(PATIENCE).await.unwrap();
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
         assert_eq!(place.seen("built@1").await, after(&store, before).await);
         node.stop(PATIENCE).await.unwrap();
     }
@@ -126,7 +126,7 @@ async fn an_in_memory_start_position_is_resolved_at_every_start() {
             let recorder = recorder::<()>("memory");
             let seen = recorder.seen.clone();
             let handle = node.projection(recorder, InMemory::new(), options().start(start)).await;
-            handle.wait_until_live(PATIENCE).await.unwrap();
+            handle.wait_until_caught_up(PATIENCE).await.unwrap();
             (node, handle, seen)
         };
         for _ in 0..2 {
@@ -168,7 +168,7 @@ async fn since_a_time_leaves_no_later_event_out() {
         let node = local_node(&store).await;
         let recorder = recorder::<Delivery>(&format!("since-{minute}"));
         let seen = recorder.seen.clone();
-        let handle = node.projection(recorder, External::new(), options().start(Start::Since(time))).await;
+        let handle = node.projection(recorder, AtLeastOnce::new(), options().start(Start::Since(time))).await;
         done(node, &handle).await;
         let expected: Vec<_> = events.iter().skip_while(|event| event.recorded_at < time).collect();
         assert!(
@@ -202,9 +202,9 @@ async fn at_least_once_on_a_log_with_events_needs_a_start_position() {
             let recorder = recorder::<Delivery>(name);
             let seen = recorder.seen.clone();
             let builder = Runtime::builder().store(store.clone());
-            let runtime = builder.projection_with(recorder, External::new(), options).start().await?;
+            let runtime = builder.projection_with(recorder, AtLeastOnce::new(), options).start().await?;
             let handle = runtime.projection(name).unwrap();
-            handle.wait_until_live(PATIENCE).await.unwrap();
+            handle.wait_until_caught_up(PATIENCE).await.unwrap();
             runtime.shutdown().await.unwrap();
             Ok::<_, StartError>(seen.positions())
         };
@@ -218,7 +218,7 @@ async fn at_least_once_on_a_log_with_events_needs_a_start_position() {
             assert!(refused.to_string().contains(choice), "{refused}");
         }
         let parts = Runtime::builder().store(store.clone());
-        let parts = parts.partitioned(4, |_| recorder::<Delivery>("parts"), External::new());
+        let parts = parts.partitioned(4, |_| recorder::<Delivery>("parts"), AtLeastOnce::new());
         let refused = parts.start().await.unwrap_err();
         assert!(matches!(refused, StartError::NoStartPosition { .. }), "{refused}");
         assert_eq!(start("mails", options().start(Start::Now)).await.unwrap(), []);
@@ -247,8 +247,8 @@ async fn now_is_when_the_runtime_started() {
             let now = || options().start(if round % 2 == 0 { Start::Now } else { Start::Since(later) });
             let runtime = Runtime::builder()
                 .store(store.clone())
-                .projection_with(whole, External::new(), now())
-                .partitioned_with(16, make, External::new(), now())
+                .projection_with(whole, AtLeastOnce::new(), now())
+                .partitioned_with(16, make, AtLeastOnce::new(), now())
                 .projection_with(memory, InMemory::new(), now())
                 .start()
                 .await

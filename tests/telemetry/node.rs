@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::PgPoolOptions;
-use storied::command::{CommandBus, NatsCommands};
+use storied::command::{CommandBus, NatsCommandOptions};
 use storied::projection::{ApplyError, FailurePolicy, InMemory, SnapshotState};
 use storied::{
     NatsOptions, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions, Runtime, StoreError,
@@ -44,7 +44,7 @@ pub async fn scenario(meters: &Meters) {
         .store(log)
         .bus(log_stream(&server).bus())
         .publisher(publishing())
-        .commands(CommandBus::nats(NatsCommands::new(quick(NatsOptions::core().url(server.url())))))
+        .commands(CommandBus::nats(NatsCommandOptions::new(quick(NatsOptions::core().url(server.url())))))
         .aggregate::<Counter>()
         .projection_with(sums("sums"), read_model, once.clone())
         .projection_with(

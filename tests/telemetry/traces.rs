@@ -11,7 +11,7 @@ use opentelemetry_sdk::trace::{
 };
 use sqlx::postgres::PgPoolOptions;
 use storied::bus::{ConsumerOptions, HandleOptions, SubscribeOptions};
-use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommands};
+use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommandOptions};
 use storied::projection::InMemory;
 use storied::store::Append;
 use storied::{
@@ -276,7 +276,7 @@ async fn commands_across_nodes_stay_in_the_trace() {
     let spans = Spans::listen();
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let commands = |name: &str| {
-        CommandBus::nats(NatsCommands::new(quick(NatsOptions::core().url(server.url()))).node(name))
+        CommandBus::nats(NatsCommandOptions::new(quick(NatsOptions::core().url(server.url()))).node(name))
     };
     let store = MemoryStore::new();
     let worker = Runtime::builder().store(store.clone()).commands(commands("worker"));
@@ -303,7 +303,7 @@ async fn a_refused_command_is_an_error_of_its_span() {
     let _turn = TURN.write().await;
     let server = NatsServer::start(harness::NatsOptions::core()).await;
     let commands = |name: &str| {
-        CommandBus::nats(NatsCommands::new(quick(NatsOptions::core().url(server.url()))).node(name))
+        CommandBus::nats(NatsCommandOptions::new(quick(NatsOptions::core().url(server.url()))).node(name))
     };
     let store = MemoryStore::new();
     let picky = commands("worker").filter(|info| info.key != Some("filtered"));
@@ -314,7 +314,7 @@ async fn a_refused_command_is_an_error_of_its_span() {
     for key in ["filtered", "hooked"] {
         let spans = Spans::listen();
         let error = caller.execute::<Counter>(key, Add(1)).await.unwrap_err();
-        assert!(matches!(error, ExecuteError::Refused { .. }), "{error}");
+        assert!(matches!(error, ExecuteError::NotAccepted { .. }), "{error}");
         let commands = spans.named("command counter");
         let server = commands.iter().find(|span| span.span_kind == SpanKind::Server).unwrap();
         assert_eq!(attribute(server, "error.type").as_deref(), Some("refused"), "{key}");

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use storied::projection::{ApplyError, Delivery, External, InMemory, Projection, ProjectionOptions, Start};
+use storied::projection::{ApplyError, Delivery, AtLeastOnce, InMemory, Projection, ProjectionOptions, Start};
 use storied::store::{Append, ExpectedVersion};
 use storied::{
     Aggregate, Context, Decision, EncodeError, Event, EventStore, Filter, Metadata, NewEvent,
@@ -176,7 +176,7 @@ async fn catchup(store: PostgresStore, kept: bool, url: &str, events: usize) -> 
     let builder = match kept {
         true => {
             let options = ProjectionOptions::new().start(Start::Beginning);
-            builder.projection_with(KeptSums(totals.clone()), External::new(), options)
+            builder.projection_with(KeptSums(totals.clone()), AtLeastOnce::new(), options)
         }
         false => builder.projection(Sums(totals.clone()), InMemory::new()),
     };
@@ -199,7 +199,7 @@ async fn latency(store: PostgresStore, events: usize) -> Answer {
         .start()
         .await
         .unwrap();
-    runtime.projection("sums").unwrap().wait_until_live(Duration::from_secs(30)).await.unwrap();
+    runtime.projection("sums").unwrap().wait_until_caught_up(Duration::from_secs(30)).await.unwrap();
     open(&runtime, ACCOUNTS).await;
     let mut ticks = tokio::time::interval(EVERY);
     let mut tasks = tokio::task::JoinSet::new();

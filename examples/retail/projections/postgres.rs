@@ -30,7 +30,7 @@ pub(crate) async fn create_tables(pool: &PgPool) -> Result<(), sqlx::Error> {
 
 /// The invoices, and the revenue of each country.
 #[derive(Debug)]
-pub(crate) struct RevenueByCountry(pub(crate) Target);
+pub(crate) struct RevenueByCountry(pub(crate) BuildTarget);
 
 impl Projection for RevenueByCountry {
     type Transaction = PgConnection;
@@ -82,7 +82,7 @@ impl Projection for RevenueByCountry {
 
 /// The number of sold units minus the returned ones, of each article.
 #[derive(Debug)]
-pub(crate) struct UnitsByStockCode(pub(crate) Target);
+pub(crate) struct UnitsByStockCode(pub(crate) BuildTarget);
 
 impl Projection for UnitsByStockCode {
     type Transaction = PgConnection;

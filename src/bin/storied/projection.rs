@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use storied::Position;
-use storied::projection::{Answer, Asked, Operator, ProjectionRecord, Request};
+use storied::projection::{Answer, RequestTicket, Operator, ProjectionRecord, Request};
 use tokio::time::{Instant, sleep};
 
 use self::progress_bar::Bar;
@@ -290,7 +290,7 @@ async fn report(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Ou
 }
 
 /// Sends a request to the nodes. If that fails, the error states whether the request stands.
-pub(crate) async fn ask(operator: &Operator, name: &str, request: Request) -> Result<Asked, Failure> {
+pub(crate) async fn ask(operator: &Operator, name: &str, request: Request) -> Result<RequestTicket, Failure> {
     let error = match operator.ask(name, request).await {
         Ok(asked) => return Ok(asked),
         Err(error) => error,
@@ -324,7 +324,7 @@ fn take_back(name: &str, request: Request) -> String {
 /// Waits until a node has taken a request.
 pub(crate) async fn take(
     operator: &Operator,
-    asked: &Asked,
+    asked: &RequestTicket,
     request: Request,
     name: &str,
     wait: &WaitArgs,

@@ -113,7 +113,7 @@ impl NatsBus {
         }
         options.check()?;
         let lanes = self.lanes(&names, &options)?;
-        let queue = Queue::new(options.capacity, options.pull_timeout, options.eat_errors, lanes.len());
+        let queue = Queue::new(options.capacity, options.pull_timeout, options.discard_errors, lanes.len());
         let queue = Arc::new(queue);
         let stop = watch::Sender::new(false);
         let waits = lanes.iter().filter_map(|(source, _)| match source {

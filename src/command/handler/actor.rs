@@ -385,7 +385,7 @@ impl<H: Handler> HandlerState<H> {
         if let Some(current) = self.current.get_mut(&job.id) {
             if current.fingerprint != job.fingerprint {
                 // A failed send means that the caller has stopped waiting.
-                let _ = caller.answer(Err(ExecuteError::SameId { command_id: job.id }));
+                let _ = caller.answer(Err(ExecuteError::CommandIdReused { command_id: job.id }));
                 return;
             }
             current.deadline = current.deadline.max(job.deadline);

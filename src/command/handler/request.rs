@@ -58,7 +58,7 @@ impl<H: Handler> Request<H> {
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
-        let key = key_of::<H>(&self.command).map_err(|reason| ExecuteError::Refused { reason })?;
+        let key = key_of::<H>(&self.command).map_err(|reason| ExecuteError::NotAccepted { reason })?;
         let watched = Watched::new(&self.commands, H::NAME, key.as_deref(), &mut self.envelope);
         let given = self.send(key, prompt, watched.span()).await;
         watched.over(given)
@@ -77,7 +77,7 @@ impl<H: Handler> Request<H> {
         envelope.metadata.encode()?;
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
-        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::Refused { reason });
+        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::NotAccepted { reason });
         let local = match commands.registry().handler::<H>() {
             Some(local) => takes()?.then_some(local),
             None => None,

@@ -31,7 +31,7 @@ pub(super) enum AttemptResult {
     /// A hook refused the command; nothing happened.
     Refused(String),
     /// The id belongs to another command.
-    SameId,
+    CommandIdReused,
     /// The store could not look up an earlier record; nothing happened.
     Store(StoreError),
     /// The attempt ended without a record.
@@ -54,8 +54,8 @@ impl AttemptResult {
             AttemptResult::Unreadable(error) => {
                 Err(unknown(format!("it was handled, but its record does not decode: {error}")))
             }
-            AttemptResult::Refused(reason) => Err(ExecuteError::Refused { reason: reason.clone() }),
-            AttemptResult::SameId => Err(ExecuteError::SameId { command_id: id }),
+            AttemptResult::Refused(reason) => Err(ExecuteError::NotAccepted { reason: reason.clone() }),
+            AttemptResult::CommandIdReused => Err(ExecuteError::CommandIdReused { command_id: id }),
             AttemptResult::Store(error) => Err(ExecuteError::Store(error.clone())),
             AttemptResult::Unknown(reason) => Err(unknown(reason.clone())),
         }
@@ -65,7 +65,7 @@ impl AttemptResult {
 /// Reads a record, and checks that it belongs to this command.
 fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> AttemptResult {
     if record.name != H::NAME || record.fingerprint != fingerprint {
-        return AttemptResult::SameId;
+        return AttemptResult::CommandIdReused;
     }
     match from_cbor(&record.outcome) {
         Ok(outcome) => AttemptResult::Recorded { outcome, before: true },

@@ -177,7 +177,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             %error, "could not apply an event"
         );
         let undecodable = undecodable(error, event);
-        let unknown_event = options.unknown_names == UnknownNames::PassOver
+        let unknown_event = options.unknown_names == UnknownNames::Skip
             && undecodable == Some(&DecodeErrorKind::UnknownName);
         let text = format!(
             "applying {} at position {} (version {} of {}) failed: {error}",
@@ -309,7 +309,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.backoff.succeeded();
         let last = pending.events.pop_front().map(|event| event.recorded_at);
         self.committed(to, pending, last, |status| {
-            *if parks { &mut status.events_parked } else { &mut status.events_passed_over } += 1;
+            *if parks { &mut status.events_parked } else { &mut status.events_skipped } += 1;
         });
         self.snapshot_behind(1).await;
     }

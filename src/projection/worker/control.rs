@@ -217,7 +217,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 Change::Empty { requested } => self.empty(requested).await,
                 Change::BeginRebuild { requested } => self.begin_rebuild(requested).await,
                 Change::EndRebuild { requested } => self.end_rebuild(requested).await,
-                Change::Discard { asked } => self.discard(asked).await.map(|()| true),
+                Change::Discard { asked } => self.drop_version(asked).await.map(|()| true),
             };
             match changed {
                 Err(ControlError::Store(StoreError::Unavailable { reason, .. })) if attempt < ATTEMPTS => {

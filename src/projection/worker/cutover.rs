@@ -174,7 +174,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 }
             }
             let transaction = self.read_model.transaction(&mut open);
-            let live = catch_panic(async { self.instance.projection.go_live(transaction).await }).await;
+            let live = catch_panic(async { self.instance.projection.cut_over(transaction).await }).await;
             live.map_err(|error| blame(self.context, self.read_model, &error))
         };
         match timeout(SWITCH, result).await {

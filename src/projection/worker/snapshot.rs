@@ -75,14 +75,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return Ok(());
         }
         let floor = self.floor().await?;
-        let Some(own_epochs) = &mut self.snapshotting else { return Ok(()) };
-        let (TaskConfig { name, filter, store, .. }, snapshots) = (self.context, own_epochs.snapshots);
+        let Some(snapshotting) = &mut self.snapshotting else { return Ok(()) };
+        let (TaskConfig { name, filter, store, .. }, snapshots) = (self.context, snapshotting.snapshots);
         if self.read_model.checkpoint(&self.row).await? != Checkpoint::default() {
             // The task panicked; the state still has the applied events.
-            own_epochs.unsaved = 1;
+            snapshotting.unsaved = 1;
             return Ok(());
         }
-        let unusable = match store.snapshot(&own_epochs.stream).await {
+        let unusable = match store.snapshot(&snapshotting.stream).await {
             Ok(None) => return Ok(()),
             // The snapshot was discarded.
             Ok(Some(snapshot)) if snapshot.state.is_empty() => return Ok(()),
@@ -103,7 +103,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     let unpacked = spawn_blocking(move || snapshots.unpack(&state, &filter, floor)).await;
                     match unpacked.unwrap_or_else(|error| Err(error.to_string())) {
                         Ok(parked) => {
-                            own_epochs.parked = parked.len();
+                            snapshotting.parked = parked.len();
                             tracing::info!(projection = name, %position, "starting from a snapshot");
                             return self.start_at(position, parked).await;
                         }
@@ -120,7 +120,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             "ignoring an unusable snapshot; applying the log from its start"
         );
         // Also so that it does not count as newer than the snapshots of this log with this filter.
-        own_epochs.discard(store).await
+        snapshotting.discard(store).await
     }
 
     async fn start_at(&mut self, position: Position, parked: Vec<ParkedEvent>) -> Result<(), StoreError> {
@@ -145,31 +145,31 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     ///
     /// The write runs in the background, one at a time.
     pub(super) async fn snapshot_behind(&mut self, events: u64) {
-        let Some(own_epochs) = &mut self.snapshotting else { return };
-        own_epochs.unsaved = own_epochs.unsaved.saturating_add(events);
-        while let Some(written) = own_epochs.saving.try_join_next() {
-            own_epochs.written(written);
+        let Some(snapshotting) = &mut self.snapshotting else { return };
+        snapshotting.unsaved = snapshotting.unsaved.saturating_add(events);
+        while let Some(written) = snapshotting.saving.try_join_next() {
+            snapshotting.written(written);
         }
-        if own_epochs.unsaved < own_epochs.snapshots.every || !own_epochs.saving.is_empty() {
+        if snapshotting.unsaved < snapshotting.snapshots.every || !snapshotting.saving.is_empty() {
             return;
         }
         if let Some(writing) = self.take_snapshot().await
-            && let Some(own_epochs) = &mut self.snapshotting
+            && let Some(snapshotting) = &mut self.snapshotting
         {
-            own_epochs.saving.spawn(writing);
+            snapshotting.saving.spawn(writing);
         }
     }
 
     /// Takes a last snapshot if the state has changed, and waits for its write.
     pub(super) async fn last_snapshot(&mut self) {
-        let Some(own_epochs) = &mut self.snapshotting else { return };
-        own_epochs.settle().await;
+        let Some(snapshotting) = &mut self.snapshotting else { return };
+        snapshotting.settle().await;
         if !self.prepared {
             return;
         }
         let parked = self.read_model.parked(&self.row, usize::MAX).await.map_or(0, |parked| parked.len());
         // Also if a parked event was discarded meanwhile: the old snapshot would restore it.
-        if (own_epochs.unsaved > 0 || own_epochs.parked != parked)
+        if (snapshotting.unsaved > 0 || snapshotting.parked != parked)
             && let Some(writing) = self.take_snapshot().await
         {
             writing.await;
@@ -179,7 +179,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Discards the snapshot, because the read model is reset.
     pub(super) async fn discard_snapshot(&mut self) -> Result<(), StoreError> {
         match &mut self.snapshotting {
-            Some(own_epochs) => own_epochs.discard(&self.context.store).await,
+            Some(snapshotting) => snapshotting.discard(&self.context.store).await,
             None => Ok(()),
         }
     }
@@ -187,16 +187,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Encodes a snapshot between two transactions; returns the write, which reports success.
     async fn take_snapshot(&mut self) -> Option<impl Future<Output = bool> + Send + 'static> {
         let floor = self.context.floor.get().copied().unwrap_or_default();
-        let own_epochs = self.snapshotting.as_mut()?;
+        let snapshotting = self.snapshotting.as_mut()?;
         // Also after a failure: no attempt with every event.
-        own_epochs.unsaved = 0;
+        snapshotting.unsaved = 0;
         let TaskConfig { name, filter, store, metrics, .. } = self.context;
         let taken = async {
             let position =
                 self.read_model.checkpoint(&self.row).await.map_err(|error| error.to_string())?.position;
             let parked =
                 self.read_model.parked(&self.row, usize::MAX).await.map_err(|error| error.to_string())?;
-            let (snapshots, filter, count) = (own_epochs.snapshots.clone(), filter.clone(), parked.len());
+            let (snapshots, filter, count) = (snapshotting.snapshots.clone(), filter.clone(), parked.len());
             // Encoding a large state takes long; other tasks keep this thread meanwhile.
             let packing = spawn_blocking(move || snapshots.pack(&filter, floor, &parked)).await;
             Ok::<_, String>((position, count, packing.map_err(|error| error.to_string())??))
@@ -209,11 +209,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 return None;
             }
         };
-        own_epochs.parked = parked;
-        let (version, revision) = (Version::new(position.get()), own_epochs.snapshots.revision);
+        snapshotting.parked = parked;
+        let (version, revision) = (Version::new(position.get()), snapshotting.snapshots.revision);
         let snapshot = Snapshot { version, revision, state: state.into() };
         let (name, store, metrics, stream) =
-            (name.clone(), store.clone(), metrics.clone(), own_epochs.stream.clone());
+            (name.clone(), store.clone(), metrics.clone(), snapshotting.stream.clone());
         Some(async move {
             match store.save_snapshot(&stream, snapshot).await {
                 Ok(()) => {

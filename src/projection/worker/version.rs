@@ -235,7 +235,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Drops the data of the next version, unless a new rebuild writes to it.
-    pub(super) async fn discard(&mut self, asked: Option<(&str, Checkpoint)>) -> Result<(), ControlError> {
+    pub(super) async fn drop_version(&mut self, asked: Option<(&str, Checkpoint)>) -> Result<(), ControlError> {
         let (context, read_model) = (self.context, self.read_model);
         let record = context.layout.version();
         let found = read_model.checkpoint(&record).await?;
@@ -254,7 +254,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             read_model.save(&mut open, &record, found, to).await.map_err(refused)?;
             if !again {
                 let transaction = read_model.transaction(&mut open);
-                let discarded = catch_panic(async { projection.discard(transaction).await }).await;
+                let discarded = catch_panic(async { projection.drop_version(transaction).await }).await;
                 discarded.map_err(|error| blame(context, read_model, &error))?;
             }
             let Some((request, found)) = asked else { return Ok(()) };

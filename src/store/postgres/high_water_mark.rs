@@ -9,7 +9,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::super::{ReadLog, Stall, StoreError};
+use super::super::{ReadLog, HighWaterStall, StoreError};
 use super::error::failed;
 use super::notify::Hints;
 use super::tail_cache::TailCache;
@@ -253,7 +253,7 @@ impl HighWaterMark {
 }
 
 /// Returns the transaction that holds back the mark at this moment, if any.
-pub(super) async fn stall(core: &Arc<PgInner>) -> Result<Option<Stall>, StoreError> {
+pub(super) async fn stall(core: &Arc<PgInner>) -> Result<Option<HighWaterStall>, StoreError> {
     const DOING: &str = "looking up the transaction that holds back the log";
     let mut session = core.connections.get(DOING).await?;
     let row = sqlx::query(core.sql.stall.clone())
@@ -264,7 +264,7 @@ pub(super) async fn stall(core: &Arc<PgInner>) -> Result<Option<Stall>, StoreErr
     session.finish(DOING).await?;
     let Some(row) = row else { return Ok(None) };
     let columns = || -> Result<_, sqlx::Error> {
-        Ok(Stall {
+        Ok(HighWaterStall {
             pid: row.try_get(0)?,
             application_name: row.try_get(1)?,
             state: row.try_get(2)?,

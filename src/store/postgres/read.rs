@@ -190,7 +190,7 @@ struct Found {
 ///
 /// The caller applies the other conditions of the filter.
 fn looked_up<'a>(core: &PgInner, filter: &'a Filter) -> Option<Vec<&'a str>> {
-    let names = filter.wanted_names()?;
+    let names = filter.given_names()?;
     let looked_up = core.indexed_by_name && filter.wanted_streams().is_none() && names.len() <= LOOKED_UP;
     looked_up.then(|| names.iter().map(EventName::as_str).collect())
 }
@@ -247,9 +247,9 @@ async fn query(
         Wanted::Names(names) => query.bind(names).persistent(persistent),
         Wanted::Filter(filter) => {
             let names: Option<Vec<&str>> =
-                filter.wanted_names().map(|names| names.iter().map(EventName::as_str).collect());
+                filter.given_names().map(|names| names.iter().map(EventName::as_str).collect());
             let categories: Option<Vec<&str>> = filter
-                .wanted_categories()
+                .given_categories()
                 .map(|categories| categories.iter().map(Category::as_str).collect());
             let streams: Option<Vec<Uuid>> =
                 filter.wanted_streams().map(|streams| streams.iter().map(stream_key).collect());

@@ -37,7 +37,7 @@ async fn unread_errors_block_nothing() {
         let (bus, server) = Way::Core.start().await;
         let mut press = Press::new(&bus).await;
         let options = SubscribeOptions::new();
-        let options = if eat { options.eat_errors() } else { options };
+        let options = if eat { options.discard_errors() } else { options };
         let mut subscriber = listen(&bus, &["note.written"], options).await;
         let raw = async_nats::connect(server.url()).await.unwrap();
         for _ in 0..1_000 {

@@ -90,7 +90,7 @@ pub async fn skips_unknown_names<P: Place>(scene: Scene<P>) {
     let mut handles = Vec::new();
     for (name, filter, options) in [
         ("named", named, options.clone()),
-        ("passing", Filter::of::<Thing>().unwrap(), options.clone().unknown_names(UnknownNames::PassOver)),
+        ("passing", Filter::of::<Thing>().unwrap(), options.clone().unknown_names(UnknownNames::Skip)),
         ("parking", Filter::of::<Thing>().unwrap(), options.clone().on_failure(FailurePolicy::Park)),
         ("stopping", Filter::of::<Thing>().unwrap(), options),
     ] {
@@ -102,8 +102,8 @@ pub async fn skips_unknown_names<P: Place>(scene: Scene<P>) {
         catch_up(handle, head).await;
         assert_eq!(scene.place.seen(handle.name()).await.len(), 2, "{}", handle.name());
     }
-    let passed_over = |handle: &ProjectionHandle| handle.status().events_passed_over;
-    assert_eq!((passed_over(named), passed_over(passing), passed_over(parking)), (0, 1, 0));
+    let skipped = |handle: &ProjectionHandle| handle.status().events_skipped;
+    assert_eq!((skipped(named), skipped(passing), skipped(parking)), (0, 1, 0));
     assert!(passing.parked(10).await.unwrap().is_empty());
     let parked = parking.parked(10).await.unwrap();
     assert_eq!((parked.len(), parked[0].position, parked[0].attempts), (1, strange, 1), "{parked:?}");

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use sqlx::sqlite::SqliteConnection;
-use storied::projection::{ApplyError, Delivery, External, ReadModel, SqliteReadModel};
+use storied::projection::{ApplyError, Delivery, AtLeastOnce, ReadModel, SqliteReadModel};
 use storied::{
     EncodeError, EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection,
     RecordedEvent, SqliteStore,
@@ -55,15 +55,15 @@ pub struct Outside(Arc<Mutex<Vec<(String, Position)>>>);
 
 impl Place for Outside {
     type Tx = Delivery;
-    type Model = External;
+    type Model = AtLeastOnce;
     const TOGETHER: bool = false;
 
     async fn open() -> (Arc<dyn EventStore>, Self) {
         (Arc::new(MemoryStore::new()), Self::default())
     }
 
-    async fn model(&self) -> External {
-        External::new()
+    async fn model(&self) -> AtLeastOnce {
+        AtLeastOnce::new()
     }
 
     async fn write(&self, name: &str, position: Position, _: &mut Delivery) -> Result<(), ApplyError> {
@@ -229,7 +229,7 @@ impl<P: Place> Projection for Writes<P> {
         self.place.clear(&self.table(), tx).await
     }
 
-    async fn discard(&mut self, tx: &mut P::Tx) -> Result<(), ApplyError> {
+    async fn drop_version(&mut self, tx: &mut P::Tx) -> Result<(), ApplyError> {
         self.place.clear_alone(&self.table(), tx).await
     }
 }

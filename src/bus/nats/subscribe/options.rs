@@ -15,7 +15,7 @@ pub struct SubscribeOptions {
     group: Option<Arc<GroupOf>>,
     pub(super) capacity: usize,
     pub(super) pull_timeout: Option<Duration>,
-    pub(super) eat_errors: bool,
+    pub(super) discard_errors: bool,
     pub(super) lazy: bool,
     pub(super) consumer: Option<ConsumerOptions>,
 }
@@ -28,7 +28,7 @@ impl Default for SubscribeOptions {
             group: None,
             capacity: 1_024,
             pull_timeout: None,
-            eat_errors: false,
+            discard_errors: false,
             lazy: false,
             consumer: None,
         }
@@ -91,8 +91,8 @@ impl SubscribeOptions {
 
     /// Counts errors without keeping them. Errors block nothing in either case.
     #[must_use]
-    pub fn eat_errors(mut self) -> Self {
-        self.eat_errors = true;
+    pub fn discard_errors(mut self) -> Self {
+        self.discard_errors = true;
         self
     }
 
@@ -133,7 +133,7 @@ impl fmt::Debug for SubscribeOptions {
         f.debug_struct("SubscribeOptions")
             .field("capacity", &self.capacity)
             .field("pull_timeout", &self.pull_timeout)
-            .field("eat_errors", &self.eat_errors)
+            .field("discard_errors", &self.discard_errors)
             .field("lazy", &self.lazy)
             .field("consumer", &self.consumer)
             .finish_non_exhaustive()
@@ -305,7 +305,7 @@ impl ConsumerOptions {
     ///
     /// Default: 60 s. Range: 100 ms to 100 years.
     #[must_use]
-    pub fn inactive(mut self, wait: Duration) -> Self {
+    pub fn inactive_threshold(mut self, wait: Duration) -> Self {
         self.inactive = wait;
         self
     }
@@ -321,7 +321,7 @@ impl ConsumerOptions {
     fn check(&self) -> Result<(), BusError> {
         within("ConsumerOptions::ack_wait", &self.ack_wait, &SERVER_WAIT)?;
         within("ConsumerOptions::max_ack_pending", &self.max_ack_pending, &(1..=1_000_000))?;
-        within("ConsumerOptions::inactive", &self.inactive, &KEPT)?;
+        within("ConsumerOptions::inactive_threshold", &self.inactive, &KEPT)?;
         within("the number of waits in ConsumerOptions::backoff", &self.backoff.len(), &(0..=1_000))?;
         for wait in &self.backoff {
             within("a wait in ConsumerOptions::backoff", wait, &SERVER_WAIT)?;

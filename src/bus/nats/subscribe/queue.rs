@@ -39,7 +39,7 @@ pub(super) struct Queue {
     state: Mutex<State>,
     capacity: usize,
     pull_timeout: Option<Duration>,
-    eat_errors: bool,
+    discard_errors: bool,
     /// Notifies receivers about free capacity.
     pub(super) room: Notify,
 }
@@ -68,7 +68,7 @@ impl Queue {
     pub(super) fn new(
         capacity: usize,
         pull_timeout: Option<Duration>,
-        eat_errors: bool,
+        discard_errors: bool,
         receiving: usize,
     ) -> Self {
         let state = State {
@@ -81,7 +81,7 @@ impl Queue {
             taken_at: Instant::now(),
             stalled: false,
         };
-        Self { state: Mutex::new(state), capacity, pull_timeout, eat_errors, room: Notify::new() }
+        Self { state: Mutex::new(state), capacity, pull_timeout, discard_errors, room: Notify::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -144,7 +144,7 @@ impl Queue {
         let mut state = self.state();
         state.stats.errors += 1;
         let so_far = state.stats.errors;
-        if self.eat_errors {
+        if self.discard_errors {
             return;
         }
         if state.errors.len() >= ERRORS {

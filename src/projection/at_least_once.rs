@@ -13,7 +13,7 @@ use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEve
 /// process dies between `apply` and the checkpoint, or if another node takes over. The position of
 /// the event, together with the [`Delivery`]'s epoch, is the idempotency key.
 #[derive(Default)]
-pub struct External {
+pub struct AtLeastOnce {
     /// Set by the first call.
     store: OnceLock<Arc<dyn EventStore>>,
     /// Position of each checkpoint before its last reset, and the number of that reset.
@@ -22,7 +22,7 @@ pub struct External {
     replayed: Mutex<HashMap<String, (u64, Position)>>,
 }
 
-/// Context of `apply` for an [`External`] read model.
+/// Context of `apply` for an [`AtLeastOnce`] read model.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Delivery {
@@ -53,7 +53,7 @@ impl Delivery {
     }
 }
 
-impl External {
+impl AtLeastOnce {
     /// Creates a read model for one or more projections.
     #[must_use]
     pub fn new() -> Self {
@@ -91,13 +91,13 @@ async fn forget_all(store: &Arc<dyn EventStore>, name: &str) -> Result<(), Store
     }
 }
 
-impl fmt::Debug for External {
+impl fmt::Debug for AtLeastOnce {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("External").field("store", &self.store.get().map(|store| store.info())).finish()
+        f.debug_struct("AtLeastOnce").field("store", &self.store.get().map(|store| store.info())).finish()
     }
 }
 
-impl ReadModel for External {
+impl ReadModel for AtLeastOnce {
     type Transaction = Delivery;
     type Open = Delivery;
 
@@ -118,7 +118,7 @@ impl ReadModel for External {
             let known = self.store.get_or_init(|| store.clone());
             if known.info().id != store.info().id {
                 let reason =
-                    "preparing an External failed: already in use for another event store; create one per store".into();
+                    "preparing an AtLeastOnce failed: already in use for another event store; create one per store".into();
                 return Err(StoreError::Invalid { reason });
             }
             Ok(())
