@@ -146,8 +146,7 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         // Waiting fixes neither a certificate nor a server without TLS.
         sqlx::Error::Tls(_) => no_tls(doing, &error),
         sqlx::Error::Io(io) if io.kind() == std::io::ErrorKind::InvalidData => no_tls(doing, &error),
-        // The first byte of the answer to the first message of a connection: no PostgreSQL answers so.
-        sqlx::Error::Protocol(text) if text.contains("SSLRequest") => StoreError::Misconfigured {
+        sqlx::Error::Protocol(text) if is_other_protocol(text) => StoreError::Misconfigured {
             expected: "a PostgreSQL server".into(),
             found: format!("a server with another protocol ({doing}: {text})"),
             advice: "check host and port of the database URL".into(),
@@ -160,6 +159,14 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
             StoreError::unavailable(format!("{doing}: the connection to PostgreSQL failed ({error})"), error)
         }
     }
+}
+
+/// Returns whether the first byte of a connection shows that the server is no PostgreSQL.
+///
+/// sqlx reads 0 if the connection was cut. 0x45 begins an error of PostgreSQL, for example that it
+/// has too many clients.
+fn is_other_protocol(text: &str) -> bool {
+    text.contains("SSLRequest") && !["0x00", "0x45"].iter().any(|byte| text.ends_with(byte))
 }
 
 fn no_tls(doing: &str, error: &sqlx::Error) -> StoreError {
