@@ -15,10 +15,10 @@
 //! Owners hold leases, which show the other nodes when to take over. Stale owners are fenced: the
 //! checkpoint moves only from the position that its owner last wrote, in the owner's epoch (I7).
 
+mod at_least_once;
 mod checkpoint_store;
 mod control;
 mod error;
-mod at_least_once;
 mod factory;
 mod handle;
 mod layout;
@@ -46,16 +46,16 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::at_least_once::{AtLeastOnce, Delivery};
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable, WaitError};
-pub use self::at_least_once::{Delivery, AtLeastOnce};
 pub(crate) use self::factory::{ProjectionFactory, spawn};
 pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
 use self::memory_run::MemoryRun;
 pub(crate) use self::name::problem as name_problem;
-pub use self::operator::{RequestTicket, Operator, PartRecord, ProjectionRecord, RebuildRecord};
+pub use self::operator::{Operator, PartRecord, ProjectionRecord, RebuildRecord, RequestTicket};
 pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
@@ -148,7 +148,10 @@ pub trait Projection: Send + 'static {
     /// Called after a [cancelled rebuild](ProjectionHandle::cancel_rebuild), once its last task has
     /// stopped, also if there is no data. The default keeps the data, unused: the next rebuild
     /// writes to the same version, and its [`reset`](Self::reset) finds it.
-    fn drop_version(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+    fn drop_version(
+        &mut self,
+        tx: &mut Self::Transaction,
+    ) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Ok(()) }
     }
@@ -163,7 +166,10 @@ pub trait Projection: Send + 'static {
     /// for a lock of another session. If it fails or exceeds the limit, the live version continues,
     /// the rebuilt version keeps up with it, and the cut-over is retried after 5 s to 60 s.
     /// [`RebuildStatus::last_error`] gives the cause. Do slow work elsewhere.
-    fn cut_over(&mut self, tx: &mut Self::Transaction) -> impl Future<Output = Result<(), ApplyError>> + Send {
+    fn cut_over(
+        &mut self,
+        tx: &mut Self::Transaction,
+    ) -> impl Future<Output = Result<(), ApplyError>> + Send {
         let _ = tx;
         async { Ok(()) }
     }

@@ -31,14 +31,14 @@ use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::lease::LeaseWatcher;
 use crate::partition;
 use crate::projection::{
-    self, Lookup, NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions,
-    ProjectionStatus, ReadModel, BuildTarget,
+    self, BuildTarget, Lookup, NodeServices, Projection, ProjectionFactory, ProjectionHandle,
+    ProjectionOptions, ProjectionStatus, ReadModel,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
 use crate::startup::{self, START_TIMEOUT};
 use crate::store::{
-    EventStore, GroupCommitter, IntoEventStore, LeaseInfo, HighWaterStall, StoreError, StoreInfo, WriterOptions,
-    WriterStatus,
+    EventStore, GroupCommitter, HighWaterStall, IntoEventStore, LeaseInfo, StoreError, StoreInfo,
+    WriterOptions, WriterStatus,
 };
 use crate::supervised::Task;
 use crate::telemetry::Metrics;
@@ -554,7 +554,7 @@ impl Builder {
         }
         let writer = GroupCommitter::start(store.clone(), WriterOptions::default(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
-            .then(|| Task::spawn(forgetting(store.clone(), self.commands.command_retention())));
+            .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));
         let commands = Dispatcher::new(self.commands.hooks(), metrics);
         let mut registry = Registry::default();
         for registration in self.aggregates {

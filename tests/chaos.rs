@@ -25,7 +25,7 @@ use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use storied::bus::JetStreamOptions;
-use storied::projection::{ApplyError, Target};
+use storied::projection::{ApplyError, BuildTarget};
 use storied::store::Append;
 use storied::{
     Codec, EncodeError, Event, EventStore, ExpectedVersion, Filter, Metadata, NatsOptions, NewEvent,
@@ -54,7 +54,7 @@ impl Event for Tick {
 }
 
 /// A projection that records events in the order of their application.
-struct Seen(Target);
+struct Seen(BuildTarget);
 
 impl Projection for Seen {
     type Transaction = PgConnection;

@@ -211,7 +211,11 @@ async fn times_are_in_their_range_or_refused() {
             |o, v| Options { publisher: o.publisher.clone().heartbeat(v), ..o },
             short,
         ),
-        ("PublisherOptions::lease_ttl", |o, v| Options { publisher: o.publisher.clone().lease_ttl(v), ..o }, lease),
+        (
+            "PublisherOptions::lease_ttl",
+            |o, v| Options { publisher: o.publisher.clone().lease_ttl(v), ..o },
+            lease,
+        ),
         (
             "AggregateOptions::idle_timeout",
             |o, v| Options { aggregate: o.aggregate.idle_timeout(v), ..o },

@@ -156,7 +156,7 @@ impl CommandBus {
         Ok(())
     }
 
-    pub(crate) fn command_retention(&self) -> Duration {
+    pub(crate) fn retention(&self) -> Duration {
         self.command_retention
     }
 

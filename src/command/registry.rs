@@ -239,7 +239,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 Err(error) => return refused(&span, error),
             };
             if let Err(reason) = commands.hooks().before(&info) {
-                return refused(&span, ExecuteError::<A::Error>::Refused { reason });
+                return refused(&span, ExecuteError::<A::Error>::NotAccepted { reason });
             }
             let (reply, answer) = oneshot();
             let order = Box::new(CommandRequest {

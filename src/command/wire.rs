@@ -319,7 +319,9 @@ impl Failure {
                 Err(error) => Self::new(Code::Failed, format!("{said} (details cannot be encoded: {error})")),
             },
             ExecuteError::ExpectedVersion { actual, .. } => with(Code::ExpectedVersion, &said, actual.get()),
-            ExecuteError::RetriesExhausted { attempts, .. } => with(Code::RetriesExhausted, &said, u64::from(*attempts)),
+            ExecuteError::RetriesExhausted { attempts, .. } => {
+                with(Code::RetriesExhausted, &said, u64::from(*attempts))
+            }
             ExecuteError::Overloaded { what, limit } => with(Code::Overloaded, what, *limit as u64),
             ExecuteError::Panicked { message, .. } => Self::new(Code::Panicked, message),
             ExecuteError::Store(StoreError::Unavailable { reason, .. }) => {

@@ -10,7 +10,7 @@ use super::layout::Layout;
 use super::partition::{PartitionGroup, PartitionSlot, sum};
 use super::time_limit::TimeLimited;
 use super::worker::{NodeServices, PageCache, ProjectionWork, Role, TaskSpec, VersionedProjection};
-use super::{Projection, ProjectionOptions, ReadModel, StateClaim, BuildTarget};
+use super::{BuildTarget, Projection, ProjectionOptions, ReadModel, StateClaim};
 use crate::partition::Partition;
 use crate::store::Filter;
 use crate::supervised::Supervised;

@@ -50,8 +50,8 @@ use uuid::Uuid;
 
 pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
 use self::connection::Connections;
-pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 use self::detach_on_drop::detach_on_drop;
+pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 use self::high_water_mark::HighWaterMark;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
@@ -62,8 +62,8 @@ pub(crate) use self::statements::Schema;
 use super::page_size::PageSizer;
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
-    CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, HighWaterStall, StoreError,
-    StoreInfo,
+    CommandRecord, EventStore, HighWaterStall, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot,
+    StoreError, StoreInfo,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;

@@ -8,7 +8,7 @@ use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::LeaseWatcher;
 use crate::projection::{
-    NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel, Target,
+    BuildTarget, NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel,
     spawn,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
@@ -83,7 +83,7 @@ impl Node {
     /// If its actors do not start.
     pub async fn rebuildable<P, R>(
         &self,
-        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
         read_model: R,
         options: ProjectionOptions,
     ) -> ProjectionHandle
@@ -101,7 +101,7 @@ impl Node {
     pub async fn partitioned<P, R>(
         &self,
         partitions: u16,
-        make: impl Fn(Target) -> P + Send + Sync + 'static,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
         read_model: R,
         options: ProjectionOptions,
     ) -> ProjectionHandle

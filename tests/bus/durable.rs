@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use storied::projection::{ApplyError, Delivery, AtLeastOnce, FollowMode};
+use storied::projection::{ApplyError, AtLeastOnce, Delivery, FollowMode};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{

@@ -8,7 +8,7 @@ use storied::bus::{
     ConsumerOptions, ConsumerPolicy, HandleOptions, JetStreamOptions, NatsBus, NatsOptions, StreamPolicy,
     SubscribeOptions,
 };
-use storied::projection::{ApplyError, Delivery, AtLeastOnce, FollowMode};
+use storied::projection::{ApplyError, AtLeastOnce, Delivery, FollowMode};
 use storied::testing::Node;
 use storied::{EncodeError, EventBus, Filter, Position, Projection, ProjectionOptions, RecordedEvent};
 

@@ -9,7 +9,7 @@ use sqlx::postgres::{PgConnection, PgPool};
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 use sqlx::{AssertSqlSafe, Executor};
 use storied::projection::{
-    ApplyError, FailurePolicy, PostgresReadModel, SqliteReadModel, Target, TargetUnavailable,
+    ApplyError, BuildTarget, FailurePolicy, PostgresReadModel, SqliteReadModel, TargetUnavailable,
 };
 use storied::testing::Node;
 use storied::{
@@ -80,7 +80,7 @@ macro_rules! seen_in {
 seen_in!(SqliteConnection);
 seen_in!(PgConnection);
 
-fn make<T>(faults: &Faults) -> impl Fn(Target) -> Seen<T> + Send + Sync + 'static {
+fn make<T>(faults: &Faults) -> impl Fn(BuildTarget) -> Seen<T> + Send + Sync + 'static {
     let faults = faults.clone();
     move |target| Seen {
         version: target.version,

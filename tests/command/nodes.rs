@@ -157,7 +157,8 @@ async fn without_nats_a_command_fails_at_once_and_never_happens() {
 async fn callers_can_retry_until_a_node_is_back() {
     let (mut server, store) = (server().await, MemoryStore::new());
     let late = NatsOptions::core().url(server.url()).reconnect_wait(Duration::from_secs(2));
-    let bus = storied::command::CommandBus::nats(NatsCommandOptions::new(late).node("worker").heartbeat(BEAT));
+    let bus =
+        storied::command::CommandBus::nats(NatsCommandOptions::new(late).node("worker").heartbeat(BEAT));
     let builder = Runtime::builder().store(store.clone()).commands(bus);
     let worker = builder.aggregate::<Counter>().start().await.unwrap();
     let caller = caller(&store, &server).await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::SqliteConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
-use storied::projection::{ApplyError, Delivery, AtLeastOnce, SqliteReadModel};
+use storied::projection::{ApplyError, AtLeastOnce, Delivery, SqliteReadModel};
 use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 
 use crate::support::*;

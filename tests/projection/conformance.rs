@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use storied::bus::{JetStreamOptions, NatsOptions};
-use storied::projection::{FollowMode, Target};
+use storied::projection::{BuildTarget, FollowMode};
 use storied::testing::Node;
 use storied::{
     EventBus, EventStore, FeedOptions, Filter, LocalBus, Partition, Position, ProjectionHandle,
@@ -69,7 +69,7 @@ impl<P: Place> Scene<P> {
         let publishing = PublisherOptions::new()
             .idle_poll(Duration::from_millis(50))
             .heartbeat(Duration::from_millis(100))
-            .lease(Duration::from_secs(1));
+            .lease_ttl(Duration::from_secs(1));
         Node::start(self.store.clone(), bus, feed, publishing).await
     }
 
@@ -98,8 +98,9 @@ impl<P: Place> Scene<P> {
         options: ProjectionOptions,
     ) -> ProjectionHandle {
         let place = self.place.clone();
-        let make =
-            move |target: Target| Writes::new(place.clone(), name).version(target.version).hook(hook.clone());
+        let make = move |target: BuildTarget| {
+            Writes::new(place.clone(), name).version(target.version).hook(hook.clone())
+        };
         let model = self.place.model().await;
         match partitions {
             None => node.rebuildable(make, model, options).await,

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::projection::{
-    ApplyError, ControlError, Delivery, AtLeastOnce, FailurePolicy, InMemory, ProjectionState,
+    ApplyError, AtLeastOnce, ControlError, Delivery, FailurePolicy, InMemory, ProjectionState,
 };
 use storied::store::{BoxFuture, Checkpoint};
 use storied::testing::Node;

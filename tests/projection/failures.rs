@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use storied::projection::{
-    ControlError, AtLeastOnce, FailurePolicy, InMemory, ProjectionState, UnknownNames, WaitError,
+    AtLeastOnce, ControlError, FailurePolicy, InMemory, ProjectionState, UnknownNames, WaitError,
 };
 use storied::{EventName, EventStore, Filter, MemoryStore, Metadata, NewEvent, Position, ReadLog};
 use tokio::time::Instant;

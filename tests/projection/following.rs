@@ -270,7 +270,7 @@ async fn durations_have_no_upper_limit() {
         let log_stream = LogStream::default();
         for bus in [Arc::new(LocalBus::new()) as Arc<dyn EventBus>, Arc::new(log_stream.clone())] {
             let node = Node::start(store.clone(), bus, feed.clone(), publishing.clone()).await;
-            let options = ProjectionOptions::new().lease_ttl(longest).backoff(Duration::from_millis(1), never);
+            let options = ProjectionOptions::new().lease(longest).backoff(Duration::from_millis(1), never);
             let delivered = node.projection(recorder("delivered"), AtLeastOnce::new(), options.clone()).await;
             let head = append(&store, 0, [1]).await;
             // The log stream sends no notifications, and the feed never polls.

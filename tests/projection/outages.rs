@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use storied::bus::BusError;
 use storied::command::{HandleError, Handler, HandlerContext};
 use storied::projection::{
-    ApplyError, ControlError, Delivery, AtLeastOnce, FailurePolicy, InMemory, ProjectionState, Schedule, Start,
-    TargetUnavailable, WaitError,
+    ApplyError, AtLeastOnce, ControlError, Delivery, FailurePolicy, InMemory, ProjectionState, Schedule,
+    Start, TargetUnavailable, WaitError,
 };
 use storied::{
     EncodeError, EventStore, ExecuteError, Filter, MemoryStore, Position, Projection, ProjectionOptions,
@@ -132,7 +132,8 @@ async fn faults_count_against_the_event() {
     let count = 3 * faults().len() as u64;
     let head = append(&store, 0, 1..=count).await;
     let node = local_node(&store).await;
-    let handle = node.projection(recorder("outside").hook(failing(faults).0), AtLeastOnce::new(), quick()).await;
+    let handle =
+        node.projection(recorder("outside").hook(failing(faults).0), AtLeastOnce::new(), quick()).await;
     catch_up(&handle, head).await;
     assert_eq!(handle.status().events_parked, count);
     node.stop(PATIENCE).await.unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use storied::projection::{AtLeastOnce, FailurePolicy, InMemory, ProjectionState, Target};
+use storied::projection::{AtLeastOnce, BuildTarget, FailurePolicy, InMemory, ProjectionState};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
@@ -297,7 +297,7 @@ async fn a_failed_partition_does_not_stop_the_others() {
         let seen: Arc<[Seen]> = (0..PARTITIONS).map(|_| Seen::default()).collect();
         let make = {
             let (seen, broken) = (seen.clone(), broken.clone());
-            move |target: Target| {
+            move |target: BuildTarget| {
                 let mut recorder = recorder("delivered").hook(poison(1, &broken));
                 recorder.seen = seen[usize::from(target.partition.index())].clone();
                 recorder

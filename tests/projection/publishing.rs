@@ -60,7 +60,7 @@ async fn keeps_the_log_exactly_over_kills_zombies_and_outages() {
 async fn one_node_publishes_and_hands_over_when_it_stops() {
     for (kind, store, _dir) in stores().await {
         let log_stream = LogStream::default();
-        let options = publishing().lease(Duration::from_secs(600));
+        let options = publishing().lease_ttl(Duration::from_secs(600));
         let start =
             || Node::start(store.clone(), Arc::new(log_stream.clone()), FeedOptions::new(), options.clone());
         let one = start().await;
@@ -112,7 +112,7 @@ async fn a_hung_or_failed_bus_is_reported_and_blocks_no_append() {
 }
 
 /// More than one chunk of the log; the first one hangs on its way to the bus.
-async fn stuck_in_the_first_stretch(link: &Link, log_stream: &Mirror) -> Node {
+async fn stuck_in_the_first_stretch(link: &Link, log_stream: &LogStream) -> Node {
     let store: Arc<dyn EventStore> = Arc::new(link.clone());
     let head = append(&store, 0, 0..3_000).await;
     log_stream.hangs.store(true, Ordering::SeqCst);

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
 use storied::projection::{
-    ApplyError, ControlError, AtLeastOnce, FailurePolicy, InMemory, ProjectionState, RebuildStatus, BuildTarget,
-    TargetUnavailable,
+    ApplyError, AtLeastOnce, BuildTarget, ControlError, FailurePolicy, InMemory, ProjectionState,
+    RebuildStatus, TargetUnavailable,
 };
 use storied::testing::Node;
 use storied::{
@@ -445,7 +445,7 @@ async fn parked_events_are_those_of_the_live_version_after_a_cut_over() {
         };
         let make = || {
             let hook = hook.clone();
-            move |target: Target| Versioned { version: target.version, from: 0, hook: hook.clone() }
+            move |target: BuildTarget| Versioned { version: target.version, from: 0, hook: hook.clone() }
         };
         let link = Link::new(&store);
         let linked: Arc<dyn EventStore> = Arc::new(link.clone());
@@ -605,7 +605,7 @@ mod on_a_server {
         let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
         let (node, lock) = (local_node(&store).await, Lock::default());
         let ours = lock.clone();
-        let made = move |target: Target| Viewed(target.version, ours.clone());
+        let made = move |target: BuildTarget| Viewed(target.version, ours.clone());
         let handle = node.rebuildable(made, PostgresReadModel::new(pool.clone()), options()).await;
         catch_up(&handle, append(&store, 0, 0..50).await).await;
         // A report, or pg_dump.

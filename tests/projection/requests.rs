@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 use storied::projection::SqliteReadModel;
 use storied::projection::{
-    Answer, ApplyError, FailurePolicy, Operator, ProjectionState, Request, BuildTarget, TargetUnavailable,
+    Answer, ApplyError, BuildTarget, FailurePolicy, Operator, ProjectionState, Request, TargetUnavailable,
 };
 use storied::testing::Node;
 use storied::{EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionHandle, RecordedEvent};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Duration, Utc};
-use storied::projection::{Delivery, AtLeastOnce, InMemory, ProjectionState, Start};
+use storied::projection::{AtLeastOnce, Delivery, InMemory, ProjectionState, Start};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{

@@ -408,7 +408,7 @@ pub fn publishing() -> PublisherOptions {
     PublisherOptions::new()
         .idle_poll(Duration::from_millis(20))
         .heartbeat(Duration::from_millis(50))
-        .lease(Duration::from_millis(300))
+        .lease_ttl(Duration::from_millis(300))
 }
 
 pub async fn local_node(store: &Arc<dyn EventStore>) -> Node {

@@ -4,7 +4,7 @@
 //! wait for each other at every invoice from the United Kingdom.
 
 use sqlx::postgres::{PgConnection, PgPool};
-use storied::projection::{ApplyError, Target};
+use storied::projection::{ApplyError, BuildTarget};
 use storied::{EncodeError, Filter, Projection, RecordedEvent};
 
 use super::{REVENUE, UNITS, to_sql};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use storied::Position;
-use storied::projection::{Answer, RequestTicket, Operator, ProjectionRecord, Request};
+use storied::projection::{Answer, Operator, ProjectionRecord, Request, RequestTicket};
 use tokio::time::{Instant, sleep};
 
 use self::progress_bar::Bar;

@@ -119,6 +119,6 @@ pub(crate) async fn with_notice<T>(
         server.address(),
         limit.as_secs()
     ));
-    output::complain(&format!("{}\n", output::clean(&text)));
+    output::print_error(&format!("{}\n", output::clean(&text)));
     work.await
 }

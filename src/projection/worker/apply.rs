@@ -177,8 +177,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             %error, "could not apply an event"
         );
         let undecodable = undecodable(error, event);
-        let unknown_event = options.unknown_names == UnknownNames::Skip
-            && undecodable == Some(&DecodeErrorKind::UnknownName);
+        let unknown_event =
+            options.unknown_names == UnknownNames::Skip && undecodable == Some(&DecodeErrorKind::UnknownName);
         let text = format!(
             "applying {} at position {} (version {} of {}) failed: {error}",
             event.name, event.position, event.version, event.stream

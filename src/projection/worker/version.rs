@@ -235,7 +235,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Drops the data of the next version, unless a new rebuild writes to it.
-    pub(super) async fn drop_version(&mut self, asked: Option<(&str, Checkpoint)>) -> Result<(), ControlError> {
+    pub(super) async fn drop_version(
+        &mut self,
+        asked: Option<(&str, Checkpoint)>,
+    ) -> Result<(), ControlError> {
         let (context, read_model) = (self.context, self.read_model);
         let record = context.layout.version();
         let found = read_model.checkpoint(&record).await?;

@@ -9,7 +9,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::super::{ReadLog, HighWaterStall, StoreError};
+use super::super::{HighWaterStall, ReadLog, StoreError};
 use super::error::failed;
 use super::notify::Hints;
 use super::tail_cache::TailCache;

@@ -248,9 +248,8 @@ async fn query(
         Wanted::Filter(filter) => {
             let names: Option<Vec<&str>> =
                 filter.given_names().map(|names| names.iter().map(EventName::as_str).collect());
-            let categories: Option<Vec<&str>> = filter
-                .given_categories()
-                .map(|categories| categories.iter().map(Category::as_str).collect());
+            let categories: Option<Vec<&str>> =
+                filter.given_categories().map(|categories| categories.iter().map(Category::as_str).collect());
             let streams: Option<Vec<Uuid>> =
                 filter.wanted_streams().map(|streams| streams.iter().map(stream_key).collect());
             let values = names.as_ref().map_or(0, Vec::len)

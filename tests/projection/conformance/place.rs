@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use sqlx::sqlite::SqliteConnection;
-use storied::projection::{ApplyError, Delivery, AtLeastOnce, ReadModel, SqliteReadModel};
+use storied::projection::{ApplyError, AtLeastOnce, Delivery, ReadModel, SqliteReadModel};
 use storied::{
     EncodeError, EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection,
     RecordedEvent, SqliteStore,
