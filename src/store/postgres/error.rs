@@ -166,7 +166,7 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
 /// sqlx reads 0 if the connection was cut. 0x45 begins an error of PostgreSQL, for example that it
 /// has too many clients.
 fn is_other_protocol(text: &str) -> bool {
-    text.contains("SSLRequest") && !["0x00", "0x45"].iter().any(|byte| text.ends_with(byte))
+    text.contains("SSLRequest") && !["0x00", "0x45"].iter().any(|byte| text.contains(byte))
 }
 
 fn no_tls(doing: &str, error: &sqlx::Error) -> StoreError {
@@ -253,5 +253,20 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
             }
             _ => StoreError::storage(format!("{doing}: {message} (SQLSTATE {code})"), error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cut_connection_is_no_other_protocol() {
+        let answer = |byte| {
+            let text =
+                format!("unexpected response from SSLRequest: {byte} (sqlx_postgres::connection::tls:95)");
+            failed("connecting", sqlx::Error::Protocol(text)).is_transient()
+        };
+        assert_eq!(["0x00", "0x45", "0x48", "0x49"].map(answer), [true, true, false, false]);
     }
 }
