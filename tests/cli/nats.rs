@@ -467,7 +467,7 @@ async fn files_of_options_are_regular_and_bounded() {
     let nowhere = "postgres://storied@127.0.0.1:9/storied";
     for (path, problem) in files {
         for option in ["--nats-creds", "--nats-ca", "--nats-key"] {
-            for command in [&["nats", "check"][..], &["verify", "--mirror"]] {
+            for command in [&["nats", "check"][..], &["verify", "--log-stream"]] {
                 let args = [command, &["--database-url", nowhere, option, path]].concat();
                 bare(&args).await.code(2).complains(&[&format!("{option}: {path} {problem}")]);
             }
@@ -506,7 +506,7 @@ async fn numbers_are_in_their_range_or_refused() {
         (&["nats", "check"], "--duplicate-window", "1 to 3153600000"),
         (&["nats", "check"], "--subject-partitions", "1 to 65535"),
         (&["nats", "check"], "--timeout", "1 to 86400"),
-        (&["verify"], "--mirror-within", "0 to 86400"),
+        (&["verify"], "--log-stream-within", "0 to 86400"),
         (&["projection", "reset", "seen"], "--take-within", "0 to 86400"),
         (&["log", "tail"], "--last", "up to 100000"),
     ] {
