@@ -30,7 +30,7 @@ use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 /// Longer than any step takes on a busy machine; only a failing test waits for it.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

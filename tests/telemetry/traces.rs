@@ -317,7 +317,7 @@ async fn a_refused_command_is_an_error_of_its_span() {
         assert!(matches!(error, ExecuteError::NotAccepted { .. }), "{error}");
         let commands = spans.named("command counter");
         let server = commands.iter().find(|span| span.span_kind == SpanKind::Server).unwrap();
-        assert_eq!(attribute(server, "error.type").as_deref(), Some("refused"), "{key}");
+        assert_eq!(attribute(server, "error.type").as_deref(), Some("not_accepted"), "{key}");
         assert!(matches!(server.status, Status::Error { .. }), "{key}: {:?}", server.status);
     }
     caller.shutdown().await.unwrap();
