@@ -159,7 +159,7 @@ fn contents<C: serde::de::DeserializeOwned>(frame: &CommandFrame) -> Result<(C, 
 /// Marks the command's span as refused.
 fn marked(span: &CommandSpan) -> impl Fn(Failure) -> Failure + use<'_> {
     move |failure| {
-        span.ended(Some("refused"));
+        span.ended(Some("not_accepted"));
         failure
     }
 }
