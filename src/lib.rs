@@ -68,6 +68,7 @@ pub mod glossary;
 mod input_file;
 mod invalid_option;
 mod lease;
+mod notice;
 mod outage;
 mod panic;
 mod partition;

@@ -71,7 +71,7 @@ pub use crate::future::BoxFuture;
 pub struct StoreInfo {
     /// Identifier created with the store.
     ///
-    /// Checkpoints and log stream carry it, so that a restored or another database is detected.
+    /// Checkpoints and log streams carry it, so that a restored or another database is detected.
     pub id: Uuid,
     /// Encoding of the payloads.
     pub codec: Codec,

@@ -300,10 +300,10 @@ fn an_alias_reads_and_finds_what_is_stored_under_the_old_name() {
         );
     }
     let filter = Filter::variants::<OrderEvent>(&["dispatched"]).unwrap();
-    let names: Vec<_> = filter.given_names().unwrap().iter().map(EventName::as_str).collect();
+    let names: Vec<_> = filter.names().unwrap().iter().map(EventName::as_str).collect();
     assert_eq!(names, ["shop.order.dispatched", "shop.order.sent", "shop.order.shipped"]);
     let paid = Filter::variants::<OrderEvent>(&["paid"]).unwrap();
-    assert_eq!(paid.given_names().unwrap().len(), 1);
+    assert_eq!(paid.names().unwrap().len(), 1);
     assert!(Filter::variants::<OrderEvent>(&["payed"]).is_err(), "a typing error is not an empty filter");
 }
 
@@ -369,7 +369,7 @@ fn upcasters_are_chained_and_old_names_are_found() {
     };
     assert_eq!(json.decode::<LedgerEvent>().unwrap(), booked(600));
     let filter = Filter::variants::<LedgerEvent>(&["booked"]).unwrap();
-    let names: Vec<_> = filter.given_names().unwrap().iter().map(EventName::as_str).collect();
+    let names: Vec<_> = filter.names().unwrap().iter().map(EventName::as_str).collect();
     assert_eq!(names, ["ledger.booked", "ledger.entered", "ledger.posted"]);
 
     let refused = stored("ledger", "ledger.posted", &cbor(&"x")).decode::<LedgerEvent>().unwrap_err();
@@ -686,9 +686,9 @@ proptest! {
         let event = stored(categories[category], names[name], &[0xf6]);
         let wants = |bit: u8| wanted & (1 << bit) != 0;
         let mut filter = Filter::all();
-        if wants(0) { filter = filter.names([EventName::new("x.a").unwrap(), EventName::new("x.b").unwrap()]); }
+        if wants(0) { filter = filter.with_names([EventName::new("x.a").unwrap(), EventName::new("x.b").unwrap()]); }
         if wants(1) { filter = filter.category("ledger").unwrap(); }
-        if wants(2) { filter = filter.streams([]); }
+        if wants(2) { filter = filter.with_streams([]); }
         let expected = (!wants(0) || name < 2) && (!wants(1) || category == 1) && !wants(2);
         prop_assert_eq!(filter.matches(&event), expected);
     }

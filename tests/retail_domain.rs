@@ -160,7 +160,7 @@ fn invalid_values_are_refused() {
 fn events_keep_their_names() {
     let names = InvoiceEvent::LINES;
     assert_eq!(
-        storied::Filter::variants::<InvoiceEvent>(&names).unwrap().given_names().unwrap().len(),
+        storied::Filter::variants::<InvoiceEvent>(&names).unwrap().names().unwrap().len(),
         names.len()
     );
 }

@@ -93,7 +93,7 @@ pub(super) struct AggregateActor<A: Aggregate> {
 }
 
 pub(super) struct AggregateState<A: Aggregate> {
-    /// HydratedState state, including the speculative events of `pending`.
+    /// Hydrated state, including the speculative events of `pending`.
     ///
     /// `None` before the first command and after a failure that invalidated the state. The next
     /// decision then folds the stream.
@@ -136,7 +136,7 @@ enum Decided<A: Aggregate> {
     /// No events.
     ///
     /// The answer waits until all events up to `version`, the base of the decision, are durable.
-    CommandResult { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
+    Answer { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
 }
 
 impl<A: Aggregate> Actor for AggregateActor<A> {
@@ -327,8 +327,7 @@ impl<A: Aggregate> AggregateActor<A> {
         folded: &HydratedState<A>,
     ) -> Result<(Decided<A>, Vec<NewEvent>, Vec<A::Event>), ExecuteError<A::Error>> {
         let version = folded.version;
-        let without_events =
-            |result| Ok((Decided::CommandResult { version, result }, Vec::new(), Vec::new()));
+        let without_events = |result| Ok((Decided::Answer { version, result }, Vec::new(), Vec::new()));
         if !order.expected.allows(version) {
             return without_events(Err(ExecuteError::ExpectedVersion {
                 stream: self.stream.clone(),
@@ -424,7 +423,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }
         // Entries without events after the append share its fate: they are valid only if the append
         // is durable.
-        while let Some(Pending { decided: Decided::CommandResult { .. }, .. }) = state.pending.front() {
+        while let Some(Pending { decided: Decided::Answer { .. }, .. }) = state.pending.front() {
             let Some(next) = state.pending.pop_front() else { break };
             match &state.folded {
                 Some(folded) if !state.broken => self.settle(next, folded),
@@ -436,7 +435,7 @@ impl<A: Aggregate> AggregateActor<A> {
     /// Answers a command that was decided without events on a durable state.
     fn settle(&self, pending: Pending<A>, folded: &HydratedState<A>) {
         let Pending { order, decided, .. } = pending;
-        let Decided::CommandResult { version, result } = decided else { return };
+        let Decided::Answer { version, result } = decided else { return };
         let result = result.map(|reply| Receipt {
             command_id: order.command_id,
             stream: self.stream.clone(),

@@ -20,8 +20,8 @@ use crate::telemetry::trace::CommandSpan;
 pub struct Dispatched<T, E> {
     command_id: Uuid,
     answer: BoxFuture<'static, (Result<T, ExecuteError<E>>, Duration)>,
-    /// WorkerPermit slot of the handler that sent the command.
-    place: Option<Arc<dyn YieldSlot>>,
+    /// Worker slot of the handler that sent the command.
+    slot: Option<Arc<dyn YieldSlot>>,
     watched: Option<Watched>,
 }
 
@@ -86,11 +86,11 @@ impl<T, E> Dispatched<T, E> {
         command_id: Uuid,
         answer: impl Future<Output = (Result<T, ExecuteError<E>>, Duration)> + Send + 'static,
     ) -> Self {
-        Self { command_id, answer: Box::pin(answer), place: None, watched: None }
+        Self { command_id, answer: Box::pin(answer), slot: None, watched: None }
     }
 
-    pub(super) fn within(mut self, place: Option<Arc<dyn YieldSlot>>) -> Self {
-        self.place = place;
+    pub(super) fn within(mut self, slot: Option<Arc<dyn YieldSlot>>) -> Self {
+        self.slot = slot;
         self
     }
 
@@ -124,7 +124,7 @@ impl<T, E> Dispatched<T, E> {
 
     /// Waits for the result, and returns it with the duration.
     pub async fn report(self) -> Report<T, E> {
-        let (result, runtime) = give_way(self.place, self.answer).await;
+        let (result, runtime) = give_way(self.slot, self.answer).await;
         if let Some(watched) = self.watched {
             watched.ended(result.as_ref().err().map(ExecuteError::kind));
         }

@@ -30,8 +30,8 @@ pub struct Execute<A: Aggregate> {
     command: A::Command,
     envelope: Envelope,
     expected: ExpectedVersion,
-    /// WorkerPermit slot of the handler that sends this command.
-    place: Option<Arc<dyn YieldSlot>>,
+    /// Worker slot of the handler that sends this command.
+    slot: Option<Arc<dyn YieldSlot>>,
 }
 
 type Pending<A> = Dispatched<Receipt<<A as Aggregate>::Reply>, <A as Aggregate>::Error>;
@@ -43,11 +43,11 @@ impl<A: Aggregate> Execute<A> {
         command: A::Command,
         envelope: Envelope,
     ) -> Self {
-        Self { commands, id, command, envelope, expected: ExpectedVersion::Any, place: None }
+        Self { commands, id, command, envelope, expected: ExpectedVersion::Any, slot: None }
     }
 
-    pub(super) fn within(mut self, place: Arc<dyn YieldSlot>) -> Self {
-        self.place = Some(place);
+    pub(super) fn within(mut self, slot: Arc<dyn YieldSlot>) -> Self {
+        self.slot = Some(slot);
         self
     }
 
@@ -82,8 +82,8 @@ impl<A: Aggregate> Execute<A> {
     /// If no node accepted the command. Nothing happened then, unless the error is
     /// `OutcomeUnknown`.
     pub async fn dispatch(mut self) -> Result<Pending<A>, ExecuteError<A::Error>> {
-        let place = self.place.take();
-        Ok(give_way(place.clone(), self.hand_over(true)).await?.within(place))
+        let slot = self.slot.take();
+        Ok(give_way(slot.clone(), self.hand_over(true)).await?.within(slot))
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<A>, ExecuteError<A::Error>> {
@@ -94,7 +94,7 @@ impl<A: Aggregate> Execute<A> {
     }
 
     async fn send(self, prompt: bool, span: CommandSpan) -> Result<Pending<A>, ExecuteError<A::Error>> {
-        let Self { commands, id: key, command, envelope, expected, place: _ } = self;
+        let Self { commands, id: key, command, envelope, expected, slot: _ } = self;
         let category = <A::Event as Event>::CATEGORY;
         let (started, deadline) = (Instant::now(), envelope.deadline());
         let stream = StreamId::new(category, &key)
@@ -157,8 +157,8 @@ impl<A: Aggregate> IntoFuture for Execute<A> {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(mut self) -> Self::IntoFuture {
-        let place = self.place.take();
-        Box::pin(give_way(place, async move { self.hand_over(false).await?.await }))
+        let slot = self.slot.take();
+        Box::pin(give_way(slot, async move { self.hand_over(false).await?.await }))
     }
 }
 

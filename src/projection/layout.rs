@@ -276,11 +276,11 @@ impl Layout {
         open: &mut R::Open,
         version: u64,
     ) -> Result<Vec<(String, Checkpoint, Checkpoint)>, StoreError> {
-        let anew = |found: Checkpoint| Checkpoint { position: Position::START, ..bump(found) };
+        let restarted = |found: Checkpoint| Checkpoint { position: Position::START, ..bump(found) };
         if !read_model.shared() {
             let row = self.row(None, 0);
             let found = read_model.adopt(open, &row).await?;
-            return Ok(vec![(row, found, anew(found))]);
+            return Ok(vec![(row, found, restarted(found))]);
         }
         let record = self.record();
         let found = read_model.adopt(open, &record).await?;
@@ -316,7 +316,7 @@ impl Layout {
                 rows.push((delivered(&row), known, to));
             }
             if used || found != Checkpoint::default() {
-                rows.push((row, found, anew(found)));
+                rows.push((row, found, restarted(found)));
             }
         }
         if found.mark != self.mark() && !read_model.rolls_back() {

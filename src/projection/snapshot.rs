@@ -147,12 +147,11 @@ pub(super) fn place(projection: &str) -> Option<StreamId> {
 
 /// Returns a fingerprint of a filter and a start position.
 fn fingerprint_of(filter: &Filter, floor: Position) -> Result<Vec<u8>, String> {
-    let names = filter.given_names().map(|names| names.iter().map(EventName::as_str).collect::<Vec<_>>());
+    let names = filter.names().map(|names| names.iter().map(EventName::as_str).collect::<Vec<_>>());
     let categories = filter
-        .given_categories()
+        .categories()
         .map(|categories| categories.iter().map(|category| category.as_str()).collect::<Vec<_>>());
-    let streams =
-        filter.wanted_streams().map(|streams| streams.iter().map(ToString::to_string).collect::<Vec<_>>());
+    let streams = filter.streams().map(|streams| streams.iter().map(ToString::to_string).collect::<Vec<_>>());
     let streams = streams.as_ref().map(|streams| streams.iter().map(String::as_str).collect::<Vec<_>>());
     // Sorted by name: the order of a list does not matter.
     let mut all = BTreeMap::from([("names", names), ("categories", categories), ("streams", streams)]);
@@ -231,7 +230,7 @@ mod tests {
 
     fn filter() -> Filter {
         let stream = StreamId::new("order", "17").unwrap();
-        Filter::all().names([EventName::new("order.placed").unwrap()]).streams([stream])
+        Filter::all().with_names([EventName::new("order.placed").unwrap()]).with_streams([stream])
     }
 
     fn parked() -> ParkedEvent {
@@ -276,10 +275,10 @@ mod tests {
         let (order, placed) = (Category::new("order").unwrap(), EventName::new("order").unwrap());
         let filters = [
             Filter::all(),
-            Filter::all().names([]),
-            Filter::all().categories([]),
-            Filter::all().categories([order]),
-            Filter::all().names([placed]),
+            Filter::all().with_names([]),
+            Filter::all().with_categories([]),
+            Filter::all().with_categories([order]),
+            Filter::all().with_names([placed]),
             filter(),
         ];
         let (_, snapshots) = snapshots();

@@ -119,7 +119,7 @@ async fn last_event(store: &dyn EventStore, position: Position) -> Result<Positi
     let mut width = 1_000;
     loop {
         let after = Position::new(position.get().saturating_sub(width));
-        let nothing = Filter::all().names([]);
+        let nothing = Filter::all().with_names([]);
         let page = store.read_log(ReadLog::after(after).upto(position).filter(nothing).limit(1)).await?;
         if page.scanned_to > after || after == Position::START {
             return Ok(page.scanned_to);

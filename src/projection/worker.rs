@@ -176,6 +176,8 @@ struct ProjectionTask<'a, P, R> {
     /// Schedule state: when pending events are applied, and whether to read on.
     timing: Timing,
     suspect: Option<Suspect>,
+    /// Number of transactions in a row that became unusable while one without events succeeded.
+    unusable: u32,
     /// Number of events in a page of the store.
     page: PageSize,
     /// Number of events in a transaction.
@@ -293,6 +295,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
             applying: None,
             timing: Timing::default(),
             suspect: None,
+            unusable: 0,
             page: PageSize::new(&context.options),
             size: BatchSize::new(&context.options),
             backoff: Backoff::new(first, max),

@@ -2,11 +2,24 @@
 //!
 //! A login with the documented rights can write to most tables, so no value may end a task.
 
+use std::borrow::Cow;
+use std::error::Error;
 use std::fmt::Display;
 
 use chrono::{DateTime, Datelike, Utc};
-use sqlx::error::BoxDynError;
+use sqlx::error::{BoxDynError, DatabaseError};
 use sqlx::{Column, ColumnIndex, Decode, Row, Type};
+
+use crate::transient::causes;
+
+/// Returns the code of a database error, or of one among its causes.
+pub(super) fn database_code<'e>(error: &'e (dyn Error + 'static)) -> Option<Cow<'e, str>> {
+    causes(error).find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
+        Some(error) => error.as_database_error()?.code(),
+        // The source of sqlx::Error::Database, in an error that passes on only its causes.
+        None => cause.downcast_ref::<Box<dyn DatabaseError>>()?.code(),
+    })
+}
 
 /// A time in the years 1 to 9999.
 ///

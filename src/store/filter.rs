@@ -27,7 +27,7 @@ impl Filter {
     /// # Errors
     /// If `E` is not an event enum or its category is not a valid name.
     pub fn of<E: Event>() -> Result<Self, EncodeError> {
-        Ok(Self::all().categories([EventTypes::of::<E>()?.category().clone()]))
+        Ok(Self::all().with_categories([EventTypes::of::<E>()?.category().clone()]))
     }
 
     /// Matches the events of these variants of `E` under every stored name, with aliases and upcast
@@ -44,19 +44,19 @@ impl Filter {
                 reason: format!("no variant {variant:?}"),
             })?);
         }
-        Ok(Self::all().names(names))
+        Ok(Self::all().with_names(names))
     }
 
     /// Restricts to these stored names, taken literally; see [`variants`](Self::variants).
     #[must_use]
-    pub fn names(mut self, names: impl IntoIterator<Item = EventName>) -> Self {
+    pub fn with_names(mut self, names: impl IntoIterator<Item = EventName>) -> Self {
         self.names = Some(names.into_iter().collect());
         self
     }
 
     /// Restricts to these categories.
     #[must_use]
-    pub fn categories(mut self, categories: impl IntoIterator<Item = Category>) -> Self {
+    pub fn with_categories(mut self, categories: impl IntoIterator<Item = Category>) -> Self {
         self.categories = Some(categories.into_iter().collect());
         self
     }
@@ -66,28 +66,28 @@ impl Filter {
     /// # Errors
     /// If it is not a valid name.
     pub fn category(self, category: &str) -> Result<Self, InvalidName> {
-        Ok(self.categories([Category::new(category)?]))
+        Ok(self.with_categories([Category::new(category)?]))
     }
 
     /// Restricts to these streams.
     #[must_use]
-    pub fn streams(mut self, streams: impl IntoIterator<Item = StreamId>) -> Self {
+    pub fn with_streams(mut self, streams: impl IntoIterator<Item = StreamId>) -> Self {
         self.streams = Some(streams.into_iter().collect());
         self
     }
 
     /// Returns the requested names; `None` means all.
-    pub fn given_names(&self) -> Option<&BTreeSet<EventName>> {
+    pub fn names(&self) -> Option<&BTreeSet<EventName>> {
         self.names.as_ref()
     }
 
     /// Returns the requested categories; `None` means all.
-    pub fn given_categories(&self) -> Option<&BTreeSet<Category>> {
+    pub fn categories(&self) -> Option<&BTreeSet<Category>> {
         self.categories.as_ref()
     }
 
     /// Returns the requested streams; `None` means all.
-    pub fn wanted_streams(&self) -> Option<&BTreeSet<StreamId>> {
+    pub fn streams(&self) -> Option<&BTreeSet<StreamId>> {
         self.streams.as_ref()
     }
 

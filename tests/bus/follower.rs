@@ -35,7 +35,7 @@ impl Follower {
     }
 
     fn of(bus: &NatsBus, store: &Arc<dyn EventStore>, filter: Filter) -> Self {
-        let names = filter.given_names().map(|names| names.iter().cloned().collect());
+        let names = filter.names().map(|names| names.iter().cloned().collect());
         let follow = Follow { name: "x".into(), store: store.info().id, names, categories: None };
         let subscription = bus.follow(follow).unwrap();
         Self { subscription, store: store.clone(), filter, upto: Position::START, gaps: Vec::new() }

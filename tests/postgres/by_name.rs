@@ -54,8 +54,8 @@ async fn few_among_many_are_looked_up() {
     for _ in 0..12 {
         append(&store, &stream("a"), ExpectedVersion::Any, events(5_000)).await.unwrap();
     }
-    let read =
-        ReadLog::after(Position::START).filter(Filter::all().names([EventName::new("order.rare").unwrap()]));
+    let read = ReadLog::after(Position::START)
+        .filter(Filter::all().with_names([EventName::new("order.rare").unwrap()]));
     let page = store.read_log(read.clone()).await.unwrap();
     assert_eq!(page.events.len(), 1);
     assert!(!page.has_more(), "one page goes to the end");
@@ -97,7 +97,7 @@ async fn an_invalid_index_is_reported() {
     run(&url, INVALIDATE).await;
     refused(indexed(&url).connect().await, "DROP INDEX storied.events_by_name");
     let store = PostgresStore::connect(&url).await.unwrap();
-    let filter = Filter::all().names([EventName::new("order.placed").unwrap()]);
+    let filter = Filter::all().with_names([EventName::new("order.placed").unwrap()]);
     let page = store.read_log(ReadLog::after(Position::START).filter(filter)).await.unwrap();
     assert_eq!(page.events.len(), 3);
     run(&url, "DROP INDEX storied.events_by_name").await;

@@ -121,14 +121,14 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     store.read_log(ReadLog::after(head)).await.unwrap();
     let before_the_end = Position::new(head.get() - 1);
     for filter in [
-        Filter::all().names([name("order.placed")]),
-        Filter::all().names([name("order.never")]),
-        Filter::all().names([name("order.placed")]).streams([stream("a")]),
-        Filter::all().streams([stream("a"), stream("nothing")]),
-        Filter::all().streams([stream("nothing")]),
-        Filter::all().categories([Category::new("order").unwrap()]),
-        Filter::all().categories([Category::new("nothing").unwrap()]),
-        Filter::all().streams((0..70).map(stream)),
+        Filter::all().with_names([name("order.placed")]),
+        Filter::all().with_names([name("order.never")]),
+        Filter::all().with_names([name("order.placed")]).with_streams([stream("a")]),
+        Filter::all().with_streams([stream("a"), stream("nothing")]),
+        Filter::all().with_streams([stream("nothing")]),
+        Filter::all().with_categories([Category::new("order").unwrap()]),
+        Filter::all().with_categories([Category::new("nothing").unwrap()]),
+        Filter::all().with_streams((0..70).map(stream)),
     ] {
         for _ in 0..7 {
             store.read_log(everything.clone().filter(filter.clone())).await.unwrap();

@@ -107,7 +107,7 @@ impl Projection for Counting {
 }
 
 fn named(name: &str) -> Filter {
-    Filter::all().names([EventName::new(name).unwrap()])
+    Filter::all().with_names([EventName::new(name).unwrap()])
 }
 
 /// Appends events; one in a thousand is `order.rare`.

@@ -41,8 +41,8 @@ impl State {
         [self.cuts.load(Ordering::SeqCst), self.silences.load(Ordering::SeqCst)]
     }
 
-    /// Waits for ever if the connections of `began` are cut or silenced: its task does the rest, and
-    /// may be late on a busy machine.
+    /// Never returns if the connections of `began` are cut or silenced. Their tasks end them, and may
+    /// be late on a busy machine.
     async fn may_carry(&self, began: [u64; 2]) {
         if self.now() != began {
             std::future::pending().await

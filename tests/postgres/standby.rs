@@ -469,7 +469,7 @@ async fn nothing_is_read_on_a_standby() {
         .unwrap();
         let id = Uuid::now_v7();
         let last = append(&store, &stream(id), exact(0), events(3)).await.unwrap().positions[2];
-        let filtered = Filter::all().names([storied::EventName::new("order.placed").unwrap()]);
+        let filtered = Filter::all().with_names([storied::EventName::new("order.placed").unwrap()]);
         assert_eq!(store.high_water_mark().await.unwrap(), last);
         proxy.connect_to(Some(to));
         let since = Instant::now();

@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Executor, PgConnection, PgPool};
@@ -104,10 +105,11 @@ async fn an_event_rejected_at_the_commit_is_identified() {
     assert_eq!(written, [1, 1, 2, 2, 4, 5, 6]);
 }
 
-/// Applies each event, and runs a statement whose error it ignores at position 3.
+/// Applies each event, and runs a statement whose error it ignores at position 3, this many times.
 struct Careless<T> {
     name: String,
     statement: &'static str,
+    times: AtomicU64,
     transaction: PhantomData<fn(T)>,
 }
 
@@ -126,7 +128,10 @@ macro_rules! runs_a_statement {
 
             async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
                 sqlx::query($insert).bind(event.position.get() as i64).execute(&mut *tx).await?;
-                if event.position.get() == 3 {
+                let at_most = |times: u64| times.checked_sub(1);
+                if event.position.get() == 3
+                    && self.times.fetch_update(Ordering::SeqCst, Ordering::SeqCst, at_most).is_ok()
+                {
                     let _ = tx.execute(self.statement).await;
                 }
                 Ok(())
@@ -150,7 +155,7 @@ async fn parks_the_careless_event<T: Send + 'static, R>(
     Careless<T>: Projection<Transaction = T>,
 {
     let node = local_node(store).await;
-    let projection = Careless { name, statement, transaction: PhantomData };
+    let projection = Careless { name, statement, times: u64::MAX.into(), transaction: PhantomData };
     let options = options().attempts(2).on_failure(FailurePolicy::Park);
     let handle = node.projection(projection, model, options).await;
     catch_up(&handle, Position::new(6)).await;
@@ -177,7 +182,12 @@ async fn an_event_that_makes_its_transaction_unusable_is_identified() {
     // This harms only later statements of the same transaction, so each event alone succeeds.
     let node = local_node(&store).await;
     let statement = "SET LOCAL search_path = pg_catalog";
-    let projection = Careless::<PgConnection> { name: "applies".into(), statement, transaction: PhantomData };
+    let projection = Careless::<PgConnection> {
+        name: "applies".into(),
+        statement,
+        times: u64::MAX.into(),
+        transaction: PhantomData,
+    };
     let handle =
         node.projection(projection, PostgresReadModel::new(pool.clone()), options().attempts(2)).await;
     catch_up(&handle, Position::new(6)).await;
@@ -198,4 +208,30 @@ async fn an_event_that_makes_its_transaction_unusable_is_identified() {
     let written: Vec<i64> =
         sqlx::query_scalar("SELECT position FROM careless ORDER BY 1").fetch_all(model.pool()).await.unwrap();
     assert_eq!(written, [1, 2, 4, 5, 6]);
+}
+
+/// A server that becomes a standby is read-only for a transaction, and the next one reaches the new
+/// primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_that_ends_between_two_transactions_is_no_events_fault() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, 0..6).await;
+    let pool = PgPool::connect(&PostgresServer::shared().await.create_database().await).await.unwrap();
+    pool.execute(CARELESS).await.unwrap();
+    let node = local_node(&store).await;
+    let statement = "SET TRANSACTION READ ONLY";
+    let projection = Careless::<PgConnection> {
+        name: "once".into(),
+        statement,
+        times: 2.into(),
+        transaction: PhantomData,
+    };
+    let options = options().attempts(1).on_failure(FailurePolicy::Park);
+    let handle = node.projection(projection, PostgresReadModel::new(pool.clone()), options).await;
+    catch_up(&handle, Position::new(6)).await;
+    assert_eq!(handle.parked(10).await.unwrap(), []);
+    let written: Vec<i64> =
+        sqlx::query_scalar("SELECT position FROM careless ORDER BY 1").fetch_all(&pool).await.unwrap();
+    assert_eq!(written, [1, 2, 3, 4, 5, 6]);
+    node.stop(PATIENCE).await.unwrap();
 }

@@ -193,7 +193,7 @@ async fn memory_that_cannot_be_emptied_is_not_folded_into() {
     runtime.shutdown().await.unwrap();
 }
 
-/// The event store is not the subject of such an error, and waiting does not mend it.
+/// The event store is not the subject of such an error, and a retry does not help.
 #[tokio::test]
 async fn a_failing_reset_of_memory_is_the_projections_own_error() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());

@@ -28,13 +28,13 @@ impl FilterArgs {
     pub(crate) fn filter(&self) -> Filter {
         let mut filter = Filter::all();
         if !self.category.is_empty() {
-            filter = filter.categories(self.category.clone());
+            filter = filter.with_categories(self.category.clone());
         }
         if !self.stream.is_empty() {
-            filter = filter.streams(self.stream.clone());
+            filter = filter.with_streams(self.stream.clone());
         }
         if !self.name.is_empty() {
-            filter = filter.names(self.name.clone());
+            filter = filter.with_names(self.name.clone());
         }
         filter
     }

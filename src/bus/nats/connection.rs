@@ -24,7 +24,7 @@ use super::connection_metrics::Recorder;
 use super::options::NatsOptions;
 use crate::bus::{BusError, BusState};
 use crate::event::Position;
-use crate::startup::with_notice;
+use crate::notice::with_notice;
 use crate::supervised::Task;
 use crate::telemetry::{Metrics, Timer};
 use crate::time::FAR;

@@ -1,7 +1,5 @@
 //! The log stream: an exact copy of the log in a JetStream stream, in log order, without gaps.
 //!
-//! Identifiers still call it the log stream. It is not a log stream in the sense of NATS.
-//!
 //! The last message of the stream states how far publishing got. Each message states the sequence
 //! number of the message before it. The server refuses a message if that number is not the last
 //! one. A paused publisher that resumes after another publisher therefore changes nothing.

@@ -26,19 +26,19 @@ pub struct Request<H: Handler> {
     commands: Arc<Dispatcher>,
     command: H::Command,
     envelope: Envelope,
-    /// WorkerPermit slot of the handler that sends this command.
-    place: Option<Arc<dyn YieldSlot>>,
+    /// Worker slot of the handler that sends this command.
+    slot: Option<Arc<dyn YieldSlot>>,
 }
 
 type Pending<H> = Dispatched<Handled<<H as Handler>::Reply>, <H as Handler>::Error>;
 
 impl<H: Handler> Request<H> {
     pub(crate) fn new(commands: Arc<Dispatcher>, command: H::Command, envelope: Envelope) -> Self {
-        Self { commands, command, envelope, place: None }
+        Self { commands, command, envelope, slot: None }
     }
 
-    pub(super) fn within(mut self, place: Arc<dyn YieldSlot>) -> Self {
-        self.place = Some(place);
+    pub(super) fn within(mut self, slot: Arc<dyn YieldSlot>) -> Self {
+        self.slot = Some(slot);
         self
     }
 
@@ -53,8 +53,8 @@ impl<H: Handler> Request<H> {
     /// If no node accepted the command. Nothing happened then, unless the error is
     /// `OutcomeUnknown`.
     pub async fn dispatch(mut self) -> Result<Pending<H>, ExecuteError<H::Error>> {
-        let place = self.place.take();
-        Ok(give_way(place.clone(), self.hand_over(true)).await?.within(place))
+        let slot = self.slot.take();
+        Ok(give_way(slot.clone(), self.hand_over(true)).await?.within(slot))
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
@@ -70,7 +70,7 @@ impl<H: Handler> Request<H> {
         prompt: bool,
         span: CommandSpan,
     ) -> Result<Pending<H>, ExecuteError<H::Error>> {
-        let Self { commands, command, envelope, place: _ } = self;
+        let Self { commands, command, envelope, slot: _ } = self;
         let (started, deadline) = (Instant::now(), envelope.deadline());
         // Commands within this process are not encoded. Encode the metadata to apply the same
         // limit.
@@ -127,8 +127,8 @@ impl<H: Handler> IntoFuture for Request<H> {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(mut self) -> Self::IntoFuture {
-        let place = self.place.take();
-        Box::pin(give_way(place, async move { self.hand_over(false).await?.await }))
+        let slot = self.slot.take();
+        Box::pin(give_way(slot, async move { self.hand_over(false).await?.await }))
     }
 }
 

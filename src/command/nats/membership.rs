@@ -271,7 +271,7 @@ async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
             continue;
         };
         if message.status == Some(StatusCode::NO_RESPONDERS) {
-            shared.calls.deliver(token, ReplyEvent::Nobody);
+            shared.calls.deliver(token, ReplyEvent::NoResponders);
             continue;
         }
         match from_cbor::<Reply>(&message.payload) {

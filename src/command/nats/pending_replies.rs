@@ -16,7 +16,7 @@ const REPLIES: usize = 32;
 #[derive(Debug)]
 pub(super) enum ReplyEvent {
     /// No responder at the subject: the command was not delivered.
-    Nobody,
+    NoResponders,
     /// A reply. Boxed, because a channel allocates its slots at its creation.
     Reply(Box<Reply>),
 }

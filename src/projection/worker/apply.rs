@@ -21,6 +21,11 @@ use crate::projection::{
 use crate::store::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
 use crate::transient::causes;
 
+/// Number of transactions in a row that must become unusable, while others succeed, until an event
+/// is the cause. An outage may end between the two: a server that becomes a standby is read-only,
+/// and the next connection reaches the new primary.
+const UNUSABLE: u32 = 3;
+
 /// Applies one event; a panic becomes an error.
 pub(super) async fn apply<P: Projection>(
     projection: &mut P,
@@ -128,8 +133,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let mut outage = is_outage(self.read_model, &error);
         if self.read_model.rolls_back() {
             self.roll_back(open).await;
-            outage &= !(self.read_model.may_be_of_event(&*error)
-                && commits_without_events(self.read_model, &self.row, saved).await);
+            if outage && self.read_model.may_be_of_event(&*error) {
+                let alone = commits_without_events(self.read_model, &self.row, saved).await;
+                outage = !self.is_of_event(alone);
+            }
             if !outage {
                 self.suspect_of(&pending, applied, &error);
             }
@@ -162,6 +169,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             && self.read_model.rolls_back()
             && !self.read_model.is_outage(error)
             && !outage::is_outage(error)
+    }
+
+    /// Returns whether an event made the transaction unusable, as far as one without events shows:
+    /// `alone` states whether that one succeeded just now.
+    fn is_of_event(&mut self, alone: bool) -> bool {
+        self.unusable = if alone { self.unusable.saturating_add(1) } else { 0 };
+        self.unusable >= UNUSABLE
     }
 
     /// Records which event failed, and the number of attempts.
@@ -206,24 +220,26 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
-        match self.read_model.commit(open, &self.row, saved, to, None).await {
-            Ok(()) => {}
-            // The database checks some constraints only at the commit, and does not report which
-            // event broke one. Nor does it report who made the transaction unusable.
-            Err(CheckpointError::Store(error))
-                if self.is_refusal(&error)
-                    || (self.read_model.rolls_back()
-                        && self.read_model.may_be_of_event(&error)
-                        && commits_without_events(self.read_model, &self.row, saved).await) =>
-            {
+        let ended = self.read_model.commit(open, &self.row, saved, to, None).await;
+        if let Err(CheckpointError::Store(error)) = &ended {
+            let mut of_event = self.is_refusal(error);
+            if !of_event && self.read_model.rolls_back() && self.read_model.may_be_of_event(error) {
+                let alone = commits_without_events(self.read_model, &self.row, saved).await;
+                of_event = self.is_of_event(alone);
+            }
+            if of_event {
+                // The database checks some constraints only at the commit, and does not report which
+                // event broke one. Nor does it report who made the transaction unusable.
                 match count {
-                    1 => self.suspect_of(&pending, 0, &ApplyError::from(error)),
+                    1 => self.suspect_of(&pending, 0, &ApplyError::from(error.clone())),
                     _ => self.size.one(),
                 }
                 self.pending = Some(pending);
                 return;
             }
-            Err(error) => return self.on_checkpoint_error(&error),
+        }
+        if let Err(error) = ended {
+            return self.on_checkpoint_error(&error);
         }
         self.backoff.succeeded();
         let took = began.elapsed();
@@ -245,6 +261,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         count: impl FnOnce(&mut ProjectionStatus),
     ) {
         self.saved = Some(to);
+        self.unusable = 0;
         self.applied = to.position;
         self.timing.applied();
         self.tell_applied();

@@ -114,8 +114,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let followed = bus.follow(Follow {
             name: self.row.clone(),
             store: store.info().id,
-            names: filter.given_names().map(|names| names.iter().cloned().collect()),
-            categories: filter.given_categories().map(|categories| categories.iter().cloned().collect()),
+            names: filter.names().map(|names| names.iter().cloned().collect()),
+            categories: filter.categories().map(|categories| categories.iter().cloned().collect()),
         });
         // The runtime has checked that the bus supports this; so the bus was shut down.
         let durable = |followed| DurableFollower::new(followed, log.clone(), filter.clone(), self.page.get());

@@ -65,7 +65,7 @@ pub(super) struct DurableFollower {
     /// Time of the next read for a message.
     due: Option<Instant>,
     /// Time of the next read without a message.
-    read_owner_at: Instant,
+    poll_at: Instant,
     /// Position that the next page must reach; if unset, the page is read after the position is
     /// known.
     reach: Position,
@@ -88,7 +88,7 @@ impl DurableFollower {
             filter,
             limit,
             due: None,
-            read_owner_at: Instant::now() + LOOK_EVERY,
+            poll_at: Instant::now() + LOOK_EVERY,
             reach: UNKNOWN,
             reading: None,
             reads: RateLimit::of_reads(),
@@ -116,7 +116,7 @@ impl DurableFollower {
                 }
                 return FeedItem::Batch(LogBatch { after: from, upto: scanned_to, events: events.into() });
             }
-            let (due, at) = (self.due, self.due.unwrap_or(self.read_owner_at).min(self.read_owner_at));
+            let (due, at) = (self.due, self.due.unwrap_or(self.poll_at).min(self.poll_at));
             tokio::select! {
                 item = self.subscription.next() => match item {
                     // The projection has this event already.
@@ -134,7 +134,7 @@ impl DurableFollower {
                     Err(_) => return FeedItem::Closed,
                 },
                 () = sleep_until(at) => {
-                    if self.read_owner_at <= at {
+                    if self.poll_at <= at {
                         self.reach = UNKNOWN;
                     }
                     self.read(after);
@@ -153,7 +153,7 @@ impl DurableFollower {
 
     fn read(&mut self, after: Position) {
         self.due = None;
-        self.read_owner_at = Instant::now() + LOOK_EVERY;
+        self.poll_at = Instant::now() + LOOK_EVERY;
         // The same page answers all messages that have arrived so far.
         while let Some(Ok(item)) = self.subscription.next().now_or_never() {
             self.must_reach(&item);

@@ -67,11 +67,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 let before = Position::new(position.get().saturating_sub(1));
                 let page = context.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
                 let event = page.events.into_iter().find(|event| event.position == position);
-                let own_epochs = |partition: Partition| {
+                let is_here = |partition: Partition| {
                     // The first partition answers for events that do not exist.
                     event.as_ref().map_or(partition.index() == 0, |event| partition.contains(&event.stream))
                 };
-                if !context.partition.is_none_or(own_epochs) {
+                if !context.partition.is_none_or(is_here) {
                     continue;
                 }
                 let done = match &event {

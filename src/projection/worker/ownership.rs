@@ -95,9 +95,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let order = view.leases.get(&self.context.layout.order());
         self.change_in_progress = order.is_some_and(|order| order.live);
         let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
-        let own_epochs = self.own_epochs.extract_if(.., |epoch| *epoch <= done).count() as u64;
+        let own = self.own_epochs.extract_if(.., |epoch| *epoch <= done).count() as u64;
         if self.seen_epoch.is_some_and(|seen_epoch| seen_epoch < done) {
-            if self.seen_epoch.is_some_and(|seen_epoch| done - seen_epoch > own_epochs) {
+            if self.seen_epoch.is_some_and(|seen_epoch| done - seen_epoch > own) {
                 // Another node made the change: there may be new operator requests.
                 self.requests_at = Instant::now();
                 self.retries_at = Instant::now();

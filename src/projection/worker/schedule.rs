@@ -157,8 +157,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             Some(goal) => goal,
             None => {
                 let kept = self.context.goal().await?;
-                let own_epochs = kept.mark > self.timing.over;
-                let goal = if own_epochs { kept.position.max(self.timing.heard) } else { Position::START };
+                let is_unreached = kept.mark > self.timing.over;
+                let goal = if is_unreached { kept.position.max(self.timing.heard) } else { Position::START };
                 // The live source might lead beyond the target.
                 self.source = Source::Store;
                 *self.timing.goal.insert(goal)

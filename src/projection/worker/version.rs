@@ -216,8 +216,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             for part in parts {
                 let row = layout.row(part, version);
                 let found = read_model.adopt(&mut open, &row).await?;
-                let anew = Checkpoint { position: Position::START, ..bump(found) };
-                self.read_model.save(&mut open, &row, found, anew).await.map_err(refused)?;
+                let restarted = Checkpoint { position: Position::START, ..bump(found) };
+                self.read_model.save(&mut open, &row, found, restarted).await.map_err(refused)?;
                 self.read_model.unpark_all(&mut open, &row).await?;
             }
             Ok(true)

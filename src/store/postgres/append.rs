@@ -282,9 +282,9 @@ impl Failure {
         if error::is_version_race(&error) {
             return Failure::VersionRace;
         }
-        let class_of = class_of(&error);
+        let class = class_of(&error);
         let error = failed(DOING, error);
-        match class_of {
+        match class {
             ErrorClass::Retry => Failure::Retry(error),
             ErrorClass::Refused => Failure::Refused(error),
             ErrorClass::Failed | ErrorClass::Unknown => Failure::Failed(error),

@@ -6,7 +6,7 @@ use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use super::super::StoreError;
-use crate::transient::causes;
+use super::super::columns::database_code;
 
 /// The outcome of a failed statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,10 +108,7 @@ fn is_stale_session(database: &PgDatabaseError) -> bool {
 
 /// Returns whether an earlier statement of the same transaction may have caused the error.
 pub(crate) fn may_be_of_transaction(error: &(dyn Error + 'static)) -> bool {
-    let code = causes(error).find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
-        Some(error) => error.as_database_error()?.code(),
-        None => cause.downcast_ref::<Box<dyn DatabaseError>>()?.code(),
-    });
+    let code = database_code(error);
     // The transaction failed, or is read-only, or its role or its path is another.
     matches!(code.as_deref(), Some("25P02" | "25006" | "42501" | "42P01"))
 }

@@ -190,8 +190,8 @@ struct Found {
 ///
 /// The caller applies the other conditions of the filter.
 fn looked_up<'a>(core: &PgInner, filter: &'a Filter) -> Option<Vec<&'a str>> {
-    let names = filter.given_names()?;
-    let looked_up = core.indexed_by_name && filter.wanted_streams().is_none() && names.len() <= LOOKED_UP;
+    let names = filter.names()?;
+    let looked_up = core.indexed_by_name && filter.streams().is_none() && names.len() <= LOOKED_UP;
     looked_up.then(|| names.iter().map(EventName::as_str).collect())
 }
 
@@ -247,11 +247,11 @@ async fn query(
         Wanted::Names(names) => query.bind(names).persistent(persistent),
         Wanted::Filter(filter) => {
             let names: Option<Vec<&str>> =
-                filter.given_names().map(|names| names.iter().map(EventName::as_str).collect());
+                filter.names().map(|names| names.iter().map(EventName::as_str).collect());
             let categories: Option<Vec<&str>> =
-                filter.given_categories().map(|categories| categories.iter().map(Category::as_str).collect());
+                filter.categories().map(|categories| categories.iter().map(Category::as_str).collect());
             let streams: Option<Vec<Uuid>> =
-                filter.wanted_streams().map(|streams| streams.iter().map(stream_key).collect());
+                filter.streams().map(|streams| streams.iter().map(stream_key).collect());
             let values = names.as_ref().map_or(0, Vec::len)
                 + categories.as_ref().map_or(0, Vec::len)
                 + streams.as_ref().map_or(0, Vec::len);

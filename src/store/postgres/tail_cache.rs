@@ -106,7 +106,7 @@ mod tests {
         assert_eq!(read(&recent, after(5), 8), Some((vec![6], 6)));
         assert_eq!(read(&recent, after(6), 8), Some((vec![], 6)));
         assert_eq!(read(&recent, after(3).limit(2), 9), Some((vec![5, 6], 6)));
-        let odd = Filter::all().streams([StreamId::new("test", 1).unwrap()]);
+        let odd = Filter::all().with_streams([StreamId::new("test", 1).unwrap()]);
         assert_eq!(read(&recent, after(3).filter(odd), 9), Some((vec![5, 9], 9)));
         // Another process appended at 10, and one answer arrived late.
         recent.push(1, Position::new(10), recorded(11, 1));

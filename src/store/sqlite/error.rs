@@ -7,7 +7,7 @@ use sqlx::error::DatabaseError;
 use sqlx::sqlite::SqliteError;
 
 use super::super::StoreError;
-use crate::transient::causes;
+use super::super::columns::database_code;
 
 /// Returns whether an error comes from the database or concurrent work, not from the statement.
 ///
@@ -32,10 +32,7 @@ pub(crate) fn is_outage(error: &(dyn Error + 'static)) -> bool {
 /// Returns whether an earlier statement of the same transaction may have caused the error: `PRAGMA
 /// query_only` makes the connection read-only.
 pub(crate) fn may_be_of_transaction(error: &(dyn Error + 'static)) -> bool {
-    let code = causes(error).find_map(|cause| match cause.downcast_ref::<sqlx::Error>() {
-        Some(error) => error.as_database_error()?.code(),
-        None => cause.downcast_ref::<Box<dyn DatabaseError>>()?.code(),
-    });
+    let code = database_code(error);
     code.and_then(|code| code.parse::<u32>().ok()).is_some_and(|code| code & 0xff == 8)
 }
 

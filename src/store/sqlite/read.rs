@@ -35,10 +35,10 @@ pub(super) async fn log(
     read: &ReadLog,
 ) -> Result<LogPage, StoreError> {
     let limit = page_sizer.events(read.limit);
-    let names = read.filter.given_names().map(|names| json_list(names.iter().map(EventName::as_str)));
+    let names = read.filter.names().map(|names| json_list(names.iter().map(EventName::as_str)));
     let categories =
-        read.filter.given_categories().map(|categories| json_list(categories.iter().map(Category::as_str)));
-    let streams = read.filter.wanted_streams().map(json_streams);
+        read.filter.categories().map(|categories| json_list(categories.iter().map(Category::as_str)));
+    let streams = read.filter.streams().map(json_streams);
     // The first row, which has no category, contains the end of the log and the end of the scan.
     let sql = format!(
         "SELECT coalesce(max(position), 0), NULL, NULL,

@@ -314,7 +314,7 @@ pub async fn streams_with_odd_ids_are_kept_apart(database: Database) {
         let found = store.read_stream(stream, Version::NONE, 10).await.unwrap();
         assert_eq!(recorded_ids(&found), [sent.id], "{stream}");
         assert_eq!(found[0].stream, *stream);
-        let only = crate::store::Filter::all().streams([stream.clone()]);
+        let only = crate::store::Filter::all().with_streams([stream.clone()]);
         let found = super::scan(&*store, crate::store::ReadLog::after(Position::START).filter(only)).await.0;
         assert_eq!(recorded_ids(&found), [sent.id], "{stream}");
     }

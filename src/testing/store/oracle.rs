@@ -68,7 +68,7 @@ pub async fn followers_see_exactly_the_log(database: Database) {
         writers.push(tokio::spawn(write(database.open().await, writer)));
     }
     let done = Arc::new(AtomicBool::new(false));
-    let rare = Filter::all().names([name("order.rare")]);
+    let rare = Filter::all().with_names([name("order.rare")]);
     let mut followers = Vec::new();
     for (follower, (limit, filter)) in
         [(3, Filter::all()), (7, Filter::all()), (100, Filter::all()), (5, rare)].into_iter().enumerate()

@@ -87,20 +87,24 @@ pub async fn filters_select(database: Database) {
     let of = |category: &str, id: u64| StreamId::new(category, id).unwrap();
     let filters = [
         Filter::all(),
-        Filter::all().names(names(&["order.placed"])),
-        Filter::all().names(names(&["order.placed", "invoice.paid", "never.seen"])),
-        Filter::all().categories(categories(&["order"])),
-        Filter::all().categories(categories(&["invoice", "shop.order"])),
-        Filter::all().categories(categories(&["shop"])),
-        Filter::all().streams([of("order", 0)]),
-        Filter::all().streams([of("order", 0), of("invoice", 1), of("invoice", 99)]),
-        Filter::all().categories(categories(&["order"])).names(names(&["order.placed", "invoice.paid"])),
-        Filter::all().categories(categories(&["order"])).streams([of("order", 0), of("invoice", 1)]),
-        Filter::all().names(names(&["order.placed"])).streams([of("order", 0), of("order", 2)]),
+        Filter::all().with_names(names(&["order.placed"])),
+        Filter::all().with_names(names(&["order.placed", "invoice.paid", "never.seen"])),
+        Filter::all().with_categories(categories(&["order"])),
+        Filter::all().with_categories(categories(&["invoice", "shop.order"])),
+        Filter::all().with_categories(categories(&["shop"])),
+        Filter::all().with_streams([of("order", 0)]),
+        Filter::all().with_streams([of("order", 0), of("invoice", 1), of("invoice", 99)]),
         Filter::all()
-            .names(names(&["order.placed", "order.paid"]))
-            .categories(categories(&["order", "invoice"]))
-            .streams([of("order", 0), of("order", 1), of("shop.order", 2)]),
+            .with_categories(categories(&["order"]))
+            .with_names(names(&["order.placed", "invoice.paid"])),
+        Filter::all()
+            .with_categories(categories(&["order"]))
+            .with_streams([of("order", 0), of("invoice", 1)]),
+        Filter::all().with_names(names(&["order.placed"])).with_streams([of("order", 0), of("order", 2)]),
+        Filter::all()
+            .with_names(names(&["order.placed", "order.paid"]))
+            .with_categories(categories(&["order", "invoice"]))
+            .with_streams([of("order", 0), of("order", 1), of("shop.order", 2)]),
     ];
     for filter in filters {
         let wanted: Vec<_> = log.iter().filter(|event| filter.matches(event)).map(|event| event.id).collect();
@@ -122,11 +126,11 @@ pub async fn empty_filter_lists_match_nothing(database: Database) {
     let store = database.open().await;
     let log = mixed(&*store).await;
     for filter in [
-        Filter::all().names([]),
-        Filter::all().categories([]),
-        Filter::all().streams([]),
-        Filter::all().names(names(&["order.placed"])).categories([]),
-        Filter::all().streams([]).categories(categories(&["order"])),
+        Filter::all().with_names([]),
+        Filter::all().with_categories([]),
+        Filter::all().with_streams([]),
+        Filter::all().with_names(names(&["order.placed"])).with_categories([]),
+        Filter::all().with_streams([]).with_categories(categories(&["order"])),
     ] {
         let (found, scanned_to) = scan(&*store, ReadLog::after(Position::START).filter(filter)).await;
         assert!(found.is_empty());
@@ -139,7 +143,7 @@ pub async fn long_filter_lists_work(database: Database) {
     let store = database.open().await;
     let log = mixed(&*store).await;
     let many = |category: &'static str| (0..40_000).map(move |id| StreamId::new(category, id).unwrap());
-    let filter = Filter::all().streams(many("order")).names(
+    let filter = Filter::all().with_streams(many("order")).with_names(
         (0..40_000).map(|i| EventName::new(format!("order.n{i}")).unwrap()).chain(names(&["order.paid"])),
     );
     let wanted: Vec<_> = log.iter().filter(|event| filter.matches(event)).map(|event| event.id).collect();
@@ -154,7 +158,7 @@ pub async fn the_scan_skips_other_events(database: Database) {
     let first =
         append_to(&*store, &stream("a"), ExpectedVersion::Any, vec![event("order.rare")]).await.unwrap();
     let rest = fill(&*store, &stream("a"), 50).await;
-    let rare = Filter::all().names(names(&["order.rare"]));
+    let rare = Filter::all().with_names(names(&["order.rare"]));
     let (found, scanned_to) = scan(&*store, ReadLog::after(Position::START).filter(rare.clone())).await;
     assert_eq!(found.len(), 1);
     assert_eq!(scanned_to, rest[49]);
@@ -181,8 +185,8 @@ pub async fn large_events_come_in_small_pages(database: Database) {
     }
     for filter in [
         Filter::all(),
-        Filter::all().names(names(&["order.placed"])),
-        Filter::all().categories(categories(&["order"])),
+        Filter::all().with_names(names(&["order.placed"])),
+        Filter::all().with_categories(categories(&["order"])),
     ] {
         for upto in [None, Some(Position::new(u64::MAX))] {
             let mut read =
@@ -210,7 +214,7 @@ pub async fn large_events_come_in_small_pages(database: Database) {
 pub async fn the_scan_stops_at_its_upper_end(database: Database) {
     let store = database.open().await;
     let positions = fill(&*store, &stream("a"), 20).await;
-    let nothing = Filter::all().names([]);
+    let nothing = Filter::all().with_names([]);
     for filter in [Filter::all(), nothing] {
         let all = filter == Filter::all();
         for (after, upto) in [(0, 9), (3, 4), (5, 19), (9, 9), (12, 3)] {

@@ -53,12 +53,12 @@ impl DispatchLoop {
             };
             let current = of == attempt;
             match heard {
-                ReplyEvent::Nobody if current => {
+                ReplyEvent::NoResponders if current => {
                     self.shared.table.remove(candidate.incarnation);
                     self.excluded.insert(candidate.incarnation);
                     return Ok(Attempt::Next);
                 }
-                ReplyEvent::Nobody => {}
+                ReplyEvent::NoResponders => {}
                 ReplyEvent::Reply(reply) => {
                     let Reply { incarnation, says, .. } = *reply;
                     if !self.was_asked(of, incarnation) {
