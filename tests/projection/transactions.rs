@@ -2,11 +2,13 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePoolOptions};
 use sqlx::{Executor, PgConnection, PgPool, SqlitePool};
-use storied::projection::{ApplyError, PostgresReadModel, ProjectionState, ReadModel, SqliteReadModel};
+use storied::projection::{
+    ApplyError, FailurePolicy, PostgresReadModel, ProjectionState, ReadModel, SqliteReadModel,
+};
 use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 use tempfile::TempDir;
 
@@ -17,10 +19,11 @@ const TABLES: &str = "CREATE TABLE written (position bigint);
     CREATE TABLE taken (n bigint UNIQUE);
     INSERT INTO taken VALUES (1)";
 
-/// Runs a statement after the write of event 3, and ignores its error.
+/// Runs a statement after the write of event 3, this many times, and ignores its error.
 struct Ending<T> {
     name: String,
     sql: &'static str,
+    times: AtomicU64,
     transaction: PhantomData<fn(T)>,
 }
 
@@ -39,7 +42,10 @@ macro_rules! writes {
 
             async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
                 sqlx::query($insert).bind(event.position.get() as i64).execute(&mut *tx).await?;
-                if event.position == Position::new(3) {
+                let left = |times: u64| times.checked_sub(1);
+                if event.position == Position::new(3)
+                    && self.times.fetch_update(Ordering::SeqCst, Ordering::SeqCst, left).is_ok()
+                {
                     let _ = sqlx::raw_sql(self.sql).execute(tx).await;
                 }
                 Ok(())
@@ -57,8 +63,8 @@ where
     Ending<T>: Projection<Transaction = T>,
 {
     let node = local_node(store).await;
-    let projection =
-        Ending { name: sql.replace(|c: char| !c.is_ascii_alphabetic(), "-"), sql, transaction: PhantomData };
+    let name = sql.replace(|c: char| !c.is_ascii_alphabetic(), "-");
+    let projection = Ending { name, sql, times: u64::MAX.into(), transaction: PhantomData };
     let handle = node.projection(projection, model, options().attempts(2)).await;
     reach(&handle, ProjectionState::Failed).await;
     let status = handle.status();
@@ -115,7 +121,12 @@ async fn a_temporary_table_does_not_replace_the_checkpoints() {
     let pool = one_connection(&dir, "read.db").await;
     let node = local_node(&store).await;
     let sql = "CREATE TEMP TABLE storied_checkpoints AS SELECT * FROM main.storied_checkpoints";
-    let projection = Ending::<SqliteConnection> { name: "orders".into(), sql, transaction: PhantomData };
+    let projection = Ending::<SqliteConnection> {
+        name: "orders".into(),
+        sql,
+        times: u64::MAX.into(),
+        transaction: PhantomData,
+    };
     let handle = node.projection(projection, SqliteReadModel::new(pool.clone()), options()).await;
     catch_up(&handle, Position::new(6)).await;
     node.stop(PATIENCE).await.unwrap();
@@ -172,4 +183,95 @@ async fn a_projection_continues_after_a_full_disk() {
     let written: Vec<i64> =
         sqlx::query_scalar("SELECT position FROM large ORDER BY 1").fetch_all(&pool).await.unwrap();
     assert_eq!(written, [1, 2, 3, 4, 5, 6]);
+}
+
+async fn parks_the_event<T: Send + 'static, R>(
+    store: &Arc<dyn EventStore>,
+    model: R,
+    name: String,
+    sql: &'static str,
+) where
+    R: ReadModel<Transaction = T>,
+    Ending<T>: Projection<Transaction = T>,
+{
+    let node = local_node(store).await;
+    let projection = Ending { name, sql, times: u64::MAX.into(), transaction: PhantomData };
+    let options = options().attempts(2).on_failure(FailurePolicy::Park);
+    let handle = node.projection(projection, model, options).await;
+    catch_up(&handle, Position::new(6)).await;
+    let parked = handle.parked(10).await.unwrap();
+    let parked: Vec<_> = parked.iter().map(|event| event.position.get()).collect();
+    assert_eq!(parked, [3], "{sql}");
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// `apply` ignored an error, or changed the session: the other events are applied once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_that_makes_its_transaction_unusable_is_identified() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, 0..6).await;
+
+    let pool = PgPool::connect(&PostgresServer::shared().await.create_database().await).await.unwrap();
+    pool.execute(TABLES).await.unwrap();
+    let statements =
+        ["SELECT * FROM missing", "SET TRANSACTION READ ONLY", "SET LOCAL ROLE pg_read_all_data"];
+    for (number, statement) in statements.into_iter().enumerate() {
+        let (model, name) = (PostgresReadModel::new(pool.clone()), format!("parks-{number}"));
+        parks_the_event::<PgConnection, _>(&store, model, name, statement).await;
+    }
+    // This harms only later statements of the same transaction, so each event alone succeeds.
+    let node = local_node(&store).await;
+    let statement = "SET LOCAL search_path = pg_catalog";
+    let projection = Ending::<PgConnection> {
+        name: "applies".into(),
+        sql: statement,
+        times: u64::MAX.into(),
+        transaction: PhantomData,
+    };
+    let handle =
+        node.projection(projection, PostgresReadModel::new(pool.clone()), options().attempts(2)).await;
+    catch_up(&handle, Position::new(6)).await;
+    node.stop(PATIENCE).await.unwrap();
+    let written: Vec<i64> =
+        sqlx::query_scalar("SELECT position FROM written ORDER BY 1").fetch_all(&pool).await.unwrap();
+    let expected: Vec<i64> = [(1, 4), (2, 4), (3, 1), (4, 4), (5, 4), (6, 4)]
+        .into_iter()
+        .flat_map(|(position, times)| vec![position; times])
+        .collect();
+    assert_eq!(written, expected);
+
+    let dir = TempDir::new().unwrap();
+    let model = SqliteReadModel::open(dir.path().join("read.db")).await.unwrap();
+    model.pool().execute(TABLES).await.unwrap();
+    let pragma = "PRAGMA query_only = ON";
+    parks_the_event::<SqliteConnection, _>(&store, model.clone(), "lite".into(), pragma).await;
+    let written: Vec<i64> =
+        sqlx::query_scalar("SELECT position FROM written ORDER BY 1").fetch_all(model.pool()).await.unwrap();
+    assert_eq!(written, [1, 2, 4, 5, 6]);
+}
+
+/// A server that becomes a standby is read-only for a transaction, and the next one reaches the new
+/// primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_that_ends_between_two_transactions_is_no_events_fault() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, 0..6).await;
+    let pool = PgPool::connect(&PostgresServer::shared().await.create_database().await).await.unwrap();
+    pool.execute(TABLES).await.unwrap();
+    let node = local_node(&store).await;
+    let statement = "SET TRANSACTION READ ONLY";
+    let projection = Ending::<PgConnection> {
+        name: "once".into(),
+        sql: statement,
+        times: 2.into(),
+        transaction: PhantomData,
+    };
+    let options = options().attempts(1).on_failure(FailurePolicy::Park);
+    let handle = node.projection(projection, PostgresReadModel::new(pool.clone()), options).await;
+    catch_up(&handle, Position::new(6)).await;
+    assert_eq!(handle.parked(10).await.unwrap(), []);
+    let written: Vec<i64> =
+        sqlx::query_scalar("SELECT position FROM written ORDER BY 1").fetch_all(&pool).await.unwrap();
+    assert_eq!(written, [1, 2, 3, 4, 5, 6]);
+    node.stop(PATIENCE).await.unwrap();
 }
