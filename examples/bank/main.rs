@@ -28,7 +28,7 @@ async fn main() -> ExitCode {
         .with_writer(io::stderr)
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| "error,storied::startup=warn".into()),
+                .unwrap_or_else(|_| "error,storied::notice=warn,storied::startup=warn".into()),
         )
         .init();
     let args = match Args::parse(std::env::args_os().skip(1)) {
