@@ -605,7 +605,7 @@ async fn must_fail(
     setup: &str,
 ) {
     let scene = scene.into();
-    for round in 1..=12 {
+    for round in 1..=40 {
         let url = database(server, mutate).await;
         run(&url, setup).await;
         let findings = oracle(&url, scene.clone()).await;
@@ -685,7 +685,14 @@ async fn the_oracle_notices_mutations() {
         let end = start + APPEND_ONE[start..].find("LIMIT 1), 0),").unwrap() + "LIMIT 1), 0)".len();
         &APPEND_ONE[start..end]
     };
-    let previous_first = format!("    event_expected := {previous};\n{moment}\n{alone}");
+    // The pause ends when an append commits that was in flight: that is the event to miss.
+    let pause = format!(
+        "{alone}
+         IF NOT alone THEN
+             FOR n IN 1..10 LOOP PERFORM pg_sleep(0.001); EXIT WHEN event_expected <> {previous}; END LOOP;
+         END IF;"
+    );
+    let previous_first = format!("    event_expected := {previous};\n{pause}\n{alone}");
     // The replacement of the second contains the text of the first, so the first is replaced first.
     let too_old = [(previous, "event_expected"), (alone, previous_first.as_str())];
     must_fail(server, "the previous event before the check for other appends", Reader::Told, &too_old, "")
@@ -697,9 +704,19 @@ async fn the_oracle_notices_mutations() {
         (&MIGRATION[drawn..held], &MIGRATION[held..lower])
     };
     let in_order = format!("{drawn}{held}");
-    let locks_first = format!("{held}PERFORM pg_sleep(0.02);\n{drawn}");
+    // Only a query that finds no lock at all goes wrong; among many writers that does not happen. The
+    // pause then ends when the order matters: an append is in flight, and a later one is in the log.
+    let lowest = &held[held.find("(\n").unwrap()..held.rfind(';').unwrap()];
+    let pause = format!(
+        "IF low_water IS NULL THEN
+             FOR n IN 1..100 LOOP
+                 PERFORM pg_sleep(0.002);
+                 EXIT WHEN EXISTS (SELECT FROM storied.events AS e WHERE e.position > {lowest} + 1);
+             END LOOP;
+         END IF;"
+    );
+    let locks_first = format!("{held}{pause}\n{drawn}");
     let locks_first = [(in_order.as_str(), locks_first.as_str())];
-    // Only a query that finds no lock at all goes wrong; among many writers that does not happen.
     let few = Scene { writers: 2, ..Scene::quiet(Reader::ByHand) };
     must_fail(server, "the locks before the last position drawn", few, &locks_first, "").await;
     let database = [("d.datname = current_database()", "d.datname = 'template1'")];
