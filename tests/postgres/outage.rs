@@ -75,6 +75,13 @@ impl Fixture {
         self.runtime.projection("seen").unwrap()
     }
 
+    /// Silences all connections once they are idle. While the pool takes one back it has none, and would
+    /// open another, which works.
+    async fn silence_all(&self) {
+        eventually("an idle pool", async || self.pool.num_idle() as u32 == self.pool.size()).await;
+        self.proxy.silence_all();
+    }
+
     /// Waits until the projection reports an error.
     async fn error(&self) -> String {
         let mut status = self.projection().watch();
@@ -118,7 +125,7 @@ async fn a_pool_gets_no_connection_back_inside_a_transaction() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_dies_silently_is_replaced() {
     let fixture = Fixture::start(3, short()).await;
-    fixture.proxy.silence_all();
+    fixture.silence_all().await;
     let position = fixture.append().await;
     let error = fixture.error().await;
     assert!(error.contains("transaction_timeout"), "{error}");
@@ -126,20 +133,20 @@ async fn a_connection_that_dies_silently_is_replaced() {
     assert_eq!(fixture.count("seen").await, 2);
 
     // A call of the handle has the same limit.
-    fixture.proxy.silence_all();
+    fixture.silence_all().await;
     let error = fixture.projection().parked(10).await.unwrap_err().to_string();
     assert!(error.contains("transaction_timeout"), "{error}");
 
     // A dead connection costs a ping instead of the pool's time limit.
     let fixture = Fixture::start(3, ProjectionOptions::new()).await;
-    fixture.proxy.silence_all();
+    fixture.silence_all().await;
     let (began, position) = (Instant::now(), fixture.append().await);
     fixture.projection().caught_up_to_within(position, PATIENCE).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
 
     // Also with the default limit.
     let fixture = Fixture::start(3, ProjectionOptions::new()).await;
-    fixture.proxy.silence_all();
+    fixture.silence_all().await;
     fixture.append().await;
     let began = Instant::now();
     fixture.runtime.clone().shutdown().await.unwrap();
