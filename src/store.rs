@@ -45,10 +45,10 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 pub use self::adoption::{Adopt, Adoption, Home};
-pub use self::append::{Append, Appended, Conflict, ExpectedVersion, StreamAppend};
+pub use self::append::{Append, AppendError, Appended, Conflict, ExpectedVersion, StreamAppend};
 pub use self::command_events::CommandEvents;
 pub use self::command_record::CommandRecord;
-pub use self::error::{AppendError, StoreError};
+pub use self::error::StoreError;
 pub use self::filter::Filter;
 pub use self::group_commit::WriterStatus;
 pub(crate) use self::group_commit::{

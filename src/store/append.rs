@@ -1,5 +1,6 @@
 use std::fmt;
 
+use super::error::StoreError;
 use crate::event::{NewEvent, Position, StreamId, Version};
 
 /// The version that an append expects of its stream.
@@ -69,8 +70,8 @@ impl Append {
     }
 
     /// Checks the requirements of every back end before any work starts.
-    pub(crate) fn validate(&self) -> Result<(), super::StoreError> {
-        let invalid = |reason: String| Err(super::StoreError::Invalid { reason });
+    pub(crate) fn validate(&self) -> Result<(), StoreError> {
+        let invalid = |reason: String| Err(StoreError::Invalid { reason });
         if self.streams.is_empty() {
             return invalid("the append has no streams; add at least one part".into());
         }
@@ -110,4 +111,16 @@ pub struct Conflict {
     pub expected: ExpectedVersion,
     /// Actual version.
     pub actual: Version,
+}
+
+/// The reason why an append failed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum AppendError {
+    /// A stream was not at the expected version; nothing of the append was written.
+    #[error(transparent)]
+    Conflict(#[from] Conflict),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }

@@ -2,7 +2,6 @@ use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
-use super::append::Conflict;
 use crate::transient::Transient;
 
 /// A failure of the store, not of the request.
@@ -206,16 +205,4 @@ impl Error for Subject {
             Self::ReadModel(None) | Self::Other => Some(&Transient),
         }
     }
-}
-
-/// The reason why an append failed.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum AppendError {
-    /// A stream was not at the expected version; nothing of the append was written.
-    #[error(transparent)]
-    Conflict(#[from] Conflict),
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
 }

@@ -16,8 +16,8 @@ use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::mpsc;
 
-use super::append::{Append, ExpectedVersion};
-use super::error::{AppendError, StoreError};
+use super::append::{Append, AppendError, ExpectedVersion};
+use super::error::StoreError;
 use super::{Appended, EventStore};
 use crate::event::{NewEvent, Position, StreamId, Version};
 use crate::future::BoxFuture;

@@ -14,14 +14,19 @@
 mod adopt;
 mod append;
 mod append_batch;
+mod append_call;
+mod append_outcome;
 mod borrowed;
+mod command_batchers;
 mod commands;
 mod commit_recovery;
 mod connection;
+mod convert;
 mod detach_on_drop;
 mod durability;
 mod error;
 mod high_water_mark;
+mod inner;
 mod leases;
 mod notices;
 mod notify;
@@ -33,7 +38,9 @@ mod request_batcher;
 mod schema;
 mod snapshots;
 mod statements;
+mod stuck;
 mod tail_cache;
+mod tailer;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -43,7 +50,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
@@ -52,14 +58,12 @@ pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
 use self::connection::Connections;
 use self::detach_on_drop::detach_on_drop;
 pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
-use self::high_water_mark::HighWaterMark;
+use self::inner::PgInner;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
 pub(crate) use self::schema::{database_of, prepare_read_model};
-use self::statements::LogSql;
 pub(crate) use self::statements::Schema;
-use super::page_size::PageSizer;
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
     CommandRecord, EventStore, HighWaterStall, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot,
@@ -67,6 +71,7 @@ use super::{
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
+use crate::startup;
 
 /// An event store in PostgreSQL 15 or newer.
 ///
@@ -100,67 +105,44 @@ impl Drop for Shared {
     }
 }
 
-/// The state shared by calls and the tailer.
-struct PgInner {
-    info: StoreInfo,
-    /// Whether the log had an index by name when the store was opened.
-    indexed_by_name: bool,
-    sql: LogSql,
-    progress: Progress,
-    connections: Arc<Connections>,
-    high_water_mark: HighWaterMark,
-    page_sizer: PageSizer,
-    commands: commands::Commands,
-    stuck: commit_recovery::Stuck,
-}
-
-impl PgInner {
-    /// Limits the wait for a server that does not answer at all; it limits its statements itself.
-    async fn timed<T>(&self, call: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-        let Some(limit) = self.connections.patience.call else { return call.await };
-        tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
-            Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time").into())
-        })
-    }
-
-    /// Runs a call that may commit.
-    ///
-    /// Returns its output and whether its wait for a synchronous standby was cancelled.
-    async fn watched<T>(&self, call: impl Future<Output = T>) -> (T, bool) {
-        if self.high_water_mark.has_standbys() { notices::watch(call).await } else { (call.await, false) }
-    }
-
-    /// Runs a call that commits, like [`timed_call`](Self::timed_call); its result is durable.
-    async fn commit_call<T, E: From<StoreError>>(
-        self: &Arc<Self>,
-        doing: &str,
-        call: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, E> {
-        let (result, cancelled) = self.watched(self.timed_call(doing, call)).await;
-        if cancelled && result.is_ok() {
-            durability::confirm_all(self).await?;
-        }
-        result
-    }
-
-    /// Runs a call like [`timed`](Self::timed), including the wait for a connection.
-    async fn timed_call<T, E: From<StoreError>>(
-        &self,
-        doing: &str,
-        call: impl Future<Output = Result<T, E>>,
-    ) -> Result<T, E> {
-        let Some(limit) = self.connections.patience.call else { return call.await };
-        let limit = limit + self.connections.patience.acquire;
-        tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
-            let reason = format!("{doing}: no answer within {limit:?}");
-            Err(StoreError::Unavailable { reason, source: None }.into())
-        })
-    }
-}
-
 impl fmt::Debug for PostgresStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresStore").field("info", &self.shared.core.info).finish_non_exhaustive()
+    }
+}
+
+impl PostgresOptions {
+    /// Connects, creates or migrates the tables if needed, and checks all conditions of the log.
+    ///
+    /// Any number of processes may do so at the same time.
+    ///
+    /// # Errors
+    /// - `Invalid` for an invalid URL or schema name, or an option out of its range;
+    /// - `Misconfigured`, with a remedy, if the server refuses the login, or its version or settings
+    ///   do not meet the requirements;
+    /// - `Incompatible`, with a remedy, if the tables, the sequence or the codec do not;
+    /// - `Storage` if rights are missing;
+    /// - `Unavailable` if the server cannot be reached within
+    ///   [`connect_timeout`](Self::connect_timeout).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub async fn connect(self) -> Result<PostgresStore, StoreError> {
+        self.validate()?;
+        let schema = Schema::new(&self.schema)?;
+        let connections = Arc::new(self.connections()?);
+        let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
+        let Self { codec, migrate, index_by_name, connect_timeout, .. } = self;
+        let prepare = || schema::prepare(&connections, &schema, codec, migrate, index_by_name);
+        let reason = || connections.refusal();
+        let prepared =
+            startup::wait_for("connecting to PostgreSQL", connect_timeout, reason, prepare).await?;
+        let indexed = prepared.indexed_by_name;
+        let info = StoreInfo::new("postgres", prepared.id, codec)
+            .with_append_concurrency(self.append_concurrency)
+            .with_adoption(prepared.adoption);
+        let open = || PostgresStore::open(info.clone(), indexed, &schema, connections.clone(), hints.clone());
+        startup::wait_for("reading the high-water mark", connect_timeout, reason, open).await
     }
 }
 
@@ -183,19 +165,9 @@ impl PostgresStore {
         connections: Arc<Connections>,
         hints: Option<Hints>,
     ) -> Result<Self, StoreError> {
-        let core = Arc::new(PgInner {
-            info,
-            indexed_by_name,
-            sql: LogSql::new(schema),
-            progress: Progress::new(schema, connections.persistent()),
-            connections,
-            high_water_mark: HighWaterMark::new(hints.is_some()),
-            page_sizer: PageSizer::default(),
-            commands: commands::Commands::default(),
-            stuck: commit_recovery::Stuck::default(),
-        });
-        core.high_water_mark.refresh(&core).await?;
-        let tailer = tokio::spawn(high_water_mark::run_tailer(core.clone(), hints)).abort_handle();
+        let core = Arc::new(PgInner::new(info, indexed_by_name, schema, connections, hints.is_some()));
+        core.high_water_mark.refresh(&core.connections, &core.sql).await?;
+        let tailer = tokio::spawn(tailer::run_tailer(core.clone(), hints)).abort_handle();
         Ok(Self { shared: Arc::new(Shared { core, tailer }) })
     }
 
@@ -235,7 +207,8 @@ impl EventStore for PostgresStore {
         let append = AssertUnwindSafe(detach_on_drop(async move { append::append(&core, &batch).await }));
         Box::pin(append.catch_unwind().map(move |answers| {
             answers.unwrap_or_else(|panic| {
-                let reason = format!("{}: the append panicked: {}", append::DOING, panic_text(&*panic));
+                let reason =
+                    format!("{}: the append panicked: {}", append_outcome::DOING, panic_text(&*panic));
                 vec![Err(StoreError::OutcomeUnknown { reason, source: None }.into()); appends]
             })
         }))
@@ -264,7 +237,7 @@ impl EventStore for PostgresStore {
 
     fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
         let core = &self.shared.core;
-        self.call("reading the high-water mark", core.high_water_mark.refresh(core))
+        self.call("reading the high-water mark", core.high_water_mark.refresh(&core.connections, &core.sql))
     }
 
     fn appended(&self) -> watch::Receiver<Position> {
@@ -385,7 +358,7 @@ impl EventStore for PostgresStore {
 
     /// Returns the stall, if any; a lasting one is also logged as a warning.
     fn stall(&self) -> BoxFuture<'_, Result<Option<HighWaterStall>, StoreError>> {
-        self.call("looking for a stall", high_water_mark::stall(&self.shared.core))
+        self.call("looking for a stall", tailer::stall(&self.shared.core))
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
@@ -431,24 +404,4 @@ impl EventStore for PostgresStore {
         let forget = commands::forget_commands(&self.shared.core, age, limit);
         self.call("deleting old command records", forget)
     }
-}
-
-/// Computes the key of a stream, like `storied.stream_key()`.
-///
-/// Keys are stored, so the computation never changes.
-fn stream_key(stream: &StreamId) -> Uuid {
-    let [key @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _]: [u8; 32] =
-        Sha256::digest(stream.to_string()).into();
-    Uuid::from_bytes(key)
-}
-
-/// Converts a number: PostgreSQL has no unsigned ones.
-///
-/// Stored numbers are far below the signed maximum.
-fn to_sql(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-fn from_sql(number: i64) -> u64 {
-    u64::try_from(number).unwrap_or(0)
 }

@@ -8,9 +8,11 @@
 mod append;
 mod command_records;
 mod connection;
+mod convert;
 mod error;
 mod leases;
 mod migrate;
+mod options;
 mod pauses;
 pub(crate) mod progress;
 mod read;
@@ -23,121 +25,59 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::Utc;
 use sqlx::ConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use tokio::sync::watch;
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
+pub use self::options::SqliteOptions;
 pub(crate) use self::schema::home;
 use super::page_size::PageSizer;
 use super::{
-    Adopt, Adoption, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
+    Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
     CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError,
     StoreInfo,
 };
-use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
-use crate::invalid_option::{DAY, InvalidOption, at_least, within};
 
-/// Options for opening a [`SqliteStore`].
-#[derive(Debug, Clone)]
-pub struct SqliteOptions {
+/// An event store in a SQLite file.
+///
+/// Clones are handles to the same connections. Several processes may open the same file, but not
+/// over a network file system. Tests with paused time use [`MemoryStore`](super::MemoryStore)
+/// instead: their clock jumps while the threads of SQLite work.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), storied::StoreError> {
+/// use storied::SqliteStore;
+///
+/// let store = SqliteStore::open("shop.db").await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct SqliteStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    info: StoreInfo,
     path: PathBuf,
-    create_if_missing: bool,
-    migrate: bool,
-    codec: Codec,
-    readers: usize,
-    busy_timeout: Duration,
-    acquire_timeout: Duration,
+    writer: Writer,
+    readers: Readers,
+    page_sizer: PageSizer,
+    appended: watch::Sender<Position>,
+}
+
+impl fmt::Debug for SqliteStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteStore").field("info", &self.shared.info).finish_non_exhaustive()
+    }
 }
 
 impl SqliteOptions {
-    /// Describes the store in the file at `path`.
-    pub fn new(path: impl AsRef<Path>) -> Self {
-        Self {
-            path: path.as_ref().to_owned(),
-            create_if_missing: true,
-            migrate: true,
-            codec: Codec::default(),
-            readers: 4,
-            busy_timeout: Duration::from_secs(5),
-            acquire_timeout: Duration::from_secs(30),
-        }
-    }
-
-    /// Sets whether to create a missing file.
-    ///
-    /// On Unix only the user of this program may read and write a created file. SQLite gives the
-    /// files beside it the same rights.
-    ///
-    /// Default: yes. Its directory must exist.
-    #[must_use]
-    pub fn create_if_missing(mut self, create: bool) -> Self {
-        self.create_if_missing = create;
-        self
-    }
-
-    /// Sets whether to create and migrate the tables when opening.
-    ///
-    /// If not, missing tables and tables older than the program are an error, and a file that is
-    /// not an event store is left unchanged.
-    ///
-    /// Default: yes.
-    #[must_use]
-    pub fn migrate(mut self, migrate: bool) -> Self {
-        self.migrate = migrate;
-        self
-    }
-
-    /// Sets the encoding of the payloads.
-    ///
-    /// The store keeps the codec of its creation and cannot be opened with another.
-    ///
-    /// Default: CBOR.
-    #[must_use]
-    pub fn codec(mut self, codec: Codec) -> Self {
-        self.codec = codec;
-        self
-    }
-
-    /// Sets the number of connections that read at the same time, each with its own thread.
-    ///
-    /// Default: 4. Range: 1 to 1,000.
-    #[must_use]
-    pub fn readers(mut self, readers: usize) -> Self {
-        self.readers = readers;
-        self
-    }
-
-    /// Sets the maximum wait for the write lock while another process holds it.
-    ///
-    /// Default: 5 s. Maximum: 1 day.
-    #[must_use]
-    pub fn busy_timeout(mut self, timeout: Duration) -> Self {
-        self.busy_timeout = timeout;
-        self
-    }
-
-    /// Sets the maximum wait of a call for earlier calls of this process.
-    ///
-    /// Default: 30 s. Minimum: 1 ms.
-    #[must_use]
-    pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
-        self.acquire_timeout = timeout;
-        self
-    }
-
-    fn validate(&self) -> Result<(), InvalidOption> {
-        within("SqliteOptions::readers", self.readers, 1..=1_000)?;
-        within("SqliteOptions::busy_timeout", self.busy_timeout, Duration::ZERO..=DAY)?;
-        at_least("SqliteOptions::acquire_timeout", self.acquire_timeout, Duration::from_millis(1))
-    }
-
     /// Opens the store, and creates or migrates its tables if needed.
     ///
     /// Any number of processes may do so at the same time.
@@ -198,94 +138,6 @@ impl SqliteOptions {
                 appended: watch::Sender::new(head),
             }),
         })
-    }
-
-    /// Creates a missing file, if allowed, with access for this user only.
-    fn create(&self) -> Result<(), StoreError> {
-        let shown = self.path.display();
-        if !self.create_if_missing {
-            return match self.path.try_exists() {
-                Ok(false) => Err(StoreError::Incompatible {
-                    expected: format!("an event store in {shown}"),
-                    found: "no such file".into(),
-                    advice: "check the path, or create the store with a program that may migrate".into(),
-                }),
-                // Opening the file reports the error.
-                _ => Ok(()),
-            };
-        }
-        let mut options = std::fs::OpenOptions::new();
-        options.write(true).create_new(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        match options.open(&self.path) {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-            Err(error) => Err(StoreError::storage(
-                format!(
-                    "creating {shown}: {error}; check that the directory exists and that this program may write there"
-                ),
-                error,
-            )),
-        }
-    }
-
-    /// Opens the first connection and returns it with the identity of the store.
-    async fn prepare(
-        &self,
-        options: &SqliteConnectOptions,
-    ) -> Result<(SqliteConnection, (Uuid, Adoption)), StoreError> {
-        let give_up = Instant::now() + self.busy_timeout;
-        loop {
-            let attempt = async {
-                let doing = format!("opening {}", self.path.display());
-                let mut connection = options.connect().await.map_err(|error| failed(&doing, error))?;
-                let prepared = schema::prepare(&mut connection, &self.path, self.codec, self.migrate).await?;
-                Ok((connection, prepared))
-            };
-            match attempt.await {
-                // Switching a new file to WAL mode does not wait for other processes that do the
-                // same.
-                Err(StoreError::Unavailable { .. }) if Instant::now() < give_up => {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-                result => return result,
-            }
-        }
-    }
-}
-
-/// An event store in a SQLite file.
-///
-/// Clones are handles to the same connections. Several processes may open the same file, but not
-/// over a network file system. Tests with paused time use [`MemoryStore`](super::MemoryStore)
-/// instead: their clock jumps while the threads of SQLite work.
-///
-/// ```no_run
-/// # async fn example() -> Result<(), storied::StoreError> {
-/// use storied::SqliteStore;
-///
-/// let store = SqliteStore::open("shop.db").await?;
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone)]
-pub struct SqliteStore {
-    shared: Arc<Shared>,
-}
-
-struct Shared {
-    info: StoreInfo,
-    path: PathBuf,
-    writer: Writer,
-    readers: Readers,
-    page_sizer: PageSizer,
-    appended: watch::Sender<Position>,
-}
-
-impl fmt::Debug for SqliteStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SqliteStore").field("info", &self.shared.info).finish_non_exhaustive()
     }
 }
 
@@ -616,31 +468,4 @@ pub(crate) fn literal_path(path: &Path) -> PathBuf {
         true => Path::new(".").join(path),
         false => path.to_owned(),
     }
-}
-
-/// Converts a number: SQLite has no unsigned ones.
-///
-/// Stored numbers are far below the signed maximum.
-fn to_sql(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-fn from_sql(number: i64) -> u64 {
-    u64::try_from(number).unwrap_or(0)
-}
-
-/// Returns the current time in microseconds since 1970.
-fn now() -> i64 {
-    Utc::now().timestamp_micros()
-}
-
-/// Encodes a list as one parameter for `json_each`: the statement is the same for every length.
-fn json_list<'a>(items: impl IntoIterator<Item = &'a str>) -> String {
-    serde_json::Value::from_iter(items).to_string()
-}
-
-/// Encodes streams as `[[category, id], …]` for `json_each`.
-fn json_streams<'a>(streams: impl IntoIterator<Item = &'a StreamId>) -> String {
-    serde_json::Value::from_iter(streams.into_iter().map(|stream| vec![stream.category(), stream.id()]))
-        .to_string()
 }

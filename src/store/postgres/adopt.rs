@@ -5,8 +5,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::super::{Adopt, StoreError};
-use super::PgInner;
 use super::error::failed;
+use super::inner::PgInner;
 
 pub(super) const ADOPTING: &str = "adopting the event store";
 

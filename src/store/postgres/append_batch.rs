@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use uuid::Uuid;
 
 use super::super::{Append, ExpectedVersion, StoreError};
-use super::stream_key;
+use super::convert::stream_key;
 use crate::event::{NewEvent, StreamId};
 
 /// Maximum size of an event's payload and metadata in bytes.

@@ -11,11 +11,10 @@ use uuid::Uuid;
 
 use super::super::columns::Columns;
 use super::super::{CommandEvents, CommandRecord, StoreError};
+use super::convert::{micros, stream_key};
 use super::durability;
 use super::error::failed;
-use super::leases::micros;
-use super::request_batcher::RequestBatcher;
-use super::{PgInner, stream_key};
+use super::inner::PgInner;
 use crate::event::{Position, StreamId, Version};
 
 const READING: &str = "reading a command record";
@@ -25,14 +24,6 @@ const FINDING: &str = "looking up the events of a command";
 
 /// Assumed size in bytes of a look-up, whose result has an unknown size; 64 of them fit in a call.
 const LOOK_UP: usize = 16 << 10;
-
-#[derive(Debug, Default)]
-pub(super) struct Commands {
-    looked_up: Arc<RequestBatcher<Uuid, Option<CommandRecord>>>,
-    recorded: Arc<RequestBatcher<CommandRecord, CommandRecord>>,
-    /// Requests are pairs of stream key and command id.
-    events: Arc<RequestBatcher<(Uuid, Uuid), Option<CommandEvents>>>,
-}
 
 pub(super) async fn events(
     core: &Arc<PgInner>,

@@ -1,60 +1,23 @@
 //! Looks up whether an append without an answer happened (I4) and whether it is durable (I3).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::Row;
 use tokio::time::Instant;
 
 use super::super::{ExpectedVersion, StoreError};
-use super::append::{self, AppendOutcome, Failure};
 use super::append_batch::{AppendGroup, StreamPart};
-use super::connection::{Backend, Session};
+use super::append_outcome::{AppendOutcome, CommitHandle};
+use super::connection::Session;
+use super::convert::{from_sql, to_sql};
 use super::durability;
 use super::error::failed;
-use super::{PgInner, from_sql, to_sql};
+use super::inner::PgInner;
 use crate::event::{Position, Version};
 
 const DOING: &str = "looking up an append without an answer";
-
-/// The means to look up an append without an answer.
-#[derive(Debug)]
-pub(super) enum CommitHandle {
-    /// The server process of the append, which serves no other client.
-    Backend(Backend),
-    /// The id of the transaction; its server process may serve other clients now.
-    Transaction(String),
-    /// The append is committed. Its wait for a standby was cancelled.
-    Committed,
-}
-
-/// Maximum number of stuck appends.
-///
-/// The server process of a stuck append waits for a standby, although its caller was answered
-/// `OutcomeUnknown`.
-const STUCK: usize = 8;
-
-/// Appends with a server process that still waits for a synchronous standby.
-///
-/// Each holds a connection of the server.
-#[derive(Debug, Default)]
-pub(super) struct Stuck(AtomicUsize);
-
-impl Stuck {
-    /// Rejects another append at the limit, because its server process would become stuck too.
-    pub(super) fn check(&self) -> Result<(), Failure> {
-        let stuck = self.0.load(Ordering::Acquire);
-        if stuck < STUCK {
-            return Ok(());
-        }
-        let reason = format!(
-            "{}: {stuck} earlier appends wait for a synchronous standby (limit {STUCK}); check the standbys",
-            append::DOING
-        );
-        Err(Failure::Failed(StoreError::Unavailable { reason, source: None }))
-    }
-}
 
 /// Counts the append as stuck until its server process has ended.
 fn await_standby(core: &Arc<PgInner>, handle: CommitHandle) {

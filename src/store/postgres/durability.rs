@@ -12,7 +12,8 @@ use std::time::Duration;
 use super::super::StoreError;
 use super::connection::{Backend, Session};
 use super::error::failed;
-use super::{PgInner, connection, notices};
+use super::inner::PgInner;
+use super::{connection, notices};
 
 const DOING: &str = "confirming that a commit is durable";
 
@@ -126,6 +127,21 @@ pub(super) async fn confirm_all(core: &Arc<PgInner>) -> Result<(), StoreError> {
     };
     let confirmed = uncancelled(core, confirmed);
     tokio::time::timeout(limit, confirmed).await.unwrap_or_else(|_| Err(unconfirmed(limit)))
+}
+
+impl PgInner {
+    /// Runs a call that commits, like [`timed_call`](Self::timed_call); its result is durable.
+    pub(super) async fn commit_call<T, E: From<StoreError>>(
+        self: &Arc<Self>,
+        doing: &str,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let (result, cancelled) = self.watched(self.timed_call(doing, call)).await;
+        if cancelled && result.is_ok() {
+            confirm_all(self).await?;
+        }
+        result
+    }
 }
 
 /// Returns the error of a confirmation that did not arrive in time.

@@ -9,44 +9,32 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::super::{HighWaterStall, ReadLog, StoreError};
+use super::super::{ReadLog, StoreError};
+use super::connection::Connections;
+use super::convert::{from_sql, to_sql};
 use super::error::failed;
-use super::notify::Hints;
+use super::statements::LogSql;
 use super::tail_cache::TailCache;
-use super::{PgInner, from_sql, to_sql};
 use crate::event::{Position, RecordedEvent};
 
-const DOING: &str = "reading the high-water mark";
-
-/// Poll interval while the log grows.
-const BUSY: Duration = Duration::from_millis(2);
-/// Maximum poll interval while the log does not grow.
-const IDLE: Duration = Duration::from_millis(100);
-/// Poll interval without readers in this process, sufficient to detect a stall.
-const ALONE: Duration = Duration::from_secs(1);
-/// Pause after a failure.
-const BROKEN: Duration = Duration::from_millis(500);
-
-/// Time without progress, while events wait above the mark, after which a warning is logged.
-const STALLED: Duration = Duration::from_secs(5);
+pub(super) const DOING: &str = "reading the high-water mark";
 
 /// The known end of the log.
 #[derive(Debug)]
 pub(super) struct HighWaterMark {
     /// Last event that readers may see; never decreases.
-    head: watch::Sender<Position>,
+    pub(super) head: watch::Sender<Position>,
     /// Whether the tailer notifies other processes of the appends of this process.
     notifies_others: bool,
     /// Last event that this process has appended.
-    last_local_append: AtomicU64,
+    pub(super) last_local_append: AtomicU64,
     /// Wakes the tailer.
-    wake: Notify,
+    pub(super) wake: Notify,
     /// Number of queries started.
     query_count: AtomicU64,
     /// Last event known to be in the log, with its id; never decreases.
     known: Mutex<Option<(Position, Uuid)>>,
-    /// [`Connections::begun`](super::connection::Connections::begun) when the server last confirmed
-    /// it.
+    /// [`Connections::begun`] when the server last confirmed it.
     checked: AtomicU64,
     /// Whether commits wait for synchronous standbys.
     standbys: AtomicBool,
@@ -171,7 +159,7 @@ impl HighWaterMark {
     }
 
     /// Wakes the tailer after a hint of another process.
-    fn wake(&self) {
+    pub(super) fn wake(&self) {
         self.wake.notify_one();
     }
 
@@ -185,25 +173,29 @@ impl HighWaterMark {
     ///
     /// All callers that arrive during a query share the next one. So the database answers one query
     /// at a time, however many readers there are.
-    pub(super) async fn refresh(&self, core: &Arc<PgInner>) -> Result<Position, StoreError> {
+    pub(super) async fn refresh(
+        &self,
+        connections: &Arc<Connections>,
+        sql: &LogSql,
+    ) -> Result<Position, StoreError> {
         let before = self.query_count.load(Ordering::Acquire);
         let mut answered = self.answered.lock().await;
         if answered.0 <= before {
             let number = self.query_count.fetch_add(1, Ordering::AcqRel) + 1;
-            *answered = (number, self.query(core).await);
+            *answered = (number, self.query(connections, sql).await);
         }
         answered.1.clone()?;
         Ok(*self.head.borrow())
     }
 
-    async fn query(&self, core: &Arc<PgInner>) -> Result<(), StoreError> {
+    async fn query(&self, connections: &Arc<Connections>, sql: &LogSql) -> Result<(), StoreError> {
         // Read before the query: meanwhile an append may settle and another server may take over.
         let known = *self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let server = core.connections.begun();
-        let mut session = core.connections.get(DOING).await?;
-        let row = sqlx::query(core.sql.high_water_mark.clone())
+        let server = connections.begun();
+        let mut session = connections.get(DOING).await?;
+        let row = sqlx::query(sql.high_water_mark.clone())
             .bind(to_sql(known.map_or(0, |(position, _)| position.get())))
-            .persistent(core.connections.persistent())
+            .persistent(connections.persistent())
             .fetch_one(&mut *session)
             .await
             .map_err(|error| failed(DOING, error))?;
@@ -246,114 +238,8 @@ impl HighWaterMark {
     }
 
     /// Returns how long a transaction has stalled_since the mark at the same position.
-    fn stalled_for(&self) -> Option<Duration> {
+    pub(super) fn stalled_for(&self) -> Option<Duration> {
         let stalled_since = *self.stalled_since.lock().unwrap_or_else(PoisonError::into_inner);
         stalled_since.map(|(_, since)| since.elapsed())
-    }
-}
-
-/// Returns the transaction that holds back the mark at this moment, if any.
-pub(super) async fn stall(core: &Arc<PgInner>) -> Result<Option<HighWaterStall>, StoreError> {
-    const DOING: &str = "looking up the transaction that holds back the log";
-    let mut session = core.connections.get(DOING).await?;
-    let row = sqlx::query(core.sql.stall.clone())
-        .persistent(core.connections.persistent())
-        .fetch_optional(&mut *session)
-        .await
-        .map_err(|error| failed(DOING, error))?;
-    session.finish(DOING).await?;
-    let Some(row) = row else { return Ok(None) };
-    let columns = || -> Result<_, sqlx::Error> {
-        Ok(HighWaterStall {
-            pid: row.try_get(0)?,
-            application_name: row.try_get(1)?,
-            state: row.try_get(2)?,
-            open_for: Duration::try_from_secs_f64(row.try_get(3)?).unwrap_or_default(),
-            query: row.try_get(4)?,
-            low_water: Position::new(from_sql(row.try_get(5)?)),
-        })
-    };
-    columns().map(Some).map_err(|error| failed(DOING, error))
-}
-
-/// Keeps the mark current for its subscribers; one tailer per store, for any number of readers.
-///
-/// It queries after every append of this process, and polls for the appends of other processes.
-pub(super) async fn run_tailer(core: Arc<PgInner>, hints: Option<Hints>) {
-    match &hints {
-        None => poll_loop(&core, None).await,
-        Some(hints) => {
-            let wake = || core.high_water_mark.wake();
-            tokio::join!(poll_loop(&core, Some(hints)), hints.listen(wake));
-        }
-    }
-}
-
-async fn poll_loop(core: &Arc<PgInner>, hints: Option<&Hints>) {
-    let high_water_mark = &core.high_water_mark;
-    let mut hinted = None;
-    let mut announced = 0;
-    let mut pause = BUSY;
-    let mut broken = false;
-    let mut warned: Option<Instant> = None;
-    loop {
-        let longest = if high_water_mark.head.receiver_count() > 0 { pause } else { ALONE };
-        let woken = tokio::time::timeout(longest, high_water_mark.wake.notified()).await.is_ok();
-        if let Some(hints) = hints {
-            let last_local_append = high_water_mark.last_local_append.load(Ordering::Acquire);
-            if last_local_append > announced
-                && let Err(error) = core.timed_call(DOING, hints.send(core, &mut hinted)).await
-            {
-                tracing::debug!(%error, "could not notify other processes of an append");
-            }
-            announced = last_local_append;
-        }
-        if woken && high_water_mark.head.receiver_count() == 0 {
-            continue; // A later reader starts a query itself.
-        }
-        let before = *high_water_mark.head.borrow();
-        match core.timed_call(DOING, high_water_mark.refresh(core)).await {
-            Ok(head) => {
-                if broken {
-                    tracing::info!(%head, "the event store is readable again");
-                }
-                broken = false;
-                pause = if woken || head > before { BUSY } else { (pause * 2).min(IDLE) };
-            }
-            Err(error) => {
-                if !broken {
-                    tracing::warn!(%error, "could not read the high-water mark; retrying");
-                }
-                broken = true;
-                tokio::time::sleep(BROKEN).await;
-                continue;
-            }
-        }
-        match high_water_mark.stalled_for() {
-            Some(time) if time >= STALLED && warned.is_none_or(|last| last.elapsed() > STALLED * 6) => {
-                warned = Some(Instant::now());
-                match core.timed_call(DOING, stall(core)).await {
-                    Ok(Some(stall)) => tracing::warn!(
-                        pid = stall.pid,
-                        application_name = stall.application_name,
-                        state = stall.state,
-                        open_for = ?stall.open_for,
-                        query = stall.query,
-                        low_water = %stall.low_water,
-                        "a transaction holds back all readers of the log"
-                    ),
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::warn!(%error, "the log is stalled, and looking up the cause failed")
-                    }
-                }
-            }
-            Some(_) => {}
-            None => warned = None,
-        }
-        if woken {
-            // Appends that arrive meanwhile share the next query.
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
     }
 }

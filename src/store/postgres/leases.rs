@@ -9,15 +9,9 @@ use uuid::Uuid;
 
 use super::super::columns::Columns;
 use super::super::{Lease, LeaseInfo, StoreError};
+use super::convert::{micros, to_sql};
 use super::error::failed;
-use super::{PgInner, to_sql};
-
-/// Converts a duration to microseconds, which the database adds to its own clock.
-pub(super) fn micros(ttl: Duration) -> i64 {
-    // The limit of 1,000 years keeps every sum in the range of a timestamp.
-    const LONGEST: i64 = 1_000 * 366 * 86_400 * 1_000_000;
-    i64::try_from(ttl.as_micros()).unwrap_or(LONGEST).min(LONGEST)
-}
+use super::inner::PgInner;
 
 pub(super) async fn acquire_lease(
     core: &Arc<PgInner>,

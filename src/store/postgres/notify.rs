@@ -10,7 +10,7 @@ use sqlx::postgres::{PgListener, PgPool};
 use tokio::time::Instant;
 
 use super::super::StoreError;
-use super::PgInner;
+use super::connection::Connections;
 use super::error::failed;
 use super::statements::Schema;
 
@@ -38,17 +38,17 @@ impl Hints {
     /// Notifies other processes of an append of this one, unless it has just done so.
     pub(super) async fn send(
         &self,
-        core: &Arc<PgInner>,
+        connections: &Arc<Connections>,
         last: &mut Option<Instant>,
     ) -> Result<(), StoreError> {
         if last.is_some_and(|last| last.elapsed() < SELDOM) {
             return Ok(());
         }
         *last = Some(Instant::now());
-        let mut session = core.connections.get(DOING).await?;
+        let mut session = connections.get(DOING).await?;
         sqlx::query("SELECT pg_notify($1, '')")
             .bind(&self.channel)
-            .persistent(core.connections.persistent())
+            .persistent(connections.persistent())
             .execute(&mut *session)
             .await
             .map_err(|error| failed(DOING, error))?;

@@ -2,22 +2,20 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, PgSslMode};
 use sqlx::{AssertSqlSafe, ConnectOptions, SqlSafeStr};
 
-use super::super::{StoreError, StoreInfo};
+use super::super::StoreError;
 use super::connection::{Connections, Patience, Source};
 use super::error::failed;
 use super::notify::Hints;
 use super::statements::Schema;
-use super::{PostgresStore, schema};
 use crate::codec::Codec;
 use crate::input_file;
 use crate::invalid_option::{DAY, InvalidOption, within};
-use crate::startup::{self, START_TIMEOUT};
+use crate::startup::START_TIMEOUT;
 
 /// Settings for every statement of the store.
 ///
@@ -26,24 +24,25 @@ use crate::startup::{self, START_TIMEOUT};
 /// such a statement takes longer than its execution.
 const PLANS: [(&str, &str); 3] = [("enable_bitmapscan", "off"), ("enable_seqscan", "off"), ("jit", "off")];
 
-/// Options for connecting to a [`PostgresStore`]. Build them, then [`connect`](Self::connect).
+/// Options for connecting to a [`PostgresStore`](super::PostgresStore). Build them, then
+/// [`connect`](Self::connect).
 #[derive(Clone)]
 pub struct PostgresOptions {
     url: Option<String>,
     pool: Option<PgPool>,
-    schema: String,
+    pub(super) schema: String,
     max_connections: u32,
     application_name: String,
-    migrate: bool,
-    index_by_name: bool,
-    codec: Codec,
+    pub(super) migrate: bool,
+    pub(super) index_by_name: bool,
+    pub(super) codec: Codec,
     statement_timeout: Duration,
     idle_in_transaction_timeout: Duration,
     acquire_timeout: Duration,
-    connect_timeout: Duration,
+    pub(super) connect_timeout: Duration,
     transaction_pooler: bool,
-    append_concurrency: usize,
-    notify: bool,
+    pub(super) append_concurrency: usize,
+    pub(super) notify: bool,
 }
 
 impl fmt::Debug for PostgresOptions {
@@ -253,40 +252,7 @@ impl PostgresOptions {
         self
     }
 
-    /// Connects, creates or migrates the tables if needed, and checks all conditions of the log.
-    ///
-    /// Any number of processes may do so at the same time.
-    ///
-    /// # Errors
-    /// - `Invalid` for an invalid URL or schema name, or an option out of its range;
-    /// - `Misconfigured`, with a remedy, if the server refuses the login, or its version or settings
-    ///   do not meet the requirements;
-    /// - `Incompatible`, with a remedy, if the tables, the sequence or the codec do not;
-    /// - `Storage` if rights are missing;
-    /// - `Unavailable` if the server cannot be reached within
-    ///   [`connect_timeout`](Self::connect_timeout).
-    ///
-    /// # Panics
-    /// Outside a tokio runtime.
-    pub async fn connect(self) -> Result<PostgresStore, StoreError> {
-        self.validate()?;
-        let schema = Schema::new(&self.schema)?;
-        let connections = Arc::new(self.connections()?);
-        let hints = if self.notify { Some(self.hints(&schema)?) } else { None };
-        let Self { codec, migrate, index_by_name, connect_timeout, .. } = self;
-        let prepare = || schema::prepare(&connections, &schema, codec, migrate, index_by_name);
-        let reason = || connections.refusal();
-        let prepared =
-            startup::wait_for("connecting to PostgreSQL", connect_timeout, reason, prepare).await?;
-        let indexed = prepared.indexed_by_name;
-        let info = StoreInfo::new("postgres", prepared.id, codec)
-            .with_append_concurrency(self.append_concurrency)
-            .with_adoption(prepared.adoption);
-        let open = || PostgresStore::open(info.clone(), indexed, &schema, connections.clone(), hints.clone());
-        startup::wait_for("reading the high-water mark", connect_timeout, reason, open).await
-    }
-
-    fn validate(&self) -> Result<(), InvalidOption> {
+    pub(super) fn validate(&self) -> Result<(), InvalidOption> {
         within("PostgresOptions::max_connections", self.max_connections, 1..=10_000)?;
         within("PostgresOptions::append_concurrency", self.append_concurrency, 1..=1_000)?;
         let least = Duration::from_millis(1);
@@ -309,7 +275,7 @@ impl PostgresOptions {
         Ok(())
     }
 
-    fn hints(&self, schema: &Schema) -> Result<Hints, StoreError> {
+    pub(super) fn hints(&self, schema: &Schema) -> Result<Hints, StoreError> {
         if self.transaction_pooler {
             return Err(StoreError::Invalid {
                 reason: "PostgresOptions::notify needs a session of its own, which a transaction pooler does not provide: remove one of the two options".into(),
@@ -322,7 +288,7 @@ impl PostgresOptions {
         Ok(Hints::new(schema, pool))
     }
 
-    fn connections(&self) -> Result<Connections, StoreError> {
+    pub(super) fn connections(&self) -> Result<Connections, StoreError> {
         let source = match &self.pool {
             Some(pool) => Source::Pool(pool.clone()),
             None => Source::Own(Box::new(self.connect_options()?)),

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::super::StoreError;
-use super::PgInner;
 use super::error::failed;
+use super::inner::PgInner;
 
 pub(super) async fn paused(core: &Arc<PgInner>) -> Result<BTreeSet<String>, StoreError> {
     const DOING: &str = "reading the paused projections";

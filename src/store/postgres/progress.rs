@@ -8,9 +8,9 @@ use uuid::Uuid;
 
 use super::super::columns::Columns;
 use super::super::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent, StoreError};
+use super::convert::to_sql;
 use super::error::failed;
 use super::statements::{ProgressSql, Schema};
-use super::to_sql;
 use crate::event::{EventName, Position, StreamId, Version};
 
 /// The tables of checkpoints and parked events.

@@ -12,8 +12,9 @@ use uuid::Uuid;
 use super::super::columns::Time;
 use super::super::{Filter, LogPage, ReadLog, StoreError};
 use super::connection::Session;
+use super::convert::{from_sql, stream_key, to_sql};
 use super::error::failed;
-use super::{PgInner, from_sql, stream_key, to_sql};
+use super::inner::PgInner;
 use crate::codec::Codec;
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 
@@ -57,7 +58,7 @@ pub(super) async fn log(core: &Arc<PgInner>, read: &ReadLog) -> Result<LogPage, 
     if read.upto.is_none() && adjacent(core, read, &mut found).await? {
         return Ok(found);
     }
-    found.head = core.high_water_mark.refresh(core).await?;
+    found.head = core.high_water_mark.refresh(&core.connections, &core.sql).await?;
     let left = read.limit.max(1) - found.events.len();
     if left > 0 {
         let rest = ReadLog { after: found.scanned_to, limit: left, ..read.clone() };

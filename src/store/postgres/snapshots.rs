@@ -7,8 +7,9 @@ use sqlx::postgres::PgRow;
 
 use super::super::columns::Columns;
 use super::super::{Snapshot, StoreError};
+use super::convert::to_sql;
 use super::error::failed;
-use super::{PgInner, to_sql};
+use super::inner::PgInner;
 use crate::event::{StreamId, Version};
 
 pub(super) async fn snapshot(core: &Arc<PgInner>, stream: &StreamId) -> Result<Option<Snapshot>, StoreError> {

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::super::version_check::StreamVersions;
 use super::super::{Append, AppendError, Appended, StoreError};
+use super::convert::{from_sql, json_streams, now, to_sql};
 use super::error::failed;
-use super::{from_sql, json_streams, now, to_sql};
 use crate::event::{NewEvent, Position, StreamId, Version};
 
 const DOING: &str = "appending events";

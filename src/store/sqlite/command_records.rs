@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::super::columns::Columns;
 use super::super::{CommandRecord, StoreError};
+use super::convert::now;
 use super::error::failed;
-use super::now;
 
 pub(super) async fn command(
     connection: &mut SqliteConnection,

@@ -7,8 +7,8 @@ use uuid::Uuid;
 
 use super::super::columns::Columns;
 use super::super::{Lease, LeaseInfo, StoreError};
+use super::convert::{now, to_sql};
 use super::error::failed;
-use super::{now, to_sql};
 
 const LEASES: &str = "reading the leases";
 

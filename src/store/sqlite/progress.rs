@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 use super::super::columns::Columns;
 use super::super::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent, StoreError};
+use super::convert::{now, to_sql};
 use super::error::failed;
-use super::{now, to_sql};
 use crate::event::{EventName, Position, StreamId, Version};
 
 /// Table that records the migrations of these tables.

@@ -13,8 +13,8 @@ use super::super::columns::Columns;
 use super::super::page_size::PageSizer;
 use super::super::{CommandEvents, LogPage, ReadLog, StoreError};
 use super::connection::Readers;
+use super::convert::{from_sql, json_list, json_streams, to_sql};
 use super::error::failed;
-use super::{from_sql, json_list, json_streams, to_sql};
 use crate::codec::Codec;
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 

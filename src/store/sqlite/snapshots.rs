@@ -5,8 +5,8 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 
 use super::super::columns::Columns;
 use super::super::{Snapshot, StoreError};
+use super::convert::to_sql;
 use super::error::failed;
-use super::to_sql;
 use crate::event::{StreamId, Version};
 
 pub(super) async fn snapshot(
