@@ -1,6 +1,8 @@
 //! The one connection of a bus, and its state.
 
 mod echo;
+mod link;
+mod server;
 mod server_errors;
 mod signals;
 mod watcher;
@@ -11,16 +13,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::connection::State;
-use async_nats::{Client, ConnectErrorKind, Event, ServerInfo};
+use async_nats::{Client, ConnectErrorKind, Event};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 pub(super) use self::echo::{Echo, PublishProof};
-pub(super) use self::signals::Handler;
-pub use self::signals::NatsEvent;
+pub(super) use self::link::Link;
+use self::server::{check_version, disconnected, session};
 use self::signals::Signals;
 use self::watcher::{Told, Watcher};
-use super::connection_metrics::Recorder;
+use super::connection_metrics::Watch;
+use super::errors::{silent, unavailable};
+use super::events::{Handler, NatsEvent};
 use super::options::NatsOptions;
 use crate::bus::{BusError, BusState};
 use crate::event::Position;
@@ -29,36 +33,12 @@ use crate::supervised::Task;
 use crate::telemetry::{Metrics, Timer};
 use crate::time::FAR;
 
-/// The oldest supported server. Older servers ignore unknown fields silently.
-const OLDEST_SERVER: (u64, u64) = (2, 10);
-
 /// Time that async-nats may take to forward an error that the server sent before an answer.
 /// The error arrives through another task.
 const LAG: Duration = Duration::from_millis(10);
 
 /// Time limit for the server's error about a refused message.
 const SENTENCE: Duration = Duration::from_millis(500);
-
-/// Session and overflow counters of a connection.
-/// A reader compares them with the last seen values: after a new session or overflow, messages may
-/// be missing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Link {
-    pub(super) up: bool,
-    /// Number of times that the connection was established.
-    pub(super) sessions: u64,
-    /// Number of times that the buffer of a subscription was full.
-    pub(super) overflows: u64,
-    /// Whether the owner has closed the connection.
-    pub(super) closed: bool,
-}
-
-/// The metrics of a connection, and its role in them.
-#[derive(Debug, Clone)]
-pub(super) struct Watch {
-    pub(super) role: &'static str,
-    pub(super) metrics: Recorder,
-}
 
 /// A connection to NATS, owned or borrowed.
 pub(super) struct Connection {
@@ -401,48 +381,9 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// Identity of a session.
-fn session(info: &ServerInfo) -> (String, u64) {
-    (info.server_id.clone(), info.client_id)
-}
-
-/// Refuses a server without the required features.
-/// Runs after every reconnect, which may reach another server.
-fn check_version(info: &ServerInfo, to: &str) -> Result<(), BusError> {
-    let mut numbers = info.version.split(['.', '-']).map_while(|number| number.parse().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) if (major, minor) >= OLDEST_SERVER && info.headers => Ok(()),
-        _ => Err(BusError::Incompatible {
-            reason: format!(
-                "the NATS server at {to} has version {:?}{}; storied needs nats-server 2.10 or \
-                 newer",
-                info.version,
-                if info.headers { "" } else { " and no headers" },
-            ),
-        }),
-    }
-}
-
-fn disconnected(to: &str, error: Option<String>) -> String {
-    match error {
-        Some(error) => format!("not connected to NATS at {to} ({error}); retrying"),
-        None => format!("not connected to NATS at {to}; retrying"),
-    }
-}
-
-/// Creates an `Unavailable` error without a driver error as its source.
-pub(super) fn silent(reason: String) -> BusError {
-    BusError::Unavailable { reason, source: None }
-}
-
 /// Creates the error for a missing permission. An operator has to grant it.
 fn refused(what: &str, sentence: &str) -> BusError {
     BusError::Incompatible {
         reason: format!("{what}: the NATS server refuses: {sentence}; grant this login the right"),
     }
-}
-
-/// Creates an `Unavailable` error with `source`.
-pub(super) fn unavailable(what: String, source: impl std::error::Error + Send + Sync + 'static) -> BusError {
-    BusError::Unavailable { reason: format!("{what}: {source}"), source: Some(Arc::new(source)) }
 }

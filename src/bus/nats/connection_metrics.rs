@@ -44,3 +44,10 @@ impl Deref for Recorder {
         told.get().unwrap_or_else(|| chosen.get_or_init(usual))
     }
 }
+
+/// The metrics of a connection, and its role in them.
+#[derive(Debug, Clone)]
+pub(super) struct Watch {
+    pub(super) role: &'static str,
+    pub(super) metrics: Recorder,
+}

@@ -3,7 +3,8 @@ use std::sync::Arc;
 use async_nats::client::PublishErrorKind;
 use uuid::Uuid;
 
-use super::connection::{Connection, Echo, PublishProof, unavailable};
+use super::connection::{Connection, Echo, PublishProof};
+use super::errors::unavailable;
 use super::subjects::Names;
 use super::wakeup::Hints;
 use super::wire::{Outgoing, Wire};

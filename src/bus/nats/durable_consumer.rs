@@ -12,10 +12,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::unconstrained;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use super::consumer_name;
 use super::jetstream::{Acker, Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Taken};
+use super::nats_bus::NatsBus;
 use super::subjects::patterns;
 use super::wire::{Reject, Wire};
-use super::{NatsBus, consumer_name};
 use crate::backoff::Backoff;
 use crate::bus::{BusError, DurableItem, DurableSubscription, Follow};
 use crate::event::Position;

@@ -16,11 +16,13 @@ use futures_util::stream::FuturesOrdered;
 use serde::Deserialize;
 use uuid::Uuid;
 
-use super::connection::{Connection, unavailable};
+use super::connection::Connection;
+use super::consumer_name;
 use super::durable_consumer::follower_spec;
-use super::jetstream::{compared_consumer, compared_stream, stream_api, stream_info, stream_rights};
+use super::errors::unavailable;
+use super::jetstream::{Field, compared_consumer, compared_stream, stream_api, stream_info, stream_rights};
+use super::nats_bus::NatsBus;
 use super::wire::{Incoming, Reject, Wire};
-use super::{NatsBus, consumer_name};
 use crate::bus::BusError;
 use crate::event::{Position, RecordedEvent};
 use crate::future::BoxFuture;
@@ -87,26 +89,6 @@ pub struct ConsumerReport {
     pub ack_pending: u64,
     /// Number of unacknowledged messages that were redelivered.
     pub redelivered: u64,
-}
-
-/// A field of a configuration: actual and expected value.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Field {
-    /// Name of the field.
-    pub name: &'static str,
-    /// Actual value on the server.
-    pub is: String,
-    /// Value that this program expects.
-    pub should_be: String,
-    /// Whether the values are equal.
-    pub same: bool,
-}
-
-impl fmt::Display for Field {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: is {}, should be {}", self.name, self.is, self.should_be)
-    }
 }
 
 /// A message of the log stream.

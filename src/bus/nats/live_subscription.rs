@@ -6,7 +6,8 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::connection::{Connection, Echo, Link, silent};
+use super::connection::{Connection, Echo, Link};
+use super::errors::silent;
 use super::merged_subscription::{Merged, subscribe};
 use super::subjects::Names;
 use super::wire::{Incoming, Reject, Wire};

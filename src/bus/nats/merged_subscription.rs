@@ -5,7 +5,7 @@ use async_nats::{Client, Message, Subscriber};
 use futures_util::{FutureExt, Stream, StreamExt};
 use tokio::task::unconstrained;
 
-use super::connection::unavailable;
+use super::errors::unavailable;
 use super::wire::position_of;
 use crate::bus::BusError;
 

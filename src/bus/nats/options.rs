@@ -1,28 +1,25 @@
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr};
-use tokio::task::spawn_blocking;
 
-use super::connection::{Handler, NatsEvent, Watch};
+use super::connection_metrics::Watch;
+use super::events::{Handler, NatsEvent};
 use super::jetstream::JetStreamOptions;
 use super::limits::{PAUSE, WAIT, within};
+use super::login::{Login, check_file, logins_are_plain};
 use super::subjects::{Names, Subjects};
-use super::wire::percent_decoded;
-use super::{Driver, NatsBus};
 use crate::backoff::jitter;
 use crate::bus::BusError;
 use crate::event::{InvalidName, check_name};
-use crate::input_file;
 use crate::telemetry::Metrics;
 
 /// Default server, if neither the option nor the environment names one.
 const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 
-/// Options of the connection and the subjects of a [`NatsBus`]. Ends in [`bus`](Self::bus).
+/// Options of the connection and the subjects of a [`NatsBus`](crate::bus::NatsBus). Ends in
+/// [`bus`](Self::bus).
 ///
 /// ```
 /// use storied::bus::{JetStreamOptions, NatsOptions};
@@ -60,14 +57,11 @@ pub struct NatsOptions {
     pub(super) metrics: Option<Metrics>,
 }
 
-/// The credentials.
-#[derive(Clone)]
-enum Login {
-    Nobody,
-    User { name: String, password: String },
-    Token(String),
-    NKey(String),
-    Credentials(PathBuf),
+/// The NATS driver.
+#[derive(Debug, Clone)]
+pub(super) enum Driver {
+    Core,
+    JetStream(JetStreamOptions),
 }
 
 #[derive(Debug, Clone, Default)]
@@ -292,7 +286,8 @@ impl NatsOptions {
 
     /// Sets a handler that receives each event of the connection once. It must not block.
     ///
-    /// A borrowed connection only reports connects and disconnects. [`NatsBus::watch_state`] and
+    /// A borrowed connection only reports connects and disconnects.
+    /// [`NatsBus::watch_state`](crate::bus::NatsBus::watch_state) and
     /// [`RuntimeStatus::bus`](crate::runtime::RuntimeStatus::bus) show the state without a handler.
     #[must_use]
     pub fn on_event(mut self, handler: impl Fn(NatsEvent) + Send + Sync + 'static) -> Self {
@@ -309,12 +304,6 @@ impl NatsOptions {
     pub fn telemetry(mut self, telemetry: &crate::Telemetry) -> Self {
         self.metrics = Some(Metrics::of(telemetry));
         self
-    }
-
-    /// Creates the bus. It connects on first use.
-    #[must_use]
-    pub fn bus(self) -> NatsBus {
-        NatsBus::new(self, "events")
     }
 
     /// The subject names of the bus.
@@ -415,77 +404,7 @@ impl NatsOptions {
             check_file("NatsOptions::client_certificate", key)?;
             options = options.add_client_certificate(certificate.clone(), key.clone());
         }
-        Ok(match &self.login {
-            Login::Nobody => url_login(options, servers),
-            Login::User { name, password } => options.user_and_password(name.clone(), password.clone()),
-            Login::Token(token) => options.token(token.clone()),
-            Login::NKey(seed) => options.nkey(seed.clone()),
-            Login::Credentials(path) => {
-                // The error of the parser is left out: it may quote the file.
-                options.credentials(&credentials(path).await?).map_err(|_| BusError::Incompatible {
-                    reason: format!(
-                        "{CREDENTIALS}: {} contains no JWT and seed; name a credentials file of NATS",
-                        path.display()
-                    ),
-                })?
-            }
-        })
-    }
-}
-
-/// The option of the credentials file, in errors.
-const CREDENTIALS: &str = "NatsOptions::credentials_file";
-
-/// Refuses a file that async-nats would read without an end, or that it could not read.
-fn check_file(option: &str, path: &Path) -> Result<(), BusError> {
-    let refused = |problem| Err(BusError::Incompatible { reason: format!("{option}: {problem}") });
-    input_file::problem(path).map_or(Ok(()), refused)
-}
-
-/// Reads a credentials file.
-async fn credentials(path: &Path) -> Result<String, BusError> {
-    check_file(CREDENTIALS, path)?;
-    let file = path.to_owned();
-    let read = spawn_blocking(move || {
-        let mut text = String::new();
-        // Limited, because the file may have grown since the check.
-        File::open(file)?.take(input_file::MOST).read_to_string(&mut text)?;
-        Ok(text)
-    });
-    let read = read.await.map_err(std::io::Error::other).flatten();
-    read.map_err(|error: std::io::Error| BusError::Incompatible {
-        reason: format!(
-            "{CREDENTIALS}: reading {} failed: {error}; correct the path or its permissions",
-            path.display()
-        ),
-    })
-}
-
-/// Whether every login in a list of servers is at its proper position.
-///
-/// A comma, slash or similar in a password makes its first part look like a host. The bus would
-/// connect to it, and errors would reveal it.
-fn logins_are_plain(servers: &str) -> bool {
-    servers.split(',').enumerate().all(|(index, server)| {
-        let scheme = server.split_once("://");
-        let rest = scheme.map_or(server, |(_, rest)| rest);
-        let behind_host = rest.find(['/', '?', '#', '\\']).map_or("", |end| &rest[end..]);
-        let begins_anew = index == 0 || scheme.is_some() || !server.contains('@');
-        begins_anew && !behind_host.contains('@')
-    })
-}
-
-/// Logs in with the login of a URL (`user:password@` or `token@`), which async-nats ignores.
-fn url_login(options: ConnectOptions, servers: &[ServerAddr]) -> ConnectOptions {
-    let Some((name, password)) =
-        servers.iter().find_map(|server| Some((server.username()?, server.password())))
-    else {
-        return options;
-    };
-    let plain = |text: &str| percent_decoded(text).unwrap_or_else(|| text.to_owned());
-    match password {
-        Some(password) => options.user_and_password(plain(name), plain(password)),
-        None => options.token(plain(name)),
+        self.login.add_to(options, servers).await
     }
 }
 

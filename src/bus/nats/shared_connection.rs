@@ -6,7 +6,8 @@ use async_nats::Client;
 use tokio::sync::watch;
 
 use super::connection::{Connection, Echo, Link};
-use super::{NatsBus, NatsOptions};
+use super::nats_bus::NatsBus;
+use super::options::NatsOptions;
 use crate::bus::{BusError, BusState, EventBus};
 use crate::telemetry::Metrics;
 

@@ -1,7 +1,7 @@
 use async_nats::{Client, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 
-use super::connection::unavailable;
+use super::errors::unavailable;
 use super::merged_subscription::subscribe;
 use super::wire::{Outgoing, Wire};
 use crate::bus::BusError;

@@ -6,7 +6,7 @@ use async_nats::{Client, HeaderMap, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 use tokio::task::unconstrained;
 
-use super::{silent, unavailable};
+use super::super::errors::{silent, unavailable};
 use crate::bus::BusError;
 use crate::bus::nats::wire::Outgoing;
 

@@ -10,8 +10,11 @@ use async_nats::connection::State;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use super::signals::{Handler, NatsEvent, Signals};
-use super::{Link, Watch, check_version, disconnected, session};
+use super::super::connection_metrics::Watch;
+use super::super::events::{Handler, NatsEvent};
+use super::link::Link;
+use super::server::{check_version, disconnected, session};
+use super::signals::Signals;
 use crate::bus::BusState;
 
 /// Poll interval of the connection state. Needed because async-nats drops events under load.

@@ -11,9 +11,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::super::connection::{silent, unavailable};
-use super::super::inspect::Field;
-use super::{JetStreamOptions, StreamPolicy, StreamStorage};
+use super::super::errors::{incompatible, silent, unavailable};
+use super::field::Field;
+use super::options::{JetStreamOptions, StreamPolicy, StreamStorage};
 use crate::bus::BusError;
 
 /// Metadata key of a stream for the id of the store whose log it keeps.
@@ -310,8 +310,4 @@ pub(super) fn refused(what: &str, error: Error) -> BusError {
         _ if error.code() >= 500 => unavailable(format!("{what}: JetStream failed"), error),
         _ => incompatible(format!("{what}: JetStream refuses: {error}")),
     }
-}
-
-pub(super) fn incompatible(reason: String) -> BusError {
-    BusError::Incompatible { reason }
 }

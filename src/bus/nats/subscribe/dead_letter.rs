@@ -4,10 +4,10 @@ use async_nats::header::{HeaderValue, NATS_MESSAGE_ID};
 use async_nats::jetstream::context::ContextBuilder;
 use async_nats::jetstream::message::PublishMessage;
 
-use super::super::NatsBus;
-use super::super::connection::unavailable;
+use super::super::errors::unavailable;
+use super::super::nats_bus::NatsBus;
 use super::super::wire::{Outgoing, Wire};
-use super::Delivery;
+use super::delivery::Delivery;
 use crate::bus::BusError;
 
 /// Maximum length of the reason header, in characters.

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use super::Gap;
+use super::delivery::Gap;
 use crate::bus::BusError;
 use crate::event::{EventName, Position};
 

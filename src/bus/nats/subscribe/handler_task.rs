@@ -11,14 +11,15 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{interval_at, timeout};
 use tracing::Instrument;
 
-use super::super::NatsBus;
+use super::super::jetstream::AckError;
+use super::super::nats_bus::NatsBus;
 use super::dead_letter::{self, DeadLetter};
-use super::queue::Queue;
+use super::delivery::{Delivery, Received};
+use super::error::SubscriptionError;
+use super::queue::{Queue, SubscriptionStats};
 use super::receiver::give_back;
 use super::retry::{HandleError, HandleOptions};
-use super::{
-    CloseError, Delivery, Received, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
-};
+use super::subscription::{CloseError, Subscription, SubscriptionErrors};
 use crate::bus::{BusError, EventBus};
 use crate::panic::panic_text;
 use crate::telemetry::Timer;
@@ -224,11 +225,7 @@ where
         }
     }
 
-    async fn give_up_or_try_again(
-        &self,
-        delivery: &Delivery,
-        error: &HandleError,
-    ) -> Result<(), super::AckError> {
+    async fn give_up_or_try_again(&self, delivery: &Delivery, error: &HandleError) -> Result<(), AckError> {
         if delivery.settle.is_none() {
             self.failed(delivery, error, "NATS Core does not redeliver");
             return Ok(());

@@ -9,7 +9,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::super::jetstream::Acker;
-use super::{Delivery, Gap, Received, SubscriptionError};
+use super::delivery::{Delivery, Gap, Received};
+use super::error::SubscriptionError;
 
 /// Number of unread errors that are kept. The oldest are dropped first.
 const ERRORS: usize = 256;

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use async_nats::jetstream::AckKind;
 use async_nats::{Message, Request, Subject};
 
-use super::super::super::connection::{Connection, unavailable};
 use crate::bus::BusError;
+use crate::bus::nats::connection::Connection;
+use crate::bus::nats::errors::unavailable;
 use crate::telemetry::Timer;
 use crate::telemetry::trace::Destination;
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use async_nats::jetstream::consumer::{Config, DeliverPolicy, Info};
 use async_nats::jetstream::{Context, Error, ErrorCode};
 
-use super::super::super::connection::{Connection, silent};
-use super::super::stream::{NOTHING, api, incompatible, info as stream_info, refused};
-use super::spec::differences;
-use super::{ConsumerPolicy, ConsumerSpec};
+use super::super::stream::{NOTHING, api, info as stream_info, refused};
+use super::spec::{ConsumerPolicy, ConsumerSpec, differences};
 use crate::bus::BusError;
+use crate::bus::nats::connection::Connection;
+use crate::bus::nats::errors::{incompatible, silent};
 
 /// A consumer, its stream and its connection.
 pub(super) struct Target {

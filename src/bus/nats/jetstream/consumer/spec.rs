@@ -1,8 +1,9 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
-use super::super::super::inspect::Field;
 use async_nats::jetstream::consumer::{AckPolicy, Config, DeliverPolicy, ReplayPolicy};
+
+use super::super::field::Field;
 
 /// The handling of a consumer on the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
