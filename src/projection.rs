@@ -53,7 +53,6 @@ pub(crate) use self::factory::{ProjectionFactory, spawn};
 pub use self::handle::ProjectionHandle;
 pub use self::lookup::Lookup;
 pub use self::memory::InMemory;
-use self::memory_run::MemoryRun;
 pub(crate) use self::name::problem as name_problem;
 pub use self::operator::{Operator, PartRecord, ProjectionRecord, RebuildRecord, RequestTicket};
 pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};

@@ -6,10 +6,10 @@ use ractor::SpawnErr;
 use tokio::sync::watch;
 
 use super::handle::{Grouped, ProjectionHandle, Working};
-use super::layout::Layout;
+use super::layout::{Layout, Role};
 use super::partition::{PartitionGroup, PartitionSlot, sum};
 use super::time_limit::TimeLimited;
-use super::worker::{NodeServices, PageCache, ProjectionWork, Role, TaskSpec, VersionedProjection};
+use super::worker::{NodeServices, PageCache, ProjectionWork, TaskSpec, VersionedProjection};
 use super::{BuildTarget, Projection, ProjectionOptions, ReadModel, StateClaim};
 use crate::partition::Partition;
 use crate::store::Filter;

@@ -3,7 +3,6 @@
 //! No two projections share a name, and no name equals one of the runtime's own.
 
 use super::ReadModel;
-use super::worker::Role;
 use crate::event::Position;
 use crate::partition::Partition;
 use crate::store::{Checkpoint, CheckpointError, StoreError};
@@ -18,6 +17,15 @@ pub(super) fn bump(found: Checkpoint) -> Checkpoint {
 /// Returns the row that records the position delivered before a reset, without rollback.
 pub(super) fn delivered(row: &str) -> String {
     format!("delivered/{row}")
+}
+
+/// Role of a task for its projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Keeps the live version up to date.
+    Live,
+    /// Builds the next version beside the live one, during a rebuild.
+    Rebuild,
 }
 
 /// The live version of a read model and the version that is being built.

@@ -10,9 +10,8 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::checkpoint_store::DynCheckpointStore;
-use super::layout::{CheckpointKey, Layout, Versions};
+use super::layout::{CheckpointKey, Layout, Role, Versions};
 use super::request::{Answer, Request};
-use super::worker::Role;
 use super::{ReadModel, name_problem};
 use crate::event::Position;
 use crate::lease::{self, Renewals};

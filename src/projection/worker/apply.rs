@@ -1,22 +1,16 @@
 //! Application of pending events: transactions, and the handling of a failing event.
 
-use std::error::Error;
-use std::future::Future;
-use std::panic::AssertUnwindSafe;
-
 use chrono::{DateTime, Utc};
-use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::control::GRACE;
-use super::{Pending, ProjectionTask, Suspect};
+use super::change::GRACE;
+use super::task::{Pending, ProjectionTask, Suspect};
+use super::user_code::{apply, is_outage};
 use crate::backoff::Backoff;
 use crate::event::{DecodeError, DecodeErrorKind, RecordedEvent};
 use crate::outage;
-use crate::panic::panic_text;
 use crate::projection::{
-    ApplyError, ControlError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel,
-    TargetUnavailable, UnknownNames, WaitError,
+    ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel, UnknownNames,
 };
 use crate::store::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
 use crate::transient::causes;
@@ -25,24 +19,6 @@ use crate::transient::causes;
 /// is the cause. An outage may end between the two: a server that becomes a standby is read-only,
 /// and the next connection reaches the new primary.
 const UNUSABLE: u32 = 3;
-
-/// Applies one event; a panic becomes an error.
-pub(super) async fn apply<P: Projection>(
-    projection: &mut P,
-    event: &RecordedEvent,
-    transaction: &mut P::Transaction,
-) -> Result<(), ApplyError> {
-    catch_panic(async { projection.apply(event, transaction).await }).await
-}
-
-pub(super) async fn catch_panic(
-    user: impl Future<Output = Result<(), ApplyError>>,
-) -> Result<(), ApplyError> {
-    match AssertUnwindSafe(user).catch_unwind().await {
-        Ok(result) => result,
-        Err(panic) => Err(format!("the projection panicked: {}", panic_text(&*panic)).into()),
-    }
-}
 
 /// Returns why this event's bytes cannot be decoded, if the error or one of its causes says so.
 ///
@@ -53,17 +29,6 @@ fn undecodable<'e>(error: &'e ApplyError, event: &RecordedEvent) -> Option<&'e D
         .filter_map(|cause| cause.downcast_ref::<DecodeError>())
         .find(|error| error.stream == event.stream && error.version == event.version)
         .map(|error| &error.kind)
-}
-
-/// Returns whether the error, or one of its causes, is transient and no fault of the event.
-pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
-    let transient = |cause: &(dyn Error + 'static)| {
-        let control = cause.downcast_ref::<ControlError>().is_some_and(ControlError::is_transient);
-        cause.is::<TargetUnavailable>()
-            || control
-            || cause.downcast_ref::<WaitError>().is_some_and(WaitError::is_transient)
-    };
-    causes(&**error).any(transient) || outage::is_outage(&**error) || read_model.is_outage(&**error)
 }
 
 /// Returns whether a transaction without events succeeds.

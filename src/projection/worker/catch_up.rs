@@ -5,32 +5,17 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
+use super::context::TaskConfig;
 use super::live::{DurableFollower, Follower};
-use super::{Pending, ProjectionTask, Role, SCAN, Source, TaskConfig, hear};
+use super::page_ahead::PageAhead;
+use super::task::{Pending, ProjectionTask, SCAN, Source};
+use super::wait::hear;
 use crate::bus::{Follow, LogBatch};
 use crate::event::{Position, RecordedEvent};
 use crate::feed::{FeedItem, adjacent};
+use crate::projection::layout::Role;
 use crate::projection::{FollowMode, Projection, ProjectionState, ReadModel};
 use crate::store::{LogPage, ReadLog, StoreError};
-
-/// A page of the log that is being read; aborted on drop.
-pub(super) struct PageAhead {
-    after: Position,
-    reading: JoinSet<Result<LogPage, StoreError>>,
-}
-
-impl PageAhead {
-    /// Waits for the page. Cancel-safe.
-    async fn page(&mut self) -> Result<LogPage, StoreError> {
-        match self.reading.join_next().await {
-            Some(Ok(page)) => page,
-            ended => {
-                let reason = format!("reading the log failed: the task ended without an answer: {ended:?}");
-                Err(StoreError::Unavailable { reason, source: None })
-            }
-        }
-    }
-}
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Drops the work in progress; the next round continues from the applied position.

@@ -9,8 +9,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::apply::{apply, catch_panic};
-use super::{ProjectionTask, TaskConfig};
+use super::change::{ATTEMPTS, Change, ORDER, blame, refused};
+use super::context::TaskConfig;
+use super::task::ProjectionTask;
+use super::user_code::{apply, catch_panic};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
 use crate::lease::{self, HeldLease};
@@ -19,41 +21,10 @@ use crate::projection::error::NoReset;
 use crate::projection::layout::{CheckpointKey, bump};
 use crate::projection::start_position::recorded;
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, CheckpointError, Lease, StoreError};
-
-/// Maximum time for which one node may hold up all others.
-pub(super) const ORDER: Duration = Duration::from_secs(10);
-
-/// Additional time after which the database aborts the transaction.
-///
-/// Later than the local timeout, so that this process reports the cause.
-pub(super) const GRACE: Duration = Duration::from_millis(500);
-
-/// Maximum number of attempts while other nodes move the same checkpoints.
-pub(super) const ATTEMPTS: u32 = 20;
+use crate::store::{Checkpoint, Lease, StoreError};
 
 /// A checkpoint name, its current value and its target.
 type Move = (String, Checkpoint, Checkpoint);
-
-/// A transaction that affects all tasks of the projection.
-///
-/// It takes effect only if the operator request `requested`, if any, still exists.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Change<'r> {
-    Empty {
-        requested: Option<&'r str>,
-    },
-    BeginRebuild {
-        requested: Option<&'r str>,
-    },
-    EndRebuild {
-        requested: Option<&'r str>,
-    },
-    /// Deletes the request `asked`, unless it was made again after its row had this checkpoint.
-    Discard {
-        asked: Option<(&'r str, Checkpoint)>,
-    },
-}
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     pub(super) async fn control(&mut self, control: Control) {
@@ -430,20 +401,4 @@ async fn while_held(
     };
     order.release().await;
     changed
-}
-
-/// Converts an error of the user's code: transient, or refused.
-pub(super) fn blame(context: &TaskConfig, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
-    if super::apply::is_outage(read_model, error) {
-        return StoreError::not_now(error.to_string()).into();
-    }
-    ControlError::Refused { name: context.name.clone(), reason: error.to_string() }
-}
-
-/// Converts an error; a conflict on a checkpoint becomes a transient error, to be retried.
-pub(super) fn refused(error: CheckpointError) -> ControlError {
-    ControlError::Store(match error {
-        CheckpointError::Stale { .. } => StoreError::Unavailable { reason: error.to_string(), source: None },
-        CheckpointError::Store(error) => error,
-    })
 }

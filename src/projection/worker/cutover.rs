@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::apply::catch_panic;
-use super::control::{GRACE, blame, refused};
-use super::{ProjectionTask, Source};
-use crate::event::Position;
+use super::change::{GRACE, blame, refused};
+use super::rebuild::{AGAIN, RebuildProgress, Switch};
+use super::task::{ProjectionTask, Source};
+use super::user_code::catch_panic;
 use crate::projection::layout::{Versions, bump};
 use crate::projection::{ControlError, Projection, ReadModel};
-use crate::store::{Checkpoint, Lease, StoreError};
+use crate::store::{Checkpoint, StoreError};
 
 /// Maximum distance in positions between the versions at which the live one begins to wait.
 const NEAR: u64 = 10_000;
@@ -18,49 +18,13 @@ const NEAR: u64 = 10_000;
 /// Maximum wait of the live version.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// Time within which a lagging part must advance; the live version waits for no other part.
-const GETS_ON: Duration = Duration::from_secs(2);
-
-/// Pause after a failed cut-over.
-const AGAIN: Duration = Duration::from_secs(5);
-
 /// Maximum wait of the cut-over transaction for locks of other sessions.
 ///
 /// Meanwhile the tasks of the live version wait, and readers of the tables wait for its own locks.
 const SWITCH: Duration = Duration::from_secs(2);
 
-/// First and maximum pause between repeated cut-over attempts.
-pub(super) const SWITCH_AGAIN: (Duration, Duration) = (AGAIN, Duration::from_secs(60));
-
 /// Interval of checking whether the rebuilt version has reached the live one.
 const SWITCHING: Duration = Duration::from_millis(20);
-
-pub(super) enum Switch {
-    /// The live version waits.
-    Waits { order: Lease, since: Instant },
-    /// The wait was in vain; earliest time of the next one.
-    Later(Instant),
-}
-
-/// Last known position of a part of the rebuild, and the time when it last advanced.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct RebuildProgress {
-    position: Option<Position>,
-    moved: Option<Instant>,
-}
-
-impl RebuildProgress {
-    fn at(&mut self, position: Position) {
-        if self.position.replace(position).is_some_and(|before| before != position) {
-            self.moved = Some(Instant::now());
-        }
-    }
-
-    /// Returns whether the part advanced lately. During a wait, the time counts from its start.
-    fn is_advancing(&self, since: Option<Instant>) -> bool {
-        self.moved.max(since).is_some_and(|moved| moved.elapsed() < GETS_ON)
-    }
-}
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Cuts over if the rebuilt version has caught up. One partition acts for all.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::ProjectionTask;
+use super::task::ProjectionTask;
 use crate::projection::{Projection, ProjectionState, ReadModel};
 use crate::store::{CheckpointError, StoreError};
 

@@ -1,6 +1,6 @@
 //! Start position of a projection: resolved once, stored beside its checkpoints, never undercut.
 
-use super::ProjectionTask;
+use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::projection::start_position::record_floor;
 use crate::projection::{Projection, ReadModel, Start};

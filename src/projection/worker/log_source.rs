@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 
-use super::PageCache;
+use super::page_cache::PageCache;
 use crate::event::Position;
 use crate::partition::Partition;
 use crate::store::{EventStore, LogPage, ReadLog, StoreError};

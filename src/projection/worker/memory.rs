@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::apply::is_outage;
-use super::{ProjectionTask, TaskConfig};
+use super::context::TaskConfig;
+use super::task::ProjectionTask;
+use super::user_code::is_outage;
 use crate::projection::error::NoReset;
-use crate::projection::{MemoryRun, Projection, ReadModel};
+use crate::projection::memory_run::MemoryRun;
+use crate::projection::{Projection, ReadModel};
 use crate::store::{Checkpoint, StoreError};
 
 /// Maximum wait of a start for the previous run before it reports that and retries.

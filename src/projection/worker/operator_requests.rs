@@ -1,16 +1,21 @@
 //! Operator requests to the nodes, from programs without the projection's code: see [`Request`].
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 
-use super::{ProjectionTask, REQUESTS_AGAIN, Role};
+use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::partition::Partition;
-use crate::projection::layout::bump;
+use crate::projection::layout::{Role, bump};
 use crate::projection::{ControlError, Projection, ReadModel, Request};
 use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
 
 /// Number of requests in the first read; doubled while no request can be completed.
 const PAGE: usize = 1_000;
+
+/// Pause before the retry of an operator request; the projection continues meanwhile.
+const REQUESTS_AGAIN: Duration = Duration::from_secs(30);
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Acts on requests for a reset, a rebuild or its cancellation, if this node is responsible.

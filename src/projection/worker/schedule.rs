@@ -2,75 +2,14 @@
 
 use tokio::time::Instant;
 
-use super::control::ATTEMPTS;
-use super::{ProjectionTask, Role, Source, TaskConfig};
+use super::change::ATTEMPTS;
+use super::context::TaskConfig;
+use super::task::{ProjectionTask, Source};
 use crate::event::Position;
 use crate::lease::LeaseView;
-use crate::projection::layout::bump;
+use crate::projection::layout::{Role, bump};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel, Schedule};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
-use crate::time::after;
-
-/// State of a schedule.
-#[derive(Debug, Default)]
-pub(super) struct Timing {
-    /// Start and end of the wait of the pending events.
-    hold: Option<(Instant, Instant)>,
-    /// Time of the last apply.
-    last: Option<Instant>,
-    /// Epoch of the last known trigger; `None` before the first lease view.
-    triggers: Option<u64>,
-    /// Target of manual triggers; `None` if it must be read (again).
-    goal: Option<Position>,
-    /// End of the log when this task, at work, noticed the trigger.
-    heard: Position,
-    /// Number of triggers at the last reset of this node's own read model: these no longer count.
-    over: u64,
-}
-
-impl Timing {
-    /// Records the arrival of live events.
-    pub(super) fn arrived(&mut self, schedule: Schedule) {
-        let now = Instant::now();
-        let first = self.hold.map_or(now, |(first, _)| first);
-        self.hold = match schedule {
-            Schedule::Immediate | Schedule::Manual => None,
-            // Later events do not extend the wait of the first one.
-            Schedule::Debounced { quiet, cap } => {
-                Some((first, after(quiet).min(first + cap.min(crate::time::FAR))))
-            }
-            Schedule::Every(time) => {
-                Some((first, self.last.map_or(now, |last| last + time.min(crate::time::FAR))))
-            }
-        };
-    }
-
-    /// Returns the target of manual triggers, beyond which nothing is applied.
-    pub(super) fn goal(&self) -> Option<Position> {
-        self.goal
-    }
-
-    /// Forces a new read of the target.
-    pub(super) fn forget(&mut self) {
-        self.goal = None;
-        self.heard = Position::START;
-    }
-
-    /// Records that no event is pending.
-    pub(super) fn let_go(&mut self) {
-        self.hold = None;
-    }
-
-    pub(super) fn applied(&mut self) {
-        self.hold = None;
-        self.last = Some(Instant::now());
-    }
-
-    /// Returns the end of the wait of the pending events.
-    pub(super) fn until(&self) -> Option<Instant> {
-        self.hold.map(|(_, until)| until)
-    }
-}
 
 impl TaskConfig {
     /// Records the current end of the log as the target of a trigger.

@@ -2,69 +2,13 @@
 //!
 //! Only then is the state exactly the result of the log up to the checkpoint.
 
-use std::sync::Arc;
+use tokio::task::spawn_blocking;
 
-use bytes::Bytes;
-use tokio::task::{JoinError, JoinSet, spawn_blocking};
-
-use super::{ProjectionTask, Role, TaskConfig};
-use crate::event::{Position, StreamId, Version};
-use crate::projection::snapshot::{Snapshots, place};
+use super::context::TaskConfig;
+use super::task::ProjectionTask;
+use crate::event::{Position, Version};
 use crate::projection::{Projection, ReadModel};
-use crate::store::{Checkpoint, CheckpointError, EventStore, ParkedEvent, Snapshot, StoreError};
-
-/// The snapshot state of a task.
-pub(super) struct Snapshotting<'a> {
-    snapshots: &'a Snapshots,
-    stream: StreamId,
-    /// Number of events in the state that are in no snapshot.
-    unsaved: u64,
-    /// Number of parked events in the last snapshot.
-    parked: usize,
-    /// The write in progress, if any; its result is whether it succeeded. Aborted with the task.
-    saving: JoinSet<bool>,
-}
-
-impl<'a> Snapshotting<'a> {
-    /// Creates the state, if the read model keeps snapshots.
-    pub(super) fn new(context: &TaskConfig, read_model: &'a impl ReadModel) -> Option<Self> {
-        let snapshots = read_model.snapshots().filter(|_| !read_model.shared())?;
-        let Some(stream) = place(&context.name) else {
-            tracing::warn!(
-                projection = context.name,
-                "disabling snapshots: the name must have 1 to 400 bytes and no control characters"
-            );
-            return None;
-        };
-        let live = context.role == Role::Live;
-        live.then(|| Self { snapshots, stream, unsaved: 0, parked: 0, saving: JoinSet::new() })
-    }
-
-    fn written(&mut self, written: Result<bool, JoinError>) {
-        if !matches!(written, Ok(true)) {
-            self.unsaved = self.unsaved.max(1);
-        }
-    }
-
-    /// Waits for the write in progress.
-    async fn settle(&mut self) {
-        while let Some(written) = self.saving.join_next().await {
-            self.written(written);
-        }
-    }
-
-    /// Replaces the stored snapshot by an empty one, which no start uses and any snapshot replaces.
-    async fn discard(&mut self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
-        // The write in progress would come after this one.
-        self.settle().await;
-        self.unsaved = self.unsaved.max(1);
-        // With another revision: a newer snapshot of the same revision would not be replaced. The
-        // empty one does not block later snapshots either.
-        let revision = self.snapshots.revision.wrapping_add(1);
-        let nothing = Snapshot { version: Version::NONE, revision, state: Bytes::new() };
-        store.save_snapshot(&self.stream, nothing).await
-    }
-}
+use crate::store::{Checkpoint, CheckpointError, ParkedEvent, Snapshot, StoreError};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Starts from the snapshot, if there is one.

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::apply::catch_panic;
-use super::control::{Change, GRACE, ORDER, blame, refused};
-use super::{ProjectionTask, TaskConfig};
+use super::change::{Change, GRACE, ORDER, blame, refused};
+use super::context::TaskConfig;
+use super::task::ProjectionTask;
+use super::user_code::catch_panic;
 use crate::event::Position;
 use crate::projection::layout::{Versions, bump};
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};

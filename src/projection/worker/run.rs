@@ -1,0 +1,333 @@
+//! Runs a task: does the next due step, handles messages between steps, and ticks.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
+use tracing::Instrument;
+
+use super::live::Follower;
+use super::task::{Pending, ProjectionTask, Source};
+use super::wait::{Heard, hear};
+use crate::event::Position;
+use crate::lease::HeldLease;
+use crate::partition::Partition;
+use crate::projection::layout::Role;
+use crate::projection::{Projection, ProjectionState, ReadModel};
+use crate::store::{Checkpoint, StoreError};
+use crate::telemetry::trace;
+
+/// Interval of saving a checkpoint that moved only over events of other projections.
+const TICK: Duration = Duration::from_secs(1);
+
+/// The same interval for a partition.
+///
+/// Shorter, because another node may wait for all partitions, most of which the events do not
+/// concern.
+const PARTITION_TICK: Duration = Duration::from_millis(200);
+
+/// Minimum of that interval for each partition of a projection.
+///
+/// The partitions of a node share one database.
+const PARTITION_SHARE: Duration = Duration::from_millis(4);
+
+/// Poll interval of the head of the log until it is known.
+const HEAD_TICK: Duration = Duration::from_millis(50);
+
+/// Time limit at the shutdown for the current transaction or operator request.
+const STOPPING: Duration = Duration::from_secs(5);
+
+const LOST: &str = "the lease was lost, or was not renewed in time";
+
+/// Waits for the loss; never returns if there is no lease. Cancel-safe.
+async fn lost(loss: Option<impl Future<Output = ()>>) {
+    match loss {
+        Some(loss) => loss.await,
+        None => std::future::pending().await,
+    }
+}
+
+impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
+    pub(super) async fn run(mut self) {
+        let stopping = self.inbox.stop_signal();
+        let in_order = tokio::select! {
+            biased;
+            () = self.work() => true,
+            () = async {
+                stopping.await;
+                sleep(STOPPING).await;
+            } => false,
+        };
+        if in_order {
+            // As for any transaction: a hung read model must not delay the shutdown of its node.
+            let flushed = timeout(STOPPING, self.flush()).await;
+            if flushed.is_err() {
+                tracing::warn!(projection = self.context.name, "could not write the last checkpoint in time");
+            }
+            self.last_snapshot().await;
+        } else {
+            tracing::warn!(
+                projection = self.context.name, limit = ?STOPPING,
+                "aborted the work in progress at the shutdown: time limit exceeded; it is repeated after the next start"
+            );
+        }
+        self.give_up_switching().await;
+        self.follower = None;
+        if let Some(lease) = self.lease.take() {
+            lease.release().await;
+        }
+    }
+
+    /// Works until the task must end.
+    async fn work(&mut self) {
+        while !self.inbox.is_stopping() {
+            if self.news.has_changed() {
+                self.look().await;
+            }
+            if self.tick_at <= Instant::now() {
+                self.tick().await;
+            }
+            self.step().await;
+        }
+    }
+
+    /// Does the next due step. Short, except for the user's own code.
+    async fn step(&mut self) {
+        if self.wait_until > Instant::now() {
+            return self.idle(self.wait_until).await;
+        }
+        if std::mem::take(&mut self.release_lease)
+            && let Some(lease) = self.lease.take()
+        {
+            lease.release().await;
+        }
+        if self.change_in_progress && self.context.role == Role::Live {
+            return self.idle(self.tick_at).await;
+        }
+        // Before the check whether the read model fits, and also if it does not: a reset may make
+        // it fit.
+        if self.requests_due
+            && self.requests_at <= Instant::now()
+            && let Err(error) = self.see_to_requests().await
+        {
+            self.requests_at = self.put_off(&error);
+        }
+        if self.failed {
+            self.context.set(ProjectionState::Failed);
+            return self.idle(self.tick_at).await;
+        }
+        if let Err(error) = self.prepare().await {
+            return self.on_unavailable(&error);
+        }
+        if self.dormant {
+            return self.sleep().await;
+        }
+        if self.read_model.shared() && self.lease.is_none() {
+            return self.stand_by().await;
+        }
+        let Some(saved) = self.saved else { return self.load().await };
+        if self.retries_due
+            && self.retries_at <= Instant::now()
+            && let Err(error) = self.see_to_retries().await
+        {
+            self.retries_at = self.put_off(&error);
+        }
+        match self.paused {
+            Some(false) => {}
+            Some(true) => {
+                self.context.set(ProjectionState::Paused);
+                return self.idle(self.tick_at).await;
+            }
+            None => return self.idle(self.tick_at).await,
+        }
+        match self.is_due().await {
+            Ok(true) => {}
+            Ok(false) => return self.rest().await,
+            Err(error) => return self.on_unavailable(&error),
+        }
+        if self.holds() {
+            return self.follow().await;
+        }
+        // Not below: if the lease is lost there, the work in progress is dropped, which must not be
+        // a control call.
+        if let Some(due) = self.left_alone() {
+            return self.idle(due).await;
+        }
+        match self.pending.take() {
+            Some(pending) => {
+                let events = pending.events.iter().take(self.size.get());
+                let span = trace::apply(&self.context.name, events.len(), events);
+                // If the database hangs longer than the other nodes wait for this one, abort.
+                let loss = self.lease.as_ref().map(HeldLease::loss);
+                let limit = self.context.options.transaction_timeout;
+                tokio::select! {
+                    biased;
+                    done = timeout(limit, self.apply_pending(saved, pending).instrument(span)) => {
+                        if done.is_err() {
+                            self.overran(limit);
+                        }
+                    }
+                    () = lost(loss) => self.step_down(LOST),
+                }
+            }
+            None if self.source == Source::Store => self.read().await,
+            None => self.follow().await,
+        }
+    }
+
+    /// Ensures that the read model exists and has the right layout.
+    async fn prepare(&mut self) -> Result<(), StoreError> {
+        self.create().await?;
+        if !self.fits && self.read_model.shared() {
+            self.context.layout.check(self.read_model).await?;
+            self.find_version().await?;
+        }
+        if !self.fits {
+            self.fits = true;
+            self.context.status.send_modify(|status| status.fits = true);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn create(&mut self) -> Result<(), StoreError> {
+        if !self.prepared {
+            self.read_model.prepare(&self.context.store, &self.row).await?;
+            self.empty_memory().await?;
+            self.load_snapshot().await?;
+            self.prepared = true;
+            self.context.status.send_modify(|status| status.prepared = true);
+        }
+        Ok(())
+    }
+
+    /// Waits for control messages, a loss of the lease and news, until a deadline.
+    pub(super) async fn idle(&mut self, until: Instant) {
+        let until = until.min(self.tick_at);
+        let heard = hear(
+            &mut self.inbox,
+            &mut self.lease,
+            Some(&mut self.news),
+            Some(until),
+            std::future::pending::<()>(),
+        )
+        .await;
+        self.attend(heard).await;
+    }
+
+    /// Handles any result other than the input; returns the input.
+    pub(super) async fn attend<T>(&mut self, heard: Heard<T>) -> Option<T> {
+        match heard {
+            Heard::Input(input) => return Some(input),
+            Heard::Round => {}
+            Heard::News => self.look().await,
+            Heard::Control(control) => self.control(control).await,
+            Heard::LeaseLost => self.step_down(LOST),
+        }
+        None
+    }
+
+    /// Does the periodic work.
+    async fn tick(&mut self) {
+        let others_wait = self.context.partition.is_some() || self.context.role == Role::Rebuild;
+        let every = match self.context.status.borrow().head {
+            // The lag is unknown until then, although there may be nothing to read.
+            None => HEAD_TICK,
+            Some(_) if others_wait => {
+                let partitions = self.context.partition.map_or(1, Partition::count);
+                (PARTITION_SHARE * u32::from(partitions)).clamp(PARTITION_TICK, TICK)
+            }
+            Some(_) => TICK,
+        };
+        self.tick_at = Instant::now() + every;
+        // The task may have ignored the lease view as too old after its last control call.
+        self.look().await;
+        let loss = self.lease.as_ref().map(HeldLease::loss);
+        tokio::select! {
+            biased;
+            () = async {
+                self.flush().await;
+                if let Some(head) = self.context.feed.status().position {
+                    self.knows_of(head);
+                }
+                if self.lease.is_some() || !self.read_model.shared() {
+                    self.date().await;
+                }
+            } => {}
+            () = lost(loss) => return self.step_down(LOST),
+        }
+        let quiet = self.source == Source::Feed && self.pending.is_none();
+        let durable = self.follower.as_ref().is_some_and(Follower::is_durable);
+        if durable && quiet && self.context.feed.position() > self.applied {
+            // The selected events of the bus do not show the end of the log.
+            self.source = Source::Store;
+        }
+        if self.context.role == Role::Rebuild {
+            self.consider_switching().await;
+        }
+    }
+
+    pub(super) fn moved_to(&self, position: Position) {
+        self.context.status.send_if_modified(|status| {
+            let news = status.position != position;
+            status.moved_to(position, None);
+            news
+        });
+    }
+
+    pub(super) fn knows_of(&self, head: Position) {
+        self.context.status.send_if_modified(|status| {
+            let news = Some(head) > status.head;
+            status.knows_of(head);
+            news
+        });
+    }
+
+    /// Records the age of the first pending event, which is the oldest unapplied one.
+    pub(super) fn waits_since(&self, pending: &Pending) {
+        let Some(first) = pending.events.front() else { return };
+        self.context.status.send_if_modified(|status| {
+            status.knows_of(first.position);
+            status.behind_since = Some(first.recorded_at);
+            false
+        });
+    }
+
+    /// Reads the age of the next event, if it stays unread for a while.
+    pub(super) async fn date(&mut self) {
+        let (position, behind) = {
+            let status = self.context.status.borrow();
+            (status.position, status.lag().is_some_and(|lag| lag > 0))
+        };
+        if !behind || self.pending.is_some() || self.age_checked_at == Some(position) || self.dormant {
+            return;
+        }
+        match self.context.log.next_recorded_at(position).await {
+            Ok(Some(recorded_at)) => {
+                self.age_checked_at = Some(position);
+                self.context.status.send_if_modified(|status| {
+                    status.moved_to(position, Some(recorded_at));
+                    false
+                });
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::debug!(projection = self.context.name, %error, "could not read the age of the next event");
+            }
+        }
+    }
+
+    /// Writes a checkpoint that has moved only over events of other projections.
+    pub(super) async fn flush(&mut self) {
+        let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
+        let to = Checkpoint { position: self.applied, ..saved };
+        let row = &self.row;
+        let flushed = match self.read_model.begin(row, saved).await {
+            Ok(open) => self.read_model.commit(open, row, saved, to, None).await,
+            Err(error) => Err(error.into()),
+        };
+        match flushed {
+            Ok(()) => self.saved = Some(to),
+            Err(error) => self.on_checkpoint_error(&error),
+        }
+    }
+}
