@@ -12,8 +12,12 @@
 //! ```
 
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
+mod aggregate_endpoint;
 mod bus;
 mod dispatched;
+mod dispatcher;
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
+mod endpoint;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod envelope;
 mod execute;
@@ -21,15 +25,18 @@ mod handler;
 mod hooks;
 #[cfg(feature = "nats")]
 mod nats;
+mod projection_waiter;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod registry;
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
+mod route;
 mod wait;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod wire;
 
-pub(crate) use self::bus::Dispatcher;
 pub use self::bus::{CommandBus, CommandBusStatus};
 pub use self::dispatched::{Dispatched, Report};
+pub(crate) use self::dispatcher::Dispatcher;
 pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
 pub use self::execute::Execute;
@@ -40,8 +47,8 @@ pub use self::handler::{
 pub use self::hooks::{CommandEnd, CommandInfo};
 #[cfg(feature = "nats")]
 pub use self::nats::NatsCommandOptions;
-pub(crate) use self::registry::{Registry, Respawn};
-pub(crate) use self::wait::ProjectionWaiter;
+pub(crate) use self::projection_waiter::ProjectionWaiter;
+pub(crate) use self::registry::Registry;
 pub use self::wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use crate::aggregate::{ExecuteError, Receipt};
 pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};

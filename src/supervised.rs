@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr};
 use tokio::sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -46,6 +46,15 @@ impl Drop for Task {
     fn drop(&mut self) {
         self.0.abort();
     }
+}
+
+/// A component of the runtime that the supervisor can restart.
+pub(crate) trait Respawn: Send + Sync {
+    fn name(&self) -> &'static str;
+    /// Returns the current actor.
+    fn actor(&self) -> Option<ActorId>;
+    /// Replaces the actor by a new one.
+    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String>;
 }
 
 /// The work of one task.

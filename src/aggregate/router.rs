@@ -24,6 +24,7 @@ use super::options::AggregateOptions;
 use super::{Aggregate, ExecuteError};
 use crate::event::{EncodeError, Event, EventTypes, StreamId};
 use crate::store::{EventStore, GroupCommitter, StoreError};
+use crate::supervised::Respawn;
 use crate::time::after;
 
 /// Maximum number of aggregates that the router checks when it evicts one for a new one.
@@ -109,16 +110,6 @@ impl<A: Aggregate> Router<A> {
         Ok(Self { actor: Arc::new(RwLock::new(actor)), admission, shared, live, closing })
     }
 
-    /// Replaces an ended actor by a new one.
-    ///
-    /// The first command to each aggregate folds its stream again.
-    pub(crate) fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, SpawnErr> {
-        let actor = spawn(&self.shared, &self.live, supervisor)?;
-        let id = actor.get_id();
-        *self.actor.write().unwrap_or_else(PoisonError::into_inner) = actor;
-        Ok(id)
-    }
-
     /// Returns the current actor.
     pub(crate) fn actor(&self) -> ActorRef<RouterMessage<A>> {
         self.actor.read().unwrap_or_else(PoisonError::into_inner).clone()
@@ -198,6 +189,24 @@ impl<A: Aggregate> Router<A> {
             tracing::warn!(category = A::Event::CATEGORY, %error, "router did not stop in time");
         }
         unanswered
+    }
+}
+
+impl<A: Aggregate> Respawn for Router<A> {
+    fn name(&self) -> &'static str {
+        <A::Event as Event>::CATEGORY
+    }
+
+    fn actor(&self) -> Option<ActorId> {
+        Some(self.actor().get_id())
+    }
+
+    /// The first command to each aggregate folds its stream again.
+    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String> {
+        let actor = spawn(&self.shared, &self.live, supervisor).map_err(|error| error.to_string())?;
+        let id = actor.get_id();
+        *self.actor.write().unwrap_or_else(PoisonError::into_inner) = actor;
+        Ok(id)
     }
 }
 

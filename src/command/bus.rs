@@ -1,33 +1,13 @@
-//! Dispatch of commands from callers to the actors that execute them.
+//! The command bus: its transport, filters and hooks, and its status.
 
-use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::concurrency::oneshot;
-use serde::Serialize;
-use tokio::time::Instant;
-use uuid::Uuid;
-
-use super::envelope::{Deadline, Envelope};
 use super::hooks::{CommandEnd, CommandHooks, CommandInfo};
-use super::registry::Registry;
-use super::wait::ProjectionWaiter;
-use super::wire::{CommandFrame, Expected, FORMAT, Failure, Kind, Outcome};
-use super::{Dispatched, ExecuteError};
+#[cfg(feature = "nats")]
+use super::nats::NatsCommandOptions;
 use crate::bus::BusError;
-use crate::codec::to_cbor;
-use crate::event::{EncodeError, Metadata, Position};
-use crate::future::BoxFuture;
 use crate::invalid_option::{DAY, InvalidOption, within};
-#[cfg(feature = "nats")]
-use crate::store::StoreInfo;
-use crate::supervised::Task;
-use crate::telemetry::Metrics;
-
-#[cfg(feature = "nats")]
-use super::nats::{NatsCommandOptions, NatsNode};
 
 /// Default retention of the records of handlers' commands.
 const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -52,8 +32,8 @@ const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// Filters and hooks run on the node that executes a command, on every caller's behalf.
 #[derive(Debug, Clone)]
 pub struct CommandBus {
-    pub(super) hooks: CommandHooks,
-    pub(super) command_retention: Duration,
+    hooks: CommandHooks,
+    command_retention: Duration,
     #[cfg(feature = "nats")]
     pub(super) nats: Option<NatsCommandOptions>,
 }
@@ -74,6 +54,17 @@ impl CommandBus {
             #[cfg(feature = "nats")]
             nats: None,
         }
+    }
+
+    /// Creates a bus that reaches all nodes with the same NATS servers, namespace and event store.
+    ///
+    /// Accepts a URL or [`NatsCommandOptions`]. During an outage of NATS, this node executes the commands
+    /// that it handles. Other commands fail at once with `Unavailable` and are not kept. Deadlines
+    /// travel as the time left, so the clocks of the nodes may differ.
+    #[cfg(feature = "nats")]
+    #[must_use]
+    pub fn nats(options: impl Into<NatsCommandOptions>) -> Self {
+        Self { nats: Some(options.into()), ..Self::local() }
     }
 
     /// Adds a filter: this node accepts only commands for which all filters return `true`.
@@ -194,273 +185,4 @@ pub enum CommandBusStatus {
         /// Cause.
         reason: String,
     },
-}
-
-/// A command in flight to other nodes. The inner future resolves to its result.
-type Sent<'a> = BoxFuture<'a, Result<BoxFuture<'static, (Outcome, Duration)>, Failure>>;
-
-/// The dispatcher of commands. Every sender of commands holds it.
-pub(crate) struct Dispatcher {
-    hooks: CommandHooks,
-    metrics: Metrics,
-    /// Aggregates and handlers of this node. Set before the runtime has started.
-    registry: OnceLock<Registry>,
-    follow: OnceLock<Box<dyn ProjectionWaiter>>,
-    /// Set at the start of a shutdown. Only handlers in flight may then send commands.
-    closing: AtomicBool,
-    /// Task that ends with the tokio runtime in which the node was started.
-    executor: Task,
-    #[cfg(feature = "nats")]
-    nats: OnceLock<NatsNode>,
-    /// Reason why this node must not join the other nodes.
-    #[cfg(feature = "nats")]
-    incompatible: OnceLock<String>,
-}
-
-/// The first destination of a command.
-#[derive(Debug)]
-pub(super) enum Route {
-    /// An actor of this process. `others`: whether other nodes can execute the command too.
-    Local { others: bool },
-    /// Other nodes.
-    Remote,
-}
-
-impl Dispatcher {
-    pub(crate) fn new(hooks: CommandHooks, metrics: Metrics) -> Arc<Self> {
-        Arc::new(Self {
-            hooks,
-            metrics,
-            registry: OnceLock::new(),
-            follow: OnceLock::new(),
-            closing: AtomicBool::new(false),
-            executor: Task::spawn(std::future::pending()),
-            #[cfg(feature = "nats")]
-            nats: OnceLock::new(),
-            #[cfg(feature = "nats")]
-            incompatible: OnceLock::new(),
-        })
-    }
-
-    /// Starts to accept commands.
-    pub(crate) fn open(&self, registry: Registry, follow: Box<dyn ProjectionWaiter>) {
-        // The runtime calls this once, so the cells are empty.
-        let _ = self.registry.set(registry);
-        let _ = self.follow.set(follow);
-    }
-
-    /// Joins the other nodes, if the bus reaches any.
-    ///
-    /// Without a server it retries in the background.
-    #[cfg(feature = "nats")]
-    pub(crate) async fn connect(self: &Arc<Self>, bus: CommandBus, store: &StoreInfo, incarnation: Uuid) {
-        let Some(options) = bus.nats else { return };
-        // A copied store would answer commands that are meant for the original.
-        if let Some(reason) = store.adoption.problem() {
-            tracing::error!(reason, "not joining other nodes; commands stay within this process");
-            let _ = self.incompatible.set(reason);
-            return;
-        }
-        let node = NatsNode::start(options, Arc::downgrade(self), store.id, incarnation).await;
-        let _ = self.nats.set(node);
-    }
-
-    /// Stops admission and waits for the commands in flight.
-    ///
-    /// Returns the number of commands without an answer at the deadline.
-    pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
-        self.closing.store(true, Ordering::Release);
-        #[cfg(feature = "nats")]
-        if let Some(nats) = self.nats.get() {
-            nats.leave().await;
-        }
-        let unanswered = self.registry().shut_down(deadline).await;
-        #[cfg(feature = "nats")]
-        if let Some(nats) = self.nats.get() {
-            nats.stop(deadline).await;
-        }
-        unanswered
-    }
-
-    pub(crate) fn hooks(&self) -> &CommandHooks {
-        &self.hooks
-    }
-
-    pub(crate) fn metrics(&self) -> &Metrics {
-        &self.metrics
-    }
-
-    pub(crate) fn status(&self) -> CommandBusStatus {
-        #[cfg(feature = "nats")]
-        if let Some(nats) = self.nats.get() {
-            return nats.status();
-        }
-        #[cfg(feature = "nats")]
-        if let Some(reason) = self.incompatible.get() {
-            return CommandBusStatus::Incompatible { reason: reason.clone() };
-        }
-        CommandBusStatus::Local
-    }
-
-    pub(crate) fn registry(&self) -> &Registry {
-        static NOBODY: OnceLock<Registry> = OnceLock::new();
-        self.registry.get().unwrap_or_else(|| NOBODY.get_or_init(Registry::default))
-    }
-
-    /// Returns the names of the projections on this node.
-    pub(super) fn projections(&self) -> Vec<String> {
-        self.follow.get().map_or_else(Vec::new, |follow| follow.names())
-    }
-
-    pub(super) fn caught_up<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-        patience: Duration,
-    ) -> BoxFuture<'a, Result<(), String>> {
-        match self.follow.get() {
-            Some(follow) => follow.caught_up(name, position, patience),
-            None => Box::pin(std::future::ready(Err("runtime has not started".into()))),
-        }
-    }
-
-    /// Routes a command. `able`: whether this node accepts it.
-    pub(super) fn way<E>(
-        &self,
-        kind: Kind,
-        name: &'static str,
-        info: &CommandInfo<'_>,
-        envelope: &Envelope,
-        able: bool,
-    ) -> Result<Route, ExecuteError<E>> {
-        if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
-            return Err(ExecuteError::ShuttingDown);
-        }
-        if self.executor.is_finished() {
-            return Err(ExecuteError::ExecutorEnded);
-        }
-        #[cfg(feature = "nats")]
-        if let Some(nats) = self.nats.get() {
-            let id;
-            let spread = match info.key {
-                Some(key) => key,
-                None => {
-                    // Without a key, any node may execute the command. Every attempt chooses the
-                    // same.
-                    id = info.id.to_string();
-                    &id
-                }
-            };
-            return nats.way(kind, name, spread, able).map_err(|reason| ExecuteError::Unavailable { reason });
-        }
-        if able {
-            return Ok(Route::Local { others: false });
-        }
-        if self.registry().endpoint(kind, name).is_some() {
-            let reason = format!("a filter of this node does not accept command {}", info.id);
-            return Err(ExecuteError::NotAccepted { reason });
-        }
-        #[cfg(feature = "nats")]
-        if let Some(reason) = self.incompatible.get() {
-            return Err(ExecuteError::Unavailable { reason: reason.clone() });
-        }
-        Err(ExecuteError::NoHandler { name, retryable: false })
-    }
-
-    pub(super) fn frame<C: Serialize>(
-        &self,
-        kind: Kind,
-        info: &CommandInfo<'_>,
-        command: &C,
-        envelope: &Envelope,
-        prompt: bool,
-        deadline: Deadline,
-    ) -> Result<CommandFrame, EncodeError> {
-        Ok(CommandFrame {
-            format: FORMAT,
-            id: envelope.id,
-            kind,
-            name: info.name.to_owned(),
-            key: info.key.map(Into::into),
-            payload: to_cbor(command)?,
-            metadata: envelope.metadata.encode()?.into(),
-            expected: Expected::Any,
-            left: deadline.left_millis(),
-            sent: None,
-            attempt: 1,
-            prompt,
-        })
-    }
-
-    /// Sends a command to other nodes.
-    ///
-    /// With `prompt`, the outer future resolves when a node has accepted the command, and the inner
-    /// one with its result.
-    pub(super) fn send(&self, frame: CommandFrame, envelope: &Envelope, deadline: Deadline) -> Sent<'_> {
-        #[cfg(feature = "nats")]
-        if let Some(nats) = self.nats.get() {
-            // Boxed, so that futures of local commands stay small.
-            return Box::pin(nats.send(frame, envelope.assign_deadline(), deadline));
-        }
-        let _ = (frame, envelope, deadline);
-        let failure = Failure::new(super::wire::Code::Unavailable, "no command bus to other nodes");
-        Box::pin(std::future::ready(Err(failure)))
-    }
-}
-
-impl fmt::Debug for Dispatcher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dispatcher").field("registry", &self.registry).finish_non_exhaustive()
-    }
-}
-
-/// The after-hooks of a command of this process, if there are any.
-pub(super) struct Watch(Option<Watched>);
-
-struct Watched {
-    commands: Arc<Dispatcher>,
-    name: &'static str,
-    key: Option<String>,
-    metadata: Metadata,
-}
-
-/// Prepares the after-hooks of a command of this process.
-pub(super) fn watched(
-    commands: &Arc<Dispatcher>,
-    metadata: &Metadata,
-    name: &'static str,
-    key: Option<&str>,
-) -> Watch {
-    Watch(commands.hooks.has_after(name).then(|| Watched {
-        commands: commands.clone(),
-        name,
-        key: key.map(Into::into),
-        metadata: metadata.clone(),
-    }))
-}
-
-impl Watch {
-    /// Runs the hooks when the command ends, even if its caller has stopped waiting.
-    pub(super) fn over<T, E>(self, dispatched: Dispatched<T, E>) -> Dispatched<T, E>
-    where
-        T: Send + 'static,
-        E: std::error::Error + Send + 'static,
-    {
-        let Some(Watched { commands, name, key, metadata }) = self.0 else { return dispatched };
-        let id: Uuid = dispatched.command_id();
-        let (sender, receiver) = oneshot();
-        tokio::spawn(async move {
-            let report = dispatched.report().await;
-            let info = CommandInfo { name, key: key.as_deref(), id, metadata: &metadata };
-            commands.hooks.after(&info, report.runtime, &report.result);
-            // A failed send means that the caller has stopped waiting.
-            let _ = sender.send((report.result, report.runtime));
-        });
-        Dispatched::new(id, async move {
-            receiver.await.unwrap_or_else(|_| {
-                let reason = "a hook after the command panicked".to_owned();
-                (Err(ExecuteError::OutcomeUnknown { command_id: id, reason }), Duration::ZERO)
-            })
-        })
-    }
 }

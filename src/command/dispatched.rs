@@ -6,7 +6,6 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::ExecuteError;
-use super::bus::Dispatcher;
 use super::envelope::{Deadline, Envelope};
 use super::handler::{YieldSlot, give_way};
 use crate::future::BoxFuture;
@@ -36,13 +35,13 @@ pub(super) struct Watched {
 impl Watched {
     /// Starts the span. The command's metadata carries it from here on.
     pub(super) fn new(
-        commands: &Dispatcher,
+        metrics: &Metrics,
         name: &'static str,
         key: Option<&str>,
         envelope: &mut Envelope,
     ) -> Self {
         let span = CommandSpan::given(name, key, envelope.id, &mut envelope.metadata);
-        Self { name, span, metrics: commands.metrics().clone(), started: Instant::now() }
+        Self { name, span, metrics: metrics.clone(), started: Instant::now() }
     }
 
     pub(super) fn span(&self) -> CommandSpan {

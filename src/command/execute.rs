@@ -5,11 +5,12 @@ use chrono::Utc;
 use ractor::concurrency::oneshot;
 use tokio::time::Instant;
 
-use super::bus::{Dispatcher, Route, watched};
 use super::dispatched::Watched;
+use super::dispatcher::Dispatcher;
 use super::envelope::{Envelope, envelope_setters};
 use super::handler::{YieldSlot, give_way};
-use super::wait::ExecuteAndWait;
+use super::hooks::watched;
+use super::route::Route;
 use super::wire::{About, Kind, Outcome};
 use super::{CommandInfo, Dispatched, ExecuteError, Receipt};
 use crate::aggregate::{Aggregate, CommandRequest};
@@ -25,10 +26,10 @@ use crate::telemetry::trace::CommandSpan;
 /// or [dispatched](Self::dispatch). Dropping the waiting future does not cancel the command.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct Execute<A: Aggregate> {
-    commands: Arc<Dispatcher>,
+    pub(super) commands: Arc<Dispatcher>,
     id: String,
     command: A::Command,
-    envelope: Envelope,
+    pub(super) envelope: Envelope,
     expected: ExpectedVersion,
     /// Worker slot of the handler that sends this command.
     slot: Option<Arc<dyn YieldSlot>>,
@@ -59,19 +60,6 @@ impl<A: Aggregate> Execute<A> {
         self
     }
 
-    /// Also waits until the projection `name` of this node has applied the command's events.
-    ///
-    /// The wait for the projection has the same [`timeout`](Self::timeout), from the receipt on.
-    /// The result reports the receipt and the projection separately: a slow projection never looks
-    /// like a failed command. If this node runs no such projection, the command is not executed
-    /// ([`ExecuteError::UnknownProjection`]).
-    pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndWait<A> {
-        let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
-        // A zero timeout means no limit, for the receipt and for the projection.
-        let timeout = if timeout.is_zero() { crate::time::FAR } else { timeout };
-        ExecuteAndWait::new(self, commands, name.into(), timeout)
-    }
-
     /// Sends the command, and returns as soon as its aggregate has accepted it.
     ///
     /// Commands that are dispatched in sequence to one aggregate are decided in that order while no
@@ -88,7 +76,7 @@ impl<A: Aggregate> Execute<A> {
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<A>, ExecuteError<A::Error>> {
         let name = <A::Event as Event>::CATEGORY;
-        let watched = Watched::new(&self.commands, name, Some(&self.id), &mut self.envelope);
+        let watched = Watched::new(self.commands.metrics(), name, Some(&self.id), &mut self.envelope);
         let given = self.send(prompt, watched.span()).await;
         watched.over(given)
     }
@@ -111,7 +99,7 @@ impl<A: Aggregate> Execute<A> {
             match router.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
                     commands.hooks().before(&info).map_err(|reason| ExecuteError::NotAccepted { reason })?;
-                    let watch = watched(&commands, &envelope.metadata, category, Some(&key));
+                    let watch = watched(commands.hooks(), &envelope.metadata, category, Some(&key));
                     let (reply, answer) = oneshot();
                     let order = Box::new(CommandRequest {
                         content: fingerprint(&command).map_err(EncodeError::from)? as u64,

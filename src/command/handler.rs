@@ -1,10 +1,20 @@
 //! Commands across aggregates, for example a transfer between two accounts.
 
 mod actor;
+mod caller;
 mod context;
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
+mod endpoint;
+mod job;
+mod message;
+mod nested_commands;
 mod options;
 mod request;
+mod router;
 mod run;
+mod status;
+mod worker_slot;
+mod yield_slot;
 
 use std::fmt;
 
@@ -12,11 +22,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-pub(crate) use self::actor::{HandlerJob, HandlerRouter};
 pub use self::context::HandlerContext;
-pub(super) use self::context::{YieldSlot, give_way};
 pub use self::options::HandlerOptions;
 pub use self::request::Request;
+pub(crate) use self::router::HandlerRouter;
+pub use self::status::HandlerStatus;
+pub(super) use self::yield_slot::{YieldSlot, give_way};
 use super::ExecuteError;
 
 /// A handler of commands across aggregates.
@@ -144,16 +155,6 @@ pub struct Handled<R = ()> {
     pub reply: R,
     /// Whether the command was handled before this call. The answer is then the recorded one.
     pub duplicate: bool,
-}
-
-/// The status of a handler.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct HandlerStatus {
-    /// Name of the handler.
-    pub name: &'static str,
-    /// Number of commands in flight, including queued ones.
-    pub in_flight: usize,
 }
 
 /// Returns the key of a command. I10: a panic in [`Handler::key`] refuses only this command.

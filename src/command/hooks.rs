@@ -4,9 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ractor::concurrency::oneshot;
 use uuid::Uuid;
 
-use super::ExecuteError;
+use super::{Dispatched, ExecuteError};
 use crate::event::Metadata;
 use crate::panic::{caught, text_of};
 
@@ -108,5 +109,56 @@ impl fmt::Debug for CommandHooks {
             .field("before", &self.before.len())
             .field("after", &self.after.len())
             .finish()
+    }
+}
+
+/// The after-hooks of a command of this process, if there are any.
+pub(super) struct Watch(Option<Watched>);
+
+struct Watched {
+    hooks: CommandHooks,
+    name: &'static str,
+    key: Option<String>,
+    metadata: Metadata,
+}
+
+/// Prepares the after-hooks of a command of this process.
+pub(super) fn watched(
+    hooks: &CommandHooks,
+    metadata: &Metadata,
+    name: &'static str,
+    key: Option<&str>,
+) -> Watch {
+    Watch(hooks.has_after(name).then(|| Watched {
+        hooks: hooks.clone(),
+        name,
+        key: key.map(Into::into),
+        metadata: metadata.clone(),
+    }))
+}
+
+impl Watch {
+    /// Runs the hooks when the command ends, even if its caller has stopped waiting.
+    pub(super) fn over<T, E>(self, dispatched: Dispatched<T, E>) -> Dispatched<T, E>
+    where
+        T: Send + 'static,
+        E: std::error::Error + Send + 'static,
+    {
+        let Some(Watched { hooks, name, key, metadata }) = self.0 else { return dispatched };
+        let id: Uuid = dispatched.command_id();
+        let (sender, receiver) = oneshot();
+        tokio::spawn(async move {
+            let report = dispatched.report().await;
+            let info = CommandInfo { name, key: key.as_deref(), id, metadata: &metadata };
+            hooks.after(&info, report.runtime, &report.result);
+            // A failed send means that the caller has stopped waiting.
+            let _ = sender.send((report.result, report.runtime));
+        });
+        Dispatched::new(id, async move {
+            receiver.await.unwrap_or_else(|_| {
+                let reason = "a hook after the command panicked".to_owned();
+                (Err(ExecuteError::OutcomeUnknown { command_id: id, reason }), Duration::ZERO)
+            })
+        })
     }
 }

@@ -7,11 +7,14 @@
 //! effect once. `docs/wire-format.md` describes the frames.
 
 mod clocks;
+mod cluster_link;
 mod membership;
+mod options;
 mod peer_table;
 mod pending_replies;
 mod remote_dispatch;
 mod server;
+mod shared;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,143 +26,29 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::clocks::PeerClocks;
-use self::membership::{ClusterLink, run};
+use self::cluster_link::ClusterLink;
+use self::membership::run;
+pub use self::options::NatsCommandOptions;
 use self::peer_table::PeerTable;
 use self::pending_replies::PendingReplies;
 use self::remote_dispatch::RemoteDispatch;
-use super::bus::{CommandBus, CommandBusStatus, Dispatcher, Route};
+use self::shared::{Shared, Subjects};
+use super::bus::CommandBusStatus;
 use super::envelope::Deadline;
+use super::hooks::CommandHooks;
+use super::registry::Registry;
+use super::route::Route;
 use super::wire::{Code, CommandFrame, Failure, Kind, Outcome};
-use crate::bus::{BusError, NatsOptions, SharedConnection};
+use crate::bus::SharedConnection;
 use crate::future::BoxFuture;
-use crate::invalid_option::{InvalidOption, within};
 use crate::supervised::Task;
+use crate::telemetry::Metrics;
 
 /// Time that a command waits for a permit within the limit of commands to other nodes.
 const ADMISSION: Duration = Duration::from_secs(1);
 
 /// Time that a starting runtime waits for the presence of other nodes.
 const FIRST_CONTACT: Duration = Duration::from_secs(2);
-
-/// Options of commands over NATS.
-///
-/// Create them from a URL, or from [`NatsOptions`] for logins, TLS and the namespace. Options about
-/// events and streams have no effect here.
-///
-/// ```
-/// use std::time::Duration;
-/// use storied::NatsOptions;
-/// use storied::command::{CommandBus, NatsCommandOptions};
-///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let options = NatsOptions::core().url("nats://nats-1:4222,nats://nats-2:4222").namespace("shop")?;
-/// let bus = CommandBus::nats(NatsCommandOptions::new(options).node("shop-1"));
-/// # let _ = bus;
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Debug, Clone)]
-pub struct NatsCommandOptions {
-    options: NatsOptions,
-    node: Option<String>,
-    beat: Duration,
-    in_flight: usize,
-}
-
-impl NatsCommandOptions {
-    /// Creates options with this connection and the defaults.
-    #[must_use]
-    pub fn new(options: NatsOptions) -> Self {
-        Self { options, node: None, beat: Duration::from_secs(1), in_flight: 4_096 }
-    }
-
-    /// Sets the name of this node.
-    ///
-    /// A node that comes back under its name owns the same aggregates as before. If two nodes have
-    /// the same name, the one with the later start counts. Default: a new name with every start.
-    /// Range: 1 to 200 characters, checked at the start of the runtime.
-    #[must_use]
-    pub fn node(mut self, name: impl Into<String>) -> Self {
-        self.node = Some(name.into());
-        self
-    }
-
-    /// Sets the heartbeat interval, for the presence of a node and for commands in flight.
-    ///
-    /// A node that is silent for 3.5 intervals counts as lost. A command of another node waits at
-    /// most one interval for a permit of a full aggregate or handler. The interval must be the same
-    /// on all nodes. Default: 1 s. Range: 10 ms to 1 h.
-    #[must_use]
-    pub fn heartbeat(mut self, every: Duration) -> Self {
-        self.beat = every;
-        self
-    }
-
-    /// Sets the maximum number of commands in flight to other nodes, and from other nodes.
-    ///
-    /// A further command of this node waits for 1 s, then fails with `Overloaded`. A further
-    /// command of another node goes to the next node at once. Default: 4,096. Range: 1 to
-    /// 1,048,576.
-    #[must_use]
-    pub fn max_in_flight(mut self, commands: usize) -> Self {
-        self.in_flight = commands;
-        self
-    }
-
-    /// Rejects options that are out of range.
-    pub(super) fn validate(&self) -> Result<(), InvalidOption> {
-        let beat = Duration::from_millis(10)..=Duration::from_secs(3_600);
-        within("NatsCommandOptions::heartbeat", self.beat, beat)?;
-        within("NatsCommandOptions::max_in_flight", self.in_flight, 1..=1 << 20)
-    }
-
-    /// Rejects options with which no connection can work.
-    pub(super) fn check(&self) -> Result<(), BusError> {
-        self.options.check()?;
-        match &self.node {
-            Some(name)
-                if name.trim().is_empty()
-                    || name.chars().count() > 200
-                    || name.contains(char::is_control) =>
-            {
-                let shown: String = name.chars().take(80).collect();
-                let reason = format!("invalid node name {shown:?}: use 1 to 200 printable characters");
-                Err(BusError::Incompatible { reason })
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-impl From<NatsOptions> for NatsCommandOptions {
-    fn from(options: NatsOptions) -> Self {
-        Self::new(options)
-    }
-}
-
-impl From<&str> for NatsCommandOptions {
-    fn from(url: &str) -> Self {
-        Self::new(NatsOptions::core().url(url))
-    }
-}
-
-impl From<String> for NatsCommandOptions {
-    fn from(url: String) -> Self {
-        Self::new(NatsOptions::core().url(url))
-    }
-}
-
-impl CommandBus {
-    /// Creates a bus that reaches all nodes with the same NATS servers, namespace and event store.
-    ///
-    /// Accepts a URL or [`NatsCommandOptions`]. During an outage of NATS, this node executes the commands
-    /// that it handles. Other commands fail at once with `Unavailable` and are not kept. Deadlines
-    /// travel as the time left, so the clocks of the nodes may differ.
-    #[must_use]
-    pub fn nats(options: impl Into<NatsCommandOptions>) -> Self {
-        Self { nats: Some(options.into()), ..Self::local() }
-    }
-}
 
 /// The membership of this node in the command bus.
 pub(crate) struct NatsNode {
@@ -169,69 +58,20 @@ pub(crate) struct NatsNode {
     _run: Task,
 }
 
-/// The shared state of all tasks of the node.
-struct Shared {
-    commands: Weak<Dispatcher>,
-    subjects: Subjects,
-    /// New with every start.
-    incarnation: Uuid,
-    store: Uuid,
-    /// Name of the node.
-    name: String,
-    beat: Duration,
-    table: PeerTable,
-    clocks: PeerClocks,
-    /// Time at which this node's clock was 0.
-    started: Instant,
-    /// Commands of this node in flight to other nodes.
-    calls: PendingReplies,
-    /// Permits for commands of other nodes, and their number.
-    places: Arc<Semaphore>,
-    limit: usize,
-    link: watch::Sender<ClusterLink>,
-    draining: watch::Sender<bool>,
-    /// Set after the end of the node. No further reply is sent or received.
-    ended: AtomicBool,
-}
-
-/// The subjects of the command bus.
-struct Subjects {
-    namespace: String,
-}
-
-impl Subjects {
-    fn presence(&self) -> String {
-        format!("{}.commands.presence", self.namespace)
-    }
-
-    fn node(&self, incarnation: Uuid) -> String {
-        format!("{}.commands.node.{incarnation}", self.namespace)
-    }
-}
-
-impl Shared {
-    /// Returns the time after which a silent node counts as lost: 3.5 heartbeats.
-    fn silence(&self) -> Duration {
-        self.beat * 7 / 2
-    }
-
-    /// Returns the milliseconds since this node's start.
-    fn clock(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-}
-
 impl NatsNode {
     /// Joins the other nodes. If the server is down, it retries in the background without limit.
     pub(super) async fn start(
         options: NatsCommandOptions,
-        commands: Weak<Dispatcher>,
+        registry: Weak<Registry>,
+        hooks: CommandHooks,
+        metrics: Metrics,
         store: Uuid,
         incarnation: Uuid,
     ) -> Self {
         let NatsCommandOptions { options, node, beat, in_flight: limit } = options;
         let shared = Arc::new(Shared {
-            commands,
+            registry,
+            hooks,
             subjects: Subjects { namespace: options.namespace.clone() },
             incarnation,
             store,
@@ -247,8 +87,7 @@ impl NatsNode {
             draining: watch::Sender::new(false),
             ended: AtomicBool::new(false),
         });
-        let metrics = shared.commands.upgrade().map(|commands| commands.metrics().clone());
-        let connection = Arc::new(SharedConnection::new(options, metrics.unwrap_or_default()));
+        let connection = Arc::new(SharedConnection::new(options, metrics));
         let task = Task::spawn(run(shared.clone(), connection.clone()));
         let mut link = shared.link.subscribe();
         // Wait for the other nodes, so that commands right after the start find them.

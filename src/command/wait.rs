@@ -4,24 +4,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::bus::Dispatcher;
+use super::dispatcher::Dispatcher;
 use super::{Execute, ExecuteError, Receipt};
 use crate::aggregate::Aggregate;
 use crate::event::Position;
 use crate::future::BoxFuture;
-
-/// Waits for projections. The runtime implements it: this module does not depend on projections.
-pub(crate) trait ProjectionWaiter: Send + Sync {
-    /// Returns the names of the projections on this node.
-    fn names(&self) -> Vec<String>;
-    /// Waits until the projection `name` has reached `position`.
-    fn caught_up<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-        patience: Duration,
-    ) -> BoxFuture<'a, Result<(), String>>;
-}
+use crate::time::FAR;
 
 /// A command that also waits for a projection.
 ///
@@ -54,16 +42,22 @@ pub struct ProjectionLag {
     pub reason: String,
 }
 
-impl<A: Aggregate> ExecuteAndWait<A> {
-    pub(super) fn new(
-        execute: Execute<A>,
-        commands: Arc<Dispatcher>,
-        name: String,
-        patience: Duration,
-    ) -> Self {
-        Self { execute, commands, name, patience }
+impl<A: Aggregate> Execute<A> {
+    /// Also waits until the projection `name` of this node has applied the command's events.
+    ///
+    /// The wait for the projection has the same [`timeout`](Self::timeout), from the receipt on.
+    /// The result reports the receipt and the projection separately: a slow projection never looks
+    /// like a failed command. If this node runs no such projection, the command is not executed
+    /// ([`ExecuteError::UnknownProjection`]).
+    pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndWait<A> {
+        let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
+        // A zero timeout means no limit, for the receipt and for the projection.
+        let timeout = if timeout.is_zero() { FAR } else { timeout };
+        ExecuteAndWait { execute: self, commands, name: name.into(), patience: timeout }
     }
+}
 
+impl<A: Aggregate> ExecuteAndWait<A> {
     /// Sets how long to wait for the projection after the receipt.
     ///
     /// Default: the timeout of the command.

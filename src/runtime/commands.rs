@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ractor::SpawnErr;
 
-use super::StartError;
+use super::error::StartError;
 use super::supervisor::Supervisor;
 use crate::command::{Dispatcher, Handler, HandlerOptions, HandlerRouter, ProjectionWaiter, Registry};
 use crate::event::{InvalidName, Position, check_name};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ractor::SpawnErr;
 
-use super::StartError;
+use super::error::StartError;
 use crate::bus::EventBus;
 use crate::event::{EncodeError, Position};
 use crate::invalid_option::{InvalidOption, at_least};

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::AsyncInstrument;
 
-use super::Inner;
+use super::inner::Inner;
 use crate::publisher::PublisherState;
 use crate::telemetry::Telemetry;
 

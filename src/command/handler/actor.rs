@@ -3,47 +3,29 @@
 //! The actor never awaits. Tasks run the attempts.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use futures_util::FutureExt;
-use ractor::concurrency::{OneshotSender, oneshot};
+use ractor::concurrency::OneshotSender;
 use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, SpawnErr};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::run::{AttemptResult, run};
-use super::{Handled, Handler, HandlerOptions, HandlerStatus};
-use crate::aggregate::SHUTDOWN;
-use crate::command::bus::Dispatcher;
-use crate::command::{ExecuteError, Respawn};
-use crate::event::Metadata;
+use super::Handler;
+use super::caller::Caller;
+use super::job::{AttemptResult, HandlerJob, Shared};
+use super::message::{Message, WorkerPermit};
+use super::options::HandlerOptions;
+use super::router::HandlerRouter;
+use super::run::run;
+use crate::command::ExecuteError;
+use crate::command::dispatcher::Dispatcher;
 use crate::panic::{panic_text, text_of};
-use crate::store::{EventStore, StoreError};
-use crate::telemetry::trace::CommandSpan;
-use crate::time::after;
-
-/// The answer to a handler's command.
-pub(crate) type Answer<H> = Result<Handled<<H as Handler>::Reply>, ExecuteError<<H as Handler>::Error>>;
-
-/// A command for a handler.
-pub(crate) struct HandlerJob<H: Handler> {
-    pub(crate) command: H::Command,
-    pub(crate) id: Uuid,
-    pub(crate) metadata: Metadata,
-    pub(crate) fingerprint: Uuid,
-    pub(crate) key: Option<String>,
-    /// Time until which its caller waits.
-    ///
-    /// A command that has not started by the latest deadline of its callers is dropped.
-    pub(crate) deadline: Instant,
-    pub(crate) span: CommandSpan,
-}
+use crate::store::EventStore;
+use crate::supervised::Respawn;
 
 /// A queued or running command. It outlives its callers, and a repetition joins it.
 struct Current<H: Handler> {
@@ -55,80 +37,6 @@ struct Current<H: Handler> {
     ///
     /// The first caller shares it.
     _permit: Arc<OwnedSemaphorePermit>,
-}
-
-/// A caller that waits for the answer to a command.
-pub(super) struct Caller<H: Handler> {
-    reply: OneshotSender<Answer<H>>,
-    permit: CallerPermit,
-}
-
-impl<H: Handler> Caller<H> {
-    /// Answers the caller. Releases its permit first, so that its next command can get it.
-    fn answer(self, answer: Answer<H>) -> Result<(), Answer<H>> {
-        self.permit.release();
-        self.reply.send(answer)
-    }
-}
-
-/// The permit of a caller within the handler's limit, held until the answer or a drop.
-#[derive(Clone)]
-struct CallerPermit(Arc<Mutex<Option<Arc<OwnedSemaphorePermit>>>>);
-
-impl CallerPermit {
-    fn new(permit: Arc<OwnedSemaphorePermit>) -> Self {
-        Self(Arc::new(Mutex::new(Some(permit))))
-    }
-
-    fn release(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-    }
-}
-
-/// A guard that releases the permit of a dropped caller, even one that never awaited its answer.
-struct ReleaseOnDrop(CallerPermit);
-
-impl Drop for ReleaseOnDrop {
-    fn drop(&mut self) {
-        self.0.release();
-    }
-}
-
-/// The shared state of all attempts of one handler.
-pub(super) struct Shared<H> {
-    pub(super) handler: H,
-    pub(super) options: HandlerOptions,
-    pub(super) store: Arc<dyn EventStore>,
-    /// Dispatcher for nested commands. It owns this handler, so this reference is weak.
-    pub(super) commands: Weak<Dispatcher>,
-}
-
-/// A handle to a handler's actor. Cloning is cheap.
-pub(crate) struct HandlerRouter<H: Handler> {
-    /// Current actor. A restart replaces it.
-    actor: Arc<RwLock<ActorRef<Message<H>>>>,
-    shared: Arc<Shared<H>>,
-    admission: Arc<Semaphore>,
-    /// Set at the start of a shutdown. No command is admitted afterwards.
-    closing: Arc<AtomicBool>,
-}
-
-impl<H: Handler> Clone for HandlerRouter<H> {
-    fn clone(&self) -> Self {
-        let Self { actor, shared, admission, closing } = self;
-        Self {
-            actor: actor.clone(),
-            shared: shared.clone(),
-            admission: admission.clone(),
-            closing: closing.clone(),
-        }
-    }
-}
-
-impl<H: Handler> fmt::Debug for HandlerRouter<H> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HandlerRouter").field("status", &self.status()).finish_non_exhaustive()
-    }
 }
 
 fn spawn<H: Handler>(
@@ -152,79 +60,6 @@ impl<H: Handler> HandlerRouter<H> {
         let actor = Arc::new(RwLock::new(spawn(&shared, supervisor)?));
         Ok(Self { actor, shared, admission, closing: Arc::default() })
     }
-
-    fn actor(&self) -> ActorRef<Message<H>> {
-        self.actor.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn status(&self) -> HandlerStatus {
-        let limit = self.shared.options.in_flight;
-        HandlerStatus { name: H::NAME, in_flight: limit.saturating_sub(self.admission.available_permits()) }
-    }
-
-    /// Acquires a permit for the command `id` within the limit of commands in flight.
-    ///
-    /// Waits for the admission timeout of the options, or until `deadline` if that is earlier.
-    pub(crate) async fn admit(
-        &self,
-        id: Uuid,
-        deadline: Instant,
-    ) -> Result<OwnedSemaphorePermit, ExecuteError<H::Error>> {
-        ExecuteError::check_id(id)?;
-        if self.closing.load(Ordering::Acquire) {
-            return Err(ExecuteError::ShuttingDown);
-        }
-        let until = deadline.min(after(self.shared.options.admission));
-        match tokio::time::timeout_at(until, self.admission.clone().acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
-            Err(_elapsed) => Err(ExecuteError::Overloaded {
-                what: "commands in flight for this handler".into(),
-                limit: self.shared.options.in_flight,
-            }),
-        }
-    }
-
-    /// Sends an admitted command to the actor. The answer fails only if the actor stopped.
-    pub(crate) fn hand_over(
-        &self,
-        job: HandlerJob<H>,
-        permit: OwnedSemaphorePermit,
-    ) -> Result<impl Future<Output = Result<Answer<H>, Stopped>> + Send + use<H>, ExecuteError<H::Error>>
-    {
-        let (reply, answer) = oneshot();
-        let permit = Arc::new(permit);
-        let waiting = CallerPermit::new(permit.clone());
-        let caller = Caller { reply, permit: waiting.clone() };
-        match self.actor().cast(Message::Run(job, caller, permit)) {
-            Ok(()) => Ok(async move {
-                let _waiting = ReleaseOnDrop(waiting);
-                answer.await.map_err(|_dropped| Stopped)
-            }),
-            Err(_) if self.closing.load(Ordering::Acquire) => Err(ExecuteError::ShuttingDown),
-            Err(_) => {
-                let reason = "handler is restarting".into();
-                Err(ExecuteError::Store(StoreError::Unavailable { reason, source: None }))
-            }
-        }
-    }
-
-    /// Stops admission, waits for the commands in flight, and stops the actor with its tasks.
-    ///
-    /// Waits until all commands are answered, or until `deadline`. Returns the number of unanswered
-    /// commands.
-    pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
-        self.closing.store(true, Ordering::Release);
-        let all = u32::try_from(self.shared.options.in_flight).unwrap_or(u32::MAX);
-        let drained = tokio::time::timeout_at(deadline, self.admission.acquire_many(all)).await;
-        let unanswered = if drained.is_ok() { 0 } else { self.status().in_flight };
-        self.admission.close();
-        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
-        if let Err(error) = self.actor().stop_and_wait(Some(SHUTDOWN.into()), Some(left)).await {
-            tracing::warn!(handler = H::NAME, %error, "handler did not stop in time");
-        }
-        unanswered
-    }
 }
 
 impl<H: Handler> Respawn for HandlerRouter<H> {
@@ -241,52 +76,6 @@ impl<H: Handler> Respawn for HandlerRouter<H> {
         let id = actor.get_id();
         *self.actor.write().unwrap_or_else(PoisonError::into_inner) = actor;
         Ok(id)
-    }
-}
-
-/// The actor stopped before it answered.
-#[derive(Debug)]
-pub(crate) struct Stopped;
-
-pub(super) enum Message<H: Handler> {
-    /// Run a command for a caller.
-    Run(HandlerJob<H>, Caller<H>, Arc<OwnedSemaphorePermit>),
-    /// An attempt has ended. `freed`: whether it returned its worker slot.
-    Ended { id: Uuid, key: Option<String>, ran: AttemptResult, freed: bool },
-    /// A worker slot is free.
-    Freed,
-    /// An attempt that released its worker slot needs one again.
-    Enter(OneshotSender<WorkerPermit<H>>),
-}
-
-/// A worker slot. Dropping it frees the slot.
-pub(super) struct WorkerPermit<H: Handler> {
-    actor: ActorRef<Message<H>>,
-    /// Whether another message reports that the slot is free.
-    told: bool,
-}
-
-impl<H: Handler> WorkerPermit<H> {
-    fn new(actor: ActorRef<Message<H>>) -> Self {
-        Self { actor, told: false }
-    }
-
-    pub(super) fn actor(&self) -> ActorRef<Message<H>> {
-        self.actor.clone()
-    }
-
-    /// Returns the slot without a separate message: the message about the attempt's end reports it.
-    pub(super) fn end(mut self) {
-        self.told = true;
-    }
-}
-
-impl<H: Handler> Drop for WorkerPermit<H> {
-    fn drop(&mut self) {
-        if !self.told {
-            // Without the actor there are no slots.
-            let _ = self.actor.cast(Message::Freed);
-        }
     }
 }
 

@@ -4,12 +4,15 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::actor::HandlerJob;
-use super::{Handled, Handler, YieldSlot, give_way, key_of};
+use super::job::HandlerJob;
+use super::yield_slot::{YieldSlot, give_way};
+use super::{Handled, Handler, key_of};
 use crate::codec::fingerprint;
-use crate::command::bus::{Dispatcher, Route, watched};
 use crate::command::dispatched::Watched;
+use crate::command::dispatcher::Dispatcher;
 use crate::command::envelope::{Envelope, envelope_setters};
+use crate::command::hooks::watched;
+use crate::command::route::Route;
 use crate::command::wire::{About, Done, Kind, Outcome, read_reply};
 use crate::command::{CommandInfo, Dispatched, ExecuteError};
 use crate::event::EncodeError;
@@ -59,7 +62,7 @@ impl<H: Handler> Request<H> {
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
         let key = key_of::<H>(&self.command).map_err(|reason| ExecuteError::NotAccepted { reason })?;
-        let watched = Watched::new(&self.commands, H::NAME, key.as_deref(), &mut self.envelope);
+        let watched = Watched::new(self.commands.metrics(), H::NAME, key.as_deref(), &mut self.envelope);
         let given = self.send(key, prompt, watched.span()).await;
         watched.over(given)
     }
@@ -95,7 +98,7 @@ impl<H: Handler> Request<H> {
                         deadline: deadline.instant(),
                         span,
                     };
-                    let watch = watched(&commands, &job.metadata, H::NAME, job.key.as_deref());
+                    let watch = watched(commands.hooks(), &job.metadata, H::NAME, job.key.as_deref());
                     let answer = local.hand_over(job, permit)?;
                     return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
                 }

@@ -10,57 +10,18 @@ use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 use uuid::Uuid;
 
-use super::actor::{Answer, HandlerJob, Shared, WorkerPermit};
 use super::context::HandlerContext;
-use super::{HandleError, Handled, Handler};
+use super::job::{AttemptResult, HandlerJob, Shared};
+use super::message::WorkerPermit;
+use super::worker_slot::WorkerSlot;
+use super::{HandleError, Handler};
 use crate::codec::{from_cbor, to_cbor};
-use crate::command::bus::Dispatcher;
-use crate::command::wire::{About, Done, Failure, Outcome, lost_reply, read_reply};
+use crate::command::dispatcher::Dispatcher;
+use crate::command::wire::{Done, Failure, Outcome, lost_reply};
 use crate::command::{CommandInfo, ExecuteError};
 use crate::panic::panic_text;
-use crate::store::{CommandRecord, ExpectedVersion, StoreError};
+use crate::store::CommandRecord;
 use crate::time::after;
-
-/// The result of an attempt. All callers of the command get it.
-#[derive(Debug)]
-pub(super) enum AttemptResult {
-    /// The outcome is recorded, by this attempt or before it.
-    Recorded { outcome: Outcome, before: bool },
-    /// The outcome is recorded, but the record does not decode.
-    Unreadable(String),
-    /// A hook refused the command; nothing happened.
-    Refused(String),
-    /// The id belongs to another command.
-    CommandIdReused,
-    /// The store could not look up an earlier record; nothing happened.
-    Store(StoreError),
-    /// The attempt ended without a record.
-    Unknown(String),
-}
-
-impl AttemptResult {
-    /// Creates the answer for one caller. `repeated`: whether it is not the first caller.
-    pub(super) fn answer<H: Handler>(&self, id: Uuid, repeated: bool) -> Answer<H> {
-        let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: id, reason };
-        match self {
-            AttemptResult::Recorded { outcome: Outcome::Done(Done { reply, .. }), before } => {
-                let reply = read_reply(reply, id)?;
-                Ok(Handled { command_id: id, reply, duplicate: *before || repeated })
-            }
-            AttemptResult::Recorded { outcome: Outcome::Error(failure), .. } => {
-                let expected = ExpectedVersion::Any;
-                Err(failure.clone().into_error(&About { id, name: H::NAME, stream: None, expected }))
-            }
-            AttemptResult::Unreadable(error) => {
-                Err(unknown(format!("it was handled, but its record does not decode: {error}")))
-            }
-            AttemptResult::Refused(reason) => Err(ExecuteError::NotAccepted { reason: reason.clone() }),
-            AttemptResult::CommandIdReused => Err(ExecuteError::CommandIdReused { command_id: id }),
-            AttemptResult::Store(error) => Err(ExecuteError::Store(error.clone())),
-            AttemptResult::Unknown(reason) => Err(unknown(reason.clone())),
-        }
-    }
-}
 
 /// Reads a record, and checks that it belongs to this command.
 fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> AttemptResult {
@@ -83,7 +44,8 @@ pub(super) async fn run<H: Handler>(
         return (AttemptResult::Unknown("runtime has ended".into()), false);
     };
     let deadline = after(shared.options.time_limit);
-    let context = HandlerContext::new(commands.clone(), worker, &job, deadline);
+    let slot = Arc::new(WorkerSlot::new(worker));
+    let context = HandlerContext::new(commands.clone(), job.id, job.metadata.clone(), deadline, slot);
     let ran = attempt(&shared, &commands, &job, &context, deadline).await;
     (ran, context.end())
 }

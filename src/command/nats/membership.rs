@@ -7,10 +7,11 @@ use async_nats::{Client, Message, StatusCode, Subscriber};
 use futures_util::StreamExt;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::Shared;
+use super::cluster_link::{ClusterLink, PeerDiscovery};
 use super::peer_table::{BYTES, Presence};
 use super::pending_replies::ReplyEvent;
 use super::server::serve;
+use super::shared::Shared;
 use crate::backoff::Backoff;
 use crate::bus::{BusError, CommandConnection, SharedConnection};
 use crate::codec::{from_cbor, to_cbor};
@@ -23,49 +24,6 @@ const GREETING: Duration = Duration::from_millis(250);
 
 /// Minimum delay before the answer to a request for presence. It merges several requests.
 const ANSWER: Duration = Duration::from_millis(20);
-
-/// The state of the connection for senders of commands.
-#[derive(Debug, Clone)]
-pub(super) enum ClusterLink {
-    Down {
-        reason: String,
-    },
-    Up {
-        connection: CommandConnection,
-        /// Prefix of the reply subjects.
-        inbox: Arc<str>,
-        /// Connection generation. Replies of an earlier generation may be lost.
-        session: u64,
-        /// Knowledge about the other nodes.
-        others: PeerDiscovery,
-    },
-}
-
-/// The knowledge about the other nodes since the connect.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum PeerDiscovery {
-    /// This node has requested their presence.
-    Asked,
-    /// The usual time for their answers is over.
-    Greeted,
-    /// All present nodes have announced themselves.
-    Known,
-}
-
-impl ClusterLink {
-    /// Returns whether commands to other nodes are likely to find them.
-    pub(super) fn is_settled(&self) -> bool {
-        matches!(self, ClusterLink::Up { others: PeerDiscovery::Greeted | PeerDiscovery::Known, .. })
-    }
-
-    /// Returns the connection generation, or `None` while the connection is down.
-    pub(super) fn session(&self) -> Option<u64> {
-        match self {
-            ClusterLink::Up { session, .. } => Some(*session),
-            ClusterLink::Down { .. } => None,
-        }
-    }
-}
 
 /// The subscriptions of the node. async-nats restores them after an outage.
 struct Subscriptions {
@@ -204,8 +162,8 @@ async fn listen(shared: &Arc<Shared>, connection: &CommandConnection) -> Result<
 
 /// Publishes the presence of this node. The next heartbeat replaces a lost one.
 async fn broadcast_presence(shared: &Shared, client: &Client, ask: bool) {
-    let Some(commands) = shared.commands.upgrade() else { return };
-    let names = |kind| commands.registry().names(kind).map(str::to_owned).collect();
+    let Some(registry) = shared.registry.upgrade() else { return };
+    let names = |kind| registry.names(kind).map(str::to_owned).collect();
     let presence = Presence {
         format: FORMAT,
         node: shared.name.clone(),

@@ -10,11 +10,11 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
-use super::Shared;
+use super::shared::Shared;
 use crate::bus::CommandConnection;
 use crate::codec::{from_cbor, to_cbor};
+use crate::command::endpoint::Answering;
 use crate::command::envelope::Deadline;
-use crate::command::registry::Answering;
 use crate::command::wire::{Answered, Code, CommandFrame, FORMAT, Failure, Outcome, Reply, ReplyKind};
 use crate::panic::panic_text;
 use crate::rate_limit::LogLimit;
@@ -122,13 +122,13 @@ pub(super) async fn take(
             "the command arrived after its deadline, according to its transit time",
         ));
     }
-    let Some(commands) = shared.commands.upgrade() else {
+    let Some(registry) = shared.registry.upgrade() else {
         return Err(Failure::new(Code::ShuttingDown, "node has ended"));
     };
-    let Some(endpoint) = commands.registry().endpoint(frame.kind, &frame.name) else {
+    let Some(endpoint) = registry.endpoint(frame.kind, &frame.name) else {
         return Err(Failure::new(Code::NoHandler, format!("no handler for {:?}", frame.name)));
     };
-    endpoint.accept(&commands, frame, deadline, admit_by).await
+    endpoint.accept(&shared.hooks, frame, deadline, admit_by).await
 }
 
 /// Creates the failure after a panic around a command, whose outcome is unknown.

@@ -2,9 +2,10 @@
 
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::{Attempt, Candidate, DispatchLoop};
+use super::dispatch_loop::{Attempt, DispatchLoop};
 use crate::bus::CommandConnection;
 use crate::codec::to_cbor;
+use crate::command::nats::peer_table::Candidate;
 use crate::command::nats::pending_replies::ReplyEvent;
 use crate::command::wire::{Code, Failure, Reply, ReplyKind, Sent};
 

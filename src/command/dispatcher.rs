@@ -1,0 +1,245 @@
+//! Dispatch of commands from callers to the actors that execute them.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::Instant;
+#[cfg(feature = "nats")]
+use uuid::Uuid;
+
+use super::ExecuteError;
+#[cfg(feature = "nats")]
+use super::bus::CommandBus;
+use super::bus::CommandBusStatus;
+use super::envelope::{Deadline, Envelope};
+use super::hooks::{CommandHooks, CommandInfo};
+#[cfg(feature = "nats")]
+use super::nats::NatsNode;
+use super::projection_waiter::ProjectionWaiter;
+use super::registry::Registry;
+use super::route::Route;
+use super::wire::{CommandFrame, Expected, FORMAT, Failure, Kind, Outcome};
+use crate::codec::to_cbor;
+use crate::event::{EncodeError, Position};
+use crate::future::BoxFuture;
+#[cfg(feature = "nats")]
+use crate::store::StoreInfo;
+use crate::supervised::Task;
+use crate::telemetry::Metrics;
+
+/// A command in flight to other nodes. The inner future resolves to its result.
+type Sent<'a> = BoxFuture<'a, Result<BoxFuture<'static, (Outcome, Duration)>, Failure>>;
+
+/// The dispatcher of commands. Every sender of commands holds it.
+pub(crate) struct Dispatcher {
+    hooks: CommandHooks,
+    metrics: Metrics,
+    /// Aggregates and handlers of this node. Set before the runtime has started.
+    registry: OnceLock<Arc<Registry>>,
+    follow: OnceLock<Box<dyn ProjectionWaiter>>,
+    /// Set at the start of a shutdown. Only handlers in flight may then send commands.
+    closing: AtomicBool,
+    /// Task that ends with the tokio runtime in which the node was started.
+    executor: Task,
+    #[cfg(feature = "nats")]
+    nats: OnceLock<NatsNode>,
+    /// Reason why this node must not join the other nodes.
+    #[cfg(feature = "nats")]
+    incompatible: OnceLock<String>,
+}
+
+impl Dispatcher {
+    pub(crate) fn new(hooks: CommandHooks, metrics: Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            hooks,
+            metrics,
+            registry: OnceLock::new(),
+            follow: OnceLock::new(),
+            closing: AtomicBool::new(false),
+            executor: Task::spawn(std::future::pending()),
+            #[cfg(feature = "nats")]
+            nats: OnceLock::new(),
+            #[cfg(feature = "nats")]
+            incompatible: OnceLock::new(),
+        })
+    }
+
+    /// Starts to accept commands.
+    pub(crate) fn open(&self, registry: Registry, follow: Box<dyn ProjectionWaiter>) {
+        // The runtime calls this once, so the cells are empty.
+        let _ = self.registry.set(Arc::new(registry));
+        let _ = self.follow.set(follow);
+    }
+
+    /// Joins the other nodes, if the bus reaches any.
+    ///
+    /// Without a server it retries in the background.
+    #[cfg(feature = "nats")]
+    pub(crate) async fn connect(&self, bus: CommandBus, store: &StoreInfo, incarnation: Uuid) {
+        let Some(options) = bus.nats else { return };
+        // A copied store would answer commands that are meant for the original.
+        if let Some(reason) = store.adoption.problem() {
+            tracing::error!(reason, "not joining other nodes; commands stay within this process");
+            let _ = self.incompatible.set(reason);
+            return;
+        }
+        let registry = self.registry.get().map(Arc::downgrade).unwrap_or_default();
+        let (hooks, metrics) = (self.hooks.clone(), self.metrics.clone());
+        let node = NatsNode::start(options, registry, hooks, metrics, store.id, incarnation).await;
+        let _ = self.nats.set(node);
+    }
+
+    /// Stops admission and waits for the commands in flight.
+    ///
+    /// Returns the number of commands without an answer at the deadline.
+    pub(crate) async fn shut_down(&self, deadline: Instant) -> usize {
+        self.closing.store(true, Ordering::Release);
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            nats.leave().await;
+        }
+        let unanswered = self.registry().shut_down(deadline).await;
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            nats.stop(deadline).await;
+        }
+        unanswered
+    }
+
+    pub(crate) fn hooks(&self) -> &CommandHooks {
+        &self.hooks
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    pub(crate) fn status(&self) -> CommandBusStatus {
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            return nats.status();
+        }
+        #[cfg(feature = "nats")]
+        if let Some(reason) = self.incompatible.get() {
+            return CommandBusStatus::Incompatible { reason: reason.clone() };
+        }
+        CommandBusStatus::Local
+    }
+
+    pub(crate) fn registry(&self) -> &Registry {
+        static NOBODY: OnceLock<Registry> = OnceLock::new();
+        match self.registry.get() {
+            Some(registry) => registry,
+            None => NOBODY.get_or_init(Registry::default),
+        }
+    }
+
+    /// Returns the names of the projections on this node.
+    pub(super) fn projections(&self) -> Vec<String> {
+        self.follow.get().map_or_else(Vec::new, |follow| follow.names())
+    }
+
+    pub(super) fn caught_up<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+        patience: Duration,
+    ) -> BoxFuture<'a, Result<(), String>> {
+        match self.follow.get() {
+            Some(follow) => follow.caught_up(name, position, patience),
+            None => Box::pin(std::future::ready(Err("runtime has not started".into()))),
+        }
+    }
+
+    /// Routes a command. `able`: whether this node accepts it.
+    pub(super) fn way<E>(
+        &self,
+        kind: Kind,
+        name: &'static str,
+        info: &CommandInfo<'_>,
+        envelope: &Envelope,
+        able: bool,
+    ) -> Result<Route, ExecuteError<E>> {
+        if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
+            return Err(ExecuteError::ShuttingDown);
+        }
+        if self.executor.is_finished() {
+            return Err(ExecuteError::ExecutorEnded);
+        }
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            let id;
+            let spread = match info.key {
+                Some(key) => key,
+                None => {
+                    // Without a key, any node may execute the command. Every attempt chooses the
+                    // same.
+                    id = info.id.to_string();
+                    &id
+                }
+            };
+            return nats.way(kind, name, spread, able).map_err(|reason| ExecuteError::Unavailable { reason });
+        }
+        if able {
+            return Ok(Route::Local { others: false });
+        }
+        if self.registry().endpoint(kind, name).is_some() {
+            let reason = format!("a filter of this node does not accept command {}", info.id);
+            return Err(ExecuteError::NotAccepted { reason });
+        }
+        #[cfg(feature = "nats")]
+        if let Some(reason) = self.incompatible.get() {
+            return Err(ExecuteError::Unavailable { reason: reason.clone() });
+        }
+        Err(ExecuteError::NoHandler { name, retryable: false })
+    }
+
+    pub(super) fn frame<C: Serialize>(
+        &self,
+        kind: Kind,
+        info: &CommandInfo<'_>,
+        command: &C,
+        envelope: &Envelope,
+        prompt: bool,
+        deadline: Deadline,
+    ) -> Result<CommandFrame, EncodeError> {
+        Ok(CommandFrame {
+            format: FORMAT,
+            id: envelope.id,
+            kind,
+            name: info.name.to_owned(),
+            key: info.key.map(Into::into),
+            payload: to_cbor(command)?,
+            metadata: envelope.metadata.encode()?.into(),
+            expected: Expected::Any,
+            left: deadline.left_millis(),
+            sent: None,
+            attempt: 1,
+            prompt,
+        })
+    }
+
+    /// Sends a command to other nodes.
+    ///
+    /// With `prompt`, the outer future resolves when a node has accepted the command, and the inner
+    /// one with its result.
+    pub(super) fn send(&self, frame: CommandFrame, envelope: &Envelope, deadline: Deadline) -> Sent<'_> {
+        #[cfg(feature = "nats")]
+        if let Some(nats) = self.nats.get() {
+            // Boxed, so that futures of local commands stay small.
+            return Box::pin(nats.send(frame, envelope.assign_deadline(), deadline));
+        }
+        let _ = (frame, envelope, deadline);
+        let failure = Failure::new(super::wire::Code::Unavailable, "no command bus to other nodes");
+        Box::pin(std::future::ready(Err(failure)))
+    }
+}
+
+impl fmt::Debug for Dispatcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dispatcher").field("registry", &self.registry).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,55 @@
+//! The messages of a handler's actor, and the worker slots that it grants.
+
+use std::sync::Arc;
+
+use ractor::ActorRef;
+use ractor::concurrency::OneshotSender;
+use tokio::sync::OwnedSemaphorePermit;
+use uuid::Uuid;
+
+use super::Handler;
+use super::caller::Caller;
+use super::job::{AttemptResult, HandlerJob};
+
+/// A message to a handler's actor.
+pub(super) enum Message<H: Handler> {
+    /// Run a command for a caller.
+    Run(HandlerJob<H>, Caller<H>, Arc<OwnedSemaphorePermit>),
+    /// An attempt has ended. `freed`: whether it returned its worker slot.
+    Ended { id: Uuid, key: Option<String>, ran: AttemptResult, freed: bool },
+    /// A worker slot is free.
+    Freed,
+    /// An attempt that released its worker slot needs one again.
+    Enter(OneshotSender<WorkerPermit<H>>),
+}
+
+/// A worker slot. Dropping it frees the slot.
+pub(super) struct WorkerPermit<H: Handler> {
+    actor: ActorRef<Message<H>>,
+    /// Whether another message reports that the slot is free.
+    told: bool,
+}
+
+impl<H: Handler> WorkerPermit<H> {
+    pub(super) fn new(actor: ActorRef<Message<H>>) -> Self {
+        Self { actor, told: false }
+    }
+
+    pub(super) fn actor(&self) -> ActorRef<Message<H>> {
+        self.actor.clone()
+    }
+
+    /// Returns the slot without a separate message: the message about the attempt's end reports it.
+    pub(super) fn end(mut self) {
+        self.told = true;
+    }
+}
+
+impl<H: Handler> Drop for WorkerPermit<H> {
+    fn drop(&mut self) {
+        if !self.told {
+            // Without the actor there are no slots.
+            let _ = self.actor.cast(Message::Freed);
+        }
+    }
+}

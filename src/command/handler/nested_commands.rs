@@ -1,0 +1,34 @@
+//! The commands that a handler sends through its context.
+
+use std::fmt;
+
+use super::Handler;
+use super::context::HandlerContext;
+use super::request::Request;
+use crate::aggregate::Aggregate;
+use crate::command::Execute;
+use crate::command::wire::Kind;
+use crate::event::Event;
+
+impl HandlerContext {
+    /// Sends a command to an aggregate on any node.
+    ///
+    /// It works as [`Runtime::execute`](crate::Runtime::execute), with this command as the cause.
+    /// The id is derived from this command's id, the aggregate, and the number of earlier commands
+    /// to it. The command has at most the time that is left to this attempt
+    /// ([`HandlerOptions::time_limit`](super::HandlerOptions::time_limit)).
+    pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
+        let id = id.to_string();
+        let envelope = self.envelope(Kind::Aggregate, <A::Event as Event>::CATEGORY, &id);
+        Execute::new(self.commands.clone(), id, command.into(), envelope).within(self.slot.clone())
+    }
+
+    /// Sends a command to a handler on any node, as [`execute`](Self::execute) does.
+    ///
+    /// A command with the key of the current command waits for it until the time limit.
+    pub fn command<H: Handler>(&self, command: H::Command) -> Request<H> {
+        let key = H::key(&command).unwrap_or_default();
+        let envelope = self.envelope(Kind::Handler, H::NAME, &key);
+        Request::new(self.commands.clone(), command, envelope).within(self.slot.clone())
+    }
+}

@@ -1,0 +1,403 @@
+//! Assembles a runtime: checks every registration, then starts the components in order.
+
+use std::any::type_name;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::Runtime;
+use super::commands::{self, Following, HandlerRegistration, forgetting};
+use super::error::StartError;
+use super::inner::Inner;
+use super::projections::ProjectionRegistration;
+#[cfg(feature = "otel")]
+use super::status_metrics;
+use super::supervisor::Supervisor;
+use crate::aggregate::{Aggregate, AggregateOptions, Router};
+use crate::bus::{EventBus, IntoEventBus, LocalBus};
+use crate::command::{CommandBus, Dispatcher, Handler, HandlerOptions, Registry, StartRouterError};
+use crate::event::{EncodeError, Event, EventTypes};
+use crate::feed::{Feed, FeedOptions};
+use crate::invalid_option::{DAY, InvalidOption, within};
+use crate::lease::LeaseWatcher;
+use crate::partition;
+use crate::projection::{
+    self, BuildTarget, Lookup, NodeServices, Projection, ProjectionFactory, ProjectionHandle,
+    ProjectionOptions, ReadModel,
+};
+use crate::publisher::{Publisher, PublisherOptions};
+use crate::startup::{self, START_TIMEOUT};
+use crate::store::{EventStore, GroupCommitter, IntoEventStore, WriterOptions};
+use crate::supervised::Task;
+use crate::telemetry::Metrics;
+#[cfg(feature = "otel")]
+use crate::telemetry::Telemetry;
+
+/// Assembles a [`Runtime`]. See [`Runtime::builder`].
+#[must_use = "nothing runs before start()"]
+pub struct Builder {
+    store: Option<Arc<dyn EventStore>>,
+    bus: Arc<dyn EventBus>,
+    publisher: PublisherOptions,
+    aggregates: Vec<Registration>,
+    commands: CommandBus,
+    handlers: Vec<HandlerRegistration>,
+    feed: FeedOptions,
+    projections: Vec<ProjectionRegistration>,
+    start_timeout: Duration,
+    #[cfg(feature = "otel")]
+    telemetry: Option<Telemetry>,
+}
+
+/// A registered aggregate type, until the runtime starts.
+struct Registration {
+    category: &'static str,
+    type_name: &'static str,
+    /// Checks that the events can be stored.
+    check: fn() -> Result<(), EncodeError>,
+    options: Result<(), InvalidOption>,
+    start: Box<StartAggregate>,
+}
+
+type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, GroupCommitter, &Supervisor) -> Result<(), StartRouterError>
+    + Send;
+
+impl Builder {
+    /// Sets the event store. Required.
+    ///
+    /// Also accepts a shared store, as [`Runtime::store`] returns it.
+    pub fn store(mut self, store: impl IntoEventStore) -> Self {
+        self.store = Some(store.into_event_store());
+        self
+    }
+
+    /// Sets the bus that carries the log to the projections of all nodes that it reaches.
+    ///
+    /// Default: [`LocalBus`].
+    pub fn bus(mut self, bus: impl IntoEventBus) -> Self {
+        self.bus = bus.into_event_bus();
+        self
+    }
+
+    /// Sets how the log is published to the bus.
+    pub fn publisher(mut self, options: PublisherOptions) -> Self {
+        self.publisher = options;
+        self
+    }
+
+    /// Sets how this node follows the log.
+    pub fn feed(mut self, options: FeedOptions) -> Self {
+        self.feed = options;
+        self
+    }
+
+    /// Sets where metrics go, those of the bus included. Default: [`Telemetry::global`].
+    #[cfg(feature = "otel")]
+    pub fn telemetry(mut self, telemetry: Telemetry) -> Self {
+        self.telemetry = Some(telemetry);
+        self
+    }
+
+    /// Runs a projection over its read model, with the default options.
+    pub fn projection<P, R>(self, projection: P, read_model: R) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.projection_with(projection, read_model, ProjectionOptions::new())
+    }
+
+    /// Runs a projection over its read model.
+    pub fn projection_with<P, R>(self, projection: P, read_model: R, options: ProjectionOptions) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.project(ProjectionFactory::Single(projection), None, read_model, options)
+    }
+
+    /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) next to the live version.
+    ///
+    /// `make` creates the projection for each version of its read model, in tables of its own. Some
+    /// read models cannot cut over in a transaction: [`InMemory`](crate::projection::InMemory) and
+    /// [`AtLeastOnce`](crate::projection::AtLeastOnce). On these the projection runs as any other, and a
+    /// rebuild is [refused](crate::projection::ControlError::NotRebuildable).
+    pub fn rebuildable<P, R>(
+        self,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.project(ProjectionFactory::Versioned(Arc::new(make)), None, read_model, options)
+    }
+
+    /// Runs a projection in `partitions` partitions, with the default options.
+    ///
+    /// All nodes that register it share the partitions evenly. A partition applies the events of
+    /// [its](crate::Partition) streams, in their order. `make` creates the projection for each
+    /// partition, and for each version of a [rebuild](ProjectionHandle::rebuild); all have the same
+    /// name and filter.
+    ///
+    /// Range: 1 to 256. The first start fixes the number. Nodes beyond the number of partitions
+    /// stay idle, so choose the largest number of nodes that you expect. Changing it needs a
+    /// [reset](ProjectionHandle::reset).
+    ///
+    /// The partitions of a node share the pages that they read. A node keeps at most 4 pages of
+    /// about 4 MiB each, and as many for a rebuild; it drops a page that no partition has used for
+    /// 5 s. At the start each partition acquires a lease and claims its checkpoint: some
+    /// milliseconds each on SQLite, which commits one after the other.
+    pub fn partitioned<P, R>(
+        self,
+        partitions: u16,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
+        read_model: R,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.partitioned_with(partitions, make, read_model, ProjectionOptions::new())
+    }
+
+    /// As [`partitioned`](Self::partitioned), with options that apply to each partition.
+    pub fn partitioned_with<P, R>(
+        self,
+        partitions: u16,
+        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        // start() reports a number out of range; the clamp only bounds the work until then.
+        let count = partitions.clamp(1, partition::MOST);
+        self.project(
+            ProjectionFactory::Partitioned(count, Arc::new(make)),
+            Some(partitions),
+            read_model,
+            options,
+        )
+    }
+
+    /// Keeps an in-memory index of events on this node: see [`Lookup`].
+    pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
+        let (lookup, made, read_model) =
+            (lookup.clone(), ProjectionFactory::Single(lookup.projection()), lookup.read_model());
+        let state = Some(lookup.shared_state());
+        let on_start = Box::new(move |handle: &ProjectionHandle| lookup.runs(handle));
+        let options = ProjectionOptions::new();
+        let registration = ProjectionRegistration::over(state, made, None, read_model, options, on_start);
+        self.projections.push(registration);
+        self
+    }
+
+    fn project<P, R>(
+        mut self,
+        made: ProjectionFactory<P>,
+        partitions: Option<u16>,
+        read_model: R,
+        options: ProjectionOptions,
+    ) -> Self
+    where
+        P: Projection,
+        R: ReadModel<Transaction = P::Transaction>,
+    {
+        self.projections.push(ProjectionRegistration::new(made, partitions, read_model, options));
+        self
+    }
+
+    /// Executes commands of aggregates of type `A`, with the default options.
+    pub fn aggregate<A: Aggregate>(self) -> Self {
+        self.aggregate_with(AggregateOptions::<A>::new())
+    }
+
+    /// Executes commands of aggregates of type `A`.
+    pub fn aggregate_with<A: Aggregate>(mut self, options: AggregateOptions<A>) -> Self {
+        self.aggregates.push(Registration {
+            category: <A::Event as Event>::CATEGORY,
+            type_name: type_name::<A>(),
+            check: || EventTypes::of::<A::Event>().map(drop),
+            options: options.validate(),
+            start: Box::new(move |handlers, store, writer, supervisor| {
+                let router = Router::start(store, writer, options, supervisor.cell())?;
+                supervisor.adopt(Box::new(router.clone()));
+                handlers.aggregate(router);
+                Ok(())
+            }),
+        });
+        self
+    }
+
+    /// Executes commands that belong to no aggregate, with the default options.
+    pub fn handler<H: Handler>(self, handler: H) -> Self {
+        self.handler_with(handler, HandlerOptions::new())
+    }
+
+    /// Executes commands that belong to no aggregate.
+    pub fn handler_with<H: Handler>(mut self, handler: H, options: HandlerOptions) -> Self {
+        self.handlers.push(HandlerRegistration::new(handler, options));
+        self
+    }
+
+    /// Sets how commands reach their aggregate or handler.
+    ///
+    /// Default: [`CommandBus::local`], within this process.
+    pub fn commands(mut self, bus: CommandBus) -> Self {
+        self.commands = bus;
+        self
+    }
+
+    /// Sets how long [`start`](Self::start) waits for an unreachable store.
+    ///
+    /// The store may be unreachable while its server restarts. Each failed attempt is a log line. A
+    /// permanent error ends the start at once. Default: 30 s. Range: at most 1 day; zero is one
+    /// attempt.
+    pub fn start_timeout(mut self, limit: Duration) -> Self {
+        self.start_timeout = limit;
+        self
+    }
+
+    /// Starts everything in order: store, bus, publisher, projections, and finally commands.
+    ///
+    /// Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// If a part is missing or contradicts another one, if the store fails, or if it stays
+    /// unreachable for [`start_timeout`](Self::start_timeout). Nothing runs after an error.
+    pub async fn start(self) -> Result<Runtime, StartError> {
+        let store = self.store.ok_or(StartError::NoStore)?;
+        // Checks every registration before anything runs.
+        for (index, registration) in self.aggregates.iter().enumerate() {
+            let same = |other: &&Registration| other.category == registration.category;
+            if let Some(other) = self.aggregates[..index].iter().find(same) {
+                return Err(StartError::SameCategory {
+                    category: registration.category,
+                    first: other.type_name,
+                    second: registration.type_name,
+                });
+            }
+            (registration.check)()?;
+            registration.options.clone()?;
+        }
+        for (index, ProjectionRegistration { name, .. }) in self.projections.iter().enumerate() {
+            if let Some(reason) = projection::name_problem(name) {
+                return Err(StartError::ProjectionName { name: name.chars().take(80).collect(), reason });
+            }
+            if self.projections[..index].iter().any(|other| other.name == *name) {
+                return Err(StartError::SameProjection { name: name.clone() });
+            }
+        }
+        within("Builder::start_timeout", self.start_timeout, Duration::ZERO..=DAY)?;
+        self.publisher.validate()?;
+        self.feed.validate()?;
+        commands::check(&self.handlers)?;
+        self.bus.check()?;
+        self.commands.validate()?;
+        self.commands.check()?;
+        let log_end = startup::wait_for(
+            "reading the high-water mark",
+            self.start_timeout,
+            || None,
+            || store.high_water_mark(),
+        )
+        .await?;
+        let mut projections = Vec::with_capacity(self.projections.len());
+        for registration in self.projections {
+            projections.push(registration.check(&store, &*self.bus, log_end).await?);
+        }
+        #[cfg(feature = "otel")]
+        let telemetry = self.telemetry.unwrap_or_default();
+        #[cfg(feature = "otel")]
+        let metrics = Metrics::of(&telemetry);
+        #[cfg(not(feature = "otel"))]
+        let metrics = Metrics::default();
+        #[cfg(feature = "otel")]
+        self.bus.observe(&telemetry);
+        let node = Uuid::now_v7();
+        let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
+        // The feed subscribes before the publisher publishes anything.
+        let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
+        let (bus, root) = (self.bus.clone(), Some(supervisor.cell()));
+        let publisher =
+            Publisher::spawn(store.clone(), bus, self.publisher, node, metrics.clone(), root).await?;
+        let services = NodeServices {
+            store: store.clone(),
+            feed: feed.clone(),
+            node,
+            bus: self.bus.clone(),
+            lease_watcher: LeaseWatcher::start(store.clone()),
+            metrics: metrics.clone(),
+            supervisor: Some(supervisor.cell()),
+            alive: supervisor.alive(),
+            log_end,
+        };
+        let mut handles = Vec::with_capacity(projections.len());
+        for projection in projections {
+            handles.push(projection.start(services.clone()).await?);
+        }
+        let writer = GroupCommitter::start(store.clone(), WriterOptions::default(), metrics.clone());
+        let forgetting = (!self.handlers.is_empty())
+            .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));
+        let commands = Dispatcher::new(self.commands.hooks(), metrics);
+        let mut registry = Registry::default();
+        for registration in self.aggregates {
+            (registration.start)(&mut registry, store.clone(), writer.clone(), &supervisor)?;
+        }
+        for registration in self.handlers {
+            registration.start(&mut registry, store.clone(), &commands, &supervisor)?;
+        }
+        commands.open(registry, Box::new(Following(handles.clone())));
+        #[cfg(feature = "nats")]
+        commands.connect(self.commands, store.info(), node).await;
+        let inner = Inner {
+            node,
+            store,
+            bus: self.bus,
+            writer,
+            publisher,
+            feed,
+            projections: handles,
+            commands,
+            _forgetting: forgetting,
+            supervisor,
+        };
+        let inner = Arc::new(inner);
+        #[cfg(feature = "otel")]
+        status_metrics::observe(&telemetry, &inner);
+        Ok(Runtime { inner })
+    }
+}
+
+impl Runtime {
+    /// Returns an empty builder of a runtime.
+    pub fn builder() -> Builder {
+        Builder {
+            store: None,
+            bus: Arc::new(LocalBus::new()),
+            publisher: PublisherOptions::new(),
+            feed: FeedOptions::new(),
+            aggregates: Vec::new(),
+            commands: CommandBus::local(),
+            handlers: Vec::new(),
+            projections: Vec::new(),
+            start_timeout: START_TIMEOUT,
+            #[cfg(feature = "otel")]
+            telemetry: None,
+        }
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let categories: Vec<_> = self.aggregates.iter().map(|registration| registration.category).collect();
+        f.debug_struct("Builder").field("aggregates", &categories).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,46 @@
+//! The status of a node.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use crate::aggregate::RouterStatus;
+use crate::bus::BusState;
+use crate::command::{CommandBusStatus, HandlerStatus};
+use crate::event::Position;
+use crate::feed::FeedStatus;
+use crate::projection::ProjectionStatus;
+use crate::publisher::PublisherStatus;
+use crate::store::{HighWaterStall, LeaseInfo, StoreError, StoreInfo, WriterStatus};
+
+/// The status of a node.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RuntimeStatus {
+    /// The id of the node, new at every start.
+    pub node: Uuid,
+    /// The store.
+    pub store: StoreInfo,
+    /// The high-water mark of the log, or the error of reading it.
+    pub high_water_mark: Result<Position, StoreError>,
+    /// The transaction that holds back the high-water mark, if any. A running append is harmless.
+    pub stall: Result<Option<HighWaterStall>, StoreError>,
+    /// The group-commit writer.
+    pub writer: WriterStatus,
+    /// The aggregate types, by category.
+    pub aggregates: Vec<RouterStatus>,
+    /// The handlers, by name.
+    pub handlers: Vec<HandlerStatus>,
+    /// The connection to the other nodes, for commands.
+    pub commands: CommandBusStatus,
+    /// The connection to the bus.
+    pub bus: BusState,
+    /// The publisher.
+    pub publisher: PublisherStatus,
+    /// The live tail of the log in this process.
+    pub feed: FeedStatus,
+    /// The projections, by name.
+    pub projections: BTreeMap<String, ProjectionStatus>,
+    /// The leases and their holders, or the error of reading them.
+    pub leases: Result<Vec<LeaseInfo>, StoreError>,
+}
