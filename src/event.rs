@@ -22,27 +22,27 @@
 //! }
 //! ```
 
+mod coding;
 mod error;
 mod metadata;
 mod name;
+mod position;
+mod recorded;
 mod stream;
 mod types;
 
-use std::fmt;
-
-use bytes::Bytes;
-use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use uuid::Uuid;
 
 pub use self::error::{DecodeError, DecodeErrorKind, EncodeError};
 pub use self::metadata::Metadata;
 pub(crate) use self::name::check as check_name;
 pub use self::name::{Category, EventName, InvalidName};
+pub use self::position::{Position, Version};
+pub use self::recorded::{NewEvent, RecordedEvent};
 pub use self::stream::StreamId;
 pub(crate) use self::types::EventTypes;
-use crate::codec::{Codec, Upcasters};
+use crate::codec::Upcasters;
 
 /// The events of one aggregate type: an enum in the default (externally tagged) form of serde.
 ///
@@ -60,169 +60,16 @@ pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
         Upcasters::new()
     }
 }
-
-/// A position in the log of a store.
-///
-/// Positions increase strictly, may have gaps, and are above [`Position::START`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Position(u64);
-
-/// A position in a stream: 1, 2, 3 … without gaps. [`Version::NONE`] is an empty stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Version(u64);
-
-impl Position {
-    /// The position before the first event.
-    pub const START: Position = Position(0);
-}
-
-impl Version {
-    /// The version of a stream without events.
-    pub const NONE: Version = Version(0);
-
-    /// Returns the version of the following event.
-    #[must_use]
-    pub const fn next(self) -> Version {
-        Version(self.0 + 1)
-    }
-
-    /// Returns the version `events` later.
-    #[must_use]
-    pub const fn plus(self, events: u64) -> Version {
-        Version(self.0 + events)
-    }
-}
-
-macro_rules! number {
-    ($type:ident) => {
-        impl $type {
-            /// Wraps a number.
-            pub const fn new(value: u64) -> Self {
-                Self(value)
-            }
-
-            /// Returns the number.
-            pub const fn get(self) -> u64 {
-                self.0
-            }
-        }
-
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                self.0.fmt(f)
-            }
-        }
-    };
-}
-number!(Position);
-number!(Version);
-
-/// An encoded and named event that has no position and version yet.
-#[derive(Debug, Clone)]
-pub struct NewEvent {
-    /// Identity of the event (UUIDv7).
-    ///
-    /// The store uses it to resolve an append of unknown outcome (I4).
-    pub id: Uuid,
-    /// `category.variant`.
-    pub name: EventName,
-    /// The encoded payload, see [`Codec`].
-    pub payload: Bytes,
-    /// Id of the command that caused the event.
-    ///
-    /// Stored beside the metadata, so that folding does not decode these.
-    pub command_id: Uuid,
-    /// Encoded [`Metadata`].
-    pub metadata: Bytes,
-}
-
-impl NewEvent {
-    /// Encodes `event` for a store that keeps payloads in `codec`, with a new id and command id.
-    ///
-    /// # Errors
-    /// If the event does not serialize, cannot be read back, or is no externally tagged enum.
-    pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, EncodeError> {
-        let (name, payload, _) = EventTypes::of::<E>()?.encode(event, codec)?;
-        Ok(Self {
-            id: Uuid::now_v7(),
-            name,
-            payload,
-            command_id: Uuid::now_v7(),
-            metadata: metadata.encode()?,
-        })
-    }
-}
-
-/// An event in the log.
-#[derive(Debug, Clone)]
-pub struct RecordedEvent {
-    /// Identity of the event (UUIDv7).
-    pub id: Uuid,
-    /// Stream of the event.
-    pub stream: StreamId,
-    /// Version of the event in its stream.
-    pub version: Version,
-    /// Position of the event in the log.
-    pub position: Position,
-    /// `category.variant` as written. Only [`decode`](Self::decode) translates an alias.
-    pub name: EventName,
-    /// Encoding of `payload`.
-    pub codec: Codec,
-    /// The encoded payload.
-    pub payload: Bytes,
-    /// Id of the command that caused the event (causation).
-    pub command_id: Uuid,
-    /// Encoded [`Metadata`]; decoded on demand, because most readers do not use it.
-    pub metadata: Bytes,
-    /// Time of the append by the clock of the store.
-    ///
-    /// Not necessarily in log order across streams; order by `position`.
-    pub recorded_at: DateTime<Utc>,
-}
-
-impl RecordedEvent {
-    /// Returns the approximate size in memory, in bytes.
-    pub(crate) fn size(&self) -> usize {
-        const ALL_BUT_CONTENT: usize = 256;
-        self.payload.len() + self.metadata.len() + ALL_BUT_CONTENT
-    }
-
-    /// Decodes the event as `E`, after upcasting.
-    ///
-    /// # Errors
-    /// If the event is of another category, `E` has no such name, or the bytes do not decode. The
-    /// error names stream, version and event.
-    pub fn decode<E: Event>(&self) -> Result<E, DecodeError> {
-        EventTypes::of::<E>()
-            .map_err(|error| DecodeError::payload(self, error.to_string()))
-            .and_then(|types| types.decode(self))
-    }
-
-    /// Decodes the event as `E`, or returns `None` if it belongs to another category.
-    ///
-    /// For projections over several aggregates.
-    ///
-    /// # Errors
-    /// As [`decode`](Self::decode), except for the category.
-    pub fn decode_if<E: Event>(&self) -> Result<Option<E>, DecodeError> {
-        if self.stream.category() == E::CATEGORY { self.decode().map(Some) } else { Ok(None) }
-    }
-
-    /// Decodes correlation, trace context and the entries of the user.
-    ///
-    /// # Errors
-    /// If the stored bytes are no metadata.
-    pub fn decode_metadata(&self) -> Result<Metadata, DecodeError> {
-        Metadata::decode(&self.metadata).map_err(|error| DecodeError::metadata(self, error))
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
+    use bytes::Bytes;
+    use chrono::DateTime;
     use ciborium::Value;
     use serde::Deserialize;
+    use uuid::Uuid;
 
     use super::*;
+    use crate::codec::Codec;
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     #[serde(rename_all = "snake_case")]

@@ -12,7 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{byte_string, quickly, to_cbor};
+use super::byte_string;
+use super::cbor::{quickly, to_cbor};
 use crate::fuzz::fuzz;
 
 /// The default enum form of serde, which events use.

@@ -9,7 +9,9 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, EnumAccess, IntoDeseria
 use serde::forward_to_deserialize_any;
 use serde::{Deserialize, Serialize};
 
-use super::{Codec, SerializeError};
+use super::Codec;
+use super::cbor::{SerializeError, deserialize, read_cbor, serialize, to_cbor};
+use super::depth::Bounded;
 
 /// The payload of a variant without fields, in the map form of stored variants.
 const CBOR_NULL: u8 = 0xf6;
@@ -22,9 +24,9 @@ pub(crate) fn encode_variant<E: Serialize>(
     codec: Codec,
 ) -> Result<Option<(Variant, Bytes)>, SerializeError> {
     Ok(match codec {
-        Codec::Cbor => split_cbor(super::to_cbor(event)?),
-        Codec::Json => split_json(super::serialize::<E, _, _>(
-            || serde_json::to_vec(&super::Bounded::new(event)),
+        Codec::Cbor => split_cbor(to_cbor(event)?),
+        Codec::Json => split_json(serialize::<E, _, _>(
+            || serde_json::to_vec(&Bounded::new(event)),
             |error| error.to_string(),
         )?),
     })
@@ -142,14 +144,12 @@ fn join(variant: &str, payload: &[u8], codec: Codec) -> Result<Vec<u8>, String> 
 
 fn read_whole<E: DeserializeOwned>(whole: &[u8], codec: Codec) -> Result<E, String> {
     match codec {
-        Codec::Cbor => match super::read_cbor(whole)? {
+        Codec::Cbor => match read_cbor(whole)? {
             // The decoder does not read the null of a variant without fields.
             (event, [] | [CBOR_NULL]) => Ok(event),
             (_, rest) => Err(format!("{} trailing bytes", rest.len())),
         },
-        Codec::Json => {
-            super::deserialize(|| serde_json::from_slice(whole).map_err(|error| error.to_string()))
-        }
+        Codec::Json => deserialize(|| serde_json::from_slice(whole).map_err(|error| error.to_string())),
     }
 }
 
@@ -182,7 +182,7 @@ const MAX_PATH: usize = 100;
 #[cold]
 pub(crate) fn failing_field<E: DeserializeOwned>(variant: &str, payload: &[u8], codec: Codec) -> String {
     let whole = join(variant, payload, codec).unwrap_or_default();
-    let stop = super::deserialize::<Option<Stop<E>>>(|| {
+    let stop = deserialize::<Option<Stop<E>>>(|| {
         Ok(match codec {
             Codec::Cbor => ciborium::from_reader(whole.as_slice()).ok(),
             Codec::Json => Stop::deserialize(&mut serde_json::Deserializer::from_slice(&whole)).ok(),

@@ -1,4 +1,9 @@
-use super::{EventName, InvalidName, RecordedEvent, StreamId, Version};
+//! Errors of encoding and decoding events.
+
+use super::name::{EventName, InvalidName};
+use super::position::Version;
+use super::recorded::RecordedEvent;
+use super::stream::StreamId;
 use crate::codec::SerializeError;
 
 /// A value that cannot be encoded.

@@ -1,10 +1,12 @@
+//! The metadata of events.
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::EncodeError;
+use super::error::EncodeError;
 
 /// The metadata of an event: correlation, causation, trace context and entries of the user.
 ///

@@ -7,7 +7,10 @@ use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
 use bytes::Bytes;
 
-use super::{Category, DecodeError, DecodeErrorKind, EncodeError, Event, EventName, RecordedEvent};
+use super::Event;
+use super::error::{DecodeError, DecodeErrorKind, EncodeError};
+use super::name::{Category, EventName};
+use super::recorded::RecordedEvent;
 use crate::codec::{
     Codec, Upcasters, decode_value, decode_variant, encode_value, encode_variant, failing_field, variants_of,
 };

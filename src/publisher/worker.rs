@@ -1,4 +1,7 @@
+//! The publishing loop: takes the lease, finds the end of the log stream, publishes what follows.
+
 mod claims;
+mod interruption;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -9,7 +12,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 
 use self::claims::{Walk, find_end};
-use super::{PublisherOptions, PublisherState, PublisherStatus};
+use self::interruption::Interruption;
+use super::options::PublisherOptions;
+use super::status::{PublisherState, PublisherStatus};
 use crate::backoff::Backoff;
 use crate::bus::{
     BusError, BusPublisher, BusScope, Claim, ClaimedEvent, EventBus, LogBatch, LogStreamEnd, Resume,
@@ -18,7 +23,7 @@ use crate::event::Position;
 use crate::feed::{LogChunk, read_chunk};
 use crate::lease::{HeldLease, LeaseRenewer, Renewals};
 use crate::rate_limit::{LogLimit, RateLimit};
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, LeaseInfo, StoreError};
+use crate::store::{BoxFuture, Checkpoint, EventStore, LeaseInfo, StoreError};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::trace::{self, Destination, Publishing};
 use crate::telemetry::{Metrics, Timer};
@@ -55,54 +60,6 @@ struct Shared {
     node: Uuid,
     metrics: Metrics,
     status: watch::Sender<PublisherStatus>,
-}
-
-/// The reason why publishing was interrupted.
-#[derive(Debug, thiserror::Error)]
-enum Interruption {
-    #[error(transparent)]
-    Bus(#[from] BusError),
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    #[error(
-        "the log stream ends at position {log_stream}, but the log at {log}: the store was restored \
-         from an older state, and new events would contradict events that others have read; give \
-         the restored store its own log stream (another namespace, or delete the old stream); if \
-         the messages from {first} on were forged, delete them from the stream"
-    )]
-    Ahead { log_stream: Position, log: Position, first: u64 },
-    #[error(
-        "the last event of the log stream is {log_stream} at position {position}, but the log has {} \
-         there: the store was restored from an older state and has new events since, or it is a \
-         copy; give it its own log stream (another namespace, or delete the old stream); if the \
-         messages from {first} on were forged, delete them from the stream",
-        log.map_or_else(|| "none".to_owned(), |id| id.to_string())
-    )]
-    Diverged { position: Position, log_stream: Uuid, log: Option<Uuid>, first: u64 },
-    #[error(
-        "the log stream continues at position {position}: the high-water mark of this process is \
-         lower; the publisher retries"
-    )]
-    Unstable { position: Position },
-    #[error("the lease {NAME:?} was lost, or was not renewed in time")]
-    LeaseLost,
-}
-
-impl Interruption {
-    /// The kind of interruption, in one word.
-    fn kind(&self) -> &'static str {
-        match self {
-            Self::Bus(error) => error.kind(),
-            Self::Store(error) => error.kind(),
-            Self::Checkpoint(_) => "checkpoint",
-            Self::Ahead { .. } => "ahead",
-            Self::Diverged { .. } => "diverged",
-            Self::Unstable { .. } => "unstable",
-            Self::LeaseLost => "lease_lost",
-        }
-    }
 }
 
 /// A batch that is being published.

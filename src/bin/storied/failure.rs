@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use storied::StoreError;
 use storied::bus::BusError;
 
-use crate::output;
 use crate::redact;
+use crate::terminal;
 
 /// Exit code of a wrong command line.
 pub(crate) const USAGE: u8 = 2;
@@ -82,9 +82,9 @@ impl Failure {
         if !matches!(self, Self::Closed) {
             if json {
                 let error = serde_json::json!({ "error": { "kind": self.kind(), "message": text } });
-                output::print_error(&format!("{error}\n"));
+                terminal::print_error(&format!("{error}\n"));
             } else {
-                output::print_error(&format!("error: {}\n", output::clean(&text)));
+                terminal::print_error(&format!("error: {}\n", terminal::clean(&text)));
             }
         }
         ExitCode::from(self.code())

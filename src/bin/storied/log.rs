@@ -10,7 +10,8 @@ use crate::database::DatabaseArgs;
 use crate::decode;
 use crate::failure::Failure;
 use crate::filter::FilterArgs;
-use crate::output::{self, Output};
+use crate::output::Output;
+use crate::terminal;
 
 /// Number of events per read.
 const PAGE: usize = 500;
@@ -120,8 +121,8 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
 /// Reports on standard error why no event is printed.
 fn note_no_match(filter: &FilterArgs, end: Position) {
     match filter.is_empty() {
-        true => output::print_error("no event in that part of the log\n"),
-        false => output::print_error(&format!("no event up to position {end} matches the filter\n")),
+        true => terminal::print_error("no event in that part of the log\n"),
+        false => terminal::print_error(&format!("no event up to position {end} matches the filter\n")),
     }
 }
 

@@ -20,6 +20,7 @@ mod redact;
 mod status;
 mod store;
 mod stream;
+mod terminal;
 mod verify;
 mod wait;
 
@@ -132,7 +133,7 @@ fn main() -> ExitCode {
 fn usage(error: &clap::Error) -> ExitCode {
     let text = redact::urls(&error.to_string());
     if error.use_stderr() {
-        output::print_error(&text);
+        terminal::print_error(&text);
         return ExitCode::from(failure::USAGE);
     }
     match Output::new(false).text(&text) {

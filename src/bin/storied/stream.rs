@@ -6,7 +6,8 @@ use crate::database::DatabaseArgs;
 use crate::failure::Failure;
 use crate::filter::stream;
 use crate::log::{EventArgs, Printer};
-use crate::output::{self, Output};
+use crate::output::Output;
+use crate::terminal;
 
 /// Number of events per read.
 const PAGE: usize = 500;
@@ -57,7 +58,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         if first.is_empty() {
             return Err(Failure::Refused(format!("no stream {}", args.stream)));
         }
-        output::print_error(&format!("{} has no event in this range of versions\n", args.stream));
+        terminal::print_error(&format!("{} has no event in this range of versions\n", args.stream));
     }
     if more && after < to && !out.json {
         let rest = store.read_stream(&args.stream, after, 1).await?;

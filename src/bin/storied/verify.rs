@@ -1,6 +1,7 @@
 //! `storied verify`.
 
 mod log_stream;
+mod problems;
 
 use std::collections::HashMap;
 
@@ -9,6 +10,7 @@ use storied::{EventStore, Position, ReadLog, RecordedEvent, StoreError};
 use uuid::Uuid;
 
 use self::log_stream::LogStream;
+use self::problems::Problems;
 use crate::connect::NatsArgs;
 use crate::database::DatabaseArgs;
 use crate::decode;
@@ -17,9 +19,6 @@ use crate::output::{Output, counted};
 
 /// Number of events per read.
 const PAGE: usize = 1_000;
-
-/// Maximum number of printed problems; the others are counted.
-const SAID: usize = 100;
 
 /// Namespace of the keys of streams here, which take less memory than their names.
 const STREAMS: Uuid = Uuid::NAMESPACE_OID;
@@ -41,22 +40,6 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn nats(&self) -> &NatsArgs {
         &self.nats
-    }
-}
-
-/// The problems found.
-#[derive(Debug, Default)]
-pub(crate) struct Problems {
-    said: Vec<String>,
-    count: usize,
-}
-
-impl Problems {
-    fn add(&mut self, problem: String) {
-        self.count += 1;
-        if self.said.len() < SAID {
-            self.said.push(problem);
-        }
     }
 }
 

@@ -14,8 +14,8 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::input_file;
-use crate::output;
 use crate::redact;
+use crate::terminal;
 
 /// Time without a result until the notice.
 const QUIET: Duration = Duration::from_secs(1);
@@ -119,6 +119,6 @@ pub(crate) async fn with_notice<T>(
         server.address(),
         limit.as_secs()
     ));
-    output::print_error(&format!("{}\n", output::clean(&text)));
+    terminal::print_error(&format!("{}\n", terminal::clean(&text)));
     work.await
 }

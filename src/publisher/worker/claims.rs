@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 
 use uuid::Uuid;
 
-use super::Interruption;
+use super::interruption::Interruption;
 use crate::bus::{Claim, ClaimedEvent};
 use crate::event::Position;
 use crate::store::{EventStore, ReadLog, StoreError};

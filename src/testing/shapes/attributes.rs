@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{List, Refused, Report, Same};
+use super::list::{List, Refused, Report, Same};
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Unit;

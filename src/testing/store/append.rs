@@ -6,9 +6,10 @@ use bytes::Bytes;
 use chrono::Utc;
 use uuid::Uuid;
 
-use super::{
-    Database, append_one, append_to, assert_sound, conflict, event, events, fill, ids, name, recorded_ids,
-    stream, version, whole_log,
+use super::Database;
+use super::fixture::{
+    append_one, append_to, assert_sound, conflict, event, events, fill, ids, name, recorded_ids, stream,
+    version, whole_log,
 };
 use crate::event::{NewEvent, Position, StreamId, Version};
 use crate::store::{Append, AppendError, Conflict, ExpectedVersion, StoreError, StreamAppend};
@@ -315,7 +316,8 @@ pub async fn streams_with_odd_ids_are_kept_apart(database: Database) {
         assert_eq!(recorded_ids(&found), [sent.id], "{stream}");
         assert_eq!(found[0].stream, *stream);
         let only = crate::store::Filter::all().with_streams([stream.clone()]);
-        let found = super::scan(&*store, crate::store::ReadLog::after(Position::START).filter(only)).await.0;
+        let found =
+            super::fixture::scan(&*store, crate::store::ReadLog::after(Position::START).filter(only)).await.0;
         assert_eq!(recorded_ids(&found), [sent.id], "{stream}");
     }
     let log = whole_log(&*store).await;

@@ -6,7 +6,8 @@ use bytes::Bytes;
 use chrono::DateTime;
 use uuid::Uuid;
 
-use super::{Database, append_one, events, fill, stream};
+use super::Database;
+use super::fixture::{append_one, events, fill, stream};
 use crate::event::{StreamId, Version};
 use crate::store::{Append, CommandEvents, CommandRecord, EventStore, ExpectedVersion};
 

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{
-    Database, Dice, append_to, assert_sound, event, events, ids, name, recorded_ids, stream, whole_log,
+use super::Database;
+use super::fixture::{
+    Dice, append_to, assert_sound, event, events, ids, name, recorded_ids, stream, whole_log,
 };
 use crate::event::{RecordedEvent, Version};
 use crate::store::{

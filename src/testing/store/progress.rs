@@ -2,7 +2,8 @@
 
 use bytes::Bytes;
 
-use super::{Database, fill, stream, whole_log};
+use super::Database;
+use super::fixture::{fill, stream, whole_log};
 use crate::event::{Position, Version};
 use crate::store::{Checkpoint, CheckpointError, EventStore, ParkedEvent, Snapshot};
 

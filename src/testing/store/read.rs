@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::{Database, append_to, event, events, fill, ids, recorded_ids, scan, stream, whole_log};
+use super::Database;
+use super::fixture::{append_to, event, events, fill, ids, recorded_ids, scan, stream, whole_log};
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 use crate::store::{EventStore, ExpectedVersion, Filter, ReadLog};
 
@@ -248,7 +249,7 @@ pub async fn the_scan_never_passes_the_head(database: Database) {
 async fn conflict_at_the_end(store: &dyn EventStore) {
     let refused =
         append_to(store, &stream("a"), ExpectedVersion::NoStream, vec![event("order.placed")]).await;
-    super::conflict(refused);
+    super::fixture::conflict(refused);
 }
 
 /// Checks that the high-water mark is the last event while nothing is in flight.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::output;
+use crate::terminal;
 
 /// Interval of progress lines if standard error is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -19,7 +19,7 @@ pub(crate) struct Bar {
 
 impl Bar {
     pub(crate) fn new() -> Self {
-        Self { since: Instant::now(), said: None, watched: output::watched() }
+        Self { since: Instant::now(), said: None, watched: terminal::watched() }
     }
 
     pub(crate) fn seconds(&self) -> f64 {
@@ -37,7 +37,7 @@ impl Bar {
         let left = left.map_or("unknown".to_owned(), |left| format!("{} s", left.as_secs()));
         let full = usize::try_from(WIDTH.saturating_mul(done) / of.max(1)).unwrap_or(0);
         let bar = format!("{:#<full$}{:.<empty$}", "", "", empty = 30 - full.min(30));
-        let text = output::clean(name).into_owned();
+        let text = terminal::clean(name).into_owned();
         let text = format!("{text} [{bar}] {done} of {of} positions, {rate:.0}/s, {left} left");
         // A failure to write to standard error cannot be reported.
         let _ = if self.watched {
@@ -49,7 +49,7 @@ impl Bar {
 
     pub(crate) fn end(&self) {
         if self.watched && self.said.is_some() {
-            output::print_error("\n");
+            terminal::print_error("\n");
         }
     }
 }

@@ -8,7 +8,7 @@ use storied::bus::{LogStreamItem, LogStreamReader};
 use storied::{EventStore, NatsBus, Position, RecordedEvent};
 use tokio::time::{Instant, sleep};
 
-use super::Problems;
+use super::problems::Problems;
 use crate::failure::Failure;
 
 /// Poll interval of the log stream.

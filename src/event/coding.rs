@@ -1,0 +1,58 @@
+//! Encodes events for a store, and decodes recorded ones.
+
+use uuid::Uuid;
+
+use super::Event;
+use super::error::{DecodeError, EncodeError};
+use super::metadata::Metadata;
+use super::recorded::{NewEvent, RecordedEvent};
+use super::types::EventTypes;
+use crate::codec::Codec;
+
+impl NewEvent {
+    /// Encodes `event` for a store that keeps payloads in `codec`, with a new id and command id.
+    ///
+    /// # Errors
+    /// If the event does not serialize, cannot be read back, or is no externally tagged enum.
+    pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, EncodeError> {
+        let (name, payload, _) = EventTypes::of::<E>()?.encode(event, codec)?;
+        Ok(Self {
+            id: Uuid::now_v7(),
+            name,
+            payload,
+            command_id: Uuid::now_v7(),
+            metadata: metadata.encode()?,
+        })
+    }
+}
+
+impl RecordedEvent {
+    /// Decodes the event as `E`, after upcasting.
+    ///
+    /// # Errors
+    /// If the event is of another category, `E` has no such name, or the bytes do not decode. The
+    /// error names stream, version and event.
+    pub fn decode<E: Event>(&self) -> Result<E, DecodeError> {
+        EventTypes::of::<E>()
+            .map_err(|error| DecodeError::payload(self, error.to_string()))
+            .and_then(|types| types.decode(self))
+    }
+
+    /// Decodes the event as `E`, or returns `None` if it belongs to another category.
+    ///
+    /// For projections over several aggregates.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode), except for the category.
+    pub fn decode_if<E: Event>(&self) -> Result<Option<E>, DecodeError> {
+        if self.stream.category() == E::CATEGORY { self.decode().map(Some) } else { Ok(None) }
+    }
+
+    /// Decodes correlation, trace context and the entries of the user.
+    ///
+    /// # Errors
+    /// If the stored bytes are no metadata.
+    pub fn decode_metadata(&self) -> Result<Metadata, DecodeError> {
+        Metadata::decode(&self.metadata).map_err(|error| DecodeError::metadata(self, error))
+    }
+}

@@ -1,0 +1,48 @@
+//! The status of the publisher.
+
+use crate::event::Position;
+
+/// The state of the publisher.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PublisherState {
+    /// Determining where to continue.
+    Starting,
+    /// Another node holds the lease and publishes to the shared bus.
+    Standby,
+    /// Waiting for the first subscriber of a bus that keeps nothing.
+    Unheard,
+    /// Publishing, or waiting for events.
+    Publishing,
+    /// The store [does not belong](crate::store::Adoption) to its database.
+    /// Nothing is published to other nodes.
+    Incompatible {
+        /// The cause, and what to do.
+        reason: String,
+    },
+    /// Retrying after a failure.
+    Retrying {
+        /// The failure.
+        error: String,
+    },
+    /// Stopped.
+    Stopped,
+}
+
+/// The status of the publisher.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PublisherStatus {
+    /// Name of the bus.
+    pub bus: &'static str,
+    /// State of the publisher.
+    pub state: PublisherState,
+    /// Position up to which every event is on the bus. `None` before this node has published.
+    /// After an outage of a bus that keeps nothing, publishing continues at the end of the log.
+    /// The position then includes events that followers read from the store.
+    pub published: Option<Position>,
+    /// High-water mark of the log at the last read of this node; `None` before that.
+    pub head: Option<Position>,
+    /// Last failure; `None` if there was none. A later success does not clear it.
+    pub last_error: Option<String>,
+}
