@@ -9,6 +9,7 @@
 mod commands;
 #[path = "../support/example.rs"]
 mod example;
+mod imports;
 mod language;
 mod markdown;
 
