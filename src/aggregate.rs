@@ -16,9 +16,10 @@
 mod actor;
 mod context;
 mod decision;
+mod error;
 mod fold;
 mod options;
-mod outcome;
+mod receipt;
 mod router;
 
 use serde::Serialize;
@@ -26,10 +27,11 @@ use serde::de::DeserializeOwned;
 
 pub use self::context::Context;
 pub use self::decision::Decision;
+pub(crate) use self::error::node_runs;
+pub use self::error::{ExecuteError, NoReplyKind, NotExecutedKind};
 pub use self::options::AggregateOptions;
 pub(crate) use self::options::MOST_IN_FLIGHT;
-pub(crate) use self::outcome::node_runs;
-pub use self::outcome::{ExecuteError, Receipt};
+pub use self::receipt::Receipt;
 pub use self::router::RouterStatus;
 pub(crate) use self::router::{CommandRequest, Router, SHUTDOWN, StartRouterError};
 use crate::event::Event;

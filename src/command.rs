@@ -50,5 +50,5 @@ pub use self::nats::NatsCommandOptions;
 pub(crate) use self::projection_waiter::ProjectionWaiter;
 pub(crate) use self::registry::Registry;
 pub use self::wait::{Applied, ExecuteAndWait, ProjectionLag};
-pub use crate::aggregate::{ExecuteError, Receipt};
+pub use crate::aggregate::{ExecuteError, NoReplyKind, NotExecutedKind, Receipt};
 pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};

@@ -87,7 +87,9 @@ mod transient;
 
 pub use ciborium;
 
-pub use self::aggregate::{Aggregate, AggregateOptions, Context, Decision, ExecuteError, Receipt};
+pub use self::aggregate::{
+    Aggregate, AggregateOptions, Context, Decision, ExecuteError, NoReplyKind, NotExecutedKind, Receipt,
+};
 pub use self::bus::{EventBus, LocalBus};
 #[cfg(feature = "nats")]
 pub use self::bus::{NatsBus, NatsOptions};

@@ -15,7 +15,7 @@ use storied::store::{Append, ExpectedVersion, Snapshot, StoreError};
 use storied::testing::given;
 use storied::{
     Aggregate, AggregateOptions, Codec, Context, Decision, Event, EventStore, ExecuteError, MemoryStore,
-    Metadata, NewEvent, ReadLog, Runtime, StreamId, Version,
+    Metadata, NewEvent, NotExecutedKind, ReadLog, Runtime, StreamId, Version,
 };
 use uuid::Uuid;
 
@@ -169,7 +169,7 @@ async fn the_caller_can_expect_a_version() {
     let error =
         runtime.execute::<Counter>("a", Add(1)).expect_version(ExpectedVersion::NoStream).await.unwrap_err();
     assert!(
-        matches!(error, ExecuteError::ExpectedVersion { actual, .. } if actual == Version::new(1)),
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::ExpectedVersion { actual, .. }, .. } if actual == Version::new(1)),
         "{error}"
     );
     runtime
@@ -183,14 +183,29 @@ async fn the_caller_can_expect_a_version() {
 async fn invalid_calls_are_rejected_before_any_effect() {
     let runtime = runtime(MemoryStore::new()).await;
     let empty = runtime.execute::<Counter>("", Add(1)).await.unwrap_err();
-    assert!(matches!(empty, ExecuteError::InvalidId { .. }), "{empty}");
+    assert!(
+        matches!(empty, ExecuteError::NotExecuted { kind: NotExecutedKind::InvalidId { .. }, .. }),
+        "{empty}"
+    );
     let long = runtime.execute::<Counter>("x".repeat(1 << 20), Add(1)).await.unwrap_err();
-    assert!(matches!(long, ExecuteError::InvalidId { .. }), "{long}");
+    assert!(
+        matches!(long, ExecuteError::NotExecuted { kind: NotExecutedKind::InvalidId { .. }, .. }),
+        "{long}"
+    );
     let odd = runtime.execute::<Counter>("O'Brien \u{1F980} \"quoted\"", Add(1)).await.unwrap();
     assert_eq!(odd.stream.id(), "O'Brien \u{1F980} \"quoted\"");
     let nobody = Runtime::builder().store(MemoryStore::new()).start().await.unwrap();
     let error = nobody.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", retryable: false }), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted {
+                kind: NotExecutedKind::NoHandler { name: "counter", retryable: false },
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert!(!error.is_transient());
 }
 
@@ -370,7 +385,7 @@ async fn a_panic_fails_only_its_command() {
     let panics = spawn("a", Panic);
     let error = panics.await.unwrap().unwrap_err();
     assert!(
-        matches!(&error, ExecuteError::Panicked { message, .. } if message == "decided to panic"),
+        matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::Panicked { message, .. }, .. } if message == "decided to panic"),
         "{error}"
     );
     let behind = spawn("a", Add(100));
@@ -392,7 +407,7 @@ async fn events_that_cannot_be_applied_are_refused_before_the_append() {
     let panics = async || {
         let error = runtime.execute::<Counter>("a", AddAndPanicInApply).await.unwrap_err();
         assert!(
-            matches!(&error, ExecuteError::Panicked { message, .. } if message == "cannot fold this"),
+            matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::Panicked { message, .. }, .. } if message == "cannot fold this"),
             "{error}"
         );
     };
@@ -516,12 +531,21 @@ mod readable {
             // The field name is part of the data.
             let error = runtime.execute::<Memo>("a", take(note(2, "id"), 0.5)).await.unwrap_err();
             assert!(
-                matches!(&error, ExecuteError::Encode(EncodeError::NotReadable { what, .. }) if what == "memo.Noted"),
+                matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::Encode(EncodeError::NotReadable { what, .. }), .. } if what == "memo.Noted"),
                 "{error}"
             );
             // A reply that a repetition could not decode.
             let error = runtime.execute::<Memo>("a", take(note(3, "k"), f64::NAN)).await.unwrap_err();
-            assert!(matches!(&error, ExecuteError::Encode(EncodeError::NotReadable { .. })), "{error}");
+            assert!(
+                matches!(
+                    &error,
+                    ExecuteError::NotExecuted {
+                        kind: NotExecutedKind::Encode(EncodeError::NotReadable { .. }),
+                        ..
+                    }
+                ),
+                "{error}"
+            );
             runtime.execute::<Memo>("a", take(note(4, "k"), 1.0)).await.unwrap();
             let live = runtime.execute::<Memo>("a", MemoCommand::Show).await.unwrap().reply.0;
             runtime.shutdown().await.unwrap();
@@ -553,13 +577,16 @@ async fn too_many_commands_are_an_overload() {
     in_flight(&runtime, 2).await;
     let error = spawn("hot").await.unwrap().unwrap_err();
     assert!(
-        matches!(error, ExecuteError::Overloaded { limit: 2, .. }),
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { limit: 2, .. }, .. }),
         "one aggregate cannot take all permits: {error}"
     );
     let others = [spawn("b"), spawn("c")];
     in_flight(&runtime, 4).await;
     let error = spawn("d").await.unwrap().unwrap_err();
-    assert!(matches!(error, ExecuteError::Overloaded { limit: 4, .. }), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { limit: 4, .. }, .. }),
+        "{error}"
+    );
     assert!(error.is_transient());
     store.release();
     for command in first.into_iter().chain(others) {
@@ -588,7 +615,10 @@ async fn busy_aggregates_at_the_limit_are_an_overload() {
         .into();
     in_flight(&runtime, 2).await;
     let error = runtime.execute::<Counter>("c", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Overloaded { limit: 2, .. }), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { limit: 2, .. }, .. }),
+        "{error}"
+    );
     store.release();
     for command in busy {
         command.await.unwrap().unwrap();
@@ -642,7 +672,13 @@ async fn a_store_outage_is_reported_and_ends() {
     runtime.execute::<Counter>("a", Add(1)).await.unwrap();
     store.fail_appends(StoreError::Unavailable { reason: "unplugged".into(), source: None });
     let error = runtime.execute::<Counter>("a", Add(10)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Store(StoreError::Unavailable { .. })), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted { kind: NotExecutedKind::Store(StoreError::Unavailable { .. }), .. }
+        ),
+        "{error}"
+    );
     store.heal();
     assert_eq!(runtime.execute::<Counter>("a", Add(100)).await.unwrap().reply, 101);
     assert_eq!(stored(&store.inner, "a").await, (101, 2));
@@ -699,7 +735,13 @@ async fn contention_without_end_gives_up() {
     let runtime = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
     store.always_first(stream("a"), || added(1));
     let error = runtime.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::RetriesExhausted { attempts: 3, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted { kind: NotExecutedKind::RetriesExhausted { attempts: 3, .. }, .. }
+        ),
+        "{error}"
+    );
     store.heal();
     assert_eq!(runtime.execute::<Counter>("a", Add(1)).await.unwrap().reply, 4);
 }
@@ -720,7 +762,7 @@ async fn an_unreadable_event_is_named() {
     }
     foreign(&store, "b", ExpectedVersion::Any, vec![odd("counter.added", &[0x1c, 0xff])]).await;
     let error = runtime.execute::<Counter>("b", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Decode(_)), "{error}");
+    assert!(matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Decode(_), .. }), "{error}");
     assert_eq!(runtime.execute::<Counter>("c", Add(1)).await.unwrap().reply, 1);
 }
 
@@ -857,7 +899,9 @@ async fn shutdown_answers_commands_in_flight_and_refuses_new_ones() {
                     loop {
                         match runtime.execute::<Counter>(task % 3, Add(1)).await {
                             Ok(_) => acknowledged.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
-                            Err(ExecuteError::ShuttingDown) => return,
+                            Err(ExecuteError::NotExecuted {
+                                kind: NotExecutedKind::ShuttingDown, ..
+                            }) => return,
                             Err(error) => panic!("{error}"),
                         };
                     }
@@ -997,7 +1041,13 @@ async fn an_unstorable_command_fails_alone() {
     assert_eq!(head.await.unwrap().reply, 1);
     assert_eq!(ahead.await.unwrap().reply, 11);
     let error = poison.await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Store(StoreError::Invalid { .. })), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted { kind: NotExecutedKind::Store(StoreError::Invalid { .. }), .. }
+        ),
+        "{error}"
+    );
     assert_eq!(behind.await.unwrap().reply, 111, "decided again, without the rejected command");
     assert_eq!(stored(&store.inner, "a").await, (111, 3));
 }
@@ -1082,7 +1132,10 @@ mod unlucky {
         let good = runtime.execute::<Unlucky>("x", 1_u64).dispatch().await.unwrap();
         store.held(1).await;
         let error = runtime.execute::<Unlucky>("x", 13_u64).await.unwrap_err();
-        assert!(matches!(&error, ExecuteError::Encode(_)), "{error:?}");
+        assert!(
+            matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::Encode(_), .. }),
+            "{error:?}"
+        );
         assert!(error.to_string().contains("cannot write 13"), "{error}");
         store.release();
         good.await.unwrap();

@@ -16,8 +16,8 @@ use storied::projection::{ApplyError, InMemory, Lookup, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
     Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, ExecuteError, FeedOptions, Filter,
-    Handler, MemoryStore, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
-    Runtime, SqliteOptions, StoreError,
+    Handler, MemoryStore, NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions,
+    RecordedEvent, Runtime, SqliteOptions, StoreError,
 };
 use tokio::time::timeout;
 
@@ -137,7 +137,9 @@ async fn run(builder: Builder) -> Result<(), StartError> {
         // With a limit of 1, the permit is free only a moment after the answer.
         let receipt = loop {
             match runtime.execute::<Counter>("one", ()).await {
-                Err(ExecuteError::Overloaded { limit: 1, .. }) => tokio::task::yield_now().await,
+                Err(ExecuteError::NotExecuted {
+                    kind: NotExecutedKind::Overloaded { limit: 1, .. }, ..
+                }) => tokio::task::yield_now().await,
                 answer => break answer.unwrap(),
             }
         };

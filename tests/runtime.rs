@@ -13,7 +13,8 @@ use storied::bus::BusItem;
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
     Aggregate, Context, Decision, EncodeError, Event, EventBus, EventStore, ExecuteError, ExpectedVersion,
-    Filter, LocalBus, MemoryStore, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
+    Filter, LocalBus, MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent,
+    Runtime, SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -154,7 +155,11 @@ fn a_node_without_its_tokio_runtime_reports_it() {
     second.block_on(async {
         for _ in 0..3 {
             let error = node.execute::<Account>(1, Deposit(5)).await.unwrap_err();
-            assert!(matches!(error, ExecuteError::ExecutorEnded) && !error.is_transient(), "{error}");
+            assert!(
+                matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::ExecutorEnded, .. })
+                    && !error.is_transient(),
+                "{error}"
+            );
             assert!(error.to_string().contains("tokio runtime"), "{error}");
         }
         let status = node.projection("count").unwrap().status();
@@ -261,7 +266,10 @@ async fn waiting_for_an_unknown_projection_executes_nothing() {
     let says =
         "there is no projection \"typo\"; this node runs no projection, register it with Runtime::builder()";
     let error = runtime.execute::<Account>("a", Deposit(1)).wait_for("typo").await.unwrap_err();
-    assert!(matches!(error, ExecuteError::UnknownProjection { .. }) && !error.is_transient());
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::UnknownProjection { .. }, .. })
+            && !error.is_transient()
+    );
     assert_eq!(error.to_string(), says);
     assert_eq!(runtime.projection("typo").unwrap_err().to_string(), says);
     assert_eq!(log(&store).await, []);
@@ -282,7 +290,10 @@ async fn a_stale_node_answers_from_the_log() {
     let next = one.execute::<Account>("a", Deposit(3)).expect_version(expected).await.unwrap();
     assert_eq!((next.reply, next.version), (6, receipt.version.next()));
     let late = other.execute::<Account>("a", Deposit(4)).expect_version(expected).await.unwrap_err();
-    assert!(matches!(late, ExecuteError::ExpectedVersion { actual, .. } if actual == next.version), "{late}");
+    assert!(
+        matches!(late, ExecuteError::NotExecuted { kind: NotExecutedKind::ExpectedVersion { actual, .. }, .. } if actual == next.version),
+        "{late}"
+    );
     one.shutdown().await.unwrap();
     other.shutdown().await.unwrap();
 }
@@ -382,8 +393,8 @@ async fn dropping_a_runtime_loses_and_duplicates_nothing() {
                     _,
                     Err(
                         ExecuteError::OutcomeUnknown { .. }
-                        | ExecuteError::Store(_)
-                        | ExecuteError::ShuttingDown,
+                        | ExecuteError::NotExecuted { kind: NotExecutedKind::Store(_), .. }
+                        | ExecuteError::NotExecuted { kind: NotExecutedKind::ShuttingDown, .. },
                     ),
                 )) => {}
                 Ok((_, _, Err(error))) => panic!("{error}"),

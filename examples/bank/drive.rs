@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use storied::{ExecuteError, Runtime};
+use storied::{ExecuteError, NotExecutedKind, Runtime};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
@@ -149,7 +149,9 @@ async fn settle(shared: &Shared, transfer: Transfer) -> Result<Settled, Failure>
                 return Err(Failure::Bug("no such account"));
             }
             Err(ExecuteError::Rejected(_)) => Some(End::Refused),
-            Err(ExecuteError::CommandIdReused { .. }) => return Err(Failure::Bug("an id was used twice")),
+            Err(ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { .. }, .. }) => {
+                return Err(Failure::Bug("an id was used twice"));
+            }
             Err(error) if Instant::now() > give_up => {
                 return Err(Failure::Unsettled { id, reason: error.to_string() });
             }

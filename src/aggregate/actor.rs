@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::fold::{HydratedState, Recollection};
 use super::options::AggregateOptions;
-use super::{Aggregate, Context, ExecuteError, Receipt};
+use super::{Aggregate, Context, ExecuteError, NotExecutedKind, Receipt};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::{EncodeError, Event, EventTypes, Metadata, NewEvent, StreamId, Version};
 use crate::panic::{panic_text, text_of};
@@ -196,7 +196,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }) {
             if pending.order.content != order.content {
                 let command_id = order.command_id;
-                return answer(order.reply, Err(ExecuteError::CommandIdReused { command_id }));
+                return answer(order.reply, Err(NotExecutedKind::CommandIdReused { command_id }.into()));
             }
             return pending.repeated.push((order, load));
         }
@@ -226,7 +226,7 @@ impl<A: Aggregate> AggregateActor<A> {
             Recollection::Uncertain => {
                 match self.shared.store.command_events(&self.stream, order.command_id).await {
                     Ok(found) => found,
-                    Err(error) => return answer(order.reply, Err(ExecuteError::Store(error))),
+                    Err(error) => return answer(order.reply, Err(NotExecutedKind::Store(error).into())),
                 }
             }
         };
@@ -238,7 +238,7 @@ impl<A: Aggregate> AggregateActor<A> {
         // command on another node.
         if order.attempts >= self.shared.options.attempts {
             let (stream, attempts) = (self.stream.clone(), order.attempts);
-            return answer(order.reply, Err(ExecuteError::RetriesExhausted { stream, attempts }));
+            return answer(order.reply, Err(NotExecutedKind::RetriesExhausted { stream, attempts }.into()));
         }
         // The decision is based on all earlier decisions, durable or not: all are in the state.
         order.attempts += 1;
@@ -247,7 +247,8 @@ impl<A: Aggregate> AggregateActor<A> {
         }
         let decision =
             catch_unwind(AssertUnwindSafe(|| self.decide(&order, folded))).unwrap_or_else(|panic| {
-                Err(ExecuteError::Panicked { stream: self.stream.clone(), message: panic_text(&*panic) })
+                Err(NotExecutedKind::Panicked { stream: self.stream.clone(), message: panic_text(&*panic) }
+                    .into())
             });
         let expected = folded.version;
         // Fold before the append: events that the state cannot fold must not become durable.
@@ -259,7 +260,7 @@ impl<A: Aggregate> AggregateActor<A> {
             Ok(decided) => decided,
             // User code caused the error, whether or not the speculative events become durable.
             Err(error) => {
-                if matches!(error, ExecuteError::Panicked { .. }) {
+                if matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Panicked { .. }, .. }) {
                     state.folded = None;
                     state.broken = true;
                 }
@@ -310,7 +311,7 @@ impl<A: Aggregate> AggregateActor<A> {
         if self.shared.writer.submit(submission).await.is_err()
             && let Some(pending) = state.pending.pop_back()
         {
-            answer(pending.order.reply, Err(ExecuteError::ShuttingDown));
+            answer(pending.order.reply, Err(NotExecutedKind::ShuttingDown.into()));
         }
     }
 
@@ -329,11 +330,12 @@ impl<A: Aggregate> AggregateActor<A> {
         let version = folded.version;
         let without_events = |result| Ok((Decided::Answer { version, result }, Vec::new(), Vec::new()));
         if !order.expected.allows(version) {
-            return without_events(Err(ExecuteError::ExpectedVersion {
+            return without_events(Err(NotExecutedKind::ExpectedVersion {
                 stream: self.stream.clone(),
                 expected: order.expected,
                 actual: version,
-            }));
+            }
+            .into()));
         }
         let _span = order.span.decide(order.attempts);
         let context =
@@ -458,10 +460,9 @@ impl<A: Aggregate> AggregateActor<A> {
                 let copy = copy.as_ref().map_err(Clone::clone).and_then(|bytes| from_cbor(bytes));
                 let receipt =
                     copy.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply));
-                let unreadable = |reason| ExecuteError::ReplyUnreadable {
-                    command_id: order.command_id,
-                    receipt: Some(Box::new(Receipt::repeated(order.command_id, &self.stream, record, ()))),
-                    reason,
+                let unreadable = |reason| {
+                    let receipt = Receipt::repeated(order.command_id, &self.stream, record, ());
+                    ExecuteError::unreadable_reply(order.command_id, Some(receipt), reason)
                 };
                 answer(order.reply, receipt.map_err(unreadable));
             }
@@ -494,18 +495,14 @@ impl<A: Aggregate> AggregateActor<A> {
         };
         // Events of other programs and of older versions have no fingerprint.
         if metadata.content.is_some_and(|content| content != order.content) {
-            return Err(ExecuteError::CommandIdReused { command_id: order.command_id });
+            return Err(NotExecutedKind::CommandIdReused { command_id: order.command_id }.into());
         }
         let reply = from_cbor(if metadata.reply.is_empty() { &NO_REPLY } else { &metadata.reply });
         // A retry reads the same bytes: the outcome is known, and only the reply is not.
         reply.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply)).map_err(
             |reason| {
                 let receipt = Receipt::repeated(order.command_id, &self.stream, record, ());
-                ExecuteError::ReplyUnreadable {
-                    command_id: order.command_id,
-                    receipt: Some(Box::new(receipt)),
-                    reason,
-                }
+                ExecuteError::unreadable_reply(order.command_id, Some(receipt), reason)
             },
         )
     }

@@ -2,17 +2,18 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Aggregate;
+use super::error::{ExecuteError, NotExecutedKind};
 use super::options::{AggregateOptions, Snapshotting};
-use super::outcome::FoldError;
 use crate::codec::from_cbor;
 use crate::command_id;
-use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::event::{DecodeError, Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
 use crate::store::{CommandEvents, EventStore, Snapshot, StoreError};
 
@@ -305,5 +306,37 @@ mod position {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Position, D::Error> {
         u64::deserialize(deserializer).map(Position::new)
+    }
+}
+
+/// An error while folding a stream. All commands that wait for the stream share it.
+#[derive(Debug, Clone)]
+pub(crate) enum FoldError {
+    Store(StoreError),
+    Decode(Arc<DecodeError>),
+    Panicked(String),
+}
+
+impl FoldError {
+    pub(crate) fn into_execute<E>(self, stream: &StreamId) -> ExecuteError<E> {
+        match self {
+            FoldError::Store(error) => NotExecutedKind::Store(error).into(),
+            FoldError::Decode(error) => NotExecutedKind::Decode((*error).clone()).into(),
+            FoldError::Panicked(message) => {
+                NotExecutedKind::Panicked { stream: stream.clone(), message }.into()
+            }
+        }
+    }
+}
+
+impl From<StoreError> for FoldError {
+    fn from(error: StoreError) -> Self {
+        FoldError::Store(error)
+    }
+}
+
+impl From<DecodeError> for FoldError {
+    fn from(error: DecodeError) -> Self {
+        FoldError::Decode(Arc::new(error))
     }
 }

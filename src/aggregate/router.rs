@@ -21,9 +21,9 @@ use uuid::Uuid;
 pub(crate) use super::actor::CommandRequest;
 use super::actor::{AggregateActor, AggregateMessage, InFlightGuard, SNAPSHOTS_UNDER_WAY, Shared};
 use super::options::AggregateOptions;
-use super::{Aggregate, ExecuteError};
+use super::{Aggregate, ExecuteError, NotExecutedKind};
 use crate::event::{EncodeError, Event, EventTypes, StreamId};
-use crate::store::{EventStore, GroupCommitter, StoreError};
+use crate::store::{EventStore, GroupCommitter};
 use crate::supervised::Respawn;
 use crate::time::after;
 
@@ -118,7 +118,7 @@ impl<A: Aggregate> Router<A> {
     /// Returns the stream of an aggregate of this kind.
     pub(crate) fn stream(&self, id: &dyn fmt::Display) -> Result<StreamId, ExecuteError<A::Error>> {
         StreamId::of(self.shared.types.category(), id)
-            .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })
+            .map_err(|error| ExecuteError::from(NotExecutedKind::InvalidId { reason: error.to_string() }))
     }
 
     /// Acquires a permit for the command `id` within the limit of commands in flight.
@@ -129,10 +129,10 @@ impl<A: Aggregate> Router<A> {
         id: Uuid,
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ExecuteError<A::Error>> {
-        ExecuteError::check_id(id)?;
+        NotExecutedKind::check_id(id)?;
         let options = &self.shared.options;
         if self.closing.load(Ordering::Acquire) {
-            return Err(ExecuteError::ShuttingDown);
+            return Err(NotExecutedKind::ShuttingDown.into());
         }
         if let Ok(permit) = self.admission.clone().try_acquire_owned() {
             return Ok(permit);
@@ -140,11 +140,12 @@ impl<A: Aggregate> Router<A> {
         let until = deadline.min(after(options.admission));
         match tokio::time::timeout_at(until, self.admission.clone().acquire_owned()).await {
             Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
-            Err(_elapsed) => Err(ExecuteError::Overloaded {
+            Ok(Err(_closed)) => Err(NotExecutedKind::ShuttingDown.into()),
+            Err(_elapsed) => Err(NotExecutedKind::Overloaded {
                 what: "commands in flight for this kind of aggregate".into(),
                 limit: options.in_flight,
-            }),
+            }
+            .into()),
         }
     }
 
@@ -156,10 +157,9 @@ impl<A: Aggregate> Router<A> {
     ) -> Result<(), ExecuteError<A::Error>> {
         self.actor().cast(RouterMessage::Execute(stream, order)).map_err(|_| {
             if self.closing.load(Ordering::Acquire) {
-                ExecuteError::ShuttingDown
+                ExecuteError::from(NotExecutedKind::ShuttingDown)
             } else {
-                let reason = "router is restarting".into();
-                ExecuteError::Store(StoreError::Unavailable { reason, source: None })
+                ExecuteError::from(NotExecutedKind::Restarting { name: A::Event::CATEGORY })
             }
         })
     }
@@ -326,8 +326,10 @@ impl<A: Aggregate> RouterActor<A> {
             entry.last_used = now;
             let limit = self.shared.options.in_flight_each();
             if entry.load.load(Ordering::Relaxed) >= limit {
-                let error =
-                    ExecuteError::Overloaded { what: "commands in flight for one aggregate".into(), limit };
+                let error = ExecuteError::from(NotExecutedKind::Overloaded {
+                    what: "commands in flight for one aggregate".into(),
+                    limit,
+                });
                 return refuse(*message, error);
             }
             match entry.actor.cast(AggregateMessage::Execute(message, InFlightGuard::new(&entry.load))) {
@@ -343,7 +345,10 @@ impl<A: Aggregate> RouterActor<A> {
         }
         if state.entries.len() >= self.shared.options.live && !make_room(&mut state.entries) {
             let limit = self.shared.options.live;
-            return refuse(*message, ExecuteError::Overloaded { what: "active aggregates".into(), limit });
+            return refuse(
+                *message,
+                ExecuteError::from(NotExecutedKind::Overloaded { what: "active aggregates".into(), limit }),
+            );
         }
         let actor = AggregateActor { shared: self.shared.clone(), stream: stream.clone() };
         // An instant spawn does not block the router: the actor folds its stream at its first
@@ -357,7 +362,7 @@ impl<A: Aggregate> RouterActor<A> {
             }
             Err(error) => {
                 tracing::error!(%stream, %error, "could not start the actor of an aggregate");
-                refuse(*message, ExecuteError::ShuttingDown);
+                refuse(*message, ExecuteError::from(NotExecutedKind::ShuttingDown));
             }
         }
     }

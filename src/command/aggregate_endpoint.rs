@@ -6,13 +6,13 @@ use chrono::Utc;
 use ractor::concurrency::oneshot;
 use tokio::time::Instant;
 
-use super::ExecuteError;
 use super::endpoint::{Answering, Endpoint, STOPPED, content, contents, filtered, marked, refused};
 use super::envelope::Deadline;
 use super::handler::HandlerStatus;
 use super::hooks::{CommandHooks, CommandInfo};
 use super::registry::Registry;
 use super::wire::{CommandFrame, Failure, Kind, tell_receipt};
+use super::{ExecuteError, NotExecutedKind};
 use crate::aggregate::{Aggregate, CommandRequest, Router, RouterStatus};
 use crate::event::Event;
 use crate::future::BoxFuture;
@@ -67,7 +67,10 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 Err(error) => return refused(&span, error),
             };
             if let Err(reason) = hooks.before(&info) {
-                return refused(&span, ExecuteError::<A::Error>::NotAccepted { reason });
+                return refused(
+                    &span,
+                    ExecuteError::<A::Error>::from(NotExecutedKind::NotAccepted { reason }),
+                );
             }
             let (reply, answer) = oneshot();
             let order = Box::new(CommandRequest {

@@ -10,7 +10,6 @@ use tokio::time::Instant;
 #[cfg(feature = "nats")]
 use uuid::Uuid;
 
-use super::ExecuteError;
 #[cfg(feature = "nats")]
 use super::bus::CommandBus;
 use super::bus::CommandBusStatus;
@@ -22,6 +21,7 @@ use super::projection_waiter::ProjectionWaiter;
 use super::registry::Registry;
 use super::route::Route;
 use super::wire::{CommandFrame, Expected, FORMAT, Failure, Kind, Outcome};
+use super::{ExecuteError, NotExecutedKind};
 use crate::codec::to_cbor;
 use crate::event::{EncodeError, Position};
 use crate::future::BoxFuture;
@@ -164,10 +164,10 @@ impl Dispatcher {
         able: bool,
     ) -> Result<Route, ExecuteError<E>> {
         if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
-            return Err(ExecuteError::ShuttingDown);
+            return Err(NotExecutedKind::ShuttingDown.into());
         }
         if self.executor.is_finished() {
-            return Err(ExecuteError::ExecutorEnded);
+            return Err(NotExecutedKind::ExecutorEnded.into());
         }
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
@@ -181,20 +181,22 @@ impl Dispatcher {
                     &id
                 }
             };
-            return nats.way(kind, name, spread, able).map_err(|reason| ExecuteError::Unavailable { reason });
+            return nats
+                .way(kind, name, spread, able)
+                .map_err(|reason| ExecuteError::from(NotExecutedKind::Unavailable { reason }));
         }
         if able {
             return Ok(Route::Local { others: false });
         }
         if self.registry().endpoint(kind, name).is_some() {
             let reason = format!("a filter of this node does not accept command {}", info.id);
-            return Err(ExecuteError::NotAccepted { reason });
+            return Err(NotExecutedKind::NotAccepted { reason }.into());
         }
         #[cfg(feature = "nats")]
         if let Some(reason) = self.incompatible.get() {
-            return Err(ExecuteError::Unavailable { reason: reason.clone() });
+            return Err(NotExecutedKind::Unavailable { reason: reason.clone() }.into());
         }
-        Err(ExecuteError::NoHandler { name, retryable: false })
+        Err(NotExecutedKind::NoHandler { name, retryable: false }.into())
     }
 
     pub(super) fn frame<C: Serialize>(

@@ -4,11 +4,11 @@ use std::any::Any;
 
 use tokio::time::Instant;
 
-use super::ExecuteError;
 use super::envelope::Deadline;
 use super::handler::HandlerStatus;
 use super::hooks::{CommandHooks, CommandInfo};
 use super::wire::{Code, CommandFrame, Failure, Outcome};
+use super::{ExecuteError, NotExecutedKind};
 use crate::aggregate::RouterStatus;
 use crate::codec::{fingerprint, from_cbor};
 use crate::event::Metadata;
@@ -81,9 +81,14 @@ pub(super) fn refused<E: std::error::Error + serde::Serialize>(
 ) -> Result<Answering, Failure> {
     span.ended(Some(error.kind()));
     match error {
-        ExecuteError::Overloaded { .. } | ExecuteError::ShuttingDown | ExecuteError::Store(_) => {
-            Err(Failure::of(&error))
-        }
+        ExecuteError::NotExecuted {
+            kind:
+                NotExecutedKind::Overloaded { .. }
+                | NotExecutedKind::ShuttingDown
+                | NotExecutedKind::Restarting { .. }
+                | NotExecutedKind::Store(_),
+            ..
+        } => Err(Failure::of(&error)),
         error => answered(Outcome::Error(Failure::of(&error))),
     }
 }

@@ -12,7 +12,7 @@ use super::handler::{YieldSlot, give_way};
 use super::hooks::watched;
 use super::route::Route;
 use super::wire::{About, Kind, Outcome};
-use super::{CommandInfo, Dispatched, ExecuteError, Receipt};
+use super::{CommandInfo, Dispatched, ExecuteError, NotExecutedKind, Receipt};
 use crate::aggregate::{Aggregate, CommandRequest};
 use crate::codec::fingerprint;
 use crate::event::{EncodeError, Event, StreamId};
@@ -86,10 +86,15 @@ impl<A: Aggregate> Execute<A> {
         let category = <A::Event as Event>::CATEGORY;
         let (started, deadline) = (Instant::now(), envelope.deadline());
         let stream = StreamId::new(category, &key)
-            .map_err(|error| ExecuteError::InvalidId { reason: error.to_string() })?;
+            .map_err(|error| ExecuteError::from(NotExecutedKind::InvalidId { reason: error.to_string() }))?;
         let info =
             CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
-        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::NotAccepted { reason });
+        let takes = || {
+            commands
+                .hooks()
+                .accepts(&info)
+                .map_err(|reason| ExecuteError::from(NotExecutedKind::NotAccepted { reason }))
+        };
         let local = match commands.registry().router::<A>() {
             Some(local) => takes()?.then_some(local),
             None => None,
@@ -98,7 +103,10 @@ impl<A: Aggregate> Execute<A> {
         if let (Route::Local { .. }, Some(router)) = (&way, local) {
             match router.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
-                    commands.hooks().before(&info).map_err(|reason| ExecuteError::NotAccepted { reason })?;
+                    commands
+                        .hooks()
+                        .before(&info)
+                        .map_err(|reason| ExecuteError::from(NotExecutedKind::NotAccepted { reason }))?;
                     let watch = watched(commands.hooks(), &envelope.metadata, category, Some(&key));
                     let (reply, answer) = oneshot();
                     let order = Box::new(CommandRequest {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::dispatcher::Dispatcher;
-use super::{Execute, ExecuteError, Receipt};
+use super::{Execute, ExecuteError, NotExecutedKind, Receipt};
 use crate::aggregate::Aggregate;
 use crate::event::Position;
 use crate::future::BoxFuture;
@@ -48,7 +48,7 @@ impl<A: Aggregate> Execute<A> {
     /// The wait for the projection has the same [`timeout`](Self::timeout), from the receipt on.
     /// The result reports the receipt and the projection separately: a slow projection never looks
     /// like a failed command. If this node runs no such projection, the command is not executed
-    /// ([`ExecuteError::UnknownProjection`]).
+    /// ([`NotExecutedKind::UnknownProjection`](crate::NotExecutedKind::UnknownProjection)).
     pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndWait<A> {
         let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
         // A zero timeout means no limit, for the receipt and for the projection.
@@ -77,7 +77,7 @@ impl<A: Aggregate> IntoFuture for ExecuteAndWait<A> {
             // projection look the same to the caller.
             let known = self.commands.projections();
             if !known.contains(&self.name) {
-                return Err(ExecuteError::UnknownProjection { name: self.name, known });
+                return Err(NotExecutedKind::UnknownProjection { name: self.name, known }.into());
             }
             let receipt = self.execute.await?;
             let position = receipt.position;

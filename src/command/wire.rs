@@ -13,7 +13,7 @@ use crate::event::{Position, StreamId, Version};
 use crate::panic::text_of;
 use crate::store::{ExpectedVersion, StoreError};
 
-use super::{ExecuteError, Receipt};
+use super::{ExecuteError, NoReplyKind, NotExecutedKind, Receipt};
 
 /// Version number of this format.
 pub(super) const FORMAT: u32 = 1;
@@ -312,33 +312,46 @@ impl Failure {
     /// Encodes an error for another node or for a record.
     pub(crate) fn of<E: std::error::Error + Serialize>(error: &ExecuteError<E>) -> Self {
         let said = text_of(error);
-        let with = |code, message: &str, number| Self { number, ..Self::new(code, message) };
         match error {
             ExecuteError::Rejected(rejection) => match to_cbor(rejection) {
                 Ok(details) => Self { details, ..Self::new(Code::Rejected, said) },
                 Err(error) => Self::new(Code::Failed, format!("{said} (details cannot be encoded: {error})")),
             },
-            ExecuteError::ExpectedVersion { actual, .. } => with(Code::ExpectedVersion, &said, actual.get()),
-            ExecuteError::RetriesExhausted { attempts, .. } => {
+            ExecuteError::NotExecuted { kind, .. } => Self::of_kind(kind, said),
+            ExecuteError::OutcomeUnknown { reason, .. } => Self::new(Code::OutcomeUnknown, reason),
+            ExecuteError::NoReply { kind: NoReplyKind::TooLarge { .. }, .. } => {
+                Self::new(Code::OutcomeUnknown, said)
+            }
+            ExecuteError::NoReply { kind: NoReplyKind::Unreadable { reason }, .. } => {
+                Self::new(Code::ReplyUnreadable, reason)
+            }
+        }
+    }
+
+    fn of_kind(kind: &NotExecutedKind, said: String) -> Self {
+        let with = |code, message: &str, number| Self { number, ..Self::new(code, message) };
+        match kind {
+            NotExecutedKind::ExpectedVersion { actual, .. } => {
+                with(Code::ExpectedVersion, &said, actual.get())
+            }
+            NotExecutedKind::RetriesExhausted { attempts, .. } => {
                 with(Code::RetriesExhausted, &said, u64::from(*attempts))
             }
-            ExecuteError::Overloaded { what, limit } => with(Code::Overloaded, what, *limit as u64),
-            ExecuteError::Panicked { message, .. } => Self::new(Code::Panicked, message),
-            ExecuteError::Store(StoreError::Unavailable { reason, .. }) => {
+            NotExecutedKind::Overloaded { what, limit } => with(Code::Overloaded, what, *limit as u64),
+            NotExecutedKind::Panicked { message, .. } => Self::new(Code::Panicked, message),
+            NotExecutedKind::Store(StoreError::Unavailable { reason, .. }) => {
                 Self::new(Code::StoreUnavailable, reason)
             }
-            ExecuteError::OutcomeUnknown { reason, .. } => Self::new(Code::OutcomeUnknown, reason),
-            ExecuteError::ReplyTooLarge { .. } => Self::new(Code::OutcomeUnknown, said),
-            ExecuteError::ReplyUnreadable { reason, .. } => Self::new(Code::ReplyUnreadable, reason),
-            ExecuteError::NoHandler { .. } => Self::new(Code::NoHandler, said),
-            ExecuteError::Unavailable { reason } => Self::new(Code::Unavailable, reason),
-            ExecuteError::NotAccepted { reason } => Self::new(Code::Refused, reason),
-            ExecuteError::CommandIdReused { .. } => Self::new(Code::CommandIdReused, said),
-            ExecuteError::IdAhead { now, .. } => {
+            NotExecutedKind::NoHandler { .. } => Self::new(Code::NoHandler, said),
+            NotExecutedKind::Unavailable { reason } => Self::new(Code::Unavailable, reason),
+            NotExecutedKind::Restarting { .. } => Self::new(Code::Unavailable, said),
+            NotExecutedKind::NotAccepted { reason } => Self::new(Code::Refused, reason),
+            NotExecutedKind::CommandIdReused { .. } => Self::new(Code::CommandIdReused, said),
+            NotExecutedKind::IdAhead { now, .. } => {
                 with(Code::IdAhead, &said, u64::try_from(now.timestamp_millis()).unwrap_or(0))
             }
-            ExecuteError::ShuttingDown => Self::new(Code::ShuttingDown, said),
-            ExecuteError::Failed { reason } => Self::new(Code::Failed, reason),
+            NotExecutedKind::ShuttingDown => Self::new(Code::ShuttingDown, said),
+            NotExecutedKind::Failed { reason } => Self::new(Code::Failed, reason),
             _ => Self::new(Code::Failed, said),
         }
     }
@@ -353,49 +366,58 @@ impl Failure {
                 Ok(rejection) => ExecuteError::Rejected(rejection),
                 Err(error) => {
                     let reason = format!("{} (details do not decode: {error})", self.message);
-                    ExecuteError::Failed { reason }
+                    ExecuteError::from(NotExecutedKind::Failed { reason })
                 }
             },
-            (Code::ExpectedVersion, Some(stream)) => ExecuteError::ExpectedVersion {
+            (Code::ExpectedVersion, Some(stream)) => ExecuteError::from(NotExecutedKind::ExpectedVersion {
                 stream,
                 expected: about.expected,
                 actual: Version::new(self.number),
-            },
+            }),
             (Code::RetriesExhausted, Some(stream)) => {
                 let attempts = u32::try_from(self.number).unwrap_or(u32::MAX);
-                ExecuteError::RetriesExhausted { stream, attempts }
+                ExecuteError::from(NotExecutedKind::RetriesExhausted { stream, attempts })
             }
             (Code::Overloaded, _) => {
                 let limit = usize::try_from(self.number).unwrap_or(usize::MAX);
-                ExecuteError::Overloaded { what: self.message.into(), limit }
+                ExecuteError::from(NotExecutedKind::Overloaded { what: self.message.into(), limit })
             }
-            (Code::Panicked, Some(stream)) => ExecuteError::Panicked { stream, message: self.message },
+            (Code::Panicked, Some(stream)) => {
+                ExecuteError::from(NotExecutedKind::Panicked { stream, message: self.message })
+            }
             (Code::StoreUnavailable, _) => {
-                ExecuteError::Store(StoreError::Unavailable { reason: self.message, source: None })
+                ExecuteError::from(NotExecutedKind::Store(StoreError::Unavailable {
+                    reason: self.message,
+                    source: None,
+                }))
             }
             (Code::OutcomeUnknown, _) => unknown(self.message),
-            (Code::ReplyUnreadable, _) => {
-                let reason = self.message;
-                ExecuteError::ReplyUnreadable { command_id: about.id, receipt: None, reason }
+            (Code::ReplyUnreadable, _) => ExecuteError::unreadable_reply(about.id, None, self.message),
+            (Code::NoHandler, _) => {
+                ExecuteError::from(NotExecutedKind::NoHandler { name: about.name, retryable: true })
             }
-            (Code::NoHandler, _) => ExecuteError::NoHandler { name: about.name, retryable: true },
-            (Code::Unavailable, _) => ExecuteError::Unavailable { reason: self.message },
-            (Code::Refused, _) => ExecuteError::NotAccepted { reason: self.message },
-            (Code::CommandIdReused, _) => ExecuteError::CommandIdReused { command_id: about.id },
-            (Code::IdAhead, _) => ExecuteError::IdAhead {
+            (Code::Unavailable, _) => {
+                ExecuteError::from(NotExecutedKind::Unavailable { reason: self.message })
+            }
+            (Code::Refused, _) => ExecuteError::from(NotExecutedKind::NotAccepted { reason: self.message }),
+            (Code::CommandIdReused, _) => {
+                ExecuteError::from(NotExecutedKind::CommandIdReused { command_id: about.id })
+            }
+            (Code::IdAhead, _) => ExecuteError::from(NotExecutedKind::IdAhead {
                 command_id: about.id,
                 claimed: command_id::time(about.id).unwrap_or_default(),
                 now: i64::try_from(self.number)
                     .ok()
                     .and_then(DateTime::from_timestamp_millis)
                     .unwrap_or_default(),
-            },
-            (Code::ShuttingDown, _) => ExecuteError::ShuttingDown,
-            (Code::CommandTooLarge, _) => {
-                ExecuteError::CommandTooLarge { size: bytes(self.size), limit: bytes(self.number) }
-            }
+            }),
+            (Code::ShuttingDown, _) => ExecuteError::from(NotExecutedKind::ShuttingDown),
+            (Code::CommandTooLarge, _) => ExecuteError::from(NotExecutedKind::CommandTooLarge {
+                size: bytes(self.size),
+                limit: bytes(self.number),
+            }),
             (Code::Failed | Code::ExpectedVersion | Code::RetriesExhausted | Code::Panicked, _) => {
-                ExecuteError::Failed { reason: self.message }
+                ExecuteError::from(NotExecutedKind::Failed { reason: self.message })
             }
         }
     }
@@ -448,11 +470,7 @@ impl Done {
         }
         match from_cbor(&self.reply) {
             Ok(reply) => Ok(receipt.with_reply(reply)),
-            Err(reason) => Err(ExecuteError::ReplyUnreadable {
-                command_id: id,
-                receipt: Some(Box::new(receipt)),
-                reason,
-            }),
+            Err(reason) => Err(ExecuteError::unreadable_reply(id, Some(receipt), reason)),
         }
     }
 }
@@ -460,7 +478,8 @@ impl Done {
 impl Omitted {
     pub(crate) fn into_error<E>(self, command_id: Uuid, receipt: Option<Receipt>) -> ExecuteError<E> {
         let (size, limit) = (bytes(self.size), bytes(self.limit));
-        ExecuteError::ReplyTooLarge { command_id, receipt: receipt.map(Box::new), size, limit }
+        let receipt = receipt.map(Box::new);
+        ExecuteError::NoReply { command_id, receipt, kind: NoReplyKind::TooLarge { size, limit } }
     }
 }
 
@@ -470,7 +489,7 @@ fn bytes(number: u64) -> usize {
 
 /// Decodes the reply of a handler.
 pub(crate) fn read_reply<R: DeserializeOwned, E>(reply: &[u8], id: Uuid) -> Result<R, ExecuteError<E>> {
-    from_cbor(reply).map_err(|reason| ExecuteError::ReplyUnreadable { command_id: id, receipt: None, reason })
+    from_cbor(reply).map_err(|reason| ExecuteError::unreadable_reply(id, None, reason))
 }
 
 #[cfg(test)]
@@ -484,6 +503,33 @@ mod tests {
                 "one".into()
             }
             Err(error) => error,
+        }
+    }
+
+    #[test]
+    fn the_wire_format_documents_every_code() {
+        // Without `CommandTooLarge`, which is never sent.
+        let codes = [
+            Code::Rejected,
+            Code::ExpectedVersion,
+            Code::RetriesExhausted,
+            Code::Overloaded,
+            Code::Panicked,
+            Code::StoreUnavailable,
+            Code::OutcomeUnknown,
+            Code::NoHandler,
+            Code::Unavailable,
+            Code::Refused,
+            Code::CommandIdReused,
+            Code::IdAhead,
+            Code::ShuttingDown,
+            Code::ReplyUnreadable,
+            Code::Failed,
+        ];
+        let documents = include_str!("../../docs/wire-format.md");
+        for code in codes {
+            let name = serde_json::to_value(code).unwrap();
+            assert!(documents.contains(&format!("`{}`", name.as_str().unwrap())), "{name}");
         }
     }
 

@@ -158,7 +158,7 @@ impl Drop for Supervisor {
 mod tests {
     use serde::{Deserialize, Serialize};
 
-    use crate::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, Runtime};
+    use crate::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, NotExecutedKind, Runtime};
 
     #[derive(Default)]
     struct Light {
@@ -202,7 +202,9 @@ mod tests {
                 match runtime.execute::<Light>("hall", ()).await {
                     Ok(receipt) => break assert_eq!(receipt.reply, round),
                     // Between the end of one router and the start of the next.
-                    Err(ExecuteError::Store(error)) if error.is_transient() => tokio::task::yield_now().await,
+                    Err(ExecuteError::NotExecuted { kind: NotExecutedKind::Restarting { .. }, .. }) => {
+                        tokio::task::yield_now().await
+                    }
                     Err(error) => panic!("{error}"),
                 }
             }

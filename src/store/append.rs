@@ -102,15 +102,16 @@ pub struct Appended {
 /// A stream was not at the version that an append expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "conflict on {stream}: expected {expected}, found version {actual}; read the newer events and decide again"
+    "conflict on {stream}: expected {expected}, found {}; read the newer events and decide again",
+    actual.map_or_else(|| "another version".to_owned(), |version| format!("version {version}"))
 )]
 pub struct Conflict {
     /// Conflicting stream.
     pub stream: StreamId,
     /// Expected version.
     pub expected: ExpectedVersion,
-    /// Actual version.
-    pub actual: Version,
+    /// Actual version; `None` if only the append before this one learned it.
+    pub actual: Option<Version>,
 }
 
 /// The reason why an append failed.

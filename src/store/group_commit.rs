@@ -398,8 +398,7 @@ fn refuse(submission: PendingAppend, counters: &Counters) {
     let conflict = super::Conflict {
         stream: submission.stream,
         expected: ExpectedVersion::Exact(submission.expected),
-        // The actual version is unknown here; only the append before this one received it.
-        actual: Version::NONE,
+        actual: None,
     };
     (submission.done)(Err(conflict.into()));
 }

@@ -28,7 +28,8 @@ impl StreamVersions {
         for part in &append.streams {
             let actual = self.version(&part.stream);
             if !part.expected.allows(actual) {
-                return Err(Conflict { stream: part.stream.clone(), expected: part.expected, actual });
+                let (stream, expected) = (part.stream.clone(), part.expected);
+                return Err(Conflict { stream, expected, actual: Some(actual) });
             }
         }
         Ok(())

@@ -6,7 +6,7 @@ use async_nats::{Client, Subscriber};
 use futures_util::StreamExt;
 use storied::ciborium::Value;
 use storied::command::{CommandBus, CommandBusStatus, Handler, HandlerOptions, NatsCommandOptions};
-use storied::{ExecuteError, MemoryStore, NatsOptions, Runtime};
+use storied::{ExecuteError, MemoryStore, NatsOptions, NotExecutedKind, Runtime};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
@@ -128,8 +128,7 @@ async fn the_shutdown_of_another_node_is_not_the_callers() {
             answers.push(says);
             continue;
         }
-        let unavailable =
-            matches!(&error, ExecuteError::Unavailable { reason } if reason.contains("elsewhere is"));
+        let unavailable = matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::Unavailable { reason }, .. } if reason.contains("elsewhere is"));
         assert!(unavailable && error.is_transient(), "{error:?}");
     }
     caller.shutdown().await.unwrap();
@@ -201,7 +200,11 @@ async fn commands_end_at_their_deadline_if_the_server_hangs() {
         let answer = timeout(PATIENCE / 2, command).await.expect("it ends").unwrap();
         let error = answer.unwrap_err();
         assert!(
-            matches!(error, ExecuteError::OutcomeUnknown { .. } | ExecuteError::Unavailable { .. }),
+            matches!(
+                error,
+                ExecuteError::OutcomeUnknown { .. }
+                    | ExecuteError::NotExecuted { kind: NotExecutedKind::Unavailable { .. }, .. }
+            ),
             "{error}"
         );
     }
@@ -223,7 +226,10 @@ async fn a_full_node_refuses_before_its_silence_counts() {
     }
     let third = cluster.caller.command::<Worker>(Work::Note { n: 3, wait: false });
     let error = third.timeout(PATIENCE / 4).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Overloaded { limit: 1, .. }), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { limit: 1, .. }, .. }),
+        "{error}"
+    );
     cluster.open();
     for one in all {
         one.await.unwrap();

@@ -8,7 +8,7 @@ use storied::command::{CommandBus, Handler, HandlerOptions};
 use storied::event::EncodeError;
 use storied::projection::InMemory;
 use storied::store::ExpectedVersion;
-use storied::{ExecuteError, Projection, RecordedEvent, Version};
+use storied::{ExecuteError, NotExecutedKind, Projection, RecordedEvent, Version};
 use tokio::time::Instant;
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -95,11 +95,14 @@ async fn typed_refusals_arrive_with_their_details(kind: Kind) {
     assert_eq!(error.rejection(), Some(&WorkError::Refused { code: 42, text: "näh".into() }));
     let panicked = cluster.caller.execute::<Counter>("a", CounterCommand::Panic).await.unwrap_err();
     assert!(
-        matches!(&panicked, ExecuteError::Panicked { message, .. } if message == "as requested"),
+        matches!(&panicked, ExecuteError::NotExecuted { kind: NotExecutedKind::Panicked { message, .. }, .. } if message == "as requested"),
         "{panicked}"
     );
     let bad = cluster.caller.execute::<Counter>("", Add(1)).await.unwrap_err();
-    assert!(matches!(bad, ExecuteError::InvalidId { .. }), "{bad}");
+    assert!(
+        matches!(bad, ExecuteError::NotExecuted { kind: NotExecutedKind::InvalidId { .. }, .. }),
+        "{bad}"
+    );
     cluster.stop().await;
 }
 
@@ -187,7 +190,10 @@ async fn a_filtered_command_goes_to_another_node(kind: Kind) {
     }
     let started = Instant::now();
     let error = cluster.caller.execute::<Counter>("filtered", Add(1)).await.unwrap_err();
-    assert!(matches!(&error, ExecuteError::NotAccepted { reason } if reason.contains("filter")), "{error}");
+    assert!(
+        matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::NotAccepted { reason }, .. } if reason.contains("filter")),
+        "{error}"
+    );
     assert!(started.elapsed() < Duration::from_secs(4));
     assert_eq!(cluster.events().await.len(), 20);
     cluster.stop().await;
@@ -263,7 +269,10 @@ async fn hooks_run_around_commands(kind: Kind) {
     };
     let cluster = Setup::new(kind).bus(hooked).start().await;
     let error = cluster.caller.execute::<Counter>("forbidden", Add(1)).await.unwrap_err();
-    assert!(matches!(&error, ExecuteError::NotAccepted { reason } if reason == "not this one"), "{error}");
+    assert!(
+        matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::NotAccepted { reason }, .. } if reason == "not this one"),
+        "{error}"
+    );
     assert!(cluster.events().await.is_empty());
     cluster.caller.command::<Worker>(note(1)).metadata("who", "me").await.unwrap();
     let _ = cluster.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 0 }).await.unwrap_err();
@@ -350,13 +359,19 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     let id = Uuid::now_v7();
     cluster.caller.command::<Worker>(note(1)).command_id(id).await.unwrap();
     let error = cluster.caller.command::<Worker>(note(2)).command_id(id).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::CommandIdReused { command_id } if command_id == id), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { command_id }, .. } if command_id == id),
+        "{error}"
+    );
     // Also while the first command is in flight.
     let id = Uuid::now_v7();
     let waiting = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
     let waiting = waiting.dispatch().await.unwrap();
     let error = cluster.caller.command::<Worker>(Work::Note { n: 2, wait: true }).command_id(id).await;
-    assert!(matches!(error, Err(ExecuteError::CommandIdReused { .. })), "{error:?}");
+    assert!(
+        matches!(error, Err(ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { .. }, .. })),
+        "{error:?}"
+    );
     cluster.open();
     waiting.await.unwrap();
     assert_eq!(cluster.seen(), [1, 1]);
@@ -365,7 +380,10 @@ async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     let add = |n, from: &str| cluster.caller.execute::<Counter>(from, Add(n)).command_id(id);
     assert_eq!(add(1, "a").await.unwrap().reply, 1);
     let error = add(2, "a").await.unwrap_err();
-    assert!(matches!(error, ExecuteError::CommandIdReused { command_id } if command_id == id), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { command_id }, .. } if command_id == id),
+        "{error}"
+    );
     assert_eq!(add(1, "a").await.unwrap().reply, 1);
     // For another aggregate it is another command.
     assert_eq!(add(2, "b").await.unwrap().reply, 2);
@@ -438,7 +456,13 @@ async fn a_missing_handler_is_reported_at_once(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let started = Instant::now();
     let error = cluster.caller.command::<Elsewhere>(()).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { name: "test.elsewhere", .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted { kind: NotExecutedKind::NoHandler { name: "test.elsewhere", .. }, .. }
+        ),
+        "{error}"
+    );
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
     assert_eq!(error.is_transient(), kind == Kind::Nats, "other nodes may come");
     cluster.stop().await;
@@ -459,7 +483,9 @@ async fn a_panic_around_a_handler_affects_only_its_command(kind: Kind) {
     let cluster = Setup::new(kind).options(options).bus(hooked).start().await;
     for n in 0..3 {
         let error = cluster.caller.command::<Worker>(note(n)).await.unwrap_err();
-        let ExecuteError::NotAccepted { reason } = &error else { panic!("{error}") };
+        let ExecuteError::NotExecuted { kind: NotExecutedKind::NotAccepted { reason }, .. } = &error else {
+            panic!("{error}")
+        };
         assert!(reason.contains("on purpose"), "{reason}");
     }
     panics.store(false, Ordering::SeqCst);
@@ -479,7 +505,10 @@ async fn a_full_handler_reports_overload(kind: Kind) {
         all.push(work.dispatch().await.unwrap());
     }
     let error = cluster.caller.command::<Worker>(note(9)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Overloaded { limit: 2, .. }), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { limit: 2, .. }, .. }),
+        "{error}"
+    );
     assert!(error.is_transient());
     cluster.open();
     for one in all {
@@ -508,7 +537,12 @@ async fn an_expected_version_is_checked_where_the_aggregate_is(kind: Kind) {
     let add = |expected| cluster.caller.execute::<Counter>("a", Add(1)).expect_version(expected);
     add(ExpectedVersion::NoStream).await.unwrap();
     let error = add(ExpectedVersion::NoStream).await.unwrap_err();
-    let ExecuteError::ExpectedVersion { stream, expected, actual } = &error else { panic!("{error}") };
+    let ExecuteError::NotExecuted {
+        kind: NotExecutedKind::ExpectedVersion { stream, expected, actual }, ..
+    } = &error
+    else {
+        panic!("{error}")
+    };
     assert_eq!((stream.id(), *expected, actual.get()), ("a", ExpectedVersion::NoStream, 1));
     add(ExpectedVersion::Exact(Version::new(1))).await.unwrap();
     add(ExpectedVersion::StreamExists).await.unwrap();
@@ -569,7 +603,7 @@ async fn a_caller_can_wait_for_a_projection(kind: Kind) {
     let before = cluster.events().await.len();
     let refused = cluster.caller.execute::<Counter>("a", Add(1)).wait_for("fast").await.unwrap_err();
     assert!(
-        matches!(&refused, ExecuteError::UnknownProjection { name, known } if name == "fast" && *known == ["slow"])
+        matches!(&refused, ExecuteError::NotExecuted { kind: NotExecutedKind::UnknownProjection { name, known }, .. } if name == "fast" && *known == ["slow"])
     );
     assert_eq!(refused.to_string(), "there is no projection \"fast\"; this node runs slow");
     assert_eq!(cluster.events().await.len(), before, "nothing was executed");
@@ -584,11 +618,29 @@ async fn metadata_is_limited(kind: Kind) {
     let large = "x".repeat(storied::Metadata::MAX_BYTES);
     let add = cluster.caller.execute::<Counter>("a", Add(1)).metadata("note", large.clone());
     let error = add.await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Encode(EncodeError::MetadataTooLarge { .. })), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted {
+                kind: NotExecutedKind::Encode(EncodeError::MetadataTooLarge { .. }),
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert!(error.to_string().contains("\"note\" is the largest part"), "{error}");
     let work = Work::Note { n: 1, wait: false };
     let error = cluster.caller.command::<Worker>(work).metadata("note", large).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Encode(EncodeError::MetadataTooLarge { .. })), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted {
+                kind: NotExecutedKind::Encode(EncodeError::MetadataTooLarge { .. }),
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert_eq!((cluster.events().await.len(), cluster.shared.begun()), (0, 0), "nothing was executed");
     // Metadata just below the limit is accepted and arrives.
     let fits = "x".repeat(storied::Metadata::MAX_BYTES - 1024);
@@ -607,7 +659,10 @@ async fn accepted_commands_finish_before_a_node_ends(kind: Kind) {
     let all = if kind == Kind::Local { vec![cluster.caller.clone()] } else { cluster.workers.clone() };
     let ending: Vec<_> = all.iter().map(|node| tokio::spawn(node.clone().shutdown())).collect();
     for node in &all {
-        while !matches!(node.execute::<Counter>("b", Add(1)).await, Err(ExecuteError::ShuttingDown)) {
+        while !matches!(
+            node.execute::<Counter>("b", Add(1)).await,
+            Err(ExecuteError::NotExecuted { kind: NotExecutedKind::ShuttingDown, .. })
+        ) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -638,7 +693,11 @@ async fn an_id_from_the_future_is_refused(kind: Kind) {
             assert!(error.contains("more than 1 minute ahead"), "{error}");
         }
         let error = add(id).await.unwrap_err();
-        let ExecuteError::IdAhead { command_id, claimed, now } = error else { panic!("{error}") };
+        let ExecuteError::NotExecuted { kind: NotExecutedKind::IdAhead { command_id, claimed, now }, .. } =
+            error
+        else {
+            panic!("{error}")
+        };
         assert_eq!(command_id, id);
         let (ahead, passed) = ((claimed - now).num_seconds(), chrono::Utc::now() - now);
         assert!(claimed.timestamp_millis() / 1_000 == id.get_timestamp().unwrap().to_unix().0 as i64);
@@ -684,7 +743,10 @@ async fn dropped_callers_hold_no_permit(kind: Kind) {
     for _ in 0..10 {
         let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
         let error = work.timeout(Duration::from_millis(60)).await.unwrap_err();
-        assert!(!matches!(error, ExecuteError::Overloaded { .. }), "{error}");
+        assert!(
+            !matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { .. }, .. }),
+            "{error}"
+        );
     }
     eventually("it has begun", || cluster.shared.begun() == 1).await;
     for n in 2..6 {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use storied::aggregate::AggregateOptions;
 use storied::command::HandlerOptions;
-use storied::{EventStore, ExecuteError, MemoryStore, Receipt, Runtime};
+use storied::{EventStore, ExecuteError, MemoryStore, NotExecutedKind, Receipt, Runtime};
 use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::domain::{Add, Counter, Look, Shared, Work, Worker};
@@ -73,7 +73,10 @@ async fn a_command_beyond_the_window_gets_its_first_receipt() {
         }
         // Another content is refused for an id of any age.
         let error = runtime.execute::<Counter>("a", Add(7)).command_id(first[0].0).await.unwrap_err();
-        assert!(matches!(error, ExecuteError::CommandIdReused { .. }), "{error}");
+        assert!(
+            matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { .. }, .. }),
+            "{error}"
+        );
     }
 }
 

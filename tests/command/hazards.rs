@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use storied::command::CommandBusStatus;
-use storied::{ExecuteError, Runtime};
+use storied::{ExecuteError, NotExecutedKind, Runtime};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
@@ -151,7 +151,10 @@ async fn hazard_24_without_nats_a_command_fails_at_once_and_never_happens() {
     for _ in 0..20 {
         let started = Instant::now();
         let error = setting.caller.execute::<Counter>("b", Add(1)).await.unwrap_err();
-        assert!(matches!(error, ExecuteError::Unavailable { .. }), "{error}");
+        assert!(
+            matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Unavailable { .. }, .. }),
+            "{error}"
+        );
         assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
     }
     setting.server.restart().await;
@@ -210,7 +213,13 @@ async fn hazard_26_one_id_from_two_processes_is_one_command() {
     }
     assert_eq!(setting.events().await, 30);
     let another = setting.caller.command::<Gated>(pass("elsewhere")).command_id(ids[0]).await;
-    assert!(matches!(another, Err(ExecuteError::CommandIdReused { .. })), "{another:?}");
+    assert!(
+        matches!(
+            another,
+            Err(ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { .. }, .. })
+        ),
+        "{another:?}"
+    );
     drop((nodes, callers));
     setting.caller.shutdown().await.unwrap();
 }

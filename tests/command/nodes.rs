@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use storied::command::{CommandBusStatus, NatsCommandOptions};
-use storied::{ExecuteError, MemoryStore, NatsOptions, Runtime};
+use storied::{ExecuteError, MemoryStore, NatsOptions, NotExecutedKind, Runtime};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -60,7 +60,16 @@ async fn ownership_moves_with_the_nodes() {
     }
     two.shutdown().await.unwrap();
     let error = caller.execute::<Counter>(0, Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { name: "counter", retryable: true }), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted {
+                kind: NotExecutedKind::NoHandler { name: "counter", retryable: true },
+                ..
+            }
+        ),
+        "{error}"
+    );
     caller.shutdown().await.unwrap();
 }
 
@@ -124,7 +133,7 @@ async fn without_nats_a_command_fails_at_once_and_never_happens() {
         let started = Instant::now();
         let command = caller.execute::<Counter>("b", Add(1)).timeout(Duration::from_secs(2)).await;
         match command.unwrap_err() {
-            ExecuteError::Unavailable { .. } => {
+            ExecuteError::NotExecuted { kind: NotExecutedKind::Unavailable { .. }, .. } => {
                 assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
                 unavailable += 1;
             }
@@ -180,7 +189,10 @@ async fn callers_can_retry_until_a_node_is_back() {
         server.restart().await;
         let (give_up, id) = (Instant::now() + PATIENCE, Uuid::now_v7());
         while let Err(error) = caller.execute::<Counter>("a", Add(1)).command_id(id).await {
-            nobody += usize::from(matches!(error, ExecuteError::NoHandler { .. }));
+            nobody += usize::from(matches!(
+                error,
+                ExecuteError::NotExecuted { kind: NotExecutedKind::NoHandler { .. }, .. }
+            ));
             assert!(error.is_transient() && Instant::now() < give_up, "{error}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -226,7 +238,13 @@ async fn two_dispatchers_with_one_id_get_one_answer() {
         assert_eq!((one.reply, two.reply), (round + 1, round + 1));
         assert!(one.duplicate != two.duplicate);
         let another = other.command::<Worker>(Work::Note { n: 1, wait: false }).command_id(id).await;
-        assert!(matches!(another, Err(ExecuteError::CommandIdReused { .. })), "{another:?}");
+        assert!(
+            matches!(
+                another,
+                Err(ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { .. }, .. })
+            ),
+            "{another:?}"
+        );
     }
     assert_eq!(cluster.events().await.len(), 20);
     other.shutdown().await.unwrap();
@@ -261,7 +279,10 @@ async fn nodes_that_start_without_a_server_find_each_other_later() {
     let caller = caller(&store, &server).await;
     assert_eq!(worker.execute::<Counter>("a", Add(1)).await.unwrap().reply, 1);
     let error = caller.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::Unavailable { .. }), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Unavailable { .. }, .. }),
+        "{error}"
+    );
     server.restart().await;
     let give_up = Instant::now() + PATIENCE;
     while let Err(error) = caller.execute::<Counter>("a", Add(1)).await {
@@ -283,7 +304,10 @@ async fn nodes_of_other_namespaces_and_stores_get_no_commands() {
     let elsewhere = builder.aggregate::<Counter>().start().await.unwrap();
     let caller = caller(&store, &server).await;
     let error = caller.execute::<Counter>("a", Add(1)).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::NoHandler { .. }), "{error}");
+    assert!(
+        matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::NoHandler { .. }, .. }),
+        "{error}"
+    );
     for node in [caller, stranger, elsewhere] {
         node.shutdown().await.unwrap();
     }
@@ -295,7 +319,13 @@ async fn a_command_that_is_too_large_is_refused() {
     let cluster = Setup::new(Kind::Nats).start().await;
     let refuse = Work::Refuse { code: 1, text: "x".repeat(2 << 20) };
     let error = cluster.caller.command::<Worker>(refuse).await.unwrap_err();
-    assert!(matches!(error, ExecuteError::CommandTooLarge { limit: 1_048_576, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            ExecuteError::NotExecuted { kind: NotExecutedKind::CommandTooLarge { limit: 1_048_576, .. }, .. }
+        ),
+        "{error}"
+    );
     cluster.stop().await;
 }
 

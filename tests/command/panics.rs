@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use storied::command::{CommandBus, CommandInfo, HandleError, Handler, HandlerContext};
 use storied::store::MemoryStore;
-use storied::{Aggregate, Context, Decision, Event, ExecuteError, Runtime};
+use storied::{Aggregate, Context, Decision, Event, ExecuteError, NotExecutedKind, Runtime};
 use tokio::time::{Instant, timeout};
 
 use crate::support::*;
@@ -196,7 +196,13 @@ async fn a_panic_of_a_filter_or_a_hook_reaches_no_task() {
                 ("after", result) => result.unwrap(),
                 (_, result) => {
                     let error = result.unwrap_err();
-                    assert!(matches!(error, ExecuteError::NotAccepted { .. }), "{what}: {error:?}");
+                    assert!(
+                        matches!(
+                            error,
+                            ExecuteError::NotExecuted { kind: NotExecutedKind::NotAccepted { .. }, .. }
+                        ),
+                        "{what}: {error:?}"
+                    );
                     assert!(error.to_string().contains("on purpose"), "{error}");
                 }
             }

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
-use storied::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, Runtime, Version};
+use storied::{
+    Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, NoReplyKind, Runtime, Version,
+};
 use uuid::Uuid;
 
 use crate::support::{nats, server};
@@ -87,7 +89,9 @@ async fn a_reply_that_cannot_be_read_has_a_known_outcome() {
         for _ in 0..2 {
             let error = caller.command::<Halves>(()).command_id(id).await.unwrap_err();
             assert!(!error.is_transient() && error.to_string().contains("was handled"), "{error}");
-            let ExecuteError::ReplyUnreadable { command_id, receipt: None, reason } = error else {
+            let ExecuteError::NoReply { command_id, receipt: None, kind: NoReplyKind::Unreadable { reason } } =
+                error
+            else {
                 panic!("{error}")
             };
             assert!(command_id == id && reason.contains("whole"), "{reason}");
@@ -99,7 +103,11 @@ async fn a_reply_that_cannot_be_read_has_a_known_outcome() {
         // Without events the reply is only sent.
         match caller.execute::<Lamp>("a", false).await {
             Ok(receipt) => assert!(!remote && receipt.reply.whole.is_none()),
-            Err(ExecuteError::ReplyUnreadable { receipt: Some(receipt), .. }) => {
+            Err(ExecuteError::NoReply {
+                receipt: Some(receipt),
+                kind: NoReplyKind::Unreadable { .. },
+                ..
+            }) => {
                 assert!(remote && receipt.events == 0 && receipt.version == Version::NONE);
             }
             Err(error) => panic!("{error}"),
@@ -119,7 +127,7 @@ async fn an_answer_that_is_not_awaited_does_not_delay_the_end() {
     let begun = Instant::now();
     runtime.shutdown().await.unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
-    assert!(matches!(kept.await, Err(ExecuteError::ReplyUnreadable { .. })));
+    assert!(matches!(kept.await, Err(ExecuteError::NoReply { kind: NoReplyKind::Unreadable { .. }, .. })));
 }
 
 /// An aggregate whose reply type differs between two versions of a program.
@@ -160,7 +168,12 @@ async fn a_reply_of_another_type_has_a_known_outcome() {
         let repeated = new.execute::<Changed<u32>>("a", true).command_id(first.command_id);
         let error = repeated.await.unwrap_err();
         assert!(!error.is_transient(), "{error}");
-        let ExecuteError::ReplyUnreadable { command_id, receipt: Some(receipt), .. } = error else {
+        let ExecuteError::NoReply {
+            command_id,
+            receipt: Some(receipt),
+            kind: NoReplyKind::Unreadable { .. },
+        } = error
+        else {
             panic!("{error}")
         };
         assert_eq!(command_id, first.command_id);

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 use storied::store::ReadLog;
 use storied::{
-    Aggregate, Context, Decision, Event, EventStore, ExecuteError, MemoryStore, Position, Runtime, Version,
+    Aggregate, Context, Decision, Event, EventStore, ExecuteError, MemoryStore, NoReplyKind, NotExecutedKind,
+    Position, Runtime, Version,
 };
 use uuid::Uuid;
 
@@ -94,7 +95,9 @@ async fn oversized_messages_have_a_known_outcome() {
     for duplicate in [false, true] {
         let error = caller.execute::<Essay>("a", reply(0, 20_000)).command_id(id).await.unwrap_err();
         assert!(!error.is_transient() && error.to_string().contains("took effect"), "{error}");
-        let ExecuteError::ReplyTooLarge { command_id, receipt, size, limit } = error else {
+        let ExecuteError::NoReply { command_id, receipt, kind: NoReplyKind::TooLarge { size, limit } } =
+            error
+        else {
             panic!("{error}")
         };
         assert_eq!((command_id, limit), (id, LIMIT));
@@ -109,23 +112,43 @@ async fn oversized_messages_have_a_known_outcome() {
     let id = Uuid::now_v7();
     for _ in 0..2 {
         let error = caller.command::<Printer>(20_000_usize).command_id(id).await.unwrap_err();
-        assert!(matches!(error, ExecuteError::ReplyTooLarge { receipt: None, limit: LIMIT, .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                ExecuteError::NoReply { receipt: None, kind: NoReplyKind::TooLarge { limit: LIMIT, .. }, .. }
+            ),
+            "{error}"
+        );
     }
     assert_eq!(printed.load(Ordering::SeqCst), 1);
 
     // After a rejection, it is certain that nothing happened.
     let error = caller.execute::<Essay>("a", Write::Refuse { size: 20_000 }).await.unwrap_err();
-    assert!(matches!(&error, ExecuteError::Failed { reason } if reason.contains("refused: yyy")), "{error}");
+    assert!(
+        matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::Failed { reason }, .. } if reason.contains("refused: yyy")),
+        "{error}"
+    );
     assert!(error.to_string().len() < 2_000 && error.to_string().contains("8192"), "{error}");
 
     // A command that is too large is never sent.
     for size in [LIMIT, 100_000] {
         let error = caller.execute::<Essay>("a", reply(size, 0)).await.unwrap_err();
         assert!(!error.is_transient(), "{error}");
-        let ExecuteError::CommandTooLarge { size: found, limit } = error else { panic!("{error}") };
+        let ExecuteError::NotExecuted {
+            kind: NotExecutedKind::CommandTooLarge { size: found, limit }, ..
+        } = error
+        else {
+            panic!("{error}")
+        };
         assert!(found > size && limit == LIMIT, "{found} {limit}");
         let dispatched = caller.execute::<Essay>("a", reply(size, 0)).dispatch().await.err().unwrap();
-        assert!(matches!(dispatched, ExecuteError::CommandTooLarge { .. }), "{dispatched}");
+        assert!(
+            matches!(
+                dispatched,
+                ExecuteError::NotExecuted { kind: NotExecutedKind::CommandTooLarge { .. }, .. }
+            ),
+            "{dispatched}"
+        );
     }
     assert_eq!(events().await, 2);
     // On the node that owns the aggregate there is no limit.

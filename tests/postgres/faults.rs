@@ -108,7 +108,7 @@ async fn lose_everything(store: &PostgresStore, proxy: &Proxy) {
         assert!(proxy.done());
         assert_eq!(answers[0].as_ref().unwrap().versions, [Version::new(2), Version::new(2)], "{loss:?}");
         match &answers[1] {
-            Err(AppendError::Conflict(conflict)) => assert_eq!(conflict.actual, Version::new(version)),
+            Err(AppendError::Conflict(conflict)) => assert_eq!(conflict.actual, Some(Version::new(version))),
             other => panic!("{loss:?}: {other:?}"),
         }
         assert_eq!(answers[2].as_ref().unwrap().versions, [Version::new(1)], "{loss:?}");

@@ -16,8 +16,8 @@ use storied::projection::{
     Start, TargetUnavailable, WaitError,
 };
 use storied::{
-    EncodeError, EventStore, ExecuteError, Filter, MemoryStore, Position, Projection, ProjectionOptions,
-    RecordedEvent, Runtime, StoreError, StreamId,
+    EncodeError, EventStore, ExecuteError, Filter, MemoryStore, NotExecutedKind, Position, Projection,
+    ProjectionOptions, RecordedEvent, Runtime, StoreError, StreamId,
 };
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -44,13 +44,16 @@ fn transient() -> Vec<ApplyError> {
     let unavailable = || StoreError::Unavailable { reason: reason(), source: None };
     let execute: [fn() -> ExecuteError<No>; 8] = [
         || ExecuteError::OutcomeUnknown { command_id: Uuid::nil(), reason: "test".into() },
-        || ExecuteError::Overloaded { what: "test".into(), limit: 1 },
-        || ExecuteError::Unavailable { reason: "test".into() },
-        || ExecuteError::RetriesExhausted { stream: StreamId::new("thing", 1).unwrap(), attempts: 1 },
-        || ExecuteError::NoHandler { name: "test", retryable: true },
-        || ExecuteError::ShuttingDown,
-        || ExecuteError::Store(StoreError::Unavailable { reason: "test".into(), source: None }),
-        || ExecuteError::Store(StoreError::storage("full", io::Error::other("full"))),
+        || NotExecutedKind::Overloaded { what: "test".into(), limit: 1 }.into(),
+        || NotExecutedKind::Unavailable { reason: "test".into() }.into(),
+        || {
+            NotExecutedKind::RetriesExhausted { stream: StreamId::new("thing", 1).unwrap(), attempts: 1 }
+                .into()
+        },
+        || NotExecutedKind::NoHandler { name: "test", retryable: true }.into(),
+        || NotExecutedKind::ShuttingDown.into(),
+        || NotExecutedKind::Store(StoreError::Unavailable { reason: "test".into(), source: None }).into(),
+        || NotExecutedKind::Store(StoreError::storage("full", io::Error::other("full"))).into(),
     ];
     let mut errors: Vec<ApplyError> = Vec::new();
     for error in execute {
@@ -80,8 +83,8 @@ fn faults() -> Vec<ApplyError> {
     vec![
         "mine".into(),
         ExecuteError::Rejected(No).into(),
-        Mine::from(ExecuteError::<No>::InvalidId { reason: "test".into() }).into(),
-        ExecuteError::<No>::NoHandler { name: "test", retryable: false }.into(),
+        Mine::from(ExecuteError::<No>::from(NotExecutedKind::InvalidId { reason: "test".into() })).into(),
+        ExecuteError::<No>::from(NotExecutedKind::NoHandler { name: "test", retryable: false }).into(),
         StoreError::Invalid { reason: "test".into() }.into(),
         io::Error::from(io::ErrorKind::NotFound).into(),
         sqlx::Error::RowNotFound.into(),

@@ -15,8 +15,9 @@ use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCom
 use storied::projection::InMemory;
 use storied::store::Append;
 use storied::{
-    EventStore, ExecuteError, ExpectedVersion, MemoryStore, Metadata, NatsOptions, NewEvent, Position,
-    PostgresOptions, PostgresReadModel, ProjectionOptions, ReadLog, RecordedEvent, Runtime, StreamId,
+    EventStore, ExecuteError, ExpectedVersion, MemoryStore, Metadata, NatsOptions, NewEvent, NotExecutedKind,
+    Position, PostgresOptions, PostgresReadModel, ProjectionOptions, ReadLog, RecordedEvent, Runtime,
+    StreamId,
 };
 use tokio::time::{Instant, sleep};
 use tracing::{Instrument, Level, info_span};
@@ -314,7 +315,10 @@ async fn a_refused_command_is_an_error_of_its_span() {
     for key in ["filtered", "hooked"] {
         let spans = Spans::listen();
         let error = caller.execute::<Counter>(key, Add(1)).await.unwrap_err();
-        assert!(matches!(error, ExecuteError::NotAccepted { .. }), "{error}");
+        assert!(
+            matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::NotAccepted { .. }, .. }),
+            "{error}"
+        );
         let commands = spans.named("command counter");
         let server = commands.iter().find(|span| span.span_kind == SpanKind::Server).unwrap();
         assert_eq!(attribute(server, "error.type").as_deref(), Some("not_accepted"), "{key}");

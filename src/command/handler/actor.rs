@@ -21,7 +21,7 @@ use super::message::{Message, WorkerPermit};
 use super::options::HandlerOptions;
 use super::router::HandlerRouter;
 use super::run::run;
-use crate::command::ExecuteError;
+use crate::command::NotExecutedKind;
 use crate::command::dispatcher::Dispatcher;
 use crate::panic::{panic_text, text_of};
 use crate::store::EventStore;
@@ -174,7 +174,7 @@ impl<H: Handler> HandlerState<H> {
         if let Some(current) = self.current.get_mut(&job.id) {
             if current.fingerprint != job.fingerprint {
                 // A failed send means that the caller has stopped waiting.
-                let _ = caller.answer(Err(ExecuteError::CommandIdReused { command_id: job.id }));
+                let _ = caller.answer(Err(NotExecutedKind::CommandIdReused { command_id: job.id }.into()));
                 return;
             }
             current.deadline = current.deadline.max(job.deadline);

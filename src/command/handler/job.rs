@@ -7,9 +7,9 @@ use uuid::Uuid;
 
 use super::options::HandlerOptions;
 use super::{Handled, Handler};
-use crate::command::ExecuteError;
 use crate::command::dispatcher::Dispatcher;
 use crate::command::wire::{About, Done, Outcome, read_reply};
+use crate::command::{ExecuteError, NotExecutedKind};
 use crate::event::Metadata;
 use crate::store::{EventStore, ExpectedVersion, StoreError};
 use crate::telemetry::trace::CommandSpan;
@@ -73,9 +73,11 @@ impl AttemptResult {
             AttemptResult::Unreadable(error) => {
                 Err(unknown(format!("it was handled, but its record does not decode: {error}")))
             }
-            AttemptResult::Refused(reason) => Err(ExecuteError::NotAccepted { reason: reason.clone() }),
-            AttemptResult::CommandIdReused => Err(ExecuteError::CommandIdReused { command_id: id }),
-            AttemptResult::Store(error) => Err(ExecuteError::Store(error.clone())),
+            AttemptResult::Refused(reason) => {
+                Err(NotExecutedKind::NotAccepted { reason: reason.clone() }.into())
+            }
+            AttemptResult::CommandIdReused => Err(NotExecutedKind::CommandIdReused { command_id: id }.into()),
+            AttemptResult::Store(error) => Err(NotExecutedKind::Store(error.clone()).into()),
             AttemptResult::Unknown(reason) => Err(unknown(reason.clone())),
         }
     }

@@ -14,7 +14,7 @@ use crate::command::envelope::{Envelope, envelope_setters};
 use crate::command::hooks::watched;
 use crate::command::route::Route;
 use crate::command::wire::{About, Done, Kind, Outcome, read_reply};
-use crate::command::{CommandInfo, Dispatched, ExecuteError};
+use crate::command::{CommandInfo, Dispatched, ExecuteError, NotExecutedKind};
 use crate::event::EncodeError;
 use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
@@ -61,7 +61,8 @@ impl<H: Handler> Request<H> {
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
-        let key = key_of::<H>(&self.command).map_err(|reason| ExecuteError::NotAccepted { reason })?;
+        let key = key_of::<H>(&self.command)
+            .map_err(|reason| ExecuteError::from(NotExecutedKind::NotAccepted { reason }))?;
         let watched = Watched::new(self.commands.metrics(), H::NAME, key.as_deref(), &mut self.envelope);
         let given = self.send(key, prompt, watched.span()).await;
         watched.over(given)
@@ -80,7 +81,12 @@ impl<H: Handler> Request<H> {
         envelope.metadata.encode()?;
         let info =
             CommandInfo { name: H::NAME, key: key.as_deref(), id: envelope.id, metadata: &envelope.metadata };
-        let takes = || commands.hooks().accepts(&info).map_err(|reason| ExecuteError::NotAccepted { reason });
+        let takes = || {
+            commands
+                .hooks()
+                .accepts(&info)
+                .map_err(|reason| ExecuteError::from(NotExecutedKind::NotAccepted { reason }))
+        };
         let local = match commands.registry().handler::<H>() {
             Some(local) => takes()?.then_some(local),
             None => None,

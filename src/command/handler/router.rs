@@ -17,8 +17,7 @@ use super::job::{Answer, HandlerJob, Shared};
 use super::message::Message;
 use super::status::HandlerStatus;
 use crate::aggregate::SHUTDOWN;
-use crate::command::ExecuteError;
-use crate::store::StoreError;
+use crate::command::{ExecuteError, NotExecutedKind};
 use crate::time::after;
 
 /// A handle to a handler's actor. Cloning is cheap.
@@ -67,18 +66,19 @@ impl<H: Handler> HandlerRouter<H> {
         id: Uuid,
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, ExecuteError<H::Error>> {
-        ExecuteError::check_id(id)?;
+        NotExecutedKind::check_id(id)?;
         if self.closing.load(Ordering::Acquire) {
-            return Err(ExecuteError::ShuttingDown);
+            return Err(NotExecutedKind::ShuttingDown.into());
         }
         let until = deadline.min(after(self.shared.options.admission));
         match tokio::time::timeout_at(until, self.admission.clone().acquire_owned()).await {
             Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_closed)) => Err(ExecuteError::ShuttingDown),
-            Err(_elapsed) => Err(ExecuteError::Overloaded {
+            Ok(Err(_closed)) => Err(NotExecutedKind::ShuttingDown.into()),
+            Err(_elapsed) => Err(NotExecutedKind::Overloaded {
                 what: "commands in flight for this handler".into(),
                 limit: self.shared.options.in_flight,
-            }),
+            }
+            .into()),
         }
     }
 
@@ -98,11 +98,8 @@ impl<H: Handler> HandlerRouter<H> {
                 let _waiting = ReleaseOnDrop(waiting);
                 answer.await.map_err(|_dropped| Stopped)
             }),
-            Err(_) if self.closing.load(Ordering::Acquire) => Err(ExecuteError::ShuttingDown),
-            Err(_) => {
-                let reason = "handler is restarting".into();
-                Err(ExecuteError::Store(StoreError::Unavailable { reason, source: None }))
-            }
+            Err(_) if self.closing.load(Ordering::Acquire) => Err(NotExecutedKind::ShuttingDown.into()),
+            Err(_) => Err(NotExecutedKind::Restarting { name: H::NAME }.into()),
         }
     }
 

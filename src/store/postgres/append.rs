@@ -100,7 +100,8 @@ fn tell(
         AppendOutcome::Conflict(part, actual) => {
             let mut appends = unit.appends.iter().copied();
             let (Some(first), Some(part)) = (appends.next(), unit.parts.get(part)) else { return };
-            let conflict = Conflict { stream: part.stream.clone(), expected: part.expected, actual };
+            let (stream, expected) = (part.stream.clone(), part.expected);
+            let conflict = Conflict { stream, expected, actual: Some(actual) };
             answer(first, Err(conflict.into()));
             // They were merged with the first on the assumption that it succeeds.
             todo.extend(appends);
