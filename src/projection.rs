@@ -21,6 +21,7 @@ mod control;
 mod error;
 mod factory;
 mod handle;
+mod interruption;
 mod layout;
 mod lookup;
 mod memory;

@@ -1,91 +1,33 @@
 //! The actor of one aggregate: folds, decides on speculative state, replies when durable.
 
+mod message;
+mod pending;
+mod receipts;
+mod shared;
+mod snapshots;
+
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use chrono::{DateTime, Utc};
-use ractor::{Actor, ActorProcessingErr, ActorRef, MessagingErr, RpcReplyPort};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::time::Instant;
 use uuid::Uuid;
 
+pub(crate) use self::message::CommandRequest;
+use self::message::answer;
+pub(super) use self::message::{AggregateMessage, InFlightGuard};
+use self::pending::{Decided, Pending};
+use self::receipts::{NO_REPLY, receipt, repeat, settle};
+pub(super) use self::shared::Shared;
+pub(super) use self::snapshots::SNAPSHOTS_UNDER_WAY;
+use self::snapshots::{stage_snapshot, take_snapshot};
 use super::fold::{HydratedState, Recollection};
-use super::options::AggregateOptions;
-use super::{Aggregate, Context, ExecuteError, NotExecutedKind, Receipt};
+use super::{Aggregate, Context, ExecuteError, NotExecutedKind};
 use crate::codec::{from_cbor, to_cbor};
-use crate::event::{EncodeError, Event, EventTypes, Metadata, NewEvent, StreamId, Version};
-use crate::panic::{panic_text, text_of};
-use crate::store::{
-    AppendError, AppendResult, CommandEvents, EventStore, ExpectedVersion, GroupCommitter, PendingAppend,
-    SpeculationChain,
-};
-use crate::telemetry::trace::CommandSpan;
-
-/// CBOR's null: a reply without content (`()`). It is not stored.
-const NO_REPLY: [u8; 1] = [0xf6];
-
-/// A receipt, or the error of a command without one.
-pub(crate) type CommandResult<A> =
-    Result<Receipt<<A as Aggregate>::Reply>, ExecuteError<<A as Aggregate>::Error>>;
-
-/// A command request, with everything that a further attempt needs.
-pub(crate) struct CommandRequest<A: Aggregate> {
-    pub(crate) command: A::Command,
-    pub(crate) command_id: Uuid,
-    /// Fingerprint of the content. It detects the reuse of an id for another command.
-    pub(crate) content: u64,
-    pub(crate) metadata: Metadata,
-    /// Version of the aggregate that the caller expects.
-    pub(crate) expected: ExpectedVersion,
-    /// Time until which the caller waits. An undecided command is then dropped for good.
-    pub(crate) deadline: Instant,
-    /// Arrival time. It is the clock of the decisions.
-    pub(crate) now: DateTime<Utc>,
-    /// Number of decisions so far.
-    pub(crate) attempts: u32,
-    pub(crate) span: CommandSpan,
-    /// Permit within the router's limit of commands in flight. The answer releases it.
-    pub(crate) _permit: OwnedSemaphorePermit,
-    pub(crate) reply: RpcReplyPort<CommandResult<A>>,
-}
-
-/// A guard that counts a command as in flight for its aggregate. The answer drops it.
-///
-/// An aggregate without guards has no queued commands and no speculative state. It can be evicted
-/// without loss.
-pub(super) struct InFlightGuard(Arc<AtomicUsize>);
-
-impl InFlightGuard {
-    pub(super) fn new(counter: &Arc<AtomicUsize>) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter.clone())
-    }
-}
-
-impl Drop for InFlightGuard {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
-    }
-}
-
-/// The shared state of all actors of one kind of aggregate.
-pub(super) struct Shared<A: Aggregate> {
-    pub(super) store: Arc<dyn EventStore>,
-    pub(super) writer: GroupCommitter,
-    pub(super) options: AggregateOptions<A>,
-    pub(super) types: Arc<EventTypes>,
-    /// Permits for snapshot writes.
-    pub(super) snapshots: Arc<Semaphore>,
-}
-
-pub(super) enum AggregateMessage<A: Aggregate> {
-    /// Decide on a command. `InFlightGuard` counts it as in flight until it is dropped.
-    Execute(Box<CommandRequest<A>>, InFlightGuard),
-    /// The writer answered the oldest append of this actor.
-    Committed(AppendResult),
-}
+use crate::event::{EncodeError, Event, Metadata, NewEvent, StreamId, Version};
+use crate::panic::panic_text;
+use crate::store::{AppendError, AppendResult, CommandEvents, PendingAppend, SpeculationChain};
 
 pub(super) struct AggregateActor<A: Aggregate> {
     pub(super) shared: Arc<Shared<A>>,
@@ -112,31 +54,6 @@ pub(super) struct AggregateState<A: Aggregate> {
     backlog: VecDeque<(Box<CommandRequest<A>>, InFlightGuard)>,
     /// Encoded state that waits until its version is durable.
     staged: Option<(Version, Vec<u8>)>,
-}
-
-/// Maximum number of concurrent snapshot writes for one kind of aggregate.
-///
-/// The actor skips further ones.
-pub(super) const SNAPSHOTS_UNDER_WAY: usize = 4;
-
-/// A decided command without an answer.
-struct Pending<A: Aggregate> {
-    order: Box<CommandRequest<A>>,
-    load: InFlightGuard,
-    decided: Decided<A>,
-    /// Span from the decision to the end of the append.
-    _append: Option<Box<tracing::Span>>,
-    /// Repetitions of the command that arrived meanwhile. They get the same answer.
-    repeated: Vec<(Box<CommandRequest<A>>, InFlightGuard)>,
-}
-
-enum Decided<A: Aggregate> {
-    /// Events that are folded into the state and whose append is in flight.
-    Events { first: Version, last: Version, reply: A::Reply },
-    /// No events.
-    ///
-    /// The answer waits until all events up to `version`, the base of the decision, are durable.
-    Answer { version: Version, result: Result<A::Reply, ExecuteError<A::Error>> },
 }
 
 impl<A: Aggregate> Actor for AggregateActor<A> {
@@ -211,7 +128,7 @@ impl<A: Aggregate> AggregateActor<A> {
                         let folded = none.insert(loaded);
                         // A snapshot now keeps the next fold of a long stream short.
                         stage_snapshot(&self.shared.options, &mut state.staged, folded);
-                        self.take_snapshot(folded, &mut state.staged);
+                        take_snapshot(&self.shared, &self.stream, folded, &mut state.staged);
                         folded
                     }
                     Err(error) => return answer(order.reply, Err(error.into_execute(&self.stream))),
@@ -231,7 +148,7 @@ impl<A: Aggregate> AggregateActor<A> {
             }
         };
         if let Some(events) = earlier {
-            let repeated = Box::pin(self.repeat(&order, events)).await;
+            let repeated = Box::pin(repeat(&*self.shared.store, &self.stream, &order, events)).await;
             return answer(order.reply, repeated);
         }
         // Check the attempts after the duplicate look-up: a competing append may be this very
@@ -277,12 +194,12 @@ impl<A: Aggregate> AggregateActor<A> {
                 return state.pending.push_back(pending);
             }
             if fresh {
-                return self.settle(pending, folded);
+                return settle(pending, &self.stream, folded);
             }
             // An append would detect a newer event of another node. An answer without an append
             // must read the stream.
             match Box::pin(folded.catch_up(&*self.shared.store, &self.stream)).await {
-                Ok(()) if folded.version == expected => self.settle(pending, folded),
+                Ok(()) if folded.version == expected => settle(pending, &self.stream, folded),
                 Ok(()) => {
                     let Pending { order, load, .. } = pending;
                     Box::pin(self.execute(myself, order, load, state)).await;
@@ -405,10 +322,10 @@ impl<A: Aggregate> AggregateActor<A> {
                 if let Some(folded) = &mut state.folded {
                     folded.durable(id, first, last, written.position);
                     if state.staged.as_ref().is_some_and(|(version, _)| *version == last) {
-                        self.take_snapshot(folded, &mut state.staged);
+                        take_snapshot(&self.shared, &self.stream, folded, &mut state.staged);
                     }
                 }
-                self.receipt(pending, CommandEvents { first, last, position: written.position });
+                receipt(pending, &self.stream, CommandEvents { first, last, position: written.position });
             }
             Err(AppendError::Conflict(_)) => {
                 state.broken = true;
@@ -428,83 +345,10 @@ impl<A: Aggregate> AggregateActor<A> {
         while let Some(Pending { decided: Decided::Answer { .. }, .. }) = state.pending.front() {
             let Some(next) = state.pending.pop_front() else { break };
             match &state.folded {
-                Some(folded) if !state.broken => self.settle(next, folded),
+                Some(folded) if !state.broken => settle(next, &self.stream, folded),
                 _ => state.retry_queue.push_back((next.order, next.load)),
             }
         }
-    }
-
-    /// Answers a command that was decided without events on a durable state.
-    fn settle(&self, pending: Pending<A>, folded: &HydratedState<A>) {
-        let Pending { order, decided, .. } = pending;
-        let Decided::Answer { version, result } = decided else { return };
-        let result = result.map(|reply| Receipt {
-            command_id: order.command_id,
-            stream: self.stream.clone(),
-            version,
-            position: folded.position,
-            events: 0,
-            reply,
-            duplicate: false,
-        });
-        answer(order.reply, result);
-    }
-
-    /// Answers a command whose events are durable, and its repetitions.
-    fn receipt(&self, pending: Pending<A>, record: CommandEvents) {
-        let Pending { order, decided, repeated, .. } = pending;
-        let Decided::Events { reply, .. } = decided else { return };
-        if !repeated.is_empty() {
-            let copy = to_cbor(&reply).map_err(|error| error.to_string());
-            for (order, _load) in repeated {
-                let copy = copy.as_ref().map_err(Clone::clone).and_then(|bytes| from_cbor(bytes));
-                let receipt =
-                    copy.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply));
-                let unreadable = |reason| {
-                    let receipt = Receipt::repeated(order.command_id, &self.stream, record, ());
-                    ExecuteError::unreadable_reply(order.command_id, Some(receipt), reason)
-                };
-                answer(order.reply, receipt.map_err(unreadable));
-            }
-        }
-        let mut receipt = Receipt::repeated(order.command_id, &self.stream, record, reply);
-        receipt.duplicate = false;
-        answer(order.reply, Ok(receipt));
-    }
-
-    /// Rebuilds the first receipt of a durable command from the reply in its last event.
-    async fn repeat(&self, order: &CommandRequest<A>, record: CommandEvents) -> CommandResult<A> {
-        // I8: the command is durable. From here on, every error is `OutcomeUnknown`, except a
-        // different content and an unreadable reply.
-        let unknown = |reason| ExecuteError::OutcomeUnknown {
-            command_id: order.command_id,
-            reason: format!("it took effect, but its first receipt cannot be read: {reason}"),
-        };
-        // I3: the events may be visible only because the wait for a standby was cancelled. Confirm
-        // that they are durable before the answer.
-        let durable = self.shared.store.confirm_durable().await;
-        durable.map_err(|error| unknown(error.to_string()))?;
-        let before = Version::new(record.last.get() - 1);
-        let events = self.shared.store.read_stream(&self.stream, before, 1).await;
-        let metadata = match events.map_err(|error| unknown(error.to_string()))?.first() {
-            Some(event) if event.command_id == order.command_id => {
-                event.decode_metadata().map_err(|error| unknown(error.to_string()))?
-            }
-            // A standby without the event took over, or the store was restored.
-            _ => return Err(unknown("its last event is no longer in the log".into())),
-        };
-        // Events of other programs and of older versions have no fingerprint.
-        if metadata.content.is_some_and(|content| content != order.content) {
-            return Err(NotExecutedKind::CommandIdReused { command_id: order.command_id }.into());
-        }
-        let reply = from_cbor(if metadata.reply.is_empty() { &NO_REPLY } else { &metadata.reply });
-        // A retry reads the same bytes: the outcome is known, and only the reply is not.
-        reply.map(|reply| Receipt::repeated(order.command_id, &self.stream, record, reply)).map_err(
-            |reason| {
-                let receipt = Receipt::repeated(order.command_id, &self.stream, record, ());
-                ExecuteError::unreadable_reply(order.command_id, Some(receipt), reason)
-            },
-        )
     }
 
     /// Recovers after a conflict or a panic, once no append is in flight.
@@ -537,63 +381,5 @@ impl<A: Aggregate> AggregateActor<A> {
                 self.execute(myself, order, load, state).await;
             }
         }
-    }
-
-    /// Writes the staged snapshot in a separate task.
-    fn take_snapshot(&self, folded: &mut HydratedState<A>, staged: &mut Option<(Version, Vec<u8>)>) {
-        let (Some((version, bytes)), Some(snapshots)) = (staged.take(), &self.shared.options.snapshots)
-        else {
-            return;
-        };
-        // Also advance after a skipped snapshot. Otherwise every event would encode the state until
-        // a permit is free.
-        folded.snapshot = version;
-        let Ok(place) = self.shared.snapshots.clone().try_acquire_owned() else {
-            return tracing::debug!(stream = %self.stream, %version, "skipping a snapshot; other snapshots are being written");
-        };
-        let (store, stream) = (self.shared.store.clone(), self.stream.clone());
-        match folded.pack(version, snapshots.revision, bytes) {
-            Ok(snapshot) => {
-                tokio::spawn(async move {
-                    let _place = place;
-                    if let Err(error) = store.save_snapshot(&stream, snapshot).await {
-                        tracing::warn!(%stream, %version, %error, "could not save a snapshot; retrying with the next one");
-                    }
-                });
-            }
-            Err(error) => tracing::warn!(%stream, %version, %error, "could not encode a snapshot"),
-        }
-    }
-}
-
-/// Encodes the state if a snapshot is due.
-///
-/// The state may be speculative. The encoded form waits until its version is durable.
-fn stage_snapshot<A: Aggregate>(
-    options: &AggregateOptions<A>,
-    staged: &mut Option<(Version, Vec<u8>)>,
-    folded: &mut HydratedState<A>,
-) {
-    let Some(snapshots) = &options.snapshots else { return };
-    if staged.is_some() || folded.version.get() < folded.snapshot.get() + snapshots.every {
-        return;
-    }
-    let encoded = catch_unwind(AssertUnwindSafe(|| (snapshots.encode)(&folded.state)))
-        .unwrap_or_else(|panic| Err(panic_text(&*panic)));
-    match encoded {
-        Ok(bytes) => *staged = Some((folded.version, bytes)),
-        Err(error) => {
-            tracing::warn!(%error, "could not encode the state of an aggregate; skipping the snapshot");
-            // Do not retry with every event.
-            folded.snapshot = folded.version;
-        }
-    }
-}
-
-/// Answers a caller. Logs an error that the caller no longer waits for.
-fn answer<R, E: std::fmt::Display>(port: RpcReplyPort<Result<R, E>>, answer: Result<R, E>) {
-    if let Err(MessagingErr::SendErr(Err(error))) = port.send(answer) {
-        let error = text_of(&error);
-        tracing::warn!(error, "command failed after its caller stopped waiting");
     }
 }

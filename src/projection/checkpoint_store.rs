@@ -9,7 +9,7 @@ use crate::store::{
 use std::sync::Arc;
 
 /// Maximum number of attempts while other writers move the same checkpoint.
-const ATTEMPTS: u32 = 20;
+pub(super) const ATTEMPTS: u32 = 20;
 
 pub(super) trait DynCheckpointStore: Send + Sync {
     fn prepare<'a>(&'a self, store: &'a Arc<dyn EventStore>) -> BoxFuture<'a, Result<(), StoreError>>;
@@ -29,7 +29,9 @@ pub(super) trait DynCheckpointStore: Send + Sync {
         position: Position,
     ) -> BoxFuture<'a, Result<bool, StoreError>>;
     /// Stores a parked event beside a checkpoint that has no other purpose.
-    fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<(), StoreError>>;
+    ///
+    /// Returns `false` if other writers moved the checkpoint in all [`ATTEMPTS`].
+    fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<bool, StoreError>>;
 }
 
 impl<R: ReadModel> DynCheckpointStore for R {
@@ -69,22 +71,19 @@ impl<R: ReadModel> DynCheckpointStore for R {
         ReadModel::remove_parked(self, name, position)
     }
 
-    fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<(), StoreError>> {
+    fn post<'a>(&'a self, name: &'a str, what: &'a ParkedEvent) -> BoxFuture<'a, Result<bool, StoreError>> {
         Box::pin(async move {
             for _ in 0..ATTEMPTS {
                 let mut open = self.begin(name, Checkpoint::default()).await?;
                 // Also in a read model of another store that is to be reset.
                 let found = self.adopt(&mut open, name).await?;
                 match self.commit(open, name, found, bump(found), Some(what.clone())).await {
-                    Ok(()) => return Ok(()),
+                    Ok(()) => return Ok(true),
                     Err(CheckpointError::Stale { .. }) => {}
                     Err(CheckpointError::Store(error)) => return Err(error),
                 }
             }
-            let reason = format!(
-                "storing a request in {name} failed: concurrent writes in all {ATTEMPTS} attempts; retry later"
-            );
-            Err(StoreError::Unavailable { reason, source: None })
+            Ok(false)
         })
     }
 }

@@ -335,8 +335,9 @@ impl ProjectionHandle {
     /// Returns at most `limit` parked events, oldest first. Works from any node.
     ///
     /// # Errors
-    /// If the read model cannot be read.
-    pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
+    /// If the read model cannot be read; [`Unavailable`](ControlError::Unavailable) if it was not
+    /// prepared within 30 s.
+    pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, ControlError> {
         self.prepared().await?;
         let mut parked = Vec::new();
         for row in self.live_rows().await? {
@@ -395,7 +396,7 @@ impl ProjectionHandle {
     }
 
     /// Waits until the read model can be read, right after the start.
-    async fn prepared(&self) -> Result<(), StoreError> {
+    async fn prepared(&self) -> Result<(), ControlError> {
         let mut status = self.of_all().clone();
         let done = |status: &ProjectionStatus| {
             status.prepared || matches!(status.state, ProjectionState::Failed | ProjectionState::Stopped)
@@ -406,12 +407,8 @@ impl ProjectionHandle {
             return Ok(());
         }
         let error = self.status().last_error;
-        let reason = format!(
-            "reading the read model of projection {} failed: not prepared: {}",
-            self.name,
-            error.as_deref().unwrap_or("no answer")
-        );
-        Err(StoreError::Unavailable { reason, source: None })
+        let reason = format!("its read model is not prepared: {}", error.as_deref().unwrap_or("no answer"));
+        Err(ControlError::Unavailable { name: self.name.to_string(), reason })
     }
 
     /// Saves the checkpoint, releases the lease and stops; without saving after `patience`.

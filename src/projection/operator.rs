@@ -9,7 +9,8 @@ use chrono::{DateTime, Utc};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::checkpoint_store::DynCheckpointStore;
+use super::checkpoint_store::{ATTEMPTS, DynCheckpointStore};
+use super::control::ControlError;
 use super::layout::{CheckpointKey, Layout, Role, Versions};
 use super::request::{Answer, Request};
 use super::{ReadModel, name_problem};
@@ -36,7 +37,7 @@ const REQUESTS: usize = 1_000;
 /// use storied::projection::{Operator, PostgresReadModel, Request};
 /// use storied::{EventStore, PostgresStore};
 ///
-/// # async fn run(pool: sqlx::PgPool) -> Result<(), storied::StoreError> {
+/// # async fn run(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
 /// let store: Arc<dyn EventStore> = Arc::new(PostgresStore::connect("").await?);
 /// let operator = Operator::new(store, PostgresReadModel::new(pool)).await?;
 /// for projection in operator.projections().await? {
@@ -233,8 +234,9 @@ impl Operator {
     /// Resumes the projection on all nodes. A failed projection retries.
     ///
     /// # Errors
-    /// If the store cannot be written, or concurrent actions on the projection do not end.
-    pub async fn resume(&self, name: &str) -> Result<(), StoreError> {
+    /// If the store cannot be written; [`Conflict`](ControlError::Conflict) if concurrent actions on
+    /// the projection do not end.
+    pub async fn resume(&self, name: &str) -> Result<(), ControlError> {
         self.store.set_paused(name, false).await?;
         self.call(name).await
     }
@@ -246,8 +248,9 @@ impl Operator {
     /// cancel a rebuild also withdraws a waiting request for a rebuild.
     ///
     /// # Errors
-    /// If the store or the read model cannot be written. The request may be recorded nevertheless.
-    pub async fn ask(&self, name: &str, request: Request) -> Result<RequestTicket, StoreError> {
+    /// If the store or the read model cannot be written; [`Conflict`](ControlError::Conflict) if
+    /// concurrent actions on the projection do not end. The request may be recorded nevertheless.
+    pub async fn ask(&self, name: &str, request: Request) -> Result<RequestTicket, ControlError> {
         if request == Request::CancelRebuild {
             // Nodes cancel before they rebuild, which is right only for the other order.
             let row = Layout::single(name).request(Request::Rebuild.kind());
@@ -257,7 +260,12 @@ impl Operator {
             }
         }
         let kept = request.to_keep()?;
-        self.progress.post(&Layout::single(name).request(request.kind()), &kept).await?;
+        let row = Layout::single(name).request(request.kind());
+        if !self.progress.post(&row, &kept).await? {
+            let reason =
+                format!("storing a request in {row} failed: concurrent writes in all {ATTEMPTS} attempts");
+            return Err(ControlError::Conflict { name: name.to_owned(), reason });
+        }
         self.call(name).await?;
         Ok(RequestTicket { projection: name.to_owned(), request })
     }
@@ -325,7 +333,7 @@ impl Operator {
     }
 
     /// Makes the nodes re-read all state of the projection.
-    async fn call(&self, name: &str) -> Result<(), StoreError> {
+    async fn call(&self, name: &str) -> Result<(), ControlError> {
         let order = Layout::single(name).order();
         // Long enough to detect that a lease of this kind is not renewed.
         let patience = ORDER * 3 / 2;
@@ -338,13 +346,11 @@ impl Operator {
             let owner = Uuid::new_v4();
             let taken = lease::acquire(&*self.store, &order, owner, ORDER, abandoned.as_ref()).await?;
             if let Some(lease) = taken {
-                return self.store.release_lease(&lease).await;
+                return Ok(self.store.release_lease(&lease).await?);
             }
             if Instant::now() >= give_up {
-                let reason = format!(
-                    "notifying the nodes of projection {name} failed: concurrent actions for {patience:?}; retry later"
-                );
-                return Err(StoreError::Unavailable { reason, source: None });
+                let reason = format!("concurrent actions for {patience:?}");
+                return Err(ControlError::Conflict { name: name.to_owned(), reason });
             }
             sleep(Duration::from_millis(100)).await;
         }

@@ -5,6 +5,7 @@ use chrono::{DateTime, Utc};
 use std::sync::Arc;
 
 use super::ReadModel;
+use super::interruption::Interruption;
 use super::layout::Layout;
 use crate::event::Position;
 use crate::store::{Checkpoint, CheckpointError, EventStore, Filter, ReadLog, StoreError};
@@ -42,7 +43,11 @@ pub enum Start {
 
 impl Start {
     /// Returns the last position that is not applied; `now` is that of [`Now`](Self::Now).
-    pub(super) async fn resolve(self, store: &dyn EventStore, now: Position) -> Result<Position, StoreError> {
+    pub(super) async fn resolve(
+        self,
+        store: &dyn EventStore,
+        now: Position,
+    ) -> Result<Position, Interruption> {
         match self {
             Self::Beginning => Ok(Position::START),
             Self::Now => Ok(now),
@@ -50,13 +55,14 @@ impl Start {
                 let before = before(position);
                 let head = store.high_water_mark().await?;
                 if before > head {
-                    return Err(StoreError::not_now(format!(
+                    let reason = format!(
                         "waiting for start position {position}: the log ends at {head} (ProjectionOptions::start)"
-                    )));
+                    );
+                    return Err(Interruption::Later { reason });
                 }
-                last_event(store, before).await
+                Ok(last_event(store, before).await?)
             }
-            Self::Since(time) => before_time(store, time, now).await,
+            Self::Since(time) => Ok(before_time(store, time, now).await?),
         }
     }
 }

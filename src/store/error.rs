@@ -71,10 +71,9 @@ pub enum StoreError {
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unavailable { reason, .. } => match self.subject() {
-                Some(Subject::Other) => f.write_str(reason),
-                Some(Subject::ReadModel(_)) => write!(f, "the read model is unavailable: {reason}"),
-                None => write!(f, "the event store is unavailable: {reason}"),
+            Self::Unavailable { reason, .. } => match self.is_of_read_model() {
+                true => write!(f, "the read model is unavailable: {reason}"),
+                false => write!(f, "the event store is unavailable: {reason}"),
             },
             Self::OutcomeUnknown { reason, .. } => {
                 write!(f, "append outcome unknown: {reason}; repeat the command with the same id")
@@ -85,9 +84,9 @@ impl fmt::Display for StoreError {
                 write!(f, "incompatible event store: expected {expected}, found {found}; {advice}")
             }
             Self::Corrupt { reason } => write!(f, "unreadable data in the event store: {reason}"),
-            Self::Storage { reason, .. } => match self.subject() {
-                Some(Subject::ReadModel(_)) => write!(f, "the read model cannot write: {reason}"),
-                _ => write!(f, "the event store cannot write: {reason}"),
+            Self::Storage { reason, .. } => match self.is_of_read_model() {
+                true => write!(f, "the read model cannot write: {reason}"),
+                false => write!(f, "the event store cannot write: {reason}"),
             },
         }
     }
@@ -144,28 +143,23 @@ impl StoreError {
         }
     }
 
-    /// Creates an [`Unavailable`](Self::Unavailable) with a full sentence about another subject.
-    pub(crate) fn not_now(reason: String) -> Self {
-        Self::Unavailable { reason, source: Some(Arc::new(Subject::Other)) }
-    }
-
     /// Marks the error as one of a read model in a database.
     pub(crate) fn of_read_model(self) -> Self {
-        let marked = |source: Option<_>| Some(Arc::new(Subject::ReadModel(source)) as Arc<_>);
+        let marked = |source: Option<_>| Some(Arc::new(ReadModelFailure(source)) as Arc<_>);
         match self {
-            own if own.subject().is_some() => own,
+            own if own.is_of_read_model() => own,
             Self::Unavailable { reason, source } => Self::Unavailable { reason, source: marked(source) },
             Self::Storage { reason, source } => Self::Storage { reason, source: marked(source) },
             other => other,
         }
     }
 
-    fn subject(&self) -> Option<&Subject> {
+    fn is_of_read_model(&self) -> bool {
         match self {
             Self::Unavailable { source: Some(source), .. } | Self::Storage { source: Some(source), .. } => {
-                source.downcast_ref()
+                source.is::<ReadModelFailure>()
             }
-            _ => None,
+            _ => false,
         }
     }
 
@@ -180,29 +174,21 @@ impl StoreError {
     }
 }
 
-/// The subject of a [`StoreError`] that is not about the event store, in its chain of causes.
+/// Marks a [`StoreError`] of a read model in its chain of causes; has the driver's error.
 #[derive(Debug)]
-enum Subject {
-    /// A read model, with the driver's error.
-    ReadModel(Option<Arc<dyn Error + Send + Sync>>),
-    /// The subject that the reason names.
-    Other,
-}
+struct ReadModelFailure(Option<Arc<dyn Error + Send + Sync>>);
 
-impl fmt::Display for Subject {
+impl fmt::Display for ReadModelFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::ReadModel(_) => f.write_str("the read model failed"),
-            Self::Other => Transient.fmt(f),
-        }
+        f.write_str("the read model failed")
     }
 }
 
-impl Error for Subject {
+impl Error for ReadModelFailure {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match self {
-            Self::ReadModel(Some(source)) => Some(&**source),
-            Self::ReadModel(None) | Self::Other => Some(&Transient),
+        match &self.0 {
+            Some(source) => Some(&**source),
+            None => Some(&Transient),
         }
     }
 }

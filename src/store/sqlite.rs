@@ -17,6 +17,7 @@ mod pauses;
 pub(crate) mod progress;
 mod read;
 mod schema;
+mod shared;
 mod snapshots;
 
 use std::collections::BTreeSet;
@@ -30,11 +31,11 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, Sq
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use self::append::Written;
 use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 pub use self::options::SqliteOptions;
 pub(crate) use self::schema::home;
+use self::shared::Shared;
 use super::page_size::PageSizer;
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
@@ -60,15 +61,6 @@ use crate::event::{Position, RecordedEvent, StreamId, Version};
 #[derive(Clone)]
 pub struct SqliteStore {
     shared: Arc<Shared>,
-}
-
-struct Shared {
-    info: StoreInfo,
-    path: PathBuf,
-    writer: Writer,
-    readers: Readers,
-    page_sizer: PageSizer,
-    appended: watch::Sender<Position>,
 }
 
 impl fmt::Debug for SqliteStore {
@@ -150,83 +142,6 @@ impl SqliteStore {
         SqliteOptions::new(path).open().await
     }
 
-    async fn append_batch(&self, batch: Vec<Append>) -> Vec<Result<Appended, AppendError>> {
-        let mut answers = Vec::with_capacity(batch.len());
-        let mut valid = Vec::with_capacity(batch.len());
-        for append in batch {
-            match append::check(&append) {
-                Ok(()) => {
-                    answers.push(None);
-                    valid.push(append);
-                }
-                Err(error) => answers.push(Some(Err(error.into()))),
-            }
-        }
-        if valid.is_empty() {
-            return answers.into_iter().flatten().collect();
-        }
-        let written = self.write(valid).await;
-        let mut written = match written {
-            Ok(written) => {
-                self.announce(&written);
-                Ok(written.into_iter())
-            }
-            Err(error) => Err(error),
-        };
-        let missing = || AppendError::Store(StoreError::Corrupt { reason: "an append got no answer".into() });
-        answers
-            .into_iter()
-            .map(|answer| match (answer, &mut written) {
-                (Some(refused), _) => refused,
-                (None, Ok(written)) => written.next().unwrap_or_else(|| Err(missing())),
-                (None, Err(error)) => Err(error.clone().into()),
-            })
-            .collect()
-    }
-
-    async fn write(&self, batch: Vec<Append>) -> Result<Vec<Result<Appended, AppendError>>, StoreError> {
-        let result: Result<Written, Failure<Written, StoreError>> = self
-            .shared
-            .writer
-            .transaction("appending events", move |connection| {
-                Box::pin(async move { append::write(connection, &batch).await })
-            })
-            .await;
-        let (error, written) = match result {
-            Ok(written) => return Ok(written.answers),
-            Err(Failure::Commit(error, written)) => (error, written),
-            Err(failure) => return Err(failure.into_error()),
-        };
-        // I4: a failed commit has usually not happened, and the look-up is cheap.
-        let Some((position, id)) = written.proof else { return Ok(written.answers) };
-        match read::is_at(&self.shared.readers, position, id).await {
-            Ok(true) => {
-                tracing::warn!(%error, %position, "commit reported an error, but the events are in the log");
-                Ok(written.answers)
-            }
-            // The events are absent now, but a crash may restore them.
-            Ok(false) if error::is_sync_failure(&error) => {
-                Err(StoreError::OutcomeUnknown { reason: error.to_string(), source: Some(Arc::new(error)) })
-            }
-            Ok(false) => Err(error),
-            Err(lookup) => Err(StoreError::OutcomeUnknown {
-                reason: format!("{error}; looking up the events failed: {lookup}"),
-                source: Some(Arc::new(error)),
-            }),
-        }
-    }
-
-    /// Notifies the readers of this process of the new end of the log.
-    fn announce(&self, written: &[Result<Appended, AppendError>]) {
-        let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
-        let Some(&last) = last else { return };
-        self.shared.appended.send_if_modified(|known| {
-            let news = last > *known;
-            *known = last.max(*known);
-            news
-        });
-    }
-
     /// Runs a transaction whose failed commit needs no look-up, because the caller repeats it.
     async fn transaction<T, E, W>(&self, doing: &'static str, work: W) -> Result<T, E>
     where
@@ -244,7 +159,7 @@ impl EventStore for SqliteStore {
     }
 
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
-        Box::pin(self.append_batch(batch))
+        Box::pin(self.shared.append_batch(batch))
     }
 
     fn read_stream<'a>(

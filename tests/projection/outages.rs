@@ -73,6 +73,8 @@ fn transient() -> Vec<ApplyError> {
         Mine::Other(async_nats::ConnectError::new(async_nats::ConnectErrorKind::Io).into()).into(),
         sqlx::Error::PoolTimedOut.into(),
         ControlError::Overloaded { name: reason() }.into(),
+        ControlError::Conflict { name: reason(), reason: reason() }.into(),
+        ControlError::Unavailable { name: reason(), reason: reason() }.into(),
         ControlError::Store(unavailable()).into(),
         WaitError::Stopped { name: reason() }.into(),
     ]);

@@ -2,39 +2,32 @@
 //!
 //! A change here needs a new number in `Storied-Wire`.
 
-use std::fmt::Write;
+mod body;
+mod headers;
+mod incoming;
+mod reject;
+mod stream_header;
 
-use async_nats::header::{HeaderName, HeaderValue, NATS_MESSAGE_ID};
+use async_nats::header::{HeaderValue, NATS_MESSAGE_ID};
 use async_nats::{HeaderMap, Message};
-use bytes::{BufMut, Bytes, BytesMut};
-use chrono::{DateTime, SecondsFormat, Utc};
+use bytes::Bytes;
+use chrono::SecondsFormat;
 use uuid::Uuid;
 
+use self::body::body;
+use self::headers::{
+    BODY, CODEC, COMMAND, CORRELATION, EVENT, FORMAT, Headers, OMITTED, POSITION, PREVIOUS, STORE, STREAM,
+    TIME, TRACEPARENT, TRACESTATE, VERSION, WIRE, in_format,
+};
+use self::incoming::read;
+pub(super) use self::incoming::{Incoming, position_of, read_any};
+pub(super) use self::reject::Reject;
+use self::reject::malformed;
+pub(super) use self::stream_header::percent_decoded;
+use self::stream_header::stream_header;
 use super::subjects::{Mapping, Names};
 use crate::bus::{BusError, ClaimedEvent};
-use crate::codec::Codec;
-use crate::event::{EventName, Position, RecordedEvent, StreamId, Version};
-
-const WIRE: HeaderName = HeaderName::from_static("Storied-Wire");
-const STORE: HeaderName = HeaderName::from_static("Storied-Store");
-const POSITION: HeaderName = HeaderName::from_static("Storied-Position");
-const PREVIOUS: HeaderName = HeaderName::from_static("Storied-Previous");
-const STREAM: HeaderName = HeaderName::from_static("Storied-Stream");
-const VERSION: HeaderName = HeaderName::from_static("Storied-Version");
-const EVENT: HeaderName = HeaderName::from_static("Storied-Event");
-const TIME: HeaderName = HeaderName::from_static("Storied-Time");
-const COMMAND: HeaderName = HeaderName::from_static("Storied-Command");
-const CORRELATION: HeaderName = HeaderName::from_static("Storied-Correlation");
-const CODEC: HeaderName = HeaderName::from_static("Storied-Codec");
-const BODY: HeaderName = HeaderName::from_static("Storied-Body");
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
-
-/// Number of this format.
-const FORMAT: &str = "1";
-
-/// Value of `Storied-Body` if an event is too large for a message.
-const OMITTED: &str = "omitted";
+use crate::event::{Position, RecordedEvent};
 
 /// Upper bound of the headers and the frame of any message, in bytes.
 const HEADROOM: usize = 4_096;
@@ -45,13 +38,6 @@ const LONGEST_TRACEPARENT: usize = 256;
 
 /// Maximum length of a `tracestate` header. The standard asks to forward up to this length.
 const LONGEST_TRACESTATE: usize = 512;
-
-/// CBOR: a map of two entries, and the keys with the tag of their value.
-/// The tag is "encoded CBOR data item" (24) or "embedded JSON" (262).
-const MAP: &[u8] = &[0xa2];
-const PAYLOAD_CBOR: &[u8] = b"\x67payload\xd8\x18";
-const PAYLOAD_JSON: &[u8] = b"\x67payload\xd9\x01\x06";
-const METADATA: &[u8] = b"\x68metadata\xd8\x18";
 
 /// The encoder and decoder of the messages of one store's log.
 #[derive(Debug, Clone)]
@@ -68,27 +54,6 @@ pub(super) struct Outgoing {
     pub(super) subject: String,
     pub(super) headers: HeaderMap,
     pub(super) body: Bytes,
-}
-
-/// A received message.
-#[derive(Debug)]
-pub(super) enum Incoming {
-    Event {
-        /// Position of the previous event in the log, whatever its name.
-        previous: Position,
-        event: RecordedEvent,
-    },
-    /// An event at this position that was too large for a message.
-    Large(Position),
-}
-
-/// The reason why a message is not accepted.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Reject {
-    /// The message is of the log of another store.
-    OtherStore(String),
-    /// The message does not have the format of storied.
-    Malformed(String),
 }
 
 impl Wire {
@@ -234,220 +199,16 @@ impl Wire {
     }
 }
 
-/// Decodes the message of an event of any store, and returns the id of the store.
-pub(super) fn read_any(message: &Message) -> Result<(Uuid, Incoming), Reject> {
-    let headers = in_format(message.headers.as_ref())?;
-    Ok((Headers(headers).uuid(&STORE)?, read(message, headers)?))
-}
-
-/// The position in a message's headers, if there is one. Used to order messages.
-pub(super) fn position_of(message: &Message) -> Option<u64> {
-    message.headers.as_ref()?.get(POSITION)?.as_str().parse().ok()
-}
-
-/// Returns the headers if they are of this format.
-fn in_format(headers: Option<&HeaderMap>) -> Result<&HeaderMap, Reject> {
-    let headers = headers.ok_or_else(|| malformed("missing headers".into()))?;
-    match headers.get(WIRE) {
-        Some(format) if format.as_str() == FORMAT => Ok(headers),
-        Some(format) => Err(malformed(format!("unknown wire format {:?}", format.as_str()))),
-        None => Err(malformed("missing header Storied-Wire".into())),
-    }
-}
-
-fn read(message: &Message, headers: &HeaderMap) -> Result<Incoming, Reject> {
-    let headers = Headers(headers);
-    let position = Position::new(headers.number(&POSITION)?);
-    if headers.0.get(BODY).is_some_and(|body| body.as_str() == OMITTED) {
-        return Ok(Incoming::Large(position));
-    }
-    let previous = Position::new(headers.number(&PREVIOUS)?);
-    if previous >= position {
-        return Err(malformed(format!("position {position} is not after its previous position {previous}")));
-    }
-    let codec = headers.text(&CODEC)?;
-    let codec = Codec::from_name(codec).ok_or_else(|| malformed(format!("unknown codec {codec:?}")))?;
-    let (payload, metadata) = read_body(&message.payload, codec)
-        .ok_or_else(|| malformed(format!("invalid body of position {position}")))?;
-    let event = RecordedEvent {
-        id: headers.event_id(position)?,
-        stream: read_stream(headers.text(&STREAM)?).ok_or_else(|| malformed("invalid stream".into()))?,
-        version: Version::new(headers.number(&VERSION)?),
-        position,
-        name: EventName::new(headers.text(&EVENT)?).map_err(|error| malformed(error.to_string()))?,
-        codec,
-        payload,
-        command_id: headers.uuid(&COMMAND)?,
-        metadata,
-        recorded_at: DateTime::parse_from_rfc3339(headers.text(&TIME)?)
-            .map_err(|error| malformed(format!("invalid time: {error}")))?
-            .with_timezone(&Utc),
-    };
-    Ok(Incoming::Event { previous, event })
-}
-
-fn malformed(what: String) -> Reject {
-    Reject::Malformed(what)
-}
-
-struct Headers<'a>(&'a HeaderMap);
-
-impl<'a> Headers<'a> {
-    fn text(&self, name: &HeaderName) -> Result<&'a str, Reject> {
-        let value = self.0.get(name.clone()).map(HeaderValue::as_str);
-        value.ok_or_else(|| malformed(format!("missing header {name}")))
-    }
-
-    fn number(&self, name: &HeaderName) -> Result<u64, Reject> {
-        self.text(name)?.parse().map_err(|error| malformed(format!("{name}: {error}")))
-    }
-
-    fn uuid(&self, name: &HeaderName) -> Result<Uuid, Reject> {
-        Uuid::try_parse(self.text(name)?).map_err(|error| malformed(format!("{name}: {error}")))
-    }
-
-    /// The id of the event at `position`.
-    /// The message id is `ID`, or `ID@POSITION` if the log has the id twice.
-    fn event_id(&self, position: Position) -> Result<Uuid, Reject> {
-        let text = self.text(&NATS_MESSAGE_ID)?;
-        let id = match text.split_once('@') {
-            Some((id, at)) if at.parse() == Ok(position.get()) => id,
-            Some(_) => return Err(malformed(format!("{NATS_MESSAGE_ID}: not of position {position}"))),
-            None => text,
-        };
-        Uuid::try_parse(id).map_err(|error| malformed(format!("{NATS_MESSAGE_ID}: {error}")))
-    }
-}
-
-/// Encodes `category/id`.
-/// A byte that a header cannot carry or would not preserve becomes `%` and two hexadecimal digits.
-fn stream_header(stream: &StreamId) -> String {
-    let mut text = String::with_capacity(stream.category().len() + 1 + stream.id().len());
-    text.push_str(stream.category());
-    text.push('/');
-    for byte in stream.id().bytes() {
-        if matches!(byte, b'!'..=b'~') && byte != b'%' {
-            text.push(char::from(byte));
-        } else {
-            // Writing to a String does not fail.
-            let _ = write!(text, "%{byte:02X}");
-        }
-    }
-    text
-}
-
-fn read_stream(header: &str) -> Option<StreamId> {
-    let (category, id) = header.split_once('/')?;
-    StreamId::new(category, percent_decoded(id)?).ok()
-}
-
-/// Decodes `%` and two hexadecimal digits to a byte.
-pub(super) fn percent_decoded(text: &str) -> Option<String> {
-    if !text.contains('%') {
-        return Some(text.to_owned());
-    }
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, behind)) = rest.split_first() {
-        rest = behind;
-        if byte == b'%' {
-            let digits = std::str::from_utf8(rest.get(..2)?).ok()?;
-            bytes.push(u8::from_str_radix(digits, 16).ok()?);
-            rest = &rest[2..];
-        } else {
-            bytes.push(byte);
-        }
-    }
-    String::from_utf8(bytes).ok()
-}
-
-fn payload_key(codec: Codec) -> &'static [u8] {
-    match codec {
-        Codec::Cbor => PAYLOAD_CBOR,
-        Codec::Json => PAYLOAD_JSON,
-    }
-}
-
-fn body(event: &RecordedEvent) -> Bytes {
-    let mut body = BytesMut::with_capacity(event.payload.len() + event.metadata.len() + 48);
-    body.put_slice(MAP);
-    for (key, value) in [(payload_key(event.codec), &event.payload), (METADATA, &event.metadata)] {
-        body.put_slice(key);
-        put_byte_string(&mut body, value);
-    }
-    body.freeze()
-}
-
-/// Reads payload and metadata, which share the body's memory.
-fn read_body(body: &Bytes, codec: Codec) -> Option<(Bytes, Bytes)> {
-    let mut rest = body.clone();
-    take(&mut rest, MAP)?;
-    take(&mut rest, payload_key(codec))?;
-    let payload = take_byte_string(&mut rest)?;
-    take(&mut rest, METADATA)?;
-    let metadata = take_byte_string(&mut rest)?;
-    rest.is_empty().then_some((payload, metadata))
-}
-
-/// Writes a byte string as in RFC 8949, with the shortest length encoding.
-fn put_byte_string(body: &mut BytesMut, value: &[u8]) {
-    const BYTE_STRING: u8 = 0x40;
-    match value.len() {
-        length @ 0..24 => body.put_u8(BYTE_STRING | length as u8),
-        length @ 24..0x100 => body.put_slice(&[BYTE_STRING | 24, length as u8]),
-        length @ 0x100..0x1_0000 => {
-            body.put_u8(BYTE_STRING | 25);
-            body.put_u16(length as u16);
-        }
-        length @ 0x1_0000..0x1_0000_0000 => {
-            body.put_u8(BYTE_STRING | 26);
-            body.put_u32(length as u32);
-        }
-        length => {
-            body.put_u8(BYTE_STRING | 27);
-            body.put_u64(length as u64);
-        }
-    }
-    body.put_slice(value);
-}
-
-fn take_byte_string(rest: &mut Bytes) -> Option<Bytes> {
-    let first = *rest.first()?;
-    let (short, extra) = match first.checked_sub(0x40)? {
-        length @ 0..24 => (Some(length), 0),
-        size @ 24..28 => (None, 1_usize << (size - 24)),
-        _ => return None,
-    };
-    let digits = rest.get(1..1 + extra)?;
-    let length = match short {
-        Some(length) => usize::from(length),
-        None => {
-            let length = digits.iter().fold(0, |length, digit| length << 8 | u64::from(*digit));
-            usize::try_from(length).ok()?
-        }
-    };
-    let start = 1 + extra;
-    let end = start.checked_add(length).filter(|end| *end <= rest.len())?;
-    let value = rest.slice(start..end);
-    *rest = rest.slice(end..);
-    Some(value)
-}
-
-fn take(rest: &mut Bytes, expected: &[u8]) -> Option<()> {
-    if !rest.starts_with(expected) {
-        return None;
-    }
-    *rest = rest.slice(expected.len()..);
-    Some(())
-}
-
 #[cfg(test)]
 mod tests {
+    use async_nats::header::HeaderName;
+    use chrono::Utc;
     use proptest::prelude::*;
 
     use super::*;
     use crate::bus::nats::subjects::Subjects;
-    use crate::event::Metadata;
+    use crate::codec::Codec;
+    use crate::event::{EventName, Metadata, StreamId, Version};
 
     fn event(id: &str, codec: Codec, payload: Vec<u8>, metadata: Vec<u8>) -> RecordedEvent {
         RecordedEvent {

@@ -204,7 +204,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
         }
         if let Err(error) = ended {
-            return self.on_checkpoint_error(&error);
+            return self.on_checkpoint_error(error);
         }
         self.backoff.succeeded();
         let took = began.elapsed();
@@ -275,7 +275,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         };
         let (parks, row) = (parked.is_some(), &self.row);
         if let Err(error) = self.read_model.commit(open, row, saved, to, parked).await {
-            return self.on_checkpoint_error(&error);
+            return self.on_checkpoint_error(error);
         }
         if parks {
             tracing::error!(

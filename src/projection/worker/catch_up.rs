@@ -1,7 +1,6 @@
 //! Sources of the next events: the store during catch-up, and a follower when live.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
@@ -13,9 +12,10 @@ use super::wait::hear;
 use crate::bus::{Follow, LogBatch};
 use crate::event::{Position, RecordedEvent};
 use crate::feed::{FeedItem, adjacent};
+use crate::projection::interruption::Interruption;
 use crate::projection::layout::Role;
 use crate::projection::{FollowMode, Projection, ProjectionState, ReadModel};
-use crate::store::{LogPage, ReadLog, StoreError};
+use crate::store::{LogPage, ReadLog};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Drops the work in progress; the next round continues from the applied position.
@@ -36,7 +36,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     self.follower = Some(follower);
                     self.read_to_feed();
                 }
-                Err(error) => return self.on_unavailable(&error),
+                Err(interruption) => return self.on_interruption(&interruption),
             }
         }
         let ahead = self.ahead.take().filter(|ahead| ahead.after == self.applied);
@@ -67,7 +67,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 }
                 self.enqueue(events.into(), upto);
             }
-            Some(Err(error)) => self.on_unavailable(&error),
+            Some(Err(interruption)) => self.on_interruption(&interruption),
             None => {}
         }
     }
@@ -90,7 +90,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Subscribes to the live source from now on.
-    pub(super) fn listen(&self) -> Result<Follower, StoreError> {
+    pub(super) fn listen(&self) -> Result<Follower, Interruption> {
         let TaskConfig { feed, bus, store, log, filter, options, role, .. } = self.context;
         let own = *role == Role::Live && self.read_model.shared();
         if options.follow == FollowMode::Feed || !own {
@@ -105,10 +105,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         // The runtime has checked that the bus supports this; so the bus was shut down.
         let durable = |followed| DurableFollower::new(followed, log.clone(), filter.clone(), self.page.get());
         followed.map(|followed| Follower::Durable(Box::new(durable(followed)))).map_err(|error| {
-            StoreError::Unavailable {
-                reason: format!("{} cannot be followed", bus.name()),
-                source: Some(Arc::new(error)),
-            }
+            Interruption::Later { reason: format!("{} cannot be followed: {error}", bus.name()) }
         })
     }
 
@@ -151,13 +148,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 FeedItem::Closed => {
                     // Only if the runtime stops, which stops this task as well, or the bus is
                     // closed.
-                    let error = StoreError::Unavailable {
-                        reason: "following the feed failed: the feed has ended".into(),
-                        source: None,
-                    };
+                    let reason = "following the feed failed: the feed has ended".into();
                     self.source = Source::Store;
                     self.follower = None;
-                    self.on_unavailable(&error);
+                    self.schedule_retry(&Interruption::Later { reason });
                 }
             }
             // Events that have arrived meanwhile share the transaction.

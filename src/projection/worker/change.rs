@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::context::TaskConfig;
 use super::user_code::is_outage;
+use crate::projection::interruption::Interruption;
 use crate::projection::{ApplyError, ControlError, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
@@ -38,18 +39,37 @@ pub(super) enum Change<'r> {
     },
 }
 
-/// Converts an error of the user's code: transient, or refused.
+/// Converts an error of the user's code: an outage, or a refusal.
 pub(super) fn blame(context: &TaskConfig, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
-    if is_outage(read_model, error) {
-        return StoreError::not_now(error.to_string()).into();
+    let (name, reason) = (context.name.clone(), error.to_string());
+    match is_outage(read_model, error) {
+        true => ControlError::Unavailable { name, reason },
+        false => ControlError::Refused { name, reason },
     }
-    ControlError::Refused { name: context.name.clone(), reason: error.to_string() }
 }
 
-/// Converts an error; a conflict on a checkpoint becomes a transient error, to be retried.
-pub(super) fn refused(error: CheckpointError) -> ControlError {
-    ControlError::Store(match error {
-        CheckpointError::Stale { .. } => StoreError::Unavailable { reason: error.to_string(), source: None },
-        CheckpointError::Store(error) => error,
-    })
+/// Returns the conversion of an error of a checkpoint; a conflict is retried.
+pub(super) fn refused(context: &TaskConfig) -> impl Fn(CheckpointError) -> ControlError {
+    let converted = interrupted(context);
+    move |error| converted(error.into())
+}
+
+/// Returns the conversion of an interruption.
+pub(super) fn interrupted(context: &TaskConfig) -> impl Fn(Interruption) -> ControlError {
+    let name = &context.name;
+    move |interruption| match interruption {
+        Interruption::Store(error) => error.into(),
+        Interruption::Fenced { reason } => ControlError::Conflict { name: name.clone(), reason },
+        Interruption::Later { reason } => ControlError::Unavailable { name: name.clone(), reason },
+    }
+}
+
+/// Returns whether the next of the [`ATTEMPTS`] may succeed: after a conflict or an outage.
+pub(super) fn is_momentary(error: &ControlError) -> bool {
+    matches!(
+        error,
+        ControlError::Conflict { .. }
+            | ControlError::Unavailable { .. }
+            | ControlError::Store(StoreError::Unavailable { .. })
+    )
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::change::{ATTEMPTS, Change, ORDER, blame, refused};
+use super::change::{ATTEMPTS, Change, ORDER, blame, interrupted, is_momentary, refused};
 use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use super::user_code::{apply, catch_panic};
@@ -21,7 +21,7 @@ use crate::projection::error::NoReset;
 use crate::projection::layout::{CheckpointKey, bump};
 use crate::projection::start_position::recorded;
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, Lease, StoreError};
+use crate::store::{Checkpoint, Lease};
 
 /// A checkpoint name, its current value and its target.
 type Move = (String, Checkpoint, Checkpoint);
@@ -137,7 +137,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// The checkpoint may belong to another store or another number of partitions, or be beyond the
     /// end of the log. With `requested`, only if that request still exists.
     pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
-        self.create().await?;
+        self.create().await.map_err(interrupted(self.context))?;
         let context = self.context;
         let TaskConfig { name, store, lease_watcher, .. } = context;
         let goal = context.goal().await?;
@@ -191,15 +191,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 Change::Discard { asked } => self.drop_version(asked).await.map(|()| true),
             };
             match changed {
-                Err(ControlError::Store(StoreError::Unavailable { reason, .. })) if attempt < ATTEMPTS => {
+                Err(error) if attempt < ATTEMPTS && is_momentary(&error) => {
                     let projection = &self.context.name;
-                    tracing::info!(
-                        projection,
-                        reason,
-                        attempt,
-                        ?change,
-                        "retrying a change of the projection"
-                    );
+                    tracing::info!(projection, %error, attempt, ?change, "retrying a change of the projection");
                     attempt += 1;
                     sleep(backoff.next()).await;
                 }
@@ -223,7 +217,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let row = &self.row.clone();
         // An unreadable checkpoint belongs to another store, or is unreadable below as well.
         let known = self.read_model.checkpoint(row).await.unwrap_or_default();
-        let floor = self.floor_after_reset().await?;
+        let floor = self.floor_after_reset().await.map_err(interrupted(self.context))?;
         let mut open = self.read_model.begin(row, known).await?;
         let result = async {
             if let Some(request) = requested
@@ -246,7 +240,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             // Before the user's part: owners then wait for this transaction, instead of blocking it
             // in vain.
             for (row, found, to) in &rows {
-                self.read_model.save(&mut open, row, *found, *to).await.map_err(refused)?;
+                self.read_model.save(&mut open, row, *found, *to).await.map_err(refused(self.context))?;
             }
             if !self.outside() {
                 let emptied = self.users_reset(&mut open).await;
@@ -259,7 +253,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         };
         match result.await {
             Ok(Some((row, found, to))) => {
-                self.read_model.commit(open, &row, found, to, None).await.map_err(refused)?;
+                self.read_model.commit(open, &row, found, to, None).await.map_err(refused(self.context))?;
                 Ok(true)
             }
             Ok(None) => {
@@ -287,7 +281,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         for (index, (row, found, to)) in rows.iter().enumerate() {
             if let Err(error) = self.read_model.save(open, row, *found, *to).await {
                 self.put_back(open, &rows[..index]).await;
-                return Err(refused(error));
+                return Err(refused(self.context)(error));
             }
         }
         if let Err(error) = self.users_reset(open).await {
@@ -326,14 +320,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         event: &RecordedEvent,
         requested: Option<&str>,
     ) -> Result<(), ControlError> {
-        self.create().await?;
+        self.create().await.map_err(interrupted(self.context))?;
         let mut attempt = 1;
         loop {
             match self.apply_parked(event, requested).await {
                 // The owner has moved the checkpoint meanwhile.
-                Err(ControlError::Store(StoreError::Unavailable { .. })) if attempt < ATTEMPTS => {
-                    attempt += 1
-                }
+                Err(error) if attempt < ATTEMPTS && is_momentary(&error) => attempt += 1,
                 result => return result,
             }
         }
@@ -351,9 +343,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if self.context.version(self.read_model).await? != Some(self.instance.version) {
             self.reload();
             self.find_version().await?;
-            let reason =
-                format!("retrying a parked event failed: another version of projection {name} became live");
-            return Err(StoreError::Unavailable { reason, source: None }.into());
+            let reason = "retrying a parked event failed: another version became live".into();
+            return Err(ControlError::Conflict { name: name.clone(), reason });
         }
         let row = &self.row;
         let mut open = self.read_model.begin(row, found).await?;
@@ -373,7 +364,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return Err(blame(self.context, self.read_model, &error));
         }
         // The checkpoint stays unchanged, but this commit conflicts with a concurrent move of it.
-        self.read_model.commit(open, row, found, found, None).await.map_err(refused)?;
+        self.read_model.commit(open, row, found, found, None).await.map_err(refused(self.context))?;
         self.context.status.send_modify(|status| status.events_applied += 1);
         self.snapshot_behind(1).await;
         Ok(())
@@ -396,7 +387,7 @@ async fn while_held(
         changed = change => changed,
         () = order.loss() => {
             let reason = "changing the projection failed: the order lease was lost".into();
-            Err(StoreError::Unavailable { reason, source: None }.into())
+            Err(ControlError::Conflict { name: name.clone(), reason })
         }
     };
     order.release().await;

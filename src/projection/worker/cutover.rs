@@ -120,6 +120,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let found = self.read_model.checkpoint(&record).await?;
         let mut open = self.read_model.begin(&record, found).await?;
         let Versions { live, rebuilt } = Versions::from(found);
+        let late =
+            |reason: &str| ControlError::Conflict { name: context.name.clone(), reason: reason.to_owned() };
         let result = async {
             self.read_model.bound(&mut open, SWITCH + GRACE).await?;
             if rebuilt != Some(version) {
@@ -131,8 +133,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 let (old_row, new_row) = (layout.row(part, live), layout.row(part, version));
                 let old = self.read_model.adopt(&mut open, &old_row).await?;
                 let new = self.read_model.adopt(&mut open, &new_row).await?;
-                self.read_model.save(&mut open, &old_row, old, bump(old)).await.map_err(refused)?;
-                self.read_model.save(&mut open, &new_row, new, bump(new)).await.map_err(refused)?;
+                self.read_model
+                    .save(&mut open, &old_row, old, bump(old))
+                    .await
+                    .map_err(refused(self.context))?;
+                self.read_model
+                    .save(&mut open, &new_row, new, bump(new))
+                    .await
+                    .map_err(refused(self.context))?;
                 if new.position < old.position {
                     return Err(late("cutting over failed: the rebuilt version lags the live one again"));
                 }
@@ -150,12 +158,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             Err(_) => return Err(self.locked(SWITCH, "could not be cut over")),
         }
         let switched: Checkpoint = Versions { live: version, rebuilt: None }.record(found);
-        self.read_model.commit(open, &record, found, switched, None).await.map_err(refused)?;
+        self.read_model.commit(open, &record, found, switched, None).await.map_err(refused(self.context))?;
         tracing::info!(projection = context.name, version, "cut over to the rebuilt version");
         Ok(())
     }
-}
-
-fn late(reason: &str) -> ControlError {
-    ControlError::Store(StoreError::Unavailable { reason: reason.to_owned(), source: None })
 }

@@ -1,4 +1,4 @@
-//! Handling of failures of the store and the read model.
+//! Handling of interruptions: failures of the store and the read model, and others that may pass.
 
 use std::error::Error;
 use std::time::Duration;
@@ -6,8 +6,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::task::ProjectionTask;
+use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ProjectionState, ReadModel};
-use crate::store::{CheckpointError, StoreError};
+use crate::store::StoreError;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     pub(super) fn stop(&mut self) {
@@ -24,15 +25,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Handles a failed move of the checkpoint.
-    pub(super) fn on_checkpoint_error(&mut self, error: &CheckpointError) {
-        match error {
-            CheckpointError::Stale { .. } => self.step_down(&error.to_string()),
-            CheckpointError::Store(error) => {
+    pub(super) fn on_checkpoint_error(&mut self, error: impl Into<Interruption>) {
+        match error.into() {
+            Interruption::Fenced { reason } => self.step_down(&reason),
+            interruption @ (Interruption::Store(_) | Interruption::Later { .. }) => {
                 // Reading the checkpoint shows whether it was moved.
                 self.saved = None;
                 self.restart();
-                self.on_unavailable(error);
+                self.on_interruption(&interruption);
             }
+        }
+    }
+
+    /// Handles an interruption: retries later, unless a retry cannot succeed.
+    pub(super) fn on_interruption(&mut self, interruption: &Interruption) {
+        match interruption {
+            Interruption::Store(error) => self.on_unavailable(error),
+            Interruption::Fenced { .. } | Interruption::Later { .. } => self.schedule_retry(interruption),
         }
     }
 
@@ -69,7 +78,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         // Reading the checkpoint shows whether it was committed.
         self.saved = None;
         self.restart();
-        self.on_unavailable(&StoreError::not_now(reason));
+        self.schedule_retry(&Interruption::Later { reason });
     }
 
     pub(super) fn schedule_retry(&mut self, error: &(dyn Error + 'static)) {

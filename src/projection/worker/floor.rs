@@ -2,6 +2,7 @@
 
 use super::task::ProjectionTask;
 use crate::event::Position;
+use crate::projection::interruption::Interruption;
 use crate::projection::start_position::record_floor;
 use crate::projection::{Projection, ReadModel, Start};
 use crate::store::StoreError;
@@ -14,7 +15,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Returns the last position that is never applied.
     ///
     /// On a shared read model, the first owner resolves and records it.
-    pub(super) async fn floor(&mut self) -> Result<Position, StoreError> {
+    pub(super) async fn floor(&mut self) -> Result<Position, Interruption> {
         let (context, read_model) = (self.context, self.read_model);
         let start = self.start();
         if !read_model.shared() {
@@ -28,14 +29,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return Ok(known.position);
         }
         let floor = start.resolve(&*context.store, context.log_end).await?;
-        record_floor(read_model, &record, known, floor).await
+        Ok(record_floor(read_model, &record, known, floor).await?)
     }
 
     /// Returns the new start position for a reset; `None` if the recorded one stays.
     ///
     /// A start position of another store, or beyond the end of the log, for example after a
     /// restore, is invalid in this log.
-    pub(super) async fn floor_after_reset(&mut self) -> Result<Option<Position>, StoreError> {
+    pub(super) async fn floor_after_reset(&mut self) -> Result<Option<Position>, Interruption> {
         let (context, read_model) = (self.context, self.read_model);
         if !read_model.shared() {
             return Ok(None);
@@ -49,7 +50,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 }
             }
             Err(StoreError::Incompatible { .. }) => {}
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         }
         let head = context.store.high_water_mark().await?;
         // A reset does not wait for a log that may never reach the position.

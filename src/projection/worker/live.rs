@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use super::log_source::LogSource;
 use crate::bus::{DurableItem, DurableSubscription, LogBatch};
 use crate::event::Position;
 use crate::feed::{FeedFollower, FeedItem};
+use crate::projection::interruption::Interruption;
 use crate::rate_limit::RateLimit;
-use crate::store::{BoxFuture, Filter, LogPage, ReadLog, StoreError};
+use crate::store::{Filter, LogPage, ReadLog};
 
 /// Poll interval of a durable follower without messages: the bus or the publisher may be down.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -70,7 +72,7 @@ pub(super) struct DurableFollower {
     /// known.
     reach: Position,
     /// The read in progress: a page after that position.
-    reading: Option<(Position, BoxFuture<'static, Result<LogPage, StoreError>>)>,
+    reading: Option<(Position, JoinHandle<Result<LogPage, Interruption>>)>,
     /// Limits reads that find nothing.
     reads: RateLimit,
 }
@@ -101,7 +103,7 @@ impl DurableFollower {
             if let Some((from, reading)) = &mut self.reading {
                 let (from, page) = (*from, reading.await);
                 self.reading = None;
-                let Ok(LogPage { events, scanned_to, head }) = page else {
+                let Ok(Ok(LogPage { events, scanned_to, head })) = page else {
                     // The projection reads the store itself and handles the failure.
                     return FeedItem::Lagged;
                 };
@@ -161,17 +163,6 @@ impl DurableFollower {
         let read = ReadLog::after(after).filter(self.filter.clone()).limit(self.limit);
         // In a separate task: while the projection applies events, nothing polls this future. A
         // stalled read would hold a connection and block other readers that share its query.
-        let page = tokio::spawn(self.log.read(read, self.reach));
-        self.reading = Some((
-            after,
-            Box::pin(async move {
-                page.await.unwrap_or_else(|error| {
-                    Err(StoreError::Unavailable {
-                        reason: format!("reading the log failed: the task ended: {error}"),
-                        source: None,
-                    })
-                })
-            }),
-        ));
+        self.reading = Some((after, tokio::spawn(self.log.read(read, self.reach))));
     }
 }

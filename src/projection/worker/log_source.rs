@@ -8,6 +8,7 @@ use chrono::{DateTime, Utc};
 use super::page_cache::PageCache;
 use crate::event::Position;
 use crate::partition::Partition;
+use crate::projection::interruption::Interruption;
 use crate::store::{EventStore, LogPage, ReadLog, StoreError};
 
 /// The log, as one task reads it. Cheap to clone.
@@ -31,12 +32,12 @@ impl LogSource {
         &self,
         read: ReadLog,
         reach: Position,
-    ) -> impl Future<Output = Result<LogPage, StoreError>> + Send + use<> {
+    ) -> impl Future<Output = Result<LogPage, Interruption>> + Send + use<> {
         let Self { store, shared } = self.clone();
         async move {
             match shared {
                 Some((pages, partition)) => pages.read(&store, read, partition, reach).await,
-                None => store.read_log(read).await,
+                None => store.read_log(read).await.map_err(Interruption::from),
             }
         }
     }

@@ -8,6 +8,7 @@ use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use super::user_code::is_outage;
 use crate::projection::error::NoReset;
+use crate::projection::interruption::Interruption;
 use crate::projection::memory_run::MemoryRun;
 use crate::projection::{Projection, ReadModel};
 use crate::store::{Checkpoint, StoreError};
@@ -21,7 +22,7 @@ const RETRY: Duration = Duration::from_millis(5);
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Empties the read model before its first event: the memory may hold the state of an earlier
     /// run.
-    pub(super) async fn empty_memory(&mut self) -> Result<(), StoreError> {
+    pub(super) async fn empty_memory(&mut self) -> Result<(), Interruption> {
         let none = Checkpoint::default();
         if self.read_model.shared() || self.read_model.checkpoint(&self.row).await? != none {
             return Ok(());
@@ -39,20 +40,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 let reason = format!(
                     "starting in-memory projection {name} failed: it has no reset, so the state of an earlier run would stay; implement Projection::reset to empty the state"
                 );
-                return StoreError::Invalid { reason };
+                return StoreError::Invalid { reason }.into();
             }
             let reason = format!("emptying the memory of projection {name} failed: {error}");
             // Its own error stays until the program or the reset changes.
             match is_outage(self.read_model, &error) {
-                true => StoreError::not_now(reason),
-                false => StoreError::Invalid { reason },
+                true => Interruption::Later { reason },
+                false => StoreError::Invalid { reason }.into(),
             }
         })
     }
 }
 
 /// Waits for an `apply` of the previous run in this process: it may fold into the same memory.
-async fn previous_run_ended(context: &TaskConfig) -> Result<(), StoreError> {
+async fn previous_run_ended(context: &TaskConfig) -> Result<(), Interruption> {
     let TaskConfig { name, store, .. } = context;
     let deadline = Instant::now() + PATIENCE;
     while MemoryRun::is_ending(store.info().id, name) {
@@ -60,7 +61,7 @@ async fn previous_run_ended(context: &TaskConfig) -> Result<(), StoreError> {
             let reason = format!(
                 "starting projection {name} failed: the apply of its previous run in this process has not returned; a dropped runtime cannot interrupt an apply that blocks its thread"
             );
-            return Err(StoreError::Unavailable { reason, source: None });
+            return Err(Interruption::Later { reason });
         }
         sleep(RETRY).await;
     }

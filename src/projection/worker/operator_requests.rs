@@ -7,9 +7,10 @@ use tokio::time::Instant;
 use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::partition::Partition;
+use crate::projection::interruption::Interruption;
 use crate::projection::layout::{Role, bump};
 use crate::projection::{ControlError, Projection, ReadModel, Request};
-use crate::store::{CheckpointError, ParkedEvent, ReadLog, StoreError};
+use crate::store::{CheckpointError, ParkedEvent, ReadLog};
 
 /// Number of requests in the first read; doubled while no request can be completed.
 const PAGE: usize = 1_000;
@@ -21,7 +22,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Acts on requests for a reset, a rebuild or its cancellation, if this node is responsible.
     ///
     /// The owner is responsible, or any node if the read model does not fit and so has no owner.
-    pub(super) async fn see_to_requests(&mut self) -> Result<(), StoreError> {
+    pub(super) async fn see_to_requests(&mut self) -> Result<(), Interruption> {
         let context = self.context;
         let first = context.partition.is_none_or(|partition| partition.index() == 0);
         if context.role != Role::Live || !first || !self.read_model.shared() {
@@ -52,7 +53,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Retries the parked events of this partition that operators requested. Called as the owner.
-    pub(super) async fn see_to_retries(&mut self) -> Result<(), StoreError> {
+    pub(super) async fn see_to_retries(&mut self) -> Result<(), Interruption> {
         let context = self.context;
         if context.role != Role::Live || !self.read_model.shared() {
             self.retries_due = false;
@@ -102,7 +103,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Records that a request cannot be completed yet; returns the time of the next attempt.
     ///
     /// Other work continues meanwhile.
-    pub(super) fn put_off(&self, error: &StoreError) -> Instant {
+    pub(super) fn put_off(&self, error: &Interruption) -> Instant {
         let (projection, again) = (&self.context.name, REQUESTS_AGAIN);
         tracing::warn!(projection, %error, ?again, "could not complete an operator request; retrying");
         let error = format!("completing an operator request failed: {error}; retrying");
@@ -116,15 +117,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         row: &str,
         kept: ParkedEvent,
         done: Result<(), ControlError>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<(), Interruption> {
         let error = match done {
             // The request was deleted with the change; a request that exists now is a new one.
             Ok(()) => return Ok(()),
             // A later attempt may succeed.
-            Err(ControlError::Store(error)) if error.may_pass() => return Err(error),
-            Err(error @ (ControlError::Overloaded { .. } | ControlError::TimedOut { .. })) => {
-                return Err(StoreError::Unavailable { reason: error.to_string(), source: None });
-            }
+            Err(ControlError::Store(error)) if error.may_pass() => return Err(error.into()),
+            Err(
+                error @ (ControlError::Overloaded { .. }
+                | ControlError::TimedOut { .. }
+                | ControlError::Conflict { .. }
+                | ControlError::Unavailable { .. }),
+            ) => return Err(Interruption::Later { reason: error.to_string() }),
             Err(error) => error,
         };
         tracing::warn!(projection = self.context.name, request = %kept.name, %error, "refused an operator request");
@@ -140,7 +144,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         match self.read_model.commit(open, row, found, bump(found), Some(refusal)).await {
             // A request that was made meanwhile has its own turn.
             Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
-            Err(CheckpointError::Store(error)) => Err(error),
+            Err(CheckpointError::Store(error)) => Err(error.into()),
         }
     }
 }

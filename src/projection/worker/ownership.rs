@@ -8,6 +8,7 @@ use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::lease::{HeldLease, LeaseView, Observation};
+use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, StoreError};
 
@@ -195,7 +196,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 self.change_in_progress = true;
                 self.context.lease_watcher.hint();
             }
-            Err(error) => self.on_checkpoint_error(&error),
+            Err(error) => self.on_checkpoint_error(error),
         }
     }
 
@@ -214,7 +215,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Claims the checkpoint; `None` if a node is emptying the read model, unknown to the view so
     /// far.
-    async fn claim(&mut self) -> Result<Option<Checkpoint>, CheckpointError> {
+    async fn claim(&mut self) -> Result<Option<Checkpoint>, Interruption> {
         let TaskConfig { name, layout, store, .. } = self.context;
         let row = &self.row.clone();
         let found = self.read_model.checkpoint(row).await?;
@@ -224,7 +225,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             layout.check(self.read_model).await?;
             if self.context.version(self.read_model).await? != Some(self.instance.version) {
                 let expected = Checkpoint { mark: found.mark + 1, ..found };
-                return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+                return Err(CheckpointError::Stale { name: name.clone(), expected, found }.into());
             }
         }
         // Events written to an external read model during a reset would be lost. After reading the
@@ -238,7 +239,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let position = found.position;
         if position > Position::START && store.event_id_at(position).await?.is_none() {
             let head = store.high_water_mark().await?;
-            return Err(CheckpointError::Store(StoreError::Incompatible {
+            return Err(Interruption::Store(StoreError::Incompatible {
                 expected: format!("a log with an event at position {position}, the checkpoint of projection {name}"),
                 found: format!("none there, and the end of the log at position {head}"),
                 advice: "the event store lost events or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
@@ -250,7 +251,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 Some(epoch) => epoch,
                 None => {
                     let expected = Checkpoint { epoch: lease.epoch(), ..found };
-                    return Err(CheckpointError::Stale { name: name.clone(), expected, found });
+                    return Err(CheckpointError::Stale { name: name.clone(), expected, found }.into());
                 }
             },
         };

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
 use crate::projection::ProjectionOptions;
+use crate::projection::interruption::Interruption;
 use crate::store::{EventStore, LogPage, ReadLog, StoreError};
 use crate::supervised::Task;
 
@@ -112,7 +113,7 @@ impl PageCache {
         read: ReadLog,
         partition: Partition,
         reach: Position,
-    ) -> Result<LogPage, StoreError> {
+    ) -> Result<LogPage, Interruption> {
         let (after, called_at) = (read.after, Instant::now());
         let mut joined = false;
         loop {
@@ -288,13 +289,16 @@ impl PageRead {
     }
 
     /// Waits for the page. Cancel-safe.
-    async fn page(&self) -> Result<Arc<Page>, StoreError> {
+    async fn page(&self) -> Result<Arc<Page>, Interruption> {
         let mut result = self.result.clone();
         let result = result.wait_for(Option::is_some).await;
-        result.ok().and_then(|result| result.clone()).unwrap_or_else(|| {
-            let reason = "reading the log failed: the task ended without a result".into();
-            Err(StoreError::Unavailable { reason, source: None })
-        })
+        match result.ok().and_then(|result| result.clone()) {
+            Some(page) => Ok(page?),
+            None => {
+                let reason = "reading the log failed: the task ended without a result".into();
+                Err(Interruption::Later { reason })
+            }
+        }
     }
 }
 

@@ -12,9 +12,10 @@ use super::wait::{Heard, hear};
 use crate::event::Position;
 use crate::lease::HeldLease;
 use crate::partition::Partition;
+use crate::projection::interruption::Interruption;
 use crate::projection::layout::Role;
 use crate::projection::{Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, StoreError};
+use crate::store::Checkpoint;
 use crate::telemetry::trace;
 
 /// Interval of saving a checkpoint that moved only over events of other projections.
@@ -116,8 +117,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             self.context.set(ProjectionState::Failed);
             return self.idle(self.tick_at).await;
         }
-        if let Err(error) = self.prepare().await {
-            return self.on_unavailable(&error);
+        if let Err(interruption) = self.prepare().await {
+            return self.on_interruption(&interruption);
         }
         if self.dormant {
             return self.sleep().await;
@@ -176,7 +177,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Ensures that the read model exists and has the right layout.
-    async fn prepare(&mut self) -> Result<(), StoreError> {
+    async fn prepare(&mut self) -> Result<(), Interruption> {
         self.create().await?;
         if !self.fits && self.read_model.shared() {
             self.context.layout.check(self.read_model).await?;
@@ -189,7 +190,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         Ok(())
     }
 
-    pub(super) async fn create(&mut self) -> Result<(), StoreError> {
+    pub(super) async fn create(&mut self) -> Result<(), Interruption> {
         if !self.prepared {
             self.read_model.prepare(&self.context.store, &self.row).await?;
             self.empty_memory().await?;
@@ -327,7 +328,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         };
         match flushed {
             Ok(()) => self.saved = Some(to),
-            Err(error) => self.on_checkpoint_error(&error),
+            Err(error) => self.on_checkpoint_error(error),
         }
     }
 }

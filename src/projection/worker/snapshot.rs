@@ -7,14 +7,15 @@ use tokio::task::spawn_blocking;
 use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use crate::event::{Position, Version};
+use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ReadModel};
-use crate::store::{Checkpoint, CheckpointError, ParkedEvent, Snapshot, StoreError};
+use crate::store::{Checkpoint, ParkedEvent, Snapshot, StoreError};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Starts from the snapshot, if there is one.
     ///
     /// If it is unusable for any reason, the log is applied from its start.
-    pub(super) async fn load_snapshot(&mut self) -> Result<(), StoreError> {
+    pub(super) async fn load_snapshot(&mut self) -> Result<(), Interruption> {
         if self.snapshotting.is_none() {
             return Ok(());
         }
@@ -55,7 +56,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     }
                 }
             }
-            Err(error) if error.may_pass() => return Err(error),
+            Err(error) if error.may_pass() => return Err(error.into()),
             Err(error) => error.to_string(),
         };
         tracing::warn!(
@@ -64,23 +65,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             "ignoring an unusable snapshot; applying the log from its start"
         );
         // Also so that it does not count as newer than the snapshots of this log with this filter.
-        snapshotting.discard(store).await
+        Ok(snapshotting.discard(store).await?)
     }
 
-    async fn start_at(&mut self, position: Position, parked: Vec<ParkedEvent>) -> Result<(), StoreError> {
+    async fn start_at(&mut self, position: Position, parked: Vec<ParkedEvent>) -> Result<(), Interruption> {
         let none = Checkpoint::default();
         let to = Checkpoint { position, ..none };
         // The checkpoint last: it marks the parked events as complete.
         let steps = parked.into_iter().map(|event| (none, Some(event))).chain([(to, None)]);
         for (to, parked) in steps {
             let open = self.read_model.begin(&self.row, none).await?;
-            let done = self.read_model.commit(open, &self.row, none, to, parked).await;
-            done.map_err(|error| match error {
-                CheckpointError::Store(error) => error,
-                stale @ CheckpointError::Stale { .. } => {
-                    StoreError::Unavailable { reason: stale.to_string(), source: None }
-                }
-            })?;
+            self.read_model.commit(open, &self.row, none, to, parked).await?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::change::{Change, GRACE, ORDER, blame, refused};
+use super::change::{Change, GRACE, ORDER, blame, interrupted, refused};
 use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use super::user_code::catch_panic;
@@ -79,7 +79,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     ///
     /// With `requested`, only if that request still exists.
     pub(super) async fn rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
-        self.create().await?;
+        self.create().await.map_err(interrupted(self.context))?;
         self.rebuildable()?;
         match self.patiently(Change::BeginRebuild { requested }).await? {
             true => self.tell_all().await,
@@ -114,7 +114,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let result = async {
             read_model.bound(&mut open, ORDER + GRACE).await?;
             // First, and held until the end: an earlier build may be discarded concurrently.
-            read_model.save(&mut open, &record, found, wanted).await.map_err(refused)?;
+            read_model.save(&mut open, &record, found, wanted).await.map_err(refused(self.context))?;
             let transaction = read_model.transaction(&mut open);
             let created = catch_panic(async { projection.reset(transaction).await }).await;
             created.map_err(|error| blame(context, read_model, &error))?;
@@ -132,7 +132,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
             Err(_) => return Err(self.locked(ORDER, "could not be created; request the rebuild again")),
         }
-        self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused)?;
+        self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused(self.context))?;
         tracing::info!(
             projection = context.name,
             version = next,
@@ -152,7 +152,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let mut open = self.read_model.begin(record, found).await?;
         match self.read_model.unpark(&mut open, request, Position::START).await {
             Ok(true) => {
-                self.read_model.commit(open, record, found, found, None).await.map_err(refused)?;
+                self.read_model
+                    .commit(open, record, found, found, None)
+                    .await
+                    .map_err(refused(self.context))?;
                 Ok(true)
             }
             other => {
@@ -164,7 +167,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Cancels the rebuild, if there is one. With `requested`, only if that request still exists.
     pub(super) async fn cancel_rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
-        self.create().await?;
+        self.create().await.map_err(interrupted(self.context))?;
         self.rebuildable()?;
         let asked = match requested {
             // A repeated request moves this checkpoint.
@@ -182,7 +185,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         };
         dropped.await.map(drop).map_err(|error| {
             let reason = match error {
-                ControlError::Refused { reason, .. } => reason,
+                ControlError::Refused { reason, .. } | ControlError::Unavailable { reason, .. } => reason,
                 error => error.to_string(),
             };
             let reason = format!(
@@ -213,12 +216,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let parts: Vec<_> = layout.as_recorded(read_model).await?.parts().collect();
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
-            read_model.save(&mut open, &record, found, ended).await.map_err(refused)?;
+            read_model.save(&mut open, &record, found, ended).await.map_err(refused(self.context))?;
             for part in parts {
                 let row = layout.row(part, version);
                 let found = read_model.adopt(&mut open, &row).await?;
                 let restarted = Checkpoint { position: Position::START, ..bump(found) };
-                self.read_model.save(&mut open, &row, found, restarted).await.map_err(refused)?;
+                self.read_model
+                    .save(&mut open, &row, found, restarted)
+                    .await
+                    .map_err(refused(self.context))?;
                 self.read_model.unpark_all(&mut open, &row).await?;
             }
             Ok(true)
@@ -230,7 +236,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 return other;
             }
         }
-        self.read_model.commit(open, &record, ended, ended, None).await.map_err(refused)?;
+        self.read_model.commit(open, &record, ended, ended, None).await.map_err(refused(self.context))?;
         tracing::info!(projection = name, version, "cancelled the rebuild");
         Ok(true)
     }
@@ -255,7 +261,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let mut open = self.read_model.begin(&record, found).await?;
         let result = async {
             read_model.bound(&mut open, ORDER + GRACE).await?;
-            read_model.save(&mut open, &record, found, to).await.map_err(refused)?;
+            read_model.save(&mut open, &record, found, to).await.map_err(refused(self.context))?;
             if !again {
                 let transaction = read_model.transaction(&mut open);
                 let discarded = catch_panic(async { projection.drop_version(transaction).await }).await;
@@ -278,7 +284,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
             Err(_) => return Err(self.locked(ORDER, "could not be dropped")),
         }
-        self.read_model.commit(open, &record, to, to, None).await.map_err(refused)
+        self.read_model.commit(open, &record, to, to, None).await.map_err(refused(self.context))
     }
 
     /// Returns the error for a wait for locked tables beyond the limit.

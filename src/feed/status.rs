@@ -1,0 +1,17 @@
+//! The status of the feed.
+
+use crate::event::Position;
+
+/// Status of the feed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FeedStatus {
+    /// Position up to which followers have received the log.
+    ///
+    /// `None` before the first follower and the first successful read of the store.
+    pub position: Option<Position>,
+    /// Number of reads from the store because the bus lost an event or was late.
+    pub repairs: u64,
+    /// Last error of the bus or the store; cleared by the next success.
+    pub last_error: Option<String>,
+}

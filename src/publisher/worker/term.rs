@@ -1,0 +1,72 @@
+//! One term as the publisher: its lease, and the checkpoint that it writes.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::interruption::Interruption;
+use super::shared::{NAME, Shared};
+use crate::backoff::Backoff;
+use crate::bus::{BusError, LogStreamEnd};
+use crate::lease::HeldLease;
+use crate::rate_limit::LogLimit;
+use crate::store::Checkpoint;
+
+/// Minimum interval between two checkpoint writes while few events are published.
+/// After a crash, the messages that the log stream got since are compared with the log.
+const SAVE_EVERY: Duration = Duration::from_secs(1);
+
+/// One term as the publisher.
+pub(super) struct PublisherTerm<'a> {
+    pub(super) shared: &'a Shared,
+    /// The lease, on a shared bus.
+    pub(super) lease: Option<HeldLease>,
+    /// Epoch under which the checkpoint is written.
+    pub(super) epoch: u64,
+    /// The checkpoint in the store.
+    pub(super) saved: Checkpoint,
+    /// End of the last confirmed publish.
+    pub(super) end: LogStreamEnd,
+    /// Earliest time of the next checkpoint write.
+    pub(super) save_at: Instant,
+    pub(super) backoff: &'a mut Backoff,
+    /// Checkpoint that this process wrote when a message of another program fenced it.
+    /// It is exactly the end of the log stream.
+    pub(super) fenced: &'a mut Option<Checkpoint>,
+    /// Counter of messages that are not events of the log.
+    pub(super) foreign: &'a mut LogLimit,
+}
+
+impl PublisherTerm<'_> {
+    /// Saves the checkpoint, if the bus is shared.
+    pub(super) async fn save(&mut self) -> Result<(), Interruption> {
+        self.save_at = Instant::now() + SAVE_EVERY;
+        if self.lease.is_none() {
+            return Ok(());
+        }
+        let to = Checkpoint { position: self.end.position, epoch: self.epoch, mark: self.end.sequence };
+        if to != self.saved {
+            self.shared.store.save_checkpoint(NAME, self.saved, to, None).await?;
+            self.saved = to;
+        }
+        Ok(())
+    }
+
+    /// Writes the checkpoint after an error of the bus. The next attempt starts there.
+    pub(super) async fn keep(&mut self, confirmed: Option<LogStreamEnd>, error: &BusError) {
+        self.end = confirmed.unwrap_or(self.end);
+        match self.save().await {
+            Ok(()) if matches!(error, BusError::Fenced { .. }) => *self.fenced = Some(self.saved),
+            Ok(()) => {}
+            Err(error) => tracing::debug!(%error, "could not write the publisher checkpoint"),
+        }
+    }
+}
+
+/// Waits until the lease is lost; never returns without a lease. Cancel-safe.
+pub(super) async fn lost(lease: &mut Option<HeldLease>) {
+    match lease {
+        Some(lease) => lease.lost().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,267 @@
+//! The port that every back end implements.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::adoption::Adopt;
+use super::append::{Append, AppendError, Appended};
+use super::command_events::CommandEvents;
+use super::command_record::CommandRecord;
+use super::error::StoreError;
+use super::high_water_stall::HighWaterStall;
+use super::info::StoreInfo;
+use super::lease::{Lease, LeaseInfo};
+use super::log_page::{LogPage, ReadLog};
+use super::progress::{Checkpoint, CheckpointError, ParkedEvent};
+use super::snapshot::Snapshot;
+use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::future::BoxFuture;
+
+/// An event store. The [module](super) lists its guarantees.
+pub trait EventStore: Send + Sync + 'static {
+    /// Returns the identity and capabilities of the store.
+    fn info(&self) -> &StoreInfo;
+
+    /// Appends a batch and returns one result for each [`Append`], in their order.
+    ///
+    /// Each append is atomic and succeeds or fails independently of the others. A batch may contain
+    /// several appends to one stream; a later one is decided after an earlier one. A batch is not
+    /// ordered across streams: the store may merge its appends to one stream. If the order across
+    /// streams matters, use sequential calls or one append to several streams.
+    ///
+    /// A result is returned when it is durable.
+    ///
+    /// # Cancellation safety
+    /// If the future is dropped, the append may or may not take effect.
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>>;
+
+    /// Reads one page of a stream: at most `limit` events after `after`.
+    ///
+    /// Fewer than `limit` events mean that the stream ended there.
+    fn read_stream<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        after: Version,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>>;
+
+    /// Reads one page of the log.
+    fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>>;
+
+    /// Returns the id of the event at `position`, also above the high-water mark of this process.
+    ///
+    /// `None` if there is no such event. Another process may have read further than this one, so a
+    /// position alone does not show whether events were lost. The event at the position does. The
+    /// default implementation reads the log, which suffices if all processes share one high-water
+    /// mark.
+    fn event_id_at(&self, position: Position) -> BoxFuture<'_, Result<Option<Uuid>, StoreError>> {
+        let Some(before) = position.get().checked_sub(1) else {
+            return Box::pin(std::future::ready(Ok(None)));
+        };
+        let read = self.read_log(ReadLog::after(Position::new(before)).upto(position).limit(1));
+        Box::pin(async move { Ok(read.await?.events.first().map(|event| event.id)) })
+    }
+
+    /// Confirms that everything visible before the call is durable; for answers that rest on a
+    /// read.
+    ///
+    /// The default implementation does nothing: it suits stores whose commits are visible only once
+    /// they are durable. On PostgreSQL with synchronous standbys the call takes one transaction and
+    /// waits for a standby.
+    ///
+    /// # Errors
+    /// `Unavailable` if the confirmation does not arrive in time; a failover may lose what was
+    /// read.
+    fn confirm_durable(&self) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Returns the high-water mark: no new event can appear at or below it.
+    ///
+    /// It is [`Position::START`] in an empty log.
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
+
+    /// Returns the transaction that holds back the high-water mark at this moment, if any.
+    ///
+    /// It is an append in flight, perhaps for a millisecond only, or a transaction left open after
+    /// an append. The default is `None`, for stores that commit one transaction after the other.
+    fn stall(&self) -> BoxFuture<'_, Result<Option<HighWaterStall>, StoreError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
+    /// Subscribes to the last position up to which the log is known to be stable.
+    ///
+    /// It wakes the readers of this process after an append of this process. It is a hint: appends
+    /// of other processes need not show here, so readers also poll.
+    fn appended(&self) -> watch::Receiver<Position>;
+
+    /// Loads the checkpoint of `name`; the default checkpoint if none was saved.
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+
+    /// Moves the checkpoint of `name` from exactly `from` to `to`.
+    ///
+    /// Parks the event of `parked`, if given, in the same transaction.
+    fn save_checkpoint<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>>;
+
+    /// Returns the parked events of `name`, oldest first, at most `limit`.
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
+
+    /// Removes a parked event; returns whether there was one.
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
+
+    /// Returns the names of the projections that are paused on every node.
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>>;
+
+    /// Pauses or resumes the projection `name` on every node.
+    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// Acquires the lease `name` for `owner`; returns `None` if another owner holds it.
+    ///
+    /// The lease is available if it is free, has expired or already belongs to `owner`. The clock
+    /// is the store's. Every new owner gets a higher epoch; a repeated acquisition by the owner
+    /// keeps the epoch.
+    fn acquire_lease<'a>(
+        &'a self,
+        name: &'a str,
+        owner: Uuid,
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
+
+    /// Takes a lease over from another owner, if its epoch and expiry are still as in `seen`.
+    ///
+    /// For a lease that its owner no longer renews although it is live by the store's clock,
+    /// because the clock was ahead when the lease was written.
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
+
+    /// Renews a held lease; returns whether `lease` is still held.
+    ///
+    /// It is held if owner and epoch are unchanged and the lease was not released.
+    fn renew_lease<'a>(
+        &'a self,
+        lease: &'a Lease,
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<bool, StoreError>>;
+
+    /// Renews several leases; returns, in the same order, whether each is still held.
+    ///
+    /// Each lease is renewed as by [`renew_lease`](Self::renew_lease). A lost lease does not affect
+    /// the others. A node calls this several times within a TTL, with all leases that it holds. A
+    /// back end should renew them in one transaction. The default renews them one after the other.
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: std::time::Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        Box::pin(async move {
+            let mut renewed = Vec::with_capacity(leases.len());
+            for lease in leases {
+                renewed.push(self.renew_lease(lease, ttl).await?);
+            }
+            Ok(renewed)
+        })
+    }
+
+    /// Releases a lease at once; does nothing if another owner holds it.
+    fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// Returns all leases that were ever taken, by name.
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>>;
+
+    /// Loads the snapshot of a stream, if there is one.
+    fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>>;
+
+    /// Replaces the snapshot of a stream, unless the stored one is newer and of the same revision.
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// Finds the events of a command in a stream, at whatever time they were appended.
+    ///
+    /// Returns `None` if there are none. Costs one index look-up, however large the stream and the
+    /// log are. Sees every append that was answered before the call.
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: Uuid,
+    ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>>;
+
+    /// Returns the record of the command with this id, if it exists and was not deleted.
+    fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>>;
+
+    /// Makes the current database the store's own, and returns the store's id from now on.
+    ///
+    /// Stop all nodes first: running nodes keep the old identity. Idempotent for [`Adopt::Moved`];
+    /// every [`Adopt::Copy`] gives a new id.
+    ///
+    /// # Errors
+    /// `Invalid` by default, for stores that cannot be copied; `Storage` if the login does not own
+    /// the tables.
+    fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
+        let reason = format!(
+            "adopting ({adopt:?}) failed: a store of the kind {} does not support it",
+            self.info().backend
+        );
+        Box::pin(std::future::ready(Err(StoreError::Invalid { reason })))
+    }
+
+    /// Records the outcome of a command; the first record of a command is kept and returned.
+    ///
+    /// The store replaces the time in `record` by its own.
+    fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>>;
+
+    /// Deletes at most `limit` command records older than `age`; returns the number deleted.
+    fn forget_commands(
+        &self,
+        age: std::time::Duration,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<usize, StoreError>>;
+}
+
+/// A value that [`Builder::store`](crate::runtime::Builder::store) accepts: a store or a shared
+/// store.
+pub trait IntoEventStore {
+    /// Returns the shared store.
+    fn into_event_store(self) -> Arc<dyn EventStore>;
+}
+
+impl<S: EventStore> IntoEventStore for S {
+    fn into_event_store(self) -> Arc<dyn EventStore> {
+        Arc::new(self)
+    }
+}
+
+impl<S: EventStore> IntoEventStore for Arc<S> {
+    fn into_event_store(self) -> Arc<dyn EventStore> {
+        self
+    }
+}
+
+impl IntoEventStore for Arc<dyn EventStore> {
+    fn into_event_store(self) -> Arc<dyn EventStore> {
+        self
+    }
+}

@@ -1,0 +1,100 @@
+//! The state that all handles of a store share: its connections, and how they append events.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::super::page_size::PageSizer;
+use super::super::{Append, AppendError, Appended, StoreError, StoreInfo};
+use super::append::{self, Written};
+use super::connection::{Failure, Readers, Writer};
+use super::{error, read};
+use crate::event::Position;
+
+pub(super) struct Shared {
+    pub(super) info: StoreInfo,
+    pub(super) path: PathBuf,
+    pub(super) writer: Writer,
+    pub(super) readers: Readers,
+    pub(super) page_sizer: PageSizer,
+    pub(super) appended: watch::Sender<Position>,
+}
+
+impl Shared {
+    pub(super) async fn append_batch(&self, batch: Vec<Append>) -> Vec<Result<Appended, AppendError>> {
+        let mut answers = Vec::with_capacity(batch.len());
+        let mut valid = Vec::with_capacity(batch.len());
+        for append in batch {
+            match append::check(&append) {
+                Ok(()) => {
+                    answers.push(None);
+                    valid.push(append);
+                }
+                Err(error) => answers.push(Some(Err(error.into()))),
+            }
+        }
+        if valid.is_empty() {
+            return answers.into_iter().flatten().collect();
+        }
+        let written = self.write(valid).await;
+        let mut written = match written {
+            Ok(written) => {
+                self.announce(&written);
+                Ok(written.into_iter())
+            }
+            Err(error) => Err(error),
+        };
+        let missing = || AppendError::Store(StoreError::Corrupt { reason: "an append got no answer".into() });
+        answers
+            .into_iter()
+            .map(|answer| match (answer, &mut written) {
+                (Some(refused), _) => refused,
+                (None, Ok(written)) => written.next().unwrap_or_else(|| Err(missing())),
+                (None, Err(error)) => Err(error.clone().into()),
+            })
+            .collect()
+    }
+
+    async fn write(&self, batch: Vec<Append>) -> Result<Vec<Result<Appended, AppendError>>, StoreError> {
+        let result: Result<Written, Failure<Written, StoreError>> = self
+            .writer
+            .transaction("appending events", move |connection| {
+                Box::pin(async move { append::write(connection, &batch).await })
+            })
+            .await;
+        let (error, written) = match result {
+            Ok(written) => return Ok(written.answers),
+            Err(Failure::Commit(error, written)) => (error, written),
+            Err(failure) => return Err(failure.into_error()),
+        };
+        // I4: a failed commit has usually not happened, and the look-up is cheap.
+        let Some((position, id)) = written.proof else { return Ok(written.answers) };
+        match read::is_at(&self.readers, position, id).await {
+            Ok(true) => {
+                tracing::warn!(%error, %position, "commit reported an error, but the events are in the log");
+                Ok(written.answers)
+            }
+            // The events are absent now, but a crash may restore them.
+            Ok(false) if error::is_sync_failure(&error) => {
+                Err(StoreError::OutcomeUnknown { reason: error.to_string(), source: Some(Arc::new(error)) })
+            }
+            Ok(false) => Err(error),
+            Err(lookup) => Err(StoreError::OutcomeUnknown {
+                reason: format!("{error}; looking up the events failed: {lookup}"),
+                source: Some(Arc::new(error)),
+            }),
+        }
+    }
+
+    /// Notifies the readers of this process of the new end of the log.
+    fn announce(&self, written: &[Result<Appended, AppendError>]) {
+        let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
+        let Some(&last) = last else { return };
+        self.appended.send_if_modified(|known| {
+            let news = last > *known;
+            *known = last.max(*known);
+            news
+        });
+    }
+}
