@@ -20,7 +20,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection, PgPool, SqliteConnection, SqlitePool};
 use storied::command::{CommandBus, NatsCommandOptions};
-use storied::projection::{ApplyError, Lookup, Projection, ProjectionState};
+use storied::projection::{ApplyError, InMemoryIndex, Projection, ProjectionState};
 use storied::runtime::Builder;
 use storied::{
     Aggregate, Context, Decision, EncodeError, Event, ExecuteError, Filter, NatsOptions, PostgresReadModel,
@@ -165,7 +165,7 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
         .await?;
 
     let announced = Filter::variants::<ShowEvent>(&["announced"])?;
-    let titles = Lookup::new("titles", announced, |titles: &mut Vec<String>, event| {
+    let titles = InMemoryIndex::new("titles", announced, |titles: &mut Vec<String>, event| {
         if let ShowEvent::Announced { title, .. } = event.decode()? {
             titles.push(title);
         }
@@ -176,7 +176,7 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
         .store(SqliteStore::open(directory.join("shows.db")).await?)
         .aggregate::<Show>()
         .projection(Sales, SqliteReadModel::new(read.clone()))
-        .lookup(&titles)
+        .in_memory_index(&titles)
         .start()
         .await?;
 

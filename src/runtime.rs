@@ -60,7 +60,7 @@ impl Runtime {
     /// # Errors
     /// When awaited: the rejection of the handler, or another cause that kept the command from
     /// being handled, see [`ExecuteError`](crate::ExecuteError).
-    pub fn command<H: Handler>(&self, command: impl Into<H::Command>) -> Request<H> {
+    pub fn execute_handler<H: Handler>(&self, command: impl Into<H::Command>) -> Request<H> {
         Request::new(self.inner.commands.clone(), command.into(), Envelope::new())
     }
 

@@ -256,7 +256,7 @@ async fn a_conflict_under_a_speculated_pipeline_decides_all_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_nodes_on_one_aggregate_lose_and_double_nothing() {
     let store = MemoryStore::new();
-    let options = || AggregateOptions::<Counter>::new().attempts(1_000);
+    let options = || AggregateOptions::<Counter>::new().max_attempts(1_000);
     let mut tasks = Vec::new();
     for _ in 0..2 {
         let runtime =
@@ -731,7 +731,7 @@ async fn a_timeout_can_be_unlimited() {
 #[tokio::test]
 async fn contention_without_end_gives_up() {
     let store = FaultyStore::new(MemoryStore::new());
-    let options = AggregateOptions::<Counter>::new().attempts(3);
+    let options = AggregateOptions::<Counter>::new().max_attempts(3);
     let runtime = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
     store.always_first(stream("a"), || added(1));
     let error = runtime.execute::<Counter>("a", Add(1)).await.unwrap_err();
@@ -1014,7 +1014,7 @@ async fn the_log_has_every_event_in_order() {
 async fn the_last_attempt_still_finds_the_first_receipt() {
     let store = MemoryStore::new();
     let here = runtime(store.clone()).await;
-    let options = AggregateOptions::<Counter>::new().attempts(1);
+    let options = AggregateOptions::<Counter>::new().max_attempts(1);
     let there = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
     there.execute::<Counter>("a", Add(1)).await.unwrap(); // live there, at version 1
     let id = Uuid::now_v7();

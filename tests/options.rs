@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, HandlerContext, HandlerOptions};
-use storied::projection::{ApplyError, InMemory, Lookup, Schedule};
+use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
     Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, ExecuteError, FeedOptions, Filter,
@@ -100,18 +100,18 @@ struct Options {
     handler: HandlerOptions,
     projection: ProjectionOptions,
     snapshots: Option<u64>,
-    lookup_snapshots: Option<u64>,
+    index_snapshots: Option<u64>,
 }
 
 impl Options {
     fn builder(self) -> Builder {
-        let lookup = Lookup::new("lookup", Filter::all(), |count: &mut u64, _| {
+        let index = InMemoryIndex::new("index", Filter::all(), |count: &mut u64, _| {
             *count += 1;
             Ok(())
         });
-        let lookup = match self.lookup_snapshots {
-            Some(events) => lookup.snapshot_every(events, 1),
-            None => lookup,
+        let index = match self.index_snapshots {
+            Some(events) => index.snapshot_every(events, 1),
+            None => index,
         };
         let model = match self.snapshots {
             Some(events) => {
@@ -125,7 +125,7 @@ impl Options {
             .aggregate_with(self.aggregate)
             .handler_with(Echo, self.handler)
             .projection_with(Nothing, model, self.projection)
-            .lookup(&lookup)
+            .in_memory_index(&index)
     }
 }
 
@@ -145,7 +145,7 @@ async fn run(builder: Builder) -> Result<(), StartError> {
         };
         assert_eq!(receipt.reply, n);
         position = receipt.position;
-        assert_eq!(runtime.command::<Echo>(n).await.unwrap().reply, n);
+        assert_eq!(runtime.execute_handler::<Echo>(n).await.unwrap().reply, n);
     }
     let handle = runtime.projection("nothing").unwrap();
     handle.trigger().await.unwrap();
@@ -303,14 +303,17 @@ async fn counts_are_in_their_range_or_refused() {
             ends,
         ),
         ("InMemory::snapshot_every", |o, v| Options { snapshots: Some(v as u64), ..o }, zero),
-        ("InMemory::snapshot_every", |o, v| Options { lookup_snapshots: Some(v as u64), ..o }, zero),
+        ("InMemory::snapshot_every", |o, v| Options { index_snapshots: Some(v as u64), ..o }, zero),
     ];
     for (option, set, refused) in rows {
         try_each(option, set, &COUNTS, refused).await;
     }
     let few: [(&str, Set<u32>); 2] = [
-        ("AggregateOptions::attempts", |o, v| Options { aggregate: o.aggregate.attempts(v), ..o }),
-        ("ProjectionOptions::attempts", |o, v| Options { projection: o.projection.clone().attempts(v), ..o }),
+        ("AggregateOptions::max_attempts", |o, v| Options { aggregate: o.aggregate.max_attempts(v), ..o }),
+        ("ProjectionOptions::max_attempts", |o, v| Options {
+            projection: o.projection.clone().max_attempts(v),
+            ..o
+        }),
     ];
     for (option, set) in few {
         try_each(option, set, &[0, 1, u32::MAX], &[0]).await;

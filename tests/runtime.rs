@@ -139,14 +139,17 @@ fn a_node_without_its_tokio_runtime_reports_it() {
     let executor =
         || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let (first, second) = (executor(), executor());
-    let lookup =
-        storied::projection::Lookup::new("count", Filter::all(), |count: &mut u64, _: &RecordedEvent| {
+    let index = storied::projection::InMemoryIndex::new(
+        "count",
+        Filter::all(),
+        |count: &mut u64, _: &RecordedEvent| {
             *count += 1;
             Ok(())
-        });
+        },
+    );
     let node = first.block_on(async {
         let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
-        let builder = Runtime::builder().store(store).aggregate::<Account>().lookup(&lookup);
+        let builder = Runtime::builder().store(store).aggregate::<Account>().in_memory_index(&index);
         let node = builder.start().await.unwrap();
         node.execute::<Account>(1, Deposit(5)).await.unwrap();
         node
@@ -169,17 +172,17 @@ fn a_node_without_its_tokio_runtime_reports_it() {
         let other = Runtime::builder().store(store).aggregate::<Account>().start().await.unwrap();
         other.execute::<Account>(1, Deposit(5)).await.unwrap();
         other.shutdown().await.unwrap();
-        let error = lookup.ready(Duration::from_secs(10)).await.unwrap_err();
+        let error = index.ready(Duration::from_secs(10)).await.unwrap_err();
         assert!(error.to_string().contains("has stopped"), "{error}");
         let began = std::time::Instant::now();
         // Its result does not matter; the call must end.
         let _ = node.shutdown_within(Duration::from_secs(5)).await;
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-        // The lookup is free for the next node.
+        // The index is free for the next node.
         let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
-        let node = Runtime::builder().store(store).lookup(&lookup).start().await.unwrap();
-        lookup.ready(Duration::from_secs(10)).await.unwrap();
-        assert_eq!(lookup.read(|count| *count), 2);
+        let node = Runtime::builder().store(store).in_memory_index(&index).start().await.unwrap();
+        index.ready(Duration::from_secs(10)).await.unwrap();
+        assert_eq!(index.read(|count| *count), 2);
         node.shutdown().await.unwrap();
     });
 }

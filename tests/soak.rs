@@ -233,7 +233,7 @@ async fn call(runtime: Runtime, load: Arc<Load>, caller: u64) {
         loop {
             let failed: Option<ExecuteError<Never>> = if both {
                 let command = CountBoth { meters, units };
-                runtime.command::<Both>(command).command_id(id).await.err()
+                runtime.execute_handler::<Both>(command).command_id(id).await.err()
             } else {
                 runtime.execute::<Meter>(meters[0], Count(units)).command_id(id).await.err()
             };

@@ -41,7 +41,7 @@ pub async fn dispatch(plan: &Plan, nodes: usize) -> Comparison {
     let text = text(plan.payload);
     let command = |_| {
         let (caller, text) = (caller.clone(), text.clone());
-        async move { _ = caller.command::<Nothing>(text).await.unwrap() }
+        async move { _ = caller.execute_handler::<Nothing>(text).await.unwrap() }
     };
     closed_loop(plan.callers, plan.callers * nodes, command).await;
     let ours = closed_loop(plan.callers, plan.events, command).await;

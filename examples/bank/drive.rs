@@ -143,7 +143,7 @@ async fn settle(shared: &Shared, transfer: Transfer) -> Result<Settled, Failure>
     }
     let mut unknown = false;
     loop {
-        let end = match shared.runtime.command::<Transfers>(transfer.clone()).command_id(id).await {
+        let end = match shared.runtime.execute_handler::<Transfers>(transfer.clone()).command_id(id).await {
             Ok(_) => Some(End::Committed),
             Err(ExecuteError::Rejected(TransferError::NoAccount { .. })) => {
                 return Err(Failure::Bug("no such account"));

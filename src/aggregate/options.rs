@@ -108,7 +108,7 @@ impl<A: Aggregate> AggregateOptions<A> {
     ///
     /// Default: 10. Range: at least 1.
     #[must_use]
-    pub fn attempts(mut self, attempts: u32) -> Self {
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts;
         self
     }
@@ -163,7 +163,7 @@ impl<A> AggregateOptions<A> {
         at_least("AggregateOptions::max_live", self.live, 1)?;
         within("AggregateOptions::max_in_flight", self.in_flight, 1..=MOST_IN_FLIGHT)?;
         within("AggregateOptions::max_in_flight_per_aggregate", self.in_flight_each(), 1..=MOST_IN_FLIGHT)?;
-        at_least("AggregateOptions::attempts", self.attempts, 1)?;
+        at_least("AggregateOptions::max_attempts", self.attempts, 1)?;
         let every = self.snapshots.as_ref().map_or(1, |snapshots| snapshots.every);
         at_least("AggregateOptions::snapshot_every", every, 1)
     }

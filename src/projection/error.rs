@@ -13,7 +13,7 @@ pub type ApplyError = Box<dyn Error + Send + Sync>;
 /// Error of `apply` if the target of its writes is unavailable.
 ///
 /// The error does not count against the event: the projection retries without a limit, regardless
-/// of [`attempts`](super::ProjectionOptions::attempts). It works on every read model, also as the
+/// of [`attempts`](super::ProjectionOptions::max_attempts). It works on every read model, also as the
 /// [source](Error::source) of another error. `#[error(transparent)]` hides it, because that
 /// forwards only the inner source.
 ///
@@ -104,12 +104,12 @@ pub enum WaitError {
         /// Error of the projection.
         error: String,
     },
-    /// No runtime of this process has started the lookup.
+    /// No runtime of this process has started the index.
     #[error(
-        "lookup {name} did not start within {waited:?}; register it with Runtime::builder().lookup(…) and start the runtime"
+        "in-memory index {name} did not start within {waited:?}; register it with Runtime::builder().in_memory_index(…) and start the runtime"
     )]
     NotStarted {
-        /// Name of the lookup.
+        /// Name of the index.
         name: String,
         /// Duration of the wait.
         waited: Duration,

@@ -167,7 +167,7 @@ impl ProjectionOptions {
     /// After the last one, [`on_failure`](Self::on_failure) decides. Undecodable bytes are tried
     /// once, because a retry cannot succeed. Default: 5. Range: at least 1.
     #[must_use]
-    pub fn attempts(mut self, attempts: u32) -> Self {
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts;
         self
     }
@@ -245,7 +245,7 @@ impl ProjectionOptions {
         within("ProjectionOptions::batch_size", self.batch, 1..=100_000)?;
         let range = Duration::from_millis(100)..=DAY;
         within("ProjectionOptions::transaction_timeout", self.transaction_timeout, range)?;
-        at_least("ProjectionOptions::attempts", self.attempts, 1)?;
+        at_least("ProjectionOptions::max_attempts", self.attempts, 1)?;
         let (first, max) = self.backoff;
         at_least("ProjectionOptions::backoff (first)", first, Duration::from_millis(1))?;
         at_least("ProjectionOptions::backoff (max)", max, first)?;

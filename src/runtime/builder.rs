@@ -24,7 +24,7 @@ use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::lease::LeaseWatcher;
 use crate::partition;
 use crate::projection::{
-    self, BuildTarget, Lookup, NodeServices, Projection, ProjectionFactory, ProjectionHandle,
+    self, BuildTarget, InMemoryIndex, NodeServices, Projection, ProjectionFactory, ProjectionHandle,
     ProjectionOptions, ReadModel,
 };
 use crate::publisher::{Publisher, PublisherOptions};
@@ -187,12 +187,12 @@ impl Builder {
         )
     }
 
-    /// Keeps an in-memory index of events on this node: see [`Lookup`].
-    pub fn lookup<T: Default + Send + Sync + 'static>(mut self, lookup: &Lookup<T>) -> Self {
-        let (lookup, made, read_model) =
-            (lookup.clone(), ProjectionFactory::Single(lookup.projection()), lookup.read_model());
-        let state = Some(lookup.shared_state());
-        let on_start = Box::new(move |handle: &ProjectionHandle| lookup.runs(handle));
+    /// Keeps an in-memory index of events on this node: see [`InMemoryIndex`].
+    pub fn in_memory_index<T: Default + Send + Sync + 'static>(mut self, index: &InMemoryIndex<T>) -> Self {
+        let (index, made, read_model) =
+            (index.clone(), ProjectionFactory::Single(index.projection()), index.read_model());
+        let state = Some(index.shared_state());
+        let on_start = Box::new(move |handle: &ProjectionHandle| index.runs(handle));
         let options = ProjectionOptions::new();
         let registration = ProjectionRegistration::over(state, made, None, read_model, options, on_start);
         self.projections.push(registration);

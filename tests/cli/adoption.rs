@@ -13,7 +13,7 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions as BusOptions};
 use storied::command::{CommandBus, CommandBusStatus, NatsCommandOptions};
-use storied::projection::{ApplyError, FollowMode, Lookup, Projection, ProjectionState, ReadModel};
+use storied::projection::{ApplyError, FollowMode, InMemoryIndex, Projection, ProjectionState, ReadModel};
 use storied::store::{Adoption, Checkpoint};
 use storied::{
     EncodeError, EventStore, Filter, Position, PostgresOptions, PostgresReadModel, PostgresStore,
@@ -45,7 +45,7 @@ async fn node(
     store: impl EventStore,
     server: &NatsServer,
     jetstream: bool,
-    seen: &Lookup<Vec<u64>>,
+    seen: &InMemoryIndex<Vec<u64>>,
 ) -> Runtime {
     let bus = if jetstream {
         BusOptions::jetstream(JetStreamOptions::new().max_bytes(10 << 20))
@@ -57,14 +57,14 @@ async fn node(
         .store(store)
         .bus(bus.url(server.url()).bus())
         .commands(CommandBus::nats(commands))
-        .lookup(seen)
+        .in_memory_index(seen)
         .start()
         .await
         .unwrap()
 }
 
-fn positions() -> Lookup<Vec<u64>> {
-    Lookup::new("seen", Filter::all(), |seen: &mut Vec<u64>, event| {
+fn positions() -> InMemoryIndex<Vec<u64>> {
+    InMemoryIndex::new("seen", Filter::all(), |seen: &mut Vec<u64>, event| {
         seen.push(event.position.get());
         Ok(())
     })

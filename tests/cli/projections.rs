@@ -101,7 +101,7 @@ async fn start(
             .await;
     let options = ProjectionOptions::new()
         .on_failure(FailurePolicy::Park)
-        .attempts(2)
+        .max_attempts(2)
         .backoff(Duration::from_millis(5), Duration::from_millis(50))
         .lease(Duration::from_secs(2));
     const TABLE: &str = "CREATE TABLE IF NOT EXISTS seen (version bigint, position bigint)";

@@ -78,7 +78,7 @@ async fn a_late_answer_counts_after_the_last_attempt() {
     let mut stranger = Stranger::new(&server, &caller).await;
     stranger.beat(false).await;
     sees(&caller, &["elsewhere"]).await;
-    let command = caller.command::<Elsewhere>("hello".to_owned()).timeout(PATIENCE);
+    let command = caller.execute_handler::<Elsewhere>("hello".to_owned()).timeout(PATIENCE);
     let dispatch = tokio::spawn(command.dispatch());
     let message = timeout(PATIENCE, stranger.commands.next()).await.unwrap().unwrap();
     let reply = message.reply.unwrap();
@@ -112,7 +112,7 @@ async fn the_shutdown_of_another_node_is_not_the_callers() {
     let mut answers = vec![refused, map(vec![("executed", ended)])];
     let give_up = Instant::now() + PATIENCE;
     while let Some(says) = answers.pop() {
-        let mut command = caller.command::<Elsewhere>("hello".to_owned()).into_future();
+        let mut command = caller.execute_handler::<Elsewhere>("hello".to_owned()).into_future();
         // While the caller does not know all other nodes yet, it tries again.
         let error = loop {
             tokio::select! {
@@ -143,7 +143,7 @@ async fn one_failed_attempt_does_not_resolve_the_other() {
     stranger.beat(false).await;
     sees(&caller, &["elsewhere"]).await;
     for answered in 0..2 {
-        let command = caller.command::<Elsewhere>(format!("hello {answered}")).timeout(PATIENCE);
+        let command = caller.execute_handler::<Elsewhere>(format!("hello {answered}")).timeout(PATIENCE);
         let command = tokio::spawn(command.into_future());
         let mut sent = Vec::new();
         let sent_twice = async {
@@ -221,10 +221,10 @@ async fn a_full_node_refuses_before_its_silence_counts() {
     let cluster = Setup::new(Kind::Nats).options(options).start().await;
     let mut all = Vec::new();
     for n in 0..2 {
-        let work = cluster.caller.command::<Worker>(Work::Note { n, wait: true });
+        let work = cluster.caller.execute_handler::<Worker>(Work::Note { n, wait: true });
         all.push(work.dispatch().await.unwrap());
     }
-    let third = cluster.caller.command::<Worker>(Work::Note { n: 3, wait: false });
+    let third = cluster.caller.execute_handler::<Worker>(Work::Note { n: 3, wait: false });
     let error = third.timeout(PATIENCE / 4).await.unwrap_err();
     assert!(
         matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { limit: 1, .. }, .. }),
@@ -275,7 +275,7 @@ async fn remote_dispatch_ends_with_its_node() {
     let cluster = Setup::new(Kind::Nats).start().await;
     let builder = Runtime::builder().store(cluster.store.clone());
     let asks = builder.commands(nats(cluster.server.as_ref().unwrap(), "asks")).start().await.unwrap();
-    let work = asks.command::<Worker>(Work::Note { n: 1, wait: true }).timeout(Duration::ZERO);
+    let work = asks.execute_handler::<Worker>(Work::Note { n: 1, wait: true }).timeout(Duration::ZERO);
     let asked = work.dispatch().await.unwrap();
     drop(asks);
     let error = timeout(PATIENCE, asked).await.expect("it ends").unwrap_err();

@@ -73,7 +73,7 @@ fn note(n: u64) -> Work {
 async fn a_dispatch_returns_when_the_command_is_accepted(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let dispatched =
-        cluster.caller.command::<Worker>(Work::Note { n: 7, wait: true }).dispatch().await.unwrap();
+        cluster.caller.execute_handler::<Worker>(Work::Note { n: 7, wait: true }).dispatch().await.unwrap();
     eventually("begun", || cluster.shared.begun() == 1).await;
     assert!(cluster.seen().is_empty());
     cluster.open();
@@ -91,7 +91,7 @@ async fn typed_refusals_arrive_with_their_details(kind: Kind) {
     assert_eq!(error.rejection(), Some(&CounterError::TooMuch { total: 5, limit: 6 }));
     assert_eq!(error.to_string(), "the total is 5 and may be 6");
     let refuse = Work::Refuse { code: 42, text: "näh".into() };
-    let error = cluster.caller.command::<Worker>(refuse).await.unwrap_err();
+    let error = cluster.caller.execute_handler::<Worker>(refuse).await.unwrap_err();
     assert_eq!(error.rejection(), Some(&WorkError::Refused { code: 42, text: "näh".into() }));
     let panicked = cluster.caller.execute::<Counter>("a", CounterCommand::Panic).await.unwrap_err();
     assert!(
@@ -109,7 +109,7 @@ async fn typed_refusals_arrive_with_their_details(kind: Kind) {
 async fn a_report_has_the_duration(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let work = Work::Note { n: 1, wait: true };
-    let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
+    let dispatched = cluster.caller.execute_handler::<Worker>(work).dispatch().await.unwrap();
     let (id, held) = (dispatched.command_id(), Duration::from_millis(50));
     eventually("begun", || cluster.shared.begun() == 1).await;
     tokio::time::sleep(held).await;
@@ -125,28 +125,29 @@ async fn a_command_past_its_deadline_is_never_executed(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new()).start().await;
     let key = || "k".to_owned();
     let first = Work::Keyed { key: key(), n: 1, wait: true };
-    let first = cluster.caller.command::<Worker>(first).dispatch().await.unwrap();
+    let first = cluster.caller.execute_handler::<Worker>(first).dispatch().await.unwrap();
     eventually("begun", || cluster.shared.begun() == 1).await;
     let late = Work::Keyed { key: key(), n: 2, wait: false };
     let id = Uuid::now_v7();
-    let late = cluster.caller.command::<Worker>(late).command_id(id).timeout(Duration::from_millis(150));
+    let late =
+        cluster.caller.execute_handler::<Worker>(late).command_id(id).timeout(Duration::from_millis(150));
     let error = late.await.unwrap_err();
     assert!(matches!(error, ExecuteError::OutcomeUnknown { command_id, .. } if command_id == id), "{error}");
     cluster.open();
     first.await.unwrap();
     let last = Work::Keyed { key: key(), n: 3, wait: false };
-    cluster.caller.command::<Worker>(last).await.unwrap();
+    cluster.caller.execute_handler::<Worker>(last).await.unwrap();
     assert_eq!(cluster.seen(), [1, 3]);
     // The id is free for another attempt, whose answer shows the outcome.
     let again = Work::Keyed { key: key(), n: 2, wait: false };
-    let again = cluster.caller.command::<Worker>(again).command_id(id).await.unwrap();
+    let again = cluster.caller.execute_handler::<Worker>(again).command_id(id).await.unwrap();
     assert!(!again.duplicate);
     cluster.stop().await;
 }
 
 async fn without_a_timeout_a_caller_waits_without_limit(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
-    let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true });
+    let work = cluster.caller.execute_handler::<Worker>(Work::Note { n: 1, wait: true });
     let work = work.timeout(Duration::ZERO).assign_timeout(Duration::ZERO).dispatch().await.unwrap();
     // Longer than the permitted silence.
     tokio::time::sleep(BEAT * 6).await;
@@ -163,7 +164,7 @@ async fn every_command_is_executed_once(kind: Kind) {
     let all = (0..100).map(|n| {
         let caller = cluster.caller.clone();
         tokio::spawn(async move {
-            caller.command::<Worker>(note(n)).await.unwrap();
+            caller.execute_handler::<Worker>(note(n)).await.unwrap();
             caller.execute::<Counter>(n % 7, Add(1)).await.unwrap();
         })
     });
@@ -205,7 +206,7 @@ async fn workers_bound_what_runs_at_a_time(kind: Kind) {
         let nodes = cluster.workers.len().max(1);
         let mut all = Vec::new();
         for n in 0..40 {
-            let work = cluster.caller.command::<Worker>(Work::Note { n, wait: true });
+            let work = cluster.caller.execute_handler::<Worker>(Work::Note { n, wait: true });
             all.push(work.dispatch().await.unwrap());
         }
         eventually("all at work", || cluster.shared.begun() == (nodes * workers) as u64).await;
@@ -226,12 +227,12 @@ async fn commands_with_a_key_run_one_at_a_time_in_order(kind: Kind) {
     let mut all = Vec::new();
     for n in 0..30 {
         let work = Work::Keyed { key: "k".into(), n, wait: n == 0 };
-        all.push(cluster.caller.command::<Worker>(work).dispatch().await.unwrap());
+        all.push(cluster.caller.execute_handler::<Worker>(work).dispatch().await.unwrap());
     }
     eventually("begun", || cluster.shared.begun() == 1).await;
     // A command with another key does not wait.
     let other = Work::Keyed { key: "other".into(), n: 100, wait: false };
-    cluster.caller.command::<Worker>(other).await.unwrap();
+    cluster.caller.execute_handler::<Worker>(other).await.unwrap();
     assert_eq!((cluster.shared.begun(), cluster.seen()), (2, vec![100]));
     cluster.open();
     for one in all {
@@ -274,7 +275,7 @@ async fn hooks_run_around_commands(kind: Kind) {
         "{error}"
     );
     assert!(cluster.events().await.is_empty());
-    cluster.caller.command::<Worker>(note(1)).metadata("who", "me").await.unwrap();
+    cluster.caller.execute_handler::<Worker>(note(1)).metadata("who", "me").await.unwrap();
     let _ = cluster.caller.execute::<Counter>("a", AddUpTo { add: 1, limit: 0 }).await.unwrap_err();
     eventually("after", || log.lock().unwrap().len() >= 5).await;
     let wanted = [
@@ -293,7 +294,7 @@ async fn nested_commands_do_not_wait_for_their_parent(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new().workers(1)).start().await;
     let all = (0..4).map(|_| {
         let caller = cluster.caller.clone();
-        tokio::spawn(async move { caller.command::<Worker>(Work::Nest(6)).await.unwrap().reply })
+        tokio::spawn(async move { caller.execute_handler::<Worker>(Work::Nest(6)).await.unwrap().reply })
     });
     for one in all.collect::<Vec<_>>() {
         assert_eq!(one.await.unwrap(), 6);
@@ -305,10 +306,10 @@ async fn nested_commands_carry_their_cause(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let count = Work::Count { id: "a".into(), add: 2, limit: 10, wait: false };
     let (id, request) = (Uuid::now_v7(), Uuid::now_v7());
-    let work = cluster.caller.command::<Worker>(count.clone()).command_id(id).correlation_id(request);
+    let work = cluster.caller.execute_handler::<Worker>(count.clone()).command_id(id).correlation_id(request);
     assert_eq!(work.traceparent("00-aa-bb-01").metadata("who", "me").await.unwrap().reply, 2);
     let own = Uuid::now_v7();
-    cluster.caller.command::<Worker>(count).command_id(own).await.unwrap();
+    cluster.caller.execute_handler::<Worker>(count).command_id(own).await.unwrap();
     let events = cluster.events().await;
     let first = events[0].decode_metadata().unwrap();
     assert_eq!((first.causation_id, first.correlation_id), (Some(id), Some(request)));
@@ -322,9 +323,9 @@ async fn nested_commands_carry_their_cause(kind: Kind) {
 async fn a_command_id_takes_effect_once(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let (id, other) = (Uuid::now_v7(), Uuid::now_v7());
-    let first = cluster.caller.command::<Worker>(note(5)).command_id(id).await.unwrap();
+    let first = cluster.caller.execute_handler::<Worker>(note(5)).command_id(id).await.unwrap();
     assert_eq!((first.reply, first.duplicate), (5, false));
-    let again = cluster.caller.command::<Worker>(note(5)).command_id(id).await.unwrap();
+    let again = cluster.caller.execute_handler::<Worker>(note(5)).command_id(id).await.unwrap();
     assert_eq!((again.reply, again.duplicate), (5, true));
     assert_eq!(cluster.shared.begun(), 1);
     let first = cluster.caller.execute::<Counter>("a", Add(1)).command_id(other).await.unwrap();
@@ -340,7 +341,7 @@ async fn the_same_id_at_once_is_one_command(kind: Kind) {
     let id = Uuid::now_v7();
     let mut all = Vec::new();
     for _ in 0..8 {
-        let work = cluster.caller.command::<Worker>(Work::Note { n: 3, wait: true });
+        let work = cluster.caller.execute_handler::<Worker>(Work::Note { n: 3, wait: true });
         all.push(work.command_id(id).dispatch().await.unwrap());
     }
     cluster.open();
@@ -357,17 +358,18 @@ async fn the_same_id_at_once_is_one_command(kind: Kind) {
 async fn the_same_id_with_another_content_is_refused(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let id = Uuid::now_v7();
-    cluster.caller.command::<Worker>(note(1)).command_id(id).await.unwrap();
-    let error = cluster.caller.command::<Worker>(note(2)).command_id(id).await.unwrap_err();
+    cluster.caller.execute_handler::<Worker>(note(1)).command_id(id).await.unwrap();
+    let error = cluster.caller.execute_handler::<Worker>(note(2)).command_id(id).await.unwrap_err();
     assert!(
         matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { command_id }, .. } if command_id == id),
         "{error}"
     );
     // Also while the first command is in flight.
     let id = Uuid::now_v7();
-    let waiting = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
+    let waiting = cluster.caller.execute_handler::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
     let waiting = waiting.dispatch().await.unwrap();
-    let error = cluster.caller.command::<Worker>(Work::Note { n: 2, wait: true }).command_id(id).await;
+    let error =
+        cluster.caller.execute_handler::<Worker>(Work::Note { n: 2, wait: true }).command_id(id).await;
     assert!(
         matches!(error, Err(ExecuteError::NotExecuted { kind: NotExecutedKind::CommandIdReused { .. }, .. })),
         "{error:?}"
@@ -396,7 +398,7 @@ async fn a_rejection_is_recorded(kind: Kind) {
     cluster.caller.execute::<Counter>("a", Add(5)).await.unwrap();
     let count = |limit| Work::Count { id: "a".into(), add: 1, limit, wait: false };
     for _ in 0..2 {
-        let error = cluster.caller.command::<Worker>(count(5)).command_id(id).await.unwrap_err();
+        let error = cluster.caller.execute_handler::<Worker>(count(5)).command_id(id).await.unwrap_err();
         assert_eq!(error.rejection(), Some(&WorkError::Limit { limit: 5 }));
     }
     assert_eq!(cluster.shared.begun(), 1);
@@ -410,13 +412,13 @@ async fn a_failed_attempt_leaves_no_record(kind: Kind) {
     let id = Uuid::now_v7();
     let count = Work::Count { id: "a".into(), add: 1, limit: 9, wait: false };
     for _ in 0..2 {
-        let error = cluster.caller.command::<Worker>(count.clone()).command_id(id).await.unwrap_err();
+        let error = cluster.caller.execute_handler::<Worker>(count.clone()).command_id(id).await.unwrap_err();
         assert!(
             matches!(error, ExecuteError::OutcomeUnknown { command_id, .. } if command_id == id),
             "{error}"
         );
     }
-    let handled = cluster.caller.command::<Worker>(count).command_id(id).await.unwrap();
+    let handled = cluster.caller.execute_handler::<Worker>(count).command_id(id).await.unwrap();
     assert_eq!((handled.reply, handled.duplicate, cluster.shared.begun()), (1, false, 3));
     assert_eq!(cluster.events().await.len(), 1);
     cluster.stop().await;
@@ -425,12 +427,12 @@ async fn a_failed_attempt_leaves_no_record(kind: Kind) {
 async fn a_panic_affects_only_its_command(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new()).start().await;
     for _ in 0..3 {
-        let error = cluster.caller.command::<Worker>(Work::Panic).await.unwrap_err();
+        let error = cluster.caller.execute_handler::<Worker>(Work::Panic).await.unwrap_err();
         assert!(
             matches!(&error, ExecuteError::OutcomeUnknown { reason, .. } if reason.contains("as requested")),
             "{error}"
         );
-        cluster.caller.command::<Worker>(note(1)).await.unwrap();
+        cluster.caller.execute_handler::<Worker>(note(1)).await.unwrap();
     }
     cluster.stop().await;
 }
@@ -455,7 +457,7 @@ impl Handler for Elsewhere {
 async fn a_missing_handler_is_reported_at_once(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let started = Instant::now();
-    let error = cluster.caller.command::<Elsewhere>(()).await.unwrap_err();
+    let error = cluster.caller.execute_handler::<Elsewhere>(()).await.unwrap_err();
     assert!(
         matches!(
             error,
@@ -482,14 +484,14 @@ async fn a_panic_around_a_handler_affects_only_its_command(kind: Kind) {
     let options = HandlerOptions::new().max_in_flight(1);
     let cluster = Setup::new(kind).options(options).bus(hooked).start().await;
     for n in 0..3 {
-        let error = cluster.caller.command::<Worker>(note(n)).await.unwrap_err();
+        let error = cluster.caller.execute_handler::<Worker>(note(n)).await.unwrap_err();
         let ExecuteError::NotExecuted { kind: NotExecutedKind::NotAccepted { reason }, .. } = &error else {
             panic!("{error}")
         };
         assert!(reason.contains("on purpose"), "{reason}");
     }
     panics.store(false, Ordering::SeqCst);
-    cluster.caller.command::<Worker>(note(9)).await.unwrap();
+    cluster.caller.execute_handler::<Worker>(note(9)).await.unwrap();
     assert_eq!(cluster.seen(), [9]);
     cluster.stop().await;
 }
@@ -501,10 +503,10 @@ async fn a_full_handler_reports_overload(kind: Kind) {
     let mut all = Vec::new();
     // Over NATS, a command to a full node goes to the other node.
     for n in 0..places as u64 {
-        let work = cluster.caller.command::<Worker>(Work::Note { n, wait: true });
+        let work = cluster.caller.execute_handler::<Worker>(Work::Note { n, wait: true });
         all.push(work.dispatch().await.unwrap());
     }
-    let error = cluster.caller.command::<Worker>(note(9)).await.unwrap_err();
+    let error = cluster.caller.execute_handler::<Worker>(note(9)).await.unwrap_err();
     assert!(
         matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { limit: 2, .. }, .. }),
         "{error}"
@@ -514,7 +516,7 @@ async fn a_full_handler_reports_overload(kind: Kind) {
     for one in all {
         one.await.unwrap();
     }
-    cluster.caller.command::<Worker>(note(9)).await.unwrap();
+    cluster.caller.execute_handler::<Worker>(note(9)).await.unwrap();
     cluster.stop().await;
 }
 
@@ -630,7 +632,7 @@ async fn metadata_is_limited(kind: Kind) {
     );
     assert!(error.to_string().contains("\"note\" is the largest part"), "{error}");
     let work = Work::Note { n: 1, wait: false };
-    let error = cluster.caller.command::<Worker>(work).metadata("note", large).await.unwrap_err();
+    let error = cluster.caller.execute_handler::<Worker>(work).metadata("note", large).await.unwrap_err();
     assert!(
         matches!(
             error,
@@ -654,7 +656,7 @@ async fn metadata_is_limited(kind: Kind) {
 async fn accepted_commands_finish_before_a_node_ends(kind: Kind) {
     let cluster = Setup::new(kind).start().await;
     let work = Work::CountLater { id: "a".into(), add: 2 };
-    let dispatched = cluster.caller.command::<Worker>(work).dispatch().await.unwrap();
+    let dispatched = cluster.caller.execute_handler::<Worker>(work).dispatch().await.unwrap();
     eventually("begun", || cluster.shared.begun() == 1).await;
     let all = if kind == Kind::Local { vec![cluster.caller.clone()] } else { cluster.workers.clone() };
     let ending: Vec<_> = all.iter().map(|node| tokio::spawn(node.clone().shutdown())).collect();
@@ -687,7 +689,7 @@ async fn an_id_from_the_future_is_refused(kind: Kind) {
         let id = v7(ahead);
         let errors = [
             add(id).await.map(|_| ()).unwrap_err().to_string(),
-            cluster.caller.command::<Worker>(note(1)).command_id(id).await.unwrap_err().to_string(),
+            cluster.caller.execute_handler::<Worker>(note(1)).command_id(id).await.unwrap_err().to_string(),
         ];
         for error in errors {
             assert!(error.contains("more than 1 minute ahead"), "{error}");
@@ -716,7 +718,7 @@ async fn a_handler_may_work_for_longer_than_its_callers_wait(kind: Kind) {
     let id = Uuid::now_v7();
     let work = || {
         let work = Work::CountLater { id: "a".into(), add: 5 };
-        cluster.caller.command::<Worker>(work).command_id(id)
+        cluster.caller.execute_handler::<Worker>(work).command_id(id)
     };
     for attempt in 0..6 {
         let error = work().timeout(Duration::from_millis(150)).await.unwrap_err();
@@ -741,7 +743,7 @@ async fn dropped_callers_hold_no_permit(kind: Kind) {
     let cluster = Setup::new(kind).options(options).start().await;
     let id = Uuid::now_v7();
     for _ in 0..10 {
-        let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
+        let work = cluster.caller.execute_handler::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
         let error = work.timeout(Duration::from_millis(60)).await.unwrap_err();
         assert!(
             !matches!(error, ExecuteError::NotExecuted { kind: NotExecutedKind::Overloaded { .. }, .. }),
@@ -750,10 +752,13 @@ async fn dropped_callers_hold_no_permit(kind: Kind) {
     }
     eventually("it has begun", || cluster.shared.begun() == 1).await;
     for n in 2..6 {
-        assert_eq!(cluster.caller.command::<Worker>(note(n)).timeout(PATIENCE).await.unwrap().reply, n);
+        assert_eq!(
+            cluster.caller.execute_handler::<Worker>(note(n)).timeout(PATIENCE).await.unwrap().reply,
+            n
+        );
     }
     cluster.open();
-    let work = cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
+    let work = cluster.caller.execute_handler::<Worker>(Work::Note { n: 1, wait: true }).command_id(id);
     assert_eq!(work.timeout(PATIENCE).await.unwrap().reply, 1);
     assert_eq!(cluster.shared.begun(), 5);
     cluster.stop().await;
@@ -763,10 +768,11 @@ async fn dropped_callers_hold_no_permit(kind: Kind) {
 async fn a_repeated_queued_command_is_not_dropped(kind: Kind) {
     let cluster = Setup::new(kind).options(HandlerOptions::new().workers(1)).start().await;
     let keyed = |n, wait| Work::Keyed { key: "k".into(), n, wait };
-    let first = cluster.caller.command::<Worker>(keyed(1, true)).timeout(PATIENCE).dispatch().await.unwrap();
+    let first =
+        cluster.caller.execute_handler::<Worker>(keyed(1, true)).timeout(PATIENCE).dispatch().await.unwrap();
     eventually("it has begun", || cluster.shared.begun() == 1).await;
     let id = Uuid::now_v7();
-    let second = || cluster.caller.command::<Worker>(keyed(2, false)).command_id(id);
+    let second = || cluster.caller.execute_handler::<Worker>(keyed(2, false)).command_id(id);
     let waiting = second().timeout(Duration::from_millis(100)).dispatch().await.unwrap();
     let joined = second().timeout(PATIENCE).dispatch().await.unwrap();
     assert!(matches!(waiting.await, Err(ExecuteError::OutcomeUnknown { .. })));
@@ -780,8 +786,13 @@ async fn an_attempt_ends_at_the_handlers_time_limit(kind: Kind) {
     let options = HandlerOptions::new().workers(1).time_limit(Duration::from_millis(100));
     let cluster = Setup::new(kind).options(options).start().await;
     let id = Uuid::now_v7();
-    let work =
-        || cluster.caller.command::<Worker>(Work::Note { n: 1, wait: true }).command_id(id).timeout(PATIENCE);
+    let work = || {
+        cluster
+            .caller
+            .execute_handler::<Worker>(Work::Note { n: 1, wait: true })
+            .command_id(id)
+            .timeout(PATIENCE)
+    };
     let error = work().await.unwrap_err();
     assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error}");
     assert!(error.to_string().contains("100ms") && error.to_string().contains("time_limit"), "{error}");

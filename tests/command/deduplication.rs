@@ -164,12 +164,12 @@ async fn a_handlers_command_takes_effect_once_after_many_others() {
         let (runtime, other) = (start(store.clone()).await, start(store.clone()).await);
         let work = Work::Count { id: "a".into(), add: 100, limit: u64::MAX, wait: false };
         shared.failures.store(1, Ordering::SeqCst);
-        let error = runtime.command::<Worker>(work.clone()).command_id(id).await.unwrap_err();
+        let error = runtime.execute_handler::<Worker>(work.clone()).command_id(id).await.unwrap_err();
         assert!(matches!(error, ExecuteError::OutcomeUnknown { .. }), "{error}");
         for _ in 0..11 {
             runtime.execute::<Counter>("a", Add(1)).await.unwrap();
         }
-        let handled = other.command::<Worker>(work).command_id(id).await.unwrap();
+        let handled = other.execute_handler::<Worker>(work).command_id(id).await.unwrap();
         assert_eq!((handled.reply, shared.begun()), (100, 2), "{id}");
         assert_eq!(total(&other).await, 111, "{id}");
     }
@@ -183,7 +183,7 @@ async fn a_new_command_of_a_handler_costs_no_look_up() {
     let runtime = builder.start().await.unwrap();
     for _ in 0..10 {
         let work = Work::Count { id: "a".into(), add: 1, limit: u64::MAX, wait: false };
-        runtime.command::<Worker>(work).await.unwrap();
+        runtime.execute_handler::<Worker>(work).await.unwrap();
         // Within a millisecond, derived ids have no order.
         tokio::time::sleep(Duration::from_millis(2)).await;
     }

@@ -204,7 +204,9 @@ impl Handler for Worker {
                 Ok(context.execute::<Counter>(id, Add(*add)).await?.reply)
             }
             Work::Nest(0) => Ok(0),
-            Work::Nest(depth) => Ok(context.command::<Worker>(Work::Nest(depth - 1)).await?.reply + 1),
+            Work::Nest(depth) => {
+                Ok(context.execute_handler::<Worker>(Work::Nest(depth - 1)).await?.reply + 1)
+            }
             Work::Refuse { code, text } => {
                 Err(HandleError::Rejected(WorkError::Refused { code: *code, text: text.clone() }))
             }

@@ -39,7 +39,7 @@ async fn a_node_that_is_killed_before_it_accepts() {
     let two = Node::spawn(&setting, "two");
     // Both know the first node by its heartbeats, so it gets the command, and cannot accept it.
     one.pause().await;
-    let command = setting.caller.command::<Gated>(pass("nowhere")).timeout(PATIENCE);
+    let command = setting.caller.execute_handler::<Gated>(pass("nowhere")).timeout(PATIENCE);
     let answer = tokio::spawn(async move { command.assign_timeout(Duration::ZERO).await });
     tokio::time::sleep(BEAT / 2).await;
     drop(one);
@@ -171,7 +171,7 @@ async fn hazard_25_a_lost_answer_is_requested_again() {
     for stop in ["before", "after"] {
         let mut setting = Setting::new().await;
         let one = Node::spawn(&setting, "one").ready().await;
-        let command = setting.caller.command::<Gated>(pass(stop)).timeout(PATIENCE);
+        let command = setting.caller.execute_handler::<Gated>(pass(stop)).timeout(PATIENCE);
         let dispatched = command.dispatch().await.unwrap();
         setting.exists(&format!("one-{stop}")).await;
         setting.server.kill();
@@ -212,7 +212,7 @@ async fn hazard_26_one_id_from_two_processes_is_one_command() {
         assert!(duplicate != repeated, "one of them was first");
     }
     assert_eq!(setting.events().await, 30);
-    let another = setting.caller.command::<Gated>(pass("elsewhere")).command_id(ids[0]).await;
+    let another = setting.caller.execute_handler::<Gated>(pass("elsewhere")).command_id(ids[0]).await;
     assert!(
         matches!(
             another,
@@ -238,7 +238,7 @@ async fn hazard_27_a_restarted_node_is_a_new_incarnation() {
     // This node is only paused, during a command.
     let old = Node::spawn(&setting, "one").ready().await;
     let dispatched =
-        setting.caller.command::<Gated>(pass("before")).timeout(PATIENCE).dispatch().await.unwrap();
+        setting.caller.execute_handler::<Gated>(pass("before")).timeout(PATIENCE).dispatch().await.unwrap();
     setting.exists("one-before").await;
     old.pause().await;
     fs::remove_file(setting.file("one-before")).unwrap();

@@ -79,7 +79,7 @@ async fn a_stopping_node_receives_outstanding_answers() {
     let cluster = Setup::new(Kind::Nats).start().await;
     let asks = caller(&cluster.store, cluster.server.as_ref().unwrap()).await;
     let work = Work::Note { n: 1, wait: true };
-    let asked = asks.command::<Worker>(work).dispatch().await.unwrap();
+    let asked = asks.execute_handler::<Worker>(work).dispatch().await.unwrap();
     let ending = tokio::spawn(asks.shutdown());
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!ending.is_finished(), "it waits");
@@ -209,8 +209,13 @@ async fn a_lost_answer_is_requested_again() {
     let mut cluster = Setup::new(Kind::Nats).start().await;
     let mut server = cluster.server.take().unwrap();
     let work = Work::Count { id: "a".into(), add: 1, limit: 5, wait: true };
-    let dispatched =
-        cluster.caller.command::<Worker>(work).timeout(Duration::from_secs(30)).dispatch().await.unwrap();
+    let dispatched = cluster
+        .caller
+        .execute_handler::<Worker>(work)
+        .timeout(Duration::from_secs(30))
+        .dispatch()
+        .await
+        .unwrap();
     while cluster.events().await.is_empty() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -232,12 +237,12 @@ async fn two_dispatchers_with_one_id_get_one_answer() {
     for round in 0..20 {
         let id = Uuid::now_v7();
         let count = Work::Count { id: "a".into(), add: 1, limit: 100, wait: false };
-        let from = |runtime: &Runtime| runtime.command::<Worker>(count.clone()).command_id(id);
+        let from = |runtime: &Runtime| runtime.execute_handler::<Worker>(count.clone()).command_id(id);
         let (one, two) = tokio::join!(from(&cluster.caller), from(&other));
         let (one, two) = (one.unwrap(), two.unwrap());
         assert_eq!((one.reply, two.reply), (round + 1, round + 1));
         assert!(one.duplicate != two.duplicate);
-        let another = other.command::<Worker>(Work::Note { n: 1, wait: false }).command_id(id).await;
+        let another = other.execute_handler::<Worker>(Work::Note { n: 1, wait: false }).command_id(id).await;
         assert!(
             matches!(
                 another,
@@ -318,7 +323,7 @@ async fn nodes_of_other_namespaces_and_stores_get_no_commands() {
 async fn a_command_that_is_too_large_is_refused() {
     let cluster = Setup::new(Kind::Nats).start().await;
     let refuse = Work::Refuse { code: 1, text: "x".repeat(2 << 20) };
-    let error = cluster.caller.command::<Worker>(refuse).await.unwrap_err();
+    let error = cluster.caller.execute_handler::<Worker>(refuse).await.unwrap_err();
     assert!(
         matches!(
             error,

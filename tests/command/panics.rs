@@ -141,7 +141,7 @@ async fn a_panic_around_a_command_is_answered_at_once() {
         for give in all.clone() {
             let begun = Instant::now();
             READING.store(true, Ordering::SeqCst);
-            let command = caller.command::<Desk>(give.clone()).timeout(PATIENCE);
+            let command = caller.execute_handler::<Desk>(give.clone()).timeout(PATIENCE);
             // A rejection that is not encoded reaches its caller unchanged. So does any answer
             // within the process.
             let handled =
@@ -164,7 +164,7 @@ async fn a_panic_around_a_command_is_answered_at_once() {
                 _ => assert!(handled.is_err() && executed.is_err(), "{said}"),
             }
             // No component restarts, and other commands are not affected.
-            caller.command::<Desk>(Give::Nothing).timeout(SOON).await.unwrap();
+            caller.execute_handler::<Desk>(Give::Nothing).timeout(SOON).await.unwrap();
             caller.execute::<Fragile>("a", Give::Nothing).timeout(SOON).await.unwrap();
             assert!(begun.elapsed() < PATIENCE, "{said}");
         }
@@ -190,7 +190,7 @@ async fn a_panic_of_a_filter_or_a_hook_reaches_no_task() {
         let builder = Runtime::builder().store(MemoryStore::new()).commands(bus);
         let runtime = builder.aggregate::<Fragile>().handler(Desk).start().await.unwrap();
         let executed = runtime.execute::<Fragile>("a", Give::Nothing).await.map(drop);
-        let handled = runtime.command::<Desk>(Give::Nothing).await.map(drop);
+        let handled = runtime.execute_handler::<Desk>(Give::Nothing).await.map(drop);
         for result in [executed, handled] {
             match (what, result) {
                 ("after", result) => result.unwrap(),

@@ -107,7 +107,7 @@ async fn caller_process() {
     eventually("ids", || ids.exists()).await;
     let mut answers = String::new();
     for id in fs::read_to_string(ids).unwrap().lines() {
-        let command = runtime.command::<Gated>(Pass { stop: "nowhere".into() });
+        let command = runtime.execute_handler::<Gated>(Pass { stop: "nowhere".into() });
         let answer = command.command_id(id.parse().unwrap()).await.unwrap();
         answers += &format!("{} {}\n", answer.reply, answer.duplicate);
     }
@@ -217,7 +217,7 @@ impl Setting {
         let one = Node::spawn(&self, "one").ready().await;
         let id = Uuid::now_v7();
         let pass = Pass { stop: stop.into() };
-        let command = self.caller.command::<Gated>(pass.clone()).command_id(id);
+        let command = self.caller.execute_handler::<Gated>(pass.clone()).command_id(id);
         let dispatched = command.timeout(PATIENCE).dispatch().await.unwrap();
         self.exists(&format!("one-{stop}")).await;
         let two = Node::spawn(&self, "two").ready().await;
@@ -226,7 +226,7 @@ impl Setting {
         assert_eq!(dispatched.await.unwrap().reply, 1, "stopped {stop}");
         assert_eq!(self.events().await, 1, "stopped {stop}");
         // A repetition with the same id gets the same answer.
-        let again = self.caller.command::<Gated>(pass).command_id(id).await.unwrap();
+        let again = self.caller.execute_handler::<Gated>(pass).command_id(id).await.unwrap();
         assert_eq!((again.reply, again.duplicate), (1, true));
         drop(two);
         self.caller.shutdown().await.unwrap();

@@ -87,7 +87,7 @@ async fn a_reply_that_cannot_be_read_has_a_known_outcome() {
         };
         let id = Uuid::now_v7();
         for _ in 0..2 {
-            let error = caller.command::<Halves>(()).command_id(id).await.unwrap_err();
+            let error = caller.execute_handler::<Halves>(()).command_id(id).await.unwrap_err();
             assert!(!error.is_transient() && error.to_string().contains("was handled"), "{error}");
             let ExecuteError::NoReply { command_id, receipt: None, kind: NoReplyKind::Unreadable { reason } } =
                 error
@@ -122,7 +122,7 @@ async fn an_answer_that_is_not_awaited_does_not_delay_the_end() {
     let handled = Arc::new(AtomicU64::new(0));
     let runtime = Runtime::builder().store(MemoryStore::new()).handler(Halves(handled.clone()));
     let runtime = runtime.start().await.unwrap();
-    let kept = runtime.command::<Halves>(()).dispatch().await.unwrap();
+    let kept = runtime.execute_handler::<Halves>(()).dispatch().await.unwrap();
     crate::support::eventually("the command is handled", || handled.load(Ordering::SeqCst) == 1).await;
     let begun = Instant::now();
     runtime.shutdown().await.unwrap();

@@ -111,7 +111,7 @@ async fn oversized_messages_have_a_known_outcome() {
     // For a handler's reply, the handler ran once.
     let id = Uuid::now_v7();
     for _ in 0..2 {
-        let error = caller.command::<Printer>(20_000_usize).command_id(id).await.unwrap_err();
+        let error = caller.execute_handler::<Printer>(20_000_usize).command_id(id).await.unwrap_err();
         assert!(
             matches!(
                 error,

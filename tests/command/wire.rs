@@ -100,7 +100,7 @@ async fn command_frames_keep_their_format() {
     raw.flush().await.unwrap();
     let id = Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_c000);
     let request = |caller: &Runtime| {
-        let request = caller.command::<Elsewhere>("hello".to_owned()).command_id(id);
+        let request = caller.execute_handler::<Elsewhere>("hello".to_owned()).command_id(id);
         request.correlation_id(Uuid::from_u128(7)).metadata("tenant", "acme").timeout(Duration::ZERO)
     };
     // If the command is sent before the presence arrives, it waits for the presence.

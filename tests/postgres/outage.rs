@@ -101,7 +101,7 @@ fn short() -> ProjectionOptions {
     ProjectionOptions::new()
         .transaction_timeout(Duration::from_millis(300))
         .backoff(Duration::from_millis(10), Duration::from_millis(50))
-        .attempts(1)
+        .max_attempts(1)
 }
 
 /// The pool must not hand out a connection whose BEGIN was sent and then abandoned: writes of the

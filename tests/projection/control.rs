@@ -44,7 +44,7 @@ async fn a_reset_applies_the_log_from_its_start() {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
         let node = local_node(&store).await;
-        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        let park = options().on_failure(FailurePolicy::Park).max_attempts(1);
         let (memory, delivered) = (recorder("memory"), recorder("delivered"));
         let (memory_seen, delivered_seen) = (memory.seen.clone(), delivered.seen.clone());
         let handles = [
@@ -431,7 +431,7 @@ async fn a_reset_repairs_a_checkpoint_that_does_not_fit_the_log() {
         let head = append(&before, 0, 1..=20).await;
         let node = local_node(&before).await;
         let broken = Arc::new(AtomicBool::new(true));
-        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        let park = options().on_failure(FailurePolicy::Park).max_attempts(1);
         for name in ["table", "refusing"] {
             let table = table(name).hook(poison(3, &broken));
             let handle = node.projection(table, database.open().await, park.clone()).await;

@@ -55,7 +55,7 @@ where
 {
     let node = local_node(store).await;
     let projection = |name| Deferred { name, transaction: PhantomData };
-    let options = options().attempts(2);
+    let options = options().max_attempts(2);
     let handle = node.projection(projection("stops"), model, options).await;
     reach(&handle, ProjectionState::Failed).await;
     let status = handle.status();
@@ -72,7 +72,7 @@ where
 {
     let node = local_node(store).await;
     let projection = Deferred { name: "parks", transaction: PhantomData };
-    let options = options().attempts(2).on_failure(FailurePolicy::Park);
+    let options = options().max_attempts(2).on_failure(FailurePolicy::Park);
     let handle = node.projection(projection, model, options).await;
     catch_up(&handle, Position::new(6)).await;
     let parked = handle.parked(10).await.unwrap();

@@ -70,7 +70,7 @@ async fn parks_poison_events_retries_and_discards_them() {
                 _ => Ok(()),
             })
         };
-        let options = options().on_failure(FailurePolicy::Park).attempts(2);
+        let options = options().on_failure(FailurePolicy::Park).max_attempts(2);
         let node = local_node(&store).await;
         let (memory, delivered) =
             (recorder("memory").hook(both.clone()), recorder("delivered").hook(both.clone()));
@@ -228,7 +228,8 @@ async fn an_unavailable_store_blames_no_event() {
         let database = Database::new().await;
         let cut: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&cut).await;
-        let handle = node.projection(table("table"), database.open().await, short_lived().attempts(1)).await;
+        let handle =
+            node.projection(table("table"), database.open().await, short_lived().max_attempts(1)).await;
         // While there is nothing to apply, only the lease shows that the store is unavailable.
         for _ in 0..3 {
             reach(&handle, ProjectionState::Retrying).await;
@@ -262,7 +263,7 @@ async fn an_unavailable_read_model_blames_no_event() {
     .unwrap();
     let node = local_node(&store).await;
     let model = storied::SqliteReadModel::new(pool);
-    let handle = node.projection(table("table"), model, options().attempts(1)).await;
+    let handle = node.projection(table("table"), model, options().max_attempts(1)).await;
     reach(&handle, ProjectionState::Retrying).await;
     lock.rollback().await.unwrap();
     catch_up(&handle, Position::new(20)).await;
@@ -321,7 +322,7 @@ async fn an_outage_inside_a_user_error_blames_no_event() {
         let (memory, delivered) =
             (recorder("memory").hook(failing(false)), recorder("delivered").hook(failing(false)));
         let seen = [memory.seen.clone(), delivered.seen.clone()];
-        let options = options().attempts(1);
+        let options = options().max_attempts(1);
         let handles = [
             node.projection(memory, InMemory::new(), options.clone()).await,
             node.projection(delivered, AtLeastOnce::new(), options.clone()).await,

@@ -196,7 +196,7 @@ async fn hazard_18_a_poison_event_is_parked_and_its_partition_goes_on_in_order()
         let place = place.clone();
         move |_| Writes::new(place.clone(), "poisoned").hook(poison.clone())
     };
-    let options = options().attempts(3).on_failure(FailurePolicy::Park);
+    let options = options().max_attempts(3).on_failure(FailurePolicy::Park);
     let handle = node.partitioned(4, make, place.model().await, options).await;
     catch_up(&handle, *all.last().unwrap()).await;
     let parked = handle.parked(10).await.unwrap();

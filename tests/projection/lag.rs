@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use storied::projection::{Lookup, ProjectionState, ProjectionStatus, Schedule, WaitError};
+use storied::projection::{InMemoryIndex, ProjectionState, ProjectionStatus, Schedule, WaitError};
 use storied::{EventStore, Filter, LocalBus, MemoryStore, Position, ProjectionHandle, Runtime};
 use tokio::sync::watch;
 
@@ -127,16 +127,16 @@ async fn an_empty_log_is_distinguished_from_an_unread_log() {
 
 /// Readiness of a whole service: all of 20,000 events are in the index.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lookup_is_ready_when_it_contains_the_log() {
+async fn an_index_is_ready_when_it_contains_the_log() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     for stream in 0..20 {
         append(&store, stream, 0..1_000).await;
     }
-    let count = Lookup::new("count", Filter::all(), |count: &mut u64, _| {
+    let count = InMemoryIndex::new("count", Filter::all(), |count: &mut u64, _| {
         *count += 1;
         Ok(())
     });
-    let runtime = Runtime::builder().store(store).lookup(&count).start().await.unwrap();
+    let runtime = Runtime::builder().store(store).in_memory_index(&count).start().await.unwrap();
     let status = runtime.projection("count").unwrap().status();
     assert!(status.lag() != Some(0) || count.read(|count| *count) == 20_000, "{status:?}");
     count.ready(PATIENCE).await.unwrap();

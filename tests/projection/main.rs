@@ -14,8 +14,8 @@ mod failures;
 mod following;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod hazards;
+mod in_memory_indexes;
 mod lag;
-mod lookups;
 mod nodes;
 #[cfg(all(feature = "postgres", feature = "nats"))]
 mod orders;

@@ -96,7 +96,7 @@ fn faults() -> Vec<ApplyError> {
 
 fn quick() -> ProjectionOptions {
     ProjectionOptions::new()
-        .attempts(1)
+        .max_attempts(1)
         .on_failure(FailurePolicy::Park)
         .backoff(Duration::from_millis(1), Duration::from_millis(1))
 }
@@ -275,7 +275,7 @@ impl Projection for Reaction {
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
         let Some(runtime) = self.0.get() else { return Err(TargetUnavailable::new("not yet").into()) };
-        runtime.command::<Slow>(Work(event.position.get())).await?;
+        runtime.execute_handler::<Slow>(Work(event.position.get())).await?;
         Ok(())
     }
 }

@@ -67,7 +67,7 @@ async fn the_partitions_of_a_node_read_the_log_once() {
 
 /// With pages of 128 events, so that the pages of the other partitions are gone.
 fn small_pages() -> ProjectionOptions {
-    options().batch_size(4).attempts(1)
+    options().batch_size(4).max_attempts(1)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

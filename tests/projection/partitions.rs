@@ -216,7 +216,7 @@ async fn control_calls_work_from_any_node() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
-        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        let park = options().on_failure(FailurePolicy::Park).max_attempts(1);
         let poisoned = || {
             let broken = broken.clone();
             move |_| table("table").hook(poison(3, &broken))
@@ -303,7 +303,7 @@ async fn a_failed_partition_does_not_stop_the_others() {
                 recorder
             }
         };
-        let handle = node.partitioned(PARTITIONS, make, AtLeastOnce::new(), options().attempts(1)).await;
+        let handle = node.partitioned(PARTITIONS, make, AtLeastOnce::new(), options().max_attempts(1)).await;
         let mut head = Position::START;
         for n in 0..40 {
             head = append(&store, n, [n]).await;

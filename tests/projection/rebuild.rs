@@ -209,7 +209,8 @@ async fn a_failed_rebuild_does_not_affect_the_live_version() {
     for (kind, store, _dir) in stores().await {
         let database = Database::new().await;
         let broken = Arc::new(AtomicBool::new(true));
-        let (node, handle) = start(&store, &database, &poison(3, &broken), None, options().attempts(1)).await;
+        let (node, handle) =
+            start(&store, &database, &poison(3, &broken), None, options().max_attempts(1)).await;
         let head = append(&store, 0, 0..10).await;
         catch_up(&handle, head).await;
         handle.rebuild().await.unwrap();
@@ -450,7 +451,7 @@ async fn parked_events_are_those_of_the_live_version_after_a_cut_over() {
         let link = Link::new(&store);
         let linked: Arc<dyn EventStore> = Arc::new(link.clone());
         let (one, two) = (local_node(&store).await, local_node(&linked).await);
-        let park = || options().attempts(1).on_failure(FailurePolicy::Park);
+        let park = || options().max_attempts(1).on_failure(FailurePolicy::Park);
         let first = one.rebuildable(make(), database.open().await, park()).await;
         let head = append(&store, 0, 0..10).await;
         catch_up(&first, head).await;

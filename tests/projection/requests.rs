@@ -96,7 +96,7 @@ async fn start(
     partitions: u16,
 ) -> (Node, ProjectionHandle) {
     let node = local_node(store).await;
-    let (model, options) = (database.open().await, options().attempts(1).on_failure(FailurePolicy::Park));
+    let (model, options) = (database.open().await, options().max_attempts(1).on_failure(FailurePolicy::Park));
     let handle = match partitions {
         0 => node.rebuildable(make(faults), model, options).await,
         count => node.partitioned(count, make(faults), model, options).await,
@@ -236,7 +236,7 @@ async fn a_control_call_during_a_retry_survives_the_loss_of_the_lease() {
     faults.poison.store(true, Ordering::SeqCst);
     append(&store, 0, 0..10).await;
     let node = local_node(&store).await;
-    let options = options().attempts(10).backoff(long, long).lease(lease);
+    let options = options().max_attempts(10).backoff(long, long).lease(lease);
     let handle = node.rebuildable(make(&faults), database.open().await, options).await;
     eventually("an event has failed", || handle.status().state == ProjectionState::Retrying).await;
     // While the node waits for the next attempt.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
-use storied::projection::{ApplyError, InMemory, Lookup, ProjectionState, TargetUnavailable};
+use storied::projection::{ApplyError, InMemory, InMemoryIndex, ProjectionState, TargetUnavailable};
 use storied::runtime::{Builder, StartError};
 use storied::{
     EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime,
@@ -19,8 +19,8 @@ fn number(event: &RecordedEvent) -> Result<u64, ApplyError> {
     Ok(n)
 }
 
-fn numbers() -> Lookup<Numbers> {
-    Lookup::new("numbers", Filter::all(), |numbers: &mut Numbers, event| {
+fn numbers() -> InMemoryIndex<Numbers> {
+    InMemoryIndex::new("numbers", Filter::all(), |numbers: &mut Numbers, event| {
         numbers.push(number(event)?);
         Ok(())
     })
@@ -110,7 +110,7 @@ fn on(store: &Arc<dyn EventStore>) -> Builder {
 async fn every_runtime_begins_with_empty_memory() {
     for every in [None, Some(1), Some(1_000)] {
         for (kind, store, _dir) in stores().await {
-            let lookup = match every {
+            let index = match every {
                 None => numbers(),
                 Some(events) => numbers().snapshot_every(events, 1),
             };
@@ -121,11 +121,11 @@ async fn every_runtime_begins_with_empty_memory() {
             };
             for run in 1..=4_u64 {
                 append(&store, 0, [run]).await;
-                let builder = on(&store).lookup(&lookup).projection(shared.clone(), model());
+                let builder = on(&store).in_memory_index(&index).projection(shared.clone(), model());
                 let runtime = builder.start().await.unwrap();
                 let expected: Numbers = (1..=run).collect();
-                lookup.ready(PATIENCE).await.unwrap();
-                assert_eq!(lookup.read(Numbers::clone), expected, "{kind}, {every:?}");
+                index.ready(PATIENCE).await.unwrap();
+                assert_eq!(index.read(Numbers::clone), expected, "{kind}, {every:?}");
                 runtime.projection("shared").unwrap().wait_until_caught_up(PATIENCE).await.unwrap();
                 assert_eq!(*shared.0.read().unwrap(), expected, "{kind}, {every:?}");
                 match run {
@@ -139,7 +139,7 @@ async fn every_runtime_begins_with_empty_memory() {
                 None => numbers(),
                 Some(events) => numbers().snapshot_every(events, 1),
             };
-            let runtime = on(&store).lookup(&other).start().await.unwrap();
+            let runtime = on(&store).in_memory_index(&other).start().await.unwrap();
             other.ready(PATIENCE).await.unwrap();
             assert_eq!(other.read(Numbers::clone), [1, 2, 3, 4], "{kind}, {every:?}");
             runtime.shutdown().await.unwrap();
@@ -151,32 +151,38 @@ async fn every_runtime_begins_with_empty_memory() {
 async fn one_runtime_at_a_time_folds_into_a_memory() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, [1]).await;
-    let (lookup, shared) = (numbers(), Shared::default());
+    let (index, shared) = (numbers(), Shared::default());
     let in_use = |error: StartError, name: &str| {
         assert!(matches!(&error, StartError::StateInUse { name: found } if found == name), "{error}");
     };
-    let first = on(&store).lookup(&lookup).start().await.unwrap();
-    in_use(on(&store).lookup(&lookup).start().await.unwrap_err(), "numbers");
+    let first = on(&store).in_memory_index(&index).start().await.unwrap();
+    in_use(on(&store).in_memory_index(&index).start().await.unwrap_err(), "numbers");
     // Also over another log, and as a clone.
     in_use(
-        Runtime::builder().store(MemoryStore::new()).lookup(&lookup.clone()).start().await.unwrap_err(),
+        Runtime::builder()
+            .store(MemoryStore::new())
+            .in_memory_index(&index.clone())
+            .start()
+            .await
+            .unwrap_err(),
         "numbers",
     );
     append(&store, 0, [2]).await;
-    lookup.ready(PATIENCE).await.unwrap();
-    assert_eq!(lookup.read(Numbers::clone), [1, 2]);
+    index.ready(PATIENCE).await.unwrap();
+    assert_eq!(index.read(Numbers::clone), [1, 2]);
     first.shutdown().await.unwrap();
     let kept = || InMemory::new().snapshot_every(1_000, 1, shared.0.clone());
-    let second = on(&store).lookup(&lookup).projection(shared.clone(), kept()).start().await.unwrap();
+    let second = on(&store).in_memory_index(&index).projection(shared.clone(), kept()).start().await.unwrap();
     in_use(on(&store).projection(shared.clone(), kept()).start().await.unwrap_err(), "shared");
     second.projection("shared").unwrap().wait_until_caught_up(PATIENCE).await.unwrap();
     assert_eq!(*shared.0.read().unwrap(), [1, 2]);
     second.shutdown().await.unwrap();
     // A failed start holds no claim.
-    let invalid = ProjectionOptions::new().attempts(0);
-    let builder = on(&store).lookup(&lookup).projection_with(Shared::default(), InMemory::new(), invalid);
+    let invalid = ProjectionOptions::new().max_attempts(0);
+    let builder =
+        on(&store).in_memory_index(&index).projection_with(Shared::default(), InMemory::new(), invalid);
     builder.start().await.unwrap_err();
-    on(&store).lookup(&lookup).start().await.unwrap().shutdown().await.unwrap();
+    on(&store).in_memory_index(&index).start().await.unwrap().shutdown().await.unwrap();
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use storied::projection::{ApplyError, InMemory, Lookup, SnapshotState};
+use storied::projection::{ApplyError, InMemory, InMemoryIndex, SnapshotState};
 use storied::store::Snapshot;
 use storied::testing::Node;
 use storied::{
@@ -265,16 +265,16 @@ async fn a_snapshot_is_taken_every_n_events() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lookup_starts_from_its_snapshot() {
+async fn an_index_starts_from_its_snapshot() {
     for (store, link, _dir) in links().await {
         let folded = Arc::new(AtomicU64::new(0));
-        let lookup = || {
+        let index = || {
             let folded = folded.clone();
             let fold = move |state: &mut State, event: &RecordedEvent| {
                 folded.fetch_add(1, Ordering::SeqCst);
                 state.add(event)
             };
-            Lookup::new("sums", Filter::of::<Thing>().unwrap(), fold).snapshot_every(100, 1)
+            InMemoryIndex::new("sums", Filter::of::<Thing>().unwrap(), fold).snapshot_every(100, 1)
         };
         more(&link, 1, 0..500).await;
         for (come, all) in [(500, 500), (7, 507), (0, 507)] {
@@ -282,12 +282,13 @@ async fn a_lookup_starts_from_its_snapshot() {
                 more(&link, 2, 0..come).await;
             }
             folded.store(0, Ordering::SeqCst);
-            let lookup = lookup();
-            let runtime = Runtime::builder().store(link.clone()).lookup(&lookup).start().await.unwrap();
-            lookup.ready(PATIENCE).await.unwrap();
+            let index = index();
+            let runtime =
+                Runtime::builder().store(link.clone()).in_memory_index(&index).start().await.unwrap();
+            index.ready(PATIENCE).await.unwrap();
             assert_eq!(folded.load(Ordering::SeqCst), come, "{store}: {all}");
             let expected = fold(&link, &Filter::all(), None).await;
-            assert_eq!(lookup.read(State::clone), expected, "{store}: {all}");
+            assert_eq!(index.read(State::clone), expected, "{store}: {all}");
             runtime.shutdown().await.unwrap();
         }
     }

@@ -65,7 +65,7 @@ where
     let node = local_node(store).await;
     let name = sql.replace(|c: char| !c.is_ascii_alphabetic(), "-");
     let projection = Ending { name, sql, times: u64::MAX.into(), transaction: PhantomData };
-    let handle = node.projection(projection, model, options().attempts(2)).await;
+    let handle = node.projection(projection, model, options().max_attempts(2)).await;
     reach(&handle, ProjectionState::Failed).await;
     let status = handle.status();
     assert_eq!(status.position, Position::new(2), "{sql}");
@@ -196,7 +196,7 @@ async fn parks_the_event<T: Send + 'static, R>(
 {
     let node = local_node(store).await;
     let projection = Ending { name, sql, times: u64::MAX.into(), transaction: PhantomData };
-    let options = options().attempts(2).on_failure(FailurePolicy::Park);
+    let options = options().max_attempts(2).on_failure(FailurePolicy::Park);
     let handle = node.projection(projection, model, options).await;
     catch_up(&handle, Position::new(6)).await;
     let parked = handle.parked(10).await.unwrap();
@@ -229,7 +229,7 @@ async fn an_event_that_makes_its_transaction_unusable_is_identified() {
         transaction: PhantomData,
     };
     let handle =
-        node.projection(projection, PostgresReadModel::new(pool.clone()), options().attempts(2)).await;
+        node.projection(projection, PostgresReadModel::new(pool.clone()), options().max_attempts(2)).await;
     catch_up(&handle, Position::new(6)).await;
     node.stop(PATIENCE).await.unwrap();
     let written: Vec<i64> =
@@ -266,7 +266,7 @@ async fn an_outage_that_ends_between_two_transactions_is_no_events_fault() {
         times: 2.into(),
         transaction: PhantomData,
     };
-    let options = options().attempts(1).on_failure(FailurePolicy::Park);
+    let options = options().max_attempts(1).on_failure(FailurePolicy::Park);
     let handle = node.projection(projection, PostgresReadModel::new(pool.clone()), options).await;
     catch_up(&handle, Position::new(6)).await;
     assert_eq!(handle.parked(10).await.unwrap(), []);

@@ -39,7 +39,7 @@ pub async fn scenario(meters: &Meters) {
     let url = PostgresServer::shared().await.create_database().await;
     let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
     let ((log, read_model), (other_log, _)) = (store(&url).await.unwrap(), store(&url).await.unwrap());
-    let once = ProjectionOptions::new().attempts(1).on_failure(FailurePolicy::Park);
+    let once = ProjectionOptions::new().max_attempts(1).on_failure(FailurePolicy::Park);
     let node = Runtime::builder()
         .store(log)
         .bus(log_stream(&server).bus())

@@ -283,7 +283,7 @@ async fn commands_across_nodes_stay_in_the_trace() {
     let worker = Runtime::builder().store(store.clone()).commands(commands("worker"));
     let worker = worker.aggregate::<Counter>().handler(Doubler).start().await.unwrap();
     let caller = Runtime::builder().store(store.clone()).commands(commands("caller")).start().await.unwrap();
-    assert_eq!(caller.command::<Doubler>(Add(4)).await.unwrap().reply, 8);
+    assert_eq!(caller.execute_handler::<Doubler>(Add(4)).await.unwrap().reply, 8);
 
     let inner = spans.one("command counter").await;
     let handled = spans.named("command double");

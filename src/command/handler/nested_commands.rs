@@ -26,7 +26,7 @@ impl HandlerContext {
     /// Sends a command to a handler on any node, as [`execute`](Self::execute) does.
     ///
     /// A command with the key of the current command waits for it until the time limit.
-    pub fn command<H: Handler>(&self, command: H::Command) -> Request<H> {
+    pub fn execute_handler<H: Handler>(&self, command: H::Command) -> Request<H> {
         let key = H::key(&command).unwrap_or_default();
         let envelope = self.envelope(Kind::Handler, H::NAME, &key);
         Request::new(self.commands.clone(), command, envelope).within(self.slot.clone())

@@ -22,7 +22,7 @@ use crate::telemetry::trace::CommandSpan;
 
 /// A command for a handler. Set its options, then await it for the answer.
 ///
-/// [`Runtime::command`](crate::Runtime::command) creates it. The command starts when it is awaited
+/// [`Runtime::execute_handler`](crate::Runtime::execute_handler) creates it. The command starts when it is awaited
 /// or [dispatched](Self::dispatch). Dropping the waiting future does not cancel the command.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct Request<H: Handler> {

@@ -167,7 +167,7 @@ async fn a_confirmed_ack_fails_when_the_server_hangs() {
     let mut press = Press::new(&bus).await;
     let with = |name: &str| ConsumerOptions::durable(name).ack_wait(Duration::from_millis(500));
     let mut waits = listen(&bus, &["note.written"], durable(with("waits"))).await;
-    let mut hurries = listen(&bus, &["note.written"], durable(with("hurries").ack_async())).await;
+    let mut hurries = listen(&bus, &["note.written"], durable(with("hurries").double_ack(false))).await;
     press.written(1).await;
     let (waiting, hurrying) = (delivery(&mut waits).await, delivery(&mut hurries).await);
     server.pause();

@@ -70,7 +70,7 @@ async fn failures_are_retried_and_rejected_events_become_dead_letters() {
     let mut press = Press::new(&bus).await;
     let subscription = listen(&bus, &["note.written"], durable(ConsumerOptions::durable("shop"))).await;
     let attempts: Arc<Mutex<HashMap<u64, Vec<u64>>>> = Arc::default();
-    let options = HandleOptions::new().retry(soon().attempts(4)).dead_letters();
+    let options = HandleOptions::new().retry(soon().max_attempts(4)).dead_letters();
     let handling = subscription
         .for_each(options, {
             let attempts = attempts.clone();

@@ -17,7 +17,8 @@ fn consumer(options: ConsumerOptions) -> SubscribeOptions {
 async fn acknowledging_without_waiting() {
     let (bus, mut server) = Way::Durable.start().await;
     let mut press = Press::new(&bus).await;
-    let options = ConsumerOptions::durable_as("hurries").ack_wait(Duration::from_millis(700)).ack_async();
+    let options =
+        ConsumerOptions::durable_as("hurries").ack_wait(Duration::from_millis(700)).double_ack(false);
     let mut subscriber = listen(&bus, &["*"], consumer(options)).await;
     press.written(200).await;
     take(&mut subscriber, 200).await;

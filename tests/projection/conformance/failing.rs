@@ -46,7 +46,7 @@ pub async fn parks_retries_and_discards<P: Place>(scene: Scene<P>) {
         })
     };
     let node = scene.node().await;
-    let options = scene.options().on_failure(FailurePolicy::Park).attempts(2);
+    let options = scene.options().on_failure(FailurePolicy::Park).max_attempts(2);
     let handle = scene.start(&node, scene.writes("parks").hook(both), options).await;
     catch_up(&handle, all[9]).await;
     let parked = handle.parked(10).await.unwrap();
@@ -120,7 +120,7 @@ pub async fn does_not_affect_other_projections<P: Place>(scene: Scene<P>) {
     let broken = Arc::new(AtomicBool::new(true));
     let gate = Gate::closed();
     let failed = scene.writes("failed").hook(poison(first.get(), &broken));
-    let failed = scene.start(&node, failed, scene.options().attempts(1)).await;
+    let failed = scene.start(&node, failed, scene.options().max_attempts(1)).await;
     // In memory, where it holds no database that others need.
     let hangs = recorder("hangs").hook(gate.hook());
     let hung = hangs.seen.clone();

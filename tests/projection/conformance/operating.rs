@@ -47,7 +47,7 @@ pub async fn replays_after_a_reset<P: Place>(scene: Scene<P>) {
     let third = log(&scene.store, &Filter::all()).await[2];
     let broken = Arc::new(AtomicBool::new(true));
     let (one, two) = (scene.node().await, scene.node().await);
-    let park = scene.options().on_failure(FailurePolicy::Park).attempts(1);
+    let park = scene.options().on_failure(FailurePolicy::Park).max_attempts(1);
     let writes = || scene.writes("reset").hook(poison(third.get(), &broken));
     let first = scene.start(&one, writes(), park.clone()).await;
     let head = scene.head().await;

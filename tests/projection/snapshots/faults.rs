@@ -87,7 +87,7 @@ async fn parked_events_stay_parked() {
                 second.await
             })
         });
-        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        let park = options().on_failure(FailurePolicy::Park).max_attempts(1);
         let trial = Trial { hook: both, options: park, ..Trial::every(NEVER) };
         let running = trial.start(&link).await;
         catch_up(&running.handle, last).await;
@@ -128,7 +128,7 @@ async fn a_retried_event_is_in_the_next_snapshot() {
         let broken = Arc::new(AtomicBool::new(true));
         let last = more(&link, 1, 1..=10).await;
         let one = log(&(Arc::new(link.clone()) as _), &Filter::all()).await[4];
-        let park = options().on_failure(FailurePolicy::Park).attempts(1);
+        let park = options().on_failure(FailurePolicy::Park).max_attempts(1);
         let trial = Trial { hook: poison(one.get(), &broken), options: park, ..Trial::every(1) };
         let running = trial.start(&link).await;
         catch_up(&running.handle, last).await;
@@ -158,7 +158,7 @@ async fn a_stopped_projection_resumes_there_after_a_restart() {
         let stuck = log(&(Arc::new(link.clone()) as _), &Filter::all()).await[60];
         let trial = Trial {
             hook: poison(stuck.get(), &broken),
-            options: options().attempts(2),
+            options: options().max_attempts(2),
             ..Trial::every(NEVER)
         };
         let running = trial.start(&link).await;

@@ -291,13 +291,13 @@ impl ConsumerOptions {
         self
     }
 
-    /// Does not wait for the server to confirm an acknowledgement.
+    /// Sets whether an acknowledgement waits until the server confirms it.
     ///
-    /// Faster, but the server redelivers an event whose acknowledgement is lost. By default, it
-    /// waits.
+    /// Without confirmation it is faster, but the server redelivers an event whose acknowledgement
+    /// is lost. Default: true.
     #[must_use]
-    pub fn ack_async(mut self) -> Self {
-        self.confirm = false;
+    pub fn double_ack(mut self, confirm: bool) -> Self {
+        self.confirm = confirm;
         self
     }
 

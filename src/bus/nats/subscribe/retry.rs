@@ -94,14 +94,14 @@ impl RetryPolicy {
     /// Creates a policy without retries: a failed event is not handled again.
     #[must_use]
     pub fn never() -> Self {
-        Self::new().attempts(1)
+        Self::new().max_attempts(1)
     }
 
     /// Sets the number of attempts before an event is given up, as the server counts them.
     ///
     /// Default: 10. Minimum: 1.
     #[must_use]
-    pub fn attempts(mut self, attempts: u64) -> Self {
+    pub fn max_attempts(mut self, attempts: u64) -> Self {
         self.attempts = attempts.max(1);
         self
     }
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_transient_error_never_gives_an_event_up() {
-        let policy = RetryPolicy::new().attempts(3);
+        let policy = RetryPolicy::new().max_attempts(3);
         let away = || StoreError::Unavailable { reason: "test".into(), source: None };
         let fault = HandleError::retry("mine");
         assert!(policy.wait_after(&fault, 2).is_some());

@@ -1,9 +1,9 @@
-//! Lookups: an index in memory on every node.
+//! In-memory indexes: an index in memory on every node.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use storied::projection::{Lookup, WaitError};
+use storied::projection::{InMemoryIndex, WaitError};
 use storied::{EventStore, FeedOptions, Filter, MemoryStore, Runtime, SqliteStore};
 
 use crate::support::*;
@@ -11,8 +11,8 @@ use crate::support::*;
 /// Number of occurrences of each number, by stream.
 type Counts = BTreeMap<(String, u64), u64>;
 
-fn counts(name: &str) -> Lookup<Counts> {
-    Lookup::new(name, Filter::of::<Thing>().unwrap(), |counts: &mut Counts, event| {
+fn counts(name: &str) -> InMemoryIndex<Counts> {
+    InMemoryIndex::new(name, Filter::of::<Thing>().unwrap(), |counts: &mut Counts, event| {
         let (Thing::Even { n } | Thing::Odd { n }) = event.decode()? else { return Ok(()) };
         if n == 1_000_000 {
             // Before the first change.
@@ -24,29 +24,29 @@ fn counts(name: &str) -> Lookup<Counts> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_ready_lookup_contains_the_whole_log() {
+async fn a_ready_index_contains_the_whole_log() {
     let dir = tempfile::TempDir::new().unwrap();
     let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
     let log: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store.clone());
     append(&log, 1, 0..2_000).await;
-    let lookups = [counts("counts"), counts("counts")];
-    let early = lookups[0].ready(Duration::from_millis(20)).await.unwrap_err();
+    let indexes = [counts("counts"), counts("counts")];
+    let early = indexes[0].ready(Duration::from_millis(20)).await.unwrap_err();
     assert!(matches!(early, WaitError::NotStarted { .. }), "{early}");
     let mut nodes = Vec::new();
-    for lookup in &lookups {
+    for index in &indexes {
         let feed = FeedOptions::new().idle_poll(Duration::from_millis(50));
         let store = SqliteStore::open(dir.path().join("events.db")).await.unwrap();
-        nodes.push(Runtime::builder().store(store).feed(feed).lookup(lookup).start().await.unwrap());
-        lookup.ready(PATIENCE).await.unwrap();
-        assert_eq!(lookup.read(Counts::len), 2_000);
+        nodes.push(Runtime::builder().store(store).feed(feed).in_memory_index(index).start().await.unwrap());
+        index.ready(PATIENCE).await.unwrap();
+        assert_eq!(index.read(Counts::len), 2_000);
     }
     // Many readers at a time while the index changes.
     let readers: Vec<_> = (0..4)
         .map(|_| {
-            let lookup = lookups[0].clone();
+            let index = indexes[0].clone();
             tokio::spawn(async move {
-                while lookup.read(|counts| counts.get(&("2".into(), 99)).copied()).is_none() {
-                    assert_eq!(lookup.read(|counts| counts.get(&("1".into(), 7)).copied()), Some(1));
+                while index.read(|counts| counts.get(&("2".into(), 99)).copied()).is_none() {
+                    assert_eq!(index.read(|counts| counts.get(&("1".into(), 7)).copied()), Some(1));
                     tokio::task::yield_now().await;
                 }
             })
@@ -55,31 +55,31 @@ async fn a_ready_lookup_contains_the_whole_log() {
     for n in 0..100 {
         append(&log, 2, [n]).await;
     }
-    for lookup in &lookups {
-        lookup.ready(PATIENCE).await.unwrap();
-        assert_eq!(lookup.read(Counts::len), 2_100);
-        assert!(lookup.read(|counts| counts.values().all(|count| *count == 1)));
+    for index in &indexes {
+        index.ready(PATIENCE).await.unwrap();
+        assert_eq!(index.read(Counts::len), 2_100);
+        assert!(index.read(|counts| counts.values().all(|count| *count == 1)));
     }
     for reader in readers {
         reader.await.unwrap();
     }
     nodes[0].projection("counts").unwrap().reset().await.unwrap();
-    lookups[0].ready(PATIENCE).await.unwrap();
-    assert_eq!(lookups[0].read(Counts::len), 2_100);
+    indexes[0].ready(PATIENCE).await.unwrap();
+    assert_eq!(indexes[0].read(Counts::len), 2_100);
     // It stops before the event that it cannot fold, and remains readable.
     append(&log, 3, [1_000_000]).await;
-    let failed = lookups[0].ready(PATIENCE).await.unwrap_err();
+    let failed = indexes[0].ready(PATIENCE).await.unwrap_err();
     assert!(matches!(failed, WaitError::Failed { .. }), "{failed}");
-    assert_eq!(lookups[0].read(Counts::len), 2_100);
+    assert_eq!(indexes[0].read(Counts::len), 2_100);
     for node in nodes {
         node.shutdown().await.unwrap();
     }
 }
 
-/// A ready lookup has no entry of an earlier runtime, also if the log of the new one is empty.
+/// A ready index has no entry of an earlier runtime, also if the log of the new one is empty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lookup_on_an_empty_log_is_ready_once_it_is_empty() {
-    let lookup = counts("counts");
+async fn an_index_on_an_empty_log_is_ready_once_it_is_empty() {
+    let index = counts("counts");
     for round in 0..20 {
         for events in [5, 0] {
             let store = MemoryStore::new();
@@ -87,9 +87,9 @@ async fn a_lookup_on_an_empty_log_is_ready_once_it_is_empty() {
             if events > 0 {
                 append(&log, 1, 0..events).await;
             }
-            let node = Runtime::builder().store(store).lookup(&lookup).start().await.unwrap();
-            lookup.ready(PATIENCE).await.unwrap();
-            assert_eq!(lookup.read(Counts::len) as u64, events, "round {round}");
+            let node = Runtime::builder().store(store).in_memory_index(&index).start().await.unwrap();
+            index.ready(PATIENCE).await.unwrap();
+            assert_eq!(index.read(Counts::len) as u64, events, "round {round}");
             node.shutdown().await.unwrap();
         }
     }

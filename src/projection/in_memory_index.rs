@@ -1,4 +1,4 @@
-//! Lookups: an index over events, in memory, on every node.
+//! In-memory indexes: an index over events, in memory, on every node.
 
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -19,9 +19,9 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 /// An in-memory index over events for fast queries on this node.
 ///
 /// Examples: the customer with a given e-mail address, or the number of remaining items. Register
-/// it with [`Builder::lookup`](crate::runtime::Builder::lookup), and keep a clone to read from.
+/// it with [`Builder::in_memory_index`](crate::runtime::Builder::in_memory_index), and keep a clone to read from.
 /// Every runtime that starts with it empties the index and builds it from the log; one runtime at a
-/// time can run it. Until [`ready`](Lookup::ready) returns, the index may have the entries of the
+/// time can run it. Until [`ready`](InMemoryIndex::ready) returns, the index may have the entries of the
 /// previous runtime, or only some of the log. It follows the log as every projection does, so it may lag: it cannot guarantee
 /// that a value is unique.
 ///
@@ -30,24 +30,24 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 /// # use std::collections::HashMap;
 /// # use std::time::Duration;
 /// # use storied::{Event, Filter, MemoryStore, Runtime};
-/// # use storied::projection::Lookup;
+/// # use storied::projection::InMemoryIndex;
 /// # #[derive(Serialize, Deserialize)]
 /// # #[serde(rename_all = "snake_case")]
 /// # enum Customer { Registered { email: String } }
 /// # impl Event for Customer { const CATEGORY: &'static str = "customer"; }
 /// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let by_email = Lookup::new("by_email", Filter::of::<Customer>()?, |index: &mut HashMap<_, _>, event| {
+/// let by_email = InMemoryIndex::new("by_email", Filter::of::<Customer>()?, |index: &mut HashMap<_, _>, event| {
 ///     let Customer::Registered { email } = event.decode()?;
 ///     index.insert(email, event.stream.id().to_owned());
 ///     Ok(())
 /// });
-/// let runtime = Runtime::builder().store(MemoryStore::new()).lookup(&by_email).start().await?;
+/// let runtime = Runtime::builder().store(MemoryStore::new()).in_memory_index(&by_email).start().await?;
 /// by_email.ready(Duration::from_secs(10)).await?;
 /// assert_eq!(by_email.read(|index| index.get("ada@example.org").cloned()), None);
 /// # runtime.shutdown().await?;
 /// # Ok(()) }
 /// ```
-pub struct Lookup<T> {
+pub struct InMemoryIndex<T> {
     inner: Arc<Inner<T>>,
     snapshots: Option<Snapshots>,
 }
@@ -58,18 +58,18 @@ struct Inner<T> {
     fold: Box<Fold<T>>,
     /// Never locked across an await. Readers do not wait for each other.
     index: Arc<RwLock<T>>,
-    /// Set once the lookup runs.
+    /// Set once the index runs.
     handle: watch::Sender<Option<ProjectionHandle>>,
 }
 
-impl<T> Clone for Lookup<T> {
+impl<T> Clone for InMemoryIndex<T> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone(), snapshots: self.snapshots.clone() }
     }
 }
 
-impl<T: Default + Send + Sync + 'static> Lookup<T> {
-    /// Creates a lookup.
+impl<T: Default + Send + Sync + 'static> InMemoryIndex<T> {
+    /// Creates an index.
     ///
     /// `fold` receives the events of `filter` in log order. If it fails or panics, it should do so
     /// before it changes anything, because it receives the event again.
@@ -110,7 +110,7 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
     ///
     /// # Errors
     /// As [`ProjectionHandle::wait_until_caught_up`]; and [`NotStarted`](WaitError::NotStarted) if no
-    /// runtime of this process has started the lookup by then.
+    /// runtime of this process has started the index by then.
     pub async fn ready(&self, patience: Duration) -> Result<(), WaitError> {
         let deadline = after(patience);
         let mut handle = self.inner.handle.subscribe();
@@ -141,9 +141,9 @@ impl<T: Default + Send + Sync + 'static> Lookup<T> {
     }
 }
 
-impl<T> fmt::Debug for Lookup<T> {
+impl<T> fmt::Debug for InMemoryIndex<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lookup").field("name", &self.inner.name).finish_non_exhaustive()
+        f.debug_struct("InMemoryIndex").field("name", &self.inner.name).finish_non_exhaustive()
     }
 }
 
