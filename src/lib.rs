@@ -52,6 +52,8 @@
 //! See the README: its example is a program that runs as a test. `docs/guide.md` leads from there
 //! to several nodes, and `examples/retail` is a complete program.
 
+#![warn(clippy::too_many_lines)]
+
 pub mod aggregate;
 mod backoff;
 pub mod bus;

@@ -39,6 +39,7 @@ mod sqlite;
 mod start_position;
 mod state_claim;
 mod status;
+mod task_handles;
 mod time_limit;
 mod worker;
 

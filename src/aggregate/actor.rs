@@ -15,14 +15,14 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 pub(crate) use self::message::CommandRequest;
-use self::message::answer;
 pub(super) use self::message::{AggregateMessage, InFlightGuard};
+use self::message::{CommandResult, answer};
 use self::pending::{Decided, Pending};
 use self::receipts::{NO_REPLY, receipt, repeat, settle};
 pub(super) use self::shared::Shared;
 pub(super) use self::snapshots::SNAPSHOTS_UNDER_WAY;
 use self::snapshots::{stage_snapshot, take_snapshot};
-use super::fold::{HydratedState, Recollection};
+use super::fold::{FoldError, HydratedState, RecentCommands, Recollection};
 use super::{Aggregate, Context, ExecuteError, NotExecutedKind};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::{EncodeError, Event, Metadata, NewEvent, StreamId, Version};
@@ -54,6 +54,28 @@ pub(super) struct AggregateState<A: Aggregate> {
     backlog: VecDeque<(Box<CommandRequest<A>>, InFlightGuard)>,
     /// Encoded state that waits until its version is durable.
     staged: Option<(Version, Vec<u8>)>,
+}
+
+impl<A: Aggregate> AggregateState<A> {
+    /// Adds a repetition of a pending command to that command; returns any other command.
+    fn join_pending(
+        &mut self,
+        order: Box<CommandRequest<A>>,
+        load: InFlightGuard,
+    ) -> Option<(Box<CommandRequest<A>>, InFlightGuard)> {
+        let Some(pending) = self.pending.iter_mut().find(|pending| {
+            pending.order.command_id == order.command_id && matches!(pending.decided, Decided::Events { .. })
+        }) else {
+            return Some((order, load));
+        };
+        if pending.order.content == order.content {
+            pending.repeated.push((order, load));
+        } else {
+            let command_id = order.command_id;
+            answer(order.reply, Err(NotExecutedKind::CommandIdReused { command_id }.into()));
+        }
+        None
+    }
 }
 
 impl<A: Aggregate> Actor for AggregateActor<A> {
@@ -97,7 +119,7 @@ impl<A: Aggregate> AggregateActor<A> {
     async fn execute(
         &self,
         myself: &ActorRef<AggregateMessage<A>>,
-        mut order: Box<CommandRequest<A>>,
+        order: Box<CommandRequest<A>>,
         load: InFlightGuard,
         state: &mut AggregateState<A>,
     ) {
@@ -108,47 +130,13 @@ impl<A: Aggregate> AggregateActor<A> {
                 Err(ExecuteError::OutcomeUnknown { command_id: order.command_id, reason }),
             );
         }
-        if let Some(pending) = state.pending.iter_mut().find(|pending| {
-            pending.order.command_id == order.command_id && matches!(pending.decided, Decided::Events { .. })
-        }) {
-            if pending.order.content != order.content {
-                let command_id = order.command_id;
-                return answer(order.reply, Err(NotExecutedKind::CommandIdReused { command_id }.into()));
-            }
-            return pending.repeated.push((order, load));
-        }
+        let Some((mut order, load)) = state.join_pending(order, load) else { return };
         let fresh = state.folded.is_none();
-        let folded = match &mut state.folded {
-            Some(folded) => folded,
-            none => {
-                match Box::pin(HydratedState::load(&*self.shared.store, &self.stream, &self.shared.options))
-                    .await
-                {
-                    Ok(loaded) => {
-                        let folded = none.insert(loaded);
-                        // A snapshot now keeps the next fold of a long stream short.
-                        stage_snapshot(&self.shared.options, &mut state.staged, folded);
-                        take_snapshot(&self.shared, &self.stream, folded, &mut state.staged);
-                        folded
-                    }
-                    Err(error) => return answer(order.reply, Err(error.into_execute(&self.stream))),
-                }
-            }
+        let folded = match self.hydrate(&mut state.folded, &mut state.staged).await {
+            Ok(folded) => folded,
+            Err(error) => return answer(order.reply, Err(error.into_execute(&self.stream))),
         };
-        let earlier = match folded.commands.find(order.command_id) {
-            Recollection::Known(events) => Some(events),
-            Recollection::New => None,
-            // I8: if another node appends the command after this look-up, the append gets a version
-            // conflict, and the look-up runs again.
-            Recollection::Uncertain => {
-                match self.shared.store.command_events(&self.stream, order.command_id).await {
-                    Ok(found) => found,
-                    Err(error) => return answer(order.reply, Err(NotExecutedKind::Store(error).into())),
-                }
-            }
-        };
-        if let Some(events) = earlier {
-            let repeated = Box::pin(repeat(&*self.shared.store, &self.stream, &order, events)).await;
+        if let Some(repeated) = self.find_repeated(&order, &folded.commands).await {
             return answer(order.reply, repeated);
         }
         // Check the attempts after the duplicate look-up: a competing append may be this very
@@ -157,23 +145,8 @@ impl<A: Aggregate> AggregateActor<A> {
             let (stream, attempts) = (self.stream.clone(), order.attempts);
             return answer(order.reply, Err(NotExecutedKind::RetriesExhausted { stream, attempts }.into()));
         }
-        // The decision is based on all earlier decisions, durable or not: all are in the state.
-        order.attempts += 1;
-        if order.attempts > 1 {
-            self.shared.writer.metrics().decided_again(A::Event::CATEGORY);
-        }
-        let decision =
-            catch_unwind(AssertUnwindSafe(|| self.decide(&order, folded))).unwrap_or_else(|panic| {
-                Err(NotExecutedKind::Panicked { stream: self.stream.clone(), message: panic_text(&*panic) }
-                    .into())
-            });
         let expected = folded.version;
-        // Fold before the append: events that the state cannot fold must not become durable.
-        let decision = decision.and_then(|(decided, events, read)| {
-            folded.fold(read.iter()).map_err(|error| error.into_execute(&self.stream))?;
-            Ok((decided, events))
-        });
-        let (decided, events) = match decision {
+        let (decided, events) = match self.decide_and_fold(&mut order, folded) {
             Ok(decided) => decided,
             // User code caused the error, whether or not the speculative events become durable.
             Err(error) => {
@@ -212,6 +185,81 @@ impl<A: Aggregate> AggregateActor<A> {
             return;
         }
         state.pending.push_back(pending);
+        self.submit(myself, expected, events, state).await;
+    }
+
+    /// Returns the hydrated state. Loads it if there is none.
+    async fn hydrate<'s>(
+        &self,
+        folded: &'s mut Option<HydratedState<A>>,
+        staged: &mut Option<(Version, Vec<u8>)>,
+    ) -> Result<&'s mut HydratedState<A>, FoldError> {
+        match folded {
+            Some(folded) => Ok(folded),
+            none => {
+                let loaded =
+                    Box::pin(HydratedState::load(&*self.shared.store, &self.stream, &self.shared.options))
+                        .await?;
+                let folded = none.insert(loaded);
+                // A snapshot now keeps the next fold of a long stream short.
+                stage_snapshot(&self.shared.options, staged, folded);
+                take_snapshot(&self.shared, &self.stream, folded, staged);
+                Ok(folded)
+            }
+        }
+    }
+
+    /// Returns the answer to a command that is already durable; `None` for a new command.
+    async fn find_repeated(
+        &self,
+        order: &CommandRequest<A>,
+        commands: &RecentCommands,
+    ) -> Option<CommandResult<A>> {
+        let events = match commands.find(order.command_id) {
+            Recollection::Known(events) => events,
+            Recollection::New => return None,
+            // I8: if another node appends the command after this look-up, the append gets a version
+            // conflict, and the look-up runs again.
+            Recollection::Uncertain => {
+                match self.shared.store.command_events(&self.stream, order.command_id).await {
+                    Ok(found) => found?,
+                    Err(error) => return Some(Err(NotExecutedKind::Store(error).into())),
+                }
+            }
+        };
+        Some(Box::pin(repeat(&*self.shared.store, &self.stream, order, events)).await)
+    }
+
+    /// Decides the command and folds the events of the decision into the speculative state.
+    #[allow(clippy::type_complexity, reason = "two parts with two destinations")]
+    fn decide_and_fold(
+        &self,
+        order: &mut CommandRequest<A>,
+        folded: &mut HydratedState<A>,
+    ) -> Result<(Decided<A>, Vec<NewEvent>), ExecuteError<A::Error>> {
+        // The decision is based on all earlier decisions, durable or not: all are in the state.
+        order.attempts += 1;
+        if order.attempts > 1 {
+            self.shared.writer.metrics().decided_again(A::Event::CATEGORY);
+        }
+        let decision = catch_unwind(AssertUnwindSafe(|| self.decide(order, folded)));
+        let (decided, events, read) = decision.unwrap_or_else(|panic| {
+            Err(NotExecutedKind::Panicked { stream: self.stream.clone(), message: panic_text(&*panic) }
+                .into())
+        })?;
+        // Fold before the append: events that the state cannot fold must not become durable.
+        folded.fold(read.iter()).map_err(|error| error.into_execute(&self.stream))?;
+        Ok((decided, events))
+    }
+
+    /// Submits the append of the newest pending command to the writer.
+    async fn submit(
+        &self,
+        myself: &ActorRef<AggregateMessage<A>>,
+        expected: Version,
+        events: Vec<NewEvent>,
+        state: &mut AggregateState<A>,
+    ) {
         let actor = myself.clone();
         let submission = PendingAppend {
             stream: self.stream.clone(),

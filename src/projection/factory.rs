@@ -1,13 +1,15 @@
 //! Start of a projection: one task, or one for each partition and each version to build.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ractor::SpawnErr;
 use tokio::sync::watch;
 
-use super::handle::{Grouped, ProjectionHandle, Working};
+use super::handle::ProjectionHandle;
 use super::layout::{Layout, Role};
 use super::partition::{PartitionGroup, PartitionSlot, sum};
+use super::task_handles::{Grouped, Working};
 use super::time_limit::TimeLimited;
 use super::worker::{NodeServices, PageCache, ProjectionWork, TaskSpec, VersionedProjection};
 use super::{BuildTarget, Projection, ProjectionOptions, ReadModel, StateClaim};
@@ -116,27 +118,28 @@ where
             }
         }
     }
-    let NodeServices { store, supervisor, lease_watcher, node, metrics, .. } = services;
-    let group = if slots.is_empty() {
-        None
-    } else {
-        let slots: Arc<[PartitionSlot]> = slots.into();
-        let (sender, status) = watch::channel(sum(&slots, None));
-        let (name, layout, lease) = (name.clone(), layout.clone(), options.lease);
-        let status_of = sender;
-        let group = Arc::new(PartitionGroup {
-            name,
-            layout,
-            slots,
-            lease_watcher,
-            node,
-            lease,
-            metrics,
-            status: status_of,
-        });
-        let actor = Supervised::spawn(group.clone(), supervisor).await?;
-        Some(Grouped { group, actor, status })
-    };
+    let store = services.store.clone();
+    let group = spawn_group(name.clone(), layout.clone(), slots, options.lease, services).await?;
     let (parts, rebuilds) = (parts.into(), rebuilds.into());
     Ok(ProjectionHandle { name: name.into(), layout, parts, rebuilds, group, progress: read_model, store })
+}
+
+/// Starts the group of the partitions; `None` if the projection is not partitioned.
+async fn spawn_group(
+    name: String,
+    layout: Layout,
+    slots: Vec<PartitionSlot>,
+    lease: Duration,
+    services: NodeServices,
+) -> Result<Option<Grouped>, SpawnErr> {
+    if slots.is_empty() {
+        return Ok(None);
+    }
+    let NodeServices { supervisor, lease_watcher, node, metrics, .. } = services;
+    let slots: Arc<[PartitionSlot]> = slots.into();
+    let (sender, status) = watch::channel(sum(&slots, None));
+    let group =
+        Arc::new(PartitionGroup { name, layout, slots, lease_watcher, node, lease, metrics, status: sender });
+    let actor = Supervised::spawn(group.clone(), supervisor).await?;
+    Ok(Some(Grouped { group, actor, status }))
 }

@@ -9,12 +9,13 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use super::checkpoint_store::DynCheckpointStore;
 use super::control::{Control, ControlError, Reply};
 use super::layout::Layout;
-use super::partition::{Never, PartitionGroup, sum};
+use super::partition::sum;
+use super::task_handles::{Grouped, Working};
 use super::{ProjectionState, ProjectionStatus, RebuildStatus, WaitError};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
 use crate::store::{EventStore, Filter, ParkedEvent, ReadLog, StoreError};
-use crate::supervised::{AskError, StopError, Supervised};
+use crate::supervised::{AskError, StopError};
 use crate::time::after;
 
 /// Timeout of [`ProjectionHandle::caught_up_to`].
@@ -41,21 +42,6 @@ pub struct ProjectionHandle {
     pub(super) group: Option<Grouped>,
     pub(super) progress: Arc<dyn DynCheckpointStore>,
     pub(super) store: Arc<dyn EventStore>,
-}
-
-/// A task of a projection or of a partition.
-pub(super) struct Working {
-    pub(super) actor: Supervised<Control>,
-    pub(super) status: watch::Receiver<ProjectionStatus>,
-}
-
-/// The group of the partitions.
-#[derive(Clone)]
-pub(super) struct Grouped {
-    pub(super) group: Arc<PartitionGroup>,
-    pub(super) actor: Supervised<Never>,
-    /// Total status of all partitions.
-    pub(super) status: watch::Receiver<ProjectionStatus>,
 }
 
 impl ProjectionHandle {

@@ -272,36 +272,9 @@ impl Builder {
     /// # Errors
     /// If a part is missing or contradicts another one, if the store fails, or if it stays
     /// unreachable for [`start_timeout`](Self::start_timeout). Nothing runs after an error.
-    pub async fn start(self) -> Result<Runtime, StartError> {
-        let store = self.store.ok_or(StartError::NoStore)?;
-        // Checks every registration before anything runs.
-        for (index, registration) in self.aggregates.iter().enumerate() {
-            let same = |other: &&Registration| other.category == registration.category;
-            if let Some(other) = self.aggregates[..index].iter().find(same) {
-                return Err(StartError::SameCategory {
-                    category: registration.category,
-                    first: other.type_name,
-                    second: registration.type_name,
-                });
-            }
-            (registration.check)()?;
-            registration.options.clone()?;
-        }
-        for (index, ProjectionRegistration { name, .. }) in self.projections.iter().enumerate() {
-            if let Some(reason) = projection::name_problem(name) {
-                return Err(StartError::ProjectionName { name: name.chars().take(80).collect(), reason });
-            }
-            if self.projections[..index].iter().any(|other| other.name == *name) {
-                return Err(StartError::SameProjection { name: name.clone() });
-            }
-        }
-        within("Builder::start_timeout", self.start_timeout, Duration::ZERO..=DAY)?;
-        self.publisher.validate()?;
-        self.feed.validate()?;
-        commands::check(&self.handlers)?;
-        self.bus.check()?;
-        self.commands.validate()?;
-        self.commands.check()?;
+    pub async fn start(mut self) -> Result<Runtime, StartError> {
+        let store = self.store.take().ok_or(StartError::NoStore)?;
+        self.check_registrations()?;
         let log_end = startup::wait_for(
             "reading the high-water mark",
             self.start_timeout,
@@ -347,13 +320,8 @@ impl Builder {
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));
         let commands = Dispatcher::new(self.commands.hooks(), metrics);
-        let mut registry = Registry::default();
-        for registration in self.aggregates {
-            (registration.start)(&mut registry, store.clone(), writer.clone(), &supervisor)?;
-        }
-        for registration in self.handlers {
-            registration.start(&mut registry, store.clone(), &commands, &supervisor)?;
-        }
+        let registry =
+            start_routers(self.aggregates, self.handlers, &store, &writer, &commands, &supervisor)?;
         commands.open(registry, Box::new(Following(handles.clone())));
         #[cfg(feature = "nats")]
         commands.connect(self.commands, store.info(), node).await;
@@ -374,6 +342,57 @@ impl Builder {
         status_metrics::observe(&telemetry, &inner);
         Ok(Runtime { inner })
     }
+
+    /// Checks every registration and option, before anything runs.
+    fn check_registrations(&self) -> Result<(), StartError> {
+        for (index, registration) in self.aggregates.iter().enumerate() {
+            let same = |other: &&Registration| other.category == registration.category;
+            if let Some(other) = self.aggregates[..index].iter().find(same) {
+                return Err(StartError::SameCategory {
+                    category: registration.category,
+                    first: other.type_name,
+                    second: registration.type_name,
+                });
+            }
+            (registration.check)()?;
+            registration.options.clone()?;
+        }
+        for (index, ProjectionRegistration { name, .. }) in self.projections.iter().enumerate() {
+            if let Some(reason) = projection::name_problem(name) {
+                return Err(StartError::ProjectionName { name: name.chars().take(80).collect(), reason });
+            }
+            if self.projections[..index].iter().any(|other| other.name == *name) {
+                return Err(StartError::SameProjection { name: name.clone() });
+            }
+        }
+        within("Builder::start_timeout", self.start_timeout, Duration::ZERO..=DAY)?;
+        self.publisher.validate()?;
+        self.feed.validate()?;
+        commands::check(&self.handlers)?;
+        self.bus.check()?;
+        self.commands.validate()?;
+        self.commands.check()?;
+        Ok(())
+    }
+}
+
+/// Starts the routers of the aggregates and of the handlers.
+fn start_routers(
+    aggregates: Vec<Registration>,
+    handlers: Vec<HandlerRegistration>,
+    store: &Arc<dyn EventStore>,
+    writer: &GroupCommitter,
+    commands: &Arc<Dispatcher>,
+    supervisor: &Supervisor,
+) -> Result<Registry, StartError> {
+    let mut registry = Registry::default();
+    for registration in aggregates {
+        (registration.start)(&mut registry, store.clone(), writer.clone(), supervisor)?;
+    }
+    for registration in handlers {
+        registration.start(&mut registry, store.clone(), commands, supervisor)?;
+    }
+    Ok(registry)
 }
 
 impl Runtime {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use opentelemetry::KeyValue;
-use opentelemetry::metrics::AsyncInstrument;
+use opentelemetry::metrics::{AsyncInstrument, Meter};
 
 use super::inner::Inner;
 use crate::publisher::PublisherState;
@@ -14,61 +14,95 @@ type Named = (&'static str, &'static str, &'static str);
 
 /// Registers the metrics. Holds the node weakly: after it is dropped, they report nothing.
 pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
-    let meter = telemetry.meter();
-    let node = Arc::downgrade(inner);
-    let counter = |(name, unit, what): Named, read: Read<u64>| {
-        let node = node.clone();
-        let counter = meter.u64_observable_counter(name).with_unit(unit).with_description(what);
-        counter.with_callback(move |observer| of(&node, observer, read)).build();
-    };
-    let level = |(name, unit, what): Named, read: Read<i64>| {
-        let node = node.clone();
-        let level = meter.i64_observable_up_down_counter(name).with_unit(unit).with_description(what);
-        level.with_callback(move |observer| of(&node, observer, read)).build();
-    };
-    let seconds = |(name, unit, what): Named, read: Read<f64>| {
-        let node = node.clone();
-        let gauge = meter.f64_observable_gauge(name).with_unit(unit).with_description(what);
-        gauge.with_callback(move |observer| of(&node, observer, read)).build();
-    };
-    let gauge = |(name, unit, what): Named, read: Read<u64>| {
-        let node = node.clone();
-        let gauge = meter.u64_observable_gauge(name).with_unit(unit).with_description(what);
-        gauge.with_callback(move |observer| of(&node, observer, read)).build();
-    };
-    counter(("storied.append.count", "{append}", "Appends to streams, by outcome"), |inner, observer| {
-        let status = inner.writer.status();
-        let ends =
-            [("committed", status.appends), ("conflict", status.conflicts), ("failed", status.failures)];
-        for (outcome, count) in ends {
-            observer.observe(count, &[KeyValue::new("storied.outcome", outcome)]);
-        }
-    });
-    counter(("storied.append.events", "{event}", "Events that became durable"), |inner, observer| {
+    let node = Observed { meter: telemetry.meter(), inner: Arc::downgrade(inner) };
+    observe_appends(&node);
+    observe_commands(&node);
+    observe_log(&node);
+    observe_projections(&node);
+}
+
+/// A node with the meter of its metrics.
+struct Observed<'a> {
+    meter: &'a Meter,
+    inner: Weak<Inner>,
+}
+
+impl Observed<'_> {
+    fn counter(&self, (name, unit, what): Named, read: Read<u64>) {
+        let inner = self.inner.clone();
+        let counter = self.meter.u64_observable_counter(name).with_unit(unit).with_description(what);
+        counter.with_callback(move |observer| of(&inner, observer, read)).build();
+    }
+
+    fn level(&self, (name, unit, what): Named, read: Read<i64>) {
+        let inner = self.inner.clone();
+        let level = self.meter.i64_observable_up_down_counter(name).with_unit(unit).with_description(what);
+        level.with_callback(move |observer| of(&inner, observer, read)).build();
+    }
+
+    fn seconds(&self, (name, unit, what): Named, read: Read<f64>) {
+        let inner = self.inner.clone();
+        let gauge = self.meter.f64_observable_gauge(name).with_unit(unit).with_description(what);
+        gauge.with_callback(move |observer| of(&inner, observer, read)).build();
+    }
+
+    fn gauge(&self, (name, unit, what): Named, read: Read<u64>) {
+        let inner = self.inner.clone();
+        let gauge = self.meter.u64_observable_gauge(name).with_unit(unit).with_description(what);
+        gauge.with_callback(move |observer| of(&inner, observer, read)).build();
+    }
+}
+
+fn observe_appends(node: &Observed<'_>) {
+    node.counter(
+        ("storied.append.count", "{append}", "Appends to streams, by outcome"),
+        |inner, observer| {
+            let status = inner.writer.status();
+            let ends =
+                [("committed", status.appends), ("conflict", status.conflicts), ("failed", status.failures)];
+            for (outcome, count) in ends {
+                observer.observe(count, &[KeyValue::new("storied.outcome", outcome)]);
+            }
+        },
+    );
+    node.counter(("storied.append.events", "{event}", "Events that became durable"), |inner, observer| {
         observer.observe(inner.writer.status().events, &[]);
     });
-    level(("storied.append.queue", "{append}", "Appends queued for a transaction"), |inner, observer| {
-        observer.observe(signed(inner.writer.status().queued), &[]);
-    });
-    level(("storied.aggregate.live", "{aggregate}", "Aggregates in memory"), |inner, observer| {
+    node.level(
+        ("storied.append.queue", "{append}", "Appends queued for a transaction"),
+        |inner, observer| {
+            observer.observe(signed(inner.writer.status().queued), &[]);
+        },
+    );
+}
+
+fn observe_commands(node: &Observed<'_>) {
+    node.level(("storied.aggregate.live", "{aggregate}", "Aggregates in memory"), |inner, observer| {
         for status in inner.commands.registry().aggregates() {
             let category = KeyValue::new("storied.command.name", status.category);
             observer.observe(signed(status.live), &[category]);
         }
     });
-    level(("storied.command.active", "{command}", "Commands in flight on this node"), |inner, observer| {
-        let registry = inner.commands.registry();
-        for status in registry.aggregates() {
-            let name = KeyValue::new("storied.command.name", status.category);
-            observer.observe(signed(status.in_flight), &[name]);
-        }
-        for status in registry.handlers() {
-            let name = KeyValue::new("storied.command.name", status.name);
-            observer.observe(signed(status.in_flight), &[name]);
-        }
-    });
+    node.level(
+        ("storied.command.active", "{command}", "Commands in flight on this node"),
+        |inner, observer| {
+            let registry = inner.commands.registry();
+            for status in registry.aggregates() {
+                let name = KeyValue::new("storied.command.name", status.category);
+                observer.observe(signed(status.in_flight), &[name]);
+            }
+            for status in registry.handlers() {
+                let name = KeyValue::new("storied.command.name", status.name);
+                observer.observe(signed(status.in_flight), &[name]);
+            }
+        },
+    );
+}
+
+/// Registers the metrics of the publisher and the feed.
+fn observe_log(node: &Observed<'_>) {
     let lag = "Positions of the log not yet published; reported by the publishing node";
-    gauge(("storied.publisher.lag", "{position}", lag), |inner, observer| {
+    node.gauge(("storied.publisher.lag", "{position}", lag), |inner, observer| {
         let status = inner.publisher.status().borrow().clone();
         let publishes = matches!(status.state, PublisherState::Publishing | PublisherState::Retrying { .. });
         if let (Some(published), Some(head), true) = (status.published, status.head, publishes) {
@@ -76,13 +110,16 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
             observer.observe(head.get().saturating_sub(published.get()), &[bus]);
         }
     });
-    counter(
+    node.counter(
         ("storied.feed.repairs", "{repair}", "Reads of the store after a gap or delay of the bus"),
         |inner, observer| {
             observer.observe(inner.feed.status().repairs, &[]);
         },
     );
-    seconds(
+}
+
+fn observe_projections(node: &Observed<'_>) {
+    node.seconds(
         ("storied.projection.lag.time", "s", "Age of the oldest event not yet applied by a projection"),
         |inner, observer| {
             for (name, status) in projections(inner) {
@@ -93,14 +130,14 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
         },
     );
     let lag = "Positions of the log not yet applied by a projection; an upper bound of the events";
-    gauge(("storied.projection.lag", "{position}", lag), |inner, observer| {
+    node.gauge(("storied.projection.lag", "{position}", lag), |inner, observer| {
         for (name, status) in projections(inner) {
             if let Some(lag) = status.lag() {
                 observer.observe(lag, &[name]);
             }
         }
     });
-    counter(
+    node.counter(
         ("storied.projection.events", "{event}", "Events that projections applied on this node"),
         |inner, observer| {
             for (name, status) in projections(inner) {
@@ -108,7 +145,7 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
             }
         },
     );
-    counter(
+    node.counter(
         ("storied.projection.parked", "{event}", "Events that projections parked on this node"),
         |inner, observer| {
             for (name, status) in projections(inner) {

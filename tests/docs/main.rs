@@ -12,6 +12,7 @@ mod example;
 mod imports;
 mod language;
 mod markdown;
+mod sizes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -2,6 +2,8 @@
 //!
 //! It uses the stored data and the ports of the library only; see `docs/cli.md`.
 
+#![warn(clippy::too_many_lines)]
+
 mod connect;
 mod database;
 mod decode;

@@ -35,23 +35,15 @@ struct Subscriptions {
 
 /// Runs the membership of the node until its connection is closed.
 pub(super) async fn run(shared: Arc<Shared>, connection: Arc<SharedConnection>) {
-    let down =
-        |error: BusError| _ = shared.link.send_replace(ClusterLink::Down { reason: error.to_string() });
     // The backoff is short enough that a node reconnects before the others count it as lost.
     let longest = (shared.beat * 2).min(Duration::from_secs(2));
     let mut backoff = Backoff::new(longest.min(Duration::from_millis(100)), longest);
     let mut outage = false;
     let (connection, mut ears, mut since) = loop {
-        let opened = async {
-            let connection = connection.open().await?;
-            let since = connection.errors();
-            let ears = listen(&shared, &connection).await?;
-            Ok((connection, ears, since))
-        };
-        match opened.await {
+        match connect(&shared, &connection).await {
             Ok(open) => break open,
             Err(BusError::Closed) => return,
-            Err(error) => down(error),
+            Err(error) => report_down(&shared, &error),
         }
         outage = true;
         sleep(backoff.next()).await;
@@ -62,24 +54,8 @@ pub(super) async fn run(shared: Arc<Shared>, connection: Arc<SharedConnection>) 
         if state.closed {
             return;
         }
-        let own = [shared.subjects.presence(), shared.subjects.node(shared.incarnation)];
-        match connection.confirm("joining the other nodes", since, &own).await {
-            Ok(()) => backoff.succeeded(),
-            Err(error) => {
-                let refused = matches!(error, BusError::Incompatible { .. });
-                down(error);
-                sleep(backoff.next()).await;
-                if refused {
-                    // The server drops a refused subscription, even if it would accept it now:
-                    // subscribe again.
-                    since = connection.errors();
-                    match listen(&shared, &connection).await {
-                        Ok(subscribed) => ears = subscribed,
-                        Err(error) => down(error),
-                    }
-                }
-                continue;
-            }
+        if !confirm(&shared, &connection, &mut ears, &mut since, &mut backoff).await {
+            continue;
         }
         shared.table.listening();
         let up = |others| {
@@ -137,6 +113,51 @@ pub(super) async fn run(shared: Arc<Shared>, connection: Arc<SharedConnection>) 
         let reason = "the connection to NATS is lost; retrying".into();
         shared.link.send_replace(ClusterLink::Down { reason });
     }
+}
+
+/// Reports the connection as down to the senders of commands.
+fn report_down(shared: &Shared, error: &BusError) {
+    shared.link.send_replace(ClusterLink::Down { reason: error.to_string() });
+}
+
+/// Connects and subscribes. Also returns the number of errors before the subscriptions.
+async fn connect(
+    shared: &Arc<Shared>,
+    connection: &SharedConnection,
+) -> Result<(CommandConnection, Subscriptions, u64), BusError> {
+    let connection = connection.open().await?;
+    let since = connection.errors();
+    let ears = listen(shared, &connection).await?;
+    Ok((connection, ears, since))
+}
+
+/// Confirms the subscriptions with the server. Returns whether it has accepted them.
+///
+/// Otherwise waits for the backoff and replaces refused subscriptions.
+async fn confirm(
+    shared: &Arc<Shared>,
+    connection: &CommandConnection,
+    ears: &mut Subscriptions,
+    since: &mut u64,
+    backoff: &mut Backoff,
+) -> bool {
+    let own = [shared.subjects.presence(), shared.subjects.node(shared.incarnation)];
+    let Err(error) = connection.confirm("joining the other nodes", *since, &own).await else {
+        backoff.succeeded();
+        return true;
+    };
+    let refused = matches!(error, BusError::Incompatible { .. });
+    report_down(shared, &error);
+    sleep(backoff.next()).await;
+    if refused {
+        // The server drops a refused subscription, even if it would accept it now: subscribe again.
+        *since = connection.errors();
+        match listen(shared, connection).await {
+            Ok(subscribed) => *ears = subscribed,
+            Err(error) => report_down(shared, &error),
+        }
+    }
+    false
 }
 
 async fn listen(shared: &Arc<Shared>, connection: &CommandConnection) -> Result<Subscriptions, BusError> {

@@ -155,24 +155,27 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return self.idle(due).await;
         }
         match self.pending.take() {
-            Some(pending) => {
-                let events = pending.events.iter().take(self.size.get());
-                let span = trace::apply(&self.context.name, events.len(), events);
-                // If the database hangs longer than the other nodes wait for this one, abort.
-                let loss = self.lease.as_ref().map(HeldLease::loss);
-                let limit = self.context.options.transaction_timeout;
-                tokio::select! {
-                    biased;
-                    done = timeout(limit, self.apply_pending(saved, pending).instrument(span)) => {
-                        if done.is_err() {
-                            self.overran(limit);
-                        }
-                    }
-                    () = lost(loss) => self.step_down(LOST),
-                }
-            }
+            Some(pending) => self.apply_in_time(saved, pending).await,
             None if self.source == Source::Store => self.read().await,
             None => self.follow().await,
+        }
+    }
+
+    /// Applies pending events. Aborts at the time limit of a transaction or a loss of the lease.
+    async fn apply_in_time(&mut self, saved: Checkpoint, pending: Pending) {
+        let events = pending.events.iter().take(self.size.get());
+        let span = trace::apply(&self.context.name, events.len(), events);
+        // If the database hangs longer than the other nodes wait for this one, abort.
+        let loss = self.lease.as_ref().map(HeldLease::loss);
+        let limit = self.context.options.transaction_timeout;
+        tokio::select! {
+            biased;
+            done = timeout(limit, self.apply_pending(saved, pending).instrument(span)) => {
+                if done.is_err() {
+                    self.overran(limit);
+                }
+            }
+            () = lost(loss) => self.step_down(LOST),
         }
     }
 

@@ -80,26 +80,14 @@ impl PublisherTerm<'_> {
                 if more {
                     appended.mark_unchanged();
                 }
-                let next = async {
-                    let next = match more {
-                        true => read_chunk(&*shared.store, upto, Some(head)).await.map(Some),
-                        false => Ok(None),
-                    };
-                    // A failed read must not cancel the publish in flight.
-                    Ok::<_, Interruption>(next)
-                };
-                let ((), next) = tokio::try_join!(self.publish(publisher, chunk), next)?;
-                ahead = next?;
+                ahead = self.publish_and_read_ahead(publisher, chunk).await?;
                 beat_at = after(shared.options.heartbeat);
                 poll = shared.options.busy_poll;
             }
             if last.is_some_and(|last| self.end.position >= last) {
                 return self.save().await;
             }
-            let unsaved = self.end.sequence.saturating_sub(self.saved.mark);
-            if self.save_at <= Instant::now() || unsaved >= SAVE_AFTER {
-                self.save().await?;
-            }
+            self.save_if_due().await?;
             if more {
                 continue;
             }
@@ -116,11 +104,7 @@ impl PublisherTerm<'_> {
                     }
                     () = sleep_until(poll_at) => poll = poll.saturating_mul(2).min(shared.options.idle_poll),
                     () = sleep_until(beat_at) => {
-                        tokio::select! {
-                            biased;
-                            () = lost(&mut self.lease) => return Err(Interruption::LeaseLost),
-                            beat = publisher.heartbeat(self.end.position) => beat?,
-                        }
+                        self.heartbeat(publisher).await?;
                         beat_at = after(shared.options.heartbeat);
                     }
                     // Last branch: a flood of hints delays nothing else.
@@ -142,6 +126,44 @@ impl PublisherTerm<'_> {
     async fn unheard(&self, inbox: &mut Inbox<()>) {
         self.shared.set(PublisherState::Unheard);
         inbox.stopping().await;
+    }
+
+    /// Publishes a chunk. Meanwhile reads the next one, if the log has more.
+    async fn publish_and_read_ahead(
+        &mut self,
+        publisher: &mut dyn BusPublisher,
+        chunk: LogChunk,
+    ) -> Result<Option<LogChunk>, Interruption> {
+        let shared = self.shared;
+        let (upto, head) = (chunk.upto, chunk.head);
+        let next = async {
+            let next = match upto < head {
+                true => read_chunk(&*shared.store, upto, Some(head)).await.map(Some),
+                false => Ok(None),
+            };
+            // A failed read must not cancel the publish in flight.
+            Ok::<_, Interruption>(next)
+        };
+        let ((), next) = tokio::try_join!(self.publish(publisher, chunk), next)?;
+        Ok(next?)
+    }
+
+    /// Saves the checkpoint after its interval, or after many messages.
+    async fn save_if_due(&mut self) -> Result<(), Interruption> {
+        let unsaved = self.end.sequence.saturating_sub(self.saved.mark);
+        if self.save_at <= Instant::now() || unsaved >= SAVE_AFTER {
+            self.save().await?;
+        }
+        Ok(())
+    }
+
+    /// Sends a heartbeat with the end of the published log.
+    async fn heartbeat(&mut self, publisher: &mut dyn BusPublisher) -> Result<(), Interruption> {
+        tokio::select! {
+            biased;
+            () = lost(&mut self.lease) => Err(Interruption::LeaseLost),
+            beat = publisher.heartbeat(self.end.position) => beat.map_err(Interruption::Bus),
+        }
     }
 
     async fn publish(

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::super::{Append, AppendError, Appended, Conflict, StoreError};
 use super::append_batch::{self, AppendGroup};
 use super::append_call::call;
-use super::append_outcome::{AppendOutcome, DOING, Failure};
+use super::append_outcome::{AppendOutcome, CommitHandle, DOING, Failure};
 use super::commit_recovery;
 use super::inner::PgInner;
 
@@ -174,32 +174,17 @@ async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOut
                     }
                     error
                 }
-                Failure::Unknown(error, handle) => {
-                    match commit_recovery::resolve_unknown_commit(core, &members, handle).await {
-                        Ok(found) => {
-                            tracing::warn!(
-                                %error,
-                                happened = found.iter().filter(|outcome| outcome.is_some()).count(),
-                                of = members.len(),
-                                "append got no answer; looked up its events"
-                            );
-                            let found = found
-                                .into_iter()
-                                .map(|outcome| outcome.unwrap_or(AppendOutcome::VersionRace))
-                                .collect();
-                            group = file(group, found, &mut outcomes, false);
-                            attempts += 1;
-                            if attempts < ATTEMPTS {
-                                continue;
-                            }
-                            error
+                Failure::Unknown(error, handle) => match look_up(core, &members, &error, handle).await {
+                    Ok(found) => {
+                        group = file(group, found, &mut outcomes, false);
+                        attempts += 1;
+                        if attempts < ATTEMPTS {
+                            continue;
                         }
-                        Err(lookup) => StoreError::OutcomeUnknown {
-                            reason: format!("{error}; looking up the events failed: {lookup}"),
-                            source: Some(Arc::new(error)),
-                        },
+                        error
                     }
-                }
+                    Err(unknown) => unknown,
+                },
             };
             for index in group {
                 set(&mut outcomes, index, AppendOutcome::Failed(error.clone()));
@@ -209,6 +194,33 @@ async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOut
     }
     let missing = || StoreError::Corrupt { reason: "an append received no outcome".into() };
     outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| AppendOutcome::Failed(missing()))).collect()
+}
+
+/// Looks up the events of a call that got no answer. Units without events are to be retried.
+///
+/// # Errors
+/// `OutcomeUnknown` if the look-up fails.
+async fn look_up(
+    core: &Arc<PgInner>,
+    members: &[&AppendGroup<'_>],
+    error: &StoreError,
+    handle: CommitHandle,
+) -> Result<Vec<AppendOutcome>, StoreError> {
+    match commit_recovery::resolve_unknown_commit(core, members, handle).await {
+        Ok(found) => {
+            tracing::warn!(
+                %error,
+                happened = found.iter().filter(|outcome| outcome.is_some()).count(),
+                of = members.len(),
+                "append got no answer; looked up its events"
+            );
+            Ok(found.into_iter().map(|outcome| outcome.unwrap_or(AppendOutcome::VersionRace)).collect())
+        }
+        Err(lookup) => Err(StoreError::OutcomeUnknown {
+            reason: format!("{error}; looking up the events failed: {lookup}"),
+            source: Some(Arc::new(error.clone())),
+        }),
+    }
 }
 
 fn set(outcomes: &mut [Option<AppendOutcome>], index: usize, outcome: AppendOutcome) {

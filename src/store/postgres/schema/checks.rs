@@ -1,7 +1,7 @@
 //! Checks of the server, the database and the log that order and durability depend on.
 
 use sqlx::Row;
-use sqlx::postgres::PgConnection;
+use sqlx::postgres::{PgConnection, PgRow};
 
 use super::super::error::failed;
 use super::super::statements::Schema;
@@ -117,10 +117,6 @@ pub(super) async fn check_log(connection: &mut PgConnection, schema: &Schema) ->
     .fetch_one(&mut *connection)
     .await
     .map_err(checking)?;
-    let number = |column: usize| row.try_get::<i64, _>(column).map_err(checking);
-    let incompatible = |expected: String, found: String, advice: String| {
-        Err(StoreError::Incompatible { expected, found, advice })
-    };
     let name = schema.name();
     if let Some(unlogged) = row.try_get::<Option<String>, _>(10).map_err(checking)? {
         return incompatible(
@@ -129,28 +125,8 @@ pub(super) async fn check_log(connection: &mut PgConnection, schema: &Schema) ->
             "a crash empties unlogged ones, and a standby does not have them: ALTER TABLE … SET LOGGED, ALTER SEQUENCE … SET LOGGED".into(),
         );
     }
-    let settings = |kind: &str, [increment, min, max, start, cache]: [i64; 5], cycle: bool| {
-        let cycle = if cycle { "CYCLE" } else { "NO CYCLE" };
-        format!(
-            "AS {kind} INCREMENT {increment} MINVALUE {min} MAXVALUE {max} START {start} CACHE {cache} {cycle}"
-        )
-    };
-    let expected = settings("bigint", [1, 1, LAST_POSITION, 1, 1], false);
-    let found = settings(
-        &row.try_get::<String, _>(0).map_err(checking)?,
-        [number(1)?, number(2)?, number(3)?, number(4)?, number(5)?],
-        row.try_get(6).map_err(checking)?,
-    );
-    if found != expected {
-        return incompatible(
-            format!("the sequence {name}.positions {expected}"),
-            found,
-            format!(
-                "readers could miss events: stop all writers and ALTER SEQUENCE {name}.positions {expected}"
-            ),
-        );
-    }
-    let last_event = number(9)?;
+    check_sequence(&row, name)?;
+    let last_event = row.try_get::<i64, _>(9).map_err(checking)?;
     let last_value = match row.try_get::<Option<i64>, _>(7).map_err(checking)? {
         Some(last_value) => last_value,
         // From PostgreSQL 17 on, a missing right is not an error.
@@ -183,4 +159,36 @@ pub(super) async fn check_log(connection: &mut PgConnection, schema: &Schema) ->
         );
     }
     Ok(())
+}
+
+/// Checks the settings of the sequence of positions, in the first columns of the row.
+fn check_sequence(row: &PgRow, name: &str) -> Result<(), StoreError> {
+    let checking = |error| failed(CHECKING, error);
+    let number = |column: usize| row.try_get::<i64, _>(column).map_err(checking);
+    let settings = |kind: &str, [increment, min, max, start, cache]: [i64; 5], cycle: bool| {
+        let cycle = if cycle { "CYCLE" } else { "NO CYCLE" };
+        format!(
+            "AS {kind} INCREMENT {increment} MINVALUE {min} MAXVALUE {max} START {start} CACHE {cache} {cycle}"
+        )
+    };
+    let expected = settings("bigint", [1, 1, LAST_POSITION, 1, 1], false);
+    let found = settings(
+        &row.try_get::<String, _>(0).map_err(checking)?,
+        [number(1)?, number(2)?, number(3)?, number(4)?, number(5)?],
+        row.try_get(6).map_err(checking)?,
+    );
+    if found != expected {
+        return incompatible(
+            format!("the sequence {name}.positions {expected}"),
+            found,
+            format!(
+                "readers could miss events: stop all writers and ALTER SEQUENCE {name}.positions {expected}"
+            ),
+        );
+    }
+    Ok(())
+}
+
+fn incompatible(expected: String, found: String, advice: String) -> Result<(), StoreError> {
+    Err(StoreError::Incompatible { expected, found, advice })
 }
