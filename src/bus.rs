@@ -17,6 +17,7 @@ use std::borrow::Cow;
 use std::error::Error;
 use std::sync::Arc;
 
+use serde::Serialize;
 use uuid::Uuid;
 
 pub use self::local::LocalBus;
@@ -116,7 +117,11 @@ pub enum ClaimedEvent {
 }
 
 /// The state of a bus.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// Serializes as `"idle"`, `{"connected": {"to": …, "last_error": …}}`,
+/// `{"disconnected": {"reason": …}}` or `"closed"`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum BusState {
     /// Not connected yet. The bus connects on first use.

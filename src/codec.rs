@@ -6,24 +6,27 @@ mod cbor;
 #[cfg(test)]
 mod cbor_equivalence_tests;
 mod depth;
+mod readable_value;
 mod upcast;
 mod variant;
 
 use std::fmt;
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Serialize, Serializer};
 
 pub use self::cbor::SerializeError;
 use self::cbor::serialize;
 pub(crate) use self::cbor::{from_cbor, to_cbor};
 use self::depth::Bounded;
+pub(crate) use self::readable_value::{ReadableValue, Undecodable};
 pub use self::upcast::Upcasters;
 pub(crate) use self::variant::{decode_variant, encode_variant, failing_field, variants_of};
 
 /// The encoding of the payloads in a store.
 ///
-/// Chosen when the store is created, and recorded in it. Metadata is always CBOR.
+/// Chosen when the store is created, and recorded in it. Metadata is always CBOR. Serializes as its
+/// [name](Self::name).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Codec {
@@ -61,6 +64,12 @@ impl Codec {
 impl fmt::Display for Codec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl Serialize for Codec {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
     }
 }
 

@@ -28,6 +28,7 @@ mod metadata;
 mod name;
 mod position;
 mod recorded;
+mod serialized;
 mod stream;
 mod types;
 

@@ -78,6 +78,7 @@ pub mod projection;
 pub mod publisher;
 mod rate_limit;
 pub mod runtime;
+mod serde_forms;
 mod startup;
 pub mod store;
 mod supervised;

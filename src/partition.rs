@@ -7,13 +7,15 @@
 
 use std::fmt;
 
+use serde::Serialize;
+
 use crate::event::StreamId;
 
 /// Maximum number of partitions: each is an actor and a lease.
 pub(crate) const MOST: u16 = 256;
 
-/// One of the partitions of a projection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// One of the partitions of a projection. Serializes as a map of `index` and `count`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Partition {
     index: u16,
     count: u16,

@@ -266,7 +266,6 @@ const PACKED_COMMAND: usize = 16 + 3 * 8;
 struct Packed {
     #[serde(with = "crate::codec::byte_string")]
     state: Vec<u8>,
-    #[serde(with = "position")]
     position: Position,
     #[serde(with = "crate::codec::byte_string")]
     commands: Vec<u8>,
@@ -292,20 +291,6 @@ impl Packed {
             );
         }
         Ok(commands)
-    }
-}
-
-mod position {
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    use crate::event::Position;
-
-    pub(super) fn serialize<S: Serializer>(position: &Position, serializer: S) -> Result<S::Ok, S::Error> {
-        position.get().serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Position, D::Error> {
-        u64::deserialize(deserializer).map(Position::new)
     }
 }
 

@@ -1,12 +1,15 @@
 //! The receipt of a command.
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::event::{Position, StreamId, Version};
 use crate::store::CommandEvents;
 
 /// The receipt of a durable command.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// Serializes as a map of its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Receipt<R = ()> {
     /// Id of the command.
@@ -47,5 +50,36 @@ impl Receipt {
     pub(crate) fn with_reply<R>(self, reply: R) -> Receipt<R> {
         let Self { command_id, stream, version, position, events, reply: (), duplicate } = self;
         Receipt { command_id, stream, version, position, events, reply, duplicate }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_receipt_survives_json() {
+        let receipt = Receipt {
+            command_id: Uuid::nil(),
+            stream: StreamId::new("order", 17).unwrap(),
+            version: Version::new(2),
+            position: Position::new(5),
+            events: 1,
+            reply: "paid".to_owned(),
+            duplicate: false,
+        };
+        let json = json!({
+            "command_id": "00000000-0000-0000-0000-000000000000",
+            "stream": "order/17",
+            "version": 2,
+            "position": 5,
+            "events": 1,
+            "reply": "paid",
+            "duplicate": false,
+        });
+        assert_eq!(serde_json::to_value(&receipt).unwrap(), json);
+        assert_eq!(serde_json::from_value::<Receipt<String>>(json).unwrap(), receipt);
     }
 }

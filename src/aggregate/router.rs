@@ -13,6 +13,7 @@ use ractor::{
     Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, MessagingErr, SpawnErr,
     SupervisionEvent,
 };
+use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -30,8 +31,8 @@ use crate::time::after;
 /// Maximum number of aggregates that the router checks when it evicts one for a new one.
 const EVICTION_SCAN: usize = 64;
 
-/// The status of one kind of aggregate.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The status of one kind of aggregate. Serializes as a map of its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct RouterStatus {
     /// Category of the streams.

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::hooks::{CommandEnd, CommandHooks, CommandInfo};
 #[cfg(feature = "nats")]
 use super::nats::NatsCommandOptions;
@@ -157,7 +159,11 @@ impl CommandBus {
 }
 
 /// The status of a node's command bus.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// Serializes as `"local"`, `{"connected": {"nodes": …, "last_error": …}}`,
+/// `{"incompatible": {"reason": …}}` or `{"disconnected": {"reason": …}}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum CommandBusStatus {
     /// Commands stay within this process.

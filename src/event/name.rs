@@ -2,6 +2,8 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize, Serializer};
+
 /// Maximum length of a category or event name in bytes; fits NATS subjects and PostgreSQL indexes.
 const MAX_NAME: usize = 200;
 
@@ -38,7 +40,8 @@ pub(crate) fn check(what: &'static str, name: &str) -> Result<(), InvalidName> {
 macro_rules! name {
     ($(#[$doc:meta])* $type:ident, $what:literal) => {
         $(#[$doc])*
-        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+        #[serde(try_from = "String")]
         pub struct $type(Arc<str>);
 
         impl $type {
@@ -70,6 +73,20 @@ macro_rules! name {
             }
         }
 
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+
+        impl TryFrom<String> for $type {
+            type Error = InvalidName;
+
+            fn try_from(name: String) -> Result<Self, InvalidName> {
+                Self::new(name)
+            }
+        }
+
         impl Borrow<str> for $type {
             fn borrow(&self) -> &str {
                 &self.0
@@ -92,6 +109,8 @@ macro_rules! name {
 
 name! {
     /// The kind of a stream (`order`). Cheap to clone.
+    ///
+    /// Serializes as text; deserializing checks it.
     Category, "category"
 }
 impl Category {
@@ -104,5 +123,28 @@ impl Category {
 
 name! {
     /// The full name of an event, `category.variant` (`order.placed`). Cheap to clone.
+    ///
+    /// Serializes as text; deserializing checks it.
     EventName, "event name"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_text_in_json_and_checked() {
+        let name = EventName::new("shop.order.placed").unwrap();
+        let json = serde_json::to_string(&name).unwrap();
+        assert_eq!(json, "\"shop.order.placed\"");
+        assert_eq!(serde_json::from_str::<EventName>(&json).unwrap(), name);
+        assert_eq!(serde_json::from_str::<Category>("\"order\"").unwrap(), Category::new("order").unwrap());
+        for json in ["\"\"", "\"a..b\"", "\"a b\"", "7", "null"] {
+            assert!(serde_json::from_str::<EventName>(json).is_err(), "{json}");
+            assert!(serde_json::from_str::<Category>(json).is_err(), "{json}");
+        }
+        let reserved = serde_json::to_string(&Category::reserved("$reserved")).unwrap();
+        let error = serde_json::from_str::<Category>(&reserved).unwrap_err().to_string();
+        assert!(error.starts_with("invalid category \"$reserved\": invalid character"), "{error}");
+    }
 }

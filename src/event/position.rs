@@ -2,14 +2,21 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// A position in the log of a store.
 ///
-/// Positions increase strictly, may have gaps, and are above [`Position::START`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+/// Positions increase strictly, may have gaps, and are above [`Position::START`]. Serializes as a
+/// number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Position(u64);
 
 /// A position in a stream: 1, 2, 3 … without gaps. [`Version::NONE`] is an empty stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+///
+/// Serializes as a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Version(u64);
 
 impl Position {
@@ -57,3 +64,22 @@ macro_rules! number {
 }
 number!(Position);
 number!(Version);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_and_versions_are_numbers_in_json() {
+        assert_eq!(
+            serde_json::to_string(&(Position::new(7), Version::new(u64::MAX))).unwrap(),
+            "[7,18446744073709551615]"
+        );
+        assert_eq!(serde_json::from_str::<Position>("7").unwrap(), Position::new(7));
+        assert_eq!(serde_json::from_str::<Version>("0").unwrap(), Version::NONE);
+        for json in ["-1", "0.5", "\"7\"", "[7]", "null"] {
+            assert!(serde_json::from_str::<Position>(json).is_err(), "{json}");
+            assert!(serde_json::from_str::<Version>(json).is_err(), "{json}");
+        }
+    }
+}

@@ -29,6 +29,21 @@ pub struct NewEvent {
 }
 
 /// An event in the log.
+///
+/// Serializes as a map of `position`, `recorded_at` (RFC 3339), `stream`, `version`, `name`,
+/// `event_id` (the field `id`), `command_id`, `codec`, `payload` and `metadata`: the names that
+/// `storied log show --json` prints, and the codec.
+///
+/// - `payload` is the stored payload, before upcasting. As the types are unknown, a value without a
+///   form in JSON becomes a map with a key that begins with `$`: `{"$bytes": "00ff"}` (also a UUID
+///   in CBOR), `{"$integer": "18446744073709551616"}`, `{"$float": "NaN"}`,
+///   `{"$tag": 1, "$value": …}`, `{"$map": [[key, value], …]}` (keys that are no text, or duplicate
+///   keys).
+/// - `metadata` has the keys of [`Metadata`](super::Metadata), without `reply` and `content`, which
+///   only storied reads.
+/// - If one of them does not decode, it is `{"$undecodable": "reason", "$bytes": "ff00"}`.
+///
+/// To serialize an event with its types, [`decode`](Self::decode) it.
 #[derive(Debug, Clone)]
 pub struct RecordedEvent {
     /// Identity of the event (UUIDv7).

@@ -1,13 +1,19 @@
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize, Serializer};
+
 use super::name::{Category, InvalidName};
 
 /// Maximum length of a stream id in bytes.
 const MAX_ID: usize = 400;
 
 /// The stream of one aggregate: its category and its id. Cheap to clone.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+///
+/// Serializes as its text, `category/id`; deserializing checks it. A category has no slash, so the
+/// first slash ends it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[serde(try_from = "String")]
 pub struct StreamId {
     category: Category,
     id: Arc<str>,
@@ -19,6 +25,12 @@ pub enum InvalidStream {
     /// The category is no valid name.
     #[error(transparent)]
     Category(#[from] InvalidName),
+    /// The text of a stream has no slash.
+    #[error("invalid stream {text:?}: no '/' after the category; use a form like order/17")]
+    NoSlash {
+        /// The first 80 characters of the text.
+        text: String,
+    },
     /// The id is empty.
     #[error("empty aggregate id; use 1 to 400 bytes of text")]
     EmptyId,
@@ -95,5 +107,44 @@ impl fmt::Display for StreamId {
 impl fmt::Debug for StreamId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")
+    }
+}
+
+impl Serialize for StreamId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl TryFrom<String> for StreamId {
+    type Error = InvalidStream;
+
+    fn try_from(text: String) -> Result<Self, InvalidStream> {
+        let Some((category, id)) = text.split_once('/') else {
+            return Err(InvalidStream::NoSlash { text: text.chars().take(80).collect() });
+        };
+        Self::new(category, id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streams_are_text_in_json_and_checked() {
+        for (category, id) in [("order", "17"), ("shop.order", "a/b//c/"), ("order", " é\"/")] {
+            let stream = StreamId::new(category, id).unwrap();
+            let json = serde_json::to_string(&stream).unwrap();
+            assert_eq!(json, serde_json::to_string(&format!("{category}/{id}")).unwrap());
+            assert_eq!(serde_json::from_str::<StreamId>(&json).unwrap(), stream);
+        }
+        for json in
+            ["\"\"", "\"order\"", "\"order/\"", "\"/17\"", "\"a b/17\"", "\"order/\\u0000\"", "17", "null"]
+        {
+            assert!(serde_json::from_str::<StreamId>(json).is_err(), "{json}");
+        }
+        let long = StreamId::try_from(format!("order/{}", "x".repeat(401)));
+        assert_eq!(long, Err(InvalidStream::LongId { length: 401 }));
     }
 }

@@ -1,9 +1,11 @@
 //! The status of the feed.
 
+use serde::Serialize;
+
 use crate::event::Position;
 
-/// Status of the feed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// Status of the feed. Serializes as a map of its fields.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct FeedStatus {
     /// Position up to which followers have received the log.

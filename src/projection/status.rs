@@ -1,14 +1,17 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::event::Position;
 use crate::partition::Partition;
 
-/// State of a projection on this node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// State of a projection on this node. Serializes in snake case: `"catching_up"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ProjectionState {
     /// Preparing the read model, or finding its owner.
@@ -55,6 +58,9 @@ impl ProjectionState {
 }
 
 /// Status of a projection on this node.
+///
+/// Serializes as a map of its fields, with [`lag`](Self::lag) and
+/// [`lag_time_seconds`](Self::lag_time).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProjectionStatus {
@@ -108,8 +114,8 @@ pub struct ProjectionStatus {
     pub(super) measured: Option<(Instant, Position)>,
 }
 
-/// Status of one partition of a projection on this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Status of one partition of a projection on this node. Serializes as a map of its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct PartitionStatus {
     /// The partition.
@@ -221,8 +227,30 @@ impl ProjectionStatus {
     }
 }
 
+impl Serialize for ProjectionStatus {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut form = serializer.serialize_struct("ProjectionStatus", 13)?;
+        form.serialize_field("state", &self.state)?;
+        form.serialize_field("position", &self.position)?;
+        form.serialize_field("head", &self.head)?;
+        form.serialize_field("lag", &self.lag())?;
+        form.serialize_field("lag_time_seconds", &self.lag_time().map(|lag| lag.as_secs_f64()))?;
+        form.serialize_field("behind_since", &self.behind_since)?;
+        form.serialize_field("epoch", &self.epoch)?;
+        form.serialize_field("events_applied", &self.events_applied)?;
+        form.serialize_field("events_parked", &self.events_parked)?;
+        form.serialize_field("events_skipped", &self.events_skipped)?;
+        form.serialize_field("last_error", &self.last_error)?;
+        form.serialize_field("version", &self.version)?;
+        form.serialize_field("partitions", &self.partitions)?;
+        form.end()
+    }
+}
+
 /// Progress of a rebuild beside the live read model.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// Serializes as a map of its fields, with `left_seconds`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct RebuildStatus {
     /// The version that is being built.
@@ -234,6 +262,7 @@ pub struct RebuildStatus {
     /// Positions per second, measured on this node; 0 before the first measurement.
     pub per_second: f64,
     /// Remaining time at that speed; `None` without a speed.
+    #[serde(rename = "left_seconds", serialize_with = "crate::serde_forms::optional_seconds")]
     pub left: Option<Duration>,
     /// Last error.
     pub last_error: Option<String>,

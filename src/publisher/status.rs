@@ -1,9 +1,14 @@
 //! The status of the publisher.
 
+use serde::Serialize;
+
 use crate::event::Position;
 
 /// The state of the publisher.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// Serializes in snake case: `"publishing"`, `{"retrying": {"error": …}}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum PublisherState {
     /// Determining where to continue.
@@ -29,8 +34,8 @@ pub enum PublisherState {
     Stopped,
 }
 
-/// The status of the publisher.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The status of the publisher. Serializes as a map of its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct PublisherStatus {
     /// Name of the bus.

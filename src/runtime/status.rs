@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use uuid::Uuid;
 
 use crate::aggregate::RouterStatus;
@@ -14,7 +15,10 @@ use crate::publisher::PublisherStatus;
 use crate::store::{HighWaterStall, LeaseInfo, StoreError, StoreInfo, WriterStatus};
 
 /// The status of a node.
-#[derive(Debug, Clone)]
+///
+/// Serializes as a map of its fields, so that a service can return it as JSON. A field that could
+/// not be read is `{"error": "text"}`.
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct RuntimeStatus {
     /// The id of the node, new at every start.
@@ -22,8 +26,10 @@ pub struct RuntimeStatus {
     /// The store.
     pub store: StoreInfo,
     /// The high-water mark of the log, or the error of reading it.
+    #[serde(serialize_with = "crate::serde_forms::value_or_error")]
     pub high_water_mark: Result<Position, StoreError>,
     /// The transaction that holds back the high-water mark, if any. A running append is harmless.
+    #[serde(serialize_with = "crate::serde_forms::value_or_error")]
     pub stall: Result<Option<HighWaterStall>, StoreError>,
     /// The group-commit writer.
     pub writer: WriterStatus,
@@ -42,5 +48,6 @@ pub struct RuntimeStatus {
     /// The projections, by name.
     pub projections: BTreeMap<String, ProjectionStatus>,
     /// The leases and their holders, or the error of reading them.
+    #[serde(serialize_with = "crate::serde_forms::value_or_error")]
     pub leases: Result<Vec<LeaseInfo>, StoreError>,
 }

@@ -2,12 +2,14 @@
 
 use std::fmt;
 
+use serde::{Serialize, Serializer};
+
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 use super::StoreError;
 
 /// The database of a store, as the server or the file system identifies it.
 ///
-/// A copy of the database has another home.
+/// A copy of the database has another home. Serializes as its display form.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
     /// Value that is equal for the same database only.
@@ -22,10 +24,18 @@ impl fmt::Display for Home {
     }
 }
 
+impl Serialize for Home {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.shown)
+    }
+}
+
 /// Whether a store is in the database that it was created in or adopted for.
 ///
-/// Compared once, when the store is opened.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+/// Compared once, when the store is opened. Serializes as `"adopted"` or
+/// `{"unadopted": {"recorded": …, "found": …}}`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Adoption {
     /// The database is the store's own.

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
+use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::append::{Append, AppendError, ExpectedVersion};
@@ -107,8 +108,8 @@ struct Counters {
     failures: AtomicU64,
 }
 
-/// The totals of a writer since its start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// The totals of a writer since its start. Serializes as a map of its fields.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct WriterStatus {
     /// Append calls to the store; each is one transaction.

@@ -1,12 +1,15 @@
 //! The identity and capabilities of a store.
 
+use serde::Serialize;
 use uuid::Uuid;
 
 use super::adoption::Adoption;
 use crate::codec::Codec;
 
 /// The identity and capabilities of a store; constant while the store is open.
-#[derive(Debug, Clone)]
+///
+/// Serializes as a map of its fields.
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct StoreInfo {
     /// Identifier created with the store.

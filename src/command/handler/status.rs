@@ -1,7 +1,9 @@
 //! The status of a handler.
 
-/// The status of a handler.
-#[derive(Debug, Clone, PartialEq, Eq)]
+use serde::Serialize;
+
+/// The status of a handler. Serializes as a map of its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct HandlerStatus {
     /// Name of the handler.
