@@ -250,6 +250,11 @@ async fn executed_commands_can_be_read() {
         assert_eq!(ledger(&read).await.last(), Some(&(receipt.position.get(), n)));
     }
     let status = runtime.status().await;
+    let json = serde_json::to_value(&status).unwrap();
+    assert_eq!(json["high_water_mark"], 50);
+    assert_eq!(json["projections"]["ledger"]["state"], "following");
+    assert_eq!(json["projections"]["ledger"]["lag"], 0);
+    assert_eq!(json["leases"][0]["lease"]["name"], "projection/ledger");
     assert_eq!(status.high_water_mark.unwrap(), Position::new(50));
     assert_eq!(status.projections["ledger"].state, ProjectionState::Following);
     assert_eq!(status.projections["ledger"].lag(), Some(0));
