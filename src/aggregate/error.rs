@@ -18,11 +18,16 @@ use crate::transient::Transient;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ExecuteError<E> {
-    /// The aggregate or handler rejected the command; nothing happened.
+    /// The aggregate or handler rejected the command.
     ///
-    /// A retry is decided anew, and may be accepted after a change of the state.
+    /// A rejection by an aggregate changes nothing. A retry is decided on the state of that time. A
+    /// rejection by a handler is recorded: the same id is rejected again. Commands that the handler
+    /// had executed before may have taken effect.
     Rejected(E),
-    /// The command took no effect.
+    /// This attempt had no effect.
+    ///
+    /// After an earlier [`OutcomeUnknown`](Self::OutcomeUnknown) keep the id: the first attempt may
+    /// have taken effect, and this one failed before it found that out.
     NotExecuted {
         /// Cause.
         kind: NotExecutedKind,
@@ -53,7 +58,7 @@ pub enum ExecuteError<E> {
     },
 }
 
-/// The reason why a command took no effect.
+/// The reason why an attempt at a command had no effect.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum NotExecutedKind {
@@ -117,13 +122,13 @@ pub enum NotExecutedKind {
     },
     /// No node is available that can execute the command. Retryable.
     ///
-    /// The command bus is not connected, or the reachable nodes are shutting down, and this node
-    /// cannot execute the command. The bus keeps nothing for later.
+    /// The command bus is not connected, or the reachable nodes are shutting down or restart the
+    /// actor, and this node cannot execute the command. The bus keeps nothing for later.
     Unavailable {
         /// Cause.
         reason: String,
     },
-    /// The actor of the aggregate or handler is restarting. Retryable.
+    /// The actor of the aggregate or handler on this node is restarting. Retryable.
     Restarting {
         /// Category of the aggregate, or name of the handler.
         name: &'static str,

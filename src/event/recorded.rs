@@ -36,7 +36,7 @@ pub struct NewEvent {
 ///
 /// - `payload` is the stored payload, before upcasting. As the types are unknown, a value without a
 ///   form in JSON becomes a map with a key that begins with `$`: `{"$bytes": "00ff"}` (also a UUID
-///   in CBOR), `{"$integer": "18446744073709551616"}`, `{"$float": "NaN"}`,
+///   in CBOR), `{"$integer": "-18446744073709551616"}`, `{"$float": "NaN"}`,
 ///   `{"$tag": 1, "$value": …}`, `{"$map": [[key, value], …]}` (keys that are no text, or duplicate
 ///   keys).
 /// - `metadata` has the keys of [`Metadata`](super::Metadata), without `reply` and `content`, which

@@ -77,10 +77,11 @@ pub enum ControlError {
         /// The failed operation and its cause.
         reason: String,
     },
-    /// The projection cannot act now. Retry later.
+    /// The projection cannot act now. Retry later, unless its status names an error to correct.
     ///
     /// Its own code reports an outage, for example as
-    /// [`TargetUnavailable`](super::TargetUnavailable), or it has not started yet.
+    /// [`TargetUnavailable`](super::TargetUnavailable), it has not started yet, or it failed before
+    /// its read model was prepared.
     Unavailable {
         /// Name of the projection.
         name: String,

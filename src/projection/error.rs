@@ -13,7 +13,7 @@ pub type ApplyError = Box<dyn Error + Send + Sync>;
 /// Error of `apply` if the target of its writes is unavailable.
 ///
 /// The error does not count against the event: the projection retries without a limit, regardless
-/// of [`attempts`](super::ProjectionOptions::max_attempts). It works on every read model, also as the
+/// of [`max_attempts`](super::ProjectionOptions::max_attempts). It works on every read model, also as the
 /// [source](Error::source) of another error. `#[error(transparent)]` hides it, because that
 /// forwards only the inner source.
 ///

@@ -321,8 +321,8 @@ impl ProjectionHandle {
     /// Returns at most `limit` parked events, oldest first. Works from any node.
     ///
     /// # Errors
-    /// If the read model cannot be read; [`Unavailable`](ControlError::Unavailable) if it was not
-    /// prepared within 30 s.
+    /// If the read model cannot be read; [`Unavailable`](ControlError::Unavailable) if it is not
+    /// prepared within 30 s, or the projection failed or stopped before that.
     pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, ControlError> {
         self.prepared().await?;
         let mut parked = Vec::new();

@@ -349,7 +349,7 @@ impl Operator {
                 return Ok(self.store.release_lease(&lease).await?);
             }
             if Instant::now() >= give_up {
-                let reason = format!("concurrent actions for {patience:?}");
+                let reason = format!("its nodes were not notified: concurrent actions for {patience:?}");
                 return Err(ControlError::Conflict { name: name.to_owned(), reason });
             }
             sleep(Duration::from_millis(100)).await;

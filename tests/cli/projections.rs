@@ -284,7 +284,7 @@ async fn a_request_without_notification_stays_pending() {
     node.stop(PATIENCE).await.unwrap();
     let others = store.acquire_lease("order/seen", Uuid::new_v4(), 2 * PATIENCE).await.unwrap().unwrap();
     fixture.run(&["projection", "reset", "seen"]).await.code(5).complains(&[
-        "notifying the nodes of the reset of seen failed: conflict on projection seen: concurrent actions",
+        "notifying the nodes of the reset of seen failed: conflict on projection seen: its nodes were not notified",
         "the request stands",
         "withdraw it with `storied projection withdraw seen`",
     ]);
