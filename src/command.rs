@@ -21,6 +21,7 @@ mod endpoint;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod envelope;
 mod execute;
+mod execute_and_wait;
 mod handler;
 mod hooks;
 #[cfg(feature = "nats")]
@@ -30,7 +31,6 @@ mod projection_waiter;
 mod registry;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod route;
-mod wait;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod wire;
 
@@ -40,6 +40,7 @@ pub(crate) use self::dispatcher::Dispatcher;
 pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
 pub use self::execute::Execute;
+pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub(crate) use self::handler::HandlerRouter;
 pub use self::handler::{
     HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus, Request,
@@ -49,6 +50,5 @@ pub use self::hooks::{CommandEnd, CommandInfo};
 pub use self::nats::NatsCommandOptions;
 pub(crate) use self::projection_waiter::ProjectionWaiter;
 pub(crate) use self::registry::Registry;
-pub use self::wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use crate::aggregate::{ExecuteError, NoReplyKind, NotExecutedKind, Receipt};
 pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};

@@ -5,6 +5,7 @@ mod commands;
 mod error;
 mod inner;
 mod projections;
+mod shutdown;
 mod status;
 #[cfg(feature = "otel")]
 mod status_metrics;
@@ -12,25 +13,16 @@ mod supervisor;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
-
-use tokio::time::Instant;
 
 pub use self::builder::Builder;
-pub use self::error::{ShutdownError, StartError, UnknownProjection};
+pub use self::error::{StartError, UnknownProjection};
 use self::inner::Inner;
+pub use self::shutdown::ShutdownError;
 pub use self::status::RuntimeStatus;
 use crate::aggregate::Aggregate;
 use crate::command::{Envelope, Execute, Handler, Request};
 use crate::projection::ProjectionHandle;
 use crate::store::EventStore;
-use crate::time::after;
-
-/// Time that [`Runtime::shutdown`] waits for work in progress.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Upper limit of the time that a shutdown reserves for the publisher, and for the projections.
-const SHUTDOWN_RESERVE: Duration = Duration::from_secs(2);
 
 /// A running node. Cheap to clone.
 ///
@@ -102,45 +94,6 @@ impl Runtime {
             projections,
             leases: self.inner.store.leases().await,
         }
-    }
-
-    /// Shuts the node down in order, within 30 s.
-    ///
-    /// The node accepts no new commands and answers those in progress. The publisher publishes all
-    /// committed events, the projections store their checkpoints, and the leases are released. While
-    /// the bus is unavailable and events are unpublished, the publisher uses the whole time. See
-    /// [`shutdown_within`](Self::shutdown_within) for another time limit.
-    ///
-    /// # Errors
-    /// If a component did not end in time; it was stopped then.
-    pub async fn shutdown(self) -> Result<(), ShutdownError> {
-        self.shutdown_within(SHUTDOWN_TIMEOUT).await
-    }
-
-    /// As [`shutdown`](Self::shutdown), with a time limit.
-    ///
-    /// # Errors
-    /// As [`shutdown`](Self::shutdown).
-    pub async fn shutdown_within(self, timeout: Duration) -> Result<(), ShutdownError> {
-        // Reserves a part of the time for each later stage. A stuck command or an unreachable bus
-        // must not take away the time in which the projections store their checkpoints.
-        let reserve = (timeout / 6).min(SHUTDOWN_RESERVE);
-        let deadline = after(timeout);
-        let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
-        let mut unfinished = Vec::new();
-        let commands = self.inner.commands.shut_down(deadline - 2 * reserve).await;
-        if commands > 0 {
-            unfinished.push(format!("{commands} commands without an answer"));
-        }
-        let stopped = self.inner.publisher.stop(until(deadline - reserve)).await;
-        unfinished.extend(stopped.err().map(|error| error.to_string()));
-        let stopped = self.inner.projections.iter().map(|projection| projection.stop(until(deadline)));
-        for stopped in futures_util::future::join_all(stopped).await {
-            unfinished.extend(stopped.err().map(|error| error.to_string()));
-        }
-        self.inner.feed.stop();
-        self.inner.supervisor.stop();
-        if unfinished.is_empty() { Ok(()) } else { Err(ShutdownError { timeout, unfinished }) }
     }
 }
 

@@ -1,6 +1,4 @@
-//! Errors of a runtime: at its start, of its names, at its shutdown.
-
-use std::time::Duration;
+//! Errors of a runtime: at its start, and of names.
 
 use ractor::SpawnErr;
 
@@ -131,17 +129,4 @@ pub struct UnknownProjection {
     pub name: String,
     /// The names of the projections of this node.
     pub known: Vec<String>,
-}
-
-/// The components that did not end in time when a runtime was shut down.
-///
-/// No acknowledged event is lost. The unfinished work was not acknowledged; it continues from its
-/// checkpoint at the next start.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("shutdown incomplete after {timeout:?}: {}", unfinished.join(", "))]
-pub struct ShutdownError {
-    /// The time limit.
-    pub timeout: Duration,
-    /// The unfinished components and work.
-    pub unfinished: Vec<String>,
 }
