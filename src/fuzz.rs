@@ -68,7 +68,7 @@ pub(crate) fn fuzz(name: &str, seeds: Vec<Vec<u8>>, read: impl Fn(&[u8]) -> Stri
     let seed = number("STORIED_FUZZ_SEED").unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
     let until = Instant::now() + Duration::from_secs(number("STORIED_FUZZ_SECONDS").unwrap_or(1));
     let mut dice = Dice(seed | 1);
-    let mut said = HashSet::new();
+    let mut answers = HashSet::new();
     let mut corpus = seeds;
     let mut runs = 0_u64;
     let mut next = 0;
@@ -79,18 +79,19 @@ pub(crate) fn fuzz(name: &str, seeds: Vec<Vec<u8>>, read: impl Fn(&[u8]) -> Stri
             None => change(&corpus, &mut dice),
         };
         next += 1;
-        let told = catch_unwind(AssertUnwindSafe(|| read(&input)));
-        let told = told.unwrap_or_else(|_| panic!("{name} panicked; STORIED_FUZZ_SEED={seed}; {input:02x?}"));
+        let answer = catch_unwind(AssertUnwindSafe(|| read(&input)));
+        let answer =
+            answer.unwrap_or_else(|_| panic!("{name} panicked; STORIED_FUZZ_SEED={seed}; {input:02x?}"));
         runs += 1;
         // Digits do not make an answer new.
-        let told: String = told.chars().filter(|c| !c.is_ascii_digit()).take(80).collect();
-        if corpus.len() < CORPUS && said.insert(told) && next > corpus.len() {
+        let answer: String = answer.chars().filter(|c| !c.is_ascii_digit()).take(80).collect();
+        if corpus.len() < CORPUS && answers.insert(answer) && next > corpus.len() {
             corpus.push(input);
             next = corpus.len();
         }
     }
-    println!("{name}: {runs} inputs, {} different answers", said.len());
-    assert!(said.len() > 1, "{name} gives the same answer to every input");
+    println!("{name}: {runs} inputs, {} different answers", answers.len());
+    assert!(answers.len() > 1, "{name} gives the same answer to every input");
 }
 
 fn change(corpus: &[Vec<u8>], dice: &mut Dice) -> Vec<u8> {

@@ -149,7 +149,7 @@ pub(crate) enum AskError {
     /// The task did not answer in time. It may still act on the message.
     TimedOut,
     /// The task ended, or panicked on the message.
-    Gone,
+    Ended,
 }
 
 /// A component that did not stop in order. It no longer runs.
@@ -188,7 +188,7 @@ impl<C: Send + 'static> Supervised<C> {
         match asked {
             Ok(ractor::rpc::CallResult::Success(answer)) => Ok(answer),
             Ok(ractor::rpc::CallResult::Timeout) => Err(AskError::TimedOut),
-            Ok(ractor::rpc::CallResult::SenderError) | Err(_) => Err(AskError::Gone),
+            Ok(ractor::rpc::CallResult::SenderError) | Err(_) => Err(AskError::Ended),
         }
     }
 

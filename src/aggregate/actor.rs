@@ -18,7 +18,7 @@ pub(crate) use self::message::CommandRequest;
 pub(super) use self::message::{AggregateMessage, InFlightGuard};
 use self::message::{CommandResult, answer};
 use self::pending::{Decided, Pending};
-use self::receipts::{NO_REPLY, receipt, repeat, settle};
+use self::receipts::{NO_REPLY, conclude, receipt, repeat};
 pub(super) use self::shared::Shared;
 pub(super) use self::snapshots::SNAPSHOTS_UNDER_WAY;
 use self::snapshots::{stage_snapshot, take_snapshot};
@@ -167,12 +167,12 @@ impl<A: Aggregate> AggregateActor<A> {
                 return state.pending.push_back(pending);
             }
             if fresh {
-                return settle(pending, &self.stream, folded);
+                return conclude(pending, &self.stream, folded);
             }
             // An append would detect a newer event of another node. An answer without an append
             // must read the stream.
             match Box::pin(folded.catch_up(&*self.shared.store, &self.stream)).await {
-                Ok(()) if folded.version == expected => settle(pending, &self.stream, folded),
+                Ok(()) if folded.version == expected => conclude(pending, &self.stream, folded),
                 Ok(()) => {
                     let Pending { order, load, .. } = pending;
                     Box::pin(self.execute(myself, order, load, state)).await;
@@ -240,7 +240,7 @@ impl<A: Aggregate> AggregateActor<A> {
         // The decision is based on all earlier decisions, durable or not: all are in the state.
         order.attempts += 1;
         if order.attempts > 1 {
-            self.shared.writer.metrics().decided_again(A::Event::CATEGORY);
+            self.shared.writer.metrics().command_retried(A::Event::CATEGORY);
         }
         let decision = catch_unwind(AssertUnwindSafe(|| self.decide(order, folded)));
         let (decided, events, read) = decision.unwrap_or_else(|panic| {
@@ -344,13 +344,13 @@ impl<A: Aggregate> AggregateActor<A> {
         let (stored, reply) = if stored == NO_REPLY {
             (Vec::new(), reply)
         } else {
-            let again = from_cbor(&stored).map_err(|reason| EncodeError::NotReadable {
+            let decoded = from_cbor(&stored).map_err(|reason| EncodeError::NotReadable {
                 what: format!("the reply {}", std::any::type_name::<A::Reply>()),
                 field: "its content".into(),
                 reason,
                 remedy: "change the reply type so that serde can read the form that it writes",
             })?;
-            (stored, again)
+            (stored, decoded)
         };
         if let Some(last) = encoded.last_mut() {
             let content = Some(order.content);
@@ -393,7 +393,7 @@ impl<A: Aggregate> AggregateActor<A> {
         while let Some(Pending { decided: Decided::Answer { .. }, .. }) = state.pending.front() {
             let Some(next) = state.pending.pop_front() else { break };
             match &state.folded {
-                Some(folded) if !state.broken => settle(next, &self.stream, folded),
+                Some(folded) if !state.broken => conclude(next, &self.stream, folded),
                 _ => state.retry_queue.push_back((next.order, next.load)),
             }
         }

@@ -33,7 +33,7 @@ pub struct LocalBus {
     capacity: usize,
     /// Whether a subscriber has ever existed.
     /// Until then nothing is published: a node without projections does not read back its appends.
-    heard: watch::Sender<bool>,
+    subscribed: watch::Sender<bool>,
 }
 
 /// An item and the id of its store. Positions of different stores are not comparable.
@@ -61,7 +61,7 @@ impl LocalBus {
     pub fn with_capacity(batches: usize) -> Self {
         // A ring of a refused capacity carries nothing.
         let ring = broadcast::Sender::new(batches.clamp(*CAPACITIES.start(), *CAPACITIES.end()));
-        Self { ring, capacity: batches, heard: watch::Sender::new(false) }
+        Self { ring, capacity: batches, subscribed: watch::Sender::new(false) }
     }
 }
 
@@ -100,7 +100,7 @@ impl EventBus for LocalBus {
         Box::pin(async move {
             self.check()?;
             let ring = self.ring.subscribe();
-            self.heard.send_replace(true);
+            self.subscribed.send_replace(true);
             Ok(Box::new(LocalSubscription { ring, store }) as _)
         })
     }
@@ -124,7 +124,7 @@ impl BusPublisher for LocalPublisher {
     fn wanted(&mut self) -> BoxFuture<'_, ()> {
         Box::pin(async {
             // Never fails: this bus holds the sender.
-            let _ = self.bus.heard.subscribe().wait_for(|heard| *heard).await;
+            let _ = self.bus.subscribed.subscribe().wait_for(|subscribed| *subscribed).await;
         })
     }
 

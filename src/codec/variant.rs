@@ -43,8 +43,8 @@ impl Variant {
     fn new(name: &str) -> Self {
         let mut short = [0; 64];
         match short.get_mut(..name.len()) {
-            Some(place) => {
-                place.copy_from_slice(name.as_bytes());
+            Some(slot) => {
+                slot.copy_from_slice(name.as_bytes());
                 Variant::Short(short, name.len())
             }
             None => Variant::Long(name.to_owned()),

@@ -11,7 +11,7 @@ use super::envelope::Deadline;
 use super::handler::HandlerStatus;
 use super::hooks::{CommandHooks, CommandInfo};
 use super::registry::Registry;
-use super::wire::{CommandFrame, Failure, Kind, tell_receipt};
+use super::wire::{CommandFrame, Failure, Kind, encode_receipt};
 use super::{ExecuteError, NotExecutedKind};
 use crate::aggregate::{Aggregate, CommandRequest, Router, RouterStatus};
 use crate::event::Event;
@@ -97,7 +97,7 @@ impl<A: Aggregate> Endpoint for Router<A> {
                 span.ended(answer.as_ref().err().map(ExecuteError::kind));
                 let info = CommandInfo { name: &frame.name, key: Some(&key), id, metadata: &metadata };
                 hooks.after(&info, started.elapsed(), &answer);
-                tell_receipt(answer)
+                encode_receipt(answer)
             }) as Answering)
         })
     }

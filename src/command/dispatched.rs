@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::ExecuteError;
 use super::envelope::{Deadline, Envelope};
-use super::handler::{YieldSlot, give_way};
+use super::handler::{YieldSlot, yield_slot_while};
 use crate::future::BoxFuture;
 use crate::telemetry::Metrics;
 use crate::telemetry::trace::CommandSpan;
@@ -123,7 +123,7 @@ impl<T, E> Dispatched<T, E> {
 
     /// Waits for the result, and returns it with the duration.
     pub async fn report(self) -> Report<T, E> {
-        let (result, runtime) = give_way(self.slot, self.answer).await;
+        let (result, runtime) = yield_slot_while(self.slot, self.answer).await;
         if let Some(watched) = self.watched {
             watched.ended(result.as_ref().err().map(ExecuteError::kind));
         }

@@ -155,7 +155,7 @@ impl Dispatcher {
     }
 
     /// Routes a command. `able`: whether this node accepts it.
-    pub(super) fn way<E>(
+    pub(super) fn route<E>(
         &self,
         kind: Kind,
         name: &'static str,
@@ -182,7 +182,7 @@ impl Dispatcher {
                 }
             };
             return nats
-                .way(kind, name, spread, able)
+                .route(kind, name, spread, able)
                 .map_err(|reason| ExecuteError::from(NotExecutedKind::Unavailable { reason }));
         }
         if able {

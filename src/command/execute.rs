@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::dispatched::Watched;
 use super::dispatcher::Dispatcher;
 use super::envelope::{Envelope, envelope_setters};
-use super::handler::{YieldSlot, give_way};
+use super::handler::{YieldSlot, yield_slot_while};
 use super::hooks::watched;
 use super::route::Route;
 use super::wire::{About, Kind, Outcome};
@@ -71,7 +71,7 @@ impl<A: Aggregate> Execute<A> {
     /// `OutcomeUnknown`.
     pub async fn dispatch(mut self) -> Result<Pending<A>, ExecuteError<A::Error>> {
         let slot = self.slot.take();
-        Ok(give_way(slot.clone(), self.hand_over(true)).await?.within(slot))
+        Ok(yield_slot_while(slot.clone(), self.hand_over(true)).await?.within(slot))
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<A>, ExecuteError<A::Error>> {
@@ -99,8 +99,8 @@ impl<A: Aggregate> Execute<A> {
             Some(local) => takes()?.then_some(local),
             None => None,
         };
-        let way = commands.way(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
-        if let (Route::Local { .. }, Some(router)) = (&way, local) {
+        let route = commands.route(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
+        if let (Route::Local { .. }, Some(router)) = (&route, local) {
             match router.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
                     commands
@@ -125,7 +125,7 @@ impl<A: Aggregate> Execute<A> {
                     router.route(stream, order)?;
                     return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
                 }
-                Err(busy) if matches!(way, Route::Local { others: false }) => return Err(busy),
+                Err(busy) if matches!(route, Route::Local { others: false }) => return Err(busy),
                 Err(_busy) => {}
             }
         }
@@ -133,15 +133,15 @@ impl<A: Aggregate> Execute<A> {
         frame.expected = expected.into();
         let id = envelope.id;
         let answered = Box::pin(commands.send(frame, &envelope, deadline)).await;
-        let told = move |failure: super::wire::Failure, stream: &StreamId| {
+        let to_error = move |failure: super::wire::Failure, stream: &StreamId| {
             failure.into_error(&About { id, name: category, stream: Some(stream), expected })
         };
-        let answered = answered.map_err(|failure| told(failure, &stream))?;
+        let answered = answered.map_err(|failure| to_error(failure, &stream))?;
         Ok(Dispatched::new(id, async move {
             let (outcome, runtime) = answered.await;
             let result = match outcome {
                 Outcome::Done(done) => done.into_receipt(id, stream),
-                Outcome::Error(failure) => Err(told(failure, &stream)),
+                Outcome::Error(failure) => Err(to_error(failure, &stream)),
             };
             (result, runtime)
         }))
@@ -154,7 +154,7 @@ impl<A: Aggregate> IntoFuture for Execute<A> {
 
     fn into_future(mut self) -> Self::IntoFuture {
         let slot = self.slot.take();
-        Box::pin(give_way(slot, async move { self.hand_over(false).await?.await }))
+        Box::pin(yield_slot_while(slot, async move { self.hand_over(false).await?.await }))
     }
 }
 

@@ -27,7 +27,7 @@ pub use self::options::HandlerOptions;
 pub use self::request::Request;
 pub(crate) use self::router::HandlerRouter;
 pub use self::status::HandlerStatus;
-pub(super) use self::yield_slot::{YieldSlot, give_way};
+pub(super) use self::yield_slot::{YieldSlot, yield_slot_while};
 use super::ExecuteError;
 
 /// A handler of commands across aggregates.

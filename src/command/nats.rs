@@ -81,7 +81,7 @@ impl NatsNode {
             clocks: PeerClocks::default(),
             started: Instant::now(),
             calls: PendingReplies::new(),
-            places: Arc::new(Semaphore::new(limit)),
+            permits: Arc::new(Semaphore::new(limit)),
             limit,
             link: watch::Sender::new(ClusterLink::Down { reason: "not connected to NATS yet".into() }),
             draining: watch::Sender::new(false),
@@ -109,7 +109,7 @@ impl NatsNode {
     }
 
     /// Routes a command to its first destination, or returns the reason why there is none.
-    pub(super) fn way(&self, kind: Kind, name: &str, spread: &str, able: bool) -> Result<Route, String> {
+    pub(super) fn route(&self, kind: Kind, name: &str, spread: &str, able: bool) -> Result<Route, String> {
         let shared = &self.shared;
         if let ClusterLink::Down { reason } = &*shared.link.borrow() {
             return if able { Ok(Route::Local { others: false }) } else { Err(reason.clone()) };
@@ -138,10 +138,10 @@ impl NatsNode {
             number: self.shared.limit as u64,
             ..Failure::new(Code::Overloaded, "commands in flight to other nodes")
         };
-        let place = tokio::time::timeout(ADMISSION, self.in_flight.clone().acquire_owned());
-        let Ok(Ok(place)) = place.await else { return Err(overloaded()) };
+        let permit = tokio::time::timeout(ADMISSION, self.in_flight.clone().acquire_owned());
+        let Ok(Ok(permit)) = permit.await else { return Err(overloaded()) };
         let ack_on_accept = frame.prompt;
-        let attempts = RemoteDispatch::new(self.shared.clone(), frame, assign, deadline, place);
+        let attempts = RemoteDispatch::new(self.shared.clone(), frame, assign, deadline, permit);
         if !ack_on_accept {
             return Ok(Box::pin(attempts.run()));
         }
@@ -169,7 +169,7 @@ impl NatsNode {
     pub(super) async fn stop(&self, deadline: Instant) {
         let all = u32::try_from(self.shared.limit).unwrap_or(u32::MAX);
         let answered =
-            async { tokio::join!(self.shared.places.acquire_many(all), self.in_flight.acquire_many(all)) };
+            async { tokio::join!(self.shared.permits.acquire_many(all), self.in_flight.acquire_many(all)) };
         if tokio::time::timeout_at(deadline, answered).await.is_err() {
             tracing::warn!("closing connection with unresolved commands from or to other nodes");
         }

@@ -13,7 +13,7 @@ pub(crate) use self::frame::Sent;
 pub(crate) use self::frame::{CommandFrame, Expected, Kind};
 #[cfg(feature = "nats")]
 pub(crate) use self::outcome::Answered;
-pub(crate) use self::outcome::{Done, Outcome, read_reply, tell_receipt};
+pub(crate) use self::outcome::{Done, Outcome, encode_receipt, read_reply};
 #[cfg(feature = "nats")]
 pub(crate) use self::reply::{Reply, ReplyKind};
 
@@ -33,7 +33,7 @@ mod tests {
     use super::reply::{Reply, ReplyKind};
     use crate::codec::{from_cbor, to_cbor};
 
-    fn told<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> String {
+    fn round_trip<T: Serialize + DeserializeOwned>(bytes: &[u8]) -> String {
         match from_cbor::<T>(bytes) {
             Ok(value) => {
                 assert!(from_cbor::<T>(&to_cbor(&value).unwrap()).is_ok());
@@ -75,7 +75,8 @@ mod tests {
         let frames = frames.iter().map(to_cbor);
         let seeds = frames.chain(replies.iter().map(to_cbor)).map(Result::unwrap).collect();
         crate::fuzz::fuzz("a command's frames", seeds, |bytes| {
-            [told::<CommandFrame>(bytes), told::<Reply>(bytes), told::<Outcome>(bytes)].join("; ")
+            [round_trip::<CommandFrame>(bytes), round_trip::<Reply>(bytes), round_trip::<Outcome>(bytes)]
+                .join("; ")
         });
     }
 }

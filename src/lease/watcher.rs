@@ -86,7 +86,7 @@ pub(crate) struct LeaseWatcher {
 
 #[derive(Debug)]
 struct Inner {
-    sight: watch::Receiver<Observation>,
+    observation: watch::Receiver<Observation>,
     /// Poll interval; `None` while there is no watcher.
     every: watch::Sender<Option<Duration>>,
     hint: Arc<Notify>,
@@ -100,13 +100,15 @@ struct Inner {
 impl LeaseWatcher {
     /// Starts the watcher. Must be called within a tokio runtime.
     pub(crate) fn start(store: Arc<dyn EventStore>) -> Self {
-        let (sender, sight) = watch::channel(Observation::default());
+        let (sender, observation) = watch::channel(Observation::default());
         let every = watch::Sender::new(None);
         let hint = Arc::new(Notify::new());
         let renewer = LeaseRenewer::new(store.clone());
-        let task = Task::spawn(look(store, sender, every.subscribe(), hint.clone()));
+        let task = Task::spawn(poll_loop(store, sender, every.subscribe(), hint.clone()));
         let (watchers, acquiring) = (AtomicU32::new(0), Semaphore::new(ACQUIRING));
-        Self { inner: Arc::new(Inner { sight, every, hint, watchers, renewer, acquiring, _task: task }) }
+        Self {
+            inner: Arc::new(Inner { observation, every, hint, watchers, renewer, acquiring, _task: task }),
+        }
     }
 
     /// Returns the views from now on, polled often enough for leases of `ttl`.
@@ -120,7 +122,7 @@ impl LeaseWatcher {
             faster
         });
         self.inner.watchers.fetch_add(1, Ordering::Relaxed);
-        self.inner.sight.clone()
+        self.inner.observation.clone()
     }
 
     /// Returns the interval at which each watcher may send its own queries.
@@ -143,7 +145,7 @@ impl LeaseWatcher {
 
     /// Returns the current view.
     pub(crate) fn view(&self) -> Option<Arc<LeaseView>> {
-        self.inner.sight.borrow().view.clone()
+        self.inner.observation.borrow().view.clone()
     }
 
     /// Requests a poll, because a task of this node has changed something.
@@ -152,9 +154,9 @@ impl LeaseWatcher {
     }
 }
 
-async fn look(
+async fn poll_loop(
     store: Arc<dyn EventStore>,
-    sight: watch::Sender<Observation>,
+    observation: watch::Sender<Observation>,
     mut every: watch::Receiver<Option<Duration>>,
     hint: Arc<Notify>,
 ) {
@@ -171,11 +173,11 @@ async fn look(
         match see(&*store, &mut renewals).await {
             Ok(view) => {
                 backoff.succeeded();
-                sight.send_if_modified(|sight| {
-                    let news = sight.error.take().is_some()
-                        || !sight.view.as_ref().is_some_and(|known| known.same(&view));
+                observation.send_if_modified(|observation| {
+                    let news = observation.error.take().is_some()
+                        || !observation.view.as_ref().is_some_and(|known| known.same(&view));
                     // Also if the view differs only by its time.
-                    sight.view = Some(Arc::new(view));
+                    observation.view = Some(Arc::new(view));
                     news
                 });
                 tokio::select! {
@@ -188,7 +190,7 @@ async fn look(
             }
             Err(error) => {
                 tracing::warn!(%error, "could not poll leases and pauses");
-                sight.send_modify(|sight| sight.error = Some(error));
+                observation.send_modify(|observation| observation.error = Some(error));
                 sleep(backoff.next()).await;
             }
         }

@@ -30,14 +30,16 @@ pub(crate) enum ProjectionFactory<P> {
 pub(crate) type Maker<P> = Arc<dyn Fn(BuildTarget) -> P + Send + Sync>;
 
 impl<P: Projection> ProjectionFactory<P> {
-    /// Calls `look` with a sample of the projection.
-    pub(crate) fn with_sample<T>(&self, look: impl FnOnce(&P) -> T) -> T {
+    /// Calls `inspect` with a sample of the projection.
+    pub(crate) fn with_sample<T>(&self, inspect: impl FnOnce(&P) -> T) -> T {
         match self {
-            Self::Single(projection) => look(projection),
-            Self::Versioned(make) => look(&make(BuildTarget { partition: Partition::whole(), version: 0 })),
+            Self::Single(projection) => inspect(projection),
+            Self::Versioned(make) => {
+                inspect(&make(BuildTarget { partition: Partition::whole(), version: 0 }))
+            }
             Self::Partitioned(count, make) => {
                 let partition = Partition::all(*count).next().unwrap_or(Partition::whole());
-                look(&make(BuildTarget { partition, version: 0 }))
+                inspect(&make(BuildTarget { partition, version: 0 }))
             }
         }
     }

@@ -199,7 +199,7 @@ impl ProjectionHandle {
     /// If the store cannot record the pause, or the projection does not answer within 30 s.
     pub async fn pause(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Pause).await?;
-        self.tell_others(|reply| Control::Paused(true, reply)).await
+        self.ask_others(|reply| Control::Paused(true, reply)).await
     }
 
     /// Resumes the projection on all nodes. A failed projection retries.
@@ -210,7 +210,7 @@ impl ProjectionHandle {
     /// As [`pause`](Self::pause).
     pub async fn resume(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Resume).await?;
-        self.tell_others(|reply| Control::Paused(false, reply)).await
+        self.ask_others(|reply| Control::Paused(false, reply)).await
     }
 
     /// Empties the read model, deletes parked events, and applies the log from its start.
@@ -228,7 +228,7 @@ impl ProjectionHandle {
     /// applied once more. Otherwise as [`pause`](Self::pause).
     pub async fn reset(&self) -> Result<(), ControlError> {
         self.ask(0, Control::Reset).await?;
-        self.tell_others(Control::BeginAnew).await
+        self.ask_others(Control::BeginAnew).await
     }
 
     /// Applies the events that the [schedule](super::Schedule) holds back, without waiting for it.
@@ -422,7 +422,7 @@ impl ProjectionHandle {
     }
 
     /// Sends a control message to all partitions except the first, which has done the shared work.
-    async fn tell_others(&self, control: impl Fn(Reply) -> Control) -> Result<(), ControlError> {
+    async fn ask_others(&self, control: impl Fn(Reply) -> Control) -> Result<(), ControlError> {
         try_join_all((1..self.count()).map(|part| self.ask(part, &control))).await.map(drop)
     }
 
@@ -433,7 +433,7 @@ impl ProjectionHandle {
             Err(match error {
                 AskError::Overloaded => ControlError::Overloaded { name: name() },
                 AskError::TimedOut => ControlError::TimedOut { name: name(), waited: CONTROL },
-                AskError::Gone => ControlError::Stopped { name: name() },
+                AskError::Ended => ControlError::Stopped { name: name() },
             })
         })
     }

@@ -141,7 +141,7 @@ fn contained<T>(user: impl FnOnce() -> Result<T, ApplyError>) -> Result<T, Strin
 }
 
 /// Returns the stream of a projection's snapshot; `None` if the name is no valid stream id.
-pub(super) fn place(projection: &str) -> Option<StreamId> {
+pub(super) fn snapshot_stream(projection: &str) -> Option<StreamId> {
     StreamId::reserved("@projection", projection).ok()
 }
 
@@ -323,9 +323,9 @@ mod tests {
 
     #[test]
     fn snapshot_streams_are_no_user_streams() {
-        let place = place("revenue").unwrap();
-        assert!(Category::new(place.category()).is_err());
-        assert_eq!(place.id(), "revenue");
-        assert!(super::place("").is_none() && super::place("a\0").is_none());
+        let stream = snapshot_stream("revenue").unwrap();
+        assert!(Category::new(stream.category()).is_err());
+        assert_eq!(stream.id(), "revenue");
+        assert!(snapshot_stream("").is_none() && snapshot_stream("a\0").is_none());
     }
 }

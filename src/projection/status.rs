@@ -208,16 +208,16 @@ impl ProjectionStatus {
         if oldest.is_some() {
             self.behind_since = oldest;
         }
-        self.tell_behind();
+        self.update_behind_since();
     }
 
     /// Records that the log reaches `head`.
     pub(super) fn knows_of(&mut self, head: Position) {
         self.head = self.head.max(Some(head));
-        self.tell_behind();
+        self.update_behind_since();
     }
 
-    fn tell_behind(&mut self) {
+    fn update_behind_since(&mut self) {
         if self.lag().is_none_or(|lag| lag == 0) {
             self.behind_since = None;
         } else {

@@ -65,12 +65,12 @@ impl Adoption {
         *self == Self::Adopted
     }
 
-    /// Returns the error for a read model in `place`, which may belong to the original.
+    /// Returns the error for a read model in `location`, which may belong to the original.
     #[cfg(any(feature = "sqlite", feature = "postgres"))]
-    pub(crate) fn refuses(&self, place: &dyn fmt::Display) -> StoreError {
+    pub(crate) fn refuses(&self, location: &dyn fmt::Display) -> StoreError {
         StoreError::Incompatible {
             expected: "an adopted event store, or a read model that was copied together with it".into(),
-            found: format!("a read model in {place}"),
+            found: format!("a read model in {location}"),
             advice: self.problem().unwrap_or_default(),
         }
     }

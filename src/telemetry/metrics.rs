@@ -145,7 +145,7 @@ impl Metrics {
     }
 
     /// Counts a command that is decided again.
-    pub(crate) fn decided_again(&self, name: &'static str) {
+    pub(crate) fn command_retried(&self, name: &'static str) {
         let Some(instruments) = &self.0 else { return };
         instruments.command_retries.add(1, &[KeyValue::new("storied.command.name", name)]);
     }
@@ -328,7 +328,7 @@ impl Nats {
 
 /// Returns the attribute of a connection to NATS: `events` or `commands`.
 #[cfg(feature = "nats")]
-fn line(connection: &'static str) -> KeyValue {
+fn connection_attribute(connection: &'static str) -> KeyValue {
     KeyValue::new("storied.connection", connection)
 }
 
@@ -336,13 +336,13 @@ fn line(connection: &'static str) -> KeyValue {
 impl Metrics {
     pub(crate) fn connecting(&self, connection: &'static str) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
-        nats.connection_attempts.add(1, &[line(connection)]);
+        nats.connection_attempts.add(1, &[connection_attribute(connection)]);
     }
 
     /// Records the end of the first connection attempt.
     pub(crate) fn connected(&self, connection: &'static str, timer: Timer, error: Option<&'static str>) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
-        with_error(error, [line(connection)], |attributes| {
+        with_error(error, [connection_attribute(connection)], |attributes| {
             nats.start_duration.record(timer.seconds(), attributes);
             if error.is_some() {
                 nats.connection_errors.add(1, attributes);
@@ -353,32 +353,33 @@ impl Metrics {
     /// Counts an error reported by a server or the driver.
     pub(crate) fn connection_failed(&self, connection: &'static str, error: &'static str) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
-        nats.connection_errors.add(1, &[line(connection), KeyValue::new("error.type", error)]);
+        nats.connection_errors
+            .add(1, &[connection_attribute(connection), KeyValue::new("error.type", error)]);
     }
 
     pub(crate) fn connection_lost(&self, connection: &'static str) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
-        nats.connection_losses.add(1, &[line(connection)]);
+        nats.connection_losses.add(1, &[connection_attribute(connection)]);
     }
 
     pub(crate) fn reconnected(&self, connection: &'static str) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
-        nats.reconnections.add(1, &[line(connection)]);
+        nats.reconnections.add(1, &[connection_attribute(connection)]);
     }
 
     pub(crate) fn closed(&self, connection: &'static str, timer: Timer, error: Option<&'static str>) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
-        with_error(error, [line(connection)], |attributes| {
+        with_error(error, [connection_attribute(connection)], |attributes| {
             nats.close_duration.record(timer.seconds(), attributes);
         });
     }
 
-    /// Counts an event of a raw subscription; `again` marks a redelivery.
-    pub(crate) fn consumed(&self, from: Destination<'_>, again: bool) {
+    /// Counts an event of a raw subscription; `redelivered` marks a redelivery.
+    pub(crate) fn consumed(&self, from: Destination<'_>, redelivered: bool) {
         let Some(Instruments { nats, .. }) = self.0.as_deref() else { return };
         let attributes = operation(from, "receive");
         nats.consumed.add(1, &attributes);
-        if again {
+        if redelivered {
             nats.redelivered.add(1, &attributes[..2]);
         }
     }

@@ -21,7 +21,7 @@ impl Timer {
 
 impl Metrics {
     pub(crate) fn command(&self, _: &'static str, _: Duration, _: Option<&'static str>) {}
-    pub(crate) fn decided_again(&self, _: &'static str) {}
+    pub(crate) fn command_retried(&self, _: &'static str) {}
     pub(crate) fn appended(&self, _: Timer, _: usize, _: Option<&'static str>) {}
     pub(crate) fn lease(&self, _: &str, _: &'static str) {}
     pub(crate) fn applied(&self, _: &str, _: Duration) {}

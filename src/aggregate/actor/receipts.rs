@@ -12,7 +12,7 @@ use crate::store::{CommandEvents, EventStore};
 pub(super) const NO_REPLY: [u8; 1] = [0xf6];
 
 /// Answers a command that was decided without events on a durable state.
-pub(super) fn settle<A: Aggregate>(pending: Pending<A>, stream: &StreamId, folded: &HydratedState<A>) {
+pub(super) fn conclude<A: Aggregate>(pending: Pending<A>, stream: &StreamId, folded: &HydratedState<A>) {
     let Pending { order, decided, .. } = pending;
     let Decided::Answer { version, result } = decided else { return };
     let result = result.map(|reply| Receipt {

@@ -51,14 +51,14 @@ pub(super) fn take_snapshot<A: Aggregate>(
     // Also advance after a skipped snapshot. Otherwise every event would encode the state until
     // a permit is free.
     folded.snapshot = version;
-    let Ok(place) = shared.snapshots.clone().try_acquire_owned() else {
+    let Ok(permit) = shared.snapshots.clone().try_acquire_owned() else {
         return tracing::debug!(%stream, %version, "skipping a snapshot; other snapshots are being written");
     };
     let (store, stream) = (shared.store.clone(), stream.clone());
     match folded.pack(version, snapshots.revision, bytes) {
         Ok(snapshot) => {
             tokio::spawn(async move {
-                let _place = place;
+                let _permit = permit;
                 if let Err(error) = store.save_snapshot(&stream, snapshot).await {
                     tracing::warn!(%stream, %version, %error, "could not save a snapshot; retrying with the next one");
                 }

@@ -161,8 +161,8 @@ impl ReadModelArgs {
                 }
                 let options = PgConnectOptions::from_str(&url)
                     .map_err(|error| {
-                        let said = redact::driver(&error.to_string());
-                        Failure::Usage(format!("invalid URL of the read model: {said}"))
+                        let message = redact::driver(&error.to_string());
+                        Failure::Usage(format!("invalid URL of the read model: {message}"))
                     })?
                     .application_name("storied-cli")
                     .disable_statement_logging();

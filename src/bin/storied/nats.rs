@@ -37,9 +37,9 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     let bus = args.nats.bus(Some(&args.stream), from).await?;
     let report = bus.inspect(store.info().id).await?;
     let problems = problems(&report);
-    let told = if out.json { out.value(&value(&report, &problems)) } else { print(&report, out) };
+    let printed = if out.json { out.value(&value(&report, &problems)) } else { print(&report, out) };
     match problems.len() {
-        0 => told,
+        0 => printed,
         // Fails also if the reader closes standard output early.
         count => Err(Failure::Problem(format!("{}: {}", counted(count, "difference"), problems.join("; ")))),
     }

@@ -32,11 +32,11 @@ pub(crate) enum Command {
     /// Resumes a projection; a failed one retries
     Resume(Named),
     /// Requests that a node empties the read model and applies the log from its start
-    Reset(Told),
+    Reset(RequestArgs),
     /// Requests that the nodes rebuild the read model beside the live version, and cut over
-    Rebuild(Told),
+    Rebuild(RequestArgs),
     /// Requests that a node cancels a rebuild; the live version stays live
-    CancelRebuild(Told),
+    CancelRebuild(RequestArgs),
     /// Withdraws a reset, rebuild or cancel-rebuild that no node has taken, or deletes its refusal
     Withdraw {
         #[command(flatten)]
@@ -70,7 +70,7 @@ pub(crate) struct Named {
 }
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct Told {
+pub(crate) struct RequestArgs {
     #[command(flatten)]
     read_model: ReadModelArgs,
 
@@ -255,7 +255,12 @@ async fn withdraw(models: &Models, name: &str, out: &mut Output) -> Result<(), F
     out.line(format!("withdrew the {} of {name}", withdrawn.join(" and the ")))
 }
 
-async fn report(args: &Told, request: Request, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
+async fn report(
+    args: &RequestArgs,
+    request: Request,
+    from: &DatabaseArgs,
+    out: &mut Output,
+) -> Result<(), Failure> {
     let models = args.read_model.open(from).await?;
     let (operator, name) = (&models.operator, &args.name);
     let before = known(operator, name).await?;

@@ -22,9 +22,9 @@ pub(crate) fn error(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(inner) = source {
-        let said = inner.to_string();
-        if !said.is_empty() {
-            text = text.replace(&said, &driver(&said));
+        let message = inner.to_string();
+        if !message.is_empty() {
+            text = text.replace(&message, &driver(&message));
         }
         source = inner.source();
     }
@@ -148,7 +148,7 @@ fn decoded(text: &str) -> String {
 /// Returns the URL of a database without secrets, for any characters in its password.
 pub(crate) fn url(url: &str) -> String {
     let (scheme, rest) = split(url);
-    format!("{scheme}{}", place(rest))
+    format!("{scheme}{}", without_login(rest))
 }
 
 /// Returns `text` without the logins of its URLs, each up to the next space or URL.
@@ -160,7 +160,7 @@ pub(crate) fn urls(text: &str) -> String {
             let (scheme, behind) = rest.split_at(start);
             let (url, next) = behind.split_at(next_url(behind));
             shown.push_str(scheme);
-            shown.push_str(&place(url));
+            shown.push_str(&without_login(url));
             rest = next;
         }
         shown.push_str(rest);
@@ -189,11 +189,11 @@ fn next_url(text: &str) -> usize {
 }
 
 /// Returns the part of a URL after its login, without passwords among its parameters.
-fn place(rest: &str) -> String {
+fn without_login(rest: &str) -> String {
     match rest.rsplit_once('@') {
         // The text after it may be the end of a password.
         Some((before, _)) if before.split(['?', '&']).skip(1).any(is_parameter) => HIDDEN.to_owned(),
-        Some((_, place)) => format!("{HIDDEN}@{}", parameters(place)),
+        Some((_, location)) => format!("{HIDDEN}@{}", parameters(location)),
         None => parameters(rest),
     }
 }
@@ -202,13 +202,13 @@ fn is_parameter(text: &str) -> bool {
     text.split_once('=').is_some_and(|(key, _)| is_secret(key))
 }
 
-fn parameters(place: &str) -> String {
-    let Some((place, query)) = place.split_once('?') else { return place.to_owned() };
+fn parameters(location: &str) -> String {
+    let Some((location, query)) = location.split_once('?') else { return location.to_owned() };
     let hidden = query.split('&').map(|parameter| match parameter.split_once('=') {
         Some((key, _)) if is_secret(key) => format!("{key}={HIDDEN}"),
         _ => parameter.to_owned(),
     });
-    format!("{place}?{}", hidden.collect::<Vec<_>>().join("&"))
+    format!("{location}?{}", hidden.collect::<Vec<_>>().join("&"))
 }
 
 #[cfg(test)]
@@ -259,13 +259,13 @@ mod tests {
 
     #[test]
     fn a_password_with_commas_is_hidden_in_foreign_text() {
-        for (given, said) in [
+        for (given, message) in [
             ("postgres://shop:a1,b2@db/shop", "a1,b2 is wrong"),
             ("postgres://shop:a1'b2 c3@d4@db/shop", "postgres://shop:a1'b2 c3@d4@db/shop is wrong"),
             ("postgres:shop:a1,b2@db/shop", "postgres:shop:a1,b2@db/shop is wrong"),
             ("postgres://db/shop?password=a1,b2&user=u", "a1,b2 is wrong"),
         ] {
-            let hidden = Secrets::of(&[Given::Url(given)]).hide(said);
+            let hidden = Secrets::of(&[Given::Url(given)]).hide(message);
             assert!(!["a1", "b2", "c3", "d4"].iter().any(|part| hidden.contains(part)), "{hidden}");
         }
         assert_eq!(Secrets::of(&[Given::Url("sqlite:shop@home.db")]).hide("shop"), "shop");
@@ -274,7 +274,7 @@ mod tests {
     /// Any word may be a password.
     #[test]
     fn a_secret_is_hidden_where_it_stands_for_itself() {
-        for (secret, said, shown) in [
+        for (secret, message, shown) in [
             ("storied", "expected storied_tables, found storieds", "expected ***_tables, found storieds"),
             ("a", "password authentication failed for 'a'", "password authentication failed for '***'"),
             ("events", "events2 myevents events", "events2 myevents ***"),
@@ -284,7 +284,7 @@ mod tests {
             ("é", "né é", "né ***"),
         ] {
             let secrets = Secrets::of(&[Given::Secret(secret)]);
-            assert_eq!(secrets.hide(said), shown, "{secret}");
+            assert_eq!(secrets.hide(message), shown, "{secret}");
         }
         assert_eq!(Secrets::of(&[Given::Secret("")]).hide("nothing"), "nothing");
     }

@@ -62,9 +62,9 @@ pub(crate) async fn run(args: Args, from: &DatabaseArgs, out: &mut Output) -> Re
     if let Some(log_stream) = &mut log_stream {
         log_stream.end(head, &mut problems).await?;
     }
-    let told = report(events, versions.len(), head, &problems, log_stream.as_ref(), out);
+    let printed = report(events, versions.len(), head, &problems, log_stream.as_ref(), out);
     match problems.count {
-        0 => told,
+        0 => printed,
         // Fails also if the reader closes standard output early.
         count => Err(Failure::Problem(format!("{} found", counted(count, "problem")))),
     }
@@ -81,14 +81,14 @@ fn report(
     if out.json {
         return out.value(&json!({
             "ok": problems.count == 0, "head": head.get(), "events": events, "streams": streams,
-            "log_stream": log_stream.map(LogStream::value), "problems": problems.said, "problem_count": problems.count,
+            "log_stream": log_stream.map(LogStream::value), "problems": problems.shown, "problem_count": problems.count,
         }));
     }
-    for problem in &problems.said {
+    for problem in &problems.shown {
         out.line(format!("PROBLEM  {problem}"))?;
     }
-    if problems.count > problems.said.len() {
-        out.line(format!("         … and {} more", problems.count - problems.said.len()))?;
+    if problems.count > problems.shown.len() {
+        out.line(format!("         … and {} more", problems.count - problems.shown.len()))?;
     }
     out.line(format!("{events} events of {streams} streams were read, up to position {head}"))?;
     if let Some(log_stream) = log_stream {

@@ -75,7 +75,7 @@ impl Server {
         if self.port == 0 {
             return SILENT.into();
         }
-        let (tell, told) = oneshot::channel();
+        let (sender, receiver) = oneshot::channel();
         let (host, port) = (self.host.trim_matches(['[', ']']).to_owned(), self.port);
         // A thread of its own: the runtime would wait at its end for a name that does not resolve.
         std::thread::spawn(move || {
@@ -89,9 +89,9 @@ impl Server {
                 Err(error) => format!("the host name does not resolve ({error})"),
             };
             // The command may have ended.
-            let _ = tell.send(reason);
+            let _ = sender.send(reason);
         });
-        timeout(PROBE, told).await.ok().and_then(Result::ok).unwrap_or_else(|| SILENT.into())
+        timeout(PROBE, receiver).await.ok().and_then(Result::ok).unwrap_or_else(|| SILENT.into())
     }
 }
 

@@ -21,7 +21,7 @@ pub(super) use self::echo::{Echo, PublishProof};
 pub(super) use self::link::Link;
 use self::server::{check_version, disconnected, session};
 use self::signals::Signals;
-use self::watcher::{Told, Watcher};
+use self::watcher::{Reported, Watcher};
 use super::connection_metrics::Watch;
 use super::errors::{silent, unavailable};
 use super::events::{Handler, NatsEvent};
@@ -93,16 +93,16 @@ impl Connection {
             servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect();
         let to = to.join(",");
         let signals = Arc::new(Signals::new(&options.inbox_prefix));
-        let (teller, told) = (signals.clone(), watch.clone());
-        let tell = move |event| {
+        let (collector, recorder) = (signals.clone(), watch.clone());
+        let on_event = move |event| {
             if matches!(event, Event::ServerError(_)) {
-                told.metrics.connection_failed(told.role, "server");
+                recorder.metrics.connection_failed(recorder.role, "server");
             } else if matches!(event, Event::ClientError(_)) {
-                told.metrics.connection_failed(told.role, "client");
+                recorder.metrics.connection_failed(recorder.role, "client");
             }
-            teller.tell(event);
+            collector.record(event);
         };
-        let connect = options.connect_options(&servers, &watch, tell).await?;
+        let connect = options.connect_options(&servers, &watch, on_event).await?;
         // A name may resolve to several addresses, and the resolution has no timeout of its own.
         let patience = options
             .connection_timeout
@@ -150,10 +150,10 @@ impl Connection {
             session: session(&client.server_info()),
             handler: options.handler.clone(),
             watch: watch.clone(),
-            told: Told::default(),
+            reported: Reported::default(),
         };
         // After connecting, the caller must see the connected state.
-        watcher.look();
+        watcher.poll();
         Ok(Self {
             client,
             owned,
@@ -283,8 +283,8 @@ impl Connection {
             BusError::Unavailable { reason, source } => match errors.refusal(0, subjects) {
                 Some(sentence) => refused(what, &sentence),
                 None => match errors.after(since).last() {
-                    Some(said) => BusError::Unavailable {
-                        reason: format!("{reason}; the server reported: {said}"),
+                    Some(reported) => BusError::Unavailable {
+                        reason: format!("{reason}; the server reported: {reported}"),
                         source,
                     },
                     None => BusError::Unavailable { reason, source },
@@ -352,7 +352,7 @@ impl Connection {
             was_closed = std::mem::replace(&mut link.closed, true);
         });
         if !was_closed {
-            self.handler.tell(NatsEvent::Closed);
+            self.handler.emit(NatsEvent::Closed);
         }
         if !self.owned {
             return;

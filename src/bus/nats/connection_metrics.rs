@@ -16,19 +16,22 @@ pub(super) struct Recorder(Arc<Choice>);
 
 #[derive(Debug, Default)]
 struct Choice {
-    told: OnceLock<Metrics>,
+    configured: OnceLock<Metrics>,
     usual: OnceLock<Metrics>,
 }
 
 impl Recorder {
-    pub(super) fn new(told: Option<Metrics>) -> Self {
-        Self(Arc::new(Choice { told: told.map(OnceLock::from).unwrap_or_default(), usual: OnceLock::new() }))
+    pub(super) fn new(configured: Option<Metrics>) -> Self {
+        Self(Arc::new(Choice {
+            configured: configured.map(OnceLock::from).unwrap_or_default(),
+            usual: OnceLock::new(),
+        }))
     }
 
     /// Sets the destination to that of a runtime, unless it is set already.
     #[cfg(feature = "otel")]
-    pub(super) fn tell(&self, telemetry: &Telemetry) {
-        self.0.told.get_or_init(|| Metrics::of(telemetry));
+    pub(super) fn configure(&self, telemetry: &Telemetry) {
+        self.0.configured.get_or_init(|| Metrics::of(telemetry));
     }
 }
 
@@ -40,8 +43,8 @@ impl Deref for Recorder {
         let usual = || Metrics::of(&Telemetry::global());
         #[cfg(not(feature = "otel"))]
         let usual = Metrics::default;
-        let Choice { told, usual: chosen } = &*self.0;
-        told.get().unwrap_or_else(|| chosen.get_or_init(usual))
+        let Choice { configured, usual: chosen } = &*self.0;
+        configured.get().unwrap_or_else(|| chosen.get_or_init(usual))
     }
 }
 

@@ -53,7 +53,7 @@ impl Read {
 struct Unsettled {
     item: u64,
     position: Position,
-    settle: Acker,
+    acker: Acker,
 }
 
 /// A durable follower: its consumer and the task that reads from it.
@@ -216,7 +216,7 @@ impl Reading {
 
     /// Forwards the items of the consumer until the follower is dropped.
     async fn pass(&mut self) -> Result<(), BusError> {
-        let mut tell_at = after(ACK_WAIT / 3);
+        let mut progress_at = after(ACK_WAIT / 3);
         loop {
             let room = ROOM.saturating_sub(self.unsettled.len());
             let Some(consumer) = &mut self.consumer else { return Ok(()) };
@@ -225,18 +225,18 @@ impl Reading {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    self.settle().await;
+                    self.ack_applied().await;
                 }
                 item = consumer.next(room) => match item? {
                     ConsumerItem::Message(taken) => self.bring(taken, room).await?,
                     ConsumerItem::Gap(why) => self.gap(why),
                 },
-                () = sleep_until(tell_at) => {
-                    for Unsettled { settle, .. } in &self.unsettled {
+                () = sleep_until(progress_at) => {
+                    for Unsettled { acker, .. } in &self.unsettled {
                         // If the server receives no progress, it redelivers.
-                        let _ = settle.progress().await;
+                        let _ = acker.progress().await;
                     }
-                    tell_at = Instant::now() + ACK_WAIT / 3;
+                    progress_at = Instant::now() + ACK_WAIT / 3;
                 }
             }
         }
@@ -282,20 +282,20 @@ impl Reading {
     }
 
     async fn take(&mut self, taken: Taken) {
-        let Taken { message, settle, number, .. } = taken;
+        let Taken { message, acker, number, .. } = taken;
         if std::mem::replace(&mut self.number, number).wrapping_add(1) != number {
             self.gap("a delivery was lost, or went to another reader".into());
         }
         match self.wire.read_position(message.headers.as_ref()) {
             Ok(position) => {
                 self.item += 1;
-                self.unsettled.push_back(Unsettled { item: self.item, position, settle });
+                self.unsettled.push_back(Unsettled { item: self.item, position, acker });
                 self.give(DurableItem::Wake(position));
-                self.settle().await;
+                self.ack_applied().await;
             }
             Err(reject) => {
                 self.report(message.subject.as_str(), &reject);
-                let _ = settle.settle(AckKind::Ack, false).await;
+                let _ = acker.ack_with(AckKind::Ack, false).await;
             }
         }
     }
@@ -315,13 +315,13 @@ impl Reading {
 
     /// Acknowledges the applied messages.
     /// After a lost ack, the redelivered message is acknowledged at once.
-    async fn settle(&mut self) {
+    async fn ack_applied(&mut self) {
         let read = *self.read.borrow_and_update();
         let (done, unsettled): (Vec<_>, _) =
             std::mem::take(&mut self.unsettled).into_iter().partition::<Vec<_>, _>(|one| read.is_done(one));
         self.unsettled = unsettled.into();
-        for Unsettled { settle, .. } in done {
-            let _ = settle.settle(AckKind::Ack, false).await;
+        for Unsettled { acker, .. } in done {
+            let _ = acker.ack_with(AckKind::Ack, false).await;
         }
     }
 
@@ -332,10 +332,10 @@ impl Reading {
             "reading the store after a gap in a durable follower"
         );
         self.missing = Some(why);
-        self.tell_of_gap();
+        self.forward_gap();
     }
 
-    fn tell_of_gap(&mut self) {
+    fn forward_gap(&mut self) {
         if let Some(why) = self.missing.take()
             && self.items.try_send((self.item, DurableItem::Gap(why.clone()))).is_err()
         {
@@ -344,7 +344,7 @@ impl Reading {
     }
 
     fn give(&mut self, item: DurableItem) {
-        self.tell_of_gap();
+        self.forward_gap();
         if self.missing.is_none() && self.items.try_send((self.item, item)).is_err() {
             self.missing = Some("the follower was too slow".into());
         }

@@ -32,12 +32,12 @@ impl EventBus for NatsBus {
     }
 
     fn destination(&self) -> Cow<'static, str> {
-        self.place().to_owned().into()
+        self.destination_name().to_owned().into()
     }
 
     #[cfg(feature = "otel")]
     fn observe(&self, telemetry: &Telemetry) {
-        self.inner.metrics.tell(telemetry);
+        self.inner.metrics.configure(telemetry);
     }
 
     fn scope(&self) -> BusScope {

@@ -47,7 +47,7 @@ impl Handler {
         Self(Some(Arc::new(handler)))
     }
 
-    pub(super) fn tell(&self, event: NatsEvent) {
+    pub(super) fn emit(&self, event: NatsEvent) {
         let Some(handler) = &self.0 else { return };
         // A panic of the user's code must not end the connection watcher.
         if catch_unwind(AssertUnwindSafe(|| handler(event))).is_err() {

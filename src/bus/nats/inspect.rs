@@ -152,7 +152,7 @@ impl NatsBus {
         let (name, options) = self.stream_of()?;
         let client = &connection.client;
         let jetstream = ContextBuilder::new().timeout(connection.answer_timeout()).build(client.clone());
-        let look = async {
+        let inspection = async {
             let wanted = [
                 (true, options.wanted_log_stream(self.names(), store)),
                 (false, options.wanted_dead(self.names())),
@@ -179,7 +179,7 @@ impl NatsBus {
             Ok(NatsReport { version: client.server_info().version, streams, consumers })
         };
         let subjects = ["$JS.API.>".to_owned()];
-        connection.while_permitted("inspecting streams and consumers", &subjects, look).await
+        connection.while_permitted("inspecting streams and consumers", &subjects, inspection).await
     }
 
     /// Reads the log stream of the store with this id from its start, without a consumer.
@@ -229,7 +229,7 @@ impl LogStreamReader {
     pub async fn next(&mut self) -> Result<Option<LogStreamItem>, BusError> {
         loop {
             if self.asked.is_empty() && self.next > self.last {
-                self.last = self.look().await?.1.max(self.last);
+                self.last = self.read_bounds().await?.1.max(self.last);
             }
             while self.asked.len() < WINDOW && self.next <= self.last {
                 self.asked.push_back(read(
@@ -243,7 +243,7 @@ impl LogStreamReader {
             match self.asked.next().await {
                 None => return Ok(None),
                 Some(item) => match item? {
-                    Some(LogStreamItem::Missing { sequence }) if self.look().await?.0 > sequence => {}
+                    Some(LogStreamItem::Missing { sequence }) if self.read_bounds().await?.0 > sequence => {}
                     item => return Ok(item),
                 },
             }
@@ -251,7 +251,7 @@ impl LogStreamReader {
     }
 
     /// Reads the first and last sequence number of the stream.
-    async fn look(&self) -> Result<(u64, u64), BusError> {
+    async fn read_bounds(&self) -> Result<(u64, u64), BusError> {
         let info = stream_info(&self.jetstream, &self.connection.client, &self.name);
         let (what, rights) = ("finding the end of the log stream", stream_rights(&self.name));
         let found = self.connection.ask_permitted(what, &rights, info).await?;

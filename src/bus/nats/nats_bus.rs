@@ -52,7 +52,7 @@ pub(super) struct Inner {
     pub(super) options: NatsOptions,
     pub(super) names: Names,
     /// Destination of events for metrics: the name of the stream, or the namespace.
-    place: String,
+    destination_name: String,
     slot: Mutex<Slot>,
     pub(super) state: watch::Sender<BusState>,
     /// Purpose of the connection, for metrics.
@@ -86,12 +86,12 @@ impl NatsBus {
         let state = watch::Sender::new(BusState::Idle);
         let names = options.names();
         let metrics = Recorder::new(options.metrics.clone());
-        let place = match &options.driver {
+        let destination_name = match &options.driver {
             Driver::JetStream(options) => options.name(names.namespace()),
             Driver::Core => names.namespace().to_owned(),
         };
         let slot = Mutex::new(Slot::Empty);
-        Self { inner: Arc::new(Inner { options, names, place, slot, state, role, metrics }) }
+        Self { inner: Arc::new(Inner { options, names, destination_name, slot, state, role, metrics }) }
     }
 
     /// The destination of metrics.
@@ -99,8 +99,8 @@ impl NatsBus {
         &self.inner.metrics
     }
 
-    pub(super) fn place(&self) -> &str {
-        &self.inner.place
+    pub(super) fn destination_name(&self) -> &str {
+        &self.inner.destination_name
     }
 
     /// Connects now, also after [`disconnect`](Self::disconnect). Does nothing if connected.

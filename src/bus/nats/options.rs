@@ -329,8 +329,8 @@ impl NatsOptions {
 
     /// The servers to connect to at this time.
     pub(super) fn servers(&self) -> Result<Vec<ServerAddr>, BusError> {
-        let said = |url: &String| !url.trim().is_empty();
-        let url = self.url.clone().filter(said).or_else(|| std::env::var("NATS_URL").ok().filter(said));
+        let is_set = |url: &String| !url.trim().is_empty();
+        let url = self.url.clone().filter(is_set).or_else(|| std::env::var("NATS_URL").ok().filter(is_set));
         let url = url.unwrap_or_else(|| DEFAULT_URL.into());
         // The error includes neither the text nor the parser's error: a URL may have a password in
         // it.
@@ -362,14 +362,14 @@ impl NatsOptions {
     }
 
     /// The options for async-nats.
-    /// `tell` receives every event of the connection, and must not block.
+    /// `on_event` receives every event of the connection, and must not block.
     pub(super) async fn connect_options(
         &self,
         servers: &[ServerAddr],
         watch: &Watch,
-        tell: impl Fn(Event) + Send + Sync + 'static,
+        on_event: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<ConnectOptions, BusError> {
-        let (wait, again) = (self.reconnect_wait, watch.clone());
+        let (wait, recorder) = (self.reconnect_wait, watch.clone());
         let mut options = ConnectOptions::new()
             .name(&self.name)
             .custom_inbox_prefix(&self.inbox_prefix)
@@ -380,14 +380,14 @@ impl NatsOptions {
             .max_reconnects(None)
             .reconnect_delay_callback(move |attempt| {
                 // Called before every attempt, including the first.
-                again.metrics.connecting(again.role);
+                recorder.metrics.connecting(recorder.role);
                 match attempt {
                     0 | 1 => Duration::ZERO,
                     _ => jitter(wait, 0.2),
                 }
             })
             .event_callback(move |event| {
-                tell(event);
+                on_event(event);
                 std::future::ready(())
             })
             .require_tls(self.requires_tls(servers));

@@ -41,7 +41,7 @@ use crate::bus::BusError;
 use crate::time::FAR;
 
 /// A source of events, and the names to keep if the server cannot filter exactly.
-type Way = (Source, Option<Vec<Pattern>>);
+type FilteredSource = (Source, Option<Vec<Pattern>>);
 
 impl NatsBus {
     /// Subscribes to events by name.
@@ -88,41 +88,45 @@ impl NatsBus {
             name.check_names().map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
         }
         options.check()?;
-        let lanes = self.lanes(&names, &options)?;
-        let queue = Queue::new(options.capacity, options.pull_timeout, options.discard_errors, lanes.len());
+        let sources = self.sources(&names, &options)?;
+        let queue = Queue::new(options.capacity, options.pull_timeout, options.discard_errors, sources.len());
         let queue = Arc::new(queue);
         let stop = watch::Sender::new(false);
-        let waits = lanes.iter().filter_map(|(source, _)| match source {
+        let waits = sources.iter().filter_map(|(source, _)| match source {
             Source::Consumer { spec, .. } => Some(spec.shortest_wait()),
             Source::Core { .. } => None,
         });
         let ack_wait = waits.min().unwrap_or(FAR);
         let mut subscription =
-            Subscription { bus: self.clone(), ack_wait, queue: queue.clone(), stop, lanes: Vec::new() };
+            Subscription { bus: self.clone(), ack_wait, queue: queue.clone(), stop, receivers: Vec::new() };
         let mut ready = Vec::new();
-        for (source, names) in lanes {
+        for (source, names) in sources {
             let stop = subscription.stop.subscribe();
-            let lane = EventReceiver { bus: self.clone(), source, names, queue: queue.clone(), stop };
-            let (tell, told) = oneshot::channel();
-            ready.push(told);
-            subscription.lanes.push(tokio::spawn(lane.run((!options.lazy).then_some(tell))));
+            let receiver = EventReceiver { bus: self.clone(), source, names, queue: queue.clone(), stop };
+            let (on_attach, attached) = oneshot::channel();
+            ready.push(attached);
+            subscription.receivers.push(tokio::spawn(receiver.run((!options.lazy).then_some(on_attach))));
         }
         if !options.lazy {
-            for told in join_all(ready).await {
+            for attached in join_all(ready).await {
                 // A receiver without a report was stopped with the runtime.
-                told.unwrap_or(Err(BusError::Closed))?;
+                attached.unwrap_or(Err(BusError::Closed))?;
             }
         }
         Ok(subscription)
     }
 
     /// The sources of the events: one per queue group, because the server balances per group.
-    fn lanes(&self, names: &[Pattern], options: &SubscribeOptions) -> Result<Vec<Way>, BusError> {
+    fn sources(
+        &self,
+        names: &[Pattern],
+        options: &SubscribeOptions,
+    ) -> Result<Vec<FilteredSource>, BusError> {
         let mut groups: BTreeMap<Option<String>, Vec<Pattern>> = BTreeMap::new();
         for name in names {
             groups.entry(options.group_of(shown(name))).or_default().push(name.clone());
         }
-        let mut lanes = Vec::with_capacity(groups.len());
+        let mut sources = Vec::with_capacity(groups.len());
         for (group, names) in groups {
             // Characters with a meaning in the NATS protocol or its tools are refused.
             if let Some(group) =
@@ -148,15 +152,15 @@ impl NatsBus {
                     Source::Consumer { spec, confirm: consumer.confirm }
                 }
             };
-            lanes.push((source, sieve.then_some(names)));
+            sources.push((source, sieve.then_some(names)));
         }
-        self.distinct(&lanes)?;
-        Ok(lanes)
+        self.distinct(&sources)?;
+        Ok(sources)
     }
 
     /// Refuses two equal consumers in one subscription.
-    fn distinct(&self, lanes: &[Way]) -> Result<(), BusError> {
-        let mut names: Vec<_> = lanes
+    fn distinct(&self, sources: &[FilteredSource]) -> Result<(), BusError> {
+        let mut names: Vec<_> = sources
             .iter()
             .filter_map(|(source, _)| match source {
                 Source::Consumer { spec, .. } => Some(&spec.name),

@@ -127,7 +127,7 @@ impl<H: Handler> Actor for HandlerActor<H> {
                 state.end(id, key, &ran);
             }
             Message::Freed => state.free += 1,
-            Message::Enter(place) => state.resuming.push_back(place),
+            Message::Enter(sender) => state.resuming.push_back(sender),
         }
         // Remove the results of ended attempts from the set.
         while state.attempts.try_join_next().is_some() {}

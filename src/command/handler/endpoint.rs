@@ -92,19 +92,19 @@ impl<H: Handler> Endpoint for HandlerRouter<H> {
                 span.ended(answer.as_ref().err().map(ExecuteError::kind));
                 let info = CommandInfo { name: H::NAME, key: key.as_deref(), id, metadata: &metadata };
                 hooks.after(&info, started.elapsed(), &answer);
-                tell_handled(answer)
+                encode_handled(answer)
             }) as Answering)
         })
     }
 }
 
 /// Encodes the answer of a handler for another node.
-fn tell_handled<R: serde::Serialize, E: std::error::Error + serde::Serialize>(
+fn encode_handled<R: serde::Serialize, E: std::error::Error + serde::Serialize>(
     answer: Result<Handled<R>, ExecuteError<E>>,
 ) -> Outcome {
-    let told = answer.as_ref().map_err(Failure::of).and_then(|handled| {
+    let encoded = answer.as_ref().map_err(Failure::of).and_then(|handled| {
         let reply = to_cbor(&handled.reply).map_err(lost_reply)?;
         Ok(Done { reply, duplicate: handled.duplicate, ..Done::default() })
     });
-    told.map_or_else(Outcome::Error, Outcome::Done)
+    encoded.map_or_else(Outcome::Error, Outcome::Done)
 }

@@ -27,12 +27,12 @@ pub(super) enum Message<H: Handler> {
 pub(super) struct WorkerPermit<H: Handler> {
     actor: ActorRef<Message<H>>,
     /// Whether another message reports that the slot is free.
-    told: bool,
+    reported: bool,
 }
 
 impl<H: Handler> WorkerPermit<H> {
     pub(super) fn new(actor: ActorRef<Message<H>>) -> Self {
-        Self { actor, told: false }
+        Self { actor, reported: false }
     }
 
     pub(super) fn actor(&self) -> ActorRef<Message<H>> {
@@ -41,13 +41,13 @@ impl<H: Handler> WorkerPermit<H> {
 
     /// Returns the slot without a separate message: the message about the attempt's end reports it.
     pub(super) fn end(mut self) {
-        self.told = true;
+        self.reported = true;
     }
 }
 
 impl<H: Handler> Drop for WorkerPermit<H> {
     fn drop(&mut self) {
-        if !self.told {
+        if !self.reported {
             // Without the actor there are no slots.
             let _ = self.actor.cast(Message::Freed);
         }

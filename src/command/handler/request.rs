@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::job::HandlerJob;
-use super::yield_slot::{YieldSlot, give_way};
+use super::yield_slot::{YieldSlot, yield_slot_while};
 use super::{Handled, Handler, key_of};
 use crate::codec::fingerprint;
 use crate::command::dispatched::Watched;
@@ -57,7 +57,7 @@ impl<H: Handler> Request<H> {
     /// `OutcomeUnknown`.
     pub async fn dispatch(mut self) -> Result<Pending<H>, ExecuteError<H::Error>> {
         let slot = self.slot.take();
-        Ok(give_way(slot.clone(), self.hand_over(true)).await?.within(slot))
+        Ok(yield_slot_while(slot.clone(), self.hand_over(true)).await?.within(slot))
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<H>, ExecuteError<H::Error>> {
@@ -91,8 +91,8 @@ impl<H: Handler> Request<H> {
             Some(local) => takes()?.then_some(local),
             None => None,
         };
-        let way = commands.way(Kind::Handler, H::NAME, &info, &envelope, local.is_some())?;
-        if let (Route::Local { .. }, Some(local)) = (&way, local) {
+        let route = commands.route(Kind::Handler, H::NAME, &info, &envelope, local.is_some())?;
+        if let (Route::Local { .. }, Some(local)) = (&route, local) {
             match local.admit(envelope.id, deadline.instant()).await {
                 Ok(permit) => {
                     let job = HandlerJob {
@@ -108,7 +108,7 @@ impl<H: Handler> Request<H> {
                     let answer = local.hand_over(job, permit)?;
                     return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
                 }
-                Err(busy) if matches!(way, Route::Local { others: false }) => return Err(busy),
+                Err(busy) if matches!(route, Route::Local { others: false }) => return Err(busy),
                 Err(_busy) => {}
             }
         }
@@ -137,7 +137,7 @@ impl<H: Handler> IntoFuture for Request<H> {
 
     fn into_future(mut self) -> Self::IntoFuture {
         let slot = self.slot.take();
-        Box::pin(give_way(slot, async move { self.hand_over(false).await?.await }))
+        Box::pin(yield_slot_while(slot, async move { self.hand_over(false).await?.await }))
     }
 }
 

@@ -19,7 +19,7 @@ pub(in crate::command) trait YieldSlot: Send + Sync {
 }
 
 /// Releases the worker slot, if there is one, while `wait` runs.
-pub(in crate::command) fn give_way<T>(
+pub(in crate::command) fn yield_slot_while<T>(
     slot: Option<Arc<dyn YieldSlot>>,
     wait: impl Future<Output = T>,
 ) -> impl Future<Output = T> {

@@ -176,7 +176,7 @@ async fn listen(shared: &Arc<Shared>, connection: &CommandConnection) -> Result<
     Ok(Subscriptions {
         presence,
         _commands: Task::spawn(serve(shared.clone(), connection.clone(), commands)),
-        _replies: Task::spawn(hear(shared.clone(), replies)),
+        _replies: Task::spawn(receive_replies(shared.clone(), replies)),
         inbox,
     })
 }
@@ -243,7 +243,7 @@ fn upsert(shared: &Shared, message: &Message, malformed: &mut LogLimit) -> bool 
 }
 
 /// Delivers replies to the commands that wait for them.
-async fn hear(shared: Arc<Shared>, mut replies: Subscriber) {
+async fn receive_replies(shared: Arc<Shared>, mut replies: Subscriber) {
     let mut malformed = LogLimit::each_minute();
     while let Some(message) = replies.next().await {
         let Some(token) = message.subject.rsplit('.').next().and_then(|token| token.parse().ok()) else {

@@ -247,12 +247,12 @@ impl Peers {
             !draining && names.iter().any(|other| other == name)
         });
         let others = able.map(move |peer| {
-            let heard = peer.seen.max(self.listening).elapsed() < silence;
-            (heard, peer.presence.node.as_str(), peer.presence.incarnation)
+            let alive = peer.seen.max(self.listening).elapsed() < silence;
+            (alive, peer.presence.node.as_str(), peer.presence.incarnation)
         });
         let own = own.map(|(node, incarnation)| (true, node, incarnation));
-        others.chain(own).map(move |(heard, node, incarnation)| {
-            (heard, rendezvous_weight(node, name, key), node, incarnation)
+        others.chain(own).map(move |(alive, node, incarnation)| {
+            (alive, rendezvous_weight(node, name, key), node, incarnation)
         })
     }
 }

@@ -55,10 +55,10 @@ impl PendingReplies {
     }
 
     /// Delivers a message for `token`. Drops it if no command waits for it.
-    pub(super) fn deliver(&self, token: u64, heard: ReplyEvent) {
+    pub(super) fn deliver(&self, token: u64, event: ReplyEvent) {
         if let Some((attempt, sender)) = self.waiting().by_token.get(&token) {
             // The channel is full only if it holds the answer, or if the receiver no longer reads.
-            let _ = sender.try_send((*attempt, heard));
+            let _ = sender.try_send((*attempt, event));
         }
     }
 }
@@ -77,7 +77,7 @@ impl ReplyReceiver {
     /// Receives the next message and the number of its attempt. Cancel-safe.
     pub(super) async fn recv(&mut self) -> (u32, ReplyEvent) {
         match self.receiver.recv().await {
-            Some(heard) => heard,
+            Some(event) => event,
             // `self` holds a sender, so the channel does not close.
             None => std::future::pending().await,
         }

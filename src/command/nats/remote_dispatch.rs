@@ -21,7 +21,7 @@ type Ended = (Outcome, Duration);
 /// The dispatch of a command to one node after another until one has answered it.
 pub(super) struct RemoteDispatch {
     inner: DispatchLoop,
-    place: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
 }
 
 impl RemoteDispatch {
@@ -30,7 +30,7 @@ impl RemoteDispatch {
         frame: CommandFrame,
         assign: Deadline,
         deadline: Deadline,
-        place: OwnedSemaphorePermit,
+        permit: OwnedSemaphorePermit,
     ) -> Self {
         let inner = DispatchLoop {
             replies: shared.calls.replies(),
@@ -43,17 +43,17 @@ impl RemoteDispatch {
             unresolved: BTreeMap::new(),
             refusal: None,
             accepted: false,
-            tell: None,
+            on_accept: None,
             shared,
         };
-        Self { inner, place }
+        Self { inner, permit }
     }
 
     /// Dispatches the command. Dropping the future ends the dispatch.
     pub(super) async fn run(mut self) -> Ended {
         let started = Instant::now();
         let (outcome, runtime) = self.inner.run().await;
-        drop(self.place);
+        drop(self.permit);
         (outcome, runtime.unwrap_or(started.elapsed()))
     }
 
@@ -62,14 +62,14 @@ impl RemoteDispatch {
     /// The first receiver resolves when a node has accepted the command, or when none will; the
     /// second one resolves at the end.
     pub(super) fn spawn(mut self) -> (OneshotReceiver<Accepted>, OneshotReceiver<Ended>) {
-        let (tell, is_accepted) = oneshot();
+        let (on_accept, is_accepted) = oneshot();
         let (done, is_done) = oneshot();
-        self.inner.tell = Some(tell);
+        self.inner.on_accept = Some(on_accept);
         tokio::spawn(async move {
             let started = Instant::now();
             let (outcome, runtime) = self.inner.run().await;
-            if let Some(tell) = self.inner.tell.take() {
-                let _ = tell.send(match &outcome {
+            if let Some(on_accept) = self.inner.on_accept.take() {
+                let _ = on_accept.send(match &outcome {
                     Outcome::Error(failure) if !failure.is_answer() => Err(failure.clone()),
                     _ => Ok(()),
                 });
@@ -79,7 +79,7 @@ impl RemoteDispatch {
             {
                 tracing::warn!(?failure, "command failed after its caller stopped waiting");
             }
-            drop(self.place);
+            drop(self.permit);
         });
         (is_accepted, is_done)
     }

@@ -44,8 +44,8 @@ pub(super) async fn serve(shared: Arc<Shared>, connection: CommandConnection, mu
         };
         let deadline = deadline(&shared, &frame);
         // Refuse a command without a permit at once: waiting here would block all later commands.
-        match shared.places.clone().try_acquire_owned() {
-            Ok(place) => _ = tokio::spawn(execute(answerer, frame, deadline, place)),
+        match shared.permits.clone().try_acquire_owned() {
+            Ok(permit) => _ = tokio::spawn(execute(answerer, frame, deadline, permit)),
             Err(_) => {
                 let number = shared.limit as u64;
                 let failure = Failure::new(Code::Overloaded, "commands of other nodes");
@@ -139,7 +139,7 @@ fn panicked(panic: &(dyn Any + Send)) -> Failure {
     )
 }
 
-async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _place: OwnedSemaphorePermit) {
+async fn execute(answerer: Answerer, frame: CommandFrame, deadline: Deadline, _permit: OwnedSemaphorePermit) {
     if *answerer.shared.draining.borrow() {
         let failure = Failure::new(Code::ShuttingDown, "node is shutting down");
         return answerer.refuse(failure).await;

@@ -34,7 +34,7 @@ pub(super) struct Shared {
     /// Commands of this node in flight to other nodes.
     pub(super) calls: PendingReplies,
     /// Permits for commands of other nodes, and their number.
-    pub(super) places: Arc<Semaphore>,
+    pub(super) permits: Arc<Semaphore>,
     pub(super) limit: usize,
     pub(super) link: watch::Sender<ClusterLink>,
     pub(super) draining: watch::Sender<bool>,

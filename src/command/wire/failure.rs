@@ -108,16 +108,16 @@ impl Failure {
 
     /// Encodes an error for another node or for a record.
     pub(crate) fn of<E: std::error::Error + Serialize>(error: &ExecuteError<E>) -> Self {
-        let said = text_of(error);
+        let text = text_of(error);
         match error {
             ExecuteError::Rejected(rejection) => match to_cbor(rejection) {
-                Ok(details) => Self { details, ..Self::new(Code::Rejected, said) },
-                Err(error) => Self::new(Code::Failed, format!("{said} (details cannot be encoded: {error})")),
+                Ok(details) => Self { details, ..Self::new(Code::Rejected, text) },
+                Err(error) => Self::new(Code::Failed, format!("{text} (details cannot be encoded: {error})")),
             },
-            ExecuteError::NotExecuted { kind, .. } => Self::of_kind(kind, said),
+            ExecuteError::NotExecuted { kind, .. } => Self::of_kind(kind, text),
             ExecuteError::OutcomeUnknown { reason, .. } => Self::new(Code::OutcomeUnknown, reason),
             ExecuteError::NoReply { kind: NoReplyKind::TooLarge { .. }, .. } => {
-                Self::new(Code::OutcomeUnknown, said)
+                Self::new(Code::OutcomeUnknown, text)
             }
             ExecuteError::NoReply { kind: NoReplyKind::Unreadable { reason }, .. } => {
                 Self::new(Code::ReplyUnreadable, reason)
@@ -125,31 +125,31 @@ impl Failure {
         }
     }
 
-    fn of_kind(kind: &NotExecutedKind, said: String) -> Self {
+    fn of_kind(kind: &NotExecutedKind, text: String) -> Self {
         let with = |code, message: &str, number| Self { number, ..Self::new(code, message) };
         match kind {
             NotExecutedKind::ExpectedVersion { actual, .. } => {
-                with(Code::ExpectedVersion, &said, actual.get())
+                with(Code::ExpectedVersion, &text, actual.get())
             }
             NotExecutedKind::RetriesExhausted { attempts, .. } => {
-                with(Code::RetriesExhausted, &said, u64::from(*attempts))
+                with(Code::RetriesExhausted, &text, u64::from(*attempts))
             }
             NotExecutedKind::Overloaded { what, limit } => with(Code::Overloaded, what, *limit as u64),
             NotExecutedKind::Panicked { message, .. } => Self::new(Code::Panicked, message),
             NotExecutedKind::Store(StoreError::Unavailable { reason, .. }) => {
                 Self::new(Code::StoreUnavailable, reason)
             }
-            NotExecutedKind::NoHandler { .. } => Self::new(Code::NoHandler, said),
+            NotExecutedKind::NoHandler { .. } => Self::new(Code::NoHandler, text),
             NotExecutedKind::Unavailable { reason } => Self::new(Code::Unavailable, reason),
-            NotExecutedKind::Restarting { .. } => Self::new(Code::Unavailable, said),
+            NotExecutedKind::Restarting { .. } => Self::new(Code::Unavailable, text),
             NotExecutedKind::NotAccepted { reason } => Self::new(Code::Refused, reason),
-            NotExecutedKind::CommandIdReused { .. } => Self::new(Code::CommandIdReused, said),
+            NotExecutedKind::CommandIdReused { .. } => Self::new(Code::CommandIdReused, text),
             NotExecutedKind::IdAhead { now, .. } => {
-                with(Code::IdAhead, &said, u64::try_from(now.timestamp_millis()).unwrap_or(0))
+                with(Code::IdAhead, &text, u64::try_from(now.timestamp_millis()).unwrap_or(0))
             }
-            NotExecutedKind::ShuttingDown => Self::new(Code::ShuttingDown, said),
+            NotExecutedKind::ShuttingDown => Self::new(Code::ShuttingDown, text),
             NotExecutedKind::Failed { reason } => Self::new(Code::Failed, reason),
-            _ => Self::new(Code::Failed, said),
+            _ => Self::new(Code::Failed, text),
         }
     }
 

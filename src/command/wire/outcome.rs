@@ -55,16 +55,16 @@ pub(crate) struct Omitted {
 }
 
 /// Encodes the answer of an aggregate for another node.
-pub(crate) fn tell_receipt<R: Serialize, E: std::error::Error + Serialize>(
+pub(crate) fn encode_receipt<R: Serialize, E: std::error::Error + Serialize>(
     answer: Result<Receipt<R>, ExecuteError<E>>,
 ) -> Outcome {
-    let told = answer.as_ref().map_err(Failure::of).and_then(|receipt| {
+    let encoded = answer.as_ref().map_err(Failure::of).and_then(|receipt| {
         let reply = to_cbor(&receipt.reply).map_err(lost_reply)?;
         let (version, position) = (receipt.version.get(), receipt.position.get());
         let (events, duplicate) = (receipt.events, receipt.duplicate);
         Ok(Done { reply, duplicate, version, position, events, omitted: None })
     });
-    told.map_or_else(Outcome::Error, Outcome::Done)
+    encoded.map_or_else(Outcome::Error, Outcome::Done)
 }
 
 impl Done {

@@ -80,7 +80,7 @@ impl PartitionGroup {
         let mut ask_at = Instant::now();
         while !inbox.is_stopping() {
             let Observation { view, .. } = observations.borrow_and_update().clone();
-            self.tell(view.as_deref());
+            self.publish_status(view.as_deref());
             if !self.fits()
                 && let Some(membership) = membership.take()
             {
@@ -96,7 +96,7 @@ impl PartitionGroup {
             if let Some(view) = &view {
                 self.share_out(view, membership.is_some());
             }
-            let told = Instant::now();
+            let published_at = Instant::now();
             tokio::select! {
                 () = inbox.stopping() => {}
                 () = lost(&mut membership) => {
@@ -114,7 +114,7 @@ impl PartitionGroup {
                         }
                     }));
                     select_all(changed).await;
-                    sleep_until(told + pause).await;
+                    sleep_until(published_at + pause).await;
                 } => {}
             }
         }
@@ -188,7 +188,7 @@ impl PartitionGroup {
     }
 
     /// Publishes the total status.
-    fn tell(&self, view: Option<&LeaseView>) {
+    fn publish_status(&self, view: Option<&LeaseView>) {
         let sum = sum(&self.slots, view);
         self.status.send_if_modified(|status| {
             let news = *status != sum;

@@ -43,8 +43,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Returns the time of the next attempt, if the first pending event has failed and must wait.
     pub(super) fn left_alone(&self) -> Option<Instant> {
         let (suspect, first) = (self.suspect.as_ref()?, self.pending.as_ref()?.events.front()?);
-        let again = !suspect.permanent && suspect.attempts < self.context.options.attempts;
-        (again && first.position >= suspect.position && suspect.retry_at > Instant::now())
+        let retryable = !suspect.permanent && suspect.attempts < self.context.options.attempts;
+        (retryable && first.position >= suspect.position && suspect.retry_at > Instant::now())
             .then_some(suspect.retry_at)
     }
 
@@ -229,7 +229,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.unusable = 0;
         self.applied = to.position;
         self.timing.applied();
-        self.tell_applied();
+        self.report_applied();
         if self.suspect.as_ref().is_some_and(|suspect| suspect.position <= to.position) {
             self.suspect = None;
         }

@@ -8,7 +8,7 @@ use super::context::TaskConfig;
 use super::live::{DurableFollower, Follower};
 use super::page_ahead::PageAhead;
 use super::task::{Pending, ProjectionTask, SCAN, Source};
-use super::wait::hear;
+use super::wait::wait_for_input;
 use crate::bus::{Follow, LogBatch};
 use crate::event::{Position, RecordedEvent};
 use crate::feed::{FeedItem, adjacent};
@@ -43,8 +43,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let mut ahead = ahead.unwrap_or_else(|| self.begin_to_read(self.applied));
         // No time limit except the store's own: a page that takes longer than a tick would never be
         // read.
-        let heard = hear(&mut self.inbox, &mut self.lease, None, None, ahead.page()).await;
-        match self.attend(heard).await {
+        let outcome = wait_for_input(&mut self.inbox, &mut self.lease, None, None, ahead.page()).await;
+        match self.attend(outcome).await {
             Some(Ok(page)) => {
                 let hole = page.scanned_to == self.applied && page.has_more();
                 self.scan = if hole { self.scan.saturating_mul(2) } else { SCAN };
@@ -117,8 +117,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let after = self.pending.as_ref().map_or(self.applied, |pending| pending.upto);
         let held = self.pending.as_ref().and_then(|_| self.timing.until());
         let until = held.map_or(self.tick_at, |until| until.min(self.tick_at));
-        let heard = hear(&mut self.inbox, &mut self.lease, news, Some(until), follower.next(after)).await;
-        let Some(mut item) = self.attend(heard).await else { return };
+        let outcome =
+            wait_for_input(&mut self.inbox, &mut self.lease, news, Some(until), follower.next(after)).await;
+        let Some(mut item) = self.attend(outcome).await else { return };
         // The events that wait already, and the new ones.
         let held = self.pending.take().unwrap_or(Pending { events: VecDeque::new(), upto: self.applied });
         let before = held.events.len();
@@ -178,11 +179,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             // Only the checkpoint is left to write, which can wait for the next tick.
             self.applied = upto;
             self.moved_to(upto);
-            self.tell_applied();
+            self.report_applied();
         }
     }
 
-    pub(super) fn tell_applied(&mut self) {
+    pub(super) fn report_applied(&mut self) {
         if let Some(follower) = &mut self.follower {
             follower.applied(self.applied);
         }

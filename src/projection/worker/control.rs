@@ -62,7 +62,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.paused_at = Some(Instant::now());
         self.set_paused(paused).await;
         if !paused {
-            self.try_again();
+            self.retry_now();
         }
         Ok(())
     }
@@ -81,7 +81,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Retries after an operator's action: a permanent failure may be resolved.
-    pub(super) fn try_again(&mut self) {
+    pub(super) fn retry_now(&mut self) {
         self.wait_until = Instant::now();
         self.backoff.succeeded();
         if self.failed {
@@ -108,7 +108,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Makes all tasks on all nodes re-read their state.
-    pub(super) async fn tell_all(&mut self) -> Result<(), ControlError> {
+    pub(super) async fn notify_tasks(&mut self) -> Result<(), ControlError> {
         let order = self.order().await?;
         self.context.store.release_lease(&order).await?;
         self.context.lease_watcher.hint();
@@ -174,7 +174,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     fn begin_anew(&mut self) {
         self.reload();
         self.moved_to(Position::START);
-        self.try_again();
+        self.retry_now();
     }
 
     /// Makes a change; retries while other nodes move the same checkpoints.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::change::{GRACE, blame, refused};
-use super::rebuild::{AGAIN, RebuildProgress, Switch};
+use super::rebuild::{RETRY_PAUSE, RebuildProgress, Switch};
 use super::task::{ProjectionTask, Source};
 use super::user_code::catch_panic;
 use crate::projection::layout::{Versions, bump};
@@ -41,7 +41,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if let Err(error) = self.go_on_switching().await {
             tracing::warn!(projection = self.context.name, %error, "could not cut over to the rebuilt version; retrying");
             self.context.status.send_modify(|status| status.last_error = Some(error.to_string()));
-            let wait = self.switch_again.next();
+            let wait = self.switch_backoff.next();
             self.switch_later(wait).await;
         }
     }
@@ -59,12 +59,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 self.tick_at = Instant::now() + SWITCHING;
                 if behind == 0 {
                     self.cut_over().await?;
-                    self.switch_again.succeeded();
+                    self.switch_backoff.succeeded();
                     self.give_up_switching().await;
                     self.reload();
                     self.tick_at = Instant::now();
                 } else if !is_advancing || waited >= WAIT {
-                    self.switch_later(AGAIN).await;
+                    self.switch_later(RETRY_PAUSE).await;
                 }
             }
             _ if behind == 0 || (behind <= NEAR && is_advancing) => {

@@ -15,7 +15,7 @@ use crate::rate_limit::RateLimit;
 use crate::store::{Filter, LogPage, ReadLog};
 
 /// Poll interval of a durable follower without messages: the bus or the publisher may be down.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A position that no page reaches: forces a read from the store.
 const UNKNOWN: Position = Position::new(u64::MAX);
@@ -90,7 +90,7 @@ impl DurableFollower {
             filter,
             limit,
             due: None,
-            poll_at: Instant::now() + LOOK_EVERY,
+            poll_at: Instant::now() + POLL_INTERVAL,
             reach: UNKNOWN,
             reading: None,
             reads: RateLimit::of_reads(),
@@ -155,7 +155,7 @@ impl DurableFollower {
 
     fn read(&mut self, after: Position) {
         self.due = None;
-        self.poll_at = Instant::now() + LOOK_EVERY;
+        self.poll_at = Instant::now() + POLL_INTERVAL;
         // The same page answers all messages that have arrived so far.
         while let Some(Ok(item)) = self.subscription.next().now_or_never() {
             self.must_reach(&item);

@@ -16,7 +16,7 @@ use crate::store::{CheckpointError, ParkedEvent, ReadLog};
 const PAGE: usize = 1_000;
 
 /// Pause before the retry of an operator request; the projection continues meanwhile.
-const REQUESTS_AGAIN: Duration = Duration::from_secs(30);
+const RETRY_PAUSE: Duration = Duration::from_secs(30);
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Acts on requests for a reset, a rebuild or its cancellation, if this node is responsible.
@@ -104,11 +104,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     ///
     /// Other work continues meanwhile.
     pub(super) fn put_off(&self, error: &Interruption) -> Instant {
-        let (projection, again) = (&self.context.name, REQUESTS_AGAIN);
-        tracing::warn!(projection, %error, ?again, "could not complete an operator request; retrying");
+        let projection = &self.context.name;
+        tracing::warn!(projection, %error, again = ?RETRY_PAUSE, "could not complete an operator request; retrying");
         let error = format!("completing an operator request failed: {error}; retrying");
         self.context.status.send_modify(|status| status.last_error = Some(error));
-        Instant::now() + REQUESTS_AGAIN
+        Instant::now() + RETRY_PAUSE
     }
 
     /// Records a refusal with its reason, if the request still exists.

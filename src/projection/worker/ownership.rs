@@ -17,7 +17,7 @@ const LEAVE_ALONE: Duration = Duration::from_millis(250);
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Processes the lease view: pauses, owners, and changes by other nodes.
-    pub(super) async fn look(&mut self) {
+    pub(super) async fn process_lease_view(&mut self) {
         let Observation { view, error } = self.news.observations.borrow_and_update().clone();
         if let Some(permit) = &mut self.news.permit {
             permit.mark_unchanged();
@@ -34,7 +34,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
         let Some(view) = view else { return };
         let paused = view.paused.contains(&self.context.name);
-        if self.paused != Some(paused) && self.paused_at.is_none_or(|told| told <= view.asked) {
+        if self.paused != Some(paused) && self.paused_at.is_none_or(|paused_at| paused_at <= view.asked) {
             self.set_paused(paused).await;
         }
         if self.read_model.shared() {
@@ -56,7 +56,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 self.retries_at = Instant::now();
             }
             self.reload();
-            self.try_again();
+            self.retry_now();
             self.requests_due = true;
             self.retries_due = true;
         }

@@ -11,10 +11,10 @@ use crate::store::Lease;
 const GETS_ON: Duration = Duration::from_secs(2);
 
 /// Pause after a failed cut-over.
-pub(super) const AGAIN: Duration = Duration::from_secs(5);
+pub(super) const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 /// First and maximum pause between repeated cut-over attempts.
-pub(super) const SWITCH_AGAIN: (Duration, Duration) = (AGAIN, Duration::from_secs(60));
+pub(super) const SWITCH_BACKOFF: (Duration, Duration) = (RETRY_PAUSE, Duration::from_secs(60));
 
 pub(super) enum Switch {
     /// The live version waits.

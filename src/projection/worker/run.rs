@@ -8,7 +8,7 @@ use tracing::Instrument;
 
 use super::live::Follower;
 use super::task::{Pending, ProjectionTask, Source};
-use super::wait::{Heard, hear};
+use super::wait::{WaitOutcome, wait_for_input};
 use crate::event::Position;
 use crate::lease::HeldLease;
 use crate::partition::Partition;
@@ -83,7 +83,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     async fn work(&mut self) {
         while !self.inbox.is_stopping() {
             if self.news.has_changed() {
-                self.look().await;
+                self.process_lease_view().await;
             }
             if self.tick_at <= Instant::now() {
                 self.tick().await;
@@ -207,7 +207,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Waits for control messages, a loss of the lease and news, until a deadline.
     pub(super) async fn idle(&mut self, until: Instant) {
         let until = until.min(self.tick_at);
-        let heard = hear(
+        let outcome = wait_for_input(
             &mut self.inbox,
             &mut self.lease,
             Some(&mut self.news),
@@ -215,17 +215,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             std::future::pending::<()>(),
         )
         .await;
-        self.attend(heard).await;
+        self.attend(outcome).await;
     }
 
     /// Handles any result other than the input; returns the input.
-    pub(super) async fn attend<T>(&mut self, heard: Heard<T>) -> Option<T> {
-        match heard {
-            Heard::Input(input) => return Some(input),
-            Heard::Round => {}
-            Heard::News => self.look().await,
-            Heard::Control(control) => self.control(control).await,
-            Heard::LeaseLost => self.step_down(LOST),
+    pub(super) async fn attend<T>(&mut self, outcome: WaitOutcome<T>) -> Option<T> {
+        match outcome {
+            WaitOutcome::Input(input) => return Some(input),
+            WaitOutcome::Round => {}
+            WaitOutcome::News => self.process_lease_view().await,
+            WaitOutcome::Control(control) => self.control(control).await,
+            WaitOutcome::LeaseLost => self.step_down(LOST),
         }
         None
     }
@@ -244,7 +244,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         };
         self.tick_at = Instant::now() + every;
         // The task may have ignored the lease view as too old after its last control call.
-        self.look().await;
+        self.process_lease_view().await;
         let loss = self.lease.as_ref().map(HeldLease::loss);
         tokio::select! {
             biased;

@@ -50,7 +50,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 // Race: an append was in flight when the trigger read the end of the log, and hid
                 // an event that already had its receipt. Reading the end again is best effort:
                 // without an answer, the recorded target suffices.
-                self.timing.heard = self.context.store.high_water_mark().await.unwrap_or_default();
+                self.timing.head_at_trigger = self.context.store.high_water_mark().await.unwrap_or_default();
             }
         }
         self.timing.triggers = Some(triggers);
@@ -97,7 +97,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             None => {
                 let kept = self.context.goal().await?;
                 let is_unreached = kept.mark > self.timing.over;
-                let goal = if is_unreached { kept.position.max(self.timing.heard) } else { Position::START };
+                let goal = if is_unreached {
+                    kept.position.max(self.timing.head_at_trigger)
+                } else {
+                    Position::START
+                };
                 // The live source might lead beyond the target.
                 self.source = Source::Store;
                 *self.timing.goal.insert(goal)

@@ -102,7 +102,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Takes a last snapshot if the state has changed, and waits for its write.
     pub(super) async fn last_snapshot(&mut self) {
         let Some(snapshotting) = &mut self.snapshotting else { return };
-        snapshotting.settle().await;
+        snapshotting.finish_write().await;
         if !self.prepared {
             return;
         }

@@ -9,7 +9,7 @@ use super::context::TaskConfig;
 use crate::event::{StreamId, Version};
 use crate::projection::ReadModel;
 use crate::projection::layout::Role;
-use crate::projection::snapshot::{Snapshots, place};
+use crate::projection::snapshot::{Snapshots, snapshot_stream};
 use crate::store::{EventStore, Snapshot, StoreError};
 
 /// The snapshot state of a task.
@@ -28,7 +28,7 @@ impl<'a> Snapshotting<'a> {
     /// Creates the state, if the read model keeps snapshots.
     pub(super) fn new(context: &TaskConfig, read_model: &'a impl ReadModel) -> Option<Self> {
         let snapshots = read_model.snapshots().filter(|_| !read_model.shared())?;
-        let Some(stream) = place(&context.name) else {
+        let Some(stream) = snapshot_stream(&context.name) else {
             tracing::warn!(
                 projection = context.name,
                 "disabling snapshots: the name must have 1 to 400 bytes and no control characters"
@@ -46,7 +46,7 @@ impl<'a> Snapshotting<'a> {
     }
 
     /// Waits for the write in progress.
-    pub(super) async fn settle(&mut self) {
+    pub(super) async fn finish_write(&mut self) {
         while let Some(written) = self.saving.join_next().await {
             self.written(written);
         }
@@ -55,7 +55,7 @@ impl<'a> Snapshotting<'a> {
     /// Replaces the stored snapshot by an empty one, which no start uses and any snapshot replaces.
     pub(super) async fn discard(&mut self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
         // The write in progress would come after this one.
-        self.settle().await;
+        self.finish_write().await;
         self.unsaved = self.unsaved.max(1);
         // With another revision: a newer snapshot of the same revision would not be replaced. The
         // empty one does not block later snapshots either.

@@ -9,7 +9,7 @@ use super::context::{TaskConfig, VersionedProjection};
 use super::live::Follower;
 use super::news::News;
 use super::page_ahead::PageAhead;
-use super::rebuild::{RebuildProgress, SWITCH_AGAIN, Switch};
+use super::rebuild::{RebuildProgress, SWITCH_BACKOFF, Switch};
 use super::snapshotting::Snapshotting;
 use super::timing::Timing;
 use crate::backoff::Backoff;
@@ -77,7 +77,7 @@ pub(super) struct ProjectionTask<'a, P, R> {
     /// Set during a cut-over.
     pub(super) switch: Option<Switch>,
     /// Backoff after a failed cut-over.
-    pub(super) switch_again: Backoff,
+    pub(super) switch_backoff: Backoff,
     /// Progress of the parts of the rebuild.
     pub(super) rebuild_progress: Vec<RebuildProgress>,
     /// The persisted pause at the last check; nothing is applied before it is known.
@@ -169,7 +169,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
             fits: false,
             dormant: false,
             switch: None,
-            switch_again: Backoff::new(SWITCH_AGAIN.0, SWITCH_AGAIN.1),
+            switch_backoff: Backoff::new(SWITCH_BACKOFF.0, SWITCH_BACKOFF.1),
             rebuild_progress: Vec::new(),
             paused: None,
             paused_at: None,

@@ -18,7 +18,7 @@ pub(super) struct Timing {
     /// Target of manual triggers; `None` if it must be read (again).
     pub(super) goal: Option<Position>,
     /// End of the log when this task, at work, noticed the trigger.
-    pub(super) heard: Position,
+    pub(super) head_at_trigger: Position,
     /// Number of triggers at the last reset of this node's own read model: these no longer count.
     pub(super) over: u64,
 }
@@ -48,7 +48,7 @@ impl Timing {
     /// Forces a new read of the target.
     pub(super) fn forget(&mut self) {
         self.goal = None;
-        self.heard = Position::START;
+        self.head_at_trigger = Position::START;
     }
 
     /// Records that no event is pending.

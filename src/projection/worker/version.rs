@@ -51,7 +51,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             instance.version = version;
             // The progress of another version does not apply to this one.
             self.rebuild_progress.clear();
-            self.switch_again.succeeded();
+            self.switch_backoff.succeeded();
             context.status.send_modify(|status| status.measured = None);
         }
         self.row = context.layout.row(context.partition, version);
@@ -82,7 +82,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.create().await.map_err(interrupted(self.context))?;
         self.rebuildable()?;
         match self.patiently(Change::BeginRebuild { requested }).await? {
-            true => self.tell_all().await,
+            true => self.notify_tasks().await,
             false => Ok(()),
         }
     }
@@ -178,7 +178,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return Ok(());
         }
         let dropped = async {
-            self.tell_all().await?;
+            self.notify_tasks().await?;
             // Tasks in the middle of a transaction can no longer commit, and have released the
             // tables or are about to.
             self.patiently(Change::Discard { asked }).await
@@ -250,8 +250,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let record = context.layout.version();
         let found = read_model.checkpoint(&record).await?;
         let versions = Versions::from(found);
-        let again = versions.rebuilt.is_some();
-        if again && asked.is_none() {
+        let rebuilding = versions.rebuilt.is_some();
+        if rebuilding && asked.is_none() {
             return Ok(());
         }
         let mut projection = self.rebuildable()?(versions.next());
@@ -262,7 +262,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let result = async {
             read_model.bound(&mut open, ORDER + GRACE).await?;
             read_model.save(&mut open, &record, found, to).await.map_err(refused(self.context))?;
-            if !again {
+            if !rebuilding {
                 let transaction = read_model.transaction(&mut open);
                 let discarded = catch_panic(async { projection.drop_version(transaction).await }).await;
                 discarded.map_err(|error| blame(context, read_model, &error))?;

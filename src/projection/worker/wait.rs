@@ -10,7 +10,7 @@ use crate::projection::control::Control;
 use crate::supervised::Inbox;
 
 /// Result of a wait.
-pub(super) enum Heard<T> {
+pub(super) enum WaitOutcome<T> {
     /// The time is over, or an event occurred that the next round handles.
     Round,
     Control(Control),
@@ -20,34 +20,34 @@ pub(super) enum Heard<T> {
 }
 
 /// Waits for `input`, or for an earlier message, loss or timeout. Cancel-safe if `input` is.
-pub(super) async fn hear<T>(
+pub(super) async fn wait_for_input<T>(
     inbox: &mut Inbox<Control>,
     lease: &mut Option<HeldLease>,
     news: Option<&mut News>,
     until: Option<Instant>,
     input: impl Future<Output = T>,
-) -> Heard<T> {
+) -> WaitOutcome<T> {
     tokio::select! {
         biased;
-        control = inbox.next() => control.map_or(Heard::Round, Heard::Control),
+        control = inbox.next() => control.map_or(WaitOutcome::Round, WaitOutcome::Control),
         () = async {
             match lease {
                 Some(lease) => lease.lost().await,
                 None => std::future::pending().await,
             }
-        } => Heard::LeaseLost,
+        } => WaitOutcome::LeaseLost,
         () = async {
             match news {
                 Some(news) => news.changed().await,
                 None => std::future::pending().await,
             }
-        } => Heard::News,
+        } => WaitOutcome::News,
         () = async {
             match until {
                 Some(until) => sleep_until(until).await,
                 None => std::future::pending().await,
             }
-        } => Heard::Round,
-        input = input => Heard::Input(input),
+        } => WaitOutcome::Round,
+        input = input => WaitOutcome::Input(input),
     }
 }

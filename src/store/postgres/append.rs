@@ -39,7 +39,7 @@ pub(super) async fn append(core: &Arc<PgInner>, batch: &[Append]) -> Vec<Result<
         let plan = append_batch::plan(batch, &todo, coalesce);
         todo = plan.deferred;
         for call in &plan.calls {
-            for (unit, outcome) in call.iter().zip(settle(core, call).await) {
+            for (unit, outcome) in call.iter().zip(send_until_resolved(core, call).await) {
                 if let AppendOutcome::Failed(StoreError::Invalid { .. }) = &outcome
                     && unit.appends.len() > 1
                 {
@@ -48,7 +48,7 @@ pub(super) async fn append(core: &Arc<PgInner>, batch: &[Append]) -> Vec<Result<
                     todo.extend(&unit.appends);
                     continue;
                 }
-                tell(batch, unit, outcome, &mut answers, &mut todo);
+                record_outcome(batch, unit, outcome, &mut answers, &mut todo);
             }
         }
         todo.sort_unstable();
@@ -64,7 +64,7 @@ pub(super) async fn append(core: &Arc<PgInner>, batch: &[Append]) -> Vec<Result<
 }
 
 /// Answers the appends of a unit; appends to be decided again go back to `todo`.
-fn tell(
+fn record_outcome(
     batch: &[Append],
     unit: &AppendGroup<'_>,
     outcome: AppendOutcome,
@@ -77,8 +77,8 @@ fn tell(
         }
     };
     match outcome {
-        AppendOutcome::Appended(places) => {
-            if let ([_, _, ..], [(base, positions)]) = (unit.appends.as_slice(), places.as_slice()) {
+        AppendOutcome::Appended(parts) => {
+            if let ([_, _, ..], [(base, positions)]) = (unit.appends.as_slice(), parts.as_slice()) {
                 // Several appends to one stream share the versions and positions of the unit.
                 let (mut end, mut rest) = (*base, positions.as_slice());
                 for &index in &unit.appends {
@@ -91,8 +91,8 @@ fn tell(
                 }
                 return;
             }
-            let versions = places.iter().map(|(base, positions)| base.plus(positions.len() as u64)).collect();
-            let positions = places.into_iter().flat_map(|(_, positions)| positions).collect();
+            let versions = parts.iter().map(|(base, positions)| base.plus(positions.len() as u64)).collect();
+            let positions = parts.into_iter().flat_map(|(_, positions)| positions).collect();
             if let Some(&index) = unit.appends.first() {
                 answer(index, Ok(Appended { versions, positions }));
             }
@@ -124,7 +124,7 @@ fn tell(
 ///
 /// A call that the server refuses as a whole is split, until each unit that cannot be stored is
 /// alone.
-async fn settle(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOutcome> {
+async fn send_until_resolved(core: &Arc<PgInner>, units: &[AppendGroup<'_>]) -> Vec<AppendOutcome> {
     let mut outcomes: Vec<Option<AppendOutcome>> = units.iter().map(|_| None).collect();
     let mut groups: Vec<Vec<usize>> = vec![(0..units.len()).collect()];
     while let Some(mut group) = groups.pop() {
@@ -224,8 +224,8 @@ async fn look_up(
 }
 
 fn set(outcomes: &mut [Option<AppendOutcome>], index: usize, outcome: AppendOutcome) {
-    if let Some(place) = outcomes.get_mut(index) {
-        *place = Some(outcome);
+    if let Some(slot) = outcomes.get_mut(index) {
+        *slot = Some(outcome);
     }
 }
 

@@ -140,9 +140,9 @@ async fn execute_one(
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
         .await?;
-    let Some(&[position, ref told @ ..]) = answer.as_deref() else { return Ok(None) };
+    let Some(&[position, ref rest @ ..]) = answer.as_deref() else { return Ok(None) };
     let (before, position) = (Version::new(from_sql(expected)), Position::new(from_sql(position)));
-    let settled = match *told {
+    let settled = match *rest {
         [previous, recorded_at] => DateTime::from_timestamp_micros(recorded_at).map(|recorded_at| {
             let event = RecordedEvent {
                 id: event.id,
@@ -220,7 +220,7 @@ impl Reply {
         let mut index = 0;
         let mut outcomes = Vec::with_capacity(units.len());
         for unit in units {
-            let mut places = Vec::with_capacity(unit.parts.len());
+            let mut appended = Vec::with_capacity(unit.parts.len());
             let mut refused = None;
             for (number, part) in unit.parts.iter().enumerate() {
                 let version = Version::new(versions.get(index).copied().map_or(0, from_sql));
@@ -232,9 +232,9 @@ impl Reply {
                 } else if lost || !part.expected.allows(version) {
                     refused.get_or_insert(AppendOutcome::Conflict(number, version));
                 }
-                places.push((version, own));
+                appended.push((version, own));
             }
-            outcomes.push(refused.unwrap_or(AppendOutcome::Appended(places)));
+            outcomes.push(refused.unwrap_or(AppendOutcome::Appended(appended)));
         }
         Ok(Self { outcomes, transaction: row.try_get(3)?, settled: None })
     }

@@ -70,8 +70,8 @@ async fn find_events(
             position: Position::new(number(3)?),
         };
         let index = usize::try_from(number(0)?).ok().and_then(|n| n.checked_sub(1));
-        if let Some(place) = index.and_then(|index| found.get_mut(index)) {
-            *place = Some(events);
+        if let Some(slot) = index.and_then(|index| found.get_mut(index)) {
+            *slot = Some(events);
         }
     }
     Ok(found)

@@ -28,13 +28,13 @@ fn await_standby(core: &Arc<PgInner>, handle: CommitHandle) {
 async fn is_over(core: Arc<PgInner>, handle: CommitHandle) {
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let look = async {
+        let query = async {
             let mut session = core.connections.get(DOING).await?;
-            let state = look(&core, &mut session, &handle).await?;
+            let state = query_state(&core, &mut session, &handle).await?;
             session.finish(DOING).await?;
             Ok::<_, StoreError>(state)
         };
-        if matches!(core.timed_call(DOING, look).await, Ok(State::Over)) {
+        if matches!(core.timed_call(DOING, query).await, Ok(State::Over)) {
             break;
         }
     }
@@ -130,7 +130,7 @@ async fn fence_backend(
 ) -> Result<(), StoreError> {
     let mut pause = Duration::from_millis(1);
     loop {
-        *waits_for = match look(core, session, handle).await? {
+        *waits_for = match query_state(core, session, handle).await? {
             State::Over => return Ok(()),
             State::WaitsForStandby => WaitsFor::Standby,
             State::Running => WaitsFor::Server,
@@ -146,7 +146,11 @@ async fn fence_backend(
 /// Terminates a server process of this store, unless it waits for a standby. Terminating a waiting
 /// process would make its commit visible before it is durable: readers would see events that a
 /// failover can lose.
-async fn look(core: &PgInner, session: &mut Session, handle: &CommitHandle) -> Result<State, StoreError> {
+async fn query_state(
+    core: &PgInner,
+    session: &mut Session,
+    handle: &CommitHandle,
+) -> Result<State, StoreError> {
     match handle {
         CommitHandle::Committed => Ok(State::Over),
         // The server process serves only this lost connection. It may still be at work, or may not
@@ -196,12 +200,12 @@ async fn find_events(
     session: &mut Session,
     unit: &AppendGroup<'_>,
 ) -> Result<Option<AppendOutcome>, StoreError> {
-    let mut places = Vec::with_capacity(unit.parts.len());
+    let mut appended = Vec::with_capacity(unit.parts.len());
     for part in &unit.parts {
-        let Some(place) = find_part(core, session, part).await? else { return Ok(None) };
-        places.push(place);
+        let Some(found) = find_part(core, session, part).await? else { return Ok(None) };
+        appended.push(found);
     }
-    Ok(Some(AppendOutcome::Appended(places)))
+    Ok(Some(AppendOutcome::Appended(appended)))
 }
 
 async fn find_part(

@@ -66,29 +66,29 @@ mod tests {
 
     /// Returns work that reports its run, the trigger it waits for, and the receiver of its report.
     fn work() -> (impl Future<Output = ()> + Send + 'static, oneshot::Sender<()>, oneshot::Receiver<()>) {
-        let ((begin, wait), (tell, told)) = (oneshot::channel(), oneshot::channel());
+        let ((begin, wait), (done, is_done)) = (oneshot::channel(), oneshot::channel());
         let work = async move {
             let _ = wait.await;
-            let _ = tell.send(());
+            let _ = done.send(());
         };
-        (work, begin, told)
+        (work, begin, is_done)
     }
 
     #[tokio::test]
     async fn polled_work_completes_after_a_drop() {
-        let (work, go_on, told) = work();
+        let (work, go_on, is_done) = work();
         let mut work = detach_on_drop(work);
         assert!(timeout(Duration::from_millis(1), &mut work).await.is_err());
         drop(work);
         go_on.send(()).unwrap();
-        told.await.unwrap();
+        is_done.await.unwrap();
     }
 
     #[tokio::test]
     async fn unpolled_work_does_not_start() {
-        let (work, go_on, told) = work();
+        let (work, go_on, is_done) = work();
         drop(detach_on_drop(work));
-        assert!(go_on.send(()).is_err() && told.await.is_err());
+        assert!(go_on.send(()).is_err() && is_done.await.is_err());
     }
 
     #[tokio::test]
@@ -100,18 +100,18 @@ mod tests {
 
     #[test]
     fn work_continues_in_its_first_runtime() {
-        let (work, go_on, told) = work();
+        let (work, go_on, is_done) = work();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
         let mut work = detach_on_drop(work);
         runtime.block_on(async { assert!(futures_util::poll!(&mut work).is_pending()) });
         drop(work);
         go_on.send(()).unwrap();
-        runtime.block_on(told).unwrap();
+        runtime.block_on(is_done).unwrap();
     }
 
     #[test]
     fn without_a_runtime_work_is_dropped() {
-        let (work, go_on, _told) = work();
+        let (work, go_on, _is_done) = work();
         let mut work = detach_on_drop(work);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(Pin::new(&mut work).poll(&mut cx).is_pending());

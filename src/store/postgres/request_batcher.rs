@@ -295,8 +295,8 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
         }
         one.shutdown_timeout(Duration::from_secs(5));
-        let told = other.block_on(async { tokio::time::timeout(Duration::from_secs(10), asking).await });
-        let error = told.expect("an answer").unwrap().unwrap_err();
+        let answer = other.block_on(async { tokio::time::timeout(Duration::from_secs(10), asking).await });
+        let error = answer.expect("an answer").unwrap().unwrap_err();
         assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
         assert!(idle(&batcher));
         let answer = other.block_on(

@@ -50,9 +50,9 @@ pub async fn one_of_many_rivals_records_a_command(database: Database) {
             let store = stores[n % 2].clone();
             tokio::spawn(async move { store.record_command(record(id, outcome)).await.unwrap() })
         });
-        let told = futures_util::future::join_all(rivals).await;
+        let results = futures_util::future::join_all(rivals).await;
         let winner = stores[0].command(id).await.unwrap().unwrap();
-        assert!(told.into_iter().all(|told| told.unwrap() == winner), "exactly one first record");
+        assert!(results.into_iter().all(|result| result.unwrap() == winner), "exactly one first record");
     }
 }
 
@@ -73,8 +73,8 @@ pub async fn many_commands_are_recorded_at_once(database: Database) {
     });
     let mut firsts = std::collections::HashMap::new();
     // The same command concurrently, too.
-    let again = futures_util::future::join_all((0..10).map(|_| stores[0].command(known))).await;
-    assert!(again.into_iter().all(|found| found.unwrap().is_some_and(|found| found.id == known)));
+    let repeated = futures_util::future::join_all((0..10).map(|_| stores[0].command(known))).await;
+    assert!(repeated.into_iter().all(|found| found.unwrap().is_some_and(|found| found.id == known)));
     for task in futures_util::future::join_all(tasks).await {
         let (id, recorded, found) = task.unwrap();
         assert!(found && recorded.id == id && recorded.fingerprint == record(id, b"x").fingerprint);
@@ -156,7 +156,7 @@ pub async fn events_of_a_command_are_found(database: Database) {
     }
     // Appended again, as an import may do: the range is from the first event to the last.
     let (stream, id, before) = &expected[0];
-    let again = commanded(&*store, stream, *id, 2).await;
-    let all = CommandEvents { first: before.first, ..again };
+    let later = commanded(&*store, stream, *id, 2).await;
+    let all = CommandEvents { first: before.first, ..later };
     assert_eq!(store.command_events(stream, *id).await.unwrap(), Some(all));
 }

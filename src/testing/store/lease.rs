@@ -115,15 +115,15 @@ pub async fn leases_are_renewed_together(database: Database) {
     // The same owner in a later epoch: the lease of the earlier one is lost.
     let other = store.acquire_lease("again", b, LONG).await.unwrap().unwrap();
     store.release_lease(&other).await.unwrap();
-    let again = store.acquire_lease("again", a, LONG).await.unwrap().unwrap();
+    let reacquired = store.acquire_lease("again", a, LONG).await.unwrap().unwrap();
     leases.push(Lease { name: "unknown".into(), owner: a, epoch: 1 });
-    leases.push(again.clone());
+    leases.push(reacquired.clone());
     let before = Utc::now();
     let renewed = store.renew_leases(&leases, LONG).await.unwrap();
     assert_eq!(renewed, [false, true, false, false, true, false, true]);
     let found = database.open().await.leases().await.unwrap();
     let of = |name: &str| found.iter().find(|info| info.lease.name == name).unwrap();
-    assert_eq!((&of("taken").lease, &of("again").lease), (&taken, &again));
+    assert_eq!((&of("taken").lease, &of("again").lease), (&taken, &reacquired));
     for name in ["idle", "kept", "again"] {
         assert!(of(name).live && of(name).ttl == LONG && of(name).expires_at > before + LONG / 2, "{name}");
         assert_eq!(store.acquire_lease(name, b, LONG).await.unwrap(), None);

@@ -13,13 +13,13 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Progress on standard error: one changing line on a terminal, a line at an interval otherwise.
 pub(crate) struct Bar {
     since: Instant,
-    said: Option<Instant>,
+    last_shown: Option<Instant>,
     watched: bool,
 }
 
 impl Bar {
     pub(crate) fn new() -> Self {
-        Self { since: Instant::now(), said: None, watched: terminal::watched() }
+        Self { since: Instant::now(), last_shown: None, watched: terminal::watched() }
     }
 
     pub(crate) fn seconds(&self) -> f64 {
@@ -28,10 +28,10 @@ impl Bar {
 
     pub(crate) fn show(&mut self, name: &str, done: u64, of: u64, start: u64) {
         const WIDTH: u64 = 30;
-        if !self.watched && self.said.is_some_and(|said| said.elapsed() < LINE_EVERY) {
+        if !self.watched && self.last_shown.is_some_and(|last_shown| last_shown.elapsed() < LINE_EVERY) {
             return;
         }
-        self.said = Some(Instant::now());
+        self.last_shown = Some(Instant::now());
         let rate = done.saturating_sub(start) as f64 / self.seconds().max(0.001);
         let left = Duration::try_from_secs_f64(of.saturating_sub(done) as f64 / rate);
         let left = left.map_or("unknown".to_owned(), |left| format!("{} s", left.as_secs()));
@@ -48,7 +48,7 @@ impl Bar {
     }
 
     pub(crate) fn end(&self) {
-        if self.watched && self.said.is_some() {
+        if self.watched && self.last_shown.is_some() {
             terminal::print_error("\n");
         }
     }

@@ -84,8 +84,8 @@ impl LogStream {
                 self.behind += 1;
                 return Ok(());
             };
-            let place = place(item);
-            if place > event.position {
+            let position = position_of(item);
+            if position > event.position {
                 if self.first.is_none() {
                     self.before += 1;
                 } else {
@@ -94,12 +94,13 @@ impl LogStream {
                 return Ok(());
             }
             let Some(item) = self.next.take() else { return Ok(()) };
-            if place <= self.last && self.first.is_some() {
-                problems.add(again(&item));
+            if position <= self.last && self.first.is_some() {
+                problems.add(repeated_position(&item));
                 continue;
             }
-            if place < event.position {
-                problems.add(format!("log stream: has an event at position {place}, where the log has none"));
+            if position < event.position {
+                problems
+                    .add(format!("log stream: has an event at position {position}, where the log has none"));
                 continue;
             }
             self.compare(event, previous, &item, problems);
@@ -127,7 +128,7 @@ impl LogStream {
         self.first.get_or_insert(event.position);
         self.last = event.position;
         self.compared += 1;
-        let LogStreamItem::Event { sequence, previous: said, event: positions_in_stream, .. } = item else {
+        let LogStreamItem::Event { sequence, previous: stated, event: positions_in_stream, .. } = item else {
             return;
         };
         let mut different = Vec::new();
@@ -146,7 +147,7 @@ impl LogStream {
         compare("command id", positions_in_stream.command_id == event.command_id);
         compare("time", positions_in_stream.recorded_at == event.recorded_at);
         // The first message states the position after which the log stream begins.
-        compare("previous position", !begun || *said == previous);
+        compare("previous position", !begun || *stated == previous);
         if !different.is_empty() {
             problems.add(format!(
                 "log stream: message {sequence} differs from the event at position {}: {}",
@@ -170,15 +171,16 @@ impl LogStream {
             ));
         }
         while let Some(item) = self.peek(problems, false).await? {
-            let (place, text) = (place(item), again(item));
-            if place <= self.last && self.first.is_some() {
+            let (position, text) = (position_of(item), repeated_position(item));
+            if position <= self.last && self.first.is_some() {
                 problems.add(text);
                 self.next = None;
                 continue;
             }
             let end = self.store.high_water_mark().await?;
-            if place > end {
-                problems.add(format!("log stream: continues at position {place}, but the log ends at {end}"));
+            if position > end {
+                problems
+                    .add(format!("log stream: continues at position {position}, but the log ends at {end}"));
             }
             break;
         }
@@ -208,15 +210,15 @@ impl LogStream {
 }
 
 /// Returns the problem of a message with a repeated position.
-fn again(item: &LogStreamItem) -> String {
+fn repeated_position(item: &LogStreamItem) -> String {
     let sequence = match item {
         LogStreamItem::Event { sequence, .. } | LogStreamItem::Omitted { sequence, .. } => *sequence,
         _ => 0,
     };
-    format!("log stream: message {sequence} has position {} again", place(item))
+    format!("log stream: message {sequence} has position {} again", position_of(item))
 }
 
-fn place(item: &LogStreamItem) -> Position {
+fn position_of(item: &LogStreamItem) -> Position {
     match item {
         LogStreamItem::Event { event, .. } => event.position,
         LogStreamItem::Omitted { position, .. } => *position,

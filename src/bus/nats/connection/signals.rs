@@ -31,7 +31,7 @@ impl Signals {
         }
     }
 
-    pub(super) fn tell(&self, event: Event) {
+    pub(super) fn record(&self, event: Event) {
         match event {
             Event::SlowConsumer(_) => _ = self.overflows.fetch_add(1, Ordering::Relaxed),
             Event::Closed => self.closed.store(true, Ordering::Relaxed),

@@ -18,7 +18,7 @@ use super::signals::Signals;
 use crate::bus::BusState;
 
 /// Poll interval of the connection state. Needed because async-nats drops events under load.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Minimum interval between two log lines about the server's errors.
 const LOG_EVERY: Duration = Duration::from_secs(1);
@@ -34,12 +34,12 @@ pub(super) struct Watcher {
     pub(super) session: (String, u64),
     pub(super) handler: Handler,
     pub(super) watch: Watch,
-    pub(super) told: Told,
+    pub(super) reported: Reported,
 }
 
 /// Values last reported to the user's handler.
 #[derive(Default)]
-pub(super) struct Told {
+pub(super) struct Reported {
     up: bool,
     ever: bool,
     overflows: u64,
@@ -56,15 +56,15 @@ pub(super) struct Told {
 impl Watcher {
     pub(super) async fn run(mut self) {
         loop {
-            self.look();
+            self.poll();
             tokio::select! {
                 () = self.signals.news.notified() => {}
-                () = sleep(LOOK_EVERY) => {}
+                () = sleep(POLL_INTERVAL) => {}
             }
         }
     }
 
-    pub(super) fn look(&mut self) {
+    pub(super) fn poll(&mut self) {
         if self.link.borrow().closed {
             return;
         }
@@ -94,25 +94,25 @@ impl Watcher {
             _ => self.to.clone(),
         };
         // The connection may have been lost and reestablished since the last poll.
-        if self.told.up && (!up || another) {
-            self.handler.tell(NatsEvent::Disconnected { reason: lost() });
+        if self.reported.up && (!up || another) {
+            self.handler.emit(NatsEvent::Disconnected { reason: lost() });
             self.watch.metrics.connection_lost(self.watch.role);
-            self.told.up = false;
+            self.reported.up = false;
         }
-        if up && !self.told.up {
-            if std::mem::replace(&mut self.told.ever, true) {
+        if up && !self.reported.up {
+            if std::mem::replace(&mut self.reported.ever, true) {
                 self.watch.metrics.reconnected(self.watch.role);
             }
-            self.handler.tell(NatsEvent::Connected { to: shown });
-            self.told.up = true;
+            self.handler.emit(NatsEvent::Connected { to: shown });
+            self.reported.up = true;
         }
-        if overflows > std::mem::replace(&mut self.told.overflows, overflows) {
-            self.handler.tell(NatsEvent::SlowConsumer { overflows });
+        if overflows > std::mem::replace(&mut self.reported.overflows, overflows) {
+            self.handler.emit(NatsEvent::SlowConsumer { overflows });
         }
         self.report_server_errors();
         let lame_ducks = self.signals.lame_ducks.load(Ordering::Relaxed);
-        if lame_ducks > std::mem::replace(&mut self.told.lame_ducks, lame_ducks) {
-            self.handler.tell(NatsEvent::LameDuck);
+        if lame_ducks > std::mem::replace(&mut self.reported.lame_ducks, lame_ducks) {
+            self.handler.emit(NatsEvent::LameDuck);
         }
         self.state.send_if_modified(|known| {
             let news = *known != state;
@@ -129,8 +129,8 @@ impl Watcher {
         let now = Instant::now();
         let due = |last: Option<Instant>, every| last.is_none_or(|last| now.duration_since(last) >= every);
         let (errors, count) = (&self.signals.server_errors, self.signals.server_errors.count());
-        let Told { server_errors, reported_at, unlogged, last_error, logged_at, .. } = &mut self.told;
-        if count > *server_errors && due(*reported_at, LOOK_EVERY) {
+        let Reported { server_errors, reported_at, unlogged, last_error, logged_at, .. } = &mut self.reported;
+        if count > *server_errors && due(*reported_at, POLL_INTERVAL) {
             let sentences = errors.after(*server_errors);
             *unlogged += count - *server_errors;
             *server_errors = count;
@@ -139,7 +139,7 @@ impl Watcher {
                 last_error.clone_from(last);
             }
             for error in BTreeSet::from_iter(sentences) {
-                self.handler.tell(NatsEvent::ServerError { error });
+                self.handler.emit(NatsEvent::ServerError { error });
             }
         }
         if *unlogged > 0 && due(*logged_at, LOG_EVERY) {

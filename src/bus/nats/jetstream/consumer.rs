@@ -42,7 +42,7 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_secs(5);
 
 /// Poll interval of the consumer and the stream, to detect their loss and lost messages.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A consumer on the server, and its local reader.
 pub(in super::super) struct Consumer {
@@ -63,9 +63,9 @@ struct Attached {
     /// Number of requested messages that the server has not sent yet.
     asked: usize,
     /// Time of the last message from the server.
-    heard: Instant,
-    look_at: Instant,
-    looking: Option<BoxFuture<'static, Result<Look, BusError>>>,
+    last_message_at: Instant,
+    poll_at: Instant,
+    polling: Option<BoxFuture<'static, Result<PollResult, BusError>>>,
     /// Stream sequence number of the last message.
     last: u64,
     /// First message skipped since the last poll: filtered out, or deleted.
@@ -79,7 +79,7 @@ struct Attached {
 }
 
 /// The result of a poll.
-struct Look {
+struct PollResult {
     floor: u64,
     /// Number of undelivered messages, and number of delivered and unacknowledged messages.
     pending: u64,
@@ -99,7 +99,7 @@ pub(in super::super) enum ConsumerItem {
 /// A message that must be acknowledged.
 pub(in super::super) struct Taken {
     pub(in super::super) message: Message,
-    pub(in super::super) settle: Acker,
+    pub(in super::super) acker: Acker,
     /// Stream sequence number of the message.
     pub(in super::super) sequence: u64,
     /// Number of deliveries including this one. The server may count less after a crash.
@@ -167,9 +167,9 @@ impl Consumer {
             link,
             session,
             asked: 0,
-            heard: Instant::now(),
-            look_at: after(LOOK_EVERY),
-            looking: None,
+            last_message_at: Instant::now(),
+            poll_at: after(POLL_INTERVAL),
+            polling: None,
             last: info.delivered.stream_sequence,
             delivered: info.delivered.consumer_sequence,
             passed: None,
@@ -215,12 +215,12 @@ impl Consumer {
                 attached.ask(connection, stream, &spec.name, more).await?;
             }
             let (session, since, waits) = (attached.session, attached.since, attached.asked > 0);
-            let (silent_at, look_at) = (attached.heard + SILENCE, attached.look_at);
-            let looks = attached.looking.is_some();
+            let (silent_at, poll_at) = (attached.last_message_at + SILENCE, attached.poll_at);
+            let polls = attached.polling.is_some();
             tokio::select! {
                 message = attached.messages.next() => {
                     let message = message.ok_or_else(|| silent("the connection to NATS was closed".into()))?;
-                    attached.heard = Instant::now();
+                    attached.last_message_at = Instant::now();
                     if let Some(taken) = attached.take(message, connection)? {
                         return Ok(ConsumerItem::Message(taken));
                     }
@@ -230,21 +230,21 @@ impl Consumer {
                 () = sleep_until(silent_at), if waits => {
                     return Err(silent(format!("the server lost the message request of {}", spec.name)));
                 }
-                () = sleep_until(look_at), if !looks => {
+                () = sleep_until(poll_at), if !polls => {
                     let (jetstream, connection) = (jetstream.clone(), connection.clone());
                     let first = attached.passed.is_some();
-                    let look = look(jetstream, connection, stream.clone(), spec.name.clone(), first);
-                    attached.looking = Some(Box::pin(look));
+                    let poll = poll_state(jetstream, connection, stream.clone(), spec.name.clone(), first);
+                    attached.polling = Some(Box::pin(poll));
                 }
-                looked = looking(&mut attached.looking) => {
-                    let Look { floor: settled, first, pending, unsettled } = looked?;
+                polled = polling(&mut attached.polling) => {
+                    let PollResult { floor: settled, first, pending, unsettled } = polled?;
                     // Operators choose the few names of durable consumers. Names of ephemeral
                     // consumers are unbounded.
                     let name = if spec.durable { &spec.name } else { "ephemeral" };
                     let from = Destination { system: "nats", name: stream };
                     connection.metrics().consumer(from, name, pending, unsettled);
                     *floor = Some(settled);
-                    attached.look_at = after(LOOK_EVERY);
+                    attached.poll_at = after(POLL_INTERVAL);
                     let passed = attached.passed.take();
                     if let (Some(first), Some(passed)) = (first, passed) && first > passed {
                         return Ok(ConsumerItem::Gap(format!(
@@ -264,7 +264,7 @@ impl Consumer {
         let mut left = Vec::new();
         while let Some(message) = unconstrained(attached.messages.next()).now_or_never().flatten() {
             if let Ok(Some(taken)) = attached.take(message, &self.target.connection) {
-                left.push(taken.settle);
+                left.push(taken.acker);
             }
         }
         left
@@ -292,20 +292,22 @@ async fn left(link: &mut watch::Receiver<Link>, session: u64) -> BusError {
     }
 }
 
-async fn looking(look: &mut Option<BoxFuture<'static, Result<Look, BusError>>>) -> Result<Look, BusError> {
-    let Some(future) = look else { return std::future::pending().await };
-    let looked = future.await;
-    *look = None;
-    looked
+async fn polling(
+    poll: &mut Option<BoxFuture<'static, Result<PollResult, BusError>>>,
+) -> Result<PollResult, BusError> {
+    let Some(future) = poll else { return std::future::pending().await };
+    let polled = future.await;
+    *poll = None;
+    polled
 }
 
-async fn look(
+async fn poll_state(
     jetstream: Context,
     connection: Arc<Connection>,
     stream: String,
     name: String,
     first: bool,
-) -> Result<Look, BusError> {
+) -> Result<PollResult, BusError> {
     let client = &connection.client;
     let subject = format!("CONSUMER.INFO.{stream}.{name}");
     let info = api::<Info>(&jetstream, client, subject, &NOTHING).await?;
@@ -320,7 +322,7 @@ async fn look(
         false => None,
     };
     let (pending, unsettled) = (info.num_pending, info.num_ack_pending as u64);
-    Ok(Look { floor: info.ack_floor.stream_sequence, pending, unsettled, first })
+    Ok(PollResult { floor: info.ack_floor.stream_sequence, pending, unsettled, first })
 }
 
 #[derive(Serialize)]
@@ -347,13 +349,13 @@ impl Attached {
         let sent = connection.client.publish_with_reply(subject, self.inbox.clone(), request.into()).await;
         sent.map_err(|error| unavailable("requesting messages".into(), error))?;
         self.asked += more;
-        self.heard = Instant::now();
+        self.last_message_at = Instant::now();
         Ok(())
     }
 
     /// Interprets a message: a message of the stream, or a status of a request.
     fn take(&mut self, message: Message, connection: &Arc<Connection>) -> Result<Option<Taken>, BusError> {
-        let said = message.description.as_deref().unwrap_or("");
+        let description = message.description.as_deref().unwrap_or("");
         match message.status {
             None | Some(StatusCode::OK) => {}
             Some(StatusCode::IDLE_HEARTBEAT) => return Ok(None),
@@ -361,31 +363,31 @@ impl Attached {
                 self.unasked(&message);
                 return Ok(None);
             }
-            Some(status) if status.as_u16() == 409 && said.eq_ignore_ascii_case("batch completed") => {
+            Some(status) if status.as_u16() == 409 && description.eq_ignore_ascii_case("batch completed") => {
                 self.unasked(&message);
                 return Ok(None);
             }
             Some(status) => {
-                return Err(silent(format!("the server ended the consumer: {status} {said}")));
+                return Err(silent(format!("the server ended the consumer: {status} {description}")));
             }
         }
         self.asked = self.asked.saturating_sub(1);
-        let Some((settle, place)) = Acker::of(&message, connection) else {
+        let Some((acker, metadata)) = Acker::of(&message, connection) else {
             tracing::warn!(subject = message.subject.as_str(), "ignoring a message that is not of JetStream");
             return Ok(None);
         };
-        if place.sequence > self.last {
-            if place.sequence > self.last + 1 {
+        if metadata.sequence > self.last {
+            if metadata.sequence > self.last + 1 {
                 self.passed.get_or_insert(self.last + 1);
             }
-            self.last = place.sequence;
+            self.last = metadata.sequence;
         }
         Ok(Some(Taken {
             message,
-            settle,
-            sequence: place.sequence,
-            attempt: place.attempt,
-            number: place.number,
+            acker,
+            sequence: metadata.sequence,
+            attempt: metadata.attempt,
+            number: metadata.number,
         }))
     }
 

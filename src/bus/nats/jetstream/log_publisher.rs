@@ -67,7 +67,7 @@ impl LogPublisher {
     }
 
     /// Finds the end of the log stream.
-    async fn look(&self, known: LogStreamEnd) -> Result<Turn, BusError> {
+    async fn locate_end(&self, known: LogStreamEnd) -> Result<Turn, BusError> {
         let session = self.connection.session();
         let client = &self.connection.client;
         let content = Content { subjects: self.wire.events(), store: Some(self.wire.store_id()) };
@@ -184,7 +184,7 @@ impl BusPublisher for LogPublisher {
             let (client, wire) = (&self.connection.client, &self.wire);
             self.hints = Some(self.connection.ask("subscribing to hints", Hints::new(client, wire)).await?);
             let (what, rights) = ("finding the end of the log stream", stream_rights(&self.name));
-            let turn = self.connection.while_permitted(what, &rights, self.look(known)).await?;
+            let turn = self.connection.while_permitted(what, &rights, self.locate_end(known)).await?;
             let end = turn.end;
             self.turn = Some(turn);
             Ok(Resume::After(end))
@@ -263,7 +263,7 @@ impl BusPublisher for LogPublisher {
                 self.turn.take().ok_or_else(|| silent("the end of the log stream is unknown".into()))?;
             self.connection.check_session(turn.session)?;
             let client = &self.connection.client;
-            let look = async {
+            let announce = async {
                 let found = info(&self.jetstream, client, &self.name).await?;
                 if let Some(found) = &found {
                     let stream = Destination { system: "nats", name: &self.name };
@@ -283,7 +283,7 @@ impl BusPublisher for LogPublisher {
                 sent.map_err(|error| unavailable("announcing the end of the log".into(), error))
             };
             let subjects = [&stream_rights(&self.name)[..], &[self.wire.head().to_owned()]].concat();
-            self.connection.ask_permitted("announcing the end of the log", &subjects, look).await?;
+            self.connection.ask_permitted("announcing the end of the log", &subjects, announce).await?;
             self.turn = Some(turn);
             Ok(())
         })

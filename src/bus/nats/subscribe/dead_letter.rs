@@ -28,7 +28,7 @@ pub(super) async fn publish(bus: &NatsBus, letter: DeadLetter<'_>) -> Result<(),
     let Delivery { event, previous, store, .. } = letter.delivery;
     let Outgoing { mut headers, body, .. } =
         Wire::new(names, *store).event(event, *previous, client.max_payload())?;
-    let consumer = letter.delivery.settle.as_ref().map_or("", |settle| settle.consumer());
+    let consumer = letter.delivery.acker.as_ref().map_or("", |acker| acker.consumer());
     // Within the deduplication window, each consumer has at most one dead letter per event.
     headers.insert(NATS_MESSAGE_ID, format!("{consumer}/{}", event.id));
     headers.insert("Storied-Dead-Event", event.id.hyphenated().to_string());

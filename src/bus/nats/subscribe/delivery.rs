@@ -60,7 +60,7 @@ pub struct Delivery {
     pub(super) subject: async_nats::Subject,
     pub(super) stream_sequence: Option<u64>,
     pub(super) attempt: u64,
-    pub(super) settle: Option<Arc<Acker>>,
+    pub(super) acker: Option<Arc<Acker>>,
     /// Whether an acknowledgement waits for the confirmation of the server.
     pub(super) confirm: bool,
 }
@@ -78,11 +78,11 @@ impl Delivery {
     /// so. Disabled without a subscriber.
     #[must_use]
     pub fn span(&self) -> tracing::Span {
-        let name = match &self.settle {
-            Some(settle) => settle.stream(),
+        let name = match &self.acker {
+            Some(acker) => acker.stream(),
             None => self.subject.as_str(),
         };
-        let group = self.settle.as_ref().map(|settle| settle.consumer());
+        let group = self.acker.as_ref().map(|acker| acker.consumer());
         trace::process(Destination { system: "nats", name }, group, &self.event)
     }
 
@@ -149,8 +149,8 @@ impl Delivery {
     /// If it was acknowledged before, or the server did not receive the acknowledgement. The server
     /// then redelivers the event.
     pub async fn ack(&self) -> Result<(), AckError> {
-        match &self.settle {
-            Some(settle) => settle.settle(AckKind::Ack, self.confirm).await,
+        match &self.acker {
+            Some(acker) => acker.ack_with(AckKind::Ack, self.confirm).await,
             None => Ok(()),
         }
     }
@@ -160,7 +160,7 @@ impl Delivery {
     /// # Errors
     /// As [`ack`](Self::ack), and over NATS Core.
     pub async fn nak(&self) -> Result<(), AckError> {
-        self.settle_as(AckKind::Nak(None)).await
+        self.ack_with(AckKind::Nak(None)).await
     }
 
     /// Requests a redelivery after this wait. Maximum: 1 year.
@@ -168,7 +168,7 @@ impl Delivery {
     /// # Errors
     /// As [`nak`](Self::nak).
     pub async fn nak_with_delay(&self, wait: Duration) -> Result<(), AckError> {
-        self.settle_as(AckKind::Nak(Some(redelivery(wait)))).await
+        self.ack_with(AckKind::Nak(Some(redelivery(wait)))).await
     }
 
     /// Stops redeliveries of an event that was not processed.
@@ -176,7 +176,7 @@ impl Delivery {
     /// # Errors
     /// As [`nak`](Self::nak).
     pub async fn term(&self) -> Result<(), AckError> {
-        self.settle_as(AckKind::Term).await
+        self.ack_with(AckKind::Term).await
     }
 
     /// Reports progress, which restarts the consumer's `ack_wait`. No effect over NATS Core.
@@ -184,15 +184,15 @@ impl Delivery {
     /// # Errors
     /// If the event was acknowledged before, or the server did not receive the report.
     pub async fn in_progress(&self) -> Result<(), AckError> {
-        match &self.settle {
-            Some(settle) => settle.progress().await,
+        match &self.acker {
+            Some(acker) => acker.progress().await,
             None => Ok(()),
         }
     }
 
-    async fn settle_as(&self, kind: AckKind) -> Result<(), AckError> {
-        match &self.settle {
-            Some(settle) => settle.settle(kind, self.confirm).await,
+    async fn ack_with(&self, kind: AckKind) -> Result<(), AckError> {
+        match &self.acker {
+            Some(acker) => acker.ack_with(kind, self.confirm).await,
             None => Err(AckError::NotAgain),
         }
     }

@@ -130,15 +130,15 @@ async fn run<H, F>(
     H: Fn(Arc<Delivery>) -> F + Send + Sync + 'static,
     F: Future<Output = Result<(), HandleError>> + Send + 'static,
 {
-    let places = Arc::new(Semaphore::new(runner.options.concurrency));
+    let permits = Arc::new(Semaphore::new(runner.options.concurrency));
     let mut running = JoinSet::new();
     loop {
         let next = async {
             // Acquire a permit first, so that a taken event is handled at once.
-            let place = places.clone().acquire_owned().await;
-            (subscription.next().await, place)
+            let permit = permits.clone().acquire_owned().await;
+            (subscription.next().await, permit)
         };
-        let (received, place) = tokio::select! {
+        let (received, permit) = tokio::select! {
             biased;
             _ = stopping.wait_for(|stop| *stop) => break,
             // Removes a finished task from the set. Its result was handled already.
@@ -150,7 +150,7 @@ async fn run<H, F>(
                 let runner = runner.clone();
                 running.spawn(async move {
                     runner.handle(delivery).await;
-                    drop(place);
+                    drop(permit);
                 });
             }
             // The gap is reported as an error as well.
@@ -175,14 +175,14 @@ where
     async fn handle(&self, delivery: Delivery) {
         let delivery = Arc::new(delivery);
         let (timer, span) = (Timer::start(), delivery.span());
-        let from = Destination { system: "nats", name: self.bus.place() };
+        let from = Destination { system: "nats", name: self.bus.destination_name() };
         let handled = self.run(&delivery).instrument(span.clone()).await;
         let failure = handled.as_ref().err().map(|error| if error.retry { "retry" } else { "give_up" });
         trace::processed(&span, failure);
         drop(span);
         self.bus.metrics().processed(from, timer, failure);
-        let settled = delivery.settle.as_ref().is_none_or(|settle| settle.is_settled());
-        let said = match handled {
+        let settled = delivery.acker.as_ref().is_none_or(|acker| acker.is_settled());
+        let result = match handled {
             Ok(()) if self.options.manual || settled => Ok(()),
             Ok(()) => delivery.ack().await,
             Err(error) if self.options.manual || settled => {
@@ -193,9 +193,9 @@ where
                 );
                 Ok(())
             }
-            Err(error) => self.give_up_or_try_again(&delivery, &error).await,
+            Err(error) => self.give_up_or_retry(&delivery, &error).await,
         };
-        if let Err(error) = said {
+        if let Err(error) = result {
             let (event, position) = (delivery.event.name.clone(), delivery.event.position);
             self.queue.error(SubscriptionError::Unsettled { event, position, reason: error.to_string() });
         }
@@ -205,7 +205,7 @@ where
     async fn run(&self, delivery: &Arc<Delivery>) -> Result<(), HandleError> {
         let handler = AssertUnwindSafe(async { (self.handler)(delivery.clone()).await }).catch_unwind();
         let every = (self.wait / 3).max(Duration::from_millis(1));
-        let mut tell = interval_at(after(every), every);
+        let mut progress = interval_at(after(every), every);
         tokio::pin!(handler);
         loop {
             tokio::select! {
@@ -215,7 +215,7 @@ where
                         Err(HandleError::retry(format!("the handler panicked: {}", panic_text(&*panic))))
                     });
                 }
-                _ = tell.tick() => {
+                _ = progress.tick() => {
                     self.queue.busy();
                     // If the server receives no progress, it redelivers. After an acknowledgement,
                     // there is nothing to report.
@@ -225,8 +225,8 @@ where
         }
     }
 
-    async fn give_up_or_try_again(&self, delivery: &Delivery, error: &HandleError) -> Result<(), AckError> {
-        if delivery.settle.is_none() {
+    async fn give_up_or_retry(&self, delivery: &Delivery, error: &HandleError) -> Result<(), AckError> {
+        if delivery.acker.is_none() {
             self.failed(delivery, error, "NATS Core does not redeliver");
             return Ok(());
         }
@@ -244,7 +244,7 @@ where
                 let letter = DeadLetter { delivery, reason: error.to_string() };
                 match dead_letter::publish(&self.bus, letter).await {
                     Ok(()) => {
-                        let from = Destination { system: "nats", name: self.bus.place() };
+                        let from = Destination { system: "nats", name: self.bus.destination_name() };
                         self.bus.metrics().dead_letter(from);
                         self.failed(delivery, error, "given up as a dead letter");
                         delivery.term().await

@@ -101,7 +101,7 @@ impl Queue {
         let mut state = self.state();
         state.stats.received += 1;
         state.stats.redelivered += u64::from(delivery.attempt > 1);
-        if state.items.len() >= self.capacity && delivery.settle.is_none() {
+        if state.items.len() >= self.capacity && delivery.acker.is_none() {
             state.stats.dropped += 1;
             match state.items.back_mut().map(|item| &mut item.received) {
                 Some(Received::Gap(Gap::Overflow { lost })) => *lost += 1,
@@ -237,15 +237,15 @@ impl Queue {
     /// If the reader is stalled for `patience`, removes and returns them, and requests stop.
     pub(super) fn held(&self, patience: Duration) -> Held {
         let mut state = self.state();
-        let settles = |item: &Item| match &item.received {
-            Received::Event(delivery) => delivery.settle.clone(),
+        let acker_of = |item: &Item| match &item.received {
+            Received::Event(delivery) => delivery.acker.clone(),
             Received::Gap(_) => None,
         };
         if state.items.is_empty() || state.taken_at.elapsed() < patience {
-            return Held::Waiting(state.items.iter().filter_map(settles).collect());
+            return Held::Waiting(state.items.iter().filter_map(acker_of).collect());
         }
         state.stalled = true;
-        let held: Vec<_> = state.items.iter().filter_map(settles).collect();
+        let held: Vec<_> = state.items.iter().filter_map(acker_of).collect();
         state.items.retain(|item| matches!(item.received, Received::Gap(_)));
         state.stats.dropped += held.len() as u64;
         drop(state);
@@ -269,11 +269,11 @@ impl Queue {
     /// Removes the items that no reader will take.
     pub(super) fn clear(&self) -> Vec<Arc<Acker>> {
         let items = std::mem::take(&mut self.state().items);
-        let settles = items.into_iter().filter_map(|item| match item.received {
-            Received::Event(delivery) => delivery.settle,
+        let ackers = items.into_iter().filter_map(|item| match item.received {
+            Received::Event(delivery) => delivery.acker,
             Received::Gap(_) => None,
         });
-        settles.collect()
+        ackers.collect()
     }
 
     /// Records that a receiver has ended.

@@ -60,12 +60,12 @@ impl EventReceiver {
 
     async fn receive(&mut self, mut ready: Option<Ready>, end: &mut ReceiverGuard) {
         let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(2));
-        let mut again = false;
+        let mut attached_before = false;
         loop {
-            let error = match self.attach(end, again).await {
+            let error = match self.attach(end, attached_before).await {
                 Ok(attached) => {
                     backoff.succeeded();
-                    again = true;
+                    attached_before = true;
                     if let Some(ready) = ready.take() {
                         // A caller that no longer waits stops the receiver anyway.
                         let _ = ready.send(Ok(()));
@@ -95,7 +95,7 @@ impl EventReceiver {
         }
     }
 
-    async fn attach(&self, end: &mut ReceiverGuard, again: bool) -> Result<Attached, BusError> {
+    async fn attach(&self, end: &mut ReceiverGuard, attached_before: bool) -> Result<Attached, BusError> {
         let connection = self.bus.connection().await?;
         match &self.source {
             Source::Core { subjects, group } => {
@@ -111,7 +111,7 @@ impl EventReceiver {
                 };
                 let (messages, seen) = connection.ask_permitted("subscribing", subjects, opening).await?;
                 connection.check_refusals("subscribing", subjects, since).await?;
-                if again {
+                if attached_before {
                     self.queue.gap(Gap::Reconnected);
                 }
                 Ok(Attached::Core { messages, link, seen, since })
@@ -182,8 +182,8 @@ impl EventReceiver {
         let Source::Consumer { spec, .. } = &self.source else { return BusError::Closed };
         let Some(consumer) = &mut end.consumer else { return BusError::Closed };
         // While messages are queued here, progress is reported to the server.
-        let tell_every = spec.shortest_wait() / 3;
-        let mut tell_at = after(tell_every);
+        let progress_interval = spec.shortest_wait() / 3;
+        let mut progress_at = after(progress_interval);
         loop {
             // Register before the free capacity is read, so that a later release is not missed.
             let more_room = self.queue.room.notified();
@@ -200,14 +200,14 @@ impl EventReceiver {
                     // If the server does not receive the nak, it redelivers by itself.
                     let _ = delivery.nak().await;
                 },
-                () = sleep_until(tell_at) => {
+                () = sleep_until(progress_at) => {
                     match self.queue.held(spec.shortest_wait()) {
-                        Held::Waiting(held) => for settle in held {
-                            let _ = settle.progress().await;
+                        Held::Waiting(held) => for acker in held {
+                            let _ = acker.progress().await;
                         },
                         Held::Stalled(held) => give_back(held).await,
                     }
-                    tell_at = after(tell_every);
+                    progress_at = after(progress_interval);
                 }
             }
         }
@@ -215,29 +215,29 @@ impl EventReceiver {
 
     async fn pass(&self, taken: Taken) {
         let confirm = matches!(self.source, Source::Consumer { confirm: true, .. });
-        let Taken { message, settle, sequence, attempt, .. } = taken;
-        let settle = Arc::new(settle);
+        let Taken { message, acker, sequence, attempt, .. } = taken;
+        let acker = Arc::new(acker);
         match self.read(&message) {
             Ok(Some(delivery)) => self.push(Delivery {
                 stream_sequence: Some(sequence),
                 attempt,
-                settle: Some(settle),
+                acker: Some(acker),
                 confirm,
                 ..delivery
             }),
             // Filtered out, or reported as a gap. If the server does not receive the ack, it
             // redelivers.
-            Ok(None) => _ = settle.settle(AckKind::Ack, false).await,
+            Ok(None) => _ = acker.ack_with(AckKind::Ack, false).await,
             Err(error) => {
                 // A redelivery would fail to decode, too.
                 self.queue.error(error);
-                let _ = settle.settle(AckKind::Term, false).await;
+                let _ = acker.ack_with(AckKind::Term, false).await;
             }
         }
     }
 
     fn push(&self, delivery: Delivery) {
-        let from = Destination { system: "nats", name: self.bus.place() };
+        let from = Destination { system: "nats", name: self.bus.destination_name() };
         self.bus.metrics().consumed(from, delivery.attempt > 1);
         self.queue.push(delivery);
     }
@@ -270,7 +270,7 @@ impl EventReceiver {
             subject: message.subject.clone(),
             stream_sequence: None,
             attempt: 1,
-            settle: None,
+            acker: None,
             confirm: false,
         }))
     }
@@ -315,9 +315,9 @@ impl Drop for ReceiverGuard {
 
 /// Returns deliveries to the server for other readers.
 pub(super) async fn give_back(held: Vec<Arc<Acker>>) {
-    for settle in held {
+    for acker in held {
         // If the server does not receive the nak, it redelivers by itself.
-        let _ = settle.settle(AckKind::Nak(None), false).await;
+        let _ = acker.ack_with(AckKind::Nak(None), false).await;
     }
 }
 

@@ -27,7 +27,7 @@ pub struct Subscription {
     pub(super) ack_wait: Duration,
     pub(super) queue: Arc<Queue>,
     pub(super) stop: watch::Sender<bool>,
-    pub(super) lanes: Vec<JoinHandle<()>>,
+    pub(super) receivers: Vec<JoinHandle<()>>,
 }
 
 /// The error of a subscription that did not end in time.
@@ -88,8 +88,8 @@ impl Subscription {
     /// If it does not end within `patience`. It then ends in the background.
     pub async fn close(mut self, patience: Duration) -> Result<(), CloseError> {
         self.stop.send_replace(true);
-        let lanes = std::mem::take(&mut self.lanes);
-        match timeout(patience, join_all(lanes)).await {
+        let receivers = std::mem::take(&mut self.receivers);
+        match timeout(patience, join_all(receivers)).await {
             Ok(_) => Ok(()),
             Err(_) => Err(CloseError { patience, what: "the server did not confirm the end".into() }),
         }

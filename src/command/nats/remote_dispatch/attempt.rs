@@ -31,8 +31,8 @@ impl DispatchLoop {
         let mut silent_at = Instant::now() + self.shared.beat * 2;
         loop {
             let until = self.until();
-            let (of, heard) = tokio::select! {
-                heard = self.replies.recv() => heard,
+            let (of, event) = tokio::select! {
+                event = self.replies.recv() => event,
                 error = connection.refused("sending a command to another node", since, &subject) => {
                     // The server did not deliver the command: nothing happened on that node.
                     self.refusal = Some(Failure::new(Code::Unavailable, error.to_string()));
@@ -49,11 +49,11 @@ impl DispatchLoop {
                     drop(link);
                     let reason = format!("connection lost while {} had the command", candidate.node);
                     self.unresolved.insert(attempt, reason);
-                    return Ok(Attempt::Again);
+                    return Ok(Attempt::Retry);
                 }
             };
             let current = of == attempt;
-            match heard {
+            match event {
                 ReplyEvent::NoResponders if current => {
                     self.shared.table.remove(candidate.incarnation);
                     self.excluded.insert(candidate.incarnation);

@@ -44,7 +44,7 @@ pub(super) struct DispatchLoop {
     /// Whether a node has accepted the command.
     pub(super) accepted: bool,
     /// Channel that reports the acceptance once.
-    pub(super) tell: Option<OneshotSender<Accepted>>,
+    pub(super) on_accept: Option<OneshotSender<Accepted>>,
 }
 
 /// The end of an attempt.
@@ -54,7 +54,7 @@ pub(super) enum Attempt {
     /// The node did not answer: try the next one.
     Next,
     /// The connection was lost and is back: send the command to the same node again.
-    Again,
+    Retry,
 }
 
 impl DispatchLoop {
@@ -100,7 +100,7 @@ impl DispatchLoop {
             };
             match attempt {
                 Attempt::Answered(answered) => break Ok(answered),
-                Attempt::Next | Attempt::Again => {}
+                Attempt::Next | Attempt::Retry => {}
             }
         };
         match answered {
@@ -145,8 +145,8 @@ impl DispatchLoop {
         let mut news = self.shared.table.watch();
         let until = self.deadline.instant().min(Instant::now() + self.shared.beat);
         tokio::select! {
-            (of, heard) = self.replies.recv() => {
-                if let ReplyEvent::Reply(reply) = heard
+            (of, event) = self.replies.recv() => {
+                if let ReplyEvent::Reply(reply) = event
                     && let Reply { incarnation, says: ReplyKind::Executed(answered), .. } = *reply
                     && self.was_asked(of, incarnation)
                 {
@@ -205,18 +205,18 @@ impl DispatchLoop {
 
     pub(super) fn is_accepted(&mut self) {
         self.accepted = true;
-        if let Some(tell) = self.tell.take() {
+        if let Some(on_accept) = self.on_accept.take() {
             // A failed send means that the caller has stopped waiting.
-            let _ = tell.send(Ok(()));
+            let _ = on_accept.send(Ok(()));
         }
     }
 
     /// Ends the dispatch, with `OutcomeUnknown` if an attempt is unresolved.
     pub(super) fn give_up(&mut self, reason: &str) -> Failure {
         if self.unresolved.is_empty() {
-            let said = self.refusal.take().map(|refusal| refusal.message);
-            let reason =
-                said.map_or_else(|| reason.to_owned(), |said| format!("{reason}; last refusal: {said}"));
+            let message = self.refusal.take().map(|refusal| refusal.message);
+            let reason = message
+                .map_or_else(|| reason.to_owned(), |message| format!("{reason}; last refusal: {message}"));
             return Failure::new(Code::Unavailable, reason);
         }
         Failure::new(Code::OutcomeUnknown, format!("{reason}: {}", self.who_is_silent()))
@@ -233,16 +233,16 @@ impl DispatchLoop {
     /// other failures do not.
     fn downgrade_if_uncertain(&self, outcome: Outcome) -> Outcome {
         let aggregate = self.frame.kind == Kind::Aggregate;
-        let said = match &outcome {
+        let answer = match &outcome {
             _ if self.unresolved.is_empty() => None,
             Outcome::Done(done) => (aggregate && done.events == 0).then(|| "no events".to_owned()),
             Outcome::Error(failure) if failure.is_unknown() => None,
             Outcome::Error(failure) if !aggregate && failure.code == Code::Rejected => None,
             Outcome::Error(failure) => Some(failure.message.clone()),
         };
-        match said {
-            Some(said) => {
-                let reason = format!("{}; another node answered: {said}", self.who_is_silent());
+        match answer {
+            Some(answer) => {
+                let reason = format!("{}; another node answered: {answer}", self.who_is_silent());
                 Outcome::Error(Failure::new(Code::OutcomeUnknown, reason))
             }
             None => outcome,

@@ -35,7 +35,7 @@ pub(in crate::bus::nats) struct Acker {
 }
 
 /// The metadata of a delivery.
-pub(super) struct Place {
+pub(super) struct DeliveryMetadata {
     pub(super) sequence: u64,
     pub(super) attempt: u64,
     /// Consumer sequence number of the delivery.
@@ -43,7 +43,7 @@ pub(super) struct Place {
 }
 
 /// `stream.consumer.delivered.sequence.…` from the reply subject.
-fn place_in(reply: &Subject) -> Option<std::str::Split<'_, char>> {
+fn reply_tokens(reply: &Subject) -> Option<std::str::Split<'_, char>> {
     let mut tokens = reply.as_str().strip_prefix("$JS.ACK.")?.split('.');
     // Newer servers put the domain and the account first.
     if tokens.clone().count() >= 9 {
@@ -64,22 +64,22 @@ fn word(kind: &AckKind) -> &'static str {
 
 impl Acker {
     /// Reads the reply subject; `None` if JetStream did not send the message.
-    pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, Place)> {
+    pub(super) fn of(message: &Message, connection: &Arc<Connection>) -> Option<(Self, DeliveryMetadata)> {
         let reply = message.reply.clone()?;
-        let mut tokens = place_in(&reply)?.skip(2).map(|token| token.parse::<u64>().ok());
+        let mut tokens = reply_tokens(&reply)?.skip(2).map(|token| token.parse::<u64>().ok());
         let (attempt, sequence, number) = (tokens.next()??, tokens.next()??, tokens.next()??);
-        let settle = Self { connection: connection.clone(), reply, settled: AtomicBool::new(false) };
-        Some((settle, Place { sequence, attempt, number }))
+        let acker = Self { connection: connection.clone(), reply, settled: AtomicBool::new(false) };
+        Some((acker, DeliveryMetadata { sequence, attempt, number }))
     }
 
     /// The stream of the message.
     pub(in crate::bus::nats) fn stream(&self) -> &str {
-        place_in(&self.reply).and_then(|mut tokens| tokens.next()).unwrap_or_default()
+        reply_tokens(&self.reply).and_then(|mut tokens| tokens.next()).unwrap_or_default()
     }
 
     /// The consumer that delivered the message.
     pub(in crate::bus::nats) fn consumer(&self) -> &str {
-        place_in(&self.reply).and_then(|mut tokens| tokens.nth(1)).unwrap_or_default()
+        reply_tokens(&self.reply).and_then(|mut tokens| tokens.nth(1)).unwrap_or_default()
     }
 
     pub(in crate::bus::nats) fn is_settled(&self) -> bool {
@@ -89,19 +89,23 @@ impl Acker {
     /// Sends an acknowledgement. With `confirmed`, waits until the server confirms it.
     ///
     /// Not cancel-safe: a dropped call may have sent it or not.
-    pub(in crate::bus::nats) async fn settle(&self, kind: AckKind, confirmed: bool) -> Result<(), AckError> {
+    pub(in crate::bus::nats) async fn ack_with(
+        &self,
+        kind: AckKind,
+        confirmed: bool,
+    ) -> Result<(), AckError> {
         if self.settled.swap(true, Ordering::Relaxed) {
             return Err(AckError::Settled);
         }
         let (timer, how) = (Timer::start(), word(&kind));
-        let said = self.say(kind, confirmed).await;
+        let sent = self.send(kind, confirmed).await;
         let from = Destination { system: "nats", name: self.stream() };
-        let error = said.as_ref().err().map(BusError::kind);
+        let error = sent.as_ref().err().map(BusError::kind);
         self.connection.metrics().settled(from, how, timer, error);
-        if said.is_err() {
+        if sent.is_err() {
             self.settled.store(false, Ordering::Relaxed);
         }
-        said.map_err(AckError::Bus)
+        sent.map_err(AckError::Bus)
     }
 
     /// Reports progress, which restarts the `ack_wait` of the server.
@@ -109,10 +113,10 @@ impl Acker {
         if self.is_settled() {
             return Err(AckError::Settled);
         }
-        self.say(AckKind::Progress, false).await.map_err(AckError::Bus)
+        self.send(AckKind::Progress, false).await.map_err(AckError::Bus)
     }
 
-    async fn say(&self, kind: AckKind, confirmed: bool) -> Result<(), BusError> {
+    async fn send(&self, kind: AckKind, confirmed: bool) -> Result<(), BusError> {
         self.connection.check()?;
         let client = &self.connection.client;
         if !confirmed {
