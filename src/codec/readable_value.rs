@@ -8,8 +8,7 @@ use serde::{Serialize, Serializer};
 
 /// A CBOR value that serializes in a form that JSON can carry.
 ///
-/// A value without such a form becomes a map with a key that begins with `$`. The command-line tool
-/// has the same forms.
+/// A value without such a form becomes a map with a key that begins with `$`.
 pub(crate) struct ReadableValue<'a>(pub(crate) &'a Value);
 
 impl Serialize for ReadableValue<'_> {
@@ -112,5 +111,16 @@ mod tests {
         ] {
             assert_eq!(serde_json::to_value(ReadableValue(&value)).unwrap(), form);
         }
+    }
+
+    #[test]
+    fn deep_nesting_takes_linear_time() {
+        let maps = |wrap: fn(Value) -> Value| {
+            let value = (0..100).fold(Value::Null, |value, _| wrap(value));
+            serde_json::to_string(&ReadableValue(&value)).unwrap().matches('{').count()
+        };
+        assert_eq!(maps(|value| Value::Map(vec![("a".into(), value), ("a".into(), Value::Null)])), 100);
+        assert_eq!(maps(|value| Value::Map(vec![("a".into(), value), (1.into(), Value::Null)])), 100);
+        assert_eq!(maps(|value| Value::Map(vec![(value, Value::Null)])), 100);
     }
 }

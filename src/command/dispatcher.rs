@@ -130,10 +130,10 @@ impl Dispatcher {
     }
 
     pub(crate) fn registry(&self) -> &Registry {
-        static NOBODY: OnceLock<Registry> = OnceLock::new();
+        static EMPTY: OnceLock<Registry> = OnceLock::new();
         match self.registry.get() {
             Some(registry) => registry,
-            None => NOBODY.get_or_init(Registry::default),
+            None => EMPTY.get_or_init(Registry::default),
         }
     }
 

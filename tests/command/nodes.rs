@@ -177,9 +177,9 @@ async fn callers_can_retry_until_a_node_is_back() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    let (mut nobody, mut given) = (0, 1);
+    let (mut without_handler, mut given) = (0, 1);
     // On a busy machine the worker may be back at the same time as the caller.
-    while nobody == 0 {
+    while without_handler == 0 {
         assert!(given < 10, "the worker was always back before the caller gave up");
         server.kill();
         away(&caller).await;
@@ -189,7 +189,7 @@ async fn callers_can_retry_until_a_node_is_back() {
         server.restart().await;
         let (give_up, id) = (Instant::now() + PATIENCE, Uuid::now_v7());
         while let Err(error) = caller.execute::<Counter>("a", Add(1)).command_id(id).await {
-            nobody += usize::from(matches!(
+            without_handler += usize::from(matches!(
                 error,
                 ExecuteError::NotExecuted { kind: NotExecutedKind::NoHandler { .. }, .. }
             ));

@@ -1,7 +1,8 @@
 //! Imports between the files of src: no circles, no private item of a parent module.
 //!
 //! A file imports another if it names an item that the other one defines, in a `use` or in a path.
-//! A re-export alone is no import. Code under `#[cfg(test)]` is not checked.
+//! A re-export alone is no import. Calls of methods, fields, and code under `#[cfg(test)]` are not
+//! checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -42,7 +43,7 @@ struct Target {
 }
 
 #[derive(Default)]
-struct House {
+struct SourceTree {
     scopes: BTreeMap<Module, Scope>,
     items: Vec<(Module, Item)>,
 }
@@ -121,15 +122,15 @@ fn imports(item: &syn::ItemUse) -> Vec<(Option<String>, Vec<String>)> {
     found
 }
 
-impl House {
+impl SourceTree {
     fn read(root: &Path) -> Self {
-        let mut house = Self::default();
+        let mut tree = Self::default();
         for (name, file) in ROOTS {
             let file = root.join(file);
             let children = file.parent().unwrap().to_owned();
-            house.read_file(vec![name.into()], &file, &children);
+            tree.read_file(vec![name.into()], &file, &children);
         }
-        house
+        tree
     }
 
     fn read_file(&mut self, module: Module, file: &Path, children: &Path) {
@@ -236,14 +237,14 @@ impl House {
 
 /// Finds the items that the code of a module names.
 struct Finder<'a> {
-    house: &'a House,
+    tree: &'a SourceTree,
     module: &'a Module,
     found: Vec<Target>,
 }
 
 impl Finder<'_> {
     fn find(&mut self, path: &[String]) {
-        self.found.extend(self.house.resolve(self.module, path, 0));
+        self.found.extend(self.tree.resolve(self.module, path, 0));
     }
 
     fn find_in(&mut self, mut tokens: Cursor<'_>) {
@@ -293,14 +294,14 @@ impl<'ast> Visit<'ast> for Finder<'_> {
 type Imports = BTreeMap<PathBuf, BTreeMap<PathBuf, BTreeSet<String>>>;
 
 /// The imports of all files, and the uses of private items of a parent.
-fn imports_of(house: &House) -> (Imports, BTreeSet<String>) {
+fn imports_of(tree: &SourceTree) -> (Imports, BTreeSet<String>) {
     let (mut imports, mut private) = (Imports::new(), BTreeSet::new());
-    for (module, item) in &house.items {
-        let mut finder = Finder { house, module, found: Vec::new() };
+    for (module, item) in &tree.items {
+        let mut finder = Finder { tree, module, found: Vec::new() };
         finder.visit_item(item);
-        let file = &house.scopes[module].file;
+        let file = &tree.scopes[module].file;
         for target in finder.found {
-            let other = &house.scopes[&target.module].file;
+            let other = &tree.scopes[&target.module].file;
             if other == file {
                 continue;
             }
@@ -365,14 +366,14 @@ fn rows() -> BTreeMap<PathBuf, usize> {
 
 #[test]
 fn imports_have_no_circle() {
-    let (imports, _) = imports_of(&House::read(root()));
+    let (imports, _) = imports_of(&SourceTree::read(root()));
     let circles = circles(&imports);
     assert!(circles.is_empty(), "\n{}\n", circles.join("\n"));
 }
 
 #[test]
 fn modules_import_only_from_below() {
-    let (imports, _) = imports_of(&House::read(root()));
+    let (imports, _) = imports_of(&SourceTree::read(root()));
     let rows = rows();
     let mut wrong = Vec::new();
     for (file, others) in &imports {
@@ -389,7 +390,7 @@ fn modules_import_only_from_below() {
 
 #[test]
 fn children_use_no_private_item_of_a_parent() {
-    let (_, private) = imports_of(&House::read(root()));
+    let (_, private) = imports_of(&SourceTree::read(root()));
     let private: Vec<_> = private.into_iter().collect();
     assert!(private.is_empty(), "\n{}\n", private.join("\n"));
 }

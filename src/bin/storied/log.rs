@@ -214,8 +214,8 @@ impl Printer {
 
     pub(crate) fn print(&mut self, event: &RecordedEvent, out: &mut Output) -> Result<(), Failure> {
         self.printed += 1;
-        let (shown, unread) = decode::event(event);
-        self.unreadable += usize::from(unread.is_some());
+        let shown = decode::event(event)?;
+        self.unreadable += usize::from(!decode::is_readable(event));
         if out.json {
             return out.value(&shown);
         }

@@ -142,7 +142,7 @@ async fn show(one: &One, from: &DatabaseArgs, out: &mut Output) -> Result<(), Fa
     let models = one.read_model.open(from).await?;
     let parked = one.find(&models).await?;
     let event = at(&*models.store, one.position).await?;
-    let shown = event.as_ref().map(|event| decode::event(event).0);
+    let shown = event.as_ref().map(decode::event).transpose()?;
     if out.json {
         let mut parked = value(&one.name, &parked);
         parked["event"] = shown.unwrap_or(Value::Null);

@@ -13,7 +13,6 @@ use self::log_stream::LogStream;
 use self::problems::Problems;
 use crate::connect::NatsArgs;
 use crate::database::DatabaseArgs;
-use crate::decode;
 use crate::failure::Failure;
 use crate::output::{Output, counted};
 
@@ -159,7 +158,7 @@ impl Walk {
         if *position <= self.last {
             self.problems.add(format!("position {position} follows position {}", self.last));
         }
-        if let Err(error) = decode::payload(event) {
+        if let Err(error) = event.codec.decode_value(&event.payload) {
             self.problems.add(format!(
                 "position {position}: the payload of {name} in {stream} does not decode: {error}"
             ));

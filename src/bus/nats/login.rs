@@ -17,7 +17,7 @@ const CREDENTIALS: &str = "NatsOptions::credentials_file";
 /// The credentials.
 #[derive(Clone)]
 pub(super) enum Login {
-    Nobody,
+    None,
     User { name: String, password: String },
     Token(String),
     NKey(String),
@@ -32,7 +32,7 @@ impl Login {
         servers: &[ServerAddr],
     ) -> Result<ConnectOptions, BusError> {
         Ok(match self {
-            Self::Nobody => url_login(options, servers),
+            Self::None => url_login(options, servers),
             Self::User { name, password } => options.user_and_password(name.clone(), password.clone()),
             Self::Token(token) => options.token(token.clone()),
             Self::NKey(seed) => options.nkey(seed.clone()),

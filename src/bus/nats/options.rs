@@ -98,7 +98,7 @@ impl NatsOptions {
             client: None,
             name: "storied".into(),
             inbox_prefix: "_INBOX".into(),
-            login: Login::Nobody,
+            login: Login::None,
             tls: Tls::default(),
             reconnect_wait: Duration::from_secs(2),
             ping_interval: Duration::from_secs(5),
