@@ -247,19 +247,34 @@ impl Finder<'_> {
         self.found.extend(self.tree.resolve(self.module, path, 0));
     }
 
+    /// Finds paths in the tokens of a macro.
     fn find_in(&mut self, mut tokens: Cursor<'_>) {
+        let mut path = Vec::new();
         while !tokens.eof() {
             if let Some((name, after)) = tokens.ident() {
-                self.find(&[name.to_string()]);
+                path.push(name.to_string());
                 tokens = after;
+                if let Some(after) = colons(after) {
+                    tokens = after;
+                    continue;
+                }
+                self.find(&path);
             } else if let Some((inside, _, _, after)) = tokens.any_group() {
                 self.find_in(inside);
                 tokens = after;
             } else if let Some((_, after)) = tokens.token_tree() {
                 tokens = after;
             }
+            path.clear();
         }
     }
+}
+
+/// The tokens after `::`.
+fn colons(tokens: Cursor<'_>) -> Option<Cursor<'_>> {
+    let (first, after) = tokens.punct()?;
+    let (second, after) = after.punct()?;
+    (first.as_char() == ':' && second.as_char() == ':').then_some(after)
 }
 
 impl<'ast> Visit<'ast> for Finder<'_> {
