@@ -31,8 +31,8 @@ pub struct NewEvent {
 /// An event in the log.
 ///
 /// Serializes as a map of `position`, `recorded_at` (RFC 3339), `stream`, `version`, `name`,
-/// `event_id` (the field `id`), `command_id`, `codec`, `payload` and `metadata`: the names that
-/// `storied log show --json` prints, and the codec.
+/// `event_id` (the field `id`), `command_id`, `codec`, `payload` and `metadata`, as
+/// `storied log show --json` prints it.
 ///
 /// - `payload` is the stored payload, before upcasting. As the types are unknown, a value without a
 ///   form in JSON becomes a map with a key that begins with `$`: `{"$bytes": "00ff"}` (also a UUID
