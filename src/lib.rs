@@ -124,7 +124,7 @@ pub use self::telemetry::Telemetry;
 
 /// Compiles the code of these documents as documentation tests.
 ///
-/// The code of README.md and docs/guide.md comes from programs that run; tests/docs checks that.
+/// The code of README.md and docs/guide.md comes from programs that run; tests/fast/docs checks that.
 #[cfg(all(doctest, feature = "sqlite", feature = "postgres", feature = "nats"))]
 mod documents {
     #[doc = include_str!("../docs/nats.md")]

@@ -26,6 +26,7 @@
 
 mod certificates;
 mod example;
+mod faulty_store;
 mod nats;
 mod pgbouncer;
 mod ports;
@@ -36,6 +37,7 @@ mod workdir;
 
 pub use certificates::Certificates;
 pub use example::example;
+pub use faulty_store::FaultyStore;
 pub use nats::{NatsOptions, NatsServer, oldest_nats_server, too_old_nats_server};
 pub use pgbouncer::PgBouncer;
 pub use ports::Port;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::support::*;
+use crate::meters::*;
 use crate::{connection, node, subscription};
 
 const DOCUMENT: &str = include_str!("../../docs/observability.md");

@@ -3,13 +3,13 @@
 use storied::bus::NatsOptions;
 use storied::{MemoryStore, Runtime};
 
-use crate::harness::{self, NatsServer};
-use crate::support::*;
+use crate::meters::*;
+use crate::support::{self, NatsServer};
 
 const EVENTS: [(&str, &str); 1] = [("storied.connection", "events")];
 
 pub async fn scenario(meters: &Meters) {
-    let mut server = NatsServer::start(harness::NatsOptions::core()).await;
+    let mut server = NatsServer::start(support::NatsOptions::core()).await;
     let before = |name: &str| (meters.sum(name, &EVENTS), meters.count(name, &EVENTS));
     let start = "storied.nats.connection.start.duration";
     let close = "storied.nats.connection.close.duration";
@@ -59,7 +59,7 @@ async fn counts_attempts_errors_losses_and_returns() {
 async fn the_global_provider_is_the_default_and_an_option_comes_first() {
     let _turn = TURN.read().await;
     let (global, own) = (Meters::new(), Meters::new());
-    let server = NatsServer::start(harness::NatsOptions::core()).await;
+    let server = NatsServer::start(support::NatsOptions::core()).await;
     let early = NatsOptions::core().url(server.url()).bus();
     let told = NatsOptions::core().url(server.url()).telemetry(&own.telemetry()).bus();
     opentelemetry::global::set_meter_provider(global.provider().clone());
@@ -76,7 +76,7 @@ async fn the_global_provider_is_the_default_and_an_option_comes_first() {
 async fn a_bus_connected_before_the_start_uses_the_provider_of_the_runtime() {
     let _turn = TURN.read().await;
     let (meters, own) = (Meters::new(), Meters::new());
-    let mut server = NatsServer::start(harness::NatsOptions::core()).await;
+    let mut server = NatsServer::start(support::NatsOptions::core()).await;
     let bus = quick(NatsOptions::core().url(server.url())).bus();
     let told = quick(NatsOptions::core().url(server.url())).telemetry(&own.telemetry()).bus();
     for bus in [&bus, &told] {

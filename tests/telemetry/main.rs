@@ -1,6 +1,5 @@
 //! Every metric and span, read from in-memory exporters, over real servers.
 
-#![cfg(feature = "otel")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test reports by panicking")]
 #![allow(
     missing_docs,
@@ -11,10 +10,10 @@
 
 mod catalogue;
 mod connection;
+mod meters;
 mod node;
 mod subscription;
-mod support;
 mod traces;
 
 #[path = "../support/mod.rs"]
-mod harness;
+mod support;

@@ -11,8 +11,8 @@ use storied::{
     NatsOptions, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions, Runtime, StoreError,
 };
 
-use crate::harness::{self, NatsServer, PostgresServer};
-use crate::support::*;
+use crate::meters::*;
+use crate::support::{self, NatsServer, PostgresServer};
 
 async fn store(url: &str) -> Result<(PostgresStore, PostgresReadModel), StoreError> {
     let pool = PgPoolOptions::new().max_connections(5).connect(url).await.unwrap();
@@ -37,7 +37,7 @@ impl SnapshotState for Fickle {
 /// Runs through all metrics of a node.
 pub async fn scenario(meters: &Meters) {
     let url = PostgresServer::shared().await.create_database().await;
-    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let ((log, read_model), (other_log, _)) = (store(&url).await.unwrap(), store(&url).await.unwrap());
     let once = ProjectionOptions::new().max_attempts(1).on_failure(FailurePolicy::Park);
     let node = Runtime::builder()

@@ -8,8 +8,8 @@ use storied::bus::{
 };
 use storied::{MemoryStore, Runtime};
 
-use crate::harness::{self, NatsServer};
-use crate::support::*;
+use crate::meters::*;
+use crate::support::{self, NatsServer};
 
 async fn received(subscription: &mut Subscription) -> storied::bus::Delivery {
     match tokio::time::timeout(PATIENCE, subscription.next()).await {
@@ -24,7 +24,7 @@ async fn subscribe(bus: &NatsBus, name: &str) -> Subscription {
 }
 
 pub async fn scenario(meters: &Meters) {
-    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let bus = log_stream(&server).telemetry(&meters.telemetry()).bus();
     let builder = Runtime::builder().store(MemoryStore::new()).bus(log_stream(&server).bus());
     let node = builder.aggregate::<Counter>().start().await.unwrap();

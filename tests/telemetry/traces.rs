@@ -25,8 +25,8 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 
-use crate::harness::{self, NatsServer, PostgresServer, ThreadSubscriber};
-use crate::support::*;
+use crate::meters::*;
+use crate::support::{self, NatsServer, PostgresServer, ThreadSubscriber};
 
 const CAME: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const UNSAMPLED: &str = "00-1bf7651916cd43dd8448eb211c80319c-c7ad6b7169203331-00";
@@ -121,7 +121,7 @@ async fn a_command_is_one_trace_and_those_across_the_bus_are_linked_to_it() {
     let _turn = TURN.write().await;
     let spans = Spans::listen();
     let url = PostgresServer::shared().await.create_database().await;
-    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let pool = PgPoolOptions::new().max_connections(5).connect(&url).await.unwrap();
     let bus = log_stream(&server).bus();
     let node = Runtime::builder()
@@ -217,7 +217,7 @@ async fn a_transaction_of_a_projection_is_linked_to_every_command_in_it() {
 async fn an_event_that_is_not_sampled_has_no_publish_span() {
     let _turn = TURN.write().await;
     let spans = Spans::listen_with(|provider| provider.with_sampler(Sampler::AlwaysOn));
-    let server = NatsServer::start(harness::NatsOptions::jetstream()).await;
+    let server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let store = MemoryStore::new();
     let builder =
         Runtime::builder().store(store.clone()).bus(log_stream(&server).bus()).publisher(publishing());
@@ -275,7 +275,7 @@ impl Handler for Doubler {
 async fn commands_across_nodes_stay_in_the_trace() {
     let _turn = TURN.write().await;
     let spans = Spans::listen();
-    let server = NatsServer::start(harness::NatsOptions::core()).await;
+    let server = NatsServer::start(support::NatsOptions::core()).await;
     let commands = |name: &str| {
         CommandBus::nats(NatsCommandOptions::new(quick(NatsOptions::core().url(server.url()))).node(name))
     };
@@ -302,7 +302,7 @@ async fn commands_across_nodes_stay_in_the_trace() {
 #[tokio::test]
 async fn a_refused_command_is_an_error_of_its_span() {
     let _turn = TURN.write().await;
-    let server = NatsServer::start(harness::NatsOptions::core()).await;
+    let server = NatsServer::start(support::NatsOptions::core()).await;
     let commands = |name: &str| {
         CommandBus::nats(NatsCommandOptions::new(quick(NatsOptions::core().url(server.url()))).node(name))
     };

@@ -1,0 +1,8 @@
+//! The command-line tool, run as a program against private servers, with text and JSON output.
+
+mod adoption;
+mod nats;
+mod program;
+mod projections;
+mod reading;
+mod terminal;

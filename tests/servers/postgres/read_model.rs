@@ -1,0 +1,153 @@
+//! A projection with its read model in PostgreSQL: exactly once, whatever fails.
+
+use std::time::Duration;
+
+use sqlx::{PgConnection, PgPool};
+use storied::projection::{ApplyError, ProjectionState, ReadModel};
+use storied::{
+    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore,
+    Projection, RecordedEvent, Runtime,
+};
+
+use crate::postgres::tools::{append, events, run, stream, whole_log};
+use crate::support::PostgresServer;
+
+struct Seen;
+
+impl Projection for Seen {
+    type Transaction = PgConnection;
+
+    fn name(&self) -> &str {
+        "seen"
+    }
+
+    fn filter(&self) -> Result<Filter, EncodeError> {
+        Ok(Filter::all())
+    }
+
+    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        sqlx::query("INSERT INTO seen (position) VALUES ($1)")
+            .bind(event.position.get() as i64)
+            .execute(tx)
+            .await?;
+        Ok(())
+    }
+
+    async fn reset(&mut self, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        sqlx::query("TRUNCATE seen").execute(tx).await?;
+        Ok(())
+    }
+}
+
+/// Two nodes over one store and one read model, in another database than the events. Server
+/// processes are killed all the time, and the owner is stopped midway.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn read_models_are_exact_while_connections_die() {
+    let server = PostgresServer::shared().await;
+    let (log, tables) = (server.create_database().await, server.create_database().await);
+    run(&tables, "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, position bigint)").await;
+    let node = async || {
+        let pool = PgPool::connect(&tables).await.unwrap();
+        Runtime::builder()
+            .store(PostgresStore::connect(&log).await.unwrap())
+            .bus(LocalBus::new())
+            .projection(Seen, PostgresReadModel::new(pool))
+            .start()
+            .await
+            .unwrap()
+    };
+    let (first, second) = (node().await, node().await);
+    let writer = PostgresStore::connect(&log).await.unwrap();
+    let mut last = Position::START;
+    let mut first = Some(first);
+    for round in 0..60 {
+        let appended = append(&writer, &stream(round % 7), ExpectedVersion::Any, events(5)).await;
+        if let Ok(appended) = appended {
+            last = appended.positions[4];
+        }
+        if round % 6 == 0 {
+            for database in [&tables, &log] {
+                run(
+                    database,
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                     WHERE datname = current_database() AND pid <> pg_backend_pid()",
+                )
+                .await;
+            }
+        }
+        if round == 30 {
+            first.take().unwrap().shutdown().await.unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    second.projection("seen").unwrap().caught_up_to_within(last, Duration::from_secs(30)).await.unwrap();
+    let pool = PgPool::connect(&tables).await.unwrap();
+    let seen: Vec<i64> =
+        sqlx::query_scalar("SELECT position FROM seen ORDER BY id").fetch_all(&pool).await.unwrap();
+    let log: Vec<i64> =
+        whole_log(&writer as &dyn EventStore).await.iter().map(|event| event.position.get() as i64).collect();
+    assert_eq!(seen, log);
+    second.shutdown().await.unwrap();
+}
+
+/// The error recommends: "… or reset the projection".
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_takes_over_a_read_model_of_another_store() {
+    let server = PostgresServer::shared().await;
+    let tables = server.create_database().await;
+    run(&tables, "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, position bigint)").await;
+    let pool = PgPool::connect(&tables).await.unwrap();
+    let seen =
+        async || -> i64 { sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&pool).await.unwrap() };
+    for (count, first) in [(20, true), (5, false)] {
+        let store = storied::MemoryStore::new();
+        let appended = append(&store, &stream(1), ExpectedVersion::Any, events(count)).await.unwrap();
+        let runtime = Runtime::builder()
+            .store(store)
+            .projection(Seen, PostgresReadModel::new(pool.clone()))
+            .start()
+            .await
+            .unwrap();
+        let projection = runtime.projection("seen").unwrap();
+        if !first {
+            let mut status = projection.watch();
+            let failed = status.wait_for(|status| status.state == ProjectionState::Failed);
+            let advice = failed.await.unwrap().last_error.clone().unwrap();
+            assert!(advice.contains("reset"), "{advice}");
+            assert_eq!(seen().await, 20);
+            projection.reset().await.unwrap();
+        }
+        let last = *appended.positions.last().unwrap();
+        projection.caught_up_to_within(last, Duration::from_secs(30)).await.unwrap();
+        assert_eq!(seen().await, count as i64);
+        runtime.shutdown().await.unwrap();
+    }
+}
+
+/// The error of an application, with every way of passing on its causes.
+#[derive(Debug, thiserror::Error)]
+enum Mine {
+    #[error("my read model: {0}")]
+    Told(#[from] sqlx::Error),
+    #[error(transparent)]
+    HandedOn(sqlx::Error),
+}
+
+#[tokio::test]
+async fn an_outage_inside_an_application_error_is_detected() {
+    let server = PostgresServer::shared().await;
+    let pool = PgPool::connect(&server.create_database().await).await.unwrap();
+    let model = PostgresReadModel::new(pool.clone());
+    let outage = |error: ApplyError| ReadModel::is_outage(&model, &*error);
+    let failing = async |sql: &'static str| sqlx::raw_sql(sql).execute(&pool).await.unwrap_err();
+    // Like a deadlock: no statement is at fault.
+    let deadlock = "DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$";
+    assert!(outage(failing(deadlock).await.into()));
+    assert!(outage(Mine::Told(failing(deadlock).await).into()));
+    assert!(outage(Mine::HandedOn(failing(deadlock).await).into()));
+    let mistake = "SELECT nothing FROM nowhere";
+    assert!(!outage(failing(mistake).await.into()));
+    assert!(!outage(Mine::Told(failing(mistake).await).into()));
+    assert!(!outage(Mine::HandedOn(failing(mistake).await).into()));
+    assert!(!outage("mine".into()));
+}

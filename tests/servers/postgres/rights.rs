@@ -1,0 +1,529 @@
+//! Logins with exactly the rights of docs/postgres-grants.sql, and attempts at everything else.
+
+use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
+use storied::projection::ReadModel;
+use storied::store::AppendError;
+use storied::{
+    EventStore, ExpectedVersion, PostgresOptions, PostgresReadModel, PostgresStore, StoreError, Version,
+};
+
+use crate::postgres::tools::{append, as_user, assert_sound, connect, events, exact, run, stream, whole_log};
+use crate::support::PostgresServer;
+
+const GRANTS: &str = include_str!("../../../docs/postgres-grants.sql");
+
+/// Creates a database with an empty store and the logins `shop`, `shop_reader` and `shop_view`.
+pub async fn granted(server: &PostgresServer) -> String {
+    let roles = "DO $$ BEGIN
+                     PERFORM pg_advisory_xact_lock(1);
+                     IF to_regrole('shop') IS NULL THEN
+                         CREATE ROLE shop LOGIN; CREATE ROLE shop_reader LOGIN; CREATE ROLE shop_view LOGIN;
+                     END IF;
+                 END $$";
+    run(&server.url(), roles).await;
+    let url = server.create_database().await;
+    PostgresStore::connect(&url).await.unwrap();
+    // Role memberships belong to the server, not the database: two grants at once would collide.
+    let grants =
+        format!("BEGIN; LOCK pg_catalog.pg_auth_members IN SHARE ROW EXCLUSIVE MODE; {GRANTS}; COMMIT");
+    run(&url, &grants).await;
+    url
+}
+
+fn as_program(url: &str) -> PostgresOptions {
+    PostgresOptions::new().url(as_user(url, "shop")).migrate(false)
+}
+
+/// The document contains the rights that the tests use.
+#[test]
+fn the_grants_of_the_document_are_those_that_are_tested() {
+    let operations = include_str!("../../../docs/operations.md");
+    let shown = operations.split("```").find_map(|block| block.strip_prefix("sql\n")).unwrap();
+    assert_eq!(shown, GRANTS);
+}
+
+/// A login that is no superuser, in a database of its own, as most applications have it.
+#[tokio::test]
+async fn the_owner_of_a_database_migrates_it_and_appends() {
+    let server = PostgresServer::shared().await;
+    let url = server.create_database().await;
+    let name = url.rsplit('/').next().unwrap();
+    // Roles belong to the server, which tests share.
+    let owner = format!("owner_of_{name}");
+    run(&url, &format!("CREATE ROLE {owner} LOGIN; ALTER DATABASE {name} OWNER TO {owner}")).await;
+    let own = as_user(&url, &owner);
+    let store = PostgresStore::connect(&own).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(1)).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::Any, events(3)).await.unwrap();
+    assert_sound(&whole_log(&store).await);
+    let read_model = PostgresReadModel::new(PgPool::connect(&own).await.unwrap());
+    let store: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store);
+    read_model.prepare(&store, "p").await.unwrap();
+    // The owner's own INSERT stays refused, also in the transaction of an append.
+    let mut connection = connect(&own).await;
+    let insert = "INSERT INTO storied.events SELECT 99, 9, now(), stream, id, id, category, stream_id, name, payload, metadata
+                  FROM storied.events LIMIT 1";
+    let one = "SELECT storied.append_one(stream, 4, category, stream_id, name, gen_random_uuid(), gen_random_uuid(), payload, metadata, true)
+               FROM storied.events LIMIT 1";
+    for before in ["SELECT 1", one] {
+        connection.execute(AssertSqlSafe(format!("BEGIN; {before}"))).await.unwrap();
+        let error = connection.execute(insert).await.unwrap_err().to_string();
+        assert!(error.contains("would be missed"), "{error}");
+        connection.execute("ROLLBACK").await.unwrap();
+    }
+}
+
+/// Compares the whole table of rights. A new table or function fails here and must be added to
+/// docs/postgres-grants.sql.
+#[tokio::test]
+async fn nothing_else_is_granted() {
+    let url = granted(PostgresServer::shared().await).await;
+    let mut connection = connect(&url).await;
+    for (role, expected) in [
+        (
+            "shop",
+            "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, events SELECT, leases INSERT SELECT UPDATE, \
+             meta SELECT, migrations SELECT, parked DELETE INSERT SELECT UPDATE, paused DELETE INSERT SELECT, \
+             positions SELECT, read_model_migrations SELECT, snapshots INSERT SELECT UPDATE; \
+             append, append_one, command_events, high_water_mark, stream_key",
+        ),
+        (
+            "shop_reader",
+            "checkpoints SELECT, commands SELECT, events SELECT, leases SELECT, meta SELECT, migrations SELECT, \
+             parked SELECT, paused SELECT, positions SELECT, read_model_migrations SELECT, snapshots SELECT; \
+             high_water_mark, stream_key",
+        ),
+        (
+            "shop_view",
+            "checkpoints INSERT SELECT UPDATE, parked DELETE INSERT SELECT UPDATE, read_model_migrations SELECT; ",
+        ),
+    ] {
+        let rights: String = sqlx::query_scalar(
+            "SELECT (SELECT string_agg(relname || ' ' || rights, ', ' ORDER BY relname COLLATE \"C\") FROM (
+                 SELECT relname, string_agg(p, ' ' ORDER BY p) AS rights
+                 FROM pg_class AS c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER', 'USAGE']) AS p
+                 WHERE relnamespace = 'storied'::regnamespace AND CASE relkind
+                     WHEN 'r' THEN p <> 'USAGE' AND has_table_privilege($1, c.oid, CASE WHEN p = 'USAGE' THEN 'SELECT' ELSE p END)
+                     WHEN 'S' THEN p IN ('SELECT', 'UPDATE', 'USAGE') AND has_sequence_privilege($1, c.oid, CASE WHEN p IN ('SELECT', 'UPDATE', 'USAGE') THEN p ELSE 'SELECT' END)
+                 END GROUP BY relname) AS tables)
+             || '; ' ||
+             coalesce((SELECT string_agg(proname, ', ' ORDER BY proname COLLATE \"C\") FROM pg_proc
+                 WHERE pronamespace = 'storied'::regnamespace AND prorettype <> 'trigger'::regtype
+                     AND has_function_privilege($1, oid, 'EXECUTE')), '')",
+        )
+        .bind(role)
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
+        assert_eq!(rights, expected, "{role}");
+    }
+    // Functions that run with their owner's rights have their own search_path.
+    let unsafe_functions: Vec<String> = sqlx::query_scalar(
+        "SELECT proname FROM pg_proc WHERE pronamespace = 'storied'::regnamespace AND prosecdef
+             AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY (proconfig), false)",
+    )
+    .fetch_all(&mut connection)
+    .await
+    .unwrap();
+    assert!(unsafe_functions.is_empty(), "{unsafe_functions:?}");
+}
+
+/// Runs `sql` in a transaction of its own.
+async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<(), sqlx::Error> {
+    connection.execute("BEGIN").await?;
+    let done = connection.execute(AssertSqlSafe(sql.to_owned())).await;
+    connection.execute(if done.is_ok() { "COMMIT" } else { "ROLLBACK" }).await?;
+    done.map(drop)
+}
+
+/// Returns a call of `storied.append()` for two parts with an event each, with changed arguments.
+fn forged(changes: &[(&str, &str)]) -> String {
+    let arguments = [
+        ("key", "ARRAY[storied.stream_key('order', 'x'), storied.stream_key('order', 'y')]"),
+        ("category", "ARRAY['order', 'order']"),
+        ("id", "ARRAY['x', 'y']"),
+        ("unit", "ARRAY[0, 1]"),
+        ("expected", "ARRAY[0, 0]::bigint[]"),
+        ("events", "ARRAY[1, 1]"),
+        ("look_up", "false"),
+        ("name", "ARRAY['order.placed', 'order.placed']"),
+        ("event_id", "ARRAY[gen_random_uuid(), gen_random_uuid()]"),
+        ("command_id", "ARRAY[gen_random_uuid(), gen_random_uuid()]"),
+        ("payload", "ARRAY['', '']::bytea[]"),
+        ("metadata", "ARRAY['', '']::bytea[]"),
+    ];
+    for (change, _) in changes {
+        assert!(arguments.iter().any(|(name, _)| name == change), "{change}");
+    }
+    let value =
+        |(name, value)| changes.iter().find(|(change, _)| *change == name).map_or(value, |(_, to)| *to);
+    format!("SELECT * FROM storied.append({})", arguments.map(value).join(", "))
+}
+
+/// Like [`forged`], for `storied.append_one()`.
+fn forged_one(changes: &[(&str, &str)]) -> String {
+    let arguments = [
+        ("key", "storied.stream_key('order', 'x')"),
+        ("expected", "0"),
+        ("category", "'order'"),
+        ("id", "'x'"),
+        ("name", "'order.placed'"),
+        ("event_id", "gen_random_uuid()"),
+        ("command_id", "gen_random_uuid()"),
+        ("payload", "''"),
+        ("metadata", "''"),
+        ("tell", "true"),
+    ];
+    let value =
+        |(name, value)| changes.iter().find(|(change, _)| *change == name).map_or(value, |(_, to)| *to);
+    format!("SELECT storied.append_one({})", arguments.map(value).join(", "))
+}
+
+/// Whatever a program's login tries, the log keeps the appended events, every reader can read it,
+/// and every node can start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
+    let server = PostgresServer::start().await;
+    let url = granted(&server).await;
+    let store = as_program(&url).connect().await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(3)).await.unwrap();
+    store.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(60)).await.unwrap();
+    let before = whole_log(&store).await;
+    let mut attacker = connect(&as_user(&url, "shop")).await;
+
+    // With the setting that the functions use, and with own objects first in the search_path.
+    attacker
+        .execute(
+            "SET storied_log.appending = 'on';
+             CREATE FUNCTION pg_temp.nextval(regclass) RETURNS bigint LANGUAGE sql AS 'SELECT 9::bigint';
+             CREATE FUNCTION pg_temp.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS 'SELECT now()';
+             CREATE FUNCTION pg_temp.is_name(text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+             CREATE FUNCTION pg_temp.equal(bigint, bigint) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+             CREATE OPERATOR pg_temp.= (LEFTARG = bigint, RIGHTARG = bigint, FUNCTION = pg_temp.equal);
+             CREATE TEMP TABLE events (position bigint, version bigint, stream uuid, category text, stream_id text);
+             CREATE TEMP TABLE pg_locks (locktype text, objsubid int, classid oid, objid oid, database oid, pid int);
+             CREATE TEMP SEQUENCE positions;
+             SET search_path = pg_temp, pg_catalog, storied",
+        )
+        .await
+        .unwrap();
+    let denied = [
+        // The log, and the objects that its order depends on.
+        "INSERT INTO storied.events SELECT 99, 4, now(), stream, id, id, category, stream_id, name, payload, metadata FROM storied.events LIMIT 1",
+        "UPDATE storied.events SET name = 'x'",
+        "DELETE FROM storied.events",
+        "TRUNCATE storied.events",
+        "COPY storied.events FROM STDIN",
+        "MERGE INTO storied.events AS e USING (VALUES (1)) AS v (n) ON e.position = v.n WHEN MATCHED THEN DELETE",
+        "SELECT * FROM storied.events FOR UPDATE",
+        "SELECT * FROM storied.events FOR KEY SHARE",
+        "LOCK TABLE storied.events IN EXCLUSIVE MODE",
+        "LOCK TABLE storied.events IN ROW EXCLUSIVE MODE",
+        "ALTER TABLE storied.events DISABLE TRIGGER ALL",
+        "ALTER TABLE storied.events ADD CHECK (false) NOT VALID",
+        "DROP TABLE storied.events",
+        "CREATE INDEX ON storied.events (name)",
+        "CREATE TRIGGER t BEFORE INSERT ON storied.events EXECUTE FUNCTION storied.refuse_change()",
+        "CREATE RULE r AS ON INSERT TO storied.events DO INSTEAD NOTHING",
+        "CREATE POLICY p ON storied.events USING (false)",
+        "CREATE STATISTICS storied.s ON stream, version FROM storied.events",
+        "SET session_replication_role = replica",
+        "SET allow_system_table_mods = on",
+        "UPDATE pg_class SET reltuples = 0 WHERE relname = 'events'",
+        "SELECT setval('storied.positions', 4611686018427387904)",
+        "SELECT nextval('storied.positions')",
+        "ALTER SEQUENCE storied.positions RESTART 1",
+        "ALTER SEQUENCE storied.positions CACHE 32",
+        "DROP SEQUENCE storied.positions",
+        // The tables that nodes read at the start.
+        "UPDATE storied.meta SET value = 'json' WHERE key = 'codec'",
+        "INSERT INTO storied.meta VALUES ('x', 'y')",
+        "DELETE FROM storied.meta",
+        "TRUNCATE storied.meta",
+        "DELETE FROM storied.migrations",
+        "UPDATE storied.migrations SET checksum = ''",
+        "INSERT INTO storied.migrations SELECT 999, 'later', now(), true, checksum, 0 FROM storied.migrations LIMIT 1",
+        "DELETE FROM storied.read_model_migrations",
+        "UPDATE storied.read_model_migrations SET checksum = ''",
+        "DROP SCHEMA storied CASCADE",
+        "ALTER SCHEMA storied RENAME TO stolen",
+        "CREATE TABLE storied.mine (n int)",
+        "CREATE FUNCTION storied.high_water_mark(int) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "REASSIGN OWNED BY storied TO shop",
+        // The functions.
+        "CREATE OR REPLACE FUNCTION storied.high_water_mark(OUT last_value bigint, OUT low_water bigint, OUT head bigint) LANGUAGE sql AS 'SELECT 1::bigint, 1::bigint, 1::bigint'",
+        "ALTER FUNCTION storied.append_one RESET ALL",
+        "ALTER FUNCTION storied.append SECURITY INVOKER",
+        "DROP FUNCTION storied.high_water_mark",
+        "SELECT storied.is_name('x')",
+        "SELECT storied.is_stream(gen_random_uuid(), 'x', 'y')",
+        // Epochs and records never decrease by it.
+        "TRUNCATE storied.leases",
+        "DELETE FROM storied.leases",
+        "DELETE FROM storied.checkpoints",
+        "DELETE FROM storied.snapshots",
+        "UPDATE storied.commands SET outcome = ''",
+        "TRUNCATE storied.commands",
+        // Settings of other sessions, and other logins.
+        "ALTER ROLE storied SET synchronous_commit = off",
+        "ALTER DATABASE postgres SET synchronous_commit = off",
+        "ALTER SYSTEM SET fsync = off",
+        "SET ROLE storied",
+        "SET SESSION AUTHORIZATION storied",
+        "SET LOCAL synchronous_commit = off; SELECT storied.append_one(storied.stream_key('order', 'x'), 0, 'order', 'x', 'order.placed', gen_random_uuid(), gen_random_uuid(), '', '', true)",
+        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; SELECT storied.append_one(storied.stream_key('order', 'x'), 0, 'order', 'x', 'order.placed', gen_random_uuid(), gen_random_uuid(), '', '', true)",
+    ];
+    let other = "storied.stream_key('order', 'other')";
+    let long = "repeat('x', 401)";
+    let mut calls = vec![
+        forged_one(&[("key", "gen_random_uuid()")]),
+        forged_one(&[("key", other)]),
+        forged_one(&[("key", "NULL")]),
+        forged_one(&[("category", "NULL")]),
+        forged_one(&[("id", "NULL")]),
+        forged_one(&[("event_id", "NULL")]),
+        forged_one(&[("command_id", "NULL")]),
+        forged_one(&[("payload", "NULL")]),
+        forged_one(&[("metadata", "NULL")]),
+        forged(&[("key", "ARRAY[gen_random_uuid(), gen_random_uuid()]")]),
+        forged(&[("key", &format!("ARRAY[storied.stream_key('order', 'x'), {other}]"))]),
+        forged(&[
+            ("key", &format!("ARRAY[{other}, storied.stream_key('order', 'y')]")),
+            ("expected", "ARRAY[-1, -1]::bigint[]"),
+            ("look_up", "true"),
+        ]),
+        forged(&[(
+            "key",
+            "'[0:1]={00000000-0000-0000-0000-000000000000,00000000-0000-0000-0000-000000000000}'::uuid[]",
+        )]),
+        forged(&[("key", "NULL")]),
+        forged(&[("key", "ARRAY[NULL, NULL]::uuid[]")]),
+        forged(&[("category", "ARRAY['order', 'order', 'order']"), ("id", "ARRAY['y', 'x', 'y']")]),
+        forged(&[("category", "'[0:2]={order,order,order}'::text[]"), ("id", "'[0:2]={z,x,y}'::text[]")]),
+        forged(&[("id", "ARRAY['x', NULL]")]),
+        forged(&[("id", "NULL")]),
+        forged(&[("expected", "'[0:2]={5,0,0}'::bigint[]")]),
+        // Counts that would leave holes in a stream, or take more events than given.
+        forged(&[("events", "ARRAY[2, 1]")]),
+        forged(&[("events", "ARRAY[2, 0]")]),
+        forged(&[("events", "ARRAY[3, -1]")]),
+        forged(&[("events", "ARRAY[1, NULL]")]),
+        forged(&[("events", "ARRAY[2]")]),
+        forged(&[("events", "NULL")]),
+        forged(&[("events", "ARRAY[2147483647, 2147483647]")]),
+        forged(&[("event_id", "ARRAY[gen_random_uuid(), NULL]")]),
+        forged(&[("event_id", "ARRAY[gen_random_uuid()]")]),
+        forged(&[("event_id", "array_fill(gen_random_uuid(), ARRAY[100000])")]),
+        forged(&[("command_id", "ARRAY[gen_random_uuid()]")]),
+        forged(&[("payload", "ARRAY['']::bytea[]")]),
+        forged(&[("metadata", "ARRAY[NULL, NULL]::bytea[]")]),
+        forged(&[("name", "ARRAY['order.placed']")]),
+        forged(&[("name", "ARRAY['order.placed', NULL]")]),
+    ];
+    for name in [
+        "",
+        ".",
+        "a..b",
+        ".a",
+        "a.",
+        "a b",
+        "a/b",
+        "a\"b",
+        "ä",
+        "a\nb",
+        "a\n",
+        "*",
+        ">",
+        "NULL",
+        "repeat('x', 201)",
+        "'order.placed' || chr(10)",
+        "chr(1)",
+    ] {
+        let name = if name.contains('(') || name == "NULL" { name.to_owned() } else { format!("'{name}'") };
+        calls.push(forged_one(&[("name", &name)]));
+        calls.push(forged(&[("name", &format!("ARRAY['order.placed', {name}]"))]));
+        let key = format!("storied.stream_key({name}, 'x')");
+        calls.push(forged_one(&[("category", &name), ("key", &key)]));
+        calls.push(forged(&[
+            ("category", &format!("ARRAY[{name}, 'order']")),
+            ("key", &format!("ARRAY[{key}, storied.stream_key('order', 'y')]")),
+        ]));
+    }
+    for id in ["''", long, "chr(1) || 'x'", "'a' || chr(10)", "chr(127)", "'a' || chr(133)"] {
+        let key = format!("storied.stream_key('order', {id})");
+        calls.push(forged_one(&[("id", id), ("key", &key)]));
+        calls.push(forged(&[
+            ("id", &format!("ARRAY['x', {id}]")),
+            ("key", &format!("ARRAY[storied.stream_key('order', 'x'), {key}]")),
+            ("expected", "ARRAY[-1, -1]::bigint[]"),
+            ("look_up", "true"),
+        ]));
+    }
+    let mut allowed = Vec::new();
+    for sql in denied.iter().map(ToString::to_string).chain(calls) {
+        match attempt(&mut attacker, &sql).await {
+            Ok(()) => allowed.push(sql),
+            // Not an attack: a syntax error, or a function or table that does not exist.
+            Err(error) => {
+                let code = error.as_database_error().unwrap().code().unwrap().into_owned();
+                assert!(!["42601", "42883", "42P01", "42804", "22P02"].contains(&&*code), "{sql}: {error}");
+            }
+        }
+    }
+    assert!(allowed.is_empty(), "allowed: {allowed:#?}");
+    // PostgreSQL answers this with a warning.
+    attacker.execute("GRANT ALL ON storied.events TO shop").await.unwrap();
+    let row =
+        attacker.fetch_one("SELECT has_table_privilege('shop', 'storied.events', 'INSERT')").await.unwrap();
+    assert!(!row.get::<bool, _>(0));
+    // Rejected by a result instead of an error.
+    let mine = format!("ARRAY[{0}, {0}]", "storied.stream_key('order', 'a')");
+    for sql in [
+        // Another stream under the key of an existing one.
+        forged_one(&[("key", "storied.stream_key('order', 'a')"), ("expected", "3")]),
+        forged_one(&[
+            ("key", "storied.stream_key('order', 'a')"),
+            ("expected", "3"),
+            ("id", "'a'"),
+            ("category", "'other'"),
+        ]),
+        forged(&[("key", &mine), ("expected", "ARRAY[3, 3]::bigint[]")]),
+        forged(&[("key", &mine), ("expected", "ARRAY[-1, -1]::bigint[]"), ("look_up", "true")]),
+        // Versions that do not follow the last one.
+        forged_one(&[("key", "storied.stream_key('order', 'a')"), ("id", "'a'"), ("expected", "2")]),
+        forged_one(&[("key", "storied.stream_key('order', 'a')"), ("id", "'a'"), ("expected", "4")]),
+        forged_one(&[("key", "storied.stream_key('order', 'a')"), ("id", "'a'"), ("expected", "-1")]),
+        forged_one(&[("key", "storied.stream_key('order', 'a')"), ("id", "'a'"), ("expected", "NULL")]),
+        forged_one(&[
+            ("key", "storied.stream_key('order', 'a')"),
+            ("id", "'a'"),
+            ("expected", "9223372036854775807"),
+        ]),
+        forged(&[("expected", "ARRAY[9, NULL]::bigint[]")]),
+        forged(&[("expected", "ARRAY[9223372036854775807, -9223372036854775808]::bigint[]")]),
+        forged(&[("expected", "ARRAY[]::bigint[]")]),
+    ] {
+        _ = attempt(&mut attacker, &sql).await;
+        assert_eq!(whole_log(&store).await.len(), before.len(), "{sql}");
+    }
+    assert_eq!(format!("{:?}", whole_log(&store).await), format!("{before:?}"));
+
+    // A stream twice in one call: only one part takes effect, as a whole.
+    let twice = "ARRAY[storied.stream_key('order', 'b'), storied.stream_key('order', 'b')]";
+    _ = attempt(&mut attacker, &forged(&[("key", twice), ("id", "ARRAY['b', 'b']")])).await;
+    // A correct call is not an attack.
+    attempt(&mut attacker, &forged(&[])).await.unwrap();
+    attempt(&mut attacker, &forged_one(&[("expected", "1")])).await.unwrap();
+    assert_sound(&whole_log(&store).await);
+
+    // Everything that a node needs is unchanged.
+    let again = as_program(&url).connect().await.unwrap();
+    append(&again, &stream("a"), exact(3), events(1)).await.unwrap();
+    PostgresStore::connect(&url).await.unwrap();
+    let log = whole_log(&again).await;
+    assert_sound(&log);
+    assert_eq!(again.read_stream(&stream("x"), Version::NONE, 10).await.unwrap().len(), 2);
+}
+
+/// Readers can only read; a login for read models cannot even do that.
+#[tokio::test]
+async fn readers_and_read_models_have_less() {
+    let url = granted(PostgresServer::shared().await).await;
+    let store = as_program(&url).connect().await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(3)).await.unwrap();
+    let reader =
+        PostgresOptions::new().url(as_user(&url, "shop_reader")).migrate(false).connect().await.unwrap();
+    assert_eq!(whole_log(&reader).await.len(), 3);
+    assert_eq!(reader.read_stream(&stream("a"), Version::NONE, 10).await.unwrap().len(), 3);
+    reader.leases().await.unwrap();
+    reader.stall().await.unwrap();
+    let error = append(&reader, &stream("a"), exact(3), events(1)).await.unwrap_err();
+    assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
+    assert!(error.to_string().contains("docs/postgres-grants.sql"), "{error}");
+    for change in [
+        reader.set_paused("p", true).await,
+        reader.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(1)).await.map(drop),
+    ] {
+        assert!(matches!(change, Err(StoreError::Storage { .. })), "{change:?}");
+    }
+    let mut view = connect(&as_user(&url, "shop_view")).await;
+    for sql in [
+        "TABLE storied.events",
+        "TABLE storied.meta",
+        "TABLE storied.leases",
+        "SELECT storied.high_water_mark()",
+    ] {
+        let error = view.execute(sql).await.unwrap_err();
+        assert!(error.to_string().contains("permission denied"), "{sql}: {error}");
+    }
+    let count = view.fetch_one("SELECT count(*) FROM storied.checkpoints").await.unwrap();
+    assert_eq!(count.get::<i64, _>(0), 0);
+}
+
+/// Values that storied never writes: a program's login cannot store them. If they exist, a read is
+/// an error and not a panic.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn values_that_storied_never_writes_are_errors() {
+    let url = granted(PostgresServer::shared().await).await;
+    let store = as_program(&url).connect().await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(1)).await.unwrap();
+    store.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(60)).await.unwrap();
+    let model = PostgresReadModel::new(PgPool::connect(&url).await.unwrap());
+    let mut owner = connect(&url).await;
+    let rows = "INSERT INTO storied.checkpoints VALUES ('p', 1, 1, 1, gen_random_uuid());
+        INSERT INTO storied.parked VALUES ('p', 1, gen_random_uuid(), 'order', 'a', 1, 'order.placed', 'e', 1, now());
+        INSERT INTO storied.commands VALUES ('00000000-0000-0000-0000-000000000001', 'n', gen_random_uuid(), '');
+        INSERT INTO storied.snapshots VALUES ('order', 'a', 1, 1, '');
+        ALTER TABLE storied.events DISABLE TRIGGER ALL";
+    owner.execute(rows).await.unwrap();
+    let mut program = connect(&as_user(&url, "shop")).await;
+    let (never, negative) = (["'infinity'", "'-infinity'", "'294276-12-31'"].as_slice(), ["-1"].as_slice());
+    let columns = [
+        ("leases", "expires_at", never),
+        ("leases", "epoch", negative),
+        ("leases", "ttl", negative),
+        ("checkpoints", "updated_at", never),
+        ("checkpoints", "position", negative),
+        ("checkpoints", "epoch", negative),
+        ("checkpoints", "mark", negative),
+        ("parked", "parked_at", never),
+        ("parked", "position", negative),
+        ("parked", "version", negative),
+        ("parked", "attempts", negative),
+        ("commands", "recorded_at", never),
+        ("snapshots", "version", negative),
+        ("snapshots", "revision", negative),
+        ("events", "recorded_at", never),
+        ("events", "position", negative),
+    ];
+    let command = uuid::Uuid::from_u128(1);
+    for (table, column, values) in columns {
+        if table != "events" {
+            for value in values {
+                let set = format!("UPDATE storied.{table} SET {column} = {value}");
+                assert!(attempt(&mut program, &set).await.is_err(), "{set}");
+            }
+            let check = format!("ALTER TABLE storied.{table} DROP CONSTRAINT {table}_{column}_check");
+            owner.execute(AssertSqlSafe(check)).await.unwrap();
+        }
+        for value in values {
+            let set = format!("UPDATE storied.{table} SET {column} = {value}");
+            owner.execute(AssertSqlSafe(set.clone())).await.unwrap();
+            let read = match table {
+                "leases" => store.leases().await.map(drop),
+                "checkpoints" => model.records().await.map(drop),
+                "parked" => store.parked("p", 9).await.map(drop),
+                "commands" => store.command(command).await.map(drop),
+                "snapshots" => store.snapshot(&stream("a")).await.map(drop),
+                _ => store.read_stream(&stream("a"), Version::NONE, 9).await.map(drop),
+            };
+            let StoreError::Corrupt { reason } = read.expect_err(&set) else { panic!("{set}") };
+            assert!(reason.contains(&format!("{table}.{column}")), "{reason}");
+            let good = if column.ends_with("_at") { "now()" } else { "1" };
+            let reset = format!("UPDATE storied.{table} SET {column} = {good}");
+            owner.execute(AssertSqlSafe(reset)).await.unwrap();
+        }
+    }
+    store.leases().await.unwrap();
+    assert_sound(&whole_log(&store).await);
+}

@@ -1,0 +1,333 @@
+//! A store that blocks, fails, loses answers and counts. All other calls go to the inner store.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use storied::store::{
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
+    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+};
+use storied::{EventStore, MemoryStore, NewEvent, Position, RecordedEvent, StreamId, Version};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+type Rival = Arc<dyn Fn() -> NewEvent + Send + Sync>;
+
+#[derive(Clone)]
+enum Fault {
+    None,
+    /// Every append fails with this error, and nothing is written.
+    Fail(StoreError),
+    /// Every append is written, and its outcome is reported as unknown.
+    Forget,
+    /// A rival always writes to this stream first.
+    Rival(StreamId, Rival),
+    /// Every append is confirmed, and nothing is written.
+    Discard,
+    /// An append with an event of this payload is rejected alone.
+    Poison(Vec<u8>),
+}
+
+#[derive(Clone)]
+pub struct FaultyStore {
+    pub inner: MemoryStore,
+    pub hold_snapshots: bool,
+    pub snapshots_waiting: Arc<AtomicUsize>,
+    fault: Arc<Mutex<Fault>>,
+    delay: Arc<Mutex<Duration>>,
+    holding: watch::Sender<bool>,
+    holding_reads: watch::Sender<bool>,
+    held: Arc<AtomicUsize>,
+    events_read: Arc<AtomicUsize>,
+    looked_up: Arc<AtomicUsize>,
+}
+
+impl FaultyStore {
+    pub fn new(inner: MemoryStore) -> Self {
+        Self {
+            inner,
+            hold_snapshots: false,
+            snapshots_waiting: Arc::default(),
+            fault: Arc::new(Mutex::new(Fault::None)),
+            delay: Arc::default(),
+            holding: watch::Sender::new(false),
+            holding_reads: watch::Sender::new(false),
+            held: Arc::default(),
+            events_read: Arc::default(),
+            looked_up: Arc::default(),
+        }
+    }
+
+    /// Confirms appends without storing them.
+    pub fn forgetful(inner: MemoryStore) -> Self {
+        let store = Self::new(inner);
+        store.set(Fault::Discard);
+        store
+    }
+
+    fn set(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = fault;
+    }
+
+    pub fn fail_appends(&self, error: StoreError) {
+        self.set(Fault::Fail(error));
+    }
+
+    pub fn poison(&self, payload: Vec<u8>) {
+        self.set(Fault::Poison(payload));
+    }
+
+    pub fn append_and_forget(&self) {
+        self.set(Fault::Forget);
+    }
+
+    pub fn always_first(&self, stream: StreamId, event: impl Fn() -> NewEvent + Send + Sync + 'static) {
+        self.set(Fault::Rival(stream, Arc::new(event)));
+    }
+
+    pub fn heal(&self) {
+        self.set(Fault::None);
+        self.release();
+        self.holding_reads.send_replace(false);
+    }
+
+    pub fn delay(&self, delay: Duration) {
+        *self.delay.lock().unwrap() = delay;
+    }
+
+    /// Blocks appends from now on.
+    pub fn hold(&self) {
+        self.held.store(0, Ordering::SeqCst);
+        self.holding.send_replace(true);
+    }
+
+    pub fn hold_reads(&self) {
+        self.holding_reads.send_replace(true);
+    }
+
+    pub fn release(&self) {
+        self.holding.send_replace(false);
+    }
+
+    /// Waits until `appends` calls are blocked.
+    pub async fn held(&self, appends: usize) {
+        while self.held.load(Ordering::SeqCst) < appends {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    pub fn count_reads(&self) {
+        self.events_read.store(0, Ordering::SeqCst);
+    }
+
+    /// Returns the number of lookups of the events of a command.
+    pub fn looked_up(&self) -> usize {
+        self.looked_up.load(Ordering::SeqCst)
+    }
+
+    pub fn events_read(&self) -> usize {
+        self.events_read.load(Ordering::SeqCst)
+    }
+}
+
+async fn until(gate: &watch::Sender<bool>) {
+    let _ = gate.subscribe().wait_for(|holding| !holding).await;
+}
+
+impl EventStore for FaultyStore {
+    fn info(&self) -> &StoreInfo {
+        self.inner.info()
+    }
+
+    fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
+        Box::pin(async move {
+            self.held.fetch_add(1, Ordering::SeqCst);
+            until(&self.holding).await;
+            let delay = *self.delay.lock().unwrap();
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            let fault = self.fault.lock().unwrap().clone();
+            match fault {
+                Fault::None => self.inner.append(batch).await,
+                Fault::Fail(error) => batch.iter().map(|_| Err(error.clone().into())).collect(),
+                Fault::Forget => {
+                    let answers = self.inner.append(batch).await;
+                    let unknown = StoreError::OutcomeUnknown { reason: "cut off".into(), source: None };
+                    answers.iter().map(|_| Err(unknown.clone().into())).collect()
+                }
+                Fault::Rival(stream, event) => {
+                    let rival = Append::one(stream, ExpectedVersion::Any, vec![event()]);
+                    self.inner.append(vec![rival]).await.remove(0).unwrap();
+                    self.inner.append(batch).await
+                }
+                Fault::Poison(payload) => {
+                    let mut answers = Vec::new();
+                    for append in batch {
+                        let poisoned = append
+                            .streams
+                            .iter()
+                            .flat_map(|part| &part.events)
+                            .any(|event| event.payload == payload);
+                        answers.push(if poisoned {
+                            Err(StoreError::Invalid { reason: "poison".into() }.into())
+                        } else {
+                            self.inner.append(vec![append]).await.remove(0)
+                        });
+                    }
+                    answers
+                }
+                Fault::Discard => panic!("nothing is appended to a forgetful store"),
+            }
+        })
+    }
+
+    fn read_stream<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        after: Version,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
+        Box::pin(async move {
+            until(&self.holding_reads).await;
+            let events = self.inner.read_stream(stream, after, limit).await?;
+            self.events_read.fetch_add(events.len(), Ordering::SeqCst);
+            Ok(events)
+        })
+    }
+
+    fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
+        self.inner.read_log(read)
+    }
+
+    fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        self.inner.high_water_mark()
+    }
+
+    fn appended(&self) -> watch::Receiver<Position> {
+        self.inner.appended()
+    }
+
+    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        self.inner.checkpoint(name)
+    }
+
+    fn save_checkpoint<'a>(
+        &'a self,
+        name: &'a str,
+        from: Checkpoint,
+        to: Checkpoint,
+        parked: Option<ParkedEvent>,
+    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
+        self.inner.save_checkpoint(name, from, to, parked)
+    }
+
+    fn parked<'a>(
+        &'a self,
+        name: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
+        self.inner.parked(name, limit)
+    }
+
+    fn remove_parked<'a>(
+        &'a self,
+        name: &'a str,
+        position: Position,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        self.inner.remove_parked(name, position)
+    }
+
+    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
+        self.inner.paused()
+    }
+
+    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.inner.set_paused(name, paused)
+    }
+
+    fn acquire_lease<'a>(
+        &'a self,
+        name: &'a str,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        self.inner.acquire_lease(name, owner, ttl)
+    }
+
+    fn take_over_lease<'a>(
+        &'a self,
+        seen: &'a LeaseInfo,
+        owner: Uuid,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
+        self.inner.take_over_lease(seen, owner, ttl)
+    }
+
+    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
+        self.inner.renew_lease(lease, ttl)
+    }
+
+    fn renew_leases<'a>(
+        &'a self,
+        leases: &'a [Lease],
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
+        self.inner.renew_leases(leases, ttl)
+    }
+
+    fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.inner.release_lease(lease)
+    }
+
+    fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
+        self.inner.leases()
+    }
+
+    fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
+        self.inner.snapshot(stream)
+    }
+
+    fn save_snapshot<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        snapshot: Snapshot,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        if self.hold_snapshots {
+            return Box::pin(async move {
+                self.snapshots_waiting.fetch_add(1, Ordering::SeqCst);
+                std::future::pending().await
+            });
+        }
+        self.inner.save_snapshot(stream, snapshot)
+    }
+
+    fn command_events<'a>(
+        &'a self,
+        stream: &'a StreamId,
+        command: uuid::Uuid,
+    ) -> BoxFuture<'a, Result<Option<storied::store::CommandEvents>, StoreError>> {
+        self.looked_up.fetch_add(1, Ordering::SeqCst);
+        self.inner.command_events(stream, command)
+    }
+
+    fn command(
+        &self,
+        id: uuid::Uuid,
+    ) -> BoxFuture<'_, Result<Option<storied::store::CommandRecord>, StoreError>> {
+        self.inner.command(id)
+    }
+
+    fn record_command(
+        &self,
+        record: storied::store::CommandRecord,
+    ) -> BoxFuture<'_, Result<storied::store::CommandRecord, StoreError>> {
+        self.inner.record_command(record)
+    }
+
+    fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
+        self.inner.forget_commands(age, limit)
+    }
+}
