@@ -9,12 +9,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::Child;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::support::{NatsServer, PostgresServer};
+use crate::support::{Dice, NatsServer, PATIENCE, PostgresServer, test_process};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
@@ -34,8 +34,6 @@ use uuid::Uuid;
 
 const PARTITIONS: u16 = 8;
 const LEASE: Duration = Duration::from_secs(1);
-/// Upper limit for a step. Only a failing test waits for it.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -114,8 +112,7 @@ impl Node {
         let id_file = dir.path().join(Uuid::new_v4().to_string());
         let log = id_file.with_extension("log");
         let output = std::fs::File::create(&log).unwrap();
-        let process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "chaos::a_node_process", "--ignored"])
+        let process = test_process(module_path!(), "a_node_process")
             .env("CHAOS_POSTGRES", postgres)
             .env("CHAOS_NATS", nats)
             .env("CHAOS_ID", &id_file)
@@ -140,17 +137,6 @@ impl Drop for Node {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-    }
-}
-
-/// A pseudo-random number generator with a fixed seed.
-struct Dice(AtomicU64);
-
-impl Dice {
-    fn roll(&self, sides: u64) -> u64 {
-        let next =
-            |n: u64| Some(n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
-        (self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next).unwrap() >> 33) % sides
     }
 }
 
@@ -293,7 +279,7 @@ async fn the_read_model_matches_a_sequential_replay() {
     let seed = std::env::var("STORIED_CHAOS_SEED")
         .map_or_else(|_| Uuid::new_v4().as_u64_pair().0 >> 32, |seed| seed.parse().unwrap());
     println!("STORIED_CHAOS_SEED={seed}");
-    let dice = Dice(AtomicU64::new(seed));
+    let dice = Dice::new(seed);
     let postgres = PostgresServer::start().await;
     let nats = NatsServer::start(crate::support::NatsOptions::jetstream()).await;
     let url = postgres.url();

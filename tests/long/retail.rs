@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{NatsOptions, NatsServer, example};
+use crate::support::{Dice, NatsOptions, NatsServer, example};
 use domain::InvoiceEvent;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -310,7 +310,7 @@ async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
         Err(_) => uuid::Uuid::new_v4().as_u64_pair().0,
     };
     println!("RETAIL_SEED={seed}");
-    let mut random = Random(seed | 1);
+    let dice = Dice::new(seed);
     let expected = totals_of(CSV);
     let shop = open().await;
     let started = Instant::now();
@@ -323,7 +323,7 @@ async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
         for round in 0..3 {
             // After a kill, a run first waits for the read models.
             let span = if round == 0 { a_run.mul_f64(0.8) } else { a_run + Duration::from_secs(1) };
-            let delay = span.mul_f64(random.below_one());
+            let delay = Duration::from_micros(dice.roll(span.as_micros() as u64));
             let mut run = shop.start(&["--json"]);
             let until = Instant::now() + delay;
             while Instant::now() < until && run.try_wait().unwrap().is_none() {
@@ -343,18 +343,6 @@ async fn killed(times: u32, open: impl AsyncFn() -> Shop) {
         assert_eq!(last.totals, expected);
         assert_eq!((last.events, last.rejected, last.commands), (10_512, 0, 10_512));
         assert_eq!(last.duplicates + last.new_events, 10_512);
-    }
-}
-
-/// xorshift64, sufficient for random moments.
-struct Random(u64);
-
-impl Random {
-    fn below_one(&mut self) -> f64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as f64 / (1_u64 << 53) as f64
     }
 }
 

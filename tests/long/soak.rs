@@ -9,12 +9,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::support::{NatsServer, PostgresServer};
+use crate::support::{NatsServer, PostgresServer, test_process};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
@@ -185,8 +185,7 @@ struct Node(Child);
 
 impl Node {
     fn start(postgres: &str, nats: &str) -> Self {
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "soak::a_node_process", "--ignored"])
+        let child = test_process(module_path!(), "a_node_process")
             .envs([("SOAK_POSTGRES", postgres), ("SOAK_NATS", nats)])
             .stdout(Stdio::null())
             .spawn();

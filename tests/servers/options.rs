@@ -9,45 +9,20 @@ use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, ExecuteError, FeedOptions, Filter,
-    Handler, MemoryStore, NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions,
-    RecordedEvent, Runtime, SqliteOptions, StoreError,
+    AggregateOptions, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NotExecutedKind,
+    PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime, SqliteOptions,
+    StoreError,
 };
 use tokio::time::timeout;
+
+use crate::support::counter::{Add, Counter};
 
 /// Longer than any step takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-#[derive(Default, Serialize, Deserialize)]
-struct Counter(u64);
-
-#[derive(Debug, Serialize, Deserialize)]
-enum CounterEvent {
-    Counted,
-}
-
 #[derive(Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("never")]
 struct Never;
-
-impl Event for CounterEvent {
-    const CATEGORY: &'static str = "counter";
-}
-
-impl Aggregate for Counter {
-    type Event = CounterEvent;
-    type Command = ();
-    type Reply = u64;
-    type Error = Never;
-
-    fn handle(&self, (): &(), _: &Context<'_>) -> Result<Decision<CounterEvent, u64>, Never> {
-        Ok(Decision::event(CounterEvent::Counted).reply(self.0 + 1))
-    }
-
-    fn apply(&mut self, _: &CounterEvent) {
-        self.0 += 1;
-    }
-}
 
 #[derive(Clone)]
 struct Echo;
@@ -130,7 +105,7 @@ async fn run(builder: Builder) -> Result<(), StartError> {
     for n in 1..=5 {
         // With a limit of 1, the permit is free only a moment after the answer.
         let receipt = loop {
-            match runtime.execute::<Counter>("one", ()).await {
+            match runtime.execute::<Counter>("one", Add(1)).await {
                 Err(ExecuteError::NotExecuted {
                     kind: NotExecutedKind::Overloaded { limit: 1, .. }, ..
                 }) => tokio::task::yield_now().await,
@@ -357,7 +332,7 @@ async fn sqlite_options_are_in_their_range_or_refused() {
     for options in taken {
         let store = options.open().await.unwrap();
         let runtime = Runtime::builder().store(store).aggregate::<Counter>().start().await.unwrap();
-        runtime.execute::<Counter>("one", ()).await.unwrap();
+        runtime.execute::<Counter>("one", Add(1)).await.unwrap();
         runtime.shutdown().await.unwrap();
     }
 }
@@ -397,7 +372,7 @@ async fn postgres_options_are_in_their_range_or_refused() {
     for options in taken {
         let store = options.connect().await.unwrap();
         let runtime = Runtime::builder().store(store).aggregate::<Counter>().start().await.unwrap();
-        runtime.execute::<Counter>("one", ()).await.unwrap();
+        runtime.execute::<Counter>("one", Add(1)).await.unwrap();
         runtime.shutdown().await.unwrap();
     }
 }
@@ -435,7 +410,7 @@ async fn the_capacity_of_a_local_bus_is_in_its_range_or_refused() {
         let bus = LocalBus::with_capacity(capacity);
         let builder = Runtime::builder().store(MemoryStore::new()).bus(bus).aggregate::<Counter>();
         let runtime = builder.start().await.unwrap();
-        runtime.execute::<Counter>("one", ()).await.unwrap();
+        runtime.execute::<Counter>("one", Add(1)).await.unwrap();
         runtime.shutdown().await.unwrap();
     }
 }

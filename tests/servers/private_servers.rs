@@ -6,10 +6,10 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::support::{NatsOptions, NatsServer, Port, PostgresServer, processes_in};
+use crate::support::{NatsOptions, NatsServer, Port, PostgresServer, processes_in, test_process};
 use async_nats::jetstream;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -195,8 +195,8 @@ async fn a_panicking_test_leaves_nothing() {
 
 /// Starts this program again and kills it, as Ctrl-C or the timeout of a test runner does.
 fn kill_a_test_process(body: &str) {
-    let mut program = Command::new(std::env::current_exe().unwrap());
-    program.args(["--exact", body, "--ignored", "--nocapture"]).stdout(Stdio::piped()).process_group(0);
+    let mut program = test_process(module_path!(), body);
+    program.stdout(Stdio::piped()).process_group(0);
     let mut victim = program.spawn().unwrap();
     let lines = BufReader::new(victim.stdout.take().unwrap()).lines().map(Result::unwrap);
     let places: Vec<(PathBuf, u16)> = lines
@@ -230,12 +230,12 @@ async fn wait_to_be_killed(pause: bool) {
 
 #[test]
 fn a_killed_test_process_leaves_nothing() {
-    kill_a_test_process("private_servers::victim");
+    kill_a_test_process("victim");
 }
 
 #[test]
 fn a_killed_test_process_leaves_nothing_paused() {
-    kill_a_test_process("private_servers::paused_victim");
+    kill_a_test_process("paused_victim");
 }
 
 #[tokio::test]

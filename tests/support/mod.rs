@@ -25,6 +25,8 @@
 )]
 
 mod certificates;
+pub mod counter;
+mod dice;
 mod example;
 mod faulty_store;
 mod nats;
@@ -33,9 +35,12 @@ mod ports;
 mod postgres;
 mod process;
 mod subscriber;
+mod test_process;
+mod wait;
 mod workdir;
 
 pub use certificates::Certificates;
+pub use dice::Dice;
 pub use example::example;
 pub use faulty_store::FaultyStore;
 pub use nats::{NatsOptions, NatsServer, oldest_nats_server, too_old_nats_server};
@@ -43,4 +48,6 @@ pub use pgbouncer::PgBouncer;
 pub use ports::Port;
 pub use postgres::PostgresServer;
 pub use subscriber::ThreadSubscriber;
+pub use test_process::{run_alone, test_process};
+pub use wait::{PATIENCE, eventually, eventually_async};
 pub use workdir::processes_in;

@@ -1,4 +1,4 @@
-//! A counter aggregate, and in-memory exporters.
+//! In-memory exporters of metrics, and a projection that fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -7,20 +7,15 @@ use std::time::Duration;
 use opentelemetry::KeyValue;
 use opentelemetry_sdk::metrics::data::{AggregatedMetrics, Metric, MetricData};
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
-use serde::{Deserialize, Serialize};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::ApplyError;
-use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, Filter, Projection, PublisherOptions, RecordedEvent,
-    Telemetry,
-};
+use storied::{EncodeError, Filter, Projection, PublisherOptions, RecordedEvent, Telemetry};
 use tokio::sync::RwLock;
 use tokio::time::{Instant, sleep};
 
 use crate::support::NatsServer;
-
-/// Longer than any step takes on a busy machine; only a failing test waits for it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub use crate::support::PATIENCE;
+pub use crate::support::counter::{Add, AddUpTo, Counter, CounterError, CounterEvent};
 
 /// Exclusive for tests with a span subscriber, shared for all others.
 ///
@@ -28,44 +23,6 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// subscriber at that time, the span may stay disabled. A program has one subscriber, from its
 /// start.
 pub static TURN: RwLock<()> = RwLock::const_new(());
-
-#[derive(Default)]
-pub struct Counter {
-    total: u64,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Counted {
-    Added { n: u64 },
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Add(pub u64);
-
-#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
-#[error("nothing is added")]
-pub struct Nothing;
-
-impl Event for Counted {
-    const CATEGORY: &'static str = "counter";
-}
-
-impl Aggregate for Counter {
-    type Event = Counted;
-    type Command = Add;
-    type Reply = u64;
-    type Error = Nothing;
-
-    fn handle(&self, &Add(n): &Add, _: &Context<'_>) -> Result<Decision<Counted, u64>, Nothing> {
-        tracing::info!("the user's own line");
-        if n == 0 { Err(Nothing) } else { Ok(Decision::event(Counted::Added { n }).reply(self.total + n)) }
-    }
-
-    fn apply(&mut self, Counted::Added { n }: &Counted) {
-        self.total += n;
-    }
-}
 
 /// Applies every event except 13.
 pub struct Sums<T>(pub &'static str, pub std::marker::PhantomData<fn(T)>);
@@ -82,8 +39,11 @@ impl<T: Send + 'static> Projection for Sums<T> {
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
-        let Counted::Added { n } = event.decode()?;
-        if n == 13 { Err("13 is not for this projection".into()) } else { Ok(()) }
+        if event.decode::<CounterEvent>()? == (CounterEvent::Added { n: 13 }) {
+            Err("13 is not for this projection".into())
+        } else {
+            Ok(())
+        }
     }
 
     async fn reset(&mut self, _: &mut T) -> Result<(), ApplyError> {

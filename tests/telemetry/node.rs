@@ -62,7 +62,7 @@ pub async fn scenario(meters: &Meters) {
     let of = [("storied.command.name", "counter")];
     node.execute::<Counter>("a", Add(1)).await.unwrap();
     node.execute::<Counter>("b", Add(13)).await.unwrap();
-    node.execute::<Counter>("a", Add(0)).await.unwrap_err();
+    node.execute::<Counter>("a", AddUpTo { add: 1, limit: 0 }).await.unwrap_err();
     assert_eq!(meters.count("storied.command.duration", &of), 3);
     assert_eq!(meters.count("storied.command.duration", &[of[0], ("error.type", "rejected")]), 1);
     assert_eq!(meters.value("storied.command.retries", &of), None);

@@ -64,8 +64,12 @@ pub async fn scenario(meters: &Meters) {
     let options = HandleOptions::new().retry(RetryPolicy::never()).dead_letters();
     let handling = handled
         .for_each(options, |delivery| async move {
-            let Counted::Added { n } = delivery.decode().map_err(HandleError::reject)?;
-            if n == 3 { Err(HandleError::reject("3 is not for this handler")) } else { Ok(()) }
+            let event: CounterEvent = delivery.decode().map_err(HandleError::reject)?;
+            if event == (CounterEvent::Added { n: 3 }) {
+                Err(HandleError::reject("3 is not for this handler"))
+            } else {
+                Ok(())
+            }
         })
         .unwrap();
     meters.until("storied.consumer.dead_letters", &stream, |dead| dead == 1.0).await;

@@ -108,7 +108,7 @@ async fn append(store: &dyn EventStore, contexts: impl IntoIterator<Item = Optio
     let encode = |traceparent| {
         let mut metadata = Metadata::default();
         metadata.traceparent = traceparent;
-        NewEvent::encode(&Counted::Added { n: 1 }, store.info().codec, &metadata).unwrap()
+        NewEvent::encode(&CounterEvent::Added { n: 1 }, store.info().codec, &metadata).unwrap()
     };
     let events: Vec<_> = contexts.into_iter().map(encode).collect();
     let append = Append::one(StreamId::new("counter", "a").unwrap(), ExpectedVersion::Any, events);
@@ -261,11 +261,11 @@ struct Doubler;
 
 impl Handler for Doubler {
     const NAME: &'static str = "double";
-    type Command = Add;
+    type Command = u64;
     type Reply = u64;
-    type Error = Nothing;
+    type Error = CounterError;
 
-    async fn handle(&self, &Add(n): &Add, context: &HandlerContext) -> Result<u64, HandleError<Nothing>> {
+    async fn handle(&self, &n: &u64, context: &HandlerContext) -> Result<u64, HandleError<CounterError>> {
         let receipt = context.execute::<Counter>("doubled", Add(2 * n)).await;
         receipt.map(|receipt| receipt.reply).map_err(|error| HandleError::Failed(error.to_string()))
     }
@@ -283,7 +283,7 @@ async fn commands_across_nodes_stay_in_the_trace() {
     let worker = Runtime::builder().store(store.clone()).commands(commands("worker"));
     let worker = worker.aggregate::<Counter>().handler(Doubler).start().await.unwrap();
     let caller = Runtime::builder().store(store.clone()).commands(commands("caller")).start().await.unwrap();
-    assert_eq!(caller.execute_handler::<Doubler>(Add(4)).await.unwrap().reply, 8);
+    assert_eq!(caller.execute_handler::<Doubler>(4_u64).await.unwrap().reply, 8);
 
     let inner = spans.one("command counter").await;
     let handled = spans.named("command double");
@@ -340,7 +340,7 @@ async fn the_callers_context_is_the_parent_and_errors_are_marked() {
     assert_eq!(command.parent_span_id.to_string(), "b7ad6b7169203331");
     assert_eq!(metadata(&store).await.traceparent, Some(traceparent(&command)));
 
-    node.execute::<Counter>("b", Add(0)).await.unwrap_err();
+    node.execute::<Counter>("b", AddUpTo { add: 1, limit: 0 }).await.unwrap_err();
     let refused = spans.named("command counter").pop().unwrap();
     assert_eq!(attribute(&refused, "error.type").as_deref(), Some("rejected"));
     assert!(matches!(refused.status, Status::Error { .. }), "{:?}", refused.status);

@@ -384,10 +384,8 @@ async fn unreadable_rows_are_an_error() {
 
 /// This test binary, running one of the ignored tests below on `path`.
 fn child(test: &str, path: &Path) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["--ignored", "--exact", "--nocapture", &format!("store::sqlite::{test}")])
-        .env("STORIED_CHILD_DB", path);
+    let mut command = crate::support::test_process(module_path!(), test);
+    command.env("STORIED_CHILD_DB", path);
     command
 }
 

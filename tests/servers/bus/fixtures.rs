@@ -18,9 +18,7 @@ use storied::{
 use tokio::time::{Instant, timeout};
 
 use crate::support::{self, NatsServer};
-
-/// Time limit above any duration here, also on a busy machine. Only a failing test reaches it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub use crate::support::{PATIENCE, eventually};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -266,14 +264,6 @@ impl Writer {
     pub async fn done(self) -> (u64, Duration) {
         self.stop.store(true, Ordering::SeqCst);
         self.task.await.unwrap()
-    }
-}
-
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let give_up = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < give_up, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

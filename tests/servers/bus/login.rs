@@ -104,8 +104,7 @@ async fn connect_and_print() {
 async fn the_option_comes_before_the_environment_and_that_before_the_default() {
     let servers = [server("").await, server("").await];
     let told = |option: Option<&str>, environment: &str| {
-        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "bus::login::connect_and_print", "--ignored", "--nocapture"]);
+        let mut command = support::test_process(module_path!(), "connect_and_print");
         command.env("NATS_URL", environment);
         if let Some(option) = option {
             command.env("TEST_OPTION", option);

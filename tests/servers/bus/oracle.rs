@@ -1,8 +1,8 @@
 //! The oracle of the log stream: after any faults, its messages are the log, in order, each once.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -16,27 +16,15 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::bus::fixtures::*;
-use crate::support::{NatsOptions, NatsServer};
-
-/// Deterministic pseudo-random numbers for a seed.
-struct Dice(AtomicU64);
-
-impl Dice {
-    fn roll(&self, sides: u64) -> u64 {
-        let next =
-            |n: u64| Some(n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
-        (self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next).unwrap() >> 33) % sides
-    }
-}
+use crate::support::{Dice, NatsOptions, NatsServer, test_process};
 
 /// Another process that publishes until it is killed.
 struct Publisher(Child);
 
 impl Publisher {
     fn start(database: &TempDir, server: &NatsServer) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        let mut command = test_process(module_path!(), "a_publisher_process");
         command
-            .args(["--exact", "bus::oracle::a_publisher_process", "--ignored"])
             .env("ORACLE_STORE", database.path().join("events.db"))
             .env("ORACLE_NATS", server.url())
             .stdout(Stdio::null())
@@ -115,7 +103,7 @@ pub async fn positions_in_stream(url: &str) -> (Vec<u64>, u64) {
 }
 
 async fn round(seed: u64) {
-    let dice = Dice(AtomicU64::new(seed));
+    let dice = Dice::new(seed);
     let database = TempDir::new().unwrap();
     let open = async || {
         let store = SqliteStore::open(database.path().join("events.db")).await.unwrap();

@@ -2,7 +2,6 @@
 
 use std::process::{Output, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -15,9 +14,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use crate::support::PostgresServer;
-
-/// Longer than any step takes on a busy machine; only a failing test waits for it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub use crate::support::{PATIENCE, eventually_async as eventually};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -237,13 +234,4 @@ impl Fixture {
             }
         }
     }
-}
-
-pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    let checked = timeout(PATIENCE, async {
-        while !check().await {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    });
-    checked.await.unwrap_or_else(|_| panic!("{what} did not happen in time"));
 }

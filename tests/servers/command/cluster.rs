@@ -7,13 +7,10 @@ use storied::command::{CommandBus, HandlerOptions, NatsCommandOptions};
 use storied::runtime::Builder;
 use storied::store::ReadLog;
 use storied::{EventStore, MemoryStore, NatsOptions, Position, RecordedEvent, Runtime};
-use tokio::time::Instant;
 
 use crate::command::domain::{Counter, Shared, Worker};
 use crate::support::{self, NatsServer};
-
-/// Upper limit for a step on a busy machine. Only a failing test waits for it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub use crate::support::{PATIENCE, eventually};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -130,13 +127,5 @@ impl Cluster {
         for worker in self.workers {
             worker.shutdown().await.unwrap();
         }
-    }
-}
-
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let give_up = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < give_up, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -1,74 +1,13 @@
-//! A counter, and handlers that tests can delay, count and fail.
+//! Handlers that tests can delay, count and fail.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext};
-use storied::{Aggregate, Context, Decision, Event};
 use tokio::sync::watch;
 
-#[derive(Default, Serialize, Deserialize)]
-pub struct Counter {
-    total: u64,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum CounterCommand {
-    Add(u64),
-    /// Adds only up to a limit.
-    AddUpTo {
-        add: u64,
-        limit: u64,
-    },
-    /// Decides without events.
-    Look,
-    Panic,
-}
-pub use CounterCommand::{Add, AddUpTo, Look};
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CounterEvent {
-    Added { n: u64 },
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, thiserror::Error)]
-pub enum CounterError {
-    #[error("the total is {total} and may be {limit}")]
-    TooMuch { total: u64, limit: u64 },
-}
-
-impl Event for CounterEvent {
-    const CATEGORY: &'static str = "counter";
-}
-
-impl Aggregate for Counter {
-    type Event = CounterEvent;
-    type Command = CounterCommand;
-    type Reply = u64;
-    type Error = CounterError;
-
-    fn handle(
-        &self,
-        command: &CounterCommand,
-        _: &Context<'_>,
-    ) -> Result<Decision<CounterEvent, u64>, CounterError> {
-        match *command {
-            Add(n) => Ok(Decision::event(CounterEvent::Added { n }).reply(self.total + n)),
-            AddUpTo { add, limit } if self.total + add <= limit => {
-                Ok(Decision::event(CounterEvent::Added { n: add }).reply(self.total + add))
-            }
-            AddUpTo { limit, .. } => Err(CounterError::TooMuch { total: self.total, limit }),
-            Look => Ok(Decision::none().reply(self.total)),
-            CounterCommand::Panic => panic!("as requested"),
-        }
-    }
-
-    fn apply(&mut self, CounterEvent::Added { n }: &CounterEvent) {
-        self.total += n;
-    }
-}
+pub use crate::support::counter::{Add, AddUpTo, Counter, CounterCommand, CounterError, Look};
 
 /// The shared state of the handlers of all nodes of a test.
 pub struct Shared {

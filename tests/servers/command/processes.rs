@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::command::cluster::*;
 use crate::command::domain::{Add, Counter, WorkError};
-use crate::support::NatsServer;
+use crate::support::{NatsServer, test_process};
 
 /// A handler that adds to a counter through a command, and stops at a given point.
 ///
@@ -69,8 +69,9 @@ fn args(directory: &Path, server: &NatsServer, name: &str) -> String {
 
 /// The entry point of a node process, not a test. It runs until its standard input ends.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a process of other tests"]
 async fn node_process() {
-    let Ok(node) = std::env::var(NODE) else { return };
+    let node = std::env::var(NODE).unwrap();
     let [directory, url, name] = node.lines().collect::<Vec<_>>()[..] else { panic!("{node}") };
     let directory = PathBuf::from(directory);
     let gated = Gated { directory: directory.clone(), name: name.into() };
@@ -95,8 +96,9 @@ const CALLER: &str = "STORIED_TEST_CALLER";
 /// It waits for the file `ids`, sends a command for each id in it, and writes the answers to a
 /// file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a process of other tests"]
 async fn caller_process() {
-    let Ok(caller) = std::env::var(CALLER) else { return };
+    let caller = std::env::var(CALLER).unwrap();
     let [directory, url, name] = caller.lines().collect::<Vec<_>>()[..] else { panic!("{caller}") };
     let directory = PathBuf::from(directory);
     let store = SqliteStore::open(directory.join("db")).await.unwrap();
@@ -124,20 +126,19 @@ pub struct Node {
 
 impl Node {
     pub fn spawn(setting: &Setting, name: &str) -> Self {
-        Self::run(setting, name, "command::processes::node_process", NODE)
+        Self::run(setting, name, "node_process", NODE)
     }
 
     /// A process that runs [`caller_process`].
     pub fn caller(setting: &Setting, name: &str) -> Self {
-        Self::run(setting, name, "command::processes::caller_process", CALLER)
+        Self::run(setting, name, "caller_process", CALLER)
     }
 
     fn run(setting: &Setting, name: &str, main: &str, variable: &str) -> Self {
         let ready = setting.file(&format!("{name}-ready"));
         // Remove the files of an earlier process of this name.
         let _ = fs::remove_file(&ready);
-        let process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", main, "--nocapture"])
+        let process = test_process(module_path!(), main)
             .env(variable, args(setting.directory.path(), &setting.server, name))
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

@@ -196,11 +196,11 @@ async fn cuts_at_any_moment_do_no_harm() {
             })
         })
         .collect();
-    let mut dice = Dice::new();
+    let dice = Dice::random();
     let end = Instant::now() + Duration::from_secs(4) * stress();
     let mut cuts = 0;
     while Instant::now() < end {
-        dice.nap(40_000).await;
+        dice.pause(Duration::from_millis(40)).await;
         proxy.cut_all();
         cuts += 1;
     }
@@ -229,11 +229,11 @@ async fn crashes_lose_nothing() {
             let (store, done, unknown) = (store.clone(), done.clone(), unknown.clone());
             tokio::spawn(async move {
                 let mut acknowledged = Vec::new();
-                let mut dice = Dice::new();
+                let dice = Dice::random();
                 while !done.load(Ordering::SeqCst) {
-                    let new = events(1 + dice.below(3) as usize);
+                    let new = events(1 + dice.roll(3) as usize);
                     let ids: Vec<_> = new.iter().map(|event| event.id).collect();
-                    let to = if dice.below(2) == 0 { stream(writer) } else { stream("shared") };
+                    let to = if dice.roll(2) == 0 { stream(writer) } else { stream("shared") };
                     match append(&store, &to, ExpectedVersion::Any, new).await {
                         Ok(_) => acknowledged.extend(ids),
                         Err(AppendError::Store(StoreError::OutcomeUnknown { reason, .. })) => {

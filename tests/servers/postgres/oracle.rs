@@ -249,26 +249,26 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
 
 /// Appends through the store.
 async fn write(shared: Arc<Shared>) {
-    let mut dice = Dice::new();
+    let dice = Dice::random();
     let store = shared.store().await;
     while shared.open() {
-        let new = events(1 + dice.below(3) as usize);
+        let new = events(1 + dice.roll(3) as usize);
         let ids: Vec<_> = new.iter().map(|event| event.id).collect();
-        let expected = if dice.below(8) == 0 { ExpectedVersion::NoStream } else { ExpectedVersion::Any };
-        match append(&store, &stream(dice.below(STREAMS)), expected, new).await {
+        let expected = if dice.roll(8) == 0 { ExpectedVersion::NoStream } else { ExpectedVersion::Any };
+        match append(&store, &stream(dice.roll(STREAMS)), expected, new).await {
             Ok(_) => shared.acknowledge(&ids),
             Err(storied::store::AppendError::Conflict(_)) => {
                 _ = shared.conflicts.fetch_add(1, Ordering::Relaxed)
             }
             Err(error) => println!("a writer received: {error}"),
         }
-        dice.nap(4_000).await;
+        dice.pause(Duration::from_millis(4)).await;
     }
 }
 
 /// Appends like the store, but in its own transactions, which take a while and sometimes roll back.
 async fn write_by_hand(shared: Arc<Shared>) {
-    let mut dice = Dice::new();
+    let dice = Dice::random();
     while shared.open() {
         let Ok(mut connection) =
             PgConnection::connect(&format!("{}?application_name=oracle", shared.url)).await
@@ -276,7 +276,7 @@ async fn write_by_hand(shared: Arc<Shared>) {
             continue;
         };
         while shared.open() {
-            match transaction(&mut connection, &mut dice, shared.single).await {
+            match transaction(&mut connection, &dice, shared.single).await {
                 Ok(Some(ids)) => shared.acknowledge(&ids),
                 Ok(None) => _ = shared.rolled_back.fetch_add(1, Ordering::Relaxed),
                 // Killed, perhaps after the commit: this writer does not look it up.
@@ -288,19 +288,19 @@ async fn write_by_hand(shared: Arc<Shared>) {
 
 async fn transaction(
     connection: &mut PgConnection,
-    dice: &mut Dice,
+    dice: &Dice,
     single: bool,
 ) -> sqlx::Result<Option<Vec<Uuid>>> {
-    let streams = if single { 0 } else { dice.below(3) };
-    let mut numbers: Vec<u64> = (0..=streams).map(|_| dice.below(STREAMS)).collect();
+    let streams = if single { 0 } else { dice.roll(3) };
+    let mut numbers: Vec<u64> = (0..=streams).map(|_| dice.roll(STREAMS)).collect();
     numbers.sort_unstable();
     numbers.dedup();
     let streams: Vec<_> = numbers.into_iter().map(stream).collect();
     let mut transaction = connection.begin().await?;
-    dice.nap(2_000).await;
+    dice.pause(Duration::from_millis(2)).await;
     let mut new = Vec::new();
     for (index, stream) in streams.iter().enumerate() {
-        let count = if single { 1 } else { 1 + dice.below(3) as usize };
+        let count = if single { 1 } else { 1 + dice.roll(3) as usize };
         new.extend(
             events(count)
                 .into_iter()
@@ -312,8 +312,8 @@ async fn transaction(
         [(_, _, stream, event)] => append_one(&mut transaction, stream, event).await?,
         _ => append_many(&mut transaction, &streams, &new).await?,
     };
-    dice.nap(20_000).await;
-    if dice.below(4) == 0 {
+    dice.pause(Duration::from_millis(20)).await;
+    if dice.roll(4) == 0 {
         transaction.rollback().await?;
         return Ok(None);
     }
@@ -409,7 +409,7 @@ async fn stand_open(shared: Arc<Shared>, database: String) {
 
 /// Reads until all events are written and read; restarts now and then.
 async fn follow(shared: Arc<Shared>, reader: Reader, chunk: usize) -> Vec<(Uuid, Instant)> {
-    let mut dice = Dice::new();
+    let dice = Dice::random();
     let mut seen = Vec::new();
     let mut checkpoint = Position::START;
     let mut store = None;
@@ -418,7 +418,7 @@ async fn follow(shared: Arc<Shared>, reader: Reader, chunk: usize) -> Vec<(Uuid,
     let mut quiet = 0;
     loop {
         let finished = shared.written.load(Ordering::SeqCst);
-        if dice.below(200) == 0 {
+        if dice.roll(200) == 0 {
             store = None;
         }
         let page = match reader {
@@ -469,7 +469,7 @@ async fn follow(shared: Arc<Shared>, reader: Reader, chunk: usize) -> Vec<(Uuid,
                 return seen;
             }
         }
-        dice.nap(3_000).await;
+        dice.pause(Duration::from_millis(3)).await;
     }
 }
 

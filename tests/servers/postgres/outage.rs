@@ -14,9 +14,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::postgres::proxy::{Loss, Proxy};
 use crate::postgres::tools::{append, as_user, events, eventually, run, stream, whole_log};
-use crate::support::PostgresServer;
-
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::support::{PATIENCE, PostgresServer};
 
 struct Seen;
 

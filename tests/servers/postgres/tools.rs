@@ -1,7 +1,6 @@
 //! Helpers of the tests in this directory.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use bytes::Bytes;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
@@ -10,6 +9,8 @@ use storied::{
     EventName, EventStore, ExpectedVersion, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version,
 };
 use uuid::Uuid;
+
+pub use crate::support::{Dice, eventually_async as eventually};
 
 pub fn stream(id: impl std::fmt::Display) -> StreamId {
     StreamId::new("order", id).unwrap()
@@ -87,36 +88,4 @@ pub async fn run(url: &str, sql: &str) {
 /// `url` with another user and database.
 pub fn as_user(url: &str, user: &str) -> String {
     url.replace("storied@", &format!("{user}@"))
-}
-
-pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    tokio::time::timeout(Duration::from_secs(30), async {
-        while !check().await {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    })
-    .await
-    .unwrap_or_else(|_| panic!("{what} did not happen within 30 s"));
-}
-
-/// Pseudo-random numbers.
-pub struct Dice(u64);
-
-impl Dice {
-    pub fn new() -> Self {
-        Self(Uuid::new_v4().as_u64_pair().0 | 1)
-    }
-
-    /// A number below `limit`.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % limit
-    }
-
-    /// Sleeps for up to `micros`.
-    pub async fn nap(&mut self, micros: u64) {
-        tokio::time::sleep(Duration::from_micros(self.below(micros))).await;
-    }
 }

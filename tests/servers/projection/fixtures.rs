@@ -26,11 +26,10 @@ use storied::{
 };
 use tempfile::TempDir;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use uuid::Uuid;
 
-/// Longer than any step takes on a busy machine; only a failing test waits for it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub use crate::support::{Dice, PATIENCE, eventually};
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -441,30 +440,6 @@ pub async fn leave(handle: &ProjectionHandle, state: ProjectionState) {
 pub async fn catch_up(handle: &ProjectionHandle, position: Position) {
     if let Err(error) = handle.caught_up_to_within(position, PATIENCE).await {
         panic!("{error}; {:?}", handle.status());
-    }
-}
-
-/// Random enough for faults, and repeatable.
-#[derive(Debug)]
-pub struct Dice(AtomicU64);
-
-impl Dice {
-    pub fn new(seed: u64) -> Self {
-        Self(AtomicU64::new(seed))
-    }
-
-    /// Returns a number below `sides`.
-    pub fn roll(&self, sides: u64) -> u64 {
-        // https://prng.di.unimi.it/splitmix64.c
-        let mut z =
-            self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed).wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % sides
-    }
-
-    pub async fn pause(&self, max_millis: u64) {
-        tokio::time::sleep(Duration::from_millis(self.roll(max_millis))).await;
     }
 }
 
@@ -964,7 +939,7 @@ impl Writers {
                 for n in 0..appends {
                     append(&store, task, (0..=dice.roll(3)).map(|k| n + k)).await;
                     if pause_millis > 0 {
-                        dice.pause(pause_millis).await;
+                        dice.pause(Duration::from_millis(pause_millis)).await;
                     }
                 }
             })
@@ -976,13 +951,5 @@ impl Writers {
         for task in self.tasks {
             task.await.unwrap();
         }
-    }
-}
-
-pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let give_up = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < give_up, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }

@@ -30,7 +30,7 @@ async fn applies_exactly_once_over_kills_at_any_moment() {
                 handle.watch().wait_for(|status| status.position > moved),
             )
             .await;
-            dice.pause(30).await;
+            dice.pause(Duration::from_millis(30)).await;
             node.kill();
         }
         writers.done().await;

@@ -85,7 +85,7 @@ async fn exactly_once_while_owners_come_and_go() {
             let node = local_node(&cut).await;
             node.projection(table("table"), database.open().await, options.clone()).await;
             nodes.push((node, link));
-            dice.pause(60).await;
+            dice.pause(Duration::from_millis(60)).await;
             if nodes.len() == 3 {
                 let (node, link) = nodes.remove(dice.roll(3) as usize);
                 match round % 3 {
@@ -93,7 +93,7 @@ async fn exactly_once_while_owners_come_and_go() {
                     1 => node.stop(PATIENCE).await.unwrap(),
                     _ => {
                         link.mute.store(true, Ordering::SeqCst);
-                        dice.pause(100).await;
+                        dice.pause(Duration::from_millis(100)).await;
                         node.kill();
                     }
                 }

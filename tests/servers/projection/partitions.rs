@@ -137,7 +137,7 @@ async fn every_event_once_and_in_order_while_nodes_come_and_go() {
             let link = Link::new(&store);
             let cut: Arc<dyn EventStore> = Arc::new(link.clone());
             nodes.push((join(&cut, &database, options.clone()).await.0, link));
-            dice.pause(100).await;
+            dice.pause(Duration::from_millis(100)).await;
             if nodes.len() == 3 {
                 let (node, link) = nodes.remove(dice.roll(3) as usize);
                 match round % 3 {
@@ -145,7 +145,7 @@ async fn every_event_once_and_in_order_while_nodes_come_and_go() {
                     1 => node.stop(PATIENCE).await.unwrap(),
                     _ => {
                         link.mute.store(true, Ordering::SeqCst);
-                        dice.pause(100).await;
+                        dice.pause(Duration::from_millis(100)).await;
                         node.kill();
                     }
                 }

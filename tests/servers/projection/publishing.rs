@@ -28,7 +28,7 @@ async fn keeps_the_log_exactly_over_kills_zombies_and_outages() {
             let link = Link::new(&store);
             let cut: Arc<dyn EventStore> = Arc::new(link.clone());
             nodes.push((node(&cut, log_stream.clone()).await, link));
-            dice.pause(60).await;
+            dice.pause(Duration::from_millis(60)).await;
             log_stream.down.store(round % 4 == 1, Ordering::SeqCst);
             if nodes.len() == 2 {
                 let (node, link) = nodes.remove(dice.roll(2) as usize);
@@ -36,7 +36,7 @@ async fn keeps_the_log_exactly_over_kills_zombies_and_outages() {
                     0 => node.kill(),
                     1 => {
                         link.mute.store(true, Ordering::SeqCst);
-                        dice.pause(100).await;
+                        dice.pause(Duration::from_millis(100)).await;
                         node.kill();
                     }
                     _ => _ = node.stop(Duration::from_millis(50)).await,

@@ -304,7 +304,7 @@ async fn after_a_kill_at_any_moment_the_state_equals_the_log() {
             let trial =
                 Trial { options: options().batch_size(1 + dice.roll(20) as usize), ..Trial::every(7) };
             let running = trial.start(&link).await;
-            dice.pause(40).await;
+            dice.pause(Duration::from_millis(40)).await;
             if round % 5 == 4 {
                 running.assert_exact_at(&link).await;
             }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
 use nix::unistd::getppid;
 use storied::bus::ConsumerOptions;
@@ -48,8 +48,7 @@ struct Subscriber(Child);
 
 impl Subscriber {
     async fn start(way: usize, server: &NatsServer, file: &Path) -> Self {
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "bus::raw::modes::subscriber_process", "--ignored", "--nocapture"])
+        let child = support::test_process(module_path!(), "subscriber_process")
             .env("MODES_NATS", server.url())
             .env("MODES_WAY", way.to_string())
             .env("MODES_FILE", file)
