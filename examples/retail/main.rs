@@ -298,14 +298,18 @@ async fn count_events(store: &dyn EventStore) -> Result<u64, StoreError> {
 /// Deletes a SQLite database with the files of SQLite next to it, and no other file.
 fn delete_database(path: &Path) -> Result<(), Failure> {
     let failed = |error| Failure::Reset { path: path.to_owned(), error };
-    let mut magic = Vec::new();
-    match File::open(path) {
-        Ok(file) => drop(file.take(16).read_to_end(&mut magic).map_err(failed)?),
+    match path.metadata() {
+        // Opening a FIFO would wait for a writer.
+        Ok(file) if !file.is_file() => return Err(Failure::NoDatabase(path.to_owned())),
+        Ok(_) => {
+            let mut magic = Vec::new();
+            File::open(path).and_then(|file| file.take(16).read_to_end(&mut magic)).map_err(failed)?;
+            if !magic.is_empty() && magic != b"SQLite format 3\0" {
+                return Err(Failure::NoDatabase(path.to_owned()));
+            }
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(error)),
-    }
-    if !magic.is_empty() && magic != b"SQLite format 3\0" {
-        return Err(Failure::NoDatabase(path.to_owned()));
     }
     for suffix in ["", "-wal", "-shm"] {
         let mut file = path.as_os_str().to_owned();

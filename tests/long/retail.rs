@@ -460,4 +460,10 @@ fn the_command_line_is_checked() {
     assert_eq!(said.status.code(), Some(1));
     assert!(said.stderr.contains("no SQLite database"), "{}", said.stderr);
     assert_eq!(fs::read_to_string(shop.path("shop.db")).unwrap(), "a letter to a friend");
+
+    fs::remove_file(shop.path("shop.db")).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(shop.path("shop.db")).status().unwrap().success());
+    let said = shop.run(&["--reset"]);
+    assert_eq!(said.status.code(), Some(1));
+    assert!(said.stderr.contains("no SQLite database"), "{}", said.stderr);
 }
