@@ -11,8 +11,8 @@ use super::ReadModel;
 use super::error::transaction_ended;
 use crate::event::Position;
 use crate::store::postgres::{
-    Borrowed, BorrowedTransaction, Progress, Schema, database_of, failed, may_be_of_transaction,
-    prepare_read_model,
+    Borrowed, BorrowedTransaction, Progress, Schema, TransactionPool, database_of, failed,
+    may_be_of_transaction, prepare_read_model,
 };
 use crate::store::{
     Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
@@ -26,7 +26,8 @@ const MARK: &str = "set_config('storied_transaction.state', 'open', true)";
 /// Tables in a PostgreSQL database, written together with the checkpoint: exactly once.
 ///
 /// Clones are handles to the same pool. Any number of projections may share it; each uses one of
-/// its connections during a transaction. All nodes share the read model: one node owns each
+/// its connections during a transaction. Unless the pool is exhausted, the connection then waits
+/// 100 ms for the next transaction, and the pool gets it back at least once a second. All nodes share the read model: one node owns each
 /// projection. A stale owner is fenced at its commit, because the checkpoint has moved since its
 /// last write. The database may be that of the event store; the application manages its own tables
 /// and migrations.
@@ -41,7 +42,7 @@ pub struct PostgresReadModel {
 }
 
 struct Shared {
-    pool: PgPool,
+    transactions: TransactionPool,
     schema: Schema,
     progress: Progress,
     /// The event store of the log; set by the first `prepare`.
@@ -70,21 +71,22 @@ impl PostgresReadModel {
     /// `Invalid` for an invalid schema name, see
     /// [`PostgresOptions::schema`](crate::PostgresOptions::schema).
     pub fn schema(self, name: &str) -> Result<Self, StoreError> {
-        Ok(Self::within(self.shared.pool.clone(), Schema::new(name)?))
+        Ok(Self::within(self.pool().clone(), Schema::new(name)?))
     }
 
     fn within(pool: PgPool, schema: Schema) -> Self {
         let progress = Progress::of_read_model(&schema);
-        Self { shared: Arc::new(Shared { pool, schema, progress, store: OnceLock::new() }) }
+        let transactions = TransactionPool::new(pool);
+        Self { shared: Arc::new(Shared { transactions, schema, progress, store: OnceLock::new() }) }
     }
 
     /// Returns the pool, for queries.
     pub fn pool(&self) -> &PgPool {
-        &self.shared.pool
+        self.shared.transactions.pool()
     }
 
     async fn connection(&self, doing: &str) -> Result<Borrowed, StoreError> {
-        Borrowed::acquire(&self.shared.pool).await.map_err(|error| failed(doing, error))
+        Borrowed::acquire(self.pool()).await.map_err(|error| failed(doing, error))
     }
 
     /// Saves the checkpoint if the transaction is the one that storied has begun.
@@ -185,7 +187,7 @@ impl ReadModel for PostgresReadModel {
     ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
         Box::pin(async move {
             let begin = AssertSqlSafe(format!("BEGIN; SELECT {MARK}")).into_sql_str();
-            let begun = BorrowedTransaction::begin(&self.shared.pool, Some(begin)).await;
+            let begun = self.shared.transactions.begin(begin).await;
             begun.map(PostgresOpen).map_err(|error| failed(&beginning(name), error))
         })
     }
@@ -214,7 +216,7 @@ impl ReadModel for PostgresReadModel {
                 shorter("idle_in_transaction_session_timeout")
             );
             let begin = AssertSqlSafe(begin).into_sql_str();
-            let begun = BorrowedTransaction::begin(&self.shared.pool, Some(begin)).await;
+            let begun = self.shared.transactions.begin(begin).await;
             begun.map(PostgresOpen).map_err(|error| failed(&beginning(name), error))
         })
     }

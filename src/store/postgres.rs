@@ -41,6 +41,7 @@ mod statements;
 mod stuck;
 mod tail_cache;
 mod tailer;
+mod transaction_pool;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -54,7 +55,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use uuid::Uuid;
 
-pub(crate) use self::borrowed::{Borrowed, BorrowedTransaction};
+pub(crate) use self::borrowed::Borrowed;
 use self::connection::Connections;
 use self::detach_on_drop::detach_on_drop;
 pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
@@ -64,6 +65,7 @@ pub use self::options::PostgresOptions;
 pub(crate) use self::progress::Progress;
 pub(crate) use self::schema::{database_of, prepare_read_model};
 pub(crate) use self::statements::Schema;
+pub(crate) use self::transaction_pool::{BorrowedTransaction, TransactionPool};
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
     CommandRecord, EventStore, HighWaterStall, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot,

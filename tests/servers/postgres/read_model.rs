@@ -1,12 +1,15 @@
 //! A projection with its read model in PostgreSQL: exactly once, whatever fails.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState, ReadModel};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore,
-    Projection, RecordedEvent, Runtime,
+    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, MemoryStore, Position, PostgresReadModel,
+    PostgresStore, Projection, RecordedEvent, Runtime,
 };
 
 use crate::postgres::tools::{append, events, run, stream, whole_log};
@@ -100,7 +103,7 @@ async fn a_reset_takes_over_a_read_model_of_another_store() {
     let seen =
         async || -> i64 { sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&pool).await.unwrap() };
     for (count, first) in [(20, true), (5, false)] {
-        let store = storied::MemoryStore::new();
+        let store = MemoryStore::new();
         let appended = append(&store, &stream(1), ExpectedVersion::Any, events(count)).await.unwrap();
         let runtime = Runtime::builder()
             .store(store)
@@ -120,6 +123,48 @@ async fn a_reset_takes_over_a_read_model_of_another_store() {
         let last = *appended.positions.last().unwrap();
         projection.caught_up_to_within(last, Duration::from_secs(30)).await.unwrap();
         assert_eq!(seen().await, count as i64);
+        runtime.shutdown().await.unwrap();
+    }
+}
+
+/// The pool pings at each loan: a connection serves consecutive transactions, at most for a second, and
+/// not while other users of the pool need it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_serves_consecutive_transactions() {
+    let server = PostgresServer::shared().await;
+    for (connections, kept) in [(4, true), (1, false)] {
+        let tables = server.create_database().await;
+        run(&tables, "CREATE TABLE seen (id bigint GENERATED ALWAYS AS IDENTITY, position bigint)").await;
+        let loans = Arc::new(AtomicUsize::new(0));
+        let counter = loans.clone();
+        let pool = PgPoolOptions::new().max_connections(connections).before_acquire(move |_, _| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            Box::pin(async { Ok(true) })
+        });
+        let pool = pool.connect(&tables).await.unwrap();
+        let store = Arc::new(MemoryStore::new());
+        let builder = Runtime::builder().store(store.clone() as Arc<dyn EventStore>);
+        let runtime = builder.projection(Seen, PostgresReadModel::new(pool.clone())).start().await.unwrap();
+        let mut seen = runtime.projection("seen").unwrap().watch();
+        // Not `caught_up_to`, which may read the checkpoint: one more loan.
+        let mut apply_one = async || {
+            let appended = append(&*store, &stream(1), ExpectedVersion::Any, events(1)).await.unwrap();
+            seen.wait_for(|status| status.position >= appended.positions[0]).await.unwrap();
+        };
+        apply_one().await;
+        let (before, began) = (loans.load(Ordering::Relaxed), Instant::now());
+        for _ in 0..100 {
+            apply_one().await;
+        }
+        let lent = loans.load(Ordering::Relaxed) - before;
+        if kept {
+            // Once a second; besides, a round may last longer than the connection is kept.
+            assert!(lent < 50, "{lent} loans in {:?}", began.elapsed());
+        } else {
+            assert!(lent >= 100, "{lent} loans");
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(pool.num_idle(), pool.size() as usize, "the pool got its connection back");
         runtime.shutdown().await.unwrap();
     }
 }
