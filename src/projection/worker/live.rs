@@ -110,7 +110,7 @@ impl DurableFollower {
                 if !events.is_empty() {
                     self.reads.refund();
                 }
-                if scanned_to > from && scanned_to < head {
+                if scanned_to > from && scanned_to < head.min(self.reach) {
                     self.read(scanned_to);
                 } else {
                     self.subscription.ended(head);
@@ -160,7 +160,11 @@ impl DurableFollower {
         while let Some(Ok(item)) = self.subscription.next().now_or_never() {
             self.must_reach(&item);
         }
-        let read = ReadLog::after(after).filter(self.filter.clone()).limit(self.limit);
+        let mut read = ReadLog::after(after).filter(self.filter.clone()).limit(self.limit);
+        if after < self.reach && self.reach != UNKNOWN {
+            // Needs no query of the high-water mark if the mark is known to be there.
+            read = read.upto(self.reach);
+        }
         // In a separate task: while the projection applies events, nothing polls this future. A
         // stalled read would hold a connection and block other readers that share its query.
         self.reading = Some((after, tokio::spawn(self.log.read(read, self.reach))));

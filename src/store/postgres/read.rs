@@ -40,6 +40,11 @@ const FEW: usize = 64;
 /// Maximum number of events read beyond the mark without a query of the mark.
 const ADJACENT: usize = 64;
 
+/// Maximum number of positions that are read without the filter, which is then applied here.
+///
+/// The statements with a filter need a second round trip to find where such a page ends.
+const NARROW: u64 = 64;
+
 /// Reads one page of the log.
 ///
 /// The page ends at a mark that an earlier statement determined, on whichever connection. Every
@@ -55,7 +60,7 @@ pub(super) async fn log(core: &Arc<PgInner>, read: &ReadLog) -> Result<LogPage, 
     if found.has_more() || read.upto.is_some_and(|upto| read.after < upto && upto <= found.head) {
         return Ok(found);
     }
-    if read.upto.is_none() && adjacent(core, read, &mut found).await? {
+    if adjacent(core, read, &mut found).await? {
         return Ok(found);
     }
     found.head = core.high_water_mark.refresh(&core.connections, &core.sql).await?;
@@ -72,7 +77,8 @@ pub(super) async fn log(core: &Arc<PgInner>, read: &ReadLog) -> Result<LogPage, 
 /// Extends a page that ends at the mark by the events whose positions follow without a hole.
 ///
 /// All these positions are taken, so no event can appear between them later (I1). Returns whether the
-/// page then reaches the last visible event. Otherwise the current mark decides how far it goes.
+/// page then reaches the last visible event or the end of the request. Otherwise the current mark
+/// decides how far it goes.
 async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Result<bool, StoreError> {
     let Some(known) = core.high_water_mark.id_at(page.scanned_to) else { return Ok(false) };
     // For readers that follow the log, not for those that look up an event.
@@ -96,7 +102,8 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
         let there: Option<Uuid> = row.try_get(10).map_err(|error| failed(READING_LOG, error))?;
         let event = decoder.of_log(row)?;
         // Another server that took over may lack the event at the mark.
-        if there != Some(known) || event.position.get() != page.scanned_to.get() + 1 {
+        let is_next = event.position.get() == page.scanned_to.get() + 1;
+        if there != Some(known) || !is_next || read.upto.is_some_and(|upto| event.position > upto) {
             break;
         }
         budget.take(&event);
@@ -109,7 +116,7 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
     let Some(id) = last else { return Ok(false) };
     page.head = page.scanned_to;
     core.high_water_mark.advance(page.head, Some(id));
-    Ok(taken == rows.len() && taken < limit)
+    Ok(taken == rows.len() && taken < limit || Some(page.scanned_to) == read.upto)
 }
 
 /// Returns the id of the event at `position`, also above the high-water mark.
@@ -139,10 +146,11 @@ async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<Log
     let limit = core.page_sizer.events(read.limit);
     let mut session = core.connections.get(READING_LOG).await?;
     let mut found;
-    if *filter == Filter::all() {
+    if *filter == Filter::all() || end.get() - read.after.get() <= NARROW && limit as u64 >= NARROW {
         found = query(core, &mut session, read, limit, Wanted::All, end).await?;
         // The end may lie in a hole that is never filled.
         page.scanned_to = found.events.last().map_or(read.after, |last| last.position);
+        found.events.retain(|event| filter.matches(event));
     } else if let Some(names) = looked_up(core, filter) {
         found = query(core, &mut session, read, limit, Wanted::Names(names), end).await?;
         page.scanned_to = match found.end {
