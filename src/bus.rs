@@ -1,15 +1,9 @@
 //! The port to the event bus, which carries committed events to other processes in log order.
 //!
 //! The store is the source of truth. A bus may delay messages, lose them, or carry messages of
-//! other programs.
-//! Every message is a [`LogBatch`], which states the positions between which it is complete.
-//!
-//! - Inside one process, the [`feed`](crate::feed) takes batches as they are and reads missing
-//!   events from the store.
-//! - From a bus that other processes publish to, the feed takes only the positions, as a reason to
-//!   read the store. No message reaches a read model.
+//! other programs. The [`feed`](crate::feed) takes a message only as a reason to read the store. No
+//! message reaches a read model.
 
-mod local;
 #[cfg(feature = "nats")]
 mod nats;
 
@@ -20,7 +14,6 @@ use std::sync::Arc;
 use serde::Serialize;
 use uuid::Uuid;
 
-pub use self::local::LocalBus;
 #[cfg(feature = "nats")]
 pub(crate) use self::nats::shared_connection::{CommandConnection, SharedConnection};
 #[cfg(feature = "nats")]
@@ -48,26 +41,14 @@ pub struct LogBatch {
     pub events: Arc<[RecordedEvent]>,
 }
 
-/// An item of a subscription.
-#[derive(Debug, Clone)]
+/// An item of a subscription: a reason to read the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BusItem {
-    /// The next section of the log. It need not be adjacent to the previous one.
-    Batch(LogBatch),
-    /// Heartbeat with the position that the publisher has reached.
-    /// Reveals a lost tail if no event follows it.
-    Head(Position),
-    /// Events may have been lost since the last item, for example by a reconnect or an overflow.
+    /// The log may have events up to this position.
+    Upto(Position),
+    /// Messages may have been lost since the last item, for example by a reconnect or an overflow.
     Gap,
-}
-
-/// The processes that a bus reaches. Decides which node publishes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BusScope {
-    /// This process only. Every node publishes to its own bus.
-    Process,
-    /// All nodes. The holder of the lease `publisher` publishes.
-    Shared,
 }
 
 /// The end of a log stream: the copy of the log that a durable bus keeps.
@@ -169,7 +150,7 @@ pub enum DurableItem {
 
 /// An event bus.
 pub trait EventBus: Send + Sync + 'static {
-    /// The name of the bus: `local`, `nats-core`, `nats-jetstream`, …
+    /// The name of the bus: `nats-core`, `nats-jetstream`, …
     fn name(&self) -> &'static str;
 
     /// Checks the options without any I/O.
@@ -187,9 +168,6 @@ pub trait EventBus: Send + Sync + 'static {
     fn destination(&self) -> Cow<'static, str> {
         Cow::Borrowed(self.name())
     }
-
-    /// The processes that the bus reaches.
-    fn scope(&self) -> BusScope;
 
     /// The current state.
     fn state(&self) -> BusState;
@@ -214,9 +192,9 @@ pub trait EventBus: Send + Sync + 'static {
 
     /// Subscribes to the live tail of the log of the store with this id, and of no other store.
     ///
-    /// Every event published after this call returns is delivered or reported as [`BusItem::Gap`].
-    /// The publisher is not authenticated: on a bus of [`BusScope::Shared`], trust the store, not
-    /// the message.
+    /// Every event published after this call returns causes a [`BusItem::Upto`] with its position
+    /// or a later one, or a [`BusItem::Gap`]. The publisher is not authenticated: trust the store,
+    /// not the message.
     fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>>;
 
     /// Whether the bus keeps events for durable subscriptions (see [`follow`](Self::follow)).
@@ -257,15 +235,6 @@ pub trait DurableSubscription: Send {
 
 /// The publishing side of a bus.
 pub trait BusPublisher: Send {
-    /// Waits until a subscriber may exist; the publisher reads nothing from the store before.
-    /// Cancel-safe.
-    ///
-    /// Returns at once by default. A bus that waits here must give late subscribers a
-    /// [`BusItem::Gap`] or nothing: they read the past from the store.
-    fn wanted(&mut self) -> BoxFuture<'_, ()> {
-        Box::pin(std::future::ready(()))
-    }
-
     /// Returns the point from which publishing continues.
     /// `known` is the last confirmed publish that the publisher saved in the store, for a log
     /// stream that was emptied since.

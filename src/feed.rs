@@ -1,10 +1,10 @@
-//! The feed: the live tail of the log inside one process, in order and without gaps.
+//! The feed: the only reader of the tail of the log in a process, in order and without gaps.
 //!
-//! One subscription to the bus serves all followers. A bus inside the process delivers batches: the
-//! feed reads lost batches from the store and drops duplicates. A bus that other processes publish
-//! to only wakes the feed, which then reads the store: no message decides what followers receive.
-//! Followers read from a bounded ring at their own pace and never wait for the slowest. A slow
-//! follower receives `Lagged` and returns to reading the store.
+//! The feed reads the store when the store announces an append, when a message of the bus arrives,
+//! and by its own poll. A message only wakes the feed: it does not decide what followers receive.
+//! Followers are the projections of the process and its publisher. They read from a bounded ring at
+//! their own pace and never wait for the slowest. A slow follower receives `Lagged` and returns to
+//! reading the store.
 
 mod follower;
 mod item;
@@ -18,12 +18,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
 
 pub(crate) use self::follower::FeedFollower;
 pub(crate) use self::item::{FeedItem, adjacent};
 pub(crate) use self::log_reader::{LogChunk, read as read_chunk};
 pub use self::options::FeedOptions;
+use self::source::Demand;
 pub use self::status::FeedStatus;
 use self::task::FeedTask;
 use crate::backoff::Backoff;
@@ -45,8 +46,9 @@ struct Inner {
     /// The task owns the ring, so that followers see its end.
     ring: broadcast::WeakSender<FeedItem>,
     status: watch::Receiver<FeedStatus>,
-    /// Whether there was a follower. Before that, the feed queries neither the store nor the bus.
-    wanted: watch::Sender<bool>,
+    demand: watch::Sender<Demand>,
+    /// Hints that the log has new events.
+    hints: Arc<Notify>,
     stop: watch::Sender<bool>,
     _task: Task,
 }
@@ -56,10 +58,15 @@ impl Feed {
     ///
     /// Must be called within a tokio runtime. Connects to store and bus in the background, without
     /// a time limit.
-    pub(crate) fn start(store: Arc<dyn EventStore>, bus: Arc<dyn EventBus>, options: FeedOptions) -> Self {
+    pub(crate) fn start(
+        store: Arc<dyn EventStore>,
+        bus: Option<Arc<dyn EventBus>>,
+        options: FeedOptions,
+    ) -> Self {
         let ring = broadcast::Sender::new(options.capacity);
         let (status_sender, status) = watch::channel(FeedStatus::default());
-        let (wanted, mut waiting) = watch::channel(false);
+        let (demand, mut demanded) = watch::channel(Demand::Nothing);
+        let hints = Arc::new(Notify::new());
         let (stop, mut stopping) = watch::channel(false);
         let weak = ring.downgrade();
         let mut task = FeedTask {
@@ -67,6 +74,8 @@ impl Feed {
             bus,
             idle_poll: options.idle_poll,
             reads: RateLimit::of_reads(),
+            demand: demanded.clone(),
+            hints: hints.clone(),
             ring,
             status: status_sender,
             store_backoff: Backoff::new(Duration::from_millis(20), Duration::from_secs(5)),
@@ -78,25 +87,47 @@ impl Feed {
                 // An error means that no handle is left that could stop or follow the feed.
                 _ = stopping.wait_for(|stop| *stop) => {}
                 () = async {
-                    if waiting.wait_for(|wanted| *wanted).await.is_ok() {
+                    if demanded.wait_for(|demand| *demand > Demand::Nothing).await.is_ok() {
                         task.run_for_ever().await;
                     }
                 } => {}
             }
         });
-        Self { inner: Arc::new(Inner { ring: weak, status, wanted, stop, _task: task }) }
+        Self { inner: Arc::new(Inner { ring: weak, status, demand, hints, stop, _task: task }) }
     }
 
     /// Follows the log from the current position of the feed.
     pub(crate) fn follow(&self) -> FeedFollower {
+        self.subscribe(Demand::Bus)
+    }
+
+    /// As [`follow`](Self::follow), without a subscription to the bus.
+    pub(crate) fn follow_without_bus(&self) -> FeedFollower {
+        self.subscribe(Demand::Store)
+    }
+
+    fn subscribe(&self, demand: Demand) -> FeedFollower {
         let ring = self.inner.ring.upgrade().map(|ring| ring.subscribe());
-        self.begin();
+        self.demand(demand);
         FeedFollower { ring }
     }
 
     /// Starts to follow the log even without a follower: the position alone is useful.
     pub(crate) fn begin(&self) {
-        self.inner.wanted.send_replace(true);
+        self.demand(Demand::Bus);
+    }
+
+    fn demand(&self, demand: Demand) {
+        self.inner.demand.send_if_modified(|now| {
+            let more = demand > *now;
+            *now = demand.max(*now);
+            more
+        });
+    }
+
+    /// Reads the store soon: another process may have appended. Rate limited.
+    pub(crate) fn hint(&self) {
+        self.inner.hints.notify_one();
     }
 
     /// Returns the status.

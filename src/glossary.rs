@@ -40,8 +40,9 @@
 //!
 //! - **bus**: The port that carries the log from the publisher to all nodes. In code:
 //!   [`EventBus`](crate::EventBus).
-//! - **feed**: The live tail of the log inside a process. It takes events from the bus, in order,
-//!   and reads missing events from the store. In code: [`feed`](crate::feed).
+//! - **feed**: The live tail of the log inside a process. It reads the store once for all
+//!   projections and the publisher. A message of the bus only wakes it. In code:
+//!   [`feed`](crate::feed).
 //! - **subscription**: A reader of the log or of its copy on the bus, from a position onwards.
 //! - **consumer**: JetStream's record of a subscription on its server: the delivered and
 //!   acknowledged messages. The term is used for JetStream only.

@@ -10,20 +10,20 @@
 //! # The path of a command
 //!
 //! ```text
-//!  runtime.execute ─► command ─► aggregate ─► store ─► publisher ─► bus ─► feed ─► projection
-//!        ▲              to the     folds,      log,      in log      port   live     folds into
-//!        └── receipt ── one actor  decides     durable   order              view     a read model
+//!  runtime.execute ─► command ─► aggregate ─► store ─► feed ─► projection
+//!        ▲              to the     folds,      log,     live    folds into a read model
+//!        └── receipt ── one actor  decides     durable  tail ─► publisher ─► bus ─► other nodes
 //! ```
 //!
-//! Each stage is a module. A module depends only on the modules to its right:
+//! Each stage is a module:
 //!
 //! - [`event`]: events and their names; [`codec`]: their encoding, and the upcasting of old
 //!   payloads;
 //! - [`store`]: the port to the log (append, read, high-water mark, checkpoints, leases,
 //!   snapshots), with [`MemoryStore`], [`SqliteStore`] and [`PostgresStore`];
-//! - [`bus`]: the port that carries the log to other processes, with [`LocalBus`] and [`NatsBus`];
-//! - [`publisher`]: publishes the log to the bus; the [`feed`] is the live tail of the log in a
-//!   process;
+//! - [`feed`]: the live tail of the log in a process;
+//! - [`bus`]: the port that carries the log to other processes, with [`NatsBus`]; the [`publisher`]
+//!   publishes the log to it;
 //! - [`aggregate`]: decides and folds, pipelined ahead of the disk;
 //! - [`command`]: routes a command to the actor of its aggregate, on this node or on another one,
 //!   and runs handlers for commands that belong to no aggregate;
@@ -93,7 +93,7 @@ pub use ciborium;
 pub use self::aggregate::{
     Aggregate, AggregateOptions, Context, Decision, ExecuteError, NoReplyKind, NotExecutedKind, Receipt,
 };
-pub use self::bus::{EventBus, LocalBus};
+pub use self::bus::EventBus;
 #[cfg(feature = "nats")]
 pub use self::bus::{NatsBus, NatsOptions};
 pub use self::codec::{Codec, Upcasters};

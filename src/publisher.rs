@@ -1,12 +1,11 @@
-//! The bus actor: publishes new events of the log to the bus, in log order.
+//! The publisher: publishes new events of the log to the bus, in log order.
 //!
-//! It reads the store, not the appends. An append never waits for it, and a restart after a crash
-//! publishes the remaining events.
+//! It follows the [feed](crate::feed), and reads the store while it is catching up. An append never
+//! waits for it, and a restart after a crash publishes the remaining events.
 //!
-//! On a [shared](crate::bus::BusScope::Shared) bus, the holder of the lease `publisher` publishes.
-//! The checkpoint `publisher` says where to continue if the bus has lost its state. Two publishers
-//! at once are harmless, because the bus refuses the publisher that missed the other's last message
-//! (I7). On a bus inside the process, every node publishes for itself.
+//! The holder of the lease `publisher` publishes. The checkpoint `publisher` says where to continue
+//! if the bus has lost its state. Two publishers at once are harmless, because the bus refuses the
+//! publisher that missed the other's last message (I7). A runtime without a bus has no publisher.
 
 mod options;
 mod status;
@@ -23,6 +22,7 @@ pub use self::options::PublisherOptions;
 pub use self::status::{PublisherState, PublisherStatus};
 use self::worker::PublisherWork;
 use crate::bus::EventBus;
+use crate::feed::Feed;
 use crate::store::EventStore;
 use crate::supervised::{StopError, Supervised};
 use crate::telemetry::Metrics;
@@ -35,17 +35,18 @@ pub(crate) struct Publisher {
 }
 
 impl Publisher {
-    /// Starts publishing from `store` to `bus`, as the node `node`.
+    /// Starts publishing the log of `store`, which `feed` follows, to `bus`, as the node `node`.
     /// Connects in the background, with unlimited retries.
     pub(crate) async fn spawn(
         store: Arc<dyn EventStore>,
+        feed: Feed,
         bus: Arc<dyn EventBus>,
         options: PublisherOptions,
         node: Uuid,
         metrics: Metrics,
         supervisor: Option<ActorCell>,
     ) -> Result<Self, SpawnErr> {
-        let (work, status) = PublisherWork::new(store, bus, options, node, metrics);
+        let (work, status) = PublisherWork::new(store, feed, bus, options, node, metrics);
         Ok(Self { actor: Supervised::spawn(work, supervisor).await?, status })
     }
 

@@ -75,8 +75,6 @@ impl Runtime {
 
     /// Returns the status of all components.
     pub async fn status(&self) -> RuntimeStatus {
-        // Reads the watch channel first: its borrow must not span the await of the store.
-        let publisher = self.inner.publisher.status().borrow().clone();
         let projections = self.inner.projections.iter();
         let projections = projections.map(|one| (one.name().to_owned(), one.status())).collect();
         RuntimeStatus {
@@ -88,8 +86,8 @@ impl Runtime {
             aggregates: self.inner.commands.registry().aggregates(),
             handlers: self.inner.commands.registry().handlers(),
             commands: self.inner.commands.status(),
-            bus: self.inner.bus.state(),
-            publisher,
+            bus: self.inner.bus.as_ref().map(|bus| bus.state()),
+            publisher: self.inner.publisher_status(),
             feed: self.inner.feed.status(),
             projections,
             leases: self.inner.store.leases().await,

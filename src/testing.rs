@@ -8,8 +8,8 @@
 //!
 //! # Paused time
 //!
-//! Tests with `#[tokio::test(start_paused = true)]` need [`MemoryStore`](crate::MemoryStore) and
-//! [`LocalBus`](crate::LocalBus). A paused clock jumps to the next timeout whenever all tasks wait.
+//! Tests with `#[tokio::test(start_paused = true)]` need [`MemoryStore`](crate::MemoryStore) and no
+//! bus. A paused clock jumps to the next timeout whenever all tasks wait.
 //! SQLite works in its own threads, PostgreSQL and NATS in other processes, so every call to them
 //! counts as waiting. Timeouts of commands, leases and connections then expire at once, and
 //! commands end in `OutcomeUnknown`.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
-use storied::bus::BusItem;
+use storied::bus::Received;
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
 use storied::{EncodeError, Filter, Metadata, NewEvent, RecordedEvent, StreamId, Version};
@@ -113,8 +113,8 @@ async fn arrives(scene: &mut Scene, plan: &Plan, n: usize, patience: Duration) -
     let (start, id) = append(&scene.store, plan, n).await;
     let coming = async {
         loop {
-            if let BusItem::Batch(batch) = scene.subscription.next().await.unwrap()
-                && batch.events.iter().any(|event| event.id == id)
+            if let Received::Event(delivery) = scene.subscription.next().await.unwrap()
+                && delivery.event().id == id
             {
                 break;
             }

@@ -1,4 +1,4 @@
-//! The log reader of the publisher, and of the feed after the bus lost events.
+//! The log reader of the feed, and of a publisher that is catching up.
 
 use crate::bus::LogBatch;
 use crate::event::{Position, RecordedEvent};

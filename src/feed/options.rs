@@ -34,10 +34,10 @@ impl FeedOptions {
         self
     }
 
-    /// Sets the interval at which the feed polls the store while the bus is silent.
+    /// Sets the interval at which the feed polls the store while nothing wakes it.
     ///
-    /// It bounds the delay of the last event if the bus lost it. Default: 1 s. Range: at least 10
-    /// ms.
+    /// It bounds the delay of the last event if its notification was lost. Default: 1 s. Range: at
+    /// least 10 ms.
     #[must_use]
     pub fn idle_poll(mut self, every: Duration) -> Self {
         self.idle_poll = every;

@@ -3,17 +3,27 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::sleep;
 use uuid::Uuid;
 
 use crate::bus::{BusError, BusItem, BusSubscription, EventBus};
 use crate::store::BoxFuture;
 
+/// The sources that the followers of the feed have needed so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Demand {
+    /// There was no follower.
+    Nothing,
+    /// The store. The publisher needs no messages of the bus: it sends them.
+    Store,
+    /// The store and the bus.
+    Bus,
+}
+
 /// The bus side of the feed.
 pub(super) enum Source {
     /// Subscribing, perhaps after a pause.
-    ///
-    /// The store is polled meanwhile: followers only receive events later.
     Subscribing(BoxFuture<'static, Result<Box<dyn BusSubscription>, BusError>>),
     Listening(Box<dyn BusSubscription>),
 }
@@ -25,8 +35,16 @@ pub(super) enum Sign {
 }
 
 impl Source {
-    pub(super) fn subscribe(bus: Arc<dyn EventBus>, store: Uuid, pause: Duration) -> Self {
+    /// Subscribes after `pause`, once a follower needs the bus. Never, if there is no bus.
+    pub(super) fn subscribe(
+        bus: Option<Arc<dyn EventBus>>,
+        store: Uuid,
+        mut demand: watch::Receiver<Demand>,
+        pause: Duration,
+    ) -> Self {
         Source::Subscribing(Box::pin(async move {
+            let wanted = demand.wait_for(|demand| *demand == Demand::Bus).await.is_ok();
+            let Some(bus) = bus.filter(|_| wanted) else { return std::future::pending().await };
             sleep(pause).await;
             bus.subscribe(store).await
         }))

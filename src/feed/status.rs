@@ -12,7 +12,7 @@ pub struct FeedStatus {
     ///
     /// `None` before the first follower and the first successful read of the store.
     pub position: Option<Position>,
-    /// Number of reads from the store because the bus lost an event or was late.
+    /// Number of reads because a notification of new events was lost or late.
     pub repairs: u64,
     /// Last error of the bus or the store; cleared by the next success.
     pub last_error: Option<String>,

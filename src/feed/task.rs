@@ -1,19 +1,19 @@
-//! The task of the feed: follows the bus, reads lost events from the store, and fills the ring.
+//! The task of the feed: reads the tail of the log and fills the ring.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::item::{FeedItem, adjacent};
+use super::item::FeedItem;
 use super::log_reader::{self, LogChunk};
-use super::source::{Sign, Source};
+use super::source::{Demand, Sign, Source};
 use super::status::FeedStatus;
 use crate::backoff::Backoff;
-use crate::bus::{BusItem, BusScope, EventBus, LogBatch};
+use crate::bus::{BusItem, EventBus, LogBatch};
 use crate::event::Position;
 use crate::panic::panic_text;
 use crate::rate_limit::RateLimit;
@@ -22,10 +22,12 @@ use crate::time::after;
 
 pub(super) struct FeedTask {
     pub(super) store: Arc<dyn EventStore>,
-    pub(super) bus: Arc<dyn EventBus>,
+    pub(super) bus: Option<Arc<dyn EventBus>>,
     pub(super) idle_poll: Duration,
     /// Limits reads for messages after which the store has nothing new.
     pub(super) reads: RateLimit,
+    pub(super) demand: watch::Receiver<Demand>,
+    pub(super) hints: Arc<Notify>,
     pub(super) ring: broadcast::Sender<FeedItem>,
     pub(super) status: watch::Sender<FeedStatus>,
     pub(super) store_backoff: Backoff,
@@ -41,7 +43,7 @@ impl FeedTask {
         loop {
             if let Err(panic) = AssertUnwindSafe(self.run()).catch_unwind().await {
                 let error = format!("the feed panicked: {}", panic_text(&*panic));
-                tracing::error!(bus = self.bus.name(), "{error}");
+                tracing::error!("{error}");
                 self.status.send_modify(|status| status.last_error = Some(error));
                 sleep(restarts.next()).await;
             }
@@ -49,74 +51,64 @@ impl FeedTask {
     }
 
     async fn run(&mut self) {
-        let store = self.store.info().id;
-        let mut position = self.begin().await;
-        let mut source = Source::subscribe(self.bus.clone(), store, Duration::ZERO);
-        let mut poll_at = after(self.idle_poll);
-        let only_wakes = self.bus.scope() == BusScope::Shared;
+        // Subscribe before the first read, so that an append in between wakes the feed.
         let mut appended = self.store.appended();
-        // Time of the delayed read that a bus message caused.
+        let mut position = self.begin().await;
+        let mut source = self.subscribe(Duration::ZERO);
+        let mut bus_failed = false;
+        let mut poll_at = after(self.idle_poll);
+        // Time of the delayed read that a message caused.
         let mut read_at: Option<Instant> = None;
         loop {
-            let sign = tokio::select! {
-                sign = source.next() => Some(sign),
-                // Commits of this process arrive without a message. An error means that the store
-                // is being dropped.
-                Ok(()) = appended.changed(), if only_wakes => {
+            let before = position;
+            let mut woken = false;
+            tokio::select! {
+                // An error means that the store is being dropped.
+                Ok(()) = appended.changed() => {
                     let upto = *appended.borrow_and_update();
                     if upto > position {
                         position = self.read_on(position, Some(upto)).await;
-                        poll_at = after(self.idle_poll);
                     }
-                    continue;
                 }
                 () = sleep_until(read_at.unwrap_or(poll_at)), if read_at.is_some() => {
                     read_at = None;
-                    position = self.read_for_a_message(position, &mut poll_at).await;
-                    continue;
+                    position = self.read_for_a_message(position).await;
                 }
-                () = sleep_until(poll_at) => None,
-            };
-            let before = position;
-            match sign {
-                Some(Ok(Sign::Subscribed(subscription))) => {
-                    source = Source::Listening(subscription);
-                    // Read the events that were published before the subscription.
-                    position = self.repair(position, None).await;
-                    self.succeeded();
-                }
-                Some(Ok(Sign::Item(item))) if only_wakes => {
-                    self.bus_backoff.succeeded();
-                    // All messages until then share one read.
-                    if read_at.is_none() && self.wakes(&item, position) {
-                        let due = self.reads.take();
-                        if due > Instant::now() {
-                            read_at = Some(due);
-                        } else {
-                            position = self.read_for_a_message(position, &mut poll_at).await;
-                        }
-                    }
-                    continue;
-                }
-                Some(Ok(Sign::Item(item))) => {
-                    self.bus_backoff.succeeded();
-                    position = self.take(item, position).await;
-                }
-                Some(Err(error)) => {
-                    self.failed("could not subscribe the feed to the bus", &error);
-                    source = Source::subscribe(self.bus.clone(), store, self.bus_backoff.next());
-                }
-                None => {
+                () = sleep_until(poll_at) => {
                     poll_at = after(self.idle_poll);
-                    match self.store.high_water_mark().await {
-                        Ok(head) if head > position => position = self.repair(position, None).await,
-                        Ok(_) if matches!(source, Source::Listening(_)) => self.succeeded(),
-                        Ok(_) => {}
-                        Err(error) => {
-                            self.failed("the feed could not read the high-water mark", &error);
-                            self.send_back(&error);
-                        }
+                    position = self.repair(position).await;
+                    if !bus_failed {
+                        self.succeeded();
                     }
+                }
+                () = self.hints.notified() => woken = true,
+                sign = source.next() => match sign {
+                    Ok(Sign::Subscribed(subscription)) => {
+                        source = Source::Listening(subscription);
+                        bus_failed = false;
+                        // Read the events that were published before the subscription.
+                        position = self.repair(position).await;
+                        self.succeeded();
+                    }
+                    Ok(Sign::Item(item)) => {
+                        self.bus_backoff.succeeded();
+                        woken = self.wakes(item, position);
+                    }
+                    Err(error) => {
+                        bus_failed = true;
+                        self.failed("could not subscribe the feed to the bus", &error);
+                        let pause = self.bus_backoff.next();
+                        source = self.subscribe(pause);
+                    }
+                }
+            }
+            // All messages until the read share it.
+            if woken && read_at.is_none() {
+                let due = self.reads.take();
+                if due > Instant::now() {
+                    read_at = Some(due);
+                } else {
+                    position = self.read_for_a_message(position).await;
                 }
             }
             if position > before {
@@ -125,16 +117,25 @@ impl FeedTask {
         }
     }
 
+    fn subscribe(&self, pause: Duration) -> Source {
+        Source::subscribe(self.bus.clone(), self.store.info().id, self.demand.clone(), pause)
+    }
+
     /// Returns the current end of the log; followers receive all later events.
     async fn begin(&mut self) -> Position {
+        let head = self.head().await;
+        // A follower that read the store before this point receives the current position.
+        self.skip_to(head);
+        head
+    }
+
+    /// Queries the high-water mark; retries without a limit.
+    async fn head(&mut self) -> Position {
         loop {
             match self.store.high_water_mark().await {
-                Ok(position) => {
+                Ok(head) => {
                     self.store_backoff.succeeded();
-                    // A follower that read the store before this point receives the current
-                    // position.
-                    self.forward(LogBatch { after: position, upto: position, events: Arc::new([]) });
-                    return position;
+                    return head;
                 }
                 Err(error) => self.store_failed("the feed could not read the high-water mark", &error).await,
             }
@@ -144,22 +145,20 @@ impl FeedTask {
     /// Reads the store because of a message.
     ///
     /// A read that finds events does not count against the limit.
-    async fn read_for_a_message(&mut self, position: Position, poll_at: &mut Instant) -> Position {
+    async fn read_for_a_message(&mut self, position: Position) -> Position {
         let read = self.read_on(position, None).await;
         if read > position {
             self.reads.refund();
-            *poll_at = after(self.idle_poll);
         }
         read
     }
 
-    /// Returns whether an item from a shared bus requires a read of the store.
+    /// Returns whether an item of the bus requires a read of the store.
     ///
     /// Any process may have published the item: it is only a hint.
-    fn wakes(&self, item: &BusItem, position: Position) -> bool {
+    fn wakes(&self, item: BusItem, position: Position) -> bool {
         match item {
-            BusItem::Batch(batch) => batch.upto > position,
-            BusItem::Head(head) => *head > position,
+            BusItem::Upto(upto) => upto > position,
             BusItem::Gap => {
                 self.status.send_modify(|status| status.repairs += 1);
                 true
@@ -167,30 +166,11 @@ impl FeedTask {
         }
     }
 
-    /// Forwards an item from a bus inside this process to the followers; returns the new position.
-    async fn take(&mut self, item: BusItem, mut position: Position) -> Position {
-        match item {
-            BusItem::Batch(batch) => {
-                if batch.after > position {
-                    position = self.repair(position, Some(batch.after)).await;
-                }
-                // A batch that is still ahead belongs to another log and is not forwarded.
-                if let Some(batch) = adjacent(batch, position).filter(|batch| batch.upto > position) {
-                    position = batch.upto;
-                    self.forward(batch);
-                }
-                position
-            }
-            BusItem::Head(head) if head <= position => position,
-            BusItem::Head(_) | BusItem::Gap => self.repair(position, None).await,
-        }
-    }
-
-    /// Reads the events that the bus did not deliver.
-    async fn repair(&mut self, after: Position, upto: Option<Position>) -> Position {
-        let position = self.read_on(after, upto).await;
+    /// Reads events that nothing has announced.
+    async fn repair(&mut self, after: Position) -> Position {
+        let position = self.read_on(after, None).await;
         if position > after {
-            tracing::debug!(bus = self.bus.name(), %after, upto = %position, "read from the store, not from the bus");
+            tracing::debug!(%after, upto = %position, "read events without a notification");
             self.status.send_modify(|status| status.repairs += 1);
         }
         position
@@ -199,6 +179,17 @@ impl FeedTask {
     /// Reads the store up to `upto` or the end of the log; retries without a limit.
     async fn read_on(&mut self, after: Position, upto: Option<Position>) -> Position {
         let mut position = after;
+        if self.ring.receiver_count() == 0 {
+            // A follower that subscribes meanwhile receives the position, which shows it the gap.
+            let head = match upto {
+                Some(upto) => upto,
+                None => self.head().await,
+            };
+            if head > after {
+                self.skip_to(head);
+            }
+            return head.max(after);
+        }
         loop {
             match log_reader::read(&*self.store, position, upto).await {
                 Ok(LogChunk { batches, upto: reached, head }) => {
@@ -216,6 +207,11 @@ impl FeedTask {
         position
     }
 
+    /// Sends the position `head` without the events before it.
+    fn skip_to(&self, head: Position) {
+        self.forward(LogBatch { after: head, upto: head, events: Arc::new([]) });
+    }
+
     fn forward(&self, batch: LogBatch) {
         // Before the batch is sent: a follower that begins between the two steps reads the store up
         // to this position.
@@ -229,7 +225,7 @@ impl FeedTask {
     }
 
     fn failed(&self, what: &str, error: &(dyn std::error::Error + Send + Sync)) {
-        tracing::warn!(bus = self.bus.name(), %error, "{what}");
+        tracing::warn!(%error, "{what}");
         self.status.send_modify(|status| status.last_error = Some(format!("{what}: {error}")));
     }
 

@@ -11,12 +11,12 @@ use crate::event::Position;
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum PublisherState {
+    /// The runtime has no bus.
+    Idle,
     /// Determining where to continue.
     Starting,
-    /// Another node holds the lease and publishes to the shared bus.
+    /// Another node holds the lease and publishes.
     Standby,
-    /// Waiting for the first subscriber of a bus that keeps nothing.
-    Unheard,
     /// Publishing, or waiting for events.
     Publishing,
     /// The store [does not belong](crate::store::Adoption) to its database.
@@ -38,16 +38,22 @@ pub enum PublisherState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct PublisherStatus {
-    /// Name of the bus.
-    pub bus: &'static str,
+    /// Name of the bus; `None` without a bus.
+    pub bus: Option<&'static str>,
     /// State of the publisher.
     pub state: PublisherState,
     /// Position up to which every event is on the bus. `None` before this node has published.
     /// After an outage of a bus that keeps nothing, publishing continues at the end of the log.
     /// The position then includes events that followers read from the store.
     pub published: Option<Position>,
-    /// High-water mark of the log at the last read of this node; `None` before that.
+    /// End of the log that this node knows; `None` before its first read.
     pub head: Option<Position>,
     /// Last failure; `None` if there was none. A later success does not clear it.
     pub last_error: Option<String>,
+}
+
+impl PublisherStatus {
+    pub(crate) fn new(bus: Option<&'static str>, state: PublisherState) -> Self {
+        Self { bus, state, published: None, head: None, last_error: None }
+    }
 }

@@ -20,8 +20,9 @@ use self::term::PublisherTerm;
 use super::options::PublisherOptions;
 use super::status::{PublisherState, PublisherStatus};
 use crate::backoff::Backoff;
-use crate::bus::{BusError, BusScope, EventBus, LogStreamEnd};
+use crate::bus::{BusError, EventBus, LogStreamEnd};
 use crate::event::Position;
+use crate::feed::Feed;
 use crate::lease::{HeldLease, LeaseRenewer, Renewals};
 use crate::rate_limit::LogLimit;
 use crate::store::{BoxFuture, Checkpoint, EventStore, LeaseInfo};
@@ -43,20 +44,16 @@ pub(super) struct PublisherWork {
 impl PublisherWork {
     pub(super) fn new(
         store: Arc<dyn EventStore>,
+        feed: Feed,
         bus: Arc<dyn EventBus>,
         options: PublisherOptions,
         node: Uuid,
         metrics: Metrics,
     ) -> (Self, watch::Receiver<PublisherStatus>) {
-        let (status, receiver) = watch::channel(PublisherStatus {
-            bus: bus.name(),
-            state: PublisherState::Starting,
-            published: None,
-            head: None,
-            last_error: None,
-        });
+        let status = PublisherStatus::new(Some(bus.name()), PublisherState::Starting);
+        let (status, receiver) = watch::channel(status);
         let renewer = LeaseRenewer::new(store.clone());
-        let shared = Shared { store, renewer, bus, options, node, metrics, status };
+        let shared = Shared { store, feed, renewer, bus, options, node, metrics, status };
         (Self { shared: Arc::new(shared) }, receiver)
     }
 }
@@ -84,9 +81,7 @@ impl Work for PublisherWork {
 async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
     // A copied store would publish its own events among those of the original, at the same
     // positions.
-    if shared.bus.scope() == BusScope::Shared
-        && let Some(reason) = shared.store.info().adoption.problem()
-    {
+    if let Some(reason) = shared.store.info().adoption.problem() {
         tracing::error!(bus = shared.bus.name(), reason, "publishing nothing to other nodes");
         shared.status.send_modify(|status| status.last_error = Some(reason.clone()));
         shared.set(PublisherState::Incompatible { reason });
@@ -103,6 +98,7 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
             saved: Checkpoint::default(),
             end: LogStreamEnd::default(),
             save_at: Instant::now(),
+            beat_at: Instant::now(),
             backoff: &mut backoff,
             fenced: &mut fenced,
             foreign: &mut foreign,
@@ -110,20 +106,17 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         let interruption = turn.publish_all(&mut inbox).await;
         // Release the lease after every outcome: another node may succeed, and this node can
         // reacquire it.
-        if let Some(lease) = turn.lease.take() {
-            lease.release().await;
-        }
+        turn.lease.release().await;
         let Err(error) = interruption else { return };
         tracing::warn!(bus = shared.bus.name(), %error, "retrying interrupted publishing");
         shared.failed(error.to_string());
-        let for_others = shared.bus.scope() == BusScope::Shared;
         let hopeless = matches!(
             error,
             Interruption::Bus(BusError::Closed | BusError::Incompatible { .. })
                 | Interruption::Ahead { .. }
                 | Interruption::Diverged { .. }
         );
-        if inbox.is_stopping() && (!for_others || hopeless) {
+        if inbox.is_stopping() && hopeless {
             return;
         }
         // While stopping, too: until the deadline, a retry may publish events that other nodes wait
@@ -146,16 +139,9 @@ async fn pause(inbox: &mut Inbox<()>, wait: Duration) {
     }
 }
 
-/// Waits until this node may publish: under the lease, if the bus needs one.
+/// Waits for the lease, under which this node may publish.
 /// Returns `None` if nothing remains to be done.
-async fn stand_by(
-    shared: &Shared,
-    inbox: &mut Inbox<()>,
-    backoff: &mut Backoff,
-) -> Option<Option<HeldLease>> {
-    if shared.bus.scope() == BusScope::Process {
-        return Some(None);
-    }
+async fn stand_by(shared: &Shared, inbox: &mut Inbox<()>, backoff: &mut Backoff) -> Option<HeldLease> {
     let mut appended = shared.store.appended();
     let (mut renewals, mut abandoned) = (Renewals::default(), None);
     loop {
@@ -163,7 +149,7 @@ async fn stand_by(
         let taken =
             HeldLease::take(&shared.renewer, NAME, shared.node, ttl, abandoned.as_ref(), metrics).await;
         match taken {
-            Ok(Some(lease)) => return Some(Some(lease)),
+            Ok(Some(lease)) => return Some(lease),
             // The lease holder publishes the committed events.
             Ok(None) if inbox.is_stopping() => return None,
             Ok(None) => {
@@ -196,7 +182,7 @@ async fn unrenewed(shared: &Shared, renewals: &mut Renewals) -> Option<LeaseInfo
 async fn hint_at(shared: &Shared, appended: &mut watch::Receiver<Position>) {
     while appended.changed().await.is_ok() {
         if let Err(error) = shared.bus.hint(shared.store.info().id).await {
-            // The publisher polls the store as well.
+            // The store announces the append to the publishing node, or its feed polls.
             tracing::debug!(%error, "could not send a hint about an append");
         }
         sleep(HINT_EVERY).await;

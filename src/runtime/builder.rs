@@ -16,7 +16,7 @@ use super::projections::ProjectionRegistration;
 use super::status_metrics;
 use super::supervisor::Supervisor;
 use crate::aggregate::{Aggregate, AggregateOptions, Router};
-use crate::bus::{EventBus, IntoEventBus, LocalBus};
+use crate::bus::{EventBus, IntoEventBus};
 use crate::command::{CommandBus, Dispatcher, Handler, HandlerOptions, Registry, StartRouterError};
 use crate::event::{EncodeError, Event, EventTypes};
 use crate::feed::{Feed, FeedOptions};
@@ -39,7 +39,7 @@ use crate::telemetry::Telemetry;
 #[must_use = "nothing runs before start()"]
 pub struct Builder {
     store: Option<Arc<dyn EventStore>>,
-    bus: Arc<dyn EventBus>,
+    bus: Option<Arc<dyn EventBus>>,
     publisher: PublisherOptions,
     aggregates: Vec<Registration>,
     commands: CommandBus,
@@ -73,11 +73,11 @@ impl Builder {
         self
     }
 
-    /// Sets the bus that carries the log to the projections of all nodes that it reaches.
+    /// Sets the bus that carries the log to other nodes and programs.
     ///
-    /// Default: [`LocalBus`].
+    /// Default: none. Projections then follow the store directly.
     pub fn bus(mut self, bus: impl IntoEventBus) -> Self {
-        self.bus = bus.into_event_bus();
+        self.bus = Some(bus.into_event_bus());
         self
     }
 
@@ -284,7 +284,7 @@ impl Builder {
         .await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
-            projections.push(registration.check(&store, &*self.bus, log_end).await?);
+            projections.push(registration.check(&store, self.bus.as_deref(), log_end).await?);
         }
         #[cfg(feature = "otel")]
         let telemetry = self.telemetry.unwrap_or_default();
@@ -293,14 +293,20 @@ impl Builder {
         #[cfg(not(feature = "otel"))]
         let metrics = Metrics::default();
         #[cfg(feature = "otel")]
-        self.bus.observe(&telemetry);
+        if let Some(bus) = &self.bus {
+            bus.observe(&telemetry);
+        }
         let node = Uuid::now_v7();
         let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
-        // The feed subscribes before the publisher publishes anything.
         let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
-        let (bus, root) = (self.bus.clone(), Some(supervisor.cell()));
-        let publisher =
-            Publisher::spawn(store.clone(), bus, self.publisher, node, metrics.clone(), root).await?;
+        let publisher = match self.bus.clone() {
+            None => None,
+            Some(bus) => {
+                let (store, feed, metrics) = (store.clone(), feed.clone(), metrics.clone());
+                let root = Some(supervisor.cell());
+                Some(Publisher::spawn(store, feed, bus, self.publisher, node, metrics, root).await?)
+            }
+        };
         let services = NodeServices {
             store: store.clone(),
             feed: feed.clone(),
@@ -369,7 +375,7 @@ impl Builder {
         self.publisher.validate()?;
         self.feed.validate()?;
         commands::check(&self.handlers)?;
-        self.bus.check()?;
+        self.bus.as_ref().map_or(Ok(()), |bus| bus.check())?;
         self.commands.validate()?;
         self.commands.check()?;
         Ok(())
@@ -400,7 +406,7 @@ impl Runtime {
     pub fn builder() -> Builder {
         Builder {
             store: None,
-            bus: Arc::new(LocalBus::new()),
+            bus: None,
             publisher: PublisherOptions::new(),
             feed: FeedOptions::new(),
             aggregates: Vec::new(),

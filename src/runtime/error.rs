@@ -40,15 +40,16 @@ pub enum StartError {
         /// The name.
         name: String,
     },
-    /// A projection would follow the bus durably, but this bus stores no events.
+    /// A projection would follow the bus durably, but no bus stores events.
     #[error(
-        "projection {name:?} cannot follow the bus durably: {bus} stores no events; use NATS JetStream, or FollowMode::Feed"
+        "projection {name:?} cannot follow the bus durably: {}; use NATS JetStream, or FollowMode::Feed",
+        bus.map_or_else(|| "there is no bus".to_owned(), |bus| format!("{bus} stores no events"))
     )]
     NotDurable {
         /// The projection.
         name: String,
-        /// The bus.
-        bus: &'static str,
+        /// The bus, if there is one.
+        bus: Option<&'static str>,
     },
     /// The projection cannot have this number of partitions.
     #[error("projection {name:?} cannot have {partitions} partitions: {reason}")]

@@ -9,7 +9,7 @@ use crate::bus::EventBus;
 use crate::command::Dispatcher;
 use crate::feed::Feed;
 use crate::projection::ProjectionHandle;
-use crate::publisher::Publisher;
+use crate::publisher::{Publisher, PublisherState, PublisherStatus};
 use crate::store::{EventStore, GroupCommitter};
 use crate::supervised::Task;
 
@@ -17,9 +17,10 @@ use crate::supervised::Task;
 pub(super) struct Inner {
     pub(super) node: Uuid,
     pub(super) store: Arc<dyn EventStore>,
-    pub(super) bus: Arc<dyn EventBus>,
+    pub(super) bus: Option<Arc<dyn EventBus>>,
     pub(super) writer: GroupCommitter,
-    pub(super) publisher: Publisher,
+    /// Publisher; `None` without a bus.
+    pub(super) publisher: Option<Publisher>,
     pub(super) feed: Feed,
     /// Projections, in the order of their registration.
     pub(super) projections: Vec<ProjectionHandle>,
@@ -28,4 +29,13 @@ pub(super) struct Inner {
     pub(super) _forgetting: Option<Task>,
     /// Root of the supervision tree; stopping it stops everything.
     pub(super) supervisor: Supervisor,
+}
+
+impl Inner {
+    pub(super) fn publisher_status(&self) -> PublisherStatus {
+        match &self.publisher {
+            Some(publisher) => publisher.status().borrow().clone(),
+            None => PublisherStatus::new(None, PublisherState::Idle),
+        }
+    }
 }

@@ -38,7 +38,7 @@ trait PendingStart: Send {
         &'a mut self,
         name: &'a str,
         store: &'a Arc<dyn EventStore>,
-        bus: &'a dyn EventBus,
+        bus: Option<&'a dyn EventBus>,
         log_end: Position,
     ) -> BoxFuture<'a, Result<(), StartError>>;
 
@@ -98,7 +98,7 @@ impl ProjectionRegistration {
     pub(super) async fn check(
         mut self,
         store: &Arc<dyn EventStore>,
-        bus: &dyn EventBus,
+        bus: Option<&dyn EventBus>,
         log_end: Position,
     ) -> Result<CheckedProjection, StartError> {
         let filter = self.filter?;
@@ -122,14 +122,14 @@ where
         &'a mut self,
         name: &'a str,
         store: &'a Arc<dyn EventStore>,
-        bus: &'a dyn EventBus,
+        bus: Option<&'a dyn EventBus>,
         log_end: Position,
     ) -> BoxFuture<'a, Result<(), StartError>> {
         Box::pin(async move {
             let Self { read_model, options, .. } = self;
             options.validate()?;
-            if options.follow == FollowMode::Durable && !bus.is_durable() {
-                return Err(StartError::NotDurable { name: name.to_owned(), bus: bus.name() });
+            if options.follow == FollowMode::Durable && !bus.is_some_and(EventBus::is_durable) {
+                return Err(StartError::NotDurable { name: name.to_owned(), bus: bus.map(EventBus::name) });
             }
             if let Some(partitions) = self.partitions {
                 check_partitions(name, partitions, read_model.shared())?;

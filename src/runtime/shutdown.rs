@@ -55,8 +55,10 @@ impl Runtime {
         if commands > 0 {
             unfinished.push(format!("{commands} commands without an answer"));
         }
-        let stopped = self.inner.publisher.stop(until(deadline - reserve)).await;
-        unfinished.extend(stopped.err().map(|error| error.to_string()));
+        if let Some(publisher) = &self.inner.publisher {
+            let stopped = publisher.stop(until(deadline - reserve)).await;
+            unfinished.extend(stopped.err().map(|error| error.to_string()));
+        }
         let stopped = self.inner.projections.iter().map(|projection| projection.stop(until(deadline)));
         for stopped in futures_util::future::join_all(stopped).await {
             unfinished.extend(stopped.err().map(|error| error.to_string()));

@@ -39,8 +39,8 @@ pub struct RuntimeStatus {
     pub handlers: Vec<HandlerStatus>,
     /// The connection to the other nodes, for commands.
     pub commands: CommandBusStatus,
-    /// The connection to the bus.
-    pub bus: BusState,
+    /// The connection to the bus; `None` without a bus.
+    pub bus: Option<BusState>,
     /// The publisher.
     pub publisher: PublisherStatus,
     /// The live tail of the log in this process.

@@ -103,15 +103,17 @@ fn observe_commands(node: &Observed<'_>) {
 fn observe_log(node: &Observed<'_>) {
     let lag = "Positions of the log not yet published; reported by the publishing node";
     node.gauge(("storied.publisher.lag", "{position}", lag), |inner, observer| {
-        let status = inner.publisher.status().borrow().clone();
+        let status = inner.publisher_status();
         let publishes = matches!(status.state, PublisherState::Publishing | PublisherState::Retrying { .. });
-        if let (Some(published), Some(head), true) = (status.published, status.head, publishes) {
-            let bus = KeyValue::new("storied.bus", status.bus);
+        if let (Some(bus), Some(published), Some(head), true) =
+            (status.bus, status.published, status.head, publishes)
+        {
+            let bus = KeyValue::new("storied.bus", bus);
             observer.observe(head.get().saturating_sub(published.get()), &[bus]);
         }
     });
     node.counter(
-        ("storied.feed.repairs", "{repair}", "Reads of the store after a gap or delay of the bus"),
+        ("storied.feed.repairs", "{repair}", "Reads after a lost or late notification of events"),
         |inner, observer| {
             observer.observe(inner.feed.status().repairs, &[]);
         },

@@ -94,8 +94,8 @@ pub trait EventStore: Send + Sync + 'static {
 
     /// Subscribes to the last position up to which the log is known to be stable.
     ///
-    /// It wakes the readers of this process after an append of this process. It is a hint: appends
-    /// of other processes need not show here, so readers also poll.
+    /// It wakes the readers of this process after an append of this process. Appends of other
+    /// processes should show here soon, but need not: readers also poll, once a second.
     fn appended(&self) -> watch::Receiver<Position>;
 
     /// Loads the checkpoint of `name`; the default checkpoint if none was saved.

@@ -19,6 +19,7 @@ mod read;
 mod schema;
 mod shared;
 mod snapshots;
+mod tailer;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -120,16 +121,16 @@ impl SqliteOptions {
         let reading = shared.pragma("query_only", "ON");
         let readers = Readers::new(reading, self.acquire_timeout, self.readers);
         let head = read::high_water_mark(&readers).await?;
-        Ok(SqliteStore {
-            shared: Arc::new(Shared {
-                info: StoreInfo::new("sqlite", id, self.codec).with_adoption(adoption),
-                path: self.path,
-                writer: Writer::new(writing, self.acquire_timeout, connection),
-                readers,
-                page_sizer: PageSizer::default(),
-                appended: watch::Sender::new(head),
-            }),
-        })
+        let shared = Arc::new(Shared {
+            info: StoreInfo::new("sqlite", id, self.codec).with_adoption(adoption),
+            path: self.path,
+            writer: Writer::new(writing, self.acquire_timeout, connection),
+            readers,
+            page_sizer: PageSizer::default(),
+            appended: watch::Sender::new(head),
+        });
+        tokio::spawn(tailer::run_tailer(Arc::downgrade(&shared)));
+        Ok(SqliteStore { shared })
     }
 }
 

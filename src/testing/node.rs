@@ -11,21 +11,21 @@ use crate::projection::{
     BuildTarget, NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel,
     spawn,
 };
-use crate::publisher::{Publisher, PublisherOptions, PublisherStatus};
+use crate::publisher::{Publisher, PublisherOptions, PublisherState, PublisherStatus};
 use crate::store::EventStore;
 use crate::supervised::StopError;
 use crate::telemetry::Metrics;
 
-/// A node without commands: publisher, feed and projections over a store and a bus.
+/// A node without commands: feed and projections over a store, and a publisher if there is a bus.
 ///
 /// For tests of stores, buses and read models that write to the store directly and crash a node.
 pub struct Node {
     id: Uuid,
     store: Arc<dyn EventStore>,
-    bus: Arc<dyn EventBus>,
+    bus: Option<Arc<dyn EventBus>>,
     feed: Feed,
     lease_watcher: LeaseWatcher,
-    publisher: Publisher,
+    publisher: Option<Publisher>,
     projections: Mutex<Vec<ProjectionHandle>>,
     /// Dropped together with the node.
     alive: Arc<()>,
@@ -38,15 +38,20 @@ impl Node {
     /// If the actor of the publisher does not start.
     pub async fn start(
         store: Arc<dyn EventStore>,
-        bus: Arc<dyn EventBus>,
+        bus: Option<Arc<dyn EventBus>>,
         feed: FeedOptions,
         publisher: PublisherOptions,
     ) -> Self {
         let id = Uuid::now_v7();
         let feed = Feed::start(store.clone(), bus.clone(), feed);
-        let publisher =
-            Publisher::spawn(store.clone(), bus.clone(), publisher, id, Metrics::default(), None).await;
-        let publisher = publisher.expect("the publisher starts");
+        let publisher = match bus.clone() {
+            None => None,
+            Some(bus) => {
+                let (store, feed, metrics) = (store.clone(), feed.clone(), Metrics::default());
+                let spawned = Publisher::spawn(store, feed, bus, publisher, id, metrics, None).await;
+                Some(spawned.expect("the publisher starts"))
+            }
+        };
         let lease_watcher = LeaseWatcher::start(store.clone());
         Self {
             id,
@@ -159,7 +164,10 @@ impl Node {
 
     /// Returns the status of the publisher.
     pub fn publisher(&self) -> PublisherStatus {
-        self.publisher.status().borrow().clone()
+        match &self.publisher {
+            Some(publisher) => publisher.status().borrow().clone(),
+            None => PublisherStatus::new(None, PublisherState::Idle),
+        }
     }
 
     /// Ends everything in order: publishes committed events, saves checkpoints, releases leases.
@@ -167,7 +175,10 @@ impl Node {
     /// # Errors
     /// The first component that did not end within `patience`.
     pub async fn stop(self, patience: Duration) -> Result<(), StopError> {
-        let published = self.publisher.stop(patience).await;
+        let published = match &self.publisher {
+            Some(publisher) => publisher.stop(patience).await,
+            None => Ok(()),
+        };
         let projections =
             std::mem::take(&mut *self.projections.lock().unwrap_or_else(PoisonError::into_inner));
         let ended =
@@ -178,7 +189,9 @@ impl Node {
 
     /// Ends everything as a crash of the process would: saves no checkpoint and releases no lease.
     pub fn kill(self) {
-        self.publisher.kill();
+        if let Some(publisher) = &self.publisher {
+            publisher.kill();
+        }
         for projection in &*self.projections.lock().unwrap_or_else(PoisonError::into_inner) {
             projection.kill();
         }

@@ -6,12 +6,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
-use storied::bus::BusItem;
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventBus, EventStore, ExecuteError, ExpectedVersion,
-    Filter, LocalBus, MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent,
-    Runtime, SqliteStore,
+    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, ExpectedVersion, Filter,
+    MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -110,23 +108,20 @@ impl Projection for Count {
     }
 }
 
-/// Checks that the store of a runtime, or a shared bus, can be passed to the next runtime.
+/// Checks that the store of a runtime can be passed to the next runtime.
 #[tokio::test]
-async fn a_shared_store_and_bus_are_taken_as_they_are() {
-    let bus: std::sync::Arc<dyn EventBus> = std::sync::Arc::new(LocalBus::new());
-    let first = Runtime::builder().store(MemoryStore::new()).bus(bus.clone()).aggregate::<Account>();
+async fn a_shared_store_is_taken_as_it_is() {
+    let first = Runtime::builder().store(MemoryStore::new()).aggregate::<Account>();
     let first = first.start().await.unwrap();
     assert_eq!(first.execute::<Account>(1, Deposit(5)).await.unwrap().reply, 5);
     let store = first.store().clone();
     first.shutdown().await.unwrap();
-    let second =
-        Runtime::builder().store(store.clone()).bus(bus).aggregate::<Account>().start().await.unwrap();
+    let second = Runtime::builder().store(store.clone()).aggregate::<Account>().start().await.unwrap();
     assert!(std::sync::Arc::ptr_eq(second.store(), &store));
     assert_eq!(second.execute::<Account>(1, Deposit(2)).await.unwrap().reply, 7);
     second.shutdown().await.unwrap();
     let typed = std::sync::Arc::new(MemoryStore::new());
-    let builder = Runtime::builder().store(typed).bus(std::sync::Arc::new(LocalBus::new()));
-    builder.start().await.unwrap().shutdown().await.unwrap();
+    Runtime::builder().store(typed).start().await.unwrap().shutdown().await.unwrap();
 }
 
 /// Checks that a node ends with the tokio runtime that started it, and that its clones report that.
@@ -303,34 +298,19 @@ async fn a_stale_node_answers_from_the_log() {
     other.shutdown().await.unwrap();
 }
 
-/// Checks that a node with commands only does not read its appends. A later reader misses none.
+/// Checks that a node without a bus publishes nothing, and that without projections it does not read
+/// its appends.
 #[tokio::test]
-async fn without_projections_nothing_is_published_until_a_reader_follows() {
-    let bus = LocalBus::new();
-    let store = MemoryStore::new();
-    let deposits = async |node: &Runtime| {
-        for n in 1..=10 {
-            node.execute::<Account>("a", Deposit(n)).await.unwrap();
-        }
-    };
-    let node = Runtime::builder().store(store.clone()).bus(bus.clone()).aggregate::<Account>();
-    let node = node.start().await.unwrap();
-    deposits(&node).await;
+async fn without_a_bus_and_projections_nothing_is_published_or_read() {
+    let node = Runtime::builder().store(MemoryStore::new()).aggregate::<Account>().start().await.unwrap();
+    for n in 1..=10 {
+        node.execute::<Account>("a", Deposit(n)).await.unwrap();
+    }
     let status = node.status().await;
-    assert_eq!((status.publisher.state, status.publisher.published), (PublisherState::Unheard, None));
+    assert_eq!((status.bus, status.publisher.bus, status.publisher.published), (None, None, None));
+    assert_eq!(status.publisher.state, PublisherState::Idle);
     assert_eq!(status.feed.position, None);
-
-    let mut subscription = bus.subscribe(store.info().id).await.unwrap();
-    let published = async {
-        while node.status().await.publisher.published.is_none() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), published).await.expect("publishing");
-    deposits(&node).await;
-    let mut next = async || tokio::time::timeout(Duration::from_secs(10), subscription.next()).await.unwrap();
-    assert!(matches!(next().await, Ok(BusItem::Head(head)) if head == Position::new(10)));
-    assert!(matches!(next().await, Ok(BusItem::Batch(batch)) if batch.after == Position::new(10)));
+    assert!(status.leases.unwrap().is_empty(), "without a publisher there is no lease");
     node.shutdown().await.unwrap();
 }
 

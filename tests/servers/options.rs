@@ -160,23 +160,13 @@ async fn times_are_in_their_range_or_refused() {
     let short = &[ZERO, NANO][..];
     let lease = &[ZERO, NANO, Duration::MAX][..];
     let none = &[][..];
-    let rows: [(&str, Set<Duration>, &[Duration]); 15] = [
+    let rows: [(&str, Set<Duration>, &[Duration]); 13] = [
         (
             "HandlerOptions::time_limit",
             |o, v| Options { handler: o.handler.clone().time_limit(v), ..o },
             lease,
         ),
         ("FeedOptions::idle_poll", |o, v| Options { feed: o.feed.clone().idle_poll(v), ..o }, short),
-        (
-            "PublisherOptions::busy_poll",
-            |o, v| Options { publisher: o.publisher.clone().busy_poll(v), ..o },
-            short,
-        ),
-        (
-            "PublisherOptions::idle_poll",
-            |o, v| Options { publisher: o.publisher.clone().idle_poll(v), ..o },
-            short,
-        ),
         (
             "PublisherOptions::heartbeat",
             |o, v| Options { publisher: o.publisher.clone().heartbeat(v), ..o },
@@ -388,31 +378,6 @@ async fn the_last_limit_counts_for_each_aggregate_too() {
     assert!(format!("{options:?}").contains("max_in_flight_per_aggregate: 10"), "{options:?}");
     let options = AggregateOptions::<Counter>::new().max_in_flight_per_aggregate(3).max_in_flight(5_000);
     assert!(format!("{options:?}").contains("max_in_flight_per_aggregate: 3"), "{options:?}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_capacity_of_a_local_bus_is_in_its_range_or_refused() {
-    use storied::bus::{BusError, EventBus};
-    use storied::{EventStore, LocalBus};
-
-    for capacity in [0, 65_537, usize::MAX / 4, usize::MAX] {
-        let store = MemoryStore::new();
-        let id = store.info().id;
-        let bus = LocalBus::with_capacity(capacity);
-        for used in [bus.publisher(id).await.err(), bus.subscribe(id).await.err()] {
-            let Some(BusError::Incompatible { reason }) = used else { panic!("{capacity}: {used:?}") };
-            assert!(reason.contains("LocalBus::with_capacity") && reason.contains("1 to 65536"), "{reason}");
-        }
-        let started = Runtime::builder().store(store).bus(bus).aggregate::<Counter>().start().await;
-        assert!(matches!(started, Err(StartError::Bus(BusError::Incompatible { .. }))), "{started:?}");
-    }
-    for capacity in [1, 65_536] {
-        let bus = LocalBus::with_capacity(capacity);
-        let builder = Runtime::builder().store(MemoryStore::new()).bus(bus).aggregate::<Counter>();
-        let runtime = builder.start().await.unwrap();
-        runtime.execute::<Counter>("one", Add(1)).await.unwrap();
-        runtime.shutdown().await.unwrap();
-    }
 }
 
 /// A file of an option is checked before it is opened: a FIFO would wait for a writer, and a device

@@ -33,6 +33,8 @@ enum Fault {
 #[derive(Clone)]
 pub struct FaultyStore {
     pub inner: MemoryStore,
+    /// Announces only the appends of this handle, as if the others were of another process.
+    apart: Option<watch::Sender<Position>>,
     pub hold_snapshots: bool,
     pub snapshots_waiting: Arc<AtomicUsize>,
     fault: Arc<Mutex<Fault>>,
@@ -48,6 +50,7 @@ impl FaultyStore {
     pub fn new(inner: MemoryStore) -> Self {
         Self {
             inner,
+            apart: None,
             hold_snapshots: false,
             snapshots_waiting: Arc::default(),
             fault: Arc::new(Mutex::new(Fault::None)),
@@ -58,6 +61,11 @@ impl FaultyStore {
             events_read: Arc::default(),
             looked_up: Arc::default(),
         }
+    }
+
+    /// A handle like that of another process: it announces no appends of other handles.
+    pub fn apart(inner: MemoryStore) -> Self {
+        Self { apart: Some(watch::Sender::new(Position::START)), ..Self::new(inner) }
     }
 
     /// Confirms appends without storing them.
@@ -151,7 +159,14 @@ impl EventStore for FaultyStore {
             }
             let fault = self.fault.lock().unwrap().clone();
             match fault {
-                Fault::None => self.inner.append(batch).await,
+                Fault::None => {
+                    let answers = self.inner.append(batch).await;
+                    if let Some(apart) = &self.apart {
+                        let ends = answers.iter().flatten().filter_map(|appended| appended.positions.last());
+                        ends.max().map(|end| apart.send_replace(*end));
+                    }
+                    answers
+                }
                 Fault::Fail(error) => batch.iter().map(|_| Err(error.clone().into())).collect(),
                 Fault::Forget => {
                     let answers = self.inner.append(batch).await;
@@ -207,7 +222,7 @@ impl EventStore for FaultyStore {
     }
 
     fn appended(&self) -> watch::Receiver<Position> {
-        self.inner.appended()
+        self.apart.as_ref().map_or_else(|| self.inner.appended(), watch::Sender::subscribe)
     }
 
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {

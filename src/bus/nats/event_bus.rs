@@ -12,9 +12,7 @@ use super::nats_bus::NatsBus;
 use super::options::Driver;
 use super::wakeup;
 use super::wire::Wire;
-use crate::bus::{
-    BusError, BusPublisher, BusScope, BusState, BusSubscription, DurableSubscription, EventBus, Follow,
-};
+use crate::bus::{BusError, BusPublisher, BusState, BusSubscription, DurableSubscription, EventBus, Follow};
 use crate::future::BoxFuture;
 #[cfg(feature = "otel")]
 use crate::telemetry::Telemetry;
@@ -38,10 +36,6 @@ impl EventBus for NatsBus {
     #[cfg(feature = "otel")]
     fn observe(&self, telemetry: &Telemetry) {
         self.inner.metrics.configure(telemetry);
-    }
-
-    fn scope(&self) -> BusScope {
-        BusScope::Shared
     }
 
     fn state(&self) -> BusState {

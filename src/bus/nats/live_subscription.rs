@@ -2,22 +2,23 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use async_nats::{Message, Subscriber};
+use futures_util::stream::{SelectAll, select_all};
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::watch;
+use tokio::task::unconstrained;
 use uuid::Uuid;
 
 use super::connection::{Connection, Echo, Link};
 use super::errors::silent;
-use super::merged_subscription::{Merged, subscribe};
+use super::merged_subscription::subscribe;
 use super::subjects::Names;
-use super::wire::{Incoming, Reject, Wire};
-use crate::bus::{BusError, BusItem, BusSubscription, LogBatch};
-use crate::event::RecordedEvent;
+use super::wire::{Reject, Wire};
+use crate::bus::{BusError, BusItem, BusSubscription};
+use crate::event::Position;
 use crate::future::BoxFuture;
 
-/// Approximate limits of one batch, in messages and bytes. The publisher uses the same limits.
-const EVENTS: usize = 512;
-const BYTES: usize = 1 << 20;
+/// Maximum number of messages that share one wake-up.
+const MESSAGES: usize = 512;
 
 /// Maximum number of foreign stores named in the log.
 const STRANGERS: usize = 16;
@@ -29,11 +30,8 @@ pub(super) struct NatsSubscription {
     link: watch::Receiver<Link>,
     /// Link state as of the last item.
     seen: Link,
-    events: Merged,
-    heads: Subscriber,
+    messages: SelectAll<Subscriber>,
     wire: Wire,
-    /// Received event that is not adjacent to the last returned batch.
-    held: Option<Incoming>,
     /// Number of malformed messages.
     malformed: u64,
     /// Ids of other stores that publish to the same subjects.
@@ -51,28 +49,26 @@ impl NatsSubscription {
         let client = &connection.client;
         let since = connection.errors();
         let subjects = [wire.events(), &[wire.head().to_owned()]].concat();
-        let (seen, events, heads) = connection
+        let (seen, messages) = connection
             .ask_permitted("subscribing", &subjects, async {
                 let seen = *link.borrow();
-                let events = Merged::subscribe(client, wire.events(), None).await?;
-                let heads = subscribe(client, wire.head(), None).await?;
+                let mut subscribers = Vec::with_capacity(subjects.len());
+                for subject in &subjects {
+                    subscribers.push(subscribe(client, subject, None).await?);
+                }
                 // The server processes requests in order. After the reply, it has the
                 // subscriptions.
                 Echo::new(client).await?.round_trip(client).await?;
-                Ok((seen, events, heads))
+                Ok((seen, select_all(subscribers)))
             })
             .await?;
         connection.check_refusals("subscribing", &subjects, since).await?;
-        let (held, malformed, strangers) = (None, 0, HashSet::new());
-        Ok(Self { _connection: connection, link, seen, events, heads, wire, held, malformed, strangers })
+        let (malformed, strangers) = (0, HashSet::new());
+        Ok(Self { _connection: connection, link, seen, messages, wire, malformed, strangers })
     }
 
     async fn next_item(&mut self) -> Result<BusItem, BusError> {
         loop {
-            if let Some(first) = self.held.take() {
-                return Ok(self.gather(first));
-            }
-            // Events before heads: a head that was sent after an event is never taken before it.
             tokio::select! {
                 biased;
                 changed = self.link.changed() => {
@@ -85,15 +81,10 @@ impl NatsSubscription {
                         return Ok(BusItem::Gap);
                     }
                 }
-                message = self.events.next() => {
+                message = self.messages.next() => {
                     let message = message.ok_or_else(|| self.ended())?;
-                    self.held = self.read(message);
-                }
-                message = self.heads.next() => {
-                    let message = message.ok_or_else(|| self.ended())?;
-                    match self.wire.read_position(message.headers.as_ref()) {
-                        Ok(head) => return Ok(BusItem::Head(head)),
-                        Err(reject) => self.report(&message, reject),
+                    if let Some(upto) = self.furthest(&message) {
+                        return Ok(BusItem::Upto(upto));
                     }
                 }
             }
@@ -108,41 +99,23 @@ impl NatsSubscription {
         }
     }
 
-    /// Gathers the received events that follow `first` without a gap.
-    fn gather(&mut self, first: Incoming) -> BusItem {
-        let (after, event) = match first {
-            Incoming::Large(position) => return BusItem::Head(position),
-            Incoming::Event { previous, event } => (previous, event),
-        };
-        let mut bytes = size(&event);
-        let mut upto = event.position;
-        let mut events = vec![event];
-        while events.len() < EVENTS && bytes < BYTES {
-            // Outside the coop budget of tokio, which would cut batches short.
-            let waiting = tokio::task::unconstrained(self.events.next()).now_or_never();
-            let Some(message) = waiting.flatten() else { break };
-            match self.read(message) {
-                Some(Incoming::Event { previous, event }) if previous == upto => {
-                    bytes += size(&event);
-                    upto = event.position;
-                    events.push(event);
-                }
-                Some(other) => {
-                    self.held = Some(other);
-                    break;
-                }
-                None => {}
-            }
+    /// Returns the highest position in `first` and the messages received after it.
+    fn furthest(&mut self, first: &Message) -> Option<Position> {
+        let mut upto = self.position(first);
+        for _ in 1..MESSAGES {
+            // Outside the coop budget of tokio, which would leave messages for another wake-up.
+            let Some(message) = unconstrained(self.messages.next()).now_or_never().flatten() else { break };
+            upto = upto.max(self.position(&message));
         }
-        BusItem::Batch(LogBatch { after, upto, events: events.into() })
+        upto
     }
 
-    fn read(&mut self, message: Message) -> Option<Incoming> {
-        self.wire.read(&message).map_err(|reject| self.report(&message, reject)).ok()
+    fn position(&mut self, message: &Message) -> Option<Position> {
+        let position = self.wire.read_position(message.headers.as_ref());
+        position.map_err(|reject| self.report(message, reject)).ok()
     }
 
     /// Logs an ignored message.
-    /// If it was a damaged event of this store, the next event reveals the gap.
     fn report(&mut self, message: &Message, reject: Reject) {
         let subject = message.subject.as_str();
         match reject {
@@ -166,10 +139,6 @@ impl NatsSubscription {
             }
         }
     }
-}
-
-fn size(event: &RecordedEvent) -> usize {
-    event.payload.len() + event.metadata.len()
 }
 
 impl BusSubscription for NatsSubscription {

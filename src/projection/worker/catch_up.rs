@@ -96,14 +96,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if options.follow == FollowMode::Feed || !own {
             return Ok(Follower::Feed(feed.follow()));
         }
+        // The runtime has checked that there is a bus, and that it supports this.
+        let Some(bus) = bus else { return Ok(Follower::Feed(feed.follow())) };
         let followed = bus.follow(Follow {
             name: self.row.clone(),
             store: store.info().id,
             names: filter.names().map(|names| names.iter().cloned().collect()),
             categories: filter.categories().map(|categories| categories.iter().cloned().collect()),
         });
-        // The runtime has checked that the bus supports this; so the bus was shut down.
         let durable = |followed| DurableFollower::new(followed, log.clone(), filter.clone(), self.page.get());
+        // An error means that the bus was shut down.
         followed.map(|followed| Follower::Durable(Box::new(durable(followed)))).map_err(|error| {
             Interruption::Later { reason: format!("{} cannot be followed: {error}", bus.name()) }
         })

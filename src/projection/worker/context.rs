@@ -23,7 +23,7 @@ pub(crate) struct NodeServices {
     pub(crate) store: Arc<dyn EventStore>,
     pub(crate) feed: Feed,
     pub(crate) node: Uuid,
-    pub(crate) bus: Arc<dyn EventBus>,
+    pub(crate) bus: Option<Arc<dyn EventBus>>,
     pub(crate) lease_watcher: LeaseWatcher,
     pub(crate) metrics: Metrics,
     pub(crate) supervisor: Option<ActorCell>,
@@ -69,7 +69,7 @@ pub(super) struct TaskConfig {
     pub(super) log: LogSource,
     pub(super) feed: Feed,
     pub(super) node: Uuid,
-    pub(super) bus: Arc<dyn EventBus>,
+    pub(super) bus: Option<Arc<dyn EventBus>>,
     pub(super) lease_watcher: LeaseWatcher,
     pub(super) metrics: Metrics,
     /// Lease views.

@@ -14,10 +14,8 @@ impl PublisherTerm<'_> {
     /// Determines where to continue.
     pub(super) async fn resume(&mut self, publisher: &mut dyn BusPublisher) -> Result<(), Interruption> {
         let shared = self.shared;
-        if let Some(lease) = &self.lease {
-            self.saved = shared.store.checkpoint(NAME).await?;
-            self.epoch = lease.epoch_above(self.saved.epoch).await?.ok_or(Interruption::LeaseLost)?;
-        }
+        self.saved = shared.store.checkpoint(NAME).await?;
+        self.epoch = self.lease.epoch_above(self.saved.epoch).await?.ok_or(Interruption::LeaseLost)?;
         let known = LogStreamEnd { position: self.saved.position, sequence: self.saved.mark };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => self.confirm(publisher, known, end).await?,

@@ -10,6 +10,8 @@ use super::super::options::PublisherOptions;
 use super::super::status::{PublisherState, PublisherStatus};
 use super::interruption::Interruption;
 use crate::bus::{EventBus, LogBatch};
+use crate::event::Position;
+use crate::feed::Feed;
 use crate::lease::LeaseRenewer;
 use crate::store::EventStore;
 use crate::telemetry::trace::{self, Destination, Publishing};
@@ -20,6 +22,7 @@ pub(super) const NAME: &str = "publisher";
 
 pub(super) struct Shared {
     pub(super) store: Arc<dyn EventStore>,
+    pub(super) feed: Feed,
     pub(super) renewer: LeaseRenewer,
     pub(super) bus: Arc<dyn EventBus>,
     pub(super) options: PublisherOptions,
@@ -43,6 +46,11 @@ impl Shared {
             status.state = state;
             news
         });
+    }
+
+    /// Reports the end of the log.
+    pub(super) fn saw(&self, head: Position) {
+        self.status.send_if_modified(|status| status.head.replace(head) != Some(head));
     }
 
     /// Starts the span and the timer of a batch.

@@ -19,8 +19,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(1);
 /// One term as the publisher.
 pub(super) struct PublisherTerm<'a> {
     pub(super) shared: &'a Shared,
-    /// The lease, on a shared bus.
-    pub(super) lease: Option<HeldLease>,
+    pub(super) lease: HeldLease,
     /// Epoch under which the checkpoint is written.
     pub(super) epoch: u64,
     /// The checkpoint in the store.
@@ -29,6 +28,8 @@ pub(super) struct PublisherTerm<'a> {
     pub(super) end: LogStreamEnd,
     /// Earliest time of the next checkpoint write.
     pub(super) save_at: Instant,
+    /// Time of the next heartbeat.
+    pub(super) beat_at: Instant,
     pub(super) backoff: &'a mut Backoff,
     /// Checkpoint that this process wrote when a message of another program fenced it.
     /// It is exactly the end of the log stream.
@@ -38,12 +39,14 @@ pub(super) struct PublisherTerm<'a> {
 }
 
 impl PublisherTerm<'_> {
-    /// Saves the checkpoint, if the bus is shared.
+    /// Whether the checkpoint in the store is older than the last confirmed publish.
+    pub(super) fn is_unsaved(&self) -> bool {
+        (self.saved.position, self.saved.mark) != (self.end.position, self.end.sequence)
+    }
+
+    /// Saves the checkpoint.
     pub(super) async fn save(&mut self) -> Result<(), Interruption> {
         self.save_at = Instant::now() + SAVE_EVERY;
-        if self.lease.is_none() {
-            return Ok(());
-        }
         let to = Checkpoint { position: self.end.position, epoch: self.epoch, mark: self.end.sequence };
         if to != self.saved {
             self.shared.store.save_checkpoint(NAME, self.saved, to, None).await?;
@@ -60,13 +63,5 @@ impl PublisherTerm<'_> {
             Ok(()) => {}
             Err(error) => tracing::debug!(%error, "could not write the publisher checkpoint"),
         }
-    }
-}
-
-/// Waits until the lease is lost; never returns without a lease. Cancel-safe.
-pub(super) async fn lost(lease: &mut Option<HeldLease>) {
-    match lease {
-        Some(lease) => lease.lost().await,
-        None => std::future::pending().await,
     }
 }

@@ -40,7 +40,10 @@ impl Shared {
         let written = self.write(valid).await;
         let mut written = match written {
             Ok(written) => {
-                self.announce(&written);
+                let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
+                if let Some(last) = last {
+                    self.announce(*last);
+                }
                 Ok(written.into_iter())
             }
             Err(error) => Err(error),
@@ -87,13 +90,11 @@ impl Shared {
         }
     }
 
-    /// Notifies the readers of this process of the new end of the log.
-    fn announce(&self, written: &[Result<Appended, AppendError>]) {
-        let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
-        let Some(&last) = last else { return };
+    /// Notifies the readers of this process of the end of the log.
+    pub(super) fn announce(&self, head: Position) {
         self.appended.send_if_modified(|known| {
-            let news = last > *known;
-            *known = last.max(*known);
+            let news = head > *known;
+            *known = head.max(*known);
             news
         });
     }

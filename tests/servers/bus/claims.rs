@@ -9,13 +9,14 @@ use storied::bus::{NatsBus, NatsOptions};
 use storied::store::Checkpoint;
 use storied::testing::Node;
 use storied::{
-    EventStore, FeedOptions, Position, PublisherOptions, PublisherState, RecordedEvent, SqliteStore,
+    EventStore, FeedOptions, MemoryStore, Position, PublisherOptions, PublisherState, RecordedEvent,
+    SqliteStore,
 };
-use tempfile::TempDir;
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::bus::fixtures::*;
+use crate::support::FaultyStore;
 use crate::support::{self, NatsServer};
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -322,17 +323,13 @@ async fn an_imitation_of_the_next_event() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_publisher_before_the_first_event() {
     let mut scene = Scene::start(Duration::from_millis(100)).await;
-    let directory = TempDir::new().unwrap();
-    let open = async || {
-        let store = SqliteStore::open(directory.path().join("events.db")).await.unwrap();
-        Arc::new(store) as Arc<dyn EventStore>
-    };
-    scene.store = open().await;
-    // Sees only what its own store appends.
-    let publishing = PublisherOptions::new().idle_poll(HOUR).busy_poll(HOUR).heartbeat(HOUR);
-    let node = Node::start(scene.store.clone(), Arc::new(scene.bus()), FeedOptions::new(), publishing).await;
+    let log = MemoryStore::new();
+    // Announces only its own appends.
+    scene.store = Arc::new(FaultyStore::apart(log.clone()));
+    let publishing = PublisherOptions::new().heartbeat(HOUR);
+    let node = Node::start(scene.store.clone(), Some(Arc::new(scene.bus())), blind(), publishing).await;
     eventually("publishing", || node.publisher().state == PublisherState::Publishing).await;
-    let (other, bus) = (open().await, scene.bus());
+    let (other, bus) = (Arc::new(log) as Arc<dyn EventStore>, scene.bus());
     let mut publisher = publisher(&bus, &other).await;
     write(&other, 0, 300).await;
     for batch in batches(&other, Position::START, 300).await {

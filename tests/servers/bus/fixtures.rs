@@ -12,8 +12,8 @@ use storied::projection::{ApplyError, InMemory};
 use storied::store::{Append, ExpectedVersion};
 use storied::testing::Node;
 use storied::{
-    EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Metadata, NewEvent,
-    Position, Projection, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent, StreamId,
+    EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position,
+    Projection, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent, StreamId,
 };
 use tokio::time::{Instant, timeout};
 
@@ -33,18 +33,15 @@ impl Event for Note {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    Local,
     Core,
     JetStream,
 }
 
-pub const ALL: [Kind; 3] = [Kind::Local, Kind::Core, Kind::JetStream];
 pub const NATS: [Kind; 2] = [Kind::Core, Kind::JetStream];
 
 /// Options with short pauses, so that tests are quick.
 pub fn options(kind: Kind, server: &NatsServer) -> NatsOptions {
     let options = match kind {
-        Kind::Local => panic!("the local bus has no such options"),
         Kind::Core => NatsOptions::core(),
         Kind::JetStream => NatsOptions::jetstream(log_stream()),
     };
@@ -64,20 +61,6 @@ pub fn quick(options: NatsOptions) -> NatsOptions {
 }
 
 /// One bus of each kind, and its server.
-pub async fn buses() -> Vec<(Kind, Arc<dyn EventBus>, NatsServer)> {
-    let mut buses = Vec::new();
-    for kind in ALL {
-        let server = NatsServer::start(support::NatsOptions::jetstream()).await;
-        let bus: Arc<dyn EventBus> = match kind {
-            Kind::Local => Arc::new(LocalBus::with_capacity(1_024)),
-            kind => Arc::new(options(kind, &server).bus()),
-        };
-        buses.push((kind, bus, server));
-    }
-    buses
-}
-
-/// One NATS bus of each kind, and its server.
 pub async fn nats() -> Vec<(Kind, NatsBus, NatsServer)> {
     let mut buses = Vec::new();
     for kind in NATS {
@@ -151,26 +134,15 @@ pub async fn next(subscription: &mut Box<dyn BusSubscription>) -> BusItem {
     timeout(PATIENCE, subscription.next()).await.unwrap().unwrap()
 }
 
-/// Reads adjacent batches from `after` until `upto`.
-pub async fn collect(
-    subscription: &mut Box<dyn BusSubscription>,
-    after: Position,
-    upto: Position,
-) -> Vec<RecordedEvent> {
-    let (mut events, mut at) = (Vec::new(), after);
-    while at < upto {
+/// Waits until the subscription wakes its reader for `position`, without a gap.
+pub async fn wakes(subscription: &mut Box<dyn BusSubscription>, position: Position) {
+    loop {
         match next(subscription).await {
-            BusItem::Batch(batch) => {
-                assert_eq!(batch.after, at, "adjacent");
-                assert!(batch.events.len() <= 2_048);
-                at = batch.upto;
-                events.extend_from_slice(&batch.events);
-            }
-            BusItem::Head(_) => {}
+            BusItem::Upto(upto) if upto >= position => return,
+            BusItem::Upto(_) => {}
             other => panic!("{other:?}"),
         }
     }
-    events
 }
 
 pub fn same(one: &[RecordedEvent], other: &[RecordedEvent]) {
@@ -218,7 +190,7 @@ pub fn blind() -> FeedOptions {
 
 impl Recording {
     pub async fn start(store: &Arc<dyn EventStore>, bus: impl EventBus, feed: FeedOptions) -> Self {
-        let node = Node::start(store.clone(), Arc::new(bus), feed, publishing()).await;
+        let node = Node::start(store.clone(), Some(Arc::new(bus)), feed, publishing()).await;
         let seen = Arc::default();
         node.projection(Recorder(Arc::clone(&seen)), InMemory::new(), ProjectionOptions::new()).await;
         Self { node, seen }

@@ -10,7 +10,7 @@ use async_nats::{Client, HeaderMap, Message};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use sqlx::{PgConnection, PgPool, SqliteConnection, SqlitePool};
-use storied::bus::{BusError, BusPublisher, BusScope, BusState, BusSubscription};
+use storied::bus::{BusError, BusPublisher, BusState, BusSubscription};
 use storied::projection::{
     ApplyError, FollowMode, InMemory, PostgresReadModel, ProjectionState, SqliteReadModel,
 };
@@ -194,7 +194,7 @@ async fn no_message_moves_a_read_model() {
             .unwrap();
         let feed = FeedOptions::new().idle_poll(Duration::from_millis(200));
         let bus = Arc::new(options(kind, &server).bus());
-        let node = Node::start(store.clone(), bus, feed, publishing()).await;
+        let node = Node::start(store.clone(), Some(bus), feed, publishing()).await;
         let seen = Arc::<Mutex<Rows>>::default();
         let options = ProjectionOptions::new;
         let mut handles = vec![
@@ -255,7 +255,7 @@ async fn without_a_message_the_store_is_read() {
     let dir = tempfile::TempDir::new().unwrap();
     let path = dir.path().join("events.db");
     let store: Arc<dyn EventStore> = Arc::new(SqliteStore::open(&path).await.unwrap());
-    // As in another process: this handle gets no signal for the appends of the first.
+    // As in another process.
     let other: Arc<dyn EventStore> = Arc::new(SqliteStore::open(&path).await.unwrap());
     let file = format!("sqlite://{}?mode=rwc", dir.path().join("model.db").display());
     let model = SqlitePool::connect(&file).await.unwrap();
@@ -265,7 +265,7 @@ async fn without_a_message_the_store_is_read() {
         .unwrap();
     let bus = || options(Kind::JetStream, &server).bus();
     let recording = Recording::start(&store, bus(), blind()).await;
-    let node = Node::start(other.clone(), Arc::new(bus()), blind(), publishing()).await;
+    let node = Node::start(other.clone(), Some(Arc::new(bus())), blind(), publishing()).await;
     let durable = ProjectionOptions::new().follow(FollowMode::Durable);
     let kept = [node.projection(SqliteTable("kept"), SqliteReadModel::new(model), durable).await];
     let head = write(&store, 0, 3).await;
@@ -360,10 +360,6 @@ impl EventBus for Refusing {
         "refusing"
     }
 
-    fn scope(&self) -> BusScope {
-        BusScope::Shared
-    }
-
     fn state(&self) -> BusState {
         BusState::Idle
     }
@@ -387,7 +383,7 @@ impl EventBus for Refusing {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_does_not_ask_a_refusing_bus_again() {
     let bus = Arc::new(Refusing::default());
-    let node = Node::start(store(), bus.clone(), blind(), publishing()).await;
+    let node = Node::start(store(), Some(bus.clone()), blind(), publishing()).await;
     // By then, the pause before the next attempt is longer than one second.
     eventually("some attempts", || bus.attempts.load(Ordering::SeqCst) >= 7).await;
     bus.silent.store(true, Ordering::SeqCst);

@@ -17,7 +17,7 @@ pub async fn works(options: NatsOptions) -> Result<(), BusError> {
     for batch in batches(&store, Position::START, 10).await {
         publisher.publish(batch).await?;
     }
-    collect(&mut subscription, Position::START, head).await;
+    wakes(&mut subscription, head).await;
     Ok(())
 }
 

@@ -56,7 +56,7 @@ async fn a_publisher_process() {
     let parent = getppid();
     let store = SqliteStore::open(std::env::var("ORACLE_STORE").unwrap()).await.unwrap();
     let bus = bus(&std::env::var("ORACLE_NATS").unwrap());
-    let _node = Node::start(Arc::new(store), Arc::new(bus), FeedOptions::new(), publishing()).await;
+    let _node = Node::start(Arc::new(store), Some(Arc::new(bus)), FeedOptions::new(), publishing()).await;
     while getppid() == parent {
         pause(100).await;
     }

@@ -126,7 +126,7 @@ async fn durable_projections_work_with_their_rights() {
         let store = store();
         write(&store, 0, 5).await;
         let bus = role(NatsOptions::jetstream(existing()), &server, "durable_node").bus();
-        let node = Node::start(store.clone(), Arc::new(bus), blind(), publishing()).await;
+        let node = Node::start(store.clone(), Some(Arc::new(bus)), blind(), publishing()).await;
         let options = ProjectionOptions::new().follow(FollowMode::Durable);
         let handle = node.projection(Shipments(filter), AtLeastOnce::new(), options).await;
         handle.wait_until_caught_up(PATIENCE).await.unwrap();

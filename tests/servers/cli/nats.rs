@@ -11,8 +11,8 @@ use storied::bus::{ConsumerOptions, SubscribeOptions};
 use storied::projection::{ApplyError, FollowMode, SqliteReadModel};
 use storied::testing::Node;
 use storied::{
-    EncodeError, EventStore, FeedOptions, Filter, LocalBus, NatsBus, Projection, ProjectionOptions,
-    PublisherOptions, RecordedEvent,
+    EncodeError, EventStore, FeedOptions, Filter, NatsBus, Projection, ProjectionOptions, PublisherOptions,
+    RecordedEvent,
 };
 
 use crate::cli::program::*;
@@ -85,7 +85,7 @@ async fn tampering_with_the_log_is_found() {
 /// Publishes everything, and ends.
 async fn publish(store: &Arc<dyn EventStore>, server: &NatsServer) {
     let bus = Arc::new(NatsBus::jetstream(server.url()));
-    let node = Node::start(store.clone(), bus, FeedOptions::new(), PublisherOptions::new()).await;
+    let node = Node::start(store.clone(), Some(bus), FeedOptions::new(), PublisherOptions::new()).await;
     let head = store.high_water_mark().await.unwrap();
     eventually("everything is published", async || node.publisher().published == Some(head)).await;
     node.stop(PATIENCE).await.unwrap();
@@ -260,7 +260,8 @@ async fn streams_and_consumers_are_compared_and_not_changed() {
     // The objects that the code creates match its options, consumers included.
     let bus = NatsBus::jetstream(&url);
     let node =
-        Node::start(store.clone(), Arc::new(bus.clone()), FeedOptions::new(), PublisherOptions::new()).await;
+        Node::start(store.clone(), Some(Arc::new(bus.clone())), FeedOptions::new(), PublisherOptions::new())
+            .await;
     let dir = tempfile::tempdir().unwrap();
     let path = format!("sqlite:{}?mode=rwc", dir.path().join("read.db").display());
     let model = SqliteReadModel::new(SqlitePool::connect(&path).await.unwrap());
@@ -412,8 +413,7 @@ async fn no_command_but_migrate_creates_anything() {
 #[tokio::test]
 async fn unreachable_or_refusing_nats_is_reported_without_secrets() {
     let (fixture, store) = filled().await.remove(0);
-    let node =
-        Node::start(store, Arc::new(LocalBus::new()), FeedOptions::new(), PublisherOptions::new()).await;
+    let node = Node::start(store, None, FeedOptions::new(), PublisherOptions::new()).await;
     node.stop(PATIENCE).await.unwrap();
     let silent = |run: &Run| {
         assert!(!run.out.contains("hunter2") && !run.err.contains("hunter2"), "{}{}", run.out, run.err)

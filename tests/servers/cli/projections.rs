@@ -13,7 +13,7 @@ use storied::projection::{
 };
 use storied::testing::Node;
 use storied::{
-    EncodeError, EventStore, FeedOptions, Filter, LocalBus, Projection, ProjectionHandle, ProjectionOptions,
+    EncodeError, EventStore, FeedOptions, Filter, Projection, ProjectionHandle, ProjectionOptions,
     PublisherOptions, RecordedEvent,
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -96,9 +96,7 @@ async fn start(
     faults: &Faults,
     partitions: u16,
 ) -> (Node, ProjectionHandle) {
-    let node =
-        Node::start(store.clone(), Arc::new(LocalBus::new()), FeedOptions::new(), PublisherOptions::new())
-            .await;
+    let node = Node::start(store.clone(), None, FeedOptions::new(), PublisherOptions::new()).await;
     let options = ProjectionOptions::new()
         .on_failure(FailurePolicy::Park)
         .max_attempts(2)

@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, Position, PostgresReadModel, PostgresStore,
+    EncodeError, EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore,
     PublisherState, ReadLog, RecordedEvent, Runtime,
 };
 
@@ -88,13 +88,7 @@ async fn a_projection_is_claimed_below_its_checkpoint() {
     let node = async || {
         let store = PostgresStore::connect(&url).await.unwrap();
         let seen = PostgresReadModel::new(pool.clone());
-        let runtime = Runtime::builder()
-            .store(store.clone())
-            .bus(LocalBus::new())
-            .projection(Seen, seen)
-            .start()
-            .await
-            .unwrap();
+        let runtime = Runtime::builder().store(store.clone()).projection(Seen, seen).start().await.unwrap();
         (store, runtime)
     };
     let (store, runtime) = node().await;
@@ -125,13 +119,7 @@ async fn a_snapshot_is_loaded_above_the_mark() {
         let kept = Kept { positions: Arc::default(), applied: Arc::default() };
         let (positions, applied) = (kept.positions.clone(), kept.applied.clone());
         let memory = InMemory::new().snapshot_every(1, 1, positions.clone());
-        let runtime = Runtime::builder()
-            .store(store.clone())
-            .bus(LocalBus::new())
-            .projection(kept, memory)
-            .start()
-            .await
-            .unwrap();
+        let runtime = Runtime::builder().store(store.clone()).projection(kept, memory).start().await.unwrap();
         (store, runtime, positions, applied)
     };
     let (store, runtime, ..) = node().await;

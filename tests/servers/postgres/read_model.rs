@@ -8,8 +8,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState, ReadModel};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, LocalBus, MemoryStore, Position, PostgresReadModel,
-    PostgresStore, Projection, RecordedEvent, Runtime,
+    EncodeError, EventStore, ExpectedVersion, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore,
+    Projection, RecordedEvent, Runtime,
 };
 
 use crate::postgres::tools::{append, events, run, stream, whole_log};
@@ -53,7 +53,6 @@ async fn read_models_are_exact_while_connections_die() {
         let pool = PgPool::connect(&tables).await.unwrap();
         Runtime::builder()
             .store(PostgresStore::connect(&log).await.unwrap())
-            .bus(LocalBus::new())
             .projection(Seen, PostgresReadModel::new(pool))
             .start()
             .await

@@ -13,9 +13,9 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{AppendError, Checkpoint, CommandRecord};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, LocalBus,
-    MemoryStore, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent,
-    Runtime, StoreError, Version,
+    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, MemoryStore,
+    Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError,
+    Version,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -395,7 +395,7 @@ async fn a_failover_that_loses_events_is_noticed() {
     let pool = PgPool::connect(&tables).await.unwrap();
     let node = async |store: PostgresStore| {
         let seen = PostgresReadModel::new(pool.clone());
-        Runtime::builder().store(store).bus(LocalBus::new()).projection(Seen, seen).start().await.unwrap()
+        Runtime::builder().store(store).projection(Seen, seen).start().await.unwrap()
     };
     let runtime = node(store.clone()).await;
     append(&store, &stream(1), exact(0), events(3)).await.unwrap();

@@ -3,7 +3,7 @@
 //! The read model matches the store: a table of SQLite or PostgreSQL, or, for the store in memory,
 //! an external system that deduplicates by its key.
 //!
-//! Durable following exists on JetStream only: over the local bus and Core, a runtime with this
+//! Durable following exists on JetStream only: without a bus and over Core, a runtime with this
 //! option does not start (`tests/servers/bus/durable.rs`).
 
 mod failing;
@@ -22,8 +22,8 @@ use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{BuildTarget, FollowMode};
 use storied::testing::Node;
 use storied::{
-    EventBus, EventStore, FeedOptions, Filter, LocalBus, Partition, Position, ProjectionHandle,
-    ProjectionOptions, PublisherOptions, ReadLog,
+    EventBus, EventStore, FeedOptions, Filter, Partition, Position, ProjectionHandle, ProjectionOptions,
+    PublisherOptions, ReadLog,
 };
 use tokio::sync::Mutex;
 use tokio::time::timeout;
@@ -35,6 +35,7 @@ use crate::support::{self, NatsServer};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Bus {
+    /// No bus.
     Local,
     Core,
     JetStream,
@@ -53,23 +54,21 @@ struct Scene<P> {
 
 impl<P: Place> Scene<P> {
     async fn node(&self) -> Node {
-        let quick = |options: NatsOptions| -> Arc<dyn EventBus> {
+        let quick = |options: NatsOptions| -> Option<Arc<dyn EventBus>> {
             let options = options.url(&self.url).namespace(&self.namespace).unwrap();
             let options = options.reconnect_wait(Duration::from_millis(50));
-            Arc::new(options.ping_interval(Duration::from_millis(300)).bus())
+            Some(Arc::new(options.ping_interval(Duration::from_millis(300)).bus()))
         };
         let bus = match self.bus {
-            Bus::Local => Arc::new(LocalBus::new()),
+            Bus::Local => None,
             Bus::Core => quick(NatsOptions::core()),
             Bus::JetStream | Bus::Durable => {
                 quick(NatsOptions::jetstream(JetStreamOptions::new().max_bytes(20 << 20)))
             }
         };
         let feed = FeedOptions::new().idle_poll(Duration::from_millis(250));
-        let publishing = PublisherOptions::new()
-            .idle_poll(Duration::from_millis(50))
-            .heartbeat(Duration::from_millis(100))
-            .lease_ttl(Duration::from_secs(1));
+        let publishing =
+            PublisherOptions::new().heartbeat(Duration::from_millis(100)).lease_ttl(Duration::from_secs(1));
         Node::start(self.store.clone(), bus, feed, publishing).await
     }
 

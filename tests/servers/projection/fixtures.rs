@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteConnection;
 use storied::bus::{
-    BusError, BusItem, BusPublisher, BusScope, BusState, BusSubscription, LogBatch, LogStreamEnd, Resume,
+    BusError, BusItem, BusPublisher, BusState, BusSubscription, LogBatch, LogStreamEnd, Resume,
 };
 use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, Snapshots, SqliteReadModel};
 use storied::store::{
@@ -20,13 +20,14 @@ use storied::store::{
 };
 use storied::testing::Node;
 use storied::{
-    EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Metadata, NewEvent,
-    Position, Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent,
-    SqliteStore, StoreError, StreamId, Version,
+    EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position,
+    Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, PublisherState, ReadLog,
+    RecordedEvent, SqliteStore, StoreError, StreamId, Version,
 };
 use tempfile::TempDir;
-use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, watch};
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 pub use crate::support::{Dice, PATIENCE, eventually};
@@ -399,19 +400,32 @@ impl Database {
 
 /// A node with short pauses, so that tests are quick.
 pub async fn node(store: &Arc<dyn EventStore>, bus: impl EventBus) -> Node {
-    let feed = FeedOptions::new().idle_poll(Duration::from_millis(50));
-    Node::start(store.clone(), Arc::new(bus), feed, publishing()).await
+    Node::start(store.clone(), Some(Arc::new(bus)), quick(), publishing()).await
+}
+
+pub fn quick() -> FeedOptions {
+    FeedOptions::new().idle_poll(Duration::from_millis(50))
 }
 
 pub fn publishing() -> PublisherOptions {
-    PublisherOptions::new()
-        .idle_poll(Duration::from_millis(20))
-        .heartbeat(Duration::from_millis(50))
-        .lease_ttl(Duration::from_millis(300))
+    PublisherOptions::new().heartbeat(Duration::from_millis(50)).lease_ttl(Duration::from_millis(300))
 }
 
+/// A node without a bus.
 pub async fn local_node(store: &Arc<dyn EventStore>) -> Node {
-    node(store, LocalBus::new()).await
+    Node::start(store.clone(), None, quick(), publishing()).await
+}
+
+/// A publishing node, and a node that follows it over a bus with faults.
+///
+/// Nothing but the bus and `feed` wakes the second node.
+pub async fn two_nodes(store: &Arc<dyn EventStore>, bus: Lossy, feed: FeedOptions) -> [Node; 2] {
+    let bus: Arc<dyn EventBus> = Arc::new(bus);
+    let options = publishing().lease_ttl(Duration::from_secs(600));
+    let publishing = Node::start(store.clone(), Some(bus.clone()), quick(), options.clone()).await;
+    eventually("it publishes", || publishing.publisher().state == PublisherState::Publishing).await;
+    let apart = Arc::new(Link::new(store).apart());
+    [publishing, Node::start(apart, Some(bus), feed, options).await]
 }
 
 /// Quick retries.
@@ -458,16 +472,23 @@ pub enum Loss {
     Panics,
 }
 
-/// A local bus that loses items.
+/// A message of a [`Lossy`] bus.
+#[derive(Debug, Clone, Copy)]
+enum Sent {
+    Events(Position),
+    Heartbeat(Position),
+}
+
+/// A bus that keeps nothing and loses items.
 pub struct Lossy {
-    inner: LocalBus,
+    sent: broadcast::Sender<Sent>,
     loss: Loss,
     dice: Arc<Dice>,
 }
 
 impl Lossy {
     pub fn new(loss: Loss, seed: u64) -> Self {
-        Self { inner: LocalBus::new(), loss, dice: Arc::new(Dice::new(seed)) }
+        Self { sent: broadcast::Sender::new(128), loss, dice: Arc::new(Dice::new(seed)) }
     }
 }
 
@@ -476,33 +497,47 @@ impl EventBus for Lossy {
         "lossy"
     }
 
-    fn scope(&self) -> BusScope {
-        BusScope::Process
-    }
-
     fn state(&self) -> BusState {
-        self.inner.state()
+        BusState::Connected { to: "this process".into(), last_error: None }
     }
 
-    fn publisher(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
-        self.inner.publisher(store)
+    fn publisher(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusPublisher>, BusError>> {
+        Box::pin(async { Ok(Box::new(LossyPublisher(self.sent.clone())) as _) })
     }
 
-    fn subscribe(&self, store: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
+    fn subscribe(&self, _: Uuid) -> BoxFuture<'_, Result<Box<dyn BusSubscription>, BusError>> {
         Box::pin(async move {
             if self.loss == Loss::Refused {
                 return Err(BusError::Unavailable { reason: "refused".into(), source: None });
             }
-            let inner = self.inner.subscribe(store).await?;
-            let (loss, dice) = (self.loss, self.dice.clone());
-            Ok(Box::new(LossySubscription { inner, loss, dice, ready: VecDeque::new(), held: Vec::new() })
+            let (sent, loss, dice) = (self.sent.subscribe(), self.loss, self.dice.clone());
+            Ok(Box::new(LossySubscription { sent, loss, dice, ready: VecDeque::new(), held: Vec::new() })
                 as _)
         })
     }
 }
 
+struct LossyPublisher(broadcast::Sender<Sent>);
+
+impl BusPublisher for LossyPublisher {
+    fn resume(&mut self, _: LogStreamEnd) -> BoxFuture<'_, Result<Resume, BusError>> {
+        Box::pin(async { Ok(Resume::AtHighWaterMark) })
+    }
+
+    fn publish(&mut self, batch: LogBatch) -> BoxFuture<'_, Result<LogStreamEnd, BusError>> {
+        // An error means that there is no subscriber.
+        let _ = self.0.send(Sent::Events(batch.upto));
+        Box::pin(async move { Ok(LogStreamEnd { position: batch.upto, sequence: 0 }) })
+    }
+
+    fn heartbeat(&mut self, head: Position) -> BoxFuture<'_, Result<(), BusError>> {
+        let _ = self.0.send(Sent::Heartbeat(head));
+        Box::pin(async { Ok(()) })
+    }
+}
+
 struct LossySubscription {
-    inner: Box<dyn BusSubscription>,
+    sent: broadcast::Receiver<Sent>,
     loss: Loss,
     dice: Arc<Dice>,
     ready: VecDeque<BusItem>,
@@ -516,11 +551,16 @@ impl BusSubscription for LossySubscription {
                 if let Some(item) = self.ready.pop_front() {
                     return Ok(item);
                 }
-                let item = self.inner.next().await?;
-                match (self.loss, &item) {
-                    (Loss::Chaos, _) => match self.dice.roll(12) {
+                let (item, is_heartbeat) = match self.sent.recv().await {
+                    Ok(Sent::Events(upto)) => (BusItem::Upto(upto), false),
+                    Ok(Sent::Heartbeat(upto)) => (BusItem::Upto(upto), true),
+                    Err(RecvError::Lagged(_)) => (BusItem::Gap, false),
+                    Err(RecvError::Closed) => return Err(BusError::Closed),
+                };
+                match self.loss {
+                    Loss::Chaos => match self.dice.roll(12) {
                         0 | 1 => {}
-                        2 => self.ready.extend([item.clone(), item]),
+                        2 => self.ready.extend([item, item]),
                         3 | 4 => self.held.push(item),
                         5 => self.ready.extend(self.held.drain(..).rev().chain([item])),
                         6 => {
@@ -531,9 +571,9 @@ impl BusSubscription for LossySubscription {
                         8 => return Ok(BusItem::Gap),
                         _ => return Ok(item),
                     },
-                    (Loss::Batches, BusItem::Head(_)) => return Ok(item),
-                    (Loss::Panics, _) if self.dice.roll(3) == 0 => panic!("on purpose"),
-                    (Loss::Panics, _) => return Ok(item),
+                    Loss::Batches if is_heartbeat => return Ok(item),
+                    Loss::Panics if self.dice.roll(3) == 0 => panic!("on purpose"),
+                    Loss::Panics => return Ok(item),
                     _ => {}
                 }
             }
@@ -541,7 +581,7 @@ impl BusSubscription for LossySubscription {
     }
 }
 
-/// A shared bus that keeps everything and rejects a batch that does not follow its end.
+/// A bus that keeps everything and rejects a batch that does not follow its end.
 ///
 /// JetStream with an expected last sequence does the same.
 #[derive(Clone, Default)]
@@ -571,10 +611,6 @@ impl LogStream {
 impl EventBus for LogStream {
     fn name(&self) -> &'static str {
         "log_stream"
-    }
-
-    fn scope(&self) -> BusScope {
-        BusScope::Shared
     }
 
     fn state(&self) -> BusState {
@@ -644,6 +680,8 @@ pub struct Link {
     pub mute: Arc<AtomicBool>,
     /// Lists of leases do not return either: this node receives no notifications of others.
     pub blind: Arc<AtomicBool>,
+    /// Announces only the appends of this node.
+    apart: Option<watch::Sender<Position>>,
     /// Factor between this node's positions and those of the store: the log has gaps.
     sparse: u64,
     /// Reads of the log from this position on do not return.
@@ -677,6 +715,7 @@ impl Link {
             down: Arc::default(),
             mute: Arc::default(),
             blind: Arc::default(),
+            apart: None,
             sparse: 1,
             wall: Arc::new(AtomicU64::new(u64::MAX)),
             unstable: Arc::default(),
@@ -689,6 +728,11 @@ impl Link {
     /// Another node's connection, with its own snapshot faults.
     pub fn beside(&self) -> Self {
         Self { shelf: Shelf::default(), ..self.clone() }
+    }
+
+    /// The store announces no appends of other nodes to this one.
+    pub fn apart(self) -> Self {
+        Self { apart: Some(watch::Sender::new(Position::START)), ..self }
     }
 
     pub fn sparse(self, times: u64) -> Self {
@@ -730,7 +774,14 @@ impl EventStore for Link {
     }
 
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
-        self.inner.append(batch)
+        Box::pin(async move {
+            let answers = self.inner.append(batch).await;
+            if let Some(apart) = &self.apart {
+                let ends = answers.iter().flatten().filter_map(|appended| appended.positions.last());
+                ends.max().map(|end| apart.send_replace(*end));
+            }
+            answers
+        })
     }
 
     fn read_stream<'a>(
@@ -775,7 +826,7 @@ impl EventStore for Link {
     }
 
     fn appended(&self) -> watch::Receiver<Position> {
-        self.inner.appended()
+        self.apart.as_ref().map_or_else(|| self.inner.appended(), watch::Sender::subscribe)
     }
 
     fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {

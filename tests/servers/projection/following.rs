@@ -6,8 +6,7 @@ use std::time::Duration;
 use storied::projection::{AtLeastOnce, InMemory, ProjectionState, WaitError};
 use storied::testing::Node;
 use storied::{
-    EventBus, EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Position, ProjectionOptions,
-    PublisherOptions,
+    EventBus, EventStore, FeedOptions, Filter, MemoryStore, Position, ProjectionOptions, PublisherOptions,
 };
 use tokio::time::timeout;
 
@@ -46,7 +45,7 @@ async fn applies_exactly_once_over_kills_at_any_moment() {
 async fn a_bus_that_loses_duplicates_and_reorders_changes_nothing() {
     for (kind, store, _dir) in stores().await {
         for seed in 0..3 {
-            let node = node(&store, Lossy::new(Loss::Chaos, seed)).await;
+            let [publishing, node] = two_nodes(&store, Lossy::new(Loss::Chaos, seed), quick()).await;
             let (memory, slow) = (recorder("memory"), recorder::<()>("even").filter(evens()));
             let (seen, even_seen) = (memory.seen.clone(), slow.seen.clone());
             let memory = node.projection(memory, InMemory::new(), options()).await;
@@ -59,6 +58,7 @@ async fn a_bus_that_loses_duplicates_and_reorders_changes_nothing() {
             assert_eq!(even_seen.positions(), log(&store, &evens()).await, "{kind} {seed}");
             assert!(node.feed().repairs > 0, "{:?}", node.feed());
             node.stop(PATIENCE).await.unwrap();
+            publishing.stop(PATIENCE).await.unwrap();
         }
     }
 }
@@ -71,8 +71,7 @@ async fn the_last_event_is_found_even_if_the_bus_lost_it() {
     for (loss, idle_poll) in [(Loss::Batches, never), (Loss::Silence, soon), (Loss::Refused, soon)] {
         for (kind, store, _dir) in stores().await {
             let feed = FeedOptions::new().idle_poll(idle_poll);
-            let bus = std::sync::Arc::new(Lossy::new(loss, 0));
-            let node = Node::start(store.clone(), bus, feed, publishing()).await;
+            let [publishing, node] = two_nodes(&store, Lossy::new(loss, 0), feed).await;
             let recorder = recorder("memory");
             let seen = recorder.seen.clone();
             let handle = node.projection(recorder, InMemory::new(), options()).await;
@@ -84,6 +83,7 @@ async fn the_last_event_is_found_even_if_the_bus_lost_it() {
                 eventually("the feed reports it", || node.feed().last_error.is_some()).await;
             }
             node.stop(PATIENCE).await.unwrap();
+            publishing.stop(PATIENCE).await.unwrap();
         }
     }
 }
@@ -92,8 +92,7 @@ async fn the_last_event_is_found_even_if_the_bus_lost_it() {
 async fn a_slow_projection_delays_no_other_and_misses_no_event() {
     for (kind, store, _dir) in stores().await {
         let feed = FeedOptions::new().capacity(2).idle_poll(Duration::from_millis(50));
-        let bus = std::sync::Arc::new(LocalBus::with_capacity(2));
-        let node = Node::start(store.clone(), bus, feed, publishing()).await;
+        let node = Node::start(store.clone(), None, feed, publishing()).await;
         let gate = Gate::closed();
         let (slow, fast) = (recorder("slow").hook(gate.hook()), recorder::<()>("fast"));
         let (slow_seen, fast_seen) = (slow.seen.clone(), fast.seen.clone());
@@ -171,44 +170,6 @@ async fn fifty_projections_live_in_one_process() {
     }
 }
 
-/// Two services in one process, on clones of one bus.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn events_of_another_store_on_the_same_bus_are_ignored() {
-    for ((kind, store, _dir), (_, other, _other_dir)) in stores().await.into_iter().zip(stores().await) {
-        let bus = LocalBus::new();
-        // No polling: an event that is not on the bus does not arrive in time.
-        let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
-        let publishing = publishing().idle_poll(Duration::from_secs(3_600));
-        let start = |store: &Arc<dyn EventStore>| {
-            Node::start(store.clone(), Arc::new(bus.clone()), feed.clone(), publishing.clone())
-        };
-        let (here, there) = (start(&store).await, start(&other).await);
-        let (ours, theirs) = (recorder("memory"), recorder("memory"));
-        let seen = [ours.seen.clone(), theirs.seen.clone()];
-        let ours = here.projection(ours, InMemory::new(), options()).await;
-        let theirs = there.projection(theirs, InMemory::new(), options()).await;
-        for handle in [&ours, &theirs] {
-            reach(handle, ProjectionState::Following).await;
-        }
-        eventually("both feeds are there", || {
-            [&here, &there].iter().all(|node| node.feed().position.is_some())
-        })
-        .await;
-        for n in 0..10 {
-            // Its positions are ahead, so events of the first log would be the skipped ones.
-            let ahead = append(&other, 0, [n, n, n]).await;
-            catch_up(&theirs, ahead).await;
-            let head = append(&store, 0, [n]).await;
-            catch_up(&ours, head).await;
-            assert_eq!(here.feed().position, Some(head), "{kind}");
-        }
-        assert_eq!(seen[0].positions(), log(&store, &Filter::all()).await, "{kind}");
-        assert_eq!(seen[1].positions(), log(&other, &Filter::all()).await, "{kind}");
-        here.stop(PATIENCE).await.unwrap();
-        there.stop(PATIENCE).await.unwrap();
-    }
-}
-
 /// A filter without matches, over a log of many positions.
 ///
 /// Each page ends in bounded time, and matching events after it are found.
@@ -265,19 +226,15 @@ async fn durations_have_no_upper_limit() {
     let longest = Duration::from_secs(24 * 60 * 60);
     for (kind, store, _dir) in stores().await {
         let feed = FeedOptions::new().idle_poll(never);
-        let publishing =
-            PublisherOptions::new().busy_poll(never).idle_poll(never).heartbeat(never).lease_ttl(longest);
+        let publishing = PublisherOptions::new().heartbeat(never).lease_ttl(longest);
         let log_stream = LogStream::default();
-        for bus in [Arc::new(LocalBus::new()) as Arc<dyn EventBus>, Arc::new(log_stream.clone())] {
+        for bus in [None, Some(Arc::new(log_stream.clone()) as Arc<dyn EventBus>)] {
             let node = Node::start(store.clone(), bus, feed.clone(), publishing.clone()).await;
             let options = ProjectionOptions::new().lease(longest).backoff(Duration::from_millis(1), never);
             let delivered = node.projection(recorder("delivered"), AtLeastOnce::new(), options.clone()).await;
             let head = append(&store, 0, [1]).await;
-            // The log stream sends no notifications, and the feed never polls.
-            if node.publisher().bus == "local" {
-                delivered.caught_up_to_within(head, never).await.unwrap();
-                delivered.wait_until_caught_up(never).await.unwrap();
-            }
+            delivered.caught_up_to_within(head, never).await.unwrap();
+            delivered.wait_until_caught_up(never).await.unwrap();
             node.stop(never).await.unwrap();
         }
         assert_eq!(log_stream.kept().last(), log(&store, &Filter::all()).await.last(), "{kind}");

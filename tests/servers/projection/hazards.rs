@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 use storied::bus::{JetStreamOptions, NatsBus, NatsOptions};
 use storied::projection::{AtLeastOnce, FailurePolicy, FollowMode, InMemory, ProjectionState};
 use storied::testing::Node;
-use storied::{EventStore, FeedOptions, Filter, LocalBus, MemoryStore, Partition, ProjectionOptions};
+use storied::{EventStore, FeedOptions, Filter, MemoryStore, Partition, ProjectionOptions};
 
 use crate::projection::conformance::place::{InPostgres, Place, Writes};
 use crate::projection::fixtures::*;
@@ -53,7 +53,7 @@ async fn hazard_03_a_subscriber_that_reconnects_later_than_the_publisher() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let mut server = NatsServer::start(Server::core()).await;
     let core = |wait| NatsOptions::core().url(server.url()).reconnect_wait(wait);
-    let start = |wait| Node::start(store.clone(), Arc::new(core(wait).bus()), blind(), publishing());
+    let start = |wait| Node::start(store.clone(), Some(Arc::new(core(wait).bus())), blind(), publishing());
     let (one, two) = (start(Duration::from_millis(20)).await, start(Duration::from_secs(2)).await);
     let recorder = recorder("late");
     let seen = recorder.seen.clone();
@@ -81,7 +81,7 @@ async fn hazard_10_a_server_killed_after_acknowledged_deliveries() {
     let mut server = NatsServer::start(Server::jetstream()).await;
     let database = Database::new().await;
     let bus = Arc::new(jetstream(&server, 50 << 20));
-    let node = Node::start(store.clone(), bus, blind(), publishing()).await;
+    let node = Node::start(store.clone(), Some(bus), blind(), publishing()).await;
     let handle = node.projection(table("killed"), database.open().await, durable()).await;
     let mut consumer = consumer(&server, "killed").await;
     for round in 0..3 {
@@ -108,7 +108,7 @@ async fn hazard_12_a_stream_that_discards_under_a_full_follower() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let server = NatsServer::start(Server::jetstream()).await;
     let bus = Arc::new(jetstream(&server, 50 << 10));
-    let node = Node::start(store.clone(), bus, blind(), publishing()).await;
+    let node = Node::start(store.clone(), Some(bus), blind(), publishing()).await;
     let gate = Gate::closed();
     // Only part of the log, so that a step in the stream's numbers proves nothing.
     let slow = recorder("slow").filter(evens()).hook(gate.hook());
@@ -144,7 +144,7 @@ async fn hazard_17_a_projection_slower_than_the_wait_for_its_ack() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let server = NatsServer::start(Server::jetstream()).await;
     let bus = Arc::new(jetstream(&server, 50 << 20));
-    let node = Node::start(store.clone(), bus, blind(), publishing()).await;
+    let node = Node::start(store.clone(), Some(bus), blind(), publishing()).await;
     let gate = Gate::closed();
     let slow = recorder("slow").hook(gate.hook());
     let seen = slow.seen.clone();
@@ -191,7 +191,7 @@ async fn hazard_18_a_poison_event_is_parked_and_its_partition_goes_on_in_order()
             Err("poison".into())
         })
     };
-    let node = Node::start(store.clone(), Arc::new(LocalBus::new()), FeedOptions::new(), publishing()).await;
+    let node = Node::start(store.clone(), None, FeedOptions::new(), publishing()).await;
     let make = {
         let place = place.clone();
         move |_| Writes::new(place.clone(), "poisoned").hook(poison.clone())
@@ -225,8 +225,7 @@ async fn hazard_21_a_database_that_hangs_for_longer_than_the_lease() {
     let (store, place) = InPostgres::at(&server.create_database().await).await;
     let mut nodes = Vec::new();
     for _ in 0..2 {
-        let bus = Arc::new(LocalBus::new());
-        let node = Node::start(store.clone(), bus, FeedOptions::new(), publishing()).await;
+        let node = Node::start(store.clone(), None, FeedOptions::new(), publishing()).await;
         let writes = Writes::new(place.clone(), "hangs");
         let handle = node.projection(writes, place.model().await, short_lived()).await;
         nodes.push((node, handle));

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use storied::projection::{InMemoryIndex, ProjectionState, ProjectionStatus, Schedule, WaitError};
-use storied::{EventStore, Filter, LocalBus, MemoryStore, Position, ProjectionHandle, Runtime};
+use storied::{EventStore, Filter, MemoryStore, Position, ProjectionHandle, Runtime};
 use tokio::sync::watch;
 
 use crate::projection::fixtures::*;
@@ -113,7 +113,7 @@ async fn no_lag_is_reported_before_checkpoint_and_log_are_read() {
 async fn an_empty_log_is_distinguished_from_an_unread_log() {
     let link = Link::new(&(Arc::new(MemoryStore::new()) as Arc<dyn EventStore>));
     let store: Arc<dyn EventStore> = Arc::new(link.clone());
-    let node = node(&store, LocalBus::new()).await;
+    let node = local_node(&store).await;
     link.down.store(true, Ordering::SeqCst);
     let handle = node.projection(recorder("memory"), storied::projection::InMemory::new(), options()).await;
     reach(&handle, ProjectionState::Retrying).await;

@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use storied::bus::{BusItem, EventBus};
 use storied::projection::{InMemory, ProjectionState};
 use storied::testing::Node;
-use storied::{EventStore, FeedOptions, Filter, LocalBus, MemoryStore, PublisherState};
-use tokio::time::{Instant, timeout};
+use storied::{EventStore, FeedOptions, Filter, MemoryStore, PublisherState};
+use tokio::time::Instant;
 
 use crate::projection::fixtures::*;
 
@@ -61,8 +60,8 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
     for (kind, store, _dir) in stores().await {
         let log_stream = LogStream::default();
         let options = publishing().lease_ttl(Duration::from_secs(600));
-        let start =
-            || Node::start(store.clone(), Arc::new(log_stream.clone()), FeedOptions::new(), options.clone());
+        let bus = Arc::new(log_stream.clone());
+        let start = || Node::start(store.clone(), Some(bus.clone()), FeedOptions::new(), options.clone());
         let one = start().await;
         reach(&one, "the first publishes", |state| *state == PublisherState::Publishing).await;
         let two = start().await;
@@ -118,8 +117,8 @@ async fn stuck_in_the_first_stretch(link: &Link, log_stream: &LogStream) -> Node
     log_stream.hangs.store(true, Ordering::SeqCst);
     let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
     let forever = Duration::from_secs(3_600);
-    let options = publishing().busy_poll(forever).idle_poll(forever).heartbeat(forever);
-    let node = Node::start(store, Arc::new(log_stream.clone()), feed, options).await;
+    let options = publishing().heartbeat(forever);
+    let node = Node::start(store, Some(Arc::new(log_stream.clone())), feed, options).await;
     eventually("it publishes", || node.publisher().head == Some(head)).await;
     node
 }
@@ -159,37 +158,28 @@ async fn a_failed_bus_is_reported_while_the_store_hangs() {
     node.stop(PATIENCE).await.unwrap();
 }
 
+/// The ring of the feed overflows while the bus hangs, and again while it is slow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_local_bus_delivers_appends_and_reports_gaps() {
-    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-    append(&store, 0, 0..10).await;
-    let bus = LocalBus::with_capacity(1);
-    let mut prompt = bus.subscribe(store.info().id).await.unwrap();
-    let mut slow = bus.subscribe(store.info().id).await.unwrap();
-    let node = node(&store, bus.clone()).await;
-    reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
-    let head = append(&store, 0, 0..8_000).await;
-    let mut next = None;
-    // From the high-water mark on, adjacent, in batches of at most 2,048.
-    let mut seen = 0;
-    while next != Some(head) {
-        match timeout(PATIENCE, prompt.next()).await.unwrap().unwrap() {
-            BusItem::Batch(batch) => {
-                assert!(next.is_none_or(|next| next == batch.after) || seen == 0, "{batch:?}");
-                assert!(batch.events.len() <= 2_048);
-                seen += batch.events.len();
-                next = Some(batch.upto);
+async fn a_publisher_that_lags_the_feed_publishes_every_event_in_order() {
+    for (kind, store, _dir) in stores().await {
+        let log_stream = LogStream::default();
+        let feed = FeedOptions::new().capacity(2).idle_poll(Duration::from_secs(3_600));
+        let options = publishing().lease_ttl(Duration::from_secs(600));
+        let node = Node::start(store.clone(), Some(Arc::new(log_stream.clone())), feed, options).await;
+        reach(&node, "it publishes", |state| *state == PublisherState::Publishing).await;
+        for round in 0..3 {
+            log_stream.hangs.store(true, Ordering::SeqCst);
+            for n in 0..50 {
+                append(&store, 0, [n]).await;
             }
-            BusItem::Head(_) => {}
-            // The ring has one slot: this reader may be late as well.
-            _ => {
-                seen = 0;
-                next = None;
-            }
+            log_stream.hangs.store(false, Ordering::SeqCst);
+            Writers::start(&store, 2, 30, 0).done().await;
+            let log = log(&store, &Filter::all()).await;
+            eventually("all is published", || log_stream.kept().len() >= log.len()).await;
+            assert_eq!(log_stream.kept(), log, "{kind} {round}");
         }
+        node.stop(PATIENCE).await.unwrap();
     }
-    assert!(matches!(slow.next().await, Ok(BusItem::Gap)));
-    node.stop(PATIENCE).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -201,7 +191,7 @@ async fn foreign_appends_are_found_by_polling() {
     let here: Arc<dyn EventStore> = Arc::new(open().await.unwrap());
     let there: Arc<dyn EventStore> = Arc::new(open().await.unwrap());
     let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
-    let node = Node::start(here, Arc::new(LocalBus::new()), feed, publishing()).await;
+    let node = Node::start(here, None, feed, publishing()).await;
     let handle = node.projection(recorder("memory"), InMemory::new(), options()).await;
     crate::projection::fixtures::reach(&handle, ProjectionState::Following).await;
     for n in 0..5 {
