@@ -13,7 +13,7 @@ const NAME: &str = "publisher";
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
-    /// Shows the node that publishes to the shared bus, and its progress
+    /// Shows the node that publishes to the bus, and its progress
     Status,
 }
 
@@ -26,7 +26,7 @@ pub(crate) struct Publisher {
 }
 
 impl Publisher {
-    /// Reads the status; `None` if no node has published to a shared bus.
+    /// Reads the status; `None` if no node has published to a bus.
     pub(crate) async fn of(store: &dyn EventStore) -> Result<Option<Self>, Failure> {
         let lease = store.leases().await?.into_iter().find(|info| info.lease.name == NAME);
         let Some(lease) = lease else { return Ok(None) };
@@ -62,7 +62,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
         return out.value(&json!({ "publisher": found.map(|found| found.value()) }));
     }
     match found {
-        None => out.line("no node has published to a shared bus"),
+        None => out.line("no node has published to a bus"),
         Some(found) => {
             out.line(format!("publisher  {}", found.line()))?;
             if found.sequence > 0 {

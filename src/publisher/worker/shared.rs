@@ -50,7 +50,10 @@ impl Shared {
 
     /// Reports the end of the log.
     pub(super) fn saw(&self, head: Position) {
-        self.status.send_if_modified(|status| status.head.replace(head) != Some(head));
+        self.status.send_if_modified(|status| {
+            let head = status.head.max(Some(head));
+            std::mem::replace(&mut status.head, head) != head
+        });
     }
 
     /// Starts the span and the timer of a batch.

@@ -1,4 +1,4 @@
-//! The publisher: an exact log stream on a shared bus, under any faults.
+//! The publisher: an exact log stream, under any faults.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -155,6 +155,45 @@ async fn a_failed_bus_is_reported_while_the_store_hangs() {
     log_stream.down.store(false, Ordering::SeqCst);
     link.wall(u64::MAX);
     eventually("all is published", || log_stream.kept().len() == 3_000).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
+/// Projections and publisher of a process share one read of each append. A node without projections
+/// that stands by reads nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_append_is_read_once() {
+    let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let (link, other) = (Link::new(&inner), Link::new(&inner));
+    let store: Arc<dyn EventStore> = Arc::new(link.clone());
+    let log_stream = LogStream::default();
+    let start = |store: &Link| {
+        let feed = FeedOptions::new().idle_poll(Duration::from_secs(3_600));
+        let options = publishing().lease_ttl(Duration::from_secs(600));
+        Node::start(Arc::new(store.clone()), Some(Arc::new(log_stream.clone())), feed, options)
+    };
+    let node = start(&link).await;
+    let mut handles = Vec::new();
+    for name in ["one", "two", "three"] {
+        let handle = node.projection(recorder(name), InMemory::new(), crate::support::options()).await;
+        handle.wait_until_caught_up(PATIENCE).await.unwrap();
+        crate::support::reach(&handle, ProjectionState::Following).await;
+        handles.push(handle);
+    }
+    eventually("feed and publisher are live", || {
+        node.feed().position.is_some() && node.publisher().head.is_some()
+    })
+    .await;
+    let standby = start(&other).await;
+    reach(&standby, "the other stands by", |state| *state == PublisherState::Standby).await;
+    for n in 1..=20 {
+        let position = append(&store, 0, [n]).await;
+        for handle in &handles {
+            catch_up(handle, position).await;
+        }
+        eventually("it is published", || log_stream.kept().last() == Some(&position)).await;
+        assert_eq!((link.reads.load(Ordering::SeqCst), other.reads.load(Ordering::SeqCst)), (n, 0));
+    }
+    standby.stop(PATIENCE).await.unwrap();
     node.stop(PATIENCE).await.unwrap();
 }
 
