@@ -240,8 +240,8 @@ async fn shared(database: &str, nats: &str) -> Result<Builder, Failure> {
     let nats = |options: NatsOptions| options.url(nats).namespace("shows");
     Ok(Runtime::builder()
         .store(PostgresStore::connect(database).await?)
-        .bus(nats(NatsOptions::core())?.bus())
-        .commands(CommandBus::nats(NatsCommandOptions::new(nats(NatsOptions::core())?))))
+        .bus(nats(NatsOptions::core()).bus())
+        .commands(CommandBus::nats(NatsCommandOptions::new(nats(NatsOptions::core())))))
 }
 
 /// Starts a node that runs the shows.

@@ -57,11 +57,11 @@ impl Nats {
     }
 
     fn bus(&self, options: storied::NatsOptions) -> NatsBus {
-        options.url(&self.url).namespace(NAMESPACE).unwrap().bus()
+        options.url(&self.url).namespace(NAMESPACE).bus()
     }
 
     pub fn commands(&self) -> CommandBus {
-        let options = storied::NatsOptions::core().url(&self.url).namespace(NAMESPACE).unwrap();
+        let options = storied::NatsOptions::core().url(&self.url).namespace(NAMESPACE);
         CommandBus::nats(NatsCommandOptions::new(options))
     }
 

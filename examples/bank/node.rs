@@ -25,7 +25,7 @@ const WORKERS: usize = 64;
 const COMMAND_WINDOW: usize = 20_000;
 
 fn nats(args: &Args, options: NatsOptions) -> Result<NatsOptions, Failure> {
-    let options = options.namespace(&args.namespace)?.reconnect_wait(Duration::from_millis(500));
+    let options = options.namespace(&args.namespace).reconnect_wait(Duration::from_millis(500));
     Ok(match &args.nats_url {
         Some(url) => options.url(url),
         None => options,

@@ -263,7 +263,7 @@ fn nats(args: &Args) -> Result<Option<NatsBus>, Failure> {
         Bus::Core => NatsOptions::core(),
         Bus::JetStream => NatsOptions::jetstream(JetStreamOptions::new()),
     };
-    let options = options.namespace("retail")?;
+    let options = options.namespace("retail");
     Ok(Some(match &args.nats_url {
         Some(url) => options.url(url).bus(),
         None => options.bus(),

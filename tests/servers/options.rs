@@ -421,3 +421,35 @@ async fn files_of_nats_options_are_regular_and_bounded() {
     let error = bus.connect().await.unwrap_err().to_string();
     assert!(error.contains("contains no JWT and seed"), "{error}");
 }
+
+/// A setter stores any value; the start and the connect refuse a wrong one, and name the option.
+#[cfg(feature = "nats")]
+#[tokio::test]
+async fn names_of_nats_options_are_checked_at_the_start() {
+    use storied::NatsOptions;
+    use storied::bus::{BusError, Subjects};
+    use storied::command::{CommandBus, NatsCommandOptions};
+
+    let core = || NatsOptions::core().url("nats://127.0.0.1:9");
+    let identity = Subjects::identity(["counter.*"]).unwrap().partitions(std::num::NonZeroU16::MIN);
+    for (option, options) in [
+        ("NatsOptions::namespace", core().namespace("a b")),
+        ("NatsOptions::inbox_prefix", core().inbox_prefix("a.>")),
+        ("Subjects::partitions", core().subjects(identity)),
+    ] {
+        let connected = options.clone().bus().connect().await.unwrap_err();
+        let with_bus = Runtime::builder().store(MemoryStore::new()).bus(options.clone().bus());
+        let with_bus = with_bus.aggregate::<Counter>().start().await;
+        let commands = CommandBus::nats(NatsCommandOptions::new(options));
+        let with_commands = Runtime::builder().store(MemoryStore::new()).commands(commands);
+        let with_commands = with_commands.aggregate::<Counter>().start().await;
+        let started = |runtime| match runtime {
+            Err(StartError::Bus(error)) => error,
+            other => panic!("{option}: {other:?}"),
+        };
+        for error in [connected, started(with_bus), started(with_commands)] {
+            let BusError::Incompatible { reason } = error else { panic!("{option}: {error}") };
+            assert!(reason.contains(option), "{option}: {reason}");
+        }
+    }
+}

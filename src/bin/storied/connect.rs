@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use storied::NatsBus;
-use storied::bus::{JetStreamOptions, NatsOptions, StreamPolicy, StreamStorage, Subjects};
+use storied::bus::{EventBus, JetStreamOptions, NatsOptions, StreamPolicy, StreamStorage, Subjects};
 
 use crate::database::DatabaseArgs;
 use crate::failure::Failure;
@@ -165,7 +165,7 @@ impl NatsArgs {
             None => Subjects::new(),
         };
         if let Some(partitions) = self.subject_partitions {
-            subjects = subjects.partitions(partitions).map_err(|error| usage(&error))?;
+            subjects = subjects.partitions(partitions);
         }
         let mut options = NatsOptions::jetstream(jetstream)
             .url(&self.nats_url)
@@ -174,8 +174,7 @@ impl NatsArgs {
             .connection_timeout(from.timeout())
             .answer_timeout(from.timeout())
             .namespace(&self.namespace)
-            .and_then(|options| options.inbox_prefix(&self.nats_inbox_prefix))
-            .map_err(|error| usage(&error))?;
+            .inbox_prefix(&self.nats_inbox_prefix);
         if let Some(token) = &self.nats_token {
             options = options.token(token);
         }
@@ -195,6 +194,7 @@ impl NatsArgs {
             options = options.client_certificate(certificate, key);
         }
         let bus = options.bus();
+        bus.check().map_err(|error| usage(&error))?;
         // The library gives every server two attempts of this length.
         let servers = self.nats_url.split(',').count();
         let limit =

@@ -24,15 +24,12 @@ const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 /// ```
 /// use storied::bus::{JetStreamOptions, NatsOptions};
 ///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let bus = NatsOptions::jetstream(JetStreamOptions::new().replicas(3))
 ///     .url("nats://nats-1:4222,nats://nats-2:4222")
-///     .namespace("shop")?
+///     .namespace("shop")
 ///     .credentials_file("/etc/shop/nats.creds")
 ///     .bus();
 /// # let _ = bus;
-/// # Ok(())
-/// # }
 /// ```
 #[derive(Clone)]
 pub struct NatsOptions {
@@ -125,14 +122,12 @@ impl NatsOptions {
 
     /// Sets the prefix of all subjects: `{namespace}.events.{event name}` and `{namespace}.head`.
     ///
-    /// Systems that share NATS servers need different namespaces. Default: `storied`.
-    ///
-    /// # Errors
-    /// If it is not made of dotted tokens of ASCII letters, digits, `_` and `-`.
-    pub fn namespace(mut self, namespace: impl Into<String>) -> Result<Self, InvalidName> {
+    /// Systems that share NATS servers need different namespaces. Default: `storied`. Range: dotted
+    /// tokens of ASCII letters, digits, `_` and `-`.
+    #[must_use]
+    pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
         self.namespace = namespace.into();
-        check_name("namespace", &self.namespace)?;
-        Ok(self)
+        self
     }
 
     /// Sets the mapping from event names to subjects. Default: `{namespace}.events.{event name}`.
@@ -162,14 +157,12 @@ impl NatsOptions {
     /// Sets the first tokens of the subjects that receive answers. Default: `_INBOX`.
     ///
     /// A login that may subscribe to `_INBOX.>` can read the answers to every other login. Give
-    /// each login its own prefix, and permissions on that prefix only.
-    ///
-    /// # Errors
-    /// If it is not made of dotted tokens of ASCII letters, digits, `_` and `-`.
-    pub fn inbox_prefix(mut self, prefix: impl Into<String>) -> Result<Self, InvalidName> {
+    /// each login its own prefix, and permissions on that prefix only. Range: dotted tokens of ASCII
+    /// letters, digits, `_` and `-`.
+    #[must_use]
+    pub fn inbox_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.inbox_prefix = prefix.into();
-        check_name("inbox prefix", &self.inbox_prefix)?;
-        Ok(self)
+        self
     }
 
     /// Logs in with a user name and a password. The last login method set applies.
@@ -313,6 +306,10 @@ impl NatsOptions {
 
     /// Refuses options that no connection could work with.
     pub(crate) fn check(&self) -> Result<(), BusError> {
+        let invalid = |error: InvalidName| BusError::Incompatible { reason: error.to_string() };
+        check_name("NatsOptions::namespace", &self.namespace).map_err(invalid)?;
+        check_name("NatsOptions::inbox_prefix", &self.inbox_prefix).map_err(invalid)?;
+        self.subjects.check()?;
         within("NatsOptions::reconnect_wait", &self.reconnect_wait, &PAUSE)?;
         within("NatsOptions::ping_interval", &self.ping_interval, &WAIT)?;
         within("NatsOptions::connection_timeout", &self.connection_timeout, &WAIT)?;

@@ -97,16 +97,22 @@ impl Subjects {
     /// all events of a stream, see [`Partition`](crate::Partition). Default: no partitions. Must
     /// not change while a log stream is in use.
     ///
-    /// # Errors
-    /// With [`identity`](Self::identity) and [`custom`](Self::custom): without a prefix, the server
-    /// could not distinguish such subjects from its own.
-    pub fn partitions(mut self, partitions: NonZeroU16) -> Result<Self, InvalidPattern> {
-        if !self.covering.is_empty() {
-            let pattern = format!("*.{}", self.covering[0]);
-            return Err(InvalidPattern::new(&pattern, "partitions need a prefix"));
-        }
+    /// The bus refuses partitions with [`identity`](Self::identity) and [`custom`](Self::custom):
+    /// without a prefix, the server could not distinguish such subjects from its own.
+    #[must_use]
+    pub fn partitions(mut self, partitions: NonZeroU16) -> Self {
         self.partitions = Some(partitions);
-        Ok(self)
+        self
+    }
+
+    /// Refuses partitions without a prefix.
+    pub(super) fn check(&self) -> Result<(), BusError> {
+        if self.partitions.is_none() || self.covering.is_empty() {
+            return Ok(());
+        }
+        let reason = "invalid option Subjects::partitions: partitions need a prefix; use Subjects::new or \
+                      Subjects::prefix";
+        Err(BusError::Incompatible { reason: reason.into() })
     }
 
     /// Applies the namespace.
@@ -286,7 +292,7 @@ mod tests {
         for (subjects, subject, all, some) in [
             (Subjects::new(), "ns.events.shop.order.placed", "ns.events.>", "ns.events.shop.*.placed"),
             (
-                Subjects::new().partitions(sixteen).unwrap(),
+                Subjects::new().partitions(sixteen),
                 "ns.events.8.shop.order.placed",
                 "ns.events.*.>",
                 "ns.events.*.shop.*.placed",
@@ -301,7 +307,7 @@ mod tests {
             (Subjects::prefix("a.b").unwrap(), "a.b.shop.order.placed", "a.b.>", "a.b.shop.*.placed"),
             (custom(), "v1.shop.order.placed", "v1.>", "v1.>"),
             (
-                Subjects::prefix("a.").unwrap().partitions(sixteen).unwrap(),
+                Subjects::prefix("a.").unwrap().partitions(sixteen),
                 "a.8.shop.order.placed",
                 "a.*.>",
                 "a.*.shop.*.placed",
@@ -324,7 +330,7 @@ mod tests {
             let error = subjects.resolve("ns").subject(&name, &stream).unwrap_err();
             assert!(error.to_string().contains("order.placed"), "{error}");
         }
-        assert!(Subjects::identity(["a.>"]).unwrap().partitions(NonZeroU16::MIN).is_err());
+        assert!(Subjects::identity(["a.>"]).unwrap().partitions(NonZeroU16::MIN).check().is_err());
         assert!(Subjects::identity([] as [&str; 0]).is_err());
         assert!(Subjects::prefix("a.*").is_err() && Subjects::prefix("").is_err());
         assert!(patterns(["a.*.c", "a.b.*"]).is_err());

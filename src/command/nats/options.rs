@@ -15,12 +15,9 @@ use crate::invalid_option::{InvalidOption, within};
 /// use storied::NatsOptions;
 /// use storied::command::{CommandBus, NatsCommandOptions};
 ///
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let options = NatsOptions::core().url("nats://nats-1:4222,nats://nats-2:4222").namespace("shop")?;
+/// let options = NatsOptions::core().url("nats://nats-1:4222,nats://nats-2:4222").namespace("shop");
 /// let bus = CommandBus::nats(NatsCommandOptions::new(options).node("shop-1"));
 /// # let _ = bus;
-/// # Ok(())
-/// # }
 /// ```
 #[derive(Debug, Clone)]
 pub struct NatsCommandOptions {

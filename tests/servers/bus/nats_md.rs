@@ -124,7 +124,7 @@ async fn server_limit(bus: &storied::NatsBus) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stream_and_consumer_report_their_state() {
     let server = NatsServer::start(support::NatsOptions::jetstream()).await;
-    let bus = options(Kind::JetStream, &server).namespace("shop").unwrap().bus();
+    let bus = options(Kind::JetStream, &server).namespace("shop").bus();
     let mut press = Press::new(&bus).await;
     press.written(10).await;
     let durable = SubscribeOptions::new()

@@ -26,7 +26,7 @@ async fn server(publish: &[&str], subscribe: &[&str]) -> NatsServer {
 }
 
 fn login(options: NatsOptions, server: &NatsServer) -> NatsOptions {
-    quick(options.url(server.url()).user_and_password("node", "x").namespace("shop").unwrap())
+    quick(options.url(server.url()).user_and_password("node", "x").namespace("shop"))
 }
 
 const REST: [&str; 3] = ["shop.head", "shop.hint", "_INBOX.>"];
@@ -208,7 +208,7 @@ async fn an_event_whose_headers_are_too_large_is_never_counted_as_published() {
         let store = store();
         write(&store, 0, 3).await;
         let before = *log(&store).await.last().unwrap();
-        let bus = options(kind, &server).namespace(if kind == Kind::Core { "a" } else { "b" }).unwrap().bus();
+        let bus = options(kind, &server).namespace(if kind == Kind::Core { "a" } else { "b" }).bus();
         let node = Recording::start(&store, bus, storied::FeedOptions::new()).await;
         eventually("published", || node.node.publisher().published == Some(before)).await;
         let long = StreamId::new("note", "é".repeat(190)).unwrap();

@@ -35,12 +35,8 @@ fn mappings() -> Vec<(Subjects, &'static str, &'static [&'static str])> {
         (Subjects::prefix("events.").unwrap(), "events.note.written", &["events.>"]),
         (Subjects::identity(["note.*", "shop.line.>"]).unwrap(), "note.written", &["note.*", "shop.line.>"]),
         (custom().unwrap(), "v1.note-written", &["old.note.*", "v1.>"]),
-        (
-            Subjects::new().partitions(sixteen).unwrap(),
-            "storied.events.{p}.note.written",
-            &["storied.events.*.>"],
-        ),
-        (Subjects::prefix("a").unwrap().partitions(sixteen).unwrap(), "a.{p}.note.written", &["a.*.>"]),
+        (Subjects::new().partitions(sixteen), "storied.events.{p}.note.written", &["storied.events.*.>"]),
+        (Subjects::prefix("a").unwrap().partitions(sixteen), "a.{p}.note.written", &["a.*.>"]),
     ]
 }
 
@@ -144,8 +140,7 @@ async fn one_partition_is_filtered_by_the_server() {
     // As a program without storied would do it.
     let server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let partitions = NonZeroU16::new(4).unwrap();
-    let bus =
-        options(Kind::JetStream, &server).subjects(Subjects::new().partitions(partitions).unwrap()).bus();
+    let bus = options(Kind::JetStream, &server).subjects(Subjects::new().partitions(partitions)).bus();
     let mut press = Press::new(&bus).await;
     for stream in 0..100 {
         press.events(stream, &[Note::Torn]).await;

@@ -75,7 +75,7 @@ async fn messages_match_the_golden_files() {
         let mut seen = raw.subscribe("shop.>").await.unwrap();
         raw.flush().await.unwrap();
 
-        let bus = options(kind, &server).namespace("shop").unwrap().bus();
+        let bus = options(kind, &server).namespace("shop").bus();
         let mut publisher = bus.publisher(store).await.unwrap();
         publisher.resume(LogStreamEnd::default()).await.unwrap();
         let events = log().into();

@@ -303,7 +303,7 @@ async fn nodes_that_start_without_a_server_find_each_other_later() {
 async fn nodes_of_other_namespaces_and_stores_get_no_commands() {
     let (server, store) = (server().await, MemoryStore::new());
     let stranger = node(&MemoryStore::new(), &server, "stranger").await;
-    let options = NatsOptions::core().url(server.url()).namespace("other").unwrap();
+    let options = NatsOptions::core().url(server.url()).namespace("other");
     let bus = storied::command::CommandBus::nats(NatsCommandOptions::new(options));
     let builder = Runtime::builder().store(store.clone()).commands(bus);
     let elsewhere = builder.aggregate::<Counter>().start().await.unwrap();

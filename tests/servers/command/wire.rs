@@ -49,7 +49,7 @@ async fn next(subscriber: &mut Subscriber) -> async_nats::Message {
 }
 
 fn bus(server: &NatsServer, name: &str) -> CommandBus {
-    let options = NatsOptions::core().url(server.url()).namespace("shop").unwrap();
+    let options = NatsOptions::core().url(server.url()).namespace("shop");
     // No heartbeat occurs during the test.
     CommandBus::nats(NatsCommandOptions::new(options).node(name).heartbeat(Duration::from_secs(60)))
 }

@@ -55,7 +55,7 @@ struct Scene<P> {
 impl<P: Place> Scene<P> {
     async fn node(&self) -> Node {
         let quick = |options: NatsOptions| -> Option<Arc<dyn EventBus>> {
-            let options = options.url(&self.url).namespace(&self.namespace).unwrap();
+            let options = options.url(&self.url).namespace(&self.namespace);
             let options = options.reconnect_wait(Duration::from_millis(50));
             Some(Arc::new(options.ping_interval(Duration::from_millis(300)).bus()))
         };
