@@ -172,14 +172,23 @@ impl ProjectionOptions {
         self
     }
 
-    /// Sets the first and the maximum backoff after a failure. The backoff doubles, with jitter.
+    /// Sets the backoff after the first failure. The backoff doubles, with jitter.
     ///
     /// Failures of the store or the read model use the same backoff, without a limit of attempts.
-    /// Default: 50 ms and 5 s. Range: at least 1 ms, and `max` not less than `first`; more than 30
+    /// Default: 50 ms. Range: at least 1 ms.
+    #[must_use]
+    pub fn initial_backoff(mut self, wait: Duration) -> Self {
+        self.backoff.0 = wait;
+        self
+    }
+
+    /// Sets the maximum backoff.
+    ///
+    /// Default: 5 s. Range: not less than [`initial_backoff`](Self::initial_backoff); more than 30
     /// years counts as 30 years.
     #[must_use]
-    pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
-        self.backoff = (first, max);
+    pub fn max_backoff(mut self, wait: Duration) -> Self {
+        self.backoff.1 = wait;
         self
     }
 
@@ -247,8 +256,8 @@ impl ProjectionOptions {
         within("ProjectionOptions::transaction_timeout", self.transaction_timeout, range)?;
         at_least("ProjectionOptions::max_attempts", self.attempts, 1)?;
         let (first, max) = self.backoff;
-        at_least("ProjectionOptions::backoff (first)", first, Duration::from_millis(1))?;
-        at_least("ProjectionOptions::backoff (max)", max, first)?;
+        at_least("ProjectionOptions::initial_backoff", first, Duration::from_millis(1))?;
+        at_least("ProjectionOptions::max_backoff", max, first)?;
         lease::check("ProjectionOptions::lease", self.lease)
     }
 }

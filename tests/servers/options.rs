@@ -198,8 +198,8 @@ async fn times_are_in_their_range_or_refused() {
             none,
         ),
         (
-            "ProjectionOptions::backoff",
-            |o, v| Options { projection: o.projection.clone().backoff(v, v), ..o },
+            "ProjectionOptions::initial_backoff",
+            |o, v| Options { projection: o.projection.clone().initial_backoff(v).max_backoff(v), ..o },
             short,
         ),
         (
@@ -280,9 +280,10 @@ async fn counts_are_in_their_range_or_refused() {
     let every: Set<u64> = |o, v| Options { aggregate: o.aggregate.snapshot_every(v, 1), ..o };
     try_each("AggregateOptions::snapshot_every", every, &[0, 1, u64::MAX], &[0]).await;
     // The wrong order.
-    let backoff = ProjectionOptions::new().backoff(Duration::from_secs(2), Duration::from_secs(1));
+    let backoff =
+        ProjectionOptions::new().initial_backoff(Duration::from_secs(2)).max_backoff(Duration::from_secs(1));
     let builder = Options { projection: backoff, ..Options::default() }.builder().store(MemoryStore::new());
-    assert_named(&run(builder).await.unwrap_err().to_string(), "ProjectionOptions::backoff");
+    assert_named(&run(builder).await.unwrap_err().to_string(), "ProjectionOptions::max_backoff");
 }
 
 fn assert_refused<T>(result: Result<T, StoreError>, option: &str) {

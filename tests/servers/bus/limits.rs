@@ -169,7 +169,8 @@ async fn a_retry_without_end_waits_and_dead_letters_need_a_stream() {
     let subscribe = || SubscribeOptions::new().consumer(ConsumerOptions::durable("x"));
     let subscription = listen(&bus, &["note.written"], subscribe()).await;
     let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
-    let forever = RetryPolicy::new().backoff(Duration::MAX, Duration::MAX).max_attempts(u64::MAX);
+    let forever =
+        RetryPolicy::new().initial_backoff(Duration::MAX).max_backoff(Duration::MAX).max_attempts(u64::MAX);
     let handling =
         subscription.for_each(HandleOptions::new().retry(forever).concurrency(usize::MAX), move |delivery| {
             tell.send(delivery.attempt()).unwrap();

@@ -100,7 +100,8 @@ async fn start(
     let options = ProjectionOptions::new()
         .on_failure(FailurePolicy::Park)
         .max_attempts(2)
-        .backoff(Duration::from_millis(5), Duration::from_millis(50))
+        .initial_backoff(Duration::from_millis(5))
+        .max_backoff(Duration::from_millis(50))
         .lease(Duration::from_secs(2));
     const TABLE: &str = "CREATE TABLE IF NOT EXISTS seen (version bigint, position bigint)";
     let handle = match fixture.url.strip_prefix("sqlite:") {

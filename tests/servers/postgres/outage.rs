@@ -98,7 +98,8 @@ impl Fixture {
 fn short() -> ProjectionOptions {
     ProjectionOptions::new()
         .transaction_timeout(Duration::from_millis(300))
-        .backoff(Duration::from_millis(10), Duration::from_millis(50))
+        .initial_backoff(Duration::from_millis(10))
+        .max_backoff(Duration::from_millis(50))
         .max_attempts(1)
 }
 
@@ -245,7 +246,9 @@ async fn a_projection_survives_a_changed_login_or_schema() {
     let store = options.connect().await.unwrap();
     let reader = PostgresOptions::new().url(&url).connect().await.unwrap();
     let model = PostgresReadModel::new(PgPool::connect(&login).await.unwrap());
-    let quick = ProjectionOptions::new().backoff(Duration::from_millis(10), Duration::from_millis(100));
+    let quick = ProjectionOptions::new()
+        .initial_backoff(Duration::from_millis(10))
+        .max_backoff(Duration::from_millis(100));
     let runtime =
         Runtime::builder().store(store.clone()).projection_with(Seen, model, quick).start().await.unwrap();
     let projection = runtime.projection("seen").unwrap();

@@ -430,7 +430,7 @@ pub async fn two_nodes(store: &Arc<dyn EventStore>, bus: Lossy, feed: FeedOption
 
 /// Quick retries.
 pub fn options() -> ProjectionOptions {
-    ProjectionOptions::new().backoff(Duration::from_millis(1), Duration::from_millis(10))
+    ProjectionOptions::new().initial_backoff(Duration::from_millis(1)).max_backoff(Duration::from_millis(10))
 }
 
 /// A short lease, for tests that lose it. On a busy machine that can happen at any time.

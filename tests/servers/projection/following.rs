@@ -230,7 +230,10 @@ async fn durations_have_no_upper_limit() {
         let log_stream = LogStream::default();
         for bus in [None, Some(Arc::new(log_stream.clone()) as Arc<dyn EventBus>)] {
             let node = Node::start(store.clone(), bus, feed.clone(), publishing.clone()).await;
-            let options = ProjectionOptions::new().lease(longest).backoff(Duration::from_millis(1), never);
+            let options = ProjectionOptions::new()
+                .lease(longest)
+                .initial_backoff(Duration::from_millis(1))
+                .max_backoff(never);
             let delivered = node.projection(recorder("delivered"), AtLeastOnce::new(), options.clone()).await;
             let head = append(&store, 0, [1]).await;
             delivered.caught_up_to_within(head, never).await.unwrap();
@@ -246,7 +249,7 @@ async fn an_unlimited_backoff_does_not_panic() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     append(&store, 0, [1]).await;
     let node = local_node(&store).await;
-    let options = ProjectionOptions::new().backoff(Duration::MAX, Duration::MAX);
+    let options = ProjectionOptions::new().initial_backoff(Duration::MAX).max_backoff(Duration::MAX);
     let failing = recorder("failing").hook(hook(|_| Err("always".into())));
     let handle = node.projection(failing, InMemory::new(), options).await;
     reach(&handle, ProjectionState::Retrying).await;

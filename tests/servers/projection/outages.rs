@@ -98,7 +98,8 @@ fn quick() -> ProjectionOptions {
     ProjectionOptions::new()
         .max_attempts(1)
         .on_failure(FailurePolicy::Park)
-        .backoff(Duration::from_millis(1), Duration::from_millis(1))
+        .initial_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(1))
 }
 
 /// A hook that fails three times with each of the errors in turn, and the number of its calls.
@@ -292,7 +293,8 @@ async fn an_orderly_shutdown_parks_nothing() {
     let options = ProjectionOptions::new()
         .start(Start::Beginning)
         .on_failure(FailurePolicy::Park)
-        .backoff(Duration::from_millis(1), Duration::from_millis(1));
+        .initial_backoff(Duration::from_millis(1))
+        .max_backoff(Duration::from_millis(1));
     let builder = Runtime::builder().store(memory).handler(Slow);
     let builder = builder.projection_with(Reaction(known.clone()), AtLeastOnce::new(), options);
     let runtime = builder.start().await.unwrap();

@@ -236,7 +236,7 @@ async fn a_control_call_during_a_retry_survives_the_loss_of_the_lease() {
     faults.poison.store(true, Ordering::SeqCst);
     append(&store, 0, 0..10).await;
     let node = local_node(&store).await;
-    let options = options().max_attempts(10).backoff(long, long).lease(lease);
+    let options = options().max_attempts(10).initial_backoff(long).max_backoff(long).lease(lease);
     let handle = node.rebuildable(make(&faults), database.open().await, options).await;
     eventually("an event has failed", || handle.status().state == ProjectionState::Retrying).await;
     // While the node waits for the next attempt.

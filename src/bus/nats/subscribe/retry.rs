@@ -106,13 +106,21 @@ impl RetryPolicy {
         self
     }
 
-    /// Sets the wait before the second attempt, which doubles per further attempt up to `max`.
+    /// Sets the wait before the second attempt. The wait doubles with each further attempt.
     ///
-    /// Default: 200 ms and 30 s. Range of both: 1 ms to 1 year.
+    /// Default: 200 ms. Range: 1 ms to 1 year.
     #[must_use]
-    pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
-        let bounded = |wait: Duration| redelivery(wait.max(Duration::from_millis(1)));
-        (self.first, self.max) = (bounded(first), bounded(max));
+    pub fn initial_backoff(mut self, wait: Duration) -> Self {
+        self.first = redelivery(wait.max(Duration::from_millis(1)));
+        self
+    }
+
+    /// Sets the maximum wait between two attempts.
+    ///
+    /// Default: 30 s. Range: 1 ms to 1 year.
+    #[must_use]
+    pub fn max_backoff(mut self, wait: Duration) -> Self {
+        self.max = redelivery(wait.max(Duration::from_millis(1)));
         self
     }
 

@@ -13,7 +13,7 @@ use super::common::*;
 use super::*;
 
 fn soon() -> RetryPolicy {
-    RetryPolicy::new().backoff(Duration::from_millis(20), Duration::from_millis(100))
+    RetryPolicy::new().initial_backoff(Duration::from_millis(20)).max_backoff(Duration::from_millis(100))
 }
 
 /// A wrong definition of `note.written`, as by another program.
