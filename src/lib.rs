@@ -113,7 +113,9 @@ pub use self::projection::SqliteReadModel;
 pub use self::projection::{Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus};
 pub use self::publisher::{PublisherOptions, PublisherState, PublisherStatus};
 pub use self::runtime::Runtime;
-pub use self::store::{EventStore, ExpectedVersion, Filter, MemoryStore, ReadLog, StoreError};
+pub use self::store::{
+    EventStore, ExpectedVersion, Filter, MemoryStore, ReadLog, SnapshotRevision, StoreError,
+};
 #[cfg(feature = "postgres")]
 pub use self::store::{PostgresOptions, PostgresStore};
 #[cfg(feature = "sqlite")]

@@ -61,7 +61,7 @@ pub use self::memory::MemoryStore;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOptions, PostgresStore};
 pub use self::progress::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent};
-pub use self::snapshot::Snapshot;
+pub use self::snapshot::{Snapshot, SnapshotRevision};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};
 pub use crate::future::BoxFuture;

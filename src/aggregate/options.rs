@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 
 use super::Aggregate;
 use crate::invalid_option::{InvalidOption, at_least, within};
+use crate::store::SnapshotRevision;
 
 /// Upper limit for commands in flight of one kind: each takes memory.
 pub(crate) const MOST_IN_FLIGHT: usize = 1_000_000;
@@ -132,19 +133,18 @@ impl<A: Aggregate> AggregateOptions<A> {
     ///
     /// Default: off. Range of `events`: at least 1.
     ///
-    /// `revision` identifies the structure of the state. Increase it with every change of the
-    /// struct or of `apply`. The actor ignores a snapshot of another revision, or one that does not
-    /// decode, and folds the stream from its start. The actor stores no snapshot that decodes to other
+    /// Increase `revision` with every change of the struct or of `apply`. The actor ignores a snapshot
+    /// of another revision, or one that does not decode, and folds the stream from its start. The actor stores no snapshot that decodes to other
     /// content. A field that serde skips (`#[serde(skip)]`) has its default after a load: such a state
     /// has no use for snapshots.
     #[must_use]
-    pub fn snapshot_every(mut self, events: u64, revision: u32) -> Self
+    pub fn snapshot_every(mut self, events: u64, revision: SnapshotRevision) -> Self
     where
         A: Serialize + DeserializeOwned,
     {
         self.snapshots = Some(Snapshotting {
             every: events,
-            revision,
+            revision: revision.0,
             encode: crate::codec::encode_snapshot,
             decode: crate::codec::from_cbor,
         });

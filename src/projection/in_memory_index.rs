@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{ApplyError, InMemory, Projection, ProjectionHandle, SharedState, Snapshots, WaitError};
 use crate::event::{EncodeError, RecordedEvent};
-use crate::store::Filter;
+use crate::store::{Filter, SnapshotRevision};
 use crate::time::after;
 
 type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync;
@@ -88,7 +88,7 @@ impl<T: Default + Send + Sync + 'static> InMemoryIndex<T> {
     /// Works as [`InMemory::snapshot_every`], with the same meaning of `revision`: raise it with
     /// every change of `T` or of the fold. Default: off. Range of `events`: at least 1.
     #[must_use]
-    pub fn snapshot_every(self, events: u64, revision: u32) -> Self
+    pub fn snapshot_every(self, events: u64, revision: SnapshotRevision) -> Self
     where
         T: Serialize + DeserializeOwned,
     {

@@ -3,7 +3,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{ReadModel, SnapshotState, Snapshots};
 use crate::event::Position;
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
+use crate::store::{
+    BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, SnapshotRevision, StoreError,
+};
 
 /// A read model in the projection's own memory.
 ///
@@ -63,7 +65,7 @@ impl InMemory {
     /// # use std::collections::BTreeMap;
     /// # use std::sync::{Arc, RwLock};
     /// # use serde::{Deserialize, Serialize};
-    /// # use storied::{EncodeError, Event, Filter, MemoryStore, Projection, RecordedEvent, Runtime};
+    /// # use storied::{EncodeError, Event, Filter, MemoryStore, Projection, RecordedEvent, Runtime, SnapshotRevision};
     /// # use storied::projection::{ApplyError, InMemory};
     /// # #[derive(Serialize, Deserialize)]
     /// # #[serde(rename_all = "snake_case")]
@@ -89,13 +91,18 @@ impl InMemory {
     ///
     /// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let revenue = Revenue::default();
-    /// let in_memory = InMemory::new().snapshot_every(10_000, 1, revenue.0.clone());
+    /// let in_memory = InMemory::new().snapshot_every(10_000, SnapshotRevision(1), revenue.0.clone());
     /// let runtime = Runtime::builder().store(MemoryStore::new()).projection(revenue, in_memory).start().await?;
     /// # runtime.shutdown().await?;
     /// # Ok(()) }
     /// ```
     #[must_use]
-    pub fn snapshot_every(self, events: u64, revision: u32, state: Arc<impl SnapshotState>) -> Self {
+    pub fn snapshot_every(
+        self,
+        events: u64,
+        revision: SnapshotRevision,
+        state: Arc<impl SnapshotState>,
+    ) -> Self {
         Self { snapshots: Some(Snapshots::new(events, revision, state)), ..self }
     }
 

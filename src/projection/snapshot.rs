@@ -14,7 +14,7 @@ use super::{ApplyError, SharedState};
 use crate::codec::{encode_snapshot, fingerprint, from_cbor, to_cbor};
 use crate::event::{EventName, Position, StreamId, Version};
 use crate::panic::panic_text;
-use crate::store::{Filter, ParkedEvent};
+use crate::store::{Filter, ParkedEvent, SnapshotRevision};
 
 /// State of an in-memory projection that can be saved and loaded as a whole.
 ///
@@ -78,8 +78,8 @@ pub struct Snapshots {
 }
 
 impl Snapshots {
-    pub(super) fn new(every: u64, revision: u32, state: Arc<dyn SnapshotState>) -> Self {
-        Self { every, revision, state }
+    pub(super) fn new(every: u64, revision: SnapshotRevision, state: Arc<dyn SnapshotState>) -> Self {
+        Self { every, revision: revision.0, state }
     }
 
     /// Number of events between two snapshots.
@@ -248,7 +248,7 @@ mod tests {
 
     fn snapshots() -> (Arc<RwLock<Vec<u64>>>, Snapshots) {
         let state = Arc::new(RwLock::new(vec![1, 2, 300]));
-        (state.clone(), Snapshots::new(0, 1, state))
+        (state.clone(), Snapshots::new(0, SnapshotRevision(1), state))
     }
 
     #[test]

@@ -13,7 +13,7 @@ use storied::store::{Append, ExpectedVersion, Snapshot, StoreError};
 use storied::testing::given;
 use storied::{
     Aggregate, AggregateOptions, Codec, Context, Decision, Event, EventStore, ExecuteError, MemoryStore,
-    Metadata, NewEvent, NotExecutedKind, ReadLog, Runtime, StreamId, Version,
+    Metadata, NewEvent, NotExecutedKind, ReadLog, Runtime, SnapshotRevision, StreamId, Version,
 };
 use uuid::Uuid;
 
@@ -699,7 +699,8 @@ async fn an_unreadable_event_is_named() {
 #[tokio::test]
 async fn a_snapshot_saves_reading_and_an_unusable_one_is_ignored() {
     let store = FaultyStore::new(MemoryStore::new());
-    let options = |revision| AggregateOptions::<Counter>::new().snapshot_every(100, revision);
+    let options =
+        |revision| AggregateOptions::<Counter>::new().snapshot_every(100, SnapshotRevision(revision));
     let start = async |revision| {
         Runtime::builder().store(store.clone()).aggregate_with(options(revision)).start().await.unwrap()
     };
@@ -777,7 +778,7 @@ impl Aggregate for Shelf {
 async fn a_state_that_decodes_to_other_content_has_no_snapshot() {
     let store = MemoryStore::new();
     for _ in 0..2 {
-        let options = AggregateOptions::<Shelf>::new().snapshot_every(5, 1);
+        let options = AggregateOptions::<Shelf>::new().snapshot_every(5, SnapshotRevision(1));
         let node = Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap();
         for _ in 0..12 {
             assert!(node.execute::<Shelf>("a", 1_u64).await.unwrap().reply.is_empty());
@@ -791,7 +792,7 @@ async fn a_state_that_decodes_to_other_content_has_no_snapshot() {
 async fn snapshots_under_a_busy_pipeline_hold_what_is_durable() {
     let store = MemoryStore::new();
     let start = async || {
-        let options = AggregateOptions::<Counter>::new().snapshot_every(7, 1);
+        let options = AggregateOptions::<Counter>::new().snapshot_every(7, SnapshotRevision(1));
         Runtime::builder().store(store.clone()).aggregate_with(options).start().await.unwrap()
     };
     for round in 1..=5 {
@@ -987,7 +988,7 @@ async fn a_slow_store_does_not_pile_up_snapshots() {
     let mut store = FaultyStore::new(MemoryStore::new());
     store.hold_snapshots = true;
     let waiting = store.snapshots_waiting.clone();
-    let options = AggregateOptions::<Counter>::new().snapshot_every(1, 1);
+    let options = AggregateOptions::<Counter>::new().snapshot_every(1, SnapshotRevision(1));
     let runtime = Runtime::builder().store(store).aggregate_with(options).start().await.unwrap();
     for _ in 0..500 {
         runtime.execute::<Counter>("a", Add(1)).await.unwrap();

@@ -9,9 +9,7 @@ use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    AggregateOptions, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NotExecutedKind,
-    PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime, SqliteOptions,
-    StoreError,
+    AggregateOptions, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime, SnapshotRevision, SqliteOptions, StoreError,
 };
 use tokio::time::timeout;
 
@@ -79,13 +77,15 @@ impl Options {
             Ok(())
         });
         let index = match self.index_snapshots {
-            Some(events) => index.snapshot_every(events, 1),
+            Some(events) => index.snapshot_every(events, SnapshotRevision(1)),
             None => index,
         };
         let model = match self.snapshots {
-            Some(events) => {
-                InMemory::new().snapshot_every(events, 1, std::sync::Arc::new(std::sync::RwLock::new(0_u64)))
-            }
+            Some(events) => InMemory::new().snapshot_every(
+                events,
+                SnapshotRevision(1),
+                std::sync::Arc::new(std::sync::RwLock::new(0_u64)),
+            ),
             None => InMemory::new(),
         };
         Runtime::builder()
@@ -277,7 +277,8 @@ async fn counts_are_in_their_range_or_refused() {
     for (option, set) in few {
         try_each(option, set, &[0, 1, u32::MAX], &[0]).await;
     }
-    let every: Set<u64> = |o, v| Options { aggregate: o.aggregate.snapshot_every(v, 1), ..o };
+    let every: Set<u64> =
+        |o, v| Options { aggregate: o.aggregate.snapshot_every(v, SnapshotRevision(1)), ..o };
     try_each("AggregateOptions::snapshot_every", every, &[0, 1, u64::MAX], &[0]).await;
     // The wrong order.
     let backoff =

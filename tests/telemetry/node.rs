@@ -8,7 +8,8 @@ use sqlx::postgres::PgPoolOptions;
 use storied::command::{CommandBus, NatsCommandOptions};
 use storied::projection::{ApplyError, FailurePolicy, InMemory, SnapshotState};
 use storied::{
-    NatsOptions, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions, Runtime, StoreError,
+    NatsOptions, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions, Runtime,
+    SnapshotRevision, StoreError,
 };
 
 use crate::meters::*;
@@ -49,7 +50,7 @@ pub async fn scenario(meters: &Meters) {
         .projection_with(sums("sums"), read_model, once.clone())
         .projection_with(
             sums("memory"),
-            InMemory::new().snapshot_every(2, 1, Arc::new(Fickle::default())),
+            InMemory::new().snapshot_every(2, SnapshotRevision(1), Arc::new(Fickle::default())),
             once.batch_size(1),
         )
         .telemetry(meters.telemetry())

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use storied::aggregate::AggregateOptions;
 use storied::command::HandlerOptions;
-use storied::{EventStore, ExecuteError, MemoryStore, NotExecutedKind, Receipt, Runtime};
+use storied::{EventStore, ExecuteError, MemoryStore, NotExecutedKind, Receipt, Runtime, SnapshotRevision};
 use uuid::{NoContext, Timestamp, Uuid};
 
 use crate::command::domain::{Add, Counter, Look, Shared, Work, Worker};
@@ -86,7 +86,7 @@ async fn a_snapshot_records_that_commands_left_the_window() {
     let store = MemoryStore::new();
     let (old, stream) = (Uuid::now_v7(), storied::StreamId::new("counter", "a").unwrap());
     let first = {
-        let runtime = node(store.clone(), window(2).snapshot_every(5, 1)).await;
+        let runtime = node(store.clone(), window(2).snapshot_every(5, SnapshotRevision(1))).await;
         let first = add(&runtime, old, 100).await;
         for _ in 0..9 {
             add(&runtime, Uuid::now_v7(), 1).await;
@@ -100,7 +100,7 @@ async fn a_snapshot_records_that_commands_left_the_window() {
         [(old, first)]
     };
     for commands in [0, 1, 2, 1_000] {
-        let runtime = node(store.clone(), window(commands).snapshot_every(1_000, 1)).await;
+        let runtime = node(store.clone(), window(commands).snapshot_every(1_000, SnapshotRevision(1))).await;
         repeat(&runtime, &first, &format!("window {commands}")).await;
         assert_eq!(total(&runtime).await, 109);
     }

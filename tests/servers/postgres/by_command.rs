@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Connection, Row};
 use storied::aggregate::AggregateOptions;
 use storied::{
-    Aggregate, Context, Decision, Event, ExpectedVersion, PostgresOptions, PostgresStore, Runtime, StoreError,
+    Aggregate, Context, Decision, Event, ExpectedVersion, PostgresOptions, PostgresStore, Runtime,
+    SnapshotRevision, StoreError,
 };
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -84,7 +85,7 @@ async fn a_repeated_command_is_answered_at_once() {
     let url = PostgresServer::shared().await.create_database().await;
     let start = async || -> Result<Runtime, StoreError> {
         let store = PostgresStore::connect(&url).await?;
-        let options = AggregateOptions::<Account>::new().snapshot_every(1_000_000, 1);
+        let options = AggregateOptions::<Account>::new().snapshot_every(1_000_000, SnapshotRevision(1));
         Ok(Runtime::builder().store(store).aggregate_with(options).start().await.unwrap())
     };
     let runtime = start().await.unwrap();

@@ -10,8 +10,7 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore,
-    PublisherState, ReadLog, RecordedEvent, Runtime,
+    EncodeError, EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore, PublisherState, ReadLog, RecordedEvent, Runtime, SnapshotRevision,
 };
 
 use crate::postgres::tools::{
@@ -118,7 +117,7 @@ async fn a_snapshot_is_loaded_above_the_mark() {
         let store = PostgresStore::connect(&url).await.unwrap();
         let kept = Kept { positions: Arc::default(), applied: Arc::default() };
         let (positions, applied) = (kept.positions.clone(), kept.applied.clone());
-        let memory = InMemory::new().snapshot_every(1, 1, positions.clone());
+        let memory = InMemory::new().snapshot_every(1, SnapshotRevision(1), positions.clone());
         let runtime = Runtime::builder().store(store.clone()).projection(kept, memory).start().await.unwrap();
         (store, runtime, positions, applied)
     };

@@ -8,6 +8,7 @@ use storied::projection::{ApplyError, InMemory, InMemoryIndex, ProjectionState, 
 use storied::runtime::{Builder, StartError};
 use storied::{
     EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime,
+    SnapshotRevision,
 };
 
 use crate::projection::fixtures::*;
@@ -112,12 +113,12 @@ async fn every_runtime_begins_with_empty_memory() {
         for (kind, store, _dir) in stores().await {
             let index = match every {
                 None => numbers(),
-                Some(events) => numbers().snapshot_every(events, 1),
+                Some(events) => numbers().snapshot_every(events, SnapshotRevision(1)),
             };
             let shared = Shared::default();
             let model = || match every {
                 None => InMemory::new(),
-                Some(events) => InMemory::new().snapshot_every(events, 1, shared.0.clone()),
+                Some(events) => InMemory::new().snapshot_every(events, SnapshotRevision(1), shared.0.clone()),
             };
             for run in 1..=4_u64 {
                 append(&store, 0, [run]).await;
@@ -137,7 +138,7 @@ async fn every_runtime_begins_with_empty_memory() {
             // The saved snapshot is correct, too.
             let other = match every {
                 None => numbers(),
-                Some(events) => numbers().snapshot_every(events, 1),
+                Some(events) => numbers().snapshot_every(events, SnapshotRevision(1)),
             };
             let runtime = on(&store).in_memory_index(&other).start().await.unwrap();
             other.ready(PATIENCE).await.unwrap();
@@ -171,7 +172,7 @@ async fn one_runtime_at_a_time_folds_into_a_memory() {
     index.ready(PATIENCE).await.unwrap();
     assert_eq!(index.read(Numbers::clone), [1, 2]);
     first.shutdown().await.unwrap();
-    let kept = || InMemory::new().snapshot_every(1_000, 1, shared.0.clone());
+    let kept = || InMemory::new().snapshot_every(1_000, SnapshotRevision(1), shared.0.clone());
     let second = on(&store).in_memory_index(&index).projection(shared.clone(), kept()).start().await.unwrap();
     in_use(on(&store).projection(shared.clone(), kept()).start().await.unwrap_err(), "shared");
     second.projection("shared").unwrap().wait_until_caught_up(PATIENCE).await.unwrap();

@@ -17,7 +17,7 @@ use storied::store::Snapshot;
 use storied::testing::Node;
 use storied::{
     EncodeError, EventStore, Filter, MemoryStore, Position, PostgresStore, Projection, ProjectionHandle,
-    ProjectionOptions, ReadLog, RecordedEvent, Runtime, SqliteStore, StreamId,
+    ProjectionOptions, ReadLog, RecordedEvent, Runtime, SnapshotRevision, SqliteStore, StreamId,
 };
 use tempfile::TempDir;
 
@@ -127,7 +127,7 @@ impl Trial {
             Sums { filter, hook, firm: self.firm, resets: 0, state: state.clone(), seen: seen.clone() };
         let store: Arc<dyn EventStore> = Arc::new(link.clone());
         let node = local_node(&store).await;
-        let model = InMemory::new().snapshot_every(self.every, self.revision, saved);
+        let model = InMemory::new().snapshot_every(self.every, SnapshotRevision(self.revision), saved);
         let handle = node.projection(sums, model, self.options.clone()).await;
         Running { node, handle, state, seen, filter: self.filter.clone() }
     }
@@ -274,7 +274,8 @@ async fn an_index_starts_from_its_snapshot() {
                 folded.fetch_add(1, Ordering::SeqCst);
                 state.add(event)
             };
-            InMemoryIndex::new("sums", Filter::of::<Thing>().unwrap(), fold).snapshot_every(100, 1)
+            InMemoryIndex::new("sums", Filter::of::<Thing>().unwrap(), fold)
+                .snapshot_every(100, SnapshotRevision(1))
         };
         more(&link, 1, 0..500).await;
         for (come, all) in [(500, 500), (7, 507), (0, 507)] {

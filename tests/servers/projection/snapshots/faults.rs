@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
+use storied::SnapshotRevision;
 use storied::projection::{FailurePolicy, ProjectionState};
 
 use super::*;
@@ -193,7 +194,7 @@ async fn a_panicked_task_continues_with_its_state_not_the_snapshot() {
             seen: seen.clone(),
         };
         let panics = Arc::new(AtomicU64::new(0));
-        let inner = InMemory::new().snapshot_every(NEVER, 1, state.clone());
+        let inner = InMemory::new().snapshot_every(NEVER, SnapshotRevision(1), state.clone());
         let node = local_node(&(Arc::new(link.clone()) as _)).await;
         let handle = node.projection(sums, Panicky { inner, panics: panics.clone() }, options()).await;
         let head = more(&link, 1, 0..50).await;
