@@ -1,9 +1,4 @@
-//! The quick start of README.md.
-//!
-//! ```sh
-//! cargo run --example quick_start   # creates shop.db and read.db in the current directory
-//! ```
-
+//! The quick start of README.md. It creates shop.db and read.db in the current directory.
 #![allow(missing_docs, missing_debug_implementations, reason = "README.md explains everything")]
 #![cfg_attr(rustfmt, rustfmt_skip)]
 
@@ -12,24 +7,22 @@ use std::io::{Write, stdout};
 use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, Projection, SqliteReadModel};
-use storied::{Aggregate, Context, Decision, EncodeError, Event, Filter, RecordedEvent, Runtime, SqliteStore};
+use storied::{Aggregate, Context, Decided, EncodeError, Event, Filter, RecordedEvent, Runtime, SqliteStore};
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum OrderEvent { Placed { pence: i64 } }                  // stored, published and filtered as `order.placed`
 impl Event for OrderEvent { const CATEGORY: &'static str = "order"; }
-#[derive(Serialize, Deserialize)]
-struct Place { pence: i64 }
+#[derive(Serialize, Deserialize)] struct Place { pence: i64 }
 #[derive(Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("the order has been placed already")]
 struct AlreadyPlaced;
 
-#[derive(Default)]
-struct Order { placed: bool }
+#[derive(Default)] struct Order { placed: bool }
 impl Aggregate for Order {                                 // plain code: only decides and folds
     type Event = OrderEvent; type Command = Place; type Reply = (); type Error = AlreadyPlaced;
-    fn handle(&self, place: &Place, _: &Context<'_>) -> Result<Decision<OrderEvent>, AlreadyPlaced> {
-        if self.placed { Err(AlreadyPlaced) } else { Ok(Decision::event(OrderEvent::Placed { pence: place.pence })) }
+    fn handle(&self, place: &Place, _: &Context<'_>) -> Decided<Self> {
+        if self.placed { Err(AlreadyPlaced) } else { Ok(OrderEvent::Placed { pence: place.pence }.into()) }
     }
     fn apply(&mut self, _: &OrderEvent) { self.placed = true; }
 }

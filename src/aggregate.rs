@@ -28,7 +28,7 @@ use serde::de::DeserializeOwned;
 pub use self::context::Context;
 pub use self::decision::Decision;
 pub(crate) use self::error::node_runs;
-pub use self::error::{ExecuteError, NoReplyKind, NotExecutedKind};
+pub use self::error::{ExecuteError, NeverRejects, NoReplyKind, NotExecutedKind};
 pub use self::options::AggregateOptions;
 pub(crate) use self::options::MOST_IN_FLIGHT;
 pub use self::receipt::Receipt;
@@ -43,43 +43,37 @@ use crate::event::Event;
 ///
 /// ```
 /// use serde::{Deserialize, Serialize};
-/// use storied::{Aggregate, Context, Decision, Event};
-///
-/// #[derive(Default)]
-/// struct Account { balance: i64 }
+/// use storied::{Aggregate, Context, Decided, Event};
 ///
 /// #[derive(Serialize, Deserialize)]
-/// enum AccountCommand { Deposit { amount: i64 }, Withdraw { amount: i64 } }
-///
-/// #[derive(Debug, Serialize, Deserialize)]
 /// #[serde(rename_all = "snake_case")]
 /// enum AccountEvent { Deposited { amount: i64 }, Withdrawn { amount: i64 } }
 ///
 /// impl Event for AccountEvent { const CATEGORY: &'static str = "account"; }
 ///
-/// #[derive(Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
-/// enum AccountError {
-///     #[error("the balance is only {balance}")]
-///     Insufficient { balance: i64 },
-/// }
+/// #[derive(Serialize, Deserialize)]
+/// enum AccountCommand { Deposit { amount: i64 }, Withdraw { amount: i64 } }
+///
+/// #[derive(Debug, Serialize, Deserialize, thiserror::Error)]
+/// #[error("the balance is only {0}")]
+/// struct Insufficient(i64);
+///
+/// #[derive(Default)]
+/// struct Account { balance: i64 }
 ///
 /// impl Aggregate for Account {
 ///     type Event = AccountEvent;
 ///     type Command = AccountCommand;
-///     type Reply = i64; // the new balance
-///     type Error = AccountError;
+///     type Reply = ();
+///     type Error = Insufficient;
 ///
-///     fn handle(&self, command: &AccountCommand, _: &Context) -> Result<Decision<AccountEvent, i64>, AccountError> {
+///     fn handle(&self, command: &AccountCommand, _: &Context) -> Decided<Self> {
 ///         match *command {
-///             AccountCommand::Deposit { amount } => {
-///                 Ok(Decision::event(AccountEvent::Deposited { amount }).reply(self.balance + amount))
-///             }
+///             AccountCommand::Deposit { amount } => Ok(AccountEvent::Deposited { amount }.into()),
 ///             AccountCommand::Withdraw { amount } if amount > self.balance => {
-///                 Err(AccountError::Insufficient { balance: self.balance })
+///                 Err(Insufficient(self.balance))
 ///             }
-///             AccountCommand::Withdraw { amount } => {
-///                 Ok(Decision::event(AccountEvent::Withdrawn { amount }).reply(self.balance - amount))
-///             }
+///             AccountCommand::Withdraw { amount } => Ok(AccountEvent::Withdrawn { amount }.into()),
 ///         }
 ///     }
 ///
@@ -101,19 +95,19 @@ pub trait Aggregate: Default + Send + Sync + 'static {
     /// The store keeps it with the command's last event, so that a repeated command gets the first
     /// reply.
     type Reply: Serialize + DeserializeOwned + Send + 'static;
-    /// Reason for rejecting a command.
+    /// Reason for rejecting a command; [`NeverRejects`] for none.
     type Error: std::error::Error + Serialize + DeserializeOwned + Send + Sync + 'static;
 
     /// Decides on a command: events and a reply, or a rejection. Must have no side effects.
     ///
     /// # Errors
     /// The reason for which the aggregate rejects the command.
-    fn handle(
-        &self,
-        command: &Self::Command,
-        context: &Context<'_>,
-    ) -> Result<Decision<Self::Event, Self::Reply>, Self::Error>;
+    fn handle(&self, command: &Self::Command, context: &Context<'_>) -> Decided<Self>;
 
     /// Folds an event into the state. It cannot reject the event, which has already happened.
     fn apply(&mut self, event: &Self::Event);
 }
+
+/// The outcome of [`Aggregate::handle`]: a decision, or the reason for rejecting the command.
+pub type Decided<A> =
+    Result<Decision<<A as Aggregate>::Event, <A as Aggregate>::Reply>, <A as Aggregate>::Error>;

@@ -91,7 +91,8 @@ mod transient;
 pub use ciborium;
 
 pub use self::aggregate::{
-    Aggregate, AggregateOptions, Context, Decision, ExecuteError, NoReplyKind, NotExecutedKind, Receipt,
+    Aggregate, AggregateOptions, Context, Decided, Decision, ExecuteError, NeverRejects, NoReplyKind,
+    NotExecutedKind, Receipt,
 };
 pub use self::bus::EventBus;
 #[cfg(feature = "nats")]

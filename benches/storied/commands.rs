@@ -1,11 +1,11 @@
 //! Commands over NATS.
 
 use futures_util::StreamExt;
-use storied::Runtime;
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
+use storied::{NeverRejects, Runtime};
 
 use crate::args::Plan;
-use crate::domain::{Account, AccountCommand, Never, text};
+use crate::domain::{Account, AccountCommand, text};
 use crate::measure::{Comparison, Run, closed_loop};
 use crate::nats::{Nats, subscribe};
 use crate::stores::Store;
@@ -18,9 +18,9 @@ impl Handler for Nothing {
     const NAME: &'static str = "nothing";
     type Command = String;
     type Reply = ();
-    type Error = Never;
+    type Error = NeverRejects;
 
-    async fn handle(&self, _: &String, _: &HandlerContext) -> Result<(), HandleError<Never>> {
+    async fn handle(&self, _: &String, _: &HandlerContext) -> Result<(), HandleError<NeverRejects>> {
         Ok(())
     }
 }

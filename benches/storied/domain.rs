@@ -1,5 +1,5 @@
 use serde::{Deserialize, Serialize};
-use storied::{Aggregate, Context, Decision, Event};
+use storied::{Aggregate, Context, Decided, Decision, Event, NeverRejects};
 
 /// An aggregate without cost: the benchmark measures its surroundings.
 #[derive(Default)]
@@ -19,10 +19,6 @@ pub enum AccountEvent {
     Entered { text: String },
 }
 
-#[derive(Debug, Serialize, Deserialize, thiserror::Error)]
-#[error("never")]
-pub struct Never;
-
 impl Event for AccountEvent {
     const CATEGORY: &'static str = "account";
 }
@@ -31,13 +27,9 @@ impl Aggregate for Account {
     type Event = AccountEvent;
     type Command = AccountCommand;
     type Reply = u64;
-    type Error = Never;
+    type Error = NeverRejects;
 
-    fn handle(
-        &self,
-        command: &AccountCommand,
-        _: &Context<'_>,
-    ) -> Result<Decision<AccountEvent, u64>, Never> {
+    fn handle(&self, command: &AccountCommand, _: &Context<'_>) -> Decided<Self> {
         Ok(match command {
             AccountCommand::Enter(text) => {
                 Decision::event(AccountEvent::Entered { text: text.clone() }).reply(self.entries + 1)

@@ -12,7 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext};
-use storied::{Aggregate, Context, Decision, Event};
+use storied::{Aggregate, Context, Decided, Decision, Event};
 use uuid::Uuid;
 
 /// Balance of a new account.
@@ -88,11 +88,7 @@ impl Aggregate for Account {
     type Reply = Taken;
     type Error = AccountError;
 
-    fn handle(
-        &self,
-        command: &AccountCommand,
-        _: &Context<'_>,
-    ) -> Result<Decision<AccountEvent, Taken>, AccountError> {
+    fn handle(&self, command: &AccountCommand, _: &Context<'_>) -> Decided<Self> {
         if !self.open && !matches!(command, AccountCommand::Open) {
             return Err(AccountError::NotOpen);
         }

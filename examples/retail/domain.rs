@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use chrono::NaiveDateTime;
 use rust_decimal::Decimal;
 use serde::{Deserialize, Serialize};
-use storied::{Aggregate, Context, Decision, Event};
+use storied::{Aggregate, Context, Decided, Decision, Event};
 
 /// Above this a line is a typing error. The limit also keeps every amount far from an overflow.
 const MOST_UNITS: u64 = 1_000_000;
@@ -150,11 +150,7 @@ impl Aggregate for Invoice {
     type Reply = ();
     type Error = InvoiceError;
 
-    fn handle(
-        &self,
-        command: &InvoiceCommand,
-        context: &Context<'_>,
-    ) -> Result<Decision<InvoiceEvent>, InvoiceError> {
+    fn handle(&self, command: &InvoiceCommand, context: &Context<'_>) -> Decided<Self> {
         // The shop numbers its credit notes C….
         let credit_note = context.id().starts_with('C');
         match command {
@@ -174,7 +170,7 @@ impl Aggregate for Invoice {
 }
 
 impl Invoice {
-    fn open(&self, header: &Header, credit_note: bool) -> Result<Decision<InvoiceEvent>, InvoiceError> {
+    fn open(&self, header: &Header, credit_note: bool) -> Decided<Self> {
         let header = match &self.header {
             None => header.clone(),
             Some(before) if before == header => return Ok(Decision::none()),
@@ -189,12 +185,7 @@ impl Invoice {
         }))
     }
 
-    fn add_line(
-        &self,
-        header: &Header,
-        line: &Line,
-        credit_note: bool,
-    ) -> Result<Decision<InvoiceEvent>, InvoiceError> {
+    fn add_line(&self, header: &Header, line: &Line, credit_note: bool) -> Decided<Self> {
         self.belongs(header, line.number)?;
         match self.lines.get(&line.number) {
             // storied recognizes a repeated command within its window; the state of an invoice has

@@ -17,7 +17,7 @@ use uuid::Uuid;
 pub(crate) use self::message::CommandRequest;
 pub(super) use self::message::{AggregateMessage, InFlightGuard};
 use self::message::{CommandResult, answer};
-use self::pending::{Decided, Pending};
+use self::pending::{Pending, PendingOutcome};
 use self::receipts::{NO_REPLY, conclude, receipt, repeat};
 pub(super) use self::shared::Shared;
 pub(super) use self::snapshots::SNAPSHOTS_UNDER_WAY;
@@ -64,7 +64,8 @@ impl<A: Aggregate> AggregateState<A> {
         load: InFlightGuard,
     ) -> Option<(Box<CommandRequest<A>>, InFlightGuard)> {
         let Some(pending) = self.pending.iter_mut().find(|pending| {
-            pending.order.command_id == order.command_id && matches!(pending.decided, Decided::Events { .. })
+            pending.order.command_id == order.command_id
+                && matches!(pending.decided, PendingOutcome::Events { .. })
         }) else {
             return Some((order, load));
         };
@@ -236,7 +237,7 @@ impl<A: Aggregate> AggregateActor<A> {
         &self,
         order: &mut CommandRequest<A>,
         folded: &mut HydratedState<A>,
-    ) -> Result<(Decided<A>, Vec<NewEvent>), ExecuteError<A::Error>> {
+    ) -> Result<(PendingOutcome<A>, Vec<NewEvent>), ExecuteError<A::Error>> {
         // The decision is based on all earlier decisions, durable or not: all are in the state.
         order.attempts += 1;
         if order.attempts > 1 {
@@ -291,9 +292,10 @@ impl<A: Aggregate> AggregateActor<A> {
         &self,
         order: &CommandRequest<A>,
         folded: &HydratedState<A>,
-    ) -> Result<(Decided<A>, Vec<NewEvent>, Vec<A::Event>), ExecuteError<A::Error>> {
+    ) -> Result<(PendingOutcome<A>, Vec<NewEvent>, Vec<A::Event>), ExecuteError<A::Error>> {
         let version = folded.version;
-        let without_events = |result| Ok((Decided::Answer { version, result }, Vec::new(), Vec::new()));
+        let without_events =
+            |result| Ok((PendingOutcome::Answer { version, result }, Vec::new(), Vec::new()));
         if !order.expected.allows(version) {
             return without_events(Err(NotExecutedKind::ExpectedVersion {
                 stream: self.stream.clone(),
@@ -312,7 +314,7 @@ impl<A: Aggregate> AggregateActor<A> {
         };
         let (encoded, read, reply) = self.encode(order, &decision.events, decision.reply)?;
         let last = version.plus(encoded.len() as u64);
-        Ok((Decided::Events { first: version.next(), last, reply }, encoded, read))
+        Ok((PendingOutcome::Events { first: version.next(), last, reply }, encoded, read))
     }
 
     /// Encodes the events and the reply of a decision.
@@ -365,7 +367,7 @@ impl<A: Aggregate> AggregateActor<A> {
         let Some(pending) = state.pending.pop_front() else { return };
         match result {
             Ok(written) => {
-                let Decided::Events { first, last, .. } = &pending.decided else { return };
+                let PendingOutcome::Events { first, last, .. } = &pending.decided else { return };
                 let (id, first, last) = (pending.order.command_id, *first, *last);
                 if let Some(folded) = &mut state.folded {
                     folded.durable(id, first, last, written.position);
@@ -390,7 +392,7 @@ impl<A: Aggregate> AggregateActor<A> {
         }
         // Entries without events after the append share its fate: they are valid only if the append
         // is durable.
-        while let Some(Pending { decided: Decided::Answer { .. }, .. }) = state.pending.front() {
+        while let Some(Pending { decided: PendingOutcome::Answer { .. }, .. }) = state.pending.front() {
             let Some(next) = state.pending.pop_front() else { break };
             match &state.folded {
                 Some(folded) if !state.broken => conclude(next, &self.stream, folded),

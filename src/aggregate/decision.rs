@@ -1,4 +1,6 @@
 /// A decision of an aggregate: the new events and the reply.
+///
+/// An event converts into the decision with this event and no reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision<E, R = ()> {
     pub(crate) events: Vec<E>,
@@ -22,6 +24,12 @@ impl<E> Decision<E> {
     #[must_use]
     pub fn events(events: impl IntoIterator<Item = E>) -> Self {
         Self { events: events.into_iter().collect(), reply: () }
+    }
+}
+
+impl<E> From<E> for Decision<E> {
+    fn from(event: E) -> Self {
+        Self::event(event)
     }
 }
 

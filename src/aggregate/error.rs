@@ -6,6 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::receipt::Receipt;
@@ -13,6 +14,10 @@ use crate::command_id::{self, IdAhead};
 use crate::event::{DecodeError, EncodeError, StreamId, Version};
 use crate::store::{ExpectedVersion, StoreError};
 use crate::transient::Transient;
+
+/// The error type of an aggregate or handler that rejects no command. It has no value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum NeverRejects {}
 
 /// An error of a command without a receipt. The variant says what the caller can do.
 #[derive(Debug, Clone)]

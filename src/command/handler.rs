@@ -50,15 +50,14 @@ use super::ExecuteError;
 /// ```
 /// use serde::{Deserialize, Serialize};
 /// use storied::command::{HandleError, Handler, HandlerContext};
-/// # use storied::{Aggregate, Context, Decision, Event};
+/// # use storied::{Aggregate, Context, Decided, Decision, Event, NeverRejects};
 /// # #[derive(Default)] struct Account;
 /// # #[derive(Debug, Serialize, Deserialize)] enum AccountEvent { Changed }
 /// # impl Event for AccountEvent { const CATEGORY: &'static str = "account"; }
 /// # #[derive(Serialize, Deserialize)] enum AccountCommand { Withdraw(u64), Deposit(u64) }
-/// # #[derive(Debug, Serialize, Deserialize, thiserror::Error)] #[error("never")] struct Never;
 /// # impl Aggregate for Account {
-/// #     type Event = AccountEvent; type Command = AccountCommand; type Reply = bool; type Error = Never;
-/// #     fn handle(&self, _: &AccountCommand, _: &Context<'_>) -> Result<Decision<AccountEvent, bool>, Never> { Err(Never) }
+/// #     type Event = AccountEvent; type Command = AccountCommand; type Reply = bool; type Error = NeverRejects;
+/// #     fn handle(&self, _: &AccountCommand, _: &Context<'_>) -> Decided<Self> { Ok(Decision::none().reply(true)) }
 /// #     fn apply(&mut self, _: &AccountEvent) {}
 /// # }
 ///

@@ -158,7 +158,10 @@ impl Drop for Supervisor {
 mod tests {
     use serde::{Deserialize, Serialize};
 
-    use crate::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, NotExecutedKind, Runtime};
+    use crate::{
+        Aggregate, Context, Decided, Decision, Event, ExecuteError, MemoryStore, NeverRejects,
+        NotExecutedKind, Runtime,
+    };
 
     #[derive(Default)]
     struct Light {
@@ -170,10 +173,6 @@ mod tests {
         Switched,
     }
 
-    #[derive(Debug, Serialize, Deserialize, thiserror::Error)]
-    #[error("never")]
-    struct Never;
-
     impl Event for LightEvent {
         const CATEGORY: &'static str = "light";
     }
@@ -182,9 +181,9 @@ mod tests {
         type Event = LightEvent;
         type Command = ();
         type Reply = u64;
-        type Error = Never;
+        type Error = NeverRejects;
 
-        fn handle(&self, (): &(), _: &Context<'_>) -> Result<Decision<LightEvent, u64>, Never> {
+        fn handle(&self, (): &(), _: &Context<'_>) -> Decided<Self> {
             Ok(Decision::event(LightEvent::Switched).reply(self.switched + 1))
         }
 

@@ -13,7 +13,7 @@ use crate::event::{Event, Metadata, StreamId, Version};
 /// ```
 /// use storied::testing::given;
 /// # use serde::{Deserialize, Serialize};
-/// # use storied::{Aggregate, Context, Decision, Event};
+/// # use storied::{Aggregate, Context, Decided, Event};
 /// # #[derive(Default)] struct Door { open: bool }
 /// # #[derive(Serialize, Deserialize)] enum DoorCommand { Open }
 /// # #[derive(Debug, PartialEq, Serialize, Deserialize)] enum DoorEvent { Opened }
@@ -22,8 +22,8 @@ use crate::event::{Event, Metadata, StreamId, Version};
 /// # impl Event for DoorEvent { const CATEGORY: &'static str = "door"; }
 /// # impl Aggregate for Door {
 /// #     type Event = DoorEvent; type Command = DoorCommand; type Reply = (); type Error = DoorError;
-/// #     fn handle(&self, _: &DoorCommand, _: &Context<'_>) -> Result<Decision<DoorEvent>, DoorError> {
-/// #         if self.open { Err(DoorError::AlreadyOpen) } else { Ok(Decision::event(DoorEvent::Opened)) }
+/// #     fn handle(&self, _: &DoorCommand, _: &Context<'_>) -> Decided<Self> {
+/// #         if self.open { Err(DoorError::AlreadyOpen) } else { Ok(DoorEvent::Opened.into()) }
 /// #     }
 /// #     fn apply(&mut self, _: &DoorEvent) { self.open = true; }
 /// # }
@@ -95,10 +95,10 @@ impl<A: Aggregate> Given<A> {
     /// # Panics
     /// If the aggregate panics, or the id is invalid.
     #[must_use = "state the expectation with then(), then_nothing() or then_error()"]
-    pub fn when(self, command: A::Command) -> When<A> {
+    pub fn when(self, command: impl Into<A::Command>) -> When<A> {
         let stream = StreamId::new(A::Event::CATEGORY, &self.id).expect("a valid category and id");
         let context = Context::new(&stream, self.version, self.command_id, &self.metadata, self.now);
-        let decision = self.state.handle(&command, &context);
+        let decision = self.state.handle(&command.into(), &context);
         When { state: self.state, decision }
     }
 }

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use storied::store::{Append, ExpectedVersion, Snapshot, StoreError};
 use storied::testing::given;
 use storied::{
-    Aggregate, AggregateOptions, Codec, Context, Decision, Event, EventStore, ExecuteError, MemoryStore,
-    Metadata, NewEvent, NotExecutedKind, ReadLog, Runtime, SnapshotRevision, StreamId, Version,
+    Aggregate, AggregateOptions, Codec, Context, Decided, Decision, Event, EventStore, ExecuteError,
+    MemoryStore, Metadata, NewEvent, NotExecutedKind, ReadLog, Runtime, SnapshotRevision, StreamId, Version,
 };
 use uuid::Uuid;
 
@@ -423,11 +423,7 @@ mod readable {
         type Reply = (Vec<Note>, Rate);
         type Error = CounterError;
 
-        fn handle(
-            &self,
-            command: &MemoCommand,
-            _: &Context<'_>,
-        ) -> Result<Decision<MemoEvent, (Vec<Note>, Rate)>, CounterError> {
+        fn handle(&self, command: &MemoCommand, _: &Context<'_>) -> Decided<Self> {
             match command {
                 MemoCommand::Take { note, reply } => {
                     Ok(Decision::event(MemoEvent::Noted(Note { unsaved: 9, ..note.clone() }))
@@ -765,7 +761,7 @@ impl Aggregate for Shelf {
     type Reply = Vec<u64>;
     type Error = CounterError;
 
-    fn handle(&self, n: &u64, _: &Context<'_>) -> Result<Decision<CounterEvent, Vec<u64>>, CounterError> {
+    fn handle(&self, n: &u64, _: &Context<'_>) -> Decided<Self> {
         Ok(Decision::event(CounterEvent::Added { n: *n }).reply(self.books.clone()))
     }
 
@@ -909,7 +905,7 @@ async fn events_must_be_an_enum_and_categories_unique() {
         type Command = ();
         type Reply = ();
         type Error = CounterError;
-        fn handle(&self, (): &(), _: &Context<'_>) -> Result<Decision<NoEnum>, CounterError> {
+        fn handle(&self, (): &(), _: &Context<'_>) -> Decided<Self> {
             Ok(Decision::event(NoEnum { n: 1 }))
         }
         fn apply(&mut self, _: &NoEnum) {}
@@ -1043,11 +1039,7 @@ mod unlucky {
         type Reply = ();
         type Error = CounterError;
 
-        fn handle(
-            &self,
-            number: &u64,
-            context: &Context<'_>,
-        ) -> Result<Decision<UnluckyEvent>, CounterError> {
+        fn handle(&self, number: &u64, context: &Context<'_>) -> Decided<Self> {
             assert!(context.new_id() != context.new_id());
             Ok(Decision::event(UnluckyEvent::Drawn(*number)))
         }

@@ -8,8 +8,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, ExpectedVersion, Filter,
-    MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
+    Aggregate, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError, ExpectedVersion, Filter, MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -42,11 +41,7 @@ impl Aggregate for Account {
     type Reply = i64;
     type Error = Nothing;
 
-    fn handle(
-        &self,
-        Deposit(amount): &Deposit,
-        _: &Context<'_>,
-    ) -> Result<Decision<AccountEvent, i64>, Nothing> {
+    fn handle(&self, Deposit(amount): &Deposit, _: &Context<'_>) -> Decided<Self> {
         if *amount == 0 {
             return Err(Nothing);
         }

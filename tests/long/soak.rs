@@ -24,9 +24,9 @@ use storied::bus::JetStreamOptions;
 use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommandOptions};
 use storied::projection::{ApplyError, FollowMode};
 use storied::{
-    Aggregate, AggregateOptions, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter,
-    NatsOptions, Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog,
-    RecordedEvent, Runtime,
+    Aggregate, AggregateOptions, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError,
+    Filter, NatsOptions, NeverRejects, Position, PostgresReadModel, PostgresStore, Projection,
+    ProjectionOptions, ReadLog, RecordedEvent, Runtime,
 };
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -53,10 +53,6 @@ impl Event for MeterEvent {
     const CATEGORY: &'static str = "meter";
 }
 
-/// The error of an aggregate that rejects nothing.
-#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
-enum Never {}
-
 #[derive(Debug, Default)]
 struct Meter {
     total: u64,
@@ -69,9 +65,9 @@ impl Aggregate for Meter {
     type Event = MeterEvent;
     type Command = Count;
     type Reply = u64;
-    type Error = Never;
+    type Error = NeverRejects;
 
-    fn handle(&self, Count(units): &Count, _: &Context<'_>) -> Result<Decision<MeterEvent, u64>, Never> {
+    fn handle(&self, Count(units): &Count, _: &Context<'_>) -> Decided<Self> {
         Ok(Decision::event(MeterEvent::Counted { units: *units }).reply(self.total + units))
     }
 
@@ -93,13 +89,13 @@ impl Handler for Both {
     const NAME: &'static str = "soak.both";
     type Command = CountBoth;
     type Reply = ();
-    type Error = Never;
+    type Error = NeverRejects;
 
     async fn handle(
         &self,
         CountBoth { meters, units }: &CountBoth,
         context: &HandlerContext,
-    ) -> Result<(), HandleError<Never>> {
+    ) -> Result<(), HandleError<NeverRejects>> {
         for meter in meters {
             context.execute::<Meter>(meter, Count(*units)).await?;
         }
@@ -224,7 +220,7 @@ async fn call(runtime: Runtime, load: Arc<Load>, caller: u64) {
         let patience = Instant::now() + PATIENCE;
         let mut unknown = false;
         loop {
-            let failed: Option<ExecuteError<Never>> = if both {
+            let failed: Option<ExecuteError<NeverRejects>> = if both {
                 let command = CountBoth { meters, units };
                 runtime.execute_handler::<Both>(command).command_id(id).await.err()
             } else {

@@ -9,7 +9,7 @@ use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    AggregateOptions, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime, SnapshotRevision, SqliteOptions, StoreError,
+    AggregateOptions, Decided, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NeverRejects, NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime, SnapshotRevision, SqliteOptions, StoreError,
 };
 use tokio::time::timeout;
 
@@ -28,10 +28,10 @@ struct Echo;
 impl Handler for Echo {
     type Command = u64;
     type Reply = u64;
-    type Error = Never;
+    type Error = NeverRejects;
     const NAME: &'static str = "echo";
 
-    async fn handle(&self, command: &u64, _: &HandlerContext) -> Result<u64, HandleError<Never>> {
+    async fn handle(&self, command: &u64, _: &HandlerContext) -> Result<u64, HandleError<NeverRejects>> {
         Ok(*command)
     }
 }

@@ -1,7 +1,7 @@
 //! The aggregate of tests whose subject is not the aggregate.
 
 use serde::{Deserialize, Serialize};
-use storied::{Aggregate, Context, Decision, Event};
+use storied::{Aggregate, Context, Decided, Decision, Event};
 
 /// A sum, and the number of its parts.
 #[derive(Default, Debug, Serialize, Deserialize)]
@@ -56,11 +56,7 @@ impl Aggregate for Counter {
     type Reply = u64;
     type Error = CounterError;
 
-    fn handle(
-        &self,
-        command: &CounterCommand,
-        _: &Context<'_>,
-    ) -> Result<Decision<CounterEvent, u64>, CounterError> {
+    fn handle(&self, command: &CounterCommand, _: &Context<'_>) -> Decided<Self> {
         tracing::info!("the user's own line");
         let add = |n| Decision::event(CounterEvent::Added { n }).reply(self.total + n);
         match *command {

@@ -4,11 +4,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use storied::projection::{ApplyError, Delivery, AtLeastOnce, InMemory, Projection, ProjectionOptions, Start};
+use storied::projection::{
+    ApplyError, AtLeastOnce, Delivery, InMemory, Projection, ProjectionOptions, Start,
+};
 use storied::store::{Append, ExpectedVersion};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, Filter, Metadata, NewEvent,
-    PostgresOptions, PostgresStore, RecordedEvent, Runtime, StreamId,
+    Aggregate, Context, Decided, EncodeError, Event, EventStore, Filter, Metadata, NewEvent, PostgresOptions,
+    PostgresStore, RecordedEvent, Runtime, StreamId,
 };
 
 use crate::common::*;
@@ -44,16 +46,17 @@ impl Aggregate for Account {
     type Reply = ();
     type Error = Refused;
 
-    fn handle(&self, command: &AccountCommand, _: &Context<'_>) -> Result<Decision<AccountEvent>, Refused> {
-        match command {
+    fn handle(&self, command: &AccountCommand, _: &Context<'_>) -> Decided<Self> {
+        let event = match command {
             AccountCommand::Open(account) if !self.0.opened => {
-                Ok(Decision::event(AccountEvent::Opened { account: account.clone() }))
+                AccountEvent::Opened { account: account.clone() }
             }
             AccountCommand::Deposit(money) if self.0.opened && money.amount > 0 => {
-                Ok(Decision::event(AccountEvent::Deposited(money.clone())))
+                AccountEvent::Deposited(money.clone())
             }
-            _ => Err(Refused),
-        }
+            _ => return Err(Refused),
+        };
+        Ok(event.into())
     }
 
     fn apply(&mut self, event: &AccountEvent) {

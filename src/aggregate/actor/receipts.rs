@@ -3,7 +3,7 @@
 use super::super::fold::HydratedState;
 use super::super::{Aggregate, ExecuteError, NotExecutedKind, Receipt};
 use super::message::{CommandRequest, CommandResult, answer};
-use super::pending::{Decided, Pending};
+use super::pending::{Pending, PendingOutcome};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::{StreamId, Version};
 use crate::store::{CommandEvents, EventStore};
@@ -14,7 +14,7 @@ pub(super) const NO_REPLY: [u8; 1] = [0xf6];
 /// Answers a command that was decided without events on a durable state.
 pub(super) fn conclude<A: Aggregate>(pending: Pending<A>, stream: &StreamId, folded: &HydratedState<A>) {
     let Pending { order, decided, .. } = pending;
-    let Decided::Answer { version, result } = decided else { return };
+    let PendingOutcome::Answer { version, result } = decided else { return };
     let result = result.map(|reply| Receipt {
         command_id: order.command_id,
         stream: stream.clone(),
@@ -30,7 +30,7 @@ pub(super) fn conclude<A: Aggregate>(pending: Pending<A>, stream: &StreamId, fol
 /// Answers a command whose events are durable, and its repetitions.
 pub(super) fn receipt<A: Aggregate>(pending: Pending<A>, stream: &StreamId, record: CommandEvents) {
     let Pending { order, decided, repeated, .. } = pending;
-    let Decided::Events { reply, .. } = decided else { return };
+    let PendingOutcome::Events { reply, .. } = decided else { return };
     if !repeated.is_empty() {
         let copy = to_cbor(&reply).map_err(|error| error.to_string());
         for (order, _load) in repeated {

@@ -19,3 +19,25 @@ fn files_of_src_are_short() {
     let long: Vec<_> = long.collect();
     assert!(long.is_empty(), "more than {MOST} lines:\n{}\n", long.join("\n"));
 }
+
+/// Maximum number of lines of the example of `Aggregate`: events, commands, error, state and code.
+const FIRST_AGGREGATE: usize = 36;
+
+/// Maximum number of lines of the quick start.
+const QUICK_START: usize = 50;
+
+/// Both examples are compiled; blank lines do not count, nor the imports of the first.
+#[test]
+fn the_first_examples_are_short() {
+    let source = fs::read_to_string(root().join("src/aggregate.rs")).unwrap();
+    let example = source.lines().skip_while(|line| *line != "/// ```").skip(1);
+    let example = example.take_while(|line| *line != "/// ```").map(|line| line.trim_start_matches("///"));
+    let example: Vec<_> =
+        example.filter(|line| !line.trim().is_empty() && !line.starts_with(" use ")).collect();
+    assert!(example.len() > 20, "only {} lines were found", example.len());
+    assert!(example.len() <= FIRST_AGGREGATE, "{} lines:\n{}", example.len(), example.join("\n"));
+
+    let quick_start = fs::read_to_string(root().join("examples/quick_start.rs")).unwrap();
+    let lines = quick_start.lines().filter(|line| !line.trim().is_empty()).count();
+    assert!(lines <= QUICK_START, "examples/quick_start.rs has {lines} lines");
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use storied::command::{CommandBus, CommandInfo, HandleError, Handler, HandlerContext};
 use storied::store::MemoryStore;
-use storied::{Aggregate, Context, Decision, Event, ExecuteError, NotExecutedKind, Runtime};
+use storied::{Aggregate, Context, Decided, Decision, Event, ExecuteError, NotExecutedKind, Runtime};
 use tokio::time::{Instant, timeout};
 
 use crate::command::cluster::*;
@@ -74,7 +74,7 @@ impl Aggregate for Fragile {
     type Reply = Part;
     type Error = Refusal;
 
-    fn handle(&self, give: &Give, _: &Context<'_>) -> Result<Decision<FragileEvent, Part>, Refusal> {
+    fn handle(&self, give: &Give, _: &Context<'_>) -> Decided<Self> {
         let event = |part| Decision::event(FragileEvent::Given { part: Part(part) });
         match give {
             Give::Event(part) => Ok(event(*part).reply(Part(0))),

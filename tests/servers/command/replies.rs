@@ -9,7 +9,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 use storied::{
-    Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, NoReplyKind, Runtime, Version,
+    Aggregate, Context, Decided, Decision, Event, ExecuteError, MemoryStore, NeverRejects, NoReplyKind,
+    Runtime, Version,
 };
 use uuid::Uuid;
 
@@ -25,10 +26,6 @@ struct Half {
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
     u32::deserialize(deserializer).map(Some)
 }
-
-#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
-#[error("never")]
-struct Never;
 
 #[derive(Default)]
 struct Lamp;
@@ -46,9 +43,9 @@ impl Aggregate for Lamp {
     type Event = LampEvent;
     type Command = bool;
     type Reply = Half;
-    type Error = Never;
+    type Error = NeverRejects;
 
-    fn handle(&self, light: &bool, _: &Context<'_>) -> Result<Decision<LampEvent, Half>, Never> {
+    fn handle(&self, light: &bool, _: &Context<'_>) -> Decided<Self> {
         let reply = Half { whole: None };
         Ok(if *light { Decision::event(LampEvent::Lit).reply(reply) } else { Decision::none().reply(reply) })
     }
@@ -62,9 +59,9 @@ impl Handler for Halves {
     const NAME: &'static str = "test.halves";
     type Command = ();
     type Reply = Half;
-    type Error = Never;
+    type Error = NeverRejects;
 
-    async fn handle(&self, (): &(), _: &HandlerContext) -> Result<Half, HandleError<Never>> {
+    async fn handle(&self, (): &(), _: &HandlerContext) -> Result<Half, HandleError<NeverRejects>> {
         self.0.fetch_add(1, Ordering::SeqCst);
         Ok(Half { whole: None })
     }
@@ -147,9 +144,9 @@ where
     type Event = LampEvent;
     type Command = bool;
     type Reply = R;
-    type Error = Never;
+    type Error = NeverRejects;
 
-    fn handle(&self, _: &bool, _: &Context<'_>) -> Result<Decision<LampEvent, R>, Never> {
+    fn handle(&self, _: &bool, _: &Context<'_>) -> Decided<Self> {
         Ok(Decision::event(LampEvent::Lit).reply(R::from(300)))
     }
 

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 use storied::store::ReadLog;
 use storied::{
-    Aggregate, Context, Decision, Event, EventStore, ExecuteError, MemoryStore, NoReplyKind, NotExecutedKind,
-    Position, Runtime, Version,
+    Aggregate, Context, Decided, Decision, Event, EventStore, ExecuteError, MemoryStore, NoReplyKind,
+    NotExecutedKind, Position, Runtime, Version,
 };
 use uuid::Uuid;
 
@@ -46,7 +46,7 @@ impl Aggregate for Essay {
     type Reply = String;
     type Error = Refused;
 
-    fn handle(&self, write: &Write, _: &Context<'_>) -> Result<Decision<EssayEvent, String>, Refused> {
+    fn handle(&self, write: &Write, _: &Context<'_>) -> Decided<Self> {
         match write {
             Write::Reply { size, .. } => Ok(Decision::event(EssayEvent::Written).reply("x".repeat(*size))),
             Write::Refuse { size } => Err(Refused("y".repeat(*size))),

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Connection, Row};
 use storied::aggregate::AggregateOptions;
 use storied::{
-    Aggregate, Context, Decision, Event, ExpectedVersion, PostgresOptions, PostgresStore, Runtime,
-    SnapshotRevision, StoreError,
+    Aggregate, Context, Decided, Decision, Event, ExpectedVersion, NeverRejects, PostgresOptions,
+    PostgresStore, Runtime, SnapshotRevision, StoreError,
 };
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -62,9 +62,9 @@ impl Aggregate for Account {
     type Event = Deposited;
     type Command = u64;
     type Reply = u64;
-    type Error = Never;
+    type Error = NeverRejects;
 
-    fn handle(&self, amount: &u64, _: &Context<'_>) -> Result<Decision<Deposited, u64>, Never> {
+    fn handle(&self, amount: &u64, _: &Context<'_>) -> Decided<Self> {
         Ok(Decision::event(Deposited::Deposited { amount: *amount }).reply(self.0 + amount))
     }
 
@@ -72,10 +72,6 @@ impl Aggregate for Account {
         self.0 += amount;
     }
 }
-
-#[derive(Debug, Serialize, Deserialize, thiserror::Error)]
-#[error("never")]
-struct Never;
 
 /// Before the repetition, the server itself writes many commands to the aggregate. `STORIED_EVENTS`
 /// is their number; default: 20,000.

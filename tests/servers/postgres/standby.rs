@@ -13,9 +13,7 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{AppendError, Checkpoint, CommandRecord};
 use storied::{
-    Aggregate, Context, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, MemoryStore,
-    Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError,
-    Version,
+    Aggregate, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError, Version,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -522,10 +520,6 @@ enum AccountEvent {
     Deposited { amount: i64 },
 }
 
-#[derive(Debug, Serialize, Deserialize, thiserror::Error)]
-#[error("nothing to deposit")]
-struct Nothing;
-
 impl Event for AccountEvent {
     const CATEGORY: &'static str = "account";
 }
@@ -534,9 +528,9 @@ impl Aggregate for Account {
     type Event = AccountEvent;
     type Command = Deposit;
     type Reply = i64;
-    type Error = Nothing;
+    type Error = NeverRejects;
 
-    fn handle(&self, deposit: &Deposit, _: &Context<'_>) -> Result<Decision<AccountEvent, i64>, Nothing> {
+    fn handle(&self, deposit: &Deposit, _: &Context<'_>) -> Decided<Self> {
         Ok(Decision::event(AccountEvent::Deposited { amount: deposit.0 }).reply(self.0 + deposit.0))
     }
 
