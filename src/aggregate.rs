@@ -92,8 +92,9 @@ pub trait Aggregate: Default + Send + Sync + 'static {
     type Command: Serialize + DeserializeOwned + Send + Sync + 'static;
     /// Reply to a command in addition to the receipt; `()` for none.
     ///
-    /// The store keeps it with the command's last event, so that a repeated command gets the first
-    /// reply.
+    /// If different commands get different replies, it is an enum, and a
+    /// [`Command`](crate::Command) type selects its variant. The store keeps the reply with the
+    /// command's last event, so that a repeated command gets the first reply.
     type Reply: Serialize + DeserializeOwned + Send + 'static;
     /// Reason for rejecting a command; [`NeverRejects`] for none.
     type Error: std::error::Error + Serialize + DeserializeOwned + Send + Sync + 'static;

@@ -22,6 +22,7 @@ mod endpoint;
 mod envelope;
 mod execute;
 mod execute_and_wait;
+mod execute_command;
 mod handler;
 mod hooks;
 #[cfg(feature = "nats")]
@@ -41,6 +42,7 @@ pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
 pub use self::execute::Execute;
 pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
+pub use self::execute_command::{Command, ExecuteCommand};
 pub(crate) use self::handler::HandlerRouter;
 pub use self::handler::{
     HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus, Request,

@@ -98,7 +98,7 @@ pub use self::bus::EventBus;
 #[cfg(feature = "nats")]
 pub use self::bus::{NatsBus, NatsOptions};
 pub use self::codec::{Codec, Upcasters};
-pub use self::command::{CommandBus, Handler};
+pub use self::command::{Command, CommandBus, Handler};
 pub use self::event::{
     DecodeError, EncodeError, Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId,
     Version,

@@ -20,7 +20,7 @@ use self::inner::Inner;
 pub use self::shutdown::ShutdownError;
 pub use self::status::RuntimeStatus;
 use crate::aggregate::Aggregate;
-use crate::command::{Envelope, Execute, Handler, Request};
+use crate::command::{Command, Envelope, Execute, ExecuteCommand, Handler, Request};
 use crate::projection::ProjectionHandle;
 use crate::store::EventStore;
 
@@ -43,6 +43,15 @@ impl Runtime {
     /// taking effect, see [`ExecuteError`](crate::ExecuteError).
     pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
         Execute::new(self.inner.commands.clone(), id.to_string(), command.into(), Envelope::new())
+    }
+
+    /// Executes a command with its own type of reply, see [`Command`].
+    ///
+    /// # Errors
+    /// When awaited: as [`execute`](Self::execute). If the aggregate gave the reply to another
+    /// command, the error is [`NoReply`](crate::ExecuteError::NoReply).
+    pub fn execute_command<C: Command>(&self, id: impl fmt::Display, command: C) -> ExecuteCommand<C> {
+        ExecuteCommand::new(self.execute::<C::Aggregate>(id, command))
     }
 
     /// Executes a command on the handler `H`, on any node that runs it.

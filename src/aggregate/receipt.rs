@@ -44,6 +44,12 @@ impl<R> Receipt<R> {
             duplicate: true,
         }
     }
+
+    /// Separates the reply from the rest.
+    pub(crate) fn split(self) -> (Receipt, R) {
+        let Self { command_id, stream, version, position, events, reply, duplicate } = self;
+        (Receipt { command_id, stream, version, position, events, reply: (), duplicate }, reply)
+    }
 }
 
 impl Receipt {

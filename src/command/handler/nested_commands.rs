@@ -6,8 +6,8 @@ use super::Handler;
 use super::context::HandlerContext;
 use super::request::Request;
 use crate::aggregate::Aggregate;
-use crate::command::Execute;
 use crate::command::wire::Kind;
+use crate::command::{Command, Execute, ExecuteCommand};
 use crate::event::Event;
 
 impl HandlerContext {
@@ -21,6 +21,11 @@ impl HandlerContext {
         let id = id.to_string();
         let envelope = self.envelope(Kind::Aggregate, <A::Event as Event>::CATEGORY, &id);
         Execute::new(self.commands.clone(), id, command.into(), envelope).within(self.slot.clone())
+    }
+
+    /// Sends a command with its own type of reply, as [`execute`](Self::execute) does.
+    pub fn execute_command<C: Command>(&self, id: impl fmt::Display, command: C) -> ExecuteCommand<C> {
+        ExecuteCommand::new(self.execute::<C::Aggregate>(id, command))
     }
 
     /// Sends a command to a handler on any node, as [`execute`](Self::execute) does.

@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 use storied::{
-    Aggregate, Context, Decided, Decision, Event, ExecuteError, MemoryStore, NeverRejects, NoReplyKind,
-    Runtime, Version,
+    Aggregate, Command, Context, Decided, Decision, Event, ExecuteError, MemoryStore, NeverRejects,
+    NoReplyKind, Runtime, Version,
 };
 use uuid::Uuid;
 
@@ -178,4 +178,169 @@ async fn a_reply_of_another_type_has_a_known_outcome() {
         assert_eq!((receipt.version, receipt.position, receipt.events), (first.version, first.position, 1));
     }
     new.shutdown().await.unwrap();
+}
+
+/// An aggregate that gives each command its own reply.
+#[derive(Default)]
+struct Stock {
+    units: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+enum StockEvent {
+    Added { units: u64 },
+}
+
+impl Event for StockEvent {
+    const CATEGORY: &'static str = "stock";
+}
+
+#[derive(Serialize, Deserialize)]
+enum StockCommand {
+    Add(Add),
+    Describe,
+}
+
+#[derive(Serialize, Deserialize)]
+enum StockReply {
+    Total(u64),
+    Description(String),
+}
+
+impl Aggregate for Stock {
+    type Event = StockEvent;
+    type Command = StockCommand;
+    type Reply = StockReply;
+    type Error = NeverRejects;
+
+    fn handle(&self, command: &StockCommand, context: &Context<'_>) -> Decided<Self> {
+        Ok(match command {
+            StockCommand::Add(Add { units }) => Decision::event(StockEvent::Added { units: *units })
+                .reply(StockReply::Total(self.units + units)),
+            StockCommand::Describe => Decision::none().reply(StockReply::Description(format!(
+                "{} units of {}",
+                self.units,
+                context.id()
+            ))),
+        })
+    }
+
+    fn apply(&mut self, StockEvent::Added { units }: &StockEvent) {
+        self.units += units;
+    }
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Add {
+    units: u64,
+}
+
+impl From<Add> for StockCommand {
+    fn from(add: Add) -> Self {
+        Self::Add(add)
+    }
+}
+
+impl Command for Add {
+    type Aggregate = Stock;
+    type Reply = u64;
+
+    fn reply(reply: StockReply) -> Option<u64> {
+        if let StockReply::Total(units) = reply { Some(units) } else { None }
+    }
+}
+
+struct Describe;
+
+impl From<Describe> for StockCommand {
+    fn from(_: Describe) -> Self {
+        Self::Describe
+    }
+}
+
+impl Command for Describe {
+    type Aggregate = Stock;
+    type Reply = String;
+
+    fn reply(reply: StockReply) -> Option<String> {
+        if let StockReply::Description(text) = reply { Some(text) } else { None }
+    }
+}
+
+/// A command that expects the reply to another one.
+struct Mistaken;
+
+impl From<Mistaken> for StockCommand {
+    fn from(_: Mistaken) -> Self {
+        Self::Add(Add { units: 1 })
+    }
+}
+
+impl Command for Mistaken {
+    type Aggregate = Stock;
+    type Reply = String;
+
+    fn reply(reply: StockReply) -> Option<String> {
+        Describe::reply(reply)
+    }
+}
+
+struct Deliveries;
+
+impl Handler for Deliveries {
+    const NAME: &'static str = "test.deliveries";
+    type Command = u64;
+    type Reply = (u64, String);
+    type Error = NeverRejects;
+
+    async fn handle(
+        &self,
+        units: &u64,
+        context: &HandlerContext,
+    ) -> Result<(u64, String), HandleError<NeverRejects>> {
+        let total = context.execute_command("tea", Add { units: *units }).await?.reply;
+        Ok((total, context.execute_command("tea", Describe).await?.reply))
+    }
+}
+
+/// In one process and over NATS, each command type has its own type of reply.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_command_type_gets_its_own_reply() {
+    let server = server().await;
+    for remote in [false, true] {
+        let store = MemoryStore::new();
+        let builder = |name| Runtime::builder().store(store.clone()).commands(nats(&server, name));
+        let node = builder("stock").aggregate::<Stock>().handler(Deliveries).start().await.unwrap();
+        let caller = if remote { builder("caller").start().await.unwrap() } else { node.clone() };
+
+        let id = Uuid::now_v7();
+        let add = || caller.execute_command("tea", Add { units: 3 }).with(|request| request.command_id(id));
+        let first = add().await.unwrap();
+        let (total, version): (u64, Version) = (first.reply, first.version);
+        assert_eq!((total, version, first.duplicate), (3, Version::new(1), false));
+        let described: String = caller.execute_command("tea", Describe).await.unwrap().reply;
+        assert_eq!(described, "3 units of tea");
+        let repeated = add().await.unwrap();
+        assert_eq!((repeated.reply, repeated.duplicate), (3, true));
+        // The enum of commands has the enum of replies.
+        let reply = caller.execute::<Stock>("tea", Add { units: 1 }).await.unwrap().reply;
+        assert!(matches!(reply, StockReply::Total(4)));
+        assert_eq!(
+            caller.execute_handler::<Deliveries>(2_u64).await.unwrap().reply,
+            (6, "6 units of tea".to_owned())
+        );
+
+        let error = caller.execute_command("tea", Mistaken).await.unwrap_err();
+        assert!(!error.is_transient() && error.to_string().contains("Mistaken"), "{error}");
+        let ExecuteError::NoReply { receipt: Some(receipt), kind: NoReplyKind::Unreadable { .. }, .. } =
+            error
+        else {
+            panic!("{error}")
+        };
+        assert_eq!(receipt.version, Version::new(4));
+        if remote {
+            caller.shutdown().await.unwrap();
+        }
+        node.shutdown().await.unwrap();
+    }
 }
