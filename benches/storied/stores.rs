@@ -84,7 +84,8 @@ impl Store {
         let event = AccountEvent::Entered { text: text(plan.payload) };
         let codec = self.port().info().codec;
         let events: Vec<usize> = (0..plan.events).collect();
-        for batch in events.chunks(batch) {
+        // A batch has a stream at most once.
+        for batch in events.chunks(batch.min(streams)) {
             let append = |n: &usize| {
                 let new = NewEvent::encode(&event, codec, &Metadata::default()).unwrap();
                 Append::one(StreamId::new("account", n % streams).unwrap(), ExpectedVersion::Any, vec![new])

@@ -267,7 +267,7 @@ impl<A: Aggregate> AggregateActor<A> {
             expected,
             events,
             chain: state.chain.clone(),
-            alone: false,
+            batch_limit: usize::MAX,
             done: Box::new(move |outcome| {
                 // A failed cast means that a shutdown has killed the actor. Its callers have
                 // their answers.

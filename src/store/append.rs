@@ -1,4 +1,6 @@
+use std::collections::HashSet;
 use std::fmt;
+use std::future::Future;
 
 use super::error::StoreError;
 use crate::event::{NewEvent, Position, StreamId, Version};
@@ -68,26 +70,6 @@ impl Append {
     pub fn all(streams: Vec<StreamAppend>) -> Self {
         Self { streams }
     }
-
-    /// Checks the requirements of every back end before any work starts.
-    pub(crate) fn validate(&self) -> Result<(), StoreError> {
-        let invalid = |reason: String| Err(StoreError::Invalid { reason });
-        if self.streams.is_empty() {
-            return invalid("the append has no streams; add at least one part".into());
-        }
-        for (index, part) in self.streams.iter().enumerate() {
-            if part.events.is_empty() {
-                return invalid(format!("the append to {} has no events; add at least one", part.stream));
-            }
-            if self.streams[..index].iter().any(|other| other.stream == part.stream) {
-                return invalid(format!(
-                    "the append contains stream {} twice; put its events into one part",
-                    part.stream
-                ));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The versions and positions that an append received.
@@ -124,4 +106,96 @@ pub enum AppendError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// Maximum sizes of payload and metadata that a back end can store, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SizeLimits {
+    pub(super) event: usize,
+    /// Limit of a batch, which becomes one call.
+    pub(super) batch: usize,
+}
+
+impl SizeLimits {
+    pub(super) const NONE: Self = Self { event: usize::MAX, batch: usize::MAX };
+}
+
+/// Writes the valid appends of a batch with `write`; returns one result for each append.
+///
+/// An append that can never be stored joins no transaction with others.
+pub(super) async fn append_valid<F>(
+    batch: Vec<Append>,
+    limits: SizeLimits,
+    write: impl FnOnce(Vec<Append>) -> F,
+) -> Vec<Result<Appended, AppendError>>
+where
+    F: Future<Output = Vec<Result<Appended, AppendError>>>,
+{
+    let mut bytes = 0;
+    let mut streams = HashSet::new();
+    let mut valid = Vec::with_capacity(batch.len());
+    let checked: Vec<Result<(), StoreError>> = batch
+        .into_iter()
+        .map(|append| {
+            check(&append, limits, &mut bytes, &mut streams)?;
+            valid.push(append);
+            Ok(())
+        })
+        .collect();
+    let mut written = if valid.is_empty() { Vec::new() } else { write(valid).await }.into_iter();
+    let missing = || StoreError::Corrupt { reason: "an append received no result".into() };
+    let result = |check: Result<(), StoreError>| {
+        check?;
+        written.next().unwrap_or_else(|| Err(missing().into()))
+    };
+    checked.into_iter().map(result).collect()
+}
+
+/// Checks an append; adds it to the `bytes` and `streams` of its batch.
+fn check(
+    append: &Append,
+    limits: SizeLimits,
+    bytes: &mut usize,
+    streams: &mut HashSet<StreamId>,
+) -> Result<(), StoreError> {
+    let invalid = |reason: String| Err(StoreError::Invalid { reason });
+    if append.streams.is_empty() {
+        return invalid("the append has no streams; add at least one part".into());
+    }
+    let mut all = *bytes;
+    for (index, part) in append.streams.iter().enumerate() {
+        let stream = &part.stream;
+        if part.events.is_empty() {
+            return invalid(format!("the append to {stream} has no events; add at least one"));
+        }
+        if append.streams[..index].iter().any(|other| other.stream == *stream) {
+            return invalid(format!(
+                "the append contains stream {stream} twice; put its events into one part"
+            ));
+        }
+        if streams.contains(stream) {
+            return invalid(format!(
+                "an earlier append of the batch has stream {stream}; await its result, then append again"
+            ));
+        }
+        for event in &part.events {
+            let (size, limit) = (event.payload.len().saturating_add(event.metadata.len()), limits.event);
+            if size > limit {
+                return invalid(format!(
+                    "the event {} of {stream} is too large: {size} bytes (limit {limit}); store large content elsewhere and refer to it",
+                    event.name
+                ));
+            }
+            all = all.saturating_add(size);
+        }
+    }
+    if all > limits.batch {
+        return invalid(format!(
+            "the batch is too large: {all} bytes of events (limit {}); split it, or store large content elsewhere",
+            limits.batch
+        ));
+    }
+    *bytes = all;
+    streams.extend(append.streams.iter().map(|part| part.stream.clone()));
+    Ok(())
 }

@@ -27,10 +27,14 @@ pub trait EventStore: Send + Sync + 'static {
 
     /// Appends a batch and returns one result for each [`Append`], in their order.
     ///
-    /// Each append is atomic and succeeds or fails independently of the others. A batch may contain
-    /// several appends to one stream; a later one is decided after an earlier one. A batch is not
-    /// ordered across streams: the store may merge its appends to one stream. If the order across
-    /// streams matters, use sequential calls or one append to several streams.
+    /// Each append is atomic. A stream occurs at most once in a batch; a later append to it is
+    /// `Invalid`. A conflict and an append that is invalid by itself do not affect the others. If
+    /// the database refuses the content of an append, every append of its transaction is `Invalid`,
+    /// and none is written: send them in smaller batches. The writer of a
+    /// [`Runtime`](crate::Runtime) does, so a command never fails because of another one.
+    ///
+    /// A batch is not ordered across streams. If the order across streams matters, use sequential
+    /// calls or one append to several streams.
     ///
     /// A result is returned when it is durable.
     ///

@@ -3,8 +3,11 @@
 //! There is no timer. A transaction takes all appends that were queued while the previous
 //! transaction was in flight, so a lone append never waits and a busy store gets large
 //! transactions. Each stream is in at most one transaction in flight; later appends to it are
-//! queued for the next. If an append fails, the appends decided on its events fail too, and no
-//! others.
+//! queued for the next.
+//!
+//! If an append fails, the appends decided on its events fail too, and no others. If the store
+//! refuses the content of a transaction, the writer sends its appends again in halves, until the
+//! refused append is alone.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -86,8 +89,9 @@ pub(crate) struct PendingAppend {
     pub(crate) expected: Version,
     pub(crate) events: Vec<NewEvent>,
     pub(crate) chain: SpeculationChain,
-    /// Set if a merged append with this one was refused: it must be sent as an append of its own.
-    pub(crate) alone: bool,
+    /// Maximum number of appends in its transaction: no limit at first, then halved each time the
+    /// store refuses the content of its transaction.
+    pub(crate) batch_limit: usize,
     /// Called once, from the writer's task; must not block.
     pub(crate) done: Box<dyn FnOnce(AppendResult) + Send>,
 }
@@ -279,8 +283,8 @@ impl Committer {
     }
 
     fn start_transaction(&mut self) {
-        let mut events = 0;
-        let mut bytes = 0;
+        let (mut appends, mut events, mut bytes) = (0, 0, 0);
+        let mut limit = usize::MAX;
         let mut batch: Vec<Vec<PendingAppend>> = Vec::new();
         while let Some(stream) = self.ready.front() {
             let Some(queue) = self.streams.get_mut(stream) else {
@@ -296,18 +300,19 @@ impl Committer {
                     continue;
                 }
                 let (size, length) = (next.bytes(), next.events.len());
-                let fits =
-                    events + length <= self.options.batch_events && bytes + size <= self.options.batch_bytes;
-                let first = batch.is_empty() && taken.is_empty();
+                let fits = events + length <= self.options.batch_events
+                    && bytes + size <= self.options.batch_bytes
+                    && appends < limit.min(next.batch_limit);
+                let first = appends == 0;
                 // Only an append decided on the previous one can be merged with it.
                 let continues = taken
                     .last()
                     .is_none_or(|last| last.expected.plus(last.events.len() as u64) == next.expected);
-                // After a merged append was refused, each of its submissions is tried alone.
-                let alone = next.alone || taken.last().is_some_and(|last| last.alone);
-                if !(fits || first) || !continues || (alone && !taken.is_empty()) {
+                if !(fits || first) || !continues {
                     break;
                 }
+                limit = limit.min(next.batch_limit);
+                appends += 1;
                 events += length;
                 bytes += size;
                 taken.extend(queue.waiting.pop_front());
@@ -332,14 +337,16 @@ impl Committer {
     }
 
     fn finish(&mut self, batch: Vec<Vec<PendingAppend>>, answers: Vec<Result<Appended, AppendError>>) {
+        let refused = |answer: &_| matches!(answer, Err(AppendError::Store(StoreError::Invalid { .. })));
+        // One of these cannot be stored; the others must not fail with it.
+        let suspects = batch.iter().zip(&answers).filter(|(_, answer)| refused(answer));
+        let suspects: usize = suspects.map(|(submissions, _)| submissions.len()).sum();
         for (submissions, answer) in batch.into_iter().zip(answers) {
             let Some(stream) = submissions.first().map(|first| first.stream.clone()) else { continue };
-            let invalid = matches!(answer, Err(AppendError::Store(StoreError::Invalid { .. })));
-            if invalid && submissions.len() > 1 {
-                // One submission cannot be stored; the others must not fail with it.
+            if suspects > 1 && refused(&answer) {
                 let queue = self.streams.entry(stream.clone()).or_default();
                 for mut submission in submissions.into_iter().rev() {
-                    submission.alone = true;
+                    submission.batch_limit = suspects / 2;
                     queue.waiting.push_front(submission);
                     self.waiting += 1;
                 }
@@ -359,20 +366,17 @@ impl Committer {
     fn answer(&self, submissions: Vec<PendingAppend>, answer: Result<Appended, AppendError>) {
         match answer {
             Ok(appended) => {
+                // A back end that returns no position for an event is faulty.
+                let missing = || StoreError::Corrupt {
+                    reason: "the store returned no position for an appended event".into(),
+                };
                 let mut end = 0;
                 for submission in submissions {
                     end += submission.events.len();
                     self.counters.appends.fetch_add(1, Ordering::Relaxed);
                     self.counters.events.fetch_add(submission.events.len() as u64, Ordering::Relaxed);
-                    // The store returns a position for every event; a back end that does not is
-                    // faulty.
-                    let position = appended.positions.get(end - 1).copied();
-                    (submission.done)(position.map(|position| Committed { position }).ok_or_else(|| {
-                        StoreError::Corrupt {
-                            reason: "the store returned no position for an appended event".into(),
-                        }
-                        .into()
-                    }));
+                    let position = appended.positions.get(end - 1).copied().ok_or_else(|| missing().into());
+                    (submission.done)(position.map(|position| Committed { position }));
                 }
             }
             Err(error) => {
@@ -437,14 +441,4 @@ async fn append_all(
 
 fn failed(appends: usize, reason: String) -> Vec<Result<Appended, AppendError>> {
     vec![Err(StoreError::OutcomeUnknown { reason, source: None }.into()); appends]
-}
-
-impl fmt::Debug for PendingAppend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PendingAppend")
-            .field("stream", &self.stream)
-            .field("expected", &self.expected)
-            .field("events", &self.events.len())
-            .finish_non_exhaustive()
-    }
 }

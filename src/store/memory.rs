@@ -8,6 +8,7 @@ use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::append::{SizeLimits, append_valid};
 use super::page_size::PageSizer;
 use super::version_check::StreamVersions;
 use super::{
@@ -83,7 +84,6 @@ impl Data {
     }
 
     fn append(&mut self, append: Append, codec: Codec) -> Result<Appended, AppendError> {
-        append.validate()?;
         let versions = append
             .streams
             .iter()
@@ -92,9 +92,7 @@ impl Data {
                 (part.stream.clone(), Version::new(events as u64))
             })
             .collect();
-        let mut versions = StreamVersions::new(versions, self.head());
-        versions.check(&append)?;
-        let appended = versions.assign(&append);
+        let appended = StreamVersions::new(versions, self.head()).assign(&append)?;
         let recorded_at = Utc::now();
         for part in append.streams {
             let stream = self.streams.entry(part.stream.clone()).or_default();
@@ -237,7 +235,7 @@ impl EventStore for MemoryStore {
     }
 
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {
-        Box::pin(async move {
+        Box::pin(append_valid(batch, SizeLimits::NONE, move |batch| async move {
             let mut data = self.data();
             let answers =
                 batch.into_iter().map(|append| data.append(append, self.shared.info.codec)).collect();
@@ -249,7 +247,7 @@ impl EventStore for MemoryStore {
                 news
             });
             answers
-        })
+        }))
     }
 
     fn read_stream<'a>(

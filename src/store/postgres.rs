@@ -13,9 +13,8 @@
 
 mod adopt;
 mod append;
-mod append_batch;
 mod append_call;
-mod append_outcome;
+mod append_failure;
 mod borrowed;
 mod command_batchers;
 mod commands;
@@ -206,11 +205,11 @@ impl EventStore for PostgresStore {
         let core = self.shared.core.clone();
         let appends = batch.len();
         // The append runs to completion even if the caller drops the future.
-        let append = AssertUnwindSafe(detach_on_drop(async move { append::append(&core, &batch).await }));
+        let append = AssertUnwindSafe(detach_on_drop(async move { append::append(&core, batch).await }));
         Box::pin(append.catch_unwind().map(move |answers| {
             answers.unwrap_or_else(|panic| {
                 let reason =
-                    format!("{}: the append panicked: {}", append_outcome::DOING, panic_text(&*panic));
+                    format!("{}: the append panicked: {}", append_failure::DOING, panic_text(&*panic));
                 vec![Err(StoreError::OutcomeUnknown { reason, source: None }.into()); appends]
             })
         }))

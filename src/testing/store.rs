@@ -99,7 +99,7 @@ macro_rules! event_store_suite {
                 refused_appends_leave_no_trace,
                 several_streams_are_all_or_nothing,
                 batches_are_refused_piecewise,
-                a_stream_may_come_twice_in_a_batch,
+                a_stream_comes_once_in_a_batch,
                 invalid_appends_are_refused_alone,
                 versions_have_no_gaps_and_positions_increase,
                 everything_of_an_event_comes_back,

@@ -16,6 +16,9 @@ mod on_memory {
 }
 
 mod sqlite;
+#[cfg(feature = "sqlite")]
+#[path = "../support/unstorable.rs"]
+mod unstorable;
 
 mod on_sqlite {
     storied::event_store_suite!(super::sqlite::database());

@@ -18,4 +18,6 @@ mod settled;
 mod standby;
 mod tls;
 mod tools;
+#[path = "../support/unstorable.rs"]
+mod unstorable;
 mod wake;

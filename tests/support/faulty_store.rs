@@ -179,20 +179,14 @@ impl EventStore for FaultyStore {
                     self.inner.append(batch).await
                 }
                 Fault::Poison(payload) => {
-                    let mut answers = Vec::new();
-                    for append in batch {
-                        let poisoned = append
-                            .streams
-                            .iter()
-                            .flat_map(|part| &part.events)
-                            .any(|event| event.payload == payload);
-                        answers.push(if poisoned {
-                            Err(StoreError::Invalid { reason: "poison".into() }.into())
-                        } else {
-                            self.inner.append(vec![append]).await.remove(0)
-                        });
+                    let mut events =
+                        batch.iter().flat_map(|append| &append.streams).flat_map(|part| &part.events);
+                    if events.any(|event| event.payload == payload) {
+                        let poison = StoreError::Invalid { reason: "poison".into() };
+                        batch.iter().map(|_| Err(poison.clone().into())).collect()
+                    } else {
+                        self.inner.append(batch).await
                     }
-                    answers
                 }
                 Fault::Discard => panic!("nothing is appended to a forgetful store"),
             }

@@ -6,28 +6,29 @@ use chrono::DateTime;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::super::{ExpectedVersion, StoreError};
-use super::append_batch::{AppendGroup, StreamPart};
-use super::append_outcome::{AppendOutcome, CommitHandle, DOING, Failure};
+use super::super::{Append, AppendError, Appended, Conflict, ExpectedVersion, StoreError, StreamAppend};
+use super::append_failure::{CommitHandle, DOING, Failure};
 use super::connection::Session;
-use super::convert::{from_sql, to_sql};
+use super::convert::{from_sql, stream_key, to_sql};
 use super::durability;
 use super::error::{ErrorClass, class_of, failed};
 use super::inner::PgInner;
 use crate::event::{NewEvent, Position, RecordedEvent, Version};
 
-/// Appends units in one transaction; returns the outcome of each.
-pub(super) async fn call(
-    core: &Arc<PgInner>,
-    units: &[&AppendGroup<'_>],
-) -> Result<Vec<AppendOutcome>, Failure> {
+/// The outcome of an append.
+///
+/// `None` if another writer was faster, but the expected versions may still hold.
+pub(super) type Outcome = Option<Result<Appended, AppendError>>;
+
+/// Sends appends in one transaction; returns the outcome of each.
+pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec<Outcome>, Failure> {
     core.stuck.check()?;
     let explicit = core.connections.appends_in_transactions();
     let server = core.connections.begun();
     let session =
         if explicit { core.connections.begin(DOING).await } else { core.connections.acquire(DOING).await };
     let mut session = session.map_err(Failure::Failed)?;
-    let (reply, mut cancelled) = core.watched(core.timed(execute(core, &mut session, units))).await;
+    let (reply, mut cancelled) = core.watched(core.timed(execute(core, &mut session, appends))).await;
     let reply = match reply {
         Ok(reply) => reply,
         Err(error) if class_of(&error) == ErrorClass::Unknown => {
@@ -87,30 +88,26 @@ pub(super) async fn call(
     }
 }
 
-async fn execute(
-    core: &PgInner,
-    session: &mut Session,
-    units: &[&AppendGroup<'_>],
-) -> Result<Reply, sqlx::Error> {
+async fn execute(core: &PgInner, session: &mut Session, appends: &[&Append]) -> Result<Reply, sqlx::Error> {
     // Not in an explicit transaction: its end is looked up by its id, which only `append()`
     // returns.
     if !core.connections.appends_in_transactions()
-        && let [unit] = units
-        && let [part] = unit.parts.as_slice()
+        && let [append] = appends
+        && let [part] = append.streams.as_slice()
         && let ([event], Some(expected)) = (part.events.as_slice(), exact(part))
         && let Some(reply) = execute_one(core, session, part, expected, event).await?
     {
         return Ok(reply);
     }
-    let row = execute_many(core, session, units).await?;
-    Reply::decode(&row, units)
+    let row = execute_many(core, session, appends).await?;
+    Reply::decode(&row, appends)
 }
 
 /// Returns the version that a part expects, if it is a single one.
 ///
 /// It needs no look-up: the previous event either is the last of the stream, or the next version is
 /// taken.
-fn exact(part: &StreamPart<'_>) -> Option<i64> {
+fn exact(part: &StreamAppend) -> Option<i64> {
     match part.expected {
         ExpectedVersion::Exact(version) => Some(to_sql(version.get())),
         ExpectedVersion::NoStream => Some(0),
@@ -122,12 +119,12 @@ fn exact(part: &StreamPart<'_>) -> Option<i64> {
 async fn execute_one(
     core: &PgInner,
     session: &mut Session,
-    part: &StreamPart<'_>,
+    part: &StreamAppend,
     expected: i64,
     event: &NewEvent,
 ) -> Result<Option<Reply>, sqlx::Error> {
     let answer: Option<Vec<i64>> = sqlx::query_scalar(core.sql.append_one.clone())
-        .bind(part.key)
+        .bind(stream_key(&part.stream))
         .bind(expected)
         .bind(part.stream.category())
         .bind(part.stream.id())
@@ -160,24 +157,24 @@ async fn execute_one(
         }),
         _ => None,
     };
-    let outcomes = vec![AppendOutcome::Appended(vec![(before, vec![position])])];
+    let outcomes = vec![Some(Ok(Appended { versions: vec![before.plus(1)], positions: vec![position] }))];
     Ok(Some(Reply { outcomes, transaction: None, settled }))
 }
 
 async fn execute_many(
     core: &PgInner,
     session: &mut Session,
-    units: &[&AppendGroup<'_>],
+    appends: &[&Append],
 ) -> Result<PgRow, sqlx::Error> {
     let parts =
-        || units.iter().enumerate().flat_map(|(unit, it)| it.parts.iter().map(move |part| (unit, part)));
+        || appends.iter().enumerate().flat_map(|(unit, it)| it.streams.iter().map(move |part| (unit, part)));
     let events = || parts().flat_map(|(_, part)| part.events.iter());
-    let look_up = !units.iter().all(|unit| matches!(unit.parts.as_slice(), [only] if exact(only).is_some()));
-    let expected = |part: &StreamPart<'_>| {
+    let look_up = !appends.iter().all(|it| matches!(it.streams.as_slice(), [only] if exact(only).is_some()));
+    let expected = |part: &StreamAppend| {
         exact(part).unwrap_or(if part.expected == ExpectedVersion::StreamExists { -2 } else { -1 })
     };
     sqlx::query(core.sql.append.clone())
-        .bind(parts().map(|(_, part)| part.key).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| stream_key(&part.stream)).collect::<Vec<_>>())
         .bind(parts().map(|(_, part)| part.stream.category()).collect::<Vec<_>>())
         .bind(parts().map(|(_, part)| part.stream.id()).collect::<Vec<_>>())
         .bind(parts().map(|(unit, _)| count(unit)).collect::<Vec<_>>())
@@ -198,11 +195,11 @@ fn count(number: usize) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// The outcomes of a call's units, and the transaction's id.
+/// The outcomes of a call, and the transaction's id.
 ///
 /// The id is present if the transaction wrote events and a later look-up may need it.
 struct Reply {
-    outcomes: Vec<AppendOutcome>,
+    outcomes: Vec<Outcome>,
     transaction: Option<String>,
     /// The only event and the position before it in the log, if every position up to there is
     /// decided.
@@ -211,30 +208,35 @@ struct Reply {
 
 impl Reply {
     /// Decodes the result of `storied.append()`; the migration describes it.
-    fn decode(row: &PgRow, units: &[&AppendGroup<'_>]) -> Result<Self, sqlx::Error> {
-        let versions: Vec<i64> = row.try_get(0)?;
+    fn decode(row: &PgRow, appends: &[&Append]) -> Result<Self, sqlx::Error> {
+        let found: Vec<i64> = row.try_get(0)?;
         let lost: Option<Vec<bool>> = row.try_get(1)?;
         let positions: Option<Vec<i64>> = row.try_get(2)?;
+        let mut found = found.into_iter().map(|version| Version::new(from_sql(version)));
+        let mut lost = lost.unwrap_or_default().into_iter();
         let mut positions =
             positions.unwrap_or_default().into_iter().map(|position| Position::new(from_sql(position)));
-        let mut index = 0;
-        let mut outcomes = Vec::with_capacity(units.len());
-        for unit in units {
-            let mut appended = Vec::with_capacity(unit.parts.len());
-            let mut refused = None;
-            for (number, part) in unit.parts.iter().enumerate() {
-                let version = Version::new(versions.get(index).copied().map_or(0, from_sql));
-                let lost = lost.as_ref().and_then(|lost| lost.get(index)).copied().unwrap_or_default();
-                index += 1;
-                let own = positions.by_ref().take(part.events.len()).collect();
-                if lost && part.expected.allows(version) {
-                    refused.get_or_insert(AppendOutcome::VersionRace);
-                } else if lost || !part.expected.allows(version) {
-                    refused.get_or_insert(AppendOutcome::Conflict(number, version));
+        let mut outcomes = Vec::with_capacity(appends.len());
+        for append in appends {
+            let mut appended = Appended { versions: Vec::new(), positions: Vec::new() };
+            let mut refused: Option<Outcome> = None;
+            for part in &append.streams {
+                let version = found.next().unwrap_or(Version::NONE);
+                let lost = lost.next().unwrap_or_default();
+                let conflict = || Conflict {
+                    stream: part.stream.clone(),
+                    expected: part.expected,
+                    actual: Some(version),
+                };
+                if !part.expected.allows(version) {
+                    refused.get_or_insert_with(|| Some(Err(conflict().into())));
+                } else if lost {
+                    refused.get_or_insert(None);
                 }
-                appended.push((version, own));
+                appended.versions.push(version.plus(part.events.len() as u64));
+                appended.positions.extend(positions.by_ref().take(part.events.len()));
             }
-            outcomes.push(refused.unwrap_or(AppendOutcome::Appended(appended)));
+            outcomes.push(refused.unwrap_or(Some(Ok(appended))));
         }
         Ok(Self { outcomes, transaction: row.try_get(3)?, settled: None })
     }

@@ -7,11 +7,10 @@ use std::time::Duration;
 use sqlx::Row;
 use tokio::time::Instant;
 
-use super::super::{ExpectedVersion, StoreError};
-use super::append_batch::{AppendGroup, StreamPart};
-use super::append_outcome::{AppendOutcome, CommitHandle};
+use super::super::{Append, Appended, ExpectedVersion, StoreError, StreamAppend};
+use super::append_failure::CommitHandle;
 use super::connection::Session;
-use super::convert::{from_sql, to_sql};
+use super::convert::{from_sql, stream_key, to_sql};
 use super::durability;
 use super::error::failed;
 use super::inner::PgInner;
@@ -41,7 +40,7 @@ async fn is_over(core: Arc<PgInner>, handle: CommitHandle) {
     core.stuck.0.fetch_sub(1, Ordering::AcqRel);
 }
 
-/// Returns the outcome of each unit; `None` if it did not happen and never will.
+/// Returns the result of each append; `None` if it did not happen and never will.
 ///
 /// Events that are found are durable.
 ///
@@ -49,9 +48,9 @@ async fn is_over(core: Arc<PgInner>, handle: CommitHandle) {
 /// If the outcome cannot be determined in time.
 pub(super) async fn resolve_unknown_commit(
     core: &Arc<PgInner>,
-    units: &[&AppendGroup<'_>],
+    appends: &[&Append],
     handle: CommitHandle,
-) -> Result<Vec<Option<AppendOutcome>>, StoreError> {
+) -> Result<Vec<Option<Appended>>, StoreError> {
     // The limit is twice the usual one, because the answer is worth more.
     let limit = core.connections.patience.acquire * 2;
     let deadline = Instant::now() + limit;
@@ -61,9 +60,9 @@ pub(super) async fn resolve_unknown_commit(
         let attempt = async {
             let mut session = core.connections.get(DOING).await?;
             fence_backend(core, &mut session, &handle, &mut waits_for).await?;
-            let mut found = Vec::with_capacity(units.len());
-            for unit in units {
-                found.push(find_events(core, &mut session, unit).await?);
+            let mut found = Vec::with_capacity(appends.len());
+            for append in appends {
+                found.push(find_events(core, &mut session, append).await?);
             }
             // I3: perhaps the commit became visible because its wait for a standby was cut short.
             if found.iter().any(Option::is_some) {
@@ -192,26 +191,28 @@ async fn query_state(
     }
 }
 
-/// Looks up the events of a unit in the log, by stream, version and id.
+/// Looks up the events of an append in the log, by stream, version and id.
 ///
 /// One transaction wrote them, so either all of them are present or none.
 async fn find_events(
     core: &PgInner,
     session: &mut Session,
-    unit: &AppendGroup<'_>,
-) -> Result<Option<AppendOutcome>, StoreError> {
-    let mut appended = Vec::with_capacity(unit.parts.len());
-    for part in &unit.parts {
-        let Some(found) = find_part(core, session, part).await? else { return Ok(None) };
-        appended.push(found);
+    append: &Append,
+) -> Result<Option<Appended>, StoreError> {
+    let mut appended = Appended { versions: Vec::new(), positions: Vec::new() };
+    for part in &append.streams {
+        let Some((version, positions)) = find_part(core, session, part).await? else { return Ok(None) };
+        appended.versions.push(version);
+        appended.positions.extend(positions);
     }
-    Ok(Some(AppendOutcome::Appended(appended)))
+    Ok(Some(appended))
 }
 
+/// Returns the version of the last event of a part, and the positions of all.
 async fn find_part(
     core: &PgInner,
     session: &mut Session,
-    part: &StreamPart<'_>,
+    part: &StreamAppend,
 ) -> Result<Option<(Version, Vec<Position>)>, StoreError> {
     let events = part.events.len() as u64;
     // Without an expected version, the whole stream has to be searched.
@@ -221,7 +222,7 @@ async fn find_part(
         ExpectedVersion::Any | ExpectedVersion::StreamExists => (Version::NONE, Version::new(u64::MAX)),
     };
     let rows = sqlx::query(core.sql.find.clone())
-        .bind(part.key)
+        .bind(stream_key(&part.stream))
         .bind(to_sql(after.get()))
         .bind(to_sql(upto.get()))
         .bind(part.events.iter().map(|event| event.id).collect::<Vec<_>>())
@@ -229,18 +230,13 @@ async fn find_part(
         .fetch_all(&mut **session)
         .await
         .map_err(|error| failed(DOING, error))?;
-    let mut first = None;
+    let mut last = Version::NONE;
     let mut positions = Vec::with_capacity(rows.len());
     for row in &rows {
         let columns = || -> Result<(i64, i64), sqlx::Error> { Ok((row.try_get(0)?, row.try_get(1)?)) };
         let (version, position) = columns().map_err(|error| failed(DOING, error))?;
-        first.get_or_insert(from_sql(version));
+        last = Version::new(from_sql(version));
         positions.push(Position::new(from_sql(position)));
     }
-    Ok(match first {
-        Some(first) if positions.len() as u64 == events => {
-            Some((Version::new(first.saturating_sub(1)), positions))
-        }
-        _ => None,
-    })
+    Ok((positions.len() as u64 == events).then_some((last, positions)))
 }

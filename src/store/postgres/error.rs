@@ -55,6 +55,7 @@ fn verdict_of(database: &dyn DatabaseError) -> ErrorClass {
         code if ["28", "3D", "53", "57", "58", "25", "42"].iter().any(|class| code.starts_with(class)) => {
             ErrorClass::Failed
         }
+        _ if database.try_downcast_ref().is_some_and(is_stale_session) => ErrorClass::Retry,
         _ => ErrorClass::Refused,
     }
 }
@@ -242,8 +243,8 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
         ),
         _ => match code.get(..2).unwrap_or_default() {
             "08" | "40" | "55" | "57" => StoreError::unavailable(format!("{doing}: {message}"), error),
-            // Bad data, a violated constraint, or too large.
-            "22" | "23" | "54" => StoreError::Invalid { reason: format!("{doing}: {message}") },
+            // Bad data, a violated constraint, too large, or refused by a trigger.
+            "22" | "23" | "54" | "P0" => StoreError::Invalid { reason: format!("{doing}: {message}") },
             "58" => StoreError::storage(format!("{doing}: the server's disk failed ({message})"), error),
             "XX" if message.contains("invalid memory alloc request size") => {
                 StoreError::Invalid { reason: format!("{doing}: too large for PostgreSQL ({message})") }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::StoreError;
-use super::append_outcome::{DOING, Failure};
+use super::append_failure::{DOING, Failure};
 
 /// Maximum number of stuck appends.
 ///

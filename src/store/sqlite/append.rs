@@ -1,13 +1,14 @@
 //! Appends a batch with few statements, because each costs a hop to the connection's thread.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use sqlx::error::BoxDynError;
 use sqlx::sqlite::{SqliteArguments, SqliteConnection};
-use sqlx::{Arguments, Executor, Row};
+use sqlx::{Arguments, Row};
 use uuid::Uuid;
 
+use super::super::append::SizeLimits;
 use super::super::version_check::StreamVersions;
 use super::super::{Append, AppendError, Appended, StoreError};
 use super::convert::{from_sql, json_streams, now, to_sql};
@@ -16,10 +17,8 @@ use crate::event::{NewEvent, Position, StreamId, Version};
 
 const DOING: &str = "appending events";
 
-/// Maximum size of an event's payload and metadata in bytes.
-///
 /// SQLite limits a row to 1,000,000,000 bytes; the other columns are small.
-const MAX_EVENT_BYTES: usize = 999_000_000;
+pub(super) const LIMITS: SizeLimits = SizeLimits { event: 999_000_000, batch: usize::MAX };
 
 const COLUMNS: usize = 10;
 
@@ -49,96 +48,29 @@ pub(super) struct Written {
     pub(super) proof: Option<(Position, Uuid)>,
 }
 
-/// Rejects an append that can never be stored, before it joins a transaction with others.
-pub(super) fn check(append: &Append) -> Result<(), StoreError> {
-    append.validate()?;
-    for part in &append.streams {
-        for event in &part.events {
-            let bytes = event.payload.len().saturating_add(event.metadata.len());
-            if bytes > MAX_EVENT_BYTES {
-                let reason = format!(
-                    "the event {} of {} is too large: {bytes} bytes (limit {MAX_EVENT_BYTES}); store large content elsewhere and refer to it",
-                    event.name, part.stream
-                );
-                return Err(StoreError::Invalid { reason });
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Writes a batch, inside a transaction that holds the write lock.
 pub(super) async fn write(
     connection: &mut SqliteConnection,
     batch: &[Append],
 ) -> Result<Written, StoreError> {
-    match together(connection, batch).await {
-        // An append of the batch cannot be stored. Trying each alone shows which.
-        Err(StoreError::Invalid { reason }) if batch.len() > 1 => {
-            tracing::warn!(appends = batch.len(), reason, "batch refused; writing its appends one by one");
-            // Some errors roll back by themselves. If neither they nor this did, the next statement
-            // fails.
-            _ = execute(connection, "ROLLBACK").await;
-            execute(connection, "BEGIN IMMEDIATE").await?;
-            one_by_one(connection, batch).await
-        }
-        result => result,
-    }
-}
-
-async fn together(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Written, StoreError> {
     let mut versions = load(connection, batch).await?;
     let mut rows = Vec::new();
     let mut answers = Vec::with_capacity(batch.len());
     for append in batch {
-        answers.push(match versions.check(append) {
-            Ok(()) => {
-                let appended = versions.assign(append);
-                add_rows(&mut rows, append, &appended);
-                Ok(appended)
-            }
-            Err(conflict) => Err(conflict.into()),
-        });
+        let answer = versions.assign(append);
+        if let Ok(appended) = &answer {
+            add_rows(&mut rows, append, appended);
+        }
+        answers.push(answer.map_err(AppendError::from));
     }
     insert(connection, &rows).await?;
     Ok(Written { answers, proof: rows.first().map(EventRow::proof) })
 }
 
-async fn one_by_one(connection: &mut SqliteConnection, batch: &[Append]) -> Result<Written, StoreError> {
-    let mut versions = load(connection, batch).await?;
-    let mut written = Written { answers: Vec::with_capacity(batch.len()), proof: None };
-    for append in batch {
-        if let Err(conflict) = versions.check(append) {
-            written.answers.push(Err(conflict.into()));
-            continue;
-        }
-        let before = versions.clone();
-        let appended = versions.assign(append);
-        let mut rows = Vec::new();
-        add_rows(&mut rows, append, &appended);
-        execute(connection, "SAVEPOINT storied_append").await?;
-        written.answers.push(match insert(connection, &rows).await {
-            Ok(()) => {
-                written.proof = written.proof.or(rows.first().map(EventRow::proof));
-                Ok(appended)
-            }
-            Err(error @ StoreError::Invalid { .. }) => {
-                execute(connection, "ROLLBACK TO storied_append").await?;
-                versions = before;
-                Err(error.into())
-            }
-            Err(error) => return Err(error),
-        });
-        execute(connection, "RELEASE storied_append").await?;
-    }
-    Ok(written)
-}
-
 /// Loads the end of the log and of every stream in the batch, with one statement.
 async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<StreamVersions, StoreError> {
-    let named: HashSet<&StreamId> =
+    let streams: Vec<&StreamId> =
         batch.iter().flat_map(|append| &append.streams).map(|part| &part.stream).collect();
-    let streams: Vec<&StreamId> = named.into_iter().collect();
     let rows = sqlx::query(
         "SELECT NULL, coalesce(max(position), 0) FROM storied_events
          UNION ALL
@@ -228,8 +160,4 @@ fn add(arguments: &mut SqliteArguments, row: &EventRow<'_>, recorded_at: i64) ->
     arguments.add(&*row.event.payload)?;
     arguments.add(&*row.event.metadata)?;
     arguments.add(recorded_at)
-}
-
-async fn execute(connection: &mut SqliteConnection, sql: &'static str) -> Result<(), StoreError> {
-    connection.execute(sql).await.map(drop).map_err(|error| failed(DOING, error))
 }

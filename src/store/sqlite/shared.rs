@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::super::append::append_valid;
 use super::super::page_size::PageSizer;
 use super::super::{Append, AppendError, Appended, StoreError, StoreInfo};
 use super::append::{self, Written};
@@ -23,40 +24,20 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) async fn append_batch(&self, batch: Vec<Append>) -> Vec<Result<Appended, AppendError>> {
-        let mut answers = Vec::with_capacity(batch.len());
-        let mut valid = Vec::with_capacity(batch.len());
-        for append in batch {
-            match append::check(&append) {
-                Ok(()) => {
-                    answers.push(None);
-                    valid.push(append);
+        append_valid(batch, append::LIMITS, |batch| async move {
+            let appends = batch.len();
+            match self.write(batch).await {
+                Ok(written) => {
+                    let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
+                    if let Some(last) = last {
+                        self.announce(*last);
+                    }
+                    written
                 }
-                Err(error) => answers.push(Some(Err(error.into()))),
+                Err(error) => vec![Err(error.into()); appends],
             }
-        }
-        if valid.is_empty() {
-            return answers.into_iter().flatten().collect();
-        }
-        let written = self.write(valid).await;
-        let mut written = match written {
-            Ok(written) => {
-                let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
-                if let Some(last) = last {
-                    self.announce(*last);
-                }
-                Ok(written.into_iter())
-            }
-            Err(error) => Err(error),
-        };
-        let missing = || AppendError::Store(StoreError::Corrupt { reason: "an append got no answer".into() });
-        answers
-            .into_iter()
-            .map(|answer| match (answer, &mut written) {
-                (Some(refused), _) => refused,
-                (None, Ok(written)) => written.next().unwrap_or_else(|| Err(missing())),
-                (None, Err(error)) => Err(error.clone().into()),
-            })
-            .collect()
+        })
+        .await
     }
 
     async fn write(&self, batch: Vec<Append>) -> Result<Vec<Result<Appended, AppendError>>, StoreError> {

@@ -109,10 +109,15 @@ async fn write(store: Arc<dyn EventStore>, writer: u64) -> Vec<Uuid> {
     for _ in 0..100 {
         dice.pause(Duration::from_millis(3)).await;
         let mut batch = Vec::new();
-        for _ in 0..=dice.below(3) {
+        let mut used = HashSet::new();
+        for n in 0..=dice.below(3) {
             let mut streams = Vec::new();
             for shared in 0..=dice.below(2) {
-                let to = if shared == 0 { stream(format!("own-{writer}")) } else { stream(dice.below(4)) };
+                let to = if shared == 0 { format!("own-{writer}-{n}") } else { dice.below(4).to_string() };
+                let to = stream(to);
+                if !used.insert(to.clone()) {
+                    continue; // A batch has a stream at most once.
+                }
                 let expected =
                     if dice.below(5) == 0 { ExpectedVersion::NoStream } else { ExpectedVersion::Any };
                 let count = 1 + dice.below(3);

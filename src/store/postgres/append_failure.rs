@@ -1,31 +1,16 @@
-//! The outcome of an append, or the reason why it has none.
+//! The reason why an append has no outcome yet.
 
 use super::super::StoreError;
 use super::connection::Backend;
 use super::error::{ErrorClass, class_of, failed, is_version_race};
-use crate::event::{Position, Version};
 
 /// Operation named in errors.
 pub(super) const DOING: &str = "appending events";
 
-/// The outcome of a unit.
-#[derive(Debug)]
-pub(super) enum AppendOutcome {
-    /// The events are in the log; for each part, the version before them and their positions.
-    Appended(Vec<(Version, Vec<Position>)>),
-    /// The part with this index found another version.
-    Conflict(usize, Version),
-    /// Another writer was faster, but the expected versions may still hold.
-    VersionRace,
-    Failed(StoreError),
-}
-
-/// The reason why a call returned no outcome for its units.
+/// The reason why a call returned no outcomes.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// Nothing was written: the server refuses the content of the call.
-    Refused(StoreError),
-    /// Nothing was written: the state of the server does not allow it.
+    /// Nothing was written: the content of the call or the state of the server does not allow it.
     Failed(StoreError),
     /// Nothing was written; the server asks for a retry.
     Retry(StoreError),
@@ -47,8 +32,7 @@ impl Failure {
         let error = failed(DOING, error);
         match class {
             ErrorClass::Retry => Failure::Retry(error),
-            ErrorClass::Refused => Failure::Refused(error),
-            ErrorClass::Failed | ErrorClass::Unknown => Failure::Failed(error),
+            ErrorClass::Refused | ErrorClass::Failed | ErrorClass::Unknown => Failure::Failed(error),
         }
     }
 }
