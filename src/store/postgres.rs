@@ -74,6 +74,10 @@ use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
 use crate::startup;
 
+/// Number of append transactions that the runtime keeps in flight: one is in transit while the
+/// server commits the other.
+const APPENDS: usize = 2;
+
 /// An event store in PostgreSQL 15 or newer.
 ///
 /// Clones are handles to the same connections. Any number of processes may use one database. The
@@ -140,7 +144,7 @@ impl PostgresOptions {
             startup::wait_for("connecting to PostgreSQL", connect_timeout, reason, prepare).await?;
         let indexed = prepared.indexed_by_name;
         let info = StoreInfo::new("postgres", prepared.id, codec)
-            .with_append_concurrency(self.append_concurrency)
+            .with_append_concurrency(APPENDS)
             .with_adoption(prepared.adoption);
         let open = || PostgresStore::open(info.clone(), indexed, &schema, connections.clone(), hints.clone());
         startup::wait_for("reading the high-water mark", connect_timeout, reason, open).await

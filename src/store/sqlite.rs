@@ -119,12 +119,12 @@ impl SqliteOptions {
         let writing = if self.migrate { writing.journal_mode(SqliteJournalMode::Wal) } else { writing };
         let (connection, (id, adoption)) = self.prepare(&writing).await?;
         let reading = shared.pragma("query_only", "ON");
-        let readers = Readers::new(reading, self.acquire_timeout, self.readers);
+        let readers = Readers::new(reading);
         let head = read::high_water_mark(&readers).await?;
         let shared = Arc::new(Shared {
             info: StoreInfo::new("sqlite", id, self.codec).with_adoption(adoption),
             path: self.path,
-            writer: Writer::new(writing, self.acquire_timeout, connection),
+            writer: Writer::new(writing, connection),
             readers,
             page_sizer: PageSizer::default(),
             appended: watch::Sender::new(head),

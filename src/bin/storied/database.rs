@@ -103,7 +103,6 @@ impl DatabaseArgs {
             Database::Sqlite(path) => {
                 let options = SqliteOptions::new(path)
                     .create_if_missing(tables.migrate)
-                    .readers(1)
                     .busy_timeout(self.timeout())
                     .codec(codec)
                     .migrate(tables.migrate);

@@ -24,6 +24,11 @@ use crate::startup::START_TIMEOUT;
 /// such a statement takes longer than its execution.
 const PLANS: [(&str, &str); 3] = [("enable_bitmapscan", "off"), ("enable_seqscan", "off"), ("jit", "off")];
 
+/// Time after which the server ends an idle transaction of the store.
+///
+/// So a machine that was cut off does not hold back the readers of the log.
+const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(30);
+
 /// Options for connecting to a [`PostgresStore`](super::PostgresStore). Build them, then
 /// [`connect`](Self::connect).
 #[derive(Clone)]
@@ -37,11 +42,9 @@ pub struct PostgresOptions {
     pub(super) index_by_name: bool,
     pub(super) codec: Codec,
     statement_timeout: Duration,
-    idle_in_transaction_timeout: Duration,
     acquire_timeout: Duration,
     pub(super) connect_timeout: Duration,
     transaction_pooler: bool,
-    pub(super) append_concurrency: usize,
     pub(super) notify: bool,
 }
 
@@ -75,11 +78,9 @@ impl PostgresOptions {
             index_by_name: false,
             codec: Codec::default(),
             statement_timeout: Duration::from_secs(30),
-            idle_in_transaction_timeout: Duration::from_secs(30),
             acquire_timeout: Duration::from_secs(10),
             connect_timeout: START_TIMEOUT,
             transaction_pooler: false,
-            append_concurrency: 2,
             notify: false,
         }
     }
@@ -188,16 +189,6 @@ impl PostgresOptions {
         self
     }
 
-    /// Sets the time after which the server ends an idle transaction of this store.
-    ///
-    /// So a machine that was cut off does not hold back the readers of the log. Zero: never.
-    /// Default: 30 s. Range: 0, or 1 ms to 1 day.
-    #[must_use]
-    pub fn idle_in_transaction_timeout(mut self, timeout: Duration) -> Self {
-        self.idle_in_transaction_timeout = timeout;
-        self
-    }
-
     /// Sets the maximum wait of a call for a connection.
     ///
     /// A call waits for a free connection, or for a new one while the server is down. The look-up
@@ -231,15 +222,6 @@ impl PostgresOptions {
         self
     }
 
-    /// Sets the number of append transactions that the runtime keeps in flight.
-    ///
-    /// Default: 2. Range: 1 to 1,000.
-    #[must_use]
-    pub fn append_concurrency(mut self, appends: usize) -> Self {
-        self.append_concurrency = appends;
-        self
-    }
-
     /// Sets whether processes notify each other of appends (LISTEN and NOTIFY).
     ///
     /// They do so at most every 10 ms. Idle readers see an append at once instead of within 100 ms.
@@ -254,18 +236,11 @@ impl PostgresOptions {
 
     pub(super) fn validate(&self) -> Result<(), InvalidOption> {
         within("PostgresOptions::max_connections", self.max_connections, 1..=10_000)?;
-        within("PostgresOptions::append_concurrency", self.append_concurrency, 1..=1_000)?;
         let least = Duration::from_millis(1);
         within("PostgresOptions::acquire_timeout", self.acquire_timeout, least..=DAY)?;
         within("PostgresOptions::connect_timeout", self.connect_timeout, Duration::ZERO..=DAY)?;
-        let limits = [
-            ("PostgresOptions::statement_timeout", self.statement_timeout),
-            ("PostgresOptions::idle_in_transaction_timeout", self.idle_in_transaction_timeout),
-        ];
-        for (option, limit) in limits {
-            if !limit.is_zero() {
-                within(option, limit, least..=DAY)?;
-            }
+        if !self.statement_timeout.is_zero() {
+            within("PostgresOptions::statement_timeout", self.statement_timeout, least..=DAY)?;
         }
         let name = &self.application_name;
         if name.len() > 63 || name.chars().any(char::is_control) {
@@ -301,7 +276,7 @@ impl PostgresOptions {
         let begin = format!(
             "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL statement_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}; {}",
             millis(self.statement_timeout),
-            millis(self.idle_in_transaction_timeout),
+            millis(IDLE_IN_TRANSACTION),
             PLANS.map(|(name, value)| format!("SET LOCAL {name} = {value}")).join("; "),
         );
         let begin = AssertSqlSafe(begin).into_sql_str();
@@ -327,7 +302,7 @@ impl PostgresOptions {
         let statement = millis(self.statement_timeout);
         let limits = [
             ("statement_timeout", statement),
-            ("idle_in_transaction_session_timeout", millis(self.idle_in_transaction_timeout)),
+            ("idle_in_transaction_session_timeout", millis(IDLE_IN_TRANSACTION)),
             // The server process of a client that vanished must not wait for the network: it keeps
             // its low-water lock.
             ("tcp_user_timeout", statement),

@@ -17,6 +17,11 @@ use tokio::time::timeout;
 use super::super::{BoxFuture, StoreError};
 use super::error::failed;
 
+/// Maximum wait of a call for earlier calls of this process.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Number of connections that read at the same time, each with its own thread.
+const READERS: usize = 4;
+
 /// The owner of the writing connection, which serves one transaction after the other.
 ///
 /// A transaction runs in its own task, so a caller that is dropped cannot leave it half-way. The
@@ -25,8 +30,6 @@ use super::error::failed;
 #[derive(Debug)]
 pub(super) struct Writer {
     options: SqliteConnectOptions,
-    /// Maximum wait of a transaction for earlier ones.
-    patience: Duration,
     /// The file at the path when it was opened.
     file: Option<FileId>,
     connection: Arc<Mutex<Option<SqliteConnection>>>,
@@ -71,13 +74,9 @@ impl<T, E: From<StoreError>> Failure<T, E> {
 }
 
 impl Writer {
-    pub(super) fn new(
-        options: SqliteConnectOptions,
-        patience: Duration,
-        connection: SqliteConnection,
-    ) -> Self {
+    pub(super) fn new(options: SqliteConnectOptions, connection: SqliteConnection) -> Self {
         let file = FileId::of(options.get_filename());
-        Self { options, patience, file, connection: Arc::new(Mutex::new(Some(connection))) }
+        Self { options, file, connection: Arc::new(Mutex::new(Some(connection))) }
     }
 
     /// Checks that the database is still the file at its path. SQLite keeps writing to a deleted
@@ -107,9 +106,9 @@ impl Writer {
         E: From<StoreError> + Send + 'static,
         W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, Result<T, E>> + Send + 'static,
     {
-        let slot = timeout(self.patience, self.connection.clone().lock_owned()).await;
+        let slot = timeout(PATIENCE, self.connection.clone().lock_owned()).await;
         let Ok(mut slot) = slot else {
-            let reason = format!("{doing}: other writes took longer than {:?}", self.patience);
+            let reason = format!("{doing}: other writes took longer than {PATIENCE:?}");
             return Err(Failure::Refused(StoreError::Unavailable { reason, source: None }.into()));
         };
         self.check_file(doing).map_err(|error| Failure::Refused(error.into()))?;
@@ -145,8 +144,6 @@ impl Writer {
 /// The reading connections: opened on first use and then kept.
 pub(super) struct Readers {
     options: SqliteConnectOptions,
-    /// Maximum wait of a read for a connection.
-    patience: Duration,
     permits: Semaphore,
     /// Idle connections, at most one for each permit.
     idle: std::sync::Mutex<Vec<SqliteConnection>>,
@@ -167,13 +164,13 @@ impl fmt::Debug for Readers {
 }
 
 impl Readers {
-    pub(super) fn new(options: SqliteConnectOptions, patience: Duration, connections: usize) -> Self {
-        Self { options, patience, permits: Semaphore::new(connections), idle: std::sync::Mutex::default() }
+    pub(super) fn new(options: SqliteConnectOptions) -> Self {
+        Self { options, permits: Semaphore::new(READERS), idle: std::sync::Mutex::default() }
     }
 
     pub(super) async fn get(&self, doing: &str) -> Result<Reader<'_>, StoreError> {
-        let Ok(Ok(permit)) = timeout(self.patience, self.permits.acquire()).await else {
-            let reason = format!("{doing}: all reading connections were busy for {:?}", self.patience);
+        let Ok(Ok(permit)) = timeout(PATIENCE, self.permits.acquire()).await else {
+            let reason = format!("{doing}: all reading connections were busy for {PATIENCE:?}");
             return Err(StoreError::Unavailable { reason, source: None });
         };
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();

@@ -12,7 +12,7 @@ use super::super::{Adoption, StoreError};
 use super::error::failed;
 use super::schema;
 use crate::codec::Codec;
-use crate::invalid_option::{DAY, InvalidOption, at_least, within};
+use crate::invalid_option::{DAY, InvalidOption, within};
 
 /// Options for opening a [`SqliteStore`](super::SqliteStore).
 #[derive(Debug, Clone)]
@@ -21,9 +21,7 @@ pub struct SqliteOptions {
     pub(super) create_if_missing: bool,
     pub(super) migrate: bool,
     pub(super) codec: Codec,
-    pub(super) readers: usize,
     pub(super) busy_timeout: Duration,
-    pub(super) acquire_timeout: Duration,
 }
 
 impl SqliteOptions {
@@ -34,9 +32,7 @@ impl SqliteOptions {
             create_if_missing: true,
             migrate: true,
             codec: Codec::default(),
-            readers: 4,
             busy_timeout: Duration::from_secs(5),
-            acquire_timeout: Duration::from_secs(30),
         }
     }
 
@@ -75,15 +71,6 @@ impl SqliteOptions {
         self
     }
 
-    /// Sets the number of connections that read at the same time, each with its own thread.
-    ///
-    /// Default: 4. Range: 1 to 1,000.
-    #[must_use]
-    pub fn readers(mut self, readers: usize) -> Self {
-        self.readers = readers;
-        self
-    }
-
     /// Sets the maximum wait for the write lock while another process holds it.
     ///
     /// Default: 5 s. Maximum: 1 day.
@@ -93,19 +80,8 @@ impl SqliteOptions {
         self
     }
 
-    /// Sets the maximum wait of a call for earlier calls of this process.
-    ///
-    /// Default: 30 s. Minimum: 1 ms.
-    #[must_use]
-    pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
-        self.acquire_timeout = timeout;
-        self
-    }
-
     pub(super) fn validate(&self) -> Result<(), InvalidOption> {
-        within("SqliteOptions::readers", self.readers, 1..=1_000)?;
-        within("SqliteOptions::busy_timeout", self.busy_timeout, Duration::ZERO..=DAY)?;
-        at_least("SqliteOptions::acquire_timeout", self.acquire_timeout, Duration::from_millis(1))
+        within("SqliteOptions::busy_timeout", self.busy_timeout, Duration::ZERO..=DAY)
     }
 
     /// Creates a missing file, if allowed, with access for this user only.
