@@ -3,7 +3,6 @@
 //! - [`given`]: tests decisions of an aggregate without a runtime:
 //!   `given(events).when(command).then(events)`;
 //! - [`roundtrip`]: tests that your events can be stored and read, in both codecs;
-//! - [`shapes`]: the conformance list of serde shapes in events, and how stores handle each;
 //! - [`store`]: the conformance suite of event stores.
 //!
 //! # Paused time
@@ -24,7 +23,6 @@
 mod given;
 mod node;
 mod roundtrip;
-pub mod shapes;
 pub mod store;
 
 pub use self::given::{Given, Then, When, given};

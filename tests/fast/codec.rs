@@ -1,5 +1,7 @@
 //! The stored bytes of names, payloads and metadata, and their reading after changes of the types.
 
+mod shapes;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
@@ -200,11 +202,11 @@ fn errors_are_in_words() {
 
 /// F7: every shape is read as written, read as the list says, or refused.
 ///
-/// The list is in `testing::shapes`.
+/// The list is in `tests/fast/codec/shapes.rs`.
 #[test]
 fn every_shape_is_read_or_refused() {
     let (mut checked, mut wrong) = (0, Vec::new());
-    storied::testing::shapes::check(|name, codec, result| {
+    shapes::check(|name, codec, result| {
         checked += 1;
         wrong.extend(result.err().map(|error| format!("{name} in {codec}: {error}")));
     });
@@ -559,7 +561,7 @@ fn values_that_do_not_round_trip_are_refused_with_their_field() {
         let encoded = NewEvent::encode(&ReadingEvent::Deep(deep(300)), codec, &Metadata::default());
         let error = encoded.unwrap_err();
         assert!(
-            matches!(error, EncodeError::Serialize(_)) && error.to_string().contains("limit 127"),
+            matches!(error, EncodeError::Serialize { .. }) && error.to_string().contains("limit 127"),
             "{error}"
         );
     }

@@ -9,20 +9,14 @@ mod list;
 mod standard;
 mod tagged;
 
+use storied::Codec;
+
 use self::list::List;
-use crate::codec::Codec;
 
 /// Stores and reads all values of every shape in both codecs. Reports each shape by its Rust name.
 ///
-/// An error names the value and the result. The function is generic, so that its many types are
-/// compiled only where it is used.
-///
-/// ```ignore
-/// storied::testing::shapes::check(|name, codec, result| {
-///     result.unwrap_or_else(|error| panic!("{name} in {codec}: {error}"));
-/// });
-/// ```
-pub fn check(report: impl FnMut(&'static str, Codec, Result<(), String>)) {
+/// An error names the value and the result.
+pub(crate) fn check(report: impl FnMut(&'static str, Codec, Result<(), String>)) {
     let mut list = List(report);
     standard::add(&mut list);
     attributes::add(&mut list);
