@@ -18,11 +18,10 @@ use uuid::Uuid;
 pub(crate) use self::nats::shared_connection::{CommandConnection, SharedConnection};
 #[cfg(feature = "nats")]
 pub use self::nats::{
-    AckError, CloseError, ConsumerOptions, ConsumerPolicy, ConsumerReport, Delivery, Field, Gap, HandleError,
-    HandleOptions, HandlerTask, InvalidPattern, JetStreamOptions, LogStreamFrom, LogStreamItem,
-    LogStreamReader, NatsBus, NatsEvent, NatsOptions, NatsReport, Received, RetryPolicy, StartFrom,
-    StreamFound, StreamPolicy, StreamReport, StreamStorage, Subjects, SubscribeOptions, Subscription,
-    SubscriptionError, SubscriptionErrors, SubscriptionStats,
+    AckError, ConsumerOptions, ConsumerReport, Delivery, Field, Gap, HandleError, HandleOptions, HandlerTask,
+    JetStreamOptions, LogStreamItem, LogStreamReader, NatsBus, NatsEvent, NatsOptions, NatsReport,
+    ProvisionPolicy, Received, RetryPolicy, StartFrom, StreamFound, StreamReport, StreamStorage, Subjects,
+    SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use crate::event::{Category, EventName, Position, RecordedEvent};
 use crate::future::BoxFuture;

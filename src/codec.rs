@@ -15,7 +15,7 @@ use std::fmt;
 use serde::de::DeserializeOwned;
 use serde::{Serialize, Serializer};
 
-pub use self::cbor::SerializeError;
+pub(crate) use self::cbor::SerializeError;
 use self::cbor::serialize;
 pub(crate) use self::cbor::{from_cbor, to_cbor};
 use self::depth::Bounded;

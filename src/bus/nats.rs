@@ -32,14 +32,11 @@ pub use self::events::NatsEvent;
 pub use self::inspect::{
     ConsumerReport, LogStreamItem, LogStreamReader, NatsReport, StreamFound, StreamReport,
 };
-pub use self::jetstream::{
-    AckError, ConsumerPolicy, Field, JetStreamOptions, LogStreamFrom, StreamPolicy, StreamStorage,
-};
+pub use self::jetstream::{AckError, Field, JetStreamOptions, ProvisionPolicy, StreamStorage};
 pub use self::nats_bus::NatsBus;
 pub use self::options::NatsOptions;
-pub use self::subjects::{InvalidPattern, Subjects};
+pub use self::subjects::Subjects;
 pub use self::subscribe::{
-    CloseError, ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, HandlerTask, Received,
-    RetryPolicy, StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors,
-    SubscriptionStats,
+    ConsumerOptions, Delivery, Gap, HandleError, HandleOptions, HandlerTask, Received, RetryPolicy,
+    StartFrom, SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };

@@ -12,11 +12,11 @@ use crate::panic::caught;
 /// A value that serde cannot serialize.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("serializing a value of type {type_name} failed: {reason}")]
-pub struct SerializeError {
+pub(crate) struct SerializeError {
     /// The Rust type.
-    pub type_name: &'static str,
+    pub(crate) type_name: &'static str,
     /// The error of serde.
-    pub reason: String,
+    pub(crate) reason: String,
 }
 
 /// Encodes any value as CBOR: snapshots, replies, metadata.

@@ -56,8 +56,19 @@ pub enum EncodeError {
         largest: String,
     },
     /// serde failed.
-    #[error(transparent)]
-    Serialize(#[from] SerializeError),
+    #[error("serializing a value of type {type_name} failed: {reason}")]
+    Serialize {
+        /// The Rust type.
+        type_name: &'static str,
+        /// The error of serde.
+        reason: String,
+    },
+}
+
+impl From<SerializeError> for EncodeError {
+    fn from(SerializeError { type_name, reason }: SerializeError) -> Self {
+        Self::Serialize { type_name, reason }
+    }
 }
 
 /// The cause of a decoding error.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use storied::NatsBus;
 use storied::bus::{EventBus, JetStreamOptions, NatsOptions, StreamPolicy, StreamStorage, Subjects};
+use storied::bus::{JetStreamOptions, NatsOptions, ProvisionPolicy, StreamStorage, Subjects};
 
 use crate::database::DatabaseArgs;
 use crate::failure::Failure;
@@ -105,7 +106,7 @@ pub(crate) struct StreamArgs {
     #[arg(long, default_value_t = 120, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=CENTURY))]
     duplicate_window: u64,
 
-    /// Checks only the requirements of an exact log stream (StreamPolicy::RequireExisting)
+    /// Checks only the requirements of an exact log stream (ProvisionPolicy::RequireExisting)
     #[arg(long)]
     essential: bool,
 }
@@ -114,7 +115,7 @@ impl StreamArgs {
     fn options(&self) -> JetStreamOptions {
         let storage = if self.memory_storage { StreamStorage::Memory } else { StreamStorage::File };
         let policy =
-            if self.essential { StreamPolicy::RequireExisting } else { StreamPolicy::CreateOrVerify };
+            if self.essential { ProvisionPolicy::RequireExisting } else { ProvisionPolicy::CreateOrVerify };
         JetStreamOptions::new()
             .replicas(usize::from(self.replicas))
             .storage(storage)

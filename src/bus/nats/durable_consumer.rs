@@ -13,7 +13,7 @@ use tokio::task::unconstrained;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::consumer_name;
-use super::jetstream::{Acker, Consumer, ConsumerItem, ConsumerPolicy, ConsumerSpec, Taken};
+use super::jetstream::{Acker, Consumer, ConsumerItem, ConsumerSpec, ProvisionPolicy, Taken};
 use super::nats_bus::NatsBus;
 use super::subjects::patterns;
 use super::wire::{Reject, Wire};
@@ -76,8 +76,7 @@ impl NatsFollower {
         // An empty list of names matches no event. The consumer then keeps nothing, and the
         // follower reads the store.
         let given = if given.is_empty() { vec!["storied.nothing".to_owned()] } else { given };
-        let patterns =
-            patterns(given).map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
+        let patterns = patterns(given)?;
         let (filters, _) = bus.names().mapping.filters(&patterns);
         let spec = follower_spec(consumer_name::custom(&name), filters);
         let (sender, items) = mpsc::channel(2 * ROOM);
@@ -119,7 +118,7 @@ pub(super) fn follower_spec(name: String, filters: Vec<String>) -> ConsumerSpec 
         push: None,
         inactive: Duration::ZERO,
         // A program that now asks for other names continues from its progress.
-        policy: ConsumerPolicy::CreateOrUpdate,
+        policy: ProvisionPolicy::CreateOrUpdate,
     }
 }
 

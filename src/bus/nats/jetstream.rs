@@ -12,11 +12,11 @@ mod options;
 mod rights;
 mod stream;
 
+pub use self::consumer::AckError;
 pub(super) use self::consumer::compared_consumer;
-pub use self::consumer::{AckError, ConsumerPolicy};
 pub(super) use self::consumer::{Acker, Consumer, ConsumerItem, ConsumerSpec, Push, Taken};
 pub use self::field::Field;
 pub(super) use self::log_publisher::LogPublisher;
-pub use self::options::{JetStreamOptions, LogStreamFrom, StreamPolicy, StreamStorage};
+pub use self::options::{JetStreamOptions, ProvisionPolicy, StreamStorage};
 pub(super) use self::rights::stream_rights;
 pub(super) use self::stream::{ask as stream_api, fields as compared_stream, info as stream_info};

@@ -7,7 +7,7 @@ use std::fmt;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
-pub use self::pattern::InvalidPattern;
+use self::pattern::InvalidPattern;
 pub(super) use self::pattern::Pattern;
 use crate::bus::BusError;
 use crate::event::{EventName, StreamId};
@@ -57,7 +57,7 @@ impl Subjects {
     ///
     /// # Errors
     /// If there is no pattern, or an invalid one.
-    pub fn identity<P: AsRef<str>>(covering: impl IntoIterator<Item = P>) -> Result<Self, InvalidPattern> {
+    pub fn identity<P: AsRef<str>>(covering: impl IntoIterator<Item = P>) -> Result<Self, BusError> {
         Ok(Self { prefix: Some(String::new()), covering: patterns(covering)?, ..Self::default() })
     }
 
@@ -67,10 +67,10 @@ impl Subjects {
     ///
     /// # Errors
     /// If the prefix is not made of dotted tokens of printable ASCII.
-    pub fn prefix(prefix: &str) -> Result<Self, InvalidPattern> {
+    pub fn prefix(prefix: &str) -> Result<Self, BusError> {
         let tokens = prefix.strip_suffix('.').unwrap_or(prefix);
         if Pattern::new(tokens)?.is_wild() {
-            return Err(InvalidPattern::new(prefix, "a prefix must not contain '*' or '>'"));
+            return Err(InvalidPattern::new(prefix, "a prefix must not contain '*' or '>'").into());
         }
         Ok(Self { prefix: Some(format!("{tokens}.")), ..Self::default() })
     }
@@ -86,7 +86,7 @@ impl Subjects {
     pub fn custom<P: AsRef<str>>(
         covering: impl IntoIterator<Item = P>,
         map: impl Fn(&str) -> String + Send + Sync + 'static,
-    ) -> Result<Self, InvalidPattern> {
+    ) -> Result<Self, BusError> {
         let covering = patterns(covering)?;
         Ok(Self { prefix: Some(String::new()), map: Some(Arc::new(map)), covering, partitions: None })
     }

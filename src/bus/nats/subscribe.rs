@@ -30,7 +30,7 @@ use self::queue::Queue;
 pub use self::queue::SubscriptionStats;
 use self::receiver::{EventReceiver, Source};
 pub use self::retry::{HandleError, HandleOptions, RetryPolicy};
-pub use self::subscription::{CloseError, Subscription, SubscriptionErrors};
+pub use self::subscription::{Subscription, SubscriptionErrors};
 use super::consumer_name;
 use super::errors::incompatible;
 use super::jetstream::{ConsumerSpec, Push};
@@ -83,9 +83,9 @@ impl NatsBus {
         names: impl IntoIterator<Item = N>,
         options: SubscribeOptions,
     ) -> Result<Subscription, BusError> {
-        let names = patterns(names).map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
+        let names = patterns(names)?;
         for name in &names {
-            name.check_names().map_err(|error| BusError::Incompatible { reason: error.to_string() })?;
+            name.check_names()?;
         }
         options.check()?;
         let sources = self.sources(&names, &options)?;

@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use storied::bus::{
-    BusError, BusState, JetStreamOptions, LogStreamEnd, LogStreamFrom, NatsBus, Resume, StreamPolicy,
-    StreamStorage,
+    BusError, BusState, JetStreamOptions, LogStreamEnd, NatsBus, ProvisionPolicy, Resume, StreamStorage,
 };
 use storied::store::Checkpoint;
 use storied::{EventBus, EventStore, Position, PublisherState};
@@ -78,22 +77,22 @@ async fn a_stream_that_differs_is_named_and_left_alone() {
     assert_eq!(stream().await, made);
 
     // An operator may choose other options, as long as the stream is exact.
-    fill(&bus(&server, changed.clone().policy(StreamPolicy::RequireExisting)), &store).await;
+    fill(&bus(&server, changed.clone().policy(ProvisionPolicy::RequireExisting)), &store).await;
     assert_eq!(stream().await, made);
 
-    fill(&bus(&server, changed.clone().policy(StreamPolicy::CreateOrUpdate)), &store).await;
+    fill(&bus(&server, changed.clone().policy(ProvisionPolicy::CreateOrUpdate)), &store).await;
     let now = stream().await;
     assert_eq!((now.max_age, now.max_bytes), (Duration::from_secs(3_600), 50 << 20));
     // Options that no server can change.
     let error = refused(
-        &bus(&server, changed.storage(StreamStorage::Memory).policy(StreamPolicy::CreateOrUpdate)),
+        &bus(&server, changed.storage(StreamStorage::Memory).policy(ProvisionPolicy::CreateOrUpdate)),
         &store,
     )
     .await;
     assert!(error.contains("storage: is File, should be Memory"), "{error}");
     assert_eq!(stream().await, now);
 
-    for policy in [StreamPolicy::RequireExisting, StreamPolicy::CreateOrVerify] {
+    for policy in [ProvisionPolicy::RequireExisting, ProvisionPolicy::CreateOrVerify] {
         let name = format!("OTHER_{}", policy as usize);
         let foreign = Config { name: name.clone(), subjects: vec!["other.>".into()], ..Config::default() };
         context.create_or_update_stream(foreign).await.unwrap();
@@ -107,7 +106,7 @@ async fn a_stream_that_differs_is_named_and_left_alone() {
 async fn missing_overlapping_and_foreign_streams_are_named() {
     let server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let (mine, theirs) = (store(), store());
-    let error = refused(&bus(&server, log_stream().policy(StreamPolicy::RequireExisting)), &mine).await;
+    let error = refused(&bus(&server, log_stream().policy(ProvisionPolicy::RequireExisting)), &mine).await;
     assert!(error.contains("no JetStream stream STORIED_EVENTS"), "{error}");
 
     fill(&bus(&server, log_stream()), &theirs).await;
@@ -125,7 +124,7 @@ async fn missing_overlapping_and_foreign_streams_are_named() {
         ..Config::default()
     };
     context.create_stream(config).await.unwrap();
-    let require = log_stream().policy(StreamPolicy::RequireExisting);
+    let require = log_stream().policy(ProvisionPolicy::RequireExisting);
     write(&theirs, 0, 3).await;
     fill(&bus(&server, require.clone()), &theirs).await;
     let error = refused(&bus(&server, require), &mine).await;
@@ -333,7 +332,7 @@ async fn a_publisher_finds_the_end_again_after_a_disconnect() {
     let mut server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 20).await;
-    let later = bus(&server, log_stream().log_stream_from(LogStreamFrom::After(Position::new(10))));
+    let later = bus(&server, log_stream().log_stream_after(Position::new(10)));
     let (mut one, end) = resume(&later, &store, LogStreamEnd::default()).await.unwrap();
     one.publish(batches(&store, end.position, 10).await.remove(0)).await.unwrap();
     server.kill();
@@ -354,7 +353,7 @@ async fn a_new_log_stream_may_begin_later() {
     let server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 20).await;
-    fill(&bus(&server, log_stream().log_stream_from(LogStreamFrom::After(Position::new(15)))), &store).await;
+    fill(&bus(&server, log_stream().log_stream_after(Position::new(15))), &store).await;
     assert_eq!(positions_in_stream(&server.url()).await, ((16..=20).collect(), 5));
 }
 
@@ -372,7 +371,7 @@ async fn a_full_stream_stops_the_publisher_and_no_append() {
     context.create_stream(config.clone()).await.unwrap();
     let store = store();
     let feed = storied::FeedOptions::new().idle_poll(Duration::from_millis(50));
-    let options = log_stream().policy(StreamPolicy::RequireExisting);
+    let options = log_stream().policy(ProvisionPolicy::RequireExisting);
     let recording = Recording::start(&store, bus(&server, options), feed).await;
     write(&store, 0, 15).await;
     recording.reaches("full", &store).await;

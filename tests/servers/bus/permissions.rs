@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use async_nats::{ConnectOptions, Event};
 use storied::bus::{
-    ConsumerOptions, ConsumerPolicy, HandleOptions, JetStreamOptions, NatsBus, NatsOptions, StreamPolicy,
-    SubscribeOptions,
+    ConsumerOptions, HandleOptions, JetStreamOptions, NatsBus, NatsOptions, ProvisionPolicy, SubscribeOptions,
 };
 use storied::projection::{ApplyError, AtLeastOnce, Delivery, FollowMode};
 use storied::testing::Node;
@@ -32,7 +31,7 @@ fn role(options: NatsOptions, server: &NatsServer, role: &str) -> NatsOptions {
 }
 
 fn existing() -> JetStreamOptions {
-    log_stream().policy(StreamPolicy::RequireExisting)
+    log_stream().policy(ProvisionPolicy::RequireExisting)
 }
 
 fn operator(server: &NatsServer) -> NatsBus {
@@ -77,9 +76,9 @@ async fn readers_work_with_their_rights() {
         |policy| SubscribeOptions::new().consumer(ConsumerOptions::durable_as("shipping").policy(policy));
     for (login, made) in [("consumer_reader", true), ("consumer_owner", false)] {
         let operator = operator(&server);
-        let policy = if made { ConsumerPolicy::RequireExisting } else { ConsumerPolicy::CreateOrVerify };
+        let policy = if made { ProvisionPolicy::RequireExisting } else { ProvisionPolicy::CreateOrVerify };
         if made {
-            let subscription = listen(&operator, &["*"], consumer(ConsumerPolicy::CreateOrVerify)).await;
+            let subscription = listen(&operator, &["*"], consumer(ProvisionPolicy::CreateOrVerify)).await;
             subscription.close(PATIENCE).await.unwrap();
         }
         let mut press = Press::new(&operator).await;

@@ -23,10 +23,10 @@ use tokio::time::{Instant, sleep_until};
 pub use self::ack::AckError;
 pub(in super::super) use self::ack::Acker;
 use self::provision::Target;
-pub use self::spec::ConsumerPolicy;
 pub(in super::super) use self::spec::{ConsumerSpec, Push, compared_consumer};
 use super::super::connection::{Connection, Link};
 use super::super::errors::{silent, unavailable};
+use super::options::ProvisionPolicy;
 use super::rights::consumer_rights;
 use super::stream::{NOTHING, api, info as stream_info, refused};
 use crate::bus::BusError;
@@ -274,7 +274,7 @@ impl Consumer {
     pub(in super::super) async fn discard(&mut self) -> Result<(), BusError> {
         self.attached = None;
         let Target { connection, jetstream, stream, spec } = &self.target;
-        if spec.durable || spec.shared || spec.policy == ConsumerPolicy::RequireExisting {
+        if spec.durable || spec.shared || spec.policy == ProvisionPolicy::RequireExisting {
             return Ok(());
         }
         let subject = format!("CONSUMER.DELETE.{stream}.{}", spec.name);

@@ -22,7 +22,7 @@ use super::super::errors::{incompatible, silent, unavailable};
 use super::super::subjects::Names;
 use super::super::wakeup::Hints;
 use super::super::wire::{Outgoing, Wire};
-use super::options::{JetStreamOptions, LogStreamFrom};
+use super::options::JetStreamOptions;
 use super::rights::stream_rights;
 use super::stream::{Content, ensure, info, is_marked, other_store, refused};
 use crate::bus::{BusError, BusPublisher, Claim, ClaimedEvent, LogBatch, LogStreamEnd, Resume};
@@ -74,10 +74,7 @@ impl LogPublisher {
         let found = ensure(&self.jetstream, client, content, &self.name, &self.options).await?;
         let largest = usize::try_from(found.config.max_message_size).unwrap_or(usize::MAX);
         let last = found.state.last_sequence;
-        let beginning = match self.options.log_stream_from {
-            LogStreamFrom::Beginning => Position::START,
-            LogStreamFrom::After(position) => position,
-        };
+        let beginning = self.options.log_stream_after;
         if last == 0 {
             tracing::info!(stream = self.name, after = %beginning, "filling the new log stream");
             let end = LogStreamEnd { position: beginning, sequence: 0 };

@@ -9,7 +9,7 @@ use crate::event::Position;
 /// Options of the log stream. All limits are finite by default.
 #[derive(Debug, Clone)]
 pub struct JetStreamOptions {
-    pub(super) policy: StreamPolicy,
+    pub(super) policy: ProvisionPolicy,
     /// Name of the stream. Default: derived from the namespace.
     pub(super) name: Option<String>,
     pub(super) storage: StreamStorage,
@@ -18,20 +18,22 @@ pub struct JetStreamOptions {
     pub(super) max_bytes: Option<u64>,
     pub(super) duplicate_window: Duration,
     pub(super) window: usize,
-    pub(super) log_stream_from: LogStreamFrom,
+    pub(super) log_stream_after: Position,
 }
 
-/// The handling of the stream on the server.
+/// The handling of a stream or a consumer on the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
-pub enum StreamPolicy {
-    /// The stream must exist. An operator decides about its limits, storage and replicas.
-    /// Only the properties that an exact log stream requires are checked.
+pub enum ProvisionPolicy {
+    /// It must exist; an operator creates it. For logins that may not create it.
+    ///
+    /// The operator decides about limits, storage and replicas of a stream: only the properties
+    /// that an exact log stream requires are checked. A consumer must match.
     RequireExisting,
-    /// Creates a missing stream. An existing stream must match exactly, and is never changed.
+    /// Creates what is missing. What exists must match, and is never changed.
     #[default]
     CreateOrVerify,
-    /// Creates a missing stream. Updates a different stream, as far as the server allows.
+    /// Creates what is missing. Updates what differs, as far as the server allows.
     CreateOrUpdate,
 }
 
@@ -46,21 +48,10 @@ pub enum StreamStorage {
     Memory,
 }
 
-/// The start of a new log stream, also of one that replaces a lost log stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum LogStreamFrom {
-    /// With the first event of the log.
-    #[default]
-    Beginning,
-    /// After this position.
-    After(Position),
-}
-
 impl Default for JetStreamOptions {
     fn default() -> Self {
         Self {
-            policy: StreamPolicy::default(),
+            policy: ProvisionPolicy::default(),
             name: None,
             storage: StreamStorage::default(),
             replicas: 1,
@@ -68,7 +59,7 @@ impl Default for JetStreamOptions {
             max_bytes: Some(1 << 30),
             duplicate_window: Duration::from_secs(120),
             window: 256,
-            log_stream_from: LogStreamFrom::default(),
+            log_stream_after: Position::START,
         }
     }
 }
@@ -80,9 +71,9 @@ impl JetStreamOptions {
         Self::default()
     }
 
-    /// Sets the handling of the stream. Default: [`StreamPolicy::CreateOrVerify`].
+    /// Sets the handling of the stream. Default: [`ProvisionPolicy::CreateOrVerify`].
     #[must_use]
-    pub fn policy(mut self, policy: StreamPolicy) -> Self {
+    pub fn policy(mut self, policy: ProvisionPolicy) -> Self {
         self.policy = policy;
         self
     }
@@ -146,10 +137,12 @@ impl JetStreamOptions {
         self
     }
 
-    /// Sets the start of a new log stream. Default: [`LogStreamFrom::Beginning`].
+    /// Sets the position after which a new log stream starts.
+    ///
+    /// Also of one that replaces a lost log stream. Default: [`Position::START`], the whole log.
     #[must_use]
-    pub fn log_stream_from(mut self, from: LogStreamFrom) -> Self {
-        self.log_stream_from = from;
+    pub fn log_stream_after(mut self, position: Position) -> Self {
+        self.log_stream_after = position;
         self
     }
 

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::super::errors::{incompatible, silent, unavailable};
 use super::field::Field;
-use super::options::{JetStreamOptions, StreamPolicy, StreamStorage};
+use super::options::{JetStreamOptions, ProvisionPolicy, StreamStorage};
 use crate::bus::BusError;
 
 /// Metadata key of a stream for the id of the store whose log it keeps.
@@ -42,10 +42,10 @@ pub(super) async fn ensure(
     let wanted = config(content, name, options);
     let mut found = info(jetstream, client, name).await?;
     if found.is_none() {
-        if options.policy == StreamPolicy::RequireExisting {
+        if options.policy == ProvisionPolicy::RequireExisting {
             return Err(incompatible(format!(
                 "there is no JetStream stream {name}; create it with the subjects {:?}, or choose \
-                 StreamPolicy::CreateOrVerify",
+                 ProvisionPolicy::CreateOrVerify",
                 content.subjects
             )));
         }
@@ -68,7 +68,7 @@ pub(super) async fn ensure(
     let found =
         found.ok_or_else(|| silent(format!("the stream {name} was deleted right after its creation")))?;
     check_store(content, name, &found.config)?;
-    let essential = options.policy == StreamPolicy::RequireExisting || content.store.is_none();
+    let essential = options.policy == ProvisionPolicy::RequireExisting || content.store.is_none();
     let different = differences(&found.config, &wanted, essential);
     if different.is_empty() {
         return Ok(found);
@@ -78,10 +78,10 @@ pub(super) async fn ensure(
     {
         return update(jetstream, client, found.config, &wanted, &different).await;
     }
-    if options.policy != StreamPolicy::CreateOrUpdate {
+    if options.policy != ProvisionPolicy::CreateOrUpdate {
         return Err(incompatible(format!(
             "the JetStream stream {name} differs from the options: {}; change the options or the \
-             stream, or choose StreamPolicy::CreateOrUpdate",
+             stream, or choose ProvisionPolicy::CreateOrUpdate",
             different.join(", ")
         )));
     }
@@ -199,7 +199,7 @@ fn differences(have: &Config, want: &Config, essential_only: bool) -> Vec<String
 
 /// Compares a stream with the expected configuration of a publisher with these options.
 pub(in super::super) fn fields(have: &Config, want: &Config, options: &JetStreamOptions) -> Vec<Field> {
-    compared(have, want, options.policy == StreamPolicy::RequireExisting)
+    compared(have, want, options.policy == ProvisionPolicy::RequireExisting)
 }
 
 /// Compares field by field. Ignores fields that the server adds.

@@ -1,5 +1,7 @@
 use std::fmt;
 
+use crate::bus::BusError;
+
 /// A pattern of event names or subjects.
 ///
 /// Dotted tokens, `*` for exactly one token, `>` at the end for one or more.
@@ -12,7 +14,7 @@ pub(in super::super) struct Pattern(String);
     "invalid pattern {pattern:?}: {reason}; use dotted tokens of printable ASCII, '*' for exactly \
      one token, '>' at the end for one or more"
 )]
-pub struct InvalidPattern {
+pub(in super::super) struct InvalidPattern {
     pattern: String,
     reason: &'static str,
 }
@@ -21,6 +23,12 @@ impl InvalidPattern {
     pub(super) fn new(pattern: &str, reason: &'static str) -> Self {
         // A hostile pattern may be megabytes long. The error must not be.
         Self { pattern: pattern.chars().take(80).collect(), reason }
+    }
+}
+
+impl From<InvalidPattern> for BusError {
+    fn from(error: InvalidPattern) -> Self {
+        Self::Incompatible { reason: error.to_string() }
     }
 }
 

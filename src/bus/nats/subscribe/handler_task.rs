@@ -19,9 +19,10 @@ use super::error::SubscriptionError;
 use super::queue::{Queue, SubscriptionStats};
 use super::receiver::give_back;
 use super::retry::{HandleError, HandleOptions};
-use super::subscription::{CloseError, Subscription, SubscriptionErrors};
+use super::subscription::{Subscription, SubscriptionErrors, unfinished};
 use crate::bus::{BusError, EventBus};
 use crate::panic::panic_text;
+use crate::supervised::StopError;
 use crate::telemetry::Timer;
 use crate::telemetry::trace::{self, Destination};
 use crate::time::{FAR, after};
@@ -89,7 +90,7 @@ impl HandlerTask {
     ///
     /// # Errors
     /// If a handler did not finish in time. It is aborted, and JetStream redelivers its event.
-    pub async fn stop(mut self, patience: Duration) -> Result<(), CloseError> {
+    pub async fn stop(mut self, patience: Duration) -> Result<(), StopError> {
         self.stop.send_replace(true);
         if timeout(patience, &mut self.task).await.is_ok() {
             return Ok(());
@@ -97,7 +98,7 @@ impl HandlerTask {
         self.task.abort();
         // An aborted task ends at once.
         let _ = (&mut self.task).await;
-        Err(CloseError { patience, what: "a handler is still running".into() })
+        Err(unfinished("a handler is still running", patience))
     }
 }
 

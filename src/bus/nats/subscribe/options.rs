@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::DeliverPolicy;
 use chrono::{DateTime, Utc};
 
-use super::super::jetstream::ConsumerPolicy;
+use super::super::jetstream::ProvisionPolicy;
 use super::super::limits::{KEPT, PAUSE, SERVER_WAIT, within};
 use crate::bus::BusError;
 
@@ -152,7 +152,7 @@ pub struct ConsumerOptions {
     pub(super) push: bool,
     pub(super) confirm: bool,
     pub(super) inactive: Duration,
-    pub(super) policy: ConsumerPolicy,
+    pub(super) policy: ProvisionPolicy,
 }
 
 /// The lifetime and the name of a consumer.
@@ -195,7 +195,7 @@ impl ConsumerOptions {
             push: false,
             confirm: true,
             inactive: Duration::from_secs(60),
-            policy: ConsumerPolicy::default(),
+            policy: ProvisionPolicy::default(),
         }
     }
 
@@ -310,9 +310,9 @@ impl ConsumerOptions {
         self
     }
 
-    /// Sets the handling of the consumer. Default: [`ConsumerPolicy::CreateOrVerify`].
+    /// Sets the handling of the consumer. Default: [`ProvisionPolicy::CreateOrVerify`].
     #[must_use]
-    pub fn policy(mut self, policy: ConsumerPolicy) -> Self {
+    pub fn policy(mut self, policy: ProvisionPolicy) -> Self {
         self.policy = policy;
         self
     }

@@ -16,6 +16,7 @@ use super::super::nats_bus::NatsBus;
 use super::delivery::{Delivery, Received};
 use super::error::SubscriptionError;
 use super::queue::{Queue, SubscriptionStats};
+use crate::supervised::StopError;
 use crate::time::after;
 
 /// A subscription to events by name over a [`NatsBus`]. A [`Stream`] of [`Received`].
@@ -28,16 +29,6 @@ pub struct Subscription {
     pub(super) queue: Arc<Queue>,
     pub(super) stop: watch::Sender<bool>,
     pub(super) receivers: Vec<JoinHandle<()>>,
-}
-
-/// The error of a subscription that did not end in time.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the subscription did not end within {patience:?}: {what}")]
-pub struct CloseError {
-    /// The time limit.
-    pub patience: Duration,
-    /// The unfinished work.
-    pub what: String,
 }
 
 impl Subscription {
@@ -86,14 +77,19 @@ impl Subscription {
     ///
     /// # Errors
     /// If it does not end within `patience`. It then ends in the background.
-    pub async fn close(mut self, patience: Duration) -> Result<(), CloseError> {
+    pub async fn close(mut self, patience: Duration) -> Result<(), StopError> {
         self.stop.send_replace(true);
         let receivers = std::mem::take(&mut self.receivers);
         match timeout(patience, join_all(receivers)).await {
             Ok(_) => Ok(()),
-            Err(_) => Err(CloseError { patience, what: "the server did not confirm the end".into() }),
+            Err(_) => Err(unfinished("the server did not confirm the end", patience)),
         }
     }
+}
+
+/// Returns the error of a subscription that did not end in time.
+pub(super) fn unfinished(what: &str, patience: Duration) -> StopError {
+    StopError { name: "a subscription".into(), reason: format!("not ended within {patience:?}: {what}") }
 }
 
 impl Stream for Subscription {

@@ -296,7 +296,7 @@ async fn a_stop_waits_for_handlers_within_its_limit() {
     eventually("started", || started.load(Ordering::SeqCst) == 2).await;
     let begun = Instant::now();
     let error = handling.stop(Duration::from_millis(200)).await.unwrap_err();
-    assert!(begun.elapsed() < Duration::from_secs(5) && error.what.contains("still running"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(5) && error.reason.contains("still running"), "{error}");
 
     // Nothing is lost: aborted and returned deliveries are redelivered.
     let mut rest = listen(&bus, &["note.written"], options()).await;

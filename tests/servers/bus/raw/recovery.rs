@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use storied::bus::{
-    BusError, ConsumerOptions, ConsumerPolicy, Gap, JetStreamOptions, NatsOptions, SubscribeOptions,
+    BusError, ConsumerOptions, Gap, JetStreamOptions, NatsOptions, ProvisionPolicy, SubscribeOptions,
 };
 
 use super::common::*;
@@ -168,14 +168,15 @@ async fn a_different_consumer_is_left_alone_unless_configured() {
             ConsumerOptions::durable_as("my.consumer").policy(policy).ack_wait(Duration::from_secs(wait));
         SubscribeOptions::new().consumer(options)
     };
-    let error = bus.subscribe(["note.written"], with(ConsumerPolicy::RequireExisting, 30)).await.unwrap_err();
+    let error =
+        bus.subscribe(["note.written"], with(ProvisionPolicy::RequireExisting, 30)).await.unwrap_err();
     assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains("no consumer")), "{error}");
-    let first = listen(&bus, &["note.written"], with(ConsumerPolicy::CreateOrVerify, 30)).await;
+    let first = listen(&bus, &["note.written"], with(ProvisionPolicy::CreateOrVerify, 30)).await;
     drop(first);
-    listen(&bus, &["note.written"], with(ConsumerPolicy::RequireExisting, 30)).await;
+    listen(&bus, &["note.written"], with(ProvisionPolicy::RequireExisting, 30)).await;
     // Another filter and another wait: named in the error, and left unchanged.
     for (names, wait, field) in [("note.torn", 30, "filter_subjects"), ("note.written", 7, "ack_wait")] {
-        let error = bus.subscribe([names], with(ConsumerPolicy::CreateOrVerify, wait)).await.unwrap_err();
+        let error = bus.subscribe([names], with(ProvisionPolicy::CreateOrVerify, wait)).await.unwrap_err();
         assert!(matches!(&error, BusError::Incompatible { reason } if reason.contains(field)), "{error}");
     }
     let jetstream = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
@@ -185,7 +186,7 @@ async fn a_different_consumer_is_left_alone_unless_configured() {
         (config.filter_subject.as_str(), config.ack_wait.as_secs()),
         ("storied.events.note.written", 30)
     );
-    let mut changed = listen(&bus, &["note.*"], with(ConsumerPolicy::CreateOrUpdate, 7)).await;
+    let mut changed = listen(&bus, &["note.*"], with(ProvisionPolicy::CreateOrUpdate, 7)).await;
     assert_eq!(take(&mut changed, 5).await.len(), 5);
     let config = stream.consumer_info("my_consumer").await.unwrap().config;
     assert_eq!((config.filter_subject.as_str(), config.ack_wait.as_secs()), ("storied.events.note.*", 7));

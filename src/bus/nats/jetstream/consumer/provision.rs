@@ -5,8 +5,9 @@ use std::sync::Arc;
 use async_nats::jetstream::consumer::{Config, DeliverPolicy, Info};
 use async_nats::jetstream::{Context, Error, ErrorCode};
 
+use super::super::options::ProvisionPolicy;
 use super::super::stream::{NOTHING, api, info as stream_info, refused};
-use super::spec::{ConsumerPolicy, ConsumerSpec, differences};
+use super::spec::{ConsumerSpec, differences};
 use crate::bus::BusError;
 use crate::bus::nats::connection::Connection;
 use crate::bus::nats::errors::{incompatible, silent};
@@ -71,11 +72,11 @@ impl Target {
             }
             return Ok(info);
         }
-        if self.spec.policy != ConsumerPolicy::CreateOrUpdate {
+        if self.spec.policy != ProvisionPolicy::CreateOrUpdate {
             return Err(incompatible(format!(
                 "the consumer {name} of the stream {} differs from the options: {}; change the \
                  options, choose another name, delete the consumer, or choose \
-                 ConsumerPolicy::CreateOrUpdate",
+                 ProvisionPolicy::CreateOrUpdate",
                 self.stream,
                 different.join(", ")
             )));
@@ -91,10 +92,10 @@ impl Target {
     /// Creates the consumer: at the requested start, or after the ack floor of a lost consumer.
     pub(super) async fn make(&self, floor: Option<u64>) -> Result<(Info, Option<String>), BusError> {
         let name = &self.spec.name;
-        if self.spec.policy == ConsumerPolicy::RequireExisting {
+        if self.spec.policy == ProvisionPolicy::RequireExisting {
             return Err(incompatible(format!(
                 "the stream {} has no consumer {name}; create it, or choose \
-                 ConsumerPolicy::CreateOrVerify",
+                 ProvisionPolicy::CreateOrVerify",
                 self.stream
             )));
         }

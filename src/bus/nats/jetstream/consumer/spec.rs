@@ -4,20 +4,7 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::{AckPolicy, Config, DeliverPolicy, ReplayPolicy};
 
 use super::super::field::Field;
-
-/// The handling of a consumer on the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum ConsumerPolicy {
-    /// The consumer must exist and match; an operator creates it.
-    /// For logins that may not create consumers.
-    RequireExisting,
-    /// Creates a missing consumer. An existing consumer must match, and is never changed.
-    #[default]
-    CreateOrVerify,
-    /// Creates a missing consumer. Updates a different consumer, as far as the server allows.
-    CreateOrUpdate,
-}
+use super::super::options::ProvisionPolicy;
 
 /// The expected configuration of a consumer.
 #[derive(Debug, Clone)]
@@ -41,7 +28,7 @@ pub(in crate::bus::nats) struct ConsumerSpec {
     pub(in crate::bus::nats) push: Option<Push>,
     /// Time without a reader after which the server deletes an ephemeral consumer.
     pub(in crate::bus::nats) inactive: Duration,
-    pub(in crate::bus::nats) policy: ConsumerPolicy,
+    pub(in crate::bus::nats) policy: ProvisionPolicy,
 }
 
 /// The destination of a push consumer.
