@@ -81,7 +81,7 @@ impl HeldLease {
             return Ok(Some(self.lease.epoch));
         }
         // Usually another owner has taken the lease over and claimed the checkpoint already.
-        if !self.store.renew_lease(&self.lease, self.ttl).await? {
+        if self.store.renew_leases(std::slice::from_ref(&self.lease), self.ttl).await? != [true] {
             return Ok(None);
         }
         tracing::warn!(

@@ -50,9 +50,7 @@ pub use self::error::StoreError;
 pub use self::event_store::{EventStore, IntoEventStore};
 pub use self::filter::Filter;
 pub use self::group_commit::WriterStatus;
-pub(crate) use self::group_commit::{
-    AppendResult, GroupCommitter, PendingAppend, SpeculationChain, WriterOptions,
-};
+pub(crate) use self::group_commit::{AppendResult, GroupCommitter, PendingAppend, SpeculationChain};
 pub use self::high_water_stall::HighWaterStall;
 pub use self::info::StoreInfo;
 pub use self::lease::{Lease, LeaseInfo};

@@ -29,7 +29,7 @@ use crate::projection::{
 };
 use crate::publisher::{Publisher, PublisherOptions};
 use crate::startup::{self, START_TIMEOUT};
-use crate::store::{EventStore, GroupCommitter, IntoEventStore, WriterOptions};
+use crate::store::{EventStore, GroupCommitter, IntoEventStore};
 use crate::supervised::Task;
 use crate::telemetry::Metrics;
 #[cfg(feature = "otel")]
@@ -322,7 +322,7 @@ impl Builder {
         for projection in projections {
             handles.push(projection.start(services.clone()).await?);
         }
-        let writer = GroupCommitter::start(store.clone(), WriterOptions::default(), metrics.clone());
+        let writer = GroupCommitter::start(store.clone(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));
         let commands = Dispatcher::new(self.commands.hooks(), metrics);

@@ -159,33 +159,16 @@ pub trait EventStore: Send + Sync + 'static {
         ttl: std::time::Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>>;
 
-    /// Renews a held lease; returns whether `lease` is still held.
+    /// Renews leases; returns, in the same order, whether each is still held.
     ///
-    /// It is held if owner and epoch are unchanged and the lease was not released.
-    fn renew_lease<'a>(
-        &'a self,
-        lease: &'a Lease,
-        ttl: std::time::Duration,
-    ) -> BoxFuture<'a, Result<bool, StoreError>>;
-
-    /// Renews several leases; returns, in the same order, whether each is still held.
-    ///
-    /// Each lease is renewed as by [`renew_lease`](Self::renew_lease). A lost lease does not affect
-    /// the others. A node calls this several times within a TTL, with all leases that it holds. A
-    /// back end should renew them in one transaction. The default renews them one after the other.
+    /// A lease is held if owner and epoch are unchanged and the lease was not released. A lost lease
+    /// does not affect the others. A node calls this several times within a TTL, with all leases
+    /// that it holds. A back end should renew them in one transaction.
     fn renew_leases<'a>(
         &'a self,
         leases: &'a [Lease],
         ttl: std::time::Duration,
-    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
-        Box::pin(async move {
-            let mut renewed = Vec::with_capacity(leases.len());
-            for lease in leases {
-                renewed.push(self.renew_lease(lease, ttl).await?);
-            }
-            Ok(renewed)
-        })
-    }
+    ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>>;
 
     /// Releases a lease at once; does nothing if another owner holds it.
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>>;

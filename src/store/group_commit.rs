@@ -35,22 +35,12 @@ use crate::telemetry::{Metrics, Timer};
 /// SQLite: see `cargo bench --bench storied -- commands`. It costs a lone caller about 1 µs.
 const TURNS: usize = 4;
 
-/// Limits of the writer.
-#[derive(Debug, Clone)]
-pub(crate) struct WriterOptions {
-    /// Maximum number of events in a transaction; a larger append gets a transaction of its own.
-    pub(crate) batch_events: usize,
-    /// Maximum number of payload and metadata bytes in a transaction; likewise.
-    pub(crate) batch_bytes: usize,
-    /// Maximum number of queued appends; beyond it, submitting waits.
-    pub(crate) queue: usize,
-}
-
-impl Default for WriterOptions {
-    fn default() -> Self {
-        Self { batch_events: 512, batch_bytes: 1 << 20, queue: 4_096 }
-    }
-}
+/// Maximum number of events in a transaction; a larger append gets a transaction of its own.
+const BATCH_EVENTS: usize = 512;
+/// Maximum number of payload and metadata bytes in a transaction; likewise.
+const BATCH_BYTES: usize = 1 << 20;
+/// Maximum number of queued appends; beyond it, submitting waits.
+const QUEUE: usize = 4_096;
 
 /// The result of an append.
 pub(crate) type AppendResult = Result<Committed, AppendError>;
@@ -151,13 +141,12 @@ impl GroupCommitter {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub(crate) fn start(store: Arc<dyn EventStore>, options: WriterOptions, metrics: Metrics) -> Self {
-        let (submissions, receiver) = mpsc::channel(options.queue.max(1));
+    pub(crate) fn start(store: Arc<dyn EventStore>, metrics: Metrics) -> Self {
+        let (submissions, receiver) = mpsc::channel(QUEUE);
         let counters = Arc::new(Counters::default());
         let concurrency = store.info().append_concurrency.max(1);
         let task = Committer {
             store,
-            options,
             concurrency,
             counters: counters.clone(),
             metrics: metrics.clone(),
@@ -210,7 +199,6 @@ type Finished = (Vec<Vec<PendingAppend>>, Vec<Result<Appended, AppendError>>);
 
 struct Committer {
     store: Arc<dyn EventStore>,
-    options: WriterOptions,
     /// Maximum number of transactions in flight.
     concurrency: usize,
     counters: Arc<Counters>,
@@ -243,7 +231,7 @@ impl Committer {
                 }
             }
             tokio::select! {
-                submission = submissions.recv(), if open && self.waiting < self.options.queue => match submission {
+                submission = submissions.recv(), if open && self.waiting < QUEUE => match submission {
                     Some(submission) => {
                         self.enqueue(submission);
                         self.take_up(&mut submissions);
@@ -267,7 +255,7 @@ impl Committer {
 
     /// Moves all submissions of the channel into the queues, so that they share a transaction.
     fn take_up(&mut self, submissions: &mut mpsc::Receiver<PendingAppend>) {
-        while self.waiting < self.options.queue {
+        while self.waiting < QUEUE {
             let Ok(submission) = submissions.try_recv() else { return };
             self.enqueue(submission);
         }
@@ -300,8 +288,8 @@ impl Committer {
                     continue;
                 }
                 let (size, length) = (next.bytes(), next.events.len());
-                let fits = events + length <= self.options.batch_events
-                    && bytes + size <= self.options.batch_bytes
+                let fits = events + length <= BATCH_EVENTS
+                    && bytes + size <= BATCH_BYTES
                     && appends < limit.min(next.batch_limit);
                 let first = appends == 0;
                 // Only an append decided on the previous one can be merged with it.

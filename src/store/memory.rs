@@ -345,10 +345,6 @@ impl EventStore for MemoryStore {
         Box::pin(async move { Ok(self.data().take_over_lease(seen, owner, ttl)) })
     }
 
-    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { Ok(self.data().renew_lease(lease, ttl)) })
-    }
-
     fn renew_leases<'a>(
         &'a self,
         leases: &'a [Lease],

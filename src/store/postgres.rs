@@ -345,10 +345,6 @@ impl EventStore for PostgresStore {
         self.commit("taking a lease over", leases::take_over_lease(&self.shared.core, seen, owner, ttl))
     }
 
-    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.commit("renewing a lease", leases::renew_lease(&self.shared.core, lease, ttl))
-    }
-
     fn renew_leases<'a>(
         &'a self,
         leases: &'a [Lease],

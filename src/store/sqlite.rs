@@ -288,13 +288,6 @@ impl EventStore for SqliteStore {
         }))
     }
 
-    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
-        let lease = lease.clone();
-        Box::pin(self.transaction("renewing a lease", move |connection| {
-            Box::pin(async move { leases::renew_lease(connection, &lease, ttl).await })
-        }))
-    }
-
     fn renew_leases<'a>(
         &'a self,
         leases: &'a [Lease],

@@ -275,10 +275,6 @@ impl EventStore for FaultyStore {
         self.inner.take_over_lease(seen, owner, ttl)
     }
 
-    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.inner.renew_lease(lease, ttl)
-    }
-
     fn renew_leases<'a>(
         &'a self,
         leases: &'a [Lease],

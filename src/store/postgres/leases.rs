@@ -61,26 +61,6 @@ fn lease(row: &PgRow, name: &str, owner: Uuid) -> Result<Lease, sqlx::Error> {
     Ok(Lease { name: name.to_owned(), owner, epoch: Columns::of("leases", row).number(0)? })
 }
 
-pub(super) async fn renew_lease(
-    core: &Arc<PgInner>,
-    lease: &Lease,
-    ttl: Duration,
-) -> Result<bool, StoreError> {
-    let doing = format!("renewing the lease {}", lease.name);
-    let mut session = core.connections.get(&doing).await?;
-    let renewed = sqlx::query(core.sql.renew_lease.clone())
-        .bind(lease.name.as_str())
-        .bind(lease.owner)
-        .bind(to_sql(lease.epoch))
-        .bind(micros(ttl))
-        .persistent(core.connections.persistent())
-        .execute(&mut *session)
-        .await
-        .map_err(|error| failed(&doing, error))?;
-    session.finish(&doing).await?;
-    Ok(renewed.rows_affected() > 0)
-}
-
 pub(super) async fn renew_leases(
     core: &Arc<PgInner>,
     leases: &[Lease],

@@ -189,9 +189,6 @@ statements! {
                 ttl = $3
             WHERE name = $1 AND epoch = $4 AND expires_at = $5
             RETURNING epoch",
-        renew_lease: "UPDATE storied.leases
-            SET expires_at = clock_timestamp() + $4 * interval '1 microsecond', ttl = $4
-            WHERE name = $1 AND owner = $2 AND epoch = $3 AND expires_at > 'epoch'",
         // Sorted, so that calls with common leases wait in one order.
         renew_leases: "WITH held AS (
                 SELECT l.name FROM storied.leases AS l

@@ -885,16 +885,6 @@ impl EventStore for Link {
         through!(self, self.inner.take_over_lease(seen, owner, ttl))
     }
 
-    fn renew_lease<'a>(&'a self, lease: &'a Lease, ttl: Duration) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move {
-            self.check()?;
-            if self.mute.load(Ordering::SeqCst) {
-                std::future::pending::<()>().await;
-            }
-            self.inner.renew_lease(lease, ttl).await
-        })
-    }
-
     fn renew_leases<'a>(
         &'a self,
         leases: &'a [Lease],
