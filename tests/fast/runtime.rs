@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError, ExpectedVersion, Filter, MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
+    Aggregate, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError, ExpectedVersion,
+    Filter, MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime,
+    SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;

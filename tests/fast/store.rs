@@ -17,8 +17,6 @@ mod on_memory {
 
 mod sqlite;
 #[cfg(feature = "sqlite")]
-#[path = "../support/unstorable.rs"]
-mod unstorable;
 
 mod on_sqlite {
     storied::event_store_suite!(super::sqlite::database());

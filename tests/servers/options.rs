@@ -9,7 +9,9 @@ use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    AggregateOptions, Decided, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NeverRejects, NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime, SnapshotRevision, SqliteOptions, StoreError,
+    AggregateOptions, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NeverRejects,
+    NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
+    Runtime, SnapshotRevision, SqliteOptions, StoreError,
 };
 use tokio::time::timeout;
 
@@ -17,10 +19,6 @@ use crate::support::counter::{Add, Counter};
 
 /// Longer than any step takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-#[derive(Debug, Serialize, Deserialize, thiserror::Error)]
-#[error("never")]
-struct Never;
 
 #[derive(Clone)]
 struct Echo;

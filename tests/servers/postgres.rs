@@ -18,6 +18,4 @@ mod settled;
 mod standby;
 mod tls;
 mod tools;
-#[path = "../support/unstorable.rs"]
-mod unstorable;
 mod wake;

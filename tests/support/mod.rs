@@ -36,6 +36,7 @@ mod postgres;
 mod process;
 mod subscriber;
 mod test_process;
+pub mod unstorable;
 mod wait;
 mod workdir;
 

@@ -28,7 +28,8 @@ impl Shared {
             let appends = batch.len();
             match self.write(batch).await {
                 Ok(written) => {
-                    let last = written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
+                    let last =
+                        written.iter().flatten().filter_map(|appended| appended.positions.last()).max();
                     if let Some(last) = last {
                         self.announce(*last);
                     }

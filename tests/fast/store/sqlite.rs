@@ -312,7 +312,7 @@ async fn a_poisoned_append_fails_alone() {
         }
         append(&store, one("1", "order.placed")).await.unwrap();
     }
-    crate::unstorable::fails_alone(store.clone()).await;
+    crate::support::unstorable::fails_alone(store.clone()).await;
     assert!(store.read_stream(&stream("new"), Version::NONE, 9).await.unwrap().is_empty());
     assert_sound(&store, 2 + 51).await;
 }

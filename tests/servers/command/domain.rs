@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext};
-use storied::{Aggregate, Context, Decided, Decision, Event};
 use tokio::sync::watch;
 
 pub use crate::support::counter::{Add, AddUpTo, Counter, CounterCommand, CounterError, Look};

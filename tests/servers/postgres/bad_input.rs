@@ -421,7 +421,7 @@ async fn huge_and_poisoned_events() {
         }
     }
     assert_eq!(whole_log(&store).await.len(), before);
-    crate::unstorable::fails_alone(store.clone()).await;
+    crate::support::unstorable::fails_alone(store.clone()).await;
     assert_sound(&whole_log(&store).await);
 
     // NUL is the one character that PostgreSQL cannot store.

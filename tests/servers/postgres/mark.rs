@@ -10,7 +10,8 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore, PublisherState, ReadLog, RecordedEvent, Runtime, SnapshotRevision,
+    EncodeError, EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore,
+    PublisherState, ReadLog, RecordedEvent, Runtime, SnapshotRevision,
 };
 
 use crate::postgres::tools::{

@@ -8,8 +8,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState, ReadModel};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore,
-    Projection, RecordedEvent, Runtime,
+    EncodeError, EventStore, ExpectedVersion, Filter, MemoryStore, Position, PostgresReadModel,
+    PostgresStore, Projection, RecordedEvent, Runtime,
 };
 
 use crate::postgres::tools::{append, events, run, stream, whole_log};

@@ -27,7 +27,7 @@ use storied::{
 use tempfile::TempDir;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 pub use crate::support::{Dice, PATIENCE, eventually};

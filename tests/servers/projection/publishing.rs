@@ -174,9 +174,9 @@ async fn each_append_is_read_once() {
     let node = start(&link).await;
     let mut handles = Vec::new();
     for name in ["one", "two", "three"] {
-        let handle = node.projection(recorder(name), InMemory::new(), crate::support::options()).await;
+        let handle = node.projection(recorder(name), InMemory::new(), options()).await;
         handle.wait_until_caught_up(PATIENCE).await.unwrap();
-        crate::support::reach(&handle, ProjectionState::Following).await;
+        crate::projection::fixtures::reach(&handle, ProjectionState::Following).await;
         handles.push(handle);
     }
     eventually("feed and publisher are live", || {
