@@ -16,7 +16,7 @@ async fn every_subscriber_receives_the_log_in_order_without_gaps() {
     for (kind, bus, _server) in nats().await {
         let store = store();
         let mut feeds = vec![subscribe(&bus, &store).await, subscribe(&bus, &store).await];
-        let options = SubscribeOptions::new;
+        let options = || SubscribeOptions::new().capacity(2_048);
         let mut readers = [listen(&bus, &["*"], options()).await, listen(&bus, &["*"], options()).await];
         for stream in 0..20 {
             write(&store, stream, 1 + stream * 7).await;
