@@ -20,8 +20,8 @@ pub(crate) use self::nats::shared_connection::{CommandConnection, SharedConnecti
 pub use self::nats::{
     AckError, ConsumerOptions, ConsumerReport, Delivery, Field, Gap, HandleError, HandleOptions, HandlerTask,
     JetStreamOptions, LogStreamItem, LogStreamReader, NatsBus, NatsEvent, NatsOptions, NatsReport,
-    ProvisionPolicy, Received, RetryPolicy, StartFrom, StreamFound, StreamReport, StreamStorage, Subjects,
-    SubscribeOptions, Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
+    ProvisionPolicy, Received, RetryPolicy, StartFrom, StreamFound, StreamReport, Subjects, SubscribeOptions,
+    Subscription, SubscriptionError, SubscriptionErrors, SubscriptionStats,
 };
 use crate::event::{Category, EventName, Position, RecordedEvent};
 use crate::future::BoxFuture;

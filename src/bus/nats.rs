@@ -32,7 +32,7 @@ pub use self::events::NatsEvent;
 pub use self::inspect::{
     ConsumerReport, LogStreamItem, LogStreamReader, NatsReport, StreamFound, StreamReport,
 };
-pub use self::jetstream::{AckError, Field, JetStreamOptions, ProvisionPolicy, StreamStorage};
+pub use self::jetstream::{AckError, Field, JetStreamOptions, ProvisionPolicy};
 pub use self::nats_bus::NatsBus;
 pub use self::options::NatsOptions;
 pub use self::subjects::Subjects;

@@ -7,16 +7,10 @@ use serde::{Deserialize, Serialize, Serializer};
 /// Maximum length of a category or event name in bytes; fits NATS subjects and PostgreSQL indexes.
 const MAX_NAME: usize = 200;
 
-/// A text that is no valid category or event name.
+/// A text that is no valid category, event name or stream.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "invalid {what} {name:?}: {reason}; use 1 to 200 ASCII letters, digits, '_' or '-', in tokens separated by single dots"
-)]
-pub struct InvalidName {
-    what: &'static str,
-    name: String,
-    reason: &'static str,
-}
+#[error("{0}")]
+pub struct InvalidName(pub(super) String);
 
 /// Checks that `name` is dotted tokens of ASCII letters, digits, `_` and `-`.
 ///
@@ -34,7 +28,10 @@ pub(crate) fn check(what: &'static str, name: &str) -> Result<(), InvalidName> {
         return Ok(());
     };
     // The error quotes 80 characters only, because a hostile name may have megabytes.
-    Err(InvalidName { what, name: name.chars().take(80).collect(), reason })
+    let name: String = name.chars().take(80).collect();
+    Err(InvalidName(format!(
+        "invalid {what} {name:?}: {reason}; use 1 to 200 ASCII letters, digits, '_' or '-', in tokens separated by single dots"
+    )))
 }
 
 macro_rules! name {

@@ -19,42 +19,13 @@ pub struct StreamId {
     id: Arc<str>,
 }
 
-/// An invalid id or category of a stream.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidStream {
-    /// The category is no valid name.
-    #[error(transparent)]
-    Category(#[from] InvalidName),
-    /// The text of a stream has no slash.
-    #[error("invalid stream {text:?}: no '/' after the category; use a form like order/17")]
-    NoSlash {
-        /// The first 80 characters of the text.
-        text: String,
-    },
-    /// The id is empty.
-    #[error("empty aggregate id; use 1 to 400 bytes of text")]
-    EmptyId,
-    /// The id is too long.
-    #[error("aggregate id too long: {length} bytes (limit 400); use a shorter id")]
-    LongId {
-        /// Length of the id in bytes.
-        length: usize,
-    },
-    /// The id has a control character: PostgreSQL cannot store NUL, and the others are unreadable.
-    #[error("invalid aggregate id: control character at byte {at}; use printable text")]
-    ControlCharacter {
-        /// Offset in bytes.
-        at: usize,
-    },
-}
-
 impl StreamId {
     /// Checks and joins a category and an id.
     ///
     /// # Errors
     /// If the category is no valid name, or the id is empty, longer than 400 bytes or has control
     /// characters.
-    pub fn new(category: impl AsRef<str>, id: impl fmt::Display) -> Result<Self, InvalidStream> {
+    pub fn new(category: impl AsRef<str>, id: impl fmt::Display) -> Result<Self, InvalidName> {
         Self::of(&Category::new(category)?, id)
     }
 
@@ -62,22 +33,29 @@ impl StreamId {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn of(category: &Category, id: impl fmt::Display) -> Result<Self, InvalidStream> {
+    pub fn of(category: &Category, id: impl fmt::Display) -> Result<Self, InvalidName> {
+        let invalid = |reason: String| Err(InvalidName(reason));
         let id = id.to_string();
         if id.is_empty() {
-            return Err(InvalidStream::EmptyId);
+            return invalid("empty aggregate id; use 1 to 400 bytes of text".into());
         }
         if id.len() > MAX_ID {
-            return Err(InvalidStream::LongId { length: id.len() });
+            let length = id.len();
+            return invalid(format!(
+                "aggregate id too long: {length} bytes (limit {MAX_ID}); use a shorter id"
+            ));
         }
         if let Some((at, _)) = id.char_indices().find(|(_, c)| c.is_control()) {
-            return Err(InvalidStream::ControlCharacter { at });
+            // PostgreSQL cannot store NUL, and the others are unreadable.
+            return invalid(format!(
+                "invalid aggregate id: control character at byte {at}; use printable text"
+            ));
         }
         Ok(Self { category: category.clone(), id: id.into() })
     }
 
     /// Returns a stream for data of the runtime, in a category that no user can have.
-    pub(crate) fn reserved(category: &'static str, id: &str) -> Result<Self, InvalidStream> {
+    pub(crate) fn reserved(category: &'static str, id: &str) -> Result<Self, InvalidName> {
         Self::of(&Category::reserved(category), id)
     }
 
@@ -117,11 +95,13 @@ impl Serialize for StreamId {
 }
 
 impl TryFrom<String> for StreamId {
-    type Error = InvalidStream;
+    type Error = InvalidName;
 
-    fn try_from(text: String) -> Result<Self, InvalidStream> {
+    fn try_from(text: String) -> Result<Self, InvalidName> {
         let Some((category, id)) = text.split_once('/') else {
-            return Err(InvalidStream::NoSlash { text: text.chars().take(80).collect() });
+            let text: String = text.chars().take(80).collect();
+            let advice = "no '/' after the category; use a form like order/17";
+            return Err(InvalidName(format!("invalid stream {text:?}: {advice}")));
         };
         Self::new(category, id)
     }
@@ -145,6 +125,6 @@ mod tests {
             assert!(serde_json::from_str::<StreamId>(json).is_err(), "{json}");
         }
         let long = StreamId::try_from(format!("order/{}", "x".repeat(401)));
-        assert_eq!(long, Err(InvalidStream::LongId { length: 401 }));
+        assert!(long.unwrap_err().to_string().contains("401 bytes (limit 400)"));
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use storied::NatsBus;
 use storied::bus::{EventBus, JetStreamOptions, NatsOptions, ProvisionPolicy, StreamStorage, Subjects};
+use storied::bus::{JetStreamOptions, NatsOptions, ProvisionPolicy, Subjects};
 
 use crate::database::DatabaseArgs;
 use crate::failure::Failure;
@@ -112,12 +113,11 @@ pub(crate) struct StreamArgs {
 
 impl StreamArgs {
     fn options(&self) -> JetStreamOptions {
-        let storage = if self.memory_storage { StreamStorage::Memory } else { StreamStorage::File };
         let policy =
             if self.essential { ProvisionPolicy::RequireExisting } else { ProvisionPolicy::CreateOrVerify };
         JetStreamOptions::new()
             .replicas(usize::from(self.replicas))
-            .storage(storage)
+            .memory_storage(self.memory_storage)
             .max_age(Some(Duration::from_secs(self.max_age)).filter(|age| !age.is_zero()))
             .max_bytes(Some(self.max_bytes).filter(|bytes| *bytes > 0))
             .duplicate_window(Duration::from_secs(self.duplicate_window))

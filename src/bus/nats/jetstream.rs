@@ -17,6 +17,6 @@ pub(super) use self::consumer::compared_consumer;
 pub(super) use self::consumer::{Acker, Consumer, ConsumerItem, ConsumerSpec, Push, Taken};
 pub use self::field::Field;
 pub(super) use self::log_publisher::LogPublisher;
-pub use self::options::{JetStreamOptions, ProvisionPolicy, StreamStorage};
+pub use self::options::{JetStreamOptions, ProvisionPolicy};
 pub(super) use self::rights::stream_rights;
 pub(super) use self::stream::{ask as stream_api, fields as compared_stream, info as stream_info};

@@ -7,9 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
-use storied::bus::{
-    BusError, BusState, JetStreamOptions, LogStreamEnd, NatsBus, ProvisionPolicy, Resume, StreamStorage,
-};
+use storied::bus::{BusError, BusState, JetStreamOptions, LogStreamEnd, NatsBus, ProvisionPolicy, Resume};
 use storied::store::Checkpoint;
 use storied::{EventBus, EventStore, Position, PublisherState};
 
@@ -84,11 +82,9 @@ async fn a_stream_that_differs_is_named_and_left_alone() {
     let now = stream().await;
     assert_eq!((now.max_age, now.max_bytes), (Duration::from_secs(3_600), 50 << 20));
     // Options that no server can change.
-    let error = refused(
-        &bus(&server, changed.storage(StreamStorage::Memory).policy(ProvisionPolicy::CreateOrUpdate)),
-        &store,
-    )
-    .await;
+    let error =
+        refused(&bus(&server, changed.memory_storage(true).policy(ProvisionPolicy::CreateOrUpdate)), &store)
+            .await;
     assert!(error.contains("storage: is File, should be Memory"), "{error}");
     assert_eq!(stream().await, now);
 

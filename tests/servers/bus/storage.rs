@@ -2,7 +2,7 @@
 
 use async_nats::jetstream::stream::{Config, Source, StorageType};
 use futures_util::StreamExt;
-use storied::bus::{NatsOptions, StreamStorage};
+use storied::bus::NatsOptions;
 use storied::{EventStore, Position};
 
 use crate::bus::fixtures::*;
@@ -19,7 +19,7 @@ async fn a_log_stream_in_memory_is_rebuilt_after_a_restart() {
     let mut server = NatsServer::start(support::NatsOptions::jetstream()).await;
     let store = store();
     write(&store, 0, 700).await;
-    let options = NatsOptions::jetstream(log_stream().storage(StreamStorage::Memory)).url(server.url());
+    let options = NatsOptions::jetstream(log_stream().memory_storage(true)).url(server.url());
     let recording = Recording::start(&store, quick(options).bus(), blind()).await;
     let published = || recording.node.publisher().published;
     let stored = async || {

@@ -12,7 +12,7 @@ pub struct JetStreamOptions {
     pub(super) policy: ProvisionPolicy,
     /// Name of the stream. Default: derived from the namespace.
     pub(super) name: Option<String>,
-    pub(super) storage: StreamStorage,
+    pub(super) memory: bool,
     pub(super) replicas: usize,
     pub(super) max_age: Option<Duration>,
     pub(super) max_bytes: Option<u64>,
@@ -37,23 +37,12 @@ pub enum ProvisionPolicy {
     CreateOrUpdate,
 }
 
-/// The storage of a stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum StreamStorage {
-    /// On disk.
-    #[default]
-    File,
-    /// In the memory of the server. Lost when the server stops, and refilled afterwards.
-    Memory,
-}
-
 impl Default for JetStreamOptions {
     fn default() -> Self {
         Self {
             policy: ProvisionPolicy::default(),
             name: None,
-            storage: StreamStorage::default(),
+            memory: false,
             replicas: 1,
             max_age: Some(Duration::from_secs(7 * 24 * 60 * 60)),
             max_bytes: Some(1 << 30),
@@ -87,10 +76,12 @@ impl JetStreamOptions {
         self
     }
 
-    /// Sets the storage. Default: on disk.
+    /// Sets whether the stream is in the memory of the server instead of on disk.
+    ///
+    /// It is lost when the server stops, and refilled afterwards. Default: no.
     #[must_use]
-    pub fn storage(mut self, storage: StreamStorage) -> Self {
-        self.storage = storage;
+    pub fn memory_storage(mut self, memory: bool) -> Self {
+        self.memory = memory;
         self
     }
 

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::super::errors::{incompatible, silent, unavailable};
 use super::field::Field;
-use super::options::{JetStreamOptions, ProvisionPolicy, StreamStorage};
+use super::options::{JetStreamOptions, ProvisionPolicy};
 use crate::bus::BusError;
 
 /// Metadata key of a stream for the id of the store whose log it keeps.
@@ -151,10 +151,7 @@ pub(super) fn config(content: Content<'_>, name: &str, options: &JetStreamOption
     Config {
         name: name.to_owned(),
         subjects: content.subjects.to_vec(),
-        storage: match options.storage {
-            StreamStorage::File => StorageType::File,
-            StreamStorage::Memory => StorageType::Memory,
-        },
+        storage: if options.memory { StorageType::Memory } else { StorageType::File },
         num_replicas: options.replicas,
         retention: RetentionPolicy::Limits,
         discard: DiscardPolicy::Old,
