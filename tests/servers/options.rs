@@ -4,7 +4,6 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};

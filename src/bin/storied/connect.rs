@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use storied::NatsBus;
-use storied::bus::{EventBus, JetStreamOptions, NatsOptions, ProvisionPolicy, StreamStorage, Subjects};
-use storied::bus::{JetStreamOptions, NatsOptions, ProvisionPolicy, Subjects};
+use storied::bus::{EventBus, JetStreamOptions, NatsOptions, ProvisionPolicy, Subjects};
 
 use crate::database::DatabaseArgs;
 use crate::failure::Failure;
